@@ -1,0 +1,1 @@
+"""Personalize a frozen language model with a small trained plug."""

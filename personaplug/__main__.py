@@ -1,0 +1,5 @@
+"""`python -m personaplug`."""
+
+from personaplug.cli import main
+
+main()

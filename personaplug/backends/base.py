@@ -1,0 +1,140 @@
+"""What the project asks of a frozen language model: measure a prompt, a loss, scores of labels, new text.
+
+A backend knows soft prompts and nothing of users. None of its weights ever changes or needs a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from personaplug.errors import BadConfig
+from personaplug.soft_prompt import SoftPrompt
+
+
+@dataclass(frozen=True)
+class LLMIdentity:
+    """Which language model a plug belongs to.
+
+    Attributes:
+        name: hub name or folder, as asked for; it may differ between machines.
+        revision: the hub's commit where one is known.
+        fingerprint: of the weights, the same in float32 and bfloat16.
+        width: D, the width of its embeddings.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    width: int
+
+    def describe(self) -> str:
+        return f"{self.name} (weights {self.fingerprint}, width {self.width})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How new text is chosen.
+
+    Attributes:
+        max_new_tokens: longest answer in tokens.
+        num_beams: 1 = greedy or sampled, more = beam search.
+        do_sample: draw instead of taking the likeliest.
+        temperature: divides the logits when sampling.
+        top_p: smallest set of tokens with this probability, when sampling.
+        seed: of the draw.
+    Raises:
+        BadConfig: if a value is out of range.
+    """
+
+    max_new_tokens: int = 128
+    num_beams: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_new_tokens", 1), ("num_beams", 1)):
+            if getattr(self, name) < low:
+                raise BadConfig(f"{name} must be {low} or more; found {getattr(self, name)}.")
+        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+            raise BadConfig(
+                f"temperature must be above 0 and top_p in (0, 1]; found {self.temperature} and {self.top_p}."
+            )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A prompt as the language model will see it, soft tokens apart.
+
+    Attributes:
+        tokens: its length with the template around it.
+        truncated: whether the end of the text was cut to fit.
+    """
+
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, repr=False)
+class Generation:
+    """New text only.
+
+    Attributes:
+        text: stripped of special tokens and outer white space.
+        finished: False where it stopped at `max_new_tokens`.
+    """
+
+    text: str
+    finished: bool
+
+
+class Backend(Protocol):
+    """A frozen language model.
+
+    Attributes:
+        identity: which model it is.
+        embedding_scale: root mean square of the values of its embedded tokens; the size a soft token should have.
+    """
+
+    identity: LLMIdentity
+    embedding_scale: float
+
+    def measure(self, prompts: Sequence[str]) -> list[Measure]:
+        """Say how long each prompt is and whether it was cut."""
+        ...
+
+    def loss(self, prompts: Sequence[str], targets: Sequence[str], *, soft: SoftPrompt | None) -> tuple[Tensor, Tensor]:
+        """Return −log p of each target (end of text included) and its number of tokens, both (B,).
+
+        Gradients reach `soft` and nothing else.
+        """
+        ...
+
+    def score(self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None) -> Tensor:
+        """Return (B, C) log-probabilities of a closed set of answers, without gradients."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[str], *, soft: SoftPrompt | None, config: GenerationConfig
+    ) -> list[Generation]:
+        """Answer each prompt; the prompt itself is never part of the answer."""
+        ...
+
+
+def pad(rows: Sequence[Sequence[int]], *, fill: int, side: str) -> Tensor:
+    """Make rows of different lengths a (B, T) int64 tensor, padded on the `left` or `right`."""
+    longest = max((len(row) for row in rows), default=0)
+    padded = torch.full((len(rows), longest), fill, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        start = longest - len(row) if side == "left" else 0
+        padded[index, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+    return padded

@@ -1,0 +1,281 @@
+"""The command line. A command parses, calls one function, prints; what it does is found where it is imported from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from personaplug.config import Config, describe, load_config, to_yaml
+from personaplug.errors import PersonaPlugError, UserError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_SETTINGS_HELP = "Settings are given as key=value words (learning_rate=3e-4) or in a YAML file; the words win."
+
+
+class _Group(click.Group):
+    """Prints the errors of this package without a traceback; a caller's mistake exits with 2, the rest with 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PersonaPlugError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2 if isinstance(error, UserError) else 1)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--quiet", is_flag=True, help="Say nothing but results and errors.")
+def main(quiet: bool) -> None:
+    """Personalize a frozen language model: train a plug that turns a user's history into a few soft tokens."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("personaplug").setLevel(logging.WARNING if quiet else logging.INFO)
+    # Set here and not on import: a library leaves the environment of its caller alone.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _with_settings(*sections: str) -> Callable[[Command], Command]:
+    """Give a command --config and key=value words, and teach their meaning in its help."""
+
+    def decorate(command: Command) -> Command:
+        text = "\n\n".join([(command.__doc__ or "").strip(), _SETTINGS_HELP, "\b\n" + describe(sections)])
+        command.__doc__ = text.replace("\n\n\b", "\n\n\b")
+        command = click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")(
+            command
+        )
+        return click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
+
+    return decorate
+
+
+_data = click.option("--data", required=True, type=click.Path(path_type=Path),
+                     help="Folder with {train,dev,test}_{questions,outputs}.json[.gz], and a task.json for other tasks "
+                          "than LaMP's.")
+_task = click.option("--task", help="Task, where the folder does not say it: LaMP_1 … LaMP_7.")
+_skip_bad = click.option("--skip-bad", default=0, show_default=True, metavar="N",
+                         help="Pass over at most N broken records; the number is printed.")
+_vectors = click.option("--vectors", type=click.Path(path_type=Path),
+                        help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]")
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True,
+              help="Where data, run and results go.")
+@_with_settings()
+def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -> None:
+    """Simulated users, real models: train, compare with the controls, show two users side by side. About 10 minutes."""
+    from personaplug.quickstart import run_quickstart
+
+    run_quickstart(out, config_file=config_file, settings=settings)
+
+
+@main.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the data set.")
+@click.option("--kind", type=click.Choice(["rating", "style"]), default="rating", show_default=True)
+@click.option("--users", default=400, show_default=True, help="Training users; a quarter as many more for dev.")
+@click.option("--seed", default=0, show_default=True)
+def simulate(out: Path, kind: str, users: int, seed: int) -> None:
+    """Write a data set of simulated users with known tastes, and the best score that knowing them allows."""
+    from personaplug.data.simulated import SimulatedConfig, write_simulation
+
+    config = SimulatedConfig(task=kind, users=users, dev_users=max(1, users // 4), seed=seed)  # type: ignore[arg-type]
+    write_simulation(config, out)
+    click.echo((out / "oracle.json").read_text(encoding="utf-8"))
+
+
+@main.command()
+@_data
+@click.option("--vectors", required=True, type=click.Path(path_type=Path), help="Folder of the item vectors.")
+@click.option("--split", "splits", multiple=True, default=("train", "dev"), show_default=True, help="May be repeated.")
+@_task
+@_skip_bad
+@_with_settings("model", "plug")
+def encode(
+    data: Path,
+    vectors: Path,
+    splits: tuple[str, ...],
+    task: str | None,
+    skip_bad: int,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Encode the items of all histories once. `train` and `evaluate` do it themselves; this does it beforehand."""
+    from personaplug.data import load_task, open_dataset
+    from personaplug.encoder import open_encoder
+    from personaplug.vectors import VectorTable, encode_samples
+
+    config = load_config(config_file, overrides=settings)
+    _show(config, "model", "plug")
+    declared = load_task(data, task=task)
+    table = VectorTable.open(vectors, open_encoder(config.model.encoder, device=_device(config)))
+    for split in splits:
+        reader = open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
+        before = len(table)
+        encode_samples(reader, table, with_answer=config.plug.answers == "text")
+        _tell_read(reader, split)
+        click.echo(f"{split}: {len(table) - before:,} new vectors, {len(table):,} in {vectors}")
+
+
+@main.command()
+@_data
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder; an unfinished run goes on.")
+@_vectors
+@_task
+@_skip_bad
+@_with_settings("model", "plug", "training")
+def train(
+    data: Path,
+    out: Path,
+    vectors: Path | None,
+    task: str | None,
+    skip_bad: int,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Train a plug, and the control that has no history, on DATA's train split."""
+    from personaplug.data import load_task, open_dataset
+    from personaplug.run import Run, open_models
+    from personaplug.training import train as train_run
+
+    config = load_config(config_file, overrides=settings)
+    _show(config, "model", "plug", "training")
+    run = Run.create(out, config=config, task=load_task(data, task=task), vectors=vectors)
+    reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
+    for folder in train_run(run, reader, models=open_models(config)):
+        fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+        click.echo(f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "
+                   f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} a token")
+    _tell_read(reader, "train")
+
+
+@main.command()
+@click.option("--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`.")
+@_data
+@click.option("--split", default="dev", show_default=True)
+@click.option("--conditions", default="plain,instruction-only,wrong-user,shuffled,plug", show_default=True,
+              help="Rows of the table.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results object here too.")
+@_skip_bad
+@_with_settings("evaluation")
+def evaluate(
+    run_folder: Path,
+    data: Path,
+    split: str,
+    conditions: str,
+    json_file: Path | None,
+    skip_bad: int,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Score the rows of a results table on one split, compare them pairwise, print the table."""
+    from personaplug.conditions import parse_conditions
+    from personaplug.data import open_dataset
+    from personaplug.evaluation import evaluate as evaluate_run
+    from personaplug.files import write_json
+    from personaplug.report import results_table
+    from personaplug.run import Run, open_models
+
+    rows = parse_conditions(conditions)
+    run = Run.open(run_folder)
+    config = load_config(config_file, overrides=settings, base=run.config)
+    run.check_unchanged(config)
+    _show(config, "evaluation")
+    reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
+    oracle = data / f"{split}_oracle.json"
+    results = evaluate_run(run, reader, split=split, conditions=rows, config=config.evaluation,
+                           models=open_models(config), oracle=oracle if oracle.exists() else None)
+    target = json_file or run_folder / "evaluations" / f"{split}.json"
+    write_json(target, results)
+    click.echo(results_table(results))
+    click.echo(f"\nwritten to {target}")
+
+
+@main.command()
+@click.option("--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`.")
+@click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
+@click.option("--history", type=click.Path(path_type=Path),
+              help="The user's items: one JSON object a line, with the fields of the run's task. None: a new user.")
+@click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
+@click.option("--plain", is_flag=True, help="Answer without the plug, to compare.")
+@_with_settings("evaluation")
+def generate(
+    run_folder: Path,
+    prompt: str,
+    history: Path | None,
+    seed: int | None,
+    plain: bool,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Answer one prompt as a user with that history would like it answered."""
+    from personaplug.generation import generate_one
+    from personaplug.run import Run
+
+    run = Run.open(run_folder)
+    config = load_config(config_file, overrides=settings, base=run.config)
+    run.check_unchanged(config)
+    click.echo(generate_one(run, prompt, history=history, seed=seed, plain=plain, config=config.evaluation))
+
+
+@main.command()
+@_data
+@_task
+@_skip_bad
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the estimate here too.")
+@_with_settings("model", "plug", "training")
+def estimate(
+    data: Path,
+    task: str | None,
+    skip_bad: int,
+    json_file: Path | None,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Say beforehand what `train` will cost: vectors, disk, memory and time, from a few timed steps."""
+    from personaplug.data import load_task, open_dataset
+    from personaplug.estimate import estimate as estimate_run
+    from personaplug.files import write_json
+    from personaplug.run import open_models
+
+    config = load_config(config_file, overrides=settings)
+    _show(config, "model", "plug", "training")
+    reader = open_dataset(data, "train", task=load_task(data, task=task), skip_bad=skip_bad,
+                          max_history=config.plug.max_history)
+    found = estimate_run(config, reader, models=open_models(config))
+    if json_file is not None:
+        write_json(json_file, found.to_dict())
+    click.echo(found.text())
+
+
+def _device(config: Config) -> str:
+    from personaplug.backends import choose_device
+
+    return choose_device(config.model.device)
+
+
+def _show(config: Config, *sections: str) -> None:
+    """Print the resolved settings that a command uses."""
+    shown, section = [], ""
+    for line in to_yaml(config).splitlines():
+        section = line.rstrip(":") if not line.startswith((" ", "-")) else section
+        if section in sections:
+            shown.append(line)
+    click.echo("\n".join(shown) + "\n", err=True)
+
+
+def _tell_read(reader: Any, split: str) -> None:
+    report = reader.report
+    click.echo(f"{split}: {report.samples:,} samples, {report.items:,} items of history; {report.skipped} broken records "
+               f"skipped, {report.cut_items:,} items beyond the longest history left out", err=True)
+    for problem in report.problems[:10]:
+        click.echo(f"  skipped: {problem}", err=True)

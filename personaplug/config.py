@@ -1,0 +1,299 @@
+"""Every setting of a run: its meaning, unit, default and range, once.
+
+The YAML file, the command line's `key=value` and the help text are all made from the dataclasses below.
+Keys are written in full (`training.learning_rate`) or, since no two sections share one, bare (`learning_rate`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from personaplug.errors import BadConfig, MissingData
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A dataclass field with its help text and the values it may take (`low` and `high` included, `above` not)."""
+    bounds = {"help": help, "low": low, "high": high, "above": above, "choices": tuple(choices)}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: default, metadata=bounds)
+    return field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The two frozen models, and how they run."""
+
+    llm: str = _option(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "frozen language model: hub name, local folder, or `toy` (seeded, no download)",
+    )
+    encoder: str = _option(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "frozen behaviour encoder: hub name, local folder, or `hash` (no download)",
+    )
+    device: str = _option("auto", "where both run: auto, cpu, cuda, cuda:1, mps")
+    dtype: str = _option(
+        "auto",
+        "the language model's number format; auto = bfloat16 where the hardware multiplies in it, else float32",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    max_prompt_tokens: int = _option(
+        512, "longest prompt in tokens of the language model; the end of the text is cut and counted", low=8
+    )
+
+
+@dataclass(frozen=True)
+class PlugConfig:
+    """The trained module. The defaults are the paper's (PPlug, arXiv 2409.11901)."""
+
+    instruction_tokens: int = _option(1, "trained tokens that are the same for everybody (I in eq. 5)", low=0, high=256)
+    persona_tokens: int = _option(1, "tokens made from the user's history (P in eq. 5); 0 = instruction only", low=0,
+                                  high=256)
+    aggregator: str = _option("dot", "how items are weighed: dot (eq. 3) or mean (the paper's ablation)",
+                              choices=("dot", "mean"))
+    temperature: float = _option(1.0, "divides the scores of eq. 3; 1 = the paper", above=0)
+    query_encoder: str = _option(
+        "trained",
+        "eq. 2: trained = a whole trained copy of the encoder (the paper); head = frozen encoder + trained linear map",
+        choices=("trained", "head"),
+    )
+    answers: str = _option(
+        "text",
+        "where an item's answer goes: text = into the encoded text (the paper's Table 7); "
+        "label = one-hot beside the vector (closed label sets only)",
+        choices=("text", "label"),
+    )
+    projector_width: int = _option(0, "hidden width of the two-layer projector (eq. 4); 0 = the model's own", low=0)
+    max_history: int = _option(512, "items used of a history, the latest ones; cuts are counted", low=1, high=512)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop. Everything that is drawn at random comes from `seeds`."""
+
+    seeds: tuple[int, ...] = _option((0,), "one plug (and one control) is trained per seed", low=0)
+    controls: bool = _option(True, "also train instruction-only: same data, steps and number of soft tokens, no history")
+    epochs: int = _option(2, "passes over the training samples", low=1)
+    max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)
+    batch_size: int = _option(16, "samples in a step, over all processes", low=1)
+    views: int = _option(0, "random sub-histories added per sample and epoch (the paper's code uses 10)", low=0)
+    learning_rate: float = _option(1e-3, "of the plug (AdamW)", above=0, high=1)
+    encoder_learning_rate: float = _option(5e-5, "of the trained copy of the encoder", low=0, high=1)
+    weight_decay: float = _option(1e-4, "of AdamW", low=0, high=1)
+    warmup_share: float = _option(0.05, "share of the steps in which the rate rises; it then falls linearly to 0",
+                                  low=0, high=1)
+    clip_norm: float = _option(1.0, "longest gradient; longer ones are scaled down to it", above=0)
+    train_limit: int = _option(0, "use this many training samples, drawn by seed 0; 0 = all", low=0)
+    validation_share: float = _option(0.1, "share of the training users held out to choose the checkpoint", above=0,
+                                      high=0.5)
+    validation_limit: int = _option(256, "samples of the held-out users that are scored at most", low=1)
+    validate_every: int = _option(0, "steps between validations; 0 = four times an epoch", low=0)
+    patience: int = _option(0, "stop after this many validations without a better loss; 0 = never", low=0)
+    checkpoint_every: int = _option(25, "steps between states that a stopped run goes on from", low=1)
+    tensorboard: bool = _option(False, "write TensorBoard events beside the JSON lines (needs the extra `tensorboard`)")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How answers are obtained and compared."""
+
+    decoding: str = _option(
+        "auto",
+        "auto = score the label set where there is one, else generate",
+        choices=("auto", "score", "generate"),
+    )
+    evaluation_batch_size: int = _option(16, "samples answered at once", low=1)
+    num_beams: int = _option(4, "beams of generation (LaMP and the paper: 4; 1 = greedy)", low=1, high=64)
+    max_new_tokens: int = _option(0, "longest answer in tokens; 0 = the task's own", low=0)
+    rating_fallback: str = _option("lamp", "score of an answer that is no number: lamp = the farthest end, "
+                                           "pplug = first digit, else 1", choices=("lamp", "pplug"))
+    limit: int = _option(0, "score this many samples, drawn by `draw_seed`; 0 = all", low=0)
+    draw_seed: int = _option(0, "draws the wrong users, the shuffles, the limit and the bootstrap", low=0)
+    resamples: int = _option(10_000, "of the bootstrap by user", low=100)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything one run needs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    plug: PlugConfig = field(default_factory=PlugConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "plug": PlugConfig,
+    "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+}
+
+
+def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
+    """Build a Config from a YAML file and `key=value` words; later ones win.
+
+    Args:
+        path: a YAML file of sections (`training: {epochs: 3}`) or bare keys (`epochs: 3`).
+        overrides: words as typed on a command line.
+        base: what to start from; the defaults otherwise.
+    Raises:
+        MissingData: if the file does not exist.
+        BadConfig: for an unknown key, a value of the wrong type or out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values.update(_flatten(_read_yaml(Path(path))))
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise BadConfig(f"Settings are written key=value; found {word!r}.")
+        values[key.strip()] = _parse_yaml(text, source=f"the value of {key.strip()}")
+    return with_values(base or Config(), values)
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return `config` with some settings replaced, each checked.
+
+    Raises:
+        BadConfig: for an unknown key, a value of the wrong type or out of range.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = _locate(key)
+        changes.setdefault(section, {})[name] = _checked(section, name, value)
+    return replace(config, **{s: replace(getattr(config, s), **new) for s, new in changes.items()})
+
+
+def to_yaml(config: Config) -> str:
+    """The whole of a config as YAML that `load_config` reads back to an equal one."""
+    plain = {s: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()}
+             for s, part in asdict(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def describe(sections: Sequence[str]) -> str:
+    """The help text of some sections: each key with its default, meaning and range."""
+    lines = []
+    for section in sections:
+        lines.append(f"{section}: {(SECTIONS[section].__doc__ or '').strip()}")
+        for option in fields(SECTIONS[section]):
+            lines.append(f"  {option.name}={_shown(_default(option))}")
+            lines.append(f"      {option.metadata['help']}{_range_text(option)}")
+    return "\n".join(lines)
+
+
+def _default(option: Field[Any]) -> Any:
+    return getattr(Config(), _locate(option.name)[0]).__getattribute__(option.name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _range_text(option: Field[Any]) -> str:
+    meta = option.metadata
+    if meta["choices"]:
+        return f" [{' | '.join(meta['choices'])}]"
+    parts = [f"{word} {meta[key]:g}" for key, word in (("low", "from"), ("above", "above"), ("high", "to"))
+             if meta[key] is not None]
+    return f" [{' '.join(parts)}]" if parts else ""
+
+
+def _locate(key: str) -> tuple[str, str]:
+    section, _, name = key.rpartition(".")
+    known = {(s, f.name) for s, kind in SECTIONS.items() for f in fields(kind)}
+    for found in known:
+        if found == (section, name) or (not section and found[1] == name):
+            return found
+    every = sorted({n for _, n in known} | {f"{s}.{n}" for s, n in known})
+    near = difflib.get_close_matches(key, every, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise BadConfig(f"There is no setting {key!r}.{hint} `personaplug train --help` lists them all.")
+
+
+def _checked(section: str, name: str, value: Any) -> Any:
+    option = next(f for f in fields(SECTIONS[section]) if f.name == name)
+    wanted = get_type_hints(SECTIONS[section])[name]
+    converted = _convert(value, wanted, key=f"{section}.{name}")
+    for single in converted if isinstance(converted, tuple) else (converted,):
+        _check_range(single, option, key=f"{section}.{name}")
+    return converted
+
+
+def _convert(value: Any, wanted: Any, *, key: str) -> Any:
+    if wanted == tuple[int, ...]:
+        several = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        if not several:
+            raise BadConfig(f"{key} needs at least one value, found none.")
+        return tuple(_convert(_parse_yaml(str(v), source=key), int, key=key) for v in several)
+    if wanted is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string, for want of a dot.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+        return value
+    raise BadConfig(f"{key} must be of type {wanted.__name__}, found {value!r}.")
+
+
+def _check_range(value: Any, option: Field[Any], *, key: str) -> None:
+    meta = option.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        raise BadConfig(f"{key} must be one of {', '.join(meta['choices'])}; found {value!r}.")
+    if not isinstance(value, int | float):
+        return
+    too_low = meta["low"] is not None and not value >= meta["low"]
+    not_above = meta["above"] is not None and not value > meta["above"]
+    too_high = meta["high"] is not None and not value <= meta["high"]
+    # The comparisons are negated so that NaN fails them too.
+    if too_low or not_above or too_high:
+        raise BadConfig(f"{key} must lie in{_range_text(option)}; found {value}.")
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        raise MissingData(f"The config file {path} does not exist.")
+    return _parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+
+
+def _parse_yaml(text: str, *, source: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else text
+    except yaml.YAMLError as error:
+        raise BadConfig(f"{source} is not valid YAML: {str(error).splitlines()[0]}.") from None
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    if tree in (None, ""):
+        return {}
+    if not isinstance(tree, dict):
+        raise BadConfig("A config file holds `section: {key: value}` or `key: value`; found something else.")
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key in SECTIONS and isinstance(value, dict):
+            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        else:
+            flat[str(key)] = value
+    return flat

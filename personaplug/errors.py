@@ -1,0 +1,107 @@
+"""The tree of errors. Each class builds its own sentence: what was expected, what was found, what to do.
+
+PersonaPlugError
+├── UserError                 something the caller can put right; the CLI prints it without a traceback
+│   ├── BadConfig             a setting is unknown, of the wrong type or out of range
+│   ├── BadRecord             a data file holds something that cannot be read as a record
+│   ├── MissingData           a file, folder or split that was asked for is not there
+│   ├── MissingModel          a model could not be found in any of the places it may come from
+│   ├── MissingExtra          an optional dependency is needed and not installed
+│   ├── ShapeMismatch         tensors made by different parts do not fit together
+│   ├── EncoderMismatch       vectors or a plug belong to another encoder
+│   ├── LLMMismatch           a plug belongs to another language model
+│   └── RunConflict           a run folder holds something else than what was asked for
+├── TrainingDiverged          a loss became NaN or infinite; the last good checkpoint stays
+└── StorageError              the disk is full or not writable; what was complete before stays
+
+No message ever carries a user's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class PersonaPlugError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class UserError(PersonaPlugError):
+    """Something the caller can put right."""
+
+
+class BadConfig(UserError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class BadRecord(UserError):
+    """A data file holds something that cannot be read as a record.
+
+    Attributes:
+        file: the file it stands in.
+        position: where in the file, in words ("question 12", "line 3").
+        reason: what is wrong with it, without the text itself.
+    """
+
+    def __init__(self, file: str | Path, position: str, *, reason: str) -> None:
+        self.file, self.position, self.reason = str(file), position, reason
+        super().__init__(f"{self.file}, {position}: {reason}")
+
+
+class MissingData(UserError):
+    """A file, folder or split that was asked for is not there."""
+
+
+class MissingModel(UserError):
+    """A model could not be found in any of the places it may come from."""
+
+    def __init__(self, name: str, *, tried: Iterable[str]) -> None:
+        places = "; ".join(tried)
+        super().__init__(
+            f"The model {name!r} was not found. Tried: {places}. Give a local folder that holds it, "
+            f"or run where the hub can be reached."
+        )
+
+
+class MissingExtra(UserError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, feature: str, *, extra: str) -> None:
+        super().__init__(f"{feature} needs: pip install 'personaplug[{extra}]'")
+
+
+class ShapeMismatch(UserError):
+    """Tensors made by different parts do not fit together."""
+
+
+class EncoderMismatch(UserError):
+    """Vectors or a plug belong to another encoder than the one given."""
+
+    def __init__(self, owner: str, *, expected: str, found: str) -> None:
+        super().__init__(
+            f"{owner} was made with the encoder {expected}; the encoder given is {found}. "
+            f"Load that encoder, or encode and train again with this one in a new folder."
+        )
+
+
+class LLMMismatch(UserError):
+    """A plug belongs to another language model than the one given."""
+
+    def __init__(self, *, trained_for: str, given: str) -> None:
+        super().__init__(
+            f"This plug was trained for the language model {trained_for}; the model given is {given}. "
+            f"Soft tokens mean nothing to another model: load that model, or train a plug for this one."
+        )
+
+
+class RunConflict(UserError):
+    """A run folder holds something else than what was asked for."""
+
+
+class TrainingDiverged(PersonaPlugError):
+    """A loss became NaN or infinite; the last good checkpoint stays."""
+
+
+class StorageError(PersonaPlugError):
+    """The disk is full or not writable; what was complete before stays."""

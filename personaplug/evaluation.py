@@ -1,0 +1,330 @@
+"""Evaluation: conditions × seeds on the same samples → answers → scores per sample → intervals and paired comparisons.
+
+Answers of a finished (condition, seed) are kept in the run and not made again by a repeated command. The results object
+has the fields of DESIGN's results file: task, split, model, encoder, placement, seeds, versions, rows, pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from personaplug.backends.base import GenerationConfig
+from personaplug.backends.hf import HFBackend
+from personaplug.conditions import Condition, with_history
+from personaplug.config import EvaluationConfig
+from personaplug.data.base import Reader, ReadReport, Task
+from personaplug.errors import BadConfig, MissingData
+from personaplug.files import write_json
+from personaplug.metrics import Metric, get_metric, is_invalid
+from personaplug.personalizer import Personalizer
+from personaplug.progress import Progress
+from personaplug.run import Models, Run, machine, peak_memory, versions
+from personaplug.stats import bootstrap_interval, paired_bootstrap
+from personaplug.vectors import EncodedSample
+
+PLACEMENT = "prefix"
+ORACLE = "all-knowing"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one condition answered with one seed, sample by sample.
+
+    Attributes:
+        texts: the answers.
+        unfinished: whether each stopped at its longest length.
+        seconds: the time they took.
+    """
+
+    texts: list[str]
+    unfinished: list[bool]
+    seconds: float
+
+
+def evaluate(
+    run: Run,
+    reader: Reader,
+    *,
+    split: str,
+    conditions: Sequence[Condition],
+    config: EvaluationConfig,
+    models: Models,
+    oracle: Path | None = None,
+) -> dict[str, Any]:
+    """Fill a results table.
+
+    Args:
+        run: with the trained plugs.
+        reader: the split to score.
+        oracle: predictions of an all-knowing predictor in LaMP's output format, for simulated users.
+    Returns:
+        The results object; see the module's docstring.
+    Raises:
+        MissingData: if a plug that a condition needs is not trained, or a sample has no answer to compare with.
+        BadConfig: if labels are to be scored in a task without labels.
+    """
+    return _Evaluation(run, reader, split=split, config=config, models=models).table(conditions, oracle=oracle)
+
+
+def answer(
+    backend: HFBackend,
+    samples: Sequence[EncodedSample],
+    *,
+    personalizer: Personalizer | None,
+    task: Task,
+    decoding: str,
+    generation: GenerationConfig,
+    batch_size: int,
+    title: str = "answer",
+) -> Answers:
+    """Answer samples, the shortest prompts first, and return the answers in the samples' order.
+
+    Args:
+        personalizer: makes the soft tokens; None = the bare model.
+        decoding: "score" takes the likeliest of the task's labels, "generate" writes text.
+    """
+    began = time.monotonic()
+    texts, unfinished = [""] * len(samples), [False] * len(samples)
+    order = np.argsort([len(sample.prompt) for sample in samples], kind="stable")
+    with Progress(title, total=len(samples), unit="answers") as progress:
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size].tolist()
+            batch = [samples[place] for place in places]
+            found = _answer_batch(backend, batch, personalizer, task=task, decoding=decoding, generation=generation)
+            for place, (text, cut) in zip(places, found, strict=True):
+                texts[place], unfinished[place] = text, cut
+            progress.advance(len(batch))
+    return Answers(texts, unfinished, time.monotonic() - began)
+
+
+def _answer_batch(
+    backend: HFBackend,
+    batch: Sequence[EncodedSample],
+    personalizer: Personalizer | None,
+    *,
+    task: Task,
+    decoding: str,
+    generation: GenerationConfig,
+) -> list[tuple[str, bool]]:
+    import torch
+
+    prompts = [sample.prompt for sample in batch]
+    with torch.no_grad():
+        soft = None if personalizer is None else personalizer.soft_prompt(batch)
+        if decoding == "score":
+            best = backend.score(prompts, task.labels, soft=soft).argmax(dim=1).tolist()  # type: ignore[attr-defined]
+            return [(task.labels[index], False) for index in best]
+        return [(made.text, not made.finished) for made in backend.generate(prompts, soft=soft, config=generation)]
+
+
+class _Evaluation:
+    """The parts of one evaluation, held together."""
+
+    def __init__(self, run: Run, reader: Reader, *, split: str, config: EvaluationConfig, models: Models) -> None:
+        self.run, self.reader, self.split, self.config, self.models = run, reader, split, config, models
+        self.task = run.task
+        self.decoding = _decoding(self.task, config)
+        self.generation = GenerationConfig(max_new_tokens=config.max_new_tokens or self.task.max_new_tokens,
+                                           num_beams=config.num_beams)
+        self.table_of_vectors = run.open_vectors(models.encoder)
+        self.samples = run.read_samples(reader, self.table_of_vectors, limit=config.limit, seed=config.draw_seed)
+        self.golds = _golds(self.samples)
+        self.owners = [sample.owner for sample in self.samples]
+        self.metrics = [get_metric(name, labels=self.task.labels, fallback=config.rating_fallback)
+                        for name in self.task.metrics]
+        self.measures = models.backend.measure([sample.prompt for sample in self.samples])
+        self.folder = run.folder / "evaluations" / split
+
+    def table(self, conditions: Sequence[Condition], *, oracle: Path | None) -> dict[str, Any]:
+        scored = {condition.name: self._scored(condition) for condition in conditions}
+        rows = [self._row(condition, *scored[condition.name]) for condition in conditions]
+        statistics = {name: stats for name, (_, stats, _) in scored.items()}
+        if oracle is not None:
+            row, statistics[ORACLE] = self._oracle_row(oracle)
+            rows.append(row)
+        return self._about() | {"rows": rows, "pairs": self._pairs(statistics)}
+
+    def _scored(self, condition: Condition) -> tuple[list[Answers], dict[str, np.ndarray], list[dict[str, float]]]:
+        """Answers per seed, statistics averaged over seeds, and each seed's own metrics."""
+        seeds = self.run.config.training.seeds if condition.plug else (self.run.config.training.seeds[0],)
+        answers = [self._answers(condition, seed=seed) for seed in seeds]
+        each = [{metric.name: metric.statistics(a.texts, self.golds) for metric in self.metrics} for a in answers]
+        means = {metric.name: np.mean([stats[metric.name] for stats in each], axis=0) for metric in self.metrics}
+        alone = [{metric.name: float(metric.value(stats[metric.name].mean(axis=0))) for metric in self.metrics}
+                 for stats in each]
+        for seed, made, stats in zip(seeds, answers, each, strict=True):
+            self._keep_scores(condition, made, stats, seed=seed)
+        return answers, means, alone
+
+    def _answers(self, condition: Condition, *, seed: int) -> Answers:
+        path = self.folder / f"{condition.name}.seed-{seed}.answers.json"
+        key = self._key(condition, seed=seed)
+        kept = _kept_answers(path, key=key)
+        if kept is not None:
+            return kept
+        personalizer = None
+        if condition.plug is not None:
+            plug = self.run.load_plug(condition.plug, seed=seed, models=self.models)
+            personalizer = Personalizer(plug, table=self.table_of_vectors)
+        shown = with_history(condition, self.samples, seed=self.config.draw_seed + seed)
+        made = answer(self.models.backend, shown, personalizer=personalizer, task=self.task, decoding=self.decoding,
+                      generation=self.generation, batch_size=self.config.evaluation_batch_size,
+                      title=f"{condition.name} (seed {seed})" if condition.plug else condition.name)
+        write_json(path, {"key": key, **asdict(made)})
+        golds = [{"id": sample.id, "output": text} for sample, text in zip(self.samples, made.texts, strict=True)]
+        write_json(self.folder / f"{condition.name}.seed-{seed}.json", {"task": self.task.name, "golds": golds})
+        return made
+
+    def _key(self, condition: Condition, *, seed: int) -> str:
+        """What answers depend on; kept answers count only while all of it is the same."""
+        ids = hashlib.sha256("\n".join(sample.id for sample in self.samples).encode()).hexdigest()
+        parts: list[Any] = [asdict(condition), self.decoding, asdict(self.generation), self.config.draw_seed, ids, seed,
+                            self.models.backend.identity.fingerprint, str(self.models.backend.model.dtype)]
+        if condition.plug is not None and self.run.trained(condition.plug, seed=seed):
+            weights = self.run.plug_folder(condition.plug, seed=seed) / "plug.safetensors"
+            parts.append(hashlib.sha256(weights.read_bytes()).hexdigest())
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _row(
+        self,
+        condition: Condition,
+        answers: list[Answers],
+        means: dict[str, np.ndarray],
+        alone: list[dict[str, float]],
+    ) -> dict[str, Any]:
+        row = self._scores(condition.name, means) | {
+            "invalid_rate": self._invalid_rate(answers),
+            "truncated_rate": float(np.mean([measure.truncated for measure in self.measures])),
+            "unfinished_rate": float(np.mean([made.unfinished for made in answers])),
+            "lost_history_rate": self._lost_rate(condition),
+            "prompt_tokens_mean": float(np.mean([m.tokens for m in self.measures])) + self._soft_tokens(condition),
+            "seconds": round(float(np.mean([made.seconds for made in answers])), 2),
+            "peak_memory_bytes": peak_memory(),
+            "decoding": "scored" if self.decoding == "score" else "generated",
+        }
+        if len(alone) > 1:
+            row["per_seed"] = alone
+            row["seed_spread"] = {name: float(np.std([one[name] for one in alone], ddof=1)) for name in alone[0]}
+        return row
+
+    def _scores(self, name: str, means: dict[str, np.ndarray]) -> dict[str, Any]:
+        values, intervals = {}, {}
+        for metric in self.metrics:
+            interval = bootstrap_interval(means[metric.name], self.owners, metric, resamples=self.config.resamples,
+                                          seed=self.config.draw_seed)
+            values[metric.name] = interval.value
+            intervals[metric.name] = [interval.low, interval.high]
+        return {"condition": name, "n": len(self.samples), "metrics": values, "intervals": intervals}
+
+    def _oracle_row(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        told = {gold["id"]: gold["output"] for gold in json.loads(path.read_text(encoding="utf-8"))["golds"]}
+        texts = [told[sample.id] for sample in self.samples]
+        stats = {metric.name: metric.statistics(texts, self.golds) for metric in self.metrics}
+        return self._scores(ORACLE, stats) | {"decoding": "oracle"}, stats
+
+    def _pairs(self, statistics: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+        """Every later row against every earlier one, metric by metric."""
+        pairs = []
+        for b, a in combinations(statistics, 2):
+            for metric in self.metrics:
+                found = paired_bootstrap(statistics[a][metric.name], statistics[b][metric.name], self.owners, metric,
+                                         resamples=self.config.resamples, seed=self.config.draw_seed)
+                pairs.append({"a": a, "b": b, "metric": metric.name, **asdict(found)})
+        return pairs
+
+    def _about(self) -> dict[str, Any]:
+        run, report = self.run, self.reader.report
+        return {
+            "task": self.task.name,
+            "split": self.split,
+            "model": self.models.backend.identity.describe(),
+            "encoder": self.models.encoder.identity.describe(),
+            "placement": PLACEMENT,
+            "seeds": list(run.config.training.seeds),
+            "versions": versions(),
+            "machine": machine(),
+            "config": asdict(run.config) | {"evaluation": asdict(self.config)},
+            "training": _training_facts(run),
+            "users": len(set(self.owners)),
+            "data": {"skipped_records": report.skipped, "cut_history_items": report.cut_items},
+            "dtype": str(self.models.backend.model.dtype).removeprefix("torch."),
+            "notes": self._notes(report),
+        }
+
+    def _notes(self, report: ReadReport) -> list[str]:
+        notes = [f"Intervals and p-values: bootstrap over {len(set(self.owners))} users."]
+        if any(sample.user_id is None for sample in self.samples):
+            notes.append("The data names no users: samples stand for users, so intervals may be too narrow and a wrong "
+                         "user may be the same person.")
+        if report.skipped:
+            notes.append(f"{report.skipped} broken records were passed over.")
+        if len(self.run.config.training.seeds) < 3:
+            notes.append("Fewer than three training seeds: the spread between trainings is not covered.")
+        return notes
+
+    def _invalid_rate(self, answers: list[Answers]) -> float:
+        return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels)
+                              for made in answers for text in made.texts]))
+
+    def _lost_rate(self, condition: Condition) -> float:
+        """Share of the samples with a history whose row should have used it and got none of it."""
+        if condition.history == "none":
+            return 0.0
+        shown = with_history(condition, self.samples, seed=self.config.draw_seed)
+        had = [(len(before.rows), len(after.rows)) for before, after in zip(self.samples, shown, strict=True)]
+        return float(np.mean([after == 0 for before, after in had if before] or [0.0]))
+
+    def _soft_tokens(self, condition: Condition) -> int:
+        plug = self.run.config.plug
+        return plug.instruction_tokens + plug.persona_tokens if condition.plug else 0
+
+    def _keep_scores(self, condition: Condition, made: Answers, stats: dict[str, np.ndarray], *, seed: int) -> None:
+        simple = [metric for metric in self.metrics if stats[metric.name].shape[1] == 1]
+        lines = [
+            {"id": sample.id, "user_id": sample.user_id, "history_items": len(sample.rows)}
+            | {metric.name: float(metric.value(stats[metric.name][i])) for metric in simple}
+            for i, sample in enumerate(self.samples)
+        ]
+        write_json(self.folder / f"{condition.name}.seed-{seed}.scores.json", lines)
+
+
+def _training_facts(run: Run) -> list[dict[str, Any]]:
+    """What each training of the run was, for those that have ended."""
+    facts = []
+    for path in sorted(run.folder.glob("*/seed-*/fit.json")):
+        facts.append({"plug": path.parent.parent.name, "seed": path.parent.name.removeprefix("seed-"),
+                      **json.loads(path.read_text(encoding="utf-8"))})
+    return facts
+
+
+def _decoding(task: Task, config: EvaluationConfig) -> str:
+    if config.decoding == "score" and not task.labels:
+        raise BadConfig(f"decoding=score needs a task with labels; {task.name} writes free text. Use decoding=generate.")
+    return ("score" if task.labels else "generate") if config.decoding == "auto" else config.decoding
+
+
+def _golds(samples: Sequence[EncodedSample]) -> list[str]:
+    if not samples:
+        raise MissingData("The split holds no samples.")
+    golds = [sample.target for sample in samples if sample.target is not None]
+    if len(golds) < len(samples):
+        raise MissingData(f"{len(samples) - len(golds)} of {len(samples)} samples have no answer to compare with; "
+                          f"a split with hidden answers cannot be scored here.")
+    return golds
+
+
+def _kept_answers(path: Path, *, key: str) -> Answers | None:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Answers(kept["texts"], kept["unfinished"], kept["seconds"]) if kept.get("key") == key else None

@@ -1,0 +1,303 @@
+"""PersonaPlug: the trained module that turns a user's history and a query into soft tokens (PPlug, eq. 2 to 5).
+
+It knows an encoder and nothing of files of users or of a language model beyond its identity. Saved as safetensors and
+JSON: the plug alone, never the models it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from personaplug.aggregators import build_aggregator
+from personaplug.backends.base import LLMIdentity
+from personaplug.config import Config, PlugConfig, with_values
+from personaplug.encoder import Encoder, EncoderIdentity
+from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
+from personaplug.files import write_json, write_text
+from personaplug.soft_prompt import SoftPrompt
+
+FORMAT_VERSION = 1
+_CONFIG, _WEIGHTS, _CARD = "plug.json", "plug.safetensors", "README.md"
+
+
+@dataclass(frozen=True)
+class HistoryBatch:
+    """The histories of a batch of queries, padded to the batch's longest.
+
+    Attributes:
+        vectors: (B, N, E) unit vectors; what stands in padded places does not matter.
+        mask: (B, N) bool, True where an item is real.
+        answers: (B, N) int64 index of each item's answer among the task's labels, -1 where there is none.
+    """
+
+    vectors: Tensor
+    mask: Tensor
+    answers: Tensor
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What a plug is made to fit, measured once and kept in the artefact.
+
+    Attributes:
+        llm: the language model.
+        embedding_scale: root mean square of that model's embedded tokens.
+        encoder: the encoder of items and queries.
+        labels: the closed set of answers that `answers = label` refers to; empty otherwise.
+    """
+
+    llm: LLMIdentity
+    embedding_scale: float
+    encoder: EncoderIdentity
+    labels: tuple[str, ...] = ()
+
+
+class Projector(nn.Module):
+    """Proj of eq. 4: a two-layer MLP from an item's vector to K soft tokens of width D.
+
+    It starts with outputs of unit variance: unit vectors are stretched by √E so that each value is about 1, and both
+    layers keep that size. An item's answer, where it is a channel of its own, is added to the hidden layer; that is
+    the same as a one-hot beside the vector.
+    """
+
+    def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int) -> None:
+        super().__init__()
+        self.tokens, self.stretch = tokens, math.sqrt(width)
+        self.inner = nn.Linear(width, hidden)
+        self.outer = nn.Linear(hidden, tokens * out)
+        self.answer = nn.Embedding(labels + 1, hidden) if labels else None
+        nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
+        nn.init.zeros_(self.inner.bias)
+        # E[gelu(z)²] = 0.425 for a standard normal z.
+        nn.init.normal_(self.outer.weight, std=1 / math.sqrt(0.425 * hidden))
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, items: Tensor, *, answers: Tensor) -> Tensor:
+        """Project items one by one.
+
+        Args:
+            items: (B, N, E) unit vectors.
+            answers: (B, N) int64, -1 where an item has none.
+        Returns:
+            (B, N, K, D).
+        """
+        inner = self.inner(items * self.stretch)
+        if self.answer is not None:
+            inner = inner + self.answer(answers + 1)
+        return self.outer(nn.functional.gelu(inner)).unflatten(-1, (self.tokens, -1))
+
+
+class QueryHead(nn.Module):
+    """A frozen encoder with a trained linear map behind it; starts as the identity."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.linear = nn.Linear(encoder.width, encoder.width, bias=False)
+        nn.init.eye_(self.linear.weight)
+        # In a tuple, so that the frozen encoder is not registered, saved or trained.
+        self._frozen = (encoder.query_encoder().eval().requires_grad_(False),)
+
+    def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Tokenize."""
+        return self._frozen[0].features(texts)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """(B, E) unit vectors."""
+        with torch.no_grad():
+            vectors = self._frozen[0](features)
+        return nn.functional.normalize(self.linear(vectors.to(self.linear.weight.device)), dim=-1)
+
+
+class PersonaPlug(nn.Module):
+    """I trained instruction tokens and K persona tokens: [I; P] of eq. 5.
+
+    Args:
+        config: how it is built.
+        fitting: what it is made for.
+        encoder: a frozen encoder of the fitting's identity; its trained copy is made from it.
+    Raises:
+        BadConfig: if it would have no tokens at all, or answers as labels without a closed label set.
+        EncoderMismatch: if the encoder is another than the fitting's.
+    """
+
+    def __init__(self, config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
+        super().__init__()
+        _check_fits(config, fitting=fitting, encoder=encoder)
+        self.config, self.fitting = config, fitting
+        width, tokens = fitting.llm.width, config.persona_tokens
+        self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
+        if tokens:
+            self.query_encoder: nn.Module = (
+                encoder.query_encoder() if config.query_encoder == "trained" else QueryHead(encoder)
+            )
+            self.aggregator = build_aggregator(config.aggregator, temperature=config.temperature)
+            self.projector = Projector(
+                encoder.width,
+                hidden=config.projector_width or width,
+                tokens=tokens,
+                out=width,
+                labels=len(fitting.labels) if config.answers == "label" else 0,
+            )
+            # What users without any item get in place of the sum of eq. 4, which would be empty.
+            self.population = nn.Parameter(torch.randn(tokens, width))
+
+    def forward(self, queries: Sequence[str], history: HistoryBatch | None) -> SoftPrompt:
+        """Make the soft tokens of a batch.
+
+        Args:
+            queries: B texts.
+            history: their users' items; None is allowed where the plug has no persona tokens.
+        Returns:
+            (B, I + K, D), of the size of the language model's own embedded tokens.
+        """
+        parts = [self.instruction.expand(len(queries), -1, -1)]
+        if self.config.persona_tokens:
+            if history is None:
+                raise BadConfig("This plug has persona tokens; it needs a history for every query (it may be empty).")
+            parts.append(self.persona(queries, history))
+        return SoftPrompt(torch.cat(parts, dim=1) * self.fitting.embedding_scale)
+
+    def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
+        """P of eq. 4 before scaling, (B, K, D): Σ_i w_i · Proj(h_i); the population persona where there is no item."""
+        weights = self.weights(queries, history)
+        projected = self.projector(history.vectors, answers=history.answers)
+        summed = torch.einsum("bn,bnkd->bkd", weights, projected)
+        empty = ~history.mask.any(dim=1)
+        return torch.where(empty[:, None, None], self.population, summed)
+
+    def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
+        """w of eq. 3, (B, N): how much each item counts for its query."""
+        features = self.query_encoder.features(queries)  # type: ignore[operator]
+        query = self.query_encoder(features)
+        return self.aggregator(query, history.vectors, mask=history.mask)  # type: ignore[no-any-return]
+
+    def save_pretrained(self, folder: str | Path, *, facts: dict[str, Any] | None = None) -> None:
+        """Write the plug, its config and a model card; nothing of the models it belongs to.
+
+        Args:
+            folder: made if absent.
+            facts: what the card should tell of the training (data, steps, losses).
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
+        save_file(state, folder / _WEIGHTS)
+        about = {"format_version": FORMAT_VERSION, "config": asdict(self.config), "fitting": asdict(self.fitting)}
+        write_text(folder / _CARD, _card(self, facts=facts or {}))
+        # Last, since its presence says that the plug is complete.
+        write_json(folder / _CONFIG, about)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, encoder: Encoder, llm: LLMIdentity) -> PersonaPlug:
+        """Load a plug for the two models at hand.
+
+        Raises:
+            MissingData: if the folder holds no plug, or a broken or newer one.
+            EncoderMismatch: if it was trained with another encoder.
+            LLMMismatch: if it was trained for another language model.
+        """
+        folder = Path(folder)
+        about = _read_about(folder)
+        fitting = _read_fitting(about["fitting"])
+        if (fitting.llm.fingerprint, fitting.llm.width) != (llm.fingerprint, llm.width):
+            raise LLMMismatch(trained_for=fitting.llm.describe(), given=llm.describe())
+        plug = cls(read_plug_config(about["config"]), fitting=fitting, encoder=encoder)
+        try:
+            plug.load_state_dict(load_file(folder / _WEIGHTS))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise MissingData(f"{folder / _WEIGHTS} cannot be read as this plug's weights: {reason}") from error
+        return plug.eval()
+
+
+def read_plug_config(values: dict[str, Any]) -> PlugConfig:
+    """The PlugConfig of an artefact, checked like any other setting.
+
+    Raises:
+        BadConfig: for unknown keys or values out of range.
+    """
+    return with_values(Config(), {f"plug.{key}": value for key, value in values.items()}).plug
+
+
+def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
+    if config.instruction_tokens + config.persona_tokens == 0:
+        raise BadConfig("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
+    if config.answers == "label" and config.persona_tokens and not fitting.labels:
+        raise BadConfig("answers=label needs a task with a closed set of labels; this one has none. Use answers=text.")
+    if not encoder.identity.same_as(fitting.encoder):
+        raise EncoderMismatch("This plug", expected=fitting.encoder.describe(), found=encoder.identity.describe())
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        version = about["format_version"]
+        about["config"], about["fitting"]
+    except OSError as error:
+        raise MissingData(f"{folder} holds no plug: {_CONFIG} is missing. A finished training writes one.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise MissingData(f"{folder / _CONFIG} is not a plug's description ({type(error).__name__}).") from error
+    if version != FORMAT_VERSION:
+        raise MissingData(
+            f"{folder} has the format version {version}; this personaplug reads {FORMAT_VERSION}. Upgrade personaplug."
+        )
+    return dict(about)
+
+
+def _read_fitting(values: dict[str, Any]) -> Fitting:
+    return Fitting(
+        llm=LLMIdentity(**values["llm"]),
+        embedding_scale=float(values["embedding_scale"]),
+        encoder=EncoderIdentity.from_dict(values["encoder"]),
+        labels=tuple(values["labels"]),
+    )
+
+
+def _card(plug: PersonaPlug, *, facts: dict[str, Any]) -> str:
+    count = sum(parameter.numel() for parameter in plug.parameters())
+    settings = "\n".join(f"| {f.name} | {getattr(plug.config, f.name)} |" for f in fields(plug.config))
+    told = "\n".join(f"- {name}: {value}" for name, value in facts.items()) or "- (nothing was noted)"
+    return f"""---
+library_name: personaplug
+base_model: {plug.fitting.llm.name}
+tags: [personalization, soft-prompt]
+---
+
+# A persona plug for {plug.fitting.llm.name}
+
+Turns a user's history into {plug.config.persona_tokens} soft tokens, after {plug.config.instruction_tokens} that are
+the same for everybody, for a language model whose weights stay as they are. {count:,} trained values.
+
+It fits these two models only, and checks that on loading:
+
+- language model: {plug.fitting.llm.describe()}, revision {plug.fitting.llm.revision or "unknown"}
+- encoder: {plug.fitting.encoder.describe()}
+
+```python
+plug = PersonaPlug.from_pretrained("this folder", encoder=encoder, llm=backend.identity)
+```
+
+## Training
+
+{told}
+
+| setting | value |
+|---|---|
+{settings}
+
+## What it does not promise
+
+A gain over the plain model may be the task, learned by any soft token, and not the person: compare with the rows
+instruction-only and wrong-user of `personaplug evaluate`. Persona tokens are made from a user's texts and can give some of
+them away; treat them as personal data.
+"""

@@ -1,0 +1,212 @@
+"""A run: a folder that holds a resolved config, the task, the vectors, the trained plugs and the evaluations.
+
+    RUN/config.yaml               every setting, as resolved
+    RUN/run.json                  task, versions
+    RUN/vectors/                  item vectors (unless they are kept elsewhere)
+    RUN/plug/seed-0/              a trained plug; beside it log.jsonl and, while unfinished, the states to go on from
+    RUN/instruction-only/seed-0/  its control
+    RUN/evaluations/dev/          predictions in LaMP's format, scores per sample
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from personaplug.backends import choose_device, open_backend
+from personaplug.backends.hf import DecoderOnlyBackend, EncoderDecoderBackend
+from personaplug.config import Config, load_config, to_yaml
+from personaplug.data.base import Reader, Task
+from personaplug.encoder import Encoder, open_encoder
+from personaplug.errors import MissingData, RunConflict
+from personaplug.files import write_json, write_text
+from personaplug.plug import PersonaPlug
+from personaplug.records import Sample
+from personaplug.vectors import EncodedSample, VectorTable, encode_samples
+
+TRAINED = ("instruction-only", "plug")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two frozen models of a config, loaded."""
+
+    encoder: Encoder
+    backend: DecoderOnlyBackend | EncoderDecoderBackend
+
+
+def open_models(config: Config) -> Models:
+    """Load encoder and language model.
+
+    Raises:
+        MissingModel: if one of them is found nowhere.
+    """
+    encoder = open_encoder(config.model.encoder, device=choose_device(config.model.device))
+    return Models(encoder, open_backend(config.model))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and what it was made with.
+
+    Attributes:
+        folder: where everything lies.
+        config: resolved.
+        task: what is asked.
+        vectors: folder of the item vectors.
+    """
+
+    folder: Path
+    config: Config
+    task: Task
+    vectors: Path
+
+    @classmethod
+    def create(cls, folder: str | Path, *, config: Config, task: Task, vectors: str | Path | None = None) -> Run:
+        """Start a run, or go on with the same one.
+
+        Raises:
+            RunConflict: if the folder holds a run of another task or other settings of models, plug or training.
+        """
+        folder = Path(folder)
+        run = cls(folder, config, task, Path(vectors) if vectors else folder / "vectors")
+        if (folder / "run.json").exists():
+            run._check_same(cls.open(folder))
+        elif folder.exists() and any(folder.iterdir()):
+            raise RunConflict(f"{folder} is neither empty nor a run of personaplug. Choose another --out.")
+        run._write()
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Open a run that exists.
+
+        Raises:
+            MissingData: if the folder holds none.
+        """
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MissingData(f"{folder} holds no run: run.json is missing or broken. `personaplug train --out {folder}` "
+                              f"makes one.") from error
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["task"].items()}
+        return cls(folder, load_config(folder / "config.yaml"), Task(**fields), Path(about["vectors"]))
+
+    def plug_folder(self, name: str, *, seed: int) -> Path:
+        """Where the plug (or the control) of a seed is."""
+        return self.folder / name / f"seed-{seed}"
+
+    def trained(self, name: str, *, seed: int) -> bool:
+        """Whether the training of this plug has ended."""
+        return (self.plug_folder(name, seed=seed) / "plug.json").exists()
+
+    def load_plug(self, name: str, *, seed: int, models: Models) -> PersonaPlug:
+        """Load a trained plug.
+
+        Raises:
+            MissingData: if its training has not ended.
+        """
+        folder = self.plug_folder(name, seed=seed)
+        if not self.trained(name, seed=seed):
+            raise MissingData(f"{folder} holds no finished plug. Run the `personaplug train` of this run again to finish it"
+                              f"{' (with training.controls=true)' if name == 'instruction-only' else ''}.")
+        plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.backend.identity)
+        return plug.to(models.backend.device)
+
+    def open_vectors(self, encoder: Encoder) -> VectorTable:
+        """The run's table of item vectors."""
+        return VectorTable.open(self.vectors, encoder)
+
+    def read_samples(self, reader: Reader, table: VectorTable, *, limit: int = 0, seed: int = 0) -> list[EncodedSample]:
+        """Read a split into samples whose items are rows of the table; texts of histories do not stay in memory.
+
+        Args:
+            limit: take this many samples, drawn by `seed`; 0 = all.
+        """
+        samples: Iterable[Sample] = reader
+        if limit:
+            count = sum(1 for _ in reader)
+            chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
+            samples = (sample for index, sample in enumerate(reader) if index in chosen)
+        with_answer = self.config.plug.answers == "text"
+        return encode_samples(samples, table, labels=self.task.labels, with_answer=with_answer)
+
+    def check_unchanged(self, config: Config, *, sections: Sequence[str] = ("plug", "training")) -> None:
+        """Check that a config differs from the run's own in nothing that its plugs depend on.
+
+        Raises:
+            RunConflict: naming the settings that differ.
+        """
+        names = _differing(config, self.config, sections=sections)
+        if names:
+            raise RunConflict(f"{', '.join(names)} cannot be changed after training; {self.folder} was made with other "
+                              f"values. Leave them out, or train another run.")
+
+    def _check_same(self, there: Run) -> None:
+        names = _differing(self.config, there.config, sections=("model", "plug", "training"))
+        if self.task != there.task:
+            names.insert(0, "task")
+        if names:
+            raise RunConflict(
+                f"{self.folder} holds a run with another {', '.join(names)}. Repeat that run's settings "
+                f"(they are in its config.yaml) to go on with it, or choose another --out."
+            )
+
+    def _write(self) -> None:
+        about = {"task": asdict(self.task), "vectors": str(self.vectors), "versions": versions(),
+                 "machine": machine()}
+        write_text(self.folder / "config.yaml", to_yaml(self.config))
+        write_json(self.folder / "run.json", about)
+
+
+def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[str]:
+    left, right = asdict(one), asdict(other)
+    return [f"{s}.{key}" for s in sections for key in left[s] if left[s][key] != right[s][key]]
+
+
+def versions(packages: Sequence[str] = ("personaplug", "torch", "transformers", "sentence-transformers", "accelerate",
+                                        "numpy")) -> dict[str, str]:
+    """Versions of what results depend on."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run was made on, as far as it explains its time."""
+    import torch
+
+    about: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
+
+
+def peak_memory() -> int:
+    """Most memory this process has held, in bytes."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

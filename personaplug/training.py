@@ -1,0 +1,376 @@
+"""One loop that trains a plug in front of a frozen language model (PPlug, eq. 6), on Accelerate.
+
+What may be trained is the plug; the language model only passes gradients on. A stopped training resumes from its last
+state to the same plug as an unbroken one: the order of samples, the sub-histories and the dropout of a step depend on
+the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from personaplug.backends.base import Backend
+from personaplug.batching import View, epoch_batches, hold_out, seen_through
+from personaplug.checkpoint import drop_states, load_best, load_state, save_best, save_state
+from personaplug.config import PlugConfig, TrainingConfig
+from personaplug.data.base import Reader
+from personaplug.errors import BadConfig, MissingExtra, TrainingDiverged
+from personaplug.files import write_json
+from personaplug.personalizer import Personalizer
+from personaplug.plug import Fitting, PersonaPlug
+from personaplug.progress import Progress
+from personaplug.run import TRAINED, Models, Run, peak_memory
+from personaplug.vectors import EncodedSample, VectorTable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a training was.
+
+    Attributes:
+        steps: optimizer steps done.
+        samples: samples (views) trained on, passes counted.
+        best_step, best_loss: the checkpoint kept, and its validation loss per token.
+        seconds: time spent, over all resumptions.
+        train_samples, validation_samples: sizes of the two sides.
+    """
+
+    steps: int
+    samples: int
+    best_step: int
+    best_loss: float
+    seconds: float
+    train_samples: int
+    validation_samples: int
+
+
+def train(run: Run, reader: Reader, *, models: Models) -> list[Path]:
+    """Train the plugs of a run, and their controls; what is finished already is left as it is.
+
+    Args:
+        reader: the training split.
+    Returns:
+        The folders of the plugs.
+    Raises:
+        BadConfig, TrainingDiverged, StorageError: see `fit`.
+    """
+    config = run.config.training
+    table = run.open_vectors(models.encoder)
+    samples = run.read_samples(reader, table, limit=config.train_limit)
+    wanted = [(name, seed) for seed in config.seeds for name in (TRAINED if config.controls else ("plug",))]
+    return [_train_one(run, samples, models=models, table=table, name=name, seed=seed) for name, seed in wanted]
+
+
+def _train_one(
+    run: Run, samples: Sequence[EncodedSample], *, models: Models, table: VectorTable, name: str, seed: int
+) -> Path:
+    folder = run.plug_folder(name, seed=seed)
+    if run.trained(name, seed=seed):
+        logger.info("%s (seed %d) is trained already", name, seed)
+        return folder
+    plug = build_plug(run, models, name=name, seed=seed)
+    report = fit(plug, models.backend, table=table, samples=samples, config=run.config.training, seed=seed,
+                 folder=folder, title=f"{name} (seed {seed})")
+    facts = asdict(report) | {"task": run.task.name, "seed": seed}
+    write_json(folder / "fit.json", facts | {"peak_memory_bytes": peak_memory(),
+                                             "parameters": sum(p.numel() for p in plug.parameters())})
+    plug.save_pretrained(folder, facts=facts)
+    drop_states(folder)
+    return folder
+
+
+def build_plug(run: Run, models: Models, *, name: str, seed: int) -> PersonaPlug:
+    """A fresh plug (or its control) for the run's models, its first weights drawn by `seed`."""
+    identity = models.backend.identity
+    fitting = Fitting(identity, models.backend.embedding_scale, models.encoder.identity, run.task.labels)
+    config = run.config.plug if name == "plug" else instruction_only(run.config.plug)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        plug = PersonaPlug(config, fitting=fitting, encoder=models.encoder)
+    return plug.to(models.backend.device)
+
+
+def instruction_only(config: PlugConfig) -> PlugConfig:
+    """The control plug: as many soft tokens, none of them made from a history."""
+    return replace(config, instruction_tokens=config.instruction_tokens + config.persona_tokens, persona_tokens=0)
+
+
+def fit(
+    plug: PersonaPlug,
+    backend: Backend,
+    *,
+    table: VectorTable,
+    samples: Sequence[EncodedSample],
+    config: TrainingConfig,
+    seed: int,
+    folder: Path,
+    title: str = "train",
+    on_step: Callable[[], None] | None = None,
+) -> FitReport:
+    """Train `plug` in place and leave the best checkpoint's weights in it.
+
+    Args:
+        table: where the samples' item vectors are.
+        samples: the training split; the validation users are held out of it.
+        seed: of everything drawn at random.
+        folder: states, best plug and `log.jsonl`; a state found there is gone on from.
+        title: what the progress says.
+        on_step: called after each optimizer step.
+    Raises:
+        BadConfig: if a sample has no target, there are too few users, or more processes than samples in a step.
+        TrainingDiverged: if a loss is NaN or infinite; the last good state stays.
+        StorageError: if the disk is full; the last good state stays.
+    """
+    parts = _Fit(plug, backend, table=table, samples=samples, config=config, seed=seed, folder=folder, title=title)
+    return parts.run(on_step or (lambda: None))
+
+
+class _Fit:
+    """The parts of one training, held together."""
+
+    def __init__(
+        self,
+        plug: PersonaPlug,
+        backend: Backend,
+        *,
+        table: VectorTable,
+        samples: Sequence[EncodedSample],
+        config: TrainingConfig,
+        seed: int,
+        folder: Path,
+        title: str,
+    ) -> None:
+        _check_targets(samples)
+        self.backend, self.config, self.seed, self.folder, self.title = backend, config, seed, folder, title
+        self.train, self.validation = hold_out(
+            samples, share=config.validation_share, limit=config.validation_limit, seed=seed
+        )
+        self.lengths = _lengths(self.train, backend=backend)
+        self.accelerator = Accelerator(cpu=_on_cpu(backend))
+        if self.accelerator.num_processes > config.batch_size // 2:
+            if self.accelerator.num_processes > 1:
+                raise BadConfig(f"training.batch_size must be at least twice the processes "
+                                f"({self.accelerator.num_processes}); found {config.batch_size}.")
+        self.plug = plug
+        self.optimizer = torch.optim.AdamW(parameter_groups(plug, config), weight_decay=config.weight_decay)
+        self.state = load_state(folder, plug=plug, optimizer=self.optimizer)
+        self.wrapped, self.prepared = self.accelerator.prepare(plug, self.optimizer)
+        self.personalizer = Personalizer(plug, table=table, forward=self.wrapped)
+        self.per_epoch = len(self._batches(0))
+        planned = config.epochs * self.per_epoch
+        self.total = min(planned, config.max_steps) if config.max_steps else planned
+        self.every = config.validate_every or max(1, self.per_epoch // 4)
+
+    def run(self, on_step: Callable[[], None]) -> FitReport:
+        log = _Log(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
+        if self.state.step:
+            logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total)
+        with log, Progress(self.title, total=self.total, start=self.state.step, unit="steps") as progress:
+            while self.state.step < self.total and not self._out_of_patience():
+                began = time.monotonic()
+                batch = list(self._views(self.state.step))
+                loss, norm = self._step(batch)
+                self._count(len(batch), seconds=time.monotonic() - began)
+                rate = len(batch) / (time.monotonic() - began)
+                progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
+                log.write(step=self.state.step, loss=loss, gradient_norm=norm, samples_per_second=rate,
+                          learning_rate=self.config.learning_rate * self._schedule(self.state.step - 1),
+                          seconds_left=progress.seconds_left())
+                on_step()
+                self._look_after(log)
+        load_best(self.folder, self.state.best_step, plug=self.plug)
+        self.plug.eval()
+        return self._report()
+
+    def _step(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
+        """One optimizer step over all processes; the mean loss per token and the gradient's length before clipping."""
+        # Dropout of the trained encoder is drawn anew in each step, from the step's number alone.
+        torch.manual_seed((self.seed + 1) * 1_000_003 + self.state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._schedule(self.state.step)
+        self.wrapped.train()
+        mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
+        summed, tokens = self._loss(mine)
+        total = self.accelerator.reduce(torch.stack([summed.detach(), tokens.to(summed.dtype)]), reduction="sum")
+        loss = float(total[0] / total[1])
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"{self.title}: the loss became {loss} in step {self.state.step + 1}. The state of the last checkpoint "
+                f"is kept in {self.folder}. Train anew with a lower learning_rate (now {self.config.learning_rate:g}) "
+                f"or dtype=float32."
+            )
+        self.prepared.zero_grad()
+        # Processes average their gradients; the loss is a mean over the tokens of all of them.
+        self.accelerator.backward(summed * (self.accelerator.num_processes / total[1]))
+        norm = float(self.accelerator.clip_grad_norm_(self.plug.parameters(), self.config.clip_norm))
+        if not math.isfinite(norm):
+            raise TrainingDiverged(f"{self.title}: the gradient became {norm} in step {self.state.step + 1}. Train anew "
+                                   f"with a lower learning_rate (now {self.config.learning_rate:g}) or dtype=float32.")
+        self.prepared.step()
+        return loss, norm
+
+    def _loss(self, samples: Sequence[EncodedSample]) -> tuple[torch.Tensor, torch.Tensor]:
+        soft = self.personalizer.soft_prompt(samples)
+        targets = [sample.target or "" for sample in samples]
+        losses, tokens = self.backend.loss([sample.prompt for sample in samples], targets, soft=soft)
+        return losses.sum(), tokens.sum()
+
+    def _look_after(self, log: _Log) -> None:
+        """Validate and save where it is time to."""
+        last = self.state.step == self.total
+        validate = last or self.state.step % self.every == 0
+        if validate:
+            began = time.monotonic()
+            loss = self._validate()
+            self.state.seconds += time.monotonic() - began
+            log.write(step=self.state.step, validation_loss=loss)
+            self._judge(loss)
+        if (validate or self.state.step % self.config.checkpoint_every == 0) and self.accelerator.is_main_process:
+            save_state(self.folder, self.state, plug=self.plug, optimizer=self.optimizer)
+        self.accelerator.wait_for_everyone()
+
+    def _judge(self, loss: float) -> None:
+        if loss < self.state.best_loss:
+            self.state.best_step, self.state.best_loss, self.state.worse = self.state.step, loss, 0
+            if self.accelerator.is_main_process:
+                save_best(self.folder, self.state.step, plug=self.plug)
+        else:
+            self.state.worse += 1
+        if not self.state.best_step:
+            raise TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}.")
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss per token of the held-out users, with their whole histories."""
+        self.wrapped.eval()
+        summed, tokens, size = 0.0, 0, self.config.batch_size
+        ordered = sorted(self.validation, key=lambda sample: len(sample.prompt))
+        for start in range(0, len(ordered), size):
+            part, count = self._loss(ordered[start : start + size])
+            summed, tokens = summed + float(part), tokens + int(count)
+        return summed / tokens
+
+    def _views(self, step: int) -> Iterator[EncodedSample]:
+        epoch, offset = divmod(step, self.per_epoch)
+        for view in self._batches(epoch)[offset]:
+            yield seen_through(self.train[view.index], view, seed=self.seed, epoch=epoch)
+
+    def _batches(self, epoch: int) -> list[list[View]]:
+        if getattr(self, "_planned", (-1, []))[0] != epoch:
+            batches = epoch_batches(self.lengths, batch_size=self.config.batch_size, views=self.config.views,
+                                    seed=self.seed, epoch=epoch)
+            self._planned: tuple[int, list[list[View]]] = (epoch, batches)
+        return self._planned[1]
+
+    def _schedule(self, step: int) -> float:
+        """Share of the peak rate in a step: linear warm-up, then linear decay to 0."""
+        warm = max(1, math.ceil(self.config.warmup_share * self.total))
+        if step < warm:
+            return (step + 1) / warm
+        return (self.total - step) / max(1, self.total - warm)
+
+    def _out_of_patience(self) -> bool:
+        return bool(self.config.patience) and self.state.worse >= self.config.patience
+
+    def _count(self, samples: int, *, seconds: float) -> None:
+        self.state.step += 1
+        self.state.samples += samples
+        self.state.seconds += seconds
+
+    def _report(self) -> FitReport:
+        return FitReport(
+            steps=self.state.step,
+            samples=self.state.samples,
+            best_step=self.state.best_step,
+            best_loss=self.state.best_loss,
+            seconds=round(self.state.seconds, 1),
+            train_samples=len(self.train),
+            validation_samples=len(self.validation),
+        )
+
+
+def parameter_groups(plug: PersonaPlug, config: TrainingConfig) -> list[dict[str, Any]]:
+    """The plug's parameters with their peak learning rates: the trained copy of the encoder has a rate of its own."""
+    whole_encoder = plug.config.query_encoder == "trained"
+    named = list(plug.named_parameters())
+    slow = [value for name, value in named if whole_encoder and name.startswith("query_encoder.")]
+    fast = [value for name, value in named if not (whole_encoder and name.startswith("query_encoder."))]
+    groups = [{"params": fast, "peak": config.learning_rate}]
+    if slow:
+        groups.append({"params": slow, "peak": config.encoder_learning_rate})
+    return groups
+
+
+class _Log:
+    """`log.jsonl`: one JSON object a line, and TensorBoard events beside it if asked for."""
+
+    def __init__(self, folder: Path, *, after: int, tensorboard: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.jsonl"
+        _drop_later_lines(path, after=after)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _open_board(folder) if tensorboard else None
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, *, step: int, **values: float | None) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
+
+
+def _drop_later_lines(path: Path, *, after: int) -> None:
+    """Forget the steps that a resumed run is going to do again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= after:
+                kept.append(line)
+        except ValueError:
+            break
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _open_board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtra("training.tensorboard=true", extra="tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _check_targets(samples: Sequence[EncodedSample]) -> None:
+    without = sum(sample.target is None for sample in samples)
+    if without:
+        raise BadConfig(f"Training needs an answer for every sample; {without} of {len(samples)} have none.")
+
+
+def _lengths(samples: Sequence[EncodedSample], *, backend: Backend) -> list[int]:
+    return [measure.tokens for measure in backend.measure([sample.prompt for sample in samples])]
+
+
+def _on_cpu(backend: Backend) -> bool:
+    return getattr(backend, "device", torch.device("cpu")).type == "cpu"

@@ -222,7 +222,7 @@ class TextEncoder:
         return _to_numpy(_embed(self._model, features, task="document"))
 
     def _cut(self, texts: Sequence[str], features: dict[str, Tensor]) -> int:
-        """How many texts lost their end. Only rows as long as the limit can have, so only they are measured"""
+        """How many texts lost their end; only rows as long as the limit may have, so others go unmeasured."""
         limit, mask = self.identity.max_length, features.get("attention_mask")
         if limit is None or mask is None or mask.shape[1] < limit:
             return 0
@@ -499,4 +499,3 @@ def _place(feature: str, width: int, seed: int) -> tuple[int, int]:
     seeded = f"{seed} {feature}".encode("utf-8", "surrogatepass")
     number = int.from_bytes(hashlib.blake2b(seeded, digest_size=8).digest(), "little")
     return (number >> 1) % width, 1 if number & 1 else -1
-

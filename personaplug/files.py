@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ def write_text(path: Path, text: str) -> None:
     attempt = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        attempt.write_text(text, encoding="utf-8")
+        # A lone half of a surrogate pair, which JSON may spell and UTF-8 may not, is written as its escape.
+        attempt.write_bytes(text.encode("utf-8", "backslashreplace"))
         attempt.replace(path)
     except OSError as error:
-        attempt.unlink(missing_ok=True)
+        with suppress(OSError):
+            attempt.unlink()
         raise _unwritten(path, error) from error
 
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from personaplug.aggregators import build_aggregator
-from personaplug.backends.base import LLMIdentity
 from personaplug.config import Config, PlugConfig, with_values
 from personaplug.encoder import Encoder, EncoderIdentity
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text
 from personaplug.soft_prompt import SoftPrompt
+from personaplug.weights import LLMIdentity
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS, _CARD = "plug.json", "plug.safetensors", "README.md"

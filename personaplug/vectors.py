@@ -50,8 +50,8 @@ class VectorTable:
     """Item vectors of one encoder in a folder; any number of readers, one writer at a time.
 
     A writer appends and syncs vectors first and commits their keys second, so whatever stops it, the index
-    never points at a vector that is not there. Nothing but the memory map is held open: a table may be used by
-    several threads, and by processes that are forked or spawned from this one.
+    never points at a vector that is not there. Nothing but the memory map is held open: a table may be used
+    by several threads, and by processes that are forked or spawned from this one.
 
     Attributes:
         folder: where it is.
@@ -425,7 +425,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _index_error(folder: Path, error: sqlite3.Error) -> UserError | StorageError:
     name = getattr(error, "sqlite_errorname", "")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return UserError(f"Another process is writing to the vector table {folder}. Try again when it is done.")
+        return UserError(f"Another process is writing to the vector table {folder}. Try again after it.")
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or not (folder / "index.sqlite").exists():
         return UserError(f"The index of the vector table {folder} is damaged. Delete it and encode again.")
     return StorageError(

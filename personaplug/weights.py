@@ -72,6 +72,27 @@ _SAMPLED_VALUES = 64
 _RECIPE = b"gguf -> bf16 safetensors, 1"
 
 
+@dataclass(frozen=True)
+class LLMIdentity:
+    """Which language model a plug belongs to.
+
+    Attributes:
+        name: hub name or folder, as asked for; it may differ between machines.
+        revision: the hub's commit where one is known.
+        fingerprint: of the weights, the same in float32 and bfloat16.
+        width: D, the width of its embeddings.
+    """
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    width: int
+
+    def describe(self) -> str:
+        """One line for messages."""
+        return f"{self.name} (weights {self.fingerprint}, width {self.width})"
+
+
 def find_model(name: str) -> Path:
     """Return a local folder that holds the model, in the form transformers and sentence-transformers load.
 
@@ -280,7 +301,7 @@ def _save_as(target: Path, *, model: Any, tokenizer: Any) -> None:
 
 
 def _distinct_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters by name; tied ones once, by their first name in the alphabet, however they are registered."""
+    """Parameters by name; tied ones once, by their first name in the alphabet."""
     seen: set[int] = set()
     for name, parameter in sorted(module.named_parameters(remove_duplicate=False), key=lambda pair: pair[0]):
         if id(parameter) not in seen:

@@ -25,7 +25,10 @@ REVIEW = "What is the score of the following review on a scale of 1 to 5? review
 
 
 def question(number: int | str = 1, **changes: Any) -> dict[str, Any]:
-    items = [{"id": "i1", "text": f"{SECRET} one", "score": "4"}, {"id": "i2", "text": f"{SECRET} two", "score": 5}]
+    items = [
+        {"id": "i1", "text": f"{SECRET} one", "score": "4"},
+        {"id": "i2", "text": f"{SECRET} two", "score": 5},
+    ]
     return {"id": number, "user_id": "u", "input": f"{REVIEW}{SECRET}", "profile": items, **changes}
 
 
@@ -89,13 +92,16 @@ def test_the_query_is_what_follows_the_first_marker(name: str) -> None:
         ('The "Big" One', 'Another "quoted"'),
         ('Ends in a quote"', '"Begins with one'),
         ("[2]: not a candidate", "[1]: neither"),
-        ("Two\nlines", "", ),
+        (
+            "Two\nlines",
+            "",
+        ),
     ],
 )
 def test_lamp_1_takes_the_candidates_whatever_quotes_they_hold(first: str, second: str) -> None:
     prompt = (
-        'For an author who has written the paper with the title "Own "quoted", title [1]: "x"", which reference is '
-        f'related? Just answer with [1] or [2] without explanation. [1]: "{first}" [2]: "{second}"'
+        'For an author who has written the paper with the title "Own "quoted", title [1]: "x"", which reference '
+        f'is related? Just answer with [1] or [2] without explanation. [1]: "{first}" [2]: "{second}"'
     )
     assert query_of(LAMP_TASKS["LaMP_1"], prompt) == f"{first} {second}"
     assert query_of(parse_task({"name": "Citation", "like": "LaMP-1"}), prompt) == f"{first} {second}"
@@ -307,8 +313,11 @@ def test_the_latest_items_are_kept_and_the_cut_is_counted(tmp_path: Path, cap: i
     assert (reader.report.cut_items, reader.report.items) == (3 - cap, cap)
 
 
-@pytest.mark.parametrize("value", ["", "soon", "2015-13-01", "2015-02-30", "2015/01/01", "0000", "2015-01-01 25:00",
-                                   "15", 15, True, ["2015"], "1433116800"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    ["", "soon", "2015-13-01", "2015-02-30", "2015/01/01", "0000", "2015-01-01 25:00", "15", 15, True, ["2015"],
+     "1433116800"],
+)  # fmt: skip
 def test_a_malformed_date_is_refused(value: object) -> None:
     with pytest.raises(Flaw):
         as_moment(value)
@@ -316,8 +325,9 @@ def test_a_malformed_date_is_refused(value: object) -> None:
 
 def test_values_as_text() -> None:
     assert [as_text(value, "it") for value in ("a", 3, 3.0, 2.5)] == ["a", "3", "3", "2.5"]
-    for value in (None, True, [], {}, float("nan"), float("inf"), "\ud83d"):
-        with pytest.raises(Flaw, match="^it is"):
+    refused: list[object] = [None, True, [], {}, float("nan"), float("inf"), "\ud83d"]
+    for value in refused:
+        with pytest.raises(Flaw, match="it is"):
             as_text(value, "it")
 
 
@@ -336,8 +346,14 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "user of a wrong type": (question(2, user_id={"a": SECRET}), "(id 2): its 'user_id' is an object"),
     "no profile": (without(question(2), "profile"), "(id 2): its 'profile' is missing"),
     "profile no list": (question(2, profile={SECRET: 1}), "(id 2): its 'profile' is not a list"),
-    "item no object": (question(2, profile=[ITEM, SECRET]), "(id 2): item 2 of its profile: it is not a JSON"),
-    "item without id": (question(2, profile=[without(ITEM, "id")]), "item 1 of its profile: its 'id' is missing"),
+    "item no object": (
+        question(2, profile=[ITEM, SECRET]),
+        "(id 2): item 2 of its profile: it is not a JSON",
+    ),
+    "item without id": (
+        question(2, profile=[without(ITEM, "id")]),
+        "item 1 of its profile: its 'id' is missing",
+    ),
     "item without field": (question(2, profile=[without(ITEM, "score")]), "its 'score' is missing"),
     "item with a wrong type": (question(2, profile=[{**ITEM, "text": [SECRET]}]), "its 'text' is a list"),
     "item with a bad date": (question(2, profile=[{**ITEM, "date": SECRET}]), "its 'date' is not one of"),
@@ -359,7 +375,8 @@ def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: P
         read(tmp_path)
     shown = "".join(traceback.format_exception(caught.value))
     assert caught.value.file.endswith("dev_questions.json")
-    assert SECRET not in str(caught.value) and f"{SECRET} x" not in shown
+    assert SECRET not in str(caught.value)
+    assert f"{SECRET} x" not in shown
     # Where the question's own id is lost, its gold is left over as a second problem.
     reader = LampReader(tmp_path, "dev", skip_bad=2)
     assert [sample.id for sample in reader] == ["1", "3"]
@@ -370,8 +387,8 @@ def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: P
 @pytest.mark.parametrize(
     ("bad_gold", "message"),
     [
-        ({"id": 2}, "question 2 (id 2): its gold's 'output' is missing"),
-        (gold(2, None), "its gold's 'output' is null"),
+        ({"id": 2}, "question 2 (id 2): its gold: its 'output' is missing"),
+        (gold(2, None), "its gold: its 'output' is null"),
         (gold(2, "6"), "its answer is none of the 5 labels"),
         (gold(1), "question 1 (id 1): two golds have its id"),
     ],
@@ -423,7 +440,7 @@ def test_broken_json_is_never_skipped(tmp_path: Path, content: bytes, position: 
 def test_broken_gzip_is_never_skipped(tmp_path: Path, keep: int) -> None:
     packed = gzip.compress(json.dumps([question(number) for number in range(200)]).encode())
     (tmp_path / "dev_questions.json.gz").write_bytes(packed[:keep])
-    with pytest.raises(BadRecord, match="dev_questions.json.gz"):
+    with pytest.raises(BadRecord, match=r"dev_questions\.json\.gz"):
         read(tmp_path, task="LaMP_3", skip_bad=9)
     (tmp_path / "dev_questions.json.gz").write_bytes(b"[] is no gzip")
     with pytest.raises(BadRecord, match="gzip"):
@@ -434,7 +451,9 @@ def test_missing_files_say_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no data folder"):
         LampReader(tmp_path / "nowhere", "dev")
     put(tmp_path, [question()], [gold()], split="train")
-    with pytest.raises(MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*there: train"):
+    with pytest.raises(
+        MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*there: train"
+    ):
         LampReader(tmp_path, "dev")
 
 
@@ -477,11 +496,18 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
 
 
 def item(number: int, day: date | None = None) -> HistoryItem:
-    return HistoryItem(f"i{number}", (("text", f'é "{number}" \n{{x}}'), ("score", str(number))), "score", day)
+    return HistoryItem(
+        f"i{number}", (("text", f'é "{number}" \n{{x}}'), ("score", str(number))), "score", day
+    )
 
 
 def sample(name: str, **changes: Any) -> Sample:
-    values: dict[str, Any] = {"user_id": "u", "query": "good 😀", "target": "4", "history": (item(1), item(2))}
+    values: dict[str, Any] = {
+        "user_id": "u",
+        "query": "good 😀",
+        "target": "4",
+        "history": (item(1), item(2)),
+    }
     return Sample(id=name, prompt=f"{REVIEW}good 😀", **{**values, **changes})
 
 
@@ -489,7 +515,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     samples = [
         sample("a"),
         sample("b", user_id=None, history=()),
-        sample("c", history=(item(1, date(2014, 1, 1)), item(2, date(2015, 2, 3)), item(3, date(2015, 2, 3)))),
+        sample(
+            "c", history=(item(1, date(2014, 1, 1)), item(2, date(2015, 2, 3)), item(3, date(2015, 2, 3)))
+        ),
     ]
     write_lamp(iter(samples), tmp_path / "new" / "folder", "dev", task=LAMP_TASKS["LaMP_3"])
     reader = LampReader(tmp_path / "new" / "folder", "dev")

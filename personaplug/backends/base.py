@@ -6,37 +6,15 @@ A backend knows soft prompts and nothing of users. None of its weights ever chan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from personaplug.errors import BadConfig
 from personaplug.soft_prompt import SoftPrompt
-
-
-@dataclass(frozen=True)
-class LLMIdentity:
-    """Which language model a plug belongs to.
-
-    Attributes:
-        name: hub name or folder, as asked for; it may differ between machines.
-        revision: the hub's commit where one is known.
-        fingerprint: of the weights, the same in float32 and bfloat16.
-        width: D, the width of its embeddings.
-    """
-
-    name: str
-    revision: str | None
-    fingerprint: str
-    width: int
-
-    def describe(self) -> str:
-        return f"{self.name} (weights {self.fingerprint}, width {self.width})"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from personaplug.weights import LLMIdentity
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from personaplug.backends.base import Generation, GenerationConfig, LLMIdentity, Measure, pad
+from personaplug.backends.base import Generation, GenerationConfig, Measure, pad
 from personaplug.backends.rendering import Renderer
 from personaplug.errors import MissingModel
 from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, splice
-from personaplug.weights import find_model, fingerprint, quiet_unless_terminal, revision_of
+from personaplug.weights import LLMIdentity, find_model, fingerprint, quiet_unless_terminal, revision_of
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,7 @@ class EncoderDecoderBackend(HFBackend):
         states = self.model.get_encoder()(inputs_embeds=batch.embeds, attention_mask=batch.mask)
         columns = []
         for answer in self.renderer.answers(labels):
-            wanted = torch.tensor(answer, device=self.device).expand(len(prompts), -1)
+            wanted = torch.tensor([answer] * len(prompts), device=self.device)
             logits = self.model(encoder_outputs=states, attention_mask=batch.mask, labels=wanted).logits
             columns.append(-_token_loss(logits, wanted)[0])
         return torch.stack(columns, dim=1)

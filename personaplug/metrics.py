@@ -1,0 +1,332 @@
+"""What an answer is worth: LaMP's metrics, their directions, and what counts as an invalid answer.
+
+Every metric is a function of *means of per-sample statistics*. An accuracy is the mean of hits, an RMSE the
+root of a mean of squares, a macro-F1 a formula over mean one-hots. So an average over seeds and a bootstrap
+need only the statistics, never the texts again, and both are exact for metrics that are no plain means.
+
+The rules are LaMP's to the letter (`eval/evaluation.py` of the LaMP repository): predictions and golds are
+stripped first.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personaplug.errors import BadConfig, ShapeMismatch
+
+Array = NDArray[np.float64]
+
+FALLBACKS = ("lamp", "pplug")
+
+
+class Metric(ABC):
+    """A score of predictions against golds.
+
+    Attributes:
+        name: as tasks and results files write it.
+        greater_is_better: its direction; False for errors.
+    """
+
+    name: ClassVar[str]
+    greater_is_better: ClassVar[bool] = True
+
+    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp") -> None:
+        """Take what a task declares; a metric uses the part of it that it needs.
+
+        Args:
+            labels: the closed set of answers, in order; needed by all but ROUGE.
+            fallback: how a rating that is no number is scored, "lamp" or "pplug".
+        Raises:
+            BadConfig: if the labels do not fit the metric, or the fallback is unknown.
+        """
+        if fallback not in FALLBACKS:
+            raise BadConfig(f"The rating fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
+        self.labels = tuple(label.strip() for label in labels)
+        self.fallback = fallback
+
+    @abstractmethod
+    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        """Return what the metric averages, sample by sample: (n, d).
+
+        Raises:
+            ShapeMismatch: if there are more predictions than golds, or fewer.
+        """
+
+    def value(self, means: Array) -> Array:
+        """Return the metric of means of statistics: (..., d) to (...)."""
+        first: Array = means[..., 0]
+        return first
+
+    def score(self, predictions: Sequence[str], golds: Sequence[str]) -> float:
+        """Return the metric of these samples; NaN without samples.
+
+        Raises:
+            ShapeMismatch: if there are more predictions than golds, or fewer.
+        """
+        return value_of(self.statistics(predictions, golds), self)
+
+
+def value_of(stats: Array, metric: Metric) -> float:
+    """Return the metric of per-sample statistics (n, d); NaN without samples."""
+    if not len(stats):
+        return float("nan")
+    # A rating of "1e200" squares to infinity: that is its score, not an accident worth a warning.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(metric.value(stats.mean(axis=0)))
+
+
+class _LabelMetric(Metric):
+    """A metric on a closed set of labels: exact, case-sensitive match; anything else is wrong."""
+
+    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp") -> None:
+        super().__init__(labels, fallback=fallback)
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise BadConfig(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
+        self._index = {label: index for index, label in enumerate(self.labels)}
+
+    def _classes(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """The label's index of each text, -1 for anything else: (n,)."""
+        return np.array([self._index.get(text.strip(), -1) for text in texts], dtype=np.int64)
+
+
+class Accuracy(_LabelMetric):
+    """The share of answers that are the gold label.
+
+    On a rating task too the labels are compared as texts: "4.0" is not "4". A gold outside the labels is
+    never hit.
+    """
+
+    name = "accuracy"
+
+    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        """Return 1 for a hit, else 0: (n, 1)."""
+        _check_paired(predictions, golds)
+        said, meant = self._classes(predictions), self._classes(golds)
+        hits = np.asarray((said == meant) & (said >= 0), dtype=np.float64)
+        return hits.reshape(-1, 1)
+
+
+class MacroF1(_LabelMetric):
+    """The mean over all labels of F1 = 2·TP / (predicted + gold).
+
+    Equals scikit-learn's f1_score(labels=range(C), average="macro", zero_division=0): an invalid answer
+    lowers its gold label's recall and no label's precision; a label neither predicted nor gold counts 0.
+    """
+
+    name = "f1"
+
+    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        """Return one-hots of true positive, predicted and gold label, side by side: (n, 3·C)."""
+        _check_paired(predictions, golds)
+        said, meant = self._one_hot(predictions), self._one_hot(golds)
+        return np.concatenate([said * meant, said, meant], axis=1)
+
+    def value(self, means: Array) -> Array:
+        """Return the macro-F1 of mean one-hots: (..., 3·C) to (...)."""
+        hits, said, meant = np.split(means, 3, axis=-1)
+        total = said + meant
+        each = np.divide(2 * hits, total, out=np.zeros_like(total), where=total != 0)
+        return np.asarray(each.mean(axis=-1))
+
+    def _one_hot(self, texts: Sequence[str]) -> Array:
+        classes = self._classes(texts)
+        return np.asarray(classes[:, None] == np.arange(len(self.labels)), dtype=np.float64)
+
+
+class _RatingMetric(Metric):
+    """An error of ratings, which are read as numbers.
+
+    The rating is float() of the stripped text, not clipped: "42" is 42, and "nan" makes the whole score NaN,
+    as in LaMP. For a text that is no number there are two rules by name:
+
+    - "lamp": the farthest end of the scale; of two equally far ends the highest (gold 3 on 1..5 gives 5).
+    - "pplug": the first ASCII digit in the text, else 1.0, as in PPlug's released code. Only ASCII digits
+      count, because "²".isnumeric() is true while int("²") raises.
+    """
+
+    greater_is_better = False
+
+    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp") -> None:
+        super().__init__(labels, fallback=fallback)
+        scale = [number for number in map(_number, self.labels) if number is not None and np.isfinite(number)]
+        if not scale or len(scale) < len(self.labels):
+            raise BadConfig(f"{self.name} needs finite numbers as labels, the scale; found {list(labels)}.")
+        self.low, self.high = min(scale), max(scale)
+
+    def _errors(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        """Predicted minus gold rating: (n,)."""
+        _check_paired(predictions, golds)
+        meant = [self._gold(text, place) for place, text in enumerate(golds, start=1)]
+        said = [self._rating(text, gold) for text, gold in zip(predictions, meant, strict=True)]
+        return np.array(said, dtype=np.float64) - np.array(meant, dtype=np.float64)
+
+    def _rating(self, text: str, gold: float) -> float:
+        number = _number(text)
+        if number is not None:
+            return number
+        if self.fallback == "pplug":
+            digit = re.search("[0-9]", text)
+            return float(digit.group()) if digit else 1.0
+        return self.low if abs(self.low - gold) > abs(self.high - gold) else self.high
+
+    def _gold(self, text: str, place: int) -> float:
+        number = _number(text)
+        if number is None or not np.isfinite(number):
+            raise BadConfig(
+                f"{self.name} compares numbers, and the gold answer of sample {place} is none. "
+                f"Choose other metrics for this task, or mend its answers."
+            )
+        return number
+
+
+class MeanAbsoluteError(_RatingMetric):
+    """The mean distance between rating and gold."""
+
+    name = "mae"
+
+    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        """Return absolute errors: (n, 1)."""
+        return np.abs(self._errors(predictions, golds))[:, None]
+
+
+class RootMeanSquaredError(_RatingMetric):
+    """The root of the mean squared distance between rating and gold."""
+
+    name = "rmse"
+
+    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        """Return squared errors: (n, 1)."""
+        with np.errstate(over="ignore"):
+            return np.square(self._errors(predictions, golds))[:, None]
+
+    def value(self, means: Array) -> Array:
+        """Return the root of mean squared errors: (..., 1) to (...)."""
+        return np.sqrt(means[..., 0])
+
+
+class _Rouge(Metric):
+    """ROUGE's F-measure on lower-cased words, without stemmer, averaged over samples.
+
+    Equal to Google's `rouge_score` sample by sample. LaMP reports the middle of a bootstrap over samples,
+    whose expectation is this mean; the two differ by resampling noise only.
+
+    Source: Lin, "ROUGE: a Package for Automatic Evaluation of Summaries", 2004.
+    """
+
+    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        """Return F-measures: (n, 1)."""
+        _check_paired(predictions, golds)
+        pairs = zip(predictions, golds, strict=True)
+        return np.array(
+            [self._f_measure(_words(said), _words(meant)) for said, meant in pairs], dtype=np.float64
+        ).reshape(-1, 1)
+
+    def _f_measure(self, said: list[str], meant: list[str]) -> float:
+        """2·P·R / (P + R) with P = common / said, R = common / meant; that is 2·common / (said + meant)."""
+        total = len(said) + len(meant)
+        return 2 * self._common(said, meant) / total if total else 0.0
+
+    @abstractmethod
+    def _common(self, said: list[str], meant: list[str]) -> int:
+        """How many words both texts share, in this metric's sense."""
+
+
+class Rouge1(_Rouge):
+    """ROUGE-1: words in common, in any order, each as often as both texts have it."""
+
+    name = "rouge_1"
+
+    def _common(self, said: list[str], meant: list[str]) -> int:
+        return (Counter(said) & Counter(meant)).total()
+
+
+class RougeL(_Rouge):
+    """ROUGE-L: the longest common subsequence of words."""
+
+    name = "rouge_l"
+
+    def _common(self, said: list[str], meant: list[str]) -> int:
+        return longest_common_subsequence(said, meant)
+
+
+METRICS: dict[str, type[Metric]] = {
+    metric.name: metric
+    for metric in (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL)
+}
+
+
+def get_metric(name: str, *, labels: Sequence[str] = (), fallback: str = "lamp") -> Metric:
+    """Return a metric by name.
+
+    Args:
+        name: one of `METRICS`.
+        labels: the task's labels; needed by all but ROUGE.
+        fallback: how a rating that is no number is scored, "lamp" or "pplug".
+    Raises:
+        BadConfig: for an unknown name or fallback, or labels that do not fit the metric.
+    """
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise BadConfig(f"There is no metric {name!r}.{hint} Known are {', '.join(METRICS)}.")
+    return METRICS[name](labels, fallback=fallback)
+
+
+def is_invalid(prediction: str, *, kind: str, labels: Sequence[str]) -> bool:
+    """Say whether an answer is none of the task's answers: outside the labels, or, for kind "text", empty.
+
+    A rating of "3." is invalid and still scored as 3: the rate tells how often the model left the form, not
+    what that cost.
+    """
+    answer = prediction.strip()
+    return not answer if kind == "text" else answer not in {label.strip() for label in labels}
+
+
+def invalid_rate(predictions: Iterable[str], *, kind: str, labels: Sequence[str]) -> float:
+    """Return the share of invalid answers; NaN without answers."""
+    found = [is_invalid(prediction, kind=kind, labels=labels) for prediction in predictions]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence.
+
+    One row of the usual table is one integer: a zero bit stands where the row steps up by one, so a row costs
+    a few operations on whole integers, not one per cell.
+
+    Source: Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004.
+    """
+    places: dict[str, int] = {}
+    for index, word in enumerate(left):
+        places[word] = places.get(word, 0) | 1 << index
+    everywhere = (1 << len(left)) - 1
+    row = everywhere
+    for word in right:
+        matches = row & places.get(word, 0)
+        row = ((row + matches) | (row - matches)) & everywhere
+    return len(left) - row.bit_count()
+
+
+def _words(text: str) -> list[str]:
+    """The words that ROUGE counts: runs of a-z and 0-9 after lower-casing; other characters only separate."""
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.strip())
+    except ValueError:
+        return None
+
+
+def _check_paired(predictions: Sequence[str], golds: Sequence[str]) -> None:
+    if len(predictions) != len(golds):
+        raise ShapeMismatch(f"Expected {len(golds)} predictions, one per gold; found {len(predictions)}.")

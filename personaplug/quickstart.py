@@ -1,0 +1,82 @@
+"""The quickstart: simulated users with known tastes, real models, the whole way from data to a table of controls.
+
+Since the simulation knows every user's taste, the table can show the best score that anyone could reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from personaplug.conditions import CONDITIONS
+from personaplug.config import Config, load_config, to_yaml
+from personaplug.data import load_task, open_dataset
+from personaplug.data.simulated import SimulatedConfig, write_simulation
+from personaplug.evaluation import evaluate
+from personaplug.files import write_json
+from personaplug.generation import reply
+from personaplug.personalizer import Personalizer
+from personaplug.records import Sample
+from personaplug.report import results_table
+from personaplug.run import Models, Run, open_models
+from personaplug.training import train
+
+USERS = SimulatedConfig(users=400, dev_users=150, dev_queries_per_user=2)
+SETTINGS = ("answers=label", "query_encoder=head", "persona_tokens=1", "epochs=2", "learning_rate=2e-3")
+_SIDE_BY_SIDE = 6
+
+
+def run_quickstart(out: Path, *, config_file: Path | None = None, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Simulate, train, evaluate, print; returns the results object. Repeated, it goes on where it stopped.
+
+    Args:
+        out: gets `data/`, `run/` and `results.json`.
+        settings: key=value words on top of the quickstart's own.
+    """
+    config = load_config(config_file, overrides=settings, base=load_config(overrides=SETTINGS))
+    click.echo(to_yaml(config), err=True)
+    data = out / "data"
+    click.echo(f"1. {USERS.users} simulated users to learn from and {USERS.dev_users} others to test on, in {data}")
+    write_simulation(USERS, data)
+    models = open_models(config)
+    run = Run.create(out / "run", config=config, task=load_task(data))
+    click.echo(f"2. training a plug for {config.model.llm}, and its control without history")
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    click.echo("3. the plug, its controls, and what someone who knew every taste would score")
+    reader = open_dataset(data, "dev", task=run.task)
+    results = evaluate(run, reader, split="dev", conditions=list(CONDITIONS.values()), config=config.evaluation,
+                       models=models, oracle=data / "dev_oracle.json")
+    write_json(out / "results.json", results)
+    click.echo("\n" + results_table(results))
+    click.echo("4. the same films for two users, as the model with their personas rates them\n")
+    click.echo(_side_by_side(run, config, models, samples=list(reader)))
+    click.echo(f"\nwritten to {out / 'results.json'}; the run is in {run.folder}")
+    return results
+
+
+def _side_by_side(run: Run, config: Config, models: Models, *, samples: Sequence[Sample]) -> str:
+    """Films as rows, the kindest and the strictest test user as columns."""
+    strict, kind = _extremes(samples)
+    personalizer = Personalizer(run.load_plug("plug", seed=config.training.seeds[0], models=models))
+    head = [f"{'film':<86}", f"{_mean_given(strict):.1f} given so far", f"{_mean_given(kind):.1f} given so far", "plain"]
+    lines = [" | ".join(head)]
+    for sample in samples[:: max(1, len(samples) // _SIDE_BY_SIDE)][:_SIDE_BY_SIDE]:
+        answers = [
+            reply(sample.prompt, items, run=run, models=models, personalizer=who, config=config.evaluation)
+            for items, who in ((strict.history, personalizer), (kind.history, personalizer), ((), None))
+        ]
+        lines.append(" | ".join([f"{sample.query[:86]:<86}", *(f"{a:^16}" for a in answers[:2]), answers[2]]))
+    return "\n".join(lines)
+
+
+def _extremes(samples: Sequence[Sample]) -> tuple[Sample, Sample]:
+    with_history = sorted((s for s in samples if len(s.history) >= 8), key=_mean_given)
+    return with_history[0], with_history[-1]
+
+
+def _mean_given(sample: Sample) -> float:
+    given = [int(item.answer) for item in sample.history if item.answer]
+    return sum(given) / len(given)

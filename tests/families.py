@@ -1,0 +1,77 @@
+"""Tiny seeded models of several families, all reading bytes: what the equivalence tests run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from personaplug.backends.hf import DecoderOnlyBackend, EncoderDecoderBackend
+from personaplug.backends.toy import toy_tokenizer
+
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def _ends(tokenizer: Any) -> dict[str, int]:
+    end = tokenizer.eos_token_id
+    return {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": end, "bos_token_id": end}
+
+
+def _llama(ends: dict[str, int]) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**ends, **_GROUPED, initializer_range=0.2))
+
+
+def _qwen(ends: dict[str, int]) -> Any:
+    return Qwen3ForCausalLM(Qwen3Config(**ends, **_GROUPED, initializer_range=0.2))
+
+
+def _gemma(ends: dict[str, int]) -> Any:
+    """Scaled embeddings, capped logits, a sliding window shorter than the prompts."""
+    return Gemma2ForCausalLM(Gemma2Config(**ends, **_GROUPED, initializer_range=0.2, sliding_window=8))
+
+
+def _neox(ends: dict[str, int]) -> Any:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**ends, **_SMALL, initializer_range=0.2))
+
+
+def _gpt2(ends: dict[str, int]) -> Any:
+    """Absolute positions."""
+    return GPT2LMHeadModel(GPT2Config(**ends, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2))
+
+
+def _t5(ends: dict[str, int]) -> Any:
+    shape = {**ends, "decoder_start_token_id": ends["pad_token_id"]}
+    return T5ForConditionalGeneration(T5Config(**shape, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+
+
+DECODERS: dict[str, Callable[[dict[str, int]], Any]] = {
+    "llama": _llama, "qwen": _qwen, "gemma": _gemma, "neox": _neox, "gpt2": _gpt2,
+}
+FAMILIES = {**DECODERS, "t5": _t5}
+
+
+def small_backend(family: str, *, padding_side: str = "left", chat: bool = False) -> Any:
+    """A backend of that family with weights drawn by seed 0, in float32."""
+    tokenizer = toy_tokenizer()
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
+    torch.manual_seed(0)
+    model = FAMILIES[family](_ends(tokenizer))
+    kind = EncoderDecoderBackend if family == "t5" else DecoderOnlyBackend
+    return kind(model, tokenizer, name=f"small-{family}", padding_side=padding_side)

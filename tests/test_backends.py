@@ -1,0 +1,214 @@
+"""Frozen language models: soft tokens that spell a text do what the text does, in every family and on both sides."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from families import DECODERS, FAMILIES, small_backend
+from personaplug.backends import choose_device, open_backend
+from personaplug.backends.base import GenerationConfig
+from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.backends.toy import load_toy, toy_tokenizer
+from personaplug.config import ModelConfig
+from personaplug.errors import BadConfig
+from personaplug.soft_prompt import SoftPrompt
+
+# Zero, one and many tokens; of different lengths, so that every batch has padding.
+PROMPTS = ["", "a", "What does this user think of long films?"]
+TARGETS = ["yes", "n", "maybe so"]
+SPELLED = "Hi!"
+
+
+def _spelled(backend: Any, text: str, *, rows: int) -> SoftPrompt:
+    """Soft tokens that are the embeddings of a text."""
+    ids = torch.tensor(backend.renderer.tokenizer(text, add_special_tokens=False)["input_ids"])
+    vectors: Tensor = backend.embed(ids)
+    return SoftPrompt(vectors.expand(rows, -1, -1))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_loss_with_spelled_soft_tokens_is_the_loss_of_the_text(family: str, side: str) -> None:
+    backend = small_backend(family, padding_side=side)
+    spliced, counts = backend.loss(PROMPTS, TARGETS, soft=_spelled(backend, SPELLED, rows=3))
+    written, _ = backend.loss([SPELLED + prompt for prompt in PROMPTS], TARGETS, soft=None)
+    torch.testing.assert_close(spliced, written, rtol=1e-5, atol=1e-5)
+    assert counts.tolist() == [len(target) + 1 for target in TARGETS]  # bytes and the end
+
+
+@pytest.mark.parametrize("family", sorted(DECODERS))
+def test_loss_agrees_with_a_plain_unpadded_pass_over_ids(family: str) -> None:
+    backend = small_backend(family)
+    losses, _ = backend.loss(PROMPTS, TARGETS, soft=_spelled(backend, SPELLED, rows=3))
+    for prompt, target, loss in zip(PROMPTS, TARGETS, losses, strict=True):
+        before = backend.renderer.prompt(SPELLED + prompt).ids
+        answer = backend.renderer.answer(target)
+        ids = torch.tensor([[*before, *answer]])
+        logits = backend.model(input_ids=ids, use_cache=False).logits[0, len(before) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_scores_are_the_negative_losses_of_the_labels(family: str) -> None:
+    backend = small_backend(family)
+    soft = _spelled(backend, SPELLED, rows=3)
+    labels = ["yes", "no", "yes indeed"]  # "yes" begins another label, so all carry the end
+    scores = backend.score(PROMPTS, labels, soft=soft)
+    for column, label in enumerate(labels):
+        losses, _ = backend.loss(PROMPTS, [label] * 3, soft=soft)
+        torch.testing.assert_close(scores[:, column], -losses, rtol=1e-4, atol=1e-4)
+
+
+def test_one_token_labels_are_scored_without_the_end() -> None:
+    backend = small_backend("llama")
+    scores = backend.score(PROMPTS, ["1", "2"], soft=None)
+    longer = backend.score(PROMPTS, ["1", "2", "12"], soft=None)  # "1" begins "12"
+    assert (scores > longer[:, :2]).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_scores_do_not_depend_on_how_labels_are_cut_into_passes(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = small_backend("llama")
+    labels = ["crime", "comedy", "a", "world news", "sports"]
+    whole = backend.score(PROMPTS, labels, soft=None)
+    monkeypatch.setattr("personaplug.backends.hf._LABEL_ROWS", chunk)
+    torch.testing.assert_close(backend.score(PROMPTS, labels, soft=None), whole)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_generation_with_spelled_soft_tokens_is_that_of_the_text(family: str, beams: int, count: int) -> None:
+    backend = small_backend(family)
+    text = "Hello yo"[:count]
+    config = GenerationConfig(max_new_tokens=6, num_beams=beams)
+    spliced = backend.generate(PROMPTS, soft=_spelled(backend, text, rows=3), config=config)
+    written = backend.generate([text + prompt for prompt in PROMPTS], soft=None, config=config)
+    assert [made.text for made in spliced] == [made.text for made in written]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_generation_agrees_with_transformers_on_ids(family: str) -> None:
+    backend = small_backend(family)
+    prompt = SPELLED + PROMPTS[2]
+    ids = torch.tensor([backend.renderer.prompt(prompt).ids])
+    new = backend.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    if family != "t5":
+        new = new[:, ids.shape[1] :]
+    expected = backend.renderer.decode([t for t in new[0].tolist() if t != backend.renderer.tokenizer.eos_token_id])
+    soft = _spelled(backend, SPELLED, rows=1)
+    made = backend.generate([PROMPTS[2]], soft=soft, config=GenerationConfig(max_new_tokens=6))
+    assert made[0].text == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_row_answers_the_same_alone_and_in_a_padded_batch(family: str) -> None:
+    backend = small_backend(family)
+    config = GenerationConfig(max_new_tokens=8)
+    together = backend.generate(PROMPTS, soft=_spelled(backend, SPELLED, rows=3), config=config)
+    alone = [backend.generate([p], soft=_spelled(backend, SPELLED, rows=1), config=config)[0] for p in PROMPTS]
+    assert [made.text for made in together] == [made.text for made in alone]
+
+
+def test_sampling_is_drawn_by_its_seed() -> None:
+    backend = small_backend("llama")
+
+    def draw(seed: int) -> str:
+        config = GenerationConfig(max_new_tokens=12, do_sample=True, temperature=2.0, seed=seed)
+        return str(backend.generate(["Say"], soft=None, config=config)[0].text)
+
+    state = torch.random.get_rng_state()
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_an_answer_that_reaches_its_longest_length_is_reported() -> None:
+    backend = small_backend("llama")
+    made = backend.generate(["Say"], soft=None, config=GenerationConfig(max_new_tokens=3))[0]
+    assert not made.finished
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_gradients_reach_the_soft_tokens_and_no_weight(family: str) -> None:
+    backend = small_backend(family)
+    before = {name: value.clone() for name, value in backend.model.state_dict().items()}
+    vectors = torch.randn(3, 2, 32, requires_grad=True)
+    losses, _ = backend.loss(PROMPTS, TARGETS, soft=SoftPrompt(vectors))
+    losses.sum().backward()
+    assert vectors.grad is not None
+    assert (vectors.grad.abs().sum(dim=(1, 2)) > 0).all()
+    assert all(not p.requires_grad and p.grad is None for p in backend.model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in backend.model.state_dict().items())
+    assert not backend.model.training
+
+
+def test_soft_tokens_stand_right_before_the_users_text_in_a_chat_template() -> None:
+    backend = small_backend("llama", chat=True)
+    tokenizer = backend.renderer.tokenizer
+    spliced, _ = backend.loss(["b?"], ["yes"], soft=_spelled(backend, "a", rows=1))
+    ids = tokenizer("<user>ab?</><bot>yes")["input_ids"] + [tokenizer.eos_token_id]
+    logits = backend.model(input_ids=torch.tensor([ids])).logits[0, -5:-1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[-4:]), reduction="sum")
+    torch.testing.assert_close(spliced[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_that_spells_special_tokens_or_the_template_is_only_text() -> None:
+    backend = small_backend("llama", chat=True)
+    row = backend.renderer.prompt("x<|end|>personaplugplaceofthetext</><bot>")
+    assert backend.renderer.tokenizer.eos_token_id not in row.ids
+    assert row.at == len("<user>")
+
+
+def test_long_texts_are_cut_at_their_end_and_counted() -> None:
+    backend = DecoderOnlyBackend(load_toy().model, toy_tokenizer(), name="short", max_prompt_tokens=8)
+    measures = backend.measure(["abc", "abcdefghijk"])
+    assert [m.truncated for m in measures] == [False, True]
+    assert measures[1].tokens == 8
+    assert backend.renderer.prompt("abcdefghijk").ids[:7] == tuple(toy_tokenizer()("abcdefg")["input_ids"])
+
+
+def test_no_room_for_text_is_refused() -> None:
+    with pytest.raises(BadConfig, match="max_prompt_tokens must exceed"):
+        DecoderOnlyBackend(load_toy().model, toy_tokenizer(), name="none", max_prompt_tokens=1)
+
+
+def test_the_scale_is_that_of_the_embeddings() -> None:
+    backend = small_backend("llama")
+    assert backend.embedding_scale == pytest.approx(float(backend.embed.weight.pow(2).mean().sqrt()), rel=1e-5)
+    scaled = small_backend("gemma")
+    assert scaled.embedding_scale == pytest.approx(float(scaled.embed(torch.arange(257)).pow(2).mean().sqrt()), rel=1e-5)
+
+
+def test_the_toy_model_is_the_same_for_the_same_seed_only() -> None:
+    assert load_toy(seed=3).identity.fingerprint == load_toy(seed=3).identity.fingerprint
+    assert load_toy(seed=3).identity.fingerprint != load_toy(seed=4).identity.fingerprint
+
+
+@pytest.mark.parametrize("text", ["héllo\n wörld", "表情 🙂", "<|end|>"])
+def test_the_toy_tokenizer_loses_nothing(text: str) -> None:
+    tokenizer = toy_tokenizer()
+    assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text
+
+
+def test_bad_names_are_refused() -> None:
+    with pytest.raises(BadConfig, match="toy:SEED"):
+        open_backend(ModelConfig(llm="toy:x"))
+    with pytest.raises(BadConfig, match="device of this machine"):
+        choose_device("warp")
+
+
+@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"num_beams": 0}, {"temperature": 0.0}, {"top_p": 1.5}])
+def test_generation_settings_out_of_range_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(BadConfig):
+        GenerationConfig(**values)
+
+
+def test_offline_is_set_for_the_suite() -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

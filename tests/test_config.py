@@ -1,0 +1,79 @@
+"""Settings: from YAML and the command line, checked, and back."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from personaplug.config import SECTIONS, Config, describe, load_config, to_yaml, with_values
+from personaplug.errors import BadConfig, MissingData
+
+
+def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("training: {epochs: 7, batch_size: 4}\npersona_tokens: 3\n")
+    config = load_config(path, overrides=["epochs=9", "model.llm=toy"])
+    assert (config.training.epochs, config.training.batch_size) == (9, 4)
+    assert (config.plug.persona_tokens, config.model.llm) == (3, "toy")
+
+
+def test_a_config_survives_yaml(tmp_path: Path) -> None:
+    config = load_config(overrides=["seeds=0,1,2", "learning_rate=3e-4", "controls=false", "llm=toy:4"])
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "c.yaml") == config
+    assert config.training.seeds == (0, 1, 2)
+    assert config.training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("epochs=0", r"training.epochs must lie in \[from 1\]; found 0"),
+        ("epochs=two", "training.epochs must be of type int, found 'two'"),
+        ("epochs=1.5", "of type int"),
+        ("epochs=true", "of type int"),
+        ("learning_rate=0", "above 0"),
+        ("learning_rate=nan", "must lie in"),
+        ("learning_rate=-1e-3", "above 0"),
+        ("validation_share=0.9", "to 0.5"),
+        ("aggregator=max", "one of dot, mean; found 'max'"),
+        ("seeds=a", "of type int"),
+        ("seeds=-1", "from 0"),
+        ("max_history=600", "to 512"),
+        ("epoch=3", "no setting 'epoch'. Did you mean 'epochs'"),
+        ("plug.epochs=3", "no setting 'plug.epochs'"),
+        ("epochs", "key=value"),
+        ("epochs=[", "not valid YAML"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(word: str, said: str) -> None:
+    with pytest.raises(BadConfig, match=said):
+        load_config(overrides=[word])
+
+
+def test_a_missing_or_odd_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(BadConfig, match="section"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+def test_no_two_sections_share_a_key_and_every_default_is_within_its_range() -> None:
+    names = [option.name for kind in SECTIONS.values() for option in fields(kind)]
+    assert len(names) == len(set(names))
+    config = Config()
+    values = {f"{s}.{f.name}": getattr(getattr(config, s), f.name) for s, kind in SECTIONS.items() for f in fields(kind)}
+    assert with_values(config, values) == config
+
+
+def test_the_help_names_every_setting() -> None:
+    text = describe(tuple(SECTIONS))
+    assert all(f"  {option.name}=" in text for kind in SECTIONS.values() for option in fields(kind))

@@ -1,0 +1,194 @@
+"""Evaluation end to end on toy parts: rows, rates, pairs, files, and what is not done twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from personaplug.conditions import CONDITIONS, parse_conditions
+from personaplug.config import load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.data.simulated import SimulatedConfig, write_simulation
+from personaplug.errors import BadConfig, MissingData
+from personaplug.evaluation import ORACLE, evaluate
+from personaplug.personalizer import Personalizer
+from personaplug.run import Models, Run, open_models
+from personaplug.training import train
+
+TINY = ["llm=toy", "encoder=hash:32", "batch_size=4", "epochs=1", "learning_rate=0.01", "dtype=float32",
+        "resamples=200", "evaluation_batch_size=4", "num_beams=1", "max_new_tokens=3"]
+
+
+class Stage:
+    """A trained run and what is needed to evaluate it."""
+
+    def __init__(self, place: Path, *, kind: Any, settings: tuple[str, ...] = ()) -> None:
+        self.data = place / "data"
+        write_simulation(SimulatedConfig(task=kind, users=8, queries_per_user=2, dev_users=5, dev_queries_per_user=2,
+                                         min_items=0, max_items=6, cold_share=0.3), self.data)
+        self.config = load_config(overrides=[*TINY, "seeds=0,1", *settings])
+        self.run = Run.create(place / "run", config=self.config, task=load_task(self.data))
+        self.models: Models = open_models(self.config)
+        train(self.run, open_dataset(self.data, "train", task=self.run.task), models=self.models)
+
+    def evaluate(self, names: str = ",".join(CONDITIONS), *, settings: tuple[str, ...] = (), oracle: bool = False) -> Any:
+        config = load_config(overrides=settings, base=self.config).evaluation
+        return evaluate(self.run, open_dataset(self.data, "dev", task=self.run.task), split="dev", config=config,
+                        conditions=parse_conditions(names), models=self.models,
+                        oracle=self.data / "dev_oracle.json" if oracle else None)
+
+
+@pytest.fixture(scope="module")
+def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("rating"), kind="rating")
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("style"), kind="style")
+
+
+def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
+    results = rating.evaluate(oracle=True)
+    assert {"task", "split", "model", "encoder", "placement", "seeds", "versions", "rows", "pairs"} <= results.keys()
+    assert [row["condition"] for row in results["rows"]] == [*CONDITIONS, ORACLE]
+    for row in results["rows"][:-1]:
+        assert {"condition", "n", "metrics", "intervals", "invalid_rate", "truncated_rate", "lost_history_rate",
+                "prompt_tokens_mean", "seconds", "peak_memory_bytes"} <= row.keys()
+        assert row["n"] == 10
+        for name, (low, high) in row["intervals"].items():
+            assert low <= row["metrics"][name] <= high
+    assert {(pair["a"], pair["b"]) for pair in results["pairs"]} >= {("plug", "wrong-user"), ("plug", "plain")}
+    assert {"a", "b", "metric", "difference", "low", "high", "p"} == results["pairs"][0].keys()
+    json.dumps(results)
+
+
+def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) -> None:
+    results = rating.evaluate(oracle=True)
+    metrics = {row["condition"]: row["metrics"] for row in results["rows"]}
+    for pair in results["pairs"]:
+        gap = metrics[pair["a"]][pair["metric"]] - metrics[pair["b"]][pair["metric"]]
+        sign = 1 if pair["metric"] == "accuracy" else -1
+        assert pair["difference"] == pytest.approx(sign * gap, abs=1e-9)
+
+
+def test_rows_that_share_a_model_count_their_soft_tokens(rating: Stage) -> None:
+    tokens = {row["condition"]: row["prompt_tokens_mean"] for row in rating.evaluate()["rows"]}
+    assert tokens["plug"] == tokens["instruction-only"] == tokens["plain"] + 2
+
+
+def test_the_seeds_are_averaged_and_their_spread_is_told(rating: Stage) -> None:
+    row = next(r for r in rating.evaluate()["rows"] if r["condition"] == "plug")
+    alone = [one["accuracy"] for one in row["per_seed"]]
+    assert row["metrics"]["accuracy"] == pytest.approx(np.mean(alone))
+    assert row["seed_spread"]["accuracy"] == pytest.approx(np.std(alone, ddof=1))
+
+
+def test_predictions_are_written_in_lamps_format_with_scores_per_sample(rating: Stage) -> None:
+    rating.evaluate()
+    folder = rating.run.folder / "evaluations" / "dev"
+    told = json.loads((folder / "plug.seed-1.json").read_text())
+    questions = json.loads((rating.data / "dev_questions.json").read_text())
+    assert told["task"] == rating.run.task.name
+    assert [gold["id"] for gold in told["golds"]] == [question["id"] for question in questions]
+    assert {gold["output"] for gold in told["golds"]} <= set(rating.run.task.labels)
+    scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
+    assert [line["id"] for line in scores] == [question["id"] for question in questions]
+    assert {"user_id", "accuracy", "mae", "history_items"} <= scores[0].keys()
+
+
+def test_answers_are_not_made_twice_unless_something_changed(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    rating.evaluate()
+    calls: list[int] = []
+    plain = rating.models.backend.score
+    monkeypatch.setattr(rating.models.backend, "score", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    rating.evaluate()
+    assert not calls
+    rating.evaluate("wrong-user", settings=("draw_seed=7",))
+    assert calls
+
+
+def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    moved = replace(rating.run, folder=tmp_path)
+    (tmp_path / "plug").symlink_to(rating.run.folder / "plug")
+    names = "plain,plug"
+    first = rating.evaluate(names)
+    config = load_config(overrides=["evaluation_batch_size=1"], base=rating.config).evaluation
+    alone = evaluate(moved, open_dataset(rating.data, "dev", task=moved.task), split="dev", config=config,
+                     conditions=parse_conditions(names), models=rating.models)
+    assert [row["metrics"] for row in first["rows"]] == [row["metrics"] for row in alone["rows"]]
+
+
+def test_shuffling_changes_nothing_for_a_plug_without_order(rating: Stage) -> None:
+    rows = {row["condition"]: row["metrics"] for row in rating.evaluate()["rows"]}
+    assert rows["shuffled"] == rows["plug"]
+
+
+def test_labels_may_be_generated_too_and_the_row_says_so(rating: Stage) -> None:
+    row = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
+    assert row["decoding"] == "generated"
+    assert row["invalid_rate"] > 0.5  # an untrained toy does not write digits
+    assert rating.evaluate("plain")["rows"][0]["decoding"] == "scored"
+
+
+def test_text_tasks_are_generated(style: Stage) -> None:
+    results = style.evaluate("plain,wrong-user,plug", oracle=True)
+    rows = {row["condition"]: row for row in results["rows"]}
+    assert rows["plug"]["decoding"] == "generated"
+    assert rows[ORACLE]["metrics"]["rouge_1"] > 0.6 > rows["plug"]["metrics"]["rouge_1"]
+    assert rows["plug"]["unfinished_rate"] > 0
+    with pytest.raises(BadConfig, match="decoding=generate"):
+        style.evaluate("plain", settings=("decoding=score",))
+
+
+def test_a_limit_draws_the_same_samples_for_every_row(rating: Stage) -> None:
+    results = rating.evaluate("plain,plug", settings=("limit=4",))
+    assert [row["n"] for row in results["rows"]] == [4, 4]
+
+
+def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
+    (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
+    with pytest.raises(MissingData, match="10 of 10 samples have no answer"):
+        evaluate(rating.run, open_dataset(tmp_path, "test", task=rating.run.task), split="test",
+                 config=rating.config.evaluation, conditions=[CONDITIONS["plain"]], models=rating.models)
+
+
+def test_a_plug_that_is_not_trained_is_named(rating: Stage, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(MissingData, match=r"instruction-only.*controls=true"):
+        evaluate(replace(rating.run, folder=tmp_path), open_dataset(rating.data, "dev", task=rating.run.task),
+                 split="dev", config=rating.config.evaluation, conditions=[CONDITIONS["instruction-only"]],
+                 models=rating.models)
+
+
+def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> None:
+    questions = json.loads((rating.data / "dev_questions.json").read_text())
+    for question in questions:
+        del question["user_id"]
+    (tmp_path / "dev_questions.json").write_text(json.dumps(questions))
+    (tmp_path / "dev_outputs.json").write_text((rating.data / "dev_outputs.json").read_text())
+    results = evaluate(rating.run, open_dataset(tmp_path, "dev", task=rating.run.task), split="dev",
+                       config=rating.config.evaluation, conditions=[CONDITIONS["plain"]], models=rating.models)
+    assert any("names no users" in note for note in results["notes"])
+    assert results["users"] == 10
+
+
+def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: Stage) -> None:
+    reader = open_dataset(rating.data, "dev", task=rating.run.task)
+    table = rating.run.open_vectors(rating.models.encoder)
+    plug = rating.run.load_plug("plug", seed=0, models=rating.models)
+    encoded = rating.run.read_samples(reader, table)
+    together = Personalizer(plug, table=table).soft_prompt(encoded).vectors
+    for index, sample in enumerate(reader):
+        alone = Personalizer(plug).persona(sample.query, sample.history, encoder=rating.models.encoder).vectors
+        np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
+        assert math.isfinite(float(alone.abs().sum()))

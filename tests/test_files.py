@@ -1,0 +1,60 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from personaplug.errors import StorageError
+from personaplug.files import write_json, write_text, written_whole
+
+
+def test_json_survives_with_what_json_lacks_made_null(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.json"
+    write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5], "c": ("é", 2)})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": None, "b": [None, 1.5], "c": ["é", 2]}
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_half_a_surrogate_pair_is_kept_as_an_escape(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"text": "a\ud83d"})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"text": "a\ud83d"}
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_file_in_place_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("")
+    with pytest.raises(StorageError, match="could not be written"):
+        write_text(tmp_path / "f" / "x.txt", "new")
+
+
+def test_a_folder_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    with written_whole(target) as place:
+        (place / "a").write_text("1")
+    with pytest.raises(ValueError, match="stop"), written_whole(target) as place:
+        (place / "b").write_text("2")
+        raise ValueError("stop")
+    assert [p.name for p in target.iterdir()] == ["a"]
+    with pytest.raises(StorageError), written_whole(target):
+        raise OSError(28, "No space left on device")
+    with written_whole(target) as place:
+        (place / "c").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["c"]
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]

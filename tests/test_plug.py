@@ -1,0 +1,200 @@
+"""The plug against the paper's equations in numpy, and what is kept of it on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import erf
+
+from personaplug.config import PlugConfig
+from personaplug.encoder import HashEncoder
+from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
+from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
+from personaplug.training import instruction_only
+from personaplug.weights import LLMIdentity
+
+WIDTH, OUT = 16, 8
+LLM = LLMIdentity("small", None, "0123456789abcdef", OUT)
+QUERIES = ["who likes films", "a long walk", "tea"]
+
+
+def _plug(encoder: HashEncoder | None = None, *, labels: tuple[str, ...] = (), **settings: Any) -> PersonaPlug:
+    encoder = encoder or HashEncoder(WIDTH)
+    torch.manual_seed(1)
+    fitting = Fitting(LLM, 0.25, encoder.identity, labels)
+    return PersonaPlug(PlugConfig(**settings), fitting=fitting, encoder=encoder).eval()
+
+
+def _history(*, lengths: tuple[int, ...] = (4, 2, 0), padding: int = 0) -> HistoryBatch:
+    rng = np.random.default_rng(0)
+    longest = max(lengths) + padding
+    vectors = rng.normal(size=(len(lengths), longest, WIDTH)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    mask = np.arange(longest)[None] < np.array(lengths)[:, None]
+    answers = np.where(mask, rng.integers(0, 3, size=mask.shape), -1)
+    return HistoryBatch(torch.from_numpy(vectors), torch.from_numpy(mask), torch.from_numpy(answers))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_the_persona_is_that_of_the_papers_equations(tokens: int, temperature: float) -> None:
+    plug = _plug(persona_tokens=tokens, temperature=temperature)
+    encoder, history = HashEncoder(WIDTH), _history(lengths=(4, 2))
+    inner, outer = plug.projector.inner, plug.projector.outer
+    got = plug(QUERIES[:2], history).vectors.detach().numpy()
+    for row in range(2):
+        x = encoder.encode([QUERIES[row]])[0]  # eq. 2; the trained copy starts as the frozen encoder
+        h = history.vectors[row][history.mask[row]].numpy()  # eq. 1
+        w = np.exp(h @ x / temperature)
+        w /= w.sum()  # eq. 3
+        z = (h * np.sqrt(WIDTH)) @ inner.weight.detach().numpy().T + inner.bias.detach().numpy()
+        z = z * (1 + erf(z / np.sqrt(2))) / 2
+        projected = z @ outer.weight.detach().numpy().T + outer.bias.detach().numpy()
+        persona = (w @ projected).reshape(tokens, OUT)  # eq. 4
+        expected = 0.25 * np.concatenate([plug.instruction.detach().numpy(), persona])  # [I; P] of eq. 5
+        np.testing.assert_allclose(got[row], expected, atol=1e-5)
+
+
+def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
+    encoder = HashEncoder(256)
+    wide = LLMIdentity("wide", None, "0" * 16, 512)
+    torch.manual_seed(0)
+    plug = PersonaPlug(PlugConfig(), fitting=Fitting(wide, 0.13, encoder.identity), encoder=encoder)
+    one = HistoryBatch(torch.from_numpy(encoder.encode(["an item"]))[None], torch.ones(1, 1, dtype=torch.bool),
+                       torch.full((1, 1), -1))
+    size = plug(["x"], one).vectors.pow(2).mean(dim=-1).sqrt()
+    assert size[0, 0].item() == pytest.approx(0.13, rel=0.2)
+    assert size[0, 1].item() == pytest.approx(0.13, rel=0.2)
+
+
+def test_padding_changes_nothing() -> None:
+    plug = _plug()
+    tight, loose = _history(), _history()
+    wider = torch.cat([loose.vectors, torch.full((3, 5, WIDTH), 7.0)], dim=1)
+    mask = torch.cat([loose.mask, torch.zeros(3, 5, dtype=torch.bool)], dim=1)
+    answers = torch.cat([loose.answers, torch.full((3, 5), -1)], dim=1)
+    padded = plug(QUERIES, HistoryBatch(wider, mask, answers)).vectors
+    torch.testing.assert_close(plug(QUERIES, tight).vectors, padded)
+
+
+def test_a_user_without_history_gets_the_population_persona_and_trains_it() -> None:
+    plug = _plug()
+    soft = plug(QUERIES, _history(lengths=(4, 2, 0))).vectors
+    assert torch.isfinite(soft).all()
+    torch.testing.assert_close(soft[2, 1:], plug.population * 0.25)
+    soft.sum().backward()
+    assert plug.population.grad is not None
+    assert plug.population.grad.abs().sum() > 0
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in plug.parameters())
+
+
+def test_a_batch_of_new_users_only_has_finite_gradients() -> None:
+    plug = _plug()
+    empty = HistoryBatch(torch.zeros(3, 1, WIDTH), torch.zeros(3, 1, dtype=torch.bool), torch.full((3, 1), -1))
+    plug(QUERIES, empty).vectors.sum().backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in plug.parameters())
+
+
+def test_the_order_of_items_does_not_matter_to_eq_3_and_4() -> None:
+    plug, history = _plug(), _history(lengths=(4, 4, 4))
+    turned = HistoryBatch(history.vectors.flip(1), history.mask.flip(1), history.answers.flip(1))
+    torch.testing.assert_close(plug(QUERIES, history).vectors, plug(QUERIES, turned).vectors)
+
+
+def test_answers_are_a_channel_of_their_own_where_asked_for() -> None:
+    plug, history = _plug(answers="label", labels=("1", "2", "3")), _history(lengths=(4, 4, 4))
+    other = replace(history, answers=(history.answers + 1) % 3)
+    assert not torch.allclose(plug(QUERIES, history).vectors, plug(QUERIES, other).vectors)
+    deaf = _plug(answers="text")
+    assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
+
+
+def test_answers_as_labels_need_a_closed_set() -> None:
+    with pytest.raises(BadConfig, match="answers=text"):
+        _plug(answers="label")
+
+
+@pytest.mark.parametrize("kind", ["trained", "head"])
+def test_the_query_side_learns_and_the_frozen_encoder_does_not(kind: str) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug = _plug(encoder, query_encoder=kind)
+    before = encoder.encode(QUERIES)
+    start = plug.weights(QUERIES, _history()).detach()
+    optimizer = torch.optim.SGD(plug.parameters(), lr=1.0)
+    plug(QUERIES, _history()).vectors.pow(2).sum().backward()
+    optimizer.step()
+    np.testing.assert_array_equal(encoder.encode(QUERIES), before)
+    assert not torch.allclose(plug.weights(QUERIES, _history()), start)
+
+
+def test_the_control_has_as_many_tokens_and_no_history() -> None:
+    config = instruction_only(PlugConfig(instruction_tokens=2, persona_tokens=3))
+    assert (config.instruction_tokens, config.persona_tokens) == (5, 0)
+    plug = _plug(instruction_tokens=5, persona_tokens=0)
+    assert plug(QUERIES, None).vectors.shape == (3, 5, OUT)
+    assert [name for name, _ in plug.named_parameters()] == ["instruction"]
+
+
+def test_a_plug_needs_tokens_and_histories() -> None:
+    with pytest.raises(BadConfig, match="both are 0"):
+        _plug(instruction_tokens=0, persona_tokens=0)
+    with pytest.raises(BadConfig, match="needs a history"):
+        _plug()(QUERIES, None)
+
+
+def test_saved_and_loaded_it_is_the_same_plug(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug = _plug(encoder, labels=("a", "b", "c"), answers="label", persona_tokens=2)
+    plug.save_pretrained(tmp_path, facts={"task": "Tiny", "steps": 3})
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    assert torch.equal(plug(QUERIES, _history()).vectors, again(QUERIES, _history()).vectors)
+    assert again.config == plug.config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "plug.json", "plug.safetensors"]
+    card = (tmp_path / "README.md").read_text()
+    assert "small (weights 0123456789abcdef" in card
+    assert "- steps: 3" in card
+
+
+def test_only_the_plug_is_saved(tmp_path: Path) -> None:
+    plug = _plug(query_encoder="head")
+    plug.save_pretrained(tmp_path)
+    values = sum(p.numel() for p in plug.parameters())
+    assert (tmp_path / "plug.safetensors").stat().st_size < 4 * values + 2000
+
+
+def test_another_language_model_or_encoder_is_refused(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    _plug(encoder).save_pretrained(tmp_path)
+    other = LLMIdentity("small", None, "f" * 16, OUT)
+    with pytest.raises(LLMMismatch, match=r"0123456789abcdef.*ffffffffffffffff"):
+        PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=other)
+    with pytest.raises(EncoderMismatch, match="hash:16"):
+        PersonaPlug.from_pretrained(tmp_path, encoder=HashEncoder(WIDTH, seed=5), llm=LLM)
+    moved = LLMIdentity("elsewhere/small", "abc", LLM.fingerprint, OUT)
+    PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=moved)  # the same weights under another name
+
+
+@pytest.mark.parametrize("damage", ["no folder", "no weights", "cut weights", "no json", "newer", "not json"])
+def test_a_broken_artefact_is_named(tmp_path: Path, damage: str) -> None:
+    encoder, folder = HashEncoder(WIDTH), tmp_path / "plug"
+    if damage != "no folder":
+        _plug(encoder).save_pretrained(folder)
+    weights, about = folder / "plug.safetensors", folder / "plug.json"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif damage == "no json":
+        about.unlink()
+    elif damage == "newer":
+        about.write_text(json.dumps({**json.loads(about.read_text()), "format_version": 99}))
+    elif damage == "not json":
+        about.write_text("{")
+    with pytest.raises(MissingData, match="plug"):
+        PersonaPlug.from_pretrained(folder, encoder=encoder, llm=LLM)

@@ -1,0 +1,216 @@
+"""The loop: it learns, changes nothing but the plug, survives kills, and ends clearly when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.config import Config, load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.data.simulated import SimulatedConfig, write_simulation
+from personaplug.errors import BadConfig, RunConflict, StorageError, TrainingDiverged
+from personaplug.run import Models, Run, open_models
+from personaplug.training import build_plug, fit, train
+
+TINY = ["llm=toy", "encoder=hash:32", "batch_size=4", "epochs=2", "checkpoint_every=3", "validate_every=5",
+        "learning_rate=0.01", "dtype=float32"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_simulation(SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6,
+                                     cold_share=0.3), folder)
+    return folder
+
+
+def _run(folder: Path, data: Path, *settings: str) -> tuple[Run, Models]:
+    config = load_config(overrides=[*TINY, *settings])
+    return Run.create(folder, config=config, task=load_task(data)), open_models(config)
+
+
+def _train(folder: Path, data: Path, *settings: str) -> Run:
+    run, models = _run(folder, data, *settings)
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    return run
+
+
+def _weights(run: Run, name: str = "plug", *, seed: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(run.plug_folder(name, seed=seed) / "plug.safetensors")
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_trains_the_plug_and_its_control_for_each_seed(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data, "seeds=0,1", "epochs=1")
+    for name in ("plug", "instruction-only"):
+        assert run.trained(name, seed=0)
+        assert not _same(_weights(run, name, seed=0), _weights(run, name, seed=1))
+    facts = {n: json.loads((run.plug_folder(n, seed=0) / "fit.json").read_text()) for n in ("plug", "instruction-only")}
+    assert facts["plug"]["steps"] == facts["instruction-only"]["steps"]
+    assert facts["plug"]["samples"] == facts["instruction-only"]["samples"]
+    assert not list(run.plug_folder("plug", seed=0).glob("state-*"))
+
+
+def test_the_loss_falls_and_the_log_tells_it(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data, "controls=false", "epochs=8")
+    lines = [json.loads(line) for line in (run.plug_folder("plug", seed=0) / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    validations = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert min(validations) < validations[0]
+    assert {"samples_per_second", "seconds_left", "learning_rate", "gradient_norm"} <= lines[0].keys()
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates[0] < max(rates)
+    assert rates[-1] < 0.1 * max(rates)
+
+
+def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data, "learning_rate=0.3", "epochs=6")
+    table = run.open_vectors(models.encoder)
+    samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
+    plug = build_plug(run, models, name="plug", seed=0)
+    report = fit(plug, models.backend, table=table, samples=samples, config=run.config.training, seed=0,
+                 folder=tmp_path / "fit")
+    lines = [json.loads(line) for line in (tmp_path / "fit" / "log.jsonl").read_text().splitlines()]
+    validations = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert report.best_loss == min(validations.values()) == validations[report.best_step]
+    kept = load_file(tmp_path / "fit" / f"best-{report.best_step:08d}" / "plug.safetensors")
+    assert _same(kept, dict(plug.state_dict()))
+
+
+def test_early_stop(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data, "controls=false", "learning_rate=1.0", "epochs=50", "patience=2")
+    facts = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())
+    assert facts["steps"] == facts["best_step"] + 2 * 5
+
+
+def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
+    assert isinstance(models.backend, DecoderOnlyBackend)
+    before = {name: value.clone() for name, value in models.backend.model.state_dict().items()}
+    vectors = models.encoder.encode(["some text"])
+    start = build_plug(run, models, name="plug", seed=0).state_dict()
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    assert _same(before, models.backend.model.state_dict())
+    assert all(not p.requires_grad and p.grad is None for p in models.backend.model.parameters())
+    assert (models.encoder.encode(["some text"]) == vectors).all()
+    moved = [name for name, value in _weights(run).items() if not torch.equal(value, start[name])]
+    assert sorted(moved) == sorted(start)  # every part of the plug learned, the population persona included
+
+
+@pytest.mark.parametrize("settings", [(), ("views=2", "query_encoder=head", "answers=label", "persona_tokens=2")])
+def test_killed_again_and_again_it_ends_with_the_same_plug(tmp_path: Path, data: Path, settings: tuple[str, ...]) -> None:
+    unbroken = _train(tmp_path / "unbroken", data, "controls=false", *settings)
+    broken = tmp_path / "broken"
+    command = [sys.executable, "-m", "personaplug", "train", "--data", str(data), "--out", str(broken), *TINY,
+               "controls=false", *settings]
+    folder = broken / "plug" / "seed-0"
+    kills = 0
+    for _ in range(3):
+        done = {path.name for path in folder.glob("state-*")}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if {path.name for path in folder.glob("state-*")} - done:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.wait()
+    assert kills >= 2, "the kills came too late to break anything"
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert _same(_weights(unbroken), load_file(folder / "plug.safetensors"))
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()
+             if "validation_loss" not in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_finished_run_is_left_alone_and_another_config_is_refused(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    stamp = (run.plug_folder("plug", seed=0) / "plug.safetensors").stat().st_mtime_ns
+    _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    assert (run.plug_folder("plug", seed=0) / "plug.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(RunConflict, match=r"training\.epochs"):
+        _train(tmp_path / "run", data, "controls=false", "epochs=3")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunConflict, match="neither empty nor a run"):
+        _train(tmp_path / "other", data)
+
+
+def _broken_loss(backend: Any, *, after: int) -> Any:
+    plain, calls = backend.loss, iter(range(10**6))
+
+    def loss(*args: Any, **named: Any) -> Any:
+        losses, tokens = plain(*args, **named)
+        return (losses * float("nan") if next(calls) >= after else losses), tokens
+
+    return loss
+
+
+def test_a_loss_that_is_no_number_ends_clearly_and_the_last_state_stays(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, models = _run(tmp_path / "run", data, "controls=false")
+    monkeypatch.setattr(models.backend, "loss", _broken_loss(models.backend, after=4))
+    with pytest.raises(TrainingDiverged, match=r"loss became nan in step 5.*learning_rate"):
+        train(run, open_dataset(data, "train", task=run.task), models=models)
+    folder = run.plug_folder("plug", seed=0)
+    assert [path.name for path in folder.glob("state-*")] == ["state-00000003"]
+    monkeypatch.undo()
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    assert run.trained("plug", seed=0)
+
+
+def test_a_full_disk_ends_clearly_and_the_last_state_stays(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import personaplug.checkpoint as checkpoint
+
+    run, models = _run(tmp_path / "run", data, "controls=false")
+    plain = checkpoint.save_file
+
+    def save(tensors: Any, path: Path) -> None:
+        if "state-00000006" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        plain(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    with pytest.raises(StorageError, match="No space left"):
+        train(run, open_dataset(data, "train", task=run.task), models=models)
+    folder = run.plug_folder("plug", seed=0)
+    left = sorted(path.name for path in folder.iterdir())
+    assert [name for name in left if name.startswith("state-")] == ["state-00000005"]
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_samples_without_answers_cannot_be_trained_on(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data)
+    table = run.open_vectors(models.encoder)
+    samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
+    hidden = [replace(samples[0], target=None), *samples[1:]]
+    with pytest.raises(BadConfig, match=f"1 of {len(samples)} have none"):
+        fit(build_plug(run, models, name="plug", seed=0), models.backend, table=table, samples=hidden,
+            config=Config().training, seed=0, folder=tmp_path / "fit")
+
+
+def test_tensorboard_events_are_written_on_demand(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = _train(tmp_path / "run", data, "controls=false", "epochs=1", "tensorboard=true")
+    assert list((run.plug_folder("plug", seed=0) / "tensorboard").glob("events*"))

@@ -19,12 +19,25 @@ No message ever carries a user's text.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 class PersonaPlugError(Exception):
     """Base of everything this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The sentence, not the arguments it was built from, travels between processes.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[PersonaPlugError], args: tuple[Any, ...], attributes: dict[str, Any]) -> PersonaPlugError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
 
 
 class UserError(PersonaPlugError):
@@ -105,3 +118,10 @@ class TrainingDiverged(PersonaPlugError):
 
 class StorageError(PersonaPlugError):
     """The disk is full or not writable; what was complete before stays."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Say which known word was probably meant, or list them all: the end of a sentence about an unknown one."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(names)}."

@@ -8,10 +8,12 @@ from pathlib import Path
 from personaplug.backends.base import GenerationConfig
 from personaplug.config import EvaluationConfig
 from personaplug.data import read_items
+from personaplug.data.base import Task
+from personaplug.data.fields import Flaw, query_of
+from personaplug.errors import BadConfig
 from personaplug.personalizer import Personalizer
 from personaplug.records import HistoryItem
 from personaplug.run import Models, Run, open_models
-from personaplug.data.base import query_of
 
 
 def generate_one(
@@ -26,12 +28,14 @@ def generate_one(
     """Load a run and answer one prompt with it.
 
     Args:
-        history: the user's items, one JSON object a line; None = a user without history.
+        history: the user's items, as `read_items` takes them; None = a user without history.
         seed: which training; None = the first.
         plain: leave the plug out.
+
     Raises:
-        BadRecord: if an item cannot be read, or the prompt lacks the wording that the task's query follows.
-        MissingData: if the run has no finished plug.
+        BadConfig: if the prompt lacks the wording that tells the plug where the query is.
+        BadRecord: if an item cannot be read.
+        MissingData: if the file of items is not there, or the run has no finished plug.
     """
     items = read_items(history, task=run.task) if history is not None else ()
     models = open_models(run.config)
@@ -51,12 +55,30 @@ def reply(
     personalizer: Personalizer | None,
     config: EvaluationConfig,
 ) -> str:
-    """Answer a prompt as a user with these items; one of the task's labels where it has them."""
+    """Answer a prompt as a user with these items; one of the task's labels where it has them.
+
+    Raises:
+        BadConfig: if the prompt lacks the wording that tells the plug where the query is.
+    """
     soft = None
     if personalizer is not None:
-        soft = personalizer.persona(query_of(run.task, prompt), items, encoder=models.encoder)
+        soft = personalizer.persona(_query(run.task, prompt), items, encoder=models.encoder)
     if run.task.labels and config.decoding != "generate":
         scores = models.backend.score([prompt], run.task.labels, soft=soft)
         return run.task.labels[int(scores[0].argmax())]
-    wanted = GenerationConfig(max_new_tokens=config.max_new_tokens or run.task.max_new_tokens, num_beams=config.num_beams)
+    longest = config.max_new_tokens or run.task.max_new_tokens
+    wanted = GenerationConfig(max_new_tokens=longest, num_beams=config.num_beams)
     return models.backend.generate([prompt], soft=soft, config=wanted)[0].text
+
+
+def _query(task: Task, prompt: str) -> str:
+    try:
+        return query_of(task, prompt)
+    except Flaw:
+        if task.query_pattern:
+            wording = f"match the regular expression {task.query_pattern!r}, whose groups are the query"
+        elif task.query_after:
+            wording = f"hold {task.query_after!r} and the query after it"
+        else:
+            wording = "not be blank"
+        raise BadConfig(f"A prompt of task {task.name} must {wording}; the prompt given does not.") from None

@@ -146,7 +146,7 @@ class VectorTable:
         Raises:
             UserError: if one of them was never added; the text is not shown.
         """
-        keys = [_key(text) for text in texts]
+        keys = [content_key(text) for text in texts]
         found = self._lookup(set(keys))
         unknown = sum(key not in found for key in keys)
         if unknown:
@@ -193,7 +193,7 @@ class VectorTable:
         return int(rows)
 
     def _missing(self, texts: Sequence[str]) -> dict[bytes, str]:
-        keyed = {_key(text): text for text in texts}
+        keyed = {content_key(text): text for text in texts}
         for key in self._lookup(keyed):
             del keyed[key]
         return keyed
@@ -335,7 +335,7 @@ def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-def _key(text: str) -> bytes:
+def content_key(text: str) -> bytes:
     """16 bytes that stand for a text; among 10 million texts two share them with a chance below 1e-24."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 

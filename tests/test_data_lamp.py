@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from personaplug.data import LAMP_TASKS, LampReader, load_task, open_dataset, write_lamp
-from personaplug.data.base import Flaw, ReadReport, Task, as_moment, as_text, query_of
-from personaplug.data.lamp import lamp_task, parse_task
+from personaplug.data.base import ReadReport, Task
+from personaplug.data.fields import Flaw, as_moment, as_text, query_of
+from personaplug.data.tasks import lamp_task, parse_task
 from personaplug.errors import BadConfig, BadRecord, MissingData, RunConflict, StorageError
 from personaplug.records import HistoryItem, Sample
 

@@ -86,10 +86,8 @@ def test_training_the_query_encoder_leaves_the_frozen_one_alone(encoder: Encoder
     before = encoder.encode(TEXTS)
     queries = encoder.query_encoder().train()
     optimizer = torch.optim.SGD([p for p in queries.parameters() if p.requires_grad], lr=1.0)
-    for _ in range(2):
-        optimizer.zero_grad()
-        queries(queries.features(TEXTS))[:, 0].sum().backward()
-        optimizer.step()
+    queries(queries.features(TEXTS))[:, 0].sum().backward()
+    optimizer.step()
     np.testing.assert_array_equal(encoder.encode(TEXTS), before)
     assert np.abs(queries.encode(TEXTS) - before).max() > 1e-3
     assert queries.training, "encode gives the mode back"
@@ -226,11 +224,11 @@ def test_a_folder_that_is_no_text_encoder(tmp_path: Any) -> None:
         TextEncoder(str(tmp_path))
 
 
-def tiny_bert(folder: Any, *, pooling: str, normalize: bool, prompts: dict[str, str] | None = None) -> str:
+def tiny_bert(folder: Any, *, pooling: Any, normalize: bool, prompts: dict[str, str] | None = None) -> str:
     """A BERT of one layer with random weights in sentence-transformers' own layout."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz :"]
     words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -244,8 +242,8 @@ def tiny_bert(folder: Any, *, pooling: str, normalize: bool, prompts: dict[str, 
         intermediate_size=32,
     )
     BertModel(config).save_pretrained(folder / "bert")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    modules: list[nn.Module] = [Transformer(str(folder / "bert")), Pooling(16, pooling_mode=pooling)]  # type: ignore[arg-type]
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    modules: list[nn.Module] = [Transformer(str(folder / "bert")), Pooling(16, pooling_mode=pooling)]
     modules += [Normalize()] if normalize else []
     SentenceTransformer(modules=modules, device="cpu", prompts=prompts).save(str(folder / "model"))
     return str(folder / "model")
@@ -280,7 +278,8 @@ def test_hash_vectors_show_casing_emoji_and_likeness() -> None:
     plain, shout, smile, like, other = encoder.encode(
         ["good film", "GOOD FILM", "good film 🙂", "good movie", "quarterly tax report"]
     )
-    assert plain @ shout < 0.99 and plain @ smile < 0.999
+    assert plain @ shout < 0.99
+    assert plain @ smile < 0.999
     assert plain @ like > plain @ other + 0.2
 
 

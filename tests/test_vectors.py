@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from personaplug import vectors
 from personaplug.encoder import EncoderIdentity, HashEncoder, QueryEncoder
 from personaplug.errors import EncoderMismatch, MissingData, ShapeMismatch, StorageError, UserError
 from personaplug.records import HistoryItem, Sample
@@ -44,8 +43,9 @@ class CheapEncoder:
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> npt.NDArray[np.float32]:
         self.calls.append(len(texts))
         angles = np.array([len(text) for text in texts], dtype=np.float32)[:, None]
-        found = np.cos(angles + np.arange(self.width, dtype=np.float32))
-        return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+        found: npt.NDArray[np.float32] = np.cos(angles + np.arange(self.width, dtype=np.float32))
+        found /= np.linalg.norm(found, axis=1, keepdims=True)
+        return found
 
     def query_encoder(self) -> QueryEncoder:
         raise NotImplementedError
@@ -72,7 +72,9 @@ def table(tmp_path: Path) -> VectorTable:
 def test_vectors_come_back_in_half_precision(table: VectorTable) -> None:
     assert table.add(TEXTS) == (len(TEXTS), 0)
     found = table.gather(table.rows(TEXTS))
-    assert type(found) is np.ndarray and found.dtype == np.float16 and found.shape == (len(TEXTS), 32)
+    assert type(found) is np.ndarray
+    assert found.dtype == np.float16
+    assert found.shape == (len(TEXTS), 32)
     np.testing.assert_allclose(found, table.encoder.encode(TEXTS), atol=1e-3)
     assert len(table) == len(TEXTS)
 
@@ -128,7 +130,7 @@ def test_progress_is_told_after_each_chunk(table: VectorTable) -> None:
 
 
 def test_another_encoders_table_is_refused(table: VectorTable) -> None:
-    with pytest.raises(EncoderMismatch, match="hash:32.*hash:64"):
+    with pytest.raises(EncoderMismatch, match=r"hash:32.*hash:64"):
         VectorTable.open(table.folder, HashEncoder(64))
     with pytest.raises(EncoderMismatch):
         VectorTable.open(table.folder, HashEncoder(32, seed=1))
@@ -193,7 +195,7 @@ def test_vectors_that_were_never_committed_are_dropped(table: VectorTable) -> No
 def test_vectors_that_are_lost_are_an_error(table: VectorTable) -> None:
     table.add(["x", "y"])
     os.truncate(table.folder / "vectors.f16", 3 * 32)
-    with pytest.raises(UserError, match="index has 2 rows and vectors.f16 has 1. Delete the folder"):
+    with pytest.raises(UserError, match=r"index has 2 rows and vectors.f16 has 1. Delete the folder"):
         VectorTable.open(table.folder, HashEncoder(32))
 
 
@@ -223,7 +225,7 @@ def test_a_later_format_is_refused(table: VectorTable) -> None:
 def test_vectors_without_a_description_are_not_thrown_away(table: VectorTable) -> None:
     table.add(["x"])
     (table.folder / "table.json").unlink()
-    with pytest.raises(UserError, match="does not say|no table.json"):
+    with pytest.raises(UserError, match=r"does not say|no table.json"):
         VectorTable.open(table.folder, HashEncoder(32))
 
 
@@ -287,10 +289,12 @@ def test_kill_minus_9_loses_one_chunk_at_most(table: VectorTable, after_chunks: 
         process.send_signal(signal.SIGKILL)
     texts = [f"text {i}" for i in range(500)]
     kept = len(VectorTable.open(table.folder, HashEncoder(32)))
-    assert told[-1] <= kept < 500 and kept % 20 == 0
+    assert told[-1] <= kept < 500
+    assert kept % 20 == 0
     assert table.add(texts) == (500 - kept, kept), "the lock went with the process"
     rows = table.rows(texts)
-    assert sorted(rows) == list(range(500)) and len(table) == 500
+    assert sorted(rows) == list(range(500))
+    assert len(table) == 500
     np.testing.assert_allclose(table.gather(rows), HashEncoder(32).encode(texts), atol=1e-3)
     assert (table.folder / "vectors.f16").stat().st_size == 500 * 2 * 32
 
@@ -318,7 +322,7 @@ def read(folder: str) -> list[int]:
     table = VectorTable.open(folder, HashEncoder(32), create=False)
     rows = table.rows(TEXTS)
     assert np.isfinite(table.gather(rows)).all()
-    return rows.tolist()
+    return [int(row) for row in rows]
 
 
 def test_several_processes_read_at_once(table: VectorTable) -> None:
@@ -402,7 +406,8 @@ def test_encoded_samples_keep_order_answers_and_everything_else(table: VectorTab
         np.testing.assert_array_equal(found.rows, table.rows(texts))
         assert (found.id, found.owner, found.user_id) == (sample.id, sample.owner, sample.user_id)
         assert (found.prompt, found.query, found.target) == (sample.prompt, sample.query, sample.target)
-    assert encoded[0].rows.dtype == np.int64 and encoded[0].answers.dtype == np.int16
+    assert encoded[0].rows.dtype == np.int64
+    assert encoded[0].answers.dtype == np.int16
     assert encoded[0].rows.base is None, "no sample keeps its neighbours' rows"
 
 
@@ -439,7 +444,8 @@ def test_histories_are_not_kept_in_memory(tmp_path: Path) -> None:
     encoded = encode_samples(samples(), table, chunk=500)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(encoded) == 400 and len(table) == 20_000
+    assert len(encoded) == 400
+    assert len(table) == 20_000
     assert peak < 5e6, f"{peak / 1e6:.1f} MB; all texts would be 20 MB"
 
 

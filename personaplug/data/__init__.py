@@ -1,5 +1,12 @@
-"""Data sets: what one is (`base`), and the interchangeable readers (`lamp`, `tabular`, `simulated`)."""
+"""Data sets: what one is, and the interchangeable readers of them.
 
-from personaplug.data.lamp import LAMP_TASKS, LampReader, load_task, open_dataset, write_lamp
+Each file uses only those before it: `base` (task, reader, report), `fields` (what a value of a file means),
+`streaming` (files read piece by piece), `tasks` (those there are), `lamp` (LaMP's layout, read), `writing` (the same,
+written), `tabular` (an app's log), `simulated` (users whose tastes are known).
+"""
 
-__all__ = ["LAMP_TASKS", "LampReader", "load_task", "open_dataset", "write_lamp"]
+from personaplug.data.lamp import LampReader, open_dataset, read_items
+from personaplug.data.tasks import LAMP_TASKS, load_task
+from personaplug.data.writing import write_lamp
+
+__all__ = ["LAMP_TASKS", "LampReader", "load_task", "open_dataset", "read_items", "write_lamp"]

@@ -7,6 +7,32 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from personaplug.data.base import (
+    Reader,
+    ReadReport,
+    Task,
+    by_moment,
+    check_max_history,
+    check_skip_bad,
+    latest_items,
+)
+from personaplug.data.fields import (
+    Flaw,
+    as_moment,
+    as_name,
+    as_record,
+    as_text,
+    query_of,
+    short_id,
+    target_of,
+    value_of,
+)
+from personaplug.data.streaming import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
+from personaplug.data.tasks import load_task
+from personaplug.errors import BadRecord, MissingData
+from personaplug.records import HistoryItem, Sample
+
+
 def open_dataset(
     folder: str | Path,
     split: str,
@@ -22,6 +48,30 @@ def open_dataset(
         BadConfig: if the task is wrongly declared, or a setting out of range.
     """
     return LampReader(folder, split, task=task, skip_bad=skip_bad, max_history=max_history)
+
+
+def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
+    """Read one user's items: one JSON object a line, or one JSON list of them, plain or *.gz.
+
+    Each holds the task's fields, as an item of a profile does, and may hold a "date" and an "id"; without an id
+    the line's number is it (in a list, the item's). They come in time order if all are dated, else as they stand.
+
+    Raises:
+        MissingData: if the file is not there.
+        BadRecord: for the first broken item, or where the file itself breaks off.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingData(f"There is no file {path}.")
+    items = []
+    for kind, number, record in _records(path):
+        try:
+            if isinstance(record, Flaw):
+                raise record
+            items.append(_item(task, record, default_id=str(number)))
+        except Flaw as flaw:
+            raise BadRecord(path, f"{kind} {number}", reason=str(flaw)) from None
+    return by_moment(items)
 
 
 class LampReader:
@@ -161,12 +211,17 @@ def _output(gold: Mapping[str, Any]) -> str | Flaw:
         return Flaw(f"its gold: {flaw}")
 
 
-def _item(task: Task, record: object) -> tuple[datetime | None, HistoryItem]:
+def _item(
+    task: Task, record: object, *, default_id: str | None = None
+) -> tuple[datetime | None, HistoryItem]:
     values = as_record(record)
     stamp = values.get("date")
     moment = None if stamp is None else as_moment(stamp)
     fields = tuple((name, as_text(value_of(values, name), f"its {name!r}")) for name in task.field_names)
-    item_id = as_name(value_of(values, "id"), "its 'id'")
+    if default_id is not None and values.get("id") is None:
+        item_id = default_id
+    else:
+        item_id = as_name(value_of(values, "id"), "its 'id'")
     return moment, HistoryItem(item_id, fields, task.answer_field, moment.date() if moment else None)
 
 
@@ -184,3 +239,11 @@ def _questions_of(folder: Path, split: str) -> Path:
     return path
 
 
+def _records(path: Path) -> Iterator[tuple[str, int, object]]:
+    first = next((line for _, line in numbered_lines(path) if line.strip()), b"")
+    if first.lstrip().startswith(b"["):
+        for number, value in stream_values(path, "item", opening=b"[", unit="item"):
+            yield "item", number, value
+    else:
+        for number, record in json_lines(path):
+            yield "line", number, record

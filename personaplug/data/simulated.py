@@ -22,8 +22,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from personaplug.data.base import Task
-from personaplug.data.lamp import write_json, write_lamp
-from personaplug.errors import BadConfig, StorageError
+from personaplug.data.writing import write_lamp
+from personaplug.errors import BadConfig
+from personaplug.files import write_json
 from personaplug.records import HistoryItem, Sample
 
 SimulatedTask = Literal["rating", "style"]
@@ -156,9 +157,9 @@ def write_simulation(config: SimulatedConfig, folder: str | Path) -> None:
         write_lamp(simulation.samples, folder, split, task=simulation.task)
         for decision, predictions in simulation.oracle.items():
             ending = "" if decision == "mode" else f"_{decision}"
-            _write(folder / f"{split}_oracle{ending}.json", _as_outputs(simulation.task, predictions))
+            write_json(folder / f"{split}_oracle{ending}.json", _as_outputs(simulation.task, predictions))
         expected[split] = {decision: dict(scores) for decision, scores in simulation.expected.items()}
-    _write(folder / "oracle.json", {"task": SIMULATED_TASKS[config.task].name, **expected})
+    write_json(folder / "oracle.json", {"task": SIMULATED_TASKS[config.task].name, **expected})
 
 
 def _as_outputs(task: Task, predictions: Mapping[str, str]) -> dict[str, object]:
@@ -166,13 +167,6 @@ def _as_outputs(task: Task, predictions: Mapping[str, str]) -> dict[str, object]
         "task": task.name,
         "golds": [{"id": name, "output": output} for name, output in predictions.items()],
     }
-
-
-def _write(path: Path, value: object) -> None:
-    try:
-        write_json(path, value)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:

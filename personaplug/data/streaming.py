@@ -13,7 +13,7 @@ from typing import Any
 
 import ijson
 
-from personaplug.data.fields import Flaw, as_record
+from personaplug.data.fields import Flaw
 from personaplug.errors import BadRecord, MissingData
 
 
@@ -91,11 +91,10 @@ def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
 
 def _json_record(line: bytes) -> Mapping[str, Any] | Flaw:
     try:
-        return as_record(json.loads(line))
-    except Flaw as flaw:
-        return flaw
+        values = json.loads(line)
     except (ValueError, RecursionError):
         return Flaw("it is not valid JSON")
+    return values if isinstance(values, dict) else Flaw("it is not a JSON object")
 
 
 def _opened(path: Path) -> gzip.GzipFile | BufferedReader:

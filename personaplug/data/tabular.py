@@ -1,18 +1,14 @@
 """An app's log as a data set: one row per event (JSONL, CSV, Parquet), its columns named by a mapping.
 
 Rows of a user may stand anywhere in the file, so all of them are held in memory, as compactly as they come; a
-log larger than that is converted once, piece by piece, with `personaplug.data.lamp.write_lamp` and streamed
+log larger than that is converted once, piece by piece, with `personaplug.data.write_lamp` and streamed
 from then on.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
 import importlib
-import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,21 +16,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from personaplug.data.base import (
-    Flaw,
-    ReadReport,
-    Task,
-    as_moment,
-    as_name,
-    as_text,
-    check_max_history,
-    check_skip_bad,
-    latest_items,
-    nearest,
-    query_of,
-    target_of,
-)
-from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra
+from personaplug.data.base import ReadReport, Task, check_max_history, check_skip_bad, latest_items
+from personaplug.data.fields import Flaw, as_moment, as_name, as_text, query_of, target_of, value_of
+from personaplug.data.streaming import json_lines, numbered_lines
+from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra, nearest
 from personaplug.records import HistoryItem, Sample
 
 
@@ -163,14 +148,14 @@ class TabularReader:
 
     def _row(self, values: Mapping[str, object], where: str, number: int) -> tuple[str, _Row]:
         mapping, task = self._mapping, self.task
-        user = as_name(_value(values, mapping.user), f"its {mapping.user!r}")
-        row_id = as_name(_value(values, mapping.id), f"its {mapping.id!r}") if mapping.id else f"row-{number}"
-        moment = as_moment(_value(values, mapping.date)) if mapping.date else None
+        user = as_name(value_of(values, mapping.user), f"its {mapping.user!r}")
+        row_id = as_name(value_of(values, mapping.id), f"its {mapping.id!r}") if mapping.id else f"row-{number}"
+        moment = as_moment(value_of(values, mapping.date)) if mapping.date else None
         named = {
-            name: as_text(_value(values, column), f"its {column!r}")
+            name: as_text(value_of(values, column), f"its {column!r}")
             for name, column in mapping.fields.items()
         }
-        target = target_of(task, as_text(_value(values, mapping.answer), f"its {mapping.answer!r}"))
+        target = target_of(task, as_text(value_of(values, mapping.answer), f"its {mapping.answer!r}"))
         if task.answer_field:
             named[task.answer_field] = target
         fields = tuple((name, named.pop(name)) for name in task.field_names)
@@ -209,12 +194,6 @@ class _Row:
     moment: datetime | None
     where: str
     asked: tuple[tuple[str, str], ...]
-
-
-def _value(values: Mapping[str, object], column: str) -> object:
-    if column not in values:
-        raise Flaw(f"its {column!r} is missing")
-    return values[column]
 
 
 def _check_settings(split: str, at_least_one: Mapping[str, int], min_history: int) -> None:
@@ -299,33 +278,14 @@ def _row_source(path: Path) -> _Source:
     return sources[kind]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise BadRecord(path, f"after line {number}", reason="the gzip data is broken or cut short") from None
-
-
 def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[_Place]:
-    for number, line in _lines(path):
-        if line.strip():
-            yield f"line {number}", number, _json_object(line)
-
-
-def _json_object(line: bytes) -> Mapping[str, object] | Flaw:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return Flaw("it is not valid JSON")
-    return values if isinstance(values, dict) else Flaw("it is not a JSON object")
+    for number, values in json_lines(path):
+        yield f"line {number}", number, values
 
 
 def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[_Place]:
     # A byte that is no UTF-8 becomes a lone surrogate here, which `as_text` refuses for its row alone.
-    rows = csv.reader((line.decode(errors="surrogateescape") for _, line in _lines(path)), strict=True)
+    rows = csv.reader((line.decode(errors="surrogateescape") for _, line in numbered_lines(path)), strict=True)
     header = next(rows, [])
     _check_columns(path, header, columns)
     number = 0

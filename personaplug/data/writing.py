@@ -1,4 +1,23 @@
-"""Samples written as a folder in LaMP's layout."""
+"""Samples written as a folder in LaMP's layout, read back by `LampReader` as equal samples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from personaplug.data.base import Task
+from personaplug.data.fields import Flaw, query_of, short_id, target_of
+from personaplug.data.tasks import read_task
+from personaplug.errors import BadConfig, RunConflict, StorageError
+from personaplug.files import write_json
+from personaplug.records import HistoryItem, Sample
+
 
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
     """Write samples as a split that LampReader reads back as equal samples, with the task beside it.
@@ -23,24 +42,6 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
         ) from error
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a small JSON file, complete or not at all.
-
-    Raises:
-        OSError: if the disk is full or not writable.
-    """
-    draft = _draft(path)
-    try:
-        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def _declare(path: Path, task: Task) -> None:
     if not path.is_file():
         write_json(path, asdict(task))
@@ -50,24 +51,24 @@ def _declare(path: Path, task: Task) -> None:
 
 def _write_split(samples: Iterable[Sample], folder: Path, split: str, task: Task) -> None:
     questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
-    drafts = _draft(questions), _draft(outputs)
-    try:
-        has_targets = _write_drafts(samples, drafts, task)
+    # Samples are streamed into drafts beside the files: nothing is changed until the last of them is known to be good.
+    with TemporaryDirectory(prefix=f".{split}.", dir=folder) as drafts:
+        draft_questions, draft_outputs = Path(drafts, questions.name), Path(drafts, outputs.name)
+        has_targets = _write_drafts(samples, draft_questions, draft_outputs, task)
         for old in (outputs, outputs.with_name(f"{outputs.name}.gz")):
             old.unlink(missing_ok=True)
         if has_targets:
-            os.replace(drafts[1], outputs)
-        os.replace(drafts[0], questions)
-    finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
+            os.replace(draft_outputs, outputs)
+        os.replace(draft_questions, questions)
 
 
-def _write_drafts(samples: Iterable[Sample], drafts: tuple[Path, Path], task: Task) -> bool:
+def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Path, task: Task) -> bool:
     seen: set[str] = set()
     targets = 0
     with ExitStack() as stack:
-        questions, outputs = (stack.enter_context(draft.open("w", encoding="utf-8")) for draft in drafts)
+        questions, outputs = (
+            stack.enter_context(path.open("w", encoding="utf-8")) for path in (to_questions, to_outputs)
+        )
         questions.write("[")
         outputs.write(f'{{"task": {json.dumps(task.name)}, "golds": [')
         for sample in samples:

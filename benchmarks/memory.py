@@ -1,0 +1,64 @@
+"""Peak memory of training on a large history: 200,000 items, simulated, a real model.
+
+    python benchmarks/memory.py [--items 200000] [--steps 20] [--json FILE] [key=value …]
+
+Writes a data set of that many different items in LaMP's format, trains a few steps on it in this process and prints its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from personaplug.config import load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.data.tasks import lamp_task
+from personaplug.data.writing import write_lamp
+from personaplug.files import write_json
+from personaplug.records import HistoryItem, Sample
+from personaplug.run import Run, machine, open_models, peak_memory, versions
+from personaplug.training import train
+
+PER_USER = 250
+LIMIT_GIB = 4
+
+
+def samples(items: int) -> Iterator[Sample]:
+    """One query a user, each with 250 reviews that occur nowhere else."""
+    for user in range(items // PER_USER):
+        history = tuple(
+            HistoryItem(f"{user}-{i}", (("text", f"Review {i} of user {user}: a film with {i % 17} turns and a "
+                                                 f"{'slow' if i % 3 else 'quick'} ending."), ("score", str(i % 5 + 1))), "score")
+            for i in range(PER_USER)
+        )
+        query = f"Another film, number {user}, with a long middle part."
+        prompt = ("What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
+                  f"without further explanation. review: {query}")
+        yield Sample(str(user), f"u{user}", prompt, query, str(user % 5 + 1), history)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=int, default=200_000)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("settings", nargs="*")
+    given = parser.parse_args()
+    config = load_config(overrides=[f"max_steps={given.steps}", "controls=false", *given.settings])
+    with tempfile.TemporaryDirectory() as place:
+        write_lamp(samples(given.items), place, "train", task=lamp_task("LaMP_3"))
+        run = Run.create(Path(place) / "run", config=config, task=load_task(place))
+        train(run, open_dataset(place, "train", task=run.task), models=open_models(config))
+    peak = peak_memory()
+    print(f"{given.items:,} items of history, {given.steps} steps, batches of {config.training.batch_size}: "
+          f"peak {peak / 2**30:.2f} GiB ({'under' if peak < LIMIT_GIB * 2**30 else 'OVER'} {LIMIT_GIB} GiB)")
+    if given.json:
+        write_json(given.json, {"items": given.items, "steps": given.steps, "peak_memory_bytes": peak,
+                                "versions": versions(), "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Training and evaluation speed of prefix training, beside the floor that operations and this machine's matrix rate set.
+
+    python benchmarks/speed.py --data DIR [--json FILE] [key=value …]
+
+The floor counts multiplications of the frozen model's linear layers and attention (forward, and backward to the inputs; no
+weight has a gradient), of its output layer at label positions only, and of the trained encoder. It counts no memory traffic, norms,
+softmaxes or Python: what lies above it is theirs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from personaplug.backends.base import GenerationConfig
+from personaplug.config import load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.evaluation import answer
+from personaplug.files import write_json
+from personaplug.personalizer import Personalizer
+from personaplug.run import Models, Run, machine, open_models, peak_memory, versions
+from personaplug.training import build_plug, fit
+from personaplug.vectors import EncodedSample, VectorTable
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds, counted twice as usual, of one sample."""
+
+    train: float
+    score: float
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--samples", type=int, default=320)
+    parser.add_argument("settings", nargs="*")
+    given = parser.parse_args()
+    config = load_config(overrides=["epochs=1", "controls=false", *given.settings])
+    with tempfile.TemporaryDirectory() as place:
+        run = Run.create(Path(place) / "run", config=config, task=load_task(given.data))
+        models = open_models(config)
+        table = run.open_vectors(models.encoder)
+        samples = run.read_samples(open_dataset(given.data, "train", task=run.task), table, limit=given.samples)
+        result = _measure(run, models, table, samples)
+    _print(result)
+    if given.json:
+        write_json(given.json, result)
+
+
+def _measure(run: Run, models: Models, table: VectorTable, samples: list[EncodedSample]) -> dict[str, Any]:
+    rate_before = matrix_rate(models)
+    plug = build_plug(run, models, name="plug", seed=0)
+    stamps: list[float] = []
+    quiet = replace(run.config.training, validation_limit=1, validate_every=10**6, checkpoint_every=10**6)
+    report = fit(plug, models.backend, table=table, samples=samples, config=quiet, seed=0, folder=run.folder / "fit",
+                 title="train", on_step=lambda: stamps.append(time.monotonic()))
+    # The first step allocates; the steps after it are the steady state.
+    train_rate = report.samples * (report.steps - 1) / report.steps / (stamps[-1] - stamps[0])
+    train_peak = peak_memory()
+    answers = answer(models.backend, samples, personalizer=Personalizer(plug, table=table), task=run.task,
+                     decoding="score" if run.task.labels else "generate",
+                     generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),
+                     batch_size=run.config.evaluation.evaluation_batch_size)
+    rate = (rate_before + matrix_rate(models)) / 2
+    work = count(models, plug, samples)
+    return {
+        "task": run.task.name,
+        "model": models.backend.identity.describe(),
+        "dtype": str(models.backend.model.dtype),
+        "batch_size": run.config.training.batch_size,
+        "prompt_tokens_mean": _mean_tokens(models, samples),
+        "matrix_gflops_per_second": rate / 1e9,
+        "train_samples_per_second": train_rate,
+        "train_floor_samples_per_second": rate / work.train,
+        "train_gflop_per_sample": work.train / 1e9,
+        "evaluation_samples_per_second": len(samples) / answers.seconds,
+        "evaluation_floor_samples_per_second": rate / work.score if run.task.labels else None,
+        "peak_memory_bytes_after_training": train_peak,
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def matrix_rate(models: Models) -> float:
+    """Multiply-adds (× 2) a second of the model's own widest product, at 1,024 tokens."""
+    weight = max((p for n, p in models.backend.model.named_parameters() if "embed" not in n and p.dim() == 2 and
+                  "lm_head" not in n and "shared" not in n), key=torch.Tensor.numel)
+    x = torch.randn(1024, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    best = float("inf")
+    for _ in range(5):
+        began = time.monotonic()
+        for _ in range(20):
+            torch.nn.functional.linear(x, weight)
+        best = min(best, (time.monotonic() - began) / 20)
+    return 2 * x.shape[0] * weight.numel() / best
+
+
+def count(models: Models, plug: torch.nn.Module, samples: list[EncodedSample]) -> Work:
+    """The operations that no implementation of prefix training can leave out, per sample."""
+    config = models.backend.model.config
+    layers, width = config.num_hidden_layers, config.hidden_size
+    linear = sum(p.numel() for n, p in models.backend.model.named_parameters()
+                 if p.dim() == 2 and "embed" not in n and "lm_head" not in n)
+    tokens = _mean_tokens(models, samples) + 2
+    labels = sum(len(models.backend.renderer.answer(s.target or "")) for s in samples) / len(samples)
+    forward = 2 * linear * (tokens + labels) + 4 * layers * width * (tokens + labels) ** 2
+    head = 2 * config.vocab_size * width * labels
+    trained = sum(p.numel() for n, p in plug.named_parameters() if p.dim() == 2 and "embeddings" not in n)
+    query_tokens = 20.0
+    return Work(train=2 * (forward + head) + 6 * trained * query_tokens / 2, score=forward + head / labels)
+
+
+def _mean_tokens(models: Models, samples: list[EncodedSample]) -> float:
+    return sum(m.tokens for m in models.backend.measure([s.prompt for s in samples])) / len(samples)
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(f"{result['task']}, {result['model']}, {result['dtype']}, {result['prompt_tokens_mean']:.0f} tokens a prompt, "
+          f"batches of {result['batch_size']}")
+    print(f"matrix rate of this machine   {result['matrix_gflops_per_second']:.0f} GFLOP/s")
+    for what in ("train", "evaluation"):
+        rate, floor = result[f"{what}_samples_per_second"], result[f"{what}_floor_samples_per_second"]
+        beside = f", {floor:.1f} at the floor, {floor / rate:.1f} × away" if floor else ""
+        print(f"{what:<29} {rate:.1f} samples/s{beside}")
+    print(f"peak memory                   {result['peak_memory_bytes_after_training'] / 1e9:.2f} GB training, "
+          f"{result['peak_memory_bytes'] / 1e9:.2f} GB in all")
+    print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "machine")}))
+
+
+if __name__ == "__main__":
+    main()

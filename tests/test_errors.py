@@ -1,0 +1,37 @@
+"""Errors: sentences, the tree, and their way between processes."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from personaplug import errors
+
+EXAMPLES = [
+    errors.BadConfig("x"),
+    errors.BadRecord("f.json", "question 3", reason="no id"),
+    errors.MissingModel("owner/model", tried=["a folder", "the hub"]),
+    errors.MissingExtra("Parquet", extra="parquet"),
+    errors.EncoderMismatch("This plug", expected="A", found="B"),
+    errors.LLMMismatch(trained_for="A", given="B"),
+    errors.TrainingDiverged("x"),
+]
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_an_error_survives_pickling_with_its_sentence(error: errors.PersonaPlugError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def test_the_tree_in_the_docstring_is_the_tree_of_classes() -> None:
+    named = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert all(name in (errors.__doc__ or "") for name in named)
+
+
+def test_sentences_say_what_was_expected_found_and_to_do() -> None:
+    assert str(EXAMPLES[4]) == (
+        "This plug was made with the encoder A; the encoder given is B. "
+        "Load that encoder, or encode and train again with this one in a new folder."
+    )

@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py [--items 200000] [--steps 20] [--json FILE] [key=value …]
 
-Writes a data set of that many different items in LaMP's format, trains a few steps on it in this process and prints its peak.
+Writes a data set of that many different items in LaMP's format, trains a few steps on it in this process and prints
+its peak.
 """
 
 from __future__ import annotations
@@ -29,13 +30,25 @@ def samples(items: int) -> Iterator[Sample]:
     """One query a user, each with 250 reviews that occur nowhere else."""
     for user in range(items // PER_USER):
         history = tuple(
-            HistoryItem(f"{user}-{i}", (("text", f"Review {i} of user {user}: a film with {i % 17} turns and a "
-                                                 f"{'slow' if i % 3 else 'quick'} ending."), ("score", str(i % 5 + 1))), "score")
+            HistoryItem(
+                f"{user}-{i}",
+                (
+                    (
+                        "text",
+                        f"Review {i} of user {user}: a film with {i % 17} turns and a "
+                        f"{'slow' if i % 3 else 'quick'} ending.",
+                    ),
+                    ("score", str(i % 5 + 1)),
+                ),
+                "score",
+            )
             for i in range(PER_USER)
         )
         query = f"Another film, number {user}, with a long middle part."
-        prompt = ("What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
-                  f"without further explanation. review: {query}")
+        prompt = (
+            "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
+            f"without further explanation. review: {query}"
+        )
         yield Sample(str(user), f"u{user}", prompt, query, str(user % 5 + 1), history)
 
 
@@ -53,11 +66,21 @@ def main() -> None:
         run = Run.create(Path(place) / "run", config=config, task=load_task(place))
         train(run, open_dataset(place, "train", task=run.task), models=open_models(config))
     peak = peak_memory()
-    print(f"{given.items:,} items of history, {given.steps} steps, batches of {config.training.batch_size}: "
-          f"peak {peak / 2**30:.2f} GiB ({'under' if peak < LIMIT_GIB * 2**30 else 'OVER'} {LIMIT_GIB} GiB)")
+    print(
+        f"{given.items:,} items of history, {given.steps} steps, batches of {config.training.batch_size}: "
+        f"peak {peak / 2**30:.2f} GiB ({'under' if peak < LIMIT_GIB * 2**30 else 'OVER'} {LIMIT_GIB} GiB)"
+    )
     if given.json:
-        write_json(given.json, {"items": given.items, "steps": given.steps, "peak_memory_bytes": peak,
-                                "versions": versions(), "machine": machine()})
+        write_json(
+            given.json,
+            {
+                "items": given.items,
+                "steps": given.steps,
+                "peak_memory_bytes": peak,
+                "versions": versions(),
+                "machine": machine(),
+            },
+        )
 
 
 if __name__ == "__main__":

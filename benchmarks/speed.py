@@ -1,10 +1,10 @@
-"""Training and evaluation speed of prefix training, beside the floor that operations and this machine's matrix rate set.
+"""Training and evaluation speed of prefix training, beside the floor set by operations and this machine's matrix rate.
 
     python benchmarks/speed.py --data DIR [--json FILE] [key=value …]
 
-The floor counts multiplications of the frozen model's linear layers and attention (forward, and backward to the inputs; no
-weight has a gradient), of its output layer at label positions only, and of the trained encoder. It counts no memory traffic, norms,
-softmaxes or Python: what lies above it is theirs.
+The floor counts multiplications of the frozen model's linear layers and attention (forward, and backward to the inputs;
+no weight has a gradient), of its output layer at label positions only, and of the trained encoder. It counts no memory
+traffic, norms, softmaxes or Python: what lies above it is theirs.
 """
 
 from __future__ import annotations
@@ -63,15 +63,29 @@ def _measure(run: Run, models: Models, table: VectorTable, samples: list[Encoded
     plug = build_plug(run, models, name="plug", seed=0)
     stamps: list[float] = []
     quiet = replace(run.config.training, validation_limit=1, validate_every=10**6, checkpoint_every=10**6)
-    report = fit(plug, models.backend, table=table, samples=samples, config=quiet, seed=0, folder=run.folder / "fit",
-                 title="train", on_step=lambda: stamps.append(time.monotonic()))
+    report = fit(
+        plug,
+        models.backend,
+        table=table,
+        samples=samples,
+        config=quiet,
+        seed=0,
+        folder=run.folder / "fit",
+        title="train",
+        on_step=lambda: stamps.append(time.monotonic()),
+    )
     # The first step allocates; the steps after it are the steady state.
     train_rate = report.samples * (report.steps - 1) / report.steps / (stamps[-1] - stamps[0])
     train_peak = peak_memory()
-    answers = answer(models.backend, samples, personalizer=Personalizer(plug, table=table), task=run.task,
-                     decoding="score" if run.task.labels else "generate",
-                     generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),
-                     batch_size=run.config.evaluation.evaluation_batch_size)
+    answers = answer(
+        models.backend,
+        samples,
+        personalizer=Personalizer(plug, table=table),
+        task=run.task,
+        decoding="score" if run.task.labels else "generate",
+        generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),
+        batch_size=run.config.evaluation.evaluation_batch_size,
+    )
     rate = (rate_before + matrix_rate(models)) / 2
     work = count(models, plug, samples)
     return {
@@ -95,8 +109,14 @@ def _measure(run: Run, models: Models, table: VectorTable, samples: list[Encoded
 
 def matrix_rate(models: Models) -> float:
     """Multiply-adds (× 2) a second of the model's own widest product, at 1,024 tokens."""
-    weight = max((p for n, p in models.backend.model.named_parameters() if "embed" not in n and p.dim() == 2 and
-                  "lm_head" not in n and "shared" not in n), key=torch.Tensor.numel)
+    weight = max(
+        (
+            p
+            for n, p in models.backend.model.named_parameters()
+            if "embed" not in n and p.dim() == 2 and "lm_head" not in n and "shared" not in n
+        ),
+        key=torch.Tensor.numel,
+    )
     x = torch.randn(1024, weight.shape[1], dtype=weight.dtype, device=weight.device)
     best = float("inf")
     for _ in range(5):
@@ -104,15 +124,18 @@ def matrix_rate(models: Models) -> float:
         for _ in range(20):
             torch.nn.functional.linear(x, weight)
         best = min(best, (time.monotonic() - began) / 20)
-    return 2 * x.shape[0] * weight.numel() / best
+    return 2.0 * x.shape[0] * int(weight.numel()) / best
 
 
 def count(models: Models, plug: torch.nn.Module, samples: list[EncodedSample]) -> Work:
     """The operations that no implementation of prefix training can leave out, per sample."""
     config = models.backend.model.config
     layers, width = config.num_hidden_layers, config.hidden_size
-    linear = sum(p.numel() for n, p in models.backend.model.named_parameters()
-                 if p.dim() == 2 and "embed" not in n and "lm_head" not in n)
+    linear = sum(
+        p.numel()
+        for n, p in models.backend.model.named_parameters()
+        if p.dim() == 2 and "embed" not in n and "lm_head" not in n
+    )
     tokens = _mean_tokens(models, samples) + 2
     labels = sum(len(models.backend.renderer.answer(s.target or "")) for s in samples) / len(samples)
     forward = 2 * linear * (tokens + labels) + 4 * layers * width * (tokens + labels) ** 2
@@ -127,15 +150,19 @@ def _mean_tokens(models: Models, samples: list[EncodedSample]) -> float:
 
 
 def _print(result: dict[str, Any]) -> None:
-    print(f"{result['task']}, {result['model']}, {result['dtype']}, {result['prompt_tokens_mean']:.0f} tokens a prompt, "
-          f"batches of {result['batch_size']}")
+    print(
+        f"{result['task']}, {result['model']}, {result['dtype']}, {result['prompt_tokens_mean']:.0f} tokens a prompt, "
+        f"batches of {result['batch_size']}"
+    )
     print(f"matrix rate of this machine   {result['matrix_gflops_per_second']:.0f} GFLOP/s")
     for what in ("train", "evaluation"):
         rate, floor = result[f"{what}_samples_per_second"], result[f"{what}_floor_samples_per_second"]
         beside = f", {floor:.1f} at the floor, {floor / rate:.1f} × away" if floor else ""
         print(f"{what:<29} {rate:.1f} samples/s{beside}")
-    print(f"peak memory                   {result['peak_memory_bytes_after_training'] / 1e9:.2f} GB training, "
-          f"{result['peak_memory_bytes'] / 1e9:.2f} GB in all")
+    print(
+        f"peak memory                   {result['peak_memory_bytes_after_training'] / 1e9:.2f} GB training, "
+        f"{result['peak_memory_bytes'] / 1e9:.2f} GB in all"
+    )
     print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "machine")}))
 
 

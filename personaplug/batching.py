@@ -42,7 +42,9 @@ def hold_out(
     """
     owners = sorted({sample.owner for sample in samples})
     if len(owners) < 2:
-        raise BadConfig(f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}.")
+        raise BadConfig(
+            f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}."
+        )
     rng = np.random.default_rng([seed, 1])
     count = min(len(owners) - 1, max(1, round(share * len(owners))))
     held = {owners[i] for i in rng.choice(len(owners), size=count, replace=False)}
@@ -52,9 +54,7 @@ def hold_out(
     return train, [validation[i] for i in kept]
 
 
-def epoch_batches(
-    lengths: Sequence[int], *, batch_size: int, views: int, seed: int, epoch: int
-) -> list[list[View]]:
+def epoch_batches(lengths: Sequence[int], *, batch_size: int, views: int, seed: int, epoch: int) -> list[list[View]]:
     """The batches of one epoch: random order, samples of like length together, sizes equal up to one.
 
     Args:

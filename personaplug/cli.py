@@ -50,27 +50,43 @@ def _with_settings(*sections: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         text = "\n\n".join([(command.__doc__ or "").strip(), _SETTINGS_HELP, "\b\n" + describe(sections)])
         command.__doc__ = text.replace("\n\n\b", "\n\n\b")
-        command = click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")(
-            command
-        )
+        command = click.option(
+            "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."
+        )(command)
         return click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
 
     return decorate
 
 
-_data = click.option("--data", required=True, type=click.Path(path_type=Path),
-                     help="Folder with {train,dev,test}_{questions,outputs}.json[.gz], and a task.json for other tasks "
-                          "than LaMP's.")
+_data = click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder with {train,dev,test}_{questions,outputs}.json[.gz], and a task.json for other tasks than LaMP's.",
+)
 _task = click.option("--task", help="Task, where the folder does not say it: LaMP_1 … LaMP_7.")
-_skip_bad = click.option("--skip-bad", default=0, show_default=True, metavar="N",
-                         help="Pass over at most N broken records; the number is printed.")
-_vectors = click.option("--vectors", type=click.Path(path_type=Path),
-                        help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]")
+_skip_bad = click.option(
+    "--skip-bad",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Pass over at most N broken records; the number is printed.",
+)
+_vectors = click.option(
+    "--vectors",
+    type=click.Path(path_type=Path),
+    help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]",
+)
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/quickstart"), show_default=True,
-              help="Where data, run and results go.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/quickstart"),
+    show_default=True,
+    help="Where data, run and results go.",
+)
 @_with_settings()
 def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -> None:
     """Simulated users, real models: train, compare with the controls, show two users side by side. About 10 minutes."""
@@ -128,7 +144,9 @@ def encode(
 
 @main.command()
 @_data
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder; an unfinished run goes on.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The run's folder; an unfinished run goes on."
+)
 @_vectors
 @_task
 @_skip_bad
@@ -153,8 +171,10 @@ def train(
     reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
     for folder in train_run(run, reader, models=open_models(config)):
         fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
-        click.echo(f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "
-                   f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} a token")
+        click.echo(
+            f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "
+            f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} a token"
+        )
     _tell_read(reader, "train")
 
 
@@ -162,8 +182,12 @@ def train(
 @click.option("--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`.")
 @_data
 @click.option("--split", default="dev", show_default=True)
-@click.option("--conditions", default="plain,instruction-only,wrong-user,shuffled,plug", show_default=True,
-              help="Rows of the table.")
+@click.option(
+    "--conditions",
+    default="plain,instruction-only,wrong-user,shuffled,plug",
+    show_default=True,
+    help="Rows of the table.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results object here too.")
 @_skip_bad
 @_with_settings("evaluation")
@@ -192,8 +216,15 @@ def evaluate(
     _show(config, "evaluation")
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
     oracle = data / f"{split}_oracle.json"
-    results = evaluate_run(run, reader, split=split, conditions=rows, config=config.evaluation,
-                           models=open_models(config), oracle=oracle if oracle.exists() else None)
+    results = evaluate_run(
+        run,
+        reader,
+        split=split,
+        conditions=rows,
+        config=config.evaluation,
+        models=open_models(config),
+        oracle=oracle if oracle.exists() else None,
+    )
     target = json_file or run_folder / "evaluations" / f"{split}.json"
     write_json(target, results)
     click.echo(results_table(results))
@@ -203,8 +234,11 @@ def evaluate(
 @main.command()
 @click.option("--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`.")
 @click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
-@click.option("--history", type=click.Path(path_type=Path),
-              help="The user's items: one JSON object a line, with the fields of the run's task. None: a new user.")
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path),
+    help="The user's items: one JSON object a line, with the fields of the run's task. None: a new user.",
+)
 @click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
 @click.option("--plain", is_flag=True, help="Answer without the plug, to compare.")
 @_with_settings("evaluation")
@@ -249,8 +283,9 @@ def estimate(
 
     config = load_config(config_file, overrides=settings)
     _show(config, "model", "plug", "training")
-    reader = open_dataset(data, "train", task=load_task(data, task=task), skip_bad=skip_bad,
-                          max_history=config.plug.max_history)
+    reader = open_dataset(
+        data, "train", task=load_task(data, task=task), skip_bad=skip_bad, max_history=config.plug.max_history
+    )
     found = estimate_run(config, reader, models=open_models(config))
     if json_file is not None:
         write_json(json_file, found.to_dict())
@@ -275,7 +310,10 @@ def _show(config: Config, *sections: str) -> None:
 
 def _tell_read(reader: Any, split: str) -> None:
     report = reader.report
-    click.echo(f"{split}: {report.samples:,} samples, {report.items:,} items of history; {report.skipped} broken records "
-               f"skipped, {report.cut_items:,} items beyond the longest history left out", err=True)
+    click.echo(
+        f"{split}: {report.samples:,} samples, {report.items:,} items of history; {report.skipped} broken records "
+        f"skipped, {report.cut_items:,} items beyond the longest history left out",
+        err=True,
+    )
     for problem in report.problems[:10]:
         click.echo(f"  skipped: {problem}", err=True)

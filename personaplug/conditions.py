@@ -1,6 +1,7 @@
 """Every row of a results table by name: which plug answers, and whose history it is given.
 
-The controls are rows like any other. `instruction-only` is trained; `wrong-user` and `shuffled` are switches at test time.
+The controls are rows like any other. `instruction-only` is trained; `wrong-user` and `shuffled` are switches at test
+time.
 """
 
 from __future__ import annotations
@@ -36,10 +37,18 @@ CONDITIONS: dict[str, Condition] = {
     condition.name: condition
     for condition in (
         Condition("plain", None, "none", "what the frozen model does untouched"),
-        Condition("instruction-only", "instruction-only", "none",
-                  "how much any trained tokens gain: same data, steps and number of tokens, no history"),
-        Condition("wrong-user", "plug", "wrong-user",
-                  "how much of the plug's gain a stranger's history gives too; the distance to it is the personal gain"),
+        Condition(
+            "instruction-only",
+            "instruction-only",
+            "none",
+            "how much any trained tokens gain: same data, steps and number of tokens, no history",
+        ),
+        Condition(
+            "wrong-user",
+            "plug",
+            "wrong-user",
+            "how much of the plug's gain a stranger's history gives too; the distance to it is the personal gain",
+        ),
         Condition("shuffled", "plug", "shuffled", "whether the order of the user's own items matters"),
         Condition("plug", "plug", "own", "the method"),
     )

@@ -61,10 +61,12 @@ class PlugConfig:
     """The trained module. The defaults are the paper's (PPlug, arXiv 2409.11901)."""
 
     instruction_tokens: int = _option(1, "trained tokens that are the same for everybody (I in eq. 5)", low=0, high=256)
-    persona_tokens: int = _option(1, "tokens made from the user's history (P in eq. 5); 0 = instruction only", low=0,
-                                  high=256)
-    aggregator: str = _option("dot", "how items are weighed: dot (eq. 3) or mean (the paper's ablation)",
-                              choices=("dot", "mean"))
+    persona_tokens: int = _option(
+        1, "tokens made from the user's history (P in eq. 5); 0 = instruction only", low=0, high=256
+    )
+    aggregator: str = _option(
+        "dot", "how items are weighed: dot (eq. 3) or mean (the paper's ablation)", choices=("dot", "mean")
+    )
     temperature: float = _option(1.0, "divides the scores of eq. 3; 1 = the paper", above=0)
     query_encoder: str = _option(
         "trained",
@@ -86,20 +88,27 @@ class TrainingConfig:
     """The loop. Everything that is drawn at random comes from `seeds`."""
 
     seeds: tuple[int, ...] = _option((0,), "one plug (and one control) is trained per seed", low=0)
-    controls: bool = _option(True, "also train instruction-only: same data, steps and number of soft tokens, no history")
+    controls: bool = _option(
+        True, "also train instruction-only: same data, steps and number of soft tokens, no history"
+    )
     epochs: int = _option(2, "passes over the training samples", low=1)
     max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)
     batch_size: int = _option(16, "samples in a step, over all processes", low=1)
     views: int = _option(0, "random sub-histories added per sample and epoch (the paper's code uses 10)", low=0)
-    learning_rate: float = _option(1e-3, "of the plug (AdamW)", above=0, high=1)
+    learning_rate: float = _option(3e-3, "of the projector and the query head (AdamW)", above=0, high=1)
+    token_learning_rate: float = _option(
+        0.03, "of the tokens that are trained as they stand: instruction and population", above=0, high=1
+    )
     encoder_learning_rate: float = _option(5e-5, "of the trained copy of the encoder", low=0, high=1)
     weight_decay: float = _option(1e-4, "of AdamW", low=0, high=1)
-    warmup_share: float = _option(0.05, "share of the steps in which the rate rises; it then falls linearly to 0",
-                                  low=0, high=1)
+    warmup_share: float = _option(
+        0.05, "share of the steps in which the rate rises; it then falls linearly to 0", low=0, high=1
+    )
     clip_norm: float = _option(1.0, "longest gradient; longer ones are scaled down to it", above=0)
     train_limit: int = _option(0, "use this many training samples, drawn by seed 0; 0 = all", low=0)
-    validation_share: float = _option(0.1, "share of the training users held out to choose the checkpoint", above=0,
-                                      high=0.5)
+    validation_share: float = _option(
+        0.1, "share of the training users held out to choose the checkpoint", above=0, high=0.5
+    )
     validation_limit: int = _option(256, "samples of the held-out users that are scored at most", low=1)
     validate_every: int = _option(0, "steps between validations; 0 = four times an epoch", low=0)
     patience: int = _option(0, "stop after this many validations without a better loss; 0 = never", low=0)
@@ -119,8 +128,11 @@ class EvaluationConfig:
     evaluation_batch_size: int = _option(16, "samples answered at once", low=1)
     num_beams: int = _option(4, "beams of generation (LaMP and the paper: 4; 1 = greedy)", low=1, high=64)
     max_new_tokens: int = _option(0, "longest answer in tokens; 0 = the task's own", low=0)
-    rating_fallback: str = _option("lamp", "score of an answer that is no number: lamp = the farthest end, "
-                                           "pplug = first digit, else 1", choices=("lamp", "pplug"))
+    rating_fallback: str = _option(
+        "lamp",
+        "score of an answer that is no number: lamp = the farthest end, pplug = first digit, else 1",
+        choices=("lamp", "pplug"),
+    )
     limit: int = _option(0, "score this many samples, drawn by `draw_seed`; 0 = all", low=0)
     draw_seed: int = _option(0, "draws the wrong users, the shuffles, the limit and the bootstrap", low=0)
     resamples: int = _option(10_000, "of the bootstrap by user", low=100)
@@ -181,8 +193,9 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole of a config as YAML that `load_config` reads back to an equal one."""
-    plain = {s: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()}
-             for s, part in asdict(config).items()}
+    plain = {
+        s: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for s, part in asdict(config).items()
+    }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -211,8 +224,11 @@ def _range_text(option: Field[Any]) -> str:
     meta = option.metadata
     if meta["choices"]:
         return f" [{' | '.join(meta['choices'])}]"
-    parts = [f"{word} {meta[key]:g}" for key, word in (("low", "from"), ("above", "above"), ("high", "to"))
-             if meta[key] is not None]
+    parts = [
+        f"{word} {meta[key]:g}"
+        for key, word in (("low", "from"), ("above", "above"), ("high", "to"))
+        if meta[key] is not None
+    ]
     return f" [{' '.join(parts)}]" if parts else ""
 
 

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,17 @@ class Estimate:
     def text(self) -> str:
         """The estimate for people."""
         whole = self.encode_seconds + self.train_seconds
-        return "\n".join([
-            f"samples      {self.samples:,} with {self.items:,} items of history",
-            f"vectors      {self.vectors:,} different items to encode, {_duration(self.encode_seconds)}",
-            f"trainings    {self.trainings} × {self.steps:,} steps of {self.step_seconds:.2f} s, "
-            f"{_duration(self.train_seconds)}",
-            f"disk         {_size(self.disk_bytes)}",
-            f"memory       {_size(self.memory_bytes)} at most",
-            f"time         {_duration(whole)} in all",
-        ])
+        return "\n".join(
+            [
+                f"samples      {self.samples:,} with {self.items:,} items of history",
+                f"vectors      {self.vectors:,} different items to encode, {_duration(self.encode_seconds)}",
+                f"trainings    {self.trainings} × {self.steps:,} steps of {self.step_seconds:.2f} s, "
+                f"{_duration(self.train_seconds)}",
+                f"disk         {_size(self.disk_bytes)}",
+                f"memory       {_size(self.memory_bytes)} at most",
+                f"time         {_duration(whole)} in all",
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,14 +85,17 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
     planned = max(1, round(kept * (1 + config.training.views) / config.training.batch_size)) * config.training.epochs
     steps = min(planned, config.training.max_steps or planned)
     per_step, plug_bytes = _time_training(config, first, models)
-    validations = 4 * config.training.epochs if not config.training.validate_every else (
-        steps / config.training.validate_every)
+    validations = (
+        4 * config.training.epochs if not config.training.validate_every else (steps / config.training.validate_every)
+    )
     validated = min(config.training.validation_limit, used - kept) / config.training.batch_size
     trainings = len(config.training.seeds) * (2 if config.training.controls else 1)
     # A validation needs the forward pass only: about 2/5 of a step, as nothing is kept for a backward pass.
     seconds = trainings * (steps + 0.4 * validations * validated) * per_step
     disk = vectors * (2 * models.encoder.width + _INDEX_BYTES) + plug_bytes * (trainings + 5)
-    return Estimate(samples, items, vectors, disk, peak_memory(), per_item * vectors, per_step, seconds, trainings, steps)
+    return Estimate(
+        samples, items, vectors, disk, peak_memory(), per_item * vectors, per_step, seconds, trainings, steps
+    )
 
 
 def _count(reader: Reader, config: Config) -> tuple[int, int, int]:
@@ -120,20 +125,43 @@ def _time_training(config: Config, samples: Sequence[Sample], models: Models) ->
         from personaplug.data.base import Task
         from personaplug.vectors import encode_samples
 
-        task = Task("estimate", "label" if config.plug.answers == "label" else "text", ("text",), None, (),
-                    labels=tuple(sorted({s.target or "" for s in samples})))
+        task = Task(
+            "estimate",
+            "label" if config.plug.answers == "label" else "text",
+            ("text",),
+            None,
+            (),
+            labels=tuple(sorted({s.target or "" for s in samples})),
+        )
         run = Run(Path(place), config, task, Path(place) / "vectors")
         table = run.open_vectors(models.encoder)
         encoded = encode_samples(samples, table, labels=task.labels, with_answer=config.plug.answers == "text")
         plug = build_plug(run, models, name="plug", seed=0)
-        timed = replace(config.training, max_steps=_TIMED_STEPS, epochs=_TIMED_STEPS, views=0, validation_limit=1,
-                        validate_every=10**6, checkpoint_every=10**6, tensorboard=False)
+        timed = replace(
+            config.training,
+            max_steps=_TIMED_STEPS,
+            epochs=_TIMED_STEPS,
+            views=0,
+            validation_limit=1,
+            validate_every=10**6,
+            checkpoint_every=10**6,
+            tensorboard=False,
+        )
         stamps: list[float] = []
-        report = fit(plug, models.backend, table=table, samples=encoded, config=timed, seed=0,
-                     folder=Path(place) / "fit", title="timing", on_step=lambda: stamps.append(time.monotonic()))
+        report = fit(
+            plug,
+            models.backend,
+            table=table,
+            samples=encoded,
+            config=timed,
+            seed=0,
+            folder=Path(place) / "fit",
+            title="timing",
+            on_step=lambda: stamps.append(time.monotonic()),
+        )
         size = sum(p.numel() * p.element_size() for p in plug.parameters())
     # The first step also allocates and warms up.
-    steady = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    steady = [b - a for a, b in pairwise(stamps)]
     return sum(steady) / len(steady) if steady else report.seconds, size
 
 

@@ -24,7 +24,7 @@ from personaplug.config import EvaluationConfig
 from personaplug.data.base import Reader, ReadReport, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.files import write_json
-from personaplug.metrics import Metric, get_metric, is_invalid
+from personaplug.metrics import get_metric, is_invalid
 from personaplug.personalizer import Personalizer
 from personaplug.progress import Progress
 from personaplug.run import Models, Run, machine, peak_memory, versions
@@ -133,14 +133,16 @@ class _Evaluation:
         self.run, self.reader, self.split, self.config, self.models = run, reader, split, config, models
         self.task = run.task
         self.decoding = _decoding(self.task, config)
-        self.generation = GenerationConfig(max_new_tokens=config.max_new_tokens or self.task.max_new_tokens,
-                                           num_beams=config.num_beams)
+        self.generation = GenerationConfig(
+            max_new_tokens=config.max_new_tokens or self.task.max_new_tokens, num_beams=config.num_beams
+        )
         self.table_of_vectors = run.open_vectors(models.encoder)
         self.samples = run.read_samples(reader, self.table_of_vectors, limit=config.limit, seed=config.draw_seed)
         self.golds = _golds(self.samples)
         self.owners = [sample.owner for sample in self.samples]
-        self.metrics = [get_metric(name, labels=self.task.labels, fallback=config.rating_fallback)
-                        for name in self.task.metrics]
+        self.metrics = [
+            get_metric(name, labels=self.task.labels, fallback=config.rating_fallback) for name in self.task.metrics
+        ]
         self.measures = models.backend.measure([sample.prompt for sample in self.samples])
         self.folder = run.folder / "evaluations" / split
 
@@ -159,8 +161,10 @@ class _Evaluation:
         answers = [self._answers(condition, seed=seed) for seed in seeds]
         each = [{metric.name: metric.statistics(a.texts, self.golds) for metric in self.metrics} for a in answers]
         means = {metric.name: np.mean([stats[metric.name] for stats in each], axis=0) for metric in self.metrics}
-        alone = [{metric.name: float(metric.value(stats[metric.name].mean(axis=0))) for metric in self.metrics}
-                 for stats in each]
+        alone = [
+            {metric.name: float(metric.value(stats[metric.name].mean(axis=0))) for metric in self.metrics}
+            for stats in each
+        ]
         for seed, made, stats in zip(seeds, answers, each, strict=True):
             self._keep_scores(condition, made, stats, seed=seed)
         return answers, means, alone
@@ -176,9 +180,16 @@ class _Evaluation:
             plug = self.run.load_plug(condition.plug, seed=seed, models=self.models)
             personalizer = Personalizer(plug, table=self.table_of_vectors)
         shown = with_history(condition, self.samples, seed=self.config.draw_seed + seed)
-        made = answer(self.models.backend, shown, personalizer=personalizer, task=self.task, decoding=self.decoding,
-                      generation=self.generation, batch_size=self.config.evaluation_batch_size,
-                      title=f"{condition.name} (seed {seed})" if condition.plug else condition.name)
+        made = answer(
+            self.models.backend,
+            shown,
+            personalizer=personalizer,
+            task=self.task,
+            decoding=self.decoding,
+            generation=self.generation,
+            batch_size=self.config.evaluation_batch_size,
+            title=f"{condition.name} (seed {seed})" if condition.plug else condition.name,
+        )
         write_json(path, {"key": key, **asdict(made)})
         golds = [{"id": sample.id, "output": text} for sample, text in zip(self.samples, made.texts, strict=True)]
         write_json(self.folder / f"{condition.name}.seed-{seed}.json", {"task": self.task.name, "golds": golds})
@@ -187,8 +198,17 @@ class _Evaluation:
     def _key(self, condition: Condition, *, seed: int) -> str:
         """What answers depend on; kept answers count only while all of it is the same."""
         ids = hashlib.sha256("\n".join(sample.id for sample in self.samples).encode()).hexdigest()
-        parts: list[Any] = [asdict(condition), self.decoding, asdict(self.generation), self.config.draw_seed, ids, seed,
-                            self.models.backend.identity.fingerprint, str(self.models.backend.model.dtype)]
+        parts: list[Any] = [
+            condition.plug,
+            condition.history,
+            self.decoding,
+            asdict(self.generation),
+            self.config.draw_seed,
+            ids,
+            seed,
+            self.models.backend.identity.fingerprint,
+            str(self.models.backend.model.dtype),
+        ]
         if condition.plug is not None and self.run.trained(condition.plug, seed=seed):
             weights = self.run.plug_folder(condition.plug, seed=seed) / "plug.safetensors"
             parts.append(hashlib.sha256(weights.read_bytes()).hexdigest())
@@ -219,8 +239,9 @@ class _Evaluation:
     def _scores(self, name: str, means: dict[str, np.ndarray]) -> dict[str, Any]:
         values, intervals = {}, {}
         for metric in self.metrics:
-            interval = bootstrap_interval(means[metric.name], self.owners, metric, resamples=self.config.resamples,
-                                          seed=self.config.draw_seed)
+            interval = bootstrap_interval(
+                means[metric.name], self.owners, metric, resamples=self.config.resamples, seed=self.config.draw_seed
+            )
             values[metric.name] = interval.value
             intervals[metric.name] = [interval.low, interval.high]
         return {"condition": name, "n": len(self.samples), "metrics": values, "intervals": intervals}
@@ -236,8 +257,14 @@ class _Evaluation:
         pairs = []
         for b, a in combinations(statistics, 2):
             for metric in self.metrics:
-                found = paired_bootstrap(statistics[a][metric.name], statistics[b][metric.name], self.owners, metric,
-                                         resamples=self.config.resamples, seed=self.config.draw_seed)
+                found = paired_bootstrap(
+                    statistics[a][metric.name],
+                    statistics[b][metric.name],
+                    self.owners,
+                    metric,
+                    resamples=self.config.resamples,
+                    seed=self.config.draw_seed,
+                )
                 pairs.append({"a": a, "b": b, "metric": metric.name, **asdict(found)})
         return pairs
 
@@ -263,8 +290,10 @@ class _Evaluation:
     def _notes(self, report: ReadReport) -> list[str]:
         notes = [f"Intervals and p-values: bootstrap over {len(set(self.owners))} users."]
         if any(sample.user_id is None for sample in self.samples):
-            notes.append("The data names no users: samples stand for users, so intervals may be too narrow and a wrong "
-                         "user may be the same person.")
+            notes.append(
+                "The data names no users: samples stand for users, so intervals may be too narrow and a wrong "
+                "user may be the same person."
+            )
         if report.skipped:
             notes.append(f"{report.skipped} broken records were passed over.")
         if len(self.run.config.training.seeds) < 3:
@@ -272,8 +301,15 @@ class _Evaluation:
         return notes
 
     def _invalid_rate(self, answers: list[Answers]) -> float:
-        return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels)
-                              for made in answers for text in made.texts]))
+        return float(
+            np.mean(
+                [
+                    is_invalid(text, kind=self.task.kind, labels=self.task.labels)
+                    for made in answers
+                    for text in made.texts
+                ]
+            )
+        )
 
     def _lost_rate(self, condition: Condition) -> float:
         """Share of the samples with a history whose row should have used it and got none of it."""
@@ -281,7 +317,7 @@ class _Evaluation:
             return 0.0
         shown = with_history(condition, self.samples, seed=self.config.draw_seed)
         had = [(len(before.rows), len(after.rows)) for before, after in zip(self.samples, shown, strict=True)]
-        return float(np.mean([after == 0 for before, after in had if before] or [0.0]))
+        return float(np.mean([float(after == 0) for before, after in had if before] or [0.0]))
 
     def _soft_tokens(self, condition: Condition) -> int:
         plug = self.run.config.plug
@@ -301,14 +337,21 @@ def _training_facts(run: Run) -> list[dict[str, Any]]:
     """What each training of the run was, for those that have ended."""
     facts = []
     for path in sorted(run.folder.glob("*/seed-*/fit.json")):
-        facts.append({"plug": path.parent.parent.name, "seed": path.parent.name.removeprefix("seed-"),
-                      **json.loads(path.read_text(encoding="utf-8"))})
+        facts.append(
+            {
+                "plug": path.parent.parent.name,
+                "seed": path.parent.name.removeprefix("seed-"),
+                **json.loads(path.read_text(encoding="utf-8")),
+            }
+        )
     return facts
 
 
 def _decoding(task: Task, config: EvaluationConfig) -> str:
     if config.decoding == "score" and not task.labels:
-        raise BadConfig(f"decoding=score needs a task with labels; {task.name} writes free text. Use decoding=generate.")
+        raise BadConfig(
+            f"decoding=score needs a task with labels; {task.name} writes free text. Use decoding=generate."
+        )
     return ("score" if task.labels else "generate") if config.decoding == "auto" else config.decoding
 
 
@@ -317,8 +360,10 @@ def _golds(samples: Sequence[EncodedSample]) -> list[str]:
         raise MissingData("The split holds no samples.")
     golds = [sample.target for sample in samples if sample.target is not None]
     if len(golds) < len(samples):
-        raise MissingData(f"{len(samples) - len(golds)} of {len(samples)} samples have no answer to compare with; "
-                          f"a split with hidden answers cannot be scored here.")
+        raise MissingData(
+            f"{len(samples) - len(golds)} of {len(samples)} samples have no answer to compare with; "
+            f"a split with hidden answers cannot be scored here."
+        )
     return golds
 
 

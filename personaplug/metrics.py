@@ -258,8 +258,7 @@ class RougeL(_Rouge):
 
 
 METRICS: dict[str, type[Metric]] = {
-    metric.name: metric
-    for metric in (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL)
+    metric.name: metric for metric in (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL)
 }
 
 

@@ -27,7 +27,9 @@ class Personalizer:
         forward: what to call in the plug's place, such as its wrapper for several processes.
     """
 
-    def __init__(self, plug: PersonaPlug, *, table: VectorTable | None = None, forward: nn.Module | None = None) -> None:
+    def __init__(
+        self, plug: PersonaPlug, *, table: VectorTable | None = None, forward: nn.Module | None = None
+    ) -> None:
         self.plug, self.table = plug, table
         self._forward = forward if forward is not None else plug
 

@@ -94,7 +94,8 @@ class Projector(nn.Module):
         inner = self.inner(items * self.stretch)
         if self.answer is not None:
             inner = inner + self.answer(answers + 1)
-        return self.outer(nn.functional.gelu(inner)).unflatten(-1, (self.tokens, -1))
+        projected: Tensor = self.outer(nn.functional.gelu(inner))
+        return projected.view(*projected.shape[:-1], self.tokens, -1)
 
 
 class QueryHead(nn.Module):
@@ -298,6 +299,6 @@ plug = PersonaPlug.from_pretrained("this folder", encoder=encoder, llm=backend.i
 ## What it does not promise
 
 A gain over the plain model may be the task, learned by any soft token, and not the person: compare with the rows
-instruction-only and wrong-user of `personaplug evaluate`. Persona tokens are made from a user's texts and can give some of
-them away; treat them as personal data.
+instruction-only and wrong-user of `personaplug evaluate`. Persona tokens are made from a user's texts and can give some
+of them away; treat them as personal data.
 """

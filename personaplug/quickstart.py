@@ -47,8 +47,15 @@ def run_quickstart(out: Path, *, config_file: Path | None = None, settings: Sequ
     train(run, open_dataset(data, "train", task=run.task), models=models)
     click.echo("3. the plug, its controls, and what someone who knew every taste would score")
     reader = open_dataset(data, "dev", task=run.task)
-    results = evaluate(run, reader, split="dev", conditions=list(CONDITIONS.values()), config=config.evaluation,
-                       models=models, oracle=data / "dev_oracle.json")
+    results = evaluate(
+        run,
+        reader,
+        split="dev",
+        conditions=list(CONDITIONS.values()),
+        config=config.evaluation,
+        models=models,
+        oracle=data / "dev_oracle.json",
+    )
     write_json(out / "results.json", results)
     click.echo("\n" + results_table(results))
     click.echo("4. the same films for two users, as the model with their personas rates them\n")
@@ -61,7 +68,12 @@ def _side_by_side(run: Run, config: Config, models: Models, *, samples: Sequence
     """Films as rows, the kindest and the strictest test user as columns."""
     strict, kind = _extremes(samples)
     personalizer = Personalizer(run.load_plug("plug", seed=config.training.seeds[0], models=models))
-    head = [f"{'film':<86}", f"{_mean_given(strict):.1f} given so far", f"{_mean_given(kind):.1f} given so far", "plain"]
+    head = [
+        f"{'film':<86}",
+        f"{_mean_given(strict):.1f} given so far",
+        f"{_mean_given(kind):.1f} given so far",
+        "plain",
+    ]
     lines = [" | ".join(head)]
     for sample in samples[:: max(1, len(samples) // _SIDE_BY_SIDE)][:_SIDE_BY_SIDE]:
         answers = [

@@ -1,11 +1,11 @@
 """A run: a folder that holds a resolved config, the task, the vectors, the trained plugs and the evaluations.
 
-    RUN/config.yaml               every setting, as resolved
-    RUN/run.json                  task, versions
-    RUN/vectors/                  item vectors (unless they are kept elsewhere)
-    RUN/plug/seed-0/              a trained plug; beside it log.jsonl and, while unfinished, the states to go on from
-    RUN/instruction-only/seed-0/  its control
-    RUN/evaluations/dev/          predictions in LaMP's format, scores per sample
+RUN/config.yaml               every setting, as resolved
+RUN/run.json                  task, versions
+RUN/vectors/                  item vectors (unless they are kept elsewhere)
+RUN/plug/seed-0/              a trained plug; beside it log.jsonl and, while unfinished, the states to go on from
+RUN/instruction-only/seed-0/  its control
+RUN/evaluations/dev/          predictions in LaMP's format, scores per sample
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from personaplug.backends import choose_device, open_backend
 from personaplug.backends.hf import DecoderOnlyBackend, EncoderDecoderBackend
 from personaplug.config import Config, load_config, to_yaml
 from personaplug.data.base import Reader, Task
+from personaplug.data.tasks import parse_task
 from personaplug.encoder import Encoder, open_encoder
 from personaplug.errors import MissingData, RunConflict
 from personaplug.files import write_json, write_text
@@ -97,10 +98,11 @@ class Run:
         try:
             about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise MissingData(f"{folder} holds no run: run.json is missing or broken. `personaplug train --out {folder}` "
-                              f"makes one.") from error
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in about["task"].items()}
-        return cls(folder, load_config(folder / "config.yaml"), Task(**fields), Path(about["vectors"]))
+            raise MissingData(
+                f"{folder} holds no run: run.json is missing or broken. `personaplug train --out {folder}` makes one."
+            ) from error
+        task = parse_task(about["task"], source=str(folder / "run.json"))
+        return cls(folder, load_config(folder / "config.yaml"), task, Path(about["vectors"]))
 
     def plug_folder(self, name: str, *, seed: int) -> Path:
         """Where the plug (or the control) of a seed is."""
@@ -118,8 +120,10 @@ class Run:
         """
         folder = self.plug_folder(name, seed=seed)
         if not self.trained(name, seed=seed):
-            raise MissingData(f"{folder} holds no finished plug. Run the `personaplug train` of this run again to finish it"
-                              f"{' (with training.controls=true)' if name == 'instruction-only' else ''}.")
+            raise MissingData(
+                f"{folder} holds no finished plug. Run the `personaplug train` of this run again to finish it"
+                f"{' (with training.controls=true)' if name == 'instruction-only' else ''}."
+            )
         plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.backend.identity)
         return plug.to(models.backend.device)
 
@@ -149,8 +153,10 @@ class Run:
         """
         names = _differing(config, self.config, sections=sections)
         if names:
-            raise RunConflict(f"{', '.join(names)} cannot be changed after training; {self.folder} was made with other "
-                              f"values. Leave them out, or train another run.")
+            raise RunConflict(
+                f"{', '.join(names)} cannot be changed after training; {self.folder} was made with other "
+                f"values. Leave them out, or train another run."
+            )
 
     def _check_same(self, there: Run) -> None:
         names = _differing(self.config, there.config, sections=("model", "plug", "training"))
@@ -163,8 +169,7 @@ class Run:
             )
 
     def _write(self) -> None:
-        about = {"task": asdict(self.task), "vectors": str(self.vectors), "versions": versions(),
-                 "machine": machine()}
+        about = {"task": asdict(self.task), "vectors": str(self.vectors), "versions": versions(), "machine": machine()}
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_json(self.folder / "run.json", about)
 
@@ -174,8 +179,9 @@ def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[s
     return [f"{s}.{key}" for s in sections for key in left[s] if left[s][key] != right[s][key]]
 
 
-def versions(packages: Sequence[str] = ("personaplug", "torch", "transformers", "sentence-transformers", "accelerate",
-                                        "numpy")) -> dict[str, str]:
+def versions(
+    packages: Sequence[str] = ("personaplug", "torch", "transformers", "sentence-transformers", "accelerate", "numpy"),
+) -> dict[str, str]:
     """Versions of what results depend on."""
     found = {"python": platform.python_version()}
     for name in packages:

@@ -27,7 +27,9 @@ class SoftPrompt:
 
     def __post_init__(self) -> None:
         if self.vectors.dim() != 3:
-            raise ShapeMismatch(f"A soft prompt is (batch, tokens, width); found the shape {tuple(self.vectors.shape)}.")
+            raise ShapeMismatch(
+                f"A soft prompt is (batch, tokens, width); found the shape {tuple(self.vectors.shape)}."
+            )
 
     def __len__(self) -> int:
         return self.vectors.shape[0]

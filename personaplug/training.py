@@ -81,11 +81,21 @@ def _train_one(
         logger.info("%s (seed %d) is trained already", name, seed)
         return folder
     plug = build_plug(run, models, name=name, seed=seed)
-    report = fit(plug, models.backend, table=table, samples=samples, config=run.config.training, seed=seed,
-                 folder=folder, title=f"{name} (seed {seed})")
+    report = fit(
+        plug,
+        models.backend,
+        table=table,
+        samples=samples,
+        config=run.config.training,
+        seed=seed,
+        folder=folder,
+        title=f"{name} (seed {seed})",
+    )
     facts = asdict(report) | {"task": run.task.name, "seed": seed}
-    write_json(folder / "fit.json", facts | {"peak_memory_bytes": peak_memory(),
-                                             "parameters": sum(p.numel() for p in plug.parameters())})
+    write_json(
+        folder / "fit.json",
+        facts | {"peak_memory_bytes": peak_memory(), "parameters": sum(p.numel() for p in plug.parameters())},
+    )
     plug.save_pretrained(folder, facts=facts)
     drop_states(folder)
     return folder
@@ -159,10 +169,11 @@ class _Fit:
         )
         self.lengths = _lengths(self.train, backend=backend)
         self.accelerator = Accelerator(cpu=_on_cpu(backend))
-        if self.accelerator.num_processes > config.batch_size // 2:
-            if self.accelerator.num_processes > 1:
-                raise BadConfig(f"training.batch_size must be at least twice the processes "
-                                f"({self.accelerator.num_processes}); found {config.batch_size}.")
+        if self.accelerator.num_processes > config.batch_size // 2 and self.accelerator.num_processes > 1:
+            raise BadConfig(
+                f"training.batch_size must be at least twice the processes "
+                f"({self.accelerator.num_processes}); found {config.batch_size}."
+            )
         self.plug = plug
         self.optimizer = torch.optim.AdamW(parameter_groups(plug, config), weight_decay=config.weight_decay)
         self.state = load_state(folder, plug=plug, optimizer=self.optimizer)
@@ -185,9 +196,14 @@ class _Fit:
                 self._count(len(batch), seconds=time.monotonic() - began)
                 rate = len(batch) / (time.monotonic() - began)
                 progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
-                log.write(step=self.state.step, loss=loss, gradient_norm=norm, samples_per_second=rate,
-                          learning_rate=self.config.learning_rate * self._schedule(self.state.step - 1),
-                          seconds_left=progress.seconds_left())
+                log.write(
+                    step=self.state.step,
+                    loss=loss,
+                    gradient_norm=norm,
+                    samples_per_second=rate,
+                    learning_rate=self.config.learning_rate * self._schedule(self.state.step - 1),
+                    seconds_left=progress.seconds_left(),
+                )
                 on_step()
                 self._look_after(log)
         load_best(self.folder, self.state.best_step, plug=self.plug)
@@ -216,8 +232,10 @@ class _Fit:
         self.accelerator.backward(summed * (self.accelerator.num_processes / total[1]))
         norm = float(self.accelerator.clip_grad_norm_(self.plug.parameters(), self.config.clip_norm))
         if not math.isfinite(norm):
-            raise TrainingDiverged(f"{self.title}: the gradient became {norm} in step {self.state.step + 1}. Train anew "
-                                   f"with a lower learning_rate (now {self.config.learning_rate:g}) or dtype=float32.")
+            raise TrainingDiverged(
+                f"{self.title}: the gradient became {norm} in step {self.state.step + 1}. Train anew "
+                f"with a lower learning_rate (now {self.config.learning_rate:g}) or dtype=float32."
+            )
         self.prepared.step()
         return loss, norm
 
@@ -269,8 +287,9 @@ class _Fit:
 
     def _batches(self, epoch: int) -> list[list[View]]:
         if getattr(self, "_planned", (-1, []))[0] != epoch:
-            batches = epoch_batches(self.lengths, batch_size=self.config.batch_size, views=self.config.views,
-                                    seed=self.seed, epoch=epoch)
+            batches = epoch_batches(
+                self.lengths, batch_size=self.config.batch_size, views=self.config.views, seed=self.seed, epoch=epoch
+            )
             self._planned: tuple[int, list[list[View]]] = (epoch, batches)
         return self._planned[1]
 
@@ -302,15 +321,27 @@ class _Fit:
 
 
 def parameter_groups(plug: PersonaPlug, config: TrainingConfig) -> list[dict[str, Any]]:
-    """The plug's parameters with their peak learning rates: the trained copy of the encoder has a rate of its own."""
-    whole_encoder = plug.config.query_encoder == "trained"
-    named = list(plug.named_parameters())
-    slow = [value for name, value in named if whole_encoder and name.startswith("query_encoder.")]
-    fast = [value for name, value in named if not (whole_encoder and name.startswith("query_encoder."))]
-    groups = [{"params": fast, "peak": config.learning_rate}]
-    if slow:
-        groups.append({"params": slow, "peak": config.encoder_learning_rate})
-    return groups
+    """The plug's parameters with their peak learning rates: tokens, the trained copy of the encoder, and the rest.
+
+    A token that is trained as it stands moves by about its rate in a step, so it needs a far higher one than the
+    layers of the projector; with one rate for all, the control without history would hardly be trained.
+    """
+    rates = {
+        "tokens": config.token_learning_rate,
+        "encoder": config.encoder_learning_rate,
+        "rest": config.learning_rate,
+    }
+    groups: dict[str, list[torch.nn.Parameter]] = {kind: [] for kind in rates}
+    for name, parameter in plug.named_parameters():
+        groups[_kind_of(name, plug)].append(parameter)
+    return [{"params": held, "peak": rates[kind]} for kind, held in groups.items() if held]
+
+
+def _kind_of(name: str, plug: PersonaPlug) -> str:
+    if name in ("instruction", "population"):
+        return "tokens"
+    copied = plug.config.query_encoder == "trained" and name.startswith("query_encoder.")
+    return "encoder" if copied else "rest"
 
 
 class _Log:

@@ -24,44 +24,48 @@ from transformers import (
 from personaplug.backends.hf import DecoderOnlyBackend, EncoderDecoderBackend
 from personaplug.backends.toy import toy_tokenizer
 
-_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-_GROUPED = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
+_SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
 
 
-def _ends(tokenizer: Any) -> dict[str, int]:
+def _ends(tokenizer: Any) -> dict[str, Any]:
     end = tokenizer.eos_token_id
     return {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": end, "bos_token_id": end}
 
 
-def _llama(ends: dict[str, int]) -> Any:
+def _llama(ends: dict[str, Any]) -> Any:
     return LlamaForCausalLM(LlamaConfig(**ends, **_GROUPED, initializer_range=0.2))
 
 
-def _qwen(ends: dict[str, int]) -> Any:
+def _qwen(ends: dict[str, Any]) -> Any:
     return Qwen3ForCausalLM(Qwen3Config(**ends, **_GROUPED, initializer_range=0.2))
 
 
-def _gemma(ends: dict[str, int]) -> Any:
+def _gemma(ends: dict[str, Any]) -> Any:
     """Scaled embeddings, capped logits, a sliding window shorter than the prompts."""
     return Gemma2ForCausalLM(Gemma2Config(**ends, **_GROUPED, initializer_range=0.2, sliding_window=8))
 
 
-def _neox(ends: dict[str, int]) -> Any:
+def _neox(ends: dict[str, Any]) -> Any:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**ends, **_SMALL, initializer_range=0.2))
 
 
-def _gpt2(ends: dict[str, int]) -> Any:
+def _gpt2(ends: dict[str, Any]) -> Any:
     """Absolute positions."""
     return GPT2LMHeadModel(GPT2Config(**ends, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2))
 
 
-def _t5(ends: dict[str, int]) -> Any:
+def _t5(ends: dict[str, Any]) -> Any:
     shape = {**ends, "decoder_start_token_id": ends["pad_token_id"]}
     return T5ForConditionalGeneration(T5Config(**shape, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
 
 
-DECODERS: dict[str, Callable[[dict[str, int]], Any]] = {
-    "llama": _llama, "qwen": _qwen, "gemma": _gemma, "neox": _neox, "gpt2": _gpt2,
+DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "llama": _llama,
+    "qwen": _qwen,
+    "gemma": _gemma,
+    "neox": _neox,
+    "gpt2": _gpt2,
 }
 FAMILIES = {**DECODERS, "t5": _t5}
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from families import DECODERS, FAMILIES, small_backend
 from torch import Tensor
 
-from families import DECODERS, FAMILIES, small_backend
 from personaplug.backends import choose_device, open_backend
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.hf import DecoderOnlyBackend
@@ -183,7 +183,9 @@ def test_the_scale_is_that_of_the_embeddings() -> None:
     backend = small_backend("llama")
     assert backend.embedding_scale == pytest.approx(float(backend.embed.weight.pow(2).mean().sqrt()), rel=1e-5)
     scaled = small_backend("gemma")
-    assert scaled.embedding_scale == pytest.approx(float(scaled.embed(torch.arange(257)).pow(2).mean().sqrt()), rel=1e-5)
+    assert scaled.embedding_scale == pytest.approx(
+        float(scaled.embed(torch.arange(257)).pow(2).mean().sqrt()), rel=1e-5
+    )
 
 
 def test_the_toy_model_is_the_same_for_the_same_seed_only() -> None:

@@ -13,8 +13,16 @@ from personaplug.vectors import EncodedSample
 
 
 def _sample(name: int, user: str, *, items: int = 10) -> EncodedSample:
-    return EncodedSample(id=str(name), owner=user, user_id=user, prompt="p", query="q", target="1",
-                         rows=np.arange(items), answers=np.arange(items, dtype=np.int16))
+    return EncodedSample(
+        id=str(name),
+        owner=user,
+        user_id=user,
+        prompt="p",
+        query="q",
+        target="1",
+        rows=np.arange(items),
+        answers=np.arange(items, dtype=np.int16),
+    )
 
 
 SAMPLES = [_sample(i, f"u{i % 20}") for i in range(100)]

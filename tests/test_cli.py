@@ -22,8 +22,9 @@ TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_simulation(SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=0, max_items=5,
-                                     cold_share=0.2), folder)
+    write_simulation(
+        SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=0, max_items=5, cold_share=0.2), folder
+    )
     return folder
 
 
@@ -51,8 +52,20 @@ def test_train_saves_the_resolved_config_and_says_what_came_out(trained: Path, d
 
 def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Path, tmp_path: Path) -> None:
     target = tmp_path / "results.json"
-    done = _call("evaluate", "--run", trained, "--data", data, "--split", "dev", "--conditions",
-                 "plain,instruction-only,wrong-user,shuffled,plug", "--json", target, "resamples=200")
+    done = _call(
+        "evaluate",
+        "--run",
+        trained,
+        "--data",
+        data,
+        "--split",
+        "dev",
+        "--conditions",
+        "plain,instruction-only,wrong-user,shuffled,plug",
+        "--json",
+        target,
+        "resamples=200",
+    )
     assert done.exit_code == 0, done.output
     rows = [row["condition"] for row in json.loads(target.read_text())["rows"]]
     assert rows == ["plain", "instruction-only", "wrong-user", "shuffled", "plug", "all-knowing"]
@@ -141,7 +154,7 @@ def test_help_teaches(command: str) -> None:
     assert done.exit_code == 0
     assert "Usage" in done.output
     if command in ("train", "estimate"):
-        assert "learning_rate=0.001" in done.output
+        assert "learning_rate=0.003" in done.output
         assert "eq. 3" in done.output
 
 
@@ -161,8 +174,20 @@ def test_broken_records_are_bounded_and_counted(data: Path, tmp_path: Path) -> N
 
 def test_ctrl_c_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "personaplug", "train", "--data", str(data), "--out", str(out), *TOY[:-1],
-               "epochs=60", "checkpoint_every=2", "controls=false"]
+    command = [
+        sys.executable,
+        "-m",
+        "personaplug",
+        "train",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        *TOY[:-1],
+        "epochs=60",
+        "checkpoint_every=2",
+        "controls=false",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
     folder = out / "plug" / "seed-0"
     while not list(folder.glob("state-*")):

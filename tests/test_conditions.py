@@ -14,8 +14,14 @@ def _samples(users: list[str]) -> list[EncodedSample]:
     """Sample k of these users has the rows 10k … 10k + 4."""
     return [
         EncodedSample(
-            id=str(k), owner=user, user_id=user, prompt="p", query="q", target="1",
-            rows=np.arange(10 * k, 10 * k + 5), answers=np.arange(5, dtype=np.int16),
+            id=str(k),
+            owner=user,
+            user_id=user,
+            prompt="p",
+            query="q",
+            target="1",
+            rows=np.arange(10 * k, 10 * k + 5),
+            answers=np.arange(5, dtype=np.int16),
         )
         for k, user in enumerate(users)
     ]

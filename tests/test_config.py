@@ -70,7 +70,9 @@ def test_no_two_sections_share_a_key_and_every_default_is_within_its_range() -> 
     names = [option.name for kind in SECTIONS.values() for option in fields(kind)]
     assert len(names) == len(set(names))
     config = Config()
-    values = {f"{s}.{f.name}": getattr(getattr(config, s), f.name) for s, kind in SECTIONS.items() for f in fields(kind)}
+    values = {
+        f"{s}.{f.name}": getattr(getattr(config, s), f.name) for s, kind in SECTIONS.items() for f in fields(kind)
+    }
     assert with_values(config, values) == config
 
 

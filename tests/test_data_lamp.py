@@ -452,9 +452,7 @@ def test_missing_files_say_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no data folder"):
         LampReader(tmp_path / "nowhere", "dev")
     put(tmp_path, [question()], [gold()], split="train")
-    with pytest.raises(
-        MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*there: train"
-    ):
+    with pytest.raises(MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*there: train"):
         LampReader(tmp_path, "dev")
 
 
@@ -497,9 +495,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
 
 
 def item(number: int, day: date | None = None) -> HistoryItem:
-    return HistoryItem(
-        f"i{number}", (("text", f'é "{number}" \n{{x}}'), ("score", str(number))), "score", day
-    )
+    return HistoryItem(f"i{number}", (("text", f'é "{number}" \n{{x}}'), ("score", str(number))), "score", day)
 
 
 def sample(name: str, **changes: Any) -> Sample:
@@ -516,9 +512,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     samples = [
         sample("a"),
         sample("b", user_id=None, history=()),
-        sample(
-            "c", history=(item(1, date(2014, 1, 1)), item(2, date(2015, 2, 3)), item(3, date(2015, 2, 3)))
-        ),
+        sample("c", history=(item(1, date(2014, 1, 1)), item(2, date(2015, 2, 3)), item(3, date(2015, 2, 3)))),
     ]
     write_lamp(iter(samples), tmp_path / "new" / "folder", "dev", task=LAMP_TASKS["LaMP_3"])
     reader = LampReader(tmp_path / "new" / "folder", "dev")

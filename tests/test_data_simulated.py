@@ -94,9 +94,7 @@ def test_each_decision_is_the_best_of_its_metric(ratings: Simulation) -> None:
 def test_nothing_that_knows_less_beats_the_oracle(ratings: Simulation) -> None:
     gold = targets(ratings)
     constants = [dict.fromkeys(gold, str(score)) for score in range(1, 6)]
-    assert (
-        accuracy(dict(ratings.oracle["mode"]), gold) > max(accuracy(guess, gold) for guess in constants) + 0.2
-    )
+    assert accuracy(dict(ratings.oracle["mode"]), gold) > max(accuracy(guess, gold) for guess in constants) + 0.2
     assert mae(dict(ratings.oracle["median"]), gold) < min(mae(guess, gold) for guess in constants) - 0.3
 
 

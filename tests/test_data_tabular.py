@@ -145,9 +145,7 @@ def test_parquet_gives_the_same_in_batches_and_with_fine_timestamps(tmp_path: Pa
     table = pyarrow.Table.from_pylist(rows)
     parquet.write_table(table, tmp_path / "log.parquet", row_group_size=2)
     assert read(tmp_path / "log.parquet", split="dev") == read(jsonl(tmp_path, rows), split="dev")
-    moments = pyarrow.array(
-        [datetime.fromisoformat(values["when"]) for values in rows], pyarrow.timestamp("ns")
-    )
+    moments = pyarrow.array([datetime.fromisoformat(values["when"]) for values in rows], pyarrow.timestamp("ns"))
     parquet.write_table(table.set_column(2, "when", moments), tmp_path / "fine.parquet")
     assert read(tmp_path / "fine.parquet", split="dev") == read(tmp_path / "log.parquet", split="dev")
 
@@ -178,9 +176,7 @@ def test_an_answer_among_the_item_fields_and_a_field_for_the_prompt_alone(tmp_pa
 
 
 def test_converted_to_lamp_it_reads_back_the_same(tmp_path: Path) -> None:
-    rows = [
-        row(number, "ann" if number % 3 else "bob", title=f'é "{number}"\n{{x}}') for number in range(1, 15)
-    ]
+    rows = [row(number, "ann" if number % 3 else "bob", title=f'é "{number}"\n{{x}}') for number in range(1, 15)]
     path = jsonl(tmp_path, rows)
     for split in ("train", "dev"):
         samples = read(path, split=split)
@@ -232,9 +228,7 @@ def test_broken_lines_of_each_format(tmp_path: Path) -> None:
         read(path)
     assert len(read(path, split="dev", skip_bad=2)) == 1
     table = tmp_path / "log.csv"
-    table.write_bytes(
-        as_csv([row(1), row(3)]).encode() + b'e4,ann\r\ne5,ann,2020,"a"b,3\r\ne6,ann,2020,\xff,3\r\n'
-    )
+    table.write_bytes(as_csv([row(1), row(3)]).encode() + b'e4,ann\r\ne5,ann,2020,"a"b,3\r\ne6,ann,2020,\xff,3\r\n')
     with pytest.raises(BadRecord, match="line 4: it has 2 values, the header 5"):
         read(table)
     reader = TabularReader(table, MAPPING, TASK, split="dev", skip_bad=3)
@@ -284,9 +278,7 @@ def test_a_mapping_that_does_not_fit_the_task(tmp_path: Path, change: dict[str, 
      {"max_history": -1}],
 )  # fmt: skip
 def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(
-        BadConfig, match=next(iter(settings)) if "split" not in settings else "'train' and 'dev'"
-    ):
+    with pytest.raises(BadConfig, match=next(iter(settings)) if "split" not in settings else "'train' and 'dev'"):
         TabularReader(jsonl(tmp_path, [row(1)]), MAPPING, TASK, **settings)
 
 

@@ -292,9 +292,7 @@ def test_hash_encoders_of_other_width_or_seed_do_not_mix() -> None:
 
 def test_hash_query_encoder_is_saved_as_one_matrix() -> None:
     queries = HashEncoder(16).query_encoder()
-    assert {name: tuple(value.shape) for name, value in queries.state_dict().items()} == {
-        "linear.weight": (16, 16)
-    }
+    assert {name: tuple(value.shape) for name, value in queries.state_dict().items()} == {"linear.weight": (16, 16)}
 
 
 def test_hash_encoder_can_be_sent_to_another_process() -> None:

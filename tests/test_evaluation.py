@@ -20,8 +20,18 @@ from personaplug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
 from personaplug.training import train
 
-TINY = ["llm=toy", "encoder=hash:32", "batch_size=4", "epochs=1", "learning_rate=0.01", "dtype=float32",
-        "resamples=200", "evaluation_batch_size=4", "num_beams=1", "max_new_tokens=3"]
+TINY = [
+    "llm=toy",
+    "encoder=hash:32",
+    "batch_size=4",
+    "epochs=1",
+    "learning_rate=0.01",
+    "dtype=float32",
+    "resamples=200",
+    "evaluation_batch_size=4",
+    "num_beams=1",
+    "max_new_tokens=3",
+]
 
 
 class Stage:
@@ -29,18 +39,37 @@ class Stage:
 
     def __init__(self, place: Path, *, kind: Any, settings: tuple[str, ...] = ()) -> None:
         self.data = place / "data"
-        write_simulation(SimulatedConfig(task=kind, users=8, queries_per_user=2, dev_users=5, dev_queries_per_user=2,
-                                         min_items=0, max_items=6, cold_share=0.3), self.data)
+        write_simulation(
+            SimulatedConfig(
+                task=kind,
+                users=8,
+                queries_per_user=2,
+                dev_users=5,
+                dev_queries_per_user=2,
+                min_items=0,
+                max_items=6,
+                cold_share=0.3,
+            ),
+            self.data,
+        )
         self.config = load_config(overrides=[*TINY, "seeds=0,1", *settings])
         self.run = Run.create(place / "run", config=self.config, task=load_task(self.data))
         self.models: Models = open_models(self.config)
         train(self.run, open_dataset(self.data, "train", task=self.run.task), models=self.models)
 
-    def evaluate(self, names: str = ",".join(CONDITIONS), *, settings: tuple[str, ...] = (), oracle: bool = False) -> Any:
+    def evaluate(
+        self, names: str = ",".join(CONDITIONS), *, settings: tuple[str, ...] = (), oracle: bool = False
+    ) -> Any:
         config = load_config(overrides=settings, base=self.config).evaluation
-        return evaluate(self.run, open_dataset(self.data, "dev", task=self.run.task), split="dev", config=config,
-                        conditions=parse_conditions(names), models=self.models,
-                        oracle=self.data / "dev_oracle.json" if oracle else None)
+        return evaluate(
+            self.run,
+            open_dataset(self.data, "dev", task=self.run.task),
+            split="dev",
+            config=config,
+            conditions=parse_conditions(names),
+            models=self.models,
+            oracle=self.data / "dev_oracle.json" if oracle else None,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +87,18 @@ def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
     assert {"task", "split", "model", "encoder", "placement", "seeds", "versions", "rows", "pairs"} <= results.keys()
     assert [row["condition"] for row in results["rows"]] == [*CONDITIONS, ORACLE]
     for row in results["rows"][:-1]:
-        assert {"condition", "n", "metrics", "intervals", "invalid_rate", "truncated_rate", "lost_history_rate",
-                "prompt_tokens_mean", "seconds", "peak_memory_bytes"} <= row.keys()
+        assert {
+            "condition",
+            "n",
+            "metrics",
+            "intervals",
+            "invalid_rate",
+            "truncated_rate",
+            "lost_history_rate",
+            "prompt_tokens_mean",
+            "seconds",
+            "peak_memory_bytes",
+        } <= row.keys()
         assert row["n"] == 10
         for name, (low, high) in row["intervals"].items():
             assert low <= row["metrics"][name] <= high
@@ -106,7 +145,12 @@ def test_answers_are_not_made_twice_unless_something_changed(rating: Stage, monk
     rating.evaluate()
     calls: list[int] = []
     plain = rating.models.backend.score
-    monkeypatch.setattr(rating.models.backend, "score", lambda *a, **k: calls.append(1) or plain(*a, **k))
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(rating.models.backend, "score", counted)
     rating.evaluate()
     assert not calls
     rating.evaluate("wrong-user", settings=("draw_seed=7",))
@@ -121,8 +165,14 @@ def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None
     names = "plain,plug"
     first = rating.evaluate(names)
     config = load_config(overrides=["evaluation_batch_size=1"], base=rating.config).evaluation
-    alone = evaluate(moved, open_dataset(rating.data, "dev", task=moved.task), split="dev", config=config,
-                     conditions=parse_conditions(names), models=rating.models)
+    alone = evaluate(
+        moved,
+        open_dataset(rating.data, "dev", task=moved.task),
+        split="dev",
+        config=config,
+        conditions=parse_conditions(names),
+        models=rating.models,
+    )
     assert [row["metrics"] for row in first["rows"]] == [row["metrics"] for row in alone["rows"]]
 
 
@@ -157,17 +207,28 @@ def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
     (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
     with pytest.raises(MissingData, match="10 of 10 samples have no answer"):
-        evaluate(rating.run, open_dataset(tmp_path, "test", task=rating.run.task), split="test",
-                 config=rating.config.evaluation, conditions=[CONDITIONS["plain"]], models=rating.models)
+        evaluate(
+            rating.run,
+            open_dataset(tmp_path, "test", task=rating.run.task),
+            split="test",
+            config=rating.config.evaluation,
+            conditions=[CONDITIONS["plain"]],
+            models=rating.models,
+        )
 
 
 def test_a_plug_that_is_not_trained_is_named(rating: Stage, tmp_path: Path) -> None:
     from dataclasses import replace
 
     with pytest.raises(MissingData, match=r"instruction-only.*controls=true"):
-        evaluate(replace(rating.run, folder=tmp_path), open_dataset(rating.data, "dev", task=rating.run.task),
-                 split="dev", config=rating.config.evaluation, conditions=[CONDITIONS["instruction-only"]],
-                 models=rating.models)
+        evaluate(
+            replace(rating.run, folder=tmp_path),
+            open_dataset(rating.data, "dev", task=rating.run.task),
+            split="dev",
+            config=rating.config.evaluation,
+            conditions=[CONDITIONS["instruction-only"]],
+            models=rating.models,
+        )
 
 
 def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> None:
@@ -176,8 +237,14 @@ def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> 
         del question["user_id"]
     (tmp_path / "dev_questions.json").write_text(json.dumps(questions))
     (tmp_path / "dev_outputs.json").write_text((rating.data / "dev_outputs.json").read_text())
-    results = evaluate(rating.run, open_dataset(tmp_path, "dev", task=rating.run.task), split="dev",
-                       config=rating.config.evaluation, conditions=[CONDITIONS["plain"]], models=rating.models)
+    results = evaluate(
+        rating.run,
+        open_dataset(tmp_path, "dev", task=rating.run.task),
+        split="dev",
+        config=rating.config.evaluation,
+        conditions=[CONDITIONS["plain"]],
+        models=rating.models,
+    )
     assert any("names no users" in note for note in results["notes"])
     assert results["users"] == 10
 

@@ -44,9 +44,7 @@ def test_accuracy_is_an_exact_match_after_stripping(prediction: str, hit: float)
     assert get_metric("accuracy", labels=TAGS).score([prediction], ["comedy"]) == hit
 
 
-@pytest.mark.parametrize(
-    ("prediction", "hit"), [(" [1] ", 1), ("1", 0), ("[2]", 0), ("[1] ]", 0), ("[3]", 0)]
-)
+@pytest.mark.parametrize(("prediction", "hit"), [(" [1] ", 1), ("1", 0), ("[2]", 0), ("[1] ]", 0), ("[3]", 0)])
 def test_a_citation_is_the_bracketed_number(prediction: str, hit: float) -> None:
     assert get_metric("accuracy", labels=CHOICES).score([prediction], ["[1]"]) == hit
 
@@ -60,9 +58,7 @@ def test_a_gold_outside_the_labels_is_never_hit() -> None:
 
 
 def test_accuracy_of_ratings_compares_texts() -> None:
-    assert get_metric("accuracy", labels=STARS).score(["4", "4.0", " 4 "], ["4", "4", "4"]) == pytest.approx(
-        2 / 3
-    )
+    assert get_metric("accuracy", labels=STARS).score(["4", "4.0", " 4 "], ["4", "4", "4"]) == pytest.approx(2 / 3)
 
 
 def random_labels(count: int, *, seed: int, noise: tuple[str, ...] = ("Comedy", "", "opera")) -> list[str]:
@@ -84,9 +80,7 @@ def test_label_metrics_agree_with_scikit_learn(seed: int) -> None:
 
 def test_an_invalid_answer_lowers_recall_and_an_unused_label_counts_nothing() -> None:
     # comedy: 1 hit of 1 said, 2 gold -> 2/3; the three others 0.
-    assert get_metric("f1", labels=TAGS).score(["comedy", "?"], ["comedy", "comedy"]) == pytest.approx(
-        2 / 3 / 4
-    )
+    assert get_metric("f1", labels=TAGS).score(["comedy", "?"], ["comedy", "comedy"]) == pytest.approx(2 / 3 / 4)
 
 
 def test_f1_takes_many_means_at_once() -> None:
@@ -160,9 +154,7 @@ def test_nan_and_infinity_are_taken_as_they_are(fallback: str) -> None:
     assert rmse.score(["1e200"], ["3"]) == math.inf
 
 
-@pytest.mark.parametrize(
-    "text", ["²", "½", "٣", "1_0", "0x10", "\x00", "1" * 5000, "--1", "\ud83d", "1,5", "Ⅳ"]
-)
+@pytest.mark.parametrize("text", ["²", "½", "٣", "1_0", "0x10", "\x00", "1" * 5000, "--1", "\ud83d", "1,5", "Ⅳ"])
 @pytest.mark.parametrize("fallback", ["lamp", "pplug"])
 def test_reading_a_rating_never_raises(text: str, fallback: str) -> None:
     get_metric("rmse", labels=STARS, fallback=fallback).statistics([text], ["3"])
@@ -262,9 +254,7 @@ def test_rouge_by_hand(prediction: str, gold: str, rouge_1: float, rouge_l: floa
     assert get_metric("rouge_l").score([prediction], [gold]) == pytest.approx(rouge_l)
 
 
-@pytest.mark.parametrize(
-    ("left", "right", "length"), [("abcbdab", "bdcaba", 4), ("", "a", 0), ("ab", "ba", 1)]
-)
+@pytest.mark.parametrize(("left", "right", "length"), [("abcbdab", "bdcaba", 4), ("", "a", 0), ("ab", "ba", 1)])
 def test_longest_common_subsequence_by_hand(left: str, right: str, length: int) -> None:
     assert longest_common_subsequence(left, right) == longest_common_subsequence(right, left) == length
 
@@ -307,9 +297,7 @@ def test_no_samples_score_nan_and_lengths_must_agree(name: str) -> None:
         metric.statistics(["1"], ["1", "2"])
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")]
-)
+@pytest.mark.parametrize(("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])
 def test_an_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> None:
     with pytest.raises(BadConfig, match=f"Did you mean '{meant}"):
         get_metric(name)

@@ -66,8 +66,9 @@ def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
     wide = LLMIdentity("wide", None, "0" * 16, 512)
     torch.manual_seed(0)
     plug = PersonaPlug(PlugConfig(), fitting=Fitting(wide, 0.13, encoder.identity), encoder=encoder)
-    one = HistoryBatch(torch.from_numpy(encoder.encode(["an item"]))[None], torch.ones(1, 1, dtype=torch.bool),
-                       torch.full((1, 1), -1))
+    one = HistoryBatch(
+        torch.from_numpy(encoder.encode(["an item"]))[None], torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), -1)
+    )
     size = plug(["x"], one).vectors.pow(2).mean(dim=-1).sqrt()
     assert size[0, 0].item() == pytest.approx(0.13, rel=0.2)
     assert size[0, 1].item() == pytest.approx(0.13, rel=0.2)

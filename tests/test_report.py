@@ -26,9 +26,7 @@ def row(condition: str, *, mae: float, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def pair(
-    a: str, b: str, *, metric: str = "mae", difference: float = 0.2, p: float | None = 0.004
-) -> dict[str, Any]:
+def pair(a: str, b: str, *, metric: str = "mae", difference: float = 0.2, p: float | None = 0.004) -> dict[str, Any]:
     return {
         "a": a,
         "b": b,
@@ -92,9 +90,7 @@ def test_the_head_says_what_was_run() -> None:
 
 
 def test_columns_line_up_and_are_valid_markdown() -> None:
-    text = results_table(
-        results([row("plain", mae=1), row("instruction-only", mae=10.5)], pair("plug", "plain"))
-    )
+    text = results_table(results([row("plain", mae=1), row("instruction-only", mae=10.5)], pair("plug", "plain")))
     for block in (block for block in text.split("\n\n") if block.startswith("|")):
         lines = block.splitlines()
         assert len({len(line) for line in lines}) == 1
@@ -112,9 +108,7 @@ def test_every_metric_shows_its_direction(metric: str, arrow: str) -> None:
 
 
 def test_a_metric_of_others_has_no_arrow() -> None:
-    assert tables(results_table({"rows": [{"metrics": {"bleu": 0.5}}]})) == [
-        [{"condition": "–", "bleu": "0.500"}]
-    ]
+    assert tables(results_table({"rows": [{"metrics": {"bleu": 0.5}}]})) == [[{"condition": "–", "bleu": "0.500"}]]
 
 
 def test_seeds_spread_and_decoding_show_only_where_they_are() -> None:
@@ -176,17 +170,13 @@ def test_the_personal_gain_comes_first_and_is_named() -> None:
 
 
 def test_the_personal_gain_is_turned_round_if_the_control_stands_first() -> None:
-    [gain] = tables(
-        results_table(results([row("plug", mae=1)], pair("wrong-user", "plug", difference=-0.2)))
-    )[1]
+    [gain] = tables(results_table(results([row("plug", mae=1)], pair("wrong-user", "plug", difference=-0.2))))[1]
     assert gain["comparison"] == "plug against wrong-user (personal gain)"
     assert gain["mae ↓ advantage"] == "+0.200 [+0.050, +0.300]"
 
 
 def test_a_stranger_against_another_row_is_no_personal_gain() -> None:
-    text = results_table(
-        results([row("plug", mae=1)], pair("shuffled", "wrong-user"), pair("wrong-user", "plain"))
-    )
+    text = results_table(results([row("plug", mae=1)], pair("shuffled", "wrong-user"), pair("wrong-user", "plain")))
     assert "ersonal gain" not in text
 
 

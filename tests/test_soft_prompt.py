@@ -71,7 +71,7 @@ def test_soft_tokens_take_the_type_of_the_text_and_pass_gradients_on() -> None:
     embeds = torch.zeros(1, 1, 2, dtype=torch.bfloat16)
     out = splice(embeds, torch.ones(1, 1, dtype=torch.int64), soft=SoftPrompt(soft), at=torch.tensor([0]))
     assert out.embeds.dtype == torch.bfloat16
-    out.embeds.float().sum().backward()
+    torch.autograd.backward(out.embeds.float().sum())
     assert soft.grad is not None
     assert soft.grad.tolist() == [[[1.0, 1.0]]]
 

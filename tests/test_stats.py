@@ -24,9 +24,7 @@ def one_each(count: int) -> list[str]:
     return [f"user {place}" for place in range(count)]
 
 
-def clustered(
-    rng: np.random.Generator, *, users: int, each: int, shift: float = 0.0
-) -> tuple[Array, list[str]]:
+def clustered(rng: np.random.Generator, *, users: int, each: int, shift: float = 0.0) -> tuple[Array, list[str]]:
     """Samples (users·each, 1) that share most of their variance within a user, around a mean of `shift`."""
     tastes = rng.normal(shift, 1, size=users).repeat(each)
     values = tastes + rng.normal(0, 0.5, size=users * each)
@@ -38,9 +36,7 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
     found = bootstrap_interval(values, one_each(400), ACCURACY, resamples=20_000)
     reach = 1.959964 * values.std() / math.sqrt(400)
     assert found.value == pytest.approx(values.mean(), abs=1e-12)
-    assert (found.low, found.high) == pytest.approx(
-        (values.mean() - reach, values.mean() + reach), abs=0.05 * reach
-    )
+    assert (found.low, found.high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.05 * reach)
 
 
 def test_confidence_sets_the_width() -> None:
@@ -132,9 +128,7 @@ def test_the_difference_is_the_interval_of_differences_for_a_mean() -> None:
     b, _ = clustered(rng, users=30, each=3)
     paired = paired_bootstrap(a, b, users, ACCURACY, seed=3)
     single = bootstrap_interval(a - b, users, ACCURACY, seed=3)
-    assert (paired.difference, paired.low, paired.high) == pytest.approx(
-        (single.value, single.low, single.high)
-    )
+    assert (paired.difference, paired.low, paired.high) == pytest.approx((single.value, single.low, single.high))
 
 
 def test_a_smaller_error_is_an_advantage() -> None:
@@ -196,9 +190,7 @@ def test_the_order_of_samples_does_not_matter() -> None:
 
 def test_the_seed_decides() -> None:
     values, users = clustered(np.random.default_rng(14), users=20, each=3)
-    once, again, other = (
-        bootstrap_interval(values, users, ACCURACY, resamples=500, seed=seed) for seed in (1, 1, 2)
-    )
+    once, again, other = (bootstrap_interval(values, users, ACCURACY, resamples=500, seed=seed) for seed in (1, 1, 2))
     assert once == again
     assert once != other
     assert once.value == other.value

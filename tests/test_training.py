@@ -24,15 +24,24 @@ from personaplug.errors import BadConfig, RunConflict, StorageError, TrainingDiv
 from personaplug.run import Models, Run, open_models
 from personaplug.training import build_plug, fit, train
 
-TINY = ["llm=toy", "encoder=hash:32", "batch_size=4", "epochs=2", "checkpoint_every=3", "validate_every=5",
-        "learning_rate=0.01", "dtype=float32"]
+TINY = [
+    "llm=toy",
+    "encoder=hash:32",
+    "batch_size=4",
+    "epochs=2",
+    "checkpoint_every=3",
+    "validate_every=5",
+    "learning_rate=0.01",
+    "dtype=float32",
+]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_simulation(SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6,
-                                     cold_share=0.3), folder)
+    write_simulation(
+        SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
+    )
     return folder
 
 
@@ -84,8 +93,9 @@ def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, data: Path) -> None
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
     plug = build_plug(run, models, name="plug", seed=0)
-    report = fit(plug, models.backend, table=table, samples=samples, config=run.config.training, seed=0,
-                 folder=tmp_path / "fit")
+    report = fit(
+        plug, models.backend, table=table, samples=samples, config=run.config.training, seed=0, folder=tmp_path / "fit"
+    )
     lines = [json.loads(line) for line in (tmp_path / "fit" / "log.jsonl").read_text().splitlines()]
     validations = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     assert report.best_loss == min(validations.values()) == validations[report.best_step]
@@ -114,11 +124,24 @@ def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [(), ("views=2", "query_encoder=head", "answers=label", "persona_tokens=2")])
-def test_killed_again_and_again_it_ends_with_the_same_plug(tmp_path: Path, data: Path, settings: tuple[str, ...]) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_plug(
+    tmp_path: Path, data: Path, settings: tuple[str, ...]
+) -> None:
     unbroken = _train(tmp_path / "unbroken", data, "controls=false", *settings)
     broken = tmp_path / "broken"
-    command = [sys.executable, "-m", "personaplug", "train", "--data", str(data), "--out", str(broken), *TINY,
-               "controls=false", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "personaplug",
+        "train",
+        "--data",
+        str(data),
+        "--out",
+        str(broken),
+        *TINY,
+        "controls=false",
+        *settings,
+    ]
     folder = broken / "plug" / "seed-0"
     kills = 0
     for _ in range(3):
@@ -135,8 +158,11 @@ def test_killed_again_and_again_it_ends_with_the_same_plug(tmp_path: Path, data:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert _same(_weights(unbroken), load_file(folder / "plug.safetensors"))
-    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()
-             if "validation_loss" not in line]
+    steps = [
+        json.loads(line)["step"]
+        for line in (folder / "log.jsonl").read_text().splitlines()
+        if "validation_loss" not in line
+    ]
     assert steps == list(range(1, len(steps) + 1))
 
 
@@ -180,10 +206,10 @@ def test_a_loss_that_is_no_number_ends_clearly_and_the_last_state_stays(
 def test_a_full_disk_ends_clearly_and_the_last_state_stays(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import personaplug.checkpoint as checkpoint
+    from personaplug import checkpoint
 
     run, models = _run(tmp_path / "run", data, "controls=false")
-    plain = checkpoint.save_file
+    plain = vars(checkpoint)["save_file"]
 
     def save(tensors: Any, path: Path) -> None:
         if "state-00000006" in str(path):
@@ -206,8 +232,15 @@ def test_samples_without_answers_cannot_be_trained_on(tmp_path: Path, data: Path
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
     hidden = [replace(samples[0], target=None), *samples[1:]]
     with pytest.raises(BadConfig, match=f"1 of {len(samples)} have none"):
-        fit(build_plug(run, models, name="plug", seed=0), models.backend, table=table, samples=hidden,
-            config=Config().training, seed=0, folder=tmp_path / "fit")
+        fit(
+            build_plug(run, models, name="plug", seed=0),
+            models.backend,
+            table=table,
+            samples=hidden,
+            config=Config().training,
+            seed=0,
+            folder=tmp_path / "fit",
+        )
 
 
 def test_tensorboard_events_are_written_on_demand(tmp_path: Path, data: Path) -> None:

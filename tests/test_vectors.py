@@ -187,9 +187,7 @@ def test_vectors_that_were_never_committed_are_dropped(table: VectorTable) -> No
     assert len(again) == 1
     again.add(["y"])
     assert (table.folder / "vectors.f16").stat().st_size == 2 * 2 * 32
-    np.testing.assert_allclose(
-        again.gather(again.rows(["x", "y"])), HashEncoder(32).encode(["x", "y"]), atol=1e-3
-    )
+    np.testing.assert_allclose(again.gather(again.rows(["x", "y"])), HashEncoder(32).encode(["x", "y"]), atol=1e-3)
 
 
 def test_vectors_that_are_lost_are_an_error(table: VectorTable) -> None:
@@ -392,9 +390,7 @@ def make_sample(name: str, *answers: str | None) -> Sample:
         )
         for i, answer in enumerate(answers)
     ]
-    return Sample(
-        id=name, user_id="u" + name, prompt=f"{SECRET}?", query="q", target="b", history=tuple(items)
-    )
+    return Sample(id=name, user_id="u" + name, prompt=f"{SECRET}?", query="q", target="b", history=tuple(items))
 
 
 def test_encoded_samples_keep_order_answers_and_everything_else(table: VectorTable) -> None:

@@ -24,9 +24,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 needs_smollm = pytest.mark.skipif(
     CARRIERS[SMOLLM].find() is None, reason=f"needs: {CARRIERS[SMOLLM].install} (and gguf)"
 )
-needs_minilm = pytest.mark.skipif(
-    CARRIERS[MINILM].find() is None, reason=f"needs: {CARRIERS[MINILM].install}"
-)
+needs_minilm = pytest.mark.skipif(CARRIERS[MINILM].find() is None, reason=f"needs: {CARRIERS[MINILM].install}")
 
 
 @pytest.fixture
@@ -94,18 +92,14 @@ def test_hub_in_front_skips_folder_and_package(tmp_path: Path, monkeypatch: pyte
         find_model(f"hub:{MINILM}")
 
 
-def test_a_hub_snapshot_is_found_and_names_its_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_snapshot_is_found_and_names_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_model_folder(tmp_path / "snapshots" / "abc123")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
     assert find_model("hub:owner/model") == folder
     assert revision_of(folder) == "abc123"
 
 
-def test_a_hub_repository_without_safetensors_is_no_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_repository_without_safetensors_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(MissingModel, match=r"no config.json with safetensors"):
         find_model("hub:owner/model")
@@ -316,7 +310,5 @@ def test_fingerprint_changes_with_any_tensor(name: str) -> None:
 def test_fingerprint_sees_names_shapes_and_empty_parameters() -> None:
     renamed = nn.ModuleDict({"other": nn.Linear(3, 2)})
     assert fingerprint(renamed) != fingerprint(nn.ModuleDict({"one": nn.Linear(3, 2)}))
-    assert fingerprint(nn.ParameterList([torch.zeros(2, 3)])) != fingerprint(
-        nn.ParameterList([torch.zeros(3, 2)])
-    )
+    assert fingerprint(nn.ParameterList([torch.zeros(2, 3)])) != fingerprint(nn.ParameterList([torch.zeros(3, 2)]))
     assert fingerprint(nn.ParameterList([torch.zeros(0)]))

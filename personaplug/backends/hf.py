@@ -159,7 +159,10 @@ class DecoderOnlyBackend(HFBackend):
         if all(len(answer) == 1 for answer in answers):
             return _log_softmax(self._logits(batch, columns=last)[:, -1])[:, [a[0] for a in answers]]
         out = self.model(
-            inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=True, **self._options(batch.positions, last)
+            inputs_embeds=batch.embeds,
+            attention_mask=batch.mask,
+            use_cache=True,
+            **self._options(batch.positions, last),
         )
         first = _log_softmax(out.logits[:, -1])
         step = max(1, _LABEL_ROWS // len(prompts))

@@ -21,7 +21,8 @@ def toy_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
+    kind: Any = PreTrainedTokenizerFast  # its constructor has no annotations
+    return kind(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
 
 
 def load_toy(*, seed: int = 0, max_prompt_tokens: int = 512) -> DecoderOnlyBackend:

@@ -49,9 +49,7 @@ class Task:
     def field_names(self) -> tuple[str, ...]:
         """The fields that an item of this task holds: its text's, then the answer's if it is not among
         them."""
-        extra = (
-            (self.answer_field,) if self.answer_field and self.answer_field not in self.item_fields else ()
-        )
+        extra = (self.answer_field,) if self.answer_field and self.answer_field not in self.item_fields else ()
         return self.item_fields + extra
 
 
@@ -113,9 +111,7 @@ def check_skip_bad(skip_bad: int) -> int:
         BadConfig: if it is negative.
     """
     if skip_bad < 0:
-        raise BadConfig(
-            f"skip_bad bounds how many broken records may be passed over: 0 or more, found {skip_bad}."
-        )
+        raise BadConfig(f"skip_bad bounds how many broken records may be passed over: 0 or more, found {skip_bad}.")
     return skip_bad
 
 

@@ -148,9 +148,7 @@ class LampReader:
             self._skip(report, self._questions, where, str(flaw))
             return None
 
-    def _sample(
-        self, question: Mapping[str, Any], sample_id: str, golds: _Golds | None, report: ReadReport
-    ) -> Sample:
+    def _sample(self, question: Mapping[str, Any], sample_id: str, golds: _Golds | None, report: ReadReport) -> Sample:
         user = question.get("user_id")
         prompt = as_name(value_of(question, "input"), "its 'input'")
         return Sample(
@@ -211,9 +209,7 @@ def _output(gold: Mapping[str, Any]) -> str | Flaw:
         return Flaw(f"its gold: {flaw}")
 
 
-def _item(
-    task: Task, record: object, *, default_id: str | None = None
-) -> tuple[datetime | None, HistoryItem]:
+def _item(task: Task, record: object, *, default_id: str | None = None) -> tuple[datetime | None, HistoryItem]:
     values = as_record(record)
     stamp = values.get("date")
     moment = None if stamp is None else as_moment(stamp)
@@ -229,9 +225,7 @@ def _questions_of(folder: Path, split: str) -> Path:
     name = f"{split}_questions.json"
     path = plain_or_gz(folder, name)
     if path is None:
-        there = sorted(
-            {found.name.partition("_questions.json")[0] for found in folder.glob("*_questions.json*")}
-        )
+        there = sorted({found.name.partition("_questions.json")[0] for found in folder.glob("*_questions.json*")})
         raise MissingData(
             f"{folder} has neither {name} nor {name}.gz; "
             f"{'splits that are there: ' + ', '.join(there) if there else 'no split is there at all'}."

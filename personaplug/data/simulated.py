@@ -130,9 +130,7 @@ def simulate(config: SimulatedConfig, split: str) -> Simulation:
     if split not in ("train", "dev"):
         raise BadConfig(f"There are the simulated splits 'train' and 'dev'; found {split!r}.")
     users, queries = (
-        (config.users, config.queries_per_user)
-        if split == "train"
-        else (config.dev_users, config.dev_queries_per_user)
+        (config.users, config.queries_per_user) if split == "train" else (config.dev_users, config.dev_queries_per_user)
     )
     draw = _rated if config.task == "rating" else _styled
     drawn = [query for user in range(users) for query in draw(config, split, user, queries)]
@@ -192,10 +190,7 @@ def _gathered(task: Task, drawn: list[_Query]) -> Simulation:
         samples=tuple(query.sample for query in drawn),
         oracle={way: {query.sample.id: query.oracle[way] for query in drawn} for way in first.oracle},
         expected={
-            way: {
-                metric: math.fsum(query.expected[way][metric] for query in drawn) / len(drawn)
-                for metric in scores
-            }
+            way: {metric: math.fsum(query.expected[way][metric] for query in drawn) / len(drawn) for metric in scores}
             for way, scores in first.expected.items()
         },
         chances={query.sample.id: query.chances for query in drawn if query.chances},
@@ -373,13 +368,10 @@ def _styled(config: SimulatedConfig, split: str, user: int, queries: int) -> lis
     messages = _messages(rng, count + queries)
     written = [_with_habits(style, message, config.habit_chance, rng) for message in messages]
     history = tuple(
-        HistoryItem(f"{name}-i{place}", (("text", text),), "text")
-        for place, text in enumerate(written[:count])
+        HistoryItem(f"{name}-i{place}", (("text", text),), "text") for place, text in enumerate(written[:count])
     )
     return [
-        _styled_query(
-            f"{name}-q{place}", name, style, messages[count + place], text, history, config.habit_chance
-        )
+        _styled_query(f"{name}-q{place}", name, style, messages[count + place], text, history, config.habit_chance)
         for place, text in enumerate(written[count:])
     ]
 

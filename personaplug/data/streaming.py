@@ -54,13 +54,9 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
     except Flaw as flaw:
         raise BadRecord(path, "at the start", reason=str(flaw)) from None
     except (ijson.JSONError, UnicodeDecodeError):
-        raise BadRecord(
-            path, f"after {unit} {count}", reason="the file is not valid JSON from here on"
-        ) from None
+        raise BadRecord(path, f"after {unit} {count}", reason="the file is not valid JSON from here on") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise BadRecord(
-            path, f"after {unit} {count}", reason="the gzip data is broken or cut short"
-        ) from None
+        raise BadRecord(path, f"after {unit} {count}", reason="the gzip data is broken or cut short") from None
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -104,9 +104,7 @@ class TabularReader:
         self._rows_of = _row_source(self._path)
         self._mapping, self.task = mapping, task
         self._template = _parsed(mapping, task)
-        _check_settings(
-            split, {"queries_per_user": queries_per_user, "dev_queries": dev_queries}, min_history
-        )
+        _check_settings(split, {"queries_per_user": queries_per_user, "dev_queries": dev_queries}, min_history)
         self._split, self._queries, self._dev_queries = split, queries_per_user, dev_queries
         self._min_history = min_history
         self._max_history, self._skip_bad = check_max_history(max_history), check_skip_bad(skip_bad)
@@ -151,10 +149,7 @@ class TabularReader:
         user = as_name(value_of(values, mapping.user), f"its {mapping.user!r}")
         row_id = as_name(value_of(values, mapping.id), f"its {mapping.id!r}") if mapping.id else f"row-{number}"
         moment = as_moment(value_of(values, mapping.date)) if mapping.date else None
-        named = {
-            name: as_text(value_of(values, column), f"its {column!r}")
-            for name, column in mapping.fields.items()
-        }
+        named = {name: as_text(value_of(values, column), f"its {column!r}") for name, column in mapping.fields.items()}
         target = target_of(task, as_text(value_of(values, mapping.answer), f"its {mapping.answer!r}"))
         if task.answer_field:
             named[task.answer_field] = target
@@ -169,9 +164,7 @@ class TabularReader:
 
     def _sample(self, user: str, rows: Sequence[_Row], place: int, report: ReadReport) -> Sample | None:
         row = rows[place]
-        earlier = [
-            (old.moment, old.item) for old in rows[:place] if row.moment is None or old.moment != row.moment
-        ]
+        earlier = [(old.moment, old.item) for old in rows[:place] if row.moment is None or old.moment != row.moment]
         if len(earlier) < self._min_history:
             return None
         prompt = _rendered(self._template, dict(row.item.fields + row.asked))
@@ -220,9 +213,7 @@ def _parsed(mapping: ColumnMapping, task: Task) -> _Template:
         raise BadConfig(f"The prompt template cannot be read: {error}. A literal brace is doubled.") from None
     for _, name, spec, conversion in parts:
         if name is not None and (name not in mapping.fields or spec or conversion):
-            raise BadConfig(
-                f"The prompt's placeholder {{{name}}} is no plain field; {nearest(name, mapping.fields)}"
-            )
+            raise BadConfig(f"The prompt's placeholder {{{name}}} is no plain field; {nearest(name, mapping.fields)}")
     template = tuple((literal, name) for literal, name, _, _ in parts)
     _check_fields(mapping, task, {name for _, name in template if name})
     _check_prompt(template, mapping, task)
@@ -232,9 +223,7 @@ def _parsed(mapping: ColumnMapping, task: Task) -> _Template:
 def _check_fields(mapping: ColumnMapping, task: Task, asked: set[str]) -> None:
     wanted = [name for name in task.field_names if name != task.answer_field]
     if task.answer_field in mapping.fields:
-        raise BadConfig(
-            f"The mapping's field {task.answer_field!r} is the task's answer; name its column by `answer`."
-        )
+        raise BadConfig(f"The mapping's field {task.answer_field!r} is the task's answer; name its column by `answer`.")
     for name in wanted:
         if name not in mapping.fields:
             raise BadConfig(f"The mapping names no column for {name!r}, an item field of task {task.name}.")
@@ -321,9 +310,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[_Place]:
                     number += 1
                     yield f"row {number}", number, values
     except (pyarrow.ArrowException, OSError):
-        raise BadRecord(
-            path, f"after row {number}", reason="the file is not valid Parquet from here on"
-        ) from None
+        raise BadRecord(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
 
 
 def _microseconds(pyarrow: Any, batch: Any) -> Any:

@@ -111,9 +111,7 @@ def read_task(path: Path) -> Task:
     except ValueError as error:
         raise BadConfig(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise BadConfig(
-            f"{path} should hold one JSON object that declares a task, found {type(values).__name__}."
-        )
+        raise BadConfig(f"{path} should hold one JSON object that declares a task, found {type(values).__name__}.")
     return parse_task(values, source=str(path))
 
 
@@ -129,9 +127,7 @@ def parse_task(values: Mapping[str, Any], *, source: str = "task.json") -> Task:
     merged = {**_inherited(values, source), **{key: values[key] for key in values if key != "like"}}
     for key in ("name", "kind", "item_fields"):
         if key not in merged:
-            raise BadConfig(
-                f'{source}: the key {key!r} is missing; give it, or inherit a task by "like": "LaMP_4".'
-            )
+            raise BadConfig(f'{source}: the key {key!r} is missing; give it, or inherit a task by "like": "LaMP_4".')
     return _checked(_built(merged, source), source)
 
 
@@ -223,9 +219,7 @@ def _check_scale(labels: Sequence[str], source: str) -> None:
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
-        raise BadConfig(
-            f"{source}: the labels of a rating should be numbers, found {list(labels)}."
-        ) from None
+        raise BadConfig(f"{source}: the labels of a rating should be numbers, found {list(labels)}.") from None
     if not all(low < high for low, high in pairwise(numbers)) or not all(abs(n) < 1e9 for n in numbers):
         raise BadConfig(f"{source}: the labels of a rating should be finite and rise, found {list(labels)}.")
 
@@ -248,9 +242,7 @@ def _task_of_outputs(folder: Path) -> Task:
             found.setdefault(str(name).replace("-", "_"), path.name)
             break
     if len(found) > 1:
-        raise BadConfig(
-            f"{folder}: its files name different tasks: {found}. Say which one is meant by `task`."
-        )
+        raise BadConfig(f"{folder}: its files name different tasks: {found}. Say which one is meant by `task`.")
     if not found:
         raise MissingData(
             f"{folder} does not say which task it holds: there is no task.json and no "
@@ -261,6 +253,4 @@ def _task_of_outputs(folder: Path) -> Task:
     try:
         return lamp_task(name)
     except BadConfig as error:
-        raise BadConfig(
-            f"{folder / file}: {error} A task of one's own needs a task.json in the folder."
-        ) from None
+        raise BadConfig(f"{folder / file}: {error} A task of one's own needs a task.json in the folder.") from None

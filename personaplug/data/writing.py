@@ -37,9 +37,7 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
         _declare(folder / "task.json", task)
         _write_split(samples, folder, split, task)
     except OSError as error:
-        raise StorageError(
-            f"{folder} cannot be written: {error.strerror}. What was complete there stays."
-        ) from error
+        raise StorageError(f"{folder} cannot be written: {error.strerror}. What was complete there stays.") from error
 
 
 def _declare(path: Path, task: Task) -> None:
@@ -82,9 +80,7 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
         questions.write("\n]\n")
         outputs.write("\n]}\n")
     if targets not in (0, len(seen)):
-        raise BadConfig(
-            f"{targets} of {len(seen)} samples have a target; write those without as a split of their own."
-        )
+        raise BadConfig(f"{targets} of {len(seen)} samples have a target; write those without as a split of their own.")
     return targets > 0
 
 
@@ -100,9 +96,7 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
                for item in sample.history):  # fmt: skip
             raise Flaw("an item has other fields than the task's")
     except Flaw as flaw:
-        raise BadConfig(
-            f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}."
-        ) from None
+        raise BadConfig(f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}.") from None
 
 
 def _question(sample: Sample) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def encode(
     """Encode the items of all histories once. `train` and `evaluate` do it themselves; this does it beforehand."""
     from personaplug.data import load_task, open_dataset
     from personaplug.encoder import open_encoder
-    from personaplug.vectors import VectorTable, encode_samples
+    from personaplug.run import encoded
+    from personaplug.vectors import VectorTable
 
     config = load_config(config_file, overrides=settings)
     _show(config, "model", "plug")
@@ -137,7 +138,7 @@ def encode(
     for split in splits:
         reader = open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
         before = len(table)
-        encode_samples(reader, table, with_answer=config.plug.answers == "text")
+        encoded(reader, table, with_answer=config.plug.answers == "text")
         _tell_read(reader, split)
         click.echo(f"{split}: {len(table) - before:,} new vectors, {len(table):,} in {vectors}")
 

@@ -97,7 +97,7 @@ class TrainingConfig:
     views: int = _option(0, "random sub-histories added per sample and epoch (the paper's code uses 10)", low=0)
     learning_rate: float = _option(3e-3, "of the projector and the query head (AdamW)", above=0, high=1)
     token_learning_rate: float = _option(
-        0.03, "of the tokens that are trained as they stand: instruction and population", above=0, high=1
+        0.3, "of the tokens that are trained as they stand: instruction and population", above=0, high=1
     )
     encoder_learning_rate: float = _option(5e-5, "of the trained copy of the encoder", low=0, high=1)
     weight_decay: float = _option(1e-4, "of AdamW", low=0, high=1)

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from personaplug.backends.base import GenerationConfig
-from personaplug.backends.hf import HFBackend
+from personaplug.backends.base import Backend, GenerationConfig
 from personaplug.conditions import Condition, with_history
 from personaplug.config import EvaluationConfig
 from personaplug.data.base import Reader, ReadReport, Task
@@ -76,7 +75,7 @@ def evaluate(
 
 
 def answer(
-    backend: HFBackend,
+    backend: Backend,
     samples: Sequence[EncodedSample],
     *,
     personalizer: Personalizer | None,
@@ -107,7 +106,7 @@ def answer(
 
 
 def _answer_batch(
-    backend: HFBackend,
+    backend: Backend,
     batch: Sequence[EncodedSample],
     personalizer: Personalizer | None,
     *,
@@ -121,7 +120,7 @@ def _answer_batch(
     with torch.no_grad():
         soft = None if personalizer is None else personalizer.soft_prompt(batch)
         if decoding == "score":
-            best = backend.score(prompts, task.labels, soft=soft).argmax(dim=1).tolist()  # type: ignore[attr-defined]
+            best = backend.score(prompts, task.labels, soft=soft).argmax(dim=1).tolist()
             return [(task.labels[index], False) for index in best]
         return [(made.text, not made.finished) for made in backend.generate(prompts, soft=soft, config=generation)]
 
@@ -315,7 +314,8 @@ class _Evaluation:
         """Share of the samples with a history whose row should have used it and got none of it."""
         if condition.history == "none":
             return 0.0
-        shown = with_history(condition, self.samples, seed=self.config.draw_seed)
+        seed = self.config.draw_seed + self.run.config.training.seeds[0]
+        shown = with_history(condition, self.samples, seed=seed)
         had = [(len(before.rows), len(after.rows)) for before, after in zip(self.samples, shown, strict=True)]
         return float(np.mean([float(after == 0) for before, after in had if before] or [0.0]))
 

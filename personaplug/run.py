@@ -31,6 +31,7 @@ from personaplug.encoder import Encoder, open_encoder
 from personaplug.errors import MissingData, RunConflict
 from personaplug.files import write_json, write_text
 from personaplug.plug import PersonaPlug
+from personaplug.progress import Progress
 from personaplug.records import Sample
 from personaplug.vectors import EncodedSample, VectorTable, encode_samples
 
@@ -143,7 +144,7 @@ class Run:
             chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
             samples = (sample for index, sample in enumerate(reader) if index in chosen)
         with_answer = self.config.plug.answers == "text"
-        return encode_samples(samples, table, labels=self.task.labels, with_answer=with_answer)
+        return encoded(samples, table, labels=self.task.labels, with_answer=with_answer)
 
     def check_unchanged(self, config: Config, *, sections: Sequence[str] = ("plug", "training")) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
@@ -172,6 +173,18 @@ class Run:
         about = {"task": asdict(self.task), "vectors": str(self.vectors), "versions": versions(), "machine": machine()}
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_json(self.folder / "run.json", about)
+
+
+def encoded(
+    samples: Iterable[Sample], table: VectorTable, *, labels: Sequence[str] = (), with_answer: bool
+) -> list[EncodedSample]:
+    """Encode samples' items into the table where they are missing, saying how far it is."""
+    with Progress("encode", total=None) as progress:
+
+        def told(done: int) -> None:
+            progress.advance(done - progress.done)
+
+        return encode_samples(samples, table, labels=labels, with_answer=with_answer, progress=told)
 
 
 def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[str]:

@@ -19,7 +19,9 @@ SETTINGS = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epoc
 
 
 def test_counts_are_those_of_the_run_that_follows(tmp_path: Path) -> None:
-    write_simulation(SimulatedConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path / "d")
+    write_simulation(
+        SimulatedConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path / "d"
+    )
     config = load_config(overrides=SETTINGS)
     models = open_models(config)
     reader = open_dataset(tmp_path / "d", "train", task=load_task(tmp_path / "d"))

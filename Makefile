@@ -34,6 +34,7 @@ test-slow: install-dev
 
 check: install-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,8 +31,7 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path) -> None:
     assert told.items == sum(len(sample.history) for sample in reader)
     assert told.vectors == len(run.open_vectors(models.encoder))
     assert told.trainings == 4
-    made = [path for path in run.folder.glob("*/seed-*/fit.json")]
-    assert len(made) == told.trainings
+    assert len(list(run.folder.glob("*/seed-*/fit.json"))) == told.trainings
     table = sum(path.stat().st_size for path in run.vectors.iterdir())
     assert told.disk_bytes > told.vectors * 64
     assert table > told.vectors * 64
@@ -46,13 +44,12 @@ def test_limits_and_views_change_the_steps(tmp_path: Path) -> None:
     models = open_models(config)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
 
-    def steps(**changes: int) -> int:
-        changed = replace(config, training=replace(config.training, **changes))
-        return estimate(changed, reader, models=models).steps
+    def steps(*changes: str) -> int:
+        return estimate(load_config(overrides=changes, base=config), reader, models=models).steps
 
-    assert steps(views=2) == pytest.approx(3 * steps(), abs=2)
-    assert steps(max_steps=3) == 3
-    assert steps(train_limit=15) < steps()
+    assert steps("views=2") == pytest.approx(3 * steps(), abs=2)
+    assert steps("max_steps=3") == 3
+    assert steps("train_limit=15") < steps()
 
 
 def test_one_user_is_too_few_to_time(tmp_path: Path) -> None:

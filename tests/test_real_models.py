@@ -1,4 +1,4 @@
-"""The two default models for real: SmolLM2-135M from its GGUF package and MiniLM, where their packages are installed."""
+"""The two default models for real: SmolLM2-135M from its GGUF package and MiniLM, where they are installed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
         minilm.encode([i.text for i in items]), lengths=[2], answers=torch.zeros(2).numpy()
     )
     losses, _ = smollm.loss(PROMPTS[2:], ["5"], soft=plug(["Alien"], history))
-    losses.sum().backward()
+    torch.autograd.backward(losses.sum())
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == ["population"]  # this user has items
     assert all(parameter.grad is None for parameter in smollm.model.parameters())

@@ -222,7 +222,7 @@ _GENRES = (
 )  # fmt: skip
 _MOODS = (
     "quiet", "loud", "slow", "fast", "long", "short", "colourful", "grey", "modest", "grand", "late",
-    "early", "low-budget", "star-studded", "handmade", "glossy",
+    "late", "low-budget", "star-studded", "handmade", "glossy",
 )  # fmt: skip
 _HEROES = (
     "two sisters", "a retired teacher", "a young cook", "a lost brother", "three neighbours",

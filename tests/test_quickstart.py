@@ -1,0 +1,26 @@
+"""The quickstart's path on toy parts; `make quickstart` runs it on real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from personaplug.data.simulated import SimulatedConfig
+from personaplug.quickstart import run_quickstart
+
+USERS = SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=8, max_items=10)
+TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=200"]
+
+
+def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
+    said = capsys.readouterr().out
+    assert [row["condition"] for row in results["rows"]][-2:] == ["plug", "all-knowing"]
+    assert "personal gain" in said
+    assert "given so far" in said
+    assert (tmp_path / "q" / "results.json").exists()
+    again = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
+    assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in results["rows"]]

@@ -18,8 +18,9 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.tasks import lamp_task
 from personaplug.data.writing import write_lamp
 from personaplug.files import write_json
+from personaplug.memory import peak_memory
 from personaplug.records import HistoryItem, Sample
-from personaplug.run import Run, machine, open_models, peak_memory, versions
+from personaplug.run import Run, machine, open_models, versions
 from personaplug.training import train
 
 PER_USER = 250

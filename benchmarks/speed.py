@@ -19,15 +19,17 @@ from typing import Any
 
 import torch
 
+from personaplug.answers import answer
 from personaplug.backends.base import GenerationConfig
 from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.evaluation import answer
 from personaplug.files import write_json
+from personaplug.memory import peak_memory
 from personaplug.personalizer import Personalizer
-from personaplug.run import Models, Run, machine, open_models, peak_memory, versions
+from personaplug.run import Models, Run, machine, open_models, versions
+from personaplug.samples import EncodedSample
 from personaplug.training import build_plug, fit
-from personaplug.vectors import EncodedSample, VectorTable
+from personaplug.vectors import VectorTable
 
 
 @dataclass(frozen=True)

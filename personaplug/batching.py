@@ -5,13 +5,14 @@ Everything is a function of seeds and counts alone, so that a resumed run sees w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from personaplug.errors import BadConfig
-from personaplug.vectors import EncodedSample
+from personaplug.samples import EncodedSample
 
 _BUCKET_BATCHES = 50  # batches whose samples are sorted by length together; smaller = more random, more padding
 
@@ -63,21 +64,44 @@ def epoch_batches(lengths: Sequence[int], *, batch_size: int, views: int, seed: 
     """
     rng = np.random.default_rng([seed, 2, epoch])
     order = rng.permutation(len(lengths) * (1 + views))
-    count = max(1, round(len(order) / batch_size))
+    count = max(1, math.ceil(len(order) / batch_size))
     batches: list[list[View]] = []
     for bucket in np.array_split(order, max(1, round(count / _BUCKET_BATCHES))):
         by_length = bucket[np.argsort([lengths[i % len(lengths)] for i in bucket], kind="stable")]
-        for part in np.array_split(by_length, max(1, round(len(bucket) / batch_size))):
+        for part in np.array_split(by_length, math.ceil(len(bucket) / batch_size)):
             batches.append([View(int(i % len(lengths)), int(i // len(lengths))) for i in part])
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def seen_through(sample: EncodedSample, view: View, *, seed: int, epoch: int) -> EncodedSample:
+def in_passes(batch: Sequence[EncodedSample], *, lengths: Sequence[int], most: int) -> list[list[EncodedSample]]:
+    """Split a batch into parts whose padded size, rows × longest, is at most `most` tokens; 0 = one part.
+
+    A single sample that is longer still makes a part of its own.
+    """
+    if not most:
+        return [list(batch)]
+    parts: list[list[EncodedSample]] = []
+    room = 0
+    # The longest first, so that it alone decides how many rows fit beside it.
+    for place in sorted(range(len(batch)), key=lambda place: -lengths[place]):
+        if not parts or len(parts[-1]) == room:
+            parts.append([])
+            room = max(1, most // max(1, lengths[place]))
+        parts[-1].append(batch[place])
+    return parts
+
+
+def seen_through(
+    sample: EncodedSample, view: View, *, seed: int, epoch: int, empty_share: float = 0.0
+) -> EncodedSample:
     """The sample with a random part of its history left out, in order; unchanged for view 0.
 
-    From one item up to half of them are dropped, as the paper's released code does (it is not in the paper).
+    From one item up to half of them are dropped, as the paper's released code does (it is not in the paper). A share
+    of the views, drawn by seed, loses the whole history: what a user without one gets is learned from these.
     """
     size = len(sample.rows)
+    if empty_share and np.random.default_rng([seed, 7, epoch, view.index, view.number]).random() < empty_share:
+        return replace(sample, rows=sample.rows[:0], answers=sample.answers[:0])
     if view.number == 0 or size < 2:
         return sample
     rng = np.random.default_rng([seed, 3, epoch, view.index, view.number])

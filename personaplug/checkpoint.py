@@ -59,6 +59,7 @@ def save_state(folder: Path, state: TrainingState, *, plug: nn.Module, optimizer
 
 def load_state(folder: Path, *, plug: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Restore the newest state into `plug` and `optimizer`; a fresh TrainingState if there is none."""
+    _drop_attempts(folder)
     found = _folders(folder, "state-")
     if not found:
         return TrainingState()
@@ -86,6 +87,12 @@ def load_best(folder: Path, step: int, *, plug: nn.Module) -> None:
 def drop_states(folder: Path) -> None:
     """Remove what only an unfinished training needs."""
     for place in _folders(folder, "state-") + _folders(folder, "best-"):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _drop_attempts(folder: Path) -> None:
+    """Remove what a killed process was writing."""
+    for place in folder.glob(".*.tmp"):
         shutil.rmtree(place, ignore_errors=True)
 
 

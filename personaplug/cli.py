@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from personaplug.errors import PersonaPlugError, UserError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+logger = logging.getLogger(__name__)
+
 _SETTINGS_HELP = "Settings are given as key=value words (learning_rate=3e-4) or in a YAML file; the words win."
 
 
@@ -29,6 +32,11 @@ class _Group(click.Group):
         except PersonaPlugError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(2 if isinstance(error, UserError) else 1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # the reader of our output has gone, which click ends quietly
+            click.echo(f"error: the system refused a file or device: {error}", err=True)
+            sys.exit(1)
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
             sys.exit(130)
@@ -48,8 +56,7 @@ def _with_settings(*sections: str) -> Callable[[Command], Command]:
     """Give a command --config and key=value words, and teach their meaning in its help."""
 
     def decorate(command: Command) -> Command:
-        text = "\n\n".join([(command.__doc__ or "").strip(), _SETTINGS_HELP, "\b\n" + describe(sections)])
-        command.__doc__ = text.replace("\n\n\b", "\n\n\b")
+        command.__doc__ = "\n\n".join([(command.__doc__ or "").strip(), _SETTINGS_HELP, "\b\n" + describe(sections)])
         command = click.option(
             "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."
         )(command)
@@ -57,6 +64,8 @@ def _with_settings(*sections: str) -> Callable[[Command], Command]:
 
     return decorate
 
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
 
 _data = click.option(
     "--data",
@@ -82,21 +91,24 @@ _vectors = click.option(
 @main.command()
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=_FOLDER,
     default=Path("runs/quickstart"),
     show_default=True,
     help="Where data, run and results go.",
 )
-@_with_settings()
+@_with_settings("model", "plug", "training", "evaluation")
 def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -> None:
-    """Simulated users, real models: train, compare with the controls, show two users side by side. About 10 minutes."""
+    """Simulated users, real models: train, compare with the controls, show two users side by side. About 10 minutes.
+
+    It starts from a few values of its own, to be done in that time; the settings it uses are printed first.
+    """
     from personaplug.quickstart import run_quickstart
 
     run_quickstart(out, config_file=config_file, settings=settings)
 
 
 @main.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the data set.")
+@click.option("--out", required=True, type=_FOLDER, help="Folder for the data set.")
 @click.option("--kind", type=click.Choice(["rating", "style"]), default="rating", show_default=True)
 @click.option("--users", default=400, show_default=True, help="Training users; a quarter as many more for dev.")
 @click.option("--seed", default=0, show_default=True)
@@ -145,9 +157,7 @@ def encode(
 
 @main.command()
 @_data
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The run's folder; an unfinished run goes on."
-)
+@click.option("--out", required=True, type=_FOLDER, help="The run's folder; an unfinished run goes on.")
 @_vectors
 @_task
 @_skip_bad
@@ -226,6 +236,7 @@ def evaluate(
         models=open_models(config),
         oracle=oracle if oracle.exists() else None,
     )
+    _tell_read(reader, split)
     target = json_file or run_folder / "evaluations" / f"{split}.json"
     write_json(target, results)
     click.echo(results_table(results))
@@ -288,6 +299,7 @@ def estimate(
         data, "train", task=load_task(data, task=task), skip_bad=skip_bad, max_history=config.plug.max_history
     )
     found = estimate_run(config, reader, models=open_models(config))
+    _tell_read(reader, "train")
     if json_file is not None:
         write_json(json_file, found.to_dict())
     click.echo(found.text())
@@ -300,13 +312,13 @@ def _device(config: Config) -> str:
 
 
 def _show(config: Config, *sections: str) -> None:
-    """Print the resolved settings that a command uses."""
+    """Say with which settings, as resolved, a command runs."""
     shown, section = [], ""
     for line in to_yaml(config).splitlines():
         section = line.rstrip(":") if not line.startswith((" ", "-")) else section
         if section in sections:
             shown.append(line)
-    click.echo("\n".join(shown) + "\n", err=True)
+    logger.info("%s\n", "\n".join(shown))
 
 
 def _tell_read(reader: Any, split: str) -> None:

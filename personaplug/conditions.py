@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from personaplug.errors import BadConfig
-from personaplug.vectors import EncodedSample
+from personaplug.samples import EncodedSample
 
 
 @dataclass(frozen=True)

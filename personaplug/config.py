@@ -6,7 +6,6 @@ Keys are written in full (`training.learning_rate`) or, since no two sections sh
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import BadConfig, MissingData, nearest
 
 
 def _option(
@@ -87,7 +86,7 @@ class PlugConfig:
 class TrainingConfig:
     """The loop. Everything that is drawn at random comes from `seeds`."""
 
-    seeds: tuple[int, ...] = _option((0,), "one plug (and one control) is trained per seed", low=0)
+    seeds: tuple[int, ...] = _option((0,), "one plug (and one control) is trained per seed", low=0, high=2**32 - 1)
     controls: bool = _option(
         True, "also train instruction-only: same data, steps and number of soft tokens, no history"
     )
@@ -95,6 +94,18 @@ class TrainingConfig:
     max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)
     batch_size: int = _option(16, "samples in a step, over all processes", low=1)
     views: int = _option(0, "random sub-histories added per sample and epoch (the paper's code uses 10)", low=0)
+    empty_share: float = _option(
+        0.05,
+        "share of samples whose history is hidden in an epoch, to train for users without one; 0 = the paper",
+        low=0,
+        high=1,
+    )
+    pass_tokens: int = _option(
+        1024,
+        "most tokens, padding included, in one forward and backward pass; larger batches are split and their gradients "
+        "summed; 0 = no bound",
+        low=0,
+    )
     learning_rate: float = _option(3e-3, "of the projector and the query head (AdamW)", above=0, high=1)
     token_learning_rate: float = _option(
         0.3, "of the tokens that are trained as they stand: instruction and population", above=0, high=1
@@ -127,6 +138,12 @@ class EvaluationConfig:
     )
     evaluation_batch_size: int = _option(16, "samples answered at once", low=1)
     num_beams: int = _option(4, "beams of generation (LaMP and the paper: 4; 1 = greedy)", low=1, high=64)
+    sample_temperature: float = _option(
+        0.0,
+        "0 = the likeliest text; above = draw with this temperature (`generate` only; needs num_beams=1)",
+        low=0,
+        high=10,
+    )
     max_new_tokens: int = _option(0, "longest answer in tokens; 0 = the task's own", low=0)
     rating_fallback: str = _option(
         "lamp",
@@ -225,7 +242,7 @@ def _range_text(option: Field[Any]) -> str:
     if meta["choices"]:
         return f" [{' | '.join(meta['choices'])}]"
     parts = [
-        f"{word} {meta[key]:g}"
+        f"{word} {meta[key]}"
         for key, word in (("low", "from"), ("above", "above"), ("high", "to"))
         if meta[key] is not None
     ]
@@ -238,17 +255,18 @@ def _locate(key: str) -> tuple[str, str]:
     for found in known:
         if found == (section, name) or (not section and found[1] == name):
             return found
-    every = sorted({n for _, n in known} | {f"{s}.{n}" for s, n in known})
-    near = difflib.get_close_matches(key, every, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise BadConfig(f"There is no setting {key!r}.{hint} `personaplug train --help` lists them all.")
+    names = {n for _, n in known} | {f"{s}.{n}" for s, n in known if section}
+    raise BadConfig(f"There is no setting {key!r}; {nearest(key, names)}")
 
 
 def _checked(section: str, name: str, value: Any) -> Any:
     option = next(f for f in fields(SECTIONS[section]) if f.name == name)
     wanted = get_type_hints(SECTIONS[section])[name]
     converted = _convert(value, wanted, key=f"{section}.{name}")
-    for single in converted if isinstance(converted, tuple) else (converted,):
+    several = converted if isinstance(converted, tuple) else (converted,)
+    if len(set(several)) < len(several):
+        raise BadConfig(f"{section}.{name} names a value twice: {_shown(converted)}. Name each once.")
+    for single in several:
         _check_range(single, option, key=f"{section}.{name}")
     return converted
 
@@ -291,7 +309,10 @@ def _check_range(value: Any, option: Field[Any], *, key: str) -> None:
 def _read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise MissingData(f"The config file {path} does not exist.")
-    return _parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    try:
+        return _parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    except UnicodeDecodeError:
+        raise BadConfig(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
 
 
 def _parse_yaml(text: str, *, source: str) -> Any:
@@ -308,8 +329,8 @@ def _flatten(tree: Any) -> dict[str, Any]:
         raise BadConfig("A config file holds `section: {key: value}` or `key: value`; found something else.")
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if key in SECTIONS and isinstance(value, dict):
-            flat.update({f"{key}.{name}": inner for name, inner in value.items()})
+        if key in SECTIONS and (value is None or isinstance(value, dict)):
+            flat.update({f"{key}.{name}": inner for name, inner in (value or {}).items()})
         else:
             flat[str(key)] = value
     return flat

@@ -13,8 +13,9 @@ from typing import Any
 from personaplug.config import Config
 from personaplug.data.base import Reader
 from personaplug.errors import MissingData
+from personaplug.memory import peak_memory
 from personaplug.records import Sample
-from personaplug.run import Models, Run, peak_memory
+from personaplug.run import Models, Run
 from personaplug.training import build_plug, fit
 from personaplug.vectors import content_key
 
@@ -123,7 +124,7 @@ def _time_training(config: Config, samples: Sequence[Sample], models: Models) ->
     """Seconds a step of the plug's training takes on these samples, and the size of its weights."""
     with tempfile.TemporaryDirectory() as place:
         from personaplug.data.base import Task
-        from personaplug.vectors import encode_samples
+        from personaplug.samples import encode_samples
 
         task = Task(
             "estimate",

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from personaplug.backends.base import Backend, GenerationConfig
+from personaplug.answers import Answers, answer, keep, kept
+from personaplug.backends.base import GenerationConfig
 from personaplug.conditions import Condition, with_history
 from personaplug.config import EvaluationConfig
 from personaplug.data.base import Reader, ReadReport, Task
@@ -25,28 +25,12 @@ from personaplug.errors import BadConfig, MissingData
 from personaplug.files import write_json
 from personaplug.metrics import get_metric, is_invalid
 from personaplug.personalizer import Personalizer
-from personaplug.progress import Progress
-from personaplug.run import Models, Run, machine, peak_memory, versions
+from personaplug.run import Models, Run, machine, versions
+from personaplug.samples import EncodedSample, samples_fingerprint
 from personaplug.stats import bootstrap_interval, paired_bootstrap
-from personaplug.vectors import EncodedSample
 
 PLACEMENT = "prefix"
 ORACLE = "all-knowing"
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one condition answered with one seed, sample by sample.
-
-    Attributes:
-        texts: the answers.
-        unfinished: whether each stopped at its longest length.
-        seconds: the time they took.
-    """
-
-    texts: list[str]
-    unfinished: list[bool]
-    seconds: float
 
 
 def evaluate(
@@ -72,57 +56,6 @@ def evaluate(
         BadConfig: if labels are to be scored in a task without labels.
     """
     return _Evaluation(run, reader, split=split, config=config, models=models).table(conditions, oracle=oracle)
-
-
-def answer(
-    backend: Backend,
-    samples: Sequence[EncodedSample],
-    *,
-    personalizer: Personalizer | None,
-    task: Task,
-    decoding: str,
-    generation: GenerationConfig,
-    batch_size: int,
-    title: str = "answer",
-) -> Answers:
-    """Answer samples, the shortest prompts first, and return the answers in the samples' order.
-
-    Args:
-        personalizer: makes the soft tokens; None = the bare model.
-        decoding: "score" takes the likeliest of the task's labels, "generate" writes text.
-    """
-    began = time.monotonic()
-    texts, unfinished = [""] * len(samples), [False] * len(samples)
-    order = np.argsort([len(sample.prompt) for sample in samples], kind="stable")
-    with Progress(title, total=len(samples), unit="answers") as progress:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size].tolist()
-            batch = [samples[place] for place in places]
-            found = _answer_batch(backend, batch, personalizer, task=task, decoding=decoding, generation=generation)
-            for place, (text, cut) in zip(places, found, strict=True):
-                texts[place], unfinished[place] = text, cut
-            progress.advance(len(batch))
-    return Answers(texts, unfinished, time.monotonic() - began)
-
-
-def _answer_batch(
-    backend: Backend,
-    batch: Sequence[EncodedSample],
-    personalizer: Personalizer | None,
-    *,
-    task: Task,
-    decoding: str,
-    generation: GenerationConfig,
-) -> list[tuple[str, bool]]:
-    import torch
-
-    prompts = [sample.prompt for sample in batch]
-    with torch.no_grad():
-        soft = None if personalizer is None else personalizer.soft_prompt(batch)
-        if decoding == "score":
-            best = backend.score(prompts, task.labels, soft=soft).argmax(dim=1).tolist()
-            return [(task.labels[index], False) for index in best]
-        return [(made.text, not made.finished) for made in backend.generate(prompts, soft=soft, config=generation)]
 
 
 class _Evaluation:
@@ -169,49 +102,48 @@ class _Evaluation:
         return answers, means, alone
 
     def _answers(self, condition: Condition, *, seed: int) -> Answers:
-        path = self.folder / f"{condition.name}.seed-{seed}.answers.json"
-        key = self._key(condition, seed=seed)
-        kept = _kept_answers(path, key=key)
-        if kept is not None:
-            return kept
-        personalizer = None
-        if condition.plug is not None:
-            plug = self.run.load_plug(condition.plug, seed=seed, models=self.models)
-            personalizer = Personalizer(plug, table=self.table_of_vectors)
         shown = with_history(condition, self.samples, seed=self.config.draw_seed + seed)
-        made = answer(
-            self.models.backend,
-            shown,
-            personalizer=personalizer,
-            task=self.task,
-            decoding=self.decoding,
-            generation=self.generation,
-            batch_size=self.config.evaluation_batch_size,
-            title=f"{condition.name} (seed {seed})" if condition.plug else condition.name,
-        )
-        write_json(path, {"key": key, **asdict(made)})
+        path = self.folder / f"{condition.name}.seed-{seed}.answers.json"
+        depends_on = self._depends_on(condition, shown, seed=seed)
+        made = kept(path, depends_on=depends_on)
+        if made is None:
+            made = answer(
+                self.models.backend,
+                shown,
+                personalizer=self._personalizer(condition, seed=seed),
+                task=self.task,
+                decoding=self.decoding,
+                generation=self.generation,
+                batch_size=self.config.evaluation_batch_size,
+                title=f"{condition.name} (seed {seed})" if condition.plug else condition.name,
+            )
+            keep(made, path, depends_on=depends_on)
         golds = [{"id": sample.id, "output": text} for sample, text in zip(self.samples, made.texts, strict=True)]
         write_json(self.folder / f"{condition.name}.seed-{seed}.json", {"task": self.task.name, "golds": golds})
         return made
 
-    def _key(self, condition: Condition, *, seed: int) -> str:
-        """What answers depend on; kept answers count only while all of it is the same."""
-        ids = hashlib.sha256("\n".join(sample.id for sample in self.samples).encode()).hexdigest()
-        parts: list[Any] = [
-            condition.plug,
-            condition.history,
+    def _personalizer(self, condition: Condition, *, seed: int) -> Personalizer | None:
+        if condition.plug is None:
+            return None
+        plug = self.run.load_plug(condition.plug, seed=seed, models=self.models)
+        return Personalizer(plug, table=self.table_of_vectors)
+
+    def _depends_on(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> list[Any]:
+        """Everything that this condition's answers come from."""
+        backend = self.models.backend
+        parts = [
+            samples_fingerprint(shown, self.table_of_vectors),
             self.decoding,
+            list(self.task.labels),
             asdict(self.generation),
-            self.config.draw_seed,
-            ids,
-            seed,
-            self.models.backend.identity.fingerprint,
-            str(self.models.backend.model.dtype),
+            backend.identity.fingerprint,
+            backend.dtype,
+            self.run.config.model.max_prompt_tokens,
         ]
         if condition.plug is not None and self.run.trained(condition.plug, seed=seed):
             weights = self.run.plug_folder(condition.plug, seed=seed) / "plug.safetensors"
             parts.append(hashlib.sha256(weights.read_bytes()).hexdigest())
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return parts
 
     def _row(
         self,
@@ -221,13 +153,13 @@ class _Evaluation:
         alone: list[dict[str, float]],
     ) -> dict[str, Any]:
         row = self._scores(condition.name, means) | {
-            "invalid_rate": self._invalid_rate(answers),
+            "invalid_rate": self._invalid_rate([made.texts for made in answers]),
             "truncated_rate": float(np.mean([measure.truncated for measure in self.measures])),
             "unfinished_rate": float(np.mean([made.unfinished for made in answers])),
             "lost_history_rate": self._lost_rate(condition),
             "prompt_tokens_mean": float(np.mean([m.tokens for m in self.measures])) + self._soft_tokens(condition),
             "seconds": round(float(np.mean([made.seconds for made in answers])), 2),
-            "peak_memory_bytes": peak_memory(),
+            "peak_memory_bytes": max(made.peak_memory_bytes for made in answers),
             "decoding": "scored" if self.decoding == "score" else "generated",
         }
         if len(alone) > 1:
@@ -247,9 +179,16 @@ class _Evaluation:
 
     def _oracle_row(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         told = {gold["id"]: gold["output"] for gold in json.loads(path.read_text(encoding="utf-8"))["golds"]}
+        missing = sum(sample.id not in told for sample in self.samples)
+        if missing:
+            raise MissingData(f"{path} knows nothing of {missing} of {len(self.samples)} samples; is it of this split?")
         texts = [told[sample.id] for sample in self.samples]
         stats = {metric.name: metric.statistics(texts, self.golds) for metric in self.metrics}
-        return self._scores(ORACLE, stats) | {"decoding": "oracle"}, stats
+        unused = dict.fromkeys(
+            ("truncated_rate", "lost_history_rate", "prompt_tokens_mean", "seconds", "peak_memory_bytes")
+        )
+        told_of = {"invalid_rate": self._invalid_rate([texts]), **unused, "decoding": "known"}
+        return self._scores(ORACLE, stats) | told_of, stats
 
     def _pairs(self, statistics: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
         """Every later row against every earlier one, metric by metric."""
@@ -281,8 +220,13 @@ class _Evaluation:
             "config": asdict(run.config) | {"evaluation": asdict(self.config)},
             "training": _training_facts(run),
             "users": len(set(self.owners)),
-            "data": {"skipped_records": report.skipped, "cut_history_items": report.cut_items},
-            "dtype": str(self.models.backend.model.dtype).removeprefix("torch."),
+            "data": {
+                "fingerprint": samples_fingerprint(self.samples, self.table_of_vectors),
+                "skipped_records": report.skipped,
+                "cut_history_items": report.cut_items,
+                "texts_cut_by_encoder": self.models.encoder.truncated,
+            },
+            "dtype": self.models.backend.dtype,
             "notes": self._notes(report),
         }
 
@@ -293,22 +237,17 @@ class _Evaluation:
                 "The data names no users: samples stand for users, so intervals may be too narrow and a wrong "
                 "user may be the same person."
             )
+        if self.run.config.plug.aggregator in ("dot", "mean"):
+            notes.append("shuffled equals plug here: this aggregator takes no notice of the items' order.")
         if report.skipped:
             notes.append(f"{report.skipped} broken records were passed over.")
         if len(self.run.config.training.seeds) < 3:
             notes.append("Fewer than three training seeds: the spread between trainings is not covered.")
         return notes
 
-    def _invalid_rate(self, answers: list[Answers]) -> float:
-        return float(
-            np.mean(
-                [
-                    is_invalid(text, kind=self.task.kind, labels=self.task.labels)
-                    for made in answers
-                    for text in made.texts
-                ]
-            )
-        )
+    def _invalid_rate(self, answered: Sequence[Sequence[str]]) -> float:
+        texts = [text for one in answered for text in one]
+        return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels) for text in texts]))
 
     def _lost_rate(self, condition: Condition) -> float:
         """Share of the samples with a history whose row should have used it and got none of it."""
@@ -365,11 +304,3 @@ def _golds(samples: Sequence[EncodedSample]) -> list[str]:
             f"a split with hidden answers cannot be scored here."
         )
     return golds
-
-
-def _kept_answers(path: Path, *, key: str) -> Answers | None:
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return Answers(kept["texts"], kept["unfinished"], kept["seconds"]) if kept.get("key") == key else None

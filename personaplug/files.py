@@ -5,12 +5,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from personaplug.errors import StorageError
+
+
+def written_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file under a temporary name, then give it its own; its folders are made where absent.
+
+    Raises:
+        StorageError: if the disk is full or not writable, said by the system or by safetensors; an earlier file of
+            the name stays as it was, and whatever `write` raises, nothing is left of the attempt.
+    """
+    attempt = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(attempt)
+        _sync(attempt)
+        attempt.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            attempt.unlink()
+        if _is_of_storage(error):
+            raise _unwritten(path, error) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -19,16 +40,9 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: if the disk is full or not writable; an earlier file of the name stays as it was.
     """
-    attempt = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A lone half of a surrogate pair, which JSON may spell and UTF-8 may not, is written as its escape.
-        attempt.write_bytes(text.encode("utf-8", "backslashreplace"))
-        attempt.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            attempt.unlink()
-        raise _unwritten(path, error) from error
+    # A lone half of a surrogate pair, which JSON may spell and UTF-8 may not, is written as its escape.
+    encoded = text.encode("utf-8", "backslashreplace")
+    written_file(path, lambda attempt: attempt.write_bytes(encoded))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,16 +66,35 @@ def written_whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(attempt, ignore_errors=True)
         attempt.mkdir(parents=True)
         yield attempt
-        _sync(attempt)
+        for path in attempt.iterdir():
+            _sync(path)
         if target.exists():
             shutil.rmtree(target)
         attempt.rename(target)
     except BaseException as error:
         shutil.rmtree(attempt, ignore_errors=True)
-        # safetensors reports a full disk as an error of its own, with the system's words in it.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        if _is_of_storage(error):
             raise _unwritten(target, error) from error
         raise
+
+
+@contextmanager
+def storing(target: Path) -> Iterator[None]:
+    """Turn what the system says when it cannot store into a StorageError that names the file.
+
+    Raises:
+        StorageError: if the disk is full or not writable.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise _unwritten(target, error) from error
+
+
+def _is_of_storage(error: BaseException) -> bool:
+    # safetensors reports a full disk as an error of its own, with the system's words in it.
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
 
 
 def _unwritten(target: Path, error: BaseException) -> StorageError:
@@ -71,10 +104,10 @@ def _unwritten(target: Path, error: BaseException) -> StorageError:
     )
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+def _sync(path: Path) -> None:
+    # Without it a power cut may leave the new name on a file whose content never reached the disk.
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _finite(value: Any) -> Any:

@@ -66,9 +66,20 @@ def reply(
     if run.task.labels and config.decoding != "generate":
         scores = models.backend.score([prompt], run.task.labels, soft=soft)
         return run.task.labels[int(scores[0].argmax())]
-    longest = config.max_new_tokens or run.task.max_new_tokens
-    wanted = GenerationConfig(max_new_tokens=longest, num_beams=config.num_beams)
-    return models.backend.generate([prompt], soft=soft, config=wanted)[0].text
+    return models.backend.generate([prompt], soft=soft, config=_wanted(run.task, config))[0].text
+
+
+def _wanted(task: Task, config: EvaluationConfig) -> GenerationConfig:
+    drawn = config.sample_temperature > 0
+    if drawn and config.num_beams > 1:
+        raise BadConfig(f"sample_temperature above 0 needs num_beams=1; found num_beams={config.num_beams}.")
+    return GenerationConfig(
+        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        num_beams=config.num_beams,
+        do_sample=drawn,
+        temperature=config.sample_temperature if drawn else 1.0,
+        seed=config.draw_seed,
+    )
 
 
 def _query(task: Task, prompt: str) -> str:

@@ -10,17 +10,16 @@ stripped first.
 
 from __future__ import annotations
 
-import difflib
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplug.errors import BadConfig, ShapeMismatch
+from personaplug.errors import BadConfig, ShapeMismatch, nearest
 
 Array = NDArray[np.float64]
 
@@ -273,9 +272,7 @@ def get_metric(name: str, *, labels: Sequence[str] = (), fallback: str = "lamp")
         BadConfig: for an unknown name or fallback, or labels that do not fit the metric.
     """
     if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise BadConfig(f"There is no metric {name!r}.{hint} Known are {', '.join(METRICS)}.")
+        raise BadConfig(f"There is no metric {name!r}; {nearest(name, METRICS)}")
     return METRICS[name](labels, fallback=fallback)
 
 
@@ -287,12 +284,6 @@ def is_invalid(prediction: str, *, kind: str, labels: Sequence[str]) -> bool:
     """
     answer = prediction.strip()
     return not answer if kind == "text" else answer not in {label.strip() for label in labels}
-
-
-def invalid_rate(predictions: Iterable[str], *, kind: str, labels: Sequence[str]) -> float:
-    """Return the share of invalid answers; NaN without answers."""
-    found = [is_invalid(prediction, kind=kind, labels=labels) for prediction in predictions]
-    return float(np.mean(found)) if found else float("nan")
 
 
 def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from personaplug.encoder import Encoder
 from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import HistoryItem
+from personaplug.samples import EncodedSample, answer_places
 from personaplug.soft_prompt import SoftPrompt
-from personaplug.vectors import EncodedSample, VectorTable
+from personaplug.vectors import VectorTable
 
 
 class Personalizer:
@@ -57,8 +58,7 @@ class Personalizer:
         items = items[-self.plug.config.max_history :]
         texts = [item.text if self.plug.config.answers == "text" else item.content for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
-        labels = {label: index for index, label in enumerate(self.plug.fitting.labels)}
-        answers = np.array([labels.get(item.answer or "", -1) for item in items], dtype=np.int64)
+        answers = answer_places(items, self.plug.fitting.labels)
         soft: SoftPrompt = self._forward([query], self._pad(vectors, lengths=[len(items)], answers=answers))
         return soft
 

@@ -22,7 +22,7 @@ from personaplug.aggregators import build_aggregator
 from personaplug.config import Config, PlugConfig, with_values
 from personaplug.encoder import Encoder, EncoderIdentity
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
-from personaplug.files import write_json, write_text
+from personaplug.files import write_json, write_text, written_file
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import LLMIdentity
 
@@ -149,8 +149,9 @@ class PersonaPlug(nn.Module):
                 out=width,
                 labels=len(fitting.labels) if config.answers == "label" else 0,
             )
-            # What users without any item get in place of the sum of eq. 4, which would be empty.
-            self.population = nn.Parameter(torch.randn(tokens, width))
+            # What users without any item get in place of the sum of eq. 4, which would be empty. It starts as no signal
+            # at all and learns from the samples whose history is hidden in training (`training.empty_share`).
+            self.population = nn.Parameter(torch.zeros(tokens, width))
 
     def forward(self, queries: Sequence[str], history: HistoryBatch | None) -> SoftPrompt:
         """Make the soft tokens of a batch.
@@ -188,11 +189,13 @@ class PersonaPlug(nn.Module):
         Args:
             folder: made if absent.
             facts: what the card should tell of the training (data, steps, losses).
+        Raises:
+            StorageError: if the disk is full or not writable; what was complete before stays.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
-        save_file(state, folder / _WEIGHTS)
+        (folder / _CONFIG).unlink(missing_ok=True)  # an earlier plug's config must not stand beside these weights
+        written_file(folder / _WEIGHTS, lambda path: save_file(state, path))
         about = {"format_version": FORMAT_VERSION, "config": asdict(self.config), "fitting": asdict(self.fitting)}
         write_text(folder / _CARD, _card(self, facts=facts or {}))
         # Last, since its presence says that the plug is complete.
@@ -208,11 +211,10 @@ class PersonaPlug(nn.Module):
             LLMMismatch: if it was trained for another language model.
         """
         folder = Path(folder)
-        about = _read_about(folder)
-        fitting = _read_fitting(about["fitting"])
+        config, fitting = _read_about(folder)
         if (fitting.llm.fingerprint, fitting.llm.width) != (llm.fingerprint, llm.width):
             raise LLMMismatch(trained_for=fitting.llm.describe(), given=llm.describe())
-        plug = cls(read_plug_config(about["config"]), fitting=fitting, encoder=encoder)
+        plug = cls(read_plug_config(config), fitting=fitting, encoder=encoder)
         try:
             plug.load_state_dict(load_file(folder / _WEIGHTS))
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -239,20 +241,21 @@ def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> No
         raise EncoderMismatch("This plug", expected=fitting.encoder.describe(), found=encoder.identity.describe())
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
+def _read_about(folder: Path) -> tuple[dict[str, Any], Fitting]:
+    """The config (unchecked) and the fitting that a saved plug names."""
     try:
         about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        version = about["format_version"]
-        about["config"], about["fitting"]
+        version, config = about["format_version"], dict(about["config"])
+        fitting = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {_CONFIG} is missing. A finished training writes one.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise MissingData(f"{folder / _CONFIG} is not a plug's description ({type(error).__name__}).") from error
-    if version != FORMAT_VERSION:
+    if fitting is None:
         raise MissingData(
             f"{folder} has the format version {version}; this personaplug reads {FORMAT_VERSION}. Upgrade personaplug."
         )
-    return dict(about)
+    return config, fitting
 
 
 def _read_fitting(values: dict[str, Any]) -> Fitting:

@@ -5,6 +5,7 @@ Since the simulation knows every user's taste, the table can show the best score
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ from personaplug.report import results_table
 from personaplug.run import Models, Run, open_models
 from personaplug.training import train
 
+logger = logging.getLogger(__name__)
+
 USERS = SimulatedConfig(users=400, dev_users=150, dev_queries_per_user=2)
 # Chosen for ten minutes on two cores: answers as a channel of their own and four tokens learn in one pass.
 SETTINGS = ("answers=label", "query_encoder=head", "persona_tokens=4", "epochs=1", "validation_limit=64")
 _SIDE_BY_SIDE = 6
+_TELLING = 8  # items of history from which a user's mean score says something
 
 
 def run_quickstart(
@@ -45,7 +49,7 @@ def run_quickstart(
         settings: key=value words on top of the quickstart's own.
     """
     config = load_config(config_file, overrides=settings, base=load_config(overrides=SETTINGS))
-    click.echo(to_yaml(config), err=True)
+    logger.info("%s", to_yaml(config))
     data = out / "data"
     click.echo(f"1. {users.users} simulated users to learn from and {users.dev_users} others to test on, in {data}")
     write_simulation(users, data)
@@ -93,10 +97,12 @@ def _side_by_side(run: Run, config: Config, models: Models, *, samples: Sequence
 
 
 def _extremes(samples: Sequence[Sample]) -> tuple[Sample, Sample]:
-    with_history = sorted((s for s in samples if len(s.history) >= 8), key=_mean_given)
-    return with_history[0], with_history[-1]
+    """The strictest and the kindest user among those with a history long enough to tell, or else the longest."""
+    enough = min(_TELLING, max(len(sample.history) for sample in samples))
+    by_mean = sorted((s for s in samples if len(s.history) >= enough), key=_mean_given)
+    return by_mean[0], by_mean[-1]
 
 
 def _mean_given(sample: Sample) -> float:
     given = [int(item.answer) for item in sample.history if item.answer]
-    return sum(given) / len(given)
+    return sum(given) / len(given) if given else float("nan")

@@ -76,16 +76,5 @@ class Sample:
         return f"Sample(id={self.id!r}, user_id={self.user_id!r}, items={len(self.history)})"
 
 
-def in_time_order(items: Sequence[HistoryItem]) -> tuple[HistoryItem, ...]:
-    """Oldest first if every item has a date (the sort is stable), else the order given.
-
-    With dates on some items only, their order against the others is unknown, so the file's order is kept.
-    """
-    dated = [(item.date, item) for item in items if item.date is not None]
-    if len(dated) < len(items):
-        return tuple(items)
-    return tuple(item for _, item in sorted(dated, key=lambda pair: pair[0]))
-
-
 def _named(fields: Sequence[tuple[str, str]]) -> str:
     return " ".join(f"{name}: {value}" for name, value in fields)

@@ -2,6 +2,7 @@
 
 RUN/config.yaml               every setting, as resolved
 RUN/run.json                  task, versions
+RUN/data.json                 fingerprint of what it is trained on
 RUN/vectors/                  item vectors (unless they are kept elsewhere)
 RUN/plug/seed-0/              a trained plug; beside it log.jsonl and, while unfinished, the states to go on from
 RUN/instruction-only/seed-0/  its control
@@ -13,9 +14,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from personaplug.files import write_json, write_text
 from personaplug.plug import PersonaPlug
 from personaplug.progress import Progress
 from personaplug.records import Sample
-from personaplug.vectors import EncodedSample, VectorTable, encode_samples
+from personaplug.samples import EncodedSample, encode_samples, samples_fingerprint
+from personaplug.vectors import VectorTable
 
 TRAINED = ("instruction-only", "plug")
 
@@ -80,10 +81,14 @@ class Run:
             RunConflict: if the folder holds a run of another task or other settings of models, plug or training.
         """
         folder = Path(folder)
-        run = cls(folder, config, task, Path(vectors) if vectors else folder / "vectors")
+        if folder.exists() and not folder.is_dir():
+            raise RunConflict(f"{folder} is a file; a run needs a folder. Choose another --out.")
+        run = cls(folder, config, task, Path(vectors).absolute() if vectors else folder / "vectors")
         if (folder / "run.json").exists():
-            run._check_same(cls.open(folder))
-        elif folder.exists() and any(folder.iterdir()):
+            there = cls.open(folder)
+            run = run if vectors else replace(run, vectors=there.vectors)
+            run._check_same(there)
+        elif folder.exists() and {path.name for path in folder.iterdir()} - {"vectors", "config.yaml"}:
             raise RunConflict(f"{folder} is neither empty nor a run of personaplug. Choose another --out.")
         run._write()
         return run
@@ -103,7 +108,8 @@ class Run:
                 f"{folder} holds no run: run.json is missing or broken. `personaplug train --out {folder}` makes one."
             ) from error
         task = parse_task(about["task"], source=str(folder / "run.json"))
-        return cls(folder, load_config(folder / "config.yaml"), task, Path(about["vectors"]))
+        vectors = Path(about["vectors"]) if about.get("vectors") else folder / "vectors"
+        return cls(folder, load_config(folder / "config.yaml"), task, vectors)
 
     def plug_folder(self, name: str, *, seed: int) -> Path:
         """Where the plug (or the control) of a seed is."""
@@ -146,7 +152,7 @@ class Run:
         with_answer = self.config.plug.answers == "text"
         return encoded(samples, table, labels=self.task.labels, with_answer=with_answer)
 
-    def check_unchanged(self, config: Config, *, sections: Sequence[str] = ("plug", "training")) -> None:
+    def check_unchanged(self, config: Config, *, sections: Sequence[str] = ("model", "plug", "training")) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
 
         Raises:
@@ -159,6 +165,21 @@ class Run:
                 f"values. Leave them out, or train another run."
             )
 
+    def check_data(self, samples: Sequence[EncodedSample], table: VectorTable) -> None:
+        """Note what the run is trained on, or check that it is what an earlier start noted.
+
+        Raises:
+            RunConflict: if the run was started on other data.
+        """
+        path = self.folder / "data.json"
+        about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table)}
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != about:
+            raise RunConflict(
+                f"{self.folder} was started on other training data than what is given now. Give the same data to go "
+                f"on, or choose another --out."
+            )
+        write_json(path, about)
+
     def _check_same(self, there: Run) -> None:
         names = _differing(self.config, there.config, sections=("model", "plug", "training"))
         if self.task != there.task:
@@ -170,7 +191,13 @@ class Run:
             )
 
     def _write(self) -> None:
-        about = {"task": asdict(self.task), "vectors": str(self.vectors), "versions": versions(), "machine": machine()}
+        about = {
+            "task": asdict(self.task),
+            # Inside the run: nothing, so that the run may be moved.
+            "vectors": None if self.vectors == self.folder / "vectors" else str(self.vectors),
+            "versions": versions(),
+            "machine": machine(),
+        }
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_json(self.folder / "run.json", about)
 
@@ -189,7 +216,8 @@ def encoded(
 
 def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[str]:
     left, right = asdict(one), asdict(other)
-    return [f"{s}.{key}" for s in sections for key in left[s] if left[s][key] != right[s][key]]
+    differing = [f"{s}.{key}" for s in sections for key in left[s] if left[s][key] != right[s][key]]
+    return [name for name in differing if name != "model.device"]
 
 
 def versions(
@@ -213,14 +241,6 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         about["gpu"] = torch.cuda.get_device_name()
     return about
-
-
-def peak_memory() -> int:
-    """Most memory this process has held, in bytes."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _processor() -> str:

@@ -7,7 +7,6 @@ the seed and the step alone.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -20,17 +19,20 @@ import torch
 from accelerate import Accelerator
 
 from personaplug.backends.base import Backend
-from personaplug.batching import View, epoch_batches, hold_out, seen_through
+from personaplug.batching import View, epoch_batches, hold_out, in_passes, seen_through
 from personaplug.checkpoint import drop_states, load_best, load_state, save_best, save_state
 from personaplug.config import PlugConfig, TrainingConfig
 from personaplug.data.base import Reader
-from personaplug.errors import BadConfig, MissingExtra, TrainingDiverged
+from personaplug.errors import BadConfig, TrainingDiverged
 from personaplug.files import write_json
+from personaplug.memory import peak_memory, reset_peak_memory
 from personaplug.personalizer import Personalizer
 from personaplug.plug import Fitting, PersonaPlug
 from personaplug.progress import Progress
-from personaplug.run import TRAINED, Models, Run, peak_memory
-from personaplug.vectors import EncodedSample, VectorTable
+from personaplug.run import TRAINED, Models, Run
+from personaplug.samples import EncodedSample
+from personaplug.training_log import TrainingLog
+from personaplug.vectors import VectorTable
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ def train(run: Run, reader: Reader, *, models: Models) -> list[Path]:
     config = run.config.training
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(reader, table, limit=config.train_limit)
+    run.check_data(samples, table)
     wanted = [(name, seed) for seed in config.seeds for name in (TRAINED if config.controls else ("plug",))]
     return [_train_one(run, samples, models=models, table=table, name=name, seed=seed) for name, seed in wanted]
 
@@ -80,6 +83,7 @@ def _train_one(
     if run.trained(name, seed=seed):
         logger.info("%s (seed %d) is trained already", name, seed)
         return folder
+    reset_peak_memory()
     plug = build_plug(run, models, name=name, seed=seed)
     report = fit(
         plug,
@@ -139,7 +143,7 @@ def fit(
         title: what the progress says.
         on_step: called after each optimizer step.
     Raises:
-        BadConfig: if a sample has no target, there are too few users, or more processes than samples in a step.
+        BadConfig: if a sample has no target, there are too few users, or several processes.
         TrainingDiverged: if a loss is NaN or infinite; the last good state stays.
         StorageError: if the disk is full; the last good state stays.
     """
@@ -167,25 +171,26 @@ class _Fit:
         self.train, self.validation = hold_out(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
         )
-        self.lengths = _lengths(self.train, backend=backend)
-        self.accelerator = Accelerator(cpu=_on_cpu(backend))
-        if self.accelerator.num_processes > config.batch_size // 2 and self.accelerator.num_processes > 1:
+        both = [*self.train, *self.validation]
+        self.lengths = dict(zip((sample.id for sample in both), _lengths(both, backend=backend), strict=True))
+        self.accelerator = Accelerator(cpu=_on_cpu(backend), device_placement=False)
+        if self.accelerator.num_processes > 1:
             raise BadConfig(
-                f"training.batch_size must be at least twice the processes "
-                f"({self.accelerator.num_processes}); found {config.batch_size}."
+                f"Training runs in one process; it was started in {self.accelerator.num_processes}. "
+                f"Start it without a launcher."
             )
         self.plug = plug
         self.optimizer = torch.optim.AdamW(parameter_groups(plug, config), weight_decay=config.weight_decay)
         self.state = load_state(folder, plug=plug, optimizer=self.optimizer)
-        self.wrapped, self.prepared = self.accelerator.prepare(plug, self.optimizer)
-        self.personalizer = Personalizer(plug, table=table, forward=self.wrapped)
+        self.prepared = self.accelerator.prepare(self.optimizer)
+        self.personalizer = Personalizer(plug, table=table)
         self.per_epoch = len(self._batches(0))
         planned = config.epochs * self.per_epoch
         self.total = min(planned, config.max_steps) if config.max_steps else planned
         self.every = config.validate_every or max(1, self.per_epoch // 4)
 
     def run(self, on_step: Callable[[], None]) -> FitReport:
-        log = _Log(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
+        log = TrainingLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
         if self.state.step:
             logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total)
         with log, Progress(self.title, total=self.total, start=self.state.step, unit="steps") as progress:
@@ -211,33 +216,46 @@ class _Fit:
         return self._report()
 
     def _step(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
-        """One optimizer step over all processes; the mean loss per token and the gradient's length before clipping."""
+        """One optimizer step; the mean loss per token and the gradient's length before clipping."""
         # Dropout of the trained encoder is drawn anew in each step, from the step's number alone.
         torch.manual_seed((self.seed + 1) * 1_000_003 + self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._schedule(self.state.step)
-        self.wrapped.train()
-        mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
-        summed, tokens = self._loss(mine)
-        total = self.accelerator.reduce(torch.stack([summed.detach(), tokens.to(summed.dtype)]), reduction="sum")
-        loss = float(total[0] / total[1])
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"{self.title}: the loss became {loss} in step {self.state.step + 1}. The state of the last checkpoint "
-                f"is kept in {self.folder}. Train anew with a lower learning_rate (now {self.config.learning_rate:g}) "
-                f"or dtype=float32."
-            )
+        self.plug.train()
         self.prepared.zero_grad()
-        # Processes average their gradients; the loss is a mean over the tokens of all of them.
-        self.accelerator.backward(summed * (self.accelerator.num_processes / total[1]))
+        summed, tokens = self._accumulate(batch)
+        if not math.isfinite(summed):
+            raise TrainingDiverged(self._diverged(f"the loss became {summed / tokens}"))
+        self._scale_gradients(1 / tokens)
         norm = float(self.accelerator.clip_grad_norm_(self.plug.parameters(), self.config.clip_norm))
         if not math.isfinite(norm):
-            raise TrainingDiverged(
-                f"{self.title}: the gradient became {norm} in step {self.state.step + 1}. Train anew "
-                f"with a lower learning_rate (now {self.config.learning_rate:g}) or dtype=float32."
-            )
+            raise TrainingDiverged(self._diverged(f"the gradient became {norm}"))
         self.prepared.step()
-        return loss, norm
+        return summed / tokens, norm
+
+    def _accumulate(self, batch: Sequence[EncodedSample]) -> tuple[float, int]:
+        """Gradients of the summed loss, pass by pass so that activations stay within `pass_tokens`; loss and tokens."""
+        summed, tokens = 0.0, 0
+        for part in self._passes(batch):
+            loss, count = self._loss(part)
+            self.accelerator.backward(loss)
+            summed, tokens = summed + float(loss.detach()), tokens + int(count)
+        return summed, tokens
+
+    def _scale_gradients(self, factor: float) -> None:
+        """From the sum over tokens to their mean, which is known only after the last pass."""
+        held = [parameter.grad for parameter in self.plug.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(held, factor)
+
+    def _passes(self, batch: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
+        return in_passes(batch, lengths=[self.lengths[sample.id] for sample in batch], most=self.config.pass_tokens)
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"{self.title}: {what} in step {self.state.step + 1}. The state of the last checkpoint is kept in "
+            f"{self.folder}. Train anew with lower rates (learning_rate is {self.config.learning_rate:g}, "
+            f"token_learning_rate {self.config.token_learning_rate:g}) or dtype=float32."
+        )
 
     def _loss(self, samples: Sequence[EncodedSample]) -> tuple[torch.Tensor, torch.Tensor]:
         soft = self.personalizer.soft_prompt(samples)
@@ -245,7 +263,7 @@ class _Fit:
         losses, tokens = self.backend.loss([sample.prompt for sample in samples], targets, soft=soft)
         return losses.sum(), tokens.sum()
 
-    def _look_after(self, log: _Log) -> None:
+    def _look_after(self, log: TrainingLog) -> None:
         """Validate and save where it is time to."""
         last = self.state.step == self.total
         validate = last or self.state.step % self.every == 0
@@ -255,15 +273,13 @@ class _Fit:
             self.state.seconds += time.monotonic() - began
             log.write(step=self.state.step, validation_loss=loss)
             self._judge(loss)
-        if (validate or self.state.step % self.config.checkpoint_every == 0) and self.accelerator.is_main_process:
+        if validate or self.state.step % self.config.checkpoint_every == 0:
             save_state(self.folder, self.state, plug=self.plug, optimizer=self.optimizer)
-        self.accelerator.wait_for_everyone()
 
     def _judge(self, loss: float) -> None:
         if loss < self.state.best_loss:
             self.state.best_step, self.state.best_loss, self.state.worse = self.state.step, loss, 0
-            if self.accelerator.is_main_process:
-                save_best(self.folder, self.state.step, plug=self.plug)
+            save_best(self.folder, self.state.step, plug=self.plug)
         else:
             self.state.worse += 1
         if not self.state.best_step:
@@ -272,23 +288,28 @@ class _Fit:
     @torch.no_grad()
     def _validate(self) -> float:
         """Mean loss per token of the held-out users, with their whole histories."""
-        self.wrapped.eval()
-        summed, tokens, size = 0.0, 0, self.config.batch_size
-        ordered = sorted(self.validation, key=lambda sample: len(sample.prompt))
-        for start in range(0, len(ordered), size):
-            part, count = self._loss(ordered[start : start + size])
-            summed, tokens = summed + float(part), tokens + int(count)
+        self.plug.eval()
+        summed, tokens = 0.0, 0
+        for part in self._passes(self.validation):
+            loss, count = self._loss(part)
+            summed, tokens = summed + float(loss), tokens + int(count)
         return summed / tokens
 
     def _views(self, step: int) -> Iterator[EncodedSample]:
         epoch, offset = divmod(step, self.per_epoch)
         for view in self._batches(epoch)[offset]:
-            yield seen_through(self.train[view.index], view, seed=self.seed, epoch=epoch)
+            yield seen_through(
+                self.train[view.index], view, seed=self.seed, epoch=epoch, empty_share=self.config.empty_share
+            )
 
     def _batches(self, epoch: int) -> list[list[View]]:
         if getattr(self, "_planned", (-1, []))[0] != epoch:
             batches = epoch_batches(
-                self.lengths, batch_size=self.config.batch_size, views=self.config.views, seed=self.seed, epoch=epoch
+                [self.lengths[sample.id] for sample in self.train],
+                batch_size=self.config.batch_size,
+                views=self.config.views,
+                seed=self.seed,
+                epoch=epoch,
             )
             self._planned: tuple[int, list[list[View]]] = (epoch, batches)
         return self._planned[1]
@@ -344,55 +365,6 @@ def _kind_of(name: str, plug: PersonaPlug) -> str:
     return "encoder" if copied else "rest"
 
 
-class _Log:
-    """`log.jsonl`: one JSON object a line, and TensorBoard events beside it if asked for."""
-
-    def __init__(self, folder: Path, *, after: int, tensorboard: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "log.jsonl"
-        _drop_later_lines(path, after=after)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _open_board(folder) if tensorboard else None
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-    def write(self, *, step: int, **values: float | None) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, step)
-
-
-def _drop_later_lines(path: Path, *, after: int) -> None:
-    """Forget the steps that a resumed run is going to do again, and a line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= after:
-                kept.append(line)
-        except ValueError:
-            break
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def _open_board(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MissingExtra("training.tensorboard=true", extra="tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
 def _check_targets(samples: Sequence[EncodedSample]) -> None:
     without = sum(sample.target is None for sample in samples)
     if without:
@@ -400,7 +372,8 @@ def _check_targets(samples: Sequence[EncodedSample]) -> None:
 
 
 def _lengths(samples: Sequence[EncodedSample], *, backend: Backend) -> list[int]:
-    return [measure.tokens for measure in backend.measure([sample.prompt for sample in samples])]
+    targets = [sample.target or "" for sample in samples]
+    return [found.tokens for found in backend.measure([sample.prompt for sample in samples], targets=targets)]
 
 
 def _on_cpu(backend: Backend) -> bool:

@@ -13,7 +13,6 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,7 +22,6 @@ import numpy.typing as npt
 
 from personaplug.encoder import Encoder, EncoderIdentity
 from personaplug.errors import EncoderMismatch, MissingData, ShapeMismatch, StorageError, UserError
-from personaplug.records import Sample
 
 FORMAT = 1
 
@@ -235,98 +233,6 @@ class VectorTable:
                 f"texts; none of them was kept. Run it in float32, or use another encoder."
             )
         return halves
-
-
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
-class EncodedSample:
-    """A sample whose history is rows of a table: what training and evaluation keep in memory.
-
-    Attributes:
-        id, owner, user_id, prompt, query, target: as in `Sample`.
-        rows: (N,) int64 rows of the history's items, in the history's order.
-        answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
-    """
-
-    id: str
-    owner: str
-    user_id: str | None
-    prompt: str
-    query: str
-    target: str | None
-    rows: Rows
-    answers: npt.NDArray[np.int16]
-
-    def __repr__(self) -> str:
-        return f"EncodedSample(id={self.id!r}, user_id={self.user_id!r}, items={len(self.rows)})"
-
-
-def encode_samples(
-    samples: Iterable[Sample],
-    table: VectorTable,
-    *,
-    labels: Sequence[str] = (),
-    with_answer: bool = True,
-    progress: Callable[[int], None] | None = None,
-    batch_size: int = 64,
-    chunk: int = 4096,
-) -> list[EncodedSample]:
-    """Put the items of all histories into a table and return the samples with rows in their place.
-
-    One pass: `samples` may be a generator, and of the histories' texts only a chunk is in memory at a time.
-
-    Args:
-        samples: in any order, which is kept.
-        table: gets what it lacks.
-        labels: the task's closed set of answers, if it has one.
-        with_answer: encode the item with the user's answer (the paper's Table 7), else without.
-        progress: called after each chunk with the number of items done so far.
-        batch_size: texts that the encoder takes at once.
-        chunk: items that are read, encoded and committed together (a sample is never split).
-    Raises:
-        UserError, StorageError: as `VectorTable.add`.
-    """
-    places = {label: place for place, label in enumerate(labels)}
-    encoded: list[EncodedSample] = []
-    done = 0
-    for group in _groups(samples, chunk):
-        texts = [item.text if with_answer else item.content for sample in group for item in sample.history]
-        table.add(texts, batch_size=batch_size, chunk=max(chunk, len(texts)))
-        rows = table.rows(texts)
-        ends = np.cumsum([len(sample.history) for sample in group])[:-1]
-        histories = zip(group, np.split(rows, ends), strict=True)
-        encoded += [_encoded_sample(sample, own, places=places) for sample, own in histories]
-        done += len(texts)
-        if progress:
-            progress(done)
-    return encoded
-
-
-def _encoded_sample(sample: Sample, rows: Rows, *, places: Mapping[str, int]) -> EncodedSample:
-    answers = [places.get((item.answer or "").strip(), -1) for item in sample.history]
-    return EncodedSample(
-        id=sample.id,
-        owner=sample.owner,
-        user_id=sample.user_id,
-        prompt=sample.prompt,
-        query=sample.query,
-        target=sample.target,
-        rows=rows.copy(),  # a slice would keep the whole group's rows
-        answers=np.array(answers, dtype=np.int16),
-    )
-
-
-def _groups(samples: Iterable[Sample], items: int) -> Iterator[list[Sample]]:
-    """Runs of samples with about so many items together; the last may be short."""
-    group: list[Sample] = []
-    held = 0
-    for sample in samples:
-        group.append(sample)
-        held += len(sample.history)
-        if held >= items:
-            yield group
-            group, held = [], 0
-    if group:
-        yield group
 
 
 def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:

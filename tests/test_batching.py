@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from personaplug.batching import View, epoch_batches, hold_out, seen_through
+from personaplug.batching import View, epoch_batches, hold_out, in_passes, seen_through
 from personaplug.errors import BadConfig
-from personaplug.vectors import EncodedSample
+from personaplug.samples import EncodedSample
 
 
 def _sample(name: int, user: str, *, items: int = 10) -> EncodedSample:
@@ -89,3 +89,32 @@ def test_views_keep_answers_with_their_items_and_repeat_by_seed() -> None:
 def test_the_shortest_histories_stay_whole(items: int) -> None:
     sample = _sample(0, "u", items=items)
     assert len(seen_through(sample, View(0, 1), seed=0, epoch=0).rows) == items
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 23, 40, 72])
+def test_a_batch_is_never_larger_than_asked_for(count: int) -> None:
+    batches = epoch_batches([5] * count, batch_size=16, views=0, seed=0, epoch=0)
+    assert max(map(len, batches)) <= 16
+    assert sum(map(len, batches)) == count
+
+
+def test_passes_bound_the_padded_tokens_and_hold_every_sample_once() -> None:
+    rng = np.random.default_rng(0)
+    batch = [_sample(i, "u") for i in range(50)]
+    lengths = rng.integers(5, 300, size=50).tolist()
+    parts = in_passes(batch, lengths=lengths, most=600)
+    tokens = {sample.id: length for sample, length in zip(batch, lengths, strict=True)}
+    assert sorted(int(s.id) for part in parts for s in part) == list(range(50))
+    assert all(len(part) * max(tokens[s.id] for s in part) <= 600 for part in parts)
+    assert in_passes(batch, lengths=lengths, most=0) == [batch]
+    assert [len(part) for part in in_passes(batch[:2], lengths=[900, 800], most=600)] == [1, 1]
+
+
+def test_a_share_of_the_views_loses_its_history_by_seed() -> None:
+    def empty(epoch: int) -> list[int]:
+        shown = [seen_through(SAMPLES[i], View(i, 0), seed=0, epoch=epoch, empty_share=0.2) for i in range(100)]
+        assert all(len(s.rows) in (0, 10) and len(s.answers) == len(s.rows) for s in shown)
+        return [i for i, s in enumerate(shown) if len(s.rows) == 0]
+
+    assert 8 <= len(empty(0)) <= 35
+    assert empty(0) == empty(0) != empty(1)

@@ -128,7 +128,7 @@ def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (["train", "--data", "DATA", "--out", "OUT", "epochs=0"], "training.epochs must lie in"),
-        (["train", "--data", "DATA", "--out", "OUT", "epoch=1"], "Did you mean 'epochs'"),
+        (["train", "--data", "DATA", "--out", "OUT", "epoch=1"], "did you mean 'epochs'"),
         (["train", "--data", "NOWHERE", "--out", "OUT"], "NOWHERE"),
         (["train", "--data", "DATA", "--out", "OUT", "llm=./no-such-model", "encoder=hash"], "no-such-model"),
         (["evaluate", "--run", "NOWHERE", "--data", "DATA"], "run.json is missing"),
@@ -136,12 +136,22 @@ def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path) -> None:
         (["evaluate", "--run", "RUN", "--data", "DATA", "--split", "test"], "test_questions"),
         (["evaluate", "--run", "RUN", "--data", "DATA", "persona_tokens=9"], "cannot be changed after training"),
         (["train", "--data", "DATA", "--out", "RUN", "epochs=5"], "training.epochs"),
+        (["train", "--data", "DATA", "--out", "FILE"], "is a file"),
+        (["simulate", "--out", "FILE"], "is a file"),
+        (["quickstart", "--out", "FILE"], "is a file"),
     ],
 )
 def test_mistakes_end_with_2_and_a_sentence(
     words: list[str], said: str, data: Path, trained: Path, tmp_path: Path
 ) -> None:
-    places = {"DATA": data, "RUN": trained, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "NOWHERE"}
+    (tmp_path / "FILE").write_text("")
+    places = {
+        "FILE": tmp_path / "FILE",
+        "DATA": data,
+        "RUN": trained,
+        "OUT": tmp_path / "out",
+        "NOWHERE": tmp_path / "NOWHERE",
+    }
     done = _call(*[places.get(word, word) for word in words])
     assert done.exit_code == 2, done.output
     assert said in done.output
@@ -153,9 +163,46 @@ def test_help_teaches(command: str) -> None:
     done = _call(command, "--help")
     assert done.exit_code == 0
     assert "Usage" in done.output
-    if command in ("train", "estimate"):
+    if command in ("train", "estimate", "quickstart"):
         assert "learning_rate=0.003" in done.output
         assert "eq. 3" in done.output
+    if command in ("evaluate", "quickstart"):
+        assert "num_beams=4" in done.output
+
+
+def test_what_the_system_refuses_is_a_sentence_and_1(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/locked")
+
+    monkeypatch.setattr("personaplug.data.open_dataset", refused)
+    done = _call("estimate", "--data", data, *TOY)
+    assert (done.exit_code, done.exception.__class__) == (1, SystemExit)
+    assert "error: the system refused" in done.output
+    assert "/locked" in done.output
+
+
+def test_quiet_keeps_the_settings_to_itself_and_in_the_run(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet = _call("--quiet", "train", "--data", data, "--out", tmp_path / "a", *TOY, "controls=false")
+    assert quiet.exit_code == 0, quiet.output
+    assert "batch_size" not in caplog.text + quiet.output
+    assert "batch_size: 4" in (tmp_path / "a" / "config.yaml").read_text()
+    _call("encode", "--data", data, "--vectors", tmp_path / "v", *TOY[1:3])
+    assert "max_history: 512" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "estimate"])
+def test_what_was_read_is_counted(command: str, data: Path, trained: Path) -> None:
+    if command == "evaluate":
+        done = _call(command, "--run", trained, "--data", data, "--conditions", "plain", "resamples=100")
+        assert "dev: 8 samples" in done.output
+    else:
+        done = _call(command, "--data", data, *TOY)
+        assert "train: 16 samples" in done.output
+    assert "0 broken records skipped" in done.output
 
 
 def test_broken_records_are_bounded_and_counted(data: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from personaplug.conditions import CONDITIONS, parse_conditions, with_history
 from personaplug.errors import BadConfig
-from personaplug.vectors import EncodedSample
+from personaplug.samples import EncodedSample
 
 
 def _samples(users: list[str]) -> list[EncodedSample]:

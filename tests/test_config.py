@@ -41,8 +41,13 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
         ("aggregator=max", "one of dot, mean; found 'max'"),
         ("seeds=a", "of type int"),
         ("seeds=-1", "from 0"),
+        ("seeds=99999999999999999999", "from 0 to 4294967295"),
+        ("seeds=0,1,0", "training.seeds names a value twice: 0,1,0"),
+        ("sample_temperature=-0.1", "from 0 to 10"),
+        ("empty_share=1.5", "from 0 to 1"),
+        ("pass_tokens=-1", "from 0"),
         ("max_history=600", "to 512"),
-        ("epoch=3", "no setting 'epoch'. Did you mean 'epochs'"),
+        ("epoch=3", "no setting 'epoch'; did you mean 'epochs'"),
         ("plug.epochs=3", "no setting 'plug.epochs'"),
         ("epochs", "key=value"),
         ("epochs=[", "not valid YAML"),
@@ -59,6 +64,17 @@ def test_a_missing_or_odd_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(BadConfig, match="section"):
         load_config(tmp_path / "list.yaml")
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("llm: modèle\n".encode("latin-1"))
+    with pytest.raises(BadConfig, match=r"latin\.yaml is not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_an_empty_section_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("training:\nplug: {persona_tokens: 2}\n")
+    assert load_config(tmp_path / "c.yaml") == load_config(overrides=["persona_tokens=2"])
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

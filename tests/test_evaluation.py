@@ -259,3 +259,48 @@ def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: 
         alone = Personalizer(plug).persona(sample.query, sample.history, encoder=rating.models.encoder).vectors
         np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
         assert math.isfinite(float(alone.abs().sum()))
+
+
+def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp_path: Path) -> None:
+    before = rating.evaluate("plug")["rows"][0]["metrics"]
+    questions = json.loads((rating.data / "dev_questions.json").read_text())
+    for question in questions:
+        for item in question["profile"]:
+            item["text"], item["score"] = f"Something else, {item['text']}", "1"
+    for name in ("task.json", "dev_outputs.json"):
+        (tmp_path / name).write_text((rating.data / name).read_text())
+    (tmp_path / "dev_questions.json").write_text(json.dumps(questions))
+    folder = rating.run.folder / "evaluations" / "dev"
+    first = json.loads((folder / "plug.seed-0.answers.json").read_text())["key"]
+    evaluate(
+        rating.run,
+        open_dataset(tmp_path, "dev", task=rating.run.task),
+        split="dev",
+        config=rating.config.evaluation,
+        conditions=[CONDITIONS["plug"]],
+        models=rating.models,
+    )
+    assert json.loads((folder / "plug.seed-0.answers.json").read_text())["key"] != first
+    assert rating.evaluate("plug")["rows"][0]["metrics"] == before
+
+
+def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) -> None:
+    (tmp_path / "oracle.json").write_text(json.dumps({"task": "x", "golds": []}))
+    with pytest.raises(MissingData, match="knows nothing of 10 of 10"):
+        evaluate(
+            rating.run,
+            open_dataset(rating.data, "dev", task=rating.run.task),
+            split="dev",
+            config=rating.config.evaluation,
+            conditions=[CONDITIONS["plain"]],
+            models=rating.models,
+            oracle=tmp_path / "oracle.json",
+        )
+
+
+def test_the_answers_of_a_killed_evaluation_still_become_predictions(rating: Stage) -> None:
+    rating.evaluate("plug")
+    path = rating.run.folder / "evaluations" / "dev" / "plug.seed-0.json"
+    path.unlink()
+    rating.evaluate("plug")
+    assert path.exists()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from personaplug.errors import StorageError
-from personaplug.files import write_json, write_text, written_whole
+from personaplug.files import write_json, write_text, written_file, written_whole
 
 
 def test_json_survives_with_what_json_lacks_made_null(tmp_path: Path) -> None:
@@ -57,3 +59,36 @@ def test_a_folder_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: P
         (place / "c").write_text("3")
     assert [p.name for p in target.iterdir()] == ["c"]
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (OSError(28, "No space left on device"), StorageError),
+        (SafetensorError("I/O error: No space left on device"), StorageError),
+        (KeyError("a mistake of the program"), KeyError),
+    ],
+)
+def test_a_file_that_could_not_be_made_leaves_the_old_one_alone(
+    tmp_path: Path, raised: Exception, seen: type[Exception]
+) -> None:
+    path = tmp_path / "x.bin"
+    written_file(path, lambda attempt: attempt.write_text("old"))
+
+    def fail(attempt: Path) -> None:
+        assert attempt.parent == tmp_path
+        attempt.write_text("half")
+        raise raised
+
+    with pytest.raises(seen, match=r"No space left on device|mistake"):
+        written_file(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there_at_sync = []
+    monkeypatch.setattr(os, "fsync", lambda _: there_at_sync.append((tmp_path / "x").exists()))
+    written_file(tmp_path / "x", lambda attempt: attempt.write_text("new"))
+    assert there_at_sync == [False]
+    assert (tmp_path / "x").exists()

@@ -247,3 +247,65 @@ def test_tensorboard_events_are_written_on_demand(tmp_path: Path, data: Path) ->
     pytest.importorskip("tensorboard")
     run = _train(tmp_path / "run", data, "controls=false", "epochs=1", "tensorboard=true")
     assert list((run.plug_folder("plug", seed=0) / "tensorboard").glob("events*"))
+
+
+def test_a_step_in_several_passes_is_the_same_step(tmp_path: Path, data: Path) -> None:
+    whole = _train(tmp_path / "whole", data, "controls=false", "pass_tokens=0", "max_steps=3")
+    parts = _train(tmp_path / "parts", data, "controls=false", "pass_tokens=300", "max_steps=3")
+    for name, value in _weights(whole).items():
+        torch.testing.assert_close(_weights(parts)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path: Path) -> None:
+    write_simulation(
+        SimulatedConfig(users=12, queries_per_user=3, dev_users=2, min_items=4, max_items=6), tmp_path / "d"
+    )
+    taught = _train(tmp_path / "taught", tmp_path / "d", "controls=false", "empty_share=0.3")
+    untaught = _train(tmp_path / "untaught", tmp_path / "d", "controls=false", "empty_share=0")
+    assert _weights(taught)["population"].abs().mean() > 0.1
+    assert not _weights(untaught)["population"].any()
+
+
+def test_other_data_than_the_run_was_started_on_is_refused(tmp_path: Path, data: Path) -> None:
+    _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    write_simulation(
+        SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3, seed=9),
+        tmp_path / "other",
+    )
+    with pytest.raises(RunConflict, match="other training data"):
+        _train(tmp_path / "run", tmp_path / "other", "controls=false", "epochs=1")
+
+
+def test_a_run_may_be_moved_and_keeps_vectors_that_are_elsewhere(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert Run.open(tmp_path / "moved").vectors == tmp_path / "moved" / "vectors"
+    config, task = run.config, run.task
+    Run.create(tmp_path / "shared", config=config, task=task, vectors=tmp_path / "elsewhere")
+    assert Run.create(tmp_path / "shared", config=config, task=task).vectors == tmp_path / "elsewhere"
+
+
+def test_vectors_encoded_beforehand_into_the_runs_folder_are_welcome(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "run" / "vectors").mkdir(parents=True)
+    run, _ = _run(tmp_path / "run", data)
+    assert run.vectors == tmp_path / "run" / "vectors"
+
+
+def test_a_disk_that_fills_up_at_the_very_end_is_a_storage_error(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from personaplug import plug as plug_module
+
+    run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plug_module, "save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        train(run, open_dataset(data, "train", task=run.task), models=models)
+    assert not run.trained("plug", seed=0)
+    monkeypatch.undo()
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    assert run.trained("plug", seed=0)

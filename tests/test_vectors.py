@@ -24,7 +24,8 @@ import pytest
 from personaplug.encoder import EncoderIdentity, HashEncoder, QueryEncoder
 from personaplug.errors import EncoderMismatch, MissingData, ShapeMismatch, StorageError, UserError
 from personaplug.records import HistoryItem, Sample
-from personaplug.vectors import VectorTable, encode_samples
+from personaplug.samples import encode_samples
+from personaplug.vectors import VectorTable
 
 TEXTS = ["a film", "a book", "", "A film", "broken \ud83d", "a film 🙂"]
 SECRET = "the text of a user"

@@ -81,13 +81,15 @@ class Backend(Protocol):
     Attributes:
         identity: which model it is.
         embedding_scale: root mean square of the values of its embedded tokens; the size a soft token should have.
+        dtype: its number format, in words.
     """
 
     identity: LLMIdentity
     embedding_scale: float
+    dtype: str
 
-    def measure(self, prompts: Sequence[str]) -> list[Measure]:
-        """Say how long each prompt is and whether it was cut."""
+    def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
+        """Say how long each prompt is, with its target's tokens if given, and whether it was cut."""
         ...
 
     def loss(self, prompts: Sequence[str], targets: Sequence[str], *, soft: SoftPrompt | None) -> tuple[Tensor, Tensor]:

@@ -57,15 +57,18 @@ class HFBackend:
         self.embed = model.get_input_embeddings()
         self.identity = LLMIdentity(name, revision, fingerprint(model), self._width())
         self.embedding_scale = self._measure_scale()
+        self.dtype = str(model.dtype).removeprefix("torch.")
 
     @property
     def device(self) -> torch.device:
         """Where the embedding table is; soft tokens go there."""
         return torch.device(self.embed.weight.device)
 
-    def measure(self, prompts: Sequence[str]) -> list[Measure]:
-        """Say how long each prompt is and whether it was cut."""
-        return [Measure(len(row.ids), row.truncated) for row in self.renderer.prompts(prompts)]
+    def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
+        """Say how long each prompt is, with its target's tokens if given, and whether it was cut."""
+        rows = self.renderer.prompts(prompts)
+        more = [0] * len(rows) if targets is None else [len(self.renderer.answer(target)) for target in targets]
+        return [Measure(len(row.ids) + extra, row.truncated) for row, extra in zip(rows, more, strict=True)]
 
     @torch.no_grad()
     def generate(

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 from personaplug.errors import BadConfig, BadRecord
-from personaplug.records import HistoryItem, Sample, in_time_order
+from personaplug.records import HistoryItem, Sample
 
 TaskKind = Literal["label", "rating", "text"]
 
@@ -133,7 +133,7 @@ def by_moment(items: Sequence[tuple[datetime | None, HistoryItem]]) -> tuple[His
     """
     timed = [(moment, item) for moment, item in items if moment is not None]
     if len(timed) < len(items):
-        return in_time_order([item for _, item in items])
+        return tuple(item for _, item in items)
     return tuple(item for _, item in sorted(timed, key=lambda pair: pair[0]))
 
 

@@ -1,0 +1,126 @@
+"""EncodedSample: a sample whose history is rows of a vector table; what training and evaluation keep in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from personaplug.records import HistoryItem, Sample
+from personaplug.vectors import Rows, VectorTable
+
+Places = npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class EncodedSample:
+    """A sample whose history is rows of a table: what training and evaluation keep in memory.
+
+    Attributes:
+        id, owner, user_id, prompt, query, target: as in `Sample`.
+        rows: (N,) int64 rows of the history's items, in the history's order.
+        answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
+    """
+
+    id: str
+    owner: str
+    user_id: str | None
+    prompt: str
+    query: str
+    target: str | None
+    rows: Rows
+    answers: npt.NDArray[np.int16]
+
+    def __repr__(self) -> str:
+        return f"EncodedSample(id={self.id!r}, user_id={self.user_id!r}, items={len(self.rows)})"
+
+
+def encode_samples(
+    samples: Iterable[Sample],
+    table: VectorTable,
+    *,
+    labels: Sequence[str] = (),
+    with_answer: bool = True,
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 64,
+    chunk: int = 4096,
+) -> list[EncodedSample]:
+    """Put the items of all histories into a table and return the samples with rows in their place.
+
+    One pass: `samples` may be a generator, and of the histories' texts only a chunk is in memory at a time.
+
+    Args:
+        samples: in any order, which is kept.
+        table: gets what it lacks.
+        labels: the task's closed set of answers, if it has one.
+        with_answer: encode the item with the user's answer (the paper's Table 7), else without.
+        progress: called after each chunk with the number of items done so far.
+        batch_size: texts that the encoder takes at once.
+        chunk: items that are read, encoded and committed together (a sample is never split).
+    Raises:
+        UserError, StorageError: as `VectorTable.add`.
+    """
+    encoded: list[EncodedSample] = []
+    done = 0
+    for group in _groups(samples, chunk):
+        texts = [item.text if with_answer else item.content for sample in group for item in sample.history]
+        table.add(texts, batch_size=batch_size, chunk=max(chunk, len(texts)))
+        rows = table.rows(texts)
+        ends = np.cumsum([len(sample.history) for sample in group])[:-1]
+        histories = zip(group, np.split(rows, ends), strict=True)
+        encoded += [_encoded_sample(sample, own, labels=labels) for sample, own in histories]
+        done += len(texts)
+        if progress:
+            progress(done)
+    return encoded
+
+
+def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places:
+    """Where each item's answer, stripped, stands among the labels, (N,) int16; -1 for none or another."""
+    places = {label: place for place, label in enumerate(labels)}
+    return np.array([places.get((item.answer or "").strip(), -1) for item in items], dtype=np.int16)
+
+
+def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) -> str:
+    """16 hex digits from everything that answers and training depend on: texts asked and wanted, items and answers.
+
+    Items count by their vectors, since row numbers mean nothing once a table is made anew.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for sample in samples:
+        words = json.dumps([sample.id, sample.owner, sample.prompt, sample.query, sample.target])
+        digest.update(words.encode("ascii"))
+        digest.update(sample.answers.tobytes())
+        digest.update(table.gather(sample.rows).tobytes())
+    return digest.hexdigest()
+
+
+def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str]) -> EncodedSample:
+    return EncodedSample(
+        id=sample.id,
+        owner=sample.owner,
+        user_id=sample.user_id,
+        prompt=sample.prompt,
+        query=sample.query,
+        target=sample.target,
+        rows=rows.copy(),  # a slice would keep the whole group's rows
+        answers=answer_places(sample.history, labels),
+    )
+
+
+def _groups(samples: Iterable[Sample], items: int) -> Iterator[list[Sample]]:
+    """Runs of samples with about so many items together; the last may be short."""
+    group: list[Sample] = []
+    held = 0
+    for sample in samples:
+        group.append(sample)
+        held += len(sample.history)
+        if held >= items:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group

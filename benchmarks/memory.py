@@ -1,4 +1,4 @@
-"""Peak memory of training on a large history: 200,000 items, simulated, a real model.
+"""Peak memory of training on a large history and long prompts: 200,000 items, simulated, a real model.
 
     python benchmarks/memory.py [--items 200000] [--steps 20] [--json FILE] [key=value …]
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 
 from personaplug.config import load_config
@@ -24,11 +25,13 @@ from personaplug.run import Run, machine, open_models, versions
 from personaplug.training import train
 
 PER_USER = 250
+LONGEST_QUERY = 400  # words; each is a token or more
+_MIDDLE = ("long", "and", "slow", "and", "then", "rather", "loud", "but", "never", "dull", "yet", "kind")
 LIMIT_GIB = 4
 
 
 def samples(items: int) -> Iterator[Sample]:
-    """One query a user, each with 250 reviews that occur nowhere else."""
+    """One query a user, of up to 400 words, each with 250 reviews that occur nowhere else."""
     for user in range(items // PER_USER):
         history = tuple(
             HistoryItem(
@@ -45,7 +48,9 @@ def samples(items: int) -> Iterator[Sample]:
             )
             for i in range(PER_USER)
         )
-        query = f"Another film, number {user}, with a long middle part."
+        # Lengths from all of the range in any order, so that every batch has long ones and short ones.
+        words = 10 + user * 97 % (LONGEST_QUERY - 9)
+        query = " ".join([f"Another film, number {user}, with a", *islice(cycle(_MIDDLE), words - 8), "middle part."])
         prompt = (
             "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 "
             f"without further explanation. review: {query}"

@@ -3,8 +3,8 @@
     python benchmarks/speed.py --data DIR [--json FILE] [key=value …]
 
 The floor counts multiplications of the frozen model's linear layers and attention (forward, and backward to the inputs;
-no weight has a gradient), of its output layer at label positions only, and of the trained encoder. It counts no memory
-traffic, norms, softmaxes or Python: what lies above it is theirs.
+no weight has a gradient), of its output layer at label positions only, and of the trained encoder and projector. It
+counts no memory traffic, norms, softmaxes or Python: what lies above it is theirs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from personaplug.data import load_task, open_dataset
 from personaplug.files import write_json
 from personaplug.memory import peak_memory
 from personaplug.personalizer import Personalizer
+from personaplug.plug import PersonaPlug
 from personaplug.run import Models, Run, machine, open_models, versions
 from personaplug.samples import EncodedSample
 from personaplug.training import build_plug, fit
@@ -129,22 +130,47 @@ def matrix_rate(models: Models) -> float:
     return 2.0 * x.shape[0] * int(weight.numel()) / best
 
 
-def count(models: Models, plug: torch.nn.Module, samples: list[EncodedSample]) -> Work:
-    """The operations that no implementation of prefix training can leave out, per sample."""
-    config = models.backend.model.config
-    layers, width = config.num_hidden_layers, config.hidden_size
+def count(models: Models, plug: PersonaPlug, samples: list[EncodedSample]) -> Work:
+    """The operations of prefix training, per sample; means of lengths stand for the lengths, which only lowers it."""
+    config, renderer = models.backend.model.config, models.backend.renderer
     linear = sum(
         p.numel()
         for n, p in models.backend.model.named_parameters()
-        if p.dim() == 2 and "embed" not in n and "lm_head" not in n
+        if p.dim() == 2 and not any(word in n for word in ("embed", "lm_head", "shared"))
     )
-    tokens = _mean_tokens(models, samples) + 2
-    labels = sum(len(models.backend.renderer.answer(s.target or "")) for s in samples) / len(samples)
-    forward = 2 * linear * (tokens + labels) + 4 * layers * width * (tokens + labels) ** 2
-    head = 2 * config.vocab_size * width * labels
-    trained = sum(p.numel() for n, p in plug.named_parameters() if p.dim() == 2 and "embeddings" not in n)
-    query_tokens = 20.0
-    return Work(train=2 * (forward + head) + 6 * trained * query_tokens / 2, score=forward + head / labels)
+    soft = plug.config.instruction_tokens + plug.config.persona_tokens
+    prompt = _mean_tokens(models, samples) + soft
+    target = sum(len(renderer.answer(s.target or "")) for s in samples) / len(samples)
+    head = 2 * config.vocab_size * config.hidden_size
+    # An answer's last token is never read. Each token attends to those before it: half of all pairs, twice multiplied.
+    read = prompt + target - 1
+    attention = 2 * config.num_hidden_layers * config.hidden_size * read**2
+    # A label's first token comes from the prompt's last position: labels of one token add nothing to read.
+    labels = renderer.answers(plug.fitting.labels)
+    scored = prompt + sum(len(label) - 1 for label in labels)
+    plugged = _of_plug(plug, samples)
+    # To the inputs only, a product costs as much backward as forward; attention, with both factors, twice as much.
+    return Work(
+        train=2 * (2 * linear * read + head * target) + 3 * attention + 6 * plugged,
+        score=2 * linear * scored + 2 * config.num_hidden_layers * config.hidden_size * prompt**2 + head + 2 * plugged,
+    )
+
+
+def _of_plug(plug: PersonaPlug, samples: list[EncodedSample]) -> float:
+    """Trained weights times how often each is used for a sample; the frozen encoder under a query head is left out."""
+    if not plug.config.persona_tokens:
+        return 0.0
+    mask = plug.query_encoder.features([s.query for s in samples]).get("attention_mask")  # type: ignore[operator]
+    whole_copy = plug.config.query_encoder == "trained" and mask is not None
+    tokens = float(mask.sum()) / len(samples) if whole_copy else 1.0
+    items = sum(min(len(s.rows), plug.config.max_history) for s in samples) / len(samples)
+    return _weights(plug.query_encoder) * tokens + _weights(plug.projector) * items
+
+
+def _weights(module: torch.nn.Module) -> int:
+    """Trained matrices that are multiplied with, not looked up in."""
+    named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and p.dim() == 2)
+    return sum(p.numel() for n, p in named if "embeddings" not in n and not n.startswith("answer."))
 
 
 def _mean_tokens(models: Models, samples: list[EncodedSample]) -> float:

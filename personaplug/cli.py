@@ -50,6 +50,9 @@ def main(quiet: bool) -> None:
     logging.getLogger("personaplug").setLevel(logging.WARNING if quiet else logging.INFO)
     # Set here and not on import: a library leaves the environment of its caller alone.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Read when torch loads: threads that wait for each other sleep instead of spinning, which on a machine with other
+    # work on it is the difference between 2 and 9 samples/s.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _with_settings(*sections: str) -> Callable[[Command], Command]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
+import math
+import random
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ from personaplug.config import Config
 from personaplug.data.base import Reader
 from personaplug.errors import MissingData
 from personaplug.memory import peak_memory
+from personaplug.plug import PersonaPlug
 from personaplug.records import Sample
 from personaplug.run import Models, Run
+from personaplug.samples import EncodedSample, encode_samples
 from personaplug.training import build_plug, fit
-from personaplug.vectors import content_key
+from personaplug.vectors import VectorTable, content_key
 
 _INDEX_BYTES = 40  # of a row in the table's index, measured
 _TIMED_STEPS = 4
@@ -32,7 +37,8 @@ class Estimate:
         samples, items: what the training split holds.
         vectors: different items, each encoded once.
         disk_bytes: vectors, their index, finished plugs and the states of one unfinished training.
-        memory_bytes: most memory at once.
+        memory_bytes: most memory that this process held: the models, training steps on drawn samples and one on the
+            longest prompts, and the count of different items; a run holds its prompts and rows of items in its place.
         encode_seconds: encoding the vectors.
         step_seconds: one training step.
         train_seconds: all trainings of the config (controls and seeds included), validations included.
@@ -74,40 +80,85 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
     """Count the data, time a few encodings and training steps on it, and extrapolate.
 
     Raises:
-        MissingData: if the split has too few samples to time a step.
+        MissingData: if the split has samples of one user only.
+        BadConfig: for settings that the task does not allow, as `train` does.
     """
-    samples, items, vectors = _count(reader, config)
-    first = list(islice(reader, _TIMED_STEPS * config.training.batch_size))
-    if len({sample.owner for sample in first}) < 2:
-        raise MissingData("An estimate times real steps and needs samples of two users or more in the training split.")
-    per_item = _time_encoding(first, models)
-    used = min(samples, config.training.train_limit or samples)
-    kept = used * (1 - config.training.validation_share)
-    planned = max(1, round(kept * (1 + config.training.views) / config.training.batch_size)) * config.training.epochs
-    steps = min(planned, config.training.max_steps or planned)
-    per_step, plug_bytes = _time_training(config, first, models)
-    validations = (
-        4 * config.training.epochs if not config.training.validate_every else (steps / config.training.validate_every)
-    )
-    validated = min(config.training.validation_limit, used - kept) / config.training.batch_size
+    with tempfile.TemporaryDirectory() as place:
+        run = Run(Path(place), config, reader.task, Path(place) / "vectors")
+        plug = build_plug(run, models, name="plug", seed=0)
+        found = _count(reader, config)
+        if not found.several_users:
+            raise MissingData("An estimate times real steps and needs samples of two users or more in the split.")
+        per_item = _time_encoding(found.drawn, models)
+        per_step = _time_training(run, found, plug, models)
+    steps, validating = _planned(config, found.samples)
     trainings = len(config.training.seeds) * (2 if config.training.controls else 1)
-    # A validation needs the forward pass only: about 2/5 of a step, as nothing is kept for a backward pass.
-    seconds = trainings * (steps + 0.4 * validations * validated) * per_step
-    disk = vectors * (2 * models.encoder.width + _INDEX_BYTES) + plug_bytes * (trainings + 5)
+    plug_bytes = sum(p.numel() * p.element_size() for p in plug.parameters())
     return Estimate(
-        samples, items, vectors, disk, peak_memory(), per_item * vectors, per_step, seconds, trainings, steps
+        samples=found.samples,
+        items=found.items,
+        vectors=found.vectors,
+        disk_bytes=found.vectors * (2 * models.encoder.width + _INDEX_BYTES) + plug_bytes * (trainings + 5),
+        memory_bytes=peak_memory(),
+        encode_seconds=per_item * found.vectors,
+        step_seconds=per_step,
+        train_seconds=trainings * (steps + validating) * per_step,
+        trainings=trainings,
+        steps=steps,
     )
 
 
-def _count(reader: Reader, config: Config) -> tuple[int, int, int]:
+@dataclass(frozen=True)
+class _Counted:
+    """What one pass over the data found: counts, samples drawn at random, and those with the longest prompts."""
+
+    samples: int
+    items: int
+    vectors: int
+    several_users: bool
+    drawn: list[Sample]
+    longest: list[Sample]
+
+
+def _count(reader: Reader, config: Config) -> _Counted:
+    """Read the split once. The set of different items grows by about 100 bytes an item; all else stays small."""
     with_answer = config.plug.answers == "text"
-    samples = items = 0
+    wanted = _TIMED_STEPS * config.training.batch_size + 1
+    rng = random.Random(0)
+    count = items = 0
     different: set[bytes] = set()
-    for sample in reader:
-        samples, items = samples + 1, items + len(sample.history)
+    owners: set[str] = set()
+    drawn: list[Sample] = []
+    longest: list[tuple[int, int, Sample]] = []
+    for count, sample in enumerate(reader, 1):
+        items += len(sample.history)
         # Eight bytes of the key: a collision among millions only makes the estimate one item too small.
         different.update(content_key(i.text if with_answer else i.content)[:8] for i in sample.history)
-    return samples, items, len(different)
+        if len(owners) < 2:
+            owners.add(sample.owner)
+        # A reservoir: after each sample, every one so far is among the drawn with the same chance.
+        place = rng.randrange(count)
+        if len(drawn) < wanted:
+            drawn.append(sample)
+        elif place < wanted:
+            drawn[place] = sample
+        heapq.heappush(longest, (len(sample.prompt), count, sample))
+        if len(longest) > config.training.batch_size:
+            heapq.heappop(longest)
+    return _Counted(count, items, len(different), len(owners) > 1, drawn, [sample for _, _, sample in longest])
+
+
+def _planned(config: Config, samples: int) -> tuple[int, float]:
+    """Steps of one training, and what its validations cost, in steps."""
+    settings = config.training
+    used = min(samples, settings.train_limit or samples)
+    kept = used * (1 - settings.validation_share)
+    per_epoch = max(1, math.ceil(kept * (1 + settings.views) / settings.batch_size))
+    steps = min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
+    validations = math.ceil(steps / (settings.validate_every or max(1, per_epoch // 4)))
+    batches = min(settings.validation_limit, used - kept) / settings.batch_size
+    # A validation needs the forward pass only: about 2/5 of a step, as nothing is kept for a backward pass.
+    return steps, 0.4 * validations * batches
 
 
 def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
@@ -120,50 +171,57 @@ def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
     return (time.monotonic() - began) / len(texts)
 
 
-def _time_training(config: Config, samples: Sequence[Sample], models: Models) -> tuple[float, int]:
-    """Seconds a step of the plug's training takes on these samples, and the size of its weights."""
-    with tempfile.TemporaryDirectory() as place:
-        from personaplug.data.base import Task
-        from personaplug.samples import encode_samples
-
-        task = Task(
-            "estimate",
-            "label" if config.plug.answers == "label" else "text",
-            ("text",),
-            None,
-            (),
-            labels=tuple(sorted({s.target or "" for s in samples})),
-        )
-        run = Run(Path(place), config, task, Path(place) / "vectors")
-        table = run.open_vectors(models.encoder)
-        encoded = encode_samples(samples, table, labels=task.labels, with_answer=config.plug.answers == "text")
-        plug = build_plug(run, models, name="plug", seed=0)
-        timed = replace(
-            config.training,
-            max_steps=_TIMED_STEPS,
-            epochs=_TIMED_STEPS,
-            views=0,
-            validation_limit=1,
-            validate_every=10**6,
-            checkpoint_every=10**6,
-            tensorboard=False,
-        )
-        stamps: list[float] = []
-        report = fit(
-            plug,
-            models.backend,
-            table=table,
-            samples=encoded,
-            config=timed,
-            seed=0,
-            folder=Path(place) / "fit",
-            title="timing",
-            on_step=lambda: stamps.append(time.monotonic()),
-        )
-        size = sum(p.numel() * p.element_size() for p in plug.parameters())
+def _time_training(run: Run, found: _Counted, plug: PersonaPlug, models: Models) -> float:
+    """Seconds that a step takes on the drawn samples; then one step on the longest, for the memory it needs."""
+    size = min(run.config.training.batch_size, found.samples)
+    stamps = _fit(run, found.drawn, plug, models, steps=_TIMED_STEPS, batch_size=size)
+    _fit(run, found.longest, plug, models, steps=1, batch_size=size)
     # The first step also allocates and warms up.
-    steady = [b - a for a, b in pairwise(stamps)]
-    return sum(steady) / len(steady) if steady else report.seconds, size
+    steady = [later - earlier for earlier, later in pairwise(stamps)]
+    return sum(steady) / len(steady)
+
+
+def _fit(
+    run: Run, samples: Sequence[Sample], plug: PersonaPlug, models: Models, *, steps: int, batch_size: int
+) -> list[float]:
+    """Train for a few full batches of these samples; the time at the end of each step."""
+    table = run.open_vectors(models.encoder)
+    settings = replace(
+        run.config.training,
+        batch_size=batch_size,
+        epochs=1,
+        max_steps=0,
+        train_limit=0,
+        views=0,
+        validation_share=1e-9,
+        validate_every=10**6,
+        checkpoint_every=10**6,
+        tensorboard=False,
+    )
+    stamps: list[float] = []
+    fit(
+        plug,
+        models.backend,
+        table=table,
+        samples=_of_their_own(_encoded(run, samples, table), count=steps * batch_size + 1),
+        config=settings,
+        seed=0,
+        folder=run.folder / f"fit-{steps}",
+        title="timing",
+        on_step=lambda: stamps.append(time.monotonic()),
+    )
+    return stamps
+
+
+def _encoded(run: Run, samples: Sequence[Sample], table: VectorTable) -> list[EncodedSample]:
+    with_answer = run.config.plug.answers == "text"
+    return encode_samples(samples, table, labels=run.task.labels, with_answer=with_answer)
+
+
+def _of_their_own(samples: Sequence[EncodedSample], *, count: int) -> list[EncodedSample]:
+    """That many samples, each as if of another user: validation then holds out just one, and batches stay full."""
+    several = [samples[place % len(samples)] for place in range(count)]
+    return [replace(sample, id=str(place), owner=str(place)) for place, sample in enumerate(several)]
 
 
 def _duration(seconds: float) -> str:

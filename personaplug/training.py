@@ -148,7 +148,9 @@ def fit(
         StorageError: if the disk is full; the last good state stays.
     """
     parts = _Fit(plug, backend, table=table, samples=samples, config=config, seed=seed, folder=folder, title=title)
-    return parts.run(on_step or (lambda: None))
+    # The steps seed torch's generator; the caller's own draws go on as if nothing had been trained.
+    with torch.random.fork_rng(devices=[]):
+        return parts.run(on_step or (lambda: None))
 
 
 class _Fit:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 import traceback
 import tracemalloc
 from datetime import date
@@ -435,6 +438,33 @@ def test_broken_json_is_never_skipped(tmp_path: Path, content: bytes, position: 
         read(tmp_path, task="LaMP_3", skip_bad=9)
     assert caught.value.position == position
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("opening", ["[", '{"k":', '["]",', r'[{"\\\"]}":'])
+def test_deep_nesting_is_refused_before_it_takes_memory(tmp_path: Path, opening: str) -> None:
+    (tmp_path / "items.json").write_text(f'[{{"text": "{SECRET}", "other": {opening * 20_000}')
+    program = f"""
+import resource
+from personaplug.data import LAMP_TASKS, read_items
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+read_items({str(tmp_path / "items.json")!r}, task=LAMP_TASKS["LaMP_3"])
+"""
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=alone)
+    assert "BadRecord" in done.stderr
+    assert "nested more than 64 deep" in done.stderr
+    assert SECRET not in done.stderr
+
+
+def test_brackets_in_strings_are_no_nesting_wherever_a_read_ends(tmp_path: Path) -> None:
+    nested: Any = "[{" * 200
+    for level in range(62):  # with the list of questions and the question, 64
+        nested = {'"\\': nested, "]": "}" * level} if level % 2 else [nested]
+    wordy = [question(number, note='\\" [' * (13_000 + number)) for number in range(20)]
+    assert len(read(put(tmp_path, [*wordy, question(99, note=nested)]), task="LaMP_3")) == 21
+    put(tmp_path, [*wordy, question(99, note=[nested])])
+    with pytest.raises(BadRecord, match="nested more than 64 deep"):
+        read(tmp_path, task="LaMP_3", skip_bad=9)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 400, -4])

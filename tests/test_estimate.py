@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
-from personaplug.errors import MissingData
-from personaplug.estimate import Estimate, estimate
+from personaplug.errors import BadConfig, MissingData
+from personaplug.estimate import Estimate, _count, _planned, estimate
 from personaplug.run import Run, open_models
 from personaplug.training import train
 
@@ -58,6 +59,58 @@ def test_one_user_is_too_few_to_time(tmp_path: Path) -> None:
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
     with pytest.raises(MissingData, match="two users"):
         estimate(config, reader, models=open_models(config))
+
+
+def test_what_train_refuses_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
+    write_simulation(SimulatedConfig(task="style", users=4, queries_per_user=3, dev_users=2), tmp_path)
+    config = load_config(overrides=[*SETTINGS, "answers=label"])
+    reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
+    with pytest.raises(BadConfig, match="label"):
+        estimate(config, reader, models=open_models(config))
+
+
+def test_batches_are_full_and_the_longest_prompts_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_simulation(SimulatedConfig(users=3, queries_per_user=9, dev_users=2, min_items=1, max_items=2), tmp_path)
+    config = load_config(overrides=SETTINGS)
+    models = open_models(config)
+    reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
+    batches: list[list[str]] = []
+    real = models.backend.loss
+
+    def seen(prompts: list[str], targets: list[str], **rest: Any) -> Any:
+        batches.append(prompts)
+        return real(prompts, targets, **rest)
+
+    monkeypatch.setattr(models.backend, "loss", seen)
+    estimate(config, reader, models=models)
+    *timed, _, last, _ = batches  # the last batch of each part is its validation
+    assert [len(batch) for batch in timed] == [4, 4, 4, 4]
+    by_length = sorted((len(sample.prompt) for sample in reader), reverse=True)
+    assert sum(map(len, last)) >= 0.9 * sum(by_length[:4])
+    assert len({prompt for batch in timed for prompt in batch}) > 9
+
+
+def test_samples_are_drawn_from_the_whole_split(tmp_path: Path) -> None:
+    write_simulation(SimulatedConfig(users=40, queries_per_user=3, dev_users=2, min_items=1, max_items=2), tmp_path)
+    reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
+    found = _count(reader, load_config(overrides=SETTINGS))
+    everyone = [sample.id for sample in reader]
+    places = sorted(everyone.index(sample.id) for sample in found.drawn)
+    assert len(set(places)) == 17
+    assert places[-1] > 90
+    assert places[0] < 30
+    lengths = sorted(len(sample.prompt) for sample in reader)
+    assert sorted(len(sample.prompt) for sample in found.longest) == lengths[-4:]
+
+
+def test_validations_are_bounded_by_the_steps() -> None:
+    def planned(*changes: str) -> tuple[int, float]:
+        return _planned(load_config(overrides=[*SETTINGS, *changes]), 1000)
+
+    assert planned() == pytest.approx((450, 0.4 * 9 * 25))  # 225 steps an epoch, every 56, and at the end
+    assert planned("validate_every=100") == pytest.approx((450, 0.4 * 5 * 25))
+    assert planned("max_steps=3") == pytest.approx((3, 0.4 * 25))
+    assert planned("max_steps=3", "validate_every=1", "validation_limit=8") == pytest.approx((3, 0.4 * 3 * 2))
 
 
 def test_the_text_reads_well() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import ijson
 
 from personaplug.data.fields import Flaw
 from personaplug.errors import BadRecord, MissingData
+
+_DEEPEST = 64
 
 
 def existing_folder(folder: str | Path) -> Path:
@@ -41,18 +45,18 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
     """Yield the numbered values under `prefix`, one at a time in memory.
 
     Raises:
-        BadRecord: where the file is not valid JSON or gzip, or is not opened by `opening`; the rest of it is
-            lost, so it is never skipped. The parser's own message quotes the file's text, so it is not passed
-            on.
+        BadRecord: where the file is not valid JSON or gzip, nests values too deeply, or is not opened by `opening`;
+            the rest of it is lost, so it is never skipped. The parser's own message quotes the file's text, so it
+            is not passed on.
     """
     count = 0
     try:
         with _opened(path) as stream:
             _expect(stream, opening)
-            for count, value in enumerate(ijson.items(stream, prefix, use_float=True), 1):
+            for count, value in enumerate(ijson.items(_Shallow(stream), prefix, use_float=True), 1):
                 yield count, value
     except Flaw as flaw:
-        raise BadRecord(path, "at the start", reason=str(flaw)) from None
+        raise BadRecord(path, f"after {unit} {count}" if count else "at the start", reason=str(flaw)) from None
     except (ijson.JSONError, UnicodeDecodeError):
         raise BadRecord(path, f"after {unit} {count}", reason="the file is not valid JSON from here on") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -95,6 +99,45 @@ def _json_record(line: bytes) -> Mapping[str, Any] | Flaw:
 
 def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+class _Shallow:
+    """A stream of JSON that is read on only while its values are nested at most 64 deep.
+
+    ijson keeps the path to every open value, so without a bound 100 KB of "[" would take 19 GB.
+    """
+
+    def __init__(self, stream: gzip.GzipFile | BufferedReader) -> None:
+        self._stream = stream
+        self._depth = 0
+        self._in_string = False
+        self._escape = b""
+
+    def read(self, size: int) -> bytes:
+        """Return the next bytes.
+
+        Raises:
+            Flaw: if they nest values too deeply.
+        """
+        chunk = self._stream.read(size)
+        # What stands outside strings is found by a few sweeps in C; only its brackets are looked at one by one.
+        bare = self._escape + chunk if self._escape else chunk
+        if b"\\" in bare:
+            bare = _ESCAPED.sub(b"", bare)
+        self._escape = bare[-1:] if bare.endswith(b"\\") else b""
+        parts = bare.translate(None, delete=_PLAIN).replace(b'""', b"").split(b'"')
+        brackets = b"".join(parts[self._in_string :: 2])
+        self._in_string ^= len(parts) % 2 == 0
+        depths = list(accumulate(map(_STEPS.__getitem__, brackets), initial=self._depth))
+        if max(depths) > _DEEPEST:
+            raise Flaw(f"values are nested more than {_DEEPEST} deep from here on")
+        self._depth = depths[-1]
+        return chunk
+
+
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_ESCAPED = re.compile(rb"\\[\\\"]")
+_PLAIN = bytes(byte for byte in range(256) if byte not in b'"[]{}')
 
 
 def _expect(stream: Any, opening: bytes) -> None:

@@ -27,7 +27,7 @@ from personaplug.training import train
 
 logger = logging.getLogger(__name__)
 
-USERS = SimulatedConfig(users=400, dev_users=150, dev_queries_per_user=2)
+USERS = SimulatedConfig(users=320, dev_users=100, dev_queries_per_user=2)
 # Chosen for ten minutes on two cores: answers as a channel of their own and four tokens learn in one pass.
 SETTINGS = ("answers=label", "query_encoder=head", "persona_tokens=4", "epochs=1", "validation_limit=64")
 _SIDE_BY_SIDE = 6

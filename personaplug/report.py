@@ -1,7 +1,7 @@
 """A results object as a table for people: aligned Markdown that reads well in a terminal too.
 
 The object's format is the results file's (see `evaluation.py`). No key of it is required, nor any of a row:
-what is absent shows as a dash, a number that JSON cannot hold (null) as "nan", and a column that no row fills
+what is absent or unknown shows as a dash, a score that JSON cannot hold (null) as "nan", and a column that no row fills
 is left out.
 """
 
@@ -120,11 +120,11 @@ def _spread(metric: str) -> Cell:
 
 
 def _share(key: str) -> Cell:
-    return lambda row: (_number(row[key], form=".1%")) if key in row else None
+    return lambda row: (_number(row[key], form=".1%")) if row.get(key) is not None else None
 
 
 def _amount(key: str) -> Cell:
-    return lambda row: _number(row[key], form=",.1f") if key in row else None
+    return lambda row: _number(row[key], form=",.1f") if row.get(key) is not None else None
 
 
 def _difference(pair: Row) -> str | None:

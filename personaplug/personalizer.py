@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from personaplug.encoder import Encoder
 from personaplug.plug import HistoryBatch, PersonaPlug
@@ -25,19 +25,15 @@ class Personalizer:
     Args:
         plug: the plug itself.
         table: where the vectors of encoded samples are.
-        forward: what to call in the plug's place, such as its wrapper for several processes.
     """
 
-    def __init__(
-        self, plug: PersonaPlug, *, table: VectorTable | None = None, forward: nn.Module | None = None
-    ) -> None:
+    def __init__(self, plug: PersonaPlug, *, table: VectorTable | None = None) -> None:
         self.plug, self.table = plug, table
-        self._forward = forward if forward is not None else plug
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Soft tokens for samples whose items are rows of the table; (B, I + K, D), with gradients if enabled."""
         history = self.gather(samples) if self.plug.config.persona_tokens else None
-        soft: SoftPrompt = self._forward([sample.query for sample in samples], history)
+        soft: SoftPrompt = self.plug([sample.query for sample in samples], history)
         return soft
 
     def gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
@@ -59,7 +55,7 @@ class Personalizer:
         texts = [item.text if self.plug.config.answers == "text" else item.content for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
         answers = answer_places(items, self.plug.fitting.labels)
-        soft: SoftPrompt = self._forward([query], self._pad(vectors, lengths=[len(items)], answers=answers))
+        soft: SoftPrompt = self.plug([query], self._pad(vectors, lengths=[len(items)], answers=answers))
         return soft
 
     def _pad(self, vectors: np.ndarray, *, lengths: Sequence[int], answers: np.ndarray) -> HistoryBatch:

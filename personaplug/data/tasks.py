@@ -1,4 +1,4 @@
-"""Which tasks there are: LaMP's seven public-format ones, and those that a folder declares in its task.json.
+"""Which tasks there are: LaMP's (but LaMP-6, which is not public), and those that a folder declares in its task.json.
 
 Where a folder's task comes from is in `load_task`; the folder's name means nothing.
 """

@@ -39,8 +39,7 @@ def samples(items: int) -> Iterator[Sample]:
                 (
                     (
                         "text",
-                        f"Review {i} of user {user}: a film with {i % 17} turns and a "
-                        f"{'slow' if i % 3 else 'quick'} ending.",
+                        f"Film {i} of user {user}: {'slow' if i % 3 else 'quick'}.",
                     ),
                     ("score", str(i % 5 + 1)),
                 ),

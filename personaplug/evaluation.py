@@ -1,7 +1,14 @@
 """Evaluation: conditions × seeds on the same samples → answers → scores per sample → intervals and paired comparisons.
 
-Answers of a finished (condition, seed) are kept in the run and not made again by a repeated command. The results object
-has the fields of DESIGN's results file: task, split, model, encoder, placement, seeds, versions, rows, pairs.
+Answers of a finished (condition, seed) are kept in the run and not made again by a repeated command.
+
+A results object holds: task, split, model, encoder, placement, seeds, versions, machine, config, training, users, data,
+dtype, notes, and
+
+    rows   per condition: n, metrics, intervals, invalid_rate, truncated_rate (cut prompts), unfinished_rate (cut
+           answers), lost_history_rate, prompt_tokens_mean, seconds, peak_memory_bytes, decoding, and over several
+           seeds seed_spread and per_seed
+    pairs  a, b, metric, difference (a's advantage whatever the metric's direction), low, high, p
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def _measure(run: Run, models: Models, table: VectorTable, samples: list[Encoded
         "train_gflop_per_sample": work.train / 1e9,
         "evaluation_samples_per_second": len(samples) / answers.seconds,
         "evaluation_floor_samples_per_second": rate / work.score if run.task.labels else None,
-        "peak_memory_bytes_after_training": train_peak,
-        "peak_memory_bytes": peak_memory(),
+        "train_peak_memory_bytes": train_peak,
+        "evaluation_peak_memory_bytes": peak_memory(),
         "versions": versions(),
         "machine": machine(),
     }
@@ -188,8 +188,8 @@ def _print(result: dict[str, Any]) -> None:
         beside = f", {floor:.1f} at the floor, {floor / rate:.1f} × away" if floor else ""
         print(f"{what:<29} {rate:.1f} samples/s{beside}")
     print(
-        f"peak memory                   {result['peak_memory_bytes_after_training'] / 1e9:.2f} GB training, "
-        f"{result['peak_memory_bytes'] / 1e9:.2f} GB in all"
+        f"peak memory                   {result['train_peak_memory_bytes'] / 1e9:.2f} GB training, "
+        f"{result['evaluation_peak_memory_bytes'] / 1e9:.2f} GB evaluation"
     )
     print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "machine")}))
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from personaplug.encoder import Encoder, EncoderIdentity
 from personaplug.errors import EncoderMismatch, MissingData, ShapeMismatch, StorageError, UserError
+from personaplug.files import write_json
 
 FORMAT = 1
 
@@ -263,9 +264,7 @@ def _create(folder: Path, identity: EncoderIdentity) -> None:
 
 def _write_description(folder: Path, identity: EncoderIdentity) -> None:
     described = {"format": FORMAT, "encoder": identity.to_dict(), "width": identity.width}
-    temporary = folder / "table.json.partial"
-    temporary.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "table.json")
+    write_json(folder / "table.json", described)
 
 
 def _check_encoder(folder: Path, given: EncoderIdentity) -> None:

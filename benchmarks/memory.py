@@ -20,9 +20,9 @@ from personaplug.data.tasks import lamp_task
 from personaplug.data.writing import write_lamp
 from personaplug.files import write_json
 from personaplug.memory import peak_memory
+from personaplug.recipes import train
 from personaplug.records import HistoryItem, Sample
 from personaplug.run import Run, machine, open_models, versions
-from personaplug.training import train
 
 PER_USER = 250
 LONGEST_QUERY = 400  # words; each is a token or more

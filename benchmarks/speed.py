@@ -25,11 +25,13 @@ from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.files import write_json
 from personaplug.memory import peak_memory
+from personaplug.objectives import PlugObjective
 from personaplug.personalizer import Personalizer
 from personaplug.plug import PersonaPlug
+from personaplug.recipes import build_plug
 from personaplug.run import Models, Run, machine, open_models, versions
 from personaplug.samples import EncodedSample
-from personaplug.training import build_plug, fit
+from personaplug.training import fit
 from personaplug.vectors import VectorTable
 
 
@@ -63,13 +65,11 @@ def main() -> None:
 
 def _measure(run: Run, models: Models, table: VectorTable, samples: list[EncodedSample]) -> dict[str, Any]:
     rate_before = matrix_rate(models)
-    plug = build_plug(run, models, name="plug", seed=0)
+    plug = build_plug(run, models, seed=0)
     stamps: list[float] = []
     quiet = replace(run.config.training, validation_limit=1, validate_every=10**6, checkpoint_every=10**6)
     report = fit(
-        plug,
-        models.backend,
-        table=table,
+        PlugObjective(plug, models.backend, table=table),
         samples=samples,
         config=quiet,
         seed=0,
@@ -83,7 +83,7 @@ def _measure(run: Run, models: Models, table: VectorTable, samples: list[Encoded
     answers = answer(
         models.backend,
         samples,
-        personalizer=Personalizer(plug, table=table),
+        prompter=Personalizer(plug, table=table),
         task=run.task,
         decoding="score" if run.task.labels else "generate",
         generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),

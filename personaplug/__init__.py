@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from personaplug.evaluation import evaluate
     from personaplug.personalizer import Personalizer
     from personaplug.plug import PersonaPlug
+    from personaplug.recipes import train
     from personaplug.records import HistoryItem, Sample
     from personaplug.run import Run, open_models
     from personaplug.soft_prompt import SoftPrompt
-    from personaplug.training import train
     from personaplug.vectors import VectorTable
 
 _HOME = {
@@ -44,7 +44,7 @@ _HOME = {
     "open_dataset": "data",
     "open_encoder": "encoder",
     "open_models": "run",
-    "train": "training",
+    "train": "recipes",
 }
 
 __all__ = [

@@ -20,7 +20,7 @@ from personaplug.backends.base import Backend, GenerationConfig
 from personaplug.data.base import Task
 from personaplug.files import write_json
 from personaplug.memory import peak_memory, reset_peak_memory
-from personaplug.personalizer import Personalizer
+from personaplug.personalizer import SoftPrompter
 from personaplug.progress import Progress
 from personaplug.samples import EncodedSample
 
@@ -46,7 +46,7 @@ def answer(
     backend: Backend,
     samples: Sequence[EncodedSample],
     *,
-    personalizer: Personalizer | None,
+    prompter: SoftPrompter | None,
     task: Task,
     decoding: str,
     generation: GenerationConfig,
@@ -58,7 +58,7 @@ def answer(
     The longest come first so that memory runs out at once or not at all.
 
     Args:
-        personalizer: makes the soft tokens; None = the bare model.
+        prompter: makes the soft tokens; None = the bare model.
         decoding: "score" takes the likeliest of the task's labels, "generate" writes text.
     """
     reset_peak_memory()
@@ -69,7 +69,7 @@ def answer(
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size].tolist()
             batch = [samples[place] for place in places]
-            found = _answer_batch(backend, batch, personalizer, task=task, decoding=decoding, generation=generation)
+            found = _answer_batch(backend, batch, prompter, task=task, decoding=decoding, generation=generation)
             for place, (text, cut) in zip(places, found, strict=True):
                 texts[place], unfinished[place] = text, cut
             progress.advance(len(batch))
@@ -79,19 +79,20 @@ def answer(
 def _answer_batch(
     backend: Backend,
     batch: Sequence[EncodedSample],
-    personalizer: Personalizer | None,
+    prompter: SoftPrompter | None,
     *,
     task: Task,
     decoding: str,
     generation: GenerationConfig,
 ) -> list[tuple[str, bool]]:
-    prompts = [sample.prompt for sample in batch]
+    prompts, soft_at = [sample.prompt for sample in batch], [sample.soft_at for sample in batch]
     with torch.no_grad():
-        soft = None if personalizer is None else personalizer.soft_prompt(batch)
+        soft = None if prompter is None else prompter.soft_prompt(batch)
         if decoding == "score":
-            best = backend.score(prompts, task.labels, soft=soft).argmax(dim=1).tolist()
+            best = backend.score(prompts, task.labels, soft=soft, soft_at=soft_at).argmax(dim=1).tolist()
             return [(task.labels[index], False) for index in best]
-        return [(made.text, not made.finished) for made in backend.generate(prompts, soft=soft, config=generation)]
+        made = backend.generate(prompts, soft=soft, config=generation, soft_at=soft_at)
+        return [(one.text, not one.finished) for one in made]
 
 
 def keep(answers: Answers, path: Path, *, depends_on: Sequence[Any]) -> None:

@@ -40,14 +40,14 @@ class TrainingState:
     samples: int = 0
 
 
-def save_state(folder: Path, state: TrainingState, *, plug: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save_state(folder: Path, state: TrainingState, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write a state, then drop what it makes superfluous.
 
     Raises:
         StorageError: if it cannot be written; what was there before stays.
     """
     with written_whole(folder / f"state-{state.step:08d}") as place:
-        save_file(_plain(plug.state_dict()), place / "plug.safetensors")
+        save_file(_plain(module.state_dict()), place / "weights.safetensors")
         save_file(_moments(optimizer), place / "optimizer.safetensors")
         (place / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
     for old in _folders(folder, "state-")[:-1]:
@@ -57,31 +57,31 @@ def save_state(folder: Path, state: TrainingState, *, plug: nn.Module, optimizer
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(folder: Path, *, plug: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Restore the newest state into `plug` and `optimizer`; a fresh TrainingState if there is none."""
+def load_state(folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Restore the newest state into `module` and `optimizer`; a fresh TrainingState if there is none."""
     _drop_attempts(folder)
     found = _folders(folder, "state-")
     if not found:
         return TrainingState()
     place = found[-1]
-    plug.load_state_dict(load_file(place / "plug.safetensors"))
+    module.load_state_dict(load_file(place / "weights.safetensors"))
     _restore(optimizer, load_file(place / "optimizer.safetensors"))
     return TrainingState(**json.loads((place / "state.json").read_text(encoding="utf-8")))
 
 
-def save_best(folder: Path, step: int, *, plug: nn.Module) -> None:
+def save_best(folder: Path, step: int, *, module: nn.Module) -> None:
     """Keep the plug of this step as the best so far.
 
     Raises:
         StorageError: if it cannot be written.
     """
     with written_whole(folder / f"best-{step:08d}") as place:
-        save_file(_plain(plug.state_dict()), place / "plug.safetensors")
+        save_file(_plain(module.state_dict()), place / "weights.safetensors")
 
 
-def load_best(folder: Path, step: int, *, plug: nn.Module) -> None:
+def load_best(folder: Path, step: int, *, module: nn.Module) -> None:
     """Load the best plug, as named by a state."""
-    plug.load_state_dict(load_file(folder / f"best-{step:08d}" / "plug.safetensors"))
+    module.load_state_dict(load_file(folder / f"best-{step:08d}" / "weights.safetensors"))
 
 
 def drop_states(folder: Path) -> None:

@@ -7,20 +7,24 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from personaplug.config import Config, describe, load_config, to_yaml
-from personaplug.errors import PersonaPlugError, UserError
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-logger = logging.getLogger(__name__)
-
-_SETTINGS_HELP = "Settings are given as key=value words (learning_rate=3e-4) or in a YAML file; the words win."
+from personaplug.cli_options import (
+    FOLDER,
+    data_option,
+    device_of,
+    show,
+    skip_bad_option,
+    task_option,
+    tell_read,
+    vectors_option,
+    with_settings,
+)
+from personaplug.config import load_config
+from personaplug.errors import BadConfig, MissingData, PersonaPlugError, UserError
 
 
 class _Group(click.Group):
@@ -55,51 +59,15 @@ def main(quiet: bool) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _with_settings(*sections: str) -> Callable[[Command], Command]:
-    """Give a command --config and key=value words, and teach their meaning in its help."""
-
-    def decorate(command: Command) -> Command:
-        command.__doc__ = "\n\n".join([(command.__doc__ or "").strip(), _SETTINGS_HELP, "\b\n" + describe(sections)])
-        command = click.option(
-            "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."
-        )(command)
-        return click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
-
-    return decorate
-
-
-_FOLDER = click.Path(file_okay=False, path_type=Path)
-
-_data = click.option(
-    "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder with {train,dev,test}_{questions,outputs}.json[.gz], and a task.json for other tasks than LaMP's.",
-)
-_task = click.option("--task", help="Task, where the folder does not say it: LaMP_1 … LaMP_7.")
-_skip_bad = click.option(
-    "--skip-bad",
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Pass over at most N broken records; the number is printed.",
-)
-_vectors = click.option(
-    "--vectors",
-    type=click.Path(path_type=Path),
-    help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]",
-)
-
-
 @main.command()
 @click.option(
     "--out",
-    type=_FOLDER,
+    type=FOLDER,
     default=Path("runs/quickstart"),
     show_default=True,
     help="Where data, run and results go.",
 )
-@_with_settings("model", "plug", "training", "evaluation")
+@with_settings("model", "plug", "training", "evaluation")
 def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -> None:
     """Simulated users, real models: train, compare with the controls, show two users side by side. About 10 minutes.
 
@@ -111,7 +79,7 @@ def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -
 
 
 @main.command()
-@click.option("--out", required=True, type=_FOLDER, help="Folder for the data set.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the data set.")
 @click.option("--kind", type=click.Choice(["rating", "style"]), default="rating", show_default=True)
 @click.option("--users", default=400, show_default=True, help="Training users; a quarter as many more for dev.")
 @click.option("--seed", default=0, show_default=True)
@@ -125,12 +93,12 @@ def simulate(out: Path, kind: str, users: int, seed: int) -> None:
 
 
 @main.command()
-@_data
+@data_option
 @click.option("--vectors", required=True, type=click.Path(path_type=Path), help="Folder of the item vectors.")
 @click.option("--split", "splits", multiple=True, default=("train", "dev"), show_default=True, help="May be repeated.")
-@_task
-@_skip_bad
-@_with_settings("model", "plug")
+@task_option
+@skip_bad_option
+@with_settings("model", "plug")
 def encode(
     data: Path,
     vectors: Path,
@@ -147,54 +115,61 @@ def encode(
     from personaplug.vectors import VectorTable
 
     config = load_config(config_file, overrides=settings)
-    _show(config, "model", "plug")
+    show(config, "model", "plug")
     declared = load_task(data, task=task)
-    table = VectorTable.open(vectors, open_encoder(config.model.encoder, device=_device(config)))
+    table = VectorTable.open(vectors, open_encoder(config.model.encoder, device=device_of(config)))
     for split in splits:
         reader = open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
         before = len(table)
         encoded(reader, table, with_answer=config.plug.answers == "text")
-        _tell_read(reader, split)
+        tell_read(reader, split)
         click.echo(f"{split}: {len(table) - before:,} new vectors, {len(table):,} in {vectors}")
 
 
 @main.command()
-@_data
-@click.option("--out", required=True, type=_FOLDER, help="The run's folder; an unfinished run goes on.")
-@_vectors
-@_task
-@_skip_bad
-@_with_settings("model", "plug", "training")
+@data_option
+@click.option("--out", required=True, type=FOLDER, help="The run's folder; an unfinished run goes on.")
+@vectors_option
+@task_option
+@skip_bad_option
+@click.option(
+    "--conditions",
+    help="Train what these rows of a table need, such as plug+bm25:1,lora.  [default: the plug and instruction-only]",
+)
+@with_settings("model", "plug", "training", "retrieval", "adapter")
 def train(
     data: Path,
     out: Path,
     vectors: Path | None,
     task: str | None,
     skip_bad: int,
+    conditions: str | None,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Train a plug, and the control that has no history, on DATA's train split."""
+    """Train a plug, and the control that has no history, on DATA's train split; or whatever rows of a table need."""
+    from personaplug.conditions import needed, parse_conditions
     from personaplug.data import load_task, open_dataset
+    from personaplug.recipes import train as train_run
     from personaplug.run import Run, open_models
-    from personaplug.training import train as train_run
 
     config = load_config(config_file, overrides=settings)
-    _show(config, "model", "plug", "training")
+    show(config, "model", "plug", "training")
+    wanted = None if conditions is None else needed(parse_conditions(conditions))
     run = Run.create(out, config=config, task=load_task(data, task=task), vectors=vectors)
     reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
-    for folder in train_run(run, reader, models=open_models(config)):
+    for folder in train_run(run, reader, models=open_models(config), wanted=wanted):
         fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
         click.echo(
             f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "
             f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} a token"
         )
-    _tell_read(reader, "train")
+    tell_read(reader, "train")
 
 
 @main.command()
-@click.option("--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`.")
-@_data
+@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="A run made by `train`.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of the data set.")
 @click.option("--split", default="dev", show_default=True)
 @click.option(
     "--conditions",
@@ -203,19 +178,35 @@ def train(
     help="Rows of the table.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results object here too.")
-@_skip_bad
-@_with_settings("evaluation")
+@click.option("--lamp-gold", type=click.Path(path_type=Path), help="Score a file of predictions instead: the answers.")
+@click.option("--lamp-pred", type=click.Path(path_type=Path), help="The predictions, in LaMP's output format.")
+@skip_bad_option
+@with_settings("evaluation")
 def evaluate(
-    run_folder: Path,
-    data: Path,
+    run_folder: Path | None,
+    data: Path | None,
     split: str,
     conditions: str,
+    lamp_gold: Path | None,
+    lamp_pred: Path | None,
     json_file: Path | None,
     skip_bad: int,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Score the rows of a results table on one split, compare them pairwise, print the table."""
+    """Score the rows of a results table on one split, compare them pairwise, print the table.
+
+    Rows: plain, instruction-only, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
+    population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
+    profile, profile+bm25:4; lora, lora-per-user; and for every personal row its control, such as bm25:4@wrong-user.
+
+    With --lamp-gold and --lamp-pred it scores anyone's predictions instead, and needs no run.
+    """
+    if lamp_gold is not None or lamp_pred is not None:
+        _score_file(lamp_gold, lamp_pred, json_file=json_file, config_file=config_file, settings=settings)
+        return
+    if run_folder is None or data is None:
+        raise BadConfig("Give --run and --data, or --lamp-gold and --lamp-pred to score a file of predictions.")
     from personaplug.conditions import parse_conditions
     from personaplug.data import open_dataset
     from personaplug.evaluation import evaluate as evaluate_run
@@ -227,7 +218,7 @@ def evaluate(
     run = Run.open(run_folder)
     config = load_config(config_file, overrides=settings, base=run.config)
     run.check_unchanged(config)
-    _show(config, "evaluation")
+    show(config, "evaluation")
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
     oracle = data / f"{split}_oracle.json"
     results = evaluate_run(
@@ -239,11 +230,130 @@ def evaluate(
         models=open_models(config),
         oracle=oracle if oracle.exists() else None,
     )
-    _tell_read(reader, split)
+    tell_read(reader, split)
     target = json_file or run_folder / "evaluations" / f"{split}.json"
     write_json(target, results)
     click.echo(results_table(results))
     click.echo(f"\nwritten to {target}")
+
+
+def _score_file(
+    gold: Path | None, predicted: Path | None, *, json_file: Path | None, config_file: Path | None, settings: Any
+) -> None:
+    from personaplug.files import write_json
+    from personaplug.report import results_table
+    from personaplug.scoring import score_lamp
+
+    if gold is None or predicted is None:
+        raise BadConfig("--lamp-gold FILE and --lamp-pred FILE go together: the answers, and what is scored.")
+    config = load_config(config_file, overrides=settings).evaluation
+    results = score_lamp(
+        gold, predicted, fallback=config.rating_fallback, resamples=config.resamples, seed=config.draw_seed
+    )
+    if json_file is not None:
+        write_json(json_file, results)
+    click.echo(results_table(results))
+
+
+@main.command()
+@click.argument("name")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder that holds the sets' folders.")
+@click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Gets the runs.")
+@click.option("--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True)
+@click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
+@click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
+@click.option("--seeds", default="", help="Only these seeds, comma-separated.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML of settings for every table of it."
+)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+def bench(
+    name: str,
+    data: Path,
+    out: Path,
+    results: Path,
+    experiments: Path,
+    sets: str,
+    seeds: str,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Run an experiment, NAME or a YAML file: sets × conditions × seeds. Finished cells are never run again.
+
+    Results are written after each cell, under --results; `personaplug report` makes tables and figures of them.
+    """
+    from personaplug.bench import Places
+    from personaplug.bench import bench as run_bench
+    from personaplug.experiment import find_experiment, load_experiment
+
+    experiment = load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings)
+    written, missed = run_bench(
+        experiment,
+        Places(data, out, results),
+        sets=[word for word in sets.split(",") if word],
+        seeds=[int(word) for word in seeds.split(",") if word.isdecimal()],
+    )
+    for path in written:
+        click.echo(str(path))
+    for reason in missed:
+        click.echo(f"not run: {reason}", err=True)
+    if missed and not written:
+        raise MissingData("Nothing of this experiment could be run here.")
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=FOLDER, help="Gets report.md, report.html and figures.")
+@click.option("--title", default="Results", show_default=True)
+@click.option("--into", type=click.Path(path_type=Path), help="Put the overview into this Markdown file too …")
+@click.option(
+    "--mark", default="results", show_default=True, help="… between <!-- begin MARK --> and <!-- end MARK -->."
+)
+def report(files: tuple[Path, ...], out: Path, title: str, into: Path | None, mark: str) -> None:
+    """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
+    from personaplug.pages import insert_between, load_results, overview_markdown, write_report
+
+    for path in write_report(files, out, title=title):
+        click.echo(str(path))
+    if into is not None:
+        insert_between(into, mark, overview_markdown([load_results(path) for path in files]))
+        click.echo(str(into))
+
+
+@main.group()
+def lamp() -> None:
+    """The LaMP benchmark's own files."""
+
+
+@lamp.command()
+@click.argument("name")
+@click.option("--out", required=True, type=FOLDER, help="Gets the files; a stopped download goes on.")
+@click.option("--source", help="Where from: another address, or a local folder.  [default: the benchmark's own site]")
+@click.option("--split", "splits", multiple=True, default=("train", "dev", "test"), show_default=True)
+def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) -> None:
+    """Fetch a task's official files: lamp-1 … lamp-7 (not 6), lamp-2-news; with :time for the time split."""
+    from personaplug.data.download import BASE_URL, download_lamp
+
+    local = Path(source) if source is not None and "://" not in source else None
+    address = source if source is not None and local is None else BASE_URL
+    for path in download_lamp(name, out, splits=splits, base_url=address, source=local):
+        click.echo(str(path))
+
+
+@main.command()
+@click.argument("benchmark")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--split", default="dev", show_default=True)
+@click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
+@skip_bad_option
+def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
+    """Read another BENCHMARK's file or folder (lamp-qa, longlamp, personal-llm, peft-u) and write LaMP's layout."""
+    from personaplug.data import write_lamp
+    from personaplug.data.benchmarks import open_benchmark
+
+    reader = open_benchmark(benchmark, source, split, skip_bad=skip_bad)
+    write_lamp(reader, out, split, task=reader.task)
+    tell_read(reader, split)
 
 
 @main.command()
@@ -256,7 +366,7 @@ def evaluate(
 )
 @click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
 @click.option("--plain", is_flag=True, help="Answer without the plug, to compare.")
-@_with_settings("evaluation")
+@with_settings("evaluation")
 def generate(
     run_folder: Path,
     prompt: str,
@@ -277,11 +387,11 @@ def generate(
 
 
 @main.command()
-@_data
-@_task
-@_skip_bad
+@data_option
+@task_option
+@skip_bad_option
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the estimate here too.")
-@_with_settings("model", "plug", "training")
+@with_settings("model", "plug", "training")
 def estimate(
     data: Path,
     task: str | None,
@@ -297,39 +407,12 @@ def estimate(
     from personaplug.run import open_models
 
     config = load_config(config_file, overrides=settings)
-    _show(config, "model", "plug", "training")
+    show(config, "model", "plug", "training")
     reader = open_dataset(
         data, "train", task=load_task(data, task=task), skip_bad=skip_bad, max_history=config.plug.max_history
     )
     found = estimate_run(config, reader, models=open_models(config))
-    _tell_read(reader, "train")
+    tell_read(reader, "train")
     if json_file is not None:
         write_json(json_file, found.to_dict())
     click.echo(found.text())
-
-
-def _device(config: Config) -> str:
-    from personaplug.backends import choose_device
-
-    return choose_device(config.model.device)
-
-
-def _show(config: Config, *sections: str) -> None:
-    """Say with which settings, as resolved, a command runs."""
-    shown, section = [], ""
-    for line in to_yaml(config).splitlines():
-        section = line.rstrip(":") if not line.startswith((" ", "-")) else section
-        if section in sections:
-            shown.append(line)
-    logger.info("%s\n", "\n".join(shown))
-
-
-def _tell_read(reader: Any, split: str) -> None:
-    report = reader.report
-    click.echo(
-        f"{split}: {report.samples:,} samples, {report.items:,} items of history; {report.skipped} broken records "
-        f"skipped, {report.cut_items:,} items beyond the longest history left out",
-        err=True,
-    )
-    for problem in report.problems[:10]:
-        click.echo(f"  skipped: {problem}", err=True)

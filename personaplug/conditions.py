@@ -1,19 +1,69 @@
-"""Every row of a results table by name: which plug answers, and whose history it is given.
+"""Every row of a results table by name: what is trained for it, whose history it sees, what stands in its prompt.
 
-The controls are rows like any other. `instruction-only` is trained; `wrong-user` and `shuffled` are switches at test
-time.
+    plain  instruction-only  plug                            the untouched model, the task alone, the method
+    bm25:4  recency:4  dense:4  random:4  ropg:4             the best 4 items of the history, written into the prompt
+    instruction+bm25:4                                       the same, with soft tokens trained on such prompts
+    plug+bm25:1  plug+dense:1                                the plug beside retrieved items, trained together
+    profile  profile+bm25:4                                  what the model itself wrote of the user
+    lora  lora-per-user                                      matrices in the model: the task's alone, and each user's
+    NAME@wrong-user  NAME@shuffled                           any of them, shown a stranger's history, or another order
+    wrong-user  shuffled  random-vectors  mean-persona  population-persona        the controls of the plug
+
+The controls are rows like any other. A method's personal gain is its distance from its own wrong-user row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
+from personaplug.errors import BadConfig, nearest
 
-from personaplug.errors import BadConfig
-from personaplug.samples import EncodedSample
+RETRIEVERS = ("bm25", "recency", "dense", "random", "ropg")
+WRONG_USER, SHUFFLED = "wrong-user", "shuffled"
+
+Whose = Literal["none", "own", "wrong-user", "shuffled"]
+Kind = Literal["plug", "instruction", "lora", "retriever"]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Which texts of a history stand in the prompt.
+
+    Attributes:
+        method: one of `RETRIEVERS`.
+        items: how many, the best first.
+    """
+
+    method: str
+    items: int
+
+    @property
+    def name(self) -> str:
+        """As rows write it."""
+        return f"{self.method}:{self.items}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained once per seed, for all users; several rows may share it.
+
+    Attributes:
+        name: as folders and messages write it.
+        kind: plug (soft tokens from a history), instruction (the same number without one), lora, retriever.
+        retrieval: what stands in the prompts that it is trained on.
+    """
+
+    name: str
+    kind: Kind
+    retrieval: Retrieval | None = None
+
+
+PLUG = Trained("plug", "plug")
+INSTRUCTION = Trained("instruction-only", "instruction")
+LORA = Trained("lora", "lora")
+ROPG = Trained("ropg", "retriever")
 
 
 @dataclass(frozen=True)
@@ -22,37 +72,77 @@ class Condition:
 
     Attributes:
         name: as written on the command line and in results.
-        plug: which trained plug makes the soft tokens; None = the bare language model.
-        history: whose items it sees.
         guards: the claim that this row tests.
+        trained: what makes its soft tokens or its matrices; None = the bare language model.
+        history: whose items it sees.
+        persona: what the plug makes of them: their persona; that of as many random vectors; the mean persona of all
+            samples; the trained persona of users without items.
+        retrieval: which of the items' texts stand in the prompt.
+        profile: whether a profile of the user does.
+        per_user: whether every user has matrices of their own.
     """
 
     name: str
-    plug: Literal["plug", "instruction-only"] | None
-    history: Literal["none", "own", "wrong-user", "shuffled"]
     guards: str
+    trained: Trained | None = None
+    history: Whose = "none"
+    persona: Literal["own", "random-vectors", "mean", "population"] = "own"
+    retrieval: Retrieval | None = None
+    profile: bool = False
+    per_user: bool = False
 
+    @property
+    def needs(self) -> tuple[Trained, ...]:
+        """What must be trained before this row can be filled, in order."""
+        learned = (ROPG,) if self.retrieval and self.retrieval.method == "ropg" else ()
+        return learned + ((self.trained,) if self.trained else ())
+
+    @property
+    def seeded(self) -> bool:
+        """Whether it is answered once per seed: something is trained for it, or its items are drawn."""
+        return bool(self.needs) or (self.retrieval is not None and self.retrieval.method == "random")
+
+    @property
+    def in_words(self) -> bool:
+        """Whether texts of a history stand in its prompts."""
+        return self.retrieval is not None or self.profile
+
+
+_GAIN = "how much of {}'s gain a stranger's history gives too; the distance to it is the personal gain"
 
 CONDITIONS: dict[str, Condition] = {
     condition.name: condition
     for condition in (
-        Condition("plain", None, "none", "what the frozen model does untouched"),
+        Condition("plain", "what the frozen model does untouched"),
         Condition(
             "instruction-only",
-            "instruction-only",
-            "none",
             "how much any trained tokens gain: same data, steps and number of tokens, no history",
+            INSTRUCTION,
         ),
+        Condition(WRONG_USER, _GAIN.format("the plug"), PLUG, WRONG_USER),
+        Condition(SHUFFLED, "whether the order of the user's own items matters", PLUG, SHUFFLED),
+        Condition("plug", "what the user's own history gives through the plug", PLUG, "own"),
         Condition(
-            "wrong-user",
-            "plug",
-            "wrong-user",
-            "how much of the plug's gain a stranger's history gives too; the distance to it is the personal gain",
+            "random-vectors",
+            "whether the persona carries anything of the items, or only their number",
+            PLUG,
+            "own",
+            persona="random-vectors",
         ),
-        Condition("shuffled", "plug", "shuffled", "whether the order of the user's own items matters"),
-        Condition("plug", "plug", "own", "the method"),
+        Condition("mean-persona", "whether one persona for everybody does as well", PLUG, "own", persona="mean"),
+        Condition(
+            "population-persona",
+            "what the plug does for a user without any history",
+            PLUG,
+            "none",
+            persona="population",
+        ),
+        Condition("profile", "whether a profile in words does as well", None, "own", profile=True),
+        Condition("lora", "how much matrices trained on other users gain: the task, not the person", LORA),
+        Condition("lora-per-user", "whether training for each user does better", LORA, "own", per_user=True),
     )
 }
+DEFAULT = ("plain", "instruction-only", WRONG_USER, SHUFFLED, "plug")
 
 
 def parse_conditions(text: str) -> list[Condition]:
@@ -62,52 +152,74 @@ def parse_conditions(text: str) -> list[Condition]:
         BadConfig: for an unknown, repeated or missing name.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in CONDITIONS]
-    if unknown or not names or len(set(names)) < len(names):
-        raise BadConfig(f"--conditions takes different names out of {', '.join(CONDITIONS)}; found {text!r}.")
-    return [CONDITIONS[name] for name in names]
+    if not names or len(set(names)) < len(names):
+        raise BadConfig(
+            f"Conditions are different names, comma-separated, such as {','.join(DEFAULT)}; found {text!r}."
+        )
+    return [condition_of(name) for name in names]
 
 
-def with_history(condition: Condition, samples: Sequence[EncodedSample], *, seed: int) -> list[EncodedSample]:
-    """The samples as this condition shows them to the plug.
+def condition_of(name: str) -> Condition:
+    """The row of a name.
 
     Raises:
-        BadConfig: if a wrong user is asked for and there is only one user.
+        BadConfig: if there is no such row.
     """
-    if condition.history == "wrong-user":
-        return [_lent(sample, other) for sample, other in zip(samples, _strangers(samples, seed=seed), strict=True)]
-    if condition.history == "shuffled":
-        return [_shuffled(sample, rng) for sample, rng in zip(samples, _generators(seed, len(samples)), strict=True)]
-    if condition.history == "none":
-        return [_lent(sample, None) for sample in samples]
-    return list(samples)
+    if name in CONDITIONS:
+        return CONDITIONS[name]
+    body, at, control = name.partition("@")
+    if at:
+        return _control(name, body, control)
+    base, plus, retrieval = body.rpartition("+")
+    return _with_retrieval(name, base, _retrieval(name, retrieval), joined=bool(plus))
 
 
-def _strangers(samples: Sequence[EncodedSample], *, seed: int) -> Iterable[EncodedSample]:
-    """For each sample one of another user, drawn by seed: every other user is equally likely, then each of theirs."""
-    by_owner: dict[str, list[EncodedSample]] = {}
-    for sample in samples:
-        by_owner.setdefault(sample.owner, []).append(sample)
-    owners = sorted(by_owner)
-    if len(owners) < 2:
-        raise BadConfig(f"wrong-user needs samples of 2 or more users; found {len(owners)}.")
-    place = {owner: index for index, owner in enumerate(owners)}
-    rng = np.random.default_rng([seed, 4])
-    for sample in samples:
-        other = owners[(place[sample.owner] + int(rng.integers(1, len(owners)))) % len(owners)]
-        yield by_owner[other][int(rng.integers(len(by_owner[other])))]
+def control_of(name: str) -> str | None:
+    """The wrong-user row of a personal row; None for a row that is not personal."""
+    if name == "plug":
+        return WRONG_USER
+    try:
+        personal = condition_of(name).history == "own" and name not in ("random-vectors", "mean-persona")
+    except BadConfig:
+        return None
+    return f"{name}@{WRONG_USER}" if personal else None
 
 
-def _lent(sample: EncodedSample, other: EncodedSample | None) -> EncodedSample:
-    rows = np.empty(0, np.int64) if other is None else other.rows
-    answers = np.empty(0, np.int16) if other is None else other.answers
-    return replace(sample, rows=rows, answers=answers)
+def needed(conditions: Sequence[Condition]) -> list[Trained]:
+    """What has to be trained for these rows, each once, in order."""
+    return list(dict.fromkeys(trained for condition in conditions for trained in condition.needs))
 
 
-def _shuffled(sample: EncodedSample, rng: np.random.Generator) -> EncodedSample:
-    order = rng.permutation(len(sample.rows))
-    return replace(sample, rows=sample.rows[order], answers=sample.answers[order])
+def _control(name: str, body: str, control: str) -> Condition:
+    base = condition_of(body)
+    if control not in (WRONG_USER, SHUFFLED) or base.history != "own" or base.persona != "own":
+        raise BadConfig(
+            f"A control is written ROW@wrong-user or ROW@shuffled, with a row that uses the user's own history; "
+            f"found {name!r}."
+        )
+    if body == "plug":
+        return CONDITIONS[control]
+    guards = _GAIN.format(body) if control == WRONG_USER else f"whether the order of the items matters to {body}"
+    return replace(base, name=name, guards=guards, history=control)  # type: ignore[arg-type]
 
 
-def _generators(seed: int, count: int) -> list[np.random.Generator]:
-    return [np.random.default_rng([seed, 5, index]) for index in range(count)]
+def _retrieval(name: str, text: str) -> Retrieval:
+    method, colon, count = text.partition(":")
+    if method not in RETRIEVERS or not colon or not count.isascii() or not count.isdecimal() or int(count) < 1:
+        known = [*CONDITIONS, *(f"{retriever}:4" for retriever in RETRIEVERS), "instruction+bm25:4", "plug+bm25:1"]
+        raise BadConfig(f"There is no row {name!r}; {nearest(name, [*known, 'profile+bm25:4'])}")
+    return Retrieval(method, int(count))
+
+
+def _with_retrieval(name: str, base: str, retrieval: Retrieval, *, joined: bool) -> Condition:
+    if not joined:
+        return Condition(name, "what the texts themselves do in the prompt", None, "own", retrieval=retrieval)
+    if base == "profile":
+        return replace(CONDITIONS["profile"], name=name, retrieval=retrieval)
+    if base == "instruction":
+        guards = "what the texts do once retrieval has seen the same training data as the plug"
+        return Condition(name, guards, Trained(name, "instruction", retrieval), "own", retrieval=retrieval)
+    if base == "plug":
+        guards = "whether persona and texts complete each other, trained together"
+        return Condition(name, guards, Trained(name, "plug", retrieval), "own", retrieval=retrieval)
+    raise BadConfig(f"Retrieval goes with instruction, plug or profile (plug+bm25:1); found {name!r}.")

@@ -80,6 +80,9 @@ class PlugConfig:
     )
     projector_width: int = _option(0, "hidden width of the two-layer projector (eq. 4); 0 = the model's own", low=0)
     max_history: int = _option(512, "items used of a history, the latest ones; cuts are counted", low=1, high=512)
+    selected_items: int = _option(
+        0, "give the plug only so many items, the most similar to the query (the paper's Table 4); 0 = all", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,38 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class RetrievalConfig:
+    """The rows that put texts of a history into the prompt: retrieved items, a written profile."""
+
+    history_tokens: int = _option(
+        0, "most tokens of a prompt for texts of the history; 0 = all that max_prompt_tokens leaves", low=0
+    )
+    profile_tokens: int = _option(64, "longest profile that the model writes of a user", low=4)
+    retriever_candidates: int = _option(
+        8, "items per query whose use to the model teaches the learned retriever (ROPG-KD)", low=2
+    )
+    retriever_samples: int = _option(0, "training samples that teach the learned retriever; 0 = all", low=0)
+    retriever_temperature: float = _option(
+        0.1, "divides the learned retriever's cosines before they are compared with the model's likelihoods", above=0
+    )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The per-user fine-tuning row: a LoRA for the task, then one per user (OPPU)."""
+
+    lora_rank: int = _option(8, "rank of the matrices", low=1, high=256)
+    lora_alpha: float = _option(16.0, "what the update is scaled by, over the rank", above=0)
+    lora_targets: str = _option(
+        "q_proj,v_proj", "names of the layers that get one, comma-separated; auto = PEFT's choice for the model"
+    )
+    lora_learning_rate: float = _option(1e-3, "of the task's LoRA and of each user's (AdamW)", above=0, high=1)
+    user_epochs: int = _option(1, "passes over a user's own items", low=1)
+    user_items: int = _option(64, "items a user's LoRA is trained on, the latest ones", low=1)
+    user_batch_size: int = _option(4, "items in a step of a user's training", low=1)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How answers are obtained and compared."""
 
@@ -150,6 +185,9 @@ class EvaluationConfig:
         "score of an answer that is no number: lamp = the farthest end, pplug = first digit, else 1",
         choices=("lamp", "pplug"),
     )
+    shown_items: int = _option(
+        -1, "show only so many of each history's latest items at test time (a cold-start curve); -1 = all", low=-1
+    )
     limit: int = _option(0, "score this many samples, drawn by `draw_seed`; 0 = all", low=0)
     draw_seed: int = _option(0, "draws the wrong users, the shuffles, the limit and the bootstrap", low=0)
     resamples: int = _option(10_000, "of the bootstrap by user", low=100)
@@ -162,6 +200,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     plug: PlugConfig = field(default_factory=PlugConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
@@ -169,6 +209,8 @@ SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,
     "plug": PlugConfig,
     "training": TrainingConfig,
+    "retrieval": RetrievalConfig,
+    "adapter": AdapterConfig,
     "evaluation": EvaluationConfig,
 }
 
@@ -186,7 +228,7 @@ def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = ()
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values.update(_flatten(_read_yaml(Path(path))))
+        values.update(flatten(read_yaml(Path(path))))
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
@@ -306,7 +348,13 @@ def _check_range(value: Any, option: Field[Any], *, key: str) -> None:
         raise BadConfig(f"{key} must lie in{_range_text(option)}; found {value}.")
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        MissingData: if it is not there.
+        BadConfig: if it is not valid YAML.
+    """
     if not path.is_file():
         raise MissingData(f"The config file {path} does not exist.")
     try:
@@ -322,7 +370,12 @@ def _parse_yaml(text: str, *, source: str) -> Any:
         raise BadConfig(f"{source} is not valid YAML: {str(error).splitlines()[0]}.") from None
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
+    """Sections of settings (`training: {epochs: 3}`) or bare ones as a flat mapping that `with_values` takes.
+
+    Raises:
+        BadConfig: if it is no mapping.
+    """
     if tree in (None, ""):
         return {}
     if not isinstance(tree, dict):

@@ -17,11 +17,13 @@ from personaplug.config import Config
 from personaplug.data.base import Reader
 from personaplug.errors import MissingData
 from personaplug.memory import peak_memory
+from personaplug.objectives import PlugObjective
 from personaplug.plug import PersonaPlug
+from personaplug.recipes import build_plug
 from personaplug.records import Sample
 from personaplug.run import Models, Run
 from personaplug.samples import EncodedSample, encode_samples
-from personaplug.training import build_plug, fit
+from personaplug.training import fit
 from personaplug.vectors import VectorTable, content_key
 
 _INDEX_BYTES = 40  # of a row in the table's index, measured
@@ -85,7 +87,7 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
     """
     with tempfile.TemporaryDirectory() as place:
         run = Run(Path(place), config, reader.task, Path(place) / "vectors")
-        plug = build_plug(run, models, name="plug", seed=0)
+        plug = build_plug(run, models, seed=0)
         found = _count(reader, config)
         if not found.several_users:
             raise MissingData("An estimate times real steps and needs samples of two users or more in the split.")
@@ -200,9 +202,7 @@ def _fit(
     )
     stamps: list[float] = []
     fit(
-        plug,
-        models.backend,
-        table=table,
+        PlugObjective(plug, models.backend, table=table),
         samples=_of_their_own(_encoded(run, samples, table), count=steps * batch_size + 1),
         config=settings,
         seed=0,

@@ -1,14 +1,7 @@
-"""Evaluation: conditions × seeds on the same samples → answers → scores per sample → intervals and paired comparisons.
+"""Evaluation: conditions × seeds on the same samples → answers → scores per sample → a results object.
 
-Answers of a finished (condition, seed) are kept in the run and not made again by a repeated command.
-
-A results object holds: task, split, model, encoder, placement, seeds, versions, machine, config, training, users, data,
-dtype, notes, and
-
-    rows   per condition: n, metrics, intervals, invalid_rate, truncated_rate (cut prompts), unfinished_rate (cut
-           answers), lost_history_rate, prompt_tokens_mean, seconds, peak_memory_bytes, decoding, and over several
-           seeds seed_spread and per_seed
-    pairs  a, b, metric, difference (a's advantage whatever the metric's direction), low, high, p
+Answers of a finished (condition, seed) are kept in the run and not made again by a repeated command. What the object
+holds is described in `results.py`.
 """
 
 from __future__ import annotations
@@ -16,28 +9,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import combinations
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from personaplug.answers import Answers, answer, keep, kept
-from personaplug.backends.base import GenerationConfig
-from personaplug.conditions import Condition, with_history
+from personaplug.backends.base import GenerationConfig, Measure
+from personaplug.cells import Cell, Scored, numbered
+from personaplug.conditions import Condition
 from personaplug.config import EvaluationConfig
+from personaplug.costs import Cost, CostMeter
 from personaplug.data.base import Reader, ReadReport, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.files import write_json
-from personaplug.metrics import get_metric, is_invalid
-from personaplug.personalizer import Personalizer
-from personaplug.run import Models, Run, machine, versions
+from personaplug.history_prompt import Written
+from personaplug.impostors import MeanPersona, RandomVectors
+from personaplug.lending import Lent, items_lent, lend, rows_lent
+from personaplug.metrics import Array, get_metric, is_invalid
+from personaplug.per_user import PerUser
+from personaplug.personalizer import Personalizer, SoftPrompter
+from personaplug.prompting import PromptMaker
+from personaplug.records import Sample
+from personaplug.results import Settings, results_object
+from personaplug.run import Models, Run, drawn, machine, versions
 from personaplug.samples import EncodedSample, samples_fingerprint
-from personaplug.stats import bootstrap_interval, paired_bootstrap
 
 PLACEMENT = "prefix"
 ORACLE = "all-knowing"
+_TIMED_SAMPLES = 8
 
 
 def evaluate(
@@ -53,20 +55,50 @@ def evaluate(
     """Fill a results table.
 
     Args:
-        run: with the trained plugs.
+        run: with what the conditions need trained.
         reader: the split to score.
         oracle: predictions of an all-knowing predictor in LaMP's output format, for simulated users.
     Returns:
-        The results object; see the module's docstring.
+        The results object; see `results.py`.
     Raises:
-        MissingData: if a plug that a condition needs is not trained, or a sample has no answer to compare with.
+        MissingData: if something that a condition needs is not trained, or a sample has no answer to compare with.
         BadConfig: if labels are to be scored in a task without labels.
     """
-    return _Evaluation(run, reader, split=split, config=config, models=models).table(conditions, oracle=oracle)
+    evaluation = Evaluation(run, reader, split=split, config=config, models=models)
+    cells = [
+        evaluation.cell(condition, seed=seed) for condition in conditions for seed in evaluation.seeds_of(condition)
+    ]
+    if oracle is not None:
+        cells.append(evaluation.oracle(oracle))
+    return results_object(evaluation.scored, cells, settings=evaluation.settings)
 
 
-class _Evaluation:
-    """The parts of one evaluation, held together."""
+@dataclass(frozen=True)
+class _Shown:
+    """The samples as a row shows them to the models.
+
+    Attributes:
+        samples: with the histories lent to them, and the prompts that the row asks.
+        lent: where the histories come from.
+        written: what became of the items meant for the prompts; None where none are.
+        measures: the prompts' sizes.
+        cost: of what was written of the users, if anything.
+    """
+
+    samples: list[EncodedSample]
+    lent: list[Lent]
+    written: list[Written] | None
+    measures: list[Measure]
+    cost: Cost | None = None
+
+
+class Evaluation:
+    """One split of a run, ready to be asked row by row.
+
+    Attributes:
+        scored: what the rows are about.
+        settings: how they become results.
+    """
 
     def __init__(self, run: Run, reader: Reader, *, split: str, config: EvaluationConfig, models: Models) -> None:
         self.run, self.reader, self.split, self.config, self.models = run, reader, split, config, models
@@ -75,143 +107,210 @@ class _Evaluation:
         self.generation = GenerationConfig(
             max_new_tokens=config.max_new_tokens or self.task.max_new_tokens, num_beams=config.num_beams
         )
-        self.table_of_vectors = run.open_vectors(models.encoder)
-        self.samples = run.read_samples(reader, self.table_of_vectors, limit=config.limit, seed=config.draw_seed)
+        self.table = run.open_vectors(models.encoder)
+        some = list(islice(reader, _TIMED_SAMPLES))  # before the whole is read, so that the reader's report is whole
+        self.samples = run.read_samples(reader, self.table, limit=config.limit, seed=config.draw_seed)
         self.golds = _golds(self.samples)
         self.owners = [sample.owner for sample in self.samples]
         self.metrics = [
             get_metric(name, labels=self.task.labels, fallback=config.rating_fallback) for name in self.task.metrics
         ]
-        self.measures = models.backend.measure([sample.prompt for sample in self.samples])
+        self.settings = Settings(self.metrics, resamples=config.resamples, seed=config.draw_seed)
+        self.bare = models.backend.measure([sample.prompt for sample in self.samples])
         self.folder = run.folder / "evaluations" / split
+        self.prompts = PromptMaker(run, models, table=self.table)
+        self.scored = Scored(numbered(self.owners), [len(sample.rows) for sample in self.samples], self._about())
+        self.costs = CostMeter(self.scored.history_items, some, encoder=models.encoder)
+        self._texts: list[Sample] | None = None
 
-    def table(self, conditions: Sequence[Condition], *, oracle: Path | None) -> dict[str, Any]:
-        scored = {condition.name: self._scored(condition) for condition in conditions}
-        rows = [self._row(condition, *scored[condition.name]) for condition in conditions]
-        statistics = {name: stats for name, (_, stats, _) in scored.items()}
-        if oracle is not None:
-            row, statistics[ORACLE] = self._oracle_row(oracle)
-            rows.append(row)
-        return self._about() | {"rows": rows, "pairs": self._pairs(statistics)}
+    def seeds_of(self, condition: Condition) -> tuple[int, ...]:
+        """The seeds with which a condition is answered; one where nothing depends on them."""
+        seeds = self.run.config.training.seeds
+        return seeds if condition.seeded else seeds[:1]
 
-    def _scored(self, condition: Condition) -> tuple[list[Answers], dict[str, np.ndarray], list[dict[str, float]]]:
-        """Answers per seed, statistics averaged over seeds, and each seed's own metrics."""
-        seeds = self.run.config.training.seeds if condition.plug else (self.run.config.training.seeds[0],)
-        answers = [self._answers(condition, seed=seed) for seed in seeds]
-        each = [{metric.name: metric.statistics(a.texts, self.golds) for metric in self.metrics} for a in answers]
-        means = {metric.name: np.mean([stats[metric.name] for stats in each], axis=0) for metric in self.metrics}
-        alone = [
-            {metric.name: float(metric.value(stats[metric.name].mean(axis=0))) for metric in self.metrics}
-            for stats in each
-        ]
-        for seed, made, stats in zip(seeds, answers, each, strict=True):
-            self._keep_scores(condition, made, stats, seed=seed)
-        return answers, means, alone
+    def cell(self, condition: Condition, *, seed: int) -> Cell:
+        """Answer and score one condition with one seed.
 
-    def _answers(self, condition: Condition, *, seed: int) -> Answers:
-        shown = with_history(condition, self.samples, seed=self.config.draw_seed + seed)
-        path = self.folder / f"{condition.name}.seed-{seed}.answers.json"
-        depends_on = self._depends_on(condition, shown, seed=seed)
-        made = kept(path, depends_on=depends_on)
-        if made is None:
-            made = answer(
-                self.models.backend,
-                shown,
-                personalizer=self._personalizer(condition, seed=seed),
-                task=self.task,
-                decoding=self.decoding,
-                generation=self.generation,
-                batch_size=self.config.evaluation_batch_size,
-                title=f"{condition.name} (seed {seed})" if condition.plug else condition.name,
-            )
-            keep(made, path, depends_on=depends_on)
-        golds = [{"id": sample.id, "output": text} for sample, text in zip(self.samples, made.texts, strict=True)]
-        write_json(self.folder / f"{condition.name}.seed-{seed}.json", {"task": self.task.name, "golds": golds})
-        return made
+        Raises:
+            MissingData: if something that it needs is not trained.
+        """
+        for trained in condition.needs:
+            self.run.check_trained(trained.name, seed=seed)
+        shown = self._shown(condition, seed=seed)
+        matrices = self._matrices(condition, seed=seed)
+        made = self._answers(condition, shown, matrices, seed=seed)
+        stats = {metric.name: metric.statistics(made.texts, self.golds) for metric in self.metrics}
+        self._keep_scores(condition, stats, seed=seed)
+        tokens = float(np.mean([m.tokens for m in shown.measures])) + self._soft_tokens(condition)
+        cost = self.costs.of(condition, own=matrices.cost() if condition.per_user and matrices else shown.cost)
+        return Cell(
+            condition.name,
+            seed,
+            stats,
+            invalid_rate=self._invalid_rate(made.texts),
+            truncated_rate=float(np.mean([measure.truncated for measure in shown.measures])),
+            unfinished_rate=float(np.mean(made.unfinished)),
+            lost_history_rate=self._lost_rate(condition, shown),
+            cut_items_rate=_cut_rate(shown.written),
+            prompt_tokens_mean=tokens,
+            extra_prompt_tokens=tokens - float(np.mean([measure.tokens for measure in self.bare])),
+            seconds=round(made.seconds, 2),
+            peak_memory_bytes=made.peak_memory_bytes,
+            decoding="scored" if self.decoding == "score" else "generated",
+            bytes_per_user=cost.bytes,
+            seconds_per_user=cost.seconds,
+        )
 
-    def _personalizer(self, condition: Condition, *, seed: int) -> Personalizer | None:
-        if condition.plug is None:
-            return None
-        plug = self.run.load_plug(condition.plug, seed=seed, models=self.models)
-        return Personalizer(plug, table=self.table_of_vectors)
+    def oracle(self, path: Path) -> Cell:
+        """What an all-knowing predictor of simulated users scores.
 
-    def _depends_on(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> list[Any]:
-        """Everything that this condition's answers come from."""
-        backend = self.models.backend
-        parts = [
-            samples_fingerprint(shown, self.table_of_vectors),
-            self.decoding,
-            list(self.task.labels),
-            asdict(self.generation),
-            backend.identity.fingerprint,
-            backend.dtype,
-            self.run.config.model.max_prompt_tokens,
-        ]
-        if condition.plug is not None and self.run.trained(condition.plug, seed=seed):
-            weights = self.run.plug_folder(condition.plug, seed=seed) / "plug.safetensors"
-            parts.append(hashlib.sha256(weights.read_bytes()).hexdigest())
-        return parts
-
-    def _row(
-        self,
-        condition: Condition,
-        answers: list[Answers],
-        means: dict[str, np.ndarray],
-        alone: list[dict[str, float]],
-    ) -> dict[str, Any]:
-        row = self._scores(condition.name, means) | {
-            "invalid_rate": self._invalid_rate([made.texts for made in answers]),
-            "truncated_rate": float(np.mean([measure.truncated for measure in self.measures])),
-            "unfinished_rate": float(np.mean([made.unfinished for made in answers])),
-            "lost_history_rate": self._lost_rate(condition),
-            "prompt_tokens_mean": float(np.mean([m.tokens for m in self.measures])) + self._soft_tokens(condition),
-            "seconds": round(float(np.mean([made.seconds for made in answers])), 2),
-            "peak_memory_bytes": max(made.peak_memory_bytes for made in answers),
-            "decoding": "scored" if self.decoding == "score" else "generated",
-        }
-        if len(alone) > 1:
-            row["per_seed"] = alone
-            row["seed_spread"] = {name: float(np.std([one[name] for one in alone], ddof=1)) for name in alone[0]}
-        return row
-
-    def _scores(self, name: str, means: dict[str, np.ndarray]) -> dict[str, Any]:
-        values, intervals = {}, {}
-        for metric in self.metrics:
-            interval = bootstrap_interval(
-                means[metric.name], self.owners, metric, resamples=self.config.resamples, seed=self.config.draw_seed
-            )
-            values[metric.name] = interval.value
-            intervals[metric.name] = [interval.low, interval.high]
-        return {"condition": name, "n": len(self.samples), "metrics": values, "intervals": intervals}
-
-    def _oracle_row(self, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        Raises:
+            MissingData: if it lacks some of the samples.
+        """
         told = {gold["id"]: gold["output"] for gold in json.loads(path.read_text(encoding="utf-8"))["golds"]}
         missing = sum(sample.id not in told for sample in self.samples)
         if missing:
             raise MissingData(f"{path} knows nothing of {missing} of {len(self.samples)} samples; is it of this split?")
         texts = [told[sample.id] for sample in self.samples]
         stats = {metric.name: metric.statistics(texts, self.golds) for metric in self.metrics}
-        unused = dict.fromkeys(
-            ("truncated_rate", "lost_history_rate", "prompt_tokens_mean", "seconds", "peak_memory_bytes")
-        )
-        told_of = {"invalid_rate": self._invalid_rate([texts]), **unused, "decoding": "known"}
-        return self._scores(ORACLE, stats) | told_of, stats
+        seed = self.run.config.training.seeds[0]
+        return Cell(ORACLE, seed, stats, invalid_rate=self._invalid_rate(texts), decoding="known")
 
-    def _pairs(self, statistics: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """Every later row against every earlier one, metric by metric."""
-        pairs = []
-        for b, a in combinations(statistics, 2):
-            for metric in self.metrics:
-                found = paired_bootstrap(
-                    statistics[a][metric.name],
-                    statistics[b][metric.name],
-                    self.owners,
-                    metric,
-                    resamples=self.config.resamples,
-                    seed=self.config.draw_seed,
-                )
-                pairs.append({"a": a, "b": b, "metric": metric.name, **asdict(found)})
-        return pairs
+    # ---- what a row shows
+
+    def _shown(self, condition: Condition, *, seed: int) -> _Shown:
+        lent = self._lend(condition, [len(sample.rows) for sample in self.samples], seed=seed)
+        samples = rows_lent(self.samples, lent)
+        if not condition.in_words:
+            return _Shown(samples, lent, None, self.bare)
+        texts = self._with_texts()
+        items = items_lent(texts, self._lend(condition, [len(text.history) for text in texts], seed=seed))
+        profiles = self.prompts.profiles.of(items) if condition.profile else None
+        written = [
+            self.prompts.written(
+                text,
+                history,
+                retrieval=condition.retrieval,
+                profile=None if profiles is None else profiles[place].text,
+                seed=seed,
+            )
+            for place, (text, history) in enumerate(zip(texts, items, strict=True))
+        ]
+        samples = [
+            replace(sample, prompt=one.prompt, soft_at=one.soft_at)
+            for sample, one in zip(samples, written, strict=True)
+        ]
+        measures = self.models.backend.measure([sample.prompt for sample in samples])
+        cost = profiles and Cost(
+            float(np.mean([len(profile.text.encode()) for profile in profiles])),
+            float(np.mean([profile.seconds for profile in profiles])),
+        )
+        return _Shown(samples, lent, written, measures, cost or None)
+
+    def _lend(self, condition: Condition, sizes: Sequence[int], *, seed: int) -> list[Lent]:
+        draw = self.config.draw_seed + seed
+        return lend(condition.history, self.owners, sizes, seed=draw, latest=self.config.shown_items)
+
+    def _with_texts(self) -> list[Sample]:
+        """The samples with their histories' texts, which are only held where a row needs them."""
+        if self._texts is None:
+            self._texts = list(drawn(self.reader, limit=self.config.limit, seed=self.config.draw_seed))
+        return self._texts
+
+    # ---- who answers
+
+    def _answers(self, condition: Condition, shown: _Shown, matrices: PerUser | None, *, seed: int) -> Answers:
+        path = self.folder / f"{_file_name(condition, seed)}.answers.json"
+        depends_on = self._depends_on(condition, shown.samples, seed=seed)
+        made = kept(path, depends_on=depends_on)
+        if made is None:
+            made = self._answered(condition, shown, matrices, seed=seed)
+            keep(made, path, depends_on=depends_on)
+        golds = [{"id": sample.id, "output": text} for sample, text in zip(self.samples, made.texts, strict=True)]
+        write_json(self.folder / f"{_file_name(condition, seed)}.json", {"task": self.task.name, "golds": golds})
+        return made
+
+    def _answered(self, condition: Condition, shown: _Shown, matrices: PerUser | None, *, seed: int) -> Answers:
+        def ask(samples: Sequence[EncodedSample], title: str) -> Answers:
+            return answer(
+                self.models.backend,
+                samples,
+                prompter=self._prompter(condition, shown.samples, seed=seed),
+                task=self.task,
+                decoding=self.decoding,
+                generation=self.generation,
+                batch_size=self.config.evaluation_batch_size,
+                title=title,
+            )
+
+        title = f"{condition.name} (seed {seed})" if condition.seeded else condition.name
+        if matrices is None:
+            return ask(shown.samples, title)
+        lenders = [one.lender for one in shown.lent]
+        return matrices.answers(shown.samples, lenders, ask=ask, per_user=condition.per_user, title=title)
+
+    def _prompter(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> SoftPrompter | None:
+        trained = condition.trained
+        if trained is None or trained.kind == "lora":
+            return None
+        plug = self.run.load_plug(trained.name, seed=seed, models=self.models)
+        if condition.persona == "random-vectors":
+            return Personalizer(plug, table=RandomVectors(self.table.width, seed=seed))
+        personalizer = Personalizer(plug, table=self.table)
+        return MeanPersona(personalizer, shown) if condition.persona == "mean" else personalizer
+
+    def _matrices(self, condition: Condition, *, seed: int) -> PerUser | None:
+        if condition.trained is None or condition.trained.kind != "lora":
+            return None
+        texts = self._with_texts() if condition.per_user else []
+        return PerUser(self.run, self.models, texts=texts, latest=self.config.shown_items, seed=seed)
+
+    def _depends_on(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> list[Any]:
+        """Everything that this condition's answers come from."""
+        backend = self.models.backend
+        parts = [
+            samples_fingerprint(shown, self.table),
+            self.decoding,
+            list(self.task.labels),
+            asdict(self.generation),
+            backend.identity.fingerprint,
+            backend.dtype,
+            self.run.config.model.max_prompt_tokens,
+            condition.persona,
+        ]
+        for trained in condition.needs:
+            for weights in sorted(self.run.plug_folder(trained.name, seed=seed).glob("*.safetensors")):
+                parts.append(hashlib.sha256(weights.read_bytes()).hexdigest())
+        return parts + ([asdict(self.run.config.adapter), seed] if condition.per_user else [])
+
+    # ---- what the row was
+
+    def _lost_rate(self, condition: Condition, shown: _Shown) -> float:
+        """Share of the samples with a history whose row should have used it and got none of it."""
+        if condition.history == "none":
+            return 0.0
+        got = [len(sample.rows) for sample in shown.samples]
+        if shown.written is not None:
+            got = [one.written for one in shown.written]
+        had = [items for items, sample in zip(got, self.samples, strict=True) if len(sample.rows)]
+        return float(np.mean([items == 0 for items in had])) if had else 0.0
+
+    def _soft_tokens(self, condition: Condition) -> int:
+        plug = self.run.config.plug
+        soft = condition.trained is not None and condition.trained.kind != "lora"
+        return plug.instruction_tokens + plug.persona_tokens if soft else 0
+
+    def _invalid_rate(self, texts: Sequence[str]) -> float:
+        return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels) for text in texts]))
+
+    def _keep_scores(self, condition: Condition, stats: dict[str, Array], *, seed: int) -> None:
+        simple = [metric for metric in self.metrics if stats[metric.name].shape[1] == 1]
+        lines = [
+            {"id": sample.id, "user_id": sample.user_id, "history_items": len(sample.rows)}
+            | {metric.name: float(metric.value(stats[metric.name][i])) for metric in simple}
+            for i, sample in enumerate(self.samples)
+        ]
+        write_json(self.folder / f"{_file_name(condition, seed)}.scores.json", lines)
 
     def _about(self) -> dict[str, Any]:
         run, report = self.run, self.reader.report
@@ -228,7 +327,7 @@ class _Evaluation:
             "training": _training_facts(run),
             "users": len(set(self.owners)),
             "data": {
-                "fingerprint": samples_fingerprint(self.samples, self.table_of_vectors),
+                "fingerprint": samples_fingerprint(self.samples, self.table),
                 "skipped_records": report.skipped,
                 "cut_history_items": report.cut_items,
                 "texts_cut_by_encoder": self.models.encoder.truncated,
@@ -252,32 +351,6 @@ class _Evaluation:
             notes.append("Fewer than three training seeds: the spread between trainings is not covered.")
         return notes
 
-    def _invalid_rate(self, answered: Sequence[Sequence[str]]) -> float:
-        texts = [text for one in answered for text in one]
-        return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels) for text in texts]))
-
-    def _lost_rate(self, condition: Condition) -> float:
-        """Share of the samples with a history whose row should have used it and got none of it."""
-        if condition.history == "none":
-            return 0.0
-        seed = self.config.draw_seed + self.run.config.training.seeds[0]
-        shown = with_history(condition, self.samples, seed=seed)
-        had = [(len(before.rows), len(after.rows)) for before, after in zip(self.samples, shown, strict=True)]
-        return float(np.mean([float(after == 0) for before, after in had if before] or [0.0]))
-
-    def _soft_tokens(self, condition: Condition) -> int:
-        plug = self.run.config.plug
-        return plug.instruction_tokens + plug.persona_tokens if condition.plug else 0
-
-    def _keep_scores(self, condition: Condition, made: Answers, stats: dict[str, np.ndarray], *, seed: int) -> None:
-        simple = [metric for metric in self.metrics if stats[metric.name].shape[1] == 1]
-        lines = [
-            {"id": sample.id, "user_id": sample.user_id, "history_items": len(sample.rows)}
-            | {metric.name: float(metric.value(stats[metric.name][i])) for metric in simple}
-            for i, sample in enumerate(self.samples)
-        ]
-        write_json(self.folder / f"{condition.name}.seed-{seed}.scores.json", lines)
-
 
 def _training_facts(run: Run) -> list[dict[str, Any]]:
     """What each training of the run was, for those that have ended."""
@@ -291,6 +364,18 @@ def _training_facts(run: Run) -> list[dict[str, Any]]:
             }
         )
     return facts
+
+
+def _file_name(condition: Condition, seed: int) -> str:
+    return f"{condition.name.replace(':', '-')}.seed-{seed}"
+
+
+def _cut_rate(written: Sequence[Written] | None) -> float | None:
+    """Share of the items meant for prompts that were shortened or left out."""
+    if written is None:
+        return None
+    offered = sum(one.offered for one in written)
+    return sum(one.shortened + one.offered - one.written for one in written) / offered if offered else 0.0
 
 
 def _decoding(task: Task, config: EvaluationConfig) -> str:

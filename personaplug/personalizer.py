@@ -6,6 +6,7 @@ It knows histories, vectors and a plug, and no language model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,29 @@ from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import HistoryItem
 from personaplug.samples import EncodedSample, answer_places
 from personaplug.soft_prompt import SoftPrompt
-from personaplug.vectors import VectorTable
+from personaplug.vectors import Halves, Rows
+
+
+class Vectors(Protocol):
+    """What item vectors are taken from.
+
+    Attributes:
+        width: values in a vector (E).
+    """
+
+    width: int
+
+    def gather(self, rows: Rows) -> Halves:
+        """Return the vectors of some rows, (n, E)."""
+        ...
+
+
+class SoftPrompter(Protocol):
+    """Whatever makes soft tokens for samples."""
+
+    def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
+        """Soft tokens, (B, S, D)."""
+        ...
 
 
 class Personalizer:
@@ -27,7 +50,7 @@ class Personalizer:
         table: where the vectors of encoded samples are.
     """
 
-    def __init__(self, plug: PersonaPlug, *, table: VectorTable | None = None) -> None:
+    def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None) -> None:
         self.plug, self.table = plug, table
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from personaplug.conditions import CONDITIONS
+from personaplug.conditions import DEFAULT, condition_of
 from personaplug.config import Config, load_config, to_yaml
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
@@ -20,10 +20,10 @@ from personaplug.evaluation import evaluate
 from personaplug.files import write_json
 from personaplug.generation import reply
 from personaplug.personalizer import Personalizer
+from personaplug.recipes import train
 from personaplug.records import Sample
 from personaplug.report import results_table
 from personaplug.run import Models, Run, open_models
-from personaplug.training import train
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def run_quickstart(
         run,
         reader,
         split="dev",
-        conditions=list(CONDITIONS.values()),
+        conditions=[condition_of(name) for name in DEFAULT],
         config=config.evaluation,
         models=models,
         oracle=data / "dev_oracle.json",

@@ -58,6 +58,8 @@ class Sample:
         query: the part of it that the encoder and a retriever read.
         target: the right answer, or None where it is hidden.
         history: oldest first where dates are known, else in the file's order.
+        soft_at: how many characters of the prompt stand before the soft tokens; 0 but where retrieved texts are put
+            in front of them.
     """
 
     id: str
@@ -66,6 +68,7 @@ class Sample:
     query: str
     target: str | None
     history: tuple[HistoryItem, ...] = ()
+    soft_at: int = 0
 
     @property
     def owner(self) -> str:

@@ -5,7 +5,9 @@ RUN/run.json                  task, versions
 RUN/data.json                 fingerprint of what it is trained on
 RUN/vectors/                  item vectors (unless they are kept elsewhere)
 RUN/plug/seed-0/              a trained plug; beside it log.jsonl and, while unfinished, the states to go on from
-RUN/instruction-only/seed-0/  its control
+RUN/instruction-only/seed-0/  its control; what other rows of a table need lies beside them in the same way
+RUN/profiles.jsonl            profiles that the model wrote, if a row needs them
+RUN/users/                    matrices of single users, if a row needs them
 RUN/evaluations/dev/          predictions in LaMP's format, scores per sample
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,10 +35,11 @@ from personaplug.files import write_json, write_text
 from personaplug.plug import PersonaPlug
 from personaplug.progress import Progress
 from personaplug.records import Sample
-from personaplug.samples import EncodedSample, encode_samples, samples_fingerprint
+from personaplug.samples import EncodedSample, encode_samples, samples_fingerprint, with_nearest
 from personaplug.vectors import VectorTable
 
-TRAINED = ("instruction-only", "plug")
+FIXED = ("model", "plug", "training", "retrieval", "adapter")
+"""The sections of a config that trained parts depend on."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,26 @@ class Run:
         return cls(folder, load_config(folder / "config.yaml"), task, vectors)
 
     def plug_folder(self, name: str, *, seed: int) -> Path:
-        """Where the plug (or the control) of a seed is."""
-        return self.folder / name / f"seed-{seed}"
+        """Where what was trained under a name (a plug, its control, matrices, a retriever) is, for one seed."""
+        return self.folder / name.replace(":", "-") / f"seed-{seed}"
 
     def trained(self, name: str, *, seed: int) -> bool:
-        """Whether the training of this plug has ended."""
-        return (self.plug_folder(name, seed=seed) / "plug.json").exists()
+        """Whether the training of that name has ended."""
+        return (self.plug_folder(name, seed=seed) / "fit.json").exists()
+
+    def check_trained(self, name: str, *, seed: int) -> Path:
+        """The folder of a training that has ended.
+
+        Raises:
+            MissingData: if it has not.
+        """
+        folder = self.plug_folder(name, seed=seed)
+        if not self.trained(name, seed=seed):
+            raise MissingData(
+                f"{folder} holds no finished training. Run the `personaplug train` of this run again with "
+                f"--conditions {name}."
+            )
+        return folder
 
     def load_plug(self, name: str, *, seed: int, models: Models) -> PersonaPlug:
         """Load a trained plug.
@@ -125,12 +142,7 @@ class Run:
         Raises:
             MissingData: if its training has not ended.
         """
-        folder = self.plug_folder(name, seed=seed)
-        if not self.trained(name, seed=seed):
-            raise MissingData(
-                f"{folder} holds no finished plug. Run the `personaplug train` of this run again to finish it"
-                f"{' (with training.controls=true)' if name == 'instruction-only' else ''}."
-            )
+        folder = self.check_trained(name, seed=seed)
         plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.backend.identity)
         return plug.to(models.backend.device)
 
@@ -138,21 +150,28 @@ class Run:
         """The run's table of item vectors."""
         return VectorTable.open(self.vectors, encoder)
 
-    def read_samples(self, reader: Reader, table: VectorTable, *, limit: int = 0, seed: int = 0) -> list[EncodedSample]:
+    def read_samples(
+        self,
+        reader: Reader,
+        table: VectorTable,
+        *,
+        limit: int = 0,
+        seed: int = 0,
+        rewrite: Callable[[Sample], Sample] = lambda sample: sample,
+    ) -> list[EncodedSample]:
         """Read a split into samples whose items are rows of the table; texts of histories do not stay in memory.
 
         Args:
             limit: take this many samples, drawn by `seed`; 0 = all.
+            rewrite: gives a sample another prompt while its texts are at hand.
         """
-        samples: Iterable[Sample] = reader
-        if limit:
-            count = sum(1 for _ in reader)
-            chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
-            samples = (sample for index, sample in enumerate(reader) if index in chosen)
+        samples = (rewrite(sample) for sample in drawn(reader, limit=limit, seed=seed))
         with_answer = self.config.plug.answers == "text"
-        return encoded(samples, table, labels=self.task.labels, with_answer=with_answer)
+        found = encoded(samples, table, labels=self.task.labels, with_answer=with_answer)
+        count = self.config.plug.selected_items
+        return with_nearest(found, table, count=count) if count else found
 
-    def check_unchanged(self, config: Config, *, sections: Sequence[str] = ("model", "plug", "training")) -> None:
+    def check_unchanged(self, config: Config, *, sections: Sequence[str] = FIXED) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
 
         Raises:
@@ -181,7 +200,7 @@ class Run:
         write_json(path, about)
 
     def _check_same(self, there: Run) -> None:
-        names = _differing(self.config, there.config, sections=("model", "plug", "training"))
+        names = _differing(self.config, there.config, sections=FIXED)
         if self.task != there.task:
             names.insert(0, "task")
         if names:
@@ -200,6 +219,16 @@ class Run:
         }
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_json(self.folder / "run.json", about)
+
+
+def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
+    """So many samples of a split, drawn by `seed`, in file order; 0 = all."""
+    if not limit:
+        yield from reader
+        return
+    count = sum(1 for _ in reader)
+    chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
+    yield from (sample for index, sample in enumerate(reader) if index in chosen)
 
 
 def encoded(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ class EncodedSample:
     """A sample whose history is rows of a table: what training and evaluation keep in memory.
 
     Attributes:
-        id, owner, user_id, prompt, query, target: as in `Sample`.
+        id, owner, user_id, prompt, query, target, soft_at: as in `Sample`.
         rows: (N,) int64 rows of the history's items, in the history's order.
         answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
     """
@@ -34,6 +34,7 @@ class EncodedSample:
     target: str | None
     rows: Rows
     answers: npt.NDArray[np.int16]
+    soft_at: int = 0
 
     def __repr__(self) -> str:
         return f"EncodedSample(id={self.id!r}, user_id={self.user_id!r}, items={len(self.rows)})"
@@ -85,6 +86,17 @@ def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places
     return np.array([places.get((item.answer or "").strip(), -1) for item in items], dtype=np.int16)
 
 
+def with_nearest(samples: Sequence[EncodedSample], table: VectorTable, *, count: int) -> list[EncodedSample]:
+    """The samples with only so many items, the nearest to their queries, in order (PPlug, Table 4 and Fig. 4)."""
+    queries = table.encoder.query_encoder().encode([sample.query for sample in samples])
+    nearest = []
+    for sample, query in zip(samples, queries, strict=True):
+        likeness = table.gather(sample.rows).astype(np.float32) @ query
+        kept = np.sort(np.argsort(-likeness, kind="stable")[:count])
+        nearest.append(replace(sample, rows=sample.rows[kept], answers=sample.answers[kept]))
+    return nearest
+
+
 def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) -> str:
     """16 hex digits from everything that answers and training depend on: texts asked and wanted, items and answers.
 
@@ -92,7 +104,7 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) ->
     """
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
-        words = json.dumps([sample.id, sample.owner, sample.prompt, sample.query, sample.target])
+        words = json.dumps([sample.id, sample.owner, sample.prompt, sample.query, sample.target, sample.soft_at])
         digest.update(words.encode("ascii"))
         digest.update(sample.answers.tobytes())
         digest.update(table.gather(sample.rows).tobytes())
@@ -109,6 +121,7 @@ def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str]) -> Enc
         target=sample.target,
         rows=rows.copy(),  # a slice would keep the whole group's rows
         answers=answer_places(sample.history, labels),
+        soft_at=sample.soft_at,
     )
 
 

@@ -4,11 +4,14 @@ Samples of one user resemble each other, so resampling samples would make interv
 are drawn with replacement instead, and a metric is computed anew from the mean statistics of each draw (a
 ratio of sums, since users have different numbers of samples).
 
-Not covered: few users (with fewer than about twenty, percentile intervals are too narrow and p too small);
-the spread between trainings, which needs several seeds; and the number of comparisons, for which no p is
-corrected.
+Beside it: McNemar's exact test of single answers, Holm's correction for several comparisons, the average in which
+every user counts once, and the spread between trainings.
 
-Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 15.
+Not covered: few users (with fewer than about twenty, percentile intervals are too narrow and p too small).
+
+Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 15; McNemar, "Note on the
+sampling error of the difference between correlated proportions", Psychometrika 1947; Holm, "A simple sequentially
+rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from personaplug.errors import BadConfig, ShapeMismatch
 from personaplug.metrics import Array, Metric, value_of
@@ -57,6 +61,21 @@ class Paired:
     difference: float
     low: float
     high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """On which samples two methods disagree, and how surprising that split is.
+
+    Attributes:
+        a_only: samples that only a answers rightly.
+        b_only: samples that only b answers rightly.
+        p: two-sided, exact; 1 without any disagreement.
+    """
+
+    a_only: int
+    b_only: int
     p: float
 
 
@@ -133,6 +152,90 @@ def paired_bootstrap(
     low, high = np.quantile(drawn, tails)
     rarer_side = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
     return Paired(difference, float(low), float(high), min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
+
+
+def mcnemar(hits_a: ArrayLike, hits_b: ArrayLike) -> McNemar:
+    """Compare two methods' right and wrong answers to the same samples by McNemar's exact test.
+
+    If the methods are equally good, each sample on which they disagree is the toss of a fair coin: p is the chance
+    of a split at least as uneven, from the binomial distribution. The test treats samples as independent. Where a
+    user has several, they are not, p is too small, and the bootstrap over users is the one to trust.
+
+    Args:
+        hits_a: 1 or 0 per sample, right or wrong; (n,) or an accuracy's statistics (n, 1).
+        hits_b: the other method's.
+    Raises:
+        ShapeMismatch: if the two differ in length.
+        BadConfig: for a hit that is neither 0 nor 1, as after averaging over seeds.
+    """
+    a, b = np.ravel(np.asarray(hits_a)), np.ravel(np.asarray(hits_b))
+    if a.shape != b.shape:
+        raise ShapeMismatch(f"McNemar's test compares the same samples; found {len(a)} and {len(b)} hits.")
+    if not np.isin(np.concatenate([a, b]), (0, 1)).all():
+        raise BadConfig(
+            "McNemar's test takes hits of 0 or 1; found values between or beside them. Test one seed's answers, or "
+            "use the paired bootstrap, which takes averages too."
+        )
+    a_only, b_only = int(np.count_nonzero(a > b)), int(np.count_nonzero(b > a))
+    return McNemar(a_only, b_only, _fair_coin_p(a_only, b_only))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's step-down rule, in the order given.
+
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none comes out below a smaller one's, none
+    above 1. Calling those below a level significant errs on *any* of them at most that often, however they depend
+    on each other. NaN, a comparison that could not be made, stays NaN and does not count.
+
+    Raises:
+        BadConfig: for a p outside [0, 1].
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    made = np.flatnonzero(~np.isnan(p))
+    if ((p[made] < 0) | (p[made] > 1)).any():
+        raise BadConfig(f"p-values lie between 0 and 1; found {p[made].min():g} to {p[made].max():g}.")
+    order = made[np.argsort(p[made], kind="stable")]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    p[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return [float(value) for value in p]
+
+
+def per_group_mean(stats: Array, groups: Sequence[str], metric: Metric) -> float:
+    """Return the metric of each group's own mean statistics, averaged over groups: each user counts once.
+
+    An accuracy becomes the mean of users' accuracies, an RMSE the mean of users' RMSEs (not the root of their mean
+    squares). NaN for a metric made of several statistics, the macro-F1: over one user's few answers most labels
+    never occur and count 0, so its average says nothing. NaN without samples too.
+
+    Raises:
+        ShapeMismatch: if statistics and groups differ in length.
+    """
+    if not len(_checked(stats, groups)) or stats.shape[1] > 1:
+        return float("nan")
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums, sizes = _group_sums(stats, groups)
+        return float(metric.value(sums / sizes[:, None]).mean())
+
+
+def seed_spread(values: Sequence[float]) -> float:
+    """Return the sample standard deviation of one metric over seeds; NaN for fewer than two."""
+    if len(values) < 2:
+        return float("nan")
+    with np.errstate(invalid="ignore"):
+        return float(np.std(values, ddof=1))
+
+
+def _fair_coin_p(heads: int, tails: int) -> float:
+    """How often a fair coin falls at least this unevenly: 2 · P(X <= the rarer side), at most 1.
+
+    Whole numbers throughout, so that thousands of tosses neither overflow nor round.
+    """
+    tosses, rarer = heads + tails, min(heads, tails)
+    ways, total = 1, 0
+    for count in range(rarer + 1):
+        total += ways
+        ways = ways * (tosses - count) // (count + 1)
+    return min(1.0, float(2 * total / 2**tosses))
 
 
 def _advantage(means_a: Array, means_b: Array, *, metric: Metric) -> Array:

@@ -1,8 +1,7 @@
-"""One loop that trains a plug in front of a frozen language model (PPlug, eq. 6), on Accelerate.
+"""One loop that trains whatever an objective holds, in front of (or inside) a frozen language model, on Accelerate.
 
-What may be trained is the plug; the language model only passes gradients on. A stopped training resumes from its last
-state to the same plug as an unbroken one: the order of samples, the sub-histories and the dropout of a step depend on
-the seed and the step alone.
+A stopped training resumes from its last state to the same weights as an unbroken one: the order of samples, the
+sub-histories and the dropout of a step depend on the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -11,28 +10,20 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from personaplug.backends.base import Backend
 from personaplug.batching import View, epoch_batches, hold_out, in_passes, seen_through
-from personaplug.checkpoint import drop_states, load_best, load_state, save_best, save_state
-from personaplug.config import PlugConfig, TrainingConfig
-from personaplug.data.base import Reader
+from personaplug.checkpoint import load_best, load_state, save_best, save_state
+from personaplug.config import TrainingConfig
 from personaplug.errors import BadConfig, TrainingDiverged
-from personaplug.files import write_json
-from personaplug.memory import peak_memory, reset_peak_memory
-from personaplug.personalizer import Personalizer
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.objectives import Objective
 from personaplug.progress import Progress
-from personaplug.run import TRAINED, Models, Run
 from personaplug.samples import EncodedSample
 from personaplug.training_log import TrainingLog
-from personaplug.vectors import VectorTable
 
 logger = logging.getLogger(__name__)
 
@@ -58,74 +49,9 @@ class FitReport:
     validation_samples: int
 
 
-def train(run: Run, reader: Reader, *, models: Models) -> list[Path]:
-    """Train the plugs of a run, and their controls; what is finished already is left as it is.
-
-    Args:
-        reader: the training split.
-    Returns:
-        The folders of the plugs.
-    Raises:
-        BadConfig, TrainingDiverged, StorageError: see `fit`.
-    """
-    config = run.config.training
-    table = run.open_vectors(models.encoder)
-    samples = run.read_samples(reader, table, limit=config.train_limit)
-    run.check_data(samples, table)
-    wanted = [(name, seed) for seed in config.seeds for name in (TRAINED if config.controls else ("plug",))]
-    return [_train_one(run, samples, models=models, table=table, name=name, seed=seed) for name, seed in wanted]
-
-
-def _train_one(
-    run: Run, samples: Sequence[EncodedSample], *, models: Models, table: VectorTable, name: str, seed: int
-) -> Path:
-    folder = run.plug_folder(name, seed=seed)
-    if run.trained(name, seed=seed):
-        logger.info("%s (seed %d) is trained already", name, seed)
-        return folder
-    reset_peak_memory()
-    plug = build_plug(run, models, name=name, seed=seed)
-    report = fit(
-        plug,
-        models.backend,
-        table=table,
-        samples=samples,
-        config=run.config.training,
-        seed=seed,
-        folder=folder,
-        title=f"{name} (seed {seed})",
-    )
-    facts = asdict(report) | {"task": run.task.name, "seed": seed}
-    write_json(
-        folder / "fit.json",
-        facts | {"peak_memory_bytes": peak_memory(), "parameters": sum(p.numel() for p in plug.parameters())},
-    )
-    plug.save_pretrained(folder, facts=facts)
-    drop_states(folder)
-    return folder
-
-
-def build_plug(run: Run, models: Models, *, name: str, seed: int) -> PersonaPlug:
-    """A fresh plug (or its control) for the run's models, its first weights drawn by `seed`."""
-    identity = models.backend.identity
-    fitting = Fitting(identity, models.backend.embedding_scale, models.encoder.identity, run.task.labels)
-    config = run.config.plug if name == "plug" else instruction_only(run.config.plug)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        plug = PersonaPlug(config, fitting=fitting, encoder=models.encoder)
-    return plug.to(models.backend.device)
-
-
-def instruction_only(config: PlugConfig) -> PlugConfig:
-    """The control plug: as many soft tokens, none of them made from a history."""
-    return replace(config, instruction_tokens=config.instruction_tokens + config.persona_tokens, persona_tokens=0)
-
-
 def fit(
-    plug: PersonaPlug,
-    backend: Backend,
+    objective: Objective,
     *,
-    table: VectorTable,
     samples: Sequence[EncodedSample],
     config: TrainingConfig,
     seed: int,
@@ -133,13 +59,13 @@ def fit(
     title: str = "train",
     on_step: Callable[[], None] | None = None,
 ) -> FitReport:
-    """Train `plug` in place and leave the best checkpoint's weights in it.
+    """Train the objective's module in place and leave the best checkpoint's weights in it.
 
     Args:
-        table: where the samples' item vectors are.
+        objective: what is trained, and on which loss.
         samples: the training split; the validation users are held out of it.
         seed: of everything drawn at random.
-        folder: states, best plug and `log.jsonl`; a state found there is gone on from.
+        folder: states, best weights and `log.jsonl`; a state found there is gone on from.
         title: what the progress says.
         on_step: called after each optimizer step.
     Raises:
@@ -147,7 +73,7 @@ def fit(
         TrainingDiverged: if a loss is NaN or infinite; the last good state stays.
         StorageError: if the disk is full; the last good state stays.
     """
-    parts = _Fit(plug, backend, table=table, samples=samples, config=config, seed=seed, folder=folder, title=title)
+    parts = _Fit(objective, samples=samples, config=config, seed=seed, folder=folder, title=title)
     # The steps seed torch's generator; the caller's own draws go on as if nothing had been trained.
     with torch.random.fork_rng(devices=[]):
         return parts.run(on_step or (lambda: None))
@@ -158,10 +84,8 @@ class _Fit:
 
     def __init__(
         self,
-        plug: PersonaPlug,
-        backend: Backend,
+        objective: Objective,
         *,
-        table: VectorTable,
         samples: Sequence[EncodedSample],
         config: TrainingConfig,
         seed: int,
@@ -169,23 +93,22 @@ class _Fit:
         title: str,
     ) -> None:
         _check_targets(samples)
-        self.backend, self.config, self.seed, self.folder, self.title = backend, config, seed, folder, title
+        self.objective, self.module = objective, objective.module
+        self.config, self.seed, self.folder, self.title = config, seed, folder, title
         self.train, self.validation = hold_out(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
         )
         both = [*self.train, *self.validation]
-        self.lengths = dict(zip((sample.id for sample in both), _lengths(both, backend=backend), strict=True))
-        self.accelerator = Accelerator(cpu=_on_cpu(backend), device_placement=False)
+        self.lengths = dict(zip((sample.id for sample in both), objective.lengths(both), strict=True))
+        self.accelerator = Accelerator(cpu=objective.device.type == "cpu", device_placement=False)
         if self.accelerator.num_processes > 1:
             raise BadConfig(
                 f"Training runs in one process; it was started in {self.accelerator.num_processes}. "
                 f"Start it without a launcher."
             )
-        self.plug = plug
-        self.optimizer = torch.optim.AdamW(parameter_groups(plug, config), weight_decay=config.weight_decay)
-        self.state = load_state(folder, plug=plug, optimizer=self.optimizer)
+        self.optimizer = torch.optim.AdamW(objective.parameter_groups(config), weight_decay=config.weight_decay)
+        self.state = load_state(folder, module=self.module, optimizer=self.optimizer)
         self.prepared = self.accelerator.prepare(self.optimizer)
-        self.personalizer = Personalizer(plug, table=table)
         self.per_epoch = len(self._batches(0))
         planned = config.epochs * self.per_epoch
         self.total = min(planned, config.max_steps) if config.max_steps else planned
@@ -213,8 +136,8 @@ class _Fit:
                 )
                 on_step()
                 self._look_after(log)
-        load_best(self.folder, self.state.best_step, plug=self.plug)
-        self.plug.eval()
+        load_best(self.folder, self.state.best_step, module=self.module)
+        self.module.eval()
         return self._report()
 
     def _step(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
@@ -223,13 +146,13 @@ class _Fit:
         torch.manual_seed((self.seed + 1) * 1_000_003 + self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._schedule(self.state.step)
-        self.plug.train()
+        self.module.train()
         self.prepared.zero_grad()
         summed, tokens = self._accumulate(batch)
         if not math.isfinite(summed):
             raise TrainingDiverged(self._diverged(f"the loss became {summed / tokens}"))
         self._scale_gradients(1 / tokens)
-        norm = float(self.accelerator.clip_grad_norm_(self.plug.parameters(), self.config.clip_norm))
+        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip_norm))
         if not math.isfinite(norm):
             raise TrainingDiverged(self._diverged(f"the gradient became {norm}"))
         self.prepared.step()
@@ -239,14 +162,14 @@ class _Fit:
         """Gradients of the summed loss, pass by pass so that activations stay within `pass_tokens`; loss and tokens."""
         summed, tokens = 0.0, 0
         for part in self._passes(batch):
-            loss, count = self._loss(part)
+            loss, count = self.objective.loss(part)
             self.accelerator.backward(loss)
             summed, tokens = summed + float(loss.detach()), tokens + int(count)
         return summed, tokens
 
     def _scale_gradients(self, factor: float) -> None:
         """From the sum over tokens to their mean, which is known only after the last pass."""
-        held = [parameter.grad for parameter in self.plug.parameters() if parameter.grad is not None]
+        held = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         torch._foreach_mul_(held, factor)
 
     def _passes(self, batch: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
@@ -259,12 +182,6 @@ class _Fit:
             f"token_learning_rate {self.config.token_learning_rate:g}) or dtype=float32."
         )
 
-    def _loss(self, samples: Sequence[EncodedSample]) -> tuple[torch.Tensor, torch.Tensor]:
-        soft = self.personalizer.soft_prompt(samples)
-        targets = [sample.target or "" for sample in samples]
-        losses, tokens = self.backend.loss([sample.prompt for sample in samples], targets, soft=soft)
-        return losses.sum(), tokens.sum()
-
     def _look_after(self, log: TrainingLog) -> None:
         """Validate and save where it is time to."""
         last = self.state.step == self.total
@@ -276,12 +193,12 @@ class _Fit:
             log.write(step=self.state.step, validation_loss=loss)
             self._judge(loss)
         if validate or self.state.step % self.config.checkpoint_every == 0:
-            save_state(self.folder, self.state, plug=self.plug, optimizer=self.optimizer)
+            save_state(self.folder, self.state, module=self.module, optimizer=self.optimizer)
 
     def _judge(self, loss: float) -> None:
         if loss < self.state.best_loss:
             self.state.best_step, self.state.best_loss, self.state.worse = self.state.step, loss, 0
-            save_best(self.folder, self.state.step, plug=self.plug)
+            save_best(self.folder, self.state.step, module=self.module)
         else:
             self.state.worse += 1
         if not self.state.best_step:
@@ -290,10 +207,10 @@ class _Fit:
     @torch.no_grad()
     def _validate(self) -> float:
         """Mean loss per token of the held-out users, with their whole histories."""
-        self.plug.eval()
+        self.module.eval()
         summed, tokens = 0.0, 0
         for part in self._passes(self.validation):
-            loss, count = self._loss(part)
+            loss, count = self.objective.loss(part)
             summed, tokens = summed + float(loss), tokens + int(count)
         return summed / tokens
 
@@ -343,40 +260,7 @@ class _Fit:
         )
 
 
-def parameter_groups(plug: PersonaPlug, config: TrainingConfig) -> list[dict[str, Any]]:
-    """The plug's parameters with their peak learning rates: tokens, the trained copy of the encoder, and the rest.
-
-    A token that is trained as it stands moves by about its rate in a step, so it needs a far higher one than the
-    layers of the projector; with one rate for all, the control without history would hardly be trained.
-    """
-    rates = {
-        "tokens": config.token_learning_rate,
-        "encoder": config.encoder_learning_rate,
-        "rest": config.learning_rate,
-    }
-    groups: dict[str, list[torch.nn.Parameter]] = {kind: [] for kind in rates}
-    for name, parameter in plug.named_parameters():
-        groups[_kind_of(name, plug)].append(parameter)
-    return [{"params": held, "peak": rates[kind]} for kind, held in groups.items() if held]
-
-
-def _kind_of(name: str, plug: PersonaPlug) -> str:
-    if name in ("instruction", "population"):
-        return "tokens"
-    copied = plug.config.query_encoder == "trained" and name.startswith("query_encoder.")
-    return "encoder" if copied else "rest"
-
-
 def _check_targets(samples: Sequence[EncodedSample]) -> None:
     without = sum(sample.target is None for sample in samples)
     if without:
         raise BadConfig(f"Training needs an answer for every sample; {without} of {len(samples)} have none.")
-
-
-def _lengths(samples: Sequence[EncodedSample], *, backend: Backend) -> list[int]:
-    targets = [sample.target or "" for sample in samples]
-    return [found.tokens for found in backend.measure([sample.prompt for sample in samples], targets=targets)]
-
-
-def _on_cpu(backend: Backend) -> bool:
-    return getattr(backend, "device", torch.device("cpu")).type == "cpu"

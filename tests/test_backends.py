@@ -13,9 +13,10 @@ from torch import Tensor
 from personaplug.backends import choose_device, open_backend
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.backends.rendering import Renderer
 from personaplug.backends.toy import load_toy, toy_tokenizer
 from personaplug.config import ModelConfig
-from personaplug.errors import BadConfig
+from personaplug.errors import BadConfig, ShapeMismatch
 from personaplug.soft_prompt import SoftPrompt
 
 # Zero, one and many tokens; of different lengths, so that every batch has padding.
@@ -79,6 +80,66 @@ def test_scores_do_not_depend_on_how_labels_are_cut_into_passes(chunk: int, monk
     whole = backend.score(PROMPTS, labels, soft=None)
     monkeypatch.setattr("personaplug.backends.hf._LABEL_ROWS", chunk)
     torch.testing.assert_close(backend.score(PROMPTS, labels, soft=None), whole)
+
+
+# The beginning, the middle and the end of a text, in rows of one batch.
+PLACES = [0, 1, 9]
+INSERTED = [prompt[:place] + SPELLED + prompt[place:] for prompt, place in zip(PROMPTS, PLACES, strict=True)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_soft_tokens_at_a_place_of_each_text_do_what_the_text_there_does(family: str, side: str) -> None:
+    backend = small_backend(family, padding_side=side)
+    soft = _spelled(backend, SPELLED, rows=3)
+    spliced, _ = backend.loss(PROMPTS, TARGETS, soft=soft, soft_at=PLACES)
+    written, _ = backend.loss(INSERTED, TARGETS, soft=None)
+    torch.testing.assert_close(spliced, written, rtol=1e-5, atol=1e-5)
+    in_front, _ = backend.loss(PROMPTS, TARGETS, soft=soft)
+    assert in_front[0] == pytest.approx(float(spliced[0]), rel=1e-5)
+    assert (in_front[1:] - spliced[1:]).abs().min() > 1e-4
+    labels = ["yes", "no", "yes indeed"]
+    scores = backend.score(PROMPTS, labels, soft=soft, soft_at=PLACES)
+    torch.testing.assert_close(scores, backend.score(INSERTED, labels, soft=None), rtol=1e-4, atol=1e-4)
+    config = GenerationConfig(max_new_tokens=6)
+    made = backend.generate(PROMPTS, soft=soft, soft_at=PLACES, config=config)
+    assert [one.text for one in made] == [one.text for one in backend.generate(INSERTED, soft=None, config=config)]
+
+
+def test_the_place_of_soft_tokens_is_of_the_text_within_a_chat_template() -> None:
+    backend = small_backend("llama", chat=True)
+    spliced, _ = backend.loss(["ab?"], ["yes"], soft=_spelled(backend, "xy", rows=1), soft_at=[2])
+    written, _ = backend.loss(["abxy?"], ["yes"], soft=None)
+    torch.testing.assert_close(spliced, written, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("soft_at", [[0, 2, 0], [0, 0, 42], [0, 0, -1], [0, 0]])
+def test_soft_tokens_outside_a_text_are_refused(soft_at: list[int]) -> None:
+    backend = small_backend("llama")
+    with pytest.raises(ShapeMismatch, match="soft_at"):
+        backend.loss(PROMPTS, TARGETS, soft=_spelled(backend, "a", rows=3), soft_at=soft_at)
+
+
+@pytest.mark.parametrize("soft", [None, SoftPrompt(torch.zeros(3, 0, 32))])
+def test_a_bare_model_reads_a_text_in_one_piece(soft: SoftPrompt | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = small_backend("llama")
+    seen: list[str] = []
+    encode = backend.renderer._text_ids
+
+    def watched(text: str) -> list[int]:
+        seen.append(text)
+        return list(encode(text))
+
+    monkeypatch.setattr(backend.renderer, "_text_ids", watched)
+    backend.score(PROMPTS, ["1", "2"], soft=soft, soft_at=PLACES)
+    assert seen == ["1", "2", *PROMPTS]
+
+
+def test_the_place_of_soft_tokens_stays_within_what_is_left_of_a_long_text() -> None:
+    renderer = DecoderOnlyBackend(load_toy().model, toy_tokenizer(), name="short", max_prompt_tokens=8).renderer
+    row = renderer.prompt("abcdefghijk", 9)
+    assert (row.at, len(row.ids), row.truncated) == (7, 8, True)
+    assert row.ids == renderer.prompt("abcdefghijk").ids
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -172,6 +233,66 @@ def test_long_texts_are_cut_at_their_end_and_counted() -> None:
     assert [m.truncated for m in measures] == [False, True]
     assert measures[1].tokens == 8
     assert backend.renderer.prompt("abcdefghijk").ids[:7] == tuple(toy_tokenizer()("abcdefg")["input_ids"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_room_is_what_a_text_may_have(chat: bool) -> None:
+    backend = small_backend("llama", chat=chat)
+    texts = ["x" * backend.room, "x" * (backend.room + 1)]
+    assert [m.truncated for m in backend.measure(texts)] == [False, True]
+    assert backend.count_tokens(texts) == [backend.room, backend.room + 1]
+    assert backend.count_tokens([]) == []
+
+
+def _word_pieces() -> Any:
+    """A byte-level tokenizer that merges, trained on the spot."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = ["What does this user think of long films, and of short ones? The user thinks of them a lot."] * 4
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
+    kind: Any = PreTrainedTokenizerFast
+    return kind(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+LONG = "What  does this użytkownik think?\n\n表情 🙂🙂 long films, <|end|>and the user thinks "
+
+
+@pytest.mark.parametrize("make", [toy_tokenizer, _word_pieces])
+def test_a_cut_text_is_the_longest_beginning_that_fits(make: Any) -> None:
+    renderer = Renderer(make(), max_tokens=512, encoder_decoder=False)
+    beginnings = {LONG[:size].rstrip() for size in range(len(LONG) + 1)}
+    sizes = {text: renderer.count([text])[0] for text in beginnings}
+    for tokens in range(-1, sizes[LONG.rstrip()] + 2):
+        expected = max((text for text, size in sizes.items() if size <= tokens), key=len, default="")
+        assert renderer.cut(LONG, tokens) == expected
+
+
+@pytest.mark.parametrize("make", [toy_tokenizer, _word_pieces])
+def test_a_tokenizer_that_does_not_say_where_tokens_stand_cuts_too(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = Renderer(make(), max_tokens=512, encoder_decoder=False)
+    full = renderer.count([LONG.rstrip()])[0]
+    exact = [renderer.cut(LONG, tokens) for tokens in range(full + 2)]
+    monkeypatch.setattr(type(renderer.tokenizer), "is_fast", False)
+    for tokens, longest in enumerate(exact):
+        kept = renderer.cut(LONG, tokens)
+        assert longest.startswith(kept)
+        assert renderer.count([kept])[0] <= tokens
+        assert len(kept) >= len(longest) - 12  # two words at most are lost where a longer beginning has fewer tokens
+    assert renderer.cut(LONG, full) == LONG.rstrip()
+
+
+def test_nothing_of_a_text_is_cut_that_need_not_be() -> None:
+    backend = small_backend("llama")
+    assert [backend.cut_text("  ab cd", tokens) for tokens in (0, 2, 5, 6, 7, 99)] == [
+        "", "", "  ab", "  ab c", "  ab cd", "  ab cd",
+    ]  # fmt: skip
 
 
 def test_no_room_for_text_is_refused() -> None:

@@ -13,8 +13,8 @@ import pytest
 from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
+from personaplug.recipes import build_plug
 from personaplug.run import Run, open_models
-from personaplug.training import build_plug
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "persona_tokens=3", "answers=label"]
@@ -36,7 +36,7 @@ def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pyt
     models = open_models(config)
     run = Run(tmp_path / "run", config, load_task(tmp_path), tmp_path / "vectors")
     samples = run.read_samples(open_dataset(tmp_path, "train", task=run.task), run.open_vectors(models.encoder))
-    plug = build_plug(run, models, name="plug", seed=0)
+    plug = build_plug(run, models, seed=0)
     speed = _module("speed")
     with_items = speed.count(models, plug, samples)
     plug.config = replace(plug.config, max_history=1)

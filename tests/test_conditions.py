@@ -1,81 +1,125 @@
-"""Rows of a table: whose history a plug is shown."""
+"""Rows of a table by name: what each of them is made of, and which names there are."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from personaplug.conditions import CONDITIONS, parse_conditions, with_history
+from personaplug.conditions import (
+    CONDITIONS,
+    DEFAULT,
+    INSTRUCTION,
+    LORA,
+    PLUG,
+    RETRIEVERS,
+    ROPG,
+    Retrieval,
+    Trained,
+    condition_of,
+    control_of,
+    needed,
+    parse_conditions,
+)
 from personaplug.errors import BadConfig
-from personaplug.samples import EncodedSample
-
-
-def _samples(users: list[str]) -> list[EncodedSample]:
-    """Sample k of these users has the rows 10k … 10k + 4."""
-    return [
-        EncodedSample(
-            id=str(k),
-            owner=user,
-            user_id=user,
-            prompt="p",
-            query="q",
-            target="1",
-            rows=np.arange(10 * k, 10 * k + 5),
-            answers=np.arange(5, dtype=np.int16),
-        )
-        for k, user in enumerate(users)
-    ]
-
-
-USERS = ["a", "a", "b", "c", "c", "c", "d"]
-
-
-def test_a_wrong_user_is_always_another_user() -> None:
-    samples = _samples(USERS)
-    for seed in range(20):
-        for sample, lent in zip(samples, with_history(CONDITIONS["wrong-user"], samples, seed=seed), strict=True):
-            owner_of_rows = USERS[int(lent.rows[0]) // 10]
-            assert owner_of_rows != sample.user_id
-            assert (lent.id, lent.query, lent.target) == (sample.id, sample.query, sample.target)
-            assert lent.answers.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_wrong_users_are_drawn_by_seed_and_from_all_others() -> None:
-    samples = _samples(USERS)
-
-    def drawn(seed: int) -> list[int]:
-        return [int(s.rows[0]) for s in with_history(CONDITIONS["wrong-user"], samples, seed=seed)]
-
-    assert drawn(1) == drawn(1)
-    lent_to_the_last = {USERS[drawn(seed)[-1] // 10] for seed in range(50)}
-    assert lent_to_the_last == {"a", "b", "c"}
-
-
-def test_one_user_alone_has_no_stranger() -> None:
-    with pytest.raises(BadConfig, match="2 or more users; found 1"):
-        with_history(CONDITIONS["wrong-user"], _samples(["a", "a"]), seed=0)
-
-
-def test_shuffled_keeps_the_items_and_their_answers_together() -> None:
-    samples = _samples(USERS)
-    shown = with_history(CONDITIONS["shuffled"], samples, seed=0)
-    assert any(after.rows.tolist() != before.rows.tolist() for before, after in zip(samples, shown, strict=True))
-    for before, after in zip(samples, shown, strict=True):
-        assert sorted(after.rows.tolist()) == before.rows.tolist()
-        assert (after.rows % 10).tolist() == after.answers.tolist()
-
-
-def test_own_and_none() -> None:
-    samples = _samples(USERS)
-    assert with_history(CONDITIONS["plug"], samples, seed=0) == samples
-    assert all(len(shown.rows) == 0 for shown in with_history(CONDITIONS["plain"], samples, seed=0))
 
 
 @pytest.mark.parametrize("text", ["", "plug,plug", "plug,nonsense", ","])
 def test_bad_lists_are_refused(text: str) -> None:
-    with pytest.raises(BadConfig, match="instruction-only"):
+    with pytest.raises(BadConfig, match=r"instruction-only|did you mean|known are"):
         parse_conditions(text)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bm25",
+        "bm25:",
+        "bm25:0",
+        "bm25:-1",
+        "bm25:four",
+        "bm25:²",
+        "bm26:4",
+        "lora+bm25:4",
+        "plug+",
+        "+bm25:1",
+        "plug+profile",
+        "plain@wrong-user",
+        "wrong-user@wrong-user",
+        "lora@wrong-user",
+        "bm25:4@nobody",
+        "bm25:4@wrong-user@wrong-user",
+        "random-vectors@wrong-user",
+    ],
+)
+def test_what_is_no_row_is_refused(name: str) -> None:
+    with pytest.raises(BadConfig):
+        condition_of(name)
+
+
 def test_a_list_is_read_in_order() -> None:
-    assert [c.name for c in parse_conditions(" plug, plain")] == ["plug", "plain"]
+    assert [c.name for c in parse_conditions(" plug, bm25:4 ,plain")] == ["plug", "bm25:4", "plain"]
+
+
+@pytest.mark.parametrize("name", [*CONDITIONS, *DEFAULT])
+def test_every_row_says_what_it_guards_and_keeps_its_name(name: str) -> None:
+    assert condition_of(name).name == name
+    assert len(condition_of(name).guards) > 20
+
+
+@pytest.mark.parametrize("method", RETRIEVERS)
+def test_a_retrieval_row(method: str) -> None:
+    row = condition_of(f"{method}:3")
+    assert (row.name, row.history, row.retrieval) == (f"{method}:3", "own", Retrieval(method, 3))
+    assert row.trained is None
+    assert row.needs == ((ROPG,) if method == "ropg" else ())
+    assert row.seeded == (method in ("ropg", "random"))
+    assert row.in_words
+
+
+def test_rows_that_are_trained_on_prompts_with_texts() -> None:
+    retrieval = Retrieval("bm25", 1)
+    assert condition_of("plug+bm25:1").needs == (Trained("plug+bm25:1", "plug", retrieval),)
+    assert condition_of("instruction+bm25:1").needs == (Trained("instruction+bm25:1", "instruction", retrieval),)
+    assert condition_of("instruction+ropg:2").needs == (
+        ROPG,
+        Trained("instruction+ropg:2", "instruction", Retrieval("ropg", 2)),
+    )
+
+
+def test_profiles_and_matrices() -> None:
+    assert condition_of("profile").in_words
+    assert condition_of("profile+bm25:4").profile
+    assert condition_of("profile+bm25:4").retrieval == Retrieval("bm25", 4)
+    assert condition_of("lora").history == "none"
+    assert (condition_of("lora-per-user").per_user, condition_of("lora-per-user").needs) == (True, (LORA,))
+
+
+def test_every_personal_row_has_its_own_control() -> None:
+    assert control_of("plug") == "wrong-user"
+    for name in (
+        "bm25:4",
+        "plug+bm25:1",
+        "instruction+dense:2",
+        "profile",
+        "profile+bm25:4",
+        "lora-per-user",
+        "ropg:4",
+    ):
+        control = control_of(name)
+        assert control == f"{name}@wrong-user"
+        row, base = condition_of(control), condition_of(name)
+        assert (row.history, row.needs, row.retrieval, row.profile) == (
+            "wrong-user",
+            base.needs,
+            base.retrieval,
+            base.profile,
+        )
+    assert condition_of("plug@wrong-user") is CONDITIONS["wrong-user"]
+    for name in ("plain", "instruction-only", "lora", "wrong-user", "random-vectors", "mean-persona", "all-knowing"):
+        assert control_of(name) is None
+
+
+def test_what_rows_need_is_trained_once() -> None:
+    rows = parse_conditions(
+        "plain,plug,wrong-user,shuffled,instruction-only,ropg:4,instruction+ropg:4,lora-per-user,lora"
+    )
+    assert needed(rows) == [PLUG, INSTRUCTION, ROPG, condition_of("instruction+ropg:4").needs[1], LORA]

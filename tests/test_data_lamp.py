@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 import tracemalloc
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,42 @@ def test_like_inherits_and_overrides() -> None:
     assert (pair.query_after, pair.query_pattern) == ("which: ", "")
 
 
+def test_the_wording_of_prompts_is_declared_and_inherited(tmp_path: Path) -> None:
+    plain = load_task(declare(tmp_path, OWN))
+    assert (plain.item_template, plain.item_joint, plain.history_after) == ("", ", and ", "")
+    assert plain.history_template == "{history}. {input}"
+    wording = {
+        "item_template": "{score} <- {text} {text} { text",
+        "item_joint": "; ",
+        "history_template": "{input} after {history}",
+        "history_after": "score",
+    }
+    own = load_task(declare(tmp_path, {**OWN, **wording}))
+    assert {key: getattr(own, key) for key in wording} == wording
+    like = parse_task({"name": "x", "like": "LaMP_5", "item_joint": " | "})
+    assert (like.item_template, like.item_joint) == (LAMP_TASKS["LaMP_5"].item_template, " | ")
+    assert like.history_template == LAMP_TASKS["LaMP_5"].history_template
+
+
+@pytest.mark.parametrize(
+    "change", [{"item_fields": ["text"]}, {"answer_field": None}, {"item_fields": ["title", "body"]}]
+)
+def test_a_wording_for_certain_fields_is_inherited_only_with_them(change: dict[str, Any]) -> None:
+    assert parse_task({"name": "x", "like": "LaMP_4", **change}).item_template == ""
+    kept = parse_task({"name": "x", "like": "LaMP_4", **change, "item_fields": ["title"], "item_template": "<{title}>"})
+    assert kept.item_template == "<{title}>"
+    assert parse_task({"name": "x", "like": "LaMP_1", "item_fields": ["title"]}).history_after == ""
+    same = {"item_fields": ["title", "text"], "answer_field": "title"}
+    assert parse_task({"name": "x", "like": "LaMP_4", **same}).item_template == LAMP_TASKS["LaMP_4"].item_template
+
+
+@pytest.mark.parametrize("name", LAMP_TASKS)
+def test_a_task_survives_json(name: str) -> None:
+    task = LAMP_TASKS[name]
+    assert parse_task(json.loads(json.dumps(asdict(task)))) == task
+    assert parse_task({"name": name, "like": name}) == task
+
+
 def test_an_argument_wins_over_task_json_over_outputs(tmp_path: Path) -> None:
     put(tmp_path, [], [], task="LaMP-4")
     assert load_task(tmp_path).name == "LaMP_4"
@@ -204,6 +241,16 @@ def test_outputs_that_disagree_or_name_an_unknown_task(tmp_path: Path) -> None:
         ({"query_pattern": "(a)"}, "not both"),
         ({"query_after": "", "query_pattern": "("}, "not a regular expression"),
         ({"query_after": "", "query_pattern": "a"}, "needs a group"),
+        ({"item_template": 3}, "'item_template' should be a string"),
+        ({"item_template": "words"}, "shows nothing of an item"),
+        ({"item_template": "{texd}"}, "names {texd}; did you mean 'text'?"),
+        ({"item_template": "{text} {}"}, "names {}; known are: score, text"),
+        ({"item_joint": None}, "'item_joint' should be a string"),
+        ({"history_template": "{input}"}, "should hold {history} and {input}, each once"),
+        ({"history_template": "{history} {history} {input}"}, "each once"),
+        ({"history_template": "{history} {input} {text}"}, "each once"),
+        ({"history_after": 1}, "'history_after' should be a string"),
+        ({"histori_after": "x"}, "unknown key 'histori_after'; did you mean 'history_after'?"),
         ({"like": "LaMP_9"}, "no built-in task"),
         ({"like": 4}, "'like' should be"),
     ],

@@ -12,8 +12,8 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, MissingData
 from personaplug.estimate import Estimate, _count, _planned, estimate
+from personaplug.recipes import train
 from personaplug.run import Run, open_models
-from personaplug.training import train
 
 SETTINGS = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=2", "seeds=0,1"]
 

@@ -16,7 +16,7 @@ from personaplug.config import PlugConfig
 from personaplug.encoder import HashEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
-from personaplug.training import instruction_only
+from personaplug.recipes import instruction_only
 from personaplug.weights import LLMIdentity
 
 WIDTH, OUT = 16, 8

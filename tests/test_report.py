@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from personaplug.report import results_table
+from personaplug.report import (
+    Table,
+    gain_cell,
+    is_control,
+    is_significant,
+    leading_metric,
+    personal_gains,
+    results_table,
+    set_names,
+)
 
 
 def row(condition: str, *, mae: float, **more: Any) -> dict[str, Any]:
@@ -66,11 +75,14 @@ def tables(text: str) -> list[list[dict[str, str]]]:
 
 
 def test_a_row_shows_its_scores_intervals_and_rates() -> None:
-    [[plain, plug]] = tables(results_table(results([row("plain", mae=1.0), row("plug", mae=0.7512)])))
+    (plain, plug), (_, rates) = tables(results_table(results([row("plain", mae=1.0), row("plug", mae=0.7512)])))
     assert plug == {
         "condition": "plug",
         "mae ↓": "0.751 [0.651, 0.851]",
         "accuracy ↑": "0.500 [0.450, 0.550]",
+    }
+    assert rates == {
+        "condition": "plug",
         "invalid": "1.2%",
         "truncated": "0.0%",
         "no history": "25.0%",
@@ -114,9 +126,9 @@ def test_a_metric_of_others_has_no_arrow() -> None:
 def test_seeds_spread_and_decoding_show_only_where_they_are() -> None:
     spread = row("plug", mae=1, seed_spread={"mae": 0.0123}, decoding="scored")
     text = results_table(results([row("plain", mae=1), spread]))
-    [[plain, plug]] = tables(text)
-    assert (plain["± seeds"], plain["answers"]) == ("–", "–")
-    assert (plug["± seeds"], plug["answers"]) == ("±0.012", "scored")
+    (plain, plug), (untold, told) = tables(text)
+    assert (plain["± seeds"], untold["answers"]) == ("–", "–")
+    assert (plug["± seeds"], told["answers"]) == ("±0.012", "scored")
     assert "± seeds: standard deviation" in text
     bare = results_table(results([row("plain", mae=1)]))
     assert "±" not in bare
@@ -154,11 +166,11 @@ def test_the_personal_gain_comes_first_and_is_named() -> None:
         pair("plug", "plain", metric="accuracy", difference=-0.05, p=0.4),
     ]
     text = results_table(results([row("plug", mae=1)], *pairs))
-    gain, other = tables(text)[1]
+    gain, other = tables(text)[2]
     assert gain == {
         "comparison": "plug against wrong-user (personal gain)",
         "mae ↓ advantage": "+0.200 [+0.100, +0.350]",
-        "p": "<0.001",
+        "p": "< 0.001",
         "accuracy ↑ advantage": "–",
         "p#1": "–",
     }
@@ -170,7 +182,7 @@ def test_the_personal_gain_comes_first_and_is_named() -> None:
 
 
 def test_the_personal_gain_is_turned_round_if_the_control_stands_first() -> None:
-    [gain] = tables(results_table(results([row("plug", mae=1)], pair("wrong-user", "plug", difference=-0.2))))[1]
+    [gain] = tables(results_table(results([row("plug", mae=1)], pair("wrong-user", "plug", difference=-0.2))))[2]
     assert gain["comparison"] == "plug against wrong-user (personal gain)"
     assert gain["mae ↓ advantage"] == "+0.200 [+0.050, +0.300]"
 
@@ -182,7 +194,7 @@ def test_a_stranger_against_another_row_is_no_personal_gain() -> None:
 
 def test_no_pairs_no_comparisons() -> None:
     text = results_table(results([row("plug", mae=1)]))
-    assert len(tables(text)) == 1
+    assert len(tables(text)) == 2
     assert "advantage" not in text
 
 
@@ -190,7 +202,7 @@ def test_no_pairs_no_comparisons() -> None:
 def test_what_is_no_number_shows_as_nan(hole: float | None) -> None:
     broken = row("plug", mae=1) | {"metrics": {"mae": hole}, "intervals": {"mae": [hole, hole]}}
     unsure = pair("wrong-user", "plug") | dict.fromkeys(("difference", "low", "high", "p"), hole)
-    (line,), (gain,) = tables(results_table(results([broken], unsure)))
+    (line,), _, (gain,) = tables(results_table(results([broken], unsure)))
     assert line["mae ↓"] == "nan [nan, nan]"
     assert gain["mae ↓ advantage"] == "nan [nan, nan]"
     assert gain["p"] == "nan"
@@ -198,7 +210,7 @@ def test_what_is_no_number_shows_as_nan(hole: float | None) -> None:
 
 def test_huge_errors_and_negative_zeros_stay_short() -> None:
     rows = [row("plug", mae=1) | {"metrics": {"mae": 1e30, "rmse": math.inf}, "intervals": {}}]
-    (line,), (gain,) = tables(results_table(results(rows, pair("plug", "wrong-user", difference=-0.00001))))
+    (line,), _, (gain,) = tables(results_table(results(rows, pair("plug", "wrong-user", difference=-0.00001))))
     assert (line["mae ↓"], line["rmse ↓"]) == ("1e+30", "inf")
     assert gain["mae ↓ advantage"].startswith("+0.000 ")
 
@@ -216,3 +228,124 @@ def test_a_bar_in_a_name_does_not_break_the_table() -> None:
 def test_a_results_file_read_back_shows_the_same() -> None:
     whole = results([row("plug", mae=1, seed_spread={"mae": 0.1})], pair("plug", "wrong-user"), notes=["a"])
     assert results_table(json.loads(json.dumps(whole))) == results_table(whole)
+
+
+def test_costs_are_shown_in_units_for_people() -> None:
+    rows = [
+        row("plain", mae=1, costs={"extra_prompt_tokens": 0.0, "bytes_per_user": None, "seconds_per_user": None}),
+        row("plug", mae=1, costs={"extra_prompt_tokens": 2.0, "bytes_per_user": 1234, "seconds_per_user": 0.01234}),
+        row("lora", mae=1, costs={"extra_prompt_tokens": 2.0, "bytes_per_user": 3_400_000, "seconds_per_user": 1234.5}),
+        row("bm25:4", mae=1, cut_items_rate=0.034, costs={"extra_prompt_tokens": 212.34, "bytes_per_user": 880}),
+    ]
+    plain, plug, lora, retrieval = tables(results_table(results(rows)))[1]
+    titles = ("extra prompt tokens", "bytes per user", "seconds to add a user")
+    assert [plain[title] for title in titles] == ["0.0", "–", "–"]
+    assert [plug[title] for title in titles] == ["2.0", "1.2 KB", "0.0123"]
+    assert [lora[title] for title in titles] == ["2.0", "3.4 MB", "1,234"]
+    assert [retrieval[title] for title in titles] == ["212.3", "880 B", "–"]
+    assert (retrieval["cut items"], plain["cut items"]) == ("3.4%", "–")
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 B"), (999, "999 B"), (999.7, "1.0 KB"), (999_960, "1.0 MB"), (10**9, "1.0 GB"), (2.5e12, "2,500.0 GB")],
+)
+def test_sizes_change_their_unit_where_they_round_up(size: float, shown: str) -> None:
+    [[line]] = tables(results_table({"rows": [{"costs": {"bytes_per_user": size}}]}))[1:]
+    assert line["bytes per user"] == shown
+
+
+def test_averages_over_users_show_where_users_have_several_samples() -> None:
+    several = row("plug", mae=1, per_user={"mae": 0.875, "accuracy": None})
+    text = results_table(results([several], users=50))
+    [line] = tables(text)[0]
+    assert line["per user"] == "0.875"
+    assert "per user#1" not in line
+    assert "each counts once" in text
+    assert "per user" not in results_table(results([several], users=250))
+
+
+def test_the_personal_gain_stands_beside_its_method() -> None:
+    rows = [row(name, mae=1) for name in ("plain", "plug", "wrong-user", "bm25:4", "bm25:4@wrong-user")]
+    pairs = [
+        pair("plug", "wrong-user") | {"p_holm": 0.012},
+        pair("plug", "wrong-user", metric="accuracy", difference=0.7),
+        pair("bm25:4", "plain", difference=0.9),
+        pair("bm25:4@wrong-user", "bm25:4", difference=-0.2, p=0.0001),
+        pair("plug", "bm25:4@wrong-user", difference=0.5),
+    ]
+    lines = {line["condition"]: line for line in tables(results_table(results(rows, *pairs)))[0]}
+    assert lines["plug"]["personal gain (mae)"] == "+0.200 [+0.100, +0.350], Holm p = 0.012"
+    assert lines["bm25:4"]["personal gain (mae)"] == "+0.200 [+0.050, +0.300], p < 0.001"
+    assert [lines[name]["personal gain (mae)"] for name in ("plain", "wrong-user", "bm25:4@wrong-user")] == ["–"] * 3
+    assert list(personal_gains(results(rows, *pairs), "accuracy")) == ["plug"]
+
+
+def test_corrected_and_other_ps_have_their_columns_and_notes() -> None:
+    pairs = [
+        pair("plug", "plain", metric="accuracy") | {"p_holm": 0.0004, "mcnemar_p": [0.03, 0.0001, None, 0.02]},
+        pair("plug", "lora", metric="accuracy") | {"mcnemar_p": [0.5]},
+        pair("plug", "profile", metric="accuracy") | {"mcnemar_p": 0.25},
+        pair("plug", "plain") | {"p_holm": None, "mcnemar_p": None},
+    ]
+    text = results_table(results([row("plug", mae=1)], *pairs))
+    line, single, bare = tables(text)[2]
+    assert (line["p"], line["Holm p"], line["McNemar p"]) == ("0.004", "< 0.001", "< 0.001 to 0.030")
+    assert (single["McNemar p"], bare["McNemar p"], bare["Holm p"]) == ("0.500", "0.250", "–")
+    assert (line["p#1"], "Holm p#1" in line, "McNemar p#1" in line) == ("0.004", False, False)
+    assert "corrected by Holm's rule" in text
+    assert "not corrected for" not in text
+    assert "personal gains; against plain" in text
+    assert "takes samples for independent" in text
+
+
+def test_slices_stand_side_by_side() -> None:
+    parts = [
+        {
+            "name": name,
+            "rows": [row("plug", mae=mae, n=80), row("wrong-user", mae=1, n=80)],
+            "pairs": [pair("plug", "wrong-user", difference=1 - mae)],
+        }
+        for name, mae in (("short", 0.9), ("long", 0.6))
+    ]
+    parts.append({"name": "none"})
+    text = results_table(results([row("plug", mae=1)], slices=parts))
+    scores, gains = tables(text)[2:]
+    assert "mae ↓ by slice:" in text
+    assert scores[0]["condition"] == "plug"
+    assert scores[0]["short (n = 80)"] == "0.900 [0.800, 1.000]"
+    assert scores[0]["long (n = 80)"] == "0.600 [0.500, 0.700]"
+    assert [line["method"] for line in gains] == ["plug"]
+    assert gains[0]["long (n = 80)"] == "+0.400 [+0.300, +0.550], p = 0.004"
+
+
+def test_bold_cells_are_marked_and_still_line_up() -> None:
+    lines = Table(("row", "a"), (("x", "1"), ("y|z", None)), frozenset({(0, 1)})).markdown().splitlines()
+    assert lines[2:] == ["| x    | **1** |", "| y\\|z |     – |"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_significance_is_that_of_the_corrected_p() -> None:
+    assert is_significant({"p": 0.04})
+    assert not is_significant({"p": 0.04, "p_holm": 0.08})
+    assert not is_significant({"p": None})
+    assert not is_significant({})
+
+
+def test_a_gain_without_p_or_difference() -> None:
+    assert gain_cell({"difference": 0.5}) == "+0.500"
+    assert gain_cell({"p": 0.5}) is None
+    assert gain_cell(None) is None
+
+
+def test_controls_are_told_from_methods() -> None:
+    controls = ["wrong-user", "shuffled", "random-vectors", "mean-persona", "population-persona", "bm25:4@wrong-user"]
+    methods = ["plain", "instruction-only", "plug", "random:4", "profile", "lora-per-user", "all-knowing"]
+    assert [name for name in controls + methods if is_control(name)] == controls
+
+
+def test_sets_get_names_that_differ() -> None:
+    named = [{"set": "A", "task": "T"}, {"task": "T"}, {"task": "T", "variant": "head"}, {"task": "T"}, {}]
+    assert set_names(named) == ["A", "T #1", "T (head)", "T #2", "–"]
+    assert leading_metric({"rows": [{}, {"metrics": {"f1": 1, "mae": 2}}]}) == "f1"
+    assert leading_metric({}) is None

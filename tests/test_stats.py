@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from personaplug.errors import BadConfig, ShapeMismatch
 from personaplug.metrics import Metric, get_metric
-from personaplug.stats import Paired, bootstrap_interval, paired_bootstrap
+from personaplug.stats import (
+    McNemar,
+    Paired,
+    bootstrap_interval,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    per_group_mean,
+    seed_spread,
+)
 
 Array = NDArray[np.float64]
 
@@ -265,3 +274,109 @@ def test_many_users_take_little_time() -> None:
     assert found.low < found.value < found.high
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * values.std() / math.sqrt(30_000), rel=0.25)
     assert time.process_time() - start < 5
+
+
+def hits(both: int, a_only: int, b_only: int, neither: int) -> tuple[list[int], list[int]]:
+    """Two methods' hits with these counts of agreement and disagreement."""
+    return (
+        [1] * both + [1] * a_only + [0] * b_only + [0] * neither,
+        [1] * both + [0] * a_only + [1] * b_only + [0] * neither,
+    )
+
+
+def test_mcnemar_by_hand() -> None:
+    # Six disagreements, one for b: 2 · (1 + 6) / 64.
+    assert mcnemar(*hits(40, 5, 1, 9)) == McNemar(5, 1, 14 / 64)
+    assert mcnemar(*hits(3, 1, 5, 0)) == McNemar(1, 5, 14 / 64)
+    # All ten one way: 2 / 1024; an even split is no surprise at all.
+    assert mcnemar(*hits(0, 10, 0, 0)).p == 2 / 1024
+    assert mcnemar(*hits(0, 7, 7, 0)).p == 1
+    assert mcnemar(*hits(5, 0, 0, 5)) == McNemar(0, 0, 1)
+    assert mcnemar([], []) == McNemar(0, 0, 1)
+
+
+@pytest.mark.parametrize("split", [(0, 1), (1, 2), (8, 21), (30, 30), (31, 30), (480, 620), (5100, 4800), (0, 900)])
+def test_mcnemar_is_the_exact_binomial_test(split: tuple[int, int]) -> None:
+    a_only, b_only = split
+    expected = scipy.stats.binomtest(a_only, a_only + b_only).pvalue
+    assert mcnemar(*hits(10, a_only, b_only, 10)).p == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_takes_an_accuracys_statistics() -> None:
+    golds = ["1", "2", "3", "4", "5"]
+    right, wrong = ACCURACY.statistics(golds, golds), ACCURACY.statistics(["1"] * 5, golds)
+    assert mcnemar(right, wrong) == McNemar(4, 0, 2 / 16)
+
+
+def test_mcnemar_refuses_what_are_no_hits() -> None:
+    with pytest.raises(BadConfig, match="0 or 1"):
+        mcnemar([1, 0.5], [1, 0])
+    with pytest.raises(BadConfig, match="0 or 1"):
+        mcnemar([1, 0], [1, math.nan])
+    with pytest.raises(ShapeMismatch, match="2 and 1"):
+        mcnemar([1, 0], [1])
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+    # Never above 1, and never below a smaller p's: 0.05 · 1 would be.
+    assert holm([0.9, 0.6, 0.5]) == [1, 1, 1]
+    assert holm([0.05, 0.04]) == pytest.approx([0.08, 0.08])
+    assert holm([0.02, 0.02, 0.02]) == pytest.approx([0.06, 0.06, 0.06])
+
+
+def test_holm_rejects_as_the_rule_by_thresholds_does() -> None:
+    rng = np.random.default_rng(17)
+    for _ in range(50):
+        p = rng.uniform(0, 0.1, size=int(rng.integers(1, 12)))
+        order, rejected = np.argsort(p), set()
+        for rank, place in enumerate(order):
+            if p[place] > 0.05 / (len(p) - rank):
+                break
+            rejected.add(int(place))
+        assert {place for place, value in enumerate(holm(list(p))) if value <= 0.05} == rejected
+
+
+def test_holm_leaves_out_comparisons_that_could_not_be_made() -> None:
+    found = holm([0.04, math.nan, 0.01])
+    assert found[0] == pytest.approx(0.04)
+    assert math.isnan(found[1])
+    assert found[2] == pytest.approx(0.02)
+    given = [0.04, 0.01]
+    holm(given)
+    assert given == [0.04, 0.01]
+    with pytest.raises(BadConfig, match="between 0 and 1"):
+        holm([0.5, 1.5])
+
+
+def test_each_user_counts_once() -> None:
+    values, users = np.array([[1.0], [1.0], [1.0], [0.0]]), ["busy", "busy", "busy", "quiet"]
+    assert bootstrap_interval(values, users, ACCURACY).value == 0.75
+    assert per_group_mean(values, users, ACCURACY) == 0.5
+    assert per_group_mean(values[::-1], users[::-1], ACCURACY) == 0.5
+    assert per_group_mean(values, one_each(4), ACCURACY) == 0.75
+
+
+def test_a_root_is_taken_user_by_user() -> None:
+    squares = np.array([[1.0], [7.0], [16.0]])
+    assert per_group_mean(squares, ["u", "u", "v"], RMSE) == pytest.approx((2 + 4) / 2)
+
+
+def test_no_macro_f1_of_single_users() -> None:
+    stats = F1.statistics(["1", "2"], ["1", "2"])
+    assert math.isnan(per_group_mean(stats, ["u", "v"], F1))
+    assert math.isnan(per_group_mean(np.zeros((0, 1)), [], MAE))
+    assert math.isnan(per_group_mean(np.array([[1.0], [math.nan]]), ["u", "v"], MAE))
+    assert per_group_mean(np.array([[1.0], [math.inf]]), ["u", "v"], RMSE) == math.inf
+    with pytest.raises(ShapeMismatch):
+        per_group_mean(np.zeros((3, 1)), ["u"], MAE)
+
+
+def test_the_spread_of_seeds_divides_by_one_less() -> None:
+    assert seed_spread([1.0, 2.0, 6.0]) == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
+    assert seed_spread([0.5, 0.5]) == 0
+    assert math.isnan(seed_spread([0.5]))
+    assert math.isnan(seed_spread([]))
+    assert math.isnan(seed_spread([0.5, math.inf]))

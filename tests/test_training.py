@@ -21,8 +21,10 @@ from personaplug.config import Config, load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, RunConflict, StorageError, TrainingDiverged
+from personaplug.objectives import PlugObjective
+from personaplug.recipes import build_plug, train
 from personaplug.run import Models, Run, open_models
-from personaplug.training import build_plug, fit, train
+from personaplug.training import fit
 
 TINY = [
     "llm=toy",
@@ -92,14 +94,13 @@ def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, data: Path) -> None
     run, models = _run(tmp_path / "run", data, "learning_rate=0.3", "epochs=6")
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
-    plug = build_plug(run, models, name="plug", seed=0)
-    report = fit(
-        plug, models.backend, table=table, samples=samples, config=run.config.training, seed=0, folder=tmp_path / "fit"
-    )
+    plug = build_plug(run, models, seed=0)
+    objective = PlugObjective(plug, models.backend, table=table)
+    report = fit(objective, samples=samples, config=run.config.training, seed=0, folder=tmp_path / "fit")
     lines = [json.loads(line) for line in (tmp_path / "fit" / "log.jsonl").read_text().splitlines()]
     validations = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
     assert report.best_loss == min(validations.values()) == validations[report.best_step]
-    kept = load_file(tmp_path / "fit" / f"best-{report.best_step:08d}" / "plug.safetensors")
+    kept = load_file(tmp_path / "fit" / f"best-{report.best_step:08d}" / "weights.safetensors")
     assert _same(kept, dict(plug.state_dict()))
 
 
@@ -114,7 +115,7 @@ def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path) -> None:
     assert isinstance(models.backend, DecoderOnlyBackend)
     before = {name: value.clone() for name, value in models.backend.model.state_dict().items()}
     vectors = models.encoder.encode(["some text"])
-    start = build_plug(run, models, name="plug", seed=0).state_dict()
+    start = build_plug(run, models, seed=0).state_dict()
     train(run, open_dataset(data, "train", task=run.task), models=models)
     assert _same(before, models.backend.model.state_dict())
     assert all(not p.requires_grad and p.grad is None for p in models.backend.model.parameters())
@@ -233,9 +234,7 @@ def test_samples_without_answers_cannot_be_trained_on(tmp_path: Path, data: Path
     hidden = [replace(samples[0], target=None), *samples[1:]]
     with pytest.raises(BadConfig, match=f"1 of {len(samples)} have none"):
         fit(
-            build_plug(run, models, name="plug", seed=0),
-            models.backend,
-            table=table,
+            PlugObjective(build_plug(run, models, seed=0), models.backend, table=table),
             samples=hidden,
             config=Config().training,
             seed=0,

@@ -78,33 +78,65 @@ class Generation:
 class Backend(Protocol):
     """A frozen language model.
 
+    `soft_at` says how many characters of each prompt stand before its soft tokens; None = they stand before all of it.
+    Without soft tokens it is of no matter: the model then reads each prompt in one piece.
+
     Attributes:
         identity: which model it is.
         embedding_scale: root mean square of the values of its embedded tokens; the size a soft token should have.
         dtype: its number format, in words.
+        room: how many tokens of text fit a prompt: the longest prompt less its template.
     """
 
     identity: LLMIdentity
     embedding_scale: float
     dtype: str
+    room: int
 
     def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
         """Say how long each prompt is, with its target's tokens if given, and whether it was cut."""
         ...
 
-    def loss(self, prompts: Sequence[str], targets: Sequence[str], *, soft: SoftPrompt | None) -> tuple[Tensor, Tensor]:
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Say how many tokens each text is by itself, without template."""
+        ...
+
+    def cut_text(self, text: str, tokens: int) -> str:
+        """Return the longest beginning of a text that is at most so many tokens, without white space at its end."""
+        ...
+
+    def loss(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        soft_at: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return −log p of each target (end of text included) and its number of tokens, both (B,).
 
         Gradients reach `soft` and nothing else.
         """
         ...
 
-    def score(self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None) -> Tensor:
+    def score(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        soft_at: Sequence[int] | None = None,
+    ) -> Tensor:
         """Return (B, C) log-probabilities of a closed set of answers, without gradients."""
         ...
 
     def generate(
-        self, prompts: Sequence[str], *, soft: SoftPrompt | None, config: GenerationConfig
+        self,
+        prompts: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        config: GenerationConfig,
+        soft_at: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Answer each prompt; the prompt itself is never part of the answer."""
         ...

@@ -1,7 +1,8 @@
 """Frozen language models through transformers: decoder-only (with or without a chat template) and encoder-decoder.
 
-Soft tokens are spliced into the embedded prompt right before the user's text (PPlug, eq. 5: [I; P; x]); what a chat
-template puts in front of the text stays in front. Nothing is added to the vocabulary.
+Soft tokens are spliced into the embedded prompt right before the user's text (PPlug, eq. 5: [I; P; x]), or at the place
+in it that `soft_at` names (retrieved texts stand in front of them in the paper's Table 3); what a chat template puts in
+front of the text stays in front. Nothing is added to the vocabulary.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class HFBackend:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.renderer = Renderer(tokenizer, max_tokens=max_prompt_tokens, encoder_decoder=self.encoder_decoder)
+        self.room = self.renderer.room
         self.padding_side = padding_side
         self.embed = model.get_input_embeddings()
         self.identity = LLMIdentity(name, revision, fingerprint(model), self._width())
@@ -70,12 +72,25 @@ class HFBackend:
         more = [0] * len(rows) if targets is None else [len(self.renderer.answer(target)) for target in targets]
         return [Measure(len(row.ids) + extra, row.truncated) for row, extra in zip(rows, more, strict=True)]
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Say how many tokens each text is by itself, without template."""
+        return self.renderer.count(texts)
+
+    def cut_text(self, text: str, tokens: int) -> str:
+        """Return the longest beginning of a text that is at most so many tokens; see `Renderer.cut`."""
+        return self.renderer.cut(text, tokens)
+
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[str], *, soft: SoftPrompt | None, config: GenerationConfig
+        self,
+        prompts: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        config: GenerationConfig,
+        soft_at: Sequence[int] | None = None,
     ) -> list[Generation]:
         """Answer each prompt with new text only; see `Backend.generate`."""
-        batch = self._spliced_prompts(prompts, soft=soft, side="left")
+        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side="left")
         end = self._end_ids()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -109,11 +124,13 @@ class HFBackend:
         prompts: Sequence[str],
         *,
         soft: SoftPrompt | None,
+        soft_at: Sequence[int] | None,
         side: str,
         answers: Sequence[Sequence[int]] | None = None,
     ) -> Spliced:
         """Embed, pad and splice; with `answers` (decoder-only) they follow their prompts and are the labels."""
-        rows = self.renderer.prompts(prompts)
+        no_soft = soft is None or soft.vectors.shape[1] == 0
+        rows = self.renderer.prompts(prompts, None if no_soft else soft_at)
         tails: Sequence[Sequence[int]] = answers if answers is not None else [()] * len(rows)
         ids = pad([(*row.ids, *tail) for row, tail in zip(rows, tails, strict=True)], fill=0, side=side)
         mask = pad([[1] * (len(row.ids) + len(tail)) for row, tail in zip(rows, tails, strict=True)], fill=0, side=side)
@@ -143,10 +160,17 @@ class DecoderOnlyBackend(HFBackend):
         self._takes_positions = "position_ids" in accepted
         self._takes_keep = "logits_to_keep" in accepted
 
-    def loss(self, prompts: Sequence[str], targets: Sequence[str], *, soft: SoftPrompt | None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        soft_at: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return −log p of each target and its number of tokens, both (B,); see `Backend.loss`."""
         answers = [self.renderer.answer(target) for target in targets]
-        batch = self._spliced_prompts(prompts, soft=soft, side=self.padding_side, answers=answers)
+        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side, answers=answers)
         assert batch.labels is not None
         first = int((batch.labels != IGNORED).int().argmax(dim=1).min())
         # The logits at position t predict the token at t + 1.
@@ -154,10 +178,17 @@ class DecoderOnlyBackend(HFBackend):
         return _token_loss(logits, batch.labels[:, first:])
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None) -> Tensor:
+    def score(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        soft_at: Sequence[int] | None = None,
+    ) -> Tensor:
         """Return (B, C) log-probabilities; the prompt is read once, the labels from its cache."""
         answers = self.renderer.answers(labels)
-        batch = self._spliced_prompts(prompts, soft=soft, side="left")
+        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side="left")
         last = torch.tensor([batch.embeds.shape[1] - 1])
         if all(len(answer) == 1 for answer in answers):
             return _log_softmax(self._logits(batch, columns=last)[:, -1])[:, [a[0] for a in answers]]
@@ -228,17 +259,31 @@ class EncoderDecoderBackend(HFBackend):
 
     encoder_decoder = True
 
-    def loss(self, prompts: Sequence[str], targets: Sequence[str], *, soft: SoftPrompt | None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        soft_at: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return −log p of each target and its number of tokens, both (B,); see `Backend.loss`."""
-        batch = self._spliced_prompts(prompts, soft=soft, side=self.padding_side)
+        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
         labels = pad([self.renderer.answer(t) for t in targets], fill=IGNORED, side="right").to(self.device)
         logits = self.model(inputs_embeds=batch.embeds, attention_mask=batch.mask, labels=labels).logits
         return _token_loss(logits, labels)
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None) -> Tensor:
+    def score(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        soft_at: Sequence[int] | None = None,
+    ) -> Tensor:
         """Return (B, C) log-probabilities; the encoder reads the prompt once."""
-        batch = self._spliced_prompts(prompts, soft=soft, side=self.padding_side)
+        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
         states = self.model.get_encoder()(inputs_embeds=batch.embeds, attention_mask=batch.mask)
         columns = []
         for answer in self.renderer.answers(labels):

@@ -6,11 +6,12 @@ special tokens switched off, so that a text that spells `<|im_end|>` stays text.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from personaplug.errors import BadConfig
+from personaplug.errors import BadConfig, ShapeMismatch
 
 _PLACE = "personaplugplaceofthetext"
 
@@ -21,7 +22,7 @@ class Rendered:
 
     Attributes:
         ids: head + text + tail.
-        at: how many tokens stand before the user's text; soft tokens go there.
+        at: how many tokens stand before the soft tokens: the head, and what of the text was asked to precede them.
         truncated: whether the end of the text was cut to fit.
     """
 
@@ -37,6 +38,9 @@ class Renderer:
         tokenizer: a transformers tokenizer.
         max_tokens: longest prompt, head and tail included.
         encoder_decoder: whether prompt and answer are read by different halves of the model.
+
+    Attributes:
+        room: how many tokens of text fit a prompt, head and tail apart.
     Raises:
         BadConfig: if `max_tokens` leaves no room for text within the chat template.
     """
@@ -52,16 +56,53 @@ class Renderer:
                 f"max_prompt_tokens must exceed the {len(self.head) + len(self.tail)} tokens of the model's "
                 f"template; found {max_tokens}."
             )
+        self.room = max_tokens - len(self.head) - len(self.tail)
 
-    def prompt(self, text: str) -> Rendered:
-        """Tokenize one prompt; the end of the text is cut where it is too long."""
-        ids = self._text_ids(text)
-        room = self.max_tokens - len(self.head) - len(self.tail)
-        return Rendered((*self.head, *ids[:room], *self.tail), at=len(self.head), truncated=len(ids) > room)
+    def prompt(self, text: str, soft_at: int = 0) -> Rendered:
+        """Tokenize one prompt; the end of the text is cut where it is too long.
 
-    def prompts(self, texts: Sequence[str]) -> list[Rendered]:
-        """Tokenize several prompts."""
-        return [self.prompt(text) for text in texts]
+        Args:
+            text: what the model is asked.
+            soft_at: characters of the text that stand before the soft tokens; what stands behind them is tokenized
+                apart. 0 also where there are no soft tokens, so that a bare model reads the text in one piece.
+        Raises:
+            ShapeMismatch: if the text has no such place.
+        """
+        if not 0 <= soft_at <= len(text):
+            raise ShapeMismatch(
+                f"soft_at is a place in the prompt, 0 to its {len(text)} characters; found {soft_at}. "
+                f"Give the place that was found when this prompt was written."
+            )
+        before = self._text_ids(text[:soft_at]) if soft_at else []
+        ids = before + self._text_ids(text[soft_at:])
+        kept = (*self.head, *ids[: self.room], *self.tail)
+        return Rendered(kept, at=len(self.head) + min(len(before), self.room), truncated=len(ids) > self.room)
+
+    def prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[Rendered]:
+        """Tokenize several prompts; without `soft_at` the soft tokens stand before each text.
+
+        Raises:
+            ShapeMismatch: if there is not one place a text, or a text has no such place.
+        """
+        places = [0] * len(texts) if soft_at is None else soft_at
+        if len(places) != len(texts):
+            raise ShapeMismatch(f"soft_at needs one place for each of {len(texts)} prompts; found {len(places)}.")
+        return [self.prompt(text, place) for text, place in zip(texts, places, strict=True)]
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text is by itself."""
+        return [len(ids) for ids in self._encoded(list(texts))["input_ids"]] if texts else []
+
+    def cut(self, text: str, tokens: int) -> str:
+        """The longest beginning of a text that is at most so many tokens, without white space at its end.
+
+        It ends between two tokens of the text and never within a character. What is returned is itself tokenized
+        again: a beginning may fall into more tokens than it had within the whole.
+        """
+        kept = text.rstrip() if tokens > 0 else ""
+        while kept and (end := self._end_of(kept, tokens)) < len(kept):
+            kept = kept[:end].rstrip()
+        return kept
 
     def answer(self, text: str, *, end: bool = True) -> list[int]:
         """Tokenize an answer, closed by the end-of-text token unless `end` is False."""
@@ -81,8 +122,23 @@ class Renderer:
         """New tokens as text, without special tokens and outer white space."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
+    def _end_of(self, text: str, tokens: int) -> int:
+        """How many characters the first tokens of a text cover; all of them if it has no more tokens."""
+        if self.tokenizer.is_fast:
+            places = self._encoded(text, return_offsets_mapping=True)["offset_mapping"]
+            # Where the next token begins: tokens that are parts of one character all begin with it.
+            return min(int(places[tokens][0]), len(text) - 1) if tokens < len(places) else len(text)
+        if self.count([text])[0] <= tokens:
+            return len(text)
+        # These do not say which characters a token stands for. As a word grows its tokens may become fewer, so that a
+        # longer beginning than the one found may fit too; the one found always does.
+        return bisect_right(range(len(text)), tokens, key=lambda size: self.count([text[:size]])[0]) - 1
+
     def _text_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return list(self._encoded(text)["input_ids"])
+
+    def _encoded(self, text: str | list[str], **options: Any) -> Any:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, **options)
 
     def _chat_frame(self) -> tuple[list[int], list[int]]:
         written = self.tokenizer.apply_chat_template(

@@ -5,6 +5,7 @@ A task is declared, never guessed from a path. Readers stream, so that memory do
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,6 +34,12 @@ class Task:
         query_pattern: for inputs that no single marker cuts: a regular expression, searched in the input with
             DOTALL, whose groups joined by a space are the query. Without marker and pattern the query is the
             input.
+        item_template: how an item stands in a prompt, each `{field}` for that field's value; "" = as
+            `HistoryItem.text`.
+        item_joint: what stands between two items in a prompt.
+        history_template: how items and input make a prompt: `{history}` and `{input}`, each once.
+        history_after: if set, the items are put right behind the first occurrence of this word in the input, and
+            `history_template` serves inputs without it only.
     """
 
     name: str
@@ -44,6 +51,10 @@ class Task:
     query_after: str = ""
     max_new_tokens: int = 128
     query_pattern: str = ""
+    item_template: str = ""
+    item_joint: str = ", and "
+    history_template: str = "{history}. {input}"
+    history_after: str = ""
 
     @property
     def field_names(self) -> tuple[str, ...]:
@@ -51,6 +62,11 @@ class Task:
         them."""
         extra = (self.answer_field,) if self.answer_field and self.answer_field not in self.item_fields else ()
         return self.item_fields + extra
+
+
+def template_parts(template: str) -> list[str]:
+    """Split a template at its placeholders: text, name, text, name, …, text."""
+    return re.split(r"\{([^{}]*)\}", template)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
-from personaplug.data.base import Task, TaskKind
+from personaplug.data.base import Task, TaskKind, template_parts
 from personaplug.data.fields import Flaw, as_name
 from personaplug.data.streaming import existing_folder, stream_values
 from personaplug.errors import BadConfig, MissingData, nearest
@@ -31,14 +31,22 @@ _CANDIDATES = r'without explanation\. \[1\]: "(.*?)" \[2\]: "(.*)"\s*\Z'
 
 _BUILT_IN = (
     Task("LaMP_1", "label", ("title", "abstract"), None, ("accuracy", "f1"),
-         labels=("[1]", "[2]"), max_new_tokens=6, query_pattern=_CANDIDATES),
+         labels=("[1]", "[2]"), max_new_tokens=6, query_pattern=_CANDIDATES,
+         item_template='"{title}"', history_after="title"),
     Task("LaMP_2", "label", ("description", "tag"), "tag", ("accuracy", "f1"),
-         labels=_MOVIE_TAGS, query_after="description: ", max_new_tokens=12),
+         labels=_MOVIE_TAGS, query_after="description: ", max_new_tokens=12,
+         item_template='the tag for the movie: "{description}" is "{tag}"'),
     Task("LaMP_3", "rating", ("text", "score"), "score", ("mae", "rmse", "accuracy"),
-         labels=("1", "2", "3", "4", "5"), query_after="review: ", max_new_tokens=4),
-    Task("LaMP_4", "text", ("title", "text"), "title", ("rouge_1", "rouge_l"), query_after="article: "),
-    Task("LaMP_5", "text", ("title", "abstract"), "title", ("rouge_1", "rouge_l"), query_after="paper: "),
-    Task("LaMP_7", "text", ("text",), "text", ("rouge_1", "rouge_l"), query_after=": "),
+         labels=("1", "2", "3", "4", "5"), query_after="review: ", max_new_tokens=4,
+         item_template='{score} is the score for "{text}"'),
+    Task("LaMP_4", "text", ("title", "text"), "title", ("rouge_1", "rouge_l"), query_after="article: ",
+         item_template='"{title}" is the title for "{text}"'),
+    Task("LaMP_5", "text", ("title", "abstract"), "title", ("rouge_1", "rouge_l"), query_after="paper: ",
+         item_template='"{title}" is a title for "{abstract}"',
+         history_template="{history}. Following the given patterns {input}"),
+    Task("LaMP_7", "text", ("text",), "text", ("rouge_1", "rouge_l"), query_after=": ",
+         item_template='"{text}"',
+         history_template="{history} are written by a person. Following the given patterns {input}"),
 )  # fmt: skip
 
 LAMP_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _BUILT_IN})
@@ -63,7 +71,7 @@ def lamp_task(name: str) -> Task:
 # ---- a folder's own task
 
 _KEYS = ("name", "kind", "labels", "query_after", "query_pattern", "item_fields", "answer_field", "metrics",
-         "max_new_tokens")  # fmt: skip
+         "max_new_tokens", "item_template", "item_joint", "history_template", "history_after")  # fmt: skip
 _METRICS = {
     "label": ("accuracy", "f1"),
     "rating": ("mae", "rmse", "accuracy"),
@@ -146,6 +154,11 @@ def _inherited(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     if values.get("kind", inherited["kind"]) != inherited["kind"]:
         for key in ("labels", "metrics", "max_new_tokens"):
             inherited.pop(key)
+    # What is worded for certain fields is inherited only with them.
+    own = {**inherited, **values}
+    same_fields = own["item_fields"] in (inherited["item_fields"], list(inherited["item_fields"]))
+    if not same_fields or own["answer_field"] != inherited["answer_field"]:
+        inherited.update(item_template="", history_after="")
     return inherited
 
 
@@ -164,11 +177,15 @@ def _built(values: Mapping[str, Any], source: str) -> Task:
         query_after=_string(values, "query_after", source),
         max_new_tokens=_whole(values.get("max_new_tokens", _LENGTHS[kind]), "max_new_tokens", source),
         query_pattern=_string(values, "query_pattern", source),
+        item_template=_string(values, "item_template", source),
+        item_joint=_string(values, "item_joint", source, default=Task.item_joint),
+        history_template=_string(values, "history_template", source, default=Task.history_template),
+        history_after=_string(values, "history_after", source),
     )
 
 
-def _string(values: Mapping[str, Any], key: str, source: str) -> str:
-    value = values.get(key, "")
+def _string(values: Mapping[str, Any], key: str, source: str, *, default: str = "") -> str:
+    value = values.get(key, default)
     if not isinstance(value, str):
         raise BadConfig(f"{source}: {key!r} should be a string, found {type(value).__name__}.")
     return value
@@ -212,6 +229,7 @@ def _checked(task: Task, source: str) -> Task:
     if task.kind == "rating":
         _check_scale(task.labels, source)
     _check_query(task, source)
+    _check_wording(task, source)
     return task
 
 
@@ -233,6 +251,17 @@ def _check_query(task: Task, source: str) -> None:
         raise BadConfig(f"{source}: 'query_pattern' is not a regular expression: {error}.") from None
     if task.query_pattern and not groups:
         raise BadConfig(f"{source}: 'query_pattern' needs a group (…) around what is the query.")
+
+
+def _check_wording(task: Task, source: str) -> None:
+    named = template_parts(task.item_template)[1::2]
+    for name in named:
+        if name not in task.field_names:
+            raise BadConfig(f"{source}: 'item_template' names {{{name}}}; {nearest(name, task.field_names)}")
+    if task.item_template and not named:
+        raise BadConfig(f"{source}: 'item_template' shows nothing of an item; name a field of it in braces.")
+    if sorted(template_parts(task.history_template)[1::2]) != ["history", "input"]:
+        raise BadConfig(f"{source}: 'history_template' should hold {{history}} and {{input}}, each once.")
 
 
 def _task_of_outputs(folder: Path) -> Task:

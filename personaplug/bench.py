@@ -1,0 +1,244 @@
+"""A bench: runs an experiment cell by cell, never a finished one again, and writes results as they come.
+
+    OUT/NAME/[VARIANT/]SET/           the runs: vectors, trained parts, answers; may be deleted at any time
+    RESULTS/NAME/[VARIANT/]SET.json   the results object; beside it SET.cells.jsonl, from which a stopped bench goes on
+
+A cell is one (variant, set, condition, seed). It is finished if a cell of the same key is in the file: the key covers
+the config, the data files, the condition and the seed; not the code, so a change of method wants a new experiment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from personaplug.cells import Cell, CellFile, Scored
+from personaplug.conditions import Condition
+from personaplug.config import Config
+from personaplug.data import load_task, open_dataset
+from personaplug.data.base import Task
+from personaplug.errors import MissingData, MissingModel
+from personaplug.evaluation import Evaluation
+from personaplug.experiment import Experiment
+from personaplug.files import write_json
+from personaplug.metrics import get_metric
+from personaplug.recipes import train
+from personaplug.results import Settings, results_object, thirds, with_slices
+from personaplug.run import Models, Run, open_models
+
+logger = logging.getLogger(__name__)
+
+ALL_ITEMS = -1
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a bench reads and writes.
+
+    Attributes:
+        data: folder of the sets' folders.
+        out: gets the runs.
+        results: gets the results.
+    """
+
+    data: Path
+    out: Path
+    results: Path
+
+
+def bench(
+    experiment: Experiment, places: Places, *, sets: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> tuple[list[Path], list[str]]:
+    """Fill an experiment's tables, all of the first seed before any of the second.
+
+    Args:
+        sets: only these of the experiment's; several processes may share out the sets among them.
+        seeds: only these.
+    Returns:
+        The results files, and what could not be run here and why (a model or a set that is not there).
+    """
+    tables = [
+        _Table(experiment, places, variant=variant, name=name)
+        for variant in experiment.variants
+        for name in experiment.sets
+        if not sets or name in sets
+    ]
+    missed: dict[str, str] = {}
+    every = sorted({seed for table in tables for seed in table.config.training.seeds}, key=_position(tables))
+    for seed in every:
+        for table in tables:
+            if (seeds and seed not in seeds) or seed not in table.config.training.seeds or table.title in missed:
+                continue
+            try:
+                table.fill(seed=seed)
+            except (MissingModel, MissingData) as error:
+                missed[table.title] = f"{table.title}: {error}"
+                logger.warning("%s", missed[table.title])
+    return [table.target for table in tables if table.target.exists()], list(missed.values())
+
+
+def _position(tables: Sequence[_Table]) -> Callable[[int], int]:
+    order = [seed for table in tables for seed in table.config.training.seeds]
+    return order.index
+
+
+class _Table:
+    """The cells of one variant on one set."""
+
+    def __init__(self, experiment: Experiment, places: Places, *, variant: str, name: str) -> None:
+        self.experiment, self.variant, self.name = experiment, variant, name
+        self.config = experiment.configs[variant, name]
+        self.data = places.data / name
+        self.folder = places.out / experiment.name / variant / name
+        self.target = places.results / experiment.name / variant / f"{name}.json"
+        self.title = " ".join(part for part in (experiment.name, variant, name) if part)
+
+    def fill(self, *, seed: int) -> None:
+        """Make the cells of a seed that are missing; write the results anew after each."""
+        filled = False
+        evaluation: Evaluation | None = None
+        for condition, shown in self._wanted(seed):
+            file, key = self._file(shown), self._key(condition, seed, shown)
+            scored, cells = file.read()
+            if any(cell.key == key for cell in cells):
+                continue
+            logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, _items(shown))
+            if evaluation is None or evaluation.config.shown_items != shown:
+                evaluation = self._evaluation(shown)
+            train(
+                evaluation.run,
+                open_dataset(self.data, "train", task=evaluation.task, max_history=self.config.plug.max_history),
+                models=evaluation.models,
+                wanted=condition.needs,
+                seeds=(seed,),
+            )
+            cell = replace(evaluation.cell(condition, seed=seed), key=key)
+            if scored is None or scored.key != self._samples_key():
+                file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
+            file.append(cell)
+            filled = True
+            self.write()
+        if not filled:
+            logger.info("%s: seed %d is finished already", self.title, seed)
+            self.write()
+
+    def write(self) -> None:
+        """Write the results of the cells that there are."""
+        scored, cells = self._kept(ALL_ITEMS)
+        if scored is None:
+            return
+        task = load_task(self.data)
+        settings = self._settings(task)
+        results = results_object(scored, cells, settings=settings)
+        if self.experiment.slices:
+            slices = thirds(scored.history_items)
+            results = with_slices(results, scored, cells, slices=slices, settings=settings)
+        curve = [part for shown in self.experiment.shown_items if (part := self._of_items(shown, settings))]
+        write_json(self.target, results | ({"slices": curve} if curve else {}))
+
+    def _wanted(self, seed: int) -> Iterator[tuple[Condition, int]]:
+        seeds = self.config.training.seeds
+        for shown in (ALL_ITEMS, *self.experiment.shown_items):
+            for condition in self.experiment.conditions:
+                if condition.seeded or seed == seeds[0]:
+                    yield condition, shown
+
+    def _evaluation(self, shown: int) -> Evaluation:
+        task = load_task(self.data)
+        run = Run.create(self.folder, config=self.config, task=task)
+        reader = open_dataset(self.data, self.experiment.split, task=task, max_history=self.config.plug.max_history)
+        config = replace(self.config.evaluation, shown_items=shown)
+        return Evaluation(
+            run, reader, split=_split_name(self.experiment.split, shown), config=config, models=self._models()
+        )
+
+    def _models(self) -> Models:
+        return _open_once(self.config)
+
+    def _kept(self, shown: int) -> tuple[Scored | None, list[Cell]]:
+        """The cells that are of this experiment as it stands, in its order of conditions and seeds."""
+        scored, cells = self._file(shown).read()
+        if scored is not None and scored.key != self._samples_key():
+            return None, []  # of other samples
+        held = {cell.key: cell for cell in cells}
+        keys = [
+            self._key(condition, seed, shown)
+            for condition in self.experiment.conditions
+            for seed in self.config.training.seeds
+        ]
+        found = [held[key] for key in keys if key in held]
+        return (scored if found else None), found
+
+    def _of_items(self, shown: int, settings: Settings) -> dict[str, Any] | None:
+        scored, cells = self._kept(shown)
+        if scored is None:
+            return None
+        part = results_object(replace(scored, about={}), cells, settings=settings)
+        return {"name": f"items={shown}", "items": shown, **part}
+
+    def _file(self, shown: int) -> CellFile:
+        middle = "" if shown == ALL_ITEMS else f".items-{shown}"
+        return CellFile(self.target.with_name(f"{self.name}{middle}.cells.jsonl"))
+
+    def _settings(self, task: Task) -> Settings:
+        config = self.config.evaluation
+        metrics = [get_metric(name, labels=task.labels, fallback=config.rating_fallback) for name in task.metrics]
+        return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
+
+    def _samples_key(self) -> str:
+        config = self.config.evaluation
+        drawn = [config.limit, config.draw_seed, self.config.plug.max_history, self.experiment.split]
+        return _hash([_data_key(self.data, self.experiment.split), *drawn])
+
+    def _key(self, condition: Condition, seed: int, shown: int) -> str:
+        about = asdict(self.config)
+        about["training"].pop("seeds")
+        about["model"].pop("device")
+        about["evaluation"].pop("resamples")
+        parts = [about, _data_key(self.data, self.experiment.split), condition.name, seed, shown]
+        return _hash(parts)
+
+    def _about(self, evaluation: Evaluation) -> dict[str, Any]:
+        """What the results say of themselves; trainings come and go and are told by the run."""
+        told = {key: value for key, value in evaluation.scored.about.items() if key != "training"}
+        mine = {"experiment": self.experiment.name, "title": self.experiment.title, "set": self.name}
+        return mine | ({"variant": self.variant} if self.variant else {}) | told
+
+
+_opened: dict[str, Models] = {}
+
+
+def _open_once(config: Config) -> Models:
+    """The models of a config; the last ones stay open, since sets share them."""
+    name = json.dumps(asdict(config.model), sort_keys=True)
+    if name not in _opened:
+        _opened.clear()
+        _opened[name] = open_models(config)
+    return _opened[name]
+
+
+def _data_key(folder: Path, split: str) -> str:
+    digest = hashlib.sha256()
+    files = sorted(path for part in ("train", split) for path in folder.glob(f"{part}_*.json*"))
+    if not files:
+        raise MissingData(f"{folder} holds no data set; --data is the folder that holds the sets' folders.")
+    for path in [*files, folder / "task.json"]:
+        digest.update(path.name.encode() + (path.read_bytes() if path.exists() else b""))
+    return digest.hexdigest()
+
+
+def _hash(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _split_name(split: str, shown: int) -> str:
+    return split if shown == ALL_ITEMS else f"{split}-items-{shown}"
+
+
+def _items(shown: int) -> str:
+    return "" if shown == ALL_ITEMS else f", {shown} items shown"

@@ -1,0 +1,116 @@
+"""What the training loop minimizes: a module, the loss of a batch, the rates of its parameters.
+
+The language model stays frozen in all of them and only passes gradients on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from personaplug.adapters import TASK, LowRankAdapters
+from personaplug.backends.base import Backend
+from personaplug.config import AdapterConfig, TrainingConfig
+from personaplug.personalizer import Personalizer
+from personaplug.plug import PersonaPlug
+from personaplug.samples import EncodedSample
+from personaplug.vectors import VectorTable
+
+
+class Objective(Protocol):
+    """What is trained, and what makes it better."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Holds what is trained and nothing else."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        ...
+
+    def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        """The summed loss of a batch, and how many terms (tokens, say) it sums."""
+        ...
+
+    def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        """How large each sample is, in tokens; what padding would waste."""
+        ...
+
+    def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
+        """Parameters with the peak learning rate of each group."""
+        ...
+
+
+class PlugObjective:
+    """Cross-entropy of the answer behind the plug's soft tokens (PPlug, eq. 6)."""
+
+    def __init__(self, plug: PersonaPlug, backend: Backend, *, table: VectorTable) -> None:
+        self.module: nn.Module = plug
+        self.device = plug.instruction.device
+        self.backend, self.personalizer = backend, Personalizer(plug, table=table)
+
+    def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        soft = self.personalizer.soft_prompt(samples)
+        losses, tokens = self.backend.loss(
+            [sample.prompt for sample in samples],
+            [sample.target or "" for sample in samples],
+            soft=soft,
+            soft_at=[sample.soft_at for sample in samples],
+        )
+        return losses.sum(), tokens.sum()
+
+    def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        return _answered_lengths(samples, self.backend)
+
+    def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
+        """Tokens, the trained copy of the encoder, and the rest, each with its own rate.
+
+        A token that is trained as it stands moves by about its rate in a step, so it needs a far higher one than the
+        layers of the projector; with one rate for all, the control without history would hardly be trained.
+        """
+        rates = {
+            "tokens": config.token_learning_rate,
+            "encoder": config.encoder_learning_rate,
+            "rest": config.learning_rate,
+        }
+        groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
+        for name, parameter in self.module.named_parameters():
+            groups[self._kind_of(name)].append(parameter)
+        return [{"params": held, "peak": rates[kind]} for kind, held in groups.items() if held]
+
+    def _kind_of(self, name: str) -> str:
+        if name in ("instruction", "population"):
+            return "tokens"
+        copied = self.personalizer.plug.config.query_encoder == "trained" and name.startswith("query_encoder.")
+        return "encoder" if copied else "rest"
+
+
+class LoraObjective:
+    """Cross-entropy of the answer with the task's matrices in the model, and no soft tokens."""
+
+    def __init__(self, adapters: LowRankAdapters, backend: Backend, *, config: AdapterConfig) -> None:
+        self.module = adapters.module(TASK)
+        self.device = next(self.module.parameters()).device
+        self.adapters, self.backend, self.rate = adapters, backend, config.lora_learning_rate
+
+    def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
+        with self.adapters.active(TASK):
+            losses, tokens = self.backend.loss(prompts, targets, soft=None)
+        return losses.sum(), tokens.sum()
+
+    def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        return _answered_lengths(samples, self.backend)
+
+    def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "peak": self.rate}]
+
+
+def _answered_lengths(samples: Sequence[EncodedSample], backend: Backend) -> list[int]:
+    prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
+    return [found.tokens for found in backend.measure(prompts, targets=targets)]

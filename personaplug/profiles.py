@@ -1,0 +1,104 @@
+"""Profiles in words: what the frozen model writes of a user, from the history, once per history.
+
+Source of the row: Richardson et al., "Integrating Summarization and Retrieval for Enhanced Personalization via Large
+Language Models" (PAG), arXiv 2310.20081. The request's wording is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from personaplug.backends.base import Backend, GenerationConfig
+from personaplug.config import RetrievalConfig
+from personaplug.data.base import Task
+from personaplug.history_prompt import HistoryWriter
+from personaplug.progress import Progress
+from personaplug.records import HistoryItem
+
+_REQUEST = (
+    "These are things that one person wrote or chose. In one or two short sentences, describe this person's interests, "
+    "tastes and manner of judging or writing."
+)
+_AT_ONCE = 8
+
+
+@dataclass(frozen=True, repr=False)
+class Profile:
+    """What was written of one history.
+
+    Attributes:
+        key: of the history, the model and the request.
+        text: the profile.
+        seconds: its share of the time that its batch took.
+    """
+
+    key: str
+    text: str
+    seconds: float
+
+
+class Profiles:
+    """Writes profiles and keeps them.
+
+    Args:
+        path: JSON lines; texts made from users' histories stand in it.
+        task: how items are written.
+        backend: the frozen model.
+        config: how long a profile may be.
+    """
+
+    def __init__(self, path: Path, *, task: Task, backend: Backend, config: RetrievalConfig) -> None:
+        self.path, self.backend, self.config = path, backend, config
+        # The request follows the items, whatever place the task's own prompts give them.
+        self.writer = HistoryWriter(replace(task, history_after="", history_template="{history}. {input}"), backend)
+        self.known = self._kept()
+
+    def of(self, histories: Sequence[Sequence[HistoryItem]]) -> list[Profile]:
+        """A profile per history, in order; an empty text for an empty history."""
+        keys = [self._key(items) for items in histories]
+        missing = {key: items for key, items in zip(keys, histories, strict=True) if key not in self.known and items}
+        self._write(missing)
+        nobody = Profile("", "", 0.0)
+        return [self.known[key] if items else nobody for key, items in zip(keys, histories, strict=True)]
+
+    def _write(self, missing: dict[str, Sequence[HistoryItem]]) -> None:
+        wanted = GenerationConfig(max_new_tokens=self.config.profile_tokens)
+        # The latest items first: they are the last to be dropped where room is short.
+        prompts = {key: self.writer.write(_REQUEST, items[::-1]).prompt for key, items in missing.items()}
+        order = sorted(prompts, key=lambda key: -len(prompts[key]))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            self.path.open("a", encoding="utf-8") as file,
+            Progress("profiles", total=len(order), unit="profiles") as progress,
+        ):
+            for start in range(0, len(order), _AT_ONCE):
+                part = order[start : start + _AT_ONCE]
+                began = time.monotonic()
+                made = self.backend.generate([prompts[key] for key in part], soft=None, config=wanted)
+                each = (time.monotonic() - began) / len(part)
+                for key, generation in zip(part, made, strict=True):
+                    self.known[key] = Profile(key, " ".join(generation.text.split()), round(each, 4))
+                    file.write(json.dumps(asdict(self.known[key])) + "\n")
+                file.flush()
+                progress.advance(len(part))
+
+    def _kept(self) -> dict[str, Profile]:
+        found: dict[str, Profile] = {}
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    profile = Profile(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue  # the line that a kill cut off
+                found[profile.key] = profile
+        return found
+
+    def _key(self, items: Sequence[HistoryItem]) -> str:
+        about = [self.backend.identity.fingerprint, self.backend.dtype, _REQUEST, self.config.profile_tokens]
+        texts = [item.text for item in items]
+        return hashlib.sha256(json.dumps([*about, texts]).encode()).hexdigest()[:32]

@@ -1,0 +1,184 @@
+"""Recipes: what can be trained for the rows of a table, on which samples and prompts, and how it is kept.
+
+plug, instruction   soft tokens in front of the question, with or without a history
+lora                matrices inside the model, for the task
+retriever           a ranking of items, taught by the model (ROPG-KD)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from personaplug.adapters import TASK, LowRankAdapters
+from personaplug.checkpoint import drop_states
+from personaplug.conditions import INSTRUCTION, PLUG, Retrieval, Trained
+from personaplug.config import PlugConfig
+from personaplug.data.base import Reader
+from personaplug.files import write_json, written_file
+from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, Teacher
+from personaplug.memory import peak_memory, reset_peak_memory
+from personaplug.objectives import LoraObjective, Objective, PlugObjective
+from personaplug.plug import Fitting, PersonaPlug
+from personaplug.prompting import PromptMaker
+from personaplug.records import Sample
+from personaplug.run import Models, Run, drawn
+from personaplug.samples import EncodedSample
+from personaplug.training import FitReport, fit
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter.safetensors"
+
+
+def train(
+    run: Run,
+    reader: Reader,
+    *,
+    models: Models,
+    wanted: Sequence[Trained] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[Path]:
+    """Train what a run's rows need; what is finished already is left as it is.
+
+    Args:
+        reader: the training split.
+        wanted: what; None = the plug, and its control unless the config does without.
+        seeds: some of the run's; None = all.
+    Returns:
+        The folders of what was trained, seed by seed.
+    Raises:
+        BadConfig, TrainingDiverged, StorageError: see `fit`.
+    """
+    if wanted is None:
+        wanted = (INSTRUCTION, PLUG) if run.config.training.controls else (PLUG,)
+    kitchen = _Trainings(run, reader, models=models)
+    return [kitchen.train(trained, seed=seed) for seed in seeds or run.config.training.seeds for trained in wanted]
+
+
+def build_plug(run: Run, models: Models, *, control: bool = False, seed: int) -> PersonaPlug:
+    """A fresh plug (or its control without history) for the run's models, its first weights drawn by `seed`."""
+    identity = models.backend.identity
+    fitting = Fitting(identity, models.backend.embedding_scale, models.encoder.identity, run.task.labels)
+    config = instruction_only(run.config.plug) if control else run.config.plug
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        plug = PersonaPlug(config, fitting=fitting, encoder=models.encoder)
+    return plug.to(models.backend.device)
+
+
+def instruction_only(config: PlugConfig) -> PlugConfig:
+    """The control plug: as many soft tokens, none of them made from a history."""
+    return replace(config, instruction_tokens=config.instruction_tokens + config.persona_tokens, persona_tokens=0)
+
+
+class _Trainings:
+    """The trainings of one run: they share models, vectors and, where their prompts agree, samples."""
+
+    def __init__(self, run: Run, reader: Reader, *, models: Models) -> None:
+        self.run, self.reader, self.models = run, reader, models
+        self.table = run.open_vectors(models.encoder)
+        self.prompts = PromptMaker(run, models, table=self.table)
+        self.plain = run.read_samples(reader, self.table, limit=run.config.training.train_limit)
+        run.check_data(self.plain, self.table)
+
+    def train(self, trained: Trained, *, seed: int) -> Path:
+        folder = self.run.plug_folder(trained.name, seed=seed)
+        if self.run.trained(trained.name, seed=seed):
+            logger.info("%s (seed %d) is trained already", trained.name, seed)
+            return folder
+        reset_peak_memory()
+        if trained.kind == "lora":
+            self._lora(trained, seed=seed)
+        elif trained.kind == "retriever":
+            self._retriever(trained, seed=seed)
+        else:
+            self._plug(trained, seed=seed)
+        drop_states(folder)
+        return folder
+
+    def _plug(self, trained: Trained, *, seed: int) -> None:
+        samples = self._samples(trained.retrieval, seed=seed)
+        plug = build_plug(self.run, self.models, control=trained.kind == "instruction", seed=seed)
+        objective = PlugObjective(plug, self.models.backend, table=self.table)
+        facts = self._fit(trained, objective, samples, seed=seed)
+        folder = self.run.plug_folder(trained.name, seed=seed)
+        plug.save_pretrained(folder, facts={key: facts[key] for key in facts if key != "parameters"})
+        write_json(folder / "fit.json", facts)
+
+    def _lora(self, trained: Trained, *, seed: int) -> None:
+        folder = self.run.plug_folder(trained.name, seed=seed)
+        settings = self.run.config.adapter
+        with LowRankAdapters.attach(self.models.backend, config=settings) as adapters:
+            adapters.reset(TASK, seed=seed)
+            objective = LoraObjective(adapters, self.models.backend, config=settings)
+            with adapters.trainable(TASK):
+                facts = self._fit(trained, objective, self.plain, seed=seed)
+            state = adapters.state(TASK)
+        written_file(folder / ADAPTER, lambda path: save_file(state, path))
+        write_json(folder / "fit.json", facts)
+
+    def _retriever(self, trained: Trained, *, seed: int) -> None:
+        folder, settings = self.run.plug_folder(trained.name, seed=seed), self.run.config.retrieval
+        teacher = Teacher(
+            folder / "lessons.jsonl",
+            backend=self.models.backend,
+            writer=self.prompts.writer,
+            retriever=self.prompts.retriever("dense", seed=seed),
+            candidates=settings.retriever_candidates,
+            seed=seed,
+        )
+        lessons = teacher.lessons(self._texts(settings.retriever_samples))
+        samples = [sample for sample in self.plain if sample.id in lessons]
+        retriever = LearnedRetriever(self.models.encoder.width)
+        objective = RetrieverObjective(
+            retriever,
+            lessons,
+            samples=samples,
+            encoder=self.models.encoder,
+            table=self.table,
+            temperature=settings.retriever_temperature,
+        )
+        facts = self._fit(trained, objective, samples, seed=seed)
+        retriever.save(folder)
+        write_json(folder / "fit.json", facts)
+
+    def _fit(
+        self, trained: Trained, objective: Objective, samples: Sequence[EncodedSample], *, seed: int
+    ) -> dict[str, object]:
+        """Train, and say what the training was."""
+        report: FitReport = fit(
+            objective,
+            samples=samples,
+            config=self.run.config.training,
+            seed=seed,
+            folder=self.run.plug_folder(trained.name, seed=seed),
+            title=f"{trained.name} (seed {seed})",
+        )
+        about = {"task": self.run.task.name, "seed": seed, "peak_memory_bytes": peak_memory()}
+        return asdict(report) | about | {"parameters": _count(objective.module)}
+
+    def _samples(self, retrieval: Retrieval | None, *, seed: int) -> list[EncodedSample]:
+        if retrieval is None:
+            return self.plain
+        return self.run.read_samples(
+            self.reader,
+            self.table,
+            limit=self.run.config.training.train_limit,
+            rewrite=lambda sample: self.prompts.retrieved(sample, retrieval, seed=seed),
+        )
+
+    def _texts(self, count: int) -> list[Sample]:
+        """The first training samples, texts and all; 0 = all."""
+        texts = list(drawn(self.reader, limit=self.run.config.training.train_limit, seed=0))
+        return texts[:count] if count else texts
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

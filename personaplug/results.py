@@ -1,0 +1,195 @@
+"""Results objects: cells → rows with intervals, comparisons with p-values, the same for slices of the samples.
+
+A results object holds what was run (task, split, model, encoder, placement, seeds, versions, config, notes, …) and
+
+    rows    per condition: n, metrics, intervals, per_user (metrics averaged over users), the rates of a `Cell`,
+            prompt_tokens_mean, seconds, peak_memory_bytes, decoding, costs, and over several seeds seed_spread and
+            per_seed
+    pairs   a, b, metric, difference (a's advantage whatever the metric's direction), low, high, p, and p_holm:
+            corrected over the pairs of its family (personal gains; against plain; against instruction-only; the rest);
+            for accuracies mcnemar_p, one per seed
+    slices  name, rows and pairs of a part of the samples, where a part was asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from personaplug.cells import Cell, Scored
+from personaplug.conditions import control_of
+from personaplug.metrics import Array, Metric
+from personaplug.stats import bootstrap_interval, holm, mcnemar, paired_bootstrap, per_group_mean, seed_spread
+
+Places = NDArray[np.int64]
+
+_FEW = 6  # rows up to which every pair is compared
+_BASES = ("plain", "instruction-only")
+_RATES = ("invalid_rate", "truncated_rate", "unfinished_rate", "lost_history_rate", "cut_items_rate")
+_MEANS = ("prompt_tokens_mean", "seconds")
+_COSTS = ("extra_prompt_tokens", "bytes_per_user", "seconds_per_user")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How sure the numbers are to be.
+
+    Attributes:
+        metrics: the task's.
+        resamples: of the bootstrap.
+        seed: of its draws.
+    """
+
+    metrics: Sequence[Metric]
+    resamples: int
+    seed: int
+
+
+def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings) -> dict[str, Any]:
+    """The results of these cells, in their order of conditions; see the module's docstring."""
+    everything = np.arange(len(scored.groups))
+    return scored.about | _part(scored, cells, settings=settings, chosen=everything)
+
+
+def with_slices(
+    results: dict[str, Any],
+    scored: Scored,
+    cells: Sequence[Cell],
+    *,
+    slices: Sequence[tuple[str, Places]],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Results with the same rows for parts of the samples: pairs of a name and the places of its samples."""
+    parts = [
+        {"name": name, "samples": len(chosen)} | _part(scored, cells, settings=settings, chosen=chosen)
+        for name, chosen in slices
+    ]
+    return results | {"slices": parts}
+
+
+def thirds(history_items: Sequence[int]) -> list[tuple[str, Places]]:
+    """Samples by thirds of their histories' length (PPlug, Table 5); samples of one length stay together."""
+    sizes = np.asarray(history_items)
+    low, high = np.quantile(sizes, [1 / 3, 2 / 3], method="inverted_cdf")
+    parts = (("short", sizes <= low), ("medium", (sizes > low) & (sizes <= high)), ("long", sizes > high))
+    return [
+        (f"{name} ({sizes[chosen].min()}–{sizes[chosen].max()} items)", np.flatnonzero(chosen))
+        for name, chosen in parts
+        if chosen.any()
+    ]
+
+
+def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Which rows are compared, (a, b): all of a few; of many the personal gains, and the rest against the bases.
+
+    The plug is compared with every other method too.
+    """
+    if len(names) <= _FEW:
+        return [(a, b) for b, a in combinations(names, 2)]
+    gains = [(name, control) for name in names if (control := control_of(name)) in names]
+    controls = {control for _, control in gains}
+    methods = [name for name in names if name not in controls]
+    against = [(name, base) for base in _BASES if base in names for name in methods if name not in _BASES]
+    rest = [("plug", name) for name in methods if name not in ("plug", *_BASES)] if "plug" in names else []
+    bases = [(_BASES[1], _BASES[0])] if set(_BASES) <= set(names) else []
+    return list(dict.fromkeys([*gains, *bases, *against, *rest]))  # type: ignore[list-item]
+
+
+def _part(scored: Scored, cells: Sequence[Cell], *, settings: Settings, chosen: Places) -> dict[str, Any]:
+    groups = [f"{scored.groups[place]:09d}" for place in chosen]
+    by_name: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_name.setdefault(cell.condition, []).append(cell)
+    part = _Part(groups, settings, by_name, chosen)
+    return {"rows": [part.row(name) for name in by_name], "pairs": part.pairs()}
+
+
+class _Part:
+    """Some of the samples, and what every condition answered to them."""
+
+    def __init__(self, groups: Sequence[str], settings: Settings, cells: dict[str, list[Cell]], chosen: Places) -> None:
+        self.groups, self.settings, self.cells, self.chosen = groups, settings, cells, chosen
+
+    def row(self, name: str) -> dict[str, Any]:
+        cells = self.cells[name]
+        row: dict[str, Any] = {"condition": name, "n": len(self.groups), "metrics": {}, "intervals": {}, "per_user": {}}
+        for metric in self.settings.metrics:
+            stats = self._mean(name, metric)
+            interval = bootstrap_interval(
+                stats, self.groups, metric, resamples=self.settings.resamples, seed=self.settings.seed
+            )
+            row["metrics"][metric.name] = interval.value
+            row["intervals"][metric.name] = [interval.low, interval.high]
+            row["per_user"][metric.name] = per_group_mean(stats, self.groups, metric)
+        row |= {key: _mean_of(cells, key) for key in (*_RATES, *_MEANS)}
+        peaks = [cell.peak_memory_bytes for cell in cells if cell.peak_memory_bytes is not None]
+        row |= {"peak_memory_bytes": max(peaks, default=None), "decoding": cells[0].decoding}
+        row["costs"] = {key: _mean_of(cells, key) for key in _COSTS}
+        if len(cells) > 1:
+            row["per_seed"] = [self._alone(cell) for cell in cells]
+            row["seed_spread"] = {
+                metric.name: seed_spread([one[metric.name] for one in row["per_seed"]])
+                for metric in self.settings.metrics
+            }
+        return row
+
+    def pairs(self) -> list[dict[str, Any]]:
+        found = []
+        for a, b in pairs_of_interest(list(self.cells)):
+            for metric in self.settings.metrics:
+                compared = paired_bootstrap(
+                    self._mean(a, metric),
+                    self._mean(b, metric),
+                    self.groups,
+                    metric,
+                    resamples=self.settings.resamples,
+                    seed=self.settings.seed,
+                )
+                pair = {"a": a, "b": b, "metric": metric.name, **asdict(compared)}
+                found.append(pair | (self._mcnemar(a, b, metric) if metric.name == "accuracy" else {}))
+        _correct(found)
+        return found
+
+    def _mean(self, name: str, metric: Metric) -> Array:
+        """Statistics averaged over seeds: (n, d)."""
+        held = [cell.statistics[metric.name][self.chosen] for cell in self.cells[name]]
+        return np.asarray(np.mean(held, axis=0))
+
+    def _alone(self, cell: Cell) -> dict[str, float]:
+        means = {m.name: cell.statistics[m.name][self.chosen].mean(axis=0) for m in self.settings.metrics}
+        return {metric.name: float(metric.value(means[metric.name])) for metric in self.settings.metrics}
+
+    def _mcnemar(self, a: str, b: str, metric: Metric) -> dict[str, Any]:
+        """Seed by seed, since hits averaged over seeds are no hits; a row without seeds meets each of the other's."""
+        seeds = max(len(self.cells[a]), len(self.cells[b]))
+        held = [
+            [cells[place % len(cells)].statistics[metric.name][self.chosen] for place in range(seeds)]
+            for cells in (self.cells[a], self.cells[b])
+        ]
+        return {"mcnemar_p": [mcnemar(hits_a, hits_b).p for hits_a, hits_b in zip(*held, strict=True)]}
+
+
+def _correct(pairs: list[dict[str, Any]]) -> None:
+    """Add Holm's correction over each family of comparisons, metric by metric."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for pair in pairs:
+        families.setdefault((_family(pair), pair["metric"]), []).append(pair)
+    for family in families.values():
+        for pair, corrected in zip(family, holm([pair["p"] for pair in family]), strict=True):
+            pair["p_holm"] = corrected
+
+
+def _family(pair: dict[str, Any]) -> str:
+    if control_of(pair["a"]) == pair["b"]:
+        return "gain"
+    return pair["b"] if pair["b"] in _BASES else "rest"
+
+
+def _mean_of(cells: Sequence[Cell], key: str) -> float | None:
+    held = [value for cell in cells if (value := getattr(cell, key)) is not None]
+    return float(np.mean(held)) if held else None

@@ -1,0 +1,179 @@
+"""The bench: every row of a table on toy parts, resumed cell by cell, never twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import personaplug.evaluation
+from personaplug.bench import Places, bench
+from personaplug.data.simulated import SimulatedConfig, write_simulation
+from personaplug.experiment import Experiment, load_experiment
+
+TINY = """
+  model: {llm: toy, encoder: "hash:32", dtype: float32, max_prompt_tokens: 400}
+  training: {seeds: [0, 1], epochs: 1, batch_size: 4, validation_limit: 4, learning_rate: 0.01}
+  retrieval: {history_tokens: 150, profile_tokens: 8, retriever_candidates: 3}
+  adapter: {user_items: 4}
+  evaluation: {limit: 8, resamples: 100}
+"""
+EVERY_ROW = [
+    "plain",
+    "instruction-only",
+    "plug",
+    "wrong-user",
+    "shuffled",
+    "random-vectors",
+    "mean-persona",
+    "population-persona",
+    "bm25:2",
+    "bm25:2@wrong-user",
+    "recency:2",
+    "dense:2",
+    "random:2",
+    "instruction+bm25:2",
+    "instruction+bm25:2@wrong-user",
+    "plug+bm25:1",
+    "plug+bm25:1@wrong-user",
+    "plug+dense:1",
+    "profile",
+    "profile+bm25:2",
+    "ropg:2",
+    "lora",
+    "lora-per-user",
+    "lora-per-user@wrong-user",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, seed in (("One", 0), ("Two", 1)):
+        shape = SimulatedConfig(users=6, queries_per_user=2, dev_users=4, min_items=2, max_items=6, seed=seed)
+        write_simulation(shape, folder / name)
+    return folder
+
+
+def _experiment(folder: Path, rows: list[str], more: str = "", *, sets: str = "[One, Two]") -> Experiment:
+    path = folder / "mine.yaml"
+    path.write_text(f"sets: {sets}\nconditions: {json.dumps(rows)}\nconfig:{TINY}\n{more}\n", encoding="utf-8")
+    return load_experiment(path)
+
+
+def _places(folder: Path, data: Path) -> Places:
+    return Places(data, folder / "out", folder / "results")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return told
+
+
+def test_every_row_fills_its_cell(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("peft")
+    experiment = _experiment(tmp_path, EVERY_ROW, sets="[One]")
+    written, missed = bench(experiment, _places(tmp_path, data))
+    assert missed == []
+    assert written == [tmp_path / "results" / "mine" / "One.json"]
+    results = _read(written[0])
+    rows = {row["condition"]: row for row in results["rows"]}
+    assert list(rows) == EVERY_ROW
+    assert all(math.isfinite(row["metrics"]["mae"]) and row["n"] == 8 for row in rows.values())
+    assert (results["experiment"], results["set"]) == ("mine", "One")
+    for name in ("plug", "random:2", "lora-per-user", "instruction+bm25:2"):
+        assert len(rows[name]["per_seed"]) == 2
+    assert "per_seed" not in rows["bm25:2"]
+    gains = {pair["a"] for pair in results["pairs"] if "wrong-user" in pair["b"]}
+    assert gains == {"plug", "bm25:2", "instruction+bm25:2", "plug+bm25:1", "lora-per-user"}
+    costs = {name: row["costs"] for name, row in rows.items()}
+    assert costs["plain"] == {"extra_prompt_tokens": 0.0, "bytes_per_user": 0.0, "seconds_per_user": 0.0}
+    assert costs["plug"]["extra_prompt_tokens"] == 2
+    assert costs["bm25:2"]["extra_prompt_tokens"] > 20
+    assert costs["lora-per-user"]["bytes_per_user"] > costs["plug"]["bytes_per_user"] > 0
+    assert costs["lora-per-user"]["seconds_per_user"] > 0
+
+
+def test_finished_cells_are_never_made_again(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ["plain", "instruction-only", "plug", "wrong-user", "bm25:2"]
+    places = _places(tmp_path, data)
+    bench(_experiment(tmp_path, rows[:4]), places, seeds=[0])
+    first = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*.jsonl")}
+    assert len(first) == 2
+    asked: list[str] = []
+    real = personaplug.evaluation.Evaluation.cell
+
+    def told(self: Any, condition: Any, *, seed: int) -> Any:
+        asked.append(f"{condition.name} {seed}")
+        return real(self, condition, seed=seed)
+
+    monkeypatch.setattr(personaplug.evaluation.Evaluation, "cell", told)
+    bench(_experiment(tmp_path, rows[:4]), places, seeds=[0])
+    assert asked == []
+    written, _ = bench(_experiment(tmp_path, rows), places, sets=["Two"])
+    assert asked == ["bm25:2 0", "instruction-only 1", "plug 1", "wrong-user 1"]
+    for path, before in first.items():
+        assert path.read_bytes().startswith(before)
+    assert [row["condition"] for row in _read(written[0])["rows"]] == rows
+
+
+def test_a_stopped_bench_on_a_new_machine_goes_on_from_the_published_cells(tmp_path: Path, data: Path) -> None:
+    rows = ["plain", "instruction-only", "plug", "wrong-user"]
+    experiment = _experiment(tmp_path, rows, sets="[One]")
+    unbroken, _ = bench(experiment, Places(data, tmp_path / "a", tmp_path / "ra"))
+    bench(experiment, Places(data, tmp_path / "b", tmp_path / "rb"), seeds=[0])
+    resumed, _ = bench(experiment, Places(data, tmp_path / "elsewhere", tmp_path / "rb"))
+    for key in ("metrics", "intervals", "per_user"):
+        assert [row[key] for row in _read(resumed[0])["rows"]] == [row[key] for row in _read(unbroken[0])["rows"]]
+    assert _read(resumed[0])["pairs"] == _read(unbroken[0])["pairs"]
+
+
+def test_other_settings_make_other_cells(tmp_path: Path, data: Path) -> None:
+    places = _places(tmp_path, data)
+    bench(_experiment(tmp_path, ["plain"], sets="[One]"), places)
+    changed = _experiment(tmp_path, ["plain"], "per_set: {One: {limit: 3}}", sets="[One]")
+    written, _ = bench(changed, places)
+    assert [row["n"] for row in _read(written[0])["rows"]] == [3]
+    kept = list((tmp_path / "results").rglob("One.cells*.jsonl"))
+    assert len(kept) == 2  # the earlier samples' cells are put aside, not lost
+    bench(_experiment(tmp_path, ["plain"], sets="[One]"), places)
+    assert [row["n"] for row in _read(written[0])["rows"]] == [8]
+
+
+def test_variants_are_tables_of_their_own_and_a_model_that_is_not_here_is_said(tmp_path: Path, data: Path) -> None:
+    more = "variants: {mean: {aggregator: mean}, big: {encoder: ./nowhere-at-all}}"
+    written, missed = bench(_experiment(tmp_path, ["plug"], more, sets="[One]"), _places(tmp_path, data))
+    assert [path.parent.name for path in written] == ["mean"]
+    assert _read(written[0])["variant"] == "mean"
+    assert len(missed) == 1
+    assert "mine big One" in missed[0]
+    assert "nowhere-at-all" in missed[0]
+
+
+def test_a_set_that_is_not_there_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
+    written, missed = bench(_experiment(tmp_path, ["plain"], sets="[Three, One]"), _places(tmp_path, data))
+    assert [path.name for path in written] == ["One.json"]
+    assert "Three" in missed[0]
+
+
+def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> None:
+    more = "shown_items: [0, 2]"
+    written, _ = bench(_experiment(tmp_path, ["plug", "bm25:2"], more, sets="[One]"), _places(tmp_path, data))
+    results = _read(written[0])
+    assert [(part["name"], part["items"]) for part in results["slices"]] == [("items=0", 0), ("items=2", 2)]
+    nothing = {row["condition"]: row for row in results["slices"][0]["rows"]}
+    assert nothing["bm25:2"]["costs"]["extra_prompt_tokens"] == 0
+    assert nothing["bm25:2"]["lost_history_rate"] == 1
+    assert results["rows"][1]["costs"]["extra_prompt_tokens"] > 0
+
+
+def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:
+    written, _ = bench(
+        _experiment(tmp_path, ["plain"], "slices: history-thirds", sets="[One]"), _places(tmp_path, data)
+    )
+    parts = _read(written[0])["slices"]
+    assert sum(part["samples"] for part in parts) == 8
+    assert parts[0]["name"].startswith("short")

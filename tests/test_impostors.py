@@ -1,0 +1,50 @@
+"""Stand-ins for a persona: random vectors and the mean of all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from personaplug.config import PlugConfig
+from personaplug.encoder import HashEncoder
+from personaplug.impostors import MeanPersona, RandomVectors
+from personaplug.personalizer import Personalizer
+from personaplug.plug import Fitting, PersonaPlug
+from personaplug.samples import EncodedSample
+from personaplug.vectors import VectorTable
+from personaplug.weights import LLMIdentity
+
+
+def _samples(count: int) -> list[EncodedSample]:
+    return [
+        EncodedSample(str(k), str(k), None, "p", f"query {k}", None, np.arange(k, k + 3), np.zeros(3, np.int16))
+        for k in range(count)
+    ]
+
+
+def test_random_vectors_are_of_unit_length_and_belong_to_their_row() -> None:
+    vectors = RandomVectors(16, seed=1)
+    found = vectors.gather(np.array([5, 9, 5]))
+    np.testing.assert_allclose(np.linalg.norm(found.astype(np.float64), axis=1), 1, atol=1e-3)
+    assert (found[0] == found[2]).all()
+    assert not (found[0] == found[1]).all()
+    assert not (RandomVectors(16, seed=2).gather(np.array([5])) == found[0]).all()
+
+
+def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, hashing: HashEncoder) -> None:
+    table = VectorTable.open(tmp_path / "vectors", hashing)
+    table.add([f"item {k}" for k in range(10)])
+    fitting = Fitting(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
+    torch.manual_seed(0)
+    plug = PersonaPlug(PlugConfig(), fitting=fitting, encoder=hashing).eval()
+    personalizer = Personalizer(plug, table=table)
+    samples = _samples(5)
+    mean = MeanPersona(personalizer, samples, batch_size=2)
+    with torch.no_grad():
+        each = personalizer.soft_prompt(samples).vectors
+    given = mean.soft_prompt(samples[:2]).vectors
+    torch.testing.assert_close(given[0], each.mean(dim=0))
+    torch.testing.assert_close(given[0], given[1])
+    assert not torch.allclose(each[0], each[1])

@@ -1,0 +1,96 @@
+"""Results objects: rows and comparisons of cells, whole and in slices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from personaplug.cells import Cell, Scored
+from personaplug.metrics import Array, get_metric
+from personaplug.results import Settings, pairs_of_interest, results_object, thirds, with_slices
+from personaplug.stats import holm
+
+ACCURACY = get_metric("accuracy", labels=("1", "2"))
+SETTINGS = Settings([ACCURACY], resamples=200, seed=0)
+GROUPS = [0, 0, 1, 2, 2, 2, 3, 4]
+SCORED = Scored(GROUPS, history_items=[1, 1, 5, 3, 3, 3, 9, 9], about={"task": "T", "split": "dev"})
+
+
+def _hits(*values: int) -> dict[str, Array]:
+    return {"accuracy": np.array(values, dtype=np.float64)[:, None]}
+
+
+PLAIN = Cell("plain", 0, _hits(0, 0, 0, 1, 0, 0, 1, 0), invalid_rate=0.5, decoding="scored", extra_prompt_tokens=0.0)
+WRONG = [Cell("wrong-user", s, _hits(1, 0, 0, 1, 0, s, 1, 0), invalid_rate=0.0, decoding="scored") for s in (0, 1)]
+PLUG = [
+    Cell("plug", s, _hits(1, 1, 1, 1, s, 0, 1, 1), invalid_rate=0.0, seconds=1.0 + s, bytes_per_user=10.0 * s)
+    for s in (0, 1)
+]
+
+
+def test_rows_average_over_seeds_and_keep_their_spread() -> None:
+    results = results_object(SCORED, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
+    rows = {row["condition"]: row for row in results["rows"]}
+    assert list(rows) == ["plain", "wrong-user", "plug"]
+    assert results["task"] == "T"
+    assert rows["plug"]["metrics"]["accuracy"] == pytest.approx((6 / 8 + 7 / 8) / 2)
+    assert [one["accuracy"] for one in rows["plug"]["per_seed"]] == [6 / 8, 7 / 8]
+    assert rows["plug"]["seed_spread"]["accuracy"] == pytest.approx(np.std([6 / 8, 7 / 8], ddof=1))
+    assert (rows["plug"]["seconds"], rows["plug"]["costs"]["bytes_per_user"]) == (1.5, 5.0)
+    assert "per_seed" not in rows["plain"]
+    low, high = rows["plug"]["intervals"]["accuracy"]
+    assert low <= rows["plug"]["metrics"]["accuracy"] <= high
+    # users 0..4 hit 1, 1, (1 + s)/3, 1, 1 of their own
+    assert rows["plug"]["per_user"]["accuracy"] == pytest.approx((1 + 1 + (1 / 3 + 2 / 3) / 2 + 1 + 1) / 5)
+
+
+def test_pairs_carry_holms_correction_within_their_family_and_mcnemar_per_seed() -> None:
+    results = results_object(SCORED, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
+    pairs = {(pair["a"], pair["b"]): pair for pair in results["pairs"]}
+    assert set(pairs) == {("wrong-user", "plain"), ("plug", "plain"), ("plug", "wrong-user")}
+    against_plain = [pairs["wrong-user", "plain"], pairs["plug", "plain"]]
+    assert [pair["p_holm"] for pair in against_plain] == holm([pair["p"] for pair in against_plain])
+    assert pairs["plug", "wrong-user"]["p_holm"] == pairs["plug", "wrong-user"]["p"]
+    # seed 0: the plug alone is right on 3 samples, a stranger's history on none; exact p = 2 / 2³
+    assert pairs["plug", "wrong-user"]["mcnemar_p"][0] == pytest.approx(0.25)
+    assert len(pairs["plug", "plain"]["mcnemar_p"]) == 2
+    assert pairs["plug", "plain"]["difference"] == pytest.approx((6 / 8 + 7 / 8) / 2 - 2 / 8)
+
+
+def test_many_rows_are_compared_where_it_tells_something() -> None:
+    names = [
+        "plain",
+        "instruction-only",
+        "plug",
+        "wrong-user",
+        "shuffled",
+        "bm25:4",
+        "bm25:4@wrong-user",
+        "lora",
+        "lora-per-user",
+    ]
+    pairs = pairs_of_interest(names)
+    assert pairs[:2] == [("plug", "wrong-user"), ("bm25:4", "bm25:4@wrong-user")]
+    assert ("instruction-only", "plain") in pairs
+    assert {("bm25:4", "plain"), ("bm25:4", "instruction-only"), ("plug", "bm25:4"), ("plug", "lora")} <= set(pairs)
+    assert ("lora-per-user", "lora-per-user@wrong-user") not in pairs  # that row was not filled
+    assert not any("@" in a or a == "wrong-user" for a, _ in pairs)
+    assert len(pairs) == len(set(pairs))
+
+
+def test_slices_are_the_same_rows_on_parts_of_the_samples() -> None:
+    cells = [PLAIN, *PLUG]
+    whole = results_object(SCORED, cells, settings=SETTINGS)
+    sliced = with_slices(whole, SCORED, cells, slices=thirds(SCORED.history_items), settings=SETTINGS)
+    assert [(part["name"], part["samples"]) for part in sliced["slices"]] == [
+        ("short (1–3 items)", 5),
+        ("medium (5–5 items)", 1),
+        ("long (9–9 items)", 2),
+    ]
+    plug = [part["rows"][1]["metrics"]["accuracy"] for part in sliced["slices"]]
+    assert plug == pytest.approx([(3.5) / 5, 1.0, 1.0])
+    assert sum(part["samples"] for part in sliced["slices"]) == len(GROUPS)
+
+
+def test_histories_of_one_length_are_one_slice() -> None:
+    assert [(name, len(places)) for name, places in thirds([4, 4, 4])] == [("short (4–4 items)", 3)]

@@ -23,7 +23,7 @@ from personaplug.config import Config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.base import Task
 from personaplug.errors import MissingData, MissingModel
-from personaplug.evaluation import Evaluation
+from personaplug.evaluation import Evaluation, with_remarks
 from personaplug.experiment import Experiment
 from personaplug.files import write_json
 from personaplug.metrics import get_metric
@@ -134,7 +134,7 @@ class _Table:
             return
         task = load_task(self.data)
         settings = self._settings(task)
-        results = results_object(scored, cells, settings=settings)
+        results = with_remarks(results_object(scored, cells, settings=settings), task)
         if self.experiment.slices:
             slices = thirds(scored.history_items)
             results = with_slices(results, scored, cells, slices=slices, settings=settings)

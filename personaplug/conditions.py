@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from personaplug.errors import BadConfig, nearest
 
 RETRIEVERS = ("bm25", "recency", "dense", "random", "ropg")
-WRONG_USER, SHUFFLED = "wrong-user", "shuffled"
+WRONG_USER: Final = "wrong-user"
+SHUFFLED: Final = "shuffled"
 
 Whose = Literal["none", "own", "wrong-user", "shuffled"]
 Kind = Literal["plug", "instruction", "lora", "retriever"]

@@ -36,6 +36,7 @@ from personaplug.records import Sample
 from personaplug.results import Settings, results_object
 from personaplug.run import Models, Run, drawn, machine, versions
 from personaplug.samples import EncodedSample, samples_fingerprint
+from personaplug.user_adapters import remark
 
 PLACEMENT = "prefix"
 ORACLE = "all-knowing"
@@ -70,7 +71,14 @@ def evaluate(
     ]
     if oracle is not None:
         cells.append(evaluation.oracle(oracle))
-    return results_object(evaluation.scored, cells, settings=evaluation.settings)
+    return with_remarks(results_object(evaluation.scored, cells, settings=evaluation.settings), run.task)
+
+
+def with_remarks(results: dict[str, Any], task: Task) -> dict[str, Any]:
+    """Results with a note on those of their rows that mean something else on this task."""
+    per_user = any(row["condition"].startswith("lora-per-user") for row in results["rows"])
+    said = remark(task) if per_user else None
+    return results | {"notes": [*results.get("notes", []), said]} if said else results
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class HistoryWriter:
         after = self._place_in(prompt)
         left = self._left(self._composed(prompt, "", after=after)) if items else 0
         while left > 0:
-            texts, shortened = self._fitting(items, left - (self._joint if after else 0))
+            texts, shortened = self._fitting(items, left)
             if not texts:
                 break
             history = self.task.item_joint.join(texts)

@@ -62,11 +62,10 @@ class PromptMaker:
         shown = writer.write(sample.prompt, self._best(sample, items, retrieval, seed=seed))
         if profile is None:
             return shown
-        noted = writer.write_note(shown.prompt, profile)
-        ahead = len(noted.prompt) - len(shown.prompt)
+        noted = writer.write_note(shown.prompt, profile, soft_at=shown.soft_at)
         return Written(
             noted.prompt,
-            shown.soft_at + ahead,
+            noted.soft_at,
             offered=shown.offered + noted.offered,
             written=shown.written + noted.written,
             shortened=shown.shortened + noted.shortened,

@@ -77,6 +77,16 @@ def answers_in_history(task: Task) -> bool:
     return task.answer_field is not None and task.item_fields != (task.answer_field,) and not task.query_pattern
 
 
+def remark(task: Task) -> str | None:
+    """What has to be said beside a per-user row of this task, if anything."""
+    if answers_in_history(task):
+        return None
+    return (
+        f"lora-per-user: the items of {task.name} hold no pairs of question and answer, so users' matrices learn how "
+        f"they write and not the task that is tested."
+    )
+
+
 def without_asked(items: Iterable[HistoryItem], samples: Iterable[Sample]) -> list[HistoryItem]:
     """Leave out the items that hold what a user's evaluated samples ask.
 

@@ -14,6 +14,7 @@ from personaplug.bench import Places, bench
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.experiment import Experiment, load_experiment
 
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "experiments").glob("*.yaml"))
 TINY = """
   model: {llm: toy, encoder: "hash:32", dtype: float32, max_prompt_tokens: 400}
   training: {seeds: [0, 1], epochs: 1, batch_size: 4, validation_limit: 4, learning_rate: 0.01}
@@ -177,3 +178,17 @@ def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:
     parts = _read(written[0])["slices"]
     assert sum(part["samples"] for part in parts) == 8
     assert parts[0]["name"].startswith("short")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_experiment_runs_to_its_end(path: Path, tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "Movie_stars").symlink_to(data / "One")
+    settings = ("llm=toy", "encoder=hash:32", "dtype=float32", "seeds=0", "train_limit=8", "limit=6", "resamples=100")
+    experiment = load_experiment(path, settings=(*settings, "validate_every=2", "history_tokens=60"))
+    written, missed = bench(experiment, _places(tmp_path, tmp_path / "data"))
+    assert len(written) == len(experiment.variants)
+    assert len(missed) == len(experiment.configs) - len(written)  # the sets that are not here
+    for file in written:
+        assert [row["condition"] for row in _read(file)["rows"]] == [row.name for row in experiment.conditions]

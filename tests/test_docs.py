@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from personaplug.conditions import CONDITIONS, RETRIEVERS, condition_of
 from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENTS = sorted((ROOT / "benchmarks" / "experiments").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "benchmarks" / "configs").glob("*.yaml"))
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("**/*.json"))
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
-def test_a_shipped_experiment_is_a_valid_config(path: Path) -> None:
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_is_valid(path: Path) -> None:
     assert len(load_config(path).training.seeds) >= 1
 
 
@@ -85,3 +86,19 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert code is not None
     exec(code.group(1), {})
+
+
+def test_the_page_on_the_protocol_names_every_row_and_control() -> None:
+    page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    for name in CONDITIONS:
+        assert f"`{name}`" in page, name
+    for retriever in RETRIEVERS:
+        assert f"`{retriever}:4`" in page
+
+
+def test_the_rows_that_documents_name_exist() -> None:
+    for path in (ROOT / "README.md", ROOT / "docs" / "protocol.md"):
+        for name in re.findall(
+            r"`((?:[a-z-]+\+)?(?:bm25|recency|dense|random|ropg):\d(?:@[a-z-]+)?)`", path.read_text()
+        ):
+            assert condition_of(name).name == name

@@ -110,13 +110,7 @@ class _Table:
             logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, _items(shown))
             if evaluation is None or evaluation.config.shown_items != shown:
                 evaluation = self._evaluation(shown)
-            train(
-                evaluation.run,
-                open_dataset(self.data, "train", task=evaluation.task, max_history=self.config.plug.max_history),
-                models=evaluation.models,
-                wanted=condition.needs,
-                seeds=(seed,),
-            )
+            self._train(condition, evaluation, seed=seed)
             cell = replace(evaluation.cell(condition, seed=seed), key=key)
             if scored is None or scored.key != self._samples_key():
                 file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
@@ -126,6 +120,13 @@ class _Table:
         if not filled:
             logger.info("%s: seed %d is finished already", self.title, seed)
             self.write()
+
+    def _train(self, condition: Condition, evaluation: Evaluation, *, seed: int) -> None:
+        """Train what the row needs and has not got; only then is the training split read."""
+        missing = [need for need in condition.needs if not evaluation.run.trained(need.name, seed=seed)]
+        if missing:
+            reader = open_dataset(self.data, "train", task=evaluation.task, max_history=self.config.plug.max_history)
+            train(evaluation.run, reader, models=evaluation.models, wanted=missing, seeds=(seed,))
 
     def write(self) -> None:
         """Write the results of the cells that there are."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -21,6 +22,7 @@ from personaplug.checkpoint import drop_states
 from personaplug.conditions import INSTRUCTION, PLUG, Retrieval, Trained
 from personaplug.config import PlugConfig
 from personaplug.data.base import Reader
+from personaplug.errors import BadConfig
 from personaplug.files import write_json, written_file
 from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, Teacher
 from personaplug.memory import peak_memory, reset_peak_memory
@@ -58,8 +60,8 @@ def train(
     """
     if wanted is None:
         wanted = (INSTRUCTION, PLUG) if run.config.training.controls else (PLUG,)
-    kitchen = _Trainings(run, reader, models=models)
-    return [kitchen.train(trained, seed=seed) for seed in seeds or run.config.training.seeds for trained in wanted]
+    trainings = _Trainings(run, reader, models=models)
+    return [trainings.train(trained, seed=seed) for seed in seeds or run.config.training.seeds for trained in wanted]
 
 
 def build_plug(run: Run, models: Models, *, control: bool = False, seed: int) -> PersonaPlug:
@@ -126,6 +128,8 @@ class _Trainings:
 
     def _retriever(self, trained: Trained, *, seed: int) -> None:
         folder, settings = self.run.plug_folder(trained.name, seed=seed), self.run.config.retrieval
+        if self.run.config.plug.selected_items:
+            raise BadConfig("The row ropg ranks whole histories; it cannot be trained with selected_items above 0.")
         teacher = Teacher(
             folder / "lessons.jsonl",
             backend=self.models.backend,
@@ -175,9 +179,10 @@ class _Trainings:
         )
 
     def _texts(self, count: int) -> list[Sample]:
-        """The first training samples, texts and all; 0 = all."""
+        """So many of the training samples, texts and all, spread evenly over them; 0 = all."""
         texts = list(drawn(self.reader, limit=self.run.config.training.train_limit, seed=0))
-        return texts[:count] if count else texts
+        places = np.linspace(0, len(texts) - 1, num=min(count or len(texts), len(texts))).round().astype(int)
+        return [texts[place] for place in places]
 
 
 def _count(module: nn.Module) -> int:

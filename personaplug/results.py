@@ -28,6 +28,7 @@ from personaplug.stats import bootstrap_interval, holm, mcnemar, paired_bootstra
 
 Places = NDArray[np.int64]
 
+_ENOUGH_SEEDS = 3
 _FEW = 6  # rows up to which every pair is compared
 _BASES = ("plain", "instruction-only")
 _RATES = ("invalid_rate", "truncated_rate", "unfinished_rate", "lost_history_rate", "cut_items_rate")
@@ -53,7 +54,9 @@ class Settings:
 def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings) -> dict[str, Any]:
     """The results of these cells, in their order of conditions; see the module's docstring."""
     everything = np.arange(len(scored.groups))
-    return scored.about | _part(scored, cells, settings=settings, chosen=everything)
+    seeds = sorted({cell.seed for cell in cells})
+    told = scored.about | {"seeds": seeds, "notes": [*scored.about.get("notes", []), *_notes_on(seeds)]}
+    return told | _part(scored, cells, settings=settings, chosen=everything)
 
 
 def with_slices(
@@ -98,6 +101,11 @@ def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
     rest = [("plug", name) for name in methods if name not in ("plug", *_BASES)] if "plug" in names else []
     bases = [(_BASES[1], _BASES[0])] if set(_BASES) <= set(names) else []
     return list(dict.fromkeys([*gains, *bases, *against, *rest]))  # type: ignore[list-item]
+
+
+def _notes_on(seeds: Sequence[int]) -> list[str]:
+    few = len(seeds) < _ENOUGH_SEEDS
+    return ["Fewer than three training seeds: the spread between trainings is not covered."] if few else []
 
 
 def _part(scored: Scored, cells: Sequence[Cell], *, settings: Settings, chosen: Places) -> dict[str, Any]:

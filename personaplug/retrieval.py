@@ -6,6 +6,7 @@ Of items that are worth the same the later one comes first, everywhere. Nothing 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ from personaplug.encoder.base import Vectors
 from personaplug.errors import BadConfig, nearest
 from personaplug.records import HistoryItem, Sample
 from personaplug.vectors import VectorTable
+
+# It would tell of every index it builds, that is of every sample.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 _METHODS = ("bm25", "recency", "random", "dense")
 _DRAWN_ITEMS = 11  # sets these draws apart from others of the same seed

@@ -33,6 +33,8 @@ def test_rows_average_over_seeds_and_keep_their_spread() -> None:
     rows = {row["condition"]: row for row in results["rows"]}
     assert list(rows) == ["plain", "wrong-user", "plug"]
     assert results["task"] == "T"
+    assert results["seeds"] == [0, 1]
+    assert any("three training seeds" in note for note in results["notes"])
     assert rows["plug"]["metrics"]["accuracy"] == pytest.approx((6 / 8 + 7 / 8) / 2)
     assert [one["accuracy"] for one in rows["plug"]["per_seed"]] == [6 / 8, 7 / 8]
     assert rows["plug"]["seed_spread"]["accuracy"] == pytest.approx(np.std([6 / 8, 7 / 8], ddof=1))

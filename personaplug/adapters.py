@@ -181,10 +181,6 @@ class LowRankAdapters:
         """Numbers in one set."""
         return sum(parameter.numel() for parameter in self.module(name).parameters())
 
-    def bytes_of(self, name: str) -> int:
-        """Size of one set's values as they are stored for a user, in float16."""
-        return _STORED_BYTES * self.count(name)
-
     def _apply(self) -> None:
         for layer in self._layers.values():
             layer.set_adapter(list(self._active), inference_mode=True)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from personaplug.cells import Cell, CellFile, Scored
 from personaplug.conditions import Condition
 from personaplug.config import Config
 from personaplug.data import load_task, open_dataset
-from personaplug.data.base import Task
-from personaplug.errors import MissingData, MissingModel
+from personaplug.data.base import Reader, Task
+from personaplug.errors import BadConfig, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
 from personaplug.evaluation import Evaluation, with_remarks
 from personaplug.experiment import Experiment
 from personaplug.files import write_json
 from personaplug.metrics import get_metric
-from personaplug.recipes import train
+from personaplug.recipes import note_data, train
 from personaplug.results import Settings, results_object, thirds, with_slices
 from personaplug.run import Models, Run, open_models
 
@@ -62,29 +63,24 @@ def bench(
     Returns:
         The results files, and what could not be run here and why (a model or a set that is not there).
     """
+    unknown = [name for name in sets if name not in experiment.sets]
+    if unknown:
+        raise BadConfig(
+            f"{', '.join(unknown)}: no set of {experiment.name}, whose sets are {', '.join(experiment.sets)}."
+        )
     tables = [
         _Table(experiment, places, variant=variant, name=name)
         for variant in experiment.variants
         for name in experiment.sets
         if not sets or name in sets
     ]
-    missed: dict[str, str] = {}
-    every = sorted({seed for table in tables for seed in table.config.training.seeds}, key=_position(tables))
+    every = list(dict.fromkeys(seed for table in tables for seed in table.config.training.seeds))
     for seed in every:
         for table in tables:
-            if (seeds and seed not in seeds) or seed not in table.config.training.seeds or table.title in missed:
-                continue
-            try:
+            if seed in table.config.training.seeds and (not seeds or seed in seeds):
                 table.fill(seed=seed)
-            except (MissingModel, MissingData) as error:
-                missed[table.title] = f"{table.title}: {error}"
-                logger.warning("%s", missed[table.title])
-    return [table.target for table in tables if table.target.exists()], list(missed.values())
-
-
-def _position(tables: Sequence[_Table]) -> Callable[[int], int]:
-    order = [seed for table in tables for seed in table.config.training.seeds]
-    return order.index
+    written = [table.target for table in tables if table.target.exists()]
+    return written, list(dict.fromkeys(reason for table in tables for reason in table.missed))
 
 
 class _Table:
@@ -97,10 +93,23 @@ class _Table:
         self.folder = places.out / experiment.name / variant / name
         self.target = places.results / experiment.name / variant / f"{name}.json"
         self.title = " ".join(part for part in (experiment.name, variant, name) if part)
+        self.missed: list[str] = []
+        self.absent = False
 
     def fill(self, *, seed: int) -> None:
-        """Make the cells of a seed that are missing; write the results anew after each."""
-        filled = False
+        """Make the cells of a seed that are missing; write the results anew after each.
+
+        What cannot be made is noted in `missed` and does not keep the other cells from being made.
+        """
+        if self.absent:
+            return
+        try:
+            self._fill(seed)
+        except (MissingModel, MissingData) as error:
+            self.absent = True
+            self._miss(self.title, error)
+
+    def _fill(self, seed: int) -> None:
         evaluation: Evaluation | None = None
         for condition, shown in self._wanted(seed):
             file, key = self._file(shown), self._key(condition, seed, shown)
@@ -110,23 +119,30 @@ class _Table:
             logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, _items(shown))
             if evaluation is None or evaluation.config.shown_items != shown:
                 evaluation = self._evaluation(shown)
-            self._train(condition, evaluation, seed=seed)
-            cell = replace(evaluation.cell(condition, seed=seed), key=key)
+            try:
+                self._train(condition, evaluation, seed=seed)
+                cell = replace(evaluation.cell(condition, seed=seed), key=key)
+            except (UserError, TrainingDiverged) as error:
+                self._miss(f"{self.title}, {condition.name}, seed {seed}", error)
+                continue
             if scored is None or scored.key != self._samples_key():
                 file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
             file.append(cell)
-            filled = True
             self.write()
-        if not filled:
-            logger.info("%s: seed %d is finished already", self.title, seed)
-            self.write()
+        self.write()
+
+    def _miss(self, what: str, error: PersonaPlugError) -> None:
+        self.missed.append(f"{what}: {error}")
+        logger.warning("%s", self.missed[-1])
 
     def _train(self, condition: Condition, evaluation: Evaluation, *, seed: int) -> None:
         """Train what the row needs and has not got; only then is the training split read."""
         missing = [need for need in condition.needs if not evaluation.run.trained(need.name, seed=seed)]
         if missing:
-            reader = open_dataset(self.data, "train", task=evaluation.task, max_history=self.config.plug.max_history)
-            train(evaluation.run, reader, models=evaluation.models, wanted=missing, seeds=(seed,))
+            train(evaluation.run, self._training_split(), models=evaluation.models, wanted=missing, seeds=(seed,))
+
+    def _training_split(self) -> Reader:
+        return open_dataset(self.data, "train", max_history=self.config.plug.max_history)
 
     def write(self) -> None:
         """Write the results of the cells that there are."""
@@ -139,8 +155,14 @@ class _Table:
         if self.experiment.slices:
             slices = thirds(scored.history_items)
             results = with_slices(results, scored, cells, slices=slices, settings=settings)
-        curve = [part for shown in self.experiment.shown_items if (part := self._of_items(shown, settings))]
-        write_json(self.target, results | ({"slices": curve} if curve else {}))
+        if self.experiment.shown_items:
+            results |= {"slices": [*results.get("slices", []), *self._curve(results, settings)]}
+        write_json(self.target, results)
+
+    def _curve(self, whole: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+        """The rows by the number of items shown, up to all of them."""
+        parts = [part for shown in self.experiment.shown_items if (part := self._of_items(shown, settings))]
+        return [*parts, {"name": "items=all", "rows": whole["rows"], "pairs": whole["pairs"]}]
 
     def _wanted(self, seed: int) -> Iterator[tuple[Condition, int]]:
         seeds = self.config.training.seeds
@@ -153,6 +175,7 @@ class _Table:
         task = load_task(self.data)
         run = Run.create(self.folder, config=self.config, task=task)
         reader = open_dataset(self.data, self.experiment.split, task=task, max_history=self.config.plug.max_history)
+        note_data(run, self._training_split(), models=self._models())
         config = replace(self.config.evaluation, shown_items=shown)
         return Evaluation(
             run, reader, split=_split_name(self.experiment.split, shown), config=config, models=self._models()
@@ -180,7 +203,7 @@ class _Table:
         if scored is None:
             return None
         part = results_object(replace(scored, about={}), cells, settings=settings)
-        return {"name": f"items={shown}", "items": shown, **part}
+        return {"name": f"items={shown}", "items": shown, "rows": part["rows"], "pairs": part["pairs"]}
 
     def _file(self, shown: int) -> CellFile:
         middle = "" if shown == ALL_ITEMS else f".items-{shown}"
@@ -191,17 +214,21 @@ class _Table:
         metrics = [get_metric(name, labels=task.labels, fallback=config.rating_fallback) for name in task.metrics]
         return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
+    @cached_property
+    def _data_key(self) -> str:
+        return _data_key(self.data, self.experiment.split)
+
     def _samples_key(self) -> str:
         config = self.config.evaluation
         drawn = [config.limit, config.draw_seed, self.config.plug.max_history, self.experiment.split]
-        return _hash([_data_key(self.data, self.experiment.split), *drawn])
+        return _hash([self._data_key, *drawn])
 
     def _key(self, condition: Condition, seed: int, shown: int) -> str:
         about = asdict(self.config)
         about["training"].pop("seeds")
         about["model"].pop("device")
         about["evaluation"].pop("resamples")
-        parts = [about, _data_key(self.data, self.experiment.split), condition.name, seed, shown]
+        parts = [about, self._data_key, condition.name, seed, shown]
         return _hash(parts)
 
     def _about(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -229,7 +256,10 @@ def _data_key(folder: Path, split: str) -> str:
     if not files:
         raise MissingData(f"{folder} holds no data set; --data is the folder that holds the sets' folders.")
     for path in [*files, folder / "task.json"]:
-        digest.update(path.name.encode() + (path.read_bytes() if path.exists() else b""))
+        digest.update(path.name.encode())
+        if path.exists():
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

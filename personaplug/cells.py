@@ -6,7 +6,6 @@ numbers and no texts, so it can be published beside the results made from it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from personaplug.errors import BadRecord
-from personaplug.files import storing
+from personaplug.files import JsonLines
 from personaplug.metrics import Array
 
 _DENSE = 3  # statistics with more columns are one-hots and written sparsely
@@ -56,7 +55,7 @@ class Cell:
         seconds: answering.
         peak_memory_bytes: while answering.
         decoding: "scored" over the labels or "generated".
-        bytes_per_user: what a service keeps for a user, a mean; None where nothing personal is kept.
+        bytes_per_user: what a service keeps for a user, a mean; None where that is not known.
         seconds_per_user: what adding a user takes, a mean.
     """
 
@@ -96,7 +95,7 @@ class CellFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.lines = JsonLines(path)
 
     def read(self) -> tuple[Scored | None, list[Cell]]:
         """What was scored, and the cells, the latest of each condition and seed; (None, []) without a file.
@@ -104,21 +103,15 @@ class CellFile:
         Raises:
             BadRecord: if the first line is not what cells are about.
         """
-        if not self.path.exists():
+        if not self.lines.path.exists():
             return None, []
-        first, *rest = self.path.read_text(encoding="utf-8").splitlines() or [""]
+        first, *rest = list(self.lines.read()) or [None]
         try:
-            scored = Scored(**json.loads(first))
-        except (ValueError, TypeError):
-            raise BadRecord(self.path, "line 1", reason="it should say what the cells are about") from None
-        cells: dict[tuple[str, int], Cell] = {}
-        for line in rest:
-            try:
-                cell = Cell.from_dict(json.loads(line))
-            except (ValueError, TypeError, KeyError):
-                continue  # the line that a kill cut off
-            cells[cell.condition, cell.seed] = cell
-        return scored, list(cells.values())
+            scored = Scored(**first)
+        except TypeError:
+            raise BadRecord(self.lines.path, "line 1", reason="it should say what the cells are about") from None
+        cells = [Cell.from_dict(values) for values in rest]
+        return scored, list({(cell.condition, cell.seed): cell for cell in cells}.values())
 
     def start(self, scored: Scored) -> None:
         """Write the first line; a file that is there is put aside under the key of its own samples.
@@ -127,10 +120,10 @@ class CellFile:
             StorageError: if the disk is full or not writable.
         """
         before, _ = self.read()
-        with storing(self.path):
-            if before is not None:
-                self.path.rename(self.path.with_suffix(f".{before.key[:8] or 'before'}.jsonl"))
-            self.path.write_text(_line(asdict(scored)), encoding="utf-8")
+        path = self.lines.path
+        if before is not None:
+            path.rename(path.with_suffix(f".{before.key[:8] or 'before'}.jsonl"))
+        self.lines.append(asdict(scored))
 
     def append(self, cell: Cell) -> None:
         """Add a cell.
@@ -138,23 +131,13 @@ class CellFile:
         Raises:
             StorageError: if the disk is full or not writable.
         """
-        with storing(self.path), self.path.open("a+b") as file:
-            file.seek(0, 2)
-            if file.tell():
-                file.seek(-1, 2)
-                # A line that a kill cut off is closed, or it would swallow this one.
-                file.write(b"" if file.read(1) == b"\n" else b"\n")
-            file.write(_line(cell.to_dict()).encode())
+        self.lines.append(cell.to_dict())
 
 
 def numbered(owners: Sequence[str]) -> list[int]:
     """Users as whole numbers in order of appearance: who shares a user stays visible, who it is does not."""
     places: dict[str, int] = {}
     return [places.setdefault(owner, len(places)) for owner in owners]
-
-
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 def _packed(stats: Array) -> Any:

@@ -23,8 +23,9 @@ from personaplug.cli_options import (
     vectors_option,
     with_settings,
 )
+from personaplug.cli_protocol import bench, convert, lamp, report
 from personaplug.config import load_config
-from personaplug.errors import BadConfig, MissingData, PersonaPlugError, UserError
+from personaplug.errors import BadConfig, PersonaPlugError, UserError
 
 
 class _Group(click.Group):
@@ -237,6 +238,38 @@ def evaluate(
     click.echo(f"\nwritten to {target}")
 
 
+@main.command()
+@click.option("--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`.")
+@data_option
+@click.option("--split", default="test", show_default=True)
+@click.option("--conditions", default="plug", show_default=True, help="Rows of a table; see `evaluate`.")
+@skip_bad_option
+@with_settings("evaluation")
+def predict(
+    run_folder: Path,
+    data: Path,
+    split: str,
+    conditions: str,
+    skip_bad: int,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Answer a split whose right answers are hidden, in LaMP's output format, to be scored elsewhere."""
+    from personaplug.conditions import parse_conditions
+    from personaplug.data import open_dataset
+    from personaplug.evaluation import predict as predict_run
+    from personaplug.run import Run, open_models
+
+    rows = parse_conditions(conditions)
+    run = Run.open(run_folder)
+    config = load_config(config_file, overrides=settings, base=run.config)
+    run.check_unchanged(config)
+    reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
+    models = open_models(config)
+    for path in predict_run(run, reader, split=split, conditions=rows, config=config.evaluation, models=models):
+        click.echo(str(path))
+
+
 def _score_file(
     gold: Path | None, predicted: Path | None, *, json_file: Path | None, config_file: Path | None, settings: Any
 ) -> None:
@@ -253,107 +286,6 @@ def _score_file(
     if json_file is not None:
         write_json(json_file, results)
     click.echo(results_table(results))
-
-
-@main.command()
-@click.argument("name")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder that holds the sets' folders.")
-@click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Gets the runs.")
-@click.option("--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True)
-@click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
-@click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
-@click.option("--seeds", default="", help="Only these seeds, comma-separated.")
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="YAML of settings for every table of it."
-)
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-def bench(
-    name: str,
-    data: Path,
-    out: Path,
-    results: Path,
-    experiments: Path,
-    sets: str,
-    seeds: str,
-    config_file: Path | None,
-    settings: tuple[str, ...],
-) -> None:
-    """Run an experiment, NAME or a YAML file: sets × conditions × seeds. Finished cells are never run again.
-
-    Results are written after each cell, under --results; `personaplug report` makes tables and figures of them.
-    """
-    from personaplug.bench import Places
-    from personaplug.bench import bench as run_bench
-    from personaplug.experiment import find_experiment, load_experiment
-
-    experiment = load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings)
-    written, missed = run_bench(
-        experiment,
-        Places(data, out, results),
-        sets=[word for word in sets.split(",") if word],
-        seeds=[int(word) for word in seeds.split(",") if word.isdecimal()],
-    )
-    for path in written:
-        click.echo(str(path))
-    for reason in missed:
-        click.echo(f"not run: {reason}", err=True)
-    if missed and not written:
-        raise MissingData("Nothing of this experiment could be run here.")
-
-
-@main.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=FOLDER, help="Gets report.md, report.html and figures.")
-@click.option("--title", default="Results", show_default=True)
-@click.option("--into", type=click.Path(path_type=Path), help="Put the overview into this Markdown file too …")
-@click.option(
-    "--mark", default="results", show_default=True, help="… between <!-- begin MARK --> and <!-- end MARK -->."
-)
-def report(files: tuple[Path, ...], out: Path, title: str, into: Path | None, mark: str) -> None:
-    """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
-    from personaplug.pages import insert_between, load_results, overview_markdown, write_report
-
-    for path in write_report(files, out, title=title):
-        click.echo(str(path))
-    if into is not None:
-        insert_between(into, mark, overview_markdown([load_results(path) for path in files]))
-        click.echo(str(into))
-
-
-@main.group()
-def lamp() -> None:
-    """The LaMP benchmark's own files."""
-
-
-@lamp.command()
-@click.argument("name")
-@click.option("--out", required=True, type=FOLDER, help="Gets the files; a stopped download goes on.")
-@click.option("--source", help="Where from: another address, or a local folder.  [default: the benchmark's own site]")
-@click.option("--split", "splits", multiple=True, default=("train", "dev", "test"), show_default=True)
-def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) -> None:
-    """Fetch a task's official files: lamp-1 … lamp-7 (not 6), lamp-2-news; with :time for the time split."""
-    from personaplug.data.download import BASE_URL, download_lamp
-
-    local = Path(source) if source is not None and "://" not in source else None
-    address = source if source is not None and local is None else BASE_URL
-    for path in download_lamp(name, out, splits=splits, base_url=address, source=local):
-        click.echo(str(path))
-
-
-@main.command()
-@click.argument("benchmark")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.option("--split", default="dev", show_default=True)
-@click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
-@skip_bad_option
-def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
-    """Read another BENCHMARK's file or folder (lamp-qa, longlamp, personal-llm, peft-u) and write LaMP's layout."""
-    from personaplug.data import write_lamp
-    from personaplug.data.benchmarks import open_benchmark
-
-    reader = open_benchmark(benchmark, source, split, skip_bad=skip_bad)
-    write_lamp(reader, out, split, task=reader.task)
-    tell_read(reader, split)
 
 
 @main.command()
@@ -416,3 +348,7 @@ def estimate(
     if json_file is not None:
         write_json(json_file, found.to_dict())
     click.echo(found.text())
+
+
+for command in (bench, report, lamp, convert):
+    main.add_command(command)

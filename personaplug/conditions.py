@@ -139,7 +139,11 @@ CONDITIONS: dict[str, Condition] = {
             persona="population",
         ),
         Condition("profile", "whether a profile in words does as well", None, "own", profile=True),
-        Condition("lora", "how much matrices trained on other users gain: the task, not the person", LORA),
+        Condition(
+            "lora",
+            "how much matrices trained on everybody's questions gain: the task, learned with more parameters",
+            LORA,
+        ),
         Condition("lora-per-user", "whether training for each user does better", LORA, "own", per_user=True),
     )
 }
@@ -152,12 +156,10 @@ def parse_conditions(text: str) -> list[Condition]:
     Raises:
         BadConfig: for an unknown, repeated or missing name.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise BadConfig(
-            f"Conditions are different names, comma-separated, such as {','.join(DEFAULT)}; found {text!r}."
-        )
-    return [condition_of(name) for name in names]
+    conditions = [condition_of(name.strip()) for name in text.split(",") if name.strip()]
+    if not conditions or len({condition.name for condition in conditions}) < len(conditions):
+        raise BadConfig(f"Conditions are different rows, comma-separated, such as {','.join(DEFAULT)}; found {text!r}.")
+    return conditions
 
 
 def condition_of(name: str) -> Condition:
@@ -186,6 +188,15 @@ def control_of(name: str) -> str | None:
     return f"{name}@{WRONG_USER}" if personal else None
 
 
+def is_control(name: str) -> bool:
+    """Whether a row is there to test a claim about another row."""
+    try:
+        condition = condition_of(name)
+    except BadConfig:
+        return False
+    return condition.history in (WRONG_USER, SHUFFLED) or condition.persona != "own"
+
+
 def needed(conditions: Sequence[Condition]) -> list[Trained]:
     """What has to be trained for these rows, each once, in order."""
     return list(dict.fromkeys(trained for condition in conditions for trained in condition.needs))
@@ -193,10 +204,12 @@ def needed(conditions: Sequence[Condition]) -> list[Trained]:
 
 def _control(name: str, body: str, control: str) -> Condition:
     base = condition_of(body)
-    if control not in (WRONG_USER, SHUFFLED) or base.history != "own" or base.persona != "own":
+    ordered = control == SHUFFLED and not base.per_user  # a user's matrices know no order
+    personal = base.history == "own" and base.persona == "own"
+    if not personal or not (control == WRONG_USER or ordered):
         raise BadConfig(
-            f"A control is written ROW@wrong-user or ROW@shuffled, with a row that uses the user's own history; "
-            f"found {name!r}."
+            f"A control is written ROW@wrong-user or ROW@shuffled, with a row that uses the user's own history (for "
+            f"shuffled: in its order); found {name!r}."
         )
     if body == "plug":
         return CONDITIONS[control]

@@ -55,7 +55,8 @@ class CostMeter:
         total = own or Cost(0.0, 0.0)
         trained = condition.trained.kind if condition.trained else None
         retriever = condition.retrieval.method if condition.retrieval else None
-        if trained == "plug" or retriever in _DENSE:
+        personal = condition.history != "none" and condition.persona != "mean"
+        if (trained == "plug" and personal) or retriever in _DENSE:
             vectors = self.items * self.width * _BYTES_PER_VALUE
             total = Cost(total.bytes + vectors, total.seconds + self.items * self.seconds)
         if retriever is not None:

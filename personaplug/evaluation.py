@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,22 @@ from typing import Any
 import numpy as np
 
 from personaplug.answers import Answers, answer, keep, kept
-from personaplug.backends.base import GenerationConfig, Measure
+from personaplug.backends.base import GenerationConfig
 from personaplug.cells import Cell, Scored, numbered
 from personaplug.conditions import Condition
 from personaplug.config import EvaluationConfig
-from personaplug.costs import Cost, CostMeter
+from personaplug.costs import CostMeter
 from personaplug.data.base import Reader, ReadReport, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.files import write_json
-from personaplug.history_prompt import Written
 from personaplug.impostors import MeanPersona, RandomVectors
-from personaplug.lending import Lent, items_lent, lend, rows_lent
 from personaplug.metrics import Array, get_metric, is_invalid
 from personaplug.per_user import PerUser
 from personaplug.personalizer import Personalizer, SoftPrompter
-from personaplug.prompting import PromptMaker
-from personaplug.records import Sample
 from personaplug.results import Settings, results_object
-from personaplug.run import Models, Run, drawn, machine, versions
+from personaplug.run import Models, Run, machine, versions
 from personaplug.samples import EncodedSample, samples_fingerprint
+from personaplug.showing import Showing, Shown
 from personaplug.user_adapters import remark
 
 PLACEMENT = "prefix"
@@ -74,30 +71,35 @@ def evaluate(
     return with_remarks(results_object(evaluation.scored, cells, settings=evaluation.settings), run.task)
 
 
+def predict(
+    run: Run,
+    reader: Reader,
+    *,
+    split: str,
+    conditions: Sequence[Condition],
+    config: EvaluationConfig,
+    models: Models,
+) -> list[Path]:
+    """Answer a split whose answers may be hidden, as LaMP's test split's are.
+
+    Returns:
+        A file per condition and seed, in LaMP's output format.
+    Raises:
+        MissingData: if something that a condition needs is not trained.
+    """
+    evaluation = Evaluation(run, reader, split=split, config=config, models=models)
+    return [
+        evaluation.predictions(condition, seed=seed)
+        for condition in conditions
+        for seed in evaluation.seeds_of(condition)
+    ]
+
+
 def with_remarks(results: dict[str, Any], task: Task) -> dict[str, Any]:
     """Results with a note on those of their rows that mean something else on this task."""
     per_user = any(row["condition"].startswith("lora-per-user") for row in results["rows"])
     said = remark(task) if per_user else None
     return results | {"notes": [*results.get("notes", []), said]} if said else results
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """The samples as a row shows them to the models.
-
-    Attributes:
-        samples: with the histories lent to them, and the prompts that the row asks.
-        lent: where the histories come from.
-        written: what became of the items meant for the prompts; None where none are.
-        measures: the prompts' sizes.
-        cost: of what was written of the users, if anything.
-    """
-
-    samples: list[EncodedSample]
-    lent: list[Lent]
-    written: list[Written] | None
-    measures: list[Measure]
-    cost: Cost | None = None
 
 
 class Evaluation:
@@ -117,19 +119,20 @@ class Evaluation:
         )
         self.table = run.open_vectors(models.encoder)
         some = list(islice(reader, _TIMED_SAMPLES))  # before the whole is read, so that the reader's report is whole
-        self.samples = run.read_samples(reader, self.table, limit=config.limit, seed=config.draw_seed)
-        self.golds = _golds(self.samples)
-        self.owners = [sample.owner for sample in self.samples]
+        cut_before = models.encoder.truncated
+        self.showing = Showing(run, reader, models=models, table=self.table, config=config)
+        self.cut_by_encoder = models.encoder.truncated - cut_before
+        self.samples = self.showing.samples
+        if not self.samples:
+            raise MissingData("The split holds no samples.")
+        self.owners = self.showing.owners
         self.metrics = [
             get_metric(name, labels=self.task.labels, fallback=config.rating_fallback) for name in self.task.metrics
         ]
         self.settings = Settings(self.metrics, resamples=config.resamples, seed=config.draw_seed)
-        self.bare = models.backend.measure([sample.prompt for sample in self.samples])
         self.folder = run.folder / "evaluations" / split
-        self.prompts = PromptMaker(run, models, table=self.table)
         self.scored = Scored(numbered(self.owners), [len(sample.rows) for sample in self.samples], self._about())
         self.costs = CostMeter(self.scored.history_items, some, encoder=models.encoder)
-        self._texts: list[Sample] | None = None
 
     def seeds_of(self, condition: Condition) -> tuple[int, ...]:
         """The seeds with which a condition is answered; one where nothing depends on them."""
@@ -142,15 +145,13 @@ class Evaluation:
         Raises:
             MissingData: if something that it needs is not trained.
         """
-        for trained in condition.needs:
-            self.run.check_trained(trained.name, seed=seed)
-        shown = self._shown(condition, seed=seed)
-        matrices = self._matrices(condition, seed=seed)
-        made = self._answers(condition, shown, matrices, seed=seed)
-        stats = {metric.name: metric.statistics(made.texts, self.golds) for metric in self.metrics}
+        golds = _golds(self.samples)
+        shown, matrices, made = self._asked(condition, seed=seed)
+        stats = {metric.name: metric.statistics(made.texts, golds) for metric in self.metrics}
         self._keep_scores(condition, stats, seed=seed)
         tokens = float(np.mean([m.tokens for m in shown.measures])) + self._soft_tokens(condition)
-        cost = self.costs.of(condition, own=matrices.cost() if condition.per_user and matrices else shown.cost)
+        own = matrices.cost() if condition.per_user and matrices else shown.cost
+        cost = None if condition.per_user and own is None else self.costs.of(condition, own=own)
         return Cell(
             condition.name,
             seed,
@@ -158,16 +159,25 @@ class Evaluation:
             invalid_rate=self._invalid_rate(made.texts),
             truncated_rate=float(np.mean([measure.truncated for measure in shown.measures])),
             unfinished_rate=float(np.mean(made.unfinished)),
-            lost_history_rate=self._lost_rate(condition, shown),
-            cut_items_rate=_cut_rate(shown.written),
+            lost_history_rate=self._lost_rate(condition, shown, matrices),
+            cut_items_rate=self._cut_rate(shown, matrices),
             prompt_tokens_mean=tokens,
-            extra_prompt_tokens=tokens - float(np.mean([measure.tokens for measure in self.bare])),
+            extra_prompt_tokens=tokens - float(np.mean([measure.tokens for measure in self.showing.bare])),
             seconds=round(made.seconds, 2),
             peak_memory_bytes=made.peak_memory_bytes,
             decoding="scored" if self.decoding == "score" else "generated",
-            bytes_per_user=cost.bytes,
-            seconds_per_user=cost.seconds,
+            bytes_per_user=cost.bytes if cost else None,
+            seconds_per_user=cost.seconds if cost else None,
         )
+
+    def predictions(self, condition: Condition, *, seed: int) -> Path:
+        """Answer one condition with one seed, without looking at right answers; the file of the answers.
+
+        Raises:
+            MissingData: if something that it needs is not trained.
+        """
+        self._asked(condition, seed=seed)
+        return self.folder / f"{_file_name(condition, seed)}.json"
 
     def oracle(self, path: Path) -> Cell:
         """What an all-knowing predictor of simulated users scores.
@@ -180,54 +190,21 @@ class Evaluation:
         if missing:
             raise MissingData(f"{path} knows nothing of {missing} of {len(self.samples)} samples; is it of this split?")
         texts = [told[sample.id] for sample in self.samples]
-        stats = {metric.name: metric.statistics(texts, self.golds) for metric in self.metrics}
+        golds = _golds(self.samples)
+        stats = {metric.name: metric.statistics(texts, golds) for metric in self.metrics}
         seed = self.run.config.training.seeds[0]
         return Cell(ORACLE, seed, stats, invalid_rate=self._invalid_rate(texts), decoding="known")
 
-    # ---- what a row shows
-
-    def _shown(self, condition: Condition, *, seed: int) -> _Shown:
-        lent = self._lend(condition, [len(sample.rows) for sample in self.samples], seed=seed)
-        samples = rows_lent(self.samples, lent)
-        if not condition.in_words:
-            return _Shown(samples, lent, None, self.bare)
-        texts = self._with_texts()
-        items = items_lent(texts, self._lend(condition, [len(text.history) for text in texts], seed=seed))
-        profiles = self.prompts.profiles.of(items) if condition.profile else None
-        written = [
-            self.prompts.written(
-                text,
-                history,
-                retrieval=condition.retrieval,
-                profile=None if profiles is None else profiles[place].text,
-                seed=seed,
-            )
-            for place, (text, history) in enumerate(zip(texts, items, strict=True))
-        ]
-        samples = [
-            replace(sample, prompt=one.prompt, soft_at=one.soft_at)
-            for sample, one in zip(samples, written, strict=True)
-        ]
-        measures = self.models.backend.measure([sample.prompt for sample in samples])
-        cost = profiles and Cost(
-            float(np.mean([len(profile.text.encode()) for profile in profiles])),
-            float(np.mean([profile.seconds for profile in profiles])),
-        )
-        return _Shown(samples, lent, written, measures, cost or None)
-
-    def _lend(self, condition: Condition, sizes: Sequence[int], *, seed: int) -> list[Lent]:
-        draw = self.config.draw_seed + seed
-        return lend(condition.history, self.owners, sizes, seed=draw, latest=self.config.shown_items)
-
-    def _with_texts(self) -> list[Sample]:
-        """The samples with their histories' texts, which are only held where a row needs them."""
-        if self._texts is None:
-            self._texts = list(drawn(self.reader, limit=self.config.limit, seed=self.config.draw_seed))
-        return self._texts
-
     # ---- who answers
 
-    def _answers(self, condition: Condition, shown: _Shown, matrices: PerUser | None, *, seed: int) -> Answers:
+    def _asked(self, condition: Condition, *, seed: int) -> tuple[Shown, PerUser | None, Answers]:
+        for trained in condition.needs:
+            self.run.check_trained(trained.name, seed=seed)
+        shown = self.showing.show(condition, seed=seed)
+        matrices = self._matrices(condition, seed=seed)
+        return shown, matrices, self._answers(condition, shown, matrices, seed=seed)
+
+    def _answers(self, condition: Condition, shown: Shown, matrices: PerUser | None, *, seed: int) -> Answers:
         path = self.folder / f"{_file_name(condition, seed)}.answers.json"
         depends_on = self._depends_on(condition, shown.samples, seed=seed)
         made = kept(path, depends_on=depends_on)
@@ -238,7 +215,7 @@ class Evaluation:
         write_json(self.folder / f"{_file_name(condition, seed)}.json", {"task": self.task.name, "golds": golds})
         return made
 
-    def _answered(self, condition: Condition, shown: _Shown, matrices: PerUser | None, *, seed: int) -> Answers:
+    def _answered(self, condition: Condition, shown: Shown, matrices: PerUser | None, *, seed: int) -> Answers:
         def ask(samples: Sequence[EncodedSample], title: str) -> Answers:
             return answer(
                 self.models.backend,
@@ -254,8 +231,7 @@ class Evaluation:
         title = f"{condition.name} (seed {seed})" if condition.seeded else condition.name
         if matrices is None:
             return ask(shown.samples, title)
-        lenders = [one.lender for one in shown.lent]
-        return matrices.answers(shown.samples, lenders, ask=ask, per_user=condition.per_user, title=title)
+        return matrices.answers(shown.samples, shown.lenders, ask=ask, per_user=condition.per_user, title=title)
 
     def _prompter(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> SoftPrompter | None:
         trained = condition.trained
@@ -263,14 +239,14 @@ class Evaluation:
             return None
         plug = self.run.load_plug(trained.name, seed=seed, models=self.models)
         if condition.persona == "random-vectors":
-            return Personalizer(plug, table=RandomVectors(self.table.width, seed=seed))
+            return Personalizer(plug, table=RandomVectors(self.table, seed=seed))
         personalizer = Personalizer(plug, table=self.table)
         return MeanPersona(personalizer, shown) if condition.persona == "mean" else personalizer
 
     def _matrices(self, condition: Condition, *, seed: int) -> PerUser | None:
         if condition.trained is None or condition.trained.kind != "lora":
             return None
-        texts = self._with_texts() if condition.per_user else []
+        texts = self.showing.texts() if condition.per_user else []
         return PerUser(self.run, self.models, texts=texts, latest=self.config.shown_items, seed=seed)
 
     def _depends_on(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> list[Any]:
@@ -293,15 +269,19 @@ class Evaluation:
 
     # ---- what the row was
 
-    def _lost_rate(self, condition: Condition, shown: _Shown) -> float:
+    def _lost_rate(self, condition: Condition, shown: Shown, matrices: PerUser | None) -> float:
         """Share of the samples with a history whose row should have used it and got none of it."""
         if condition.history == "none":
             return 0.0
-        got = [len(sample.rows) for sample in shown.samples]
-        if shown.written is not None:
-            got = [one.written for one in shown.written]
+        got = shown.items()
+        if condition.per_user and matrices:
+            got = [0 if lender is None else matrices.learned(lender) for lender in shown.lenders]
         had = [items for items, sample in zip(got, self.samples, strict=True) if len(sample.rows)]
         return float(np.mean([items == 0 for items in had])) if had else 0.0
+
+    def _cut_rate(self, shown: Shown, matrices: PerUser | None) -> float | None:
+        """Share of the items meant for prompts, or for users' matrices, that were cut or left out."""
+        return matrices.left_out() if matrices and matrices.owners else shown.cut_rate()
 
     def _soft_tokens(self, condition: Condition) -> int:
         plug = self.run.config.plug
@@ -337,7 +317,7 @@ class Evaluation:
                 "fingerprint": samples_fingerprint(self.samples, self.table),
                 "skipped_records": report.skipped,
                 "cut_history_items": report.cut_items,
-                "texts_cut_by_encoder": self.models.encoder.truncated,
+                "texts_cut_by_encoder": self.cut_by_encoder,
             },
             "dtype": self.models.backend.dtype,
             "notes": self._notes(report),
@@ -349,6 +329,12 @@ class Evaluation:
             notes.append(
                 "The data names no users: samples stand for users, so intervals may be too narrow and a wrong "
                 "user may be the same person."
+            )
+        known = self.run.users_trained_on(sample.user_id for sample in self.samples)
+        if known:
+            notes.append(
+                f"{known} of the {len(set(self.owners))} users have samples in the training split too: for them this "
+                f"measures what is to come of known users."
             )
         if self.run.config.plug.aggregator in ("dot", "mean"):
             notes.append("shuffled equals plug here: this aggregator takes no notice of the items' order.")
@@ -375,14 +361,6 @@ def _file_name(condition: Condition, seed: int) -> str:
     return f"{condition.name.replace(':', '-')}.seed-{seed}"
 
 
-def _cut_rate(written: Sequence[Written] | None) -> float | None:
-    """Share of the items meant for prompts that were shortened or left out."""
-    if written is None:
-        return None
-    offered = sum(one.offered for one in written)
-    return sum(one.shortened + one.offered - one.written for one in written) / offered if offered else 0.0
-
-
 def _decoding(task: Task, config: EvaluationConfig) -> str:
     if config.decoding == "score" and not task.labels:
         raise BadConfig(
@@ -392,12 +370,10 @@ def _decoding(task: Task, config: EvaluationConfig) -> str:
 
 
 def _golds(samples: Sequence[EncodedSample]) -> list[str]:
-    if not samples:
-        raise MissingData("The split holds no samples.")
     golds = [sample.target for sample in samples if sample.target is not None]
     if len(golds) < len(samples):
         raise MissingData(
             f"{len(samples) - len(golds)} of {len(samples)} samples have no answer to compare with; "
-            f"a split with hidden answers cannot be scored here."
+            f"a split with hidden answers cannot be scored here. `personaplug predict` answers it all the same."
         )
     return golds

@@ -92,8 +92,8 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
     """Read an experiment.
 
     Args:
-        config_file: settings on top of every config in it, such as the paper's own sizes.
-        settings: key=value words on top of those.
+        config_file: settings on top of its base, such as the paper's own sizes; those per set and variant win.
+        settings: key=value words on top of every config in it; only variants win.
     Raises:
         MissingData: if the file is not there.
         BadConfig: for an unknown key or row, or a setting that is wrong.
@@ -140,8 +140,10 @@ def _configs(
     configs = {}
     for variant, changes in variants.items():
         for name in sets:
-            config = with_values(base, flatten(per_set.get(name)) | flatten(changes))
-            configs[str(variant), name] = load_config(over.file, overrides=over.words, base=config)
+            config = load_config(over.file, base=base)
+            config = load_config(overrides=over.words, base=with_values(config, flatten(per_set.get(name))))
+            # Last, or a model named on the command line would make all variants the same.
+            configs[str(variant), name] = with_values(config, flatten(changes))
     return configs
 
 

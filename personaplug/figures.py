@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personaplug.conditions import control_of
+from personaplug.conditions import control_of, is_control
 from personaplug.errors import MissingData, MissingExtra
 from personaplug.files import written_file
 from personaplug.report import (
     Row,
     in_order,
-    is_control,
     is_finite,
     is_significant,
     leading_metric,

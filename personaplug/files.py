@@ -54,6 +54,39 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+class JsonLines:
+    """A file of JSON values, one a line, that grows; a kill costs at most the line that was being written.
+
+    Args:
+        path: made, with its folders, when the first value is added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> Iterator[Any]:
+        """Yield the values; nothing without a file. A line that a kill cut off is passed over."""
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                yield json.loads(line)
+
+    def append(self, value: Any) -> None:
+        """Add a value; numbers that JSON lacks (NaN, infinity) become null.
+
+        Raises:
+            StorageError: if the disk is full or not writable.
+        """
+        line = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        with storing(self.path), self.path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                # A line that a kill cut off is closed, or it would swallow this one.
+                file.write(b"" if file.read(1) == b"\n" else b"\n")
+            file.write(line.encode("utf-8", "backslashreplace"))
+
+
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target`, in place of an earlier one, only when the block ends well.

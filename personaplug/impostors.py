@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from personaplug.personalizer import Personalizer
+from personaplug.personalizer import Personalizer, Vectors
 from personaplug.samples import EncodedSample
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import Halves, Rows
 
 
 class RandomVectors:
-    """A unit vector for every row of a table, drawn by seed and row: as many items, none of their meaning.
+    """Another unit vector in place of each of a table's, drawn by seed: as many items, none of their meaning.
 
     Args:
-        width: values in a vector (E).
+        table: whose vectors are replaced; equal ones by equal ones, in whatever row they are.
         seed: of the draw.
     """
 
-    def __init__(self, width: int, *, seed: int) -> None:
-        self.width, self.seed = width, seed
+    def __init__(self, table: Vectors, *, seed: int) -> None:
+        self.table, self.seed, self.width = table, seed, table.width
 
     def gather(self, rows: Rows) -> Halves:
-        """Vectors of some rows, (n, E); the same row gives the same vector."""
+        """Vectors in place of those of some rows, (n, E)."""
         drawn = np.empty((len(rows), self.width), dtype=np.float32)
-        for place, row in enumerate(rows):
-            drawn[place] = np.random.default_rng([self.seed, 9, int(row)]).standard_normal(self.width)
+        for place, vector in enumerate(self.table.gather(rows)):
+            content = int.from_bytes(hashlib.blake2b(vector.tobytes(), digest_size=8).digest())
+            drawn[place] = np.random.default_rng([self.seed, 9, content]).standard_normal(self.width)
         lengths = np.linalg.norm(drawn, axis=1, keepdims=True)
         return np.asarray(drawn / lengths, dtype=np.float16)
 

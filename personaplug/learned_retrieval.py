@@ -10,8 +10,7 @@ likelihood of the answer, not a metric of a generated one.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from personaplug.backends.base import Backend
 from personaplug.config import TrainingConfig
 from personaplug.encoder import Encoder
 from personaplug.errors import MissingData
-from personaplug.files import written_file
+from personaplug.files import JsonLines, written_file
 from personaplug.history_prompt import HistoryWriter
 from personaplug.progress import Progress
 from personaplug.records import Sample
@@ -108,29 +107,28 @@ class Teacher:
         candidates: int,
         seed: int,
     ) -> None:
-        self.path, self.backend, self.writer, self.retriever = path, backend, writer, retriever
+        self.lines, self.backend, self.writer, self.retriever = JsonLines(path), backend, writer, retriever
         self.candidates, self.seed = candidates, seed
 
     def lessons(self, samples: Sequence[Sample]) -> dict[str, Lesson]:
-        """A lesson for each sample that has two items or more and an answer, by the sample's id."""
-        known = {lesson.id: lesson for lesson in self._kept()}
+        """Lessons by sample id, of the samples with an answer and at least two items that fit into a prompt."""
+        known = {lesson.id: lesson for lesson in (Lesson(**values) for values in self.lines.read())}
         asked = [sample for sample in samples if len(sample.history) > 1 and sample.target is not None]
         missing = [sample for sample in asked if sample.id not in known]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            self.path.open("a", encoding="utf-8") as file,
-            Progress("ropg: what helps", total=len(missing), unit="samples") as bar,
-        ):
+        with Progress("ropg: what helps", total=len(missing), unit="samples") as bar:
             for sample in missing:
                 known[sample.id] = self._ask(sample)
-                file.write(json.dumps(asdict(known[sample.id])) + "\n")
-                file.flush()
+                self.lines.append(asdict(known[sample.id]))
                 bar.advance()
-        return {sample.id: known[sample.id] for sample in asked}
+        return {sample.id: known[sample.id] for sample in asked if len(known[sample.id].places) > 1}
 
     def _ask(self, sample: Sample) -> Lesson:
-        places = self._candidates(sample)
-        prompts = [self.writer.write(sample.prompt, [sample.history[place]]).prompt for place in places]
+        written = {
+            place: self.writer.write(sample.prompt, [sample.history[place]]) for place in self._candidates(sample)
+        }
+        # An item that does not fit would be taught as worth what the bare prompt is.
+        prompts = [one.prompt for one in written.values() if one.written]
+        places = [place for place, one in written.items() if one.written]
         found: list[float] = []
         with torch.no_grad():
             for start in range(0, len(prompts), _PROMPTS):
@@ -145,15 +143,6 @@ class Teacher:
         rng = np.random.default_rng([self.seed, 8, *sample.id.encode()])
         drawn = rng.permutation(len(rest))[: self.candidates - len(best)]
         return best + [rest[place] for place in drawn]
-
-    def _kept(self) -> Iterator[Lesson]:
-        if not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield Lesson(**json.loads(line))
-            except (ValueError, TypeError):
-                continue  # the line that a kill cut off
 
 
 class RetrieverObjective:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.conditions import SHUFFLED, WRONG_USER, Condition, Whose
+from personaplug.conditions import SHUFFLED, WRONG_USER, Whose
 from personaplug.errors import BadConfig
 from personaplug.records import HistoryItem, Sample
 from personaplug.samples import EncodedSample
@@ -61,18 +61,6 @@ def rows_lent(samples: Sequence[EncodedSample], lent: Sequence[Lent]) -> list[En
 def items_lent(samples: Sequence[Sample], lent: Sequence[Lent]) -> list[tuple[HistoryItem, ...]]:
     """The items of the histories lent to the samples."""
     return [() if one.lender is None else _chosen(samples[one.lender], one.places) for one in lent]
-
-
-def with_history(
-    condition: Condition, samples: Sequence[EncodedSample], *, seed: int, latest: int = -1
-) -> list[EncodedSample]:
-    """The samples as this condition shows them to the plug.
-
-    Raises:
-        BadConfig: if a wrong user is asked for and there is only one user.
-    """
-    owners, sizes = [sample.owner for sample in samples], [len(sample.rows) for sample in samples]
-    return rows_lent(samples, lend(condition.history, owners, sizes, seed=seed, latest=latest))
 
 
 def _strangers(owners: Sequence[str], *, seed: int) -> Iterator[int]:

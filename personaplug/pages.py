@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from personaplug import figures
+from personaplug.conditions import is_control
 from personaplug.errors import BadConfig, BadRecord, MissingData
 from personaplug.files import write_text
 from personaplug.metrics import METRICS
@@ -27,7 +28,6 @@ from personaplug.report import (
     gain_cell,
     headline,
     in_order,
-    is_control,
     is_finite,
     is_significant,
     leading_metric,

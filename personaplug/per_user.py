@@ -45,6 +45,7 @@ class PerUser:
         self.by_owner: dict[str, list[Sample]] = {}
         for text in texts:
             self.by_owner.setdefault(text.owner, []).append(text)
+        self._known: dict[str, list[Pair]] = {}
         self.store = UserAdapters(run.folder / "users")
         self.weights = run.check_trained("lora", seed=seed) / ADAPTER
 
@@ -71,12 +72,22 @@ class PerUser:
                     return ask(samples, title)
             return self._by_user(samples, lenders, adapters, ask=ask, title=title)
 
-    def cost(self) -> Cost:
-        """Bytes of a user's matrices and seconds of their training, in the mean."""
+    def cost(self) -> Cost | None:
+        """Bytes of a user's matrices and seconds of their training, in the mean; None if nobody's are stored."""
         for owner in self.by_owner:
             self.store.get(self._key(owner, self._pairs(owner)))
         costs = self.store.costs()
-        return Cost(costs.bytes, costs.seconds)
+        return None if costs is None else Cost(costs.bytes, costs.seconds)
+
+    def learned(self, sample: int) -> int:
+        """How many items the matrices of a sample's user are trained on."""
+        return len(self._pairs(self.owners[sample]))
+
+    def left_out(self) -> float:
+        """Share of the items in users' longest histories that their matrices are not trained on."""
+        held = {owner: max(len(text.history) for text in texts) for owner, texts in self.by_owner.items()}
+        used = sum(len(self._pairs(owner)) for owner in held)
+        return 1 - used / sum(held.values()) if any(held.values()) else 0.0
 
     def _by_user(
         self,
@@ -114,12 +125,15 @@ class PerUser:
         adapters.load(USER, state)
 
     def _pairs(self, owner: str) -> list[Pair]:
-        text = self.by_owner[owner][0]
-        return history_pairs(self.run.task, text.prompt, text.query, self._items(owner))
+        if owner not in self._known:
+            text = self.by_owner[owner][0]
+            self._known[owner] = history_pairs(self.run.task, text.prompt, text.query, self._items(owner))
+        return self._known[owner]
 
     def _items(self, owner: str) -> list[HistoryItem]:
         samples = self.by_owner[owner]
-        earliest = min(samples, key=lambda sample: (_ends(sample), len(sample.history)))
+        some = [sample for sample in samples if sample.history] or samples
+        earliest = min(some, key=lambda sample: (_ends(sample), len(sample.history)))
         items = without_asked(earliest.history, samples)
         limit = self.run.config.adapter.user_items
         limit = limit if self.latest < 0 else min(limit, self.latest)

@@ -15,7 +15,7 @@ from torch import Tensor
 from personaplug.encoder import Encoder
 from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import HistoryItem
-from personaplug.samples import EncodedSample, answer_places
+from personaplug.samples import EncodedSample, answer_places, nearest
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import Halves, Rows
 
@@ -77,6 +77,9 @@ class Personalizer:
         items = items[-self.plug.config.max_history :]
         texts = [item.text if self.plug.config.answers == "text" else item.content for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
+        if (count := self.plug.config.selected_items) and len(items) > count:
+            kept = nearest(encoder.query_encoder().encode([query])[0], vectors, count=count)
+            items, vectors = [items[place] for place in kept], vectors[kept]
         answers = answer_places(items, self.plug.fitting.labels)
         soft: SoftPrompt = self.plug([query], self._pad(vectors, lengths=[len(items)], answers=answers))
         return soft

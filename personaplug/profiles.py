@@ -16,6 +16,7 @@ from pathlib import Path
 from personaplug.backends.base import Backend, GenerationConfig
 from personaplug.config import RetrievalConfig
 from personaplug.data.base import Task
+from personaplug.files import JsonLines
 from personaplug.history_prompt import HistoryWriter
 from personaplug.progress import Progress
 from personaplug.records import HistoryItem
@@ -35,11 +36,15 @@ class Profile:
         key: of the history, the model and the request.
         text: the profile.
         seconds: its share of the time that its batch took.
+        offered, written, shortened: what became of the history's items in the request; as in `Written`.
     """
 
     key: str
     text: str
     seconds: float
+    offered: int
+    written: int
+    shortened: int
 
 
 class Profiles:
@@ -53,7 +58,7 @@ class Profiles:
     """
 
     def __init__(self, path: Path, *, task: Task, backend: Backend, config: RetrievalConfig) -> None:
-        self.path, self.backend, self.config = path, backend, config
+        self.lines, self.backend, self.config = JsonLines(path), backend, config
         # The request follows the items, whatever place the task's own prompts give them.
         self.writer = HistoryWriter(replace(task, history_after="", history_template="{history}. {input}"), backend)
         self.known = self._kept()
@@ -63,40 +68,36 @@ class Profiles:
         keys = [self._key(items) for items in histories]
         missing = {key: items for key, items in zip(keys, histories, strict=True) if key not in self.known and items}
         self._write(missing)
-        nobody = Profile("", "", 0.0)
+        nobody = Profile("", "", 0.0, offered=0, written=0, shortened=0)
         return [self.known[key] if items else nobody for key, items in zip(keys, histories, strict=True)]
 
     def _write(self, missing: dict[str, Sequence[HistoryItem]]) -> None:
         wanted = GenerationConfig(max_new_tokens=self.config.profile_tokens)
         # The latest items first: they are the last to be dropped where room is short.
-        prompts = {key: self.writer.write(_REQUEST, items[::-1]).prompt for key, items in missing.items()}
-        order = sorted(prompts, key=lambda key: -len(prompts[key]))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            self.path.open("a", encoding="utf-8") as file,
-            Progress("profiles", total=len(order), unit="profiles") as progress,
-        ):
+        asked = {key: self.writer.write(_REQUEST, items[::-1]) for key, items in missing.items()}
+        order = sorted(asked, key=lambda key: -len(asked[key].prompt))
+        with Progress("profiles", total=len(order), unit="profiles") as progress:
             for start in range(0, len(order), _AT_ONCE):
                 part = order[start : start + _AT_ONCE]
                 began = time.monotonic()
-                made = self.backend.generate([prompts[key] for key in part], soft=None, config=wanted)
+                made = self.backend.generate([asked[key].prompt for key in part], soft=None, config=wanted)
                 each = (time.monotonic() - began) / len(part)
                 for key, generation in zip(part, made, strict=True):
-                    self.known[key] = Profile(key, " ".join(generation.text.split()), round(each, 4))
-                    file.write(json.dumps(asdict(self.known[key])) + "\n")
-                file.flush()
+                    seen = asked[key]
+                    self.known[key] = Profile(
+                        key,
+                        " ".join(generation.text.split()),
+                        round(each, 4),
+                        offered=seen.offered,
+                        written=seen.written,
+                        shortened=seen.shortened,
+                    )
+                    self.lines.append(asdict(self.known[key]))
                 progress.advance(len(part))
 
     def _kept(self) -> dict[str, Profile]:
-        found: dict[str, Profile] = {}
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    profile = Profile(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue  # the line that a kill cut off
-                found[profile.key] = profile
-        return found
+        kept = [Profile(**values) for values in self.lines.read()]
+        return {profile.key: profile for profile in kept}
 
     def _key(self, items: Sequence[HistoryItem]) -> str:
         about = [self.backend.identity.fingerprint, self.backend.dtype, _REQUEST, self.config.profile_tokens]

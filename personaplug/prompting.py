@@ -11,7 +11,7 @@ import torch
 from personaplug.conditions import Retrieval
 from personaplug.history_prompt import HistoryWriter, Written
 from personaplug.learned_retrieval import LearnedRetriever
-from personaplug.profiles import Profiles
+from personaplug.profiles import Profile, Profiles
 from personaplug.records import HistoryItem, Sample
 from personaplug.retrieval import Dense, Retriever, open_retriever
 from personaplug.run import Models, Run
@@ -47,7 +47,7 @@ class PromptMaker:
         items: Sequence[HistoryItem],
         *,
         retrieval: Retrieval | None,
-        profile: str | None = None,
+        profile: Profile | None = None,
         seed: int,
     ) -> Written:
         """The sample's prompt with the best of these items in it, behind a profile if one is given.
@@ -62,13 +62,15 @@ class PromptMaker:
         shown = writer.write(sample.prompt, self._best(sample, items, retrieval, seed=seed))
         if profile is None:
             return shown
-        noted = writer.write_note(shown.prompt, profile, soft_at=shown.soft_at)
+        noted = writer.write_note(shown.prompt, profile.text, soft_at=shown.soft_at)
+        # The profile stands for the items that it was written from; where it is left out, so are they.
+        seen, cut = (profile.written, profile.shortened) if noted.written else (0, 0)
         return Written(
             noted.prompt,
             noted.soft_at,
-            offered=shown.offered + noted.offered,
-            written=shown.written + noted.written,
-            shortened=shown.shortened + noted.shortened,
+            offered=shown.offered + profile.offered,
+            written=shown.written + seen,
+            shortened=shown.shortened + cut,
         )
 
     def retriever(self, method: str, *, seed: int) -> Retriever:

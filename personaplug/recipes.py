@@ -22,7 +22,6 @@ from personaplug.checkpoint import drop_states
 from personaplug.conditions import INSTRUCTION, PLUG, Retrieval, Trained
 from personaplug.config import PlugConfig
 from personaplug.data.base import Reader
-from personaplug.errors import BadConfig
 from personaplug.files import write_json, written_file
 from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, Teacher
 from personaplug.memory import peak_memory, reset_peak_memory
@@ -31,7 +30,7 @@ from personaplug.plug import Fitting, PersonaPlug
 from personaplug.prompting import PromptMaker
 from personaplug.records import Sample
 from personaplug.run import Models, Run, drawn
-from personaplug.samples import EncodedSample
+from personaplug.samples import EncodedSample, with_nearest
 from personaplug.training import FitReport, fit
 
 logger = logging.getLogger(__name__)
@@ -62,6 +61,15 @@ def train(
         wanted = (INSTRUCTION, PLUG) if run.config.training.controls else (PLUG,)
     trainings = _Trainings(run, reader, models=models)
     return [trainings.train(trained, seed=seed) for seed in seeds or run.config.training.seeds for trained in wanted]
+
+
+def note_data(run: Run, reader: Reader, *, models: Models) -> None:
+    """Note what a run is going to be trained on, so that an evaluation can tell known users from new ones.
+
+    Raises:
+        RunConflict: if the run was started on other data.
+    """
+    _Trainings(run, reader, models=models)
 
 
 def build_plug(run: Run, models: Models, *, control: bool = False, seed: int) -> PersonaPlug:
@@ -107,6 +115,7 @@ class _Trainings:
 
     def _plug(self, trained: Trained, *, seed: int) -> None:
         samples = self._samples(trained.retrieval, seed=seed)
+        samples = with_nearest(samples, self.table, count=self.run.config.plug.selected_items)
         plug = build_plug(self.run, self.models, control=trained.kind == "instruction", seed=seed)
         objective = PlugObjective(plug, self.models.backend, table=self.table)
         facts = self._fit(trained, objective, samples, seed=seed)
@@ -128,8 +137,6 @@ class _Trainings:
 
     def _retriever(self, trained: Trained, *, seed: int) -> None:
         folder, settings = self.run.plug_folder(trained.name, seed=seed), self.run.config.retrieval
-        if self.run.config.plug.selected_items:
-            raise BadConfig("The row ropg ranks whole histories; it cannot be trained with selected_items above 0.")
         teacher = Teacher(
             folder / "lessons.jsonl",
             backend=self.models.backend,
@@ -171,12 +178,19 @@ class _Trainings:
     def _samples(self, retrieval: Retrieval | None, *, seed: int) -> list[EncodedSample]:
         if retrieval is None:
             return self.plain
-        return self.run.read_samples(
-            self.reader,
-            self.table,
-            limit=self.run.config.training.train_limit,
-            rewrite=lambda sample: self.prompts.retrieved(sample, retrieval, seed=seed),
-        )
+        lost = 0
+
+        def with_texts(sample: Sample) -> Sample:
+            nonlocal lost
+            shown = self.prompts.retrieved(sample, retrieval, seed=seed)
+            lost += bool(sample.history) and shown.prompt == sample.prompt
+            return shown
+
+        limit = self.run.config.training.train_limit
+        samples = self.run.read_samples(self.reader, self.table, limit=limit, rewrite=with_texts)
+        if lost:
+            logger.warning("%s: in %d of %d training prompts no item found room", retrieval.name, lost, len(samples))
+        return samples
 
     def _texts(self, count: int) -> list[Sample]:
         """So many of the training samples, texts and all, spread evenly over them; 0 = all."""

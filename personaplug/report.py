@@ -1,6 +1,6 @@
 """A results object as tables for people: aligned Markdown that reads well in a terminal too.
 
-The object's format is the results file's (see `evaluation.py`). No key of it is required, nor any of a row:
+The object's format is the results file's (see `results.py`). No key of it is required, nor any of a row:
 what is absent or unknown shows as a dash, a score that JSON cannot hold (null) as "nan", and a column that no row fills
 is left out.
 
@@ -21,7 +21,6 @@ from personaplug.metrics import METRICS
 Row = Mapping[str, Any]
 Cell = Callable[[Row], str | None]
 
-_CONTROLS = ("wrong-user", "shuffled", "random-vectors", "mean-persona", "population-persona")
 _ABSENT = "–"
 
 
@@ -149,11 +148,6 @@ def personal_gains(results: Mapping[str, Any], metric: str | None) -> dict[str, 
     """Return the pair of each method with its own wrong-user control in one metric, by the method's name."""
     turned = map(_method_first, results.get("pairs") or [])
     return {str(pair["a"]): pair for pair in turned if _is_gain(pair) and pair.get("metric") == metric}
-
-
-def is_control(name: str) -> bool:
-    """Say whether a row is there to test another's claim: a method with a stranger's, no one's or mixed-up history."""
-    return name in _CONTROLS or "@" in name
 
 
 def is_significant(pair: Row) -> bool:

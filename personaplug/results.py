@@ -2,7 +2,7 @@
 
 A results object holds what was run (task, split, model, encoder, placement, seeds, versions, config, notes, …) and
 
-    rows    per condition: n, metrics, intervals, per_user (metrics averaged over users), the rates of a `Cell`,
+    rows    per condition: n, seeds, metrics, intervals, per_user (metrics averaged over users), the rates of a `Cell`,
             prompt_tokens_mean, seconds, peak_memory_bytes, decoding, costs, and over several seeds seed_spread and
             per_seed
     pairs   a, b, metric, difference (a's advantage whatever the metric's direction), low, high, p, and p_holm:
@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.cells import Cell, Scored
-from personaplug.conditions import control_of
+from personaplug.conditions import condition_of, control_of, is_control
+from personaplug.errors import BadConfig
 from personaplug.metrics import Array, Metric
 from personaplug.stats import bootstrap_interval, holm, mcnemar, paired_bootstrap, per_group_mean, seed_spread
 
@@ -92,15 +93,15 @@ def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
 
     The plug is compared with every other method too.
     """
+    gains = [(name, control) for name in names if (control := control_of(name)) is not None and control in names]
     if len(names) <= _FEW:
-        return [(a, b) for b, a in combinations(names, 2)]
-    gains = [(name, control) for name in names if (control := control_of(name)) in names]
+        return list(dict.fromkeys([*gains, *((a, b) for b, a in combinations(names, 2) if (b, a) not in gains)]))
     controls = {control for _, control in gains}
     methods = [name for name in names if name not in controls]
     against = [(name, base) for base in _BASES if base in names for name in methods if name not in _BASES]
     rest = [("plug", name) for name in methods if name not in ("plug", *_BASES)] if "plug" in names else []
     bases = [(_BASES[1], _BASES[0])] if set(_BASES) <= set(names) else []
-    return list(dict.fromkeys([*gains, *bases, *against, *rest]))  # type: ignore[list-item]
+    return list(dict.fromkeys([*gains, *bases, *against, *rest]))
 
 
 def _notes_on(seeds: Sequence[int]) -> list[str]:
@@ -127,7 +128,7 @@ class _Part:
         cells = self.cells[name]
         row: dict[str, Any] = {"condition": name, "n": len(self.groups), "metrics": {}, "intervals": {}, "per_user": {}}
         for metric in self.settings.metrics:
-            stats = self._mean(name, metric)
+            stats = self._mean(cells, metric)
             interval = bootstrap_interval(
                 stats, self.groups, metric, resamples=self.settings.resamples, seed=self.settings.seed
             )
@@ -136,7 +137,11 @@ class _Part:
             row["per_user"][metric.name] = per_group_mean(stats, self.groups, metric)
         row |= {key: _mean_of(cells, key) for key in (*_RATES, *_MEANS)}
         peaks = [cell.peak_memory_bytes for cell in cells if cell.peak_memory_bytes is not None]
-        row |= {"peak_memory_bytes": max(peaks, default=None), "decoding": cells[0].decoding}
+        row |= {
+            "seeds": [cell.seed for cell in cells],
+            "peak_memory_bytes": max(peaks, default=None),
+            "decoding": cells[0].decoding,
+        }
         row["costs"] = {key: _mean_of(cells, key) for key in _COSTS}
         if len(cells) > 1:
             row["per_seed"] = [self._alone(cell) for cell in cells]
@@ -149,37 +154,49 @@ class _Part:
     def pairs(self) -> list[dict[str, Any]]:
         found = []
         for a, b in pairs_of_interest(list(self.cells)):
-            for metric in self.settings.metrics:
+            both = self._in_common(a, b)
+            for metric in self.settings.metrics if both else ():
                 compared = paired_bootstrap(
-                    self._mean(a, metric),
-                    self._mean(b, metric),
+                    self._mean([cell for cell, _ in both], metric),
+                    self._mean([cell for _, cell in both], metric),
                     self.groups,
                     metric,
                     resamples=self.settings.resamples,
                     seed=self.settings.seed,
                 )
                 pair = {"a": a, "b": b, "metric": metric.name, **asdict(compared)}
-                found.append(pair | (self._mcnemar(a, b, metric) if metric.name == "accuracy" else {}))
+                found.append(pair | (self._mcnemar(both, metric) if metric.name == "accuracy" else {}))
         _correct(found)
         return found
 
-    def _mean(self, name: str, metric: Metric) -> Array:
+    def _in_common(self, a: str, b: str) -> list[tuple[Cell, Cell]]:
+        """Cells of two rows, seed by seed: of the seeds that both have; a row without seeds meets each of the other."""
+        of_a, of_b = ({cell.seed: cell for cell in self.cells[name]} for name in (a, b))
+        if not _is_seeded(a):
+            return [(next(iter(of_a.values())), cell) for cell in of_b.values()]
+        if not _is_seeded(b):
+            return [(cell, next(iter(of_b.values()))) for cell in of_a.values()]
+        return [(of_a[seed], of_b[seed]) for seed in of_a if seed in of_b]
+
+    def _mean(self, cells: Sequence[Cell], metric: Metric) -> Array:
         """Statistics averaged over seeds: (n, d)."""
-        held = [cell.statistics[metric.name][self.chosen] for cell in self.cells[name]]
-        return np.asarray(np.mean(held, axis=0))
+        return np.asarray(np.mean([cell.statistics[metric.name][self.chosen] for cell in cells], axis=0))
 
     def _alone(self, cell: Cell) -> dict[str, float]:
         means = {m.name: cell.statistics[m.name][self.chosen].mean(axis=0) for m in self.settings.metrics}
         return {metric.name: float(metric.value(means[metric.name])) for metric in self.settings.metrics}
 
-    def _mcnemar(self, a: str, b: str, metric: Metric) -> dict[str, Any]:
-        """Seed by seed, since hits averaged over seeds are no hits; a row without seeds meets each of the other's."""
-        seeds = max(len(self.cells[a]), len(self.cells[b]))
-        held = [
-            [cells[place % len(cells)].statistics[metric.name][self.chosen] for place in range(seeds)]
-            for cells in (self.cells[a], self.cells[b])
-        ]
-        return {"mcnemar_p": [mcnemar(hits_a, hits_b).p for hits_a, hits_b in zip(*held, strict=True)]}
+    def _mcnemar(self, both: Sequence[tuple[Cell, Cell]], metric: Metric) -> dict[str, Any]:
+        """Seed by seed, since hits averaged over seeds are no hits."""
+        held = [[cell.statistics[metric.name][self.chosen] for cell in pair] for pair in both]
+        return {"mcnemar_p": [mcnemar(hits_a, hits_b).p for hits_a, hits_b in held]}
+
+
+def _is_seeded(name: str) -> bool:
+    try:
+        return condition_of(name).seeded
+    except BadConfig:
+        return False  # what is known of the data itself, such as the all-knowing predictor
 
 
 def _correct(pairs: list[dict[str, Any]]) -> None:
@@ -195,7 +212,8 @@ def _correct(pairs: list[dict[str, Any]]) -> None:
 def _family(pair: dict[str, Any]) -> str:
     if control_of(pair["a"]) == pair["b"]:
         return "gain"
-    return pair["b"] if pair["b"] in _BASES else "rest"
+    # A control against a base is no claim of a method and makes none of them harder to prove.
+    return pair["b"] if pair["b"] in _BASES and not is_control(pair["a"]) else "rest"
 
 
 def _mean_of(cells: Sequence[Cell], key: str) -> float | None:

@@ -13,6 +13,7 @@ RUN/evaluations/dev/          predictions in LaMP's format, scores per sample
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ from personaplug.files import write_json, write_text
 from personaplug.plug import PersonaPlug
 from personaplug.progress import Progress
 from personaplug.records import Sample
-from personaplug.samples import EncodedSample, encode_samples, samples_fingerprint, with_nearest
+from personaplug.samples import EncodedSample, encode_samples, samples_fingerprint
 from personaplug.vectors import VectorTable
 
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
@@ -78,7 +79,7 @@ class Run:
 
     @classmethod
     def create(cls, folder: str | Path, *, config: Config, task: Task, vectors: str | Path | None = None) -> Run:
-        """Start a run, or go on with the same one.
+        """Start a run, or go on with the same one; its seeds may change, since each is a training of its own.
 
         Raises:
             RunConflict: if the folder holds a run of another task or other settings of models, plug or training.
@@ -167,9 +168,7 @@ class Run:
         """
         samples = (rewrite(sample) for sample in drawn(reader, limit=limit, seed=seed))
         with_answer = self.config.plug.answers == "text"
-        found = encoded(samples, table, labels=self.task.labels, with_answer=with_answer)
-        count = self.config.plug.selected_items
-        return with_nearest(found, table, count=count) if count else found
+        return encoded(samples, table, labels=self.task.labels, with_answer=with_answer)
 
     def check_unchanged(self, config: Config, *, sections: Sequence[str] = FIXED) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
@@ -191,16 +190,24 @@ class Run:
             RunConflict: if the run was started on other data.
         """
         path = self.folder / "data.json"
-        about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table)}
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != about:
+        users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
+        about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+        if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(
                 f"{self.folder} was started on other training data than what is given now. Give the same data to go "
                 f"on, or choose another --out."
             )
         write_json(path, about)
 
+    def users_trained_on(self, users: Iterable[str | None]) -> int:
+        """How many of some users have samples among those that the run is trained on."""
+        path = self.folder / "data.json"
+        known = set(json.loads(path.read_text(encoding="utf-8")).get("users", [])) if path.exists() else set()
+        return sum(_anonymous(user) in known for user in set(users) if user is not None)
+
     def _check_same(self, there: Run) -> None:
-        names = _differing(self.config, there.config, sections=FIXED)
+        names = [name for name in _differing(self.config, there.config, sections=FIXED) if name != "training.seeds"]
         if self.task != there.task:
             names.insert(0, "task")
         if names:
@@ -241,6 +248,10 @@ def encoded(
             progress.advance(done - progress.done)
 
         return encode_samples(samples, table, labels=labels, with_answer=with_answer, progress=told)
+
+
+def _anonymous(user: str) -> str:
+    return hashlib.blake2b(user.encode(), digest_size=8).hexdigest()
 
 
 def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[str]:

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.records import HistoryItem, Sample
-from personaplug.vectors import Rows, VectorTable
+from personaplug.vectors import Halves, Rows, VectorTable
 
 Places = npt.NDArray[np.int16]
+Vector = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -87,14 +88,31 @@ def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places
 
 
 def with_nearest(samples: Sequence[EncodedSample], table: VectorTable, *, count: int) -> list[EncodedSample]:
-    """The samples with only so many items, the nearest to their queries, in order (PPlug, Table 4 and Fig. 4)."""
+    """The samples with only so many items, the nearest to their queries, in order (PPlug, Table 4 and Fig. 4).
+
+    Args:
+        count: items that stay; 0 = all.
+    """
+    if not count:
+        return list(samples)
     queries = table.encoder.query_encoder().encode([sample.query for sample in samples])
-    nearest = []
+    found = []
     for sample, query in zip(samples, queries, strict=True):
-        likeness = table.gather(sample.rows).astype(np.float32) @ query
-        kept = np.sort(np.argsort(-likeness, kind="stable")[:count])
-        nearest.append(replace(sample, rows=sample.rows[kept], answers=sample.answers[kept]))
-    return nearest
+        kept = nearest(query, table.gather(sample.rows), count=count)
+        found.append(replace(sample, rows=sample.rows[kept], answers=sample.answers[kept]))
+    return found
+
+
+def nearest(query: Vector, items: Halves, *, count: int) -> Rows:
+    """Places of the items nearest to a query, in order.
+
+    Args:
+        query: (E,) unit vector.
+        items: (N, E) unit vectors.
+        count: how many.
+    """
+    likeness = items.astype(np.float32) @ query
+    return np.sort(np.argsort(-likeness, kind="stable")[:count])
 
 
 def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) -> str:

@@ -41,7 +41,6 @@ Pair = tuple[str, str]
 FREE_PROMPT = "Write as this person would write."
 
 _CLIP = 1.0
-_MEASURED = 8  # pairs on which the loss is measured before and after; all of them would cost as much as the training
 
 # ---- what a user is trained on
 
@@ -79,12 +78,17 @@ def answers_in_history(task: Task) -> bool:
 
 def remark(task: Task) -> str | None:
     """What has to be said beside a per-user row of this task, if anything."""
-    if answers_in_history(task):
-        return None
-    return (
-        f"lora-per-user: the items of {task.name} hold no pairs of question and answer, so users' matrices learn how "
-        f"they write and not the task that is tested."
-    )
+    if not answers_in_history(task):
+        return (
+            f"lora-per-user: the items of {task.name} hold no pairs of question and answer, so users' matrices learn "
+            f"how they write and not the task that is tested."
+        )
+    if not task.query_after:
+        return (
+            f"lora-per-user: where the query starts in an input of {task.name} is not declared, so users' matrices "
+            f"learn from their items without the wording that is tested."
+        )
+    return None
 
 
 def without_asked(items: Iterable[HistoryItem], samples: Iterable[Sample]) -> list[HistoryItem]:
@@ -153,14 +157,10 @@ class UserFit:
     Attributes:
         steps: optimizer steps done; 0 where the user has no pairs, and the matrices change nothing.
         seconds: time of these steps.
-        loss_before, loss_after: −log p per token on the latest pairs (at most 8), of those trained on; NaN without
-            pairs. `loss_before` is that of the task's matrices alone.
     """
 
     steps: int
     seconds: float
-    loss_before: float
-    loss_after: float
 
 
 def fit_user(
@@ -180,10 +180,8 @@ def fit_user(
     adapters.reset(USER, seed=seed)
     used = list(pairs)[-config.user_items :]
     if not used:
-        return UserFit(steps=0, seconds=0.0, loss_before=math.nan, loss_after=math.nan)
-    measured = used[-_MEASURED:]
+        return UserFit(steps=0, seconds=0.0)
     with adapters.active(TASK, USER), adapters.trainable(USER):
-        before = _mean_loss(backend, measured, size=config.user_batch_size)
         began = time.monotonic()
         try:
             steps = _train(adapters, backend, used, config=config, seed=seed)
@@ -191,9 +189,8 @@ def fit_user(
             adapters.reset(USER, seed=seed)
             raise
         seconds = time.monotonic() - began
-        adapters.load(USER, _rounded(adapters.state(USER)))
-        after = _mean_loss(backend, measured, size=config.user_batch_size)
-    return UserFit(steps=steps, seconds=seconds, loss_before=before, loss_after=after)
+    adapters.load(USER, _rounded(adapters.state(USER)))
+    return UserFit(steps=steps, seconds=seconds)
 
 
 def _train(
@@ -227,12 +224,6 @@ def _shuffled_batches(pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
             yield [pairs[place] for place in order[start : start + config.user_batch_size]]
 
 
-@torch.no_grad()
-def _mean_loss(backend: Backend, pairs: Sequence[Pair], *, size: int) -> float:
-    parts = [_losses(backend, pairs[start : start + size]) for start in range(0, len(pairs), size)]
-    return sum(float(losses.sum()) for losses, _ in parts) / sum(int(tokens.sum()) for _, tokens in parts)
-
-
 def _losses(backend: Backend, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     return backend.loss([asked for asked, _ in pairs], [answered for _, answered in pairs], soft=None)
 
@@ -249,7 +240,7 @@ class UserCosts:
     """What a user costs in the mean.
 
     Attributes:
-        users: how many the means are over; they are NaN if none.
+        users: how many the means are over.
         seconds: of training.
         bytes: of the stored matrices.
     """
@@ -312,11 +303,11 @@ class UserAdapters:
         write_json(self.folder / f"{name}.json", asdict(facts))
         self._met[name] = facts
 
-    def costs(self) -> UserCosts:
-        """What a user costs in the mean, over those found or stored through this object."""
+    def costs(self) -> UserCosts | None:
+        """What a user costs in the mean, over those found or stored through this object; None without any."""
         met = list(self._met.values())
         if not met:
-            return UserCosts(users=0, seconds=math.nan, bytes=math.nan)
+            return None
         return UserCosts(len(met), seconds=fmean(one.seconds for one in met), bytes=fmean(one.bytes for one in met))
 
 

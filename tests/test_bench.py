@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 import personaplug.evaluation
 from personaplug.bench import Places, bench
+from personaplug.config import with_values
 from personaplug.data.simulated import SimulatedConfig, write_simulation
+from personaplug.errors import BadConfig
 from personaplug.experiment import Experiment, load_experiment
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "experiments").glob("*.yaml"))
@@ -160,11 +163,46 @@ def test_a_set_that_is_not_there_does_not_stop_the_others(tmp_path: Path, data: 
     assert "Three" in missed[0]
 
 
+def test_a_row_that_cannot_be_filled_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
+    alone = tmp_path / "data" / "Alone"
+    write_simulation(SimulatedConfig(users=6, queries_per_user=2, dev_users=1, min_items=2, max_items=4), alone)
+    (tmp_path / "data" / "One").symlink_to(data / "One")
+    rows = ["wrong-user", "plain", "plug"]
+    places = _places(tmp_path, tmp_path / "data")
+    written, missed = bench(_experiment(tmp_path, rows, sets="[Alone, One]"), places, seeds=[0])
+    assert [len(_read(path)["rows"]) for path in written] == [2, 3]
+    assert missed == [f"mine Alone, wrong-user, seed 0: {reason}" for reason in [missed[0].partition("seed 0: ")[2]]]
+    assert "2 or more users; found 1" in missed[0]
+
+
+def test_seeds_can_be_added_later(tmp_path: Path, data: Path) -> None:
+    places = _places(tmp_path, data)
+    rows = ["plain", "plug"]
+    bench(_experiment(tmp_path, rows, "per_set: {One: {seeds: [0]}}", sets="[One]"), places)
+    written, missed = bench(_experiment(tmp_path, rows, "per_set: {One: {seeds: [0, 1]}}", sets="[One]"), places)
+    assert missed == []
+    assert [row["seeds"] for row in _read(written[0])["rows"]] == [[0], [0, 1]]
+
+
+def test_thirds_and_a_curve_stand_together(tmp_path: Path, data: Path) -> None:
+    more = "slices: history-thirds\nshown_items: [1]"
+    written, _ = bench(_experiment(tmp_path, ["plain"], more, sets="[One]"), _places(tmp_path, data))
+    names = [part["name"].split()[0] for part in _read(written[0])["slices"]]
+    assert names[0] == "short"
+    assert names[-2:] == ["items=1", "items=all"]
+
+
+def test_a_set_of_another_experiment_is_refused(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(BadConfig, match="no set of mine"):
+        bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), sets=["Three"])
+
+
 def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> None:
     more = "shown_items: [0, 2]"
     written, _ = bench(_experiment(tmp_path, ["plug", "bm25:2"], more, sets="[One]"), _places(tmp_path, data))
     results = _read(written[0])
-    assert [(part["name"], part["items"]) for part in results["slices"]] == [("items=0", 0), ("items=2", 2)]
+    assert [part["name"] for part in results["slices"]] == ["items=0", "items=2", "items=all"]
+    assert results["slices"][-1]["rows"] == results["rows"]
     nothing = {row["condition"]: row for row in results["slices"][0]["rows"]}
     assert nothing["bm25:2"]["costs"]["extra_prompt_tokens"] == 0
     assert nothing["bm25:2"]["lost_history_rate"] == 1
@@ -185,8 +223,11 @@ def test_a_shipped_experiment_runs_to_its_end(path: Path, tmp_path: Path, data: 
     pytest.importorskip("peft")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "Movie_stars").symlink_to(data / "One")
-    settings = ("llm=toy", "encoder=hash:32", "dtype=float32", "seeds=0", "train_limit=8", "limit=6", "resamples=100")
-    experiment = load_experiment(path, settings=(*settings, "validate_every=2", "history_tokens=60"))
+    settings = ("seeds=0", "train_limit=8", "limit=6", "resamples=100", "validate_every=2", "history_tokens=60")
+    experiment = load_experiment(path, settings=settings)
+    toy = {"llm": "toy", "encoder": "hash:32", "dtype": "float32"}
+    configs = {key: with_values(config, toy) for key, config in experiment.configs.items()}
+    experiment = replace(experiment, configs=configs)
     written, missed = bench(experiment, _places(tmp_path, tmp_path / "data"))
     assert len(written) == len(experiment.variants)
     assert len(missed) == len(experiment.configs) - len(written)  # the sets that are not here

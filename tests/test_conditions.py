@@ -22,7 +22,7 @@ from personaplug.conditions import (
 from personaplug.errors import BadConfig
 
 
-@pytest.mark.parametrize("text", ["", "plug,plug", "plug,nonsense", ","])
+@pytest.mark.parametrize("text", ["", "plug,plug", "plug,nonsense", ",", "wrong-user,plug@wrong-user"])
 def test_bad_lists_are_refused(text: str) -> None:
     with pytest.raises(BadConfig, match=r"instruction-only|did you mean|known are"):
         parse_conditions(text)
@@ -48,6 +48,7 @@ def test_bad_lists_are_refused(text: str) -> None:
         "bm25:4@nobody",
         "bm25:4@wrong-user@wrong-user",
         "random-vectors@wrong-user",
+        "lora-per-user@shuffled",
     ],
 )
 def test_what_is_no_row_is_refused(name: str) -> None:

@@ -22,6 +22,8 @@ TEXT = len("text: éééééééééé score: 4".encode())
         ("lora", 0),
         ("plug", 4 * 32 * 2),
         ("wrong-user", 4 * 32 * 2),
+        ("population-persona", 0),
+        ("mean-persona", 0),
         ("bm25:4", 4 * TEXT),
         ("instruction+recency:2", 4 * TEXT),
         ("dense:4", 4 * (TEXT + 64)),

@@ -28,6 +28,15 @@ def test_a_shipped_experiment_is_valid_and_carries_the_controls(path: Path) -> N
     assert experiment.title
 
 
+def test_the_papers_sizes_leave_variants_and_sets_what_makes_them_different() -> None:
+    sizes = FOLDER.parent / "configs" / "paper-size.yaml"
+    models = load_experiment(FOLDER / "table-2-models.yaml", config_file=sizes).configs
+    assert models["llama-2-contriever", "LaMP_3"].model.llm == "meta-llama/Llama-2-7b-chat-hf"
+    assert models["llama-2-contriever", "LaMP_3"].model.encoder == "facebook/contriever"
+    assert models["llama-2-contriever", "LaMP_3"].training.batch_size == 64
+    assert len({(c.model.llm, c.model.encoder) for (_, name), c in models.items() if name == "LaMP_3"}) == 7
+
+
 def test_every_experiment_of_the_paper_is_there() -> None:
     told = " ".join(load_experiment(path).paper for path in SHIPPED)
     for part in ("Table 1", "Table 2", "Table 3", "Table 4", "Fig. 4", "Table 5", "Table 8", "Fig. 3"):
@@ -42,12 +51,12 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
         "per_set: {B: {max_new_tokens: 9, temperature: 0.5}}\nvariants: {cold: {temperature: 0.1}, warm: {}}\n"
         "shown_items: [0, 2]\n",
     )
-    experiment = load_experiment(path, settings=("batch_size=2",))
+    experiment = load_experiment(path, settings=("batch_size=2", "temperature=7"))
     assert experiment.variants == ["cold", "warm"]
     config = experiment.configs["cold", "B"]
     assert (config.training.epochs, config.evaluation.limit, config.training.seeds) == (3, 7, (1, 2))
     assert (config.evaluation.max_new_tokens, config.plug.temperature, config.training.batch_size) == (9, 0.1, 2)
-    assert experiment.configs["warm", "B"].plug.temperature == 0.5
+    assert experiment.configs["warm", "B"].plug.temperature == 7
     assert experiment.configs["warm", "A"].evaluation.max_new_tokens == 0
     assert experiment.shown_items == (0, 2)
     assert [condition.name for condition in experiment.conditions] == ["plain", "bm25:4"]

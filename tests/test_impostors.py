@@ -24,13 +24,18 @@ def _samples(count: int) -> list[EncodedSample]:
     ]
 
 
-def test_random_vectors_are_of_unit_length_and_belong_to_their_row() -> None:
-    vectors = RandomVectors(16, seed=1)
-    found = vectors.gather(np.array([5, 9, 5]))
+def test_random_vectors_are_of_unit_length_and_belong_to_their_content(tmp_path: Path, hashing: HashEncoder) -> None:
+    table = VectorTable.open(tmp_path / "one", hashing)
+    table.add(["sun", "rain", "fog"])
+    vectors = RandomVectors(table, seed=1)
+    found = vectors.gather(table.rows(["sun", "rain", "sun"]))
     np.testing.assert_allclose(np.linalg.norm(found.astype(np.float64), axis=1), 1, atol=1e-3)
     assert (found[0] == found[2]).all()
     assert not (found[0] == found[1]).all()
-    assert not (RandomVectors(16, seed=2).gather(np.array([5])) == found[0]).all()
+    assert not (RandomVectors(table, seed=2).gather(table.rows(["sun"])) == found[0]).all()
+    other = VectorTable.open(tmp_path / "two", hashing)
+    other.add(["fog", "hail", "rain", "sun"])
+    assert (RandomVectors(other, seed=1).gather(other.rows(["sun", "rain", "sun"])) == found).all()
 
 
 def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, hashing: HashEncoder) -> None:

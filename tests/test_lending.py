@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from personaplug.conditions import CONDITIONS
+from personaplug.conditions import CONDITIONS, Condition
 from personaplug.errors import BadConfig
-from personaplug.lending import items_lent, lend, with_history
+from personaplug.lending import items_lent, lend, rows_lent
 from personaplug.records import HistoryItem, Sample
 from personaplug.samples import EncodedSample
 
@@ -37,6 +37,13 @@ def _texts(users: list[str]) -> list[Sample]:
         Sample(str(k), user, "p", "q", "1", tuple(HistoryItem(str(10 * k + i), (("text", "t"),)) for i in range(5)))
         for k, user in enumerate(users)
     ]
+
+
+def with_history(
+    condition: Condition, samples: list[EncodedSample], *, seed: int, latest: int = -1
+) -> list[EncodedSample]:
+    owners, sizes = [sample.owner for sample in samples], [len(sample.rows) for sample in samples]
+    return rows_lent(samples, lend(condition.history, owners, sizes, seed=seed, latest=latest))
 
 
 def test_a_wrong_user_is_always_another_user() -> None:

@@ -90,6 +90,7 @@ def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Mod
     stored = len(list((run.folder / "users").glob("*.safetensors")))
     assert stored == len({text.owner for text in texts})
     cost = PerUser(run, models, texts=texts, latest=-1, seed=0).cost()
+    assert cost is not None
     assert cost.bytes > 0
     assert cost.seconds > 0
 

@@ -11,6 +11,7 @@ from personaplug.conditions import Retrieval
 from personaplug.config import load_config
 from personaplug.data.tasks import lamp_task
 from personaplug.errors import MissingData
+from personaplug.profiles import Profile
 from personaplug.prompting import PromptMaker
 from personaplug.records import HistoryItem, Sample
 from personaplug.run import Run, open_models
@@ -26,6 +27,9 @@ def _items(owner: str) -> tuple[HistoryItem, ...]:
 
 
 SAMPLE = Sample("s", "u", "Score it. review: a bee here", "a bee here", "4", _items("mine"))
+
+
+PROFILE = Profile("key", "Likes small animals.", 0.1, offered=9, written=7, shortened=3)
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +68,11 @@ def test_drawn_items_depend_on_the_seed(maker: PromptMaker) -> None:
 
 def test_a_profile_stands_in_front_and_soft_tokens_right_before_the_input(maker: PromptMaker) -> None:
     retrieval = Retrieval("bm25", 1)
-    written = maker.written(SAMPLE, SAMPLE.history, retrieval=retrieval, profile="Likes small animals.", seed=0)
+    written = maker.written(SAMPLE, SAMPLE.history, retrieval=retrieval, profile=PROFILE, seed=0)
     assert written.prompt.index("small animals") < written.prompt.index("mine bee")
     assert written.prompt[written.soft_at :] == SAMPLE.prompt
-    assert (written.offered, written.written) == (2, 2)
-    alone = maker.written(SAMPLE, (), retrieval=None, profile="Likes small animals.", seed=0)
+    assert (written.offered, written.written, written.shortened) == (1 + 9, 1 + 7, 3)
+    alone = maker.written(SAMPLE, (), retrieval=None, profile=PROFILE, seed=0)
     assert alone.prompt[alone.soft_at :] == SAMPLE.prompt
 
 

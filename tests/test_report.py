@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from personaplug.conditions import is_control
 from personaplug.report import (
     Table,
     gain_cell,
-    is_control,
     is_significant,
     leading_metric,
     personal_gains,

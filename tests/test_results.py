@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -50,13 +52,36 @@ def test_pairs_carry_holms_correction_within_their_family_and_mcnemar_per_seed()
     results = results_object(SCORED, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
     pairs = {(pair["a"], pair["b"]): pair for pair in results["pairs"]}
     assert set(pairs) == {("wrong-user", "plain"), ("plug", "plain"), ("plug", "wrong-user")}
-    against_plain = [pairs["wrong-user", "plain"], pairs["plug", "plain"]]
+    # one method, so one claim a family; a control against a base is no claim
+    assert all(pair["p_holm"] == pair["p"] for pair in pairs.values())
+    two = [PLAIN, *WRONG, *PLUG, replace(PLUG[0], condition="bm25:4"), replace(PLUG[1], condition="random:4")]
+    corrected = results_object(SCORED, two, settings=SETTINGS)["pairs"]
+    against_plain = [pair for pair in corrected if pair["b"] == "plain" and pair["a"] != "wrong-user"]
+    assert len(against_plain) == 3
     assert [pair["p_holm"] for pair in against_plain] == holm([pair["p"] for pair in against_plain])
-    assert pairs["plug", "wrong-user"]["p_holm"] == pairs["plug", "wrong-user"]["p"]
     # seed 0: the plug alone is right on 3 samples, a stranger's history on none; exact p = 2 / 2³
     assert pairs["plug", "wrong-user"]["mcnemar_p"][0] == pytest.approx(0.25)
     assert len(pairs["plug", "plain"]["mcnemar_p"]) == 2
     assert pairs["plug", "plain"]["difference"] == pytest.approx((6 / 8 + 7 / 8) / 2 - 2 / 8)
+
+
+def test_a_personal_gain_is_the_methods_whatever_the_order_of_rows() -> None:
+    for names in (["plain", "plug", "wrong-user"], ["wrong-user", "plain", "plug"]):
+        pairs = pairs_of_interest(names)
+        assert ("plug", "wrong-user") in pairs
+        assert ("wrong-user", "plug") not in pairs
+        assert len(pairs) == 3
+
+
+def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
+    half = results_object(SCORED, [PLAIN, WRONG[0], *PLUG], settings=SETTINGS)
+    pairs = {(pair["a"], pair["b"]): pair for pair in half["pairs"]}
+    assert pairs["plug", "wrong-user"]["difference"] == pytest.approx(3 / 8)
+    assert len(pairs["plug", "wrong-user"]["mcnemar_p"]) == 1
+    assert len(pairs["plug", "plain"]["mcnemar_p"]) == 2  # the plain model has no seeds and meets each
+    assert [row["seeds"] for row in half["rows"]] == [[0], [0], [0, 1]]
+    nothing = results_object(SCORED, [WRONG[0], PLUG[1]], settings=SETTINGS)
+    assert nothing["pairs"] == []
 
 
 def test_many_rows_are_compared_where_it_tells_something() -> None:

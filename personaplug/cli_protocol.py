@@ -1,0 +1,119 @@
+"""The commands of the evaluation protocol: experiments, reports, other people's data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from personaplug.cli_options import FOLDER, skip_bad_option, tell_read
+from personaplug.errors import BadConfig, MissingData
+
+
+@click.command()
+@click.argument("name")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder that holds the sets' folders.")
+@click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Gets the runs.")
+@click.option("--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True)
+@click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
+@click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
+@click.option("--seeds", default="", help="Only these seeds, comma-separated.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML of settings for every table of it."
+)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+def bench(
+    name: str,
+    data: Path,
+    out: Path,
+    results: Path,
+    experiments: Path,
+    sets: str,
+    seeds: str,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Run an experiment, NAME or a YAML file: sets × conditions × seeds. Finished cells are never run again.
+
+    Results are written after each cell, under --results; `personaplug report` makes tables and figures of them.
+    """
+    from personaplug.bench import Places
+    from personaplug.bench import bench as run_bench
+    from personaplug.experiment import find_experiment, load_experiment
+
+    experiment = load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings)
+    written, missed = run_bench(
+        experiment,
+        Places(data, out, results),
+        sets=[word.strip() for word in sets.split(",") if word.strip()],
+        seeds=_whole_numbers(seeds, "--seeds"),
+    )
+    for path in written:
+        click.echo(str(path))
+    for reason in missed:
+        click.echo(f"not run: {reason}", err=True)
+    if missed and not written:
+        raise MissingData("Nothing of this experiment could be run here.")
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(word.isascii() and word.isdecimal() for word in words):
+        raise BadConfig(f"{option} takes whole numbers, comma-separated; found {text!r}.")
+    return [int(word) for word in words]
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=FOLDER, help="Gets report.md, report.html and figures.")
+@click.option("--title", default="Results", show_default=True)
+@click.option("--figures/--no-figures", default=True, show_default=True, help="Figures need matplotlib.")
+@click.option("--into", type=click.Path(path_type=Path), help="Put the overview into this Markdown file too …")
+@click.option(
+    "--mark", default="results", show_default=True, help="… between <!-- begin MARK --> and <!-- end MARK -->."
+)
+def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: Path | None, mark: str) -> None:
+    """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
+    from personaplug.pages import insert_between, load_results, overview_markdown, write_report
+
+    for path in write_report(files, out, title=title, pictures=figures):
+        click.echo(str(path))
+    if into is not None:
+        insert_between(into, mark, overview_markdown([load_results(path) for path in files]))
+        click.echo(str(into))
+
+
+@click.group()
+def lamp() -> None:
+    """The LaMP benchmark's own files."""
+
+
+@lamp.command()
+@click.argument("name")
+@click.option("--out", required=True, type=FOLDER, help="Gets the files; a stopped download goes on.")
+@click.option("--source", help="Where from: another address, or a local folder.  [default: the benchmark's own site]")
+@click.option("--split", "splits", multiple=True, default=("train", "dev", "test"), show_default=True)
+def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) -> None:
+    """Fetch a task's official files: lamp-1 … lamp-7 (not 6), lamp-2-news; with :time for the time split."""
+    from personaplug.data.download import BASE_URL, download_lamp
+
+    local = Path(source) if source is not None and "://" not in source else None
+    address = source if source is not None and local is None else BASE_URL
+    for path in download_lamp(name, out, splits=splits, base_url=address, source=local):
+        click.echo(str(path))
+
+
+@click.command()
+@click.argument("benchmark")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--split", default="dev", show_default=True)
+@click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
+@skip_bad_option
+def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
+    """Read another BENCHMARK's file or folder (lamp-qa, longlamp, personal-llm, peft-u) and write LaMP's layout."""
+    from personaplug.data import write_lamp
+    from personaplug.data.benchmarks import open_benchmark
+
+    reader = open_benchmark(benchmark, source, split, skip_bad=skip_bad)
+    write_lamp(reader, out, split, task=reader.task)
+    tell_read(reader, split)

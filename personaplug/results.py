@@ -89,17 +89,18 @@ def thirds(history_items: Sequence[int]) -> list[tuple[str, Places]]:
 
 
 def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Which rows are compared, (a, b): all of a few; of many the personal gains, and the rest against the bases.
+    """Which rows are compared, (a, b): all of a few; of many the personal gains, and the methods against the bases.
 
-    The plug is compared with every other method too.
+    The plug is compared with every other method and with its own controls too.
     """
     gains = [(name, control) for name in names if (control := control_of(name)) is not None and control in names]
     if len(names) <= _FEW:
         return list(dict.fromkeys([*gains, *((a, b) for b, a in combinations(names, 2) if (b, a) not in gains)]))
     controls = {control for _, control in gains}
-    methods = [name for name in names if name not in controls]
-    against = [(name, base) for base in _BASES if base in names for name in methods if name not in _BASES]
-    rest = [("plug", name) for name in methods if name not in ("plug", *_BASES)] if "plug" in names else []
+    methods = [name for name in names if not is_control(name) and name not in _BASES]
+    against = [(name, base) for base in _BASES if base in names for name in methods]
+    others = [name for name in names if name not in controls and name not in ("plug", *_BASES)]
+    rest = [("plug", name) for name in others] if "plug" in names else []
     bases = [(_BASES[1], _BASES[0])] if set(_BASES) <= set(names) else []
     return list(dict.fromkeys([*gains, *bases, *against, *rest]))
 

@@ -36,6 +36,9 @@ def test_rows_of_a_table_are_trained_on_demand(data: Path, tmp_path: Path) -> No
     done = _call("evaluate", "--run", out, "--data", data, "--conditions", rows, "limit=3")
     assert done.exit_code == 0, done.output
     assert "plug+bm25:1@wrong-user" in done.output
+    done = _call("predict", "--run", out, "--data", data, "--split", "dev", "--conditions", "bm25:2", "limit=3")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(Path(done.output.split()[-1]).read_text())["golds"]) == 3
     done = _call("evaluate", "--run", out, "--data", data, "--conditions", "plug")
     assert done.exit_code == 2
     assert "--conditions plug" in done.output
@@ -96,6 +99,8 @@ def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:
         (["evaluate"], "--lamp-gold and --lamp-pred"),
         (["evaluate", "--lamp-gold", "x.json"], "go together"),
         (["bench", "nothing", "--data", "DATA", "--experiments", "EMPTY"], "no experiment 'nothing'"),
+        (["bench", "main-table", "--data", "DATA", "--seeds", "one"], "--seeds takes whole numbers"),
+        (["bench", "main-table", "--data", "DATA", "--sets", "Nope"], "no set of main-table"),
         (["report", "EMPTY/none.json", "--out", "EMPTY"], "none.json"),
         (["lamp", "download", "lamp-6", "--out", "EMPTY"], "not public"),
         (["lamp", "download", "lamp-3", "--out", "EMPTY", "--source", "EMPTY/nowhere"], "nowhere"),

@@ -15,10 +15,11 @@ from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, MissingData
-from personaplug.evaluation import ORACLE, evaluate
+from personaplug.evaluation import ORACLE, evaluate, predict
 from personaplug.personalizer import Personalizer
 from personaplug.recipes import train
 from personaplug.run import Models, Run, open_models
+from personaplug.showing import Showing
 
 TINY = [
     "llm=toy",
@@ -303,3 +304,72 @@ def test_the_answers_of_a_killed_evaluation_still_become_predictions(rating: Sta
     path.unlink()
     rating.evaluate("plug")
     assert path.exists()
+
+
+def test_a_split_with_hidden_answers_is_answered_all_the_same(rating: Stage, tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
+    (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
+    paths = predict(
+        rating.run,
+        open_dataset(tmp_path, "test", task=rating.run.task),
+        split="test",
+        conditions=parse_conditions("plain,plug"),
+        config=rating.config.evaluation,
+        models=rating.models,
+    )
+    assert [path.name for path in paths] == ["plain.seed-0.json", "plug.seed-0.json", "plug.seed-1.json"]
+    told = json.loads(paths[1].read_text())
+    questions = json.loads((rating.data / "dev_questions.json").read_text())
+    assert [gold["id"] for gold in told["golds"]] == [question["id"] for question in questions]
+    assert {gold["output"] for gold in told["golds"]} <= set(rating.run.task.labels)
+
+
+def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
+    assert not any("training split too" in note for note in rating.evaluate("plain")["notes"])
+    for name in ("questions", "outputs"):
+        (tmp_path / f"dev_{name}.json").write_text((rating.data / f"train_{name}.json").read_text())
+    results = evaluate(
+        rating.run,
+        open_dataset(tmp_path, "dev", task=rating.run.task),
+        split="dev",
+        config=rating.config.evaluation,
+        conditions=[CONDITIONS["plain"]],
+        models=rating.models,
+    )
+    assert any(note.startswith("8 of the 8 users have samples in the training split too") for note in results["notes"])
+    assert "user" not in (rating.run.folder / "data.json").read_text().replace('"users"', "")
+
+
+def test_the_nearest_items_are_those_nearest_to_what_is_asked_whoever_owns_them(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("selected_items=2", "controls=false", "seeds=0", "max_steps=1"))
+    reader = open_dataset(stage.data, "dev", task=stage.run.task)
+    table = stage.run.open_vectors(stage.models.encoder)
+    showing = Showing(stage.run, reader, models=stage.models, table=table, config=stage.config.evaluation)
+    for name in ("plug", "wrong-user"):
+        shown = showing.show(CONDITIONS[name], seed=0)
+        for sample, lender in zip(shown.samples, shown.lenders, strict=True):
+            assert lender is not None
+            rows = showing.samples[lender].rows
+            query = stage.models.encoder.query_encoder().encode([sample.query])[0]
+            likeness = table.gather(rows).astype(np.float32) @ query
+            assert len(sample.rows) == min(2, len(rows))
+            kept = {int(row) for row in sample.rows}
+            left = [like for row, like in zip(rows, likeness, strict=True) if int(row) not in kept]
+            assert all(
+                max(left, default=-2) <= like for row, like in zip(rows, likeness, strict=True) if int(row) in kept
+            )
+    plug = stage.run.load_plug("plug", seed=0, models=stage.models)
+    together = Personalizer(plug, table=table).soft_prompt(showing.show(CONDITIONS["plug"], seed=0).samples).vectors
+    for index, sample in enumerate(reader):
+        alone = Personalizer(plug).persona(sample.query, sample.history, encoder=stage.models.encoder).vectors
+        np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
+
+
+def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("answers=label", "controls=false", "seeds=0", "max_steps=1"))
+    reader = open_dataset(stage.data, "dev", task=stage.run.task)
+    table = stage.run.open_vectors(stage.models.encoder)
+    showing = Showing(stage.run, reader, models=stage.models, table=table, config=stage.config.evaluation)
+    shown = showing.show(CONDITIONS["random-vectors"], seed=0)
+    assert all((sample.answers == -1).all() for sample in shown.samples)
+    assert any((sample.answers >= 0).any() for sample in showing.show(CONDITIONS["plug"], seed=0).samples)

@@ -1,7 +1,8 @@
 """A bench: runs an experiment cell by cell, never a finished one again, and writes results as they come.
 
     OUT/NAME/[VARIANT/]SET/           the runs: vectors, trained parts, answers; may be deleted at any time
-    RESULTS/NAME/[VARIANT/]SET.json   the results object; beside it SET.cells.jsonl, from which a stopped bench goes on
+    RESULTS/NAME/[VARIANT/]SET.json   the results object; beside it SET.cells.jsonl, which grows cell by cell and from
+                                      which a stopped bench goes on
 
 A cell is one (variant, set, condition, seed). It is finished if a cell of the same key is in the file: the key covers
 the config, the data files, the condition and the seed; not the code, so a change of method wants a new experiment.
@@ -97,7 +98,7 @@ class _Table:
         self.absent = False
 
     def fill(self, *, seed: int) -> None:
-        """Make the cells of a seed that are missing; write the results anew after each.
+        """Make the cells of a seed that are missing, then write the results, even if stopped halfway by hand.
 
         What cannot be made is noted in `missed` and does not keep the other cells from being made.
         """
@@ -108,6 +109,9 @@ class _Table:
         except (MissingModel, MissingData) as error:
             self.absent = True
             self._miss(self.title, error)
+        finally:
+            if not self.absent:
+                self.write()
 
     def _fill(self, seed: int) -> None:
         evaluation: Evaluation | None = None
@@ -128,8 +132,6 @@ class _Table:
             if scored is None or scored.key != self._samples_key():
                 file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
             file.append(cell)
-            self.write()
-        self.write()
 
     def _miss(self, what: str, error: PersonaPlugError) -> None:
         self.missed.append(f"{what}: {error}")

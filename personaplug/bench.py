@@ -21,7 +21,7 @@ from typing import Any
 
 from personaplug.cells import Cell, CellFile, Scored
 from personaplug.conditions import Condition
-from personaplug.config import Config
+from personaplug.config import Config, ModelConfig
 from personaplug.data import load_task, open_dataset
 from personaplug.data.base import Reader, Task
 from personaplug.errors import BadConfig, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
@@ -69,8 +69,9 @@ def bench(
         raise BadConfig(
             f"{', '.join(unknown)}: no set of {experiment.name}, whose sets are {', '.join(experiment.sets)}."
         )
+    opened = _OpenModels()
     tables = [
-        _Table(experiment, places, variant=variant, name=name)
+        _Table(experiment, places, variant=variant, name=name, opened=opened)
         for variant in experiment.variants
         for name in experiment.sets
         if not sets or name in sets
@@ -87,8 +88,8 @@ def bench(
 class _Table:
     """The cells of one variant on one set."""
 
-    def __init__(self, experiment: Experiment, places: Places, *, variant: str, name: str) -> None:
-        self.experiment, self.variant, self.name = experiment, variant, name
+    def __init__(self, experiment: Experiment, places: Places, *, variant: str, name: str, opened: _OpenModels) -> None:
+        self.experiment, self.variant, self.name, self.opened = experiment, variant, name, opened
         self.config = experiment.configs[variant, name]
         self.data = places.data / name
         self.folder = places.out / experiment.name / variant / name
@@ -177,14 +178,11 @@ class _Table:
         task = load_task(self.data)
         run = Run.create(self.folder, config=self.config, task=task)
         reader = open_dataset(self.data, self.experiment.split, task=task, max_history=self.config.plug.max_history)
-        note_data(run, self._training_split(), models=self._models())
+        models = self.opened.get(self.config)
+        note_data(run, self._training_split(), models=models)
         config = replace(self.config.evaluation, shown_items=shown)
-        return Evaluation(
-            run, reader, split=_split_name(self.experiment.split, shown), config=config, models=self._models()
-        )
-
-    def _models(self) -> Models:
-        return _open_once(self.config)
+        split = _split_name(self.experiment.split, shown)
+        return Evaluation(run, reader, split=split, config=config, models=models)
 
     def _kept(self, shown: int) -> tuple[Scored | None, list[Cell]]:
         """The cells that are of this experiment as it stands, in its order of conditions and seeds."""
@@ -240,16 +238,18 @@ class _Table:
         return mine | ({"variant": self.variant} if self.variant else {}) | told
 
 
-_opened: dict[str, Models] = {}
+class _OpenModels:
+    """The models of the last config asked for, which the next one may share."""
 
+    def __init__(self) -> None:
+        self.of: ModelConfig | None = None
+        self.models: Models | None = None
 
-def _open_once(config: Config) -> Models:
-    """The models of a config; the last ones stay open, since sets share them."""
-    name = json.dumps(asdict(config.model), sort_keys=True)
-    if name not in _opened:
-        _opened.clear()
-        _opened[name] = open_models(config)
-    return _opened[name]
+    def get(self, config: Config) -> Models:
+        if self.models is None or self.of != config.model:
+            self.models = None  # before the next ones take its place in memory
+            self.of, self.models = config.model, open_models(config)
+        return self.models
 
 
 def _data_key(folder: Path, split: str) -> str:

@@ -35,7 +35,8 @@ def bench(
 ) -> None:
     """Run an experiment, NAME or a YAML file: sets × conditions × seeds. Finished cells are never run again.
 
-    Cells are kept as they come, results written set by set, under --results; `personaplug report` makes tables and figures of them.
+    Cells are kept as they come and results written set by set, under --results; `personaplug report` makes tables and
+    figures of them.
     """
     from personaplug.bench import Places
     from personaplug.bench import bench as run_bench

@@ -31,11 +31,26 @@ from personaplug.files import write_json
 from personaplug.metrics import get_metric
 from personaplug.recipes import note_data, train
 from personaplug.results import Settings, results_object, thirds, with_slices
-from personaplug.run import Models, Run, open_models
+from personaplug.run import Models, Run, machine, open_models, versions
 
 logger = logging.getLogger(__name__)
 
 ALL_ITEMS = -1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a bench.
+
+    Attributes:
+        written: results files.
+        absent: tables whose model or set is not here, and why.
+        failed: rows that could not be filled, and why.
+    """
+
+    written: list[Path]
+    absent: list[str]
+    failed: list[str]
 
 
 @dataclass(frozen=True)
@@ -53,18 +68,19 @@ class Places:
     results: Path
 
 
-def bench(
-    experiment: Experiment, places: Places, *, sets: Sequence[str] = (), seeds: Sequence[int] = ()
-) -> tuple[list[Path], list[str]]:
+def bench(experiment: Experiment, places: Places, *, sets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Outcome:
     """Fill an experiment's tables, all of the first seed before any of the second.
 
     Args:
         sets: only these of the experiment's; several processes may share out the sets among them.
         seeds: only these.
-    Returns:
-        The results files, and what could not be run here and why (a model or a set that is not there).
+    Raises:
+        BadConfig: if it has no such set or seed.
     """
     unknown = [name for name in sets if name not in experiment.sets]
+    known = {seed for config in experiment.configs.values() for seed in config.training.seeds}
+    if set(seeds) - known:
+        raise BadConfig(f"{experiment.name} has the seeds {sorted(known)}; found {sorted(seeds)}.")
     if unknown:
         raise BadConfig(
             f"{', '.join(unknown)}: no set of {experiment.name}, whose sets are {', '.join(experiment.sets)}."
@@ -81,8 +97,11 @@ def bench(
         for table in tables:
             if seed in table.config.training.seeds and (not seeds or seed in seeds):
                 table.fill(seed=seed)
-    written = [table.target for table in tables if table.target.exists()]
-    return written, list(dict.fromkeys(reason for table in tables for reason in table.missed))
+    return Outcome(
+        [table.target for table in tables if not table.absent and table.target.exists()],
+        [table.absent for table in tables if table.absent],
+        [reason for table in tables for reason in table.failed],
+    )
 
 
 class _Table:
@@ -95,27 +114,28 @@ class _Table:
         self.folder = places.out / experiment.name / variant / name
         self.target = places.results / experiment.name / variant / f"{name}.json"
         self.title = " ".join(part for part in (experiment.name, variant, name) if part)
-        self.missed: list[str] = []
-        self.absent = False
+        self.failed: list[str] = []
+        self.absent = ""
 
     def fill(self, *, seed: int) -> None:
         """Make the cells of a seed that are missing, then write the results, even if stopped halfway by hand.
 
-        What cannot be made is noted in `missed` and does not keep the other cells from being made.
+        What cannot be made is noted in `absent` or `failed` and does not keep other cells from being made.
         """
         if self.absent:
             return
         try:
             self._fill(seed)
         except (MissingModel, MissingData) as error:
-            self.absent = True
-            self._miss(self.title, error)
+            self.absent = self._told(self.title, error)
         finally:
             if not self.absent:
                 self.write()
 
     def _fill(self, seed: int) -> None:
         evaluation: Evaluation | None = None
+        for shown in (ALL_ITEMS, *self.experiment.shown_items):
+            self._file(shown).turn_to(self._samples_key())
         for condition, shown in self._wanted(seed):
             file, key = self._file(shown), self._key(condition, seed, shown)
             scored, cells = file.read()
@@ -126,17 +146,18 @@ class _Table:
                 evaluation = self._evaluation(shown)
             try:
                 self._train(condition, evaluation, seed=seed)
-                cell = replace(evaluation.cell(condition, seed=seed), key=key)
+                cell = replace(evaluation.cell(condition, seed=seed), key=key, made_with=_made_with())
             except (UserError, TrainingDiverged) as error:
-                self._miss(f"{self.title}, {condition.name}, seed {seed}", error)
+                self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
                 continue
-            if scored is None or scored.key != self._samples_key():
+            if scored is None:
                 file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
             file.append(cell)
 
-    def _miss(self, what: str, error: PersonaPlugError) -> None:
-        self.missed.append(f"{what}: {error}")
-        logger.warning("%s", self.missed[-1])
+    def _told(self, what: str, error: PersonaPlugError) -> str:
+        told = f"{what}: {error}"
+        logger.warning("%s", told)
+        return told
 
     def _train(self, condition: Condition, evaluation: Evaluation, *, seed: int) -> None:
         """Train what the row needs and has not got; only then is the training split read."""
@@ -187,8 +208,10 @@ class _Table:
     def _kept(self, shown: int) -> tuple[Scored | None, list[Cell]]:
         """The cells that are of this experiment as it stands, in its order of conditions and seeds."""
         scored, cells = self._file(shown).read()
-        if scored is not None and scored.key != self._samples_key():
+        if scored is None or scored.key != self._samples_key():
             return None, []  # of other samples
+        # What may change from one cell to the next is told as it is now.
+        scored = replace(scored, about=scored.about | {"config": asdict(self.config)})
         held = {cell.key: cell for cell in cells}
         keys = [
             self._key(condition, seed, shown)
@@ -263,6 +286,12 @@ def _data_key(folder: Path, split: str) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _made_with() -> str:
+    """What a cell's numbers may depend on beside its key, in a line."""
+    known = {**versions(), "processor": machine()["processor"]}
+    return ", ".join(f"{name} {value}" for name, value in known.items())
 
 
 def _hash(parts: Any) -> str:

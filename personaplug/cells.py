@@ -6,6 +6,7 @@ numbers and no texts, so it can be published beside the results made from it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 from personaplug.errors import BadRecord
 from personaplug.files import JsonLines
 from personaplug.metrics import Array
+
+logger = logging.getLogger(__name__)
 
 _DENSE = 3  # statistics with more columns are one-hots and written sparsely
 
@@ -57,6 +60,7 @@ class Cell:
         decoding: "scored" over the labels or "generated".
         bytes_per_user: what a service keeps for a user, a mean; None where that is not known.
         seconds_per_user: what adding a user takes, a mean.
+        made_with: versions and machine, in words.
     """
 
     condition: str
@@ -75,6 +79,7 @@ class Cell:
     bytes_per_user: float | None = None
     seconds_per_user: float | None = None
     key: str = field(default="", compare=False)
+    made_with: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -113,17 +118,30 @@ class CellFile:
         cells = [Cell.from_dict(values) for values in rest]
         return scored, list({(cell.condition, cell.seed): cell for cell in cells}.values())
 
+    def turn_to(self, key: str) -> None:
+        """Put a file that is about other samples than those of the key aside, and take one about those back.
+
+        Raises:
+            BadRecord: if the first line is not what cells are about.
+        """
+        scored, _ = self.read()
+        path = self.lines.path
+        if scored is not None and scored.key != key:
+            logger.warning("%s: cells of other samples are put aside as %s", path, self._aside(scored.key).name)
+            path.rename(self._aside(scored.key))
+        if not path.exists() and self._aside(key).exists():
+            self._aside(key).rename(path)
+
     def start(self, scored: Scored) -> None:
-        """Write the first line; a file that is there is put aside under the key of its own samples.
+        """Write the first line of a new file.
 
         Raises:
             StorageError: if the disk is full or not writable.
         """
-        before, _ = self.read()
-        path = self.lines.path
-        if before is not None:
-            path.rename(path.with_suffix(f".{before.key[:8] or 'before'}.jsonl"))
         self.lines.append(asdict(scored))
+
+    def _aside(self, key: str) -> Path:
+        return self.lines.path.with_suffix(f".{key[:8] or 'before'}.jsonl")
 
     def append(self, cell: Cell) -> None:
         """Add a cell.

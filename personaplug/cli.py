@@ -155,7 +155,7 @@ def train(
     from personaplug.run import Run, open_models
 
     config = load_config(config_file, overrides=settings)
-    show(config, "model", "plug", "training")
+    show(config, "model", "plug", "training", *(("retrieval", "adapter") if conditions else ()))
     wanted = None if conditions is None else needed(parse_conditions(conditions))
     run = Run.create(out, config=config, task=load_task(data, task=task), vectors=vectors)
     reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
@@ -163,9 +163,14 @@ def train(
         fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
         click.echo(
             f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "
-            f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} a token"
+            f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} "
+            f"a {fitted.get('unit', 'token')}"
         )
     tell_read(reader, "train")
+    if config.training.train_limit:
+        click.echo(f"of these samples {config.training.train_limit} were drawn (train_limit)", err=True)
+    if wanted == []:
+        click.echo("these rows need no training", err=True)
 
 
 @main.command()
@@ -195,7 +200,7 @@ def evaluate(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Score the rows of a results table on one split, compare them pairwise, print the table.
+    """Score the rows of a results table on one split, compare them, print the table.
 
     Rows: plain, instruction-only, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
@@ -204,6 +209,8 @@ def evaluate(
     With --lamp-gold and --lamp-pred it scores anyone's predictions instead, and needs no run.
     """
     if lamp_gold is not None or lamp_pred is not None:
+        if run_folder is not None or data is not None:
+            raise BadConfig("--lamp-gold and --lamp-pred score a file; they do not go with --run and --data.")
         _score_file(lamp_gold, lamp_pred, json_file=json_file, config_file=config_file, settings=settings)
         return
     if run_folder is None or data is None:
@@ -233,6 +240,9 @@ def evaluate(
     )
     tell_read(reader, split)
     target = json_file or run_folder / "evaluations" / f"{split}.json"
+    if target.exists():
+        target.replace(target.with_suffix(".previous.json"))
+        click.echo(f"what was in {target} is now {target.with_suffix('.previous.json')}", err=True)
     write_json(target, results)
     click.echo(results_table(results))
     click.echo(f"\nwritten to {target}")
@@ -262,10 +272,14 @@ def predict(
 
     rows = parse_conditions(conditions)
     run = Run.open(run_folder)
-    config = load_config(config_file, overrides=settings, base=run.config)
+    # All samples, unless the command itself asks for fewer: whoever scores the file wants them all.
+    base = load_config(overrides=["limit=0"], base=run.config)
+    config = load_config(config_file, overrides=settings, base=base)
     run.check_unchanged(config)
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
     models = open_models(config)
+    if config.evaluation.limit:
+        click.echo(f"only {config.evaluation.limit} samples are answered (limit={config.evaluation.limit})", err=True)
     for path in predict_run(run, reader, split=split, conditions=rows, config=config.evaluation, models=models):
         click.echo(str(path))
 

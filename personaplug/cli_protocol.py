@@ -43,18 +43,22 @@ def bench(
     from personaplug.experiment import find_experiment, load_experiment
 
     experiment = load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings)
-    written, missed = run_bench(
+    outcome = run_bench(
         experiment,
         Places(data, out, results),
         sets=[word.strip() for word in sets.split(",") if word.strip()],
         seeds=_whole_numbers(seeds, "--seeds"),
     )
-    for path in written:
+    for path in outcome.written:
         click.echo(str(path))
-    for reason in missed:
+    for reason in outcome.absent:
         click.echo(f"not run: {reason}", err=True)
-    if missed and not written:
+    for reason in outcome.failed:
+        click.echo(f"failed: {reason}", err=True)
+    if outcome.absent and not outcome.written:
         raise MissingData("Nothing of this experiment could be run here.")
+    if outcome.failed:
+        raise click.exceptions.Exit(1)
 
 
 def _whole_numbers(text: str, option: str) -> list[int]:
@@ -118,3 +122,5 @@ def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) 
     reader = open_benchmark(benchmark, source, split, skip_bad=skip_bad)
     write_lamp(reader, out, split, task=reader.task)
     tell_read(reader, split)
+    if not reader.report.samples:
+        raise MissingData(f"{source} holds nothing of the split {split}; what was written to {out} is empty.")

@@ -205,6 +205,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+_IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,
     "plug": PlugConfig,
@@ -331,7 +333,7 @@ def _convert(value: Any, wanted: Any, *, key: str) -> Any:
         return str(value)
     if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
-    raise BadConfig(f"{key} must be of type {wanted.__name__}, found {value!r}.")
+    raise BadConfig(f"{key} must be {_IN_WORDS.get(wanted, wanted.__name__)}; found {value!r}.")
 
 
 def _check_range(value: Any, option: Field[Any], *, key: str) -> None:
@@ -345,7 +347,7 @@ def _check_range(value: Any, option: Field[Any], *, key: str) -> None:
     too_high = meta["high"] is not None and not value <= meta["high"]
     # The comparisons are negated so that NaN fails them too.
     if too_low or not_above or too_high:
-        raise BadConfig(f"{key} must lie in{_range_text(option)}; found {value}.")
+        raise BadConfig(f"{key} must be a number{_range_text(option)}; found {value}.")
 
 
 def read_yaml(path: Path) -> Any:

@@ -96,10 +96,12 @@ def predict(
 
 
 def with_remarks(results: dict[str, Any], task: Task) -> dict[str, Any]:
-    """Results with a note on those of their rows that mean something else on this task."""
-    per_user = any(row["condition"].startswith("lora-per-user") for row in results["rows"])
-    said = remark(task) if per_user else None
-    return results | {"notes": [*results.get("notes", []), said]} if said else results
+    """Results with notes on those of their rows that mean something else on this task, or with this plug."""
+    names = [row["condition"] for row in results["rows"]]
+    said = [remark(task) if any(name.startswith("lora-per-user") for name in names) else None]
+    if "shuffled" in names and results["config"]["plug"]["aggregator"] in ("dot", "mean"):
+        said.append("shuffled equals plug here: this aggregator takes no notice of the items' order.")
+    return results | {"notes": [*results.get("notes", []), *(note for note in said if note)]}
 
 
 class Evaluation:
@@ -336,8 +338,6 @@ class Evaluation:
                 f"{known} of the {len(set(self.owners))} users have samples in the training split too: for them this "
                 f"measures what is to come of known users."
             )
-        if self.run.config.plug.aggregator in ("dot", "mean"):
-            notes.append("shuffled equals plug here: this aggregator takes no notice of the items' order.")
         if report.skipped:
             notes.append(f"{report.skipped} broken records were passed over.")
         return notes

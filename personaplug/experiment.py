@@ -82,8 +82,10 @@ def find_experiment(name: str, folder: Path) -> Path:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     known = {found.stem: found for found in folder.glob("*.yaml")}
+    if path.suffix in (".yaml", ".yml"):
+        raise MissingData(f"There is no file {path}.")
     if name not in known:
-        there = nearest(name, known) if known else f"{folder} holds none."
+        there = nearest(name, known) if known else f"{folder} holds none, or is not there (see --experiments)."
         raise MissingData(f"There is no experiment {name!r}; {there} A path to a YAML file is taken as well.")
     return known[name]
 

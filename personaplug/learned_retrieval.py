@@ -156,6 +156,8 @@ class RetrieverObjective:
             items out.
     """
 
+    unit = "query"
+
     def __init__(
         self,
         retriever: LearnedRetriever,

@@ -21,7 +21,13 @@ from personaplug.vectors import VectorTable
 
 
 class Objective(Protocol):
-    """What is trained, and what makes it better."""
+    """What is trained, and what makes it better.
+
+    Attributes:
+        unit: what the loss is counted in.
+    """
+
+    unit: str
 
     @property
     def module(self) -> nn.Module:
@@ -48,6 +54,8 @@ class Objective(Protocol):
 
 class PlugObjective:
     """Cross-entropy of the answer behind the plug's soft tokens (PPlug, eq. 6)."""
+
+    unit = "token"
 
     def __init__(self, plug: PersonaPlug, backend: Backend, *, table: VectorTable) -> None:
         self.module: nn.Module = plug
@@ -92,6 +100,8 @@ class PlugObjective:
 
 class LoraObjective:
     """Cross-entropy of the answer with the task's matrices in the model, and no soft tokens."""
+
+    unit = "token"
 
     def __init__(self, adapters: LowRankAdapters, backend: Backend, *, config: AdapterConfig) -> None:
         self.module = adapters.module(TASK)

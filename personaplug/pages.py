@@ -213,7 +213,8 @@ def _overview(results_list: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
         yield Heading("Personal gains", 3)
         yield Paragraph(
             "What a user's own history gains over a stranger's; positive is better, whatever the metric's direction."
-            " Holm p, where it stands, is corrected for the number of personal gains in its set; p is not."
+            " Holm p, where it stands, is corrected for the number of personal gains in its set; p is not. A personal"
+            " row is missing here where its control, ROW@wrong-user, was not run."
         )
         yield gains
     # A control costs what its method does.

@@ -173,7 +173,7 @@ class _Trainings:
             title=f"{trained.name} (seed {seed})",
         )
         about = {"task": self.run.task.name, "seed": seed, "peak_memory_bytes": peak_memory()}
-        return asdict(report) | about | {"parameters": _count(objective.module)}
+        return asdict(report) | about | {"unit": objective.unit, "parameters": _count(objective.module)}
 
     def _samples(self, retrieval: Retrieval | None, *, seed: int) -> list[EncodedSample]:
         if retrieval is None:

@@ -119,8 +119,8 @@ def _notes_on_p(pairs: Sequence[Row]) -> list[str]:
         lines.append(f"p is not corrected for the {len(pairs)} comparisons shown.")
     if any(_mcnemar_p(pair) is not None for pair in pairs):
         lines.append(
-            "McNemar p: the lowest and the highest of the seeds; it takes samples for independent, so where users have "
-            "several, p is the one to trust."
+            "McNemar p: of several seeds the lowest and the highest; it takes samples for independent, so where users "
+            "have several, p is the one to trust."
         )
     return lines
 

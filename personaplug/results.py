@@ -56,7 +56,9 @@ def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings)
     """The results of these cells, in their order of conditions; see the module's docstring."""
     everything = np.arange(len(scored.groups))
     seeds = sorted({cell.seed for cell in cells})
-    told = scored.about | {"seeds": seeds, "notes": [*scored.about.get("notes", []), *_notes_on(seeds)]}
+    made_with = sorted({cell.made_with for cell in cells if cell.made_with})
+    told = scored.about | ({"made_with": made_with} if made_with else {})
+    told |= {"seeds": seeds, "notes": [*scored.about.get("notes", []), *_notes_on(seeds)]}
     return told | _part(scored, cells, settings=settings, chosen=everything)
 
 
@@ -91,7 +93,8 @@ def thirds(history_items: Sequence[int]) -> list[tuple[str, Places]]:
 def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
     """Which rows are compared, (a, b): all of a few; of many the personal gains, and the methods against the bases.
 
-    The plug is compared with every other method and with its own controls too.
+    The plug is compared with every other method and with its own controls too, and what is built on another row (texts
+    behind soft tokens, matrices of users on the task's, a learned retriever) with what it is built on.
     """
     gains = [(name, control) for name in names if (control := control_of(name)) is not None and control in names]
     if len(names) <= _FEW:
@@ -101,8 +104,22 @@ def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
     against = [(name, base) for base in _BASES if base in names for name in methods]
     others = [name for name in names if name not in controls and name not in ("plug", *_BASES)]
     rest = [("plug", name) for name in others] if "plug" in names else []
+    rest += [(name, base) for name in methods for base in _built_on(name) if base in names]
     bases = [(_BASES[1], _BASES[0])] if set(_BASES) <= set(names) else []
     return list(dict.fromkeys([*gains, *bases, *against, *rest]))
+
+
+def _built_on(name: str) -> list[str]:
+    """The rows that a row adds something to."""
+    condition = condition_of(name) if _is_row(name) else None
+    if condition is None:
+        return []
+    if condition.per_user:
+        return ["lora"]
+    first, plus, retrieval = name.partition("+")
+    if plus:
+        return [retrieval, *([f"instruction+{retrieval}", "plug"] if first == "plug" else [])]
+    return [f"dense:{condition.retrieval.items}"] if condition.retrieval and name.startswith("ropg") else []
 
 
 def _notes_on(seeds: Sequence[int]) -> list[str]:
@@ -194,10 +211,15 @@ class _Part:
 
 
 def _is_seeded(name: str) -> bool:
+    return _is_row(name) and condition_of(name).seeded
+
+
+def _is_row(name: str) -> bool:
     try:
-        return condition_of(name).seeded
+        condition_of(name)
     except BadConfig:
         return False  # what is known of the data itself, such as the all-knowing predictor
+    return True
 
 
 def _correct(pairs: list[dict[str, Any]]) -> None:

@@ -80,8 +80,9 @@ def _read(path: Path) -> dict[str, Any]:
 def test_every_row_fills_its_cell(tmp_path: Path, data: Path) -> None:
     pytest.importorskip("peft")
     experiment = _experiment(tmp_path, EVERY_ROW, sets="[One]")
-    written, missed = bench(experiment, _places(tmp_path, data))
-    assert missed == []
+    outcome = bench(experiment, _places(tmp_path, data))
+    written = outcome.written
+    assert (outcome.absent, outcome.failed) == ([], [])
     assert written == [tmp_path / "results" / "mine" / "One.json"]
     results = _read(written[0])
     rows = {row["condition"]: row for row in results["rows"]}
@@ -117,7 +118,7 @@ def test_finished_cells_are_never_made_again(tmp_path: Path, data: Path, monkeyp
     monkeypatch.setattr(personaplug.evaluation.Evaluation, "cell", told)
     bench(_experiment(tmp_path, rows[:4]), places, seeds=[0])
     assert asked == []
-    written, _ = bench(_experiment(tmp_path, rows), places, sets=["Two"])
+    written = bench(_experiment(tmp_path, rows), places, sets=["Two"]).written
     assert asked == ["bm25:2 0", "instruction-only 1", "plug 1", "wrong-user 1"]
     for path, before in first.items():
         assert path.read_bytes().startswith(before)
@@ -127,9 +128,9 @@ def test_finished_cells_are_never_made_again(tmp_path: Path, data: Path, monkeyp
 def test_a_stopped_bench_on_a_new_machine_goes_on_from_the_published_cells(tmp_path: Path, data: Path) -> None:
     rows = ["plain", "instruction-only", "plug", "wrong-user"]
     experiment = _experiment(tmp_path, rows, sets="[One]")
-    unbroken, _ = bench(experiment, Places(data, tmp_path / "a", tmp_path / "ra"))
+    unbroken = bench(experiment, Places(data, tmp_path / "a", tmp_path / "ra")).written
     bench(experiment, Places(data, tmp_path / "b", tmp_path / "rb"), seeds=[0])
-    resumed, _ = bench(experiment, Places(data, tmp_path / "elsewhere", tmp_path / "rb"))
+    resumed = bench(experiment, Places(data, tmp_path / "elsewhere", tmp_path / "rb")).written
     for key in ("metrics", "intervals", "per_user"):
         assert [row[key] for row in _read(resumed[0])["rows"]] == [row[key] for row in _read(unbroken[0])["rows"]]
     assert _read(resumed[0])["pairs"] == _read(unbroken[0])["pairs"]
@@ -139,28 +140,32 @@ def test_other_settings_make_other_cells(tmp_path: Path, data: Path) -> None:
     places = _places(tmp_path, data)
     bench(_experiment(tmp_path, ["plain"], sets="[One]"), places)
     changed = _experiment(tmp_path, ["plain"], "per_set: {One: {limit: 3}}", sets="[One]")
-    written, _ = bench(changed, places)
+    written = bench(changed, places).written
     assert [row["n"] for row in _read(written[0])["rows"]] == [3]
     kept = list((tmp_path / "results").rglob("One.cells*.jsonl"))
     assert len(kept) == 2  # the earlier samples' cells are put aside, not lost
+    first = next(path for path in kept if path.name != "One.cells.jsonl").read_bytes()
     bench(_experiment(tmp_path, ["plain"], sets="[One]"), places)
     assert [row["n"] for row in _read(written[0])["rows"]] == [8]
+    assert (tmp_path / "results" / "mine" / "One.cells.jsonl").read_bytes() == first  # and taken back
 
 
 def test_variants_are_tables_of_their_own_and_a_model_that_is_not_here_is_said(tmp_path: Path, data: Path) -> None:
     more = "variants: {mean: {aggregator: mean}, big: {encoder: ./nowhere-at-all}}"
-    written, missed = bench(_experiment(tmp_path, ["plug"], more, sets="[One]"), _places(tmp_path, data))
-    assert [path.parent.name for path in written] == ["mean"]
-    assert _read(written[0])["variant"] == "mean"
-    assert len(missed) == 1
-    assert "mine big One" in missed[0]
-    assert "nowhere-at-all" in missed[0]
+    outcome = bench(_experiment(tmp_path, ["plug"], more, sets="[One]"), _places(tmp_path, data))
+    assert [path.parent.name for path in outcome.written] == ["mean"]
+    assert _read(outcome.written[0])["variant"] == "mean"
+    assert len(outcome.absent) == 1
+    assert "mine big One" in outcome.absent[0]
+    assert "nowhere-at-all" in outcome.absent[0]
 
 
 def test_a_set_that_is_not_there_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
-    written, missed = bench(_experiment(tmp_path, ["plain"], sets="[Three, One]"), _places(tmp_path, data))
-    assert [path.name for path in written] == ["One.json"]
-    assert "Three" in missed[0]
+    outcome = bench(_experiment(tmp_path, ["plain"], sets="[Three, One]"), _places(tmp_path, data))
+    assert [path.name for path in outcome.written] == ["One.json"]
+    assert "Three" in outcome.absent[0]
+    places = Places(tmp_path / "nowhere", tmp_path / "out", tmp_path / "results")
+    assert bench(_experiment(tmp_path, ["plain"], sets="[One]"), places).written == []  # what lies there is of before
 
 
 def test_a_row_that_cannot_be_filled_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
@@ -169,24 +174,25 @@ def test_a_row_that_cannot_be_filled_does_not_stop_the_others(tmp_path: Path, da
     (tmp_path / "data" / "One").symlink_to(data / "One")
     rows = ["wrong-user", "plain", "plug"]
     places = _places(tmp_path, tmp_path / "data")
-    written, missed = bench(_experiment(tmp_path, rows, sets="[Alone, One]"), places, seeds=[0])
-    assert [len(_read(path)["rows"]) for path in written] == [2, 3]
-    assert missed == [f"mine Alone, wrong-user, seed 0: {reason}" for reason in [missed[0].partition("seed 0: ")[2]]]
-    assert "2 or more users; found 1" in missed[0]
+    outcome = bench(_experiment(tmp_path, rows, sets="[Alone, One]"), places, seeds=[0])
+    assert [len(_read(path)["rows"]) for path in outcome.written] == [2, 3]
+    assert (outcome.absent, len(outcome.failed)) == ([], 1)
+    assert outcome.failed[0].startswith("mine Alone, wrong-user, seed 0: ")
+    assert "2 or more users; found 1" in outcome.failed[0]
 
 
 def test_seeds_can_be_added_later(tmp_path: Path, data: Path) -> None:
     places = _places(tmp_path, data)
     rows = ["plain", "plug"]
     bench(_experiment(tmp_path, rows, "per_set: {One: {seeds: [0]}}", sets="[One]"), places)
-    written, missed = bench(_experiment(tmp_path, rows, "per_set: {One: {seeds: [0, 1]}}", sets="[One]"), places)
-    assert missed == []
+    written = bench(_experiment(tmp_path, rows, "per_set: {One: {seeds: [0, 1]}}", sets="[One]"), places).written
+    assert _read(written[0])["config"]["training"]["seeds"] == [0, 1]
     assert [row["seeds"] for row in _read(written[0])["rows"]] == [[0], [0, 1]]
 
 
 def test_thirds_and_a_curve_stand_together(tmp_path: Path, data: Path) -> None:
     more = "slices: history-thirds\nshown_items: [1]"
-    written, _ = bench(_experiment(tmp_path, ["plain"], more, sets="[One]"), _places(tmp_path, data))
+    written = bench(_experiment(tmp_path, ["plain"], more, sets="[One]"), _places(tmp_path, data)).written
     names = [part["name"].split()[0] for part in _read(written[0])["slices"]]
     assert names[0] == "short"
     assert names[-2:] == ["items=1", "items=all"]
@@ -195,11 +201,13 @@ def test_thirds_and_a_curve_stand_together(tmp_path: Path, data: Path) -> None:
 def test_a_set_of_another_experiment_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(BadConfig, match="no set of mine"):
         bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), sets=["Three"])
+    with pytest.raises(BadConfig, match=r"seeds \[0, 1\]; found \[9\]"):
+        bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), seeds=[9])
 
 
 def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> None:
     more = "shown_items: [0, 2]"
-    written, _ = bench(_experiment(tmp_path, ["plug", "bm25:2"], more, sets="[One]"), _places(tmp_path, data))
+    written = bench(_experiment(tmp_path, ["plug", "bm25:2"], more, sets="[One]"), _places(tmp_path, data)).written
     results = _read(written[0])
     assert [part["name"] for part in results["slices"]] == ["items=0", "items=2", "items=all"]
     assert results["slices"][-1]["rows"] == results["rows"]
@@ -210,9 +218,9 @@ def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> N
 
 
 def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:
-    written, _ = bench(
+    written = bench(
         _experiment(tmp_path, ["plain"], "slices: history-thirds", sets="[One]"), _places(tmp_path, data)
-    )
+    ).written
     parts = _read(written[0])["slices"]
     assert sum(part["samples"] for part in parts) == 8
     assert parts[0]["name"].startswith("short")
@@ -228,8 +236,9 @@ def test_a_shipped_experiment_runs_to_its_end(path: Path, tmp_path: Path, data: 
     toy = {"llm": "toy", "encoder": "hash:32", "dtype": "float32"}
     configs = {key: with_values(config, toy) for key, config in experiment.configs.items()}
     experiment = replace(experiment, configs=configs)
-    written, missed = bench(experiment, _places(tmp_path, tmp_path / "data"))
-    assert len(written) == len(experiment.variants)
-    assert len(missed) == len(experiment.configs) - len(written)  # the sets that are not here
+    outcome = bench(experiment, _places(tmp_path, tmp_path / "data"))
+    written = outcome.written
+    assert (len(written), outcome.failed) == (len(experiment.variants), [])
+    assert len(outcome.absent) == len(experiment.configs) - len(written)  # the sets that are not here
     for file in written:
         assert [row["condition"] for row in _read(file)["rows"]] == [row.name for row in experiment.conditions]

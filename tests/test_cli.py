@@ -127,7 +127,7 @@ def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "--data", "DATA", "--out", "OUT", "epochs=0"], "training.epochs must lie in"),
+        (["train", "--data", "DATA", "--out", "OUT", "epochs=0"], "training.epochs must be a number [from 1]"),
         (["train", "--data", "DATA", "--out", "OUT", "epoch=1"], "did you mean 'epochs'"),
         (["train", "--data", "NOWHERE", "--out", "OUT"], "NOWHERE"),
         (["train", "--data", "DATA", "--out", "OUT", "llm=./no-such-model", "encoder=hash"], "no-such-model"),

@@ -360,8 +360,8 @@ def test_the_nearest_items_are_those_nearest_to_what_is_asked_whoever_owns_them(
             )
     plug = stage.run.load_plug("plug", seed=0, models=stage.models)
     together = Personalizer(plug, table=table).soft_prompt(showing.show(CONDITIONS["plug"], seed=0).samples).vectors
-    for index, sample in enumerate(reader):
-        alone = Personalizer(plug).persona(sample.query, sample.history, encoder=stage.models.encoder).vectors
+    for index, text in enumerate(reader):
+        alone = Personalizer(plug).persona(text.query, text.history, encoder=stage.models.encoder).vectors
         np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
 
 

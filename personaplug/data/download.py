@@ -285,7 +285,9 @@ class _Download:
             except _Interrupted as error:
                 reason = str(error)
             if attempt < _ATTEMPTS:
-                logger.info("%s: %s; trying again (%d of %d)", self.target.name, reason, attempt + 1, _ATTEMPTS)
+                logger.info(
+                    "%s broke off because %s; trying again (%d of %d)", self.target.name, reason, attempt + 1, _ATTEMPTS
+                )
                 time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
         raise MissingData(
             f"{self.url} did not come whole in {_ATTEMPTS} attempts, the last time because {reason}. Run the same "

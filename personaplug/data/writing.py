@@ -34,17 +34,13 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _declare(folder / "task.json", task)
+        own = folder / "task.json"
+        if own.is_file() and read_task(own) != task:
+            raise RunConflict(f"{own} declares another task than {task.name}. Write to a new folder.")
         _write_split(samples, folder, split, task)
+        write_json(own, asdict(task))
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror}. What was complete there stays.") from error
-
-
-def _declare(path: Path, task: Task) -> None:
-    if not path.is_file():
-        write_json(path, asdict(task))
-    elif read_task(path) != task:
-        raise RunConflict(f"{path} declares another task than {task.name}. Write to a new folder.")
 
 
 def _write_split(samples: Iterable[Sample], folder: Path, split: str, task: Task) -> None:

@@ -235,7 +235,15 @@ def test_ctrl_c_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
         "checkpoint_every=2",
         "controls=false",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+        # A suite that runs in the background of a shell ignores the signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     folder = out / "plug" / "seed-0"
     while not list(folder.glob("state-*")):
         assert process.poll() is None, process.communicate()

@@ -133,6 +133,14 @@ def test_official_files_are_taken_from_a_folder(tmp_path: Path) -> None:
     assert [sample.target for sample in open_dataset(tmp_path / "got", "dev")] == ["4"]
 
 
+def test_files_of_another_task_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "dev_questions.json").write_text("[]")
+    (tmp_path / "dev_outputs.json").write_text(json.dumps({"task": "LaMP_7", "golds": []}))
+    done = _call("lamp", "download", "lamp-3", "--source", tmp_path, "--out", tmp_path / "got", "--split", "dev")
+    assert done.exit_code == 2
+    assert "expected LaMP_3 for lamp-3" in done.output
+
+
 def test_another_benchmark_becomes_a_data_set(tmp_path: Path) -> None:
     rows = [
         {

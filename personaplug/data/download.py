@@ -6,7 +6,6 @@ what came: a file that differs from it later is an error, never taken and never 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import http.client
 import json
@@ -16,7 +15,6 @@ import re
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -24,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from personaplug.data.base import Task
-from personaplug.data.streaming import existing_folder, plain_or_gz
+from personaplug.data.streaming import existing_folder, plain_or_gz, stream_values, unpacked
 from personaplug.data.tasks import LAMP_TASKS, read_task
 from personaplug.errors import BadConfig, BadRecord, MissingData, RunConflict, nearest
 from personaplug.files import storing, write_json, write_text, written_file
@@ -122,7 +120,9 @@ def download_lamp(
         if origin is None:
             _Download(f"{base_url}{wanted.path}{split}/{file}", out / file, timeout=timeout).run(sums)
         else:
-            _copy(_found(origin, file, (split, f"{wanted.path}{split}")), out / file, sums)
+            path = _found(origin, file, (split, f"{wanted.path}{split}"))
+            _check_task(path, wanted)
+            _copy(path, out / file, sums)
     return [out / file for _, file in files]
 
 
@@ -430,21 +430,21 @@ def _found(origin: Path, file: str, places: Sequence[str]) -> Path:
     raise MissingData(f"Neither {file} nor {file}.gz is in {origin}, nor in its {' or '.join(places)}.")
 
 
+def _check_task(path: Path, wanted: _Set) -> None:
+    """An address says which task its files are of; a folder's answers say it themselves."""
+    if "_outputs.json" in path.name:
+        said = next((str(name) for _, name in stream_values(path, "task", opening=b"{", unit="key")), "")
+        number = wanted.task.name.removesuffix("_news")
+        if said.replace("-", "_") not in ("", number, wanted.task.name):
+            raise BadRecord(path, "its 'task'", reason=f"expected {number} for {wanted.name}, found another task")
+
+
 def _copy(path: Path, target: Path, sums: _Sums) -> None:
     def write(attempt: Path) -> None:
         with attempt.open("wb") as copy, Progress(target.name, total=None, unit="bytes") as progress:
-            for chunk in _unpacked(path):
+            for chunk in unpacked(path, size=_CHUNK):
                 copy.write(chunk)
                 progress.advance(len(chunk))
         sums.accept(attempt, target.name, came_from=str(path))
 
     written_file(target, write)
-
-
-def _unpacked(path: Path) -> Iterator[bytes]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as original:
-            while chunk := original.read(_CHUNK):
-                yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise BadRecord(path, "in the file", reason="the gzip data is broken or cut short") from None

@@ -41,6 +41,20 @@ def plain_or_gz(folder: Path, name: str) -> Path | None:
     return None
 
 
+def unpacked(path: Path, *, size: int) -> Iterator[bytes]:
+    """Yield a file's bytes in pieces of at most `size`, gzipped or not.
+
+    Raises:
+        BadRecord: where the file is not valid gzip.
+    """
+    try:
+        with _opened(path) as original:
+            while chunk := original.read(size):
+                yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise BadRecord(path, "in the file", reason="the gzip data is broken or cut short") from None
+
+
 def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iterator[tuple[int, Any]]:
     """Yield the numbered values under `prefix`, one at a time in memory.
 

@@ -1,8 +1,8 @@
 """Recipes: what can be trained for the rows of a table, on which samples and prompts, and how it is kept.
 
-plug, instruction   soft tokens in front of the question, with or without a history
-lora                matrices inside the model, for the task
-retriever           a ranking of items, taught by the model (ROPG-KD)
+- plug, instruction: soft tokens in front of the question, with or without a history;
+- lora: matrices inside the model, for the task;
+- retriever: a ranking of items, taught by the model (ROPG-KD).
 """
 
 from __future__ import annotations

@@ -26,8 +26,6 @@ from personaplug.errors import BadConfig, MissingExtra, ShapeMismatch, UserError
 TASK, USER = "task", "user"
 NAMES = (TASK, USER)
 
-_STORED_BYTES = 2  # of a float16, in which a user's matrices are stored
-
 
 class LowRankAdapters:
     """The two sets of matrices in one model; made by `attach`, gone after `detach`.

@@ -23,12 +23,11 @@ from personaplug.cells import Cell, CellFile, Scored
 from personaplug.conditions import Condition
 from personaplug.config import Config, ModelConfig
 from personaplug.data import load_task, open_dataset
-from personaplug.data.base import Reader, Task
+from personaplug.data.base import Reader
 from personaplug.errors import BadConfig, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
-from personaplug.evaluation import Evaluation, with_remarks
+from personaplug.evaluation import Evaluation, settings_of, with_remarks
 from personaplug.experiment import Experiment
 from personaplug.files import write_json
-from personaplug.metrics import get_metric
 from personaplug.recipes import note_data, train
 from personaplug.results import Settings, results_object, thirds, with_slices
 from personaplug.run import Models, Run, machine, open_models, versions
@@ -174,7 +173,7 @@ class _Table:
         if scored is None:
             return
         task = load_task(self.data)
-        settings = self._settings(task)
+        settings = settings_of(task, self.config.evaluation)
         results = with_remarks(results_object(scored, cells, settings=settings), task)
         if self.experiment.slices:
             slices = thirds(scored.history_items)
@@ -231,11 +230,6 @@ class _Table:
     def _file(self, shown: int) -> CellFile:
         middle = "" if shown == ALL_ITEMS else f".items-{shown}"
         return CellFile(self.target.with_name(f"{self.name}{middle}.cells.jsonl"))
-
-    def _settings(self, task: Task) -> Settings:
-        config = self.config.evaluation
-        metrics = [get_metric(name, labels=task.labels, fallback=config.rating_fallback) for name in task.metrics]
-        return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
     @cached_property
     def _data_key(self) -> str:

@@ -177,24 +177,27 @@ def condition_of(name: str) -> Condition:
     return _with_retrieval(name, base, _retrieval(name, retrieval), joined=bool(plus))
 
 
+def find_condition(name: str) -> Condition | None:
+    """The row of a name; None for what is known of the data itself, such as the all-knowing predictor."""
+    try:
+        return condition_of(name)
+    except BadConfig:
+        return None
+
+
 def control_of(name: str) -> str | None:
     """The wrong-user row of a personal row; None for a row that is not personal."""
     if name == "plug":
         return WRONG_USER
-    try:
-        personal = condition_of(name).history == "own" and name not in ("random-vectors", "mean-persona")
-    except BadConfig:
-        return None
+    condition = find_condition(name)
+    personal = condition is not None and condition.history == "own" and condition.persona == "own"
     return f"{name}@{WRONG_USER}" if personal else None
 
 
 def is_control(name: str) -> bool:
     """Whether a row is there to test a claim about another row."""
-    try:
-        condition = condition_of(name)
-    except BadConfig:
-        return False
-    return condition.history in (WRONG_USER, SHUFFLED) or condition.persona != "own"
+    condition = find_condition(name)
+    return condition is not None and (condition.history in (WRONG_USER, SHUFFLED) or condition.persona != "own")
 
 
 def needed(conditions: Sequence[Condition]) -> list[Trained]:

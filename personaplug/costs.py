@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,11 +41,15 @@ class CostMeter:
     """
 
     def __init__(self, sizes: Sequence[int], some: Sequence[Sample], *, encoder: Encoder) -> None:
-        texts = [item.text for sample in some for item in sample.history][:_TIMED_ITEMS]
+        self.texts = [item.text for sample in some for item in sample.history][:_TIMED_ITEMS]
         self.items = float(np.mean(sizes)) if len(sizes) else 0.0
-        self.width = encoder.width
-        self.text_bytes = float(np.mean([len(text.encode()) for text in texts])) if texts else 0.0
-        self.seconds = _seconds_per_item(texts, encoder)
+        self.encoder = encoder
+        self.text_bytes = float(np.mean([len(text.encode()) for text in self.texts])) if self.texts else 0.0
+
+    @cached_property
+    def seconds(self) -> float:
+        """What encoding an item takes; timed when the first row asks."""
+        return _seconds_per_item(self.texts, self.encoder)
 
     def of(self, condition: Condition, *, own: Cost | None = None) -> Cost:
         """The cost under a condition.
@@ -57,7 +62,7 @@ class CostMeter:
         retriever = condition.retrieval.method if condition.retrieval else None
         personal = condition.history != "none" and condition.persona != "mean"
         if (trained == "plug" and personal) or retriever in _DENSE:
-            vectors = self.items * self.width * _BYTES_PER_VALUE
+            vectors = self.items * self.encoder.width * _BYTES_PER_VALUE
             total = Cost(total.bytes + vectors, total.seconds + self.items * self.seconds)
         if retriever is not None:
             total = Cost(total.bytes + self.items * self.text_bytes, total.seconds)

@@ -95,6 +95,12 @@ def predict(
     ]
 
 
+def settings_of(task: Task, config: EvaluationConfig) -> Settings:
+    """How cells of a task become results."""
+    metrics = [get_metric(name, labels=task.labels, fallback=config.rating_fallback) for name in task.metrics]
+    return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
+
+
 def with_remarks(results: dict[str, Any], task: Task) -> dict[str, Any]:
     """Results with notes on those of their rows that mean something else on this task, or with this plug."""
     names = [row["condition"] for row in results["rows"]]
@@ -128,10 +134,8 @@ class Evaluation:
         if not self.samples:
             raise MissingData("The split holds no samples.")
         self.owners = self.showing.owners
-        self.metrics = [
-            get_metric(name, labels=self.task.labels, fallback=config.rating_fallback) for name in self.task.metrics
-        ]
-        self.settings = Settings(self.metrics, resamples=config.resamples, seed=config.draw_seed)
+        self.settings = settings_of(self.task, config)
+        self.metrics = self.settings.metrics
         self.folder = run.folder / "evaluations" / split
         self.scored = Scored(numbered(self.owners), [len(sample.rows) for sample in self.samples], self._about())
         self.costs = CostMeter(self.scored.history_items, some, encoder=models.encoder)

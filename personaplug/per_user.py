@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import cached_property
 
 from safetensors.torch import load_file
 
@@ -23,8 +23,6 @@ from personaplug.records import HistoryItem, Sample
 from personaplug.run import Models, Run
 from personaplug.samples import EncodedSample
 from personaplug.user_adapters import Pair, UserAdapters, fit_user, history_pairs, without_asked
-
-logger = logging.getLogger(__name__)
 
 Ask = Callable[[Sequence[EncodedSample], str], Answers]
 
@@ -75,7 +73,7 @@ class PerUser:
     def cost(self) -> Cost | None:
         """Bytes of a user's matrices and seconds of their training, in the mean; None if nobody's are stored."""
         for owner in self.by_owner:
-            self.store.get(self._key(owner, self._pairs(owner)))
+            self.store.meet(self._key(owner, self._pairs(owner)))
         costs = self.store.costs()
         return None if costs is None else Cost(costs.bytes, costs.seconds)
 
@@ -139,12 +137,15 @@ class PerUser:
         limit = limit if self.latest < 0 else min(limit, self.latest)
         return items[-limit:] if limit else []
 
+    @cached_property
+    def _task_weights(self) -> str:
+        return hashlib.sha256(self.weights.read_bytes()).hexdigest()
+
     def _key(self, owner: str, pairs: Sequence[Pair]) -> list[object]:
         backend, settings = self.models.backend, self.run.config.adapter
         texts = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-        weights = hashlib.sha256(self.weights.read_bytes()).hexdigest()
         about = [settings.lora_learning_rate, settings.user_epochs, settings.user_batch_size, self.seed]
-        return [owner, texts, weights, backend.identity.fingerprint, backend.dtype, *about]
+        return [owner, texts, self._task_weights, backend.identity.fingerprint, backend.dtype, *about]
 
 
 def _ends(sample: Sample) -> date:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,8 +34,17 @@ class PromptMaker:
         self.writer = HistoryWriter(run.task, models.backend, history_tokens=settings.history_tokens)
         half = settings.history_tokens // 2 or models.backend.room // 3
         self.short = HistoryWriter(run.task, models.backend, history_tokens=half)
-        self.profiles = Profiles(run.folder / "profiles.jsonl", task=run.task, backend=models.backend, config=settings)
         self._retrievers: dict[tuple[str, int], Retriever] = {}
+
+    @cached_property
+    def profiles(self) -> Profiles:
+        """The run's profiles; those on disk are read when the first row asks."""
+        return Profiles(
+            self.run.folder / "profiles.jsonl",
+            task=self.run.task,
+            backend=self.models.backend,
+            config=self.run.config.retrieval,
+        )
 
     def retrieved(self, sample: Sample, retrieval: Retrieval, *, seed: int) -> Sample:
         """The sample with the best items of its own history in its prompt; what trainings are shown."""

@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.cells import Cell, Scored
-from personaplug.conditions import condition_of, control_of, is_control
-from personaplug.errors import BadConfig
+from personaplug.conditions import control_of, find_condition, is_control
 from personaplug.metrics import Array, Metric
 from personaplug.stats import bootstrap_interval, holm, mcnemar, paired_bootstrap, per_group_mean, seed_spread
 
@@ -111,7 +110,7 @@ def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _built_on(name: str) -> list[str]:
     """The rows that a row adds something to."""
-    condition = condition_of(name) if _is_row(name) else None
+    condition = find_condition(name)
     if condition is None:
         return []
     if condition.per_user:
@@ -211,15 +210,8 @@ class _Part:
 
 
 def _is_seeded(name: str) -> bool:
-    return _is_row(name) and condition_of(name).seeded
-
-
-def _is_row(name: str) -> bool:
-    try:
-        condition_of(name)
-    except BadConfig:
-        return False  # what is known of the data itself, such as the all-knowing predictor
-    return True
+    condition = find_condition(name)
+    return condition is not None and condition.seeded
 
 
 def _correct(pairs: list[dict[str, Any]]) -> None:

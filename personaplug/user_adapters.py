@@ -13,6 +13,7 @@ import math
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -276,7 +277,7 @@ class UserAdapters:
         """Return a user's matrices in float32, or None if they are not there, or not readable as a whole."""
         name = _hash(key)
         try:
-            facts = _Facts(**json.loads((self.folder / f"{name}.json").read_bytes()))
+            facts = self._facts(name)
             state = load_file(self.folder / f"{name}.safetensors")
         except FileNotFoundError:
             return None
@@ -285,6 +286,16 @@ class UserAdapters:
             return None
         self._met[name] = facts
         return {path: value.float() for path, value in state.items()}
+
+    def meet(self, key: Sequence[Any]) -> None:
+        """Count a user in `costs`, if they are stored, without reading their matrices."""
+        name = _hash(key)
+        if name not in self._met and (self.folder / f"{name}.safetensors").exists():
+            with suppress(OSError, ValueError, TypeError):
+                self._met[name] = self._facts(name)
+
+    def _facts(self, name: str) -> _Facts:
+        return _Facts(**json.loads((self.folder / f"{name}.json").read_bytes()))
 
     def put(self, key: Sequence[Any], state: dict[str, Tensor], *, seconds: float, items: int) -> None:
         """Store a user's matrices; those stored earlier under this key are replaced.

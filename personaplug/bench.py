@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +23,11 @@ from personaplug.cells import Cell, CellFile, Scored
 from personaplug.conditions import Condition
 from personaplug.config import Config, ModelConfig
 from personaplug.data import load_task, open_dataset
-from personaplug.data.base import Reader
 from personaplug.errors import BadConfig, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
 from personaplug.evaluation import Evaluation, settings_of, with_remarks
 from personaplug.experiment import Experiment
 from personaplug.files import write_json
-from personaplug.recipes import note_data, train
+from personaplug.recipes import Trainings
 from personaplug.results import Settings, results_object, thirds, with_slices
 from personaplug.run import Models, Run, machine, open_models, versions
 
@@ -132,40 +131,33 @@ class _Table:
                 self.write()
 
     def _fill(self, seed: int) -> None:
-        evaluation: Evaluation | None = None
         for shown in (ALL_ITEMS, *self.experiment.shown_items):
-            self._file(shown).turn_to(self._samples_key())
-        for condition, shown in self._wanted(seed):
-            file, key = self._file(shown), self._key(condition, seed, shown)
+            file = self._file(shown)
+            file.turn_to(self._samples_key())
             scored, cells = file.read()
-            if any(cell.key == key for cell in cells):
+            known = {cell.key for cell in cells}
+            wanted = {self._key(condition, seed, shown): condition for condition in self._conditions(seed)}
+            missing = {key: condition for key, condition in wanted.items() if key not in known}
+            if not missing:
                 continue
-            logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, _items(shown))
-            if evaluation is None or evaluation.config.shown_items != shown:
-                evaluation = self._evaluation(shown)
-            try:
-                self._train(condition, evaluation, seed=seed)
-                cell = replace(evaluation.cell(condition, seed=seed), key=key, made_with=_made_with())
-            except (UserError, TrainingDiverged) as error:
-                self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
-                continue
+            trainings, evaluation = self._opened(shown)
             if scored is None:
                 file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
-            file.append(cell)
+            for key, condition in missing.items():
+                logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, _items(shown))
+                try:
+                    for need in condition.needs:
+                        trainings.train(need, seed=seed)
+                    cell = evaluation.cell(condition, seed=seed)
+                except (UserError, TrainingDiverged) as error:
+                    self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
+                else:
+                    file.append(replace(cell, key=key, made_with=_made_with()))
 
     def _told(self, what: str, error: PersonaPlugError) -> str:
         told = f"{what}: {error}"
         logger.warning("%s", told)
         return told
-
-    def _train(self, condition: Condition, evaluation: Evaluation, *, seed: int) -> None:
-        """Train what the row needs and has not got; only then is the training split read."""
-        missing = [need for need in condition.needs if not evaluation.run.trained(need.name, seed=seed)]
-        if missing:
-            train(evaluation.run, self._training_split(), models=evaluation.models, wanted=missing, seeds=(seed,))
-
-    def _training_split(self) -> Reader:
-        return open_dataset(self.data, "train", max_history=self.config.plug.max_history)
 
     def write(self) -> None:
         """Write the results of the cells that there are."""
@@ -187,22 +179,23 @@ class _Table:
         parts = [part for shown in self.experiment.shown_items if (part := self._of_items(shown, settings))]
         return [*parts, {"name": "items=all", "rows": whole["rows"], "pairs": whole["pairs"]}]
 
-    def _wanted(self, seed: int) -> Iterator[tuple[Condition, int]]:
-        seeds = self.config.training.seeds
-        for shown in (ALL_ITEMS, *self.experiment.shown_items):
-            for condition in self.experiment.conditions:
-                if condition.seeded or seed == seeds[0]:
-                    yield condition, shown
+    def _conditions(self, seed: int) -> list[Condition]:
+        """The rows that are answered with this seed."""
+        first = seed == self.config.training.seeds[0]
+        return [condition for condition in self.experiment.conditions if condition.seeded or first]
 
-    def _evaluation(self, shown: int) -> Evaluation:
-        task = load_task(self.data)
+    def _opened(self, shown: int) -> tuple[Trainings, Evaluation]:
+        task, models = load_task(self.data), self.opened.get(self.config)
         run = Run.create(self.folder, config=self.config, task=task)
-        reader = open_dataset(self.data, self.experiment.split, task=task, max_history=self.config.plug.max_history)
-        models = self.opened.get(self.config)
-        note_data(run, self._training_split(), models=models)
+        train, split = (
+            open_dataset(self.data, split, task=task, max_history=self.config.plug.max_history)
+            for split in ("train", self.experiment.split)
+        )
+        # First, since it notes what the run is trained on, which the evaluation tells.
+        trainings = Trainings(run, train, models=models)
         config = replace(self.config.evaluation, shown_items=shown)
-        split = _split_name(self.experiment.split, shown)
-        return Evaluation(run, reader, split=split, config=config, models=models)
+        name = _split_name(self.experiment.split, shown)
+        return trainings, Evaluation(run, split, split=name, config=config, models=models)
 
     def _kept(self, shown: int) -> tuple[Scored | None, list[Cell]]:
         """The cells that are of this experiment as it stands, in its order of conditions and seeds."""

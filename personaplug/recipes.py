@@ -44,14 +44,12 @@ def train(
     *,
     models: Models,
     wanted: Sequence[Trained] | None = None,
-    seeds: Sequence[int] | None = None,
 ) -> list[Path]:
     """Train what a run's rows need; what is finished already is left as it is.
 
     Args:
         reader: the training split.
         wanted: what; None = the plug, and its control unless the config does without.
-        seeds: some of the run's; None = all.
     Returns:
         The folders of what was trained, seed by seed.
     Raises:
@@ -59,17 +57,8 @@ def train(
     """
     if wanted is None:
         wanted = (INSTRUCTION, PLUG) if run.config.training.controls else (PLUG,)
-    trainings = _Trainings(run, reader, models=models)
-    return [trainings.train(trained, seed=seed) for seed in seeds or run.config.training.seeds for trained in wanted]
-
-
-def note_data(run: Run, reader: Reader, *, models: Models) -> None:
-    """Note what a run is going to be trained on, so that an evaluation can tell known users from new ones.
-
-    Raises:
-        RunConflict: if the run was started on other data.
-    """
-    _Trainings(run, reader, models=models)
+    trainings = Trainings(run, reader, models=models)
+    return [trainings.train(trained, seed=seed) for seed in run.config.training.seeds for trained in wanted]
 
 
 def build_plug(run: Run, models: Models, *, control: bool = False, seed: int) -> PersonaPlug:
@@ -88,10 +77,18 @@ def instruction_only(config: PlugConfig) -> PlugConfig:
     return replace(config, instruction_tokens=config.instruction_tokens + config.persona_tokens, persona_tokens=0)
 
 
-class _Trainings:
-    """The trainings of one run: they share models, vectors and, where their prompts agree, samples."""
+class Trainings:
+    """The trainings of one run: they share models, vectors and, where their prompts agree, samples.
+
+    What the run is going to be trained on is noted in it at once, so that an evaluation can tell known users.
+    """
 
     def __init__(self, run: Run, reader: Reader, *, models: Models) -> None:
+        """Read the training split.
+
+        Raises:
+            RunConflict: if the run was started on other data.
+        """
         self.run, self.reader, self.models = run, reader, models
         self.table = run.open_vectors(models.encoder)
         self.prompts = PromptMaker(run, models, table=self.table)
@@ -99,6 +96,11 @@ class _Trainings:
         run.check_data(self.plain, self.table)
 
     def train(self, trained: Trained, *, seed: int) -> Path:
+        """Train one thing with one seed, unless that is done; its folder.
+
+        Raises:
+            BadConfig, TrainingDiverged, StorageError: see `fit`.
+        """
         folder = self.run.plug_folder(trained.name, seed=seed)
         if self.run.trained(trained.name, seed=seed):
             logger.info("%s (seed %d) is trained already", trained.name, seed)

@@ -1,125 +1,313 @@
-"""Training and evaluation speed of prefix training, beside the floor set by operations and this machine's matrix rate.
+"""What one training step costs, beside a step like the released PPlug code's and beside the floor set by operations.
 
-    python benchmarks/speed.py --data DIR [--json FILE] [key=value …]
+    python benchmarks/speed.py --data DIR [--json FILE] [--batch 64] [--rounds 3] [key=value …]
+
+One model, the same samples and batch in one run, the ways taken in turn so that a noisy machine is noisy to all:
+
+a  reference-like  every view anew: prompt padded to 266 tokens, query to 276, history to 512 items (the released code's
+                   lengths); each item projected to the model's width; backward through the whole prompt
+b  prefix          ours, the paper's method and placement
+c  suffix          ours, prompts read once and kept
 
 The floor counts multiplications of the frozen model's linear layers and attention (forward, and backward to the inputs;
-no weight has a gradient), of its output layer at label positions only, and of the trained encoder and projector. It
-counts no memory traffic, norms, softmaxes or Python: what lies above it is theirs.
+no weight has a gradient), of its output layer at label positions only, and of the trained parts, at the matrix rate
+measured in the same run. It counts no memory traffic, norms, softmaxes or Python: what lies above it is theirs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from personaplug.answers import answer
-from personaplug.backends.base import GenerationConfig
+from personaplug.backends.base import GenerationConfig, pad
+from personaplug.batching import in_passes
 from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
+from personaplug.encoder import QueryEncoder
 from personaplug.files import write_json
-from personaplug.memory import peak_memory
+from personaplug.memory import peak_memory, reset_peak_memory
 from personaplug.objectives import PlugObjective
 from personaplug.personalizer import Personalizer
 from personaplug.plug import PersonaPlug
 from personaplug.recipes import build_plug
 from personaplug.run import Models, Run, machine, open_models, versions
 from personaplug.samples import EncodedSample
-from personaplug.training import fit
+from personaplug.soft_prompt import IGNORED
 from personaplug.vectors import VectorTable
 
+PROMPT, QUERY, HISTORY = 266, 276, 512  # the fixed lengths of the released code: 256 tokens + answer, 256 + 20, items
+WAYS = {
+    "a reference-like": ("placement=prefix", "query_encoder=trained"),
+    "b prefix": ("placement=prefix", "query_encoder=trained"),
+    "b prefix, query head": ("placement=prefix", "query_encoder=head"),
+    "c suffix": ("placement=suffix", "query_encoder=trained"),
+    "c suffix, query head": ("placement=suffix", "query_encoder=head"),
+}
+ITEMS = (16, 64, 256, 512)
 
-@dataclass(frozen=True)
-class Work:
-    """Multiply-adds, counted twice as usual, of one sample."""
 
-    train: float
-    score: float
+class ReferenceObjective(PlugObjective):
+    """The same loss at the released code's fixed sizes, as if nothing were known of what is padding."""
+
+    def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        backend: Any = self.backend
+        soft = self._soft([sample.query for sample in samples], samples)
+        prompts = [backend.renderer.prompt(sample.prompt).ids for sample in samples]
+        answers = backend.renderer.targets([sample.target or "" for sample in samples], labels=self.labels)
+        longest = max(map(len, answers))
+        fixed = PROMPT - soft.shape[1] - longest
+        rows = [ids[:fixed] for ids in prompts]
+        mask = torch.tensor([[0] * (fixed - len(row)) + [1] * (PROMPT - fixed + len(row)) for row in rows])
+        text = backend.embed(torch.tensor([[0] * (fixed - len(row)) + list(row) for row in rows]))
+        wanted = pad(answers, fill=IGNORED, side="right")
+        embeds = torch.cat([soft.to(text.dtype), text, backend.embed(wanted.clamp(min=0))], dim=1)
+        columns = torch.arange(PROMPT - longest - 1, PROMPT - 1)
+        logits = backend.model(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=columns
+        ).logits
+        each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="sum")
+        return each, (wanted != IGNORED).sum()
+
+    def _soft(self, queries: list[str], samples: Sequence[EncodedSample]) -> Tensor:
+        plug = self.personalizer.plug
+        assert isinstance(plug.query_encoder, QueryEncoder)
+        features = plug.query_encoder.features(queries)
+        tokens = ("input_ids", "attention_mask", "token_type_ids")
+        wide = {name: _widened(value) if name in tokens else value for name, value in features.items()}
+        query = plug.query_encoder(wide)
+        items = torch.zeros(len(samples), HISTORY, query.shape[-1])
+        real = torch.zeros(len(samples), HISTORY, dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            own = sample.rows[-HISTORY:]
+            assert self.personalizer.table is not None
+            items[row, : len(own)] = torch.from_numpy(self.personalizer.table.gather(own)).float()
+            real[row, : len(own)] = True
+        weights = torch.einsum("be,bne->bn", query, items).masked_fill(~real, -1e9).softmax(dim=1)
+        nothing = torch.full((items.shape[0] * HISTORY,), -1)
+        projected = plug.projector.out(plug.projector.hidden(items.flatten(0, 1), answers=nothing))
+        persona = torch.einsum("bn,bnkd->bkd", weights, projected.view(*weights.shape, *projected.shape[1:]))
+        instruction = plug.instruction.expand(len(samples), -1, -1)
+        return torch.cat([instruction, persona], dim=1) * plug.fitting.embedding_scale
+
+
+def _widened(values: Tensor) -> Tensor:
+    return torch.nn.functional.pad(values, (0, QUERY - values.shape[1]))
+
+
+class Way:
+    """One way to train: its objective, its optimizer and the times of its steps."""
+
+    def __init__(self, name: str, run: Run, models: Models, *, table: VectorTable, settings: Sequence[str]) -> None:
+        self.name = name
+        self.run = replace(run, config=load_config(overrides=[*settings, *WAYS[name]], base=run.config))
+        self.plug = build_plug(self.run, models, seed=0)
+        kind = ReferenceObjective if name.startswith("a") else PlugObjective
+        self.objective = kind(self.plug, models.backend, table=table, labels=run.task.labels)
+        self.optimizer = torch.optim.AdamW(self.objective.parameter_groups(self.run.config.training), lr=1e-4)
+        self.seconds: list[float] = []
+        self.peak = 0
+
+    def step(self, batch: Sequence[EncodedSample], *, lengths: Sequence[int]) -> float:
+        """Train one step; the seconds it took."""
+        reset_peak_memory()
+        began = time.monotonic()
+        self.plug.train()
+        self.optimizer.zero_grad()
+        for part in in_passes(batch, lengths=lengths, most=self.run.config.training.pass_tokens):
+            torch.autograd.backward(self.objective.loss(part)[0])
+        self.optimizer.step()
+        took = time.monotonic() - began
+        self.seconds.append(took)
+        self.peak = max(self.peak, peak_memory())
+        return took
+
+    def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        """What a pass holds of each sample."""
+        return [PROMPT] * len(samples) if self.name.startswith("a") else self.objective.live_lengths(samples)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--samples", type=int, default=320)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("settings", nargs="*")
     given = parser.parse_args()
-    config = load_config(overrides=["epochs=1", "controls=false", *given.settings])
+    config = load_config(overrides=given.settings)
     with tempfile.TemporaryDirectory() as place:
         run = Run.create(Path(place) / "run", config=config, task=load_task(given.data))
         models = open_models(config)
         table = run.open_vectors(models.encoder)
-        samples = run.read_samples(open_dataset(given.data, "train", task=run.task), table, limit=given.samples)
-        result = _measure(run, models, table, samples)
-    _print(result)
+        samples = run.read_samples(open_dataset(given.data, "train", task=run.task), table, limit=8 * given.batch)
+        result = _about(run, models, samples, batch=given.batch)
+        for tokens in (1, 10):
+            result[f"answers_of_{tokens}"] = _ways(
+                run, models, table, _answering(samples, models, tokens=tokens), given=given, tokens=tokens
+            )
+        result["history"] = _histories(run, models, table, samples[: given.batch], given=given)
+        result["epoch"] = _epochs(run, models, table, samples, given=given)
+        result["evaluation"] = _evaluation(run, models, table, samples[: given.batch], settings=given.settings)
+    print(json.dumps({key: value for key, value in result.items() if key not in ("versions", "machine")}))
     if given.json:
         write_json(given.json, result)
 
 
-def _measure(run: Run, models: Models, table: VectorTable, samples: list[EncodedSample]) -> dict[str, Any]:
-    rate_before = matrix_rate(models)
-    plug = build_plug(run, models, seed=0)
-    stamps: list[float] = []
-    quiet = replace(run.config.training, validation_limit=1, validate_every=10**6, checkpoint_every=10**6)
-    report = fit(
-        PlugObjective(plug, models.backend, table=table),
-        samples=samples,
-        config=quiet,
-        seed=0,
-        folder=run.folder / "fit",
-        title="train",
-        on_step=lambda: stamps.append(time.monotonic()),
-    )
-    # The first step allocates; the steps after it are the steady state.
-    train_rate = report.samples * (report.steps - 1) / report.steps / (stamps[-1] - stamps[0])
-    train_peak = peak_memory()
-    answers = answer(
-        models.backend,
-        samples,
-        prompter=Personalizer(plug, table=table),
-        task=run.task,
-        decoding="score" if run.task.labels else "generate",
-        generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),
-        batch_size=run.config.evaluation.evaluation_batch_size,
-    )
-    rate = (rate_before + matrix_rate(models)) / 2
-    work = count(models, plug, samples)
-    return {
+def _about(run: Run, models: Models, samples: Sequence[EncodedSample], *, batch: int) -> dict[str, Any]:
+    about: dict[str, Any] = {
         "task": run.task.name,
         "model": models.backend.identity.describe(),
-        "dtype": str(models.backend.model.dtype),
-        "batch_size": run.config.training.batch_size,
+        "dtype": models.backend.dtype,
+        "batch_size": batch,
         "prompt_tokens_mean": _mean_tokens(models, samples),
-        "matrix_gflops_per_second": rate / 1e9,
-        "train_samples_per_second": train_rate,
-        "train_floor_samples_per_second": rate / work.train,
-        "train_gflop_per_sample": work.train / 1e9,
-        "evaluation_samples_per_second": len(samples) / answers.seconds,
-        "evaluation_floor_samples_per_second": rate / work.score if run.task.labels else None,
-        "train_peak_memory_bytes": train_peak,
-        "evaluation_peak_memory_bytes": peak_memory(),
         "versions": versions(),
         "machine": machine(),
     }
+    print(
+        f"{about['task']}, {about['model']}, {about['dtype']}, {about['prompt_tokens_mean']:.0f} tokens a prompt, "
+        f"{batch} views a step, {about['machine']['processor']}, {about['machine']['threads']} threads"
+    )
+    return about
+
+
+def _answering(samples: Sequence[EncodedSample], models: Models, *, tokens: int) -> list[EncodedSample]:
+    """The samples as they are (labels of one token), or with their prompts' first words as answers of so many."""
+    if tokens == 1:
+        return list(samples)
+    # The end of text is one of the tokens.
+    return [replace(one, target=models.backend.cut_text(one.prompt, tokens - 1)) for one in samples]
+
+
+def _ways(
+    run: Run,
+    models: Models,
+    table: VectorTable,
+    samples: Sequence[EncodedSample],
+    *,
+    given: argparse.Namespace,
+    tokens: int,
+) -> dict[str, Any]:
+    batch = list(samples[: given.batch])
+    models.backend.keep([sample.prompt for sample in batch])
+    ways = [Way(name, run, models, table=table, settings=given.settings) for name in WAYS]
+    rates = []
+    for turn in range(given.rounds + 1):
+        rates.append(matrix_rate(models))
+        for way in ways:
+            # The fast ways take many steps in the time of a slow one; the first turn allocates and warms up.
+            for _ in range(1 if way.name[0] != "c" else 8):
+                way.step(batch, lengths=way.lengths(batch))
+            if turn == 0:
+                way.seconds.clear()
+    rate = statistics.median(rates)
+    print(f"\nanswers of {tokens} token{'s' if tokens > 1 else ''}; matrix rate {rate / 1e9:.0f} GFLOP/s")
+    print(f"{'':<24}{'views/s':>9}{'to (a)':>9}{'at the floor':>14}{'distance':>10}{'peak memory':>13}")
+    found: dict[str, Any] = {"matrix_gflops_per_second": rate / 1e9}
+    slowest = statistics.median(ways[0].seconds)
+    for way in ways:
+        seconds = statistics.median(way.seconds)
+        floor = rate / work(models, way.plug, batch, kept=way.name.startswith("c"), labels=run.task.labels)
+        views = len(batch) / seconds
+        found[way.name] = {
+            "views_per_second": views,
+            "times_reference": slowest / seconds,
+            "floor_views_per_second": floor,
+            "peak_memory_bytes": way.peak,
+        }
+        print(
+            f"{way.name:<24}{views:>9.1f}{slowest / seconds:>8.1f}×{floor:>14.0f}{floor / views:>9.1f}×"
+            f"{way.peak / 1e9:>10.2f} GB"
+        )
+    return found
+
+
+def _histories(
+    run: Run, models: Models, table: VectorTable, batch: Sequence[EncodedSample], *, given: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds of a suffix step by items of history, which are drawn from the table."""
+    rng = np.random.default_rng(0)
+    way = Way("c suffix, query head", run, models, table=table, settings=given.settings)
+    models.backend.keep([sample.prompt for sample in batch])
+    longer = {
+        items: [
+            replace(one, rows=rng.integers(len(table), size=items), answers=np.full(items, -1, np.int16))
+            for one in batch
+        ]
+        for items in ITEMS
+    }
+    times: dict[int, list[float]] = {items: [] for items in ITEMS}
+    for turn in range(5 * given.rounds):
+        for items in ITEMS:
+            took = way.step(longer[items], lengths=way.lengths(batch))
+            if turn:
+                times[items].append(took)
+    found = {str(items): statistics.median(times[items]) for items in ITEMS}
+    print(f"\nsuffix, {len(batch)} views a step, by items of history")
+    for count, seconds in found.items():
+        print(f"{count:>6} items {seconds:>8.3f} s a step {seconds / found[str(ITEMS[0])]:>6.2f} ×")
+    return found
+
+
+def _epochs(
+    run: Run, models: Models, table: VectorTable, samples: Sequence[EncodedSample], *, given: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds of an epoch with kept prompts, by samples."""
+    way = Way("c suffix, query head", run, models, table=table, settings=given.settings)
+    models.backend.keep([sample.prompt for sample in samples])
+    found: dict[str, float] = {}
+    print("\nsuffix, an epoch by samples")
+    for count in (len(samples) // 4, len(samples) // 2, len(samples)):
+        batches = [samples[start : start + given.batch] for start in range(0, count, given.batch)]
+        found[str(count)] = sum(way.step(batch, lengths=way.lengths(batch)) for batch in batches)
+        print(f"{count:>6} samples {found[str(count)]:>7.2f} s, {1000 * found[str(count)] / count:.2f} ms a sample")
+    return found
+
+
+def _evaluation(
+    run: Run, models: Models, table: VectorTable, samples: Sequence[EncodedSample], *, settings: Sequence[str]
+) -> dict[str, float]:
+    """Samples per second that are answered by scoring labels (or written), the first time and with kept prompts."""
+    found: dict[str, float] = {}
+    print("\nevaluation, samples/s")
+    for name in ("b prefix", "c suffix"):
+        way = Way(name, run, models, table=table, settings=settings)
+        personalizer = Personalizer(way.plug.eval(), table=table)
+        for again in (False, True) if name.startswith("c") else (False,):
+            if not again:
+                models.backend.keep([])
+            else:
+                models.backend.keep([sample.prompt for sample in samples])
+            answers = answer(
+                models.backend,
+                samples,
+                prompter=personalizer,
+                task=run.task,
+                decoding="score" if run.task.labels else "generate",
+                generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),
+                batch_size=run.config.evaluation.evaluation_batch_size,
+            )
+            title = name + (", prompts kept" if again else "")
+            found[title] = len(samples) / answers.seconds
+            print(f"{title:<24}{found[title]:>8.1f}")
+    return found
 
 
 def matrix_rate(models: Models) -> float:
     """Multiply-adds (× 2) a second of the model's own widest product, at 1,024 tokens."""
-    weight = max(
-        (
-            p
-            for n, p in models.backend.model.named_parameters()
-            if "embed" not in n and p.dim() == 2 and "lm_head" not in n and "shared" not in n
-        ),
-        key=torch.Tensor.numel,
-    )
+    weight = max((p for n, p in models.backend.model.named_parameters() if _linear(n, p)), key=torch.Tensor.numel)
     x = torch.randn(1024, weight.shape[1], dtype=weight.dtype, device=weight.device)
     best = float("inf")
     for _ in range(5):
@@ -130,68 +318,49 @@ def matrix_rate(models: Models) -> float:
     return 2.0 * x.shape[0] * int(weight.numel()) / best
 
 
-def count(models: Models, plug: PersonaPlug, samples: list[EncodedSample]) -> Work:
-    """The operations of prefix training, per sample; means of lengths stand for the lengths, which only lowers it."""
+def work(
+    models: Models, plug: PersonaPlug, samples: Sequence[EncodedSample], *, kept: bool, labels: Sequence[str]
+) -> float:
+    """The operations that a view cannot do without; means of lengths stand for the lengths, which only lowers it."""
     config, renderer = models.backend.model.config, models.backend.renderer
-    linear = sum(
-        p.numel()
-        for n, p in models.backend.model.named_parameters()
-        if p.dim() == 2 and not any(word in n for word in ("embed", "lm_head", "shared"))
-    )
+    linear = sum(p.numel() for n, p in models.backend.model.named_parameters() if _linear(n, p))
     soft = plug.config.instruction_tokens + plug.config.persona_tokens
-    prompt = _mean_tokens(models, samples) + soft
-    target = sum(len(renderer.answer(s.target or "")) for s in samples) / len(samples)
-    head = 2 * config.vocab_size * config.hidden_size
-    # An answer's last token is never read. Each token attends to those before it: half of all pairs, twice multiplied.
-    read = prompt + target - 1
-    attention = 2 * config.num_hidden_layers * config.hidden_size * read**2
-    # A label's first token comes from the prompt's last position: labels of one token add nothing to read.
-    labels = renderer.answers(plug.fitting.labels)
-    scored = prompt + sum(len(label) - 1 for label in labels)
-    plugged = _of_plug(plug, samples)
-    # To the inputs only, a product costs as much backward as forward; attention, with both factors, twice as much.
-    return Work(
-        train=2 * (2 * linear * read + head * target) + 3 * attention + 6 * plugged,
-        score=2 * linear * scored + 2 * config.num_hidden_layers * config.hidden_size * prompt**2 + head + 2 * plugged,
-    )
+    prompt = _mean_tokens(models, samples)
+    target = sum(map(len, renderer.targets([s.target or "" for s in samples], labels=labels))) / len(samples)
+    head: int = 2 * config.vocab_size * config.hidden_size
+    # An answer's last token is never read.
+    live: float = soft + target - 1 + (0 if kept else prompt)
+    pairs = live * prompt + live**2 / 2 if kept else live**2 / 2
+    attention: float = 4 * config.num_hidden_layers * config.hidden_size * pairs
+    # To the inputs only, a product costs as much backward as forward; attention, with both factors, twice as much, but
+    # half of it has no gradient where the prompt is kept.
+    frozen: float = 2 * (2 * linear * live + head * target)
+    return frozen + (2 if kept else 3) * attention + 6 * _of_plug(plug, samples)
 
 
-def _of_plug(plug: PersonaPlug, samples: list[EncodedSample]) -> float:
-    """Trained weights times how often each is used for a sample; the frozen encoder under a query head is left out."""
-    if not plug.config.persona_tokens:
-        return 0.0
-    mask = plug.query_encoder.features([s.query for s in samples]).get("attention_mask")  # type: ignore[operator]
-    whole_copy = plug.config.query_encoder == "trained" and mask is not None
-    tokens = float(mask.sum()) / len(samples) if whole_copy else 1.0
+def _of_plug(plug: PersonaPlug, samples: Sequence[EncodedSample]) -> float:
+    """Trained weights times how often each is used for a view."""
+    tokens = 1.0
+    if isinstance(plug.query_encoder, QueryEncoder):
+        mask = plug.query_encoder.features([s.query for s in samples]).get("attention_mask")
+        tokens = tokens if mask is None else float(mask.sum()) / len(samples)
     items = sum(min(len(s.rows), plug.config.max_history) for s in samples) / len(samples)
-    return _weights(plug.query_encoder) * tokens + _weights(plug.projector) * items
+    inner, outer = plug.projector.inner.weight.numel(), plug.projector.outer.weight.numel()
+    return _weights(plug.query_encoder) * tokens + inner * items + outer
 
 
 def _weights(module: torch.nn.Module) -> int:
     """Trained matrices that are multiplied with, not looked up in."""
     named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and p.dim() == 2)
-    return sum(p.numel() for n, p in named if "embeddings" not in n and not n.startswith("answer."))
+    return sum(p.numel() for n, p in named if "embeddings" not in n)
 
 
-def _mean_tokens(models: Models, samples: list[EncodedSample]) -> float:
+def _linear(name: str, parameter: Tensor) -> bool:
+    return parameter.dim() == 2 and not any(word in name for word in ("embed", "lm_head", "shared"))
+
+
+def _mean_tokens(models: Models, samples: Sequence[EncodedSample]) -> float:
     return sum(m.tokens for m in models.backend.measure([s.prompt for s in samples])) / len(samples)
-
-
-def _print(result: dict[str, Any]) -> None:
-    print(
-        f"{result['task']}, {result['model']}, {result['dtype']}, {result['prompt_tokens_mean']:.0f} tokens a prompt, "
-        f"batches of {result['batch_size']}"
-    )
-    print(f"matrix rate of this machine   {result['matrix_gflops_per_second']:.0f} GFLOP/s")
-    for what in ("train", "evaluation"):
-        rate, floor = result[f"{what}_samples_per_second"], result[f"{what}_floor_samples_per_second"]
-        beside = f", {floor:.1f} at the floor, {floor / rate:.1f} × away" if floor else ""
-        print(f"{what:<29} {rate:.1f} samples/s{beside}")
-    print(
-        f"peak memory                   {result['train_peak_memory_bytes'] / 1e9:.2f} GB training, "
-        f"{result['evaluation_peak_memory_bytes'] / 1e9:.2f} GB evaluation"
-    )
-    print(json.dumps({k: v for k, v in result.items() if k not in ("versions", "machine")}))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Knows tensors only: no text, no encoder, no language model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,29 +14,35 @@ from personaplug.errors import BadConfig, ShapeMismatch
 
 
 class Aggregator(nn.Module):
-    """Weighs the items of a history."""
+    """Weighs the items of histories, user by user."""
 
-    def forward(self, query: Tensor, items: Tensor, *, mask: Tensor) -> Tensor:
-        """Return one weight per item; padded items get 0.
+    def forward(self, query: Tensor, items: Tensor, *, lengths: Sequence[int]) -> Tensor:
+        """Return one weight per item; each user's sum to 1.
 
         Args:
             query: (B, E) unit vectors.
-            items: (B, N, E) unit vectors.
-            mask: (B, N) bool, True where an item is real.
+            items: (M, E) unit vectors, one user's behind the other's.
+            lengths: how many each of the B users has, M together; 0 is allowed.
         Returns:
-            (B, N); each row sums to 1, or is all 0 for a user without items.
+            (M,) in the format of `query`.
         Raises:
-            ShapeMismatch: if query and items were made by encoders of different width.
+            ShapeMismatch: if query and items were made by encoders of different width, or the lengths do not fit.
         """
         if query.shape[-1] != items.shape[-1]:
             raise ShapeMismatch(
                 f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}: "
                 f"both must come from the same encoder."
             )
-        return masked_softmax(self.scores(query, items), mask=mask)
+        if len(lengths) != len(query) or sum(lengths) != len(items):
+            raise ShapeMismatch(
+                f"{len(query)} queries need as many lengths, {len(items)} items together; found {len(lengths)} with "
+                f"{sum(lengths)}."
+            )
+        users = zip(query, per_user(items, lengths), strict=True)
+        return torch.cat([torch.softmax(self.scores(one, own).to(query.dtype), dim=0) for one, own in users])
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
-        """Return (B, N) scores, before the softmax over the real items."""
+        """Return (n,) scores of one user's (n, E) items for a query (E,), before the softmax."""
         raise NotImplementedError
 
 
@@ -54,14 +62,19 @@ class DotAttention(Aggregator):
         self.temperature = temperature
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
-        return torch.einsum("be,bne->bn", query, items) / self.temperature
+        return torch.mv(items, query.to(items.dtype)) / self.temperature
 
 
 class MeanAggregator(Aggregator):
     """Weigh all items alike (PPlug, Table 8, "without IA")."""
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
-        return items.new_zeros(items.shape[:2])
+        return items.new_zeros(len(items))
+
+
+def per_user(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    """What lies one user's behind the other's, user by user."""
+    return torch.split_with_sizes(values, list(lengths))
 
 
 def build_aggregator(name: str, *, temperature: float) -> Aggregator:
@@ -75,9 +88,3 @@ def build_aggregator(name: str, *, temperature: float) -> Aggregator:
     if name == "mean":
         return MeanAggregator()
     raise BadConfig(f"plug.aggregator must be one of dot, mean; found {name!r}.")
-
-
-def masked_softmax(scores: Tensor, *, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension where `mask` is True; a row without any True is all 0, never NaN."""
-    weights = torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)
-    return weights * mask

@@ -64,6 +64,9 @@ def answer(
     reset_peak_memory()
     began = time.monotonic()
     texts, unfinished = [""] * len(samples), [False] * len(samples)
+    if decoding == "score" and prompter is not None and prompter.placement == "suffix":
+        # Rows of one table ask the same of other histories: what stands ahead of the soft tokens is read once for all.
+        backend.keep([sample.prompt for sample in samples])
     order = np.argsort([-len(sample.prompt) for sample in samples], kind="stable")
     with Progress(title, total=len(samples), unit="answers") as progress:
         for start in range(0, len(order), batch_size):

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from personaplug.cli_options import (
 from personaplug.cli_protocol import bench, convert, lamp, report
 from personaplug.config import load_config
 from personaplug.errors import BadConfig, PersonaPlugError, UserError
+from personaplug.processes import connect, disconnect, is_main, left_alone, number, tells, together
 
 
 class _Group(click.Group):
@@ -35,16 +38,25 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except PersonaPlugError as error:
-            click.echo(f"error: {error}", err=True)
+            _tell(error, f"error: {error}")
             sys.exit(2 if isinstance(error, UserError) else 1)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # the reader of our output has gone, which click ends quietly
-            click.echo(f"error: the system refused a file or device: {error}", err=True)
+            _tell(error, f"error: the system refused a file or device: {error}")
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+            if is_main():
+                click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
             sys.exit(130)
+
+
+def _tell(error: Exception, sentence: str) -> None:
+    if not tells(error):
+        # The launcher ends all others as soon as one has ended. The main process must not be ended before it has told
+        # this; whoever is still here after a while is the only one that knows.
+        time.sleep(10)
+    click.echo(sentence, err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,11 +65,32 @@ def main(quiet: bool) -> None:
     """Personalize a frozen language model: train a plug that turns a user's history into a few soft tokens."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("personaplug").setLevel(logging.WARNING if quiet else logging.INFO)
+    _settle_among_processes(click.get_current_context().invoked_subcommand)
     # Set here and not on import: a library leaves the environment of its caller alone.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Read when torch loads: threads that wait for each other sleep instead of spinning, which on a machine with other
     # work on it is the difference between 2 and 9 samples/s.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _settle_among_processes(command: str | None) -> None:
+    """Refuse several processes to commands that cannot share their work out; let but one of them speak."""
+    if number() > 1 and command != "train":
+        raise BadConfig(
+            f"`personaplug {command}` runs in one process; a launcher has started {number()}. Only `train` can share "
+            f"its work out: run this without the launcher."
+        )
+    if left_alone():
+        click.echo(
+            "warning: `accelerate launch --cpu` starts one process, whatever --num_processes says, and leaves more of "
+            "them to MPI. For N on this machine: accelerate launch --multi_gpu --num_processes N",
+            err=True,
+        )
+    if not is_main():
+        logging.disable()
+        # Other packages' own channels, which are not all loggers.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        warnings.simplefilter("ignore")
 
 
 @main.command()
@@ -118,7 +151,8 @@ def encode(
     config = load_config(config_file, overrides=settings)
     show(config, "model", "plug")
     declared = load_task(data, task=task)
-    table = VectorTable.open(vectors, open_encoder(config.model.encoder, device=device_of(config)))
+    encoder = open_encoder(config.model.encoder, device=device_of(config), engine=config.model.encoder_engine)
+    table = VectorTable.open(vectors, encoder)
     for split in splits:
         reader = open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
         before = len(table)
@@ -148,7 +182,10 @@ def train(
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Train a plug, and the control that has no history, on DATA's train split; or whatever rows of a table need."""
+    """Train a plug, and the control that has no history, on DATA's train split; or whatever rows of a table need.
+
+    Under `accelerate launch --multi_gpu --num_processes N -m personaplug train …` N processes share each batch out.
+    """
     from personaplug.conditions import needed, parse_conditions
     from personaplug.data import load_task, open_dataset
     from personaplug.recipes import train as train_run
@@ -157,9 +194,18 @@ def train(
     config = load_config(config_file, overrides=settings)
     show(config, "model", "plug", "training", *(("retrieval", "adapter") if conditions else ()))
     wanted = None if conditions is None else needed(parse_conditions(conditions))
-    run = Run.create(out, config=config, task=load_task(data, task=task), vectors=vectors)
-    reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
-    for folder in train_run(run, reader, models=open_models(config), wanted=wanted):
+    connect(device_of(config))
+    with together():
+        declared = load_task(data, task=task)
+    run = Run.create(out, config=config, task=declared, vectors=vectors)
+    with together():
+        reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
+        models = open_models(config)
+    folders = train_run(run, reader, models=models, wanted=wanted)
+    disconnect()
+    if not is_main():
+        return
+    for folder in folders:
         fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
         click.echo(
             f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "

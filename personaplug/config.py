@@ -44,6 +44,12 @@ class ModelConfig:
         "sentence-transformers/all-MiniLM-L6-v2",
         "frozen behaviour encoder: hub name, local folder, or `hash` (no download)",
     )
+    encoder_engine: str = _option(
+        "torch",
+        "what encodes items in bulk: torch; openvino (CPUs only, needs the extra `fast`; cosine to torch's vectors "
+        "above 0.9999); auto = openvino where it is installed, faster and the same for a few texts, else torch",
+        choices=("torch", "openvino", "auto"),
+    )
     device: str = _option("auto", "where both run: auto, cpu, cuda, cuda:1, mps")
     dtype: str = _option(
         "auto",
@@ -53,6 +59,13 @@ class ModelConfig:
     max_prompt_tokens: int = _option(
         512, "longest prompt in tokens of the language model; the end of the text is cut and counted", low=8
     )
+    keep_prompts: str = _option(
+        "auto",
+        "where the language model's states of prompts ahead of the soft tokens (placement=suffix) are kept, so that "
+        "each is read once: auto = where they fit half of what is free: GPU, memory or disk ($TMPDIR)",
+        choices=("auto", "memory", "disk", "nowhere"),
+    )
+    keep_gigabytes: float = _option(0.0, "most that kept prompts may take; 0 = half of what is free there", low=0)
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,12 @@ class PlugConfig:
     instruction_tokens: int = _option(1, "trained tokens that are the same for everybody (I in eq. 5)", low=0, high=256)
     persona_tokens: int = _option(
         1, "tokens made from the user's history (P in eq. 5); 0 = instruction only", low=0, high=256
+    )
+    placement: str = _option(
+        "prefix",
+        "where the soft tokens stand: prefix = before the text (the paper); suffix = right before the answer, so that "
+        "the prompt is read once for all epochs, views and users",
+        choices=("prefix", "suffix"),
     )
     aggregator: str = _option(
         "dot", "how items are weighed: dot (eq. 3) or mean (the paper's ablation)", choices=("dot", "mean")
@@ -102,6 +121,12 @@ class TrainingConfig:
         "share of samples whose history is hidden in an epoch, to train for users without one; 0 = the paper",
         low=0,
         high=1,
+    )
+    answer_end: str = _option(
+        "auto",
+        "whether answers are trained with the end of text behind them: always (the paper); auto = not where a closed "
+        "set of labels is scored that cannot be confused without it",
+        choices=("auto", "always"),
     )
     pass_tokens: int = _option(
         1024,

@@ -19,7 +19,7 @@ from personaplug.errors import MissingData
 from personaplug.memory import peak_memory
 from personaplug.objectives import PlugObjective
 from personaplug.plug import PersonaPlug
-from personaplug.recipes import build_plug
+from personaplug.recipes import build_plug, closed_answers
 from personaplug.records import Sample
 from personaplug.run import Models, Run
 from personaplug.samples import EncodedSample, encode_samples
@@ -41,6 +41,8 @@ class Estimate:
         disk_bytes: vectors, their index, finished plugs and the states of one unfinished training.
         memory_bytes: most memory that this process held: the models, training steps on drawn samples and one on the
             longest prompts, and the count of different items; a run holds its prompts and rows of items in its place.
+            Prompts kept in memory are added.
+        prompts: where prompts ahead of the soft tokens are going to be kept, and why; empty for the placement prefix.
         encode_seconds: encoding the vectors.
         step_seconds: one training step.
         train_seconds: all trainings of the config (controls and seeds included), validations included.
@@ -58,6 +60,7 @@ class Estimate:
     train_seconds: float
     trainings: int
     steps: int
+    prompts: str = ""
 
     def text(self) -> str:
         """The estimate for people."""
@@ -68,6 +71,7 @@ class Estimate:
                 f"vectors      {self.vectors:,} different items to encode, {_duration(self.encode_seconds)}",
                 f"trainings    {self.trainings} × {self.steps:,} steps of {self.step_seconds:.2f} s, "
                 f"{_duration(self.train_seconds)}",
+                *([f"prompts      {self.prompts}"] if self.prompts else []),
                 f"disk         {_size(self.disk_bytes)}",
                 f"memory       {_size(self.memory_bytes)} at most",
                 f"time         {_duration(whole)} in all",
@@ -92,7 +96,8 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
         if not found.several_users:
             raise MissingData("An estimate times real steps and needs samples of two users or more in the split.")
         per_item = _time_encoding(found.drawn, models)
-        per_step = _time_training(run, found, plug, models)
+        kept = _plan_prompts(run, found, models)
+        per_step = _time_training(run, found, plug, models) + kept.step_seconds
     steps, validating = _planned(config, found.samples)
     trainings = len(config.training.seeds) * (2 if config.training.controls else 1)
     plug_bytes = sum(p.numel() * p.element_size() for p in plug.parameters())
@@ -100,13 +105,14 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
         samples=found.samples,
         items=found.items,
         vectors=found.vectors,
-        disk_bytes=found.vectors * (2 * models.encoder.width + _INDEX_BYTES) + plug_bytes * (trainings + 5),
-        memory_bytes=peak_memory(),
+        disk_bytes=found.vectors * (2 * models.encoder.width + _INDEX_BYTES) + plug_bytes * (trainings + 5) + kept.disk,
+        memory_bytes=peak_memory() + kept.memory,
         encode_seconds=per_item * found.vectors,
         step_seconds=per_step,
-        train_seconds=trainings * (steps + validating) * per_step,
+        train_seconds=trainings * (steps + validating) * per_step + kept.once_seconds,
         trainings=trainings,
         steps=steps,
+        prompts=kept.reason,
     )
 
 
@@ -150,6 +156,35 @@ def _count(reader: Reader, config: Config) -> _Counted:
     return _Counted(count, items, len(different), len(owners) > 1, drawn, [sample for _, _, sample in longest])
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What reading prompts once will take: bytes, seconds before the first step and in each one."""
+
+    reason: str = ""
+    memory: int = 0
+    disk: int = 0
+    once_seconds: float = 0.0
+    step_seconds: float = 0.0
+
+
+def _plan_prompts(run: Run, found: _Counted, models: Models) -> _Kept:
+    """Where all prompts find room, from the lengths of the drawn ones and the time it takes to read them."""
+    if run.config.plug.placement != "suffix":
+        return _Kept()
+    prompts = list(dict.fromkeys(sample.prompt for sample in found.drawn))
+    tokens = sum(one.tokens for one in models.backend.measure(prompts)) / len(prompts)
+    used = min(found.samples, run.config.training.train_limit or found.samples)
+    room = models.backend.room_for(int(tokens * used))
+    began = time.monotonic()
+    models.backend.keep(prompts)
+    each = (time.monotonic() - began) / len(prompts)
+    size = {place: room.bytes if room.place == place else 0 for place in ("memory", "disk")}
+    if room.place == "nowhere":  # the timed steps read their prompts, as those of the training will
+        return _Kept(room.reason)
+    anew = run.config.training.batch_size * each * (1 - room.share)
+    return _Kept(room.reason, **size, once_seconds=each * used * room.share, step_seconds=anew)
+
+
 def _planned(config: Config, samples: int) -> tuple[int, float]:
     """Steps of one training, and what its validations cost, in steps."""
     settings = config.training
@@ -167,7 +202,7 @@ def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
     texts = [item.text for sample in samples for item in sample.history][:_TIMED_ITEMS]
     if not texts:
         return 0.0
-    models.encoder.encode(texts[:8])
+    models.encoder.encode(texts)  # a faster engine is made on the first call
     began = time.monotonic()
     models.encoder.encode(texts)
     return (time.monotonic() - began) / len(texts)
@@ -202,7 +237,7 @@ def _fit(
     )
     stamps: list[float] = []
     fit(
-        PlugObjective(plug, models.backend, table=table),
+        PlugObjective(plug, models.backend, table=table, labels=closed_answers(run)),
         samples=_of_their_own(_encoded(run, samples, table), count=steps * batch_size + 1),
         config=settings,
         seed=0,

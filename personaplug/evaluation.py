@@ -35,7 +35,6 @@ from personaplug.samples import EncodedSample, samples_fingerprint
 from personaplug.showing import Showing, Shown
 from personaplug.user_adapters import remark
 
-PLACEMENT = "prefix"
 ORACLE = "all-knowing"
 _TIMED_SAMPLES = 8
 
@@ -313,7 +312,7 @@ class Evaluation:
             "split": self.split,
             "model": self.models.backend.identity.describe(),
             "encoder": self.models.encoder.identity.describe(),
-            "placement": PLACEMENT,
+            "placement": run.config.plug.placement,
             "versions": versions(),
             "machine": machine(),
             "config": asdict(run.config) | {"evaluation": asdict(self.config)},

@@ -51,8 +51,8 @@ class MeanPersona:
                 part = personalizer.soft_prompt(samples[start : start + batch_size]).vectors.sum(dim=0)
                 total = part if total is None else total + part
         assert total is not None, "a mean needs samples"
-        self.mean = total / len(samples)
+        self.mean, self.placement = total / len(samples), personalizer.placement
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """The same soft tokens for each sample, (B, S, D)."""
-        return SoftPrompt(self.mean.expand(len(samples), -1, -1))
+        return SoftPrompt(self.mean.expand(len(samples), -1, -1), placement=self.placement)

@@ -180,8 +180,14 @@ class RetrieverObjective:
         each = [self._divergence(q, sample.id) for q, sample in zip(self.module(queries), samples, strict=True)]
         return torch.stack(each).sum(), torch.tensor(len(each))
 
+    def prepare(self, samples: Sequence[EncodedSample]) -> None:
+        """Nothing: lessons and queries are there."""
+
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return [1] * len(samples)
+
+    def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        return self.lengths(samples)
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "peak": config.learning_rate}]

@@ -1,4 +1,4 @@
-"""How much memory a piece of work needed at most: this process's, and the GPU's where there is one."""
+"""How much memory a piece of work needed at most, this process's and the GPU's, and how much is free."""
 
 from __future__ import annotations
 
@@ -23,6 +23,22 @@ def peak_memory() -> int:
 
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return _resident_peak() + gpu
+
+
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take: what the system has left, within its container's limit."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            group = Path("/sys/fs/cgroup")
+            left = int((group / limit).read_text(encoding="ascii")) - int((group / used).read_text(encoding="ascii"))
+            free = min(free, max(0, left))
+    return free
 
 
 def _resident_peak() -> int:

@@ -5,6 +5,7 @@ The language model stays frozen in all of them and only passes gradients on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from personaplug.personalizer import Personalizer
 from personaplug.plug import PersonaPlug
 from personaplug.samples import EncodedSample
 from personaplug.vectors import VectorTable
+
+_HELD = 16  # tokens whose keys and values take about as much memory as one that a backward pass goes through
 
 
 class Objective(Protocol):
@@ -43,8 +46,16 @@ class Objective(Protocol):
         """The summed loss of a batch, and how many terms (tokens, say) it sums."""
         ...
 
+    def prepare(self, samples: Sequence[EncodedSample]) -> None:
+        """Do what is done once for all samples of a training."""
+        ...
+
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         """How large each sample is, in tokens; what padding would waste."""
+        ...
+
+    def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        """How many tokens of each a backward pass goes through; what memory is needed for."""
         ...
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -57,10 +68,22 @@ class PlugObjective:
 
     unit = "token"
 
-    def __init__(self, plug: PersonaPlug, backend: Backend, *, table: VectorTable) -> None:
+    def __init__(self, plug: PersonaPlug, backend: Backend, *, table: VectorTable, labels: Sequence[str] = ()) -> None:
+        """Put a plug in front of a model.
+
+        Args:
+            table: where the samples' items are.
+            labels: the closed set of answers, if they are trained without the end of text; see `Backend.loss`.
+        """
         self.module: nn.Module = plug
         self.device = plug.instruction.device
-        self.backend, self.personalizer = backend, Personalizer(plug, table=table)
+        self.backend, self.labels = backend, tuple(labels)
+        self.personalizer = Personalizer(plug, table=table)
+        self.behind = plug.config.placement == "suffix"
+
+    def prepare(self, samples: Sequence[EncodedSample]) -> None:
+        if self.behind:
+            self.backend.keep([sample.prompt for sample in samples])
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         soft = self.personalizer.soft_prompt(samples)
@@ -69,11 +92,22 @@ class PlugObjective:
             [sample.target or "" for sample in samples],
             soft=soft,
             soft_at=[sample.soft_at for sample in samples],
+            labels=self.labels,
         )
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return _answered_lengths(samples, self.backend)
+
+    def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        """Behind a prompt, soft tokens and answer; of the prompt only keys and values are held."""
+        whole = self.lengths(samples)
+        if not self.behind:
+            return whole
+        soft = self.personalizer.plug.config.instruction_tokens + self.personalizer.plug.config.persona_tokens
+        prompts = [found.tokens for found in self.backend.measure([sample.prompt for sample in samples])]
+        both = zip(whole, prompts, strict=True)
+        return [soft + length - prompt + math.ceil(prompt / _HELD) for length, prompt in both]
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         """Tokens, the trained copy of the encoder, and the rest, each with its own rate.
@@ -108,6 +142,9 @@ class LoraObjective:
         self.device = next(self.module.parameters()).device
         self.adapters, self.backend, self.rate = adapters, backend, config.lora_learning_rate
 
+    def prepare(self, samples: Sequence[EncodedSample]) -> None:
+        """Nothing: the matrices change what the model makes of every prompt."""
+
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
         with self.adapters.active(TASK):
@@ -116,6 +153,9 @@ class LoraObjective:
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return _answered_lengths(samples, self.backend)
+
+    def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        return self.lengths(samples)
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "peak": self.rate}]

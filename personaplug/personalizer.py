@@ -10,12 +10,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from personaplug.encoder import Encoder
 from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import HistoryItem
-from personaplug.samples import EncodedSample, answer_places, nearest
+from personaplug.samples import EncodedSample, Places, answer_places, nearest
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import Halves, Rows
 
@@ -37,6 +36,11 @@ class Vectors(Protocol):
 class SoftPrompter(Protocol):
     """Whatever makes soft tokens for samples."""
 
+    @property
+    def placement(self) -> str:
+        """Where they stand; see `SoftPrompt`."""
+        ...
+
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Soft tokens, (B, S, D)."""
         ...
@@ -53,6 +57,11 @@ class Personalizer:
     def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None) -> None:
         self.plug, self.table = plug, table
 
+    @property
+    def placement(self) -> str:
+        """Where the plug's soft tokens stand."""
+        return self.plug.config.placement
+
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Soft tokens for samples whose items are rows of the table; (B, I + K, D), with gradients if enabled."""
         history = self.gather(samples) if self.plug.config.persona_tokens else None
@@ -60,16 +69,12 @@ class Personalizer:
         return soft
 
     def gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
-        """Collect the samples' item vectors, padded to the longest history of the batch.
-
-        The latest `max_history` items are used.
-        """
+        """Collect the samples' item vectors, the latest `max_history` of each."""
         assert self.table is not None, "samples refer to a vector table"
         limit = self.plug.config.max_history
-        rows = [sample.rows[-limit:] for sample in samples]
-        answers = [sample.answers[-limit:] for sample in samples]
-        vectors = self.table.gather(np.concatenate(rows)) if rows else np.empty((0, self.table.width), np.float16)
-        return self._pad(vectors, lengths=[len(row) for row in rows], answers=np.concatenate(answers))
+        vectors = self.table.gather(np.concatenate([sample.rows[-limit:] for sample in samples]))
+        answers = np.concatenate([sample.answers[-limit:] for sample in samples])
+        return self._batch(vectors, answers, lengths=tuple(min(limit, len(sample.rows)) for sample in samples))
 
     @torch.no_grad()
     def persona(self, query: str, items: Sequence[HistoryItem], *, encoder: Encoder) -> SoftPrompt:
@@ -81,16 +86,10 @@ class Personalizer:
             kept = nearest(encoder.query_encoder().encode([query])[0], vectors, count=count)
             items, vectors = [items[place] for place in kept], vectors[kept]
         answers = answer_places(items, self.plug.fitting.labels)
-        soft: SoftPrompt = self.plug([query], self._pad(vectors, lengths=[len(items)], answers=answers))
+        soft: SoftPrompt = self.plug([query], self._batch(vectors, answers, lengths=(len(items),)))
         return soft
 
-    def _pad(self, vectors: np.ndarray, *, lengths: Sequence[int], answers: np.ndarray) -> HistoryBatch:
-        """Lay (Σ lengths, E) rows out as (B, N, E), N = the longest, at least 1."""
+    def _batch(self, vectors: Halves, answers: Places, *, lengths: tuple[int, ...]) -> HistoryBatch:
         device = self.plug.instruction.device
-        counts = torch.tensor(lengths)
-        mask = torch.arange(max([1, *lengths]))[None, :] < counts[:, None]
-        padded = torch.zeros(*mask.shape, vectors.shape[1])
-        padded[mask] = torch.from_numpy(np.ascontiguousarray(vectors)).float()
-        which: Tensor = torch.full(mask.shape, -1, dtype=torch.int64)
-        which[mask] = torch.from_numpy(answers.astype(np.int64))
-        return HistoryBatch(padded.to(device), mask.to(device), which.to(device))
+        items = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
+        return HistoryBatch(items, lengths, torch.from_numpy(answers.astype(np.int64)).to(device))

@@ -18,30 +18,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from personaplug.aggregators import build_aggregator
+from personaplug.aggregators import build_aggregator, per_user
 from personaplug.config import Config, PlugConfig, with_values
-from personaplug.encoder import Encoder, EncoderIdentity
+from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text, written_file
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import LLMIdentity
 
 FORMAT_VERSION = 1
+_KNOWN_QUERIES = 65_536  # vectors of queries that a frozen encoder is not asked for again; 100 MB with MiniLM
 _CONFIG, _WEIGHTS, _CARD = "plug.json", "plug.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
 class HistoryBatch:
-    """The histories of a batch of queries, padded to the batch's longest.
+    """The histories of a batch of queries, one behind the other, without padding.
 
     Attributes:
-        vectors: (B, N, E) unit vectors; what stands in padded places does not matter.
-        mask: (B, N) bool, True where an item is real.
-        answers: (B, N) int64 index of each item's answer among the task's labels, -1 where there is none.
+        vectors: (M, E) unit vectors of all items.
+        lengths: how many items each of the B users has; their sum is M.
+        answers: (M,) int64 place of each item's answer among the task's labels, -1 where there is none.
     """
 
     vectors: Tensor
-    mask: Tensor
+    lengths: tuple[int, ...]
     answers: Tensor
 
 
@@ -82,20 +83,24 @@ class Projector(nn.Module):
         nn.init.normal_(self.outer.weight, std=1 / math.sqrt(0.425 * hidden))
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, items: Tensor, *, answers: Tensor) -> Tensor:
-        """Project items one by one.
+    def hidden(self, items: Tensor, *, answers: Tensor) -> Tensor:
+        """The inner layer's output for items one by one, (M, hidden), in the number format of the items.
 
         Args:
-            items: (B, N, E) unit vectors.
-            answers: (B, N) int64, -1 where an item has none.
-        Returns:
-            (B, N, K, D).
+            items: (M, E) unit vectors.
+            answers: (M,) int64, -1 where an item has none.
         """
-        inner = self.inner(items * self.stretch)
+        # The weights are stretched in place of the items: there are fewer of them.
+        weight, bias = (self.inner.weight * self.stretch).to(items.dtype), self.inner.bias.to(items.dtype)
+        inner = nn.functional.linear(items, weight, bias)
         if self.answer is not None:
-            inner = inner + self.answer(answers + 1)
-        projected: Tensor = self.outer(nn.functional.gelu(inner))
-        return projected.view(*projected.shape[:-1], self.tokens, -1)
+            inner = inner + self.answer(answers + 1).to(items.dtype)
+        return nn.functional.gelu(inner)
+
+    def out(self, hidden: Tensor) -> Tensor:
+        """The outer layer, (B, hidden) → (B, K, D)."""
+        projected: Tensor = self.outer(hidden)
+        return projected.view(len(hidden), self.tokens, -1)
 
 
 class QueryHead(nn.Module):
@@ -107,15 +112,17 @@ class QueryHead(nn.Module):
         nn.init.eye_(self.linear.weight)
         # In a tuple, so that the frozen encoder is not registered, saved or trained.
         self._frozen = (encoder.query_encoder().eval().requires_grad_(False),)
+        self._known: dict[str, Tensor] = {}
 
-    def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Tokenize."""
-        return self._frozen[0].features(texts)
-
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        """(B, E) unit vectors."""
-        with torch.no_grad():
-            vectors = self._frozen[0](features)
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """(B, E) unit vectors; each text is encoded once and its frozen vector remembered."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if missing:
+            if len(self._known) + len(missing) > _KNOWN_QUERIES:
+                self._known.clear()
+                missing = list(dict.fromkeys(texts))
+            self._known.update(zip(missing, torch.from_numpy(self._frozen[0].encode(missing)), strict=True))
+        vectors = torch.stack([self._known[text] for text in texts])
         return nn.functional.normalize(self.linear(vectors.to(self.linear.weight.device)), dim=-1)
 
 
@@ -135,10 +142,11 @@ class PersonaPlug(nn.Module):
         super().__init__()
         _check_fits(config, fitting=fitting, encoder=encoder)
         self.config, self.fitting = config, fitting
+        self.item_dtype = torch.float32
         width, tokens = fitting.llm.width, config.persona_tokens
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
         if tokens:
-            self.query_encoder: nn.Module = (
+            self.query_encoder: QueryEncoder | QueryHead = (
                 encoder.query_encoder() if config.query_encoder == "trained" else QueryHead(encoder)
             )
             self.aggregator = build_aggregator(config.aggregator, temperature=config.temperature)
@@ -167,21 +175,44 @@ class PersonaPlug(nn.Module):
             if history is None:
                 raise BadConfig("This plug has persona tokens; it needs a history for every query (it may be empty).")
             parts.append(self.persona(queries, history))
-        return SoftPrompt(torch.cat(parts, dim=1) * self.fitting.embedding_scale)
+        return SoftPrompt(torch.cat(parts, dim=1) * self.fitting.embedding_scale, placement=self.config.placement)
 
     def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """P of eq. 4 before scaling, (B, K, D): Σ_i w_i · Proj(h_i); the population persona where there is no item."""
-        weights = self.weights(queries, history)
-        projected = self.projector(history.vectors, answers=history.answers)
-        summed = torch.einsum("bn,bnkd->bkd", weights, projected)
-        empty = ~history.mask.any(dim=1)
+        """P of eq. 4 before scaling, (B, K, D); the population persona where there is no item.
+
+        P = Σ_i w_i · Proj(h_i) = outer(Σ_i w_i · gelu(inner(h_i))): the weights sum to 1 and the outer layer is linear,
+        so it runs once for a user instead of once for an item.
+        """
+        vectors = history.vectors.to(self.item_dtype)
+        hidden = self.projector.hidden(vectors, answers=history.answers)
+        weights = self._weights(queries, vectors, lengths=history.lengths).to(hidden.dtype)
+        users = zip(per_user(weights, history.lengths), per_user(hidden, history.lengths), strict=True)
+        summed = self.projector.out(torch.stack([own @ items for own, items in users]).to(self.population.dtype))
+        empty = torch.tensor([length == 0 for length in history.lengths], device=summed.device)
         return torch.where(empty[:, None, None], self.population, summed)
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """w of eq. 3, (B, N): how much each item counts for its query."""
-        features = self.query_encoder.features(queries)  # type: ignore[operator]
-        query = self.query_encoder(features)
-        return self.aggregator(query, history.vectors, mask=history.mask)  # type: ignore[no-any-return]
+        """w of eq. 3, (M,): how much each item counts for its query."""
+        return self._weights(queries, history.vectors.to(self.item_dtype), lengths=history.lengths)
+
+    def computing_items_in(self, dtype: str) -> PersonaPlug:
+        """Read histories in a backend's number format where that is bfloat16, else in float32; returns itself.
+
+        With a model in bfloat16 nothing is gained by more exact items, and 512 of them cost as much as the model.
+        """
+        self.item_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        return self
+
+    def _weights(self, queries: Sequence[str], vectors: Tensor, *, lengths: Sequence[int]) -> Tensor:
+        return self.aggregator(self._query(queries), vectors, lengths=lengths)  # type: ignore[no-any-return]
+
+    def _query(self, queries: Sequence[str]) -> Tensor:
+        """x of eq. 2, (B, E); a query that several rows share is encoded once."""
+        distinct = list(dict.fromkeys(queries))
+        encoder = self.query_encoder
+        vectors = encoder(distinct) if isinstance(encoder, QueryHead) else encoder(encoder.features(distinct))
+        places = {text: place for place, text in enumerate(distinct)}
+        return vectors[[places[text] for text in queries]]  # type: ignore[no-any-return]
 
     def save_pretrained(self, folder: str | Path, *, facts: dict[str, Any] | None = None) -> None:
         """Write the plug, its config and a model card; nothing of the models it belongs to.
@@ -245,7 +276,8 @@ def _read_about(folder: Path) -> tuple[dict[str, Any], Fitting]:
     """The config (unchecked) and the fitting that a saved plug names."""
     try:
         about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        version, config = about["format_version"], dict(about["config"])
+        # Plugs from before there was a choice stand in front of the text.
+        version, config = about["format_version"], {"placement": "prefix", **about["config"]}
         fitting = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {_CONFIG} is missing. A finished training writes one.") from error

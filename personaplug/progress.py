@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a line now and then elsewhere, numbers only."""
+"""Progress: a bar on a terminal, a line now and then elsewhere, numbers only; of several processes one tells it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 
 from tqdm import tqdm
+
+from personaplug.processes import is_main
 
 _SECONDS_BETWEEN_LINES = 20.0
 
@@ -25,7 +27,9 @@ class Progress:
         self.title, self.total, self.unit = title, total, unit
         self.done, self._start = start, start
         self._began = self._said = time.monotonic()
-        self._bar = tqdm(desc=title, total=total, initial=start, unit=unit) if sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(desc=title, total=total, initial=start, unit=unit) if is_main() and sys.stderr.isatty() else None
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -54,6 +58,8 @@ class Progress:
 
     def _say(self, note: str) -> None:
         self._said = time.monotonic()
+        if not is_main():
+            return
         left = self.seconds_left()
         parts = [f"{self.title}: {self.done}{f'/{self.total}' if self.total else ''} {self.unit}"]
         parts += [note] if note else []

@@ -27,11 +27,13 @@ from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, 
 from personaplug.memory import peak_memory, reset_peak_memory
 from personaplug.objectives import LoraObjective, Objective, PlugObjective
 from personaplug.plug import Fitting, PersonaPlug
+from personaplug.processes import main_first, on_main, together
 from personaplug.prompting import PromptMaker
 from personaplug.records import Sample
 from personaplug.run import Models, Run, drawn
 from personaplug.samples import EncodedSample, with_nearest
 from personaplug.training import FitReport, fit
+from personaplug.vectors import VectorTable
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,13 @@ def build_plug(run: Run, models: Models, *, control: bool = False, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plug = PersonaPlug(config, fitting=fitting, encoder=models.encoder)
-    return plug.to(models.backend.device)
+    return plug.computing_items_in(models.backend.dtype).to(models.backend.device)
+
+
+def closed_answers(run: Run) -> tuple[str, ...]:
+    """The labels that answers are trained as, without an end where none is needed; none where text is written."""
+    written = run.config.evaluation.decoding == "generate" or run.config.training.answer_end == "always"
+    return () if written else run.task.labels
 
 
 def instruction_only(config: PlugConfig) -> PlugConfig:
@@ -90,10 +98,14 @@ class Trainings:
             RunConflict: if the run was started on other data.
         """
         self.run, self.reader, self.models = run, reader, models
-        self.table = run.open_vectors(models.encoder)
+        self.table, self.plain = main_first(self._read)
         self.prompts = PromptMaker(run, models, table=self.table)
-        self.plain = run.read_samples(reader, self.table, limit=run.config.training.train_limit)
-        run.check_data(self.plain, self.table)
+
+    def _read(self) -> tuple[VectorTable, list[EncodedSample]]:
+        table = self.run.open_vectors(self.models.encoder)
+        plain = self.run.read_samples(self.reader, table, limit=self.run.config.training.train_limit)
+        self.run.check_data(plain, table)
+        return table, plain
 
     def train(self, trained: Trained, *, seed: int) -> Path:
         """Train one thing with one seed, unless that is done; its folder.
@@ -102,7 +114,7 @@ class Trainings:
             BadConfig, TrainingDiverged, StorageError: see `fit`.
         """
         folder = self.run.plug_folder(trained.name, seed=seed)
-        if self.run.trained(trained.name, seed=seed):
+        if on_main(lambda: self.run.trained(trained.name, seed=seed)):
             logger.info("%s (seed %d) is trained already", trained.name, seed)
             return folder
         reset_peak_memory()
@@ -112,18 +124,20 @@ class Trainings:
             self._retriever(trained, seed=seed)
         else:
             self._plug(trained, seed=seed)
-        drop_states(folder)
+        on_main(lambda: drop_states(folder))
         return folder
 
     def _plug(self, trained: Trained, *, seed: int) -> None:
-        samples = self._samples(trained.retrieval, seed=seed)
-        samples = with_nearest(samples, self.table, count=self.run.config.plug.selected_items)
-        plug = build_plug(self.run, self.models, control=trained.kind == "instruction", seed=seed)
-        objective = PlugObjective(plug, self.models.backend, table=self.table)
+        with together():
+            samples = self._samples(trained.retrieval, seed=seed)
+            samples = with_nearest(samples, self.table, count=self.run.config.plug.selected_items)
+            plug = build_plug(self.run, self.models, control=trained.kind == "instruction", seed=seed)
+        objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
-        plug.save_pretrained(folder, facts={key: facts[key] for key in facts if key != "parameters"})
-        write_json(folder / "fit.json", facts)
+        told = {key: facts[key] for key in facts if key != "parameters"}
+        on_main(lambda: plug.save_pretrained(folder, facts=told))
+        on_main(lambda: write_json(folder / "fit.json", facts))
 
     def _lora(self, trained: Trained, *, seed: int) -> None:
         folder = self.run.plug_folder(trained.name, seed=seed)
@@ -134,8 +148,8 @@ class Trainings:
             with adapters.trainable(TASK):
                 facts = self._fit(trained, objective, self.plain, seed=seed)
             state = adapters.state(TASK)
-        written_file(folder / ADAPTER, lambda path: save_file(state, path))
-        write_json(folder / "fit.json", facts)
+        on_main(lambda: written_file(folder / ADAPTER, lambda path: save_file(state, path)))
+        on_main(lambda: write_json(folder / "fit.json", facts))
 
     def _retriever(self, trained: Trained, *, seed: int) -> None:
         folder, settings = self.run.plug_folder(trained.name, seed=seed), self.run.config.retrieval
@@ -147,7 +161,7 @@ class Trainings:
             candidates=settings.retriever_candidates,
             seed=seed,
         )
-        lessons = teacher.lessons(self._texts(settings.retriever_samples))
+        lessons = main_first(lambda: teacher.lessons(self._texts(settings.retriever_samples)))
         samples = [sample for sample in self.plain if sample.id in lessons]
         retriever = LearnedRetriever(self.models.encoder.width)
         objective = RetrieverObjective(
@@ -159,8 +173,8 @@ class Trainings:
             temperature=settings.retriever_temperature,
         )
         facts = self._fit(trained, objective, samples, seed=seed)
-        retriever.save(folder)
-        write_json(folder / "fit.json", facts)
+        on_main(lambda: retriever.save(folder))
+        on_main(lambda: write_json(folder / "fit.json", facts))
 
     def _fit(
         self, trained: Trained, objective: Objective, samples: Sequence[EncodedSample], *, seed: int

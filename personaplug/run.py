@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from personaplug.backends import choose_device, open_backend
-from personaplug.backends.hf import DecoderOnlyBackend, EncoderDecoderBackend
+from personaplug.backends.decoder_only import DecoderOnlyBackend
+from personaplug.backends.encoder_decoder import EncoderDecoderBackend
 from personaplug.config import Config, load_config, to_yaml
 from personaplug.data.base import Reader, Task
 from personaplug.data.tasks import parse_task
@@ -34,6 +35,7 @@ from personaplug.encoder import Encoder, open_encoder
 from personaplug.errors import MissingData, RunConflict
 from personaplug.files import write_json, write_text
 from personaplug.plug import PersonaPlug
+from personaplug.processes import connect, is_main, main_first
 from personaplug.progress import Progress
 from personaplug.records import Sample
 from personaplug.samples import EncodedSample, encode_samples, samples_fingerprint
@@ -41,6 +43,9 @@ from personaplug.vectors import VectorTable
 
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
 """The sections of a config that trained parts depend on."""
+
+SPEED_ONLY = ("model.device", "model.encoder_engine", "model.keep_prompts", "model.keep_gigabytes")
+"""Settings in them that decide how fast the same is done, and where."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,10 @@ def open_models(config: Config) -> Models:
 
     Raises:
         MissingModel: if one of them is found nowhere.
+        MissingExtra: if the encoder's engine is not installed.
     """
-    encoder = open_encoder(config.model.encoder, device=choose_device(config.model.device))
+    device, engine = choose_device(config.model.device), config.model.encoder_engine
+    encoder = open_encoder(config.model.encoder, device=device, engine=engine)
     return Models(encoder, open_backend(config.model))
 
 
@@ -83,18 +90,28 @@ class Run:
 
         Raises:
             RunConflict: if the folder holds a run of another task or other settings of models, plug or training.
+            BadConfig: if several processes cannot work together here.
         """
-        folder = Path(folder)
+        connect(choose_device(config.model.device))
+        return main_first(lambda: cls._created(Path(folder), config, task, vectors))
+
+    @classmethod
+    def _created(cls, folder: Path, config: Config, task: Task, vectors: str | Path | None) -> Run:
         if folder.exists() and not folder.is_dir():
             raise RunConflict(f"{folder} is a file; a run needs a folder. Choose another --out.")
         run = cls(folder, config, task, Path(vectors).absolute() if vectors else folder / "vectors")
+        if not is_main() and not (folder / "run.json").exists():
+            raise RunConflict(
+                f"Not every process sees {folder}. On several machines --out must be a folder that all of them share."
+            )
         if (folder / "run.json").exists():
             there = cls.open(folder)
             run = run if vectors else replace(run, vectors=there.vectors)
             run._check_same(there)
         elif folder.exists() and {path.name for path in folder.iterdir()} - {"vectors", "config.yaml"}:
             raise RunConflict(f"{folder} is neither empty nor a run of personaplug. Choose another --out.")
-        run._write()
+        if is_main():
+            run._write()
         return run
 
     @classmethod
@@ -145,7 +162,7 @@ class Run:
         """
         folder = self.check_trained(name, seed=seed)
         plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.backend.identity)
-        return plug.to(models.backend.device)
+        return plug.computing_items_in(models.backend.dtype).to(models.backend.device)
 
     def open_vectors(self, encoder: Encoder) -> VectorTable:
         """The run's table of item vectors."""
@@ -198,7 +215,8 @@ class Run:
                 f"{self.folder} was started on other training data than what is given now. Give the same data to go "
                 f"on, or choose another --out."
             )
-        write_json(path, about)
+        if is_main():
+            write_json(path, about)
 
     def users_trained_on(self, users: Iterable[str | None]) -> int:
         """How many of some users have samples among those that the run is trained on."""
@@ -257,7 +275,7 @@ def _anonymous(user: str) -> str:
 def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[str]:
     left, right = asdict(one), asdict(other)
     differing = [f"{s}.{key}" for s in sections for key in left[s] if left[s][key] != right[s][key]]
-    return [name for name in differing if name != "model.device"]
+    return [name for name in differing if name not in SPEED_ONLY]
 
 
 def versions(

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from personaplug.errors import ShapeMismatch
+from personaplug.errors import BadConfig, ShapeMismatch
 
 IGNORED = -100  # the label that cross-entropy skips
+PLACEMENTS = ("prefix", "suffix")
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,15 @@ class SoftPrompt:
 
     Attributes:
         vectors: (B, S, D), S = instruction tokens + persona tokens, D = the language model's embedding width.
+        placement: `prefix` = before the user's text (the paper), `suffix` = right before the answer.
     """
 
     vectors: Tensor
+    placement: str = "prefix"
 
     def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise BadConfig(f"A soft prompt's placement is one of {', '.join(PLACEMENTS)}; found {self.placement!r}.")
         if self.vectors.dim() != 3:
             raise ShapeMismatch(
                 f"A soft prompt is (batch, tokens, width); found the shape {tuple(self.vectors.shape)}."
@@ -50,6 +55,11 @@ class Spliced:
     mask: Tensor
     positions: Tensor
     labels: Tensor | None
+
+
+def is_behind(soft: SoftPrompt | None) -> bool:
+    """Whether there are soft tokens, and they stand behind the prompt."""
+    return soft is not None and soft.placement == "suffix" and soft.vectors.shape[1] > 0
 
 
 def splice(

@@ -1,7 +1,8 @@
 """One loop that trains whatever an objective holds, in front of (or inside) a frozen language model, on Accelerate.
 
 A stopped training resumes from its last state to the same weights as an unbroken one: the order of samples, the
-sub-histories and the dropout of a step depend on the seed and the step alone.
+sub-histories and the dropout of a step depend on the seed and the step alone. Several processes share each batch out
+and step alike, by the sum of their gradients; the main one writes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from personaplug.checkpoint import load_best, load_state, save_best, save_state
 from personaplug.config import TrainingConfig
 from personaplug.errors import BadConfig, TrainingDiverged
 from personaplug.objectives import Objective
+from personaplug.processes import alike, connect, index, on_main, share, sum_gradients, sum_over, together
 from personaplug.progress import Progress
 from personaplug.samples import EncodedSample
 from personaplug.training_log import TrainingLog
@@ -69,11 +71,13 @@ def fit(
         title: what the progress says.
         on_step: called after each optimizer step.
     Raises:
-        BadConfig: if a sample has no target, there are too few users, or several processes.
+        BadConfig: if a sample has no target, there are too few users, or several processes cannot work together.
         TrainingDiverged: if a loss is NaN or infinite; the last good state stays.
         StorageError: if the disk is full; the last good state stays.
     """
-    parts = _Fit(objective, samples=samples, config=config, seed=seed, folder=folder, title=title)
+    connect(objective.device.type)
+    with together():
+        parts = _Fit(objective, samples=samples, config=config, seed=seed, folder=folder, title=title)
     # The steps seed torch's generator; the caller's own draws go on as if nothing had been trained.
     with torch.random.fork_rng(devices=[]):
         return parts.run(on_step or (lambda: None))
@@ -99,13 +103,11 @@ class _Fit:
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
         )
         both = [*self.train, *self.validation]
-        self.lengths = dict(zip((sample.id for sample in both), objective.lengths(both), strict=True))
-        self.accelerator = Accelerator(cpu=objective.device.type == "cpu", device_placement=False)
-        if self.accelerator.num_processes > 1:
-            raise BadConfig(
-                f"Training runs in one process; it was started in {self.accelerator.num_processes}. "
-                f"Start it without a launcher."
-            )
+        ids = [sample.id for sample in both]
+        self.lengths = dict(zip(ids, objective.lengths(both), strict=True))
+        self.live = dict(zip(ids, objective.live_lengths(both), strict=True))
+        # Everything is in its place; which device Accelerate would choose can be said but once in a process.
+        self.accelerator = Accelerator(device_placement=False)
         self.optimizer = torch.optim.AdamW(objective.parameter_groups(config), weight_decay=config.weight_decay)
         self.state = load_state(folder, module=self.module, optimizer=self.optimizer)
         self.prepared = self.accelerator.prepare(self.optimizer)
@@ -115,9 +117,14 @@ class _Fit:
         self.every = config.validate_every or max(1, self.per_epoch // 4)
 
     def run(self, on_step: Callable[[], None]) -> FitReport:
-        log = TrainingLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
+        with together():
+            log = TrainingLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
         if self.state.step:
             logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total)
+        began = time.monotonic()
+        with together():
+            self.objective.prepare([*self.train, *self.validation])
+        self.state.seconds += time.monotonic() - began
         with log, Progress(self.title, total=self.total, start=self.state.step, unit="steps") as progress:
             while self.state.step < self.total and not self._out_of_patience():
                 began = time.monotonic()
@@ -126,46 +133,53 @@ class _Fit:
                 self._count(len(batch), seconds=time.monotonic() - began)
                 rate = len(batch) / (time.monotonic() - began)
                 progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
-                log.write(
-                    step=self.state.step,
-                    loss=loss,
-                    gradient_norm=norm,
-                    samples_per_second=rate,
-                    learning_rate=self.config.learning_rate * self._schedule(self.state.step - 1),
-                    seconds_left=progress.seconds_left(),
-                )
+                with together():
+                    log.write(
+                        step=self.state.step,
+                        loss=loss,
+                        gradient_norm=norm,
+                        samples_per_second=rate,
+                        learning_rate=self.config.learning_rate * self._schedule(self.state.step - 1),
+                        seconds_left=progress.seconds_left(),
+                    )
                 on_step()
                 self._look_after(log)
-        load_best(self.folder, self.state.best_step, module=self.module)
+        with together():
+            load_best(self.folder, self.state.best_step, module=self.module)
         self.module.eval()
         return self._report()
 
     def _step(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
         """One optimizer step; the mean loss per token and the gradient's length before clipping."""
-        # Dropout of the trained encoder is drawn anew in each step, from the step's number alone.
-        torch.manual_seed((self.seed + 1) * 1_000_003 + self.state.step)
+        # Dropout of the trained encoder is drawn anew in each step, from the step's number alone; shares of one batch
+        # must not repeat each other's.
+        torch.manual_seed((self.seed + 1) * 1_000_003 + self.state.step + index() * 15_485_863)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self._schedule(self.state.step)
         self.module.train()
         self.prepared.zero_grad()
         summed, tokens = self._accumulate(batch)
         if not math.isfinite(summed):
-            raise TrainingDiverged(self._diverged(f"the loss became {summed / tokens}"))
+            raise self._diverged(f"the loss became {summed / tokens}")
+        sum_gradients(self.module.parameters())
         self._scale_gradients(1 / tokens)
         norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip_norm))
         if not math.isfinite(norm):
-            raise TrainingDiverged(self._diverged(f"the gradient became {norm}"))
+            raise self._diverged(f"the gradient became {norm}")
         self.prepared.step()
         return summed / tokens, norm
 
     def _accumulate(self, batch: Sequence[EncodedSample]) -> tuple[float, int]:
-        """Gradients of the summed loss, pass by pass so that activations stay within `pass_tokens`; loss and tokens."""
+        """Gradients of the summed loss of this process's share, pass by pass so that activations stay within
+        `pass_tokens`; loss and tokens of the whole batch.
+        """
         summed, tokens = 0.0, 0
-        for part in self._passes(batch):
-            loss, count = self.objective.loss(part)
-            self.accelerator.backward(loss)
-            summed, tokens = summed + float(loss.detach()), tokens + int(count)
-        return summed, tokens
+        with together():
+            for part in self._passes(share(batch)):
+                loss, count = self.objective.loss(part)
+                self.accelerator.backward(loss)
+                summed, tokens = summed + float(loss.detach()), tokens + int(count)
+        return _totals(summed, tokens)
 
     def _scale_gradients(self, factor: float) -> None:
         """From the sum over tokens to their mean, which is known only after the last pass."""
@@ -173,13 +187,17 @@ class _Fit:
         torch._foreach_mul_(held, factor)
 
     def _passes(self, batch: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
-        return in_passes(batch, lengths=[self.lengths[sample.id] for sample in batch], most=self.config.pass_tokens)
+        if not batch:  # there may be more processes than samples
+            return []
+        return in_passes(batch, lengths=[self.live[sample.id] for sample in batch], most=self.config.pass_tokens)
 
-    def _diverged(self, what: str) -> str:
-        return (
-            f"{self.title}: {what} in step {self.state.step + 1}. The state of the last checkpoint is kept in "
-            f"{self.folder}. Train anew with lower rates (learning_rate is {self.config.learning_rate:g}, "
-            f"token_learning_rate {self.config.token_learning_rate:g}) or dtype=float32."
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return alike(
+            TrainingDiverged(
+                f"{self.title}: {what} in step {self.state.step + 1}. The state of the last checkpoint is kept in "
+                f"{self.folder}. Train anew with lower rates (learning_rate is {self.config.learning_rate:g}, "
+                f"token_learning_rate {self.config.token_learning_rate:g}) or dtype=float32."
+            )
         )
 
     def _look_after(self, log: TrainingLog) -> None:
@@ -190,28 +208,31 @@ class _Fit:
             began = time.monotonic()
             loss = self._validate()
             self.state.seconds += time.monotonic() - began
-            log.write(step=self.state.step, validation_loss=loss)
+            with together():
+                log.write(step=self.state.step, validation_loss=loss)
             self._judge(loss)
         if validate or self.state.step % self.config.checkpoint_every == 0:
-            save_state(self.folder, self.state, module=self.module, optimizer=self.optimizer)
+            on_main(lambda: save_state(self.folder, self.state, module=self.module, optimizer=self.optimizer))
 
     def _judge(self, loss: float) -> None:
         if loss < self.state.best_loss:
             self.state.best_step, self.state.best_loss, self.state.worse = self.state.step, loss, 0
-            save_best(self.folder, self.state.step, module=self.module)
+            on_main(lambda: save_best(self.folder, self.state.step, module=self.module))
         else:
             self.state.worse += 1
         if not self.state.best_step:
-            raise TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}.")
+            raise alike(TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}."))
 
     @torch.no_grad()
     def _validate(self) -> float:
         """Mean loss per token of the held-out users, with their whole histories."""
         self.module.eval()
         summed, tokens = 0.0, 0
-        for part in self._passes(self.validation):
-            loss, count = self.objective.loss(part)
-            summed, tokens = summed + float(loss), tokens + int(count)
+        with together():
+            for part in self._passes(share(self.validation)):
+                loss, count = self.objective.loss(part)
+                summed, tokens = summed + float(loss), tokens + int(count)
+        summed, tokens = _totals(summed, tokens)
         return summed / tokens
 
     def _views(self, step: int) -> Iterator[EncodedSample]:
@@ -258,6 +279,12 @@ class _Fit:
             train_samples=len(self.train),
             validation_samples=len(self.validation),
         )
+
+
+def _totals(summed: float, tokens: int) -> tuple[float, int]:
+    """Loss and tokens over all processes."""
+    loss, count = sum_over([summed, tokens])
+    return loss, int(count)
 
 
 def _check_targets(samples: Sequence[EncodedSample]) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from personaplug.errors import MissingExtra
 from personaplug.files import storing, write_text
+from personaplug.processes import is_main
 
 
 class TrainingLog:
-    """`log.jsonl`: one JSON object a line, and TensorBoard events beside it if asked for."""
+    """`log.jsonl`: one JSON object a line, and TensorBoard events beside it if asked for.
+
+    Of several processes only the main one keeps a log; the others' does nothing.
+    """
 
     def __init__(self, folder: Path, *, after: int, tensorboard: bool) -> None:
         """Open the log.
@@ -26,6 +30,10 @@ class TrainingLog:
         """
         path = folder / "log.jsonl"
         self._path = path
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if not is_main():
+            return
         with storing(path):
             _drop_later_lines(path, after=after)
             self._file = path.open("a", encoding="utf-8")
@@ -35,7 +43,8 @@ class TrainingLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -45,6 +54,8 @@ class TrainingLog:
         Raises:
             StorageError: if the disk is full.
         """
+        if self._file is None:
+            return
         with storing(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()

@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.toy import load_toy
 from personaplug.encoder import HashEncoder
 

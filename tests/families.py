@@ -21,7 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from personaplug.backends.hf import DecoderOnlyBackend, EncoderDecoderBackend
+from personaplug.backends.decoder_only import DecoderOnlyBackend
+from personaplug.backends.encoder_decoder import EncoderDecoderBackend
 from personaplug.backends.toy import toy_tokenizer
 
 _SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

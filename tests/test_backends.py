@@ -12,7 +12,7 @@ from torch import Tensor
 
 from personaplug.backends import choose_device, open_backend
 from personaplug.backends.base import GenerationConfig
-from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.rendering import Renderer
 from personaplug.backends.toy import load_toy, toy_tokenizer
 from personaplug.config import ModelConfig
@@ -78,7 +78,7 @@ def test_scores_do_not_depend_on_how_labels_are_cut_into_passes(chunk: int, monk
     backend = small_backend("llama")
     labels = ["crime", "comedy", "a", "world news", "sports"]
     whole = backend.score(PROMPTS, labels, soft=None)
-    monkeypatch.setattr("personaplug.backends.hf._LABEL_ROWS", chunk)
+    monkeypatch.setattr("personaplug.backends.decoder_only._LABEL_ROWS", chunk)
     torch.testing.assert_close(backend.score(PROMPTS, labels, soft=None), whole)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from personaplug.config import SECTIONS, Config, describe, load_config, to_yaml, with_values
 from personaplug.errors import BadConfig, MissingData
+from personaplug.run import FIXED, _differing
 
 
 def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
@@ -95,3 +96,9 @@ def test_no_two_sections_share_a_key_and_every_default_is_within_its_range() -> 
 def test_the_help_names_every_setting() -> None:
     text = describe(tuple(SECTIONS))
     assert all(f"  {option.name}=" in text for kind in SECTIONS.values() for option in fields(kind))
+
+
+def test_what_only_concerns_speed_makes_no_other_run() -> None:
+    quick = load_config(overrides=["encoder_engine=auto", "device=cpu"])
+    assert _differing(Config(), quick, sections=FIXED) == []
+    assert _differing(Config(), load_config(overrides=["encoder=hash"]), sections=FIXED) == ["model.encoder"]

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from personaplug.encoder import Encoder, EncoderIdentity, HashEncoder, TextEncoder, open_encoder
-from personaplug.errors import BadConfig, MissingModel
+from personaplug.encoder import Encoder, EncoderIdentity, HashEncoder, TextEncoder, bulk, open_encoder
+from personaplug.encoder.base import Vectors
+from personaplug.encoder.text import _features
+from personaplug.errors import BadConfig, MissingExtra, MissingModel, UserError
 from personaplug.weights import CARRIERS
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -259,6 +261,153 @@ def test_pooling_and_prompts_come_from_the_models_files(tmp_path: Any) -> None:
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)  # the model itself has no norm
     encoder = TextEncoder(identity.name, query_prompt="read: ")
     np.testing.assert_allclose(encoder.query_encoder().encode(["abc", "def"]), vectors, atol=1e-5)
+
+
+# Many texts at once
+
+FILMS = [f"title: {'The long road to ' * (i % 7)}film {i} score: {i % 5}" for i in range(16)]
+MANY = [*FILMS, *TEXTS, "secret diary " * 300, *FILMS[:4], "secret diary " * 300, "far too long " * 200]
+
+
+def needs_openvino() -> None:
+    # pytest.importorskip would import it as it comes, and so report over the network.
+    if not bulk.installed():
+        pytest.skip("needs: pip install 'personaplug[fast]'")
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("personaplug.encoder.text.BULK", len(TEXTS) + 1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prompts = {"query": "find: ", "document": "read: "}
+    return tiny_bert(tmp_path_factory.mktemp("tiny"), pooling="cls", normalize=False, prompts=prompts)
+
+
+@pytest.fixture(scope="module")
+def in_bulk(minilm: TextEncoder) -> TextEncoder:
+    needs_openvino()
+    return TextEncoder(MINILM, engine="openvino")
+
+
+def cosines(one: Vectors, other: Vectors) -> Vectors:
+    found: Vectors = (one * other).sum(axis=1)
+    return found
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_openvino_gives_torchs_vectors_in_order_and_counts_the_same_cuts(
+    minilm: TextEncoder, in_bulk: TextEncoder
+) -> None:
+    before = minilm.truncated, in_bulk.truncated
+    expected, found = minilm.encode(MANY), in_bulk.encode(MANY)
+    assert "_bulk" in vars(in_bulk)
+    assert cosines(expected, found).min() > bulk.CLOSE
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert minilm.truncated - before[0] == in_bulk.truncated - before[1] == 3
+    assert in_bulk.identity == minilm.identity
+    assert cosines(found, in_bulk.encode(MANY[::-1], batch_size=3)[::-1]).min() > bulk.CLOSE
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_few_texts_and_queries_stay_with_torch(minilm: TextEncoder, in_bulk: TextEncoder) -> None:
+    np.testing.assert_allclose(in_bulk.encode(TEXTS), minilm.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(in_bulk.query_encoder().encode(MANY), minilm.encode(MANY), atol=1e-5)
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("engine", ["openvino", "auto"])
+def test_prompt_and_pooling_hold_in_bulk_and_in_another_process(engine: str, tiny: str) -> None:
+    needs_openvino()
+    expected, encoder = TextEncoder(tiny).encode(MANY), TextEncoder(tiny, engine=engine)
+    assert cosines(expected, encoder.encode(MANY)).min() > bulk.CLOSE
+    other = pickle.loads(pickle.dumps(encoder))
+    assert "_bulk" in vars(encoder)
+    assert "_bulk" not in vars(other)
+    assert cosines(expected, other.encode(MANY)).min() > bulk.CLOSE
+
+
+def test_a_text_given_twice_is_encoded_once(minilm: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        features = _features(*given, **named)
+        taken.extend(features["attention_mask"].shape)
+        return features
+
+    monkeypatch.setattr("personaplug.encoder.text._features", counted)
+    vectors = minilm.encode([*MANY, *MANY])
+    np.testing.assert_array_equal(vectors[: len(MANY)], vectors[len(MANY) :])
+    sizes, lengths = taken[::2], taken[1::2]
+    assert sum(sizes) == len(set(MANY))
+    assert lengths == sorted(lengths, reverse=True)
+    assert max(size * length for size, length in zip(sizes, lengths, strict=True)) <= 64 * 16
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_openvino_that_is_not_installed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "installed", lambda: False)
+    with pytest.raises(MissingExtra, match=r"personaplug\[fast\]"):
+        open_encoder(tiny, engine="openvino")
+    assert open_encoder("hash", engine="openvino").width == 256
+    np.testing.assert_array_equal(TextEncoder(tiny, engine="auto").encode(MANY), TextEncoder(tiny).encode(MANY))
+
+
+def test_an_engine_that_is_none_and_one_for_another_device() -> None:
+    with pytest.raises(BadConfig, match="torch, openvino, auto; found 'onnx'"):
+        TextEncoder(MINILM, engine="onnx")
+    with pytest.raises(BadConfig, match="runs on the CPU; the device is cuda"):
+        TextEncoder(MINILM, engine="openvino", device="cuda")
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("trouble", ["export", "vectors"])
+def test_what_openvino_cannot_run_falls_back_with_a_reason(
+    trouble: str, tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs_openvino()
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no such operation\nand much more")
+
+    monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: True)
+    if trouble == "export":
+        monkeypatch.setattr(bulk, "_exported", refuse)
+        said = "RuntimeError: no such operation"
+    else:
+        monkeypatch.setattr(bulk, "_cosine", lambda *_, **__: 0.5)
+        said = "smallest cosine 0.500000"
+    encoder = TextEncoder(tiny, engine="auto")
+    np.testing.assert_array_equal(encoder.encode(MANY), TextEncoder(tiny).encode(MANY))
+    logged = [record.getMessage() for record in caplog.records if record.name == bulk.__name__]
+    assert len(logged) == 1
+    assert said in logged[0]
+    assert "diary" not in caplog.text
+    with pytest.raises(UserError, match=said):
+        TextEncoder(tiny, engine="openvino").encode(MANY)
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_without_bfloat16_openvino_runs_in_float32_if_asked_for_by_name(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs_openvino()
+    monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: False)
+    expected = TextEncoder(tiny).encode(MANY)
+    np.testing.assert_array_equal(TextEncoder(tiny, engine="auto").encode(MANY), expected)
+    assert "does not multiply in bfloat16" in caplog.text
+    np.testing.assert_allclose(TextEncoder(tiny, engine="openvino").encode(MANY), expected, atol=1e-4)
+
+
+def test_openvino_is_imported_without_its_reports_over_the_network() -> None:
+    needs_openvino()
+    code = (
+        "import sys; from personaplug.encoder import bulk; bulk._openvino();"
+        "assert sys.modules.get('openvino_telemetry') is None, 'it would report'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # HashEncoder

@@ -39,6 +39,24 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path) -> None:
     assert told.memory_bytes > 10**8
 
 
+def test_it_says_where_prompts_will_be_kept(tmp_path: Path) -> None:
+    write_simulation(SimulatedConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path)
+    reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
+
+    def told(*changes: str) -> Estimate:
+        config = load_config(overrides=[*SETTINGS, *changes])
+        return estimate(config, reader, models=open_models(config))
+
+    before, behind = told(), told("placement=suffix")
+    assert before.prompts == ""
+    assert "prompts      kept in memory: " in behind.text()
+    on_disk = told("placement=suffix", "keep_prompts=disk")
+    assert "kept on disk" in on_disk.prompts
+    assert on_disk.disk_bytes > behind.disk_bytes
+    assert "as asked" in told("placement=suffix", "keep_prompts=nowhere").prompts
+    assert "read anew" in told("placement=suffix", "keep_gigabytes=0.0001").prompts
+
+
 def test_limits_and_views_change_the_steps(tmp_path: Path) -> None:
     write_simulation(SimulatedConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path)
     config = load_config(overrides=SETTINGS)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.conditions import CONDITIONS, DEFAULT, parse_conditions
 from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
@@ -105,6 +106,24 @@ def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
     assert {"a", "b", "metric", "difference", "low", "high", "p", "p_holm"} == results["pairs"][0].keys()
     assert all(len(pair["mcnemar_p"]) in (1, 2) for pair in results["pairs"] if pair["metric"] == "accuracy")
     json.dumps(results)
+
+
+def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("placement=suffix", "seeds=0", "query_encoder=head"))
+    read: list[tuple[int, ...]] = []
+    real = DecoderOnlyBackend._read
+
+    def noted(backend: DecoderOnlyBackend, rows: list[tuple[int, ...]]) -> Any:
+        read.extend(rows)
+        return real(backend, rows)
+
+    monkeypatch.setattr(DecoderOnlyBackend, "_read", noted)
+    results = stage.evaluate(",".join([*DEFAULT, "mean-persona", "random-vectors"]))
+    assert results["placement"] == "suffix"
+    assert len(read) == len(set(read)) == 10
+    assert {row["condition"] for row in results["rows"]} >= {"plug", "wrong-user", "mean-persona"}
 
 
 def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) -> None:

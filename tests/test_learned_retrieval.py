@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.config import TrainingConfig
 from personaplug.data.tasks import lamp_task
 from personaplug.encoder import HashEncoder

@@ -12,8 +12,9 @@ import pytest
 import torch
 from scipy.special import erf
 
+from personaplug.aggregators import per_user
 from personaplug.config import PlugConfig
-from personaplug.encoder import HashEncoder
+from personaplug.encoder import HashEncoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
 from personaplug.recipes import instruction_only
@@ -31,14 +32,12 @@ def _plug(encoder: HashEncoder | None = None, *, labels: tuple[str, ...] = (), *
     return PersonaPlug(PlugConfig(**settings), fitting=fitting, encoder=encoder).eval()
 
 
-def _history(*, lengths: tuple[int, ...] = (4, 2, 0), padding: int = 0) -> HistoryBatch:
+def _history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
     rng = np.random.default_rng(0)
-    longest = max(lengths) + padding
-    vectors = rng.normal(size=(len(lengths), longest, WIDTH)).astype(np.float32)
+    vectors = rng.normal(size=(sum(lengths), WIDTH)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    mask = np.arange(longest)[None] < np.array(lengths)[:, None]
-    answers = np.where(mask, rng.integers(0, 3, size=mask.shape), -1)
-    return HistoryBatch(torch.from_numpy(vectors), torch.from_numpy(mask), torch.from_numpy(answers))
+    answers = rng.integers(0, 3, size=sum(lengths))
+    return HistoryBatch(torch.from_numpy(vectors), lengths, torch.from_numpy(answers))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -50,7 +49,7 @@ def test_the_persona_is_that_of_the_papers_equations(tokens: int, temperature: f
     got = plug(QUERIES[:2], history).vectors.detach().numpy()
     for row in range(2):
         x = encoder.encode([QUERIES[row]])[0]  # eq. 2; the trained copy starts as the frozen encoder
-        h = history.vectors[row][history.mask[row]].numpy()  # eq. 1
+        h = per_user(history.vectors, (4, 2))[row].numpy()  # eq. 1
         w = np.exp(h @ x / temperature)
         w /= w.sum()  # eq. 3
         z = (h * np.sqrt(WIDTH)) @ inner.weight.detach().numpy().T + inner.bias.detach().numpy()
@@ -66,22 +65,44 @@ def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
     wide = LLMIdentity("wide", None, "0" * 16, 512)
     torch.manual_seed(0)
     plug = PersonaPlug(PlugConfig(), fitting=Fitting(wide, 0.13, encoder.identity), encoder=encoder)
-    one = HistoryBatch(
-        torch.from_numpy(encoder.encode(["an item"]))[None], torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), -1)
-    )
+    one = HistoryBatch(torch.from_numpy(encoder.encode(["an item"])), (1,), torch.tensor([-1]))
     size = plug(["x"], one).vectors.pow(2).mean(dim=-1).sqrt()
     assert size[0, 0].item() == pytest.approx(0.13, rel=0.2)
     assert size[0, 1].item() == pytest.approx(0.13, rel=0.2)
 
 
-def test_padding_changes_nothing() -> None:
-    plug = _plug()
-    tight, loose = _history(), _history()
-    wider = torch.cat([loose.vectors, torch.full((3, 5, WIDTH), 7.0)], dim=1)
-    mask = torch.cat([loose.mask, torch.zeros(3, 5, dtype=torch.bool)], dim=1)
-    answers = torch.cat([loose.answers, torch.full((3, 5), -1)], dim=1)
-    padded = plug(QUERIES, HistoryBatch(wider, mask, answers)).vectors
-    torch.testing.assert_close(plug(QUERIES, tight).vectors, padded)
+def test_neighbours_in_a_batch_change_nothing() -> None:
+    plug, history = _plug(), _history()
+    together = plug(QUERIES, history).vectors
+    rows = zip(*(per_user(part, (4, 2, 0)) for part in (history.vectors, history.answers)), strict=True)
+    for place, (vectors, answers) in enumerate(rows):
+        alone = plug(QUERIES[place : place + 1], HistoryBatch(vectors, (len(vectors),), answers)).vectors
+        torch.testing.assert_close(together[place : place + 1], alone)
+
+
+def test_items_in_bfloat16_give_nearly_the_same_persona() -> None:
+    plug, history = _plug(), _history()
+    exact = plug(QUERIES, history).vectors
+    assert plug.computing_items_in("float16").item_dtype == torch.float32
+    rough = plug.computing_items_in("bfloat16")(QUERIES, history).vectors
+    assert not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, atol=0.02, rtol=0.02)
+
+
+def test_a_query_that_rows_share_is_encoded_once_and_a_frozen_one_never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug = _plug(query_encoder="head")
+    asked: list[list[str]] = []
+    encode = QueryEncoder.encode
+
+    def noted(encoder: QueryEncoder, texts: list[str]) -> Any:
+        asked.append(texts)
+        return encode(encoder, texts)
+
+    monkeypatch.setattr(QueryEncoder, "encode", noted)
+    first = plug(["tea", "milk", "tea"], _history()).vectors
+    again = plug(["tea", "milk", "tea"], _history()).vectors
+    assert asked == [["tea", "milk"]]
+    assert torch.equal(first, again)
 
 
 def test_a_user_without_history_gets_the_population_persona_and_trains_it() -> None:
@@ -97,14 +118,18 @@ def test_a_user_without_history_gets_the_population_persona_and_trains_it() -> N
 
 def test_a_batch_of_new_users_only_has_finite_gradients() -> None:
     plug = _plug()
-    empty = HistoryBatch(torch.zeros(3, 1, WIDTH), torch.zeros(3, 1, dtype=torch.bool), torch.full((3, 1), -1))
+    empty = _history(lengths=(0, 0, 0))
     plug(QUERIES, empty).vectors.sum().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in plug.parameters())
 
 
 def test_the_order_of_items_does_not_matter_to_eq_3_and_4() -> None:
     plug, history = _plug(), _history(lengths=(4, 4, 4))
-    turned = HistoryBatch(history.vectors.flip(1), history.mask.flip(1), history.answers.flip(1))
+    turned = HistoryBatch(
+        torch.cat([own.flip(0) for own in per_user(history.vectors, history.lengths)]),
+        history.lengths,
+        torch.cat([own.flip(0) for own in per_user(history.answers, history.lengths)]),
+    )
     torch.testing.assert_close(plug(QUERIES, history).vectors, plug(QUERIES, turned).vectors)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.config import RetrievalConfig
 from personaplug.data.tasks import lamp_task
 from personaplug.profiles import Profiles

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.config import Config, load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
@@ -124,7 +124,14 @@ def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path) -> None:
     assert sorted(moved) == sorted(start)  # every part of the plug learned, the population persona included
 
 
-@pytest.mark.parametrize("settings", [(), ("views=2", "query_encoder=head", "answers=label", "persona_tokens=2")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("views=2", "query_encoder=head", "answers=label", "persona_tokens=2"),
+        ("placement=suffix", "views=1", "query_encoder=head"),
+    ],
+)
 def test_killed_again_and_again_it_ends_with_the_same_plug(
     tmp_path: Path, data: Path, settings: tuple[str, ...]
 ) -> None:
@@ -165,6 +172,34 @@ def test_killed_again_and_again_it_ends_with_the_same_plug(
         if "validation_loss" not in line
     ]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_reading_prompts_once_gives_the_plug_of_reading_them_each_time(tmp_path: Path, data: Path) -> None:
+    wanted = ("placement=suffix", "query_encoder=head", "views=1")
+    kept = _train(tmp_path / "kept", data, *wanted, "keep_prompts=memory")
+    anew = _train(tmp_path / "anew", data, *wanted, "keep_prompts=nowhere")
+    for name in ("plug", "instruction-only"):
+        one, other = (load_file(run.plug_folder(name, seed=0) / "plug.safetensors") for run in (kept, anew))
+        assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+    # How prompts are kept is a matter of speed: the finished run may go on with another way.
+    _train(tmp_path / "kept", data, *wanted, "keep_prompts=disk", "keep_gigabytes=0.5")
+
+
+def test_prompts_are_read_once_for_plug_control_and_seeds(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, ...]] = []
+    real = DecoderOnlyBackend._read
+
+    def noted(backend: DecoderOnlyBackend, rows: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        read.extend(rows)
+        return real(backend, rows)
+
+    monkeypatch.setattr(DecoderOnlyBackend, "_read", noted)
+    _train(tmp_path / "run", data, "placement=suffix", "query_encoder=head", "seeds=0,1", "epochs=3", "views=1")
+    probe, prompts = read[:2], read[2:]
+    assert len(probe) == 2
+    assert len(prompts) == len(set(prompts))
 
 
 def test_a_finished_run_is_left_alone_and_another_config_is_refused(tmp_path: Path, data: Path) -> None:

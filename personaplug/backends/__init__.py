@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from personaplug.backends.hf import DecoderOnlyBackend, EncoderDecoderBackend, load_hf
+from personaplug.backends.decoder_only import DecoderOnlyBackend
+from personaplug.backends.encoder_decoder import EncoderDecoderBackend
+from personaplug.backends.loading import load_hf
 from personaplug.backends.toy import load_toy
 from personaplug.config import ModelConfig
 from personaplug.errors import BadConfig
@@ -17,13 +19,17 @@ def open_backend(config: ModelConfig) -> DecoderOnlyBackend | EncoderDecoderBack
         MissingModel: if it is found nowhere.
         BadConfig: if the device does not exist here.
     """
+    settings = {
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "keep_prompts": config.keep_prompts,
+        "keep_bytes": int(config.keep_gigabytes * 1e9),
+    }
     if config.llm == "toy" or config.llm.startswith("toy:"):
         seed = config.llm.partition(":")[2] or "0"
         if not seed.isdecimal():
             raise BadConfig(f"The toy model is written toy or toy:SEED with a whole number; found {config.llm!r}.")
-        return load_toy(seed=int(seed), max_prompt_tokens=config.max_prompt_tokens)
-    device = choose_device(config.device)
-    return load_hf(config.llm, dtype=config.dtype, device=device, max_prompt_tokens=config.max_prompt_tokens)
+        return load_toy(seed=int(seed), **settings)
+    return load_hf(config.llm, dtype=config.dtype, device=choose_device(config.device), **settings)
 
 
 def choose_device(name: str) -> str:

@@ -78,8 +78,9 @@ class Generation:
 class Backend(Protocol):
     """A frozen language model.
 
-    `soft_at` says how many characters of each prompt stand before its soft tokens; None = they stand before all of it.
-    Without soft tokens it is of no matter: the model then reads each prompt in one piece.
+    `soft_at` says how many characters of each prompt stand before soft tokens of the placement `prefix`; None = they
+    stand before all of it. Without soft tokens, or with those of the placement `suffix`, it is of no matter: the model
+    then reads each prompt in one piece.
 
     Attributes:
         identity: which model it is.
@@ -112,10 +113,22 @@ class Backend(Protocol):
         *,
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
+        labels: Sequence[str] = (),
     ) -> tuple[Tensor, Tensor]:
         """Return −log p of each target (end of text included) and its number of tokens, both (B,).
 
         Gradients reach `soft` and nothing else.
+
+        Args:
+            labels: the closed set that targets come from, if they will be scored against each other: where none begins
+                another, the end of text tells nothing and is left out.
+        """
+        ...
+
+    def keep(self, prompts: Sequence[str]) -> None:
+        """Read prompts ahead of the soft tokens behind them (`suffix`), and keep what the model makes of them.
+
+        A matter of speed alone: what is not kept is read when it is needed.
         """
         ...
 

@@ -1,31 +1,35 @@
-"""Frozen language models through transformers: decoder-only (with or without a chat template) and encoder-decoder.
+"""What the frozen language models of transformers share, whatever their kind.
 
-Soft tokens are spliced into the embedded prompt right before the user's text (PPlug, eq. 5: [I; P; x]), or at the place
-in it that `soft_at` names (retrieved texts stand in front of them in the paper's Table 3); what a chat template puts in
-front of the text stays in front. Nothing is added to the vocabulary.
+Soft tokens of the placement `prefix` are spliced into the embedded prompt right before the user's text (PPlug, eq. 5:
+[I; P; x]), or at the place in it that `soft_at` names (retrieved texts stand in front of them in the paper's Table 3);
+what a chat template puts in front of the text stays in front. With `suffix` they stand right before the answer, so that
+nothing in front of them depends on plug or user. Nothing is added to the vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from personaplug import processes
 from personaplug.backends.base import Generation, GenerationConfig, Measure, pad
+from personaplug.backends.kept_prompts import Ids, KeptPrompts, Layout, Room, find_room
 from personaplug.backends.rendering import Renderer
-from personaplug.errors import MissingModel
-from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, splice
-from personaplug.weights import LLMIdentity, find_model, fingerprint, quiet_unless_terminal, revision_of
+from personaplug.memory import free_memory
+from personaplug.progress import Progress
+from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind, splice
+from personaplug.weights import LLMIdentity, fingerprint
 
 logger = logging.getLogger(__name__)
 
-_LABEL_ROWS = 64  # rows of (sample, label) that are scored at once; bounds the copies of the prompt's cache
+_READ_TOKENS = 4096  # of prompts that are read together, padding included
 
 
 class HFBackend:
@@ -38,6 +42,8 @@ class HFBackend:
         revision: the hub's commit, where known.
         max_prompt_tokens: longest prompt; longer texts are cut at the end and counted.
         padding_side: where the shorter prompts of a loss are padded; generation always pads left.
+        keep_prompts: where `keep` keeps prompts: auto, memory, disk or nowhere.
+        keep_bytes: at most; 0 = half of what is free there.
     """
 
     encoder_decoder = False
@@ -51,6 +57,8 @@ class HFBackend:
         revision: str | None = None,
         max_prompt_tokens: int = 512,
         padding_side: str = "left",
+        keep_prompts: str = "auto",
+        keep_bytes: int = 0,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.renderer = Renderer(tokenizer, max_tokens=max_prompt_tokens, encoder_decoder=self.encoder_decoder)
@@ -60,6 +68,8 @@ class HFBackend:
         self.identity = LLMIdentity(name, revision, fingerprint(model), self._width())
         self.embedding_scale = self._measure_scale()
         self.dtype = str(model.dtype).removeprefix("torch.")
+        self._keeping = (keep_prompts, keep_bytes)
+        self._kept: KeptPrompts | None = None
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +90,57 @@ class HFBackend:
         """Return the longest beginning of a text that is at most so many tokens; see `Renderer.cut`."""
         return self.renderer.cut(text, tokens)
 
+    def room_for(self, tokens: int) -> Room:
+        """Say where prompts of so many tokens together would be kept, and why; see `Backend.keep`."""
+        layout, (wanted, limit) = self._layout(), self._keeping
+        if layout is None:
+            return Room("nowhere", 0, "not kept: this model's own cache does not allow it")
+        shared = {"memory": free_memory(), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
+        free = {place: size // processes.here() for place, size in shared.items()}
+        if self.device.type == "cuda":
+            free = {"gpu": torch.cuda.mem_get_info(self.device)[0], **free}
+        return find_room(tokens * layout.bytes, wanted=wanted, limit=limit // processes.here(), free=free)
+
+    def keep(self, prompts: Sequence[str]) -> None:
+        """Read prompts ahead of the soft tokens behind them, and keep what the model makes of them.
+
+        Those kept for others are let go. In equal calls equal prompts are read together, whatever came between, so that
+        rounding is the same.
+        """
+        wanted = list(dict.fromkeys(row.ids for row in self.renderer.prompts(prompts)))
+        if self._kept is not None and all(ids in self._kept for ids in wanted):
+            return
+        self._kept = None
+        room, layout = self.room_for(sum(map(len, wanted))), self._layout()
+        logger.info("%d prompts: %s", len(wanted), room.reason)
+        if layout is None or room.place == "nowhere":
+            return
+        self._kept = KeptPrompts(layout, room=room, device=self.device)
+        with Progress("read prompts", total=len(wanted), unit="prompts") as progress:
+            for together in _by_length(wanted):
+                together = [ids for ids in together if self._kept.fits(len(ids))]
+                for ids, states in zip(together, self._read(together), strict=True):
+                    if self._kept.fits(len(ids)):
+                        self._kept.put(ids, states)
+                progress.advance(len(together))
+
+    def _states(self, rows: Sequence[Ids]) -> list[Tensor]:
+        """What the model makes of each prompt, kept or read now; each (parts, heads, n, width)."""
+        kept = {ids: self._kept.get(ids) if self._kept is not None else None for ids in rows}
+        missing = [ids for ids, states in kept.items() if states is None]
+        found = {ids: states for ids, states in kept.items() if states is not None}
+        for together in _by_length(missing):
+            found.update(zip(together, self._read(together), strict=True))
+        return [found[ids] for ids in rows]
+
+    def _layout(self) -> Layout | None:
+        """Of the states of a prompt; None where they cannot be used apart from it."""
+        raise NotImplementedError
+
+    def _read(self, rows: Sequence[Ids]) -> list[Tensor]:
+        """The states of some prompts, without gradients, each (parts, heads, n, width)."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def generate(
         self,
@@ -91,12 +152,16 @@ class HFBackend:
     ) -> list[Generation]:
         """Answer each prompt with new text only; see `Backend.generate`."""
         batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side="left")
+        rows = self._generated(config, inputs_embeds=batch.embeds, attention_mask=batch.mask)
+        return [self._generation(row, end=self._end_ids()) for row in rows]
+
+    def _generated(self, config: GenerationConfig, **inputs: Any) -> list[list[int]]:
+        """Token ids as transformers generates them from some inputs."""
         end = self._end_ids()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            rows = self.model.generate(
-                inputs_embeds=batch.embeds,
-                attention_mask=batch.mask,
+            rows: list[list[int]] = self.model.generate(
+                **inputs,
                 max_new_tokens=config.max_new_tokens,
                 num_beams=config.num_beams,
                 do_sample=config.do_sample,
@@ -106,7 +171,7 @@ class HFBackend:
                 eos_token_id=end,
                 pad_token_id=end[0],
             ).tolist()
-        return [self._generation(row, end=end) for row in rows]
+        return rows
 
     def _generation(self, row: list[int], *, end: list[int]) -> Generation:
         # An encoder-decoder's answer opens with its start token, which is no end even where it has the same id.
@@ -129,8 +194,8 @@ class HFBackend:
         answers: Sequence[Sequence[int]] | None = None,
     ) -> Spliced:
         """Embed, pad and splice; with `answers` (decoder-only) they follow their prompts and are the labels."""
-        no_soft = soft is None or soft.vectors.shape[1] == 0
-        rows = self.renderer.prompts(prompts, None if no_soft else soft_at)
+        no_place = soft is None or soft.vectors.shape[1] == 0 or is_behind(soft)
+        rows = self.renderer.prompts(prompts, None if no_place else soft_at)
         tails: Sequence[Sequence[int]] = answers if answers is not None else [()] * len(rows)
         ids = pad([(*row.ids, *tail) for row, tail in zip(rows, tails, strict=True)], fill=0, side=side)
         mask = pad([[1] * (len(row.ids) + len(tail)) for row, tail in zip(rows, tails, strict=True)], fill=0, side=side)
@@ -138,7 +203,7 @@ class HFBackend:
         if answers is not None:
             wanted = [[IGNORED] * len(row.ids) + list(tail) for row, tail in zip(rows, tails, strict=True)]
             labels = pad(wanted, fill=IGNORED, side=side).to(self.device)
-        at = torch.tensor([row.at for row in rows])
+        at = torch.tensor([len(row.ids) if is_behind(soft) else row.at for row in rows])
         return splice(self.embed(ids.to(self.device)), mask.to(self.device), soft=soft, at=at, labels=labels)
 
     @torch.no_grad()
@@ -151,196 +216,19 @@ class HFBackend:
         return int(self.embed.weight.shape[1])
 
 
-class DecoderOnlyBackend(HFBackend):
-    """Models that read prompt and answer in one stream (Llama, GPT-NeoX, Qwen, Gemma, …)."""
-
-    def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
-        super().__init__(model, tokenizer, **settings)
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._takes_keep = "logits_to_keep" in accepted
-
-    def loss(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return −log p of each target and its number of tokens, both (B,); see `Backend.loss`."""
-        answers = [self.renderer.answer(target) for target in targets]
-        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side, answers=answers)
-        assert batch.labels is not None
-        first = int((batch.labels != IGNORED).int().argmax(dim=1).min())
-        # The logits at position t predict the token at t + 1.
-        logits = self._logits(batch, columns=torch.arange(first - 1, batch.labels.shape[1] - 1))
-        return _token_loss(logits, batch.labels[:, first:])
-
-    @torch.no_grad()
-    def score(
-        self,
-        prompts: Sequence[str],
-        labels: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Return (B, C) log-probabilities; the prompt is read once, the labels from its cache."""
-        answers = self.renderer.answers(labels)
-        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side="left")
-        last = torch.tensor([batch.embeds.shape[1] - 1])
-        if all(len(answer) == 1 for answer in answers):
-            return _log_softmax(self._logits(batch, columns=last)[:, -1])[:, [a[0] for a in answers]]
-        out = self.model(
-            inputs_embeds=batch.embeds,
-            attention_mask=batch.mask,
-            use_cache=True,
-            **self._options(batch.positions, last),
-        )
-        first = _log_softmax(out.logits[:, -1])
-        step = max(1, _LABEL_ROWS // len(prompts))
-        parts = [
-            self._continue(out.past_key_values, first, batch=batch, answers=answers[start : start + step])
-            for start in range(0, len(answers), step)
-        ]
-        return torch.cat(parts, dim=1)
-
-    def _continue(self, cache: Any, first: Tensor, *, batch: Spliced, answers: list[list[int]]) -> Tensor:
-        """Log-probability of some answers after a cached prompt, (B, len(answers)).
-
-        Args:
-            cache: keys and values of the prompt, left as they are.
-            first: (B, V) log-probabilities of the first token.
-        """
-        size, several = first.shape[0], len(answers)
-        ids = pad(answers, fill=0, side="right").to(self.device)  # (c, L)
-        real = pad([[1] * len(a) for a in answers], fill=0, side="right").to(self.device)
-        total = first[:, ids[:, 0]]
-        if ids.shape[1] == 1:
-            return total
-        again = copy.deepcopy(cache)
-        again.batch_repeat_interleave(several)
-        offset = batch.mask.sum(dim=1, keepdim=True).repeat_interleave(several, dim=0)
-        positions = offset + torch.arange(ids.shape[1] - 1, device=self.device)
-        out = self.model(
-            inputs_embeds=self.embed(ids[:, :-1]).repeat(size, 1, 1),
-            attention_mask=torch.cat(
-                [batch.mask.repeat_interleave(several, dim=0), real[:, :-1].repeat(size, 1)], dim=1
-            ),
-            past_key_values=again,
-            use_cache=True,
-            **({"position_ids": positions} if self._takes_positions else {}),
-        )
-        wanted = ids[:, 1:].repeat(size, 1).unsqueeze(-1)
-        each = _log_softmax(out.logits).gather(-1, wanted).squeeze(-1) * real[:, 1:].repeat(size, 1)
-        return total + each.sum(dim=1).view(size, several)
-
-    def _logits(self, batch: Spliced, *, columns: Tensor) -> Tensor:
-        """(B, len(columns), V) logits at some columns only; the vocabulary is wide, most columns have no label."""
-        out = self.model(
-            inputs_embeds=batch.embeds,
-            attention_mask=batch.mask,
-            use_cache=False,
-            **self._options(batch.positions, columns),
-        )
-        logits: Tensor = out.logits
-        return logits if self._takes_keep else logits[:, columns.to(logits.device)]
-
-    def _options(self, positions: Tensor, columns: Tensor) -> dict[str, Tensor]:
-        # A tensor of columns, not their number: the slice that a number makes is strided, and torch then multiplies
-        # row by row with a copy of the whole head for each (measured: 1.1 s instead of 0.01 s a batch).
-        given = {"position_ids": positions} if self._takes_positions else {}
-        return {**given, "logits_to_keep": columns.to(self.device)} if self._takes_keep else given
+def _by_length(rows: Sequence[Ids]) -> Iterator[list[Ids]]:
+    """Prompts of like length together, the longest first, as many as make `_READ_TOKENS` with their padding."""
+    group: list[Ids] = []
+    for ids in sorted(rows, key=len, reverse=True):
+        if group and len(group[0]) * (len(group) + 1) > _READ_TOKENS:
+            yield group
+            group = []
+        group.append(ids)
+    if group:
+        yield group
 
 
-class EncoderDecoderBackend(HFBackend):
-    """Models whose encoder reads the prompt and whose decoder writes the answer (T5, the paper's FlanT5)."""
-
-    encoder_decoder = True
-
-    def loss(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return −log p of each target and its number of tokens, both (B,); see `Backend.loss`."""
-        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
-        labels = pad([self.renderer.answer(t) for t in targets], fill=IGNORED, side="right").to(self.device)
-        logits = self.model(inputs_embeds=batch.embeds, attention_mask=batch.mask, labels=labels).logits
-        return _token_loss(logits, labels)
-
-    @torch.no_grad()
-    def score(
-        self,
-        prompts: Sequence[str],
-        labels: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Return (B, C) log-probabilities; the encoder reads the prompt once."""
-        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
-        states = self.model.get_encoder()(inputs_embeds=batch.embeds, attention_mask=batch.mask)
-        columns = []
-        for answer in self.renderer.answers(labels):
-            wanted = torch.tensor([answer] * len(prompts), device=self.device)
-            logits = self.model(encoder_outputs=states, attention_mask=batch.mask, labels=wanted).logits
-            columns.append(-_token_loss(logits, wanted)[0])
-        return torch.stack(columns, dim=1)
-
-
-def load_hf(
-    name: str, *, dtype: str = "auto", device: str = "cpu", max_prompt_tokens: int = 512
-) -> DecoderOnlyBackend | EncoderDecoderBackend:
-    """Load a frozen language model from a hub name or a local folder.
-
-    Args:
-        name: see `personaplug.weights.find_model` for the places that are looked at.
-        dtype: auto, float32, bfloat16 or float16; see `choose_dtype`.
-        device: a torch device.
-        max_prompt_tokens: longest prompt.
-    Raises:
-        MissingModel: if it is found nowhere, or what is found is no language model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-
-    folder = find_model(name)
-    chosen, why = choose_dtype(dtype, device=device)
-    logger.info("language model %s in %s (%s)", name, str(chosen).removeprefix("torch."), why)
-    try:
-        settings = AutoConfig.from_pretrained(folder)
-        two_halves = bool(settings.is_encoder_decoder)
-        family: Any = AutoModelForSeq2SeqLM if two_halves else AutoModelForCausalLM
-        with quiet_unless_terminal():
-            model = family.from_pretrained(folder, dtype=chosen, **_attention(chosen, device=device)).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise MissingModel(name, tried=[f"{folder}, where transformers says: {str(error).splitlines()[0]}"]) from error
-    kind = EncoderDecoderBackend if two_halves else DecoderOnlyBackend
-    return kind(model, tokenizer, name=name, revision=revision_of(folder), max_prompt_tokens=max_prompt_tokens)
-
-
-def choose_dtype(name: str, *, device: str) -> tuple[torch.dtype, str]:
-    """The number format, and why; `auto` asks the hardware."""
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.startswith("cuda"):
-        supported = torch.cuda.is_bf16_supported()
-    else:
-        supported = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return (torch.bfloat16, "the hardware multiplies in it") if supported else (torch.float32, "no fast bfloat16 here")
-
-
-def _attention(dtype: torch.dtype, *, device: str) -> dict[str, str]:
-    # torch's fused attention in bfloat16 on a CPU has a slow backward pass; the plain one takes two thirds of the time.
-    return {"attn_implementation": "eager"} if device == "cpu" and dtype == torch.bfloat16 else {}
-
-
-def _token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of −log p over each row's labels (eq. 6), and how many there are.
 
     Args:
@@ -351,5 +239,5 @@ def _token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return each.sum(dim=1), (labels != IGNORED).sum(dim=1)
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+def log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)

@@ -118,6 +118,15 @@ class Renderer:
         clash = any(a == b[: len(a)] for i, a in enumerate(bare) for j, b in enumerate(bare) if i != j)
         return [self.answer(label) for label in labels] if clash else bare
 
+    def targets(self, texts: Sequence[str], *, labels: Sequence[str] = ()) -> list[list[int]]:
+        """Tokenize answers to be trained on; those of a closed set as `answers` does, so that they are also scored so.
+
+        Args:
+            labels: the closed set that the texts are from; what is none of them is open text.
+        """
+        closed = dict(zip(labels, self.answers(labels), strict=True)) if labels else {}
+        return [closed[text] if text in closed else self.answer(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         """New tokens as text, without special tokens and outer white space."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from personaplug.backends.hf import DecoderOnlyBackend
+from personaplug.backends.decoder_only import DecoderOnlyBackend
 
 _END = "<|end|>"
 
@@ -25,7 +25,7 @@ def toy_tokenizer() -> Any:
     return kind(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
 
 
-def load_toy(*, seed: int = 0, max_prompt_tokens: int = 512) -> DecoderOnlyBackend:
+def load_toy(*, seed: int = 0, **settings: Any) -> DecoderOnlyBackend:
     """Two Llama layers of width 32 with weights drawn by `seed`, in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,4 +47,4 @@ def load_toy(*, seed: int = 0, max_prompt_tokens: int = 512) -> DecoderOnlyBacke
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(shape)
-    return DecoderOnlyBackend(model, tokenizer, name=f"toy:{seed}", max_prompt_tokens=max_prompt_tokens)
+    return DecoderOnlyBackend(model, tokenizer, name=f"toy:{seed}", **settings)

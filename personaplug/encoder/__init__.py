@@ -1,4 +1,4 @@
-"""Encoders of texts: what one is (`base`), and the interchangeable ones (`text`, `hashing`)."""
+"""Encoders of texts: what one is (`base`), and the interchangeable ones (`text`, sped up by `bulk`; `hashing`)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def open_encoder(
     query_prompt: str | None = None,
     document_prompt: str | None = None,
     max_length: int | None = None,
+    engine: str = "torch",
 ) -> Encoder:
     """Open an encoder by name.
 
@@ -30,8 +31,10 @@ def open_encoder(
         query_prompt: in front of queries; None = the model's own.
         document_prompt: in front of items; None = the model's own.
         max_length: cut texts to this many tokens; None = the model's own limit.
+        engine: what encodes many texts: `torch`, `openvino` or `auto` (see `TextEncoder`); `hash` needs none.
     Raises:
         BadConfig: if a setting is out of range.
+        MissingExtra: if the engine asked for is not installed.
         MissingModel: if the model is nowhere to be found.
     """
     if spec == "hash" or spec.startswith("hash:"):
@@ -43,6 +46,7 @@ def open_encoder(
         query_prompt=query_prompt,
         document_prompt=document_prompt,
         max_length=max_length,
+        engine=engine,
     )
 
 

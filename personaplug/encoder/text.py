@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personaplug.encoder.base import EncoderIdentity, QueryEncoder, Vectors, in_length_order, to_numpy
-from personaplug.errors import BadConfig, MissingModel
+import personaplug.encoder.bulk as bulk
+from personaplug.encoder.base import EncoderIdentity, QueryEncoder, Vectors, to_numpy
+from personaplug.errors import BadConfig, MissingExtra, MissingModel
 from personaplug.weights import find_model, fingerprint, quiet_unless_terminal, revision_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+ENGINES = ("torch", "openvino", "auto")
+
+# Making OpenVINO's copy of a model takes as long as torch takes for some hundred texts: not for one user's few items.
+BULK = 128
+
+# Tokens for each text of a batch: a CPU's caches hold a thousand or so at once, a GPU wants many.
+_TOKENS_PER_TEXT = {"cpu": 16}
+_TOKENS_PER_TEXT_ELSEWHERE = 256
+
+# A tokenizer's answer takes a hundred times the bytes of the lengths that are kept of it.
+_MEASURED_AT_ONCE = 256
+
+# Of different lengths, one too long for most models; single words lose most in bfloat16.
+_PROBES = (
+    ["The Café's 3 RED dogs; naïve, ПРИВЕТ 你好 🙂", "", "title: Alien score: 5"],
+    ["a slow film about whales, and a quick one about the sea " * 60],
+    [
+        "5",
+        "great",
+        "haha",
+        "it...",
+        "welcome",
+        "Six Feet Under",
+        "It begins and ends with a question that nobody answers. " * 3,
+    ],
+)
 
 
 class TextEncoder:
@@ -38,6 +69,7 @@ class TextEncoder:
         query_prompt: str | None = None,
         document_prompt: str | None = None,
         max_length: int | None = None,
+        engine: str = "torch",
     ) -> None:
         """Load the model.
 
@@ -48,10 +80,14 @@ class TextEncoder:
             query_prompt: in front of queries; None = the model's own, which may be empty.
             document_prompt: in front of items; None = the model's own.
             max_length: cut texts to this many tokens, special ones included; None = the model's own limit.
+            engine: what `encode` runs many texts on: `torch`; `openvino`; `auto` = openvino on a CPU where it is
+                installed, faster, and gives the same vectors for a few texts. Queries always run on torch.
         Raises:
             MissingModel: if the model is nowhere to be found, or is no text encoder.
-            BadConfig: if `max_length` is beyond what the model can read.
+            MissingExtra: if OpenVINO is asked for by name and not installed.
+            BadConfig: if `max_length` is beyond what the model can read, or `openvino` is asked for off the CPU.
         """
+        self._engine = _checked_engine(engine, device=device)
         folder = find_model(name)
         self._model = _load(folder, name=name, device=device, dtype=dtype)
         self._limit(max_length)
@@ -72,28 +108,80 @@ class TextEncoder:
         self.truncated = 0
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
-        """Return (n, E) float32 unit vectors of documents, in the order given."""
+        """Return (n, E) float32 unit vectors of documents, in the order given; a text given twice is encoded once.
+
+        Args:
+            texts: any number; of each only its length and its vector are held besides.
+            batch_size: short texts that run at once; of longer ones fewer, so that memory stays the same.
+        Raises:
+            UserError: if OpenVINO is asked for by name and cannot run this model.
+        """
+        times = Counter(texts)
+        distinct = list(times)
+        lengths = self._lengths(distinct)
+        limit = self.identity.max_length
+        if limit is not None:
+            self.truncated += sum(times[text] for text, length in zip(distinct, lengths, strict=True) if length > limit)
+            lengths = [min(length, limit) for length in lengths]
+        vectors = np.zeros((len(distinct), self.width), dtype=np.float32)
+        in_bulk = self._bulk if len(distinct) >= BULK else None
         with torch.inference_mode():
-            return in_length_order(texts, self._batch, batch_size=batch_size, width=self.width)
+            batches = self._batches(distinct, lengths, tokens=batch_size * self._tokens_per_text)
+            if in_bulk:
+                in_bulk.encode_into(vectors, batches)
+            else:
+                for places, features in batches:
+                    vectors[places] = to_numpy(_embed(self._model, features, task="document"))
+        row = {text: place for place, text in enumerate(distinct)}
+        return vectors[[row[text] for text in texts]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # OpenVINO's copy of the model belongs to this process; another one makes its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_bulk"}
 
     def query_encoder(self) -> QueryEncoder:
         """A trainable float32 copy that puts the query prompt in front; in eval mode until told to train."""
         return _TextQueryEncoder(copy.deepcopy(self._model), identity=self.identity)
 
-    def _batch(self, texts: Sequence[str]) -> Vectors:
-        features = _features(self._model, texts, prompt=self.identity.prompt, task="document")
-        self.truncated += self._cut(texts, features)
-        return to_numpy(_embed(self._model, features, task="document"))
+    @cached_property
+    def _bulk(self) -> bulk.BulkModel | None:
+        """OpenVINO's copy of the model, made when first needed; None = torch encodes everything."""
+        if self._engine == "torch":
+            return None
+        probes = [_features(self._model, texts, prompt=self.identity.prompt, task="document") for texts in _PROBES]
+        embed = partial(_embed, task="document")
+        return bulk.open_bulk(self._model, embed, probes=probes, required=self._engine == "openvino")
 
-    def _cut(self, texts: Sequence[str], features: dict[str, Tensor]) -> int:
-        """How many texts lost their end; only rows as long as the limit may have, so others go unmeasured."""
-        limit, mask = self.identity.max_length, features.get("attention_mask")
-        if limit is None or mask is None or mask.shape[1] < limit:
-            return 0
-        full = torch.nonzero(mask.sum(dim=1) >= limit).flatten().tolist()
-        whole = [self.identity.prompt + _encodable(texts[i]) for i in full]
-        ids = self._uncut(whole, truncation=False, verbose=False)["input_ids"] if whole else []
-        return sum(len(row) > limit for row in ids)
+    @property
+    def _tokens_per_text(self) -> int:
+        return _TOKENS_PER_TEXT.get(self._model.device.type, _TOKENS_PER_TEXT_ELSEWHERE)
+
+    def _batches(
+        self, texts: Sequence[str], lengths: Sequence[int], *, tokens: int
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Places and features of texts of like length, padding included at most so many tokens, longest first.
+
+        In that order memory runs out at once or never.
+        """
+        order = sorted(range(len(texts)), key=lambda place: -lengths[place])
+        while order:
+            size = max(1, tokens // max(1, lengths[order[0]]))
+            places, order = order[:size], order[size:]
+            own = [texts[place] for place in places]
+            yield places, _features(self._model, own, prompt=self.identity.prompt, task="document")
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text before anything is cut, prompt and special ones included."""
+        from transformers import PreTrainedTokenizerBase
+
+        whole = [self.identity.prompt + _encodable(text) for text in texts]
+        if not isinstance(self._uncut, PreTrainedTokenizerBase):
+            return [len(text) for text in whole]  # models of words, which cut nothing
+        measured = []
+        for start in range(0, len(whole), _MEASURED_AT_ONCE):
+            found = self._uncut(whole[start : start + _MEASURED_AT_ONCE], truncation=False, verbose=False)
+            measured += [len(row) for row in found["input_ids"]]
+        return measured
 
     def _limit(self, max_length: int | None) -> None:
         if max_length is None:
@@ -119,6 +207,18 @@ class _TextQueryEncoder(QueryEncoder):
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         return _embed(self.model, features, task="query")
+
+
+def _checked_engine(engine: str, *, device: str) -> str:
+    """The engine to use where OpenVINO is looked for: `auto` becomes `torch` where there is nothing to try."""
+    if engine not in ENGINES:
+        raise BadConfig(f"An encoder's engine is one of {', '.join(ENGINES)}; found {engine!r}.")
+    on_cpu = torch.device(device).type == "cpu"
+    if engine == "openvino" and not on_cpu:
+        raise BadConfig(f"encoder_engine=openvino runs on the CPU; the device is {device}. Use torch or auto.")
+    if engine == "openvino" and not bulk.installed():
+        raise MissingExtra("encoder_engine=openvino", extra="fast")
+    return engine if engine != "auto" or (on_cpu and bulk.installed()) else "torch"
 
 
 def _load(folder: object, *, name: str, device: str, dtype: torch.dtype) -> SentenceTransformer:

@@ -69,13 +69,19 @@ class ReferenceObjective(PlugObjective):
         longest = max(map(len, answers))
         fixed = PROMPT - soft.shape[1] - longest
         rows = [ids[:fixed] for ids in prompts]
-        mask = torch.tensor([[0] * (fixed - len(row)) + [1] * (PROMPT - fixed + len(row)) for row in rows])
+        padding = [fixed - len(row) for row in rows]
+        mask = torch.tensor([[1] * soft.shape[1] + [0] * n + [1] * (PROMPT - soft.shape[1] - n) for n in padding])
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         text = backend.embed(torch.tensor([[0] * (fixed - len(row)) + list(row) for row in rows]))
         wanted = pad(answers, fill=IGNORED, side="right")
         embeds = torch.cat([soft.to(text.dtype), text, backend.embed(wanted.clamp(min=0))], dim=1)
         columns = torch.arange(PROMPT - longest - 1, PROMPT - 1)
         logits = backend.model(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=columns
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=columns,
         ).logits
         each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="sum")
         return each, (wanted != IGNORED).sum()
@@ -282,26 +288,22 @@ def _evaluation(
     """Samples per second that are answered by scoring labels (or written), the first time and with kept prompts."""
     found: dict[str, float] = {}
     print("\nevaluation, samples/s")
-    for name in ("b prefix", "c suffix"):
-        way = Way(name, run, models, table=table, settings=settings)
+    models.backend.let_go()
+    for title in ("b prefix", "c suffix", "c suffix, prompts kept"):
+        way = Way(title.partition(",")[0], run, models, table=table, settings=settings)
         personalizer = Personalizer(way.plug.eval(), table=table)
-        for again in (False, True) if name.startswith("c") else (False,):
-            if not again:
-                models.backend.keep([])
-            else:
-                models.backend.keep([sample.prompt for sample in samples])
-            answers = answer(
-                models.backend,
-                samples,
-                prompter=personalizer,
-                task=run.task,
-                decoding="score" if run.task.labels else "generate",
-                generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),
-                batch_size=run.config.evaluation.evaluation_batch_size,
-            )
-            title = name + (", prompts kept" if again else "")
-            found[title] = len(samples) / answers.seconds
-            print(f"{title:<24}{found[title]:>8.1f}")
+        began = time.monotonic()
+        answer(
+            models.backend,
+            samples,
+            prompter=personalizer,
+            task=run.task,
+            decoding="score" if run.task.labels else "generate",
+            generation=GenerationConfig(max_new_tokens=run.task.max_new_tokens),
+            batch_size=run.config.evaluation.evaluation_batch_size,
+        )
+        found[title] = len(samples) / (time.monotonic() - began)
+        print(f"{title:<24}{found[title]:>8.1f}")
     return found
 
 

@@ -39,7 +39,7 @@ class Aggregator(nn.Module):
                 f"{sum(lengths)}."
             )
         users = zip(query, per_user(items, lengths), strict=True)
-        return torch.cat([torch.softmax(self.scores(one, own).to(query.dtype), dim=0) for one, own in users])
+        return torch.cat([torch.softmax(self.scores(one, own.to(query.dtype)), dim=0) for one, own in users])
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
         """Return (n,) scores of one user's (n, E) items for a query (E,), before the softmax."""
@@ -62,7 +62,7 @@ class DotAttention(Aggregator):
         self.temperature = temperature
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
-        return torch.mv(items, query.to(items.dtype)) / self.temperature
+        return torch.mv(items, query) / self.temperature
 
 
 class MeanAggregator(Aggregator):

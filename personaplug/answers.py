@@ -61,12 +61,15 @@ def answer(
         prompter: makes the soft tokens; None = the bare model.
         decoding: "score" takes the likeliest of the task's labels, "generate" writes text.
     """
+    if decoding == "score" and prompter is not None and prompter.placement == "suffix":
+        # Rows of one table ask the same of other histories: what stands ahead of the soft tokens is read once for all,
+        # which is the table's time and not that of the row that comes first.
+        backend.keep([sample.prompt for sample in samples])
+    elif decoding == "generate":
+        backend.let_go()
     reset_peak_memory()
     began = time.monotonic()
     texts, unfinished = [""] * len(samples), [False] * len(samples)
-    if decoding == "score" and prompter is not None and prompter.placement == "suffix":
-        # Rows of one table ask the same of other histories: what stands ahead of the soft tokens is read once for all.
-        backend.keep([sample.prompt for sample in samples])
     order = np.argsort([-len(sample.prompt) for sample in samples], kind="stable")
     with Progress(title, total=len(samples), unit="answers") as progress:
         for start in range(0, len(order), batch_size):

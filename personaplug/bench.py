@@ -21,7 +21,7 @@ from typing import Any
 
 from personaplug.cells import Cell, CellFile, Scored
 from personaplug.conditions import Condition
-from personaplug.config import Config, ModelConfig
+from personaplug.config import BEFORE, Config, ModelConfig
 from personaplug.data import load_task, open_dataset
 from personaplug.errors import BadConfig, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
 from personaplug.evaluation import Evaluation, settings_of, with_remarks
@@ -29,7 +29,7 @@ from personaplug.experiment import Experiment
 from personaplug.files import write_json
 from personaplug.recipes import Trainings
 from personaplug.results import Settings, results_object, thirds, with_slices
-from personaplug.run import Models, Run, machine, open_models, versions
+from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, versions
 
 logger = logging.getLogger(__name__)
 
@@ -235,9 +235,14 @@ class _Table:
 
     def _key(self, condition: Condition, seed: int, shown: int) -> str:
         about = asdict(self.config)
-        about["training"].pop("seeds")
-        about["model"].pop("device")
-        about["evaluation"].pop("resamples")
+        for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
+            section, _, key = name.partition(".")
+            about[section].pop(key)
+        for name, meaning in BEFORE.items():
+            # Cells from before there was a choice stay what they are.
+            section, _, key = name.partition(".")
+            if about[section][key] == meaning:
+                about[section].pop(key)
         parts = [about, self._data_key, condition.name, seed, shown]
         return _hash(parts)
 

@@ -124,8 +124,8 @@ class TrainingConfig:
     )
     answer_end: str = _option(
         "auto",
-        "whether answers are trained with the end of text behind them: always (the paper); auto = not where a closed "
-        "set of labels is scored that cannot be confused without it",
+        "whether answers are trained with the end of text behind them: always (the paper; needed where labels shall be "
+        "written, decoding=generate); auto = not the labels of a closed set, which are scored",
         choices=("auto", "always"),
     )
     pass_tokens: int = _option(
@@ -229,6 +229,9 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+
+BEFORE = {"plug.placement": "prefix", "training.answer_end": "always"}
+"""What runs and results did whose settings were written down before there was this choice."""
 
 _IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 

@@ -82,6 +82,8 @@ class PlugObjective:
         self.behind = plug.config.placement == "suffix"
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
+        """Read prompts and frozen queries once, all in an order of their own, so that rounding is that of any start."""
+        self.personalizer.plug.remember([sample.query for sample in samples])
         if self.behind:
             self.backend.keep([sample.prompt for sample in samples])
 
@@ -102,7 +104,7 @@ class PlugObjective:
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         """Behind a prompt, soft tokens and answer; of the prompt only keys and values are held."""
         whole = self.lengths(samples)
-        if not self.behind:
+        if not self.behind or not self.backend.reads_apart():
             return whole
         soft = self.personalizer.plug.config.instruction_tokens + self.personalizer.plug.config.persona_tokens
         prompts = [found.tokens for found in self.backend.measure([sample.prompt for sample in samples])]
@@ -137,10 +139,18 @@ class LoraObjective:
 
     unit = "token"
 
-    def __init__(self, adapters: LowRankAdapters, backend: Backend, *, config: AdapterConfig) -> None:
+    def __init__(
+        self, adapters: LowRankAdapters, backend: Backend, *, config: AdapterConfig, labels: Sequence[str] = ()
+    ) -> None:
+        """Train matrices inside a model.
+
+        Args:
+            labels: as for a plug.
+        """
         self.module = adapters.module(TASK)
         self.device = next(self.module.parameters()).device
         self.adapters, self.backend, self.rate = adapters, backend, config.lora_learning_rate
+        self.labels = tuple(labels)
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Nothing: the matrices change what the model makes of every prompt."""
@@ -148,7 +158,7 @@ class LoraObjective:
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
         with self.adapters.active(TASK):
-            losses, tokens = self.backend.loss(prompts, targets, soft=None)
+            losses, tokens = self.backend.loss(prompts, targets, soft=None, labels=self.labels)
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:

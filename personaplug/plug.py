@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from personaplug.aggregators import build_aggregator, per_user
-from personaplug.config import Config, PlugConfig, with_values
+from personaplug.config import BEFORE, Config, PlugConfig, with_values
 from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text, written_file
@@ -116,14 +116,18 @@ class QueryHead(nn.Module):
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """(B, E) unit vectors; each text is encoded once and its frozen vector remembered."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if missing:
-            if len(self._known) + len(missing) > _KNOWN_QUERIES:
-                self._known.clear()
-                missing = list(dict.fromkeys(texts))
-            self._known.update(zip(missing, torch.from_numpy(self._frozen[0].encode(missing)), strict=True))
+        self.remember(texts)
         vectors = torch.stack([self._known[text] for text in texts])
         return nn.functional.normalize(self.linear(vectors.to(self.linear.weight.device)), dim=-1)
+
+    def remember(self, texts: Sequence[str]) -> None:
+        """Encode what is not known yet; beyond a bound, what was known is forgotten first."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if missing and len(self._known) + len(missing) > _KNOWN_QUERIES:
+            self._known.clear()
+            missing = list(dict.fromkeys(texts))
+        if missing:
+            self._known.update(zip(missing, torch.from_numpy(self._frozen[0].encode(missing)), strict=True))
 
 
 class PersonaPlug(nn.Module):
@@ -185,26 +189,25 @@ class PersonaPlug(nn.Module):
         """
         vectors = history.vectors.to(self.item_dtype)
         hidden = self.projector.hidden(vectors, answers=history.answers)
-        weights = self._weights(queries, vectors, lengths=history.lengths).to(hidden.dtype)
+        weights = self.weights(queries, history).to(hidden.dtype)
         users = zip(per_user(weights, history.lengths), per_user(hidden, history.lengths), strict=True)
         summed = self.projector.out(torch.stack([own @ items for own, items in users]).to(self.population.dtype))
         empty = torch.tensor([length == 0 for length in history.lengths], device=summed.device)
         return torch.where(empty[:, None, None], self.population, summed)
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """w of eq. 3, (M,): how much each item counts for its query."""
-        return self._weights(queries, history.vectors.to(self.item_dtype), lengths=history.lengths)
+        """w of eq. 3, (M,): how much each item counts for its query; in float32, since a low temperature magnifies."""
+        weights: Tensor = self.aggregator(self._query(queries), history.vectors, lengths=history.lengths)
+        return weights
 
     def computing_items_in(self, dtype: str) -> PersonaPlug:
         """Read histories in a backend's number format where that is bfloat16, else in float32; returns itself.
 
-        With a model in bfloat16 nothing is gained by more exact items, and 512 of them cost as much as the model.
+        A model in bfloat16 rounds the persona to it anyway, and in float32 512 items cost more than the model. The
+        weights of eq. 3 stay in float32.
         """
         self.item_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         return self
-
-    def _weights(self, queries: Sequence[str], vectors: Tensor, *, lengths: Sequence[int]) -> Tensor:
-        return self.aggregator(self._query(queries), vectors, lengths=lengths)  # type: ignore[no-any-return]
 
     def _query(self, queries: Sequence[str]) -> Tensor:
         """x of eq. 2, (B, E); a query that several rows share is encoded once."""
@@ -213,6 +216,11 @@ class PersonaPlug(nn.Module):
         vectors = encoder(distinct) if isinstance(encoder, QueryHead) else encoder(encoder.features(distinct))
         places = {text: place for place, text in enumerate(distinct)}
         return vectors[[places[text] for text in queries]]  # type: ignore[no-any-return]
+
+    def remember(self, queries: Sequence[str]) -> None:
+        """Encode queries ahead of their use, where the encoder is frozen."""
+        if self.config.persona_tokens and isinstance(self.query_encoder, QueryHead):
+            self.query_encoder.remember(queries)
 
     def save_pretrained(self, folder: str | Path, *, facts: dict[str, Any] | None = None) -> None:
         """Write the plug, its config and a model card; nothing of the models it belongs to.
@@ -277,7 +285,7 @@ def _read_about(folder: Path) -> tuple[dict[str, Any], Fitting]:
     try:
         about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         # Plugs from before there was a choice stand in front of the text.
-        version, config = about["format_version"], {"placement": "prefix", **about["config"]}
+        version, config = about["format_version"], {"placement": BEFORE["plug.placement"], **about["config"]}
         fitting = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {_CONFIG} is missing. A finished training writes one.") from error

@@ -40,7 +40,8 @@ def index() -> int:
 
 def here() -> int:
     """How many of them share this machine's memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if number() > 1 else 1
+    said = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
+    return next((int(count) for count in said if count), 1) if number() > 1 else 1
 
 
 def is_main() -> bool:

@@ -75,9 +75,8 @@ def build_plug(run: Run, models: Models, *, control: bool = False, seed: int) ->
 
 
 def closed_answers(run: Run) -> tuple[str, ...]:
-    """The labels that answers are trained as, without an end where none is needed; none where text is written."""
-    written = run.config.evaluation.decoding == "generate" or run.config.training.answer_end == "always"
-    return () if written else run.task.labels
+    """The labels that answers are trained as, without an end of text where none is needed."""
+    return run.task.labels if run.config.training.answer_end == "auto" else ()
 
 
 def instruction_only(config: PlugConfig) -> PlugConfig:
@@ -118,6 +117,8 @@ class Trainings:
             logger.info("%s (seed %d) is trained already", trained.name, seed)
             return folder
         reset_peak_memory()
+        if trained.kind in ("lora", "retriever"):
+            self.models.backend.let_go()
         if trained.kind == "lora":
             self._lora(trained, seed=seed)
         elif trained.kind == "retriever":
@@ -144,7 +145,7 @@ class Trainings:
         settings = self.run.config.adapter
         with LowRankAdapters.attach(self.models.backend, config=settings) as adapters:
             adapters.reset(TASK, seed=seed)
-            objective = LoraObjective(adapters, self.models.backend, config=settings)
+            objective = LoraObjective(adapters, self.models.backend, config=settings, labels=closed_answers(self.run))
             with adapters.trainable(TASK):
                 facts = self._fit(trained, objective, self.plain, seed=seed)
             state = adapters.state(TASK)

@@ -28,7 +28,7 @@ import numpy as np
 from personaplug.backends import choose_device, open_backend
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.encoder_decoder import EncoderDecoderBackend
-from personaplug.config import Config, load_config, to_yaml
+from personaplug.config import BEFORE, Config, load_config, to_yaml, with_values
 from personaplug.data.base import Reader, Task
 from personaplug.data.tasks import parse_task
 from personaplug.encoder import Encoder, open_encoder
@@ -130,7 +130,8 @@ class Run:
             ) from error
         task = parse_task(about["task"], source=str(folder / "run.json"))
         vectors = Path(about["vectors"]) if about.get("vectors") else folder / "vectors"
-        return cls(folder, load_config(folder / "config.yaml"), task, vectors)
+        config = load_config(folder / "config.yaml", base=with_values(Config(), BEFORE))
+        return cls(folder, config, task, vectors)
 
     def plug_folder(self, name: str, *, seed: int) -> Path:
         """Where what was trained under a name (a plug, its control, matrices, a retriever) is, for one seed."""

@@ -97,7 +97,7 @@ class _Fit:
         title: str,
     ) -> None:
         _check_targets(samples)
-        self.objective, self.module = objective, objective.module
+        self.objective, self.module, self.samples = objective, objective.module, samples
         self.config, self.seed, self.folder, self.title = config, seed, folder, title
         self.train, self.validation = hold_out(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
@@ -123,7 +123,7 @@ class _Fit:
             logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total)
         began = time.monotonic()
         with together():
-            self.objective.prepare([*self.train, *self.validation])
+            self.objective.prepare(self.samples)
         self.state.seconds += time.monotonic() - began
         with log, Progress(self.title, total=self.total, start=self.state.step, unit="steps") as progress:
             while self.state.step < self.total and not self._out_of_patience():

@@ -56,7 +56,7 @@ def test_spelled_soft_tokens_are_the_text(smollm: DecoderOnlyBackend, side: str)
         # The reference sees ids alone: no soft prompt, no padding.
         before = [*row.ids[: row.at], *ids.tolist(), *row.ids[row.at :]]
         answer = smollm.renderer.answer(target)
-        logits = smollm.model(input_ids=torch.tensor([before + answer])).logits[0, len(before) - 1 : -1]
+        logits = smollm.model(input_ids=torch.tensor([[*before, *answer]])).logits[0, len(before) - 1 : -1]
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 

@@ -153,7 +153,7 @@ def test_prompts_that_find_no_room_are_read_anew() -> None:
     assert len(backend._kept) == 2
     _close(_apart(backend, vectors), wanted)
     backend._keeping = ("nowhere", 0)
-    backend._kept = None
+    backend.let_go()
     backend.keep(PROMPTS)
     assert backend._kept is None
     _close(_apart(backend, vectors), wanted)
@@ -164,7 +164,7 @@ def test_prompts_kept_on_disk_are_the_same() -> None:
     vectors = _vectors(backend)
     backend.keep(PROMPTS)
     in_memory = _apart(backend, vectors)
-    backend._kept = None
+    backend.let_go()
     backend._keeping = ("disk", 0)
     backend.keep(PROMPTS)
     assert backend._kept.room.place == "disk"

@@ -125,6 +125,14 @@ class Backend(Protocol):
         """
         ...
 
+    def reads_apart(self) -> bool:
+        """Say whether prompts ahead of soft tokens (`suffix`) can be read by themselves, without gradients."""
+        ...
+
+    def let_go(self) -> None:
+        """Free what `keep` holds."""
+        ...
+
     def keep(self, prompts: Sequence[str]) -> None:
         """Read prompts ahead of the soft tokens behind them (`suffix`), and keep what the model makes of them.
 

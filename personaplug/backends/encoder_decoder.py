@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from personaplug.backends.base import Generation, GenerationConfig, pad
-from personaplug.backends.hf import HFBackend, token_loss
-from personaplug.backends.kept_prompts import Ids, Layout, padded_states
+from personaplug.backends.hf import HFBackend, log_softmax, token_loss
+from personaplug.backends.kept_prompts import Layout, padded_states
+from personaplug.backends.rendering import Ids
 from personaplug.soft_prompt import IGNORED, SoftPrompt, is_behind
 
 
@@ -60,12 +61,15 @@ class EncoderDecoderBackend(HFBackend):
             batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
             states = self.model.get_encoder()(inputs_embeds=batch.embeds, attention_mask=batch.mask).last_hidden_state
             mask = batch.mask
+        answers, soft = self.renderer.answers(labels), soft if behind else None
+        if all(len(answer) == 1 for answer in answers):
+            logits = self._decoded(states, mask, soft=soft, answers=answers[:1] * len(prompts))
+            return log_softmax(logits[:, 0])[:, [answer[0] for answer in answers]]
         columns = []
-        for answer in self.renderer.answers(labels):
+        for answer in answers:
             several = [answer] * len(prompts)
             wanted = torch.tensor(several, device=self.device)
-            logits = self._decoded(states, mask, soft=soft if behind else None, answers=several)
-            columns.append(-token_loss(logits, wanted)[0])
+            columns.append(-token_loss(self._decoded(states, mask, soft=soft, answers=several), wanted)[0])
         return torch.stack(columns, dim=1)
 
     @torch.no_grad()
@@ -117,13 +121,14 @@ class EncoderDecoderBackend(HFBackend):
         """
         # An answer's last token is never read.
         read = pad([[self._start(), *answer[:-1]] for answer in answers], fill=self._start(), side="right")
-        embeds, ahead = self.embed(read.to(self.device)), 0
+        ids, ahead = read.to(self.device), 0
+        given = {"decoder_input_ids": ids}
         if soft is not None:
-            embeds, ahead = torch.cat([soft.vectors.to(embeds), embeds], dim=1), soft.vectors.shape[1]
+            embeds = self.model.get_decoder().get_input_embeddings()(ids)
+            given = {"decoder_inputs_embeds": torch.cat([soft.vectors.to(embeds), embeds], dim=1)}
+            ahead = soft.vectors.shape[1]
         outputs = BaseModelOutput(last_hidden_state=states)
-        logits: Tensor = self.model(
-            encoder_outputs=outputs, attention_mask=mask, decoder_inputs_embeds=embeds, use_cache=False
-        ).logits
+        logits: Tensor = self.model(encoder_outputs=outputs, attention_mask=mask, use_cache=False, **given).logits
         return logits[:, ahead:]
 
     def _encoded(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:

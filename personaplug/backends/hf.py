@@ -20,8 +20,8 @@ from torch import Tensor
 
 from personaplug import processes
 from personaplug.backends.base import Generation, GenerationConfig, Measure, pad
-from personaplug.backends.kept_prompts import Ids, KeptPrompts, Layout, Room, find_room
-from personaplug.backends.rendering import Renderer
+from personaplug.backends.kept_prompts import KeptPrompts, Layout, Room, find_room
+from personaplug.backends.rendering import Ids, Renderer
 from personaplug.memory import free_memory
 from personaplug.progress import Progress
 from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind, splice
@@ -70,6 +70,7 @@ class HFBackend:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self._keeping = (keep_prompts, keep_bytes)
         self._kept: KeptPrompts | None = None
+        self._wanted: frozenset[Ids] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -101,16 +102,26 @@ class HFBackend:
             free = {"gpu": torch.cuda.mem_get_info(self.device)[0], **free}
         return find_room(tokens * layout.bytes, wanted=wanted, limit=limit // processes.here(), free=free)
 
+    def reads_apart(self) -> bool:
+        """Say whether prompts ahead of soft tokens can be read by themselves; see `Backend.reads_apart`."""
+        return self._layout() is not None
+
+    def let_go(self) -> None:
+        """Free what `keep` holds."""
+        self._kept, self._wanted = None, frozenset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def keep(self, prompts: Sequence[str]) -> None:
         """Read prompts ahead of the soft tokens behind them, and keep what the model makes of them.
 
-        Those kept for others are let go. In equal calls equal prompts are read together, whatever came between, so that
-        rounding is the same.
+        What was kept is let go, unless these were asked for among them: then all stays as it is.
         """
         wanted = list(dict.fromkeys(row.ids for row in self.renderer.prompts(prompts)))
-        if self._kept is not None and all(ids in self._kept for ids in wanted):
+        if wanted and self._wanted.issuperset(wanted):
             return
-        self._kept = None
+        self.let_go()
+        self._wanted = frozenset(wanted)
         room, layout = self.room_for(sum(map(len, wanted))), self._layout()
         logger.info("%d prompts: %s", len(wanted), room.reason)
         if layout is None or room.place == "nowhere":

@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from personaplug.backends.rendering import Ids
 from personaplug.files import storing
-
-Ids = tuple[int, ...]
 
 _CPU = torch.device("cpu")
 
@@ -72,16 +72,16 @@ def find_room(needed: int, *, wanted: str, limit: int, free: Mapping[str, int]) 
     Args:
         needed: bytes of all prompts.
         wanted: one place; auto = whichever; nowhere.
-        limit: most bytes; 0 = half of what is free there.
+        limit: most bytes, if half of what is free is more; 0 = that half.
         free: bytes that are free in each place, the fastest first.
     """
     if wanted == "nowhere":
         return Room("nowhere", 0, "not kept, as asked; each is read anew without gradients")
-    offered = {place: limit or size // 2 for place, size in free.items()}
+    offered = {place: min(limit, size // 2) if limit else size // 2 for place, size in free.items()}
     places = [wanted] if wanted != "auto" else list(free)
     place = next((place for place in places if needed <= offered[place]), max(places, key=lambda one: offered[one]))
     size, bound = f"{needed / 1e9:.2f} GB", f"{offered[place] / 1e9:.2f} GB"
-    whose = "the limit given" if limit else "half of what is free there"
+    whose = "the limit given" if limit == offered[place] else "half of what is free there"
     where = {"gpu": "on the GPU", "memory": "in memory", "disk": f"on disk in {tempfile.gettempdir()}"}[place]
     if needed <= offered[place]:
         tight = places[: places.index(place)]
@@ -148,8 +148,17 @@ class KeptPrompts:
             path = Path(folder) / "states"
             with path.open("wb") as file:
                 # Taken now: a mapped file that finds the disk full while it is written kills the process.
-                os.posix_fallocate(file.fileno(), 0, count * self.layout.dtype.itemsize)
+                _take(file, count * self.layout.dtype.itemsize)
             return torch.from_file(str(path), shared=True, size=count, dtype=self.layout.dtype)
+
+
+def _take(file: BinaryIO, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    block = bytes(1 << 20)
+    for start in range(0, size, len(block)):
+        file.write(block[: size - start])
 
 
 def padded_states(states: Sequence[Tensor], *, device: torch.device) -> Tensor:

@@ -9,10 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from personaplug.errors import BadConfig, ShapeMismatch
 
+Ids = tuple[int, ...]
+
+_REMEMBERED = 4_096  # prompts, and answers, whose tokens are kept; 3 KB for 80 of them
 _PLACE = "personaplugplaceofthetext"
 
 
@@ -57,6 +61,9 @@ class Renderer:
                 f"template; found {max_tokens}."
             )
         self.room = max_tokens - len(self.head) - len(self.tail)
+        # Behind a prompt that is read once, tokenizing it again for each view would be a good part of a step.
+        self._prompt = lru_cache(_REMEMBERED)(self._tokenized_prompt)
+        self._answer = lru_cache(_REMEMBERED)(self._tokenized_answer)
 
     def prompt(self, text: str, soft_at: int = 0) -> Rendered:
         """Tokenize one prompt; the end of the text is cut where it is too long.
@@ -73,6 +80,9 @@ class Renderer:
                 f"soft_at is a place in the prompt, 0 to its {len(text)} characters; found {soft_at}. "
                 f"Give the place that was found when this prompt was written."
             )
+        return self._prompt(text, soft_at)
+
+    def _tokenized_prompt(self, text: str, soft_at: int) -> Rendered:
         before = self._text_ids(text[:soft_at]) if soft_at else []
         ids = before + self._text_ids(text[soft_at:])
         kept = (*self.head, *ids[: self.room], *self.tail)
@@ -104,11 +114,14 @@ class Renderer:
             kept = kept[:end].rstrip()
         return kept
 
-    def answer(self, text: str, *, end: bool = True) -> list[int]:
+    def answer(self, text: str, *, end: bool = True) -> Ids:
         """Tokenize an answer, closed by the end-of-text token unless `end` is False."""
-        return self._text_ids(text) + ([self.tokenizer.eos_token_id] if end else [])
+        return self._answer(text, end)
 
-    def answers(self, labels: Sequence[str]) -> list[list[int]]:
+    def _tokenized_answer(self, text: str, end: bool) -> Ids:
+        return (*self._text_ids(text), *([self.tokenizer.eos_token_id] if end else []))
+
+    def answers(self, labels: Sequence[str]) -> list[Ids]:
         """Tokenize a closed set of answers for scoring.
 
         Where no label's tokens begin another label's, the end-of-text token adds nothing and is left out (a one-token
@@ -118,7 +131,7 @@ class Renderer:
         clash = any(a == b[: len(a)] for i, a in enumerate(bare) for j, b in enumerate(bare) if i != j)
         return [self.answer(label) for label in labels] if clash else bare
 
-    def targets(self, texts: Sequence[str], *, labels: Sequence[str] = ()) -> list[list[int]]:
+    def targets(self, texts: Sequence[str], *, labels: Sequence[str] = ()) -> list[Ids]:
         """Tokenize answers to be trained on; those of a closed set as `answers` does, so that they are also scored so.
 
         Args:

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# Threads that spin while they wait slow everything down where cores are shared; read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As the command line sets it, before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 from sentence_transformers import SentenceTransformer

@@ -68,9 +68,10 @@ def main(quiet: bool) -> None:
     _settle_among_processes(click.get_current_context().invoked_subcommand)
     # Set here and not on import: a library leaves the environment of its caller alone.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Read when torch loads: threads that wait for each other sleep instead of spinning, which on a machine with other
-    # work on it is the difference between 2 and 9 samples/s.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch loads: threads that wait for each other spin for some microseconds only, then sleep. Spinning on
+    # keeps them from other work; going to sleep at once doubles a step of the many small products behind a prompt.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _settle_among_processes(command: str | None) -> None:

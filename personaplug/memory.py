@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from contextlib import suppress
 from pathlib import Path
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
-_KEPT_BYTES = 1 << 30
 
 
 def reset_peak_memory() -> None:
@@ -27,18 +23,6 @@ def peak_memory() -> int:
 
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return _resident_peak() + gpu
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors give back for the next ones (glibc; elsewhere nothing happens).
-
-    By default it returns each large block to the system at once, which then clears the same pages again for the next
-    tensor of a step: half of the time of an elementwise product of tens of megabytes.
-    """
-    with suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(_M_MMAP_MAX, 0)
-        library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def free_memory() -> int:

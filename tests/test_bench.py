@@ -242,3 +242,17 @@ def test_a_shipped_experiment_runs_to_its_end(path: Path, tmp_path: Path, data: 
     assert len(outcome.absent) == len(experiment.configs) - len(written)  # the sets that are not here
     for file in written:
         assert [row["condition"] for row in _read(file)["rows"]] == [row.name for row in experiment.conditions]
+
+
+def test_published_cells_are_known_again(tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that came later do not make old cells strangers, as long as they say what was done then."""
+    published = SHIPPED[0].parents[1] / "results" / "main-table"
+    (tmp_path / "main-table").mkdir()
+    for name in ("Movie_stars", "Citation"):
+        (tmp_path / "main-table" / f"{name}.cells.jsonl").write_bytes((published / f"{name}.cells.jsonl").read_bytes())
+    monkeypatch.setattr(personaplug.bench._Table, "_opened", lambda *_: pytest.fail("a cell was not found again"))
+    experiment = load_experiment(published.parents[1] / "experiments" / "main-table.yaml")
+    places = Places(data=shared_data, out=tmp_path / "runs", results=tmp_path)
+    outcome = bench(experiment, places, sets=["Movie_stars", "Citation"], seeds=[0])
+    assert len(outcome.written) == 2
+    assert not outcome.failed

@@ -26,6 +26,7 @@ LAYOUT = Layout(parts=4, heads=2, width=3, dtype=torch.float32)
         (3, {"wanted": "disk"}, "disk", 3, "kept on disk"),
         (6, {"wanted": "memory"}, "memory", 4, "67% of 6.00 GB kept in memory"),
         (3, {"limit": 2 * GIGA}, "memory", 2, "the limit given"),
+        (6, {"limit": 100 * GIGA}, "disk", 6, "half of what is free"),
         (3, {"wanted": "nowhere"}, "nowhere", 0, "as asked"),
     ],
 )

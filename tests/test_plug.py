@@ -85,6 +85,9 @@ def test_items_in_bfloat16_give_nearly_the_same_persona() -> None:
     exact = plug(QUERIES, history).vectors
     assert plug.computing_items_in("float16").item_dtype == torch.float32
     rough = plug.computing_items_in("bfloat16")(QUERIES, history).vectors
+    halves = replace(history, vectors=history.vectors.half())  # as a table has them
+    torch.testing.assert_close(plug(QUERIES, halves).vectors, rough, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(plug.weights(QUERIES, halves), plug.weights(QUERIES, history), atol=1e-3, rtol=1e-3)
     assert not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, atol=0.02, rtol=0.02)
 
@@ -204,6 +207,16 @@ def test_another_language_model_or_encoder_is_refused(tmp_path: Path) -> None:
         PersonaPlug.from_pretrained(tmp_path, encoder=HashEncoder(WIDTH, seed=5), llm=LLM)
     moved = LLMIdentity("elsewhere/small", "abc", LLM.fingerprint, OUT)
     PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=moved)  # the same weights under another name
+
+
+def test_a_plug_saved_before_there_was_a_choice_stands_in_front_of_the_text(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    _plug(encoder, placement="suffix").save_pretrained(tmp_path)
+    assert PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM).config.placement == "suffix"
+    told = json.loads((tmp_path / "plug.json").read_text())
+    del told["config"]["placement"]
+    (tmp_path / "plug.json").write_text(json.dumps(told))
+    assert PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM).config.placement == "prefix"
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no weights", "cut weights", "no json", "newer", "not json", "no llm"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import DECODERS, small_backend
@@ -14,7 +16,13 @@ from transformers import MambaConfig, MambaForCausalLM
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.toy import toy_tokenizer
+from personaplug.config import PlugConfig
+from personaplug.encoder import HashEncoder
+from personaplug.objectives import PlugObjective
+from personaplug.plug import Fitting, PersonaPlug
+from personaplug.samples import EncodedSample
 from personaplug.soft_prompt import SoftPrompt
+from personaplug.vectors import VectorTable
 
 PROMPTS = ["a question that is longer than any sliding window here", "?", "middling text"]
 TARGETS = ["yes indeed", "n", "ok"]
@@ -193,6 +201,39 @@ def test_a_family_without_keys_and_values_says_so_and_takes_the_slow_way(caplog:
     assert torch.isfinite(losses).all()
     assert gradient.abs().sum() > 0
     _close((losses, gradient), _whole(backend, vectors, prompts=["same size"] * 3))
+
+
+def test_a_pass_is_bounded_by_what_a_family_really_runs(tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    shape = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4)
+    slow = DecoderOnlyBackend(MambaForCausalLM(shape), tokenizer, name="mamba")
+    encoder = HashEncoder(16)
+    sample = EncodedSample(
+        "1", "u", "u", "a prompt " * 20, "query", "yes", np.zeros(0, np.int64), np.zeros(0, np.int16)
+    )
+    for backend in (small_backend("llama"), slow):
+        fitting = Fitting(backend.identity, backend.embedding_scale, encoder.identity)
+        plug = PersonaPlug(PlugConfig(placement="suffix", query_encoder="head"), fitting=fitting, encoder=encoder)
+        objective = PlugObjective(plug, backend, table=VectorTable.open(tmp_path / backend.identity.name, encoder))
+        assert (objective.live_lengths([sample])[0] > 100) == (backend is slow)
+
+
+def test_no_prompts_have_no_scores() -> None:
+    backend = small_backend("llama")
+    soft = SoftPrompt(_vectors(backend)[:0].detach(), placement="suffix")
+    assert backend.score([], ["a", "b"], soft=soft).shape == (0, 2)
+
+
+def test_kept_prompts_are_let_go() -> None:
+    backend = small_backend("llama")
+    backend.keep(PROMPTS)
+    kept = backend._kept
+    backend.keep(PROMPTS)
+    assert backend._kept is kept  # asked for again, nothing is done
+    backend.keep(["others"])
+    assert len(backend._kept) == 1
+    backend.let_go()
+    assert backend._kept is None
 
 
 def test_an_encoder_decoder_reads_soft_tokens_on_the_decoders_side() -> None:

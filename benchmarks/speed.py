@@ -125,7 +125,9 @@ class Way:
         self.plug = build_plug(self.run, models, seed=0)
         kind = ReferenceObjective if name.startswith("a") else PlugObjective
         self.objective = kind(self.plug, models.backend, table=table, labels=run.task.labels)
-        self.optimizer = torch.optim.AdamW(self.objective.parameter_groups(self.run.config.training), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(
+            self.objective.parameter_groups(self.run.config.training), lr=1e-4, fused=True
+        )
         self.seconds: list[float] = []
         self.peak = 0
 

@@ -108,7 +108,10 @@ class _Fit:
         self.live = dict(zip(ids, objective.live_lengths(both), strict=True))
         # Everything is in its place; which device Accelerate would choose can be said but once in a process.
         self.accelerator = Accelerator(device_placement=False)
-        self.optimizer = torch.optim.AdamW(objective.parameter_groups(config), weight_decay=config.weight_decay)
+        # Fused: one pass over a trained encoder's 22 million weights and moments in place of ten.
+        fused = objective.device.type in ("cpu", "cuda")
+        groups = objective.parameter_groups(config)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
         self.state = load_state(folder, module=self.module, optimizer=self.optimizer)
         self.prepared = self.accelerator.prepare(self.optimizer)
         self.per_epoch = len(self._batches(0))

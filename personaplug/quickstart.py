@@ -28,8 +28,8 @@ from personaplug.run import Models, Run, open_models
 logger = logging.getLogger(__name__)
 
 USERS = SimulatedConfig(users=320, dev_users=100, dev_queries_per_user=2)
-# Chosen for some minutes on two cores: answers as a channel of their own and four tokens learn in one pass, and behind the
-# prompt a pass is cheap.
+# Chosen for some minutes on two cores: answers as a channel of their own and four tokens learn in one pass, which is
+# cheap behind the prompt.
 SETTINGS = (
     "answers=label",
     "query_encoder=head",

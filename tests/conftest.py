@@ -8,6 +8,8 @@ from pathlib import Path
 # Before anything imports huggingface_hub: the suite must not depend on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is loaded, as the command line does: beside other work, threads that spin on take minutes for seconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 

@@ -85,6 +85,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
     assert control(["Alien"], None).vectors.shape == (1, 2, 576)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smollm: DecoderOnlyBackend) -> None:
     rough = load_hf(Config().model.llm, dtype="bfloat16")
     assert isinstance(rough, DecoderOnlyBackend)

@@ -129,9 +129,9 @@ class HFBackend:
         self._kept = KeptPrompts(layout, room=room, device=self.device)
         with Progress("read prompts", total=len(wanted), unit="prompts") as progress:
             for together in _by_length(wanted):
-                together = [ids for ids in together if self._kept.fits(len(ids))]
-                for ids, states in zip(together, self._read(together), strict=True):
-                    if self._kept.fits(len(ids)):
+                fitting = [ids for ids in together if self._kept.fits(len(ids))]
+                for ids, states in zip(fitting, self._read(fitting), strict=True):
+                    if self._kept.fits(len(ids)):  # with those before it in the group
                         self._kept.put(ids, states)
                 progress.advance(len(together))
 

@@ -7,14 +7,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
+from personaplug.objectives import PlugObjective
 from personaplug.recipes import build_plug
-from personaplug.run import Run, open_models
+from personaplug.run import Models, Run, open_models
+from personaplug.samples import EncodedSample
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "persona_tokens=3", "answers=label"]
@@ -30,37 +34,56 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_simulation(SimulatedConfig(users=4, queries_per_user=2, dev_users=2, min_items=3, max_items=3), tmp_path)
-    config = load_config(overrides=TOY)
+def _speed_stage(folder: Path, *settings: str) -> tuple[Any, Run, Models, list[EncodedSample]]:
+    write_simulation(SimulatedConfig(users=4, queries_per_user=2, dev_users=2, min_items=3, max_items=3), folder)
+    config = load_config(overrides=[*TOY, *settings])
     models = open_models(config)
-    run = Run(tmp_path / "run", config, load_task(tmp_path), tmp_path / "vectors")
-    samples = run.read_samples(open_dataset(tmp_path, "train", task=run.task), run.open_vectors(models.encoder))
+    run = Run(folder / "run", config, load_task(folder), folder / "vectors")
+    samples = run.read_samples(open_dataset(folder, "train", task=run.task), run.open_vectors(models.encoder))
+    return _module("speed"), run, models, samples
+
+
+def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed, run, models, samples = _speed_stage(tmp_path)
     plug = build_plug(run, models, seed=0)
-    speed = _module("speed")
-    with_items = speed.count(models, plug, samples)
-    plug.config = replace(plug.config, max_history=1)
-    with_one = speed.count(models, plug, samples)
-    projector = plug.projector.inner.weight.numel() + plug.projector.outer.weight.numel()
-    assert with_items.train - with_one.train == pytest.approx(6 * 2 * projector)
-    assert with_items.score - with_one.score == pytest.approx(2 * 2 * projector)
-
-    def prompts_of(tokens: int) -> None:
-        monkeypatch.setattr(speed, "_mean_tokens", lambda *_: tokens)
-
     model = models.backend.model.config
-    monkeypatch.setattr(models.backend.renderer, "answers", lambda labels: [[1]] * len(labels))
-    prompts_of(100)
-    single = speed.count(models, plug, samples)
-    prompts_of(104)
-    longer = speed.count(models, plug, samples)
-    prompts_of(100)
-    monkeypatch.setattr(models.backend.renderer, "answers", lambda labels: [[1], [1, 2, 3], [2, 3, 4]])
-    spelled = speed.count(models, plug, samples)
-    pairs = 2 * model.num_hidden_layers * model.hidden_size * (108**2 - 104**2)
-    # Four tokens more in the prompt, or in the labels after their first: the same layers, but for the attention.
-    assert spelled.score - single.score == pytest.approx(longer.score - single.score - pairs)
-    assert spelled.train == single.train
+
+    def work(tokens: int, *, kept: bool, labels: tuple[str, ...] = ()) -> float:
+        monkeypatch.setattr(speed, "_mean_tokens", lambda *_: tokens)
+        return float(speed.work(models, plug, samples, kept=kept, labels=labels))
+
+    linear = sum(p.numel() for n, p in models.backend.model.named_parameters() if speed._linear(n, p))
+    width = model.num_hidden_layers * model.hidden_size
+    soft, target = 4, 2  # one instruction token and three of a persona; a digit and the end of text
+    live = soft + target - 1
+    # Behind a kept prompt, a longer one costs attention to it and nothing else; before the text, the whole model.
+    assert work(104, kept=True) - work(100, kept=True) == pytest.approx(2 * 4 * width * live * 4)
+    longer = 4 * linear * 4 + 3 * 4 * width * ((104 + live) ** 2 - (100 + live) ** 2) / 2
+    assert work(104, kept=False) - work(100, kept=False) == pytest.approx(longer)
+    # A label without its end: one position and one row of the output layer less.
+    head = 2 * model.vocab_size * model.hidden_size
+    shorter = 4 * linear + 2 * head + 2 * 4 * width * (100 + (live**2 - (live - 1) ** 2) / 2)
+    without_end = work(100, kept=True, labels=run.task.labels)
+    assert work(100, kept=True) - without_end == pytest.approx(shorter)
+    # The inner layer runs for every item, the outer one once for a user.
+    with_items = work(100, kept=True)
+    plug.config = replace(plug.config, max_history=1)
+    assert with_items - work(100, kept=True) == pytest.approx(6 * 2 * plug.projector.inner.weight.numel())
+
+
+def test_the_reference_like_step_has_the_loss_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed, run, models, samples = _speed_stage(tmp_path, "answers=text")
+    monkeypatch.setattr(speed, "PROMPT", 700)  # no prompt is cut
+    table = run.open_vectors(models.encoder)
+    found = []
+    for kind in (speed.ReferenceObjective, PlugObjective):
+        plug = build_plug(run, models, seed=0)
+        loss, tokens = kind(plug, models.backend, table=table, labels=run.task.labels).loss(samples)
+        loss.backward()
+        assert plug.projector.inner.weight.grad is not None
+        found.append((float(loss.detach()), int(tokens), plug.projector.inner.weight.grad))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-4)
 
 
 def test_the_memory_benchmark_has_short_and_long_prompts() -> None:

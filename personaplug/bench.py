@@ -235,14 +235,12 @@ class _Table:
 
     def _key(self, condition: Condition, seed: int, shown: int) -> str:
         about = asdict(self.config)
-        for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
+        for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY, *BEFORE):
             section, _, key = name.partition(".")
-            about[section].pop(key)
-        for name, meaning in BEFORE.items():
+            value = about[section].pop(key)
             # Cells from before there was a choice stay what they are.
-            section, _, key = name.partition(".")
-            if about[section][key] == meaning:
-                about[section].pop(key)
+            if name in BEFORE and value != BEFORE[name]:
+                about[section][key] = value
         parts = [about, self._data_key, condition.name, seed, shown]
         return _hash(parts)
 

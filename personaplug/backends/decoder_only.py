@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from personaplug.backends.base import pad
 from personaplug.backends.frozen_attention import KEPT, KeptStates, frozen_attention
 from personaplug.backends.hf import HFBackend, log_softmax, token_loss
-from personaplug.backends.kept_prompts import Layout, padded_states
+from personaplug.backends.kept_prompts import Layout, padded_states, real_columns
 from personaplug.backends.rendering import Ids
 from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind
 
@@ -152,9 +152,9 @@ class DecoderOnlyBackend(HFBackend):
         # An answer's last token is never read, and the soft tokens' last place predicts its first.
         ids = pad([answer[:-1] for answer in answers], fill=0, side="right").to(self.device)
         embeds = torch.cat([soft.vectors.to(self.device, self.model.dtype), self.embed(ids)], dim=1)
-        live, column = embeds.shape[1], torch.arange(past.shape[3], device=self.device)
+        live = embeds.shape[1]
         # What pads an answer stands behind all that is predicted; it needs no mask.
-        mask = torch.cat([column >= past.shape[3] - lengths[:, None], lengths.new_ones(len(answers), live)], dim=1)
+        mask = torch.cat([real_columns(lengths, past.shape[3]), lengths.new_ones(len(answers), live)], dim=1)
         positions = lengths[:, None] + torch.arange(live, device=self.device)
         columns = torch.arange(soft.vectors.shape[1] - 1, live)
         kept = KeptStates(past)

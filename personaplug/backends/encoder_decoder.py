@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from personaplug.backends.base import Generation, GenerationConfig, pad
 from personaplug.backends.hf import HFBackend, log_softmax, token_loss
-from personaplug.backends.kept_prompts import Layout, padded_states
+from personaplug.backends.kept_prompts import Layout, padded_states, real_columns
 from personaplug.backends.rendering import Ids
 from personaplug.soft_prompt import IGNORED, SoftPrompt, is_behind
 
@@ -136,8 +136,7 @@ class EncoderDecoderBackend(HFBackend):
         states = self._states(rows)
         padded = padded_states(states, device=self.device)[0, :, 0]
         lengths = torch.tensor([one.shape[2] for one in states], device=self.device)
-        column = torch.arange(padded.shape[1], device=self.device)
-        return padded, (column >= padded.shape[1] - lengths[:, None]).long()
+        return padded, real_columns(lengths, padded.shape[1]).long()
 
     @torch.no_grad()
     def _read(self, rows: Sequence[Ids]) -> list[Tensor]:

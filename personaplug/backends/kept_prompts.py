@@ -161,6 +161,11 @@ def _take(file: BinaryIO, size: int) -> None:
         file.write(block[: size - start])
 
 
+def real_columns(lengths: Tensor, longest: int) -> Tensor:
+    """Which columns of `padded_states` hold tokens, (B, T) bool, for rows of these (B,) lengths."""
+    return torch.arange(longest, device=lengths.device) >= longest - lengths[:, None]
+
+
 def padded_states(states: Sequence[Tensor], *, device: torch.device) -> Tensor:
     """Lay prompts' states side by side, padded on the left, so that what follows them stands right behind them.
 

@@ -6,6 +6,9 @@ need only the statistics, never the texts again, and both are exact for metrics 
 
 The rules are LaMP's to the letter (`eval/evaluation.py` of the LaMP repository): predictions and golds are
 stripped first.
+
+A name such as `mae@median` is the metric of answers that were chosen from the labels' probabilities by another decision
+than the likeliest (see `decisions.py`); the metric itself is the same.
 """
 
 from __future__ import annotations
@@ -19,37 +22,61 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from personaplug.decisions import ARGMAX, MEAN, MEDIAN, check_decision, scale_of
 from personaplug.errors import BadConfig, ShapeMismatch, nearest
 
 Array = NDArray[np.float64]
 
 FALLBACKS = ("lamp", "pplug")
+_AT = "@"  # between a metric and the decision whose answers it scores
+BEST_DECIDED = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")
+"""Each error of ratings with the decision whose answers it should favour."""
 
 
 class Metric(ABC):
     """A score of predictions against golds.
 
     Attributes:
-        name: as tasks and results files write it.
+        name: as tasks and results files write it, the decision in it if that is not the argmax.
         greater_is_better: its direction; False for errors.
+        takes_decisions: whether answers that are chosen by their place on a scale make sense to it.
+        decision: how the answers that it is to score are chosen from the labels' probabilities, where there are any.
     """
 
-    name: ClassVar[str]
+    name: str
     greater_is_better: ClassVar[bool] = True
+    takes_decisions: ClassVar[bool] = False
 
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp") -> None:
+    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", decision: str = ARGMAX) -> None:
         """Take what a task declares; a metric uses the part of it that it needs.
 
         Args:
             labels: the closed set of answers, in order; needed by all but ROUGE.
             fallback: how a rating that is no number is scored, "lamp" or "pplug".
+            decision: one of `decisions.DECISIONS`.
         Raises:
-            BadConfig: if the labels do not fit the metric, or the fallback is unknown.
+            BadConfig: if the labels or the decision do not fit the metric, or the fallback is unknown.
         """
         if fallback not in FALLBACKS:
             raise BadConfig(f"The rating fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
         self.labels = tuple(label.strip() for label in labels)
-        self.fallback = fallback
+        self.fallback, self.decision = fallback, decision
+        if decision != ARGMAX:
+            self._take(decision)
+
+    def _take(self, decision: str) -> None:
+        check_decision(decision)
+        if not self.takes_decisions:
+            raise BadConfig(f"{self.name} knows no scale; leave out {_AT}{decision}, which is for ratings.")
+        self.name = f"{self.name}{_AT}{decision}"
+        self._scale()
+
+    def _scale(self) -> Array:
+        """The labels as numbers: (C,)."""
+        scale = scale_of(self.labels)
+        if scale is None:
+            raise BadConfig(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
+        return scale
 
     @abstractmethod
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
@@ -85,8 +112,8 @@ def value_of(stats: Array, metric: Metric) -> float:
 class _LabelMetric(Metric):
     """A metric on a closed set of labels: exact, case-sensitive match; anything else is wrong."""
 
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp") -> None:
-        super().__init__(labels, fallback=fallback)
+    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", decision: str = ARGMAX) -> None:
+        super().__init__(labels, fallback=fallback, decision=decision)
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise BadConfig(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
         self._index = {label: index for index, label in enumerate(self.labels)}
@@ -104,6 +131,7 @@ class Accuracy(_LabelMetric):
     """
 
     name = "accuracy"
+    takes_decisions = True
 
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Return 1 for a hit, else 0: (n, 1)."""
@@ -152,13 +180,12 @@ class _RatingMetric(Metric):
     """
 
     greater_is_better = False
+    takes_decisions = True
 
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp") -> None:
-        super().__init__(labels, fallback=fallback)
-        scale = [number for number in map(_number, self.labels) if number is not None and np.isfinite(number)]
-        if not scale or len(scale) < len(self.labels):
-            raise BadConfig(f"{self.name} needs finite numbers as labels, the scale; found {list(labels)}.")
-        self.low, self.high = min(scale), max(scale)
+    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", decision: str = ARGMAX) -> None:
+        super().__init__(labels, fallback=fallback, decision=decision)
+        scale = self._scale()
+        self.low, self.high = float(scale.min()), float(scale.max())
 
     def _errors(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Predicted minus gold rating: (n,)."""
@@ -265,15 +292,29 @@ def get_metric(name: str, *, labels: Sequence[str] = (), fallback: str = "lamp")
     """Return a metric by name.
 
     Args:
-        name: one of `METRICS`.
+        name: one of `METRICS`; of an error of ratings or the accuracy also with the decision, as in `mae@median`.
         labels: the task's labels; needed by all but ROUGE.
         fallback: how a rating that is no number is scored, "lamp" or "pplug".
     Raises:
-        BadConfig: for an unknown name or fallback, or labels that do not fit the metric.
+        BadConfig: for an unknown name, decision or fallback, or labels or a decision that do not fit the metric.
     """
-    if name not in METRICS:
-        raise BadConfig(f"There is no metric {name!r}; {nearest(name, METRICS)}")
-    return METRICS[name](labels, fallback=fallback)
+    kind, (stem, at, decision) = metric_class(name), name.partition(_AT)
+    if kind is None:
+        raise BadConfig(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
+    if at and decision == ARGMAX:
+        # Under two names one number would stand in a table twice.
+        raise BadConfig(f"The metric {name!r} is called {stem!r}.")
+    return kind(labels, fallback=fallback, decision=decision if at else ARGMAX)
+
+
+def metric_class(name: str) -> type[Metric] | None:
+    """Return the kind of metric that a name is of, with a decision or without; None for an unknown one."""
+    return METRICS.get(name.partition(_AT)[0])
+
+
+def has_decision(name: str) -> bool:
+    """Say whether a metric's name says by which decision its answers are chosen."""
+    return _AT in name
 
 
 def is_invalid(prediction: str, *, kind: str, labels: Sequence[str]) -> bool:

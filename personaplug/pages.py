@@ -19,7 +19,7 @@ from personaplug import figures
 from personaplug.conditions import is_control
 from personaplug.errors import BadConfig, BadRecord, MissingData
 from personaplug.files import write_text
-from personaplug.metrics import METRICS
+from personaplug.metrics import metric_class
 from personaplug.report import (
     Row,
     Table,
@@ -291,7 +291,8 @@ def _competitors(results: Mapping[str, Any], metric: str) -> list[tuple[str, Row
         for name, row in _by_name(results).items()
         if not is_control(name) and name != _KNOWN_TRUTH and is_finite((row.get("metrics") or {}).get(metric))
     ]
-    greater = metric not in METRICS or METRICS[metric].greater_is_better
+    kind = metric_class(metric)
+    greater = kind is None or kind.greater_is_better
     return sorted(scored, key=lambda named: float(named[1]["metrics"][metric]), reverse=greater)
 
 

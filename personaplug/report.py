@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from personaplug.conditions import control_of
-from personaplug.metrics import METRICS
+from personaplug.metrics import has_decision, metric_class
 
 Row = Mapping[str, Any]
 Cell = Callable[[Row], str | None]
@@ -99,6 +99,12 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     lines = [said] if isinstance(said, str) else [str(note) for note in said]
     if any(row.get("seed_spread") for row in rows):
         lines.append("± seeds: standard deviation between trainings with different seeds.")
+    if any(has_decision(name) for row in rows for name in row.get("metrics") or {}):
+        lines.append(
+            "@median, @mean: the answer is the median of the labels' probabilities, or the label nearest to their "
+            "mean; elsewhere it is the likeliest label. A row without probabilities is scored with its answers as they "
+            "stand."
+        )
     if any(_per_user(row, results=results) for row in rows):
         lines.append("per user: the score of each user, averaged, so that each counts once; others count each sample.")
     if pairs:
@@ -176,7 +182,7 @@ def gain_cell(pair: Row | None) -> str | None:
 
 def titled(metric: str) -> str:
     """Return a metric's name with its direction."""
-    known = METRICS.get(metric)
+    known = metric_class(metric)
     return metric if known is None else f"{metric} {'↑' if known.greater_is_better else '↓'}"
 
 

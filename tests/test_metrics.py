@@ -18,8 +18,10 @@ from personaplug.errors import BadConfig, ShapeMismatch
 from personaplug.metrics import (
     METRICS,
     get_metric,
+    has_decision,
     is_invalid,
     longest_common_subsequence,
+    metric_class,
 )
 
 STARS = ("1", "2", "3", "4", "5")
@@ -321,6 +323,41 @@ def test_a_far_off_name_lists_all_metrics() -> None:
 def test_labels_that_do_not_fit_are_refused(name: str, labels: tuple[str, ...]) -> None:
     with pytest.raises(BadConfig, match=name):
         get_metric(name, labels=labels)
+
+
+@pytest.mark.parametrize("stem", ["mae", "rmse", "accuracy"])
+@pytest.mark.parametrize("decision", ["median", "mean"])
+def test_a_metric_of_another_decision_is_the_same_metric_of_other_answers(stem: str, decision: str) -> None:
+    plain, decided = get_metric(stem, labels=STARS), get_metric(f"{stem}@{decision}", labels=STARS)
+    assert (plain.name, plain.decision, has_decision(plain.name)) == (stem, "argmax", False)
+    assert (decided.name, decided.decision, has_decision(decided.name)) == (f"{stem}@{decision}", decision, True)
+    assert get_metric(stem, labels=STARS).name == stem  # the name is that metric's alone
+    assert decided.greater_is_better == plain.greater_is_better
+    texts = ["1", "5", "x"], ["2", "5", "3"]
+    np.testing.assert_array_equal(decided.statistics(*texts), plain.statistics(*texts))
+    assert metric_class(decided.name) is type(plain) is metric_class(stem)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "reason"),
+    [
+        ("mae@mode", STARS, "no decision 'mode'"),
+        ("mae@", STARS, "no decision ''"),
+        ("mea@median", STARS, "did you mean 'mae'"),
+        ("mae@argmax", STARS, "is called 'mae'"),
+        ("f1@median", STARS, "f1 knows no scale"),
+        ("rouge_1@mean", (), "rouge_1 knows no scale"),
+        ("accuracy@median", TAGS, "accuracy@median needs finite numbers"),
+        ("mae@mean", TAGS, "mae@mean needs finite numbers"),
+    ],
+)
+def test_a_decision_that_does_not_fit_is_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(BadConfig, match=reason):
+        get_metric(name, labels=labels)
+
+
+def test_no_class_of_an_unknown_metric() -> None:
+    assert metric_class("bleu@median") is None
 
 
 def test_an_unknown_fallback_is_refused() -> None:

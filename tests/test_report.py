@@ -215,6 +215,19 @@ def test_huge_errors_and_negative_zeros_stay_short() -> None:
     assert gain["mae ↓ advantage"].startswith("+0.000 ")
 
 
+def test_columns_of_another_decision_have_their_direction_and_are_explained() -> None:
+    decided = {"mae": 1.0, "mae@median": 0.8, "accuracy@median": 0.4}
+    text = results_table(
+        results([row("plug", mae=1, metrics=decided)], pair("plug", "plain", metric="mae@median", difference=0.25))
+    )
+    scores, _, compared = tables(text)
+    assert (scores[0]["mae ↓"], scores[0]["mae@median ↓"]) == ("1.000 [0.900, 1.100]", "0.800")
+    assert scores[0]["accuracy@median ↑"] == "0.400"
+    assert compared[0]["mae@median ↓ advantage"].startswith("+0.250")
+    assert "is scored with its answers as they stand" in text
+    assert "as they stand" not in results_table(results([row("plug", mae=1)]))
+
+
 def test_notes_stand_beneath_and_stay_lines() -> None:
     text = results_table(results([row("plug", mae=1)], notes=["two\nlines", "Bootstrap over 50 users."]))
     assert text.endswith("- two lines\n- Bootstrap over 50 users.")

@@ -18,11 +18,14 @@ import torch
 
 from personaplug.backends.base import Backend, GenerationConfig
 from personaplug.data.base import Task
+from personaplug.decisions import ARGMAX, decide
 from personaplug.files import write_json
 from personaplug.memory import peak_memory, reset_peak_memory
 from personaplug.personalizer import SoftPrompter
 from personaplug.progress import Progress
 from personaplug.samples import EncodedSample
+
+_DIGITS = 6  # of a probability; enough for any decision, and the same in a file as in memory
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,12 +37,40 @@ class Answers:
         unfinished: whether each stopped at its longest length.
         seconds: the time they took.
         peak_memory_bytes: the most memory held meanwhile.
+        probabilities: (n, C) of the task's labels, in their order, where labels were scored; None elsewhere.
+        partial: whether they come from a file that says nothing of probabilities, though labels may have been scored.
     """
 
     texts: list[str]
     unfinished: list[bool]
     seconds: float
     peak_memory_bytes: int
+    probabilities: list[list[float]] | None = None
+    partial: bool = False
+
+    def by(self, decision: str, *, labels: Sequence[str]) -> list[str] | None:
+        """The answers as a decision chooses them; None if that takes probabilities that were not kept.
+
+        Answers that were never chosen from probabilities stand as they are, whatever the decision.
+
+        Raises:
+            BadConfig: if there is no such decision, or the labels are no scale.
+        """
+        if decision == ARGMAX or (self.probabilities is None and not self.partial):
+            return self.texts
+        if self.probabilities is None:
+            return None
+        shares = np.array(self.probabilities, dtype=np.float64).reshape(len(self.texts), len(labels))
+        return decide(shares, labels, decision=decision)
+
+
+@dataclass(frozen=True, repr=False)
+class _Answer:
+    """One answer; the attributes are those of `Answers`."""
+
+    text: str
+    unfinished: bool = False
+    probabilities: list[float] | None = None
 
 
 def answer(
@@ -69,17 +100,29 @@ def answer(
         backend.let_go()
     reset_peak_memory()
     began = time.monotonic()
-    texts, unfinished = [""] * len(samples), [False] * len(samples)
+    found: dict[int, _Answer] = {}
     order = np.argsort([-len(sample.prompt) for sample in samples], kind="stable")
     with Progress(title, total=len(samples), unit="answers") as progress:
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size].tolist()
             batch = [samples[place] for place in places]
-            found = _answer_batch(backend, batch, prompter, task=task, decoding=decoding, generation=generation)
-            for place, (text, cut) in zip(places, found, strict=True):
-                texts[place], unfinished[place] = text, cut
+            made = _answer_batch(backend, batch, prompter, task=task, decoding=decoding, generation=generation)
+            found.update(zip(places, made, strict=True))
             progress.advance(len(batch))
-    return Answers(texts, unfinished, time.monotonic() - began, peak_memory())
+    in_order = [found[place] for place in range(len(samples))]
+    return Answers(
+        [one.text for one in in_order],
+        [one.unfinished for one in in_order],
+        time.monotonic() - began,
+        peak_memory(),
+        probabilities=all_or_none([one.probabilities for one in in_order]),
+    )
+
+
+def all_or_none(lines: Sequence[list[float] | None]) -> list[list[float]] | None:
+    """Return probabilities of samples, or None if those of one are not known."""
+    known = [line for line in lines if line is not None]
+    return known if len(known) == len(lines) else None
 
 
 def _answer_batch(
@@ -90,15 +133,25 @@ def _answer_batch(
     task: Task,
     decoding: str,
     generation: GenerationConfig,
-) -> list[tuple[str, bool]]:
+) -> list[_Answer]:
     prompts, soft_at = [sample.prompt for sample in batch], [sample.soft_at for sample in batch]
     with torch.no_grad():
         soft = None if prompter is None else prompter.soft_prompt(batch)
         if decoding == "score":
-            best = backend.score(prompts, task.labels, soft=soft, soft_at=soft_at).argmax(dim=1).tolist()
-            return [(task.labels[index], False) for index in best]
+            scores = backend.score(prompts, task.labels, soft=soft, soft_at=soft_at)
+            best, shares = scores.argmax(dim=1).tolist(), _shares(scores)
+            return [_Answer(task.labels[i], probabilities=line) for i, line in zip(best, shares, strict=True)]
         made = backend.generate(prompts, soft=soft, config=generation, soft_at=soft_at)
-        return [(one.text, not one.finished) for one in made]
+        return [_Answer(one.text, unfinished=not one.finished) for one in made]
+
+
+def _shares(scores: torch.Tensor) -> list[list[float]]:
+    """Log-probabilities of a closed set (B, C) as probabilities within it, rounded."""
+    shares = torch.softmax(scores.cpu().double(), dim=1)
+    # Numbers that overflowed say nothing of the labels but which one is answered all the same.
+    sure = torch.nn.functional.one_hot(scores.cpu().argmax(dim=1), num_classes=scores.shape[1]).double()
+    lines: list[list[float]] = torch.where(shares.isfinite(), shares, sure).tolist()
+    return [[round(share, _DIGITS) for share in line] for line in lines]
 
 
 def keep(answers: Answers, path: Path, *, depends_on: Sequence[Any]) -> None:
@@ -111,11 +164,11 @@ def keep(answers: Answers, path: Path, *, depends_on: Sequence[Any]) -> None:
 
 
 def kept(path: Path, *, depends_on: Sequence[Any]) -> Answers | None:
-    """Answers written down earlier, if all they depend on is what it was."""
+    """Answers written down earlier, if all they depend on is what it was; `partial` if without probabilities."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         if told.pop("key") == _key(depends_on):
-            return Answers(**told)
+            return Answers(**{"partial": "probabilities" not in told} | told)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None

@@ -15,7 +15,7 @@ from functools import cached_property
 from safetensors.torch import load_file
 
 from personaplug.adapters import TASK, USER, LowRankAdapters
-from personaplug.answers import Answers
+from personaplug.answers import Answers, all_or_none
 from personaplug.costs import Cost
 from personaplug.progress import Progress
 from personaplug.recipes import ADAPTER
@@ -156,8 +156,10 @@ def _ends(sample: Sample) -> date:
 def _joined(parts: Sequence[tuple[list[int], Answers]], count: int) -> Answers:
     """Answers of groups of samples, in the samples' order."""
     texts, unfinished = [""] * count, [False] * count
+    probabilities: list[list[float] | None] = [None] * count
     for places, made in parts:
-        for place, text, cut in zip(places, made.texts, made.unfinished, strict=True):
-            texts[place], unfinished[place] = text, cut
-    seconds = sum(made.seconds for _, made in parts)
-    return Answers(texts, unfinished, seconds, max(made.peak_memory_bytes for _, made in parts))
+        lines: Sequence[list[float] | None] = made.probabilities or [None] * len(places)
+        for place, text, cut, line in zip(places, made.texts, made.unfinished, lines, strict=True):
+            texts[place], unfinished[place], probabilities[place] = text, cut, line
+    seconds, peak = sum(made.seconds for _, made in parts), max(made.peak_memory_bytes for _, made in parts)
+    return Answers(texts, unfinished, seconds, peak, probabilities=all_or_none(probabilities))

@@ -72,7 +72,8 @@ def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Mod
         """The scores of the labels, written down, tell one state of the model from another."""
         with torch.no_grad():
             scores = models.backend.score([s.prompt for s in part], run.task.labels, soft=None)
-        return Answers([str([round(v, 5) for v in row]) for row in scores.tolist()], [False] * len(part), 0.0, 0)
+        lines = [[round(value, 5) for value in row] for row in scores.tolist()]
+        return Answers([str(line) for line in lines], [False] * len(part), 0.0, 0, probabilities=lines)
 
     bare = ask(samples, "").texts
     own = list(range(len(samples)))
@@ -85,6 +86,9 @@ def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Mod
     assert all(a != b for a, b in zip(task.texts, mine.texts, strict=True))
     assert mine.texts[0] != others.texts[0]  # the first and the last sample are of different users
     assert again.texts[::-1] == mine.texts
+    for made in (mine, others, again):  # what belongs to a sample stays with it
+        assert made.probabilities is not None
+        assert [str(line) for line in made.probabilities] == made.texts
     assert nobody.texts == task.texts
     assert ask(samples, "").texts == bare  # nothing stays in the model
     stored = len(list((run.folder / "users").glob("*.safetensors")))

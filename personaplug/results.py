@@ -2,9 +2,9 @@
 
 A results object holds what was run (task, split, model, encoder, placement, seeds, versions, config, notes, …) and
 
-    rows    per condition: n, seeds, metrics, intervals, per_user (metrics averaged over users), the rates of a `Cell`,
-            prompt_tokens_mean, seconds, peak_memory_bytes, decoding, costs, and over several seeds seed_spread and
-            per_seed
+    rows    per condition: n, seeds, metrics (those that all cells hold), intervals, per_user (metrics averaged over
+            users), the rates of a `Cell`, prompt_tokens_mean, seconds, peak_memory_bytes, decoding, costs, and over
+            several seeds seed_spread and per_seed
     pairs   a, b, metric, difference (a's advantage whatever the metric's direction), low, high, p, and p_holm:
             corrected over the pairs of its family (personal gains; against plain; against instruction-only; the rest);
             for accuracies mcnemar_p, one per seed
@@ -14,7 +14,7 @@ A results object holds what was run (task, split, model, encoder, placement, see
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from personaplug.cells import Cell, Scored
 from personaplug.conditions import control_of, find_condition, is_control
-from personaplug.metrics import Array, Metric
+from personaplug.metrics import Accuracy, Array, Metric
 from personaplug.stats import bootstrap_interval, holm, mcnemar, paired_bootstrap, per_group_mean, seed_spread
 
 Places = NDArray[np.int64]
@@ -57,7 +57,8 @@ def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings)
     seeds = sorted({cell.seed for cell in cells})
     made_with = sorted({cell.made_with for cell in cells if cell.made_with})
     told = scored.about | ({"made_with": made_with} if made_with else {})
-    told |= {"seeds": seeds, "notes": [*scored.about.get("notes", []), *_notes_on(seeds)]}
+    notes = [*scored.about.get("notes", []), *_notes_on(seeds), *_notes_on_columns(cells, settings)]
+    told |= {"seeds": seeds, "notes": notes}
     return told | _part(scored, cells, settings=settings, chosen=everything)
 
 
@@ -126,12 +127,25 @@ def _notes_on(seeds: Sequence[int]) -> list[str]:
     return ["Fewer than three training seeds: the spread between trainings is not covered."] if few else []
 
 
+def _notes_on_columns(cells: Sequence[Cell], settings: Settings) -> list[str]:
+    """Which columns some cells hold and others, kept from before there were such columns, do not."""
+    held = _held_by_all(cells, settings).metrics
+    some = [m.name for m in settings.metrics if m not in held and any(m.name in cell.statistics for cell in cells)]
+    return [f"{', '.join(some)}: left out, since some rows were filled before there was such a column."] if some else []
+
+
+def _held_by_all(cells: Sequence[Cell], settings: Settings) -> Settings:
+    """The settings with those metrics only by which every row can be compared."""
+    held = [metric for metric in settings.metrics if all(metric.name in cell.statistics for cell in cells)]
+    return replace(settings, metrics=held)
+
+
 def _part(scored: Scored, cells: Sequence[Cell], *, settings: Settings, chosen: Places) -> dict[str, Any]:
     groups = [f"{scored.groups[place]:09d}" for place in chosen]
     by_name: dict[str, list[Cell]] = {}
     for cell in cells:
         by_name.setdefault(cell.condition, []).append(cell)
-    part = _Part(groups, settings, by_name, chosen)
+    part = _Part(groups, _held_by_all(cells, settings), by_name, chosen)
     return {"rows": [part.row(name) for name in by_name], "pairs": part.pairs()}
 
 
@@ -182,7 +196,7 @@ class _Part:
                     seed=self.settings.seed,
                 )
                 pair = {"a": a, "b": b, "metric": metric.name, **asdict(compared)}
-                found.append(pair | (self._mcnemar(both, metric) if metric.name == "accuracy" else {}))
+                found.append(pair | (self._mcnemar(both, metric) if isinstance(metric, Accuracy) else {}))
         _correct(found)
         return found
 

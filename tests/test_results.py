@@ -106,6 +106,34 @@ def test_many_rows_are_compared_where_it_tells_something() -> None:
     assert len(pairs) == len(set(pairs))
 
 
+def test_columns_that_not_all_cells_hold_are_left_out_and_named() -> None:
+    settings = replace(SETTINGS, metrics=[ACCURACY, get_metric("accuracy@median", labels=("1", "2"))])
+
+    def told(cell: Cell) -> Cell:
+        hits = cell.statistics["accuracy"]
+        return replace(cell, statistics={"accuracy": hits, "accuracy@median": 1 - hits})
+
+    before = results_object(SCORED, [PLAIN, *PLUG], settings=SETTINGS)
+    assert results_object(SCORED, [PLAIN, *PLUG], settings=settings) == before
+    mixed = results_object(SCORED, [PLAIN, told(PLUG[0]), PLUG[1]], settings=settings)
+    assert (mixed["rows"], mixed["pairs"]) == (before["rows"], before["pairs"])
+    assert [note for note in mixed["notes"] if note not in before["notes"]] == [
+        "accuracy@median: left out, since some rows were filled before there was such a column."
+    ]
+    whole = [told(cell) for cell in (PLAIN, *PLUG)]
+    after = results_object(SCORED, whole, settings=settings)
+    assert after["notes"] == before["notes"]
+    for row in after["rows"]:
+        for key in ("metrics", "intervals", "per_user"):
+            assert list(row[key]) == ["accuracy", "accuracy@median"]
+        assert row["metrics"]["accuracy@median"] == pytest.approx(1 - row["metrics"]["accuracy"])
+    found = {pair["metric"]: pair for pair in after["pairs"]}
+    assert found["accuracy@median"]["difference"] == pytest.approx(-found["accuracy"]["difference"])
+    assert found["accuracy@median"]["mcnemar_p"] == found["accuracy"]["mcnemar_p"]
+    sliced = with_slices(after, SCORED, [*whole[:2], PLUG[1]], slices=thirds(SCORED.history_items), settings=settings)
+    assert all(list(row["metrics"]) == ["accuracy"] for part in sliced["slices"] for row in part["rows"])
+
+
 def test_slices_are_the_same_rows_on_parts_of_the_samples() -> None:
     cells = [PLAIN, *PLUG]
     whole = results_object(SCORED, cells, settings=SETTINGS)

@@ -26,7 +26,7 @@ from personaplug.data.base import Reader, ReadReport, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.files import write_json
 from personaplug.impostors import MeanPersona, RandomVectors
-from personaplug.metrics import Array, get_metric, is_invalid
+from personaplug.metrics import BEST_DECIDED, Array, get_metric, is_invalid
 from personaplug.per_user import PerUser
 from personaplug.personalizer import Personalizer, SoftPrompter
 from personaplug.results import Settings, results_object
@@ -95,8 +95,10 @@ def predict(
 
 
 def settings_of(task: Task, config: EvaluationConfig) -> Settings:
-    """How cells of a task become results."""
-    metrics = [get_metric(name, labels=task.labels, fallback=config.rating_fallback) for name in task.metrics]
+    """How cells of a task become results: ratings that are scored also by the decisions that suit their errors."""
+    scored = task.kind == "rating" and _decoding(task, config) == "score"
+    names = dict.fromkeys([*task.metrics, *(BEST_DECIDED if scored else ())])
+    metrics = [get_metric(name, labels=task.labels, fallback=config.rating_fallback) for name in names]
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
 
@@ -152,7 +154,7 @@ class Evaluation:
         """
         golds = _golds(self.samples)
         shown, matrices, made = self._asked(condition, seed=seed)
-        stats = {metric.name: metric.statistics(made.texts, golds) for metric in self.metrics}
+        stats = self._statistics(made, golds)
         self._keep_scores(condition, stats, seed=seed)
         tokens = float(np.mean([m.tokens for m in shown.measures])) + self._soft_tokens(condition)
         own = matrices.cost() if condition.per_user and matrices else shown.cost
@@ -293,11 +295,16 @@ class Evaluation:
         soft = condition.trained is not None and condition.trained.kind != "lora"
         return plug.instruction_tokens + plug.persona_tokens if soft else 0
 
+    def _statistics(self, made: Answers, golds: Sequence[str]) -> dict[str, Array]:
+        """What each metric averages, (n, d); without those that take probabilities that were not kept."""
+        chosen = [(metric, made.by(metric.decision, labels=self.task.labels)) for metric in self.metrics]
+        return {metric.name: metric.statistics(texts, golds) for metric, texts in chosen if texts is not None}
+
     def _invalid_rate(self, texts: Sequence[str]) -> float:
         return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels) for text in texts]))
 
     def _keep_scores(self, condition: Condition, stats: dict[str, Array], *, seed: int) -> None:
-        simple = [metric for metric in self.metrics if stats[metric.name].shape[1] == 1]
+        simple = [metric for metric in self.metrics if metric.name in stats and stats[metric.name].shape[1] == 1]
         lines = [
             {"id": sample.id, "user_id": sample.user_id, "history_items": len(sample.rows)}
             | {metric.name: float(metric.value(stats[metric.name][i])) for metric in simple}

@@ -125,6 +125,26 @@ def test_finished_cells_are_never_made_again(tmp_path: Path, data: Path, monkeyp
     assert [row["condition"] for row in _read(written[0])["rows"]] == rows
 
 
+def test_cells_from_before_there_was_a_column_still_make_a_table(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, places = _experiment(tmp_path, ["plain", "recency:2"], sets="[One]"), _places(tmp_path, data)
+    (written,) = bench(experiment, places).written
+    first = _read(written)
+    assert "mae@median" in first["rows"][0]["metrics"]
+    path = written.with_name("One.cells.jsonl")
+    about, plain, recency = path.read_text(encoding="utf-8").splitlines()
+    old = json.loads(plain)
+    old["statistics"] = {name: stats for name, stats in old["statistics"].items() if "@" not in name}
+    path.write_text("\n".join([about, json.dumps(old), recency, ""]), encoding="utf-8")
+    monkeypatch.setattr(personaplug.evaluation.Evaluation, "cell", None)  # no cell is made again
+    bench(experiment, places)
+    second = _read(written)
+    for row, before in zip(second["rows"], first["rows"], strict=True):
+        assert row["metrics"] == {name: before["metrics"][name] for name in ("mae", "rmse", "accuracy")}
+    assert [note for note in second["notes"] if "left out" in note]
+
+
 def test_a_stopped_bench_on_a_new_machine_goes_on_from_the_published_cells(tmp_path: Path, data: Path) -> None:
     rows = ["plain", "instruction-only", "plug", "wrong-user"]
     experiment = _experiment(tmp_path, rows, sets="[One]")

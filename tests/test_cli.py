@@ -70,6 +70,8 @@ def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Pa
     rows = [row["condition"] for row in json.loads(target.read_text())["rows"]]
     assert rows == ["plain", "instruction-only", "wrong-user", "shuffled", "plug", "all-knowing"]
     assert "personal gain" in done.output
+    assert "mae@median ↓ |" in done.output
+    assert "rmse@mean ↓ |" in done.output
 
 
 def test_generate_answers_for_a_history_and_for_a_new_user(trained: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from personaplug.config import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, MissingData
-from personaplug.evaluation import ORACLE, evaluate, predict
+from personaplug.evaluation import ORACLE, evaluate, predict, settings_of
 from personaplug.personalizer import Personalizer
 from personaplug.recipes import train
 from personaplug.run import Models, Run, open_models
@@ -135,6 +136,97 @@ def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) ->
         assert pair["difference"] == pytest.approx(sign * gap, abs=1e-9)
 
 
+def _loss(label: str, line: list[float], *, power: int) -> float:
+    """Expected loss of answering a label of 1 to 5 under their probabilities."""
+    return sum(share * abs(float(label) - star) ** power for star, share in enumerate(line, start=1))
+
+
+def test_ratings_are_scored_by_the_decisions_that_suit_their_errors_too(rating: Stage) -> None:
+    results = rating.evaluate(oracle=True)
+    columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]
+    golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
+    folder = rating.run.folder / "evaluations" / "dev"
+    changed = 0
+    for row in results["rows"]:
+        for key in ("metrics", "intervals", "per_user"):
+            assert list(row[key]) == columns
+        if row["condition"] == ORACLE:  # it has no probabilities: its answers stand
+            assert row["metrics"]["mae@median"] == row["metrics"]["mae"]
+            assert row["metrics"]["rmse@mean"] == row["metrics"]["rmse"]
+            continue
+        absolute, squared = [], []
+        for seed in row["seeds"]:
+            told = json.loads((folder / f"{row['condition']}.seed-{seed}.answers.json").read_text())
+            for line, text, gold in zip(told["probabilities"], told["texts"], golds, strict=True):
+                median, mean = (
+                    min(rating.run.task.labels, key=lambda label: _loss(label, line, power=power)) for power in (1, 2)
+                )
+                absolute.append(abs(float(median) - float(gold)))
+                squared.append((float(mean) - float(gold)) ** 2)
+                changed += (median != text) + (mean != text)
+        assert row["metrics"]["mae@median"] == pytest.approx(np.mean(absolute))
+        assert row["metrics"]["rmse@mean"] == pytest.approx(np.sqrt(np.mean(squared)))
+    assert changed > 10  # or nothing above was put to the test
+    gains = {pair["metric"] for pair in results["pairs"] if (pair["a"], pair["b"]) == ("plug", "wrong-user")}
+    assert gains == set(columns)
+    scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
+    assert {"mae@median", "rmse@mean"} <= scores[0].keys()
+
+
+def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(rating: Stage, style: Stage) -> None:
+    written = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
+    assert list(written["metrics"]) == ["mae", "rmse", "accuracy"]
+    assert not any("@" in name for name in style.evaluate("plain")["rows"][0]["metrics"])
+    # asked for by the task, such a column scores what was written
+    task = replace(rating.run.task, metrics=("mae", "mae@median", "accuracy@mean"))
+    config = load_config(overrides=["decoding=generate"], base=rating.config).evaluation
+    asked = evaluate(
+        replace(rating.run, task=task),
+        open_dataset(rating.data, "dev", task=task),
+        split="dev",
+        config=config,
+        conditions=[CONDITIONS["plain"]],
+        models=rating.models,
+    )["rows"][0]["metrics"]
+    assert list(asked) == list(task.metrics)
+    assert asked["mae@median"] == asked["mae"]
+    assert [metric.name for metric in settings_of(task, rating.config.evaluation).metrics] == [
+        *task.metrics,
+        "rmse@mean",
+    ]
+
+
+def test_answers_kept_before_probabilities_were_are_not_made_again(
+    rating: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = replace(rating.run, folder=tmp_path)
+    (tmp_path / "plug").symlink_to(rating.run.folder / "plug")
+
+    def evaluated(names: str) -> Any:
+        return evaluate(
+            moved,
+            open_dataset(rating.data, "dev", task=moved.task),
+            split="dev",
+            config=rating.config.evaluation,
+            conditions=parse_conditions(names),
+            models=rating.models,
+        )
+
+    first = evaluated("plain,plug")
+    path = tmp_path / "evaluations" / "dev" / "plug.seed-1.answers.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({key: v for key, v in told.items() if key not in ("probabilities", "partial")}))
+    monkeypatch.setattr(rating.models.backend, "score", None)  # who asks it again fails
+    second = evaluated("plain,plug")
+    for row, before in zip(second["rows"], first["rows"], strict=True):
+        assert row["metrics"] == {name: before["metrics"][name] for name in ("mae", "rmse", "accuracy")}
+    assert any(note.startswith("mae@median, rmse@mean: left out") for note in second["notes"])
+    assert {pair["metric"] for pair in second["pairs"]} == {"mae", "rmse", "accuracy"}
+    scores = json.loads(path.with_name("plug.seed-1.scores.json").read_text())
+    assert "mae" in scores[0]
+    assert "mae@median" not in scores[0]
+
+
 def test_rows_that_share_a_model_count_their_soft_tokens(rating: Stage) -> None:
     tokens = {row["condition"]: row["prompt_tokens_mean"] for row in rating.evaluate()["rows"]}
     assert tokens["plug"] == tokens["instruction-only"] == tokens["plain"] + 2
@@ -177,8 +269,6 @@ def test_answers_are_not_made_twice_unless_something_changed(rating: Stage, monk
 
 
 def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     moved = replace(rating.run, folder=tmp_path)
     (tmp_path / "plug").symlink_to(rating.run.folder / "plug")
     names = "plain,plug"
@@ -237,8 +327,6 @@ def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
 
 
 def test_a_plug_that_is_not_trained_is_named(rating: Stage, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     with pytest.raises(MissingData, match="--conditions instruction-only"):
         evaluate(
             replace(rating.run, folder=tmp_path),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -101,9 +101,9 @@ def seen_through(
     """
     size = len(sample.rows)
     if empty_share and np.random.default_rng([seed, 7, epoch, view.index, view.number]).random() < empty_share:
-        return replace(sample, rows=sample.rows[:0], answers=sample.answers[:0])
+        return sample.with_items_of(sample, np.arange(0))
     if view.number == 0 or size < 2:
         return sample
     rng = np.random.default_rng([seed, 3, epoch, view.index, view.number])
     dropped = rng.choice(size, size=int(rng.integers(1, size // 2 + 1)), replace=False)
-    return replace(sample, rows=np.delete(sample.rows, dropped), answers=np.delete(sample.answers, dropped))
+    return sample.with_items_of(sample, np.delete(np.arange(size), dropped))

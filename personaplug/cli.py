@@ -146,7 +146,7 @@ def encode(
     """Encode the items of all histories once. `train` and `evaluate` do it themselves; this does it beforehand."""
     from personaplug.data import load_task, open_dataset
     from personaplug.encoder import open_encoder
-    from personaplug.run import encoded
+    from personaplug.run import encoded, resolved
     from personaplug.vectors import VectorTable
 
     config = load_config(config_file, overrides=settings)
@@ -157,7 +157,7 @@ def encode(
     for split in splits:
         reader = open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
         before = len(table)
-        encoded(reader, table, with_answer=config.plug.answers == "text")
+        encoded(reader, table, plug=resolved(config, declared).plug)
         tell_read(reader, split)
         click.echo(f"{split}: {len(table) - before:,} new vectors, {len(table):,} in {vectors}")
 

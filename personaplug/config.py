@@ -93,15 +93,26 @@ class PlugConfig:
     )
     answers: str = _option(
         "text",
-        "where an item's answer goes: text = into the encoded text (the paper's Table 7); "
-        "label = one-hot beside the vector (closed label sets only)",
-        choices=("text", "label"),
+        "where an item's answer goes: text = into the encoded text (the paper's Table 7); label = one-hot beside the "
+        "vector (closed label sets only); form = into the text, and how it is written (length, case, marks) beside the "
+        "vector; auto = label for closed sets, else form",
+        choices=("text", "label", "form", "auto"),
+    )
+    shrinkage: bool = _option(
+        False,
+        "weigh what is common to all users against the items, by a trained share that falls as items come; "
+        "false = the paper: it counts for users without any item only",
     )
     projector_width: int = _option(0, "hidden width of the two-layer projector (eq. 4); 0 = the model's own", low=0)
     max_history: int = _option(512, "items used of a history, the latest ones; cuts are counted", low=1, high=512)
     selected_items: int = _option(
         0, "give the plug only so many items, the most similar to the query (the paper's Table 4); 0 = all", low=0
     )
+
+    @property
+    def encodes_answers(self) -> bool:
+        """Whether the encoder reads items with their answers."""
+        return self.answers != "label"
 
 
 @dataclass(frozen=True)

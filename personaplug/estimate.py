@@ -21,7 +21,7 @@ from personaplug.objectives import PlugObjective
 from personaplug.plug import PersonaPlug
 from personaplug.recipes import build_plug, closed_answers
 from personaplug.records import Sample
-from personaplug.run import Models, Run
+from personaplug.run import Models, Run, resolved
 from personaplug.samples import EncodedSample, encode_samples
 from personaplug.training import fit
 from personaplug.vectors import VectorTable, content_key
@@ -90,6 +90,7 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
         BadConfig: for settings that the task does not allow, as `train` does.
     """
     with tempfile.TemporaryDirectory() as place:
+        config = resolved(config, reader.task)
         run = Run(Path(place), config, reader.task, Path(place) / "vectors")
         plug = build_plug(run, models, seed=0)
         found = _count(reader, config)
@@ -130,7 +131,7 @@ class _Counted:
 
 def _count(reader: Reader, config: Config) -> _Counted:
     """Read the split once. The set of different items grows by about 100 bytes an item; all else stays small."""
-    with_answer = config.plug.answers == "text"
+    with_answer = config.plug.encodes_answers
     wanted = _TIMED_STEPS * config.training.batch_size + 1
     rng = random.Random(0)
     count = items = 0
@@ -249,8 +250,9 @@ def _fit(
 
 
 def _encoded(run: Run, samples: Sequence[Sample], table: VectorTable) -> list[EncodedSample]:
-    with_answer = run.config.plug.answers == "text"
-    return encode_samples(samples, table, labels=run.task.labels, with_answer=with_answer)
+    plug = run.config.plug
+    forms = plug.answers == "form"
+    return encode_samples(samples, table, labels=run.task.labels, with_answer=plug.encodes_answers, with_forms=forms)
 
 
 def _of_their_own(samples: Sequence[EncodedSample], *, count: int) -> list[EncodedSample]:

@@ -6,7 +6,7 @@ One assignment serves vectors, texts and matrices alike, so that every row borro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ class Lent:
 
     Attributes:
         lender: the sample whose history it is; None = nobody's.
-        places: which of the lender's items, in the order in which they are shown.
+        places: which of the lender's items, in the order in which they are shown; none of nobody's.
     """
 
     lender: int | None
@@ -55,7 +55,9 @@ def lend(history: Whose, owners: Sequence[str], sizes: Sequence[int], *, seed: i
 
 def rows_lent(samples: Sequence[EncodedSample], lent: Sequence[Lent]) -> list[EncodedSample]:
     """The samples with the rows and answers of the histories lent to them."""
-    return [_with_rows(sample, _lender(samples, one), one.places) for sample, one in zip(samples, lent, strict=True)]
+    lenders = [sample if one.lender is None else samples[one.lender] for sample, one in zip(samples, lent, strict=True)]
+    three = zip(samples, lenders, lent, strict=True)
+    return [sample.with_items_of(lender, one.places) for sample, lender, one in three]
 
 
 def items_lent(samples: Sequence[Sample], lent: Sequence[Lent]) -> list[tuple[HistoryItem, ...]]:
@@ -76,16 +78,6 @@ def _strangers(owners: Sequence[str], *, seed: int) -> Iterator[int]:
     for owner in owners:
         other = names[(place[owner] + int(rng.integers(1, len(names)))) % len(names)]
         yield by_owner[other][int(rng.integers(len(by_owner[other])))]
-
-
-def _lender(samples: Sequence[EncodedSample], lent: Lent) -> EncodedSample | None:
-    return None if lent.lender is None else samples[lent.lender]
-
-
-def _with_rows(sample: EncodedSample, lender: EncodedSample | None, places: npt.NDArray[np.int64]) -> EncodedSample:
-    if lender is None:
-        return replace(sample, rows=np.empty(0, np.int64), answers=np.empty(0, np.int16))
-    return replace(sample, rows=lender.rows[places], answers=lender.answers[places])
 
 
 def _chosen(sample: Sample, places: npt.NDArray[np.int64]) -> tuple[HistoryItem, ...]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from personaplug.encoder import Encoder
+from personaplug.form import Forms
 from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import HistoryItem
-from personaplug.samples import EncodedSample, Places, answer_places, nearest
+from personaplug.samples import EncodedSample, Places, answer_forms, answer_places, nearest, no_forms
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import Halves, Rows
 
@@ -74,22 +75,26 @@ class Personalizer:
         limit = self.plug.config.max_history
         vectors = self.table.gather(np.concatenate([sample.rows[-limit:] for sample in samples]))
         answers = np.concatenate([sample.answers[-limit:] for sample in samples])
-        return self._batch(vectors, answers, lengths=tuple(min(limit, len(sample.rows)) for sample in samples))
+        forms = np.concatenate([sample.forms[-limit:] for sample in samples])
+        lengths = tuple(min(limit, len(sample.rows)) for sample in samples)
+        return self._batch(vectors, answers, forms, lengths=lengths)
 
     @torch.no_grad()
     def persona(self, query: str, items: Sequence[HistoryItem], *, encoder: Encoder) -> SoftPrompt:
         """Soft tokens for one query and a history given as items, encoded on the spot; (1, I + K, D)."""
         items = items[-self.plug.config.max_history :]
-        texts = [item.text if self.plug.config.answers == "text" else item.content for item in items]
+        texts = [item.text if self.plug.config.encodes_answers else item.content for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
         if (count := self.plug.config.selected_items) and len(items) > count:
             kept = nearest(encoder.query_encoder().encode([query])[0], vectors, count=count)
             items, vectors = [items[place] for place in kept], vectors[kept]
         answers = answer_places(items, self.plug.fitting.labels)
-        soft: SoftPrompt = self.plug([query], self._batch(vectors, answers, lengths=(len(items),)))
+        forms = answer_forms(items) if self.plug.config.answers == "form" else no_forms(len(items))
+        soft: SoftPrompt = self.plug([query], self._batch(vectors, answers, forms, lengths=(len(items),)))
         return soft
 
-    def _batch(self, vectors: Halves, answers: Places, *, lengths: tuple[int, ...]) -> HistoryBatch:
+    def _batch(self, vectors: Halves, answers: Places, forms: Forms, *, lengths: tuple[int, ...]) -> HistoryBatch:
         device = self.plug.instruction.device
         items = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
-        return HistoryBatch(items, lengths, torch.from_numpy(answers.astype(np.int64)).to(device))
+        places = torch.from_numpy(answers.astype(np.int64)).to(device)
+        return HistoryBatch(items, lengths, places, torch.from_numpy(np.ascontiguousarray(forms)).to(device))

@@ -23,6 +23,7 @@ from personaplug.config import BEFORE, Config, PlugConfig, with_values
 from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text, written_file
+from personaplug.form import FEATURES
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import LLMIdentity
 
@@ -40,11 +41,13 @@ class HistoryBatch:
         vectors: (M, E) unit vectors of all items.
         lengths: how many items each of the B users has; their sum is M.
         answers: (M,) int64 place of each item's answer among the task's labels, -1 where there is none.
+        forms: (M, F) how each item's answer is written; F = 0 where that is not read.
     """
 
     vectors: Tensor
     lengths: tuple[int, ...]
     answers: Tensor
+    forms: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,38 +72,49 @@ class Projector(nn.Module):
 
     It starts with outputs of unit variance: unit vectors are stretched by √E so that each value is about 1, and both
     layers keep that size. An item's answer, where it is a channel of its own, is added to the hidden layer; that is
-    the same as a one-hot beside the vector.
+    the same as a one-hot, or its form, beside the vector.
     """
 
-    def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int) -> None:
+    def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, forms: int) -> None:
         super().__init__()
         self.tokens, self.stretch = tokens, math.sqrt(width)
         self.inner = nn.Linear(width, hidden)
         self.outer = nn.Linear(hidden, tokens * out)
         self.answer = nn.Embedding(labels + 1, hidden) if labels else None
+        self.form = nn.Linear(forms, hidden, bias=False) if forms else None
         nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
         nn.init.zeros_(self.inner.bias)
         # E[gelu(z)²] = 0.425 for a standard normal z.
         nn.init.normal_(self.outer.weight, std=1 / math.sqrt(0.425 * hidden))
         nn.init.zeros_(self.outer.bias)
+        if self.form is not None:
+            nn.init.normal_(self.form.weight, std=1 / math.sqrt(forms))
 
-    def hidden(self, items: Tensor, *, answers: Tensor) -> Tensor:
+    def hidden(self, items: Tensor, *, answers: Tensor, forms: Tensor) -> Tensor:
         """The inner layer's output for items one by one, (M, hidden), in the number format of the items.
 
         Args:
             items: (M, E) unit vectors.
             answers: (M,) int64, -1 where an item has none.
+            forms: (M, F), or (M, 0) if they are not read.
         """
         # The weights are stretched in place of the items: there are fewer of them.
         weight, bias = (self.inner.weight * self.stretch).to(items.dtype), self.inner.bias.to(items.dtype)
         inner = nn.functional.linear(items, weight, bias)
         if self.answer is not None:
             inner = inner + self.answer(answers + 1).to(items.dtype)
+        if self.form is not None:
+            inner = inner + nn.functional.linear(forms.to(items.dtype), self.form.weight.to(items.dtype))
         return nn.functional.gelu(inner)
 
-    def out(self, hidden: Tensor) -> Tensor:
-        """The outer layer, (B, hidden) → (B, K, D)."""
-        projected: Tensor = self.outer(hidden)
+    def out(self, hidden: Tensor, *, shares: Tensor) -> Tensor:
+        """The outer layer for weighted sums, Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i; (B, K, D).
+
+        Args:
+            hidden: (B, hidden) Σ w_i g_i.
+            shares: (B,) Σ w_i.
+        """
+        projected = nn.functional.linear(hidden, self.outer.weight) + shares[:, None] * self.outer.bias
         return projected.view(len(hidden), self.tokens, -1)
 
 
@@ -154,16 +168,20 @@ class PersonaPlug(nn.Module):
             self.query_encoder: QueryEncoder | QueryHead = (
                 encoder.query_encoder() if config.query_encoder == "trained" else QueryHead(encoder)
             )
-            self.aggregator = build_aggregator(config.aggregator, temperature=config.temperature)
+            self.aggregator = build_aggregator(
+                config.aggregator, temperature=config.temperature, shrinkage=config.shrinkage
+            )
             self.projector = Projector(
                 encoder.width,
                 hidden=config.projector_width or width,
                 tokens=tokens,
                 out=width,
                 labels=len(fitting.labels) if config.answers == "label" else 0,
+                forms=len(FEATURES) if config.answers == "form" else 0,
             )
-            # What users without any item get in place of the sum of eq. 4, which would be empty. It starts as no signal
-            # at all and learns from the samples whose history is hidden in training (`training.empty_share`).
+            # What makes up for the weight that a user's items leave: all of it without any item, where the sum of eq. 4
+            # would be empty. It starts as no signal at all and learns from the samples whose history is hidden in
+            # training (`training.empty_share`).
             self.population = nn.Parameter(torch.zeros(tokens, width))
 
     def forward(self, queries: Sequence[str], history: HistoryBatch | None) -> SoftPrompt:
@@ -183,18 +201,18 @@ class PersonaPlug(nn.Module):
         return SoftPrompt(torch.cat(parts, dim=1) * self.fitting.embedding_scale, placement=self.config.placement)
 
     def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """P of eq. 4 before scaling, (B, K, D); the population persona where there is no item.
+        """P of eq. 4 before scaling, and of the population persona what the items' weights leave of 1; (B, K, D).
 
-        P = Σ_i w_i · Proj(h_i) = outer(Σ_i w_i · gelu(inner(h_i))): the weights sum to 1 and the outer layer is linear,
-        so it runs once for a user instead of once for an item.
+        P = Σ_i w_i · Proj(h_i): the projector's outer layer is linear, so it runs once for a user and not for every
+        item.
         """
         items = _converted(history.vectors, self.item_dtype)
-        hidden = self.projector.hidden(items, answers=history.answers)
-        weights = self.weights(queries, history).to(hidden.dtype)
-        users = zip(per_user(weights, history.lengths), per_user(hidden, history.lengths), strict=True)
-        summed = self.projector.out(torch.stack([own @ items for own, items in users]).to(self.population.dtype))
-        empty = torch.tensor([length == 0 for length in history.lengths], device=summed.device)
-        return torch.where(empty[:, None, None], self.population, summed)
+        hidden = self.projector.hidden(items, answers=history.answers, forms=history.forms)
+        weights = per_user(self.weights(queries, history), history.lengths)
+        users = zip(weights, per_user(hidden, history.lengths), strict=True)
+        summed = torch.stack([own.to(hidden.dtype) @ items for own, items in users]).to(self.population.dtype)
+        shares = torch.stack([own.sum() for own in weights]).to(summed.dtype)
+        return self.projector.out(summed, shares=shares) + (1 - shares)[:, None, None] * self.population
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
         """w of eq. 3, (M,): how much each item counts for its query; in float32, since a low temperature magnifies."""

@@ -95,7 +95,7 @@ class PromptMaker:
         return self._retrievers[key]
 
     def _opened(self, method: str, *, seed: int) -> Retriever:
-        encoder, with_answer = self.models.encoder, self.run.config.plug.answers == "text"
+        encoder, with_answer = self.models.encoder, self.run.config.plug.encodes_answers
         if method != "ropg":
             return open_retriever(method, seed=seed, encoder=encoder, table=self.table, with_answer=with_answer)
         learned = LearnedRetriever.load(self.run.plug_folder("ropg", seed=seed), width=encoder.width)

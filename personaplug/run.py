@@ -28,7 +28,7 @@ import numpy as np
 from personaplug.backends import choose_device, open_backend
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.encoder_decoder import EncoderDecoderBackend
-from personaplug.config import BEFORE, Config, load_config, to_yaml, with_values
+from personaplug.config import BEFORE, Config, PlugConfig, load_config, to_yaml, with_values
 from personaplug.data.base import Reader, Task
 from personaplug.data.tasks import parse_task
 from personaplug.encoder import Encoder, open_encoder
@@ -93,7 +93,7 @@ class Run:
             BadConfig: if several processes cannot work together here.
         """
         connect(choose_device(config.model.device))
-        return main_first(lambda: cls._created(Path(folder), config, task, vectors))
+        return main_first(lambda: cls._created(Path(folder), resolved(config, task), task, vectors))
 
     @classmethod
     def _created(cls, folder: Path, config: Config, task: Task, vectors: str | Path | None) -> Run:
@@ -185,8 +185,7 @@ class Run:
             rewrite: gives a sample another prompt while its texts are at hand.
         """
         samples = (rewrite(sample) for sample in drawn(reader, limit=limit, seed=seed))
-        with_answer = self.config.plug.answers == "text"
-        return encoded(samples, table, labels=self.task.labels, with_answer=with_answer)
+        return encoded(samples, table, plug=self.config.plug, labels=self.task.labels)
 
     def check_unchanged(self, config: Config, *, sections: Sequence[str] = FIXED) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
@@ -194,7 +193,7 @@ class Run:
         Raises:
             RunConflict: naming the settings that differ.
         """
-        names = _differing(config, self.config, sections=sections)
+        names = _differing(resolved(config, self.task), self.config, sections=sections)
         if names:
             raise RunConflict(
                 f"{', '.join(names)} cannot be changed after training; {self.folder} was made with other "
@@ -257,16 +256,30 @@ def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
     yield from (sample for index, sample in enumerate(reader) if index in chosen)
 
 
+def resolved(config: Config, task: Task) -> Config:
+    """The config with what it leaves to the task (`answers=auto`) settled."""
+    if config.plug.answers != "auto":
+        return config
+    return with_values(config, {"plug.answers": "label" if task.labels else "form"})
+
+
 def encoded(
-    samples: Iterable[Sample], table: VectorTable, *, labels: Sequence[str] = (), with_answer: bool
+    samples: Iterable[Sample], table: VectorTable, *, plug: PlugConfig, labels: Sequence[str] = ()
 ) -> list[EncodedSample]:
-    """Encode samples' items into the table where they are missing, saying how far it is."""
+    """Encode samples' items as a plug reads them, into the table where they are missing, saying how far it is."""
     with Progress("encode", total=None) as progress:
 
         def told(done: int) -> None:
             progress.advance(done - progress.done)
 
-        return encode_samples(samples, table, labels=labels, with_answer=with_answer, progress=told)
+        return encode_samples(
+            samples,
+            table,
+            labels=labels,
+            with_answer=plug.encodes_answers,
+            with_forms=plug.answers == "form",
+            progress=told,
+        )
 
 
 def _anonymous(user: str) -> str:

@@ -77,7 +77,10 @@ class Showing:
         # Nearest to the query that is asked, whoever's the items are: else a stranger's would be the less to the point.
         samples = with_nearest(rows_lent(self.samples, lent), self.table, count=self.run.config.plug.selected_items)
         if condition.persona == "random-vectors":
-            samples = [replace(sample, answers=np.full_like(sample.answers, -1)) for sample in samples]
+            samples = [
+                replace(sample, answers=np.full_like(sample.answers, -1), forms=np.zeros_like(sample.forms))
+                for sample in samples
+            ]
         lenders = [one.lender for one in lent]
         if not condition.in_words:
             return Shown(samples, lenders, self.bare)

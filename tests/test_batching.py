@@ -22,6 +22,7 @@ def _sample(name: int, user: str, *, items: int = 10) -> EncodedSample:
         target="1",
         rows=np.arange(items),
         answers=np.arange(items, dtype=np.int16),
+        forms=np.arange(items, dtype=np.float16)[:, None],
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from personaplug.aggregators import per_user
 from personaplug.config import PlugConfig
 from personaplug.encoder import HashEncoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
+from personaplug.form import forms_of
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
 from personaplug.recipes import instruction_only
+from personaplug.samples import no_forms
 from personaplug.weights import LLMIdentity
 
 WIDTH, OUT = 16, 8
@@ -37,7 +41,8 @@ def _history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
     vectors = rng.normal(size=(sum(lengths), WIDTH)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     answers = rng.integers(0, 3, size=sum(lengths))
-    return HistoryBatch(torch.from_numpy(vectors), lengths, torch.from_numpy(answers))
+    forms = forms_of("word " * n for n in rng.integers(1, 9, size=sum(lengths)))
+    return HistoryBatch(torch.from_numpy(vectors), lengths, torch.from_numpy(answers), torch.from_numpy(forms))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -65,7 +70,9 @@ def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
     wide = LLMIdentity("wide", None, "0" * 16, 512)
     torch.manual_seed(0)
     plug = PersonaPlug(PlugConfig(), fitting=Fitting(wide, 0.13, encoder.identity), encoder=encoder)
-    one = HistoryBatch(torch.from_numpy(encoder.encode(["an item"])), (1,), torch.tensor([-1]))
+    one = HistoryBatch(
+        torch.from_numpy(encoder.encode(["an item"])), (1,), torch.tensor([-1]), torch.from_numpy(no_forms(1))
+    )
     size = plug(["x"], one).vectors.pow(2).mean(dim=-1).sqrt()
     assert size[0, 0].item() == pytest.approx(0.13, rel=0.2)
     assert size[0, 1].item() == pytest.approx(0.13, rel=0.2)
@@ -74,9 +81,10 @@ def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
 def test_neighbours_in_a_batch_change_nothing() -> None:
     plug, history = _plug(), _history()
     together = plug(QUERIES, history).vectors
-    rows = zip(*(per_user(part, (4, 2, 0)) for part in (history.vectors, history.answers)), strict=True)
-    for place, (vectors, answers) in enumerate(rows):
-        alone = plug(QUERIES[place : place + 1], HistoryBatch(vectors, (len(vectors),), answers)).vectors
+    parts = (history.vectors, history.answers, history.forms)
+    rows = zip(*(per_user(part, (4, 2, 0)) for part in parts), strict=True)
+    for place, (vectors, answers, forms) in enumerate(rows):
+        alone = plug(QUERIES[place : place + 1], HistoryBatch(vectors, (len(vectors),), answers, forms)).vectors
         torch.testing.assert_close(together[place : place + 1], alone)
 
 
@@ -128,11 +136,9 @@ def test_a_batch_of_new_users_only_has_finite_gradients() -> None:
 
 def test_the_order_of_items_does_not_matter_to_eq_3_and_4() -> None:
     plug, history = _plug(), _history(lengths=(4, 4, 4))
-    turned = HistoryBatch(
-        torch.cat([own.flip(0) for own in per_user(history.vectors, history.lengths)]),
-        history.lengths,
-        torch.cat([own.flip(0) for own in per_user(history.answers, history.lengths)]),
-    )
+    parts = (history.vectors, history.answers, history.forms)
+    vectors, answers, forms = (torch.cat([own.flip(0) for own in per_user(part, history.lengths)]) for part in parts)
+    turned = HistoryBatch(vectors, history.lengths, answers, forms)
     torch.testing.assert_close(plug(QUERIES, history).vectors, plug(QUERIES, turned).vectors)
 
 
@@ -142,6 +148,42 @@ def test_answers_are_a_channel_of_their_own_where_asked_for() -> None:
     assert not torch.allclose(plug(QUERIES, history).vectors, plug(QUERIES, other).vectors)
     deaf = _plug(answers="text")
     assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
+
+
+def test_the_form_of_answers_is_a_channel_where_asked_for() -> None:
+    plug, history = _plug(answers="form"), _history(lengths=(4, 4, 4))
+    other = replace(history, forms=history.forms + 1)
+    assert not torch.allclose(plug(QUERIES, history).vectors, plug(QUERIES, other).vectors)
+    deaf = _plug(answers="text")
+    assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
+
+
+@pytest.mark.parametrize("aggregator", ["dot", "mean"])
+def test_with_shrinkage_every_item_leaves_less_to_what_is_common(aggregator: str) -> None:
+    plug = _plug(shrinkage=True, aggregator=aggregator)
+    own = _history(lengths=(12,))
+    left = []
+    for items in range(13):
+        part = HistoryBatch(own.vectors[:items], (items,), own.answers[:items], own.forms[:items])
+        left.append(1 - plug.weights(QUERIES[:1], part).sum().item())
+    assert left[0] == 1
+    assert all(more > less > 0 for more, less in pairwise(left))
+    if aggregator == "mean":  # e^1 against as many e^0 as there are items
+        assert left[5] == pytest.approx(math.e / (math.e + 5))
+
+
+def test_shrinkage_mixes_the_common_persona_into_that_of_the_items() -> None:
+    plug, history = _plug(shrinkage=True), _history(lengths=(4, 2, 0))
+    torch.nn.init.normal_(plug.population)
+    with torch.no_grad():
+        weights = plug.weights(QUERIES, history)
+        hidden = plug.projector.hidden(history.vectors, answers=history.answers, forms=history.forms)
+        each = torch.nn.functional.linear(hidden, plug.projector.outer.weight, plug.projector.outer.bias)
+        found = plug.persona(QUERIES, history)[:, 0]
+    for row, items in enumerate((slice(0, 4), slice(4, 6), slice(6, 6))):
+        share = weights[items].sum()
+        expected = weights[items] @ each[items] + (1 - share) * plug.population[0]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_answers_as_labels_need_a_closed_set() -> None:

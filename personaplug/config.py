@@ -224,6 +224,13 @@ class EvaluationConfig:
     shown_items: int = _option(
         -1, "show only so many of each history's latest items at test time (a cold-start curve); -1 = all", low=-1
     )
+    strength: float = _option(
+        1.0,
+        "how far a persona goes from what is common to all users to the user's own: 1 = as trained, above = farther; "
+        "0 = no soft tokens at all, the plain model",
+        low=0,
+        high=10,
+    )
     limit: int = _option(0, "score this many samples, drawn by `draw_seed`; 0 = all", low=0)
     draw_seed: int = _option(0, "draws the wrong users, the shuffles, the limit and the bootstrap", low=0)
     resamples: int = _option(10_000, "of the bootstrap by user", low=100)
@@ -241,7 +248,12 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-BEFORE = {"plug.placement": "prefix", "training.answer_end": "always"}
+BEFORE: dict[str, Any] = {
+    "plug.placement": "prefix",
+    "plug.shrinkage": False,
+    "training.answer_end": "always",
+    "evaluation.strength": 1.0,
+}
 """What runs and results did whose settings were written down before there was this choice."""
 
 _IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

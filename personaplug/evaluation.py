@@ -246,8 +246,8 @@ class Evaluation:
             return None
         plug = self.run.load_plug(trained.name, seed=seed, models=self.models)
         if condition.persona == "random-vectors":
-            return Personalizer(plug, table=RandomVectors(self.table, seed=seed))
-        personalizer = Personalizer(plug, table=self.table)
+            return Personalizer(plug, table=RandomVectors(self.table, seed=seed), strength=self.config.strength)
+        personalizer = Personalizer(plug, table=self.table, strength=self.config.strength)
         return MeanPersona(personalizer, shown) if condition.persona == "mean" else personalizer
 
     def _matrices(self, condition: Condition, *, seed: int) -> PerUser | None:
@@ -272,6 +272,8 @@ class Evaluation:
         for trained in condition.needs:
             for weights in sorted(self.run.plug_folder(trained.name, seed=seed).glob("*.safetensors")):
                 parts.append(hashlib.sha256(weights.read_bytes()).hexdigest())
+        if self.config.strength != 1:
+            parts.append(self.config.strength)
         return parts + ([asdict(self.run.config.adapter), seed] if condition.per_user else [])
 
     # ---- what the row was
@@ -292,7 +294,7 @@ class Evaluation:
 
     def _soft_tokens(self, condition: Condition) -> int:
         plug = self.run.config.plug
-        soft = condition.trained is not None and condition.trained.kind != "lora"
+        soft = condition.trained is not None and condition.trained.kind != "lora" and self.config.strength > 0
         return plug.instruction_tokens + plug.persona_tokens if soft else 0
 
     def _statistics(self, made: Answers, golds: Sequence[str]) -> dict[str, Array]:

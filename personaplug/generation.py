@@ -42,7 +42,7 @@ def generate_one(
     personalizer = None
     if not plain:
         chosen = run.config.training.seeds[0] if seed is None else seed
-        personalizer = Personalizer(run.load_plug("plug", seed=chosen, models=models))
+        personalizer = Personalizer(run.load_plug("plug", seed=chosen, models=models), strength=config.strength)
     return reply(prompt, items, run=run, models=models, personalizer=personalizer, config=config)
 
 

@@ -53,10 +53,11 @@ class Personalizer:
     Args:
         plug: the plug itself.
         table: where the vectors of encoded samples are.
+        strength: as `PersonaPlug.forward` takes it.
     """
 
-    def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None) -> None:
-        self.plug, self.table = plug, table
+    def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None, strength: float = 1.0) -> None:
+        self.plug, self.table, self.strength = plug, table, strength
 
     @property
     def placement(self) -> str:
@@ -66,7 +67,7 @@ class Personalizer:
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Soft tokens for samples whose items are rows of the table; (B, I + K, D), with gradients if enabled."""
         history = self.gather(samples) if self.plug.config.persona_tokens else None
-        soft: SoftPrompt = self.plug([sample.query for sample in samples], history)
+        soft: SoftPrompt = self.plug([sample.query for sample in samples], history, strength=self.strength)
         return soft
 
     def gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
@@ -90,7 +91,8 @@ class Personalizer:
             items, vectors = [items[place] for place in kept], vectors[kept]
         answers = answer_places(items, self.plug.fitting.labels)
         forms = answer_forms(items) if self.plug.config.answers == "form" else no_forms(len(items))
-        soft: SoftPrompt = self.plug([query], self._batch(vectors, answers, forms, lengths=(len(items),)))
+        history = self._batch(vectors, answers, forms, lengths=(len(items),))
+        soft: SoftPrompt = self.plug([query], history, strength=self.strength)
         return soft
 
     def _batch(self, vectors: Halves, answers: Places, forms: Forms, *, lengths: tuple[int, ...]) -> HistoryBatch:

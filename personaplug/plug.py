@@ -184,20 +184,26 @@ class PersonaPlug(nn.Module):
             # training (`training.empty_share`).
             self.population = nn.Parameter(torch.zeros(tokens, width))
 
-    def forward(self, queries: Sequence[str], history: HistoryBatch | None) -> SoftPrompt:
+    def forward(self, queries: Sequence[str], history: HistoryBatch | None, *, strength: float = 1.0) -> SoftPrompt:
         """Make the soft tokens of a batch.
 
         Args:
             queries: B texts.
             history: their users' items; None is allowed where the plug has no persona tokens.
+            strength: how far personas go from the population persona (near 0) to the user's own (1) and beyond; at 0
+                there are no soft tokens at all.
         Returns:
-            (B, I + K, D), of the size of the language model's own embedded tokens.
+            (B, I + K, D), of the size of the language model's own embedded tokens; (B, 0, D) for a strength of 0.
         """
+        if strength == 0:
+            nothing = self.instruction.new_empty(len(queries), 0, self.fitting.llm.width)
+            return SoftPrompt(nothing, placement=self.config.placement)
         parts = [self.instruction.expand(len(queries), -1, -1)]
         if self.config.persona_tokens:
             if history is None:
                 raise BadConfig("This plug has persona tokens; it needs a history for every query (it may be empty).")
-            parts.append(self.persona(queries, history))
+            own = self.persona(queries, history)
+            parts.append(own if strength == 1 else torch.lerp(self.population.expand_as(own), own, strength))
         return SoftPrompt(torch.cat(parts, dim=1) * self.fitting.embedding_scale, placement=self.config.placement)
 
     def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
@@ -315,8 +321,8 @@ def _read_about(folder: Path) -> tuple[dict[str, Any], Fitting]:
     """The config (unchecked) and the fitting that a saved plug names."""
     try:
         about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        # Plugs from before there was a choice stand in front of the text.
-        version, config = about["format_version"], {"placement": BEFORE["plug.placement"], **about["config"]}
+        before = {key.removeprefix("plug."): value for key, value in BEFORE.items() if key.startswith("plug.")}
+        version, config = about["format_version"], before | about["config"]
         fitting = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {_CONFIG} is missing. A finished training writes one.") from error

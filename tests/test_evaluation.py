@@ -391,6 +391,32 @@ def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp
     assert rating.evaluate("plug")["rows"][0]["metrics"] == before
 
 
+@pytest.mark.parametrize("kind", ["rating", "style"])
+def test_a_strength_of_0_is_the_plain_model(kind: str, request: pytest.FixtureRequest) -> None:
+    stage: Stage = request.getfixturevalue(kind)
+    folder = stage.run.folder / "evaluations" / "dev"
+
+    def told(row: str, strength: str) -> list[dict[str, str]]:
+        results = stage.evaluate(row, settings=(f"strength={strength}",))
+        tokens.append(results["rows"][0]["prompt_tokens_mean"])
+        return json.loads((folder / f"{row}.seed-0.json").read_text())["golds"]  # type: ignore[no-any-return]
+
+    tokens: list[float] = []
+    assert told("plug", "0") == told("plain", "1")
+    assert tokens[0] == tokens[1]
+    told("plug", "1")
+    assert tokens[2] == tokens[1] + 2
+
+
+def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
+    settings = ("answers=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
+    for kind, channel in (("rating", "label"), ("style", "form")):
+        stage = Stage(tmp_path / kind, kind=kind, settings=settings)
+        assert stage.run.config.plug.answers == Run.open(stage.run.folder).config.plug.answers == channel
+        stage.run.check_unchanged(stage.config)  # which still says auto
+        assert stage.evaluate("plug,wrong-user,random-vectors")["rows"][0]["n"] == 10
+
+
 def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "oracle.json").write_text(json.dumps({"task": "x", "golds": []}))
     with pytest.raises(MissingData, match="knows nothing of 10 of 10"):

@@ -186,6 +186,18 @@ def test_shrinkage_mixes_the_common_persona_into_that_of_the_items() -> None:
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_strength_leads_from_the_common_persona_through_the_own_one_and_beyond() -> None:
+    plug, history = _plug(persona_tokens=2), _history()
+    torch.nn.init.normal_(plug.population)
+    with torch.no_grad():
+        common, own = plug.population * plug.fitting.embedding_scale, plug(QUERIES, history).vectors
+        for strength in (0.25, 0.5, 1.0, 2.0):
+            found = plug(QUERIES, history, strength=strength).vectors
+            torch.testing.assert_close(found[:, :1], own[:, :1])  # the task's token is nobody's
+            torch.testing.assert_close(found[:, 1:], common + strength * (own[:, 1:] - common))
+        assert plug(QUERIES, history, strength=0).vectors.shape == (3, 0, OUT)
+
+
 def test_answers_as_labels_need_a_closed_set() -> None:
     with pytest.raises(BadConfig, match="answers=text"):
         _plug(answers="label")

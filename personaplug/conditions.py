@@ -6,10 +6,14 @@
     plug+bm25:1  plug+dense:1                                the plug beside retrieved items, trained together
     profile  profile+bm25:4                                  what the model itself wrote of the user
     lora  lora-per-user                                      matrices in the model: the task's alone, and each user's
+    classical  classical:text  classical:history             a regression in the model's place: on words, on the history
+    user-median  user-mean  user-majority                    a rule on the user's own answers
+    copy  copy:10                                            the query itself, or its first 10 words
     NAME@wrong-user  NAME@shuffled                           any of them, shown a stranger's history, or another order
     wrong-user  shuffled  random-vectors  mean-persona  population-persona        the controls of the plug
 
-The controls are rows like any other. A method's personal gain is its distance from its own wrong-user row.
+The controls are rows like any other. A method's personal gain is its distance from its own wrong-user row. Rows
+without a language model say what a set gives away for nothing, and their gains whether there is anything personal.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ SHUFFLED: Final = "shuffled"
 
 Whose = Literal["none", "own", "wrong-user", "shuffled"]
 Kind = Literal["plug", "instruction", "lora", "retriever"]
+RuleKind = Literal["classical", "user-median", "user-mean", "user-majority", "copy"]
+Part = Literal["both", "text", "history"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,27 @@ class Trained:
     retrieval: Retrieval | None = None
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What answers in the language model's place.
+
+    Attributes:
+        kind: classical (a regression), user-median, user-mean, user-majority (of the user's own answers) or copy (of
+            the query).
+        part: what a regression is told of a sample: its text, its history or both.
+        words: how many of the query's first words are copied; 0 = all of it as it is.
+    """
+
+    kind: RuleKind
+    part: Part = "both"
+    words: int = 0
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it learns something from the training split, if only what to say of a user without answers."""
+        return self.kind != "copy"
+
+
 PLUG = Trained("plug", "plug")
 INSTRUCTION = Trained("instruction-only", "instruction")
 LORA = Trained("lora", "lora")
@@ -81,6 +108,7 @@ class Condition:
         retrieval: which of the items' texts stand in the prompt.
         profile: whether a profile of the user does.
         per_user: whether every user has matrices of their own.
+        rule: what answers in the language model's place; None = the model answers.
     """
 
     name: str
@@ -91,6 +119,7 @@ class Condition:
     retrieval: Retrieval | None = None
     profile: bool = False
     per_user: bool = False
+    rule: Rule | None = None
 
     @property
     def needs(self) -> tuple[Trained, ...]:
@@ -109,6 +138,11 @@ class Condition:
         return self.retrieval is not None or self.profile
 
 
+_OF_OWN_ANSWERS: dict[RuleKind, str] = {
+    "user-median": "median",
+    "user-mean": "mean",
+    "user-majority": "most frequent",
+}
 _GAIN = "how much of {}'s gain a stranger's history gives too; the distance to it is the personal gain"
 
 CONDITIONS: dict[str, Condition] = {
@@ -145,6 +179,26 @@ CONDITIONS: dict[str, Condition] = {
             LORA,
         ),
         Condition("lora-per-user", "whether training for each user does better", LORA, "own", per_user=True),
+        Condition(
+            "classical",
+            "whether a regression on words and history, which needs no language model, does as well",
+            history="own",
+            rule=Rule("classical"),
+        ),
+        Condition("classical:text", "what a regression learns of the task alone", rule=Rule("classical", "text")),
+        Condition(
+            "classical:history",
+            "what a regression makes of the history without reading the question",
+            history="own",
+            rule=Rule("classical", "history"),
+        ),
+        *(
+            Condition(
+                kind, f"whether the {what} of the user's own answers does as well", history="own", rule=Rule(kind)
+            )
+            for kind, what in _OF_OWN_ANSWERS.items()
+        ),
+        Condition("copy", "whether repeating the question does as well", rule=Rule("copy")),
     )
 }
 DEFAULT = ("plain", "instruction-only", WRONG_USER, SHUFFLED, "plug")
@@ -173,6 +227,8 @@ def condition_of(name: str) -> Condition:
     body, at, control = name.partition("@")
     if at:
         return _control(name, body, control)
+    if body.startswith("copy:"):
+        return _copy(name, body.removeprefix("copy:"))
     base, plus, retrieval = body.rpartition("+")
     return _with_retrieval(name, base, _retrieval(name, retrieval), joined=bool(plus))
 
@@ -200,6 +256,12 @@ def is_control(name: str) -> bool:
     return condition is not None and (condition.history in (WRONG_USER, SHUFFLED) or condition.persona != "own")
 
 
+def is_rule(name: str) -> bool:
+    """Whether a row is answered without the language model."""
+    condition = find_condition(name)
+    return condition is not None and condition.rule is not None
+
+
 def needed(conditions: Sequence[Condition]) -> list[Trained]:
     """What has to be trained for these rows, each once, in order."""
     return list(dict.fromkeys(trained for condition in conditions for trained in condition.needs))
@@ -220,12 +282,26 @@ def _control(name: str, body: str, control: str) -> Condition:
     return replace(base, name=name, guards=guards, history=control)  # type: ignore[arg-type]
 
 
+def _copy(name: str, count: str) -> Condition:
+    if not _is_count(count):
+        raise _unknown(name)
+    return replace(CONDITIONS["copy"], name=name, rule=Rule("copy", words=int(count)))
+
+
 def _retrieval(name: str, text: str) -> Retrieval:
-    method, colon, count = text.partition(":")
-    if method not in RETRIEVERS or not colon or not count.isascii() or not count.isdecimal() or int(count) < 1:
-        known = [*CONDITIONS, *(f"{retriever}:4" for retriever in RETRIEVERS), "instruction+bm25:4", "plug+bm25:1"]
-        raise BadConfig(f"There is no row {name!r}; {nearest(name, [*known, 'profile+bm25:4'])}")
+    method, _, count = text.partition(":")
+    if method not in RETRIEVERS or not _is_count(count):
+        raise _unknown(name)
     return Retrieval(method, int(count))
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text) >= 1
+
+
+def _unknown(name: str) -> BadConfig:
+    retrieved = [*(f"{retriever}:4" for retriever in RETRIEVERS), "instruction+bm25:4", "plug+bm25:1", "profile+bm25:4"]
+    return BadConfig(f"There is no row {name!r}; {nearest(name, [*CONDITIONS, *retrieved, 'copy:10'])}")
 
 
 def _with_retrieval(name: str, base: str, retrieval: Retrieval, *, joined: bool) -> Condition:

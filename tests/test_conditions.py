@@ -13,9 +13,12 @@ from personaplug.conditions import (
     RETRIEVERS,
     ROPG,
     Retrieval,
+    Rule,
     Trained,
     condition_of,
     control_of,
+    is_control,
+    is_rule,
     needed,
     parse_conditions,
 )
@@ -49,6 +52,14 @@ def test_bad_lists_are_refused(text: str) -> None:
         "bm25:4@wrong-user@wrong-user",
         "random-vectors@wrong-user",
         "lora-per-user@shuffled",
+        "copy:",
+        "copy:0",
+        "copy:ten",
+        "copy@wrong-user",
+        "classical:words",
+        "classical:text@wrong-user",
+        "classical+bm25:4",
+        "user-median:4",
     ],
 )
 def test_what_is_no_row_is_refused(name: str) -> None:
@@ -117,6 +128,24 @@ def test_every_personal_row_has_its_own_control() -> None:
     assert condition_of("plug@wrong-user") is CONDITIONS["wrong-user"]
     for name in ("plain", "instruction-only", "lora", "wrong-user", "random-vectors", "mean-persona", "all-knowing"):
         assert control_of(name) is None
+
+
+def test_rows_without_a_language_model_need_no_training_and_keep_their_rule_in_their_control() -> None:
+    for name in ("classical", "classical:history", "user-median", "user-mean", "user-majority"):
+        row, control = condition_of(name), condition_of(f"{name}@wrong-user")
+        assert (row.needs, row.seeded, row.history, control.history) == ((), False, "own", "wrong-user")
+        assert control.rule == row.rule
+        assert control_of(name) == control.name
+        assert (is_control(name), is_control(control.name)) == (False, True)
+        assert is_rule(name)
+        assert is_rule(control.name)
+    assert condition_of("classical:text").rule == Rule("classical", "text")
+    assert condition_of("copy").rule == Rule("copy")
+    assert condition_of("copy:10").rule == Rule("copy", words=10)
+    for name in ("classical:text", "copy", "copy:10"):
+        assert (condition_of(name).history, control_of(name)) == ("none", None)
+    assert [name for name in ("classical", "copy:3") if condition_of(name).rule.fitted] == ["classical"]  # type: ignore[union-attr]
+    assert not any(is_rule(name) for name in ("plain", "plug", "bm25:4", "all-knowing", "nonsense"))
 
 
 def test_what_rows_need_is_trained_once() -> None:

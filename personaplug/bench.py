@@ -195,7 +195,7 @@ class _Table:
         trainings = Trainings(run, train, models=models)
         config = replace(self.config.evaluation, shown_items=shown)
         name = _split_name(self.experiment.split, shown)
-        return trainings, Evaluation(run, split, split=name, config=config, models=models)
+        return trainings, Evaluation(run, split, split=name, config=config, models=models, train=train)
 
     def _kept(self, shown: int) -> tuple[Scored | None, list[Cell]]:
         """The cells that are of this experiment as it stands, in its order of conditions and seeds."""

@@ -57,9 +57,10 @@ class Cell:
         extra_prompt_tokens: of them, those that the bare question does not have.
         seconds: answering.
         peak_memory_bytes: while answering.
-        decoding: "scored" over the labels or "generated".
+        decoding: "scored" over the labels, "generated", or "computed" without the language model.
         bytes_per_user: what a service keeps for a user, a mean; None where that is not known.
         seconds_per_user: what adding a user takes, a mean.
+        fit_seconds: what fitting took, where something is fitted as the table is filled.
         made_with: versions and machine, in words.
     """
 
@@ -78,6 +79,7 @@ class Cell:
     decoding: str = ""
     bytes_per_user: float | None = None
     seconds_per_user: float | None = None
+    fit_seconds: float | None = None
     key: str = field(default="", compare=False)
     made_with: str = field(default="", compare=False)
 

@@ -22,6 +22,7 @@ from personaplug.cli_options import (
     skip_bad_option,
     task_option,
     tell_read,
+    train_of,
     vectors_option,
     with_settings,
 )
@@ -252,6 +253,8 @@ def evaluate(
     Rows: plain, instruction-only, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
     profile, profile+bm25:4; lora, lora-per-user; and for every personal row its control, such as bm25:4@wrong-user.
+    Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
+    copy, copy:10; they are fitted on the train split here.
 
     With --lamp-gold and --lamp-pred it scores anyone's predictions instead, and needs no run.
     """
@@ -275,6 +278,7 @@ def evaluate(
     run.check_unchanged(config)
     show(config, "evaluation")
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
+    train = train_of(data, rows, run=run, skip_bad=skip_bad)
     oracle = data / f"{split}_oracle.json"
     results = evaluate_run(
         run,
@@ -284,6 +288,7 @@ def evaluate(
         config=config.evaluation,
         models=open_models(config),
         oracle=oracle if oracle.exists() else None,
+        train=train,
     )
     tell_read(reader, split)
     target = json_file or run_folder / "evaluations" / f"{split}.json"
@@ -327,7 +332,9 @@ def predict(
     models = open_models(config)
     if config.evaluation.limit:
         click.echo(f"only {config.evaluation.limit} samples are answered (limit={config.evaluation.limit})", err=True)
-    for path in predict_run(run, reader, split=split, conditions=rows, config=config.evaluation, models=models):
+    train = train_of(data, rows, run=run, skip_bad=skip_bad)
+    paths = predict_run(run, reader, split=split, conditions=rows, config=config.evaluation, models=models, train=train)
+    for path in paths:
         click.echo(str(path))
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from personaplug.config import Config, describe, to_yaml
+
+if TYPE_CHECKING:
+    from personaplug.conditions import Condition
+    from personaplug.data.base import Reader
+    from personaplug.run import Run
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -68,6 +73,15 @@ def show(config: Config, *sections: str) -> None:
         if section in sections:
             shown.append(line)
     logger.info("%s\n", "\n".join(shown))
+
+
+def train_of(data: Path, rows: Sequence[Condition], *, run: Run, skip_bad: int) -> Reader | None:
+    """The training split, where some rows are fitted on it as the table is filled."""
+    from personaplug.data import open_dataset
+
+    if not any(row.rule is not None and row.rule.fitted for row in rows):
+        return None
+    return open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=run.config.plug.max_history)
 
 
 def tell_read(reader: Any, split: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -19,7 +20,7 @@ import numpy as np
 from personaplug.answers import Answers, answer, keep, kept
 from personaplug.backends.base import GenerationConfig
 from personaplug.cells import Cell, Scored, numbered
-from personaplug.conditions import Condition
+from personaplug.conditions import Condition, Rule
 from personaplug.config import EvaluationConfig
 from personaplug.costs import CostMeter
 from personaplug.data.base import Reader, ReadReport, Task
@@ -29,7 +30,9 @@ from personaplug.impostors import MeanPersona, RandomVectors
 from personaplug.metrics import BEST_DECIDED, Array, get_metric, is_invalid
 from personaplug.per_user import PerUser
 from personaplug.personalizer import Personalizer, SoftPrompter
+from personaplug.records import Sample
 from personaplug.results import Settings, results_object
+from personaplug.rules import Rules, check_rules
 from personaplug.run import Models, Run, machine, versions
 from personaplug.samples import EncodedSample, samples_fingerprint
 from personaplug.showing import Showing, Shown
@@ -48,6 +51,7 @@ def evaluate(
     config: EvaluationConfig,
     models: Models,
     oracle: Path | None = None,
+    train: Reader | None = None,
 ) -> dict[str, Any]:
     """Fill a results table.
 
@@ -55,13 +59,15 @@ def evaluate(
         run: with what the conditions need trained.
         reader: the split to score.
         oracle: predictions of an all-knowing predictor in LaMP's output format, for simulated users.
+        train: the training split; only needed for rows without a language model that are fitted on it.
     Returns:
         The results object; see `results.py`.
     Raises:
         MissingData: if something that a condition needs is not trained, or a sample has no answer to compare with.
-        BadConfig: if labels are to be scored in a task without labels.
+        BadConfig: if labels are to be scored in a task without labels, or a rule does not fit the task.
     """
-    evaluation = Evaluation(run, reader, split=split, config=config, models=models)
+    check_rules(conditions, run.task)  # before any hour is spent on the other rows
+    evaluation = Evaluation(run, reader, split=split, config=config, models=models, train=train)
     cells = [
         evaluation.cell(condition, seed=seed) for condition in conditions for seed in evaluation.seeds_of(condition)
     ]
@@ -78,15 +84,20 @@ def predict(
     conditions: Sequence[Condition],
     config: EvaluationConfig,
     models: Models,
+    train: Reader | None = None,
 ) -> list[Path]:
     """Answer a split whose answers may be hidden, as LaMP's test split's are.
 
+    Args:
+        train: as in `evaluate`.
     Returns:
         A file per condition and seed, in LaMP's output format.
     Raises:
         MissingData: if something that a condition needs is not trained.
+        BadConfig: if a rule does not fit the task.
     """
-    evaluation = Evaluation(run, reader, split=split, config=config, models=models)
+    check_rules(conditions, run.task)
+    evaluation = Evaluation(run, reader, split=split, config=config, models=models, train=train)
     return [
         evaluation.predictions(condition, seed=seed)
         for condition in conditions
@@ -119,7 +130,16 @@ class Evaluation:
         settings: how they become results.
     """
 
-    def __init__(self, run: Run, reader: Reader, *, split: str, config: EvaluationConfig, models: Models) -> None:
+    def __init__(
+        self,
+        run: Run,
+        reader: Reader,
+        *,
+        split: str,
+        config: EvaluationConfig,
+        models: Models,
+        train: Reader | None = None,
+    ) -> None:
         self.run, self.reader, self.split, self.config, self.models = run, reader, split, config, models
         self.task = run.task
         self.decoding = _decoding(self.task, config)
@@ -132,6 +152,7 @@ class Evaluation:
         self.showing = Showing(run, reader, models=models, table=self.table, config=config)
         self.cut_by_encoder = models.encoder.truncated - cut_before
         self.samples = self.showing.samples
+        self.rules = Rules(run, train, table=self.table)
         if not self.samples:
             raise MissingData("The split holds no samples.")
         self.owners = self.showing.owners
@@ -151,11 +172,13 @@ class Evaluation:
 
         Raises:
             MissingData: if something that it needs is not trained.
+            BadConfig: if it is a rule that does not fit the task.
         """
         golds = _golds(self.samples)
+        if condition.rule is not None:
+            return self._computed_cell(condition, condition.rule, golds, seed=seed)
         shown, matrices, made = self._asked(condition, seed=seed)
-        stats = self._statistics(made, golds)
-        self._keep_scores(condition, stats, seed=seed)
+        stats = self._stats(condition, made, golds, seed=seed)
         tokens = float(np.mean([m.tokens for m in shown.measures])) + self._soft_tokens(condition)
         own = matrices.cost() if condition.per_user and matrices else shown.cost
         cost = None if condition.per_user and own is None else self.costs.of(condition, own=own)
@@ -166,7 +189,7 @@ class Evaluation:
             invalid_rate=self._invalid_rate(made.texts),
             truncated_rate=float(np.mean([measure.truncated for measure in shown.measures])),
             unfinished_rate=float(np.mean(made.unfinished)),
-            lost_history_rate=self._lost_rate(condition, shown, matrices),
+            lost_history_rate=self._lost_rate(condition, self._items_used(condition, shown, matrices)),
             cut_items_rate=self._cut_rate(shown, matrices),
             prompt_tokens_mean=tokens,
             extra_prompt_tokens=tokens - float(np.mean([measure.tokens for measure in self.showing.bare])),
@@ -182,8 +205,12 @@ class Evaluation:
 
         Raises:
             MissingData: if something that it needs is not trained.
+            BadConfig: if it is a rule that does not fit the task.
         """
-        self._asked(condition, seed=seed)
+        if condition.rule is not None:
+            self._computed(condition, condition.rule, seed=seed)
+        else:
+            self._asked(condition, seed=seed)
         return self.folder / f"{_file_name(condition, seed)}.json"
 
     def oracle(self, path: Path) -> Cell:
@@ -204,6 +231,30 @@ class Evaluation:
 
     # ---- who answers
 
+    def _computed_cell(self, condition: Condition, rule: Rule, golds: Sequence[str], *, seed: int) -> Cell:
+        """The cell of a row that asks no model: it has neither prompts nor costs that could be compared."""
+        shown, made = self._computed(condition, rule, seed=seed)
+        return Cell(
+            condition.name,
+            seed,
+            self._stats(condition, made, golds, seed=seed),
+            invalid_rate=self._invalid_rate(made.texts),
+            lost_history_rate=self._lost_rate(condition, [len(sample.history) for sample in shown]),
+            seconds=round(made.seconds, 2),
+            decoding="computed",
+            fit_seconds=round(self.rules.fitted(rule).seconds, 2),
+        )
+
+    def _computed(self, condition: Condition, rule: Rule, *, seed: int) -> tuple[list[Sample], Answers]:
+        """The samples as a rule is shown them, and its answers."""
+        answerer = self.rules.fitted(rule).answerer
+        shown = self.showing.lent(condition, seed=seed)
+        began = time.monotonic()
+        texts = answerer.answers(shown)
+        seconds = time.monotonic() - began
+        self._write_predictions(condition, texts, seed=seed)
+        return shown, Answers(texts, [False] * len(texts), seconds, peak_memory_bytes=0)
+
     def _asked(self, condition: Condition, *, seed: int) -> tuple[Shown, PerUser | None, Answers]:
         for trained in condition.needs:
             self.run.check_trained(trained.name, seed=seed)
@@ -218,9 +269,12 @@ class Evaluation:
         if made is None:
             made = self._answered(condition, shown, matrices, seed=seed)
             keep(made, path, depends_on=depends_on)
-        golds = [{"id": sample.id, "output": text} for sample, text in zip(self.samples, made.texts, strict=True)]
-        write_json(self.folder / f"{_file_name(condition, seed)}.json", {"task": self.task.name, "golds": golds})
+        self._write_predictions(condition, made.texts, seed=seed)
         return made
+
+    def _write_predictions(self, condition: Condition, texts: Sequence[str], *, seed: int) -> None:
+        golds = [{"id": sample.id, "output": text} for sample, text in zip(self.samples, texts, strict=True)]
+        write_json(self.folder / f"{_file_name(condition, seed)}.json", {"task": self.task.name, "golds": golds})
 
     def _answered(self, condition: Condition, shown: Shown, matrices: PerUser | None, *, seed: int) -> Answers:
         def ask(samples: Sequence[EncodedSample], title: str) -> Answers:
@@ -278,13 +332,16 @@ class Evaluation:
 
     # ---- what the row was
 
-    def _lost_rate(self, condition: Condition, shown: Shown, matrices: PerUser | None) -> float:
+    def _items_used(self, condition: Condition, shown: Shown, matrices: PerUser | None) -> list[int]:
+        """How many items of a history reached each sample's answer."""
+        if condition.per_user and matrices:
+            return [0 if lender is None else matrices.learned(lender) for lender in shown.lenders]
+        return shown.items()
+
+    def _lost_rate(self, condition: Condition, got: Sequence[int]) -> float:
         """Share of the samples with a history whose row should have used it and got none of it."""
         if condition.history == "none":
             return 0.0
-        got = shown.items()
-        if condition.per_user and matrices:
-            got = [0 if lender is None else matrices.learned(lender) for lender in shown.lenders]
         had = [items for items, sample in zip(got, self.samples, strict=True) if len(sample.rows)]
         return float(np.mean([items == 0 for items in had])) if had else 0.0
 
@@ -297,13 +354,15 @@ class Evaluation:
         soft = condition.trained is not None and condition.trained.kind != "lora" and self.config.strength > 0
         return plug.instruction_tokens + plug.persona_tokens if soft else 0
 
-    def _statistics(self, made: Answers, golds: Sequence[str]) -> dict[str, Array]:
-        """What each metric averages, (n, d); without those that take probabilities that were not kept."""
-        chosen = [(metric, made.by(metric.decision, labels=self.task.labels)) for metric in self.metrics]
-        return {metric.name: metric.statistics(texts, golds) for metric, texts in chosen if texts is not None}
-
     def _invalid_rate(self, texts: Sequence[str]) -> float:
         return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels) for text in texts]))
+
+    def _stats(self, condition: Condition, made: Answers, golds: Sequence[str], *, seed: int) -> dict[str, Array]:
+        """What each metric averages, (n, d); without those that take probabilities that were not kept."""
+        chosen = [(metric, made.by(metric.decision, labels=self.task.labels)) for metric in self.metrics]
+        stats = {metric.name: metric.statistics(texts, golds) for metric, texts in chosen if texts is not None}
+        self._keep_scores(condition, stats, seed=seed)
+        return stats
 
     def _keep_scores(self, condition: Condition, stats: dict[str, Array], *, seed: int) -> None:
         simple = [metric for metric in self.metrics if metric.name in stats and stats[metric.name].shape[1] == 1]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personaplug.conditions import control_of, is_control
+from personaplug.conditions import control_of, is_control, is_rule
 from personaplug.errors import MissingData, MissingExtra
 from personaplug.files import written_file
 from personaplug.report import (
@@ -37,6 +37,7 @@ _KINDS = {
     "plug": "#0072b2",
     "items or profile in the prompt": "#e69f00",
     "weights of its own": "#009e73",
+    "no language model": "#8c6d31",
     "control": _PALE,
     "other": "#cc79a7",
 }
@@ -252,6 +253,8 @@ def _kind(name: str) -> str:
     """What a condition spends on a user, as the legend names it."""
     if is_control(name):
         return "control"
+    if is_rule(name):
+        return "no language model"
     if name in _UNPERSONAL:
         return "no personalization"
     if name.startswith("plug"):

@@ -119,7 +119,7 @@ def _notes_on_p(pairs: Sequence[Row]) -> list[str]:
     if any(pair.get("p_holm") is not None for pair in pairs):
         lines.append(
             "Holm p: corrected by Holm's rule, metric by metric, over a family of comparisons (personal gains; against "
-            "plain; against instruction-only; the rest); p is not."
+            "plain; against instruction-only; gains of rows without the language model; the rest); p is not."
         )
     elif len(pairs) > 1:
         lines.append(f"p is not corrected for the {len(pairs)} comparisons shown.")

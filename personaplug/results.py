@@ -3,10 +3,11 @@
 A results object holds what was run (task, split, model, encoder, placement, seeds, versions, config, notes, …) and
 
     rows    per condition: n, seeds, metrics (those that all cells hold), intervals, per_user (metrics averaged over
-            users), the rates of a `Cell`, prompt_tokens_mean, seconds, peak_memory_bytes, decoding, costs, and over
-            several seeds seed_spread and per_seed
+            users), the rates of a `Cell`, prompt_tokens_mean, seconds, peak_memory_bytes, decoding, costs; over several
+            seeds seed_spread and per_seed; fit_seconds where something was fitted on the way
     pairs   a, b, metric, difference (a's advantage whatever the metric's direction), low, high, p, and p_holm:
-            corrected over the pairs of its family (personal gains; against plain; against instruction-only; the rest);
+            corrected over the pairs of its family (personal gains; against plain; against instruction-only; gains of
+            rows without the language model; the rest);
             for accuracies mcnemar_p, one per seed
     slices  name, rows and pairs of a part of the samples, where a part was asked for
 """
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.cells import Cell, Scored
-from personaplug.conditions import control_of, find_condition, is_control
+from personaplug.conditions import control_of, find_condition, is_control, is_rule
 from personaplug.metrics import Accuracy, Array, Metric
 from personaplug.stats import bootstrap_interval, holm, mcnemar, paired_bootstrap, per_group_mean, seed_spread
 
@@ -94,14 +95,15 @@ def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
     """Which rows are compared, (a, b): all of a few; of many the personal gains, and the methods against the bases.
 
     The plug is compared with every other method and with its own controls too, and what is built on another row (texts
-    behind soft tokens, matrices of users on the task's, a learned retriever) with what it is built on.
+    behind soft tokens, matrices of users on the task's, a learned retriever) with what it is built on. Rows without the
+    language model are there to be compared with, and claim nothing against the bases.
     """
     gains = [(name, control) for name in names if (control := control_of(name)) is not None and control in names]
     if len(names) <= _FEW:
         return list(dict.fromkeys([*gains, *((a, b) for b, a in combinations(names, 2) if (b, a) not in gains)]))
     controls = {control for _, control in gains}
     methods = [name for name in names if not is_control(name) and name not in _BASES]
-    against = [(name, base) for base in _BASES if base in names for name in methods]
+    against = [(name, base) for base in _BASES if base in names for name in methods if not is_rule(name)]
     others = [name for name in names if name not in controls and name not in ("plug", *_BASES)]
     rest = [("plug", name) for name in others] if "plug" in names else []
     rest += [(name, base) for name in methods for base in _built_on(name) if base in names]
@@ -116,6 +118,8 @@ def _built_on(name: str) -> list[str]:
         return []
     if condition.per_user:
         return ["lora"]
+    if name == "classical":
+        return ["classical:text", "classical:history"]
     first, plus, retrieval = name.partition("+")
     if plus:
         return [retrieval, *([f"instruction+{retrieval}", "plug"] if first == "plug" else [])]
@@ -173,6 +177,8 @@ class _Part:
             "peak_memory_bytes": max(peaks, default=None),
             "decoding": cells[0].decoding,
         }
+        if (fitting := _mean_of(cells, "fit_seconds")) is not None:
+            row["fit_seconds"] = fitting
         row["costs"] = {key: _mean_of(cells, key) for key in _COSTS}
         if len(cells) > 1:
             row["per_seed"] = [self._alone(cell) for cell in cells]
@@ -239,10 +245,11 @@ def _correct(pairs: list[dict[str, Any]]) -> None:
 
 
 def _family(pair: dict[str, Any]) -> str:
+    # Neither controls nor rules make claims of a method, and they make none of those harder to prove.
     if control_of(pair["a"]) == pair["b"]:
-        return "gain"
-    # A control against a base is no claim of a method and makes none of them harder to prove.
-    return pair["b"] if pair["b"] in _BASES and not is_control(pair["a"]) else "rest"
+        return "gain of a rule" if is_rule(pair["a"]) else "gain"
+    claims = not is_control(pair["a"]) and not is_rule(pair["a"])
+    return pair["b"] if pair["b"] in _BASES and claims else "rest"
 
 
 def _mean_of(cells: Sequence[Cell], key: str) -> float | None:

@@ -218,6 +218,11 @@ class Run:
         if is_main():
             write_json(path, about)
 
+    @property
+    def knows_its_data(self) -> bool:
+        """Whether it is noted what the run is trained on."""
+        return (self.folder / "data.json").exists()
+
     def users_trained_on(self, users: Iterable[str | None]) -> int:
         """How many of some users have samples among those that the run is trained on."""
         path = self.folder / "data.json"
@@ -293,7 +298,15 @@ def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[s
 
 
 def versions(
-    packages: Sequence[str] = ("personaplug", "torch", "transformers", "sentence-transformers", "accelerate", "numpy"),
+    packages: Sequence[str] = (
+        "personaplug",
+        "torch",
+        "transformers",
+        "sentence-transformers",
+        "accelerate",
+        "numpy",
+        "scikit-learn",
+    ),
 ) -> dict[str, str]:
     """Versions of what results depend on."""
     found = {"python": platform.python_version()}

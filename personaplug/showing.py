@@ -16,7 +16,7 @@ from personaplug.history_prompt import Written
 from personaplug.lending import Lent, items_lent, lend, rows_lent
 from personaplug.profiles import Profile
 from personaplug.prompting import PromptMaker
-from personaplug.records import Sample
+from personaplug.records import HistoryItem, Sample
 from personaplug.run import Models, Run, drawn
 from personaplug.samples import EncodedSample, with_nearest
 from personaplug.vectors import VectorTable
@@ -92,6 +92,11 @@ class Showing:
         measures = self.models.backend.measure([sample.prompt for sample in samples])
         return Shown(samples, lenders, measures, written, _cost(profiles))
 
+    def lent(self, condition: Condition, *, seed: int) -> list[Sample]:
+        """The samples, texts and all, with the histories that a row lends them; the same draw as in `show`."""
+        items = self._items(condition, seed=seed)
+        return [replace(text, history=shown) for text, shown in zip(self.texts(), items, strict=True)]
+
     def texts(self) -> list[Sample]:
         """The samples with their histories' texts, which are only held where a row needs them."""
         if self._texts is None:
@@ -102,9 +107,12 @@ class Showing:
         draw = self.config.draw_seed + seed
         return lend(condition.history, self.owners, sizes, seed=draw, latest=self.config.shown_items)
 
-    def _written(self, condition: Condition, *, seed: int) -> tuple[list[Written], list[Profile]]:
+    def _items(self, condition: Condition, *, seed: int) -> list[tuple[HistoryItem, ...]]:
         texts = self.texts()
-        items = items_lent(texts, self._lend(condition, [len(text.history) for text in texts], seed=seed))
+        return items_lent(texts, self._lend(condition, [len(text.history) for text in texts], seed=seed))
+
+    def _written(self, condition: Condition, *, seed: int) -> tuple[list[Written], list[Profile]]:
+        texts, items = self.texts(), self._items(condition, seed=seed)
         profiles = self.prompts.profiles.of(items) if condition.profile else []
         written = [
             self.prompts.written(

@@ -50,6 +50,13 @@ EVERY_ROW = [
     "lora",
     "lora-per-user",
     "lora-per-user@wrong-user",
+    "classical",
+    "classical@wrong-user",
+    "classical:text",
+    "classical:history",
+    "user-median",
+    "user-mean",
+    "user-majority",
 ]
 
 
@@ -93,7 +100,11 @@ def test_every_row_fills_its_cell(tmp_path: Path, data: Path) -> None:
         assert len(rows[name]["per_seed"]) == 2
     assert "per_seed" not in rows["bm25:2"]
     gains = {pair["a"] for pair in results["pairs"] if "wrong-user" in pair["b"]}
-    assert gains == {"plug", "bm25:2", "instruction+bm25:2", "plug+bm25:1", "lora-per-user"}
+    assert gains == {"plug", "bm25:2", "instruction+bm25:2", "plug+bm25:1", "lora-per-user", "classical"}
+    assert {rows[name]["decoding"] for name in ("classical", "user-median")} == {"computed"}
+    assert rows["classical"]["fit_seconds"] >= 0
+    assert "fit_seconds" not in rows["plug"]
+    assert {("plug", "user-median"), ("classical", "classical:text")} <= {(p["a"], p["b"]) for p in results["pairs"]}
     costs = {name: row["costs"] for name, row in rows.items()}
     assert costs["plain"] == {"extra_prompt_tokens": 0.0, "bytes_per_user": 0.0, "seconds_per_user": 0.0}
     assert costs["plug"]["extra_prompt_tokens"] == 2

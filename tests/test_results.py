@@ -134,6 +134,20 @@ def test_columns_that_not_all_cells_hold_are_left_out_and_named() -> None:
     assert all(list(row["metrics"]) == ["accuracy"] for part in sliced["slices"] for row in part["rows"])
 
 
+def test_rows_without_a_language_model_are_compared_with_and_make_no_claims() -> None:
+    names = ["plain", "plug", "wrong-user", "bm25:4", "classical", "classical@wrong-user", "classical:text", "copy"]
+    pairs = pairs_of_interest(names)
+    assert ("classical", "classical@wrong-user") in pairs
+    assert {("plug", "classical"), ("plug", "copy"), ("classical", "classical:text")} <= set(pairs)
+    assert {("plug", "plain"), ("bm25:4", "plain")} <= set(pairs)
+    assert not {("classical", "plain"), ("copy", "plain")} & set(pairs)
+    rules = [replace(PLUG[0], condition=name) for name in ("classical", "classical@wrong-user", "user-median")]
+    found = results_object(SCORED, [PLAIN, *WRONG, *PLUG, *rules], settings=SETTINGS)["pairs"]
+    by_rows = {(pair["a"], pair["b"]): pair for pair in found}
+    for pair in (by_rows["plug", "wrong-user"], by_rows["plug", "plain"], by_rows["classical", "classical@wrong-user"]):
+        assert pair["p_holm"] == pair["p"]
+
+
 def test_slices_are_the_same_rows_on_parts_of_the_samples() -> None:
     cells = [PLAIN, *PLUG]
     whole = results_object(SCORED, cells, settings=SETTINGS)

@@ -23,17 +23,18 @@ from personaplug.cells import Cell, Scored, numbered
 from personaplug.conditions import Condition, Rule
 from personaplug.config import EvaluationConfig
 from personaplug.costs import CostMeter
-from personaplug.data.base import Reader, ReadReport, Task
+from personaplug.data.base import Reader, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.files import write_json
 from personaplug.impostors import MeanPersona, RandomVectors
 from personaplug.metrics import BEST_DECIDED, Array, get_metric, is_invalid
 from personaplug.per_user import PerUser
 from personaplug.personalizer import Personalizer, SoftPrompter
+from personaplug.provenance import provenance
 from personaplug.records import Sample
 from personaplug.results import Settings, results_object
 from personaplug.rules import Rules, check_rules
-from personaplug.run import Models, Run, machine, versions
+from personaplug.run import Models, Run
 from personaplug.samples import EncodedSample, samples_fingerprint
 from personaplug.showing import Showing, Shown
 from personaplug.user_adapters import remark
@@ -150,7 +151,7 @@ class Evaluation:
         some = list(islice(reader, _TIMED_SAMPLES))  # before the whole is read, so that the reader's report is whole
         cut_before = models.encoder.truncated
         self.showing = Showing(run, reader, models=models, table=self.table, config=config)
-        self.cut_by_encoder = models.encoder.truncated - cut_before
+        cut = models.encoder.truncated - cut_before
         self.samples = self.showing.samples
         self.rules = Rules(run, train, table=self.table)
         if not self.samples:
@@ -159,7 +160,17 @@ class Evaluation:
         self.settings = settings_of(self.task, config)
         self.metrics = self.settings.metrics
         self.folder = run.folder / "evaluations" / split
-        self.scored = Scored(numbered(self.owners), [len(sample.rows) for sample in self.samples], self._about())
+        about = provenance(
+            run,
+            self.samples,
+            split=split,
+            config=config,
+            models=models,
+            table=self.table,
+            report=reader.report,
+            cut_by_encoder=cut,
+        )
+        self.scored = Scored(numbered(self.owners), [len(sample.rows) for sample in self.samples], about)
         self.costs = CostMeter(self.scored.history_items, some, encoder=models.encoder)
 
     def seeds_of(self, condition: Condition) -> tuple[int, ...]:
@@ -372,60 +383,6 @@ class Evaluation:
             for i, sample in enumerate(self.samples)
         ]
         write_json(self.folder / f"{_file_name(condition, seed)}.scores.json", lines)
-
-    def _about(self) -> dict[str, Any]:
-        run, report = self.run, self.reader.report
-        return {
-            "task": self.task.name,
-            "split": self.split,
-            "model": self.models.backend.identity.describe(),
-            "encoder": self.models.encoder.identity.describe(),
-            "placement": run.config.plug.placement,
-            "versions": versions(),
-            "machine": machine(),
-            "config": asdict(run.config) | {"evaluation": asdict(self.config)},
-            "training": _training_facts(run),
-            "users": len(set(self.owners)),
-            "data": {
-                "fingerprint": samples_fingerprint(self.samples, self.table),
-                "skipped_records": report.skipped,
-                "cut_history_items": report.cut_items,
-                "texts_cut_by_encoder": self.cut_by_encoder,
-            },
-            "dtype": self.models.backend.dtype,
-            "notes": self._notes(report),
-        }
-
-    def _notes(self, report: ReadReport) -> list[str]:
-        notes = [f"Intervals and p-values: bootstrap over {len(set(self.owners))} users."]
-        if any(sample.user_id is None for sample in self.samples):
-            notes.append(
-                "The data names no users: samples stand for users, so intervals may be too narrow and a wrong "
-                "user may be the same person."
-            )
-        known = self.run.users_trained_on(sample.user_id for sample in self.samples)
-        if known:
-            notes.append(
-                f"{known} of the {len(set(self.owners))} users have samples in the training split too: for them this "
-                f"measures what is to come of known users."
-            )
-        if report.skipped:
-            notes.append(f"{report.skipped} broken records were passed over.")
-        return notes
-
-
-def _training_facts(run: Run) -> list[dict[str, Any]]:
-    """What each training of the run was, for those that have ended."""
-    facts = []
-    for path in sorted(run.folder.glob("*/seed-*/fit.json")):
-        facts.append(
-            {
-                "plug": path.parent.parent.name,
-                "seed": path.parent.name.removeprefix("seed-"),
-                **json.loads(path.read_text(encoding="utf-8")),
-            }
-        )
-    return facts
 
 
 def _file_name(condition: Condition, seed: int) -> str:

@@ -71,10 +71,8 @@ class Rules:
             raise MissingData("Rows without a language model are fitted on the training split, which was not given.")
         samples = list(drawn(self.train, limit=self.run.config.training.train_limit, seed=0))
         if self.run.knows_its_data:
-            with_answer = self.run.config.plug.answers == "text"
-            self.run.check_data(
-                encoded(samples, self.table, labels=self.run.task.labels, with_answer=with_answer), self.table
-            )
+            known = encoded(samples, self.table, plug=self.run.config.plug, labels=self.run.task.labels)
+            self.run.check_data(known, self.table)
         return samples
 
 

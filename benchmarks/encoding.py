@@ -24,7 +24,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from personaplug.config import Config, load_config
+from personaplug.config import Config
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.encoder import Encoder, open_encoder
 from personaplug.encoder.base import Vectors

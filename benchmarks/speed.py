@@ -37,7 +37,7 @@ from torch import Tensor
 from personaplug.answers import answer
 from personaplug.backends.base import GenerationConfig, pad
 from personaplug.batching import in_passes
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.encoder import QueryEncoder
 from personaplug.files import write_json
@@ -105,8 +105,10 @@ class ReferenceObjective(PlugObjective):
             items[row, : len(own)] = torch.from_numpy(self.personalizer.table.gather(own)).float()
             real[row, : len(own)] = True
         weights = torch.einsum("be,bne->bn", query, items).masked_fill(~real, -1e9).softmax(dim=1)
-        nothing = torch.full((items.shape[0] * HISTORY,), -1)
-        projected = plug.projector.out(plug.projector.hidden(items.flatten(0, 1), answers=nothing))
+        count = items.shape[0] * HISTORY
+        answers, forms = torch.full((count,), -1), torch.empty(count, 0)
+        hidden = plug.projector.hidden(items.flatten(0, 1), answers=answers, forms=forms)
+        projected = plug.projector.out(hidden, shares=torch.ones(count))
         persona = torch.einsum("bn,bnkd->bkd", weights, projected.view(*weights.shape, *projected.shape[1:]))
         instruction = plug.instruction.expand(len(samples), -1, -1)
         return torch.cat([instruction, persona], dim=1) * plug.fitting.embedding_scale

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from personaplug.backends import open_backend
     from personaplug.backends.base import GenerationConfig
-    from personaplug.config import Config, PlugConfig, load_config
+    from personaplug.config import Config, PlugConfig
+    from personaplug.config_text import load_config
     from personaplug.data import load_task, open_dataset
     from personaplug.encoder import open_encoder
     from personaplug.errors import PersonaPlugError
@@ -38,7 +39,7 @@ _HOME = {
     "SoftPrompt": "soft_prompt",
     "VectorTable": "vectors",
     "evaluate": "evaluation",
-    "load_config": "config",
+    "load_config": "config_text",
     "load_task": "data",
     "open_backend": "backends",
     "open_dataset": "data",

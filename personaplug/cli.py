@@ -27,7 +27,7 @@ from personaplug.cli_options import (
     with_settings,
 )
 from personaplug.cli_protocol import bench, convert, lamp, report
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.errors import BadConfig, PersonaPlugError, UserError
 from personaplug.processes import connect, disconnect, is_main, left_alone, number, tells, together
 

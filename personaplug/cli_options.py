@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from personaplug.config import Config, describe, to_yaml
+from personaplug.config import Config
+from personaplug.config_text import describe, to_yaml
 
 if TYPE_CHECKING:
     from personaplug.conditions import Condition

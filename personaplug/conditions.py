@@ -1,6 +1,7 @@
 """Every row of a results table by name: what is trained for it, whose history it sees, what stands in its prompt.
 
     plain  instruction-only  plug                            the untouched model, the task alone, the method
+    paper-plug                                               the plug as the paper has it, at the same place
     bm25:4  recency:4  dense:4  random:4  ropg:4             the best 4 items of the history, written into the prompt
     instruction+bm25:4                                       the same, with soft tokens trained on such prompts
     plug+bm25:1  plug+dense:1                                the plug beside retrieved items, trained together
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from personaplug.config import PAPER, PlugConfig
 from personaplug.errors import BadConfig, nearest
 
 RETRIEVERS = ("bm25", "recency", "dense", "random", "ropg")
@@ -29,7 +31,7 @@ WRONG_USER: Final = "wrong-user"
 SHUFFLED: Final = "shuffled"
 
 Whose = Literal["none", "own", "wrong-user", "shuffled"]
-Kind = Literal["plug", "instruction", "lora", "retriever"]
+Kind = Literal["plug", "instruction", "paper", "lora", "retriever"]
 RuleKind = Literal["classical", "user-median", "user-mean", "user-majority", "copy"]
 Part = Literal["both", "text", "history"]
 
@@ -58,13 +60,26 @@ class Trained:
 
     Attributes:
         name: as folders and messages write it.
-        kind: plug (soft tokens from a history), instruction (the same number without one), lora, retriever.
+        kind: plug (soft tokens from a history), instruction (the same number without one), paper (the paper's plug),
+            lora, retriever.
         retrieval: what stands in the prompts that it is trained on.
     """
 
     name: str
     kind: Kind
     retrieval: Retrieval | None = None
+
+    @property
+    def soft(self) -> bool:
+        """Whether it makes soft tokens."""
+        return self.kind in ("plug", "instruction", "paper")
+
+    def plug(self, own: PlugConfig) -> PlugConfig:
+        """How its plug is built in a run whose own one is built as `own`."""
+        if self.kind == "instruction":
+            return replace(own, instruction_tokens=own.instruction_tokens + own.persona_tokens, persona_tokens=0)
+        # Where it stands and how long histories may be is not what makes it the paper's.
+        return replace(PAPER, placement=own.placement, max_history=own.max_history) if self.kind == "paper" else own
 
 
 @dataclass(frozen=True)
@@ -90,6 +105,7 @@ class Rule:
 
 PLUG = Trained("plug", "plug")
 INSTRUCTION = Trained("instruction-only", "instruction")
+PAPERS = Trained("paper-plug", "paper")
 LORA = Trained("lora", "lora")
 ROPG = Trained("ropg", "retriever")
 
@@ -171,6 +187,12 @@ CONDITIONS: dict[str, Condition] = {
             PLUG,
             "none",
             persona="population",
+        ),
+        Condition(
+            "paper-plug",
+            "what the paper's plug (PPlug, eq. 1 to 5) makes of the same history at the same place in the prompt",
+            PAPERS,
+            "own",
         ),
         Condition("profile", "whether a profile in words does as well", None, "own", profile=True),
         Condition(

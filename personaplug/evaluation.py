@@ -307,7 +307,7 @@ class Evaluation:
 
     def _prompter(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> SoftPrompter | None:
         trained = condition.trained
-        if trained is None or trained.kind == "lora":
+        if trained is None or not trained.soft:
             return None
         plug = self.run.load_plug(trained.name, seed=seed, models=self.models)
         if condition.persona == "random-vectors":
@@ -361,9 +361,10 @@ class Evaluation:
         return matrices.left_out() if matrices and matrices.owners else shown.cut_rate()
 
     def _soft_tokens(self, condition: Condition) -> int:
-        plug = self.run.config.plug
-        soft = condition.trained is not None and condition.trained.kind != "lora" and self.config.strength > 0
-        return plug.instruction_tokens + plug.persona_tokens if soft else 0
+        if condition.trained is None or not condition.trained.soft or self.config.strength == 0:
+            return 0
+        plug = condition.trained.plug(self.run.config.plug)
+        return plug.instruction_tokens + plug.persona_tokens
 
     def _invalid_rate(self, texts: Sequence[str]) -> float:
         return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels) for text in texts]))

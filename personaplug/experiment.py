@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from personaplug.conditions import Condition, parse_conditions
-from personaplug.config import Config, flatten, load_config, read_yaml, with_values
+from personaplug.config import Config
+from personaplug.config_text import flatten, load_config, read_yaml, with_values
 from personaplug.errors import BadConfig, MissingData, nearest
 
 _KEYS = (

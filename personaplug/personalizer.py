@@ -90,7 +90,7 @@ class Personalizer:
             kept = nearest(encoder.query_encoder().encode([query])[0], vectors, count=count)
             items, vectors = [items[place] for place in kept], vectors[kept]
         answers = answer_places(items, self.plug.fitting.labels)
-        forms = answer_forms(items) if self.plug.config.answers == "form" else no_forms(len(items))
+        forms = answer_forms(items) if self.plug.config.reads_forms else no_forms(len(items))
         history = self._batch(vectors, answers, forms, lengths=(len(items),))
         soft: SoftPrompt = self.plug([query], history, strength=self.strength)
         return soft

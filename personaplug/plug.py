@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from personaplug.aggregators import build_aggregator, per_user
-from personaplug.config import BEFORE, Config, PlugConfig, with_values
+from personaplug.config import BEFORE, Config, PlugConfig
+from personaplug.config_text import with_values
 from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text, written_file
@@ -177,7 +178,7 @@ class PersonaPlug(nn.Module):
                 tokens=tokens,
                 out=width,
                 labels=len(fitting.labels) if config.answers == "label" else 0,
-                forms=len(FEATURES) if config.answers == "form" else 0,
+                forms=len(FEATURES) if config.reads_forms else 0,
             )
             # What makes up for the weight that a user's items leave: all of it without any item, where the sum of eq. 4
             # would be empty. It starts as no signal at all and learns from the samples whose history is hidden in

@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from personaplug.conditions import DEFAULT, condition_of
-from personaplug.config import Config, load_config, to_yaml
+from personaplug.config import Config
+from personaplug.config_text import load_config, to_yaml
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.evaluation import evaluate

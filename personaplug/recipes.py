@@ -1,6 +1,6 @@
 """Recipes: what can be trained for the rows of a table, on which samples and prompts, and how it is kept.
 
-- plug, instruction: soft tokens in front of the question, with or without a history;
+- plug, paper, instruction: soft tokens beside the question, with or without a history;
 - lora: matrices inside the model, for the task;
 - retriever: a ranking of items, taught by the model (ROPG-KD).
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,7 @@ from torch import nn
 
 from personaplug.adapters import TASK, LowRankAdapters
 from personaplug.checkpoint import drop_states
-from personaplug.conditions import INSTRUCTION, PLUG, Retrieval, Trained
-from personaplug.config import PlugConfig
+from personaplug.conditions import INSTRUCTION, PLUG, Trained
 from personaplug.data.base import Reader
 from personaplug.files import write_json, written_file
 from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, Teacher
@@ -63,11 +62,11 @@ def train(
     return [trainings.train(trained, seed=seed) for seed in run.config.training.seeds for trained in wanted]
 
 
-def build_plug(run: Run, models: Models, *, control: bool = False, seed: int) -> PersonaPlug:
-    """A fresh plug (or its control without history) for the run's models, its first weights drawn by `seed`."""
+def build_plug(run: Run, models: Models, *, trained: Trained = PLUG, seed: int) -> PersonaPlug:
+    """A fresh plug (or its control, or the paper's) for the run's models, its first weights drawn by `seed`."""
     identity = models.backend.identity
     fitting = Fitting(identity, models.backend.embedding_scale, models.encoder.identity, run.task.labels)
-    config = instruction_only(run.config.plug) if control else run.config.plug
+    config = trained.plug(run.config.plug)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plug = PersonaPlug(config, fitting=fitting, encoder=models.encoder)
@@ -77,11 +76,6 @@ def build_plug(run: Run, models: Models, *, control: bool = False, seed: int) ->
 def closed_answers(run: Run) -> tuple[str, ...]:
     """The labels that answers are trained as, without an end of text where none is needed."""
     return run.task.labels if run.config.training.answer_end == "auto" else ()
-
-
-def instruction_only(config: PlugConfig) -> PlugConfig:
-    """The control plug: as many soft tokens, none of them made from a history."""
-    return replace(config, instruction_tokens=config.instruction_tokens + config.persona_tokens, persona_tokens=0)
 
 
 class Trainings:
@@ -130,9 +124,8 @@ class Trainings:
 
     def _plug(self, trained: Trained, *, seed: int) -> None:
         with together():
-            samples = self._samples(trained.retrieval, seed=seed)
-            samples = with_nearest(samples, self.table, count=self.run.config.plug.selected_items)
-            plug = build_plug(self.run, self.models, control=trained.kind == "instruction", seed=seed)
+            plug = build_plug(self.run, self.models, trained=trained, seed=seed)
+            samples = with_nearest(self._samples(trained, seed=seed), self.table, count=plug.config.selected_items)
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
@@ -192,9 +185,14 @@ class Trainings:
         about = {"task": self.run.task.name, "seed": seed, "peak_memory_bytes": peak_memory()}
         return asdict(report) | about | {"unit": objective.unit, "parameters": _count(objective.module)}
 
-    def _samples(self, retrieval: Retrieval | None, *, seed: int) -> list[EncodedSample]:
-        if retrieval is None:
+    def _samples(self, trained: Trained, *, seed: int) -> list[EncodedSample]:
+        """The training samples as its plug reads them, with the texts that its prompts show."""
+        plug, retrieval = trained.plug(self.run.config.plug), trained.retrieval
+        if retrieval is None and plug.answers == self.run.config.plug.answers:
             return self.plain
+        limit = self.run.config.training.train_limit
+        if retrieval is None:
+            return self.run.read_samples(self.reader, self.table, limit=limit, plug=plug)
         lost = 0
 
         def with_texts(sample: Sample) -> Sample:
@@ -203,8 +201,7 @@ class Trainings:
             lost += bool(sample.history) and shown.prompt == sample.prompt
             return shown
 
-        limit = self.run.config.training.train_limit
-        samples = self.run.read_samples(self.reader, self.table, limit=limit, rewrite=with_texts)
+        samples = self.run.read_samples(self.reader, self.table, limit=limit, plug=plug, rewrite=with_texts)
         if lost:
             logger.warning("%s: in %d of %d training prompts no item found room", retrieval.name, lost, len(samples))
         return samples

@@ -28,7 +28,8 @@ import numpy as np
 from personaplug.backends import choose_device, open_backend
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.encoder_decoder import EncoderDecoderBackend
-from personaplug.config import BEFORE, Config, PlugConfig, load_config, to_yaml, with_values
+from personaplug.config import BEFORE, Config, PlugConfig
+from personaplug.config_text import load_config, to_yaml, with_values
 from personaplug.data.base import Reader, Task
 from personaplug.data.tasks import parse_task
 from personaplug.encoder import Encoder, open_encoder
@@ -176,16 +177,18 @@ class Run:
         *,
         limit: int = 0,
         seed: int = 0,
+        plug: PlugConfig | None = None,
         rewrite: Callable[[Sample], Sample] = lambda sample: sample,
     ) -> list[EncodedSample]:
         """Read a split into samples whose items are rows of the table; texts of histories do not stay in memory.
 
         Args:
             limit: take this many samples, drawn by `seed`; 0 = all.
+            plug: which plug reads the items; None = the run's own.
             rewrite: gives a sample another prompt while its texts are at hand.
         """
         samples = (rewrite(sample) for sample in drawn(reader, limit=limit, seed=seed))
-        return encoded(samples, table, plug=self.config.plug, labels=self.task.labels)
+        return encoded(samples, table, plug=plug or self.config.plug, labels=self.task.labels)
 
     def check_unchanged(self, config: Config, *, sections: Sequence[str] = FIXED) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
@@ -282,7 +285,7 @@ def encoded(
             table,
             labels=labels,
             with_answer=plug.encodes_answers,
-            with_forms=plug.answers == "form",
+            with_forms=plug.reads_forms,
             progress=told,
         )
 

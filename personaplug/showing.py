@@ -9,7 +9,7 @@ import numpy as np
 
 from personaplug.backends.base import Measure
 from personaplug.conditions import Condition
-from personaplug.config import EvaluationConfig
+from personaplug.config import EvaluationConfig, PlugConfig
 from personaplug.costs import Cost
 from personaplug.data.base import Reader
 from personaplug.history_prompt import Written
@@ -70,12 +70,15 @@ class Showing:
         self.bare = models.backend.measure([sample.prompt for sample in self.samples])
         self.prompts = PromptMaker(run, models, table=table)
         self._texts: list[Sample] | None = None
+        self._read = {run.config.plug.answers: self.samples}
 
     def show(self, condition: Condition, *, seed: int) -> Shown:
         """The samples as a row shows them; its random draws come from the seed."""
+        own = self.run.config.plug
+        plug = condition.trained.plug(own) if condition.trained else own
         lent = self._lend(condition, [len(sample.rows) for sample in self.samples], seed=seed)
         # Nearest to the query that is asked, whoever's the items are: else a stranger's would be the less to the point.
-        samples = with_nearest(rows_lent(self.samples, lent), self.table, count=self.run.config.plug.selected_items)
+        samples = with_nearest(rows_lent(self._read_by(plug), lent), self.table, count=plug.selected_items)
         if condition.persona == "random-vectors":
             samples = [
                 replace(sample, answers=np.full_like(sample.answers, -1), forms=np.zeros_like(sample.forms))
@@ -91,6 +94,13 @@ class Showing:
         ]
         measures = self.models.backend.measure([sample.prompt for sample in samples])
         return Shown(samples, lenders, measures, written, _cost(profiles))
+
+    def _read_by(self, plug: PlugConfig) -> list[EncodedSample]:
+        """The samples as a plug reads their items; read anew where the run's own reads them otherwise."""
+        if plug.answers not in self._read:
+            limit, seed = self.config.limit, self.config.draw_seed
+            self._read[plug.answers] = self.run.read_samples(self.reader, self.table, limit=limit, seed=seed, plug=plug)
+        return self._read[plug.answers]
 
     def lent(self, condition: Condition, *, seed: int) -> list[Sample]:
         """The samples, texts and all, with the histories that a row lends them; the same draw as in `show`."""

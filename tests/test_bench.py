@@ -12,7 +12,7 @@ import pytest
 
 import personaplug.evaluation
 from personaplug.bench import Places, bench
-from personaplug.config import with_values
+from personaplug.config_text import with_values
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig
 from personaplug.experiment import Experiment, load_experiment

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.objectives import PlugObjective

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from personaplug.conditions import CONDITIONS, RETRIEVERS, condition_of
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.conditions import CONDITIONS, DEFAULT, parse_conditions
-from personaplug.config import load_config
+from personaplug.conditions import CONDITIONS, DEFAULT, needed, parse_conditions
+from personaplug.config import PAPER
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, MissingData
@@ -415,6 +416,27 @@ def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
         assert stage.run.config.plug.answers == Run.open(stage.run.folder).config.plug.answers == channel
         stage.run.check_unchanged(stage.config)  # which still says auto
         assert stage.evaluate("plug,wrong-user,random-vectors")["rows"][0]["n"] == 10
+
+
+def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
+    settings = ("answers=label", "persona_tokens=3", "query_encoder=head", "placement=suffix", "seeds=0", "max_steps=2")
+    stage = Stage(tmp_path, kind="rating", settings=settings)
+    rows = "plug,paper-plug,paper-plug@wrong-user"
+    reader = open_dataset(stage.data, "train", task=stage.run.task)
+    train(stage.run, reader, models=stage.models, wanted=needed(parse_conditions(rows)))
+    plug = stage.run.load_plug("paper-plug", seed=0, models=stage.models)
+    assert plug.config == replace(PAPER, placement="suffix")
+    results = stage.evaluate(rows)
+    tokens = {row["condition"]: row["prompt_tokens_mean"] for row in results["rows"]}
+    assert tokens["plug"] - tokens["paper-plug"] == 4 - 2
+    assert ("paper-plug", "paper-plug@wrong-user") in {(pair["a"], pair["b"]) for pair in results["pairs"]}
+    # It reads items with their answers, the run's own plug without: each sees vectors of its own.
+    config = stage.config.evaluation
+    showing = Showing(stage.run, open_dataset(stage.data, "dev", task=stage.run.task), models=stage.models,
+                      table=stage.run.open_vectors(stage.models.encoder), config=config)  # fmt: skip
+    ours, papers = (showing.show(CONDITIONS[name], seed=0).samples for name in ("plug", "paper-plug"))
+    assert [len(sample.rows) for sample in ours] == [len(sample.rows) for sample in papers]
+    assert not {row for sample in ours for row in sample.rows} & {row for sample in papers for row in sample.rows}
 
 
 def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.data import LAMP_TASKS
 from personaplug.data.base import Task
 from personaplug.encoder import HashEncoder

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from personaplug.conditions import LORA
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import MissingData

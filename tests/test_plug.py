@@ -15,12 +15,12 @@ import torch
 from scipy.special import erf
 
 from personaplug.aggregators import per_user
+from personaplug.conditions import INSTRUCTION
 from personaplug.config import PlugConfig
 from personaplug.encoder import HashEncoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.form import forms_of
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
-from personaplug.recipes import instruction_only
 from personaplug.samples import no_forms
 from personaplug.weights import LLMIdentity
 
@@ -217,7 +217,7 @@ def test_the_query_side_learns_and_the_frozen_encoder_does_not(kind: str) -> Non
 
 
 def test_the_control_has_as_many_tokens_and_no_history() -> None:
-    config = instruction_only(PlugConfig(instruction_tokens=2, persona_tokens=3))
+    config = INSTRUCTION.plug(PlugConfig(instruction_tokens=2, persona_tokens=3))
     assert (config.instruction_tokens, config.persona_tokens) == (5, 0)
     plug = _plug(instruction_tokens=5, persona_tokens=0)
     assert plug(QUERIES, None).vectors.shape == (3, 5, OUT)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from personaplug import checkpoint
 from personaplug.cli import main
 from personaplug.conditions import needed, parse_conditions
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import PersonaPlugError, StorageError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from personaplug.conditions import Retrieval
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.data.tasks import lamp_task
 from personaplug.errors import MissingData
 from personaplug.profiles import Profile

@@ -10,10 +10,10 @@ import torch
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.loading import load_hf
+from personaplug.conditions import INSTRUCTION
 from personaplug.config import Config, PlugConfig
 from personaplug.encoder import Encoder, open_encoder
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
-from personaplug.recipes import instruction_only
 from personaplug.samples import no_forms
 from personaplug.soft_prompt import SoftPrompt
 
@@ -82,7 +82,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == ["population"]  # this user has items
     assert all(parameter.grad is None for parameter in smollm.model.parameters())
-    control = PersonaPlug(instruction_only(PlugConfig()), fitting=fitting, encoder=minilm)
+    control = PersonaPlug(INSTRUCTION.plug(PlugConfig()), fitting=fitting, encoder=minilm)
     assert control(["Alien"], None).vectors.shape == (1, 2, 576)
 
 

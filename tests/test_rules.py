@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from personaplug.cli import main
 from personaplug.conditions import condition_of, parse_conditions
-from personaplug.config import load_config
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.base import Task
 from personaplug.data.simulated import SimulatedConfig, write_simulation

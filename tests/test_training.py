@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.config import Config, load_config
+from personaplug.config import Config
+from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, RunConflict, StorageError, TrainingDiverged

@@ -77,8 +77,12 @@ class PlugConfig:
         choices=("prefix", "suffix"),
     )
     aggregator: str = _option(
-        "dot", "how items are weighed: dot (eq. 3) or mean (the paper's ablation)", choices=("dot", "mean")
+        "dot",
+        "how items are weighed: dot (eq. 3), mean (the paper's ablation), heads (several trained likenesses with "
+        "sharpness and forgetting of their own)",
+        choices=("dot", "mean", "heads"),
     )
+    heads: int = _option(4, "weighings of aggregator=heads, the first without regard to the query", low=2, high=64)
     temperature: float = _option(1.0, "divides the scores of eq. 3; 1 = the paper", above=0)
     query_encoder: str = _option(
         "trained",
@@ -252,6 +256,7 @@ PAPER = PlugConfig(
     persona_tokens=1,
     placement="prefix",
     aggregator="dot",
+    heads=4,
     temperature=1.0,
     query_encoder="trained",
     answers="text",
@@ -264,6 +269,7 @@ PAPER = PlugConfig(
 
 BEFORE: dict[str, Any] = {
     "plug.placement": "prefix",
+    "plug.heads": 4,
     "plug.shrinkage": False,
     "training.answer_end": "always",
     "evaluation.strength": 1.0,

@@ -20,6 +20,7 @@ from personaplug.plug import PersonaPlug
 from personaplug.samples import EncodedSample
 from personaplug.vectors import VectorTable
 
+_NUMBERS = ("aggregator.common", "aggregator.log_sharpness", "aggregator.forgetting")
 _HELD = 16  # tokens whose keys and values take about as much memory as one that a backward pass goes through
 
 
@@ -112,13 +113,14 @@ class PlugObjective:
         return [soft + length - prompt + math.ceil(prompt / _HELD) for length, prompt in both]
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
-        """Tokens, the trained copy of the encoder, and the rest, each with its own rate.
+        """Tokens, single numbers, the trained copy of the encoder, and the rest, each with its own rate.
 
-        A token that is trained as it stands moves by about its rate in a step, so it needs a far higher one than the
+        What is trained as it stands moves by about its rate in a step, so a token needs a far higher one than the
         layers of the projector; with one rate for all, the control without history would hardly be trained.
         """
         rates = {
             "tokens": config.token_learning_rate,
+            "numbers": math.sqrt(config.token_learning_rate * config.learning_rate),
             "encoder": config.encoder_learning_rate,
             "rest": config.learning_rate,
         }
@@ -130,6 +132,8 @@ class PlugObjective:
     def _kind_of(self, name: str) -> str:
         if name in ("instruction", "population"):
             return "tokens"
+        if name in _NUMBERS:
+            return "numbers"
         copied = self.personalizer.plug.config.query_encoder == "trained" and name.startswith("query_encoder.")
         return "encoder" if copied else "rest"
 

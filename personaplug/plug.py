@@ -169,9 +169,7 @@ class PersonaPlug(nn.Module):
             self.query_encoder: QueryEncoder | QueryHead = (
                 encoder.query_encoder() if config.query_encoder == "trained" else QueryHead(encoder)
             )
-            self.aggregator = build_aggregator(
-                config.aggregator, temperature=config.temperature, shrinkage=config.shrinkage
-            )
+            self.aggregator = build_aggregator(config, width=encoder.width)
             self.projector = Projector(
                 encoder.width,
                 hidden=config.projector_width or width,
@@ -217,12 +215,15 @@ class PersonaPlug(nn.Module):
         hidden = self.projector.hidden(items, answers=history.answers, forms=history.forms)
         weights = per_user(self.weights(queries, history), history.lengths)
         users = zip(weights, per_user(hidden, history.lengths), strict=True)
-        summed = torch.stack([own.to(hidden.dtype) @ items for own, items in users]).to(self.population.dtype)
-        shares = torch.stack([own.sum() for own in weights]).to(summed.dtype)
+        summed = torch.stack([_summed(own.to(hidden.dtype), items) for own, items in users]).to(self.population.dtype)
+        shares = torch.stack([_share(own, shrinkage=self.config.shrinkage) for own in weights]).to(summed.dtype)
         return self.projector.out(summed, shares=shares) + (1 - shares)[:, None, None] * self.population
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """w of eq. 3, (M,): how much each item counts for its query; in float32, since a low temperature magnifies."""
+        """w of eq. 3 by head, (M, H): how much each item counts for its query.
+
+        In float32, since a low temperature magnifies.
+        """
         weights: Tensor = self.aggregator(self._query(queries), history.vectors, lengths=history.lengths)
         return weights
 
@@ -288,6 +289,18 @@ class PersonaPlug(nn.Module):
         return plug.eval()
 
 
+def _summed(weights: Tensor, hidden: Tensor) -> Tensor:
+    """Σ_i w_i · g_i of one user, (hidden,): each head of the weights (n, H) sums its part of the values (n, hidden)."""
+    (items, heads), width = weights.shape, hidden.shape[1]
+    return torch.einsum("nh,nhd->hd", weights, hidden.view(items, heads, width // heads)).flatten()
+
+
+def _share(weights: Tensor, *, shrinkage: bool) -> Tensor:
+    """Σ_i w_i of one user, the mean over heads."""
+    # Without shrinkage exactly 1 or 0: what rounding leaves of 1 would train the population persona with noise.
+    return weights.sum(dim=0).mean() if shrinkage else weights.new_tensor(float(len(weights) > 0))
+
+
 def _converted(items: Tensor, dtype: torch.dtype) -> Tensor:
     """(M, E) items in another number format."""
     if items.device.type != "cpu" or (items.dtype, dtype) != (torch.float16, torch.bfloat16):
@@ -314,6 +327,9 @@ def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> No
         raise BadConfig("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
     if config.answers == "label" and config.persona_tokens and not fitting.labels:
         raise BadConfig("answers=label needs a task with a closed set of labels; this one has none. Use answers=text.")
+    hidden = config.projector_width or fitting.llm.width
+    if config.aggregator == "heads" and hidden % config.heads:
+        raise BadConfig(f"heads={config.heads} must divide the projector's width, which is {hidden}.")
     if not encoder.identity.same_as(fitting.encoder):
         raise EncoderMismatch("This plug", expected=fitting.encoder.describe(), found=encoder.identity.describe())
 

@@ -172,11 +172,29 @@ def test_with_shrinkage_every_item_leaves_less_to_what_is_common(aggregator: str
         assert left[5] == pytest.approx(math.e / (math.e + 5))
 
 
+def test_every_head_sums_its_own_share_of_the_values() -> None:
+    plug, history = _plug(aggregator="heads", heads=2, persona_tokens=3), _history()
+    with torch.no_grad():
+        weights = plug.weights(QUERIES, history)
+        hidden = plug.projector.hidden(history.vectors, answers=history.answers, forms=history.forms)
+        found = plug.persona(QUERIES, history)
+        half = hidden.shape[1] // 2
+        for row, items in enumerate((slice(0, 4), slice(4, 6))):
+            summed = torch.cat([weights[items, 0] @ hidden[items, :half], weights[items, 1] @ hidden[items, half:]])
+            torch.testing.assert_close(found[row].flatten(), plug.projector.outer(summed), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[2], plug.population)
+
+
+def test_heads_must_divide_the_projectors_width() -> None:
+    with pytest.raises(BadConfig, match="heads=3 must divide the projector's width, which is 8"):
+        _plug(aggregator="heads", heads=3)
+
+
 def test_shrinkage_mixes_the_common_persona_into_that_of_the_items() -> None:
     plug, history = _plug(shrinkage=True), _history(lengths=(4, 2, 0))
     torch.nn.init.normal_(plug.population)
     with torch.no_grad():
-        weights = plug.weights(QUERIES, history)
+        weights = plug.weights(QUERIES, history)[:, 0]
         hidden = plug.projector.hidden(history.vectors, answers=history.answers, forms=history.forms)
         each = torch.nn.functional.linear(hidden, plug.projector.outer.weight, plug.projector.outer.bias)
         found = plug.persona(QUERIES, history)[:, 0]

@@ -20,9 +20,9 @@ from sklearn.model_selection import GroupKFold
 from personaplug.conditions import Part
 from personaplug.data.base import Task
 from personaplug.errors import BadConfig, MissingData
-from personaplug.options import OptionFinder, Options
+from personaplug.options import OptionFinder
 from personaplug.own_answers import Array, ClosedAnswers, Places, ratings
-from personaplug.records import HistoryItem, Sample
+from personaplug.records import HistoryItem, Options, Sample
 
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the ridge
 _FOLDS = 5

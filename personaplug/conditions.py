@@ -77,7 +77,7 @@ class Trained:
     def plug(self, own: PlugConfig) -> PlugConfig:
         """How its plug is built in a run whose own one is built as `own`."""
         if self.kind == "instruction":
-            return replace(own, instruction_tokens=own.instruction_tokens + own.persona_tokens, persona_tokens=0)
+            return replace(own, instruction_tokens=own.soft_tokens, persona_tokens=0)
         # Where it stands and how long histories may be is not what makes it the paper's.
         return replace(PAPER, placement=own.placement, max_history=own.max_history) if self.kind == "paper" else own
 

@@ -101,11 +101,24 @@ class PlugConfig:
         "weigh what is common to all users against the items, by a trained share that falls as items come; "
         "false = the paper: it counts for users without any item only",
     )
+    options: str = _option(
+        "ignore",
+        "options that stand in the prompt for the labels ([1]: … [2]: …): compare = one more token, which says how "
+        "like the question and the user's items each is; ignore; auto = compare where the task's query_pattern has a "
+        "group for each label",
+        choices=("ignore", "compare", "auto"),
+    )
     projector_width: int = _option(0, "hidden width of the two-layer projector (eq. 4); 0 = the model's own", low=0)
     max_history: int = _option(512, "items used of a history, the latest ones; cuts are counted", low=1, high=512)
     selected_items: int = _option(
         0, "give the plug only so many items, the most similar to the query (the paper's Table 4); 0 = all", low=0
     )
+
+    @property
+    def soft_tokens(self) -> int:
+        """How many tokens it makes in all (S)."""
+        compared = self.options == "compare" and self.persona_tokens > 0
+        return self.instruction_tokens + self.persona_tokens + compared
 
     @property
     def encodes_answers(self) -> bool:
@@ -261,6 +274,7 @@ PAPER = PlugConfig(
     query_encoder="trained",
     answers="text",
     shrinkage=False,
+    options="ignore",
     projector_width=0,
     max_history=512,
     selected_items=0,
@@ -271,6 +285,7 @@ BEFORE: dict[str, Any] = {
     "plug.placement": "prefix",
     "plug.heads": 4,
     "plug.shrinkage": False,
+    "plug.options": "ignore",
     "training.answer_end": "always",
     "evaluation.strength": 1.0,
 }

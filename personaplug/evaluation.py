@@ -363,8 +363,7 @@ class Evaluation:
     def _soft_tokens(self, condition: Condition) -> int:
         if condition.trained is None or not condition.trained.soft or self.config.strength == 0:
             return 0
-        plug = condition.trained.plug(self.run.config.plug)
-        return plug.instruction_tokens + plug.persona_tokens
+        return condition.trained.plug(self.run.config.plug).soft_tokens
 
     def _invalid_rate(self, texts: Sequence[str]) -> float:
         return float(np.mean([is_invalid(text, kind=self.task.kind, labels=self.task.labels) for text in texts]))

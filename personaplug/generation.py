@@ -9,7 +9,7 @@ from personaplug.backends.base import GenerationConfig
 from personaplug.config import EvaluationConfig
 from personaplug.data import read_items
 from personaplug.data.base import Task
-from personaplug.data.fields import Flaw, query_of
+from personaplug.data.fields import Flaw, options_of, query_of
 from personaplug.errors import BadConfig
 from personaplug.personalizer import Personalizer
 from personaplug.records import HistoryItem
@@ -62,7 +62,8 @@ def reply(
     """
     soft = None
     if personalizer is not None:
-        soft = personalizer.persona(_query(run.task, prompt), items, encoder=models.encoder)
+        query, options = _query(run.task, prompt), options_of(run.task, prompt)
+        soft = personalizer.persona(query, items, encoder=models.encoder, options=options)
     if run.task.labels and config.decoding != "generate":
         scores = models.backend.score([prompt], run.task.labels, soft=soft)
         return run.task.labels[int(scores[0].argmax())]

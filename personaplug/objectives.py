@@ -20,7 +20,8 @@ from personaplug.plug import PersonaPlug
 from personaplug.samples import EncodedSample
 from personaplug.vectors import VectorTable
 
-_NUMBERS = ("aggregator.common", "aggregator.log_sharpness", "aggregator.forgetting")
+_TOKENS = ("instruction", "population", "hint.places")
+_NUMBERS = ("aggregator.common", "aggregator.log_sharpness", "aggregator.forgetting", "hint.log_sharpness")
 _HELD = 16  # tokens whose keys and values take about as much memory as one that a backward pass goes through
 
 
@@ -84,7 +85,9 @@ class PlugObjective:
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Read prompts and frozen queries once, all in an order of their own, so that rounding is that of any start."""
-        self.personalizer.plug.remember([sample.query for sample in samples])
+        self.personalizer.plug.remember(
+            [sample.query for sample in samples], options=[sample.options for sample in samples]
+        )
         if self.behind:
             self.backend.keep([sample.prompt for sample in samples])
 
@@ -107,7 +110,7 @@ class PlugObjective:
         whole = self.lengths(samples)
         if not self.behind or not self.backend.reads_apart():
             return whole
-        soft = self.personalizer.plug.config.instruction_tokens + self.personalizer.plug.config.persona_tokens
+        soft = self.personalizer.plug.config.soft_tokens
         prompts = [found.tokens for found in self.backend.measure([sample.prompt for sample in samples])]
         both = zip(whole, prompts, strict=True)
         return [soft + length - prompt + math.ceil(prompt / _HELD) for length, prompt in both]
@@ -130,7 +133,7 @@ class PlugObjective:
         return [{"params": held, "peak": rates[kind]} for kind, held in groups.items() if held]
 
     def _kind_of(self, name: str) -> str:
-        if name in ("instruction", "population"):
+        if name in _TOKENS:
             return "tokens"
         if name in _NUMBERS:
             return "numbers"

@@ -4,21 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 
-
-@dataclass(frozen=True, repr=False)
-class Options:
-    """What one prompt lets choose from.
-
-    Attributes:
-        question: what stands in front of the first option.
-        texts: (labels,) the options, in the labels' order.
-    """
-
-    question: str
-    texts: tuple[str, ...]
+from personaplug.records import Options
 
 
 class OptionFinder:

@@ -14,7 +14,7 @@ import torch
 from personaplug.encoder import Encoder
 from personaplug.form import Forms
 from personaplug.plug import HistoryBatch, PersonaPlug
-from personaplug.records import HistoryItem
+from personaplug.records import HistoryItem, Options
 from personaplug.samples import EncodedSample, Places, answer_forms, answer_places, nearest, no_forms
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import Halves, Rows
@@ -65,9 +65,10 @@ class Personalizer:
         return self.plug.config.placement
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
-        """Soft tokens for samples whose items are rows of the table; (B, I + K, D), with gradients if enabled."""
+        """Soft tokens for samples whose items are rows of the table; (B, S, D), with gradients if enabled."""
         history = self.gather(samples) if self.plug.config.persona_tokens else None
-        soft: SoftPrompt = self.plug([sample.query for sample in samples], history, strength=self.strength)
+        queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
+        soft: SoftPrompt = self.plug(queries, history, options=options, strength=self.strength)
         return soft
 
     def gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
@@ -81,8 +82,14 @@ class Personalizer:
         return self._batch(vectors, answers, forms, lengths=lengths)
 
     @torch.no_grad()
-    def persona(self, query: str, items: Sequence[HistoryItem], *, encoder: Encoder) -> SoftPrompt:
-        """Soft tokens for one query and a history given as items, encoded on the spot; (1, I + K, D)."""
+    def persona(
+        self, query: str, items: Sequence[HistoryItem], *, encoder: Encoder, options: Options | None = None
+    ) -> SoftPrompt:
+        """Soft tokens for one query and a history given as items, encoded on the spot; (1, S, D).
+
+        Args:
+            options: what the prompt lets choose from, for a plug that compares that.
+        """
         items = items[-self.plug.config.max_history :]
         texts = [item.text if self.plug.config.encodes_answers else item.content for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
@@ -92,7 +99,7 @@ class Personalizer:
         answers = answer_places(items, self.plug.fitting.labels)
         forms = answer_forms(items) if self.plug.config.reads_forms else no_forms(len(items))
         history = self._batch(vectors, answers, forms, lengths=(len(items),))
-        soft: SoftPrompt = self.plug([query], history, strength=self.strength)
+        soft: SoftPrompt = self.plug([query], history, options=[options], strength=self.strength)
         return soft
 
     def _batch(self, vectors: Halves, answers: Places, forms: Forms, *, lengths: tuple[int, ...]) -> HistoryBatch:

@@ -7,7 +7,6 @@ JSON: the plug alone, never the models it belongs to.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,11 +24,14 @@ from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text, written_file
 from personaplug.form import FEATURES
+from personaplug.option_hint import OptionHint
+from personaplug.projector import Projector
+from personaplug.query_head import FrozenQueries, QueryHead
+from personaplug.records import Options
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import LLMIdentity
 
 FORMAT_VERSION = 1
-_KNOWN_QUERIES = 65_536  # vectors of queries that a frozen encoder is not asked for again; 100 MB with MiniLM
 _CHUNK = 1024  # items converted at once
 _CONFIG, _WEIGHTS, _CARD = "plug.json", "plug.safetensors", "README.md"
 
@@ -68,84 +70,6 @@ class Fitting:
     labels: tuple[str, ...] = ()
 
 
-class Projector(nn.Module):
-    """Proj of eq. 4: a two-layer MLP from an item's vector to K soft tokens of width D.
-
-    It starts with outputs of unit variance: unit vectors are stretched by √E so that each value is about 1, and both
-    layers keep that size. An item's answer, where it is a channel of its own, is added to the hidden layer; that is
-    the same as a one-hot, or its form, beside the vector.
-    """
-
-    def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, forms: int) -> None:
-        super().__init__()
-        self.tokens, self.stretch = tokens, math.sqrt(width)
-        self.inner = nn.Linear(width, hidden)
-        self.outer = nn.Linear(hidden, tokens * out)
-        self.answer = nn.Embedding(labels + 1, hidden) if labels else None
-        self.form = nn.Linear(forms, hidden, bias=False) if forms else None
-        nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
-        nn.init.zeros_(self.inner.bias)
-        # E[gelu(z)²] = 0.425 for a standard normal z.
-        nn.init.normal_(self.outer.weight, std=1 / math.sqrt(0.425 * hidden))
-        nn.init.zeros_(self.outer.bias)
-        if self.form is not None:
-            nn.init.normal_(self.form.weight, std=1 / math.sqrt(forms))
-
-    def hidden(self, items: Tensor, *, answers: Tensor, forms: Tensor) -> Tensor:
-        """The inner layer's output for items one by one, (M, hidden), in the number format of the items.
-
-        Args:
-            items: (M, E) unit vectors.
-            answers: (M,) int64, -1 where an item has none.
-            forms: (M, F), or (M, 0) if they are not read.
-        """
-        # The weights are stretched in place of the items: there are fewer of them.
-        weight, bias = (self.inner.weight * self.stretch).to(items.dtype), self.inner.bias.to(items.dtype)
-        inner = nn.functional.linear(items, weight, bias)
-        if self.answer is not None:
-            inner = inner + self.answer(answers + 1).to(items.dtype)
-        if self.form is not None:
-            inner = inner + nn.functional.linear(forms.to(items.dtype), self.form.weight.to(items.dtype))
-        return nn.functional.gelu(inner)
-
-    def out(self, hidden: Tensor, *, shares: Tensor) -> Tensor:
-        """The outer layer for weighted sums, Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i; (B, K, D).
-
-        Args:
-            hidden: (B, hidden) Σ w_i g_i.
-            shares: (B,) Σ w_i.
-        """
-        projected = nn.functional.linear(hidden, self.outer.weight) + shares[:, None] * self.outer.bias
-        return projected.view(len(hidden), self.tokens, -1)
-
-
-class QueryHead(nn.Module):
-    """A frozen encoder with a trained linear map behind it; starts as the identity."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.linear = nn.Linear(encoder.width, encoder.width, bias=False)
-        nn.init.eye_(self.linear.weight)
-        # In a tuple, so that the frozen encoder is not registered, saved or trained.
-        self._frozen = (encoder.query_encoder().eval().requires_grad_(False),)
-        self._known: dict[str, Tensor] = {}
-
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """(B, E) unit vectors; each text is encoded once and its frozen vector remembered."""
-        self.remember(texts)
-        vectors = torch.stack([self._known[text] for text in texts])
-        return nn.functional.normalize(self.linear(vectors.to(self.linear.weight.device)), dim=-1)
-
-    def remember(self, texts: Sequence[str]) -> None:
-        """Encode what is not known yet; beyond a bound, what was known is forgotten first."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if missing and len(self._known) + len(missing) > _KNOWN_QUERIES:
-            self._known.clear()
-            missing = list(dict.fromkeys(texts))
-        if missing:
-            self._known.update(zip(missing, torch.from_numpy(self._frozen[0].encode(missing)), strict=True))
-
-
 class PersonaPlug(nn.Module):
     """I trained instruction tokens and K persona tokens: [I; P] of eq. 5.
 
@@ -166,8 +90,11 @@ class PersonaPlug(nn.Module):
         width, tokens = fitting.llm.width, config.persona_tokens
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
         if tokens:
+            self.frozen = FrozenQueries(encoder)
             self.query_encoder: QueryEncoder | QueryHead = (
-                encoder.query_encoder() if config.query_encoder == "trained" else QueryHead(encoder)
+                encoder.query_encoder()
+                if config.query_encoder == "trained"
+                else QueryHead(encoder.width, frozen=self.frozen)
             )
             self.aggregator = build_aggregator(config, width=encoder.width)
             self.projector = Projector(
@@ -182,17 +109,27 @@ class PersonaPlug(nn.Module):
             # would be empty. It starts as no signal at all and learns from the samples whose history is hidden in
             # training (`training.empty_share`).
             self.population = nn.Parameter(torch.zeros(tokens, width))
+            self.hint = OptionHint(len(fitting.labels), width=width) if config.options == "compare" else None
 
-    def forward(self, queries: Sequence[str], history: HistoryBatch | None, *, strength: float = 1.0) -> SoftPrompt:
+    def forward(
+        self,
+        queries: Sequence[str],
+        history: HistoryBatch | None,
+        *,
+        options: Sequence[Options | None] = (),
+        strength: float = 1.0,
+    ) -> SoftPrompt:
         """Make the soft tokens of a batch.
 
         Args:
             queries: B texts.
             history: their users' items; None is allowed where the plug has no persona tokens.
+            options: what the prompts let choose from, one per query; only read where they are compared.
             strength: how far personas go from the population persona (near 0) to the user's own (1) and beyond; at 0
                 there are no soft tokens at all.
         Returns:
-            (B, I + K, D), of the size of the language model's own embedded tokens; (B, 0, D) for a strength of 0.
+            (B, S, D), of the size of the language model's own embedded tokens: S = I + K, one more where options are
+            compared, 0 for a strength of 0.
         """
         if strength == 0:
             nothing = self.instruction.new_empty(len(queries), 0, self.fitting.llm.width)
@@ -203,6 +140,8 @@ class PersonaPlug(nn.Module):
                 raise BadConfig("This plug has persona tokens; it needs a history for every query (it may be empty).")
             own = self.persona(queries, history)
             parts.append(own if strength == 1 else torch.lerp(self.population.expand_as(own), own, strength))
+            if self.hint is not None:
+                parts.append(self._hints(self.hint, options, history=history))
         return SoftPrompt(torch.cat(parts, dim=1) * self.fitting.embedding_scale, placement=self.config.placement)
 
     def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
@@ -218,6 +157,17 @@ class PersonaPlug(nn.Module):
         summed = torch.stack([_summed(own.to(hidden.dtype), items) for own, items in users]).to(self.population.dtype)
         shares = torch.stack([_share(own, shrinkage=self.config.shrinkage) for own in weights]).to(summed.dtype)
         return self.projector.out(summed, shares=shares) + (1 - shares)[:, None, None] * self.population
+
+    def _hints(self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch) -> Tensor:
+        """A token for each user, (B, 1, D); zeros where a prompt has no options."""
+        hints = []
+        for choice, items in zip(options, per_user(history.vectors, history.lengths), strict=True):
+            if choice is None:
+                hints.append(torch.zeros_like(hint.places[0]))
+                continue
+            question, *texts = self.frozen([choice.question, *choice.texts]).to(hint.places.device)
+            hints.append(hint(question, torch.stack(texts), items.to(question.dtype)))
+        return torch.stack(hints)[:, None]
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
         """w of eq. 3 by head, (M, H): how much each item counts for its query.
@@ -244,10 +194,14 @@ class PersonaPlug(nn.Module):
         places = {text: place for place, text in enumerate(distinct)}
         return vectors[[places[text] for text in queries]]  # type: ignore[no-any-return]
 
-    def remember(self, queries: Sequence[str]) -> None:
-        """Encode queries ahead of their use, where the encoder is frozen."""
-        if self.config.persona_tokens and isinstance(self.query_encoder, QueryHead):
-            self.query_encoder.remember(queries)
+    def remember(self, queries: Sequence[str], options: Sequence[Options | None] = ()) -> None:
+        """Encode queries and options ahead of their use, as far as the encoder is frozen for them."""
+        if not self.config.persona_tokens:
+            return
+        if isinstance(self.query_encoder, QueryHead):
+            self.frozen.remember(queries)
+        if self.hint is not None:
+            self.frozen.remember([text for one in options if one for text in (one.question, *one.texts)])
 
     def save_pretrained(self, folder: str | Path, *, facts: dict[str, Any] | None = None) -> None:
         """Write the plug, its config and a model card; nothing of the models it belongs to.
@@ -330,6 +284,8 @@ def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> No
     hidden = config.projector_width or fitting.llm.width
     if config.aggregator == "heads" and hidden % config.heads:
         raise BadConfig(f"heads={config.heads} must divide the projector's width, which is {hidden}.")
+    if config.options == "compare" and config.persona_tokens and len(fitting.labels) < 2:
+        raise BadConfig("options=compare needs a task whose labels stand for two or more options in the prompt.")
     if not encoder.identity.same_as(fitting.encoder):
         raise EncoderMismatch("This plug", expected=fitting.encoder.describe(), found=encoder.identity.describe())
 

@@ -48,6 +48,19 @@ class HistoryItem:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class Options:
+    """What a prompt lets choose from.
+
+    Attributes:
+        question: what stands in front of the first option.
+        texts: the options, in the order of the labels that stand for them.
+    """
+
+    question: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Sample:
     """One query of one user, with the history that was known before it.
 
@@ -60,6 +73,7 @@ class Sample:
         history: oldest first where dates are known, else in the file's order.
         soft_at: how many characters of the prompt stand before the soft tokens; 0 but where retrieved texts are put
             in front of them.
+        options: what the prompt lets choose from, if labels stand for options in it.
     """
 
     id: str
@@ -69,6 +83,7 @@ class Sample:
     target: str | None
     history: tuple[HistoryItem, ...] = ()
     soft_at: int = 0
+    options: Options | None = None
 
     @property
     def owner(self) -> str:

@@ -265,10 +265,13 @@ def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
 
 
 def resolved(config: Config, task: Task) -> Config:
-    """The config with what it leaves to the task (`answers=auto`) settled."""
-    if config.plug.answers != "auto":
-        return config
-    return with_values(config, {"plug.answers": "label" if task.labels else "form"})
+    """The config with what it leaves to the task (`auto`) settled."""
+    settled = {}
+    if config.plug.answers == "auto":
+        settled["plug.answers"] = "label" if task.labels else "form"
+    if config.plug.options == "auto":
+        settled["plug.options"] = "compare" if task.has_options else "ignore"
+    return with_values(config, settled)
 
 
 def encoded(

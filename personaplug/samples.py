@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.form import Forms, forms_of
-from personaplug.records import HistoryItem, Sample
+from personaplug.records import HistoryItem, Options, Sample
 from personaplug.vectors import Halves, Rows, VectorTable
 
 Places = npt.NDArray[np.int16]
@@ -23,7 +23,7 @@ class EncodedSample:
     """A sample whose history is rows of a table: what training and evaluation keep in memory.
 
     Attributes:
-        id, owner, user_id, prompt, query, target, soft_at: as in `Sample`.
+        id, owner, user_id, prompt, query, target, soft_at, options: as in `Sample`.
         rows: (N,) int64 rows of the history's items, in the history's order.
         answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
         forms: (N, F) form of each item's answer; F = 0 where the plug does not read them.
@@ -39,6 +39,7 @@ class EncodedSample:
     answers: npt.NDArray[np.int16]
     forms: Forms
     soft_at: int = 0
+    options: Options | None = None
 
     def with_items_of(self, other: EncodedSample, places: npt.NDArray[np.intp]) -> EncodedSample:
         """The same question beside some of the items of a history, in the order of `places`."""
@@ -161,6 +162,7 @@ def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str], with_f
         answers=answer_places(sample.history, labels),
         forms=answer_forms(sample.history) if with_forms else no_forms(len(rows)),
         soft_at=sample.soft_at,
+        options=sample.options,
     )
 
 

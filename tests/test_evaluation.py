@@ -16,6 +16,7 @@ from personaplug.conditions import CONDITIONS, DEFAULT, needed, parse_conditions
 from personaplug.config import PAPER
 from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
+from personaplug.data.base import Reader
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, MissingData
 from personaplug.evaluation import ORACLE, evaluate, predict, settings_of
@@ -357,16 +358,56 @@ def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> 
     assert results["users"] == 10
 
 
-def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: Stage) -> None:
-    reader = open_dataset(rating.data, "dev", task=rating.run.task)
-    table = rating.run.open_vectors(rating.models.encoder)
-    plug = rating.run.load_plug("plug", seed=0, models=rating.models)
-    encoded = rating.run.read_samples(reader, table)
-    together = Personalizer(plug, table=table).soft_prompt(encoded).vectors
+def _check_personas(run: Run, models: Models, reader: Reader) -> None:
+    """One user alone and samples from the table get the same persona."""
+    table = run.open_vectors(models.encoder)
+    plug = run.load_plug("plug", seed=0, models=models)
+    together = Personalizer(plug, table=table).soft_prompt(run.read_samples(reader, table)).vectors
     for index, sample in enumerate(reader):
-        alone = Personalizer(plug).persona(sample.query, sample.history, encoder=rating.models.encoder).vectors
+        alone = (
+            Personalizer(plug)
+            .persona(sample.query, sample.history, encoder=models.encoder, options=sample.options)
+            .vectors
+        )
         np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
         assert math.isfinite(float(alone.abs().sum()))
+
+
+def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: Stage) -> None:
+    _check_personas(rating.run, rating.models, open_dataset(rating.data, "dev", task=rating.run.task))
+
+
+def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Path) -> None:
+    asked = (
+        'For an author who has written the paper with the title "{}", which reference is related? '
+        'Just answer with [1] or [2] without explanation. [1]: "{}" [2]: "{}"'
+    )
+    words = ["cats purr", "dogs bark", "birds sing", "fish swim"]
+    for split in ("train", "dev"):
+        questions, golds = [], []
+        for place in range(8):
+            title, other = words[place % 4], words[(place + 1) % 4]
+            pair = (title, other) if place % 2 else (other, title)
+            items = [{"id": str(k), "title": words[(place + k) % 4], "abstract": ""} for k in range(place % 3)]
+            prompt = asked.format(title, *pair)
+            questions.append({"id": str(place), "user_id": f"u{place}", "input": prompt, "profile": items})
+            golds.append({"id": str(place), "output": f"[{pair.index(title) + 1}]"})
+        (tmp_path / f"{split}_questions.json").write_text(json.dumps(questions))
+        (tmp_path / f"{split}_outputs.json").write_text(json.dumps({"task": "Pairs", "golds": golds}))
+    (tmp_path / "task.json").write_text(json.dumps({"name": "Pairs", "like": "LaMP_1"}))
+    config = load_config(overrides=[*TINY, "options=auto", "placement=suffix", "controls=false", "max_steps=2"])
+    run, models = Run.create(tmp_path / "run", config=config, task=load_task(tmp_path)), open_models(config)
+    reader = open_dataset(tmp_path, "dev", task=run.task)
+    first = next(iter(reader)).options
+    assert first is not None
+    assert first.texts == ("dogs bark", "cats purr")
+    assert first.question.startswith('For an author who has written the paper with the title "cats purr"')
+    train(run, open_dataset(tmp_path, "train", task=run.task), models=models)
+    assert run.config.plug.options == "compare"
+    _check_personas(run, models, reader)
+    rows = parse_conditions("plug,wrong-user,bm25:1")
+    results = evaluate(run, reader, split="dev", conditions=rows, config=config.evaluation, models=models)
+    assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"][:2]] == [3, 3]
 
 
 def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp_path: Path) -> None:
@@ -410,12 +451,13 @@ def test_a_strength_of_0_is_the_plain_model(kind: str, request: pytest.FixtureRe
 
 
 def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
-    settings = ("answers=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
+    settings = ("answers=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true", "aggregator=heads")
     for kind, channel in (("rating", "label"), ("style", "form")):
         stage = Stage(tmp_path / kind, kind=kind, settings=settings)
         assert stage.run.config.plug.answers == Run.open(stage.run.folder).config.plug.answers == channel
         stage.run.check_unchanged(stage.config)  # which still says auto
         assert stage.evaluate("plug,wrong-user,random-vectors")["rows"][0]["n"] == 10
+        _check_personas(stage.run, stage.models, open_dataset(stage.data, "dev", task=stage.run.task))
 
 
 def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from personaplug.options import OptionFinder, Options
+from personaplug.options import OptionFinder
+from personaplug.records import Options
 
 LABELS = ("[1]", "[2]")
 

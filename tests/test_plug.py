@@ -20,7 +20,9 @@ from personaplug.config import PlugConfig
 from personaplug.encoder import HashEncoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.form import forms_of
+from personaplug.option_hint import OptionHint
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
+from personaplug.records import Options
 from personaplug.samples import no_forms
 from personaplug.weights import LLMIdentity
 
@@ -328,3 +330,43 @@ def test_outer_blanks_of_an_answer_do_not_matter() -> None:
 
     assert torch.equal(soft("3"), soft(" 3 "))
     assert not torch.equal(soft("3"), soft("2"))
+
+
+def test_a_hint_leans_towards_what_is_like_the_question_and_the_items() -> None:
+    torch.manual_seed(0)
+    hint = OptionHint(2, width=OUT)
+    with torch.no_grad():
+        hint.log_sharpness.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    vectors = torch.nn.functional.normalize(torch.randn(6, WIDTH), dim=-1)
+    question, options, items = vectors[0], vectors[1:3], vectors[3:]
+    cosines = (options @ items.T).numpy()
+    likeness = np.stack([(options @ question).numpy(), cosines.mean(axis=1), cosines.max(axis=1)], axis=1)
+    leaning = np.tanh((likeness - likeness[::-1]) @ np.exp([0.1, 0.2, 0.3]))
+    expected = leaning @ hint.places.detach().numpy()
+    np.testing.assert_allclose(hint(question, options, items).detach(), expected, atol=1e-5)
+    assert not hint(question, options[:1].expand(2, -1), items).any()  # alike: no signal
+    assert torch.isfinite(hint(question, options, items[:0])).all()
+
+
+def test_options_are_one_more_token_that_the_control_gets_too() -> None:
+    plug, history = _plug(options="compare", labels=("[1]", "[2]"), query_encoder="head"), _history()
+    options = [Options("which film?", ("a long walk", "who likes films")), None, Options("what?", ("tea", "rain"))]
+    plug.remember(QUERIES, options)
+    found = plug(QUERIES, history, options=options).vectors
+    assert found.shape == (3, 3, OUT)
+    assert plug.config.soft_tokens == INSTRUCTION.plug(plug.config).soft_tokens == 3
+    assert not found[1, 2].any()
+    vectors, answers, forms = (part[:4] for part in (history.vectors, history.answers, history.forms))
+    alone = HistoryBatch(vectors, (4,), answers, forms)
+    torch.testing.assert_close(plug(QUERIES[:1], alone, options=options[:1]).vectors, found[:1])
+    stranger = replace(history, vectors=-history.vectors)
+    assert not torch.allclose(plug(QUERIES, stranger, options=options).vectors[0, 2], found[0, 2])
+    found[:, 2].sum().backward()
+    assert plug.hint is not None
+    assert plug.hint.log_sharpness.grad is not None
+    assert plug.hint.places.grad is not None
+
+
+def test_options_need_labels_to_stand_for_them() -> None:
+    with pytest.raises(BadConfig, match="two or more options"):
+        _plug(options="compare")

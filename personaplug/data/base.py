@@ -63,6 +63,11 @@ class Task:
         extra = (self.answer_field,) if self.answer_field and self.answer_field not in self.item_fields else ()
         return self.item_fields + extra
 
+    @property
+    def has_options(self) -> bool:
+        """Whether labels stand for options in the input: the pattern of the query has a group for each label."""
+        return len(self.labels) > 1 and re.compile(self.query_pattern).groups == len(self.labels)
+
 
 def template_parts(template: str) -> list[str]:
     """Split a template at its placeholders: text, name, text, name, …, text."""

@@ -12,6 +12,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 from personaplug.data.base import Task
+from personaplug.records import Options
 
 
 class Flaw(ValueError):
@@ -102,6 +103,15 @@ def query_of(task: Task, prompt: str) -> str:
     if not query.strip():
         raise Flaw("its input holds no query: nothing stands where the task looks for it")
     return query
+
+
+def options_of(task: Task, prompt: str) -> Options | None:
+    """Return what an input lets choose from, if the groups of the task's pattern are the options of its labels."""
+    if not task.has_options:
+        return None
+    found = re.search(task.query_pattern, prompt, re.DOTALL)
+    texts = found.groups() if found else ()
+    return Options(prompt[: found.start(1)], texts) if found and all(texts) else None
 
 
 def target_of(task: Task, answer: str) -> str:

@@ -22,6 +22,7 @@ from personaplug.data.fields import (
     as_name,
     as_record,
     as_text,
+    options_of,
     query_of,
     short_id,
     target_of,
@@ -158,6 +159,7 @@ class LampReader:
             query=query_of(self.task, prompt),
             target=self._target(sample_id, golds),
             history=self._history(value_of(question, "profile"), report),
+            options=options_of(self.task, prompt),
         )
 
     def _target(self, sample_id: str, golds: _Golds | None) -> str | None:

@@ -17,7 +17,7 @@ from string import Formatter
 from typing import Any
 
 from personaplug.data.base import ReadReport, Task, check_max_history, check_skip_bad, latest_items
-from personaplug.data.fields import Flaw, as_moment, as_name, as_text, query_of, target_of, value_of
+from personaplug.data.fields import Flaw, as_moment, as_name, as_text, options_of, query_of, target_of, value_of
 from personaplug.data.streaming import json_lines, numbered_lines
 from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra, nearest
 from personaplug.records import HistoryItem, Sample
@@ -174,7 +174,8 @@ class TabularReader:
             self._skip(report, row.where, flaw)
             return None
         history = latest_items(earlier, max_history=self._max_history, report=report)
-        return Sample(row.item.id, user, prompt, query, row.target, history)
+        options = options_of(self.task, prompt)
+        return Sample(row.item.id, user, prompt, query, row.target, history, options=options)
 
     def _skip(self, report: ReadReport, where: str, flaw: Flaw) -> None:
         report.skip(BadRecord(self._path, where, reason=str(flaw)), allowed=self._skip_bad)

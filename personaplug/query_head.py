@@ -1,0 +1,58 @@
+"""A frozen encoder's vectors of what is asked, each text encoded once, and a trained linear map behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from personaplug.encoder import Encoder, QueryEncoder
+
+_KNOWN = 65_536  # texts whose vectors are remembered; 100 MB with MiniLM
+
+
+class FrozenQueries:
+    """Vectors of texts that are asked again and again, by an encoder that does not change.
+
+    Args:
+        encoder: makes them, as it makes those of queries.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._made_by = encoder
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(n, E) unit vectors on the CPU."""
+        self.remember(texts)
+        return torch.stack([self._known[text] for text in texts])
+
+    def remember(self, texts: Sequence[str]) -> None:
+        """Encode what is not known yet; beyond a bound, what was known is forgotten first."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if missing and len(self._known) + len(missing) > _KNOWN:
+            self._known.clear()
+            missing = list(dict.fromkeys(texts))
+        if missing:
+            self._known.update(zip(missing, torch.from_numpy(self._encoder.encode(missing)), strict=True))
+
+    @cached_property
+    def _encoder(self) -> QueryEncoder:
+        return self._made_by.query_encoder().eval().requires_grad_(False)
+
+
+class QueryHead(nn.Module):
+    """A trained linear map of frozen vectors; starts as the identity."""
+
+    def __init__(self, width: int, *, frozen: FrozenQueries) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.linear.weight)
+        self.frozen = frozen  # no module: nothing of it is registered, saved or trained
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """(B, E) unit vectors."""
+        vectors = self.frozen(texts).to(self.linear.weight.device)
+        return nn.functional.normalize(self.linear(vectors), dim=-1)

@@ -26,7 +26,7 @@ from personaplug.cli_options import (
     vectors_option,
     with_settings,
 )
-from personaplug.cli_protocol import bench, convert, lamp, report
+from personaplug.cli_protocol import bench, convert, lamp, report, slice_
 from personaplug.config_text import load_config
 from personaplug.errors import BadConfig, PersonaPlugError, UserError
 from personaplug.processes import connect, disconnect, is_main, left_alone, number, tells, together
@@ -418,5 +418,5 @@ def estimate(
     click.echo(found.text())
 
 
-for command in (bench, report, lamp, convert):
+for command in (bench, report, lamp, convert, slice_):
     main.add_command(command)

@@ -88,6 +88,23 @@ def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: 
         click.echo(str(into))
 
 
+@click.command("slice")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of a data set.")
+@click.option("--out", required=True, type=FOLDER, help="Gets a data set made of its training split.")
+@click.option("--share", default=0.2, show_default=True, help="Of the users, for dev.")
+@click.option("--seed", default=0, show_default=True, help="Draws them.")
+@skip_bad_option
+def slice_(data: Path, out: Path, share: float, seed: int, skip_bad: int) -> None:
+    """Part the training split by user into a train and a dev of its own: settings are chosen there, not on dev."""
+    from personaplug.data import open_dataset
+    from personaplug.data.slicing import slice_by_user
+
+    reader = open_dataset(data, "train", skip_bad=skip_bad)
+    found = slice_by_user(reader, out, share=share, seed=seed)
+    tell_read(reader, "train")
+    click.echo(f"{out}: train {found.train} samples of {found.train_users} users, dev {found.dev} of {found.dev_users}")
+
+
 @click.group()
 def lamp() -> None:
     """The LaMP benchmark's own files."""

@@ -2,7 +2,7 @@
 
 Each file uses only those before it: `base` (task, reader, report), `fields` (what a value of a file means),
 `streaming` (files read piece by piece), `tasks` (those there are), `lamp` (LaMP's layout, read), `writing` (the same,
-written), `tabular` (an app's log), `simulated` (users whose tastes are known).
+written), `slicing` (a split in two, by user), `tabular` (an app's log), `simulated` (users whose tastes are known).
 """
 
 from personaplug.data.lamp import LampReader, open_dataset, read_items

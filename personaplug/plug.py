@@ -279,6 +279,8 @@ def read_plug_config(values: dict[str, Any]) -> PlugConfig:
 def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
     if config.instruction_tokens + config.persona_tokens == 0:
         raise BadConfig("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
+    if "auto" in (config.answers, config.options):
+        raise BadConfig("answers=auto and options=auto are settled by a task; see `run.resolved`.")
     if config.answers == "label" and config.persona_tokens and not fitting.labels:
         raise BadConfig("answers=label needs a task with a closed set of labels; this one has none. Use answers=text.")
     hidden = config.projector_width or fitting.llm.width

@@ -1,6 +1,6 @@
 """What one training step costs, beside a step like the released PPlug code's and beside the floor set by operations.
 
-    python benchmarks/speed.py --data DIR [--json FILE] [--batch 64] [--rounds 3] [key=value …]
+    python benchmarks/speed.py --data DIR [--json FILE] [--batch 64] [--rounds 3] [--parts history,…] [key=value …]
 
 One model, the same samples and batch in one run, the ways taken in turn so that a noisy machine is noisy to all:
 
@@ -47,7 +47,7 @@ from personaplug.personalizer import Personalizer
 from personaplug.plug import PersonaPlug
 from personaplug.recipes import build_plug
 from personaplug.run import Models, Run, machine, open_models, versions
-from personaplug.samples import EncodedSample
+from personaplug.samples import EncodedSample, no_forms
 from personaplug.soft_prompt import IGNORED
 from personaplug.vectors import VectorTable
 
@@ -59,6 +59,7 @@ WAYS = {
     "c suffix": ("placement=suffix", "query_encoder=trained"),
     "c suffix, query head": ("placement=suffix", "query_encoder=head"),
 }
+PARTS = ("answers", "history", "epoch", "evaluation")
 ITEMS = (16, 64, 256, 512)
 
 
@@ -159,8 +160,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", default=",".join(PARTS), help="which of them, comma-separated")
     parser.add_argument("settings", nargs="*")
     given = parser.parse_args()
+    parts = given.parts.split(",")
     config = load_config(overrides=given.settings)
     with tempfile.TemporaryDirectory() as place:
         run = Run.create(Path(place) / "run", config=config, task=load_task(given.data))
@@ -168,13 +171,16 @@ def main() -> None:
         table = run.open_vectors(models.encoder)
         samples = run.read_samples(open_dataset(given.data, "train", task=run.task), table, limit=8 * given.batch)
         result = _about(run, models, samples, batch=given.batch)
-        for tokens in (1, 10):
+        for tokens in (1, 10) if "answers" in parts else ():
             result[f"answers_of_{tokens}"] = _ways(
                 run, models, table, _answering(samples, models, tokens=tokens), given=given, tokens=tokens
             )
-        result["history"] = _histories(run, models, table, samples[: given.batch], given=given)
-        result["epoch"] = _epochs(run, models, table, samples, given=given)
-        result["evaluation"] = _evaluation(run, models, table, samples[: given.batch], settings=given.settings)
+        if "history" in parts:
+            result["history"] = _histories(run, models, table, samples[: given.batch], given=given)
+        if "epoch" in parts:
+            result["epoch"] = _epochs(run, models, table, samples, given=given)
+        if "evaluation" in parts:
+            result["evaluation"] = _evaluation(run, models, table, samples[: given.batch], settings=given.settings)
     print(json.dumps({key: value for key, value in result.items() if key not in ("versions", "machine")}))
     if given.json:
         write_json(given.json, result)
@@ -257,7 +263,12 @@ def _histories(
     models.backend.keep([sample.prompt for sample in batch])
     longer = {
         items: [
-            replace(one, rows=rng.integers(len(table), size=items), answers=np.full(items, -1, np.int16))
+            replace(
+                one,
+                rows=rng.integers(len(table), size=items),
+                answers=np.full(items, -1, np.int16),
+                forms=no_forms(items),
+            )
             for one in batch
         ]
         for items in ITEMS

@@ -16,6 +16,7 @@ import click
 
 from personaplug.cli_options import (
     FOLDER,
+    check_same_task,
     data_option,
     device_of,
     show,
@@ -250,7 +251,7 @@ def evaluate(
 ) -> None:
     """Score the rows of a results table on one split, compare them, print the table.
 
-    Rows: plain, instruction-only, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
+    Rows: plain, instruction-only, paper-plug, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
     profile, profile+bm25:4; lora, lora-per-user; and for every personal row its control, such as bm25:4@wrong-user.
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
@@ -277,6 +278,7 @@ def evaluate(
     config = load_config(config_file, overrides=settings, base=run.config)
     run.check_unchanged(config)
     show(config, "evaluation")
+    check_same_task(data, run.task)
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
     train = train_of(data, rows, run=run, skip_bad=skip_bad)
     oracle = data / f"{split}_oracle.json"
@@ -328,6 +330,7 @@ def predict(
     base = load_config(overrides=["limit=0"], base=run.config)
     config = load_config(config_file, overrides=settings, base=base)
     run.check_unchanged(config)
+    check_same_task(data, run.task)
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
     models = open_models(config)
     if config.evaluation.limit:

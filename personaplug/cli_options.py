@@ -11,10 +11,11 @@ import click
 
 from personaplug.config import Config
 from personaplug.config_text import describe, to_yaml
+from personaplug.errors import BadConfig, UserError
 
 if TYPE_CHECKING:
     from personaplug.conditions import Condition
-    from personaplug.data.base import Reader
+    from personaplug.data.base import Reader, Task
     from personaplug.run import Run
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -74,6 +75,27 @@ def show(config: Config, *sections: str) -> None:
         if section in sections:
             shown.append(line)
     logger.info("%s\n", "\n".join(shown))
+
+
+def check_same_task(data: Path, task: Task) -> None:
+    """Refuse a folder whose answers are of another kind than a task's; say so where only the name is another.
+
+    Raises:
+        BadConfig: if the folder declares another kind of task, or other labels.
+    """
+    from personaplug.data import load_task
+
+    try:
+        declared = load_task(data)
+    except UserError:
+        return  # it says nothing of its task
+    if (declared.kind, declared.labels) != (task.kind, task.labels):
+        raise BadConfig(
+            f"{data} holds {declared.name}, whose answers are of another kind than those of {task.name}, which the run "
+            f"was trained on. Give data of {task.name}, or train a run on {declared.name}."
+        )
+    if declared.name != task.name:
+        click.echo(f"{data} holds {declared.name}; it is read as {task.name}, which the run was trained on", err=True)
 
 
 def train_of(data: Path, rows: Sequence[Condition], *, run: Run, skip_bad: int) -> Reader | None:

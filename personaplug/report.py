@@ -67,6 +67,8 @@ def headline(results: Mapping[str, Any]) -> tuple[str, list[str]]:
     """Return what was run: the facts as one line, and a line for each model."""
     sizes = {row.get("n") for row in _rows(results)}
     seeds = results.get("seeds") or []
+    asked = (results.get("config") or {}).get("evaluation") or {}
+    strength, shown = asked.get("strength", 1), asked.get("shown_items", -1)
     facts = [
         ("experiment", results.get("experiment")),
         ("variant", results.get("variant")),
@@ -76,6 +78,8 @@ def headline(results: Mapping[str, Any]) -> tuple[str, list[str]]:
         ("samples", sizes.pop() if len(sizes) == 1 else None),
         ("users", results.get("users")),
         ("placement", results.get("placement")),
+        ("strength", None if strength == 1 else strength),
+        ("items shown at most", None if shown < 0 else shown),
         ("seeds", ", ".join(map(str, seeds)) if isinstance(seeds, list | tuple) else seeds),
     ]
     first = " · ".join(f"{name} {one_line(value)}" for name, value in facts if value not in (None, ""))

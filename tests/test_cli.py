@@ -74,6 +74,23 @@ def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Pa
     assert "rmse@mean ↓ |" in done.output
 
 
+def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(trained: Path, tmp_path: Path) -> None:
+    assert _call("simulate", "--out", tmp_path / "style", "--kind", "style", "--users", 4).exit_code == 0
+    before = sorted(trained.rglob("*"))
+    for command in ("evaluate", "predict"):
+        done = _call(command, "--run", trained, "--data", tmp_path / "style", "--split", "dev")
+        assert done.exit_code == 2
+        assert "whose answers are of another kind" in done.output
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_a_table_says_with_which_strength_it_was_answered(trained: Path, data: Path, tmp_path: Path) -> None:
+    told = _call("evaluate", "--run", trained, "--data", data, "--conditions", "plug", "--json", tmp_path / "r.json",
+                 "strength=0.5", "shown_items=2")  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert "strength 0.5 · items shown at most 2" in told.output
+
+
 def test_generate_answers_for_a_history_and_for_a_new_user(trained: Path, tmp_path: Path) -> None:
     items = tmp_path / "items.jsonl"
     items.write_text('{"text": "A slow western.", "score": 5}\n{"text": "A loud musical.", "score": "1"}\n')

@@ -11,7 +11,7 @@ from personaplug.cli import main
 from personaplug.data import LampReader, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.data.slicing import slice_by_user
-from personaplug.errors import BadConfig
+from personaplug.errors import BadConfig, RunConflict
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,14 @@ def test_a_share_that_is_none_is_refused(whole: Path, tmp_path: Path, share: flo
     with pytest.raises(BadConfig, match="between 0 and 1"):
         slice_by_user(open_dataset(whole, "train"), tmp_path / "out", share=share)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_slice_stays_as_it_is(whole: Path, tmp_path: Path) -> None:
+    slice_by_user(open_dataset(whole, "train"), tmp_path, share=0.3)
+    before = _ids(tmp_path)
+    with pytest.raises(RunConflict, match="holds a data set already"):
+        slice_by_user(open_dataset(whole, "train"), tmp_path, share=0.3, seed=1)
+    assert _ids(tmp_path) == before
 
 
 def test_one_user_cannot_be_parted(tmp_path: Path) -> None:

@@ -367,10 +367,11 @@ def test_options_are_one_more_token_that_the_control_gets_too() -> None:
     assert plug.hint.places.grad is not None
 
 
-@pytest.mark.parametrize("key", ["answers", "options"])
-def test_what_is_left_to_the_task_is_settled_before_a_plug_is_built(key: str) -> None:
+def test_what_is_left_to_the_task_is_settled_before_a_plug_is_built() -> None:
     with pytest.raises(BadConfig, match="settled by a task"):
-        _plug(**{key: "auto"})
+        _plug(answers="auto")
+    with pytest.raises(BadConfig, match="settled by a task"):
+        _plug(options="auto")
 
 
 def test_options_need_labels_to_stand_for_them() -> None:

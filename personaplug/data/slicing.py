@@ -10,7 +10,7 @@ import numpy as np
 
 from personaplug.data.base import Reader
 from personaplug.data.writing import write_lamp
-from personaplug.errors import BadConfig
+from personaplug.errors import BadConfig, RunConflict
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,16 @@ def slice_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int
         seed: draws them.
     Raises:
         BadConfig: if the share is not between 0 and 1, or there are fewer than two users.
-        RunConflict: if the folder holds another task.
+        RunConflict: if the folder holds a data set already.
         StorageError: if the disk is full or not writable.
     """
     if not 0 < share < 1:
         raise BadConfig(f"The share of users for dev lies between 0 and 1; found {share}.")
     sizes = Counter(sample.owner for sample in reader)
     owners = sorted(sizes)
+    there = [path.name for path in Path(folder).glob("*_questions.json*")]
+    if there:
+        raise RunConflict(f"{folder} holds a data set already ({there[0]}). Choose another folder, or remove it first.")
     if len(owners) < 2:
         raise BadConfig(f"A slice by user needs 2 or more users; found {len(owners)}.")
     count = min(len(owners) - 1, max(1, round(share * len(owners))))

@@ -10,7 +10,9 @@ PersonaPlugError
 │   ├── ShapeMismatch         tensors made by different parts do not fit together
 │   ├── EncoderMismatch       vectors or a plug belong to another encoder
 │   ├── LLMMismatch           a plug belongs to another language model
-│   └── RunConflict           a run folder holds something else than what was asked for
+│   ├── RunConflict           a run folder holds something else than what was asked for
+│   ├── BadItem               an item for a store of histories has a wrong id, or holds NaN
+│   └── StoreConflict         a store of histories was made with other settings than those given
 ├── TrainingDiverged          a loss became NaN or infinite; the last good checkpoint stays
 └── StorageError              the disk is full or not writable; what was complete before stays
 
@@ -110,6 +112,14 @@ class LLMMismatch(UserError):
 
 class RunConflict(UserError):
     """A run folder holds something else than what was asked for."""
+
+
+class BadItem(UserError):
+    """An item for a store of histories cannot be stored as it is; nothing of its batch was."""
+
+
+class StoreConflict(UserError):
+    """A store of histories was made with other settings than those given, or cannot do what they exclude."""
 
 
 class TrainingDiverged(PersonaPlugError):

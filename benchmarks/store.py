@@ -1,0 +1,162 @@
+"""What the store of histories costs: adding, reading, erasing, and what int8 loses.
+
+    python benchmarks/store.py [--users 100000] [--where FILE|URL] [--encoder MODEL] [--json FILE]
+
+Users with ten generated items each are added in bulk, and between them a hundred users with 512, whose histories are
+read again and again while the number of users grows; then some of the users are erased. With `--encoder`, the loss is
+measured on its vectors of short texts, else on random unit vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from personaplug.encoder import HashEncoder, open_encoder
+from personaplug.encoder.base import Vectors
+from personaplug.files import write_json
+from personaplug.form import FEATURES
+from personaplug.packing import Precision, packed, unpacked
+from personaplug.records import HistoryItem
+from personaplug.run import machine, versions
+from personaplug.store import EncodedItems, HistoryStore
+
+WIDTH = 384
+ITEMS = 10
+LONG = 512
+LONG_USERS = 100
+BATCH = 5_000  # users that are added in one transaction
+READS = 2_000
+TENANT = "benchmark"
+SECRET = b"the secret of the benchmark"
+"""Kept here only because nothing in this store is anybody's."""
+
+
+def batch(names: list[str], each: int, *, seed: int) -> EncodedItems:
+    """So many items for each of some users, with random vectors."""
+    count = len(names) * each
+    random = np.random.default_rng(seed)
+    return EncodedItems(
+        users=[name for name in names for _ in range(each)],
+        items=[HistoryItem(str(i % each), ()) for i in range(count)],
+        vectors=random.standard_normal((count, WIDTH), dtype=np.float32) / WIDTH**0.5,
+        made_by=HashEncoder(WIDTH).identity,
+        answers=np.full(count, -1, dtype=np.int16),
+        forms=random.standard_normal((count, len(FEATURES)), dtype=np.float32).astype(np.float16),
+    )
+
+
+class Spent(NamedTuple):
+    """Seconds by the clock on the wall, and of one processor: beside other work, the former says little of the store."""
+
+    wall: float
+    processor: float
+
+
+def spent_on(work: Callable[[], object]) -> Spent:
+    """How long something takes."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return Spent(time.perf_counter() - wall, time.process_time() - processor)
+
+
+def milliseconds(times: Sequence[Spent]) -> dict[str, float]:
+    """The middle, the 99th percentile and the longest of some durations."""
+    walls, processors = zip(*times, strict=True)
+    return {
+        "p50_ms": round(1e3 * float(np.percentile(walls, 50)), 2),
+        "p99_ms": round(1e3 * float(np.percentile(walls, 99)), 2),
+        "longest_ms": round(1e3 * max(walls), 2),
+        "processor_p50_ms": round(1e3 * float(np.percentile(processors, 50)), 2),
+        "processor_p99_ms": round(1e3 * float(np.percentile(processors, 99)), 2),
+    }
+
+
+def read_times(store: HistoryStore) -> dict[str, float]:
+    """How long reading a history of 512 items takes, each from another user than the one before."""
+    names = np.random.default_rng(0).integers(0, LONG_USERS, READS)
+    for name in range(LONG_USERS):  # statements are prepared, pages are where the system keeps them
+        store.read(TENANT, f"long {name}")
+    return milliseconds([spent_on(lambda n=name: store.read(TENANT, f"long {n}", latest=LONG)) for name in names])
+
+
+def grow(store: HistoryStore, users: int) -> list[dict[str, Any]]:
+    """Add users in bulk; tell the pace and the time of reading at every power of ten."""
+    found: list[dict[str, Any]] = []
+    made, spent = 0, list[Spent]()
+    store.add_encoded(TENANT, batch([f"long {i}" for i in range(LONG_USERS)], LONG, seed=0))
+    while made < users:
+        until = min(made + BATCH, users, next(10**power for power in range(3, 10) if 10**power > made))
+        items = batch([f"user {i}" for i in range(made, until)], ITEMS, seed=made)
+        spent.append(spent_on(lambda items=items: store.add_encoded(TENANT, items)))
+        made = until
+        if made == users or made in (1_000, 10_000, 100_000, 1_000_000):
+            walls, processors = zip(*spent, strict=True)
+            pace = {
+                "items_per_second": round(made * ITEMS / sum(walls)),
+                "items_per_processor_second": round(made * ITEMS / sum(processors)),
+            }
+            found.append({"users": made} | pace | {"reading": read_times(store)})
+            print(found[-1], flush=True)
+    return found
+
+
+def loss(vectors: Vectors, precision: Precision) -> dict[str, float]:
+    """How far stored vectors point from what they were: 1 - cosine."""
+    again = unpacked(packed(vectors, vectors.shape[1], precision=precision), vectors.shape[1], precision=precision)
+    one, other = vectors.astype(np.float64), again.astype(np.float64)
+    cosine = (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+    return {"largest": float((1 - cosine).max()), "mean": float((1 - cosine).mean())}
+
+
+def sample_vectors(encoder: str | None) -> Vectors:
+    """Unit vectors to measure the loss on, (n, E)."""
+    if encoder is None:
+        raw: npt.NDArray[np.float32] = np.random.default_rng(0).standard_normal((20_000, WIDTH), dtype=np.float32)
+        return raw / np.linalg.norm(raw, axis=1, keepdims=True)
+    words = ["slow", "loud", "kind", "dull", "grey", "late", "odd", "warm"]
+    texts = [f"A {a} film about a {b} man in a {c} town" for a in words for b in words for c in words]
+    return open_encoder(encoder).encode(texts)
+
+
+def measure(where: str, users: int, *, encoder: str | None) -> dict[str, Any]:
+    """All of it, printed as it comes."""
+    store = HistoryStore.open(where, HashEncoder(WIDTH), secret=SECRET)
+    grown = grow(store, users)
+    one = [batch([f"user {i}"], 1, seed=users + i) for i in range(200)]
+    singly = [spent_on(lambda items=items: store.add_encoded(TENANT, items)) for items in one]
+    erased = [spent_on(lambda i=i: store.erase_user(TENANT, f"user {i}")) for i in range(20)]
+    vectors = sample_vectors(encoder)
+    found = {
+        "growth": grown,
+        "adding_one_item": milliseconds(singly),
+        "erasing_a_user": milliseconds(erased),
+        "cosine_error": {precision: loss(vectors, precision) for precision in ("float16", "int8")},
+    }
+    print({name: value for name, value in found.items() if name != "growth"})
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--where", help="an empty place for a store; without it, SQLite in a temporary folder")
+    parser.add_argument("--encoder", help="a model whose vectors the loss is measured on")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(given.where or f"{folder}/store.db", given.users, encoder=given.encoder)
+    if given.json:
+        write_json(given.json, found | {"versions": versions(), "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

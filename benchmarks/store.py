@@ -54,16 +54,16 @@ def batch(names: list[str], each: int, *, seed: int) -> EncodedItems:
 
 
 class Spent(NamedTuple):
-    """Seconds by the clock on the wall, and of one processor: beside other work, the former says little of the store."""
+    """Seconds by the clock on the wall and of a processor; beside other work, the former say little of the store."""
 
     wall: float
     processor: float
 
 
-def spent_on(work: Callable[[], object]) -> Spent:
+def spent_on(work: Callable[..., object], *given: object, **named: object) -> Spent:
     """How long something takes."""
     wall, processor = time.perf_counter(), time.process_time()
-    work()
+    work(*given, **named)
     return Spent(time.perf_counter() - wall, time.process_time() - processor)
 
 
@@ -84,7 +84,7 @@ def read_times(store: HistoryStore) -> dict[str, float]:
     names = np.random.default_rng(0).integers(0, LONG_USERS, READS)
     for name in range(LONG_USERS):  # statements are prepared, pages are where the system keeps them
         store.read(TENANT, f"long {name}")
-    return milliseconds([spent_on(lambda n=name: store.read(TENANT, f"long {n}", latest=LONG)) for name in names])
+    return milliseconds([spent_on(store.read, TENANT, f"long {name}", latest=LONG) for name in names])
 
 
 def grow(store: HistoryStore, users: int) -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def grow(store: HistoryStore, users: int) -> list[dict[str, Any]]:
     while made < users:
         until = min(made + BATCH, users, next(10**power for power in range(3, 10) if 10**power > made))
         items = batch([f"user {i}" for i in range(made, until)], ITEMS, seed=made)
-        spent.append(spent_on(lambda items=items: store.add_encoded(TENANT, items)))
+        spent.append(spent_on(store.add_encoded, TENANT, items))
         made = until
         if made == users or made in (1_000, 10_000, 100_000, 1_000_000):
             walls, processors = zip(*spent, strict=True)
@@ -120,7 +120,7 @@ def sample_vectors(encoder: str | None) -> Vectors:
     """Unit vectors to measure the loss on, (n, E)."""
     if encoder is None:
         raw: npt.NDArray[np.float32] = np.random.default_rng(0).standard_normal((20_000, WIDTH), dtype=np.float32)
-        return raw / np.linalg.norm(raw, axis=1, keepdims=True)
+        return np.asarray(raw / np.linalg.norm(raw, axis=1, keepdims=True), dtype=np.float32)
     words = ["slow", "loud", "kind", "dull", "grey", "late", "odd", "warm"]
     texts = [f"A {a} film about a {b} man in a {c} town" for a in words for b in words for c in words]
     return open_encoder(encoder).encode(texts)
@@ -131,8 +131,8 @@ def measure(where: str, users: int, *, encoder: str | None) -> dict[str, Any]:
     store = HistoryStore.open(where, HashEncoder(WIDTH), secret=SECRET)
     grown = grow(store, users)
     one = [batch([f"user {i}"], 1, seed=users + i) for i in range(200)]
-    singly = [spent_on(lambda items=items: store.add_encoded(TENANT, items)) for items in one]
-    erased = [spent_on(lambda i=i: store.erase_user(TENANT, f"user {i}")) for i in range(20)]
+    singly = [spent_on(store.add_encoded, TENANT, items) for items in one]
+    erased = [spent_on(store.erase_user, TENANT, f"user {i}") for i in range(20)]
     vectors = sample_vectors(encoder)
     found = {
         "growth": grown,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from personaplug.errors import BadConfig, MissingExtra, PersonaPlugError, StorageError
+from personaplug.errors import BadConfig, MissingExtra, StorageError
 from personaplug.files import storing
 
 try:
@@ -136,7 +136,6 @@ class Database:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        failure: PersonaPlugError | None = None
         try:
             if self.file:
                 with storing(self.file):
@@ -144,9 +143,7 @@ class Database:
             else:
                 yield
         except SQLAlchemyError as error:
-            failure = self._described(error)
-        if failure:  # outside the handler, so that the driver's own words, which quote rows, are not chained to it
-            raise failure
+            raise self._described(error) from None  # the driver's own words quote rows
 
     def _described(self, error: SQLAlchemyError) -> StorageError:
         cause = getattr(error, "orig", None)

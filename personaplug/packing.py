@@ -69,7 +69,7 @@ def unpacked(parts: Sequence[bytes], width: int, *, precision: Precision) -> Hal
     records = np.frombuffer(joined, dtype=record)
     if precision == "float16":
         return np.asarray(records["values"], dtype=np.float16)
-    return (records["values"] * records["scale"][:, None]).astype(np.float16)
+    return np.asarray(records["values"] * records["scale"][:, None], dtype=np.float16)
 
 
 def _record(width: int, precision: Precision) -> np.dtype[np.void]:

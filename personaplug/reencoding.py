@@ -91,7 +91,7 @@ def _begin(database: Database, tables: Tables, wanted: EncoderIdentity) -> State
 def _to_do(database: Database, shard: Shard, state: State, *, count: int) -> Sequence[sa.Row[Any]]:
     users = shard.users
     with database.reading() as connection:
-        waiting = sa.select(users.c.no, users.c.version).where(users.c.ready <= state.generation)
+        waiting: sa.Select[Any] = sa.select(users.c.no, users.c.version).where(users.c.ready <= state.generation)
         return connection.execute(waiting.limit(count)).all()
 
 

@@ -54,6 +54,17 @@ from personaplug.store_writing import (
 )
 from personaplug.wiping import wipe_shard
 
+__all__ = [
+    "EncodedItems",
+    "HistoryStore",
+    "Receipt",
+    "Retention",
+    "StoreSettings",
+    "Stored",
+    "StoredHistory",
+    "StoredItem",
+]
+
 
 class HistoryStore:
     """The histories of users of tenants, in SQLite or PostgreSQL; for several threads and processes at once.

@@ -138,7 +138,7 @@ def create_store(
     tables.metadata.create_all(connection)
     connection.execute(
         tables.store.insert().values(
-            only=0,
+            single=0,
             format=FORMAT,
             settings=json.dumps(asdict(settings)),
             secret=secret,
@@ -207,7 +207,7 @@ def _store(metadata: sa.MetaData) -> sa.Table:
     return sa.Table(
         "history_store",
         metadata,
-        sa.Column("only", sa.Integer, sa.CheckConstraint("only = 0"), primary_key=True, autoincrement=False),
+        sa.Column("single", sa.Integer, sa.CheckConstraint("single = 0"), primary_key=True, autoincrement=False),
         sa.Column("format", sa.Integer, nullable=False),
         sa.Column("settings", sa.Text, nullable=False),
         sa.Column("secret", sa.Text, nullable=False),

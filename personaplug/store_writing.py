@@ -297,7 +297,7 @@ def stored_items(
 ) -> dict[tuple[int, str], sa.Row[Any]]:
     """What is stored under some (user number, item id): key, arrival and digest."""
     named = sa.tuple_(items.c.user_no, items.c.item_id)
-    columns = sa.select(items.c.user_no, items.c.item_id, items.c.key, items.c.arrived, items.c.digest)
+    columns: sa.Select[Any] = sa.select(items.c.user_no, items.c.item_id, items.c.key, items.c.arrived, items.c.digest)
     return {
         (row.user_no, row.item_id): row
         for part in chunks(wanted, _AT_ONCE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before anything imports huggingface_hub: the suite must not depend on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +18,10 @@ import pytest
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.toy import load_toy
 from personaplug.encoder import HashEncoder
+
+if TYPE_CHECKING:
+    from postgres_server import PostgresServer
+    from stores import Place
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -35,3 +41,25 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"the real data sets are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    from postgres_server import NoServer, postgres_server
+
+    try:
+        with postgres_server() as server:
+            yield server
+    except NoServer as reason:
+        pytest.skip(f"no PostgreSQL starts here: {reason}")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty place for a store of histories, in either database."""
+    from stores import Place
+
+    if request.param == "sqlite":
+        return Place(str(tmp_path / "store.db"))
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return Place(server.new_database(), server)

@@ -1,0 +1,91 @@
+"""What the tests of the store of histories share: places for one, items, and a look into the raw files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from postgres_server import PostgresServer
+
+from personaplug.encoder import Encoder, HashEncoder
+from personaplug.form import FEATURES
+from personaplug.records import HistoryItem
+from personaplug.store import EncodedItems, HistoryStore, Retention
+from personaplug.store_tables import StoreSettings
+
+LABELS = ("1", "2", "3")
+SECRET = b"sixteen bytes and more"
+ENCODER = HashEncoder(32)
+
+
+@dataclass
+class Place:
+    """Where a test may have a store.
+
+    Attributes:
+        where: a path or a URL.
+        server: PostgreSQL's, where it is that.
+    """
+
+    where: str
+    server: PostgresServer | None = None
+
+    def open(
+        self,
+        encoder: Encoder | None = ENCODER,
+        *,
+        settings: StoreSettings | None = None,
+        retention: Retention | None = None,
+        keep_text: bool = True,
+        secret: bytes | Path | None = SECRET,
+        connections: int = 4,
+        wait_s: float = 30,
+    ) -> HistoryStore:
+        """The store there, made with few shards where there is none."""
+        settings = settings or StoreSettings(labels=LABELS, keep_text=keep_text, shards=2)
+        return HistoryStore.open(
+            self.where,
+            encoder,
+            settings=settings,
+            retention=retention,
+            secret=secret,
+            connections=connections,
+            wait_s=wait_s,
+        )
+
+    def files(self, *, log: bool = True) -> bytes:
+        """Everything that is in the database's files by now."""
+        if self.server is None:
+            return b"".join(path.read_bytes() for path in Path(self.where).parent.iterdir() if path.is_file())
+        self.server.execute("CHECKPOINT")
+        folders = [f"base/{self.server.number_of(self.where)}", *(["pg_wal"] if log else [])]
+        paths = [path for name in folders for path in (self.server.folder / name).rglob("*") if path.is_file()]
+        return b"".join(path.read_bytes() for path in paths)
+
+
+def item(name: str, text: str = "a film", *, answer: str | None = "2", day: date | None = None) -> HistoryItem:
+    """An item with a text, and an answer unless there is none."""
+    fields = (("text", text), *([("score", answer)] if answer is not None else []))
+    return HistoryItem(name, fields, answer_name="score" if answer is not None else None, date=day)
+
+
+def vector_of(name: str, width: int = 32) -> npt.NDArray[np.float32]:
+    """A unit vector that no other name has."""
+    raw = np.random.default_rng(list(name.encode())).standard_normal(width).astype(np.float32)
+    return np.asarray(raw / np.linalg.norm(raw), dtype=np.float32)
+
+
+def encoded(users: Sequence[str], names: Sequence[str], *, encoder: Encoder = ENCODER) -> EncodedItems:
+    """Items with the vectors of their names, and no text."""
+    return EncodedItems(
+        users=users,
+        items=[HistoryItem(name, ()) for name in names],
+        vectors=np.stack([vector_of(name, encoder.width) for name in names]),
+        made_by=encoder.identity,
+        answers=np.array([len(name) % 3 for name in names], dtype=np.int16),
+        forms=np.zeros((len(names), len(FEATURES)), dtype=np.float16),
+    )

@@ -7,19 +7,22 @@ import json
 import random
 import sqlite3
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from postgres_server import PostgresServer
 from stores import ENCODER, LABELS, SECRET, Place, encoded, item, vector_of
 
 from personaplug.errors import BadConfig, MissingData, StorageError, UserError
 from personaplug.packing import Precision, packed
 from personaplug.receipts import Receipt, Secret
-from personaplug.store import HistoryStore
-from personaplug.store_tables import StoreSettings
+from personaplug.store import EncodedItems, HistoryStore
+from personaplug.store_tables import StoreSettings, read_state
+from personaplug.store_writing import rows_of, write_rows
 from personaplug.wiping import wipe_shard
 
 
@@ -77,27 +80,32 @@ def test_what_was_replaced_or_deleted_before_goes_with_the_user(place: Place) ->
     assert all(found(place, ["k"]))
 
 
-def test_no_copy_of_a_row_is_left_in_a_page_that_it_was_moved_from(place: Place) -> None:
-    # Users grow in turn, so that pages are split and rows are moved; SQLite leaves copies then.
-    store = place.open(keep_text=False)
-    order = [f"u{i}" for i in range(40) for _ in range(15)]
-    random.Random(0).shuffle(order)
-    for start in range(0, len(order), 20):
-        users = order[start : start + 20]
-        store.add_encoded("t", encoded(users, [f"{start}-{i}" for i in range(20)]))
-    own = {user: [f"{i - i % 20}-{i % 20}" for i, name in enumerate(order) if name == user] for user in set(order)}
-    for user in sorted(own)[:10]:
+@pytest.mark.parametrize("seed", [2, 3])
+def test_no_copy_of_a_row_is_left_in_a_page_that_it_was_moved_from(place: Place, seed: int) -> None:
+    # Users grow in turn, so that pages are split and rows are moved. SQLite leaves a copy of a row now and then, which
+    # deleting the row does not overwrite: with these seeds, of users who are erased below.
+    chance, own = random.Random(seed), dict[str, list[bytes]]()
+    store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
+    for turn in range(60):
+        users = [f"u{chance.randrange(40)}" for _ in range(30)]
+        items = [item(f"{turn}-{i}", noise(f"t{seed}-{turn}-{i}", chance.randrange(60, 1900))) for i in range(30)]
+        vectors = np.stack([vector_of(one.id) for one in items])
+        store.add_encoded("t", EncodedItems(users, items, vectors, made_by=ENCODER.identity))
+        for user, one in zip(users, items, strict=True):
+            own.setdefault(user, []).append(one.fields[0][1].encode())
+    store.close()
+    before = place.files(log=place.server is None)
+    twice = [user for user, texts in own.items() if any(before.count(text[-40:]) > 1 for text in texts)]
+    erased = twice[:6] or list(own)[:3]
+    for user in erased:
         store.erase_user("t", user)
-    files = place.files(log=place.server is None)
-    erased = [vector_of(name).astype("<f2").tobytes() for user in sorted(own)[:10] for name in own[user]]
-    kept = [vector_of(name).astype("<f2").tobytes() for user in sorted(own)[10:] for name in own[user]]
-    assert sum(trace in files for trace in erased) == 0
-    assert all(trace in files for trace in kept)
-    for user in sorted(own)[10:]:
-        names = [one.id for one in store.list_items("t", user)]
-        assert names == own[user]
-        expected = np.stack([vector_of(name) for name in names]).astype(np.float16)
-        np.testing.assert_array_equal(store.read("t", user).vectors, expected)
+    after = place.files(log=place.server is None)
+    assert sum(text[-40:] in after or text[:40] in after for user in erased for text in own[user]) == 0
+    kept = sorted(own.keys() - set(erased))
+    assert all(text[-40:] in after for user in kept for text in own[user])
+    for user in kept:
+        assert [one.fields[0][1].encode() for one in store.list_items("t", user)] == own[user]
+        assert len(store.read("t", user)) == len(own[user])
 
 
 def test_wiping_clears_what_was_deleted(place: Place) -> None:
@@ -231,6 +239,26 @@ def test_a_role_that_may_not_touch_the_log_is_told_so(postgres: PostgresServer) 
     assert receipt.wiped == ("tables",)
     assert not any(found(place, ["a"], log=False))
     assert any(found(place, ["a"])), "the log still has it, as the receipt says"
+
+
+def test_what_is_being_added_while_a_user_is_erased_is_erased_or_comes_anew(place: Place) -> None:
+    store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
+    store.add("t", "u", [item("a", planted("a"))])
+    shard, late = (
+        store._tables.shards[0],
+        EncodedItems(["u"], [item("b")], np.stack([vector_of("b")]), ENCODER.identity),
+    )
+    with store._database.writing() as connection:
+        state = read_state(connection)
+        rows = rows_of(late, state, key=store._digest_key)
+        write_rows(connection, shard, rows, tenant="t", state=state, retention=store.retention)
+        eraser = threading.Thread(target=store.erase_user, args=("t", "u"))
+        eraser.start()
+        time.sleep(0.5)
+    eraser.join()
+    with store._database.reading() as connection:
+        left = [connection.execute(sa.select(sa.func.count()).select_from(table)).scalar() for table in shard.tables]
+    assert left == [0] * 5
 
 
 # Receipts

@@ -163,6 +163,32 @@ def test_two_at_once_bring_it_to_one_end(store: HistoryStore, place: Place) -> N
         np.testing.assert_array_equal(store.read("t", f"u{i}").vectors, expected(i, encoder))
 
 
+def test_clearing_up_spares_the_next_migration(
+    store: HistoryStore, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from personaplug import reencoding
+
+    switch, third = reencoding._switch, Watching()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def switch_and_begin_anew(*given: object) -> object:
+        monkeypatch.setattr(reencoding, "_switch", switch)
+        state = switch(*given)  # type: ignore[arg-type]
+        third.steps = iter([None, stop])
+        with pytest.raises(KeyboardInterrupt):
+            place.open(OTHER).re_encode(third)
+        return state
+
+    monkeypatch.setattr(reencoding, "_switch", switch_and_begin_anew)
+    store.re_encode(OTHER)
+    done = sum(third.calls)
+    assert store.re_encode(third) == 28 - done < 28
+    for i in range(7):
+        np.testing.assert_array_equal(store.read("t", f"u{i}").vectors, expected(i, third))
+
+
 def test_without_texts_it_cannot_be_done(place: Place) -> None:
     store = place.open(keep_text=False)
     with pytest.raises(StoreConflict, match="keeps no texts"):

@@ -538,12 +538,13 @@ def test_tenants_do_not_see_each_other(place: Place) -> None:
         store.export("three", "u")
     with pytest.raises(MissingData):
         store.delete_item("two", "u", "b")
+    store.add("one", "u", [item("c", "of one too")])
     versions = store.version("one", "u")
     store.add("two", "u", [item("b", "of two")])
     store.delete_item("two", "u", "a")
     store.erase_user("two", "u")
     assert store.version("one", "u") == versions
-    assert [found.fields[0][1] for found in store.list_items("one", "u")] == ["planted by one", "of one"]
+    assert [found.fields[0][1] for found in store.list_items("one", "u")] == ["planted by one", "of one", "of one too"]
 
 
 # Retention

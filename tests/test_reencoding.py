@@ -54,6 +54,9 @@ def test_all_vectors_are_made_anew(store: HistoryStore, place: Place) -> None:
         np.testing.assert_array_equal(history.vectors, expected(i, OTHER))
         assert history.version == store.version("t", f"u{i}") > versions[i], "caches must know"
     assert store.identity == OTHER.identity
+    with store._database.reading() as connection:
+        kept = [[len(connection.execute(table.select()).all()) for table in s.vectors] for s in store._tables.shards]
+    assert sum(kept[0]) + sum(kept[1]) == 28, "the old vectors are gone"
     assert store.add("t", "u0", [item("new")]) == (1, 0, 0)
     assert place.open(OTHER).re_encode(OTHER) == 0
     with pytest.raises(EncoderMismatch):

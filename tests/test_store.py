@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import re
 import sqlite3
 import subprocess
 import sys
@@ -322,6 +323,14 @@ def test_importing_the_package_needs_no_sqlalchemy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "the store of histories needs: pip install 'personaplug[serve]'"
+
+
+def test_the_page_on_the_store_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "store.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    exec(code.group(1), {})
 
 
 # Bad input

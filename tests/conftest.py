@@ -62,4 +62,4 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     if request.param == "sqlite":
         return Place(str(tmp_path / "store.db"))
     server: PostgresServer = request.getfixturevalue("postgres")
-    return Place(server.new_database(), server)
+    return Place(server.cleaned_database(), server)

@@ -48,6 +48,14 @@ class PostgresServer:
         """How a database is reached."""
         return f"postgresql://postgres@/{database}?host={self.folder.parent}"
 
+    def cleaned_database(self) -> str:
+        """The URL of the first database, empty again: a database for every test would be tens of thousands of files."""
+        others = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+        self.execute("DROP SCHEMA public CASCADE")
+        self.execute("CREATE SCHEMA public")
+        return self.url()
+
     def new_database(self) -> str:
         """The URL of an empty database."""
         self._databases += 1

@@ -21,7 +21,7 @@ from personaplug.objectives import PlugObjective
 from personaplug.plug import PersonaPlug
 from personaplug.recipes import build_plug, closed_answers
 from personaplug.records import Sample
-from personaplug.run import Models, Run, resolved
+from personaplug.run import Models, Run, drawn, resolved
 from personaplug.samples import EncodedSample, encode_samples
 from personaplug.training import fit
 from personaplug.vectors import VectorTable, content_key
@@ -36,7 +36,7 @@ class Estimate:
     """What is to be expected; bytes, seconds and counts.
 
     Attributes:
-        samples, items: what the training split holds.
+        samples, items: what is trained on, `train_limit` applied.
         vectors: different items, each encoded once.
         disk_bytes: vectors, their index, finished plugs and the states of one unfinished training.
         memory_bytes: most memory that this process held: the models, training steps on drawn samples and one on the
@@ -130,31 +130,31 @@ class _Counted:
 
 
 def _count(reader: Reader, config: Config) -> _Counted:
-    """Read the split once. The set of different items grows by about 100 bytes an item; all else stays small."""
+    """Read what is trained on once. The set of different items takes about 100 bytes an item; all else stays small."""
     with_answer = config.plug.encodes_answers
     wanted = _TIMED_STEPS * config.training.batch_size + 1
     rng = random.Random(0)
     count = items = 0
     different: set[bytes] = set()
     owners: set[str] = set()
-    drawn: list[Sample] = []
+    some: list[Sample] = []
     longest: list[tuple[int, int, Sample]] = []
-    for count, sample in enumerate(reader, 1):
+    for count, sample in enumerate(drawn(reader, limit=config.training.train_limit, seed=0), 1):
         items += len(sample.history)
         # Eight bytes of the key: a collision among millions only makes the estimate one item too small.
         different.update(content_key(i.text if with_answer else i.content)[:8] for i in sample.history)
         if len(owners) < 2:
             owners.add(sample.owner)
-        # A reservoir: after each sample, every one so far is among the drawn with the same chance.
+        # A reservoir: after each sample, every one so far is among these with the same chance.
         place = rng.randrange(count)
-        if len(drawn) < wanted:
-            drawn.append(sample)
+        if len(some) < wanted:
+            some.append(sample)
         elif place < wanted:
-            drawn[place] = sample
+            some[place] = sample
         heapq.heappush(longest, (len(sample.prompt), count, sample))
         if len(longest) > config.training.batch_size:
             heapq.heappop(longest)
-    return _Counted(count, items, len(different), len(owners) > 1, drawn, [sample for _, _, sample in longest])
+    return _Counted(count, items, len(different), len(owners) > 1, some, [sample for _, _, sample in longest])
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,7 @@ def _plan_prompts(run: Run, found: _Counted, models: Models) -> _Kept:
         return _Kept()
     prompts = list(dict.fromkeys(sample.prompt for sample in found.drawn))
     tokens = sum(one.tokens for one in models.backend.measure(prompts)) / len(prompts)
-    used = min(found.samples, run.config.training.train_limit or found.samples)
-    room = models.backend.room_for(int(tokens * used))
+    room = models.backend.room_for(int(tokens * found.samples))
     began = time.monotonic()
     models.backend.keep(prompts)
     each = (time.monotonic() - began) / len(prompts)
@@ -183,18 +182,17 @@ def _plan_prompts(run: Run, found: _Counted, models: Models) -> _Kept:
     if room.place == "nowhere":  # the timed steps read their prompts, as those of the training will
         return _Kept(room.reason)
     anew = run.config.training.batch_size * each * (1 - room.share)
-    return _Kept(room.reason, **size, once_seconds=each * used * room.share, step_seconds=anew)
+    return _Kept(room.reason, **size, once_seconds=each * found.samples * room.share, step_seconds=anew)
 
 
 def _planned(config: Config, samples: int) -> tuple[int, float]:
     """Steps of one training, and what its validations cost, in steps."""
     settings = config.training
-    used = min(samples, settings.train_limit or samples)
-    kept = used * (1 - settings.validation_share)
+    kept = samples * (1 - settings.validation_share)
     per_epoch = max(1, math.ceil(kept * (1 + settings.views) / settings.batch_size))
     steps = min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
     validations = math.ceil(steps / (settings.validate_every or max(1, per_epoch // 4)))
-    batches = min(settings.validation_limit, used - kept) / settings.batch_size
+    batches = min(settings.validation_limit, samples - kept) / settings.batch_size
     # A validation needs the forward pass only: about 2/5 of a step, as nothing is kept for a backward pass.
     return steps, 0.4 * validations * batches
 

@@ -18,6 +18,18 @@ from personaplug.run import Run, open_models
 SETTINGS = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=2", "seeds=0,1"]
 
 
+def test_only_what_is_trained_on_is_counted(tmp_path: Path) -> None:
+    write_simulation(SimulatedConfig(users=8, queries_per_user=3, dev_users=1), tmp_path)
+    reader = open_dataset(tmp_path, "train")
+    found = {}
+    for limit in (0, 6):
+        config = load_config(overrides=[*SETTINGS, f"train_limit={limit}"])
+        found[limit] = estimate(config, reader, models=open_models(config))
+    assert (found[0].samples, found[6].samples) == (24, 6)
+    assert found[6].vectors < found[0].vectors
+    assert found[6].steps < found[0].steps
+
+
 def test_counts_are_those_of_the_run_that_follows(tmp_path: Path) -> None:
     write_simulation(
         SimulatedConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path / "d"

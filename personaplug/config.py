@@ -93,7 +93,7 @@ class PlugConfig:
         "text",
         "where an item's answer goes: text = into the encoded text (the paper's Table 7); label = one-hot beside the "
         "vector (closed label sets only); form = into the text, and how it is written (length, case, marks) beside the "
-        "vector; auto = label for closed sets, else form",
+        "vector; auto = label for closed sets whose items hold answers, text for other closed sets, else form",
         choices=("text", "label", "form", "auto"),
     )
     shrinkage: bool = _option(

@@ -33,7 +33,7 @@ from personaplug.config_text import load_config, to_yaml, with_values
 from personaplug.data.base import Reader, Task
 from personaplug.data.tasks import parse_task
 from personaplug.encoder import Encoder, open_encoder
-from personaplug.errors import MissingData, RunConflict
+from personaplug.errors import BadConfig, MissingData, RunConflict
 from personaplug.files import write_json, write_text
 from personaplug.plug import PersonaPlug
 from personaplug.processes import connect, is_main, main_first
@@ -265,10 +265,22 @@ def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
 
 
 def resolved(config: Config, task: Task) -> Config:
-    """The config with what it leaves to the task (`auto`) settled."""
+    """The config with what it leaves to the task (`auto`) settled.
+
+    Raises:
+        BadConfig: if it asks for something that the task does not have.
+    """
+    answered = bool(task.labels) and task.answer_field is not None
+    if config.plug.answers == "label" and task.labels and not answered:
+        raise BadConfig(f"answers=label reads the answers in a history, and the items of {task.name} hold none.")
+    if config.plug.options == "compare" and not task.has_options:
+        raise BadConfig(
+            f"options=compare needs prompts with an option for each label, found by a group of the task's "
+            f"query_pattern each; {task.name} declares none. Leave it out, or give options=auto."
+        )
     settled = {}
     if config.plug.answers == "auto":
-        settled["plug.answers"] = "label" if task.labels else "form"
+        settled["plug.answers"] = "label" if answered else "text" if task.labels else "form"
     if config.plug.options == "auto":
         settled["plug.options"] = "compare" if task.has_options else "ignore"
     return with_values(config, settled)

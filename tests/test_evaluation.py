@@ -18,6 +18,7 @@ from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.base import Reader
 from personaplug.data.simulated import SimulatedConfig, write_simulation
+from personaplug.data.tasks import LAMP_TASKS
 from personaplug.errors import BadConfig, MissingData
 from personaplug.evaluation import ORACLE, evaluate, predict, settings_of
 from personaplug.personalizer import Personalizer
@@ -377,6 +378,16 @@ def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: 
     _check_personas(rating.run, rating.models, open_dataset(rating.data, "dev", task=rating.run.task))
 
 
+def test_what_a_task_does_not_have_is_refused_before_anything_is_made(rating: Stage, tmp_path: Path) -> None:
+    for task, word, reason in (
+        (rating.run.task, "options=compare", "declares none"),
+        (LAMP_TASKS["LaMP_1"], "answers=label", "hold none"),
+    ):
+        with pytest.raises(BadConfig, match=reason):
+            Run.create(tmp_path / "run", config=load_config(overrides=[*TINY, word]), task=task)
+        assert not (tmp_path / "run").exists()
+
+
 def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Path) -> None:
     asked = (
         'For an author who has written the paper with the title "{}", which reference is related? '
@@ -395,7 +406,9 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
         (tmp_path / f"{split}_questions.json").write_text(json.dumps(questions))
         (tmp_path / f"{split}_outputs.json").write_text(json.dumps({"task": "Pairs", "golds": golds}))
     (tmp_path / "task.json").write_text(json.dumps({"name": "Pairs", "like": "LaMP_1"}))
-    config = load_config(overrides=[*TINY, "options=auto", "placement=suffix", "controls=false", "max_steps=2"])
+    config = load_config(
+        overrides=[*TINY, "options=auto", "answers=auto", "placement=suffix", "controls=false", "max_steps=2"]
+    )
     run, models = Run.create(tmp_path / "run", config=config, task=load_task(tmp_path)), open_models(config)
     reader = open_dataset(tmp_path, "dev", task=run.task)
     first = next(iter(reader)).options
@@ -403,7 +416,7 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
     assert first.texts == ("dogs bark", "cats purr")
     assert first.question.startswith('For an author who has written the paper with the title "cats purr"')
     train(run, open_dataset(tmp_path, "train", task=run.task), models=models)
-    assert run.config.plug.options == "compare"
+    assert (run.config.plug.options, run.config.plug.answers) == ("compare", "text")
     _check_personas(run, models, reader)
     rows = parse_conditions("plug,wrong-user,bm25:1")
     results = evaluate(run, reader, split="dev", conditions=rows, config=config.evaluation, models=models)

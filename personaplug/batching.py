@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from personaplug.data.slicing import held_users
 from personaplug.errors import BadConfig
 from personaplug.samples import EncodedSample
 
@@ -47,8 +48,7 @@ def hold_out(
             f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}."
         )
     rng = np.random.default_rng([seed, 1])
-    count = min(len(owners) - 1, max(1, round(share * len(owners))))
-    held = {owners[i] for i in rng.choice(len(owners), size=count, replace=False)}
+    held = held_users(owners, share=share, rng=rng)
     train = [sample for sample in samples if sample.owner not in held]
     validation = [sample for sample in samples if sample.owner in held]
     kept = sorted(rng.permutation(len(validation))[:limit])

@@ -142,7 +142,7 @@ def _count(reader: Reader, config: Config) -> _Counted:
     for count, sample in enumerate(drawn(reader, limit=config.training.train_limit, seed=0), 1):
         items += len(sample.history)
         # Eight bytes of the key: a collision among millions only makes the estimate one item too small.
-        different.update(content_key(i.text if with_answer else i.content)[:8] for i in sample.history)
+        different.update(content_key(item.encoded(with_answer=with_answer))[:8] for item in sample.history)
         if len(owners) < 2:
             owners.add(sample.owner)
         # A reservoir: after each sample, every one so far is among these with the same chance.

@@ -91,7 +91,7 @@ class Personalizer:
             options: what the prompt lets choose from, for a plug that compares that.
         """
         items = items[-self.plug.config.max_history :]
-        texts = [item.text if self.plug.config.encodes_answers else item.content for item in items]
+        texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
         if (count := self.plug.config.selected_items) and len(items) > count:
             kept = nearest(encoder.query_encoder().encode([query])[0], vectors, count=count)

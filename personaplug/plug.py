@@ -160,6 +160,7 @@ class PersonaPlug(nn.Module):
 
     def _hints(self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch) -> Tensor:
         """A token for each user, (B, 1, D); zeros where a prompt has no options."""
+        self._remember_options(options)  # all at once, where they are not known yet
         hints = []
         for choice, items in zip(options, per_user(history.vectors, history.lengths), strict=True):
             if choice is None:
@@ -201,7 +202,10 @@ class PersonaPlug(nn.Module):
         if isinstance(self.query_encoder, QueryHead):
             self.frozen.remember(queries)
         if self.hint is not None:
-            self.frozen.remember([text for one in options if one for text in (one.question, *one.texts)])
+            self._remember_options(options)
+
+    def _remember_options(self, options: Sequence[Options | None]) -> None:
+        self.frozen.remember([text for one in options if one for text in (one.question, *one.texts)])
 
     def save_pretrained(self, folder: str | Path, *, facts: dict[str, Any] | None = None) -> None:
         """Write the plug, its config and a model card; nothing of the models it belongs to.

@@ -37,6 +37,10 @@ class HistoryItem:
         rest = tuple(field for field in self.fields if field[0] != self.answer_name)
         return _named(rest or self.fields)
 
+    def encoded(self, *, with_answer: bool) -> str:
+        """What an encoder reads of the item: `text` or `content`."""
+        return self.text if with_answer else self.content
+
     @property
     def answer(self) -> str | None:
         """What the user answered, or None where the task has no such field."""

@@ -161,5 +161,4 @@ def _other(shard: Shard, state: State) -> sa.Table:
 
 def _text(body: bytes, *, encodes_answers: bool) -> str:
     fields, answer_name = item_fields(body)
-    item = HistoryItem("", fields, answer_name)
-    return item.text if encodes_answers else item.content
+    return HistoryItem("", fields, answer_name).encoded(with_answer=encodes_answers)

@@ -140,7 +140,7 @@ class Dense:
         """
         if not sample.history:
             return []
-        texts = [item.text if self.with_answer else item.content for item in sample.history]
+        texts = [item.encoded(with_answer=self.with_answer) for item in sample.history]
         self.table.add(texts)
         # A product over many rows may round the same row differently in two places, so each row is taken once.
         rows, places = np.unique(self.table.rows(texts), return_inverse=True)

@@ -79,7 +79,7 @@ def encode_samples(
     encoded: list[EncodedSample] = []
     done = 0
     for group in _groups(samples, chunk):
-        texts = [item.text if with_answer else item.content for sample in group for item in sample.history]
+        texts = [item.encoded(with_answer=with_answer) for sample in group for item in sample.history]
         table.add(texts, batch_size=batch_size, chunk=max(chunk, len(texts)))
         rows = table.rows(texts)
         ends = np.cumsum([len(sample.history) for sample in group])[:-1]

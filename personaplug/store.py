@@ -162,7 +162,7 @@ class HistoryStore:
         fresh = self._fresh(tenant, user, list({item.id: item for item in items}.values()))
         if not fresh:
             return Stored(0, 0, len(items))
-        texts = [item.text if self.settings.encodes_answers else item.content for item in fresh]
+        texts = [item.encoded(with_answer=self.settings.encodes_answers) for item in fresh]
         vectors = self.encoder.encode(texts, batch_size=batch_size)
         encoded = EncodedItems([user] * len(fresh), fresh, vectors, made_by=self.encoder.identity)
         done = self.add_encoded(tenant, encoded)

@@ -45,6 +45,19 @@ def expected(user: int, encoder: HashEncoder | CheapEncoder) -> npt.NDArray[np.f
     return encoder.encode(texts).astype(np.float16)
 
 
+def stopped_halfway(store: HistoryStore) -> Watching:
+    """The encoder of a migration that was stopped after its first batch."""
+    encoder = Watching()
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    encoder.steps = iter([None, stop])
+    with pytest.raises(KeyboardInterrupt):
+        store.re_encode(encoder)
+    return encoder
+
+
 def test_all_vectors_are_made_anew(store: HistoryStore, place: Place) -> None:
     told, versions = list[int](), [store.version("t", f"u{i}") for i in range(7)]
     assert store.re_encode(OTHER, progress=told.append) == 28
@@ -118,14 +131,7 @@ def test_a_change_just_before_the_switch_is_not_left_out(
 
 
 def test_a_stopped_migration_goes_on(store: HistoryStore, place: Place) -> None:
-    encoder = Watching()
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    encoder.steps = iter([None, stop])
-    with pytest.raises(KeyboardInterrupt):
-        store.re_encode(encoder)
+    encoder = stopped_halfway(store)
     np.testing.assert_array_equal(store.read("t", "u6").vectors, expected(6, ENCODER))
     with pytest.raises(StoreConflict, match="being moved to cheap"):
         store.re_encode(OTHER)
@@ -136,14 +142,7 @@ def test_a_stopped_migration_goes_on(store: HistoryStore, place: Place) -> None:
 
 
 def test_a_migration_is_given_up_by_going_to_where_the_store_is(store: HistoryStore, place: Place) -> None:
-    encoder = Watching()
-
-    def stop() -> None:
-        raise KeyboardInterrupt
-
-    encoder.steps = iter([None, stop])
-    with pytest.raises(KeyboardInterrupt):
-        store.re_encode(encoder)
+    stopped_halfway(store)
     assert store.re_encode(ENCODER) == 0
     np.testing.assert_array_equal(store.read("t", "u6").vectors, expected(6, ENCODER))
     assert store.re_encode(OTHER) == 28

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,15 @@ def slice_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int
         raise RunConflict(f"{folder} holds a data set already ({there[0]}). Choose another folder, or remove it first.")
     if len(owners) < 2:
         raise BadConfig(f"A slice by user needs 2 or more users; found {len(owners)}.")
-    count = min(len(owners) - 1, max(1, round(share * len(owners))))
-    held = {owners[i] for i in np.random.default_rng([seed, 8]).choice(len(owners), size=count, replace=False)}
+    held = held_users(owners, share=share, rng=np.random.default_rng([seed, 8]))
     for split, wanted in (("train", False), ("dev", True)):
         part = (sample for sample in reader if (sample.owner in held) == wanted)
         write_lamp(part, folder, split, task=reader.task)
     dev = sum(size for owner, size in sizes.items() if owner in held)
-    return Slice(sizes.total() - dev, dev, len(sizes) - count, count)
+    return Slice(sizes.total() - dev, dev, len(owners) - len(held), len(held))
+
+
+def held_users(owners: Sequence[str], *, share: float, rng: np.random.Generator) -> set[str]:
+    """A share of two or more different users, drawn: at least one, and never all."""
+    count = min(len(owners) - 1, max(1, round(share * len(owners))))
+    return {owners[i] for i in rng.choice(len(owners), size=count, replace=False)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,14 @@ except ImportError as error:
 __all__ = ["Connection", "Database", "SQLAlchemyError", "insert_rows", "mark_of", "sa"]
 
 _LOCK = 0x706572736F6E61  # "persona": what writers of one PostgreSQL database share, and who must be alone takes whole
-_PAGE_BYTES = 8192
+_PAUSE_S = 0.01
+_PRAGMAS = (
+    "page_size=8192",
+    "journal_mode=WAL",
+    "synchronous=FULL",  # in WAL mode, anything less may lose commits that were acknowledged
+    "secure_delete=ON",  # what is removed is overwritten, pages that become free included
+    "temp_store=MEMORY",  # no user's bytes in files beside the database
+)
 
 
 class Database:
@@ -124,11 +133,28 @@ class Database:
         except ImportError as error:
             raise MissingExtra("a store in PostgreSQL", extra="postgres") from error
         if self.file:
-            event.listen(engine, "connect", _prepare_sqlite)
+            event.listen(engine, "connect", self._prepare_sqlite)
             event.listen(engine, "begin", _begin_sqlite)
         else:
             event.listen(engine, "connect", self._prepare_postgres)
         return engine
+
+    def _prepare_sqlite(self, connection: Any, _: object) -> None:
+        connection.isolation_level = None  # transactions begin where `_begin_sqlite` says, not where the driver guesses
+        for pragma in _PRAGMAS:
+            self._patiently(connection, f"PRAGMA {pragma}")
+
+    def _patiently(self, connection: Any, statement: str) -> None:
+        """Run a statement again while others are in the way, which SQLite does not wait for when it turns to a log."""
+        give_up_at = time.monotonic() + self.wait_s
+        while True:
+            try:
+                connection.execute(statement)
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(_PAUSE_S)
 
     def _prepare_postgres(self, connection: Any, _: object) -> None:
         connection.execute(f"SET lock_timeout = {int(self.wait_s * 1000)}")
@@ -188,18 +214,6 @@ def _url(where: str | Path) -> URL:
     if backend in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg") if "+" not in url.drivername else url
     raise BadConfig("A store is a path, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE.")
-
-
-def _prepare_sqlite(connection: Any, _: object) -> None:
-    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says, not where the driver guesses
-    for pragma in (
-        f"page_size={_PAGE_BYTES}",
-        "journal_mode=WAL",
-        "synchronous=FULL",  # in WAL mode, anything less may lose commits that were acknowledged
-        "secure_delete=ON",  # what is removed is overwritten, pages that become free included
-        "temp_store=MEMORY",  # no user's bytes in files beside the database
-    ):
-        connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Connection) -> None:

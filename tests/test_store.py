@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from stores import ENCODER, LABELS, Place, encoded, item, vector_of
 from test_vectors import CheapEncoder
 
 from personaplug import store_writing
+from personaplug.database import Database
 from personaplug.encoder import HashEncoder
 from personaplug.errors import (
     BadConfig,
@@ -672,6 +674,21 @@ def test_several_processes_make_one_store(place: Place) -> None:
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert pool.map_async(open_and_add, range(3)).get(timeout=120) == [(1, 0, 0)] * 3
     assert sorted(ids(place.open())) == ["0", "1", "2"]
+
+
+def test_processes_that_turn_to_the_log_at_one_moment_wait_for_each_other(tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        for i in range(30):
+            given = [(tmp_path / f"{i}.db", time.time() + 0.02)] * 4
+            assert pool.map_async(begin_at, given, chunksize=1).get(timeout=120) == [True] * 4
+
+
+def begin_at(given: tuple[Path, float]) -> bool:
+    path, moment = given
+    while time.time() < moment:
+        pass
+    with Database(path).writing() as connection:
+        return bool(connection.exec_driver_sql("SELECT 1").scalar())
 
 
 places: list[Place] = []

@@ -21,11 +21,11 @@ from typing import Any
 
 from personaplug.cells import Cell, CellFile, Scored
 from personaplug.conditions import Condition
-from personaplug.config import BEFORE, Config, ModelConfig
+from personaplug.config import BEFORE, Config, EvaluationConfig, ModelConfig
 from personaplug.data import load_task, open_dataset
 from personaplug.errors import BadConfig, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
 from personaplug.evaluation import Evaluation, settings_of, with_remarks
-from personaplug.experiment import Experiment
+from personaplug.experiment import WHOLE, Experiment, Probe
 from personaplug.files import write_json
 from personaplug.recipes import Trainings
 from personaplug.results import Settings, results_object, thirds, with_slices
@@ -33,7 +33,7 @@ from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, versi
 
 logger = logging.getLogger(__name__)
 
-ALL_ITEMS = -1
+_ALL_ITEMS = -1
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Table:
         self.experiment, self.variant, self.name, self.opened = experiment, variant, name, opened
         self.config = experiment.configs[variant, name]
         self.data = places.data / name
-        self.folder = places.out / experiment.name / variant / name
+        self.folder = places.out / (experiment.runs or experiment.name) / variant / name
         self.target = places.results / experiment.name / variant / f"{name}.json"
         self.title = " ".join(part for part in (experiment.name, variant, name) if part)
         self.failed: list[str] = []
@@ -131,20 +131,20 @@ class _Table:
                 self.write()
 
     def _fill(self, seed: int) -> None:
-        for shown in (ALL_ITEMS, *self.experiment.shown_items):
-            file = self._file(shown)
+        for probe in (WHOLE, *self._probes()):
+            file = self._file(probe)
             file.turn_to(self._samples_key())
             scored, cells = file.read()
             known = {cell.key for cell in cells}
-            wanted = {self._key(condition, seed, shown): condition for condition in self._conditions(seed)}
+            wanted = {self._key(condition, seed, probe): condition for condition in self._conditions(seed)}
             missing = {key: condition for key, condition in wanted.items() if key not in known}
             if not missing:
                 continue
-            trainings, evaluation = self._opened(shown)
+            trainings, evaluation = self._opened(probe)
             if scored is None:
                 file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
             for key, condition in missing.items():
-                logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, _items(shown))
+                logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, probe.name and f", {probe.name}")
                 try:
                     for need in condition.needs:
                         trainings.train(need, seed=seed)
@@ -161,7 +161,7 @@ class _Table:
 
     def write(self) -> None:
         """Write the results of the cells that there are."""
-        scored, cells = self._kept(ALL_ITEMS)
+        scored, cells = self._kept(WHOLE)
         if scored is None:
             return
         task = load_task(self.data)
@@ -170,21 +170,25 @@ class _Table:
         if self.experiment.slices:
             slices = thirds(scored.history_items)
             results = with_slices(results, scored, cells, slices=slices, settings=settings)
-        if self.experiment.shown_items:
-            results |= {"slices": [*results.get("slices", []), *self._curve(results, settings)]}
+        for curve in self.experiment.curves:
+            results |= {"slices": [*results.get("slices", []), *self._points(curve, results, settings)]}
         write_json(self.target, results)
 
-    def _curve(self, whole: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
-        """The rows by the number of items shown, up to all of them."""
-        parts = [part for shown in self.experiment.shown_items if (part := self._of_items(shown, settings))]
-        return [*parts, {"name": "items=all", "rows": whole["rows"], "pairs": whole["pairs"]}]
+    def _probes(self) -> list[Probe]:
+        return [probe for curve in self.experiment.curves for probe in curve if probe.changes]
+
+    def _points(self, curve: Sequence[Probe], whole: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+        """The rows by the number of items shown, or by strength; those of the table proper at their place."""
+        proper = {"rows": whole["rows"], "pairs": whole["pairs"]}
+        points = [(probe, self._at(probe, settings) if probe.changes else proper) for probe in curve]
+        return [{"name": probe.name} | point for probe, point in points if point]
 
     def _conditions(self, seed: int) -> list[Condition]:
         """The rows that are answered with this seed."""
         first = seed == self.config.training.seeds[0]
         return [condition for condition in self.experiment.conditions if condition.seeded or first]
 
-    def _opened(self, shown: int) -> tuple[Trainings, Evaluation]:
+    def _opened(self, probe: Probe) -> tuple[Trainings, Evaluation]:
         task, models = load_task(self.data), self.opened.get(self.config)
         run = Run.create(self.folder, config=self.config, task=task)
         train, split = (
@@ -193,35 +197,38 @@ class _Table:
         )
         # First, since it notes what the run is trained on, which the evaluation tells.
         trainings = Trainings(run, train, models=models)
-        config = replace(self.config.evaluation, shown_items=shown)
-        name = _split_name(self.experiment.split, shown)
+        config = self._evaluated(probe)
+        name = f"{self.experiment.split}-{_label(probe)}" if probe.changes else self.experiment.split
         return trainings, Evaluation(run, split, split=name, config=config, models=models, train=train)
 
-    def _kept(self, shown: int) -> tuple[Scored | None, list[Cell]]:
+    def _kept(self, probe: Probe) -> tuple[Scored | None, list[Cell]]:
         """The cells that are of this experiment as it stands, in its order of conditions and seeds."""
-        scored, cells = self._file(shown).read()
+        scored, cells = self._file(probe).read()
         if scored is None or scored.key != self._samples_key():
             return None, []  # of other samples
         # What may change from one cell to the next is told as it is now.
         scored = replace(scored, about=scored.about | {"config": asdict(self.config)})
         held = {cell.key: cell for cell in cells}
         keys = [
-            self._key(condition, seed, shown)
+            self._key(condition, seed, probe)
             for condition in self.experiment.conditions
             for seed in self.config.training.seeds
         ]
         found = [held[key] for key in keys if key in held]
         return (scored if found else None), found
 
-    def _of_items(self, shown: int, settings: Settings) -> dict[str, Any] | None:
-        scored, cells = self._kept(shown)
+    def _at(self, probe: Probe, settings: Settings) -> dict[str, Any] | None:
+        scored, cells = self._kept(probe)
         if scored is None:
             return None
         part = results_object(replace(scored, about={}), cells, settings=settings)
-        return {"name": f"items={shown}", "items": shown, "rows": part["rows"], "pairs": part["pairs"]}
+        return {"rows": part["rows"], "pairs": part["pairs"]}
 
-    def _file(self, shown: int) -> CellFile:
-        middle = "" if shown == ALL_ITEMS else f".items-{shown}"
+    def _evaluated(self, probe: Probe) -> EvaluationConfig:
+        return replace(self.config.evaluation, **probe.changes)  # type: ignore[arg-type]
+
+    def _file(self, probe: Probe) -> CellFile:
+        middle = f".{_label(probe)}" if probe.changes else ""
         return CellFile(self.target.with_name(f"{self.name}{middle}.cells.jsonl"))
 
     @cached_property
@@ -233,8 +240,10 @@ class _Table:
         drawn = [config.limit, config.draw_seed, self.config.plug.max_history, self.experiment.split]
         return _hash([self._data_key, *drawn])
 
-    def _key(self, condition: Condition, seed: int, shown: int) -> str:
-        about = asdict(self.config)
+    def _key(self, condition: Condition, seed: int, probe: Probe) -> str:
+        about, changes = asdict(self.config), dict(probe.changes)
+        shown = changes.pop("shown_items", _ALL_ITEMS)  # apart, as in keys from before there were other probes
+        about["evaluation"] |= changes
         for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY, *BEFORE):
             section, _, key = name.partition(".")
             value = about[section].pop(key)
@@ -288,9 +297,5 @@ def _hash(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _split_name(split: str, shown: int) -> str:
-    return split if shown == ALL_ITEMS else f"{split}-items-{shown}"
-
-
-def _items(shown: int) -> str:
-    return "" if shown == ALL_ITEMS else f", {shown} items shown"
+def _label(probe: Probe) -> str:
+    return probe.name.replace("=", "-")

@@ -11,12 +11,14 @@ per_set: {LaMP_7: {max_new_tokens: 40}}
 variants: {bge: {encoder: BAAI/bge-base-en-v1.5}}    one table each; without any, one table
 slices: history-thirds                the same rows for users with short, medium and long histories
 shown_items: [0, 1, 2, 5, 10]         the same rows with so many of the latest items only (a cold-start curve)
+strengths: [0, 0.5, 1.5]              the same rows with personas of that strength
+runs: main-table                      the experiment whose trained parts serve here too; its own by default
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,26 @@ _KEYS = (
     "variants",
     "slices",
     "shown_items",
+    "strengths",
+    "runs",
 )
 _SLICES = ("history-thirds",)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The same trained rows, asked under another setting of the evaluation.
+
+    Attributes:
+        name: as results write it, such as "items=2"; "" for the table proper.
+        changes: settings of the evaluation.
+    """
+
+    name: str = ""
+    changes: Mapping[str, float] = field(default_factory=dict)
+
+
+WHOLE = Probe()
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,8 @@ class Experiment:
         configs: the resolved config by (variant, set); the only variant of a plain experiment is "".
         slices: "history-thirds" or "".
         shown_items: numbers of latest items, for a cold-start curve.
+        strengths: of personas, for a curve too.
+        runs: the experiment in whose folder the trained parts lie; "" = its own.
     """
 
     name: str
@@ -66,6 +88,16 @@ class Experiment:
     configs: Mapping[tuple[str, str], Config]
     slices: str = ""
     shown_items: tuple[int, ...] = ()
+    strengths: tuple[float, ...] = ()
+    runs: str = ""
+
+    @property
+    def curves(self) -> list[list[Probe]]:
+        """Each curve's points in order, the table proper among them under the name that it has there."""
+        items = [Probe(f"items={count}", {"shown_items": count}) for count in self.shown_items]
+        strengths = sorted({1.0, *self.strengths}) if self.strengths else []
+        strong = [Probe(f"strength={value:g}", {} if value == 1 else {"strength": value}) for value in strengths]
+        return [curve for curve in ([*items, Probe("items=all")], strong) if len(curve) > 1]
 
     @property
     def variants(self) -> list[str]:
@@ -120,6 +152,8 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
         configs=_configs(told, sets, path, over=_Over(config_file, settings)),
         slices=str(told.get("slices", "")),
         shown_items=tuple(_counts(told.get("shown_items", ()), path)),
+        strengths=tuple(_strengths(told.get("strengths", ()), path)),
+        runs=str(told.get("runs", "")),
     )
 
 
@@ -160,3 +194,9 @@ def _counts(value: object, path: Path) -> list[int]:
     if not isinstance(value, list | tuple) or not all(isinstance(count, int) and count >= 0 for count in value):
         raise BadConfig(f"{path}: 'shown_items' should be a list of whole numbers from 0.")
     return list(value)
+
+
+def _strengths(value: object, path: Path) -> list[float]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, int | float) and 0 <= one <= 10 for one in value):
+        raise BadConfig(f"{path}: 'strengths' should be a list of numbers from 0 to 10.")
+    return [float(one) for one in value]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import personaplug.evaluation
+import personaplug.recipes
 from personaplug.bench import Places, bench
 from personaplug.config_text import with_values
 from personaplug.data.simulated import SimulatedConfig, write_simulation
@@ -246,6 +247,26 @@ def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> N
     assert nothing["bm25:2"]["costs"]["extra_prompt_tokens"] == 0
     assert nothing["bm25:2"]["lost_history_rate"] == 1
     assert results["rows"][1]["costs"]["extra_prompt_tokens"] > 0
+
+
+def test_a_curve_of_strengths_ends_at_the_plain_model(tmp_path: Path, data: Path) -> None:
+    rows = ["plain", "plug"]
+    written = bench(_experiment(tmp_path, rows, "strengths: [0, 2]", sets="[One]"), _places(tmp_path, data)).written
+    results = _read(written[0])
+    assert [part["name"] for part in results["slices"]] == ["strength=0", "strength=1", "strength=2"]
+    none, whole, double = ({row["condition"]: row["metrics"] for row in part["rows"]} for part in results["slices"])
+    assert none["plug"] == none["plain"] == whole["plain"] == double["plain"]
+    assert whole == {row["condition"]: row["metrics"] for row in results["rows"]}
+
+
+def test_trained_parts_of_another_experiment_serve(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = _places(tmp_path, data)
+    bench(_experiment(tmp_path, ["plug"], sets="[One]"), places)
+    monkeypatch.setattr(personaplug.recipes, "fit", lambda *_, **__: pytest.fail("trained again"))
+    told = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    (tmp_path / "curve.yaml").write_text(f"{told}\nruns: mine\nshown_items: [1]\n", encoding="utf-8")
+    written = bench(load_experiment(tmp_path / "curve.yaml"), places).written
+    assert [part["name"] for part in _read(written[0])["slices"]] == ["items=1", "items=all"]
 
 
 def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:

@@ -74,12 +74,22 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
         ("sets: [A]\nconditions: [plain]\nconfig: {epoch: 1}", "did you mean 'epochs'"),
         ("sets: [A]\nconditions: [plain]\nslices: quarters", "history-thirds"),
         ("sets: [A]\nconditions: [plain]\nshown_items: [-1]", "whole numbers"),
+        ("sets: [A]\nconditions: [plain]\nstrengths: [11]", "numbers from 0 to 10"),
         ("sets: [A]\nconditions: [plain]\nbase: nowhere.yaml", "does not exist"),
     ],
 )
 def test_mistakes_are_said(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises((BadConfig, MissingData), match=said):
         load_experiment(_written(tmp_path, text))
+
+
+def test_curves_hold_the_table_proper_at_its_place(tmp_path: Path) -> None:
+    told = "sets: [A]\nconditions: [plain]\nshown_items: [0, 2]\nstrengths: [1.5, 0, 0.5]\n"
+    items, strengths = load_experiment(_written(tmp_path, told)).curves
+    assert [probe.name for probe in items] == ["items=0", "items=2", "items=all"]
+    assert [probe.name for probe in strengths] == ["strength=0", "strength=0.5", "strength=1", "strength=1.5"]
+    assert [probe.changes for probe in strengths] == [{"strength": 0}, {"strength": 0.5}, {}, {"strength": 1.5}]
+    assert load_experiment(_written(tmp_path, "sets: [A]\nconditions: [plain]")).curves == []
 
 
 def test_an_experiment_is_found_by_name_or_path(tmp_path: Path) -> None:

@@ -177,6 +177,37 @@ def test_a_row_answers_the_same_alone_and_in_a_padded_batch(family: str) -> None
     assert [made.text for made in together] == [made.text for made in alone]
 
 
+@pytest.mark.parametrize("family", sorted(DECODERS))
+def test_answers_behind_prompts_that_are_read_apart_are_those_of_one_pass(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = small_backend(family)
+    soft = SoftPrompt(_spelled(backend, SPELLED, rows=6).vectors, placement="suffix")
+    # Two answers a prompt, as consensus asks for them, and unequal numbers of them.
+    batches = [[prompt for prompt in PROMPTS for _ in range(2)], [PROMPTS[0], *PROMPTS, PROMPTS[2], PROMPTS[2]]]
+    config = GenerationConfig(max_new_tokens=7)
+    assert backend.reads_apart()
+    apart = [backend.generate(batch, soft=soft, config=config) for batch in batches]
+    monkeypatch.setattr(backend, "_apart", lambda _: False)
+    whole = [backend.generate(batch, soft=soft, config=config) for batch in batches]
+    assert [[one.text for one in made] for made in apart] == [[one.text for one in made] for made in whole]
+    assert [[one.finished for one in made] for made in apart] == [[one.finished for one in made] for made in whole]
+
+
+def test_sampling_behind_a_prompt_follows_the_seed_and_the_top() -> None:
+    backend = small_backend("llama")
+    soft = SoftPrompt(_spelled(backend, SPELLED, rows=4).vectors, placement="suffix")
+
+    def draw(seed: int, **options: float) -> list[str]:
+        config = GenerationConfig(max_new_tokens=9, do_sample=True, seed=seed, **options)  # type: ignore[arg-type]
+        return [made.text for made in backend.generate(["Say"] * 4, soft=soft, config=config)]
+
+    assert draw(1) == draw(1)
+    assert len({*draw(1, temperature=2.0), *draw(2, temperature=2.0)}) > 4
+    greedy = [made.text for made in backend.generate(["Say"] * 4, soft=soft, config=GenerationConfig(max_new_tokens=9))]
+    assert draw(3, top_p=1e-6) == draw(4, temperature=1e-3) == greedy
+
+
 def test_sampling_is_drawn_by_its_seed() -> None:
     backend = small_backend("llama")
 

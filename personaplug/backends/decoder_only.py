@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from personaplug.backends.base import pad
+from personaplug.backends.base import Generation, GenerationConfig, pad
 from personaplug.backends.frozen_attention import KEPT, KeptStates, frozen_attention
 from personaplug.backends.hf import HFBackend, log_softmax, token_loss
 from personaplug.backends.kept_prompts import Layout, padded_states, real_columns
@@ -132,6 +133,51 @@ class DecoderOnlyBackend(HFBackend):
             columns.append(-token_loss(logits, wanted)[0].view(len(prompts), len(several)))
         return torch.cat(columns, dim=1)
 
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        config: GenerationConfig,
+        soft_at: Sequence[int] | None = None,
+    ) -> list[Generation]:
+        """Answer each prompt; see `Backend.generate`.
+
+        Without beams, a prompt ahead of its soft tokens (`suffix`) is read once, or not at all if it is kept, and
+        answers that share one stand side by side behind it.
+        """
+        if soft is None or config.num_beams > 1 or not prompts or not self._apart(soft):
+            return super().generate(prompts, soft=soft, config=config, soft_at=soft_at)
+        rows = _distinct([row.ids for row in self.renderer.prompts(prompts)])
+        past = padded_states(self._states(rows), device=self.device)
+        written = self._written(past, self._lengths(rows), soft=soft, config=config)
+        return [self._generation(row, end=self._end_ids()) for row in written]
+
+    def _written(self, past: Tensor, lengths: Tensor, *, soft: SoftPrompt, config: GenerationConfig) -> list[list[int]]:
+        """Token ids behind prompts and soft tokens, chosen one by one, until every row has come to an end.
+
+        Args:
+            past, lengths, soft: as in `_behind`.
+        """
+        size, end = len(soft.vectors), torch.tensor(self._end_ids(), device=self.device)
+        lengths = lengths.repeat_interleave(size // len(lengths))
+        mask, kept = real_columns(lengths, past.shape[3]), KeptStates(past)
+        live = soft.vectors.to(self.device, self.model.dtype)
+        draw = torch.Generator(self.device).manual_seed(config.seed)
+        ended = torch.zeros(size, dtype=torch.bool, device=self.device)
+        found: list[Tensor] = []
+        positions = lengths[:, None] + torch.arange(live.shape[1], device=self.device)
+        while len(found) < config.max_new_tokens and not ended.all():
+            mask = torch.cat([mask, mask.new_ones(live.shape[:2])], dim=1)
+            last = torch.tensor([live.shape[1] - 1])
+            logits = self._logits_behind(live, mask=mask, positions=positions, columns=last, kept=kept)
+            token = _chosen(logits[:, 0].float(), config, draw=draw)
+            found.append(token)
+            ended |= torch.isin(token, end)
+            live, positions = self.embed(token)[:, None], positions[:, -1:] + 1
+        return torch.stack(found, dim=1).tolist()
+
     def _apart(self, soft: SoftPrompt | None) -> bool:
         """Whether the prompt may be read apart from what follows it."""
         return is_behind(soft) and self._layout() is not None
@@ -157,7 +203,12 @@ class DecoderOnlyBackend(HFBackend):
         mask = torch.cat([real_columns(lengths, past.shape[3]), lengths.new_ones(len(answers), live)], dim=1)
         positions = lengths[:, None] + torch.arange(live, device=self.device)
         columns = torch.arange(soft.vectors.shape[1] - 1, live)
-        kept = KeptStates(past)
+        return self._logits_behind(embeds, mask=mask, positions=positions, columns=columns, kept=KeptStates(past))
+
+    def _logits_behind(
+        self, embeds: Tensor, *, mask: Tensor, positions: Tensor, columns: Tensor, kept: KeptStates
+    ) -> Tensor:
+        """(R, len(columns), V) logits of some live tokens behind kept ones, at some of their columns."""
         with frozen_attention(self.model):
             out = self.model(
                 inputs_embeds=embeds,
@@ -288,3 +339,23 @@ class DecoderOnlyBackend(HFBackend):
         # row by row with a copy of the whole head for each (measured: 1.1 s instead of 0.01 s a batch).
         given = {"position_ids": positions} if self._takes_positions else {}
         return {**given, "logits_to_keep": columns.to(self.device)} if self._takes_keep else given
+
+
+def _distinct(rows: Sequence[Ids]) -> list[Ids]:
+    """The rows without repetition, if equal ones stand together and each as often as the others; else as they are."""
+    groups = [(ids, len(list(group))) for ids, group in itertools.groupby(rows)]
+    sizes = {size for _, size in groups}
+    return [ids for ids, _ in groups] if len(sizes) == 1 else list(rows)
+
+
+def _chosen(logits: Tensor, config: GenerationConfig, *, draw: torch.Generator) -> Tensor:
+    """The next token of each row, (R,) of (R, V) logits: the likeliest, or one that is drawn."""
+    if not config.do_sample:
+        return logits.argmax(dim=-1)
+    shares = torch.softmax(logits / config.temperature, dim=-1)
+    if config.top_p == 1:
+        return torch.multinomial(shares, 1, generator=draw)[:, 0]
+    shares, order = shares.sort(dim=-1, descending=True)
+    # Those before which less than `top_p` is covered; the likeliest always.
+    shares = shares.masked_fill(shares.cumsum(dim=-1) - shares >= config.top_p, 0)
+    return order.gather(-1, torch.multinomial(shares, 1, generator=draw))[:, 0]

@@ -23,10 +23,10 @@ KEPT = "kept_states"
 
 
 class KeptStates(Cache):
-    """Keys and values of a batch of prompts, all layers, for one forward pass of the tokens behind them.
+    """Keys and values of a batch of prompts, all layers, for forward passes of the tokens behind them.
 
-    To the model it is a cache that holds T tokens; unlike one it does not grow, and what it holds meets the live
-    tokens only in `attend`.
+    To the model it is a cache that holds T tokens and grows by the live ones; unlike one it never lays the two side by
+    side: they meet in `attend` alone.
     """
 
     def __init__(self, states: Tensor) -> None:
@@ -40,14 +40,26 @@ class KeptStates(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the live tokens' keys and values back as they are."""
-        return key_states, value_states
+        """Add the live tokens' keys and values to those of earlier passes; all live ones so far."""
+        layer: Any = self.layers[layer_idx]
+        return layer.update(key_states, value_states)  # type: ignore[no-any-return]
 
 
 class _KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.is_initialized = keys, values, True
+        self.held = int(keys.shape[-2])
+        self.live = DynamicLayer()  # type: ignore[no-untyped-call]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.live.is_initialized:  # nothing to lay them beside, so nothing is copied
+            self.live.keys, self.live.values, self.live.is_initialized = key_states, value_states, True
+            return key_states, value_states
+        return self.live.update(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.held + self.live.get_seq_length()
 
 
 @contextmanager
@@ -76,8 +88,9 @@ def attend(
     Args:
         module: the layer; its `layer_idx` finds its kept states.
         query: (R, H, Q, d), R = P · rows that share a prompt, those of one prompt together.
-        key, value: (R, G, Q, d) of the live tokens, G heads for H = G · heads that share them.
-        attention_mask: (R, 1, Q, T + Q), added to the scores.
+        key, value: (R, G, L, d) of the live tokens so far, the last Q of which ask; G heads for H = G · heads that
+            share them.
+        attention_mask: (R, 1, Q, T + L), added to the scores.
         scaling: factor of the scores; 1/√d otherwise.
         softcap: scores are squeezed into ± this (Gemma-2).
     Returns:
@@ -90,19 +103,19 @@ def attend(
         raise TypeError(f"this attention knows no {', '.join(unknown)}")
     kept = options[KEPT].layers[module.layer_idx]
     rows, heads, live, width = query.shape
-    groups, past = key.shape[1], kept.keys.shape[-2]
+    (_, groups, seen, _), past = key.shape, kept.keys.shape[-2]
     query = query * (width**-0.5 if scaling is None else scaling)
     # Heads that share keys side by side: (R · G, H/G · Q, d).
     own = query.reshape(rows * groups, -1, width)
     scores = torch.cat(
-        [_shared(own, kept.keys.transpose(-1, -2)), torch.bmm(own, key.reshape(-1, live, width).transpose(1, 2))],
+        [_shared(own, kept.keys.transpose(-1, -2)), torch.bmm(own, key.reshape(-1, seen, width).transpose(1, 2))],
         dim=-1,
-    ).view(rows, heads, live, past + live)
+    ).view(rows, heads, live, past + seen)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = torch.softmax((scores + attention_mask).float(), dim=-1).to(value.dtype).view(*own.shape[:2], past + live)
+    weights = torch.softmax((scores + attention_mask).float(), dim=-1).to(value.dtype).view(*own.shape[:2], past + seen)
     mixed = _shared(weights[..., :past], kept.values) + torch.bmm(
-        weights[..., past:], value.reshape(-1, live, value.shape[-1])
+        weights[..., past:], value.reshape(-1, seen, value.shape[-1])
     )
     return mixed.view(rows, heads, live, -1).transpose(1, 2).contiguous(), None
 

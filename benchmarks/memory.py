@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
+from personaplug.config import PAPER, Config
 from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.tasks import lamp_task
@@ -65,7 +66,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*")
     given = parser.parse_args()
-    config = load_config(overrides=[f"max_steps={given.steps}", "controls=false", *given.settings])
+    settings = [f"max_steps={given.steps}", "controls=false", *given.settings]
+    config = load_config(overrides=settings, base=Config(plug=PAPER))
     with tempfile.TemporaryDirectory() as place:
         write_lamp(samples(given.items), place, "train", task=lamp_task("LaMP_3"))
         run = Run.create(Path(place) / "run", config=config, task=load_task(place))

@@ -37,6 +37,7 @@ from torch import Tensor
 from personaplug.answers import answer
 from personaplug.backends.base import GenerationConfig, pad
 from personaplug.batching import in_passes
+from personaplug.config import PAPER, Config
 from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.encoder import QueryEncoder
@@ -164,7 +165,8 @@ def main() -> None:
     parser.add_argument("settings", nargs="*")
     given = parser.parse_args()
     parts = given.parts.split(",")
-    config = load_config(overrides=given.settings)
+    # The paper's plug, whatever the defaults are: what is compared is the ways to train it.
+    config = load_config(overrides=given.settings, base=Config(plug=PAPER))
     with tempfile.TemporaryDirectory() as place:
         run = Run.create(Path(place) / "run", config=config, task=load_task(given.data))
         models = open_models(config)
@@ -367,7 +369,8 @@ def _of_plug(plug: PersonaPlug, samples: Sequence[EncodedSample]) -> float:
         tokens = tokens if mask is None else float(mask.sum()) / len(samples)
     items = sum(min(len(s.rows), plug.config.max_history) for s in samples) / len(samples)
     inner, outer = plug.projector.inner.weight.numel(), plug.projector.outer.weight.numel()
-    return _weights(plug.query_encoder) * tokens + inner * items + outer
+    asked = _weights(plug.query_encoder) if plug.query_encoder is not None else 0
+    return asked * tokens + inner * items + outer
 
 
 def _weights(module: torch.nn.Module) -> int:

@@ -25,7 +25,10 @@ class Aggregator(nn.Module):
 
     Attributes:
         heads: how many weighings it makes of the same items (H), each with a softmax of its own.
+        asks: whether the weights depend on the query.
     """
+
+    asks = True
 
     def __init__(self, *, heads: int = 1, shrinkage: bool = False) -> None:
         super().__init__()
@@ -88,6 +91,8 @@ class DotAttention(Aggregator):
 
 class MeanAggregator(Aggregator):
     """Weigh all items alike (PPlug, Table 8, "without IA")."""
+
+    asks = False
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
         return items.new_zeros(len(items), 1)

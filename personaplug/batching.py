@@ -92,18 +92,36 @@ def in_passes(batch: Sequence[EncodedSample], *, lengths: Sequence[int], most: i
 
 
 def seen_through(
-    sample: EncodedSample, view: View, *, seed: int, epoch: int, empty_share: float = 0.0
+    sample: EncodedSample,
+    view: View,
+    *,
+    seed: int,
+    epoch: int,
+    empty_share: float = 0.0,
+    history_dropout: float = 0.0,
 ) -> EncodedSample:
-    """The sample with a random part of its history left out, in order; unchanged for view 0.
+    """The sample with what a view shows of its history, in order.
 
-    From one item up to half of them are dropped, as the paper's released code does (it is not in the paper). A share
-    of the views, drawn by seed, loses the whole history: what a user without one gets is learned from these.
+    A sub-history (view 1 and up) lacks from one item up to half of them, as in the paper's released code (it is not in
+    the paper).
+
+    Args:
+        empty_share: of the views, drawn by seed, lose the whole history: what a user without one gets is learned from
+            these.
+        history_dropout: share of the first views (0) that keep a random part of it, of any size from one item to all;
+            the others are whole.
     """
-    size = len(sample.rows)
-    if empty_share and np.random.default_rng([seed, 7, epoch, view.index, view.number]).random() < empty_share:
+    size, place = len(sample.rows), [epoch, view.index, view.number]
+    if empty_share and np.random.default_rng([seed, 7, *place]).random() < empty_share:
         return sample.with_items_of(sample, np.arange(0))
-    if view.number == 0 or size < 2:
+    if size < 2:
         return sample
-    rng = np.random.default_rng([seed, 3, epoch, view.index, view.number])
-    dropped = rng.choice(size, size=int(rng.integers(1, size // 2 + 1)), replace=False)
-    return sample.with_items_of(sample, np.delete(np.arange(size), dropped))
+    if view.number:
+        rng = np.random.default_rng([seed, 3, *place])
+        dropped = rng.choice(size, size=int(rng.integers(1, size // 2 + 1)), replace=False)
+        return sample.with_items_of(sample, np.delete(np.arange(size), dropped))
+    rng = np.random.default_rng([seed, 8, *place])
+    if rng.random() >= history_dropout:
+        return sample
+    kept = rng.choice(size, size=int(rng.integers(1, size + 1)), replace=False)
+    return sample.with_items_of(sample, np.sort(kept))

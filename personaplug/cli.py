@@ -255,7 +255,7 @@ def evaluate(
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
     profile, profile+bm25:4; lora, lora-per-user; and for every personal row its control, such as bm25:4@wrong-user.
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
-    copy, copy:10; they are fitted on the train split here.
+    user-words:8, copy, copy:10; they are fitted on the train split here.
 
     With --lamp-gold and --lamp-pred it scores anyone's predictions instead, and needs no run.
     """

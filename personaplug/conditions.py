@@ -10,6 +10,7 @@
     classical  classical:text  classical:history             a regression in the model's place: on words, on the history
     user-median  user-mean  user-majority                    a rule on the user's own answers
     copy  copy:10                                            the query itself, or its first 10 words
+    user-words:8                                             the 8 words that most of the user's own texts hold
     NAME@wrong-user  NAME@shuffled                           any of them, shown a stranger's history, or another order
     wrong-user  shuffled  random-vectors  mean-persona  population-persona        the controls of the plug
 
@@ -32,7 +33,7 @@ SHUFFLED: Final = "shuffled"
 
 Whose = Literal["none", "own", "wrong-user", "shuffled"]
 Kind = Literal["plug", "instruction", "paper", "lora", "retriever"]
-RuleKind = Literal["classical", "user-median", "user-mean", "user-majority", "copy"]
+RuleKind = Literal["classical", "user-median", "user-mean", "user-majority", "user-words", "copy"]
 Part = Literal["both", "text", "history"]
 
 
@@ -87,10 +88,10 @@ class Rule:
     """What answers in the language model's place.
 
     Attributes:
-        kind: classical (a regression), user-median, user-mean, user-majority (of the user's own answers) or copy (of
-            the query).
+        kind: classical (a regression), user-median, user-mean, user-majority, user-words (of the user's own answers) or
+            copy (of the query).
         part: what a regression is told of a sample: its text, its history or both.
-        words: how many of the query's first words are copied; 0 = all of it as it is.
+        words: how many there are in an answer of user-words or copy; 0 = all of a query as it is.
     """
 
     kind: RuleKind
@@ -100,7 +101,7 @@ class Rule:
     @property
     def fitted(self) -> bool:
         """Whether it learns something from the training split, if only what to say of a user without answers."""
-        return self.kind != "copy"
+        return self.kind not in ("copy", "user-words")
 
 
 PLUG = Trained("plug", "plug")
@@ -220,6 +221,12 @@ CONDITIONS: dict[str, Condition] = {
             )
             for kind, what in _OF_OWN_ANSWERS.items()
         ),
+        Condition(
+            "user-words",
+            "whether the words that most of the user's own texts hold do as well, in no sentence",
+            history="own",
+            rule=Rule("user-words", words=8),
+        ),
         Condition("copy", "whether repeating the question does as well", rule=Rule("copy")),
     )
 }
@@ -249,8 +256,9 @@ def condition_of(name: str) -> Condition:
     body, at, control = name.partition("@")
     if at:
         return _control(name, body, control)
-    if body.startswith("copy:"):
-        return _copy(name, body.removeprefix("copy:"))
+    kind, colon, count = body.partition(":")
+    if colon and kind in _IN_WORDS:
+        return _in_words(name, kind, count)
     base, plus, retrieval = body.rpartition("+")
     return _with_retrieval(name, base, _retrieval(name, retrieval), joined=bool(plus))
 
@@ -304,10 +312,14 @@ def _control(name: str, body: str, control: str) -> Condition:
     return replace(base, name=name, guards=guards, history=control)  # type: ignore[arg-type]
 
 
-def _copy(name: str, count: str) -> Condition:
-    if not _is_count(count):
+_IN_WORDS = ("copy", "user-words")
+
+
+def _in_words(name: str, kind: str, count: str) -> Condition:
+    base = CONDITIONS[kind]
+    if not _is_count(count) or base.rule is None:
         raise _unknown(name)
-    return replace(CONDITIONS["copy"], name=name, rule=Rule("copy", words=int(count)))
+    return replace(base, name=name, rule=replace(base.rule, words=int(count)))
 
 
 def _retrieval(name: str, text: str) -> Retrieval:
@@ -323,7 +335,7 @@ def _is_count(text: str) -> bool:
 
 def _unknown(name: str) -> BadConfig:
     retrieved = [*(f"{retriever}:4" for retriever in RETRIEVERS), "instruction+bm25:4", "plug+bm25:1", "profile+bm25:4"]
-    return BadConfig(f"There is no row {name!r}; {nearest(name, [*CONDITIONS, *retrieved, 'copy:10'])}")
+    return BadConfig(f"There is no row {name!r}; {nearest(name, [*CONDITIONS, *retrieved, 'copy:10', 'user-words:4'])}")
 
 
 def _with_retrieval(name: str, base: str, retrieval: Retrieval, *, joined: bool) -> Condition:

@@ -64,20 +64,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PlugConfig:
-    """The trained module. The defaults are the paper's (PPlug, arXiv 2409.11901)."""
+    """The trained module. The defaults are what proved personal (docs/plug.md); `PAPER` is the paper's plug."""
 
-    instruction_tokens: int = _option(1, "trained tokens that are the same for everybody (I in eq. 5)", low=0, high=256)
+    instruction_tokens: int = _option(4, "trained tokens that are the same for everybody (I in eq. 5)", low=0, high=256)
     persona_tokens: int = _option(
-        1, "tokens made from the user's history (P in eq. 5); 0 = instruction only", low=0, high=256
+        4, "tokens made from the user's history (P in eq. 5); 0 = instruction only", low=0, high=256
+    )
+    instruction_start: str = _option(
+        "words",
+        "what instruction tokens are before training: words = tokens of training answers, drawn by seed, which the "
+        "model understands from the first step on; random",
+        choices=("words", "random"),
     )
     placement: str = _option(
-        "prefix",
+        "suffix",
         "where the soft tokens stand: prefix = before the text (the paper); suffix = right before the answer, so that "
         "the prompt is read once for all epochs, views and users",
         choices=("prefix", "suffix"),
     )
     aggregator: str = _option(
-        "dot",
+        "mean",
         "how items are weighed: dot (eq. 3), mean (the paper's ablation), heads (several trained likenesses with "
         "sharpness and forgetting of their own)",
         choices=("dot", "mean", "heads"),
@@ -85,24 +91,24 @@ class PlugConfig:
     heads: int = _option(4, "weighings of aggregator=heads, the first without regard to the query", low=2, high=64)
     temperature: float = _option(1.0, "divides the scores of eq. 3; 1 = the paper", above=0)
     query_encoder: str = _option(
-        "trained",
+        "head",
         "eq. 2: trained = a whole trained copy of the encoder (the paper); head = frozen encoder + trained linear map",
         choices=("trained", "head"),
     )
     answers: str = _option(
-        "text",
+        "auto",
         "where an item's answer goes: text = into the encoded text (the paper's Table 7); label = one-hot beside the "
         "vector (closed label sets only); form = into the text, and how it is written (length, case, marks) beside the "
         "vector; auto = label for closed sets whose items hold answers, text for other closed sets, else form",
         choices=("text", "label", "form", "auto"),
     )
     shrinkage: bool = _option(
-        False,
+        True,
         "weigh what is common to all users against the items, by a trained share that falls as items come; "
         "false = the paper: it counts for users without any item only",
     )
     options: str = _option(
-        "ignore",
+        "auto",
         "options that stand in the prompt for the labels ([1]: … [2]: …): compare = one more token, which says how "
         "like the question and the user's items each is; ignore; auto = compare where the task's query_pattern has a "
         "group for each label",
@@ -139,13 +145,20 @@ class TrainingConfig:
     controls: bool = _option(
         True, "also train instruction-only: same data, steps and number of soft tokens, no history"
     )
-    epochs: int = _option(2, "passes over the training samples", low=1)
+    epochs: int = _option(5, "passes over the training samples", low=1)
     max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)
     batch_size: int = _option(16, "samples in a step, over all processes", low=1)
     views: int = _option(0, "random sub-histories added per sample and epoch (the paper's code uses 10)", low=0)
     empty_share: float = _option(
-        0.05,
+        0.1,
         "share of samples whose history is hidden in an epoch, to train for users without one; 0 = the paper",
+        low=0,
+        high=1,
+    )
+    history_dropout: float = _option(
+        0.7,
+        "share of samples of whose history an epoch shows a random part only, from one item up: keeps the plug from "
+        "learning histories by heart, and makes it serve short ones; 0 = the paper",
         low=0,
         high=1,
     )
@@ -161,9 +174,9 @@ class TrainingConfig:
         "summed; 0 = no bound",
         low=0,
     )
-    learning_rate: float = _option(3e-3, "of the projector and the query head (AdamW)", above=0, high=1)
+    learning_rate: float = _option(1e-3, "of the projector and the query head (AdamW)", above=0, high=1)
     token_learning_rate: float = _option(
-        0.3, "of the tokens that are trained as they stand: instruction and population", above=0, high=1
+        0.1, "of the tokens that are trained as they stand: instruction and population", above=0, high=1
     )
     encoder_learning_rate: float = _option(5e-5, "of the trained copy of the encoder", low=0, high=1)
     weight_decay: float = _option(1e-4, "of AdamW", low=0, high=1)
@@ -267,6 +280,7 @@ class Config:
 PAPER = PlugConfig(
     instruction_tokens=1,
     persona_tokens=1,
+    instruction_start="random",
     placement="prefix",
     aggregator="dot",
     heads=4,
@@ -282,10 +296,12 @@ PAPER = PlugConfig(
 """The plug as the paper has it (PPlug, arXiv 2409.11901, eq. 1 to 5 and Table 7)."""
 
 BEFORE: dict[str, Any] = {
+    "plug.instruction_start": "random",
     "plug.placement": "prefix",
     "plug.heads": 4,
     "plug.shrinkage": False,
     "plug.options": "ignore",
+    "training.history_dropout": 0.0,
     "training.answer_end": "always",
     "evaluation.strength": 1.0,
 }

@@ -157,6 +157,7 @@ class RetrieverObjective:
     """
 
     unit = "query"
+    reads_histories = False  # it ranks items, and there is nothing to learn from none
 
     def __init__(
         self,

@@ -30,9 +30,11 @@ class Objective(Protocol):
 
     Attributes:
         unit: what the loss is counted in.
+        reads_histories: whether a sample's history matters to its loss, and may be hidden.
     """
 
     unit: str
+    reads_histories: bool
 
     @property
     def module(self) -> nn.Module:
@@ -82,6 +84,7 @@ class PlugObjective:
         self.backend, self.labels = backend, tuple(labels)
         self.personalizer = Personalizer(plug, table=table)
         self.behind = plug.config.placement == "suffix"
+        self.reads_histories = plug.config.persona_tokens > 0
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Read prompts and frozen queries once, all in an order of their own, so that rounding is that of any start."""
@@ -145,6 +148,7 @@ class LoraObjective:
     """Cross-entropy of the answer with the task's matrices in the model, and no soft tokens."""
 
     unit = "token"
+    reads_histories = False
 
     def __init__(
         self, adapters: LowRankAdapters, backend: Backend, *, config: AdapterConfig, labels: Sequence[str] = ()

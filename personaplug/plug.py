@@ -91,12 +91,14 @@ class PersonaPlug(nn.Module):
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
         if tokens:
             self.frozen = FrozenQueries(encoder)
-            self.query_encoder: QueryEncoder | QueryHead = (
-                encoder.query_encoder()
-                if config.query_encoder == "trained"
-                else QueryHead(encoder.width, frozen=self.frozen)
-            )
             self.aggregator = build_aggregator(config, width=encoder.width)
+            self.query_encoder: QueryEncoder | QueryHead | None = None
+            if self.aggregator.asks:
+                self.query_encoder = (
+                    encoder.query_encoder()
+                    if config.query_encoder == "trained"
+                    else QueryHead(encoder.width, frozen=self.frozen)
+                )
             self.projector = Projector(
                 encoder.width,
                 hidden=config.projector_width or width,
@@ -110,6 +112,16 @@ class PersonaPlug(nn.Module):
             # training (`training.empty_share`).
             self.population = nn.Parameter(torch.zeros(tokens, width))
             self.hint = OptionHint(len(fitting.labels), width=width) if config.options == "compare" else None
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Whether its personas are the same whatever is asked."""
+        return not self.config.persona_tokens or self.query_encoder is None
+
+    @torch.no_grad()
+    def start_from(self, embedded: Tensor) -> None:
+        """Let the instruction tokens start as some of the language model's own, (I, D)."""
+        self.instruction.copy_(embedded.to(self.instruction) / self.fitting.embedding_scale)
 
     def forward(
         self,
@@ -188,9 +200,10 @@ class PersonaPlug(nn.Module):
         return self
 
     def _query(self, queries: Sequence[str]) -> Tensor:
-        """x of eq. 2, (B, E); a query that several rows share is encoded once."""
-        distinct = list(dict.fromkeys(queries))
-        encoder = self.query_encoder
+        """x of eq. 2, (B, E); a query that several rows share is encoded once. Zeros where none is asked for."""
+        distinct, encoder = list(dict.fromkeys(queries)), self.query_encoder
+        if encoder is None:
+            return self.population.new_zeros(len(queries), self.fitting.encoder.width)
         vectors = encoder(distinct) if isinstance(encoder, QueryHead) else encoder(encoder.features(distinct))
         places = {text: place for place, text in enumerate(distinct)}
         return vectors[[places[text] for text in queries]]  # type: ignore[no-any-return]
@@ -240,7 +253,10 @@ class PersonaPlug(nn.Module):
             raise LLMMismatch(trained_for=fitting.llm.describe(), given=llm.describe())
         plug = cls(read_plug_config(config), fitting=fitting, encoder=encoder)
         try:
-            plug.load_state_dict(load_file(folder / _WEIGHTS))
+            state = load_file(folder / _WEIGHTS)
+            if plug.asks_nothing:  # plugs of earlier versions hold a query side all the same
+                state = {name: value for name, value in state.items() if not name.startswith("query_encoder.")}
+            plug.load_state_dict(state)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise MissingData(f"{folder / _WEIGHTS} cannot be read as this plug's weights: {reason}") from error

@@ -37,6 +37,7 @@ from personaplug.vectors import VectorTable
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter.safetensors"
+_STARTS = 1024  # answers from whose tokens those are drawn that instruction tokens start as
 
 
 def train(
@@ -126,12 +127,22 @@ class Trainings:
         with together():
             plug = build_plug(self.run, self.models, trained=trained, seed=seed)
             samples = with_nearest(self._samples(trained, seed=seed), self.table, count=plug.config.selected_items)
+            if plug.config.instruction_start == "words":
+                self._start(plug, samples, seed=seed)
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
         told = {key: facts[key] for key in facts if key != "parameters"}
         on_main(lambda: plug.save_pretrained(folder, facts=told))
         on_main(lambda: write_json(folder / "fit.json", facts))
+
+    def _start(self, plug: PersonaPlug, samples: Sequence[EncodedSample], *, seed: int) -> None:
+        """Let a plug's instruction tokens start as tokens of answers."""
+        rng, wanted = np.random.default_rng([seed, 9]), len(plug.instruction)
+        answers = [samples[place].target or "" for place in rng.permutation(len(samples))[:_STARTS]]
+        tokens = self.models.backend.embedded(answers)
+        if len(tokens):
+            plug.start_from(tokens[rng.choice(len(tokens), size=wanted, replace=len(tokens) < wanted)])
 
     def _lora(self, trained: Trained, *, seed: int) -> None:
         folder = self.run.plug_folder(trained.name, seed=seed)

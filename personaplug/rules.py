@@ -6,7 +6,9 @@ answers gets what the same rule makes of all answers in the training split.
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +20,11 @@ from personaplug.conditions import Condition, Rule
 from personaplug.data.base import Reader, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.own_answers import Array, ClosedAnswers, Places, ratings
-from personaplug.records import Sample
+from personaplug.records import HistoryItem, Sample
 from personaplug.run import Run, drawn, encoded
 from personaplug.vectors import VectorTable
+
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,13 @@ def check_rule(rule: Rule, task: Task) -> None:
     Raises:
         BadConfig: saying what that is.
     """
-    if rule.kind == "copy":
+    if rule.kind in ("copy", "user-words"):
         if task.kind != "text":
-            raise BadConfig(f"copy answers with the query, which is no label of {task.name}; it is for free text.")
+            raise BadConfig(f"{rule.kind} answers with words, which are no label of {task.name}; it is for free text.")
     elif task.kind == "text":
         raise BadConfig(
             f"{rule.kind} answers with one of a task's labels, and {task.name} has none: it writes free text. "
-            f"For that there are copy and copy:10."
+            f"For that there are copy, copy:10 and user-words."
         )
     elif rule.kind in ("user-median", "user-mean") and task.kind != "rating":
         raise BadConfig(
@@ -117,7 +121,7 @@ def fit_rule(rule: Rule, task: Task, train: Sequence[Sample]) -> Answerer:
 
     Args:
         rule: that fits the task; see `check_rule`.
-        train: what it is fitted on; nothing for copy.
+        train: what it is fitted on; nothing for copy and user-words.
     Raises:
         BadConfig, MissingData: if it cannot be fitted on these samples.
     """
@@ -125,6 +129,8 @@ def fit_rule(rule: Rule, task: Task, train: Sequence[Sample]) -> Answerer:
         return fit_classical(task, train, part=rule.part)
     if rule.kind == "copy":
         return Copy(rule.words)
+    if rule.kind == "user-words":
+        return OwnWords(rule.words)
     closed = ClosedAnswers(task)
     if rule.kind == "user-majority":
         return OwnMajority(closed, train)
@@ -142,6 +148,21 @@ class Copy:
         if not self.words:
             return [sample.query for sample in samples]
         return [" ".join(sample.query.split()[: self.words]) for sample in samples]
+
+
+class OwnWords:
+    """The words that most of the user's own answers hold, the most frequent first; nothing for a user without any.
+
+    Whatever is written, a metric of common words rewards the words that somebody always uses; this is what that alone
+    is worth. An item without an answer counts as a whole.
+    """
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+
+    def answers(self, samples: Sequence[Sample]) -> list[str]:
+        """Texts, one per sample."""
+        return [" ".join(_most_frequent(sample.history, count=self.words)) for sample in samples]
 
 
 class OwnNumber:
@@ -189,6 +210,12 @@ _NUMBERS: dict[str, Callable[[Array], float]] = {
     "user-median": lambda given: float(np.median(given)),
     "user-mean": lambda given: float(np.mean(given)),
 }
+
+
+def _most_frequent(items: Sequence[HistoryItem], *, count: int) -> list[str]:
+    texts = [item.text if item.answer is None else item.answer for item in reversed(items)]  # of equals, the later ones
+    held = Counter(word for text in texts for word in dict.fromkeys(_WORD.findall(text.lower())))
+    return [word for word, _ in held.most_common(count)]
 
 
 def _majority(places: Places) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -228,11 +229,19 @@ class _Fit:
 
     @torch.no_grad()
     def _validate(self) -> float:
-        """Mean loss per token of the held-out users, with their whole histories."""
+        """Mean loss per token of the held-out users: with their whole histories and, for its share, with none."""
         self.module.eval()
+        without = self.config.empty_share if self.objective.reads_histories else 0.0
+        whole = self._loss_of(self.validation)
+        if not without:
+            return whole
+        hidden = [sample.with_items_of(sample, np.arange(0)) for sample in self.validation]
+        return (1 - without) * whole + without * self._loss_of(hidden)
+
+    def _loss_of(self, samples: Sequence[EncodedSample]) -> float:
         summed, tokens = 0.0, 0
         with together():
-            for part in self._passes(share(self.validation)):
+            for part in self._passes(share(samples)):
                 loss, count = self.objective.loss(part)
                 summed, tokens = summed + float(loss), tokens + int(count)
         summed, tokens = _totals(summed, tokens)
@@ -242,7 +251,12 @@ class _Fit:
         epoch, offset = divmod(step, self.per_epoch)
         for view in self._batches(epoch)[offset]:
             yield seen_through(
-                self.train[view.index], view, seed=self.seed, epoch=epoch, empty_share=self.config.empty_share
+                self.train[view.index],
+                view,
+                seed=self.seed,
+                epoch=epoch,
+                empty_share=self.config.empty_share,
+                history_dropout=self.config.history_dropout,
             )
 
     def _batches(self, epoch: int) -> list[list[View]]:

@@ -111,6 +111,44 @@ def test_passes_bound_the_padded_tokens_and_hold_every_sample_once() -> None:
     assert [len(part) for part in in_passes(batch[:2], lengths=[900, 800], most=600)] == [1, 1]
 
 
+def test_without_dropout_first_views_are_whole() -> None:
+    for i, sample in enumerate(SAMPLES):
+        assert seen_through(sample, View(i, 0), seed=0, epoch=0, history_dropout=0.0) is sample
+
+
+def test_dropout_shows_first_views_of_any_size_in_order_and_repeats_by_seed() -> None:
+    sample = _sample(0, "u")
+
+    def shown(epoch: int, *, seed: int = 0) -> list[int]:
+        seen = seen_through(sample, View(0, 0), seed=seed, epoch=epoch, history_dropout=1.0)
+        assert seen.rows.tolist() == seen.answers.tolist() == seen.forms[:, 0].tolist()
+        rows: list[int] = seen.rows.tolist()
+        return rows
+
+    found = [shown(epoch) for epoch in range(300)]
+    assert all(rows == sorted(set(rows)) for rows in found)
+    assert {len(rows) for rows in found} == set(range(1, 11))
+    assert {row for rows in found for row in rows} == set(range(10))
+    assert found == [shown(epoch) for epoch in range(300)] != [shown(epoch, seed=1) for epoch in range(300)]
+
+
+def test_dropout_touches_its_share_of_the_first_views_and_no_other() -> None:
+    def lacking(number: int, **share: float) -> list[list[int]]:
+        views = [seen_through(s, View(i, number), seed=0, epoch=0, **share) for i, s in enumerate(SAMPLES)]
+        return [view.rows.tolist() for view in views]
+
+    assert 45 <= sum(len(rows) < 10 for rows in lacking(0, history_dropout=0.7)) <= 80  # some keep all ten by chance
+    assert lacking(1, history_dropout=0.7) == lacking(1)
+
+
+@pytest.mark.parametrize("items", [0, 1])
+def test_dropout_leaves_the_shortest_histories_whole(items: int) -> None:
+    sample = _sample(0, "u", items=items)
+    assert all(
+        seen_through(sample, View(0, 0), seed=0, epoch=epoch, history_dropout=1.0) is sample for epoch in range(50)
+    )
+
+
 def test_a_share_of_the_views_loses_its_history_by_seed() -> None:
     def empty(epoch: int) -> list[int]:
         shown = [seen_through(SAMPLES[i], View(i, 0), seed=0, epoch=epoch, empty_share=0.2) for i in range(100)]

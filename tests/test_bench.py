@@ -67,6 +67,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("One", 0), ("Two", 1)):
         shape = SimulatedConfig(users=6, queries_per_user=2, dev_users=4, min_items=2, max_items=6, seed=seed)
         write_simulation(shape, folder / name)
+    texts = SimulatedConfig(task="style", users=6, queries_per_user=2, dev_users=4, min_items=2, max_items=6)
+    write_simulation(texts, folder / "Texts")
     return folder
 
 
@@ -108,7 +110,7 @@ def test_every_row_fills_its_cell(tmp_path: Path, data: Path) -> None:
     assert {("plug", "user-median"), ("classical", "classical:text")} <= {(p["a"], p["b"]) for p in results["pairs"]}
     costs = {name: row["costs"] for name, row in rows.items()}
     assert costs["plain"] == {"extra_prompt_tokens": 0.0, "bytes_per_user": 0.0, "seconds_per_user": 0.0}
-    assert costs["plug"]["extra_prompt_tokens"] == 2
+    assert costs["plug"]["extra_prompt_tokens"] == 8
     assert costs["bm25:2"]["extra_prompt_tokens"] > 20
     assert costs["lora-per-user"]["bytes_per_user"] > costs["plug"]["bytes_per_user"] > 0
     assert costs["lora-per-user"]["seconds_per_user"] > 0
@@ -281,10 +283,12 @@ def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_experiment_runs_to_its_end(path: Path, tmp_path: Path, data: Path) -> None:
     pytest.importorskip("peft")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "Movie_stars").symlink_to(data / "One")
     settings = ("seeds=0", "train_limit=8", "limit=6", "resamples=100", "validate_every=2", "history_tokens=60")
     experiment = load_experiment(path, settings=settings)
+    (tmp_path / "data").mkdir()
+    labelled = "Movie_stars" in experiment.sets
+    here = "Movie_stars" if labelled else experiment.sets[0]
+    (tmp_path / "data" / here).symlink_to(data / ("One" if labelled else "Texts"))
     toy = {"llm": "toy", "encoder": "hash:32", "dtype": "float32"}
     configs = {key: with_values(config, toy) for key, config in experiment.configs.items()}
     experiment = replace(experiment, configs=configs)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from personaplug.config import PAPER, Config
 from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
@@ -36,7 +37,7 @@ def _module(name: str) -> ModuleType:
 
 def _speed_stage(folder: Path, *settings: str) -> tuple[Any, Run, Models, list[EncodedSample]]:
     write_simulation(SimulatedConfig(users=4, queries_per_user=2, dev_users=2, min_items=3, max_items=3), folder)
-    config = load_config(overrides=[*TOY, *settings])
+    config = load_config(overrides=[*TOY, *settings], base=Config(plug=PAPER))  # as the benchmarks have it
     models = open_models(config)
     run = Run(folder / "run", config, load_task(folder), folder / "vectors")
     samples = run.read_samples(open_dataset(folder, "train", task=run.task), run.open_vectors(models.encoder))

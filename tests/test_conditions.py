@@ -55,6 +55,7 @@ def test_bad_lists_are_refused(text: str) -> None:
         "copy:",
         "copy:0",
         "copy:ten",
+        "user-words:0",
         "copy@wrong-user",
         "classical:words",
         "classical:text@wrong-user",
@@ -142,6 +143,8 @@ def test_rows_without_a_language_model_need_no_training_and_keep_their_rule_in_t
     assert condition_of("classical:text").rule == Rule("classical", "text")
     assert condition_of("copy").rule == Rule("copy")
     assert condition_of("copy:10").rule == Rule("copy", words=10)
+    assert condition_of("user-words").rule == Rule("user-words", words=8)
+    assert condition_of("user-words:3@wrong-user").rule == Rule("user-words", words=3)
     for name in ("classical:text", "copy", "copy:10"):
         assert (condition_of(name).history, control_of(name)) == ("none", None)
     assert [name for name in ("classical", "copy:3") if condition_of(name).rule.fitted] == ["classical"]  # type: ignore[union-attr]

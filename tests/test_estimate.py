@@ -59,14 +59,14 @@ def test_it_says_where_prompts_will_be_kept(tmp_path: Path) -> None:
         config = load_config(overrides=[*SETTINGS, *changes])
         return estimate(config, reader, models=open_models(config))
 
-    before, behind = told(), told("placement=suffix")
+    before, behind = told("placement=prefix"), told()
     assert before.prompts == ""
     assert "prompts      kept in memory: " in behind.text()
-    on_disk = told("placement=suffix", "keep_prompts=disk")
+    on_disk = told("keep_prompts=disk")
     assert "kept on disk" in on_disk.prompts
     assert on_disk.disk_bytes > behind.disk_bytes
-    assert "as asked" in told("placement=suffix", "keep_prompts=nowhere").prompts
-    assert "read anew" in told("placement=suffix", "keep_gigabytes=0.0001").prompts
+    assert "as asked" in told("keep_prompts=nowhere").prompts
+    assert "read anew" in told("keep_gigabytes=0.0001").prompts
 
 
 def test_limits_and_views_change_the_steps(tmp_path: Path) -> None:

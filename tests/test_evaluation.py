@@ -13,7 +13,7 @@ import pytest
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.conditions import CONDITIONS, DEFAULT, needed, parse_conditions
-from personaplug.config import PAPER
+from personaplug.config import PAPER, Config
 from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.base import Reader
@@ -43,7 +43,7 @@ TINY = [
 class Stage:
     """A trained run and what is needed to evaluate it."""
 
-    def __init__(self, place: Path, *, kind: Any, settings: tuple[str, ...] = ()) -> None:
+    def __init__(self, place: Path, *, kind: Any, settings: tuple[str, ...] = (), base: Config | None = None) -> None:
         self.data = place / "data"
         write_simulation(
             SimulatedConfig(
@@ -58,7 +58,7 @@ class Stage:
             ),
             self.data,
         )
-        self.config = load_config(overrides=[*TINY, "seeds=0,1", *settings])
+        self.config = load_config(overrides=[*TINY, "seeds=0,1", *settings], base=base)
         self.run = Run.create(place / "run", config=self.config, task=load_task(self.data))
         self.models: Models = open_models(self.config)
         train(self.run, open_dataset(self.data, "train", task=self.run.task), models=self.models)
@@ -83,7 +83,8 @@ def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 @pytest.fixture(scope="module")
 def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
-    return Stage(tmp_path_factory.mktemp("style"), kind="style")
+    """With the paper's plug, in front of the text; `rating` has the default one, behind it."""
+    return Stage(tmp_path_factory.mktemp("style"), kind="style", base=Config(plug=PAPER))
 
 
 def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
@@ -232,7 +233,7 @@ def test_answers_kept_before_probabilities_were_are_not_made_again(
 
 def test_rows_that_share_a_model_count_their_soft_tokens(rating: Stage) -> None:
     tokens = {row["condition"]: row["prompt_tokens_mean"] for row in rating.evaluate()["rows"]}
-    assert tokens["plug"] == tokens["instruction-only"] == tokens["plain"] + 2
+    assert tokens["plug"] == tokens["instruction-only"] == tokens["plain"] + 8
 
 
 def test_the_seeds_are_averaged_and_their_spread_is_told(rating: Stage) -> None:
@@ -420,7 +421,7 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
     _check_personas(run, models, reader)
     rows = parse_conditions("plug,wrong-user,bm25:1")
     results = evaluate(run, reader, split="dev", conditions=rows, config=config.evaluation, models=models)
-    assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"][:2]] == [3, 3]
+    assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"][:2]] == [9, 9]
 
 
 def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp_path: Path) -> None:
@@ -446,8 +447,8 @@ def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp
     assert rating.evaluate("plug")["rows"][0]["metrics"] == before
 
 
-@pytest.mark.parametrize("kind", ["rating", "style"])
-def test_a_strength_of_0_is_the_plain_model(kind: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("kind", "soft"), [("rating", 8), ("style", 2)])
+def test_a_strength_of_0_is_the_plain_model(kind: str, soft: int, request: pytest.FixtureRequest) -> None:
     stage: Stage = request.getfixturevalue(kind)
     folder = stage.run.folder / "evaluations" / "dev"
 
@@ -460,7 +461,7 @@ def test_a_strength_of_0_is_the_plain_model(kind: str, request: pytest.FixtureRe
     assert told("plug", "0") == told("plain", "1")
     assert tokens[0] == tokens[1]
     told("plug", "1")
-    assert tokens[2] == tokens[1] + 2
+    assert tokens[2] == tokens[1] + soft
 
 
 def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
@@ -483,7 +484,7 @@ def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
     assert plug.config == replace(PAPER, placement="suffix")
     results = stage.evaluate(rows)
     tokens = {row["condition"]: row["prompt_tokens_mean"] for row in results["rows"]}
-    assert tokens["plug"] - tokens["paper-plug"] == 4 - 2
+    assert tokens["plug"] - tokens["paper-plug"] == 7 - 2
     assert ("paper-plug", "paper-plug@wrong-user") in {(pair["a"], pair["b"]) for pair in results["pairs"]}
     # It reads items with their answers, the run's own plug without: each sees vectors of its own.
     config = stage.config.evaluation

@@ -17,14 +17,14 @@ from personaplug.generation import reply
 from personaplug.personalizer import Personalizer
 from personaplug.plug import Fitting, PersonaPlug
 from personaplug.records import HistoryItem
-from personaplug.run import Models, Run
+from personaplug.run import Models, Run, resolved
 
 SECRET = "zanzibar"
 BLANK = Task("Own", "text", ("text",), "text", ("rouge_1",))
 
 
 def answer(prompt: str, task: Task, toy: DecoderOnlyBackend, encoder: HashEncoder, *, plain: bool = False) -> str:
-    config = load_config(overrides=["max_new_tokens=2", "num_beams=1"])
+    config = resolved(load_config(overrides=["max_new_tokens=2", "num_beams=1"]), task)
     plug = PersonaPlug(config.plug, fitting=Fitting(toy.identity, 0.25, encoder.identity, task.labels), encoder=encoder)
     values = tuple((name, "4") for name in task.field_names)
     return reply(

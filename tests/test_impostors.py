@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from personaplug.config import PlugConfig
+from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder
 from personaplug.impostors import MeanPersona, RandomVectors
 from personaplug.personalizer import Personalizer
@@ -45,7 +45,7 @@ def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, ha
     table.add([f"item {k}" for k in range(10)])
     fitting = Fitting(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
     torch.manual_seed(0)
-    plug = PersonaPlug(PlugConfig(), fitting=fitting, encoder=hashing).eval()
+    plug = PersonaPlug(PAPER, fitting=fitting, encoder=hashing).eval()
     personalizer = Personalizer(plug, table=table)
     samples = _samples(5)
     mean = MeanPersona(personalizer, samples, batch_size=2)

@@ -16,7 +16,7 @@ from scipy.special import erf
 
 from personaplug.aggregators import per_user
 from personaplug.conditions import INSTRUCTION
-from personaplug.config import PlugConfig
+from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.form import forms_of
@@ -35,7 +35,7 @@ def _plug(encoder: HashEncoder | None = None, *, labels: tuple[str, ...] = (), *
     encoder = encoder or HashEncoder(WIDTH)
     torch.manual_seed(1)
     fitting = Fitting(LLM, 0.25, encoder.identity, labels)
-    return PersonaPlug(PlugConfig(**settings), fitting=fitting, encoder=encoder).eval()
+    return PersonaPlug(replace(PAPER, **settings), fitting=fitting, encoder=encoder).eval()
 
 
 def _history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
@@ -71,7 +71,7 @@ def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
     encoder = HashEncoder(256)
     wide = LLMIdentity("wide", None, "0" * 16, 512)
     torch.manual_seed(0)
-    plug = PersonaPlug(PlugConfig(), fitting=Fitting(wide, 0.13, encoder.identity), encoder=encoder)
+    plug = PersonaPlug(PAPER, fitting=Fitting(wide, 0.13, encoder.identity), encoder=encoder)
     one = HistoryBatch(
         torch.from_numpy(encoder.encode(["an item"])), (1,), torch.tensor([-1]), torch.from_numpy(no_forms(1))
     )
@@ -116,6 +116,17 @@ def test_a_query_that_rows_share_is_encoded_once_and_a_frozen_one_never_again(mo
     again = plug(["tea", "milk", "tea"], _history()).vectors
     assert asked == [["tea", "milk"]]
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("kind", ["trained", "head"])
+def test_a_plug_that_weighs_all_items_alike_has_no_query_side(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HashEncoder, "query_encoder", lambda _: pytest.fail("a query side was made"))
+    plug, history = _plug(aggregator="mean", query_encoder=kind), _history()
+    assert plug.query_encoder is None
+    assert not any(name.startswith("query_encoder") for name in plug.state_dict())
+    plug.remember(QUERIES)
+    assert torch.equal(plug(QUERIES, history).vectors, plug(QUERIES[::-1], history).vectors)
+    assert plug.weights(QUERIES, history)[:, 0].tolist() == [0.25] * 4 + [0.5] * 2
 
 
 def test_a_user_without_history_gets_the_population_persona_and_trains_it() -> None:
@@ -237,7 +248,7 @@ def test_the_query_side_learns_and_the_frozen_encoder_does_not(kind: str) -> Non
 
 
 def test_the_control_has_as_many_tokens_and_no_history() -> None:
-    config = INSTRUCTION.plug(PlugConfig(instruction_tokens=2, persona_tokens=3))
+    config = INSTRUCTION.plug(replace(PAPER, instruction_tokens=2, persona_tokens=3))
     assert (config.instruction_tokens, config.persona_tokens) == (5, 0)
     plug = _plug(instruction_tokens=5, persona_tokens=0)
     assert plug(QUERIES, None).vectors.shape == (3, 5, OUT)

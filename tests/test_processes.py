@@ -41,7 +41,7 @@ from personaplug.processes import (
 from personaplug.recipes import train
 from personaplug.run import Run, open_models
 
-TINY = ["llm=toy", "encoder=hash:32", "query_encoder=head", "learning_rate=0.01", "dtype=float32", "controls=false"]
+TINY = ["llm=toy", "encoder=hash:32", "aggregator=dot", "learning_rate=0.01", "dtype=float32", "controls=false"]
 ODD = [*TINY, "placement=suffix", "batch_size=5", "views=1", "epochs=4", "checkpoint_every=3", "validate_every=5"]
 ALONE = [*TINY, "batch_size=1", "max_steps=4", "retriever_samples=6", "retriever_candidates=2"]
 ROWS = "plug,lora,ropg:2"

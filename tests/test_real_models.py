@@ -11,7 +11,7 @@ import torch
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.loading import load_hf
 from personaplug.conditions import INSTRUCTION
-from personaplug.config import Config, PlugConfig
+from personaplug.config import PAPER, Config
 from personaplug.encoder import Encoder, open_encoder
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
 from personaplug.samples import no_forms
@@ -74,7 +74,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
     smollm: DecoderOnlyBackend, minilm: Encoder
 ) -> None:
     fitting = Fitting(smollm.identity, smollm.embedding_scale, minilm.identity)
-    plug = PersonaPlug(PlugConfig(), fitting=fitting, encoder=minilm)
+    plug = PersonaPlug(PAPER, fitting=fitting, encoder=minilm)
     vectors = minilm.encode(["text: Alien score: 5", "text: Aliens score: 5"])
     history = HistoryBatch(torch.from_numpy(vectors), (2,), torch.tensor([-1, -1]), torch.from_numpy(no_forms(2)))
     losses, _ = smollm.loss(PROMPTS[2:], ["5"], soft=plug(["Alien"], history))
@@ -82,7 +82,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == ["population"]  # this user has items
     assert all(parameter.grad is None for parameter in smollm.model.parameters())
-    control = PersonaPlug(INSTRUCTION.plug(PlugConfig()), fitting=fitting, encoder=minilm)
+    control = PersonaPlug(INSTRUCTION.plug(PAPER), fitting=fitting, encoder=minilm)
     assert control(["Alien"], None).vectors.shape == (1, 2, 576)
 
 

@@ -71,6 +71,13 @@ def test_copies_of_the_query() -> None:
     assert _said("copy:3", TEXTS, [], asked) == ["One two three", "One"]
 
 
+def test_the_words_that_most_of_a_users_texts_hold() -> None:
+    asked = [_sample(None, "Explore Rome again", "the the the end", "Explore: the Alps", "Rome, again!"), _sample(None)]
+    # In two texts each: rome, again (the last), explore, the (the one before), and so on by how late they come.
+    assert _said("user-words:4", TEXTS, [], asked) == ["rome again explore the", ""]
+    assert _said("user-words", TEXTS, [], asked)[0].split() == ["rome", "again", "explore", "the", "alps", "end"]
+
+
 @pytest.mark.parametrize(
     ("name", "task", "said"),
     [
@@ -82,6 +89,7 @@ def test_copies_of_the_query() -> None:
         ("classical", TEXTS, "free text"),
         ("copy", STARS, "is for free text"),
         ("copy:10", TAGS, "is for free text"),
+        ("user-words", TAGS, "is for free text"),
     ],
 )
 def test_a_rule_that_does_not_fit_the_task_says_what_it_needs(name: str, task: Task, said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.toy import toy_tokenizer
-from personaplug.config import PlugConfig
+from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder
 from personaplug.objectives import PlugObjective
 from personaplug.plug import Fitting, PersonaPlug
@@ -213,7 +214,7 @@ def test_a_pass_is_bounded_by_what_a_family_really_runs(tmp_path: Path) -> None:
     )
     for backend in (small_backend("llama"), slow):
         fitting = Fitting(backend.identity, backend.embedding_scale, encoder.identity)
-        plug = PersonaPlug(PlugConfig(placement="suffix", query_encoder="head"), fitting=fitting, encoder=encoder)
+        plug = PersonaPlug(replace(PAPER, placement="suffix", query_encoder="head"), fitting=fitting, encoder=encoder)
         objective = PlugObjective(plug, backend, table=VectorTable.open(tmp_path / backend.identity.name, encoder))
         assert (objective.live_lengths([sample])[0] > 100) == (backend is slow)
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.config import Config
+from personaplug.config import PAPER, Config
 from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
@@ -37,6 +37,7 @@ TINY = [
     "learning_rate=0.01",
     "dtype=float32",
 ]
+PAPERS = tuple(f"{name}={value}" for name, value in asdict(PAPER).items())
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +112,9 @@ def test_early_stop(tmp_path: Path, data: Path) -> None:
     assert facts["steps"] == facts["best_step"] + 2 * 5
 
 
-def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path) -> None:
-    run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
+@pytest.mark.parametrize("plug", [PAPERS, ()], ids=["paper", "default"])
+def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path, plug: tuple[str, ...]) -> None:
+    run, models = _run(tmp_path / "run", data, *plug, "controls=false", "epochs=1")
     assert isinstance(models.backend, DecoderOnlyBackend)
     before = {name: value.clone() for name, value in models.backend.model.state_dict().items()}
     vectors = models.encoder.encode(["some text"])
@@ -128,10 +130,11 @@ def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        (),
-        ("views=2", "query_encoder=head", "answers=label", "persona_tokens=2"),
-        ("placement=suffix", "views=1", "query_encoder=head"),
+        PAPERS,
+        (*PAPERS, "views=2", "query_encoder=head", "answers=label", "persona_tokens=2"),
+        ("views=1",),
     ],
+    ids=["paper", "head", "default"],
 )
 def test_killed_again_and_again_it_ends_with_the_same_plug(
     tmp_path: Path, data: Path, settings: tuple[str, ...]
@@ -176,7 +179,7 @@ def test_killed_again_and_again_it_ends_with_the_same_plug(
 
 
 def test_reading_prompts_once_gives_the_plug_of_reading_them_each_time(tmp_path: Path, data: Path) -> None:
-    wanted = ("placement=suffix", "query_encoder=head", "views=1")
+    wanted = ("placement=suffix", "aggregator=dot", "query_encoder=head", "views=1")
     kept = _train(tmp_path / "kept", data, *wanted, "keep_prompts=memory")
     anew = _train(tmp_path / "anew", data, *wanted, "keep_prompts=nowhere")
     for name in ("plug", "instruction-only"):
@@ -197,7 +200,7 @@ def test_prompts_are_read_once_for_plug_control_and_seeds(
         return real(backend, rows)
 
     monkeypatch.setattr(DecoderOnlyBackend, "_read", noted)
-    _train(tmp_path / "run", data, "placement=suffix", "query_encoder=head", "seeds=0,1", "epochs=3", "views=1")
+    _train(tmp_path / "run", data, "placement=suffix", "seeds=0,1", "epochs=3", "views=1")
     probe, prompts = read[:2], read[2:]
     assert len(probe) == 2
     assert len(prompts) == len(set(prompts))
@@ -285,8 +288,9 @@ def test_tensorboard_events_are_written_on_demand(tmp_path: Path, data: Path) ->
 
 
 def test_a_step_in_several_passes_is_the_same_step(tmp_path: Path, data: Path) -> None:
-    whole = _train(tmp_path / "whole", data, "controls=false", "pass_tokens=0", "max_steps=3")
-    parts = _train(tmp_path / "parts", data, "controls=false", "pass_tokens=300", "max_steps=3")
+    # In front of the text, so that a batch does not fit one pass.
+    whole = _train(tmp_path / "whole", data, *PAPERS, "controls=false", "pass_tokens=0", "max_steps=3")
+    parts = _train(tmp_path / "parts", data, *PAPERS, "controls=false", "pass_tokens=300", "max_steps=3")
     for name, value in _weights(whole).items():
         torch.testing.assert_close(_weights(parts)[name], value, rtol=1e-3, atol=1e-5)
 
@@ -295,8 +299,9 @@ def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path:
     write_simulation(
         SimulatedConfig(users=12, queries_per_user=3, dev_users=2, min_items=4, max_items=6), tmp_path / "d"
     )
-    taught = _train(tmp_path / "taught", tmp_path / "d", "controls=false", "empty_share=0.3")
-    untaught = _train(tmp_path / "untaught", tmp_path / "d", "controls=false", "empty_share=0")
+    # As in the paper: with shrinkage, every user's share of it would teach it.
+    taught = _train(tmp_path / "taught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0.3")
+    untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0")
     assert _weights(taught)["population"].abs().mean() > 0.1
     assert not _weights(untaught)["population"].any()
 

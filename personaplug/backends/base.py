@@ -102,6 +102,10 @@ class Backend(Protocol):
         """Say how many tokens each text is by itself, without template."""
         ...
 
+    def embedded(self, texts: Sequence[str]) -> Tensor:
+        """Return the embedded tokens of some answers, one behind the other, (n, D), without the end of text."""
+        ...
+
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text that is at most so many tokens, without white space at its end."""
         ...

@@ -87,6 +87,13 @@ class HFBackend:
         """Say how many tokens each text is by itself, without template."""
         return self.renderer.count(texts)
 
+    @torch.no_grad()
+    def embedded(self, texts: Sequence[str]) -> Tensor:
+        """Return the embedded tokens of some answers, (n, D); see `Backend.embedded`."""
+        end = set(self._end_ids())
+        ids = [token for answer in self.renderer.targets(texts) for token in answer if token not in end]
+        return self.embed(torch.tensor(ids, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
+
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text that is at most so many tokens; see `Renderer.cut`."""
         return self.renderer.cut(text, tokens)

@@ -71,10 +71,11 @@ class PlugConfig:
         4, "tokens made from the user's history (P in eq. 5); 0 = instruction only", low=0, high=256
     )
     instruction_start: str = _option(
-        "words",
+        "auto",
         "what instruction tokens are before training: words = tokens of training answers, drawn by seed, which the "
-        "model understands from the first step on; random",
-        choices=("words", "random"),
+        "model understands from the first step on; random; auto = words for free text, random for a closed set, whose "
+        "labels would only bias it",
+        choices=("auto", "words", "random"),
     )
     placement: str = _option(
         "suffix",

@@ -281,6 +281,8 @@ def resolved(config: Config, task: Task) -> Config:
     settled = {}
     if config.plug.answers == "auto":
         settled["plug.answers"] = "label" if answered else "text" if task.labels else "form"
+    if config.plug.instruction_start == "auto":
+        settled["plug.instruction_start"] = "random" if task.labels else "words"
     if config.plug.options == "auto":
         settled["plug.options"] = "compare" if task.has_options else "ignore"
     return with_values(config, settled)

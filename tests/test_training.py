@@ -12,18 +12,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
+from personaplug.batching import hold_out
+from personaplug.conditions import INSTRUCTION, PLUG
 from personaplug.config import PAPER, Config
 from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, RunConflict, StorageError, TrainingDiverged
 from personaplug.objectives import PlugObjective
-from personaplug.recipes import build_plug, train
+from personaplug.recipes import Trainings, build_plug, train
 from personaplug.run import Models, Run, open_models
 from personaplug.training import fit
 
@@ -104,6 +107,39 @@ def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, data: Path) -> None
     assert report.best_loss == min(validations.values()) == validations[report.best_step]
     kept = load_file(tmp_path / "fit" / f"best-{report.best_step:08d}" / "weights.safetensors")
     assert _same(kept, dict(plug.state_dict()))
+
+
+def test_checkpoints_are_judged_with_and_without_histories(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data, "empty_share=0.25", "max_steps=1")
+    table = run.open_vectors(models.encoder)
+    samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
+    plug = build_plug(run, models, seed=0)
+    objective = PlugObjective(plug, models.backend, table=table)
+    report = fit(objective, samples=samples, config=run.config.training, seed=0, folder=tmp_path / "fit")
+    _, held = hold_out(samples, share=0.1, limit=256, seed=0)
+    with torch.no_grad():
+        whole, none = (
+            float(loss) / int(tokens)
+            for loss, tokens in map(objective.loss, (held, [one.with_items_of(one, np.arange(0)) for one in held]))
+        )
+    assert abs(whole - none) > 1e-4
+    assert report.best_loss == pytest.approx(0.75 * whole + 0.25 * none, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plug", "instruction-only"])
+def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Path, name: str) -> None:
+    wanted = next(trained for trained in (PLUG, INSTRUCTION) if trained.name == name)
+    run, models = _run(tmp_path / "run", data, "instruction_start=words")
+    trainings = Trainings(run, open_dataset(data, "train", task=run.task), models=models)
+    plug, again, other = (build_plug(run, models, trained=wanted, seed=0) for _ in range(3))
+    for one, seed in ((plug, 0), (again, 0), (other, 1)):
+        trainings._start(one, trainings.plain, seed=seed)
+    digits = models.backend.embedded(["1", "2", "3", "4", "5"])
+    assert len(digits) == 5
+    starts = plug.instruction.detach() * plug.fitting.embedding_scale
+    assert torch.cdist(starts, digits).amin(dim=1).max() < 1e-4
+    assert torch.equal(plug.instruction, again.instruction)
+    assert not torch.equal(plug.instruction, other.instruction)
 
 
 def test_early_stop(tmp_path: Path, data: Path) -> None:

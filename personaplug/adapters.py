@@ -34,9 +34,9 @@ class LowRankAdapters:
     Gradients reach the task's matrices, or those that `trainable` names, and never the model's own weights.
     """
 
-    def __init__(self, model: nn.Module, paths: list[str]) -> None:
+    def __init__(self, backend: Backend, model: nn.Module, paths: list[str]) -> None:
         """Wrap a model that carries both sets already; use `attach`."""
-        self._model, self._paths = model, paths
+        self._backend, self._model, self._paths = backend, model, paths
         self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         self._modules = {name: _holder(self._layers, name) for name in NAMES}
         self._active: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class LowRankAdapters:
             with torch.random.fork_rng(devices=[]):
                 tuner = peft.LoraModel(model, {name: peft.LoraConfig(**settings) for name in NAMES}, TASK)
                 tuner.inject_adapter(model, USER)
-            return cls(model, list(targets))
+            return cls(backend, model, list(targets))
         except BaseException:
             _remove(model, list(targets))
             raise
@@ -89,6 +89,7 @@ class LowRankAdapters:
     def detach(self) -> None:
         """Take everything out: the model has the layers that it had, the very same objects."""
         if self._attached:
+            self._backend.let_go()
             _remove(self._model, self._paths)
         self._attached = False
 
@@ -180,6 +181,7 @@ class LowRankAdapters:
         return sum(parameter.numel() for parameter in self.module(name).parameters())
 
     def _apply(self) -> None:
+        self._backend.let_go()  # what is kept of prompts is what other matrices made of them
         for layer in self._layers.values():
             layer.set_adapter(list(self._active), inference_mode=True)
         # On every leaf anew: PEFT ties gradients to what is active, and a backward pass may come after the block.

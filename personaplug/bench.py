@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from personaplug.cells import Cell, CellFile, Scored
-from personaplug.conditions import Condition
+from personaplug.conditions import Condition, Trained, needed
 from personaplug.config import BEFORE, Config, EvaluationConfig, ModelConfig
 from personaplug.data import load_task, open_dataset
 from personaplug.errors import BadConfig, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
@@ -143,16 +143,29 @@ class _Table:
             trainings, evaluation = self._opened(probe)
             if scored is None:
                 file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
+            # All trainings first: those on the same prompts read them once, before the split's take their place.
+            untrained = self._train(list(missing.values()), trainings, seed=seed)
             for key, condition in missing.items():
+                if untrained.intersection(condition.needs):
+                    continue
                 logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, probe.name and f", {probe.name}")
                 try:
-                    for need in condition.needs:
-                        trainings.train(need, seed=seed)
                     cell = evaluation.cell(condition, seed=seed)
                 except (UserError, TrainingDiverged) as error:
                     self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
                 else:
                     file.append(replace(cell, key=key, made_with=_made_with()))
+
+    def _train(self, conditions: Sequence[Condition], trainings: Trainings, *, seed: int) -> set[Trained]:
+        """Train what some rows need; what could not be."""
+        untrained: set[Trained] = set()
+        for need in needed(conditions):
+            try:
+                trainings.train(need, seed=seed)
+            except (UserError, TrainingDiverged) as error:
+                self.failed.append(self._told(f"{self.title}, {need.name}, seed {seed}", error))
+                untrained.add(need)
+        return untrained
 
     def _told(self, what: str, error: PersonaPlugError) -> str:
         told = f"{what}: {error}"

@@ -7,6 +7,7 @@
     plug+bm25:1  plug+dense:1                                the plug beside retrieved items, trained together
     profile  profile+bm25:4                                  what the model itself wrote of the user
     lora  lora-per-user                                      matrices in the model: the task's alone, and each user's
+    plug+lora                                                a plug for the model that carries the task's matrices
     classical  classical:text  classical:history             a regression in the model's place: on words, on the history
     user-median  user-mean  user-majority                    a rule on the user's own answers
     copy  copy:10                                            the query itself, or its first 10 words
@@ -32,7 +33,7 @@ WRONG_USER: Final = "wrong-user"
 SHUFFLED: Final = "shuffled"
 
 Whose = Literal["none", "own", "wrong-user", "shuffled"]
-Kind = Literal["plug", "instruction", "paper", "lora", "retriever"]
+Kind = Literal["plug", "instruction", "paper", "bridge", "lora", "retriever"]
 RuleKind = Literal["classical", "user-median", "user-mean", "user-majority", "user-words", "copy"]
 Part = Literal["both", "text", "history"]
 
@@ -62,7 +63,7 @@ class Trained:
     Attributes:
         name: as folders and messages write it.
         kind: plug (soft tokens from a history), instruction (the same number without one), paper (the paper's plug),
-            lora, retriever.
+            bridge (a plug for the model with the task's matrices in it), lora, retriever.
         retrieval: what stands in the prompts that it is trained on.
     """
 
@@ -73,7 +74,12 @@ class Trained:
     @property
     def soft(self) -> bool:
         """Whether it makes soft tokens."""
-        return self.kind in ("plug", "instruction", "paper")
+        return self.kind in ("plug", "instruction", "paper", "bridge")
+
+    @property
+    def in_matrices(self) -> bool:
+        """Whether the model carries the task's matrices when it answers."""
+        return self.kind in ("lora", "bridge")
 
     def plug(self, own: PlugConfig) -> PlugConfig:
         """How its plug is built in a run whose own one is built as `own`."""
@@ -108,6 +114,7 @@ PLUG = Trained("plug", "plug")
 INSTRUCTION = Trained("instruction-only", "instruction")
 PAPERS = Trained("paper-plug", "paper")
 LORA = Trained("lora", "lora")
+BRIDGE = Trained("plug+lora", "bridge")
 ROPG = Trained("ropg", "retriever")
 
 
@@ -141,8 +148,9 @@ class Condition:
     @property
     def needs(self) -> tuple[Trained, ...]:
         """What must be trained before this row can be filled, in order."""
-        learned = (ROPG,) if self.retrieval and self.retrieval.method == "ropg" else ()
-        return learned + ((self.trained,) if self.trained else ())
+        first = (ROPG,) if self.retrieval and self.retrieval.method == "ropg" else ()
+        first = (LORA,) if self.trained == BRIDGE else first
+        return first + ((self.trained,) if self.trained else ())
 
     @property
     def seeded(self) -> bool:
@@ -200,6 +208,12 @@ CONDITIONS: dict[str, Condition] = {
             "lora",
             "how much matrices trained on everybody's questions gain: the task, learned with more parameters",
             LORA,
+        ),
+        Condition(
+            "plug+lora",
+            "what a persona adds where the model itself may be trained for the task, and what both do together",
+            BRIDGE,
+            "own",
         ),
         Condition("lora-per-user", "whether training for each user does better", LORA, "own", per_user=True),
         Condition(

@@ -61,7 +61,7 @@ class CostMeter:
         trained = condition.trained.kind if condition.trained else None
         retriever = condition.retrieval.method if condition.retrieval else None
         personal = condition.history != "none" and condition.persona != "mean"
-        if (trained in ("plug", "paper") and personal) or retriever in _DENSE:
+        if (trained in ("plug", "paper", "bridge") and personal) or retriever in _DENSE:
             vectors = self.items * self.encoder.width * _BYTES_PER_VALUE
             total = Cost(total.bytes + vectors, total.seconds + self.items * self.seconds)
         if retriever is not None:

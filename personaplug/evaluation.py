@@ -316,7 +316,7 @@ class Evaluation:
         return MeanPersona(personalizer, shown) if condition.persona == "mean" else personalizer
 
     def _matrices(self, condition: Condition, *, seed: int) -> PerUser | None:
-        if condition.trained is None or condition.trained.kind != "lora":
+        if condition.trained is None or not condition.trained.in_matrices:
             return None
         texts = self.showing.texts() if condition.per_user else []
         return PerUser(self.run, self.models, texts=texts, latest=self.config.shown_items, seed=seed)

@@ -1,4 +1,5 @@
-"""The rows `lora` and `lora-per-user`: answers of a model that carries the task's matrices, and a user's own on top.
+"""The rows `lora`, `plug+lora` and `lora-per-user`: answers of a model that carries the task's matrices, and for the
+last a user's own on top.
 
 Every user is trained once, on the history of the one question of theirs whose history ends earliest: what was asked
 later is not in it. Items that hold what any of the user's evaluated questions asks are left out all the same.
@@ -12,13 +13,11 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cached_property
 
-from safetensors.torch import load_file
-
 from personaplug.adapters import TASK, USER, LowRankAdapters
 from personaplug.answers import Answers, all_or_none
 from personaplug.costs import Cost
 from personaplug.progress import Progress
-from personaplug.recipes import ADAPTER
+from personaplug.recipes import ADAPTER, task_matrices
 from personaplug.records import HistoryItem, Sample
 from personaplug.run import Models, Run
 from personaplug.samples import EncodedSample
@@ -63,12 +62,10 @@ class PerUser:
             lenders: (n,) the sample whose user's matrices answer it; None = nobody's.
             ask: answers some samples.
         """
-        with LowRankAdapters.attach(self.models.backend, config=self.run.config.adapter) as adapters:
-            adapters.load(TASK, load_file(self.weights))
-            if not per_user:
-                with adapters.active(TASK):
-                    return ask(samples, title)
-            return self._by_user(samples, lenders, adapters, ask=ask, title=title)
+        with task_matrices(self.run, self.models, seed=self.seed) as adapters:
+            if per_user:
+                return self._by_user(samples, lenders, adapters, ask=ask, title=title)
+            return ask(samples, title)
 
     def cost(self) -> Cost | None:
         """Bytes of a user's matrices and seconds of their training, in the mean; None if nobody's are stored."""

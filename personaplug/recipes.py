@@ -2,24 +2,26 @@
 
 - plug, paper, instruction: soft tokens beside the question, with or without a history;
 - lora: matrices inside the model, for the task;
+- bridge: soft tokens for the model that carries those matrices;
 - retriever: a ranking of items, taught by the model (ROPG-KD).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from personaplug.adapters import TASK, LowRankAdapters
 from personaplug.checkpoint import drop_states
-from personaplug.conditions import INSTRUCTION, PLUG, Trained
+from personaplug.conditions import INSTRUCTION, LORA, PLUG, Trained
 from personaplug.data.base import Reader
 from personaplug.files import write_json, written_file
 from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, Teacher
@@ -74,6 +76,20 @@ def build_plug(run: Run, models: Models, *, trained: Trained = PLUG, seed: int) 
     return plug.computing_items_in(models.backend.dtype).to(models.backend.device)
 
 
+@contextmanager
+def task_matrices(run: Run, models: Models, *, seed: int) -> Iterator[LowRankAdapters]:
+    """Let the model carry the task's trained matrices within a block, and apply them.
+
+    Raises:
+        MissingData: if their training has not ended.
+    """
+    weights = run.check_trained(LORA.name, seed=seed) / ADAPTER
+    with LowRankAdapters.attach(models.backend, config=run.config.adapter) as adapters:
+        adapters.load(TASK, load_file(weights))
+        with adapters.active(TASK):
+            yield adapters
+
+
 def closed_answers(run: Run) -> tuple[str, ...]:
     """The labels that answers are trained as, without an end of text where none is needed."""
     return run.task.labels if run.config.training.answer_end == "auto" else ()
@@ -116,6 +132,9 @@ class Trainings:
             self.models.backend.let_go()
         if trained.kind == "lora":
             self._lora(trained, seed=seed)
+        elif trained.kind == "bridge":
+            with task_matrices(self.run, self.models, seed=seed):
+                self._plug(trained, seed=seed)
         elif trained.kind == "retriever":
             self._retriever(trained, seed=seed)
         else:

@@ -18,7 +18,7 @@ import torch
 from families import FAMILIES, small_backend
 from torch import Tensor, nn
 
-from personaplug.adapters import LowRankAdapters
+from personaplug.adapters import TASK, LowRankAdapters
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.toy import load_toy
 from personaplug.config import AdapterConfig
@@ -26,6 +26,7 @@ from personaplug.data import LAMP_TASKS
 from personaplug.data.base import Task
 from personaplug.errors import BadConfig, MissingExtra, PersonaPlugError, ShapeMismatch, TrainingDiverged, UserError
 from personaplug.records import HistoryItem, Sample
+from personaplug.soft_prompt import SoftPrompt
 from personaplug.user_adapters import (
     FREE_PROMPT,
     Pair,
@@ -606,3 +607,31 @@ def test_a_user_whose_files_are_damaged_is_not_stored(
     assert SECRET not in caplog.text
     store.put([SECRET], adapters.state("user"), seconds=1.0, items=1)
     assert UserAdapters(tmp_path).get([SECRET]) is not None
+
+
+def test_prompts_kept_with_some_matrices_are_read_anew_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = small_backend("llama")
+    soft = SoftPrompt(torch.randn(2, 3, backend.identity.width), placement="suffix")
+
+    def behind() -> Tensor:
+        with torch.no_grad():
+            found: Tensor = backend.loss(PROMPTS, TARGETS, soft=soft)[0]
+        return found
+
+    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+        for matrix in adapters.module(TASK).parameters():
+            nn.init.normal_(matrix, std=0.5)
+        backend.keep(PROMPTS)
+        untouched = behind()
+        with adapters.active(TASK):
+            changed = behind()
+            backend.keep(PROMPTS)
+            torch.testing.assert_close(behind(), changed)
+            with monkeypatch.context() as patch:
+                patch.setattr(backend, "_apart", lambda _: False)
+                torch.testing.assert_close(behind(), changed, rtol=1e-4, atol=1e-4)
+        assert (changed - untouched).abs().min() > 1e-3
+        torch.testing.assert_close(behind(), untouched)
+        with adapters.active(TASK):
+            backend.keep(PROMPTS)
+    torch.testing.assert_close(behind(), untouched)

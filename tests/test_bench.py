@@ -49,6 +49,8 @@ EVERY_ROW = [
     "profile+bm25:2",
     "ropg:2",
     "lora",
+    "plug+lora",
+    "plug+lora@wrong-user",
     "lora-per-user",
     "lora-per-user@wrong-user",
     "classical",
@@ -99,18 +101,18 @@ def test_every_row_fills_its_cell(tmp_path: Path, data: Path) -> None:
     assert list(rows) == EVERY_ROW
     assert all(math.isfinite(row["metrics"]["mae"]) and row["n"] == 8 for row in rows.values())
     assert (results["experiment"], results["set"]) == ("mine", "One")
-    for name in ("plug", "random:2", "lora-per-user", "instruction+bm25:2"):
+    for name in ("plug", "random:2", "plug+lora", "lora-per-user", "instruction+bm25:2"):
         assert len(rows[name]["per_seed"]) == 2
     assert "per_seed" not in rows["bm25:2"]
     gains = {pair["a"] for pair in results["pairs"] if "wrong-user" in pair["b"]}
-    assert gains == {"plug", "bm25:2", "instruction+bm25:2", "plug+bm25:1", "lora-per-user", "classical"}
+    assert gains == {"plug", "bm25:2", "instruction+bm25:2", "plug+bm25:1", "plug+lora", "lora-per-user", "classical"}
     assert {rows[name]["decoding"] for name in ("classical", "user-median")} == {"computed"}
     assert rows["classical"]["fit_seconds"] >= 0
     assert "fit_seconds" not in rows["plug"]
     assert {("plug", "user-median"), ("classical", "classical:text")} <= {(p["a"], p["b"]) for p in results["pairs"]}
     costs = {name: row["costs"] for name, row in rows.items()}
     assert costs["plain"] == {"extra_prompt_tokens": 0.0, "bytes_per_user": 0.0, "seconds_per_user": 0.0}
-    assert costs["plug"]["extra_prompt_tokens"] == 8
+    assert costs["plug"]["extra_prompt_tokens"] == costs["plug+lora"]["extra_prompt_tokens"] == 8
     assert costs["bm25:2"]["extra_prompt_tokens"] > 20
     assert costs["lora-per-user"]["bytes_per_user"] > costs["plug"]["bytes_per_user"] > 0
     assert costs["lora-per-user"]["seconds_per_user"] > 0

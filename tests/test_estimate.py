@@ -113,7 +113,7 @@ def test_batches_are_full_and_the_longest_prompts_come_last(tmp_path: Path, monk
 
     monkeypatch.setattr(models.backend, "loss", seen)
     estimate(config, reader, models=models)
-    *timed, _, last, _ = batches  # the last batch of each part is its validation
+    *timed, _, _, last, _, _ = batches  # each part ends with its validation, with histories and without
     assert [len(batch) for batch in timed] == [4, 4, 4, 4]
     by_length = sorted((len(sample.prompt) for sample in reader), reverse=True)
     assert sum(map(len, last)) >= 0.9 * sum(by_length[:4])

@@ -37,6 +37,9 @@ Kind = Literal["plug", "instruction", "paper", "bridge", "lora", "retriever"]
 RuleKind = Literal["classical", "user-median", "user-mean", "user-majority", "user-words", "copy"]
 Part = Literal["both", "text", "history"]
 
+WORDED: Final = ("copy", "user-words")
+"""Rules that answer in words of the sample, so many as their name says, and learn nothing."""
+
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -107,7 +110,7 @@ class Rule:
     @property
     def fitted(self) -> bool:
         """Whether it learns something from the training split, if only what to say of a user without answers."""
-        return self.kind not in ("copy", "user-words")
+        return self.kind not in WORDED
 
 
 PLUG = Trained("plug", "plug")
@@ -148,9 +151,9 @@ class Condition:
     @property
     def needs(self) -> tuple[Trained, ...]:
         """What must be trained before this row can be filled, in order."""
-        first = (ROPG,) if self.retrieval and self.retrieval.method == "ropg" else ()
-        first = (LORA,) if self.trained == BRIDGE else first
-        return first + ((self.trained,) if self.trained else ())
+        ranked = (ROPG,) if self.retrieval and self.retrieval.method == "ropg" else ()
+        carried = (LORA,) if self.trained == BRIDGE else ()
+        return ranked + carried + ((self.trained,) if self.trained else ())
 
     @property
     def seeded(self) -> bool:
@@ -271,8 +274,8 @@ def condition_of(name: str) -> Condition:
     if at:
         return _control(name, body, control)
     kind, colon, count = body.partition(":")
-    if colon and kind in _IN_WORDS:
-        return _in_words(name, kind, count)
+    if colon and kind in WORDED:
+        return _worded(name, kind, count)
     base, plus, retrieval = body.rpartition("+")
     return _with_retrieval(name, base, _retrieval(name, retrieval), joined=bool(plus))
 
@@ -326,10 +329,7 @@ def _control(name: str, body: str, control: str) -> Condition:
     return replace(base, name=name, guards=guards, history=control)  # type: ignore[arg-type]
 
 
-_IN_WORDS = ("copy", "user-words")
-
-
-def _in_words(name: str, kind: str, count: str) -> Condition:
+def _worded(name: str, kind: str, count: str) -> Condition:
     base = CONDITIONS[kind]
     if not _is_count(count) or base.rule is None:
         raise _unknown(name)

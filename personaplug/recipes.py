@@ -128,7 +128,7 @@ class Trainings:
             logger.info("%s (seed %d) is trained already", trained.name, seed)
             return folder
         reset_peak_memory()
-        if trained.kind in ("lora", "retriever"):
+        if trained.kind == "retriever":
             self.models.backend.let_go()
         if trained.kind == "lora":
             self._lora(trained, seed=seed)

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from personaplug.classical import Answerer, fit_classical
-from personaplug.conditions import Condition, Rule
+from personaplug.conditions import WORDED, Condition, Rule
 from personaplug.data.base import Reader, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.own_answers import Array, ClosedAnswers, Places, ratings
@@ -97,7 +97,7 @@ def check_rule(rule: Rule, task: Task) -> None:
     Raises:
         BadConfig: saying what that is.
     """
-    if rule.kind in ("copy", "user-words"):
+    if rule.kind in WORDED:
         if task.kind != "text":
             raise BadConfig(f"{rule.kind} answers with words, which are no label of {task.name}; it is for free text.")
     elif task.kind == "text":

@@ -45,6 +45,10 @@ class EncodedSample:
         """The same question beside some of the items of a history, in the order of `places`."""
         return replace(self, rows=other.rows[places], answers=other.answers[places], forms=other.forms[places])
 
+    def without_items(self) -> EncodedSample:
+        """The same question of a user without any history."""
+        return self.with_items_of(self, np.arange(0))
+
     def __repr__(self) -> str:
         return f"EncodedSample(id={self.id!r}, user_id={self.user_id!r}, items={len(self.rows)})"
 

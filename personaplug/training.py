@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -235,8 +234,8 @@ class _Fit:
         whole = self._loss_of(self.validation)
         if not without:
             return whole
-        hidden = [sample.with_items_of(sample, np.arange(0)) for sample in self.validation]
-        return (1 - without) * whole + without * self._loss_of(hidden)
+        hidden = self._loss_of([sample.without_items() for sample in self.validation])
+        return (1 - without) * whole + without * hidden
 
     def _loss_of(self, samples: Sequence[EncodedSample]) -> float:
         summed, tokens = 0.0, 0

@@ -37,29 +37,22 @@ class KeptStates(Cache):
         """
         super().__init__(layers=[_KeptLayer(*states[place : place + 2]) for place in range(0, len(states), 2)])
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add the live tokens' keys and values to those of earlier passes; all live ones so far."""
-        layer: Any = self.layers[layer_idx]
-        return layer.update(key_states, value_states)  # type: ignore[no-any-return]
-
 
 class _KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.is_initialized = keys, values, True
-        self.held = int(keys.shape[-2])
         self.live = DynamicLayer()  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add the live tokens' keys and values to those of earlier passes; all live ones so far."""
         if not self.live.is_initialized:  # nothing to lay them beside, so nothing is copied
             self.live.keys, self.live.values, self.live.is_initialized = key_states, value_states, True
             return key_states, value_states
         return self.live.update(key_states, value_states)
 
     def get_seq_length(self) -> int:
-        return self.held + self.live.get_seq_length()
+        return super().get_seq_length() + self.live.get_seq_length()
 
 
 @contextmanager

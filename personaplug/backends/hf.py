@@ -115,6 +115,8 @@ class HFBackend:
 
     def let_go(self) -> None:
         """Free what `keep` holds."""
+        if self._kept is None and not self._wanted:
+            return
         self._kept, self._wanted = None, frozenset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -81,7 +81,6 @@ class Personalizer:
         lengths = tuple(min(limit, len(sample.rows)) for sample in samples)
         return self._batch(vectors, answers, forms, lengths=lengths)
 
-    @torch.no_grad()
     def persona(
         self, query: str, items: Sequence[HistoryItem], *, encoder: Encoder, options: Options | None = None
     ) -> SoftPrompt:
@@ -98,12 +97,39 @@ class Personalizer:
             items, vectors = [items[place] for place in kept], vectors[kept]
         answers = answer_places(items, self.plug.fitting.labels)
         forms = answer_forms(items) if self.plug.config.reads_forms else no_forms(len(items))
-        history = self._batch(vectors, answers, forms, lengths=(len(items),))
-        soft: SoftPrompt = self.plug([query], history, options=[options], strength=self.strength)
+        return self.of_history(query, vectors, answers, forms, options=options)
+
+    @torch.no_grad()
+    def of_history(
+        self,
+        query: str,
+        vectors: Halves,
+        answers: Places,
+        forms: Forms,
+        *,
+        options: Options | None = None,
+        strength: float | None = None,
+    ) -> SoftPrompt:
+        """Soft tokens for one query and a history that is encoded, oldest first; (1, S, D).
+
+        Args:
+            vectors: (N, E), at most `max_history` of them.
+            answers: (N,) as in `EncodedSample`.
+            forms: (N, F), left aside by a plug that does not read them.
+            options: what the prompt lets choose from, for a plug that compares that.
+            strength: as the personalizer's own; None = that.
+        """
+        forms = forms if self.plug.config.reads_forms else no_forms(len(forms))
+        history = self._batch(vectors, answers, forms, lengths=(len(vectors),))
+        strength = self.strength if strength is None else strength
+        soft: SoftPrompt = self.plug([query], history, options=[options], strength=strength)
         return soft
 
     def _batch(self, vectors: Halves, answers: Places, forms: Forms, *, lengths: tuple[int, ...]) -> HistoryBatch:
         device = self.plug.instruction.device
-        items = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
+        # What torch takes as it is; the arrays of a store cannot be written to, and are copied.
+        items = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(device)
         places = torch.from_numpy(answers.astype(np.int64)).to(device)
-        return HistoryBatch(items, lengths, places, torch.from_numpy(np.ascontiguousarray(forms)).to(device))
+        return HistoryBatch(
+            items, lengths, places, torch.from_numpy(np.require(forms, requirements=["C", "W"])).to(device)
+        )

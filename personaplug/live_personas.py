@@ -1,0 +1,223 @@
+"""LivePersonas: (tenant, user, query) to soft tokens, out of the store of a service.
+
+The personas are made by the Personalizer that evaluations use, so what is served is what was measured.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from cachetools import LRUCache
+
+from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
+from personaplug.form import FEATURES
+from personaplug.personalizer import Personalizer
+from personaplug.plug import PersonaPlug
+from personaplug.records import Options
+from personaplug.samples import nearest
+from personaplug.soft_prompt import SoftPrompt
+from personaplug.store import HistoryStore, StoredHistory, StoreSettings
+
+Unknown = Literal["population", "plain"]
+UNKNOWN: tuple[Unknown, ...] = ("population", "plain")
+"""What somebody gets whose history is not known: what is common to all users, or the bare model."""
+
+_OVERHEAD = 1024  # bytes of a kept user beside the arrays
+
+
+@dataclass(frozen=True)
+class Persona:
+    """Soft tokens for one request, and what to say of them.
+
+    Attributes:
+        soft: (1, S, D); None = the bare model answers.
+        applied: `user` = made from the user's own items, `population` = what is common to all, `plain` = none.
+        items: of the history that it was made from.
+        strength: as `PersonaPlug.forward` takes it.
+        kept: whether it was at hand, unchanged since an earlier request.
+    """
+
+    soft: SoftPrompt | None
+    applied: Literal["user", "population", "plain"]
+    items: int
+    strength: float
+    kept: bool = False
+
+
+class LivePersonas:
+    """Makes personas of users whose histories grow, change and go; for several threads at once.
+
+    What a request needs of a user is kept within a bound of bytes (the soft tokens, or the history's vectors where
+    tokens depend on the query), and served only while the store says that the history is the same: a write or erasure
+    by another process is seen by the next request too.
+
+    Args:
+        personalizer: makes them.
+        store: where the histories are; its vectors have to be the plug's encoder's.
+        unknown: what users get whose history is unknown or empty, and requests without a user.
+        cache_bytes: most that is kept in memory.
+    Raises:
+        BadConfig: if `unknown` is neither.
+        StoreConflict: if the store keeps other answers or other vectors than the plug was trained on.
+    """
+
+    def __init__(
+        self,
+        personalizer: Personalizer,
+        store: HistoryStore,
+        *,
+        unknown: Unknown = "population",
+        cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        if unknown not in UNKNOWN:
+            raise BadConfig(f"Unknown users get one of {', '.join(UNKNOWN)}; found {unknown!r}.")
+        self.personalizer, self.store, self.unknown = personalizer, store, unknown
+        self.plug = personalizer.plug
+        _check_fits(self.plug, store)
+        self._kept: LRUCache[tuple[str, str], _Kept] = LRUCache(cache_bytes, getsizeof=lambda kept: kept.bytes)
+        self._forgotten = 0
+        self._lock = threading.Lock()  # of what is kept
+        self._making = threading.Lock()  # the plug's own memory of queries is for one thread at a time
+        self._nobody = self._worth_keeping(self._read("", None))
+
+    def persona(
+        self,
+        tenant: str,
+        user: str | None,
+        query: str,
+        *,
+        options: Options | None = None,
+        strength: float | None = None,
+    ) -> Persona:
+        """The soft tokens for a user's query.
+
+        Args:
+            tenant: whose user it is.
+            user: None = nobody in particular.
+            query: what is asked, as the plug's task cuts it out of a prompt.
+            options: what the prompt lets choose from, for a plug that compares that.
+            strength: as `PersonaPlug.forward` takes it; None = the personalizer's.
+        Raises:
+            StorageError, EncoderMismatch, BadItem: as `HistoryStore.read`.
+        """
+        strength = self.personalizer.strength if strength is None else strength
+        kept, at_hand = (self._nobody, True) if user is None else self._known(tenant, user)
+        if strength == 0 or (not kept.items and self.unknown == "plain"):
+            return Persona(None, "plain", 0, strength)
+        soft = kept.soft if strength == self.personalizer.strength else None
+        if soft is None:
+            history = kept.history if kept.history is not None else self._read(tenant, user)
+            soft = self._made(query, history, options=options, strength=strength)
+        return Persona(soft, "user" if kept.items else "population", kept.items, strength, kept=at_hand)
+
+    def forget(self, tenant: str, user: str) -> None:
+        """Let go of what is kept of a user, at once: to be called when the user is erased or their history changes."""
+        with self._lock:
+            self._forgotten += 1
+            self._kept.pop((tenant, user), None)
+
+    @property
+    def kept_users(self) -> int:
+        """How many users something is kept of."""
+        return len(self._kept)
+
+    @property
+    def kept_bytes(self) -> int:
+        """How much that is."""
+        return int(self._kept.currsize)
+
+    def _known(self, tenant: str, user: str) -> tuple[_Kept, bool]:
+        """What is kept of a user, or worth keeping from now on, and whether it was at hand."""
+        version = self.store.version(tenant, user)
+        with self._lock:
+            kept, forgotten = self._kept.get((tenant, user)), self._forgotten
+        if kept is not None and kept.version == version:
+            return kept, True
+        if not version:
+            self.forget(tenant, user)
+            return self._nobody, False
+        kept = self._worth_keeping(self._read(tenant, user))
+        with self._lock:
+            # Nothing is put back that was read before somebody was forgotten: it may be what had to go.
+            if self._forgotten == forgotten and kept.bytes <= self._kept.maxsize:
+                self._kept[tenant, user] = kept
+        return kept, False
+
+    def _read(self, tenant: str, user: str | None) -> StoredHistory:
+        if user is None:
+            return _no_history(self.plug)
+        return self.store.read(tenant, user, latest=self.plug.config.max_history)
+
+    def _worth_keeping(self, history: StoredHistory) -> _Kept:
+        """The tokens, if they are the same whatever is asked, else what they are made from."""
+        if not _same_whatever_is_asked(self.plug):
+            return _Kept(history.version, len(history), history=history)
+        soft = self._made("", history, options=None, strength=self.personalizer.strength)
+        return _Kept(history.version, len(history), soft=soft)
+
+    def _made(self, query: str, history: StoredHistory, *, options: Options | None, strength: float) -> SoftPrompt:
+        with self._making:
+            vectors, answers, forms = history.vectors, history.answers, history.forms
+            if (count := self.plug.config.selected_items) and len(history) > count:
+                places = nearest(self.plug.frozen([query])[0].numpy(), vectors, count=count)
+                vectors, answers, forms = vectors[places], answers[places], forms[places]
+            return self.personalizer.of_history(query, vectors, answers, forms, options=options, strength=strength)
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class _Kept:
+    """What is kept of a user: soft tokens, or the history that they are made from for each query."""
+
+    version: int
+    items: int
+    soft: SoftPrompt | None = None
+    history: StoredHistory | None = None
+
+    @property
+    def bytes(self) -> int:
+        arrays = (self.history.vectors, self.history.answers, self.history.forms) if self.history else ()
+        tokens = self.soft.vectors.nbytes if self.soft else 0
+        return _OVERHEAD + tokens + sum(array.nbytes for array in arrays)
+
+
+def _same_whatever_is_asked(plug: PersonaPlug) -> bool:
+    return plug.asks_nothing and plug.config.options != "compare" and not plug.config.selected_items
+
+
+def _no_history(plug: PersonaPlug) -> StoredHistory:
+    return StoredHistory(
+        vectors=np.empty((0, plug.fitting.encoder.width), dtype=np.float16),
+        answers=np.empty(0, dtype=np.int16),
+        forms=np.empty((0, len(FEATURES)), dtype=np.float16),
+        version=0,
+    )
+
+
+def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
+    settings, config = store.settings, plug.config
+    if not store.identity.same_items_as(plug.fitting.encoder):
+        raise EncoderMismatch("The plug", expected=plug.fitting.encoder.describe(), found=store.identity.describe())
+    if settings.encodes_answers != config.encodes_answers:
+        ways = {True: "of whole items", False: "of items without the user's answer"}
+        raise StoreConflict(
+            f"The plug reads vectors {ways[config.encodes_answers]} (answers={config.answers}); the store keeps "
+            f"vectors {ways[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
+        )
+    if config.answers == "label" and settings.labels != plug.fitting.labels:
+        raise StoreConflict(
+            f"The plug knows {len(plug.fitting.labels)} labels as answers; the store was made with other ones "
+            f"({len(settings.labels)}). Make a store with `store_settings(plug)`."
+        )
+
+
+def store_settings(plug: PersonaPlug, *, keep_text: bool = False) -> StoreSettings:
+    """What a store of histories for a plug has to be made with.
+
+    Args:
+        keep_text: keep the items' fields too, for explanations that show them and for a later change of encoder.
+    """
+    labels = plug.fitting.labels if plug.config.answers == "label" else ()
+    return StoreSettings(labels=labels, encodes_answers=plug.config.encodes_answers, keep_text=keep_text)

@@ -152,7 +152,7 @@ class DecoderOnlyBackend(HFBackend):
         rows = _distinct([row.ids for row in self.renderer.prompts(prompts)])
         past = padded_states(self._states(rows), device=self.device)
         written = self._written(past, self._lengths(rows), soft=soft, config=config)
-        return [self._generation(row, end=self._end_ids()) for row in written]
+        return [self._generation(row, end=self.end_ids()) for row in written]
 
     def _written(self, past: Tensor, lengths: Tensor, *, soft: SoftPrompt, config: GenerationConfig) -> list[list[int]]:
         """Token ids behind prompts and soft tokens, chosen one by one, until every row has come to an end.
@@ -160,7 +160,7 @@ class DecoderOnlyBackend(HFBackend):
         Args:
             past, lengths, soft: as in `_behind`.
         """
-        size, end = len(soft.vectors), torch.tensor(self._end_ids(), device=self.device)
+        size, end = len(soft.vectors), torch.tensor(self.end_ids(), device=self.device)
         lengths = lengths.repeat_interleave(size // len(lengths))
         mask, kept = real_columns(lengths, past.shape[3]), KeptStates(past)
         live = soft.vectors.to(self.device, self.model.dtype)
@@ -171,8 +171,8 @@ class DecoderOnlyBackend(HFBackend):
         while len(found) < config.max_new_tokens and not ended.all():
             mask = torch.cat([mask, mask.new_ones(live.shape[:2])], dim=1)
             last = torch.tensor([live.shape[1] - 1])
-            logits = self._logits_behind(live, mask=mask, positions=positions, columns=last, kept=kept)
-            token = _chosen(logits[:, 0].float(), config, draw=draw)
+            logits = self.logits_behind(live, mask=mask, positions=positions, columns=last, kept=kept)
+            token = chosen(logits[:, 0].float(), config, draw=draw)
             found.append(token)
             ended |= torch.isin(token, end)
             live, positions = self.embed(token)[:, None], positions[:, -1:] + 1
@@ -203,9 +203,9 @@ class DecoderOnlyBackend(HFBackend):
         mask = torch.cat([real_columns(lengths, past.shape[3]), lengths.new_ones(len(answers), live)], dim=1)
         positions = lengths[:, None] + torch.arange(live, device=self.device)
         columns = torch.arange(soft.vectors.shape[1] - 1, live)
-        return self._logits_behind(embeds, mask=mask, positions=positions, columns=columns, kept=KeptStates(past))
+        return self.logits_behind(embeds, mask=mask, positions=positions, columns=columns, kept=KeptStates(past))
 
-    def _logits_behind(
+    def logits_behind(
         self, embeds: Tensor, *, mask: Tensor, positions: Tensor, columns: Tensor, kept: KeptStates
     ) -> Tensor:
         """(R, len(columns), V) logits of some live tokens behind kept ones, at some of their columns."""
@@ -228,19 +228,31 @@ class DecoderOnlyBackend(HFBackend):
             return []
         ids = pad(rows, fill=0, side="left").to(self.device)
         mask = pad([[1] * len(row) for row in rows], fill=0, side="left").to(self.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return self.read(self.embed(ids), mask)[0]
+
+    @torch.no_grad()
+    def read(self, embeds: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the model makes of some embedded rows, and what it would go on with.
+
+        Args:
+            embeds: (B, T, D), padded on the left.
+            mask: (B, T), 1 where a position is real.
+        Returns:
+            Keys and values of each row's n real positions, (2 · layers, heads, n, width), and the (B, V) logits behind.
+        """
         # Without the model's config a cache keeps all tokens, where a sliding window would let some go.
         cache = DynamicCache()
-        self.model(
-            inputs_embeds=self.embed(ids),
+        out = self.model(
+            inputs_embeds=embeds,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            **self._options(positions, torch.tensor([ids.shape[1] - 1])),
+            **self._options((mask.cumsum(dim=1) - 1).clamp(min=0), torch.tensor([mask.shape[1] - 1])),
         )
         layers: list[Any] = cache.layers  # of what kind they are is found out by trying
         together = torch.stack([states for layer in layers for states in (layer.keys, layer.values)])
-        return [together[:, place, :, ids.shape[1] - len(row) :] for place, row in enumerate(rows)]
+        starts = (mask.shape[1] - mask.sum(dim=1)).tolist()
+        return [together[:, row, :, start:] for row, start in enumerate(starts)], out.logits[:, -1]
 
     def _layout(self) -> Layout | None:
         """Found by trying: a family whose cache or attention is of another kind gives other losses, or none."""
@@ -351,7 +363,7 @@ def _distinct(rows: Sequence[Ids]) -> list[Ids]:
     return [ids for ids, _ in groups] if len(sizes) == 1 else list(rows)
 
 
-def _chosen(logits: Tensor, config: GenerationConfig, *, draw: torch.Generator) -> Tensor:
+def chosen(logits: Tensor, config: GenerationConfig, *, draw: torch.Generator) -> Tensor:
     """The next token of each row, (R,) of (R, V) logits: the likeliest, or one that is drawn."""
     if not config.do_sample:
         return logits.argmax(dim=-1)

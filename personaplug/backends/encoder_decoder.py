@@ -93,7 +93,7 @@ class EncoderDecoderBackend(HFBackend):
             decoder_attention_mask=mask.new_ones(len(prompts), soft.vectors.shape[1] + 1),
             past_key_values=self._opened(states, mask, soft=soft, beams=config.num_beams),
         )
-        return [self._generation(row, end=self._end_ids()) for row in found]
+        return [self._generation(row, end=self.end_ids()) for row in found]
 
     def _opened(self, states: Tensor, mask: Tensor, *, soft: SoftPrompt, beams: int) -> EncoderDecoderCache:
         """The decoder's cache once it has read the soft tokens, as many times as there are beams."""

@@ -36,6 +36,13 @@ class KeptStates(Cache):
             states: (2 · layers, P, heads, T, width of a head), keys and values in turn, padded on the left.
         """
         super().__init__(layers=[_KeptLayer(*states[place : place + 2]) for place in range(0, len(states), 2)])
+        self.states = states
+
+    def live_states(self) -> Tensor | None:
+        """Keys and values of the live tokens so far, (2 · layers, R, heads, L, width); None before the first pass."""
+        live = [layer.live for layer in self.layers if isinstance(layer, _KeptLayer)]
+        found = [states for layer in live for states in (layer.keys, layer.values) if states is not None]
+        return torch.stack(found) if found else None
 
 
 class _KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]

@@ -90,7 +90,7 @@ class HFBackend:
     @torch.no_grad()
     def embedded(self, texts: Sequence[str]) -> Tensor:
         """Return the embedded tokens of some answers, (n, D); see `Backend.embedded`."""
-        end = set(self._end_ids())
+        end = set(self.end_ids())
         ids = [token for answer in self.renderer.targets(texts) for token in answer if token not in end]
         return self.embed(torch.tensor(ids, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
 
@@ -173,7 +173,7 @@ class HFBackend:
         """Answer each prompt with new text only; see `Backend.generate`."""
         batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side="left")
         rows = self._generated(config, inputs_embeds=batch.embeds, attention_mask=batch.mask, **self._last_only())
-        return [self._generation(row, end=self._end_ids()) for row in rows]
+        return [self._generation(row, end=self.end_ids()) for row in rows]
 
     def _last_only(self) -> dict[str, Tensor]:
         """What tells the model that only the last place of a prompt needs logits, in a form that is fast."""
@@ -181,7 +181,7 @@ class HFBackend:
 
     def _generated(self, config: GenerationConfig, **inputs: Any) -> list[list[int]]:
         """Token ids as transformers generates them from some inputs."""
-        end = self._end_ids()
+        end = self.end_ids()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             rows: list[list[int]] = self.model.generate(
@@ -203,7 +203,8 @@ class HFBackend:
         stop = next((i for i, token in enumerate(body) if token in end), None)
         return Generation(self.renderer.decode(body[:stop]), finished=stop is not None)
 
-    def _end_ids(self) -> list[int]:
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer."""
         from_model = self.model.generation_config.eos_token_id
         listed = from_model if isinstance(from_model, list) else [from_model]
         return list(dict.fromkeys(t for t in [self.renderer.tokenizer.eos_token_id, *listed] if t is not None))

@@ -1,0 +1,170 @@
+"""RunningRows: answers that are written side by side, where rows come and go between any two tokens.
+
+Each row has a prompt, soft tokens and a way of choosing of its own. Requests of different users so share every pass
+over the model's weights, which is most of what a token costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from personaplug.backends.base import GenerationConfig, pad
+from personaplug.backends.decoder_only import DecoderOnlyBackend, chosen
+from personaplug.backends.frozen_attention import KeptStates
+from personaplug.backends.kept_prompts import padded_states, real_columns
+from personaplug.backends.rendering import Ids, Rendered
+from personaplug.soft_prompt import SoftPrompt, splice
+
+_READ_TOKENS = 4096  # of prompts that are read together, padding included
+
+
+@dataclass(eq=False, repr=False)
+class Row:
+    """An answer in the making.
+
+    Attributes:
+        prompt: what is asked, in tokens.
+        soft: (1, S, D), or None.
+        config: how its tokens are chosen; beams are not known here.
+        choices: if given, the tokens of the only answers allowed; none may begin another.
+        ids: the tokens so far, an end-of-text token never among them.
+        ended: why it is over: `stop` = it came to its end, `length` = it is as long as was allowed; None = it goes on.
+    """
+
+    prompt: Rendered
+    soft: SoftPrompt | None
+    config: GenerationConfig
+    choices: Sequence[Ids] = ()
+    ids: list[int] = field(default_factory=list)
+    ended: str | None = None
+
+    def __post_init__(self) -> None:
+        self.draw = torch.Generator().manual_seed(self.config.seed)
+
+    def take(self, logits: Tensor, *, end: frozenset[int]) -> None:
+        """Choose the next token from (V,) logits on the CPU."""
+        if self.choices:
+            open_ = [choice for choice in self.choices if list(choice[: len(self.ids)]) == self.ids]
+            allowed = torch.tensor(sorted({choice[len(self.ids)] for choice in open_}))
+            only = torch.full_like(logits, -torch.inf)
+            only[allowed] = logits[allowed]
+            logits = only
+        token = int(chosen(logits[None], self.config, draw=self.draw)[0])
+        if token in end and not self.choices:
+            self.ended = "stop"
+            return
+        self.ids.append(token)
+        if tuple(self.ids) in self.choices:
+            self.ended = "stop"
+        elif len(self.ids) >= self.config.max_new_tokens:
+            self.ended = "length"
+
+
+class RunningRows:
+    """Rows of one model that take their next tokens together; for one thread.
+
+    Args:
+        backend: a model whose prompts can be read apart (`reads_apart`).
+    """
+
+    def __init__(self, backend: DecoderOnlyBackend) -> None:
+        self.backend = backend
+        self._end = frozenset(backend.end_ids())
+        self._rows: list[Row] = []
+        self._lengths: list[int] = []  # of each row, as far as it is in `_kept`
+        self._kept: KeptStates | None = None
+        self._behind = 0  # tokens of every row that stand behind the kept ones
+
+    def __len__(self) -> int:
+        """Rows that go on."""
+        return sum(row.ended is None for row in self._rows)
+
+    @torch.no_grad()
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Read the prompts of some rows and choose their first tokens; then they go on with the others."""
+        states, going = self._states(), [row for row in self._rows if row.ended is None]
+        for group in _by_length(rows):
+            found, logits = self._read(group)
+            for row, own, last in zip(group, found, logits.float().cpu(), strict=True):
+                row.take(last, end=self._end)
+                if row.ended is None:
+                    states.append(own)
+                    going.append(row)
+        self._set(going, states)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Choose the next token of every row that goes on."""
+        if not len(self):
+            self._set([], [])
+            return
+        if 2 * len(self) < len(self._rows):  # rows that have ended are left in the pass while they are few
+            self._set([row for row in self._rows if row.ended is None], self._states())
+        assert self._kept is not None
+        device = self.backend.device
+        # A row that has ended repeats its last token, which nobody reads.
+        last = torch.tensor([row.ids[-1] if row.ids else 0 for row in self._rows], device=device)
+        lengths = torch.tensor(self._lengths, device=device)
+        self._behind += 1
+        mask = torch.cat([real_columns(lengths, self._longest), lengths.new_ones(len(self._rows), self._behind)], dim=1)
+        logits = self.backend.logits_behind(
+            self.backend.embed(last)[:, None],
+            mask=mask,
+            positions=lengths[:, None] + self._behind - 1,
+            columns=torch.tensor([0]),
+            kept=self._kept,
+        )
+        for row, own in zip(self._rows, logits[:, 0].float().cpu(), strict=True):
+            if row.ended is None:
+                row.take(own, end=self._end)
+
+    @property
+    def _longest(self) -> int:
+        return max(self._lengths)
+
+    def _set(self, rows: list[Row], states: list[Tensor]) -> None:
+        """Go on with some rows, given the states of all their tokens but the last."""
+        self._rows, self._lengths, self._behind = rows, [own.shape[2] for own in states], 0
+        self._kept = KeptStates(padded_states(states, device=self.backend.device)) if states else None
+
+    def _states(self) -> list[Tensor]:
+        """Keys and values of each row that goes on, (2 · layers, heads, n, width)."""
+        if self._kept is None:
+            return []
+        kept, behind = self._kept.states, self._kept.live_states()
+        whole = kept if behind is None else torch.cat([kept, behind], dim=3)
+        rows = zip(self._rows, self._lengths, range(len(self._rows)), strict=True)
+        return [whole[:, place, :, self._longest - own :] for row, own, place in rows if row.ended is None]
+
+    def _read(self, rows: Sequence[Row]) -> tuple[list[Tensor], Tensor]:
+        """States of prompts with their soft tokens, and the logits behind; rows have soft tokens of one shape."""
+        backend = self.backend
+        ids = pad([row.prompt.ids for row in rows], fill=0, side="left").to(backend.device)
+        mask = pad([[1] * len(row.prompt.ids) for row in rows], fill=0, side="left").to(backend.device)
+        soft, at = rows[0].soft, torch.tensor([row.prompt.at for row in rows])
+        if soft is not None:
+            vectors = torch.cat([row.soft.vectors for row in rows if row.soft is not None])
+            soft = SoftPrompt(vectors, placement=soft.placement)
+            at = mask.sum(dim=1) if soft.placement == "suffix" else at
+        batch = splice(backend.embed(ids), mask, soft=soft, at=at)
+        return backend.read(batch.embeds, batch.mask)
+
+
+def _by_length(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows whose soft tokens are alike in shape together, the longest first, within `_READ_TOKENS` with padding."""
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: (_shape(row), len(row.prompt.ids)), reverse=True):
+        last = groups[-1] if groups else []
+        if last and _shape(last[0]) == _shape(row) and len(last[0].prompt.ids) * (len(last) + 1) <= _READ_TOKENS:
+            last.append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _shape(row: Row) -> tuple[str, int]:
+    return (row.soft.placement, row.soft.vectors.shape[1]) if row.soft is not None else ("", 0)

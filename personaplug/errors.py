@@ -12,7 +12,9 @@ PersonaPlugError
 │   ├── LLMMismatch           a plug belongs to another language model
 │   ├── RunConflict           a run folder holds something else than what was asked for
 │   ├── BadItem               an item for a store of histories has a wrong id, or holds NaN
-│   └── StoreConflict         a store of histories was made with other settings than those given
+│   ├── StoreConflict         a store of histories was made with other settings than those given
+│   └── RequestError          a request to the server cannot be answered as it is
+├── EngineFailure             the language model behind the server is not there, or does not answer
 ├── TrainingDiverged          a loss became NaN or infinite; the last good checkpoint stays
 └── StorageError              the disk is full or not writable; what was complete before stays
 
@@ -120,6 +122,23 @@ class BadItem(UserError):
 
 class StoreConflict(UserError):
     """A store of histories was made with other settings than those given, or cannot do what they exclude."""
+
+
+class RequestError(UserError):
+    """A request to the server cannot be answered as it is.
+
+    Attributes:
+        status: of the answer, 4xx.
+        code: what is wrong, for programs.
+    """
+
+    def __init__(self, message: str, *, status: int = 400, code: str = "invalid_request") -> None:
+        self.status, self.code = status, code
+        super().__init__(message)
+
+
+class EngineFailure(PersonaPlugError):
+    """The language model behind the server is not there, or does not answer."""
 
 
 class TrainingDiverged(PersonaPlugError):

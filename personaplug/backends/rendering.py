@@ -6,8 +6,9 @@ special tokens switched off, so that a text that spells `<|im_end|>` stays text.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -99,6 +100,29 @@ class Renderer:
             raise ShapeMismatch(f"soft_at needs one place for each of {len(texts)} prompts; found {len(places)}.")
         return [self.prompt(text, place) for text, place in zip(texts, places, strict=True)]
 
+    def turns(self, turns: Sequence[tuple[str, str]]) -> Rendered:
+        """Tokenize the turns of a chat, whole; soft tokens of the placement `prefix` stand before the last user's text.
+
+        A single turn of a user gives what `prompt` gives. Whatever a turn says is only ever text.
+
+        Args:
+            turns: (role, text) each.
+        Raises:
+            BadConfig: if the model's chat template does not show them one by one in order.
+        """
+        frame = self._frame_of([role for role, _ in turns])
+        asked = max((number for number, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
+        ids, at = list(frame[0]), 0
+        for number, ((_, text), behind) in enumerate(zip(turns, frame[1:], strict=True)):
+            at = len(ids) if number == asked else at
+            ids += [*self._text_ids(text), *behind]
+        return Rendered(tuple(ids), at=at, truncated=False)
+
+    def bare(self, text: str) -> Rendered:
+        """Tokenize a text without the chat template, whole; soft tokens of the placement `prefix` stand before it."""
+        head, tail = self._plain_frame(new_line=False)
+        return Rendered((*head, *self._text_ids(text), *tail), at=len(head), truncated=False)
+
     def count(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text is by itself."""
         return [len(ids) for ids in self._encoded(list(texts))["input_ids"]] if texts else []
@@ -142,7 +166,11 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """New tokens as text, without special tokens and outer white space."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return self.raw(ids).strip()
+
+    def raw(self, ids: Sequence[int]) -> str:
+        """New tokens as text, without special tokens; white space stays."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _end_of(self, text: str, tokens: int) -> int:
         """How many characters the first tokens of a text cover; all of them if it has no more tokens."""
@@ -163,14 +191,35 @@ class Renderer:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, **options)
 
     def _chat_frame(self) -> tuple[list[int], list[int]]:
-        written = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        parts = written.split(_PLACE)
+        parts = self._framed([{"role": "user", "content": _PLACE}]).split(_PLACE)
         if len(parts) != 2:
             raise BadConfig("The model's chat template does not show the user's message exactly once.")
-        head, tail = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-        return list(head), list(tail)
+        head, tail = (self._frame_ids(part) for part in parts)
+        return head, tail
+
+    def _frame_of(self, roles: Sequence[str]) -> list[list[int]]:
+        """What stands before the first turn of a chat, and behind each of them; without a template they are lines."""
+        if not self.chat:
+            line = self._frame_ids("\n")
+            return [list(self.head), *([line] * (len(roles) - 1)), list(self.tail)]
+        written = self._framed(
+            [{"role": role, "content": f"{_PLACE}{number:05d}"} for number, role in enumerate(roles)]
+        )
+        parts = re.split(f"{_PLACE}(\\d{{5}})", written)
+        if [int(number) for number in parts[1::2]] != list(range(len(roles))):
+            raise BadConfig("The model's chat template does not show these turns one by one in their order.")
+        return [self._frame_ids(part) for part in parts[::2]]
+
+    def _framed(self, turns: Sequence[Mapping[str, str]]) -> str:
+        """Turns as the chat template writes them, with what opens the answer."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        )
+
+    def _frame_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain_frame(self, *, new_line: bool) -> tuple[list[int], list[int]]:
         bare = self.tokenizer(_PLACE, add_special_tokens=False)["input_ids"]

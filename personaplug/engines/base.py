@@ -1,0 +1,88 @@
+"""What answers a request once it has its persona: a frozen language model behind OpenAI's forms."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from personaplug.soft_prompt import SoftPrompt
+from personaplug.wire import Kind
+
+
+@dataclass(frozen=True, repr=False)
+class Question:
+    """A request as an engine gets it.
+
+    Attributes:
+        kind: chat or completion.
+        body: the request's fields, personaplug's own left out.
+        soft: (1, S, D), or None.
+        choices: the closed set that the answer must be from; empty = it is written freely.
+        id: of the request.
+    """
+
+    kind: Kind
+    body: dict[str, Any]
+    soft: SoftPrompt | None
+    choices: Sequence[str] = ()
+    id: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Reply:
+    """An answer as it goes out.
+
+    Attributes:
+        body: whole, or event by event.
+        status: of HTTP.
+    """
+
+    body: bytes | AsyncIterator[bytes]
+    status: int = 200
+
+
+class Engine(Protocol):
+    """A language model that takes requests from many users at once.
+
+    Attributes:
+        name: for people and metrics.
+        models: by what names requests may call it.
+    """
+
+    name: str
+    models: tuple[str, ...]
+
+    async def start(self) -> None:
+        """Get ready, and make sure that soft tokens do what they should.
+
+        Raises:
+            BadConfig: if the engine is not set up for them.
+            EngineFailure: if it is not there.
+        """
+        ...
+
+    async def ready(self) -> bool:
+        """Whether it would answer now."""
+        ...
+
+    async def answer(self, question: Question) -> Reply:
+        """Answer one request.
+
+        Raises:
+            RequestError: if it asks for what this engine does not do.
+            EngineFailure: if the model does not answer.
+        """
+        ...
+
+    async def likelihoods(self, prompt: str, answer: str, softs: Sequence[SoftPrompt | None]) -> list[float]:
+        """Return log p of an answer to a prompt under each of some soft prompts.
+
+        Raises:
+            RequestError: if this engine cannot say.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Finish what was begun, then let go of the model."""
+        ...

@@ -28,6 +28,7 @@ from personaplug.cli_options import (
     with_settings,
 )
 from personaplug.cli_protocol import bench, convert, lamp, report, slice_
+from personaplug.cli_serving import explain, forget, key, serve
 from personaplug.config_text import load_config
 from personaplug.errors import BadConfig, PersonaPlugError, UserError
 from personaplug.processes import connect, disconnect, is_main, left_alone, number, tells, together
@@ -422,5 +423,5 @@ def estimate(
     click.echo(found.text())
 
 
-for command in (bench, report, lamp, convert, slice_):
+for command in (bench, report, lamp, convert, slice_, serve, key, forget, explain):
     main.add_command(command)

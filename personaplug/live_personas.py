@@ -17,7 +17,7 @@ from personaplug.form import FEATURES
 from personaplug.personalizer import Personalizer
 from personaplug.plug import PersonaPlug
 from personaplug.records import Options
-from personaplug.samples import nearest
+from personaplug.samples import EncodedHistory
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.store import HistoryStore, StoredHistory, StoreSettings
 
@@ -158,13 +158,9 @@ class LivePersonas:
         soft = self._made("", history, options=None, strength=self.personalizer.strength)
         return _Kept(history.version, len(history), soft=soft)
 
-    def _made(self, query: str, history: StoredHistory, *, options: Options | None, strength: float) -> SoftPrompt:
+    def _made(self, query: str, history: EncodedHistory, *, options: Options | None, strength: float) -> SoftPrompt:
         with self._making:
-            vectors, answers, forms = history.vectors, history.answers, history.forms
-            if (count := self.plug.config.selected_items) and len(history) > count:
-                places = nearest(self.plug.frozen([query])[0].numpy(), vectors, count=count)
-                vectors, answers, forms = vectors[places], answers[places], forms[places]
-            return self.personalizer.of_history(query, vectors, answers, forms, options=options, strength=strength)
+            return self.personalizer.of_history(query, history, options=options, strength=strength)
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

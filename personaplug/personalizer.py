@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from personaplug.encoder import Encoder
-from personaplug.form import Forms
 from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import HistoryItem, Options
-from personaplug.samples import EncodedSample, Places, answer_forms, answer_places, nearest, no_forms
+from personaplug.samples import EncodedHistory, EncodedSample, answer_forms, answer_places, nearest, no_forms
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import Halves, Rows
 
@@ -79,7 +78,7 @@ class Personalizer:
         answers = np.concatenate([sample.answers[-limit:] for sample in samples])
         forms = np.concatenate([sample.forms[-limit:] for sample in samples])
         lengths = tuple(min(limit, len(sample.rows)) for sample in samples)
-        return self._batch(vectors, answers, forms, lengths=lengths)
+        return self.batch(EncodedHistory(vectors, answers, forms), lengths=lengths)
 
     def persona(
         self, query: str, items: Sequence[HistoryItem], *, encoder: Encoder, options: Options | None = None
@@ -89,47 +88,40 @@ class Personalizer:
         Args:
             options: what the prompt lets choose from, for a plug that compares that.
         """
+        return self.of_history(query, self.encoded(items, encoder=encoder), options=options)
+
+    def encoded(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
+        """The latest `max_history` of some items, as the plug takes them."""
         items = items[-self.plug.config.max_history :]
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
-        if (count := self.plug.config.selected_items) and len(items) > count:
-            kept = nearest(encoder.query_encoder().encode([query])[0], vectors, count=count)
-            items, vectors = [items[place] for place in kept], vectors[kept]
-        answers = answer_places(items, self.plug.fitting.labels)
         forms = answer_forms(items) if self.plug.config.reads_forms else no_forms(len(items))
-        return self.of_history(query, vectors, answers, forms, options=options)
+        return EncodedHistory(vectors, answer_places(items, self.plug.fitting.labels), forms)
 
     @torch.no_grad()
     def of_history(
-        self,
-        query: str,
-        vectors: Halves,
-        answers: Places,
-        forms: Forms,
-        *,
-        options: Options | None = None,
-        strength: float | None = None,
+        self, query: str, history: EncodedHistory, *, options: Options | None = None, strength: float | None = None
     ) -> SoftPrompt:
-        """Soft tokens for one query and a history that is encoded, oldest first; (1, S, D).
+        """Soft tokens for one query and a history that is encoded; (1, S, D).
 
         Args:
-            vectors: (N, E), at most `max_history` of them.
-            answers: (N,) as in `EncodedSample`.
-            forms: (N, F), left aside by a plug that does not read them.
+            history: at most `max_history` items.
             options: what the prompt lets choose from, for a plug that compares that.
             strength: as the personalizer's own; None = that.
         """
-        forms = forms if self.plug.config.reads_forms else no_forms(len(forms))
-        history = self._batch(vectors, answers, forms, lengths=(len(vectors),))
+        if (count := self.plug.config.selected_items) and len(history) > count:
+            history = history.only(nearest(self.plug.frozen([query])[0].numpy(), history.vectors, count=count))
         strength = self.strength if strength is None else strength
-        soft: SoftPrompt = self.plug([query], history, options=[options], strength=strength)
+        batch = self.batch(history, lengths=(len(history),))
+        soft: SoftPrompt = self.plug([query], batch, options=[options], strength=strength)
         return soft
 
-    def _batch(self, vectors: Halves, answers: Places, forms: Forms, *, lengths: tuple[int, ...]) -> HistoryBatch:
-        device = self.plug.instruction.device
+    def batch(self, histories: EncodedHistory, *, lengths: tuple[int, ...]) -> HistoryBatch:
+        """Histories that lie one behind the other, as tensors; forms are left out for a plug that reads none."""
+        device, forms = self.plug.instruction.device, histories.forms
+        forms = forms if self.plug.config.reads_forms else no_forms(len(forms))
         # What torch takes as it is; the arrays of a store cannot be written to, and are copied.
-        items = torch.from_numpy(np.require(vectors, requirements=["C", "W"])).to(device)
-        places = torch.from_numpy(answers.astype(np.int64)).to(device)
-        return HistoryBatch(
-            items, lengths, places, torch.from_numpy(np.require(forms, requirements=["C", "W"])).to(device)
-        )
+        vectors = torch.from_numpy(np.require(histories.vectors, requirements=["C", "W"]))
+        answers = torch.from_numpy(histories.answers.astype(np.int64))
+        written = torch.from_numpy(np.require(forms, requirements=["C", "W"]))
+        return HistoryBatch(vectors.to(device), lengths, answers.to(device), written.to(device))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,32 @@ from personaplug.vectors import Halves, Rows, VectorTable
 
 Places = npt.NDArray[np.int16]
 Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class EncodedHistory:
+    """A user's items as a plug takes them, oldest first.
+
+    Attributes:
+        vectors: (N, E) float16.
+        answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
+        forms: (N, F) float16 form of each item's answer; F = 0 where the plug does not read them.
+    """
+
+    vectors: Halves
+    answers: Places
+    forms: Forms
+
+    def __len__(self) -> int:
+        """Items in it (N)."""
+        return len(self.answers)
+
+    def only(self, places: Rows | slice) -> Self:
+        """The same with some of the items, in the order of `places`."""
+        return replace(self, vectors=self.vectors[places], answers=self.answers[places], forms=self.forms[places])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} items)"
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

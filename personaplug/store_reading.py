@@ -11,36 +11,22 @@ from typing import Any
 import numpy as np
 
 from personaplug.database import Connection, sa
-from personaplug.form import FEATURES, Forms
+from personaplug.form import FEATURES
 from personaplug.packing import unpacked
-from personaplug.samples import Places
+from personaplug.samples import EncodedHistory
 from personaplug.store_tables import ITEMS_PER_USER, Shard, State
 from personaplug.store_writing import item_fields
-from personaplug.vectors import Halves
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
-class StoredHistory:
-    """A user's items as a plug takes them, oldest first.
+class StoredHistory(EncodedHistory):
+    """A user's items out of a store.
 
     Attributes:
-        vectors: (N, E) float16.
-        answers: (N,) int16 place of each item's answer in the store's labels; -1 if it is none of them.
-        forms: (N, F) float16 form of each item's answer.
         version: of the history; it grows with every change of it, and is 0 for an unknown user.
     """
 
-    vectors: Halves
-    answers: Places
-    forms: Forms
     version: int
-
-    def __len__(self) -> int:
-        """Items in it (N)."""
-        return len(self.answers)
-
-    def __repr__(self) -> str:
-        return f"StoredHistory({len(self)} items, version={self.version})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -178,10 +178,10 @@ def test_a_listener_who_leaves_frees_the_place(toy: DecoderOnlyBackend) -> None:
         for _ in range(5):
             reply = await engine.answer(_chat("endless", max_tokens=500, stream=True))
             assert not isinstance(reply.body, bytes)
-            stream: AsyncIterator[bytes] = reply.body
+            stream = reply.body
             await anext(stream)
             await anext(stream)
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
         # With one place, this is answered only if the others are gone.
         return _text(await asyncio.wait_for(engine.answer(_chat("hello")), 20))
 
@@ -228,7 +228,7 @@ def test_likelihoods_are_the_backends(toy: DecoderOnlyBackend) -> None:
     softs = [_soft(toy, seed) for seed in range(40)]
 
     async def ask(engine: LocalEngine) -> list[float]:
-        found, _ = await asyncio.gather(engine.likelihoods("hello", "5", softs), engine.answer(_chat("meanwhile")))
+        found, _ = await asyncio.gather(engine.likelihoods("hello", "5", softs=softs), engine.answer(_chat("meanwhile")))
         return found
 
     found = _run(toy, ask)

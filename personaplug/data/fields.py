@@ -12,7 +12,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 from personaplug.data.base import Task
-from personaplug.records import Options
+from personaplug.records import HistoryItem, Options
 
 
 class Flaw(ValueError):
@@ -126,6 +126,25 @@ def target_of(task: Task, answer: str) -> str:
     if label not in task.labels:
         raise Flaw(f"its answer is none of the {len(task.labels)} labels of task {task.name}")
     return label
+
+
+def item_of(task: Task, record: object, *, default_id: str | None = None) -> tuple[datetime | None, HistoryItem]:
+    """Return an item of a history out of a record with the task's fields, and when it happened, if that is said.
+
+    Args:
+        default_id: for a record that has none.
+    Raises:
+        Flaw: if a field is missing or no text, or there is no id.
+    """
+    values = as_record(record)
+    stamp = values.get("date")
+    moment = None if stamp is None else as_moment(stamp)
+    fields = tuple((name, as_text(value_of(values, name), f"its {name!r}")) for name in task.field_names)
+    if default_id is not None and values.get("id") is None:
+        item_id = default_id
+    else:
+        item_id = as_name(value_of(values, "id"), "its 'id'")
+    return moment, HistoryItem(item_id, fields, task.answer_field, moment.date() if moment else None)
 
 
 _TYPE_NAMES: dict[type, str] = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}

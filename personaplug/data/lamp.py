@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from personaplug.data.base import (
 )
 from personaplug.data.fields import (
     Flaw,
-    as_moment,
     as_name,
     as_record,
     as_text,
+    item_of,
     options_of,
     query_of,
     short_id,
@@ -69,7 +68,7 @@ def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
         try:
             if isinstance(record, Flaw):
                 raise record
-            items.append(_item(task, record, default_id=str(number)))
+            items.append(item_of(task, record, default_id=str(number)))
         except Flaw as flaw:
             raise BadRecord(path, f"{kind} {number}", reason=str(flaw)) from None
     return by_moment(items)
@@ -178,7 +177,7 @@ class LampReader:
         items = []
         for number, item in enumerate(profile, 1):
             try:
-                items.append(_item(self.task, item))
+                items.append(item_of(self.task, item))
             except Flaw as flaw:
                 raise Flaw(f"item {number} of its profile: {flaw}") from None
         return latest_items(items, max_history=self._max_history, report=report)
@@ -209,18 +208,6 @@ def _output(gold: Mapping[str, Any]) -> str | Flaw:
         return as_text(value_of(gold, "output"), "its 'output'")
     except Flaw as flaw:
         return Flaw(f"its gold: {flaw}")
-
-
-def _item(task: Task, record: object, *, default_id: str | None = None) -> tuple[datetime | None, HistoryItem]:
-    values = as_record(record)
-    stamp = values.get("date")
-    moment = None if stamp is None else as_moment(stamp)
-    fields = tuple((name, as_text(value_of(values, name), f"its {name!r}")) for name in task.field_names)
-    if default_id is not None and values.get("id") is None:
-        item_id = default_id
-    else:
-        item_id = as_name(value_of(values, "id"), "its 'id'")
-    return moment, HistoryItem(item_id, fields, task.answer_field, moment.date() if moment else None)
 
 
 def _questions_of(folder: Path, split: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ class Reply:
         status: of HTTP.
     """
 
-    body: bytes | AsyncIterator[bytes]
+    body: bytes | AsyncGenerator[bytes]
     status: int = 200
 
 
@@ -75,9 +75,13 @@ class Engine(Protocol):
         """
         ...
 
-    async def likelihoods(self, prompt: str, answer: str, softs: Sequence[SoftPrompt | None]) -> list[float]:
-        """Return log p of an answer to a prompt under each of some soft prompts.
+    async def likelihoods(
+        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
+    ) -> list[float]:
+        """Return log p of an answer to a prompt under each of some soft prompts, which are all of one shape.
 
+        Args:
+            choices: the closed set that the answer is from, if it is.
         Raises:
             RequestError: if this engine cannot say.
         """

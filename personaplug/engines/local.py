@@ -12,7 +12,8 @@ import logging
 import queue
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -119,7 +120,8 @@ class LocalEngine:
                 f"{backend.identity.name} cannot answer several requests side by side: that needs a model that reads "
                 f"prompt and answer in one stream, with a cache of keys and values per token."
             )
-        self.name, self.models = "local", (name,)
+        self.name = "local"
+        self.models: tuple[str, ...] = (name,)
         self.backend, self.max_rows, self.max_new_tokens = backend, max_rows, max_new_tokens
         self.max_tokens = max_tokens or int(getattr(backend.model.config, "max_position_embeddings", 2048))
         self._waiting: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
@@ -155,8 +157,10 @@ class LocalEngine:
         whole = writer.whole(text, reason=job.row.ended or "stop", usage=_usage(job.row))
         return Reply(json.dumps(whole, ensure_ascii=False).encode())
 
-    async def likelihoods(self, prompt: str, answer: str, softs: Sequence[SoftPrompt | None]) -> list[float]:
-        """Return log p of an answer to a prompt under each of some soft prompts, which are all of one shape."""
+    async def likelihoods(
+        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
+    ) -> list[float]:
+        """Return log p of an answer to a prompt under each of some soft prompts; see `Engine.likelihoods`."""
 
         @torch.no_grad()
         def measure() -> list[float]:
@@ -169,7 +173,8 @@ class LocalEngine:
                     if given
                     else None
                 )
-                loss, _ = self.backend.loss([prompt] * len(several), [answer] * len(several), soft=soft)
+                count = len(several)
+                loss, _ = self.backend.loss([prompt] * count, [answer] * count, soft=soft, labels=choices)
                 found += (-loss.float()).tolist()
             return found
 
@@ -237,7 +242,7 @@ class LocalEngine:
                 "The model's chat template does not take these roles in this order.", code="messages"
             ) from None
 
-    async def _pieces(self, job: _Job, *, stops: tuple[str, ...]) -> AsyncIterator[str]:
+    async def _pieces(self, job: _Job, *, stops: tuple[str, ...]) -> AsyncGenerator[str]:
         """The answer as it comes, up to a stop text; whoever stops listening ends it."""
         renderer, row = self.backend.renderer, job.row
         ids: list[int] = []
@@ -299,11 +304,12 @@ class LocalEngine:
                 running, jobs = RunningRows(self.backend), []
 
 
-async def _events(pieces: AsyncIterator[str], job: _Job, *, writer: Writer, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(pieces: AsyncGenerator[str], job: _Job, *, writer: Writer, with_usage: bool) -> AsyncGenerator[bytes]:
     if (first := writer.first()) is not None:
         yield event(first)
-    async for piece in pieces:
-        yield event(writer.piece(piece))
+    async with aclosing(pieces):
+        async for piece in pieces:
+            yield event(writer.piece(piece))
     yield event(writer.last(job.row.ended or "stop"))
     if with_usage:
         yield event(writer.usage(_usage(job.row)))

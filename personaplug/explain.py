@@ -1,0 +1,72 @@
+"""Why an answer was personal: which items made the persona, what the answer loses without each, how a user moved.
+
+A weight says how much of the persona an item is; an effect, how much likelier it makes an answer. Only the latter is
+about the answer: an item may weigh much and change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from personaplug.personalizer import Personalizer
+from personaplug.records import Options
+from personaplug.samples import EncodedHistory
+from personaplug.soft_prompt import SoftPrompt
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a persona moved.
+
+    Attributes:
+        items_before, items_after: that the two personas were made from.
+        cosine: of what is the user's own in them (the persona less the population's): 1 = the same direction, 0 = none
+            in common.
+        moved: the distance between the two, over that of the earlier one from the population's; NaN where the earlier
+            one is the population's.
+    """
+
+    items_before: int
+    items_after: int
+    cosine: float
+    moved: float
+
+
+@torch.no_grad()
+def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
+    """How much each item counts in the persona for a query (w of eq. 3, the mean over heads), (N,).
+
+    They sum to 1, or with shrinkage to the user's share of the persona.
+    """
+    batch = personalizer.batch(history, lengths=(len(history),))
+    weights: npt.NDArray[np.float32] = personalizer.plug.weights([query], batch).mean(dim=1).cpu().numpy()
+    return weights
+
+
+def left_out(
+    personalizer: Personalizer, query: str, history: EncodedHistory, *, options: Options | None = None
+) -> Iterator[SoftPrompt]:
+    """The persona without each of the items in turn, (1, S, D) each."""
+    for place in range(len(history)):
+        rest = history.only(np.delete(np.arange(len(history)), place))
+        yield personalizer.of_history(query, rest, options=options)
+
+
+def drift(personalizer: Personalizer, before: EncodedHistory, after: EncodedHistory, *, query: str = "") -> Drift:
+    """How far a user's persona moved from one state of the history to another."""
+    nothing = before.only(slice(0))
+    common, one, other = (
+        personalizer.of_history(query, part).vectors.double().flatten() for part in (nothing, before, after)
+    )
+    own, now = one - common, other - common
+    return Drift(
+        len(before),
+        len(after),
+        cosine=float(torch.cosine_similarity(own, now, dim=0)),
+        moved=float((now - own).norm() / own.norm()) if len(before) else float("nan"),
+    )

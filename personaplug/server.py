@@ -1,0 +1,377 @@
+"""The HTTP server: OpenAI's routes with personas, and the routes of users' histories.
+
+A caller's mistake is answered with 4xx and OpenAI's form of an error. No user's id and no text goes into a log.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from datetime import date
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import Depends, FastAPI, Header, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from personaplug.accounts import Accounts
+from personaplug.errors import (
+    EncoderMismatch,
+    EngineFailure,
+    MissingData,
+    PersonaPlugError,
+    RequestError,
+    StorageError,
+    UserError,
+)
+from personaplug.service import Answered, Service
+from personaplug.telemetry import Telemetry
+from personaplug.wire import ChatRequest, CompletionRequest, ErrorReply, Name, Text, error_reply, event
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER = "1"  # seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all of them together, may take.
+
+    Attributes:
+        body_bytes: longest body.
+        requests: that are being answered at once; the next is refused with 429.
+        items: that one request may add to a history.
+    """
+
+    body_bytes: int = 4 * 2**20
+    requests: int = 256
+    items: int = 1000
+
+
+class HistoryPost(BaseModel):
+    """Items of a history: many, one, or what a user made of an earlier answer."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    items: list[dict[str, Any]] | None = Field(
+        default=None, description="Items of the task: an id, its fields, a date."
+    )
+    request_id: Name | None = Field(default=None, description="X-Request-Id of an earlier answer to this user.")
+    answer: Text | None = Field(default=None, description="The text that the user kept for that request.")
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> HistoryPost:
+        given = [self.items is not None, self.request_id is not None, bool(self.model_extra)]
+        if sum(given) != 1 or ((self.request_id is None) != (self.answer is None) and not self.model_extra):
+            raise ValueError("give `items`, or `request_id` with `answer`, or the fields of one item")
+        return self
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The items as they were given."""
+        if self.items is not None:
+            return self.items
+        return [(self.model_extra or {}) | ({"answer": self.answer} if self.answer is not None else {})]
+
+
+class ExplainPost(BaseModel):
+    """What to explain."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Text = Field(min_length=1)
+    answer: Text | None = Field(default=None, min_length=1, description="Whose likelihood to compare.")
+    most: int = Field(default=20, ge=1, le=512, description="So many items are told.")
+
+
+def _tenant(request: Request, authorization: Annotated[str | None, Header()] = None) -> str:
+    accounts: Accounts = request.app.state.accounts
+    found = accounts.tenant_of(authorization)
+    if found is None:
+        raise RequestError("Give a key of this server: `Authorization: Bearer KEY`.", status=401, code="invalid_key")
+    return found
+
+
+Tenant = Annotated[str, Depends(_tenant)]
+User = Annotated[Name, Path(description="The user's id, percent-encoded; one with a slash cannot be a path.")]
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorReply, "description": text}
+    for status, text in (
+        (400, "The request cannot be answered as it is."),
+        (401, "The key is missing or unknown."),
+        (404, "There is nothing of that name."),
+        (413, "The body is too long."),
+        (422, "A field is missing or of the wrong type."),
+        (429, "Too much at once: come back after Retry-After seconds."),
+        (502, "The language model does not answer."),
+        (503, "The store cannot be used now."),
+    )
+}
+
+
+def create_app(service: Service, *, accounts: Accounts | None = None, limits: Limits | None = None) -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        service: what it does.
+        accounts: who may use it; None = everybody, for servers that only this machine reaches.
+        limits: what requests may take.
+    """
+    accounts, limits, telemetry = accounts or Accounts(), limits or Limits(), Telemetry()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.engine.start()
+        yield
+        await service.engine.close()
+        service.store.close()
+
+    app = FastAPI(
+        title="personaplug",
+        description="A frozen language model that knows its users. OpenAI's routes, and the users' histories.",
+        lifespan=lifespan,
+        responses=_ERRORS,
+    )
+    app.state.accounts = accounts
+    app.add_middleware(_Gate, limits=limits, telemetry=telemetry)
+    _handle_errors(app)
+
+    async def answered(request: ChatRequest | CompletionRequest, whose: str) -> Response:
+        answer = await service.answer(request, tenant=whose)
+        telemetry.personas.labels(answer.persona.applied, str(answer.persona.kept).lower()).inc()
+        return _response(answer)
+
+    @app.post("/v1/chat/completions", summary="Chat as a user", response_model=None)
+    async def chat(request: ChatRequest, whose: Tenant) -> Response:
+        return await answered(request, whose)
+
+    @app.post("/v1/completions", summary="Complete a text as a user", response_model=None)
+    async def complete(request: CompletionRequest, whose: Tenant) -> Response:
+        return await answered(request, whose)
+
+    @app.get("/v1/models", summary="The language model behind this server")
+    async def models(whose: Tenant) -> dict[str, Any]:
+        listed = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "personaplug"} for name in service.engine.models
+        ]
+        return {"object": "list", "data": listed}
+
+    @app.post("/v1/users/{user}/history", summary="Add to a history")
+    async def add(user: User, post: HistoryPost, whose: Tenant) -> dict[str, int]:
+        if post.request_id is not None:
+            done = await service.keep(whose, user, request=post.request_id, answer=post.answer or "")
+        elif len(post.records) > limits.items:
+            raise RequestError(f"At most {limits.items} items a request; found {len(post.records)}.", code="too_many")
+        else:
+            done = await service.add(whose, user, post.records)
+        return done._asdict()
+
+    @app.get("/v1/users/{user}/history", summary="A user's items, oldest first")
+    async def history(
+        user: User, whose: Tenant, latest: Annotated[int, Query(ge=1, le=100_000)] = 1000
+    ) -> dict[str, Any]:
+        items = await service.history(whose, user)
+        return {"user": user, "count": len(items), "items": items[-latest:]}
+
+    @app.delete("/v1/users/{user}/history/{item}", summary="Remove an item")
+    async def delete_item(user: User, item: Annotated[Name, Path()], whose: Tenant) -> dict[str, bool]:
+        await service.delete_item(whose, user, item)
+        return {"deleted": True}
+
+    @app.get("/v1/users/{user}/export", summary="Everything that is known of a user")
+    async def export(user: User, whose: Tenant) -> dict[str, Any]:
+        return await service.export(whose, user)
+
+    @app.delete("/v1/users/{user}", summary="Erase a user; the answer is a receipt")
+    async def erase(user: User, whose: Tenant) -> dict[str, Any]:
+        return await service.erase(whose, user)
+
+    @app.post("/v1/users/{user}/explain", summary="Which items made the persona, and what an answer owes to them")
+    async def explain(user: User, post: ExplainPost, whose: Tenant) -> dict[str, Any]:
+        return await service.explain(whose, user, prompt=post.prompt, answer=post.answer, most=post.most)
+
+    @app.get("/v1/users/{user}/drift", summary="How far a persona moved between two days")
+    async def drift(user: User, since: date, until: date, whose: Tenant) -> dict[str, Any]:
+        return await service.drift(whose, user, since=since, until=until)
+
+    @app.get("/health", summary="Whether the server is there")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready", summary="Whether it would answer now")
+    async def ready() -> dict[str, str]:
+        if not await service.engine.ready():
+            raise EngineFailure("The language model is not ready.")
+        return {"status": "ready"}
+
+    @app.get("/metrics", summary="Counters, for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        telemetry.kept_users.set(service.personas.kept_users)
+        telemetry.kept_bytes.set(service.personas.kept_bytes)
+        return Response(telemetry.text(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def serve(app: FastAPI, *, accounts: Accounts, host: str, port: int, patience_s: int = 30) -> None:
+    """Serve until told to stop, then finish what was begun.
+
+    Args:
+        patience_s: seconds that streams have to end.
+    Raises:
+        BadConfig: if there are no keys and others than this machine would be let in.
+    """
+    accounts.check_address(host)
+    # An access log would hold users' ids, which stand in paths.
+    uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=patience_s)
+
+
+def _response(answered: Answered) -> Response:
+    persona = answered.persona
+    headers = {
+        "X-Request-Id": answered.id,
+        "X-Personaplug-Persona": persona.applied,
+        "X-Personaplug-Items": str(persona.items),
+        "X-Personaplug-Strength": f"{persona.strength:g}",
+    }
+    reply = answered.reply
+    if isinstance(reply.body, bytes):
+        return Response(reply.body, reply.status, headers, media_type="application/json")
+    return StreamingResponse(_to_the_end(reply.body), reply.status, headers, media_type="text/event-stream")
+
+
+async def _to_the_end(events: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
+    """A stream that says so if the model breaks off: its status has been sent by then."""
+    try:
+        async with aclosing(events):
+            async for one in events:
+                yield one
+    except EngineFailure as error:
+        yield event(error_reply(str(error), code="engine", status=502))
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """Let every error be told in OpenAI's form, with the status that says whose it is."""
+
+    async def known(request: Request, error: Exception) -> Response:
+        status, code = _status_of(error)
+        headers = {"Retry-After": _RETRY_AFTER} if status in (429, 503) else {}
+        headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+        return JSONResponse(error_reply(str(error), code=code, status=status), status, headers)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return JSONResponse(error_reply(f"{place}: {first['msg']}", code="invalid_value", status=422), 422)
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        reply = error_reply(str(error.detail), code="http", status=error.status_code)
+        return JSONResponse(reply, error.status_code, error.headers)
+
+    app.add_exception_handler(PersonaPlugError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+
+
+def _status_of(error: Exception) -> tuple[int, str]:
+    if isinstance(error, RequestError):
+        return error.status, error.code
+    if isinstance(error, MissingData):
+        return 404, "not_found"
+    if isinstance(error, EngineFailure):
+        return 502, "engine"
+    if isinstance(error, (StorageError, EncoderMismatch)):  # the latter while the store is moved to another encoder
+        return 503, "store"
+    return (400, "invalid_request") if isinstance(error, UserError) else (500, "internal")
+
+
+class _Gate:
+    """Counts requests, and refuses what would be too much before it is read."""
+
+    def __init__(self, app: ASGIApp, *, limits: Limits, telemetry: Telemetry) -> None:
+        self.app, self.limits, self.telemetry = app, limits, telemetry
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, told = time.perf_counter(), False
+
+        async def counted(message: Message) -> None:
+            nonlocal told
+            if not told and message["type"] == "http.response.start":
+                told = True
+                route = getattr(scope.get("route"), "path", "other")
+                self.telemetry.requests.labels(route, str(message["status"])).inc()
+                self.telemetry.seconds.labels(route).observe(time.perf_counter() - began)
+            await send(message)
+
+        if self._running >= self.limits.requests and scope["path"].startswith("/v1/"):
+            await _refuse(429, "Too many requests are being answered.", "overloaded")(scope, receive, counted)
+            return None
+        self._running += 1
+        self.telemetry.running.inc()
+        try:
+            body = await self._body(receive)
+            if body is None:
+                text = f"A body has at most {self.limits.body_bytes} bytes."
+                await _refuse(413, text, "body_too_long")(scope, receive, counted)
+            else:
+                await self.app(scope, _replayed(body, receive), counted)
+        except Exception as error:
+            # Whoever is above would log the error's sentence, which may hold the text that it failed on.
+            logger.error("%s at %s", type(error).__name__, _place_of(error))
+            if not told:
+                await _refuse(500, "The server failed on this request.", "internal")(scope, receive, counted)
+        finally:
+            self._running -= 1
+            self.telemetry.running.dec()
+        return None
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """The whole body; None as soon as it is too long."""
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self.limits.body_bytes:
+                return None
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+
+def _place_of(error: Exception) -> str:
+    """File and line that an error comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+
+
+def _replayed(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
+    """What `receive` says once the body has been read: the body, and then whatever else comes."""
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _refuse(status: int, message: str, code: str) -> Response:
+    headers = {"Retry-After": _RETRY_AFTER} if status == 429 else {"Connection": "close"}
+    return JSONResponse(error_reply(message, code=code, status=status), status, headers)

@@ -1,0 +1,262 @@
+"""Service: everything a server does for live users, without HTTP. Personas, histories, explanations, erasure."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from personaplug.data.base import Task
+from personaplug.data.fields import Flaw, item_of, options_of, query_of
+from personaplug.engines.base import Engine, Question, Reply
+from personaplug.errors import MissingData, RequestError
+from personaplug.explain import drift, item_weights, left_out
+from personaplug.live_personas import LivePersonas, Persona
+from personaplug.records import HistoryItem, Options
+from personaplug.remembered import RememberedRequests
+from personaplug.store import Stored
+from personaplug.store_reading import StoredItem, as_json
+from personaplug.wire import ChatRequest, CompletionRequest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, repr=False)
+class Answered:
+    """An answer, and what was applied to get it.
+
+    Attributes:
+        reply: the engine's.
+        persona: whose soft tokens it was given.
+        id: of the request, by which its outcome may be told later.
+    """
+
+    reply: Reply
+    persona: Persona
+    id: str
+
+
+@dataclass(frozen=True, repr=False)
+class _Asked:
+    """What a text asks, as the task cuts it.
+
+    Attributes:
+        query: what the encoder reads.
+        options: what it lets choose from.
+        worded: whether it has the task's wording.
+    """
+
+    query: str
+    options: Options | None
+    worded: bool
+
+
+class Service:
+    """Answers users of tenants and keeps their histories.
+
+    Args:
+        personas: makes soft tokens of histories.
+        engine: the language model.
+        task: what the plug was trained on: how an item looks, and where a prompt's query is.
+        elsewhere: use personas also for prompts without the task's wording, for which the plug was not trained.
+        remembered: where requests wait for what users made of the answers.
+    """
+
+    def __init__(
+        self,
+        personas: LivePersonas,
+        engine: Engine,
+        *,
+        task: Task,
+        elsewhere: bool = False,
+        remembered: RememberedRequests | None = None,
+    ) -> None:
+        self.personas, self.engine, self.task, self.elsewhere = personas, engine, task, elsewhere
+        self.store = personas.store
+        self.remembered = remembered or RememberedRequests()
+
+    async def answer(self, request: ChatRequest | CompletionRequest, *, tenant: str) -> Answered:
+        """Answer a request with its user's persona.
+
+        Raises:
+            RequestError: if it cannot be answered as it is.
+            EngineFailure: if the model does not answer.
+        """
+        self._check_model(request.model)
+        asked, extras, user = self._asked(request.asked), request.personaplug, request.user
+        strength = extras.strength if asked.worded or self.elsewhere else 0
+        persona = await _apart(
+            self.personas.persona, tenant, user, asked.query, options=asked.options, strength=strength
+        )
+        question = Question(
+            "chat" if isinstance(request, ChatRequest) else "completion",
+            request.passed_on,
+            persona.soft,
+            self.task.labels if asked.worded and not extras.free else (),
+            id=secrets.token_hex(12),
+        )
+        reply = await self.engine.answer(question)
+        if user is not None:
+            self.remembered.add(tenant, user, request=question.id, query=asked.query)
+        return Answered(reply, persona, question.id)
+
+    async def add(self, tenant: str, user: str, records: Sequence[dict[str, Any]]) -> Stored:
+        """Add items to a user's history, all of them or none.
+
+        Raises:
+            RequestError: if one is no item of the task.
+        """
+        items = [self._item(record, number) for number, record in enumerate(records, 1)]
+        return await self._added(tenant, user, items)
+
+    async def keep(self, tenant: str, user: str, *, request: str, answer: str) -> Stored:
+        """Make history of an earlier request and the text that its user kept for an answer.
+
+        Raises:
+            RequestError: if the request is not remembered, or the answer is none of the task's.
+        """
+        query, task = self.remembered.query(tenant, user, request=request), self.task
+        if task.labels and (answer := answer.strip()) not in task.labels:
+            raise RequestError(f"The answer is none of the {len(task.labels)} that {task.name} has.", code="answer")
+        asked = next((name for name in task.item_fields if name != task.answer_field), None)
+        if task.answer_field is None:
+            fields = dict.fromkeys(task.field_names[:1], answer)  # an item is what the user wrote
+        else:
+            fields = {asked: query, task.answer_field: answer} if asked else {task.answer_field: answer}
+        ordered = tuple((name, fields.get(name, "")) for name in task.field_names)
+        return await self._added(tenant, user, [HistoryItem(request, ordered, task.answer_field)])
+
+    async def history(self, tenant: str, user: str) -> list[dict[str, Any]]:
+        """A user's items, oldest first."""
+        return [as_json(item) for item in await _apart(self.store.list_items, tenant, user)]
+
+    async def export(self, tenant: str, user: str) -> dict[str, Any]:
+        """Everything that is known of a user.
+
+        Raises:
+            MissingData: if there is no such user.
+        """
+        return await _apart(self.store.export, tenant, user)
+
+    async def delete_item(self, tenant: str, user: str, item: str) -> None:
+        """Remove one item of a history.
+
+        Raises:
+            MissingData: if there is no such item.
+        """
+        await _apart(self.store.delete_item, tenant, user, item)
+        self.personas.forget(tenant, user)
+
+    async def erase(self, tenant: str, user: str) -> dict[str, Any]:
+        """Remove everything of a user, from memory and files, and return the receipt.
+
+        Raises:
+            MissingData: if there is no such user.
+        """
+        self.remembered.forget(tenant, user)
+        try:
+            receipt = await _apart(self.store.erase_user, tenant, user)
+        finally:
+            self.personas.forget(tenant, user)
+        return receipt.to_dict()
+
+    async def explain(self, tenant: str, user: str, *, prompt: str, answer: str | None, most: int) -> dict[str, Any]:
+        """Say which items made a user's persona for a prompt and, given an answer, what it owes to each.
+
+        Args:
+            answer: whose likelihood is compared; None = weights alone.
+            most: so many items are told, those that weigh or do most.
+        Raises:
+            MissingData: if the user has no items.
+            RequestError: if the engine cannot measure likelihoods.
+        """
+        asked, personalizer = self._asked(prompt), self.personas.personalizer
+        limit = personalizer.plug.config.max_history
+        items, history = await _apart(self._known, tenant, user)
+        items = items[-limit:]
+        weights = await _apart(item_weights, personalizer, asked.query, history)
+        told: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
+        order, effects = np.argsort(-weights, kind="stable"), None
+        if answer is not None:
+            whole = await _apart(personalizer.of_history, asked.query, history, options=asked.options)
+            common = await _apart(personalizer.of_history, asked.query, history.only(slice(0)), options=asked.options)
+            without = await _apart(lambda: list(left_out(personalizer, asked.query, history, options=asked.options)))
+            choices = self.task.labels if answer in self.task.labels else ()
+            measured = partial(self.engine.likelihoods, prompt, answer, choices=choices)
+            logs = await measured(softs=[whole, common, *without])
+            plain = await measured(softs=[None])
+            effects = logs[0] - np.array(logs[2:])
+            order = np.argsort(-np.abs(effects), kind="stable")
+            told["log_likelihood"] = {"with_persona": logs[0], "with_population": logs[1], "plain": plain[0]}
+        told["items"] = [
+            {"id": items[place].id, "date": as_json(items[place])["date"], "weight": float(weights[place])}
+            | ({"effect": float(effects[place])} if effects is not None else {})
+            | ({"fields": as_json(items[place])["fields"]} if items[place].fields else {})
+            for place in order[:most]
+        ]
+        return told
+
+    async def drift(self, tenant: str, user: str, *, since: date, until: date) -> dict[str, Any]:
+        """Say how far a user's persona moved between the evenings of two days.
+
+        Raises:
+            MissingData: if the user has no items.
+        """
+        items, history = await _apart(self._known, tenant, user)
+        items = items[-len(history) :]
+        days = [item.date or item.arrived.date() for item in items]
+        parts = [history.only(np.flatnonzero([day <= limit for day in days])) for limit in (since, until)]
+        found = asdict(await _apart(drift, self.personas.personalizer, *parts))
+        return {name: None if value != value else value for name, value in found.items()}  # JSON has no NaN
+
+    def _known(self, tenant: str, user: str) -> tuple[list[StoredItem], Any]:
+        """A user's items and their vectors, of one moment."""
+        latest = self.personas.plug.config.max_history
+        for _ in range(3):
+            before = self.store.version(tenant, user)
+            items, history = self.store.list_items(tenant, user), self.store.read(tenant, user, latest=latest)
+            if history.version == before == self.store.version(tenant, user) and items:
+                return items, history
+        raise MissingData("The tenant has no such user, or the user no items.")
+
+    async def _added(self, tenant: str, user: str, items: Sequence[HistoryItem]) -> Stored:
+        done = await _apart(self.store.add, tenant, user, items)
+        self.personas.forget(tenant, user)
+        return done
+
+    def _item(self, record: dict[str, Any], number: int) -> HistoryItem:
+        try:
+            return item_of(self.task, record)[1]
+        except Flaw as flaw:
+            names = ", ".join(self.task.field_names)
+            raise RequestError(
+                f"item {number}: {flaw}. An item has an id, {names} and, if it is known, a date.", code="item"
+            ) from None
+
+    def _asked(self, text: str) -> _Asked:
+        try:
+            return _Asked(query_of(self.task, text), options_of(self.task, text), worded=True)
+        except Flaw:  # another question than the task's
+            return _Asked(text, None, worded=False)
+
+    def _check_model(self, name: str | None) -> None:
+        known = self.engine.models
+        if name is None and len(known) == 1:
+            return
+        if name not in known:
+            raise RequestError(
+                f"There is no model of this name here; there is: {', '.join(known)}.",
+                status=404,
+                code="model_not_found",
+            )
+
+
+async def _apart(work: Callable[..., T], *given: Any, **named: Any) -> T:
+    """Do something that takes a while in another thread."""
+    return await asyncio.to_thread(work, *given, **named)

@@ -10,6 +10,7 @@ from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.encoder import Encoder, open_encoder
 from personaplug.engines.base import Engine
 from personaplug.engines.local import LocalEngine
+from personaplug.engines.vllm import EmbeddingTable, VLLMEngine
 from personaplug.errors import BadConfig, StoreConflict
 from personaplug.live_personas import LivePersonas, Unknown, store_settings
 from personaplug.personalizer import Personalizer
@@ -17,6 +18,7 @@ from personaplug.plug import PersonaPlug
 from personaplug.run import Run
 from personaplug.service import Service
 from personaplug.store import HistoryStore, Retention
+from personaplug.weights import find_model
 
 LOCAL = "local"
 """The engine in this process; any other is the address of a vLLM server."""
@@ -73,15 +75,22 @@ def open_service(run: Run, hosting: Hosting) -> Service:
     if hosting.engine == LOCAL:
         backend = open_backend(config)
         if not isinstance(backend, DecoderOnlyBackend):
-            raise BadConfig(
-                f"{config.llm} reads the prompt with an encoder of its own; the server cannot run that kind."
-            )
+            raise BadConfig(f"{config.llm} reads prompts with an encoder of its own; the server cannot run that kind.")
         plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=backend.identity)
         plug = plug.computing_items_in(backend.dtype).to(backend.device)
         name = hosting.model or config.llm
         engine = LocalEngine(backend, name=name, max_rows=hosting.max_rows, max_new_tokens=hosting.max_new_tokens)
     else:
-        raise BadConfig("not yet")
+        # Which model vLLM runs is seen when the engine starts: by its width, and by what it makes of these embeddings.
+        plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=None).computing_items_in("bfloat16")
+        engine = VLLMEngine(
+            hosting.engine,
+            table=EmbeddingTable.of_folder(find_model(config.llm)),
+            width=plug.fitting.llm.width,
+            placement=plug.config.placement,
+            model=hosting.model,
+            key=hosting.engine_key,
+        )
     personas = LivePersonas(
         Personalizer(plug, strength=hosting.strength),
         open_store(plug, encoder, hosting=hosting),

@@ -239,9 +239,11 @@ class PersonaPlug(nn.Module):
         write_json(folder / _CONFIG, about)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, encoder: Encoder, llm: LLMIdentity) -> PersonaPlug:
+    def from_pretrained(cls, folder: str | Path, *, encoder: Encoder, llm: LLMIdentity | None) -> PersonaPlug:
         """Load a plug for the two models at hand.
 
+        Args:
+            llm: the language model; None = it runs elsewhere, and whoever asks it has to see that it is the plug's.
         Raises:
             MissingData: if the folder holds no plug, or a broken or newer one.
             EncoderMismatch: if it was trained with another encoder.
@@ -249,7 +251,7 @@ class PersonaPlug(nn.Module):
         """
         folder = Path(folder)
         config, fitting = _read_about(folder)
-        if (fitting.llm.fingerprint, fitting.llm.width) != (llm.fingerprint, llm.width):
+        if llm is not None and (fitting.llm.fingerprint, fitting.llm.width) != (llm.fingerprint, llm.width):
             raise LLMMismatch(trained_for=fitting.llm.describe(), given=llm.describe())
         plug = cls(read_plug_config(config), fitting=fitting, encoder=encoder)
         try:

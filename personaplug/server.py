@@ -117,6 +117,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "OpenAI's answer; with `stream`, its events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
+
 def create_app(service: Service, *, accounts: Accounts | None = None, limits: Limits | None = None) -> FastAPI:
     """The server as an ASGI application.
 
@@ -149,11 +157,11 @@ def create_app(service: Service, *, accounts: Accounts | None = None, limits: Li
         telemetry.personas.labels(answer.persona.applied, str(answer.persona.kept).lower()).inc()
         return _response(answer)
 
-    @app.post("/v1/chat/completions", summary="Chat as a user", response_model=None)
+    @app.post("/v1/chat/completions", summary="Chat as a user", response_model=None, responses=_STREAMED)
     async def chat(request: ChatRequest, whose: Tenant) -> Response:
         return await answered(request, whose)
 
-    @app.post("/v1/completions", summary="Complete a text as a user", response_model=None)
+    @app.post("/v1/completions", summary="Complete a text as a user", response_model=None, responses=_STREAMED)
     async def complete(request: CompletionRequest, whose: Tenant) -> Response:
         return await answered(request, whose)
 

@@ -136,6 +136,27 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def read_embeddings(folder: Path) -> torch.Tensor:
+    """A model's input embeddings, (V, D), out of its safetensors files; no other weight is read.
+
+    Raises:
+        MissingModel: if none of the files holds them under their name.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kinds: Any = AutoModelForCausalLM  # its methods have no annotations
+    with torch.device("meta"):
+        model = kinds.from_config(AutoConfig.from_pretrained(folder))
+    table = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is table)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                return file.get_tensor(name)  # type: ignore[no-any-return]
+    raise MissingModel(str(folder), tried=[f"{folder}/*.safetensors (none of them holds {name})"])
+
+
 @contextlib.contextmanager
 def quiet_unless_terminal() -> Iterator[None]:
     """Keep transformers' progress bars out of log files: they show only where stderr is a terminal."""

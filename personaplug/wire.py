@@ -28,8 +28,15 @@ def _written(text: str) -> str:
     return text
 
 
+def _one_line(text: str) -> str:
+    """A name that databases and headers can hold."""
+    if any(character < " " for character in text):
+        raise ValueError("control characters are no part of an id")
+    return text
+
+
 Text = Annotated[str, AfterValidator(_written)]
-Name = Annotated[Text, Field(min_length=1, max_length=255, pattern=r"^[^\x00]*$")]
+Name = Annotated[Text, AfterValidator(_one_line), Field(min_length=1, max_length=255)]
 """An id of a user, an item or a request."""
 
 
@@ -52,7 +59,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    role: Name
+    role: Text
     content: Text | list[dict[str, Any]] | None = None
 
     @property

@@ -228,7 +228,9 @@ def test_likelihoods_are_the_backends(toy: DecoderOnlyBackend) -> None:
     softs = [_soft(toy, seed) for seed in range(40)]
 
     async def ask(engine: LocalEngine) -> list[float]:
-        found, _ = await asyncio.gather(engine.likelihoods("hello", "5", softs=softs), engine.answer(_chat("meanwhile")))
+        found, _ = await asyncio.gather(
+            engine.likelihoods("hello", "5", softs=softs), engine.answer(_chat("meanwhile"))
+        )
         return found
 
     found = _run(toy, ask)

@@ -1,0 +1,86 @@
+"""What the tests of the server share: a real one, on a real socket, with the toy model behind it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+
+from personaplug.accounts import Accounts
+from personaplug.backends.decoder_only import DecoderOnlyBackend
+from personaplug.config import PlugConfig
+from personaplug.data.base import Task
+from personaplug.encoder import HashEncoder
+from personaplug.engines.base import Engine
+from personaplug.engines.local import LocalEngine
+from personaplug.live_personas import LivePersonas, store_settings
+from personaplug.personalizer import Personalizer
+from personaplug.plug import Fitting, PersonaPlug
+from personaplug.server import Limits, create_app
+from personaplug.service import Service
+from personaplug.store import HistoryStore
+
+ENCODER = HashEncoder(32)
+LABELS = ("1", "2", "3", "4", "5")
+TASK = Task("Films", "rating", ("text",), "score", ("mae",), labels=LABELS, query_after="review: ")
+CONFIG = replace(PlugConfig(), answers="label", options="ignore", instruction_start="random")
+
+
+def open_service(
+    backend: DecoderOnlyBackend,
+    folder: Path,
+    *,
+    task: Task = TASK,
+    config: PlugConfig = CONFIG,
+    engine: Engine | None = None,
+    keep_text: bool = True,
+    **settings: Any,
+) -> Service:
+    """A service with an untrained plug, whose personas yet depend on the history."""
+    torch.manual_seed(1)
+    labels = task.labels if config.answers == "label" else ()
+    fitting = Fitting(backend.identity, backend.embedding_scale, ENCODER.identity, labels)
+    plug = PersonaPlug(config, fitting=fitting, encoder=ENCODER).eval()
+    torch.nn.init.normal_(plug.population)
+    store = HistoryStore.open(
+        folder / "histories.db", ENCODER, settings=replace(store_settings(plug, keep_text=keep_text), shards=2)
+    )
+    personas = LivePersonas(Personalizer(plug), store, **settings)
+    return Service(personas, engine or LocalEngine(backend, name="toy", max_new_tokens=200), task=task)
+
+
+@contextmanager
+def served(service: Service, *, accounts: Accounts | None = None, limits: Limits | None = None) -> Iterator[str]:
+    """Serve it; the base URL, without /v1."""
+    app = create_app(service, accounts=accounts, limits=limits)
+    with running(app) as url:
+        yield url
+
+
+@contextmanager
+def running(app: Any, *, patience_s: int = 10) -> Iterator[str]:
+    """Run an application on a free port until the block ends."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=patience_s)
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()

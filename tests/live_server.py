@@ -66,10 +66,11 @@ def served(service: Service, *, accounts: Accounts | None = None, limits: Limits
 
 
 @contextmanager
-def running(app: Any, *, patience_s: int = 10) -> Iterator[str]:
-    """Run an application on a free port until the block ends."""
+def running(app: Any, *, port: int = 0, patience_s: int = 10) -> Iterator[str]:
+    """Run an application on a port, or a free one, until the block ends."""
     listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(("127.0.0.1", port))
     server = uvicorn.Server(
         uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=patience_s)
     )

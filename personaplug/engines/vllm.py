@@ -154,7 +154,7 @@ class VLLMEngine:
         if question.kind == "completion" and PLACEHOLDER in body["prompt"]:
             raise RequestError(f"A prompt may not hold {PLACEHOLDER}, which is reserved.", code="reserved_text")
         if question.choices and not _constrained(body):
-            body["structured_outputs"] = {"choice": list(question.choices)}
+            body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(question.choices)}}
         if question.soft is None:
             return body
         if unsafe := [name for name in _FATAL if body.get(name) is not None]:
@@ -213,9 +213,9 @@ class VLLMEngine:
         ]
         if behind[:-1] != plain:
             raise BadConfig(
-                f"The chat template of {name} writes something else before an answer that has begun than before one that "
-                f"is to begin, so soft tokens would stand elsewhere than in training. Start vLLM with a --chat-template "
-                f"that writes the same before both."
+                f"The chat template of {name} writes something else before an answer that has begun than before one "
+                f"that is to begin: soft tokens would stand elsewhere than in training. Start vLLM with a "
+                f"--chat-template that writes the same before both."
             )
 
     async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:

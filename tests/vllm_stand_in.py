@@ -1,0 +1,112 @@
+"""What vLLM 0.30 says on the routes that the engine uses, without a model: to see what it is sent, and to let it fail.
+
+Its words and statuses are those of the real server, which `tests/test_vllm.py` asks where it is installed.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+WIDTH = 32
+
+
+@dataclass
+class StandIn:
+    """A server that answers "tea" to everything.
+
+    Attributes:
+        flag: whether it was started with --enable-prompt-embeds.
+        width: of its model's embeddings.
+        embeds_say: what it answers to embeds.
+        template_adds: tokens that its template writes before an answer that has begun.
+        status: that it answers requests with, if not 200.
+        breaks: whether it breaks a stream off.
+        bodies: what it was sent.
+    """
+
+    flag: bool = True
+    width: int = WIDTH
+    embeds_say: str = "tea"
+    template_adds: int = 0
+    status: int = 200
+    breaks: bool = False
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def app(self) -> Starlette:
+        """It, as an application."""
+        routes = [
+            Route("/v1/models", self._models),
+            Route("/health", self._health),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+        ]
+        return Starlette(routes=routes)
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": "small", "max_model_len": 1024}]})
+
+    async def _health(self, request: Request) -> Response:
+        return Response(status_code=200)
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = await request.json()
+        began = body.get("continue_final_message", False)
+        return JSONResponse({"tokens": [1, 2, 3, *([9] * self.template_adds * began), *([0] * began)]})
+
+    async def _complete(self, request: Request) -> Response:
+        body = await self._noted(request)
+        if "prompt_embeds" in body:
+            if not self.flag:
+                return _refused("You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
+            found = read_embeds(body["prompt_embeds"])
+            if found.shape[1] != self.width:
+                return _refused(
+                    f"`prompt_embeds` hidden_size {found.shape[1]} does not match the model's hidden_size {self.width}."
+                )
+        said = self.embeds_say if "prompt_embeds" in body else "tea"
+        choice = {"index": 0, "text": said, "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}
+        return JSONResponse({"id": "1", "choices": [choice]})
+
+    async def _chat(self, request: Request) -> Response:
+        body = await self._noted(request)
+        if self.status != 200:
+            return _refused("the text that was sent: " + json.dumps(body["messages"]), status=self.status)
+        if body.get("stream"):
+            return StreamingResponse(self._events(), media_type="text/event-stream")
+        return JSONResponse({"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": "tea"}}]})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        yield b'data: {"choices": [{"index": 0, "delta": {"content": "te"}}]}\n\n'
+        if self.breaks:
+            raise ConnectionError("gone")
+        yield b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n'
+
+    async def _noted(self, request: Request) -> dict[str, Any]:
+        body: dict[str, Any] = await request.json()
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        return body
+
+
+def read_embeds(data: str) -> torch.Tensor:
+    """The vectors of a request."""
+    found: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(data)), weights_only=True)
+    return found
+
+
+def _refused(message: str, *, status: int = 400) -> Response:
+    return JSONResponse({"error": {"message": message, "type": "BadRequestError", "code": status}}, status)

@@ -110,7 +110,7 @@ class ReferenceObjective(PlugObjective):
         count = items.shape[0] * HISTORY
         answers, forms = torch.full((count,), -1), torch.empty(count, 0)
         hidden = plug.projector.hidden(items.flatten(0, 1), answers=answers, forms=forms)
-        projected = plug.projector.out(hidden, shares=torch.ones(count))
+        projected = plug.projector.out(hidden, shares=torch.ones(count), tokens=slice(None))
         persona = torch.einsum("bn,bnkd->bkd", weights, projected.view(*weights.shape, *projected.shape[1:]))
         instruction = plug.instruction.expand(len(samples), -1, -1)
         return torch.cat([instruction, persona], dim=1) * plug.fitting.embedding_scale

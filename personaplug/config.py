@@ -84,13 +84,20 @@ class PlugConfig:
         choices=("prefix", "suffix"),
     )
     aggregator: str = _option(
-        "mean",
-        "how items are weighed: dot (eq. 3), mean (the paper's ablation), heads (several trained likenesses with "
-        "sharpness and forgetting of their own)",
-        choices=("dot", "mean", "heads"),
+        "dot",
+        "how items are weighed: dot = by likeness to the query (eq. 3); mean = all alike (the paper's ablation)",
+        choices=("dot", "mean"),
     )
-    heads: int = _option(4, "weighings of aggregator=heads, the first without regard to the query", low=2, high=64)
-    temperature: float = _option(1.0, "divides the scores of eq. 3; 1 = the paper", above=0)
+    temperature: float = _option(
+        0.1, "divides the scores of eq. 3; 1 = the paper, where all items weigh nearly the same", above=0
+    )
+    state_tokens: int = _option(
+        2,
+        "of the persona tokens, so many are made of all items alike, whatever is asked: the user's state, which can be "
+        "kept; 0 = the paper; no matter with aggregator=mean, where all are",
+        low=0,
+        high=256,
+    )
     query_encoder: str = _option(
         "head",
         "eq. 2: trained = a whole trained copy of the encoder (the paper); head = frozen encoder + trained linear map",
@@ -126,6 +133,11 @@ class PlugConfig:
         """How many tokens it makes in all (S)."""
         compared = self.options == "compare" and self.persona_tokens > 0
         return self.instruction_tokens + self.persona_tokens + compared
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether some persona tokens, and not all, are the same whatever is asked."""
+        return self.aggregator != "mean" and self.state_tokens > 0
 
     @property
     def encodes_answers(self) -> bool:
@@ -284,8 +296,8 @@ PAPER = PlugConfig(
     instruction_start="random",
     placement="prefix",
     aggregator="dot",
-    heads=4,
     temperature=1.0,
+    state_tokens=0,
     query_encoder="trained",
     answers="text",
     shrinkage=False,
@@ -299,7 +311,7 @@ PAPER = PlugConfig(
 BEFORE: dict[str, Any] = {
     "plug.instruction_start": "random",
     "plug.placement": "prefix",
-    "plug.heads": 4,
+    "plug.state_tokens": 0,
     "plug.shrinkage": False,
     "plug.options": "ignore",
     "training.history_dropout": 0.0,
@@ -307,6 +319,9 @@ BEFORE: dict[str, Any] = {
     "evaluation.strength": 1.0,
 }
 """What runs and results did whose settings were written down before there was this choice."""
+
+GONE = ("plug.heads",)
+"""Settings that there were once; where they are written down, they changed nothing unless another setting says so."""
 
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,

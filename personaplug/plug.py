@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from personaplug.aggregators import build_aggregator, per_user
-from personaplug.config import BEFORE, Config, PlugConfig
+from personaplug.aggregators import MeanAggregator, build_aggregator, per_user
+from personaplug.config import BEFORE, GONE, Config, PlugConfig
 from personaplug.config_text import with_values
 from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
@@ -91,7 +91,9 @@ class PersonaPlug(nn.Module):
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
         if tokens:
             self.frozen = FrozenQueries(encoder)
-            self.aggregator = build_aggregator(config, width=encoder.width)
+            self.aggregator = build_aggregator(config)
+            # Of the user's state, which does not depend on the query.
+            self.state = MeanAggregator(shrinkage=config.shrinkage) if config.keeps_state else None
             self.query_encoder: QueryEncoder | QueryHead | None = None
             if self.aggregator.asks:
                 self.query_encoder = (
@@ -164,11 +166,15 @@ class PersonaPlug(nn.Module):
         """
         items = _converted(history.vectors, self.item_dtype)
         hidden = self.projector.hidden(items, answers=history.answers, forms=history.forms)
-        weights = per_user(self.weights(queries, history), history.lengths)
-        users = zip(weights, per_user(hidden, history.lengths), strict=True)
-        summed = torch.stack([_summed(own.to(hidden.dtype), items) for own, items in users]).to(self.population.dtype)
-        shares = torch.stack([_share(own, shrinkage=self.config.shrinkage) for own in weights]).to(summed.dtype)
-        return self.projector.out(summed, shares=shares) + (1 - shares)[:, None, None] * self.population
+        users, parts = per_user(hidden, history.lengths), []
+        for tokens, weights in self._weighings(queries, history):
+            each = per_user(weights, history.lengths)
+            summed = torch.stack([own.to(values.dtype) @ values for own, values in zip(each, users, strict=True)])
+            shares = torch.stack([_share(own, shrinkage=self.config.shrinkage) for own in each])
+            summed, shares = summed.to(self.population.dtype), shares.to(self.population.dtype)
+            common = (1 - shares)[:, None, None] * self.population[tokens]
+            parts.append(self.projector.out(summed, shares=shares, tokens=tokens) + common)
+        return torch.cat(parts, dim=1)
 
     def _hints(self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch) -> Tensor:
         """A token for each user, (B, 1, D); zeros where a prompt has no options."""
@@ -183,12 +189,25 @@ class PersonaPlug(nn.Module):
         return torch.stack(hints)[:, None]
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """w of eq. 3 by head, (M, H): how much each item counts for its query.
+        """w of eq. 3, (M,): how much each item counts for its query, the mean over the persona tokens."""
+        weighings = self._weighings(queries, history)
+        counts = [len(range(*tokens.indices(self.config.persona_tokens))) for tokens, _ in weighings]
+        weighed = [count * weights for count, (_, weights) in zip(counts, weighings, strict=True)]
+        return torch.stack(weighed).sum(dim=0) / self.config.persona_tokens
 
-        In float32, since a low temperature magnifies.
+    def _weighings(self, queries: Sequence[str], history: HistoryBatch) -> list[tuple[slice, Tensor]]:
+        """Which persona tokens are made with which (M,) weights of the items.
+
+        The weights are in float32, since a low temperature magnifies.
         """
-        weights: Tensor = self.aggregator(self._query(queries), history.vectors, lengths=history.lengths)
-        return weights
+        asked, lengths = self._query(queries), history.lengths
+        if self.state is None:
+            return [(slice(None), self.aggregator(asked, history.vectors, lengths=lengths))]
+        state = self.config.state_tokens
+        return [
+            (slice(state), self.state(asked, history.vectors, lengths=lengths)),
+            (slice(state, None), self.aggregator(asked, history.vectors, lengths=lengths)),
+        ]
 
     def computing_items_in(self, dtype: str) -> PersonaPlug:
         """Read histories in a backend's number format where that is bfloat16, else in float32; returns itself.
@@ -265,16 +284,10 @@ class PersonaPlug(nn.Module):
         return plug.eval()
 
 
-def _summed(weights: Tensor, hidden: Tensor) -> Tensor:
-    """Σ_i w_i · g_i of one user, (hidden,): each head of the weights (n, H) sums its part of the values (n, hidden)."""
-    (items, heads), width = weights.shape, hidden.shape[1]
-    return torch.einsum("nh,nhd->hd", weights, hidden.view(items, heads, width // heads)).flatten()
-
-
 def _share(weights: Tensor, *, shrinkage: bool) -> Tensor:
-    """Σ_i w_i of one user, the mean over heads."""
+    """Σ_i w_i of one user."""
     # Without shrinkage exactly 1 or 0: what rounding leaves of 1 would train the population persona with noise.
-    return weights.sum(dim=0).mean() if shrinkage else weights.new_tensor(float(len(weights) > 0))
+    return weights.sum() if shrinkage else weights.new_tensor(float(len(weights) > 0))
 
 
 def _converted(items: Tensor, dtype: torch.dtype) -> Tensor:
@@ -295,7 +308,8 @@ def read_plug_config(values: dict[str, Any]) -> PlugConfig:
     Raises:
         BadConfig: for unknown keys or values out of range.
     """
-    return with_values(Config(), {f"plug.{key}": value for key, value in values.items()}).plug
+    named = {f"plug.{key}": value for key, value in values.items()}
+    return with_values(Config(), {key: value for key, value in named.items() if key not in GONE}).plug
 
 
 def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
@@ -305,9 +319,11 @@ def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> No
         raise BadConfig("answers=auto and options=auto are settled by a task; see `run.resolved`.")
     if config.answers == "label" and config.persona_tokens and not fitting.labels:
         raise BadConfig("answers=label needs a task with a closed set of labels; this one has none. Use answers=text.")
-    hidden = config.projector_width or fitting.llm.width
-    if config.aggregator == "heads" and hidden % config.heads:
-        raise BadConfig(f"heads={config.heads} must divide the projector's width, which is {hidden}.")
+    if config.aggregator == "dot" and 0 < config.persona_tokens <= config.state_tokens:
+        raise BadConfig(
+            f"state_tokens={config.state_tokens} leaves none of persona_tokens={config.persona_tokens} for the query. "
+            f"Give fewer, or aggregator=mean for a persona that is the same whatever is asked."
+        )
     if config.options == "compare" and config.persona_tokens and len(fitting.labels) < 2:
         raise BadConfig("options=compare needs a task whose labels stand for two or more options in the prompt.")
     if not encoder.identity.same_as(fitting.encoder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 
@@ -47,12 +48,14 @@ class Projector(nn.Module):
             inner = inner + nn.functional.linear(forms.to(items.dtype), self.form.weight.to(items.dtype))
         return nn.functional.gelu(inner)
 
-    def out(self, hidden: Tensor, *, shares: Tensor) -> Tensor:
-        """The outer layer for weighted sums, Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i; (B, K, D).
+    def out(self, hidden: Tensor, *, shares: Tensor, tokens: slice) -> Tensor:
+        """Some tokens' outer layer for weighted sums, Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i; (B, k, D).
 
         Args:
             hidden: (B, hidden) Σ w_i g_i.
             shares: (B,) Σ w_i.
+            tokens: which k of the K.
         """
-        projected = nn.functional.linear(hidden, self.outer.weight) + shares[:, None] * self.outer.bias
-        return projected.view(len(hidden), self.tokens, -1)
+        weight = self.outer.weight.view(self.tokens, -1, hidden.shape[1])[tokens]
+        bias = self.outer.bias.view(self.tokens, -1)[tokens]
+        return torch.einsum("bh,kdh->bkd", hidden, weight) + shares[:, None, None] * bias

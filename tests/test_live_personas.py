@@ -23,12 +23,12 @@ from personaplug.store import HistoryStore, StoreSettings
 from personaplug.weights import LLMIdentity
 
 LLM = LLMIdentity("small", None, "0123456789abcdef", 8)
-DEFAULT = replace(PlugConfig(), answers="label", options="ignore", instruction_start="random")
-BY_QUERY = replace(DEFAULT, aggregator="dot", temperature=0.1)
+BY_QUERY = replace(PlugConfig(), answers="label", options="ignore", instruction_start="random")
+ALIKE = replace(BY_QUERY, aggregator="mean")
 ITEMS = [item(str(n), f"film {n}", answer=LABELS[n % 3]) for n in range(5)]
 
 
-def _plug(config: PlugConfig = DEFAULT) -> PersonaPlug:
+def _plug(config: PlugConfig = ALIKE) -> PersonaPlug:
     torch.manual_seed(1)
     labels = LABELS if config.answers == "label" or config.options == "compare" else ()
     plug = PersonaPlug(config, fitting=Fitting(LLM, 0.25, ENCODER.identity, labels), encoder=ENCODER).eval()
@@ -36,7 +36,7 @@ def _plug(config: PlugConfig = DEFAULT) -> PersonaPlug:
     return plug
 
 
-def _live(tmp_path: Path, config: PlugConfig = DEFAULT, **settings: Any) -> LivePersonas:
+def _live(tmp_path: Path, config: PlugConfig = ALIKE, **settings: Any) -> LivePersonas:
     plug = _plug(config)
     store = HistoryStore.open(tmp_path / "histories.db", ENCODER, settings=store_settings(plug))
     return LivePersonas(Personalizer(plug), store, **settings)
@@ -48,7 +48,7 @@ def _tokens(live: LivePersonas, user: str | None, query: str = "a film", **setti
     return soft.vectors
 
 
-@pytest.mark.parametrize("config", [DEFAULT, BY_QUERY, replace(BY_QUERY, selected_items=2)])
+@pytest.mark.parametrize("config", [ALIKE, BY_QUERY, replace(BY_QUERY, selected_items=2)])
 def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
     live.store.add("shop", "ann", ITEMS)
@@ -66,14 +66,14 @@ def test_a_query_is_asked_anew_though_the_history_is_kept(tmp_path: Path) -> Non
 
 
 def test_options_reach_a_plug_that_compares_them(tmp_path: Path) -> None:
-    live = _live(tmp_path, replace(DEFAULT, options="compare"))
+    live = _live(tmp_path, replace(ALIKE, options="compare"))
     live.store.add("shop", "ann", ITEMS)
     options = [Options("which", texts) for texts in (("film 1", "film 2", "film 3"), ("film 2", "film 1", "film 3"))]
     one, other = (_tokens(live, "ann", "which", options=each) for each in options)
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("config", [DEFAULT, BY_QUERY])
+@pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
 @pytest.mark.parametrize("user", [None, "nobody"])
 def test_the_unknown_get_what_is_common_to_all_or_nothing(tmp_path: Path, config: PlugConfig, user: str | None) -> None:
     live = _live(tmp_path, config)
@@ -85,7 +85,7 @@ def test_the_unknown_get_what_is_common_to_all_or_nothing(tmp_path: Path, config
     assert (plain.soft, plain.applied) == (None, "plain")
 
 
-@pytest.mark.parametrize("config", [DEFAULT, BY_QUERY])
+@pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
 def test_strength_goes_from_the_plain_model_to_beyond(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
     live.store.add("shop", "ann", ITEMS)
@@ -98,7 +98,7 @@ def test_strength_goes_from_the_plain_model_to_beyond(tmp_path: Path, config: Pl
     torch.testing.assert_close(beyond, 2 * full - common)
 
 
-@pytest.mark.parametrize("config", [DEFAULT, BY_QUERY])
+@pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
 def test_a_change_is_seen_by_the_next_request(tmp_path: Path, config: PlugConfig) -> None:
     live, elsewhere = _live(tmp_path, config), HistoryStore.open(tmp_path / "histories.db", ENCODER)
     elsewhere.add("shop", "ann", ITEMS[:2])

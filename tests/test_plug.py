@@ -21,7 +21,7 @@ from personaplug.encoder import HashEncoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.form import forms_of
 from personaplug.option_hint import OptionHint
-from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
+from personaplug.plug import Fitting, HistoryBatch, PersonaPlug, read_plug_config
 from personaplug.records import Options
 from personaplug.samples import no_forms
 from personaplug.weights import LLMIdentity
@@ -126,7 +126,7 @@ def test_a_plug_that_weighs_all_items_alike_has_no_query_side(kind: str, monkeyp
     assert not any(name.startswith("query_encoder") for name in plug.state_dict())
     plug.remember(QUERIES)
     assert torch.equal(plug(QUERIES, history).vectors, plug(QUERIES[::-1], history).vectors)
-    assert plug.weights(QUERIES, history)[:, 0].tolist() == [0.25] * 4 + [0.5] * 2
+    assert plug.weights(QUERIES, history).tolist() == [0.25] * 4 + [0.5] * 2
 
 
 def test_a_user_without_history_gets_the_population_persona_and_trains_it() -> None:
@@ -185,29 +185,43 @@ def test_with_shrinkage_every_item_leaves_less_to_what_is_common(aggregator: str
         assert left[5] == pytest.approx(math.e / (math.e + 5))
 
 
-def test_every_head_sums_its_own_share_of_the_values() -> None:
-    plug, history = _plug(aggregator="heads", heads=2, persona_tokens=3), _history()
-    with torch.no_grad():
-        weights = plug.weights(QUERIES, history)
-        hidden = plug.projector.hidden(history.vectors, answers=history.answers, forms=history.forms)
-        found = plug.persona(QUERIES, history)
-        half = hidden.shape[1] // 2
-        for row, items in enumerate((slice(0, 4), slice(4, 6))):
-            summed = torch.cat([weights[items, 0] @ hidden[items, :half], weights[items, 1] @ hidden[items, half:]])
-            torch.testing.assert_close(found[row].flatten(), plug.projector.outer(summed), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found[2], plug.population)
+@pytest.mark.parametrize("shrinkage", [False, True])
+def test_the_users_state_is_made_of_all_items_alike_and_the_rest_for_the_query(shrinkage: bool) -> None:
+    plug, history = _plug(persona_tokens=3, state_tokens=2, temperature=0.1, shrinkage=shrinkage), _history()
+    torch.nn.init.normal_(plug.population)
+    state, asked = (
+        _plug(persona_tokens=3, aggregator=kind, temperature=0.1, shrinkage=shrinkage) for kind in ("mean", "dot")
+    )
+    for other in (state, asked):
+        other.load_state_dict({name: value for name, value in plug.state_dict().items() if name in other.state_dict()})
+    found = plug.persona(QUERIES, history)
+    torch.testing.assert_close(found[:, :2], state.persona(QUERIES, history)[:, :2])
+    torch.testing.assert_close(found[:, 2:], asked.persona(QUERIES, history)[:, 2:])
+    moved = plug.persona(QUERIES[1:] + QUERIES[:1], history)
+    torch.testing.assert_close(moved[:, :2], found[:, :2])
+    assert not torch.allclose(moved[:2, 2:], found[:2, 2:])
+    mixed = (2 * state.weights(QUERIES, history) + asked.weights(QUERIES, history)) / 3
+    torch.testing.assert_close(plug.weights(QUERIES, history), mixed)
 
 
-def test_heads_must_divide_the_projectors_width() -> None:
-    with pytest.raises(BadConfig, match="heads=3 must divide the projector's width, which is 8"):
-        _plug(aggregator="heads", heads=3)
+def test_some_tokens_are_left_for_the_query() -> None:
+    with pytest.raises(BadConfig, match="aggregator=mean"):
+        _plug(persona_tokens=2, state_tokens=2)
+    assert _plug(persona_tokens=2, state_tokens=2, aggregator="mean").asks_nothing
+    assert not _plug(persona_tokens=0, state_tokens=2).config.persona_tokens
+
+
+def test_a_setting_that_has_gone_is_no_hindrance() -> None:
+    assert read_plug_config({"heads": 4, "aggregator": "dot"}).aggregator == "dot"
+    with pytest.raises(BadConfig, match="dot, mean"):
+        read_plug_config({"heads": 4, "aggregator": "heads"})
 
 
 def test_shrinkage_mixes_the_common_persona_into_that_of_the_items() -> None:
     plug, history = _plug(shrinkage=True), _history(lengths=(4, 2, 0))
     torch.nn.init.normal_(plug.population)
     with torch.no_grad():
-        weights = plug.weights(QUERIES, history)[:, 0]
+        weights = plug.weights(QUERIES, history)
         hidden = plug.projector.hidden(history.vectors, answers=history.answers, forms=history.forms)
         each = torch.nn.functional.linear(hidden, plug.projector.outer.weight, plug.projector.outer.bias)
         found = plug.persona(QUERIES, history)[:, 0]

@@ -163,7 +163,7 @@ class TrainingConfig:
     batch_size: int = _option(16, "samples in a step, over all processes", low=1)
     views: int = _option(0, "random sub-histories added per sample and epoch (the paper's code uses 10)", low=0)
     empty_share: float = _option(
-        0.1,
+        0.2,
         "share of samples whose history is hidden in an epoch, to train for users without one; 0 = the paper",
         low=0,
         high=1,

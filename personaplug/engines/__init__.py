@@ -1,0 +1,1 @@
+"""Engines: what answers a request once it has its persona."""

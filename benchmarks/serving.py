@@ -1,0 +1,207 @@
+"""What personas cost a service: plain vLLM, ours, and prompts with retrieved texts, on one vLLM; and our own engine.
+
+    python benchmarks/serving.py --run RUN --data DATA --vllm http://127.0.0.1:8123 [--json FILE]
+
+All rows ask the same questions of DATA's dev split, with the same length of answer, streamed, greedy, so many at once.
+Rounds take the rows in turn, so that other work on the machine meets all of them. *plain*: the question, straight to
+vLLM. *persona*: the same question to `personaplug serve` in front of that vLLM, as its user, whose history is in the
+store. *retrieval*: the question with the four best items of the history (BM25) in its prompt, straight to vLLM. Each
+round asks other questions. Then the embedded engine: one request at a time, and sixteen at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from personaplug.data import open_dataset
+from personaplug.files import write_json
+from personaplug.history_prompt import HistoryWriter
+from personaplug.hosting import Hosting, open_service
+from personaplug.records import Sample
+from personaplug.retrieval import BM25
+from personaplug.run import Run, machine, open_models, versions
+
+ITEMS = 4
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request of a row.
+
+    Attributes:
+        url: whom it is sent to.
+        body: what.
+    """
+
+    url: str
+    body: dict[str, Any]
+
+
+async def answer(client: httpx.AsyncClient, asked: Asked) -> float:
+    """Ask, read the answer to its end, and return the seconds until its first token."""
+    began, first = time.perf_counter(), None
+    async with client.stream("POST", f"{asked.url}/v1/chat/completions", json=asked.body) as reply:
+        if reply.status_code != 200:
+            raise SystemExit(f"{asked.url} answered {reply.status_code}: {(await reply.aread())[:300]!r}")
+        async for line in reply.aiter_lines():
+            if first is None and line.startswith("data: {"):
+                delta = json.loads(line[6:])["choices"][0]["delta"]
+                first = time.perf_counter() - began if delta.get("content") else None
+    return first if first is not None else time.perf_counter() - began
+
+
+async def load(requests: Sequence[Asked], *, at_once: int) -> tuple[float, list[float]]:
+    """Answer all, so many at once; seconds in all, and each one's until its first token."""
+    places = asyncio.Semaphore(at_once)
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+
+        async def one(asked: Asked) -> float:
+            async with places:
+                return await answer(client, asked)
+
+        began = time.perf_counter()
+        firsts = await asyncio.gather(*map(one, requests))
+        return time.perf_counter() - began, list(firsts)
+
+
+@contextlib.contextmanager
+def our_server(run: Path, store: Path, engine: str) -> Iterator[str]:
+    """`personaplug serve` in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "personaplug", "--quiet", "serve", "--run", str(run), "--store", str(store)]
+    process = subprocess.Popen([*command, "--engine", engine, "--port", str(port)])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/ready").status_code == 200:
+                    break
+            if process.poll() is not None:
+                raise SystemExit("the server did not start")
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def summary(rounds: list[tuple[float, list[float]]]) -> dict[str, float]:
+    """Requests a second and times to the first token, over all rounds."""
+    firsts = np.concatenate([firsts for _, firsts in rounds])
+    each = [len(firsts) / seconds for seconds, firsts in rounds]
+    return {
+        "requests_per_second": round(float(np.median(each)), 2),
+        "first_token_p50_ms": round(1e3 * float(np.percentile(firsts, 50)), 1),
+        "first_token_p99_ms": round(1e3 * float(np.percentile(firsts, 99)), 1),
+    }
+
+
+def fill(run: Run, store: Path, samples: Sequence[Sample]) -> None:
+    """Put the users' histories into the store."""
+    service = open_service(run, Hosting(store=str(store)))
+    for sample in samples:
+        service.store.add("default", sample.owner, sample.history)
+    service.store.close()
+
+
+def bodies(sample: Sample, *, tokens: int, model: str | None = None) -> dict[str, Any]:
+    """A question as a request."""
+    body = {"messages": [{"role": "user", "content": sample.prompt}], "max_tokens": tokens, "temperature": 0}
+    # Answers of one length for all rows, whatever the model would have stopped at.
+    return body | {"stream": True, "ignore_eos": True} | ({"model": model} if model else {})
+
+
+def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: argparse.Namespace) -> dict[str, Any]:
+    """The three rows, in turn."""
+    model = httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"]
+    writer, bm25 = HistoryWriter(run.task, open_models(run.config).backend), BM25()
+    found: dict[str, list[tuple[float, list[float]]]] = {"plain": [], "persona": [], "retrieval": []}
+    for number in range(given.rounds):
+        part = samples[number * given.requests : (number + 1) * given.requests]
+        plain = [bodies(sample, tokens=given.tokens, model=model) for sample in part]
+        extra = {"personaplug": {"free": True}}
+        persona = [body | {"user": sample.owner} | extra for body, sample in zip(plain, part, strict=True)]
+        written = [writer.write(s.prompt, [s.history[n] for n in bm25.rank(s)[:ITEMS]]).prompt for s in part]
+        shown = [
+            body | {"messages": [{"role": "user", "content": text}]} for body, text in zip(plain, written, strict=True)
+        ]
+        rows = {"plain": (vllm, plain), "persona": (ours, persona), "retrieval": (vllm, shown)}
+        for name in np.random.default_rng(number).permutation(list(rows)):
+            url, asked = rows[name]
+            found[name].append(asyncio.run(load([Asked(url, body) for body in asked], at_once=given.at_once)))
+            print(number, name, summary(found[name][-1:]), flush=True)
+    table: dict[str, Any] = {name: summary(rounds) for name, rounds in found.items()}
+    ratios = {
+        name: round(float(np.median([b[0] / a[0] for a, b in zip(found["persona"], found[name], strict=True)])), 3)
+        for name in ("plain", "retrieval")
+    }
+    return table | {"throughput_of_persona_over": ratios}
+
+
+def on_ours(samples: list[Sample], *, ours: str, given: argparse.Namespace) -> dict[str, Any]:
+    """The embedded engine, one request at a time and sixteen at once."""
+    found: dict[str, list[tuple[float, list[float]]]] = {"1 at once": [], "16 at once": []}
+    for number in range(given.rounds):
+        part = samples[number * given.requests : (number + 1) * given.requests]
+        asked = [
+            Asked(ours, bodies(sample, tokens=given.tokens) | {"user": sample.owner, "personaplug": {"free": True}})
+            for sample in part
+        ]
+        for name, at_once in (("1 at once", 1), ("16 at once", 16)):
+            found[name].append(asyncio.run(load(asked, at_once=at_once)))
+            print(number, name, summary(found[name][-1:]), flush=True)
+    alone, together = found.values()
+    gain = float(np.median([a[0] / b[0] for a, b in zip(alone, together, strict=True)]))
+    return {name: summary(rounds) for name, rounds in found.items()} | {"throughput_gain": round(gain, 2)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="a run with a trained plug")
+    parser.add_argument("--data", type=Path, required=True, help="a set of the run's task")
+    parser.add_argument("--vllm", help="address of a vLLM server of the run's model; without it, only our own engine")
+    parser.add_argument("--requests", type=int, default=48, help="in a round, of each row")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--at-once", type=int, default=8, help="requests to vLLM at once")
+    parser.add_argument("--tokens", type=int, default=16, help="of an answer")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    run = Run.open(given.run)
+    samples = list(open_dataset(given.data, "dev", task=run.task))[: given.rounds * given.requests]
+    if len(samples) < given.rounds * given.requests:
+        raise SystemExit(f"{given.data} has {len(samples)} dev samples, too few for so many rounds.")
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "histories.db"
+        fill(run, store, samples)
+        if given.vllm:
+            with our_server(given.run, store, given.vllm) as ours:
+                found["vllm"] = on_vllm(run, samples, vllm=given.vllm, ours=ours, given=given)
+        with our_server(given.run, store, "local") as ours:
+            found["local"] = on_ours(samples, ours=ours, given=given)
+    print(json.dumps(found, indent=1))
+    if given.json:
+        settings = {name: value for name, value in vars(given).items() if isinstance(value, int)}
+        write_json(given.json, found | {"settings": settings, "versions": versions(), "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

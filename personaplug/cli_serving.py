@@ -69,8 +69,8 @@ def serve(
     from personaplug.accounts import Accounts
     from personaplug.hosting import Hosting, open_service
     from personaplug.run import Run
-    from personaplug.server import Limits, create_app
-    from personaplug.server import serve as serve_app
+    from personaplug.server import Limits
+    from personaplug.server import serve as serve_service
     from personaplug.store import Retention
 
     accounts = Accounts.read(keys) if keys else Accounts()
@@ -78,11 +78,7 @@ def serve(
     hosting = Hosting(retention=Retention(max_items, max_days), **settings)
     service = open_service(Run.open(run_folder), hosting)
     limits = Limits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
-    app = create_app(service, accounts=accounts, limits=limits)
-    whom = "this machine alone" if accounts.open else f"the keys in {keys}"
-    place = f"http://{host}:{port}"
-    click.echo(f"personas at {place}/v1 for {whom}; the routes are described at {place}/docs", err=True)
-    serve_app(app, accounts=accounts, host=host, port=port)
+    serve_service(service, accounts=accounts, limits=limits, host=host, port=port)
 
 
 @click.command()

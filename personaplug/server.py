@@ -5,6 +5,7 @@ A caller's mistake is answered with 4xx and OpenAI's form of an error. No user's
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import traceback
@@ -229,17 +230,30 @@ def create_app(service: Service, *, accounts: Accounts | None = None, limits: Li
     return app
 
 
-def serve(app: FastAPI, *, accounts: Accounts, host: str, port: int, patience_s: int = 30) -> None:
+def serve(service: Service, *, accounts: Accounts, limits: Limits, host: str, port: int, patience_s: int = 30) -> None:
     """Serve until told to stop, then finish what was begun.
 
     Args:
         patience_s: seconds that streams have to end.
     Raises:
-        BadConfig: if there are no keys and others than this machine would be let in.
+        BadConfig: if there are no keys and others than this machine would be let in, or the engine does not fit.
+        EngineFailure: if the language model is not there.
     """
     accounts.check_address(host)
+    app = create_app(service, accounts=accounts, limits=limits)
     # An access log would hold users' ids, which stand in paths.
-    uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=patience_s)
+    config = uvicorn.Config(
+        app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=patience_s
+    )
+
+    async def run() -> None:
+        await service.engine.start()  # here and not in the server, so that what is wrong reaches the caller
+        whom = "this machine alone" if accounts.open else "whoever has a key"
+        place = f"http://{host}:{port}"
+        logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], place, whom, place)
+        await uvicorn.Server(config).serve()
+
+    asyncio.run(run())
 
 
 def _response(answered: Answered) -> Response:

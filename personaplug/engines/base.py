@@ -54,7 +54,7 @@ class Engine(Protocol):
     models: tuple[str, ...]
 
     async def start(self) -> None:
-        """Get ready, and make sure that soft tokens do what they should.
+        """Get ready, and make sure that soft tokens do what they should; once, however often it is asked.
 
         Raises:
             BadConfig: if the engine is not set up for them.

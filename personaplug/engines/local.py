@@ -129,7 +129,8 @@ class LocalEngine:
 
     async def start(self) -> None:
         """Start the thread that owns the model."""
-        self._thread.start()
+        if self._thread.ident is None:
+            self._thread.start()
 
     async def ready(self) -> bool:
         """Whether the thread that owns the model is there."""

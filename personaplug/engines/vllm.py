@@ -101,6 +101,8 @@ class VLLMEngine:
 
     async def start(self) -> None:
         """Learn the model's name, then make sure that embeds are taken, and mean what text means."""
+        if self._theirs:
+            return
         listed = await self._json("GET", "/v1/models")
         self._theirs = str(listed["data"][0]["id"])
         self.models = self.models or (self._theirs,)

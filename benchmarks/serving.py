@@ -5,8 +5,9 @@
 All rows ask the same questions of DATA's dev split, with the same length of answer, streamed, greedy, so many at once.
 Rounds take the rows in turn, so that other work on the machine meets all of them. *plain*: the question, straight to
 vLLM. *persona*: the same question to `personaplug serve` in front of that vLLM, as its user, whose history is in the
-store. *retrieval*: the question with the four best items of the history (BM25) in its prompt, straight to vLLM. Each
-round asks other questions. Then the embedded engine: one request at a time, and sixteen at once.
+store. *embeds*: what that server sends to vLLM, sent there straight: the difference to *plain* is vLLM's own, that to
+*persona* ours. *retrieval*: the question with the four best items of the history (BM25) in its prompt, straight to
+vLLM. Each round asks other questions. Then the embedded engine: one request at a time, and sixteen at once.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 
 from personaplug.data import open_dataset
+from personaplug.engines.vllm import with_soft_tokens
 from personaplug.files import write_json
 from personaplug.history_prompt import HistoryWriter
 from personaplug.hosting import Hosting, open_service
 from personaplug.records import Sample
 from personaplug.retrieval import BM25
 from personaplug.run import Run, machine, open_models, versions
+from personaplug.soft_prompt import SoftPrompt
 
 ITEMS = 4
+WIDTH = 576
 
 
 @dataclass(frozen=True)
@@ -132,17 +137,24 @@ def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: arg
     """The three rows, in turn."""
     model = httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"]
     writer, bm25 = HistoryWriter(run.task, open_models(run.config).backend), BM25()
-    found: dict[str, list[tuple[float, list[float]]]] = {"plain": [], "persona": [], "retrieval": []}
+    soft = SoftPrompt(torch.randn(1, run.config.plug.soft_tokens, WIDTH) * 0.1, placement="suffix")
+    found: dict[str, list[tuple[float, list[float]]]] = {"plain": [], "embeds": [], "persona": [], "retrieval": []}
     for number in range(given.rounds):
         part = samples[number * given.requests : (number + 1) * given.requests]
         plain = [bodies(sample, tokens=given.tokens, model=model) for sample in part]
         extra = {"personaplug": {"free": True}}
         persona = [body | {"user": sample.owner} | extra for body, sample in zip(plain, part, strict=True)]
+        embeds = [with_soft_tokens(body, soft) for body in plain]
         written = [writer.write(s.prompt, [s.history[n] for n in bm25.rank(s)[:ITEMS]]).prompt for s in part]
         shown = [
             body | {"messages": [{"role": "user", "content": text}]} for body, text in zip(plain, written, strict=True)
         ]
-        rows = {"plain": (vllm, plain), "persona": (ours, persona), "retrieval": (vllm, shown)}
+        rows = {
+            "plain": (vllm, plain),
+            "embeds": (vllm, embeds),
+            "persona": (ours, persona),
+            "retrieval": (vllm, shown),
+        }
         for name in np.random.default_rng(number).permutation(list(rows)):
             url, asked = rows[name]
             found[name].append(asyncio.run(load([Asked(url, body) for body in asked], at_once=given.at_once)))
@@ -150,7 +162,7 @@ def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: arg
     table: dict[str, Any] = {name: summary(rounds) for name, rounds in found.items()}
     ratios = {
         name: round(float(np.median([b[0] / a[0] for a, b in zip(found["persona"], found[name], strict=True)])), 3)
-        for name in ("plain", "retrieval")
+        for name in ("plain", "embeds", "retrieval")
     }
     return table | {"throughput_of_persona_over": ratios}
 

@@ -253,7 +253,8 @@ def serve(service: Service, *, accounts: Accounts, limits: Limits, host: str, po
         logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], place, whom, place)
         await uvicorn.Server(config).serve()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(run())
 
 
 def _response(answered: Answered) -> Response:

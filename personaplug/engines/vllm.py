@@ -163,7 +163,7 @@ class VLLMEngine:
             raise RequestError(f"{', '.join(unsafe)} cannot be had with a persona.", code="unsupported")
         if question.kind == "completion":
             return _with_embeds(body, self._whole(body["prompt"], question.soft))
-        return _with_part(body, question.soft)
+        return with_soft_tokens(body, question.soft)
 
     def _whole(self, prompt: str, soft: SoftPrompt) -> Tensor:
         text, own = self.table.embedded(prompt), soft.vectors[0].to(self.table.rows)
@@ -211,7 +211,7 @@ class VLLMEngine:
         soft = SoftPrompt(torch.zeros(1, 1, self.width), placement="suffix")
         plain, behind = [
             (await self._post("/tokenize", body)).json().get("tokens", [])
-            for body in (opened, _with_part({"model": name, "messages": asked}, soft))
+            for body in (opened, with_soft_tokens({"model": name, "messages": asked}, soft))
         ]
         if behind[:-1] != plain:
             raise BadConfig(
@@ -253,7 +253,7 @@ def _with_embeds(body: dict[str, Any], vectors: Tensor) -> dict[str, Any]:
     return {**{name: value for name, value in body.items() if name != "prompt"}, "prompt_embeds": encoded(vectors)}
 
 
-def _with_part(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
+def with_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
     """A chat with soft tokens: as the beginning of the answer, or right before the last user's text."""
     part = {"type": "prompt_embeds", "data": encoded(soft.vectors[0].to(torch.bfloat16))}
     messages = list(body["messages"])

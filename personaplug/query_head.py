@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -14,7 +15,9 @@ _KNOWN = 65_536  # texts whose vectors are remembered; 100 MB with MiniLM
 
 
 class FrozenQueries:
-    """Vectors of texts that are asked again and again, by an encoder that does not change.
+    """Vectors of texts that are asked again and again, by an encoder that does not change; for one thread at a time.
+
+    The texts themselves are not kept, only digests of them.
 
     Args:
         encoder: makes them, as it makes those of queries.
@@ -22,25 +25,31 @@ class FrozenQueries:
 
     def __init__(self, encoder: Encoder) -> None:
         self._made_by = encoder
-        self._known: dict[str, Tensor] = {}
+        self._known: dict[bytes, Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """(n, E) unit vectors on the CPU."""
         self.remember(texts)
-        return torch.stack([self._known[text] for text in texts])
+        return torch.stack([self._known[_digest(text)] for text in texts])
 
     def remember(self, texts: Sequence[str]) -> None:
         """Encode what is not known yet; beyond a bound, what was known is forgotten first."""
-        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        wanted = {_digest(text): text for text in texts}
+        missing = {digest: text for digest, text in wanted.items() if digest not in self._known}
         if missing and len(self._known) + len(missing) > _KNOWN:
             self._known.clear()
-            missing = list(dict.fromkeys(texts))
+            missing = wanted
         if missing:
-            self._known.update(zip(missing, torch.from_numpy(self._encoder.encode(missing)), strict=True))
+            vectors = torch.from_numpy(self._encoder.encode(list(missing.values())))
+            self._known.update(zip(missing, vectors, strict=True))
 
     @cached_property
     def _encoder(self) -> QueryEncoder:
         return self._made_by.query_encoder().eval().requires_grad_(False)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class QueryHead(nn.Module):

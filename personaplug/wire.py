@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from personaplug.errors import RequestError
+
 Kind = Literal["chat", "completion"]
 
 DONE = b"data: [DONE]\n\n"
@@ -100,12 +102,17 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """`/v1/completions`, one prompt at a time."""
 
-    prompt: Text
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
 
     @property
     def asked(self) -> str:
         """The prompt."""
-        return self.prompt
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    @property
+    def passed_on(self) -> dict[str, Any]:
+        """What the engine gets: a list of one prompt as that prompt."""
+        return super().passed_on | {"prompt": self.asked}
 
 
 class ErrorBody(BaseModel):
@@ -121,6 +128,24 @@ class ErrorReply(BaseModel):
     """Every answer that is not 2xx."""
 
     error: ErrorBody
+
+
+def first_flaw(errors: Sequence[Any]) -> str:
+    """What pydantic found first, without the value itself."""
+    place = ".".join(str(part) for part in errors[0]["loc"])
+    return f"{place}: {errors[0]['msg']}"
+
+
+def check_values(value: Any) -> None:
+    """Refuse what no JSON can hold, wherever it stands: numbers without end, halves of surrogate pairs.
+
+    Raises:
+        RequestError: if there is any.
+    """
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # an encoding error is a value error
+        raise RequestError("A number is not finite, or a text is not valid Unicode.", code="invalid_value") from None
 
 
 def error_reply(message: str, *, code: str, status: int) -> dict[str, Any]:

@@ -146,6 +146,14 @@ def test_a_completion_has_no_template(toy: DecoderOnlyBackend) -> None:
         ({"max_tokens": 100_000}, "max_tokens"),
         ({"stop": 3}, "invalid_value"),
         ({"messages": [{"role": "user", "content": "long " * 2000}]}, "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "x" * 10_000_000}]}, "context_length_exceeded"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user<|end|>", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_value"),
+        ({"top_k": 5}, "unsupported"),
+        ({"structured_outputs": {"choice": ["a"]}}, "unsupported"),
     ],
 )
 def test_what_it_cannot_do_is_refused(toy: DecoderOnlyBackend, fields: dict[str, Any], code: str) -> None:
@@ -173,19 +181,110 @@ def test_fields_that_ask_for_nothing_are_taken(toy: DecoderOnlyBackend) -> None:
     assert _run(toy, ask)
 
 
-def test_a_listener_who_leaves_frees_the_place(toy: DecoderOnlyBackend) -> None:
+@pytest.mark.parametrize("read", [0, 1, 3])
+def test_a_listener_who_leaves_frees_the_place(toy: DecoderOnlyBackend, read: int) -> None:
     async def ask(engine: LocalEngine) -> str:
         for _ in range(5):
-            reply = await engine.answer(_chat("endless", max_tokens=500, stream=True))
+            reply = await engine.answer(_chat("endless", max_tokens=4000, stream=True))
             assert not isinstance(reply.body, bytes)
-            stream = reply.body
-            await anext(stream)
-            await anext(stream)
-            await stream.aclose()
-        # With one place, this is answered only if the others are gone.
-        return _text(await asyncio.wait_for(engine.answer(_chat("hello")), 20))
+            events = aiter(reply.body)
+            for _ in range(read):
+                await anext(events)
+            await reply.body.aclose()
+        # With one place, this is answered in time only if the others are gone.
+        return _text(await asyncio.wait_for(engine.answer(_chat("hello")), 5))
 
-    assert _run(toy, ask, max_rows=1)
+    assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
+
+
+def test_one_who_no_longer_waits_for_a_whole_answer_frees_the_place(toy: DecoderOnlyBackend) -> None:
+    async def ask(engine: LocalEngine) -> str:
+        for _ in range(5):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(engine.answer(_chat("endless", max_tokens=4000)), 0.05)
+        return _text(await asyncio.wait_for(engine.answer(_chat("hello")), 5))
+
+    assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
+
+
+def test_answers_that_stop_early_harm_no_others(toy: DecoderOnlyBackend) -> None:
+    """Stop texts are found while the model goes on: in bursts, none fails, and each counts the same tokens always."""
+
+    async def ask(engine: LocalEngine) -> list[set[tuple[str, int]]]:
+        free = [_text(await engine.answer(_chat(f"question {n}", max_tokens=40))) for n in range(8)]
+        found: list[set[tuple[str, int]]] = [set() for _ in free]
+        for _ in range(12):
+            asked = [_chat(f"question {n}", max_tokens=40, stop=text[5 + n]) for n, text in enumerate(free)]
+            for number, reply in enumerate(await asyncio.gather(*map(engine.answer, asked))):
+                assert isinstance(reply.body, bytes)
+                found[number].add((_text(reply), json.loads(reply.body)["usage"]["completion_tokens"]))
+        return found
+
+    assert all(len(answers) == 1 for answers in _run(toy, ask))
+
+
+@pytest.mark.parametrize("odd", [{"temperature": 1e-40}, {"top_p": 1e-50, "temperature": 1}, {"top_p": 0}])
+def test_odd_numbers_are_answered_and_fail_nobody(toy: DecoderOnlyBackend, odd: dict[str, Any]) -> None:
+    async def ask(engine: LocalEngine) -> list[str]:
+        asked = [_chat("hello", max_tokens=30), _chat("hello", max_tokens=30, **odd), _chat("you", max_tokens=30)]
+        return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))]
+
+    plain, strange, _ = _run(toy, ask)
+    assert strange == plain  # all of these take the likeliest token
+
+
+def test_a_persona_that_is_no_number_is_refused_and_fails_nobody(toy: DecoderOnlyBackend) -> None:
+    soft = _soft(toy, 1)
+    spoiled = SoftPrompt(soft.vectors * float("nan"), placement="suffix")
+
+    async def ask(engine: LocalEngine) -> str:
+        with pytest.raises(EngineFailure, match="no numbers"):
+            await engine.answer(_chat("hello", spoiled))
+        return _text(await engine.answer(_chat("hello", soft)))
+
+    assert _run(toy, ask)
+
+
+def test_newcomers_do_not_keep_others_waiting(toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, behind, done = toy.read, toy.logits_behind, list[str]()
+
+    def reading(*given: Any, **named: Any) -> Any:
+        done.append("r")
+        return read(*given, **named)
+
+    def stepping(*given: Any, **named: Any) -> Any:
+        done.append("s")
+        return behind(*given, **named)
+
+    monkeypatch.setattr(toy, "read", reading)
+    monkeypatch.setattr(toy, "logits_behind", stepping)
+
+    async def ask(engine: LocalEngine) -> None:
+        long = asyncio.create_task(engine.answer(_chat("long", max_tokens=100)))
+        await asyncio.gather(*(engine.answer(_chat(f"short {n}", max_tokens=1)) for n in range(60)))
+        await long
+
+    _run(toy, ask, max_rows=2)
+    course = "".join(done)
+    assert course.count("s") == 99
+    assert course.count("r") > 30
+    assert "rr" not in course[1 : course.rindex("s")]  # between any two readings, the long answer gets a token
+
+
+def test_the_likeliest_of_a_closed_set_is_that_of_an_evaluation(toy: DecoderOnlyBackend) -> None:
+    labels = ("politics", "pop", "sports news", "science", "7")
+    softs = [_soft(toy, seed) for seed in range(30)]
+
+    async def ask(engine: LocalEngine) -> list[str]:
+        asked = [_chat(f"which {n}", soft, choices=labels) for n, soft in enumerate(softs)]
+        asked = [
+            Question(q.kind, {k: v for k, v in q.body.items() if k != "temperature"}, q.soft, labels) for q in asked
+        ]
+        return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))]
+
+    for number, (soft, answer) in enumerate(zip(softs, _run(toy, ask), strict=True)):
+        scores = toy.score([f"which {number}"], labels, soft=soft)[0]
+        assert answer == labels[int(scores.argmax())]
 
 
 def test_closing_finishes_what_was_begun(toy: DecoderOnlyBackend) -> None:

@@ -371,6 +371,8 @@ def chosen(logits: Tensor, config: GenerationConfig, *, draw: torch.Generator) -
     if config.top_p == 1:
         return torch.multinomial(shares, 1, generator=draw)[:, 0]
     shares, order = shares.sort(dim=-1, descending=True)
-    # Those before which less than `top_p` is covered; the likeliest always.
-    shares = shares.masked_fill(shares.cumsum(dim=-1) - shares >= config.top_p, 0)
+    # Those before which less than `top_p` is covered; the likeliest always, however little that is.
+    beyond = shares.cumsum(dim=-1) - shares >= config.top_p
+    beyond[..., 0] = False
+    shares = shares.masked_fill(beyond, 0)
     return order.gather(-1, torch.multinomial(shares, 1, generator=draw))[:, 0]

@@ -6,6 +6,7 @@ special tokens switched off, so that a text that spells `<|im_end|>` stays text.
 
 from __future__ import annotations
 
+import copy
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,9 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, *, max_tokens: int, encoder_decoder: bool) -> None:
         self.tokenizer = tokenizer
+        # Of users' texts, in which special tokens are text. One of its own: whether they are is a state of a tokenizer,
+        # and several threads would change it under each other.
+        self._of_texts = copy.deepcopy(tokenizer)
         self.max_tokens = max_tokens
         self.chat = not encoder_decoder and bool(getattr(tokenizer, "chat_template", None))
         head, tail = self._chat_frame() if self.chat else self._plain_frame(new_line=not encoder_decoder)
@@ -172,6 +176,11 @@ class Renderer:
         """New tokens as text, without special tokens; white space stays."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def forget(self) -> None:
+        """Let go of the texts whose tokens are remembered."""
+        self._prompt.cache_clear()
+        self._answer.cache_clear()
+
     def _end_of(self, text: str, tokens: int) -> int:
         """How many characters the first tokens of a text cover; all of them if it has no more tokens."""
         if self.tokenizer.is_fast:
@@ -188,7 +197,7 @@ class Renderer:
         return list(self._encoded(text)["input_ids"])
 
     def _encoded(self, text: str | list[str], **options: Any) -> Any:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, **options)
+        return self._of_texts(text, add_special_tokens=False, split_special_tokens=True, **options)
 
     def _chat_frame(self) -> tuple[list[int], list[int]]:
         parts = self._framed([{"role": "user", "content": _PLACE}]).split(_PLACE)

@@ -32,7 +32,8 @@ class Row:
         config: how its tokens are chosen; beams are not known here.
         choices: if given, the tokens of the only answers allowed; none may begin another.
         ids: the tokens so far, an end-of-text token never among them.
-        ended: why it is over: `stop` = it came to its end, `length` = it is as long as was allowed; None = it goes on.
+        ended: why it is over: `stop` = it came to its end, `length` = it is as long as was allowed, `failed` = its
+            tokens could not be chosen; None = it goes on. Written by the thread that runs the rows alone.
     """
 
     prompt: Rendered
@@ -46,13 +47,17 @@ class Row:
         self.draw = torch.Generator().manual_seed(self.config.seed)
 
     def take(self, logits: Tensor, *, end: frozenset[int]) -> None:
-        """Choose the next token from (V,) logits on the CPU."""
+        """Choose the next token from (V,) logits on the CPU; whatever keeps it from that ends this row alone."""
+        try:
+            self._take(logits, end=end)
+        except (RuntimeError, ValueError):
+            self.ended = "failed"
+
+    def _take(self, logits: Tensor, *, end: frozenset[int]) -> None:
         if self.choices:
-            open_ = [choice for choice in self.choices if list(choice[: len(self.ids)]) == self.ids]
-            allowed = torch.tensor(sorted({choice[len(self.ids)] for choice in open_}))
-            only = torch.full_like(logits, -torch.inf)
-            only[allowed] = logits[allowed]
-            logits = only
+            logits = self._among_choices(logits)
+        if not bool(torch.isfinite(logits.max())):
+            raise ValueError("the model's answer is no number")
         token = int(chosen(logits[None], self.config, draw=self.draw)[0])
         if token in end and not self.choices:
             self.ended = "stop"
@@ -62,6 +67,19 @@ class Row:
             self.ended = "stop"
         elif len(self.ids) >= self.config.max_new_tokens:
             self.ended = "length"
+
+    def _among_choices(self, logits: Tensor) -> Tensor:
+        """The logits of tokens that go on with one of the choices; nothing of the others."""
+        open_ = [choice for choice in self.choices if list(choice[: len(self.ids)]) == self.ids]
+        allowed = torch.tensor(sorted({choice[len(self.ids)] for choice in open_}))
+        only = torch.full_like(logits, -torch.inf)
+        only[allowed] = logits[allowed]
+        return only
+
+    @property
+    def wants_likeliest(self) -> bool:
+        """Whether the likeliest of its choices is asked for, and token by token might miss it."""
+        return not self.config.do_sample and any(len(choice) > 1 for choice in self.choices)
 
 
 class RunningRows:
@@ -81,16 +99,28 @@ class RunningRows:
 
     def __len__(self) -> int:
         """Rows that go on."""
-        return sum(row.ended is None for row in self._rows)
+        return len(self._going())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it holds states of, padding included."""
+        return len(self._rows) * (max(self._lengths, default=0) + self._behind)
 
     @torch.no_grad()
     def admit(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of some rows and choose their first tokens; then they go on with the others."""
-        states, going = self._states(), [row for row in self._rows if row.ended is None]
+        """Read the prompts of some rows and choose their first tokens; then they go on with the others.
+
+        If that fails, the others are as they were.
+        """
+        going = self._going()
+        states = self._states(going)
         for group in _by_length(rows):
             found, logits = self._read(group)
-            for row, own, last in zip(group, found, logits.float().cpu(), strict=True):
-                row.take(last, end=self._end)
+            for row, own, last in zip(group, found, logits.float(), strict=True):
+                if row.wants_likeliest:
+                    row.ids, row.ended = list(row.choices[self._likeliest(row, own, last)]), "stop"
+                else:
+                    row.take(last.cpu(), end=self._end)
                 if row.ended is None:
                     states.append(own)
                     going.append(row)
@@ -99,11 +129,12 @@ class RunningRows:
     @torch.no_grad()
     def step(self) -> None:
         """Choose the next token of every row that goes on."""
-        if not len(self):
+        going = self._going()
+        if not going:
             self._set([], [])
             return
-        if 2 * len(self) < len(self._rows):  # rows that have ended are left in the pass while they are few
-            self._set([row for row in self._rows if row.ended is None], self._states())
+        if 2 * len(going) < len(self._rows):  # rows that have ended are left in the pass while they are few
+            self._set(going, self._states(going))
         assert self._kept is not None
         device = self.backend.device
         # A row that has ended repeats its last token, which nobody reads.
@@ -122,6 +153,28 @@ class RunningRows:
             if row.ended is None:
                 row.take(own, end=self._end)
 
+    def _likeliest(self, row: Row, states: Tensor, first: Tensor) -> int:
+        """The place of the choice that is likeliest as a whole, behind a row's prompt and its (V,) last logits."""
+        choices = list(row.choices)
+        ids = pad(choices, fill=0, side="right").to(self.backend.device)
+        lengths = torch.tensor([states.shape[2]], device=ids.device).expand(len(choices))
+        live = ids.shape[1] - 1
+        mask = torch.cat([real_columns(lengths, states.shape[2]), lengths.new_ones(len(choices), live)], dim=1)
+        logits = self.backend.logits_behind(
+            self.backend.embed(ids[:, :-1]),
+            mask=mask,
+            positions=lengths[:, None] + torch.arange(live, device=ids.device),
+            columns=torch.arange(live),
+            kept=KeptStates(states[:, None]),
+        )
+        behind = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
+        real = pad([[1] * (len(choice) - 1) for choice in choices], fill=0, side="right").to(ids.device)
+        whole = torch.log_softmax(first, dim=-1)[ids[:, 0]] + (behind * real).sum(dim=1)
+        return int(whole.argmax())
+
+    def _going(self) -> list[Row]:
+        return [row for row in self._rows if row.ended is None]
+
     @property
     def _longest(self) -> int:
         return max(self._lengths)
@@ -131,14 +184,14 @@ class RunningRows:
         self._rows, self._lengths, self._behind = rows, [own.shape[2] for own in states], 0
         self._kept = KeptStates(padded_states(states, device=self.backend.device)) if states else None
 
-    def _states(self) -> list[Tensor]:
-        """Keys and values of each row that goes on, (2 · layers, heads, n, width)."""
+    def _states(self, going: Sequence[Row]) -> list[Tensor]:
+        """Keys and values of some of the rows, (2 · layers, heads, n, width) each."""
         if self._kept is None:
             return []
         kept, behind = self._kept.states, self._kept.live_states()
         whole = kept if behind is None else torch.cat([kept, behind], dim=3)
-        rows = zip(self._rows, self._lengths, range(len(self._rows)), strict=True)
-        return [whole[:, place, :, self._longest - own :] for row, own, place in rows if row.ended is None]
+        places = {id(row): place for place, row in enumerate(self._rows)}
+        return [whole[:, place, :, self._longest - self._lengths[place] :] for place in (places[id(r)] for r in going)]
 
     def _read(self, rows: Sequence[Row]) -> tuple[list[Tensor], Tensor]:
         """States of prompts with their soft tokens, and the logits behind; rows have soft tokens of one shape."""

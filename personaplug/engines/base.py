@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,18 @@ class Question:
     id: str = ""
 
 
+class Events(Protocol):
+    """An answer event by event; to be closed, whether or not it was read."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        """Read it."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of what makes it."""
+        ...
+
+
 @dataclass(frozen=True, repr=False)
 class Reply:
     """An answer as it goes out.
@@ -38,7 +50,7 @@ class Reply:
         status: of HTTP.
     """
 
-    body: bytes | AsyncGenerator[bytes]
+    body: bytes | Events
     status: int = 200
 
 

@@ -67,9 +67,9 @@ def serve(
     """Serve a run's plug behind OpenAI's API: chat and completions as a user, and the users' histories."""
     _check_installed()
     from personaplug.accounts import Accounts
+    from personaplug.gate import Limits
     from personaplug.hosting import Hosting, open_service
     from personaplug.run import Run
-    from personaplug.server import Limits
     from personaplug.server import serve as serve_service
     from personaplug.store import Retention
 
@@ -142,7 +142,7 @@ def explain(
 
     if (since is None) != (until is None):
         raise BadConfig("--since and --until go together: a persona moves between two days.")
-    service = open_service(Run.open(run_folder), Hosting(store=store, secret=secret, seed=seed))
+    service = open_service(Run.open(run_folder), Hosting(store=store, secret=secret, seed=seed, create=False))
 
     async def told() -> dict[str, Any]:
         await service.engine.start()
@@ -152,8 +152,7 @@ def explain(
                 found["drift"] = await service.drift(tenant, user, since=since.date(), until=until.date())
             return found
         finally:
-            await service.engine.close()
-            service.store.close()
+            await service.close()
 
     click.echo(json.dumps(asyncio.run(told()), indent=2, ensure_ascii=False))
 

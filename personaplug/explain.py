@@ -6,7 +6,7 @@ about the answer: an item may weigh much and change nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ import numpy.typing as npt
 import torch
 
 from personaplug.personalizer import Personalizer
-from personaplug.records import Options
 from personaplug.samples import EncodedHistory
 from personaplug.soft_prompt import SoftPrompt
 
@@ -48,21 +47,19 @@ def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory
     return weights
 
 
-def left_out(
-    personalizer: Personalizer, query: str, history: EncodedHistory, *, options: Options | None = None
-) -> Iterator[SoftPrompt]:
-    """The persona without each of the items in turn, (1, S, D) each."""
+def left_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
+    """The history without each of its items in turn."""
     for place in range(len(history)):
-        rest = history.only(np.delete(np.arange(len(history)), place))
-        yield personalizer.of_history(query, rest, options=options)
+        yield history.only(np.delete(np.arange(len(history)), place))
 
 
-def drift(personalizer: Personalizer, before: EncodedHistory, after: EncodedHistory, *, query: str = "") -> Drift:
-    """How far a user's persona moved from one state of the history to another."""
-    nothing = before.only(slice(0))
-    common, one, other = (
-        personalizer.of_history(query, part).vectors.double().flatten() for part in (nothing, before, after)
-    )
+def drift(make: Callable[[EncodedHistory], SoftPrompt], before: EncodedHistory, after: EncodedHistory) -> Drift:
+    """How far a user's persona moved from one state of the history to another.
+
+    Args:
+        make: makes a persona of a history.
+    """
+    common, one, other = (make(part).vectors.double().flatten() for part in (before.only(slice(0)), before, after))
     own, now = one - common, other - common
     return Drift(
         len(before),

@@ -30,6 +30,7 @@ class Hosting:
 
     Attributes:
         store: file or URL of the histories; a file is made where there is none.
+        create: whether to make a store where there is none.
         secret: file of the store's secret; None = beside SQLite's file.
         engine: `local`, or the address of a vLLM server (http://…).
         engine_key: that the vLLM server asks for, if any.
@@ -45,6 +46,7 @@ class Hosting:
     """
 
     store: str
+    create: bool = True
     secret: Path | None = None
     engine: str = LOCAL
     engine_key: str | None = None
@@ -106,6 +108,8 @@ def open_store(plug: PersonaPlug, encoder: Encoder, *, hosting: Hosting) -> Hist
         StoreConflict: if its secret is another.
     """
     common = {"retention": hosting.retention, "secret": hosting.secret}
+    if not hosting.create:
+        HistoryStore.open(hosting.store, **common).close()  # type: ignore[arg-type]  # without an encoder, none is made
     wanted = store_settings(plug, keep_text=hosting.keep_text)
     try:
         return HistoryStore.open(hosting.store, encoder, settings=wanted, **common)  # type: ignore[arg-type]

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from cachetools import LRUCache
 
 from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
+from personaplug.explain import item_weights
 from personaplug.form import FEATURES
 from personaplug.personalizer import Personalizer
 from personaplug.plug import PersonaPlug
@@ -110,8 +112,25 @@ class LivePersonas:
         soft = kept.soft if strength == self.personalizer.strength else None
         if soft is None:
             history = kept.history if kept.history is not None else self._read(tenant, user)
-            soft = self._made(query, history, options=options, strength=strength)
+            soft = self.made(query, history, options=options, strength=strength)
         return Persona(soft, "user" if kept.items else "population", kept.items, strength, kept=at_hand)
+
+    def made(
+        self, query: str, history: EncodedHistory, *, options: Options | None = None, strength: float | None = None
+    ) -> SoftPrompt:
+        """Soft tokens for a query and a history that is given; see `Personalizer.of_history`."""
+        with self._making:
+            return self.personalizer.of_history(query, history, options=options, strength=strength)
+
+    def selected(self, query: str, history: EncodedHistory) -> npt.NDArray[np.intp]:
+        """Places of the items that a persona is made from, where the plug takes only the nearest to the query."""
+        with self._making:
+            return self.personalizer.selected(query, history)
+
+    def weights(self, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
+        """How much each item counts; see `explain.item_weights`."""
+        with self._making:
+            return item_weights(self.personalizer, query, history)
 
     def forget(self, tenant: str, user: str) -> None:
         """Let go of what is kept of a user, at once: to be called when the user is erased or their history changes."""
@@ -155,12 +174,8 @@ class LivePersonas:
         """The tokens, if they are the same whatever is asked, else what they are made from."""
         if not _same_whatever_is_asked(self.plug):
             return _Kept(history.version, len(history), history=history)
-        soft = self._made("", history, options=None, strength=self.personalizer.strength)
+        soft = self.made("", history)
         return _Kept(history.version, len(history), soft=soft)
-
-    def _made(self, query: str, history: EncodedHistory, *, options: Options | None, strength: float) -> SoftPrompt:
-        with self._making:
-            return self.personalizer.of_history(query, history, options=options, strength=strength)
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

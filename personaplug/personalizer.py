@@ -109,12 +109,18 @@ class Personalizer:
             options: what the prompt lets choose from, for a plug that compares that.
             strength: as the personalizer's own; None = that.
         """
-        if (count := self.plug.config.selected_items) and len(history) > count:
-            history = history.only(nearest(self.plug.frozen([query])[0].numpy(), history.vectors, count=count))
+        history = history.only(self.selected(query, history))
         strength = self.strength if strength is None else strength
         batch = self.batch(history, lengths=(len(history),))
         soft: SoftPrompt = self.plug([query], batch, options=[options], strength=strength)
         return soft
+
+    def selected(self, query: str, history: EncodedHistory) -> Rows:
+        """Places of the items that are used: all, or as many of the nearest to the query as the plug takes."""
+        count = self.plug.config.selected_items
+        if not count or len(history) <= count:
+            return np.arange(len(history))
+        return nearest(self.plug.frozen([query])[0].numpy(), history.vectors, count=count)
 
     def batch(self, histories: EncodedHistory, *, lengths: tuple[int, ...]) -> HistoryBatch:
         """Histories that lie one behind the other, as tensors; forms are left out for a plug that reads none."""

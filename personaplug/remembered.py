@@ -6,6 +6,7 @@ In memory alone, within bounds of time and size; nothing of it is written anywhe
 from __future__ import annotations
 
 import threading
+import time
 from typing import NamedTuple
 
 from cachetools import TTLCache
@@ -29,12 +30,18 @@ class RememberedRequests:
 
     def __init__(self, *, bytes: int = 64 * 2**20, seconds: float = 24 * 3600) -> None:
         self._asked: TTLCache[_Request, str] = TTLCache(bytes, seconds, getsizeof=lambda text: 256 + 4 * len(text))
+        self._forgotten: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # when each user was
         self._lock = threading.Lock()
 
-    def add(self, tenant: str, user: str, *, request: str, query: str) -> None:
-        """Remember what was asked; a text that is longer than everything may be is not."""
+    def add(self, tenant: str, user: str, *, request: str, query: str, since: float) -> None:
+        """Remember what was asked; a text that is longer than everything may be is not.
+
+        Args:
+            since: when it was asked, by `time.monotonic`: a user who was forgotten meanwhile stays so.
+        """
         with self._lock:
-            if self._asked.getsizeof(query) <= self._asked.maxsize:
+            gone = self._forgotten.get((tenant, user), -1.0) >= since
+            if not gone and self._asked.getsizeof(query) <= self._asked.maxsize:
                 self._asked[_Request(tenant, user, request)] = query
 
     def query(self, tenant: str, user: str, *, request: str) -> str:
@@ -57,6 +64,7 @@ class RememberedRequests:
     def forget(self, tenant: str, user: str) -> None:
         """Forget everything that a user asked."""
         with self._lock:
+            self._forgotten[tenant, user] = time.monotonic()
             for key in [key for key in self._asked if (key.tenant, key.user) == (tenant, user)]:
                 self._asked.pop(key, None)
 

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import date
 from typing import Annotated, Any
 
@@ -21,40 +18,25 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from personaplug.accounts import Accounts
+from personaplug.engines.base import Events
 from personaplug.errors import (
+    BadItem,
     EncoderMismatch,
     EngineFailure,
     MissingData,
     PersonaPlugError,
     RequestError,
     StorageError,
-    UserError,
 )
+from personaplug.gate import TENANT, Gate, Limits, refused
 from personaplug.service import Answered, Service
 from personaplug.telemetry import Telemetry
-from personaplug.wire import ChatRequest, CompletionRequest, ErrorReply, Name, Text, error_reply, event
+from personaplug.wire import ChatRequest, CompletionRequest, ErrorReply, Name, Text, error_reply, event, first_flaw
 
 logger = logging.getLogger(__name__)
-
-_RETRY_AFTER = "1"  # seconds
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request, and all of them together, may take.
-
-    Attributes:
-        body_bytes: longest body.
-        requests: that are being answered at once; the next is refused with 429.
-        items: that one request may add to a history.
-    """
-
-    body_bytes: int = 4 * 2**20
-    requests: int = 256
-    items: int = 1000
 
 
 class HistoryPost(BaseModel):
@@ -94,11 +76,7 @@ class ExplainPost(BaseModel):
 
 
 def _tenant(request: Request, authorization: Annotated[str | None, Header()] = None) -> str:
-    accounts: Accounts = request.app.state.accounts
-    found = accounts.tenant_of(authorization)
-    if found is None:
-        raise RequestError("Give a key of this server: `Authorization: Bearer KEY`.", status=401, code="invalid_key")
-    return found
+    return str(request.scope[TENANT])  # the header is read by the gate; here it is described
 
 
 Tenant = Annotated[str, Depends(_tenant)]
@@ -109,6 +87,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (400, "The request cannot be answered as it is."),
         (401, "The key is missing or unknown."),
         (404, "There is nothing of that name."),
+        (403, "A server without keys was called by a foreign name."),
+        (408, "The body did not come in time."),
+        (409, "The history is being changed; try again."),
         (413, "The body is too long."),
         (422, "A field is missing or of the wrong type."),
         (429, "Too much at once: come back after Retry-After seconds."),
@@ -140,8 +121,7 @@ def create_app(service: Service, *, accounts: Accounts | None = None, limits: Li
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.engine.start()
         yield
-        await service.engine.close()
-        service.store.close()
+        await service.close()
 
     app = FastAPI(
         title="personaplug",
@@ -149,8 +129,7 @@ def create_app(service: Service, *, accounts: Accounts | None = None, limits: Li
         lifespan=lifespan,
         responses=_ERRORS,
     )
-    app.state.accounts = accounts
-    app.add_middleware(_Gate, limits=limits, telemetry=telemetry)
+    app.add_middleware(Gate, accounts=accounts, limits=limits, telemetry=telemetry)
     _handle_errors(app)
 
     async def answered(request: ChatRequest | CompletionRequest, whose: str) -> Response:
@@ -168,10 +147,12 @@ def create_app(service: Service, *, accounts: Accounts | None = None, limits: Li
 
     @app.get("/v1/models", summary="The language model behind this server")
     async def models(whose: Tenant) -> dict[str, Any]:
-        listed = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "personaplug"} for name in service.engine.models
-        ]
-        return {"object": "list", "data": listed}
+        return {"object": "list", "data": [_model(name) for name in service.engine.models]}
+
+    @app.get("/v1/models/{model:path}", summary="One model")
+    async def model(model: str, whose: Tenant) -> dict[str, Any]:
+        service.check_model(model)
+        return _model(model)
 
     @app.post("/v1/users/{user}/history", summary="Add to a history")
     async def add(user: User, post: HistoryPost, whose: Tenant) -> dict[str, int]:
@@ -257,6 +238,10 @@ def serve(service: Service, *, accounts: Accounts, limits: Limits, host: str, po
         runner.run(run())
 
 
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "personaplug"}
+
+
 def _response(answered: Answered) -> Response:
     persona = answered.persona
     headers = {
@@ -268,16 +253,28 @@ def _response(answered: Answered) -> Response:
     reply = answered.reply
     if isinstance(reply.body, bytes):
         return Response(reply.body, reply.status, headers, media_type="application/json")
-    return StreamingResponse(_to_the_end(reply.body), reply.status, headers, media_type="text/event-stream")
+    return _Streamed(reply.body, reply.status, headers)
 
 
-async def _to_the_end(events: AsyncGenerator[bytes]) -> AsyncIterator[bytes]:
-    """A stream that says so if the model breaks off: its status has been sent by then."""
+class _Streamed(StreamingResponse):
+    """A stream that is closed whether or not it was read, and says so if the model breaks off."""
+
+    def __init__(self, events: Events, status: int, headers: dict[str, str]) -> None:
+        super().__init__(_to_the_end(events), status, headers, media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+
+
+async def _to_the_end(events: Events) -> AsyncGenerator[bytes]:
     try:
-        async with aclosing(events):
-            async for one in events:
-                yield one
-    except EngineFailure as error:
+        async for one in events:
+            yield one
+    except EngineFailure as error:  # the status has been sent by then
         yield event(error_reply(str(error), code="engine", status=502))
 
 
@@ -285,16 +282,14 @@ def _handle_errors(app: FastAPI) -> None:
     """Let every error be told in OpenAI's form, with the status that says whose it is."""
 
     async def known(request: Request, error: Exception) -> Response:
-        status, code = _status_of(error)
-        headers = {"Retry-After": _RETRY_AFTER} if status in (429, 503) else {}
-        headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-        return JSONResponse(error_reply(str(error), code=code, status=status), status, headers)
+        status, code, text = _told(error)
+        if status >= 500:
+            logger.error("%s: %s", type(error).__name__, code)
+        return refused(status, text, code=code)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        return JSONResponse(error_reply(f"{place}: {first['msg']}", code="invalid_value", status=422), 422)
+        return refused(422, first_flaw(error.errors()), code="invalid_value")
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -306,95 +301,16 @@ def _handle_errors(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
 
 
-def _status_of(error: Exception) -> tuple[int, str]:
+def _told(error: Exception) -> tuple[int, str, str]:
+    """Status, code and sentence of an error: the caller's mistakes in their own words, the server's without names."""
     if isinstance(error, RequestError):
-        return error.status, error.code
+        return error.status, error.code, str(error)
     if isinstance(error, MissingData):
-        return 404, "not_found"
+        return 404, "not_found", str(error)
+    if isinstance(error, BadItem):
+        return 400, "item", str(error)
     if isinstance(error, EngineFailure):
-        return 502, "engine"
+        return 502, "engine", str(error)
     if isinstance(error, (StorageError, EncoderMismatch)):  # the latter while the store is moved to another encoder
-        return 503, "store"
-    return (400, "invalid_request") if isinstance(error, UserError) else (500, "internal")
-
-
-class _Gate:
-    """Counts requests, and refuses what would be too much before it is read."""
-
-    def __init__(self, app: ASGIApp, *, limits: Limits, telemetry: Telemetry) -> None:
-        self.app, self.limits, self.telemetry = app, limits, telemetry
-        self._running = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        began, told = time.perf_counter(), False
-
-        async def counted(message: Message) -> None:
-            nonlocal told
-            if not told and message["type"] == "http.response.start":
-                told = True
-                route = getattr(scope.get("route"), "path", "other")
-                self.telemetry.requests.labels(route, str(message["status"])).inc()
-                self.telemetry.seconds.labels(route).observe(time.perf_counter() - began)
-            await send(message)
-
-        if self._running >= self.limits.requests and scope["path"].startswith("/v1/"):
-            await _refuse(429, "Too many requests are being answered.", "overloaded")(scope, receive, counted)
-            return None
-        self._running += 1
-        self.telemetry.running.inc()
-        try:
-            body = await self._body(receive)
-            if body is None:
-                text = f"A body has at most {self.limits.body_bytes} bytes."
-                await _refuse(413, text, "body_too_long")(scope, receive, counted)
-            else:
-                await self.app(scope, _replayed(body, receive), counted)
-        except Exception as error:
-            # Whoever is above would log the error's sentence, which may hold the text that it failed on.
-            logger.error("%s at %s", type(error).__name__, _place_of(error))
-            if not told:
-                await _refuse(500, "The server failed on this request.", "internal")(scope, receive, counted)
-        finally:
-            self._running -= 1
-            self.telemetry.running.dec()
-        return None
-
-    async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body; None as soon as it is too long."""
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            part = message.get("body", b"")
-            size += len(part)
-            if size > self.limits.body_bytes:
-                return None
-            parts.append(part)
-            if not message.get("more_body"):
-                return b"".join(parts)
-
-
-def _place_of(error: Exception) -> str:
-    """File and line that an error comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
-
-
-def _replayed(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """What `receive` says once the body has been read: the body, and then whatever else comes."""
-    sent = False
-
-    async def again() -> Message:
-        nonlocal sent
-        if sent:
-            return await receive()
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
-
-
-def _refuse(status: int, message: str, code: str) -> Response:
-    headers = {"Retry-After": _RETRY_AFTER} if status == 429 else {"Connection": "close"}
-    return JSONResponse(error_reply(message, code=code, status=status), status, headers)
+        return 503, "store", "The store of histories cannot be used now; try again."
+    return 500, "internal", "The server is not set up for this request."

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from personaplug.data.base import Task
 from personaplug.data.fields import Flaw, item_of, options_of, query_of
 from personaplug.engines.base import Engine, Question, Reply
 from personaplug.errors import MissingData, RequestError
-from personaplug.explain import drift, item_weights, left_out
+from personaplug.explain import drift, left_out
 from personaplug.live_personas import LivePersonas, Persona
 from personaplug.records import HistoryItem, Options
 from personaplug.remembered import RememberedRequests
+from personaplug.samples import EncodedHistory
 from personaplug.store import Stored
 from personaplug.store_reading import StoredItem, as_json
-from personaplug.wire import ChatRequest, CompletionRequest
+from personaplug.wire import ChatRequest, CompletionRequest, check_values
 
 T = TypeVar("T")
 
@@ -80,6 +84,8 @@ class Service:
         self.personas, self.engine, self.task, self.elsewhere = personas, engine, task, elsewhere
         self.store = personas.store
         self.remembered = remembered or RememberedRequests()
+        # Encoding, erasing and explaining take long: answers are not to wait behind them.
+        self._slow = ThreadPoolExecutor(2, thread_name_prefix="personaplug-slow")
 
     async def answer(self, request: ChatRequest | CompletionRequest, *, tenant: str) -> Answered:
         """Answer a request with its user's persona.
@@ -88,7 +94,9 @@ class Service:
             RequestError: if it cannot be answered as it is.
             EngineFailure: if the model does not answer.
         """
-        self._check_model(request.model)
+        self.check_model(request.model)
+        body, came = request.passed_on, time.monotonic()
+        check_values(body)
         asked, extras, user = self._asked(request.asked), request.personaplug, request.user
         strength = extras.strength if asked.worded or self.elsewhere else 0
         persona = await _apart(
@@ -96,14 +104,14 @@ class Service:
         )
         question = Question(
             "chat" if isinstance(request, ChatRequest) else "completion",
-            request.passed_on,
+            body,
             persona.soft,
             self.task.labels if asked.worded and not extras.free else (),
             id=secrets.token_hex(12),
         )
         reply = await self.engine.answer(question)
         if user is not None:
-            self.remembered.add(tenant, user, request=question.id, query=asked.query)
+            self.remembered.add(tenant, user, request=question.id, query=asked.query, since=came)
         return Answered(reply, persona, question.id)
 
     async def add(self, tenant: str, user: str, records: Sequence[dict[str, Any]]) -> Stored:
@@ -134,7 +142,7 @@ class Service:
 
     async def history(self, tenant: str, user: str) -> list[dict[str, Any]]:
         """A user's items, oldest first."""
-        return [as_json(item) for item in await _apart(self.store.list_items, tenant, user)]
+        return [self._told(item) for item in await _apart(self.store.list_items, tenant, user)]
 
     async def export(self, tenant: str, user: str) -> dict[str, Any]:
         """Everything that is known of a user.
@@ -142,7 +150,7 @@ class Service:
         Raises:
             MissingData: if there is no such user.
         """
-        return await _apart(self.store.export, tenant, user)
+        return await self._slowly(self.store.export, tenant, user)
 
     async def delete_item(self, tenant: str, user: str, item: str) -> None:
         """Remove one item of a history.
@@ -161,9 +169,10 @@ class Service:
         """
         self.remembered.forget(tenant, user)
         try:
-            receipt = await _apart(self.store.erase_user, tenant, user)
+            receipt = await self._slowly(self.store.erase_user, tenant, user)
         finally:
             self.personas.forget(tenant, user)
+            self.remembered.forget(tenant, user)  # what was asked while the files were cleared
         return receipt.to_dict()
 
     async def explain(self, tenant: str, user: str, *, prompt: str, answer: str | None, most: int) -> dict[str, Any]:
@@ -174,61 +183,92 @@ class Service:
             most: so many items are told, those that weigh or do most.
         Raises:
             MissingData: if the user has no items.
-            RequestError: if the engine cannot measure likelihoods.
+            RequestError: if the prompt is answered without a persona, or the engine cannot measure likelihoods.
         """
-        asked, personalizer = self._asked(prompt), self.personas.personalizer
-        limit = personalizer.plug.config.max_history
-        items, history = await _apart(self._known, tenant, user)
-        items = items[-limit:]
-        weights = await _apart(item_weights, personalizer, asked.query, history)
+        asked = self._asked(prompt)
+        if not (asked.worded or self.elsewhere):
+            raise RequestError(
+                f"A prompt without the wording of {self.task.name} is answered without a persona.", code="not_the_task"
+            )
+        items, history = await _apart(self._known, tenant, user, self.personas.plug.config.max_history)
+        used = await self._slowly(self.personas.selected, asked.query, history)
+        items, history = [items[place] for place in used], history.only(used)
+        weights = await self._slowly(self.personas.weights, asked.query, history)
         told: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
-        order, effects = np.argsort(-weights, kind="stable"), None
+        effects = np.full(len(history), np.nan)
         if answer is not None:
-            whole = await _apart(personalizer.of_history, asked.query, history, options=asked.options)
-            common = await _apart(personalizer.of_history, asked.query, history.only(slice(0)), options=asked.options)
-            without = await _apart(lambda: list(left_out(personalizer, asked.query, history, options=asked.options)))
-            choices = self.task.labels if answer in self.task.labels else ()
-            measured = partial(self.engine.likelihoods, prompt, answer, choices=choices)
-            logs = await measured(softs=[whole, common, *without])
-            plain = await measured(softs=[None])
-            effects = logs[0] - np.array(logs[2:])
-            order = np.argsort(-np.abs(effects), kind="stable")
-            told["log_likelihood"] = {"with_persona": logs[0], "with_population": logs[1], "plain": plain[0]}
+            told["log_likelihood"], effects = await self._effects(asked, history, prompt=prompt, answer=answer)
+        order = np.argsort(-weights if answer is None else -np.abs(effects), kind="stable")[:most]
         told["items"] = [
-            {"id": items[place].id, "date": as_json(items[place])["date"], "weight": float(weights[place])}
-            | ({"effect": float(effects[place])} if effects is not None else {})
-            | ({"fields": as_json(items[place])["fields"]} if items[place].fields else {})
-            for place in order[:most]
+            self._told(items[place])
+            | {"weight": float(weights[place])}
+            | ({} if answer is None else {"effect": float(effects[place])})
+            for place in order
         ]
         return told
+
+    async def _effects(
+        self, asked: _Asked, history: EncodedHistory, *, prompt: str, answer: str
+    ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
+        """log p of an answer with the persona, the population's and none, and what it loses without each item."""
+        answer = answer.strip() if answer.strip() in self.task.labels else answer
+        choices = self.task.labels if answer in self.task.labels else ()
+        measured = partial(self.engine.likelihoods, prompt, answer, choices=choices)
+        make = partial(self.personas.made, asked.query, options=asked.options)
+        (plain,) = await measured(softs=[None])  # first, since not every engine can
+        parts = [history, history.only(slice(0)), *left_out(history)]
+        softs = await self._slowly(lambda: [make(part) for part in parts])
+        whole, common, *without = await measured(softs=softs)
+        return {"with_persona": whole, "with_population": common, "plain": plain}, whole - np.array(without)
 
     async def drift(self, tenant: str, user: str, *, since: date, until: date) -> dict[str, Any]:
         """Say how far a user's persona moved between the evenings of two days.
 
         Raises:
             MissingData: if the user has no items.
+            RequestError: if the days are in the wrong order.
         """
-        items, history = await _apart(self._known, tenant, user)
-        items = items[-len(history) :]
+        if since > until:
+            raise RequestError("`since` is a day before `until`.", code="invalid_value")
+        items, history = await _apart(self._known, tenant, user, None)
         days = [item.date or item.arrived.date() for item in items]
-        parts = [history.only(np.flatnonzero([day <= limit for day in days])) for limit in (since, until)]
-        found = asdict(await _apart(drift, self.personas.personalizer, *parts))
+        latest = self.personas.plug.config.max_history
+        parts = [history.only(np.flatnonzero([day <= limit for day in days])[-latest:]) for limit in (since, until)]
+        found = asdict(await self._slowly(drift, partial(self.personas.made, ""), *parts))
         return {name: None if value != value else value for name, value in found.items()}  # JSON has no NaN
 
-    def _known(self, tenant: str, user: str) -> tuple[list[StoredItem], Any]:
-        """A user's items and their vectors, of one moment."""
-        latest = self.personas.plug.config.max_history
+    async def close(self) -> None:
+        """Finish the answers that were begun, then let go of engine and store."""
+        await self.engine.close()
+        self._slow.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
+
+    def _known(self, tenant: str, user: str, latest: int | None) -> tuple[list[StoredItem], EncodedHistory]:
+        """A user's latest items and their vectors, of one moment."""
         for _ in range(3):
             before = self.store.version(tenant, user)
             items, history = self.store.list_items(tenant, user), self.store.read(tenant, user, latest=latest)
-            if history.version == before == self.store.version(tenant, user) and items:
-                return items, history
-        raise MissingData("The tenant has no such user, or the user no items.")
+            if not before or not items:
+                raise MissingData("The tenant has no such user, or the user no items.")
+            if history.version == before == self.store.version(tenant, user):
+                return items[-len(history) :], history
+        raise RequestError("The user's history is being changed; try again.", status=409, code="busy")
+
+    def _told(self, item: StoredItem) -> dict[str, Any]:
+        """An item as it may be given again, beside when it came."""
+        about = as_json(item)
+        answer = self.store.settings.labels[item.answer] if item.answer >= 0 else None
+        kept = dict(item.fields) or ({self.task.answer_field: answer} if self.task.answer_field and answer else {})
+        return {"id": item.id, "date": about["date"], "arrived": about["arrived"], **kept}
 
     async def _added(self, tenant: str, user: str, items: Sequence[HistoryItem]) -> Stored:
-        done = await _apart(self.store.add, tenant, user, items)
+        done = await self._slowly(self.store.add, tenant, user, items)
         self.personas.forget(tenant, user)
         return done
+
+    async def _slowly(self, work: Callable[..., T], *given: Any) -> T:
+        """Do something that takes long in a thread of its own kind."""
+        return await asyncio.get_running_loop().run_in_executor(self._slow, partial(work, *given))
 
     def _item(self, record: dict[str, Any], number: int) -> HistoryItem:
         try:
@@ -245,7 +285,12 @@ class Service:
         except Flaw:  # another question than the task's
             return _Asked(text, None, worded=False)
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model than the one there is; it may be left out.
+
+        Raises:
+            RequestError: if there is none of that name.
+        """
         known = self.engine.models
         if name is None and len(known) == 1:
             return

@@ -21,10 +21,11 @@ from personaplug.data.base import Task
 from personaplug.encoder import HashEncoder
 from personaplug.engines.base import Engine
 from personaplug.engines.local import LocalEngine
+from personaplug.gate import Limits
 from personaplug.live_personas import LivePersonas, store_settings
 from personaplug.personalizer import Personalizer
 from personaplug.plug import Fitting, PersonaPlug
-from personaplug.server import Limits, create_app
+from personaplug.server import create_app
 from personaplug.service import Service
 from personaplug.store import HistoryStore
 

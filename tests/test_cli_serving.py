@@ -102,7 +102,7 @@ def test_a_run_is_served_to_live_users_until_it_is_told_to_stop(
     assert told.exit_code == 0, told.output
     found = json.loads(told.stdout)
     assert len(found["items"]) == 2
-    assert found["items"][0]["fields"]
+    assert found["items"][0]["text"]
     assert "effect" in found["items"][0]
     assert (found["drift"]["items_before"], found["drift"]["items_after"]) == (0, count)
     receipt = _call("forget", "--store", store, "--user", "ann")

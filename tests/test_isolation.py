@@ -88,7 +88,7 @@ class _Client:
                 found = await self.service.history(tenant, user)
                 assert [item["id"] for item in found] == list(self.items)
                 assert f"{tenant}/{user}/" in json.dumps(found) or not self.items
-                assert all(dict(item["fields"])["text"].startswith(f"{tenant}/{user}/") for item in found)
+                assert all(item["text"].startswith(f"{tenant}/{user}/") for item in found)
             elif kind == "delete" and self.items:
                 name = draw.choice(list(self.items))
                 await self.service.delete_item(tenant, user, name)

@@ -25,8 +25,8 @@ from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.data.base import Task
 from personaplug.engines.base import Question, Reply
 from personaplug.errors import BadConfig, MissingData
+from personaplug.gate import Limits
 from personaplug.records import HistoryItem
-from personaplug.server import Limits
 from personaplug.service import Service
 
 PROMPT = "How would the user rate this? review: a film about tea"
@@ -148,7 +148,9 @@ def test_histories_come_and_go(url: str) -> None:
     assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 0, "replaced": 0, "same": 2}
     found = httpx.get(f"{place}/history").json()
     assert [item["id"] for item in found["items"]] == ["i1", "i2"]
-    assert dict(found["items"][0]["fields"]) == {"text": "a film 1", "score": "4"}
+    first = found["items"][0]
+    assert (first["text"], first["score"], first["date"]) == ("a film 1", "4", None)
+    assert httpx.post(f"{place}/history", json=first).json()["same"] == 1  # what was read can be written back
     assert httpx.get(f"{place}/history", params={"latest": 1}).json()["items"][0]["id"] == "i2"
     assert httpx.delete(f"{place}/history/i1").json() == {"deleted": True}
     assert httpx.delete(f"{place}/history/i1").status_code == 404
@@ -168,7 +170,7 @@ def test_an_answer_that_was_kept_becomes_history(service: Service, url: str) -> 
     assert httpx.post(place, json={"request_id": request, "answer": "2"}).json()["new"] == 1
     assert httpx.post(place, json={"request_id": request, "answer": "2"}).json()["same"] == 1
     item = httpx.get(place).json()["items"][0]
-    assert (item["id"], dict(item["fields"])) == (request, {"text": "a film about tea", "score": "2"})
+    assert (item["id"], item["text"], item["score"]) == (request, "a film about tea", "2")
     assert _chat(url, "ann").headers["x-personaplug-items"] == "1"
     assert httpx.post(place, json={"request_id": request, "answer": "9"}).status_code == 400
     other = httpx.post(f"{url}/v1/users/bob/history", json={"request_id": request, "answer": "2"})
@@ -194,7 +196,7 @@ def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: DecoderOnlyBackend, tmp_
             place = f"{url}/v1/users/ann/history"
             kept = httpx.post(place, json={"request_id": raw.headers["x-request-id"], "answer": "Tea!"})
             assert kept.json()["new"] == 1
-            assert dict(httpx.get(place).json()["items"][0]["fields"]) == fields
+            assert fields.items() <= httpx.get(place).json()["items"][0].items()
 
 
 def test_explanations_name_items_and_measure_them(service: Service, url: str, toy: DecoderOnlyBackend) -> None:

@@ -18,7 +18,7 @@ from live_server import open_service, served
 from schemathesis.specs.openapi import checks
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.server import Limits
+from personaplug.gate import Limits
 
 MARKER = "a-users-own-words"
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -5,10 +5,11 @@ Its words and statuses are those of the real server, which `tests/test_vllm.py` 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 WIDTH = 32
+MAX_MODEL_LEN = 1024
 
 
 @dataclass
@@ -31,8 +33,13 @@ class StandIn:
         embeds_say: what it answers to embeds.
         template_adds: tokens that its template writes before an answer that has begun.
         status: that it answers requests with, if not 200.
-        breaks: whether it breaks a stream off.
+        breaks: whether it breaks a stream off, amid an event.
+        halts: whether it ends a stream amid an event as if it were over.
+        endless: whether a stream goes on until nobody listens.
+        silent_s: seconds before its answer, or before the first event of a stream.
+        instead: status and body that a route answers with, whatever it is asked.
         bodies: what it was sent.
+        running: streams that have not ended.
     """
 
     flag: bool = True
@@ -41,23 +48,37 @@ class StandIn:
     template_adds: int = 0
     status: int = 200
     breaks: bool = False
+    halts: bool = False
+    endless: bool = False
+    silent_s: float = 0
+    instead: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    running: int = 0
 
     @property
     def app(self) -> Starlette:
         """It, as an application."""
         routes = [
-            Route("/v1/models", self._models),
-            Route("/health", self._health),
-            Route("/tokenize", self._tokenize, methods=["POST"]),
-            Route("/v1/completions", self._complete, methods=["POST"]),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            self._route("/v1/models", self._models, "GET"),
+            self._route("/health", self._health, "GET"),
+            self._route("/tokenize", self._tokenize, "POST"),
+            self._route("/v1/completions", self._complete, "POST"),
+            self._route("/v1/chat/completions", self._chat, "POST"),
         ]
         return Starlette(routes=routes)
 
+    def _route(self, path: str, answer: Callable[[Request], Awaitable[Response]], method: str) -> Route:
+        async def answered(request: Request) -> Response:
+            if path in self.instead:
+                status, body = self.instead[path]
+                return Response(body, status)
+            return await answer(request)
+
+        return Route(path, answered, methods=[method])
+
     async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": "small", "max_model_len": 1024}]})
+        return JSONResponse({"object": "list", "data": [{"id": "small", "max_model_len": MAX_MODEL_LEN}]})
 
     async def _health(self, request: Request) -> Response:
         return Response(status_code=200)
@@ -87,13 +108,25 @@ class StandIn:
             return _refused("the text that was sent: " + json.dumps(body["messages"]), status=self.status)
         if body.get("stream"):
             return StreamingResponse(self._events(), media_type="text/event-stream")
+        await asyncio.sleep(self.silent_s)
         return JSONResponse({"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": "tea"}}]})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        yield b'data: {"choices": [{"index": 0, "delta": {"content": "te"}}]}\n\n'
-        if self.breaks:
-            raise ConnectionError("gone")
-        yield b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n'
+        self.running += 1
+        try:
+            await asyncio.sleep(self.silent_s)
+            yield b'data: {"choices": [{"index": 0, "delta": {"content": "te"}}]}\n\n'
+            while self.endless:
+                await asyncio.sleep(0.01)
+                yield b'data: {"choices": [{"index": 0, "delta": {"content": "e"}}]}\n\n'
+            if self.breaks or self.halts:
+                yield b'data: {"choices": [{"index": 0, "delta": {"cont'
+            if self.breaks:
+                raise ConnectionError("gone")
+            if not self.halts:
+                yield b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n'
+        finally:
+            self.running -= 1
 
     async def _noted(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = await request.json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,16 +30,12 @@ class Question:
     id: str = ""
 
 
-class Events(Protocol):
+class Events(AsyncIterator[bytes]):
     """An answer event by event; to be closed, whether or not it was read."""
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        """Read it."""
-        ...
-
+    @abstractmethod
     async def aclose(self) -> None:
         """Let go of what makes it."""
-        ...
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.rendering import Rendered
 from personaplug.backends.running_rows import Row
-from personaplug.engines.base import Question, Reply
+from personaplug.engines.base import Events, Question, Reply
 from personaplug.engines.model_thread import Job, ModelThread
 from personaplug.errors import BadConfig, EngineFailure, PersonaPlugError, RequestError
 from personaplug.soft_prompt import SoftPrompt
@@ -123,14 +123,14 @@ class _Answer:
         return Usage(len(row.prompt.ids) + (row.soft.vectors.shape[1] if row.soft else 0), self.written)
 
 
-class _Stream:
+class _Stream(Events):
     """The events of an answer; closing it gives the answer up, whether or not it was read."""
 
     def __init__(self, answer: _Answer, *, writer: Writer, with_usage: bool) -> None:
         self._answer, self._events = answer, _events(answer, writer=writer, with_usage=with_usage)
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._events
+    async def __anext__(self) -> bytes:
+        return await anext(self._events)
 
     async def aclose(self) -> None:
         self._answer.job.gave_up = True

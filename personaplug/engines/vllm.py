@@ -6,18 +6,20 @@ the former is the same for all users, so vLLM's prefix cache serves them all. A 
 whole prompt is sent embedded.
 
 vLLM 0.30 can be brought down from outside by what it does not check, so this is checked here: soft tokens that are no
-numbers spoil other requests' answers, and its placeholder's name in a completion, or `echo` beside embeds, end its
-process.
+numbers spoil other requests' answers, so callers cannot send any of their own; and its placeholder's name, wherever it
+gets into a prompt, or `echo` beside embeds, end its process.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
-import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+import re
+import threading
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,19 @@ import httpx
 import torch
 from torch import Tensor
 
-from personaplug.engines.base import Question, Reply
+from personaplug.engines.base import Events, Question, Reply
 from personaplug.errors import BadConfig, EngineFailure, RequestError
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.wire import Kind
 
-logger = logging.getLogger(__name__)
-
 PLACEHOLDER = "<prompt_embeds>"
+_EMBEDS = "prompt_embeds"  # a field of a completion, and a type of content in a chat
+_ESCAPED = re.compile(rb"\\u00([2-7][0-9a-fA-F])")
 _ROUTES: dict[Kind, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
-_FATAL = ("echo", "prompt_logprobs")  # beside embeds they end vLLM's process
+_CALLERS = (400, 413, 422, 429)  # statuses that tell the caller something about the request
+_CONNECT_S = 5
+_CHARACTERS = 16  # a token: no prompt of a model's length has more of them on average
+_PLACE = "personaplugplaceofthetext"
 _PROBE = "The quick brown fox jumps over the lazy dog, and then"
 _PROBE_TOKENS = 8
 _CLOSE = 0.05  # log-probability of the first token, between text and embeds
@@ -46,10 +51,14 @@ class EmbeddingTable:
     Args:
         rows: (V, D).
         tokenizer: of transformers.
+    Raises:
+        BadConfig: if the tokenizer does not leave a text in one piece.
     """
 
     def __init__(self, rows: Tensor, tokenizer: Any) -> None:
         self.rows, self.tokenizer = rows, tokenizer
+        self._one_at_a_time = threading.Lock()  # a tokenizer of transformers may change itself when it is called
+        self._before = self._tokens_before()
 
     @classmethod
     def of_folder(cls, folder: Path) -> EmbeddingTable:
@@ -62,7 +71,39 @@ class EmbeddingTable:
 
     def embedded(self, text: str) -> Tensor:
         """(n, D) of a text, with the special tokens that the tokenizer puts around it."""
-        return self.rows[self.tokenizer(text)["input_ids"]]
+        return self._rows_of(self._ids(text))
+
+    def embedded_with(self, text: str, soft: SoftPrompt, *, most: int | None = None) -> Tensor:
+        """(n, D) of a text with soft tokens: behind it all, or between the tokenizer's BOS, if any, and the text.
+
+        Args:
+            most: tokens that the model can read, if known; what is too long is refused before it takes memory.
+        Raises:
+            RequestError: if it is too long.
+        """
+        own = soft.vectors[0].to(self.rows)
+        if most is not None and len(text) > most * _CHARACTERS:
+            raise _too_long(most, f"{len(text)} characters")
+        ids = self._ids(text)
+        if most is not None and len(ids) + len(own) > most:
+            raise _too_long(most, f"{len(ids)} tokens and the persona's {len(own)}")
+        at = len(ids) if soft.placement == "suffix" else self._before
+        return torch.cat([self._rows_of(ids[:at]), own, self._rows_of(ids[at:])])
+
+    def _rows_of(self, ids: Sequence[int]) -> Tensor:
+        return self.rows[torch.tensor(ids, dtype=torch.int64)]
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        with self._one_at_a_time:
+            return list(self.tokenizer(text, **options)["input_ids"])
+
+    def _tokens_before(self) -> int:
+        """How many tokens the tokenizer puts in front of a text."""
+        bare, framed = self._ids(_PLACE, add_special_tokens=False), self._ids(_PLACE)
+        for start in range(len(framed)):
+            if framed[start : start + len(bare)] == bare:
+                return start
+        raise BadConfig("The model's tokenizer does not leave a text in one piece between its special tokens.")
 
 
 class VLLMEngine:
@@ -76,6 +117,10 @@ class VLLMEngine:
         model: by what name requests call it; empty = as it calls itself.
         key: that it asks for, if any.
         timeout_s: seconds between two signs of life.
+        answer_s: seconds that an answer in one piece may take, which is silent until it is there.
+
+    Attributes:
+        max_model_len: tokens of a prompt and its answer, as vLLM says at the start.
     """
 
     def __init__(
@@ -88,28 +133,30 @@ class VLLMEngine:
         model: str = "",
         key: str | None = None,
         timeout_s: float = 120,
+        answer_s: float = 600,
     ) -> None:
         self.name, self.url = "vllm", url.rstrip("/").removesuffix("/v1")
         self.models: tuple[str, ...] = (model,) if model else ()
         self.table, self.width, self.placement = table, width, placement
+        self.max_model_len: int | None = None
         self._theirs = ""
+        self._timeout = httpx.Timeout(timeout_s, connect=_CONNECT_S)
+        self._patience = httpx.Timeout(answer_s, connect=_CONNECT_S)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._client = httpx.AsyncClient(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=5), limits=limits
-        )
+        self._client = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=self._timeout, limits=limits)
 
     async def start(self) -> None:
         """Learn the model's name, then make sure that embeds are taken, and mean what text means."""
         if self._theirs:
             return
-        listed = await self._json("GET", "/v1/models")
-        self._theirs = str(listed["data"][0]["id"])
-        self.models = self.models or (self._theirs,)
-        await self._check_width()
-        await self._check_same()
+        name, most = await self._served()
+        await self._check_width(name)
+        await self._check_same(name)
         if self.placement == "suffix":
-            await self._check_layout()
+            await self._check_layout(name)
+        # Last, so that whoever asks again after a refusal is refused again.
+        self.max_model_len, self.models, self._theirs = most, self.models or (name,), name
 
     async def ready(self) -> bool:
         """Whether it says that it is well."""
@@ -124,21 +171,26 @@ class VLLMEngine:
 
     async def answer(self, question: Question) -> Reply:
         """Pass a request on; see `Engine.answer`. What vLLM refuses is answered with its own words and status."""
-        body = self._passed_on(question)
+        streams = bool(question.body.get("stream"))
+        content = await asyncio.to_thread(self._written, question)  # long prompts take a while to embed
         request = self._client.build_request(
-            "POST", _ROUTES[question.kind], json=body, headers={"X-Request-Id": question.id}
+            "POST",
+            _ROUTES[question.kind],
+            content=content,
+            headers={"X-Request-Id": question.id, "Content-Type": "application/json"},
+            timeout=self._timeout if streams else self._patience,
         )
         try:
             response = await self._client.send(request, stream=True)
-            if body.get("stream") and response.status_code == 200:
-                return Reply(_events(response))
+            if streams and response.status_code == 200:
+                return Reply(_Events(response))
             async with aclosing(response):
-                content = await response.aread()
+                said = await response.aread()
         except httpx.HTTPError as error:
             raise EngineFailure(f"The vLLM server does not answer ({type(error).__name__}).") from None
-        if response.status_code >= 500:
-            raise EngineFailure(f"The vLLM server failed (status {response.status_code}).")
-        return Reply(content, response.status_code)
+        if response.status_code == 200 or response.status_code in _CALLERS:
+            return Reply(said, response.status_code)
+        raise self._failure(response.status_code)
 
     async def likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
@@ -150,29 +202,46 @@ class VLLMEngine:
             code="unsupported",
         )
 
-    def _passed_on(self, question: Question) -> dict[str, Any]:
+    def _written(self, question: Question) -> bytes:
         """The request as vLLM gets it."""
         body = {**question.body, "model": self._theirs}
-        if question.kind == "completion" and PLACEHOLDER in body["prompt"]:
-            raise RequestError(f"A prompt may not hold {PLACEHOLDER}, which is reserved.", code="reserved_text")
+        _check_fields(body)
         if question.choices and not _constrained(body):
             body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(question.choices)}}
+        written = _as_json(body)
+        _check_text(body, written)
         if question.soft is None:
-            return body
-        if unsafe := [name for name in _FATAL if body.get(name) is not None]:
-            raise RequestError(f"{', '.join(unsafe)} cannot be had with a persona.", code="unsupported")
-        if question.kind == "completion":
-            return _with_embeds(body, self._whole(body["prompt"], question.soft))
-        return with_soft_tokens(body, question.soft)
+            return written
+        if question.kind == "chat":
+            return _as_json(with_soft_tokens(body, question.soft))
+        embeds = self.table.embedded_with(body.pop("prompt"), question.soft, most=self.max_model_len)
+        return _as_json({**body, _EMBEDS: encoded(embeds)})
 
-    def _whole(self, prompt: str, soft: SoftPrompt) -> Tensor:
-        text, own = self.table.embedded(prompt), soft.vectors[0].to(self.table.rows)
-        return torch.cat([text, own] if soft.placement == "suffix" else [own, text])
+    def _failure(self, status: int) -> EngineFailure:
+        """What a status says that is not the caller's fault."""
+        if status in (401, 403):
+            why = ": it asks for another key than this server was started with"
+        elif status == 404:
+            why = f": it no longer knows the model {self._theirs}. If it runs another one now, restart this server too"
+        else:
+            why = ""
+        return EngineFailure(f"The vLLM server failed (status {status}){why}.")
 
-    async def _check_width(self) -> None:
+    async def _served(self) -> tuple[str, int | None]:
+        """The model that vLLM serves: its name, and how many tokens it reads."""
+        path = "/v1/models"
+        response = await self._asked(path)
+        if response.status_code in (401, 403):
+            raise BadConfig(f"The vLLM server at {self.url} asks for another key (status {response.status_code}).")
+        with self._reading(path):
+            first = response.json()["data"][0]
+            name, most = str(first["id"]), first.get("max_model_len")
+        return name, most if isinstance(most, int) else None
+
+    async def _check_width(self, name: str) -> None:
         # A single value as embeds: refused either way, and the words tell why.
-        body = {"model": self._theirs, "prompt_embeds": encoded(torch.zeros(1, 1)), "max_tokens": 1}
-        response = await self._post("/v1/completions", body)
+        body = {"model": name, "prompt_embeds": encoded(torch.zeros(1, 1)), "max_tokens": 1}
+        response = await self._asked("/v1/completions", body)
         said = response.text
         if "--enable-prompt-embeds" in said:
             raise BadConfig(
@@ -180,39 +249,38 @@ class VLLMEngine:
             )
         if "hidden_size" in said and f"hidden_size {self.width}." not in said:
             raise BadConfig(
-                f"The vLLM server at {self.url} runs {self._theirs}, whose embeddings have another width than the "
+                f"The vLLM server at {self.url} runs {name}, whose embeddings have another width than the "
                 f"plug's {self.width}: serve the model that the plug was trained for."
             )
 
-    async def _check_same(self) -> None:
+    async def _check_same(self, name: str) -> None:
         """Compare a text with the same text embedded."""
-        common = {"model": self._theirs, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
+        common = {"model": name, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
         embeds = encoded(self.table.embedded(_PROBE))
         answers = []
         for given in ({"prompt": _PROBE}, {"prompt_embeds": embeds}):
-            response = await self._post("/v1/completions", common | given)
+            response = await self._asked("/v1/completions", common | given)
             if response.status_code != 200:
                 raise BadConfig(
                     f"The vLLM server at {self.url} refused a test request (status {response.status_code})."
                 )
-            choice = response.json()["choices"][0]
-            answers.append((choice["text"], choice["logprobs"]["token_logprobs"][0]))
+            with self._reading("/v1/completions"):
+                choice = response.json()["choices"][0]
+                answers.append((choice["text"], float(choice["logprobs"]["token_logprobs"][0])))
         (text, sure), (other, as_sure) = answers
-        if text != other or abs(sure - as_sure) > _CLOSE:
+        if text != other or not abs(sure - as_sure) <= _CLOSE:
             raise BadConfig(
-                f"The vLLM server at {self.url} answers a text and the same text embedded differently: {self._theirs} "
+                f"The vLLM server at {self.url} answers a text and the same text embedded differently: {name} "
                 f"is another model than the plug's, or its prompt_embeds are broken. Serve the plug's model."
             )
 
-    async def _check_layout(self) -> None:
+    async def _check_layout(self, name: str) -> None:
         """Make sure that soft tokens stand where the answer would begin, as they did in training."""
-        asked, name = [{"role": "user", "content": _PROBE}], self._theirs
+        asked = [{"role": "user", "content": _PROBE}]
         opened = {"model": name, "messages": asked, "add_generation_prompt": True}
         soft = SoftPrompt(torch.zeros(1, 1, self.width), placement="suffix")
-        plain, behind = [
-            (await self._post("/tokenize", body)).json().get("tokens", [])
-            for body in (opened, with_soft_tokens({"model": name, "messages": asked}, soft))
-        ]
+        plain = await self._tokens(opened)
+        behind = await self._tokens(with_soft_tokens({"model": name, "messages": asked}, soft))
         if behind[:-1] != plain:
             raise BadConfig(
                 f"The chat template of {name} writes something else before an answer that has begun than before one "
@@ -220,20 +288,34 @@ class VLLMEngine:
                 f"--chat-template that writes the same before both."
             )
 
-    async def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+    async def _tokens(self, body: dict[str, Any]) -> list[int]:
+        """The tokens of a chat."""
+        path = "/tokenize"
+        response = await self._asked(path, body)
+        found, tokens = f"status {response.status_code}", None
+        if response.status_code == 200:
+            with self._reading(path):
+                found, tokens = "no tokens", response.json().get("tokens")
+        if not tokens or not isinstance(tokens, list):
+            raise BadConfig(
+                f"The vLLM server at {self.url} must say on {path} how it writes a chat, to see where soft tokens "
+                f"stand; found {found}. Let this server reach that route."
+            )
+        return tokens
+
+    async def _asked(self, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
-            return await self._client.post(path, json=body)
+            return await (self._client.get(path) if body is None else self._client.post(path, json=body))
         except httpx.HTTPError as error:
             raise EngineFailure(f"There is no vLLM server at {self.url} ({type(error).__name__}).") from None
 
-    async def _json(self, method: str, path: str) -> dict[str, Any]:
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Around what takes a reply apart that may be another server's."""
         try:
-            response = await self._client.request(method, path)
-            response.raise_for_status()
-            found: dict[str, Any] = response.json()
-            return found
-        except (httpx.HTTPError, json.JSONDecodeError) as error:
-            raise EngineFailure(f"There is no vLLM server at {self.url} ({type(error).__name__}).") from None
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise EngineFailure(f"What {self.url} says on {path} is not what vLLM says: is it a vLLM server?") from None
 
 
 def encoded(vectors: Tensor) -> str:
@@ -249,13 +331,9 @@ def encoded(vectors: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _with_embeds(body: dict[str, Any], vectors: Tensor) -> dict[str, Any]:
-    return {**{name: value for name, value in body.items() if name != "prompt"}, "prompt_embeds": encoded(vectors)}
-
-
 def with_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
     """A chat with soft tokens: as the beginning of the answer, or right before the last user's text."""
-    part = {"type": "prompt_embeds", "data": encoded(soft.vectors[0].to(torch.bfloat16))}
+    part = {"type": _EMBEDS, "data": encoded(soft.vectors[0].to(torch.bfloat16))}
     messages = list(body["messages"])
     if soft.placement == "suffix":
         if body.get("continue_final_message"):
@@ -277,11 +355,86 @@ def _constrained(body: dict[str, Any]) -> bool:
     return any(body.get(name) for name in ("structured_outputs", "response_format", "tools"))
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[bytes]:
-    """vLLM's events as they come."""
+def _check_fields(body: dict[str, Any]) -> None:
+    """Refuse the fields that spoil vLLM or end its process."""
+    if _EMBEDS in body or any(_is_embeds(part) for part in _parts(body)):
+        raise RequestError(f"{_EMBEDS} is reserved: only this server puts embeds into a prompt.", code="reserved")
+    if body.get("echo") or body.get("prompt_logprobs") is not None:
+        raise RequestError("echo and prompt_logprobs cannot be had here.", code="unsupported")
+
+
+def _check_text(body: dict[str, Any], written: bytes) -> None:
+    """Refuse the placeholder, wherever a template might write it into a prompt."""
+    # Arguments of tools are JSON within a string, which vLLM reads again before its template writes them.
+    plain = _ESCAPED.sub(lambda found: bytes.fromhex(found[1].decode()), written).replace(b"\\", b"")
+    # Some templates join the parts of a message with nothing between them.
+    texts = [text for part in _parts(body) for name, text in part.items() if name != "type" and isinstance(text, str)]
+    if PLACEHOLDER.encode() in plain or PLACEHOLDER in "".join("".join(texts).split()):
+        raise RequestError(f"A request may not hold {PLACEHOLDER}, which is reserved.", code="reserved_text")
+
+
+def _parts(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The parts of messages whose content is a list."""
+    for message in _dicts(body.get("messages")):
+        yield from _dicts(message.get("content"))
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    """Those of a list; of what is none, as a completion's own `messages` may be, nothing."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _is_embeds(part: dict[str, Any]) -> bool:
+    """Whether vLLM takes a part for embeds, which it does by its type and, beside a `uuid`, by the name of a field."""
+    return part.get("type") == _EMBEDS or _EMBEDS in part
+
+
+def _as_json(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, RecursionError):  # NaN or half of a surrogate pair; they came in as JSON of a kind
+        raise RequestError(
+            "The request holds what JSON cannot say: NaN, Infinity, half of a surrogate pair, or lists too deep.",
+            code="invalid_value",
+        ) from None
+
+
+def _too_long(most: int, found: str) -> RequestError:
+    return RequestError(
+        f"The model reads {most} tokens at most; the prompt has {found}. Shorten it.", code="context_length_exceeded"
+    )
+
+
+class _Events(Events):
+    """vLLM's events; it owns the response, so that closing it ends the answer even if nobody has read from it.
+
+    A generator alone would not do: the end of one that never began is never run.
+    """
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._response, self._whole = response, _whole_events(response)
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._whole)
+
+    async def aclose(self) -> None:
+        """End the answer."""
+        try:
+            await self._whole.aclose()
+        finally:
+            await self._response.aclose()
+
+
+async def _whole_events(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """Half an event is held back: what follows it, if only an error, could not be read behind it."""
+    held = b""
     try:
         async with aclosing(response):
             async for chunk in response.aiter_bytes():
-                yield chunk
+                events, end, held = (held + chunk).rpartition(b"\n\n")
+                if end:
+                    yield events + end
     except httpx.HTTPError as error:
         raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
+    if held:
+        raise EngineFailure("The vLLM server broke off amid an event.")

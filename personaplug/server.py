@@ -222,9 +222,14 @@ def serve(service: Service, *, accounts: Accounts, limits: Limits, host: str, po
     """
     accounts.check_address(host)
     app = create_app(service, accounts=accounts, limits=limits)
-    # An access log would hold users' ids, which stand in paths.
     config = uvicorn.Config(
-        app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=patience_s
+        app,
+        host=host,
+        port=port,
+        access_log=False,  # it would hold users' ids, which stand in paths
+        log_config=None,  # uvicorn's own closes every handler of the process
+        log_level="warning",
+        timeout_graceful_shutdown=patience_s,
     )
 
     async def run() -> None:

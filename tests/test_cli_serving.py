@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,9 @@ def test_an_engine_that_is_not_there_is_said_in_a_sentence(
     table = EmbeddingTable(toy.embed.weight.detach(), toy.renderer.tokenizer)
     monkeypatch.setattr(EmbeddingTable, "of_folder", lambda _: table)  # the toy model has no folder
     monkeypatch.setattr("personaplug.hosting.find_model", Path)
-    done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
+    with closing(logging.FileHandler(tmp_path / "log")) as handler:  # as a host application may have
+        done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
+        assert handler.stream is not None, "a server closes nobody's log"
     assert (done.exit_code, "no vLLM server at http://127.0.0.1:9" in done.output) == (1, True)
 
 

@@ -106,8 +106,10 @@ class LivePersonas:
             StorageError, EncoderMismatch, BadItem: as `HistoryStore.read`.
         """
         strength = self.personalizer.strength if strength is None else strength
+        if strength == 0:
+            return Persona(None, "plain", 0, strength)
         kept, at_hand = (self._nobody, True) if user is None else self._known(tenant, user)
-        if strength == 0 or (not kept.items and self.unknown == "plain"):
+        if not kept.items and self.unknown == "plain":
             return Persona(None, "plain", 0, strength)
         soft = kept.soft if strength == self.personalizer.strength else None
         if soft is None:
@@ -172,7 +174,7 @@ class LivePersonas:
 
     def _worth_keeping(self, history: StoredHistory) -> _Kept:
         """The tokens, if they are the same whatever is asked, else what they are made from."""
-        if not _same_whatever_is_asked(self.plug):
+        if not self.plug.asks_nothing:
             return _Kept(history.version, len(history), history=history)
         soft = self.made("", history)
         return _Kept(history.version, len(history), soft=soft)
@@ -192,10 +194,6 @@ class _Kept:
         arrays = (self.history.vectors, self.history.answers, self.history.forms) if self.history else ()
         tokens = self.soft.vectors.nbytes if self.soft else 0
         return _OVERHEAD + tokens + sum(array.nbytes for array in arrays)
-
-
-def _same_whatever_is_asked(plug: PersonaPlug) -> bool:
-    return plug.asks_nothing and plug.config.options != "compare" and not plug.config.selected_items
 
 
 def _no_history(plug: PersonaPlug) -> StoredHistory:

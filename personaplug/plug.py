@@ -118,7 +118,9 @@ class PersonaPlug(nn.Module):
     @property
     def asks_nothing(self) -> bool:
         """Whether its personas are the same whatever is asked."""
-        return not self.config.persona_tokens or self.query_encoder is None
+        if not self.config.persona_tokens:
+            return True
+        return self.query_encoder is None and self.hint is None and not self.config.selected_items
 
     @torch.no_grad()
     def start_from(self, embedded: Tensor) -> None:
@@ -191,7 +193,7 @@ class PersonaPlug(nn.Module):
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
         """w of eq. 3, (M,): how much each item counts for its query, the mean over the persona tokens."""
         weighings = self._weighings(queries, history)
-        counts = [len(range(*tokens.indices(self.config.persona_tokens))) for tokens, _ in weighings]
+        counts = [len(range(self.config.persona_tokens)[tokens]) for tokens, _ in weighings]
         weighed = [count * weights for count, (_, weights) in zip(counts, weighings, strict=True)]
         return torch.stack(weighed).sum(dim=0) / self.config.persona_tokens
 
@@ -275,9 +277,8 @@ class PersonaPlug(nn.Module):
         plug = cls(read_plug_config(config), fitting=fitting, encoder=encoder)
         try:
             state = load_file(folder / _WEIGHTS)
-            if plug.asks_nothing:  # plugs of earlier versions hold a query side all the same
-                state = {name: value for name, value in state.items() if not name.startswith("query_encoder.")}
-            plug.load_state_dict(state)
+            known = plug.state_dict()  # plugs of earlier versions hold a query side all the same
+            plug.load_state_dict({k: v for k, v in state.items() if k in known or not k.startswith("query_encoder.")})
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise MissingData(f"{folder / _WEIGHTS} cannot be read as this plug's weights: {reason}") from error

@@ -25,8 +25,8 @@ from personaplug.records import HistoryItem, Options
 from personaplug.remembered import RememberedRequests
 from personaplug.samples import EncodedHistory
 from personaplug.store import Stored
-from personaplug.store_reading import StoredItem, as_json
-from personaplug.wire import ChatRequest, CompletionRequest, check_values
+from personaplug.store_reading import StoredItem
+from personaplug.wire import ChatRequest, CompletionRequest, as_json
 
 T = TypeVar("T")
 
@@ -96,10 +96,10 @@ class Service:
         """
         self.check_model(request.model)
         body, came = request.passed_on, time.monotonic()
-        check_values(body)
+        as_json(body)  # before anything reads its texts
         asked, extras, user = self._asked(request.asked), request.personaplug, request.user
         strength = extras.strength if asked.worded or self.elsewhere else 0
-        persona = await _apart(
+        persona = await asyncio.to_thread(
             self.personas.persona, tenant, user, asked.query, options=asked.options, strength=strength
         )
         question = Question(
@@ -142,7 +142,7 @@ class Service:
 
     async def history(self, tenant: str, user: str) -> list[dict[str, Any]]:
         """A user's items, oldest first."""
-        return [self._told(item) for item in await _apart(self.store.list_items, tenant, user)]
+        return [self._told(item) for item in await asyncio.to_thread(self.store.list_items, tenant, user)]
 
     async def export(self, tenant: str, user: str) -> dict[str, Any]:
         """Everything that is known of a user.
@@ -158,7 +158,7 @@ class Service:
         Raises:
             MissingData: if there is no such item.
         """
-        await _apart(self.store.delete_item, tenant, user, item)
+        await asyncio.to_thread(self.store.delete_item, tenant, user, item)
         self.personas.forget(tenant, user)
 
     async def erase(self, tenant: str, user: str) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class Service:
             raise RequestError(
                 f"A prompt without the wording of {self.task.name} is answered without a persona.", code="not_the_task"
             )
-        items, history = await _apart(self._known, tenant, user, self.personas.plug.config.max_history)
+        items, history = await asyncio.to_thread(self._known, tenant, user, self.personas.plug.config.max_history)
         used = await self._slowly(self.personas.selected, asked.query, history)
         items, history = [items[place] for place in used], history.only(used)
         weights = await self._slowly(self.personas.weights, asked.query, history)
@@ -230,12 +230,28 @@ class Service:
         """
         if since > until:
             raise RequestError("`since` is a day before `until`.", code="invalid_value")
-        items, history = await _apart(self._known, tenant, user, None)
+        items, history = await asyncio.to_thread(self._known, tenant, user, None)
         days = [item.date or item.arrived.date() for item in items]
         latest = self.personas.plug.config.max_history
         parts = [history.only(np.flatnonzero([day <= limit for day in days])[-latest:]) for limit in (since, until)]
         found = asdict(await self._slowly(drift, partial(self.personas.made, ""), *parts))
         return {name: None if value != value else value for name, value in found.items()}  # JSON has no NaN
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model than the one there is; it may be left out.
+
+        Raises:
+            RequestError: if there is none of that name.
+        """
+        known = self.engine.models
+        if name is None and len(known) == 1:
+            return
+        if name not in known:
+            raise RequestError(
+                f"There is no model of this name here; there is: {', '.join(known)}.",
+                status=404,
+                code="model_not_found",
+            )
 
     async def close(self) -> None:
         """Finish the answers that were begun, then let go of engine and store."""
@@ -256,10 +272,10 @@ class Service:
 
     def _told(self, item: StoredItem) -> dict[str, Any]:
         """An item as it may be given again, beside when it came."""
-        about = as_json(item)
         answer = self.store.settings.labels[item.answer] if item.answer >= 0 else None
         kept = dict(item.fields) or ({self.task.answer_field: answer} if self.task.answer_field and answer else {})
-        return {"id": item.id, "date": about["date"], "arrived": about["arrived"], **kept}
+        day = item.date.isoformat() if item.date else None
+        return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), **kept}
 
     async def _added(self, tenant: str, user: str, items: Sequence[HistoryItem]) -> Stored:
         done = await self._slowly(self.store.add, tenant, user, items)
@@ -284,24 +300,3 @@ class Service:
             return _Asked(query_of(self.task, text), options_of(self.task, text), worded=True)
         except Flaw:  # another question than the task's
             return _Asked(text, None, worded=False)
-
-    def check_model(self, name: str | None) -> None:
-        """Refuse a request for another model than the one there is; it may be left out.
-
-        Raises:
-            RequestError: if there is none of that name.
-        """
-        known = self.engine.models
-        if name is None and len(known) == 1:
-            return
-        if name not in known:
-            raise RequestError(
-                f"There is no model of this name here; there is: {', '.join(known)}.",
-                status=404,
-                code="model_not_found",
-            )
-
-
-async def _apart(work: Callable[..., T], *given: Any, **named: Any) -> T:
-    """Do something that takes a while in another thread."""
-    return await asyncio.to_thread(work, *given, **named)

@@ -136,16 +136,19 @@ def first_flaw(errors: Sequence[Any]) -> str:
     return f"{place}: {errors[0]['msg']}"
 
 
-def check_values(value: Any) -> None:
-    """Refuse what no JSON can hold, wherever it stands: numbers without end, halves of surrogate pairs.
+def as_json(body: Mapping[str, Any]) -> bytes:
+    """A request as JSON.
 
     Raises:
-        RequestError: if there is any.
+        RequestError: if it holds, wherever that stands, what came in as JSON of a kind and is none.
     """
     try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     except (ValueError, RecursionError):  # an encoding error is a value error
-        raise RequestError("A number is not finite, or a text is not valid Unicode.", code="invalid_value") from None
+        raise RequestError(
+            "The request holds what JSON cannot say: NaN, Infinity, half of a surrogate pair, or lists too deep.",
+            code="invalid_value",
+        ) from None
 
 
 def error_reply(message: str, *, code: str, status: int) -> dict[str, Any]:

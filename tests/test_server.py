@@ -393,7 +393,7 @@ def test_no_users_text_or_id_is_in_logs_or_metrics(
 
     monkeypatch.setattr(service.store, "version", broken)
     with pytest.raises(openai.InternalServerError) as failed:
-        _chat(url, SECRET, prompt=SECRET)
+        _chat(url, SECRET, prompt=f"{PROMPT} {SECRET}")
     assert SECRET not in str(failed.value)
     assert "ValueError at" in caplog.text
     shown = capfd.readouterr()

@@ -35,6 +35,7 @@ ROUTES = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
     ("POST", "/v1/users/{user}/history"),
     ("GET", "/v1/users/{user}/history"),
     ("DELETE", "/v1/users/{user}/history/{item}"),

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind, spl
 from personaplug.weights import LLMIdentity, fingerprint
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _READ_TOKENS = 4096  # of prompts that are read together, padding included
 
@@ -137,7 +138,7 @@ class HFBackend:
             return
         self._kept = KeptPrompts(layout, room=room, device=self.device)
         with Progress("read prompts", total=len(wanted), unit="prompts") as progress:
-            for together in _by_length(wanted):
+            for together in by_length(wanted):
                 fitting = [ids for ids in together if self._kept.fits(len(ids))]
                 for ids, states in zip(fitting, self._read(fitting), strict=True):
                     if self._kept.fits(len(ids)):  # with those before it in the group
@@ -149,7 +150,7 @@ class HFBackend:
         kept = {ids: self._kept.get(ids) if self._kept is not None else None for ids in rows}
         missing = [ids for ids, states in kept.items() if states is None]
         found = {ids: states for ids, states in kept.items() if states is not None}
-        for together in _by_length(missing):
+        for together in by_length(missing):
             found.update(zip(together, self._read(together), strict=True))
         return [found[ids] for ids in rows]
 
@@ -241,14 +242,18 @@ class HFBackend:
         return int(self.embed.weight.shape[1])
 
 
-def _by_length(rows: Sequence[Ids]) -> Iterator[list[Ids]]:
-    """Prompts of like length together, the longest first, as many as make `_READ_TOKENS` with their padding."""
-    group: list[Ids] = []
-    for ids in sorted(rows, key=len, reverse=True):
-        if group and len(group[0]) * (len(group) + 1) > _READ_TOKENS:
+def by_length(prompts: Sequence[T], tokens: Callable[[T], int] = len) -> Iterator[list[T]]:  # type: ignore[assignment]
+    """Prompts of like length together, the longest first, as many as make `_READ_TOKENS` with their padding.
+
+    Args:
+        tokens: how many one has.
+    """
+    group: list[T] = []
+    for prompt in sorted(prompts, key=tokens, reverse=True):
+        if group and tokens(group[0]) * (len(group) + 1) > _READ_TOKENS:
             yield group
             group = []
-        group.append(ids)
+        group.append(prompt)
     if group:
         yield group
 

@@ -231,10 +231,20 @@ class Renderer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain_frame(self, *, new_line: bool) -> tuple[list[int], list[int]]:
-        bare = self.tokenizer(_PLACE, add_special_tokens=False)["input_ids"]
-        framed = self.tokenizer(_PLACE)["input_ids"]
-        start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
-        tail = list(framed[start + len(bare) :])
+        head, tail = frame_of(self.tokenizer)
         # Without a template nothing but the end of its line tells a decoder-only model that the prompt is over.
-        tail += self.tokenizer("\n", add_special_tokens=False)["input_ids"] if new_line else []
-        return list(framed[:start]), tail
+        return head, tail + (self._frame_ids("\n") if new_line else [])
+
+
+def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts in front of a text and behind it.
+
+    Raises:
+        BadConfig: if it does not leave a text in one piece.
+    """
+    bare = tokenizer(_PLACE, add_special_tokens=False)["input_ids"]
+    framed = tokenizer(_PLACE)["input_ids"]
+    for start in range(len(framed)):
+        if framed[start : start + len(bare)] == bare:
+            return list(framed[:start]), list(framed[start + len(bare) :])
+    raise BadConfig("The model's tokenizer does not leave a text in one piece between its special tokens.")

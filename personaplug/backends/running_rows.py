@@ -6,8 +6,9 @@ over the model's weights, which is most of what a token costs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -15,11 +16,10 @@ from torch import Tensor
 from personaplug.backends.base import GenerationConfig, pad
 from personaplug.backends.decoder_only import DecoderOnlyBackend, chosen
 from personaplug.backends.frozen_attention import KeptStates
+from personaplug.backends.hf import by_length
 from personaplug.backends.kept_prompts import padded_states, real_columns
 from personaplug.backends.rendering import Ids, Rendered
 from personaplug.soft_prompt import SoftPrompt, splice
-
-_READ_TOKENS = 4096  # of prompts that are read together, padding included
 
 
 @dataclass(eq=False, repr=False)
@@ -101,11 +101,6 @@ class RunningRows:
         """Rows that go on."""
         return len(self._going())
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens it holds states of, padding included."""
-        return len(self._rows) * (max(self._lengths, default=0) + self._behind)
-
     @torch.no_grad()
     def admit(self, rows: Sequence[Row]) -> None:
         """Read the prompts of some rows and choose their first tokens; then they go on with the others.
@@ -114,7 +109,7 @@ class RunningRows:
         """
         going = self._going()
         states = self._states(going)
-        for group in _by_length(rows):
+        for group in _alike(rows):
             found, logits = self._read(group)
             for row, own, last in zip(group, found, logits.float(), strict=True):
                 if row.wants_likeliest:
@@ -207,16 +202,10 @@ class RunningRows:
         return backend.read(batch.embeds, batch.mask)
 
 
-def _by_length(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows whose soft tokens are alike in shape together, the longest first, within `_READ_TOKENS` with padding."""
-    groups: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: (_shape(row), len(row.prompt.ids)), reverse=True):
-        last = groups[-1] if groups else []
-        if last and _shape(last[0]) == _shape(row) and len(last[0].prompt.ids) * (len(last) + 1) <= _READ_TOKENS:
-            last.append(row)
-        else:
-            groups.append([row])
-    return groups
+def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows whose soft tokens are alike in shape, and whose prompts are of like length."""
+    for _, group in groupby(sorted(rows, key=_shape), key=_shape):
+        yield from by_length(list(group), lambda row: len(row.prompt.ids))
 
 
 def _shape(row: Row) -> tuple[str, int]:

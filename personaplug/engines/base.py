@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.wire import Kind
 
+CHARACTERS = 16
+"""A token has at most so many on average: a prompt of more is too long, which is seen before it is tokenized."""
+
 
 @dataclass(frozen=True, repr=False)
 class Question:

@@ -17,7 +17,7 @@ from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.rendering import Rendered
 from personaplug.backends.running_rows import Row
-from personaplug.engines.base import Events, Question, Reply
+from personaplug.engines.base import CHARACTERS, Events, Question, Reply
 from personaplug.engines.model_thread import Job, ModelThread
 from personaplug.errors import BadConfig, EngineFailure, PersonaPlugError, RequestError
 from personaplug.soft_prompt import SoftPrompt
@@ -27,7 +27,6 @@ _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _EFFECT_ROWS = 32  # soft prompts whose effect on an answer is measured in one pass
 _STOPS = 4  # texts that may end an answer, as OpenAI has it
 _COLD = 1e-4  # a temperature below it takes the likeliest token
-_CHARACTERS = 16  # of a token at most, or nearly so: longer prompts are refused before they are tokenized
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -276,7 +275,7 @@ class LocalEngine:
             ) from None
 
     def _check_characters(self, text: str) -> None:
-        if len(text) > _CHARACTERS * self.max_tokens:
+        if len(text) > CHARACTERS * self.max_tokens:
             raise _too_long(self.max_tokens)
 
 

@@ -1,9 +1,9 @@
 """A vLLM server as engine: requests go to it as they came, with the soft tokens beside the text.
 
 In a chat only the soft tokens are sent, and vLLM renders its template around them: with the placement `suffix` as the
-beginning of the answer, with `prefix` as a message of their own in front of the user's last one. The text in front of
-the former is the same for all users, so vLLM's prefix cache serves them all. A completion has no place for them: the
-whole prompt is sent embedded.
+beginning of the answer, with `prefix` in front of the user's last text. What stands in front of the former is the same
+for all users, so vLLM's prefix cache serves them all. A completion has no place for them: the whole prompt is sent
+embedded.
 
 vLLM 0.30 can be brought down from outside by what it does not check, so this is checked here: soft tokens that are no
 numbers spoil other requests' answers, so callers cannot send any of their own; and its placeholder's name, wherever it
@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import re
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -27,10 +26,11 @@ import httpx
 import torch
 from torch import Tensor
 
-from personaplug.engines.base import Events, Question, Reply
+from personaplug.backends.rendering import frame_of
+from personaplug.engines.base import CHARACTERS, Events, Question, Reply
 from personaplug.errors import BadConfig, EngineFailure, RequestError
 from personaplug.soft_prompt import SoftPrompt
-from personaplug.wire import Kind
+from personaplug.wire import Kind, as_json
 
 PLACEHOLDER = "<prompt_embeds>"
 _EMBEDS = "prompt_embeds"  # a field of a completion, and a type of content in a chat
@@ -38,8 +38,6 @@ _ESCAPED = re.compile(rb"\\u00([2-7][0-9a-fA-F])")
 _ROUTES: dict[Kind, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 _CALLERS = (400, 413, 422, 429)  # statuses that tell the caller something about the request
 _CONNECT_S = 5
-_CHARACTERS = 16  # a token: no prompt of a model's length has more of them on average
-_PLACE = "personaplugplaceofthetext"
 _PROBE = "The quick brown fox jumps over the lazy dog, and then"
 _PROBE_TOKENS = 8
 _CLOSE = 0.05  # log-probability of the first token, between text and embeds
@@ -58,7 +56,7 @@ class EmbeddingTable:
     def __init__(self, rows: Tensor, tokenizer: Any) -> None:
         self.rows, self.tokenizer = rows, tokenizer
         self._one_at_a_time = threading.Lock()  # a tokenizer of transformers may change itself when it is called
-        self._before = self._tokens_before()
+        self._before = len(frame_of(tokenizer)[0])
 
     @classmethod
     def of_folder(cls, folder: Path) -> EmbeddingTable:
@@ -82,7 +80,7 @@ class EmbeddingTable:
             RequestError: if it is too long.
         """
         own = soft.vectors[0].to(self.rows)
-        if most is not None and len(text) > most * _CHARACTERS:
+        if most is not None and len(text) > most * CHARACTERS:
             raise _too_long(most, f"{len(text)} characters")
         ids = self._ids(text)
         if most is not None and len(ids) + len(own) > most:
@@ -96,14 +94,6 @@ class EmbeddingTable:
     def _ids(self, text: str, **options: Any) -> list[int]:
         with self._one_at_a_time:
             return list(self.tokenizer(text, **options)["input_ids"])
-
-    def _tokens_before(self) -> int:
-        """How many tokens the tokenizer puts in front of a text."""
-        bare, framed = self._ids(_PLACE, add_special_tokens=False), self._ids(_PLACE)
-        for start in range(len(framed)):
-            if framed[start : start + len(bare)] == bare:
-                return start
-        raise BadConfig("The model's tokenizer does not leave a text in one piece between its special tokens.")
 
 
 class VLLMEngine:
@@ -208,14 +198,14 @@ class VLLMEngine:
         _check_fields(body)
         if question.choices and not _constrained(body):
             body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(question.choices)}}
-        written = _as_json(body)
+        written = as_json(body)
         _check_text(body, written)
         if question.soft is None:
             return written
         if question.kind == "chat":
-            return _as_json(with_soft_tokens(body, question.soft))
+            return as_json(with_soft_tokens(body, question.soft))
         embeds = self.table.embedded_with(body.pop("prompt"), question.soft, most=self.max_model_len)
-        return _as_json({**body, _EMBEDS: encoded(embeds)})
+        return as_json({**body, _EMBEDS: encoded(embeds)})
 
     def _failure(self, status: int) -> EngineFailure:
         """What a status says that is not the caller's fault."""
@@ -387,16 +377,6 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 def _is_embeds(part: dict[str, Any]) -> bool:
     """Whether vLLM takes a part for embeds, which it does by its type and, beside a `uuid`, by the name of a field."""
     return part.get("type") == _EMBEDS or _EMBEDS in part
-
-
-def _as_json(body: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    except (ValueError, RecursionError):  # NaN or half of a surrogate pair; they came in as JSON of a kind
-        raise RequestError(
-            "The request holds what JSON cannot say: NaN, Infinity, half of a surrogate pair, or lists too deep.",
-            code="invalid_value",
-        ) from None
 
 
 def _too_long(most: int, found: str) -> RequestError:

@@ -66,23 +66,33 @@ class Places:
     results: Path
 
 
-def bench(experiment: Experiment, places: Places, *, sets: Sequence[str] = (), seeds: Sequence[int] = ()) -> Outcome:
-    """Fill an experiment's tables, all of the first seed before any of the second.
+def bench(
+    experiment: Experiment,
+    places: Places,
+    *,
+    sets: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    conditions: Sequence[str] = (),
+) -> Outcome:
+    """Fill an experiment's tables, one after the other.
 
     Args:
         sets: only these of the experiment's; several processes may share out the sets among them.
-        seeds: only these.
+        seeds: only these; all of a table go together, since they read the same prompts.
+        conditions: only these rows.
     Raises:
-        BadConfig: if it has no such set or seed.
+        BadConfig: if it has no such set, seed or row.
     """
-    unknown = [name for name in sets if name not in experiment.sets]
     known = {seed for config in experiment.configs.values() for seed in config.training.seeds}
+    rows = [condition.name for condition in experiment.conditions]
     if set(seeds) - known:
         raise BadConfig(f"{experiment.name} has the seeds {sorted(known)}; found {sorted(seeds)}.")
-    if unknown:
-        raise BadConfig(
-            f"{', '.join(unknown)}: no set of {experiment.name}, whose sets are {', '.join(experiment.sets)}."
-        )
+    for what, asked, there in (("set", sets, experiment.sets), ("row", conditions, rows)):
+        unknown = [name for name in asked if name not in there]
+        if unknown:
+            raise BadConfig(
+                f"{', '.join(unknown)}: no {what} of {experiment.name}, whose {what}s are {', '.join(there)}."
+            )
     opened = _OpenModels()
     tables = [
         _Table(experiment, places, variant=variant, name=name, opened=opened)
@@ -90,11 +100,9 @@ def bench(experiment: Experiment, places: Places, *, sets: Sequence[str] = (), s
         for name in experiment.sets
         if not sets or name in sets
     ]
-    every = list(dict.fromkeys(seed for table in tables for seed in table.config.training.seeds))
-    for seed in every:
-        for table in tables:
-            if seed in table.config.training.seeds and (not seeds or seed in seeds):
-                table.fill(seed=seed)
+    wanted = [condition for condition in experiment.conditions if not conditions or condition.name in conditions]
+    for table in tables:
+        table.fill(wanted, seeds=[seed for seed in table.config.training.seeds if not seeds or seed in seeds])
     return Outcome(
         [table.target for table in tables if not table.absent and table.target.exists()],
         [table.absent for table in tables if table.absent],
@@ -115,56 +123,56 @@ class _Table:
         self.failed: list[str] = []
         self.absent = ""
 
-    def fill(self, *, seed: int) -> None:
-        """Make the cells of a seed that are missing, then write the results, even if stopped halfway by hand.
+    def fill(self, conditions: Sequence[Condition], *, seeds: Sequence[int]) -> None:
+        """Make the cells of some rows and seeds that are missing, then write the results, even if stopped halfway.
 
         What cannot be made is noted in `absent` or `failed` and does not keep other cells from being made.
         """
-        if self.absent:
-            return
         try:
-            self._fill(seed)
+            for probe in (WHOLE, *self._probes()):
+                self._fill(conditions, seeds, probe)
         except (MissingModel, MissingData) as error:
             self.absent = self._told(self.title, error)
         finally:
             if not self.absent:
                 self.write()
 
-    def _fill(self, seed: int) -> None:
-        for probe in (WHOLE, *self._probes()):
-            file = self._file(probe)
-            file.turn_to(self._samples_key())
-            scored, cells = file.read()
-            known = {cell.key for cell in cells}
-            wanted = {self._key(condition, seed, probe): condition for condition in self._conditions(seed)}
-            missing = {key: condition for key, condition in wanted.items() if key not in known}
-            if not missing:
+    def _fill(self, conditions: Sequence[Condition], seeds: Sequence[int], probe: Probe) -> None:
+        file = self._file(probe)
+        file.turn_to(self._samples_key())
+        scored, cells = file.read()
+        known = {cell.key for cell in cells}
+        # Row by row and not seed by seed: where the seeds of a row read the same prompts, they are read once.
+        wanted = [(condition, seed) for condition in conditions for seed in self._seeds(condition) if seed in seeds]
+        missing = {key: one for one in wanted if (key := self._key(*one, probe)) not in known}
+        if not missing:
+            return
+        trainings, evaluation = self._opened(probe)
+        if scored is None:
+            file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
+        # All trainings first: those on the same prompts read them once, before the split's take their place.
+        untrained = self._train(list(missing.values()), trainings)
+        for key, (condition, seed) in missing.items():
+            if untrained.intersection((need, seed) for need in condition.needs):
                 continue
-            trainings, evaluation = self._opened(probe)
-            if scored is None:
-                file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
-            # All trainings first: those on the same prompts read them once, before the split's take their place.
-            untrained = self._train(list(missing.values()), trainings, seed=seed)
-            for key, condition in missing.items():
-                if untrained.intersection(condition.needs):
-                    continue
-                logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, probe.name and f", {probe.name}")
-                try:
-                    cell = evaluation.cell(condition, seed=seed)
-                except (UserError, TrainingDiverged) as error:
-                    self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
-                else:
-                    file.append(replace(cell, key=key, made_with=_made_with()))
-
-    def _train(self, conditions: Sequence[Condition], trainings: Trainings, *, seed: int) -> set[Trained]:
-        """Train what some rows need; what could not be."""
-        untrained: set[Trained] = set()
-        for need in needed(conditions):
+            logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, probe.name and f", {probe.name}")
             try:
-                trainings.train(need, seed=seed)
+                cell = evaluation.cell(condition, seed=seed)
             except (UserError, TrainingDiverged) as error:
-                self.failed.append(self._told(f"{self.title}, {need.name}, seed {seed}", error))
-                untrained.add(need)
+                self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
+            else:
+                file.append(replace(cell, key=key, made_with=_made_with()))
+
+    def _train(self, cells: Sequence[tuple[Condition, int]], trainings: Trainings) -> set[tuple[Trained, int]]:
+        """Train what some cells need; what could not be."""
+        untrained: set[tuple[Trained, int]] = set()
+        for need in needed([condition for condition, _ in cells]):
+            for seed in dict.fromkeys(seed for condition, seed in cells if need in condition.needs):
+                try:
+                    trainings.train(need, seed=seed)
+                except (UserError, TrainingDiverged) as error:
+                    self.failed.append(self._told(f"{self.title}, {need.name}, seed {seed}", error))
+                    untrained.add((need, seed))
         return untrained
 
     def _told(self, what: str, error: PersonaPlugError) -> str:
@@ -196,10 +204,10 @@ class _Table:
         points = [(probe, self._at(probe, settings) if probe.changes else proper) for probe in curve]
         return [{"name": probe.name} | point for probe, point in points if point]
 
-    def _conditions(self, seed: int) -> list[Condition]:
-        """The rows that are answered with this seed."""
-        first = seed == self.config.training.seeds[0]
-        return [condition for condition in self.experiment.conditions if condition.seeded or first]
+    def _seeds(self, condition: Condition) -> Sequence[int]:
+        """The seeds that a row is answered with."""
+        seeds = self.config.training.seeds
+        return seeds if condition.seeded else seeds[:1]
 
     def _opened(self, probe: Probe) -> tuple[Trainings, Evaluation]:
         task, models = load_task(self.data), self.opened.get(self.config)

@@ -18,6 +18,7 @@ from personaplug.errors import BadConfig, MissingData
 @click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
 @click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
 @click.option("--seeds", default="", help="Only these seeds, comma-separated.")
+@click.option("--conditions", default="", help="Only these rows, comma-separated.")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML of settings for every table of it."
 )
@@ -30,6 +31,7 @@ def bench(
     experiments: Path,
     sets: str,
     seeds: str,
+    conditions: str,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
@@ -46,8 +48,9 @@ def bench(
     outcome = run_bench(
         experiment,
         Places(data, out, results),
-        sets=[word.strip() for word in sets.split(",") if word.strip()],
+        sets=_words(sets),
         seeds=_whole_numbers(seeds, "--seeds"),
+        conditions=_words(conditions),
     )
     for path in outcome.written:
         click.echo(str(path))
@@ -61,8 +64,12 @@ def bench(
         raise click.exceptions.Exit(1)
 
 
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def _whole_numbers(text: str, option: str) -> list[int]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    words = _words(text)
     if not all(word.isascii() and word.isdecimal() for word in words):
         raise BadConfig(f"{option} takes whole numbers, comma-separated; found {text!r}.")
     return [int(word) for word in words]

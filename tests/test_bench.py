@@ -134,8 +134,10 @@ def test_finished_cells_are_never_made_again(tmp_path: Path, data: Path, monkeyp
     monkeypatch.setattr(personaplug.evaluation.Evaluation, "cell", told)
     bench(_experiment(tmp_path, rows[:4]), places, seeds=[0])
     assert asked == []
+    bench(_experiment(tmp_path, rows), places, sets=["Two"], conditions=["bm25:2", "plug"])
+    assert asked == ["plug 1", "bm25:2 0"]
     written = bench(_experiment(tmp_path, rows), places, sets=["Two"]).written
-    assert asked == ["bm25:2 0", "instruction-only 1", "plug 1", "wrong-user 1"]
+    assert asked[2:] == ["instruction-only 1", "wrong-user 1"]
     for path, before in first.items():
         assert path.read_bytes().startswith(before)
     assert [row["condition"] for row in _read(written[0])["rows"]] == rows
@@ -237,6 +239,8 @@ def test_thirds_and_a_curve_stand_together(tmp_path: Path, data: Path) -> None:
 def test_a_set_of_another_experiment_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(BadConfig, match="no set of mine"):
         bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), sets=["Three"])
+    with pytest.raises(BadConfig, match="plug: no row of mine, whose rows are plain"):
+        bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), conditions=["plug"])
     with pytest.raises(BadConfig, match=r"seeds \[0, 1\]; found \[9\]"):
         bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), seeds=[9])
 

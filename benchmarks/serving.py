@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from personaplug.data import open_dataset
-from personaplug.engines.vllm import with_soft_tokens
+from personaplug.engines.vllm_requests import with_soft_tokens
 from personaplug.files import write_json
 from personaplug.history_prompt import HistoryWriter
 from personaplug.hosting import Hosting, open_service

@@ -162,6 +162,6 @@ def _check_installed() -> None:
 
     if any(
         find_spec(name) is None
-        for name in ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "httpx", "prometheus_client")
+        for name in ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client")
     ):
         raise MissingExtra("A live service", extra="serve")

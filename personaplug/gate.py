@@ -121,6 +121,11 @@ class Gate:
         self.telemetry.running.inc()
         try:
             await self._while_listened_to(scope, receive, answer, body=body)
+        except asyncio.CancelledError:
+            if answer.begun:
+                raise
+            # The server stops, and has waited for this answer as long as it may.
+            await refused(503, "The server is stopping.", code="stopping")(scope, receive, answer.send)
         except Exception as error:
             # Whoever is above would log the error's sentence, which may hold the text that it failed on.
             logger.error("%s at %s", type(error).__name__, _place_of(error))
@@ -180,10 +185,15 @@ class _Answer:
 
 def refused(status: int, message: str, *, code: str) -> Response:
     """An answer that says why there is none."""
-    headers = {"Retry-After": RETRY_AFTER} if status in (429, 503) else {}
+    headers = retry_after(status)
     headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     headers |= {"Connection": "close"} if status in (401, 403, 408, 413) else {}  # the body may not have been read
     return JSONResponse(error_reply(message, code=code, status=status), status, headers)
+
+
+def retry_after(status: int) -> dict[str, str]:
+    """The header that says when to come back, where a status asks for that."""
+    return {"Retry-After": RETRY_AFTER} if status in (429, 503) else {}
 
 
 def _too_many() -> Response:

@@ -31,7 +31,7 @@ from personaplug.errors import (
     RequestError,
     StorageError,
 )
-from personaplug.gate import TENANT, Gate, Limits, refused
+from personaplug.gate import TENANT, Gate, Limits, refused, retry_after
 from personaplug.service import Answered, Service
 from personaplug.telemetry import Telemetry
 from personaplug.wire import ChatRequest, CompletionRequest, ErrorReply, Name, Text, error_reply, event, first_flaw
@@ -75,7 +75,7 @@ class ExplainPost(BaseModel):
     most: int = Field(default=20, ge=1, le=512, description="So many items are told.")
 
 
-def _tenant(request: Request, authorization: Annotated[str | None, Header()] = None) -> str:
+async def _tenant(request: Request, authorization: Annotated[str | None, Header()] = None) -> str:
     return str(request.scope[TENANT])  # the header is read by the gate; here it is described
 
 
@@ -254,6 +254,7 @@ def _response(answered: Answered) -> Response:
         "X-Personaplug-Persona": persona.applied,
         "X-Personaplug-Items": str(persona.items),
         "X-Personaplug-Strength": f"{persona.strength:g}",
+        **retry_after(answered.reply.status),  # vLLM may refuse for want of room, and does not say this
     }
     reply = answered.reply
     if isinstance(reply.body, bytes):

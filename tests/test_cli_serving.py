@@ -23,7 +23,7 @@ from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.cli import main
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.encoder import HashEncoder
-from personaplug.engines.vllm import EmbeddingTable
+from personaplug.engines.vllm_requests import EmbeddingTable
 from personaplug.receipts import Receipt
 from personaplug.store import HistoryStore
 
@@ -92,7 +92,14 @@ def test_a_run_is_served_to_live_users_until_it_is_told_to_stop(
         answer = _chat(url, question)
         assert answer.headers["x-personaplug-items"] == str(count)
         assert answer.json()["choices"][0]["message"]["content"] in ("1", "2", "3", "4", "5")
-        process.send_signal(signal.SIGTERM)
+        long = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 150, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=long, timeout=60) as stream:
+            lines = stream.iter_lines()
+            begun = [next(lines) for _ in range(3)]
+            process.send_signal(signal.SIGTERM)
+            events = [line for line in (*begun, *lines) if line]
+        assert events[-1] == "data: [DONE]"
+        assert len(events) > 20  # a stream that was begun is finished
         assert process.wait(30) in (0, -signal.SIGTERM)
         assert process.stderr is not None
         said = process.stderr.read()

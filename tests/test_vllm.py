@@ -21,7 +21,8 @@ import pytest
 import torch
 from live_server import CONFIG, ENCODER, TASK, served
 
-from personaplug.engines.vllm import EmbeddingTable, VLLMEngine
+from personaplug.engines.vllm import VLLMEngine
+from personaplug.engines.vllm_requests import EmbeddingTable
 from personaplug.errors import BadConfig, MissingModel
 from personaplug.live_personas import LivePersonas, Persona, store_settings
 from personaplug.personalizer import Personalizer

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from vllm_stand_in import MAX_MODEL_LEN, WIDTH, StandIn, read_embeds
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.engines.base import Question, Reply
-from personaplug.engines.vllm import EmbeddingTable, VLLMEngine, encoded
+from personaplug.engines.vllm import VLLMEngine
+from personaplug.engines.vllm_requests import EmbeddingTable, encoded
 from personaplug.errors import BadConfig, EngineFailure, RequestError
+from personaplug.server import create_app
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import read_embeddings
 from personaplug.wire import Kind
@@ -417,10 +421,10 @@ def test_a_stream_may_be_silent_for_less_long_than_an_answer_in_one_piece(
 ) -> None:
     theirs.silent_s = 2
     streamed, whole = (Question("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
-    with pytest.raises(EngineFailure, match="ReadTimeout"):
+    with pytest.raises(EngineFailure, match="TimeoutError"):
         _ask(_engine(address, table, timeout_s=1), streamed)
     assert b"tea" in _ask(_engine(address, table, timeout_s=1), whole)[0]
-    with pytest.raises(EngineFailure, match="ReadTimeout"):
+    with pytest.raises(EngineFailure, match="TimeoutError"):
         _ask(_engine(address, table, answer_s=0.5), whole)
 
 
@@ -486,6 +490,10 @@ def test_failures_are_told_apart_and_end_when_they_end(
         theirs.status = 400
         with pytest.raises(openai.BadRequestError, match="the text that was sent"):
             chat()  # their own words, to the caller alone
+        theirs.status = 429
+        with pytest.raises(openai.RateLimitError) as busy:
+            chat()
+        assert busy.value.response.headers["retry-after"] == "1"
         theirs.status = 500
         with pytest.raises(openai.InternalServerError) as failed:
             chat()
@@ -515,6 +523,21 @@ def test_a_server_that_goes_and_comes_back(
         with running(theirs.app, port=int(address.rpartition(":")[2])):
             assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
             assert httpx.get(f"{url}/ready").status_code == 200
+
+
+def test_what_a_stopping_server_cannot_finish_is_told(
+    theirs: StandIn, address: str, table: EmbeddingTable, toy: DecoderOnlyBackend, tmp_path: Path
+) -> None:
+    theirs.silent_s = 30
+    service = open_service(toy, tmp_path, engine=_engine(address, table))
+    body = {"messages": [{"role": "user", "content": "review: x"}]}
+    with ThreadPoolExecutor(1) as pool:
+        with running(create_app(service), patience_s=1) as url:
+            asked = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=20)
+            while not theirs.bodies or "messages" not in theirs.bodies[-1]:
+                time.sleep(0.01)
+        told = asked.result()
+    assert (told.status_code, told.json()["error"]["code"], told.headers["retry-after"]) == (503, "stopping", "1")
 
 
 def _started(address: str, table: EmbeddingTable) -> VLLMEngine:

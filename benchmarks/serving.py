@@ -2,12 +2,13 @@
 
     python benchmarks/serving.py --run RUN --data DATA --vllm http://127.0.0.1:8123 [--json FILE]
 
-All rows ask the same questions of DATA's dev split, with the same length of answer, streamed, greedy, so many at once.
-Rounds take the rows in turn, so that other work on the machine meets all of them. *plain*: the question, straight to
-vLLM. *persona*: the same question to `personaplug serve` in front of that vLLM, as its user, whose history is in the
-store. *embeds*: what that server sends to vLLM, sent there straight: the difference to *plain* is vLLM's own, that to
+All rows ask questions of DATA's dev split, with the same length of answer, streamed, greedy, so many at once. Rounds
+take the rows in an order drawn anew, so that other work on the machine meets all of them, and no question is asked
+twice, so that vLLM's prefix cache holds the task's wording and no row's questions. *plain*: the question, straight to
+vLLM. *persona*: a question to `personaplug serve` in front of that vLLM, as its user, whose history is in the store.
+*embeds*: what that server sends to vLLM, sent there straight: the difference to *plain* is vLLM's own, that to
 *persona* ours. *retrieval*: the question with the four best items of the history (BM25) in its prompt, straight to
-vLLM. Each round asks other questions. Then the embedded engine: one request at a time, and sixteen at once.
+vLLM. Then the embedded engine: one request at a time, and sixteen at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from personaplug.run import Run, machine, open_models, versions
 from personaplug.soft_prompt import SoftPrompt
 
 ITEMS = 4
+ROWS = 4
 WIDTH = 576
 
 
@@ -134,30 +137,31 @@ def bodies(sample: Sample, *, tokens: int, model: str | None = None) -> dict[str
 
 
 def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: argparse.Namespace) -> dict[str, Any]:
-    """The three rows, in turn."""
+    """The four rows, in turn."""
     model = httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"]
     writer, bm25 = HistoryWriter(run.task, open_models(run.config).backend), BM25()
     soft = SoftPrompt(torch.randn(1, run.config.plug.soft_tokens, WIDTH) * 0.1, placement="suffix")
     found: dict[str, list[tuple[float, list[float]]]] = {"plain": [], "embeds": [], "persona": [], "retrieval": []}
+
+    def plain(sample: Sample) -> Asked:
+        return Asked(vllm, bodies(sample, tokens=given.tokens, model=model))
+
+    def embeds(sample: Sample) -> Asked:
+        return Asked(vllm, with_soft_tokens(plain(sample).body, soft))
+
+    def persona(sample: Sample) -> Asked:
+        return Asked(ours, plain(sample).body | {"user": sample.owner, "personaplug": {"free": True}})
+
+    def retrieval(sample: Sample) -> Asked:
+        text = writer.write(sample.prompt, [sample.history[n] for n in bm25.rank(sample)[:ITEMS]]).prompt
+        return Asked(vllm, plain(sample).body | {"messages": [{"role": "user", "content": text}]})
+
+    rows = {"plain": plain, "embeds": embeds, "persona": persona, "retrieval": retrieval}
+    unasked = iter(samples)
     for number in range(given.rounds):
-        part = samples[number * given.requests : (number + 1) * given.requests]
-        plain = [bodies(sample, tokens=given.tokens, model=model) for sample in part]
-        extra = {"personaplug": {"free": True}}
-        persona = [body | {"user": sample.owner} | extra for body, sample in zip(plain, part, strict=True)]
-        embeds = [with_soft_tokens(body, soft) for body in plain]
-        written = [writer.write(s.prompt, [s.history[n] for n in bm25.rank(s)[:ITEMS]]).prompt for s in part]
-        shown = [
-            body | {"messages": [{"role": "user", "content": text}]} for body, text in zip(plain, written, strict=True)
-        ]
-        rows = {
-            "plain": (vllm, plain),
-            "embeds": (vllm, embeds),
-            "persona": (ours, persona),
-            "retrieval": (vllm, shown),
-        }
         for name in np.random.default_rng(number).permutation(list(rows)):
-            url, asked = rows[name]
-            found[name].append(asyncio.run(load([Asked(url, body) for body in asked], at_once=given.at_once)))
+            asked = [rows[name](sample) for sample in islice(unasked, given.requests)]
+            found[name].append(asyncio.run(load(asked, at_once=given.at_once)))
             print(number, name, summary(found[name][-1:]), flush=True)
     table: dict[str, Any] = {name: summary(rounds) for name, rounds in found.items()}
     ratios = {
@@ -190,15 +194,17 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="a run with a trained plug")
     parser.add_argument("--data", type=Path, required=True, help="a set of the run's task")
     parser.add_argument("--vllm", help="address of a vLLM server of the run's model; without it, only our own engine")
-    parser.add_argument("--requests", type=int, default=48, help="in a round, of each row")
+    parser.add_argument("--requests", type=int, default=32, help="in a round, of each row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--at-once", type=int, default=8, help="requests to vLLM at once")
     parser.add_argument("--tokens", type=int, default=16, help="of an answer")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     run = Run.open(given.run)
-    samples = list(open_dataset(given.data, "dev", task=run.task))[: given.rounds * given.requests]
-    if len(samples) < given.rounds * given.requests:
+    wanted = given.rounds * given.requests * (ROWS if given.vllm else 1)
+    samples = list(open_dataset(given.data, "dev", task=run.task))
+    samples = [samples[place] for place in np.random.default_rng(0).permutation(len(samples))[:wanted]]
+    if len(samples) < wanted:
         raise SystemExit(f"{given.data} has {len(samples)} dev samples, too few for so many rounds.")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

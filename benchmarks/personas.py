@@ -11,6 +11,7 @@ items alike, whose tokens are kept; both are untrained, which costs the same.
 from __future__ import annotations
 
 import argparse
+import gc
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # as a server in front of vLLM does
+    gc.freeze()  # as every server does
     with tempfile.TemporaryDirectory() as folder:
         found = {"growth": measure(given.where or f"{folder}/store.db", given.users)}
     if given.json:

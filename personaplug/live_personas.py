@@ -17,7 +17,7 @@ from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
 from personaplug.explain import item_weights
 from personaplug.form import FEATURES
 from personaplug.personalizer import Personalizer
-from personaplug.plug import PersonaPlug
+from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import Options
 from personaplug.samples import EncodedHistory
 from personaplug.soft_prompt import SoftPrompt
@@ -52,8 +52,8 @@ class Persona:
 class LivePersonas:
     """Makes personas of users whose histories grow, change and go; for several threads at once.
 
-    What a request needs of a user is kept within a bound of bytes (the soft tokens, or the history's vectors where
-    tokens depend on the query), and served only while the store says that the history is the same: a write or erasure
+    What a request needs of a user is kept within a bound of bytes (the soft tokens, or the read history where tokens
+    depend on the query), and served only while the store says that the history is the same: a write or erasure
     by another process is seen by the next request too.
 
     Args:
@@ -83,7 +83,7 @@ class LivePersonas:
         self._forgotten = 0
         self._lock = threading.Lock()  # of what is kept
         self._making = threading.Lock()  # the plug's own memory of queries is for one thread at a time
-        self._nobody = self._worth_keeping(self._read("", None))
+        self._nobody = self._worth_keeping(self._history("", None))
 
     def persona(
         self,
@@ -113,8 +113,9 @@ class LivePersonas:
             return Persona(None, "plain", 0, strength)
         soft = kept.soft if strength == self.personalizer.strength else None
         if soft is None:
-            history = kept.history if kept.history is not None else self._read(tenant, user)
-            soft = self.made(query, history, options=options, strength=strength)
+            read = kept.read or self.personalizer.read(self._history(tenant, user))
+            with self._making:
+                soft = self.personalizer.of_read(query, read, options=options, strength=strength)
         return Persona(soft, "user" if kept.items else "population", kept.items, strength, kept=at_hand)
 
     def made(
@@ -127,7 +128,7 @@ class LivePersonas:
     def selected(self, query: str, history: EncodedHistory) -> npt.NDArray[np.intp]:
         """Places of the items that a persona is made from, where the plug takes only the nearest to the query."""
         with self._making:
-            return self.personalizer.selected(query, history)
+            return self.personalizer.selected(query, history.vectors)
 
     def weights(self, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
         """How much each item counts; see `explain.item_weights`."""
@@ -160,40 +161,37 @@ class LivePersonas:
         if not version:
             self.forget(tenant, user)
             return self._nobody, False
-        kept = self._worth_keeping(self._read(tenant, user))
+        kept = self._worth_keeping(self._history(tenant, user))
         with self._lock:
             # Nothing is put back that was read before somebody was forgotten: it may be what had to go.
             if self._forgotten == forgotten and kept.bytes <= self._kept.maxsize:
                 self._kept[tenant, user] = kept
         return kept, False
 
-    def _read(self, tenant: str, user: str | None) -> StoredHistory:
+    def _history(self, tenant: str, user: str | None) -> StoredHistory:
         if user is None:
             return _no_history(self.plug)
         return self.store.read(tenant, user, latest=self.plug.config.max_history)
 
     def _worth_keeping(self, history: StoredHistory) -> _Kept:
-        """The tokens, if they are the same whatever is asked, else what they are made from."""
-        if not self.plug.asks_nothing:
-            return _Kept(history.version, len(history), history=history)
-        soft = self.made("", history)
-        return _Kept(history.version, len(history), soft=soft)
+        """The tokens, if they are the same whatever is asked, else the history, read as far as that goes."""
+        if self.plug.asks_nothing:
+            return _Kept(history.version, len(history), soft=self.made("", history))
+        return _Kept(history.version, len(history), read=self.personalizer.read(history))
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class _Kept:
-    """What is kept of a user: soft tokens, or the history that they are made from for each query."""
+    """What is kept of a user: soft tokens, or the read history that they are made from for each query."""
 
     version: int
     items: int
     soft: SoftPrompt | None = None
-    history: StoredHistory | None = None
+    read: HistoryBatch | None = None
 
     @property
     def bytes(self) -> int:
-        arrays = (self.history.vectors, self.history.answers, self.history.forms) if self.history else ()
-        tokens = self.soft.vectors.nbytes if self.soft else 0
-        return _OVERHEAD + tokens + sum(array.nbytes for array in arrays)
+        return _OVERHEAD + (self.soft.vectors.nbytes if self.soft else 0) + (self.read.nbytes if self.read else 0)
 
 
 def _no_history(plug: PersonaPlug) -> StoredHistory:

@@ -109,18 +109,40 @@ class Personalizer:
             options: what the prompt lets choose from, for a plug that compares that.
             strength: as the personalizer's own; None = that.
         """
-        history = history.only(self.selected(query, history))
-        strength = self.strength if strength is None else strength
         batch = self.batch(history, lengths=(len(history),))
-        soft: SoftPrompt = self.plug([query], batch, options=[options], strength=strength)
+        return self.of_read(query, batch, options=options, strength=strength)
+
+    @torch.no_grad()
+    def read(self, history: EncodedHistory) -> HistoryBatch:
+        """A user's history, as far as it can be worked on before anything is asked.
+
+        Args:
+            history: at most `max_history` items.
+        """
+        return self.plug.read(self.batch(history, lengths=(len(history),)))
+
+    @torch.no_grad()
+    def of_read(
+        self, query: str, history: HistoryBatch, *, options: Options | None = None, strength: float | None = None
+    ) -> SoftPrompt:
+        """Soft tokens for one query and a history that is read; see `of_history`."""
+        if self.plug.config.selected_items:
+            places = self.selected(query, history.vectors.cpu().numpy())
+            history = history.only(torch.from_numpy(places).to(history.vectors.device))
+        strength = self.strength if strength is None else strength
+        soft: SoftPrompt = self.plug([query], history, options=[options], strength=strength)
         return soft
 
-    def selected(self, query: str, history: EncodedHistory) -> Rows:
-        """Places of the items that are used: all, or as many of the nearest to the query as the plug takes."""
+    def selected(self, query: str, vectors: Halves) -> Rows:
+        """Places of the items that are used: all, or as many of the nearest to the query as the plug takes.
+
+        Args:
+            vectors: (n, E) of the items.
+        """
         count = self.plug.config.selected_items
-        if not count or len(history) <= count:
-            return np.arange(len(history))
-        return nearest(self.plug.frozen([query])[0].numpy(), history.vectors, count=count)
+        if not count or len(vectors) <= count:
+            return np.arange(len(vectors))
+        return nearest(self.plug.frozen([query])[0].numpy(), vectors, count=count)
 
     def batch(self, histories: EncodedHistory, *, lengths: tuple[int, ...]) -> HistoryBatch:
         """Histories that lie one behind the other, as tensors; forms are left out for a plug that reads none."""

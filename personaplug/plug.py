@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,27 @@ class HistoryBatch:
         lengths: how many items each of the B users has; their sum is M.
         answers: (M,) int64 place of each item's answer among the task's labels, -1 where there is none.
         forms: (M, F) how each item's answer is written; F = 0 where that is not read.
+        hidden: (M, hidden) what a plug's projector makes of each item, if it has read them; see `PersonaPlug.read`.
     """
 
     vectors: Tensor
     lengths: tuple[int, ...]
     answers: Tensor
     forms: Tensor
+    hidden: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes."""
+        parts = (self.vectors, self.answers, self.forms, self.hidden)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def only(self, places: Tensor) -> HistoryBatch:
+        """Some of the items of a single user, in order."""
+        hidden = None if self.hidden is None else self.hidden[places]
+        return HistoryBatch(
+            self.vectors[places], (len(places),), self.answers[places], self.forms[places], hidden=hidden
+        )
 
 
 @dataclass(frozen=True)
@@ -166,8 +181,7 @@ class PersonaPlug(nn.Module):
         P = Σ_i w_i · Proj(h_i): the projector's outer layer is linear, so it runs once for a user and not for every
         item.
         """
-        items = _converted(history.vectors, self.item_dtype)
-        hidden = self.projector.hidden(items, answers=history.answers, forms=history.forms)
+        hidden = self._hidden(history) if history.hidden is None else history.hidden
         users, parts = per_user(hidden, history.lengths), []
         for tokens, weights in self._weighings(queries, history):
             each = per_user(weights, history.lengths)
@@ -177,6 +191,14 @@ class PersonaPlug(nn.Module):
             common = (1 - shares)[:, None, None] * self.population[tokens]
             parts.append(self.projector.out(summed, shares=shares, tokens=tokens) + common)
         return torch.cat(parts, dim=1)
+
+    def read(self, history: HistoryBatch) -> HistoryBatch:
+        """Do what does not depend on any query, which is most of what a long history costs."""
+        return replace(history, hidden=self._hidden(history))
+
+    def _hidden(self, history: HistoryBatch) -> Tensor:
+        items = _converted(history.vectors, self.item_dtype)
+        return self.projector.hidden(items, answers=history.answers, forms=history.forms)
 
     def _hints(self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch) -> Tensor:
         """A token for each user, (B, 1, D); zeros where a prompt has no options."""

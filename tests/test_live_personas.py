@@ -65,6 +65,20 @@ def test_a_query_is_asked_anew_though_the_history_is_kept(tmp_path: Path) -> Non
     assert not torch.equal(_tokens(live, "ann", "film 1"), _tokens(live, "ann", "film 2"))
 
 
+@pytest.mark.parametrize("changes", [{}, {"selected_items": 2}, {"options": "compare"}])
+def test_a_history_that_was_read_before_gives_the_same_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
+    live = _live(tmp_path, replace(BY_QUERY, **changes))
+    live.store.add("shop", "ann", ITEMS)
+    options = Options("which", ("film 1", "film 2", "film 3"))
+    history = live.store.read("shop", "ann", latest=10)
+    for query in ("film 1", "film 2"):
+        live.persona("shop", "ann", "another")
+        persona = live.persona("shop", "ann", query, options=options)
+        assert persona.soft is not None
+        assert persona.kept
+        assert torch.equal(persona.soft.vectors, live.made(query, history, options=options).vectors)
+
+
 def test_options_reach_a_plug_that_compares_them(tmp_path: Path) -> None:
     live = _live(tmp_path, replace(ALIKE, options="compare"))
     live.store.add("shop", "ann", ITEMS)

@@ -71,7 +71,7 @@ class Accounts:
         Raises:
             BadConfig: if there are no keys and the address is another than loopback.
         """
-        if self.open and not _is_loopback(host):
+        if self.open and not is_loopback(host):
             raise BadConfig(
                 f"Without keys, a server listens to this machine alone (--host 127.0.0.1); found {host!r}. Make keys "
                 f"with `personaplug key TENANT --keys FILE` and give --keys FILE."
@@ -82,8 +82,11 @@ def new_key(path: Path, tenant: str) -> str:
     """Make a key for a tenant, note its hash in a file, and return it: nobody can look it up again.
 
     Raises:
+        BadConfig: if the tenant has no name.
         MissingData: if the file is there and is none of keys.
     """
+    if not tenant.strip():
+        raise BadConfig("A tenant has a name; found none.")
     known = Accounts.read(path)._tenants if path.exists() else {}
     key = _PREFIX + secrets.token_urlsafe(32)
     write_json(path, {**(known or {}), _digest(key): tenant})
@@ -95,10 +98,11 @@ def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+def is_loopback(host: str) -> bool:
+    """Whether an address or a name is this machine's own, and no other machine's."""
+    if host.lower() == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False

@@ -15,6 +15,7 @@ _RUN = click.option(
     "--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`."
 )
 _SEED = click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
+_COUNT = click.IntRange(1)
 _SECRET = click.option(
     "--secret", type=click.Path(path_type=Path), help="File of the store's secret.  [default: beside SQLite's file]"
 )
@@ -29,7 +30,7 @@ _SECRET = click.option(
 @click.option("--model", default="", help="By what name requests call the model.  [default: the model's own]")
 @_SEED
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option(
     "--keys", type=click.Path(path_type=Path), help="File of keys (`personaplug key`). None: this machine only."
 )
@@ -40,7 +41,13 @@ _SECRET = click.option(
     show_default=True,
     help="What users get whose history is unknown: what is common to all, or the plain model.",
 )
-@click.option("--strength", default=1.0, show_default=True, help="Of personas, where a request does not say.")
+@click.option(
+    "--strength",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 10),
+    help="Of personas, where a request does not say.",
+)
 @click.option(
     "--elsewhere",
     is_flag=True,
@@ -49,10 +56,22 @@ _SECRET = click.option(
 @click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a store that is made now.")
 @click.option("--max-items", type=int, help="Keep so many items of a user, the latest.")
 @click.option("--max-days", type=int, help="Keep items no older than this.")
-@click.option("--max-rows", default=16, show_default=True, help="Answers the local engine writes side by side.")
-@click.option("--max-new-tokens", default=512, show_default=True, help="Longest answer of the local engine.")
-@click.option("--max-requests", default=256, show_default=True, help="Answered at once; the next gets a 429.")
-@click.option("--max-body-mb", default=4.0, show_default=True, help="Longest request.")
+@click.option(
+    "--max-rows", default=16, show_default=True, type=_COUNT, help="Answers the local engine writes side by side."
+)
+@click.option(
+    "--max-new-tokens", default=512, show_default=True, type=_COUNT, help="Longest answer of the local engine."
+)
+@click.option(
+    "--max-requests", default=256, show_default=True, type=_COUNT, help="Answered at once; the next gets a 429."
+)
+@click.option(
+    "--max-body-mb",
+    default=4.0,
+    show_default=True,
+    type=click.FloatRange(0, 1024, min_open=True),
+    help="Longest request.",
+)
 def serve(
     run_folder: Path,
     host: str,

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from personaplug.accounts import Accounts
+from personaplug.accounts import Accounts, is_loopback
 from personaplug.telemetry import Telemetry
 from personaplug.wire import error_reply
 
@@ -23,7 +23,6 @@ TENANT = "personaplug.tenant"
 """Where a request's tenant is found in its scope."""
 
 _READERS = 2  # bodies that may be on their way for every request that is answered
-_LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "testserver")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Gate:
     def _refusal(self, scope: Scope) -> Response | None:
         """What can be said of a request without its body."""
         headers, guarded = Headers(scope=scope), scope["path"].startswith("/v1/")
-        if self.accounts.open and _host_of(headers.get("host", "")) not in _LOCAL_HOSTS:
+        if self.accounts.open and not is_loopback(_host_of(headers.get("host", ""))):
             return refused(403, "Without keys this server answers to names of its own machine.", code="host")
         if guarded:
             scope[TENANT] = self.accounts.tenant_of(headers.get("authorization"))
@@ -170,17 +169,23 @@ class _Answer:
     """The sending side of a request, which notes when its answer begins."""
 
     def __init__(self, scope: Scope, send: Send, *, telemetry: Telemetry) -> None:
-        self.begun, self._send, self._scope, self._telemetry = False, send, scope, telemetry
+        self.begun, self._spoke = False, False
+        self._send, self._scope, self._telemetry = send, scope, telemetry
         self._came = time.perf_counter()
 
     async def send(self, message: Message) -> None:
         """Send it on."""
         if message["type"] == "http.response.start":
             self.begun = True
-            route = getattr(self._scope.get("route"), "path", "other")
-            self._telemetry.requests.labels(route, str(message["status"])).inc()
-            self._telemetry.seconds.labels(route).observe(time.perf_counter() - self._came)
+            self._telemetry.requests.labels(self._route, str(message["status"])).inc()
+        elif not self._spoke and (message.get("body") or not message.get("more_body")):
+            self._spoke = True
+            self._telemetry.seconds.labels(self._route).observe(time.perf_counter() - self._came)
         await self._send(message)
+
+    @property
+    def _route(self) -> str:
+        return getattr(self._scope.get("route"), "path", "other")
 
 
 def refused(status: int, message: str, *, code: str) -> Response:

@@ -27,6 +27,9 @@ Unknown = Literal["population", "plain"]
 UNKNOWN: tuple[Unknown, ...] = ("population", "plain")
 """What somebody gets whose history is not known: what is common to all users, or the bare model."""
 
+STRONGEST = 10
+"""How far a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
+
 _OVERHEAD = 1024  # bytes of a kept user beside the arrays
 
 
@@ -62,7 +65,7 @@ class LivePersonas:
         unknown: what users get whose history is unknown or empty, and requests without a user.
         cache_bytes: most that is kept in memory.
     Raises:
-        BadConfig: if `unknown` is neither.
+        BadConfig: if `unknown` is neither, or the strength is out of bounds.
         StoreConflict: if the store keeps other answers or other vectors than the plug was trained on.
     """
 
@@ -76,6 +79,8 @@ class LivePersonas:
     ) -> None:
         if unknown not in UNKNOWN:
             raise BadConfig(f"Unknown users get one of {', '.join(UNKNOWN)}; found {unknown!r}.")
+        if not 0 <= personalizer.strength <= STRONGEST:
+            raise BadConfig(f"The strength of personas goes from 0 to {STRONGEST}; found {personalizer.strength}.")
         self.personalizer, self.store, self.unknown = personalizer, store, unknown
         self.plug = personalizer.plug
         _check_fits(self.plug, store)

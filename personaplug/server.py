@@ -81,7 +81,7 @@ async def _tenant(request: Request, authorization: Annotated[str | None, Header(
 
 
 Tenant = Annotated[str, Depends(_tenant)]
-User = Annotated[Name, Path(description="The user's id, percent-encoded; one with a slash cannot be a path.")]
+User = Annotated[Name, Path(description="The user's id, percent-encoded.")]
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": text}
     for status, text in (
@@ -128,6 +128,7 @@ def create_app(service: Service, *, accounts: Accounts | None = None, limits: Li
         title="personaplug",
         description="A frozen language model that knows its users. OpenAI's routes, and the users' histories.",
         lifespan=lifespan,
+        redirect_slashes=False,  # what was meant for an item is not to reach its user
         responses=_ERRORS,
     )
     app.add_middleware(Gate, accounts=accounts, limits=limits, telemetry=telemetry)

@@ -26,7 +26,7 @@ from personaplug.remembered import RememberedRequests
 from personaplug.samples import EncodedHistory
 from personaplug.store import Stored
 from personaplug.store_reading import StoredItem
-from personaplug.wire import ChatRequest, CompletionRequest, as_json
+from personaplug.wire import ChatRequest, CompletionRequest, as_json, check_name
 
 T = TypeVar("T")
 
@@ -129,7 +129,8 @@ class Service:
         Raises:
             RequestError: if the request is not remembered, or the answer is none of the task's.
         """
-        query, task = self.remembered.query(tenant, user, request=request), self.task
+        erased, task = await asyncio.to_thread(self.store.erased_at, tenant, user), self.task
+        query = self.remembered.query(tenant, user, request=request, erased=erased)
         if task.labels and (answer := answer.strip()) not in task.labels:
             raise RequestError(f"The answer is none of the {len(task.labels)} that {task.name} has.", code="answer")
         asked = next((name for name in task.item_fields if name != task.answer_field), None)
@@ -288,8 +289,10 @@ class Service:
 
     def _item(self, record: dict[str, Any], number: int) -> HistoryItem:
         try:
-            return item_of(self.task, record)[1]
-        except Flaw as flaw:
+            item = item_of(self.task, record)[1]
+            check_name(item.id)
+            return item
+        except (Flaw, ValueError) as flaw:
             names = ", ".join(self.task.field_names)
             raise RequestError(
                 f"item {number}: {flaw}. An item has an id, {names} and, if it is known, a date.", code="item"

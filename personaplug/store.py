@@ -282,6 +282,14 @@ class HistoryStore:
                 number = self._unfinished(connection, hashed)
         return self._finish_erasure(number)
 
+    def erased_at(self, tenant: str, user: str) -> datetime | None:
+        """When a user of this id was last erased; None = never."""
+        erasures, hashed = self._tables.erasures, self._secret.hashed("user", tenant, user)
+        with self._database.reading() as connection:
+            latest = sa.select(sa.func.max(erasures.c.erased_at)).where(erasures.c.hashed_user == hashed)
+            found = connection.execute(latest).scalar_one_or_none()
+        return datetime.fromisoformat(found) if found else None
+
     def verify(self, receipt: Receipt, *, tenant: str | None = None, user: str | None = None) -> bool:
         """Whether this store gave the receipt as it is; and, with a tenant and user, whether it is about that user."""
         about = user is None or receipt.user == self._secret.hashed("user", tenant or receipt.tenant, user)

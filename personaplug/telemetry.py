@@ -17,7 +17,7 @@ class Telemetry:
         )
         self.seconds = Histogram(
             "personaplug_request_seconds",
-            "From a request's arrival to the start of its answer; a stream starts with its first event.",
+            "From a request's arrival to the first of its answer: of a stream, to its first event.",
             ("route",),
             buckets=_SECONDS,
             registry=self._registry,

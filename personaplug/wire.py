@@ -30,16 +30,24 @@ def _written(text: str) -> str:
     return text
 
 
-def _one_line(text: str) -> str:
-    """A name that databases and headers can hold."""
+def check_name(text: str) -> str:
+    """A name that databases, headers and paths can hold.
+
+    Raises:
+        ValueError: if it is none. Clients resolve the dots of a path: to delete an item `..` would erase its user.
+    """
     if any(character < " " for character in text):
         raise ValueError("control characters are no part of an id")
+    if "/" in text or text in (".", ".."):
+        raise ValueError("an id stands in paths: it holds no slash and is not . or ..")
     return text
 
 
 Text = Annotated[str, AfterValidator(_written)]
-Name = Annotated[Text, AfterValidator(_one_line), Field(min_length=1, max_length=255)]
+Name = Annotated[Text, AfterValidator(check_name), Field(min_length=1, max_length=255)]
 """An id of a user, an item or a request."""
+
+ModelName = Annotated[Text, Field(min_length=1, max_length=255)]
 
 
 class Extras(BaseModel):
@@ -76,7 +84,7 @@ class Message(BaseModel):
 class _Request(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
-    model: Name | None = Field(default=None, description="One of /v1/models; the only one may be left out.")
+    model: ModelName | None = Field(default=None, description="One of /v1/models; the only one may be left out.")
     user: Name | None = Field(default=None, description="Whose persona to use.")
     stream: bool | None = False
     personaplug: Extras = Field(default_factory=Extras)

@@ -130,6 +130,12 @@ def test_keys_let_in_whoever_has_one(folder: Path, question: dict[str, Any], tmp
         assert (answer.status_code, answer.headers["x-personaplug-persona"]) == (200, "plain")
 
 
+def test_a_tenant_has_a_name(tmp_path: Path) -> None:
+    done = _call("key", "", "--keys", tmp_path / "keys.json")
+    assert (done.exit_code, "has a name" in done.output) == (2, True)
+    assert not (tmp_path / "keys.json").exists()
+
+
 def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
     done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--host", "0.0.0.0")
     assert (done.exit_code, "personaplug key" in done.output) == (2, True)
@@ -142,6 +148,11 @@ def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: 
         (["--run", "nowhere"], "run.json is missing"),
         (["--run", "RUN", "--seed", "7"], "no finished training"),
         (["--run", "RUN", "--keys", "nowhere.json"], "personaplug key"),
+        (["--run", "RUN", "--max-rows", "0"], "--max-rows"),
+        (["--run", "RUN", "--max-requests", "0"], "--max-requests"),
+        (["--run", "RUN", "--max-body-mb", "-1"], "--max-body-mb"),
+        (["--run", "RUN", "--strength", "-1"], "--strength"),
+        (["--run", "RUN", "--strength", "nan"], "strength of personas goes from 0 to 10"),
     ],
 )
 def test_what_is_missing_is_said(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,19 @@ def traces(name: str, *, precision: Precision = "float16") -> list[bytes]:
 def found(place: Place, names: list[str], *, log: bool = True, precision: Precision = "float16") -> list[bool]:
     files = place.files(log=log)
     return [trace in files for name in names for trace in traces(name, precision=precision)]
+
+
+def test_it_is_known_when_somebody_was_erased_last(place: Place) -> None:
+    store, before = place.open(), datetime.now(UTC).replace(microsecond=0)
+    assert store.erased_at("t", "ann") is None
+    for _ in range(2):
+        store.add("t", "ann", [item("1", "a film")])
+        receipt = store.erase_user("t", "ann")
+    found = store.erased_at("t", "ann")
+    assert found is not None
+    assert found.isoformat() == datetime.fromisoformat(receipt.erased_at).isoformat()
+    assert before <= found <= datetime.now(UTC)
+    assert store.erased_at("another", "ann") is None
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])

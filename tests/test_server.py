@@ -28,6 +28,7 @@ from personaplug.errors import BadConfig, MissingData
 from personaplug.gate import Limits
 from personaplug.records import HistoryItem
 from personaplug.service import Service
+from personaplug.store import HistoryStore
 
 PROMPT = "How would the user rate this? review: a film about tea"
 SECRET = "a-marker-of-a-users-own-words"
@@ -178,6 +179,49 @@ def test_an_answer_that_was_kept_becomes_history(service: Service, url: str) -> 
     httpx.delete(f"{url}/v1/users/ann")
     assert httpx.post(place, json={"request_id": request, "answer": "2"}).status_code == 404
     assert len(service.remembered) == 0
+
+
+def test_what_somebody_asked_is_gone_though_another_process_erased_them(
+    service: Service, url: str, tmp_path: Path
+) -> None:
+    _post(url, "ann", _item(1))
+    request = _chat(url, "ann").headers["x-request-id"]
+    other = HistoryStore.open(tmp_path / "histories.db")
+    other.erase_user("default", "ann")
+    other.close()
+    kept = httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": "2"})
+    assert (kept.status_code, kept.json()["error"]["code"]) == (404, "unknown_request")
+    assert httpx.get(f"{url}/v1/users/ann/history").json()["count"] == 0
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "a\nb"])
+def test_an_id_that_means_another_path_is_refused(url: str, name: str) -> None:
+    _post(url, "ann", _item(1))
+    refused = _post(url, "ann", {**_item(2), "id": name})
+    assert (refused.status_code, "slash" in refused.text or "control" in refused.text) == (400, True)
+    assert httpx.delete(f"{url}/v1/users/ann/history/").status_code == 404  # and nobody is sent on to the user
+    body = {"messages": [{"role": "user", "content": PROMPT}], "user": name}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 422
+    assert httpx.get(f"{url}/v1/users/ann/history").json()["count"] == 1
+
+
+@pytest.mark.parametrize("length", [150, 6_000, 200_000])
+def test_long_answers_are_explained_in_small_passes_or_refused(url: str, length: int) -> None:
+    _post(url, "ann", *[_item(number) for number in range(5)])
+    asked = {"prompt": PROMPT, "answer": "z" * length}
+    told = httpx.post(f"{url}/v1/users/ann/explain", json=asked, timeout=60)
+    code = told.json().get("error", {}).get("code")
+    assert (told.status_code, code) in ((200, None), (400, "max_tokens"), (400, "context_length_exceeded"))
+    assert (told.status_code == 400) == (length > 150)
+    long = httpx.post(f"{url}/v1/users/ann/explain", json={"prompt": PROMPT + " z" * 1000, "answer": "5"}, timeout=60)
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("LOCALHOST:80", 200), ("127.0.0.2", 200), ("[::1]:9", 200), ("a.b", 403)]
+)
+def test_an_open_server_knows_the_names_of_its_machine(url: str, host: str, status: int) -> None:
+    assert httpx.get(f"{url}/health", headers={"host": host}).status_code == status
 
 
 def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: DecoderOnlyBackend, tmp_path: Path) -> None:

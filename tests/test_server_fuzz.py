@@ -14,10 +14,13 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_server import open_service, served
+from live_server import LABELS, open_service, running, served
 from schemathesis.specs.openapi import checks
+from vllm_stand_in import WIDTH, StandIn
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
+from personaplug.engines.vllm import VLLMEngine
+from personaplug.engines.vllm_requests import EmbeddingTable
 from personaplug.gate import Limits
 
 MARKER = "a-users-own-words"
@@ -29,6 +32,16 @@ def url(toy: DecoderOnlyBackend, tmp_path_factory: pytest.TempPathFactory) -> It
     folder: Path = tmp_path_factory.mktemp("fuzz")
     with served(open_service(toy, folder), limits=Limits(body_bytes=100_000)) as place:
         yield place
+
+
+@pytest.fixture(scope="module")
+def url_before_vllm(toy: DecoderOnlyBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder: Path = tmp_path_factory.mktemp("fuzz")
+    table = EmbeddingTable(toy.embed.weight.detach(), toy.renderer.tokenizer)
+    with running(StandIn().app) as address:
+        engine = VLLMEngine(address, table=table, width=WIDTH, placement="suffix")
+        with served(open_service(toy, folder, engine=engine), limits=Limits(body_bytes=100_000)) as place:
+            yield place
 
 
 ROUTES = [
@@ -89,11 +102,26 @@ fields = st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, anything))
     messages=turns,
 )
 @settings(QUICK, max_examples=120)
-def test_bodies_of_any_shape(url: str, path: str, body: dict[str, Any], messages: list[Any]) -> None:
-    body = {"messages": messages, "max_tokens": 4} | body
-    reply = httpx.post(
-        f"{url}{path}", content=json.dumps(body).encode(), headers={"content-type": "application/json"}, timeout=30
-    )
+def test_bodies_of_any_shape(
+    url: str, url_before_vllm: str, path: str, body: dict[str, Any], messages: list[Any]
+) -> None:
+    content = json.dumps({"messages": messages, "max_tokens": 4} | body).encode()
+    for place in (url, url_before_vllm):
+        reply = httpx.post(f"{place}{path}", content=content, headers={"content-type": "application/json"}, timeout=30)
+        assert reply.status_code < 500, reply.text
+
+
+@given(
+    prompt=st.text(max_size=20),
+    answer=st.sampled_from(LABELS) | st.text(min_size=1, max_size=300),
+    times=st.integers(0, 3000),
+)
+@settings(QUICK, max_examples=25)
+def test_explanations_of_any_length(url: str, prompt: str, answer: str, times: int) -> None:
+    items = [{"id": str(number), "text": "a film", "score": "4"} for number in range(5)]
+    httpx.post(f"{url}/v1/users/known/history", json={"items": items}, timeout=30).raise_for_status()
+    asked = {"prompt": f"review: {prompt * times}"[:50_000], "answer": (answer * max(1, times))[:40_000]}
+    reply = httpx.post(f"{url}/v1/users/known/explain", json=asked, timeout=30)
     assert reply.status_code < 500, reply.text
 
 

@@ -416,6 +416,59 @@ async def _until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_breaks_amid_its_framing_is_not_waited_for(table: EmbeddingTable, stream: bool) -> None:
+    async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc\n\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.2)
+        writer.write(b"no length\r\n")
+        await asyncio.sleep(30)
+
+    async def whole() -> None:
+        server = await asyncio.start_server(broken, "127.0.0.1", 0)
+        address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        engine = _started(address, table, timeout_s=1, answer_s=1)
+        async with asyncio.timeout(10):
+            assert not await engine.ready()
+            with pytest.raises(EngineFailure):  # noqa: PT012
+                reply = await engine.answer(Question("chat", {**ASKED, "stream": stream}, _soft()))
+                assert not isinstance(reply.body, bytes)
+                async for _ in reply.body:
+                    pass
+        await engine.close()
+        server.close()
+
+    asyncio.run(whole())
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://here", "http://", "http://me:word@here"])
+def test_an_address_that_is_none_is_said(url: str, table: EmbeddingTable) -> None:
+    with pytest.raises(BadConfig) as failed:
+        _engine(url, table)
+    assert "word" not in str(failed.value).replace("password", "")
+
+
+def test_what_nothing_can_be_sent_with_is_a_failure(address: str, table: EmbeddingTable) -> None:
+    for engine in (_engine(address, table, key="a\nb"), _engine("http://a..b", table)):
+        with pytest.raises(EngineFailure, match="no vLLM server"):
+            _ask(engine)
+    assert _ask(_engine(address, table, key="a key of a file\n")) == []
+
+
+def test_a_stream_counts_from_its_first_event(
+    theirs: StandIn, address: str, table: EmbeddingTable, toy: DecoderOnlyBackend, tmp_path: Path
+) -> None:
+    theirs.silent_s = 1
+    body = {"messages": [{"role": "user", "content": "review: x"}], "stream": True}
+    with served(open_service(toy, tmp_path, engine=_engine(address, table))) as url:
+        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+        told = httpx.get(f"{url}/metrics").text
+    spent = next(line for line in told.splitlines() if line.startswith("personaplug_request_seconds_sum{"))
+    assert float(spent.rpartition(" ")[2]) >= 1
+
+
 def test_a_stream_may_be_silent_for_less_long_than_an_answer_in_one_piece(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
@@ -540,9 +593,9 @@ def test_what_a_stopping_server_cannot_finish_is_told(
     assert (told.status_code, told.json()["error"]["code"], told.headers["retry-after"]) == (503, "stopping", "1")
 
 
-def _started(address: str, table: EmbeddingTable) -> VLLMEngine:
+def _started(address: str, table: EmbeddingTable, **settings: Any) -> VLLMEngine:
     """An engine as it is after its start, whose server has gone since."""
-    engine = _engine(address, table, model="small")
+    engine = _engine(address, table, model="small", **settings)
 
     async def nothing() -> None:
         return None

@@ -24,7 +24,9 @@ from personaplug.soft_prompt import SoftPrompt
 from personaplug.wire import DONE, ChatRequest, Message, Usage, Writer, event, first_flaw
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_EFFECT_ROWS = 32  # soft prompts whose effect on an answer is measured in one pass
+_EFFECT_ROWS = 32  # soft prompts whose effect on an answer is measured in one pass …
+_EFFECT_TOKENS = 512  # … or fewer, of so many tokens of answers together, each of which takes a row of logits …
+_EFFECT_CONTEXT = 8192  # … and so many of prompts and answers
 _STOPS = 4  # texts that may end an answer, as OpenAI has it
 _COLD = 1e-4  # a temperature below it takes the likeliest token
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -207,14 +209,34 @@ class LocalEngine:
 
         Others write on between its passes.
         """
+        self._check_characters(prompt + answer)
         found: list[float] = []
         try:
-            for start in range(0, len(softs), _EFFECT_ROWS):
-                several = softs[start : start + _EFFECT_ROWS]
+            rows = await self._model.do(partial(self._rows_at_once, prompt, answer, choices))
+            for start in range(0, len(softs), rows):
+                several = softs[start : start + rows]
                 found += await self._model.do(partial(self._measured, prompt, answer, several, choices))
         finally:
             self.backend.renderer.forget()  # a user's words are not to outlast the user
         return found
+
+    def _rows_at_once(self, prompt: str, answer: str, choices: Sequence[str]) -> int:
+        """How often an answer to a prompt may stand in one pass.
+
+        Raises:
+            RequestError: if one of them is longer than the engine reads or writes.
+        """
+        renderer = self.backend.renderer
+        (asked,), (said,) = renderer.prompts([prompt]), renderer.targets([answer], labels=choices)
+        if asked.truncated:
+            raise _too_long(self.backend.renderer.max_tokens)
+        if len(said) > self.max_new_tokens:
+            raise RequestError(
+                f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(said)}.",
+                code="max_tokens",
+            )
+        fitting = min(_EFFECT_TOKENS // len(said), _EFFECT_CONTEXT // (len(asked.ids) + len(said)))
+        return max(1, min(_EFFECT_ROWS, fitting))
 
     @torch.no_grad()
     def _measured(

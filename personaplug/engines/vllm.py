@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import torch
@@ -54,6 +55,8 @@ class VLLMEngine:
         key: that it asks for, if any.
         timeout_s: seconds between two signs of life.
         answer_s: seconds that an answer in one piece may take, which is silent until it is there.
+    Raises:
+        BadConfig: if the address is none.
 
     Attributes:
         max_model_len: tokens of a prompt and its answer, as vLLM says at the start.
@@ -71,14 +74,13 @@ class VLLMEngine:
         timeout_s: float = 120,
         answer_s: float = 600,
     ) -> None:
-        self.name, self.url = "vllm", url.rstrip("/").removesuffix("/v1")
+        self.name, self.url = "vllm", _checked_address(url)
         self.models: tuple[str, ...] = (model,) if model else ()
         self.table, self.width, self.placement = table, width, placement
         self.max_model_len: int | None = None
         self._theirs = ""
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=timeout_s)
-        self._patience = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=answer_s)
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.timeout_s, self.answer_s = timeout_s, answer_s
+        self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
         self._opened: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
@@ -115,19 +117,17 @@ class VLLMEngine:
     async def answer(self, question: Question) -> Reply:
         """Pass a request on; see `Engine.answer`. What vLLM refuses is answered with its own words and status."""
         streams = bool(question.body.get("stream"))
-        # A chat is written in less time than another thread takes to wake; a completion's prompt has to be embedded.
-        chat = question.kind == "chat"
-        content = self._written(question) if chat else await asyncio.to_thread(self._written, question)
+        content = await asyncio.to_thread(self._written, question)  # long prompts take a while to check and to embed
         headers = {"X-Request-Id": question.id, "Content-Type": "application/json"}
-        timeout = self._timeout if streams else self._patience
         try:
-            response = await self._session.post(
-                self.url + _ROUTES[question.kind], data=content, headers=headers, timeout=timeout, allow_redirects=False
-            )
-            if streams and response.status == 200:
-                return Reply(_Events(response))
-            async with response:
-                said = await response.read()
+            async with asyncio.timeout(self.timeout_s if streams else self.answer_s):
+                response = await self._session.post(
+                    self.url + _ROUTES[question.kind], data=content, headers=headers, allow_redirects=False
+                )
+                if streams and response.status == 200:
+                    return Reply(_Events(response, timeout_s=self.timeout_s))
+                async with response:
+                    said = await response.read()
         except _GONE as error:
             raise EngineFailure(f"The vLLM server does not answer ({type(error).__name__}).") from None
         if response.status == 200 or response.status in _CALLERS:
@@ -142,7 +142,8 @@ class VLLMEngine:
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,
-                timeout=self._timeout,
+                # Answers are waited for by timers of our own: a reply that breaks amid its framing stops aiohttp's.
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
             )
         return self._opened
 
@@ -246,9 +247,12 @@ class VLLMEngine:
     async def _asked(self, path: str, body: dict[str, Any] | None = None) -> _Said:
         method = "GET" if body is None else "POST"
         try:
-            async with self._session.request(method, self.url + path, json=body, allow_redirects=False) as response:
-                return _Said(response.status, await response.text(errors="replace"))
-        except _GONE as error:
+            async with (
+                asyncio.timeout(self.timeout_s),
+                self._session.request(method, self.url + path, json=body, allow_redirects=False) as response,
+            ):
+                return _Said(response.status, await response.text("utf-8", errors="replace"))
+        except (*_GONE, ValueError) as error:  # the latter for a key or an address that nothing can be sent with
             raise EngineFailure(f"There is no vLLM server at {self.url} ({type(error).__name__}).") from None
 
     @contextmanager
@@ -260,14 +264,28 @@ class VLLMEngine:
             raise EngineFailure(f"What {self.url} says on {path} is not what vLLM says: is it a vLLM server?") from None
 
 
+def _checked_address(url: str) -> str:
+    """The address without /v1.
+
+    Raises:
+        BadConfig: if it is none, or holds a password, which would be told in errors.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadConfig(f"The address of a vLLM server is such as http://127.0.0.1:8123; found {url!r}.")
+    if parts.username is not None or parts.password is not None:
+        raise BadConfig("The address of a vLLM server holds no name or password; its key is --engine-key.")
+    return url.rstrip("/").removesuffix("/v1")
+
+
 class _Events(Events):
     """vLLM's events; it owns the response, so that closing it ends the answer even if nobody has read from it.
 
     A generator alone would not do: the end of one that never began is never run.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response, self._whole = response, _whole_events(response)
+    def __init__(self, response: aiohttp.ClientResponse, *, timeout_s: float) -> None:
+        self._response, self._whole = response, _whole_events(response, timeout_s=timeout_s)
 
     async def __anext__(self) -> bytes:
         return await anext(self._whole)
@@ -280,11 +298,11 @@ class _Events(Events):
             self._response.close()
 
 
-async def _whole_events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes]:
+async def _whole_events(response: aiohttp.ClientResponse, *, timeout_s: float) -> AsyncGenerator[bytes]:
     """Half an event is held back: what follows it, if only an error, could not be read behind it."""
     held = b""
     try:
-        async for chunk in response.content.iter_any():
+        while chunk := await _next_chunk(response, timeout_s=timeout_s):
             events, end, held = (held + chunk).rpartition(b"\n\n")
             if end:
                 yield events + end
@@ -292,3 +310,9 @@ async def _whole_events(response: aiohttp.ClientResponse) -> AsyncGenerator[byte
         raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
     if held:
         raise EngineFailure("The vLLM server broke off amid an event.")
+
+
+async def _next_chunk(response: aiohttp.ClientResponse, *, timeout_s: float) -> bytes:
+    """What has come of an answer by now; empty at its end."""
+    async with asyncio.timeout(timeout_s):
+        return await response.content.readany()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from personaplug.backends import choose_device, open_backend
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.encoder import Encoder, open_encoder
@@ -86,8 +84,6 @@ def open_service(run: Run, hosting: Hosting) -> Service:
         name = hosting.model or config.llm
         engine = LocalEngine(backend, name=name, max_rows=hosting.max_rows, max_new_tokens=hosting.max_new_tokens)
     else:
-        # A persona is too little work to share: a second thread makes it no faster, and is missed where vLLM computes.
-        torch.set_num_threads(1)
         # Which model vLLM runs is seen when the engine starts: by its width, and by what it makes of these embeddings.
         plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=None).computing_items_in("bfloat16")
         engine = VLLMEngine(

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from datetime import date
 from typing import Annotated, Any
 
+import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Header, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from personaplug.accounts import Accounts
 from personaplug.engines.base import Events
+from personaplug.engines.local import LocalEngine
 from personaplug.errors import (
     BadItem,
     EncoderMismatch,
@@ -239,6 +241,9 @@ def serve(service: Service, *, accounts: Accounts, limits: Limits, host: str, po
         whom = "this machine alone" if accounts.open else "whoever has a key"
         place = f"http://{host}:{port}"
         logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], place, whom, place)
+        if not isinstance(service.engine, LocalEngine):
+            # A persona is too little work to share: a second thread makes it no faster, and is missed where vLLM runs.
+            torch.set_num_threads(1)
         # What is loaded by now stays: to look through half a million objects for garbage would halt answers for 0.2 s.
         gc.freeze()
         await uvicorn.Server(config).serve()

@@ -229,7 +229,7 @@ class LocalEngine:
         renderer = self.backend.renderer
         (asked,), (said,) = renderer.prompts([prompt]), renderer.targets([answer], labels=choices)
         if asked.truncated:
-            raise _too_long(self.backend.renderer.max_tokens)
+            raise _too_long(renderer.max_tokens)
         if len(said) > self.max_new_tokens:
             raise RequestError(
                 f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(said)}.",

@@ -82,9 +82,9 @@ class EmbeddingTable:
     def _rows_of(self, ids: Sequence[int]) -> Tensor:
         return self.rows[torch.tensor(ids, dtype=torch.int64)]
 
-    def _ids(self, text: str, **options: Any) -> list[int]:
+    def _ids(self, text: str) -> list[int]:
         with self._one_at_a_time:
-            return list(self.tokenizer(text, **options)["input_ids"])
+            return list(self.tokenizer(text)["input_ids"])
 
 
 def written(question: Question, *, model: str, table: EmbeddingTable, most: int | None) -> bytes:

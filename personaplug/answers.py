@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from personaplug.backends.base import Backend, GenerationConfig
 from personaplug.data.base import Task
@@ -26,6 +28,8 @@ from personaplug.progress import Progress
 from personaplug.samples import EncodedSample
 
 _DIGITS = 6  # of a probability; enough for any decision, and the same in a file as in memory
+_LEAST = 0.5 * 10**-_DIGITS  # what a probability is taken for that was rounded to none
+_AT_ONCE = 16  # right answers whose likelihood is asked in one pass
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +42,8 @@ class Answers:
         seconds: the time they took.
         peak_memory_bytes: the most memory held meanwhile.
         probabilities: (n, C) of the task's labels, in their order, where labels were scored; None elsewhere.
+        surprises: (n, 2), −log p of each right answer and its tokens, where texts were written and those are known;
+            None elsewhere.
         partial: whether they come from a file that says nothing of probabilities, though labels may have been scored.
     """
 
@@ -46,7 +52,20 @@ class Answers:
     seconds: float
     peak_memory_bytes: int
     probabilities: list[list[float]] | None = None
+    surprises: list[list[float]] | None = None
     partial: bool = False
+
+    def surprise(self, golds: Sequence[str], *, labels: Sequence[str]) -> NDArray[np.float64] | None:
+        """−log p of the right answers and their tokens, (n, 2); None if no probabilities are known.
+
+        Of a closed set it is that of the label among the labels, and each counts as one token.
+        """
+        if self.probabilities is None:
+            return None if self.surprises is None else np.array(self.surprises, dtype=np.float64).reshape(-1, 2)
+        places = {label.strip(): place for place, label in enumerate(labels)}
+        found = [places.get(gold.strip()) for gold in golds]
+        shares = [0.0 if place is None else line[place] for line, place in zip(self.probabilities, found, strict=True)]
+        return np.array([[-math.log(max(share, _LEAST)), 1.0] for share in shares]).reshape(-1, 2)
 
     def by(self, decision: str, *, labels: Sequence[str]) -> list[str] | None:
         """The answers as a decision chooses them; None if that takes probabilities that were not kept.
@@ -92,7 +111,7 @@ def answer(
         prompter: makes the soft tokens; None = the bare model.
         decoding: "score" takes the likeliest of the task's labels, "generate" writes text.
     """
-    if decoding == "score" and prompter is not None and prompter.placement == "suffix":
+    if prompter is not None and prompter.placement == "suffix":
         # Rows of one table ask the same of other histories: what stands ahead of the soft tokens is read once for all,
         # which is the table's time and not that of the row that comes first.
         backend.keep([sample.prompt for sample in samples])
@@ -109,13 +128,15 @@ def answer(
             made = _answer_batch(backend, batch, prompter, task=task, decoding=decoding, generation=generation)
             found.update(zip(places, made, strict=True))
             progress.advance(len(batch))
+    seconds = time.monotonic() - began
     in_order = [found[place] for place in range(len(samples))]
     return Answers(
         [one.text for one in in_order],
         [one.unfinished for one in in_order],
-        time.monotonic() - began,
+        seconds,
         peak_memory(),
         probabilities=all_or_none([one.probabilities for one in in_order]),
+        surprises=_surprises(backend, samples, prompter) if decoding == "generate" else None,
     )
 
 
@@ -143,6 +164,29 @@ def _answer_batch(
             return [_Answer(task.labels[i], probabilities=line) for i, line in zip(best, shares, strict=True)]
         made = backend.generate(prompts, soft=soft, config=generation, soft_at=soft_at)
         return [_Answer(one.text, unfinished=not one.finished) for one in made]
+
+
+@torch.no_grad()
+def _surprises(
+    backend: Backend, samples: Sequence[EncodedSample], prompter: SoftPrompter | None
+) -> list[list[float]] | None:
+    """−log p of each right answer and its tokens, to be read as `Answers.surprises`; None if one is not known."""
+    if any(sample.target is None for sample in samples):
+        return None
+    found: dict[int, list[float]] = {}
+    order = np.argsort([-len(sample.prompt) for sample in samples], kind="stable")
+    for start in range(0, len(order), _AT_ONCE):
+        places = order[start : start + _AT_ONCE].tolist()
+        batch = [samples[place] for place in places]
+        losses, tokens = backend.loss(
+            [sample.prompt for sample in batch],
+            [sample.target or "" for sample in batch],
+            soft=None if prompter is None else prompter.soft_prompt(batch),
+            soft_at=[sample.soft_at for sample in batch],
+        )
+        pairs = zip(losses.tolist(), tokens.tolist(), strict=True)
+        found.update(zip(places, ([round(loss, _DIGITS), count] for loss, count in pairs), strict=True))
+    return [found[place] for place in range(len(samples))]
 
 
 def _shares(scores: torch.Tensor) -> list[list[float]]:

@@ -27,7 +27,7 @@ from personaplug.data.base import Reader, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.files import write_json
 from personaplug.impostors import MeanPersona, RandomVectors
-from personaplug.metrics import BEST_DECIDED, Array, get_metric, is_invalid
+from personaplug.metrics import BEST_DECIDED, Array, NegativeLogLikelihood, get_metric, is_invalid
 from personaplug.per_user import PerUser
 from personaplug.personalizer import Personalizer, SoftPrompter
 from personaplug.provenance import provenance
@@ -107,9 +107,11 @@ def predict(
 
 
 def settings_of(task: Task, config: EvaluationConfig) -> Settings:
-    """How cells of a task become results: ratings that are scored also by the decisions that suit their errors."""
+    """How cells of a task become results: by its metrics, by how likely the right answers were, and ratings that are
+    scored also by the decisions that suit their errors.
+    """
     scored = task.kind == "rating" and _decoding(task, config) == "score"
-    names = dict.fromkeys([*task.metrics, *(BEST_DECIDED if scored else ())])
+    names = dict.fromkeys([*task.metrics, *(BEST_DECIDED if scored else ()), NegativeLogLikelihood.name])
     metrics = [get_metric(name, labels=task.labels, fallback=config.rating_fallback) for name in names]
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
@@ -236,7 +238,7 @@ class Evaluation:
             raise MissingData(f"{path} knows nothing of {missing} of {len(self.samples)} samples; is it of this split?")
         texts = [told[sample.id] for sample in self.samples]
         golds = _golds(self.samples)
-        stats = {metric.name: metric.statistics(texts, golds) for metric in self.metrics}
+        stats = {metric.name: metric.statistics(texts, golds) for metric in self.metrics if metric.of_answers}
         seed = self.run.config.training.seeds[0]
         return Cell(ORACLE, seed, stats, invalid_rate=self._invalid_rate(texts), decoding="known")
 
@@ -370,13 +372,21 @@ class Evaluation:
 
     def _stats(self, condition: Condition, made: Answers, golds: Sequence[str], *, seed: int) -> dict[str, Array]:
         """What each metric averages, (n, d); without those that take probabilities that were not kept."""
-        chosen = [(metric, made.by(metric.decision, labels=self.task.labels)) for metric in self.metrics]
-        stats = {metric.name: metric.statistics(texts, golds) for metric, texts in chosen if texts is not None}
+        stats: dict[str, Array] = {}
+        for metric in self.metrics:
+            if metric.of_answers:
+                texts = made.by(metric.decision, labels=self.task.labels)
+                found = None if texts is None else metric.statistics(texts, golds)
+            else:
+                found = made.surprise(golds, labels=self.task.labels)
+            if found is not None:
+                stats[metric.name] = found
         self._keep_scores(condition, stats, seed=seed)
         return stats
 
     def _keep_scores(self, condition: Condition, stats: dict[str, Array], *, seed: int) -> None:
-        simple = [metric for metric in self.metrics if metric.name in stats and stats[metric.name].shape[1] == 1]
+        named = [metric for metric in self.metrics if metric.name in stats]
+        simple = [metric for metric in named if stats[metric.name].shape[1] == 1 or not metric.of_answers]
         lines = [
             {"id": sample.id, "user_id": sample.user_id, "history_items": len(sample.rows)}
             | {metric.name: float(metric.value(stats[metric.name][i])) for metric in simple}

@@ -8,7 +8,8 @@ The rules are LaMP's to the letter (`eval/evaluation.py` of the LaMP repository)
 stripped first.
 
 A name such as `mae@median` is the metric of answers that were chosen from the labels' probabilities by another decision
-than the likeliest (see `decisions.py`); the metric itself is the same.
+than the likeliest (see `decisions.py`); the metric itself is the same. `nll` asks for no answer at all: it is of the
+probability that a model gave to the right one.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ class Metric(ABC):
         name: as tasks and results files write it, the decision in it if that is not the argmax.
         greater_is_better: its direction; False for errors.
         takes_decisions: whether answers that are chosen by their place on a scale make sense to it.
+        of_answers: whether it scores answers; if not, rows without a language model have no such column.
         decision: how the answers that it is to score are chosen from the labels' probabilities, where there are any.
     """
 
     name: str
     greater_is_better: ClassVar[bool] = True
     takes_decisions: ClassVar[bool] = False
+    of_answers: ClassVar[bool] = True
 
     def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", decision: str = ARGMAX) -> None:
         """Take what a task declares; a metric uses the part of it that it needs.
@@ -283,8 +286,46 @@ class RougeL(_Rouge):
         return longest_common_subsequence(said, meant)
 
 
+class NegativeLogLikelihood(Metric):
+    """How unlikely the right answers are to a model, in nats per token; per answer of a closed set that is scored.
+
+    A proper score: it takes its best value in expectation for the true probabilities, so it sees what a model has
+    learned of a user long before the likeliest text is another.
+
+    Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007.
+    """
+
+    name = "nll"
+    greater_is_better = False
+    of_answers = False
+
+    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        """Refuse: answers as texts do not say how likely they were.
+
+        Raises:
+            BadConfig: always.
+        """
+        raise BadConfig(
+            f"{self.name} is of a model's probabilities, and of these answers only texts are known. Leave it out of "
+            f"the task's metrics: where a language model answers, it is a column of its own."
+        )
+
+    def value(self, means: Array) -> Array:
+        """Return the mean per token of mean (−log p, tokens): (..., 2) to (...)."""
+        return np.asarray(means[..., 0] / means[..., 1])
+
+
 METRICS: dict[str, type[Metric]] = {
-    metric.name: metric for metric in (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL)
+    metric.name: metric
+    for metric in (
+        Accuracy,
+        MacroF1,
+        MeanAbsoluteError,
+        RootMeanSquaredError,
+        Rouge1,
+        RougeL,
+        NegativeLogLikelihood,
+    )
 }
 
 

@@ -19,7 +19,7 @@ from personaplug import figures
 from personaplug.conditions import is_control
 from personaplug.errors import BadConfig, BadRecord, MissingData
 from personaplug.files import write_text
-from personaplug.metrics import metric_class
+from personaplug.metrics import NegativeLogLikelihood, metric_class
 from personaplug.report import (
     Row,
     Table,
@@ -208,7 +208,7 @@ def _overview(results_list: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
         "than the second best; controls do not compete."
     )
     yield _score_overview(results_list, names)
-    gains = _gain_overview(results_list, names)
+    gains = _gain_overview(results_list, names, [leading_metric(results) for results in results_list])
     if gains.lines:
         yield Heading("Personal gains", 3)
         yield Paragraph(
@@ -217,6 +217,14 @@ def _overview(results_list: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
             " row is missing here where its control, ROW@wrong-user, was not run."
         )
         yield gains
+    likelier = _gain_overview(results_list, names, [NegativeLogLikelihood.name] * len(results_list))
+    if likelier.lines:
+        yield Heading("Personal gains in likelihood", 3)
+        yield Paragraph(
+            "The same in the log-likelihood of the right answer, in nats per token (per answer of a closed set): how"
+            " much likelier it is with the user's own history than with a stranger's."
+        )
+        yield likelier
     # A control costs what its method does.
     costs = _cost_overview(results_list, [name for name in names if not is_control(name)])
     if len(costs.titles) > 1:
@@ -241,13 +249,16 @@ def _score_overview(results_list: Sequence[Mapping[str, Any]], names: Sequence[s
     )
 
 
-def _gain_overview(results_list: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
-    columns: list[list[str | None]] = []
-    for results in results_list:
-        gains = personal_gains(results, leading_metric(results))
-        columns.append([gain_cell(gains.get(name)) for name in names])
-    lines = zip(names, *columns, strict=True)
-    return Table(("method", *_titles(results_list)), tuple(line for line in lines if any(line[1:])))
+def _gain_overview(
+    results_list: Sequence[Mapping[str, Any]], names: Sequence[str], metrics: Sequence[str | None]
+) -> Table:
+    """Personal gains of each set in a metric of its own; without the sets that have none."""
+    columns: list[tuple[str, list[str | None]]] = []
+    for title, results, metric in zip(set_names(results_list), results_list, metrics, strict=True):
+        gains = personal_gains(results, metric)
+        columns.append((f"{title}: {titled(metric or '–')}", [gain_cell(gains.get(name)) for name in names]))
+    told = filled([("method", list(names)), *columns])
+    return Table(told.titles, tuple(line for line in told.lines if any(line[1:])))
 
 
 def _cost_overview(results_list: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:

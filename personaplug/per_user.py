@@ -153,10 +153,20 @@ def _ends(sample: Sample) -> date:
 def _joined(parts: Sequence[tuple[list[int], Answers]], count: int) -> Answers:
     """Answers of groups of samples, in the samples' order."""
     texts, unfinished = [""] * count, [False] * count
-    probabilities: list[list[float] | None] = [None] * count
     for places, made in parts:
-        lines: Sequence[list[float] | None] = made.probabilities or [None] * len(places)
-        for place, text, cut, line in zip(places, made.texts, made.unfinished, lines, strict=True):
-            texts[place], unfinished[place], probabilities[place] = text, cut, line
+        for place, text, cut in zip(places, made.texts, made.unfinished, strict=True):
+            texts[place], unfinished[place] = text, cut
     seconds, peak = sum(made.seconds for _, made in parts), max(made.peak_memory_bytes for _, made in parts)
-    return Answers(texts, unfinished, seconds, peak, probabilities=all_or_none(probabilities))
+    probabilities = _lines_joined([(places, made.probabilities) for places, made in parts], count)
+    surprises = _lines_joined([(places, made.surprises) for places, made in parts], count)
+    return Answers(texts, unfinished, seconds, peak, probabilities=probabilities, surprises=surprises)
+
+
+def _lines_joined(parts: Sequence[tuple[list[int], list[list[float]] | None]], count: int) -> list[list[float]] | None:
+    """Lines of numbers of groups of samples, in the samples' order; None if a group has none."""
+    joined: list[list[float] | None] = [None] * count
+    for places, lines in parts:
+        if lines is not None:
+            for place, line in zip(places, lines, strict=True):
+                joined[place] = line
+    return all_or_none(joined)

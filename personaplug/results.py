@@ -32,6 +32,7 @@ Places = NDArray[np.int64]
 _ENOUGH_SEEDS = 3
 _FEW = 6  # rows up to which every pair is compared
 _BASES = ("plain", "instruction-only")
+_WITHOUT_MODEL = ("computed", "known")  # how answers came about that no language model gave
 _RATES = ("invalid_rate", "truncated_rate", "unfinished_rate", "lost_history_rate", "cut_items_rate")
 _MEANS = ("prompt_tokens_mean", "seconds")
 _COSTS = ("extra_prompt_tokens", "bytes_per_user", "seconds_per_user")
@@ -139,9 +140,18 @@ def _notes_on_columns(cells: Sequence[Cell], settings: Settings) -> list[str]:
 
 
 def _held_by_all(cells: Sequence[Cell], settings: Settings) -> Settings:
-    """The settings with those metrics only by which every row can be compared."""
-    held = [metric for metric in settings.metrics if all(metric.name in cell.statistics for cell in cells)]
-    return replace(settings, metrics=held)
+    """The settings with those metrics only by which every row can be compared that such a metric is made for."""
+
+    def held(metric: Metric) -> bool:
+        meant = [cell for cell in cells if metric.of_answers or cell.decoding not in _WITHOUT_MODEL]
+        return bool(meant) and all(metric.name in cell.statistics for cell in meant)
+
+    return replace(settings, metrics=[metric for metric in settings.metrics if held(metric)])
+
+
+def _of_all(metrics: Sequence[Metric], cells: Sequence[Cell]) -> list[Metric]:
+    """Those metrics that each of some cells holds."""
+    return [metric for metric in metrics if all(metric.name in cell.statistics for cell in cells)]
 
 
 def _part(scored: Scored, cells: Sequence[Cell], *, settings: Settings, chosen: Places) -> dict[str, Any]:
@@ -162,7 +172,8 @@ class _Part:
     def row(self, name: str) -> dict[str, Any]:
         cells = self.cells[name]
         row: dict[str, Any] = {"condition": name, "n": len(self.groups), "metrics": {}, "intervals": {}, "per_user": {}}
-        for metric in self.settings.metrics:
+        metrics = _of_all(self.settings.metrics, cells)
+        for metric in metrics:
             stats = self._mean(cells, metric)
             interval = bootstrap_interval(
                 stats, self.groups, metric, resamples=self.settings.resamples, seed=self.settings.seed
@@ -181,10 +192,9 @@ class _Part:
             row["fit_seconds"] = fitting
         row["costs"] = {key: _mean_of(cells, key) for key in _COSTS}
         if len(cells) > 1:
-            row["per_seed"] = [self._alone(cell) for cell in cells]
+            row["per_seed"] = [self._alone(cell, metrics) for cell in cells]
             row["seed_spread"] = {
-                metric.name: seed_spread([one[metric.name] for one in row["per_seed"]])
-                for metric in self.settings.metrics
+                metric.name: seed_spread([one[metric.name] for one in row["per_seed"]]) for metric in metrics
             }
         return row
 
@@ -192,7 +202,7 @@ class _Part:
         found = []
         for a, b in pairs_of_interest(list(self.cells)):
             both = self._in_common(a, b)
-            for metric in self.settings.metrics if both else ():
+            for metric in _of_all(self.settings.metrics, [cell for pair in both for cell in pair]) if both else ():
                 compared = paired_bootstrap(
                     self._mean([cell for cell, _ in both], metric),
                     self._mean([cell for _, cell in both], metric),
@@ -219,9 +229,9 @@ class _Part:
         """Statistics averaged over seeds: (n, d)."""
         return np.asarray(np.mean([cell.statistics[metric.name][self.chosen] for cell in cells], axis=0))
 
-    def _alone(self, cell: Cell) -> dict[str, float]:
-        means = {m.name: cell.statistics[m.name][self.chosen].mean(axis=0) for m in self.settings.metrics}
-        return {metric.name: float(metric.value(means[metric.name])) for metric in self.settings.metrics}
+    def _alone(self, cell: Cell, metrics: Sequence[Metric]) -> dict[str, float]:
+        means = {metric.name: cell.statistics[metric.name][self.chosen].mean(axis=0) for metric in metrics}
+        return {metric.name: float(metric.value(means[metric.name])) for metric in metrics}
 
     def _mcnemar(self, both: Sequence[tuple[Cell, Cell]], metric: Metric) -> dict[str, Any]:
         """Seed by seed, since hits averaged over seeds are no hits."""

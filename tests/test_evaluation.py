@@ -147,13 +147,13 @@ def _loss(label: str, line: list[float], *, power: int) -> float:
 
 def test_ratings_are_scored_by_the_decisions_that_suit_their_errors_too(rating: Stage) -> None:
     results = rating.evaluate(oracle=True)
-    columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]
+    columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]  # and "nll", for who has probabilities
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
     folder = rating.run.folder / "evaluations" / "dev"
     changed = 0
     for row in results["rows"]:
         for key in ("metrics", "intervals", "per_user"):
-            assert list(row[key]) == columns
+            assert list(row[key]) == columns + ["nll"] * (row["condition"] != ORACLE)
         if row["condition"] == ORACLE:  # it has no probabilities: its answers stand
             assert row["metrics"]["mae@median"] == row["metrics"]["mae"]
             assert row["metrics"]["rmse@mean"] == row["metrics"]["rmse"]
@@ -172,14 +172,14 @@ def test_ratings_are_scored_by_the_decisions_that_suit_their_errors_too(rating: 
         assert row["metrics"]["rmse@mean"] == pytest.approx(np.sqrt(np.mean(squared)))
     assert changed > 10  # or nothing above was put to the test
     gains = {pair["metric"] for pair in results["pairs"] if (pair["a"], pair["b"]) == ("plug", "wrong-user")}
-    assert gains == set(columns)
+    assert gains == {*columns, "nll"}
     scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
     assert {"mae@median", "rmse@mean"} <= scores[0].keys()
 
 
 def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(rating: Stage, style: Stage) -> None:
     written = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
-    assert list(written["metrics"]) == ["mae", "rmse", "accuracy"]
+    assert list(written["metrics"]) == ["mae", "rmse", "accuracy", "nll"]
     assert not any("@" in name for name in style.evaluate("plain")["rows"][0]["metrics"])
     # asked for by the task, such a column scores what was written
     task = replace(rating.run.task, metrics=("mae", "mae@median", "accuracy@mean"))
@@ -192,12 +192,38 @@ def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(r
         conditions=[CONDITIONS["plain"]],
         models=rating.models,
     )["rows"][0]["metrics"]
-    assert list(asked) == list(task.metrics)
+    assert list(asked) == [*task.metrics, "nll"]
     assert asked["mae@median"] == asked["mae"]
     assert [metric.name for metric in settings_of(task, rating.config.evaluation).metrics] == [
         *task.metrics,
         "rmse@mean",
+        "nll",
     ]
+
+
+def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Stage, style: Stage) -> None:
+    """Of a closed set among its labels, of texts token by token; no other decision is hidden in it."""
+    golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
+    rows = {row["condition"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
+    assert "nll" not in rows[ORACLE]["metrics"]
+    told = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.answers.json").read_text())
+    places = [rating.run.task.labels.index(gold) for gold in golds]
+    shares = [line[place] for line, place in zip(told["probabilities"], places, strict=True)]
+    assert rows["plain"]["metrics"]["nll"] == pytest.approx(-np.mean(np.log(shares)))
+    assert rows["plain"]["metrics"]["nll"] != rows["plug"]["metrics"]["nll"]
+
+    results = style.evaluate("plain,wrong-user,plug", oracle=True)
+    rows = {row["condition"]: row for row in results["rows"]}
+    assert "nll" not in rows[ORACLE]["metrics"]
+    samples = list(open_dataset(style.data, "dev", task=style.run.task))
+    losses, tokens = style.models.backend.loss(
+        [sample.prompt for sample in samples], [sample.target or "" for sample in samples], soft=None
+    )
+    assert rows["plain"]["metrics"]["nll"] == pytest.approx(float(losses.sum() / tokens.sum()), rel=1e-4)
+    gain = next(p for p in results["pairs"] if (p["a"], p["b"], p["metric"]) == ("plug", "wrong-user", "nll"))
+    advantage = rows["wrong-user"]["metrics"]["nll"] - rows["plug"]["metrics"]["nll"]
+    assert gain["difference"] == pytest.approx(advantage, abs=1e-9)
+    assert advantage != 0
 
 
 def test_answers_kept_before_probabilities_were_are_not_made_again(
@@ -224,7 +250,7 @@ def test_answers_kept_before_probabilities_were_are_not_made_again(
     second = evaluated("plain,plug")
     for row, before in zip(second["rows"], first["rows"], strict=True):
         assert row["metrics"] == {name: before["metrics"][name] for name in ("mae", "rmse", "accuracy")}
-    assert any(note.startswith("mae@median, rmse@mean: left out") for note in second["notes"])
+    assert any(note.startswith("mae@median, rmse@mean, nll: left out") for note in second["notes"])
     assert {pair["metric"] for pair in second["pairs"]} == {"mae", "rmse", "accuracy"}
     scores = json.loads(path.with_name("plug.seed-1.scores.json").read_text())
     assert "mae" in scores[0]
@@ -286,12 +312,13 @@ def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None
         conditions=parse_conditions(names),
         models=rating.models,
     )
-    assert [row["metrics"] for row in first["rows"]] == [row["metrics"] for row in alone["rows"]]
+    for row, other in zip(first["rows"], alone["rows"], strict=True):
+        assert row["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
 
 
 def test_shuffling_changes_nothing_for_a_plug_without_order(rating: Stage) -> None:
     rows = {row["condition"]: row["metrics"] for row in rating.evaluate()["rows"]}
-    assert rows["shuffled"] == rows["plug"]
+    assert rows["shuffled"] == pytest.approx(rows["plug"], abs=1e-5)
 
 
 def test_labels_may_be_generated_too_and_the_row_says_so(rating: Stage) -> None:

@@ -22,6 +22,7 @@ from personaplug.metrics import (
     is_invalid,
     longest_common_subsequence,
     metric_class,
+    value_of,
 )
 
 STARS = ("1", "2", "3", "4", "5")
@@ -271,8 +272,10 @@ def test_rouge_is_quick_and_long_texts_do_not_stall_it() -> None:
 
 # What all share
 
+OF_ANSWERS = [name for name, metric in METRICS.items() if metric.of_answers]
 
-@pytest.mark.parametrize("name", METRICS)
+
+@pytest.mark.parametrize("name", OF_ANSWERS)
 def test_score_is_the_value_of_mean_statistics(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     predictions, golds = ["1", "5", "x", "3 "], ["1", "4", "2", "3"]
@@ -283,19 +286,31 @@ def test_score_is_the_value_of_mean_statistics(name: str) -> None:
     assert metric.greater_is_better is (name not in ("mae", "rmse"))
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", OF_ANSWERS)
 def test_a_perfect_prediction_beats_a_wrong_one_in_the_metrics_direction(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     gain = metric.score(["1", "5"], ["1", "5"]) - metric.score(["5", "1"], ["1", "5"])
     assert gain > 0 if metric.greater_is_better else gain < 0
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", OF_ANSWERS)
 def test_no_samples_score_nan_and_lengths_must_agree(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     assert math.isnan(metric.score([], []))
     with pytest.raises(ShapeMismatch, match=r"2 .*found 1"):
         metric.statistics(["1"], ["1", "2"])
+
+
+def test_likelihood_is_per_token_whoever_has_how_many() -> None:
+    metric = get_metric("nll")
+    stats = np.array([[6.0, 3.0], [1.0, 1.0]])
+    assert value_of(stats, metric) == pytest.approx(7 / 4)
+    assert not metric.greater_is_better
+
+
+def test_likelihood_is_not_to_be_had_from_texts() -> None:
+    with pytest.raises(BadConfig, match=r"nll is of a model's probabilities"):
+        get_metric("nll").score(["1"], ["1"])
 
 
 @pytest.mark.parametrize(("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])

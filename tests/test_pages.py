@@ -146,6 +146,16 @@ def test_personal_gains_and_costs_have_tables_of_their_own() -> None:
     ]
 
 
+def test_gains_in_likelihood_stand_apart_for_the_sets_that_have_them() -> None:
+    rows = [row("plug", 0.5), row("wrong-user", 0.4)]
+    gain = pair("plug", "wrong-user", 0.1, p=0.3)
+    likelier = pair("plug", "wrong-user", 0.2, p=0.0001, metric="nll")
+    page = overview_markdown([results("One", rows, gain, likelier), results("Other", rows, gain)])
+    assert "Personal gains in likelihood" in page
+    assert markdown_tables(page)[2] == [["method", "One: nll ↓"], ["plug", "+0.200 [+0.100, +0.300], p < 0.001"]]
+    assert "likelihood" not in overview_markdown([results("One", rows, gain)])
+
+
 def test_text_from_files_is_escaped(tmp_path: Path) -> None:
     attack = "<script>alert('x')</script>"
     bad = results(

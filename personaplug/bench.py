@@ -29,6 +29,7 @@ from personaplug.experiment import WHOLE, Experiment, Probe
 from personaplug.files import write_json
 from personaplug.recipes import Trainings
 from personaplug.results import Settings, results_object, thirds, with_slices
+from personaplug.rules import check_rules
 from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, versions
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class _Table:
                 self.write()
 
     def _fill(self, conditions: Sequence[Condition], seeds: Sequence[int], probe: Probe) -> None:
+        conditions = self._fitting(conditions)
         file = self._file(probe)
         file.turn_to(self._samples_key())
         scored, cells = file.read()
@@ -162,6 +164,18 @@ class _Table:
                 self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
             else:
                 file.append(replace(cell, key=key, made_with=_made_with()))
+
+    def _fitting(self, conditions: Sequence[Condition]) -> list[Condition]:
+        """The rows without those rules that have no meaning on this set: a median of categories, say."""
+        task, found = load_task(self.data), []
+        for condition in conditions:
+            try:
+                check_rules([condition], task)
+            except BadConfig as error:
+                logger.info("%s: left out: %s", self.title, error)
+            else:
+                found.append(condition)
+        return found
 
     def _train(self, cells: Sequence[tuple[Condition, int]], trainings: Trainings) -> set[tuple[Trained, int]]:
         """Train what some cells need; what could not be."""

@@ -318,3 +318,12 @@ def test_published_cells_are_known_again(tmp_path: Path, shared_data: Path, monk
     outcome = bench(experiment, places, sets=["Movie_stars", "Citation"], seeds=[0])
     assert len(outcome.written) == 2
     assert not outcome.failed
+
+
+def test_a_rule_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, data: Path) -> None:
+    rows = ["plain", "user-median", "user-words:4"]
+    outcome = bench(_experiment(tmp_path, rows, sets="[One, Texts]"), _places(tmp_path, data))
+    assert (outcome.absent, outcome.failed) == ([], [])
+    ratings, texts = (_read(path) for path in outcome.written)
+    assert [row["condition"] for row in ratings["rows"]] == ["plain", "user-median"]
+    assert [row["condition"] for row in texts["rows"]] == ["plain", "user-words:4"]

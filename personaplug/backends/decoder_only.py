@@ -112,26 +112,48 @@ class DecoderOnlyBackend(HFBackend):
         return torch.cat(parts, dim=1)
 
     def _score_behind(self, prompts: Sequence[str], answers: list[Ids], *, soft: SoftPrompt) -> Tensor:
-        """The same behind prompts that are read apart: one pass over the soft tokens and all labels of a sample.
-
-        Very large sets of labels take several.
+        """The same behind prompts that are read apart: a pass over the soft tokens, then one over the labels of several
+        tokens, all of a sample side by side; very large sets of labels take several.
         """
         if not prompts:
             return torch.empty(0, len(answers), device=self.device)
         rows = [row.ids for row in self.renderer.prompts(prompts)]
         past, lengths = padded_states(self._states(rows), device=self.device), self._lengths(rows)
-        if all(len(answer) == 1 for answer in answers):
-            logits = self._behind(past, lengths, soft=soft, answers=answers[:1] * len(rows))
-            return log_softmax(logits[:, 0])[:, [answer[0] for answer in answers]]
-        each = max(map(len, answers)) * self.embed.num_embeddings * len(rows)
-        step, columns = max(1, _LOGITS // each), []
-        for start in range(0, len(answers), step):
-            several = answers[start : start + step]
-            repeated = SoftPrompt(soft.vectors.repeat_interleave(len(several), dim=0), placement=soft.placement)
-            logits = self._behind(past, lengths, soft=repeated, answers=several * len(prompts))
-            wanted = pad(several * len(prompts), fill=IGNORED, side="right").to(self.device)
-            columns.append(-token_loss(logits, wanted)[0].view(len(prompts), len(several)))
-        return torch.cat(columns, dim=1)
+        kept = KeptStates(past)
+        first = log_softmax(self._behind(past, lengths, soft=soft, answers=[(0,)] * len(rows), kept=kept)[:, 0])
+        scores = first[:, [answer[0] for answer in answers]]
+        longer = [place for place, answer in enumerate(answers) if len(answer) > 1]
+        if not longer:
+            return scores
+        live = kept.live_states()
+        assert live is not None
+        whole, lengths = torch.cat([past, live], dim=3), lengths + live.shape[3]
+        each = max(len(answers[place]) for place in longer) * self.embed.num_embeddings * len(rows)
+        step = max(1, _LOGITS // each)
+        for start in range(0, len(longer), step):
+            places = longer[start : start + step]
+            scores[:, places] += self._going_on(whole, lengths, answers=[answers[place] for place in places])
+        return scores
+
+    def _going_on(self, past: Tensor, lengths: Tensor, *, answers: list[Ids]) -> Tensor:
+        """Log-probability of what follows the first token of some answers, (P, len(answers)).
+
+        Args:
+            past, lengths: of P prompts and what stands behind them, as in `_behind`.
+        """
+        several, count = answers * len(lengths), len(answers)
+        ids = pad([answer[:-1] for answer in several], fill=0, side="right").to(self.device)
+        lengths = lengths.repeat_interleave(count)
+        mask = torch.cat([real_columns(lengths, past.shape[3]), lengths.new_ones(ids.shape)], dim=1)
+        logits = self.logits_behind(
+            self.embed(ids),
+            mask=mask,
+            positions=lengths[:, None] + torch.arange(ids.shape[1], device=self.device),
+            columns=torch.arange(ids.shape[1]),
+            kept=KeptStates(past),
+        )
+        wanted = pad([answer[1:] for answer in several], fill=IGNORED, side="right").to(self.device)
+        return -token_loss(logits, wanted)[0].view(-1, count)
 
     @torch.no_grad()
     def generate(
@@ -185,7 +207,15 @@ class DecoderOnlyBackend(HFBackend):
     def _lengths(self, rows: Sequence[Ids]) -> Tensor:
         return torch.tensor([len(row) for row in rows], device=self.device)
 
-    def _behind(self, past: Tensor, lengths: Tensor, *, soft: SoftPrompt, answers: Sequence[Sequence[int]]) -> Tensor:
+    def _behind(
+        self,
+        past: Tensor,
+        lengths: Tensor,
+        *,
+        soft: SoftPrompt,
+        answers: Sequence[Sequence[int]],
+        kept: KeptStates | None = None,
+    ) -> Tensor:
         """Logits of some answers behind prompts and soft tokens, (R, L, V), L = the longest answer.
 
         Args:
@@ -193,6 +223,7 @@ class DecoderOnlyBackend(HFBackend):
             lengths: (P,) their tokens.
             soft: of R rows, those behind one prompt together; R is a multiple of P.
             answers: R of them.
+            kept: wraps `past`, if what becomes of the live tokens is wanted too.
         """
         lengths = lengths.repeat_interleave(len(answers) // len(lengths))
         # An answer's last token is never read, and the soft tokens' last place predicts its first.
@@ -203,7 +234,8 @@ class DecoderOnlyBackend(HFBackend):
         mask = torch.cat([real_columns(lengths, past.shape[3]), lengths.new_ones(len(answers), live)], dim=1)
         positions = lengths[:, None] + torch.arange(live, device=self.device)
         columns = torch.arange(soft.vectors.shape[1] - 1, live)
-        return self.logits_behind(embeds, mask=mask, positions=positions, columns=columns, kept=KeptStates(past))
+        kept = KeptStates(past) if kept is None else kept
+        return self.logits_behind(embeds, mask=mask, positions=positions, columns=columns, kept=kept)
 
     def logits_behind(
         self, embeds: Tensor, *, mask: Tensor, positions: Tensor, columns: Tensor, kept: KeptStates

@@ -29,7 +29,6 @@ from personaplug.samples import EncodedSample
 
 _DIGITS = 6  # of a probability; enough for any decision, and the same in a file as in memory
 _LEAST = 0.5 * 10**-_DIGITS  # what a probability is taken for that was rounded to none
-_AT_ONCE = 16  # right answers whose likelihood is asked in one pass
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,8 +41,8 @@ class Answers:
         seconds: the time they took.
         peak_memory_bytes: the most memory held meanwhile.
         probabilities: (n, C) of the task's labels, in their order, where labels were scored; None elsewhere.
-        surprises: (n, 2), −log p of each right answer and its tokens, where texts were written and those are known;
-            None elsewhere.
+        surprises: (n, 2), −log p of each right answer and its tokens (a label of a closed set counts as one), if they
+            were asked for (see `likelihood.py`) or came with the labels' scores; None elsewhere.
         partial: whether they come from a file that says nothing of probabilities, though labels may have been scored.
     """
 
@@ -56,15 +55,19 @@ class Answers:
     partial: bool = False
 
     def surprise(self, golds: Sequence[str], *, labels: Sequence[str]) -> NDArray[np.float64] | None:
-        """−log p of the right answers and their tokens, (n, 2); None if no probabilities are known.
+        """−log p of the right answers and their tokens, (n, 2); None if it is not known.
 
-        Of a closed set it is that of the label among the labels, and each counts as one token.
+        Answers that older code kept tell it of labels by probabilities of six digits alone, so at most 14.5.
         """
+        if self.surprises is not None:
+            # JSON knows no infinity: a file has null in its place.
+            lines = [[math.inf if value is None else value for value in line] for line in self.surprises]
+            return np.array(lines, dtype=np.float64).reshape(-1, 2)
         if self.probabilities is None:
-            return None if self.surprises is None else np.array(self.surprises, dtype=np.float64).reshape(-1, 2)
+            return None
         places = {label.strip(): place for place, label in enumerate(labels)}
-        found = [places.get(gold.strip()) for gold in golds]
-        shares = [0.0 if place is None else line[place] for line, place in zip(self.probabilities, found, strict=True)]
+        both = zip(self.probabilities, golds, strict=True)
+        shares = [line[places[gold.strip()]] if gold.strip() in places else 0.0 for line, gold in both]
         return np.array([[-math.log(max(share, _LEAST)), 1.0] for share in shares]).reshape(-1, 2)
 
     def by(self, decision: str, *, labels: Sequence[str]) -> list[str] | None:
@@ -90,6 +93,7 @@ class _Answer:
     text: str
     unfinished: bool = False
     probabilities: list[float] | None = None
+    surprise: list[float] | None = None
 
 
 def answer(
@@ -111,9 +115,9 @@ def answer(
         prompter: makes the soft tokens; None = the bare model.
         decoding: "score" takes the likeliest of the task's labels, "generate" writes text.
     """
-    if prompter is not None and prompter.placement == "suffix":
-        # Rows of one table ask the same of other histories: what stands ahead of the soft tokens is read once for all,
-        # which is the table's time and not that of the row that comes first.
+    if prompter is not None and prompter.placement == "suffix" and (decoding == "score" or generation.num_beams == 1):
+        # Most rows of a table ask the same of other histories: what stands ahead of the soft tokens is read once for
+        # all, which is the table's time and not that of the row that comes first. Beams read prompts by themselves.
         backend.keep([sample.prompt for sample in samples])
     elif decoding == "generate":
         backend.let_go()
@@ -136,7 +140,7 @@ def answer(
         seconds,
         peak_memory(),
         probabilities=all_or_none([one.probabilities for one in in_order]),
-        surprises=_surprises(backend, samples, prompter) if decoding == "generate" else None,
+        surprises=all_or_none([one.surprise for one in in_order]),
     )
 
 
@@ -160,33 +164,11 @@ def _answer_batch(
         soft = None if prompter is None else prompter.soft_prompt(batch)
         if decoding == "score":
             scores = backend.score(prompts, task.labels, soft=soft, soft_at=soft_at)
-            best, shares = scores.argmax(dim=1).tolist(), _shares(scores)
-            return [_Answer(task.labels[i], probabilities=line) for i, line in zip(best, shares, strict=True)]
+            best = scores.argmax(dim=1).tolist()
+            told = zip(best, _shares(scores), _surprises(scores, batch, task=task), strict=True)
+            return [_Answer(task.labels[i], probabilities=line, surprise=found) for i, line, found in told]
         made = backend.generate(prompts, soft=soft, config=generation, soft_at=soft_at)
         return [_Answer(one.text, unfinished=not one.finished) for one in made]
-
-
-@torch.no_grad()
-def _surprises(
-    backend: Backend, samples: Sequence[EncodedSample], prompter: SoftPrompter | None
-) -> list[list[float]] | None:
-    """−log p of each right answer and its tokens, to be read as `Answers.surprises`; None if one is not known."""
-    if any(sample.target is None for sample in samples):
-        return None
-    found: dict[int, list[float]] = {}
-    order = np.argsort([-len(sample.prompt) for sample in samples], kind="stable")
-    for start in range(0, len(order), _AT_ONCE):
-        places = order[start : start + _AT_ONCE].tolist()
-        batch = [samples[place] for place in places]
-        losses, tokens = backend.loss(
-            [sample.prompt for sample in batch],
-            [sample.target or "" for sample in batch],
-            soft=None if prompter is None else prompter.soft_prompt(batch),
-            soft_at=[sample.soft_at for sample in batch],
-        )
-        pairs = zip(losses.tolist(), tokens.tolist(), strict=True)
-        found.update(zip(places, ([round(loss, _DIGITS), count] for loss, count in pairs), strict=True))
-    return [found[place] for place in range(len(samples))]
 
 
 def _shares(scores: torch.Tensor) -> list[list[float]]:
@@ -196,6 +178,19 @@ def _shares(scores: torch.Tensor) -> list[list[float]]:
     sure = torch.nn.functional.one_hot(scores.cpu().argmax(dim=1), num_classes=scores.shape[1]).double()
     lines: list[list[float]] = torch.where(shares.isfinite(), shares, sure).tolist()
     return [[round(share, _DIGITS) for share in line] for line in lines]
+
+
+def _surprises(scores: torch.Tensor, samples: Sequence[EncodedSample], *, task: Task) -> list[list[float] | None]:
+    """−log p of each sample's label among the labels, and that it counts as one token; None where it is hidden."""
+    found = -torch.log_softmax(scores.cpu().double(), dim=1)
+    # What overflowed told the right label apart from nothing: as unlikely as can be.
+    found = found.nan_to_num(nan=math.inf)
+    places = {label.strip(): place for place, label in enumerate(task.labels)}
+    named = [None if sample.target is None else places.get(sample.target.strip()) for sample in samples]
+    return [
+        None if place is None else [round(float(line[place]), _DIGITS), 1]
+        for line, place in zip(found, named, strict=True)
+    ]
 
 
 def keep(answers: Answers, path: Path, *, depends_on: Sequence[Any]) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from personaplug.data.slicing import held_users
 from personaplug.errors import BadConfig
 from personaplug.samples import EncodedSample
+
+T = TypeVar("T")
 
 _BUCKET_BATCHES = 50  # batches whose samples are sorted by length together; smaller = more random, more padding
 
@@ -73,14 +76,14 @@ def epoch_batches(lengths: Sequence[int], *, batch_size: int, views: int, seed: 
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def in_passes(batch: Sequence[EncodedSample], *, lengths: Sequence[int], most: int) -> list[list[EncodedSample]]:
+def in_passes(batch: Sequence[T], *, lengths: Sequence[int], most: int) -> list[list[T]]:
     """Split a batch into parts whose padded size, rows × longest, is at most `most` tokens; 0 = one part.
 
     A single sample that is longer still makes a part of its own.
     """
     if not most:
         return [list(batch)]
-    parts: list[list[EncodedSample]] = []
+    parts: list[list[T]] = []
     room = 0
     # The longest first, so that it alone decides how many rows fit beside it.
     for place in sorted(range(len(batch)), key=lambda place: -lengths[place]):

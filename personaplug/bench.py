@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,13 @@ class Outcome:
         written: results files.
         absent: tables whose model or set is not here, and why.
         failed: rows that could not be filled, and why.
+        left_out: rows that have no meaning on a set, and why.
     """
 
     written: list[Path]
     absent: list[str]
     failed: list[str]
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def bench(
         [table.target for table in tables if not table.absent and table.target.exists()],
         [table.absent for table in tables if table.absent],
         [reason for table in tables for reason in table.failed],
+        [reason for table in tables for reason in table.left_out],
     )
 
 
@@ -122,6 +125,7 @@ class _Table:
         self.target = places.results / experiment.name / variant / f"{name}.json"
         self.title = " ".join(part for part in (experiment.name, variant, name) if part)
         self.failed: list[str] = []
+        self.left_out: list[str] = []
         self.absent = ""
 
     def fill(self, conditions: Sequence[Condition], *, seeds: Sequence[int]) -> None:
@@ -130,6 +134,7 @@ class _Table:
         What cannot be made is noted in `absent` or `failed` and does not keep other cells from being made.
         """
         try:
+            conditions = self._fitting(conditions)
             for probe in (WHOLE, *self._probes()):
                 self._fill(conditions, seeds, probe)
         except (MissingModel, MissingData) as error:
@@ -139,7 +144,6 @@ class _Table:
                 self.write()
 
     def _fill(self, conditions: Sequence[Condition], seeds: Sequence[int], probe: Probe) -> None:
-        conditions = self._fitting(conditions)
         file = self._file(probe)
         file.turn_to(self._samples_key())
         scored, cells = file.read()
@@ -172,7 +176,7 @@ class _Table:
             try:
                 check_rules([condition], task)
             except BadConfig as error:
-                logger.info("%s: left out: %s", self.title, error)
+                self.left_out.append(f"{self.title}, {condition.name}: {error}")
             else:
                 found.append(condition)
         return found

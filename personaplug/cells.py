@@ -57,7 +57,7 @@ class Cell:
         extra_prompt_tokens: of them, those that the bare question does not have.
         seconds: answering.
         peak_memory_bytes: while answering.
-        decoding: "scored" over the labels, "generated", or "computed" without the language model.
+        decoding: "scored" over the labels, "generated"; without the language model "computed", or "known" of old.
         bytes_per_user: what a service keeps for a user, a mean; None where that is not known.
         seconds_per_user: what adding a user takes, a mean.
         fit_seconds: what fitting took, where something is fitted as the table is filled.

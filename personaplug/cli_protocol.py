@@ -56,6 +56,8 @@ def bench(
         click.echo(str(path))
     for reason in outcome.absent:
         click.echo(f"not run: {reason}", err=True)
+    for reason in outcome.left_out:
+        click.echo(f"left out: {reason}", err=True)
     for reason in outcome.failed:
         click.echo(f"failed: {reason}", err=True)
     if outcome.absent and not outcome.written:

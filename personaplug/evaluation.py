@@ -6,18 +6,17 @@ holds is described in `results.py`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from personaplug.answers import Answers, answer, keep, kept
+from personaplug.answers import Answers
+from personaplug.asking import Asking
 from personaplug.backends.base import GenerationConfig
 from personaplug.cells import Cell, Scored, numbered
 from personaplug.conditions import Condition, Rule
@@ -26,16 +25,14 @@ from personaplug.costs import CostMeter
 from personaplug.data.base import Reader, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.files import write_json
-from personaplug.impostors import MeanPersona, RandomVectors
 from personaplug.metrics import BEST_DECIDED, Array, NegativeLogLikelihood, get_metric, is_invalid
 from personaplug.per_user import PerUser
-from personaplug.personalizer import Personalizer, SoftPrompter
 from personaplug.provenance import provenance
 from personaplug.records import Sample
 from personaplug.results import Settings, results_object
 from personaplug.rules import Rules, check_rules
 from personaplug.run import Models, Run
-from personaplug.samples import EncodedSample, samples_fingerprint
+from personaplug.samples import EncodedSample
 from personaplug.showing import Showing, Shown
 from personaplug.user_adapters import remark
 
@@ -190,7 +187,11 @@ class Evaluation:
         golds = _golds(self.samples)
         if condition.rule is not None:
             return self._computed_cell(condition, condition.rule, golds, seed=seed)
-        shown, matrices, made = self._asked(condition, seed=seed)
+        asking = self._asking(condition, seed=seed)
+        shown, matrices = asking.shown, asking.matrices
+        made = asking.answers()
+        self._write_predictions(condition, made.texts, seed=seed)
+        made = asking.with_surprises(made)
         stats = self._stats(condition, made, golds, seed=seed)
         tokens = float(np.mean([m.tokens for m in shown.measures])) + self._soft_tokens(condition)
         own = matrices.cost() if condition.per_user and matrices else shown.cost
@@ -223,7 +224,8 @@ class Evaluation:
         if condition.rule is not None:
             self._computed(condition, condition.rule, seed=seed)
         else:
-            self._asked(condition, seed=seed)
+            made = self._asking(condition, seed=seed).answers()
+            self._write_predictions(condition, made.texts, seed=seed)
         return self.folder / f"{_file_name(condition, seed)}.json"
 
     def oracle(self, path: Path) -> Cell:
@@ -268,80 +270,21 @@ class Evaluation:
         self._write_predictions(condition, texts, seed=seed)
         return shown, Answers(texts, [False] * len(texts), seconds, peak_memory_bytes=0)
 
-    def _asked(self, condition: Condition, *, seed: int) -> tuple[Shown, PerUser | None, Answers]:
-        for trained in condition.needs:
-            self.run.check_trained(trained.name, seed=seed)
-        shown = self.showing.show(condition, seed=seed)
-        matrices = self._matrices(condition, seed=seed)
-        return shown, matrices, self._answers(condition, shown, matrices, seed=seed)
-
-    def _answers(self, condition: Condition, shown: Shown, matrices: PerUser | None, *, seed: int) -> Answers:
-        path = self.folder / f"{_file_name(condition, seed)}.answers.json"
-        depends_on = self._depends_on(condition, shown.samples, seed=seed)
-        made = kept(path, depends_on=depends_on)
-        if made is None:
-            made = self._answered(condition, shown, matrices, seed=seed)
-            keep(made, path, depends_on=depends_on)
-        self._write_predictions(condition, made.texts, seed=seed)
-        return made
+    def _asking(self, condition: Condition, *, seed: int) -> Asking:
+        return Asking(
+            self.run,
+            self.models,
+            showing=self.showing,
+            condition=condition,
+            seed=seed,
+            decoding=self.decoding,
+            generation=self.generation,
+            path=self.folder / f"{_file_name(condition, seed)}.answers.json",
+        )
 
     def _write_predictions(self, condition: Condition, texts: Sequence[str], *, seed: int) -> None:
         golds = [{"id": sample.id, "output": text} for sample, text in zip(self.samples, texts, strict=True)]
         write_json(self.folder / f"{_file_name(condition, seed)}.json", {"task": self.task.name, "golds": golds})
-
-    def _answered(self, condition: Condition, shown: Shown, matrices: PerUser | None, *, seed: int) -> Answers:
-        def ask(samples: Sequence[EncodedSample], title: str) -> Answers:
-            return answer(
-                self.models.backend,
-                samples,
-                prompter=self._prompter(condition, shown.samples, seed=seed),
-                task=self.task,
-                decoding=self.decoding,
-                generation=self.generation,
-                batch_size=self.config.evaluation_batch_size,
-                title=title,
-            )
-
-        title = f"{condition.name} (seed {seed})" if condition.seeded else condition.name
-        if matrices is None:
-            return ask(shown.samples, title)
-        return matrices.answers(shown.samples, shown.lenders, ask=ask, per_user=condition.per_user, title=title)
-
-    def _prompter(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> SoftPrompter | None:
-        trained = condition.trained
-        if trained is None or not trained.soft:
-            return None
-        plug = self.run.load_plug(trained.name, seed=seed, models=self.models)
-        if condition.persona == "random-vectors":
-            return Personalizer(plug, table=RandomVectors(self.table, seed=seed), strength=self.config.strength)
-        personalizer = Personalizer(plug, table=self.table, strength=self.config.strength)
-        return MeanPersona(personalizer, shown) if condition.persona == "mean" else personalizer
-
-    def _matrices(self, condition: Condition, *, seed: int) -> PerUser | None:
-        if condition.trained is None or not condition.trained.in_matrices:
-            return None
-        texts = self.showing.texts() if condition.per_user else []
-        return PerUser(self.run, self.models, texts=texts, latest=self.config.shown_items, seed=seed)
-
-    def _depends_on(self, condition: Condition, shown: Sequence[EncodedSample], *, seed: int) -> list[Any]:
-        """Everything that this condition's answers come from."""
-        backend = self.models.backend
-        parts = [
-            samples_fingerprint(shown, self.table),
-            self.decoding,
-            list(self.task.labels),
-            asdict(self.generation),
-            backend.identity.fingerprint,
-            backend.dtype,
-            self.run.config.model.max_prompt_tokens,
-            condition.persona,
-        ]
-        for trained in condition.needs:
-            for weights in sorted(self.run.plug_folder(trained.name, seed=seed).glob("*.safetensors")):
-                parts.append(hashlib.sha256(weights.read_bytes()).hexdigest())
-        if self.config.strength != 1:
-            parts.append(self.config.strength)
-        return parts + ([asdict(self.run.config.adapter), seed] if condition.per_user else [])
 
     # ---- what the row was
 

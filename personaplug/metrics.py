@@ -42,6 +42,7 @@ class Metric(ABC):
         greater_is_better: its direction; False for errors.
         takes_decisions: whether answers that are chosen by their place on a scale make sense to it.
         of_answers: whether it scores answers; if not, rows without a language model have no such column.
+        averages_over_users: whether it means something of one user's few samples.
         decision: how the answers that it is to score are chosen from the labels' probabilities, where there are any.
     """
 
@@ -49,6 +50,7 @@ class Metric(ABC):
     greater_is_better: ClassVar[bool] = True
     takes_decisions: ClassVar[bool] = False
     of_answers: ClassVar[bool] = True
+    averages_over_users: ClassVar[bool] = True
 
     def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", decision: str = ARGMAX) -> None:
         """Take what a task declares; a metric uses the part of it that it needs.
@@ -152,6 +154,7 @@ class MacroF1(_LabelMetric):
     """
 
     name = "f1"
+    averages_over_users = False  # most labels never occur there, and count 0
 
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Return one-hots of true positive, predicted and gold label, side by side: (n, 3·C)."""

@@ -2,9 +2,10 @@
 
 A results object holds what was run (task, split, model, encoder, placement, seeds, versions, config, notes, …) and
 
-    rows    per condition: n, seeds, metrics (those that all cells hold), intervals, per_user (metrics averaged over
-            users), the rates of a `Cell`, prompt_tokens_mean, seconds, peak_memory_bytes, decoding, costs; over several
-            seeds seed_spread and per_seed; fit_seconds where something was fitted on the way
+    rows    per condition: n, seeds, metrics (those that all cells hold; nll where a model answered), intervals,
+            per_user (metrics averaged over users), the rates of a `Cell`, prompt_tokens_mean, seconds,
+            peak_memory_bytes, decoding, costs; over several seeds seed_spread and per_seed; fit_seconds where something
+            was fitted on the way
     pairs   a, b, metric, difference (a's advantage whatever the metric's direction), low, high, p, and p_holm:
             corrected over the pairs of its family (personal gains; against plain; against instruction-only; gains of
             rows without the language model; the rest);

@@ -204,13 +204,12 @@ def per_group_mean(stats: Array, groups: Sequence[str], metric: Metric) -> float
     """Return the metric of each group's own mean statistics, averaged over groups: each user counts once.
 
     An accuracy becomes the mean of users' accuracies, an RMSE the mean of users' RMSEs (not the root of their mean
-    squares). NaN for a metric made of several statistics, the macro-F1: over one user's few answers most labels
-    never occur and count 0, so its average says nothing. NaN without samples too.
+    squares). NaN for a metric that says nothing of one user alone, the macro-F1, and without samples.
 
     Raises:
         ShapeMismatch: if statistics and groups differ in length.
     """
-    if not len(_checked(stats, groups)) or stats.shape[1] > 1:
+    if not len(_checked(stats, groups)) or not metric.averages_over_users:
         return float("nan")
     with np.errstate(over="ignore", invalid="ignore"):
         sums, sizes = _group_sums(stats, groups)

@@ -53,6 +53,33 @@ def test_scored_labels_come_with_their_probabilities_in_the_samples_order(toy: D
     assert _answers(toy, decoding="generate").probabilities is None
 
 
+def test_scored_labels_come_with_how_likely_the_right_one_was(
+    toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low, golds = -float("inf"), ["1", "1", "1"]
+    _scores(toy, [[-40.0, 0, 0, 0, 0], [low] * 5, [-1.0, low, low, low, low]], monkeypatch)
+    made = _answers(toy)
+    expected = [[40 + np.log(4), 1], [np.inf, 1], [0, 1]]  # not cut short, and no reward for what overflowed
+    found = made.surprise(golds, labels=TASK.labels)
+    assert found is not None
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_surprises_survive_the_file(toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    low, golds = -float("inf"), ["1", "1", "1"]
+    _scores(toy, [[-3.0, 0, 0, 0, 0], [low] * 5, [-1.0, low, low, low, low]], monkeypatch)
+    made = _answers(toy)
+    keep(made, tmp_path / "a.json", depends_on=[1])
+    again = kept(tmp_path / "a.json", depends_on=[1])
+    assert again is not None
+    np.testing.assert_array_equal(again.surprise(golds, labels=TASK.labels), made.surprise(golds, labels=TASK.labels))
+    # As older code kept them: from the probabilities, which have six digits.
+    old = Answers(made.texts, made.unfinished, 0, 0, probabilities=[[0.25, 0.75, 0, 0, 0]] * 2 + [[0, 1.0, 0, 0, 0]])
+    found = old.surprise(golds, labels=TASK.labels)
+    assert found is not None
+    np.testing.assert_allclose(found[:, 0], [np.log(4), np.log(4), -np.log(5e-7)])
+
+
 def test_each_decision_has_its_answer(toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [[0.4, 0.05, 0.3, 0.05, 0.2], [0.05, 0.05, 0.2, 0.3, 0.4], [0.4, 0.05, 0.1, 0.05, 0.4]]
     # log-probabilities of a closed set need not sum to 1 among themselves

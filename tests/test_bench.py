@@ -324,6 +324,10 @@ def test_a_rule_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, d
     rows = ["plain", "user-median", "user-words:4"]
     outcome = bench(_experiment(tmp_path, rows, sets="[One, Texts]"), _places(tmp_path, data))
     assert (outcome.absent, outcome.failed) == ([], [])
+    assert [reason.split(": ")[0] for reason in outcome.left_out] == [
+        "mine One, user-words:4",
+        "mine Texts, user-median",
+    ]
     ratings, texts = (_read(path) for path in outcome.written)
     assert [row["condition"] for row in ratings["rows"]] == ["plain", "user-median"]
     assert [row["condition"] for row in texts["rows"]] == ["plain", "user-words:4"]

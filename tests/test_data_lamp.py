@@ -233,6 +233,7 @@ def test_outputs_that_disagree_or_name_an_unknown_task(tmp_path: Path) -> None:
         ({"kind": "text"}, "'text' has none"),
         ({"item_fields": "text"}, "'item_fields' should be a list"),
         ({"item_fields": []}, "at least one entry"),
+        ({"metrics": ["rouge_1", "nll"]}, "leave 'nll' out"),
         ({"item_fields": ["id"]}, "other than 'id' and 'date'"),
         ({"answer_field": 3}, "'answer_field' should be a string"),
         ({"name": " "}, "'name' is empty"),

@@ -209,7 +209,7 @@ def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Sta
     told = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.answers.json").read_text())
     places = [rating.run.task.labels.index(gold) for gold in golds]
     shares = [line[place] for line, place in zip(told["probabilities"], places, strict=True)]
-    assert rows["plain"]["metrics"]["nll"] == pytest.approx(-np.mean(np.log(shares)))
+    assert rows["plain"]["metrics"]["nll"] == pytest.approx(-np.mean(np.log(shares)), rel=1e-4)
     assert rows["plain"]["metrics"]["nll"] != rows["plug"]["metrics"]["nll"]
 
     results = style.evaluate("plain,wrong-user,plug", oracle=True)
@@ -244,8 +244,8 @@ def test_answers_kept_before_probabilities_were_are_not_made_again(
 
     first = evaluated("plain,plug")
     path = tmp_path / "evaluations" / "dev" / "plug.seed-1.answers.json"
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({key: v for key, v in told.items() if key not in ("probabilities", "partial")}))
+    told, new = json.loads(path.read_text()), ("probabilities", "surprises", "partial")
+    path.write_text(json.dumps({key: v for key, v in told.items() if key not in new}))
     monkeypatch.setattr(rating.models.backend, "score", None)  # who asks it again fails
     second = evaluated("plain,plug")
     for row, before in zip(second["rows"], first["rows"], strict=True):
@@ -611,3 +611,55 @@ def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
     shown = showing.show(CONDITIONS["random-vectors"], seed=0)
     assert all((sample.answers == -1).all() for sample in shown.samples)
     assert any((sample.answers >= 0).any() for sample in showing.show(CONDITIONS["plug"], seed=0).samples)
+
+
+def _moved(stage: Stage, folder: Path, names: str, **patched: Any) -> Any:
+    """The rows once more, in a folder that has nothing but the trained parts."""
+    moved = replace(stage.run, folder=folder)
+    for name in ("plug", "instruction-only"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(stage.run.folder / name)
+    return evaluate(
+        moved,
+        open_dataset(stage.data, "dev", task=moved.task),
+        split="dev",
+        config=stage.config.evaluation,
+        conditions=parse_conditions(names),
+        models=stage.models,
+    )
+
+
+def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
+    style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_long(*_: Any, **__: Any) -> Any:
+        raise IndexError("index out of range in self")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(style.models.backend, "loss", too_long)
+        first = _moved(style, tmp_path, "plain,plug")
+    assert list(first["rows"][0]["metrics"]) == ["rouge_1", "rouge_l"]
+    assert "no likelihood of the right answers (IndexError)" in caplog.text
+    # The answers are kept; only what was missing is asked for.
+    monkeypatch.setattr(style.models.backend, "generate", None)
+    second = _moved(style, tmp_path, "plain,plug")
+    for row, before in zip(second["rows"], first["rows"], strict=True):
+        assert row["metrics"] == before["metrics"] | {"nll": row["metrics"]["nll"]}
+    monkeypatch.setattr(style.models.backend, "loss", None)
+    third = _moved(style, tmp_path, "plain,plug")
+    assert [row["metrics"] for row in third["rows"]] == [row["metrics"] for row in second["rows"]]
+
+
+def test_predictions_look_at_no_right_answer(style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = replace(style.run, folder=tmp_path)
+    (tmp_path / "plug").symlink_to(style.run.folder / "plug")
+    monkeypatch.setattr(style.models.backend, "loss", None)
+    reader = open_dataset(style.data, "dev", task=moved.task)
+    config = style.config.evaluation
+    files = predict(moved, reader, split="dev", config=config, conditions=parse_conditions("plug"), models=style.models)
+    assert all(path.exists() for path in files)
+
+
+def test_users_count_alike_in_likelihood_too(style: Stage) -> None:
+    row = style.evaluate("plain")["rows"][0]
+    assert np.isfinite(row["per_user"]["nll"])

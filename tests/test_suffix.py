@@ -119,6 +119,15 @@ def test_scores_are_the_losses_of_the_labels(family: str, labels: list[str], kep
     torch.testing.assert_close(found, backend.score(PROMPTS, labels, soft=soft), atol=1e-4, rtol=1e-4)
 
 
+def test_large_sets_of_labels_take_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = small_backend("llama")
+    soft = SoftPrompt(_vectors(backend).detach(), placement="suffix")
+    labels = ["1", "one two", "3", "three four five", "black & white"]
+    at_once = backend.score(PROMPTS, labels, soft=soft)
+    monkeypatch.setattr("personaplug.backends.decoder_only._LOGITS", 1)
+    torch.testing.assert_close(backend.score(PROMPTS, labels, soft=soft), at_once, atol=1e-4, rtol=1e-4)
+
+
 def test_labels_that_cannot_be_confused_are_trained_without_an_end() -> None:
     backend = small_backend("llama")
     soft = SoftPrompt(_vectors(backend).detach(), placement="suffix")

@@ -128,6 +128,7 @@ class DecoderOnlyBackend(HFBackend):
         live = kept.live_states()
         assert live is not None
         whole, lengths = torch.cat([past, live], dim=3), lengths + live.shape[3]
+        del past, kept, live  # one copy of the prompts' states is enough
         each = max(len(answers[place]) for place in longer) * self.embed.num_embeddings * len(rows)
         step = max(1, _LOGITS // each)
         for start in range(0, len(longer), step):

@@ -222,6 +222,8 @@ def _checked(task: Task, source: str) -> Task:
         raise BadConfig(f"{source}: 'name' is empty.")
     if not task.item_fields or not task.metrics:
         raise BadConfig(f"{source}: 'item_fields' and 'metrics' need at least one entry.")
+    if "nll" in task.metrics:
+        raise BadConfig(f"{source}: leave 'nll' out of 'metrics'; it is a column wherever a language model answers.")
     if {"id", "date"} & set(task.field_names) or task.answer_field == "":
         raise BadConfig(f"{source}: a field of an item needs a name, and other than 'id' and 'date'.")
     if (task.kind == "text") == bool(task.labels):

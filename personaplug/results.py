@@ -2,7 +2,7 @@
 
 A results object holds what was run (task, split, model, encoder, placement, seeds, versions, config, notes, …) and
 
-    rows    per condition: n, seeds, metrics (those that all cells hold; nll where a model answered), intervals,
+    rows    per condition: n, seeds, metrics (those that all cells hold; nll where it is known), intervals,
             per_user (metrics averaged over users), the rates of a `Cell`, prompt_tokens_mean, seconds,
             peak_memory_bytes, decoding, costs; over several seeds seed_spread and per_seed; fit_seconds where something
             was fitted on the way
@@ -135,19 +135,29 @@ def _notes_on(seeds: Sequence[int]) -> list[str]:
 
 def _notes_on_columns(cells: Sequence[Cell], settings: Settings) -> list[str]:
     """Which columns some cells hold and others, kept from before there were such columns, do not."""
-    held = _held_by_all(cells, settings).metrics
+    held = _held(cells, settings).metrics
     some = [m.name for m in settings.metrics if m not in held and any(m.name in cell.statistics for cell in cells)]
-    return [f"{', '.join(some)}: left out, since some rows were filled before there was such a column."] if some else []
+    told = [f"{', '.join(some)}: left out, since some rows were filled before there was such a column."] if some else []
+    for metric in held:
+        without = dict.fromkeys(cell.condition for cell in _meant(metric, cells) if metric.name not in cell.statistics)
+        if without:
+            told.append(f"{metric.name}: not known of {', '.join(without)}.")
+    return told
 
 
-def _held_by_all(cells: Sequence[Cell], settings: Settings) -> Settings:
-    """The settings with those metrics only by which every row can be compared that such a metric is made for."""
+def _held(cells: Sequence[Cell], settings: Settings) -> Settings:
+    """The settings with those metrics by which rows can be compared: all by one of answers, else those that have it."""
 
     def held(metric: Metric) -> bool:
-        meant = [cell for cell in cells if metric.of_answers or cell.decoding not in _WITHOUT_MODEL]
-        return bool(meant) and all(metric.name in cell.statistics for cell in meant)
+        found = [metric.name in cell.statistics for cell in _meant(metric, cells)]
+        return all(found) if metric.of_answers else any(found)
 
     return replace(settings, metrics=[metric for metric in settings.metrics if held(metric)])
+
+
+def _meant(metric: Metric, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that can have such a metric."""
+    return [cell for cell in cells if metric.of_answers or cell.decoding not in _WITHOUT_MODEL]
 
 
 def _of_all(metrics: Sequence[Metric], cells: Sequence[Cell]) -> list[Metric]:
@@ -160,7 +170,7 @@ def _part(scored: Scored, cells: Sequence[Cell], *, settings: Settings, chosen: 
     by_name: dict[str, list[Cell]] = {}
     for cell in cells:
         by_name.setdefault(cell.condition, []).append(cell)
-    part = _Part(groups, _held_by_all(cells, settings), by_name, chosen)
+    part = _Part(groups, _held(cells, settings), by_name, chosen)
     return {"rows": [part.row(name) for name in by_name], "pairs": part.pairs()}
 
 

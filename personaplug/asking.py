@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Asking:
         return answer(
             self.models.backend,
             samples,
-            prompter=self._prompter(),
+            prompter=self._prompter,
             task=self.run.task,
             decoding=self.decoding,
             generation=self.generation,
@@ -101,7 +102,7 @@ class Asking:
         found = surprises(
             self.models.backend,
             samples,
-            prompter=self._prompter(),
+            prompter=self._prompter,
             batch_size=self.config.evaluation_batch_size,
             title=f"{title}, likelihood",
         )
@@ -115,6 +116,7 @@ class Asking:
             return ask(shown.samples, title)
         return self.matrices.answers(shown.samples, shown.lenders, ask=ask, per_user=condition.per_user, title=title)
 
+    @cached_property
     def _prompter(self) -> SoftPrompter | None:
         trained, strength = self.condition.trained, self.config.strength
         if trained is None or not trained.soft:

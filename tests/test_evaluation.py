@@ -226,28 +226,30 @@ def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Sta
     assert advantage != 0
 
 
+def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] = ()) -> Any:
+    """The rows once more, in a folder that has nothing but the trained plug."""
+    moved = replace(stage.run, folder=folder)
+    if not (folder / "plug").exists():
+        (folder / "plug").symlink_to(stage.run.folder / "plug")
+    return evaluate(
+        moved,
+        open_dataset(stage.data, "dev", task=moved.task),
+        split="dev",
+        config=load_config(overrides=settings, base=stage.config).evaluation,
+        conditions=parse_conditions(names),
+        models=stage.models,
+    )
+
+
 def test_answers_kept_before_probabilities_were_are_not_made_again(
     rating: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved = replace(rating.run, folder=tmp_path)
-    (tmp_path / "plug").symlink_to(rating.run.folder / "plug")
-
-    def evaluated(names: str) -> Any:
-        return evaluate(
-            moved,
-            open_dataset(rating.data, "dev", task=moved.task),
-            split="dev",
-            config=rating.config.evaluation,
-            conditions=parse_conditions(names),
-            models=rating.models,
-        )
-
-    first = evaluated("plain,plug")
+    first = _moved(rating, tmp_path, "plain,plug")
     path = tmp_path / "evaluations" / "dev" / "plug.seed-1.answers.json"
     told, new = json.loads(path.read_text()), ("probabilities", "surprises", "partial")
     path.write_text(json.dumps({key: v for key, v in told.items() if key not in new}))
     monkeypatch.setattr(rating.models.backend, "score", None)  # who asks it again fails
-    second = evaluated("plain,plug")
+    second = _moved(rating, tmp_path, "plain,plug")
     for row, before in zip(second["rows"], first["rows"], strict=True):
         known = ("mae", "rmse", "accuracy", *(["nll"] if row["condition"] == "plain" else []))
         assert row["metrics"] == {name: before["metrics"][name] for name in known}
@@ -301,19 +303,9 @@ def test_answers_are_not_made_twice_unless_something_changed(rating: Stage, monk
 
 
 def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None:
-    moved = replace(rating.run, folder=tmp_path)
-    (tmp_path / "plug").symlink_to(rating.run.folder / "plug")
     names = "plain,plug"
     first = rating.evaluate(names)
-    config = load_config(overrides=["evaluation_batch_size=1"], base=rating.config).evaluation
-    alone = evaluate(
-        moved,
-        open_dataset(rating.data, "dev", task=moved.task),
-        split="dev",
-        config=config,
-        conditions=parse_conditions(names),
-        models=rating.models,
-    )
+    alone = _moved(rating, tmp_path, names, settings=("evaluation_batch_size=1",))
     for row, other in zip(first["rows"], alone["rows"], strict=True):
         assert row["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
 
@@ -613,22 +605,6 @@ def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
     shown = showing.show(CONDITIONS["random-vectors"], seed=0)
     assert all((sample.answers == -1).all() for sample in shown.samples)
     assert any((sample.answers >= 0).any() for sample in showing.show(CONDITIONS["plug"], seed=0).samples)
-
-
-def _moved(stage: Stage, folder: Path, names: str, **patched: Any) -> Any:
-    """The rows once more, in a folder that has nothing but the trained parts."""
-    moved = replace(stage.run, folder=folder)
-    for name in ("plug", "instruction-only"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(stage.run.folder / name)
-    return evaluate(
-        moved,
-        open_dataset(stage.data, "dev", task=moved.task),
-        split="dev",
-        config=stage.config.evaluation,
-        conditions=parse_conditions(names),
-        models=stage.models,
-    )
 
 
 def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(

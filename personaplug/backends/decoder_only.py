@@ -133,10 +133,10 @@ class DecoderOnlyBackend(HFBackend):
         step = max(1, _LOGITS // each)
         for start in range(0, len(longer), step):
             places = longer[start : start + step]
-            scores[:, places] += self._going_on(whole, lengths, answers=[answers[place] for place in places])
+            scores[:, places] += self.going_on(whole, lengths, answers=[answers[place] for place in places])
         return scores
 
-    def _going_on(self, past: Tensor, lengths: Tensor, *, answers: list[Ids]) -> Tensor:
+    def going_on(self, past: Tensor, lengths: Tensor, *, answers: list[Ids]) -> Tensor:
         """Log-probability of what follows the first token of some answers, (P, len(answers)).
 
         Args:

@@ -151,20 +151,9 @@ class RunningRows:
     def _likeliest(self, row: Row, states: Tensor, first: Tensor) -> int:
         """The place of the choice that is likeliest as a whole, behind a row's prompt and its (V,) last logits."""
         choices = list(row.choices)
-        ids = pad(choices, fill=0, side="right").to(self.backend.device)
-        lengths = torch.tensor([states.shape[2]], device=ids.device).expand(len(choices))
-        live = ids.shape[1] - 1
-        mask = torch.cat([real_columns(lengths, states.shape[2]), lengths.new_ones(len(choices), live)], dim=1)
-        logits = self.backend.logits_behind(
-            self.backend.embed(ids[:, :-1]),
-            mask=mask,
-            positions=lengths[:, None] + torch.arange(live, device=ids.device),
-            columns=torch.arange(live),
-            kept=KeptStates(states[:, None]),
-        )
-        behind = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
-        real = pad([[1] * (len(choice) - 1) for choice in choices], fill=0, side="right").to(ids.device)
-        whole = torch.log_softmax(first, dim=-1)[ids[:, 0]] + (behind * real).sum(dim=1)
+        lengths = torch.tensor([states.shape[2]], device=self.backend.device)
+        behind = self.backend.going_on(states[:, None], lengths, answers=choices)[0]
+        whole = torch.log_softmax(first, dim=-1)[[choice[0] for choice in choices]] + behind
         return int(whole.argmax())
 
     def _going(self) -> list[Row]:

@@ -328,7 +328,8 @@ def _data_key(folder: Path, split: str) -> str:
 
 def _made_with() -> str:
     """What a cell's numbers may depend on beside its key, in a line."""
-    known = {**versions(), "processor": machine()["processor"]}
+    on = machine()
+    known = {**versions(), **{part: on[part] for part in ("processor", "gpu") if part in on}}
     return ", ".join(f"{name} {value}" for name, value in known.items())
 
 

@@ -7,11 +7,12 @@ Of items that are worth the same the later one comes first, everywhere. Nothing 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
 
-import bm25s
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +21,23 @@ from personaplug.encoder.base import Vectors
 from personaplug.errors import BadConfig, nearest
 from personaplug.records import HistoryItem, Sample
 from personaplug.vectors import VectorTable
+
+
+@contextmanager
+def _without_jax() -> Iterator[None]:
+    """Hide JAX, unless it is loaded: bm25s tries it out as it is imported, and JAX takes most of a GPU for itself."""
+    if "jax" in sys.modules:
+        yield
+        return
+    sys.modules["jax"] = None  # type: ignore[assignment]  # what an import takes for absent
+    try:
+        yield
+    finally:
+        del sys.modules["jax"]
+
+
+with _without_jax():
+    import bm25s
 
 # It would tell of every index it builds, that is of every sample.
 logging.getLogger("bm25s").setLevel(logging.WARNING)

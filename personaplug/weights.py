@@ -69,7 +69,7 @@ CARRIERS = {
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_IGNORED = ["onnx/*", "openvino/*", "original/*"]
 _SAMPLED_VALUES = 64
-_RECIPE = b"gguf -> bf16 safetensors, 1"
+_RECIPE = b"gguf -> bf16 safetensors, 2"  # another number where what is made of a file changes
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,18 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except Exception as error:  # whatever the reader of a foreign format stumbles over
             raise MissingModel(str(gguf), tried=[f"reading it as GGUF ({_first_line(error)})"]) from error
-    return _unquantized(quantized), tokenizer
+    model = _unquantized(quantized)
+    _end_as(tokenizer, model.generation_config.eos_token_id)
+    return model, tokenizer
+
+
+def _end_as(tokenizer: Any, end: object) -> None:
+    """Let a tokenizer end texts with the token that the file names, which the model's settings have right.
+
+    transformers 5.17 takes the one that begins a turn for it, so that plugs learn answers that never end.
+    """
+    if isinstance(end, int) and tokenizer.eos_token_id != end:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
 
 
 def _unquantized(quantized: Any) -> Any:

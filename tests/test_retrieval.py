@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -194,3 +197,16 @@ def test_a_head_maps_the_query_and_a_query_is_encoded_once(hashing: HashEncoder,
     assert turned.rank(one) == plain[::-1]
     turned.rank(replace(one, history=one.history[:2]))
     assert seen == [(1, 32)]
+
+
+def test_jax_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "jax"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "lax.py").write_text("raise SystemExit('JAX was loaded, and would have taken the GPU')\n")
+    code = (
+        "import personaplug.retrieval as retrieval, sys; assert 'jax' not in sys.modules; import jax; "
+        "assert retrieval.bm25s.selection.JAX_IS_AVAILABLE is False"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)

@@ -222,6 +222,24 @@ def test_a_folder_with_one_gguf_file_is_converted(tmp_path: Path, monkeypatch: p
     assert (folder / "model.safetensors").is_file()
 
 
+def test_texts_end_with_the_token_that_the_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    factory: Any = AutoTokenizer
+    read = factory.from_pretrained
+
+    def read_wrongly(*args: Any, **kwargs: Any) -> Any:
+        tokenizer = read(*args, **kwargs)
+        if "gguf_file" in kwargs:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)  # as transformers 5.17 does
+        return tokenizer
+
+    monkeypatch.setattr(factory, "from_pretrained", read_wrongly)
+    monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "cache"))
+    folder = find_model(str(tiny_gguf(tmp_path / "tiny.gguf")))
+    assert read(folder).eos_token_id == 1
+
+
 def test_a_later_converter_leaves_the_finished_folder_alone(tmp_path: Path) -> None:
     class Saver:
         def save_pretrained(self, folder: Path) -> None:

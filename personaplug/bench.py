@@ -329,8 +329,8 @@ def _data_key(folder: Path, split: str) -> str:
 def _made_with() -> str:
     """What a cell's numbers may depend on beside its key, in a line."""
     on = machine()
-    known = {**versions(), **{part: on[part] for part in ("processor", "gpu") if part in on}}
-    return ", ".join(f"{name} {value}" for name, value in known.items())
+    known = [*versions().items(), *((part, on[part]) for part in ("processor", "gpu") if part in on)]
+    return ", ".join(f"{name} {value}" for name, value in known)
 
 
 def _hash(parts: Any) -> str:

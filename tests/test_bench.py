@@ -17,6 +17,7 @@ from personaplug.config_text import with_values
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig
 from personaplug.experiment import Experiment, load_experiment
+from personaplug.report import notes
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "experiments").glob("*.yaml"))
 TINY = """
@@ -174,6 +175,16 @@ def test_a_stopped_bench_on_a_new_machine_goes_on_from_the_published_cells(tmp_p
     for key in ("metrics", "intervals", "per_user"):
         assert [row[key] for row in _read(resumed[0])["rows"]] == [row[key] for row in _read(unbroken[0])["rows"]]
     assert _read(resumed[0])["pairs"] == _read(unbroken[0])["pairs"]
+
+
+def test_cells_of_another_machine_are_told_apart(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = _places(tmp_path, data)
+    bench(_experiment(tmp_path, ["plain"], sets="[One]"), places)
+    monkeypatch.setattr("personaplug.bench.machine", lambda: {"processor": "a fast one", "gpu": "a card"})
+    written = bench(_experiment(tmp_path, ["plain", "bm25:2"], sets="[One]"), places).written
+    results = _read(written[0])
+    assert sum("processor a fast one, gpu a card" in line for line in results["made_with"]) == 1
+    assert any(note.startswith("Its cells were made with 2 set-ups") and "a card" in note for note in notes(results))
 
 
 def test_other_settings_make_other_cells(tmp_path: Path, data: Path) -> None:

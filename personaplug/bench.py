@@ -80,13 +80,22 @@ def bench(
     """Fill an experiment's tables, one after the other.
 
     Args:
-        sets: only these of the experiment's.
+        sets: only these of the experiment's; several processes may share out the sets among them.
         seeds: only these; all of a table go together, since they read the same prompts.
         conditions: only these rows.
     Raises:
         BadConfig: if it has no such set, seed or row.
     """
-    check_asked(experiment, sets=sets, seeds=seeds, conditions=conditions)
+    known = {seed for config in experiment.configs.values() for seed in config.training.seeds}
+    rows = [condition.name for condition in experiment.conditions]
+    if set(seeds) - known:
+        raise BadConfig(f"{experiment.name} has the seeds {sorted(known)}; found {sorted(seeds)}.")
+    for what, asked, there in (("set", sets, experiment.sets), ("row", conditions, rows)):
+        unknown = [name for name in asked if name not in there]
+        if unknown:
+            raise BadConfig(
+                f"{', '.join(unknown)}: no {what} of {experiment.name}, whose {what}s are {', '.join(there)}."
+            )
     opened = _OpenModels()
     tables = [
         _Table(experiment, places, variant=variant, name=name, opened=opened)
@@ -103,26 +112,6 @@ def bench(
         [reason for table in tables for reason in table.failed],
         [reason for table in tables for reason in table.left_out],
     )
-
-
-def check_asked(
-    experiment: Experiment, *, sets: Sequence[str], seeds: Sequence[int], conditions: Sequence[str]
-) -> None:
-    """Refuse sets, seeds and rows that an experiment does not have.
-
-    Raises:
-        BadConfig: with those that it has.
-    """
-    known = {seed for config in experiment.configs.values() for seed in config.training.seeds}
-    rows = [condition.name for condition in experiment.conditions]
-    if set(seeds) - known:
-        raise BadConfig(f"{experiment.name} has the seeds {sorted(known)}; found {sorted(seeds)}.")
-    for what, asked, there in (("set", sets, experiment.sets), ("row", conditions, rows)):
-        unknown = [name for name in asked if name not in there]
-        if unknown:
-            raise BadConfig(
-                f"{', '.join(unknown)}: no {what} of {experiment.name}, whose {what}s are {', '.join(there)}."
-            )
 
 
 class _Table:

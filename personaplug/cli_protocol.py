@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import click
@@ -17,12 +16,9 @@ from personaplug.errors import BadConfig, MissingData
 @click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Gets the runs.")
 @click.option("--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True)
 @click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
-@click.option("--sets", default="", help="Only these sets, comma-separated.")
+@click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
 @click.option("--seeds", default="", help="Only these seeds, comma-separated.")
 @click.option("--conditions", default="", help="Only these rows, comma-separated.")
-@click.option(
-    "--processes", type=click.IntRange(1), default=1, show_default=True, help="How many tables are filled at once."
-)
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML of settings for every table of it."
 )
@@ -36,7 +32,6 @@ def bench(
     sets: str,
     seeds: str,
     conditions: str,
-    processes: int,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
@@ -48,11 +43,9 @@ def bench(
     from personaplug.bench import Places
     from personaplug.bench import bench as run_bench
     from personaplug.experiment import find_experiment, load_experiment
-    from personaplug.side_by_side import bench_side_by_side
 
     experiment = load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings)
-    fill = run_bench if processes == 1 else partial(bench_side_by_side, processes=processes)
-    outcome = fill(
+    outcome = run_bench(
         experiment,
         Places(data, out, results),
         sets=_words(sets),

@@ -19,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from personaplug.cells import Cell, CellFile, Scored
 from personaplug.conditions import Condition, Trained, needed
 from personaplug.config import BEFORE, Config, EvaluationConfig, ModelConfig
@@ -167,7 +169,7 @@ class _Table:
             except (UserError, TrainingDiverged) as error:
                 self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
             else:
-                file.append(replace(cell, key=key, made_with=_made_with()))
+                file.append(replace(cell, key=key, made_with=_made_with(evaluation.models)))
 
     def _fitting(self, conditions: Sequence[Condition]) -> list[Condition]:
         """The rows without those rules that have no meaning on this set: a median of categories, say."""
@@ -326,11 +328,12 @@ def _data_key(folder: Path, split: str) -> str:
     return digest.hexdigest()
 
 
-def _made_with() -> str:
+def _made_with(models: Models) -> str:
     """What a cell's numbers may depend on beside its key, in a line."""
-    on = machine()
-    known = [*versions().items(), *((part, on[part]) for part in ("processor", "gpu") if part in on)]
-    return ", ".join(f"{name} {value}" for name, value in known)
+    known = {**versions(), "processor": machine()["processor"]}
+    if models.backend.device.type == "cuda":
+        known["gpu"] = torch.cuda.get_device_name(models.backend.device)
+    return ", ".join(f"{name} {value}" for name, value in known.items())
 
 
 def _hash(parts: Any) -> str:

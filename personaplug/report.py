@@ -101,9 +101,6 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     rows, pairs = _rows(results), results.get("pairs") or []
     said = results.get("notes") or []
     lines = [said] if isinstance(said, str) else [str(note) for note in said]
-    made = [str(line) for line in results.get("made_with") or []]
-    if len(made) > 1:
-        lines.append(f"Its cells were made with {len(made)} set-ups, which round differently: {'; '.join(made)}.")
     if any(row.get("seed_spread") for row in rows):
         lines.append("± seeds: standard deviation between trainings with different seeds.")
     if any(has_decision(name) for row in rows for name in row.get("metrics") or {}):

@@ -60,8 +60,8 @@ def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings)
     seeds = sorted({cell.seed for cell in cells})
     made_with = sorted({cell.made_with for cell in cells if cell.made_with})
     told = scored.about | ({"made_with": made_with} if made_with else {})
-    notes = [*scored.about.get("notes", []), *_notes_on(seeds), *_notes_on_columns(cells, settings)]
-    told |= {"seeds": seeds, "notes": notes}
+    notes = [*_notes_on(seeds), *_notes_on_set_ups(cells, made_with), *_notes_on_columns(cells, settings)]
+    told |= {"seeds": seeds, "notes": [*scored.about.get("notes", []), *notes]}
     return told | _part(scored, cells, settings=settings, chosen=everything)
 
 
@@ -131,6 +131,15 @@ def _built_on(name: str) -> list[str]:
 def _notes_on(seeds: Sequence[int]) -> list[str]:
     few = len(seeds) < _ENOUGH_SEEDS
     return ["Fewer than three training seeds: the spread between trainings is not covered."] if few else []
+
+
+def _notes_on_set_ups(cells: Sequence[Cell], set_ups: Sequence[str]) -> list[str]:
+    """Which rows come from where, if a table is of several machines or versions."""
+    if len(set_ups) < 2:
+        return []
+    rows = {made: dict.fromkeys(cell.condition for cell in cells if cell.made_with == made) for made in set_ups}
+    told = "; ".join(f"{made}: {', '.join(names)}" for made, names in rows.items())
+    return [f"Made with {len(set_ups)} set-ups, between which trainings differ as two seeds do. {told}."]
 
 
 def _notes_on_columns(cells: Sequence[Cell], settings: Settings) -> list[str]:

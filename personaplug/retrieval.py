@@ -25,15 +25,15 @@ from personaplug.vectors import VectorTable
 
 @contextmanager
 def _without_jax() -> Iterator[None]:
-    """Hide JAX, unless it is loaded: bm25s tries it out as it is imported, and JAX takes most of a GPU for itself."""
-    if "jax" in sys.modules:
-        yield
-        return
+    """Hide JAX: bm25s tries it out as it is imported, and JAX then takes most of a GPU for itself."""
+    loaded = sys.modules.get("jax")
     sys.modules["jax"] = None  # type: ignore[assignment]  # what an import takes for absent
     try:
         yield
     finally:
         del sys.modules["jax"]
+        if loaded is not None:
+            sys.modules["jax"] = loaded
 
 
 with _without_jax():

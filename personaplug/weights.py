@@ -292,18 +292,19 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except Exception as error:  # whatever the reader of a foreign format stumbles over
             raise MissingModel(str(gguf), tried=[f"reading it as GGUF ({_first_line(error)})"]) from error
-    model = _unquantized(quantized)
-    _end_as(tokenizer, model.generation_config.eos_token_id)
-    return model, tokenizer
-
-
-def _end_as(tokenizer: Any, end: object) -> None:
-    """Let a tokenizer end texts with the token that the file names, which the model's settings have right.
-
-    transformers 5.17 takes the one that begins a turn for it, so that plugs learn answers that never end.
-    """
-    if isinstance(end, int) and tokenizer.eos_token_id != end:
+    # transformers 5.17 takes the token that begins a turn for the one that ends it: answers would never end.
+    end = _end_of_text(gguf)
+    if end is not None and tokenizer.eos_token_id != end:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return _unquantized(quantized), tokenizer
+
+
+def _end_of_text(gguf: Path) -> int | None:
+    """The token that ends texts, as the file names it; None if it names none."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.eos_token_id")
+    return None if field is None else int(field.contents())
 
 
 def _unquantized(quantized: Any) -> Any:

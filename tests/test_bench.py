@@ -6,18 +6,20 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 import personaplug.evaluation
 import personaplug.recipes
-from personaplug.bench import Places, bench
+from personaplug.bench import Places, _made_with, bench
 from personaplug.config_text import with_values
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig
 from personaplug.experiment import Experiment, load_experiment
-from personaplug.report import notes
+from personaplug.run import Models
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "experiments").glob("*.yaml"))
 TINY = """
@@ -177,14 +179,23 @@ def test_a_stopped_bench_on_a_new_machine_goes_on_from_the_published_cells(tmp_p
     assert _read(resumed[0])["pairs"] == _read(unbroken[0])["pairs"]
 
 
-def test_cells_of_another_machine_are_told_apart(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_another_machine_are_told_apart(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = _places(tmp_path, data)
-    bench(_experiment(tmp_path, ["plain"], sets="[One]"), places)
-    monkeypatch.setattr("personaplug.bench.machine", lambda: {"processor": "a fast one", "gpu": "a card"})
+    first = bench(_experiment(tmp_path, ["plain"], sets="[One]"), places).written
+    assert not any("set-ups" in note for note in _read(first[0])["notes"])
+    monkeypatch.setattr("personaplug.bench.machine", lambda: {"processor": "another one"})
     written = bench(_experiment(tmp_path, ["plain", "bm25:2"], sets="[One]"), places).written
-    results = _read(written[0])
-    assert sum("processor a fast one, gpu a card" in line for line in results["made_with"]) == 1
-    assert any(note.startswith("Its cells were made with 2 set-ups") and "a card" in note for note in notes(results))
+    (told,) = (note for note in _read(written[0])["notes"] if note.startswith("Made with 2 set-ups"))
+    assert "processor another one: bm25:2" in told
+    assert told.count("plain") == 1
+
+
+def test_a_cell_names_the_gpu_it_was_made_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    on = SimpleNamespace(backend=SimpleNamespace(device=torch.device("cuda", 1)))
+    assert _made_with(cast(Models, on)).endswith(", gpu card 1")
+    on.backend.device = torch.device("cpu")
+    assert "gpu" not in _made_with(cast(Models, on))
 
 
 def test_other_settings_make_other_cells(tmp_path: Path, data: Path) -> None:

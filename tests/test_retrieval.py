@@ -199,13 +199,15 @@ def test_a_head_maps_the_query_and_a_query_is_encoded_once(hashing: HashEncoder,
     assert seen == [(1, 32)]
 
 
-def test_jax_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["", "import jax; "])
+def test_jax_is_left_alone(tmp_path: Path, before: str) -> None:
     folder = tmp_path / "jax"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
     (folder / "lax.py").write_text("raise SystemExit('JAX was loaded, and would have taken the GPU')\n")
     code = (
-        "import personaplug.retrieval as retrieval, sys; assert 'jax' not in sys.modules; import jax; "
+        f"import sys; {before}there = 'jax' in sys.modules; import personaplug.retrieval as retrieval; "
+        "assert ('jax' in sys.modules) is there; import jax; assert jax is not None; "
         "assert retrieval.bm25s.selection.JAX_IS_AVAILABLE is False"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

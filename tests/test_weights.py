@@ -114,7 +114,7 @@ def test_the_package_is_used_and_said(caplog: pytest.LogCaptureFixture) -> None:
     assert revision_of(folder) == CARRIERS[MINILM].pip
 
 
-def tiny_gguf(path: Path) -> Path:
+def tiny_gguf(path: Path, *, end: int | None = 1) -> Path:
     """A Llama of 2 layers as a GGUF file, so that the conversion's plumbing is tested in seconds."""
     gguf = pytest.importorskip("gguf")
     import numpy as np
@@ -135,7 +135,8 @@ def tiny_gguf(path: Path) -> Path:
     writer.add_token_merges(["A B"])
     writer.add_token_types([1] * vocabulary)
     writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    if end is not None:
+        writer.add_eos_token_id(end)
     random = np.random.default_rng(0)
 
     def add(name: str, *shape: int) -> None:
@@ -238,6 +239,16 @@ def test_texts_end_with_the_token_that_the_file_names(tmp_path: Path, monkeypatc
     monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "cache"))
     folder = find_model(str(tiny_gguf(tmp_path / "tiny.gguf")))
     assert read(folder).eos_token_id == 1
+
+
+def test_a_file_that_names_no_end_of_text_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    path = tiny_gguf(tmp_path / "tiny.gguf", end=None)
+    factory: Any = AutoTokenizer
+    before = factory.from_pretrained(tmp_path, gguf_file=path.name).eos_token_id
+    monkeypatch.setenv(weights.CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert factory.from_pretrained(find_model(str(path))).eos_token_id == before
 
 
 def test_a_later_converter_leaves_the_finished_folder_alone(tmp_path: Path) -> None:

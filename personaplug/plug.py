@@ -104,6 +104,9 @@ class PersonaPlug(nn.Module):
         self.item_dtype = torch.float32
         width, tokens = fitting.llm.width, config.persona_tokens
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
+        # All tokens of users without any item, where others than [I; population] serve them better; (S, D), not scaled.
+        self.cold_start: Tensor | None
+        self.register_buffer("cold_start", None)
         if tokens:
             self.frozen = FrozenQueries(encoder)
             self.aggregator = build_aggregator(config)
@@ -173,7 +176,15 @@ class PersonaPlug(nn.Module):
             parts.append(own if strength == 1 else torch.lerp(self.population.expand_as(own), own, strength))
             if self.hint is not None:
                 parts.append(self._hints(self.hint, options, history=history))
-        return SoftPrompt(torch.cat(parts, dim=1) * self.fitting.embedding_scale, placement=self.config.placement)
+        made = self._with_cold_start(torch.cat(parts, dim=1), history)
+        return SoftPrompt(made * self.fitting.embedding_scale, placement=self.config.placement)
+
+    def _with_cold_start(self, tokens: Tensor, history: HistoryBatch | None) -> Tensor:
+        """The (B, S, D) tokens, those of `cold_start` in the place of users' who have no item."""
+        if self.cold_start is None or history is None or all(history.lengths):
+            return tokens
+        empty = torch.tensor([not length for length in history.lengths], device=tokens.device)
+        return torch.where(empty[:, None, None], self.cold_start, tokens)
 
     def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
         """P of eq. 4 before scaling, and of the population persona what the items' weights leave of 1; (B, K, D).
@@ -299,6 +310,7 @@ class PersonaPlug(nn.Module):
         plug = cls(read_plug_config(config), fitting=fitting, encoder=encoder)
         try:
             state = load_file(folder / _WEIGHTS)
+            plug.cold_start = state.get("cold_start")
             known = plug.state_dict()  # plugs of earlier versions hold a query side all the same
             plug.load_state_dict({k: v for k, v in state.items() if k in known or not k.startswith("query_encoder.")})
         except (OSError, SafetensorError, RuntimeError) as error:

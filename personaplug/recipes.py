@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from personaplug.adapters import TASK, LowRankAdapters
+from personaplug.batching import hold_out
 from personaplug.checkpoint import drop_states
 from personaplug.conditions import INSTRUCTION, LORA, PLUG, Trained
 from personaplug.data.base import Reader
@@ -127,6 +128,8 @@ class Trainings:
         if on_main(lambda: self.run.trained(trained.name, seed=seed)):
             logger.info("%s (seed %d) is trained already", trained.name, seed)
             return folder
+        if self._has_control(trained):
+            self.train(INSTRUCTION, seed=seed)  # whose tokens may serve the plug's users without any item
         reset_peak_memory()
         if trained.kind == "retriever":
             self.models.backend.let_go()
@@ -150,10 +153,36 @@ class Trainings:
                 self._start(plug, samples, seed=seed)
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
+        if self._has_control(trained):
+            with together():
+                facts |= self._choose_cold_start(plug, objective, samples, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
         told = {key: facts[key] for key in facts if key != "parameters"}
         on_main(lambda: plug.save_pretrained(folder, facts=told))
         on_main(lambda: write_json(folder / "fit.json", facts))
+
+    def _has_control(self, trained: Trained) -> bool:
+        return trained == PLUG and self.run.config.training.controls
+
+    @torch.no_grad()
+    def _choose_cold_start(
+        self, plug: PersonaPlug, objective: PlugObjective, samples: Sequence[EncodedSample], *, seed: int
+    ) -> dict[str, object]:
+        """Choose what serves users without any item: the control's tokens, which have learned from nothing else, if
+        held-out users whose histories are hidden lose less with them than with the population persona.
+
+        Returns:
+            What they lose with either.
+        """
+        config = self.run.config.training
+        _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        hidden = [sample.without_items() for sample in held]
+        before = _mean_loss(objective, hidden, size=config.batch_size)
+        plug.cold_start = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
+        after = _mean_loss(objective, hidden, size=config.batch_size)
+        if after >= before:
+            plug.cold_start = None
+        return {"loss_of_no_items": {"population": before, INSTRUCTION.name: after}}
 
     def _start(self, plug: PersonaPlug, samples: Sequence[EncodedSample], *, seed: int) -> None:
         """Let a plug's instruction tokens start as tokens of answers."""
@@ -241,6 +270,12 @@ class Trainings:
         texts = list(drawn(self.reader, limit=self.run.config.training.train_limit, seed=0))
         places = np.linspace(0, len(texts) - 1, num=min(count or len(texts), len(texts))).round().astype(int)
         return [texts[place] for place in places]
+
+
+def _mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, size: int) -> float:
+    """Per token, so many samples at a time."""
+    parts = [objective.loss(samples[start : start + size]) for start in range(0, len(samples), size)]
+    return sum(float(loss) for loss, _ in parts) / sum(int(tokens) for _, tokens in parts)
 
 
 def _count(module: nn.Module) -> int:

@@ -140,6 +140,21 @@ def test_a_user_without_history_gets_the_population_persona_and_trains_it() -> N
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in plug.parameters())
 
 
+def test_tokens_for_a_cold_start_serve_users_without_items_alone(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug, history = _plug(encoder), _history(lengths=(4, 2, 0))
+    before = plug(QUERIES, history).vectors
+    plug.cold_start = torch.full_like(before[0], 2.0)
+    after = plug(QUERIES, history).vectors
+    assert torch.equal(after[:2], before[:2])
+    assert torch.equal(after[2], torch.full_like(before[2], 2.0) * plug.fitting.embedding_scale)
+    assert torch.equal(plug(QUERIES, history, strength=0.5).vectors[2], after[2])
+    assert plug(QUERIES, history, strength=0).vectors.shape[1] == 0
+    plug.save_pretrained(tmp_path)
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    assert torch.equal(again(QUERIES, history).vectors, after)
+
+
 def test_a_batch_of_new_users_only_has_finite_gradients() -> None:
     plug = _plug()
     empty = _history(lengths=(0, 0, 0))

@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -339,6 +339,36 @@ def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path:
     untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0")
     assert _weights(taught)["population"].abs().mean() > 0.1
     assert not _weights(untaught)["population"].any()
+
+
+@pytest.mark.parametrize("losses", [(2.0, 1.0), (1.0, 2.0), None])
+def test_users_without_history_get_what_held_out_ones_lose_less_with(
+    tmp_path: Path, data: Path, losses: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if losses:
+        found = iter(losses)
+        monkeypatch.setattr("personaplug.recipes._mean_loss", lambda *args, **kwargs: next(found))
+    run = _train(tmp_path / "run", data)
+    told = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_no_items"]
+    assert losses is None or tuple(told.values()) == losses
+    kept = _weights(run).get("cold_start")
+    if told["instruction-only"] < told["population"]:
+        assert torch.equal(cast(torch.Tensor, kept), _weights(run, "instruction-only")["instruction"])
+    else:
+        assert kept is None
+
+
+def test_a_plug_without_control_is_the_same_but_for_its_cold_start(tmp_path: Path, data: Path) -> None:
+    both, alone = _train(tmp_path / "both", data), _train(tmp_path / "alone", data, "controls=false")
+    assert "cold_start" not in _weights(alone)
+    for name, value in _weights(alone).items():
+        torch.testing.assert_close(_weights(both)[name], value)
+
+
+def test_the_plug_of_a_run_with_a_control_trains_that_first(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data, "epochs=1")
+    train(run, open_dataset(data, "train", task=run.task), models=models, wanted=[PLUG])
+    assert run.trained("instruction-only", seed=0)
 
 
 def test_other_data_than_the_run_was_started_on_is_refused(tmp_path: Path, data: Path) -> None:

@@ -131,7 +131,7 @@ class Condition:
         trained: what makes its soft tokens or its matrices; None = the bare language model.
         history: whose items it sees.
         persona: what the plug makes of them: their persona; that of as many random vectors; the mean persona of all
-            samples; the trained persona of users without items.
+            samples; what the plug gives users without items.
         retrieval: which of the items' texts stand in the prompt.
         profile: whether a profile of the user does.
         per_user: whether every user has matrices of their own.

@@ -156,7 +156,9 @@ class TrainingConfig:
 
     seeds: tuple[int, ...] = _option((0,), "one plug (and one control) is trained per seed", low=0, high=2**32 - 1)
     controls: bool = _option(
-        True, "also train instruction-only: same data, steps and number of soft tokens, no history"
+        True,
+        "also train instruction-only: same data, steps and number of soft tokens, no history; its tokens serve users "
+        "without any item where they do better",
     )
     epochs: int = _option(5, "passes over the training samples", low=1)
     max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)

@@ -53,14 +53,22 @@ def left_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
         yield history.only(np.delete(np.arange(len(history)), place))
 
 
-def drift(make: Callable[[EncodedHistory], SoftPrompt], before: EncodedHistory, after: EncodedHistory) -> Drift:
+def drift(
+    make: Callable[[EncodedHistory], SoftPrompt], before: EncodedHistory, after: EncodedHistory, *, common: SoftPrompt
+) -> Drift:
     """How far a user's persona moved from one state of the history to another.
 
     Args:
         make: makes a persona of a history.
+        common: what is nobody's own in it; see `PersonaPlug.common`.
     """
-    common, one, other = (make(part).vectors.double().flatten() for part in (before.only(slice(0)), before, after))
-    own, now = one - common, other - common
+    # Without any item a persona is what is common, whatever tokens a cold start is served with.
+    own, now = (
+        (make(part).vectors - common.vectors).double().flatten()
+        if len(part)
+        else torch.zeros_like(common.vectors).double().flatten()
+        for part in (before, after)
+    )
     return Drift(
         len(before),
         len(after),

@@ -160,7 +160,7 @@ class PersonaPlug(nn.Module):
             history: their users' items; None is allowed where the plug has no persona tokens.
             options: what the prompts let choose from, one per query; only read where they are compared.
             strength: how far personas go from the population persona (near 0) to the user's own (1) and beyond; at 0
-                there are no soft tokens at all.
+                there are no soft tokens at all. Users without any item get the same whatever it is.
         Returns:
             (B, S, D), of the size of the language model's own embedded tokens: S = I + K, one more where options are
             compared, 0 for a strength of 0.
@@ -178,6 +178,16 @@ class PersonaPlug(nn.Module):
                 parts.append(self._hints(self.hint, options, history=history))
         made = self._with_cold_start(torch.cat(parts, dim=1), history)
         return SoftPrompt(made * self.fitting.embedding_scale, placement=self.config.placement)
+
+    @torch.no_grad()
+    def common(self) -> SoftPrompt:
+        """The soft tokens without anything of a user's own in them, (1, S, D); what personas are told apart by."""
+        parts: list[Tensor] = [self.instruction]
+        if self.config.persona_tokens:
+            parts.append(self.population)
+            if self.hint is not None:
+                parts.append(torch.zeros_like(self.hint.places[:1]))
+        return SoftPrompt(torch.cat(parts)[None] * self.fitting.embedding_scale, placement=self.config.placement)
 
     def _with_cold_start(self, tokens: Tensor, history: HistoryBatch | None) -> Tensor:
         """The (B, S, D) tokens, those of `cold_start` in the place of users' who have no item."""
@@ -310,13 +320,20 @@ class PersonaPlug(nn.Module):
         plug = cls(read_plug_config(config), fitting=fitting, encoder=encoder)
         try:
             state = load_file(folder / _WEIGHTS)
-            plug.cold_start = state.get("cold_start")
+            plug.cold_start = _checked_cold_start(state.get("cold_start"), plug)
             known = plug.state_dict()  # plugs of earlier versions hold a query side all the same
             plug.load_state_dict({k: v for k, v in state.items() if k in known or not k.startswith("query_encoder.")})
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise MissingData(f"{folder / _WEIGHTS} cannot be read as this plug's weights: {reason}") from error
         return plug.eval()
+
+
+def _checked_cold_start(tokens: Tensor | None, plug: PersonaPlug) -> Tensor | None:
+    shape = (plug.config.soft_tokens, plug.fitting.llm.width)
+    if tokens is not None and tokens.shape != shape:
+        raise RuntimeError(f"cold_start should be of the shape {shape}, and is of {tuple(tokens.shape)}")
+    return tokens
 
 
 def _share(weights: Tensor, *, shrinkage: bool) -> Tensor:

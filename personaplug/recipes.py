@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from personaplug.adapters import TASK, LowRankAdapters
-from personaplug.batching import hold_out
+from personaplug.batching import hold_out, in_passes
 from personaplug.checkpoint import drop_states
 from personaplug.conditions import INSTRUCTION, LORA, PLUG, Trained
 from personaplug.data.base import Reader
+from personaplug.errors import TrainingDiverged
 from personaplug.files import write_json, written_file
 from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, Teacher
 from personaplug.memory import peak_memory, reset_peak_memory
@@ -128,8 +129,8 @@ class Trainings:
         if on_main(lambda: self.run.trained(trained.name, seed=seed)):
             logger.info("%s (seed %d) is trained already", trained.name, seed)
             return folder
-        if self._has_control(trained):
-            self.train(INSTRUCTION, seed=seed)  # whose tokens may serve the plug's users without any item
+        if trained == PLUG and self.run.config.training.controls:
+            self._train_control(seed)
         reset_peak_memory()
         if trained.kind == "retriever":
             self.models.backend.let_go()
@@ -153,7 +154,7 @@ class Trainings:
                 self._start(plug, samples, seed=seed)
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
-        if self._has_control(trained):
+        if trained == PLUG and self.run.config.training.controls:
             with together():
                 facts |= self._choose_cold_start(plug, objective, samples, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
@@ -161,8 +162,12 @@ class Trainings:
         on_main(lambda: plug.save_pretrained(folder, facts=told))
         on_main(lambda: write_json(folder / "fit.json", facts))
 
-    def _has_control(self, trained: Trained) -> bool:
-        return trained == PLUG and self.run.config.training.controls
+    def _train_control(self, seed: int) -> None:
+        """Train what may serve the plug's users without any item; the plug can do without."""
+        try:
+            self.train(INSTRUCTION, seed=seed)
+        except TrainingDiverged as error:
+            logger.warning("%s; the plug is trained without it", error)
 
     @torch.no_grad()
     def _choose_cold_start(
@@ -174,13 +179,15 @@ class Trainings:
         Returns:
             What they lose with either.
         """
+        if not self.run.trained(INSTRUCTION.name, seed=seed):
+            return {}
         config = self.run.config.training
         _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
         hidden = [sample.without_items() for sample in held]
-        before = _mean_loss(objective, hidden, size=config.batch_size)
+        before = _mean_loss(objective, hidden, most=config.pass_tokens)
         plug.cold_start = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
-        after = _mean_loss(objective, hidden, size=config.batch_size)
-        if after >= before:
+        after = _mean_loss(objective, hidden, most=config.pass_tokens)
+        if not after < before:
             plug.cold_start = None
         return {"loss_of_no_items": {"population": before, INSTRUCTION.name: after}}
 
@@ -272,10 +279,11 @@ class Trainings:
         return [texts[place] for place in places]
 
 
-def _mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, size: int) -> float:
-    """Per token, so many samples at a time."""
-    parts = [objective.loss(samples[start : start + size]) for start in range(0, len(samples), size)]
-    return sum(float(loss) for loss, _ in parts) / sum(int(tokens) for _, tokens in parts)
+def _mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, most: int) -> float:
+    """Per token, so many tokens at a time as a training takes."""
+    parts = in_passes(samples, lengths=objective.live_lengths(samples), most=most)
+    losses = [objective.loss(part) for part in parts]
+    return sum(float(loss) for loss, _ in losses) / sum(int(tokens) for _, tokens in losses)
 
 
 def _count(module: nn.Module) -> int:

@@ -235,7 +235,8 @@ class Service:
         days = [item.date or item.arrived.date() for item in items]
         latest = self.personas.plug.config.max_history
         parts = [history.only(np.flatnonzero([day <= limit for day in days])[-latest:]) for limit in (since, until)]
-        found = asdict(await self._slowly(drift, partial(self.personas.made, ""), *parts))
+        moved = partial(drift, partial(self.personas.made, ""), *parts, common=self.personas.plug.common())
+        found = asdict(await self._slowly(moved))
         return {name: None if value != value else value for name, value in found.items()}  # JSON has no NaN
 
     def check_model(self, name: str | None) -> None:

@@ -19,11 +19,14 @@ from personaplug.conditions import INSTRUCTION
 from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
+from personaplug.explain import drift
 from personaplug.form import forms_of
 from personaplug.option_hint import OptionHint
+from personaplug.personalizer import Personalizer
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug, read_plug_config
 from personaplug.records import Options
-from personaplug.samples import no_forms
+from personaplug.samples import EncodedHistory, no_forms
+from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import LLMIdentity
 
 WIDTH, OUT = 16, 8
@@ -150,9 +153,32 @@ def test_tokens_for_a_cold_start_serve_users_without_items_alone(tmp_path: Path)
     assert torch.equal(after[2], torch.full_like(before[2], 2.0) * plug.fitting.embedding_scale)
     assert torch.equal(plug(QUERIES, history, strength=0.5).vectors[2], after[2])
     assert plug(QUERIES, history, strength=0).vectors.shape[1] == 0
+    torch.testing.assert_close(plug.common().vectors[0], before[2])
     plug.save_pretrained(tmp_path)
     again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
     assert torch.equal(again(QUERIES, history).vectors, after)
+    plug.cold_start = plug.cold_start[:1]
+    plug.save_pretrained(tmp_path)
+    with pytest.raises(MissingData, match="cold_start should be of the shape"):
+        PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+
+
+def test_how_far_a_persona_moved_does_not_depend_on_what_a_cold_start_is_served_with() -> None:
+    plug = _plug()
+
+    def make(history: EncodedHistory) -> SoftPrompt:
+        return Personalizer(plug).of_history("x", history)
+
+    rng = np.random.default_rng(0)
+    none = np.full(3, -1, dtype=np.int16)
+    one, other = (rng.normal(size=(3, WIDTH)).astype(np.float16) for _ in range(2))
+    before, after = EncodedHistory(one, none, no_forms(3)), EncodedHistory(other, none, no_forms(3))
+    found = drift(make, before, after, common=plug.common())
+    start = drift(make, before.only(slice(0)), after, common=plug.common())
+    plug.cold_start = torch.full_like(plug.common().vectors[0], 9.0)
+    assert drift(make, before, after, common=plug.common()) == found
+    again = drift(make, before.only(slice(0)), after, common=plug.common())
+    assert (again.cosine, start.cosine, math.isnan(again.moved)) == (0.0, 0.0, True)
 
 
 def test_a_batch_of_new_users_only_has_finite_gradients() -> None:
@@ -358,7 +384,6 @@ def test_a_broken_artefact_is_named(tmp_path: Path, damage: str) -> None:
 
 
 def test_outer_blanks_of_an_answer_do_not_matter() -> None:
-    from personaplug.personalizer import Personalizer
     from personaplug.records import HistoryItem
 
     encoder = HashEncoder(WIDTH)

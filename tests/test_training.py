@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.errors import BadConfig, RunConflict, StorageError, TrainingDiverged
 from personaplug.objectives import PlugObjective
+from personaplug.plug import PersonaPlug
 from personaplug.recipes import Trainings, build_plug, train
 from personaplug.run import Models, Run, open_models
 from personaplug.samples import EncodedSample
@@ -341,21 +343,50 @@ def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path:
     assert not _weights(untaught)["population"].any()
 
 
-@pytest.mark.parametrize("losses", [(2.0, 1.0), (1.0, 2.0), None])
+@pytest.mark.parametrize("losses", [(2.0, 1.0), (1.0, 2.0), (float("nan"), 1.0)])
 def test_users_without_history_get_what_held_out_ones_lose_less_with(
-    tmp_path: Path, data: Path, losses: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Path, losses: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if losses:
-        found = iter(losses)
-        monkeypatch.setattr("personaplug.recipes._mean_loss", lambda *args, **kwargs: next(found))
+    asked: list[tuple[set[str], int, torch.Tensor | None]] = []
+
+    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
+        plug = cast(PersonaPlug, objective.module)
+        asked.append(({one.owner for one in samples}, sum(len(one.rows) for one in samples), plug.cold_start))
+        return losses[len(asked) - 1]
+
+    monkeypatch.setattr("personaplug.recipes._mean_loss", told)
+    run = _train(tmp_path / "run", data)
+    control, config = _weights(run, "instruction-only")["instruction"], run.config.training
+    samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).plain
+    _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
+    assert [(owners, items) for owners, items, _ in asked] == [({one.owner for one in held}, 0)] * 2
+    assert asked[0][2] is None
+    assert torch.equal(cast(torch.Tensor, asked[1][2]), control)
+    assert ("cold_start" in _weights(run)) is (losses == (2.0, 1.0))
+
+
+def test_the_losses_that_decide_a_cold_start_are_those_of_either(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data)
     told = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_no_items"]
-    assert losses is None or tuple(told.values()) == losses
-    kept = _weights(run).get("cold_start")
-    if told["instruction-only"] < told["population"]:
-        assert torch.equal(cast(torch.Tensor, kept), _weights(run, "instruction-only")["instruction"])
-    else:
-        assert kept is None
+    found = run.load_plug("plug", seed=0, models=open_models(run.config))
+    assert (found.cold_start is not None) is (told["instruction-only"] < told["population"])
+    assert told["instruction-only"] != told["population"]
+
+
+def test_a_control_that_diverges_does_not_take_the_plug_with_it(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def diverging(objective: PlugObjective, **how: Any) -> FitReport:
+        if how["title"].startswith("instruction-only"):
+            raise TrainingDiverged("the loss became nan")
+        return fit(objective, **how)
+
+    monkeypatch.setattr("personaplug.recipes.fit", diverging)
+    run, models = _run(tmp_path / "run", data, "epochs=1")
+    train(run, open_dataset(data, "train", task=run.task), models=models, wanted=[PLUG])
+    assert run.trained("plug", seed=0)
+    assert "cold_start" not in _weights(run)
+    assert "the plug is trained without it" in caplog.text
 
 
 def test_a_plug_without_control_is_the_same_but_for_its_cold_start(tmp_path: Path, data: Path) -> None:

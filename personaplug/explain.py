@@ -63,12 +63,8 @@ def drift(
         common: what is nobody's own in it; see `PersonaPlug.common`.
     """
     # Without any item a persona is what is common, whatever tokens a cold start is served with.
-    own, now = (
-        (make(part).vectors - common.vectors).double().flatten()
-        if len(part)
-        else torch.zeros_like(common.vectors).double().flatten()
-        for part in (before, after)
-    )
+    both = ((make(part) if len(part) else common).vectors - common.vectors for part in (before, after))
+    own, now = (difference.double().flatten() for difference in both)
     return Drift(
         len(before),
         len(after),

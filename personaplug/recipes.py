@@ -129,7 +129,7 @@ class Trainings:
         if on_main(lambda: self.run.trained(trained.name, seed=seed)):
             logger.info("%s (seed %d) is trained already", trained.name, seed)
             return folder
-        if trained == PLUG and self.run.config.training.controls:
+        if self._has_control(trained):
             self._train_control(seed)
         reset_peak_memory()
         if trained.kind == "retriever":
@@ -154,13 +154,16 @@ class Trainings:
                 self._start(plug, samples, seed=seed)
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
-        if trained == PLUG and self.run.config.training.controls:
+        if self._has_control(trained):
             with together():
                 facts |= self._choose_cold_start(plug, objective, samples, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
         told = {key: facts[key] for key in facts if key != "parameters"}
         on_main(lambda: plug.save_pretrained(folder, facts=told))
         on_main(lambda: write_json(folder / "fit.json", facts))
+
+    def _has_control(self, trained: Trained) -> bool:
+        return trained == PLUG and self.run.config.training.controls
 
     def _train_control(self, seed: int) -> None:
         """Train what may serve the plug's users without any item; the plug can do without."""

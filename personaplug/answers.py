@@ -24,6 +24,7 @@ from personaplug.decisions import ARGMAX, decide
 from personaplug.files import write_json
 from personaplug.memory import peak_memory, reset_peak_memory
 from personaplug.personalizer import SoftPrompter
+from personaplug.phrases import Phrases
 from personaplug.progress import Progress
 from personaplug.samples import EncodedSample
 
@@ -144,6 +145,13 @@ def answer(
     )
 
 
+def phrases_of(samples: Sequence[EncodedSample], backend: Backend) -> list[Phrases] | None:
+    """What the answers in the samples' histories go on with; None where that is not asked for."""
+    if not any(sample.own_answers for sample in samples):
+        return None
+    return [backend.phrases(sample.own_answers) for sample in samples]
+
+
 def all_or_none(lines: Sequence[list[float] | None]) -> list[list[float]] | None:
     """Return probabilities of samples, or None if those of one are not known."""
     known = [line for line in lines if line is not None]
@@ -167,7 +175,8 @@ def _answer_batch(
             best = scores.argmax(dim=1).tolist()
             told = zip(best, _shares(scores), _surprises(scores, batch, task=task), strict=True)
             return [_Answer(task.labels[i], probabilities=line, surprise=found) for i, line, found in told]
-        made = backend.generate(prompts, soft=soft, config=generation, soft_at=soft_at)
+        phrases = phrases_of(batch, backend)
+        made = backend.generate(prompts, soft=soft, config=generation, soft_at=soft_at, phrases=phrases)
         return [_Answer(one.text, unfinished=not one.finished) for one in made]
 
 

@@ -5,6 +5,7 @@
     bm25:4  recency:4  dense:4  random:4  ropg:4             the best 4 items of the history, written into the prompt
     instruction+bm25:4                                       the same, with soft tokens trained on such prompts
     plug+bm25:1  plug+dense:1                                the plug beside retrieved items, trained together
+    plug+phrases  instruction+phrases  plug+bm25:1+phrases   with what the user's own answers go on with mixed in
     profile  profile+bm25:4                                  what the model itself wrote of the user
     lora  lora-per-user                                      matrices in the model: the task's alone, and each user's
     plug+lora                                                a plug for the model that carries the task's matrices
@@ -136,6 +137,7 @@ class Condition:
         profile: whether a profile of the user does.
         per_user: whether every user has matrices of their own.
         rule: what answers in the language model's place; None = the model answers.
+        phrases: whether the phrases of the user's own answers are mixed into what the model says.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Condition:
     profile: bool = False
     per_user: bool = False
     rule: Rule | None = None
+    phrases: bool = False
 
     @property
     def needs(self) -> tuple[Trained, ...]:
@@ -247,6 +250,7 @@ CONDITIONS: dict[str, Condition] = {
         Condition("copy", "whether repeating the question does as well", rule=Rule("copy")),
     )
 }
+_PHRASES = "phrases"
 DEFAULT = ("plain", "instruction-only", WRONG_USER, SHUFFLED, "plug")
 
 
@@ -277,6 +281,8 @@ def condition_of(name: str) -> Condition:
     if colon and kind in WORDED:
         return _worded(name, kind, count)
     base, plus, retrieval = body.rpartition("+")
+    if plus and retrieval == _PHRASES:
+        return _with_phrases(name, base)
     return _with_retrieval(name, base, _retrieval(name, retrieval), joined=bool(plus))
 
 
@@ -349,7 +355,19 @@ def _is_count(text: str) -> bool:
 
 def _unknown(name: str) -> BadConfig:
     retrieved = [*(f"{retriever}:4" for retriever in RETRIEVERS), "instruction+bm25:4", "plug+bm25:1", "profile+bm25:4"]
-    return BadConfig(f"There is no row {name!r}; {nearest(name, [*CONDITIONS, *retrieved, 'copy:10', 'user-words:4'])}")
+    known = [*CONDITIONS, *retrieved, "copy:10", "user-words:4", "plug+phrases"]
+    return BadConfig(f"There is no row {name!r}; {nearest(name, known)}")
+
+
+def _with_phrases(name: str, base: str) -> Condition:
+    shown = CONDITIONS["instruction-only"] if base == "instruction" else condition_of(base)
+    if shown.rule or shown.per_user or shown.persona != "own" or shown.phrases:
+        raise BadConfig(
+            f"Phrases are mixed into what the frozen model says beside the user's own history (plug+phrases, "
+            f"instruction+phrases, plug+bm25:1+phrases); found {name!r}."
+        )
+    guards = f"what the phrases of the user's own answers, mixed into what the model says, add to {shown.name}"
+    return replace(shown, name=name, guards=guards, history="own", phrases=True)
 
 
 def _with_retrieval(name: str, base: str, retrieval: Retrieval, *, joined: bool) -> Condition:

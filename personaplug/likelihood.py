@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from personaplug.answers import phrases_of
 from personaplug.backends.base import Backend
 from personaplug.batching import in_passes
 from personaplug.personalizer import SoftPrompter
@@ -45,6 +46,7 @@ def surprises(
                     [sample.target or "" for sample in batch],
                     soft=None if prompter is None else prompter.soft_prompt(batch),
                     soft_at=[sample.soft_at for sample in batch],
+                    phrases=phrases_of(batch, backend),
                 )
                 pairs = zip(losses.tolist(), tokens.tolist(), strict=True)
                 found.update(zip(places, ([round(loss, 6), count] for loss, count in pairs), strict=True))

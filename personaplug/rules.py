@@ -81,12 +81,17 @@ class Rules:
 
 
 def check_rules(conditions: Sequence[Condition], task: Task) -> None:
-    """Check that a task has what the rules among some rows need.
+    """Check that a task has what some rows need: the rules among them, and those that mix phrases in.
 
     Raises:
-        BadConfig: naming the first rule for which it has not.
+        BadConfig: naming the first row for which it has not.
     """
     for condition in conditions:
+        if condition.phrases and task.kind != "text":
+            raise BadConfig(
+                f"{condition.name} mixes phrases into written answers; {task.name} has a closed set of labels, whose "
+                f"counts a plug reads by itself."
+            )
         if condition.rule is not None:
             check_rule(condition.rule, task)
 

@@ -54,6 +54,7 @@ class EncodedSample:
         rows: (N,) int64 rows of the history's items, in the history's order.
         answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
         forms: (N, F) form of each item's answer; F = 0 where the plug does not read them.
+        own_answers: the answers in a history whose phrases are mixed into what the model says; none elsewhere.
     """
 
     id: str
@@ -67,6 +68,7 @@ class EncodedSample:
     forms: Forms
     soft_at: int = 0
     options: Options | None = None
+    own_answers: tuple[str, ...] = ()
 
     def with_items_of(self, other: EncodedSample, places: npt.NDArray[np.intp]) -> EncodedSample:
         """The same question beside some of the items of a history, in the order of `places`."""
@@ -130,7 +132,12 @@ def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places
 
 def answer_forms(items: Sequence[HistoryItem]) -> Forms:
     """The form of each item's answer, (N, F); of the whole item where it has none."""
-    return forms_of(item.text if item.answer is None else item.answer for item in items)
+    return forms_of(written_answers(items))
+
+
+def written_answers(items: Sequence[HistoryItem]) -> tuple[str, ...]:
+    """Each item's answer; the whole item where it has none."""
+    return tuple(item.text if item.answer is None else item.answer for item in items)
 
 
 def no_forms(items: int = 0) -> Forms:
@@ -175,6 +182,8 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) ->
     for sample in samples:
         words = json.dumps([sample.id, sample.owner, sample.prompt, sample.query, sample.target, sample.soft_at])
         digest.update(words.encode("ascii"))
+        if sample.own_answers:
+            digest.update(json.dumps(sample.own_answers).encode("ascii"))
         digest.update(sample.answers.tobytes())
         digest.update(sample.forms.tobytes())
         digest.update(table.gather(sample.rows).tobytes())

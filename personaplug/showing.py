@@ -18,7 +18,7 @@ from personaplug.profiles import Profile
 from personaplug.prompting import PromptMaker
 from personaplug.records import HistoryItem, Sample
 from personaplug.run import Models, Run, drawn
-from personaplug.samples import EncodedSample, with_nearest
+from personaplug.samples import EncodedSample, with_nearest, written_answers
 from personaplug.vectors import VectorTable
 
 
@@ -84,6 +84,10 @@ class Showing:
                 replace(sample, answers=np.full_like(sample.answers, -1), forms=np.zeros_like(sample.forms))
                 for sample in samples
             ]
+        if condition.phrases:
+            items = self._items(condition, seed=seed)
+            both = zip(samples, items, strict=True)
+            samples = [replace(sample, own_answers=written_answers(shown)) for sample, shown in both]
         lenders = [one.lender for one in lent]
         if not condition.in_words:
             return Shown(samples, lenders, self.bare)

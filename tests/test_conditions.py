@@ -58,6 +58,11 @@ def test_bad_lists_are_refused(text: str) -> None:
         "user-words:0",
         "copy@wrong-user",
         "classical:words",
+        "+phrases",
+        "copy+phrases",
+        "plug+phrases+phrases",
+        "random-vectors+phrases",
+        "lora-per-user+phrases",
         "classical:text@wrong-user",
         "classical+bm25:4",
         "user-median:4",
@@ -156,3 +161,16 @@ def test_what_rows_need_is_trained_once() -> None:
         "plain,plug,wrong-user,shuffled,instruction-only,ropg:4,instruction+ropg:4,lora-per-user,lora"
     )
     assert needed(rows) == [PLUG, INSTRUCTION, ROPG, condition_of("instruction+ropg:4").needs[1], LORA]
+
+
+def test_phrases_go_with_any_row_of_the_frozen_model() -> None:
+    for name, trained in (("plug", PLUG), ("instruction", INSTRUCTION), ("plain", None), ("lora", LORA)):
+        row = condition_of(f"{name}+phrases")
+        assert (row.trained, row.history, row.phrases) == (trained, "own", True)
+        assert control_of(row.name) == f"{row.name}@wrong-user"
+        assert is_control(f"{row.name}@wrong-user")
+    both = condition_of("plug+bm25:1+phrases")
+    assert both.retrieval == Retrieval("bm25", 1)
+    assert needed([both, condition_of("plug+bm25:1")]) == [Trained("plug+bm25:1", "plug", Retrieval("bm25", 1))]
+    assert condition_of("plug+phrases@wrong-user").phrases
+    assert not condition_of("plug").phrases

@@ -641,3 +641,19 @@ def test_predictions_look_at_no_right_answer(style: Stage, tmp_path: Path, monke
 def test_users_count_alike_in_likelihood_too(style: Stage) -> None:
     row = style.evaluate("plain")["rows"][0]
     assert np.isfinite(row["per_user"]["nll"])
+
+
+def test_phrases_of_the_history_that_a_row_sees_are_mixed_in(style: Stage) -> None:
+    names = "plug,plug+phrases,plug+phrases@wrong-user,instruction-only,instruction+phrases"
+    rows = {row["condition"]: row for row in style.evaluate(names)["rows"]}
+    likely = {name: row["metrics"]["nll"] for name, row in rows.items()}
+    assert likely["plug+phrases"] < likely["plug+phrases@wrong-user"]
+    assert likely["plug+phrases"] < likely["plug"]
+    assert likely["instruction+phrases"] < likely["instruction-only"]
+    assert rows["instruction+phrases"]["costs"]["bytes_per_user"] > 0
+    assert rows["plug+phrases"]["prompt_tokens_mean"] == rows["plug"]["prompt_tokens_mean"]
+
+
+def test_phrases_are_for_written_answers(rating: Stage) -> None:
+    with pytest.raises(BadConfig, match="closed set of labels"):
+        rating.evaluate("plug+phrases")

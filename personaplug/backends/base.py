@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from personaplug.errors import BadConfig
+from personaplug.phrases import Phrases
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import LLMIdentity
 
@@ -106,6 +107,10 @@ class Backend(Protocol):
         """Return the embedded tokens of some answers, one behind the other, (n, D), without the end of text."""
         ...
 
+    def phrases(self, answers: Sequence[str]) -> Phrases:
+        """Return what a user's answers go on with, in this model's tokens."""
+        ...
+
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text that is at most so many tokens, without white space at its end."""
         ...
@@ -118,6 +123,7 @@ class Backend(Protocol):
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
         labels: Sequence[str] = (),
+        phrases: Sequence[Phrases] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return −log p of each target (end of text included) and its number of tokens, both (B,).
 
@@ -126,6 +132,7 @@ class Backend(Protocol):
         Args:
             labels: the closed set that targets come from, if they will be scored against each other: where none begins
                 another, the end of text tells nothing and is left out.
+            phrases: (B,) mixed into what the model says; None = nothing is.
         """
         ...
 
@@ -162,8 +169,13 @@ class Backend(Protocol):
         soft: SoftPrompt | None,
         config: GenerationConfig,
         soft_at: Sequence[int] | None = None,
+        phrases: Sequence[Phrases] | None = None,
     ) -> list[Generation]:
-        """Answer each prompt; the prompt itself is never part of the answer."""
+        """Answer each prompt; the prompt itself is never part of the answer.
+
+        Args:
+            phrases: as for `loss`.
+        """
         ...
 
 

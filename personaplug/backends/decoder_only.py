@@ -18,6 +18,7 @@ from personaplug.backends.frozen_attention import KEPT, KeptStates, frozen_atten
 from personaplug.backends.hf import HFBackend, log_softmax, token_loss
 from personaplug.backends.kept_prompts import Layout, padded_states, real_columns
 from personaplug.backends.rendering import Ids
+from personaplug.phrases import Phrases, mixed_logits
 from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class DecoderOnlyBackend(HFBackend):
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
         labels: Sequence[str] = (),
+        phrases: Sequence[Phrases] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return −log p of each target and its number of tokens, both (B,); see `Backend.loss`.
 
@@ -60,8 +62,9 @@ class DecoderOnlyBackend(HFBackend):
             rows = [row.ids for row in self.renderer.prompts(prompts)]
             wanted = pad(answers, fill=IGNORED, side="right").to(self.device)
             past = padded_states(self._states(rows), device=self.device)
-            return token_loss(self._behind(past, self._lengths(rows), soft=soft, answers=answers), wanted)
-        return self._loss_of_all(prompts, answers, soft=soft, soft_at=soft_at)
+            logits = self._behind(past, self._lengths(rows), soft=soft, answers=answers)
+            return token_loss(logits, wanted, phrases)
+        return self._loss_of_all(prompts, answers, soft=soft, soft_at=soft_at, phrases=phrases)
 
     def _loss_of_all(
         self,
@@ -70,6 +73,7 @@ class DecoderOnlyBackend(HFBackend):
         *,
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None,
+        phrases: Sequence[Phrases] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same with prompt, soft tokens and answer in one pass, wherever the soft tokens stand."""
         batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side, answers=answers)
@@ -77,7 +81,7 @@ class DecoderOnlyBackend(HFBackend):
         first = int((batch.labels != IGNORED).int().argmax(dim=1).min())
         # The logits at position t predict the token at t + 1.
         logits = self._logits(batch, columns=torch.arange(first - 1, batch.labels.shape[1] - 1))
-        return token_loss(logits, batch.labels[:, first:])
+        return token_loss(logits, batch.labels[:, first:], phrases)
 
     @torch.no_grad()
     def score(
@@ -164,6 +168,7 @@ class DecoderOnlyBackend(HFBackend):
         soft: SoftPrompt | None,
         config: GenerationConfig,
         soft_at: Sequence[int] | None = None,
+        phrases: Sequence[Phrases] | None = None,
     ) -> list[Generation]:
         """Answer each prompt; see `Backend.generate`.
 
@@ -171,13 +176,21 @@ class DecoderOnlyBackend(HFBackend):
         answers that share one stand side by side behind it.
         """
         if soft is None or config.num_beams > 1 or not prompts or not self._apart(soft):
-            return super().generate(prompts, soft=soft, config=config, soft_at=soft_at)
+            return super().generate(prompts, soft=soft, config=config, soft_at=soft_at, phrases=phrases)
         rows = _distinct([row.ids for row in self.renderer.prompts(prompts)])
         past = padded_states(self._states(rows), device=self.device)
-        written = self._written(past, self._lengths(rows), soft=soft, config=config)
+        written = self._written(past, self._lengths(rows), soft=soft, config=config, phrases=phrases)
         return [self._generation(row, end=self.end_ids()) for row in written]
 
-    def _written(self, past: Tensor, lengths: Tensor, *, soft: SoftPrompt, config: GenerationConfig) -> list[list[int]]:
+    def _written(
+        self,
+        past: Tensor,
+        lengths: Tensor,
+        *,
+        soft: SoftPrompt,
+        config: GenerationConfig,
+        phrases: Sequence[Phrases] | None,
+    ) -> list[list[int]]:
         """Token ids behind prompts and soft tokens, chosen one by one, until every row has come to an end.
 
         Args:
@@ -195,7 +208,11 @@ class DecoderOnlyBackend(HFBackend):
             mask = torch.cat([mask, mask.new_ones(live.shape[:2])], dim=1)
             last = torch.tensor([live.shape[1] - 1])
             logits = self.logits_behind(live, mask=mask, positions=positions, columns=last, kept=kept)
-            token = chosen(logits[:, 0].float(), config, draw=draw)
+            last_logits = logits[:, 0].float()
+            if phrases is not None:
+                so_far = torch.stack(found, dim=1).tolist() if found else [[]] * size
+                last_logits = mixed_logits(last_logits, phrases, so_far)
+            token = chosen(last_logits, config, draw=draw)
             found.append(token)
             ended |= torch.isin(token, end)
             live, positions = self.embed(token)[:, None], positions[:, -1:] + 1

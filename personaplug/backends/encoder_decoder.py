@@ -17,6 +17,7 @@ from personaplug.backends.base import Generation, GenerationConfig, pad
 from personaplug.backends.hf import HFBackend, log_softmax, token_loss
 from personaplug.backends.kept_prompts import Layout, padded_states, real_columns
 from personaplug.backends.rendering import Ids
+from personaplug.phrases import Phrases
 from personaplug.soft_prompt import IGNORED, SoftPrompt, is_behind
 
 
@@ -33,16 +34,17 @@ class EncoderDecoderBackend(HFBackend):
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
         labels: Sequence[str] = (),
+        phrases: Sequence[Phrases] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return −log p of each target and its number of tokens, both (B,); see `Backend.loss`."""
         answers = self.renderer.targets(targets, labels=labels)
         wanted = pad(answers, fill=IGNORED, side="right").to(self.device)
         if is_behind(soft):
             states, mask = self._encoded([row.ids for row in self.renderer.prompts(prompts)])
-            return token_loss(self._decoded(states, mask, soft=soft, answers=answers), wanted)
+            return token_loss(self._decoded(states, mask, soft=soft, answers=answers), wanted, phrases)
         batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
         logits = self.model(inputs_embeds=batch.embeds, attention_mask=batch.mask, labels=wanted).logits
-        return token_loss(logits, wanted)
+        return token_loss(logits, wanted, phrases)
 
     @torch.no_grad()
     def score(
@@ -80,14 +82,16 @@ class EncoderDecoderBackend(HFBackend):
         soft: SoftPrompt | None,
         config: GenerationConfig,
         soft_at: Sequence[int] | None = None,
+        phrases: Sequence[Phrases] | None = None,
     ) -> list[Generation]:
         """Answer each prompt with new text only; see `Backend.generate`."""
         if soft is None or not is_behind(soft):
-            return super().generate(prompts, soft=soft, config=config, soft_at=soft_at)
+            return super().generate(prompts, soft=soft, config=config, soft_at=soft_at, phrases=phrases)
         states, mask = self._encoded([row.ids for row in self.renderer.prompts(prompts)])
         # The decoder has read the soft tokens already: its mask counts them, its ids begin behind them.
         found = self._generated(
             config,
+            phrases,
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=mask,
             decoder_attention_mask=mask.new_ones(len(prompts), soft.vectors.shape[1] + 1),

@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from personaplug import processes
 from personaplug.backends.base import Generation, GenerationConfig, Measure, pad
 from personaplug.backends.kept_prompts import KeptPrompts, Layout, Room, find_room
 from personaplug.backends.rendering import Ids, Renderer
 from personaplug.memory import free_memory
+from personaplug.phrases import Phrases, mixed_logits, mixed_losses
 from personaplug.progress import Progress
 from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind, splice
 from personaplug.weights import LLMIdentity, fingerprint
@@ -94,6 +96,10 @@ class HFBackend:
         end = set(self.end_ids())
         ids = [token for answer in self.renderer.targets(texts) for token in answer if token not in end]
         return self.embed(torch.tensor(ids, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
+
+    def phrases(self, answers: Sequence[str]) -> Phrases:
+        """Return what a user's answers go on with; see `Backend.phrases`."""
+        return Phrases(self.renderer.targets(answers))
 
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text that is at most so many tokens; see `Renderer.cut`."""
@@ -170,19 +176,23 @@ class HFBackend:
         soft: SoftPrompt | None,
         config: GenerationConfig,
         soft_at: Sequence[int] | None = None,
+        phrases: Sequence[Phrases] | None = None,
     ) -> list[Generation]:
         """Answer each prompt with new text only; see `Backend.generate`."""
         batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side="left")
-        rows = self._generated(config, inputs_embeds=batch.embeds, attention_mask=batch.mask, **self._last_only())
+        given = {"inputs_embeds": batch.embeds, "attention_mask": batch.mask, **self._last_only()}
+        rows = self._generated(config, phrases, **given)
         return [self._generation(row, end=self.end_ids()) for row in rows]
 
     def _last_only(self) -> dict[str, Tensor]:
         """What tells the model that only the last place of a prompt needs logits, in a form that is fast."""
         return {}
 
-    def _generated(self, config: GenerationConfig, **inputs: Any) -> list[list[int]]:
+    def _generated(self, config: GenerationConfig, phrases: Sequence[Phrases] | None, **inputs: Any) -> list[list[int]]:
         """Token ids as transformers generates them from some inputs."""
         end = self.end_ids()
+        # An encoder-decoder's answer opens with its start token, which no user wrote.
+        mixing = [_Mixing(phrases, config.num_beams, first=int(self.encoder_decoder))] if phrases is not None else []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             rows: list[list[int]] = self.model.generate(
@@ -195,6 +205,7 @@ class HFBackend:
                 top_k=None,
                 eos_token_id=end,
                 pad_token_id=end[0],
+                logits_processor=LogitsProcessorList(mixing),
             ).tolist()
         return rows
 
@@ -258,15 +269,29 @@ def by_length(prompts: Sequence[T], tokens: Callable[[T], int] = len) -> Iterato
         yield group
 
 
-def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+class _Mixing(LogitsProcessor):
+    """Mixes users' phrases into what transformers is about to choose from."""
+
+    def __init__(self, phrases: Sequence[Phrases], beams: int, *, first: int) -> None:
+        self.phrases, self.first = [own for own in phrases for _ in range(beams)], first
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return mixed_logits(scores, self.phrases, input_ids[:, self.first :].tolist())
+
+
+def token_loss(logits: Tensor, labels: Tensor, phrases: Sequence[Phrases] | None = None) -> tuple[Tensor, Tensor]:
     """Sum of −log p over each row's labels (eq. 6), and how many there are.
 
     Args:
         logits: (B, L, V), already aligned with the labels.
         labels: (B, L), IGNORED where there is nothing to predict.
+        phrases: (B,) mixed into what the logits say; None = nothing is.
     """
     each = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return each.sum(dim=1), (labels != IGNORED).sum(dim=1)
+    real = labels != IGNORED
+    if phrases is not None:
+        each = torch.zeros_like(each).masked_scatter(real, mixed_losses(each[real], labels, phrases))
+    return each.sum(dim=1), real.sum(dim=1)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

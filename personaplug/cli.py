@@ -371,6 +371,7 @@ def _score_file(
 )
 @click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
 @click.option("--plain", is_flag=True, help="Answer without the plug, to compare.")
+@click.option("--phrases", is_flag=True, help="Mix the phrases of the user's own answers into what the model writes.")
 @with_settings("evaluation")
 def generate(
     run_folder: Path,
@@ -378,6 +379,7 @@ def generate(
     history: Path | None,
     seed: int | None,
     plain: bool,
+    phrases: bool,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
@@ -388,7 +390,10 @@ def generate(
     run = Run.open(run_folder)
     config = load_config(config_file, overrides=settings, base=run.config)
     run.check_unchanged(config)
-    click.echo(generate_one(run, prompt, history=history, seed=seed, plain=plain, config=config.evaluation))
+    shown = generate_one(
+        run, prompt, history=history, seed=seed, plain=plain, phrases=phrases, config=config.evaluation
+    )
+    click.echo(shown)
 
 
 @main.command()

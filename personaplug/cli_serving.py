@@ -54,6 +54,11 @@ _SECRET = click.option(
     help="Use personas also for prompts without the wording of the run's task, which the plug was not trained for.",
 )
 @click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a store that is made now.")
+@click.option(
+    "--phrases",
+    is_flag=True,
+    help="Mix the phrases of users' own answers into what the local engine writes; a store made now then keeps texts.",
+)
 @click.option("--max-items", type=int, help="Keep so many items of a user, the latest.")
 @click.option("--max-days", type=int, help="Keep items no older than this.")
 @click.option(

@@ -12,8 +12,10 @@ from personaplug.data.base import Task
 from personaplug.data.fields import Flaw, options_of, query_of
 from personaplug.errors import BadConfig
 from personaplug.personalizer import Personalizer
+from personaplug.phrases import check_phrases
 from personaplug.records import HistoryItem
 from personaplug.run import Models, Run, open_models
+from personaplug.samples import written_answers
 
 
 def generate_one(
@@ -23,6 +25,7 @@ def generate_one(
     history: Path | None,
     seed: int | None = None,
     plain: bool = False,
+    phrases: bool = False,
     config: EvaluationConfig,
 ) -> str:
     """Load a run and answer one prompt with it.
@@ -31,19 +34,22 @@ def generate_one(
         history: the user's items, as `read_items` takes them; None = a user without history.
         seed: which training; None = the first.
         plain: leave the plug out.
+        phrases: mix the phrases of the user's own answers into what the model says.
 
     Raises:
-        BadConfig: if the prompt lacks the wording that tells the plug where the query is.
+        BadConfig: if the prompt lacks the wording that tells the plug where the query is, or the task has no phrases.
         BadRecord: if an item cannot be read.
         MissingData: if the file of items is not there, or the run has no finished plug.
     """
+    if phrases:
+        check_phrases(run.task)
     items = read_items(history, task=run.task) if history is not None else ()
     models = open_models(run.config)
     personalizer = None
     if not plain:
         chosen = run.config.training.seeds[0] if seed is None else seed
         personalizer = Personalizer(run.load_plug("plug", seed=chosen, models=models), strength=config.strength)
-    return reply(prompt, items, run=run, models=models, personalizer=personalizer, config=config)
+    return reply(prompt, items, run=run, models=models, personalizer=personalizer, config=config, phrases=phrases)
 
 
 def reply(
@@ -54,9 +60,12 @@ def reply(
     models: Models,
     personalizer: Personalizer | None,
     config: EvaluationConfig,
+    phrases: bool = False,
 ) -> str:
     """Answer a prompt as a user with these items; one of the task's labels where it has them.
 
+    Args:
+        phrases: mix those of the items' answers into what is written.
     Raises:
         BadConfig: if the prompt lacks the wording that tells the plug where the query is.
     """
@@ -67,7 +76,8 @@ def reply(
     if run.task.labels and config.decoding != "generate":
         scores = models.backend.score([prompt], run.task.labels, soft=soft)
         return run.task.labels[int(scores[0].argmax())]
-    return models.backend.generate([prompt], soft=soft, config=_wanted(run.task, config))[0].text
+    own = [models.backend.phrases(written_answers(items))] if phrases else None
+    return models.backend.generate([prompt], soft=soft, config=_wanted(run.task, config), phrases=own)[0].text
 
 
 def _wanted(task: Task, config: EvaluationConfig) -> GenerationConfig:

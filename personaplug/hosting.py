@@ -15,6 +15,7 @@ from personaplug.engines.vllm_requests import EmbeddingTable
 from personaplug.errors import BadConfig, StoreConflict
 from personaplug.live_personas import LivePersonas, Unknown, store_settings
 from personaplug.personalizer import Personalizer
+from personaplug.phrases import check_phrases
 from personaplug.plug import PersonaPlug
 from personaplug.run import Run
 from personaplug.service import Service
@@ -41,6 +42,7 @@ class Hosting:
         strength: of personas, where a request does not say.
         elsewhere: use personas also for prompts without the wording of the run's task.
         keep_text: keep the texts of items, in a store that is made now.
+        phrases: mix the phrases of users' own answers into what the local engine writes; needs a store with texts.
         retention: what is kept of a user.
         max_rows: answers that the local engine writes side by side.
         max_new_tokens: longest answer of the local engine.
@@ -57,6 +59,7 @@ class Hosting:
     strength: float = 1.0
     elsewhere: bool = False
     keep_text: bool = False
+    phrases: bool = False
     retention: Retention = field(default_factory=Retention)
     max_rows: int = 16
     max_new_tokens: int = 512
@@ -70,6 +73,8 @@ def open_service(run: Run, hosting: Hosting) -> Service:
         StoreConflict, EncoderMismatch: if the store was made for another plug.
         BadConfig: if the engine cannot serve this plug.
     """
+    if hosting.phrases:
+        _check_phrases(run, hosting)  # before the models are loaded
     config = run.config.model
     encoder = open_encoder(config.encoder, device=choose_device(config.device), engine=config.encoder_engine)
     seed = run.config.training.seeds[0] if hosting.seed is None else hosting.seed
@@ -98,8 +103,17 @@ def open_service(run: Run, hosting: Hosting) -> Service:
         Personalizer(plug, strength=hosting.strength),
         open_store(plug, encoder, hosting=hosting),
         unknown=hosting.unknown,
+        phrases=hosting.phrases,
     )
     return Service(personas, engine, task=run.task, elsewhere=hosting.elsewhere)
+
+
+def _check_phrases(run: Run, hosting: Hosting) -> None:
+    check_phrases(run.task)
+    if hosting.engine != LOCAL:
+        raise BadConfig(
+            "Phrases are mixed in by the local engine; vLLM chooses its tokens itself. Leave --phrases out."
+        )
 
 
 def open_store(plug: PersonaPlug, encoder: Encoder, *, hosting: Hosting) -> HistoryStore:
@@ -111,7 +125,7 @@ def open_store(plug: PersonaPlug, encoder: Encoder, *, hosting: Hosting) -> Hist
     common = {"retention": hosting.retention, "secret": hosting.secret}
     if not hosting.create:
         HistoryStore.open(hosting.store, **common).close()  # type: ignore[arg-type]  # without an encoder, none is made
-    wanted = store_settings(plug, keep_text=hosting.keep_text)
+    wanted = store_settings(plug, keep_text=hosting.keep_text or hosting.phrases)
     try:
         return HistoryStore.open(hosting.store, encoder, settings=wanted, **common)  # type: ignore[arg-type]
     except StoreConflict:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from sys import getsizeof
 from typing import Literal
 
 import numpy as np
@@ -18,8 +19,8 @@ from personaplug.explain import item_weights
 from personaplug.form import FEATURES
 from personaplug.personalizer import Personalizer
 from personaplug.plug import HistoryBatch, PersonaPlug
-from personaplug.records import Options
-from personaplug.samples import EncodedHistory
+from personaplug.records import HistoryItem, Options
+from personaplug.samples import EncodedHistory, written_answers
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.store import HistoryStore, StoredHistory, StoreSettings
 
@@ -43,6 +44,7 @@ class Persona:
         items: of the history that it was made from.
         strength: as `PersonaPlug.forward` takes it.
         kept: whether it was at hand, unchanged since an earlier request.
+        own_answers: of the user, whose phrases are to be mixed into the answer; none where that is not wanted.
     """
 
     soft: SoftPrompt | None
@@ -50,6 +52,7 @@ class Persona:
     items: int
     strength: float
     kept: bool = False
+    own_answers: tuple[str, ...] = ()
 
 
 class LivePersonas:
@@ -63,10 +66,12 @@ class LivePersonas:
         personalizer: makes them.
         store: where the histories are; its vectors have to be the plug's encoder's.
         unknown: what users get whose history is unknown or empty, and requests without a user.
+        phrases: tell users' own answers too, for an engine that mixes their phrases in.
         cache_bytes: most that is kept in memory.
     Raises:
         BadConfig: if `unknown` is neither, or the strength is out of bounds.
-        StoreConflict: if the store keeps other answers or other vectors than the plug was trained on.
+        StoreConflict: if the store keeps other answers or other vectors than the plug was trained on, or no texts where
+            phrases are wanted.
     """
 
     def __init__(
@@ -75,13 +80,18 @@ class LivePersonas:
         store: HistoryStore,
         *,
         unknown: Unknown = "population",
+        phrases: bool = False,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         if unknown not in UNKNOWN:
             raise BadConfig(f"Unknown users get one of {', '.join(UNKNOWN)}; found {unknown!r}.")
         if not 0 <= personalizer.strength <= STRONGEST:
             raise BadConfig(f"The strength of personas goes from 0 to {STRONGEST}; found {personalizer.strength}.")
-        self.personalizer, self.store, self.unknown = personalizer, store, unknown
+        if phrases and not store.settings.keep_text:
+            raise StoreConflict(
+                "Phrases are read from items' texts, and the store keeps none. Make one with keep_text."
+            )
+        self.personalizer, self.store, self.unknown, self.phrases = personalizer, store, unknown, phrases
         self.plug = personalizer.plug
         _check_fits(self.plug, store)
         self._kept: LRUCache[tuple[str, str], _Kept] = LRUCache(cache_bytes, getsizeof=lambda kept: kept.bytes)
@@ -121,7 +131,8 @@ class LivePersonas:
             read = kept.read or self.personalizer.read(self._history(tenant, user))
             with self._making:
                 soft = self.personalizer.of_read(query, read, options=options, strength=strength)
-        return Persona(soft, "user" if kept.items else "population", kept.items, strength, kept=at_hand)
+        applied: Literal["user", "population"] = "user" if kept.items else "population"
+        return Persona(soft, applied, kept.items, strength, kept=at_hand, own_answers=kept.own_answers)
 
     def made(
         self, query: str, history: EncodedHistory, *, options: Options | None = None, strength: float | None = None
@@ -166,7 +177,7 @@ class LivePersonas:
         if not version:
             self.forget(tenant, user)
             return self._nobody, False
-        kept = self._worth_keeping(self._history(tenant, user))
+        kept = self._worth_keeping(self._history(tenant, user), own_answers=self._own_answers(tenant, user))
         with self._lock:
             # Nothing is put back that was read before somebody was forgotten: it may be what had to go.
             if self._forgotten == forgotten and kept.bytes <= self._kept.maxsize:
@@ -178,11 +189,17 @@ class LivePersonas:
             return _no_history(self.plug)
         return self.store.read(tenant, user, latest=self.plug.config.max_history)
 
-    def _worth_keeping(self, history: StoredHistory) -> _Kept:
+    def _own_answers(self, tenant: str, user: str) -> tuple[str, ...]:
+        if not self.phrases:
+            return ()
+        items = self.store.list_items(tenant, user)[-self.plug.config.max_history :]
+        return written_answers(HistoryItem(item.id, item.fields, item.answer_name) for item in items)
+
+    def _worth_keeping(self, history: StoredHistory, *, own_answers: tuple[str, ...] = ()) -> _Kept:
         """The tokens, if they are the same whatever is asked, else the history, read as far as that goes."""
         if self.plug.asks_nothing:
-            return _Kept(history.version, len(history), soft=self.made("", history))
-        return _Kept(history.version, len(history), read=self.personalizer.read(history))
+            return _Kept(history.version, len(history), own_answers, soft=self.made("", history))
+        return _Kept(history.version, len(history), own_answers, read=self.personalizer.read(history))
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -191,12 +208,15 @@ class _Kept:
 
     version: int
     items: int
+    own_answers: tuple[str, ...] = ()
     soft: SoftPrompt | None = None
     read: HistoryBatch | None = None
 
     @property
     def bytes(self) -> int:
-        return _OVERHEAD + (self.soft.vectors.nbytes if self.soft else 0) + (self.read.nbytes if self.read else 0)
+        texts = sum(map(getsizeof, self.own_answers))
+        arrays = (self.soft.vectors.nbytes if self.soft else 0) + (self.read.nbytes if self.read else 0)
+        return _OVERHEAD + texts + arrays
 
 
 def _no_history(plug: PersonaPlug) -> StoredHistory:

@@ -19,6 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from personaplug.data.base import Task
+from personaplug.errors import BadConfig
+
 Ids = Sequence[int]
 
 DOUBT = (100.0, 30.0, 10.0)
@@ -106,6 +109,21 @@ def mixed_losses(losses: Tensor, wanted: Tensor, phrases: Sequence[Phrases]) -> 
     pairs = [pair for row, own in rows for pair in own.along([token for token in row if token >= 0])]
     factor, more = torch.tensor(pairs, dtype=losses.dtype, device=losses.device).reshape(-1, 2).unbind(dim=1)
     return -torch.log(factor * torch.exp(-losses) + more)
+
+
+def check_phrases(task: Task) -> None:
+    """Check that users of a task write answers, whose phrases can be mixed into the model's.
+
+    Raises:
+        BadConfig: if they do not.
+    """
+    if task.kind != "text":
+        raise BadConfig(
+            f"Phrases are mixed into written answers; {task.name} has a closed set of labels, and a plug knows a "
+            f"user's own by itself."
+        )
+    if task.answer_field is None:
+        raise BadConfig(f"Phrases are those of a user's answers, and items of {task.name} hold none (answer_field).")
 
 
 def _contexts(written: Ids) -> list[tuple[int, ...]]:

@@ -20,6 +20,7 @@ from personaplug.conditions import WORDED, Condition, Rule
 from personaplug.data.base import Reader, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.own_answers import Array, ClosedAnswers, Places, ratings
+from personaplug.phrases import check_phrases
 from personaplug.records import HistoryItem, Sample
 from personaplug.run import Run, drawn, encoded
 from personaplug.vectors import VectorTable
@@ -87,11 +88,8 @@ def check_rules(conditions: Sequence[Condition], task: Task) -> None:
         BadConfig: naming the first row for which it has not.
     """
     for condition in conditions:
-        if condition.phrases and task.kind != "text":
-            raise BadConfig(
-                f"{condition.name} mixes phrases into written answers; {task.name} has a closed set of labels, whose "
-                f"counts a plug reads by itself."
-            )
+        if condition.phrases:
+            check_phrases(task)
         if condition.rule is not None:
             check_rule(condition.rule, task)
 

@@ -132,12 +132,12 @@ def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places
 
 def answer_forms(items: Sequence[HistoryItem]) -> Forms:
     """The form of each item's answer, (N, F); of the whole item where it has none."""
-    return forms_of(written_answers(items))
+    return forms_of(item.text if item.answer is None else item.answer for item in items)
 
 
-def written_answers(items: Sequence[HistoryItem]) -> tuple[str, ...]:
-    """Each item's answer; the whole item where it has none."""
-    return tuple(item.text if item.answer is None else item.answer for item in items)
+def written_answers(items: Iterable[HistoryItem]) -> tuple[str, ...]:
+    """The answers in a history, in order, without items that hold none."""
+    return tuple(item.answer for item in items if item.answer)
 
 
 def no_forms(items: int = 0) -> Forms:

@@ -108,6 +108,7 @@ class Service:
             persona.soft,
             self.task.labels if asked.worded and not extras.free else (),
             id=secrets.token_hex(12),
+            own_answers=persona.own_answers,
         )
         reply = await self.engine.answer(question)
         if user is not None:

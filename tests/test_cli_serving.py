@@ -153,6 +153,7 @@ def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: 
         (["--run", "RUN", "--max-body-mb", "-1"], "--max-body-mb"),
         (["--run", "RUN", "--strength", "-1"], "--strength"),
         (["--run", "RUN", "--strength", "nan"], "strength of personas goes from 0 to 10"),
+        (["--run", "RUN", "--phrases"], "closed set of labels"),
     ],
 )
 def test_what_is_missing_is_said(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:

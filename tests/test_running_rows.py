@@ -152,3 +152,16 @@ def test_rows_come_and_go_at_random(toy: DecoderOnlyBackend) -> None:
     for number, row in rows:
         prompt, config = made[number]
         assert toy.renderer.decode(row.ids) == _alone(toy, prompt, placement="suffix", config=config)
+
+
+def test_a_row_with_a_users_phrases_writes_them_beside_others(toy: DecoderOnlyBackend) -> None:
+    config, soft = GenerationConfig(max_new_tokens=20), [_soft(toy, n, placement="suffix") for n in range(3)]
+    mine = [toy.phrases(["Why Music, Part 2"] * 90), None, toy.phrases(["On tea"] * 90)]
+    rows = [Row(toy.renderer.prompt(PROMPTS[n]), soft[n], config, phrases=mine[n]) for n in range(3)]
+    running = RunningRows(toy)
+    running.admit(rows)
+    _finish(running, rows)
+    said = [toy.renderer.decode(row.ids) for row in rows]
+    assert said == ["Why Music, Part 2", _alone(toy, 1, placement="suffix", config=config), "On tea"]
+    alone = toy.generate([PROMPTS[0]], soft=soft[0], config=config, phrases=[toy.phrases(["Why Music, Part 2"] * 90)])
+    assert alone[0].text == said[0]

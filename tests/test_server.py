@@ -24,7 +24,7 @@ from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.data.base import Task
 from personaplug.engines.base import Question, Reply
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import BadConfig, MissingData, StoreConflict
 from personaplug.gate import Limits
 from personaplug.records import HistoryItem
 from personaplug.service import Service
@@ -513,3 +513,30 @@ def test_the_document_names_every_route(url: str) -> None:
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/users/{user}/history", "/health"} <= set(
         paths
     )
+
+
+def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+    task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
+    config = replace(CONFIG, answers="form")
+    service = open_service(toy, tmp_path, task=task, config=config, phrases=True)
+    asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
+
+    def told(user: str | None, **more: Any) -> str:
+        return str(_chat(place, user, **asked, **more).parse().choices[0].message.content)
+
+    with served(service) as place:
+        for user, title in (("ann", "Why Music, Part 2"), ("bob", "On tea")):
+            items = [{"id": f"i{n}", "text": f"text {n}", "title": title} for n in range(90)]
+            assert _post(place, user, *items).status_code == 200
+        nobodys = told(None)
+        assert [told("ann"), told("bob")] == ["Why Music, Part 2", "On tea"]
+        assert told("ann") == "Why Music, Part 2"  # kept
+        assert "Music" not in told("ann", extra_body={"personaplug": {"strength": 0}})
+        assert told("carl") == nobodys
+        assert httpx.delete(f"{place}/v1/users/ann").status_code == 200
+        assert told("ann") == nobodys
+
+
+def test_phrases_take_a_store_that_keeps_texts(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+    with pytest.raises(StoreConflict, match="keep_text"):
+        open_service(toy, tmp_path, keep_text=False, phrases=True)

@@ -19,6 +19,7 @@ from personaplug.backends.frozen_attention import KeptStates
 from personaplug.backends.hf import by_length
 from personaplug.backends.kept_prompts import padded_states, real_columns
 from personaplug.backends.rendering import Ids, Rendered
+from personaplug.phrases import Phrases, mixed_logits
 from personaplug.soft_prompt import SoftPrompt, splice
 
 
@@ -31,6 +32,7 @@ class Row:
         soft: (1, S, D), or None.
         config: how its tokens are chosen; beams are not known here.
         choices: if given, the tokens of the only answers allowed; none may begin another.
+        phrases: mixed into what the model says where it writes freely; None = nothing is.
         ids: the tokens so far, an end-of-text token never among them.
         ended: why it is over: `stop` = it came to its end, `length` = it is as long as was allowed, `failed` = its
             tokens could not be chosen; None = it goes on. Written by the thread that runs the rows alone.
@@ -40,6 +42,7 @@ class Row:
     soft: SoftPrompt | None
     config: GenerationConfig
     choices: Sequence[Ids] = ()
+    phrases: Phrases | None = None
     ids: list[int] = field(default_factory=list)
     ended: str | None = None
 
@@ -56,6 +59,8 @@ class Row:
     def _take(self, logits: Tensor, *, end: frozenset[int]) -> None:
         if self.choices:
             logits = self._among_choices(logits)
+        elif self.phrases is not None:
+            logits = mixed_logits(logits[None], [self.phrases], [self.ids])[0]
         if not bool(torch.isfinite(logits.max())):
             raise ValueError("the model's answer is no number")
         token = int(chosen(logits[None], self.config, draw=self.draw)[0])

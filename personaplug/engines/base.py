@@ -24,6 +24,7 @@ class Question:
         soft: (1, S, D), or None.
         choices: the closed set that the answer must be from; empty = it is written freely.
         id: of the request.
+        own_answers: of the user, whose phrases are to be mixed in where the answer is written freely.
     """
 
     kind: Kind
@@ -31,6 +32,7 @@ class Question:
     soft: SoftPrompt | None
     choices: Sequence[str] = ()
     id: str = ""
+    own_answers: Sequence[str] = ()
 
 
 class Events(AsyncIterator[bytes]):

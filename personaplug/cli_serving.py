@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from personaplug.config import STRONGEST
 from personaplug.errors import BadConfig, MissingExtra
 
 _RUN = click.option(
@@ -45,7 +46,7 @@ _SECRET = click.option(
     "--strength",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0, 10),
+    type=click.FloatRange(0, STRONGEST),
     help="Of personas, where a request does not say.",
 )
 @click.option(

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+STRONGEST = 10
+"""How far a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
+
 
 def _option(
     default: Any,
@@ -273,7 +276,7 @@ class EvaluationConfig:
         "how far a persona goes from what is common to all users to the user's own: 1 = as trained, above = farther; "
         "0 = no soft tokens at all, the plain model",
         low=0,
-        high=10,
+        high=STRONGEST,
     )
     limit: int = _option(0, "score this many samples, drawn by `draw_seed`; 0 = all", low=0)
     draw_seed: int = _option(0, "draws the wrong users, the shuffles, the limit and the bootstrap", low=0)

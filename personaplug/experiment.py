@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from personaplug.conditions import Condition, parse_conditions
-from personaplug.config import Config
+from personaplug.config import STRONGEST, Config
 from personaplug.config_text import flatten, load_config, read_yaml, with_values
 from personaplug.errors import BadConfig, MissingData, nearest
 
@@ -197,6 +197,7 @@ def _counts(value: object, path: Path) -> list[int]:
 
 
 def _strengths(value: object, path: Path) -> list[float]:
-    if not isinstance(value, list | tuple) or not all(isinstance(one, int | float) and 0 <= one <= 10 for one in value):
-        raise BadConfig(f"{path}: 'strengths' should be a list of numbers from 0 to 10.")
-    return [float(one) for one in value]
+    given: list[Any] = list(value) if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(one, int | float) and 0 <= one <= STRONGEST for one in given):
+        raise BadConfig(f"{path}: 'strengths' should be a list of numbers from 0 to {STRONGEST}.")
+    return [float(one) for one in given]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from cachetools import LRUCache
 
+from personaplug.config import STRONGEST
 from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
 from personaplug.explain import item_weights
 from personaplug.form import FEATURES
@@ -27,9 +28,6 @@ from personaplug.store import HistoryStore, StoredHistory, StoreSettings
 Unknown = Literal["population", "plain"]
 UNKNOWN: tuple[Unknown, ...] = ("population", "plain")
 """What somebody gets whose history is not known: what is common to all users, or the bare model."""
-
-STRONGEST = 10
-"""How far a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
 
 _OVERHEAD = 1024  # bytes of a kept user beside the arrays
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from personaplug.config import STRONGEST
 from personaplug.errors import RequestError
 
 Kind = Literal["chat", "completion"]
@@ -58,7 +59,7 @@ class Extras(BaseModel):
     strength: float | None = Field(
         default=None,
         ge=0,
-        le=10,
+        le=STRONGEST,
         description="How far to go from what is common to all users to the user's own; 0 = plain model.",
     )
     free: bool = Field(default=False, description="Write freely even where the task has a closed set of answers.")

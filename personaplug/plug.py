@@ -23,7 +23,6 @@ from personaplug.config_text import with_values
 from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text, written_file
-from personaplug.form import FEATURES
 from personaplug.option_hint import OptionHint
 from personaplug.projector import Projector
 from personaplug.query_head import FrozenQueries, QueryHead
@@ -44,28 +43,24 @@ class HistoryBatch:
         vectors: (M, E) unit vectors of all items.
         lengths: how many items each of the B users has; their sum is M.
         answers: (M,) int64 place of each item's answer among the task's labels, -1 where there is none.
-        forms: (M, F) how each item's answer is written; F = 0 where that is not read.
         hidden: (M, hidden) what a plug's projector makes of each item, if it has read them; see `PersonaPlug.read`.
     """
 
     vectors: Tensor
     lengths: tuple[int, ...]
     answers: Tensor
-    forms: Tensor
     hidden: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """How much memory it takes."""
-        parts = (self.vectors, self.answers, self.forms, self.hidden)
+        parts = (self.vectors, self.answers, self.hidden)
         return sum(part.nbytes for part in parts if part is not None)
 
     def only(self, places: Tensor) -> HistoryBatch:
         """Some of the items of a single user, in order."""
         hidden = None if self.hidden is None else self.hidden[places]
-        return HistoryBatch(
-            self.vectors[places], (len(places),), self.answers[places], self.forms[places], hidden=hidden
-        )
+        return HistoryBatch(self.vectors[places], (len(places),), self.answers[places], hidden=hidden)
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,6 @@ class PersonaPlug(nn.Module):
                 tokens=tokens,
                 out=width,
                 labels=len(fitting.labels) if config.answers == "label" else 0,
-                forms=len(FEATURES) if config.reads_forms else 0,
             )
             # What makes up for the weight that a user's items leave: all of it without any item, where the sum of eq. 4
             # would be empty. It starts as no signal at all and learns from the samples whose history is hidden in
@@ -219,7 +213,7 @@ class PersonaPlug(nn.Module):
 
     def _hidden(self, history: HistoryBatch) -> Tensor:
         items = _converted(history.vectors, self.item_dtype)
-        return self.projector.hidden(items, answers=history.answers, forms=history.forms)
+        return self.projector.hidden(items, answers=history.answers)
 
     def _hints(self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch) -> Tensor:
         """A token for each user, (B, 1, D); zeros where a prompt has no options."""

@@ -281,7 +281,7 @@ def resolved(config: Config, task: Task) -> Config:
         )
     settled = {}
     if config.plug.answers == "auto":
-        settled["plug.answers"] = "label" if answered else "text" if task.labels else "form"
+        settled["plug.answers"] = "label" if answered else "text"
     if config.plug.instruction_start == "auto":
         settled["plug.instruction_start"] = "random" if task.labels else "words"
     if config.plug.options == "auto":
@@ -303,7 +303,6 @@ def encoded(
             table,
             labels=labels,
             with_answer=plug.encodes_answers,
-            with_forms=plug.reads_forms,
             progress=told,
         )
 

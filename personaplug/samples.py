@@ -11,7 +11,6 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.form import Forms, forms_of
 from personaplug.records import HistoryItem, Options, Sample
 from personaplug.vectors import Halves, Rows, VectorTable
 
@@ -26,12 +25,10 @@ class EncodedHistory:
     Attributes:
         vectors: (N, E) float16.
         answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
-        forms: (N, F) float16 form of each item's answer; F = 0 where the plug does not read them.
     """
 
     vectors: Halves
     answers: Places
-    forms: Forms
 
     def __len__(self) -> int:
         """Items in it (N)."""
@@ -39,7 +36,7 @@ class EncodedHistory:
 
     def only(self, places: Rows | slice) -> Self:
         """The same with some of the items, in the order of `places`."""
-        return replace(self, vectors=self.vectors[places], answers=self.answers[places], forms=self.forms[places])
+        return replace(self, vectors=self.vectors[places], answers=self.answers[places])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} items)"
@@ -53,7 +50,6 @@ class EncodedSample:
         id, owner, user_id, prompt, query, target, soft_at, options: as in `Sample`.
         rows: (N,) int64 rows of the history's items, in the history's order.
         answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
-        forms: (N, F) form of each item's answer; F = 0 where the plug does not read them.
         own_answers: the answers in a history whose phrases are mixed into what the model says; none elsewhere.
     """
 
@@ -65,14 +61,13 @@ class EncodedSample:
     target: str | None
     rows: Rows
     answers: npt.NDArray[np.int16]
-    forms: Forms
     soft_at: int = 0
     options: Options | None = None
     own_answers: tuple[str, ...] = ()
 
     def with_items_of(self, other: EncodedSample, places: npt.NDArray[np.intp]) -> EncodedSample:
         """The same question beside some of the items of a history, in the order of `places`."""
-        return replace(self, rows=other.rows[places], answers=other.answers[places], forms=other.forms[places])
+        return replace(self, rows=other.rows[places], answers=other.answers[places])
 
     def without_items(self) -> EncodedSample:
         """The same question of a user without any history."""
@@ -88,7 +83,6 @@ def encode_samples(
     *,
     labels: Sequence[str] = (),
     with_answer: bool = True,
-    with_forms: bool = False,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 64,
     chunk: int = 4096,
@@ -102,7 +96,6 @@ def encode_samples(
         table: gets what it lacks.
         labels: the task's closed set of answers, if it has one.
         with_answer: encode the item with the user's answer (the paper's Table 7), else without.
-        with_forms: note the form of each answer too.
         progress: called after each chunk with the number of items done so far.
         batch_size: texts that the encoder takes at once.
         chunk: items that are read, encoded and committed together (a sample is never split).
@@ -117,7 +110,7 @@ def encode_samples(
         rows = table.rows(texts)
         ends = np.cumsum([len(sample.history) for sample in group])[:-1]
         histories = zip(group, np.split(rows, ends), strict=True)
-        encoded += [_encoded_sample(sample, own, labels=labels, with_forms=with_forms) for sample, own in histories]
+        encoded += [_encoded_sample(sample, own, labels=labels) for sample, own in histories]
         done += len(texts)
         if progress:
             progress(done)
@@ -130,19 +123,9 @@ def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places
     return np.array([places.get((item.answer or "").strip(), -1) for item in items], dtype=np.int16)
 
 
-def answer_forms(items: Sequence[HistoryItem]) -> Forms:
-    """The form of each item's answer, (N, F); of the whole item where it has none."""
-    return forms_of(item.text if item.answer is None else item.answer for item in items)
-
-
 def written_answers(items: Iterable[HistoryItem]) -> tuple[str, ...]:
     """The answers in a history, in order, without items that hold none."""
     return tuple(item.answer for item in items if item.answer)
-
-
-def no_forms(items: int = 0) -> Forms:
-    """What stands for the forms of so many items where they are not read, (N, 0)."""
-    return np.empty((items, 0), dtype=np.float16)
 
 
 def with_nearest(samples: Sequence[EncodedSample], table: VectorTable, *, count: int) -> list[EncodedSample]:
@@ -185,12 +168,11 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) ->
         if sample.own_answers:
             digest.update(json.dumps(sample.own_answers).encode("ascii"))
         digest.update(sample.answers.tobytes())
-        digest.update(sample.forms.tobytes())
         digest.update(table.gather(sample.rows).tobytes())
     return digest.hexdigest()
 
 
-def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str], with_forms: bool) -> EncodedSample:
+def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str]) -> EncodedSample:
     return EncodedSample(
         id=sample.id,
         owner=sample.owner,
@@ -200,7 +182,6 @@ def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str], with_f
         target=sample.target,
         rows=rows.copy(),  # a slice would keep the whole group's rows
         answers=answer_places(sample.history, labels),
-        forms=answer_forms(sample.history) if with_forms else no_forms(len(rows)),
         soft_at=sample.soft_at,
         options=sample.options,
     )

@@ -80,10 +80,7 @@ class Showing:
         # Nearest to the query that is asked, whoever's the items are: else a stranger's would be the less to the point.
         samples = with_nearest(rows_lent(self._read_by(plug), lent), self.table, count=plug.selected_items)
         if condition.persona == "random-vectors":
-            samples = [
-                replace(sample, answers=np.full_like(sample.answers, -1), forms=np.zeros_like(sample.forms))
-                for sample in samples
-            ]
+            samples = [replace(sample, answers=np.full_like(sample.answers, -1)) for sample in samples]
         if condition.phrases:
             items = self._items(condition, seed=seed)
             both = zip(samples, items, strict=True)

@@ -112,11 +112,6 @@ class PlugConfig:
         "vector (closed label sets only); auto = label for closed sets whose items hold answers, else text",
         choices=("text", "label", "auto"),
     )
-    shrinkage: bool = _option(
-        True,
-        "weigh what is common to all users against the items, by a trained share that falls as items come; "
-        "false = the paper: it counts for users without any item only",
-    )
     options: str = _option(
         "auto",
         "options that stand in the prompt for the labels ([1]: … [2]: …): compare = one more token, which says how "
@@ -299,7 +294,6 @@ PAPER = PlugConfig(
     state_tokens=0,
     query_encoder="trained",
     answers="text",
-    shrinkage=False,
     options="ignore",
     projector_width=0,
     max_history=512,
@@ -311,7 +305,6 @@ BEFORE: dict[str, Any] = {
     "plug.instruction_start": "random",
     "plug.placement": "prefix",
     "plug.state_tokens": 0,
-    "plug.shrinkage": False,
     "plug.options": "ignore",
     "training.history_dropout": 0.0,
     "training.answer_end": "always",
@@ -319,8 +312,14 @@ BEFORE: dict[str, Any] = {
 }
 """What runs and results did whose settings were written down before there was this choice."""
 
-GONE = ("plug.heads",)
-"""Settings that there were once; where they are written down, they changed nothing unless another setting says so."""
+_ANY = object()
+_GONE: dict[str, Any] = {"plug.heads": _ANY, "plug.shrinkage": False}
+
+
+def without_gone(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings that were written down, without those that there are no more and that changed nothing as they were."""
+    return {key: value for key, value in values.items() if key not in _GONE or _GONE[key] not in (_ANY, value)}
+
 
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,

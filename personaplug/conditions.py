@@ -361,10 +361,12 @@ def _unknown(name: str) -> BadConfig:
 
 def _with_phrases(name: str, base: str) -> Condition:
     shown = CONDITIONS["instruction-only"] if base == "instruction" else condition_of(base)
-    if shown.rule or shown.per_user or shown.persona != "own" or shown.phrases:
+    if base == "instruction-only":
+        raise BadConfig(f"{name} is written instruction+phrases.")
+    if shown.rule or shown.per_user or shown.persona != "own" or shown.phrases or is_control(shown.name):
         raise BadConfig(
             f"Phrases are mixed into what the frozen model says beside the user's own history (plug+phrases, "
-            f"instruction+phrases, plug+bm25:1+phrases); found {name!r}."
+            f"instruction+phrases, plug+bm25:1+phrases; a control is plug+phrases@wrong-user); found {name!r}."
         )
     guards = f"what the phrases of the user's own answers, mixed into what the model says, add to {shown.name}"
     return replace(shown, name=name, guards=guards, history="own", phrases=True)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from personaplug.errors import BadConfig
+
 STRONGEST = 10
 """How far a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
 
@@ -317,8 +319,18 @@ _GONE: dict[str, Any] = {"plug.heads": _ANY, "plug.shrinkage": False}
 
 
 def without_gone(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings that were written down, without those that there are no more and that changed nothing as they were."""
-    return {key: value for key, value in values.items() if key not in _GONE or _GONE[key] not in (_ANY, value)}
+    """Settings that were written down, without those that there are no more and that changed nothing as they were.
+
+    Raises:
+        BadConfig: if one did change something.
+    """
+    for key, value in values.items():
+        if (key in _GONE and _GONE[key] not in (_ANY, value)) or (key, value) == ("plug.answers", "form"):
+            raise BadConfig(
+                f"This was made with {key.partition('.')[2]}={str(value).lower()}, which there is no more. Use the version "
+                f"that made it, or train again into another folder."
+            )
+    return {key: value for key, value in values.items() if key not in _GONE}
 
 
 SECTIONS: dict[str, type[Any]] = {

@@ -51,20 +51,26 @@ def left_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
 
 
 def drift(
-    make: Callable[[EncodedHistory], SoftPrompt], before: EncodedHistory, after: EncodedHistory, *, common: SoftPrompt
+    make: Callable[[EncodedHistory], SoftPrompt],
+    before: EncodedHistory,
+    after: EncodedHistory,
+    *,
+    common: SoftPrompt,
+    few: int = 0,
 ) -> Drift:
     """How far a user's persona moved from one state of the history to another.
 
     Args:
         make: makes a persona of a history.
         common: what is nobody's own in it; see `PersonaPlug.common`.
+        few: up to how many items a persona is that.
     """
-    # Without any item a persona is what is common, whatever tokens a cold start is served with.
-    both = ((make(part) if len(part) else common).vectors - common.vectors for part in (before, after))
+    # Whatever tokens a cold start is served with.
+    both = ((make(part) if len(part) > few else common).vectors - common.vectors for part in (before, after))
     own, now = (difference.double().flatten() for difference in both)
     return Drift(
         len(before),
         len(after),
         cosine=float(torch.cosine_similarity(own, now, dim=0)),
-        moved=float((now - own).norm() / own.norm()) if len(before) else float("nan"),
+        moved=float((now - own).norm() / own.norm()) if len(before) > few else float("nan"),
     )

@@ -34,7 +34,7 @@ def generate_one(
         history: the user's items, as `read_items` takes them; None = a user without history.
         seed: which training; None = the first.
         plain: leave the plug out.
-        phrases: mix the phrases of the user's own answers into what the model says.
+        phrases: mix the phrases of the user's own answers into what the model says, beside the persona.
 
     Raises:
         BadConfig: if the prompt lacks the wording that tells the plug where the query is, or the task has no phrases.
@@ -65,7 +65,7 @@ def reply(
     """Answer a prompt as a user with these items; one of the task's labels where it has them.
 
     Args:
-        phrases: mix those of the items' answers into what is written.
+        phrases: mix those of the items' answers into what is written, beside a persona.
     Raises:
         BadConfig: if the prompt lacks the wording that tells the plug where the query is.
     """
@@ -76,7 +76,10 @@ def reply(
     if run.task.labels and config.decoding != "generate":
         scores = models.backend.score([prompt], run.task.labels, soft=soft)
         return run.task.labels[int(scores[0].argmax())]
-    own = [models.backend.phrases(written_answers(items))] if phrases else None
+    own = None
+    if phrases and personalizer is not None and config.strength:
+        answers = written_answers(items, latest=personalizer.plug.config.max_history)
+        own = [models.backend.phrases(answers)]
     return models.backend.generate([prompt], soft=soft, config=_wanted(run.task, config), phrases=own)[0].text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from personaplug.engines.vllm_requests import EmbeddingTable
 from personaplug.errors import BadConfig, StoreConflict
 from personaplug.live_personas import LivePersonas, Unknown, store_settings
 from personaplug.personalizer import Personalizer
-from personaplug.phrases import check_phrases
+from personaplug.phrases import Phrases, check_phrases
 from personaplug.plug import PersonaPlug
 from personaplug.run import Run
 from personaplug.service import Service
@@ -80,12 +81,14 @@ def open_service(run: Run, hosting: Hosting) -> Service:
     seed = run.config.training.seeds[0] if hosting.seed is None else hosting.seed
     folder = run.check_trained("plug", seed=seed)
     engine: Engine
+    phrases: Callable[[Sequence[str]], Phrases] | None = None
     if hosting.engine == LOCAL:
         backend = open_backend(config)
         if not isinstance(backend, DecoderOnlyBackend):
             raise BadConfig(f"{config.llm} reads prompts with an encoder of its own; the server cannot run that kind.")
         plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=backend.identity)
         plug = plug.computing_items_in(backend.dtype).to(backend.device)
+        phrases = backend.phrases if hosting.phrases else None
         name = hosting.model or config.llm
         engine = LocalEngine(backend, name=name, max_rows=hosting.max_rows, max_new_tokens=hosting.max_new_tokens)
     else:
@@ -103,7 +106,7 @@ def open_service(run: Run, hosting: Hosting) -> Service:
         Personalizer(plug, strength=hosting.strength),
         open_store(plug, encoder, hosting=hosting),
         unknown=hosting.unknown,
-        phrases=hosting.phrases,
+        phrases=phrases,
     )
     return Service(personas, engine, task=run.task, elsewhere=hosting.elsewhere)
 

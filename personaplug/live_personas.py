@@ -6,8 +6,8 @@ The personas are made by the Personalizer that evaluations use, so what is serve
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from sys import getsizeof
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from personaplug.config import STRONGEST
 from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
 from personaplug.explain import item_weights
 from personaplug.personalizer import Personalizer
+from personaplug.phrases import Phrases
 from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import HistoryItem, Options
 from personaplug.samples import EncodedHistory, written_answers
@@ -37,11 +38,12 @@ class Persona:
 
     Attributes:
         soft: (1, S, D); None = the bare model answers.
-        applied: `user` = made from the user's own items, `population` = what is common to all, `plain` = none.
+        applied: `user` = made from the user's own items, `population` = what is common to all, as users of few items
+            get it too, `plain` = none.
         items: of the history that it was made from.
         strength: as `PersonaPlug.forward` takes it.
         kept: whether it was at hand, unchanged since an earlier request.
-        own_answers: of the user, whose phrases are to be mixed into the answer; none where that is not wanted.
+        phrases: of the user's own answers, to be mixed into what is written; None where that is not wanted.
     """
 
     soft: SoftPrompt | None
@@ -49,7 +51,7 @@ class Persona:
     items: int
     strength: float
     kept: bool = False
-    own_answers: tuple[str, ...] = ()
+    phrases: Phrases | None = None
 
 
 class LivePersonas:
@@ -63,7 +65,7 @@ class LivePersonas:
         personalizer: makes them.
         store: where the histories are; its vectors have to be the plug's encoder's.
         unknown: what users get whose history is unknown or empty, and requests without a user.
-        phrases: tell users' own answers too, for an engine that mixes their phrases in.
+        phrases: makes phrases of a user's own answers, for an engine that mixes them in; None = it does not.
         cache_bytes: most that is kept in memory.
     Raises:
         BadConfig: if `unknown` is neither, or the strength is out of bounds.
@@ -77,18 +79,18 @@ class LivePersonas:
         store: HistoryStore,
         *,
         unknown: Unknown = "population",
-        phrases: bool = False,
+        phrases: Callable[[Sequence[str]], Phrases] | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         if unknown not in UNKNOWN:
             raise BadConfig(f"Unknown users get one of {', '.join(UNKNOWN)}; found {unknown!r}.")
         if not 0 <= personalizer.strength <= STRONGEST:
             raise BadConfig(f"The strength of personas goes from 0 to {STRONGEST}; found {personalizer.strength}.")
-        if phrases and not store.settings.keep_text:
+        if phrases is not None and not store.settings.keep_text:
             raise StoreConflict(
                 "Phrases are read from items' texts, and the store keeps none. Make one with keep_text."
             )
-        self.personalizer, self.store, self.unknown, self.phrases = personalizer, store, unknown, phrases
+        self.personalizer, self.store, self.unknown, self._phrases = personalizer, store, unknown, phrases
         self.plug = personalizer.plug
         _check_fits(self.plug, store)
         self._kept: LRUCache[tuple[str, str], _Kept] = LRUCache(cache_bytes, getsizeof=lambda kept: kept.bytes)
@@ -128,8 +130,8 @@ class LivePersonas:
             read = kept.read or self.personalizer.read(self._history(tenant, user))
             with self._making:
                 soft = self.personalizer.of_read(query, read, options=options, strength=strength)
-        applied: Literal["user", "population"] = "user" if kept.items else "population"
-        return Persona(soft, applied, kept.items, strength, kept=at_hand, own_answers=kept.own_answers)
+        applied: Literal["user", "population"] = "user" if kept.items > self.plug.few else "population"
+        return Persona(soft, applied, kept.items, strength, kept=at_hand, phrases=kept.phrases)
 
     def made(
         self, query: str, history: EncodedHistory, *, options: Options | None = None, strength: float | None = None
@@ -174,7 +176,7 @@ class LivePersonas:
         if not version:
             self.forget(tenant, user)
             return self._nobody, False
-        kept = self._worth_keeping(self._history(tenant, user), own_answers=self._own_answers(tenant, user))
+        kept = self._worth_keeping(self._history(tenant, user), phrases=self._phrases_of(tenant, user))
         with self._lock:
             # Nothing is put back that was read before somebody was forgotten: it may be what had to go.
             if self._forgotten == forgotten and kept.bytes <= self._kept.maxsize:
@@ -186,17 +188,19 @@ class LivePersonas:
             return _no_history(self.plug)
         return self.store.read(tenant, user, latest=self.plug.config.max_history)
 
-    def _own_answers(self, tenant: str, user: str) -> tuple[str, ...]:
-        if not self.phrases:
-            return ()
-        items = self.store.list_items(tenant, user)[-self.plug.config.max_history :]
-        return written_answers(HistoryItem(item.id, item.fields, item.answer_name) for item in items)
+    def _phrases_of(self, tenant: str, user: str) -> Phrases | None:
+        if self._phrases is None:
+            return None
+        latest = self.plug.config.max_history
+        stored = self.store.list_items(tenant, user, latest=latest)
+        items = [HistoryItem(item.id, item.fields, item.answer_name) for item in stored]
+        return self._phrases(written_answers(items, latest=latest))
 
-    def _worth_keeping(self, history: StoredHistory, *, own_answers: tuple[str, ...] = ()) -> _Kept:
+    def _worth_keeping(self, history: StoredHistory, *, phrases: Phrases | None = None) -> _Kept:
         """The tokens, if they are the same whatever is asked, else the history, read as far as that goes."""
         if self.plug.asks_nothing:
-            return _Kept(history.version, len(history), own_answers, soft=self.made("", history))
-        return _Kept(history.version, len(history), own_answers, read=self.personalizer.read(history))
+            return _Kept(history.version, len(history), phrases, soft=self.made("", history))
+        return _Kept(history.version, len(history), phrases, read=self.personalizer.read(history))
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -205,15 +209,14 @@ class _Kept:
 
     version: int
     items: int
-    own_answers: tuple[str, ...] = ()
+    phrases: Phrases | None = None
     soft: SoftPrompt | None = None
     read: HistoryBatch | None = None
 
     @property
     def bytes(self) -> int:
-        texts = sum(map(getsizeof, self.own_answers))
         arrays = (self.soft.vectors.nbytes if self.soft else 0) + (self.read.nbytes if self.read else 0)
-        return _OVERHEAD + texts + arrays
+        return _OVERHEAD + arrays + (self.phrases.nbytes if self.phrases else 0)
 
 
 def _no_history(plug: PersonaPlug) -> StoredHistory:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,7 +28,11 @@ Ids = Sequence[int]
 DOUBT = (100.0, 30.0, 10.0)
 """By how many tokens a context has; chosen on users held out of train (benchmarks/LOG.md, "a user's own phrases")."""
 
+LONGEST = 2048
+"""Characters of an answer that are read; phrases are of titles and messages, and a book would hold up everybody."""
+
 _START = -1  # stands before the first token, which is a context of its own
+_ENTRY_BYTES = 160  # of a token behind a context, with its share of the tables around it
 
 
 class Phrases:
@@ -38,11 +43,17 @@ class Phrases:
     """
 
     def __init__(self, answers: Iterable[Ids]) -> None:
-        self._after: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        after: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         for answer in answers:
             for place, token in enumerate(answer):
-                for context in _contexts(answer[:place]):
-                    self._after[context][token] += 1
+                for context in _contexts(answer[max(0, place - len(DOUBT)) : place]):
+                    after[context][token] += 1
+        self._after = {context: _Seen.of(counts, DOUBT[len(context)]) for context, counts in after.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it takes."""
+        return _ENTRY_BYTES * sum(1 + len(seen.counts) for seen in self._after.values())
 
     def mixed(self, shares: Tensor, written: Ids) -> Tensor:
         """Return the model's (V,) distribution of the next token, mixed with the user's.
@@ -51,11 +62,10 @@ class Phrases:
             written: the answer so far.
         """
         shares = shares.clone()
-        for trust, after in self._known(written):
-            tokens = torch.tensor(list(after), device=shares.device)
-            counts = torch.tensor(list(after.values()), dtype=shares.dtype, device=shares.device)
-            shares *= 1 - trust
-            shares[tokens] += trust * counts / counts.sum()
+        for seen in self._known(written):
+            tokens, counts = seen.arrays
+            shares *= 1 - seen.trust
+            shares[tokens.to(shares.device)] += seen.trust * counts.to(shares.device, shares.dtype) / seen.times
         return shares
 
     def along(self, answer: Ids) -> list[tuple[float, float]]:
@@ -64,22 +74,43 @@ class Phrases:
         Returns:
             (a, b) of each token.
         """
-        return [self._of(token, answer[:place]) for place, token in enumerate(answer)]
+        return [self._of(token, answer[max(0, place - len(DOUBT)) : place]) for place, token in enumerate(answer)]
 
     def _of(self, token: int, written: Ids) -> tuple[float, float]:
         factor, more = 1.0, 0.0
-        for trust, after in self._known(written):
-            factor *= 1 - trust
-            more = (1 - trust) * more + trust * after[token] / after.total()
+        for seen in self._known(written):
+            factor *= 1 - seen.trust
+            more = (1 - seen.trust) * more + seen.trust * seen.counts[token] / seen.times
         return factor, more
 
-    def _known(self, written: Ids) -> Iterator[tuple[float, Counter[int]]]:
-        """What followed each context that was seen, the shortest first, and how far that is trusted."""
-        for context, doubt in zip(_contexts(written), DOUBT, strict=False):
-            after = self._after.get(context)
-            if after:
-                seen = after.total()
-                yield seen / (seen + doubt * len(after)), after
+    def _known(self, written: Ids) -> Iterator[_Seen]:
+        """What followed each context that was seen, the shortest first."""
+        for context in _contexts(written):
+            if context in self._after:
+                yield self._after[context]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Seen:
+    """What followed a context.
+
+    Attributes:
+        counts: how often each token did.
+        times: all together (n).
+        trust: how far that is mixed in (s).
+        arrays: the tokens, and how often each.
+    """
+
+    counts: Counter[int]
+    times: int
+    trust: float
+    arrays: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, counts: Counter[int], doubt: float) -> _Seen:
+        times = counts.total()
+        arrays = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
+        return cls(counts, times, times / (times + doubt * len(counts)), arrays)
 
 
 def mixed_logits(logits: Tensor, phrases: Sequence[Phrases], written: Sequence[Ids]) -> Tensor:
@@ -90,11 +121,12 @@ def mixed_logits(logits: Tensor, phrases: Sequence[Phrases], written: Sequence[I
         phrases: R of them.
         written: the R answers so far.
     Returns:
-        (R, V) logarithms of the mixed shares.
+        (R, V) logarithms of the mixed shares; what the model must not say at all stays so.
     """
     shares = torch.softmax(logits.float(), dim=-1)
     rows = zip(shares, phrases, written, strict=True)
-    return torch.stack([own.mixed(row, ids) for row, own, ids in rows]).log()
+    mixed = torch.stack([own.mixed(row, ids) for row, own, ids in rows]).log()
+    return mixed.masked_fill(logits == -torch.inf, -torch.inf)
 
 
 def mixed_losses(losses: Tensor, wanted: Tensor, phrases: Sequence[Phrases]) -> Tensor:
@@ -108,7 +140,7 @@ def mixed_losses(losses: Tensor, wanted: Tensor, phrases: Sequence[Phrases]) -> 
     rows = zip(wanted.tolist(), phrases, strict=True)
     pairs = [pair for row, own in rows for pair in own.along([token for token in row if token >= 0])]
     factor, more = torch.tensor(pairs, dtype=losses.dtype, device=losses.device).reshape(-1, 2).unbind(dim=1)
-    return -torch.log(factor * torch.exp(-losses) + more)
+    return -torch.logaddexp(factor.log() - losses, more.log())
 
 
 def check_phrases(task: Task) -> None:

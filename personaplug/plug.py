@@ -99,9 +99,11 @@ class PersonaPlug(nn.Module):
         self.item_dtype = torch.float32
         width, tokens = fitting.llm.width, config.persona_tokens
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
-        # All tokens of users without any item, where others than [I; population] serve them better; (S, D), not scaled.
+        # All tokens of users of so few items, where others than their own serve them better; (S, D), not scaled.
         self.cold_start: Tensor | None
+        self.cold_items: Tensor | None
         self.register_buffer("cold_start", None)
+        self.register_buffer("cold_items", None)
         if tokens:
             self.frozen = FrozenQueries(encoder)
             self.aggregator = build_aggregator(config)
@@ -153,7 +155,7 @@ class PersonaPlug(nn.Module):
             history: their users' items; None is allowed where the plug has no persona tokens.
             options: what the prompts let choose from, one per query; only read where they are compared.
             strength: how far personas go from the population persona (near 0) to the user's own (1) and beyond; at 0
-                there are no soft tokens at all. Users without any item get the same whatever it is.
+                there are no soft tokens at all. Users without items of their own to go by get the same whatever it is.
         Returns:
             (B, S, D), of the size of the language model's own embedded tokens: S = I + K, one more where options are
             compared, 0 for a strength of 0.
@@ -182,12 +184,21 @@ class PersonaPlug(nn.Module):
                 parts.append(torch.zeros_like(self.hint.places[:1]))
         return SoftPrompt(torch.cat(parts)[None] * self.fitting.embedding_scale, placement=self.config.placement)
 
+    def start_cold(self, tokens: Tensor | None, *, items: int = 0) -> None:
+        """Serve users of at most so many items with tokens that know of nobody, (S, D), not scaled; None = none."""
+        self.cold_start, self.cold_items = tokens, None if tokens is None else torch.tensor(items)
+
+    @property
+    def few(self) -> int:
+        """Up to how many items a user gets what is common to all, and nothing of their own."""
+        return 0 if self.cold_items is None else int(self.cold_items)
+
     def _with_cold_start(self, tokens: Tensor, history: HistoryBatch | None) -> Tensor:
-        """The (B, S, D) tokens, those of `cold_start` in the place of users' who have no item."""
-        if self.cold_start is None or history is None or all(history.lengths):
+        """The (B, S, D) tokens, those of `cold_start` in the place of users' who have too few items."""
+        if self.cold_start is None or history is None or min(history.lengths, default=0) > (few := self.few):
             return tokens
-        empty = torch.tensor([not length for length in history.lengths], device=tokens.device)
-        return torch.where(empty[:, None, None], self.cold_start, tokens)
+        cold = torch.tensor([length <= few for length in history.lengths], device=tokens.device)
+        return torch.where(cold[:, None, None], self.cold_start, tokens)
 
     def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
         """P of eq. 4 before scaling, and the population persona of users without any item; (B, K, D).
@@ -312,7 +323,9 @@ class PersonaPlug(nn.Module):
         plug = cls(read_plug_config(config), fitting=fitting, encoder=encoder)
         try:
             state = load_file(folder / _WEIGHTS)
-            plug.cold_start = _checked_cold_start(state.get("cold_start"), plug)
+            if "cold_start" in state:
+                few = state.setdefault("cold_items", torch.tensor(0))  # plugs from before there was a choice have none
+                plug.start_cold(_checked_cold_start(state["cold_start"], plug), items=int(few))
             known = plug.state_dict()  # plugs of earlier versions hold a query side all the same
             plug.load_state_dict({k: v for k, v in state.items() if k in known or not k.startswith("query_encoder.")})
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -321,9 +334,9 @@ class PersonaPlug(nn.Module):
         return plug.eval()
 
 
-def _checked_cold_start(tokens: Tensor | None, plug: PersonaPlug) -> Tensor | None:
+def _checked_cold_start(tokens: Tensor, plug: PersonaPlug) -> Tensor:
     shape = (plug.config.soft_tokens, plug.fitting.llm.width)
-    if tokens is not None and tokens.shape != shape:
+    if tokens.shape != shape:
         raise RuntimeError(f"cold_start should be of the shape {shape}, and is of {tuple(tokens.shape)}")
     return tokens
 

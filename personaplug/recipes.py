@@ -41,6 +41,7 @@ from personaplug.vectors import VectorTable
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter.safetensors"
+_FEW = 5  # items at most that a user is served without a persona of their own with
 _STARTS = 1024  # answers from whose tokens those are drawn that instruction tokens start as
 
 
@@ -176,23 +177,32 @@ class Trainings:
     def _choose_cold_start(
         self, plug: PersonaPlug, objective: PlugObjective, samples: Sequence[EncodedSample], *, seed: int
     ) -> dict[str, object]:
-        """Choose what serves users without any item: the control's tokens, which have learned from nothing else, if
-        held-out users whose histories are hidden lose less with them than with the population persona.
+        """Choose what serves users of few items: the control's tokens, which know of nobody, up to the last number of
+        items, from none on, with which held-out users lose less by them than by the plug.
 
         Returns:
-            What they lose with either.
+            What they lose with either, by the number of items that they are shown, up to the first where the plug wins.
         """
         if not self.run.trained(INSTRUCTION.name, seed=seed):
             return {}
         config = self.run.config.training
         _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
-        hidden = [sample.without_items() for sample in held]
-        before = _mean_loss(objective, hidden, most=config.pass_tokens)
-        plug.cold_start = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
-        after = _mean_loss(objective, hidden, most=config.pass_tokens)
-        if not after < before:
-            plug.cold_start = None
-        return {"loss_of_no_items": {"population": before, INSTRUCTION.name: after}}
+        control = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
+        losses: dict[int, dict[str, float]] = {}
+        chosen = -1
+        for items in range(_FEW + 1):
+            shown = [sample.latest(items) for sample in held if len(sample.rows) >= items]
+            if not shown:
+                break
+            plug.start_cold(None)
+            own = _mean_loss(objective, shown, most=config.pass_tokens)
+            plug.start_cold(control, items=items)
+            losses[items] = {"plug": own, INSTRUCTION.name: _mean_loss(objective, shown, most=config.pass_tokens)}
+            if not losses[items][INSTRUCTION.name] < own:
+                break
+            chosen = items
+        plug.start_cold(control if chosen >= 0 else None, items=max(chosen, 0))
+        return {"loss_of_few_items": losses}
 
     def _start(self, plug: PersonaPlug, samples: Sequence[EncodedSample], *, seed: int) -> None:
         """Let a plug's instruction tokens start as tokens of answers."""

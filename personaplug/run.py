@@ -121,6 +121,7 @@ class Run:
 
         Raises:
             MissingData: if the folder holds none.
+            BadConfig: if it was made with a setting that there is no more.
         """
         folder = Path(folder)
         try:

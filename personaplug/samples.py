@@ -71,7 +71,11 @@ class EncodedSample:
 
     def without_items(self) -> EncodedSample:
         """The same question of a user without any history."""
-        return self.with_items_of(self, np.arange(0))
+        return self.latest(0)
+
+    def latest(self, items: int) -> EncodedSample:
+        """The same with so many of the latest items, if there are more."""
+        return self.with_items_of(self, np.arange(max(0, len(self.rows) - items), len(self.rows)))
 
     def __repr__(self) -> str:
         return f"EncodedSample(id={self.id!r}, user_id={self.user_id!r}, items={len(self.rows)})"
@@ -123,9 +127,9 @@ def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places
     return np.array([places.get((item.answer or "").strip(), -1) for item in items], dtype=np.int16)
 
 
-def written_answers(items: Iterable[HistoryItem]) -> tuple[str, ...]:
-    """The answers in a history, in order, without items that hold none."""
-    return tuple(item.answer for item in items if item.answer)
+def written_answers(items: Sequence[HistoryItem], *, latest: int) -> tuple[str, ...]:
+    """The answers in so many of the latest items of a history, in order, without those that hold none."""
+    return tuple(item.answer for item in items[-latest:] if item.answer)
 
 
 def with_nearest(samples: Sequence[EncodedSample], table: VectorTable, *, count: int) -> list[EncodedSample]:

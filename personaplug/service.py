@@ -108,7 +108,7 @@ class Service:
             persona.soft,
             self.task.labels if asked.worded and not extras.free else (),
             id=secrets.token_hex(12),
-            own_answers=persona.own_answers,
+            phrases=persona.phrases,
         )
         reply = await self.engine.answer(question)
         if user is not None:
@@ -236,7 +236,8 @@ class Service:
         days = [item.date or item.arrived.date() for item in items]
         latest = self.personas.plug.config.max_history
         parts = [history.only(np.flatnonzero([day <= limit for day in days])[-latest:]) for limit in (since, until)]
-        moved = partial(drift, partial(self.personas.made, ""), *parts, common=self.personas.plug.common())
+        plug = self.personas.plug
+        moved = partial(drift, partial(self.personas.made, ""), *parts, common=plug.common(), few=plug.few)
         found = asdict(await self._slowly(moved))
         return {name: None if value != value else value for name, value in found.items()}  # JSON has no NaN
 

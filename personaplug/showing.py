@@ -81,10 +81,10 @@ class Showing:
         samples = with_nearest(rows_lent(self._read_by(plug), lent), self.table, count=plug.selected_items)
         if condition.persona == "random-vectors":
             samples = [replace(sample, answers=np.full_like(sample.answers, -1)) for sample in samples]
-        if condition.phrases:
-            items = self._items(condition, seed=seed)
-            both = zip(samples, items, strict=True)
-            samples = [replace(sample, own_answers=written_answers(shown)) for sample, shown in both]
+        if condition.phrases and self.config.strength:  # at 0 it is the plain model
+            both = zip(samples, self._items(condition, seed=seed), strict=True)
+            latest = own.max_history
+            samples = [replace(sample, own_answers=written_answers(items, latest=latest)) for sample, items in both]
         lenders = [one.lender for one in lent]
         if not condition.in_words:
             return Shown(samples, lenders, self.bare)

@@ -218,12 +218,16 @@ class HistoryStore:
             row = find_user(connection, shard, tenant=tenant, user=user)
             return version_of(row, read_state(connection))
 
-    def list_items(self, tenant: str, user: str) -> list[StoredItem]:
-        """A user's items without their vectors, oldest first; none for an unknown user."""
+    def list_items(self, tenant: str, user: str, *, latest: int | None = None) -> list[StoredItem]:
+        """A user's items without their vectors, oldest first; none for an unknown user.
+
+        Args:
+            latest: at most so many, the latest; None = all.
+        """
         shard = self._shard(tenant, user)
         with self._database.reading() as connection:
             row = find_user(connection, shard, tenant=tenant, user=user)
-            return list_items(connection, shard, row.no) if row else []
+            return list_items(connection, shard, row.no, latest=latest) if row else []
 
     def export(self, tenant: str, user: str) -> dict[str, Any]:
         """Everything that is known of a user, as JSON can hold it: the items, with vectors as numbers.

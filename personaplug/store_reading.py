@@ -84,9 +84,10 @@ def read_history(
     )
 
 
-def list_items(connection: Connection, shard: Shard, no: int) -> list[StoredItem]:
-    """A user's items without their vectors, oldest first."""
-    return [_item(row) for row in connection.execute(_items_statement(shard), {"no_": no})]
+def list_items(connection: Connection, shard: Shard, no: int, *, latest: int | None = None) -> list[StoredItem]:
+    """A user's items without their vectors, at most so many and then the latest of them, oldest first."""
+    given = {"no_": no, "latest_": ITEMS_PER_USER if latest is None else latest}
+    return [_item(row) for row in reversed(connection.execute(_items_statement(shard), given).all())]
 
 
 def as_json(item: StoredItem) -> dict[str, Any]:
@@ -135,4 +136,5 @@ def _items_statement(shard: Shard) -> sa.Select[Any]:
     items, texts = shard.items, shard.texts
     columns = sa.select(items.c.item_id, items.c.dated, items.c.day, items.c.arrived, items.c.answer, texts.c.body)
     joined = columns.join_from(items, texts, items.c.key == texts.c.key, isouter=True)
-    return joined.where(items.c.user_no == sa.bindparam("no_")).order_by(items.c.day, items.c.key)
+    theirs = joined.where(items.c.user_no == sa.bindparam("no_")).order_by(items.c.day.desc(), items.c.key.desc())
+    return theirs.limit(sa.bindparam("latest_", type_=sa.Integer))

@@ -21,10 +21,13 @@ from click.testing import CliRunner, Result
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.cli import main
+from personaplug.config_text import load_config
+from personaplug.data import LAMP_TASKS
 from personaplug.data.simulated import SimulatedConfig, write_simulation
 from personaplug.encoder import HashEncoder
 from personaplug.engines.vllm_requests import EmbeddingTable
 from personaplug.receipts import Receipt
+from personaplug.run import Run
 from personaplug.store import HistoryStore
 
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1", "controls=false"]
@@ -161,6 +164,14 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path, words: list[str],
     done = _call("serve", *given, "--store", tmp_path / "h.db")
     assert done.exit_code == 2
     assert said in done.output
+
+
+def test_phrases_are_the_local_engines_alone(tmp_path: Path) -> None:
+    Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_4"])
+    given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
+    done = _call("serve", *given)
+    assert (done.exit_code, "Leave --phrases out" in done.output) == (2, True)
+    assert not (tmp_path / "h.db").exists()
 
 
 def test_an_engine_that_is_not_there_is_said_in_a_sentence(

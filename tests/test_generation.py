@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,17 +24,27 @@ SECRET = "zanzibar"
 BLANK = Task("Own", "text", ("text",), "text", ("rouge_1",))
 
 
-def answer(prompt: str, task: Task, toy: DecoderOnlyBackend, encoder: HashEncoder, *, plain: bool = False) -> str:
-    config = resolved(load_config(overrides=["max_new_tokens=2", "num_beams=1"]), task)
+def answer(
+    prompt: str,
+    task: Task,
+    toy: DecoderOnlyBackend,
+    encoder: HashEncoder,
+    *,
+    plain: bool = False,
+    phrases: bool = False,
+    settings: tuple[str, ...] = ("max_new_tokens=2",),
+) -> str:
+    config = resolved(load_config(overrides=["num_beams=1", *settings]), task)
     plug = PersonaPlug(config.plug, fitting=Fitting(toy.identity, 0.25, encoder.identity, task.labels), encoder=encoder)
     values = tuple((name, "4") for name in task.field_names)
     return reply(
         prompt,
-        [HistoryItem("1", values, task.answer_field)],
+        [HistoryItem(str(n), values, task.answer_field) for n in range(99 if phrases else 1)],
         run=Run(Path("unused"), config, task, Path("unused")),
         models=Models(encoder, toy),
-        personalizer=None if plain else Personalizer(plug.eval()),
+        personalizer=None if plain else Personalizer(plug.eval(), strength=config.evaluation.strength),
         config=config.evaluation,
+        phrases=phrases,
     )
 
 
@@ -65,3 +76,12 @@ def test_a_prompt_without_query_says_what_it_must_hold(
 
 def test_without_the_plug_no_wording_is_needed(toy: DecoderOnlyBackend, hashing: HashEncoder) -> None:
     assert answer("anything", LAMP_TASKS["LaMP_3"], toy, hashing, plain=True) in LAMP_TASKS["LaMP_3"].labels
+
+
+def test_phrases_are_mixed_in_beside_a_persona_alone(toy: DecoderOnlyBackend, hashing: HashEncoder) -> None:
+    task, prompt = LAMP_TASKS["LaMP_4"], "Tell me. article: a long walk"
+    bare = answer(prompt, task, toy, hashing)
+    assert answer(prompt, task, toy, hashing, phrases=True) == "4" != bare
+    for changes in ({"plain": True}, {"settings": ("max_new_tokens=2", "strength=0")}):
+        given: dict[str, Any] = changes
+        assert answer(prompt, task, toy, hashing, phrases=True, **given) == answer(prompt, task, toy, hashing, **given)

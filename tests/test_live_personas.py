@@ -195,3 +195,14 @@ def test_stores_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         LivePersonas(Personalizer(plug), other)
     with pytest.raises(BadConfig, match="population, plain"):
         _live(tmp_path, unknown="default")
+
+
+def test_users_of_few_items_are_told_to_have_what_is_common(tmp_path: Path) -> None:
+    live = _live(tmp_path)
+    live.plug.start_cold(torch.ones_like(live.plug.common().vectors[0]), items=2)
+    applied = []
+    for one in ITEMS[:3]:
+        live.store.add("shop", "ann", [one])
+        applied.append(live.persona("shop", "ann", "a film").applied)
+    assert applied == ["population", "population", "user"]
+    assert not torch.equal(_tokens(live, "ann"), _tokens(live, None))

@@ -13,7 +13,7 @@ from torch import Tensor
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.hf import HFBackend
-from personaplug.phrases import DOUBT, Phrases, mixed_logits, mixed_losses
+from personaplug.phrases import DOUBT, LONGEST, Phrases, mixed_logits, mixed_losses
 from personaplug.soft_prompt import SoftPrompt
 
 PROMPTS = ["what comes next", "and what is this one called"]
@@ -130,3 +130,24 @@ def test_rows_of_logits_are_mixed_each_with_its_own() -> None:
     found: Any = mixed_logits(logits, [Phrases([]), phrases], [[1], [3]])
     torch.testing.assert_close(found[0], torch.log_softmax(logits[0], dim=0))
     torch.testing.assert_close(found[1].exp(), phrases.mixed(torch.softmax(logits[1], dim=0), [3]))
+
+
+def test_long_answers_are_counted_quickly_and_their_beginnings_alone(toy: DecoderOnlyBackend) -> None:
+    title = "".join(chr(97 + place % 26) for place in range(3 * LONGEST))
+    long, short = toy.phrases([title]), toy.phrases([title[:LONGEST]])
+    ids = toy.renderer.answer(title)
+    torch.testing.assert_close(torch.tensor(long.along(ids[:9])), torch.tensor(short.along(ids[:9])), rtol=0.05, atol=0)
+    assert long.nbytes < 2**16  # one entry a context, however often it came
+    end = toy.end_ids()[0]
+    assert long.along([end])[0][1] == 0 < short.along([end])[0][1]  # it did not end there
+
+
+def test_a_loss_beyond_what_an_exponential_holds_stays_finite() -> None:
+    losses = mixed_losses(torch.tensor([200.0]), torch.tensor([[3]]), [Phrases([])])
+    assert losses.tolist() == pytest.approx([200])
+
+
+def test_what_must_not_be_said_is_not_mixed_in() -> None:
+    logits = torch.zeros(1, 4)
+    logits[0, 3] = -torch.inf
+    assert mixed_logits(logits, [Phrases([(3, 0)] * 9)], [[]])[0, 3] == -torch.inf

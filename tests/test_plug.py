@@ -138,11 +138,18 @@ def test_a_user_without_history_gets_the_population_persona_and_trains_it() -> N
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in plug.parameters())
 
 
-def test_tokens_for_a_cold_start_serve_users_without_items_alone(tmp_path: Path) -> None:
+def test_tokens_for_a_cold_start_serve_users_of_few_items_alone(tmp_path: Path) -> None:
     encoder = HashEncoder(WIDTH)
     plug, history = _plug(encoder), _history(lengths=(4, 2, 0))
     before = plug(QUERIES, history).vectors
-    plug.cold_start = torch.full_like(before[0], 2.0)
+    tokens = torch.full_like(before[0], 2.0)
+    plug.start_cold(tokens, items=2)
+    assert (plug.few, torch.equal(plug(QUERIES, history).vectors[0], before[0])) == (2, True)
+    assert torch.equal(plug(QUERIES, history).vectors[1], tokens * plug.fitting.embedding_scale)
+    plug.save_pretrained(tmp_path)
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    assert torch.equal(again(QUERIES, history).vectors, plug(QUERIES, history).vectors)
+    plug.start_cold(tokens)
     after = plug(QUERIES, history).vectors
     assert torch.equal(after[:2], before[:2])
     assert torch.equal(after[2], torch.full_like(before[2], 2.0) * plug.fitting.embedding_scale)
@@ -152,7 +159,7 @@ def test_tokens_for_a_cold_start_serve_users_without_items_alone(tmp_path: Path)
     plug.save_pretrained(tmp_path)
     again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
     assert torch.equal(again(QUERIES, history).vectors, after)
-    plug.cold_start = plug.cold_start[:1]
+    plug.start_cold(tokens[:1])
     plug.save_pretrained(tmp_path)
     with pytest.raises(MissingData, match="cold_start should be of the shape"):
         PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
@@ -170,7 +177,7 @@ def test_how_far_a_persona_moved_does_not_depend_on_what_a_cold_start_is_served_
     before, after = EncodedHistory(one, none), EncodedHistory(other, none)
     found = drift(make, before, after, common=plug.common())
     start = drift(make, before.only(slice(0)), after, common=plug.common())
-    plug.cold_start = torch.full_like(plug.common().vectors[0], 9.0)
+    plug.start_cold(torch.full_like(plug.common().vectors[0], 9.0))
     assert drift(make, before, after, common=plug.common()) == found
     again = drift(make, before.only(slice(0)), after, common=plug.common())
     assert (again.cosine, start.cosine, math.isnan(again.moved)) == (0.0, 0.0, True)
@@ -230,8 +237,9 @@ def test_a_setting_that_has_gone_is_no_hindrance() -> None:
 
 def test_a_plug_whose_items_shared_with_a_common_persona_is_refused() -> None:
     assert read_plug_config({"shrinkage": False}) == read_plug_config({})
-    with pytest.raises(BadConfig, match="shrinkage"):
-        read_plug_config({"shrinkage": True})
+    for gone in ({"shrinkage": True}, {"answers": "form"}):
+        with pytest.raises(BadConfig, match=r"made with (shrinkage=true|answers=form), which there is no more"):
+            read_plug_config(gone)
 
 
 def test_a_persona_is_the_weighted_sum_of_projected_items_or_the_common_one() -> None:

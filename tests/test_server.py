@@ -518,7 +518,7 @@ def test_the_document_names_every_route(url: str) -> None:
 def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     config = replace(CONFIG, answers="text")
-    service = open_service(toy, tmp_path, task=task, config=config, phrases=True)
+    service = open_service(toy, tmp_path, task=task, config=config, phrases=toy.phrases)
     asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
 
     def told(user: str | None, **more: Any) -> str:
@@ -531,6 +531,9 @@ def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: DecoderO
         nobodys = told(None)
         assert [told("ann"), told("bob")] == ["Why Music, Part 2", "On tea"]
         assert told("ann") == "Why Music, Part 2"  # kept
+        more = [{"id": f"m{n}", "text": f"text {n}", "title": "Why Music, Part 3"} for n in range(400)]
+        assert _post(place, "ann", *more).status_code == 200
+        assert told("ann") == "Why Music, Part 3"
         assert "Music" not in told("ann", extra_body={"personaplug": {"strength": 0}})
         assert told("carl") == nobodys
         assert httpx.delete(f"{place}/v1/users/ann").status_code == 200
@@ -539,4 +542,15 @@ def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: DecoderO
 
 def test_phrases_take_a_store_that_keeps_texts(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
     with pytest.raises(StoreConflict, match="keep_text"):
-        open_service(toy, tmp_path, keep_text=False, phrases=True)
+        open_service(toy, tmp_path, keep_text=False, phrases=toy.phrases)
+
+
+def test_an_item_as_long_as_a_book_holds_nobody_up(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+    task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
+    service = open_service(toy, tmp_path, task=task, config=replace(CONFIG, answers="text"), phrases=toy.phrases)
+    with served(service) as place:
+        assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
+        kept = service.personas.persona("default", "ann", "on tea").phrases
+        assert kept is not None
+        assert kept.nbytes < 2**20
+        assert _chat(place, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200

@@ -79,6 +79,13 @@ def test_without_the_answers_they_are_not_encoded(place: Place) -> None:
     np.testing.assert_array_equal(one, ENCODER.encode([item("a").content])[0].astype(np.float16))
 
 
+def test_the_latest_items_are_listed_oldest_first(store: HistoryStore) -> None:
+    store.add("t", "u", [item(name) for name in "abcde"])
+    assert [one.id for one in store.list_items("t", "u", latest=2)] == ["d", "e"]
+    assert [one.id for one in store.list_items("t", "u")] == list("abcde")
+    assert store.list_items("t", "nobody", latest=2) == []
+
+
 def test_an_unknown_user_has_an_empty_history(store: HistoryStore) -> None:
     history = store.read("t", "nobody")
     assert (history.vectors.shape, history.answers.shape) == ((0, 32), (0,))

@@ -342,15 +342,24 @@ def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path:
     assert not _weights(untaught)["population"].any()
 
 
-@pytest.mark.parametrize("losses", [(2.0, 1.0), (1.0, 2.0), (float("nan"), 1.0)])
-def test_users_without_history_get_what_held_out_ones_lose_less_with(
-    tmp_path: Path, data: Path, losses: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("losses", "few"),
+    [
+        ([1.0, 2.0], None),
+        ([float("nan"), 1.0], None),
+        ([2.0, 1.0, 1.0, 1.0], 0),
+        ([2.0, 1.0, 2.0, 1.0, 2.0, 1.9, 1.0, 2.0], 2),
+        ([2.0, 1.0] * 6, 5),
+    ],
+)
+def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
+    tmp_path: Path, data: Path, losses: list[float], few: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[set[str], int, torch.Tensor | None]] = []
+    asked: list[tuple[set[str], set[int], torch.Tensor | None]] = []
 
     def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
         plug = cast(PersonaPlug, objective.module)
-        asked.append(({one.owner for one in samples}, sum(len(one.rows) for one in samples), plug.cold_start))
+        asked.append(({one.owner for one in samples}, {len(one.rows) for one in samples}, plug.cold_start))
         return losses[len(asked) - 1]
 
     monkeypatch.setattr("personaplug.recipes._mean_loss", told)
@@ -358,18 +367,24 @@ def test_users_without_history_get_what_held_out_ones_lose_less_with(
     control, config = _weights(run, "instruction-only")["instruction"], run.config.training
     samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).plain
     _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
-    assert [(owners, items) for owners, items, _ in asked] == [({one.owner for one in held}, 0)] * 2
-    assert asked[0][2] is None
-    assert torch.equal(cast(torch.Tensor, asked[1][2]), control)
-    assert ("cold_start" in _weights(run)) is (losses == (2.0, 1.0))
+    assert len(asked) == len(losses)
+    for place, (owners, sizes, tokens) in enumerate(asked):
+        items = place // 2
+        assert owners == {one.owner for one in held if len(one.rows) >= items}
+        assert sizes == {items}
+        assert tokens is None if place % 2 == 0 else torch.equal(cast(torch.Tensor, tokens), control)
+    found = run.load_plug("plug", seed=0, models=open_models(run.config))
+    assert (found.cold_start is None, found.few) == (few is None, few or 0)
 
 
 def test_the_losses_that_decide_a_cold_start_are_those_of_either(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data)
-    told = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_no_items"]
+    told = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_few_items"]
     found = run.load_plug("plug", seed=0, models=open_models(run.config))
-    assert (found.cold_start is not None) is (told["instruction-only"] < told["population"])
-    assert told["instruction-only"] != told["population"]
+    won = [items for items, losses in told.items() if losses["instruction-only"] < losses["plug"]]
+    assert [*told][: len(won)] == won
+    assert (found.cold_start is not None, found.few) == (bool(won), max(len(won) - 1, 0))
+    assert all(losses["instruction-only"] != losses["plug"] for losses in told.values())
 
 
 def test_a_control_that_diverges_does_not_take_the_plug_with_it(

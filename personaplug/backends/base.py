@@ -108,7 +108,7 @@ class Backend(Protocol):
         ...
 
     def phrases(self, answers: Sequence[str]) -> Phrases:
-        """Return what a user's answers go on with, in this model's tokens."""
+        """Return what a user's answers go on with, in this model's tokens; of long ones, the beginnings."""
         ...
 
     def cut_text(self, text: str, tokens: int) -> str:

@@ -24,7 +24,7 @@ from personaplug.backends.base import Generation, GenerationConfig, Measure, pad
 from personaplug.backends.kept_prompts import KeptPrompts, Layout, Room, find_room
 from personaplug.backends.rendering import Ids, Renderer
 from personaplug.memory import free_memory
-from personaplug.phrases import Phrases, mixed_logits, mixed_losses
+from personaplug.phrases import LONGEST, Phrases, mixed_logits, mixed_losses
 from personaplug.progress import Progress
 from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind, splice
 from personaplug.weights import LLMIdentity, fingerprint
@@ -99,7 +99,8 @@ class HFBackend:
 
     def phrases(self, answers: Sequence[str]) -> Phrases:
         """Return what a user's answers go on with; see `Backend.phrases`."""
-        return Phrases(self.renderer.targets(answers))
+        cut = ((answer[:LONGEST], len(answer) <= LONGEST) for answer in answers)
+        return Phrases(self.renderer.unremembered(answer, end=whole) for answer, whole in cut)
 
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text that is at most so many tokens; see `Renderer.cut`."""

@@ -68,7 +68,7 @@ class Renderer:
         self.room = max_tokens - len(self.head) - len(self.tail)
         # Behind a prompt that is read once, tokenizing it again for each view would be a good part of a step.
         self._prompt = lru_cache(_REMEMBERED)(self._tokenized_prompt)
-        self._answer = lru_cache(_REMEMBERED)(self._tokenized_answer)
+        self._answer = lru_cache(_REMEMBERED)(self.unremembered)
 
     def prompt(self, text: str, soft_at: int = 0) -> Rendered:
         """Tokenize one prompt; the end of the text is cut where it is too long.
@@ -146,7 +146,8 @@ class Renderer:
         """Tokenize an answer, closed by the end-of-text token unless `end` is False."""
         return self._answer(text, end)
 
-    def _tokenized_answer(self, text: str, end: bool) -> Ids:
+    def unremembered(self, text: str, end: bool = True) -> Ids:
+        """The same, without keeping text or tokens for the next time."""
         return (*self._text_ids(text), *([self.tokenizer.eos_token_id] if end else []))
 
     def answers(self, labels: Sequence[str]) -> list[Ids]:

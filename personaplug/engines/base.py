@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from personaplug.phrases import Phrases
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.wire import Kind
 
@@ -24,7 +25,7 @@ class Question:
         soft: (1, S, D), or None.
         choices: the closed set that the answer must be from; empty = it is written freely.
         id: of the request.
-        own_answers: of the user, whose phrases are to be mixed in where the answer is written freely.
+        phrases: of the user's own answers, to be mixed in where this one is written freely; None = nothing is.
     """
 
     kind: Kind
@@ -32,7 +33,7 @@ class Question:
     soft: SoftPrompt | None
     choices: Sequence[str] = ()
     id: str = ""
-    own_answers: Sequence[str] = ()
+    phrases: Phrases | None = None
 
 
 class Events(AsyncIterator[bytes]):

@@ -20,7 +20,6 @@ from personaplug.backends.running_rows import Row
 from personaplug.engines.base import CHARACTERS, Events, Question, Reply
 from personaplug.engines.model_thread import Job, ModelThread
 from personaplug.errors import BadConfig, EngineFailure, PersonaPlugError, RequestError
-from personaplug.phrases import Phrases
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.wire import DONE, ChatRequest, Message, Usage, Writer, event, first_flaw
 
@@ -270,15 +269,7 @@ class LocalEngine:
             top_p=1.0 if sampling.top_p is None else max(sampling.top_p, _COLD),
             seed=secrets.randbits(62) if sampling.seed is None else sampling.seed,
         )
-        return Row(prompt, soft, config, choices, self._phrases(question))
-
-    def _phrases(self, question: Question) -> Phrases | None:
-        if not question.own_answers or question.choices:
-            return None
-        try:
-            return self.backend.phrases(question.own_answers)
-        finally:
-            self.backend.renderer.forget()  # a user's words are not to outlast the user
+        return Row(prompt, soft, config, choices, question.phrases)
 
     def _longest(self, sampling: Sampling, *, room: int) -> int:
         """How many tokens an answer may have."""

@@ -327,8 +327,8 @@ def without_gone(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if (key in _GONE and _GONE[key] not in (_ANY, value)) or (key, value) == ("plug.answers", "form"):
             raise BadConfig(
-                f"This was made with {key.partition('.')[2]}={str(value).lower()}, which there is no more. Use the version "
-                f"that made it, or train again into another folder."
+                f"This was made with {key.partition('.')[2]}={str(value).lower()}, which there is no more. Use the "
+                f"version that made it, or train again into another folder."
             )
     return {key: value for key, value in values.items() if key not in _GONE}
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Phrases:
             for place, token in enumerate(answer):
                 for context in _contexts(answer[max(0, place - len(DOUBT)) : place]):
                     after[context][token] += 1
-        self._after = {context: _Seen.of(counts, DOUBT[len(context)]) for context, counts in after.items()}
+        self._after = {context: _Seen(counts, DOUBT[len(context)]) for context, counts in after.items()}
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +90,6 @@ class Phrases:
                 yield self._after[context]
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class _Seen:
     """What followed a context.
 
@@ -98,19 +97,16 @@ class _Seen:
         counts: how often each token did.
         times: all together (n).
         trust: how far that is mixed in (s).
-        arrays: the tokens, and how often each.
     """
 
-    counts: Counter[int]
-    times: int
-    trust: float
-    arrays: tuple[Tensor, Tensor]
+    def __init__(self, counts: Counter[int], doubt: float) -> None:
+        self.counts, self.times = counts, counts.total()
+        self.trust = self.times / (self.times + doubt * len(counts))
 
-    @classmethod
-    def of(cls, counts: Counter[int], doubt: float) -> _Seen:
-        times = counts.total()
-        arrays = torch.tensor(list(counts)), torch.tensor(list(counts.values()))
-        return cls(counts, times, times / (times + doubt * len(counts)), arrays)
+    @cached_property
+    def arrays(self) -> tuple[Tensor, Tensor]:
+        """The tokens, and how often each; made when something is written behind the context, which few ever are."""
+        return torch.tensor(list(self.counts)), torch.tensor(list(self.counts.values()))
 
 
 def mixed_logits(logits: Tensor, phrases: Sequence[Phrases], written: Sequence[Ids]) -> Tensor:

@@ -109,7 +109,7 @@ class ReferenceObjective(PlugObjective):
         weights = torch.einsum("be,bne->bn", query, items).masked_fill(~real, -1e9).softmax(dim=1)
         count = items.shape[0] * HISTORY
         hidden = plug.projector.hidden(items.flatten(0, 1), answers=torch.full((count,), -1))
-        projected = plug.projector.out(hidden, tokens=slice(None))
+        projected = plug.projector.out(hidden, shares=torch.ones(count), tokens=slice(None))
         persona = torch.einsum("bn,bnkd->bkd", weights, projected.view(*weights.shape, *projected.shape[1:]))
         instruction = plug.instruction.expand(len(samples), -1, -1)
         return torch.cat([instruction, persona], dim=1) * plug.fitting.embedding_scale

@@ -17,14 +17,21 @@ from personaplug.errors import BadConfig, ShapeMismatch
 class Aggregator(nn.Module):
     """Weighs the items of histories, user by user.
 
+    With shrinkage there is one more, trained score in each user's softmax, of what is common to all: the weights then
+    sum to less than 1, the less the fewer the items are and the lower their scores.
+
     Attributes:
         asks: whether the weights depend on the query.
     """
 
     asks = True
 
+    def __init__(self, *, shrinkage: bool = False) -> None:
+        super().__init__()
+        self.common = nn.Parameter(torch.ones(1)) if shrinkage else None
+
     def forward(self, query: Tensor, items: Tensor, *, lengths: Sequence[int]) -> Tensor:
-        """Return one weight per item; each user's sum to 1.
+        """Return one weight per item; each user's sum to 1, or to less with shrinkage.
 
         Args:
             query: (B, E) unit vectors.
@@ -46,7 +53,12 @@ class Aggregator(nn.Module):
                 f"{sum(lengths)}."
             )
         users = zip(query, per_user(items, lengths), strict=True)
-        return torch.cat([torch.softmax(self.scores(one, own.to(query.dtype)), dim=0) for one, own in users])
+        return torch.cat([self._softmax(self.scores(one, own.to(query.dtype))) for one, own in users])
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        if self.common is None:
+            return torch.softmax(scores, dim=0)
+        return torch.softmax(torch.cat([scores, self.common.to(scores.dtype)]), dim=0)[:-1]
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
         """Return (n,) scores of one user's (n, E) items for a query (E,), before the softmax."""
@@ -64,8 +76,8 @@ class DotAttention(Aggregator):
     Source: PPlug, https://arxiv.org/abs/2409.11901, eq. 3.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
+    def __init__(self, temperature: float = 1.0, *, shrinkage: bool = False) -> None:
+        super().__init__(shrinkage=shrinkage)
         self.temperature = temperature
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
@@ -93,7 +105,7 @@ def build_aggregator(config: PlugConfig) -> Aggregator:
         BadConfig: for an unknown name.
     """
     if config.aggregator == "dot":
-        return DotAttention(config.temperature)
+        return DotAttention(config.temperature, shrinkage=config.shrinkage)
     if config.aggregator == "mean":
-        return MeanAggregator()
+        return MeanAggregator(shrinkage=config.shrinkage)
     raise BadConfig(f"plug.aggregator must be one of dot, mean; found {config.aggregator!r}.")

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from personaplug.errors import BadConfig
-
 STRONGEST = 10
 """How far a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
 
@@ -113,6 +111,11 @@ class PlugConfig:
         "where an item's answer goes: text = into the encoded text (the paper's Table 7); label = one-hot beside the "
         "vector (closed label sets only); auto = label for closed sets whose items hold answers, else text",
         choices=("text", "label", "auto"),
+    )
+    shrinkage: bool = _option(
+        True,
+        "weigh what is common to all users against the items, by a trained share that falls as items come; "
+        "false = the paper: it counts for users without any item only",
     )
     options: str = _option(
         "auto",
@@ -296,6 +299,7 @@ PAPER = PlugConfig(
     state_tokens=0,
     query_encoder="trained",
     answers="text",
+    shrinkage=False,
     options="ignore",
     projector_width=0,
     max_history=512,
@@ -307,6 +311,7 @@ BEFORE: dict[str, Any] = {
     "plug.instruction_start": "random",
     "plug.placement": "prefix",
     "plug.state_tokens": 0,
+    "plug.shrinkage": False,
     "plug.options": "ignore",
     "training.history_dropout": 0.0,
     "training.answer_end": "always",
@@ -314,24 +319,8 @@ BEFORE: dict[str, Any] = {
 }
 """What runs and results did whose settings were written down before there was this choice."""
 
-_ANY = object()
-_GONE: dict[str, Any] = {"plug.heads": _ANY, "plug.shrinkage": False}
-
-
-def without_gone(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings that were written down, without those that there are no more and that changed nothing as they were.
-
-    Raises:
-        BadConfig: if one did change something.
-    """
-    for key, value in values.items():
-        if (key in _GONE and _GONE[key] not in (_ANY, value)) or (key, value) == ("plug.answers", "form"):
-            raise BadConfig(
-                f"This was made with {key.partition('.')[2]}={str(value).lower()}, which there is no more. Use the "
-                f"version that made it, or train again into another folder."
-            )
-    return {key: value for key, value in values.items() if key not in _GONE}
-
+GONE = ("plug.heads",)
+"""Settings that there were once; where they are written down, they changed nothing unless another setting says so."""
 
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,

@@ -38,7 +38,10 @@ class Drift:
 
 @torch.no_grad()
 def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
-    """How much each item counts in the persona for a query (w of eq. 3, the mean over persona tokens), (N,)."""
+    """How much each item counts in the persona for a query (w of eq. 3, the mean over persona tokens), (N,).
+
+    They sum to 1, or with shrinkage to the user's share of the persona.
+    """
     batch = personalizer.batch(history, lengths=(len(history),))
     weights: npt.NDArray[np.float32] = personalizer.plug.weights([query], batch).cpu().numpy()
     return weights

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from personaplug.aggregators import MeanAggregator, build_aggregator, per_user
-from personaplug.config import BEFORE, Config, PlugConfig, without_gone
+from personaplug.config import BEFORE, GONE, Config, PlugConfig
 from personaplug.config_text import with_values
 from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
@@ -108,7 +108,7 @@ class PersonaPlug(nn.Module):
             self.frozen = FrozenQueries(encoder)
             self.aggregator = build_aggregator(config)
             # Of the user's state, which does not depend on the query.
-            self.state = MeanAggregator() if config.keeps_state else None
+            self.state = MeanAggregator(shrinkage=config.shrinkage) if config.keeps_state else None
             self.query_encoder: QueryEncoder | QueryHead | None = None
             if self.aggregator.asks:
                 self.query_encoder = (
@@ -123,8 +123,9 @@ class PersonaPlug(nn.Module):
                 out=width,
                 labels=len(fitting.labels) if config.answers == "label" else 0,
             )
-            # What stands for a user without any item, where the sum of eq. 4 is empty. It starts as no signal at all,
-            # and learns from the samples whose history is hidden in training (`training.empty_share`).
+            # What makes up for the weight that a user's items leave: all of it without any item, where the sum of eq. 4
+            # would be empty. It starts as no signal at all and learns from the samples whose history is hidden in
+            # training (`training.empty_share`).
             self.population = nn.Parameter(torch.zeros(tokens, width))
             self.hint = OptionHint(len(fitting.labels), width=width) if config.options == "compare" else None
 
@@ -201,19 +202,20 @@ class PersonaPlug(nn.Module):
         return torch.where(cold[:, None, None], self.cold_start, tokens)
 
     def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """P of eq. 4 before scaling, and the population persona of users without any item; (B, K, D).
+        """P of eq. 4 before scaling, and of the population persona what the items' weights leave of 1; (B, K, D).
 
         P = Σ_i w_i · Proj(h_i): the projector's outer layer is linear, so it runs once for a user and not for every
         item.
         """
         hidden = self._hidden(history) if history.hidden is None else history.hidden
         users, parts = per_user(hidden, history.lengths), []
-        known = torch.tensor([length > 0 for length in history.lengths], device=hidden.device)[:, None, None]
         for tokens, weights in self._weighings(queries, history):
             each = per_user(weights, history.lengths)
             summed = torch.stack([own.to(values.dtype) @ values for own, values in zip(each, users, strict=True)])
-            own_tokens = self.projector.out(summed.to(self.population.dtype), tokens=tokens)
-            parts.append(torch.where(known, own_tokens, self.population[tokens]))
+            shares = torch.stack([_share(own, shrinkage=self.config.shrinkage) for own in each])
+            summed, shares = summed.to(self.population.dtype), shares.to(self.population.dtype)
+            common = (1 - shares)[:, None, None] * self.population[tokens]
+            parts.append(self.projector.out(summed, shares=shares, tokens=tokens) + common)
         return torch.cat(parts, dim=1)
 
     def read(self, history: HistoryBatch) -> HistoryBatch:
@@ -341,6 +343,12 @@ def _checked_cold_start(tokens: Tensor, plug: PersonaPlug) -> Tensor:
     return tokens
 
 
+def _share(weights: Tensor, *, shrinkage: bool) -> Tensor:
+    """Σ_i w_i of one user."""
+    # Without shrinkage exactly 1 or 0: what rounding leaves of 1 would train the population persona with noise.
+    return weights.sum() if shrinkage else weights.new_tensor(float(len(weights) > 0))
+
+
 def _converted(items: Tensor, dtype: torch.dtype) -> Tensor:
     """(M, E) items in another number format."""
     if items.device.type != "cpu" or (items.dtype, dtype) != (torch.float16, torch.bfloat16):
@@ -360,7 +368,7 @@ def read_plug_config(values: dict[str, Any]) -> PlugConfig:
         BadConfig: for unknown keys or values out of range.
     """
     named = {f"plug.{key}": value for key, value in values.items()}
-    return with_values(Config(), without_gone(named)).plug
+    return with_values(Config(), {key: value for key, value in named.items() if key not in GONE}).plug
 
 
 def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:

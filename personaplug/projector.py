@@ -42,13 +42,14 @@ class Projector(nn.Module):
             inner = inner + self.answer(answers + 1).to(items.dtype)
         return nn.functional.gelu(inner)
 
-    def out(self, hidden: Tensor, *, tokens: slice) -> Tensor:
-        """Some tokens' outer layer for weighted sums, Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b, as Σ w_i is 1; (B, k, D).
+    def out(self, hidden: Tensor, *, shares: Tensor, tokens: slice) -> Tensor:
+        """Some tokens' outer layer for weighted sums, Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i; (B, k, D).
 
         Args:
             hidden: (B, hidden) Σ w_i g_i.
+            shares: (B,) Σ w_i.
             tokens: which k of the K.
         """
         weight = self.outer.weight.view(self.tokens, -1, hidden.shape[1])[tokens]
         bias = self.outer.bias.view(self.tokens, -1)[tokens]
-        return torch.einsum("bh,kdh->bkd", hidden, weight) + bias
+        return torch.einsum("bh,kdh->bkd", hidden, weight) + shares[:, None, None] * bias

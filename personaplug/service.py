@@ -196,7 +196,7 @@ class Service:
         used = await self._slowly(self.personas.selected, asked.query, history)
         items, history = [items[place] for place in used], history.only(used)
         weights = await self._slowly(self.personas.weights, asked.query, history)
-        told: dict[str, Any] = {"items_used": len(history)}
+        told: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
         effects = np.full(len(history), np.nan)
         if answer is not None:
             told["log_likelihood"], effects = await self._effects(asked, history, prompt=prompt, answer=answer)

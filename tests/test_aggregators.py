@@ -16,9 +16,9 @@ ITEMS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
 NAMES = ("dot", "mean")
 
 
-def _built(name: str) -> Aggregator:
+def _built(name: str, *, shrinkage: bool = False) -> Aggregator:
     torch.manual_seed(0)
-    return build_aggregator(PlugConfig(aggregator=name))
+    return build_aggregator(PlugConfig(aggregator=name, shrinkage=shrinkage))
 
 
 def test_dot_attention_is_a_softmax_of_dot_products() -> None:
@@ -58,6 +58,12 @@ def test_a_user_without_items_has_no_weights_and_finite_gradients(name: str) -> 
 
 def test_mean_weighs_all_items_alike() -> None:
     assert MeanAggregator()(QUERY, ITEMS[:2], lengths=[2]).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_shrinkage_something_is_left(name: str) -> None:
+    weights = _built(name, shrinkage=True)(QUERY, ITEMS, lengths=[3])
+    assert 0 < weights.sum() < 1
 
 
 def test_vectors_of_two_encoders_are_refused() -> None:

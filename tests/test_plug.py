@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -206,10 +207,27 @@ def test_answers_are_a_channel_of_their_own_where_asked_for() -> None:
     assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
 
 
-def test_the_users_state_is_made_of_all_items_alike_and_the_rest_for_the_query() -> None:
-    plug, history = _plug(persona_tokens=3, state_tokens=2, temperature=0.1), _history()
+@pytest.mark.parametrize("aggregator", ["dot", "mean"])
+def test_with_shrinkage_every_item_leaves_less_to_what_is_common(aggregator: str) -> None:
+    plug = _plug(shrinkage=True, aggregator=aggregator)
+    own = _history(lengths=(12,))
+    left = []
+    for items in range(13):
+        part = HistoryBatch(own.vectors[:items], (items,), own.answers[:items])
+        left.append(1 - plug.weights(QUERIES[:1], part).sum().item())
+    assert left[0] == 1
+    assert all(more > less > 0 for more, less in pairwise(left))
+    if aggregator == "mean":  # e^1 against as many e^0 as there are items
+        assert left[5] == pytest.approx(math.e / (math.e + 5))
+
+
+@pytest.mark.parametrize("shrinkage", [False, True])
+def test_the_users_state_is_made_of_all_items_alike_and_the_rest_for_the_query(shrinkage: bool) -> None:
+    plug, history = _plug(persona_tokens=3, state_tokens=2, temperature=0.1, shrinkage=shrinkage), _history()
     torch.nn.init.normal_(plug.population)
-    state, asked = (_plug(persona_tokens=3, aggregator=kind, temperature=0.1) for kind in ("mean", "dot"))
+    state, asked = (
+        _plug(persona_tokens=3, aggregator=kind, temperature=0.1, shrinkage=shrinkage) for kind in ("mean", "dot")
+    )
     for other in (state, asked):
         other.load_state_dict({name: value for name, value in plug.state_dict().items() if name in other.state_dict()})
     found = plug.persona(QUERIES, history)
@@ -235,24 +253,18 @@ def test_a_setting_that_has_gone_is_no_hindrance() -> None:
         read_plug_config({"heads": 4, "aggregator": "heads"})
 
 
-def test_a_plug_whose_items_shared_with_a_common_persona_is_refused() -> None:
-    assert read_plug_config({"shrinkage": False}) == read_plug_config({})
-    for gone in ({"shrinkage": True}, {"answers": "form"}):
-        with pytest.raises(BadConfig, match=r"made with (shrinkage=true|answers=form), which there is no more"):
-            read_plug_config(gone)
-
-
-def test_a_persona_is_the_weighted_sum_of_projected_items_or_the_common_one() -> None:
-    plug, history = _plug(), _history(lengths=(4, 2, 0))
+def test_shrinkage_mixes_the_common_persona_into_that_of_the_items() -> None:
+    plug, history = _plug(shrinkage=True), _history(lengths=(4, 2, 0))
     torch.nn.init.normal_(plug.population)
     with torch.no_grad():
         weights = plug.weights(QUERIES, history)
         hidden = plug.projector.hidden(history.vectors, answers=history.answers)
         each = torch.nn.functional.linear(hidden, plug.projector.outer.weight, plug.projector.outer.bias)
         found = plug.persona(QUERIES, history)[:, 0]
-    for row, items in enumerate((slice(0, 4), slice(4, 6))):
-        torch.testing.assert_close(found[row], weights[items] @ each[items], atol=1e-5, rtol=1e-5)
-    assert found[2].equal(plug.population[0])
+    for row, items in enumerate((slice(0, 4), slice(4, 6), slice(6, 6))):
+        share = weights[items].sum()
+        expected = weights[items] @ each[items] + (1 - share) * plug.population[0]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_strength_leads_from_the_common_persona_through_the_own_one_and_beyond() -> None:

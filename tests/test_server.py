@@ -249,7 +249,7 @@ def test_explanations_name_items_and_measure_them(service: Service, url: str, to
     place = f"{url}/v1/users/ann/explain"
     weights = httpx.post(place, json={"prompt": PROMPT}).json()
     assert weights["items_used"] == 6
-    assert sum(item["weight"] for item in weights["items"]) == pytest.approx(1)
+    assert sum(item["weight"] for item in weights["items"]) == pytest.approx(weights["own_share"])
     told = httpx.post(place, json={"prompt": PROMPT, "answer": "4", "most": 2}).json()
     assert len(told["items"]) == 2
     top = told["items"][0]

@@ -336,6 +336,7 @@ def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path:
     write_simulation(
         SimulatedConfig(users=12, queries_per_user=3, dev_users=2, min_items=4, max_items=6), tmp_path / "d"
     )
+    # As in the paper: with shrinkage, every user's share of it would teach it.
     taught = _train(tmp_path / "taught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0.3")
     untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0")
     assert _weights(taught)["population"].abs().mean() > 0.1

@@ -48,7 +48,7 @@ from personaplug.personalizer import Personalizer
 from personaplug.plug import PersonaPlug
 from personaplug.recipes import build_plug
 from personaplug.run import Models, Run, machine, open_models, versions
-from personaplug.samples import EncodedSample
+from personaplug.samples import EncodedSample, no_forms
 from personaplug.soft_prompt import IGNORED
 from personaplug.vectors import VectorTable
 
@@ -108,7 +108,8 @@ class ReferenceObjective(PlugObjective):
             real[row, : len(own)] = True
         weights = torch.einsum("be,bne->bn", query, items).masked_fill(~real, -1e9).softmax(dim=1)
         count = items.shape[0] * HISTORY
-        hidden = plug.projector.hidden(items.flatten(0, 1), answers=torch.full((count,), -1))
+        answers, forms = torch.full((count,), -1), torch.empty(count, 0)
+        hidden = plug.projector.hidden(items.flatten(0, 1), answers=answers, forms=forms)
         projected = plug.projector.out(hidden, shares=torch.ones(count), tokens=slice(None))
         persona = torch.einsum("bn,bnkd->bkd", weights, projected.view(*weights.shape, *projected.shape[1:]))
         instruction = plug.instruction.expand(len(samples), -1, -1)
@@ -268,6 +269,7 @@ def _histories(
                 one,
                 rows=rng.integers(len(table), size=items),
                 answers=np.full(items, -1, np.int16),
+                forms=no_forms(items),
             )
             for one in batch
         ]

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from personaplug.encoder import HashEncoder, open_encoder
 from personaplug.encoder.base import Vectors
 from personaplug.files import write_json
+from personaplug.form import FEATURES
 from personaplug.packing import Precision, packed, unpacked
 from personaplug.records import HistoryItem
 from personaplug.run import machine, versions
@@ -48,6 +49,7 @@ def batch(names: list[str], each: int, *, seed: int) -> EncodedItems:
         vectors=random.standard_normal((count, WIDTH), dtype=np.float32) / WIDTH**0.5,
         made_by=HashEncoder(WIDTH).identity,
         answers=np.full(count, -1, dtype=np.int16),
+        forms=random.standard_normal((count, len(FEATURES)), dtype=np.float32).astype(np.float16),
     )
 
 

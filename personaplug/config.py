@@ -109,8 +109,9 @@ class PlugConfig:
     answers: str = _option(
         "auto",
         "where an item's answer goes: text = into the encoded text (the paper's Table 7); label = one-hot beside the "
-        "vector (closed label sets only); auto = label for closed sets whose items hold answers, else text",
-        choices=("text", "label", "auto"),
+        "vector (closed label sets only); form = into the text, and how it is written (length, case, marks) beside the "
+        "vector; auto = label for closed sets whose items hold answers, text for other closed sets, else form",
+        choices=("text", "label", "form", "auto"),
     )
     shrinkage: bool = _option(
         True,
@@ -145,6 +146,11 @@ class PlugConfig:
     def encodes_answers(self) -> bool:
         """Whether the encoder reads items with their answers."""
         return self.answers != "label"
+
+    @property
+    def reads_forms(self) -> bool:
+        """Whether the form of answers is noted."""
+        return self.answers == "form"
 
 
 @dataclass(frozen=True)

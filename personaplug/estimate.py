@@ -249,7 +249,8 @@ def _fit(
 
 def _encoded(run: Run, samples: Sequence[Sample], table: VectorTable) -> list[EncodedSample]:
     plug = run.config.plug
-    return encode_samples(samples, table, labels=run.task.labels, with_answer=plug.encodes_answers)
+    forms = plug.reads_forms
+    return encode_samples(samples, table, labels=run.task.labels, with_answer=plug.encodes_answers, with_forms=forms)
 
 
 def _of_their_own(samples: Sequence[EncodedSample], *, count: int) -> list[EncodedSample]:

@@ -14,7 +14,7 @@ import torch
 from personaplug.encoder import Encoder
 from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.records import HistoryItem, Options
-from personaplug.samples import EncodedHistory, EncodedSample, answer_places, nearest
+from personaplug.samples import EncodedHistory, EncodedSample, answer_forms, answer_places, nearest, no_forms
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import Halves, Rows
 
@@ -76,8 +76,9 @@ class Personalizer:
         limit = self.plug.config.max_history
         vectors = self.table.gather(np.concatenate([sample.rows[-limit:] for sample in samples]))
         answers = np.concatenate([sample.answers[-limit:] for sample in samples])
+        forms = np.concatenate([sample.forms[-limit:] for sample in samples])
         lengths = tuple(min(limit, len(sample.rows)) for sample in samples)
-        return self.batch(EncodedHistory(vectors, answers), lengths=lengths)
+        return self.batch(EncodedHistory(vectors, answers, forms), lengths=lengths)
 
     def persona(
         self, query: str, items: Sequence[HistoryItem], *, encoder: Encoder, options: Options | None = None
@@ -94,7 +95,8 @@ class Personalizer:
         items = items[-self.plug.config.max_history :]
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
-        return EncodedHistory(vectors, answer_places(items, self.plug.fitting.labels))
+        forms = answer_forms(items) if self.plug.config.reads_forms else no_forms(len(items))
+        return EncodedHistory(vectors, answer_places(items, self.plug.fitting.labels), forms)
 
     @torch.no_grad()
     def of_history(
@@ -143,9 +145,11 @@ class Personalizer:
         return nearest(self.plug.frozen([query])[0].numpy(), vectors, count=count)
 
     def batch(self, histories: EncodedHistory, *, lengths: tuple[int, ...]) -> HistoryBatch:
-        """Histories that lie one behind the other, as tensors."""
-        device = self.plug.instruction.device
+        """Histories that lie one behind the other, as tensors; forms are left out for a plug that reads none."""
+        device, forms = self.plug.instruction.device, histories.forms
+        forms = forms if self.plug.config.reads_forms else no_forms(len(forms))
         # What torch takes as it is; the arrays of a store cannot be written to, and are copied.
         vectors = torch.from_numpy(np.require(histories.vectors, requirements=["C", "W"]))
         answers = torch.from_numpy(histories.answers.astype(np.int64))
-        return HistoryBatch(vectors.to(device), lengths, answers.to(device))
+        written = torch.from_numpy(np.require(forms, requirements=["C", "W"]))
+        return HistoryBatch(vectors.to(device), lengths, answers.to(device), written.to(device))

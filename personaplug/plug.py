@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from personaplug.config_text import with_values
 from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text, written_file
+from personaplug.form import FEATURES
+from personaplug.model_card import model_card
 from personaplug.option_hint import OptionHint
 from personaplug.projector import Projector
 from personaplug.query_head import FrozenQueries, QueryHead
@@ -43,24 +45,28 @@ class HistoryBatch:
         vectors: (M, E) unit vectors of all items.
         lengths: how many items each of the B users has; their sum is M.
         answers: (M,) int64 place of each item's answer among the task's labels, -1 where there is none.
+        forms: (M, F) how each item's answer is written; F = 0 where that is not read.
         hidden: (M, hidden) what a plug's projector makes of each item, if it has read them; see `PersonaPlug.read`.
     """
 
     vectors: Tensor
     lengths: tuple[int, ...]
     answers: Tensor
+    forms: Tensor
     hidden: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """How much memory it takes."""
-        parts = (self.vectors, self.answers, self.hidden)
+        parts = (self.vectors, self.answers, self.forms, self.hidden)
         return sum(part.nbytes for part in parts if part is not None)
 
     def only(self, places: Tensor) -> HistoryBatch:
         """Some of the items of a single user, in order."""
         hidden = None if self.hidden is None else self.hidden[places]
-        return HistoryBatch(self.vectors[places], (len(places),), self.answers[places], hidden=hidden)
+        return HistoryBatch(
+            self.vectors[places], (len(places),), self.answers[places], self.forms[places], hidden=hidden
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ class PersonaPlug(nn.Module):
                 tokens=tokens,
                 out=width,
                 labels=len(fitting.labels) if config.answers == "label" else 0,
+                forms=len(FEATURES) if config.reads_forms else 0,
             )
             # What makes up for the weight that a user's items leave: all of it without any item, where the sum of eq. 4
             # would be empty. It starts as no signal at all and learns from the samples whose history is hidden in
@@ -224,7 +231,7 @@ class PersonaPlug(nn.Module):
 
     def _hidden(self, history: HistoryBatch) -> Tensor:
         items = _converted(history.vectors, self.item_dtype)
-        return self.projector.hidden(items, answers=history.answers)
+        return self.projector.hidden(items, answers=history.answers, forms=history.forms)
 
     def _hints(self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch) -> Tensor:
         """A token for each user, (B, 1, D); zeros where a prompt has no options."""
@@ -303,7 +310,9 @@ class PersonaPlug(nn.Module):
         (folder / _CONFIG).unlink(missing_ok=True)  # an earlier plug's config must not stand beside these weights
         written_file(folder / _WEIGHTS, lambda path: save_file(state, path))
         about = {"format_version": FORMAT_VERSION, "config": asdict(self.config), "fitting": asdict(self.fitting)}
-        write_text(folder / _CARD, _card(self, facts=facts or {}))
+        values = sum(parameter.numel() for parameter in self.parameters())
+        card = model_card(self.config, self.fitting.llm, encoder=self.fitting.encoder, values=values, facts=facts or {})
+        write_text(folder / _CARD, card)
         # Last, since its presence says that the plug is complete.
         write_json(folder / _CONFIG, about)
 
@@ -414,43 +423,3 @@ def _read_fitting(values: dict[str, Any]) -> Fitting:
         encoder=EncoderIdentity.from_dict(values["encoder"]),
         labels=tuple(values["labels"]),
     )
-
-
-def _card(plug: PersonaPlug, *, facts: dict[str, Any]) -> str:
-    count = sum(parameter.numel() for parameter in plug.parameters())
-    settings = "\n".join(f"| {f.name} | {getattr(plug.config, f.name)} |" for f in fields(plug.config))
-    told = "\n".join(f"- {name}: {value}" for name, value in facts.items()) or "- (nothing was noted)"
-    return f"""---
-library_name: personaplug
-base_model: {plug.fitting.llm.name}
-tags: [personalization, soft-prompt]
----
-
-# A persona plug for {plug.fitting.llm.name}
-
-Turns a user's history into {plug.config.persona_tokens} soft tokens, after {plug.config.instruction_tokens} that are
-the same for everybody, for a language model whose weights stay as they are. {count:,} trained values.
-
-It fits these two models only, and checks that on loading:
-
-- language model: {plug.fitting.llm.describe()}, revision {plug.fitting.llm.revision or "unknown"}
-- encoder: {plug.fitting.encoder.describe()}
-
-```python
-plug = PersonaPlug.from_pretrained("this folder", encoder=encoder, llm=backend.identity)
-```
-
-## Training
-
-{told}
-
-| setting | value |
-|---|---|
-{settings}
-
-## What it does not promise
-
-A gain over the plain model may be the task, learned by any soft token, and not the person: compare with the rows
-instruction-only and wrong-user of `personaplug evaluate`. Persona tokens are made from a user's texts and can give some
-of them away; treat them as personal data.
-"""

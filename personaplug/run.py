@@ -282,7 +282,7 @@ def resolved(config: Config, task: Task) -> Config:
         )
     settled = {}
     if config.plug.answers == "auto":
-        settled["plug.answers"] = "label" if answered else "text"
+        settled["plug.answers"] = "label" if answered else "text" if task.labels else "form"
     if config.plug.instruction_start == "auto":
         settled["plug.instruction_start"] = "random" if task.labels else "words"
     if config.plug.options == "auto":
@@ -304,6 +304,7 @@ def encoded(
             table,
             labels=labels,
             with_answer=plug.encodes_answers,
+            with_forms=plug.reads_forms,
             progress=told,
         )
 

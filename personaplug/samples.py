@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.form import Forms, forms_of
 from personaplug.records import HistoryItem, Options, Sample
 from personaplug.vectors import Halves, Rows, VectorTable
 
@@ -25,10 +26,12 @@ class EncodedHistory:
     Attributes:
         vectors: (N, E) float16.
         answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
+        forms: (N, F) float16 form of each item's answer; F = 0 where the plug does not read them.
     """
 
     vectors: Halves
     answers: Places
+    forms: Forms
 
     def __len__(self) -> int:
         """Items in it (N)."""
@@ -36,7 +39,7 @@ class EncodedHistory:
 
     def only(self, places: Rows | slice) -> Self:
         """The same with some of the items, in the order of `places`."""
-        return replace(self, vectors=self.vectors[places], answers=self.answers[places])
+        return replace(self, vectors=self.vectors[places], answers=self.answers[places], forms=self.forms[places])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} items)"
@@ -50,6 +53,7 @@ class EncodedSample:
         id, owner, user_id, prompt, query, target, soft_at, options: as in `Sample`.
         rows: (N,) int64 rows of the history's items, in the history's order.
         answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
+        forms: (N, F) form of each item's answer; F = 0 where the plug does not read them.
         own_answers: the answers in a history whose phrases are mixed into what the model says; none elsewhere.
     """
 
@@ -61,13 +65,14 @@ class EncodedSample:
     target: str | None
     rows: Rows
     answers: npt.NDArray[np.int16]
+    forms: Forms
     soft_at: int = 0
     options: Options | None = None
     own_answers: tuple[str, ...] = ()
 
     def with_items_of(self, other: EncodedSample, places: npt.NDArray[np.intp]) -> EncodedSample:
         """The same question beside some of the items of a history, in the order of `places`."""
-        return replace(self, rows=other.rows[places], answers=other.answers[places])
+        return replace(self, rows=other.rows[places], answers=other.answers[places], forms=other.forms[places])
 
     def without_items(self) -> EncodedSample:
         """The same question of a user without any history."""
@@ -87,6 +92,7 @@ def encode_samples(
     *,
     labels: Sequence[str] = (),
     with_answer: bool = True,
+    with_forms: bool = False,
     progress: Callable[[int], None] | None = None,
     batch_size: int = 64,
     chunk: int = 4096,
@@ -100,6 +106,7 @@ def encode_samples(
         table: gets what it lacks.
         labels: the task's closed set of answers, if it has one.
         with_answer: encode the item with the user's answer (the paper's Table 7), else without.
+        with_forms: note the form of each answer too.
         progress: called after each chunk with the number of items done so far.
         batch_size: texts that the encoder takes at once.
         chunk: items that are read, encoded and committed together (a sample is never split).
@@ -114,7 +121,7 @@ def encode_samples(
         rows = table.rows(texts)
         ends = np.cumsum([len(sample.history) for sample in group])[:-1]
         histories = zip(group, np.split(rows, ends), strict=True)
-        encoded += [_encoded_sample(sample, own, labels=labels) for sample, own in histories]
+        encoded += [_encoded_sample(sample, own, labels=labels, with_forms=with_forms) for sample, own in histories]
         done += len(texts)
         if progress:
             progress(done)
@@ -127,9 +134,19 @@ def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places
     return np.array([places.get((item.answer or "").strip(), -1) for item in items], dtype=np.int16)
 
 
+def answer_forms(items: Sequence[HistoryItem]) -> Forms:
+    """The form of each item's answer, (N, F); of the whole item where it has none."""
+    return forms_of(item.text if item.answer is None else item.answer for item in items)
+
+
 def written_answers(items: Sequence[HistoryItem], *, latest: int) -> tuple[str, ...]:
     """The answers in so many of the latest items of a history, in order, without those that hold none."""
     return tuple(item.answer for item in items[-latest:] if item.answer)
+
+
+def no_forms(items: int = 0) -> Forms:
+    """What stands for the forms of so many items where they are not read, (N, 0)."""
+    return np.empty((items, 0), dtype=np.float16)
 
 
 def with_nearest(samples: Sequence[EncodedSample], table: VectorTable, *, count: int) -> list[EncodedSample]:
@@ -172,11 +189,12 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) ->
         if sample.own_answers:
             digest.update(json.dumps(sample.own_answers).encode("ascii"))
         digest.update(sample.answers.tobytes())
+        digest.update(sample.forms.tobytes())
         digest.update(table.gather(sample.rows).tobytes())
     return digest.hexdigest()
 
 
-def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str]) -> EncodedSample:
+def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str], with_forms: bool) -> EncodedSample:
     return EncodedSample(
         id=sample.id,
         owner=sample.owner,
@@ -186,6 +204,7 @@ def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str]) -> Enc
         target=sample.target,
         rows=rows.copy(),  # a slice would keep the whole group's rows
         answers=answer_places(sample.history, labels),
+        forms=answer_forms(sample.history) if with_forms else no_forms(len(rows)),
         soft_at=sample.soft_at,
         options=sample.options,
     )

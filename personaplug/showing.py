@@ -80,7 +80,10 @@ class Showing:
         # Nearest to the query that is asked, whoever's the items are: else a stranger's would be the less to the point.
         samples = with_nearest(rows_lent(self._read_by(plug), lent), self.table, count=plug.selected_items)
         if condition.persona == "random-vectors":
-            samples = [replace(sample, answers=np.full_like(sample.answers, -1)) for sample in samples]
+            samples = [
+                replace(sample, answers=np.full_like(sample.answers, -1), forms=np.zeros_like(sample.forms))
+                for sample in samples
+            ]
         if condition.phrases and self.config.strength:  # at 0 it is the plain model
             both = zip(samples, self._items(condition, seed=seed), strict=True)
             latest = own.max_history

@@ -230,7 +230,7 @@ class HistoryStore:
             return list_items(connection, shard, row.no, latest=latest) if row else []
 
     def export(self, tenant: str, user: str) -> dict[str, Any]:
-        """Everything that is known of a user, as JSON can hold it: the items, with vectors as numbers.
+        """Everything that is known of a user, as JSON can hold it: the items, with vectors and forms as numbers.
 
         Raises:
             MissingData: if the tenant has no such user.
@@ -240,14 +240,14 @@ class HistoryStore:
             state, row = read_state(connection), self._known(connection, shard, tenant=tenant, user=user)
             history = read_history(connection, shard, row, state=state, latest=None)
             items = list_items(connection, shard, row.no)
-        columns = zip(items, history.vectors.tolist(), strict=True)
+        columns = zip(items, history.vectors.tolist(), history.forms.tolist(), strict=True)
         return {
             "tenant": tenant,
             "user": user,
             "version": history.version,
             "encoder": state.encoder.to_dict(),
             "labels": [*self.settings.labels],
-            "items": [as_json(item) | {"vector": vector} for item, vector in columns],
+            "items": [as_json(item) | {"vector": vector, "form": form} for item, vector, form in columns],
         }
 
     def delete_item(self, tenant: str, user: str, item: str) -> None:

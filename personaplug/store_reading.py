@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from personaplug.database import Connection, sa
+from personaplug.form import FEATURES
 from personaplug.packing import unpacked
 from personaplug.samples import EncodedHistory
 from personaplug.store_tables import ITEMS_PER_USER, Shard, State
@@ -76,10 +77,11 @@ def read_history(
         found = connection.execute(
             statement, {"no_": row.no, "latest_": ITEMS_PER_USER if latest is None else latest}
         ).all()
-    answers, vectors = zip(*reversed(found), strict=True) if found else ((), ())
+    answers, forms, vectors = zip(*reversed(found), strict=True) if found else ((), (), ())
     return StoredHistory(
         vectors=unpacked(vectors, state.encoder.width, precision=state.settings.precision),
         answers=np.array(answers, dtype=np.int16),
+        forms=np.frombuffer(b"".join(forms), dtype="<f2").reshape(len(found), len(FEATURES)).astype(np.float16),
         version=version_of(row, state),
     )
 
@@ -126,7 +128,9 @@ def _user_statement(users: sa.Table) -> sa.Select[Any]:
 
 @cache
 def _history_statement(items: sa.Table, vectors: sa.Table) -> sa.Select[Any]:
-    columns = sa.select(items.c.answer, vectors.c.body).join_from(items, vectors, items.c.key == vectors.c.key)
+    columns = sa.select(items.c.answer, items.c.form, vectors.c.body).join_from(
+        items, vectors, items.c.key == vectors.c.key
+    )
     theirs = columns.where(items.c.user_no == sa.bindparam("no_"))
     return theirs.order_by(items.c.day.desc(), items.c.key.desc()).limit(sa.bindparam("latest_", type_=sa.Integer))
 

@@ -19,7 +19,7 @@ from personaplug.encoder import EncoderIdentity
 from personaplug.errors import BadConfig, MissingData, StoreConflict, UserError
 from personaplug.packing import Precision
 
-FORMAT = 2
+FORMAT = 1
 
 ITEMS_PER_USER = 2**24
 """So many items may ever come for a user; an item's key is its user's number times this, plus its own."""
@@ -267,6 +267,7 @@ def _shard(metadata: sa.MetaData, number: int) -> Shard:
         sa.Column("arrived", sa.BigInteger, nullable=False),
         sa.Column("answer", sa.SmallInteger, nullable=False),
         sa.Column("digest", sa.LargeBinary, nullable=False),
+        sa.Column("form", sa.LargeBinary, nullable=False),
         sa.UniqueConstraint("user_no", "item_id"),
         sqlite_with_rowid=False,  # rows in the order in which they are read
     )

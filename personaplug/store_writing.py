@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from personaplug.database import Connection, insert_rows, mark_of, sa
 from personaplug.encoder import EncoderIdentity
 from personaplug.encoder.base import Vectors
 from personaplug.errors import BadConfig, BadItem, ShapeMismatch
-from personaplug.packing import packed
+from personaplug.form import FEATURES, Forms
+from personaplug.packing import packed, split_rows
 from personaplug.records import HistoryItem
-from personaplug.samples import Places, answer_places
+from personaplug.samples import Places, answer_forms, answer_places
 from personaplug.store_tables import ITEMS_PER_USER, Shard, State, day_of, now_in_microseconds
 from personaplug.vectors import Halves
 
@@ -44,6 +47,7 @@ class EncodedItems:
         vectors: (n, E) their vectors.
         made_by: the encoder that made these.
         answers: (n,) place of each answer in the store's labels, -1 for none; None = read from the items.
+        forms: (n, F) form of each answer; None = read from the items.
     """
 
     users: Sequence[str]
@@ -51,6 +55,7 @@ class EncodedItems:
     vectors: Vectors | Halves
     made_by: EncoderIdentity
     answers: Places | None = None
+    forms: Forms | None = None
 
     def __repr__(self) -> str:
         return f"EncodedItems({len(self.items)} items)"
@@ -83,6 +88,7 @@ class Row(NamedTuple):
     day: int | None
     answer: int
     digest: bytes
+    form: bytes
     vector: bytes
     fields: bytes | None
 
@@ -114,28 +120,30 @@ def rows_of(encoded: EncodedItems, state: State, *, key: bytes) -> list[Row]:
         state: of the store that they go to.
         key: for their digests.
     Raises:
-        BadItem: if an id or a vector cannot be stored, or a text is missing that has to be kept.
+        BadItem: if an id, a vector or a form cannot be stored, or a text is missing that has to be kept.
         ShapeMismatch: if columns have different lengths or vectors another width.
     """
     settings, items = state.settings, encoded.items
     _check_ids(encoded)
     answers = answer_places(items, settings.labels) if encoded.answers is None else encoded.answers
-    _check_columns(encoded, answers, labels=len(settings.labels))
+    forms = answer_forms(items) if encoded.forms is None else encoded.forms
+    _check_columns(encoded, answers, forms, labels=len(settings.labels))
     if settings.keep_text and not all(item.fields for item in items):
         raise BadItem("The store keeps texts, and there are items without fields; nothing was stored.")
     vectors = packed(encoded.vectors, state.encoder.width, precision=settings.precision)
-    columns = zip(encoded.users, items, answers.tolist(), vectors, strict=True)
+    columns = zip(encoded.users, items, answers.tolist(), split_rows(forms.astype("<f2")), vectors, strict=True)
     return [
         Row(
             user=user,
             id=item.id,
             day=item.date.toordinal() if item.date else None,
             answer=answer,
-            digest=_digest(item, answer, vector, key=key),
+            digest=_digest(item, answer, form + vector, key=key),
+            form=form,
             vector=vector,
             fields=_fields(item) if settings.keep_text else None,
         )
-        for user, item, answer, vector in columns
+        for user, item, answer, form, vector in columns
     ]
 
 
@@ -273,7 +281,7 @@ class _Changes:
 
     def _put(self, row: Row, no: int, *, key: int, arrived: int) -> None:
         day, dated = (day_of(arrived), False) if row.day is None else (row.day, True)
-        self._items.append((no, day, key, row.id, dated, arrived, row.answer, row.digest))
+        self._items.append((no, day, key, row.id, dated, arrived, row.answer, row.digest, row.form))
         self._vectors.append((key, row.vector))
         if row.fields is not None:
             self._texts.append((key, row.fields))
@@ -306,15 +314,17 @@ def _check_ids(encoded: EncodedItems) -> None:
         check_id(item.id, what="an item")
 
 
-def _check_columns(encoded: EncodedItems, answers: Places, *, labels: int) -> None:
+def _check_columns(encoded: EncodedItems, answers: Places, forms: Forms, *, labels: int) -> None:
     count = len(encoded.items)
-    if len(encoded.vectors) != count or answers.shape != (count,):
+    if len(encoded.vectors) != count or answers.shape != (count,) or forms.shape != (count, len(FEATURES)):
         raise ShapeMismatch(
-            f"{count} items came with vectors {encoded.vectors.shape} and answers {answers.shape}; "
-            f"expected ({count}, E) and ({count},)."
+            f"{count} items came with vectors {encoded.vectors.shape}, answers {answers.shape} and forms "
+            f"{forms.shape}; expected ({count}, E), ({count},) and ({count}, {len(FEATURES)})."
         )
     if count and not -1 <= int(answers.min()) <= int(answers.max()) < labels:
         raise BadItem(f"Answers are places among {labels} labels, or -1; found {answers.min()} to {answers.max()}.")
+    if not np.isfinite(forms.astype(np.float16)).all():
+        raise BadItem("A form holds NaN or infinite values; nothing was stored.")
 
 
 def _digest(item: HistoryItem, answer: int, values: bytes, *, key: bytes) -> bytes:

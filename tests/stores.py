@@ -12,6 +12,7 @@ import numpy.typing as npt
 from postgres_server import PostgresServer
 
 from personaplug.encoder import Encoder, HashEncoder
+from personaplug.form import FEATURES
 from personaplug.records import HistoryItem
 from personaplug.store import EncodedItems, HistoryStore, Retention
 from personaplug.store_tables import StoreSettings
@@ -86,4 +87,5 @@ def encoded(users: Sequence[str], names: Sequence[str], *, encoder: Encoder = EN
         vectors=np.stack([vector_of(name, encoder.width) for name in names]),
         made_by=encoder.identity,
         answers=np.array([len(name) % 3 for name in names], dtype=np.int16),
+        forms=np.zeros((len(names), len(FEATURES)), dtype=np.float16),
     )

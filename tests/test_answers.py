@@ -14,12 +14,12 @@ from personaplug.answers import Answers, answer, keep, kept
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.data.tasks import LAMP_TASKS
-from personaplug.samples import EncodedSample
+from personaplug.samples import EncodedSample, no_forms
 
 TASK = LAMP_TASKS["LaMP_3"]
 NOTHING = np.empty(0, dtype=np.int64)
 PROMPTS = ["short", "the longest of these prompts by far", "in between them"]
-SAMPLES = [EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16)) for p in PROMPTS]
+SAMPLES = [EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16), no_forms()) for p in PROMPTS]
 
 
 def _answers(backend: DecoderOnlyBackend, *, decoding: str = "score", batch_size: int = 2) -> Answers:

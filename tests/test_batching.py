@@ -22,6 +22,7 @@ def _sample(name: int, user: str, *, items: int = 10) -> EncodedSample:
         target="1",
         rows=np.arange(items),
         answers=np.arange(items, dtype=np.int16),
+        forms=np.arange(items, dtype=np.float16)[:, None],
     )
 
 
@@ -120,7 +121,7 @@ def test_dropout_shows_first_views_of_any_size_in_order_and_repeats_by_seed() ->
 
     def shown(epoch: int, *, seed: int = 0) -> list[int]:
         seen = seen_through(sample, View(0, 0), seed=seed, epoch=epoch, history_dropout=1.0)
-        assert seen.rows.tolist() == seen.answers.tolist()
+        assert seen.rows.tolist() == seen.answers.tolist() == seen.forms[:, 0].tolist()
         rows: list[int] = seen.rows.tolist()
         return rows
 

@@ -487,7 +487,7 @@ def test_a_strength_of_0_is_the_plain_model(kind: str, soft: int, request: pytes
 
 def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
     settings = ("answers=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
-    for kind, channel in (("rating", "label"), ("style", "text")):
+    for kind, channel in (("rating", "label"), ("style", "form")):
         stage = Stage(tmp_path / kind, kind=kind, settings=settings)
         assert stage.run.config.plug.answers == Run.open(stage.run.folder).config.plug.answers == channel
         stage.run.check_unchanged(stage.config)  # which still says auto

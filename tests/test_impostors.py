@@ -12,14 +12,16 @@ from personaplug.encoder import HashEncoder
 from personaplug.impostors import MeanPersona, RandomVectors
 from personaplug.personalizer import Personalizer
 from personaplug.plug import Fitting, PersonaPlug
-from personaplug.samples import EncodedSample
+from personaplug.samples import EncodedSample, no_forms
 from personaplug.vectors import VectorTable
 from personaplug.weights import LLMIdentity
 
 
 def _samples(count: int) -> list[EncodedSample]:
     return [
-        EncodedSample(str(k), str(k), None, "p", f"query {k}", None, np.arange(k, k + 3), np.zeros(3, np.int16))
+        EncodedSample(
+            str(k), str(k), None, "p", f"query {k}", None, np.arange(k, k + 3), np.zeros(3, np.int16), no_forms(3)
+        )
         for k in range(count)
     ]
 

@@ -26,6 +26,7 @@ def _samples(users: list[str]) -> list[EncodedSample]:
             target="1",
             rows=np.arange(10 * k, 10 * k + 5),
             answers=np.arange(5, dtype=np.int16),
+            forms=np.arange(10 * k, 10 * k + 5, dtype=np.float16)[:, None],
         )
         for k, user in enumerate(users)
     ]

@@ -12,7 +12,7 @@ import torch
 import personaplug.likelihood
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.likelihood import surprises
-from personaplug.samples import EncodedSample
+from personaplug.samples import EncodedSample, no_forms
 from personaplug.soft_prompt import SoftPrompt
 
 NOTHING = np.empty(0, dtype=np.int64)
@@ -22,7 +22,7 @@ PAIRS = [
     ("in between", "a much longer answer"),
     ("x", "y"),
 ]
-SAMPLES = [EncodedSample(p, p, None, p, p, a, NOTHING, NOTHING.astype(np.int16)) for p, a in PAIRS]
+SAMPLES = [EncodedSample(p, p, None, p, p, a, NOTHING, NOTHING.astype(np.int16), no_forms()) for p, a in PAIRS]
 
 
 class Given:

@@ -20,11 +20,12 @@ from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.explain import drift
+from personaplug.form import forms_of
 from personaplug.option_hint import OptionHint
 from personaplug.personalizer import Personalizer
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug, read_plug_config
 from personaplug.records import Options
-from personaplug.samples import EncodedHistory
+from personaplug.samples import EncodedHistory, no_forms
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import LLMIdentity
 
@@ -45,7 +46,8 @@ def _history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
     vectors = rng.normal(size=(sum(lengths), WIDTH)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     answers = rng.integers(0, 3, size=sum(lengths))
-    return HistoryBatch(torch.from_numpy(vectors), lengths, torch.from_numpy(answers))
+    forms = forms_of("word " * n for n in rng.integers(1, 9, size=sum(lengths)))
+    return HistoryBatch(torch.from_numpy(vectors), lengths, torch.from_numpy(answers), torch.from_numpy(forms))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -73,7 +75,9 @@ def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
     wide = LLMIdentity("wide", None, "0" * 16, 512)
     torch.manual_seed(0)
     plug = PersonaPlug(PAPER, fitting=Fitting(wide, 0.13, encoder.identity), encoder=encoder)
-    one = HistoryBatch(torch.from_numpy(encoder.encode(["an item"])), (1,), torch.tensor([-1]))
+    one = HistoryBatch(
+        torch.from_numpy(encoder.encode(["an item"])), (1,), torch.tensor([-1]), torch.from_numpy(no_forms(1))
+    )
     size = plug(["x"], one).vectors.pow(2).mean(dim=-1).sqrt()
     assert size[0, 0].item() == pytest.approx(0.13, rel=0.2)
     assert size[0, 1].item() == pytest.approx(0.13, rel=0.2)
@@ -82,10 +86,10 @@ def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
 def test_neighbours_in_a_batch_change_nothing() -> None:
     plug, history = _plug(), _history()
     together = plug(QUERIES, history).vectors
-    parts = (history.vectors, history.answers)
+    parts = (history.vectors, history.answers, history.forms)
     rows = zip(*(per_user(part, (4, 2, 0)) for part in parts), strict=True)
-    for place, (vectors, answers) in enumerate(rows):
-        alone = plug(QUERIES[place : place + 1], HistoryBatch(vectors, (len(vectors),), answers)).vectors
+    for place, (vectors, answers, forms) in enumerate(rows):
+        alone = plug(QUERIES[place : place + 1], HistoryBatch(vectors, (len(vectors),), answers, forms)).vectors
         torch.testing.assert_close(together[place : place + 1], alone)
 
 
@@ -175,7 +179,7 @@ def test_how_far_a_persona_moved_does_not_depend_on_what_a_cold_start_is_served_
     rng = np.random.default_rng(0)
     none = np.full(3, -1, dtype=np.int16)
     one, other = (rng.normal(size=(3, WIDTH)).astype(np.float16) for _ in range(2))
-    before, after = EncodedHistory(one, none), EncodedHistory(other, none)
+    before, after = EncodedHistory(one, none, no_forms(3)), EncodedHistory(other, none, no_forms(3))
     found = drift(make, before, after, common=plug.common())
     start = drift(make, before.only(slice(0)), after, common=plug.common())
     plug.start_cold(torch.full_like(plug.common().vectors[0], 9.0))
@@ -193,9 +197,9 @@ def test_a_batch_of_new_users_only_has_finite_gradients() -> None:
 
 def test_the_order_of_items_does_not_matter_to_eq_3_and_4() -> None:
     plug, history = _plug(), _history(lengths=(4, 4, 4))
-    parts = (history.vectors, history.answers)
-    vectors, answers = (torch.cat([own.flip(0) for own in per_user(part, history.lengths)]) for part in parts)
-    turned = HistoryBatch(vectors, history.lengths, answers)
+    parts = (history.vectors, history.answers, history.forms)
+    vectors, answers, forms = (torch.cat([own.flip(0) for own in per_user(part, history.lengths)]) for part in parts)
+    turned = HistoryBatch(vectors, history.lengths, answers, forms)
     torch.testing.assert_close(plug(QUERIES, history).vectors, plug(QUERIES, turned).vectors)
 
 
@@ -207,13 +211,21 @@ def test_answers_are_a_channel_of_their_own_where_asked_for() -> None:
     assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
 
 
+def test_the_form_of_answers_is_a_channel_where_asked_for() -> None:
+    plug, history = _plug(answers="form"), _history(lengths=(4, 4, 4))
+    other = replace(history, forms=history.forms + 1)
+    assert not torch.allclose(plug(QUERIES, history).vectors, plug(QUERIES, other).vectors)
+    deaf = _plug(answers="text")
+    assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
+
+
 @pytest.mark.parametrize("aggregator", ["dot", "mean"])
 def test_with_shrinkage_every_item_leaves_less_to_what_is_common(aggregator: str) -> None:
     plug = _plug(shrinkage=True, aggregator=aggregator)
     own = _history(lengths=(12,))
     left = []
     for items in range(13):
-        part = HistoryBatch(own.vectors[:items], (items,), own.answers[:items])
+        part = HistoryBatch(own.vectors[:items], (items,), own.answers[:items], own.forms[:items])
         left.append(1 - plug.weights(QUERIES[:1], part).sum().item())
     assert left[0] == 1
     assert all(more > less > 0 for more, less in pairwise(left))
@@ -258,7 +270,7 @@ def test_shrinkage_mixes_the_common_persona_into_that_of_the_items() -> None:
     torch.nn.init.normal_(plug.population)
     with torch.no_grad():
         weights = plug.weights(QUERIES, history)
-        hidden = plug.projector.hidden(history.vectors, answers=history.answers)
+        hidden = plug.projector.hidden(history.vectors, answers=history.answers, forms=history.forms)
         each = torch.nn.functional.linear(hidden, plug.projector.outer.weight, plug.projector.outer.bias)
         found = plug.persona(QUERIES, history)[:, 0]
     for row, items in enumerate((slice(0, 4), slice(4, 6), slice(6, 6))):
@@ -416,7 +428,8 @@ def test_options_are_one_more_token_that_the_control_gets_too() -> None:
     assert found.shape == (3, 3, OUT)
     assert plug.config.soft_tokens == INSTRUCTION.plug(plug.config).soft_tokens == 3
     assert not found[1, 2].any()
-    alone = HistoryBatch(history.vectors[:4], (4,), history.answers[:4])
+    vectors, answers, forms = (part[:4] for part in (history.vectors, history.answers, history.forms))
+    alone = HistoryBatch(vectors, (4,), answers, forms)
     torch.testing.assert_close(plug(QUERIES[:1], alone, options=options[:1]).vectors, found[:1])
     stranger = replace(history, vectors=-history.vectors)
     assert not torch.allclose(plug(QUERIES, stranger, options=options).vectors[0, 2], found[0, 2])

@@ -14,6 +14,7 @@ from personaplug.conditions import INSTRUCTION
 from personaplug.config import PAPER, Config
 from personaplug.encoder import Encoder, open_encoder
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
+from personaplug.samples import no_forms
 from personaplug.soft_prompt import SoftPrompt
 
 pytestmark = pytest.mark.skipif(
@@ -75,7 +76,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
     fitting = Fitting(smollm.identity, smollm.embedding_scale, minilm.identity)
     plug = PersonaPlug(PAPER, fitting=fitting, encoder=minilm)
     vectors = minilm.encode(["text: Alien score: 5", "text: Aliens score: 5"])
-    history = HistoryBatch(torch.from_numpy(vectors), (2,), torch.tensor([-1, -1]))
+    history = HistoryBatch(torch.from_numpy(vectors), (2,), torch.tensor([-1, -1]), torch.from_numpy(no_forms(2)))
     losses, _ = smollm.loss(PROMPTS[2:], ["5"], soft=plug(["Alien"], history))
     torch.autograd.backward(losses.sum())
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]

@@ -37,6 +37,7 @@ from personaplug.errors import (
     StoreConflict,
     UserError,
 )
+from personaplug.form import form_of
 from personaplug.records import HistoryItem
 from personaplug.store import HistoryStore, Retention
 from personaplug.store_tables import StoreSettings
@@ -63,11 +64,12 @@ def test_a_history_comes_back_as_arrays(store: HistoryStore) -> None:
     assert store.add("t", "u", [*items, item("d", answer=None)]) == (4, 0, 0)
     history = store.read("t", "u")
     expected = ENCODER.encode([one.text for one in [*items, item("d", answer=None)]])
-    assert history.vectors.dtype == np.float16
+    assert history.vectors.dtype == history.forms.dtype == np.float16
     assert history.vectors.shape == (4, 32)
     np.testing.assert_array_equal(history.vectors, expected.astype(np.float16))
     assert history.answers.dtype == np.int16
     assert history.answers.tolist() == [0, 2, -1, -1]
+    np.testing.assert_array_equal(history.forms[0], form_of("1"))
     assert len(history) == 4
 
 
@@ -88,7 +90,7 @@ def test_the_latest_items_are_listed_oldest_first(store: HistoryStore) -> None:
 
 def test_an_unknown_user_has_an_empty_history(store: HistoryStore) -> None:
     history = store.read("t", "nobody")
-    assert (history.vectors.shape, history.answers.shape) == ((0, 32), (0,))
+    assert (history.vectors.shape, history.answers.shape, history.forms.shape) == ((0, 32), (0,), (0, 20))
     assert history.version == 0 == store.version("t", "nobody")
     assert store.list_items("t", "nobody") == []
 
@@ -175,7 +177,7 @@ def test_many_users_at_once(place: Place) -> None:
 def test_encoded_items_with_other_values_replace(place: Place) -> None:
     store = place.open(keep_text=False)
     store.add_encoded("t", encoded(["u"], ["a"]))
-    for change in ("vectors", "answers"):
+    for change in ("vectors", "answers", "forms"):
         other = encoded(["u"], ["a"])
         getattr(other, change)[0] += 1
         assert store.add_encoded("t", other) == (0, 1, 0), change
@@ -305,13 +307,12 @@ def test_vectors_of_the_wrong_size_on_disk_are_a_storage_error(tmp_path: Path) -
         store.read("t", "u")
 
 
-@pytest.mark.parametrize("other", [1, 3])
-def test_another_format_is_refused(tmp_path: Path, other: int) -> None:
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "store.db"))
     place.open().close()
     with sqlite3.connect(place.where) as connection:
-        connection.execute(f"UPDATE history_store SET format = {other}")
-    with pytest.raises(UserError, match=f"format {other}; this version reads format 2"):
+        connection.execute("UPDATE history_store SET format = 2")
+    with pytest.raises(UserError, match="format 2; this version reads format 1"):
         place.open()
 
 
@@ -381,6 +382,8 @@ def test_the_longest_ids(store: HistoryStore) -> None:
         ("answers", np.array([0, 3], dtype=np.int16), BadItem),
         ("answers", np.array([-2, 0], dtype=np.int16), BadItem),
         ("answers", np.zeros(1, dtype=np.int16), ShapeMismatch),
+        ("forms", np.zeros((2, 19), dtype=np.float16), ShapeMismatch),
+        ("forms", np.full((2, 20), np.nan, dtype=np.float16), BadItem),
         ("users", ["u"], ShapeMismatch),
     ],
 )
@@ -525,6 +528,7 @@ def test_an_export_has_everything(store: HistoryStore) -> None:
     assert (second["date"], second["answer_name"]) == (None, None)
     assert abs(datetime.fromisoformat(second["arrived"]) - datetime.now(UTC)) < timedelta(minutes=5)
     np.testing.assert_array_equal(np.array(first["vector"], np.float16), store.read("t", "u").vectors[0])
+    np.testing.assert_array_equal(np.array(first["form"], np.float16), form_of("1"))
 
 
 def test_an_item_is_deleted_with_everything_of_it(store: HistoryStore) -> None:

@@ -21,7 +21,7 @@ from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder
 from personaplug.objectives import PlugObjective
 from personaplug.plug import Fitting, PersonaPlug
-from personaplug.samples import EncodedSample
+from personaplug.samples import EncodedSample, no_forms
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import VectorTable
 
@@ -219,7 +219,7 @@ def test_a_pass_is_bounded_by_what_a_family_really_runs(tmp_path: Path) -> None:
     slow = DecoderOnlyBackend(MambaForCausalLM(shape), tokenizer, name="mamba")
     encoder = HashEncoder(16)
     sample = EncodedSample(
-        "1", "u", "u", "a prompt " * 20, "query", "yes", np.zeros(0, np.int64), np.zeros(0, np.int16)
+        "1", "u", "u", "a prompt " * 20, "query", "yes", np.zeros(0, np.int64), np.zeros(0, np.int16), no_forms()
     )
     for backend in (small_backend("llama"), slow):
         fitting = Fitting(backend.identity, backend.embedding_scale, encoder.identity)

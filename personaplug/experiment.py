@@ -197,7 +197,10 @@ def _counts(value: object, path: Path) -> list[int]:
 
 
 def _strengths(value: object, path: Path) -> list[float]:
-    given: list[Any] = list(value) if isinstance(value, list | tuple) else [None]
-    if not all(isinstance(one, int | float) and 0 <= one <= STRONGEST for one in given):
+    if not isinstance(value, list | tuple) or not all(_is_strength(one) for one in value):
         raise BadConfig(f"{path}: 'strengths' should be a list of numbers from 0 to {STRONGEST}.")
-    return [float(one) for one in given]
+    return [float(one) for one in value]
+
+
+def _is_strength(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= STRONGEST

@@ -46,7 +46,7 @@ class Phrases:
         after: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         for answer in answers:
             for place, token in enumerate(answer):
-                for context in _contexts(answer[max(0, place - len(DOUBT)) : place]):
+                for context in _contexts(answer, place):
                     after[context][token] += 1
         self._after = {context: _Seen(counts, DOUBT[len(context)]) for context, counts in after.items()}
 
@@ -62,7 +62,7 @@ class Phrases:
             written: the answer so far.
         """
         shares = shares.clone()
-        for seen in self._known(written):
+        for seen in self._known(written, len(written)):
             tokens, counts = seen.arrays
             shares *= 1 - seen.trust
             shares[tokens.to(shares.device)] += seen.trust * counts.to(shares.device, shares.dtype) / seen.times
@@ -74,18 +74,18 @@ class Phrases:
         Returns:
             (a, b) of each token.
         """
-        return [self._of(token, answer[max(0, place - len(DOUBT)) : place]) for place, token in enumerate(answer)]
+        return [self._at(answer, place) for place in range(len(answer))]
 
-    def _of(self, token: int, written: Ids) -> tuple[float, float]:
+    def _at(self, answer: Ids, place: int) -> tuple[float, float]:
         factor, more = 1.0, 0.0
-        for seen in self._known(written):
+        for seen in self._known(answer, place):
             factor *= 1 - seen.trust
-            more = (1 - seen.trust) * more + seen.trust * seen.counts[token] / seen.times
+            more = (1 - seen.trust) * more + seen.trust * seen.counts[answer[place]] / seen.times
         return factor, more
 
-    def _known(self, written: Ids) -> Iterator[_Seen]:
-        """What followed each context that was seen, the shortest first."""
-        for context in _contexts(written):
+    def _known(self, answer: Ids, place: int) -> Iterator[_Seen]:
+        """What followed each context of a place that was seen, the shortest first."""
+        for context in _contexts(answer, place):
             if context in self._after:
                 yield self._after[context]
 
@@ -154,7 +154,10 @@ def check_phrases(task: Task) -> None:
         raise BadConfig(f"Phrases are those of a user's answers, and items of {task.name} hold none (answer_field).")
 
 
-def _contexts(written: Ids) -> list[tuple[int, ...]]:
-    """The last 0, 1 and 2 tokens, as far as there are so many; the start counts as one."""
-    ahead = (_START, *written[-len(DOUBT) :]) if len(written) < len(DOUBT) else tuple(written[-len(DOUBT) :])
-    return [ahead[len(ahead) - size :] for size in range(min(len(DOUBT), len(ahead) + 1))]
+def _contexts(answer: Ids, place: int) -> list[tuple[int, ...]]:
+    """The last 0, 1 and 2 tokens before a place, as far as there are so many; the start counts as one."""
+    longest = len(DOUBT) - 1
+    ahead = tuple(answer[max(0, place - longest) : place])
+    if place < longest:
+        ahead = (_START, *ahead)
+    return [ahead[len(ahead) - size :] for size in range(len(ahead) + 1)]

@@ -267,11 +267,12 @@ class Service:
         """A user's latest items and their vectors, of one moment."""
         for _ in range(3):
             before = self.store.version(tenant, user)
-            items, history = self.store.list_items(tenant, user), self.store.read(tenant, user, latest=latest)
+            items = self.store.list_items(tenant, user, latest=latest)
+            history = self.store.read(tenant, user, latest=latest)
             if not before or not items:
                 raise MissingData("The tenant has no such user, or the user no items.")
             if history.version == before == self.store.version(tenant, user):
-                return items[-len(history) :], history
+                return items, history
         raise RequestError("The user's history is being changed; try again.", status=409, code="busy")
 
     def _told(self, item: StoredItem) -> dict[str, Any]:

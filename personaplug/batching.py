@@ -82,7 +82,7 @@ def in_passes(batch: Sequence[T], *, lengths: Sequence[int], most: int) -> list[
     A single sample that is longer still makes a part of its own.
     """
     if not most:
-        return [list(batch)]
+        return [list(batch)] if batch else []
     parts: list[list[T]] = []
     room = 0
     # The longest first, so that it alone decides how many rows fit beside it.

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from personaplug.adapters import TASK, LowRankAdapters
-from personaplug.batching import hold_out, in_passes
+from personaplug.batching import hold_out
 from personaplug.checkpoint import drop_states
 from personaplug.conditions import INSTRUCTION, LORA, PLUG, Trained
 from personaplug.data.base import Reader
@@ -35,7 +35,7 @@ from personaplug.prompting import PromptMaker
 from personaplug.records import Sample
 from personaplug.run import Models, Run, drawn
 from personaplug.samples import EncodedSample, with_nearest
-from personaplug.training import FitReport, fit
+from personaplug.training import FitReport, fit, mean_loss
 from personaplug.vectors import VectorTable
 
 logger = logging.getLogger(__name__)
@@ -156,8 +156,7 @@ class Trainings:
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
         if self._has_control(trained):
-            with together():
-                facts |= self._choose_cold_start(plug, objective, samples, seed=seed)
+            facts |= self._choose_cold_start(plug, objective, samples, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
         told = {key: facts[key] for key in facts if key != "parameters"}
         on_main(lambda: plug.save_pretrained(folder, facts=told))
@@ -173,7 +172,6 @@ class Trainings:
         except TrainingDiverged as error:
             logger.warning("%s; the plug is trained without it", error)
 
-    @torch.no_grad()
     def _choose_cold_start(
         self, plug: PersonaPlug, objective: PlugObjective, samples: Sequence[EncodedSample], *, seed: int
     ) -> dict[str, object]:
@@ -183,11 +181,12 @@ class Trainings:
         Returns:
             What they lose with either, by the number of items that they are shown, up to the first where the plug wins.
         """
-        if not self.run.trained(INSTRUCTION.name, seed=seed):
+        if not on_main(lambda: self.run.trained(INSTRUCTION.name, seed=seed)):
             return {}
         config = self.run.config.training
         _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
-        control = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
+        with together():
+            control = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
         losses: dict[int, dict[str, float]] = {}
         chosen = -1
         for items in range(_FEW + 1):
@@ -195,9 +194,9 @@ class Trainings:
             if not shown:
                 break
             plug.start_cold(None)
-            own = _mean_loss(objective, shown, most=config.pass_tokens)
+            own = mean_loss(objective, shown, most=config.pass_tokens)
             plug.start_cold(control, items=items)
-            losses[items] = {"plug": own, INSTRUCTION.name: _mean_loss(objective, shown, most=config.pass_tokens)}
+            losses[items] = {"plug": own, INSTRUCTION.name: mean_loss(objective, shown, most=config.pass_tokens)}
             if not losses[items][INSTRUCTION.name] < own:
                 break
             chosen = items
@@ -290,13 +289,6 @@ class Trainings:
         texts = list(drawn(self.reader, limit=self.run.config.training.train_limit, seed=0))
         places = np.linspace(0, len(texts) - 1, num=min(count or len(texts), len(texts))).round().astype(int)
         return [texts[place] for place in places]
-
-
-def _mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, most: int) -> float:
-    """Per token, so many tokens at a time as a training takes."""
-    parts = in_passes(samples, lengths=objective.live_lengths(samples), most=most)
-    losses = [objective.loss(part) for part in parts]
-    return sum(float(loss) for loss, _ in losses) / sum(int(tokens) for _, tokens in losses)
 
 
 def _count(module: nn.Module) -> int:

@@ -83,6 +83,23 @@ def fit(
         return parts.run(on_step or (lambda: None))
 
 
+@torch.no_grad()
+def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, most: int) -> float:
+    """What an objective loses per token on samples, which all processes share out.
+
+    Args:
+        most: tokens in a pass, as `pass_tokens`.
+    """
+    summed, tokens = 0.0, 0
+    with together():
+        own = share(samples)
+        for part in in_passes(own, lengths=objective.live_lengths(own), most=most):
+            loss, count = objective.loss(part)
+            summed, tokens = summed + float(loss), tokens + int(count)
+    summed, tokens = _totals(summed, tokens)
+    return summed / tokens
+
+
 class _Fit:
     """The parts of one training, held together."""
 
@@ -190,8 +207,6 @@ class _Fit:
         torch._foreach_mul_(held, factor)
 
     def _passes(self, batch: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
-        if not batch:  # there may be more processes than samples
-            return []
         return in_passes(batch, lengths=[self.live[sample.id] for sample in batch], most=self.config.pass_tokens)
 
     def _diverged(self, what: str) -> TrainingDiverged:
@@ -226,25 +241,16 @@ class _Fit:
         if not self.state.best_step:
             raise alike(TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}."))
 
-    @torch.no_grad()
     def _validate(self) -> float:
         """Mean loss per token of the held-out users: with their whole histories and, for its share, with none."""
         self.module.eval()
         without = self.config.empty_share if self.objective.reads_histories else 0.0
-        whole = self._loss_of(self.validation)
+        whole = mean_loss(self.objective, self.validation, most=self.config.pass_tokens)
         if not without:
             return whole
-        hidden = self._loss_of([sample.without_items() for sample in self.validation])
+        unseen = [sample.without_items() for sample in self.validation]
+        hidden = mean_loss(self.objective, unseen, most=self.config.pass_tokens)
         return (1 - without) * whole + without * hidden
-
-    def _loss_of(self, samples: Sequence[EncodedSample]) -> float:
-        summed, tokens = 0.0, 0
-        with together():
-            for part in self._passes(share(samples)):
-                loss, count = self.objective.loss(part)
-                summed, tokens = summed + float(loss), tokens + int(count)
-        summed, tokens = _totals(summed, tokens)
-        return summed / tokens
 
     def _views(self, step: int) -> Iterator[EncodedSample]:
         epoch, offset = divmod(step, self.per_epoch)

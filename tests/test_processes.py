@@ -43,7 +43,7 @@ from personaplug.run import Run, open_models
 
 TINY = ["llm=toy", "encoder=hash:32", "aggregator=dot", "learning_rate=0.01", "dtype=float32", "controls=false"]
 ODD = [*TINY, "placement=suffix", "batch_size=5", "views=1", "epochs=4", "checkpoint_every=3", "validate_every=5"]
-ALONE = [*TINY, "batch_size=1", "max_steps=4", "retriever_samples=6", "retriever_candidates=2"]
+ALONE = [*TINY, "controls=true", "batch_size=1", "max_steps=4", "retriever_samples=6", "retriever_candidates=2"]
 ROWS = "plug,lora,ropg:2"
 FILES = ("plug/seed-0/plug", "lora/seed-0/adapter", "ropg/seed-0/retriever")
 
@@ -80,7 +80,8 @@ def _distance(one: Path, other: Path) -> float:
     """The largest difference between two files of tensors, relative to each tensor's length."""
     a, b = load_file(one), load_file(other)
     assert a.keys() == b.keys()
-    return max(float((b[name] - value).norm() / value.norm().clamp_min(1e-6)) for name, value in a.items())
+    pairs = [(value.double(), b[name].double()) for name, value in a.items()]
+    return max(float((other - one).norm() / one.norm().clamp_min(1e-6)) for one, other in pairs)
 
 
 def test_two_processes_one_of_them_killed_train_the_plug_that_one_trains(tmp_path: Path, data: Path) -> None:
@@ -127,7 +128,15 @@ def test_what_two_processes_do_together(tmp_path: Path, data: Path) -> None:
     _train(tmp_path / "one", data, *ALONE, rows=ROWS)
     for file in FILES:
         assert _distance(tmp_path / f"one/{file}.safetensors", tmp_path / f"two/{file}.safetensors") < 1e-4, file
+    for items, lost in _few(tmp_path / "one").items():
+        assert _few(tmp_path / "two")[items] == pytest.approx(lost, rel=1e-5)
     assert first["lessons"] == sum(1 for _ in (tmp_path / "one/ropg/seed-0/lessons.jsonl").open())
+
+
+def _few(run: Path) -> dict[str, dict[str, float]]:
+    """What held-out users of few items lose with the plug and with its control."""
+    losses: dict[str, dict[str, float]] = json.loads((run / "plug/seed-0/fit.json").read_text())["loss_of_few_items"]
+    return losses
 
 
 def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:

@@ -363,7 +363,7 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
         asked.append(({one.owner for one in samples}, {len(one.rows) for one in samples}, plug.cold_start))
         return losses[len(asked) - 1]
 
-    monkeypatch.setattr("personaplug.recipes._mean_loss", told)
+    monkeypatch.setattr("personaplug.recipes.mean_loss", told)
     run = _train(tmp_path / "run", data)
     control, config = _weights(run, "instruction-only")["instruction"], run.config.training
     samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).plain

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from personaplug.backends.base import Generation, GenerationConfig, pad
+from personaplug.backends.cross_entropy import log_softmax, token_loss
 from personaplug.backends.frozen_attention import KEPT, KeptStates, frozen_attention
-from personaplug.backends.hf import HFBackend, log_softmax, token_loss
+from personaplug.backends.hf import HFBackend
 from personaplug.backends.kept_prompts import Layout, padded_states, real_columns
 from personaplug.backends.rendering import Ids
 from personaplug.phrases import Phrases, mixed_logits

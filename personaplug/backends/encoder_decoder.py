@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from personaplug.backends.base import Generation, GenerationConfig, pad
-from personaplug.backends.hf import HFBackend, log_softmax, token_loss
+from personaplug.backends.cross_entropy import log_softmax, token_loss
+from personaplug.backends.hf import HFBackend
 from personaplug.backends.kept_prompts import Layout, padded_states, real_columns
 from personaplug.backends.rendering import Ids
 from personaplug.phrases import Phrases

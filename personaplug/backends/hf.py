@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
@@ -24,7 +23,7 @@ from personaplug.backends.base import Generation, GenerationConfig, Measure, pad
 from personaplug.backends.kept_prompts import KeptPrompts, Layout, Room, find_room
 from personaplug.backends.rendering import Ids, Renderer
 from personaplug.memory import free_memory
-from personaplug.phrases import LONGEST, Phrases, mixed_logits, mixed_losses
+from personaplug.phrases import LONGEST, Phrases, mixed_logits
 from personaplug.progress import Progress
 from personaplug.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind, splice
 from personaplug.weights import LLMIdentity, fingerprint
@@ -278,22 +277,3 @@ class _Mixing(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return mixed_logits(scores, self.phrases, input_ids[:, self.first :].tolist())
-
-
-def token_loss(logits: Tensor, labels: Tensor, phrases: Sequence[Phrases] | None = None) -> tuple[Tensor, Tensor]:
-    """Sum of −log p over each row's labels (eq. 6), and how many there are.
-
-    Args:
-        logits: (B, L, V), already aligned with the labels.
-        labels: (B, L), IGNORED where there is nothing to predict.
-        phrases: (B,) mixed into what the logits say; None = nothing is.
-    """
-    each = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    real = labels != IGNORED
-    if phrases is not None:
-        each = torch.zeros_like(each).masked_scatter(real, mixed_losses(each[real], labels, phrases))
-    return each.sum(dim=1), real.sum(dim=1)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.float(), dim=-1)

@@ -1,7 +1,7 @@
 """Personalize a frozen language model: a small trained plug turns a user's history into a few soft tokens.
 
 The public names are below; torch loads when the first of them is used. The files, in reading order, each importing only
-from those above it, are mapped in the README.
+from those above it, are mapped in docs/files.md.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class TrainingConfig:
     controls: bool = _option(
         True,
         "also train instruction-only: same data, steps and number of soft tokens, no history; its tokens serve users "
-        "without any item where they do better",
+        "of few items, none to five, where held-out users of so few lose less with them",
     )
     epochs: int = _option(5, "passes over the training samples", low=1)
     max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)

@@ -1,4 +1,4 @@
-"""The house: the README's map names every file, in an order in which imports only go upward."""
+"""The house: the map in docs/files.md names every file, in an order in which imports only go upward."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ APART = {"__init__.py", "__main__.py"}
 
 
 def _map() -> list[str]:
-    """File names in the order of the README's map, relative to the package."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """File names in the order of the map, relative to the package."""
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     block = re.search(r"```\npersonaplug/\n(.*?)```", text, flags=re.DOTALL)
-    assert block is not None, "the README has no file map"
+    assert block is not None, "docs/files.md has no file map"
     return re.findall(r"^ +([\w/]+\.py)\b", block.group(1), flags=re.MULTILINE)
 
 

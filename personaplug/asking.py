@@ -143,7 +143,7 @@ class Asking:
             list(self.run.task.labels),
             asdict(self.generation),
             backend.identity.fingerprint,
-            backend.dtype,
+            [backend.dtype, "logits in float32"],
             self.run.config.model.max_prompt_tokens,
             self.condition.persona,
         ]

@@ -20,6 +20,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 
 from personaplug import processes
 from personaplug.backends.base import Generation, GenerationConfig, Measure, pad
+from personaplug.backends.exact_logits import give_exact_logits
 from personaplug.backends.kept_prompts import KeptPrompts, Layout, Room, find_room
 from personaplug.backends.rendering import Ids, Renderer
 from personaplug.memory import free_memory
@@ -63,6 +64,7 @@ class HFBackend:
         keep_bytes: int = 0,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        give_exact_logits(self.model)
         self.renderer = Renderer(tokenizer, max_tokens=max_prompt_tokens, encoder_decoder=self.encoder_decoder)
         self.room = self.renderer.room
         self.padding_side = padding_side

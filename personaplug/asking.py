@@ -61,6 +61,14 @@ class Asking:
         self.matrices = self._matrices(showing)
         self.depends_on = self._depends_on()
 
+    @property
+    def few(self) -> int:
+        """Up to how many items the row's plug serves users with what is common to all."""
+        trained = self.condition.trained
+        if trained is None or not trained.soft:
+            return 0
+        return self.run.load_plug(trained.name, seed=self.seed, models=self.models).few
+
     def answers(self) -> Answers:
         """What the model answers, or answered before."""
         made = kept(self.path, depends_on=self.depends_on)

@@ -49,7 +49,7 @@ def fit_classical(task: Task, train: Sequence[Sample], *, part: Part) -> Answere
         BadConfig: if histories hold nothing that it could use, or all samples are of one user.
         MissingData: if no training sample has an answer among the labels.
     """
-    closed = ClosedAnswers(task)
+    closed = ClosedAnswers(task.labels)
     train = [sample for sample in train if closed.place(sample.target) >= 0]
     if not train:
         raise MissingData("No training sample has an answer among the task's labels: there is nothing to fit.")

@@ -203,7 +203,7 @@ class Evaluation:
             invalid_rate=self._invalid_rate(made.texts),
             truncated_rate=float(np.mean([measure.truncated for measure in shown.measures])),
             unfinished_rate=float(np.mean(made.unfinished)),
-            lost_history_rate=self._lost_rate(condition, self._items_used(condition, shown, matrices)),
+            lost_history_rate=self._lost_rate(condition, self._items_used(condition, shown, matrices), few=asking.few),
             cut_items_rate=self._cut_rate(shown, matrices),
             prompt_tokens_mean=tokens,
             extra_prompt_tokens=tokens - float(np.mean([measure.tokens for measure in self.showing.bare])),
@@ -294,12 +294,12 @@ class Evaluation:
             return [0 if lender is None else matrices.learned(lender) for lender in shown.lenders]
         return shown.items()
 
-    def _lost_rate(self, condition: Condition, got: Sequence[int]) -> float:
-        """Share of the samples with a history whose row should have used it and got none of it."""
+    def _lost_rate(self, condition: Condition, got: Sequence[int], *, few: int = 0) -> float:
+        """Share of the samples with a history whose row should have used it and got none of it, or too few items."""
         if condition.history == "none":
             return 0.0
         had = [items for items, sample in zip(got, self.samples, strict=True) if len(sample.rows)]
-        return float(np.mean([items == 0 for items in had])) if had else 0.0
+        return float(np.mean([items <= few for items in had])) if had else 0.0
 
     def _cut_rate(self, shown: Shown, matrices: PerUser | None) -> float | None:
         """Share of the items meant for prompts, or for users' matrices, that were cut or left out."""

@@ -40,8 +40,11 @@ class Drift:
 def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
     """How much each item counts in the persona for a query (w of eq. 3, the mean over persona tokens), (N,).
 
-    They sum to 1, or with shrinkage to the user's share of the persona.
+    They sum to 1, or with shrinkage to the user's share of the persona; they are 0 for a user of too few items to be
+    served with a persona of their own.
     """
+    if len(history) <= personalizer.plug.few:
+        return np.zeros(len(history), dtype=np.float32)
     batch = personalizer.batch(history, lengths=(len(history),))
     weights: npt.NDArray[np.float32] = personalizer.plug.weights([query], batch).cpu().numpy()
     return weights

@@ -40,12 +40,13 @@ class MeanPersona:
 
     Args:
         personalizer: makes the soft prompts that are averaged.
-        samples: whose; those without any item, whose tokens may be of another kind, count only if there are no others.
+        samples: whose; those of few items, whose tokens may be of another kind, count only if there are no others.
         batch_size: how many at once.
     """
 
     def __init__(self, personalizer: Personalizer, samples: Sequence[EncodedSample], *, batch_size: int = 64) -> None:
-        total, samples = None, [sample for sample in samples if len(sample.rows)] or samples
+        few = personalizer.plug.few
+        total, samples = None, [sample for sample in samples if len(sample.rows) > few] or samples
         with torch.no_grad():
             for start in range(0, len(samples), batch_size):
                 part = personalizer.soft_prompt(samples[start : start + batch_size]).vectors.sum(dim=0)

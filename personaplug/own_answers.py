@@ -1,13 +1,13 @@
-"""What a history says of a user's answers: places among a task's labels, ratings as numbers, and both as features."""
+"""What a history says of a user's answers: places among a closed set of labels, ratings as numbers, and features."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.data.base import Task
 from personaplug.records import HistoryItem
 
 Array = npt.NDArray[np.float64]
@@ -17,23 +17,24 @@ _LATEST = 5  # items whose mean tells where a user's ratings are going
 
 
 class ClosedAnswers:
-    """The labels of a task, and what answers are among them.
+    """A closed set of labels, and what answers are among them; labels that are rising numbers are a scale of ratings.
 
     Attributes:
-        labels: in the task's order.
+        labels: in the order of their places.
         width: how many numbers `features` makes.
     """
 
-    def __init__(self, task: Task) -> None:
-        self.labels = task.labels
-        self._place = {label: place for place, label in enumerate(task.labels)}
-        self._scale = np.array([float(label) for label in task.labels]) if task.kind == "rating" else None
-        self.width = len(task.labels) + (0 if self._scale is None else 4)
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = tuple(labels)
+        self._place = {label: place for place, label in enumerate(labels)}
+        self._scale = _scale_of(labels)
+        self.width = len(labels) + (0 if self._scale is None else 4)
 
     def place(self, answer: str | None) -> int:
         """Where an answer stands among the labels, -1 for none of them; a rating at the nearest label."""
-        if self._scale is None:
-            return self._place.get((answer or "").strip(), -1)
+        place = self._place.get((answer or "").strip(), -1)
+        if place >= 0 or self._scale is None:
+            return place
         number = _number(answer)
         return -1 if number is None else self._nearest(number)
 
@@ -70,6 +71,12 @@ class ClosedAnswers:
 def ratings(answers: Iterable[str | None]) -> Array:
     """Those of some answers that are finite numbers, in order."""
     return np.array([number for answer in answers if (number := _number(answer)) is not None])
+
+
+def _scale_of(labels: Sequence[str]) -> Array | None:
+    numbers = ratings(labels)
+    rising = len(numbers) == len(labels) > 1 and all(low < high for low, high in pairwise(numbers))
+    return numbers if rising else None
 
 
 def _number(answer: str | None) -> float | None:

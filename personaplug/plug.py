@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ class PersonaPlug(nn.Module):
             own = self.persona(queries, history)
             parts.append(own if strength == 1 else torch.lerp(self.population.expand_as(own), own, strength))
             if self.hint is not None:
-                parts.append(self._hints(self.hint, options, history=history))
+                parts.append(self._hints(self.hint, options, history=history, strength=strength))
         made = self._with_cold_start(torch.cat(parts, dim=1), history)
         return SoftPrompt(made * self.fitting.embedding_scale, placement=self.config.placement)
 
@@ -233,16 +234,21 @@ class PersonaPlug(nn.Module):
         items = _converted(history.vectors, self.item_dtype)
         return self.projector.hidden(items, answers=history.answers, forms=history.forms)
 
-    def _hints(self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch) -> Tensor:
+    def _hints(
+        self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch, strength: float
+    ) -> Tensor:
         """A token for each user, (B, 1, D); zeros where a prompt has no options."""
-        self._remember_options(options)  # all at once, where they are not known yet
+        self.frozen.remember(_texts_of(options))  # all at once, where they are not known yet
         hints = []
         for choice, items in zip(options, per_user(history.vectors, history.lengths), strict=True):
             if choice is None:
                 hints.append(torch.zeros_like(hint.places[0]))
                 continue
             question, *texts = self.frozen([choice.question, *choice.texts]).to(hint.places.device)
-            hints.append(hint(question, torch.stack(texts), items.to(question.dtype)))
+            compared = partial(hint, question, torch.stack(texts))
+            own = compared(items.to(question.dtype))
+            # What nobody's items say of the options is the question's part, which is no persona.
+            hints.append(own if strength == 1 else torch.lerp(compared(items[:0].to(question.dtype)), own, strength))
         return torch.stack(hints)[:, None]
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
@@ -288,13 +294,8 @@ class PersonaPlug(nn.Module):
         """Encode queries and options ahead of their use, as far as the encoder is frozen for them."""
         if not self.config.persona_tokens:
             return
-        if isinstance(self.query_encoder, QueryHead):
-            self.frozen.remember(queries)
-        if self.hint is not None:
-            self._remember_options(options)
-
-    def _remember_options(self, options: Sequence[Options | None]) -> None:
-        self.frozen.remember([text for one in options if one for text in (one.question, *one.texts)])
+        asked = list(queries) if isinstance(self.query_encoder, QueryHead) else []
+        self.frozen.remember(asked + (_texts_of(options) if self.hint is not None else []))
 
     def save_pretrained(self, folder: str | Path, *, facts: dict[str, Any] | None = None) -> None:
         """Write the plug, its config and a model card; nothing of the models it belongs to.
@@ -343,6 +344,10 @@ class PersonaPlug(nn.Module):
             reason = str(error).splitlines()[0]
             raise MissingData(f"{folder / _WEIGHTS} cannot be read as this plug's weights: {reason}") from error
         return plug.eval()
+
+
+def _texts_of(options: Sequence[Options | None]) -> list[str]:
+    return [text for one in options if one for text in (one.question, *one.texts)]
 
 
 def _checked_cold_start(tokens: Tensor, plug: PersonaPlug) -> Tensor:

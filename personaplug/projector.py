@@ -23,6 +23,8 @@ class Projector(nn.Module):
         self.outer = nn.Linear(hidden, tokens * out)
         self.answer = nn.Embedding(labels + 1, hidden) if labels else None
         self.form = nn.Linear(forms, hidden, bias=False) if forms else None
+        if self.answer is not None:
+            nn.init.zeros_(self.answer.weight[0])  # no answer adds nothing, even where training never shows one
         nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
         nn.init.zeros_(self.inner.bias)
         # E[gelu(z)²] = 0.425 for a standard normal z.

@@ -33,12 +33,11 @@ class FrozenQueries:
         return torch.stack([self._known[_digest(text)] for text in texts])
 
     def remember(self, texts: Sequence[str]) -> None:
-        """Encode what is not known yet; beyond a bound, what was known is forgotten first."""
+        """Encode what is not known yet; beyond a bound, what is not asked for now is forgotten."""
         wanted = {_digest(text): text for text in texts}
         missing = {digest: text for digest, text in wanted.items() if digest not in self._known}
         if missing and len(self._known) + len(missing) > _KNOWN:
-            self._known.clear()
-            missing = wanted
+            self._known = {digest: self._known[digest] for digest in wanted if digest in self._known}
         if missing:
             vectors = torch.from_numpy(self._encoder.encode(list(missing.values())))
             self._known.update(zip(missing, vectors, strict=True))

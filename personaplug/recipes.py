@@ -148,15 +148,16 @@ class Trainings:
         return folder
 
     def _plug(self, trained: Trained, *, seed: int) -> None:
+        read = main_first(lambda: self._samples(trained, seed=seed))  # it may have items to encode
         with together():
             plug = build_plug(self.run, self.models, trained=trained, seed=seed)
-            samples = with_nearest(self._samples(trained, seed=seed), self.table, count=plug.config.selected_items)
+            samples = with_nearest(read, self.table, count=plug.config.selected_items)
             if plug.config.instruction_start == "words":
                 self._start(plug, samples, seed=seed)
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
         if self._has_control(trained):
-            facts |= self._choose_cold_start(plug, objective, samples, seed=seed)
+            facts |= self._choose_cold_start(plug, objective, read, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
         told = {key: facts[key] for key in facts if key != "parameters"}
         on_main(lambda: plug.save_pretrained(folder, facts=told))
@@ -178,6 +179,8 @@ class Trainings:
         """Choose what serves users of few items: the control's tokens, which know of nobody, up to the last number of
         items, from none on, with which held-out users lose less by them than by the plug.
 
+        Args:
+            samples: with all items, of which a plug that takes the nearest only has still to take them.
         Returns:
             What they lose with either, by the number of items that they are shown, up to the first where the plug wins.
         """
@@ -189,7 +192,8 @@ class Trainings:
             control = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
         losses: dict[int, dict[str, float]] = {}
         chosen = -1
-        for items in range(_FEW + 1):
+        selected = plug.config.selected_items
+        for items in range(min(_FEW, selected - 1) + 1 if selected else _FEW + 1):
             shown = [sample.latest(items) for sample in held if len(sample.rows) >= items]
             if not shown:
                 break
@@ -286,9 +290,10 @@ class Trainings:
 
     def _texts(self, count: int) -> list[Sample]:
         """So many of the training samples, texts and all, spread evenly over them; 0 = all."""
-        texts = list(drawn(self.reader, limit=self.run.config.training.train_limit, seed=0))
-        places = np.linspace(0, len(texts) - 1, num=min(count or len(texts), len(texts))).round().astype(int)
-        return [texts[place] for place in places]
+        known = len(self.plain)
+        places = set(np.linspace(0, known - 1, num=min(count or known, known)).round().astype(int).tolist())
+        drawn_samples = drawn(self.reader, limit=self.run.config.training.train_limit, seed=0)
+        return [sample for place, sample in enumerate(drawn_samples) if place in places]
 
 
 def _count(module: nn.Module) -> int:

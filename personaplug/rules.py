@@ -134,7 +134,7 @@ def fit_rule(rule: Rule, task: Task, train: Sequence[Sample]) -> Answerer:
         return Copy(rule.words)
     if rule.kind == "user-words":
         return OwnWords(rule.words)
-    closed = ClosedAnswers(task)
+    closed = ClosedAnswers(task.labels)
     if rule.kind == "user-majority":
         return OwnMajority(closed, train)
     return OwnNumber(closed, train, value=_NUMBERS[rule.kind])

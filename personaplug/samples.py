@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.form import Forms, forms_of
+from personaplug.own_answers import ClosedAnswers
 from personaplug.records import HistoryItem, Options, Sample
 from personaplug.vectors import Halves, Rows, VectorTable
 
@@ -129,9 +130,9 @@ def encode_samples(
 
 
 def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places:
-    """Where each item's answer, stripped, stands among the labels, (N,) int16; -1 for none or another."""
-    places = {label: place for place, label in enumerate(labels)}
-    return np.array([places.get((item.answer or "").strip(), -1) for item in items], dtype=np.int16)
+    """Where each item's answer stands among the labels, (N,) int16; see `ClosedAnswers.place`."""
+    closed = ClosedAnswers(labels)
+    return np.array([closed.place(item.answer) for item in items], dtype=np.int16)
 
 
 def answer_forms(items: Sequence[HistoryItem]) -> Forms:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.conditions import CONDITIONS, DEFAULT, needed, parse_conditions
@@ -657,3 +658,17 @@ def test_phrases_of_the_history_that_a_row_sees_are_mixed_in(style: Stage) -> No
 def test_phrases_are_for_written_answers(rating: Stage) -> None:
     with pytest.raises(BadConfig, match="closed set of labels"):
         rating.evaluate("plug+phrases")
+
+
+def test_a_history_that_is_too_short_to_be_used_counts_as_lost(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("controls=false", "seeds=0", "max_steps=1"))
+    reader = open_dataset(stage.data, "dev", task=stage.run.task)
+    lengths = [len(sample.history) for sample in reader if sample.history]
+    few = int(np.median(lengths))
+    plug = stage.run.load_plug("plug", seed=0, models=stage.models)
+    plug.start_cold(torch.zeros_like(plug.common().vectors[0]), items=few)
+    assert stage.evaluate("plug")["rows"][0]["lost_history_rate"] == 0
+    plug.save_pretrained(stage.run.plug_folder("plug", seed=0))
+    lost = stage.evaluate("plug")["rows"][0]["lost_history_rate"]
+    assert lost == pytest.approx(np.mean([length <= few for length in lengths]))
+    assert 0 < lost < 1

@@ -55,3 +55,17 @@ def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, ha
     torch.testing.assert_close(given[0], each.mean(dim=0))
     torch.testing.assert_close(given[0], given[1])
     assert not torch.allclose(each[0], each[1])
+
+
+def test_tokens_that_serve_users_of_few_items_are_no_part_of_the_mean(tmp_path: Path, hashing: HashEncoder) -> None:
+    table = VectorTable.open(tmp_path / "vectors", hashing)
+    table.add([f"item {k}" for k in range(10)])
+    fitting = Fitting(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
+    torch.manual_seed(0)
+    plug = PersonaPlug(PAPER, fitting=fitting, encoder=hashing).eval()
+    personalizer, samples = Personalizer(plug, table=table), _samples(5)
+    whole = MeanPersona(personalizer, samples).mean
+    plug.start_cold(torch.full_like(plug.common().vectors[0], 99.0), items=2)
+    torch.testing.assert_close(MeanPersona(personalizer, [*samples, samples[0].latest(2)]).mean, whole)
+    few = [sample.latest(2) for sample in samples]
+    assert float(MeanPersona(personalizer, few).mean.min()) == 99.0 * fitting.embedding_scale

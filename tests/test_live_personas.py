@@ -204,5 +204,7 @@ def test_users_of_few_items_are_told_to_have_what_is_common(tmp_path: Path) -> N
     for one in ITEMS[:3]:
         live.store.add("shop", "ann", [one])
         applied.append(live.persona("shop", "ann", "a film").applied)
+        weights = live.weights("a film", live.personalizer.encoded(ITEMS[: len(applied)], encoder=ENCODER))
+        assert bool(weights.any()) == (applied[-1] == "user")
     assert applied == ["population", "population", "user"]
     assert not torch.equal(_tokens(live, "ann"), _tokens(live, None))

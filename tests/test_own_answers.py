@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from personaplug.data.base import Task
 from personaplug.own_answers import ClosedAnswers, ratings
 from personaplug.records import HistoryItem
 
-STARS = ClosedAnswers(Task("S", "rating", ("text",), "score", ("mae",), labels=("1", "2", "3", "4", "5")))
-HALVES = ClosedAnswers(Task("H", "rating", ("text",), "score", ("mae",), labels=("0", "0.5", "4")))
-TAGS = ClosedAnswers(Task("T", "label", ("text",), "tag", ("accuracy",), labels=("a", "b", "c")))
+STARS = ClosedAnswers(("1", "2", "3", "4", "5"))
+HALVES = ClosedAnswers(("0", "0.5", "4"))
+TAGS = ClosedAnswers(("a", "b", "c"))
 
 
 def _items(*answers: str) -> list[HistoryItem]:
@@ -27,6 +26,12 @@ def test_a_prediction_is_rounded_half_up_and_kept_within_the_scale(value: float,
 
 def test_the_nearest_label_is_by_number_not_by_step() -> None:
     assert [HALVES.nearest(value) for value in (0.2, 0.25, 2.2, 2.25, 9)] == ["0", "0.5", "0.5", "4", "4"]
+
+
+def test_what_is_no_label_counts_at_the_nearest_of_a_scale_and_nowhere_else() -> None:
+    assert [STARS.place(answer) for answer in (" 4 ", "4.0", "3.5", "9", "", "good", None)] == [3, 3, 3, 4, -1, -1, -1]
+    assert [TAGS.place(answer) for answer in ("b ", "B", "2")] == [1, -1, -1]
+    assert ClosedAnswers(("2", "1")).place("1.0") == -1, "labels that do not rise are no scale"
 
 
 def test_features_of_ratings() -> None:

@@ -24,6 +24,7 @@ from personaplug.form import forms_of
 from personaplug.option_hint import OptionHint
 from personaplug.personalizer import Personalizer
 from personaplug.plug import Fitting, HistoryBatch, PersonaPlug, read_plug_config
+from personaplug.query_head import FrozenQueries
 from personaplug.records import Options
 from personaplug.samples import EncodedHistory, no_forms
 from personaplug.soft_prompt import SoftPrompt
@@ -449,3 +450,46 @@ def test_what_is_left_to_the_task_is_settled_before_a_plug_is_built() -> None:
 def test_options_need_labels_to_stand_for_them() -> None:
     with pytest.raises(BadConfig, match="two or more options"):
         _plug(options="compare")
+
+
+def test_strength_leaves_to_options_what_the_question_says_of_them() -> None:
+    plug, history = _plug(options="compare", labels=("[1]", "[2]"), query_encoder="head"), _history()
+    options = [Options("Which is it?", ("red wine", "blue cheese"))] * 3
+    with torch.no_grad():
+        own = plug(QUERIES, history, options=options).vectors[:, -1]
+        nobodys = plug(QUERIES, _history(lengths=(0, 0, 0)), options=options).vectors[:, -1]
+        for strength in (0.5, 2.0):
+            found = plug(QUERIES, history, options=options, strength=strength).vectors[:, -1]
+            torch.testing.assert_close(found, nobodys + strength * (own - nobodys))
+    assert not torch.allclose(own[0], nobodys[0])
+    torch.testing.assert_close(own[2], nobodys[2])  # has no items
+
+
+def test_an_item_without_an_answer_adds_nothing_to_what_it_says() -> None:
+    plug = _plug(answers="label", labels=("a", "b", "c"))
+    vectors = _history().vectors
+    none = torch.full((len(vectors),), -1)
+    hidden = plug.projector.hidden(vectors, answers=none, forms=vectors.new_empty(len(vectors), 0))
+    inner = plug.projector.inner
+    expected = torch.nn.functional.linear(vectors, inner.weight * plug.projector.stretch, inner.bias)
+    torch.testing.assert_close(hidden, torch.nn.functional.gelu(expected))
+
+
+def test_what_is_remembered_of_questions_is_bounded_and_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("personaplug.query_head._KNOWN", 4)
+    encoder = HashEncoder(WIDTH)
+    frozen, asked = FrozenQueries(encoder), list[str]()
+    made = encoder.query_encoder()
+    plain = made.encode
+
+    def encode(texts: list[str]) -> np.ndarray[Any, Any]:
+        asked.extend(texts)
+        return plain(texts)
+
+    monkeypatch.setattr(made, "encode", encode)
+    monkeypatch.setattr(frozen, "_encoder", made)
+    for texts in (["a", "b", "c"], ["c", "d", "e"], ["c", "d", "e"], ["f", "g", "h", "i", "j", "k"], ["f", "k"]):
+        np.testing.assert_allclose(frozen(texts).numpy(), encoder.encode(texts), atol=1e-6)
+    assert asked == list("abcdefghijk"), "each is made once as long as it is asked for"
+    frozen(["a"])
+    assert asked[-1] == "a", "the bound holds again"

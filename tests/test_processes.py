@@ -44,8 +44,8 @@ from personaplug.run import Run, open_models
 TINY = ["llm=toy", "encoder=hash:32", "aggregator=dot", "learning_rate=0.01", "dtype=float32", "controls=false"]
 ODD = [*TINY, "placement=suffix", "batch_size=5", "views=1", "epochs=4", "checkpoint_every=3", "validate_every=5"]
 ALONE = [*TINY, "controls=true", "batch_size=1", "max_steps=4", "retriever_samples=6", "retriever_candidates=2"]
-ROWS = "plug,lora,ropg:2"
-FILES = ("plug/seed-0/plug", "lora/seed-0/adapter", "ropg/seed-0/retriever")
+ROWS = "plug,paper-plug,lora,ropg:2"
+FILES = ("plug/seed-0/plug", "paper-plug/seed-0/plug", "lora/seed-0/adapter", "ropg/seed-0/retriever")
 
 
 @pytest.fixture(scope="module")

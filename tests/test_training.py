@@ -460,3 +460,18 @@ def test_a_disk_that_fills_up_at_the_very_end_is_a_storage_error(
     monkeypatch.undo()
     train(run, open_dataset(data, "train", task=run.task), models=models)
     assert run.trained("plug", seed=0)
+
+
+def test_a_plug_of_the_nearest_items_may_always_be_one_of_all_its_items(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[set[int]] = []
+
+    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
+        sizes.append({len(one.rows) for one in samples})
+        return float(cast(PersonaPlug, objective.module).cold_start is None)  # the control always wins
+
+    monkeypatch.setattr("personaplug.recipes.mean_loss", told)
+    run = _train(tmp_path / "run", data, "selected_items=2")
+    assert sizes == [{0}, {0}, {1}, {1}]
+    assert run.load_plug("plug", seed=0, models=open_models(run.config)).few == 1

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from personaplug.errors import BadConfig, ShapeMismatch
@@ -157,7 +158,8 @@ class Renderer:
         label then costs no extra pass); else all labels carry it, so that "war" and "war film" are told apart.
         """
         bare = [self.answer(label, end=False) for label in labels]
-        clash = any(a == b[: len(a)] for i, a in enumerate(bare) for j, b in enumerate(bare) if i != j)
+        # In order, what begins with a label's tokens stands right behind it.
+        clash = any(one == other[: len(one)] for one, other in pairwise(sorted(bare)))
         return [self.answer(label) for label in labels] if clash else bare
 
     def targets(self, texts: Sequence[str], *, labels: Sequence[str] = ()) -> list[Ids]:

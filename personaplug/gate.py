@@ -111,12 +111,13 @@ class Gate:
     async def _answered(
         self, scope: Scope, receive: Receive, answer: _Answer, *, body: bytes, refusal: Response | None
     ) -> None:
-        if refusal is None and scope["path"].startswith("/v1/") and self._running >= self.limits.requests:
+        counted = scope["path"].startswith("/v1/")  # whoever looks after the server takes no caller's place
+        if refusal is None and counted and self._running >= self.limits.requests:
             refusal = _too_many()
         if refusal is not None:
             await refusal(scope, receive, answer.send)
             return
-        self._running += 1
+        self._running += counted
         self.telemetry.running.inc()
         try:
             await self._while_listened_to(scope, receive, answer, body=body)
@@ -131,7 +132,7 @@ class Gate:
             if not answer.begun:
                 await refused(500, "The server failed on this request.", code="internal")(scope, receive, answer.send)
         finally:
-            self._running -= 1
+            self._running -= counted
             self.telemetry.running.dec()
 
     async def _while_listened_to(self, scope: Scope, receive: Receive, answer: _Answer, *, body: bytes) -> None:

@@ -409,6 +409,7 @@ def test_too_much_at_once_is_refused_and_then_served_again(service: Service, mon
     with served(service, limits=Limits(requests=2)) as url, ThreadPoolExecutor(2) as pool:
         held = [pool.submit(_chat, url, "ann") for _ in range(2)]
         while "personaplug_running_requests 3.0" not in httpx.get(f"{url}/metrics").text:  # itself among them
+            assert not any(one.done() for one in held), "looking at the metrics takes no place of theirs"
             time.sleep(0.01)
         with pytest.raises(openai.RateLimitError) as refused:
             _chat(url, "bob")

@@ -17,6 +17,7 @@ from personaplug.impostors import MeanPersona, RandomVectors
 from personaplug.likelihood import surprises
 from personaplug.per_user import Ask, PerUser
 from personaplug.personalizer import Personalizer, SoftPrompter
+from personaplug.plug import PersonaPlug
 from personaplug.run import Models, Run
 from personaplug.samples import EncodedSample, samples_fingerprint
 from personaplug.showing import Showing
@@ -64,10 +65,7 @@ class Asking:
     @property
     def few(self) -> int:
         """Up to how many items the row's plug serves users with what is common to all."""
-        trained = self.condition.trained
-        if trained is None or not trained.soft:
-            return 0
-        return self.run.load_plug(trained.name, seed=self.seed, models=self.models).few
+        return 0 if self._plug is None else self._plug.few
 
     def answers(self) -> Answers:
         """What the model answers, or answered before."""
@@ -125,11 +123,18 @@ class Asking:
         return self.matrices.answers(shown.samples, shown.lenders, ask=ask, per_user=condition.per_user, title=title)
 
     @cached_property
-    def _prompter(self) -> SoftPrompter | None:
-        trained, strength = self.condition.trained, self.config.strength
+    def _plug(self) -> PersonaPlug | None:
+        """What makes the row's soft tokens, if it has any."""
+        trained = self.condition.trained
         if trained is None or not trained.soft:
             return None
-        plug = self.run.load_plug(trained.name, seed=self.seed, models=self.models)
+        return self.run.load_plug(trained.name, seed=self.seed, models=self.models)
+
+    @cached_property
+    def _prompter(self) -> SoftPrompter | None:
+        plug, strength = self._plug, self.config.strength
+        if plug is None:
+            return None
         if self.condition.persona == "random-vectors":
             return Personalizer(plug, table=RandomVectors(self.table, seed=self.seed), strength=strength)
         personalizer = Personalizer(plug, table=self.table, strength=strength)

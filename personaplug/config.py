@@ -325,8 +325,13 @@ BEFORE: dict[str, Any] = {
 }
 """What runs and results did whose settings were written down before there was this choice."""
 
-GONE = ("plug.heads",)
-"""Settings that there were once; where they are written down, they changed nothing unless another setting says so."""
+_GONE = ("plug.heads",)
+
+
+def without_gone(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings that were written down, without those that there are no more, which changed nothing by themselves."""
+    return {key: value for key, value in values.items() if key not in _GONE}
+
 
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,

@@ -17,7 +17,7 @@ from cachetools import LRUCache
 from personaplug.config import STRONGEST
 from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
 from personaplug.explain import item_weights
-from personaplug.form import FEATURES
+from personaplug.form import forms_of
 from personaplug.personalizer import Personalizer
 from personaplug.phrases import Phrases
 from personaplug.plug import HistoryBatch, PersonaPlug
@@ -224,7 +224,7 @@ def _no_history(plug: PersonaPlug) -> StoredHistory:
     return StoredHistory(
         vectors=np.empty((0, plug.fitting.encoder.width), dtype=np.float16),
         answers=np.empty(0, dtype=np.int16),
-        forms=np.empty((0, len(FEATURES)), dtype=np.float16),
+        forms=forms_of([]),
         version=0,
     )
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from personaplug.aggregators import MeanAggregator, build_aggregator, per_user
-from personaplug.config import BEFORE, GONE, Config, PlugConfig
+from personaplug.config import BEFORE, Config, PlugConfig, without_gone
 from personaplug.config_text import with_values
 from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
@@ -245,10 +245,10 @@ class PersonaPlug(nn.Module):
                 hints.append(torch.zeros_like(hint.places[0]))
                 continue
             question, *texts = self.frozen([choice.question, *choice.texts]).to(hint.places.device)
-            compared = partial(hint, question, torch.stack(texts))
-            own = compared(items.to(question.dtype))
+            compared, items = partial(hint, question, torch.stack(texts)), items.to(question.dtype)
             # What nobody's items say of the options is the question's part, which is no persona.
-            hints.append(own if strength == 1 else torch.lerp(compared(items[:0].to(question.dtype)), own, strength))
+            own = compared(items)
+            hints.append(own if strength == 1 else torch.lerp(compared(items[:0]), own, strength))
         return torch.stack(hints)[:, None]
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
@@ -382,7 +382,7 @@ def read_plug_config(values: dict[str, Any]) -> PlugConfig:
         BadConfig: for unknown keys or values out of range.
     """
     named = {f"plug.{key}": value for key, value in values.items()}
-    return with_values(Config(), {key: value for key, value in named.items() if key not in GONE}).plug
+    return with_values(Config(), without_gone(named)).plug
 
 
 def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:

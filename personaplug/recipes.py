@@ -192,8 +192,8 @@ class Trainings:
             control = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
         losses: dict[int, dict[str, float]] = {}
         chosen = -1
-        selected = plug.config.selected_items
-        for items in range(min(_FEW, selected - 1) + 1 if selected else _FEW + 1):
+        most = min(_FEW, plug.config.selected_items - 1) if plug.config.selected_items else _FEW
+        for items in range(most + 1):
             shown = [sample.latest(items) for sample in held if len(sample.rows) >= items]
             if not shown:
                 break

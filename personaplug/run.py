@@ -28,7 +28,7 @@ import numpy as np
 from personaplug.backends import choose_device, open_backend
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.encoder_decoder import EncoderDecoderBackend
-from personaplug.config import BEFORE, GONE, Config, PlugConfig
+from personaplug.config import BEFORE, Config, PlugConfig, without_gone
 from personaplug.config_text import flatten, read_yaml, to_yaml, with_values
 from personaplug.data.base import Reader, Task
 from personaplug.data.tasks import parse_task
@@ -133,7 +133,7 @@ class Run:
         task = parse_task(about["task"], source=str(folder / "run.json"))
         vectors = Path(about["vectors"]) if about.get("vectors") else folder / "vectors"
         written = flatten(read_yaml(folder / "config.yaml"))
-        config = with_values(Config(), BEFORE | {key: value for key, value in written.items() if key not in GONE})
+        config = with_values(Config(), BEFORE | without_gone(written))
         return cls(folder, config, task, vectors)
 
     def plug_folder(self, name: str, *, seed: int) -> Path:

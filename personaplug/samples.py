@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -131,7 +132,7 @@ def encode_samples(
 
 def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places:
     """Where each item's answer stands among the labels, (N,) int16; see `ClosedAnswers.place`."""
-    closed = ClosedAnswers(labels)
+    closed = _closed_answers(tuple(labels))
     return np.array([closed.place(item.answer) for item in items], dtype=np.int16)
 
 
@@ -193,6 +194,9 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) ->
         digest.update(sample.forms.tobytes())
         digest.update(table.gather(sample.rows).tobytes())
     return digest.hexdigest()
+
+
+_closed_answers = lru_cache(maxsize=8)(ClosedAnswers)  # asked for sample by sample
 
 
 def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str], with_forms: bool) -> EncodedSample:

@@ -119,10 +119,9 @@ class _Fit:
         self.train, self.validation = hold_out(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
         )
-        both = [*self.train, *self.validation]
-        ids = [sample.id for sample in both]
-        self.lengths = dict(zip(ids, objective.lengths(both), strict=True))
-        self.live = dict(zip(ids, objective.live_lengths(both), strict=True))
+        ids = [sample.id for sample in self.train]
+        self.lengths = dict(zip(ids, objective.lengths(self.train), strict=True))
+        self.live = dict(zip(ids, objective.live_lengths(self.train), strict=True))
         # Everything is in its place; which device Accelerate would choose can be said but once in a process.
         self.accelerator = Accelerator(device_placement=False)
         # Fused: one pass over a trained encoder's 22 million weights and moments in place of ten.

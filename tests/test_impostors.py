@@ -26,6 +26,15 @@ def _samples(count: int) -> list[EncodedSample]:
     ]
 
 
+def _personalizer(folder: Path, hashing: HashEncoder) -> Personalizer:
+    """An untrained plug beside ten items."""
+    table = VectorTable.open(folder / "vectors", hashing)
+    table.add([f"item {k}" for k in range(10)])
+    fitting = Fitting(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
+    torch.manual_seed(0)
+    return Personalizer(PersonaPlug(PAPER, fitting=fitting, encoder=hashing).eval(), table=table)
+
+
 def test_random_vectors_are_of_unit_length_and_belong_to_their_content(tmp_path: Path, hashing: HashEncoder) -> None:
     table = VectorTable.open(tmp_path / "one", hashing)
     table.add(["sun", "rain", "fog"])
@@ -41,13 +50,7 @@ def test_random_vectors_are_of_unit_length_and_belong_to_their_content(tmp_path:
 
 
 def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, hashing: HashEncoder) -> None:
-    table = VectorTable.open(tmp_path / "vectors", hashing)
-    table.add([f"item {k}" for k in range(10)])
-    fitting = Fitting(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
-    torch.manual_seed(0)
-    plug = PersonaPlug(PAPER, fitting=fitting, encoder=hashing).eval()
-    personalizer = Personalizer(plug, table=table)
-    samples = _samples(5)
+    personalizer, samples = _personalizer(tmp_path, hashing), _samples(5)
     mean = MeanPersona(personalizer, samples, batch_size=2)
     with torch.no_grad():
         each = personalizer.soft_prompt(samples).vectors
@@ -58,14 +61,10 @@ def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, ha
 
 
 def test_tokens_that_serve_users_of_few_items_are_no_part_of_the_mean(tmp_path: Path, hashing: HashEncoder) -> None:
-    table = VectorTable.open(tmp_path / "vectors", hashing)
-    table.add([f"item {k}" for k in range(10)])
-    fitting = Fitting(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
-    torch.manual_seed(0)
-    plug = PersonaPlug(PAPER, fitting=fitting, encoder=hashing).eval()
-    personalizer, samples = Personalizer(plug, table=table), _samples(5)
+    personalizer, samples = _personalizer(tmp_path, hashing), _samples(5)
+    plug = personalizer.plug
     whole = MeanPersona(personalizer, samples).mean
     plug.start_cold(torch.full_like(plug.common().vectors[0], 99.0), items=2)
     torch.testing.assert_close(MeanPersona(personalizer, [*samples, samples[0].latest(2)]).mean, whole)
     few = [sample.latest(2) for sample in samples]
-    assert float(MeanPersona(personalizer, few).mean.min()) == 99.0 * fitting.embedding_scale
+    assert float(MeanPersona(personalizer, few).mean.min()) == 99.0 * plug.fitting.embedding_scale

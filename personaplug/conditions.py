@@ -14,7 +14,7 @@
     copy  copy:10                                            the query itself, or its first 10 words
     user-words:8                                             the 8 words that most of the user's own texts hold
     NAME@wrong-user  NAME@shuffled                           any of them, shown a stranger's history, or another order
-    wrong-user  shuffled  random-vectors  mean-persona  population-persona        the controls of the plug
+    wrong-user  shuffled  random-vectors  mean-persona  population-persona  label-prior      the controls of the plug
 
 The controls are rows like any other. A method's personal gain is its distance from its own wrong-user row. Rows
 without a language model say what a set gives away for nothing, and their gains whether there is anything personal.
@@ -132,7 +132,7 @@ class Condition:
         trained: what makes its soft tokens or its matrices; None = the bare language model.
         history: whose items it sees.
         persona: what the plug makes of them: their persona; that of as many random vectors; the mean persona of all
-            samples; what the plug gives users without items.
+            samples; what the plug gives users without items; no persona, but what their labels are.
         retrieval: which of the items' texts stand in the prompt.
         profile: whether a profile of the user does.
         per_user: whether every user has matrices of their own.
@@ -144,7 +144,7 @@ class Condition:
     guards: str
     trained: Trained | None = None
     history: Whose = "none"
-    persona: Literal["own", "random-vectors", "mean", "population"] = "own"
+    persona: Literal["own", "random-vectors", "mean", "population", "labels"] = "own"
     retrieval: Retrieval | None = None
     profile: bool = False
     per_user: bool = False
@@ -156,7 +156,8 @@ class Condition:
         """What must be trained before this row can be filled, in order."""
         ranked = (ROPG,) if self.retrieval and self.retrieval.method == "ropg" else ()
         carried = (LORA,) if self.trained == BRIDGE else ()
-        return ranked + carried + ((self.trained,) if self.trained else ())
+        common = (INSTRUCTION,) if self.persona == "labels" else ()
+        return ranked + carried + common + ((self.trained,) if self.trained else ())
 
     @property
     def seeded(self) -> bool:
@@ -202,6 +203,13 @@ CONDITIONS: dict[str, Condition] = {
             PLUG,
             "none",
             persona="population",
+        ),
+        Condition(
+            "label-prior",
+            "what counting the user's own labels gives beside soft tokens that know of nobody",
+            PLUG,
+            "own",
+            persona="labels",
         ),
         Condition(
             "paper-plug",

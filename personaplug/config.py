@@ -125,6 +125,13 @@ class PlugConfig:
         "group for each label",
         choices=("ignore", "compare", "auto"),
     )
+    label_prior: str = _option(
+        "auto",
+        "what the shares of the labels among a user's own answers, against everybody's, add to the labels' scores: "
+        "own = times a trained number; none = nothing (the paper); auto = own where a closed set's labels are scored "
+        "and the items hold answers from it",
+        choices=("own", "none", "auto"),
+    )
     projector_width: int = _option(0, "hidden width of the two-layer projector (eq. 4); 0 = the model's own", low=0)
     max_history: int = _option(512, "items used of a history, the latest ones; cuts are counted", low=1, high=512)
     selected_items: int = _option(
@@ -307,6 +314,7 @@ PAPER = PlugConfig(
     answers="text",
     shrinkage=False,
     options="ignore",
+    label_prior="none",
     projector_width=0,
     max_history=512,
     selected_items=0,
@@ -319,6 +327,7 @@ BEFORE: dict[str, Any] = {
     "plug.state_tokens": 0,
     "plug.shrinkage": False,
     "plug.options": "ignore",
+    "plug.label_prior": "none",
     "training.history_dropout": 0.0,
     "training.answer_end": "always",
     "evaluation.strength": 1.0,

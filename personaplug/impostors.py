@@ -1,9 +1,10 @@
-"""Impostors: what stands in for a user's own persona in the controls random-vectors and mean-persona."""
+"""Impostors: what stands in for a user's own persona in the controls random-vectors, mean-persona and label-prior."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -46,14 +47,38 @@ class MeanPersona:
 
     def __init__(self, personalizer: Personalizer, samples: Sequence[EncodedSample], *, batch_size: int = 64) -> None:
         few = personalizer.plug.few
-        total, samples = None, [sample for sample in samples if len(sample.rows) > few] or samples
+        samples = [sample for sample in samples if len(sample.rows) > few] or samples
         with torch.no_grad():
-            for start in range(0, len(samples), batch_size):
-                part = personalizer.soft_prompt(samples[start : start + batch_size]).vectors.sum(dim=0)
-                total = part if total is None else total + part
-        assert total is not None, "a mean needs samples"
-        self.mean, self.placement = total / len(samples), personalizer.placement
+            parts = [
+                _combined(personalizer.soft_prompt(samples[start : start + batch_size]), share=1 / len(samples))
+                for start in range(0, len(samples), batch_size)
+            ]
+        self.mean, self.placement = _combined(SoftPrompt.joined(parts)), personalizer.placement
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """The same soft tokens for each sample, (B, S, D)."""
-        return SoftPrompt(self.mean.expand(len(samples), -1, -1), placement=self.placement)
+        return SoftPrompt.joined([self.mean] * len(samples))
+
+
+class LabelsAlone:
+    """What the users' own answers say of the labels, beside soft tokens that know of nobody.
+
+    Args:
+        personalizer: of a plug that reads them.
+        common: (1, S, D) as many soft tokens as the plug makes.
+    """
+
+    def __init__(self, personalizer: Personalizer, common: SoftPrompt) -> None:
+        self.personalizer, self.common, self.placement = personalizer, common.vectors, personalizer.placement
+
+    def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
+        """The same soft tokens for each sample, (B, S, D), and the bias of each."""
+        own = self.personalizer.soft_prompt(samples)
+        common = self.common[:, : own.vectors.shape[1]]  # none with a strength of 0
+        return replace(own, vectors=common.expand(len(samples), -1, -1))
+
+
+def _combined(soft: SoftPrompt, *, share: float = 1.0) -> SoftPrompt:
+    """The sum of a batch, times a share, as a batch of one."""
+    bias = None if soft.label_bias is None else soft.label_bias.sum(dim=0, keepdim=True) * share
+    return replace(soft, vectors=soft.vectors.sum(dim=0, keepdim=True) * share, label_bias=bias)

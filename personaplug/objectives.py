@@ -21,7 +21,7 @@ from personaplug.samples import EncodedSample
 from personaplug.vectors import VectorTable
 
 _TOKENS = ("instruction", "population", "hint.places")
-_NUMBERS = ("aggregator.common", "state.common", "hint.log_sharpness")
+_NUMBERS = ("aggregator.common", "state.common", "hint.log_sharpness", "label_prior.log_doubt", "label_prior.trust")
 _HELD = 16  # tokens whose keys and values take about as much memory as one that a backward pass goes through
 
 

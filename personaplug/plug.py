@@ -25,6 +25,7 @@ from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.files import write_json, write_text, written_file
 from personaplug.form import FEATURES
+from personaplug.label_prior import LabelPrior
 from personaplug.model_card import model_card
 from personaplug.option_hint import OptionHint
 from personaplug.projector import Projector
@@ -136,6 +137,7 @@ class PersonaPlug(nn.Module):
             # training (`training.empty_share`).
             self.population = nn.Parameter(torch.zeros(tokens, width))
             self.hint = OptionHint(len(fitting.labels), width=width) if config.options == "compare" else None
+            self.label_prior = LabelPrior(len(fitting.labels)) if config.label_prior == "own" else None
 
     @property
     def asks_nothing(self) -> bool:
@@ -167,7 +169,7 @@ class PersonaPlug(nn.Module):
                 there are no soft tokens at all. Users without items of their own to go by get the same whatever it is.
         Returns:
             (B, S, D), of the size of the language model's own embedded tokens: S = I + K, one more where options are
-            compared, 0 for a strength of 0.
+            compared, 0 for a strength of 0. Beside them what the users' own answers say of the labels, if it is read.
         """
         if strength == 0:
             nothing = self.instruction.new_empty(len(queries), 0, self.fitting.llm.width)
@@ -181,7 +183,12 @@ class PersonaPlug(nn.Module):
             if self.hint is not None:
                 parts.append(self._hints(self.hint, options, history=history, strength=strength))
         made = self._with_cold_start(torch.cat(parts, dim=1), history)
-        return SoftPrompt(made * self.fitting.embedding_scale, placement=self.config.placement)
+        bias = self._label_bias(history)
+        return SoftPrompt(
+            made * self.fitting.embedding_scale,
+            placement=self.config.placement,
+            label_bias=None if bias is None else strength * bias,
+        )
 
     @torch.no_grad()
     def common(self) -> SoftPrompt:
@@ -204,10 +211,20 @@ class PersonaPlug(nn.Module):
 
     def _with_cold_start(self, tokens: Tensor, history: HistoryBatch | None) -> Tensor:
         """The (B, S, D) tokens, those of `cold_start` in the place of users' who have too few items."""
-        if self.cold_start is None or history is None or min(history.lengths, default=0) > (few := self.few):
+        if self.cold_start is None or history is None or min(history.lengths, default=0) > self.few:
             return tokens
-        cold = torch.tensor([length <= few for length in history.lengths], device=tokens.device)
-        return torch.where(cold[:, None, None], self.cold_start, tokens)
+        return torch.where(self._cold(history)[:, None, None], self.cold_start, tokens)
+
+    def _label_bias(self, history: HistoryBatch | None) -> Tensor | None:
+        """(B, C) of the users' own answers; 0 for those who have too few items."""
+        if history is None or not self.config.persona_tokens or self.label_prior is None:
+            return None
+        bias: Tensor = self.label_prior(history.answers, history.lengths)
+        return bias if self.cold_start is None else bias.masked_fill(self._cold(history)[:, None], 0)
+
+    def _cold(self, history: HistoryBatch) -> Tensor:
+        """(B,) whether each user has too few items for tokens of their own."""
+        return torch.tensor([length <= self.few for length in history.lengths], device=self.instruction.device)
 
     def persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
         """P of eq. 4 before scaling, and of the population persona what the items' weights leave of 1; (B, K, D).
@@ -388,8 +405,8 @@ def read_plug_config(values: dict[str, Any]) -> PlugConfig:
 def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
     if config.instruction_tokens + config.persona_tokens == 0:
         raise BadConfig("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
-    if "auto" in (config.answers, config.options):
-        raise BadConfig("answers=auto and options=auto are settled by a task; see `run.resolved`.")
+    if "auto" in (config.answers, config.options, config.label_prior):
+        raise BadConfig("answers=auto, options=auto and label_prior=auto are settled by a task; see `run.resolved`.")
     if config.answers == "label" and config.persona_tokens and not fitting.labels:
         raise BadConfig("answers=label needs a task with a closed set of labels; this one has none. Use answers=text.")
     if config.aggregator == "dot" and 0 < config.persona_tokens <= config.state_tokens:
@@ -397,6 +414,8 @@ def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> No
             f"state_tokens={config.state_tokens} leaves none of persona_tokens={config.persona_tokens} for the query. "
             f"Give fewer, or aggregator=mean for a persona that is the same whatever is asked."
         )
+    if config.label_prior == "own" and config.persona_tokens and not fitting.labels:
+        raise BadConfig("label_prior=own needs a task with a closed set of labels; this one has none.")
     if config.options == "compare" and config.persona_tokens and len(fitting.labels) < 2:
         raise BadConfig("options=compare needs a task whose labels stand for two or more options in the prompt.")
     if not encoder.identity.same_as(fitting.encoder):

@@ -29,6 +29,7 @@ from personaplug.files import write_json, written_file
 from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, Teacher
 from personaplug.memory import peak_memory, reset_peak_memory
 from personaplug.objectives import LoraObjective, Objective, PlugObjective
+from personaplug.own_answers import ClosedAnswers
 from personaplug.plug import Fitting, PersonaPlug
 from personaplug.processes import main_first, on_main, together
 from personaplug.prompting import PromptMaker
@@ -154,6 +155,8 @@ class Trainings:
             samples = with_nearest(read, self.table, count=plug.config.selected_items)
             if plug.config.instruction_start == "words":
                 self._start(plug, samples, seed=seed)
+            if plug.config.persona_tokens and plug.label_prior is not None:
+                plug.label_prior.start_from(self._answered(samples))
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
         if self._has_control(trained):
@@ -214,6 +217,11 @@ class Trainings:
         tokens = self.models.backend.embedded(answers)
         if len(tokens):
             plug.start_from(tokens[rng.choice(len(tokens), size=wanted, replace=len(tokens) < wanted)])
+
+    def _answered(self, samples: Sequence[EncodedSample]) -> torch.Tensor:
+        """Places of the samples' answers among the task's labels."""
+        closed = ClosedAnswers(self.run.task.labels)
+        return torch.tensor([closed.place(sample.target) for sample in samples])
 
     def _lora(self, trained: Trained, *, seed: int) -> None:
         folder = self.run.plug_folder(trained.name, seed=seed)

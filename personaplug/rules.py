@@ -82,7 +82,7 @@ class Rules:
 
 
 def check_rules(conditions: Sequence[Condition], task: Task) -> None:
-    """Check that a task has what some rows need: the rules among them, and those that mix phrases in.
+    """Check that a task has what some rows need: the rules among them, and those that mix in or count own answers.
 
     Raises:
         BadConfig: naming the first row for which it has not.
@@ -90,6 +90,10 @@ def check_rules(conditions: Sequence[Condition], task: Task) -> None:
     for condition in conditions:
         if condition.phrases:
             check_phrases(task)
+        if condition.persona == "labels" and not (task.labels and task.answer_field is not None):
+            raise BadConfig(
+                f"{condition.name} counts the labels among a user's own answers; {task.name} has none in its items."
+            )
         if condition.rule is not None:
             check_rule(condition.rule, task)
 

@@ -5,6 +5,7 @@ Soft tokens are placed by position, never by a marker in the text: whatever a us
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +24,13 @@ class SoftPrompt:
     Attributes:
         vectors: (B, S, D), S = instruction tokens + persona tokens, D = the language model's embedding width.
         placement: `prefix` = before the user's text (the paper), `suffix` = right before the answer.
+        label_bias: (B, C) what is added to the log-probability of each label where one of a closed set is the answer;
+            None = nothing is. See `LabelPrior`.
     """
 
     vectors: Tensor
     placement: str = "prefix"
+    label_bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
@@ -38,6 +42,13 @@ class SoftPrompt:
 
     def __len__(self) -> int:
         return self.vectors.shape[0]
+
+    @classmethod
+    def joined(cls, several: Sequence[SoftPrompt]) -> SoftPrompt:
+        """Batches from one plug as one."""
+        biases = [one.label_bias for one in several if one.label_bias is not None]
+        bias = torch.cat(biases) if biases else None
+        return cls(torch.cat([one.vectors for one in several]), several[0].placement, label_bias=bias)
 
 
 @dataclass(frozen=True)

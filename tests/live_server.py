@@ -32,7 +32,7 @@ from personaplug.store import HistoryStore
 ENCODER = HashEncoder(32)
 LABELS = ("1", "2", "3", "4", "5")
 TASK = Task("Films", "rating", ("text",), "score", ("mae",), labels=LABELS, query_after="review: ")
-CONFIG = replace(PlugConfig(), answers="label", options="ignore", instruction_start="random")
+CONFIG = replace(PlugConfig(), answers="label", options="ignore", label_prior="own", instruction_start="random")
 
 
 def open_service(

@@ -132,6 +132,27 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
     assert {row["condition"] for row in results["rows"]} >= {"plug", "wrong-user", "mean-persona"}
 
 
+def test_labels_alone_are_counted_beside_tokens_that_know_of_nobody(rating: Stage, tmp_path: Path) -> None:
+    rating.evaluate("instruction-only,label-prior")
+    folder = rating.run.folder / "evaluations" / "dev"
+    control, counted = (
+        np.array(json.loads((folder / f"{name}.seed-0.answers.json").read_text())["probabilities"])
+        for name in ("instruction-only", "label-prior")
+    )
+    table = rating.run.open_vectors(rating.models.encoder)
+    samples = rating.run.read_samples(open_dataset(rating.data, "dev", task=rating.run.task), table)
+    plug = rating.run.load_plug("plug", seed=0, models=rating.models)
+    with torch.no_grad():
+        bias = Personalizer(plug, table=table).soft_prompt(samples).label_bias
+    assert bias is not None
+    expected = control * bias.exp().numpy()
+    np.testing.assert_allclose(counted, expected / expected.sum(axis=1, keepdims=True), atol=1e-4)
+    assert np.abs(counted - control).max() > 0.01
+    without = Stage(tmp_path, kind="rating", settings=("label_prior=none", "seeds=0", "max_steps=1"))
+    with pytest.raises(BadConfig, match="label_prior=own; this one has none"):
+        without.evaluate("label-prior")
+
+
 def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) -> None:
     results = rating.evaluate(oracle=True)
     metrics = {row["condition"]: row["metrics"] for row in results["rows"]}
@@ -405,6 +426,7 @@ def test_what_a_task_does_not_have_is_refused_before_anything_is_made(rating: St
     for task, word, reason in (
         (rating.run.task, "options=compare", "declares none"),
         (LAMP_TASKS["LaMP_1"], "answers=label", "hold none"),
+        (LAMP_TASKS["LaMP_1"], "label_prior=own", "has no such items"),
     ):
         with pytest.raises(BadConfig, match=reason):
             Run.create(tmp_path / "run", config=load_config(overrides=[*TINY, word]), task=task)

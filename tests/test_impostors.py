@@ -63,8 +63,8 @@ def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, ha
 def test_tokens_that_serve_users_of_few_items_are_no_part_of_the_mean(tmp_path: Path, hashing: HashEncoder) -> None:
     personalizer, samples = _personalizer(tmp_path, hashing), _samples(5)
     plug = personalizer.plug
-    whole = MeanPersona(personalizer, samples).mean
+    whole = MeanPersona(personalizer, samples).mean.vectors
     plug.start_cold(torch.full_like(plug.common().vectors[0], 99.0), items=2)
-    torch.testing.assert_close(MeanPersona(personalizer, [*samples, samples[0].latest(2)]).mean, whole)
+    torch.testing.assert_close(MeanPersona(personalizer, [*samples, samples[0].latest(2)]).mean.vectors, whole)
     few = [sample.latest(2) for sample in samples]
-    assert float(MeanPersona(personalizer, few).mean.min()) == 99.0 * plug.fitting.embedding_scale
+    assert float(MeanPersona(personalizer, few).mean.vectors.min()) == 99.0 * plug.fitting.embedding_scale

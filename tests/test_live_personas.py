@@ -23,7 +23,7 @@ from personaplug.store import HistoryStore, StoreSettings
 from personaplug.weights import LLMIdentity
 
 LLM = LLMIdentity("small", None, "0123456789abcdef", 8)
-BY_QUERY = replace(PlugConfig(), answers="label", options="ignore", instruction_start="random")
+BY_QUERY = replace(PlugConfig(), answers="label", options="ignore", label_prior="own", instruction_start="random")
 ALIKE = replace(BY_QUERY, aggregator="mean")
 ITEMS = [item(str(n), f"film {n}", answer=LABELS[n % 3]) for n in range(5)]
 

@@ -171,6 +171,38 @@ def test_tokens_for_a_cold_start_serve_users_of_few_items_alone(tmp_path: Path) 
         PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
 
 
+def test_what_the_users_own_answers_say_of_the_labels_goes_with_the_tokens(tmp_path: Path) -> None:
+    encoder, labels = HashEncoder(WIDTH), ("1", "2", "3")
+    plug, history = _plug(encoder, labels=labels, label_prior="own"), _history(lengths=(4, 2, 0))
+    assert plug.label_prior is not None
+    plug.label_prior.start_from(torch.tensor([0, 0, 1, 2]))
+    bias = plug(QUERIES, history).label_bias
+    torch.testing.assert_close(bias, plug.label_prior(history.answers, history.lengths))
+    assert bias[:2].any(dim=1).all()
+    assert not bias[2].any()  # nobody's answers say nothing
+    torch.testing.assert_close(plug(QUERIES, history, strength=0.5).label_bias, bias / 2)
+    assert plug(QUERIES, history, strength=0).label_bias is None
+    assert plug.common().label_bias is None
+    plug.start_cold(torch.zeros_like(plug(QUERIES, history).vectors[0]), items=2)
+    served = plug(QUERIES, history).label_bias
+    torch.testing.assert_close(served[0], bias[0])
+    assert not served[1:].any()  # who gets what is common to all gets nothing of their own
+    plug.save_pretrained(tmp_path)
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    torch.testing.assert_close(again(QUERIES, history).label_bias, served)
+
+
+def test_a_plug_from_before_there_was_a_label_prior_has_none(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug = _plug(encoder, labels=("1", "2", "3"))
+    plug.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "plug.json").read_text())
+    del about["config"]["label_prior"]
+    (tmp_path / "plug.json").write_text(json.dumps(about))
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    assert again(QUERIES, _history()).label_bias is None
+
+
 def test_how_far_a_persona_moved_does_not_depend_on_what_a_cold_start_is_served_with() -> None:
     plug = _plug()
 
@@ -295,6 +327,8 @@ def test_strength_leads_from_the_common_persona_through_the_own_one_and_beyond()
 def test_answers_as_labels_need_a_closed_set() -> None:
     with pytest.raises(BadConfig, match="answers=text"):
         _plug(answers="label")
+    with pytest.raises(BadConfig, match="closed set of labels"):
+        _plug(label_prior="own")
 
 
 @pytest.mark.parametrize("kind", ["trained", "head"])

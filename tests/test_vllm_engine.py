@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,25 @@ def test_a_closed_set_constrains_unless_the_request_does(theirs: StandIn, addres
     assert first["structured_outputs"] == {"choice": ["1", "2"]}
     assert (first["temperature"], warm["temperature"]) == (0, 0.5)
     assert "structured_outputs" not in formed
+
+
+def test_what_is_known_of_the_labels_is_sent_with_them(
+    theirs: StandIn, toy: DecoderOnlyBackend, address: str, table: EmbeddingTable
+) -> None:
+    soft = replace(_soft(), label_bias=torch.tensor([[0.25, -300.0]]))
+    _ask(
+        _engine(address, table),
+        Question("chat", ASKED, soft, ("1", "2")),
+        Question("chat", {**ASKED, "logit_bias": {"7": 1}}, soft, ("1", "2")),
+        Question("chat", ASKED, soft),
+    )
+    biased, own, free = theirs.bodies[-3:]
+    (one,), (two,) = toy.renderer.answers(["1", "2"])
+    sent = biased["logit_bias"]
+    assert sent[str(one)] == pytest.approx(math.log(2), abs=1e-5)  # as they are one to nothing, the mean counting 1
+    assert sent[str(two)] == -100  # as far as vLLM goes
+    assert own["logit_bias"] == {"7": 1}
+    assert "logit_bias" not in free
 
 
 def _not_sent(theirs: StandIn, engine: VLLMEngine, question: Question) -> RequestError:

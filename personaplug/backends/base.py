@@ -159,7 +159,10 @@ class Backend(Protocol):
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
     ) -> Tensor:
-        """Return (B, C) log-probabilities of a closed set of answers, without gradients."""
+        """Return (B, C) log-probabilities of a closed set of answers, without gradients.
+
+        With what `soft` says of the labels they need not be those of a distribution.
+        """
         ...
 
     def generate(

@@ -64,8 +64,8 @@ class DecoderOnlyBackend(HFBackend):
             wanted = pad(answers, fill=IGNORED, side="right").to(self.device)
             past = padded_states(self._states(rows), device=self.device)
             logits = self._behind(past, self._lengths(rows), soft=soft, answers=answers)
-            return token_loss(logits, wanted, phrases)
-        return self._loss_of_all(prompts, answers, soft=soft, soft_at=soft_at, phrases=phrases)
+            return token_loss(self._with_bias(logits, wanted, soft=soft, labels=labels), wanted, phrases)
+        return self._loss_of_all(prompts, answers, soft=soft, soft_at=soft_at, labels=labels, phrases=phrases)
 
     def _loss_of_all(
         self,
@@ -74,6 +74,7 @@ class DecoderOnlyBackend(HFBackend):
         *,
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None,
+        labels: Sequence[str] = (),
         phrases: Sequence[Phrases] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same with prompt, soft tokens and answer in one pass, wherever the soft tokens stand."""
@@ -82,18 +83,13 @@ class DecoderOnlyBackend(HFBackend):
         first = int((batch.labels != IGNORED).int().argmax(dim=1).min())
         # The logits at position t predict the token at t + 1.
         logits = self._logits(batch, columns=torch.arange(first - 1, batch.labels.shape[1] - 1))
-        return token_loss(logits, batch.labels[:, first:], phrases)
+        wanted = batch.labels[:, first:]
+        return token_loss(self._with_bias(logits, wanted, soft=soft, labels=labels), wanted, phrases)
 
-    @torch.no_grad()
-    def score(
-        self,
-        prompts: Sequence[str],
-        labels: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
+    def _scores(
+        self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None, soft_at: Sequence[int] | None
     ) -> Tensor:
-        """Return (B, C) log-probabilities; the prompt is read once (or not at all, if kept), the labels behind it."""
+        """Log-probabilities of labels; the prompt is read once (or not at all, if kept), the labels behind it."""
         answers = self.renderer.answers(labels)
         if self._apart(soft):
             assert soft is not None

@@ -42,21 +42,16 @@ class EncoderDecoderBackend(HFBackend):
         wanted = pad(answers, fill=IGNORED, side="right").to(self.device)
         if is_behind(soft):
             states, mask = self._encoded([row.ids for row in self.renderer.prompts(prompts)])
-            return token_loss(self._decoded(states, mask, soft=soft, answers=answers), wanted, phrases)
+            logits = self._decoded(states, mask, soft=soft, answers=answers)
+            return token_loss(self._with_bias(logits, wanted, soft=soft, labels=labels), wanted, phrases)
         batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
         logits = self.model(inputs_embeds=batch.embeds, attention_mask=batch.mask, labels=wanted).logits
-        return token_loss(logits, wanted, phrases)
+        return token_loss(self._with_bias(logits, wanted, soft=soft, labels=labels), wanted, phrases)
 
-    @torch.no_grad()
-    def score(
-        self,
-        prompts: Sequence[str],
-        labels: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
+    def _scores(
+        self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None, soft_at: Sequence[int] | None
     ) -> Tensor:
-        """Return (B, C) log-probabilities; the encoder reads the prompt once (or not at all, if kept)."""
+        """Log-probabilities of labels; the encoder reads the prompt once (or not at all, if kept)."""
         behind = is_behind(soft)
         if behind:
             states, mask = self._encoded([row.ids for row in self.renderer.prompts(prompts)])

@@ -22,6 +22,7 @@ from personaplug import processes
 from personaplug.backends.base import Generation, GenerationConfig, Measure, pad
 from personaplug.backends.exact_logits import give_exact_logits
 from personaplug.backends.kept_prompts import KeptPrompts, Layout, Room, find_room
+from personaplug.backends.label_bias import LabelBias
 from personaplug.backends.rendering import Ids, Renderer
 from personaplug.memory import free_memory
 from personaplug.phrases import LONGEST, Phrases, mixed_logits
@@ -171,6 +172,25 @@ class HFBackend:
         raise NotImplementedError
 
     @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        soft: SoftPrompt | None,
+        soft_at: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Return (B, C) log-probabilities, with what the soft prompt says of the labels; see `Backend.score`."""
+        found = self._scores(prompts, labels, soft=soft, soft_at=soft_at)
+        return found if soft is None or soft.label_bias is None else found + soft.label_bias.to(found)
+
+    def _scores(
+        self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None, soft_at: Sequence[int] | None
+    ) -> Tensor:
+        """What the model itself says of the labels behind the soft tokens, (B, C) log-probabilities."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
@@ -222,6 +242,16 @@ class HFBackend:
         from_model = self.model.generation_config.eos_token_id
         listed = from_model if isinstance(from_model, list) else [from_model]
         return list(dict.fromkeys(t for t in [self.renderer.tokenizer.eos_token_id, *listed] if t is not None))
+
+    def _with_bias(self, logits: Tensor, wanted: Tensor, *, soft: SoftPrompt | None, labels: Sequence[str]) -> Tensor:
+        """Logits of right answers, with what the soft prompt says of the labels where these are all that may be said.
+
+        Args:
+            logits: (B, L, V), aligned with (B, L) `wanted`.
+        """
+        if soft is None or soft.label_bias is None or not labels:
+            return logits
+        return LabelBias(self.renderer.answers(labels), soft.label_bias).added_to(logits, wanted)
 
     def _spliced_prompts(
         self,

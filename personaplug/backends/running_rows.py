@@ -18,6 +18,7 @@ from personaplug.backends.decoder_only import DecoderOnlyBackend, chosen
 from personaplug.backends.frozen_attention import KeptStates
 from personaplug.backends.hf import by_length
 from personaplug.backends.kept_prompts import padded_states, real_columns
+from personaplug.backends.label_bias import LabelBias
 from personaplug.backends.rendering import Ids, Rendered
 from personaplug.phrases import Phrases, mixed_logits
 from personaplug.soft_prompt import SoftPrompt, splice
@@ -79,7 +80,15 @@ class Row:
         allowed = torch.tensor(sorted({choice[len(self.ids)] for choice in open_}))
         only = torch.full_like(logits, -torch.inf)
         only[allowed] = logits[allowed]
+        if self.label_bias is not None:
+            tokens, bias = LabelBias(self.choices, self.label_bias).behind(self.ids)
+            only[tokens] += bias[0].to(only)
         return only
+
+    @property
+    def label_bias(self) -> Tensor | None:
+        """(1, C) what its persona says of each choice."""
+        return None if self.soft is None else self.soft.label_bias
 
     @property
     def wants_likeliest(self) -> bool:
@@ -159,6 +168,8 @@ class RunningRows:
         lengths = torch.tensor([states.shape[2]], device=self.backend.device)
         behind = self.backend.going_on(states[:, None], lengths, answers=choices)[0]
         whole = torch.log_softmax(first, dim=-1)[[choice[0] for choice in choices]] + behind
+        if row.label_bias is not None:
+            whole = whole + row.label_bias[0].to(whole)
         return int(whole.argmax())
 
     def _going(self) -> list[Row]:

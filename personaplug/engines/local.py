@@ -245,7 +245,7 @@ class LocalEngine:
         given, count = [soft for soft in softs if soft is not None], len(softs)
         soft = None
         if given:
-            soft = SoftPrompt(torch.cat([one.vectors for one in given]), placement=given[0].placement)
+            soft = SoftPrompt.joined(given)
         loss, _ = self.backend.loss([prompt] * count, [answer] * count, soft=soft, labels=choices)
         return (-loss.float()).tolist()
 

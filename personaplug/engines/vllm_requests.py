@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from personaplug.backends.label_bias import LabelBias
 from personaplug.backends.rendering import frame_of
 from personaplug.engines.base import CHARACTERS, Question
 from personaplug.errors import EngineFailure, RequestError
@@ -31,6 +32,7 @@ from personaplug.wire import as_json
 
 PLACEHOLDER = "<prompt_embeds>"
 _EMBEDS = "prompt_embeds"  # a field of a completion, and a type of content in a chat
+_MOST = 100.0  # that a bias may be
 _ESCAPED = re.compile(rb"\\u00([2-7][0-9a-fA-F])")
 
 
@@ -79,6 +81,16 @@ class EmbeddingTable:
         at = len(ids) if soft.placement == "suffix" else self._before
         return torch.cat([self._rows_of(ids[:at]), own, self._rows_of(ids[at:])])
 
+    def logit_bias(self, choices: Sequence[str], label_bias: Tensor) -> dict[str, float]:
+        """What a persona says of the labels, at the tokens that they begin with; vLLM knows no other place for it.
+
+        Args:
+            label_bias: (1, C) in the order of the choices.
+        """
+        ids = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
+        tokens, bias = LabelBias(ids, label_bias).behind(())
+        return {str(token): value for token, value in zip(tokens, bias[0].clamp(-_MOST, _MOST).tolist(), strict=True)}
+
     def _rows_of(self, ids: Sequence[int]) -> Tensor:
         return self.rows[torch.tensor(ids, dtype=torch.int64)]
 
@@ -101,6 +113,8 @@ def written(question: Question, *, model: str, table: EmbeddingTable, most: int 
     _check_fields(body)
     if question.choices and not _constrained(body):
         body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(question.choices)}}
+        if question.soft is not None and question.soft.label_bias is not None:
+            body = {"logit_bias": table.logit_bias(question.choices, question.soft.label_bias)} | body
     as_they_came = as_json(body)
     _check_text(body, as_they_came)
     if question.soft is None:

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from store import LONG, LONG_USERS, SECRET, TENANT, batch, milliseconds, spent_on
 
+from personaplug.artefact import Fitting
 from personaplug.config import PlugConfig
 from personaplug.encoder import HashEncoder
 from personaplug.files import write_json
 from personaplug.live_personas import LivePersonas, store_settings
 from personaplug.personalizer import Personalizer
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.plug import PersonaPlug
 from personaplug.run import machine, versions
 from personaplug.store import HistoryStore
 from personaplug.weights import LLMIdentity

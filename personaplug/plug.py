@@ -6,9 +6,8 @@ JSON: the plug alone, never the models it belongs to.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from personaplug.aggregators import MeanAggregator, build_aggregator, per_user
-from personaplug.config import BEFORE, Config, PlugConfig, without_gone
-from personaplug.config_text import with_values
-from personaplug.encoder import Encoder, EncoderIdentity, QueryEncoder
+from personaplug.artefact import ABOUT, Fitting, read_about, write_about
+from personaplug.config import PlugConfig
+from personaplug.encoder import Encoder, QueryEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
-from personaplug.files import write_json, write_text, written_file
+from personaplug.files import write_text, written_file
 from personaplug.form import FEATURES
 from personaplug.label_prior import LabelPrior
 from personaplug.model_card import model_card
@@ -34,9 +33,8 @@ from personaplug.records import Options
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.weights import LLMIdentity
 
-FORMAT_VERSION = 1
 _CHUNK = 1024  # items converted at once
-_CONFIG, _WEIGHTS, _CARD = "plug.json", "plug.safetensors", "README.md"
+_WEIGHTS, _CARD = "plug.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
@@ -69,23 +67,6 @@ class HistoryBatch:
         return HistoryBatch(
             self.vectors[places], (len(places),), self.answers[places], self.forms[places], hidden=hidden
         )
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """What a plug is made to fit, measured once and kept in the artefact.
-
-    Attributes:
-        llm: the language model.
-        embedding_scale: root mean square of that model's embedded tokens.
-        encoder: the encoder of items and queries.
-        labels: the closed set of answers that `answers = label` refers to; empty otherwise.
-    """
-
-    llm: LLMIdentity
-    embedding_scale: float
-    encoder: EncoderIdentity
-    labels: tuple[str, ...] = ()
 
 
 class PersonaPlug(nn.Module):
@@ -325,14 +306,14 @@ class PersonaPlug(nn.Module):
         """
         folder = Path(folder)
         state = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
-        (folder / _CONFIG).unlink(missing_ok=True)  # an earlier plug's config must not stand beside these weights
+        (folder / ABOUT).unlink(missing_ok=True)  # an earlier plug's config must not stand beside these weights
         written_file(folder / _WEIGHTS, lambda path: save_file(state, path))
-        about = {"format_version": FORMAT_VERSION, "config": asdict(self.config), "fitting": asdict(self.fitting)}
         values = sum(parameter.numel() for parameter in self.parameters())
         card = model_card(self.config, self.fitting.llm, encoder=self.fitting.encoder, values=values, facts=facts or {})
         write_text(folder / _CARD, card)
-        # Last, since its presence says that the plug is complete.
-        write_json(folder / _CONFIG, about)
+        write_about(
+            folder, self.config, fitting=self.fitting
+        )  # last, since its presence says that the plug is complete
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, encoder: Encoder, llm: LLMIdentity | None) -> PersonaPlug:
@@ -346,10 +327,10 @@ class PersonaPlug(nn.Module):
             LLMMismatch: if it was trained for another language model.
         """
         folder = Path(folder)
-        config, fitting = _read_about(folder)
+        config, fitting = read_about(folder)
         if llm is not None and (fitting.llm.fingerprint, fitting.llm.width) != (llm.fingerprint, llm.width):
             raise LLMMismatch(trained_for=fitting.llm.describe(), given=llm.describe())
-        plug = cls(read_plug_config(config), fitting=fitting, encoder=encoder)
+        plug = cls(config, fitting=fitting, encoder=encoder)
         try:
             state = load_file(folder / _WEIGHTS)
             if "cold_start" in state:
@@ -392,16 +373,6 @@ def _converted(items: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def read_plug_config(values: dict[str, Any]) -> PlugConfig:
-    """The PlugConfig of an artefact, checked like any other setting.
-
-    Raises:
-        BadConfig: for unknown keys or values out of range.
-    """
-    named = {f"plug.{key}": value for key, value in values.items()}
-    return with_values(Config(), without_gone(named)).plug
-
-
 def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
     if config.instruction_tokens + config.persona_tokens == 0:
         raise BadConfig("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
@@ -420,30 +391,3 @@ def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> No
         raise BadConfig("options=compare needs a task whose labels stand for two or more options in the prompt.")
     if not encoder.identity.same_as(fitting.encoder):
         raise EncoderMismatch("This plug", expected=fitting.encoder.describe(), found=encoder.identity.describe())
-
-
-def _read_about(folder: Path) -> tuple[dict[str, Any], Fitting]:
-    """The config (unchecked) and the fitting that a saved plug names."""
-    try:
-        about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        before = {key.removeprefix("plug."): value for key, value in BEFORE.items() if key.startswith("plug.")}
-        version, config = about["format_version"], before | about["config"]
-        fitting = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
-    except OSError as error:
-        raise MissingData(f"{folder} holds no plug: {_CONFIG} is missing. A finished training writes one.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MissingData(f"{folder / _CONFIG} is not a plug's description ({type(error).__name__}).") from error
-    if fitting is None:
-        raise MissingData(
-            f"{folder} has the format version {version}; this personaplug reads {FORMAT_VERSION}. Upgrade personaplug."
-        )
-    return config, fitting
-
-
-def _read_fitting(values: dict[str, Any]) -> Fitting:
-    return Fitting(
-        llm=LLMIdentity(**values["llm"]),
-        embedding_scale=float(values["embedding_scale"]),
-        encoder=EncoderIdentity.from_dict(values["encoder"]),
-        labels=tuple(values["labels"]),
-    )

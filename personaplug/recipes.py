@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from personaplug.adapters import TASK, LowRankAdapters
+from personaplug.artefact import Fitting
 from personaplug.batching import hold_out
 from personaplug.checkpoint import drop_states
 from personaplug.conditions import INSTRUCTION, LORA, PLUG, Trained
@@ -30,7 +31,7 @@ from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, 
 from personaplug.memory import peak_memory, reset_peak_memory
 from personaplug.objectives import LoraObjective, Objective, PlugObjective
 from personaplug.own_answers import ClosedAnswers
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.plug import PersonaPlug
 from personaplug.processes import main_first, on_main, together
 from personaplug.prompting import PromptMaker
 from personaplug.records import Sample

@@ -15,6 +15,7 @@ import torch
 import uvicorn
 
 from personaplug.accounts import Accounts
+from personaplug.artefact import Fitting
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.config import PlugConfig
 from personaplug.data.base import Task
@@ -24,7 +25,7 @@ from personaplug.engines.local import LocalEngine
 from personaplug.gate import Limits
 from personaplug.live_personas import LivePersonas, store_settings
 from personaplug.personalizer import Personalizer
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.plug import PersonaPlug
 from personaplug.server import create_app
 from personaplug.service import Service
 from personaplug.store import HistoryStore

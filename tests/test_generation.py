@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from personaplug.artefact import Fitting
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.config_text import load_config
 from personaplug.data import LAMP_TASKS
@@ -16,7 +17,7 @@ from personaplug.encoder import HashEncoder
 from personaplug.errors import BadConfig
 from personaplug.generation import reply
 from personaplug.personalizer import Personalizer
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.plug import PersonaPlug
 from personaplug.records import HistoryItem
 from personaplug.run import Models, Run, resolved
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from personaplug.artefact import Fitting
 from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder
 from personaplug.impostors import MeanPersona, RandomVectors
 from personaplug.personalizer import Personalizer
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.plug import PersonaPlug
 from personaplug.samples import EncodedSample, no_forms
 from personaplug.vectors import VectorTable
 from personaplug.weights import LLMIdentity

@@ -12,12 +12,13 @@ import pytest
 import torch
 from stores import ENCODER, LABELS, item
 
+from personaplug.artefact import Fitting
 from personaplug.config import PlugConfig
 from personaplug.encoder import HashEncoder
 from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
 from personaplug.live_personas import LivePersonas, store_settings
 from personaplug.personalizer import Personalizer
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.plug import PersonaPlug
 from personaplug.records import Options
 from personaplug.store import HistoryStore, StoreSettings
 from personaplug.weights import LLMIdentity

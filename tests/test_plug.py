@@ -15,6 +15,7 @@ import torch
 from scipy.special import erf
 
 from personaplug.aggregators import per_user
+from personaplug.artefact import Fitting, read_plug_config
 from personaplug.conditions import INSTRUCTION
 from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder, QueryEncoder
@@ -23,7 +24,7 @@ from personaplug.explain import drift
 from personaplug.form import forms_of
 from personaplug.option_hint import OptionHint
 from personaplug.personalizer import Personalizer
-from personaplug.plug import Fitting, HistoryBatch, PersonaPlug, read_plug_config
+from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.query_head import FrozenQueries
 from personaplug.records import Options
 from personaplug.samples import EncodedHistory, no_forms

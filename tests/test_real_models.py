@@ -8,12 +8,13 @@ from statistics import median
 import pytest
 import torch
 
+from personaplug.artefact import Fitting
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.loading import load_hf
 from personaplug.conditions import INSTRUCTION
 from personaplug.config import PAPER, Config
 from personaplug.encoder import Encoder, open_encoder
-from personaplug.plug import Fitting, HistoryBatch, PersonaPlug
+from personaplug.plug import HistoryBatch, PersonaPlug
 from personaplug.samples import no_forms
 from personaplug.soft_prompt import SoftPrompt
 

@@ -14,13 +14,14 @@ from families import DECODERS, small_backend
 from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
+from personaplug.artefact import Fitting
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.backends.toy import toy_tokenizer
 from personaplug.config import PAPER
 from personaplug.encoder import HashEncoder
 from personaplug.objectives import PlugObjective
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.plug import PersonaPlug
 from personaplug.samples import EncodedSample, no_forms
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.vectors import VectorTable

@@ -21,12 +21,13 @@ import pytest
 import torch
 from live_server import CONFIG, ENCODER, TASK, served
 
+from personaplug.artefact import Fitting
 from personaplug.engines.vllm import VLLMEngine
 from personaplug.engines.vllm_requests import EmbeddingTable
 from personaplug.errors import BadConfig, MissingModel
 from personaplug.live_personas import LivePersonas, Persona, store_settings
 from personaplug.personalizer import Personalizer
-from personaplug.plug import Fitting, PersonaPlug
+from personaplug.plug import PersonaPlug
 from personaplug.service import Service
 from personaplug.soft_prompt import SoftPrompt
 from personaplug.store import HistoryStore

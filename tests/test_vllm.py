@@ -172,6 +172,20 @@ def test_answers_of_a_closed_set(folder: Path, address: str, tmp_path: Path) -> 
         assert raw.headers["x-personaplug-items"] == "3"
 
 
+def test_what_users_own_answers_say_of_the_labels_decides(folder: Path, address: str, tmp_path: Path) -> None:
+    service = _service(folder, address, tmp_path)
+    prior = service.personas.personalizer.plug.label_prior
+    assert prior is not None
+    prior.trust.data.fill_(50.0)  # beyond what the model could say against it
+    with served(service) as url:
+        for user, score in (("ann", "5"), ("bob", "2")):
+            items = [{"id": str(n), "text": f"film {n}", "score": score} for n in range(3)]
+            httpx.post(f"{url}/v1/users/{user}/history", json={"items": items})
+            turns = [{"role": "user", "content": PROMPT}]
+            answer = _client(url).chat.completions.create(model="small", messages=turns, user=user)
+            assert answer.choices[0].message.content == score
+
+
 def test_what_stands_in_front_of_a_suffix_is_shared_between_users(folder: Path, address: str, tmp_path: Path) -> None:
     service = _service(folder, address, tmp_path)
     _say(service, folder, {f"user {n}": f"number {n} says" for n in range(5)})

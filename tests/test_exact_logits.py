@@ -30,7 +30,7 @@ def _states_and_logits(model: Any, *, grad: bool) -> tuple[torch.Tensor, torch.T
 def test_logits_are_the_float32_product_but_in_training(
     family: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(vars(exact_logits)["_ROWS"], "cpu", rows)
+    monkeypatch.setattr(exact_logits, "_CACHED", rows)
     model = small_backend(family).model.bfloat16()
     give_exact_logits(model)
     head = model.get_output_embeddings()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ROWS = {"cpu": 1024}  # of the output layer, that a processor multiplies from its cache
-_MORE_ROWS = 2**14  # elsewhere, where a kernel's start costs more than memory does
+_CACHED = 2**10  # rows of the output layer that a processor multiplies from its cache
+_AT_ONCE = 2**14  # elsewhere, where a kernel's start costs more than memory does
 
 
 def give_exact_logits(model: Any) -> None:
@@ -34,7 +34,7 @@ def give_exact_logits(model: Any) -> None:
 
 def _product(states: Tensor, head: nn.Linear) -> Tensor:
     """(…, V) logits in float32 of (…, D) states."""
-    wide, rows = states.float(), _ROWS.get(states.device.type, _MORE_ROWS)
+    wide, rows = states.float(), _CACHED if states.device.type == "cpu" else _AT_ONCE
     found = wide.new_empty(*states.shape[:-1], len(head.weight))
     for start in range(0, len(head.weight), rows):
         part = slice(start, start + rows)

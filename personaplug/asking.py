@@ -12,9 +12,8 @@ from typing import Any
 
 from personaplug.answers import Answers, answer, keep, kept
 from personaplug.backends.base import GenerationConfig
-from personaplug.conditions import INSTRUCTION, Condition
-from personaplug.errors import BadConfig
-from personaplug.impostors import LabelsAlone, MeanPersona, RandomVectors
+from personaplug.conditions import Condition
+from personaplug.impostors import MeanPersona, RandomVectors
 from personaplug.likelihood import surprises
 from personaplug.per_user import Ask, PerUser
 from personaplug.personalizer import Personalizer, SoftPrompter
@@ -139,15 +138,7 @@ class Asking:
         if self.condition.persona == "random-vectors":
             return Personalizer(plug, table=RandomVectors(self.table, seed=self.seed), strength=strength)
         personalizer = Personalizer(plug, table=self.table, strength=strength)
-        if self.condition.persona == "mean":
-            return MeanPersona(personalizer, self.shown.samples)
-        return self._labels_alone(personalizer) if self.condition.persona == "labels" else personalizer
-
-    def _labels_alone(self, personalizer: Personalizer) -> LabelsAlone:
-        if personalizer.plug.config.label_prior == "none":
-            raise BadConfig(f"{self.condition.name} is a part of plugs with label_prior=own; this one has none.")
-        control = self.run.load_plug(INSTRUCTION.name, seed=self.seed, models=self.models)
-        return LabelsAlone(personalizer, control.common())
+        return MeanPersona(personalizer, self.shown.samples) if self.condition.persona == "mean" else personalizer
 
     def _matrices(self, showing: Showing) -> PerUser | None:
         trained, per_user = self.condition.trained, self.condition.per_user

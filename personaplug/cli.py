@@ -255,7 +255,8 @@ def evaluate(
     Rows: plain, instruction-only, paper-plug, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
     profile, profile+bm25:4; lora, plug+lora, lora-per-user; every personal row has its control, such as
-    bm25:4@wrong-user. Where answers are written: plug+phrases, instruction+phrases, any of them with +phrases.
+    bm25:4@wrong-user. Where labels are scored: instruction+labels. Where answers are written: plug+phrases,
+    instruction+phrases, any of them with +phrases.
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
     user-words:8, copy, copy:10; they are fitted on the train split here.
 

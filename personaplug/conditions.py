@@ -4,6 +4,7 @@
     paper-plug                                               the plug as the paper has it, at the same place
     bm25:4  recency:4  dense:4  random:4  ropg:4             the best 4 items of the history, written into the prompt
     instruction+bm25:4                                       the same, with soft tokens trained on such prompts
+    instruction+labels                                       such tokens, and what counting the user's own labels says
     plug+bm25:1  plug+dense:1                                the plug beside retrieved items, trained together
     plug+phrases  instruction+phrases  plug+bm25:1+phrases   with what the user's own answers go on with mixed in
     profile  profile+bm25:4                                  what the model itself wrote of the user
@@ -14,7 +15,7 @@
     copy  copy:10                                            the query itself, or its first 10 words
     user-words:8                                             the 8 words that most of the user's own texts hold
     NAME@wrong-user  NAME@shuffled                           any of them, shown a stranger's history, or another order
-    wrong-user  shuffled  random-vectors  mean-persona  population-persona  label-prior      the controls of the plug
+    wrong-user  shuffled  random-vectors  mean-persona  population-persona        the controls of the plug
 
 The controls are rows like any other. A method's personal gain is its distance from its own wrong-user row. Rows
 without a language model say what a set gives away for nothing, and their gains whether there is anything personal.
@@ -34,7 +35,7 @@ WRONG_USER: Final = "wrong-user"
 SHUFFLED: Final = "shuffled"
 
 Whose = Literal["none", "own", "wrong-user", "shuffled"]
-Kind = Literal["plug", "instruction", "paper", "bridge", "lora", "retriever"]
+Kind = Literal["plug", "instruction", "labels", "paper", "bridge", "lora", "retriever"]
 RuleKind = Literal["classical", "user-median", "user-mean", "user-majority", "user-words", "copy"]
 Part = Literal["both", "text", "history"]
 
@@ -66,8 +67,9 @@ class Trained:
 
     Attributes:
         name: as folders and messages write it.
-        kind: plug (soft tokens from a history), instruction (the same number without one), paper (the paper's plug),
-            bridge (a plug for the model with the task's matrices in it), lora, retriever.
+        kind: plug (soft tokens from a history), instruction (the same number without one), labels (the same, where of
+            a history its labels alone are counted), paper (the paper's plug), bridge (a plug for the model with the
+            task's matrices in it), lora, retriever.
         retrieval: what stands in the prompts that it is trained on.
     """
 
@@ -78,7 +80,7 @@ class Trained:
     @property
     def soft(self) -> bool:
         """Whether it makes soft tokens."""
-        return self.kind in ("plug", "instruction", "paper", "bridge")
+        return self.kind in ("plug", "instruction", "labels", "paper", "bridge")
 
     @property
     def in_matrices(self) -> bool:
@@ -87,8 +89,9 @@ class Trained:
 
     def plug(self, own: PlugConfig) -> PlugConfig:
         """How its plug is built in a run whose own one is built as `own`."""
-        if self.kind == "instruction":
-            return replace(own, instruction_tokens=own.soft_tokens, persona_tokens=0)
+        if self.kind in ("instruction", "labels"):
+            prior = "own" if self.kind == "labels" else "none"
+            return replace(own, instruction_tokens=own.soft_tokens, persona_tokens=0, label_prior=prior)
         # Where it stands and how long histories may be is not what makes it the paper's.
         return replace(PAPER, placement=own.placement, max_history=own.max_history) if self.kind == "paper" else own
 
@@ -116,6 +119,7 @@ class Rule:
 
 PLUG = Trained("plug", "plug")
 INSTRUCTION = Trained("instruction-only", "instruction")
+COUNTED = Trained("instruction+labels", "labels")
 PAPERS = Trained("paper-plug", "paper")
 LORA = Trained("lora", "lora")
 BRIDGE = Trained("plug+lora", "bridge")
@@ -132,7 +136,7 @@ class Condition:
         trained: what makes its soft tokens or its matrices; None = the bare language model.
         history: whose items it sees.
         persona: what the plug makes of them: their persona; that of as many random vectors; the mean persona of all
-            samples; what the plug gives users without items; no persona, but what their labels are.
+            samples; what the plug gives users without items.
         retrieval: which of the items' texts stand in the prompt.
         profile: whether a profile of the user does.
         per_user: whether every user has matrices of their own.
@@ -144,7 +148,7 @@ class Condition:
     guards: str
     trained: Trained | None = None
     history: Whose = "none"
-    persona: Literal["own", "random-vectors", "mean", "population", "labels"] = "own"
+    persona: Literal["own", "random-vectors", "mean", "population"] = "own"
     retrieval: Retrieval | None = None
     profile: bool = False
     per_user: bool = False
@@ -156,8 +160,7 @@ class Condition:
         """What must be trained before this row can be filled, in order."""
         ranked = (ROPG,) if self.retrieval and self.retrieval.method == "ropg" else ()
         carried = (LORA,) if self.trained == BRIDGE else ()
-        common = (INSTRUCTION,) if self.persona == "labels" else ()
-        return ranked + carried + common + ((self.trained,) if self.trained else ())
+        return ranked + carried + ((self.trained,) if self.trained else ())
 
     @property
     def seeded(self) -> bool:
@@ -205,11 +208,10 @@ CONDITIONS: dict[str, Condition] = {
             persona="population",
         ),
         Condition(
-            "label-prior",
-            "what counting the user's own labels gives beside soft tokens that know of nobody",
-            PLUG,
+            "instruction+labels",
+            "whether counting the user's own labels, beside tokens that know of nobody, does as well as a persona",
+            COUNTED,
             "own",
-            persona="labels",
         ),
         Condition(
             "paper-plug",

@@ -155,6 +155,16 @@ class PlugConfig:
         return self.answers != "label"
 
     @property
+    def reads_history(self) -> bool:
+        """Whether anything of a user's items is looked at."""
+        return self.persona_tokens > 0 or self.label_prior == "own"
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it matters which of the task's labels an item's answer is."""
+        return self.label_prior == "own" or (self.persona_tokens > 0 and self.answers == "label")
+
+    @property
     def reads_forms(self) -> bool:
         """Whether the form of answers is noted."""
         return self.answers == "form"

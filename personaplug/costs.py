@@ -64,6 +64,8 @@ class CostMeter:
         if (trained in ("plug", "paper", "bridge") and personal) or retriever in _DENSE:
             vectors = self.items * self.encoder.width * _BYTES_PER_VALUE
             total = Cost(total.bytes + vectors, total.seconds + self.items * self.seconds)
+        if trained == "labels":
+            total = Cost(total.bytes + self.items, total.seconds)  # a byte says which label an answer is
         if retriever is not None or condition.phrases:
             total = Cost(total.bytes + self.items * self.text_bytes, total.seconds)
         return total

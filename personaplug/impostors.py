@@ -1,4 +1,4 @@
-"""Impostors: what stands in for a user's own persona in the controls random-vectors, mean-persona and label-prior."""
+"""Impostors: what stands in for a user's own persona in the controls random-vectors and mean-persona."""
 
 from __future__ import annotations
 
@@ -58,24 +58,6 @@ class MeanPersona:
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """The same soft tokens for each sample, (B, S, D)."""
         return SoftPrompt.joined([self.mean] * len(samples))
-
-
-class LabelsAlone:
-    """What the users' own answers say of the labels, beside soft tokens that know of nobody.
-
-    Args:
-        personalizer: of a plug that reads them.
-        common: (1, S, D) as many soft tokens as the plug makes.
-    """
-
-    def __init__(self, personalizer: Personalizer, common: SoftPrompt) -> None:
-        self.personalizer, self.common, self.placement = personalizer, common.vectors, personalizer.placement
-
-    def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
-        """The same soft tokens for each sample, (B, S, D), and the bias of each."""
-        own = self.personalizer.soft_prompt(samples)
-        common = self.common[:, : own.vectors.shape[1]]  # none with a strength of 0
-        return replace(own, vectors=common.expand(len(samples), -1, -1))
 
 
 def _combined(soft: SoftPrompt, *, share: float = 1.0) -> SoftPrompt:

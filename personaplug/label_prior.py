@@ -50,6 +50,6 @@ class LabelPrior(nn.Module):
 
     def _counts(self, answers: Tensor, lengths: tuple[int, ...]) -> Tensor:
         labels, users = len(self.usual), len(lengths)
-        owners = torch.repeat_interleave(torch.tensor(lengths, device=answers.device))
+        owners = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=answers.device))
         places = (owners * labels + answers)[answers >= 0]
         return torch.bincount(places, minlength=users * labels).view(users, labels).to(self.usual)

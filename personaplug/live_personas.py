@@ -239,7 +239,7 @@ def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
             f"The plug reads vectors {ways[config.encodes_answers]} (answers={config.answers}); the store keeps "
             f"vectors {ways[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
         )
-    if config.answers == "label" and settings.labels != plug.fitting.labels:
+    if config.reads_labels and settings.labels != plug.fitting.labels:
         raise StoreConflict(
             f"The plug knows {len(plug.fitting.labels)} labels as answers; the store was made with other ones "
             f"({len(settings.labels)}). Make a store with `store_settings(plug)`."
@@ -252,5 +252,5 @@ def store_settings(plug: PersonaPlug, *, keep_text: bool = False) -> StoreSettin
     Args:
         keep_text: keep the items' fields too, for explanations that show them and for a later change of encoder.
     """
-    labels = plug.fitting.labels if plug.config.answers == "label" else ()
+    labels = plug.fitting.labels if plug.config.reads_labels else ()
     return StoreSettings(labels=labels, encodes_answers=plug.config.encodes_answers, keep_text=keep_text)

@@ -84,7 +84,7 @@ class PlugObjective:
         self.backend, self.labels = backend, tuple(labels)
         self.personalizer = Personalizer(plug, table=table)
         self.behind = plug.config.placement == "suffix"
-        self.reads_histories = plug.config.persona_tokens > 0
+        self.reads_histories = plug.config.reads_history
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Read prompts and frozen queries once, all in an order of their own, so that rounding is that of any start."""

@@ -65,7 +65,7 @@ class Personalizer:
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Soft tokens for samples whose items are rows of the table; (B, S, D), with gradients if enabled."""
-        history = self.gather(samples) if self.plug.config.persona_tokens else None
+        history = self.gather(samples) if self.plug.config.reads_history else None
         queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
         soft: SoftPrompt = self.plug(queries, history, options=options, strength=self.strength)
         return soft

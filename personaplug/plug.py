@@ -93,6 +93,7 @@ class PersonaPlug(nn.Module):
         self.cold_items: Tensor | None
         self.register_buffer("cold_start", None)
         self.register_buffer("cold_items", None)
+        self.label_prior = LabelPrior(len(fitting.labels)) if config.label_prior == "own" else None
         if tokens:
             self.frozen = FrozenQueries(encoder)
             self.aggregator = build_aggregator(config)
@@ -118,7 +119,6 @@ class PersonaPlug(nn.Module):
             # training (`training.empty_share`).
             self.population = nn.Parameter(torch.zeros(tokens, width))
             self.hint = OptionHint(len(fitting.labels), width=width) if config.options == "compare" else None
-            self.label_prior = LabelPrior(len(fitting.labels)) if config.label_prior == "own" else None
 
     @property
     def asks_nothing(self) -> bool:
@@ -144,7 +144,7 @@ class PersonaPlug(nn.Module):
 
         Args:
             queries: B texts.
-            history: their users' items; None is allowed where the plug has no persona tokens.
+            history: their users' items; None is allowed where the plug reads none.
             options: what the prompts let choose from, one per query; only read where they are compared.
             strength: how far personas go from the population persona (near 0) to the user's own (1) and beyond; at 0
                 there are no soft tokens at all. Users without items of their own to go by get the same whatever it is.
@@ -155,10 +155,10 @@ class PersonaPlug(nn.Module):
         if strength == 0:
             nothing = self.instruction.new_empty(len(queries), 0, self.fitting.llm.width)
             return SoftPrompt(nothing, placement=self.config.placement)
+        if self.config.reads_history and history is None:
+            raise BadConfig("This plug reads histories; it needs one for every query (it may be empty).")
         parts = [self.instruction.expand(len(queries), -1, -1)]
-        if self.config.persona_tokens:
-            if history is None:
-                raise BadConfig("This plug has persona tokens; it needs a history for every query (it may be empty).")
+        if self.config.persona_tokens and history is not None:
             own = self.persona(queries, history)
             parts.append(own if strength == 1 else torch.lerp(self.population.expand_as(own), own, strength))
             if self.hint is not None:
@@ -198,7 +198,7 @@ class PersonaPlug(nn.Module):
 
     def _label_bias(self, history: HistoryBatch | None) -> Tensor | None:
         """(B, C) of the users' own answers; 0 for those who have too few items."""
-        if history is None or not self.config.persona_tokens or self.label_prior is None:
+        if history is None or self.label_prior is None:
             return None
         bias: Tensor = self.label_prior(history.answers, history.lengths)
         return bias if self.cold_start is None else bias.masked_fill(self._cold(history)[:, None], 0)
@@ -311,9 +311,8 @@ class PersonaPlug(nn.Module):
         values = sum(parameter.numel() for parameter in self.parameters())
         card = model_card(self.config, self.fitting.llm, encoder=self.fitting.encoder, values=values, facts=facts or {})
         write_text(folder / _CARD, card)
-        write_about(
-            folder, self.config, fitting=self.fitting
-        )  # last, since its presence says that the plug is complete
+        # Last, since its presence says that the plug is complete.
+        write_about(folder, self.config, fitting=self.fitting)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, encoder: Encoder, llm: LLMIdentity | None) -> PersonaPlug:
@@ -378,15 +377,16 @@ def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> No
         raise BadConfig("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
     if "auto" in (config.answers, config.options, config.label_prior):
         raise BadConfig("answers=auto, options=auto and label_prior=auto are settled by a task; see `run.resolved`.")
-    if config.answers == "label" and config.persona_tokens and not fitting.labels:
-        raise BadConfig("answers=label needs a task with a closed set of labels; this one has none. Use answers=text.")
+    if config.reads_labels and not fitting.labels:
+        raise BadConfig(
+            "answers=label and label_prior=own need a task with a closed set of labels; this one has none. Use "
+            "answers=text and label_prior=none."
+        )
     if config.aggregator == "dot" and 0 < config.persona_tokens <= config.state_tokens:
         raise BadConfig(
             f"state_tokens={config.state_tokens} leaves none of persona_tokens={config.persona_tokens} for the query. "
             f"Give fewer, or aggregator=mean for a persona that is the same whatever is asked."
         )
-    if config.label_prior == "own" and config.persona_tokens and not fitting.labels:
-        raise BadConfig("label_prior=own needs a task with a closed set of labels; this one has none.")
     if config.options == "compare" and config.persona_tokens and len(fitting.labels) < 2:
         raise BadConfig("options=compare needs a task whose labels stand for two or more options in the prompt.")
     if not encoder.identity.same_as(fitting.encoder):

@@ -25,7 +25,7 @@ from personaplug.batching import hold_out
 from personaplug.checkpoint import drop_states
 from personaplug.conditions import INSTRUCTION, LORA, PLUG, Trained
 from personaplug.data.base import Reader
-from personaplug.errors import TrainingDiverged
+from personaplug.errors import BadConfig, TrainingDiverged
 from personaplug.files import write_json, written_file
 from personaplug.learned_retrieval import LearnedRetriever, RetrieverObjective, Teacher
 from personaplug.memory import peak_memory, reset_peak_memory
@@ -156,7 +156,7 @@ class Trainings:
             samples = with_nearest(read, self.table, count=plug.config.selected_items)
             if plug.config.instruction_start == "words":
                 self._start(plug, samples, seed=seed)
-            if plug.config.persona_tokens and plug.label_prior is not None:
+            if plug.label_prior is not None:
                 plug.label_prior.start_from(self._answered(samples))
         objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
@@ -220,7 +220,13 @@ class Trainings:
             plug.start_from(tokens[rng.choice(len(tokens), size=wanted, replace=len(tokens) < wanted)])
 
     def _answered(self, samples: Sequence[EncodedSample]) -> torch.Tensor:
-        """Places of the samples' answers among the task's labels."""
+        """Places of the samples' answers among the task's labels.
+
+        Raises:
+            BadConfig: if they are not trained as such.
+        """
+        if not closed_answers(self.run):
+            raise BadConfig("What a user's own labels say is added to labels that are scored; give answer_end=auto.")
         closed = ClosedAnswers(self.run.task.labels)
         return torch.tensor([closed.place(sample.target) for sample in samples])
 

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from personaplug.classical import Answerer, fit_classical
-from personaplug.conditions import WORDED, Condition, Rule
+from personaplug.conditions import COUNTED, WORDED, Condition, Rule
 from personaplug.data.base import Reader, Task
 from personaplug.errors import BadConfig, MissingData
 from personaplug.own_answers import Array, ClosedAnswers, Places, ratings
@@ -82,7 +82,7 @@ class Rules:
 
 
 def check_rules(conditions: Sequence[Condition], task: Task) -> None:
-    """Check that a task has what some rows need: the rules among them, and those that mix in or count own answers.
+    """Check that a task has what some rows need: the rules among them, and those that count or mix in own answers.
 
     Raises:
         BadConfig: naming the first row for which it has not.
@@ -90,7 +90,7 @@ def check_rules(conditions: Sequence[Condition], task: Task) -> None:
     for condition in conditions:
         if condition.phrases:
             check_phrases(task)
-        if condition.persona == "labels" and not (task.labels and task.answer_field is not None):
+        if condition.trained == COUNTED and not (task.labels and task.answer_field is not None):
             raise BadConfig(
                 f"{condition.name} counts the labels among a user's own answers; {task.name} has none in its items."
             )

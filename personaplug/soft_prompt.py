@@ -43,6 +43,11 @@ class SoftPrompt:
     def __len__(self) -> int:
         return self.vectors.shape[0]
 
+    def is_finite(self) -> bool:
+        """Whether all that it holds is numbers."""
+        parts = [self.vectors] if self.label_bias is None else [self.vectors, self.label_bias]
+        return all(bool(torch.isfinite(part).all()) for part in parts)
+
     @classmethod
     def joined(cls, several: Sequence[SoftPrompt]) -> SoftPrompt:
         """Batches from one plug as one."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.conditions import CONDITIONS, DEFAULT, needed, parse_conditions
+from personaplug.conditions import CONDITIONS, COUNTED, DEFAULT, needed, parse_conditions
 from personaplug.config import PAPER, Config
 from personaplug.config_text import load_config
 from personaplug.data import load_task, open_dataset
@@ -132,25 +132,33 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
     assert {row["condition"] for row in results["rows"]} >= {"plug", "wrong-user", "mean-persona"}
 
 
-def test_labels_alone_are_counted_beside_tokens_that_know_of_nobody(rating: Stage, tmp_path: Path) -> None:
-    rating.evaluate("instruction-only,label-prior")
-    folder = rating.run.folder / "evaluations" / "dev"
-    control, counted = (
-        np.array(json.loads((folder / f"{name}.seed-0.answers.json").read_text())["probabilities"])
-        for name in ("instruction-only", "label-prior")
-    )
-    table = rating.run.open_vectors(rating.models.encoder)
-    samples = rating.run.read_samples(open_dataset(rating.data, "dev", task=rating.run.task), table)
-    plug = rating.run.load_plug("plug", seed=0, models=rating.models)
+def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("label_prior=none", "seeds=0", "max_steps=3"))
+    train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
+    results = stage.evaluate("instruction+labels,instruction+labels@wrong-user")
+    assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"]] == [8, 8]  # as the plug has
+    table = stage.run.open_vectors(stage.models.encoder)
+    samples = stage.run.read_samples(open_dataset(stage.data, "dev", task=stage.run.task), table)
+    plug = stage.run.load_plug(COUNTED.name, seed=0, models=stage.models)
     with torch.no_grad():
-        bias = Personalizer(plug, table=table).soft_prompt(samples).label_bias
-    assert bias is not None
-    expected = control * bias.exp().numpy()
-    np.testing.assert_allclose(counted, expected / expected.sum(axis=1, keepdims=True), atol=1e-4)
-    assert np.abs(counted - control).max() > 0.01
-    without = Stage(tmp_path, kind="rating", settings=("label_prior=none", "seeds=0", "max_steps=1"))
-    with pytest.raises(BadConfig, match="label_prior=own; this one has none"):
-        without.evaluate("label-prior")
+        soft = Personalizer(plug, table=table).soft_prompt(samples)
+    assert soft.label_bias is not None
+    assert (soft.vectors == soft.vectors[:1]).all()
+    known = torch.tensor([bool((sample.answers >= 0).any()) for sample in samples])
+    assert torch.equal(soft.label_bias.abs().sum(dim=1) > 0, known)
+    folder = stage.run.folder / "evaluations" / "dev"
+    scored = np.array(json.loads((folder / "instruction+labels.seed-0.answers.json").read_text())["probabilities"])
+    bare = replace(soft, label_bias=None)
+    prompts, labels = [sample.prompt for sample in samples], stage.run.task.labels
+    expected = stage.models.backend.score(prompts, labels, soft=bare).double() + soft.label_bias
+    np.testing.assert_allclose(scored, torch.softmax(expected, dim=1).numpy(), atol=1e-4)
+
+
+def test_labels_that_are_written_are_not_counted(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("answer_end=always", "seeds=0", "max_steps=1", "controls=false"))
+    assert stage.run.config.plug.label_prior == "none"
+    with pytest.raises(BadConfig, match="answer_end=auto"):
+        train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
 
 
 def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import small_backend
 
 from personaplug.backends.base import GenerationConfig
 from personaplug.backends.decoder_only import DecoderOnlyBackend
@@ -72,6 +73,12 @@ def test_along_a_labels_tokens_the_bias_adds_up_to_its_own(toy: DecoderOnlyBacke
     torch.testing.assert_close(less, less[:, :1].expand_as(less))  # by what is the same for all labels
 
 
+def test_labels_that_all_begin_alike_part_behind_that() -> None:
+    tokens, values = LabelBias([(9, 4, 1), (9, 4, 2)], torch.tensor([[1.0, 3.0]])).where_labels_part()
+    assert tokens == [1, 2]
+    assert float(values[0, 1] - values[0, 0]) == pytest.approx(2)
+
+
 def test_it_is_added_where_labels_part_and_nowhere_else() -> None:
     bias = LabelBias([(5, 1), (5, 2), (6, 3)], torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]))
     wanted = torch.tensor([[IGNORED, 5, 2], [6, 3, IGNORED]])
@@ -102,6 +109,29 @@ def test_scores_carry_it_and_so_do_losses(toy: DecoderOnlyBackend, placement: st
     torch.testing.assert_close(losses, wanted, rtol=1e-3, atol=1e-3)
     free, _ = toy.loss(prompts, ["3", "1"], soft=biased)  # no closed set, nothing to add
     torch.testing.assert_close(free, toy.loss(prompts, ["3", "1"], soft=bare)[0])
+
+
+@pytest.mark.parametrize("placement", ["prefix", "suffix"])
+@pytest.mark.parametrize(("family", "side"), [("t5", "right"), ("gpt2", "right"), ("gemma", "left")])
+def test_other_families_carry_it_too(family: str, side: str, placement: str) -> None:
+    backend = small_backend(family, padding_side=side)
+    draw = torch.Generator().manual_seed(0)
+    soft = SoftPrompt(torch.randn(2, 3, backend.identity.width, generator=draw), placement)
+    biased = replace(soft, label_bias=BIAS)
+    prompts = ["which", "a longer question"]
+    scores = backend.score(prompts, LABELS, soft=soft)
+    torch.testing.assert_close(backend.score(prompts, LABELS, soft=biased), scores + BIAS, rtol=1e-4, atol=1e-4)
+    losses, bare = (backend.loss(prompts, [LABELS[2]] * 2, soft=given, labels=LABELS)[0] for given in (biased, soft))
+    assert losses[0] < bare[0]  # what it speaks for becomes likelier
+    assert losses[1] > bare[1]
+
+
+def test_a_bias_too_small_for_half_precision_is_learned_from() -> None:
+    logits = torch.full((1, 1, 8), 40.0, dtype=torch.bfloat16, requires_grad=True)
+    added = LabelBias([(1,), (2,)], torch.tensor([[0.05, -0.05]])).added_to(logits, torch.tensor([[1]]))
+    assert float(added[0, 0, 1] - added[0, 0, 2]) == pytest.approx(0.1, abs=1e-5)
+    (gradient,) = torch.autograd.grad(added[0, 0, 1], logits)
+    assert gradient[0, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
 
 
 def test_rows_that_run_choose_with_it(toy: DecoderOnlyBackend) -> None:

@@ -356,7 +356,7 @@ def test_the_control_has_as_many_tokens_and_no_history() -> None:
 def test_a_plug_needs_tokens_and_histories() -> None:
     with pytest.raises(BadConfig, match="both are 0"):
         _plug(instruction_tokens=0, persona_tokens=0)
-    with pytest.raises(BadConfig, match="needs a history"):
+    with pytest.raises(BadConfig, match="one for every query"):
         _plug()(QUERIES, None)
 
 

@@ -161,7 +161,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """Return (B, C) log-probabilities of a closed set of answers, without gradients.
 
-        With what `soft` says of the labels they need not be those of a distribution.
+        What `soft` says of the labels is added, and nothing is normalized again.
         """
         ...
 

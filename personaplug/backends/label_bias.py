@@ -2,6 +2,7 @@
 
 A label of several tokens gets its bias where its tokens part from those of others: each branch the mean of its labels'
 e^bias, against that of all the branches. Along a label this adds up to its own bias, less what is the same for all.
+Where labels begin alike, choosing token by token then comes near to choosing among whole labels (`score`), no more.
 """
 
 from __future__ import annotations
@@ -43,8 +44,15 @@ class LabelBias:
         every = [place for places in branches.values() for place in places]
         return list(branches), means - _log_mean(self.values[:, every])[:, None]
 
+    def where_labels_part(self) -> tuple[list[int], Tensor]:
+        """The same behind all that the labels begin with together."""
+        said: Ids = ()
+        while len(branches := self._branches.get(said, {})) == 1:
+            said += tuple(branches)
+        return self.behind(said)
+
     def added_to(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """(B, L, V) logits with the bias where the labels part.
+        """(B, L, V) logits with the bias where the labels part, in float32: a model's own would round it away.
 
         Args:
             wanted: (B, L) tokens that the logits are to predict, IGNORED where there is nothing to.
@@ -59,7 +67,7 @@ class LabelBias:
                 places += [(row, column, token) for token in tokens]
                 values.append(bias[row, : len(tokens)])
         where = torch.tensor(places, dtype=torch.int64, device=logits.device).reshape(-1, 3).unbind(dim=1)
-        return logits.index_put(where, torch.cat(values).to(logits), accumulate=True)
+        return logits.float().index_put(where, torch.cat(values).to(logits.device), accumulate=True)
 
 
 @lru_cache(maxsize=8)  # asked for in each step of a training

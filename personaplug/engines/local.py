@@ -251,7 +251,7 @@ class LocalEngine:
 
     def _row(self, question: Question, sampling: Sampling) -> Row:
         prompt, soft = self._rendered(question), question.soft
-        if soft is not None and not bool(torch.isfinite(soft.vectors).all()):
+        if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona holds values that are no numbers.")
         size = len(prompt.ids) + (soft.vectors.shape[1] if soft else 0)
         if not size:

@@ -82,21 +82,22 @@ class EmbeddingTable:
         return torch.cat([self._rows_of(ids[:at]), own, self._rows_of(ids[at:])])
 
     def logit_bias(self, choices: Sequence[str], label_bias: Tensor) -> dict[str, float]:
-        """What a persona says of the labels, at the tokens that they begin with; vLLM knows no other place for it.
+        """What a persona says of the labels, at the first tokens that tell them apart; vLLM cannot be told a place.
 
         Args:
             label_bias: (1, C) in the order of the choices.
         """
-        ids = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
-        tokens, bias = LabelBias(ids, label_bias).behind(())
-        return {str(token): value for token, value in zip(tokens, bias[0].clamp(-_MOST, _MOST).tolist(), strict=True)}
+        ids = [self._ids(choice, add_special_tokens=False) for choice in choices]
+        tokens, bias = LabelBias(ids, label_bias).where_labels_part()
+        both = zip(tokens, bias[0].clamp(-_MOST, _MOST).tolist(), strict=True)
+        return {str(token): value for token, value in both if value != 0}
 
     def _rows_of(self, ids: Sequence[int]) -> Tensor:
         return self.rows[torch.tensor(ids, dtype=torch.int64)]
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, **options: Any) -> list[int]:
         with self._one_at_a_time:
-            return list(self.tokenizer(text)["input_ids"])
+            return list(self.tokenizer(text, **options)["input_ids"])
 
 
 def written(question: Question, *, model: str, table: EmbeddingTable, most: int | None) -> bytes:
@@ -113,8 +114,8 @@ def written(question: Question, *, model: str, table: EmbeddingTable, most: int 
     _check_fields(body)
     if question.choices and not _constrained(body):
         body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(question.choices)}}
-        if question.soft is not None and question.soft.label_bias is not None:
-            body = {"logit_bias": table.logit_bias(question.choices, question.soft.label_bias)} | body
+        if question.soft is not None and question.soft.label_bias is not None and not body.get("logit_bias"):
+            body |= {"logit_bias": table.logit_bias(question.choices, question.soft.label_bias)}
     as_they_came = as_json(body)
     _check_text(body, as_they_came)
     if question.soft is None:

@@ -37,7 +37,7 @@ ITEMS = 3
 USERS_AT_ONCE = 10_000
 REQUESTS = 2_000
 QUERY = "what is asked"
-DEFAULT = replace(PlugConfig(), answers="form", options="ignore", label_prior="none", instruction_start="random")
+DEFAULT = replace(PlugConfig(), answers="form", options="ignore", instruction_start="random")
 PLUGS = {"default": DEFAULT, "all items alike": replace(DEFAULT, aggregator="mean")}
 
 

@@ -32,7 +32,7 @@ from personaplug.files import write_json
 from personaplug.recipes import Trainings
 from personaplug.results import Settings, results_object, thirds, with_slices
 from personaplug.rules import check_rules
-from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, settled_label_prior, versions
+from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, versions
 
 logger = logging.getLogger(__name__)
 
@@ -276,10 +276,6 @@ class _Table:
     def _data_key(self) -> str:
         return _data_key(self.data, self.experiment.split)
 
-    @cached_property
-    def _label_prior(self) -> str:
-        return settled_label_prior(self.config, load_task(self.data))
-
     def _samples_key(self) -> str:
         config = self.config.evaluation
         drawn = [config.limit, config.draw_seed, self.config.plug.max_history, self.experiment.split]
@@ -289,8 +285,6 @@ class _Table:
         about, changes = asdict(self.config), dict(probe.changes)
         shown = changes.pop("shown_items", _ALL_ITEMS)  # apart, as in keys from before there were other probes
         about["evaluation"] |= changes
-        # As it is settled: sets where it is nothing are what they were before there was a choice.
-        about["plug"]["label_prior"] = self._label_prior
         for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY, *BEFORE):
             section, _, key = name.partition(".")
             value = about[section].pop(key)

@@ -126,11 +126,11 @@ class PlugConfig:
         choices=("ignore", "compare", "auto"),
     )
     label_prior: str = _option(
-        "auto",
+        "none",
         "what the shares of the labels among a user's own answers, against everybody's, add to the labels' scores: "
-        "own = times a trained number; none = nothing (the paper); auto = own where a closed set's labels are scored "
-        "and the items hold answers from it",
-        choices=("own", "none", "auto"),
+        "own = times a trained number, where a closed set's labels are scored and the items hold answers from it; "
+        "none = nothing (the paper)",
+        choices=("own", "none"),
     )
     projector_width: int = _option(0, "hidden width of the two-layer projector (eq. 4); 0 = the model's own", low=0)
     max_history: int = _option(512, "items used of a history, the latest ones; cuts are counted", low=1, high=512)

@@ -375,8 +375,8 @@ def _converted(items: Tensor, dtype: torch.dtype) -> Tensor:
 def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
     if config.instruction_tokens + config.persona_tokens == 0:
         raise BadConfig("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
-    if "auto" in (config.answers, config.options, config.label_prior):
-        raise BadConfig("answers=auto, options=auto and label_prior=auto are settled by a task; see `run.resolved`.")
+    if "auto" in (config.answers, config.options):
+        raise BadConfig("answers=auto and options=auto are settled by a task; see `run.resolved`.")
     if config.reads_labels and not fitting.labels:
         raise BadConfig(
             "answers=label and label_prior=own need a task with a closed set of labels; this one has none. Use "

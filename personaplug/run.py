@@ -280,13 +280,13 @@ def resolved(config: Config, task: Task) -> Config:
             f"options=compare needs prompts with an option for each label, found by a group of the task's "
             f"query_pattern each; {task.name} declares none. Leave it out, or give options=auto."
         )
-    if config.plug.label_prior == "own" and not _scores_own_labels(config, task):
+    if config.plug.label_prior == "own" and not (answered and config.training.answer_end == "auto"):
         raise BadConfig(
             f"label_prior=own counts the answers in a history and adds to labels' scores: it needs items that hold "
             f"answers from a closed set, and answer_end=auto; {task.name} has {'' if answered else 'no '}such items, "
-            f"and answer_end={config.training.answer_end}. Leave it out, or give label_prior=auto."
+            f"and answer_end={config.training.answer_end}. Leave it out."
         )
-    settled = {"plug.label_prior": settled_label_prior(config, task)}
+    settled = {}
     if config.plug.answers == "auto":
         settled["plug.answers"] = "label" if answered else "text" if task.labels else "form"
     if config.plug.instruction_start == "auto":
@@ -294,18 +294,6 @@ def resolved(config: Config, task: Task) -> Config:
     if config.plug.options == "auto":
         settled["plug.options"] = "compare" if task.has_options else "ignore"
     return with_values(config, settled)
-
-
-def settled_label_prior(config: Config, task: Task) -> str:
-    """What a config's `label_prior` means for a task: own or none."""
-    if config.plug.label_prior != "auto":
-        return config.plug.label_prior
-    return "own" if _scores_own_labels(config, task) else "none"
-
-
-def _scores_own_labels(config: Config, task: Task) -> bool:
-    """Whether the items hold answers from a closed set that is scored, not written."""
-    return bool(task.labels) and task.answer_field is not None and config.training.answer_end == "auto"
 
 
 def encoded(

@@ -133,7 +133,7 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
 
 
 def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, kind="rating", settings=("label_prior=none", "seeds=0", "max_steps=3"))
+    stage = Stage(tmp_path, kind="rating", settings=("seeds=0", "max_steps=3"))
     train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
     results = stage.evaluate("instruction+labels,instruction+labels@wrong-user")
     assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"]] == [8, 8]  # as the plug has
@@ -156,7 +156,6 @@ def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path)
 
 def test_labels_that_are_written_are_not_counted(tmp_path: Path) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("answer_end=always", "seeds=0", "max_steps=1", "controls=false"))
-    assert stage.run.config.plug.label_prior == "none"
     with pytest.raises(BadConfig, match="answer_end=auto"):
         train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,24 @@ def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, ha
     with torch.no_grad():
         each = personalizer.soft_prompt(samples).vectors
     given = mean.soft_prompt(samples[:2]).vectors
+    assert mean.soft_prompt(samples[:2]).label_bias is None
     torch.testing.assert_close(given[0], each.mean(dim=0))
     torch.testing.assert_close(given[0], given[1])
     assert not torch.allclose(each[0], each[1])
+
+
+def test_what_labels_say_is_averaged_too(tmp_path: Path, hashing: HashEncoder) -> None:
+    plain = _personalizer(tmp_path, hashing)
+    fitting = replace(plain.plug.fitting, labels=("1", "2", "3"))
+    plug = PersonaPlug(replace(PAPER, label_prior="own"), fitting=fitting, encoder=hashing).eval()
+    personalizer = Personalizer(plug, table=plain.table)
+    samples = [replace(sample, answers=np.full(3, k % 3, np.int16)) for k, sample in enumerate(_samples(5))]
+    with torch.no_grad():
+        each = personalizer.soft_prompt(samples).label_bias
+    given = MeanPersona(personalizer, samples, batch_size=2).soft_prompt(samples[:2]).label_bias
+    assert each is not None
+    assert given is not None
+    torch.testing.assert_close(given, each.mean(dim=0).expand(2, -1))
 
 
 def test_tokens_that_serve_users_of_few_items_are_no_part_of_the_mean(tmp_path: Path, hashing: HashEncoder) -> None:

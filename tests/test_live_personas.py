@@ -31,7 +31,7 @@ ITEMS = [item(str(n), f"film {n}", answer=LABELS[n % 3]) for n in range(5)]
 
 def _plug(config: PlugConfig = ALIKE) -> PersonaPlug:
     torch.manual_seed(1)
-    labels = LABELS if config.answers == "label" or config.options == "compare" else ()
+    labels = LABELS if config.reads_labels or config.options == "compare" else ()
     plug = PersonaPlug(config, fitting=Fitting(LLM, 0.25, ENCODER.identity, labels), encoder=ENCODER).eval()
     torch.nn.init.normal_(plug.population)
     return plug
@@ -49,7 +49,15 @@ def _tokens(live: LivePersonas, user: str | None, query: str = "a film", **setti
     return soft.vectors
 
 
-@pytest.mark.parametrize("config", [ALIKE, BY_QUERY, replace(BY_QUERY, selected_items=2)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        ALIKE,
+        BY_QUERY,
+        replace(BY_QUERY, selected_items=2),
+        *(replace(ALIKE, answers=kind) for kind in ("text", "form")),
+    ],
+)
 def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
     live.store.add("shop", "ann", ITEMS)
@@ -57,6 +65,10 @@ def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: Plug
     for _ in range(2):  # made, and then kept
         torch.testing.assert_close(_tokens(live, "ann"), expected.vectors)
     persona = live.persona("shop", "ann", "a film")
+    assert persona.soft is not None
+    assert expected.label_bias is not None
+    assert expected.label_bias.any()
+    torch.testing.assert_close(persona.soft.label_bias, expected.label_bias)
     assert (persona.applied, persona.items, persona.kept) == ("user", 5, True)
 
 

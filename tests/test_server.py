@@ -234,7 +234,7 @@ def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: DecoderOnlyBackend, tmp_
     }
     for number, (task, fields) in enumerate(tasks.items()):
         (folder := tmp_path / str(number)).mkdir()
-        service = open_service(toy, folder, task=task, config=replace(CONFIG, answers="form"))
+        service = open_service(toy, folder, task=task, config=replace(CONFIG, answers="form", label_prior="none"))
         with served(service) as url:
             raw = _chat(url, "ann", prompt="write. article: on tea", max_tokens=4)
             place = f"{url}/v1/users/ann/history"
@@ -518,7 +518,7 @@ def test_the_document_names_every_route(url: str) -> None:
 
 def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
-    config = replace(CONFIG, answers="form")
+    config = replace(CONFIG, answers="form", label_prior="none")
     service = open_service(toy, tmp_path, task=task, config=config, phrases=toy.phrases)
     asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
 
@@ -548,7 +548,9 @@ def test_phrases_take_a_store_that_keeps_texts(toy: DecoderOnlyBackend, tmp_path
 
 def test_an_item_as_long_as_a_book_holds_nobody_up(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
-    service = open_service(toy, tmp_path, task=task, config=replace(CONFIG, answers="text"), phrases=toy.phrases)
+    service = open_service(
+        toy, tmp_path, task=task, config=replace(CONFIG, answers="text", label_prior="none"), phrases=toy.phrases
+    )
     with served(service) as place:
         assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
         kept = service.personas.persona("default", "ann", "on tea").phrases

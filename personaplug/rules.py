@@ -90,7 +90,7 @@ def check_rules(conditions: Sequence[Condition], task: Task) -> None:
     for condition in conditions:
         if condition.phrases:
             check_phrases(task)
-        if condition.trained == COUNTED and not (task.labels and task.answer_field is not None):
+        if condition.trained == COUNTED and not task.has_labelled_items:
             raise BadConfig(
                 f"{condition.name} counts the labels among a user's own answers; {task.name} has none in its items."
             )

@@ -272,7 +272,7 @@ def resolved(config: Config, task: Task) -> Config:
     Raises:
         BadConfig: if it asks for something that the task does not have.
     """
-    answered = bool(task.labels) and task.answer_field is not None
+    answered = task.has_labelled_items
     if config.plug.answers == "label" and task.labels and not answered:
         raise BadConfig(f"answers=label reads the answers in a history, and the items of {task.name} hold none.")
     if config.plug.options == "compare" and not task.has_options:

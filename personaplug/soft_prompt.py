@@ -50,9 +50,9 @@ class SoftPrompt:
 
     @classmethod
     def joined(cls, several: Sequence[SoftPrompt]) -> SoftPrompt:
-        """Batches from one plug as one."""
+        """Batches of one shape as one; with what they say of the labels, if all of them do."""
         biases = [one.label_bias for one in several if one.label_bias is not None]
-        bias = torch.cat(biases) if biases else None
+        bias = torch.cat(biases) if len(biases) == len(several) else None
         return cls(torch.cat([one.vectors for one in several]), several[0].placement, label_bias=bias)
 
 

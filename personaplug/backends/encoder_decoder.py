@@ -43,9 +43,9 @@ class EncoderDecoderBackend(HFBackend):
         if is_behind(soft):
             states, mask = self._encoded([row.ids for row in self.renderer.prompts(prompts)])
             logits = self._decoded(states, mask, soft=soft, answers=answers)
-            return token_loss(self._with_bias(logits, wanted, soft=soft, labels=labels), wanted, phrases)
-        batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
-        logits = self.model(inputs_embeds=batch.embeds, attention_mask=batch.mask, labels=wanted).logits
+        else:
+            batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
+            logits = self.model(inputs_embeds=batch.embeds, attention_mask=batch.mask, labels=wanted).logits
         return token_loss(self._with_bias(logits, wanted, soft=soft, labels=labels), wanted, phrases)
 
     def _scores(

@@ -15,9 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from personaplug.backends.rendering import Ids
 from personaplug.soft_prompt import IGNORED
-
-Ids = tuple[int, ...]
 
 
 class LabelBias:

@@ -200,8 +200,7 @@ class RunningRows:
         mask = pad([[1] * len(row.prompt.ids) for row in rows], fill=0, side="left").to(backend.device)
         soft, at = rows[0].soft, torch.tensor([row.prompt.at for row in rows])
         if soft is not None:
-            vectors = torch.cat([row.soft.vectors for row in rows if row.soft is not None])
-            soft = SoftPrompt(vectors, placement=soft.placement)
+            soft = SoftPrompt.joined([row.soft for row in rows if row.soft is not None])
             at = mask.sum(dim=1) if soft.placement == "suffix" else at
         batch = splice(backend.embed(ids), mask, soft=soft, at=at)
         return backend.read(batch.embeds, batch.mask)

@@ -64,6 +64,11 @@ class Task:
         return self.item_fields + extra
 
     @property
+    def has_labelled_items(self) -> bool:
+        """Whether the items of a history hold answers from the closed set of labels."""
+        return bool(self.labels) and self.answer_field is not None
+
+    @property
     def has_options(self) -> bool:
         """Whether labels stand for options in the input: the pattern of the query has a group for each label."""
         return len(self.labels) > 1 and re.compile(self.query_pattern).groups == len(self.labels)

@@ -243,9 +243,7 @@ class LocalEngine:
         self, prompt: str, answer: str, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
         given, count = [soft for soft in softs if soft is not None], len(softs)
-        soft = None
-        if given:
-            soft = SoftPrompt.joined(given)
+        soft = SoftPrompt.joined(given) if given else None
         loss, _ = self.backend.loss([prompt] * count, [answer] * count, soft=soft, labels=choices)
         return (-loss.float()).tolist()
 

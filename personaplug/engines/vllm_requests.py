@@ -87,7 +87,8 @@ class EmbeddingTable:
         Args:
             label_bias: (1, C) in the order of the choices.
         """
-        ids = [self._ids(choice, add_special_tokens=False) for choice in choices]
+        with self._one_at_a_time:
+            ids = self.tokenizer(list(choices), add_special_tokens=False)["input_ids"]
         tokens, bias = LabelBias(ids, label_bias).where_labels_part()
         both = zip(tokens, bias[0].clamp(-_MOST, _MOST).tolist(), strict=True)
         return {str(token): value for token, value in both if value != 0}
@@ -95,9 +96,9 @@ class EmbeddingTable:
     def _rows_of(self, ids: Sequence[int]) -> Tensor:
         return self.rows[torch.tensor(ids, dtype=torch.int64)]
 
-    def _ids(self, text: str, **options: Any) -> list[int]:
+    def _ids(self, text: str) -> list[int]:
         with self._one_at_a_time:
-            return list(self.tokenizer(text, **options)["input_ids"])
+            return list(self.tokenizer(text)["input_ids"])
 
 
 def written(question: Question, *, model: str, table: EmbeddingTable, most: int | None) -> bytes:

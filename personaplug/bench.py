@@ -32,7 +32,7 @@ from personaplug.files import write_json
 from personaplug.recipes import Trainings
 from personaplug.results import Settings, results_object, thirds, with_slices
 from personaplug.rules import check_rules
-from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, versions
+from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, resolved, versions
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Outcome:
         written: results files.
         absent: tables whose model or set is not here, and why.
         failed: rows that could not be filled, and why.
-        left_out: rows that have no meaning on a set, and why.
+        left_out: rows and variants that have no meaning on a set, and why.
     """
 
     written: list[Path]
@@ -172,8 +172,18 @@ class _Table:
                 file.append(replace(cell, key=key, made_with=_made_with(evaluation.models)))
 
     def _fitting(self, conditions: Sequence[Condition]) -> list[Condition]:
-        """The rows without those rules that have no meaning on this set: a median of categories, say."""
+        """The rows without those rules that have no meaning on this set: a median of categories, say.
+
+        None of a variant that has none: a prior of labels where no item holds a label.
+        """
         task, found = load_task(self.data), []
+        try:
+            resolved(self.config, task)
+        except BadConfig as error:
+            if not self.variant:
+                raise
+            self.left_out.append(f"{self.title}: {error}")
+            return []
         for condition in conditions:
             try:
                 check_rules([condition], task)

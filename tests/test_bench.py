@@ -355,3 +355,23 @@ def test_a_rule_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, d
     ratings, texts = (_read(path) for path in outcome.written)
     assert [row["condition"] for row in ratings["rows"]] == ["plain", "user-median"]
     assert [row["condition"] for row in texts["rows"]] == ["plain", "user-words:4"]
+
+
+def test_a_variant_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, data: Path) -> None:
+    variants = "variants: {default: {}, counted: {label_prior: own}}"
+    outcome = bench(_experiment(tmp_path, ["plain"], variants, sets="[One, Texts]"), _places(tmp_path, data))
+    assert (outcome.absent, outcome.failed) == ([], [])
+    (reason,) = outcome.left_out
+    assert reason.startswith("mine counted Texts: label_prior=own counts the answers")
+    assert [f"{path.parent.name}/{path.stem}" for path in outcome.written] == [
+        "default/One",
+        "default/Texts",
+        "counted/One",
+    ]
+
+
+def test_a_setting_that_an_experiment_without_variants_cannot_have_is_refused(tmp_path: Path, data: Path) -> None:
+    experiment = _experiment(tmp_path, ["plain"], sets="[Texts]")
+    configs = {key: with_values(config, {"label_prior": "own"}) for key, config in experiment.configs.items()}
+    with pytest.raises(BadConfig, match="label_prior=own"):
+        bench(replace(experiment, configs=configs), _places(tmp_path, data))

@@ -1,0 +1,163 @@
+"""What each part of the default recipe costs: the variants of the experiment `ablations`, beside each other in one run.
+
+    python benchmarks/parts.py --data DATA/SET [--data DATA/SET …] [--json FILE]
+
+Real questions and histories of each set's dev split, the real encoder, a plug for a model of SmolLM2-135M's width; it
+is untrained, which costs the same. Milliseconds of processor time, the middle of the rounds, in which the variants take
+turns: one persona where the user's history is read already (what serving pays for a question), one user's history read,
+and the plug's share of a training step, sixteen personas there and back. What the language model does is not in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+# As the command line sets it, before torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import numpy as np
+import torch
+from store import spent_on
+
+from personaplug.artefact import Fitting
+from personaplug.config import PlugConfig
+from personaplug.data import load_task, open_dataset
+from personaplug.encoder import Encoder, open_encoder
+from personaplug.errors import BadConfig
+from personaplug.experiment import Experiment, load_experiment
+from personaplug.files import write_json
+from personaplug.personalizer import Personalizer
+from personaplug.plug import PersonaPlug
+from personaplug.records import Sample
+from personaplug.run import machine, resolved, versions
+from personaplug.samples import EncodedHistory
+from personaplug.weights import LLMIdentity
+
+EXPERIMENT = Path(__file__).parent / "experiments" / "ablations.yaml"
+OUT = 576
+SAMPLES = 16
+ROUNDS = 9
+COLUMNS = ("trained_numbers", "soft_tokens", "persona_ms", "history_ms", "step_ms")
+
+
+class Variant:
+    """One plug and what it is asked, encoded as it takes it."""
+
+    def __init__(self, config: PlugConfig, *, fitting: Fitting, encoder: Encoder, samples: Sequence[Sample]) -> None:
+        torch.manual_seed(0)
+        self.plug = PersonaPlug(config, fitting=fitting, encoder=encoder).computing_items_in("bfloat16")
+        self.personalizer = Personalizer(self.plug)
+        self.samples = samples
+        self.histories = [self.personalizer.encoded(sample.history, encoder=encoder) for sample in samples]
+        self.read = [self.personalizer.read(history) for history in self.histories]
+        self.joined = self.personalizer.batch(_joined(self.histories), lengths=tuple(map(len, self.histories)))
+        self.plug.remember([sample.query for sample in samples], [sample.options for sample in samples])
+
+    def personas(self) -> None:
+        """A persona for each sample, one by one."""
+        self.plug.eval()
+        for sample, history in zip(self.samples, self.read, strict=True):
+            self.personalizer.of_read(sample.query, history, options=sample.options)
+
+    def reads(self) -> None:
+        """Each history, one by one."""
+        for history in self.histories:
+            self.personalizer.read(history)
+
+    def step(self) -> None:
+        """The plug's share of a training step."""
+        self.plug.train()
+        self.plug.zero_grad()
+        options = [sample.options for sample in self.samples]
+        soft = self.plug([sample.query for sample in self.samples], self.joined, options=options)
+        soft.vectors.sum().backward()
+
+    def facts(self) -> dict[str, float]:
+        """What it has, the trained copy of the encoder counted too."""
+        return {
+            "trained_numbers": sum(parameter.numel() for parameter in self.plug.parameters()),
+            "soft_tokens": self.plug.config.soft_tokens,
+        }
+
+
+def _joined(histories: Sequence[EncodedHistory]) -> EncodedHistory:
+    parts = zip(*((one.vectors, one.answers, one.forms) for one in histories), strict=True)
+    return EncodedHistory(*(np.concatenate(part) for part in parts))
+
+
+def costs_on(folder: Path, *, experiment: Experiment) -> dict[str, Any]:
+    """The costs of every variant that is another plug than the default on this set."""
+    task = load_task(folder)
+    config = next(iter(experiment.configs.values()))
+    encoder = open_encoder(config.model.encoder)
+    with_items = (sample for sample in open_dataset(folder, "dev", task=task) if sample.history)
+    samples = list(islice(with_items, SAMPLES))
+    fitting = Fitting(LLMIdentity("none", None, "0" * 16, OUT), 0.1, encoder.identity, task.labels)
+    variants: dict[str, Variant] = {}
+    for name in experiment.variants:
+        plug = _plug_config(experiment, name, folder.name)
+        try:
+            settled = resolved(replace(config, plug=plug), task).plug
+        except BadConfig:
+            continue  # it has no meaning on this set
+        if settled not in [variant.plug.config for variant in variants.values()]:
+            variants[name] = Variant(settled, fitting=fitting, encoder=encoder, samples=samples)
+    times = _times(variants)
+    return {
+        "items": round(mean(len(sample.history) for sample in samples), 1),
+        "variants": {name: variant.facts() | times[name] for name, variant in variants.items()},
+    }
+
+
+def _plug_config(experiment: Experiment, variant: str, name: str) -> PlugConfig:
+    """A variant's plug on a set; on one that is not among the experiment's, that of its first."""
+    known = name if name in experiment.sets else experiment.sets[0]
+    return experiment.configs[variant, known].plug
+
+
+def _times(variants: dict[str, Variant]) -> dict[str, dict[str, float]]:
+    """Milliseconds of each, the variants in turn, so that what else the machine does hits all alike."""
+    work: dict[str, tuple[Callable[[Variant], None], int]] = {
+        "persona_ms": (Variant.personas, SAMPLES),
+        "history_ms": (Variant.reads, SAMPLES),
+        "step_ms": (Variant.step, 1),
+    }
+    found: dict[str, dict[str, list[float]]] = {name: {what: [] for what in work} for name in variants}
+    for _ in range(ROUNDS + 1):
+        for name, variant in variants.items():
+            for what, (run, times) in work.items():
+                found[name][what].append(1e3 * spent_on(run, variant).processor / times)
+    # The first round makes what is made once.
+    return {
+        name: {what: round(median(all_[1:]), 2) for what, all_ in measured.items()} for name, measured in found.items()
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, action="append", required=True)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    experiment = load_experiment(EXPERIMENT)
+    result: dict[str, Any] = {}
+    for folder in given.data:
+        found = result[folder.name] = costs_on(folder, experiment=experiment)
+        print(f"{folder.name}: {SAMPLES} questions, {found['items']} items each")
+        print(f"  {'':20}" + "".join(f"{column:>17}" for column in COLUMNS))
+        for name, told in found["variants"].items():
+            print(f"  {name:20}" + "".join(f"{told[column]:>17,}" for column in COLUMNS), flush=True)
+    if given.json:
+        write_json(given.json, {"sets": result, "versions": versions(), "machine": machine()})
+
+
+if __name__ == "__main__":
+    main()

@@ -130,7 +130,7 @@ def _built_on(name: str) -> list[str]:
 
 def _notes_on(seeds: Sequence[int]) -> list[str]:
     few = len(seeds) < _ENOUGH_SEEDS
-    return ["Fewer than three training seeds: the spread between trainings is not covered."] if few else []
+    return ["Fewer than three training seeds: the spread between trainings is hardly covered."] if few else []
 
 
 def _notes_on_set_ups(cells: Sequence[Cell], set_ups: Sequence[str]) -> list[str]:
@@ -194,7 +194,7 @@ class _Part:
         row: dict[str, Any] = {"condition": name, "n": len(self.groups), "metrics": {}, "intervals": {}, "per_user": {}}
         metrics = _of_all(self.settings.metrics, cells)
         for metric in metrics:
-            stats = self._mean(cells, metric)
+            stats = self._of_trainings(cells, metric)
             interval = bootstrap_interval(
                 stats, self.groups, metric, resamples=self.settings.resamples, seed=self.settings.seed
             )
@@ -224,8 +224,8 @@ class _Part:
             both = self._in_common(a, b)
             for metric in _of_all(self.settings.metrics, [cell for pair in both for cell in pair]) if both else ():
                 compared = paired_bootstrap(
-                    self._mean([cell for cell, _ in both], metric),
-                    self._mean([cell for _, cell in both], metric),
+                    self._of_trainings([cell for cell, _ in both], metric),
+                    self._of_trainings([cell for _, cell in both], metric),
                     self.groups,
                     metric,
                     resamples=self.settings.resamples,
@@ -245,9 +245,9 @@ class _Part:
             return [(cell, next(iter(of_b.values()))) for cell in of_a.values()]
         return [(of_a[seed], of_b[seed]) for seed in of_a if seed in of_b]
 
-    def _mean(self, cells: Sequence[Cell], metric: Metric) -> Array:
-        """Statistics averaged over seeds: (n, d)."""
-        return np.asarray(np.mean([cell.statistics[metric.name][self.chosen] for cell in cells], axis=0))
+    def _of_trainings(self, cells: Sequence[Cell], metric: Metric) -> Array:
+        """The statistics of each cell: (S, n, d)."""
+        return np.stack([cell.statistics[metric.name][self.chosen] for cell in cells])
 
     def _alone(self, cell: Cell, metrics: Sequence[Metric]) -> dict[str, float]:
         means = {metric.name: cell.statistics[metric.name][self.chosen].mean(axis=0) for metric in metrics}

@@ -2,12 +2,15 @@
 
 Samples of one user resemble each other, so resampling samples would make intervals too narrow. Whole users
 are drawn with replacement instead, and a metric is computed anew from the mean statistics of each draw (a
-ratio of sums, since users have different numbers of samples).
+ratio of sums, since users have different numbers of samples). Where a method was trained several times, each draw takes
+as many of its trainings with replacement too: a gain that one lucky training carries is no sure one.
 
 Beside it: McNemar's exact test of single answers, Holm's correction for several comparisons, the average in which
 every user counts once, and the spread between trainings.
 
-Not covered: few users (with fewer than about twenty, percentile intervals are too narrow and p too small).
+Not covered: few users (with fewer than about twenty, percentile intervals are too narrow and p too small), and few
+trainings, as three are: drawn from so few, they differ by two thirds of what fresh ones would (in variance). Of a
+single training nothing is known of others.
 
 Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 15; McNemar, "Note on the
 sampling error of the difference between correlated proportions", Psychometrika 1947; Holm, "A simple sequentially
@@ -93,16 +96,18 @@ def bootstrap_interval(
     With fewer than two groups, or with statistics that are not finite, the interval's ends are NaN.
 
     Args:
-        stats: (n, d) statistics of the samples.
+        stats: (n, d) statistics of the samples, or (S, n, d) of S trainings.
         groups: (n,) whose sample each is, the unit that is resampled.
         metric: makes a value of mean statistics.
-        seed: draws the groups; equal group names, seed and number of resamples give equal draws.
+        seed: draws groups and trainings; equal group names, seed and numbers of resamples and trainings give equal
+            draws.
     Raises:
         ShapeMismatch: if statistics and groups differ in length.
         BadConfig: for a number of resamples below 1 or a confidence outside (0, 1).
     """
     tails = _tails(confidence, resamples=resamples)
-    value = value_of(_checked(stats, groups), metric)
+    stats = _checked(stats, groups)
+    value = value_of(stats.mean(axis=0), metric)
     if not _has_spread(stats, groups):
         return Interval(value, np.nan, np.nan)
     drawn = _bootstrap(stats, groups, metric.value, resamples=resamples, seed=seed)
@@ -120,18 +125,18 @@ def paired_bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Paired:
-    """Compare two methods on the same samples; both see the same resampled groups.
+    """Compare two methods on the same samples; both see the same resampled groups and trainings.
 
     p = 2 · (min(#{difference <= 0}, #{difference >= 0}) + 1) / (resamples + 1), at most 1.
 
     With fewer than two groups, or with statistics that are not finite, interval and p are NaN.
 
     Args:
-        stats_a: (n, d) statistics of the method whose advantage is asked for.
-        stats_b: (n, d) statistics of the other.
+        stats_a: (n, d) statistics of the method whose advantage is asked for, or (S, n, d) of S trainings.
+        stats_b: the same of the other; the trainings of both are paired, by their seeds.
         groups: (n,) whose sample each is, the unit that is resampled.
         metric: makes a value of mean statistics.
-        seed: draws the groups.
+        seed: draws groups and trainings.
     Raises:
         ShapeMismatch: if the statistics differ in shape, or from the groups in length.
         BadConfig: for a number of resamples below 1 or a confidence outside (0, 1).
@@ -139,13 +144,13 @@ def paired_bootstrap(
     tails = _tails(confidence, resamples=resamples)
     if stats_a.shape != stats_b.shape:
         raise ShapeMismatch(f"Paired statistics are of one shape; found {stats_a.shape} and {stats_b.shape}.")
-    both = np.concatenate([_checked(stats_a, groups), stats_b], axis=1)
+    both = np.concatenate([_checked(stats_a, groups), _checked(stats_b, groups)], axis=2)
 
     def advantage(means: Array) -> Array:
         return _advantage(*np.split(means, 2, axis=-1), metric=metric)
 
     with np.errstate(invalid="ignore", over="ignore"):
-        difference = float(advantage(both.mean(axis=0))) if len(both) else np.nan
+        difference = float(advantage(both.mean(axis=(0, 1)))) if len(groups) else np.nan
     if not _has_spread(both, groups):
         return Paired(difference, np.nan, np.nan, np.nan)
     drawn = _bootstrap(both, groups, advantage, resamples=resamples, seed=seed)
@@ -209,10 +214,11 @@ def per_group_mean(stats: Array, groups: Sequence[str], metric: Metric) -> float
     Raises:
         ShapeMismatch: if statistics and groups differ in length.
     """
-    if not len(_checked(stats, groups)) or not metric.averages_over_users:
+    stats = _checked(stats, groups)
+    if not len(groups) or not metric.averages_over_users:
         return float("nan")
     with np.errstate(over="ignore", invalid="ignore"):
-        sums, sizes = _group_sums(stats, groups)
+        sums, sizes = _group_sums(stats.mean(axis=0), groups)
         return float(metric.value(sums / sizes[:, None]).mean())
 
 
@@ -249,12 +255,14 @@ def _advantage(means_a: Array, means_b: Array, *, metric: Metric) -> Array:
 def _bootstrap(
     stats: Array, groups: Sequence[str], value: Callable[[Array], Array], *, resamples: int, seed: int
 ) -> Array:
-    """The value of each resample: (resamples,)."""
-    sums, sizes = _group_sums(stats, groups)
-    parts = []
+    """The value of each resample of (S, n, d) statistics: (resamples,)."""
+    trainings, _, width = stats.shape
+    sums, sizes = _group_sums(np.concatenate(list(stats), axis=1), groups)
+    drawn, parts = np.random.default_rng([seed, 1]), []
     for counts in _drawn_counts(len(sizes), resamples=resamples, seed=seed):
-        means = (counts @ sums) / (counts @ sizes)[:, None]
-        parts.append(value(means))
+        totals = (counts @ sums).reshape(len(counts), trainings, width)
+        weights = drawn.multinomial(trainings, np.full(trainings, 1 / trainings), size=len(counts)) / trainings
+        parts.append(value(np.einsum("rs,rsd->rd", weights, totals) / (counts @ sizes)[:, None]))
     return np.concatenate(parts)
 
 
@@ -280,9 +288,14 @@ def _has_spread(stats: Array, groups: Sequence[str]) -> bool:
 
 
 def _checked(stats: Array, groups: Sequence[str]) -> Array:
-    if stats.ndim != 2 or len(stats) != len(groups):
-        raise ShapeMismatch(f"Expected statistics of shape ({len(groups)}, d); found {stats.shape}.")
-    return stats
+    """The statistics as those of several trainings, (S, n, d)."""
+    trainings = stats[None] if stats.ndim == 2 else stats
+    if trainings.ndim != 3 or trainings.shape[1] != len(groups) or not len(trainings):
+        raise ShapeMismatch(
+            f"Expected statistics of shape ({len(groups)}, d), or (S, {len(groups)}, d) of S trainings; "
+            f"found {stats.shape}."
+        )
+    return trainings
 
 
 def _tails(confidence: float, *, resamples: int) -> tuple[float, float]:

@@ -121,6 +121,47 @@ def test_the_paired_test_errs_at_its_level_and_finds_what_is_there() -> None:
     assert found / 200 > 0.95
 
 
+def test_gains_that_trainings_owe_to_luck_are_no_sure_ones() -> None:
+    """Trainings differ by as much as users do: averaged beforehand, their luck is taken for skill."""
+    rng, false_alarms, naive_alarms, found = np.random.default_rng(20), 0, 0, 0
+    for _ in range(200):
+        hard, users = clustered(rng, users=40, each=4)
+        luck = rng.normal(0, 0.3, size=(6, 1, 1)) + rng.normal(0, 0.3, size=(6, 160, 1))
+        a, b = hard + luck, np.repeat(hard[None], 6, axis=0)
+        false_alarms += paired_bootstrap(a, b, users, ACCURACY, resamples=400).p < 0.05
+        naive_alarms += paired_bootstrap(a.mean(axis=0), hard, users, ACCURACY, resamples=400).p < 0.05
+        found += paired_bootstrap(a + 1, b, users, ACCURACY, resamples=400).p < 0.05
+    assert false_alarms / 200 < 0.15
+    assert naive_alarms / 200 > 0.5
+    assert found / 200 > 0.95
+
+
+@pytest.mark.parametrize("metric", [F1, RMSE])
+def test_trainings_are_drawn_as_the_bootstrap_written_out_draws_them(metric: Metric) -> None:
+    rng = np.random.default_rng(21)
+    groups = [f"u{place % 12}" for place in range(80)]
+    golds = [str(star) for star in rng.integers(1, 6, size=80)]
+    trainings = [metric.statistics([str(star) for star in rng.integers(1, 6, size=80)], golds) for _ in range(3)]
+    found = bootstrap_interval(np.stack(trainings), groups, metric, resamples=10_000)
+    drawn = [
+        naive(np.mean([trainings[place] for place in places], axis=0), metric, picks=picks[None], groups=groups)[0]
+        for places, picks in zip(rng.integers(3, size=(4000, 3)), rng.integers(12, size=(4000, 12)), strict=True)
+    ]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+    one = bootstrap_interval(np.mean(trainings, axis=0), groups, metric, resamples=10_000)
+    assert high - low > 1.1 * (one.high - one.low)  # or the test could not tell
+    assert found.value == pytest.approx(metric.value(np.mean(trainings, axis=(0, 1))))
+
+
+def test_trainings_that_agree_are_as_one() -> None:
+    values, users = clustered(np.random.default_rng(22), users=30, each=3)
+    thrice = np.repeat(values[None], 3, axis=0)
+    once, three = (bootstrap_interval(stats, users, RMSE, resamples=500) for stats in (values**2, thrice**2))
+    assert (three.low, three.high, three.value) == pytest.approx((once.low, once.high, once.value))
+    assert paired_bootstrap(thrice, thrice, users, ACCURACY, resamples=500) == Paired(0, 0, 0, 1)
+
+
 def test_pairing_takes_out_what_the_samples_share() -> None:
     rng = np.random.default_rng(9)
     hard, users = clustered(rng, users=50, each=4)

@@ -60,7 +60,7 @@ def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings)
     seeds = sorted({cell.seed for cell in cells})
     made_with = sorted({cell.made_with for cell in cells if cell.made_with})
     told = scored.about | ({"made_with": made_with} if made_with else {})
-    notes = [*_notes_on(seeds), *_notes_on_set_ups(cells, made_with), *_notes_on_columns(cells, settings)]
+    notes = [*_notes_on_seeds(seeds), *_notes_on_set_ups(cells, made_with), *_notes_on_columns(cells, settings)]
     told |= {"seeds": seeds, "notes": [*scored.about.get("notes", []), *notes]}
     return told | _part(scored, cells, settings=settings, chosen=everything)
 
@@ -128,9 +128,11 @@ def _built_on(name: str) -> list[str]:
     return [f"dense:{condition.retrieval.items}"] if condition.retrieval and name.startswith("ropg") else []
 
 
-def _notes_on(seeds: Sequence[int]) -> list[str]:
-    few = len(seeds) < _ENOUGH_SEEDS
-    return ["Fewer than three training seeds: the spread between trainings is hardly covered."] if few else []
+def _notes_on_seeds(seeds: Sequence[int]) -> list[str]:
+    if len(seeds) == 1:
+        return ["One training seed: what trainings differ by is not covered."]
+    few = " Two are few." if len(seeds) < _ENOUGH_SEEDS else ""
+    return [f"Of rows with several training seeds, the bootstrap draws the trainings too.{few}"]
 
 
 def _notes_on_set_ups(cells: Sequence[Cell], set_ups: Sequence[str]) -> list[str]:

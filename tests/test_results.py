@@ -36,7 +36,7 @@ def test_rows_average_over_seeds_and_keep_their_spread() -> None:
     assert list(rows) == ["plain", "wrong-user", "plug"]
     assert results["task"] == "T"
     assert results["seeds"] == [0, 1]
-    assert any("three training seeds" in note for note in results["notes"])
+    assert any("draws the trainings too. Two are few" in note for note in results["notes"])
     assert rows["plug"]["metrics"]["accuracy"] == pytest.approx((6 / 8 + 7 / 8) / 2)
     assert [one["accuracy"] for one in rows["plug"]["per_seed"]] == [6 / 8, 7 / 8]
     assert rows["plug"]["seed_spread"]["accuracy"] == pytest.approx(np.std([6 / 8, 7 / 8], ddof=1))
@@ -46,6 +46,16 @@ def test_rows_average_over_seeds_and_keep_their_spread() -> None:
     assert low <= rows["plug"]["metrics"]["accuracy"] <= high
     # users 0..4 hit 1, 1, (1 + s)/3, 1, 1 of their own
     assert rows["plug"]["per_user"]["accuracy"] == pytest.approx((1 + 1 + (1 / 3 + 2 / 3) / 2 + 1 + 1) / 5)
+
+
+def test_a_gain_of_one_of_two_trainings_is_no_sure_one() -> None:
+    even = [Cell("wrong-user", s, _hits(*[0, 1] * 4), invalid_rate=0.0) for s in (0, 1)]
+    lucky = [Cell("plug", s, _hits(*[s, 1] * 4), invalid_rate=0.0) for s in (0, 1)]
+    results = results_object(SCORED, [*even, *lucky], settings=SETTINGS)
+    (pair,) = results["pairs"]
+    assert pair["difference"] == 0.25
+    assert pair["low"] == 0  # every user gains, but not by every training
+    assert pair["p"] > 0.3
 
 
 def test_pairs_carry_holms_correction_within_their_family_and_mcnemar_per_seed() -> None:

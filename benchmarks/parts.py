@@ -5,7 +5,8 @@
 Real questions and histories of each set's dev split, the real encoder, a plug for a model of SmolLM2-135M's width; it
 is untrained, which costs the same. Milliseconds of processor time, the middle of the rounds, in which the variants take
 turns: one persona where the user's history is read already (what serving pays for a question), one user's history read,
-and the plug's share of a training step, sixteen personas there and back. What the language model does is not in them.
+and the plug's share of a training step, sixteen personas there and back. What the
+language model does is not in them, nor the encoder's reading of questions and options, which are remembered here.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _joined(histories: Sequence[EncodedHistory]) -> EncodedHistory:
 
 
 def costs_on(folder: Path, *, experiment: Experiment) -> dict[str, Any]:
-    """The costs of every variant that is another plug than the default on this set."""
+    """The costs of every variant on this set; those with the plug of an earlier one are left out."""
     task = load_task(folder)
     config = next(iter(experiment.configs.values()))
     encoder = open_encoder(config.model.encoder)

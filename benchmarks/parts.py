@@ -5,8 +5,8 @@
 Real questions and histories of each set's dev split, the real encoder, a plug for a model of SmolLM2-135M's width; it
 is untrained, which costs the same. Milliseconds of processor time, the middle of the rounds, in which the variants take
 turns: one persona where the user's history is read already (what serving pays for a question), one user's history read,
-and the plug's share of a training step, sixteen personas there and back. What the
-language model does is not in them, nor the encoder's reading of questions and options, which are remembered here.
+and the plug's share of a training step, sixteen personas there and back. What the language model
+does is not in them, nor the encoder's reading of questions and options, which are remembered here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
+from personas import plug_of
 from store import spent_on
 
-from personaplug.artefact import Fitting
 from personaplug.config import PlugConfig
 from personaplug.data import load_task, open_dataset
 from personaplug.encoder import Encoder, open_encoder
@@ -39,10 +39,8 @@ from personaplug.plug import PersonaPlug
 from personaplug.records import Sample
 from personaplug.run import machine, resolved, versions
 from personaplug.samples import EncodedHistory
-from personaplug.weights import LLMIdentity
 
 EXPERIMENT = Path(__file__).parent / "experiments" / "ablations.yaml"
-OUT = 576
 SAMPLES = 16
 ROUNDS = 9
 COLUMNS = ("trained_numbers", "soft_tokens", "persona_ms", "history_ms", "step_ms")
@@ -51,9 +49,8 @@ COLUMNS = ("trained_numbers", "soft_tokens", "persona_ms", "history_ms", "step_m
 class Variant:
     """One plug and what it is asked, encoded as it takes it."""
 
-    def __init__(self, config: PlugConfig, *, fitting: Fitting, encoder: Encoder, samples: Sequence[Sample]) -> None:
-        torch.manual_seed(0)
-        self.plug = PersonaPlug(config, fitting=fitting, encoder=encoder).computing_items_in("bfloat16")
+    def __init__(self, plug: PersonaPlug, *, encoder: Encoder, samples: Sequence[Sample]) -> None:
+        self.plug = plug
         self.personalizer = Personalizer(self.plug)
         self.samples = samples
         self.histories = [self.personalizer.encoded(sample.history, encoder=encoder) for sample in samples]
@@ -100,7 +97,6 @@ def costs_on(folder: Path, *, experiment: Experiment) -> dict[str, Any]:
     encoder = open_encoder(config.model.encoder)
     with_items = (sample for sample in open_dataset(folder, "dev", task=task) if sample.history)
     samples = list(islice(with_items, SAMPLES))
-    fitting = Fitting(LLMIdentity("none", None, "0" * 16, OUT), 0.1, encoder.identity, task.labels)
     variants: dict[str, Variant] = {}
     for name in experiment.variants:
         plug = _plug_config(experiment, name, folder.name)
@@ -109,7 +105,8 @@ def costs_on(folder: Path, *, experiment: Experiment) -> dict[str, Any]:
         except BadConfig:
             continue  # it has no meaning on this set
         if settled not in [variant.plug.config for variant in variants.values()]:
-            variants[name] = Variant(settled, fitting=fitting, encoder=encoder, samples=samples)
+            untrained = plug_of(settled, encoder=encoder, labels=task.labels)
+            variants[name] = Variant(untrained, encoder=encoder, samples=samples)
     times = _times(variants)
     return {
         "items": round(mean(len(sample.history) for sample in samples), 1),

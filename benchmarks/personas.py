@@ -23,7 +23,7 @@ from store import LONG, LONG_USERS, SECRET, TENANT, batch, milliseconds, spent_o
 
 from personaplug.artefact import Fitting
 from personaplug.config import PlugConfig
-from personaplug.encoder import HashEncoder
+from personaplug.encoder import Encoder, HashEncoder
 from personaplug.files import write_json
 from personaplug.live_personas import LivePersonas, store_settings
 from personaplug.personalizer import Personalizer
@@ -41,10 +41,10 @@ DEFAULT = replace(PlugConfig(), answers="form", options="ignore", instruction_st
 PLUGS = {"default": DEFAULT, "all items alike": replace(DEFAULT, aggregator="mean")}
 
 
-def plug_of(config: PlugConfig) -> PersonaPlug:
+def plug_of(config: PlugConfig, *, encoder: Encoder | None = None, labels: tuple[str, ...] = ()) -> PersonaPlug:
     """An untrained plug for a model of SmolLM2-135M's width."""
-    encoder = HashEncoder(WIDTH)
-    fitting = Fitting(LLMIdentity("none", None, "0" * 16, OUT), 0.1, encoder.identity)
+    encoder = encoder or HashEncoder(WIDTH)
+    fitting = Fitting(LLMIdentity("none", None, "0" * 16, OUT), 0.1, encoder.identity, labels)
     return PersonaPlug(config, fitting=fitting, encoder=encoder).eval().computing_items_in("bfloat16")
 
 

@@ -30,7 +30,6 @@ from personaplug.stats import bootstrap_interval, holm, mcnemar, paired_bootstra
 
 Places = NDArray[np.int64]
 
-_ENOUGH_SEEDS = 3
 _FEW = 6  # rows up to which every pair is compared
 _BASES = ("plain", "instruction-only")
 _WITHOUT_MODEL = ("computed", "known")  # how answers came about that no language model gave
@@ -60,7 +59,7 @@ def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings)
     seeds = sorted({cell.seed for cell in cells})
     made_with = sorted({cell.made_with for cell in cells if cell.made_with})
     told = scored.about | ({"made_with": made_with} if made_with else {})
-    notes = [*_notes_on_seeds(seeds), *_notes_on_set_ups(cells, made_with), *_notes_on_columns(cells, settings)]
+    notes = [*_notes_on_seeds(cells), *_notes_on_set_ups(cells, made_with), *_notes_on_columns(cells, settings)]
     told |= {"seeds": seeds, "notes": [*scored.about.get("notes", []), *notes]}
     return told | _part(scored, cells, settings=settings, chosen=everything)
 
@@ -128,11 +127,20 @@ def _built_on(name: str) -> list[str]:
     return [f"dense:{condition.retrieval.items}"] if condition.retrieval and name.startswith("ropg") else []
 
 
-def _notes_on_seeds(seeds: Sequence[int]) -> list[str]:
-    if len(seeds) == 1:
-        return ["One training seed: what trainings differ by is not covered."]
-    few = " Two are few." if len(seeds) < _ENOUGH_SEEDS else ""
-    return [f"Of rows with several training seeds, the bootstrap draws the trainings too.{few}"]
+def _notes_on_seeds(cells: Sequence[Cell]) -> list[str]:
+    """What intervals and p-values know of the difference between trainings, and of which rows they know little."""
+    seeds: dict[str, set[int]] = {}
+    for cell in cells:
+        if _is_seeded(cell.condition):
+            seeds.setdefault(cell.condition, set()).add(cell.seed)
+    one, two = ([name for name, held in seeds.items() if len(held) == count] for count in (1, 2))
+    if len(one) == len(seeds):
+        return ["One training seed: what trainings differ by is not covered."] if one else []
+    return [
+        "Of rows with several training seeds, the bootstrap draws the trainings too.",
+        *([f"Two training seeds, which are few: {', '.join(two)}."] if two else []),
+        *([f"One training seed, whose chance is not covered: {', '.join(one)}."] if one else []),
+    ]
 
 
 def _notes_on_set_ups(cells: Sequence[Cell], set_ups: Sequence[str]) -> list[str]:

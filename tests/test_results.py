@@ -36,7 +36,7 @@ def test_rows_average_over_seeds_and_keep_their_spread() -> None:
     assert list(rows) == ["plain", "wrong-user", "plug"]
     assert results["task"] == "T"
     assert results["seeds"] == [0, 1]
-    assert any("draws the trainings too. Two are few" in note for note in results["notes"])
+    assert "Two training seeds, which are few: wrong-user, plug." in results["notes"]
     assert rows["plug"]["metrics"]["accuracy"] == pytest.approx((6 / 8 + 7 / 8) / 2)
     assert [one["accuracy"] for one in rows["plug"]["per_seed"]] == [6 / 8, 7 / 8]
     assert rows["plug"]["seed_spread"]["accuracy"] == pytest.approx(np.std([6 / 8, 7 / 8], ddof=1))
@@ -46,6 +46,22 @@ def test_rows_average_over_seeds_and_keep_their_spread() -> None:
     assert low <= rows["plug"]["metrics"]["accuracy"] <= high
     # users 0..4 hit 1, 1, (1 + s)/3, 1, 1 of their own
     assert rows["plug"]["per_user"]["accuracy"] == pytest.approx((1 + 1 + (1 / 3 + 2 / 3) / 2 + 1 + 1) / 5)
+
+
+def test_notes_name_the_rows_whose_trainings_are_few() -> None:
+    def notes(*cells: Cell) -> list[str]:
+        return [str(note) for note in results_object(SCORED, cells, settings=SETTINGS)["notes"]]
+
+    control = [Cell("instruction-only", s, _hits(*[0, 1] * 4), invalid_rate=0.0) for s in (0, 1, 2)]
+    drawn = "Of rows with several training seeds, the bootstrap draws the trainings too."
+    assert notes(PLAIN) == []
+    assert notes(PLAIN, *control) == [drawn]
+    assert notes(PLAIN, PLUG[0], control[0]) == ["One training seed: what trainings differ by is not covered."]
+    assert notes(PLAIN, *control, *WRONG, PLUG[0]) == [
+        drawn,
+        "Two training seeds, which are few: wrong-user.",
+        "One training seed, whose chance is not covered: plug.",
+    ]
 
 
 def test_a_gain_of_one_of_two_trainings_is_no_sure_one() -> None:

@@ -15,6 +15,7 @@ A results object holds what was run (task, split, model, encoder, placement, see
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -129,12 +130,9 @@ def _built_on(name: str) -> list[str]:
 
 def _notes_on_seeds(cells: Sequence[Cell]) -> list[str]:
     """What intervals and p-values know of the difference between trainings, and of which rows they know little."""
-    seeds: dict[str, set[int]] = {}
-    for cell in cells:
-        if _is_seeded(cell.condition):
-            seeds.setdefault(cell.condition, set()).add(cell.seed)
-    one, two = ([name for name, held in seeds.items() if len(held) == count] for count in (1, 2))
-    if len(one) == len(seeds):
+    trainings = Counter(cell.condition for cell in cells if _is_seeded(cell.condition))
+    one, two = ([name for name, held in trainings.items() if held == count] for count in (1, 2))
+    if len(one) == len(trainings):
         return ["One training seed: what trainings differ by is not covered."] if one else []
     return [
         "Of rows with several training seeds, the bootstrap draws the trainings too.",

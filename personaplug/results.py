@@ -97,8 +97,8 @@ def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
     """Which rows are compared, (a, b): all of a few; of many the personal gains, and the methods against the bases.
 
     The plug is compared with every other method and with its own controls too, and what is built on another row (texts
-    behind soft tokens, matrices of users on the task's, a learned retriever) with what it is built on. Rows without the
-    language model are there to be compared with, and claim nothing against the bases.
+    behind soft tokens, phrases, matrices of users on the task's, a learned retriever) with what it is built on. Rows
+    without the language model are there to be compared with, and claim nothing against the bases.
     """
     gains = [(name, control) for name in names if (control := control_of(name)) is not None and control in names]
     if len(names) <= _FEW:
@@ -122,9 +122,10 @@ def _built_on(name: str) -> list[str]:
         return ["lora"]
     if name == "classical":
         return ["classical:text", "classical:history"]
-    first, plus, retrieval = name.partition("+")
+    first, plus, added = name.partition("+")
     if plus:
-        return [retrieval, *([f"instruction+{retrieval}", "plug"] if first == "plug" else [])]
+        plain = [name.removesuffix("+phrases")] if condition.phrases else []
+        return [*plain, added, *([f"instruction+{added}", "plug"] if first == "plug" else [])]
     return [f"dense:{condition.retrieval.items}"] if condition.retrieval and name.startswith("ropg") else []
 
 

@@ -132,6 +132,15 @@ def test_many_rows_are_compared_where_it_tells_something() -> None:
     assert len(pairs) == len(set(pairs))
 
 
+def test_rows_with_phrases_are_compared_with_the_same_without() -> None:
+    names = ["instruction-only", "plug", "wrong-user", "plug+bm25:4", "instruction+bm25:4"]
+    pairs = pairs_of_interest([*names, "plug+bm25:4+phrases", "instruction+bm25:4+phrases"])
+    assert ("plug+bm25:4+phrases", "plug+bm25:4") in pairs
+    assert ("plug+bm25:4+phrases", "instruction+bm25:4+phrases") in pairs
+    assert ("instruction+bm25:4+phrases", "instruction+bm25:4") in pairs
+    assert len(pairs) == len(set(pairs))
+
+
 def test_columns_that_not_all_cells_hold_are_left_out_and_named() -> None:
     settings = replace(SETTINGS, metrics=[ACCURACY, get_metric("accuracy@median", labels=("1", "2"))])
 

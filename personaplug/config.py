@@ -177,8 +177,8 @@ class TrainingConfig:
     seeds: tuple[int, ...] = _option((0,), "one plug (and one control) is trained per seed", low=0, high=2**32 - 1)
     controls: bool = _option(
         True,
-        "also train instruction-only: same data, steps and number of soft tokens, no history; its tokens serve users "
-        "of few items, none to five, where held-out users of so few lose less with them",
+        "also train instruction-only: same data, steps and number of soft tokens, no history; users without items get "
+        "its tokens or the plug's own, and users of one to five items the same, where held-out users lose less by that",
     )
     epochs: int = _option(5, "passes over the training samples", low=1)
     max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)

@@ -68,6 +68,14 @@ class HistoryBatch:
             self.vectors[places], (len(places),), self.answers[places], self.forms[places], hidden=hidden
         )
 
+    def without(self, users: Tensor) -> HistoryBatch:
+        """The same, but for some users, (B,) bool, as if they had no items."""
+        lengths = torch.tensor(self.lengths, device=users.device)
+        kept = (~users).repeat_interleave(lengths).to(self.vectors.device)
+        hidden = None if self.hidden is None else self.hidden[kept]
+        left = tuple(lengths.masked_fill(users, 0).tolist())
+        return HistoryBatch(self.vectors[kept], left, self.answers[kept], self.forms[kept], hidden=hidden)
+
 
 class PersonaPlug(nn.Module):
     """I trained instruction tokens and K persona tokens: [I; P] of eq. 5.
@@ -88,7 +96,8 @@ class PersonaPlug(nn.Module):
         self.item_dtype = torch.float32
         width, tokens = fitting.llm.width, config.persona_tokens
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
-        # All tokens of users of so few items, where others than their own serve them better; (S, D), not scaled.
+        # Up to how many items users are served as if they had none, where that serves them better, and all their tokens
+        # then, (S, D), not scaled, where those of another training do better than the population persona.
         self.cold_start: Tensor | None
         self.cold_items: Tensor | None
         self.register_buffer("cold_start", None)
@@ -158,6 +167,7 @@ class PersonaPlug(nn.Module):
         if self.config.reads_history and history is None:
             raise BadConfig("This plug reads histories; it needs one for every query (it may be empty).")
         parts = [self.instruction.expand(len(queries), -1, -1)]
+        history = self._counted(history)
         if self.config.persona_tokens and history is not None:
             own = self.persona(queries, history)
             parts.append(own if strength == 1 else torch.lerp(self.population.expand_as(own), own, strength))
@@ -182,13 +192,24 @@ class PersonaPlug(nn.Module):
         return SoftPrompt(torch.cat(parts)[None] * self.fitting.embedding_scale, placement=self.config.placement)
 
     def start_cold(self, tokens: Tensor | None, *, items: int = 0) -> None:
-        """Serve users of at most so many items with tokens that know of nobody, (S, D), not scaled; None = none."""
-        self.cold_start, self.cold_items = tokens, None if tokens is None else torch.tensor(items)
+        """Serve users of at most so many items with tokens that know of nobody.
+
+        Args:
+            tokens: (S, D), not scaled; None = what the plug makes for users without any item.
+        """
+        self.cold_start = tokens
+        self.cold_items = None if tokens is None and not items else torch.tensor(items)
 
     @property
     def few(self) -> int:
         """Up to how many items a user gets what is common to all, and nothing of their own."""
         return 0 if self.cold_items is None else int(self.cold_items)
+
+    def _counted(self, history: HistoryBatch | None) -> HistoryBatch | None:
+        """The histories that personas are made of: none of users with too few items, unless other tokens serve them."""
+        if history is None or self.cold_start is not None or not self.few or min(history.lengths, default=0) > self.few:
+            return history
+        return history.without(self._cold(history))
 
     def _with_cold_start(self, tokens: Tensor, history: HistoryBatch | None) -> Tensor:
         """The (B, S, D) tokens, those of `cold_start` in the place of users' who have too few items."""
@@ -332,9 +353,11 @@ class PersonaPlug(nn.Module):
         plug = cls(config, fitting=fitting, encoder=encoder)
         try:
             state = load_file(folder / _WEIGHTS)
-            if "cold_start" in state:
-                few = state.setdefault("cold_items", torch.tensor(0))  # plugs from before there was a choice have none
-                plug.start_cold(_checked_cold_start(state["cold_start"], plug), items=int(few))
+            tokens = state.get("cold_start")
+            if tokens is not None:
+                state.setdefault("cold_items", torch.tensor(0))  # plugs from before there was a choice have none
+                _check_cold_start(tokens, plug)
+            plug.start_cold(tokens, items=int(state.get("cold_items", 0)))
             known = plug.state_dict()  # plugs of earlier versions hold a query side all the same
             plug.load_state_dict({k: v for k, v in state.items() if k in known or not k.startswith("query_encoder.")})
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -347,11 +370,10 @@ def _texts_of(options: Sequence[Options | None]) -> list[str]:
     return [text for one in options if one for text in (one.question, *one.texts)]
 
 
-def _checked_cold_start(tokens: Tensor, plug: PersonaPlug) -> Tensor:
+def _check_cold_start(tokens: Tensor, plug: PersonaPlug) -> None:
     shape = (plug.config.soft_tokens, plug.fitting.llm.width)
     if tokens.shape != shape:
         raise RuntimeError(f"cold_start should be of the shape {shape}, and is of {tuple(tokens.shape)}")
-    return tokens
 
 
 def _share(weights: Tensor, *, shrinkage: bool) -> Tensor:

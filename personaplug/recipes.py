@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter.safetensors"
 _FEW = 5  # items at most that a user is served without a persona of their own with
+_WITHOUT_ITEMS = "plug without items"
 _STARTS = 1024  # answers from whose tokens those are drawn that instruction tokens start as
 
 
@@ -180,8 +181,11 @@ class Trainings:
     def _choose_cold_start(
         self, plug: PersonaPlug, objective: PlugObjective, samples: Sequence[EncodedSample], *, seed: int
     ) -> dict[str, object]:
-        """Choose what serves users of few items: the control's tokens, which know of nobody, up to the last number of
-        items, from none on, with which held-out users lose less by them than by the plug.
+        """Choose what serves users of few items.
+
+        Those without any get the control's tokens, which know of nobody, or the plug's own, whichever held-out users
+        lose less with when no item is shown; and so do those of one, two, … items, up to the last number, from none
+        on, with which held-out users lose less by that than by a persona made of so few.
 
         Args:
             samples: with all items, of which a plug that takes the nearest only has still to take them.
@@ -195,7 +199,8 @@ class Trainings:
         with together():
             control = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
         losses: dict[int, dict[str, float]] = {}
-        chosen = -1
+        tokens: torch.Tensor | None = control
+        name, chosen = INSTRUCTION.name, 0
         most = min(_FEW, plug.config.selected_items - 1) if plug.config.selected_items else _FEW
         for items in range(most + 1):
             shown = [sample.latest(items) for sample in held if len(sample.rows) >= items]
@@ -203,12 +208,15 @@ class Trainings:
                 break
             plug.start_cold(None)
             own = mean_loss(objective, shown, most=config.pass_tokens)
-            plug.start_cold(control, items=items)
-            losses[items] = {"plug": own, INSTRUCTION.name: mean_loss(objective, shown, most=config.pass_tokens)}
-            if not losses[items][INSTRUCTION.name] < own:
+            plug.start_cold(tokens, items=items)
+            losses[items] = {"plug": own, name: mean_loss(objective, shown, most=config.pass_tokens)}
+            if losses[items][name] < own:
+                chosen = items
+            elif items == 0:
+                tokens, name = None, _WITHOUT_ITEMS
+            else:
                 break
-            chosen = items
-        plug.start_cold(control if chosen >= 0 else None, items=max(chosen, 0))
+        plug.start_cold(tokens if losses else None, items=chosen)
         return {"loss_of_few_items": losses}
 
     def _start(self, plug: PersonaPlug, samples: Sequence[EncodedSample], *, seed: int) -> None:

@@ -172,6 +172,33 @@ def test_tokens_for_a_cold_start_serve_users_of_few_items_alone(tmp_path: Path) 
         PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
 
 
+def test_users_of_few_items_may_be_served_as_if_they_had_none(tmp_path: Path) -> None:
+    encoder, labels = HashEncoder(WIDTH), ("1", "2", "3")
+    settings: dict[str, Any] = {"label_prior": "own", "options": "compare", "shrinkage": True, "answers": "label"}
+    plug, history = _plug(encoder, labels=labels, **settings), _history(lengths=(4, 2, 0))
+    assert plug.hint is not None
+    with torch.no_grad():
+        for value in (plug.population, *plug.hint.parameters()):
+            value.normal_()
+    options = [Options("which?", ("tea", "coffee", "milk"))] * 3
+    own, none = plug(QUERIES, history, options=options), plug(QUERIES, _history(lengths=(0, 0, 0)), options=options)
+    plug.start_cold(None, items=2)
+    plug.save_pretrained(tmp_path)
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    for one, read in ((plug, history), (plug, plug.read(history)), (again, history)):
+        served = one(QUERIES, read, options=options)
+        assert one.few == 2
+        torch.testing.assert_close(served.vectors[0], own.vectors[0])
+        torch.testing.assert_close(served.vectors[1:], none.vectors[1:])
+        torch.testing.assert_close(served.label_bias[0], own.label_bias[0])
+        assert not served.label_bias[1:].any()
+    assert not torch.equal(own.vectors[1], none.vectors[1])
+    halved = plug(QUERIES, history, options=options, strength=0.5).vectors
+    torch.testing.assert_close(halved[1:], none.vectors[1:])
+    plug.start_cold(None)
+    assert (plug.few, torch.equal(plug(QUERIES, history, options=options).vectors, own.vectors)) == (0, True)
+
+
 def test_what_the_users_own_answers_say_of_the_labels_goes_with_the_tokens(tmp_path: Path) -> None:
     encoder, labels = HashEncoder(WIDTH), ("1", "2", "3")
     plug, history = _plug(encoder, labels=labels, label_prior="own"), _history(lengths=(4, 2, 0))

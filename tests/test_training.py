@@ -344,23 +344,25 @@ def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("losses", "few"),
+    ("losses", "few", "controls"),
     [
-        ([1.0, 2.0], None),
-        ([float("nan"), 1.0], None),
-        ([2.0, 1.0, 1.0, 1.0], 0),
-        ([2.0, 1.0, 2.0, 1.0, 2.0, 1.9, 1.0, 2.0], 2),
-        ([2.0, 1.0] * 6, 5),
+        ([1.0, 2.0, 1.0, 2.0], 0, False),
+        ([float("nan"), 1.0, 1.0, 1.0], 0, False),
+        ([1.0, 2.0, 2.0, 1.0, 2.0, 1.9, 1.0, 2.0], 2, False),
+        ([1.0, 2.0, *[2.0, 1.0] * 5], 5, False),
+        ([2.0, 1.0, 1.0, 1.0], 0, True),
+        ([2.0, 1.0, 2.0, 1.0, 2.0, 1.9, 1.0, 2.0], 2, True),
+        ([2.0, 1.0] * 6, 5, True),
     ],
 )
 def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
-    tmp_path: Path, data: Path, losses: list[float], few: int | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Path, losses: list[float], few: int, controls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[set[str], set[int], torch.Tensor | None]] = []
+    asked: list[tuple[set[str], set[int], torch.Tensor | None, int]] = []
 
     def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
         plug = cast(PersonaPlug, objective.module)
-        asked.append(({one.owner for one in samples}, {len(one.rows) for one in samples}, plug.cold_start))
+        asked.append(({one.owner for one in samples}, {len(one.rows) for one in samples}, plug.cold_start, plug.few))
         return losses[len(asked) - 1]
 
     monkeypatch.setattr("personaplug.recipes.mean_loss", told)
@@ -369,23 +371,30 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
     samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).plain
     _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
     assert len(asked) == len(losses)
-    for place, (owners, sizes, tokens) in enumerate(asked):
+    for place, (owners, sizes, tokens, cold) in enumerate(asked):
         items = place // 2
         assert owners == {one.owner for one in held if len(one.rows) >= items}
         assert sizes == {items}
-        assert tokens is None if place % 2 == 0 else torch.equal(cast(torch.Tensor, tokens), control)
+        assert cold == items * (place % 2)
+        if place % 2 and (controls or not items):
+            assert torch.equal(cast(torch.Tensor, tokens), control)
+        else:
+            assert tokens is None
     found = run.load_plug("plug", seed=0, models=open_models(run.config))
-    assert (found.cold_start is None, found.few) == (few is None, few or 0)
+    assert (found.cold_start is not None, found.few) == (controls, few)
 
 
 def test_the_losses_that_decide_a_cold_start_are_those_of_either(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data)
     told = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_few_items"]
     found = run.load_plug("plug", seed=0, models=open_models(run.config))
-    won = [items for items, losses in told.items() if losses["instruction-only"] < losses["plug"]]
+    controls = told["0"]["instruction-only"] < told["0"]["plug"]
+    others = ["instruction-only"] + ["instruction-only" if controls else "plug without items"] * (len(told) - 1)
+    assert [[*losses] for losses in told.values()] == [["plug", other] for other in others]
+    won = [items for items, losses in told.items() if items == "0" or [*losses.values()][1] < losses["plug"]]
     assert [*told][: len(won)] == won
-    assert (found.cold_start is not None, found.few) == (bool(won), max(len(won) - 1, 0))
-    assert all(losses["instruction-only"] != losses["plug"] for losses in told.values())
+    assert (found.cold_start is not None, found.few) == (controls, len(won) - 1)
+    assert all(len({*losses.values()}) == 2 for losses in told.values())
 
 
 def test_a_control_that_diverges_does_not_take_the_plug_with_it(

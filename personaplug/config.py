@@ -178,7 +178,7 @@ class TrainingConfig:
     controls: bool = _option(
         True,
         "also train instruction-only: same data, steps and number of soft tokens, no history; users without items get "
-        "its tokens or the plug's own, and users of one to five items the same, where held-out users lose less by that",
+        "its tokens or the plug's own, and users of up to five items the same, while held-out users lose less by that",
     )
     epochs: int = _option(5, "passes over the training samples", low=1)
     max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)

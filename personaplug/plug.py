@@ -222,7 +222,7 @@ class PersonaPlug(nn.Module):
         if history is None or self.label_prior is None:
             return None
         bias: Tensor = self.label_prior(history.answers, history.lengths)
-        return bias if self.cold_start is None else bias.masked_fill(self._cold(history)[:, None], 0)
+        return bias if self.cold_items is None else bias.masked_fill(self._cold(history)[:, None], 0)
 
     def _cold(self, history: HistoryBatch) -> Tensor:
         """(B,) whether each user has too few items for tokens of their own."""

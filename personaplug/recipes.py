@@ -172,7 +172,7 @@ class Trainings:
         return trained == PLUG and self.run.config.training.controls
 
     def _train_control(self, seed: int) -> None:
-        """Train what may serve the plug's users without any item; the plug can do without."""
+        """Train what may serve the plug's users of few items; the plug can do without."""
         try:
             self.train(INSTRUCTION, seed=seed)
         except TrainingDiverged as error:
@@ -190,7 +190,8 @@ class Trainings:
         Args:
             samples: with all items, of which a plug that takes the nearest only has still to take them.
         Returns:
-            What they lose with either, by the number of items that they are shown, up to the first where the plug wins.
+            What they lose with either, by the number of items that they are shown, up to the first, from one on,
+            where a persona wins.
         """
         if not on_main(lambda: self.run.trained(INSTRUCTION.name, seed=seed)):
             return {}
@@ -201,7 +202,8 @@ class Trainings:
         losses: dict[int, dict[str, float]] = {}
         tokens: torch.Tensor | None = control
         name, chosen = INSTRUCTION.name, 0
-        most = min(_FEW, plug.config.selected_items - 1) if plug.config.selected_items else _FEW
+        read = min(plug.config.max_history, plug.config.selected_items or plug.config.max_history)
+        most = min(_FEW, read - 1)  # or nobody would ever have a persona
         for items in range(most + 1):
             shown = [sample.latest(items) for sample in held if len(sample.rows) >= items]
             if not shown:

@@ -134,7 +134,7 @@ def test_what_two_processes_do_together(tmp_path: Path, data: Path) -> None:
 
 
 def _few(run: Path) -> dict[str, dict[str, float]]:
-    """What held-out users of few items lose with the plug and with its control."""
+    """What held-out users of few items lose with personas and without."""
     losses: dict[str, dict[str, float]] = json.loads((run / "plug/seed-0/fit.json").read_text())["loss_of_few_items"]
     return losses
 

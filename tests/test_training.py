@@ -471,8 +471,9 @@ def test_a_disk_that_fills_up_at_the_very_end_is_a_storage_error(
     assert run.trained("plug", seed=0)
 
 
-def test_a_plug_of_the_nearest_items_may_always_be_one_of_all_its_items(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("setting", ["selected_items=2", "max_history=2"])
+def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
+    tmp_path: Path, data: Path, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[set[int]] = []
 
@@ -481,6 +482,6 @@ def test_a_plug_of_the_nearest_items_may_always_be_one_of_all_its_items(
         return float(cast(PersonaPlug, objective.module).cold_start is None)  # the control always wins
 
     monkeypatch.setattr("personaplug.recipes.mean_loss", told)
-    run = _train(tmp_path / "run", data, "selected_items=2")
+    run = _train(tmp_path / "run", data, setting)
     assert sizes == [{0}, {0}, {1}, {1}]
     assert run.load_plug("plug", seed=0, models=open_models(run.config)).few == 1

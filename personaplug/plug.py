@@ -63,18 +63,17 @@ class HistoryBatch:
 
     def only(self, places: Tensor) -> HistoryBatch:
         """Some of the items of a single user, in order."""
-        hidden = None if self.hidden is None else self.hidden[places]
-        return HistoryBatch(
-            self.vectors[places], (len(places),), self.answers[places], self.forms[places], hidden=hidden
-        )
+        return self._at(places, (len(places),))
 
     def without(self, users: Tensor) -> HistoryBatch:
         """The same, but for some users, (B,) bool, as if they had no items."""
         lengths = torch.tensor(self.lengths, device=users.device)
         kept = (~users).repeat_interleave(lengths).to(self.vectors.device)
-        hidden = None if self.hidden is None else self.hidden[kept]
-        left = tuple(lengths.masked_fill(users, 0).tolist())
-        return HistoryBatch(self.vectors[kept], left, self.answers[kept], self.forms[kept], hidden=hidden)
+        return self._at(kept, tuple(lengths.masked_fill(users, 0).tolist()))
+
+    def _at(self, places: Tensor, lengths: tuple[int, ...]) -> HistoryBatch:
+        hidden = None if self.hidden is None else self.hidden[places]
+        return HistoryBatch(self.vectors[places], lengths, self.answers[places], self.forms[places], hidden=hidden)
 
 
 class PersonaPlug(nn.Module):

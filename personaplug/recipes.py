@@ -218,7 +218,7 @@ class Trainings:
                 tokens, name = None, _WITHOUT_ITEMS
             else:
                 break
-        plug.start_cold(tokens if losses else None, items=chosen)
+        plug.start_cold(tokens, items=chosen)
         return {"loss_of_few_items": losses}
 
     def _start(self, plug: PersonaPlug, samples: Sequence[EncodedSample], *, seed: int) -> None:

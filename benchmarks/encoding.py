@@ -26,13 +26,13 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 
 from personaplug.config import Config
-from personaplug.config_text import load_config
+from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.encoder import Encoder, open_encoder
-from personaplug.encoder.base import Vectors
-from personaplug.files import write_json
+from personaplug.encoders import Encoder, open_encoder
+from personaplug.encoders.base import Vectors
+from personaplug.infra.atomic_io import write_json
+from personaplug.infra.model_hub import find_model
 from personaplug.run import machine, versions
-from personaplug.weights import find_model
 
 GOAL = 1.5
 _WARM_UP = 600  # enough for what is made at the first large call

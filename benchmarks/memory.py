@@ -15,15 +15,15 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from personaplug.config import PAPER, Config
-from personaplug.config_text import load_config
+from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.data.tasks import lamp_task
-from personaplug.data.writing import write_lamp
-from personaplug.files import write_json
-from personaplug.memory import peak_memory
-from personaplug.recipes import train
-from personaplug.records import HistoryItem, Sample
+from personaplug.data.lamp_writer import write_lamp
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.task_registry import lamp_task
+from personaplug.infra.atomic_io import write_json
+from personaplug.infra.memory import peak_memory
 from personaplug.run import Run, machine, open_models, versions
+from personaplug.training.recipes import train
 
 PER_USER = 250
 LONGEST_QUERY = 400  # words; each is a token or more

@@ -30,15 +30,15 @@ from store import spent_on
 
 from personaplug.config import PlugConfig
 from personaplug.data import load_task, open_dataset
-from personaplug.encoder import Encoder, open_encoder
+from personaplug.data.records import Sample
+from personaplug.encoders import Encoder, open_encoder
+from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.errors import BadConfig
-from personaplug.experiment import Experiment, load_experiment
-from personaplug.files import write_json
-from personaplug.personalizer import Personalizer
-from personaplug.plug import PersonaPlug
-from personaplug.records import Sample
+from personaplug.evaluation.experiment import Experiment, load_experiment
+from personaplug.infra.atomic_io import write_json
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer
 from personaplug.run import machine, resolved, versions
-from personaplug.samples import EncodedHistory
 
 EXPERIMENT = Path(__file__).parent / "experiments" / "ablations.yaml"
 SAMPLES = 16

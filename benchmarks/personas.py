@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from store import LONG, LONG_USERS, SECRET, TENANT, batch, milliseconds, spent_on
 
-from personaplug.artefact import Fitting
 from personaplug.config import PlugConfig
-from personaplug.encoder import Encoder, HashEncoder
-from personaplug.files import write_json
-from personaplug.live_personas import LivePersonas, store_settings
-from personaplug.personalizer import Personalizer
-from personaplug.plug import PersonaPlug
+from personaplug.encoders import Encoder, HashEncoder
+from personaplug.infra.atomic_io import write_json
+from personaplug.infra.model_hub import LLMIdentity
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer
+from personaplug.plug.saving import Fitting
 from personaplug.run import machine, versions
-from personaplug.store import HistoryStore
-from personaplug.weights import LLMIdentity
+from personaplug.serving.persona_cache import LivePersonas, store_settings
+from personaplug.store.history_store import HistoryStore
 
 WIDTH, OUT = 384, 576
 ITEMS = 3

@@ -32,15 +32,15 @@ import httpx
 import numpy as np
 import torch
 
+from personaplug.baselines.history_prompt import HistoryWriter
+from personaplug.baselines.retrievers import BM25
 from personaplug.data import open_dataset
-from personaplug.engines.vllm_requests import with_soft_tokens
-from personaplug.files import write_json
-from personaplug.history_prompt import HistoryWriter
-from personaplug.hosting import Hosting, open_service
-from personaplug.records import Sample
-from personaplug.retrieval import BM25
+from personaplug.data.records import Sample
+from personaplug.infra.atomic_io import write_json
+from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.run import Run, machine, open_models, versions
-from personaplug.soft_prompt import SoftPrompt
+from personaplug.serving.engines.vllm_requests import with_soft_tokens
+from personaplug.serving.setup import Hosting, open_service
 
 ITEMS = 4
 ROWS = 4

@@ -34,23 +34,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from personaplug.answers import answer
-from personaplug.backends.base import GenerationConfig, pad
-from personaplug.batching import in_passes
 from personaplug.config import PAPER, Config
-from personaplug.config_text import load_config
+from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.encoder import QueryEncoder
-from personaplug.files import write_json
-from personaplug.memory import peak_memory, reset_peak_memory
-from personaplug.objectives import PlugObjective
-from personaplug.personalizer import Personalizer
-from personaplug.plug import PersonaPlug
-from personaplug.recipes import build_plug
+from personaplug.encoders import QueryEncoder
+from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.encoded_sample import EncodedSample, no_forms
+from personaplug.evaluation.predictions import answer
+from personaplug.infra.atomic_io import write_json
+from personaplug.infra.memory import peak_memory, reset_peak_memory
+from personaplug.llm.base import GenerationConfig, pad
+from personaplug.llm.soft_prompt import IGNORED
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, machine, open_models, versions
-from personaplug.samples import EncodedSample, no_forms
-from personaplug.soft_prompt import IGNORED
-from personaplug.vectors import VectorTable
+from personaplug.training.batching import in_passes
+from personaplug.training.objectives import PlugObjective
+from personaplug.training.recipes import build_plug
 
 PROMPT, QUERY, HISTORY = 266, 276, 512  # the fixed lengths of the released code: 256 tokens + answer, 256 + 20, items
 WAYS = {

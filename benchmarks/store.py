@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.encoder import HashEncoder, open_encoder
-from personaplug.encoder.base import Vectors
-from personaplug.files import write_json
-from personaplug.form import FEATURES
-from personaplug.packing import Precision, packed, unpacked
-from personaplug.records import HistoryItem
+from personaplug.data.records import HistoryItem
+from personaplug.encoders import HashEncoder, open_encoder
+from personaplug.encoders.base import Vectors
+from personaplug.encoders.style_features import FEATURES
+from personaplug.infra.atomic_io import write_json
 from personaplug.run import machine, versions
-from personaplug.store import EncodedItems, HistoryStore
+from personaplug.store.history_store import EncodedItems, HistoryStore
+from personaplug.store.vector_codec import Precision, packed, unpacked
 
 WIDTH = 384
 ITEMS = 10

@@ -1,7 +1,6 @@
 """Personalize a frozen language model: a small trained plug turns a user's history into a few soft tokens.
 
-The public names are below; torch loads when the first of them is used. The files, in reading order, each importing only
-from those above it, are mapped in docs/files.md.
+The public names are below; torch loads when the first of them is used. docs/house.md has a line for each room.
 """
 
 from __future__ import annotations
@@ -10,42 +9,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from personaplug.backends import open_backend
-    from personaplug.backends.base import GenerationConfig
     from personaplug.config import Config, PlugConfig
-    from personaplug.config_text import load_config
+    from personaplug.config_parsing import load_config
     from personaplug.data import load_task, open_dataset
-    from personaplug.encoder import open_encoder
+    from personaplug.data.records import HistoryItem, Sample
+    from personaplug.encoders import open_encoder
+    from personaplug.encoders.embedding_store import VectorTable
     from personaplug.errors import PersonaPlugError
-    from personaplug.evaluation import evaluate
-    from personaplug.personalizer import Personalizer
-    from personaplug.plug import PersonaPlug
-    from personaplug.recipes import train
-    from personaplug.records import HistoryItem, Sample
+    from personaplug.evaluation.evaluator import evaluate
+    from personaplug.llm.base import GenerationConfig
+    from personaplug.llm.loading import open_backend
+    from personaplug.llm.soft_prompt import SoftPrompt
+    from personaplug.plug.model import PersonaPlug
+    from personaplug.plug.personalizer import Personalizer
     from personaplug.run import Run, open_models
-    from personaplug.soft_prompt import SoftPrompt
-    from personaplug.vectors import VectorTable
+    from personaplug.training.recipes import train
 
 _HOME = {
     "Config": "config",
-    "GenerationConfig": "backends.base",
-    "HistoryItem": "records",
-    "PersonaPlug": "plug",
+    "GenerationConfig": "llm.base",
+    "HistoryItem": "data.records",
+    "PersonaPlug": "plug.model",
     "PersonaPlugError": "errors",
-    "Personalizer": "personalizer",
+    "Personalizer": "plug.personalizer",
     "PlugConfig": "config",
     "Run": "run",
-    "Sample": "records",
-    "SoftPrompt": "soft_prompt",
-    "VectorTable": "vectors",
-    "evaluate": "evaluation",
-    "load_config": "config_text",
+    "Sample": "data.records",
+    "SoftPrompt": "llm.soft_prompt",
+    "VectorTable": "encoders.embedding_store",
+    "evaluate": "evaluation.evaluator",
+    "load_config": "config_parsing",
     "load_task": "data",
-    "open_backend": "backends",
+    "open_backend": "llm.loading",
     "open_dataset": "data",
-    "open_encoder": "encoder",
+    "open_encoder": "encoders",
     "open_models": "run",
-    "train": "recipes",
+    "train": "training.recipes",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m personaplug`."""
 
-from personaplug.cli import main
+from personaplug.cli.main import main
 
 main()

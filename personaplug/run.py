@@ -25,22 +25,22 @@ from typing import Any
 
 import numpy as np
 
-from personaplug.backends import choose_device, open_backend
-from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.backends.encoder_decoder import EncoderDecoderBackend
 from personaplug.config import BEFORE, Config, PlugConfig, without_gone
-from personaplug.config_text import flatten, read_yaml, to_yaml, with_values
-from personaplug.data.base import Reader, Task
-from personaplug.data.tasks import parse_task
-from personaplug.encoder import Encoder, open_encoder
+from personaplug.config_parsing import flatten, read_yaml, to_yaml, with_values
+from personaplug.data.records import Sample
+from personaplug.data.task import Reader, Task
+from personaplug.data.task_registry import parse_task
+from personaplug.encoders import Encoder, open_encoder
+from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.encoded_sample import EncodedSample, encode_samples, samples_fingerprint
 from personaplug.errors import BadConfig, MissingData, RunConflict
-from personaplug.files import write_json, write_text
-from personaplug.plug import PersonaPlug
-from personaplug.processes import connect, is_main, main_first
-from personaplug.progress import Progress
-from personaplug.records import Sample
-from personaplug.samples import EncodedSample, encode_samples, samples_fingerprint
-from personaplug.vectors import VectorTable
+from personaplug.infra.atomic_io import write_json, write_text
+from personaplug.infra.distributed import connect, is_main, main_first
+from personaplug.infra.progress import Progress
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.loading import choose_device, open_backend
+from personaplug.llm.seq2seq_lm import EncoderDecoderBackend
+from personaplug.plug.model import PersonaPlug
 
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
 """The sections of a config that trained parts depend on."""

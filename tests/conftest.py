@@ -15,9 +15,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 
-from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.backends.toy import load_toy
-from personaplug.encoder import HashEncoder
+from personaplug.encoders import HashEncoder
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.tiny import load_toy
 
 if TYPE_CHECKING:
     from postgres_server import PostgresServer

@@ -21,9 +21,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from personaplug.backends.decoder_only import DecoderOnlyBackend
-from personaplug.backends.encoder_decoder import EncoderDecoderBackend
-from personaplug.backends.toy import toy_tokenizer
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.seq2seq_lm import EncoderDecoderBackend
+from personaplug.llm.tiny import toy_tokenizer
 
 _SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 import uvicorn
 
-from personaplug.accounts import Accounts
-from personaplug.artefact import Fitting
-from personaplug.backends.decoder_only import DecoderOnlyBackend
 from personaplug.config import PlugConfig
-from personaplug.data.base import Task
-from personaplug.encoder import HashEncoder
-from personaplug.engines.base import Engine
-from personaplug.engines.local import LocalEngine
-from personaplug.gate import Limits
-from personaplug.live_personas import LivePersonas, store_settings
-from personaplug.personalizer import Personalizer
-from personaplug.plug import PersonaPlug
-from personaplug.server import create_app
-from personaplug.service import Service
-from personaplug.store import HistoryStore
+from personaplug.data.task import Task
+from personaplug.encoders import HashEncoder
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer
+from personaplug.plug.saving import Fitting
+from personaplug.serving.api_keys import Accounts
+from personaplug.serving.app import create_app
+from personaplug.serving.engines.base import Engine
+from personaplug.serving.engines.in_process import LocalEngine
+from personaplug.serving.middleware import Limits
+from personaplug.serving.persona_cache import LivePersonas, store_settings
+from personaplug.serving.service import Service
+from personaplug.store.history_store import HistoryStore
 
 ENCODER = HashEncoder(32)
 LABELS = ("1", "2", "3", "4", "5")

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from personaplug.data.personal_llm import REWARD_MODELS
-from personaplug.records import Sample
+from personaplug.data.benchmarks.personal_llm import REWARD_MODELS
+from personaplug.data.records import Sample
 
 SECRET = "zanzibar"
 

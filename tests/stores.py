@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from postgres_server import PostgresServer
 
-from personaplug.encoder import Encoder, HashEncoder
-from personaplug.form import FEATURES
-from personaplug.records import HistoryItem
-from personaplug.store import EncodedItems, HistoryStore, Retention
-from personaplug.store_tables import StoreSettings
+from personaplug.data.records import HistoryItem
+from personaplug.encoders import Encoder, HashEncoder
+from personaplug.encoders.style_features import FEATURES
+from personaplug.store.history_store import EncodedItems, HistoryStore, Retention
+from personaplug.store.schema import StoreSettings
 
 LABELS = ("1", "2", "3")
 SECRET = b"sixteen bytes and more"

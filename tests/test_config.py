@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from personaplug.config import SECTIONS, Config
-from personaplug.config_text import describe, load_config, to_yaml, with_values
+from personaplug.config_parsing import describe, load_config, to_yaml, with_values
 from personaplug.errors import BadConfig, MissingData
 from personaplug.run import FIXED, _differing
 

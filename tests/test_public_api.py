@@ -26,7 +26,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         personaplug.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("statement", ["import personaplug", "import personaplug.cli"])
+@pytest.mark.parametrize("statement", ["import personaplug", "import personaplug.cli.main"])
 def test_importing_loads_neither_torch_nor_transformers(statement: str) -> None:
     heavy = "[m for m in ('torch', 'transformers', 'sentence_transformers', 'numpy') if m in sys.modules]"
     done = subprocess.run(

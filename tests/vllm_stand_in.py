@@ -1,6 +1,6 @@
 """What vLLM 0.30 says on the routes that the engine uses, without a model: to see what it is sent, and to let it fail.
 
-Its words and statuses are those of the real server, which `tests/test_vllm.py` asks where it is installed.
+Its words and statuses are those of the real server, which `tests/serving/test_real_vllm.py` asks where it is installed.
 """
 
 from __future__ import annotations

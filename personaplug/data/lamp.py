@@ -6,16 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from personaplug.data.base import (
-    Reader,
-    ReadReport,
-    Task,
-    by_moment,
-    check_max_history,
-    check_skip_bad,
-    latest_items,
-)
-from personaplug.data.fields import (
+from personaplug.data.json_stream import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
+from personaplug.data.parsing import (
     Flaw,
     as_name,
     as_record,
@@ -27,10 +19,18 @@ from personaplug.data.fields import (
     target_of,
     value_of,
 )
-from personaplug.data.streaming import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
-from personaplug.data.tasks import load_task
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.task import (
+    Reader,
+    ReadReport,
+    Task,
+    by_moment,
+    check_max_history,
+    check_skip_bad,
+    latest_items,
+)
+from personaplug.data.task_registry import load_task
 from personaplug.errors import BadRecord, MissingData
-from personaplug.records import HistoryItem, Sample
 
 
 def open_dataset(

@@ -1,0 +1,1 @@
+"""Metrics, significance tests, results, tables and figures; needs numpy, never torch."""

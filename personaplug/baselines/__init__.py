@@ -1,0 +1,1 @@
+"""The rivals of the plug: retrieval, profiles, LoRA, ROPG, regressions, heuristics."""

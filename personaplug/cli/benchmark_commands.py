@@ -1,0 +1,152 @@
+"""The commands of the evaluation protocol: experiments, reports, other people's data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from personaplug.cli.options import FOLDER, skip_bad_option, tell_read
+from personaplug.errors import BadConfig, MissingData
+
+
+@click.command()
+@click.argument("name")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder that holds the sets' folders.")
+@click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Gets the runs.")
+@click.option("--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True)
+@click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
+@click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
+@click.option("--seeds", default="", help="Only these seeds, comma-separated.")
+@click.option("--conditions", default="", help="Only these rows, comma-separated.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML of settings for every table of it."
+)
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+def bench(
+    name: str,
+    data: Path,
+    out: Path,
+    results: Path,
+    experiments: Path,
+    sets: str,
+    seeds: str,
+    conditions: str,
+    config_file: Path | None,
+    settings: tuple[str, ...],
+) -> None:
+    """Run an experiment, NAME or a YAML file: sets × conditions × seeds. Finished cells are never run again.
+
+    Cells are kept as they come and results written set by set, under --results; `personaplug report` makes tables and
+    figures of them.
+    """
+    from personaplug.evaluation.benchmark import Places
+    from personaplug.evaluation.benchmark import bench as run_bench
+    from personaplug.evaluation.experiment import find_experiment, load_experiment
+
+    experiment = load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings)
+    outcome = run_bench(
+        experiment,
+        Places(data, out, results),
+        sets=_words(sets),
+        seeds=_whole_numbers(seeds, "--seeds"),
+        conditions=_words(conditions),
+    )
+    for path in outcome.written:
+        click.echo(str(path))
+    for reason in outcome.absent:
+        click.echo(f"not run: {reason}", err=True)
+    for reason in outcome.left_out:
+        click.echo(f"left out: {reason}", err=True)
+    for reason in outcome.failed:
+        click.echo(f"failed: {reason}", err=True)
+    if outcome.absent and not outcome.written:
+        raise MissingData("Nothing of this experiment could be run here.")
+    if outcome.failed:
+        raise click.exceptions.Exit(1)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    words = _words(text)
+    if not all(word.isascii() and word.isdecimal() for word in words):
+        raise BadConfig(f"{option} takes whole numbers, comma-separated; found {text!r}.")
+    return [int(word) for word in words]
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=FOLDER, help="Gets report.md, report.html and figures.")
+@click.option("--title", default="Results", show_default=True)
+@click.option("--figures/--no-figures", default=True, show_default=True, help="Figures need matplotlib.")
+@click.option("--into", type=click.Path(path_type=Path), help="Put the overview into this Markdown file too …")
+@click.option(
+    "--mark", default="results", show_default=True, help="… between <!-- begin MARK --> and <!-- end MARK -->."
+)
+def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: Path | None, mark: str) -> None:
+    """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
+    from personaplug.analysis.report import insert_between, load_results, overview_markdown, write_report
+
+    for path in write_report(files, out, title=title, pictures=figures):
+        click.echo(str(path))
+    if into is not None:
+        insert_between(into, mark, overview_markdown([load_results(path) for path in files]))
+        click.echo(str(into))
+
+
+@click.command("slice")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of a data set.")
+@click.option("--out", required=True, type=FOLDER, help="Gets a data set made of its training split.")
+@click.option("--share", default=0.2, show_default=True, help="Of the users, for dev.")
+@click.option("--seed", default=0, show_default=True, help="Draws them.")
+@skip_bad_option
+def slice_(data: Path, out: Path, share: float, seed: int, skip_bad: int) -> None:
+    """Part the training split by user into a train and a dev of its own: settings are chosen there, not on dev."""
+    from personaplug.data import open_dataset
+    from personaplug.data.splits import slice_by_user
+
+    reader = open_dataset(data, "train", skip_bad=skip_bad)
+    found = slice_by_user(reader, out, share=share, seed=seed)
+    tell_read(reader, "train")
+    click.echo(f"{out}: train {found.train} samples of {found.train_users} users, dev {found.dev} of {found.dev_users}")
+
+
+@click.group()
+def lamp() -> None:
+    """The LaMP benchmark's own files."""
+
+
+@lamp.command()
+@click.argument("name")
+@click.option("--out", required=True, type=FOLDER, help="Gets the files; a stopped download goes on.")
+@click.option("--source", help="Where from: another address, or a local folder.  [default: the benchmark's own site]")
+@click.option("--split", "splits", multiple=True, default=("train", "dev", "test"), show_default=True)
+def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) -> None:
+    """Fetch a task's official files: lamp-1 … lamp-7 (not 6), lamp-2-news; with :time for the time split."""
+    from personaplug.data.lamp_download import BASE_URL, download_lamp
+
+    local = Path(source) if source is not None and "://" not in source else None
+    address = source if source is not None and local is None else BASE_URL
+    for path in download_lamp(name, out, splits=splits, base_url=address, source=local):
+        click.echo(str(path))
+
+
+@click.command()
+@click.argument("benchmark")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--split", default="dev", show_default=True)
+@click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
+@skip_bad_option
+def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
+    """Read another BENCHMARK's file or folder (lamp-qa, longlamp, personal-llm, peft-u) and write LaMP's layout."""
+    from personaplug.data import write_lamp
+    from personaplug.data.benchmarks import open_benchmark
+
+    reader = open_benchmark(benchmark, source, split, skip_bad=skip_bad)
+    write_lamp(reader, out, split, task=reader.task)
+    tell_read(reader, split)
+    if not reader.report.samples:
+        raise MissingData(f"{source} holds nothing of the split {split}; what was written to {out} is empty.")

@@ -1,0 +1,118 @@
+"""What several commands share: options, settings and what they say of themselves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from personaplug.config import Config
+from personaplug.config_parsing import describe, to_yaml
+from personaplug.errors import BadConfig, UserError
+
+if TYPE_CHECKING:
+    from personaplug.data.task import Reader, Task
+    from personaplug.methods import Condition
+    from personaplug.run import Run
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+logger = logging.getLogger(__name__)
+
+_SETTINGS_HELP = "Settings are given as key=value words (learning_rate=3e-4) or in a YAML file; the words win."
+
+
+def with_settings(*sections: str) -> Callable[[Command], Command]:
+    """Give a command --config and key=value words, and teach their meaning in its help."""
+
+    def decorate(command: Command) -> Command:
+        command.__doc__ = "\n\n".join([(command.__doc__ or "").strip(), _SETTINGS_HELP, "\b\n" + describe(sections)])
+        command = click.option(
+            "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."
+        )(command)
+        return click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
+
+    return decorate
+
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+data_option = click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder with {train,dev,test}_{questions,outputs}.json[.gz], and a task.json for other tasks than LaMP's.",
+)
+task_option = click.option("--task", help="Task, where the folder does not say it: LaMP_1 … LaMP_7.")
+skip_bad_option = click.option(
+    "--skip-bad",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Pass over at most N broken records; the number is printed.",
+)
+vectors_option = click.option(
+    "--vectors",
+    type=click.Path(path_type=Path),
+    help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]",
+)
+
+
+def device_of(config: Config) -> str:
+    from personaplug.llm.loading import choose_device
+
+    return choose_device(config.model.device)
+
+
+def show(config: Config, *sections: str) -> None:
+    """Say with which settings, as resolved, a command runs."""
+    shown, section = [], ""
+    for line in to_yaml(config).splitlines():
+        section = line.rstrip(":") if not line.startswith((" ", "-")) else section
+        if section in sections:
+            shown.append(line)
+    logger.info("%s\n", "\n".join(shown))
+
+
+def check_same_task(data: Path, task: Task) -> None:
+    """Refuse a folder whose answers are of another kind than a task's; say so where only the name is another.
+
+    Raises:
+        BadConfig: if the folder declares another kind of task, or other labels.
+    """
+    from personaplug.data import load_task
+
+    try:
+        declared = load_task(data)
+    except UserError:
+        return  # it says nothing of its task
+    if (declared.kind, declared.labels) != (task.kind, task.labels):
+        raise BadConfig(
+            f"{data} holds {declared.name}, whose answers are of another kind than those of {task.name}, which the run "
+            f"was trained on. Give data of {task.name}, or train a run on {declared.name}."
+        )
+    if declared.name != task.name:
+        click.echo(f"{data} holds {declared.name}; it is read as {task.name}, which the run was trained on", err=True)
+
+
+def train_of(data: Path, rows: Sequence[Condition], *, run: Run, skip_bad: int) -> Reader | None:
+    """The training split, where some rows are fitted on it as the table is filled."""
+    from personaplug.data import open_dataset
+
+    if not any(row.rule is not None and row.rule.fitted for row in rows):
+        return None
+    return open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=run.config.plug.max_history)
+
+
+def tell_read(reader: Any, split: str) -> None:
+    report = reader.report
+    click.echo(
+        f"{split}: {report.samples:,} samples, {report.items:,} items of history; {report.skipped} broken records "
+        f"skipped, {report.cut_items:,} items beyond the longest history left out",
+        err=True,
+    )
+    for problem in report.problems[:10]:
+        click.echo(f"  skipped: {problem}", err=True)

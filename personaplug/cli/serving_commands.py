@@ -1,0 +1,192 @@
+"""The commands of a live service: serve, key, forget, explain."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from personaplug.config import STRONGEST
+from personaplug.errors import BadConfig, MissingExtra
+
+_RUN = click.option(
+    "--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`."
+)
+_SEED = click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
+_COUNT = click.IntRange(1)
+_SECRET = click.option(
+    "--secret", type=click.Path(path_type=Path), help="File of the store's secret.  [default: beside SQLite's file]"
+)
+
+
+@click.command()
+@_RUN
+@click.option("--store", default="histories.db", show_default=True, help="Histories: a file, or a postgresql:// URL.")
+@_SECRET
+@click.option("--engine", default="local", show_default=True, help="local, or the address of a vLLM server: http://…")
+@click.option("--engine-key", envvar="PERSONAPLUG_ENGINE_KEY", help="Key of the vLLM server, if it asks for one.")
+@click.option("--model", default="", help="By what name requests call the model.  [default: the model's own]")
+@_SEED
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
+@click.option(
+    "--keys", type=click.Path(path_type=Path), help="File of keys (`personaplug key`). None: this machine only."
+)
+@click.option(
+    "--unknown",
+    type=click.Choice(["population", "plain"]),
+    default="population",
+    show_default=True,
+    help="What users get whose history is unknown: what is common to all, or the plain model.",
+)
+@click.option(
+    "--strength",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, STRONGEST),
+    help="Of personas, where a request does not say.",
+)
+@click.option(
+    "--elsewhere",
+    is_flag=True,
+    help="Use personas also for prompts without the wording of the run's task, which the plug was not trained for.",
+)
+@click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a store that is made now.")
+@click.option(
+    "--phrases",
+    is_flag=True,
+    help="Mix the phrases of users' own answers into what the local engine writes; a store made now then keeps texts.",
+)
+@click.option("--max-items", type=int, help="Keep so many items of a user, the latest.")
+@click.option("--max-days", type=int, help="Keep items no older than this.")
+@click.option(
+    "--max-rows", default=16, show_default=True, type=_COUNT, help="Answers the local engine writes side by side."
+)
+@click.option(
+    "--max-new-tokens", default=512, show_default=True, type=_COUNT, help="Longest answer of the local engine."
+)
+@click.option(
+    "--max-requests", default=256, show_default=True, type=_COUNT, help="Answered at once; the next gets a 429."
+)
+@click.option(
+    "--max-body-mb",
+    default=4.0,
+    show_default=True,
+    type=click.FloatRange(0, 1024, min_open=True),
+    help="Longest request.",
+)
+def serve(
+    run_folder: Path,
+    host: str,
+    port: int,
+    keys: Path | None,
+    max_requests: int,
+    max_body_mb: float,
+    max_items: int | None,
+    max_days: int | None,
+    **settings: Any,
+) -> None:
+    """Serve a run's plug behind OpenAI's API: chat and completions as a user, and the users' histories."""
+    _check_installed()
+    from personaplug.run import Run
+    from personaplug.serving.api_keys import Accounts
+    from personaplug.serving.app import serve as serve_service
+    from personaplug.serving.middleware import Limits
+    from personaplug.serving.setup import Hosting, open_service
+    from personaplug.store.history_store import Retention
+
+    accounts = Accounts.read(keys) if keys else Accounts()
+    accounts.check_address(host)  # before the models are loaded
+    hosting = Hosting(retention=Retention(max_items, max_days), **settings)
+    service = open_service(Run.open(run_folder), hosting)
+    limits = Limits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
+    serve_service(service, accounts=accounts, limits=limits, host=host, port=port)
+
+
+@click.command()
+@click.argument("tenant")
+@click.option("--keys", required=True, type=click.Path(path_type=Path), help="File of keys; made where there is none.")
+def key(tenant: str, keys: Path) -> None:
+    """Make an API key for a TENANT and print it, once: the file holds its hash alone."""
+    from personaplug.serving.api_keys import new_key
+
+    click.echo(new_key(keys, tenant))
+
+
+@click.command()
+@click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL.")
+@_SECRET
+@click.option("--tenant", default="default", show_default=True)
+@click.option("--user", required=True)
+def forget(store: str, secret: Path | None, tenant: str, user: str) -> None:
+    """Erase a user from a store, files included, and print the receipt."""
+    _check_installed()
+    from personaplug.store.history_store import HistoryStore
+
+    opened = HistoryStore.open(store, secret=secret)
+    try:
+        click.echo(json.dumps(opened.erase_user(tenant, user).to_dict(), indent=2))
+    finally:
+        opened.close()
+
+
+@click.command()
+@_RUN
+@_SEED
+@click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
+@click.option("--answer", help="Whose likelihood is compared, with and without each item.")
+@click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL.")
+@_SECRET
+@click.option("--tenant", default="default", show_default=True)
+@click.option("--user", required=True)
+@click.option("--most", default=10, show_default=True, help="So many items are told.")
+@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="With --until: how far the persona moved meanwhile.")
+@click.option("--until", type=click.DateTime(["%Y-%m-%d"]))
+def explain(
+    run_folder: Path,
+    seed: int | None,
+    prompt: str,
+    answer: str | None,
+    store: str,
+    secret: Path | None,
+    tenant: str,
+    user: str,
+    most: int,
+    since: datetime | None,
+    until: datetime | None,
+) -> None:
+    """Say which items made a user's persona for a prompt, and what an answer owes to each of them."""
+    _check_installed()
+    import asyncio
+
+    from personaplug.run import Run
+    from personaplug.serving.setup import Hosting, open_service
+
+    if (since is None) != (until is None):
+        raise BadConfig("--since and --until go together: a persona moves between two days.")
+    service = open_service(Run.open(run_folder), Hosting(store=store, secret=secret, seed=seed, create=False))
+
+    async def told() -> dict[str, Any]:
+        await service.engine.start()
+        try:
+            found = await service.explain(tenant, user, prompt=prompt, answer=answer, most=most)
+            if since and until:
+                found["drift"] = await service.drift(tenant, user, since=since.date(), until=until.date())
+            return found
+        finally:
+            await service.close()
+
+    click.echo(json.dumps(asyncio.run(told()), indent=2, ensure_ascii=False))
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    if any(
+        find_spec(name) is None
+        for name in ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client")
+    ):
+        raise MissingExtra("A live service", extra="serve")

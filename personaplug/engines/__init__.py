@@ -1,1 +1,0 @@
-"""Engines: what answers a request once it has its persona."""

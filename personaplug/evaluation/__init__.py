@@ -1,0 +1,1 @@
+"""Ask the models: methods × seeds → predictions → scores."""

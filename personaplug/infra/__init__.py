@@ -1,0 +1,1 @@
+"""Atomic files, distributed runs, memory, progress, model files."""

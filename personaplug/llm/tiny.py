@@ -1,0 +1,50 @@
+"""A tiny language model from a seed: no download, the same code path as the real ones. For tests and first steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+
+_END = "<|end|>"
+
+
+def toy_tokenizer() -> Any:
+    """A byte-level tokenizer: one token a byte, plus an end-of-text token; any text survives the round trip."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([_END, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    kind: Any = PreTrainedTokenizerFast  # its constructor has no annotations
+    return kind(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
+
+
+def load_toy(*, seed: int = 0, **settings: Any) -> DecoderOnlyBackend:
+    """Two Llama layers of width 32 with weights drawn by `seed`, in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = toy_tokenizer()
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        # Large enough that the drawn weights make their answers depend on what they read.
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(shape)
+    return DecoderOnlyBackend(model, tokenizer, name=f"toy:{seed}", **settings)

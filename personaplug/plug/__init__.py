@@ -1,0 +1,1 @@
+"""The method: the trained module and how it is applied."""

@@ -1,0 +1,1 @@
+"""Users' live histories in SQLite or PostgreSQL."""

@@ -1,0 +1,399 @@
+"""LaMP's rules on hand cases, and every metric against an implementation that is not ours."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
+
+from personaplug.analysis.metrics import (
+    METRICS,
+    get_metric,
+    has_decision,
+    is_invalid,
+    longest_common_subsequence,
+    metric_class,
+    value_of,
+)
+from personaplug.errors import BadConfig, ShapeMismatch
+
+STARS = ("1", "2", "3", "4", "5")
+TAGS = ("comedy", "dark comedy", "sci-fi", "true story")
+CHOICES = ("[1]", "[2]")
+
+
+def rated(prediction: str, gold: str, *, fallback: str = "lamp") -> float:
+    """The rating that the rule reads, from its error against a gold answer that is not above it."""
+    return float(gold) + get_metric("mae", labels=STARS, fallback=fallback).score([prediction], [gold])
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("prediction", "hit"),
+    [("comedy", 1), (" comedy\n", 1), ("Comedy", 0), ("comedy.", 0), ("", 0), ("dark comedy", 0), ("nan", 0)],
+)
+def test_accuracy_is_an_exact_match_after_stripping(prediction: str, hit: float) -> None:
+    assert get_metric("accuracy", labels=TAGS).score([prediction], ["comedy"]) == hit
+
+
+@pytest.mark.parametrize(("prediction", "hit"), [(" [1] ", 1), ("1", 0), ("[2]", 0), ("[1] ]", 0), ("[3]", 0)])
+def test_a_citation_is_the_bracketed_number(prediction: str, hit: float) -> None:
+    assert get_metric("accuracy", labels=CHOICES).score([prediction], ["[1]"]) == hit
+
+
+def test_the_gold_is_stripped_too_and_labels_may_be_a_list() -> None:
+    assert get_metric("accuracy", labels=list(TAGS)).score(["sci-fi"], [" sci-fi "]) == 1
+
+
+def test_a_gold_outside_the_labels_is_never_hit() -> None:
+    assert get_metric("accuracy", labels=TAGS).score(["opera"], ["opera"]) == 0
+
+
+def test_accuracy_of_ratings_compares_texts() -> None:
+    assert get_metric("accuracy", labels=STARS).score(["4", "4.0", " 4 "], ["4", "4", "4"]) == pytest.approx(2 / 3)
+
+
+def random_labels(count: int, *, seed: int, noise: tuple[str, ...] = ("Comedy", "", "opera")) -> list[str]:
+    rng = random.Random(seed)
+    return [rng.choice(TAGS[:3] + noise) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_label_metrics_agree_with_scikit_learn(seed: int) -> None:
+    golds, predictions = random_labels(40, seed=seed, noise=()), random_labels(40, seed=seed + 1000)
+    index = {tag: place for place, tag in enumerate(TAGS)}
+    meant, said = [index[tag] for tag in golds], [index.get(tag, -1) for tag in predictions]
+    # The fourth tag is in no gold and no prediction: it counts as 0 and does not drop out of the mean.
+    expected = f1_score(meant, said, labels=range(len(TAGS)), average="macro", zero_division=0)
+    assert get_metric("f1", labels=TAGS).score(predictions, golds) == pytest.approx(expected, abs=1e-12)
+    accuracy = get_metric("accuracy", labels=TAGS).score(predictions, golds)
+    assert accuracy == pytest.approx(accuracy_score(meant, said), abs=1e-12)
+
+
+def test_an_invalid_answer_lowers_recall_and_an_unused_label_counts_nothing() -> None:
+    # comedy: 1 hit of 1 said, 2 gold -> 2/3; the three others 0.
+    assert get_metric("f1", labels=TAGS).score(["comedy", "?"], ["comedy", "comedy"]) == pytest.approx(2 / 3 / 4)
+
+
+def test_f1_takes_many_means_at_once() -> None:
+    metric = get_metric("f1", labels=TAGS)
+    golds = random_labels(30, seed=1, noise=())
+    stats = np.stack([metric.statistics(random_labels(30, seed=seed), golds).mean(axis=0) for seed in (2, 3)])
+    assert metric.value(stats).shape == (2,)
+    assert metric.value(stats)[1] == metric.value(stats[1])
+
+
+# Ratings
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "rating"),
+    [
+        ("4", "1", 4),
+        ("3.", "1", 3),
+        (" 2 \n", "1", 2),
+        ("42", "1", 42),
+        ("4 stars", "1", 5),
+        ("²", "1", 5),
+        ("", "1", 5),
+        ("", "3", 5),
+        ("", "2", 5),
+        ("1e1", "1", 10),
+    ],
+)
+def test_a_rating_is_read_as_lamp_does(prediction: str, gold: str, rating: float) -> None:
+    assert rated(prediction, gold) == rating
+
+
+@pytest.mark.parametrize(("gold", "error"), [("1", 4), ("2", 3), ("3", 2), ("4", 3), ("5", 4)])
+def test_no_number_costs_the_distance_to_the_farthest_end(gold: str, error: float) -> None:
+    assert get_metric("mae", labels=STARS).score(["I liked it"], [gold]) == error
+
+
+def test_of_two_equally_far_ends_the_highest_is_taken() -> None:
+    # Both are equally wrong, so no score can tell; the rule is LaMP's all the same.
+    metric = get_metric("mae", labels=STARS)
+    assert metric._rating("?", 3.0) == 5.0  # type: ignore[attr-defined]
+
+
+def test_the_ends_are_those_of_the_labels() -> None:
+    assert get_metric("mae", labels=("0", "5", "10")).score(["?"], ["2"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("prediction", "rating"),
+    [
+        ("4 stars", 4),
+        ("a 3 or a 5", 3),
+        ("²", 1),
+        ("② of 4", 4),
+        ("٣ stars", 1),
+        ("", 1),
+        ("five", 1),
+        ("4.5", 4.5),
+    ],
+)
+def test_the_fallback_of_pplug_is_the_first_ascii_digit_else_one(prediction: str, rating: float) -> None:
+    assert rated(prediction, "1", fallback="pplug") == rating
+
+
+@pytest.mark.parametrize("fallback", ["lamp", "pplug"])
+def test_nan_and_infinity_are_taken_as_they_are(fallback: str) -> None:
+    mae, rmse = (get_metric(name, labels=STARS, fallback=fallback) for name in ("mae", "rmse"))
+    assert math.isnan(mae.score(["nan", "4"], ["3", "4"]))
+    assert math.isnan(rmse.score(["NaN", "4"], ["3", "4"]))
+    assert mae.score(["-inf", "4"], ["3", "4"]) == rmse.score(["inf", "4"], ["3", "4"]) == math.inf
+    assert rmse.score(["1e200"], ["3"]) == math.inf
+
+
+@pytest.mark.parametrize("text", ["²", "½", "٣", "1_0", "0x10", "\x00", "1" * 5000, "--1", "\ud83d", "1,5", "Ⅳ"])
+@pytest.mark.parametrize("fallback", ["lamp", "pplug"])
+def test_reading_a_rating_never_raises(text: str, fallback: str) -> None:
+    get_metric("rmse", labels=STARS, fallback=fallback).statistics([text], ["3"])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_errors_agree_with_scikit_learn(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    golds, said = rng.integers(1, 6, size=50), rng.uniform(-1, 8, size=50).round(2)
+    texts = [str(number) for number in said], [str(number) for number in golds]
+    mae, rmse = (get_metric(name, labels=STARS).score(*texts) for name in ("mae", "rmse"))
+    assert mae == pytest.approx(mean_absolute_error(golds, said), abs=1e-12)
+    assert rmse == pytest.approx(math.sqrt(mean_squared_error(golds, said)), abs=1e-12)
+
+
+@pytest.mark.parametrize("gold", ["good", "", "nan", "inf"])
+def test_a_gold_that_is_no_number_is_named_by_place_and_never_shown(gold: str) -> None:
+    with pytest.raises(BadConfig, match="sample 2") as caught:
+        get_metric("mae", labels=STARS).score(["1", "1"], ["1", gold])
+    assert "good" not in str(caught.value)
+
+
+# ROUGE
+
+
+def assert_equals_rouge_score(pairs: list[tuple[str, str]]) -> None:
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    golds, predictions = [gold for gold, _ in pairs], [prediction for _, prediction in pairs]
+    theirs = [scorer.score(gold, prediction) for gold, prediction in pairs]
+    for name, key in (("rouge_1", "rouge1"), ("rouge_l", "rougeL")):
+        ours = get_metric(name).statistics(predictions, golds)
+        expected = np.array([score[key].fmeasure for score in theirs])
+        np.testing.assert_allclose(ours[:, 0], expected, rtol=0, atol=1e-9)
+        assert len(np.unique(expected)) > 5
+
+
+def real_pairs(folder: Path) -> list[tuple[str, str]]:
+    """Gold answers and the inputs they answer."""
+    questions = json.loads(gzip.decompress((folder / "train_questions.json.gz").read_bytes()))
+    outputs = json.loads(gzip.decompress((folder / "train_outputs.json.gz").read_bytes()))["golds"]
+    golds = {gold["id"]: gold["output"] for gold in outputs}
+    return [(golds[question["id"]], question["input"]) for question in questions]
+
+
+def test_rouge_equals_google_on_real_texts(shared_data: Path) -> None:
+    pairs = [pair for task in ("LaMP_7", "LaMP_4") for pair in real_pairs(shared_data / task)][:2000]
+    assert len(pairs) >= 1900
+    assert_equals_rouge_score(pairs)
+    # The next sample's text instead of the own: hardly anything in common, many zeros.
+    assert_equals_rouge_score([(gold, pairs[place - 1][1]) for place, (gold, _) in enumerate(pairs[:500])])
+
+
+def random_text(rng: random.Random, *, words: int) -> str:
+    vocabulary = [
+        "the",
+        "The",
+        "film",
+        "film's",
+        "a",
+        "I",
+        "42",
+        "naïve",
+        "İstanbul",
+        "ß",
+        "K",
+        "co-op",
+        "x_y",
+        "²",
+        "don't",
+        "😀",
+        "…",
+        "é1",
+    ]
+    return rng.choice([" ", "\n", "  "]).join(rng.choice(vocabulary) for _ in range(rng.randint(0, words)))
+
+
+def test_rouge_equals_google_on_random_texts() -> None:
+    rng = random.Random(0)
+    assert_equals_rouge_score([(random_text(rng, words=14), random_text(rng, words=14)) for _ in range(2000)])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "rouge_1", "rouge_l"),
+    [
+        ("the cat sat", "the cat sat", 1, 1),
+        ("sat cat the", "The cat sat!", 1, 1 / 3),
+        ("a a a", "a b", 2 / 5, 2 / 5),
+        ("", "a b", 0, 0),
+        ("a b", "", 0, 0),
+        ("", "", 0, 0),
+        ("…", "…", 0, 0),
+        ("running", "run", 0, 0),
+    ],
+)
+def test_rouge_by_hand(prediction: str, gold: str, rouge_1: float, rouge_l: float) -> None:
+    assert get_metric("rouge_1").score([prediction], [gold]) == pytest.approx(rouge_1)
+    assert get_metric("rouge_l").score([prediction], [gold]) == pytest.approx(rouge_l)
+
+
+@pytest.mark.parametrize(("left", "right", "length"), [("abcbdab", "bdcaba", 4), ("", "a", 0), ("ab", "ba", 1)])
+def test_longest_common_subsequence_by_hand(left: str, right: str, length: int) -> None:
+    assert longest_common_subsequence(left, right) == longest_common_subsequence(right, left) == length
+
+
+def test_rouge_is_quick_and_long_texts_do_not_stall_it() -> None:
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices("abcdefghijklmnopqrst", k=20)) for _ in range(4000)]
+    texts += [" ".join(rng.choices("abcdefghijklmnopqrst", k=3000)) for _ in range(2)]
+    start = time.process_time()
+    get_metric("rouge_l").statistics(texts[::2], texts[1::2])
+    assert time.process_time() - start < 1
+
+
+# What all share
+
+OF_ANSWERS = [name for name, metric in METRICS.items() if metric.of_answers]
+
+
+@pytest.mark.parametrize("name", OF_ANSWERS)
+def test_score_is_the_value_of_mean_statistics(name: str) -> None:
+    metric = get_metric(name, labels=STARS)
+    predictions, golds = ["1", "5", "x", "3 "], ["1", "4", "2", "3"]
+    stats = metric.statistics(predictions, golds)
+    assert stats.dtype == np.float64
+    assert len(stats) == 4
+    assert metric.score(predictions, golds) == metric.value(stats.mean(axis=0))
+    assert metric.greater_is_better is (name not in ("mae", "rmse"))
+
+
+@pytest.mark.parametrize("name", OF_ANSWERS)
+def test_a_perfect_prediction_beats_a_wrong_one_in_the_metrics_direction(name: str) -> None:
+    metric = get_metric(name, labels=STARS)
+    gain = metric.score(["1", "5"], ["1", "5"]) - metric.score(["5", "1"], ["1", "5"])
+    assert gain > 0 if metric.greater_is_better else gain < 0
+
+
+@pytest.mark.parametrize("name", OF_ANSWERS)
+def test_no_samples_score_nan_and_lengths_must_agree(name: str) -> None:
+    metric = get_metric(name, labels=STARS)
+    assert math.isnan(metric.score([], []))
+    with pytest.raises(ShapeMismatch, match=r"2 .*found 1"):
+        metric.statistics(["1"], ["1", "2"])
+
+
+def test_likelihood_is_per_token_whoever_has_how_many() -> None:
+    metric = get_metric("nll")
+    stats = np.array([[6.0, 3.0], [1.0, 1.0]])
+    assert value_of(stats, metric) == pytest.approx(7 / 4)
+    assert not metric.greater_is_better
+
+
+def test_likelihood_is_not_to_be_had_from_texts() -> None:
+    with pytest.raises(BadConfig, match=r"nll is of a model's probabilities"):
+        get_metric("nll").score(["1"], ["1"])
+
+
+@pytest.mark.parametrize(("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])
+def test_an_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> None:
+    with pytest.raises(BadConfig, match=f"did you mean '{meant}"):
+        get_metric(name)
+
+
+def test_a_far_off_name_lists_all_metrics() -> None:
+    with pytest.raises(BadConfig, match=r"no metric 'xyz'; known are: accuracy, f1, mae"):
+        get_metric("xyz")
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("accuracy", ()),
+        ("f1", ("a", "a")),
+        ("f1", ("a", " a")),
+        ("mae", ()),
+        ("rmse", TAGS),
+        ("mae", ("1", "inf")),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(name: str, labels: tuple[str, ...]) -> None:
+    with pytest.raises(BadConfig, match=name):
+        get_metric(name, labels=labels)
+
+
+@pytest.mark.parametrize("stem", ["mae", "rmse", "accuracy"])
+@pytest.mark.parametrize("decision", ["median", "mean"])
+def test_a_metric_of_another_decision_is_the_same_metric_of_other_answers(stem: str, decision: str) -> None:
+    plain, decided = get_metric(stem, labels=STARS), get_metric(f"{stem}@{decision}", labels=STARS)
+    assert (plain.name, plain.decision, has_decision(plain.name)) == (stem, "argmax", False)
+    assert (decided.name, decided.decision, has_decision(decided.name)) == (f"{stem}@{decision}", decision, True)
+    assert get_metric(stem, labels=STARS).name == stem  # the name is that metric's alone
+    assert decided.greater_is_better == plain.greater_is_better
+    texts = ["1", "5", "x"], ["2", "5", "3"]
+    np.testing.assert_array_equal(decided.statistics(*texts), plain.statistics(*texts))
+    assert metric_class(decided.name) is type(plain) is metric_class(stem)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "reason"),
+    [
+        ("mae@mode", STARS, "no decision 'mode'"),
+        ("mae@", STARS, "no decision ''"),
+        ("mea@median", STARS, "did you mean 'mae'"),
+        ("mae@argmax", STARS, "is called 'mae'"),
+        ("f1@median", STARS, "f1 knows no scale"),
+        ("rouge_1@mean", (), "rouge_1 knows no scale"),
+        ("accuracy@median", TAGS, "accuracy@median needs finite numbers"),
+        ("mae@mean", TAGS, "mae@mean needs finite numbers"),
+    ],
+)
+def test_a_decision_that_does_not_fit_is_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(BadConfig, match=reason):
+        get_metric(name, labels=labels)
+
+
+def test_no_class_of_an_unknown_metric() -> None:
+    assert metric_class("bleu@median") is None
+
+
+def test_an_unknown_fallback_is_refused() -> None:
+    with pytest.raises(BadConfig, match="lamp, pplug"):
+        get_metric("mae", labels=STARS, fallback="first")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "kind", "labels", "invalid"),
+    [
+        (" [1] ", "label", CHOICES, False),
+        ("1", "label", CHOICES, True),
+        ("Comedy", "label", TAGS, True),
+        ("", "label", TAGS, True),
+        ("3", "rating", STARS, False),
+        ("3.", "rating", STARS, True),
+        ("nan", "rating", STARS, True),
+        ("²", "rating", STARS, True),
+        (" \n", "text", (), True),
+        ("x", "text", (), False),
+    ],
+)
+def test_what_counts_as_invalid(prediction: str, kind: str, labels: tuple[str, ...], invalid: bool) -> None:
+    assert is_invalid(prediction, kind=kind, labels=labels) is invalid

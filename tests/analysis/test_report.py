@@ -1,0 +1,268 @@
+"""Reports as pages: the same cells in both formats, nothing unescaped, and text that finds its place in a page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from personaplug.analysis.report import insert_between, load_results, overview_markdown, write_report
+from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra
+
+REAL = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "paper-faithful").glob("*.json"))
+drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+
+
+def row(name: str, value: float, *, metric: str = "accuracy", costs: dict[str, Any] | None = None) -> dict[str, Any]:
+    interval = {metric: [value - 0.03, value + 0.03]}
+    return {"condition": name, "n": 9, "metrics": {metric: value}, "intervals": interval, "costs": costs or {}}
+
+
+def pair(a: str, b: str, difference: float, *, p: float, metric: str = "accuracy", **more: Any) -> dict[str, Any]:
+    ends = {"low": difference - 0.1, "high": difference + 0.1}
+    return {"a": a, "b": b, "metric": metric, "difference": difference, "p": p} | ends | more
+
+
+def results(name: str, rows: list[dict[str, Any]], *pairs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"task": name, "split": "dev", "users": 9, "rows": rows, "pairs": list(pairs)} | more
+
+
+def written(folder: Path, *every: dict[str, Any]) -> list[Path]:
+    paths = [folder / f"results-{place}.json" for place in range(len(every))]
+    for path, told in zip(paths, every, strict=True):
+        path.write_text(json.dumps(told))
+    return paths
+
+
+class Page(HTMLParser):
+    """A page's tables, pictures and tags; fails where tags do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.pictures: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"] or "")
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+def markdown_tables(text: str) -> list[list[list[str]]]:
+    """Every table's cells, without the rule below the titles."""
+    found = []
+    for block in text.split("\n\n"):
+        if block.startswith("|"):
+            lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines()]
+            cells = [[cell.strip().strip("*").replace("\\|", "|") for cell in line] for line in lines]
+            found.append([cells[0], *cells[2:]])
+    return found
+
+
+def test_both_pages_hold_the_same_cells(tmp_path: Path) -> None:
+    [markdown, page] = write_report(REAL, tmp_path / "report", pictures=False)
+    tables = markdown_tables(markdown.read_text(encoding="utf-8"))
+    assert len(tables) == 2 + 3 * len(REAL)
+    assert Page(page.read_text(encoding="utf-8")).tables == tables
+    for table in tables:
+        assert len({len(line) for line in table}) == 1
+        assert len(table) > 1
+
+
+def test_the_overview_puts_sets_side_by_side(tmp_path: Path) -> None:
+    one = results("One", [row("plain", 0.4), row("plug", 0.5)])
+    other = results("Other", [row("plain", 2.0, metric="mae"), row("bm25:4", 1.5, metric="mae")])
+    [scores] = markdown_tables(overview_markdown([one, other]))
+    assert scores == [
+        ["condition", "One: accuracy ↑", "Other: mae ↓"],
+        ["plain", "0.400 [0.370, 0.430]", "2.000 [1.970, 2.030]"],
+        ["plug", "0.500 [0.470, 0.530]", "–"],
+        ["bm25:4", "–", "1.500 [1.470, 1.530]"],
+    ]
+    assert not overview_markdown([one]).endswith("\n")
+    paths = write_report(written(tmp_path, one, other), tmp_path / "out", title="My title", pictures=False)
+    text = paths[0].read_text(encoding="utf-8")
+    assert text.startswith("# My title\n\n## Overview\n\n### Scores\n")
+    assert re.findall("^## (.*)$", text, flags=re.MULTILINE) == ["Overview", "One", "Other"]
+    assert "Overview" not in write_report(written(tmp_path, one), tmp_path / "out", pictures=False)[0].read_text()
+
+
+def bold(told: dict[str, Any]) -> list[str]:
+    return [line.split("|")[1].strip() for line in overview_markdown([told]).splitlines() if "**" in line]
+
+
+def test_the_best_is_bold_only_if_it_is_significantly_better() -> None:
+    rows = [row("plain", 0.4), row("bm25:4", 0.49), row("plug", 0.5), row("mean-persona", 0.9), row("all-knowing", 1.0)]
+    assert bold(results("A", rows, pair("plug", "bm25:4", 0.01, p=0.01))) == ["plug"]
+    assert bold(results("A", rows, pair("bm25:4", "plug", -0.01, p=0.01))) == ["plug"]
+    assert bold(results("A", rows, pair("plug", "bm25:4", 0.01, p=0.01, p_holm=0.2))) == []
+    assert bold(results("A", rows, pair("plug", "bm25:4", 0.01, p=0.6))) == []
+    # Not compared: the intervals must be apart.
+    assert bold(results("A", rows)) == []
+    assert bold(results("A", [row("plain", 0.4), row("plug", 0.5)])) == ["plug"]
+    assert bold(results("A", [row("plain", 0.9, metric="mae"), row("plug", 0.5, metric="mae")])) == ["plug"]
+    assert bold(results("A", [row("plug", 0.5)])) == []
+
+
+def test_personal_gains_and_costs_have_tables_of_their_own() -> None:
+    costs = {"extra_prompt_tokens": 2.0, "bytes_per_user": 3000, "seconds_per_user": None}
+    rows = [row("plain", 0.4), row("plug", 0.5, costs=costs), row("wrong-user", 0.4, costs=costs)]
+    one = results("One", rows, pair("plug", "wrong-user", 0.1, p=0.001, p_holm=0.004))
+    dearer = [row("plug", 0.5, costs=costs | {"extra_prompt_tokens": 5.0, "bytes_per_user": None})]
+    other = results("Other", dearer, pair("plug", "wrong-user", -0.2, p=0.3))
+    _, gains, spent = markdown_tables(overview_markdown([one, other]))
+    assert gains == [
+        ["method", "One: accuracy ↑", "Other: accuracy ↑"],
+        ["plug", "+0.100 [+0.000, +0.200], Holm p = 0.004", "-0.200 [-0.300, -0.100], p = 0.300"],
+    ]
+    assert spent == [
+        ["condition", "extra prompt tokens", "bytes per user"],
+        ["plain", "–", "–"],
+        ["plug", "3.5", "3.0 KB"],
+    ]
+
+
+def test_gains_in_likelihood_stand_apart_for_the_sets_that_have_them() -> None:
+    rows = [row("plug", 0.5), row("wrong-user", 0.4)]
+    gain = pair("plug", "wrong-user", 0.1, p=0.3)
+    likelier = pair("plug", "wrong-user", 0.2, p=0.0001, metric="nll")
+    page = overview_markdown([results("One", rows, gain, likelier), results("Other", rows, gain)])
+    assert "Personal gains in likelihood" in page
+    assert markdown_tables(page)[2] == [["method", "One: nll ↓"], ["plug", "+0.200 [+0.100, +0.300], p < 0.001"]]
+    assert "likelihood" not in overview_markdown([results("One", rows, gain)])
+
+
+def test_text_from_files_is_escaped(tmp_path: Path) -> None:
+    attack = "<script>alert('x')</script>"
+    bad = results(
+        attack,
+        [row(attack, 0.5), row("a|b & c", 0.4)],
+        pair(attack, "plain", 0.1, p=0.5),
+        notes=[attack],
+        model=attack,
+        slices=[{"name": attack, "rows": [row(attack, 0.5)]}],
+    )
+    page = write_report(written(tmp_path, bad, bad), tmp_path / "out", title=attack, pictures=False)[1]
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    shown = Page(text)
+    assert "script" not in shown.seen
+    assert attack in {line[0] for line in shown.tables[0]}
+    assert "a|b & c" in {line[0] for line in shown.tables[0]}
+
+
+@drawing
+def test_figures_lie_beside_the_pages(tmp_path: Path) -> None:
+    parts = [{"name": name, "rows": [row("plug", 0.5), row("wrong-user", 0.4)]} for name in ("short", "long")]
+    rows = [row("plain", 0.4), row("plug", 0.5), row("wrong-user", 0.4)]
+    one = results("A set/../with <odd> name", rows, pair("plug", "wrong-user", 0.1, p=0.01), slices=parts)
+    paths = write_report(written(tmp_path, one, results("B", rows)), tmp_path / "out")
+    assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(paths)
+    shown = Page(paths[1].read_text(encoding="utf-8")).pictures
+    assert len(shown) == 4
+    assert {tmp_path / "out" / picture for picture in shown} == set(paths[2:])
+    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", paths[0].read_text(encoding="utf-8")) == shown
+
+
+def test_nothing_is_written_where_figures_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtra, match="report"):
+        write_report(REAL, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_of_hardly_anything(tmp_path: Path) -> None:
+    paths = write_report(written(tmp_path, {"rows": []}, {"rows": [{}], "pairs": None}), tmp_path / "out")
+    assert len(paths) == 2
+    Page(paths[1].read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("{", "line 1"),
+        ("[1]", "whole file"),
+        ('{"samples": 3}', "whole file"),
+        ('{"rows": [3]}', "whole file"),
+        ('{"rows": {"a": 1}}', "whole file"),
+        ('{"rows": [], "pairs": [[1]]}', "whole file"),
+        ('{"rows": [], "slices": [{"rows": 1}]}', "whole file"),
+        ('{"rows": [], "slices": 7}', "whole file"),
+    ],
+)
+def test_a_file_that_is_no_results_object_is_refused(tmp_path: Path, content: str, place: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(BadRecord, match=rf"a\.json, .*{place}"):
+        write_report([tmp_path / "a.json"], tmp_path / "out", pictures=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match="evaluate --json"):
+        load_results(tmp_path / "absent.json")
+    with pytest.raises(MissingData, match="at least one"):
+        write_report([], tmp_path / "out")
+    (tmp_path / "b.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadRecord, match="UTF-8"):
+        load_results(tmp_path / "b.json")
+
+
+def test_text_is_inserted_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes(b"# A\r\n<!-- begin one -->\nold\n<!-- end one -->\n<!-- begin two -->kept<!-- end two -->\nend\n")
+    for _ in range(2):  # the second time finds what the first one left
+        insert_between(path, "one", "\n| new |\n")
+        assert path.read_bytes() == (
+            b"# A\r\n<!-- begin one -->\n\n| new |\n\n<!-- end one -->\n<!-- begin two -->kept<!-- end two -->\nend\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("page", "found"),
+    [
+        ("no markers", "found 0 and 0"),
+        ("<!-- begin x -->", "found 1 and 0"),
+        ("<!-- begin x --><!-- begin x --><!-- end x -->", "found 2 and 1"),
+        ("<!-- end x --> <!-- begin x -->", "in the wrong order"),
+    ],
+)
+def test_absent_doubled_or_swapped_markers_are_refused(tmp_path: Path, page: str, found: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(page)
+    with pytest.raises(BadRecord, match=found):
+        insert_between(path, "x", "text")
+    assert path.read_text() == page
+
+
+def test_a_text_with_its_own_marker_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("<!-- begin x --><!-- end x -->")
+    with pytest.raises(BadConfig, match="own markers"):
+        insert_between(path, "x", "a <!-- end x --> b")
+    with pytest.raises(MissingData, match=r"other\.md"):
+        insert_between(tmp_path / "other.md", "x", "a")

@@ -1,0 +1,364 @@
+"""The table for people: every number where it belongs, nothing invented for what is absent."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from personaplug.analysis.tables import (
+    Table,
+    gain_cell,
+    is_significant,
+    leading_metric,
+    personal_gains,
+    results_table,
+    set_names,
+)
+from personaplug.methods import is_control
+
+
+def row(condition: str, *, mae: float, **more: Any) -> dict[str, Any]:
+    return {
+        "condition": condition,
+        "n": 250,
+        "metrics": {"mae": mae, "accuracy": 0.5},
+        "intervals": {"mae": [mae - 0.1, mae + 0.1], "accuracy": [0.45, 0.55]},
+        "invalid_rate": 0.012,
+        "truncated_rate": 0.0,
+        "lost_history_rate": 0.25,
+        "prompt_tokens_mean": 161.25,
+        "seconds": 12.5,
+        "peak_memory_bytes": 10**9,
+    } | more
+
+
+def pair(a: str, b: str, *, metric: str = "mae", difference: float = 0.2, p: float | None = 0.004) -> dict[str, Any]:
+    return {
+        "a": a,
+        "b": b,
+        "metric": metric,
+        "difference": difference,
+        "low": difference - 0.1,
+        "high": difference + 0.15,
+        "p": p,
+    }
+
+
+def results(rows: list[dict[str, Any]], *pairs: dict[str, Any], **more: Any) -> dict[str, Any]:
+    about = {
+        "task": "Movie_stars",
+        "split": "dev",
+        "model": "toy (width 64)",
+        "encoder": "hash",
+        "placement": "prefix",
+        "seeds": [0, 1, 2],
+        "versions": {},
+    }
+    return about | {"rows": rows, "pairs": list(pairs)} | more
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """Every Markdown table of a text: its lines by column title ("p#1" is the second "p")."""
+    found = []
+    for block in text.split("\n\n"):
+        if block.startswith("|"):
+            lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+            titles = [
+                f"{title}#{lines[0][:place].count(title)}" if title in lines[0][:place] else title
+                for place, title in enumerate(lines[0])
+            ]
+            found.append([dict(zip(titles, line, strict=True)) for line in lines[2:]])
+    return found
+
+
+def test_a_row_shows_its_scores_intervals_and_rates() -> None:
+    (plain, plug), (_, rates) = tables(results_table(results([row("plain", mae=1.0), row("plug", mae=0.7512)])))
+    assert plug == {
+        "condition": "plug",
+        "mae ↓": "0.751 [0.651, 0.851]",
+        "accuracy ↑": "0.500 [0.450, 0.550]",
+    }
+    assert rates == {
+        "condition": "plug",
+        "invalid": "1.2%",
+        "truncated": "0.0%",
+        "no history": "25.0%",
+        "prompt tokens": "161.2",
+        "seconds": "12.5",
+    }
+    assert plain["condition"] == "plain"
+    assert plain["mae ↓"].startswith("1.000 ")
+
+
+def test_the_head_says_what_was_run() -> None:
+    head = results_table(results([row("plug", mae=1)], users=50)).split("\n\n")[:2]
+    assert head == [
+        "task Movie_stars · split dev · samples 250 · users 50 · placement prefix · seeds 0, 1, 2",
+        "- model: toy (width 64)\n- encoder: hash",
+    ]
+
+
+def test_columns_line_up_and_are_valid_markdown() -> None:
+    text = results_table(results([row("plain", mae=1), row("instruction-only", mae=10.5)], pair("plug", "plain")))
+    for block in (block for block in text.split("\n\n") if block.startswith("|")):
+        lines = block.splitlines()
+        assert len({len(line) for line in lines}) == 1
+        assert len({tuple(place for place, sign in enumerate(line) if sign == "|") for line in lines}) == 1
+        assert set(lines[1]) <= set("|:- ")
+
+
+@pytest.mark.parametrize(
+    ("metric", "arrow"),
+    [("accuracy", "↑"), ("f1", "↑"), ("rouge_1", "↑"), ("rouge_l", "↑"), ("mae", "↓"), ("rmse", "↓")],
+)
+def test_every_metric_shows_its_direction(metric: str, arrow: str) -> None:
+    [[line]] = tables(results_table({"rows": [{"condition": "plug", "metrics": {metric: 0.5}}]}))
+    assert line == {"condition": "plug", f"{metric} {arrow}": "0.500"}
+
+
+def test_a_metric_of_others_has_no_arrow() -> None:
+    assert tables(results_table({"rows": [{"metrics": {"bleu": 0.5}}]})) == [[{"condition": "–", "bleu": "0.500"}]]
+
+
+def test_seeds_spread_and_decoding_show_only_where_they_are() -> None:
+    spread = row("plug", mae=1, seed_spread={"mae": 0.0123}, decoding="scored")
+    text = results_table(results([row("plain", mae=1), spread]))
+    (plain, plug), (untold, told) = tables(text)
+    assert (plain["± seeds"], untold["answers"]) == ("–", "–")
+    assert (plug["± seeds"], told["answers"]) == ("±0.012", "scored")
+    assert "± seeds: standard deviation" in text
+    bare = results_table(results([row("plain", mae=1)]))
+    assert "±" not in bare
+    assert "answers" not in bare
+
+
+def test_rows_of_different_size_show_their_n() -> None:
+    text = results_table(results([row("plain", mae=1), row("plug", mae=1, n=9)]))
+    assert [line["n"] for line in tables(text)[0]] == ["250", "9"]
+    assert "samples" not in text
+
+
+@pytest.mark.parametrize("dropped", list(row("plug", mae=1)))
+def test_any_key_of_a_row_may_be_missing(dropped: str) -> None:
+    short = {key: value for key, value in row("plug", mae=1).items() if key != dropped}
+    both = tables(results_table(results([row("plain", mae=1), short])))[0]
+    assert len(both) == 2
+    assert results_table(results([short]))
+
+
+def test_every_key_of_the_object_and_of_a_pair_may_be_missing() -> None:
+    assert results_table({}) == "No rows."
+    assert results_table({"rows": [{}], "pairs": [{}], "notes": None, "seeds": None})
+    whole = results([row("plug", mae=1)], pair("plug", "wrong-user"))
+    for key in whole:
+        assert results_table({name: value for name, value in whole.items() if name != key})
+    for key in whole["pairs"][0]:
+        assert results_table(whole | {"pairs": [{k: v for k, v in whole["pairs"][0].items() if k != key}]})
+
+
+def test_the_personal_gain_comes_first_and_is_named() -> None:
+    pairs = [
+        pair("plug", "plain"),
+        pair("plug", "wrong-user", p=0.0002),
+        pair("plug", "plain", metric="accuracy", difference=-0.05, p=0.4),
+    ]
+    text = results_table(results([row("plug", mae=1)], *pairs))
+    gain, other = tables(text)[2]
+    assert gain == {
+        "comparison": "plug against wrong-user (personal gain)",
+        "mae ↓ advantage": "+0.200 [+0.100, +0.350]",
+        "p": "< 0.001",
+        "accuracy ↑ advantage": "–",
+        "p#1": "–",
+    }
+    assert other["comparison"] == "plug against plain"
+    assert other["accuracy ↑ advantage"] == "-0.050 [-0.150, +0.100]"
+    assert (other["p"], other["p#1"]) == ("0.004", "0.400")
+    assert "not corrected for the 3 comparisons" in text
+    assert "Personal gain:" in text
+
+
+def test_the_personal_gain_is_turned_round_if_the_control_stands_first() -> None:
+    [gain] = tables(results_table(results([row("plug", mae=1)], pair("wrong-user", "plug", difference=-0.2))))[2]
+    assert gain["comparison"] == "plug against wrong-user (personal gain)"
+    assert gain["mae ↓ advantage"] == "+0.200 [+0.050, +0.300]"
+
+
+def test_a_stranger_against_another_row_is_no_personal_gain() -> None:
+    text = results_table(results([row("plug", mae=1)], pair("shuffled", "wrong-user"), pair("wrong-user", "plain")))
+    assert "ersonal gain" not in text
+
+
+def test_no_pairs_no_comparisons() -> None:
+    text = results_table(results([row("plug", mae=1)]))
+    assert len(tables(text)) == 2
+    assert "advantage" not in text
+
+
+@pytest.mark.parametrize("hole", [None, math.nan])
+def test_what_is_no_number_shows_as_nan(hole: float | None) -> None:
+    broken = row("plug", mae=1) | {"metrics": {"mae": hole}, "intervals": {"mae": [hole, hole]}}
+    unsure = pair("wrong-user", "plug") | dict.fromkeys(("difference", "low", "high", "p"), hole)
+    (line,), _, (gain,) = tables(results_table(results([broken], unsure)))
+    assert line["mae ↓"] == "nan [nan, nan]"
+    assert gain["mae ↓ advantage"] == "nan [nan, nan]"
+    assert gain["p"] == "nan"
+
+
+def test_huge_errors_and_negative_zeros_stay_short() -> None:
+    rows = [row("plug", mae=1) | {"metrics": {"mae": 1e30, "rmse": math.inf}, "intervals": {}}]
+    (line,), _, (gain,) = tables(results_table(results(rows, pair("plug", "wrong-user", difference=-0.00001))))
+    assert (line["mae ↓"], line["rmse ↓"]) == ("1e+30", "inf")
+    assert gain["mae ↓ advantage"].startswith("+0.000 ")
+
+
+def test_columns_of_another_decision_have_their_direction_and_are_explained() -> None:
+    decided = {"mae": 1.0, "mae@median": 0.8, "accuracy@median": 0.4}
+    text = results_table(
+        results([row("plug", mae=1, metrics=decided)], pair("plug", "plain", metric="mae@median", difference=0.25))
+    )
+    scores, _, compared = tables(text)
+    assert (scores[0]["mae ↓"], scores[0]["mae@median ↓"]) == ("1.000 [0.900, 1.100]", "0.800")
+    assert scores[0]["accuracy@median ↑"] == "0.400"
+    assert compared[0]["mae@median ↓ advantage"].startswith("+0.250")
+    assert "is scored with its answers as they stand" in text
+    assert "as they stand" not in results_table(results([row("plug", mae=1)]))
+
+
+def test_notes_stand_beneath_and_stay_lines() -> None:
+    text = results_table(results([row("plug", mae=1)], notes=["two\nlines", "Bootstrap over 50 users."]))
+    assert text.endswith("- two lines\n- Bootstrap over 50 users.")
+
+
+def test_a_bar_in_a_name_does_not_break_the_table() -> None:
+    text = results_table({"rows": [{"condition": "plug|x\ny"}]})
+    assert r"plug\|x y" in text
+
+
+def test_a_results_file_read_back_shows_the_same() -> None:
+    whole = results([row("plug", mae=1, seed_spread={"mae": 0.1})], pair("plug", "wrong-user"), notes=["a"])
+    assert results_table(json.loads(json.dumps(whole))) == results_table(whole)
+
+
+def test_costs_are_shown_in_units_for_people() -> None:
+    rows = [
+        row("plain", mae=1, costs={"extra_prompt_tokens": 0.0, "bytes_per_user": None, "seconds_per_user": None}),
+        row("plug", mae=1, costs={"extra_prompt_tokens": 2.0, "bytes_per_user": 1234, "seconds_per_user": 0.01234}),
+        row("lora", mae=1, costs={"extra_prompt_tokens": 2.0, "bytes_per_user": 3_400_000, "seconds_per_user": 1234.5}),
+        row("bm25:4", mae=1, cut_items_rate=0.034, costs={"extra_prompt_tokens": 212.34, "bytes_per_user": 880}),
+    ]
+    plain, plug, lora, retrieval = tables(results_table(results(rows)))[1]
+    titles = ("extra prompt tokens", "bytes per user", "seconds to add a user")
+    assert [plain[title] for title in titles] == ["0.0", "–", "–"]
+    assert [plug[title] for title in titles] == ["2.0", "1.2 KB", "0.0123"]
+    assert [lora[title] for title in titles] == ["2.0", "3.4 MB", "1,234"]
+    assert [retrieval[title] for title in titles] == ["212.3", "880 B", "–"]
+    assert (retrieval["cut items"], plain["cut items"]) == ("3.4%", "–")
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 B"), (999, "999 B"), (999.7, "1.0 KB"), (999_960, "1.0 MB"), (10**9, "1.0 GB"), (2.5e12, "2,500.0 GB")],
+)
+def test_sizes_change_their_unit_where_they_round_up(size: float, shown: str) -> None:
+    [[line]] = tables(results_table({"rows": [{"costs": {"bytes_per_user": size}}]}))[1:]
+    assert line["bytes per user"] == shown
+
+
+def test_averages_over_users_show_where_users_have_several_samples() -> None:
+    several = row("plug", mae=1, per_user={"mae": 0.875, "accuracy": None})
+    text = results_table(results([several], users=50))
+    [line] = tables(text)[0]
+    assert line["per user"] == "0.875"
+    assert "per user#1" not in line
+    assert "each counts once" in text
+    assert "per user" not in results_table(results([several], users=250))
+
+
+def test_the_personal_gain_stands_beside_its_method() -> None:
+    rows = [row(name, mae=1) for name in ("plain", "plug", "wrong-user", "bm25:4", "bm25:4@wrong-user")]
+    pairs = [
+        pair("plug", "wrong-user") | {"p_holm": 0.012},
+        pair("plug", "wrong-user", metric="accuracy", difference=0.7),
+        pair("bm25:4", "plain", difference=0.9),
+        pair("bm25:4@wrong-user", "bm25:4", difference=-0.2, p=0.0001),
+        pair("plug", "bm25:4@wrong-user", difference=0.5),
+    ]
+    lines = {line["condition"]: line for line in tables(results_table(results(rows, *pairs)))[0]}
+    assert lines["plug"]["personal gain (mae)"] == "+0.200 [+0.100, +0.350], Holm p = 0.012"
+    assert lines["bm25:4"]["personal gain (mae)"] == "+0.200 [+0.050, +0.300], p < 0.001"
+    assert [lines[name]["personal gain (mae)"] for name in ("plain", "wrong-user", "bm25:4@wrong-user")] == ["–"] * 3
+    assert list(personal_gains(results(rows, *pairs), "accuracy")) == ["plug"]
+
+
+def test_corrected_and_other_ps_have_their_columns_and_notes() -> None:
+    pairs = [
+        pair("plug", "plain", metric="accuracy") | {"p_holm": 0.0004, "mcnemar_p": [0.03, 0.0001, None, 0.02]},
+        pair("plug", "lora", metric="accuracy") | {"mcnemar_p": [0.5]},
+        pair("plug", "profile", metric="accuracy") | {"mcnemar_p": 0.25},
+        pair("plug", "plain") | {"p_holm": None, "mcnemar_p": None},
+    ]
+    text = results_table(results([row("plug", mae=1)], *pairs))
+    line, single, bare = tables(text)[2]
+    assert (line["p"], line["Holm p"], line["McNemar p"]) == ("0.004", "< 0.001", "< 0.001 to 0.030")
+    assert (single["McNemar p"], bare["McNemar p"], bare["Holm p"]) == ("0.500", "0.250", "–")
+    assert (line["p#1"], "Holm p#1" in line, "McNemar p#1" in line) == ("0.004", False, False)
+    assert "corrected by Holm's rule" in text
+    assert "not corrected for" not in text
+    assert "personal gains; against plain" in text
+    assert "takes samples for independent" in text
+
+
+def test_slices_stand_side_by_side() -> None:
+    parts = [
+        {
+            "name": name,
+            "rows": [row("plug", mae=mae, n=80), row("wrong-user", mae=1, n=80)],
+            "pairs": [pair("plug", "wrong-user", difference=1 - mae)],
+        }
+        for name, mae in (("short", 0.9), ("long", 0.6))
+    ]
+    parts.append({"name": "none"})
+    text = results_table(results([row("plug", mae=1)], slices=parts))
+    scores, gains = tables(text)[2:]
+    assert "mae ↓ by slice:" in text
+    assert scores[0]["condition"] == "plug"
+    assert scores[0]["short (n = 80)"] == "0.900 [0.800, 1.000]"
+    assert scores[0]["long (n = 80)"] == "0.600 [0.500, 0.700]"
+    assert [line["method"] for line in gains] == ["plug"]
+    assert gains[0]["long (n = 80)"] == "+0.400 [+0.300, +0.550], p = 0.004"
+
+
+def test_bold_cells_are_marked_and_still_line_up() -> None:
+    lines = Table(("row", "a"), (("x", "1"), ("y|z", None)), frozenset({(0, 1)})).markdown().splitlines()
+    assert lines[2:] == ["| x    | **1** |", "| y\\|z |     – |"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_significance_is_that_of_the_corrected_p() -> None:
+    assert is_significant({"p": 0.04})
+    assert not is_significant({"p": 0.04, "p_holm": 0.08})
+    assert not is_significant({"p": None})
+    assert not is_significant({})
+
+
+def test_a_gain_without_p_or_difference() -> None:
+    assert gain_cell({"difference": 0.5}) == "+0.500"
+    assert gain_cell({"p": 0.5}) is None
+    assert gain_cell(None) is None
+
+
+def test_controls_are_told_from_methods() -> None:
+    controls = ["wrong-user", "shuffled", "random-vectors", "mean-persona", "population-persona", "bm25:4@wrong-user"]
+    methods = ["plain", "instruction-only", "plug", "random:4", "profile", "lora-per-user", "all-knowing"]
+    assert [name for name in controls + methods if is_control(name)] == controls
+
+
+def test_sets_get_names_that_differ() -> None:
+    named = [{"set": "A", "task": "T"}, {"task": "T"}, {"task": "T", "variant": "head"}, {"task": "T"}, {}]
+    assert set_names(named) == ["A", "T #1", "T (head)", "T #2", "–"]
+    assert leading_metric({"rows": [{}, {"metrics": {"f1": 1, "mae": 2}}]}) == "f1"
+    assert leading_metric({}) is None

@@ -1,0 +1,339 @@
+"""Texts of a history in a prompt: LaMP's wordings, budgets kept, what is lost counted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from families import small_backend
+
+from personaplug.baselines.history_prompt import HistoryWriter, Written
+from personaplug.data import LAMP_TASKS
+from personaplug.data.records import HistoryItem
+from personaplug.data.task import Task
+from personaplug.data.task_registry import parse_task
+from personaplug.llm.base import Backend
+from personaplug.llm.prompt_tokenizer import Renderer
+from personaplug.llm.tiny import load_toy
+
+REFERENCE = (
+    'For an author who has written the paper with the title "X and title", which reference is related? Just answer '
+    'with [1] or [2] without explanation. [1]: "A" [2]: "B"'
+)
+MOVIES = Task("Movies", "label", ("description", "tag"), "tag", ("accuracy",), ("a", "b"))
+PLAIN = Task("Plain", "text", ("text",), None, ("rouge_1",), item_template="<{text}>")
+
+
+@pytest.fixture(scope="module")
+def backend() -> Backend:
+    return load_toy(max_prompt_tokens=4096)
+
+
+def item(task: Task, *values: str) -> HistoryItem:
+    return HistoryItem("i", tuple(zip(task.field_names, values, strict=True)), task.answer_field)
+
+
+def small(room: int) -> Backend:
+    """A backend whose tokens are bytes and whose prompts have room for so many of them."""
+    found: Any = load_toy(max_prompt_tokens=room + 1)
+    assert found.room == room
+    return found  # type: ignore[no-any-return]
+
+
+# ---- wordings
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "prompt", "expected"),
+    [
+        (
+            "LaMP_1", [("a", "x"), ("b", "y")], REFERENCE,
+            REFERENCE.replace('with the title "X', 'with the title, and "a", and "b" "X'),
+        ),
+        (
+            "LaMP_2", [("a film", "comedy"), ("b", "true story")], "Which tag? description: d",
+            'the tag for the movie: "a film" is "comedy", and the tag for the movie: "b" is "true story". '
+            "Which tag? description: d",
+        ),
+        (
+            "LaMP_3", [("good", "5"), ("bad", "1")], "What is the score? review: r",
+            '5 is the score for "good", and 1 is the score for "bad". What is the score? review: r',
+        ),
+        (
+            "LaMP_4", [("T", "long"), ("U", "")], "Generate a headline for: a",
+            '"T" is the title for "long", and "U" is the title for "". Generate a headline for: a',
+        ),
+        (
+            "LaMP_5", [("T", "abs"), ("U", "")], "Generate a title for the following abstract of a paper: a",
+            '"T" is a title for "abs", and "U" is a title for "". Following the given patterns Generate a title for '
+            "the following abstract of a paper: a",
+        ),
+        (
+            "LaMP_7", [("hi",), ("yo",)], "Paraphrase the following tweet: t",
+            '"hi", and "yo" are written by a person. Following the given patterns Paraphrase the following tweet: t',
+        ),
+    ],
+)  # fmt: skip
+def test_lamps_wordings(backend: Backend, name: str, values: list[tuple[str, ...]], prompt: str, expected: str) -> None:
+    task = LAMP_TASKS[name]
+    written = HistoryWriter(task, backend).write(prompt, [item(task, *each) for each in values])
+    assert written.prompt == expected
+    assert (written.offered, written.written, written.shortened) == (2, 2, 0)
+    if name == "LaMP_1":
+        assert written.soft_at == 0
+    else:
+        assert written.prompt[written.soft_at :] == prompt
+
+
+def test_an_item_without_template_stands_as_its_text(backend: Backend) -> None:
+    items = [item(MOVIES, "d {tag}", "comedy"), item(MOVIES, "", "a")]
+    written = HistoryWriter(MOVIES, backend).write("Q", items)
+    assert written.prompt == f"{items[0].text}, and {items[1].text}. Q"
+
+
+def test_an_input_without_the_word_gets_its_items_in_front(backend: Backend) -> None:
+    task = LAMP_TASKS["LaMP_1"]
+    written = HistoryWriter(task, backend).write("Which one?", [item(task, "a", "x")])
+    assert (written.prompt, written.soft_at) == ('"a". Which one?', 5)
+
+
+def test_other_joints_and_frames(backend: Backend) -> None:
+    around = replace(PLAIN, history_template="{input}input{history}!", item_joint=" | ")
+    written = HistoryWriter(around, backend).write("Q", [item(PLAIN, "a"), item(PLAIN, "b")])
+    assert (written.prompt, written.soft_at) == ("Qinput<a> | <b>!", 0)
+    behind = replace(PLAIN, history_template="input{history}input{input}.")
+    written = HistoryWriter(behind, backend).write("Q", [item(PLAIN, "a")])
+    assert (written.prompt, written.soft_at) == ("input<a>inputQ.", len("input<a>input"))
+
+
+def test_what_users_write_is_never_read_as_a_template(backend: Backend) -> None:
+    nasty = '{history} {input} {text} {0} {} "{{"\\1 %s'
+    task = LAMP_TASKS["LaMP_4"]
+    written = HistoryWriter(task, backend).write(nasty, [item(task, nasty, nasty)])
+    assert written.prompt == f'"{nasty}" is the title for "{nasty}". {nasty}'
+    assert written.prompt[written.soft_at :] == nasty
+    noted = HistoryWriter(task, backend).write_note(nasty, nasty)
+    assert noted.prompt == f"About this user: {nasty}. {nasty}"
+
+
+def test_no_items_no_change(backend: Backend) -> None:
+    for task in LAMP_TASKS.values():
+        assert HistoryWriter(task, backend).write(REFERENCE, []) == Written(REFERENCE, 0, 0, 0, 0)
+
+
+def test_nothing_shows_what_users_wrote(backend: Backend) -> None:
+    assert "secret" not in repr(HistoryWriter(PLAIN, backend).write("secret", [item(PLAIN, "secret")]))
+
+
+# ---- budgets
+
+
+def test_items_share_the_room_and_short_ones_leave_theirs() -> None:
+    # "Q" and ". " leave 60 bytes; 12 are joints and 6 angle brackets: 42 of content.
+    items = [item(PLAIN, "a" * 50), item(PLAIN, "b" * 9), item(PLAIN, "c" * 50)]
+    written = HistoryWriter(PLAIN, small(63)).write("Q", items)
+    assert written.prompt == f"<{'a' * 17}>, and <{'b' * 9}>, and <{'c' * 16}>. Q"
+    assert (written.offered, written.written, written.shortened) == (3, 3, 2)
+
+
+def test_the_last_items_go_where_shares_would_say_nothing() -> None:
+    items = [item(PLAIN, letter * 50) for letter in "abcd"]
+    written = HistoryWriter(PLAIN, small(43)).write("Q", items)
+    assert written.prompt == f"<{'a' * 15}>, and <{'b' * 15}>. Q"
+    assert (written.offered, written.written, written.shortened) == (4, 2, 2)
+
+
+def test_answers_and_frames_stay_whole() -> None:
+    task = LAMP_TASKS["LaMP_4"]
+    items = [item(task, "The whole title", "some article " * 20)]
+    written = HistoryWriter(task, small(70)).write("Q", items)
+    start, end = '"The whole title" is the title for "', '". Q'
+    assert written.prompt.startswith(start + "some article")
+    assert written.prompt.endswith(end)
+    assert len(written.prompt) in (69, 70)  # a blank may go at the end of what is cut
+    assert HistoryWriter(task, small(40)).write("Q", items) == Written("Q", 0, 1, 0, 0)
+
+
+def test_an_item_that_no_room_is_enough_for_does_not_shut_out_the_next() -> None:
+    task = LAMP_TASKS["LaMP_4"]
+    items = [item(task, "t" * 200, "x"), item(task, "short", "y")]
+    written = HistoryWriter(task, small(60)).write("Q", items)
+    assert written.prompt == '"short" is the title for "y". Q'
+    assert (written.offered, written.written, written.shortened) == (2, 1, 0)
+
+
+def test_a_task_whose_only_field_is_the_answer_shortens_it() -> None:
+    task = LAMP_TASKS["LaMP_7"]
+    written = HistoryWriter(task, small(80)).write("Q", [item(task, "z" * 99)])
+    assert written.prompt.startswith('"zzzzzzzz')
+    assert (len(written.prompt), written.shortened) == (80, 1)
+
+
+def test_two_contents_are_shortened_alike() -> None:
+    task = Task("News", "label", ("title", "text", "category"), "category", ("f1",), ("a", "b"))
+    written = HistoryWriter(task, small(60)).write("Q", [item(task, "t" * 90, "x" * 90, "a")])
+    assert written.prompt == f"title: {'t' * 16} text: {'x' * 15} category: a. Q"
+
+
+@pytest.mark.parametrize("word", ["", "title"])
+def test_an_input_that_leaves_no_room_stays_as_it_is(word: str) -> None:
+    task = replace(PLAIN, history_after=word)
+    long = "title " + "q" * 50
+    for room in (20, 56, 60):  # shorter than the input, just its length, a little longer
+        assert HistoryWriter(task, small(room)).write(long, [item(PLAIN, "a" * 30)]) == Written(long, 0, 1, 0, 0)
+
+
+class _Clumsy:
+    """A stand-in whose tokens are four characters long and begin anew with each text, so that parts mislead."""
+
+    room = 40
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [len(text) // 4 + 2 * text.count(", and ") for text in texts]
+
+    def cut_text(self, text: str, tokens: int) -> str:
+        return text[: 4 * tokens].rstrip()
+
+
+def test_the_finished_prompt_is_measured_and_shrunk_until_it_fits() -> None:
+    clumsy: Any = _Clumsy()
+    written = HistoryWriter(PLAIN, clumsy).write("Q", [item(PLAIN, letter * 100) for letter in "abc"])
+    assert written.written >= 1
+    assert clumsy.count_tokens([written.prompt])[0] <= 40
+
+
+def _drawn_text(rng: random.Random, longest: int) -> str:
+    return "".join(rng.choice("ab é🙂{}\"' \n") for _ in range(rng.randrange(longest)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("name", ["LaMP_1", "LaMP_2", "LaMP_5", "LaMP_7", "Movies"])
+def test_any_prompt_fits_and_holds_the_input_whole(name: str, seed: int) -> None:
+    rng = random.Random(seed)
+    task = LAMP_TASKS.get(name, MOVIES)
+    seen = 0
+    backend = small(rng.randrange(20, 400))
+    room = backend.room
+    for _ in range(40):
+        limit = rng.choice([0, 0, rng.randrange(1, 200)])
+        prompt = rng.choice(["", "with the title"]) + _drawn_text(rng, 100)
+        items = [item(task, *(_drawn_text(rng, 80) for _ in task.field_names)) for _ in range(rng.randrange(6))]
+        written = HistoryWriter(task, backend, history_tokens=limit).write(prompt, items)
+        seen += written.written
+        assert written.offered == len(items)
+        assert 0 <= written.shortened <= written.written <= len(items)
+        if not written.written:
+            assert (written.prompt, written.soft_at) == (prompt, 0)
+            continue
+        assert backend.count_tokens([written.prompt])[0] <= room
+        assert not backend.measure([written.prompt])[0].truncated
+        inserted = task.history_after and task.history_after in prompt
+        if not inserted:
+            assert written.prompt[written.soft_at :] == prompt
+        else:
+            head, tail = prompt[: prompt.index("title") + 5], prompt[prompt.index("title") + 5 :]
+            assert written.soft_at == 0
+            assert written.prompt.startswith(head + ", and ")
+            assert written.prompt.endswith(tail)
+        added = backend.count_tokens([written.prompt])[0] - backend.count_tokens([prompt])[0]
+        frame = len(", and ") if inserted else len(task.history_template) - len("{history}{input}")
+        assert not limit or added - frame <= limit
+    assert seen > 0 or room < 80
+
+
+class _Words:
+    """What a writer asks of a backend, by a tokenizer whose pieces join words and change at the seams (as T5's do)."""
+
+    def __init__(self, room: int) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        trained = Tokenizer(models.Unigram())
+        trained.pre_tokenizer = pre_tokenizers.Metaspace()
+        trained.decoder = decoders.Metaspace()
+        texts = [f"{task.item_template} {task.history_template} the title of this film" for task in LAMP_TASKS.values()]
+        special: Any = {"special_tokens": ["</s>", "<unk>"], "unk_token": "<unk>", "show_progress": False}
+        trained.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=120, **special))
+        kind: Any = PreTrainedTokenizerFast
+        tokenizer = kind(tokenizer_object=trained, eos_token="</s>", unk_token="<unk>")
+        self.renderer = Renderer(tokenizer, max_tokens=room, encoder_decoder=True)
+        self.room, self.count_tokens, self.cut_text = self.renderer.room, self.renderer.count, self.renderer.cut
+
+
+@pytest.mark.parametrize("room", [60, 150, 300])
+@pytest.mark.parametrize("name", ["LaMP_1", "LaMP_2", "LaMP_4", "LaMP_7"])
+def test_prompts_fit_in_words_too_whichever_way_they_are_read(name: str, room: int) -> None:
+    rng = random.Random(room)
+    words = ["the", "title", "for", "this", "film", "is", "a", "tag", "pattern,", "and", "written", "by", "{x}", "żółw"]
+    task, backend = LAMP_TASKS[name], _Words(room)
+    given: Any = backend
+    writers = [HistoryWriter(task, given), HistoryWriter(task, given, history_tokens=room // 2)]
+    written_at_all = 0
+    for _ in range(60):
+        prompt = " ".join(rng.choices(words, k=rng.randrange(1, 25)))
+        texts = [[" ".join(rng.choices(words, k=rng.randrange(25))) for _ in task.field_names] for _ in range(4)]
+        items = [item(task, *values) for values in texts]
+        for writer in writers:
+            written = writer.write(prompt, items)
+            written_at_all += written.written
+            if written.written:
+                assert not backend.renderer.prompt(written.prompt, written.soft_at).truncated
+                assert not backend.renderer.prompt(written.prompt).truncated
+                noted = writer.write_note(written.prompt, texts[0][0], soft_at=written.soft_at)
+                assert not backend.renderer.prompt(noted.prompt, noted.soft_at).truncated
+                assert noted.prompt.endswith(written.prompt)
+    assert written_at_all > 0
+
+
+def test_history_tokens_bound_the_history_and_not_the_input() -> None:
+    backend = small(400)
+    items = [item(PLAIN, "a" * 90), item(PLAIN, "b" * 90)]
+    written = HistoryWriter(PLAIN, backend, history_tokens=50).write("q" * 100, items)
+    assert written.prompt == f"<{'a' * 20}>, and <{'b' * 20}>. {'q' * 100}"
+    assert HistoryWriter(PLAIN, backend, history_tokens=9).write("q", items) == Written("q", 0, 2, 0, 0)
+
+
+def test_items_fit_within_a_chat_template() -> None:
+    backend = small_backend("llama", chat=True)
+    written = HistoryWriter(PLAIN, backend).write("Q", [item(PLAIN, "a" * 999)])
+    (measure,) = backend.measure([written.prompt])
+    assert (measure.tokens, measure.truncated) == (512, False)
+    row = backend.renderer.prompt(written.prompt, written.soft_at)
+    assert row.ids[row.at :] == tuple(backend.renderer.tokenizer("Q</><bot>")["input_ids"])
+
+
+# ---- notes
+
+
+def test_a_note_stands_in_front(backend: Backend) -> None:
+    written = HistoryWriter(PLAIN, backend).write_note("Q?", " Likes short films. ")
+    assert written == Written("About this user: Likes short films. Q?", 36, 1, 1, 0)
+    again = HistoryWriter(PLAIN, backend).write_note("<a>. Q", "Likes films", soft_at=5)
+    assert again.prompt[again.soft_at :] == "Q"
+
+
+@pytest.mark.parametrize("blank", ["", "  ", " . "])
+def test_a_blank_note_adds_nothing(backend: Backend, blank: str) -> None:
+    assert HistoryWriter(PLAIN, backend).write_note("Q", blank, soft_at=1) == Written("Q", 1, 0, 0, 0)
+
+
+def test_a_long_note_is_cut_and_one_without_room_is_counted_as_lost() -> None:
+    note = "Writes about films and books"
+    cut = HistoryWriter(PLAIN, small(400), history_tokens=13).write_note("Q", note)
+    assert cut == Written("About this user: Writes about. Q", 31, 1, 1, 1)
+    tight = HistoryWriter(PLAIN, small(40)).write_note("Q", note)
+    assert tight.prompt == "About this user: Writes about films a. Q"
+    assert HistoryWriter(PLAIN, small(27)).write_note("Q", note) == Written("Q", 0, 1, 0, 0)
+    assert HistoryWriter(PLAIN, small(27)).write_note("Q", "Short.").prompt == "About this user: Short. Q"
+
+
+# ---- what a folder may declare
+
+
+def test_a_declared_wording_is_used(backend: Backend) -> None:
+    task = parse_task({"name": "Own", "like": "LaMP_3", "item_template": "{text}={score}", "item_joint": "; "})
+    written = HistoryWriter(task, backend).write("Q", [item(task, "a", "1"), item(task, "b", "2")])
+    assert written.prompt == "a=1; b=2. Q"

@@ -1,0 +1,637 @@
+"""Matrices in a frozen model: gone without a trace, added up as asked, and each user's the same whoever came before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, small_backend
+from torch import Tensor, nn
+
+from personaplug.baselines.lora import TASK, LowRankAdapters
+from personaplug.baselines.user_lora import (
+    FREE_PROMPT,
+    Pair,
+    UserAdapters,
+    UserCosts,
+    answers_in_history,
+    fit_user,
+    history_pairs,
+    without_asked,
+)
+from personaplug.config import AdapterConfig
+from personaplug.data import LAMP_TASKS
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.task import Task
+from personaplug.errors import BadConfig, MissingExtra, PersonaPlugError, ShapeMismatch, TrainingDiverged, UserError
+from personaplug.llm.base import GenerationConfig
+from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.llm.tiny import load_toy
+
+CONFIG = AdapterConfig(lora_rank=2, lora_targets="auto", lora_learning_rate=3e-2, user_epochs=3)
+PROMPTS = ["a", "What does this user think of long films?"]
+TARGETS = ["n", "maybe so"]
+SECRET = "zanzibar"  # stands in user texts, and must stand in no error
+
+
+def pairs_of(user: str, *, count: int = 6) -> list[Pair]:
+    return [(f"{user} sees film {number}", f"{user}{number % 2}") for number in range(count)]
+
+
+def losses(backend: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = backend.loss(PROMPTS, TARGETS, soft=None)[0]
+    return found
+
+
+def answers(backend: Any) -> list[Any]:
+    config = GenerationConfig(max_new_tokens=4)
+    return [losses(backend), backend.score(PROMPTS, ["yes", "no"], soft=None)] + [
+        made.text for made in backend.generate(PROMPTS, soft=None, config=config)
+    ]
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def portrait(model: nn.Module) -> list[Any]:
+    """All that attaching could leave behind: modules, weights, attributes and modes, in their order."""
+    return [
+        [(path, type(module).__name__, module.training) for path, module in model.named_modules()],
+        [(path, hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()) for path, p in model.named_parameters()],
+        [(path, p.requires_grad) for path, p in model.named_parameters(remove_duplicate=False)],
+        sorted(vars(model)),
+    ]
+
+
+def base_weights(model: nn.Module) -> dict[str, str]:
+    return {
+        path: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()
+        for path, p in model.named_parameters()
+        if "lora_" not in path
+    }
+
+
+def stir(adapters: LowRankAdapters, name: str, *, size: float = 0.3) -> None:
+    """Give a set values that change what the model says."""
+    generator = torch.Generator().manual_seed(["task", "user"].index(name))
+    adapters.load(
+        name, {path: size * torch.randn(v.shape, generator=generator) for path, v in adapters.state(name).items()}
+    )
+
+
+@pytest.fixture
+def backend() -> Any:
+    return load_toy()
+
+
+@pytest.fixture
+def adapters(backend: Any) -> Iterator[LowRankAdapters]:
+    with LowRankAdapters.attach(backend, config=CONFIG) as attached:
+        yield attached
+
+
+# ---- in the model and out of it
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_attaching_training_and_detaching_leave_no_trace(family: str) -> None:
+    backend = small_backend(family)
+    before, said = portrait(backend.model), answers(backend)
+    random = torch.random.get_rng_state()
+    adapters = LowRankAdapters.attach(backend, config=CONFIG)
+    assert torch.equal(random, torch.random.get_rng_state())
+    stir(adapters, "task")
+    assert fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0).steps == 6
+    assert same(said, answers(backend))  # nothing is active outside a block
+    adapters.detach()
+    assert portrait(backend.model) == before
+    assert same(said, answers(backend))
+    adapters.detach()  # twice does no harm
+    LowRankAdapters.attach(backend, config=CONFIG).detach()
+    assert portrait(backend.model) == before
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_fresh_matrices_change_nothing_and_others_change_everything(family: str) -> None:
+    backend = small_backend(family)
+    said = answers(backend)
+    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+        with adapters.active("task", "user"):
+            assert same(said, answers(backend))
+        stir(adapters, "user")
+        with adapters.active("user"):
+            assert not torch.isclose(losses(backend), said[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "count"),
+    [("llama", "q_proj,v_proj", 4), ("qwen", "self_attn.q_proj , down_proj", 4), ("gpt2", "c_attn", 2),
+     ("neox", "query_key_value", 2), ("t5", "q,v", 12), ("gpt2", "auto", 2), ("t5", "auto", 12), ("neox", "auto", 2)],
+)  # fmt: skip
+def test_the_named_layers_get_matrices(family: str, layers: str, count: int, recwarn: pytest.WarningsRecorder) -> None:
+    backend = small_backend(family)
+    with LowRankAdapters.attach(backend, config=replace(CONFIG, lora_targets=layers)) as adapters:
+        assert len(adapters.state("user")) == 2 * count
+    assert not [warning for warning in recwarn if "peft" in warning.filename]
+
+
+def test_an_exception_detaches_too(backend: Any) -> None:
+    before = portrait(backend.model)
+
+    def fail() -> None:
+        with LowRankAdapters.attach(backend, config=CONFIG) as adapters, adapters.active("user"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert portrait(backend.model) == before
+
+
+def test_a_failure_while_attaching_leaves_no_trace(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = portrait(backend.model)
+    monkeypatch.setattr(LowRankAdapters, "reset", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        LowRankAdapters.attach(backend, config=CONFIG)
+    assert portrait(backend.model) == before
+
+
+@pytest.mark.parametrize("layers", ["nose", "q_proj,nose", "lm_head", "proj", ",", "norm"])
+def test_layers_that_are_not_there_are_named_beside_those_that_are(backend: Any, layers: str) -> None:
+    before = portrait(backend.model)
+    with pytest.raises(BadConfig, match=r"down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\."):
+        LowRankAdapters.attach(backend, config=replace(CONFIG, lora_targets=layers))
+    assert portrait(backend.model) == before
+
+
+def test_auto_without_a_choice_of_peft_says_so(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(backend.model.config), "model_type", "homemade")
+    with pytest.raises(BadConfig, match=r"no choice for models of type 'homemade'.*q_proj"):
+        LowRankAdapters.attach(backend, config=CONFIG)
+
+
+def test_a_second_attachment_is_refused(backend: Any, adapters: LowRankAdapters) -> None:
+    with pytest.raises(UserError, match="already"):
+        LowRankAdapters.attach(backend, config=CONFIG)
+    assert len(adapters.state("task")) == 8  # the first one lives on
+    with adapters.active("task"):
+        losses(backend)
+
+
+def test_a_backend_without_a_model_is_refused() -> None:
+    nothing: Any = object()
+    with pytest.raises(UserError, match="language model of transformers"):
+        LowRankAdapters.attach(nothing, config=CONFIG)
+
+
+def test_without_peft_the_extra_is_named(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtra, match=r"personaplug\[lora\]"):
+        LowRankAdapters.attach(backend, config=CONFIG)
+
+
+# ---- which of them speak, and which learn
+
+
+def test_blocks_nest_add_up_and_restore(backend: Any, adapters: LowRankAdapters) -> None:
+    plain = losses(backend)
+    stir(adapters, "task")
+    stir(adapters, "user")
+    seen: dict[str, Tensor] = {}
+    with adapters.active("task"):
+        seen["task"] = losses(backend)
+        with adapters.active("task", "user"):
+            seen["both"] = losses(backend)
+            with adapters.active():
+                assert torch.equal(losses(backend), plain)
+            with suppress(RuntimeError), adapters.active("user"):
+                seen["user"] = losses(backend)
+                raise RuntimeError
+            assert torch.equal(losses(backend), seen["both"])
+        assert torch.equal(losses(backend), seen["task"])
+        with adapters.active("task", "task"):  # naming it twice does not apply it twice
+            assert torch.equal(losses(backend), seen["task"])
+    assert torch.equal(losses(backend), plain)
+    assert len({tuple(value.tolist()) for value in (plain, *seen.values())}) == 4
+
+
+def test_both_sets_are_what_their_sum_would_be(backend: Any, adapters: LowRankAdapters) -> None:
+    """The layers' own matrices, changed by hand by scale · B·A of both sets (LoRA, section 4.1)."""
+    stir(adapters, "task")
+    stir(adapters, "user")
+    with adapters.active("task", "user"):
+        together = losses(backend)
+    states = [adapters.state("task"), adapters.state("user")]
+    adapters.detach()
+    for path in {path.rpartition(".")[0] for path in states[0]}:
+        for state in states:
+            update = CONFIG.lora_alpha / CONFIG.lora_rank * state[f"{path}.B"] @ state[f"{path}.A"]
+            backend.model.get_submodule(path).weight.data += update
+    torch.testing.assert_close(losses(backend), together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learner", ["task", "user"])
+def test_gradients_reach_what_is_asked_for_and_nothing_else(
+    backend: Any, adapters: LowRankAdapters, learner: str
+) -> None:
+    stir(adapters, "task")
+    stir(adapters, "user")
+    with adapters.active("task", "user"), adapters.trainable(learner):
+        backend.loss(PROMPTS, TARGETS, soft=None)[0].sum().backward()
+    other = {"task": "user", "user": "task"}[learner]
+    assert all(p.grad is not None and p.grad.any() for p in adapters.module(learner).parameters())
+    assert all(p.grad is None for p in adapters.module(other).parameters())
+    assert all(p.grad is None for path, p in backend.model.named_parameters() if "lora_" not in path)
+
+
+def test_the_tasks_matrices_learn_by_default_even_if_the_backward_pass_comes_after_the_block(
+    backend: Any, adapters: LowRankAdapters
+) -> None:
+    stir(adapters, "task")
+    with adapters.active("task"):
+        loss = backend.loss(PROMPTS, TARGETS, soft=None)[0].sum()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapters.module("task").parameters())
+    # What other rows of a table compute outside a block takes no gradient along.
+    assert not backend.loss(PROMPTS, TARGETS, soft=None)[0].requires_grad
+
+
+def test_unknown_names_and_detached_matrices_are_refused(backend: Any, adapters: LowRankAdapters) -> None:
+    with pytest.raises(BadConfig, match="did you mean 'user'"):
+        adapters.state("users")
+    with pytest.raises(BadConfig), adapters.active("task", "nobody"):
+        pass
+    adapters.detach()
+    with pytest.raises(UserError, match="detached"), adapters.active("user"):
+        pass
+
+
+# ---- their values
+
+
+def test_states_have_readable_names_and_return_to_the_bit(adapters: LowRankAdapters) -> None:
+    stir(adapters, "user")
+    state = adapters.state("user")
+    assert "model.layers.0.self_attn.q_proj.A" in state
+    assert list(state) == [path for path, _ in adapters.module("user").named_parameters()]
+    adapters.reset("user", seed=3)
+    assert not same(state, adapters.state("user"))
+    adapters.load("user", state)
+    assert same(state, adapters.state("user"))
+    assert adapters.count("user") == sum(value.numel() for value in state.values())
+
+
+def test_a_state_is_a_copy(adapters: LowRankAdapters) -> None:
+    state = adapters.state("task")
+    state["model.layers.0.self_attn.q_proj.A"].zero_()
+    assert adapters.state("task")["model.layers.0.self_attn.q_proj.A"].any()
+
+
+def test_resets_are_drawn_by_their_seed_alone(adapters: LowRankAdapters) -> None:
+    drawn = {}
+    for seed, disturbance in ((1, 5), (2, 5), (1, 6)):
+        torch.manual_seed(disturbance)
+        before = torch.random.get_rng_state()
+        adapters.reset("user", seed=seed)
+        assert torch.equal(before, torch.random.get_rng_state())
+        drawn[seed, disturbance] = adapters.state("user")
+    assert same(drawn[1, 5], drawn[1, 6])
+    assert not same(drawn[1, 5], drawn[2, 5])
+    assert all(value.any() == path.endswith(".A") for path, value in drawn[1, 5].items())
+
+
+@pytest.mark.parametrize("change", ["missing", "more", "shape"])
+def test_a_state_of_another_model_is_refused_and_changes_nothing(adapters: LowRankAdapters, change: str) -> None:
+    before = adapters.state("user")
+    state = {path: value + 1 for path, value in before.items()}
+    first = next(iter(state))
+    if change == "missing":
+        del state[first]
+    elif change == "more":
+        state["else"] = state[first]
+    else:
+        state[first] = state[first][:, :-1]
+    with pytest.raises(ShapeMismatch, match="train them for this one"):
+        adapters.load("user", state)
+    assert same(before, adapters.state("user"))
+
+
+def test_matrices_are_float32_in_a_bfloat16_model() -> None:
+    backend = small_backend("llama")
+    backend.model.to(torch.bfloat16)
+    said = losses(backend)
+    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+        assert {value.dtype for value in adapters.state("user").values()} == {torch.float32}
+        with adapters.active("task", "user"):
+            assert torch.equal(said, losses(backend))
+        before = loss_of(adapters, backend, pairs_of("u"))
+        fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
+        assert loss_of(adapters, backend, pairs_of("u")) < before
+    assert {p.dtype for p in backend.model.parameters()} == {torch.bfloat16}
+
+
+# ---- training a user
+
+
+def loss_of(adapters: LowRankAdapters, backend: Any, pairs: list[tuple[str, str]], *names: str) -> float:
+    """−log p per token of the answers, with the task's and the user's matrices in place unless others are named."""
+    asked, answered = (list(part) for part in zip(*pairs, strict=True))
+    with torch.no_grad(), adapters.active(*(names or ("task", "user"))):
+        found, tokens = backend.loss(asked, answered, soft=None)
+    return float(found.sum() / tokens.sum())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_user_is_learned_and_nothing_else_moves(family: str) -> None:
+    backend = small_backend(family)
+    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+        stir(adapters, "task", size=0.05)
+        weights, task = base_weights(backend.model), adapters.state("task")
+        before = loss_of(adapters, backend, pairs_of("u"))
+        fit = fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
+        assert loss_of(adapters, backend, pairs_of("u")) < 0.9 * before
+        assert (base_weights(backend.model), fit.steps) == (weights, 6)
+        assert same(adapters.state("task"), task)
+        assert all(value.any() for value in adapters.state("user").values())
+
+
+def test_the_order_of_users_and_torchs_generator_do_not_matter(backend: Any, adapters: LowRankAdapters) -> None:
+    stir(adapters, "task")
+    users = {name: pairs_of(name) for name in ("ann", "bob", "cem")}
+    outcomes = []
+    for order, disturbance in ((("ann", "bob", "cem"), 1), (("cem", "bob", "ann"), 2)):
+        torch.manual_seed(disturbance)
+        outcome = {}
+        for name in order:
+            before = torch.random.get_rng_state()
+            fit_user(adapters, backend, users[name], config=CONFIG, seed=4)
+            assert torch.equal(before, torch.random.get_rng_state())
+            outcome[name] = adapters.state("user")
+        outcomes.append(outcome)
+    assert all(same(outcomes[0][name], outcomes[1][name]) for name in users)
+    assert not same(outcomes[0]["ann"], outcomes[0]["bob"])
+    fit_user(adapters, backend, users["ann"], config=CONFIG, seed=5)
+    assert not same(outcomes[0]["ann"], adapters.state("user"))
+
+
+def test_a_user_is_trained_on_top_of_the_task(backend: Any, adapters: LowRankAdapters) -> None:
+    fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
+    alone = adapters.state("user")
+    stir(adapters, "task")
+    before = loss_of(adapters, backend, pairs_of("u"), "task")
+    fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
+    assert not same(alone, adapters.state("user"))
+    assert loss_of(adapters, backend, pairs_of("u")) < before
+
+
+def test_steps_passes_and_the_latest_items(backend: Any, adapters: LowRankAdapters) -> None:
+    pairs = pairs_of("u", count=11)
+    config = replace(CONFIG, user_epochs=2, user_items=5, user_batch_size=2)
+    assert fit_user(adapters, backend, pairs, config=config, seed=0).steps == 6
+    state = adapters.state("user")
+    fit_user(adapters, backend, pairs[-5:], config=config, seed=0)
+    assert same(state, adapters.state("user"))
+
+
+def test_without_pairs_the_matrices_are_fresh(backend: Any, adapters: LowRankAdapters) -> None:
+    stir(adapters, "user")
+    said = losses(backend)
+    fit = fit_user(adapters, backend, [], config=CONFIG, seed=0)
+    assert (fit.steps, fit.seconds) == (0, 0.0)
+    with adapters.active("user"):
+        assert torch.equal(losses(backend), said)
+
+
+def test_training_works_where_gradients_are_off(backend: Any, adapters: LowRankAdapters) -> None:
+    before = loss_of(adapters, backend, pairs_of("u"))
+    with torch.no_grad():
+        fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
+    assert loss_of(adapters, backend, pairs_of("u")) < before
+
+
+def test_a_diverging_user_is_said_and_leaves_fresh_matrices(backend: Any, adapters: LowRankAdapters) -> None:
+    state = {path: torch.full_like(value, math.inf) for path, value in adapters.state("task").items()}
+    adapters.load("task", state)
+    with pytest.raises(TrainingDiverged, match="lower lora_learning_rate") as caught:
+        fit_user(adapters, backend, pairs_of(SECRET), config=CONFIG, seed=0)
+    assert SECRET not in str(caught.value)
+    assert all(value.any() == path.endswith(".A") for path, value in adapters.state("user").items())
+    assert not losses(backend).isnan().any()  # and nothing stays active
+
+
+# ---- what a user is trained on
+
+
+def item(answer_name: str | None = None, **fields: str) -> HistoryItem:
+    return HistoryItem("1", tuple(fields.items()), answer_name)
+
+
+_LAMP_2 = "Which tag does this movie relate to? Just answer with the tag name. description: "
+_CASES: dict[str, tuple[str, str, HistoryItem, Pair]] = {
+    "LaMP_1": (
+        'Just answer with [1] or [2] without explanation. [1]: "A" [2]: "B"',
+        "A B",
+        item(title="My paper", abstract="We show."),
+        (FREE_PROMPT, "My paper"),
+    ),
+    "LaMP_2": (
+        f"{_LAMP_2}Two friends. description: again",
+        "Two friends. description: again",
+        item("tag", description="A long war.", tag=" action "),
+        (f"{_LAMP_2}A long war.", "action"),
+    ),
+    "LaMP_3": (
+        "What is the score of the following review? review: Nice.",
+        "Nice.",
+        item("score", text="Broke at once.", score="1"),
+        ("What is the score of the following review? review: Broke at once.", "1"),
+    ),
+    "LaMP_4": (
+        "Generate a headline for the following article: Rain fell.",
+        "Rain fell.",
+        item("title", title="Sun!", text="The sun shone."),
+        ("Generate a headline for the following article: The sun shone.", "Sun!"),
+    ),
+    "LaMP_5": (
+        "Generate a title for the following abstract of a paper: We prove it.",
+        "We prove it.",
+        item("title", title="On it", abstract="It is so."),
+        ("Generate a title for the following abstract of a paper: It is so.", "On it"),
+    ),
+    "LaMP_7": (
+        "Paraphrase the following tweet: I am at home.",
+        "I am at home.",
+        item("text", text="gonna sleep lol"),
+        (FREE_PROMPT, "gonna sleep lol"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LAMP_TASKS))
+def test_every_task_makes_pairs_of_a_history(name: str, backend: Any, adapters: LowRankAdapters) -> None:
+    prompt, query, one, expected = _CASES[name]
+    pairs = history_pairs(LAMP_TASKS[name], prompt, query, [one])
+    assert pairs == [expected]
+    assert answers_in_history(LAMP_TASKS[name]) == (name not in ("LaMP_1", "LaMP_7"))
+    assert fit_user(adapters, backend, pairs, config=replace(CONFIG, user_epochs=1), seed=0).steps == 1
+
+
+def test_several_values_are_joined_and_a_task_without_marker_is_its_query_alone() -> None:
+    task = Task("own", "label", ("title", "text"), "kind", ("accuracy",), labels=("x", "y"))
+    items = [item("kind", title="T", text="words", kind="x"), item("kind", title="T", text=" ", kind="y")]
+    assert history_pairs(task, "whole input", "whole input", items) == [("T words", "x"), ("T", "y")]
+
+
+def test_a_pattern_does_not_tell_how_to_write_an_input() -> None:
+    task = Task("own", "label", ("text",), "kind", ("accuracy",), labels=("x",), query_pattern="of (.*)$")
+    assert history_pairs(task, "kind of a", "a", [item("kind", text="words", kind="x")]) == [(FREE_PROMPT, "words")]
+
+
+@pytest.mark.parametrize("answer", ["sad", "", " ", "Action"])
+def test_items_that_answer_with_no_label_are_left_out(answer: str) -> None:
+    prompt, query, one, _ = _CASES["LaMP_2"]
+    items = [item("tag", description="Some.", tag=answer), item("tag", description=" ", tag="comedy"), one]
+    assert len(history_pairs(LAMP_TASKS["LaMP_2"], prompt, query, items)) == 1
+
+
+def test_blank_texts_make_no_pairs() -> None:
+    for name, blank in (("LaMP_7", item("text", text=" ")), ("LaMP_4", item("title", title=" ", text="x"))):
+        prompt, query, *_ = _CASES[name]
+        assert history_pairs(LAMP_TASKS[name], prompt, query, [blank]) == []
+
+
+@pytest.mark.parametrize("query", ["", "something else"])
+def test_a_query_that_is_not_the_end_of_the_prompt_is_refused(query: str) -> None:
+    with pytest.raises(PersonaPlugError, match="end with its query") as caught:
+        history_pairs(LAMP_TASKS["LaMP_3"], f"review: {SECRET}", query, [item("score", text=SECRET, score="1")])
+    assert SECRET not in str(caught.value)
+
+
+def asking(query: str, target: str | None = None) -> Sample:
+    return Sample("s", "u", f"review: {query}", query, target)
+
+
+@pytest.mark.parametrize(
+    ("query", "left"),
+    [("  the FILM, was good", False), ("The film wasgood!", False), ("Ｔhe film was good", False),
+     ("The film was", True), ("The film was good 5", True)],
+)  # fmt: skip
+def test_items_that_hold_a_question_are_left_out(query: str, left: bool) -> None:
+    kept, other = item("score", text="Another film.", score="2"), item("score", text="The film was good.", score="5")
+    assert without_asked([kept, other], [asking("x"), asking(query)]) == ([kept, other] if left else [kept])
+
+
+def test_one_value_of_an_item_may_be_the_question() -> None:
+    paper = item("title", title="On rain", text="It rains.", place="Oslo")
+    for query in ("it rains", "IT RAINS. OSLO", "oslo"):
+        assert without_asked([paper], [asking(query)]) == []
+    assert without_asked([paper], [asking("On rain")]) == [paper]  # the answer of an item is not what is asked
+
+
+def test_a_tweet_that_is_asked_for_is_left_out_and_an_equal_answer_elsewhere_is_not() -> None:
+    tweet, rated = item("text", text="So tired."), item("score", text="5", score="1")
+    assert without_asked([tweet], [asking("I am weary", "so tired")]) == []
+    assert without_asked([tweet], [asking("so tired")]) == []
+    assert without_asked([rated], [asking("I am weary", "5")]) == [rated]
+
+
+def test_texts_without_letters_are_compared_by_their_signs() -> None:
+    smile, frown = item("text", text=":) :)"), item("text", text=":(")
+    assert without_asked([smile, frown], [asking(":):)"), asking(" ")]) == [frown]
+
+
+# ---- the store
+
+
+def test_the_store_gives_back_what_was_trained(backend: Any, adapters: LowRankAdapters, tmp_path: Path) -> None:
+    key = ["ann", {"seed": 0, "lora_rank": 2}]
+    assert UserAdapters(tmp_path / "users").get(key) is None
+    fit_user(adapters, backend, pairs_of("ann"), config=CONFIG, seed=0)
+    trained = adapters.state("user")
+    UserAdapters(tmp_path / "users").put(key, trained, seconds=1.5, items=6)
+    stored = UserAdapters(tmp_path / "users").get(["ann", {"lora_rank": 2, "seed": 0}])
+    assert stored is not None
+    assert same(trained, stored)
+    adapters.load("user", stored)
+    assert UserAdapters(tmp_path / "users").get(["ann", {"lora_rank": 2, "seed": 1}]) is None
+
+
+def test_the_store_names_no_user_and_says_what_was_spent(adapters: LowRankAdapters, tmp_path: Path) -> None:
+    UserAdapters(tmp_path).put([SECRET, 1], adapters.state("user"), seconds=1.5, items=6)
+    described, weights = sorted(tmp_path.iterdir())
+    assert (described.suffix, weights.suffix, described.stem) == (".json", ".safetensors", weights.stem)
+    assert json.loads(described.read_text()) == {"seconds": 1.5, "items": 6, "bytes": 2 * adapters.count("user")}
+    assert not [path for path in tmp_path.iterdir() if SECRET.encode() in path.name.encode() + path.read_bytes()]
+
+
+def test_costs_are_means_over_the_users_met(adapters: LowRankAdapters, tmp_path: Path) -> None:
+    store = UserAdapters(tmp_path)
+    assert store.costs() is None
+    for name, seconds in (("ann", 1.0), ("bob", 3.0), ("cem", 90.0)):
+        store.put([name], adapters.state("user"), seconds=seconds, items=1)
+    again = UserAdapters(tmp_path)
+    for name in ("ann", "bob", "ann", "dan"):
+        again.get([name])
+    assert again.costs() == UserCosts(users=2, seconds=2.0, bytes=2 * adapters.count("user"))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{}"])
+def test_a_user_whose_files_are_damaged_is_not_stored(
+    suffix: str, content: bytes | None, adapters: LowRankAdapters, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = UserAdapters(tmp_path)
+    store.put([SECRET], adapters.state("user"), seconds=1.0, items=1)
+    path = next(tmp_path.glob(f"*{suffix}"))
+    path.unlink() if content is None else path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert UserAdapters(tmp_path).get([SECRET]) is None
+    assert ("trained again" in caplog.text) == (content is not None)
+    assert SECRET not in caplog.text
+    store.put([SECRET], adapters.state("user"), seconds=1.0, items=1)
+    assert UserAdapters(tmp_path).get([SECRET]) is not None
+
+
+def test_prompts_kept_with_some_matrices_are_read_anew_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = small_backend("llama")
+    soft = SoftPrompt(torch.randn(2, 3, backend.identity.width), placement="suffix")
+
+    def behind() -> Tensor:
+        with torch.no_grad():
+            found: Tensor = backend.loss(PROMPTS, TARGETS, soft=soft)[0]
+        return found
+
+    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+        for matrix in adapters.module(TASK).parameters():
+            nn.init.normal_(matrix, std=0.5)
+        backend.keep(PROMPTS)
+        untouched = behind()
+        with adapters.active(TASK):
+            changed = behind()
+            backend.keep(PROMPTS)
+            torch.testing.assert_close(behind(), changed)
+            with monkeypatch.context() as patch:
+                patch.setattr(backend, "_apart", lambda _: False)
+                torch.testing.assert_close(behind(), changed, rtol=1e-4, atol=1e-4)
+        assert (changed - untouched).abs().min() > 1e-3
+        torch.testing.assert_close(behind(), untouched)
+        with adapters.active(TASK):
+            backend.keep(PROMPTS)
+    torch.testing.assert_close(behind(), untouched)

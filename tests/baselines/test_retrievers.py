@@ -1,0 +1,214 @@
+"""Retrievers: BM25 against the formula and another library, ties and empty texts, draws that depend on nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from personaplug.baselines.retrievers import BM25, Dense, RandomItems, Recency, open_retriever
+from personaplug.data import open_dataset
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.encoders import HashEncoder
+from personaplug.encoders.embedding_store import VectorTable
+from personaplug.errors import BadConfig
+
+
+def sample(query: str, *texts: str, id: str = "s") -> Sample:
+    items = tuple(HistoryItem(str(n), (("text", text), ("score", "5")), "score") for n, text in enumerate(texts))
+    return Sample(id, None, f"Q: {query}", query, None, items)
+
+
+def documents_of(one: Sample) -> list[list[str]]:
+    return [" ".join(value for _, value in item.fields).split() for item in one.history]
+
+
+def plain_bm25(query: str, documents: list[list[str]], *, k1: float = 1.5, b: float = 0.75) -> list[float]:
+    """Robertson's formula, word by word; idf below 0 is 0."""
+    count = len(documents)
+    mean = sum(map(len, documents)) / count if count else 0.0
+    found = []
+    for document in documents:
+        score = 0.0
+        for word in query.split():
+            held = sum(word in other for other in documents)
+            idf = max(math.log((count - held + 0.5) / (held + 0.5)), 0.0)
+            often = document.count(word)
+            if often:
+                score += idf * often / (often + k1 * (1 - b + b * len(document) / mean))
+        found.append(score)
+    return found
+
+
+def check_bm25(one: Sample) -> None:
+    """Scores are the formula's, and the ranking is theirs with later items first among equals."""
+    expected = plain_bm25(one.query, documents_of(one))
+    scores = BM25().scores(one.query, one.history)
+    np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-12)
+    ranked = BM25().rank(one)
+    assert sorted(ranked) == list(range(len(one.history)))
+    assert ranked == sorted(range(len(scores)), key=lambda place: (-scores[place], -place))
+
+
+def drawn_samples(count: int, *, words: str) -> Iterator[Sample]:
+    rng = random.Random(3)
+    for number in range(count):
+        texts = [" ".join(rng.choices(words, k=rng.randrange(12))) for _ in range(rng.randrange(1, 15))]
+        texts += rng.choices(texts, k=rng.randrange(3))  # items that stand twice
+        yield sample(" ".join(rng.choices(words, k=rng.randrange(8))), *texts, id=str(number))
+
+
+@pytest.mark.parametrize("words", ["abc", "abcdefghijklmnopqrstuvwxyz", "aAbB5"])
+def test_bm25_is_the_formula(words: str) -> None:
+    seen = 0.0
+    for one in drawn_samples(150, words=words):
+        check_bm25(one)
+        seen += float(BM25().scores(one.query, one.history).max())
+    assert seen > 0
+
+
+@pytest.mark.parametrize("name", ["Movie_stars", "LaMP_4"])
+def test_bm25_is_the_formula_on_real_texts(shared_data: Path, name: str) -> None:
+    # The first items only: the formula written out is slow.
+    for one in islice(open_dataset(shared_data / name, "dev"), 200):
+        check_bm25(replace(one, history=one.history[:25]))
+
+
+def test_bm25_ranks_as_lamps_library_where_no_idf_is_negative() -> None:
+    rank_bm25 = pytest.importorskip("rank_bm25")
+    compared = 0
+    for one in drawn_samples(300, words="abcdefghijklmnopqrstuvwxyz"):
+        documents, query = documents_of(one), one.query.split()
+        half = len(documents) / 2
+        if not query or any(sum(word in document for document in documents) > half for word in query):
+            continue
+        theirs = rank_bm25.BM25Okapi(documents).get_scores(query)
+        np.testing.assert_allclose(BM25().scores(one.query, one.history) * 2.5, theirs, rtol=1e-9, atol=1e-12)
+        compared += 1
+    assert compared > 50
+
+
+def test_bm25_reads_values_only_and_keeps_case() -> None:
+    texts = ["A rare Word", "a rare word", "nothing", "else here"]
+    assert BM25().rank(sample("Word", *texts))[0] == 0
+    assert BM25().rank(sample("word", *texts))[0] == 1
+    assert not BM25().scores("text: score: text score", sample("", *texts).history).any()
+
+
+def test_bm25_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    BM25().rank(sample("b", "a b", "c", "d", "e"))
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- what every retriever owes
+
+
+@pytest.fixture
+def table(tmp_path: Path, hashing: HashEncoder) -> VectorTable:
+    return VectorTable.open(tmp_path / "vectors", hashing)
+
+
+@pytest.mark.parametrize("method", ["bm25", "recency", "random", "dense"])
+@pytest.mark.parametrize(
+    ("query", "texts"),
+    [
+        ("a", ()), ("", ("a",)), (" \n", ("a", "b")), ("a", ("",)), ("a b", ("", "", "a")), ("", ("", "")),
+        ("zz", ("a", "b")),
+    ],
+)  # fmt: skip
+def test_every_item_is_ranked_once(
+    method: str, query: str, texts: tuple[str, ...], hashing: HashEncoder, table: VectorTable
+) -> None:
+    retriever = open_retriever(method, seed=0, encoder=hashing, table=table, with_answer=True)
+    ranked = retriever.rank(sample(query, *texts))
+    assert sorted(ranked) == list(range(len(texts)))
+    assert all(type(place) is int for place in ranked)
+    assert ranked == retriever.rank(sample(query, *texts))
+
+
+@pytest.mark.parametrize("method", ["bm25", "dense"])
+def test_the_later_of_equal_items_comes_first(method: str, hashing: HashEncoder, table: VectorTable) -> None:
+    retriever = open_retriever(method, seed=0, encoder=hashing, table=table, with_answer=False)
+    assert retriever.rank(sample("good film", *["bad tea"] * 5, *["good film"] * 3, "cold tea"))[:3] == [7, 6, 5]
+    same = sample("good film", *["good film"] * 37)
+    assert retriever.rank(same) == list(range(37))[::-1]
+
+
+def test_an_unknown_retriever_is_named_with_the_nearest(hashing: HashEncoder, table: VectorTable) -> None:
+    with pytest.raises(BadConfig, match=r"'bm52'.*'bm25'"):
+        open_retriever("bm52", seed=0, encoder=hashing, table=table, with_answer=True)
+
+
+def test_recency_takes_the_latest() -> None:
+    assert Recency().rank(sample("q", "first", "second", "third")) == [2, 1, 0]
+
+
+def test_draws_depend_on_seed_and_id_alone() -> None:
+    texts = [str(n) for n in range(20)]
+    one = RandomItems(1)
+    before = one.rank(sample("q", *texts, id="x"))
+    one.rank(sample("other", *texts, id="y"))
+    assert one.rank(sample("another query", *texts, id="x")) == before
+    assert RandomItems(1).rank(sample("q", *texts, id="x")) == before
+    orders = [before, RandomItems(2).rank(sample("q", *texts, id="x")), one.rank(sample("q", *texts, id="y"))]
+    assert len({tuple(order) for order in [*orders, tuple(range(20))]}) == 4
+
+
+# ---- dense
+
+
+@pytest.mark.parametrize("with_answer", [True, False])
+def test_dense_is_the_cosine(with_answer: bool, hashing: HashEncoder, table: VectorTable) -> None:
+    dense = Dense(hashing, table, with_answer=with_answer)
+    for one in drawn_samples(40, words="abcdefgh"):
+        texts = [item.text if with_answer else item.content for item in one.history]
+        likeness = hashing.encode(texts).astype(np.float64) @ hashing.encode([one.query])[0]
+        found = likeness[dense.rank(one)]
+        assert (np.diff(found) <= 2e-3).all()  # the table keeps half precision
+    assert table.rows([one.history[0].text if with_answer else one.history[0].content]).size == 1
+
+
+def test_dense_answers_count_only_where_they_are_encoded(hashing: HashEncoder, table: VectorTable) -> None:
+    items = tuple(HistoryItem(tag, (("text", "same"), ("tag", tag)), "tag") for tag in ("war", "comedy", "music"))
+    one = Sample("s", None, "comedy", "comedy", None, items)
+    assert Dense(hashing, table, with_answer=True).rank(one)[0] == 1
+    assert Dense(hashing, table, with_answer=False).rank(one) == [2, 1, 0]
+
+
+def test_a_head_maps_the_query_and_a_query_is_encoded_once(hashing: HashEncoder, table: VectorTable) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def opposite(queries: np.ndarray) -> np.ndarray:
+        seen.append(queries.shape)
+        return -queries
+
+    one = sample("good film", "good film", "cold tea", "a good long film")
+    plain = Dense(hashing, table, with_answer=False).rank(one)
+    turned = Dense(hashing, table, with_answer=False, head=opposite)
+    assert turned.rank(one) == plain[::-1]
+    turned.rank(replace(one, history=one.history[:2]))
+    assert seen == [(1, 32)]
+
+
+@pytest.mark.parametrize("before", ["", "import jax; "])
+def test_jax_is_left_alone(tmp_path: Path, before: str) -> None:
+    folder = tmp_path / "jax"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "lax.py").write_text("raise SystemExit('JAX was loaded, and would have taken the GPU')\n")
+    code = (
+        f"import sys; {before}there = 'jax' in sys.modules; import personaplug.baselines.retrievers as retrieval; "
+        "assert ('jax' in sys.modules) is there; import jax; assert jax is not None; "
+        "assert retrieval.bm25s.selection.JAX_IS_AVAILABLE is False"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)

@@ -1,0 +1,151 @@
+"""ROPG-KD: what the model is asked, what the retriever learns of it, and that nothing is asked twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from personaplug.baselines.history_prompt import HistoryWriter
+from personaplug.baselines.retrievers import Recency
+from personaplug.baselines.ropg import LearnedRetriever, Lesson, RetrieverObjective, Teacher
+from personaplug.config import TrainingConfig
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.task_registry import lamp_task
+from personaplug.encoders import HashEncoder
+from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.encoded_sample import EncodedSample, encode_samples
+from personaplug.errors import MissingData
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.training.trainer import fit
+
+TASK = lamp_task("LaMP_3")
+WORDS = ("sun", "rain", "snow", "wind", "fog", "hail")
+
+
+def _sample(number: int, *, items: int = 6) -> Sample:
+    history = tuple(
+        HistoryItem(f"{number}-{k}", (("text", f"{WORDS[k % 6]} {number}"), ("score", str(k % 5 + 1))), "score")
+        for k in range(items)
+    )
+    query = f"{WORDS[number % 6]} again"
+    return Sample(str(number), f"user {number}", f"Score it. review: {query}", query, "3", history)
+
+
+def _teacher(path: Path, toy: DecoderOnlyBackend, **changes: Any) -> Teacher:
+    settings = {"candidates": 4, "seed": 0, **changes}
+    return Teacher(path, backend=toy, writer=HistoryWriter(TASK, toy), retriever=Recency(), **settings)
+
+
+def test_a_lesson_is_the_likelihood_of_the_answer_with_each_item(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+    sample = _sample(0)
+    teacher = _teacher(tmp_path / "lessons.jsonl", toy)
+    lesson = teacher.lessons([sample])["0"]
+    assert lesson.places[:2] == [5, 4]  # half are the retriever's best
+    assert len(set(lesson.places)) == 4
+    writer = HistoryWriter(TASK, toy)
+    for place, said in zip(lesson.places, lesson.log_likelihoods, strict=True):
+        prompt = writer.write(sample.prompt, [sample.history[place]]).prompt
+        loss, _ = toy.loss([prompt], ["3"], soft=None)
+        assert said == pytest.approx(-float(loss), rel=1e-4)
+
+
+def test_samples_that_teach_nothing_are_passed_over(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+    samples = [_sample(0, items=1), _sample(1, items=0), _sample(2)]
+    assert list(_teacher(tmp_path / "lessons.jsonl", toy).lessons(samples)) == ["2"]
+
+
+def test_what_was_asked_is_not_asked_again_even_after_a_kill(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+    path = tmp_path / "lessons.jsonl"
+    samples = [_sample(k) for k in range(3)]
+    whole = _teacher(path, toy).lessons(samples)
+    first, *_ = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b'{"id": "1", "pla')
+    asked: list[str] = []
+
+    class Counting(Teacher):
+        def _ask(self, sample: Sample) -> Lesson:
+            asked.append(sample.id)
+            return super()._ask(sample)
+
+    again = Counting(path, backend=toy, writer=HistoryWriter(TASK, toy), retriever=Recency(), candidates=4, seed=0)
+    assert again.lessons(samples) == whole
+    assert asked == ["1", "2"]
+    assert _teacher(path, toy).lessons(samples) == whole
+
+
+def _objective(
+    folder: Path, samples: Sequence[Sample], lessons: dict[str, Lesson], *, encoder: HashEncoder
+) -> tuple[RetrieverObjective, list[EncodedSample]]:
+    table = VectorTable.open(folder / "vectors", encoder)
+    encoded = encode_samples(samples, table)
+    retriever = LearnedRetriever(encoder.width)
+    return (
+        RetrieverObjective(retriever, lessons, samples=encoded, encoder=encoder, table=table, temperature=0.1),
+        encoded,
+    )
+
+
+def test_the_loss_is_the_divergence_of_the_two_rankings(tmp_path: Path, hashing: HashEncoder) -> None:
+    samples = [_sample(k) for k in range(3)]
+    lessons = {s.id: Lesson(s.id, [0, 3, 5], [-1.0, -2.0, -0.5]) for s in samples}
+    objective, encoded = _objective(tmp_path, samples, lessons, encoder=hashing)
+    summed, count = objective.loss(encoded)
+    expected = 0.0
+    wanted = np.exp([-1.0, -2.0, -0.5])
+    wanted /= wanted.sum()
+    for sample in samples:
+        query = hashing.query_encoder().encode([sample.query])[0].astype(np.float64)
+        texts = [sample.history[place].text for place in (0, 3, 5)]
+        scores = hashing.encode(texts).astype(np.float16).astype(np.float64) @ query / 0.1
+        found = np.exp(scores - scores.max())
+        found /= found.sum()
+        expected += float((wanted * np.log(wanted / found)).sum())
+    assert float(summed.detach()) == pytest.approx(expected, rel=1e-4)
+    assert int(count) == 3
+
+
+def test_it_learns_to_rank_as_the_model_does(tmp_path: Path, hashing: HashEncoder) -> None:
+    samples = [_sample(k) for k in range(24)]
+    # The model likes the item about the weather after the one that is asked for.
+    liked = {s.id: (int(s.id) + 1) % 6 for s in samples}
+    lessons = {
+        s.id: Lesson(s.id, list(range(6)), [0.0 if k == liked[s.id] else -8.0 for k in range(6)]) for s in samples
+    }
+    objective, encoded = _objective(tmp_path, samples, lessons, encoder=hashing)
+    config = TrainingConfig(epochs=60, batch_size=8, learning_rate=0.03, validation_share=0.2)
+
+    def hits() -> float:
+        held = [s for s in samples if int(s.id) >= 18]
+        queries = torch.from_numpy(hashing.query_encoder().encode([s.query for s in held]))
+        with torch.no_grad():
+            mapped = objective.module(queries).numpy()
+        best = [
+            int((hashing.encode([i.text for i in s.history]) @ q).argmax()) for s, q in zip(held, mapped, strict=True)
+        ]
+        return float(np.mean([place == liked[s.id] for s, place in zip(held, best, strict=True)]))
+
+    before = hits()
+    fit(objective, samples=encoded[:18], config=config, seed=0, folder=tmp_path / "fit")
+    assert before < 0.5
+    assert hits() > 0.8
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
+    retriever = LearnedRetriever(4)
+    with torch.no_grad():
+        retriever.linear.weight.normal_()
+    retriever.save(tmp_path)
+    queries = torch.randn(3, 4)
+    torch.testing.assert_close(LearnedRetriever.load(tmp_path, width=4)(queries), retriever(queries))
+    with pytest.raises(MissingData, match="no trained retriever"):
+        LearnedRetriever.load(tmp_path / "elsewhere", width=4)
+
+
+def test_untrained_it_is_dense_retrieval() -> None:
+    queries = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    torch.testing.assert_close(LearnedRetriever(8)(queries), queries)

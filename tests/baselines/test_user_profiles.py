@@ -1,0 +1,61 @@
+"""Profiles: written once per history by the model itself, and kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from personaplug.baselines.user_profiles import Profiles
+from personaplug.config import RetrievalConfig
+from personaplug.data.records import HistoryItem
+from personaplug.data.task_registry import lamp_task
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+
+LONG = RetrievalConfig(profile_tokens=12)
+
+
+def _items(*texts: str) -> tuple[HistoryItem, ...]:
+    return tuple(HistoryItem(str(k), (("text", text), ("score", "4")), "score") for k, text in enumerate(texts))
+
+
+def _profiles(path: Path, toy: DecoderOnlyBackend, config: RetrievalConfig = LONG) -> Profiles:
+    return Profiles(path, task=lamp_task("LaMP_3"), backend=toy, config=config)
+
+
+def test_a_profile_is_what_the_model_writes_and_belongs_to_its_history(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+    histories = [_items("warm and dry", "wet"), _items("cold"), (), _items("cold")]
+    first, second, nobody, third = _profiles(tmp_path / "p.jsonl", toy).of(histories)
+    assert first.text
+    assert first.key != second.key
+    assert second == third
+    assert (nobody.text, nobody.seconds) == ("", 0.0)
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
+
+
+def test_kept_profiles_are_not_written_again(
+    tmp_path: Path, toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.jsonl"
+    histories = [_items("warm"), _items("cold")]
+    whole = _profiles(path, toy).of(histories)
+    path.write_text(path.read_text().splitlines()[0] + '\n{"key": "cut off')
+    asked: list[int] = []
+    real = toy.generate
+
+    def told(prompts: Any, **settings: Any) -> Any:
+        asked.append(len(prompts))
+        return real(prompts, **settings)
+
+    monkeypatch.setattr(toy, "generate", told)
+    assert [profile.text for profile in _profiles(path, toy).of(histories)] == [profile.text for profile in whole]
+    assert asked == [1]
+
+
+def test_another_length_is_another_profile(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+    path = tmp_path / "p.jsonl"
+    long = _profiles(path, toy).of([_items("warm")])[0]
+    short = _profiles(path, toy, RetrievalConfig(profile_tokens=4)).of([_items("warm")])[0]
+    assert short.key != long.key
+    assert len(short.text) < len(long.text)

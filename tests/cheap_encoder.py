@@ -1,0 +1,33 @@
+"""An encoder that costs next to nothing, for tests of what is done with vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from personaplug.encoders.base import QueryEncoder
+from personaplug.encoders.hashing import HashEncoder
+
+
+class CheapEncoder:
+    """Costs next to nothing: the texts' lengths choose the vectors."""
+
+    truncated = 0
+
+    def __init__(self, width: int = 64) -> None:
+        self.width = width
+        self.identity = replace(HashEncoder(width).identity, name="cheap", fingerprint="cheap")
+        self.calls: list[int] = []
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> npt.NDArray[np.float32]:
+        self.calls.append(len(texts))
+        angles = np.array([len(text) for text in texts], dtype=np.float32)[:, None]
+        found: npt.NDArray[np.float32] = np.cos(angles + np.arange(self.width, dtype=np.float32))
+        found /= np.linalg.norm(found, axis=1, keepdims=True)
+        return found
+
+    def query_encoder(self) -> QueryEncoder:
+        raise NotImplementedError

@@ -1,0 +1,276 @@
+"""The command line as a user types it, on toy parts: exit codes, files, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from personaplug.cli.main import main
+from personaplug.data.simulation import SimulatedConfig, write_simulation
+
+TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_simulation(
+        SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=0, max_items=5, cold_share=0.2), folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = _call("train", "--data", data, "--out", out, *TOY)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def _call(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_train_saves_the_resolved_config_and_says_what_came_out(trained: Path, data: Path) -> None:
+    assert "batch_size: 4" in (trained / "config.yaml").read_text()
+    about = json.loads((trained / "run.json").read_text())
+    assert about["task"]["name"] == "Simulated_rating"
+    assert about["versions"]["torch"]
+    again = _call("train", "--data", data, "--out", trained, *TOY)
+    assert again.exit_code == 0
+    assert "validation loss" in again.output
+
+
+def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Path, tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    done = _call(
+        "evaluate",
+        "--run",
+        trained,
+        "--data",
+        data,
+        "--split",
+        "dev",
+        "--conditions",
+        "plain,instruction-only,wrong-user,shuffled,plug",
+        "--json",
+        target,
+        "resamples=200",
+    )
+    assert done.exit_code == 0, done.output
+    rows = [row["condition"] for row in json.loads(target.read_text())["rows"]]
+    assert rows == ["plain", "instruction-only", "wrong-user", "shuffled", "plug", "all-knowing"]
+    assert "personal gain" in done.output
+    assert "mae@median ↓ |" in done.output
+    assert "rmse@mean ↓ |" in done.output
+
+
+def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(trained: Path, tmp_path: Path) -> None:
+    assert _call("simulate", "--out", tmp_path / "style", "--kind", "style", "--users", 4).exit_code == 0
+    before = sorted(trained.rglob("*"))
+    for command in ("evaluate", "predict"):
+        done = _call(command, "--run", trained, "--data", tmp_path / "style", "--split", "dev")
+        assert done.exit_code == 2
+        assert "whose answers are of another kind" in done.output
+    assert sorted(trained.rglob("*")) == before
+
+
+def test_a_table_says_with_which_strength_it_was_answered(trained: Path, data: Path, tmp_path: Path) -> None:
+    told = _call("evaluate", "--run", trained, "--data", data, "--conditions", "plug", "--json", tmp_path / "r.json",
+                 "strength=0.5", "shown_items=2")  # fmt: skip
+    assert told.exit_code == 0, told.output
+    assert "strength 0.5 · items shown at most 2" in told.output
+
+
+def test_generate_answers_for_a_history_and_for_a_new_user(trained: Path, tmp_path: Path) -> None:
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"text": "A slow western.", "score": 5}\n{"text": "A loud musical.", "score": "1"}\n')
+    prompt = "Which score? film: A quiet western."
+    for words in (["--history", items], [], ["--plain"]):
+        done = _call("generate", "--run", trained, "--prompt", prompt, *words)
+        assert done.exit_code == 0, done.output
+        assert done.output.splitlines()[-1] in {"1", "2", "3", "4", "5"}
+
+
+def test_a_prompt_without_the_tasks_wording_is_refused_without_being_shown(trained: Path) -> None:
+    done = _call("generate", "--run", trained, "--prompt", "my secret wish")
+    assert done.exit_code == 2
+    assert "film: " in done.output
+    assert "secret" not in done.output
+
+
+def test_a_broken_item_is_named_by_line_and_not_shown(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text('{"text": "fine", "score": 5}\n{"text": "my secret"}\n')
+    done = _call("generate", "--run", trained, "--prompt", "film: x", "--history", tmp_path / "items.jsonl")
+    assert done.exit_code == 2
+    assert "line 2" in done.output
+    assert "secret" not in done.output
+
+
+def test_encode_beforehand_leaves_train_nothing_to_encode(data: Path, tmp_path: Path) -> None:
+    vectors = tmp_path / "vectors"
+    first = _call("encode", "--data", data, "--vectors", vectors, *TOY[1:3])
+    again = _call("encode", "--data", data, "--vectors", vectors, *TOY[1:3])
+    assert (first.exit_code, again.exit_code) == (0, 0), first.output
+    assert "train: 0 new vectors" in again.output
+    assert _call("train", "--data", data, "--out", tmp_path / "run", "--vectors", vectors, *TOY).exit_code == 0
+    assert not (tmp_path / "run" / "vectors").exists()
+
+
+def test_estimate_says_what_a_run_costs(data: Path, tmp_path: Path) -> None:
+    done = _call("estimate", "--data", data, "--json", tmp_path / "e.json", *TOY)
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "e.json").read_text())
+    assert told["samples"] == 16
+    assert told["trainings"] == 2
+    assert told["step_seconds"] > 0
+    assert told["disk_bytes"] > 0
+    assert "time" in done.output
+
+
+def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path) -> None:
+    done = _call("simulate", "--out", tmp_path / "d", "--kind", "style", "--users", "6")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "d" / "dev_oracle.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--data", "DATA", "--out", "OUT", "epochs=0"], "training.epochs must be a number [from 1]"),
+        (["train", "--data", "DATA", "--out", "OUT", "epoch=1"], "did you mean 'epochs'"),
+        (["train", "--data", "NOWHERE", "--out", "OUT"], "NOWHERE"),
+        (["train", "--data", "DATA", "--out", "OUT", "llm=./no-such-model", "encoder=hash"], "no-such-model"),
+        (["evaluate", "--run", "NOWHERE", "--data", "DATA"], "run.json is missing"),
+        (["evaluate", "--run", "RUN", "--data", "DATA", "--conditions", "magic"], "instruction-only"),
+        (["evaluate", "--run", "RUN", "--data", "DATA", "--split", "test"], "test_questions"),
+        (["evaluate", "--run", "RUN", "--data", "DATA", "persona_tokens=9"], "cannot be changed after training"),
+        (["train", "--data", "DATA", "--out", "RUN", "epochs=5"], "training.epochs"),
+        (["train", "--data", "DATA", "--out", "FILE"], "is a file"),
+        (["simulate", "--out", "FILE"], "is a file"),
+        (["quickstart", "--out", "FILE"], "is a file"),
+    ],
+)
+def test_mistakes_end_with_2_and_a_sentence(
+    words: list[str], said: str, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    places = {
+        "FILE": tmp_path / "FILE",
+        "DATA": data,
+        "RUN": trained,
+        "OUT": tmp_path / "out",
+        "NOWHERE": tmp_path / "NOWHERE",
+    }
+    done = _call(*[places.get(word, word) for word in words])
+    assert done.exit_code == 2, done.output
+    assert said in done.output
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("command", ["quickstart", "simulate", "encode", "train", "evaluate", "generate", "estimate"])
+def test_help_teaches(command: str) -> None:
+    done = _call(command, "--help")
+    assert done.exit_code == 0
+    assert "Usage" in done.output
+    if command in ("train", "estimate", "quickstart"):
+        assert "learning_rate=0.001" in done.output
+        assert "eq. 3" in done.output
+    if command in ("evaluate", "quickstart"):
+        assert "num_beams=4" in done.output
+
+
+def test_what_the_system_refuses_is_a_sentence_and_1(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/locked")
+
+    monkeypatch.setattr("personaplug.data.open_dataset", refused)
+    done = _call("estimate", "--data", data, *TOY)
+    assert (done.exit_code, done.exception.__class__) == (1, SystemExit)
+    assert "error: the system refused" in done.output
+    assert "/locked" in done.output
+
+
+def test_quiet_keeps_the_settings_to_itself_and_in_the_run(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet = _call("--quiet", "train", "--data", data, "--out", tmp_path / "a", *TOY, "controls=false")
+    assert quiet.exit_code == 0, quiet.output
+    assert "batch_size" not in caplog.text + quiet.output
+    assert "batch_size: 4" in (tmp_path / "a" / "config.yaml").read_text()
+    _call("encode", "--data", data, "--vectors", tmp_path / "v", *TOY[1:3])
+    assert "max_history: 512" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["evaluate", "estimate"])
+def test_what_was_read_is_counted(command: str, data: Path, trained: Path) -> None:
+    if command == "evaluate":
+        done = _call(command, "--run", trained, "--data", data, "--conditions", "plain", "resamples=100")
+        assert "dev: 8 samples" in done.output
+    else:
+        done = _call(command, "--data", data, *TOY)
+        assert "train: 16 samples" in done.output
+    assert "0 broken records skipped" in done.output
+
+
+def test_broken_records_are_bounded_and_counted(data: Path, tmp_path: Path) -> None:
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    questions = json.loads((tmp_path / "train_questions.json").read_text())
+    questions[3]["input"] = 7
+    (tmp_path / "train_questions.json").write_text(json.dumps(questions))
+    refused = _call("train", "--data", tmp_path, "--out", tmp_path / "run", *TOY)
+    assert refused.exit_code == 2
+    assert "question 4" in refused.output
+    passed = _call("train", "--data", tmp_path, "--out", tmp_path / "run", "--skip-bad", "1", *TOY)
+    assert passed.exit_code == 0, passed.output
+    assert "1 broken records skipped" in passed.output
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "personaplug",
+        "train",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        *TOY[:-1],
+        "epochs=60",
+        "checkpoint_every=2",
+        "controls=false",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
+        # A suite that runs in the background of a shell ignores the signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    folder = out / "plug" / "seed-0"
+    while not list(folder.glob("state-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from the last checkpoint" in errors
+    assert "Traceback" not in errors
+    assert list(folder.glob("state-*"))
+    assert not (folder / "plug.json").exists()

@@ -1,0 +1,38 @@
+"""The quickstart's path on toy parts; `make quickstart` runs it on real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from personaplug.cli.quickstart import _extremes, run_quickstart
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.simulation import SimulatedConfig
+
+USERS = SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=8, max_items=10)
+TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=200"]
+
+
+def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
+    said = capsys.readouterr().out
+    assert [row["condition"] for row in results["rows"]][-2:] == ["plug", "all-knowing"]
+    assert "personal gain" in said
+    assert "given so far" in said
+    assert (tmp_path / "q" / "results.json").exists()
+    again = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
+    assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in results["rows"]]
+
+
+def test_short_histories_too_have_a_strictest_and_a_kindest_user() -> None:
+    def user(name: str, *scores: int) -> Sample:
+        items = tuple(HistoryItem(str(i), (("score", str(score)),), "score") for i, score in enumerate(scores))
+        return Sample(name, name, "p", "q", "1", items)
+
+    short = [user("one", 5), user("kind", 4, 5, 4), user("strict", 1, 2, 1), user("none")]
+    assert [sample.id for sample in _extremes(short)] == ["strict", "kind"]
+    long = [*short, user("long", *[3] * 9), user("longer", *[2] * 10)]
+    assert [sample.id for sample in _extremes(long)] == ["longer", "long"]

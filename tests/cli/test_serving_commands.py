@@ -1,0 +1,193 @@
+"""The commands of a live service, as a user types them, on toy parts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+
+from personaplug.cli.main import main
+from personaplug.config_parsing import load_config
+from personaplug.data import LAMP_TASKS
+from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.encoders import HashEncoder
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.run import Run
+from personaplug.serving.engines.vllm_requests import EmbeddingTable
+from personaplug.store.history_store import HistoryStore
+from personaplug.store.receipts import Receipt
+
+TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1", "controls=false"]
+
+
+def _call(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With `data` and a trained `run`."""
+    folder = tmp_path_factory.mktemp("serving")
+    write_simulation(
+        SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5), folder / "data"
+    )
+    done = _call("train", "--data", folder / "data", "--out", folder / "run", *TOY)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def question(folder: Path) -> dict[str, Any]:
+    questions: list[dict[str, Any]] = json.loads((folder / "data" / "dev_questions.json").read_text())
+    return max(questions, key=lambda one: len(one["profile"]))
+
+
+@contextmanager
+def _serving(folder: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`personaplug serve` in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", "--run", folder / "run", "--port", port, *arguments]
+    command = [sys.executable, "-m", "personaplug", *map(str, words)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/ready").status_code == 200:
+                    break
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.1)
+        yield url, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _chat(url: str, question: dict[str, Any], **headers: str) -> httpx.Response:
+    body = {"messages": [{"role": "user", "content": question["input"]}], "user": "ann"}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=30)
+
+
+def test_a_run_is_served_to_live_users_until_it_is_told_to_stop(
+    folder: Path, question: dict[str, Any], tmp_path: Path
+) -> None:
+    store = tmp_path / "histories.db"
+    with _serving(folder, "--store", store, "--keep-text", "--model", "films") as (url, process):
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "films"
+        items = {"items": question["profile"]}
+        count = httpx.post(f"{url}/v1/users/ann/history", json=items).json()["new"]
+        assert count == len(question["profile"])
+        answer = _chat(url, question)
+        assert answer.headers["x-personaplug-items"] == str(count)
+        assert answer.json()["choices"][0]["message"]["content"] in ("1", "2", "3", "4", "5")
+        long = {"messages": [{"role": "user", "content": "long"}], "max_tokens": 150, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=long, timeout=60) as stream:
+            lines = stream.iter_lines()
+            begun = [next(lines) for _ in range(3)]
+            process.send_signal(signal.SIGTERM)
+            events = [line for line in (*begun, *lines) if line]
+        assert events[-1] == "data: [DONE]"
+        assert len(events) > 20  # a stream that was begun is finished
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert "this machine alone" in said
+        assert "Traceback" not in said
+    told = _call("explain", "--run", folder / "run", "--store", store, "--user", "ann", "--prompt", question["input"],
+                 "--answer", "5", "--most", 2, "--since", "2000-01-01", "--until", "2100-01-01")  # fmt: skip
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert len(found["items"]) == 2
+    assert found["items"][0]["text"]
+    assert "effect" in found["items"][0]
+    assert (found["drift"]["items_before"], found["drift"]["items_after"]) == (0, count)
+    receipt = _call("forget", "--store", store, "--user", "ann")
+    assert receipt.exit_code == 0, receipt.output
+    assert HistoryStore.open(store).verify(Receipt.from_dict(json.loads(receipt.stdout)), user="ann")
+    again = _call("forget", "--store", store, "--user", "ann")
+    assert (again.exit_code, "no such user" in again.output) == (2, True)
+
+
+def test_keys_let_in_whoever_has_one(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    key = _call("key", "shop", "--keys", keys).stdout.strip()
+    assert keys.stat().st_mode & 0o077 == 0
+    with _serving(folder, "--store", tmp_path / "h.db", "--keys", keys, "--unknown", "plain") as (url, _):
+        assert _chat(url, question).status_code == 401
+        answer = _chat(url, question, Authorization=f"Bearer {key}")
+        assert (answer.status_code, answer.headers["x-personaplug-persona"]) == (200, "plain")
+
+
+def test_a_tenant_has_a_name(tmp_path: Path) -> None:
+    done = _call("key", "", "--keys", tmp_path / "keys.json")
+    assert (done.exit_code, "has a name" in done.output) == (2, True)
+    assert not (tmp_path / "keys.json").exists()
+
+
+def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
+    done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--host", "0.0.0.0")
+    assert (done.exit_code, "personaplug key" in done.output) == (2, True)
+    assert not (tmp_path / "h.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--run", "nowhere"], "run.json is missing"),
+        (["--run", "RUN", "--seed", "7"], "no finished training"),
+        (["--run", "RUN", "--keys", "nowhere.json"], "personaplug key"),
+        (["--run", "RUN", "--max-rows", "0"], "--max-rows"),
+        (["--run", "RUN", "--max-requests", "0"], "--max-requests"),
+        (["--run", "RUN", "--max-body-mb", "-1"], "--max-body-mb"),
+        (["--run", "RUN", "--strength", "-1"], "--strength"),
+        (["--run", "RUN", "--strength", "nan"], "strength of personas goes from 0 to 10"),
+        (["--run", "RUN", "--phrases"], "closed set of labels"),
+    ],
+)
+def test_what_is_missing_is_said(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    given = [str(folder / "run") if word == "RUN" else word for word in words]
+    done = _call("serve", *given, "--store", tmp_path / "h.db")
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+def test_phrases_are_the_local_engines_alone(tmp_path: Path) -> None:
+    Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_4"])
+    given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
+    done = _call("serve", *given)
+    assert (done.exit_code, "Leave --phrases out" in done.output) == (2, True)
+    assert not (tmp_path / "h.db").exists()
+
+
+def test_an_engine_that_is_not_there_is_said_in_a_sentence(
+    folder: Path, tmp_path: Path, toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = EmbeddingTable(toy.embed.weight.detach(), toy.renderer.tokenizer)
+    monkeypatch.setattr(EmbeddingTable, "of_folder", lambda _: table)  # the toy model has no folder
+    monkeypatch.setattr("personaplug.serving.setup.find_model", Path)
+    with closing(logging.FileHandler(tmp_path / "log")) as handler:  # as a host application may have
+        done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
+        assert handler.stream is not None, "a server closes nobody's log"
+    assert (done.exit_code, "no vLLM server at http://127.0.0.1:9" in done.output) == (1, True)
+
+
+def test_a_store_of_another_plug_is_refused(folder: Path, tmp_path: Path) -> None:
+    HistoryStore.open(tmp_path / "h.db", HashEncoder(64)).close()
+    done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db")
+    assert done.exit_code == 2
+    assert "encoder" in done.output

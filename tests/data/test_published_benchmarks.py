@@ -1,0 +1,260 @@
+"""Other benchmarks: what all readers do, and LaMP-QA and LongLaMP: exact samples, broken records, the way to LaMP."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published import SECRET, choice, paper, post, question, review, shape, users, write
+
+from personaplug.data import open_dataset, write_lamp
+from personaplug.data.benchmarks import BENCHMARKS, open_benchmark
+from personaplug.data.benchmarks.base import split_files
+from personaplug.data.benchmarks.lamp_qa import LampQAReader, rubrics
+from personaplug.data.benchmarks.longlamp import LongLampReader
+from personaplug.data.benchmarks.peft_u import PeftUReader
+from personaplug.data.benchmarks.personal_llm import PersonalLLMReader, SimulatedUsers
+from personaplug.data.task import Reader
+from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra
+
+FEW = SimulatedUsers(count=3, shortest=4, longest=6, queries_per_user=2)
+
+
+def lamp_qa(folder: Path, **settings: Any) -> Reader:
+    return LampQAReader(write(folder / "pets_validation.json", [question(1), question(2)]), "dev", **settings)
+
+
+def longlamp(folder: Path, **settings: Any) -> Reader:
+    return LongLampReader(write(folder / "val.jsonl", [paper(1), paper(2)]), "dev", **settings)
+
+
+def peft_u(folder: Path, **settings: Any) -> Reader:
+    return PeftUReader(write(folder / "user_data_leaked.json", users()), "dev", **settings)
+
+
+def personal_llm(folder: Path, **settings: Any) -> Reader:
+    path = write(folder / "train.jsonl", [choice(number) for number in range(30)])
+    return PersonalLLMReader(path, "dev", users=FEW, **settings)
+
+
+READERS: dict[str, Callable[..., Reader]] = {
+    "lamp-qa": lamp_qa,
+    "longlamp": longlamp,
+    "peft-u": peft_u,
+    "personal-llm": personal_llm,
+}
+
+
+# ---- what all of them do
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_written_in_lamps_layout_the_samples_read_back_the_same(tmp_path: Path, name: str) -> None:
+    reader = READERS[name](tmp_path)
+    samples = list(reader)
+    write_lamp(reader, tmp_path / "lamp", "dev", task=reader.task)
+    again = open_dataset(tmp_path / "lamp", "dev")
+    assert samples
+    assert list(again) == samples
+    assert again.task == reader.task
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_history_is_cut_to_its_last_items_and_the_cut_counted(tmp_path: Path, name: str) -> None:
+    whole = list(READERS[name](tmp_path))
+    reader = READERS[name](tmp_path, max_history=1)
+    cut = list(reader)
+    assert [sample.history for sample in cut] == [sample.history[-1:] for sample in whole]
+    assert reader.report.samples == len(whole)
+    assert reader.report.items == sum(len(sample.history) for sample in cut)
+    assert reader.report.cut_items == sum(len(sample.history) for sample in whole) - reader.report.items > 0
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_gzipped_it_is_the_same_and_cut_short_it_is_never_skipped(tmp_path: Path, name: str) -> None:
+    reader = READERS[name](tmp_path)
+    (path,) = (path for path in tmp_path.iterdir() if path.is_file())
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    own = {"users": FEW} if name == "personal-llm" else {}
+    assert list(BENCHMARKS[name](packed, "dev", **own)) == list(reader)
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(BadRecord, match="gzip data is broken"):
+        list(BENCHMARKS[name](packed, "dev", skip_bad=9, **own))
+
+
+def test_a_benchmark_is_opened_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "pets_test.json", [question(1), question(1)])
+    reader = open_benchmark("LaMP_QA", path, "test", skip_bad=1, max_history=2)
+    assert shape(list(reader)) == [("q1", ["p2", "p3"])]
+    assert reader.report.skipped == 1
+    with pytest.raises(BadConfig, match="no benchmark 'long-lamp'; did you mean 'longlamp'"):
+        open_benchmark("long-lamp", path, "test")
+    for name in BENCHMARKS:
+        with pytest.raises(BadConfig, match="splits are train, dev, test; found 'val'"):
+            open_benchmark(name, path, "val")
+        for setting in ("skip_bad", "max_history"):
+            with pytest.raises(BadConfig, match=setting):
+                READERS[name](tmp_path, **{setting: -1})
+        with pytest.raises(MissingData, match="nowhere"):
+            open_benchmark(name, tmp_path / "nowhere", "dev")
+
+
+def test_a_split_is_found_in_a_folder_and_never_guessed(tmp_path: Path) -> None:
+    path = write(tmp_path / "data" / "pets_validation.json", [])
+    assert split_files(tmp_path, "dev") == (path,)
+    with pytest.raises(MissingData, match="no file of the split 'test'"):
+        split_files(tmp_path, "test")
+    write(tmp_path / "data" / "toys_validation.json.gz", [])
+    with pytest.raises(BadConfig, match=r"several files .* pets_validation.json, toys_validation.json.gz"):
+        split_files(tmp_path, "dev")
+    with pytest.raises(BadConfig, match="one of"):
+        split_files(write(tmp_path / "table.csv", []), "dev")
+
+
+# ---- LaMP-QA
+
+
+def test_a_question_is_asked_without_its_narrative(tmp_path: Path) -> None:
+    first, second = lamp_qa(tmp_path)
+    assert (first.id, first.user_id, first.target) == ("q1", None, None)
+    assert first.query == f"How do I feed {SECRET} 1?"
+    assert first.prompt.endswith(f"\nquestion: {first.query}")
+    assert [item.fields for item in first.history] == [(("text", f"post {place}"),) for place in (1, 2, 3)]
+    assert "balcony" not in first.prompt
+    assert second.id == "q2"
+
+
+def test_a_rubric_keeps_what_a_judge_needs(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "pets_test.json", [question(1), question(2, narrative=None), question(3, rubric_aspects=[])]
+    )
+    found = rubrics(path, "test")
+    first, second = next(found), next(found)
+    assert (first.id, first.question, first.narrative) == (
+        "q1",
+        f"How do I feed {SECRET} 1?",
+        "I keep it on a balcony.",
+    )
+    assert [(aspect.aspect, aspect.reason, aspect.evidence) for aspect in first.aspects] == [
+        ("space", "small home", "balcony"),
+        ("cost", "", ""),
+    ]
+    assert (second.id, second.narrative) == ("q2", "")
+    assert SECRET not in repr(first) + repr(first.aspects[0])
+    with pytest.raises(BadRecord, match="record 3: its 'rubric_aspects' is not a list with at least one entry"):
+        next(found)
+
+
+BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
+    "no object": (SECRET, "record 2: it is not a JSON object"),
+    "no id": ({"question": SECRET}, "record 2: its 'id' is missing"),
+    "no question": ({"id": "q2", "profile": []}, "record 2 (id q2): its 'question' is missing"),
+    "blank question": (question(2, question=" "), "record 2 (id q2): its 'question' is empty"),
+    "list for question": (question(2, question=[SECRET]), "record 2 (id q2): its 'question' is a list"),
+    "no profile": (question(2, profile=None), "record 2 (id q2): its 'profile' is not a list"),
+    "text in profile": (question(2, profile=[SECRET]), "(id q2): item 1 of its profile: it is not a JSON object"),
+    "no text": (question(2, profile=[{"id": "p"}]), "(id q2): item 1 of its profile: its 'text' is missing"),
+    "id twice": (question(1), "record 2 (id q1): its id is another record's too"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_QUESTIONS)
+def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
+    broken, message = BROKEN_QUESTIONS[name]
+    path = write(tmp_path / "pets_train.json", [question(1), broken, question(3)])
+    with pytest.raises(BadRecord) as caught:
+        list(LampQAReader(path, "train"))
+    assert message in str(caught.value)
+    assert SECRET not in str(caught.value)
+    reader = LampQAReader(path, "train", skip_bad=1, max_history=1)
+    assert shape(list(reader)) == [("q1", ["p3"]), ("q3", ["p3"])]
+    assert (reader.report.skipped, reader.report.cut_items) == (1, 4)
+
+
+# ---- LongLaMP
+
+
+def test_papers_come_in_the_order_of_their_years(tmp_path: Path) -> None:
+    first, second = longlamp(tmp_path)
+    assert (first.id, first.user_id, first.target) == ("row-1", "author 1", "Text 1")
+    assert first.prompt == first.query == f"Abstract of {SECRET} 1"
+    assert [(item.id, item.date, item.answer) for item in first.history] == [
+        ("a2001", date(2001, 1, 1), "Text 2001"),
+        ("a2003", date(2003, 1, 1), "Text 2003"),
+    ]
+    assert first.history[0].text == "title: Title 2001 abstract: Text 2001"
+    assert second.id == "row-2"
+
+
+def test_the_task_is_what_the_columns_say(tmp_path: Path) -> None:
+    reviews = LongLampReader(write(tmp_path / "train.jsonl", [review(1)]), "train")
+    (sample,) = reviews
+    assert (reviews.task.name, reviews.task.metrics) == ("LongLaMP_product_review", ("rouge_1", "rouge_l"))
+    assert (sample.user_id, sample.history[0].id) == ("R1", "1")
+    assert sample.history[0].text == "description: kettle overall: 4.0 summary: fine reviewText: It boils."
+    assert sample.history[0].answer == "It boils."
+    posts = LongLampReader(write(tmp_path / "test.json", [post(1)]), "test")
+    (sample,) = posts
+    assert (posts.task.name, sample.user_id, sample.target) == ("LongLaMP_topic_writing", "u1", "It rained.")
+    assert sample.history[0].fields == (("summary", "A tale"), ("content", "A long tale."))
+    with pytest.raises(BadConfig, match="its task is unknown"):
+        LongLampReader(write(tmp_path / "none.jsonl", [question(1)]), "test")
+    with pytest.raises(BadConfig, match="no task 'topic_writer'; did you mean 'topic_writing'"):
+        LongLampReader(tmp_path / "test.json", "test", task="topic_writer")
+    with pytest.raises(BadRecord, match=r"record 1 \(id row-1\): its 'reviewerId' is missing"):
+        list(LongLampReader(tmp_path / "test.json", "test", task="product_review"))
+
+
+BROKEN_PAPERS: dict[str, tuple[Any, str]] = {
+    "no user": ({"input": SECRET}, "line 2 (id row-2): its 'name' is missing"),
+    "no output": (paper(2, output=None), "line 2 (id row-2): its 'output' is null"),
+    "blank input": (paper(2, input=""), "line 2 (id row-2): its 'input' is empty"),
+    "no year": (paper(2, profile=[{"id": "a", "title": "", "abstract": "", "year": SECRET}]), "profile: its 'date' is"),
+    "no abstract": (
+        paper(2, profile=[{"id": "a", "title": SECRET}]),
+        "item 1 of its profile: its 'abstract' is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_PAPERS)
+def test_a_broken_paper_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
+    broken, message = BROKEN_PAPERS[name]
+    path = write(tmp_path / "train.jsonl", [paper(1), broken, paper(3)])
+    with pytest.raises(BadRecord) as caught:
+        list(LongLampReader(path, "train"))
+    assert message in str(caught.value)
+    assert SECRET not in str(caught.value)
+    reader = LongLampReader(path, "train", skip_bad=1)
+    assert [sample.id for sample in reader] == ["row-1", "row-3"]
+    assert reader.report.skipped == 1
+
+
+def test_shards_of_parquet_are_one_split(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    papers = [paper(1), paper(2), paper(3)]
+    shards = [tmp_path / "val" / f"val-0000{place}-of-00002.parquet" for place in range(2)]
+    shards[0].parent.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(papers[:2]), shards[0])
+    with pytest.raises(MissingData, match="1 shards of that split, their names say 00002"):
+        LongLampReader(tmp_path, "dev")
+    parquet.write_table(pyarrow.Table.from_pylist(papers[2:]), shards[1])
+    assert list(LongLampReader(tmp_path, "dev")) == list(LongLampReader(write(tmp_path / "a.jsonl", papers), "dev"))
+    shards[1].write_bytes(b"PAR1 nothing")
+    with pytest.raises(BadRecord, match=r"00001-of-00002\.parquet, after row 0"):
+        list(LongLampReader(tmp_path, "dev", skip_bad=9))
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("longlamp", "personal-llm"):
+        with pytest.raises(MissingExtra, match=r"personaplug\[parquet\]"):
+            open_benchmark(name, tmp_path, "train")

@@ -1,0 +1,204 @@
+"""Simulated users: the oracle is as good as it says, nothing beats it, and the seed decides everything."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from personaplug.data import LampReader
+from personaplug.data.simulation import SimulatedConfig, Simulation, _Taste, simulate, write_simulation
+from personaplug.errors import BadConfig, RunConflict, StorageError
+
+MANY = SimulatedConfig(users=600, queries_per_user=4, min_items=0, max_items=4)
+SMALL = SimulatedConfig(users=12, dev_users=5, min_items=2, max_items=6)
+STYLE = SimulatedConfig(task="style", users=300, queries_per_user=4, min_items=1, max_items=8)
+
+
+@pytest.fixture(scope="module")
+def ratings() -> Simulation:
+    return simulate(MANY, "train")
+
+
+@pytest.fixture(scope="module")
+def styles() -> Simulation:
+    return simulate(STYLE, "train")
+
+
+def targets(simulation: Simulation) -> dict[str, str]:
+    return {found.id: str(found.target) for found in simulation.samples}
+
+
+def accuracy(predictions: dict[str, str], gold: dict[str, str]) -> float:
+    return sum(predictions[name] == gold[name] for name in gold) / len(gold)
+
+
+def mae(predictions: dict[str, str], gold: dict[str, str]) -> float:
+    return sum(abs(int(predictions[name]) - int(gold[name])) for name in gold) / len(gold)
+
+
+def test_the_defaults_are_a_useful_set() -> None:
+    train, dev = simulate(SimulatedConfig(), "train"), simulate(SimulatedConfig(), "dev")
+    assert (len(train.samples), len(dev.samples)) == (1600, 200)
+    lengths = {len(found.history) for found in train.samples}
+    assert (min(lengths), max(lengths)) == (8, 30)
+    shares = Counter(targets(train).values())
+    assert set(shares) == {"1", "2", "3", "4", "5"}
+    assert max(shares.values()) < 0.4 * 1600
+    # A constant answer must leave room below the oracle, or the set could not show a personal gain.
+    assert dev.expected["mode"]["accuracy"] > max(shares.values()) / 1600 + 0.2
+
+
+def test_chances_agree_with_brute_force() -> None:
+    rng = np.random.default_rng(5)
+    for generosity, noise in ((0.0, 0.5), (1.7, 0.3), (-2.4, 1.2)):
+        taste = _Taste(generosity, (0.4, -0.6), noise)
+        for genre in (0, 1):
+            drawn = Counter(taste.score(genre, rng) for _ in range(20_000))
+            chances = taste.chances(genre)
+            assert sum(chances) == pytest.approx(1)
+            assert [drawn[score] / 20_000 for score in range(1, 6)] == pytest.approx(chances, abs=0.015)
+
+
+def test_the_oracle_scores_what_it_expects(ratings: Simulation) -> None:
+    gold = targets(ratings)
+    for way, expected in ratings.expected.items():
+        predictions = dict(ratings.oracle[way])
+        # Three standard errors of a mean over 2,400 targets.
+        assert accuracy(predictions, gold) == pytest.approx(expected["accuracy"], abs=0.03)
+        assert mae(predictions, gold) == pytest.approx(expected["mae"], abs=0.03)
+
+
+def test_expected_scores_agree_with_redrawn_targets(ratings: Simulation) -> None:
+    rng = np.random.default_rng(1)
+    chances = np.array(list(ratings.chances.values()))
+    for way, expected in ratings.expected.items():
+        guesses = np.array([int(ratings.oracle[way][name]) for name in ratings.chances])
+        scores = 1 + (rng.random((200, len(chances), 1)) > chances.cumsum(axis=1)).sum(axis=2)
+        assert (scores == guesses).mean() == pytest.approx(expected["accuracy"], abs=0.004)
+        assert abs(scores - guesses).mean() == pytest.approx(expected["mae"], abs=0.004)
+
+
+def test_each_decision_is_the_best_of_its_metric(ratings: Simulation) -> None:
+    for name, chances in ratings.chances.items():
+        errors = [sum(c * abs(s - guess) for s, c in enumerate(chances, 1)) for guess in range(1, 6)]
+        assert chances[int(ratings.oracle["mode"][name]) - 1] == max(chances)
+        assert errors[int(ratings.oracle["median"][name]) - 1] == pytest.approx(min(errors))
+
+
+def test_nothing_that_knows_less_beats_the_oracle(ratings: Simulation) -> None:
+    gold = targets(ratings)
+    constants = [dict.fromkeys(gold, str(score)) for score in range(1, 6)]
+    assert accuracy(dict(ratings.oracle["mode"]), gold) > max(accuracy(guess, gold) for guess in constants) + 0.2
+    assert mae(dict(ratings.oracle["median"]), gold) < min(mae(guess, gold) for guess in constants) - 0.3
+
+
+def test_history_tells_of_the_user() -> None:
+    # The user's own mean is nearer than another user's: without that the set could show no personal gain.
+    samples = simulate(SimulatedConfig(users=200), "train").samples
+    means = {found.owner: np.mean([int(str(item.answer)) for item in found.history]) for found in samples}
+    owners = list(means)
+    stranger = dict(zip(owners, owners[1:] + owners[:1], strict=True))
+    own = np.mean([abs(means[found.owner] - int(str(found.target))) for found in samples])
+    other = np.mean([abs(means[stranger[found.owner]] - int(str(found.target))) for found in samples])
+    assert own < other - 0.2
+
+
+@pytest.mark.parametrize("task", ["rating", "style"])
+def test_users_are_disjoint_and_queries_are_not_in_their_history(task: Any) -> None:
+    config = SimulatedConfig(task=task, users=60, dev_users=30)
+    train, dev = simulate(config, "train").samples, simulate(config, "dev").samples
+    assert {found.user_id for found in train}.isdisjoint(found.user_id for found in dev)
+    asked: dict[str, list[str]] = {}
+    for found in train + dev:
+        texts = [item.fields[0][1] for item in found.history]
+        assert {found.query, found.target}.isdisjoint(texts)
+        assert len(set(texts)) == len(texts)
+        asked.setdefault(found.owner, []).append(found.query)
+    assert all(len(set(queries)) == len(queries) for queries in asked.values())
+
+
+@pytest.mark.parametrize("task", ["rating", "style"])
+def test_the_seed_decides_everything(task: Any) -> None:
+    config = SimulatedConfig(task=task, users=6, seed=3)
+    first, again = simulate(config, "train"), simulate(config, "train")
+    assert (first.samples, first.oracle, first.expected) == (again.samples, again.oracle, again.expected)
+    more = simulate(SimulatedConfig(task=task, users=9, seed=3), "train")
+    assert more.samples[: len(first.samples)] == first.samples
+    assert simulate(SimulatedConfig(task=task, users=6, seed=4), "train").samples != first.samples
+
+
+def test_some_users_come_cold_where_asked() -> None:
+    lengths = {found.owner: len(found.history) for found in simulate(MANY, "train").samples}
+    cold = sum(length <= 2 for length in lengths.values()) / len(lengths)
+    assert 0.02 < cold < 0.09
+    assert set(lengths.values()) == {0, 1, 2, 3, 4}
+    none = simulate(SimulatedConfig(users=20, min_items=0, max_items=0), "train")
+    assert {len(found.history) for found in none.samples} == {0}
+
+
+def test_style_targets_are_rewritings_and_the_oracle_is_not_perfect(styles: Simulation) -> None:
+    gold, predictions = targets(styles), dict(styles.oracle["mode"])
+    expected = styles.expected["mode"]
+    assert accuracy(predictions, gold) == pytest.approx(expected["exact"], abs=0.03)
+    assert 0.8 < expected["exact"] < 0.95
+    assert any(text.isupper() for text in gold.values())
+    assert any(text.islower() for text in gold.values())
+    copies = sum(str(found.target) == found.query.rstrip(".") for found in styles.samples)
+    assert copies < 0.1 * len(gold)
+
+
+def test_expected_rouge_agrees_with_a_count_of_words(styles: Simulation) -> None:
+    def words(text: str) -> Counter[str]:
+        return Counter(re.findall(r"[a-z0-9]+", text.lower()))
+
+    scores = []
+    for name, true in targets(styles).items():
+        a, b = words(styles.oracle["mode"][name]), words(true)
+        scores.append(2 * (a & b).total() / (a.total() + b.total()))
+    assert np.mean(scores) == pytest.approx(styles.expected["mode"]["rouge_1"], abs=0.005)
+
+
+@pytest.mark.parametrize("task", ["rating", "style"])
+def test_a_written_simulation_is_an_ordinary_folder(tmp_path: Path, task: Any) -> None:
+    config = SimulatedConfig(task=task, users=12, dev_users=5, min_items=0, max_items=6)
+    write_simulation(config, tmp_path)
+    for split in ("train", "dev"):
+        simulation = simulate(config, split)
+        reader = LampReader(tmp_path, split)
+        assert tuple(reader) == simulation.samples
+        assert reader.task == simulation.task
+        oracle = json.loads((tmp_path / f"{split}_oracle.json").read_text())
+        assert {gold["id"]: gold["output"] for gold in oracle["golds"]} == simulation.oracle["mode"]
+        assert json.loads((tmp_path / "oracle.json").read_text())[split] == simulation.expected
+    assert (tmp_path / "dev_oracle_median.json").exists() == (task == "rating")
+
+
+def test_another_task_is_not_written_over(tmp_path: Path) -> None:
+    write_simulation(SMALL, tmp_path)
+    with pytest.raises(RunConflict):
+        write_simulation(SimulatedConfig(task="style", users=2, dev_users=2), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        write_simulation(SMALL, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"task": "essay"}, {"users": 0}, {"queries_per_user": 0}, {"dev_users": 0}, {"dev_queries_per_user": 0},
+     {"min_items": -1}, {"min_items": 31}, {"max_items": 500}, {"cold_share": 1.5}, {"taste_sd": -1},
+     {"generosity_sd": float("nan")}, {"noise_sd": 0}, {"habit_chance": 0.4}, {"seed": -1}],
+)  # fmt: skip
+def test_settings_out_of_range(change: dict[str, Any]) -> None:
+    with pytest.raises(BadConfig, match=f"^{next(iter(change))} should be"):
+        SimulatedConfig(**change)
+
+
+def test_only_train_and_dev() -> None:
+    with pytest.raises(BadConfig, match="'test'"):
+        simulate(SMALL, "test")

@@ -1,0 +1,95 @@
+"""The benchmarks' own arithmetic, on toy parts; what they measure is in `benchmarks/LOG.md`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from personaplug.config import PAPER, Config
+from personaplug.config_parsing import load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.run import Models, Run, open_models
+from personaplug.training.objectives import PlugObjective
+from personaplug.training.recipes import build_plug
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "persona_tokens=3", "answers=label"]
+
+
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _speed_stage(folder: Path, *settings: str) -> tuple[Any, Run, Models, list[EncodedSample]]:
+    write_simulation(SimulatedConfig(users=4, queries_per_user=2, dev_users=2, min_items=3, max_items=3), folder)
+    config = load_config(overrides=[*TOY, *settings], base=Config(plug=PAPER))  # as the benchmarks have it
+    models = open_models(config)
+    run = Run(folder / "run", config, load_task(folder), folder / "vectors")
+    samples = run.read_samples(open_dataset(folder, "train", task=run.task), run.open_vectors(models.encoder))
+    return _module("speed"), run, models, samples
+
+
+def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed, run, models, samples = _speed_stage(tmp_path)
+    plug = build_plug(run, models, seed=0)
+    model = models.backend.model.config
+
+    def work(tokens: int, *, kept: bool, labels: tuple[str, ...] = ()) -> float:
+        monkeypatch.setattr(speed, "_mean_tokens", lambda *_: tokens)
+        return float(speed.work(models, plug, samples, kept=kept, labels=labels))
+
+    linear = sum(p.numel() for n, p in models.backend.model.named_parameters() if speed._linear(n, p))
+    width = model.num_hidden_layers * model.hidden_size
+    soft, target = 4, 2  # one instruction token and three of a persona; a digit and the end of text
+    live = soft + target - 1
+    # Behind a kept prompt, a longer one costs attention to it and nothing else; before the text, the whole model.
+    assert work(104, kept=True) - work(100, kept=True) == pytest.approx(2 * 4 * width * live * 4)
+    longer = 4 * linear * 4 + 3 * 4 * width * ((104 + live) ** 2 - (100 + live) ** 2) / 2
+    assert work(104, kept=False) - work(100, kept=False) == pytest.approx(longer)
+    # A label without its end: one position and one row of the output layer less.
+    head = 2 * model.vocab_size * model.hidden_size
+    shorter = 4 * linear + 2 * head + 2 * 4 * width * (100 + (live**2 - (live - 1) ** 2) / 2)
+    without_end = work(100, kept=True, labels=run.task.labels)
+    assert work(100, kept=True) - without_end == pytest.approx(shorter)
+    # The inner layer runs for every item, the outer one once for a user.
+    with_items = work(100, kept=True)
+    plug.config = replace(plug.config, max_history=1)
+    assert with_items - work(100, kept=True) == pytest.approx(6 * 2 * plug.projector.inner.weight.numel())
+
+
+def test_the_reference_like_step_has_the_loss_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed, run, models, samples = _speed_stage(tmp_path, "answers=text")
+    monkeypatch.setattr(speed, "PROMPT", 700)  # no prompt is cut
+    table = run.open_vectors(models.encoder)
+    found = []
+    for kind in (speed.ReferenceObjective, PlugObjective):
+        plug = build_plug(run, models, seed=0)
+        loss, tokens = kind(plug, models.backend, table=table, labels=run.task.labels).loss(samples)
+        loss.backward()
+        assert plug.projector.inner.weight.grad is not None
+        found.append((float(loss.detach()), int(tokens), plug.projector.inner.weight.grad))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-4)
+
+
+def test_the_memory_benchmark_has_short_and_long_prompts() -> None:
+    memory = _module("memory")
+    lengths = [len(sample.query.split()) for sample in memory.samples(50_000)]
+    assert min(lengths) < 40
+    assert 360 < max(lengths) <= memory.LONGEST_QUERY
+    assert max(lengths[:16]) > 250

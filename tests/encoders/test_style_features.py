@@ -1,0 +1,69 @@
+"""Form: habits of writing as numbers, and nothing of what is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from personaplug.encoders.style_features import FEATURES, form_of, forms_of
+
+
+def _value(text: str, name: str) -> float:
+    return float(form_of(text)[FEATURES.index(name)])
+
+
+@pytest.mark.parametrize(
+    ("name", "less", "more"),
+    [
+        ("words", "two words", "a headline of six words now"),
+        ("letters", "so it is", "comprehensive recommendations"),
+        ("capitals", "one of many", "ONE of many"),
+        ("capitalized", "the quiet town", "The Quiet Town"),
+        ("begins_small", "The town", "the town"),
+        ("ends_marked", "the town", "the town?"),
+        ("digits", "in two years", "in 2 years"),
+        ("links", "see this", "see https://example.org"),
+        ("symbols", "so happy", "so happy 🎉"),
+        ("stops", "no", "no..."),
+        ("commas", "red green", "red, green"),
+        ("colons", "News today", "News: today"),
+        ("exclamations", "yes", "yes!"),
+        ("questions", "why", "why?"),
+        ("quotes", "a word", "a “word”"),
+        ("apostrophes", "its", "it\u2019s"),
+        ("dashes", "well known", "well-known"),
+        ("brackets", "a word", "a (word)"),
+        ("hashtags", "monday", "#monday"),
+        ("mentions", "you", "@you"),
+    ],
+)
+def test_each_value_rises_with_what_it_is_named_after(name: str, less: str, more: str) -> None:
+    assert _value(more, name) > _value(less, name)
+
+
+def test_every_value_has_a_case_above() -> None:
+    marks = test_each_value_rises_with_what_it_is_named_after.pytestmark  # type: ignore[attr-defined]
+    assert {case[0] for case in marks[0].args[1]} == set(FEATURES)
+
+
+def test_what_is_said_does_not_matter() -> None:
+    assert np.array_equal(form_of("Cats chase Birds"), form_of("Dogs found Stone"))
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t", "!", "?!?!?!" * 1000, "𝕬 ", "\x00", "ａ" * 5000, "नमस्ते दुनिया"])
+def test_any_text_has_a_form_of_bounded_size(text: str) -> None:
+    form = form_of(text)
+    assert form.shape == (len(FEATURES),)
+    assert form.dtype == np.float16
+    assert np.isfinite(form).all()
+    assert np.abs(form).max() <= 4
+
+
+def test_texts_without_words_have_none() -> None:
+    assert not form_of(" \n").any()
+
+
+def test_forms_are_those_of_the_texts_in_order() -> None:
+    texts = ["One", "two words", "and THREE words!"]
+    assert np.array_equal(forms_of(texts), np.stack([form_of(text) for text in texts]))
+    assert forms_of([]).shape == (0, len(FEATURES))

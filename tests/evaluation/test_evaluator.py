@@ -1,0 +1,703 @@
+"""Evaluation end to end on toy parts: rows, rates, pairs, files, and what is not done twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from personaplug.config import PAPER, Config
+from personaplug.config_parsing import load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.task import Reader
+from personaplug.data.task_registry import LAMP_TASKS
+from personaplug.errors import BadConfig, MissingData
+from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings_of
+from personaplug.evaluation.model_inputs import Showing
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.methods import CONDITIONS, COUNTED, DEFAULT, needed, parse_conditions
+from personaplug.plug.personalizer import Personalizer
+from personaplug.run import Models, Run, open_models
+from personaplug.training.recipes import train
+
+TINY = [
+    "llm=toy",
+    "encoder=hash:32",
+    "batch_size=4",
+    "epochs=1",
+    "learning_rate=0.01",
+    "dtype=float32",
+    "resamples=200",
+    "evaluation_batch_size=4",
+    "num_beams=1",
+    "max_new_tokens=3",
+]
+
+
+class Stage:
+    """A trained run and what is needed to evaluate it."""
+
+    def __init__(self, place: Path, *, kind: Any, settings: tuple[str, ...] = (), base: Config | None = None) -> None:
+        self.data = place / "data"
+        write_simulation(
+            SimulatedConfig(
+                task=kind,
+                users=8,
+                queries_per_user=2,
+                dev_users=5,
+                dev_queries_per_user=2,
+                min_items=0,
+                max_items=6,
+                cold_share=0.3,
+            ),
+            self.data,
+        )
+        self.config = load_config(overrides=[*TINY, "seeds=0,1", *settings], base=base)
+        self.run = Run.create(place / "run", config=self.config, task=load_task(self.data))
+        self.models: Models = open_models(self.config)
+        train(self.run, open_dataset(self.data, "train", task=self.run.task), models=self.models)
+
+    def evaluate(self, names: str = ",".join(DEFAULT), *, settings: tuple[str, ...] = (), oracle: bool = False) -> Any:
+        config = load_config(overrides=settings, base=self.config).evaluation
+        return evaluate(
+            self.run,
+            open_dataset(self.data, "dev", task=self.run.task),
+            split="dev",
+            config=config,
+            conditions=parse_conditions(names),
+            models=self.models,
+            oracle=self.data / "dev_oracle.json" if oracle else None,
+        )
+
+
+@pytest.fixture(scope="module")
+def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("rating"), kind="rating")
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    """With the paper's plug, in front of the text; `rating` has the default one, behind it."""
+    return Stage(tmp_path_factory.mktemp("style"), kind="style", base=Config(plug=PAPER))
+
+
+def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
+    results = rating.evaluate(oracle=True)
+    assert {"task", "split", "model", "encoder", "placement", "seeds", "versions", "rows", "pairs"} <= results.keys()
+    assert [row["condition"] for row in results["rows"]] == [*DEFAULT, ORACLE]
+    for row in results["rows"][:-1]:
+        assert {
+            "condition",
+            "n",
+            "metrics",
+            "intervals",
+            "invalid_rate",
+            "truncated_rate",
+            "lost_history_rate",
+            "prompt_tokens_mean",
+            "seconds",
+            "peak_memory_bytes",
+        } <= row.keys()
+        assert row["n"] == 10
+        for name, (low, high) in row["intervals"].items():
+            assert low <= row["metrics"][name] <= high
+    assert {(pair["a"], pair["b"]) for pair in results["pairs"]} >= {("plug", "wrong-user"), ("plug", "plain")}
+    assert {"a", "b", "metric", "difference", "low", "high", "p", "p_holm"} == results["pairs"][0].keys()
+    assert all(len(pair["mcnemar_p"]) in (1, 2) for pair in results["pairs"] if pair["metric"] == "accuracy")
+    json.dumps(results)
+
+
+def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("placement=suffix", "seeds=0", "query_encoder=head"))
+    read: list[tuple[int, ...]] = []
+    real = DecoderOnlyBackend._read
+
+    def noted(backend: DecoderOnlyBackend, rows: list[tuple[int, ...]]) -> Any:
+        read.extend(rows)
+        return real(backend, rows)
+
+    monkeypatch.setattr(DecoderOnlyBackend, "_read", noted)
+    results = stage.evaluate(",".join([*DEFAULT, "mean-persona", "random-vectors"]))
+    assert results["placement"] == "suffix"
+    assert len(read) == len(set(read)) == 10
+    assert {row["condition"] for row in results["rows"]} >= {"plug", "wrong-user", "mean-persona"}
+
+
+def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("seeds=0", "max_steps=3"))
+    train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
+    results = stage.evaluate("instruction+labels,instruction+labels@wrong-user")
+    assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"]] == [8, 8]  # as the plug has
+    table = stage.run.open_vectors(stage.models.encoder)
+    samples = stage.run.read_samples(open_dataset(stage.data, "dev", task=stage.run.task), table)
+    plug = stage.run.load_plug(COUNTED.name, seed=0, models=stage.models)
+    with torch.no_grad():
+        soft = Personalizer(plug, table=table).soft_prompt(samples)
+    assert soft.label_bias is not None
+    assert (soft.vectors == soft.vectors[:1]).all()
+    known = torch.tensor([bool((sample.answers >= 0).any()) for sample in samples])
+    assert torch.equal(soft.label_bias.abs().sum(dim=1) > 0, known)
+    folder = stage.run.folder / "evaluations" / "dev"
+    scored = np.array(json.loads((folder / "instruction+labels.seed-0.answers.json").read_text())["probabilities"])
+    bare = replace(soft, label_bias=None)
+    prompts, labels = [sample.prompt for sample in samples], stage.run.task.labels
+    expected = stage.models.backend.score(prompts, labels, soft=bare).double() + soft.label_bias
+    np.testing.assert_allclose(scored, torch.softmax(expected, dim=1).numpy(), atol=1e-4)
+
+
+def test_labels_that_are_written_are_not_counted(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("answer_end=always", "seeds=0", "max_steps=1", "controls=false"))
+    with pytest.raises(BadConfig, match="answer_end=auto"):
+        train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
+
+
+def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) -> None:
+    results = rating.evaluate(oracle=True)
+    metrics = {row["condition"]: row["metrics"] for row in results["rows"]}
+    for pair in results["pairs"]:
+        gap = metrics[pair["a"]][pair["metric"]] - metrics[pair["b"]][pair["metric"]]
+        sign = 1 if pair["metric"] == "accuracy" else -1
+        assert pair["difference"] == pytest.approx(sign * gap, abs=1e-9)
+
+
+def _loss(label: str, line: list[float], *, power: int) -> float:
+    """Expected loss of answering a label of 1 to 5 under their probabilities."""
+    return sum(share * abs(float(label) - star) ** power for star, share in enumerate(line, start=1))
+
+
+def test_ratings_are_scored_by_the_decisions_that_suit_their_errors_too(rating: Stage) -> None:
+    results = rating.evaluate(oracle=True)
+    columns = ["mae", "rmse", "accuracy", "mae@median", "rmse@mean"]  # and "nll", for who has probabilities
+    golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
+    folder = rating.run.folder / "evaluations" / "dev"
+    changed = 0
+    for row in results["rows"]:
+        for key in ("metrics", "intervals", "per_user"):
+            assert list(row[key]) == columns + ["nll"] * (row["condition"] != ORACLE)
+        if row["condition"] == ORACLE:  # it has no probabilities: its answers stand
+            assert row["metrics"]["mae@median"] == row["metrics"]["mae"]
+            assert row["metrics"]["rmse@mean"] == row["metrics"]["rmse"]
+            continue
+        absolute, squared = [], []
+        for seed in row["seeds"]:
+            told = json.loads((folder / f"{row['condition']}.seed-{seed}.answers.json").read_text())
+            for line, text, gold in zip(told["probabilities"], told["texts"], golds, strict=True):
+                median, mean = (
+                    min(rating.run.task.labels, key=lambda label: _loss(label, line, power=power)) for power in (1, 2)
+                )
+                absolute.append(abs(float(median) - float(gold)))
+                squared.append((float(mean) - float(gold)) ** 2)
+                changed += (median != text) + (mean != text)
+        assert row["metrics"]["mae@median"] == pytest.approx(np.mean(absolute))
+        assert row["metrics"]["rmse@mean"] == pytest.approx(np.sqrt(np.mean(squared)))
+    assert changed > 10  # or nothing above was put to the test
+    gains = {pair["metric"] for pair in results["pairs"] if (pair["a"], pair["b"]) == ("plug", "wrong-user")}
+    assert gains == {*columns, "nll"}
+    scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
+    assert {"mae@median", "rmse@mean"} <= scores[0].keys()
+
+
+def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(rating: Stage, style: Stage) -> None:
+    written = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
+    assert list(written["metrics"]) == ["mae", "rmse", "accuracy", "nll"]
+    assert not any("@" in name for name in style.evaluate("plain")["rows"][0]["metrics"])
+    # asked for by the task, such a column scores what was written
+    task = replace(rating.run.task, metrics=("mae", "mae@median", "accuracy@mean"))
+    config = load_config(overrides=["decoding=generate"], base=rating.config).evaluation
+    asked = evaluate(
+        replace(rating.run, task=task),
+        open_dataset(rating.data, "dev", task=task),
+        split="dev",
+        config=config,
+        conditions=[CONDITIONS["plain"]],
+        models=rating.models,
+    )["rows"][0]["metrics"]
+    assert list(asked) == [*task.metrics, "nll"]
+    assert asked["mae@median"] == asked["mae"]
+    assert [metric.name for metric in settings_of(task, rating.config.evaluation).metrics] == [
+        *task.metrics,
+        "rmse@mean",
+        "nll",
+    ]
+
+
+def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Stage, style: Stage) -> None:
+    """Of a closed set among its labels, of texts token by token; no other decision is hidden in it."""
+    golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
+    rows = {row["condition"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
+    assert "nll" not in rows[ORACLE]["metrics"]
+    told = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.answers.json").read_text())
+    places = [rating.run.task.labels.index(gold) for gold in golds]
+    shares = [line[place] for line, place in zip(told["probabilities"], places, strict=True)]
+    assert rows["plain"]["metrics"]["nll"] == pytest.approx(-np.mean(np.log(shares)), rel=1e-4)
+    assert rows["plain"]["metrics"]["nll"] != rows["plug"]["metrics"]["nll"]
+
+    results = style.evaluate("plain,wrong-user,plug", oracle=True)
+    rows = {row["condition"]: row for row in results["rows"]}
+    assert "nll" not in rows[ORACLE]["metrics"]
+    samples = list(open_dataset(style.data, "dev", task=style.run.task))
+    losses, tokens = style.models.backend.loss(
+        [sample.prompt for sample in samples], [sample.target or "" for sample in samples], soft=None
+    )
+    assert rows["plain"]["metrics"]["nll"] == pytest.approx(float(losses.sum() / tokens.sum()), rel=1e-4)
+    gain = next(p for p in results["pairs"] if (p["a"], p["b"], p["metric"]) == ("plug", "wrong-user", "nll"))
+    advantage = rows["wrong-user"]["metrics"]["nll"] - rows["plug"]["metrics"]["nll"]
+    assert gain["difference"] == pytest.approx(advantage, abs=1e-9)
+    assert advantage != 0
+
+
+def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] = ()) -> Any:
+    """The rows once more, in a folder that has nothing but the trained plug."""
+    moved = replace(stage.run, folder=folder)
+    if not (folder / "plug").exists():
+        (folder / "plug").symlink_to(stage.run.folder / "plug")
+    return evaluate(
+        moved,
+        open_dataset(stage.data, "dev", task=moved.task),
+        split="dev",
+        config=load_config(overrides=settings, base=stage.config).evaluation,
+        conditions=parse_conditions(names),
+        models=stage.models,
+    )
+
+
+def test_answers_kept_before_probabilities_were_are_not_made_again(
+    rating: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _moved(rating, tmp_path, "plain,plug")
+    path = tmp_path / "evaluations" / "dev" / "plug.seed-1.answers.json"
+    told, new = json.loads(path.read_text()), ("probabilities", "surprises", "partial")
+    path.write_text(json.dumps({key: v for key, v in told.items() if key not in new}))
+    monkeypatch.setattr(rating.models.backend, "score", None)  # who asks it again fails
+    second = _moved(rating, tmp_path, "plain,plug")
+    for row, before in zip(second["rows"], first["rows"], strict=True):
+        known = ("mae", "rmse", "accuracy", *(["nll"] if row["condition"] == "plain" else []))
+        assert row["metrics"] == {name: before["metrics"][name] for name in known}
+    assert any(note.startswith("mae@median, rmse@mean: left out") for note in second["notes"])
+    assert "nll: not known of plug." in second["notes"]
+    assert {pair["metric"] for pair in second["pairs"]} == {"mae", "rmse", "accuracy"}
+    scores = json.loads(path.with_name("plug.seed-1.scores.json").read_text())
+    assert "mae" in scores[0]
+    assert "mae@median" not in scores[0]
+
+
+def test_rows_that_share_a_model_count_their_soft_tokens(rating: Stage) -> None:
+    tokens = {row["condition"]: row["prompt_tokens_mean"] for row in rating.evaluate()["rows"]}
+    assert tokens["plug"] == tokens["instruction-only"] == tokens["plain"] + 8
+
+
+def test_the_seeds_are_averaged_and_their_spread_is_told(rating: Stage) -> None:
+    row = next(r for r in rating.evaluate()["rows"] if r["condition"] == "plug")
+    alone = [one["accuracy"] for one in row["per_seed"]]
+    assert row["metrics"]["accuracy"] == pytest.approx(np.mean(alone))
+    assert row["seed_spread"]["accuracy"] == pytest.approx(np.std(alone, ddof=1))
+
+
+def test_predictions_are_written_in_lamps_format_with_scores_per_sample(rating: Stage) -> None:
+    rating.evaluate()
+    folder = rating.run.folder / "evaluations" / "dev"
+    told = json.loads((folder / "plug.seed-1.json").read_text())
+    questions = json.loads((rating.data / "dev_questions.json").read_text())
+    assert told["task"] == rating.run.task.name
+    assert [gold["id"] for gold in told["golds"]] == [question["id"] for question in questions]
+    assert {gold["output"] for gold in told["golds"]} <= set(rating.run.task.labels)
+    scores = json.loads((folder / "plug.seed-1.scores.json").read_text())
+    assert [line["id"] for line in scores] == [question["id"] for question in questions]
+    assert {"user_id", "accuracy", "mae", "history_items"} <= scores[0].keys()
+
+
+def test_answers_are_not_made_twice_unless_something_changed(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    rating.evaluate()
+    calls: list[int] = []
+    plain = rating.models.backend.score
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(rating.models.backend, "score", counted)
+    rating.evaluate()
+    assert not calls
+    rating.evaluate("wrong-user", settings=("draw_seed=7",))
+    assert calls
+
+
+def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None:
+    names = "plain,plug"
+    first = rating.evaluate(names)
+    alone = _moved(rating, tmp_path, names, settings=("evaluation_batch_size=1",))
+    for row, other in zip(first["rows"], alone["rows"], strict=True):
+        assert row["metrics"] == pytest.approx(other["metrics"], abs=1e-5)
+
+
+def test_shuffling_changes_nothing_for_a_plug_without_order(rating: Stage) -> None:
+    rows = {row["condition"]: row["metrics"] for row in rating.evaluate()["rows"]}
+    assert rows["shuffled"] == pytest.approx(rows["plug"], abs=1e-5)
+
+
+def test_labels_may_be_generated_too_and_the_row_says_so(rating: Stage) -> None:
+    row = rating.evaluate("plain", settings=("decoding=generate",))["rows"][0]
+    assert row["decoding"] == "generated"
+    assert row["invalid_rate"] > 0.5  # an untrained toy does not write digits
+    assert rating.evaluate("plain")["rows"][0]["decoding"] == "scored"
+
+
+def test_text_tasks_are_generated(style: Stage) -> None:
+    results = style.evaluate("plain,wrong-user,plug", oracle=True)
+    rows = {row["condition"]: row for row in results["rows"]}
+    assert rows["plug"]["decoding"] == "generated"
+    assert rows[ORACLE]["metrics"]["rouge_1"] > 0.6 > rows["plug"]["metrics"]["rouge_1"]
+    assert rows["plug"]["unfinished_rate"] > 0
+    with pytest.raises(BadConfig, match="decoding=generate"):
+        style.evaluate("plain", settings=("decoding=score",))
+
+
+def test_a_limit_draws_the_same_samples_for_every_row(rating: Stage) -> None:
+    results = rating.evaluate("plain,plug", settings=("limit=4",))
+    assert [row["n"] for row in results["rows"]] == [4, 4]
+
+
+def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
+    (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
+    with pytest.raises(MissingData, match="10 of 10 samples have no answer"):
+        evaluate(
+            rating.run,
+            open_dataset(tmp_path, "test", task=rating.run.task),
+            split="test",
+            config=rating.config.evaluation,
+            conditions=[CONDITIONS["plain"]],
+            models=rating.models,
+        )
+
+
+def test_a_plug_that_is_not_trained_is_named(rating: Stage, tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match="--conditions instruction-only"):
+        evaluate(
+            replace(rating.run, folder=tmp_path),
+            open_dataset(rating.data, "dev", task=rating.run.task),
+            split="dev",
+            config=rating.config.evaluation,
+            conditions=[CONDITIONS["instruction-only"]],
+            models=rating.models,
+        )
+
+
+def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> None:
+    questions = json.loads((rating.data / "dev_questions.json").read_text())
+    for question in questions:
+        del question["user_id"]
+    (tmp_path / "dev_questions.json").write_text(json.dumps(questions))
+    (tmp_path / "dev_outputs.json").write_text((rating.data / "dev_outputs.json").read_text())
+    results = evaluate(
+        rating.run,
+        open_dataset(tmp_path, "dev", task=rating.run.task),
+        split="dev",
+        config=rating.config.evaluation,
+        conditions=[CONDITIONS["plain"]],
+        models=rating.models,
+    )
+    assert any("names no users" in note for note in results["notes"])
+    assert results["users"] == 10
+
+
+def _check_personas(run: Run, models: Models, reader: Reader) -> None:
+    """One user alone and samples from the table get the same persona."""
+    table = run.open_vectors(models.encoder)
+    plug = run.load_plug("plug", seed=0, models=models)
+    together = Personalizer(plug, table=table).soft_prompt(run.read_samples(reader, table)).vectors
+    for index, sample in enumerate(reader):
+        alone = (
+            Personalizer(plug)
+            .persona(sample.query, sample.history, encoder=models.encoder, options=sample.options)
+            .vectors
+        )
+        np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
+        assert math.isfinite(float(alone.abs().sum()))
+
+
+def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: Stage) -> None:
+    _check_personas(rating.run, rating.models, open_dataset(rating.data, "dev", task=rating.run.task))
+
+
+def test_what_a_task_does_not_have_is_refused_before_anything_is_made(rating: Stage, tmp_path: Path) -> None:
+    for task, word, reason in (
+        (rating.run.task, "options=compare", "declares none"),
+        (LAMP_TASKS["LaMP_1"], "answers=label", "hold none"),
+        (LAMP_TASKS["LaMP_1"], "label_prior=own", "has no such items"),
+    ):
+        with pytest.raises(BadConfig, match=reason):
+            Run.create(tmp_path / "run", config=load_config(overrides=[*TINY, word]), task=task)
+        assert not (tmp_path / "run").exists()
+
+
+def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Path) -> None:
+    asked = (
+        'For an author who has written the paper with the title "{}", which reference is related? '
+        'Just answer with [1] or [2] without explanation. [1]: "{}" [2]: "{}"'
+    )
+    words = ["cats purr", "dogs bark", "birds sing", "fish swim"]
+    for split in ("train", "dev"):
+        questions, golds = [], []
+        for place in range(8):
+            title, other = words[place % 4], words[(place + 1) % 4]
+            pair = (title, other) if place % 2 else (other, title)
+            items = [{"id": str(k), "title": words[(place + k) % 4], "abstract": ""} for k in range(place % 3)]
+            prompt = asked.format(title, *pair)
+            questions.append({"id": str(place), "user_id": f"u{place}", "input": prompt, "profile": items})
+            golds.append({"id": str(place), "output": f"[{pair.index(title) + 1}]"})
+        (tmp_path / f"{split}_questions.json").write_text(json.dumps(questions))
+        (tmp_path / f"{split}_outputs.json").write_text(json.dumps({"task": "Pairs", "golds": golds}))
+    (tmp_path / "task.json").write_text(json.dumps({"name": "Pairs", "like": "LaMP_1"}))
+    config = load_config(
+        overrides=[*TINY, "options=auto", "answers=auto", "placement=suffix", "controls=false", "max_steps=2"]
+    )
+    run, models = Run.create(tmp_path / "run", config=config, task=load_task(tmp_path)), open_models(config)
+    reader = open_dataset(tmp_path, "dev", task=run.task)
+    first = next(iter(reader)).options
+    assert first is not None
+    assert first.texts == ("dogs bark", "cats purr")
+    assert first.question.startswith('For an author who has written the paper with the title "cats purr"')
+    train(run, open_dataset(tmp_path, "train", task=run.task), models=models)
+    assert (run.config.plug.options, run.config.plug.answers) == ("compare", "text")
+    _check_personas(run, models, reader)
+    rows = parse_conditions("plug,wrong-user,bm25:1")
+    results = evaluate(run, reader, split="dev", conditions=rows, config=config.evaluation, models=models)
+    assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"][:2]] == [9, 9]
+
+
+def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp_path: Path) -> None:
+    before = rating.evaluate("plug")["rows"][0]["metrics"]
+    questions = json.loads((rating.data / "dev_questions.json").read_text())
+    for question in questions:
+        for item in question["profile"]:
+            item["text"], item["score"] = f"Something else, {item['text']}", "1"
+    for name in ("task.json", "dev_outputs.json"):
+        (tmp_path / name).write_text((rating.data / name).read_text())
+    (tmp_path / "dev_questions.json").write_text(json.dumps(questions))
+    folder = rating.run.folder / "evaluations" / "dev"
+    first = json.loads((folder / "plug.seed-0.answers.json").read_text())["key"]
+    evaluate(
+        rating.run,
+        open_dataset(tmp_path, "dev", task=rating.run.task),
+        split="dev",
+        config=rating.config.evaluation,
+        conditions=[CONDITIONS["plug"]],
+        models=rating.models,
+    )
+    assert json.loads((folder / "plug.seed-0.answers.json").read_text())["key"] != first
+    assert rating.evaluate("plug")["rows"][0]["metrics"] == before
+
+
+@pytest.mark.parametrize(("kind", "soft"), [("rating", 8), ("style", 2)])
+def test_a_strength_of_0_is_the_plain_model(kind: str, soft: int, request: pytest.FixtureRequest) -> None:
+    stage: Stage = request.getfixturevalue(kind)
+    folder = stage.run.folder / "evaluations" / "dev"
+
+    def told(row: str, strength: str) -> list[dict[str, str]]:
+        results = stage.evaluate(row, settings=(f"strength={strength}",))
+        tokens.append(results["rows"][0]["prompt_tokens_mean"])
+        return json.loads((folder / f"{row}.seed-0.json").read_text())["golds"]  # type: ignore[no-any-return]
+
+    tokens: list[float] = []
+    assert told("plug", "0") == told("plain", "1")
+    assert tokens[0] == tokens[1]
+    told("plug", "1")
+    assert tokens[2] == tokens[1] + soft
+
+
+def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
+    settings = ("answers=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
+    for kind, channel in (("rating", "label"), ("style", "form")):
+        stage = Stage(tmp_path / kind, kind=kind, settings=settings)
+        assert stage.run.config.plug.answers == Run.open(stage.run.folder).config.plug.answers == channel
+        stage.run.check_unchanged(stage.config)  # which still says auto
+        assert stage.evaluate("plug,wrong-user,random-vectors")["rows"][0]["n"] == 10
+        _check_personas(stage.run, stage.models, open_dataset(stage.data, "dev", task=stage.run.task))
+
+
+def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
+    settings = ("answers=label", "persona_tokens=3", "query_encoder=head", "placement=suffix", "seeds=0", "max_steps=2")
+    stage = Stage(tmp_path, kind="rating", settings=settings)
+    rows = "plug,paper-plug,paper-plug@wrong-user"
+    reader = open_dataset(stage.data, "train", task=stage.run.task)
+    train(stage.run, reader, models=stage.models, wanted=needed(parse_conditions(rows)))
+    plug = stage.run.load_plug("paper-plug", seed=0, models=stage.models)
+    assert plug.config == replace(PAPER, placement="suffix")
+    results = stage.evaluate(rows)
+    tokens = {row["condition"]: row["prompt_tokens_mean"] for row in results["rows"]}
+    assert tokens["plug"] - tokens["paper-plug"] == 7 - 2
+    assert ("paper-plug", "paper-plug@wrong-user") in {(pair["a"], pair["b"]) for pair in results["pairs"]}
+    # It reads items with their answers, the run's own plug without: each sees vectors of its own.
+    config = stage.config.evaluation
+    showing = Showing(stage.run, open_dataset(stage.data, "dev", task=stage.run.task), models=stage.models,
+                      table=stage.run.open_vectors(stage.models.encoder), config=config)  # fmt: skip
+    ours, papers = (showing.show(CONDITIONS[name], seed=0).samples for name in ("plug", "paper-plug"))
+    assert [len(sample.rows) for sample in ours] == [len(sample.rows) for sample in papers]
+    assert not {row for sample in ours for row in sample.rows} & {row for sample in papers for row in sample.rows}
+
+
+def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) -> None:
+    (tmp_path / "oracle.json").write_text(json.dumps({"task": "x", "golds": []}))
+    with pytest.raises(MissingData, match="knows nothing of 10 of 10"):
+        evaluate(
+            rating.run,
+            open_dataset(rating.data, "dev", task=rating.run.task),
+            split="dev",
+            config=rating.config.evaluation,
+            conditions=[CONDITIONS["plain"]],
+            models=rating.models,
+            oracle=tmp_path / "oracle.json",
+        )
+
+
+def test_the_answers_of_a_killed_evaluation_still_become_predictions(rating: Stage) -> None:
+    rating.evaluate("plug")
+    path = rating.run.folder / "evaluations" / "dev" / "plug.seed-0.json"
+    path.unlink()
+    rating.evaluate("plug")
+    assert path.exists()
+
+
+def test_a_split_with_hidden_answers_is_answered_all_the_same(rating: Stage, tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
+    (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
+    paths = predict(
+        rating.run,
+        open_dataset(tmp_path, "test", task=rating.run.task),
+        split="test",
+        conditions=parse_conditions("plain,plug"),
+        config=rating.config.evaluation,
+        models=rating.models,
+    )
+    assert [path.name for path in paths] == ["plain.seed-0.json", "plug.seed-0.json", "plug.seed-1.json"]
+    told = json.loads(paths[1].read_text())
+    questions = json.loads((rating.data / "dev_questions.json").read_text())
+    assert [gold["id"] for gold in told["golds"]] == [question["id"] for question in questions]
+    assert {gold["output"] for gold in told["golds"]} <= set(rating.run.task.labels)
+
+
+def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
+    assert not any("training split too" in note for note in rating.evaluate("plain")["notes"])
+    for name in ("questions", "outputs"):
+        (tmp_path / f"dev_{name}.json").write_text((rating.data / f"train_{name}.json").read_text())
+    results = evaluate(
+        rating.run,
+        open_dataset(tmp_path, "dev", task=rating.run.task),
+        split="dev",
+        config=rating.config.evaluation,
+        conditions=[CONDITIONS["plain"]],
+        models=rating.models,
+    )
+    assert any(note.startswith("8 of the 8 users have samples in the training split too") for note in results["notes"])
+    assert "user" not in (rating.run.folder / "data.json").read_text().replace('"users"', "")
+
+
+def test_the_nearest_items_are_those_nearest_to_what_is_asked_whoever_owns_them(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("selected_items=2", "controls=false", "seeds=0", "max_steps=1"))
+    reader = open_dataset(stage.data, "dev", task=stage.run.task)
+    table = stage.run.open_vectors(stage.models.encoder)
+    showing = Showing(stage.run, reader, models=stage.models, table=table, config=stage.config.evaluation)
+    for name in ("plug", "wrong-user"):
+        shown = showing.show(CONDITIONS[name], seed=0)
+        for sample, lender in zip(shown.samples, shown.lenders, strict=True):
+            assert lender is not None
+            rows = showing.samples[lender].rows
+            query = stage.models.encoder.query_encoder().encode([sample.query])[0]
+            likeness = table.gather(rows).astype(np.float32) @ query
+            assert len(sample.rows) == min(2, len(rows))
+            kept = {int(row) for row in sample.rows}
+            left = [like for row, like in zip(rows, likeness, strict=True) if int(row) not in kept]
+            assert all(
+                max(left, default=-2) <= like for row, like in zip(rows, likeness, strict=True) if int(row) in kept
+            )
+    plug = stage.run.load_plug("plug", seed=0, models=stage.models)
+    together = Personalizer(plug, table=table).soft_prompt(showing.show(CONDITIONS["plug"], seed=0).samples).vectors
+    for index, text in enumerate(reader):
+        alone = Personalizer(plug).persona(text.query, text.history, encoder=stage.models.encoder).vectors
+        np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
+
+
+def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("answers=label", "controls=false", "seeds=0", "max_steps=1"))
+    reader = open_dataset(stage.data, "dev", task=stage.run.task)
+    table = stage.run.open_vectors(stage.models.encoder)
+    showing = Showing(stage.run, reader, models=stage.models, table=table, config=stage.config.evaluation)
+    shown = showing.show(CONDITIONS["random-vectors"], seed=0)
+    assert all((sample.answers == -1).all() for sample in shown.samples)
+    assert any((sample.answers >= 0).any() for sample in showing.show(CONDITIONS["plug"], seed=0).samples)
+
+
+def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
+    style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def too_long(*_: Any, **__: Any) -> Any:
+        raise IndexError("index out of range in self")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(style.models.backend, "loss", too_long)
+        first = _moved(style, tmp_path, "plain,plug")
+    assert list(first["rows"][0]["metrics"]) == ["rouge_1", "rouge_l"]
+    assert "no likelihood of the right answers (IndexError)" in caplog.text
+    # The answers are kept; only what was missing is asked for.
+    monkeypatch.setattr(style.models.backend, "generate", None)
+    second = _moved(style, tmp_path, "plain,plug")
+    for row, before in zip(second["rows"], first["rows"], strict=True):
+        assert row["metrics"] == before["metrics"] | {"nll": row["metrics"]["nll"]}
+    monkeypatch.setattr(style.models.backend, "loss", None)
+    third = _moved(style, tmp_path, "plain,plug")
+    assert [row["metrics"] for row in third["rows"]] == [row["metrics"] for row in second["rows"]]
+
+
+def test_predictions_look_at_no_right_answer(style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = replace(style.run, folder=tmp_path)
+    (tmp_path / "plug").symlink_to(style.run.folder / "plug")
+    monkeypatch.setattr(style.models.backend, "loss", None)
+    reader = open_dataset(style.data, "dev", task=moved.task)
+    config = style.config.evaluation
+    files = predict(moved, reader, split="dev", config=config, conditions=parse_conditions("plug"), models=style.models)
+    assert all(path.exists() for path in files)
+
+
+def test_users_count_alike_in_likelihood_too(style: Stage) -> None:
+    row = style.evaluate("plain")["rows"][0]
+    assert np.isfinite(row["per_user"]["nll"])
+
+
+def test_phrases_of_the_history_that_a_row_sees_are_mixed_in(style: Stage) -> None:
+    names = "plug,plug+phrases,plug+phrases@wrong-user,instruction-only,instruction+phrases"
+    rows = {row["condition"]: row for row in style.evaluate(names)["rows"]}
+    likely = {name: row["metrics"]["nll"] for name, row in rows.items()}
+    assert likely["plug+phrases"] < likely["plug+phrases@wrong-user"]
+    assert likely["plug+phrases"] < likely["plug"]
+    assert likely["instruction+phrases"] < likely["instruction-only"]
+    assert rows["instruction+phrases"]["costs"]["bytes_per_user"] > 0
+    assert rows["plug+phrases"]["prompt_tokens_mean"] == rows["plug"]["prompt_tokens_mean"]
+
+
+def test_phrases_are_for_written_answers(rating: Stage) -> None:
+    with pytest.raises(BadConfig, match="closed set of labels"):
+        rating.evaluate("plug+phrases")
+
+
+def test_a_history_that_is_too_short_to_be_used_counts_as_lost(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, kind="rating", settings=("controls=false", "seeds=0", "max_steps=1"))
+    reader = open_dataset(stage.data, "dev", task=stage.run.task)
+    lengths = [len(sample.history) for sample in reader if sample.history]
+    few = int(np.median(lengths))
+    plug = stage.run.load_plug("plug", seed=0, models=stage.models)
+    plug.start_cold(torch.zeros_like(plug.common().vectors[0]), items=few)
+    assert stage.evaluate("plug")["rows"][0]["lost_history_rate"] == 0
+    plug.save_pretrained(stage.run.plug_folder("plug", seed=0))
+    lost = stage.evaluate("plug")["rows"][0]["lost_history_rate"]
+    assert lost == pytest.approx(np.mean([length <= few for length in lengths]))
+    assert 0 < lost < 1

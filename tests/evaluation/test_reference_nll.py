@@ -1,0 +1,65 @@
+"""How likely right answers were: in one pass or many, in the samples' order, behind whatever soft tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import personaplug.evaluation.predictions
+from personaplug.encoders.encoded_sample import EncodedSample, no_forms
+from personaplug.evaluation.predictions import surprises
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.soft_prompt import SoftPrompt
+
+NOTHING = np.empty(0, dtype=np.int64)
+PAIRS = [
+    ("short", "a"),
+    ("the longest of these prompts", "b c d e f"),
+    ("in between", "a much longer answer"),
+    ("x", "y"),
+]
+SAMPLES = [EncodedSample(p, p, None, p, p, a, NOTHING, NOTHING.astype(np.int16), no_forms()) for p, a in PAIRS]
+
+
+class Given:
+    """Soft tokens by prompt."""
+
+    def __init__(self, width: int, placement: str) -> None:
+        self.width, self.placement = width, placement
+
+    def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
+        drawn = [torch.randn(3, self.width, generator=torch.Generator().manual_seed(len(s.prompt))) for s in samples]
+        return SoftPrompt(torch.stack(drawn), placement=self.placement)
+
+
+@pytest.mark.parametrize("most", [1, 8, 1024])
+@pytest.mark.parametrize("placement", ["none", "prefix", "suffix"])
+def test_each_is_what_it_is_alone(
+    toy: DecoderOnlyBackend, placement: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(personaplug.evaluation.predictions, "_TOKENS", most)
+    prompter = None if placement == "none" else Given(toy.identity.width, placement)
+    found = surprises(toy, SAMPLES, prompter=prompter, batch_size=3)
+    for sample, (loss, tokens) in zip(SAMPLES, found, strict=True):
+        soft = None if prompter is None else prompter.soft_prompt([sample])
+        alone, count = toy.loss([sample.prompt], [sample.target or ""], soft=soft)
+        assert loss == pytest.approx(float(alone), rel=1e-4)
+        assert tokens == int(count)
+    assert found[1] != found[2]
+
+
+def test_no_pass_has_more_samples_than_asked_for(toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = toy.loss
+
+    def noted(prompts: Sequence[str], *args: Any, **more: Any) -> Any:
+        sizes.append(len(prompts))
+        return real(prompts, *args, **more)
+
+    monkeypatch.setattr(toy, "loss", noted)
+    surprises(toy, SAMPLES, prompter=None, batch_size=1)
+    assert sizes == [1] * len(SAMPLES)

@@ -1,0 +1,110 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from personaplug.errors import StorageError
+from personaplug.infra.atomic_io import JsonLines, write_json, write_text, written_file, written_whole
+
+
+def test_json_survives_with_what_json_lacks_made_null(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.json"
+    write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5], "c": ("é", 2)})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": None, "b": [None, 1.5], "c": ["é", 2]}
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_half_a_surrogate_pair_is_kept_as_an_escape(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"text": "a\ud83d"})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"text": "a\ud83d"}
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StorageError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_a_file_in_place_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("")
+    with pytest.raises(StorageError, match="could not be written"):
+        write_text(tmp_path / "f" / "x.txt", "new")
+
+
+def test_a_folder_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    with written_whole(target) as place:
+        (place / "a").write_text("1")
+    with pytest.raises(StopIteration), written_whole(target) as place:
+        (place / "b").write_text(next(iter("")))
+    assert [p.name for p in target.iterdir()] == ["a"]
+    with pytest.raises(StorageError), written_whole(target):
+        raise OSError(28, "No space left on device")
+    with written_whole(target) as place:
+        (place / "c").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["c"]
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (OSError(28, "No space left on device"), StorageError),
+        (SafetensorError("I/O error: No space left on device"), StorageError),
+        (KeyError("a mistake of the program"), KeyError),
+    ],
+)
+def test_a_file_that_could_not_be_made_leaves_the_old_one_alone(
+    tmp_path: Path, raised: Exception, seen: type[Exception]
+) -> None:
+    path = tmp_path / "x.bin"
+    written_file(path, lambda attempt: attempt.write_text("old"))
+
+    def fail(attempt: Path) -> None:
+        assert attempt.parent == tmp_path
+        attempt.write_text("half")
+        raise raised
+
+    with pytest.raises(seen, match=r"No space left on device|mistake"):
+        written_file(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there_at_sync = []
+    monkeypatch.setattr(os, "fsync", lambda _: there_at_sync.append((tmp_path / "x").exists()))
+    written_file(tmp_path / "x", lambda attempt: attempt.write_text("new"))
+    assert there_at_sync == [False]
+    assert (tmp_path / "x").exists()
+
+
+def test_lines_survive_a_kill_and_hold_no_nan(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "deep" / "x.jsonl")
+    assert list(lines.read()) == []
+    lines.append({"a": float("nan"), "b": "é"})
+    lines.append([1, 2])
+    whole = lines.path.read_bytes()
+    assert list(lines.read()) == [{"a": None, "b": "é"}, [1, 2]]
+    for cut in range(1, len(b"[1,2]\n") + 1):
+        lines.path.write_bytes(whole[:-cut])
+        lines.append("more")
+        kept = [[1, 2]] if cut == 1 else []  # without its line end alone, the line is whole
+        assert list(lines.read()) == [{"a": None, "b": "é"}, *kept, "more"]
+    with pytest.raises(StorageError):
+        JsonLines(tmp_path).append(1)

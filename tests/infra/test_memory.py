@@ -1,0 +1,20 @@
+"""Peaks are counted from the last reset."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from personaplug.infra.memory import peak_memory, reset_peak_memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its peak")
+def test_a_peak_is_that_of_the_work_since_the_reset() -> None:
+    held = np.ones(40_000_000)  # 320 MB
+    assert peak_memory() > held.nbytes
+    high = peak_memory()
+    del held
+    reset_peak_memory()
+    assert peak_memory() < high - 200_000_000

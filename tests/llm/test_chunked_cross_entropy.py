@@ -1,0 +1,72 @@
+"""The loss of right answers: what torch's own gives, with a gradient in the model's precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from personaplug.llm import chunked_cross_entropy as cross_entropy
+from personaplug.llm.chunked_cross_entropy import token_loss
+from personaplug.llm.ngram_cache import Phrases
+from personaplug.llm.soft_prompt import IGNORED
+
+
+def _case(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    logits = (4 * torch.randn(5, 7, 50, generator=draw)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 50, (5, 7), generator=draw)
+    labels[0, 2:], labels[3, :1], labels[4] = IGNORED, IGNORED, IGNORED
+    return logits, labels
+
+
+def _plain(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return each.view(labels.shape).sum(dim=1)
+
+
+@pytest.mark.parametrize("cached", [1, 150, 2**18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients_are_those_of_torch(
+    cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_CACHED", cached)
+    (logits, labels), (same, _) = _case(dtype), _case(dtype)
+    weights = torch.arange(1.0, 6.0)
+    losses, tokens = token_loss(logits, labels)
+    (found,) = torch.autograd.grad((losses * weights).sum(), logits)
+    (wanted,) = torch.autograd.grad((_plain(same, labels) * weights).sum(), same)
+    torch.testing.assert_close(losses, _plain(same, labels))
+    assert tokens.tolist() == [2, 7, 7, 6, 0]
+    assert losses.dtype == torch.float32
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, wanted)
+
+
+def test_what_stands_where_nothing_is_predicted_does_not_matter() -> None:
+    logits, labels = _case()
+    with torch.no_grad():
+        logits[labels == IGNORED] = torch.nan
+    losses, _ = token_loss(logits, labels)
+    (found,) = torch.autograd.grad(losses.sum(), logits)
+    assert bool(losses.isfinite().all())
+    assert bool(found.isfinite().all())
+    assert float(found[labels == IGNORED].abs().sum()) == 0
+
+
+def test_logits_that_are_not_finite_where_something_is_predicted_show() -> None:
+    logits, labels = _case()
+    with torch.no_grad():
+        logits[1, 0] = torch.nan
+    assert token_loss(logits, labels)[0].isnan().tolist() == [False, True, False, False, False]
+
+
+def test_gradients_pass_through_what_is_mixed_in() -> None:
+    logits, labels = _case()
+    phrases = [Phrases([[token for token in row if token >= 0]] if any(row) else []) for row in labels.tolist()]
+    losses, _ = token_loss(logits, labels, phrases)
+    (found,) = torch.autograd.grad(losses.sum(), logits)
+    step, towards = 1e-2, found / found.norm()
+    with torch.no_grad():
+        ahead, behind = (token_loss(logits + way * towards, labels, phrases)[0].sum() for way in (step, -step))
+    assert float((ahead - behind) / (2 * step)) == pytest.approx(float(found.norm()), rel=1e-2)

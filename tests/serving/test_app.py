@@ -1,0 +1,559 @@
+"""The server on a real socket, asked by OpenAI's own client and by plain HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from live_server import CONFIG, ENCODER, LABELS, open_service, served
+
+from personaplug.data.records import HistoryItem
+from personaplug.data.task import Task
+from personaplug.errors import BadConfig, MissingData, StoreConflict
+from personaplug.llm.base import GenerationConfig
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.serving.api_keys import Accounts, new_key
+from personaplug.serving.engines.base import Question, Reply
+from personaplug.serving.middleware import Limits
+from personaplug.serving.service import Service
+from personaplug.store.history_store import HistoryStore
+
+PROMPT = "How would the user rate this? review: a film about tea"
+SECRET = "a-marker-of-a-users-own-words"
+
+
+def _item(number: int, score: str = "4", text: str = "a film") -> dict[str, Any]:
+    return {"id": f"i{number}", "text": f"{text} {number}", "score": score}
+
+
+@pytest.fixture
+def service(toy: DecoderOnlyBackend, tmp_path: Path) -> Service:
+    return open_service(toy, tmp_path)
+
+
+@pytest.fixture
+def url(service: Service) -> Iterator[str]:
+    with served(service) as place:
+        yield place
+
+
+def _client(url: str, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+
+
+def _post(url: str, user: str, *items: dict[str, Any], **headers: str) -> httpx.Response:
+    return httpx.post(f"{url}/v1/users/{user}/history", json={"items": items}, headers=headers)
+
+
+def _chat(url: str, user: str | None = None, *, prompt: str = PROMPT, key: str = "none", **fields: Any) -> Any:
+    given = {"user": user} if user else {}
+    turns: Any = [{"role": "user", "content": prompt}]
+    client: Any = _client(url, key)  # its overloads want literal values
+    return client.chat.completions.with_raw_response.create(model="toy", messages=turns, **given, **fields)
+
+
+def _expected(service: Service, backend: DecoderOnlyBackend, items: list[dict[str, Any]], *, tokens: int) -> str:
+    """What the backend answers with the persona that an evaluation would make."""
+    history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in items]
+    soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
+    return backend.generate([PROMPT], soft=soft, config=GenerationConfig(max_new_tokens=tokens))[0].text
+
+
+FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"personaplug": {"free": True}}}
+
+
+def test_two_users_get_the_answers_of_their_personas(service: Service, url: str, toy: DecoderOnlyBackend) -> None:
+    histories = {"ann": [_item(1, "1"), _item(2, "2")], "bob": [_item(1, "5", "a walk")]}
+    answers = {}
+    for user, items in histories.items():
+        assert _post(url, user, *items).json() == {"new": len(items), "replaced": 0, "same": 0}
+        raw = _chat(url, user, **FREE)
+        answers[user] = raw.parse().choices[0].message.content.strip()
+        assert raw.headers["x-personaplug-persona"] == "user"
+        assert raw.headers["x-personaplug-items"] == str(len(items))
+        assert answers[user] == _expected(service, toy, items, tokens=12)
+    assert answers["ann"] != answers["bob"]
+
+
+def test_a_stream_is_the_same_answer(url: str) -> None:
+    _post(url, "ann", _item(1))
+    whole = _chat(url, "ann", **FREE).parse()
+    stream = _client(url).chat.completions.create(
+        model="toy",
+        messages=[{"role": "user", "content": PROMPT}],
+        user="ann",
+        stream=True,
+        stream_options={"include_usage": True},
+        **FREE,
+    )
+    events = list(stream)
+    assert "".join(e.choices[0].delta.content or "" for e in events if e.choices) == whole.choices[0].message.content
+    assert events[-1].usage == whole.usage
+
+
+def test_completions(url: str) -> None:
+    _post(url, "ann", _item(1))
+    client = _client(url)
+    answer = client.completions.create(model="toy", prompt=PROMPT, user="ann", **FREE)
+    stream = client.completions.create(model="toy", prompt=PROMPT, user="ann", stream=True, **FREE)
+    assert "".join(event.choices[0].text for event in stream) == answer.choices[0].text
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 12
+
+
+def test_an_answer_is_one_of_the_tasks(url: str) -> None:
+    _post(url, "ann", _item(1))
+    for seed in range(8):
+        assert _chat(url, "ann", seed=seed, temperature=2.0).parse().choices[0].message.content in LABELS
+
+
+def test_a_prompt_that_is_not_the_tasks_is_the_plain_models(url: str, toy: DecoderOnlyBackend) -> None:
+    _post(url, "ann", _item(1))
+    raw = _chat(url, "ann", prompt="hello there", temperature=0, max_tokens=12)
+    plain = toy.generate(["hello there"], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
+    assert raw.parse().choices[0].message.content.strip() == plain
+    assert raw.headers["x-personaplug-persona"] == "plain"
+
+
+def test_the_unknown_are_said_to_be(url: str) -> None:
+    for user in (None, "nobody"):
+        headers = _chat(url, user).headers
+        assert (headers["x-personaplug-persona"], headers["x-personaplug-items"]) == ("population", "0")
+
+
+def test_strength_zero_is_the_plain_model(url: str, toy: DecoderOnlyBackend) -> None:
+    _post(url, "ann", _item(1))
+    body = {"personaplug": {"free": True, "strength": 0}}
+    raw = _chat(url, "ann", temperature=0, max_tokens=12, extra_body=body)
+    plain = toy.generate([PROMPT], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
+    assert raw.parse().choices[0].message.content.strip() == plain
+    assert raw.headers["x-personaplug-persona"] == "plain"
+
+
+def test_histories_come_and_go(url: str) -> None:
+    place = f"{url}/v1/users/ann"
+    assert httpx.post(f"{place}/history", json={**_item(1), "date": "2024-05-01"}).json()["new"] == 1
+    assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 1, "replaced": 1, "same": 0}  # the date has gone
+    assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 0, "replaced": 0, "same": 2}
+    found = httpx.get(f"{place}/history").json()
+    assert [item["id"] for item in found["items"]] == ["i1", "i2"]
+    first = found["items"][0]
+    assert (first["text"], first["score"], first["date"]) == ("a film 1", "4", None)
+    assert httpx.post(f"{place}/history", json=first).json()["same"] == 1  # what was read can be written back
+    assert httpx.get(f"{place}/history", params={"latest": 1}).json()["items"][0]["id"] == "i2"
+    assert httpx.delete(f"{place}/history/i1").json() == {"deleted": True}
+    assert httpx.delete(f"{place}/history/i1").status_code == 404
+    assert len(httpx.get(f"{place}/export").json()["items"][0]["vector"]) == 32
+    receipt = httpx.delete(place).json()
+    assert (receipt["items"], receipt["tenant"]) == (1, "default")
+    assert httpx.delete(place).status_code == 404
+    assert httpx.get(f"{place}/history").json()["count"] == 0
+    assert _chat(url, "ann").headers["x-personaplug-persona"] == "population"
+
+
+def test_an_answer_that_was_kept_becomes_history(service: Service, url: str) -> None:
+    raw = _chat(url, "ann")
+    request = raw.headers["x-request-id"]
+    assert raw.parse()._request_id == request
+    place = f"{url}/v1/users/ann/history"
+    assert httpx.post(place, json={"request_id": request, "answer": "2"}).json()["new"] == 1
+    assert httpx.post(place, json={"request_id": request, "answer": "2"}).json()["same"] == 1
+    item = httpx.get(place).json()["items"][0]
+    assert (item["id"], item["text"], item["score"]) == (request, "a film about tea", "2")
+    assert _chat(url, "ann").headers["x-personaplug-items"] == "1"
+    assert httpx.post(place, json={"request_id": request, "answer": "9"}).status_code == 400
+    other = httpx.post(f"{url}/v1/users/bob/history", json={"request_id": request, "answer": "2"})
+    assert (other.status_code, other.json()["error"]["code"]) == (404, "unknown_request")
+    httpx.delete(f"{url}/v1/users/ann")
+    assert httpx.post(place, json={"request_id": request, "answer": "2"}).status_code == 404
+    assert len(service.remembered) == 0
+
+
+def test_what_somebody_asked_is_gone_though_another_process_erased_them(
+    service: Service, url: str, tmp_path: Path
+) -> None:
+    _post(url, "ann", _item(1))
+    request = _chat(url, "ann").headers["x-request-id"]
+    other = HistoryStore.open(tmp_path / "histories.db")
+    other.erase_user("default", "ann")
+    other.close()
+    kept = httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": "2"})
+    assert (kept.status_code, kept.json()["error"]["code"]) == (404, "unknown_request")
+    assert httpx.get(f"{url}/v1/users/ann/history").json()["count"] == 0
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "a\nb"])
+def test_an_id_that_means_another_path_is_refused(url: str, name: str) -> None:
+    _post(url, "ann", _item(1))
+    refused = _post(url, "ann", {**_item(2), "id": name})
+    assert (refused.status_code, "slash" in refused.text or "control" in refused.text) == (400, True)
+    assert httpx.delete(f"{url}/v1/users/ann/history/").status_code == 404  # and nobody is sent on to the user
+    body = {"messages": [{"role": "user", "content": PROMPT}], "user": name}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 422
+    assert httpx.get(f"{url}/v1/users/ann/history").json()["count"] == 1
+
+
+@pytest.mark.parametrize("length", [150, 6_000, 200_000])
+def test_long_answers_are_explained_in_small_passes_or_refused(url: str, length: int) -> None:
+    _post(url, "ann", *[_item(number) for number in range(5)])
+    asked = {"prompt": PROMPT, "answer": "z" * length}
+    told = httpx.post(f"{url}/v1/users/ann/explain", json=asked, timeout=60)
+    code = told.json().get("error", {}).get("code")
+    assert (told.status_code, code) in ((200, None), (400, "max_tokens"), (400, "context_length_exceeded"))
+    assert (told.status_code == 400) == (length > 150)
+    long = httpx.post(f"{url}/v1/users/ann/explain", json={"prompt": PROMPT + " z" * 1000, "answer": "5"}, timeout=60)
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("LOCALHOST:80", 200), ("127.0.0.2", 200), ("[::1]:9", 200), ("a.b", 403)]
+)
+def test_an_open_server_knows_the_names_of_its_machine(url: str, host: str, status: int) -> None:
+    assert httpx.get(f"{url}/health", headers={"host": host}).status_code == status
+
+
+def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+    tasks = {
+        Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: "): {
+            "text": "on tea",
+            "title": "Tea!",
+        },
+        Task("Tweets", "text", ("text",), None, ("rouge_1",), query_after="article: "): {"text": "Tea!"},
+    }
+    for number, (task, fields) in enumerate(tasks.items()):
+        (folder := tmp_path / str(number)).mkdir()
+        service = open_service(toy, folder, task=task, config=replace(CONFIG, answers="form", label_prior="none"))
+        with served(service) as url:
+            raw = _chat(url, "ann", prompt="write. article: on tea", max_tokens=4)
+            place = f"{url}/v1/users/ann/history"
+            kept = httpx.post(place, json={"request_id": raw.headers["x-request-id"], "answer": "Tea!"})
+            assert kept.json()["new"] == 1
+            assert fields.items() <= httpx.get(place).json()["items"][0].items()
+
+
+def test_explanations_name_items_and_measure_them(service: Service, url: str, toy: DecoderOnlyBackend) -> None:
+    items = [_item(n, LABELS[n % 5]) for n in range(6)]
+    _post(url, "ann", *items)
+    place = f"{url}/v1/users/ann/explain"
+    weights = httpx.post(place, json={"prompt": PROMPT}).json()
+    assert weights["items_used"] == 6
+    assert sum(item["weight"] for item in weights["items"]) == pytest.approx(weights["own_share"])
+    told = httpx.post(place, json={"prompt": PROMPT, "answer": "4", "most": 2}).json()
+    assert len(told["items"]) == 2
+    top = told["items"][0]
+
+    def likelihood(rest: list[dict[str, Any]]) -> float:
+        history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in rest]
+        soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
+        return -float(toy.loss([PROMPT], ["4"], soft=soft, labels=LABELS)[0])
+
+    assert told["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)
+    assert told["log_likelihood"]["with_population"] == pytest.approx(likelihood([]), abs=1e-3)
+    without = likelihood([item for item in items if item["id"] != top["id"]])
+    assert top["effect"] == pytest.approx(likelihood(items) - without, abs=2e-3)
+    assert httpx.post(f"{url}/v1/users/nobody/explain", json={"prompt": PROMPT}).status_code == 404
+
+
+def test_drift_between_two_days(url: str) -> None:
+    _post(url, "ann", *[{**_item(n, "1" if n < 3 else "5"), "date": f"2024-0{n + 1}-01"} for n in range(6)])
+    place = f"{url}/v1/users/ann/drift"
+    moved = httpx.get(place, params={"since": "2024-03-15", "until": "2024-12-31"}).json()
+    still = httpx.get(place, params={"since": "2024-03-15", "until": "2024-03-20"}).json()
+    before = httpx.get(place, params={"since": "2023-03-15", "until": "2024-03-20"}).json()
+    assert (moved["items_before"], moved["items_after"]) == (3, 6)
+    assert moved["moved"] > 0 == still["moved"]
+    assert still["cosine"] == pytest.approx(1)
+    assert before["moved"] is None
+
+
+def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    shop, bank = (new_key(keys, tenant) for tenant in ("shop", "bank"))
+    assert shop not in keys.read_text()
+    with served(service, accounts=Accounts.read(keys)) as url:
+        place = f"{url}/v1/users/ann/history"
+        assert httpx.get(place).status_code == 401
+        assert httpx.get(place, headers={"Authorization": "Bearer pp-wrong"}).status_code == 401
+        assert httpx.get(place, headers={"Authorization": f"Basic {shop}"}).status_code == 401
+        _post(url, "ann", _item(1), Authorization=f"Bearer {shop}")
+        assert httpx.get(place, headers={"Authorization": f"Bearer {shop}"}).json()["count"] == 1
+        assert httpx.get(place, headers={"Authorization": f"Bearer {bank}"}).json()["count"] == 0
+        assert _chat(url, "ann", key=shop).headers["x-personaplug-persona"] == "user"
+        assert _chat(url, "ann", key=bank).headers["x-personaplug-persona"] == "population"
+        with pytest.raises(openai.AuthenticationError, match="Bearer KEY"):
+            _chat(url, "ann", key="pp-none")
+        assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_an_open_server_is_for_this_machine(tmp_path: Path) -> None:
+    for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
+        with pytest.raises(BadConfig, match="personaplug key"):
+            Accounts().check_address(host)
+    for host in ("127.0.0.1", "::1", "localhost"):
+        Accounts().check_address(host)
+    keys = tmp_path / "keys.json"
+    new_key(keys, "shop")
+    Accounts.read(keys).check_address("0.0.0.0")
+    for broken in ("[]", '{"short": "shop"}', "no json"):
+        keys.write_text(broken)
+        with pytest.raises(MissingData):
+            Accounts.read(keys)
+    with pytest.raises(MissingData, match="personaplug key"):
+        Accounts.read(tmp_path / "none.json")
+
+
+BAD: list[tuple[str, str, Any, int]] = [
+    ("POST", "/v1/chat/completions", {"messages": []}, 422),
+    ("POST", "/v1/chat/completions", {"messages": "hello"}, 422),
+    ("POST", "/v1/chat/completions", {"messages": [{"content": "x"}]}, 422),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, 422),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "user": ""}, 422),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "user": "x" * 300}, 422),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "stream": "yes"}, 422),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "n": 3}, 400),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "model": "other"}, 404),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x " * 9000}]}, 400),
+    (
+        "POST",
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "x"}], "personaplug": {"strength": 99}},
+        422,
+    ),
+    ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "personaplug": {"x": 1}}, 422),
+    ("POST", "/v1/completions", {"prompt": ["a", "b"]}, 422),
+    ("POST", "/v1/completions", {"prompt": ""}, 400),
+    ("POST", "/v1/users/ann/history", {}, 422),
+    ("POST", "/v1/users/ann/history", {"items": [], "request_id": "x", "answer": "y"}, 422),
+    ("POST", "/v1/users/ann/history", {"request_id": "x"}, 422),
+    ("POST", "/v1/users/ann/history", {"items": [{"id": "1", "text": "x"}]}, 400),
+    ("POST", "/v1/users/ann/history", {"items": [{"text": "x", "score": "1"}]}, 400),
+    ("POST", "/v1/users/ann/history", {"items": [{"id": "1", "text": {}, "score": "1"}]}, 400),
+    ("POST", "/v1/users/ann/history", {"items": [{"id": "1", "text": "x", "score": "1", "date": "soon"}]}, 400),
+    ("POST", "/v1/users/ann/history", {"items": [{"id": "x" * 300, "text": "x", "score": "1"}]}, 400),
+    ("POST", "/v1/users/ann/history", {"items": [{"id": str(n), "text": "x", "score": "1"} for n in range(1001)]}, 400),
+    ("POST", "/v1/users/ann/explain", {"prompt": ""}, 422),
+    ("GET", "/v1/users/ann/drift?since=x&until=2024-01-01", None, 422),
+    ("GET", "/v1/users/ann/history?latest=0", None, 422),
+    ("GET", "/v1/nothing", None, 404),
+    ("PUT", "/v1/models", None, 405),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status"), BAD)
+def test_what_a_caller_got_wrong_is_4xx_in_openais_form(
+    url: str, method: str, path: str, body: Any, status: int
+) -> None:
+    reply = httpx.request(method, f"{url}{path}", json=body)
+    assert reply.status_code == status
+    assert reply.json()["error"]["message"]
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": NaN}',
+        b"[" * 100_000,
+        b'{"messages": ' + b"9" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "user": "a\\u0000b"}',
+    ],
+)
+def test_bodies_that_are_no_request(url: str, body: bytes) -> None:
+    for path in ("/v1/chat/completions", "/v1/users/ann/history"):
+        reply = httpx.post(f"{url}{path}", content=body, headers={"content-type": "application/json"})
+        assert 400 <= reply.status_code < 500
+        assert reply.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_long_is_not_read(service: Service) -> None:
+    with served(service, limits=Limits(body_bytes=10_000)) as url:
+        assert _post(url, "ann", _item(1, text="x" * 9_000)).status_code == 200
+        reply = _post(url, "ann", _item(1, text="x" * 20_000))
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_long")
+
+        def endless() -> Iterator[bytes]:
+            while True:
+                yield b"x" * 4096
+
+        with httpx.Client() as client:
+            assert client.post(f"{url}/v1/chat/completions", content=endless()).status_code == 413
+
+
+def test_too_much_at_once_is_refused_and_then_served_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, answer = threading.Event(), service.engine.answer
+
+    async def slow(question: Question) -> Reply:
+        await asyncio.to_thread(go_on.wait, 30)
+        return await answer(question)
+
+    monkeypatch.setattr(service.engine, "answer", slow)
+    with served(service, limits=Limits(requests=2)) as url, ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(_chat, url, "ann") for _ in range(2)]
+        while "personaplug_running_requests 3.0" not in httpx.get(f"{url}/metrics").text:  # itself among them
+            assert not any(one.done() for one in held), "looking at the metrics takes no place of theirs"
+            time.sleep(0.01)
+        with pytest.raises(openai.RateLimitError) as refused:
+            _chat(url, "bob")
+        assert refused.value.response.headers["retry-after"] == "1"
+        assert httpx.get(f"{url}/health").status_code == 200
+        go_on.set()
+        assert all(one.result().parse().choices[0].message.content for one in held)
+        assert _chat(url, "bob").parse().choices[0].message.content
+
+
+def test_no_users_text_or_id_is_in_logs_or_metrics(
+    service: Service,
+    url: str,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="personaplug")
+    _post(url, SECRET, _item(1, text=SECRET))
+    _post(url, SECRET, {"id": "1", "text": SECRET})
+    _chat(url, SECRET, prompt=f"{PROMPT} {SECRET}")
+    httpx.post(f"{url}/v1/chat/completions", json={"messages": SECRET, "user": SECRET})
+
+    def broken(*given: Any, **named: Any) -> Any:
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr(service.store, "version", broken)
+    with pytest.raises(openai.InternalServerError) as failed:
+        _chat(url, SECRET, prompt=f"{PROMPT} {SECRET}")
+    assert SECRET not in str(failed.value)
+    assert "ValueError at" in caplog.text
+    shown = capfd.readouterr()
+    for text in (caplog.text, shown.out, shown.err, httpx.get(f"{url}/metrics").text):
+        assert SECRET not in text
+
+
+def test_metrics_count(url: str) -> None:
+    _post(url, "ann", _item(1))
+    _chat(url, "ann")
+    _chat(url, "ann")
+    text = httpx.get(f"{url}/metrics").text
+    assert 'personaplug_requests_total{route="/v1/chat/completions",status="200"} 2.0' in text
+    assert 'personaplug_personas_total{applied="user",kept="true"} 1.0' in text
+    assert "personaplug_kept_users 1.0" in text
+
+
+def test_streams_are_finished_when_the_server_stops(toy: DecoderOnlyBackend, service: Service) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with served(service) as url:
+            begun = threading.Event()
+
+            def read() -> str:
+                body = {
+                    "messages": [{"role": "user", "content": "long"}],
+                    "max_tokens": 150,
+                    "stream": True,
+                    "temperature": 0,
+                }
+                with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as stream:
+                    lines = []
+                    for line in stream.iter_lines():
+                        lines.append(line)
+                        begun.set()
+                    return "\n".join(lines)
+
+            reading = pool.submit(read)
+            assert begun.wait(20)
+        text = reading.result()
+    assert text.rstrip().endswith("data: [DONE]")
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    written = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+    alone = toy.generate(["long"], soft=None, config=GenerationConfig(max_new_tokens=150))[0].text
+    assert written.strip() == alone
+
+
+def test_no_answer_crosses_to_another_user(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+    """Users of two tenants with the same names, asked for at once in random order: each gets the own answer."""
+    service = open_service(toy, tmp_path)
+    keys = tmp_path / "keys.json"
+    tenants = {tenant: new_key(keys, tenant) for tenant in ("shop", "bank")}
+    with served(service, accounts=Accounts.read(keys)) as url:
+        expected = {}
+        for number in range(16):
+            tenant, user = list(tenants)[number % 2], f"user {number // 2}"
+            items = [_item(number * 10 + k, LABELS[(number + k) % 5]) for k in range(1 + number % 3)]
+            _post(url, user, *items, Authorization=f"Bearer {tenants[tenant]}")
+            expected[tenant, user] = _expected(service, toy, items, tokens=12)
+        assert len(set(expected.values())) > 8  # the personas do tell them apart
+        draw = random.Random(0)
+        asked = [draw.choice(list(expected)) for _ in range(150)]
+
+        def ask(who: tuple[str, str]) -> str:
+            return str(_chat(url, who[1], key=tenants[who[0]], **FREE).parse().choices[0].message.content)
+
+        with ThreadPoolExecutor(12) as pool:
+            for who, answer in zip(asked, pool.map(ask, asked), strict=True):
+                assert answer.strip() == expected[who]
+
+
+def test_the_document_names_every_route(url: str) -> None:
+    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/users/{user}/history", "/health"} <= set(
+        paths
+    )
+
+
+def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+    task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
+    config = replace(CONFIG, answers="form", label_prior="none")
+    service = open_service(toy, tmp_path, task=task, config=config, phrases=toy.phrases)
+    asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
+
+    def told(user: str | None, **more: Any) -> str:
+        return str(_chat(place, user, **asked, **more).parse().choices[0].message.content)
+
+    with served(service) as place:
+        for user, title in (("ann", "Why Music, Part 2"), ("bob", "On tea")):
+            items = [{"id": f"i{n}", "text": f"text {n}", "title": title} for n in range(90)]
+            assert _post(place, user, *items).status_code == 200
+        nobodys = told(None)
+        assert [told("ann"), told("bob")] == ["Why Music, Part 2", "On tea"]
+        assert told("ann") == "Why Music, Part 2"  # kept
+        more = [{"id": f"m{n}", "text": f"text {n}", "title": "Why Music, Part 3"} for n in range(400)]
+        assert _post(place, "ann", *more).status_code == 200
+        assert told("ann") == "Why Music, Part 3"
+        assert "Music" not in told("ann", extra_body={"personaplug": {"strength": 0}})
+        assert told("carl") == nobodys
+        assert httpx.delete(f"{place}/v1/users/ann").status_code == 200
+        assert told("ann") == nobodys
+
+
+def test_phrases_take_a_store_that_keeps_texts(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+    with pytest.raises(StoreConflict, match="keep_text"):
+        open_service(toy, tmp_path, keep_text=False, phrases=toy.phrases)
+
+
+def test_an_item_as_long_as_a_book_holds_nobody_up(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+    task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
+    service = open_service(
+        toy, tmp_path, task=task, config=replace(CONFIG, answers="text", label_prior="none"), phrases=toy.phrases
+    )
+    with served(service) as place:
+        assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
+        kept = service.personas.persona("default", "ann", "on tea").phrases
+        assert kept is not None
+        assert kept.nbytes < 2**20
+        assert _chat(place, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200

@@ -1,0 +1,238 @@
+"""A real vLLM server (`make vllm`) behind ours: what soft tokens do there, and what becomes of its fall."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from live_server import CONFIG, ENCODER, TASK, served
+
+from personaplug.errors import BadConfig, MissingModel
+from personaplug.infra.model_hub import LLMIdentity, find_model
+from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer
+from personaplug.plug.saving import Fitting
+from personaplug.serving.engines.vllm import VLLMEngine
+from personaplug.serving.engines.vllm_requests import EmbeddingTable
+from personaplug.serving.persona_cache import LivePersonas, Persona, store_settings
+from personaplug.serving.service import Service
+from personaplug.store.history_store import HistoryStore
+
+pytestmark = pytest.mark.slow
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WIDTH = 576
+HERE = Path(__file__).resolve().parents[2]
+PYTHON = Path(os.environ.get("PERSONAPLUG_VLLM_PYTHON", HERE / ".venv-vllm" / "bin" / "python"))
+PROMPT = "Rate this. review: a film about tea"
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    if not PYTHON.exists():
+        pytest.skip(f"vLLM is not installed at {PYTHON}: `make vllm` does that, or set PERSONAPLUG_VLLM_PYTHON")
+    try:
+        return find_model(MODEL)
+    except MissingModel as error:
+        pytest.skip(str(error))
+
+
+@contextmanager
+def vllm(folder: Path, *arguments: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A vLLM server of the model; its address."""
+    if not port:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "small"]
+    command += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
+    command += ["--max-num-seqs", "16", "--enforce-eager", *arguments]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env={**os.environ, **settings},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(url, process)
+        yield url, process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        assert process.poll() is None, "vLLM ended while it was starting"
+        time.sleep(1)
+    raise AssertionError("vLLM did not start within ten minutes")
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with vllm(folder, "--enable-prompt-embeds") as (url, _):
+        yield url
+
+
+def _service(folder: Path, address: str, place: Path, *, placement: str = "suffix") -> Service:
+    """A service with an untrained plug, whose tokens are embeddings of words: what they say shows in the answer."""
+    table = EmbeddingTable.of_folder(folder)
+    fitting = Fitting(LLMIdentity(MODEL, None, "0" * 16, WIDTH), 1.0, ENCODER.identity, TASK.labels)
+    torch.manual_seed(0)
+    plug = PersonaPlug(replace(CONFIG, placement=placement), fitting=fitting, encoder=ENCODER).eval()
+    store = HistoryStore.open(place / "histories.db", ENCODER, settings=replace(store_settings(plug), shards=2))
+    engine = VLLMEngine(address, table=table, width=WIDTH, placement=placement)
+    return Service(LivePersonas(Personalizer(plug), store), engine, task=TASK)
+
+
+def _say(service: Service, folder: Path, words: dict[str, str]) -> None:
+    """Let each user's persona be the embedded tokens of a text."""
+    table = EmbeddingTable.of_folder(folder)
+
+    def persona(tenant: str, user: str | None, query: str, **given: Any) -> Persona:
+        if user not in words:
+            return Persona(None, "plain", 0, 1.0)
+        vectors = table.rows[table.tokenizer(words[user], add_special_tokens=False)["input_ids"]].float()
+        return Persona(SoftPrompt(vectors[None], placement=service.personas.personalizer.placement), "user", 1, 1.0)
+
+    service.personas.persona = persona  # type: ignore[method-assign]
+
+
+def _client(url: str) -> Any:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"personaplug": {"free": True}}}
+
+
+def test_soft_tokens_are_the_beginning_of_the_answer(folder: Path, address: str, tmp_path: Path) -> None:
+    """Embedded words do what the same words do, written as the beginning of the answer."""
+    service = _service(folder, address, tmp_path)
+    said = {"ann": "The capital of France is", "bob": "I do not like"}
+    _say(service, folder, said)
+    turns = [{"role": "user", "content": PROMPT}]
+    with served(service) as url:
+        for user, words in said.items():
+            answer = _client(url).chat.completions.create(model="small", messages=turns, user=user, **FREE)
+            stream = _client(url).chat.completions.create(model="small", messages=turns, user=user, stream=True, **FREE)
+            streamed = "".join(event.choices[0].delta.content or "" for event in stream if event.choices)
+            body = {
+                "model": "small",
+                "messages": [*turns, {"role": "assistant", "content": words}],
+                "max_tokens": 12,
+                "temperature": 0,
+                "continue_final_message": True,
+                "add_generation_prompt": False,
+            }
+            text = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()
+            assert answer.choices[0].message.content == streamed == text["choices"][0]["message"]["content"]
+
+
+def test_in_a_completion_they_stand_where_they_should(folder: Path, address: str, tmp_path: Path) -> None:
+    for placement, whole in (("suffix", PROMPT + " and then we"), ("prefix", " and then we" + PROMPT)):
+        (place := tmp_path / placement).mkdir()
+        service = _service(folder, address, place, placement=placement)
+        _say(service, folder, {"ann": " and then we"})
+        with served(service) as url:
+            answer = _client(url).completions.create(model="small", prompt=PROMPT, user="ann", **FREE)
+            body = {"model": "small", "prompt": whole, "max_tokens": 12, "temperature": 0}
+            text = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+            assert answer.choices[0].text == text["choices"][0]["text"]
+
+
+def test_answers_of_a_closed_set(folder: Path, address: str, tmp_path: Path) -> None:
+    with served(_service(folder, address, tmp_path)) as url:
+        items = [{"id": str(n), "text": f"film {n}", "score": "5"} for n in range(3)]
+        httpx.post(f"{url}/v1/users/ann/history", json={"items": items})
+        turns = [{"role": "user", "content": PROMPT}]
+        raw = _client(url).chat.completions.with_raw_response.create(model="small", messages=turns, user="ann")
+        assert raw.parse().choices[0].message.content in TASK.labels
+        assert raw.headers["x-personaplug-items"] == "3"
+
+
+def test_what_users_own_answers_say_of_the_labels_decides(folder: Path, address: str, tmp_path: Path) -> None:
+    service = _service(folder, address, tmp_path)
+    prior = service.personas.personalizer.plug.label_prior
+    assert prior is not None
+    prior.trust.data.fill_(50.0)  # beyond what the model could say against it
+    with served(service) as url:
+        for user, score in (("ann", "5"), ("bob", "2")):
+            items = [{"id": str(n), "text": f"film {n}", "score": score} for n in range(3)]
+            httpx.post(f"{url}/v1/users/{user}/history", json={"items": items})
+            turns = [{"role": "user", "content": PROMPT}]
+            answer = _client(url).chat.completions.create(model="small", messages=turns, user=user)
+            assert answer.choices[0].message.content == score
+
+
+def test_what_stands_in_front_of_a_suffix_is_shared_between_users(folder: Path, address: str, tmp_path: Path) -> None:
+    service = _service(folder, address, tmp_path)
+    _say(service, folder, {f"user {n}": f"number {n} says" for n in range(5)})
+    long = "review: " + "the same long text of a question that many users ask. " * 30
+    before = _hits(address)
+    with served(service) as url:
+        for number in range(5):
+            turns = [{"role": "user", "content": long}]
+            _client(url).chat.completions.create(model="small", messages=turns, user=f"user {number}", **FREE)
+    after = _hits(address)
+    queried, hit = (new - old for new, old in zip(after, before, strict=True))
+    assert hit / queried > 0.6  # of five requests, four find the text that the first one read
+
+
+def _hits(address: str) -> tuple[float, float]:
+    text = httpx.get(f"{address}/metrics").text
+    found = [
+        re.search(rf"^vllm:prefix_cache_{name}_total\{{.*\}} (\S+)$", text, re.MULTILINE)
+        for name in ("queries", "hits")
+    ]
+    assert all(found)
+    queried, hit = (float(match.group(1)) for match in found if match)
+    return queried, hit
+
+
+def test_a_server_without_the_flag_is_refused(folder: Path, tmp_path: Path) -> None:
+    with vllm(folder) as (url, _):
+        service = _service(folder, url, tmp_path)
+        with pytest.raises(BadConfig, match="--enable-prompt-embeds"):
+            asyncio.run(service.engine.start())
+
+
+def test_killed_amid_a_stream_it_is_said_and_served_again_when_it_is_back(folder: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Tell me a long story. review: x"}]
+    with vllm(folder, "--enable-prompt-embeds") as (address, process):
+        service = _service(folder, address, tmp_path)
+        with served(service) as url:
+            stream = _client(url).chat.completions.create(
+                model="small", messages=turns, stream=True, max_tokens=900, extra_body={"personaplug": {"free": True}}
+            )
+            next(iter(stream))
+            os.killpg(process.pid, signal.SIGKILL)
+            with pytest.raises(openai.APIError, match="broke off"):
+                list(stream)
+            with pytest.raises(openai.InternalServerError) as failed:
+                _client(url).chat.completions.create(model="small", messages=turns, **FREE)
+            assert failed.value.status_code == 502
+            with vllm(folder, "--enable-prompt-embeds", port=int(address.rpartition(":")[2])):
+                answer = _client(url).chat.completions.create(model="small", messages=turns, **FREE)
+                assert answer.choices[0].message.content

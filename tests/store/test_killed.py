@@ -1,0 +1,119 @@
+"""What a store acknowledged survives kill -9 at any moment; what it did not, is there whole or not at all."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import threading
+import time
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pytest
+from stores import ENCODER, Place, encoded, vector_of
+
+from personaplug.store.history_store import HistoryStore
+from personaplug.store.vector_codec import packed
+
+USERS = 5
+
+
+def write_on(place: Place, told: Connection, number: int) -> None:
+    """Add, replace and erase until killed; say what was acknowledged."""
+    store, saying = place.open(keep_text=False), threading.Lock()
+
+    def add(thread: int) -> None:
+        for i in range(1_000_000):
+            users = [f"u{(i + j) % USERS}" for j in range(1 + i % 4)]
+            names = [f"{number}-{thread}-{i}-{j}" for j in range(len(users))]
+            store.add_encoded("t", encoded(users, names))
+            with saying:
+                told.send(list(zip(users, names, strict=True)))
+
+    def erase() -> None:
+        for i in range(1_000_000):
+            store.add_encoded("t", encoded(["passing"] * 3, [f"{i}-{j}" for j in range(3)]))
+            store.erase_user("t", "passing")
+
+    threads = [threading.Thread(target=add, args=(i,)) for i in range(2)] + [threading.Thread(target=erase)]
+    for thread in threads:
+        thread.start()
+
+
+def kill_one(place: Place, number: int, *, after_s: float) -> list[tuple[str, str]]:
+    """Start a writer, kill it some time after its first word; return what it acknowledged."""
+    context = multiprocessing.get_context("fork")
+    told, tells = context.Pipe(duplex=False)
+    process = context.Process(target=write_on, args=(place, tells, number))
+    process.start()
+    tells.close()
+    acknowledged: list[tuple[str, str]] = told.recv()
+    time.sleep(after_s)
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    try:
+        while True:
+            acknowledged += told.recv()
+    except (EOFError, OSError):  # the last word may be half said
+        process.join()
+    return acknowledged
+
+
+def check(store: HistoryStore, acknowledged: list[tuple[str, str]]) -> None:
+    """Everything acknowledged is there; everything that is there is whole."""
+    there = set[tuple[str, str]]()
+    for user in [f"u{i}" for i in range(USERS)]:
+        names = [one.id for one in store.list_items("t", user)]
+        history = store.read("t", user)
+        there |= {(user, name) for name in names}
+        assert len(history) == len(names) == len(set(names))
+        if names:
+            expected = np.stack([vector_of(name) for name in names]).astype(np.float16)
+            np.testing.assert_array_equal(history.vectors, expected)
+    assert set(acknowledged) <= there
+    assert len(store.read("t", "passing")) in (0, 3), "three or none"
+
+
+def check_database(place: Place) -> None:
+    if place.server is None:
+        with sqlite3.connect(place.where) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def kill_often(place: Place, *, times: int) -> None:
+    random_s, acknowledged = random.Random(0), list[tuple[str, str]]()
+    place.open(keep_text=False).close()
+    for number in range(times):
+        acknowledged += kill_one(place, number, after_s=random_s.uniform(0, 0.3))
+        store = place.open(keep_text=False)
+        if number % 10 == 9 or number == times - 1:
+            check_database(place)
+            check(store, acknowledged)
+        store.close()
+    assert len(acknowledged) > times
+
+
+def test_nothing_acknowledged_is_lost_by_kill_minus_9(place: Place) -> None:
+    kill_often(place, times=20)
+
+
+@pytest.mark.slow
+def test_nothing_acknowledged_is_lost_by_two_hundred_kills(place: Place) -> None:
+    kill_often(place, times=200)
+
+
+def test_the_check_itself_sees_loss_and_damage(place: Place) -> None:
+    store = place.open(keep_text=False)
+    store.add_encoded("t", encoded(["u0", "u0"], ["a", "b"]))
+    check(store, [("u0", "a")])
+    with pytest.raises(AssertionError):
+        check(store, [("u0", "c")])
+    wrong = encoded(["u0"], ["c"])
+    wrong.vectors[0, 5] += 0.5
+    store.add_encoded("t", wrong)
+    with pytest.raises(AssertionError):
+        check(store, [])
+    assert packed(wrong.vectors, ENCODER.width, precision="float16")

@@ -1,0 +1,88 @@
+"""One answer for one user: what a prompt must hold, said without the prompt's own text."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from personaplug.config_parsing import load_config
+from personaplug.data import LAMP_TASKS
+from personaplug.data.records import HistoryItem
+from personaplug.data.task import Task
+from personaplug.encoders import HashEncoder
+from personaplug.errors import BadConfig
+from personaplug.inference import reply
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer
+from personaplug.plug.saving import Fitting
+from personaplug.run import Models, Run, resolved
+
+SECRET = "zanzibar"
+BLANK = Task("Own", "text", ("text",), "text", ("rouge_1",))
+
+
+def answer(
+    prompt: str,
+    task: Task,
+    toy: DecoderOnlyBackend,
+    encoder: HashEncoder,
+    *,
+    plain: bool = False,
+    phrases: bool = False,
+    settings: tuple[str, ...] = ("max_new_tokens=2",),
+) -> str:
+    config = resolved(load_config(overrides=["num_beams=1", *settings]), task)
+    plug = PersonaPlug(config.plug, fitting=Fitting(toy.identity, 0.25, encoder.identity, task.labels), encoder=encoder)
+    values = tuple((name, "4") for name in task.field_names)
+    return reply(
+        prompt,
+        [HistoryItem(str(n), values, task.answer_field) for n in range(99 if phrases else 1)],
+        run=Run(Path("unused"), config, task, Path("unused")),
+        models=Models(encoder, toy),
+        personalizer=None if plain else Personalizer(plug.eval(), strength=config.evaluation.strength),
+        config=config.evaluation,
+        phrases=phrases,
+    )
+
+
+@pytest.mark.parametrize("name", ["LaMP_3", "LaMP_4"])
+def test_a_prompt_in_the_tasks_wording_is_answered(name: str, toy: DecoderOnlyBackend, hashing: HashEncoder) -> None:
+    task = LAMP_TASKS[name]
+    found = answer(f"Tell me. {task.query_after}a long walk", task, toy, hashing)
+    assert found in task.labels or not task.labels
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "wording"),
+    [
+        (LAMP_TASKS["LaMP_3"], SECRET, "A prompt of task LaMP_3 must hold 'review: ' and the query after it"),
+        (LAMP_TASKS["LaMP_3"], f"{SECRET} review: ", "must hold 'review: ' and the query after it"),
+        (LAMP_TASKS["LaMP_1"], SECRET, "task LaMP_1 must match the regular expression 'without explanation"),
+        (BLANK, " ", "A prompt of task Own must not be blank"),
+    ],
+)
+def test_a_prompt_without_query_says_what_it_must_hold(
+    task: Task, prompt: str, wording: str, toy: DecoderOnlyBackend, hashing: HashEncoder
+) -> None:
+    with pytest.raises(BadConfig) as caught:
+        answer(prompt, task, toy, hashing)
+    assert wording in str(caught.value)
+    assert SECRET not in str(caught.value)
+    assert "Flaw" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_without_the_plug_no_wording_is_needed(toy: DecoderOnlyBackend, hashing: HashEncoder) -> None:
+    assert answer("anything", LAMP_TASKS["LaMP_3"], toy, hashing, plain=True) in LAMP_TASKS["LaMP_3"].labels
+
+
+def test_phrases_are_mixed_in_beside_a_persona_alone(toy: DecoderOnlyBackend, hashing: HashEncoder) -> None:
+    task, prompt = LAMP_TASKS["LaMP_4"], "Tell me. article: a long walk"
+    bare = answer(prompt, task, toy, hashing)
+    assert answer(prompt, task, toy, hashing, phrases=True) == "4" != bare
+    for changes in ({"plain": True}, {"settings": ("max_new_tokens=2", "strength=0")}):
+        given: dict[str, Any] = changes
+        assert answer(prompt, task, toy, hashing, phrases=True, **given) == answer(prompt, task, toy, hashing, **given)

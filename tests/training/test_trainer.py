@@ -1,0 +1,487 @@
+"""The loop: it learns, changes nothing but the plug, survives kills, and ends clearly when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from personaplug.config import PAPER, Config
+from personaplug.config_parsing import load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.errors import BadConfig, RunConflict, StorageError, TrainingDiverged
+from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.methods import INSTRUCTION, PLUG
+from personaplug.plug.model import PersonaPlug
+from personaplug.run import Models, Run, open_models
+from personaplug.training.batching import hold_out
+from personaplug.training.objectives import PlugObjective
+from personaplug.training.recipes import Trainings, build_plug, train
+from personaplug.training.trainer import FitReport, fit
+
+TINY = [
+    "llm=toy",
+    "encoder=hash:32",
+    "batch_size=4",
+    "epochs=2",
+    "checkpoint_every=3",
+    "validate_every=5",
+    "learning_rate=0.01",
+    "dtype=float32",
+]
+PAPERS = tuple(f"{name}={value}" for name, value in asdict(PAPER).items())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_simulation(
+        SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
+    )
+    return folder
+
+
+def _run(folder: Path, data: Path, *settings: str) -> tuple[Run, Models]:
+    config = load_config(overrides=[*TINY, *settings])
+    return Run.create(folder, config=config, task=load_task(data)), open_models(config)
+
+
+def _train(folder: Path, data: Path, *settings: str) -> Run:
+    run, models = _run(folder, data, *settings)
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    return run
+
+
+def _fitted(folder: Path, data: Path, *settings: str) -> tuple[FitReport, PlugObjective, list[EncodedSample]]:
+    run, models = _run(folder / "run", data, *settings)
+    table = run.open_vectors(models.encoder)
+    samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
+    objective = PlugObjective(build_plug(run, models, seed=0), models.backend, table=table)
+    report = fit(objective, samples=samples, config=run.config.training, seed=0, folder=folder / "fit")
+    return report, objective, samples
+
+
+def _weights(run: Run, name: str = "plug", *, seed: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(run.plug_folder(name, seed=seed) / "plug.safetensors")
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_trains_the_plug_and_its_control_for_each_seed(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data, "seeds=0,1", "epochs=1")
+    for name in ("plug", "instruction-only"):
+        assert run.trained(name, seed=0)
+        assert not _same(_weights(run, name, seed=0), _weights(run, name, seed=1))
+    facts = {n: json.loads((run.plug_folder(n, seed=0) / "fit.json").read_text()) for n in ("plug", "instruction-only")}
+    assert facts["plug"]["steps"] == facts["instruction-only"]["steps"]
+    assert facts["plug"]["samples"] == facts["instruction-only"]["samples"]
+    assert not list(run.plug_folder("plug", seed=0).glob("state-*"))
+
+
+def test_the_loss_falls_and_the_log_tells_it(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data, "controls=false", "epochs=8")
+    lines = [json.loads(line) for line in (run.plug_folder("plug", seed=0) / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    validations = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert min(validations) < validations[0]
+    assert {"samples_per_second", "seconds_left", "learning_rate", "gradient_norm"} <= lines[0].keys()
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates[0] < max(rates)
+    assert rates[-1] < 0.1 * max(rates)
+
+
+def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, data: Path) -> None:
+    report, objective, _ = _fitted(tmp_path, data, "learning_rate=0.3", "epochs=6")
+    lines = [json.loads(line) for line in (tmp_path / "fit" / "log.jsonl").read_text().splitlines()]
+    validations = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    assert report.best_loss == min(validations.values()) == validations[report.best_step]
+    kept = load_file(tmp_path / "fit" / f"best-{report.best_step:08d}" / "weights.safetensors")
+    assert _same(kept, dict(objective.module.state_dict()))
+
+
+def test_checkpoints_are_judged_with_and_without_histories(tmp_path: Path, data: Path) -> None:
+    report, objective, samples = _fitted(tmp_path, data, "empty_share=0.25", "max_steps=1")
+    _, held = hold_out(samples, share=0.1, limit=256, seed=0)
+    with torch.no_grad():
+        whole, none = (
+            float(loss) / int(tokens)
+            for loss, tokens in map(objective.loss, (held, [one.without_items() for one in held]))
+        )
+    assert abs(whole - none) > 1e-4
+    assert report.best_loss == pytest.approx(0.75 * whole + 0.25 * none, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plug", "instruction-only"])
+def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Path, name: str) -> None:
+    wanted = next(trained for trained in (PLUG, INSTRUCTION) if trained.name == name)
+    run, models = _run(tmp_path / "run", data, "instruction_start=words")
+    trainings = Trainings(run, open_dataset(data, "train", task=run.task), models=models)
+    plug, again, other = (build_plug(run, models, trained=wanted, seed=0) for _ in range(3))
+    for one, seed in ((plug, 0), (again, 0), (other, 1)):
+        trainings._start(one, trainings.plain, seed=seed)
+    digits = models.backend.embedded(["1", "2", "3", "4", "5"])
+    assert len(digits) == 5
+    starts = plug.instruction.detach() * plug.fitting.embedding_scale
+    assert torch.cdist(starts, digits).amin(dim=1).max() < 1e-4
+    assert torch.equal(plug.instruction, again.instruction)
+    assert not torch.equal(plug.instruction, other.instruction)
+
+
+def test_early_stop(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data, "controls=false", "learning_rate=1.0", "epochs=50", "patience=2")
+    facts = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())
+    assert facts["steps"] == facts["best_step"] + 2 * 5
+
+
+@pytest.mark.parametrize("plug", [PAPERS, ()], ids=["paper", "default"])
+def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path, plug: tuple[str, ...]) -> None:
+    run, models = _run(tmp_path / "run", data, *plug, "controls=false", "epochs=1")
+    assert isinstance(models.backend, DecoderOnlyBackend)
+    before = {name: value.clone() for name, value in models.backend.model.state_dict().items()}
+    vectors = models.encoder.encode(["some text"])
+    start = build_plug(run, models, seed=0).state_dict()
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    assert _same(before, models.backend.model.state_dict())
+    assert all(not p.requires_grad and p.grad is None for p in models.backend.model.parameters())
+    assert (models.encoder.encode(["some text"]) == vectors).all()
+    moved = [name for name, value in _weights(run).items() if not torch.equal(value, start[name])]
+    assert sorted(moved) == sorted(start)  # every part of the plug learned, the population persona included
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PAPERS,
+        (*PAPERS, "views=2", "query_encoder=head", "answers=label", "persona_tokens=2"),
+        ("views=1",),
+    ],
+    ids=["paper", "head", "default"],
+)
+def test_killed_again_and_again_it_ends_with_the_same_plug(
+    tmp_path: Path, data: Path, settings: tuple[str, ...]
+) -> None:
+    unbroken = _train(tmp_path / "unbroken", data, "controls=false", *settings)
+    broken = tmp_path / "broken"
+    command = [
+        sys.executable,
+        "-m",
+        "personaplug",
+        "train",
+        "--data",
+        str(data),
+        "--out",
+        str(broken),
+        *TINY,
+        "controls=false",
+        *settings,
+    ]
+    folder = broken / "plug" / "seed-0"
+    kills = 0
+    for _ in range(3):
+        done = {path.name for path in folder.glob("state-*")}
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if {path.name for path in folder.glob("state-*")} - done:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        process.wait()
+    assert kills >= 2, "the kills came too late to break anything"
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert _same(_weights(unbroken), load_file(folder / "plug.safetensors"))
+    steps = [
+        json.loads(line)["step"]
+        for line in (folder / "log.jsonl").read_text().splitlines()
+        if "validation_loss" not in line
+    ]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_reading_prompts_once_gives_the_plug_of_reading_them_each_time(tmp_path: Path, data: Path) -> None:
+    wanted = ("placement=suffix", "aggregator=dot", "query_encoder=head", "views=1")
+    kept = _train(tmp_path / "kept", data, *wanted, "keep_prompts=memory")
+    anew = _train(tmp_path / "anew", data, *wanted, "keep_prompts=nowhere")
+    for name in ("plug", "instruction-only"):
+        one, other = (load_file(run.plug_folder(name, seed=0) / "plug.safetensors") for run in (kept, anew))
+        assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
+    # How prompts are kept is a matter of speed: the finished run may go on with another way.
+    _train(tmp_path / "kept", data, *wanted, "keep_prompts=disk", "keep_gigabytes=0.5")
+
+
+def test_prompts_are_read_once_for_plug_control_and_seeds(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, ...]] = []
+    real = DecoderOnlyBackend._read
+
+    def noted(backend: DecoderOnlyBackend, rows: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        read.extend(rows)
+        return real(backend, rows)
+
+    monkeypatch.setattr(DecoderOnlyBackend, "_read", noted)
+    _train(tmp_path / "run", data, "placement=suffix", "seeds=0,1", "epochs=3", "views=1")
+    probe, prompts = read[:2], read[2:]
+    assert len(probe) == 2
+    assert len(prompts) == len(set(prompts))
+
+
+def test_a_finished_run_is_left_alone_and_another_config_is_refused(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    stamp = (run.plug_folder("plug", seed=0) / "plug.safetensors").stat().st_mtime_ns
+    _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    assert (run.plug_folder("plug", seed=0) / "plug.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(RunConflict, match=r"training\.epochs"):
+        _train(tmp_path / "run", data, "controls=false", "epochs=3")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunConflict, match="neither empty nor a run"):
+        _train(tmp_path / "other", data)
+
+
+def _broken_loss(backend: Any, *, after: int) -> Any:
+    plain, calls = backend.loss, iter(range(10**6))
+
+    def loss(*args: Any, **named: Any) -> Any:
+        losses, tokens = plain(*args, **named)
+        return (losses * float("nan") if next(calls) >= after else losses), tokens
+
+    return loss
+
+
+def test_a_loss_that_is_no_number_ends_clearly_and_the_last_state_stays(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, models = _run(tmp_path / "run", data, "controls=false")
+    monkeypatch.setattr(models.backend, "loss", _broken_loss(models.backend, after=4))
+    with pytest.raises(TrainingDiverged, match=r"loss became nan in step 5.*learning_rate"):
+        train(run, open_dataset(data, "train", task=run.task), models=models)
+    folder = run.plug_folder("plug", seed=0)
+    assert [path.name for path in folder.glob("state-*")] == ["state-00000003"]
+    monkeypatch.undo()
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    assert run.trained("plug", seed=0)
+
+
+def test_a_full_disk_ends_clearly_and_the_last_state_stays(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from personaplug.training import checkpointing as checkpoint
+
+    run, models = _run(tmp_path / "run", data, "controls=false")
+    plain = vars(checkpoint)["save_file"]
+
+    def save(tensors: Any, path: Path) -> None:
+        if "state-00000006" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        plain(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    with pytest.raises(StorageError, match="No space left"):
+        train(run, open_dataset(data, "train", task=run.task), models=models)
+    folder = run.plug_folder("plug", seed=0)
+    left = sorted(path.name for path in folder.iterdir())
+    assert [name for name in left if name.startswith("state-")] == ["state-00000005"]
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_samples_without_answers_cannot_be_trained_on(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data)
+    table = run.open_vectors(models.encoder)
+    samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
+    hidden = [replace(samples[0], target=None), *samples[1:]]
+    with pytest.raises(BadConfig, match=f"1 of {len(samples)} have none"):
+        fit(
+            PlugObjective(build_plug(run, models, seed=0), models.backend, table=table),
+            samples=hidden,
+            config=Config().training,
+            seed=0,
+            folder=tmp_path / "fit",
+        )
+
+
+def test_tensorboard_events_are_written_on_demand(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = _train(tmp_path / "run", data, "controls=false", "epochs=1", "tensorboard=true")
+    assert list((run.plug_folder("plug", seed=0) / "tensorboard").glob("events*"))
+
+
+def test_a_step_in_several_passes_is_the_same_step(tmp_path: Path, data: Path) -> None:
+    # In front of the text, so that a batch does not fit one pass.
+    whole = _train(tmp_path / "whole", data, *PAPERS, "controls=false", "pass_tokens=0", "max_steps=3")
+    parts = _train(tmp_path / "parts", data, *PAPERS, "controls=false", "pass_tokens=300", "max_steps=3")
+    for name, value in _weights(whole).items():
+        torch.testing.assert_close(_weights(parts)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path: Path) -> None:
+    write_simulation(
+        SimulatedConfig(users=12, queries_per_user=3, dev_users=2, min_items=4, max_items=6), tmp_path / "d"
+    )
+    # As in the paper: with shrinkage, every user's share of it would teach it.
+    taught = _train(tmp_path / "taught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0.3")
+    untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0")
+    assert _weights(taught)["population"].abs().mean() > 0.1
+    assert not _weights(untaught)["population"].any()
+
+
+@pytest.mark.parametrize(
+    ("losses", "few", "controls"),
+    [
+        ([1.0, 2.0, 1.0, 2.0], 0, False),
+        ([float("nan"), 1.0, 1.0, 1.0], 0, False),
+        ([1.0, 2.0, 2.0, 1.0, 2.0, 1.9, 1.0, 2.0], 2, False),
+        ([1.0, 2.0, *[2.0, 1.0] * 5], 5, False),
+        ([2.0, 1.0, 1.0, 1.0], 0, True),
+        ([2.0, 1.0, 2.0, 1.0, 2.0, 1.9, 1.0, 2.0], 2, True),
+        ([2.0, 1.0] * 6, 5, True),
+    ],
+)
+def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
+    tmp_path: Path, data: Path, losses: list[float], few: int, controls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[set[str], set[int], torch.Tensor | None, int]] = []
+
+    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
+        plug = cast(PersonaPlug, objective.module)
+        asked.append(({one.owner for one in samples}, {len(one.rows) for one in samples}, plug.cold_start, plug.few))
+        return losses[len(asked) - 1]
+
+    monkeypatch.setattr("personaplug.training.recipes.mean_loss", told)
+    run = _train(tmp_path / "run", data)
+    control, config = _weights(run, "instruction-only")["instruction"], run.config.training
+    samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).plain
+    _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
+    assert len(asked) == len(losses)
+    for place, (owners, sizes, tokens, cold) in enumerate(asked):
+        items = place // 2
+        assert owners == {one.owner for one in held if len(one.rows) >= items}
+        assert sizes == {items}
+        assert cold == items * (place % 2)
+        if place % 2 and (controls or not items):
+            assert torch.equal(cast(torch.Tensor, tokens), control)
+        else:
+            assert tokens is None
+    found = run.load_plug("plug", seed=0, models=open_models(run.config))
+    assert (found.cold_start is not None, found.few) == (controls, few)
+
+
+def test_the_losses_that_decide_a_cold_start_are_those_of_either(tmp_path: Path, data: Path) -> None:
+    run = _train(tmp_path / "run", data)
+    told = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())["loss_of_few_items"]
+    found = run.load_plug("plug", seed=0, models=open_models(run.config))
+    controls = told["0"]["instruction-only"] < told["0"]["plug"]
+    others = ["instruction-only"] + ["instruction-only" if controls else "plug without items"] * (len(told) - 1)
+    assert [[*losses] for losses in told.values()] == [["plug", other] for other in others]
+    won = [items for items, losses in told.items() if items == "0" or [*losses.values()][1] < losses["plug"]]
+    assert [*told][: len(won)] == won
+    assert (found.cold_start is not None, found.few) == (controls, len(won) - 1)
+    assert all(len({*losses.values()}) == 2 for losses in told.values())
+
+
+def test_a_control_that_diverges_does_not_take_the_plug_with_it(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def diverging(objective: PlugObjective, **how: Any) -> FitReport:
+        if how["title"].startswith("instruction-only"):
+            raise TrainingDiverged("the loss became nan")
+        return fit(objective, **how)
+
+    monkeypatch.setattr("personaplug.training.recipes.fit", diverging)
+    run, models = _run(tmp_path / "run", data, "epochs=1")
+    train(run, open_dataset(data, "train", task=run.task), models=models, wanted=[PLUG])
+    assert run.trained("plug", seed=0)
+    assert "cold_start" not in _weights(run)
+    assert "the plug is trained without it" in caplog.text
+
+
+def test_a_plug_without_control_is_the_same_but_for_its_cold_start(tmp_path: Path, data: Path) -> None:
+    both, alone = _train(tmp_path / "both", data), _train(tmp_path / "alone", data, "controls=false")
+    assert "cold_start" not in _weights(alone)
+    for name, value in _weights(alone).items():
+        torch.testing.assert_close(_weights(both)[name], value)
+
+
+def test_the_plug_of_a_run_with_a_control_trains_that_first(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data, "epochs=1")
+    train(run, open_dataset(data, "train", task=run.task), models=models, wanted=[PLUG])
+    assert run.trained("instruction-only", seed=0)
+
+
+def test_other_data_than_the_run_was_started_on_is_refused(tmp_path: Path, data: Path) -> None:
+    _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    write_simulation(
+        SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3, seed=9),
+        tmp_path / "other",
+    )
+    with pytest.raises(RunConflict, match="other training data"):
+        _train(tmp_path / "run", tmp_path / "other", "controls=false", "epochs=1")
+
+
+def test_a_run_may_be_moved_and_keeps_vectors_that_are_elsewhere(tmp_path: Path, data: Path) -> None:
+    run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert Run.open(tmp_path / "moved").vectors == tmp_path / "moved" / "vectors"
+    config, task = run.config, run.task
+    Run.create(tmp_path / "shared", config=config, task=task, vectors=tmp_path / "elsewhere")
+    assert Run.create(tmp_path / "shared", config=config, task=task).vectors == tmp_path / "elsewhere"
+
+
+def test_vectors_encoded_beforehand_into_the_runs_folder_are_welcome(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "run" / "vectors").mkdir(parents=True)
+    run, _ = _run(tmp_path / "run", data)
+    assert run.vectors == tmp_path / "run" / "vectors"
+
+
+def test_a_disk_that_fills_up_at_the_very_end_is_a_storage_error(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from personaplug.plug import model as plug_module
+
+    run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plug_module, "save_file", full)
+    with pytest.raises(StorageError, match="No space left"):
+        train(run, open_dataset(data, "train", task=run.task), models=models)
+    assert not run.trained("plug", seed=0)
+    monkeypatch.undo()
+    train(run, open_dataset(data, "train", task=run.task), models=models)
+    assert run.trained("plug", seed=0)
+
+
+@pytest.mark.parametrize("setting", ["selected_items=2", "max_history=2"])
+def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
+    tmp_path: Path, data: Path, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[set[int]] = []
+
+    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
+        sizes.append({len(one.rows) for one in samples})
+        return float(cast(PersonaPlug, objective.module).cold_start is None)  # the control always wins
+
+    monkeypatch.setattr("personaplug.training.recipes.mean_loss", told)
+    run = _train(tmp_path / "run", data, setting)
+    assert sizes == [{0}, {0}, {1}, {1}]
+    assert run.load_plug("plug", seed=0, models=open_models(run.config)).few == 1

@@ -33,7 +33,7 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.records import Sample
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.encoded_sample import EncodedHistory
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 from personaplug.evaluation.experiment import Experiment, load_experiment
 from personaplug.infra.atomic_io import write_json
 from personaplug.plug.model import PersonaPlug
@@ -102,7 +102,7 @@ def costs_on(folder: Path, *, experiment: Experiment) -> dict[str, Any]:
         plug = _plug_config(experiment, name, folder.name)
         try:
             settled = resolved(replace(config, plug=plug), task).plug
-        except BadConfig:
+        except ConfigError:
             continue  # it has no meaning on this set
         if settled not in [variant.plug.config for variant in variants.values()]:
             untrained = plug_of(settled, encoder=encoder, labels=task.labels)

@@ -27,9 +27,9 @@ from personaplug.infra.atomic_io import write_json
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.plug.saving import Fitting
+from personaplug.plug.saving import PlugSpec
 from personaplug.run import machine, versions
-from personaplug.serving.persona_cache import LivePersonas, store_settings
+from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.store.history_store import HistoryStore
 
 WIDTH, OUT = 384, 576
@@ -37,18 +37,18 @@ ITEMS = 3
 USERS_AT_ONCE = 10_000
 REQUESTS = 2_000
 QUERY = "what is asked"
-DEFAULT = replace(PlugConfig(), answers="form", options="ignore", instruction_start="random")
+DEFAULT = replace(PlugConfig(), answer_channel="style", options="ignore", instruction_start="random")
 PLUGS = {"default": DEFAULT, "all items alike": replace(DEFAULT, aggregator="mean")}
 
 
 def plug_of(config: PlugConfig, *, encoder: Encoder | None = None, labels: tuple[str, ...] = ()) -> PersonaPlug:
     """An untrained plug for a model of SmolLM2-135M's width."""
     encoder = encoder or HashEncoder(WIDTH)
-    fitting = Fitting(LLMIdentity("none", None, "0" * 16, OUT), 0.1, encoder.identity, labels)
-    return PersonaPlug(config, fitting=fitting, encoder=encoder).eval().computing_items_in("bfloat16")
+    spec = PlugSpec(LLMIdentity("none", None, "0" * 16, OUT), 0.1, encoder.identity, labels)
+    return PersonaPlug(config, spec=spec, encoder=encoder).eval().computing_items_in("bfloat16")
 
 
-def times(live: LivePersonas) -> dict[str, float]:
+def times(live: PersonaCache) -> dict[str, float]:
     """How long a persona takes, each of another user than the one before."""
     names = [f"long {name}" for name in np.random.default_rng(0).integers(0, LONG_USERS, REQUESTS)]
     for name in set(names):  # what is kept is kept from here on; the query is encoded
@@ -60,7 +60,7 @@ def measured(store: HistoryStore) -> dict[str, Any]:
     """Both rows for both plugs."""
     return {
         name: {
-            row: times(LivePersonas(Personalizer(plug_of(config)), store, cache_bytes=size))
+            row: times(PersonaCache(Personalizer(plug_of(config)), store, cache_bytes=size))
             for row, size in (("made", 0), ("kept", 256 * 2**20))
         }
         for name, config in PLUGS.items()

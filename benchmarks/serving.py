@@ -40,7 +40,7 @@ from personaplug.infra.atomic_io import write_json
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.run import Run, machine, open_models, versions
 from personaplug.serving.engines.vllm_requests import with_soft_tokens
-from personaplug.serving.setup import Hosting, open_service
+from personaplug.serving.setup import ServingConfig, open_service
 
 ITEMS = 4
 ROWS = 4
@@ -123,7 +123,7 @@ def summary(rounds: list[tuple[float, list[float]]]) -> dict[str, float]:
 
 def fill(run: Run, store: Path, samples: Sequence[Sample]) -> None:
     """Put the users' histories into the store."""
-    service = open_service(run, Hosting(store=str(store)))
+    service = open_service(run, ServingConfig(store=str(store)))
     for sample in samples:
         service.store.add("default", sample.owner, sample.history)
     service.store.close()
@@ -139,7 +139,7 @@ def bodies(sample: Sample, *, tokens: int, model: str | None = None) -> dict[str
 def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: argparse.Namespace) -> dict[str, Any]:
     """The four rows, in turn."""
     model = httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"]
-    writer, bm25 = HistoryWriter(run.task, open_models(run.config).backend), BM25()
+    writer, bm25 = HistoryWriter(run.task, open_models(run.config).llm), BM25()
     soft = SoftPrompt(torch.randn(1, run.config.plug.soft_tokens, WIDTH) * 0.1, placement="suffix")
     found: dict[str, list[tuple[float, list[float]]]] = {"plain": [], "embeds": [], "persona": [], "retrieval": []}
 

@@ -38,8 +38,8 @@ from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.encoders import QueryEncoder
-from personaplug.encoders.embedding_store import VectorTable
-from personaplug.encoders.encoded_sample import EncodedSample, no_forms
+from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.encoders.encoded_sample import EncodedSample, no_style
 from personaplug.evaluation.predictions import answer
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.memory import peak_memory, reset_peak_memory
@@ -48,7 +48,7 @@ from personaplug.llm.soft_prompt import IGNORED
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, machine, open_models, versions
-from personaplug.training.batching import in_passes
+from personaplug.training.batching import micro_batches
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.recipes import build_plug
 
@@ -68,21 +68,21 @@ class ReferenceObjective(PlugObjective):
     """The same loss at the released code's fixed sizes, as if nothing were known of what is padding."""
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        backend: Any = self.backend
+        llm: Any = self.llm
         soft = self._soft([sample.query for sample in samples], samples)
-        prompts = [backend.renderer.prompt(sample.prompt).ids for sample in samples]
-        answers = backend.renderer.targets([sample.target or "" for sample in samples], labels=self.labels)
+        prompts = [llm.prompt_tokenizer.prompt(sample.prompt).ids for sample in samples]
+        answers = llm.prompt_tokenizer.targets([sample.target or "" for sample in samples], labels=self.labels)
         longest = max(map(len, answers))
         fixed = PROMPT - soft.shape[1] - longest
         rows = [ids[:fixed] for ids in prompts]
         padding = [fixed - len(row) for row in rows]
         mask = torch.tensor([[1] * soft.shape[1] + [0] * n + [1] * (PROMPT - soft.shape[1] - n) for n in padding])
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        text = backend.embed(torch.tensor([[0] * (fixed - len(row)) + list(row) for row in rows]))
+        text = llm.embed(torch.tensor([[0] * (fixed - len(row)) + list(row) for row in rows]))
         wanted = pad(answers, fill=IGNORED, side="right")
-        embeds = torch.cat([soft.to(text.dtype), text, backend.embed(wanted.clamp(min=0))], dim=1)
+        embeds = torch.cat([soft.to(text.dtype), text, llm.embed(wanted.clamp(min=0))], dim=1)
         columns = torch.arange(PROMPT - longest - 1, PROMPT - 1)
-        logits = backend.model(
+        logits = llm.model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
@@ -113,7 +113,7 @@ class ReferenceObjective(PlugObjective):
         projected = plug.projector.out(hidden, shares=torch.ones(count), tokens=slice(None))
         persona = torch.einsum("bn,bnkd->bkd", weights, projected.view(*weights.shape, *projected.shape[1:]))
         instruction = plug.instruction.expand(len(samples), -1, -1)
-        return torch.cat([instruction, persona], dim=1) * plug.fitting.embedding_scale
+        return torch.cat([instruction, persona], dim=1) * plug.spec.embedding_scale
 
 
 def _widened(values: Tensor) -> Tensor:
@@ -123,12 +123,12 @@ def _widened(values: Tensor) -> Tensor:
 class Way:
     """One way to train: its objective, its optimizer and the times of its steps."""
 
-    def __init__(self, name: str, run: Run, models: Models, *, table: VectorTable, settings: Sequence[str]) -> None:
+    def __init__(self, name: str, run: Run, models: Models, *, table: EmbeddingStore, settings: Sequence[str]) -> None:
         self.name = name
         self.run = replace(run, config=load_config(overrides=[*settings, *WAYS[name]], base=run.config))
         self.plug = build_plug(self.run, models, seed=0)
         kind = ReferenceObjective if name.startswith("a") else PlugObjective
-        self.objective = kind(self.plug, models.backend, table=table, labels=run.task.labels)
+        self.objective = kind(self.plug, models.llm, table=table, labels=run.task.labels)
         self.optimizer = torch.optim.AdamW(
             self.objective.parameter_groups(self.run.config.training), lr=1e-4, fused=True
         )
@@ -141,7 +141,7 @@ class Way:
         began = time.monotonic()
         self.plug.train()
         self.optimizer.zero_grad()
-        for part in in_passes(batch, lengths=lengths, most=self.run.config.training.pass_tokens):
+        for part in micro_batches(batch, lengths=lengths, most=self.run.config.training.max_tokens_per_microbatch):
             torch.autograd.backward(self.objective.loss(part)[0])
         self.optimizer.step()
         took = time.monotonic() - began
@@ -191,8 +191,8 @@ def main() -> None:
 def _about(run: Run, models: Models, samples: Sequence[EncodedSample], *, batch: int) -> dict[str, Any]:
     about: dict[str, Any] = {
         "task": run.task.name,
-        "model": models.backend.identity.describe(),
-        "dtype": models.backend.dtype,
+        "model": models.llm.identity.describe(),
+        "dtype": models.llm.dtype,
         "batch_size": batch,
         "prompt_tokens_mean": _mean_tokens(models, samples),
         "versions": versions(),
@@ -210,20 +210,20 @@ def _answering(samples: Sequence[EncodedSample], models: Models, *, tokens: int)
     if tokens == 1:
         return list(samples)
     # The end of text is one of the tokens.
-    return [replace(one, target=models.backend.cut_text(one.prompt, tokens - 1)) for one in samples]
+    return [replace(one, target=models.llm.cut_text(one.prompt, tokens - 1)) for one in samples]
 
 
 def _ways(
     run: Run,
     models: Models,
-    table: VectorTable,
+    table: EmbeddingStore,
     samples: Sequence[EncodedSample],
     *,
     given: argparse.Namespace,
     tokens: int,
 ) -> dict[str, Any]:
     batch = list(samples[: given.batch])
-    models.backend.keep([sample.prompt for sample in batch])
+    models.llm.keep([sample.prompt for sample in batch])
     ways = [Way(name, run, models, table=table, settings=given.settings) for name in WAYS]
     rates = []
     for turn in range(given.rounds + 1):
@@ -257,19 +257,19 @@ def _ways(
 
 
 def _histories(
-    run: Run, models: Models, table: VectorTable, batch: Sequence[EncodedSample], *, given: argparse.Namespace
+    run: Run, models: Models, table: EmbeddingStore, batch: Sequence[EncodedSample], *, given: argparse.Namespace
 ) -> dict[str, float]:
     """Seconds of a suffix step by items of history, which are drawn from the table."""
     rng = np.random.default_rng(0)
     way = Way("c suffix, query head", run, models, table=table, settings=given.settings)
-    models.backend.keep([sample.prompt for sample in batch])
+    models.llm.keep([sample.prompt for sample in batch])
     longer = {
         items: [
             replace(
                 one,
                 rows=rng.integers(len(table), size=items),
                 answers=np.full(items, -1, np.int16),
-                forms=no_forms(items),
+                forms=no_style(items),
             )
             for one in batch
         ]
@@ -289,11 +289,11 @@ def _histories(
 
 
 def _epochs(
-    run: Run, models: Models, table: VectorTable, samples: Sequence[EncodedSample], *, given: argparse.Namespace
+    run: Run, models: Models, table: EmbeddingStore, samples: Sequence[EncodedSample], *, given: argparse.Namespace
 ) -> dict[str, float]:
     """Seconds of an epoch with kept prompts, by samples."""
     way = Way("c suffix, query head", run, models, table=table, settings=given.settings)
-    models.backend.keep([sample.prompt for sample in samples])
+    models.llm.keep([sample.prompt for sample in samples])
     found: dict[str, float] = {}
     print("\nsuffix, an epoch by samples")
     for count in (len(samples) // 4, len(samples) // 2, len(samples)):
@@ -304,18 +304,18 @@ def _epochs(
 
 
 def _evaluation(
-    run: Run, models: Models, table: VectorTable, samples: Sequence[EncodedSample], *, settings: Sequence[str]
+    run: Run, models: Models, table: EmbeddingStore, samples: Sequence[EncodedSample], *, settings: Sequence[str]
 ) -> dict[str, float]:
     """Samples per second that are answered by scoring labels (or written), the first time and with kept prompts."""
     found: dict[str, float] = {}
     print("\nevaluation, samples/s")
-    models.backend.let_go()
+    models.llm.clear_cache()
     for title in ("b prefix", "c suffix", "c suffix, prompts kept"):
         way = Way(title.partition(",")[0], run, models, table=table, settings=settings)
         personalizer = Personalizer(way.plug.eval(), table=table)
         began = time.monotonic()
         answer(
-            models.backend,
+            models.llm,
             samples,
             prompter=personalizer,
             task=run.task,
@@ -330,7 +330,7 @@ def _evaluation(
 
 def matrix_rate(models: Models) -> float:
     """Multiply-adds (× 2) a second of the model's own widest product, at 1,024 tokens."""
-    weight = max((p for n, p in models.backend.model.named_parameters() if _linear(n, p)), key=torch.Tensor.numel)
+    weight = max((p for n, p in models.llm.model.named_parameters() if _linear(n, p)), key=torch.Tensor.numel)
     x = torch.randn(1024, weight.shape[1], dtype=weight.dtype, device=weight.device)
     best = float("inf")
     for _ in range(5):
@@ -345,11 +345,11 @@ def work(
     models: Models, plug: PersonaPlug, samples: Sequence[EncodedSample], *, kept: bool, labels: Sequence[str]
 ) -> float:
     """The operations that a view cannot do without; means of lengths stand for the lengths, which only lowers it."""
-    config, renderer = models.backend.model.config, models.backend.renderer
-    linear = sum(p.numel() for n, p in models.backend.model.named_parameters() if _linear(n, p))
+    config, prompt_tokenizer = models.llm.model.config, models.llm.prompt_tokenizer
+    linear = sum(p.numel() for n, p in models.llm.model.named_parameters() if _linear(n, p))
     soft = plug.config.instruction_tokens + plug.config.persona_tokens
     prompt = _mean_tokens(models, samples)
-    target = sum(map(len, renderer.targets([s.target or "" for s in samples], labels=labels))) / len(samples)
+    target = sum(map(len, prompt_tokenizer.targets([s.target or "" for s in samples], labels=labels))) / len(samples)
     head: int = 2 * config.vocab_size * config.hidden_size
     # An answer's last token is never read.
     live: float = soft + target - 1 + (0 if kept else prompt)
@@ -384,7 +384,7 @@ def _linear(name: str, parameter: Tensor) -> bool:
 
 
 def _mean_tokens(models: Models, samples: Sequence[EncodedSample]) -> float:
-    return sum(m.tokens for m in models.backend.measure([s.prompt for s in samples])) / len(samples)
+    return sum(m.tokens for m in models.llm.measure([s.prompt for s in samples])) / len(samples)
 
 
 if __name__ == "__main__":

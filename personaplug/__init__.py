@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from personaplug.data import load_task, open_dataset
     from personaplug.data.records import HistoryItem, Sample
     from personaplug.encoders import open_encoder
-    from personaplug.encoders.embedding_store import VectorTable
+    from personaplug.encoders.embedding_store import EmbeddingStore
     from personaplug.errors import PersonaPlugError
     from personaplug.evaluation.evaluator import evaluate
     from personaplug.llm.base import GenerationConfig
-    from personaplug.llm.loading import open_backend
+    from personaplug.llm.loading import open_llm
     from personaplug.llm.soft_prompt import SoftPrompt
     from personaplug.plug.model import PersonaPlug
     from personaplug.plug.personalizer import Personalizer
@@ -36,11 +36,11 @@ _HOME = {
     "Run": "run",
     "Sample": "data.records",
     "SoftPrompt": "llm.soft_prompt",
-    "VectorTable": "encoders.embedding_store",
+    "EmbeddingStore": "encoders.embedding_store",
     "evaluate": "evaluation.evaluator",
     "load_config": "config_parsing",
     "load_task": "data",
-    "open_backend": "llm.loading",
+    "open_llm": "llm.loading",
     "open_dataset": "data",
     "open_encoder": "encoders",
     "open_models": "run",
@@ -58,11 +58,11 @@ __all__ = [
     "Run",
     "Sample",
     "SoftPrompt",
-    "VectorTable",
+    "EmbeddingStore",
     "evaluate",
     "load_config",
     "load_task",
-    "open_backend",
+    "open_llm",
     "open_dataset",
     "open_encoder",
     "open_models",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-STRONGEST = 10
+MAX_PERSONA_SCALE = 10
 """How far a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
 
 
@@ -56,13 +56,15 @@ class ModelConfig:
     max_prompt_tokens: int = _option(
         512, "longest prompt in tokens of the language model; the end of the text is cut and counted", low=8
     )
-    keep_prompts: str = _option(
+    prompt_cache: str = _option(
         "auto",
         "where the language model's states of prompts ahead of the soft tokens (placement=suffix) are kept, so that "
         "each is read once: auto = where they fit half of what is free: GPU, memory or disk ($TMPDIR)",
         choices=("auto", "memory", "disk", "nowhere"),
     )
-    keep_gigabytes: float = _option(0.0, "most that kept prompts may take; 0 = half of what is free there", low=0)
+    prompt_cache_gigabytes: float = _option(
+        0.0, "most that kept prompts may take; 0 = half of what is free there", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,12 @@ class PlugConfig:
         "eq. 2: trained = a whole trained copy of the encoder (the paper); head = frozen encoder + trained linear map",
         choices=("trained", "head"),
     )
-    answers: str = _option(
+    answer_channel: str = _option(
         "auto",
         "where an item's answer goes: text = into the encoded text (the paper's Table 7); label = one-hot beside the "
-        "vector (closed label sets only); form = into the text, and how it is written (length, case, marks) beside the "
-        "vector; auto = label for closed sets whose items hold answers, text for other closed sets, else form",
-        choices=("text", "label", "form", "auto"),
+        "vector (closed label sets only); style = into the text, and its length, case and marks beside the vector; "
+        " auto = label for closed sets whose items hold answers, text for other closed sets, else style",
+        choices=("text", "label", "style", "auto"),
     )
     shrinkage: bool = _option(
         True,
@@ -152,7 +154,7 @@ class PlugConfig:
     @property
     def encodes_answers(self) -> bool:
         """Whether the encoder reads items with their answers."""
-        return self.answers != "label"
+        return self.answer_channel != "label"
 
     @property
     def reads_history(self) -> bool:
@@ -162,12 +164,12 @@ class PlugConfig:
     @property
     def reads_labels(self) -> bool:
         """Whether it matters which of the task's labels an item's answer is."""
-        return self.label_prior == "own" or (self.persona_tokens > 0 and self.answers == "label")
+        return self.label_prior == "own" or (self.persona_tokens > 0 and self.answer_channel == "label")
 
     @property
     def reads_forms(self) -> bool:
         """Whether the form of answers is noted."""
-        return self.answers == "form"
+        return self.answer_channel == "style"
 
 
 @dataclass(frozen=True)
@@ -184,26 +186,26 @@ class TrainingConfig:
     max_steps: int = _option(0, "stop after this many steps; 0 = no bound", low=0)
     batch_size: int = _option(16, "samples in a step, over all processes", low=1)
     views: int = _option(0, "random sub-histories added per sample and epoch (the paper's code uses 10)", low=0)
-    empty_share: float = _option(
+    drop_history_prob: float = _option(
         0.2,
         "share of samples whose history is hidden in an epoch, to train for users without one; 0 = the paper",
         low=0,
         high=1,
     )
-    history_dropout: float = _option(
+    subsample_history_prob: float = _option(
         0.7,
         "share of samples of whose history an epoch shows a random part only, from one item up: keeps the plug from "
         "learning histories by heart, and makes it serve short ones; 0 = the paper",
         low=0,
         high=1,
     )
-    answer_end: str = _option(
+    train_eos: str = _option(
         "auto",
         "whether answers are trained with the end of text behind them: always (the paper; needed where labels shall be "
         "written, decoding=generate); auto = not the labels of a closed set, which are scored",
         choices=("auto", "always"),
     )
-    pass_tokens: int = _option(
+    max_tokens_per_microbatch: int = _option(
         1024,
         "most tokens, padding included, in one forward and backward pass; larger batches are split and their gradients "
         "summed; 0 = no bound",
@@ -215,18 +217,20 @@ class TrainingConfig:
     )
     encoder_learning_rate: float = _option(5e-5, "of the trained copy of the encoder", low=0, high=1)
     weight_decay: float = _option(1e-4, "of AdamW", low=0, high=1)
-    warmup_share: float = _option(
+    warmup_ratio: float = _option(
         0.05, "share of the steps in which the rate rises; it then falls linearly to 0", low=0, high=1
     )
-    clip_norm: float = _option(1.0, "longest gradient; longer ones are scaled down to it", above=0)
+    max_grad_norm: float = _option(1.0, "longest gradient; longer ones are scaled down to it", above=0)
     train_limit: int = _option(0, "use this many training samples, drawn by seed 0; 0 = all", low=0)
     validation_share: float = _option(
         0.1, "share of the training users held out to choose the checkpoint", above=0, high=0.5
     )
     validation_limit: int = _option(256, "samples of the held-out users that are scored at most", low=1)
-    validate_every: int = _option(0, "steps between validations; 0 = four times an epoch", low=0)
-    patience: int = _option(0, "stop after this many validations without a better loss; 0 = never", low=0)
-    checkpoint_every: int = _option(25, "steps between states that a stopped run goes on from", low=1)
+    eval_steps: int = _option(0, "steps between validations; 0 = four times an epoch", low=0)
+    early_stopping_patience: int = _option(
+        0, "stop after this many validations without a better loss; 0 = never", low=0
+    )
+    save_steps: int = _option(25, "steps between states that a stopped run goes on from", low=1)
     tensorboard: bool = _option(False, "write TensorBoard events beside the JSON lines (needs the extra `tensorboard`)")
 
 
@@ -280,20 +284,20 @@ class EvaluationConfig:
         high=10,
     )
     max_new_tokens: int = _option(0, "longest answer in tokens; 0 = the task's own", low=0)
-    rating_fallback: str = _option(
+    unparsable_rating: str = _option(
         "lamp",
         "score of an answer that is no number: lamp = the farthest end, pplug = first digit, else 1",
         choices=("lamp", "pplug"),
     )
-    shown_items: int = _option(
+    max_eval_history: int = _option(
         -1, "show only so many of each history's latest items at test time (a cold-start curve); -1 = all", low=-1
     )
-    strength: float = _option(
+    persona_scale: float = _option(
         1.0,
         "how far a persona goes from what is common to all users to the user's own: 1 = as trained, above = farther; "
         "0 = no soft tokens at all, the plain model",
         low=0,
-        high=STRONGEST,
+        high=MAX_PERSONA_SCALE,
     )
     limit: int = _option(0, "score this many samples, drawn by `draw_seed`; 0 = all", low=0)
     draw_seed: int = _option(0, "draws the wrong users, the shuffles, the limit and the bootstrap", low=0)
@@ -321,7 +325,7 @@ PAPER = PlugConfig(
     temperature=1.0,
     state_tokens=0,
     query_encoder="trained",
-    answers="text",
+    answer_channel="text",
     shrinkage=False,
     options="ignore",
     label_prior="none",
@@ -338,9 +342,9 @@ BEFORE: dict[str, Any] = {
     "plug.shrinkage": False,
     "plug.options": "ignore",
     "plug.label_prior": "none",
-    "training.history_dropout": 0.0,
-    "training.answer_end": "always",
-    "evaluation.strength": 1.0,
+    "training.subsample_history_prob": 0.0,
+    "training.train_eos": "always",
+    "evaluation.persona_scale": 1.0,
 }
 """What runs and results did whose settings were written down before there was this choice."""
 

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from personaplug.config import SECTIONS, Config
-from personaplug.errors import BadConfig, MissingData, nearest
+from personaplug.errors import ConfigError, MissingData, nearest
 
 _IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -27,7 +27,7 @@ def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = ()
         base: what to start from; the defaults otherwise.
     Raises:
         MissingData: if the file does not exist.
-        BadConfig: for an unknown key, a value of the wrong type or out of range.
+        ConfigError: for an unknown key, a value of the wrong type or out of range.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -35,7 +35,7 @@ def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = ()
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
-            raise BadConfig(f"Settings are written key=value; found {word!r}.")
+            raise ConfigError(f"Settings are written key=value; found {word!r}.")
         values[key.strip()] = _parse_yaml(text, source=f"the value of {key.strip()}")
     return with_values(base or Config(), values)
 
@@ -44,7 +44,7 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     """Return `config` with some settings replaced, each checked.
 
     Raises:
-        BadConfig: for an unknown key, a value of the wrong type or out of range.
+        ConfigError: for an unknown key, a value of the wrong type or out of range.
     """
     changes: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
@@ -101,7 +101,7 @@ def _locate(key: str) -> tuple[str, str]:
         if found == (section, name) or (not section and found[1] == name):
             return found
     names = {n for _, n in known} | {f"{s}.{n}" for s, n in known if section}
-    raise BadConfig(f"There is no setting {key!r}; {nearest(key, names)}")
+    raise ConfigError(f"There is no setting {key!r}; {nearest(key, names)}")
 
 
 def _checked(section: str, name: str, value: Any) -> Any:
@@ -110,7 +110,7 @@ def _checked(section: str, name: str, value: Any) -> Any:
     converted = _convert(value, wanted, key=f"{section}.{name}")
     several = converted if isinstance(converted, tuple) else (converted,)
     if len(set(several)) < len(several):
-        raise BadConfig(f"{section}.{name} names a value twice: {_shown(converted)}. Name each once.")
+        raise ConfigError(f"{section}.{name} names a value twice: {_shown(converted)}. Name each once.")
     for single in several:
         _check_range(single, option, key=f"{section}.{name}")
     return converted
@@ -120,7 +120,7 @@ def _convert(value: Any, wanted: Any, *, key: str) -> Any:
     if wanted == tuple[int, ...]:
         several = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         if not several:
-            raise BadConfig(f"{key} needs at least one value, found none.")
+            raise ConfigError(f"{key} needs at least one value, found none.")
         return tuple(_convert(_parse_yaml(str(v), source=key), int, key=key) for v in several)
     if wanted is float and isinstance(value, str):
         # YAML 1.1 reads 1e-3 as a string, for want of a dot.
@@ -134,13 +134,13 @@ def _convert(value: Any, wanted: Any, *, key: str) -> Any:
         return str(value)
     if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value
-    raise BadConfig(f"{key} must be {_IN_WORDS.get(wanted, wanted.__name__)}; found {value!r}.")
+    raise ConfigError(f"{key} must be {_IN_WORDS.get(wanted, wanted.__name__)}; found {value!r}.")
 
 
 def _check_range(value: Any, option: Field[Any], *, key: str) -> None:
     meta = option.metadata
     if meta["choices"] and value not in meta["choices"]:
-        raise BadConfig(f"{key} must be one of {', '.join(meta['choices'])}; found {value!r}.")
+        raise ConfigError(f"{key} must be one of {', '.join(meta['choices'])}; found {value!r}.")
     if not isinstance(value, int | float):
         return
     too_low = meta["low"] is not None and not value >= meta["low"]
@@ -148,7 +148,7 @@ def _check_range(value: Any, option: Field[Any], *, key: str) -> None:
     too_high = meta["high"] is not None and not value <= meta["high"]
     # The comparisons are negated so that NaN fails them too.
     if too_low or not_above or too_high:
-        raise BadConfig(f"{key} must be a number{_range_text(option)}; found {value}.")
+        raise ConfigError(f"{key} must be a number{_range_text(option)}; found {value}.")
 
 
 def read_yaml(path: Path) -> Any:
@@ -156,33 +156,33 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         MissingData: if it is not there.
-        BadConfig: if it is not valid YAML.
+        ConfigError: if it is not valid YAML.
     """
     if not path.is_file():
         raise MissingData(f"The config file {path} does not exist.")
     try:
         return _parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
     except UnicodeDecodeError:
-        raise BadConfig(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
+        raise ConfigError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
 
 
 def _parse_yaml(text: str, *, source: str) -> Any:
     try:
         return yaml.safe_load(text) if text else text
     except yaml.YAMLError as error:
-        raise BadConfig(f"{source} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        raise ConfigError(f"{source} is not valid YAML: {str(error).splitlines()[0]}.") from None
 
 
 def flatten(tree: Any) -> dict[str, Any]:
     """Sections of settings (`training: {epochs: 3}`) or bare ones as a flat mapping that `with_values` takes.
 
     Raises:
-        BadConfig: if it is no mapping.
+        ConfigError: if it is no mapping.
     """
     if tree in (None, ""):
         return {}
     if not isinstance(tree, dict):
-        raise BadConfig("A config file holds `section: {key: value}` or `key: value`; found something else.")
+        raise ConfigError("A config file holds `section: {key: value}` or `key: value`; found something else.")
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if key in SECTIONS and (value is None or isinstance(value, dict)):

@@ -2,8 +2,8 @@
 
 PersonaPlugError
 ├── UserError                 something the caller can put right; the CLI prints it without a traceback
-│   ├── BadConfig             a setting is unknown, of the wrong type or out of range
-│   ├── BadRecord             a data file holds something that cannot be read as a record
+│   ├── ConfigError             a setting is unknown, of the wrong type or out of range
+│   ├── RecordError             a data file holds something that cannot be read as a record
 │   ├── MissingData           a file, folder or split that was asked for is not there
 │   ├── MissingModel          a model could not be found in any of the places it may come from
 │   ├── MissingExtra          an optional dependency is needed and not installed
@@ -11,7 +11,7 @@ PersonaPlugError
 │   ├── EncoderMismatch       vectors or a plug belong to another encoder
 │   ├── LLMMismatch           a plug belongs to another language model
 │   ├── RunConflict           a run folder holds something else than what was asked for
-│   ├── BadItem               an item for a store of histories has a wrong id, or holds NaN
+│   ├── ItemError               an item for a store of histories has a wrong id, or holds NaN
 │   ├── StoreConflict         a store of histories was made with other settings than those given
 │   └── RequestError          a request to the server cannot be answered as it is
 ├── EngineFailure             the language model behind the server is not there, or does not answer
@@ -48,11 +48,11 @@ class UserError(PersonaPlugError):
     """Something the caller can put right."""
 
 
-class BadConfig(UserError):
+class ConfigError(UserError):
     """A setting is unknown, of the wrong type or out of range."""
 
 
-class BadRecord(UserError):
+class RecordError(UserError):
     """A data file holds something that cannot be read as a record.
 
     Attributes:
@@ -116,7 +116,7 @@ class RunConflict(UserError):
     """A run folder holds something else than what was asked for."""
 
 
-class BadItem(UserError):
+class ItemError(UserError):
     """An item for a store of histories cannot be stored as it is; nothing of its batch was."""
 
 

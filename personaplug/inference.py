@@ -10,10 +10,10 @@ from personaplug.data import read_items
 from personaplug.data.parsing import Flaw, options_of, query_of
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
-from personaplug.encoders.encoded_sample import written_answers
-from personaplug.errors import BadConfig
+from personaplug.encoders.encoded_sample import past_answers
+from personaplug.errors import ConfigError
 from personaplug.llm.base import GenerationConfig
-from personaplug.llm.ngram_cache import check_phrases
+from personaplug.llm.ngram_cache import check_ngrams
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
 
@@ -37,18 +37,20 @@ def generate_one(
         phrases: mix the phrases of the user's own answers into what the model says, beside the persona.
 
     Raises:
-        BadConfig: if the prompt lacks the wording that tells the plug where the query is, or the task has no phrases.
-        BadRecord: if an item cannot be read.
+        ConfigError: if the prompt lacks the wording that tells the plug where the query is, or the task has no phrases.
+        RecordError: if an item cannot be read.
         MissingData: if the file of items is not there, or the run has no finished plug.
     """
     if phrases:
-        check_phrases(run.task)
+        check_ngrams(run.task)
     items = read_items(history, task=run.task) if history is not None else ()
     models = open_models(run.config)
     personalizer = None
     if not plain:
         chosen = run.config.training.seeds[0] if seed is None else seed
-        personalizer = Personalizer(run.load_plug("plug", seed=chosen, models=models), strength=config.strength)
+        personalizer = Personalizer(
+            run.load_plug("plug", seed=chosen, models=models), persona_scale=config.persona_scale
+        )
     return reply(prompt, items, run=run, models=models, personalizer=personalizer, config=config, phrases=phrases)
 
 
@@ -67,26 +69,26 @@ def reply(
     Args:
         phrases: mix those of the items' answers into what is written, beside a persona.
     Raises:
-        BadConfig: if the prompt lacks the wording that tells the plug where the query is.
+        ConfigError: if the prompt lacks the wording that tells the plug where the query is.
     """
     soft = None
     if personalizer is not None:
         query, options = _query(run.task, prompt), options_of(run.task, prompt)
         soft = personalizer.persona(query, items, encoder=models.encoder, options=options)
     if run.task.labels and config.decoding != "generate":
-        scores = models.backend.score([prompt], run.task.labels, soft=soft)
+        scores = models.llm.score([prompt], run.task.labels, soft=soft)
         return run.task.labels[int(scores[0].argmax())]
     own = None
-    if phrases and personalizer is not None and config.strength:
-        answers = written_answers(items, latest=personalizer.plug.config.max_history)
-        own = [models.backend.phrases(answers)]
-    return models.backend.generate([prompt], soft=soft, config=_wanted(run.task, config), phrases=own)[0].text
+    if phrases and personalizer is not None and config.persona_scale:
+        answers = past_answers(items, latest=personalizer.plug.config.max_history)
+        own = [models.llm.phrases(answers)]
+    return models.llm.generate([prompt], soft=soft, config=_wanted(run.task, config), phrases=own)[0].text
 
 
 def _wanted(task: Task, config: EvaluationConfig) -> GenerationConfig:
     drawn = config.sample_temperature > 0
     if drawn and config.num_beams > 1:
-        raise BadConfig(f"sample_temperature above 0 needs num_beams=1; found num_beams={config.num_beams}.")
+        raise ConfigError(f"sample_temperature above 0 needs num_beams=1; found num_beams={config.num_beams}.")
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens or task.max_new_tokens,
         num_beams=config.num_beams,
@@ -106,4 +108,4 @@ def _query(task: Task, prompt: str) -> str:
             wording = f"hold {task.query_after!r} and the query after it"
         else:
             wording = "not be blank"
-        raise BadConfig(f"A prompt of task {task.name} must {wording}; the prompt given does not.") from None
+        raise ConfigError(f"A prompt of task {task.name} must {wording}; the prompt given does not.") from None

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from personaplug.config import PAPER, PlugConfig
-from personaplug.errors import BadConfig, nearest
+from personaplug.errors import ConfigError, nearest
 
 RETRIEVERS = ("bm25", "recency", "dense", "random", "ropg")
 WRONG_USER: Final = "wrong-user"
@@ -268,11 +268,13 @@ def parse_conditions(text: str) -> list[Condition]:
     """Conditions from a comma-separated list.
 
     Raises:
-        BadConfig: for an unknown, repeated or missing name.
+        ConfigError: for an unknown, repeated or missing name.
     """
     conditions = [condition_of(name.strip()) for name in text.split(",") if name.strip()]
     if not conditions or len({condition.name for condition in conditions}) < len(conditions):
-        raise BadConfig(f"Conditions are different rows, comma-separated, such as {','.join(DEFAULT)}; found {text!r}.")
+        raise ConfigError(
+            f"Conditions are different rows, comma-separated, such as {','.join(DEFAULT)}; found {text!r}."
+        )
     return conditions
 
 
@@ -280,7 +282,7 @@ def condition_of(name: str) -> Condition:
     """The row of a name.
 
     Raises:
-        BadConfig: if there is no such row.
+        ConfigError: if there is no such row.
     """
     if name in CONDITIONS:
         return CONDITIONS[name]
@@ -300,7 +302,7 @@ def find_condition(name: str) -> Condition | None:
     """The row of a name; None for what is known of the data itself, such as the all-knowing predictor."""
     try:
         return condition_of(name)
-    except BadConfig:
+    except ConfigError:
         return None
 
 
@@ -335,7 +337,7 @@ def _control(name: str, body: str, control: str) -> Condition:
     ordered = control == SHUFFLED and not base.per_user  # a user's matrices know no order
     personal = base.history == "own" and base.persona == "own"
     if not personal or not (control == WRONG_USER or ordered):
-        raise BadConfig(
+        raise ConfigError(
             f"A control is written ROW@wrong-user or ROW@shuffled, with a row that uses the user's own history (for "
             f"shuffled: in its order); found {name!r}."
         )
@@ -363,18 +365,18 @@ def _is_count(text: str) -> bool:
     return text.isascii() and text.isdecimal() and int(text) >= 1
 
 
-def _unknown(name: str) -> BadConfig:
+def _unknown(name: str) -> ConfigError:
     retrieved = [*(f"{retriever}:4" for retriever in RETRIEVERS), "instruction+bm25:4", "plug+bm25:1", "profile+bm25:4"]
     known = [*CONDITIONS, *retrieved, "copy:10", "user-words:4", "plug+phrases"]
-    return BadConfig(f"There is no row {name!r}; {nearest(name, known)}")
+    return ConfigError(f"There is no row {name!r}; {nearest(name, known)}")
 
 
 def _with_phrases(name: str, base: str) -> Condition:
     shown = CONDITIONS["instruction-only"] if base == "instruction" else condition_of(base)
     if base == "instruction-only":
-        raise BadConfig(f"{name} is written instruction+phrases.")
+        raise ConfigError(f"{name} is written instruction+phrases.")
     if shown.rule or shown.per_user or shown.persona != "own" or shown.phrases or is_control(shown.name):
-        raise BadConfig(
+        raise ConfigError(
             f"Phrases are mixed into what the frozen model says beside the user's own history (plug+phrases, "
             f"instruction+phrases, plug+bm25:1+phrases; a control is plug+phrases@wrong-user); found {name!r}."
         )
@@ -393,4 +395,4 @@ def _with_retrieval(name: str, base: str, retrieval: Retrieval, *, joined: bool)
     if base == "plug":
         guards = "whether persona and texts complete each other, trained together"
         return Condition(name, guards, Trained(name, "plug", retrieval), "own", retrieval=retrieval)
-    raise BadConfig(f"Retrieval goes with instruction, plug or profile (plug+bm25:1); found {name!r}.")
+    raise ConfigError(f"Retrieval goes with instruction, plug or profile (plug+bm25:1); found {name!r}.")

@@ -31,21 +31,21 @@ from personaplug.data.records import Sample
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import parse_task
 from personaplug.encoders import Encoder, open_encoder
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples, samples_fingerprint
-from personaplug.errors import BadConfig, MissingData, RunConflict
+from personaplug.errors import ConfigError, MissingData, RunConflict
 from personaplug.infra.atomic_io import write_json, write_text
 from personaplug.infra.distributed import connect, is_main, main_first
 from personaplug.infra.progress import Progress
-from personaplug.llm.causal_lm import DecoderOnlyBackend
-from personaplug.llm.loading import choose_device, open_backend
-from personaplug.llm.seq2seq_lm import EncoderDecoderBackend
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.loading import choose_device, open_llm
+from personaplug.llm.seq2seq_lm import Seq2SeqLM
 from personaplug.plug.model import PersonaPlug
 
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
 """The sections of a config that trained parts depend on."""
 
-SPEED_ONLY = ("model.device", "model.encoder_engine", "model.keep_prompts", "model.keep_gigabytes")
+SPEED_ONLY = ("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes")
 """Settings in them that decide how fast the same is done, and where."""
 
 
@@ -54,7 +54,7 @@ class Models:
     """The two frozen models of a config, loaded."""
 
     encoder: Encoder
-    backend: DecoderOnlyBackend | EncoderDecoderBackend
+    llm: CausalLM | Seq2SeqLM
 
 
 def open_models(config: Config) -> Models:
@@ -66,7 +66,7 @@ def open_models(config: Config) -> Models:
     """
     device, engine = choose_device(config.model.device), config.model.encoder_engine
     encoder = open_encoder(config.model.encoder, device=device, engine=engine)
-    return Models(encoder, open_backend(config.model))
+    return Models(encoder, open_llm(config.model))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Run:
 
         Raises:
             RunConflict: if the folder holds a run of another task or other settings of models, plug or training.
-            BadConfig: if several processes cannot work together here.
+            ConfigError: if several processes cannot work together here.
         """
         connect(choose_device(config.model.device))
         return main_first(lambda: cls._created(Path(folder), resolved(config, task), task, vectors))
@@ -121,7 +121,7 @@ class Run:
 
         Raises:
             MissingData: if the folder holds none.
-            BadConfig: if it was made with a setting that there is no more.
+            ConfigError: if it was made with a setting that there is no more.
         """
         folder = Path(folder)
         try:
@@ -165,17 +165,17 @@ class Run:
             MissingData: if its training has not ended.
         """
         folder = self.check_trained(name, seed=seed)
-        plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.backend.identity)
-        return plug.computing_items_in(models.backend.dtype).to(models.backend.device)
+        plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.llm.identity)
+        return plug.computing_items_in(models.llm.dtype).to(models.llm.device)
 
-    def open_vectors(self, encoder: Encoder) -> VectorTable:
+    def open_vectors(self, encoder: Encoder) -> EmbeddingStore:
         """The run's table of item vectors."""
-        return VectorTable.open(self.vectors, encoder)
+        return EmbeddingStore.open(self.vectors, encoder)
 
     def read_samples(
         self,
         reader: Reader,
-        table: VectorTable,
+        table: EmbeddingStore,
         *,
         limit: int = 0,
         seed: int = 0,
@@ -205,7 +205,7 @@ class Run:
                 f"values. Leave them out, or train another run."
             )
 
-    def check_data(self, samples: Sequence[EncodedSample], table: VectorTable) -> None:
+    def check_data(self, samples: Sequence[EncodedSample], table: EmbeddingStore) -> None:
         """Note what the run is trained on, or check that it is what an earlier start noted.
 
         Raises:
@@ -270,25 +270,27 @@ def resolved(config: Config, task: Task) -> Config:
     """The config with what it leaves to the task (`auto`) settled.
 
     Raises:
-        BadConfig: if it asks for something that the task does not have.
+        ConfigError: if it asks for something that the task does not have.
     """
     answered = task.has_labelled_items
-    if config.plug.answers == "label" and task.labels and not answered:
-        raise BadConfig(f"answers=label reads the answers in a history, and the items of {task.name} hold none.")
+    if config.plug.answer_channel == "label" and task.labels and not answered:
+        raise ConfigError(
+            f"answer_channel=label reads the answers in a history, and the items of {task.name} hold none."
+        )
     if config.plug.options == "compare" and not task.has_options:
-        raise BadConfig(
+        raise ConfigError(
             f"options=compare needs prompts with an option for each label, found by a group of the task's "
             f"query_pattern each; {task.name} declares none. Leave it out, or give options=auto."
         )
-    if config.plug.label_prior == "own" and not (answered and config.training.answer_end == "auto"):
-        raise BadConfig(
+    if config.plug.label_prior == "own" and not (answered and config.training.train_eos == "auto"):
+        raise ConfigError(
             f"label_prior=own counts the answers in a history and adds to labels' scores: it needs items that hold "
-            f"answers from a closed set, and answer_end=auto; {task.name} has {'' if answered else 'no '}such items, "
-            f"and answer_end={config.training.answer_end}. Leave it out."
+            f"answers from a closed set, and train_eos=auto; {task.name} has {'' if answered else 'no '}such items, "
+            f"and train_eos={config.training.train_eos}. Leave it out."
         )
     settled = {}
-    if config.plug.answers == "auto":
-        settled["plug.answers"] = "label" if answered else "text" if task.labels else "form"
+    if config.plug.answer_channel == "auto":
+        settled["plug.answer_channel"] = "label" if answered else "text" if task.labels else "style"
     if config.plug.instruction_start == "auto":
         settled["plug.instruction_start"] = "random" if task.labels else "words"
     if config.plug.options == "auto":
@@ -297,7 +299,7 @@ def resolved(config: Config, task: Task) -> Config:
 
 
 def encoded(
-    samples: Iterable[Sample], table: VectorTable, *, plug: PlugConfig, labels: Sequence[str] = ()
+    samples: Iterable[Sample], table: EmbeddingStore, *, plug: PlugConfig, labels: Sequence[str] = ()
 ) -> list[EncodedSample]:
     """Encode samples' items as a plug reads them, into the table where they are missing, saying how far it is."""
     with Progress("encode", total=None) as progress:

@@ -16,8 +16,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import pytest
 
 from personaplug.encoders import HashEncoder
-from personaplug.llm.causal_lm import DecoderOnlyBackend
-from personaplug.llm.tiny import load_toy
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.tiny import load_tiny_llm
 
 if TYPE_CHECKING:
     from postgres_server import PostgresServer
@@ -27,8 +27,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
-def toy() -> DecoderOnlyBackend:
-    return load_toy()
+def toy() -> CausalLM:
+    return load_tiny_llm()
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from personaplug.llm.causal_lm import DecoderOnlyBackend
-from personaplug.llm.seq2seq_lm import EncoderDecoderBackend
-from personaplug.llm.tiny import toy_tokenizer
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.seq2seq_lm import Seq2SeqLM
+from personaplug.llm.tiny import tiny_tokenizer
 
 _SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED: dict[str, Any] = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8}
@@ -73,10 +73,10 @@ FAMILIES = {**DECODERS, "t5": _t5}
 
 def small_backend(family: str, *, padding_side: str = "left", chat: bool = False) -> Any:
     """A backend of that family with weights drawn by seed 0, in float32."""
-    tokenizer = toy_tokenizer()
+    tokenizer = tiny_tokenizer()
     if chat:
         tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
     torch.manual_seed(0)
     model = FAMILIES[family](_ends(tokenizer))
-    kind = EncoderDecoderBackend if family == "t5" else DecoderOnlyBackend
+    kind = Seq2SeqLM if family == "t5" else CausalLM
     return kind(model, tokenizer, name=f"small-{family}", padding_side=padding_side)

@@ -17,27 +17,27 @@ import uvicorn
 from personaplug.config import PlugConfig
 from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.plug.saving import Fitting
-from personaplug.serving.api_keys import Accounts
+from personaplug.plug.saving import PlugSpec
+from personaplug.serving.api_keys import ApiKeys
 from personaplug.serving.app import create_app
 from personaplug.serving.engines.base import Engine
-from personaplug.serving.engines.in_process import LocalEngine
-from personaplug.serving.middleware import Limits
-from personaplug.serving.persona_cache import LivePersonas, store_settings
+from personaplug.serving.engines.in_process import InProcessEngine
+from personaplug.serving.middleware import RequestLimits
+from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore
 
 ENCODER = HashEncoder(32)
 LABELS = ("1", "2", "3", "4", "5")
 TASK = Task("Films", "rating", ("text",), "score", ("mae",), labels=LABELS, query_after="review: ")
-CONFIG = replace(PlugConfig(), answers="label", options="ignore", label_prior="own", instruction_start="random")
+CONFIG = replace(PlugConfig(), answer_channel="label", options="ignore", label_prior="own", instruction_start="random")
 
 
 def open_service(
-    backend: DecoderOnlyBackend,
+    llm: CausalLM,
     folder: Path,
     *,
     task: Task = TASK,
@@ -48,19 +48,19 @@ def open_service(
 ) -> Service:
     """A service with an untrained plug, whose personas yet depend on the history."""
     torch.manual_seed(1)
-    labels = task.labels if config.answers == "label" else ()
-    fitting = Fitting(backend.identity, backend.embedding_scale, ENCODER.identity, labels)
-    plug = PersonaPlug(config, fitting=fitting, encoder=ENCODER).eval()
+    labels = task.labels if config.answer_channel == "label" else ()
+    spec = PlugSpec(llm.identity, llm.embedding_scale, ENCODER.identity, labels)
+    plug = PersonaPlug(config, spec=spec, encoder=ENCODER).eval()
     torch.nn.init.normal_(plug.population)
     store = HistoryStore.open(
         folder / "histories.db", ENCODER, settings=replace(store_settings(plug, keep_text=keep_text), shards=2)
     )
-    personas = LivePersonas(Personalizer(plug), store, **settings)
-    return Service(personas, engine or LocalEngine(backend, name="toy", max_new_tokens=200), task=task)
+    personas = PersonaCache(Personalizer(plug), store, **settings)
+    return Service(personas, engine or InProcessEngine(llm, name="toy", max_new_tokens=200), task=task)
 
 
 @contextmanager
-def served(service: Service, *, accounts: Accounts | None = None, limits: Limits | None = None) -> Iterator[str]:
+def served(service: Service, *, accounts: ApiKeys | None = None, limits: RequestLimits | None = None) -> Iterator[str]:
     """Serve it; the base URL, without /v1."""
     app = create_app(service, accounts=accounts, limits=limits)
     with running(app) as url:

@@ -9,7 +9,7 @@ import pytest
 
 from personaplug.config import SECTIONS, Config
 from personaplug.config_parsing import describe, load_config, to_yaml, with_values
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import ConfigError, MissingData
 from personaplug.run import FIXED, _differing
 
 
@@ -46,8 +46,8 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
         ("seeds=99999999999999999999", "from 0 to 4294967295"),
         ("seeds=0,1,0", "training.seeds names a value twice: 0,1,0"),
         ("sample_temperature=-0.1", "from 0 to 10"),
-        ("empty_share=1.5", "from 0 to 1"),
-        ("pass_tokens=-1", "from 0"),
+        ("drop_history_prob=1.5", "from 0 to 1"),
+        ("max_tokens_per_microbatch=-1", "from 0"),
         ("max_history=600", "to 512"),
         ("epoch=3", "no setting 'epoch'; did you mean 'epochs'"),
         ("plug.epochs=3", "no setting 'plug.epochs'"),
@@ -56,7 +56,7 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_in_words(word: str, said: str) -> None:
-    with pytest.raises(BadConfig, match=said):
+    with pytest.raises(ConfigError, match=said):
         load_config(overrides=[word])
 
 
@@ -64,13 +64,13 @@ def test_a_missing_or_odd_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="does not exist"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(BadConfig, match="section"):
+    with pytest.raises(ConfigError, match="section"):
         load_config(tmp_path / "list.yaml")
 
 
 def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("llm: modèle\n".encode("latin-1"))
-    with pytest.raises(BadConfig, match=r"latin\.yaml is not UTF-8"):
+    with pytest.raises(ConfigError, match=r"latin\.yaml is not UTF-8"):
         load_config(tmp_path / "latin.yaml")
 
 

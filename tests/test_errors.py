@@ -9,8 +9,8 @@ import pytest
 from personaplug import errors
 
 EXAMPLES = [
-    errors.BadConfig("x"),
-    errors.BadRecord("f.json", "question 3", reason="no id"),
+    errors.ConfigError("x"),
+    errors.RecordError("f.json", "question 3", reason="no id"),
     errors.MissingModel("owner/model", tried=["a folder", "the hub"]),
     errors.MissingExtra("Parquet", extra="parquet"),
     errors.EncoderMismatch("This plug", expected="A", found="B"),

@@ -13,12 +13,12 @@ from personaplug.data import LAMP_TASKS
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 from personaplug.inference import reply
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.plug.saving import Fitting
+from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run, resolved
 
 SECRET = "zanzibar"
@@ -28,7 +28,7 @@ BLANK = Task("Own", "text", ("text",), "text", ("rouge_1",))
 def answer(
     prompt: str,
     task: Task,
-    toy: DecoderOnlyBackend,
+    toy: CausalLM,
     encoder: HashEncoder,
     *,
     plain: bool = False,
@@ -36,21 +36,21 @@ def answer(
     settings: tuple[str, ...] = ("max_new_tokens=2",),
 ) -> str:
     config = resolved(load_config(overrides=["num_beams=1", *settings]), task)
-    plug = PersonaPlug(config.plug, fitting=Fitting(toy.identity, 0.25, encoder.identity, task.labels), encoder=encoder)
+    plug = PersonaPlug(config.plug, spec=PlugSpec(toy.identity, 0.25, encoder.identity, task.labels), encoder=encoder)
     values = tuple((name, "4") for name in task.field_names)
     return reply(
         prompt,
         [HistoryItem(str(n), values, task.answer_field) for n in range(99 if phrases else 1)],
         run=Run(Path("unused"), config, task, Path("unused")),
         models=Models(encoder, toy),
-        personalizer=None if plain else Personalizer(plug.eval(), strength=config.evaluation.strength),
+        personalizer=None if plain else Personalizer(plug.eval(), persona_scale=config.evaluation.persona_scale),
         config=config.evaluation,
         phrases=phrases,
     )
 
 
 @pytest.mark.parametrize("name", ["LaMP_3", "LaMP_4"])
-def test_a_prompt_in_the_tasks_wording_is_answered(name: str, toy: DecoderOnlyBackend, hashing: HashEncoder) -> None:
+def test_a_prompt_in_the_tasks_wording_is_answered(name: str, toy: CausalLM, hashing: HashEncoder) -> None:
     task = LAMP_TASKS[name]
     found = answer(f"Tell me. {task.query_after}a long walk", task, toy, hashing)
     assert found in task.labels or not task.labels
@@ -66,23 +66,23 @@ def test_a_prompt_in_the_tasks_wording_is_answered(name: str, toy: DecoderOnlyBa
     ],
 )
 def test_a_prompt_without_query_says_what_it_must_hold(
-    task: Task, prompt: str, wording: str, toy: DecoderOnlyBackend, hashing: HashEncoder
+    task: Task, prompt: str, wording: str, toy: CausalLM, hashing: HashEncoder
 ) -> None:
-    with pytest.raises(BadConfig) as caught:
+    with pytest.raises(ConfigError) as caught:
         answer(prompt, task, toy, hashing)
     assert wording in str(caught.value)
     assert SECRET not in str(caught.value)
     assert "Flaw" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_without_the_plug_no_wording_is_needed(toy: DecoderOnlyBackend, hashing: HashEncoder) -> None:
+def test_without_the_plug_no_wording_is_needed(toy: CausalLM, hashing: HashEncoder) -> None:
     assert answer("anything", LAMP_TASKS["LaMP_3"], toy, hashing, plain=True) in LAMP_TASKS["LaMP_3"].labels
 
 
-def test_phrases_are_mixed_in_beside_a_persona_alone(toy: DecoderOnlyBackend, hashing: HashEncoder) -> None:
+def test_phrases_are_mixed_in_beside_a_persona_alone(toy: CausalLM, hashing: HashEncoder) -> None:
     task, prompt = LAMP_TASKS["LaMP_4"], "Tell me. article: a long walk"
     bare = answer(prompt, task, toy, hashing)
     assert answer(prompt, task, toy, hashing, phrases=True) == "4" != bare
-    for changes in ({"plain": True}, {"settings": ("max_new_tokens=2", "strength=0")}):
+    for changes in ({"plain": True}, {"settings": ("max_new_tokens=2", "persona_scale=0")}):
         given: dict[str, Any] = changes
         assert answer(prompt, task, toy, hashing, phrases=True, **given) == answer(prompt, task, toy, hashing, **given)

@@ -23,7 +23,7 @@ from personaplug.analysis.tables import (
     titled,
 )
 from personaplug.errors import MissingData, MissingExtra
-from personaplug.infra.atomic_io import written_file
+from personaplug.infra.atomic_io import atomic_write
 from personaplug.methods import control_of, is_control, is_rule
 
 if TYPE_CHECKING:
@@ -375,4 +375,4 @@ def _dressed(figure: Figure) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    written_file(path, lambda attempt: figure.savefig(attempt, format="png", dpi=150))
+    atomic_write(path, lambda attempt: figure.savefig(attempt, format="png", dpi=150))

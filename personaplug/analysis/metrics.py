@@ -23,14 +23,14 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN, check_decision, scale_of
-from personaplug.errors import BadConfig, ShapeMismatch, nearest
+from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN, check_estimate, scale_of
+from personaplug.errors import ConfigError, ShapeMismatch, nearest
 
 Array = NDArray[np.float64]
 
 FALLBACKS = ("lamp", "pplug")
 _AT = "@"  # between a metric and the decision whose answers it scores
-BEST_DECIDED = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")
+ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")
 """Each error of ratings with the decision whose answers it should favour."""
 
 
@@ -40,7 +40,7 @@ class Metric(ABC):
     Attributes:
         name: as tasks and results files write it, the decision in it if that is not the argmax.
         greater_is_better: its direction; False for errors.
-        takes_decisions: whether answers that are chosen by their place on a scale make sense to it.
+        takes_estimates: whether answers that are chosen by their place on a scale make sense to it.
         of_answers: whether it scores answers; if not, rows without a language model have no such column.
         averages_over_users: whether it means something of one user's few samples.
         decision: how the answers that it is to score are chosen from the labels' probabilities, where there are any.
@@ -48,7 +48,7 @@ class Metric(ABC):
 
     name: str
     greater_is_better: ClassVar[bool] = True
-    takes_decisions: ClassVar[bool] = False
+    takes_estimates: ClassVar[bool] = False
     of_answers: ClassVar[bool] = True
     averages_over_users: ClassVar[bool] = True
 
@@ -58,21 +58,21 @@ class Metric(ABC):
         Args:
             labels: the closed set of answers, in order; needed by all but ROUGE.
             fallback: how a rating that is no number is scored, "lamp" or "pplug".
-            decision: one of `decisions.DECISIONS`.
+            decision: one of `decisions.POINT_ESTIMATES`.
         Raises:
-            BadConfig: if the labels or the decision do not fit the metric, or the fallback is unknown.
+            ConfigError: if the labels or the decision do not fit the metric, or the fallback is unknown.
         """
         if fallback not in FALLBACKS:
-            raise BadConfig(f"The rating fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
+            raise ConfigError(f"The rating fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
         self.labels = tuple(label.strip() for label in labels)
         self.fallback, self.decision = fallback, decision
         if decision != ARGMAX:
             self._take(decision)
 
     def _take(self, decision: str) -> None:
-        check_decision(decision)
-        if not self.takes_decisions:
-            raise BadConfig(f"{self.name} knows no scale; leave out {_AT}{decision}, which is for ratings.")
+        check_estimate(decision)
+        if not self.takes_estimates:
+            raise ConfigError(f"{self.name} knows no scale; leave out {_AT}{decision}, which is for ratings.")
         self.name = f"{self.name}{_AT}{decision}"
         self._scale()
 
@@ -80,7 +80,7 @@ class Metric(ABC):
         """The labels as numbers: (C,)."""
         scale = scale_of(self.labels)
         if scale is None:
-            raise BadConfig(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
+            raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
         return scale
 
     @abstractmethod
@@ -120,7 +120,7 @@ class _LabelMetric(Metric):
     def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", decision: str = ARGMAX) -> None:
         super().__init__(labels, fallback=fallback, decision=decision)
         if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise BadConfig(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
+            raise ConfigError(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
         self._index = {label: index for index, label in enumerate(self.labels)}
 
     def _classes(self, texts: Sequence[str]) -> NDArray[np.int64]:
@@ -136,7 +136,7 @@ class Accuracy(_LabelMetric):
     """
 
     name = "accuracy"
-    takes_decisions = True
+    takes_estimates = True
 
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Return 1 for a hit, else 0: (n, 1)."""
@@ -186,7 +186,7 @@ class _RatingMetric(Metric):
     """
 
     greater_is_better = False
-    takes_decisions = True
+    takes_estimates = True
 
     def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", decision: str = ARGMAX) -> None:
         super().__init__(labels, fallback=fallback, decision=decision)
@@ -212,7 +212,7 @@ class _RatingMetric(Metric):
     def _gold(self, text: str, place: int) -> float:
         number = _number(text)
         if number is None or not np.isfinite(number):
-            raise BadConfig(
+            raise ConfigError(
                 f"{self.name} compares numbers, and the gold answer of sample {place} is none. "
                 f"Choose other metrics for this task, or mend its answers."
             )
@@ -306,9 +306,9 @@ class NegativeLogLikelihood(Metric):
         """Refuse: answers as texts do not say how likely they were.
 
         Raises:
-            BadConfig: always.
+            ConfigError: always.
         """
-        raise BadConfig(
+        raise ConfigError(
             f"{self.name} is of a model's probabilities, and of these answers only texts are known. Leave it out of "
             f"the task's metrics: where a language model answers, it is a column of its own."
         )
@@ -340,14 +340,14 @@ def get_metric(name: str, *, labels: Sequence[str] = (), fallback: str = "lamp")
         labels: the task's labels; needed by all but ROUGE.
         fallback: how a rating that is no number is scored, "lamp" or "pplug".
     Raises:
-        BadConfig: for an unknown name, decision or fallback, or labels or a decision that do not fit the metric.
+        ConfigError: for an unknown name, decision or fallback, or labels or a decision that do not fit the metric.
     """
     kind, (stem, at, decision) = metric_class(name), name.partition(_AT)
     if kind is None:
-        raise BadConfig(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
+        raise ConfigError(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
     if at and decision == ARGMAX:
         # Under two names one number would stand in a table twice.
-        raise BadConfig(f"The metric {name!r} is called {stem!r}.")
+        raise ConfigError(f"The metric {name!r} is called {stem!r}.")
     return kind(labels, fallback=fallback, decision=decision if at else ARGMAX)
 
 
@@ -356,7 +356,7 @@ def metric_class(name: str) -> type[Metric] | None:
     return METRICS.get(name.partition(_AT)[0])
 
 
-def has_decision(name: str) -> bool:
+def has_estimate(name: str) -> bool:
     """Say whether a metric's name says by which decision its answers are chosen."""
     return _AT in name
 

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplug.errors import BadConfig, ShapeMismatch, nearest
+from personaplug.errors import ConfigError, ShapeMismatch, nearest
 
 ARGMAX, MEDIAN, MEAN = "argmax", "median", "mean"
-DECISIONS = (ARGMAX, MEDIAN, MEAN)
+POINT_ESTIMATES = (ARGMAX, MEDIAN, MEAN)
 
 _TIE = 1e-9  # what sums of floats may miss a tie by; probabilities are kept to far fewer digits
 
 
-def decide(probabilities: NDArray[np.float64], labels: Sequence[str], *, decision: str) -> list[str]:
+def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str], *, decision: str) -> list[str]:
     """Choose a label for each line of probabilities.
 
     argmax: the likeliest label, of equally likely ones the first.
@@ -31,33 +31,33 @@ def decide(probabilities: NDArray[np.float64], labels: Sequence[str], *, decisio
     Args:
         probabilities: (n, C) in the labels' order; lines need not sum to 1, but to more than 0.
         labels: (C,) in any order; numbers, unless the decision is argmax.
-        decision: one of `DECISIONS`.
+        decision: one of `POINT_ESTIMATES`.
     Raises:
-        BadConfig: if there is no such decision, or labels to be ordered are no numbers.
+        ConfigError: if there is no such decision, or labels to be ordered are no numbers.
         ShapeMismatch: if there is not one column per label.
     """
-    check_decision(decision)
+    check_estimate(decision)
     if probabilities.ndim != 2 or probabilities.shape[1] != len(labels):
         raise ShapeMismatch(f"Expected probabilities of {len(labels)} labels; found the shape {probabilities.shape}.")
     if decision == ARGMAX:
         return [labels[place] for place in probabilities.argmax(axis=1)]
     numbers = scale_of(labels)
     if numbers is None:
-        raise BadConfig(f"The {decision} is of finite numbers; found the labels {list(labels)}.")
+        raise ConfigError(f"The {decision} is of finite numbers; found the labels {list(labels)}.")
     order = np.argsort(numbers, kind="stable")
     shares = probabilities[:, order] / probabilities.sum(axis=1, keepdims=True)
     places = _medians(shares) if decision == MEDIAN else _nearest_to_means(shares, numbers[order])
     return [labels[order[place]] for place in places]
 
 
-def check_decision(decision: str) -> None:
+def check_estimate(decision: str) -> None:
     """Refuse what is no decision.
 
     Raises:
-        BadConfig: if there is none of this name.
+        ConfigError: if there is none of this name.
     """
-    if decision not in DECISIONS:
-        raise BadConfig(f"There is no decision {decision!r}; {nearest(decision, DECISIONS)}")
+    if decision not in POINT_ESTIMATES:
+        raise ConfigError(f"There is no decision {decision!r}; {nearest(decision, POINT_ESTIMATES)}")
 
 
 def scale_of(labels: Sequence[str]) -> NDArray[np.float64] | None:

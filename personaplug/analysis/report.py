@@ -36,7 +36,7 @@ from personaplug.analysis.tables import (
     tables,
     titled,
 )
-from personaplug.errors import BadConfig, BadRecord, MissingData
+from personaplug.errors import ConfigError, MissingData, RecordError
 from personaplug.infra.atomic_io import write_text
 from personaplug.methods import is_control
 
@@ -110,7 +110,7 @@ def write_report(
         The files written.
     Raises:
         MissingData: if a file is not there, or none is given.
-        BadRecord: if a file is no results object.
+        RecordError: if a file is no results object.
         MissingExtra: if figures are asked for and matplotlib is not installed; nothing is written then.
         StorageError: if a file cannot be written.
     """
@@ -129,18 +129,18 @@ def load_results(path: Path) -> dict[str, Any]:
 
     Raises:
         MissingData: if the file is not there.
-        BadRecord: if it is no results object.
+        RecordError: if it is no results object.
     """
     if not path.is_file():
         raise MissingData(f"There is no results file {path}; `personaplug evaluate --json FILE` writes one.")
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRecord(path, f"byte {error.start}", reason="this is no UTF-8 text.") from None
+        raise RecordError(path, f"byte {error.start}", reason="this is no UTF-8 text.") from None
     except json.JSONDecodeError as error:
-        raise BadRecord(path, f"line {error.lineno}", reason=f"this is no JSON ({error.msg}).") from None
+        raise RecordError(path, f"line {error.lineno}", reason=f"this is no JSON ({error.msg}).") from None
     if not isinstance(told, dict) or not all(map(_are_objects, _lists_of(told))) or "rows" not in told:
-        raise BadRecord(
+        raise RecordError(
             path,
             "the whole file",
             reason="a results object has a list of `rows`, one object per condition, and may have lists of `pairs` and "
@@ -159,8 +159,8 @@ def insert_between(path: Path, name: str, text: str) -> None:
 
     Raises:
         MissingData: if the file is not there.
-        BadRecord: if it lacks one of the markers, has one twice, or has them in the wrong order.
-        BadConfig: if the text holds a marker itself, so that the next time could not find its place.
+        RecordError: if it lacks one of the markers, has one twice, or has them in the wrong order.
+        ConfigError: if the text holds a marker itself, so that the next time could not find its place.
         StorageError: if the file cannot be written; it stays as it was.
     """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
@@ -169,14 +169,14 @@ def insert_between(path: Path, name: str, text: str) -> None:
     page = path.read_bytes().decode("utf-8")  # with its own line ends
     found = page.count(begin), page.count(end)
     if found != (1, 1) or page.index(begin) > page.index(end):
-        raise BadRecord(
+        raise RecordError(
             path,
             f"the place of {name!r}",
             reason=f"expected {begin} once and {end} once below it; found {found[0]} and {found[1]}"
             f"{', in the wrong order' if found == (1, 1) else ''}. Put both where the text belongs.",
         )
     if begin in text or end in text:
-        raise BadConfig(f"The text for {name!r} holds one of its own markers, {begin} or {end}; leave them out.")
+        raise ConfigError(f"The text for {name!r} holds one of its own markers, {begin} or {end}; leave them out.")
     before, rest = page.split(begin)
     after = rest.split(end)[1]
     write_text(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")

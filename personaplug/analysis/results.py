@@ -3,7 +3,7 @@
 A results object holds what was run (task, split, model, encoder, placement, seeds, versions, config, notes, …) and
 
     rows    per condition: n, seeds, metrics (those that all cells hold; nll where it is known), intervals,
-            per_user (metrics averaged over users), the rates of a `Cell`, prompt_tokens_mean, seconds,
+            per_user (metrics averaged over users), the rates of a `Trial`, prompt_tokens_mean, seconds,
             peak_memory_bytes, decoding, costs; over several seeds seed_spread and per_seed; fit_seconds where something
             was fitted on the way
     pairs   a, b, metric, difference (a's advantage whatever the metric's direction), low, high, p, and p_holm:
@@ -33,7 +33,7 @@ from personaplug.analysis.significance import (
     per_group_mean,
     seed_spread,
 )
-from personaplug.analysis.trials import Cell, Scored
+from personaplug.analysis.trials import EvalSamples, Trial
 from personaplug.methods import control_of, find_condition, is_control, is_rule
 
 Places = NDArray[np.int64]
@@ -61,7 +61,7 @@ class Settings:
     seed: int
 
 
-def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings) -> dict[str, Any]:
+def build_results(scored: EvalSamples, cells: Sequence[Trial], *, settings: Settings) -> dict[str, Any]:
     """The results of these cells, in their order of conditions; see the module's docstring."""
     everything = np.arange(len(scored.groups))
     seeds = sorted({cell.seed for cell in cells})
@@ -72,10 +72,10 @@ def results_object(scored: Scored, cells: Sequence[Cell], *, settings: Settings)
     return told | _part(scored, cells, settings=settings, chosen=everything)
 
 
-def with_slices(
+def with_subgroups(
     results: dict[str, Any],
-    scored: Scored,
-    cells: Sequence[Cell],
+    scored: EvalSamples,
+    cells: Sequence[Trial],
     *,
     slices: Sequence[tuple[str, Places]],
     settings: Settings,
@@ -88,7 +88,7 @@ def with_slices(
     return results | {"slices": parts}
 
 
-def thirds(history_items: Sequence[int]) -> list[tuple[str, Places]]:
+def history_thirds(history_items: Sequence[int]) -> list[tuple[str, Places]]:
     """Samples by thirds of their histories' length (PPlug, Table 5); samples of one length stay together."""
     sizes = np.asarray(history_items)
     low, high = np.quantile(sizes, [1 / 3, 2 / 3], method="inverted_cdf")
@@ -100,7 +100,7 @@ def thirds(history_items: Sequence[int]) -> list[tuple[str, Places]]:
     ]
 
 
-def pairs_of_interest(names: Sequence[str]) -> list[tuple[str, str]]:
+def compared_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     """Which rows are compared, (a, b): all of a few; of many the personal gains, and the methods against the bases.
 
     The plug is compared with every other method and with its own controls too, and what is built on another row (texts
@@ -136,7 +136,7 @@ def _built_on(name: str) -> list[str]:
     return [f"dense:{condition.retrieval.items}"] if condition.retrieval and name.startswith("ropg") else []
 
 
-def _notes_on_seeds(cells: Sequence[Cell]) -> list[str]:
+def _notes_on_seeds(cells: Sequence[Trial]) -> list[str]:
     """What intervals and p-values know of the difference between trainings, and of which rows they know little."""
     trainings = Counter(cell.condition for cell in cells if _is_seeded(cell.condition))
     one, two = ([name for name, held in trainings.items() if held == count] for count in (1, 2))
@@ -149,7 +149,7 @@ def _notes_on_seeds(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def _notes_on_set_ups(cells: Sequence[Cell], set_ups: Sequence[str]) -> list[str]:
+def _notes_on_set_ups(cells: Sequence[Trial], set_ups: Sequence[str]) -> list[str]:
     """Which rows come from where, if a table is of several machines or versions."""
     if len(set_ups) < 2:
         return []
@@ -158,7 +158,7 @@ def _notes_on_set_ups(cells: Sequence[Cell], set_ups: Sequence[str]) -> list[str
     return [f"Made with {len(set_ups)} set-ups, between which trainings differ as two seeds do. {told}."]
 
 
-def _notes_on_columns(cells: Sequence[Cell], settings: Settings) -> list[str]:
+def _notes_on_columns(cells: Sequence[Trial], settings: Settings) -> list[str]:
     """Which columns some cells hold and others, kept from before there were such columns, do not."""
     held = _held(cells, settings).metrics
     some = [m.name for m in settings.metrics if m not in held and any(m.name in cell.statistics for cell in cells)]
@@ -170,7 +170,7 @@ def _notes_on_columns(cells: Sequence[Cell], settings: Settings) -> list[str]:
     return told
 
 
-def _held(cells: Sequence[Cell], settings: Settings) -> Settings:
+def _held(cells: Sequence[Trial], settings: Settings) -> Settings:
     """The settings with those metrics by which rows can be compared: all by one of answers, else those that have it."""
 
     def held(metric: Metric) -> bool:
@@ -180,19 +180,19 @@ def _held(cells: Sequence[Cell], settings: Settings) -> Settings:
     return replace(settings, metrics=[metric for metric in settings.metrics if held(metric)])
 
 
-def _meant(metric: Metric, cells: Sequence[Cell]) -> list[Cell]:
+def _meant(metric: Metric, cells: Sequence[Trial]) -> list[Trial]:
     """The cells that can have such a metric."""
     return [cell for cell in cells if metric.of_answers or cell.decoding not in _WITHOUT_MODEL]
 
 
-def _of_all(metrics: Sequence[Metric], cells: Sequence[Cell]) -> list[Metric]:
+def _of_all(metrics: Sequence[Metric], cells: Sequence[Trial]) -> list[Metric]:
     """Those metrics that each of some cells holds."""
     return [metric for metric in metrics if all(metric.name in cell.statistics for cell in cells)]
 
 
-def _part(scored: Scored, cells: Sequence[Cell], *, settings: Settings, chosen: Places) -> dict[str, Any]:
+def _part(scored: EvalSamples, cells: Sequence[Trial], *, settings: Settings, chosen: Places) -> dict[str, Any]:
     groups = [f"{scored.groups[place]:09d}" for place in chosen]
-    by_name: dict[str, list[Cell]] = {}
+    by_name: dict[str, list[Trial]] = {}
     for cell in cells:
         by_name.setdefault(cell.condition, []).append(cell)
     part = _Part(groups, _held(cells, settings), by_name, chosen)
@@ -202,7 +202,9 @@ def _part(scored: Scored, cells: Sequence[Cell], *, settings: Settings, chosen: 
 class _Part:
     """Some of the samples, and what every condition answered to them."""
 
-    def __init__(self, groups: Sequence[str], settings: Settings, cells: dict[str, list[Cell]], chosen: Places) -> None:
+    def __init__(
+        self, groups: Sequence[str], settings: Settings, cells: dict[str, list[Trial]], chosen: Places
+    ) -> None:
         self.groups, self.settings, self.cells, self.chosen = groups, settings, cells, chosen
 
     def row(self, name: str) -> dict[str, Any]:
@@ -224,8 +226,8 @@ class _Part:
             "peak_memory_bytes": max(peaks, default=None),
             "decoding": cells[0].decoding,
         }
-        if (fitting := _mean_of(cells, "fit_seconds")) is not None:
-            row["fit_seconds"] = fitting
+        if (spec := _mean_of(cells, "fit_seconds")) is not None:
+            row["fit_seconds"] = spec
         row["costs"] = {key: _mean_of(cells, key) for key in _COSTS}
         if len(cells) > 1:
             row["per_seed"] = [self._alone(cell, metrics) for cell in cells]
@@ -236,7 +238,7 @@ class _Part:
 
     def pairs(self) -> list[dict[str, Any]]:
         found = []
-        for a, b in pairs_of_interest(list(self.cells)):
+        for a, b in compared_pairs(list(self.cells)):
             both = self._in_common(a, b)
             for metric in _of_all(self.settings.metrics, [cell for pair in both for cell in pair]) if both else ():
                 compared = paired_bootstrap(
@@ -252,7 +254,7 @@ class _Part:
         _correct(found)
         return found
 
-    def _in_common(self, a: str, b: str) -> list[tuple[Cell, Cell]]:
+    def _in_common(self, a: str, b: str) -> list[tuple[Trial, Trial]]:
         """Cells of two rows, seed by seed: of the seeds that both have; a row without seeds meets each of the other."""
         of_a, of_b = ({cell.seed: cell for cell in self.cells[name]} for name in (a, b))
         if not _is_seeded(a):
@@ -261,15 +263,15 @@ class _Part:
             return [(cell, next(iter(of_b.values()))) for cell in of_a.values()]
         return [(of_a[seed], of_b[seed]) for seed in of_a if seed in of_b]
 
-    def _of_trainings(self, cells: Sequence[Cell], metric: Metric) -> Array:
+    def _of_trainings(self, cells: Sequence[Trial], metric: Metric) -> Array:
         """The statistics of each cell: (S, n, d)."""
         return np.stack([cell.statistics[metric.name][self.chosen] for cell in cells])
 
-    def _alone(self, cell: Cell, metrics: Sequence[Metric]) -> dict[str, float]:
+    def _alone(self, cell: Trial, metrics: Sequence[Metric]) -> dict[str, float]:
         means = {metric.name: cell.statistics[metric.name][self.chosen].mean(axis=0) for metric in metrics}
         return {metric.name: float(metric.value(means[metric.name])) for metric in metrics}
 
-    def _mcnemar(self, both: Sequence[tuple[Cell, Cell]], metric: Metric) -> dict[str, Any]:
+    def _mcnemar(self, both: Sequence[tuple[Trial, Trial]], metric: Metric) -> dict[str, Any]:
         """Seed by seed, since hits averaged over seeds are no hits."""
         held = [[cell.statistics[metric.name][self.chosen] for cell in pair] for pair in both]
         return {"mcnemar_p": [mcnemar(hits_a, hits_b).p for hits_a, hits_b in held]}
@@ -298,6 +300,6 @@ def _family(pair: dict[str, Any]) -> str:
     return pair["b"] if pair["b"] in _BASES and claims else "rest"
 
 
-def _mean_of(cells: Sequence[Cell], key: str) -> float | None:
+def _mean_of(cells: Sequence[Trial], key: str) -> float | None:
     held = [value for cell in cells if (value := getattr(cell, key)) is not None]
     return float(np.mean(held)) if held else None

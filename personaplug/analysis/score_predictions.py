@@ -20,7 +20,7 @@ from personaplug.data.json_stream import plain_or_gz, stream_values
 from personaplug.data.parsing import Flaw, as_name, as_record, as_text, short_id, target_of, value_of
 from personaplug.data.task import Task
 from personaplug.data.task_registry import lamp_task, load_task
-from personaplug.errors import BadConfig, BadRecord, MissingData
+from personaplug.errors import ConfigError, MissingData, RecordError
 
 _NAMED_IDS = 3
 
@@ -46,8 +46,8 @@ def score_lamp(
 
     Raises:
         MissingData: if a file is not there, or golds have no prediction.
-        BadRecord: if a file is broken, its ids are not the golds' or not unique, or an answer is no text or number.
-        BadConfig: if the files are of different tasks, or the task or a setting is unknown.
+        RecordError: if a file is broken, its ids are not the golds' or not unique, or an answer is no text or number.
+        ConfigError: if the files are of different tasks, or the task or a setting is unknown.
     """
     golds, answers = _read(Path(gold)), _read(Path(predicted))
     task = task or _task_of(golds)
@@ -80,10 +80,10 @@ def _read(path: Path) -> _Outputs:
     task_name = _task_name(found)
     pairs = [_pair(found, number, record) for number, record in _records(found)]
     if not pairs:
-        raise BadRecord(found, "the key 'golds'", reason="it should hold a list of answers, and none were found")
+        raise RecordError(found, "the key 'golds'", reason="it should hold a list of answers, and none were found")
     twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
     if twice:
-        raise BadRecord(found, "its ids", reason=f"{_named(twice)} more than once; each should be there once")
+        raise RecordError(found, "its ids", reason=f"{_named(twice)} more than once; each should be there once")
     return _Outputs(found, task_name, dict(pairs))
 
 
@@ -95,7 +95,9 @@ def _task_name(path: Path) -> str:
     for _, name in stream_values(path, "task", opening=b"{", unit="key"):
         if isinstance(name, str):
             return name
-    raise BadRecord(path, "the key 'task'", reason="it should name the task, such as LaMP_2, and is missing or no text")
+    raise RecordError(
+        path, "the key 'task'", reason="it should name the task, such as LaMP_2, and is missing or no text"
+    )
 
 
 def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
@@ -106,7 +108,7 @@ def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
         where = f"gold {number} (id {short_id(name)})"
         return name, as_text(value_of(values, "output"), "its 'output'")
     except Flaw as flaw:
-        raise BadRecord(path, where, reason=str(flaw)) from None
+        raise RecordError(path, where, reason=str(flaw)) from None
 
 
 # ---- whether the two files fit together
@@ -117,14 +119,14 @@ def _task_of(golds: _Outputs) -> Task:
         return load_task(golds.path.parent)
     try:
         return lamp_task(golds.task_name)
-    except BadConfig as error:
-        raise BadConfig(f"{golds.path}: {error} A task of one's own needs a task.json beside the golds.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{golds.path}: {error} A task of one's own needs a task.json beside the golds.") from None
 
 
 def _check_same_task(golds: _Outputs, answers: _Outputs, task: Task) -> None:
     # The older LaMP-2 files say LaMP_2, and a run on them writes the name that the folder's task.json gives the task.
     if _canonical(answers.task_name) not in (_canonical(golds.task_name), _canonical(task.name)):
-        raise BadConfig(
+        raise ConfigError(
             f"{golds.path} is of the task {short_id(golds.task_name)} and {answers.path} of "
             f"{short_id(answers.task_name)}. Give predictions for the same task."
         )
@@ -144,7 +146,7 @@ def _check_ids(golds: _Outputs, answers: _Outputs) -> None:
             f"{'; ' if other else ''}{other}. Every gold needs one, and LaMP knows no score of a part."
         )
     if unknown:
-        raise BadRecord(answers.path, "its ids", reason=f"{other}; remove them, or give the golds they belong to")
+        raise RecordError(answers.path, "its ids", reason=f"{other}; remove them, or give the golds they belong to")
 
 
 def _named(names: list[str]) -> str:
@@ -158,7 +160,7 @@ def _target(golds: _Outputs, task: Task, name: str) -> str:
     try:
         return target_of(task, golds.outputs[name])
     except Flaw as flaw:
-        raise BadRecord(golds.path, f"the gold with id {short_id(name)}", reason=str(flaw)) from None
+        raise RecordError(golds.path, f"the gold with id {short_id(name)}", reason=str(flaw)) from None
 
 
 # ---- scoring

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from personaplug.analysis.metrics import Array, Metric, value_of
-from personaplug.errors import BadConfig, ShapeMismatch
+from personaplug.errors import ConfigError, ShapeMismatch
 
 _CELLS = 1 << 20
 """Users × resamples held at once: bounds memory (8 MB a table), and fits the processor's cache."""
@@ -103,7 +103,7 @@ def bootstrap_interval(
             draws.
     Raises:
         ShapeMismatch: if statistics and groups differ in length.
-        BadConfig: for a number of resamples below 1 or a confidence outside (0, 1).
+        ConfigError: for a number of resamples below 1 or a confidence outside (0, 1).
     """
     tails = _tails(confidence, resamples=resamples)
     stats = _checked(stats, groups)
@@ -139,7 +139,7 @@ def paired_bootstrap(
         seed: draws groups and trainings.
     Raises:
         ShapeMismatch: if the statistics differ in shape, or from the groups in length.
-        BadConfig: for a number of resamples below 1 or a confidence outside (0, 1).
+        ConfigError: for a number of resamples below 1 or a confidence outside (0, 1).
     """
     tails = _tails(confidence, resamples=resamples)
     if stats_a.shape != stats_b.shape:
@@ -171,13 +171,13 @@ def mcnemar(hits_a: ArrayLike, hits_b: ArrayLike) -> McNemar:
         hits_b: the other method's.
     Raises:
         ShapeMismatch: if the two differ in length.
-        BadConfig: for a hit that is neither 0 nor 1, as after averaging over seeds.
+        ConfigError: for a hit that is neither 0 nor 1, as after averaging over seeds.
     """
     a, b = np.ravel(np.asarray(hits_a)), np.ravel(np.asarray(hits_b))
     if a.shape != b.shape:
         raise ShapeMismatch(f"McNemar's test compares the same samples; found {len(a)} and {len(b)} hits.")
     if not np.isin(np.concatenate([a, b]), (0, 1)).all():
-        raise BadConfig(
+        raise ConfigError(
             "McNemar's test takes hits of 0 or 1; found values between or beside them. Test one seed's answers, or "
             "use the paired bootstrap, which takes averages too."
         )
@@ -193,12 +193,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     on each other. NaN, a comparison that could not be made, stays NaN and does not count.
 
     Raises:
-        BadConfig: for a p outside [0, 1].
+        ConfigError: for a p outside [0, 1].
     """
     p = np.asarray(p_values, dtype=np.float64)
     made = np.flatnonzero(~np.isnan(p))
     if ((p[made] < 0) | (p[made] > 1)).any():
-        raise BadConfig(f"p-values lie between 0 and 1; found {p[made].min():g} to {p[made].max():g}.")
+        raise ConfigError(f"p-values lie between 0 and 1; found {p[made].min():g} to {p[made].max():g}.")
     order = made[np.argsort(p[made], kind="stable")]
     steps = p[order] * np.arange(len(order), 0, -1)
     p[order] = np.minimum(1.0, np.maximum.accumulate(steps))
@@ -300,7 +300,7 @@ def _checked(stats: Array, groups: Sequence[str]) -> Array:
 
 def _tails(confidence: float, *, resamples: int) -> tuple[float, float]:
     if not 0 < confidence < 1 or resamples < 1:
-        raise BadConfig(
+        raise ConfigError(
             f"A bootstrap needs a confidence between 0 and 1 and at least 1 resample; "
             f"found {confidence} and {resamples}."
         )

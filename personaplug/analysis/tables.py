@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from personaplug.analysis.metrics import has_decision, metric_class
+from personaplug.analysis.metrics import has_estimate, metric_class
 from personaplug.methods import control_of
 
 Row = Mapping[str, Any]
-Cell = Callable[[Row], str | None]
+Trial = Callable[[Row], str | None]
 
 _ABSENT = "–"
 
@@ -68,7 +68,7 @@ def headline(results: Mapping[str, Any]) -> tuple[str, list[str]]:
     sizes = {row.get("n") for row in _rows(results)}
     seeds = results.get("seeds") or []
     asked = (results.get("config") or {}).get("evaluation") or {}
-    strength, shown = asked.get("strength", 1), asked.get("shown_items", -1)
+    persona_scale, shown = asked.get("persona_scale", 1), asked.get("max_eval_history", -1)
     facts = [
         ("experiment", results.get("experiment")),
         ("variant", results.get("variant")),
@@ -78,7 +78,7 @@ def headline(results: Mapping[str, Any]) -> tuple[str, list[str]]:
         ("samples", sizes.pop() if len(sizes) == 1 else None),
         ("users", results.get("users")),
         ("placement", results.get("placement")),
-        ("strength", None if strength == 1 else strength),
+        ("persona_scale", None if persona_scale == 1 else persona_scale),
         ("items shown at most", None if shown < 0 else shown),
         ("seeds", ", ".join(map(str, seeds)) if isinstance(seeds, list | tuple) else seeds),
     ]
@@ -103,7 +103,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     lines = [said] if isinstance(said, str) else [str(note) for note in said]
     if any(row.get("seed_spread") for row in rows):
         lines.append("± seeds: standard deviation between trainings with different seeds.")
-    if any(has_decision(name) for row in rows for name in row.get("metrics") or {}):
+    if any(has_estimate(name) for row in rows for name in row.get("metrics") or {}):
         lines.append(
             "@median, @mean: the answer is the median of the labels' probabilities, or the label nearest to their "
             "mean; elsewhere it is the likeliest label. A row without probabilities is scored with its answers as they "
@@ -223,7 +223,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def _scores(results: Mapping[str, Any], rows: Sequence[Row]) -> Table:
-    columns: list[tuple[str, Cell]] = [("condition", lambda row: _text(row.get("condition")) or _ABSENT)]
+    columns: list[tuple[str, Trial]] = [("condition", lambda row: _text(row.get("condition")) or _ABSENT)]
     if len({row.get("n") for row in rows}) > 1:
         columns.append(("n", lambda row: _text(row.get("n"))))
     for metric in in_order(name for row in rows for name in row.get("metrics") or {}):
@@ -237,7 +237,7 @@ def _scores(results: Mapping[str, Any], rows: Sequence[Row]) -> Table:
 
 
 def _rates_and_costs(rows: Sequence[Row]) -> Table:
-    cells: list[tuple[str, Cell]] = [
+    cells: list[tuple[str, Trial]] = [
         ("condition", lambda row: _text(row.get("condition")) or _ABSENT),
         ("answers", lambda row: _text(row.get("decoding"))),
         ("invalid", _share("invalid_rate")),
@@ -315,11 +315,11 @@ def _named(a: str, b: str) -> str:
     return f"{a} against {b}{gain}"
 
 
-def _score(metric: str) -> Cell:
+def _score(metric: str) -> Trial:
     return lambda row: score_cell(row, metric)
 
 
-def _spread(metric: str) -> Cell:
+def _spread(metric: str) -> Trial:
     def cell(row: Row) -> str | None:
         spread = row.get("seed_spread") or {}
         return f"±{_number(spread[metric])}" if metric in spread else None
@@ -334,7 +334,7 @@ def _per_user(row: Row, *, results: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: value for name, value in (row.get("per_user") or {}).items() if several and is_finite(value)}
 
 
-def _user_average(metric: str, *, results: Mapping[str, Any]) -> Cell:
+def _user_average(metric: str, *, results: Mapping[str, Any]) -> Trial:
     def cell(row: Row) -> str | None:
         averages = _per_user(row, results=results)
         return _number(averages[metric]) if metric in averages else None
@@ -342,11 +342,11 @@ def _user_average(metric: str, *, results: Mapping[str, Any]) -> Cell:
     return cell
 
 
-def _share(key: str) -> Cell:
+def _share(key: str) -> Trial:
     return lambda row: (_number(row[key], form=".1%")) if row.get(key) is not None else None
 
 
-def _amount(key: str) -> Cell:
+def _amount(key: str) -> Trial:
     return lambda row: _number(row[key], form=",.1f") if row.get(key) is not None else None
 
 

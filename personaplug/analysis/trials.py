@@ -1,6 +1,6 @@
 """Cells: one row of a table with one seed, scored sample by sample; what intervals and tests are computed from.
 
-A file of cells is JSON lines: first what was scored (`Scored`), then a cell a line, appended as they come. It holds
+A file of trials is JSON lines: first the samples (`EvalSamples`), then a trial a line, appended as they come. It holds
 numbers and no texts, so it can be published beside the results made from it.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from personaplug.analysis.metrics import Array
-from personaplug.errors import BadRecord
+from personaplug.errors import RecordError
 from personaplug.infra.atomic_io import JsonLines
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ _DENSE = 3  # statistics with more columns are one-hots and written sparsely
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvalSamples:
     """The samples that cells are about.
 
     Attributes:
@@ -41,7 +41,7 @@ class Scored:
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
+class Trial:
     """One row with one seed.
 
     Attributes:
@@ -88,13 +88,13 @@ class Cell:
         return asdict(self) | {"statistics": {name: _packed(stats) for name, stats in self.statistics.items()}}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Cell:
+    def from_dict(cls, values: dict[str, Any]) -> Trial:
         """The reverse of `to_dict`."""
         statistics = {name: _unpacked(packed) for name, packed in values["statistics"].items()}
         return cls(**{**values, "statistics": statistics})
 
 
-class CellFile:
+class TrialFile:
     """Cells on disk; a kill loses at most the one that was being written.
 
     Args:
@@ -104,27 +104,27 @@ class CellFile:
     def __init__(self, path: Path) -> None:
         self.lines = JsonLines(path)
 
-    def read(self) -> tuple[Scored | None, list[Cell]]:
+    def read(self) -> tuple[EvalSamples | None, list[Trial]]:
         """What was scored, and the cells, the latest of each condition and seed; (None, []) without a file.
 
         Raises:
-            BadRecord: if the first line is not what cells are about.
+            RecordError: if the first line is not what cells are about.
         """
         if not self.lines.path.exists():
             return None, []
         first, *rest = list(self.lines.read()) or [None]
         try:
-            scored = Scored(**first)
+            scored = EvalSamples(**first)
         except TypeError:
-            raise BadRecord(self.lines.path, "line 1", reason="it should say what the cells are about") from None
-        cells = [Cell.from_dict(values) for values in rest]
+            raise RecordError(self.lines.path, "line 1", reason="it should say what the cells are about") from None
+        cells = [Trial.from_dict(values) for values in rest]
         return scored, list({(cell.condition, cell.seed): cell for cell in cells}.values())
 
     def turn_to(self, key: str) -> None:
         """Put a file that is about other samples than those of the key aside, and take one about those back.
 
         Raises:
-            BadRecord: if the first line is not what cells are about.
+            RecordError: if the first line is not what cells are about.
         """
         scored, _ = self.read()
         path = self.lines.path
@@ -134,7 +134,7 @@ class CellFile:
         if not path.exists() and self._aside(key).exists():
             self._aside(key).rename(path)
 
-    def start(self, scored: Scored) -> None:
+    def start(self, scored: EvalSamples) -> None:
         """Write the first line of a new file.
 
         Raises:
@@ -145,7 +145,7 @@ class CellFile:
     def _aside(self, key: str) -> Path:
         return self.lines.path.with_suffix(f".{key[:8] or 'before'}.jsonl")
 
-    def append(self, cell: Cell) -> None:
+    def append(self, cell: Trial) -> None:
         """Add a cell.
 
         Raises:

@@ -16,12 +16,12 @@ from functools import cached_property
 import numpy as np
 
 from personaplug.baselines.regression import Answerer, fit_classical
-from personaplug.data.label_set import Array, ClosedAnswers, Places, ratings
+from personaplug.data.label_set import Array, LabelSet, Places, ratings
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
-from personaplug.encoders.embedding_store import VectorTable
-from personaplug.errors import BadConfig, MissingData
-from personaplug.llm.ngram_cache import check_phrases
+from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.errors import ConfigError, MissingData
+from personaplug.llm.ngram_cache import check_ngrams
 from personaplug.methods import COUNTED, WORDED, Condition, Rule
 from personaplug.run import Run, drawn, encoded
 
@@ -50,7 +50,7 @@ class Rules:
         table: holds the vectors by which the run knows its training data again.
     """
 
-    def __init__(self, run: Run, train: Reader | None, *, table: VectorTable) -> None:
+    def __init__(self, run: Run, train: Reader | None, *, table: EmbeddingStore) -> None:
         self.run, self.train, self.table = run, train, table
         self._fitted: dict[Rule, Fitted] = {}
 
@@ -58,7 +58,7 @@ class Rules:
         """A rule, fitted when it is first asked for.
 
         Raises:
-            BadConfig: if the task does not have what the rule needs.
+            ConfigError: if the task does not have what the rule needs.
             MissingData: if the training split is needed and not given, or holds no answers.
             RunConflict: if the run was trained on other data.
         """
@@ -85,13 +85,13 @@ def check_rules(conditions: Sequence[Condition], task: Task) -> None:
     """Check that a task has what some rows need: the rules among them, and those that count or mix in own answers.
 
     Raises:
-        BadConfig: naming the first row for which it has not.
+        ConfigError: naming the first row for which it has not.
     """
     for condition in conditions:
         if condition.phrases:
-            check_phrases(task)
+            check_ngrams(task)
         if condition.trained == COUNTED and not task.has_labelled_items:
-            raise BadConfig(
+            raise ConfigError(
                 f"{condition.name} counts the labels among a user's own answers; {task.name} has none in its items."
             )
         if condition.rule is not None:
@@ -102,23 +102,25 @@ def check_rule(rule: Rule, task: Task) -> None:
     """Check that a task has what a rule needs.
 
     Raises:
-        BadConfig: saying what that is.
+        ConfigError: saying what that is.
     """
     if rule.kind in WORDED:
         if task.kind != "text":
-            raise BadConfig(f"{rule.kind} answers with words, which are no label of {task.name}; it is for free text.")
+            raise ConfigError(
+                f"{rule.kind} answers with words, which are no label of {task.name}; it is for free text."
+            )
     elif task.kind == "text":
-        raise BadConfig(
+        raise ConfigError(
             f"{rule.kind} answers with one of a task's labels, and {task.name} has none: it writes free text. "
             f"For that there are copy, copy:10 and user-words."
         )
     elif rule.kind in ("user-median", "user-mean") and task.kind != "rating":
-        raise BadConfig(
+        raise ConfigError(
             f"{rule.kind} needs labels that are numbers (kind rating); those of {task.name} are none. "
             f"user-majority takes any labels."
         )
     elif rule.kind != "classical" and task.answer_field is None:
-        raise BadConfig(
+        raise ConfigError(
             f"{rule.kind} needs the answers in a history, and the items of {task.name} hold none (answer_field)."
         )
 
@@ -130,7 +132,7 @@ def fit_rule(rule: Rule, task: Task, train: Sequence[Sample]) -> Answerer:
         rule: that fits the task; see `check_rule`.
         train: what it is fitted on; nothing for copy and user-words.
     Raises:
-        BadConfig, MissingData: if it cannot be fitted on these samples.
+        ConfigError, MissingData: if it cannot be fitted on these samples.
     """
     if rule.kind == "classical":
         return fit_classical(task, train, part=rule.part)
@@ -138,7 +140,7 @@ def fit_rule(rule: Rule, task: Task, train: Sequence[Sample]) -> Answerer:
         return Copy(rule.words)
     if rule.kind == "user-words":
         return OwnWords(rule.words)
-    closed = ClosedAnswers(task.labels)
+    closed = LabelSet(task.labels)
     if rule.kind == "user-majority":
         return OwnMajority(closed, train)
     return OwnNumber(closed, train, value=_NUMBERS[rule.kind])
@@ -182,7 +184,7 @@ class OwnNumber:
         MissingData: if no training sample has an answer that is a number.
     """
 
-    def __init__(self, closed: ClosedAnswers, train: Sequence[Sample], *, value: Callable[[Array], float]) -> None:
+    def __init__(self, closed: LabelSet, train: Sequence[Sample], *, value: Callable[[Array], float]) -> None:
         self.closed, self.value = closed, value
         known = ratings(sample.target for sample in train)
         self.usual = closed.nearest(value(known)) if len(known) else _nothing_known()
@@ -202,7 +204,7 @@ class OwnMajority:
         MissingData: if no training sample has an answer among the labels.
     """
 
-    def __init__(self, closed: ClosedAnswers, train: Sequence[Sample]) -> None:
+    def __init__(self, closed: LabelSet, train: Sequence[Sample]) -> None:
         self.closed = closed
         known = np.array([place for sample in train if (place := closed.place(sample.target)) >= 0], dtype=np.int64)
         self.usual = closed.labels[_majority(known)] if len(known) else _nothing_known()

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task, template_parts
-from personaplug.llm.base import Backend
+from personaplug.llm.base import LanguageModel
 
 _FEWEST = 8  # tokens of an item's content that still say something of it
 _KEPT = 1 << 13  # items whose measures are remembered
@@ -72,11 +72,11 @@ class HistoryWriter:
         history_tokens: most tokens of a prompt that are texts of the history; 0 = all that the input leaves.
     """
 
-    def __init__(self, task: Task, backend: Backend, *, history_tokens: int = 0) -> None:
-        self.task, self.backend, self.history_tokens = task, backend, history_tokens
+    def __init__(self, task: Task, llm: LanguageModel, *, history_tokens: int = 0) -> None:
+        self.task, self.llm, self.history_tokens = task, llm, history_tokens
         self._around = template_parts(task.history_template)
         self._measured = lru_cache(maxsize=_KEPT)(self._measure)
-        self._joint = backend.count_tokens([task.item_joint])[0]
+        self._joint = llm.count_tokens([task.item_joint])[0]
 
     def write(self, prompt: str, items: Sequence[HistoryItem]) -> Written:
         """Put items into a prompt.
@@ -114,10 +114,10 @@ class HistoryWriter:
         note = _without_stop(note)
         if not note:
             return Written(prompt, soft_at, offered=0, written=0, shortened=0)
-        whole = self.backend.count_tokens([note])[0]
+        whole = self.llm.count_tokens([note])[0]
         left = min(whole, self._left(self._noted(prompt, "", soft_at=soft_at)))
         while left >= min(whole, _FEWEST):
-            kept = note if left >= whole else _without_stop(self.backend.cut_text(note, left))
+            kept = note if left >= whole else _without_stop(self.llm.cut_text(note, left))
             made = self._noted(prompt, kept, soft_at=soft_at)
             over = self._excess(made, kept)
             if over <= 0:
@@ -143,22 +143,22 @@ class HistoryWriter:
 
     def _left(self, bare: tuple[str, int]) -> int:
         """How many tokens the texts may have in a prompt that has none of them yet."""
-        left = self.backend.room - self._tokens(bare)
+        left = self.llm.room - self._tokens(bare)
         return min(left, self.history_tokens) if self.history_tokens else left
 
     def _excess(self, made: tuple[str, int], history: str) -> int:
         """By how many tokens a prompt is too long, or its history is."""
-        over = self._tokens(made) - self.backend.room
+        over = self._tokens(made) - self.llm.room
         if not self.history_tokens:
             return over
-        return max(over, self.backend.count_tokens([history])[0] - self.history_tokens)
+        return max(over, self.llm.count_tokens([history])[0] - self.history_tokens)
 
     def _tokens(self, made: tuple[str, int]) -> int:
         """Tokens of a prompt, the more of both ways to read it: in one piece, and with soft tokens in between."""
         prompt, soft_at = made
         if not soft_at:
-            return self.backend.count_tokens([prompt])[0]
-        whole, before, behind = self.backend.count_tokens([prompt, prompt[:soft_at], prompt[soft_at:]])
+            return self.llm.count_tokens([prompt])[0]
+        whole, before, behind = self.llm.count_tokens([prompt, prompt[:soft_at], prompt[soft_at:]])
         return max(whole, before + behind)
 
     def _fitting(self, items: Sequence[HistoryItem], left: int) -> tuple[list[str], int]:
@@ -184,7 +184,7 @@ class HistoryWriter:
         sizes = list(item.contents.values())
         rooms = _shares(sizes, least=[0] * len(sizes), room=share - item.frame)
         kept = {
-            name: item.values[name] if size <= room else self.backend.cut_text(item.values[name], room)
+            name: item.values[name] if size <= room else self.llm.cut_text(item.values[name], room)
             for (name, size), room in zip(item.contents.items(), rooms, strict=True)
         }
         return _worded(item.parts, item.values | kept), any(kept[name] != item.values[name] for name in kept)
@@ -196,7 +196,7 @@ class HistoryWriter:
         values = {name: fields.get(name, "") for name in shown}
         contents = [name for name in shown if name != self.task.answer_field] or shown
         frame = _worded(parts, values | dict.fromkeys(contents, ""))
-        full, bare, *sizes = self.backend.count_tokens(
+        full, bare, *sizes = self.llm.count_tokens(
             [_worded(parts, values), frame, *(values[name] for name in contents)]
         )
         return _Item(parts, values, dict(zip(contents, sizes, strict=True)), full=full, frame=bare)

@@ -20,23 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.config import AdapterConfig
-from personaplug.errors import BadConfig, MissingExtra, ShapeMismatch, UserError, nearest
-from personaplug.llm.base import Backend
+from personaplug.errors import ConfigError, MissingExtra, ShapeMismatch, UserError, nearest
+from personaplug.llm.base import LanguageModel
 
 TASK, USER = "task", "user"
 NAMES = (TASK, USER)
 
 
-class LowRankAdapters:
+class LoraAdapters:
     """The two sets of matrices in one model; made by `attach`, gone after `detach`.
 
     The matrices are float32 whatever the model computes in: the steps of a small learning rate vanish in bfloat16.
     Gradients reach the task's matrices, or those that `trainable` names, and never the model's own weights.
     """
 
-    def __init__(self, backend: Backend, model: nn.Module, paths: list[str]) -> None:
+    def __init__(self, llm: LanguageModel, model: nn.Module, paths: list[str]) -> None:
         """Wrap a model that carries both sets already; use `attach`."""
-        self._backend, self._model, self._paths = backend, model, paths
+        self._backend, self._model, self._paths = llm, model, paths
         self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         self._modules = {name: _holder(self._layers, name) for name in NAMES}
         self._active: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class LowRankAdapters:
         self._apply()
 
     @classmethod
-    def attach(cls, backend: Backend, *, config: AdapterConfig) -> LowRankAdapters:
+    def attach(cls, llm: LanguageModel, *, config: AdapterConfig) -> LoraAdapters:
         """Put both sets into a backend's model, fresh and inactive; torch's global generator stays as it is.
 
         Args:
@@ -54,11 +54,11 @@ class LowRankAdapters:
             config: the layers, and the matrices' rank and scale.
         Raises:
             MissingExtra: if PEFT is not installed.
-            BadConfig: if the model has no such layers; the message names those it has.
+            ConfigError: if the model has no such layers; the message names those it has.
             UserError: if the model carries matrices already, or the backend holds no model of transformers.
         """
         peft = _peft()
-        model = _model_of(backend)
+        model = _model_of(llm)
         targets = _targets(model, config.lora_targets, peft=peft)
         settings = {
             "r": config.lora_rank,
@@ -70,12 +70,12 @@ class LowRankAdapters:
             with torch.random.fork_rng(devices=[]):
                 tuner = peft.LoraModel(model, {name: peft.LoraConfig(**settings) for name in NAMES}, TASK)
                 tuner.inject_adapter(model, USER)
-            return cls(backend, model, list(targets))
+            return cls(llm, model, list(targets))
         except BaseException:
             _remove(model, list(targets))
             raise
 
-    def __enter__(self) -> LowRankAdapters:
+    def __enter__(self) -> LoraAdapters:
         return self
 
     def __exit__(
@@ -84,12 +84,12 @@ class LowRankAdapters:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"LowRankAdapters({len(self._layers)} layers, {self.count(USER):,} parameters each)"
+        return f"LoraAdapters({len(self._layers)} layers, {self.count(USER):,} parameters each)"
 
     def detach(self) -> None:
         """Take everything out: the model has the layers that it had, the very same objects."""
         if self._attached:
-            self._backend.let_go()
+            self._backend.clear_cache()
             _remove(self._model, self._paths)
         self._attached = False
 
@@ -98,7 +98,7 @@ class LowRankAdapters:
         """Let the forward passes of a block apply these sets and no other; the earlier choice is back at its end.
 
         Raises:
-            BadConfig: if there is no such set.
+            ConfigError: if there is no such set.
             UserError: if they are detached, since the untouched model would answer in their place.
         """
         self._check_attached()
@@ -115,7 +115,7 @@ class LowRankAdapters:
         """Let gradients of a block reach this set and not the other; the backward pass belongs into the block.
 
         Raises:
-            BadConfig: if there is no such set.
+            ConfigError: if there is no such set.
         """
         before, self._trained = self._trained, self._known(name)
         self._apply()
@@ -129,7 +129,7 @@ class LowRankAdapters:
         """Return a module that holds one set's matrices and nothing else: `<path of the layer>.A` and `.B`.
 
         Raises:
-            BadConfig: if there is no such set.
+            ConfigError: if there is no such set.
         """
         return self._modules[self._known(name)]
 
@@ -137,7 +137,7 @@ class LowRankAdapters:
         """Return a copy of one set, in float32 on the CPU.
 
         Raises:
-            BadConfig: if there is no such set.
+            ConfigError: if there is no such set.
         """
         return {path: value.detach().to("cpu", copy=True) for path, value in self.module(name).state_dict().items()}
 
@@ -146,14 +146,14 @@ class LowRankAdapters:
         """Put the values of a state into one set.
 
         Raises:
-            BadConfig: if there is no such set.
+            ConfigError: if there is no such set.
             ShapeMismatch: if the state has other names or shapes; nothing is changed then.
         """
         own = self.module(name).state_dict()
-        fitting = [path for path in own if path in state and state[path].shape == own[path].shape]
-        if len(fitting) < len(own) or len(state) > len(own):
+        spec = [path for path in own if path in state and state[path].shape == own[path].shape]
+        if len(spec) < len(own) or len(state) > len(own):
             raise ShapeMismatch(
-                f"The model takes {len(own)} matrices; of the {len(state)} given, {len(fitting)} fit by name and "
+                f"The model takes {len(own)} matrices; of the {len(state)} given, {len(spec)} fit by name and "
                 f"shape. They belong to another model, lora_rank or lora_targets: train them for this one."
             )
         for path, value in own.items():
@@ -166,7 +166,7 @@ class LowRankAdapters:
         A is uniform as in the LoRA authors' code (Kaiming, a = √5), whatever device it is on.
 
         Raises:
-            BadConfig: if there is no such set.
+            ConfigError: if there is no such set.
         """
         generator = torch.Generator().manual_seed(seed)
         for path, parameter in self.module(name).named_parameters():
@@ -181,7 +181,7 @@ class LowRankAdapters:
         return sum(parameter.numel() for parameter in self.module(name).parameters())
 
     def _apply(self) -> None:
-        self._backend.let_go()  # what is kept of prompts is what other matrices made of them
+        self._backend.clear_cache()  # what is kept of prompts is what other matrices made of them
         for layer in self._layers.values():
             layer.set_adapter(list(self._active), inference_mode=True)
         # On every leaf anew: PEFT ties gradients to what is active, and a backward pass may come after the block.
@@ -190,7 +190,7 @@ class LowRankAdapters:
 
     def _known(self, name: str) -> str:
         if name not in NAMES:
-            raise BadConfig(f"There are no matrices called {name!r}; {nearest(name, NAMES)}")
+            raise ConfigError(f"There are no matrices called {name!r}; {nearest(name, NAMES)}")
         return name
 
     def _check_attached(self) -> None:
@@ -204,12 +204,12 @@ def _peft() -> Any:
     return import_module("peft")
 
 
-def _model_of(backend: Backend) -> nn.Module:
-    model = getattr(backend, "model", None)
+def _model_of(llm: LanguageModel) -> nn.Module:
+    model = getattr(llm, "model", None)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"Fine-tuning needs a language model of transformers (personaplug.llm.hf); this backend is a "
-            f"{type(backend).__name__}, which holds none."
+            f"{type(llm).__name__}, which holds none."
         )
     if hasattr(model, "peft_config"):
         raise UserError("The model carries low-rank matrices already; detach those before attaching others.")
@@ -220,7 +220,7 @@ def _targets(model: nn.Module, wanted: str, *, peft: Any) -> dict[str, nn.Module
     """The layers that a setting names, by path.
 
     Raises:
-        BadConfig: if a name fits none, or PEFT has no choice for the model.
+        ConfigError: if a name fits none, or PEFT has no choice for the model.
     """
     layers = _linear_layers(model)
     if wanted.strip() == "auto":
@@ -230,9 +230,9 @@ def _targets(model: nn.Module, wanted: str, *, peft: Any) -> dict[str, nn.Module
     patterns = {name: name if wanted.strip() == "auto" else rf"(.*\.)?{re.escape(name)}" for name in names}
     for name, pattern in patterns.items():
         if not any(re.fullmatch(pattern, path) for path in layers):
-            raise BadConfig(f"lora_targets names {name!r}, which is no linear layer of this model; {_offer(layers)}")
+            raise ConfigError(f"lora_targets names {name!r}, which is no linear layer of this model; {_offer(layers)}")
     if not patterns:
-        raise BadConfig(f"lora_targets names no layer; {_offer(layers)}")
+        raise ConfigError(f"lora_targets names no layer; {_offer(layers)}")
     return {
         path: layer
         for path, layer in layers.items()
@@ -245,7 +245,7 @@ def _choice_of_peft(model: nn.Module, layers: Mapping[str, nn.Module], *, peft: 
     kind = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
     choice = peft.LoraModel.target_module_mapping.get(kind)
     if choice is None:
-        raise BadConfig(f"lora_targets=auto: PEFT has no choice for models of type {kind!r}; {_offer(layers)}")
+        raise ConfigError(f"lora_targets=auto: PEFT has no choice for models of type {kind!r}; {_offer(layers)}")
     return [choice] if isinstance(choice, str) else [rf"(.*\.)?{re.escape(name)}" for name in choice]
 
 

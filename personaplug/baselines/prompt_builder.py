@@ -11,15 +11,15 @@ import torch
 
 from personaplug.baselines.history_prompt import HistoryWriter, Written
 from personaplug.baselines.retrievers import Dense, Retriever, open_retriever
-from personaplug.baselines.ropg import LearnedRetriever
+from personaplug.baselines.ropg import RopgRetriever
 from personaplug.baselines.user_profiles import Profile, Profiles
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.methods import Retrieval
 from personaplug.run import Models, Run
 
 
-class PromptMaker:
+class PromptBuilder:
     """Puts texts of histories into prompts, for one run.
 
     Args:
@@ -28,12 +28,12 @@ class PromptMaker:
         table: where item vectors are.
     """
 
-    def __init__(self, run: Run, models: Models, *, table: VectorTable) -> None:
+    def __init__(self, run: Run, models: Models, *, table: EmbeddingStore) -> None:
         self.run, self.models, self.table = run, models, table
         settings = run.config.retrieval
-        self.writer = HistoryWriter(run.task, models.backend, history_tokens=settings.history_tokens)
-        half = settings.history_tokens // 2 or models.backend.room // 3
-        self.short = HistoryWriter(run.task, models.backend, history_tokens=half)
+        self.writer = HistoryWriter(run.task, models.llm, history_tokens=settings.history_tokens)
+        half = settings.history_tokens // 2 or models.llm.room // 3
+        self.short = HistoryWriter(run.task, models.llm, history_tokens=half)
         self._retrievers: dict[tuple[str, int], Retriever] = {}
 
     @cached_property
@@ -42,7 +42,7 @@ class PromptMaker:
         return Profiles(
             self.run.folder / "profiles.jsonl",
             task=self.run.task,
-            backend=self.models.backend,
+            llm=self.models.llm,
             config=self.run.config.retrieval,
         )
 
@@ -98,7 +98,7 @@ class PromptMaker:
         encoder, with_answer = self.models.encoder, self.run.config.plug.encodes_answers
         if method != "ropg":
             return open_retriever(method, seed=seed, encoder=encoder, table=self.table, with_answer=with_answer)
-        learned = LearnedRetriever.load(self.run.plug_folder("ropg", seed=seed), width=encoder.width)
+        learned = RopgRetriever.load(self.run.plug_folder("ropg", seed=seed), width=encoder.width)
 
         @torch.no_grad()
         def mapped(queries: np.ndarray) -> np.ndarray:

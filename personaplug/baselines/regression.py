@@ -19,10 +19,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 
-from personaplug.data.label_set import Array, ClosedAnswers, Places, ratings
+from personaplug.data.label_set import Array, LabelSet, Places, ratings
 from personaplug.data.records import HistoryItem, Options, Sample
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import ConfigError, MissingData
 from personaplug.methods import Part
 
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the ridge
@@ -47,10 +47,10 @@ def fit_classical(task: Task, train: Sequence[Sample], *, part: Part) -> Answere
         train: with answers and, unless `part` is "text", histories.
         part: what it is told of a sample.
     Raises:
-        BadConfig: if histories hold nothing that it could use, or all samples are of one user.
+        ConfigError: if histories hold nothing that it could use, or all samples are of one user.
         MissingData: if no training sample has an answer among the labels.
     """
-    closed = ClosedAnswers(task.labels)
+    closed = LabelSet(task.labels)
     train = [sample for sample in train if closed.place(sample.target) >= 0]
     if not train:
         raise MissingData("No training sample has an answer among the task's labels: there is nothing to fit.")
@@ -59,7 +59,7 @@ def fit_classical(task: Task, train: Sequence[Sample], *, part: Part) -> Answere
         if finder.everywhere:
             return OptionModel(closed, finder, train, part=part)
     if part != "text" and task.answer_field is None:
-        raise BadConfig(
+        raise ConfigError(
             f"classical uses the answers in a history, and the items of {task.name} hold none (answer_field); "
             f"classical:text does without."
         )
@@ -95,7 +95,7 @@ class _Features:
     A user without answers counts as the average of those who have some.
     """
 
-    def __init__(self, closed: ClosedAnswers, train: Sequence[Sample], *, part: Part) -> None:
+    def __init__(self, closed: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
         self.closed, self.part = closed, part
         self._words = Words(sample.query for sample in train) if part != "history" else None
         told = np.array([closed.features(sample.history) for sample in train])
@@ -117,10 +117,10 @@ class RatingModel:
     """Ridge regression; answers with the label nearest to its prediction.
 
     Raises:
-        BadConfig: if all training samples are of one user.
+        ConfigError: if all training samples are of one user.
     """
 
-    def __init__(self, closed: ClosedAnswers, train: Sequence[Sample], *, part: Part) -> None:
+    def __init__(self, closed: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
         self.closed = closed
         self.features = _Features(closed, train, part=part)
         rows, wanted = self.features(train), ratings(sample.target for sample in train)
@@ -135,7 +135,7 @@ class RatingModel:
 class LabelModel:
     """Logistic regression over the labels that occur in training."""
 
-    def __init__(self, closed: ClosedAnswers, train: Sequence[Sample], *, part: Part) -> None:
+    def __init__(self, closed: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
         self.closed = closed
         self.features = _Features(closed, train, part=part)
         places = _places(closed, train)
@@ -157,7 +157,7 @@ class OptionModel:
     So it is the same for every place that an option may stand at, whatever the number of options.
     """
 
-    def __init__(self, closed: ClosedAnswers, finder: OptionFinder, train: Sequence[Sample], *, part: Part) -> None:
+    def __init__(self, closed: LabelSet, finder: OptionFinder, train: Sequence[Sample], *, part: Part) -> None:
         self.closed, self.finder, self.part = closed, finder, part
         self._words = Words(dict.fromkeys(text for sample in train for text in self._texts(sample)))
         right = np.arange(len(closed.labels)) == _places(closed, train)[:, None]
@@ -222,11 +222,11 @@ def best_strength(rows: sparse.csr_matrix, wanted: Array, *, owners: Sequence[st
         wanted: (n,).
         owners: (n,) users.
     Raises:
-        BadConfig: if there are fewer than two users.
+        ConfigError: if there are fewer than two users.
     """
     users = len(set(owners))
     if users < 2:
-        raise BadConfig(f"classical finds its strength by leaving out users: it needs 2 or more, found {users}.")
+        raise ConfigError(f"classical finds its strength by leaving out users: it needs 2 or more, found {users}.")
     folds = list(GroupKFold(n_splits=min(_FOLDS, users)).split(rows, wanted, groups=list(owners)))
 
     def error(strength: float) -> float:
@@ -242,7 +242,7 @@ def content(item: HistoryItem) -> str:
     return " ".join(told or (value for _, value in item.fields))
 
 
-def _places(closed: ClosedAnswers, samples: Sequence[Sample]) -> Places:
+def _places(closed: LabelSet, samples: Sequence[Sample]) -> Places:
     return np.array([closed.place(sample.target) for sample in samples], dtype=np.int64)
 
 

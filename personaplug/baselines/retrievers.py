@@ -19,8 +19,8 @@ import numpy.typing as npt
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import Encoder
 from personaplug.encoders.base import Vectors
-from personaplug.encoders.embedding_store import VectorTable
-from personaplug.errors import BadConfig, nearest
+from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.errors import ConfigError, nearest
 
 
 @contextmanager
@@ -55,7 +55,7 @@ class Retriever(Protocol):
         ...
 
 
-def open_retriever(method: str, *, seed: int, encoder: Encoder, table: VectorTable, with_answer: bool) -> Retriever:
+def open_retriever(method: str, *, seed: int, encoder: Encoder, table: EmbeddingStore, with_answer: bool) -> Retriever:
     """Return the retriever of that name.
 
     Args:
@@ -63,7 +63,7 @@ def open_retriever(method: str, *, seed: int, encoder: Encoder, table: VectorTab
         seed: of `random`.
         encoder, table, with_answer: of `dense`.
     Raises:
-        BadConfig: if there is none of that name.
+        ConfigError: if there is none of that name.
     """
     if method == "bm25":
         return BM25()
@@ -73,7 +73,7 @@ def open_retriever(method: str, *, seed: int, encoder: Encoder, table: VectorTab
         return RandomItems(seed)
     if method == "dense":
         return Dense(encoder, table, with_answer=with_answer)
-    raise BadConfig(f"There is no retriever {method!r}; {nearest(method, _METHODS)}")
+    raise ConfigError(f"There is no retriever {method!r}; {nearest(method, _METHODS)}")
 
 
 class BM25:
@@ -102,7 +102,7 @@ class BM25:
         # Words that are not asked for only make their items longer; as one word they keep the index small.
         known = [[word if word in asked else "" for word in document] for document in corpus]
         index: Any = bm25s.BM25(
-            method="robertson", k1=self.k1, b=self.b, dtype="float64", backend="numpy", csc_backend="numpy"
+            method="robertson", k1=self.k1, b=self.b, dtype="float64", llm="numpy", csc_backend="numpy"
         )
         index.index(known, create_empty_token=False, show_progress=False)
         return np.asarray(index.get_scores(words), dtype=np.float64)
@@ -141,7 +141,7 @@ class Dense:
     def __init__(
         self,
         encoder: Encoder,
-        table: VectorTable,
+        table: EmbeddingStore,
         *,
         with_answer: bool,
         head: Callable[[Vectors], Vectors] | None = None,
@@ -154,7 +154,7 @@ class Dense:
         """Return the places of all items, nearest first.
 
         Raises:
-            UserError, StorageError: as `VectorTable.add`.
+            UserError, StorageError: as `EmbeddingStore.add`.
         """
         if not sample.history:
             return []

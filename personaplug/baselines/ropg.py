@@ -25,18 +25,18 @@ from personaplug.baselines.retrievers import Retriever
 from personaplug.config import TrainingConfig
 from personaplug.data.records import Sample
 from personaplug.encoders import Encoder
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
-from personaplug.infra.atomic_io import JsonLines, written_file
+from personaplug.infra.atomic_io import JsonLines, atomic_write
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import Backend
+from personaplug.llm.base import LanguageModel
 
 _WEIGHTS = "retriever.safetensors"
 _PROMPTS = 8  # asked of the model at once
 
 
-class LearnedRetriever(nn.Module):
+class RopgRetriever(nn.Module):
     """A linear map behind the frozen query encoder; starts as the identity, that is as dense retrieval."""
 
     def __init__(self, width: int) -> None:
@@ -55,10 +55,10 @@ class LearnedRetriever(nn.Module):
             StorageError: if it cannot be written.
         """
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        written_file(folder / _WEIGHTS, lambda path: save_file(state, path))
+        atomic_write(folder / _WEIGHTS, lambda path: save_file(state, path))
 
     @classmethod
-    def load(cls, folder: Path, *, width: int) -> LearnedRetriever:
+    def load(cls, folder: Path, *, width: int) -> RopgRetriever:
         """Read a trained map.
 
         Raises:
@@ -101,13 +101,13 @@ class Teacher:
         self,
         path: Path,
         *,
-        backend: Backend,
+        llm: LanguageModel,
         writer: HistoryWriter,
         retriever: Retriever,
         candidates: int,
         seed: int,
     ) -> None:
-        self.lines, self.backend, self.writer, self.retriever = JsonLines(path), backend, writer, retriever
+        self.lines, self.llm, self.writer, self.retriever = JsonLines(path), llm, writer, retriever
         self.candidates, self.seed = candidates, seed
 
     def lessons(self, samples: Sequence[Sample]) -> dict[str, Lesson]:
@@ -133,7 +133,7 @@ class Teacher:
         with torch.no_grad():
             for start in range(0, len(prompts), _PROMPTS):
                 part = prompts[start : start + _PROMPTS]
-                losses, _ = self.backend.loss(part, [sample.target or ""] * len(part), soft=None)
+                losses, _ = self.llm.loss(part, [sample.target or ""] * len(part), soft=None)
                 found += (-losses).tolist()
         return Lesson(sample.id, places, found)
 
@@ -161,12 +161,12 @@ class RetrieverObjective:
 
     def __init__(
         self,
-        retriever: LearnedRetriever,
+        retriever: RopgRetriever,
         lessons: dict[str, Lesson],
         *,
         samples: Sequence[EncodedSample],
         encoder: Encoder,
-        table: VectorTable,
+        table: EmbeddingStore,
         temperature: float,
     ) -> None:
         self.module: nn.Module = retriever

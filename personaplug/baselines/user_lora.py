@@ -25,14 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from personaplug.baselines.lora import TASK, USER, LowRankAdapters
+from personaplug.baselines.lora import TASK, USER, LoraAdapters
 from personaplug.config import AdapterConfig
 from personaplug.data.parsing import Flaw, target_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig, TrainingDiverged
-from personaplug.infra.atomic_io import write_json, written_file
-from personaplug.llm.base import Backend
+from personaplug.errors import ConfigError, TrainingDiverged
+from personaplug.infra.atomic_io import atomic_write, write_json
+from personaplug.llm.base import LanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryIt
         prompt, query: of a sample of this task; the query is the end of the prompt (`data.fields.query_of`).
         items: the user's, oldest first.
     Raises:
-        BadConfig: if the prompt does not end with the query.
+        ConfigError: if the prompt does not end with the query.
     """
     if answers_in_history(task):
         head = _before(prompt, query)
@@ -114,7 +114,7 @@ def _asked(item: HistoryItem, queries: set[str], targets: set[str]) -> bool:
 
 def _before(prompt: str, query: str) -> str:
     if not query or not prompt.endswith(query):
-        raise BadConfig(
+        raise ConfigError(
             "The prompt should end with its query, which a user's items then take the place of; it does not. Give "
             "prompt and query of one sample, as its reader made them."
         )
@@ -165,7 +165,7 @@ class UserFit:
 
 
 def fit_user(
-    adapters: LowRankAdapters, backend: Backend, pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
+    adapters: LoraAdapters, llm: LanguageModel, pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
 ) -> UserFit:
     """Train a user's matrices from fresh ones, on top of the task's, and leave them in `adapters`.
 
@@ -185,7 +185,7 @@ def fit_user(
     with adapters.active(TASK, USER), adapters.trainable(USER):
         began = time.monotonic()
         try:
-            steps = _train(adapters, backend, used, config=config, seed=seed)
+            steps = _train(adapters, llm, used, config=config, seed=seed)
         except TrainingDiverged:
             adapters.reset(USER, seed=seed)
             raise
@@ -195,7 +195,7 @@ def fit_user(
 
 
 def _train(
-    adapters: LowRankAdapters, backend: Backend, pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
+    adapters: LoraAdapters, llm: LanguageModel, pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
 ) -> int:
     parameters = list(adapters.module(USER).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lora_learning_rate, weight_decay=0.0)
@@ -203,7 +203,7 @@ def _train(
     for batch in _shuffled_batches(pairs, config=config, seed=seed):
         optimizer.zero_grad()
         with torch.enable_grad():
-            losses, tokens = _losses(backend, batch)
+            losses, tokens = _losses(llm, batch)
             loss = losses.sum() / tokens.sum()
             loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
@@ -225,8 +225,8 @@ def _shuffled_batches(pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
             yield [pairs[place] for place in order[start : start + config.user_batch_size]]
 
 
-def _losses(backend: Backend, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    return backend.loss([asked for asked, _ in pairs], [answered for _, answered in pairs], soft=None)
+def _losses(llm: LanguageModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    return llm.loss([asked for asked, _ in pairs], [answered for _, answered in pairs], soft=None)
 
 
 def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -258,7 +258,7 @@ class _Facts:
     bytes: int
 
 
-class UserAdapters:
+class UserLoraStore:
     """Trained matrices of users in a folder, so that no user is trained twice for the same thing.
 
     A key is a list of facts that JSON can hold: the user and all that the matrices depend on (the task's matrices,
@@ -301,7 +301,7 @@ class UserAdapters:
         """Store a user's matrices; those stored earlier under this key are replaced.
 
         Args:
-            state: as `LowRankAdapters.state` gives it.
+            state: as `LoraAdapters.state` gives it.
             seconds: that the training took.
             items: that the user was trained on.
         Raises:
@@ -309,7 +309,7 @@ class UserAdapters:
         """
         name, halves = _hash(key), {path: value.half().contiguous() for path, value in state.items()}
         facts = _Facts(seconds, items, bytes=sum(value.nbytes for value in halves.values()))
-        written_file(self.folder / f"{name}.safetensors", lambda path: save_file(halves, path))
+        atomic_write(self.folder / f"{name}.safetensors", lambda path: save_file(halves, path))
         # Last, because a user counts as stored once the facts are there.
         write_json(self.folder / f"{name}.json", asdict(facts))
         self._met[name] = facts

@@ -19,7 +19,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.infra.atomic_io import JsonLines
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import Backend, GenerationConfig
+from personaplug.llm.base import GenerationConfig, LanguageModel
 
 _REQUEST = (
     "These are things that one person wrote or chose. In one or two short sentences, describe this person's interests, "
@@ -57,10 +57,10 @@ class Profiles:
         config: how long a profile may be.
     """
 
-    def __init__(self, path: Path, *, task: Task, backend: Backend, config: RetrievalConfig) -> None:
-        self.lines, self.backend, self.config = JsonLines(path), backend, config
+    def __init__(self, path: Path, *, task: Task, llm: LanguageModel, config: RetrievalConfig) -> None:
+        self.lines, self.llm, self.config = JsonLines(path), llm, config
         # The request follows the items, whatever place the task's own prompts give them.
-        self.writer = HistoryWriter(replace(task, history_after="", history_template="{history}. {input}"), backend)
+        self.writer = HistoryWriter(replace(task, history_after="", history_template="{history}. {input}"), llm)
         self.known = self._kept()
 
     def of(self, histories: Sequence[Sequence[HistoryItem]]) -> list[Profile]:
@@ -80,7 +80,7 @@ class Profiles:
             for start in range(0, len(order), _AT_ONCE):
                 part = order[start : start + _AT_ONCE]
                 began = time.monotonic()
-                made = self.backend.generate([asked[key].prompt for key in part], soft=None, config=wanted)
+                made = self.llm.generate([asked[key].prompt for key in part], soft=None, config=wanted)
                 each = (time.monotonic() - began) / len(part)
                 for key, generation in zip(part, made, strict=True):
                     seen = asked[key]
@@ -100,6 +100,6 @@ class Profiles:
         return {profile.key: profile for profile in kept}
 
     def _key(self, items: Sequence[HistoryItem]) -> str:
-        about = [self.backend.identity.fingerprint, self.backend.dtype, _REQUEST, self.config.profile_tokens]
+        about = [self.llm.identity.fingerprint, self.llm.dtype, _REQUEST, self.config.profile_tokens]
         texts = [item.text for item in items]
         return hashlib.sha256(json.dumps([*about, texts]).encode()).hexdigest()[:32]

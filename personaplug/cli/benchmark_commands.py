@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from personaplug.cli.options import FOLDER, skip_bad_option, tell_read
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import ConfigError, MissingData
 
 
 @click.command()
@@ -73,7 +73,7 @@ def _words(text: str) -> list[str]:
 def _whole_numbers(text: str, option: str) -> list[int]:
     words = _words(text)
     if not all(word.isascii() and word.isdecimal() for word in words):
-        raise BadConfig(f"{option} takes whole numbers, comma-separated; found {text!r}.")
+        raise ConfigError(f"{option} takes whole numbers, comma-separated; found {text!r}.")
     return [int(word) for word in words]
 
 
@@ -106,10 +106,10 @@ def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: 
 def slice_(data: Path, out: Path, share: float, seed: int, skip_bad: int) -> None:
     """Part the training split by user into a train and a dev of its own: settings are chosen there, not on dev."""
     from personaplug.data import open_dataset
-    from personaplug.data.splits import slice_by_user
+    from personaplug.data.splits import split_by_user
 
     reader = open_dataset(data, "train", skip_bad=skip_bad)
-    found = slice_by_user(reader, out, share=share, seed=seed)
+    found = split_by_user(reader, out, share=share, seed=seed)
     tell_read(reader, "train")
     click.echo(f"{out}: train {found.train} samples of {found.train_users} users, dev {found.dev} of {found.dev_users}")
 

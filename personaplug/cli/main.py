@@ -30,8 +30,8 @@ from personaplug.cli.options import (
 )
 from personaplug.cli.serving_commands import explain, forget, key, serve
 from personaplug.config_parsing import load_config
-from personaplug.errors import BadConfig, PersonaPlugError, UserError
-from personaplug.infra.distributed import connect, disconnect, is_main, left_alone, number, tells, together
+from personaplug.errors import ConfigError, PersonaPlugError, UserError
+from personaplug.infra.distributed import connect, disconnect, is_main, left_alone, number, synchronized, tells
 
 
 class _Group(click.Group):
@@ -80,7 +80,7 @@ def main(quiet: bool) -> None:
 def _settle_among_processes(command: str | None) -> None:
     """Refuse several processes to commands that cannot share their work out; let but one of them speak."""
     if number() > 1 and command != "train":
-        raise BadConfig(
+        raise ConfigError(
             f"`personaplug {command}` runs in one process; a launcher has started {number()}. Only `train` can share "
             f"its work out: run this without the launcher."
         )
@@ -123,9 +123,9 @@ def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -
 @click.option("--seed", default=0, show_default=True)
 def simulate(out: Path, kind: str, users: int, seed: int) -> None:
     """Write a data set of simulated users with known tastes, and the best score that knowing them allows."""
-    from personaplug.data.simulation import SimulatedConfig, write_simulation
+    from personaplug.data.simulation import SimulationConfig, write_simulation
 
-    config = SimulatedConfig(task=kind, users=users, dev_users=max(1, users // 4), seed=seed)  # type: ignore[arg-type]
+    config = SimulationConfig(task=kind, users=users, dev_users=max(1, users // 4), seed=seed)  # type: ignore[arg-type]
     write_simulation(config, out)
     click.echo((out / "oracle.json").read_text(encoding="utf-8"))
 
@@ -149,14 +149,14 @@ def encode(
     """Encode the items of all histories once. `train` and `evaluate` do it themselves; this does it beforehand."""
     from personaplug.data import load_task, open_dataset
     from personaplug.encoders import open_encoder
-    from personaplug.encoders.embedding_store import VectorTable
+    from personaplug.encoders.embedding_store import EmbeddingStore
     from personaplug.run import encoded, resolved
 
     config = load_config(config_file, overrides=settings)
     show(config, "model", "plug")
     declared = load_task(data, task=task)
     encoder = open_encoder(config.model.encoder, device=device_of(config), engine=config.model.encoder_engine)
-    table = VectorTable.open(vectors, encoder)
+    table = EmbeddingStore.open(vectors, encoder)
     for split in splits:
         reader = open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
         before = len(table)
@@ -199,10 +199,10 @@ def train(
     show(config, "model", "plug", "training", *(("retrieval", "adapter") if conditions else ()))
     wanted = None if conditions is None else needed(parse_conditions(conditions))
     connect(device_of(config))
-    with together():
+    with synchronized():
         declared = load_task(data, task=task)
     run = Run.create(out, config=config, task=declared, vectors=vectors)
-    with together():
+    with synchronized():
         reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
         models = open_models(config)
     folders = train_run(run, reader, models=models, wanted=wanted)
@@ -264,11 +264,11 @@ def evaluate(
     """
     if lamp_gold is not None or lamp_pred is not None:
         if run_folder is not None or data is not None:
-            raise BadConfig("--lamp-gold and --lamp-pred score a file; they do not go with --run and --data.")
+            raise ConfigError("--lamp-gold and --lamp-pred score a file; they do not go with --run and --data.")
         _score_file(lamp_gold, lamp_pred, json_file=json_file, config_file=config_file, settings=settings)
         return
     if run_folder is None or data is None:
-        raise BadConfig("Give --run and --data, or --lamp-gold and --lamp-pred to score a file of predictions.")
+        raise ConfigError("Give --run and --data, or --lamp-gold and --lamp-pred to score a file of predictions.")
     from personaplug.analysis.tables import results_table
     from personaplug.data import open_dataset
     from personaplug.evaluation.evaluator import evaluate as evaluate_run
@@ -352,10 +352,10 @@ def _score_file(
     from personaplug.infra.atomic_io import write_json
 
     if gold is None or predicted is None:
-        raise BadConfig("--lamp-gold FILE and --lamp-pred FILE go together: the answers, and what is scored.")
+        raise ConfigError("--lamp-gold FILE and --lamp-pred FILE go together: the answers, and what is scored.")
     config = load_config(config_file, overrides=settings).evaluation
     results = score_lamp(
-        gold, predicted, fallback=config.rating_fallback, resamples=config.resamples, seed=config.draw_seed
+        gold, predicted, fallback=config.unparsable_rating, resamples=config.resamples, seed=config.draw_seed
     )
     if json_file is not None:
         write_json(json_file, results)

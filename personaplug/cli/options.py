@@ -11,7 +11,7 @@ import click
 
 from personaplug.config import Config
 from personaplug.config_parsing import describe, to_yaml
-from personaplug.errors import BadConfig, UserError
+from personaplug.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from personaplug.data.task import Reader, Task
@@ -81,7 +81,7 @@ def check_same_task(data: Path, task: Task) -> None:
     """Refuse a folder whose answers are of another kind than a task's; say so where only the name is another.
 
     Raises:
-        BadConfig: if the folder declares another kind of task, or other labels.
+        ConfigError: if the folder declares another kind of task, or other labels.
     """
     from personaplug.data import load_task
 
@@ -90,7 +90,7 @@ def check_same_task(data: Path, task: Task) -> None:
     except UserError:
         return  # it says nothing of its task
     if (declared.kind, declared.labels) != (task.kind, task.labels):
-        raise BadConfig(
+        raise ConfigError(
             f"{data} holds {declared.name}, whose answers are of another kind than those of {task.name}, which the run "
             f"was trained on. Give data of {task.name}, or train a run on {declared.name}."
         )

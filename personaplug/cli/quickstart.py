@@ -17,7 +17,7 @@ from personaplug.config import Config
 from personaplug.config_parsing import load_config, to_yaml
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import Sample
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import reply
 from personaplug.infra.atomic_io import write_json
@@ -28,7 +28,7 @@ from personaplug.training.recipes import train
 
 logger = logging.getLogger(__name__)
 
-USERS = SimulatedConfig(users=320, dev_users=100, dev_queries_per_user=2)
+USERS = SimulationConfig(users=320, dev_users=100, dev_queries_per_user=2)
 # Some minutes on two cores: fewer passes than by default.
 SETTINGS = ("epochs=2", "validation_limit=64")
 _SIDE_BY_SIDE = 6
@@ -38,7 +38,7 @@ _TELLING = 8  # items of history from which a user's mean score says something
 def run_quickstart(
     out: Path,
     *,
-    users: SimulatedConfig = USERS,
+    users: SimulationConfig = USERS,
     config_file: Path | None = None,
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from personaplug.config import STRONGEST
-from personaplug.errors import BadConfig, MissingExtra
+from personaplug.config import MAX_PERSONA_SCALE
+from personaplug.errors import ConfigError, MissingExtra
 
 _RUN = click.option(
     "--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`."
@@ -43,10 +43,10 @@ _SECRET = click.option(
     help="What users get whose history is unknown: what is common to all, or the plain model.",
 )
 @click.option(
-    "--strength",
+    "--persona-scale",
     default=1.0,
     show_default=True,
-    type=click.FloatRange(0, STRONGEST),
+    type=click.FloatRange(0, MAX_PERSONA_SCALE),
     help="Of personas, where a request does not say.",
 )
 @click.option(
@@ -92,17 +92,17 @@ def serve(
     """Serve a run's plug behind OpenAI's API: chat and completions as a user, and the users' histories."""
     _check_installed()
     from personaplug.run import Run
-    from personaplug.serving.api_keys import Accounts
+    from personaplug.serving.api_keys import ApiKeys
     from personaplug.serving.app import serve as serve_service
-    from personaplug.serving.middleware import Limits
-    from personaplug.serving.setup import Hosting, open_service
+    from personaplug.serving.middleware import RequestLimits
+    from personaplug.serving.setup import ServingConfig, open_service
     from personaplug.store.history_store import Retention
 
-    accounts = Accounts.read(keys) if keys else Accounts()
+    accounts = ApiKeys.read(keys) if keys else ApiKeys()
     accounts.check_address(host)  # before the models are loaded
-    hosting = Hosting(retention=Retention(max_items, max_days), **settings)
+    hosting = ServingConfig(retention=Retention(max_items, max_days), **settings)
     service = open_service(Run.open(run_folder), hosting)
-    limits = Limits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
+    limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
     serve_service(service, accounts=accounts, limits=limits, host=host, port=port)
 
 
@@ -163,11 +163,11 @@ def explain(
     import asyncio
 
     from personaplug.run import Run
-    from personaplug.serving.setup import Hosting, open_service
+    from personaplug.serving.setup import ServingConfig, open_service
 
     if (since is None) != (until is None):
-        raise BadConfig("--since and --until go together: a persona moves between two days.")
-    service = open_service(Run.open(run_folder), Hosting(store=store, secret=secret, seed=seed, create=False))
+        raise ConfigError("--since and --until go together: a persona moves between two days.")
+    service = open_service(Run.open(run_folder), ServingConfig(store=store, secret=secret, seed=seed, create=False))
 
     async def told() -> dict[str, Any]:
         await service.engine.start()

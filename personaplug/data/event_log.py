@@ -20,7 +20,7 @@ from personaplug.data.json_stream import json_lines, numbered_lines
 from personaplug.data.parsing import Flaw, as_moment, as_name, as_text, options_of, query_of, target_of, value_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task, check_max_history, check_skip_bad, latest_items
-from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra, nearest
+from personaplug.errors import ConfigError, MissingData, MissingExtra, RecordError, nearest
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ColumnMapping:
         return tuple(dict.fromkeys(column for column in named if column is not None))
 
 
-class TabularReader:
+class EventLogReader:
     """Samples made of a log, cut by time within each user.
 
     A user's rows are put in time order. `dev` asks for the user's last `dev_queries` rows; `train` for the
@@ -98,7 +98,7 @@ class TabularReader:
         Raises:
             MissingData: if the file is not there.
             MissingExtra: if it is Parquet and pyarrow is not installed.
-            BadConfig: if a setting is out of range, or mapping, prompt and task do not fit together.
+            ConfigError: if a setting is out of range, or mapping, prompt and task do not fit together.
         """
         self._path = Path(path)
         self._rows_of = _row_source(self._path)
@@ -114,9 +114,9 @@ class TabularReader:
         """Read the whole log, then yield its samples.
 
         Raises:
-            BadRecord: for the first broken row beyond `skip_bad`, and always where the file itself breaks
+            RecordError: for the first broken row beyond `skip_bad`, and always where the file itself breaks
                 off.
-            BadConfig: if a column is not in the file.
+            ConfigError: if a column is not in the file.
         """
         self.report = report = ReadReport()
         for user, rows in self._users(report).items():
@@ -178,7 +178,7 @@ class TabularReader:
         return Sample(row.item.id, user, prompt, query, row.target, history, options=options)
 
     def _skip(self, report: ReadReport, where: str, flaw: Flaw) -> None:
-        report.skip(BadRecord(self._path, where, reason=str(flaw)), allowed=self._skip_bad)
+        report.skip(RecordError(self._path, where, reason=str(flaw)), allowed=self._skip_bad)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -192,12 +192,12 @@ class _Row:
 
 def _check_settings(split: str, at_least_one: Mapping[str, int], min_history: int) -> None:
     if split not in ("train", "dev"):
-        raise BadConfig(f"A log is cut into the splits 'train' and 'dev'; found {split!r}.")
+        raise ConfigError(f"A log is cut into the splits 'train' and 'dev'; found {split!r}.")
     for name, value in at_least_one.items():
         if value < 1:
-            raise BadConfig(f"{name} should be at least 1, found {value}.")
+            raise ConfigError(f"{name} should be at least 1, found {value}.")
     if min_history < 0:
-        raise BadConfig(f"min_history should be 0 or more, found {min_history}.")
+        raise ConfigError(f"min_history should be 0 or more, found {min_history}.")
 
 
 # ---- the prompt
@@ -211,10 +211,10 @@ def _parsed(mapping: ColumnMapping, task: Task) -> _Template:
     try:
         parts = list(Formatter().parse(mapping.prompt))
     except ValueError as error:
-        raise BadConfig(f"The prompt template cannot be read: {error}. A literal brace is doubled.") from None
+        raise ConfigError(f"The prompt template cannot be read: {error}. A literal brace is doubled.") from None
     for _, name, spec, conversion in parts:
         if name is not None and (name not in mapping.fields or spec or conversion):
-            raise BadConfig(f"The prompt's placeholder {{{name}}} is no plain field; {nearest(name, mapping.fields)}")
+            raise ConfigError(f"The prompt's placeholder {{{name}}} is no plain field; {nearest(name, mapping.fields)}")
     template = tuple((literal, name) for literal, name, _, _ in parts)
     _check_fields(mapping, task, {name for _, name in template if name})
     _check_prompt(template, mapping, task)
@@ -224,20 +224,22 @@ def _parsed(mapping: ColumnMapping, task: Task) -> _Template:
 def _check_fields(mapping: ColumnMapping, task: Task, asked: set[str]) -> None:
     wanted = [name for name in task.field_names if name != task.answer_field]
     if task.answer_field in mapping.fields:
-        raise BadConfig(f"The mapping's field {task.answer_field!r} is the task's answer; name its column by `answer`.")
+        raise ConfigError(
+            f"The mapping's field {task.answer_field!r} is the task's answer; name its column by `answer`."
+        )
     for name in wanted:
         if name not in mapping.fields:
-            raise BadConfig(f"The mapping names no column for {name!r}, an item field of task {task.name}.")
+            raise ConfigError(f"The mapping names no column for {name!r}, an item field of task {task.name}.")
     for name in mapping.fields:
         if name not in wanted and name not in asked:
-            raise BadConfig(f"The mapping's field {name!r} is used by nothing; {nearest(name, wanted)}")
+            raise ConfigError(f"The mapping's field {name!r} is used by nothing; {nearest(name, wanted)}")
 
 
 def _check_prompt(template: _Template, mapping: ColumnMapping, task: Task) -> None:
     try:
         query_of(task, _rendered(template, dict.fromkeys(mapping.fields, "x")))
     except Flaw as flaw:
-        raise BadConfig(f"The prompt template does not fit task {task.name}: {flaw}.") from None
+        raise ConfigError(f"The prompt template does not fit task {task.name}: {flaw}.") from None
 
 
 def _rendered(template: _Template, fields: Mapping[str, str]) -> str:
@@ -260,7 +262,7 @@ def _row_source(path: Path) -> _Source:
     }
     kind = next((suffix for suffix in sources if path.name.lower().endswith(suffix)), None)
     if kind is None:
-        raise BadConfig(f"{path}: a log is one of *{', *'.join(sources)}.")
+        raise ConfigError(f"{path}: a log is one of *{', *'.join(sources)}.")
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
     if kind == ".parquet":
@@ -311,7 +313,7 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[_Place]:
                     number += 1
                     yield f"row {number}", number, values
     except (pyarrow.ArrowException, OSError):
-        raise BadRecord(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
+        raise RecordError(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
 
 
 def _microseconds(pyarrow: Any, batch: Any) -> Any:
@@ -334,4 +336,4 @@ def _pyarrow() -> tuple[Any, Any]:
 def _check_columns(path: Path, there: Sequence[str], columns: Sequence[str]) -> None:
     for column in columns:
         if there.count(column) != 1:
-            raise BadConfig(f"{path} has {there.count(column)} columns {column!r}; {nearest(column, there)}")
+            raise ConfigError(f"{path} has {there.count(column)} columns {column!r}; {nearest(column, there)}")

@@ -16,7 +16,7 @@ from typing import Any
 import ijson
 
 from personaplug.data.parsing import Flaw
-from personaplug.errors import BadRecord, MissingData
+from personaplug.errors import MissingData, RecordError
 
 _DEEPEST = 64
 
@@ -45,21 +45,21 @@ def unpacked(path: Path, *, size: int) -> Iterator[bytes]:
     """Yield a file's bytes in pieces of at most `size`, gzipped or not.
 
     Raises:
-        BadRecord: where the file is not valid gzip.
+        RecordError: where the file is not valid gzip.
     """
     try:
         with _opened(path) as original:
             while chunk := original.read(size):
                 yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise BadRecord(path, "in the file", reason="the gzip data is broken or cut short") from None
+        raise RecordError(path, "in the file", reason="the gzip data is broken or cut short") from None
 
 
 def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iterator[tuple[int, Any]]:
     """Yield the numbered values under `prefix`, one at a time in memory.
 
     Raises:
-        BadRecord: where the file is not valid JSON or gzip, nests values too deeply, or is not opened by `opening`;
+        RecordError: where the file is not valid JSON or gzip, nests values too deeply, or is not opened by `opening`;
             the rest of it is lost, so it is never skipped. The parser's own message quotes the file's text, so it
             is not passed on.
     """
@@ -70,18 +70,18 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
             for count, value in enumerate(ijson.items(_Shallow(stream), prefix, use_float=True), 1):
                 yield count, value
     except Flaw as flaw:
-        raise BadRecord(path, f"after {unit} {count}" if count else "at the start", reason=str(flaw)) from None
+        raise RecordError(path, f"after {unit} {count}" if count else "at the start", reason=str(flaw)) from None
     except (ijson.JSONError, UnicodeDecodeError):
-        raise BadRecord(path, f"after {unit} {count}", reason="the file is not valid JSON from here on") from None
+        raise RecordError(path, f"after {unit} {count}", reason="the file is not valid JSON from here on") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise BadRecord(path, f"after {unit} {count}", reason="the gzip data is broken or cut short") from None
+        raise RecordError(path, f"after {unit} {count}", reason="the gzip data is broken or cut short") from None
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines with their numbers, from 1, without a byte order mark.
 
     Raises:
-        BadRecord: where the file is not valid gzip; the rest of it is lost, so it is never skipped.
+        RecordError: where the file is not valid gzip; the rest of it is lost, so it is never skipped.
     """
     number = 0
     try:
@@ -89,14 +89,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(stream, 1):
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise BadRecord(path, f"after line {number}", reason="the gzip data is broken or cut short") from None
+        raise RecordError(path, f"after line {number}", reason="the gzip data is broken or cut short") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
     """Yield the records of a file with one JSON object a line, blank lines left out; a Flaw in a broken one's place.
 
     Raises:
-        BadRecord: where the file is not valid gzip.
+        RecordError: where the file is not valid gzip.
     """
     for number, line in numbered_lines(path):
         if line.strip():

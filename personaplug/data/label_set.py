@@ -16,7 +16,7 @@ Places = npt.NDArray[np.int64]
 _LATEST = 5  # items whose mean tells where a user's ratings are going
 
 
-class ClosedAnswers:
+class LabelSet:
     """A closed set of labels, and what answers are among them; labels that are rising numbers are a scale of ratings.
 
     Attributes:

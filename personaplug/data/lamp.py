@@ -30,7 +30,7 @@ from personaplug.data.task import (
     latest_items,
 )
 from personaplug.data.task_registry import load_task
-from personaplug.errors import BadRecord, MissingData
+from personaplug.errors import MissingData, RecordError
 
 
 def open_dataset(
@@ -45,7 +45,7 @@ def open_dataset(
 
     Raises:
         MissingData: if the folder, the split's questions or the task's declaration are not there.
-        BadConfig: if the task is wrongly declared, or a setting out of range.
+        ConfigError: if the task is wrongly declared, or a setting out of range.
     """
     return LampReader(folder, split, task=task, skip_bad=skip_bad, max_history=max_history)
 
@@ -58,7 +58,7 @@ def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
 
     Raises:
         MissingData: if the file is not there.
-        BadRecord: for the first broken item, or where the file itself breaks off.
+        RecordError: for the first broken item, or where the file itself breaks off.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,7 +70,7 @@ def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
                 raise record
             items.append(item_of(task, record, default_id=str(number)))
         except Flaw as flaw:
-            raise BadRecord(path, f"{kind} {number}", reason=str(flaw)) from None
+            raise RecordError(path, f"{kind} {number}", reason=str(flaw)) from None
     return by_moment(items)
 
 
@@ -105,7 +105,7 @@ class LampReader:
 
         Raises:
             MissingData: if the folder, the questions or the task's declaration are not there.
-            BadConfig: if the task is wrongly declared, or a setting out of range.
+            ConfigError: if the task is wrongly declared, or a setting out of range.
         """
         self._skip_bad = check_skip_bad(skip_bad)
         self._max_history = check_max_history(max_history)
@@ -119,7 +119,7 @@ class LampReader:
         """Yield the samples in file order.
 
         Raises:
-            BadRecord: for the first broken record beyond `skip_bad`, and always where a file stops being
+            RecordError: for the first broken record beyond `skip_bad`, and always where a file stops being
                 JSON.
         """
         self.report = report = ReadReport()
@@ -196,7 +196,7 @@ class LampReader:
         return golds
 
     def _skip(self, report: ReadReport, file: Path | None, where: str, reason: str) -> None:
-        report.skip(BadRecord(file or "", where, reason=reason), allowed=self._skip_bad)
+        report.skip(RecordError(file or "", where, reason=reason), allowed=self._skip_bad)
 
 
 # A broken gold is kept as its flaw and reported with its question, so that one defect counts once.

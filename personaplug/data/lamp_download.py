@@ -24,8 +24,8 @@ from typing import Any
 from personaplug.data.json_stream import existing_folder, plain_or_gz, stream_values, unpacked
 from personaplug.data.task import Task
 from personaplug.data.task_registry import LAMP_TASKS, read_task
-from personaplug.errors import BadConfig, BadRecord, MissingData, RunConflict, nearest
-from personaplug.infra.atomic_io import storing, write_json, write_text, written_file
+from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, nearest
+from personaplug.infra.atomic_io import atomic_write, storage_errors, write_json, write_text
 from personaplug.infra.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -102,9 +102,9 @@ def download_lamp(
         timeout: seconds that the server may be silent.
 
     Raises:
-        BadConfig: for an unknown name, split or kind of URL, or LaMP-6, which is not public.
+        ConfigError: for an unknown name, split or kind of URL, or LaMP-6, which is not public.
         MissingData: if a file is not there, or did not come whole in five attempts; what came of it stays.
-        BadRecord: if what came is no JSON, or a file differs from its checksum.
+        RecordError: if what came is no JSON, or a file differs from its checksum.
         RunConflict: if the folder holds something else.
         StorageError: if the disk is full or not writable.
     """
@@ -129,9 +129,9 @@ def download_lamp(
 def _known_set(name: str) -> _Set:
     wanted = name.strip().lower().replace("_", "-").replace(":news", "-news")
     if re.fullmatch(r"lamp-6(:.*)?", wanted):
-        raise BadConfig("LaMP-6 rests on the Avocado mails, which are not public, so it cannot be fetched.")
+        raise ConfigError("LaMP-6 rests on the Avocado mails, which are not public, so it cannot be fetched.")
     if wanted not in _SETS:
-        raise BadConfig(f"There is no LaMP data set {name!r}; {nearest(wanted, _SETS)}")
+        raise ConfigError(f"There is no LaMP data set {name!r}; {nearest(wanted, _SETS)}")
     return _SETS[wanted]
 
 
@@ -140,14 +140,16 @@ def _files_of(splits: Sequence[str]) -> list[tuple[str, str]]:
     splits = (splits,) if isinstance(splits, str) else splits
     for split in splits:
         if split not in SPLITS:
-            raise BadConfig(f"LaMP has no split {split!r}; {nearest(split, SPLITS)}")
+            raise ConfigError(f"LaMP has no split {split!r}; {nearest(split, SPLITS)}")
     parts = [(split, part) for split in splits for part in ("questions", "outputs")]
     return [(split, f"{split}_{part}.json") for split, part in parts if (split, part) != ("test", "outputs")]
 
 
 def _checked_url(url: str) -> str:
     if not url.startswith(("http://", "https://")):
-        raise BadConfig(f"base_url should begin with https:// or http://, found {url!r}; a local folder is a `source`.")
+        raise ConfigError(
+            f"base_url should begin with https:// or http://, found {url!r}; a local folder is a `source`."
+        )
     return url if url.endswith("/") else f"{url}/"
 
 
@@ -188,14 +190,14 @@ class _Sums:
                 said = f"{self.path.parent} holds {line[2:]}, and {self.name} was asked for, whose files have the same"
                 raise RunConflict(f"{said} names. Give a new folder.")
             elif line.strip() and not line.startswith("#"):
-                raise BadRecord(self.path, f"line {number}", reason="it is no line of sha256sum; mend or remove it")
+                raise RecordError(self.path, f"line {number}", reason="it is no line of sha256sum; mend or remove it")
 
     def agrees(self, file: str) -> bool:
         """Say whether a file is there as it was noted; False if it is not there.
 
         Raises:
             RunConflict: if it is there and nothing is noted of it.
-            BadRecord: if it differs from what is noted.
+            RecordError: if it differs from what is noted.
         """
         path = self.path.with_name(file)
         if not path.is_file():
@@ -205,14 +207,14 @@ class _Sums:
             raise RunConflict(f"{said} Give a new folder, or delete the file to fetch it.")
         if _sha256(path) != self.noted[file]:
             reason = f"its checksum is not the one in {SUMS}: it was changed or damaged; delete it to fetch it again"
-            raise BadRecord(path, "the whole file", reason=reason)
+            raise RecordError(path, "the whole file", reason=reason)
         return True
 
     def accept(self, attempt: Path, file: str, *, came_from: str) -> None:
         """Note the checksum of a file that came whole, or compare it with the one noted earlier.
 
         Raises:
-            BadRecord: if it differs from that, or is no JSON list or object.
+            RecordError: if it differs from that, or is no JSON list or object.
         """
         _check_ends(attempt, came_from)
         found = _sha256(attempt)
@@ -220,7 +222,7 @@ class _Sums:
             reason = (
                 f"it differs from what {self.path} notes of {file} and was not kept; to accept it, remove that line"
             )
-            raise BadRecord(came_from, "the whole file", reason=reason)
+            raise RecordError(came_from, "the whole file", reason=reason)
         self.noted[file] = found
         entries = [f"{digest}  {name}" for name, digest in sorted(self.noted.items())]
         write_text(self.path, "\n".join([f"# {self.name}", *entries, ""]))
@@ -238,7 +240,7 @@ def _check_ends(path: Path, came_from: str) -> None:
         end = handle.read().rstrip()
     _check_start(start, path.name, came_from)
     if end[-1:] not in (b"]", b"}"):
-        raise BadRecord(came_from, "at the end", reason="it breaks off: JSON would end with ] or }; try again")
+        raise RecordError(came_from, "at the end", reason="it breaks off: JSON would end with ] or }; try again")
 
 
 def _check_start(start: bytes, file: str, came_from: str) -> None:
@@ -248,7 +250,7 @@ def _check_start(start: bytes, file: str, came_from: str) -> None:
         reason = (
             f"expected JSON that begins with {opening.decode()}, found something else (a web page?); look at it, or"
         )
-        raise BadRecord(came_from, "at the start", reason=f"{reason} give a local folder as `source`")
+        raise RecordError(came_from, "at the start", reason=f"{reason} give a local folder as `source`")
 
 
 # ---- from a server
@@ -271,10 +273,10 @@ class _Download:
         self._complete()
         try:
             sums.accept(self.part, self.target.name, came_from=self.url)
-        except BadRecord:
+        except RecordError:
             self._forget()
             raise
-        with storing(self.target):
+        with storage_errors(self.target):
             self.part.replace(self.target)
             self.about.unlink(missing_ok=True)
 
@@ -304,7 +306,7 @@ class _Download:
             with error:
                 self._refused(error, have)
         except (OSError, http.client.HTTPException) as error:
-            # Of the disk nothing arrives here: what is stored is stored under `storing`.
+            # Of the disk nothing arrives here: what is stored is stored under `storage_errors`.
             raise _Interrupted(_in_words(error)) from error
 
     def _told(self) -> dict[str, Any]:
@@ -343,7 +345,7 @@ class _Download:
         # A weak ETag may stay the same when bytes change, and If-Range does not take it.
         tag = response.headers.get("ETag") or "W/"
         version = response.headers.get("Last-Modified") if tag.startswith("W/") else tag
-        with storing(self.part):
+        with storage_errors(self.part):
             self.part.unlink(missing_ok=True)
         write_json(self.about, {"url": self.url, "version": version, "size": length})
 
@@ -357,7 +359,7 @@ class _Download:
     def _store(self, chunks: Iterator[bytes], have: int, size: int | None) -> None:
         with (
             Progress(self.target.name, total=size, start=have, unit="bytes") as progress,
-            storing(self.part),
+            storage_errors(self.part),
             self.part.open("ab") as handle,
         ):
             for chunk in chunks:
@@ -386,7 +388,7 @@ class _Download:
         ) from error
 
     def _forget(self) -> None:
-        with storing(self.part):
+        with storage_errors(self.part):
             self.part.unlink(missing_ok=True)
             self.about.unlink(missing_ok=True)
 
@@ -436,7 +438,7 @@ def _check_task(path: Path, wanted: _Set) -> None:
         said = next((str(name) for _, name in stream_values(path, "task", opening=b"{", unit="key")), "")
         number = wanted.task.name.removesuffix("_news")
         if said.replace("-", "_") not in ("", number, wanted.task.name):
-            raise BadRecord(path, "its 'task'", reason=f"expected {number} for {wanted.name}, found another task")
+            raise RecordError(path, "its 'task'", reason=f"expected {number} for {wanted.name}, found another task")
 
 
 def _copy(path: Path, target: Path, sums: _Sums) -> None:
@@ -447,4 +449,4 @@ def _copy(path: Path, target: Path, sums: _Sums) -> None:
                 progress.advance(len(chunk))
         sums.accept(attempt, target.name, came_from=str(path))
 
-    written_file(target, write)
+    atomic_write(target, write)

@@ -15,7 +15,7 @@ from personaplug.data.parsing import Flaw, query_of, short_id, target_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import read_task
-from personaplug.errors import BadConfig, RunConflict, StorageError
+from personaplug.errors import ConfigError, RunConflict, StorageError
 from personaplug.infra.atomic_io import write_json
 
 
@@ -27,7 +27,7 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
 
     Raises:
         RunConflict: if the folder's task.json declares another task.
-        BadConfig: if samples would not be read back as they are: an id twice, targets on some only, a query
+        ConfigError: if samples would not be read back as they are: an id twice, targets on some only, a query
             or fields that are not the task's. Nothing is changed then.
         StorageError: if the disk is full or not writable.
     """
@@ -76,7 +76,9 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
         questions.write("\n]\n")
         outputs.write("\n]}\n")
     if targets not in (0, len(seen)):
-        raise BadConfig(f"{targets} of {len(seen)} samples have a target; write those without as a split of their own.")
+        raise ConfigError(
+            f"{targets} of {len(seen)} samples have a target; write those without as a split of their own."
+        )
     return targets > 0
 
 
@@ -92,7 +94,7 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
                for item in sample.history):  # fmt: skip
             raise Flaw("an item has other fields than the task's")
     except Flaw as flaw:
-        raise BadConfig(f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}.") from None
+        raise ConfigError(f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}.") from None
 
 
 def _question(sample: Sample) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a value of a file means: a record, a text, an id, a moment, a query or a right answer.
 
-These functions raise `Flaw`, which says what is wrong; a reader adds where and raises `BadRecord`.
+These functions raise `Flaw`, which says what is wrong; a reader adds where and raises `RecordError`.
 """
 
 from __future__ import annotations

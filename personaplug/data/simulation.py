@@ -24,7 +24,7 @@ import numpy as np
 from personaplug.data.lamp_writer import write_lamp
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 from personaplug.infra.atomic_io import write_json
 
 SimulatedTask = Literal["rating", "style"]
@@ -45,7 +45,7 @@ _STYLE_INPUT = "Write the following message as this user would write it. message
 
 
 @dataclass(frozen=True)
-class SimulatedConfig:
+class SimulationConfig:
     """What to simulate.
 
     Attributes:
@@ -65,7 +65,7 @@ class SimulatedConfig:
         seed: the same seed and settings make the same data; user k is the same however many users there are.
 
     Raises:
-        BadConfig: if a setting is out of range.
+        ConfigError: if a setting is out of range.
     """
 
     task: SimulatedTask = "rating"
@@ -121,14 +121,14 @@ class Simulation:
     chances: Mapping[str, tuple[float, ...]]
 
 
-def simulate(config: SimulatedConfig, split: str) -> Simulation:
+def simulate(config: SimulationConfig, split: str) -> Simulation:
     """Simulate the users of "train" or "dev".
 
     Raises:
-        BadConfig: if there is no such split.
+        ConfigError: if there is no such split.
     """
     if split not in ("train", "dev"):
-        raise BadConfig(f"There are the simulated splits 'train' and 'dev'; found {split!r}.")
+        raise ConfigError(f"There are the simulated splits 'train' and 'dev'; found {split!r}.")
     users, queries = (
         (config.users, config.queries_per_user) if split == "train" else (config.dev_users, config.dev_queries_per_user)
     )
@@ -137,7 +137,7 @@ def simulate(config: SimulatedConfig, split: str) -> Simulation:
     return _gathered(SIMULATED_TASKS[config.task], drawn)
 
 
-def write_simulation(config: SimulatedConfig, folder: str | Path) -> None:
+def write_simulation(config: SimulationConfig, folder: str | Path) -> None:
     """Write train and dev as a folder in LaMP's layout, with what the oracle answers and may expect.
 
     Beside LaMP's files and task.json: `{split}_oracle.json` (predictions as an outputs file; for ratings the
@@ -169,7 +169,7 @@ def _as_outputs(task: Task, predictions: Mapping[str, str]) -> dict[str, object]
 
 def _require(holds: bool, name: str, expected: str, found: object) -> None:
     if not holds:
-        raise BadConfig(f"{name} should be {expected}, found {found!r}.")
+        raise ConfigError(f"{name} should be {expected}, found {found!r}.")
 
 
 # ---- what both share
@@ -197,11 +197,11 @@ def _gathered(task: Task, drawn: list[_Query]) -> Simulation:
     )
 
 
-def _user_rng(config: SimulatedConfig, split: str, user: int) -> np.random.Generator:
+def _user_rng(config: SimulationConfig, split: str, user: int) -> np.random.Generator:
     return np.random.default_rng([config.seed, ("train", "dev").index(split), user])
 
 
-def _item_count(config: SimulatedConfig, rng: np.random.Generator) -> int:
+def _item_count(config: SimulationConfig, rng: np.random.Generator) -> int:
     is_cold = rng.random() < config.cold_share
     if config.min_items > 0:
         low, high = config.min_items, config.max_items
@@ -259,7 +259,7 @@ class _Taste:
         return tuple(high - low for low, high in pairwise(below))
 
 
-def _rated(config: SimulatedConfig, split: str, user: int, queries: int) -> list[_Query]:
+def _rated(config: SimulationConfig, split: str, user: int, queries: int) -> list[_Query]:
     rng = _user_rng(config, split, user)
     taste = _Taste(
         generosity=float(rng.normal(0, config.generosity_sd)),
@@ -361,7 +361,7 @@ def _cased(text: str, casing: str) -> str:
     return {"lower": text.lower, "upper": text.upper, "sentence": text.capitalize}[casing]()
 
 
-def _styled(config: SimulatedConfig, split: str, user: int, queries: int) -> list[_Query]:
+def _styled(config: SimulationConfig, split: str, user: int, queries: int) -> list[_Query]:
     rng = _user_rng(config, split, user)
     style = _Style(_pick(rng, _CASINGS), bool(rng.integers(2)), _pick(rng, _PHRASES), _pick(rng, _EMOJI))
     count, name = _item_count(config, rng), f"{split}-{user:04d}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from personaplug.data.lamp_writer import write_lamp
 from personaplug.data.task import Reader
-from personaplug.errors import BadConfig, RunConflict
+from personaplug.errors import ConfigError, RunConflict
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Slice:
     dev_users: int
 
 
-def slice_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int = 0) -> Slice:
+def split_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int = 0) -> Slice:
     """Write a data set whose `train` and `dev` are parts of one split, without a user in common.
 
     Args:
@@ -33,19 +33,19 @@ def slice_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int
         share: of the users that `dev` gets, at least one.
         seed: draws them.
     Raises:
-        BadConfig: if the share is not between 0 and 1, or there are fewer than two users.
+        ConfigError: if the share is not between 0 and 1, or there are fewer than two users.
         RunConflict: if the folder holds a data set already.
         StorageError: if the disk is full or not writable.
     """
     if not 0 < share < 1:
-        raise BadConfig(f"The share of users for dev lies between 0 and 1; found {share}.")
+        raise ConfigError(f"The share of users for dev lies between 0 and 1; found {share}.")
     sizes = Counter(sample.owner for sample in reader)
     owners = sorted(sizes)
     there = [path.name for path in Path(folder).glob("*_questions.json*")]
     if there:
         raise RunConflict(f"{folder} holds a data set already ({there[0]}). Choose another folder, or remove it first.")
     if len(owners) < 2:
-        raise BadConfig(f"A slice by user needs 2 or more users; found {len(owners)}.")
+        raise ConfigError(f"A slice by user needs 2 or more users; found {len(owners)}.")
     held = held_users(owners, share=share, rng=np.random.default_rng([seed, 8]))
     for split, wanted in (("train", False), ("dev", True)):
         part = (sample for sample in reader if (sample.owner in held) == wanted)

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Literal, Protocol
 
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.errors import BadConfig, BadRecord
+from personaplug.errors import ConfigError, RecordError
 
 TaskKind = Literal["label", "rating", "text"]
 
@@ -103,11 +103,11 @@ class ReadReport:
         self.items += len(sample.history)
         return sample
 
-    def skip(self, error: BadRecord, *, allowed: int) -> None:
+    def skip(self, error: RecordError, *, allowed: int) -> None:
         """Count a broken record, or raise it when no more may be passed over.
 
         Raises:
-            BadRecord: the error itself, once `allowed` records have been skipped.
+            RecordError: the error itself, once `allowed` records have been skipped.
         """
         if self.skipped >= allowed:
             raise error
@@ -125,7 +125,7 @@ class Reader(Protocol):
         """Yield the samples in file order; `report` is fresh at the start and complete at the end.
 
         Raises:
-            BadRecord: for the first broken record beyond the allowed number.
+            RecordError: for the first broken record beyond the allowed number.
         """
         ...
 
@@ -134,10 +134,10 @@ def check_skip_bad(skip_bad: int) -> int:
     """Return `skip_bad` if it can bound something.
 
     Raises:
-        BadConfig: if it is negative.
+        ConfigError: if it is negative.
     """
     if skip_bad < 0:
-        raise BadConfig(f"skip_bad bounds how many broken records may be passed over: 0 or more, found {skip_bad}.")
+        raise ConfigError(f"skip_bad bounds how many broken records may be passed over: 0 or more, found {skip_bad}.")
     return skip_bad
 
 
@@ -145,10 +145,10 @@ def check_max_history(max_history: int) -> int:
     """Return `max_history` if it can bound a history.
 
     Raises:
-        BadConfig: if it is negative.
+        ConfigError: if it is negative.
     """
     if max_history < 0:
-        raise BadConfig(f"max_history bounds the items of a history: 0 or more, found {max_history}.")
+        raise ConfigError(f"max_history bounds the items of a history: 0 or more, found {max_history}.")
     return max_history
 
 

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from personaplug.data.json_stream import existing_folder, stream_values
 from personaplug.data.parsing import Flaw, as_name
 from personaplug.data.task import Task, TaskKind, template_parts
-from personaplug.errors import BadConfig, MissingData, nearest
+from personaplug.errors import ConfigError, MissingData, nearest
 
 # ---- the built-in tasks
 
@@ -57,14 +57,14 @@ def lamp_task(name: str) -> Task:
     """Return one of LaMP's own tasks; `LaMP-1` is the same as `LaMP_1`.
 
     Raises:
-        BadConfig: if there is no such task, or it is LaMP_6.
+        ConfigError: if there is no such task, or it is LaMP_6.
     """
     known = {task.lower(): task for task in LAMP_TASKS}
     wanted = name.strip().lower().replace("-", "_")
     if wanted == "lamp_6":
-        raise BadConfig("LaMP_6 rests on the Avocado mails, which are not public, so it is not built in.")
+        raise ConfigError("LaMP_6 rests on the Avocado mails, which are not public, so it is not built in.")
     if wanted not in known:
-        raise BadConfig(f"There is no built-in task {name!r}; {nearest(name, LAMP_TASKS)}")
+        raise ConfigError(f"There is no built-in task {name!r}; {nearest(name, LAMP_TASKS)}")
     return LAMP_TASKS[known[wanted]]
 
 
@@ -88,8 +88,8 @@ def load_task(folder: str | Path, *, task: str | None = None) -> Task:
 
     Raises:
         MissingData: if the folder is not there, or nothing in it says which task it is.
-        BadConfig: if the task is unknown or wrongly declared, or two files name different ones.
-        BadRecord: if a file that should say it is not valid JSON.
+        ConfigError: if the task is unknown or wrongly declared, or two files name different ones.
+        RecordError: if a file that should say it is not valid JSON.
     """
     folder = existing_folder(folder)
     own = folder / "task.json"
@@ -112,14 +112,14 @@ def read_task(path: Path) -> Task:
     """Read a task.json.
 
     Raises:
-        BadConfig: if it is not valid JSON, or declares the task wrongly.
+        ConfigError: if it is not valid JSON, or declares the task wrongly.
     """
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
-        raise BadConfig(f"{path} is not valid JSON: {error}") from None
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise BadConfig(f"{path} should hold one JSON object that declares a task, found {type(values).__name__}.")
+        raise ConfigError(f"{path} should hold one JSON object that declares a task, found {type(values).__name__}.")
     return parse_task(values, source=str(path))
 
 
@@ -127,15 +127,15 @@ def parse_task(values: Mapping[str, Any], *, source: str = "task.json") -> Task:
     """Make a task of a declaration: all its keys, or `like` with those that differ.
 
     Raises:
-        BadConfig: for an unknown key (with the nearest known one), a missing one, a wrong type or value.
+        ConfigError: for an unknown key (with the nearest known one), a missing one, a wrong type or value.
     """
     for key in values:
         if key not in (*_KEYS, "like"):
-            raise BadConfig(f"{source}: unknown key {key!r}; {nearest(key, (*_KEYS, 'like'))}")
+            raise ConfigError(f"{source}: unknown key {key!r}; {nearest(key, (*_KEYS, 'like'))}")
     merged = {**_inherited(values, source), **{key: values[key] for key in values if key != "like"}}
     for key in ("name", "kind", "item_fields"):
         if key not in merged:
-            raise BadConfig(f'{source}: the key {key!r} is missing; give it, or inherit a task by "like": "LaMP_4".')
+            raise ConfigError(f'{source}: the key {key!r} is missing; give it, or inherit a task by "like": "LaMP_4".')
     return _checked(_built(merged, source), source)
 
 
@@ -143,7 +143,7 @@ def _inherited(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     if "like" not in values:
         return {}
     if not isinstance(values["like"], str):
-        raise BadConfig(f"{source}: 'like' should be the name of a built-in task.")
+        raise ConfigError(f"{source}: 'like' should be the name of a built-in task.")
     inherited = asdict(lamp_task(values["like"]))
     # One way of finding the query replaces the other; both at once would contradict each other.
     if "query_after" in values and "query_pattern" not in values:
@@ -165,7 +165,7 @@ def _inherited(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _built(values: Mapping[str, Any], source: str) -> Task:
     kind = values["kind"]
     if kind not in get_args(TaskKind):
-        raise BadConfig(f"{source}: 'kind' should be one of {', '.join(get_args(TaskKind))}; found {kind!r}.")
+        raise ConfigError(f"{source}: 'kind' should be one of {', '.join(get_args(TaskKind))}; found {kind!r}.")
     answer = values.get("answer_field")
     return Task(
         name=_string(values, "name", source),
@@ -187,47 +187,47 @@ def _built(values: Mapping[str, Any], source: str) -> Task:
 def _string(values: Mapping[str, Any], key: str, source: str, *, default: str = "") -> str:
     value = values.get(key, default)
     if not isinstance(value, str):
-        raise BadConfig(f"{source}: {key!r} should be a string, found {type(value).__name__}.")
+        raise ConfigError(f"{source}: {key!r} should be a string, found {type(value).__name__}.")
     return value
 
 
 def _strings(value: object, key: str, source: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in value):
-        raise BadConfig(f"{source}: {key!r} should be a list of non-empty strings.")
+        raise ConfigError(f"{source}: {key!r} should be a list of non-empty strings.")
     if len(set(value)) < len(value):
-        raise BadConfig(f"{source}: {key!r} names something twice.")
+        raise ConfigError(f"{source}: {key!r} names something twice.")
     return tuple(value)
 
 
 def _labels(value: object, source: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
-        raise BadConfig(f"{source}: 'labels' should be a list, found {type(value).__name__}.")
+        raise ConfigError(f"{source}: 'labels' should be a list, found {type(value).__name__}.")
     try:
         labels = [as_name(label, "a label") for label in value]
     except Flaw as flaw:
-        raise BadConfig(f"{source}: {flaw}.") from None
+        raise ConfigError(f"{source}: {flaw}.") from None
     if any(label != label.strip() for label in labels):
-        raise BadConfig(f"{source}: a label has blanks at its ends; answers are compared without them.")
+        raise ConfigError(f"{source}: a label has blanks at its ends; answers are compared without them.")
     return _strings(labels, "labels", source)
 
 
 def _whole(value: object, key: str, source: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise BadConfig(f"{source}: {key!r} should be a whole number of at least 1.")
+        raise ConfigError(f"{source}: {key!r} should be a whole number of at least 1.")
     return value
 
 
 def _checked(task: Task, source: str) -> Task:
     if not task.name.strip():
-        raise BadConfig(f"{source}: 'name' is empty.")
+        raise ConfigError(f"{source}: 'name' is empty.")
     if not task.item_fields or not task.metrics:
-        raise BadConfig(f"{source}: 'item_fields' and 'metrics' need at least one entry.")
+        raise ConfigError(f"{source}: 'item_fields' and 'metrics' need at least one entry.")
     if "nll" in task.metrics:
-        raise BadConfig(f"{source}: leave 'nll' out of 'metrics'; it is a column wherever a language model answers.")
+        raise ConfigError(f"{source}: leave 'nll' out of 'metrics'; it is a column wherever a language model answers.")
     if {"id", "date"} & set(task.field_names) or task.answer_field == "":
-        raise BadConfig(f"{source}: a field of an item needs a name, and other than 'id' and 'date'.")
+        raise ConfigError(f"{source}: a field of an item needs a name, and other than 'id' and 'date'.")
     if (task.kind == "text") == bool(task.labels):
-        raise BadConfig(f"{source}: the kinds 'label' and 'rating' need 'labels', and 'text' has none.")
+        raise ConfigError(f"{source}: the kinds 'label' and 'rating' need 'labels', and 'text' has none.")
     if task.kind == "rating":
         _check_scale(task.labels, source)
     _check_query(task, source)
@@ -239,31 +239,31 @@ def _check_scale(labels: Sequence[str], source: str) -> None:
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
-        raise BadConfig(f"{source}: the labels of a rating should be numbers, found {list(labels)}.") from None
+        raise ConfigError(f"{source}: the labels of a rating should be numbers, found {list(labels)}.") from None
     if not all(low < high for low, high in pairwise(numbers)) or not all(abs(n) < 1e9 for n in numbers):
-        raise BadConfig(f"{source}: the labels of a rating should be finite and rise, found {list(labels)}.")
+        raise ConfigError(f"{source}: the labels of a rating should be finite and rise, found {list(labels)}.")
 
 
 def _check_query(task: Task, source: str) -> None:
     if task.query_after and task.query_pattern:
-        raise BadConfig(f"{source}: give 'query_after' or 'query_pattern', not both.")
+        raise ConfigError(f"{source}: give 'query_after' or 'query_pattern', not both.")
     try:
         groups = re.compile(task.query_pattern).groups
     except re.error as error:
-        raise BadConfig(f"{source}: 'query_pattern' is not a regular expression: {error}.") from None
+        raise ConfigError(f"{source}: 'query_pattern' is not a regular expression: {error}.") from None
     if task.query_pattern and not groups:
-        raise BadConfig(f"{source}: 'query_pattern' needs a group (…) around what is the query.")
+        raise ConfigError(f"{source}: 'query_pattern' needs a group (…) around what is the query.")
 
 
 def _check_wording(task: Task, source: str) -> None:
     named = template_parts(task.item_template)[1::2]
     for name in named:
         if name not in task.field_names:
-            raise BadConfig(f"{source}: 'item_template' names {{{name}}}; {nearest(name, task.field_names)}")
+            raise ConfigError(f"{source}: 'item_template' names {{{name}}}; {nearest(name, task.field_names)}")
     if task.item_template and not named:
-        raise BadConfig(f"{source}: 'item_template' shows nothing of an item; name a field of it in braces.")
+        raise ConfigError(f"{source}: 'item_template' shows nothing of an item; name a field of it in braces.")
     if sorted(template_parts(task.history_template)[1::2]) != ["history", "input"]:
-        raise BadConfig(f"{source}: 'history_template' should hold {{history}} and {{input}}, each once.")
+        raise ConfigError(f"{source}: 'history_template' should hold {{history}} and {{input}}, each once.")
 
 
 def _task_of_outputs(folder: Path) -> Task:
@@ -273,7 +273,7 @@ def _task_of_outputs(folder: Path) -> Task:
             found.setdefault(str(name).replace("-", "_"), path.name)
             break
     if len(found) > 1:
-        raise BadConfig(f"{folder}: its files name different tasks: {found}. Say which one is meant by `task`.")
+        raise ConfigError(f"{folder}: its files name different tasks: {found}. Say which one is meant by `task`.")
     if not found:
         raise MissingData(
             f"{folder} does not say which task it holds: there is no task.json and no "
@@ -283,5 +283,5 @@ def _task_of_outputs(folder: Path) -> Task:
     name, file = next(iter(found.items()))
     try:
         return lamp_task(name)
-    except BadConfig as error:
-        raise BadConfig(f"{folder / file}: {error} A task of one's own needs a task.json in the folder.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{folder / file}: {error} A task of one's own needs a task.json in the folder.") from None

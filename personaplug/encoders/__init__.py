@@ -6,10 +6,10 @@ import torch
 
 from personaplug.encoders.base import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.encoders.hashing import HashEncoder
-from personaplug.encoders.sentence_transformer import TextEncoder
-from personaplug.errors import BadConfig
+from personaplug.encoders.sentence_transformer import SentenceEncoder
+from personaplug.errors import ConfigError
 
-__all__ = ["Encoder", "EncoderIdentity", "HashEncoder", "QueryEncoder", "TextEncoder", "open_encoder"]
+__all__ = ["Encoder", "EncoderIdentity", "HashEncoder", "QueryEncoder", "SentenceEncoder", "open_encoder"]
 
 
 def open_encoder(
@@ -31,15 +31,15 @@ def open_encoder(
         query_prompt: in front of queries; None = the model's own.
         document_prompt: in front of items; None = the model's own.
         max_length: cut texts to this many tokens; None = the model's own limit.
-        engine: what encodes many texts: `torch`, `openvino` or `auto` (see `TextEncoder`); `hash` needs none.
+        engine: what encodes many texts: `torch`, `openvino` or `auto` (see `SentenceEncoder`); `hash` needs none.
     Raises:
-        BadConfig: if a setting is out of range.
+        ConfigError: if a setting is out of range.
         MissingExtra: if the engine asked for is not installed.
         MissingModel: if the model is nowhere to be found.
     """
     if spec == "hash" or spec.startswith("hash:"):
         return HashEncoder(_hash_width(spec))
-    return TextEncoder(
+    return SentenceEncoder(
         spec,
         device=device,
         dtype=dtype,
@@ -53,5 +53,5 @@ def open_encoder(
 def _hash_width(spec: str) -> int:
     width = spec.removeprefix("hash").removeprefix(":")
     if width and not width.isdecimal():
-        raise BadConfig(f"{spec!r}: write `hash` or `hash:WIDTH`, for instance `hash:128`.")
+        raise ConfigError(f"{spec!r}: write `hash` or `hash:WIDTH`, for instance `hash:128`.")
     return int(width or 256)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 
 Vectors = npt.NDArray[np.float32]
 
@@ -57,13 +57,13 @@ class EncoderIdentity:
         """The reverse of `to_dict`.
 
         Raises:
-            BadConfig: if a field is missing or unknown.
+            ConfigError: if a field is missing or unknown.
         """
         try:
             return cls(**values)
         except TypeError as error:
             names = ", ".join(field.name for field in fields(cls))
-            raise BadConfig(f"An encoder identity needs exactly these fields: {names}.") from error
+            raise ConfigError(f"An encoder identity needs exactly these fields: {names}.") from error
 
     def same_as(self, other: EncoderIdentity) -> bool:
         """Whether items and queries get the same vectors: everything agrees but name and revision."""

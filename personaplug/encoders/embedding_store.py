@@ -1,4 +1,4 @@
-"""VectorTable: the items' vectors on disk, and samples whose histories are rows of it.
+"""EmbeddingStore: the items' vectors on disk, and samples whose histories are rows of it.
 
 A table is a folder: `table.json` (format and encoder), `vectors.f16` (raw float16 rows, memory-mapped) and
 `index.sqlite` (a hash of each text -> its row). Vectors are found by content, never by a running offset, so a
@@ -39,13 +39,13 @@ INSERT OR IGNORE INTO extent VALUES (0, 0);
 
 
 class Added(NamedTuple):
-    """What `VectorTable.add` did: texts encoded now, and texts that were there already or came twice."""
+    """What `EmbeddingStore.add` did: texts encoded now, and texts that were there already or came twice."""
 
     new: int
     seen: int
 
 
-class VectorTable:
+class EmbeddingStore:
     """Item vectors of one encoder in a folder; any number of readers, one writer at a time.
 
     A writer appends and syncs vectors first and commits their keys second, so whatever stops it, the index
@@ -64,7 +64,7 @@ class VectorTable:
         self._map: Halves = np.zeros((0, self.width), dtype=np.float16)
 
     @classmethod
-    def open(cls, folder: str | Path, encoder: Encoder, *, create: bool = True) -> VectorTable:
+    def open(cls, folder: str | Path, encoder: Encoder, *, create: bool = True) -> EmbeddingStore:
         """Open the table in a folder, or make an empty one.
 
         Args:
@@ -97,7 +97,7 @@ class VectorTable:
         return self._committed()
 
     def __repr__(self) -> str:
-        return f"VectorTable({str(self.folder)!r}, encoder={self.identity.name!r}, rows={len(self)})"
+        return f"EmbeddingStore({str(self.folder)!r}, encoder={self.identity.name!r}, rows={len(self)})"
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry all its vectors along.

@@ -12,10 +12,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.data.label_set import ClosedAnswers
+from personaplug.data.label_set import LabelSet
 from personaplug.data.records import HistoryItem, Options, Sample
-from personaplug.encoders.embedding_store import Halves, Rows, VectorTable
-from personaplug.encoders.style_features import Forms, forms_of
+from personaplug.encoders.embedding_store import EmbeddingStore, Halves, Rows
+from personaplug.encoders.style_features import StyleArray, style_features_of
 
 Places = npt.NDArray[np.int16]
 Vector = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ class EncodedHistory:
 
     vectors: Halves
     answers: Places
-    forms: Forms
+    forms: StyleArray
 
     def __len__(self) -> int:
         """Items in it (N)."""
@@ -67,7 +67,7 @@ class EncodedSample:
     target: str | None
     rows: Rows
     answers: npt.NDArray[np.int16]
-    forms: Forms
+    forms: StyleArray
     soft_at: int = 0
     options: Options | None = None
     own_answers: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class EncodedSample:
 
 def encode_samples(
     samples: Iterable[Sample],
-    table: VectorTable,
+    table: EmbeddingStore,
     *,
     labels: Sequence[str] = (),
     with_answer: bool = True,
@@ -113,7 +113,7 @@ def encode_samples(
         batch_size: texts that the encoder takes at once.
         chunk: items that are read, encoded and committed together (a sample is never split).
     Raises:
-        UserError, StorageError: as `VectorTable.add`.
+        UserError, StorageError: as `EmbeddingStore.add`.
     """
     encoded: list[EncodedSample] = []
     done = 0
@@ -130,28 +130,28 @@ def encode_samples(
     return encoded
 
 
-def answer_places(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places:
-    """Where each item's answer stands among the labels, (N,) int16; see `ClosedAnswers.place`."""
+def label_ids(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places:
+    """Where each item's answer stands among the labels, (N,) int16; see `LabelSet.place`."""
     closed = _closed_answers(tuple(labels))
     return np.array([closed.place(item.answer) for item in items], dtype=np.int16)
 
 
-def answer_forms(items: Sequence[HistoryItem]) -> Forms:
+def style_of_answers(items: Sequence[HistoryItem]) -> StyleArray:
     """The form of each item's answer, (N, F); of the whole item where it has none."""
-    return forms_of(item.text if item.answer is None else item.answer for item in items)
+    return style_features_of(item.text if item.answer is None else item.answer for item in items)
 
 
-def written_answers(items: Sequence[HistoryItem], *, latest: int) -> tuple[str, ...]:
+def past_answers(items: Sequence[HistoryItem], *, latest: int) -> tuple[str, ...]:
     """The answers in so many of the latest items of a history, in order, without those that hold none."""
     return tuple(item.answer for item in items[-latest:] if item.answer)
 
 
-def no_forms(items: int = 0) -> Forms:
+def no_style(items: int = 0) -> StyleArray:
     """What stands for the forms of so many items where they are not read, (N, 0)."""
     return np.empty((items, 0), dtype=np.float16)
 
 
-def with_nearest(samples: Sequence[EncodedSample], table: VectorTable, *, count: int) -> list[EncodedSample]:
+def with_nearest(samples: Sequence[EncodedSample], table: EmbeddingStore, *, count: int) -> list[EncodedSample]:
     """The samples with only so many items, the nearest to their queries, in order (PPlug, Table 4 and Fig. 4).
 
     Args:
@@ -179,7 +179,7 @@ def nearest(query: Vector, items: Halves, *, count: int) -> Rows:
     return np.sort(np.argsort(-likeness, kind="stable")[:count])
 
 
-def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) -> str:
+def samples_fingerprint(samples: Sequence[EncodedSample], table: EmbeddingStore) -> str:
     """16 hex digits from everything that answers and training depend on: texts asked and wanted, items and answers.
 
     Items count by their vectors, since row numbers mean nothing once a table is made anew.
@@ -196,7 +196,7 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: VectorTable) ->
     return digest.hexdigest()
 
 
-_closed_answers = lru_cache(maxsize=8)(ClosedAnswers)  # asked for sample by sample
+_closed_answers = lru_cache(maxsize=8)(LabelSet)  # asked for sample by sample
 
 
 def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str], with_forms: bool) -> EncodedSample:
@@ -208,8 +208,8 @@ def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str], with_f
         query=sample.query,
         target=sample.target,
         rows=rows.copy(),  # a slice would keep the whole group's rows
-        answers=answer_places(sample.history, labels),
-        forms=answer_forms(sample.history) if with_forms else no_forms(len(rows)),
+        answers=label_ids(sample.history, labels),
+        forms=style_of_answers(sample.history) if with_forms else no_style(len(rows)),
         soft_at=sample.soft_at,
         options=sample.options,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.encoders.base import EncoderIdentity, QueryEncoder, Vectors
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 
 
 class HashEncoder:
@@ -38,10 +38,10 @@ class HashEncoder:
             width: values in a vector.
             seed: another seed hashes to other places.
         Raises:
-            BadConfig: if the width is below 8, where everything would collide.
+            ConfigError: if the width is below 8, where everything would collide.
         """
         if width < 8:
-            raise BadConfig(f"The hash encoder needs a width of 8 or more, not {width}.")
+            raise ConfigError(f"The hash encoder needs a width of 8 or more, not {width}.")
         self.width, self.seed = width, seed
         self.identity = EncoderIdentity(
             name=f"hash:{width}",

@@ -33,7 +33,7 @@ class _Unfit(Exception):
     """Why a model is not encoded by OpenVINO here."""
 
 
-class BulkModel:
+class OpenVINOEncoder:
     """A model compiled by OpenVINO for this machine's CPU.
 
     Attributes:
@@ -74,7 +74,7 @@ def installed() -> bool:
     return find_spec("openvino") is not None
 
 
-def open_bulk(model: nn.Module, embed: Embed, *, probes: Sequence[Features], required: bool) -> BulkModel | None:
+def open_bulk(model: nn.Module, embed: Embed, *, probes: Sequence[Features], required: bool) -> OpenVINOEncoder | None:
     """Export a model to OpenVINO and compare the vectors of both.
 
     Args:
@@ -97,7 +97,7 @@ def open_bulk(model: nn.Module, embed: Embed, *, probes: Sequence[Features], req
         return None
 
 
-def _checked(model: nn.Module, embed: Embed, *, probes: Sequence[Features], any_precision: bool) -> BulkModel:
+def _checked(model: nn.Module, embed: Embed, *, probes: Sequence[Features], any_precision: bool) -> OpenVINOEncoder:
     """The first compiled model, fastest precision first, whose vectors are torch's."""
     core = _openvino().Core()
     fast = _has_bfloat16(core)
@@ -107,7 +107,7 @@ def _checked(model: nn.Module, embed: Embed, *, probes: Sequence[Features], any_
     exported = _exported(model, embed, probes[0])
     closest = -1.0
     for precision in (["bf16"] if fast else []) + (["f32"] if any_precision else []):
-        found = BulkModel(core, exported, names=list(probes[0]), precision=precision)
+        found = OpenVINOEncoder(core, exported, names=list(probes[0]), precision=precision)
         cosine = min(_cosine(found, embed(model, features), features=features) for features in probes)
         if cosine > CLOSE:
             return found
@@ -120,7 +120,7 @@ def _has_bfloat16(core: Any) -> bool:
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _cosine(found: BulkModel, expected: Tensor, *, features: Features) -> float:
+def _cosine(found: OpenVINOEncoder, expected: Tensor, *, features: Features) -> float:
     """The smallest cosine between rows of the same text; NaN anywhere counts as opposite."""
     vectors = np.zeros(tuple(expected.shape), dtype=np.float32)
     found.encode_into(vectors, [(range(len(vectors)), features)])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import personaplug.encoders.openvino as bulk
 from personaplug.encoders.base import EncoderIdentity, QueryEncoder, Vectors, to_numpy
-from personaplug.errors import BadConfig, MissingExtra, MissingModel
+from personaplug.errors import ConfigError, MissingExtra, MissingModel
 from personaplug.infra.model_hub import find_model, fingerprint, quiet_unless_terminal, revision_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _PROBES = (
 )
 
 
-class TextEncoder:
+class SentenceEncoder:
     """Any sentence-transformers model, frozen, its pooling and prompts as the model's own files say.
 
     Vectors always have length 1: where the model has no normalization of its own, it is added.
@@ -85,7 +85,7 @@ class TextEncoder:
         Raises:
             MissingModel: if the model is nowhere to be found, or is no text encoder.
             MissingExtra: if OpenVINO is asked for by name and not installed.
-            BadConfig: if `max_length` is beyond what the model can read, or `openvino` is asked for off the CPU.
+            ConfigError: if `max_length` is beyond what the model can read, or `openvino` is asked for off the CPU.
         """
         self._engine = _checked_engine(engine, device=device)
         folder = find_model(name)
@@ -144,7 +144,7 @@ class TextEncoder:
         return _TextQueryEncoder(copy.deepcopy(self._model), identity=self.identity)
 
     @cached_property
-    def _bulk(self) -> bulk.BulkModel | None:
+    def _bulk(self) -> bulk.OpenVINOEncoder | None:
         """OpenVINO's copy of the model, made when first needed; None = torch encodes everything."""
         if self._engine == "torch":
             return None
@@ -188,12 +188,12 @@ class TextEncoder:
             return
         longest = _positions(self._model)
         if not 3 <= max_length <= longest:
-            raise BadConfig(f"max_length={max_length}: this encoder reads 3 to {longest} tokens.")
+            raise ConfigError(f"max_length={max_length}: this encoder reads 3 to {longest} tokens.")
         self._model.max_seq_length = max_length
 
 
 class _TextQueryEncoder(QueryEncoder):
-    """A trainable copy of a `TextEncoder`'s model."""
+    """A trainable copy of a `SentenceEncoder`'s model."""
 
     def __init__(self, model: SentenceTransformer, *, identity: EncoderIdentity) -> None:
         super().__init__()
@@ -212,10 +212,10 @@ class _TextQueryEncoder(QueryEncoder):
 def _checked_engine(engine: str, *, device: str) -> str:
     """The engine to use where OpenVINO is looked for: `auto` becomes `torch` where there is nothing to try."""
     if engine not in ENGINES:
-        raise BadConfig(f"An encoder's engine is one of {', '.join(ENGINES)}; found {engine!r}.")
+        raise ConfigError(f"An encoder's engine is one of {', '.join(ENGINES)}; found {engine!r}.")
     on_cpu = torch.device(device).type == "cpu"
     if engine == "openvino" and not on_cpu:
-        raise BadConfig(f"encoder_engine=openvino runs on the CPU; the device is {device}. Use torch or auto.")
+        raise ConfigError(f"encoder_engine=openvino runs on the CPU; the device is {device}. Use torch or auto.")
     if engine == "openvino" and not bulk.installed():
         raise MissingExtra("encoder_engine=openvino", extra="fast")
     return engine if engine != "auto" or (on_cpu and bulk.installed()) else "torch"

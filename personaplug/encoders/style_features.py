@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-Forms = npt.NDArray[np.float16]
+StyleArray = npt.NDArray[np.float16]
 
 _WORD = re.compile(r"\S+")
 _LINK = re.compile(r"https?://|www\.", re.IGNORECASE)
@@ -50,7 +50,7 @@ _MIDDLES, _SCALES = (np.array(column) for column in zip(*_SPREADS.values(), stri
 _FARTHEST = 4.0
 
 
-def form_of(text: str) -> Forms:
+def text_style(text: str) -> StyleArray:
     """The form of a text, (F,): values of about 1 in size, at most 4; all 0 for an empty text.
 
     Lengths are logarithms, marks are counted per word, kinds of letters per character.
@@ -60,13 +60,13 @@ def form_of(text: str) -> Forms:
         return np.zeros(len(FEATURES), dtype=np.float16)
     raw = _raw(text, words)
     scaled = (np.array([raw[name] for name in FEATURES]) - _MIDDLES) / _SCALES
-    bounded: Forms = np.clip(scaled, -_FARTHEST, _FARTHEST).astype(np.float16)
+    bounded: StyleArray = np.clip(scaled, -_FARTHEST, _FARTHEST).astype(np.float16)
     return bounded
 
 
-def forms_of(texts: Iterable[str]) -> Forms:
+def style_features_of(texts: Iterable[str]) -> StyleArray:
     """The forms of some texts, (n, F)."""
-    found = [form_of(text) for text in texts]
+    found = [text_style(text) for text in texts]
     return np.stack(found) if found else np.zeros((0, len(FEATURES)), dtype=np.float16)
 
 

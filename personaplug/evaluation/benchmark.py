@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from personaplug.analysis.results import Settings, results_object, thirds, with_slices
-from personaplug.analysis.trials import Cell, CellFile, Scored
+from personaplug.analysis.results import Settings, build_results, history_thirds, with_subgroups
+from personaplug.analysis.trials import EvalSamples, Trial, TrialFile
 from personaplug.baselines.heuristics import check_rules
 from personaplug.config import BEFORE, Config, EvaluationConfig, ModelConfig
 from personaplug.data import load_task, open_dataset
-from personaplug.errors import BadConfig, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
+from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
 from personaplug.evaluation.evaluator import Evaluation, settings_of, with_remarks
 from personaplug.evaluation.experiment import WHOLE, Experiment, Probe
 from personaplug.infra.atomic_io import write_json
@@ -86,16 +86,16 @@ def bench(
         seeds: only these; all of a table go together, since they read the same prompts.
         conditions: only these rows.
     Raises:
-        BadConfig: if it has no such set, seed or row.
+        ConfigError: if it has no such set, seed or row.
     """
     known = {seed for config in experiment.configs.values() for seed in config.training.seeds}
     rows = [condition.name for condition in experiment.conditions]
     if set(seeds) - known:
-        raise BadConfig(f"{experiment.name} has the seeds {sorted(known)}; found {sorted(seeds)}.")
+        raise ConfigError(f"{experiment.name} has the seeds {sorted(known)}; found {sorted(seeds)}.")
     for what, asked, there in (("set", sets, experiment.sets), ("row", conditions, rows)):
         unknown = [name for name in asked if name not in there]
         if unknown:
-            raise BadConfig(
+            raise ConfigError(
                 f"{', '.join(unknown)}: no {what} of {experiment.name}, whose {what}s are {', '.join(there)}."
             )
     opened = _OpenModels()
@@ -179,7 +179,7 @@ class _Table:
         task, found = load_task(self.data), []
         try:
             resolved(self.config, task)
-        except BadConfig as error:
+        except ConfigError as error:
             if not self.variant:
                 raise
             self.left_out.append(f"{self.title}: {error}")
@@ -187,7 +187,7 @@ class _Table:
         for condition in conditions:
             try:
                 check_rules([condition], task)
-            except BadConfig as error:
+            except ConfigError as error:
                 self.left_out.append(f"{self.title}, {condition.name}: {error}")
             else:
                 found.append(condition)
@@ -217,10 +217,10 @@ class _Table:
             return
         task = load_task(self.data)
         settings = settings_of(task, self.config.evaluation)
-        results = with_remarks(results_object(scored, cells, settings=settings), task)
+        results = with_remarks(build_results(scored, cells, settings=settings), task)
         if self.experiment.slices:
-            slices = thirds(scored.history_items)
-            results = with_slices(results, scored, cells, slices=slices, settings=settings)
+            slices = history_thirds(scored.history_items)
+            results = with_subgroups(results, scored, cells, slices=slices, settings=settings)
         for curve in self.experiment.curves:
             results |= {"slices": [*results.get("slices", []), *self._points(curve, results, settings)]}
         write_json(self.target, results)
@@ -252,7 +252,7 @@ class _Table:
         name = f"{self.experiment.split}-{_label(probe)}" if probe.changes else self.experiment.split
         return trainings, Evaluation(run, split, split=name, config=config, models=models, train=train)
 
-    def _kept(self, probe: Probe) -> tuple[Scored | None, list[Cell]]:
+    def _kept(self, probe: Probe) -> tuple[EvalSamples | None, list[Trial]]:
         """The cells that are of this experiment as it stands, in its order of conditions and seeds."""
         scored, cells = self._file(probe).read()
         if scored is None or scored.key != self._samples_key():
@@ -272,15 +272,15 @@ class _Table:
         scored, cells = self._kept(probe)
         if scored is None:
             return None
-        part = results_object(replace(scored, about={}), cells, settings=settings)
+        part = build_results(replace(scored, about={}), cells, settings=settings)
         return {"rows": part["rows"], "pairs": part["pairs"]}
 
     def _evaluated(self, probe: Probe) -> EvaluationConfig:
         return replace(self.config.evaluation, **probe.changes)  # type: ignore[arg-type]
 
-    def _file(self, probe: Probe) -> CellFile:
+    def _file(self, probe: Probe) -> TrialFile:
         middle = f".{_label(probe)}" if probe.changes else ""
-        return CellFile(self.target.with_name(f"{self.name}{middle}.cells.jsonl"))
+        return TrialFile(self.target.with_name(f"{self.name}{middle}.cells.jsonl"))
 
     @cached_property
     def _data_key(self) -> str:
@@ -293,7 +293,7 @@ class _Table:
 
     def _key(self, condition: Condition, seed: int, probe: Probe) -> str:
         about, changes = asdict(self.config), dict(probe.changes)
-        shown = changes.pop("shown_items", _ALL_ITEMS)  # apart, as in keys from before there were other probes
+        shown = changes.pop("max_eval_history", _ALL_ITEMS)  # apart, as in keys from before there were other probes
         about["evaluation"] |= changes
         for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY, *BEFORE):
             section, _, key = name.partition(".")
@@ -341,8 +341,8 @@ def _data_key(folder: Path, split: str) -> str:
 def _made_with(models: Models) -> str:
     """What a cell's numbers may depend on beside its key, in a line."""
     known = {**versions(), "processor": machine()["processor"]}
-    if models.backend.device.type == "cuda":
-        known["gpu"] = torch.cuda.get_device_name(models.backend.device)
+    if models.llm.device.type == "cuda":
+        known["gpu"] = torch.cuda.get_device_name(models.llm.device)
     return ", ".join(f"{name} {value}" for name, value in known.items())
 
 

@@ -16,7 +16,7 @@ import torch
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders.embedding_store import Halves, Rows
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.methods import SHUFFLED, WRONG_USER, Whose
 from personaplug.plug.personalizer import Personalizer, Vectors
@@ -45,7 +45,7 @@ def lend(history: Whose, owners: Sequence[str], sizes: Sequence[int], *, seed: i
         seed: draws strangers and orders.
         latest: show only so many of the latest items; -1 = all.
     Raises:
-        BadConfig: if a wrong user is asked for and there is only one user.
+        ConfigError: if a wrong user is asked for and there is only one user.
     """
     if history == "none":
         return [Lent(None, np.empty(0, np.int64)) for _ in owners]
@@ -77,7 +77,7 @@ def _strangers(owners: Sequence[str], *, seed: int) -> Iterator[int]:
         by_owner.setdefault(owner, []).append(index)
     names = sorted(by_owner)
     if len(names) < 2:
-        raise BadConfig(f"wrong-user needs samples of 2 or more users; found {len(names)}.")
+        raise ConfigError(f"wrong-user needs samples of 2 or more users; found {len(names)}.")
     place = {owner: index for index, owner in enumerate(names)}
     rng = np.random.default_rng([seed, 4])
     for owner in owners:

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from personaplug.analysis.metrics import BEST_DECIDED, Array, NegativeLogLikelihood, get_metric, is_invalid
-from personaplug.analysis.results import Settings, results_object
-from personaplug.analysis.trials import Cell, Scored, numbered
+from personaplug.analysis.metrics import ERROR_MATCHED_ESTIMATES, Array, NegativeLogLikelihood, get_metric, is_invalid
+from personaplug.analysis.results import Settings, build_results
+from personaplug.analysis.trials import EvalSamples, Trial, numbered
 from personaplug.baselines.heuristics import Rules, check_rules
 from personaplug.baselines.user_lora import remark
 from personaplug.config import EvaluationConfig
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.errors import BadConfig, MissingData
-from personaplug.evaluation.lora_predictions import PerUser
+from personaplug.errors import ConfigError, MissingData
+from personaplug.evaluation.lora_predictions import LoraPredictor
 from personaplug.evaluation.method_runner import Asking
 from personaplug.evaluation.model_inputs import Showing, Shown
 from personaplug.evaluation.predictions import Answers
@@ -62,7 +62,7 @@ def evaluate(
         The results object; see `results.py`.
     Raises:
         MissingData: if something that a condition needs is not trained, or a sample has no answer to compare with.
-        BadConfig: if labels are to be scored in a task without labels, or a rule does not fit the task.
+        ConfigError: if labels are to be scored in a task without labels, or a rule does not fit the task.
     """
     check_rules(conditions, run.task)  # before any hour is spent on the other rows
     evaluation = Evaluation(run, reader, split=split, config=config, models=models, train=train)
@@ -71,7 +71,7 @@ def evaluate(
     ]
     if oracle is not None:
         cells.append(evaluation.oracle(oracle))
-    return with_remarks(results_object(evaluation.scored, cells, settings=evaluation.settings), run.task)
+    return with_remarks(build_results(evaluation.scored, cells, settings=evaluation.settings), run.task)
 
 
 def predict(
@@ -92,7 +92,7 @@ def predict(
         A file per condition and seed, in LaMP's output format.
     Raises:
         MissingData: if something that a condition needs is not trained.
-        BadConfig: if a rule does not fit the task.
+        ConfigError: if a rule does not fit the task.
     """
     check_rules(conditions, run.task)
     evaluation = Evaluation(run, reader, split=split, config=config, models=models, train=train)
@@ -108,8 +108,8 @@ def settings_of(task: Task, config: EvaluationConfig) -> Settings:
     scored also by the decisions that suit their errors.
     """
     scored = task.kind == "rating" and _decoding(task, config) == "score"
-    names = dict.fromkeys([*task.metrics, *(BEST_DECIDED if scored else ()), NegativeLogLikelihood.name])
-    metrics = [get_metric(name, labels=task.labels, fallback=config.rating_fallback) for name in names]
+    names = dict.fromkeys([*task.metrics, *(ERROR_MATCHED_ESTIMATES if scored else ()), NegativeLogLikelihood.name])
+    metrics = [get_metric(name, labels=task.labels, fallback=config.unparsable_rating) for name in names]
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
 
@@ -169,7 +169,7 @@ class Evaluation:
             report=reader.report,
             cut_by_encoder=cut,
         )
-        self.scored = Scored(numbered(self.owners), [len(sample.rows) for sample in self.samples], about)
+        self.scored = EvalSamples(numbered(self.owners), [len(sample.rows) for sample in self.samples], about)
         self.costs = CostMeter(self.scored.history_items, some, encoder=models.encoder)
 
     def seeds_of(self, condition: Condition) -> tuple[int, ...]:
@@ -177,12 +177,12 @@ class Evaluation:
         seeds = self.run.config.training.seeds
         return seeds if condition.seeded else seeds[:1]
 
-    def cell(self, condition: Condition, *, seed: int) -> Cell:
+    def cell(self, condition: Condition, *, seed: int) -> Trial:
         """Answer and score one condition with one seed.
 
         Raises:
             MissingData: if something that it needs is not trained.
-            BadConfig: if it is a rule that does not fit the task.
+            ConfigError: if it is a rule that does not fit the task.
         """
         golds = _golds(self.samples)
         if condition.rule is not None:
@@ -196,7 +196,7 @@ class Evaluation:
         tokens = float(np.mean([m.tokens for m in shown.measures])) + self._soft_tokens(condition)
         own = matrices.cost() if condition.per_user and matrices else shown.cost
         cost = None if condition.per_user and own is None else self.costs.of(condition, own=own)
-        return Cell(
+        return Trial(
             condition.name,
             seed,
             stats,
@@ -219,7 +219,7 @@ class Evaluation:
 
         Raises:
             MissingData: if something that it needs is not trained.
-            BadConfig: if it is a rule that does not fit the task.
+            ConfigError: if it is a rule that does not fit the task.
         """
         if condition.rule is not None:
             self._computed(condition, condition.rule, seed=seed)
@@ -228,7 +228,7 @@ class Evaluation:
             self._write_predictions(condition, made.texts, seed=seed)
         return self.folder / f"{_file_name(condition, seed)}.json"
 
-    def oracle(self, path: Path) -> Cell:
+    def oracle(self, path: Path) -> Trial:
         """What an all-knowing predictor of simulated users scores.
 
         Raises:
@@ -242,14 +242,14 @@ class Evaluation:
         golds = _golds(self.samples)
         stats = {metric.name: metric.statistics(texts, golds) for metric in self.metrics if metric.of_answers}
         seed = self.run.config.training.seeds[0]
-        return Cell(ORACLE, seed, stats, invalid_rate=self._invalid_rate(texts), decoding="known")
+        return Trial(ORACLE, seed, stats, invalid_rate=self._invalid_rate(texts), decoding="known")
 
     # ---- who answers
 
-    def _computed_cell(self, condition: Condition, rule: Rule, golds: Sequence[str], *, seed: int) -> Cell:
+    def _computed_cell(self, condition: Condition, rule: Rule, golds: Sequence[str], *, seed: int) -> Trial:
         """The cell of a row that asks no model: it has neither prompts nor costs that could be compared."""
         shown, made = self._computed(condition, rule, seed=seed)
-        return Cell(
+        return Trial(
             condition.name,
             seed,
             self._stats(condition, made, golds, seed=seed),
@@ -288,7 +288,7 @@ class Evaluation:
 
     # ---- what the row was
 
-    def _items_used(self, condition: Condition, shown: Shown, matrices: PerUser | None) -> list[int]:
+    def _items_used(self, condition: Condition, shown: Shown, matrices: LoraPredictor | None) -> list[int]:
         """How many items of a history reached each sample's answer."""
         if condition.per_user and matrices:
             return [0 if lender is None else matrices.learned(lender) for lender in shown.lenders]
@@ -301,12 +301,12 @@ class Evaluation:
         had = [items for items, sample in zip(got, self.samples, strict=True) if len(sample.rows)]
         return float(np.mean([items <= few for items in had])) if had else 0.0
 
-    def _cut_rate(self, shown: Shown, matrices: PerUser | None) -> float | None:
+    def _cut_rate(self, shown: Shown, matrices: LoraPredictor | None) -> float | None:
         """Share of the items meant for prompts, or for users' matrices, that were cut or left out."""
         return matrices.left_out() if matrices and matrices.owners else shown.cut_rate()
 
     def _soft_tokens(self, condition: Condition) -> int:
-        if condition.trained is None or not condition.trained.soft or self.config.strength == 0:
+        if condition.trained is None or not condition.trained.soft or self.config.persona_scale == 0:
             return 0
         return condition.trained.plug(self.run.config.plug).soft_tokens
 
@@ -344,7 +344,7 @@ def _file_name(condition: Condition, seed: int) -> str:
 
 def _decoding(task: Task, config: EvaluationConfig) -> str:
     if config.decoding == "score" and not task.labels:
-        raise BadConfig(
+        raise ConfigError(
             f"decoding=score needs a task with labels; {task.name} writes free text. Use decoding=generate."
         )
     return ("score" if task.labels else "generate") if config.decoding == "auto" else config.decoding

@@ -10,8 +10,8 @@ config: {training: {seeds: [0, 1, 2]}, limit: 200}
 per_set: {LaMP_7: {max_new_tokens: 40}}
 variants: {bge: {encoder: BAAI/bge-base-en-v1.5}}    one table each; without any, one table
 slices: history-thirds                the same rows for users with short, medium and long histories
-shown_items: [0, 1, 2, 5, 10]         the same rows with so many of the latest items only (a cold-start curve)
-strengths: [0, 0.5, 1.5]              the same rows with personas of that strength
+max_eval_history: [0, 1, 2, 5, 10]         the same rows with so many of the latest items only (a cold-start curve)
+persona_scales: [0, 0.5, 1.5]            the same rows at these scales
 runs: main-table                      the experiment whose trained parts serve here too; its own by default
 """
 
@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from personaplug.config import STRONGEST, Config
+from personaplug.config import MAX_PERSONA_SCALE, Config
 from personaplug.config_parsing import flatten, load_config, read_yaml, with_values
-from personaplug.errors import BadConfig, MissingData, nearest
+from personaplug.errors import ConfigError, MissingData, nearest
 from personaplug.methods import Condition, parse_conditions
 
 _KEYS = (
@@ -38,8 +38,8 @@ _KEYS = (
     "per_set",
     "variants",
     "slices",
-    "shown_items",
-    "strengths",
+    "max_eval_history",
+    "persona_scales",
     "runs",
 )
 _SLICES = ("history-thirds",)
@@ -74,7 +74,7 @@ class Experiment:
         conditions: the rows.
         configs: the resolved config by (variant, set); the only variant of a plain experiment is "".
         slices: "history-thirds" or "".
-        shown_items: numbers of latest items, for a cold-start curve.
+        max_eval_history: numbers of latest items, for a cold-start curve.
         strengths: of personas, for a curve too.
         runs: the experiment in whose folder the trained parts lie; "" = its own.
     """
@@ -87,16 +87,19 @@ class Experiment:
     conditions: tuple[Condition, ...]
     configs: Mapping[tuple[str, str], Config]
     slices: str = ""
-    shown_items: tuple[int, ...] = ()
-    strengths: tuple[float, ...] = ()
+    max_eval_history: tuple[int, ...] = ()
+    persona_scales: tuple[float, ...] = ()
     runs: str = ""
 
     @property
     def curves(self) -> list[list[Probe]]:
         """Each curve's points in order, the table proper among them under the name that it has there."""
-        items = [Probe(f"items={count}", {"shown_items": count}) for count in self.shown_items]
-        strengths = sorted({1.0, *self.strengths}) if self.strengths else []
-        strong = [Probe(f"strength={value:g}", {} if value == 1 else {"strength": value}) for value in strengths]
+        items = [Probe(f"items={count}", {"max_eval_history": count}) for count in self.max_eval_history]
+        persona_scales = sorted({1.0, *self.persona_scales}) if self.persona_scales else []
+        strong = [
+            Probe(f"persona_scale={value:g}", {} if value == 1 else {"persona_scale": value})
+            for value in persona_scales
+        ]
         return [curve for curve in ([*items, Probe("items=all")], strong) if len(curve) > 1]
 
     @property
@@ -131,16 +134,16 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
         settings: key=value words on top of every config in it; only variants win.
     Raises:
         MissingData: if the file is not there.
-        BadConfig: for an unknown key or row, or a setting that is wrong.
+        ConfigError: for an unknown key or row, or a setting that is wrong.
     """
     told = read_yaml(path)
     if not isinstance(told, dict) or not {"sets", "conditions"} <= told.keys():
-        raise BadConfig(f"{path} should name 'sets' and 'conditions'; see `personaplug bench --help`.")
+        raise ConfigError(f"{path} should name 'sets' and 'conditions'; see `personaplug bench --help`.")
     for key in told:
         if key not in _KEYS:
-            raise BadConfig(f"{path}: unknown key {key!r}; {nearest(str(key), _KEYS)}")
+            raise ConfigError(f"{path}: unknown key {key!r}; {nearest(str(key), _KEYS)}")
     if told.get("slices", "") not in ("", *_SLICES):
-        raise BadConfig(f"{path}: 'slices' should be one of {', '.join(_SLICES)}; found {told['slices']!r}.")
+        raise ConfigError(f"{path}: 'slices' should be one of {', '.join(_SLICES)}; found {told['slices']!r}.")
     sets = tuple(_names(told["sets"], "sets", path))
     return Experiment(
         name=path.stem,
@@ -151,8 +154,8 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
         conditions=tuple(parse_conditions(",".join(_names(told["conditions"], "conditions", path)))),
         configs=_configs(told, sets, path, over=_Over(config_file, settings)),
         slices=str(told.get("slices", "")),
-        shown_items=tuple(_counts(told.get("shown_items", ()), path)),
-        strengths=tuple(_strengths(told.get("strengths", ()), path)),
+        max_eval_history=tuple(_counts(told.get("max_eval_history", ()), path)),
+        persona_scales=tuple(_persona_scales(told.get("persona_scales", ()), path)),
         runs=str(told.get("runs", "")),
     )
 
@@ -173,7 +176,7 @@ def _configs(
     per_set, variants = told.get("per_set") or {}, told.get("variants") or {"": {}}
     unknown = [name for name in per_set if name not in sets]
     if unknown:
-        raise BadConfig(f"{path}: per_set names {', '.join(unknown)}, which is not among its sets.")
+        raise ConfigError(f"{path}: per_set names {', '.join(unknown)}, which is not among its sets.")
     configs = {}
     for variant, changes in variants.items():
         for name in sets:
@@ -186,21 +189,21 @@ def _configs(
 
 def _names(value: object, key: str, path: Path) -> list[str]:
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-        raise BadConfig(f"{path}: {key!r} should be a list of names.")
+        raise ConfigError(f"{path}: {key!r} should be a list of names.")
     return value
 
 
 def _counts(value: object, path: Path) -> list[int]:
     if not isinstance(value, list | tuple) or not all(isinstance(count, int) and count >= 0 for count in value):
-        raise BadConfig(f"{path}: 'shown_items' should be a list of whole numbers from 0.")
+        raise ConfigError(f"{path}: 'max_eval_history' should be a list of whole numbers from 0.")
     return list(value)
 
 
-def _strengths(value: object, path: Path) -> list[float]:
-    if not isinstance(value, list | tuple) or not all(_is_strength(one) for one in value):
-        raise BadConfig(f"{path}: 'strengths' should be a list of numbers from 0 to {STRONGEST}.")
+def _persona_scales(value: object, path: Path) -> list[float]:
+    if not isinstance(value, list | tuple) or not all(_is_persona_scale(one) for one in value):
+        raise ConfigError(f"{path}: 'persona_scales' should be a list of numbers from 0 to {MAX_PERSONA_SCALE}.")
     return [float(one) for one in value]
 
 
-def _is_strength(value: object) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= STRONGEST
+def _is_persona_scale(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= MAX_PERSONA_SCALE

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cached_property
 
-from personaplug.baselines.lora import TASK, USER, LowRankAdapters
-from personaplug.baselines.user_lora import Pair, UserAdapters, fit_user, history_pairs, without_asked
+from personaplug.baselines.lora import TASK, USER, LoraAdapters
+from personaplug.baselines.user_lora import Pair, UserLoraStore, fit_user, history_pairs, without_asked
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.evaluation.predictions import Answers, all_or_none
@@ -26,7 +26,7 @@ from personaplug.training.recipes import ADAPTER, task_matrices
 Ask = Callable[[Sequence[EncodedSample], str], Answers]
 
 
-class PerUser:
+class LoraPredictor:
     """The matrices of one seed, and the users they are asked for.
 
     Args:
@@ -43,7 +43,7 @@ class PerUser:
         for text in texts:
             self.by_owner.setdefault(text.owner, []).append(text)
         self._known: dict[str, list[Pair]] = {}
-        self.store = UserAdapters(run.folder / "users")
+        self.store = UserLoraStore(run.folder / "users")
         self.weights = run.check_trained("lora", seed=seed) / ADAPTER
 
     def answers(
@@ -88,7 +88,7 @@ class PerUser:
         self,
         samples: Sequence[EncodedSample],
         lenders: Sequence[int | None],
-        adapters: LowRankAdapters,
+        adapters: LoraAdapters,
         *,
         ask: Ask,
         title: str,
@@ -105,7 +105,7 @@ class PerUser:
                 progress.advance()
         return _joined(parts, len(samples))
 
-    def _load(self, owner: str | None, adapters: LowRankAdapters) -> None:
+    def _load(self, owner: str | None, adapters: LoraAdapters) -> None:
         """Put a user's matrices in place, training them if that has not been done."""
         if owner is None:
             adapters.reset(USER, seed=self.seed)
@@ -114,7 +114,7 @@ class PerUser:
         key = self._key(owner, pairs)
         state = self.store.get(key)
         if state is None:
-            fitted = fit_user(adapters, self.models.backend, pairs, config=self.run.config.adapter, seed=self.seed)
+            fitted = fit_user(adapters, self.models.llm, pairs, config=self.run.config.adapter, seed=self.seed)
             self.store.put(key, adapters.state(USER), seconds=fitted.seconds, items=len(pairs))
             state = adapters.state(USER)
         adapters.load(USER, state)
@@ -139,10 +139,10 @@ class PerUser:
         return hashlib.sha256(self.weights.read_bytes()).hexdigest()
 
     def _key(self, owner: str, pairs: Sequence[Pair]) -> list[object]:
-        backend, settings = self.models.backend, self.run.config.adapter
+        llm, settings = self.models.llm, self.run.config.adapter
         texts = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
         about = [settings.lora_learning_rate, settings.user_epochs, settings.user_batch_size, self.seed]
-        return [owner, texts, self._task_weights, backend.identity.fingerprint, backend.dtype, *about]
+        return [owner, texts, self._task_weights, llm.identity.fingerprint, llm.dtype, *about]
 
 
 def _ends(sample: Sample) -> date:
@@ -158,8 +158,8 @@ def _joined(parts: Sequence[tuple[list[int], Answers]], count: int) -> Answers:
             texts[place], unfinished[place] = text, cut
     seconds, peak = sum(made.seconds for _, made in parts), max(made.peak_memory_bytes for _, made in parts)
     probabilities = _lines_joined([(places, made.probabilities) for places, made in parts], count)
-    surprises = _lines_joined([(places, made.surprises) for places, made in parts], count)
-    return Answers(texts, unfinished, seconds, peak, probabilities=probabilities, surprises=surprises)
+    reference_nll = _lines_joined([(places, made.reference_nll) for places, made in parts], count)
+    return Answers(texts, unfinished, seconds, peak, probabilities=probabilities, reference_nll=reference_nll)
 
 
 def _lines_joined(parts: Sequence[tuple[list[int], list[list[float]] | None]], count: int) -> list[list[float]] | None:

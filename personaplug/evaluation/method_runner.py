@@ -12,9 +12,9 @@ from typing import Any
 
 from personaplug.encoders.encoded_sample import EncodedSample, samples_fingerprint
 from personaplug.evaluation.controls import MeanPersona, RandomVectors
-from personaplug.evaluation.lora_predictions import Ask, PerUser
+from personaplug.evaluation.lora_predictions import Ask, LoraPredictor
 from personaplug.evaluation.model_inputs import Showing
-from personaplug.evaluation.predictions import Answers, answer, keep, kept, surprises
+from personaplug.evaluation.predictions import Answers, answer, keep, kept, reference_nll
 from personaplug.llm.base import GenerationConfig
 from personaplug.methods import Condition
 from personaplug.plug.model import PersonaPlug
@@ -79,20 +79,20 @@ class Asking:
 
         What keeps it from being made costs the row that column and nothing else.
         """
-        if self.decoding == "score" or made.surprises is not None:
+        if self.decoding == "score" or made.reference_nll is not None:
             return made
         try:
             told = self._through(self._surprise)
         except (IndexError, RuntimeError) as error:  # a right answer beyond the model's longest, or the memory
             logger.warning("%s: no likelihood of the right answers (%s)", self.condition.name, type(error).__name__)
             return made
-        made = replace(made, surprises=told.surprises)
+        made = replace(made, reference_nll=told.reference_nll)
         keep(made, self.path, depends_on=self.depends_on)
         return made
 
     def _answer(self, samples: Sequence[EncodedSample], title: str) -> Answers:
         return answer(
-            self.models.backend,
+            self.models.llm,
             samples,
             prompter=self._prompter,
             task=self.run.task,
@@ -104,14 +104,14 @@ class Asking:
 
     def _surprise(self, samples: Sequence[EncodedSample], title: str) -> Answers:
         """No answers, but how likely the right ones were."""
-        found = surprises(
-            self.models.backend,
+        found = reference_nll(
+            self.models.llm,
             samples,
             prompter=self._prompter,
             batch_size=self.config.evaluation_batch_size,
             title=f"{title}, likelihood",
         )
-        return Answers([""] * len(samples), [False] * len(samples), 0.0, 0, surprises=found)
+        return Answers([""] * len(samples), [False] * len(samples), 0.0, 0, reference_nll=found)
 
     def _through(self, ask: Ask) -> Answers:
         """What the model says when asked, with the matrices in it that the row has."""
@@ -131,37 +131,37 @@ class Asking:
 
     @cached_property
     def _prompter(self) -> SoftPrompter | None:
-        plug, strength = self._plug, self.config.strength
+        plug, persona_scale = self._plug, self.config.persona_scale
         if plug is None:
             return None
         if self.condition.persona == "random-vectors":
-            return Personalizer(plug, table=RandomVectors(self.table, seed=self.seed), strength=strength)
-        personalizer = Personalizer(plug, table=self.table, strength=strength)
+            return Personalizer(plug, table=RandomVectors(self.table, seed=self.seed), persona_scale=persona_scale)
+        personalizer = Personalizer(plug, table=self.table, persona_scale=persona_scale)
         return MeanPersona(personalizer, self.shown.samples) if self.condition.persona == "mean" else personalizer
 
-    def _matrices(self, showing: Showing) -> PerUser | None:
+    def _matrices(self, showing: Showing) -> LoraPredictor | None:
         trained, per_user = self.condition.trained, self.condition.per_user
         if trained is None or not trained.in_matrices:
             return None
         texts = showing.texts() if per_user else []
-        return PerUser(self.run, self.models, texts=texts, latest=self.config.shown_items, seed=self.seed)
+        return LoraPredictor(self.run, self.models, texts=texts, latest=self.config.max_eval_history, seed=self.seed)
 
     def _depends_on(self) -> list[Any]:
         """Everything that this row's answers come from."""
-        backend = self.models.backend
+        llm = self.models.llm
         parts = [
             samples_fingerprint(self.shown.samples, self.table),
             self.decoding,
             list(self.run.task.labels),
             asdict(self.generation),
-            backend.identity.fingerprint,
-            [backend.dtype, "logits in float32"],
+            llm.identity.fingerprint,
+            [llm.dtype, "logits in float32"],
             self.run.config.model.max_prompt_tokens,
             self.condition.persona,
         ]
         for trained in self.condition.needs:
             for weights in sorted(self.run.plug_folder(trained.name, seed=self.seed).glob("*.safetensors")):
                 parts.append(hashlib.sha256(weights.read_bytes()).hexdigest())
-        if self.config.strength != 1:
-            parts.append(self.config.strength)
+        if self.config.persona_scale != 1:
+            parts.append(self.config.persona_scale)
         return parts + ([asdict(self.run.config.adapter), self.seed] if self.condition.per_user else [])

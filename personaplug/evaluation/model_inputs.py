@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from personaplug.baselines.history_prompt import Written
-from personaplug.baselines.prompt_builder import PromptMaker
+from personaplug.baselines.prompt_builder import PromptBuilder
 from personaplug.baselines.user_profiles import Profile
 from personaplug.config import EvaluationConfig, PlugConfig
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader
-from personaplug.encoders.embedding_store import VectorTable
-from personaplug.encoders.encoded_sample import EncodedSample, with_nearest, written_answers
+from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.encoders.encoded_sample import EncodedSample, past_answers, with_nearest
 from personaplug.evaluation.controls import Lent, items_lent, lend, rows_lent
 from personaplug.evaluation.user_costs import Cost
 from personaplug.llm.base import Measure
@@ -62,15 +62,15 @@ class Showing:
     """
 
     def __init__(
-        self, run: Run, reader: Reader, *, models: Models, table: VectorTable, config: EvaluationConfig
+        self, run: Run, reader: Reader, *, models: Models, table: EmbeddingStore, config: EvaluationConfig
     ) -> None:
         self.run, self.reader, self.models, self.table, self.config = run, reader, models, table, config
         self.samples = run.read_samples(reader, table, limit=config.limit, seed=config.draw_seed)
         self.owners = [sample.owner for sample in self.samples]
-        self.bare = models.backend.measure([sample.prompt for sample in self.samples])
-        self.prompts = PromptMaker(run, models, table=table)
+        self.bare = models.llm.measure([sample.prompt for sample in self.samples])
+        self.prompts = PromptBuilder(run, models, table=table)
         self._texts: list[Sample] | None = None
-        self._read = {run.config.plug.answers: self.samples}
+        self._read = {run.config.plug.answer_channel: self.samples}
 
     def show(self, condition: Condition, *, seed: int) -> Shown:
         """The samples as a row shows them; its random draws come from the seed."""
@@ -84,10 +84,10 @@ class Showing:
                 replace(sample, answers=np.full_like(sample.answers, -1), forms=np.zeros_like(sample.forms))
                 for sample in samples
             ]
-        if condition.phrases and self.config.strength:  # at 0 it is the plain model
+        if condition.phrases and self.config.persona_scale:  # at 0 it is the plain model
             both = zip(samples, self._items(condition, seed=seed), strict=True)
             latest = own.max_history
-            samples = [replace(sample, own_answers=written_answers(items, latest=latest)) for sample, items in both]
+            samples = [replace(sample, own_answers=past_answers(items, latest=latest)) for sample, items in both]
         lenders = [one.lender for one in lent]
         if not condition.in_words:
             return Shown(samples, lenders, self.bare)
@@ -96,15 +96,17 @@ class Showing:
             replace(sample, prompt=one.prompt, soft_at=one.soft_at)
             for sample, one in zip(samples, written, strict=True)
         ]
-        measures = self.models.backend.measure([sample.prompt for sample in samples])
+        measures = self.models.llm.measure([sample.prompt for sample in samples])
         return Shown(samples, lenders, measures, written, _cost(profiles))
 
     def _read_by(self, plug: PlugConfig) -> list[EncodedSample]:
         """The samples as a plug reads their items; read anew where the run's own reads them otherwise."""
-        if plug.answers not in self._read:
+        if plug.answer_channel not in self._read:
             limit, seed = self.config.limit, self.config.draw_seed
-            self._read[plug.answers] = self.run.read_samples(self.reader, self.table, limit=limit, seed=seed, plug=plug)
-        return self._read[plug.answers]
+            self._read[plug.answer_channel] = self.run.read_samples(
+                self.reader, self.table, limit=limit, seed=seed, plug=plug
+            )
+        return self._read[plug.answer_channel]
 
     def lent(self, condition: Condition, *, seed: int) -> list[Sample]:
         """The samples, texts and all, with the histories that a row lends them; the same draw as in `show`."""
@@ -119,7 +121,7 @@ class Showing:
 
     def _lend(self, condition: Condition, sizes: Sequence[int], *, seed: int) -> list[Lent]:
         draw = self.config.draw_seed + seed
-        return lend(condition.history, self.owners, sizes, seed=draw, latest=self.config.shown_items)
+        return lend(condition.history, self.owners, sizes, seed=draw, latest=self.config.max_eval_history)
 
     def _items(self, condition: Condition, *, seed: int) -> list[tuple[HistoryItem, ...]]:
         texts = self.texts()

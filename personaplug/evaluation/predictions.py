@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from personaplug.analysis.point_estimates import ARGMAX, decide
+from personaplug.analysis.point_estimates import ARGMAX, point_predictions
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import Backend, GenerationConfig
-from personaplug.llm.ngram_cache import Phrases
+from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.plug.personalizer import SoftPrompter
-from personaplug.training.batching import in_passes
+from personaplug.training.batching import micro_batches
 
 _DIGITS = 6  # of a probability; enough for any decision, and the same in a file as in memory
 _LEAST = 0.5 * 10**-_DIGITS  # what a probability is taken for that was rounded to none
@@ -53,7 +53,7 @@ class Answers:
     seconds: float
     peak_memory_bytes: int
     probabilities: list[list[float]] | None = None
-    surprises: list[list[float]] | None = None
+    reference_nll: list[list[float]] | None = None
     partial: bool = False
 
     def surprise(self, golds: Sequence[str], *, labels: Sequence[str]) -> NDArray[np.float64] | None:
@@ -61,9 +61,9 @@ class Answers:
 
         Answers that older code kept tell it of labels by probabilities of six digits alone, so at most 14.5.
         """
-        if self.surprises is not None:
+        if self.reference_nll is not None:
             # JSON knows no infinity: a file has null in its place.
-            lines = [[math.inf if value is None else value for value in line] for line in self.surprises]
+            lines = [[math.inf if value is None else value for value in line] for line in self.reference_nll]
             return np.array(lines, dtype=np.float64).reshape(-1, 2)
         if self.probabilities is None:
             return None
@@ -78,14 +78,14 @@ class Answers:
         Answers that were never chosen from probabilities stand as they are, whatever the decision.
 
         Raises:
-            BadConfig: if there is no such decision, or the labels are no scale.
+            ConfigError: if there is no such decision, or the labels are no scale.
         """
         if decision == ARGMAX or (self.probabilities is None and not self.partial):
             return self.texts
         if self.probabilities is None:
             return None
         shares = np.array(self.probabilities, dtype=np.float64).reshape(len(self.texts), len(labels))
-        return decide(shares, labels, decision=decision)
+        return point_predictions(shares, labels, decision=decision)
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +99,7 @@ class _Answer:
 
 
 def answer(
-    backend: Backend,
+    llm: LanguageModel,
     samples: Sequence[EncodedSample],
     *,
     prompter: SoftPrompter | None,
@@ -120,9 +120,9 @@ def answer(
     if prompter is not None and prompter.placement == "suffix" and (decoding == "score" or generation.num_beams == 1):
         # Most rows of a table ask the same of other histories: what stands ahead of the soft tokens is read once for
         # all, which is the table's time and not that of the row that comes first. Beams read prompts by themselves.
-        backend.keep([sample.prompt for sample in samples])
+        llm.keep([sample.prompt for sample in samples])
     elif decoding == "generate":
-        backend.let_go()
+        llm.clear_cache()
     reset_peak_memory()
     began = time.monotonic()
     found: dict[int, _Answer] = {}
@@ -131,7 +131,7 @@ def answer(
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size].tolist()
             batch = [samples[place] for place in places]
-            made = _answer_batch(backend, batch, prompter, task=task, decoding=decoding, generation=generation)
+            made = _answer_batch(llm, batch, prompter, task=task, decoding=decoding, generation=generation)
             found.update(zip(places, made, strict=True))
             progress.advance(len(batch))
     seconds = time.monotonic() - began
@@ -142,15 +142,15 @@ def answer(
         seconds,
         peak_memory(),
         probabilities=all_or_none([one.probabilities for one in in_order]),
-        surprises=all_or_none([one.surprise for one in in_order]),
+        reference_nll=all_or_none([one.surprise for one in in_order]),
     )
 
 
-def phrases_of(samples: Sequence[EncodedSample], backend: Backend) -> list[Phrases] | None:
+def phrases_of(samples: Sequence[EncodedSample], llm: LanguageModel) -> list[UserNgramCache] | None:
     """What the answers in the samples' histories go on with; None where that is not asked for."""
     if not any(sample.own_answers for sample in samples):
         return None
-    return [backend.phrases(sample.own_answers) for sample in samples]
+    return [llm.phrases(sample.own_answers) for sample in samples]
 
 
 def all_or_none(lines: Sequence[list[float] | None]) -> list[list[float]] | None:
@@ -160,7 +160,7 @@ def all_or_none(lines: Sequence[list[float] | None]) -> list[list[float]] | None
 
 
 def _answer_batch(
-    backend: Backend,
+    llm: LanguageModel,
     batch: Sequence[EncodedSample],
     prompter: SoftPrompter | None,
     *,
@@ -172,12 +172,12 @@ def _answer_batch(
     with torch.no_grad():
         soft = None if prompter is None else prompter.soft_prompt(batch)
         if decoding == "score":
-            scores = backend.score(prompts, task.labels, soft=soft, soft_at=soft_at)
+            scores = llm.score(prompts, task.labels, soft=soft, soft_at=soft_at)
             best = scores.argmax(dim=1).tolist()
             told = zip(best, _shares(scores), _surprises(scores, batch, task=task), strict=True)
             return [_Answer(task.labels[i], probabilities=line, surprise=found) for i, line, found in told]
-        phrases = phrases_of(batch, backend)
-        made = backend.generate(prompts, soft=soft, config=generation, soft_at=soft_at, phrases=phrases)
+        phrases = phrases_of(batch, llm)
+        made = llm.generate(prompts, soft=soft, config=generation, soft_at=soft_at, phrases=phrases)
         return [_Answer(one.text, unfinished=not one.finished) for one in made]
 
 
@@ -231,8 +231,8 @@ _TOKENS = 1024  # of answers in one pass, padding included; each has a logit for
 
 
 @torch.no_grad()
-def surprises(
-    backend: Backend,
+def reference_nll(
+    llm: LanguageModel,
     samples: Sequence[EncodedSample],
     *,
     prompter: SoftPrompter | None,
@@ -247,20 +247,20 @@ def surprises(
         batch_size: most samples in a pass; long answers make it fewer.
     """
     prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
-    both = zip(backend.measure(prompts, targets=targets), backend.measure(prompts), strict=True)
+    both = zip(llm.measure(prompts, targets=targets), llm.measure(prompts), strict=True)
     lengths = [whole.tokens - prompt.tokens for whole, prompt in both]
     found: dict[int, list[float]] = {}
     with Progress(title, total=len(samples), unit="answers") as progress:
-        for part in in_passes(range(len(samples)), lengths=lengths, most=_TOKENS):
+        for part in micro_batches(range(len(samples)), lengths=lengths, most=_TOKENS):
             for start in range(0, len(part), batch_size):
                 places = part[start : start + batch_size]
                 batch = [samples[place] for place in places]
-                losses, tokens = backend.loss(
+                losses, tokens = llm.loss(
                     [sample.prompt for sample in batch],
                     [sample.target or "" for sample in batch],
                     soft=None if prompter is None else prompter.soft_prompt(batch),
                     soft_at=[sample.soft_at for sample in batch],
-                    phrases=phrases_of(batch, backend),
+                    phrases=phrases_of(batch, llm),
                 )
                 pairs = zip(losses.tolist(), tokens.tolist(), strict=True)
                 found.update(zip(places, ([round(loss, 6), count] for loss, count in pairs), strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 from personaplug.config import EvaluationConfig
 from personaplug.data.task import ReadReport
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, samples_fingerprint
 from personaplug.run import Models, Run, machine, versions
 
@@ -21,7 +21,7 @@ def provenance(
     split: str,
     config: EvaluationConfig,
     models: Models,
-    table: VectorTable,
+    table: EmbeddingStore,
     report: ReadReport,
     cut_by_encoder: int,
 ) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def provenance(
     return {
         "task": run.task.name,
         "split": split,
-        "model": models.backend.identity.describe(),
+        "model": models.llm.identity.describe(),
         "encoder": models.encoder.identity.describe(),
         "placement": run.config.plug.placement,
         "versions": versions(),
@@ -50,7 +50,7 @@ def provenance(
             "cut_history_items": report.cut_items,
             "texts_cut_by_encoder": cut_by_encoder,
         },
-        "dtype": models.backend.dtype,
+        "dtype": models.llm.dtype,
         "notes": _notes(run, samples, users=users, report=report),
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 from personaplug.errors import StorageError
 
 
-def written_file(path: Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under a temporary name, then give it its own; its folders are made where absent.
 
     Raises:
@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
     """
     # A lone half of a surrogate pair, which JSON may spell and UTF-8 may not, is written as its escape.
     encoded = text.encode("utf-8", "backslashreplace")
-    written_file(path, lambda attempt: attempt.write_bytes(encoded))
+    atomic_write(path, lambda attempt: attempt.write_bytes(encoded))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -79,7 +79,7 @@ class JsonLines:
             StorageError: if the disk is full or not writable.
         """
         line = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-        with storing(self.path), self.path.open("a+b") as file:
+        with storage_errors(self.path), self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 # A line that a kill cut off is closed, or it would swallow this one.
@@ -88,7 +88,7 @@ class JsonLines:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target`, in place of an earlier one, only when the block ends well.
 
     Raises:
@@ -112,7 +112,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def storing(target: Path) -> Iterator[None]:
+def storage_errors(target: Path) -> Iterator[None]:
     """Turn what the system says when it cannot store into a StorageError that names the file.
 
     Raises:

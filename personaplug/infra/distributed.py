@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from personaplug.errors import BadConfig, PersonaPlugError
+from personaplug.errors import ConfigError, PersonaPlugError
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def connect(device: str) -> None:
     Args:
         device: where the models are going to be: cpu or cuda.
     Raises:
-        BadConfig: if processes cannot work together there.
+        ConfigError: if processes cannot work together there.
     """
     if number() == 1:
         return
@@ -72,13 +72,13 @@ def connect(device: str) -> None:
         return
     kind, _, one = device.partition(":")
     if one or (kind == "cuda" and torch.cuda.device_count() < here()):
-        raise BadConfig(
+        raise ConfigError(
             f"Each of several processes needs a GPU of its own: found {here()} processes on this machine, "
             f"{torch.cuda.device_count()} GPUs and model.device={device}. Start no more processes than there are GPUs, "
             f"with device=auto."
         )
     if PartialState(cpu=kind == "cpu", timeout=_PATIENCE).num_processes != number():
-        raise BadConfig(
+        raise ConfigError(
             f"{number()} processes were started, which work together on cpu or cuda; found model.device={device}. "
             f"Start one process, or choose another device."
         )
@@ -98,7 +98,7 @@ def share(items: Sequence[T]) -> list[T]:
     return list(items[place::count])
 
 
-def sum_over(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Each value, added up over all processes; the same to the last bit in all of them."""
     if number() == 1:
         return list(values)
@@ -120,7 +120,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     import torch
 
     held = list(parameters)
-    reached = sum_over([parameter.grad is not None for parameter in held])
+    reached = all_reduce_sum([parameter.grad is not None for parameter in held])
     for parameter in (parameter for parameter, count in zip(held, reached, strict=True) if count):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -128,7 +128,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def synchronized() -> Iterator[None]:
     """Run a block in all processes and wait for all; what one of them raises in it, all raise.
 
     Nothing in the block may itself wait for other processes: they would miss one that has failed before.
@@ -143,7 +143,7 @@ def together() -> Iterator[None]:
         yield
     except (PersonaPlugError, OSError) as error:
         own = error
-    if sum_over([own is not None])[0]:
+    if all_reduce_sum([own is not None])[0]:
         found: list[Any] = [None] * number()
         with _meeting():
             torch.distributed.all_gather_object(found, own)
@@ -157,7 +157,7 @@ def on_main(work: Callable[[], T]) -> T:
     import torch
 
     made: list[Any] = [None]
-    with together():
+    with synchronized():
         if is_main():
             made = [work()]
     with _meeting():
@@ -169,7 +169,7 @@ def main_first(work: Callable[[], T]) -> T:
     """What a piece of work gives that all processes do, the others when the main one's files are there."""
     made: list[T] = []
     for turn in (True, False):
-        with together():
+        with synchronized():
             if is_main() is turn:
                 made.append(work())
     return made[0]

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 from personaplug.infra.model_hub import LLMIdentity
-from personaplug.llm.ngram_cache import Phrases
+from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import SoftPrompt
 
 
@@ -30,7 +30,7 @@ class GenerationConfig:
         top_p: smallest set of tokens with this probability, when sampling.
         seed: of the draw.
     Raises:
-        BadConfig: if a value is out of range.
+        ConfigError: if a value is out of range.
     """
 
     max_new_tokens: int = 128
@@ -43,9 +43,9 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("num_beams", 1)):
             if getattr(self, name) < low:
-                raise BadConfig(f"{name} must be {low} or more; found {getattr(self, name)}.")
+                raise ConfigError(f"{name} must be {low} or more; found {getattr(self, name)}.")
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise BadConfig(
+            raise ConfigError(
                 f"temperature must be above 0 and top_p in (0, 1]; found {self.temperature} and {self.top_p}."
             )
 
@@ -76,7 +76,7 @@ class Generation:
     finished: bool
 
 
-class Backend(Protocol):
+class LanguageModel(Protocol):
     """A frozen language model.
 
     `soft_at` says how many characters of each prompt stand before soft tokens of the placement `prefix`; None = they
@@ -107,7 +107,7 @@ class Backend(Protocol):
         """Return the embedded tokens of some answers, one behind the other, (n, D), without the end of text."""
         ...
 
-    def phrases(self, answers: Sequence[str]) -> Phrases:
+    def phrases(self, answers: Sequence[str]) -> UserNgramCache:
         """Return what a user's answers go on with, in this model's tokens; of long ones, the beginnings."""
         ...
 
@@ -123,7 +123,7 @@ class Backend(Protocol):
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
         labels: Sequence[str] = (),
-        phrases: Sequence[Phrases] | None = None,
+        phrases: Sequence[UserNgramCache] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return −log p of each target (end of text included) and its number of tokens, both (B,).
 
@@ -136,11 +136,11 @@ class Backend(Protocol):
         """
         ...
 
-    def reads_apart(self) -> bool:
+    def supports_prompt_cache(self) -> bool:
         """Say whether prompts ahead of soft tokens (`suffix`) can be read by themselves, without gradients."""
         ...
 
-    def let_go(self) -> None:
+    def clear_cache(self) -> None:
         """Free what `keep` holds."""
         ...
 
@@ -172,7 +172,7 @@ class Backend(Protocol):
         soft: SoftPrompt | None,
         config: GenerationConfig,
         soft_at: Sequence[int] | None = None,
-        phrases: Sequence[Phrases] | None = None,
+        phrases: Sequence[UserNgramCache] | None = None,
     ) -> list[Generation]:
         """Answer each prompt; the prompt itself is never part of the answer.
 

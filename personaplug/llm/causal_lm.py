@@ -15,9 +15,9 @@ from transformers.cache_utils import DynamicCache
 
 from personaplug.llm.base import Generation, GenerationConfig, pad
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
-from personaplug.llm.hf import HFBackend
-from personaplug.llm.ngram_cache import Phrases, mixed_logits
-from personaplug.llm.prefix_attention import KEPT, KeptStates, frozen_attention
+from personaplug.llm.hf import HFLanguageModel
+from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
+from personaplug.llm.prefix_attention import KEPT, CachedPrefix, prefix_attention
 from personaplug.llm.prompt_cache import Layout, padded_states, real_columns
 from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind
@@ -32,7 +32,7 @@ _LABEL_ROWS = 64  # rows of (sample, label) that are scored at once; bounds the 
 _LOGITS = 2**26  # of labels behind prompts that are read apart, at once; 256 MB in float32
 
 
-class DecoderOnlyBackend(HFBackend):
+class CausalLM(HFLanguageModel):
     """Models that read prompt and answer in one stream (Llama, GPT-NeoX, Qwen, Gemma, …)."""
 
     def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
@@ -51,16 +51,16 @@ class DecoderOnlyBackend(HFBackend):
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
         labels: Sequence[str] = (),
-        phrases: Sequence[Phrases] | None = None,
+        phrases: Sequence[UserNgramCache] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return −log p of each target and its number of tokens, both (B,); see `Backend.loss`.
+        """Return −log p of each target and its number of tokens, both (B,); see `LanguageModel.loss`.
 
         Behind a prompt (`suffix`), only the soft tokens and the answer are run with gradients.
         """
-        answers = self.renderer.targets(targets, labels=labels)
+        answers = self.prompt_tokenizer.targets(targets, labels=labels)
         if self._apart(soft):
             assert soft is not None
-            rows = [row.ids for row in self.renderer.prompts(prompts)]
+            rows = [row.ids for row in self.prompt_tokenizer.prompts(prompts)]
             wanted = pad(answers, fill=IGNORED, side="right").to(self.device)
             past = padded_states(self._states(rows), device=self.device)
             logits = self._behind(past, self._lengths(rows), soft=soft, answers=answers)
@@ -75,7 +75,7 @@ class DecoderOnlyBackend(HFBackend):
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None,
         labels: Sequence[str] = (),
-        phrases: Sequence[Phrases] | None = None,
+        phrases: Sequence[UserNgramCache] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The same with prompt, soft tokens and answer in one pass, wherever the soft tokens stand."""
         batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side, answers=answers)
@@ -90,7 +90,7 @@ class DecoderOnlyBackend(HFBackend):
         self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None, soft_at: Sequence[int] | None
     ) -> Tensor:
         """Log-probabilities of labels; the prompt is read once (or not at all, if kept), the labels behind it."""
-        answers = self.renderer.answers(labels)
+        answers = self.prompt_tokenizer.answers(labels)
         if self._apart(soft):
             assert soft is not None
             return self._score_behind(prompts, answers, soft=soft)
@@ -118,9 +118,9 @@ class DecoderOnlyBackend(HFBackend):
         """
         if not prompts:
             return torch.empty(0, len(answers), device=self.device)
-        rows = [row.ids for row in self.renderer.prompts(prompts)]
+        rows = [row.ids for row in self.prompt_tokenizer.prompts(prompts)]
         past, lengths = padded_states(self._states(rows), device=self.device), self._lengths(rows)
-        kept = KeptStates(past)
+        kept = CachedPrefix(past)
         first = log_softmax(self._behind(past, lengths, soft=soft, answers=[(0,)] * len(rows), kept=kept)[:, 0])
         scores = first[:, [answer[0] for answer in answers]]
         longer = [place for place, answer in enumerate(answers) if len(answer) > 1]
@@ -152,7 +152,7 @@ class DecoderOnlyBackend(HFBackend):
             mask=mask,
             positions=lengths[:, None] + torch.arange(ids.shape[1], device=self.device),
             columns=torch.arange(ids.shape[1]),
-            kept=KeptStates(past),
+            kept=CachedPrefix(past),
         )
         wanted = pad([answer[1:] for answer in several], fill=IGNORED, side="right").to(self.device)
         return -token_loss(logits, wanted)[0].view(-1, count)
@@ -165,16 +165,16 @@ class DecoderOnlyBackend(HFBackend):
         soft: SoftPrompt | None,
         config: GenerationConfig,
         soft_at: Sequence[int] | None = None,
-        phrases: Sequence[Phrases] | None = None,
+        phrases: Sequence[UserNgramCache] | None = None,
     ) -> list[Generation]:
-        """Answer each prompt; see `Backend.generate`.
+        """Answer each prompt; see `LanguageModel.generate`.
 
         Without beams, a prompt ahead of its soft tokens (`suffix`) is read once, or not at all if it is kept, and
         answers that share one stand side by side behind it.
         """
         if soft is None or config.num_beams > 1 or not prompts or not self._apart(soft):
             return super().generate(prompts, soft=soft, config=config, soft_at=soft_at, phrases=phrases)
-        rows = _distinct([row.ids for row in self.renderer.prompts(prompts)])
+        rows = _distinct([row.ids for row in self.prompt_tokenizer.prompts(prompts)])
         past = padded_states(self._states(rows), device=self.device)
         written = self._written(past, self._lengths(rows), soft=soft, config=config, phrases=phrases)
         return [self._generation(row, end=self.end_ids()) for row in written]
@@ -186,7 +186,7 @@ class DecoderOnlyBackend(HFBackend):
         *,
         soft: SoftPrompt,
         config: GenerationConfig,
-        phrases: Sequence[Phrases] | None,
+        phrases: Sequence[UserNgramCache] | None,
     ) -> list[list[int]]:
         """Token ids behind prompts and soft tokens, chosen one by one, until every row has come to an end.
 
@@ -195,7 +195,7 @@ class DecoderOnlyBackend(HFBackend):
         """
         size, end = len(soft.vectors), torch.tensor(self.end_ids(), device=self.device)
         lengths = lengths.repeat_interleave(size // len(lengths))
-        mask, kept = real_columns(lengths, past.shape[3]), KeptStates(past)
+        mask, kept = real_columns(lengths, past.shape[3]), CachedPrefix(past)
         live = soft.vectors.to(self.device, self.model.dtype)
         draw = torch.Generator(self.device).manual_seed(config.seed)
         ended = torch.zeros(size, dtype=torch.bool, device=self.device)
@@ -208,7 +208,7 @@ class DecoderOnlyBackend(HFBackend):
             last_logits = logits[:, 0].float()
             if phrases is not None:
                 so_far = torch.stack(found, dim=1).tolist() if found else [[]] * size
-                last_logits = mixed_logits(last_logits, phrases, so_far)
+                last_logits = interpolate_logits(last_logits, phrases, so_far)
             token = chosen(last_logits, config, draw=draw)
             found.append(token)
             ended |= torch.isin(token, end)
@@ -229,7 +229,7 @@ class DecoderOnlyBackend(HFBackend):
         *,
         soft: SoftPrompt,
         answers: Sequence[Sequence[int]],
-        kept: KeptStates | None = None,
+        kept: CachedPrefix | None = None,
     ) -> Tensor:
         """Logits of some answers behind prompts and soft tokens, (R, L, V), L = the longest answer.
 
@@ -249,14 +249,14 @@ class DecoderOnlyBackend(HFBackend):
         mask = torch.cat([real_columns(lengths, past.shape[3]), lengths.new_ones(len(answers), live)], dim=1)
         positions = lengths[:, None] + torch.arange(live, device=self.device)
         columns = torch.arange(soft.vectors.shape[1] - 1, live)
-        kept = KeptStates(past) if kept is None else kept
+        kept = CachedPrefix(past) if kept is None else kept
         return self.logits_behind(embeds, mask=mask, positions=positions, columns=columns, kept=kept)
 
     def logits_behind(
-        self, embeds: Tensor, *, mask: Tensor, positions: Tensor, columns: Tensor, kept: KeptStates
+        self, embeds: Tensor, *, mask: Tensor, positions: Tensor, columns: Tensor, kept: CachedPrefix
     ) -> Tensor:
         """(R, len(columns), V) logits of some live tokens behind kept ones, at some of their columns."""
-        with frozen_attention(self.model):
+        with prefix_attention(self.model):
             out = self.model(
                 inputs_embeds=embeds,
                 attention_mask=mask.long(),
@@ -322,8 +322,8 @@ class DecoderOnlyBackend(HFBackend):
     def _try_apart(self) -> Layout | None:
         """Compare loss and gradient of a probe read apart with those of the whole in one pass."""
         prompts = [f"{_PROBE * times} {times}" for times in (1, 2, 4, 8)]
-        answers = self.renderer.targets(["one two", "1", "three", "2 4 8"])
-        rows = [row.ids for row in self.renderer.prompts(prompts)]
+        answers = self.prompt_tokenizer.targets(["one two", "1", "three", "2 4 8"])
+        rows = [row.ids for row in self.prompt_tokenizer.prompts(prompts)]
         seed = torch.Generator().manual_seed(0)
         vectors = torch.randn(len(rows), 2, self.identity.width, generator=seed) * self.embedding_scale
         with torch.enable_grad():

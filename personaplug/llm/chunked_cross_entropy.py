@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personaplug.llm.ngram_cache import Phrases, mixed_losses
+from personaplug.llm.ngram_cache import UserNgramCache, interpolate_losses
 from personaplug.llm.soft_prompt import IGNORED
 
 _CACHED = 2**18  # logits that are gone through at once on a processor; 1 MB in float32
 _AT_ONCE = 2**26  # elsewhere, where a kernel's start costs more than memory does
 
 
-def token_loss(logits: Tensor, labels: Tensor, phrases: Sequence[Phrases] | None = None) -> tuple[Tensor, Tensor]:
+def token_loss(
+    logits: Tensor, labels: Tensor, phrases: Sequence[UserNgramCache] | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum of −log p over each row's labels (eq. 6), and how many there are.
 
     Args:
@@ -30,7 +32,7 @@ def token_loss(logits: Tensor, labels: Tensor, phrases: Sequence[Phrases] | None
     real = labels != IGNORED
     losses: Tensor = _Losses.apply(logits, labels, real)  # type: ignore[no-untyped-call]
     if phrases is not None:
-        losses = mixed_losses(losses, labels, phrases)
+        losses = interpolate_losses(losses, labels, phrases)
     each = losses.new_zeros(labels.shape).masked_scatter(real, losses)
     return each.sum(dim=1), real.sum(dim=1)
 

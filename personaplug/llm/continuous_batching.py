@@ -1,4 +1,4 @@
-"""RunningRows: answers that are written side by side, where rows come and go between any two tokens.
+"""ContinuousBatch: answers that are written side by side, where rows come and go between any two tokens.
 
 Each row has a prompt, soft tokens and a way of choosing of its own. Requests of different users so share every pass
 over the model's weights, which is most of what a token costs.
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from personaplug.llm.base import GenerationConfig, pad
-from personaplug.llm.causal_lm import DecoderOnlyBackend, chosen
+from personaplug.llm.causal_lm import CausalLM, chosen
 from personaplug.llm.hf import by_length
 from personaplug.llm.label_bias import LabelBias
-from personaplug.llm.ngram_cache import Phrases, mixed_logits
-from personaplug.llm.prefix_attention import KeptStates
+from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
+from personaplug.llm.prefix_attention import CachedPrefix
 from personaplug.llm.prompt_cache import padded_states, real_columns
-from personaplug.llm.prompt_tokenizer import Ids, Rendered
+from personaplug.llm.prompt_tokenizer import Ids, TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt, splice
 
 
@@ -39,11 +39,11 @@ class Row:
             tokens could not be chosen; None = it goes on. Written by the thread that runs the rows alone.
     """
 
-    prompt: Rendered
+    prompt: TokenizedPrompt
     soft: SoftPrompt | None
     config: GenerationConfig
     choices: Sequence[Ids] = ()
-    phrases: Phrases | None = None
+    phrases: UserNgramCache | None = None
     ids: list[int] = field(default_factory=list)
     ended: str | None = None
 
@@ -61,7 +61,7 @@ class Row:
         if self.choices:
             logits = self._among_choices(logits)
         elif self.phrases is not None:
-            logits = mixed_logits(logits[None], [self.phrases], [self.ids])[0]
+            logits = interpolate_logits(logits[None], [self.phrases], [self.ids])[0]
         if not bool(torch.isfinite(logits.max())):
             raise ValueError("the model's answer is no number")
         token = int(chosen(logits[None], self.config, draw=self.draw)[0])
@@ -96,19 +96,19 @@ class Row:
         return not self.config.do_sample and any(len(choice) > 1 for choice in self.choices)
 
 
-class RunningRows:
+class ContinuousBatch:
     """Rows of one model that take their next tokens together; for one thread.
 
     Args:
-        backend: a model whose prompts can be read apart (`reads_apart`).
+        backend: a model whose prompts can be read apart (`supports_prompt_cache`).
     """
 
-    def __init__(self, backend: DecoderOnlyBackend) -> None:
-        self.backend = backend
-        self._end = frozenset(backend.end_ids())
+    def __init__(self, llm: CausalLM) -> None:
+        self.llm = llm
+        self._end = frozenset(llm.end_ids())
         self._rows: list[Row] = []
         self._lengths: list[int] = []  # of each row, as far as it is in `_kept`
-        self._kept: KeptStates | None = None
+        self._kept: CachedPrefix | None = None
         self._behind = 0  # tokens of every row that stand behind the kept ones
 
     def __len__(self) -> int:
@@ -145,14 +145,14 @@ class RunningRows:
         if 2 * len(going) < len(self._rows):  # rows that have ended are left in the pass while they are few
             self._set(going, self._states(going))
         assert self._kept is not None
-        device = self.backend.device
+        device = self.llm.device
         # A row that has ended repeats its last token, which nobody reads.
         last = torch.tensor([row.ids[-1] if row.ids else 0 for row in self._rows], device=device)
         lengths = torch.tensor(self._lengths, device=device)
         self._behind += 1
         mask = torch.cat([real_columns(lengths, self._longest), lengths.new_ones(len(self._rows), self._behind)], dim=1)
-        logits = self.backend.logits_behind(
-            self.backend.embed(last)[:, None],
+        logits = self.llm.logits_behind(
+            self.llm.embed(last)[:, None],
             mask=mask,
             positions=lengths[:, None] + self._behind - 1,
             columns=torch.tensor([0]),
@@ -165,8 +165,8 @@ class RunningRows:
     def _likeliest(self, row: Row, states: Tensor, first: Tensor) -> int:
         """The place of the choice that is likeliest as a whole, behind a row's prompt and its (V,) last logits."""
         choices = list(row.choices)
-        lengths = torch.tensor([states.shape[2]], device=self.backend.device)
-        behind = self.backend.going_on(states[:, None], lengths, answers=choices)[0]
+        lengths = torch.tensor([states.shape[2]], device=self.llm.device)
+        behind = self.llm.going_on(states[:, None], lengths, answers=choices)[0]
         whole = torch.log_softmax(first, dim=-1)[[choice[0] for choice in choices]] + behind
         if row.label_bias is not None:
             whole = whole + row.label_bias[0].to(whole)
@@ -182,7 +182,7 @@ class RunningRows:
     def _set(self, rows: list[Row], states: list[Tensor]) -> None:
         """Go on with some rows, given the states of all their tokens but the last."""
         self._rows, self._lengths, self._behind = rows, [own.shape[2] for own in states], 0
-        self._kept = KeptStates(padded_states(states, device=self.backend.device)) if states else None
+        self._kept = CachedPrefix(padded_states(states, device=self.llm.device)) if states else None
 
     def _states(self, going: Sequence[Row]) -> list[Tensor]:
         """Keys and values of some of the rows, (2 · layers, heads, n, width) each."""
@@ -195,15 +195,15 @@ class RunningRows:
 
     def _read(self, rows: Sequence[Row]) -> tuple[list[Tensor], Tensor]:
         """States of prompts with their soft tokens, and the logits behind; rows have soft tokens of one shape."""
-        backend = self.backend
-        ids = pad([row.prompt.ids for row in rows], fill=0, side="left").to(backend.device)
-        mask = pad([[1] * len(row.prompt.ids) for row in rows], fill=0, side="left").to(backend.device)
+        llm = self.llm
+        ids = pad([row.prompt.ids for row in rows], fill=0, side="left").to(llm.device)
+        mask = pad([[1] * len(row.prompt.ids) for row in rows], fill=0, side="left").to(llm.device)
         soft, at = rows[0].soft, torch.tensor([row.prompt.at for row in rows])
         if soft is not None:
             soft = SoftPrompt.joined([row.soft for row in rows if row.soft is not None])
             at = mask.sum(dim=1) if soft.placement == "suffix" else at
-        batch = splice(backend.embed(ids), mask, soft=soft, at=at)
-        return backend.read(batch.embeds, batch.mask)
+        batch = splice(llm.embed(ids), mask, soft=soft, at=at)
+        return llm.read(batch.embeds, batch.mask)
 
 
 def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:

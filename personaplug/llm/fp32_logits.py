@@ -15,7 +15,7 @@ _CACHED = 2**10  # rows of the output layer that a processor multiplies from its
 _AT_ONCE = 2**14  # elsewhere, where a kernel's start costs more than memory does
 
 
-def give_exact_logits(model: Any) -> None:
+def use_fp32_logits(model: Any) -> None:
     """Let a transformers model's output layer multiply in float32 outside of training; its weights stay as they are.
 
     The layer's rows are turned to float32 a few at a time: no copy of them is kept. Training keeps the fast product:

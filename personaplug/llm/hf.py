@@ -23,11 +23,11 @@ from personaplug.infra.memory import free_memory
 from personaplug.infra.model_hub import LLMIdentity, fingerprint
 from personaplug.infra.progress import Progress
 from personaplug.llm.base import Generation, GenerationConfig, Measure, pad
-from personaplug.llm.fp32_logits import give_exact_logits
+from personaplug.llm.fp32_logits import use_fp32_logits
 from personaplug.llm.label_bias import LabelBias
-from personaplug.llm.ngram_cache import LONGEST, Phrases, mixed_logits
-from personaplug.llm.prompt_cache import KeptPrompts, Layout, Room, find_room
-from personaplug.llm.prompt_tokenizer import Ids, Renderer
+from personaplug.llm.ngram_cache import LONGEST, UserNgramCache, interpolate_logits
+from personaplug.llm.prompt_cache import CachePlan, Layout, PromptCache, plan_cache
+from personaplug.llm.prompt_tokenizer import Ids, PromptTokenizer
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, Spliced, is_behind, splice
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ T = TypeVar("T")
 _READ_TOKENS = 4096  # of prompts that are read together, padding included
 
 
-class HFBackend:
+class HFLanguageModel:
     """What both kinds of model share; use `load_hf` or one of the two classes below.
 
     Args:
@@ -46,7 +46,7 @@ class HFBackend:
         revision: the hub's commit, where known.
         max_prompt_tokens: longest prompt; longer texts are cut at the end and counted.
         padding_side: where the shorter prompts of a loss are padded; generation always pads left.
-        keep_prompts: where `keep` keeps prompts: auto, memory, disk or nowhere.
+        prompt_cache: where `keep` keeps prompts: auto, memory, disk or nowhere.
         keep_bytes: at most; 0 = half of what is free there.
     """
 
@@ -61,20 +61,22 @@ class HFBackend:
         revision: str | None = None,
         max_prompt_tokens: int = 512,
         padding_side: str = "left",
-        keep_prompts: str = "auto",
+        prompt_cache: str = "auto",
         keep_bytes: int = 0,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        give_exact_logits(self.model)
-        self.renderer = Renderer(tokenizer, max_tokens=max_prompt_tokens, encoder_decoder=self.encoder_decoder)
-        self.room = self.renderer.room
+        use_fp32_logits(self.model)
+        self.prompt_tokenizer = PromptTokenizer(
+            tokenizer, max_tokens=max_prompt_tokens, encoder_decoder=self.encoder_decoder
+        )
+        self.room = self.prompt_tokenizer.room
         self.padding_side = padding_side
         self.embed = model.get_input_embeddings()
         self.identity = LLMIdentity(name, revision, fingerprint(model), self._width())
         self.embedding_scale = self._measure_scale()
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self._keeping = (keep_prompts, keep_bytes)
-        self._kept: KeptPrompts | None = None
+        self._keeping = (prompt_cache, keep_bytes)
+        self._kept: PromptCache | None = None
         self._wanted: frozenset[Ids] = frozenset()
 
     @property
@@ -84,46 +86,46 @@ class HFBackend:
 
     def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
         """Say how long each prompt is, with its target's tokens if given, and whether it was cut."""
-        rows = self.renderer.prompts(prompts)
-        more = [0] * len(rows) if targets is None else [len(self.renderer.answer(target)) for target in targets]
+        rows = self.prompt_tokenizer.prompts(prompts)
+        more = [0] * len(rows) if targets is None else [len(self.prompt_tokenizer.answer(target)) for target in targets]
         return [Measure(len(row.ids) + extra, row.truncated) for row, extra in zip(rows, more, strict=True)]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Say how many tokens each text is by itself, without template."""
-        return self.renderer.count(texts)
+        return self.prompt_tokenizer.count(texts)
 
     @torch.no_grad()
     def embedded(self, texts: Sequence[str]) -> Tensor:
-        """Return the embedded tokens of some answers, (n, D); see `Backend.embedded`."""
+        """Return the embedded tokens of some answers, (n, D); see `LanguageModel.embedded`."""
         end = set(self.end_ids())
-        ids = [token for answer in self.renderer.targets(texts) for token in answer if token not in end]
+        ids = [token for answer in self.prompt_tokenizer.targets(texts) for token in answer if token not in end]
         return self.embed(torch.tensor(ids, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
 
-    def phrases(self, answers: Sequence[str]) -> Phrases:
-        """Return what a user's answers go on with; see `Backend.phrases`."""
+    def phrases(self, answers: Sequence[str]) -> UserNgramCache:
+        """Return what a user's answers go on with; see `LanguageModel.phrases`."""
         cut = ((answer[:LONGEST], len(answer) <= LONGEST) for answer in answers)
-        return Phrases(self.renderer.unremembered(answer, end=whole) for answer, whole in cut)
+        return UserNgramCache(self.prompt_tokenizer.unremembered(answer, end=whole) for answer, whole in cut)
 
     def cut_text(self, text: str, tokens: int) -> str:
-        """Return the longest beginning of a text that is at most so many tokens; see `Renderer.cut`."""
-        return self.renderer.cut(text, tokens)
+        """Return the longest beginning of a text that is at most so many tokens; see `PromptTokenizer.cut`."""
+        return self.prompt_tokenizer.cut(text, tokens)
 
-    def room_for(self, tokens: int) -> Room:
-        """Say where prompts of so many tokens together would be kept, and why; see `Backend.keep`."""
+    def room_for(self, tokens: int) -> CachePlan:
+        """Say where prompts of so many tokens together would be kept, and why; see `LanguageModel.keep`."""
         layout, (wanted, limit) = self._layout(), self._keeping
         if layout is None:
-            return Room("nowhere", 0, "not kept: this model's own cache does not allow it")
+            return CachePlan("nowhere", 0, "not kept: this model's own cache does not allow it")
         shared = {"memory": free_memory(), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
         free = {place: size // processes.here() for place, size in shared.items()}
         if self.device.type == "cuda":
             free = {"gpu": torch.cuda.mem_get_info(self.device)[0], **free}
-        return find_room(tokens * layout.bytes, wanted=wanted, limit=limit // processes.here(), free=free)
+        return plan_cache(tokens * layout.bytes, wanted=wanted, limit=limit // processes.here(), free=free)
 
-    def reads_apart(self) -> bool:
-        """Say whether prompts ahead of soft tokens can be read by themselves; see `Backend.reads_apart`."""
+    def supports_prompt_cache(self) -> bool:
+        """Return whether prompts can be cached; see `LanguageModel.supports_prompt_cache`."""
         return self._layout() is not None
 
-    def let_go(self) -> None:
+    def clear_cache(self) -> None:
         """Free what `keep` holds."""
         if self._kept is None and not self._wanted:
             return
@@ -136,16 +138,16 @@ class HFBackend:
 
         What was kept is let go, unless these were asked for among them: then all stays as it is.
         """
-        wanted = list(dict.fromkeys(row.ids for row in self.renderer.prompts(prompts)))
+        wanted = list(dict.fromkeys(row.ids for row in self.prompt_tokenizer.prompts(prompts)))
         if wanted and self._wanted.issuperset(wanted):
             return
-        self.let_go()
+        self.clear_cache()
         self._wanted = frozenset(wanted)
         room, layout = self.room_for(sum(map(len, wanted))), self._layout()
         logger.info("%d prompts: %s", len(wanted), room.reason)
         if layout is None or room.place == "nowhere":
             return
-        self._kept = KeptPrompts(layout, room=room, device=self.device)
+        self._kept = PromptCache(layout, room=room, device=self.device)
         with Progress("read prompts", total=len(wanted), unit="prompts") as progress:
             for together in by_length(wanted):
                 fitting = [ids for ids in together if self._kept.fits(len(ids))]
@@ -180,7 +182,7 @@ class HFBackend:
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
     ) -> Tensor:
-        """Return (B, C) log-probabilities, with what the soft prompt says of the labels; see `Backend.score`."""
+        """Return (B, C) log-probabilities, with what the soft prompt says of the labels; see `LanguageModel.score`."""
         found = self._scores(prompts, labels, soft=soft, soft_at=soft_at)
         return found if soft is None or soft.label_bias is None else found + soft.label_bias.to(found)
 
@@ -198,9 +200,9 @@ class HFBackend:
         soft: SoftPrompt | None,
         config: GenerationConfig,
         soft_at: Sequence[int] | None = None,
-        phrases: Sequence[Phrases] | None = None,
+        phrases: Sequence[UserNgramCache] | None = None,
     ) -> list[Generation]:
-        """Answer each prompt with new text only; see `Backend.generate`."""
+        """Answer each prompt with new text only; see `LanguageModel.generate`."""
         batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side="left")
         given = {"inputs_embeds": batch.embeds, "attention_mask": batch.mask, **self._last_only()}
         rows = self._generated(config, phrases, **given)
@@ -210,7 +212,9 @@ class HFBackend:
         """What tells the model that only the last place of a prompt needs logits, in a form that is fast."""
         return {}
 
-    def _generated(self, config: GenerationConfig, phrases: Sequence[Phrases] | None, **inputs: Any) -> list[list[int]]:
+    def _generated(
+        self, config: GenerationConfig, phrases: Sequence[UserNgramCache] | None, **inputs: Any
+    ) -> list[list[int]]:
         """Token ids as transformers generates them from some inputs."""
         end = self.end_ids()
         # An encoder-decoder's answer opens with its start token, which no user wrote.
@@ -235,13 +239,13 @@ class HFBackend:
         # An encoder-decoder's answer opens with its start token, which is no end even where it has the same id.
         body = row[1:] if self.encoder_decoder else row
         stop = next((i for i, token in enumerate(body) if token in end), None)
-        return Generation(self.renderer.decode(body[:stop]), finished=stop is not None)
+        return Generation(self.prompt_tokenizer.decode(body[:stop]), finished=stop is not None)
 
     def end_ids(self) -> list[int]:
         """Tokens that end an answer."""
         from_model = self.model.generation_config.eos_token_id
         listed = from_model if isinstance(from_model, list) else [from_model]
-        return list(dict.fromkeys(t for t in [self.renderer.tokenizer.eos_token_id, *listed] if t is not None))
+        return list(dict.fromkeys(t for t in [self.prompt_tokenizer.tokenizer.eos_token_id, *listed] if t is not None))
 
     def _with_bias(self, logits: Tensor, wanted: Tensor, *, soft: SoftPrompt | None, labels: Sequence[str]) -> Tensor:
         """Logits of right answers, with what the soft prompt says of the labels where these are all that may be said.
@@ -251,7 +255,7 @@ class HFBackend:
         """
         if soft is None or soft.label_bias is None or not labels:
             return logits
-        return LabelBias(self.renderer.answers(labels), soft.label_bias).added_to(logits, wanted)
+        return LabelBias(self.prompt_tokenizer.answers(labels), soft.label_bias).added_to(logits, wanted)
 
     def _spliced_prompts(
         self,
@@ -264,7 +268,7 @@ class HFBackend:
     ) -> Spliced:
         """Embed, pad and splice; with `answers` (decoder-only) they follow their prompts and are the labels."""
         no_place = soft is None or soft.vectors.shape[1] == 0 or is_behind(soft)
-        rows = self.renderer.prompts(prompts, None if no_place else soft_at)
+        rows = self.prompt_tokenizer.prompts(prompts, None if no_place else soft_at)
         tails: Sequence[Sequence[int]] = answers if answers is not None else [()] * len(rows)
         ids = pad([(*row.ids, *tail) for row, tail in zip(rows, tails, strict=True)], fill=0, side=side)
         mask = pad([[1] * (len(row.ids) + len(tail)) for row, tail in zip(rows, tails, strict=True)], fill=0, side=side)
@@ -304,8 +308,8 @@ def by_length(prompts: Sequence[T], tokens: Callable[[T], int] = len) -> Iterato
 class _Mixing(LogitsProcessor):
     """Mixes users' phrases into what transformers is about to choose from."""
 
-    def __init__(self, phrases: Sequence[Phrases], beams: int, *, first: int) -> None:
+    def __init__(self, phrases: Sequence[UserNgramCache], beams: int, *, first: int) -> None:
         self.phrases, self.first = [own for own in phrases for _ in range(beams)], first
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return mixed_logits(scores, self.phrases, input_ids[:, self.first :].tolist())
+        return interpolate_logits(scores, self.phrases, input_ids[:, self.first :].tolist())

@@ -1,4 +1,4 @@
-"""The frozen language models that a plug can serve. `open_backend` finds the one that a config names."""
+"""The frozen language models that a plug can serve. `open_llm` finds the one that a config names."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 import torch
 
 from personaplug.config import ModelConfig
-from personaplug.errors import BadConfig, MissingModel
+from personaplug.errors import ConfigError, MissingModel
 from personaplug.infra.model_hub import find_model, quiet_unless_terminal, revision_of
-from personaplug.llm.causal_lm import DecoderOnlyBackend
-from personaplug.llm.seq2seq_lm import EncoderDecoderBackend
-from personaplug.llm.tiny import load_toy
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.seq2seq_lm import Seq2SeqLM
+from personaplug.llm.tiny import load_tiny_llm
 
 
-def open_backend(config: ModelConfig) -> DecoderOnlyBackend | EncoderDecoderBackend:
+def open_llm(config: ModelConfig) -> CausalLM | Seq2SeqLM:
     """Load the frozen language model of a config.
 
     Raises:
         MissingModel: if it is found nowhere.
-        BadConfig: if the device does not exist here.
+        ConfigError: if the device does not exist here.
     """
     settings = {
         "max_prompt_tokens": config.max_prompt_tokens,
-        "keep_prompts": config.keep_prompts,
-        "keep_bytes": int(config.keep_gigabytes * 1e9),
+        "prompt_cache": config.prompt_cache,
+        "keep_bytes": int(config.prompt_cache_gigabytes * 1e9),
     }
     if config.llm == "toy" or config.llm.startswith("toy:"):
         seed = config.llm.partition(":")[2] or "0"
         if not seed.isdecimal():
-            raise BadConfig(f"The toy model is written toy or toy:SEED with a whole number; found {config.llm!r}.")
-        return load_toy(seed=int(seed), **settings)
+            raise ConfigError(f"The toy model is written toy or toy:SEED with a whole number; found {config.llm!r}.")
+        return load_tiny_llm(seed=int(seed), **settings)
     return load_hf(config.llm, dtype=config.dtype, device=choose_device(config.device), **settings)
 
 
@@ -39,7 +39,7 @@ def choose_device(name: str) -> str:
     """Resolve `auto` to the fastest device that is here.
 
     Raises:
-        BadConfig: if the device asked for is unknown or absent.
+        ConfigError: if the device asked for is unknown or absent.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -48,23 +48,21 @@ def choose_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise BadConfig(f"model.device must be a device of this machine, such as cpu; found {name!r}.") from None
+        raise ConfigError(f"model.device must be a device of this machine, such as cpu; found {name!r}.") from None
     return name
 
 
 logger = logging.getLogger(__name__)
 
 
-def load_hf(
-    name: str, *, dtype: str = "auto", device: str = "cpu", **settings: Any
-) -> DecoderOnlyBackend | EncoderDecoderBackend:
+def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: Any) -> CausalLM | Seq2SeqLM:
     """Load a frozen language model from a hub name or a local folder.
 
     Args:
         name: see `personaplug.infra.model_hub.find_model` for the places that are looked at.
         dtype: auto, float32, bfloat16 or float16; see `choose_dtype`.
         device: a torch device.
-        settings: of `HFBackend`: max_prompt_tokens, keep_prompts, keep_bytes.
+        settings: of `HFLanguageModel`: max_prompt_tokens, prompt_cache, keep_bytes.
     Raises:
         MissingModel: if it is found nowhere, or what is found is no language model.
     """
@@ -81,7 +79,7 @@ def load_hf(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise MissingModel(name, tried=[f"{folder}, where transformers says: {str(error).splitlines()[0]}"]) from error
-    kind = EncoderDecoderBackend if two_halves else DecoderOnlyBackend
+    kind = Seq2SeqLM if two_halves else CausalLM
     return kind(model, tokenizer, name=name, revision=revision_of(folder), **settings)
 
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 
 Ids = Sequence[int]
 
-DOUBT = (100.0, 30.0, 10.0)
+DISCOUNT = (100.0, 30.0, 10.0)
 """By how many tokens a context has; chosen on users held out of train (benchmarks/LOG.md, "a user's own phrases")."""
 
 LONGEST = 2048
@@ -35,7 +35,7 @@ _START = -1  # stands before the first token, which is a context of its own
 _ENTRY_BYTES = 160  # of a token behind a context, with its share of the tables around it
 
 
-class Phrases:
+class UserNgramCache:
     """What one user's answers go on with.
 
     Args:
@@ -48,7 +48,7 @@ class Phrases:
             for place, token in enumerate(answer):
                 for context in _contexts(answer, place):
                     after[context][token] += 1
-        self._after = {context: _Seen(counts, DOUBT[len(context)]) for context, counts in after.items()}
+        self._after = {context: _Seen(counts, DISCOUNT[len(context)]) for context, counts in after.items()}
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +109,7 @@ class _Seen:
         return torch.tensor(list(self.counts)), torch.tensor(list(self.counts.values()))
 
 
-def mixed_logits(logits: Tensor, phrases: Sequence[Phrases], written: Sequence[Ids]) -> Tensor:
+def interpolate_logits(logits: Tensor, phrases: Sequence[UserNgramCache], written: Sequence[Ids]) -> Tensor:
     """Logits of the next token of several answers, each mixed with its user's phrases.
 
     Args:
@@ -125,7 +125,7 @@ def mixed_logits(logits: Tensor, phrases: Sequence[Phrases], written: Sequence[I
     return mixed.masked_fill(logits == -torch.inf, -torch.inf)
 
 
-def mixed_losses(losses: Tensor, wanted: Tensor, phrases: Sequence[Phrases]) -> Tensor:
+def interpolate_losses(losses: Tensor, wanted: Tensor, phrases: Sequence[UserNgramCache]) -> Tensor:
     """−log p of the tokens of right answers, each mixed with its user's phrases; gradients pass.
 
     Args:
@@ -139,24 +139,24 @@ def mixed_losses(losses: Tensor, wanted: Tensor, phrases: Sequence[Phrases]) -> 
     return -torch.logaddexp(factor.log() - losses, more.log())
 
 
-def check_phrases(task: Task) -> None:
+def check_ngrams(task: Task) -> None:
     """Check that users of a task write answers, whose phrases can be mixed into the model's.
 
     Raises:
-        BadConfig: if they do not.
+        ConfigError: if they do not.
     """
     if task.kind != "text":
-        raise BadConfig(
+        raise ConfigError(
             f"Phrases are mixed into written answers; {task.name} has a closed set of labels, and a plug knows a "
             f"user's own by itself."
         )
     if task.answer_field is None:
-        raise BadConfig(f"Phrases are those of a user's answers, and items of {task.name} hold none (answer_field).")
+        raise ConfigError(f"Phrases are those of a user's answers, and items of {task.name} hold none (answer_field).")
 
 
 def _contexts(answer: Ids, place: int) -> list[tuple[int, ...]]:
     """The last 0, 1 and 2 tokens before a place, as far as there are so many; the start counts as one."""
-    longest = len(DOUBT) - 1
+    longest = len(DISCOUNT) - 1
     ahead = tuple(answer[max(0, place - longest) : place])
     if place < longest:
         ahead = (_START, *ahead)

@@ -22,7 +22,7 @@ KEPT = "kept_states"
 """What the keyword is called that hands the kept states through a model to its layers."""
 
 
-class KeptStates(Cache):
+class CachedPrefix(Cache):
     """Keys and values of a batch of prompts, all layers, for forward passes of the tokens behind them.
 
     To the model it is a cache that holds T tokens and grows by the live ones; unlike one it never lays the two side by
@@ -63,7 +63,7 @@ class _KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def frozen_attention(model: Any) -> Iterator[None]:
+def prefix_attention(model: Any) -> Iterator[None]:
     """Let a model attend by `attend`; its forward passes must be given `kept_states`."""
     before = model.config._attn_implementation
     model.config._attn_implementation = NAME

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from personaplug.infra.atomic_io import storing
+from personaplug.infra.atomic_io import storage_errors
 from personaplug.llm.prompt_tokenizer import Ids
 
 _CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Room:
+class CachePlan:
     """Where prompts are kept, and why there.
 
     Attributes:
@@ -66,7 +66,7 @@ class Room:
     share: float = 0.0
 
 
-def find_room(needed: int, *, wanted: str, limit: int, free: Mapping[str, int]) -> Room:
+def plan_cache(needed: int, *, wanted: str, limit: int, free: Mapping[str, int]) -> CachePlan:
     """Choose where prompts are kept: in the first place that has twice the room, else in part in the largest.
 
     Args:
@@ -76,7 +76,7 @@ def find_room(needed: int, *, wanted: str, limit: int, free: Mapping[str, int]) 
         free: bytes that are free in each place, the fastest first.
     """
     if wanted == "nowhere":
-        return Room("nowhere", 0, "not kept, as asked; each is read anew without gradients")
+        return CachePlan("nowhere", 0, "not kept, as asked; each is read anew without gradients")
     offered = {place: min(limit, size // 2) if limit else size // 2 for place, size in free.items()}
     places = [wanted] if wanted != "auto" else list(free)
     place = next((place for place in places if needed <= offered[place]), max(places, key=lambda one: offered[one]))
@@ -86,13 +86,13 @@ def find_room(needed: int, *, wanted: str, limit: int, free: Mapping[str, int]) 
     if needed <= offered[place]:
         tight = places[: places.index(place)]
         beyond = "".join(f"; the {one} offers {offered[one] / 1e9:.2f} GB" for one in tight)
-        return Room(place, needed, f"kept {where}: {size} of at most {bound}, {whose}{beyond}", share=1.0)
+        return CachePlan(place, needed, f"kept {where}: {size} of at most {bound}, {whose}{beyond}", share=1.0)
     share = offered[place] / needed
     part = f"{share:.0%} of {size} kept {where}, {whose}"
-    return Room(place, offered[place], f"{part}; the others are read anew without gradients", share=share)
+    return CachePlan(place, offered[place], f"{part}; the others are read anew without gradients", share=share)
 
 
-class KeptPrompts:
+class PromptCache:
     """States of prompts, one after another in one buffer, found by the prompts' tokens.
 
     Attributes:
@@ -100,7 +100,7 @@ class KeptPrompts:
         room: where the buffer is.
     """
 
-    def __init__(self, layout: Layout, *, room: Room, device: torch.device = _CPU) -> None:
+    def __init__(self, layout: Layout, *, room: CachePlan, device: torch.device = _CPU) -> None:
         """Take the room.
 
         Args:
@@ -144,7 +144,7 @@ class KeptPrompts:
         if self.room.place != "disk" or not count:
             return torch.empty(count, dtype=self.layout.dtype, device=self._device)
         # The file has no name once it is mapped, so that whatever ends this process also frees the disk.
-        with tempfile.TemporaryDirectory(prefix="personaplug-prompts-") as folder, storing(Path(folder)):
+        with tempfile.TemporaryDirectory(prefix="personaplug-prompts-") as folder, storage_errors(Path(folder)):
             path = Path(folder) / "states"
             with path.open("wb") as file:
                 # Taken now: a mapped file that finds the disk full while it is written kills the process.

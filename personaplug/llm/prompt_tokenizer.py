@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from personaplug.errors import BadConfig, ShapeMismatch
+from personaplug.errors import ConfigError, ShapeMismatch
 
 Ids = tuple[int, ...]
 
@@ -24,7 +24,7 @@ _PLACE = "personaplugplaceofthetext"
 
 
 @dataclass(frozen=True, repr=False)
-class Rendered:
+class TokenizedPrompt:
     """One prompt in tokens.
 
     Attributes:
@@ -38,7 +38,7 @@ class Rendered:
     truncated: bool
 
 
-class Renderer:
+class PromptTokenizer:
     """Turns texts into tokens for one model.
 
     Args:
@@ -49,7 +49,7 @@ class Renderer:
     Attributes:
         room: how many tokens of text fit a prompt, head and tail apart.
     Raises:
-        BadConfig: if `max_tokens` leaves no room for text within the chat template.
+        ConfigError: if `max_tokens` leaves no room for text within the chat template.
     """
 
     def __init__(self, tokenizer: Any, *, max_tokens: int, encoder_decoder: bool) -> None:
@@ -62,7 +62,7 @@ class Renderer:
         head, tail = self._chat_frame() if self.chat else self._plain_frame(new_line=not encoder_decoder)
         self.head, self.tail = tuple(head), tuple(tail)
         if max_tokens <= len(self.head) + len(self.tail):
-            raise BadConfig(
+            raise ConfigError(
                 f"max_prompt_tokens must exceed the {len(self.head) + len(self.tail)} tokens of the model's "
                 f"template; found {max_tokens}."
             )
@@ -71,7 +71,7 @@ class Renderer:
         self._prompt = lru_cache(_REMEMBERED)(self._tokenized_prompt)
         self._answer = lru_cache(_REMEMBERED)(self.unremembered)
 
-    def prompt(self, text: str, soft_at: int = 0) -> Rendered:
+    def prompt(self, text: str, soft_at: int = 0) -> TokenizedPrompt:
         """Tokenize one prompt; the end of the text is cut where it is too long.
 
         Args:
@@ -88,13 +88,13 @@ class Renderer:
             )
         return self._prompt(text, soft_at)
 
-    def _tokenized_prompt(self, text: str, soft_at: int) -> Rendered:
+    def _tokenized_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
         before = self._text_ids(text[:soft_at]) if soft_at else []
         ids = before + self._text_ids(text[soft_at:])
         kept = (*self.head, *ids[: self.room], *self.tail)
-        return Rendered(kept, at=len(self.head) + min(len(before), self.room), truncated=len(ids) > self.room)
+        return TokenizedPrompt(kept, at=len(self.head) + min(len(before), self.room), truncated=len(ids) > self.room)
 
-    def prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[Rendered]:
+    def prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
         """Tokenize several prompts; without `soft_at` the soft tokens stand before each text.
 
         Raises:
@@ -105,7 +105,7 @@ class Renderer:
             raise ShapeMismatch(f"soft_at needs one place for each of {len(texts)} prompts; found {len(places)}.")
         return [self.prompt(text, place) for text, place in zip(texts, places, strict=True)]
 
-    def turns(self, turns: Sequence[tuple[str, str]]) -> Rendered:
+    def turns(self, turns: Sequence[tuple[str, str]]) -> TokenizedPrompt:
         """Tokenize the turns of a chat, whole; soft tokens of the placement `prefix` stand before the last user's text.
 
         A single turn of a user gives what `prompt` gives. Whatever a turn says is only ever text.
@@ -113,7 +113,7 @@ class Renderer:
         Args:
             turns: (role, text) each.
         Raises:
-            BadConfig: if the model's chat template does not show them one by one in order.
+            ConfigError: if the model's chat template does not show them one by one in order.
         """
         frame = self._frame_of([role for role, _ in turns])
         asked = max((number for number, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
@@ -121,12 +121,12 @@ class Renderer:
         for number, ((_, text), behind) in enumerate(zip(turns, frame[1:], strict=True)):
             at = len(ids) if number == asked else at
             ids += [*self._text_ids(text), *behind]
-        return Rendered(tuple(ids), at=at, truncated=False)
+        return TokenizedPrompt(tuple(ids), at=at, truncated=False)
 
-    def bare(self, text: str) -> Rendered:
+    def bare(self, text: str) -> TokenizedPrompt:
         """Tokenize a text without the chat template, whole; soft tokens of the placement `prefix` stand before it."""
         head, tail = self._plain_frame(new_line=False)
-        return Rendered((*head, *self._text_ids(text), *tail), at=len(head), truncated=False)
+        return TokenizedPrompt((*head, *self._text_ids(text), *tail), at=len(head), truncated=False)
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text is by itself."""
@@ -205,7 +205,7 @@ class Renderer:
     def _chat_frame(self) -> tuple[list[int], list[int]]:
         parts = self._framed([{"role": "user", "content": _PLACE}]).split(_PLACE)
         if len(parts) != 2:
-            raise BadConfig("The model's chat template does not show the user's message exactly once.")
+            raise ConfigError("The model's chat template does not show the user's message exactly once.")
         head, tail = (self._frame_ids(part) for part in parts)
         return head, tail
 
@@ -219,7 +219,7 @@ class Renderer:
         )
         parts = re.split(f"{_PLACE}(\\d{{5}})", written)
         if [int(number) for number in parts[1::2]] != list(range(len(roles))):
-            raise BadConfig("The model's chat template does not show these turns one by one in their order.")
+            raise ConfigError("The model's chat template does not show these turns one by one in their order.")
         return [self._frame_ids(part) for part in parts[::2]]
 
     def _framed(self, turns: Sequence[Mapping[str, str]]) -> str:
@@ -243,11 +243,11 @@ def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What a tokenizer puts in front of a text and behind it.
 
     Raises:
-        BadConfig: if it does not leave a text in one piece.
+        ConfigError: if it does not leave a text in one piece.
     """
     bare = tokenizer(_PLACE, add_special_tokens=False)["input_ids"]
     framed = tokenizer(_PLACE)["input_ids"]
     for start in range(len(framed)):
         if framed[start : start + len(bare)] == bare:
             return list(framed[:start]), list(framed[start + len(bare) :])
-    raise BadConfig("The model's tokenizer does not leave a text in one piece between its special tokens.")
+    raise ConfigError("The model's tokenizer does not leave a text in one piece between its special tokens.")

@@ -15,14 +15,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from personaplug.llm.base import Generation, GenerationConfig, pad
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
-from personaplug.llm.hf import HFBackend
-from personaplug.llm.ngram_cache import Phrases
+from personaplug.llm.hf import HFLanguageModel
+from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.prompt_cache import Layout, padded_states, real_columns
 from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, is_behind
 
 
-class EncoderDecoderBackend(HFBackend):
+class Seq2SeqLM(HFLanguageModel):
     """Models whose encoder reads the prompt and whose decoder writes the answer."""
 
     encoder_decoder = True
@@ -35,13 +35,13 @@ class EncoderDecoderBackend(HFBackend):
         soft: SoftPrompt | None,
         soft_at: Sequence[int] | None = None,
         labels: Sequence[str] = (),
-        phrases: Sequence[Phrases] | None = None,
+        phrases: Sequence[UserNgramCache] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return −log p of each target and its number of tokens, both (B,); see `Backend.loss`."""
-        answers = self.renderer.targets(targets, labels=labels)
+        """Return −log p of each target and its number of tokens, both (B,); see `LanguageModel.loss`."""
+        answers = self.prompt_tokenizer.targets(targets, labels=labels)
         wanted = pad(answers, fill=IGNORED, side="right").to(self.device)
         if is_behind(soft):
-            states, mask = self._encoded([row.ids for row in self.renderer.prompts(prompts)])
+            states, mask = self._encoded([row.ids for row in self.prompt_tokenizer.prompts(prompts)])
             logits = self._decoded(states, mask, soft=soft, answers=answers)
         else:
             batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
@@ -54,12 +54,12 @@ class EncoderDecoderBackend(HFBackend):
         """Log-probabilities of labels; the encoder reads the prompt once (or not at all, if kept)."""
         behind = is_behind(soft)
         if behind:
-            states, mask = self._encoded([row.ids for row in self.renderer.prompts(prompts)])
+            states, mask = self._encoded([row.ids for row in self.prompt_tokenizer.prompts(prompts)])
         else:
             batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
             states = self.model.get_encoder()(inputs_embeds=batch.embeds, attention_mask=batch.mask).last_hidden_state
             mask = batch.mask
-        answers, soft = self.renderer.answers(labels), soft if behind else None
+        answers, soft = self.prompt_tokenizer.answers(labels), soft if behind else None
         if all(len(answer) == 1 for answer in answers):
             logits = self._decoded(states, mask, soft=soft, answers=answers[:1] * len(prompts))
             return log_softmax(logits[:, 0])[:, [answer[0] for answer in answers]]
@@ -78,12 +78,12 @@ class EncoderDecoderBackend(HFBackend):
         soft: SoftPrompt | None,
         config: GenerationConfig,
         soft_at: Sequence[int] | None = None,
-        phrases: Sequence[Phrases] | None = None,
+        phrases: Sequence[UserNgramCache] | None = None,
     ) -> list[Generation]:
-        """Answer each prompt with new text only; see `Backend.generate`."""
+        """Answer each prompt with new text only; see `LanguageModel.generate`."""
         if soft is None or not is_behind(soft):
             return super().generate(prompts, soft=soft, config=config, soft_at=soft_at, phrases=phrases)
-        states, mask = self._encoded([row.ids for row in self.renderer.prompts(prompts)])
+        states, mask = self._encoded([row.ids for row in self.prompt_tokenizer.prompts(prompts)])
         # The decoder has read the soft tokens already: its mask counts them, its ids begin behind them.
         found = self._generated(
             config,

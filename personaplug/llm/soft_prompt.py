@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from personaplug.errors import BadConfig, ShapeMismatch
+from personaplug.errors import ConfigError, ShapeMismatch
 
 IGNORED = -100  # the label that cross-entropy skips
 PLACEMENTS = ("prefix", "suffix")
@@ -34,7 +34,7 @@ class SoftPrompt:
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
-            raise BadConfig(f"A soft prompt's placement is one of {', '.join(PLACEMENTS)}; found {self.placement!r}.")
+            raise ConfigError(f"A soft prompt's placement is one of {', '.join(PLACEMENTS)}; found {self.placement!r}.")
         if self.vectors.dim() != 3:
             raise ShapeMismatch(
                 f"A soft prompt is (batch, tokens, width); found the shape {tuple(self.vectors.shape)}."

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 
 _END = "<|end|>"
 
 
-def toy_tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
     """A byte-level tokenizer: one token a byte, plus an end-of-text token; any text survives the round trip."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -25,11 +25,11 @@ def toy_tokenizer() -> Any:
     return kind(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
 
 
-def load_toy(*, seed: int = 0, **settings: Any) -> DecoderOnlyBackend:
+def load_tiny_llm(*, seed: int = 0, **settings: Any) -> CausalLM:
     """Two Llama layers of width 32 with weights drawn by `seed`, in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = toy_tokenizer()
+    tokenizer = tiny_tokenizer()
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -47,4 +47,4 @@ def load_toy(*, seed: int = 0, **settings: Any) -> DecoderOnlyBackend:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(shape)
-    return DecoderOnlyBackend(model, tokenizer, name=f"toy:{seed}", **settings)
+    return CausalLM(model, tokenizer, name=f"toy:{seed}", **settings)

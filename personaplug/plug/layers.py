@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from personaplug.config import PlugConfig
 from personaplug.encoders import Encoder, QueryEncoder
-from personaplug.errors import BadConfig, ShapeMismatch
+from personaplug.errors import ConfigError, ShapeMismatch
 
 
 class Aggregator(nn.Module):
@@ -85,7 +85,7 @@ class DotAttention(Aggregator):
         return items @ query / self.temperature
 
 
-class MeanAggregator(Aggregator):
+class MeanPooling(Aggregator):
     """Weigh all items alike (PPlug, Table 8, "without IA")."""
 
     asks = False
@@ -99,17 +99,17 @@ def per_user(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split_with_sizes(values, list(lengths))
 
 
-def build_aggregator(config: PlugConfig) -> Aggregator:
+def build_pooling(config: PlugConfig) -> Aggregator:
     """The aggregator that a plug's config names.
 
     Raises:
-        BadConfig: for an unknown name.
+        ConfigError: for an unknown name.
     """
     if config.aggregator == "dot":
         return DotAttention(config.temperature, shrinkage=config.shrinkage)
     if config.aggregator == "mean":
-        return MeanAggregator(shrinkage=config.shrinkage)
-    raise BadConfig(f"plug.aggregator must be one of dot, mean; found {config.aggregator!r}.")
+        return MeanPooling(shrinkage=config.shrinkage)
+    raise ConfigError(f"plug.aggregator must be one of dot, mean; found {config.aggregator!r}.")
 
 
 class Projector(nn.Module):

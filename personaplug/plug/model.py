@@ -21,22 +21,22 @@ from personaplug.config import PlugConfig
 from personaplug.data.records import Options
 from personaplug.encoders import Encoder, QueryEncoder
 from personaplug.encoders.style_features import FEATURES
-from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
-from personaplug.infra.atomic_io import write_text, written_file
+from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch, MissingData
+from personaplug.infra.atomic_io import atomic_write, write_text
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.layers import (
     FrozenQueries,
     LabelPrior,
-    MeanAggregator,
+    MeanPooling,
     OptionHint,
     Projector,
     QueryHead,
-    build_aggregator,
+    build_pooling,
     per_user,
 )
 from personaplug.plug.model_card import model_card
-from personaplug.plug.saving import ABOUT, Fitting, read_about, write_about
+from personaplug.plug.saving import ABOUT, PlugSpec, read_plug_json, write_plug_json
 
 _CHUNK = 1024  # items converted at once
 _WEIGHTS, _CARD = "plug.safetensors", "README.md"
@@ -89,16 +89,16 @@ class PersonaPlug(nn.Module):
         fitting: what it is made for.
         encoder: a frozen encoder of the fitting's identity; its trained copy is made from it.
     Raises:
-        BadConfig: if it would have no tokens at all, or answers as labels without a closed label set.
+        ConfigError: if it would have no tokens at all, or answers as labels without a closed label set.
         EncoderMismatch: if the encoder is another than the fitting's.
     """
 
-    def __init__(self, config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
+    def __init__(self, config: PlugConfig, *, spec: PlugSpec, encoder: Encoder) -> None:
         super().__init__()
-        _check_fits(config, fitting=fitting, encoder=encoder)
-        self.config, self.fitting = config, fitting
+        _check_fits(config, spec=spec, encoder=encoder)
+        self.config, self.spec = config, spec
         self.item_dtype = torch.float32
-        width, tokens = fitting.llm.width, config.persona_tokens
+        width, tokens = spec.llm.width, config.persona_tokens
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
         # Up to how many items users are served as if they had none, where that serves them better, and all their tokens
         # then, (S, D), not scaled, where those of another training do better than the population persona.
@@ -106,12 +106,12 @@ class PersonaPlug(nn.Module):
         self.cold_items: Tensor | None
         self.register_buffer("cold_start", None)
         self.register_buffer("cold_items", None)
-        self.label_prior = LabelPrior(len(fitting.labels)) if config.label_prior == "own" else None
+        self.label_prior = LabelPrior(len(spec.labels)) if config.label_prior == "own" else None
         if tokens:
             self.frozen = FrozenQueries(encoder)
-            self.aggregator = build_aggregator(config)
+            self.aggregator = build_pooling(config)
             # Of the user's state, which does not depend on the query.
-            self.state = MeanAggregator(shrinkage=config.shrinkage) if config.keeps_state else None
+            self.state = MeanPooling(shrinkage=config.shrinkage) if config.keeps_state else None
             self.query_encoder: QueryEncoder | QueryHead | None = None
             if self.aggregator.asks:
                 self.query_encoder = (
@@ -124,17 +124,17 @@ class PersonaPlug(nn.Module):
                 hidden=config.projector_width or width,
                 tokens=tokens,
                 out=width,
-                labels=len(fitting.labels) if config.answers == "label" else 0,
+                labels=len(spec.labels) if config.answer_channel == "label" else 0,
                 forms=len(FEATURES) if config.reads_forms else 0,
             )
             # What makes up for the weight that a user's items leave: all of it without any item, where the sum of eq. 4
             # would be empty. It starts as no signal at all and learns from the samples whose history is hidden in
-            # training (`training.empty_share`).
+            # training (`training.drop_history_prob`).
             self.population = nn.Parameter(torch.zeros(tokens, width))
-            self.hint = OptionHint(len(fitting.labels), width=width) if config.options == "compare" else None
+            self.hint = OptionHint(len(spec.labels), width=width) if config.options == "compare" else None
 
     @property
-    def asks_nothing(self) -> bool:
+    def ignores_query(self) -> bool:
         """Whether its personas are the same whatever is asked."""
         if not self.config.persona_tokens:
             return True
@@ -143,7 +143,7 @@ class PersonaPlug(nn.Module):
     @torch.no_grad()
     def start_from(self, embedded: Tensor) -> None:
         """Let the instruction tokens start as some of the language model's own, (I, D)."""
-        self.instruction.copy_(embedded.to(self.instruction) / self.fitting.embedding_scale)
+        self.instruction.copy_(embedded.to(self.instruction) / self.spec.embedding_scale)
 
     def forward(
         self,
@@ -151,7 +151,7 @@ class PersonaPlug(nn.Module):
         history: HistoryBatch | None,
         *,
         options: Sequence[Options | None] = (),
-        strength: float = 1.0,
+        persona_scale: float = 1.0,
     ) -> SoftPrompt:
         """Make the soft tokens of a batch.
 
@@ -159,30 +159,30 @@ class PersonaPlug(nn.Module):
             queries: B texts.
             history: their users' items; None is allowed where the plug reads none.
             options: what the prompts let choose from, one per query; only read where they are compared.
-            strength: how far personas go from the population persona (near 0) to the user's own (1) and beyond; at 0
-                there are no soft tokens at all. Users without items of their own to go by get the same whatever it is.
+            persona_scale: how far personas go from the population persona (near 0) to the user's own (1) and beyond;
+                at 0 there are no soft tokens at all. Users without items get the same tokens at every scale.
         Returns:
             (B, S, D), of the size of the language model's own embedded tokens: S = I + K, one more where options are
-            compared, 0 for a strength of 0. Beside them what the users' own answers say of the labels, if it is read.
+            compared, 0 for a persona_scale of 0; with the label bias of the users' own answers, if it is read.
         """
-        if strength == 0:
-            nothing = self.instruction.new_empty(len(queries), 0, self.fitting.llm.width)
+        if persona_scale == 0:
+            nothing = self.instruction.new_empty(len(queries), 0, self.spec.llm.width)
             return SoftPrompt(nothing, placement=self.config.placement)
         if self.config.reads_history and history is None:
-            raise BadConfig("This plug reads histories; it needs one for every query (it may be empty).")
+            raise ConfigError("This plug reads histories; it needs one for every query (it may be empty).")
         parts = [self.instruction.expand(len(queries), -1, -1)]
         history = self._counted(history)
         if self.config.persona_tokens and history is not None:
             own = self.persona(queries, history)
-            parts.append(own if strength == 1 else torch.lerp(self.population.expand_as(own), own, strength))
+            parts.append(own if persona_scale == 1 else torch.lerp(self.population.expand_as(own), own, persona_scale))
             if self.hint is not None:
-                parts.append(self._hints(self.hint, options, history=history, strength=strength))
+                parts.append(self._hints(self.hint, options, history=history, persona_scale=persona_scale))
         made = self._with_cold_start(torch.cat(parts, dim=1), history)
         bias = self._label_bias(history)
         return SoftPrompt(
-            made * self.fitting.embedding_scale,
+            made * self.spec.embedding_scale,
             placement=self.config.placement,
-            label_bias=None if bias is None else strength * bias,
+            label_bias=None if bias is None else persona_scale * bias,
         )
 
     @torch.no_grad()
@@ -193,9 +193,9 @@ class PersonaPlug(nn.Module):
             parts.append(self.population)
             if self.hint is not None:
                 parts.append(torch.zeros_like(self.hint.places[:1]))
-        return SoftPrompt(torch.cat(parts)[None] * self.fitting.embedding_scale, placement=self.config.placement)
+        return SoftPrompt(torch.cat(parts)[None] * self.spec.embedding_scale, placement=self.config.placement)
 
-    def start_cold(self, tokens: Tensor | None, *, items: int = 0) -> None:
+    def set_cold_start(self, tokens: Tensor | None, *, items: int = 0) -> None:
         """Serve users of at most so many items with tokens that know of nobody.
 
         Args:
@@ -258,7 +258,7 @@ class PersonaPlug(nn.Module):
         return self.projector.hidden(items, answers=history.answers, forms=history.forms)
 
     def _hints(
-        self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch, strength: float
+        self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch, persona_scale: float
     ) -> Tensor:
         """A token for each user, (B, 1, D); zeros where a prompt has no options."""
         self.frozen.remember(_texts_of(options))  # all at once, where they are not known yet
@@ -271,7 +271,7 @@ class PersonaPlug(nn.Module):
             compared, items = partial(hint, question, torch.stack(texts)), items.to(question.dtype)
             # What nobody's items say of the options is the question's part, which is no persona.
             own = compared(items)
-            hints.append(own if strength == 1 else torch.lerp(compared(items[:0]), own, strength))
+            hints.append(own if persona_scale == 1 else torch.lerp(compared(items[:0]), own, persona_scale))
         return torch.stack(hints)[:, None]
 
     def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
@@ -308,7 +308,7 @@ class PersonaPlug(nn.Module):
         """x of eq. 2, (B, E); a query that several rows share is encoded once. Zeros where none is asked for."""
         distinct, encoder = list(dict.fromkeys(queries)), self.query_encoder
         if encoder is None:
-            return self.population.new_zeros(len(queries), self.fitting.encoder.width)
+            return self.population.new_zeros(len(queries), self.spec.encoder.width)
         vectors = encoder(distinct) if isinstance(encoder, QueryHead) else encoder(encoder.features(distinct))
         places = {text: place for place, text in enumerate(distinct)}
         return vectors[[places[text] for text in queries]]  # type: ignore[no-any-return]
@@ -332,12 +332,12 @@ class PersonaPlug(nn.Module):
         folder = Path(folder)
         state = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
         (folder / ABOUT).unlink(missing_ok=True)  # an earlier plug's config must not stand beside these weights
-        written_file(folder / _WEIGHTS, lambda path: save_file(state, path))
+        atomic_write(folder / _WEIGHTS, lambda path: save_file(state, path))
         values = sum(parameter.numel() for parameter in self.parameters())
-        card = model_card(self.config, self.fitting.llm, encoder=self.fitting.encoder, values=values, facts=facts or {})
+        card = model_card(self.config, self.spec.llm, encoder=self.spec.encoder, values=values, facts=facts or {})
         write_text(folder / _CARD, card)
         # Last, since its presence says that the plug is complete.
-        write_about(folder, self.config, fitting=self.fitting)
+        write_plug_json(folder, self.config, spec=self.spec)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, encoder: Encoder, llm: LLMIdentity | None) -> PersonaPlug:
@@ -351,17 +351,17 @@ class PersonaPlug(nn.Module):
             LLMMismatch: if it was trained for another language model.
         """
         folder = Path(folder)
-        config, fitting = read_about(folder)
-        if llm is not None and (fitting.llm.fingerprint, fitting.llm.width) != (llm.fingerprint, llm.width):
-            raise LLMMismatch(trained_for=fitting.llm.describe(), given=llm.describe())
-        plug = cls(config, fitting=fitting, encoder=encoder)
+        config, spec = read_plug_json(folder)
+        if llm is not None and (spec.llm.fingerprint, spec.llm.width) != (llm.fingerprint, llm.width):
+            raise LLMMismatch(trained_for=spec.llm.describe(), given=llm.describe())
+        plug = cls(config, spec=spec, encoder=encoder)
         try:
             state = load_file(folder / _WEIGHTS)
             tokens = state.get("cold_start")
             if tokens is not None:
                 state.setdefault("cold_items", torch.tensor(0))  # plugs from before there was a choice have none
                 _check_cold_start(tokens, plug)
-            plug.start_cold(tokens, items=int(state.get("cold_items", 0)))
+            plug.set_cold_start(tokens, items=int(state.get("cold_items", 0)))
             known = plug.state_dict()  # plugs of earlier versions hold a query side all the same
             plug.load_state_dict({k: v for k, v in state.items() if k in known or not k.startswith("query_encoder.")})
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -375,7 +375,7 @@ def _texts_of(options: Sequence[Options | None]) -> list[str]:
 
 
 def _check_cold_start(tokens: Tensor, plug: PersonaPlug) -> None:
-    shape = (plug.config.soft_tokens, plug.fitting.llm.width)
+    shape = (plug.config.soft_tokens, plug.spec.llm.width)
     if tokens.shape != shape:
         raise RuntimeError(f"cold_start should be of the shape {shape}, and is of {tuple(tokens.shape)}")
 
@@ -398,22 +398,22 @@ def _converted(items: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
-def _check_fits(config: PlugConfig, *, fitting: Fitting, encoder: Encoder) -> None:
+def _check_fits(config: PlugConfig, *, spec: PlugSpec, encoder: Encoder) -> None:
     if config.instruction_tokens + config.persona_tokens == 0:
-        raise BadConfig("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
-    if "auto" in (config.answers, config.options):
-        raise BadConfig("answers=auto and options=auto are settled by a task; see `run.resolved`.")
-    if config.reads_labels and not fitting.labels:
-        raise BadConfig(
-            "answers=label and label_prior=own need a task with a closed set of labels; this one has none. Use "
-            "answers=text and label_prior=none."
+        raise ConfigError("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
+    if "auto" in (config.answer_channel, config.options):
+        raise ConfigError("answer_channel=auto and options=auto are settled by a task; see `run.resolved`.")
+    if config.reads_labels and not spec.labels:
+        raise ConfigError(
+            "answer_channel=label and label_prior=own need a task with a closed set of labels; this one has none. Use "
+            "answer_channel=text and label_prior=none."
         )
     if config.aggregator == "dot" and 0 < config.persona_tokens <= config.state_tokens:
-        raise BadConfig(
+        raise ConfigError(
             f"state_tokens={config.state_tokens} leaves none of persona_tokens={config.persona_tokens} for the query. "
             f"Give fewer, or aggregator=mean for a persona that is the same whatever is asked."
         )
-    if config.options == "compare" and config.persona_tokens and len(fitting.labels) < 2:
-        raise BadConfig("options=compare needs a task whose labels stand for two or more options in the prompt.")
-    if not encoder.identity.same_as(fitting.encoder):
-        raise EncoderMismatch("This plug", expected=fitting.encoder.describe(), found=encoder.identity.describe())
+    if config.options == "compare" and config.persona_tokens and len(spec.labels) < 2:
+        raise ConfigError("options=compare needs a task whose labels stand for two or more options in the prompt.")
+    if not encoder.identity.same_as(spec.encoder):
+        raise EncoderMismatch("This plug", expected=spec.encoder.describe(), found=encoder.identity.describe())

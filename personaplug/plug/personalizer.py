@@ -17,10 +17,10 @@ from personaplug.encoders.embedding_store import Halves, Rows
 from personaplug.encoders.encoded_sample import (
     EncodedHistory,
     EncodedSample,
-    answer_forms,
-    answer_places,
+    label_ids,
     nearest,
-    no_forms,
+    no_style,
+    style_of_answers,
 )
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import HistoryBatch, PersonaPlug
@@ -59,11 +59,11 @@ class Personalizer:
     Args:
         plug: the plug itself.
         table: where the vectors of encoded samples are.
-        strength: as `PersonaPlug.forward` takes it.
+        persona_scale: as `PersonaPlug.forward` takes it.
     """
 
-    def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None, strength: float = 1.0) -> None:
-        self.plug, self.table, self.strength = plug, table, strength
+    def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None, persona_scale: float = 1.0) -> None:
+        self.plug, self.table, self.persona_scale = plug, table, persona_scale
 
     @property
     def placement(self) -> str:
@@ -74,7 +74,7 @@ class Personalizer:
         """Soft tokens for samples whose items are rows of the table; (B, S, D), with gradients if enabled."""
         history = self.gather(samples) if self.plug.config.reads_history else None
         queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
-        soft: SoftPrompt = self.plug(queries, history, options=options, strength=self.strength)
+        soft: SoftPrompt = self.plug(queries, history, options=options, persona_scale=self.persona_scale)
         return soft
 
     def gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
@@ -102,22 +102,22 @@ class Personalizer:
         items = items[-self.plug.config.max_history :]
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
-        forms = answer_forms(items) if self.plug.config.reads_forms else no_forms(len(items))
-        return EncodedHistory(vectors, answer_places(items, self.plug.fitting.labels), forms)
+        forms = style_of_answers(items) if self.plug.config.reads_forms else no_style(len(items))
+        return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), forms)
 
     @torch.no_grad()
     def of_history(
-        self, query: str, history: EncodedHistory, *, options: Options | None = None, strength: float | None = None
+        self, query: str, history: EncodedHistory, *, options: Options | None = None, persona_scale: float | None = None
     ) -> SoftPrompt:
         """Soft tokens for one query and a history that is encoded; (1, S, D).
 
         Args:
             history: at most `max_history` items.
             options: what the prompt lets choose from, for a plug that compares that.
-            strength: as the personalizer's own; None = that.
+            persona_scale: as the personalizer's own; None = that.
         """
         batch = self.batch(history, lengths=(len(history),))
-        return self.of_read(query, batch, options=options, strength=strength)
+        return self.of_read(query, batch, options=options, persona_scale=persona_scale)
 
     @torch.no_grad()
     def read(self, history: EncodedHistory) -> HistoryBatch:
@@ -130,14 +130,14 @@ class Personalizer:
 
     @torch.no_grad()
     def of_read(
-        self, query: str, history: HistoryBatch, *, options: Options | None = None, strength: float | None = None
+        self, query: str, history: HistoryBatch, *, options: Options | None = None, persona_scale: float | None = None
     ) -> SoftPrompt:
         """Soft tokens for one query and a history that is read; see `of_history`."""
         if self.plug.config.selected_items:
             places = self.selected(query, history.vectors.cpu().numpy())
             history = history.only(torch.from_numpy(places).to(history.vectors.device))
-        strength = self.strength if strength is None else strength
-        soft: SoftPrompt = self.plug([query], history, options=[options], strength=strength)
+        persona_scale = self.persona_scale if persona_scale is None else persona_scale
+        soft: SoftPrompt = self.plug([query], history, options=[options], persona_scale=persona_scale)
         return soft
 
     def selected(self, query: str, vectors: Halves) -> Rows:
@@ -154,7 +154,7 @@ class Personalizer:
     def batch(self, histories: EncodedHistory, *, lengths: tuple[int, ...]) -> HistoryBatch:
         """Histories that lie one behind the other, as tensors; forms are left out for a plug that reads none."""
         device, forms = self.plug.instruction.device, histories.forms
-        forms = forms if self.plug.config.reads_forms else no_forms(len(forms))
+        forms = forms if self.plug.config.reads_forms else no_style(len(forms))
         # What torch takes as it is; the arrays of a store cannot be written to, and are copied.
         vectors = torch.from_numpy(np.require(histories.vectors, requirements=["C", "W"]))
         answers = torch.from_numpy(histories.answers.astype(np.int64))

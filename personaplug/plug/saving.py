@@ -19,7 +19,7 @@ ABOUT = "plug.json"
 
 
 @dataclass(frozen=True)
-class Fitting:
+class PlugSpec:
     """What a plug is made to fit, measured once and kept in the artefact.
 
     Attributes:
@@ -35,51 +35,51 @@ class Fitting:
     labels: tuple[str, ...] = ()
 
 
-def write_about(folder: Path, config: PlugConfig, *, fitting: Fitting) -> None:
+def write_plug_json(folder: Path, config: PlugConfig, *, spec: PlugSpec) -> None:
     """Say how a plug is built and what it fits; what stands there says that the plug is complete.
 
     Raises:
         StorageError: if the disk is full or not writable.
     """
-    about = {"format_version": FORMAT_VERSION, "config": asdict(config), "fitting": asdict(fitting)}
+    about = {"format_version": FORMAT_VERSION, "config": asdict(config), "fitting": asdict(spec)}
     write_json(folder / ABOUT, about)
 
 
-def read_about(folder: Path) -> tuple[PlugConfig, Fitting]:
+def read_plug_json(folder: Path) -> tuple[PlugConfig, PlugSpec]:
     """How a saved plug is built, and what it fits.
 
     Raises:
         MissingData: if the folder holds no plug, or a broken or newer one.
-        BadConfig: as `read_plug_config`.
+        ConfigError: as `read_plug_config`.
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         before = {key.removeprefix("plug."): value for key, value in BEFORE.items() if key.startswith("plug.")}
         version, config = about["format_version"], before | about["config"]
-        fitting = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
+        spec = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise MissingData(f"{folder / ABOUT} is not a plug's description ({type(error).__name__}).") from error
-    if fitting is None:
+    if spec is None:
         raise MissingData(
             f"{folder} has the format version {version}; this personaplug reads {FORMAT_VERSION}. Upgrade personaplug."
         )
-    return read_plug_config(config), fitting
+    return read_plug_config(config), spec
 
 
 def read_plug_config(values: dict[str, Any]) -> PlugConfig:
     """The PlugConfig of an artefact, checked like any other setting.
 
     Raises:
-        BadConfig: for unknown keys or values out of range.
+        ConfigError: for unknown keys or values out of range.
     """
     named = {f"plug.{key}": value for key, value in values.items()}
     return with_values(Config(), without_gone(named)).plug
 
 
-def _read_fitting(values: dict[str, Any]) -> Fitting:
-    return Fitting(
+def _read_fitting(values: dict[str, Any]) -> PlugSpec:
+    return PlugSpec(
         llm=LLMIdentity(**values["llm"]),
         embedding_scale=float(values["embedding_scale"]),
         encoder=EncoderIdentity.from_dict(values["encoder"]),

@@ -9,7 +9,7 @@ import json
 import secrets
 from pathlib import Path
 
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import ConfigError, MissingData
 from personaplug.infra.atomic_io import write_json
 
 OPEN_TENANT = "default"
@@ -18,7 +18,7 @@ OPEN_TENANT = "default"
 _PREFIX = "pp-"
 
 
-class Accounts:
+class ApiKeys:
     """The keys of a server.
 
     Args:
@@ -29,7 +29,7 @@ class Accounts:
         self._tenants = tenants
 
     @classmethod
-    def read(cls, path: Path) -> Accounts:
+    def read(cls, path: Path) -> ApiKeys:
         """The keys of a file, which `new_key` makes.
 
         Raises:
@@ -69,10 +69,10 @@ class Accounts:
         """Refuse to be open to others than this machine.
 
         Raises:
-            BadConfig: if there are no keys and the address is another than loopback.
+            ConfigError: if there are no keys and the address is another than loopback.
         """
         if self.open and not is_loopback(host):
-            raise BadConfig(
+            raise ConfigError(
                 f"Without keys, a server listens to this machine alone (--host 127.0.0.1); found {host!r}. Make keys "
                 f"with `personaplug key TENANT --keys FILE` and give --keys FILE."
             )
@@ -82,12 +82,12 @@ def new_key(path: Path, tenant: str) -> str:
     """Make a key for a tenant, note its hash in a file, and return it: nobody can look it up again.
 
     Raises:
-        BadConfig: if the tenant has no name.
+        ConfigError: if the tenant has no name.
         MissingData: if the file is there and is none of keys.
     """
     if not tenant.strip():
-        raise BadConfig("A tenant has a name; found none.")
-    known = Accounts.read(path)._tenants if path.exists() else {}
+        raise ConfigError("A tenant has a name; found none.")
+    known = ApiKeys.read(path)._tenants if path.exists() else {}
     key = _PREFIX + secrets.token_urlsafe(32)
     write_json(path, {**(known or {}), _digest(key): tenant})
     path.chmod(0o600)

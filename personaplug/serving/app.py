@@ -23,18 +23,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from personaplug.errors import (
-    BadItem,
     EncoderMismatch,
     EngineFailure,
+    ItemError,
     MissingData,
     PersonaPlugError,
     RequestError,
     StorageError,
 )
-from personaplug.serving.api_keys import Accounts
+from personaplug.serving.api_keys import ApiKeys
 from personaplug.serving.engines.base import Events
-from personaplug.serving.engines.in_process import LocalEngine
-from personaplug.serving.middleware import TENANT, Gate, Limits, refused, retry_after
+from personaplug.serving.engines.in_process import InProcessEngine
+from personaplug.serving.middleware import TENANT, Gate, RequestLimits, refused, retry_after
 from personaplug.serving.openai_protocol import (
     ChatRequest,
     CompletionRequest,
@@ -45,7 +45,7 @@ from personaplug.serving.openai_protocol import (
     event,
     first_flaw,
 )
-from personaplug.serving.service import Answered, Service
+from personaplug.serving.service import Service, ServiceReply
 from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, *, accounts: Accounts | None = None, limits: Limits | None = None) -> FastAPI:
+def create_app(service: Service, *, accounts: ApiKeys | None = None, limits: RequestLimits | None = None) -> FastAPI:
     """The server as an ASGI application.
 
     Args:
@@ -127,7 +127,7 @@ def create_app(service: Service, *, accounts: Accounts | None = None, limits: Li
         accounts: who may use it; None = everybody, for servers that only this machine reaches.
         limits: what requests may take.
     """
-    accounts, limits, telemetry = accounts or Accounts(), limits or Limits(), Telemetry()
+    accounts, limits, telemetry = accounts or ApiKeys(), limits or RequestLimits(), Telemetry()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -224,13 +224,15 @@ def create_app(service: Service, *, accounts: Accounts | None = None, limits: Li
     return app
 
 
-def serve(service: Service, *, accounts: Accounts, limits: Limits, host: str, port: int, patience_s: int = 30) -> None:
+def serve(
+    service: Service, *, accounts: ApiKeys, limits: RequestLimits, host: str, port: int, patience_s: int = 30
+) -> None:
     """Serve until told to stop, then finish what was begun.
 
     Args:
         patience_s: seconds that streams have to end.
     Raises:
-        BadConfig: if there are no keys and others than this machine would be let in, or the engine does not fit.
+        ConfigError: if there are no keys and others than this machine would be let in, or the engine does not fit.
         EngineFailure: if the language model is not there.
     """
     accounts.check_address(host)
@@ -250,7 +252,7 @@ def serve(service: Service, *, accounts: Accounts, limits: Limits, host: str, po
         whom = "this machine alone" if accounts.open else "whoever has a key"
         place = f"http://{host}:{port}"
         logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], place, whom, place)
-        if not isinstance(service.engine, LocalEngine):
+        if not isinstance(service.engine, InProcessEngine):
             # A persona is too little work to share: a second thread makes it no faster, and is missed where vLLM runs.
             torch.set_num_threads(1)
         # What is loaded by now stays: to look through half a million objects for garbage would halt answers for 0.2 s.
@@ -265,13 +267,13 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "personaplug"}
 
 
-def _response(answered: Answered) -> Response:
+def _response(answered: ServiceReply) -> Response:
     persona = answered.persona
     headers = {
         "X-Request-Id": answered.id,
         "X-Personaplug-Persona": persona.applied,
         "X-Personaplug-Items": str(persona.items),
-        "X-Personaplug-Strength": f"{persona.strength:g}",
+        "X-Personaplug-Persona-Scale": f"{persona.persona_scale:g}",
         **retry_after(answered.reply.status),  # vLLM may refuse for want of room, and does not say this
     }
     reply = answered.reply
@@ -331,7 +333,7 @@ def _told(error: Exception) -> tuple[int, str, str]:
         return error.status, error.code, str(error)
     if isinstance(error, MissingData):
         return 404, "not_found", str(error)
-    if isinstance(error, BadItem):
+    if isinstance(error, ItemError):
         return 400, "item", str(error)
     if isinstance(error, EngineFailure):
         return 502, "engine", str(error)

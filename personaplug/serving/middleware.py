@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from personaplug.serving.api_keys import Accounts, is_loopback
+from personaplug.serving.api_keys import ApiKeys, is_loopback
 from personaplug.serving.openai_protocol import error_reply
 from personaplug.serving.telemetry import Telemetry
 
@@ -26,7 +26,7 @@ _READERS = 2  # bodies that may be on their way for every request that is answer
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What one request, and all of them together, may take.
 
     Attributes:
@@ -53,7 +53,7 @@ class Gate:
         telemetry: counts.
     """
 
-    def __init__(self, app: ASGIApp, *, accounts: Accounts, limits: Limits, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, *, accounts: ApiKeys, limits: RequestLimits, telemetry: Telemetry) -> None:
         self.app, self.accounts, self.limits, self.telemetry = app, accounts, limits, telemetry
         self._reading = self._running = 0
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from personaplug.config import STRONGEST
+from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import RequestError
 
 Kind = Literal["chat", "completion"]
@@ -56,10 +56,10 @@ class Extras(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    strength: float | None = Field(
+    persona_scale: float | None = Field(
         default=None,
         ge=0,
-        le=STRONGEST,
+        le=MAX_PERSONA_SCALE,
         description="How far to go from what is common to all users to the user's own; 0 = plain model.",
     )
     free: bool = Field(default=False, description="Write freely even where the task has a closed set of answers.")

@@ -1,4 +1,4 @@
-"""LivePersonas: (tenant, user, query) to soft tokens, out of the store of a service.
+"""PersonaCache: (tenant, user, query) to soft tokens, out of the store of a service.
 
 The personas are made by the Personalizer that evaluations use, so what is served is what was measured.
 """
@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from cachetools import LRUCache
 
-from personaplug.config import STRONGEST
+from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.data.records import HistoryItem, Options
-from personaplug.encoders.encoded_sample import EncodedHistory, written_answers
-from personaplug.encoders.style_features import forms_of
-from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
-from personaplug.llm.ngram_cache import Phrases
+from personaplug.encoders.encoded_sample import EncodedHistory, past_answers
+from personaplug.encoders.style_features import style_features_of
+from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
+from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import item_weights
 from personaplug.plug.model import HistoryBatch, PersonaPlug
@@ -42,7 +42,7 @@ class Persona:
         applied: `user` = made from the user's own items, `population` = what is common to all, as users of few items
             get it too, `plain` = none.
         items: of the history that it was made from.
-        strength: as `PersonaPlug.forward` takes it.
+        persona_scale: as `PersonaPlug.forward` takes it.
         kept: whether it was at hand, unchanged since an earlier request.
         phrases: of the user's own answers, to be mixed into what is written; None where that is not wanted.
     """
@@ -50,12 +50,12 @@ class Persona:
     soft: SoftPrompt | None
     applied: Literal["user", "population", "plain"]
     items: int
-    strength: float
+    persona_scale: float
     kept: bool = False
-    phrases: Phrases | None = None
+    phrases: UserNgramCache | None = None
 
 
-class LivePersonas:
+class PersonaCache:
     """Makes personas of users whose histories grow, change and go; for several threads at once.
 
     What a request needs of a user is kept within a bound of bytes (the soft tokens, or the read history where tokens
@@ -69,7 +69,7 @@ class LivePersonas:
         phrases: makes phrases of a user's own answers, for an engine that mixes them in; None = it does not.
         cache_bytes: most that is kept in memory.
     Raises:
-        BadConfig: if `unknown` is neither, or the strength is out of bounds.
+        ConfigError: if `unknown` is neither, or persona_scale is out of bounds.
         StoreConflict: if the store keeps other answers or other vectors than the plug was trained on, or no texts where
             phrases are wanted.
     """
@@ -80,13 +80,13 @@ class LivePersonas:
         store: HistoryStore,
         *,
         unknown: Unknown = "population",
-        phrases: Callable[[Sequence[str]], Phrases] | None = None,
+        phrases: Callable[[Sequence[str]], UserNgramCache] | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         if unknown not in UNKNOWN:
-            raise BadConfig(f"Unknown users get one of {', '.join(UNKNOWN)}; found {unknown!r}.")
-        if not 0 <= personalizer.strength <= STRONGEST:
-            raise BadConfig(f"The strength of personas goes from 0 to {STRONGEST}; found {personalizer.strength}.")
+            raise ConfigError(f"Unknown users get one of {', '.join(UNKNOWN)}; found {unknown!r}.")
+        if not 0 <= personalizer.persona_scale <= MAX_PERSONA_SCALE:
+            raise ConfigError(f"persona_scale goes from 0 to {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}.")
         if phrases is not None and not store.settings.keep_text:
             raise StoreConflict(
                 "Phrases are read from items' texts, and the store keeps none. Make one with keep_text."
@@ -107,7 +107,7 @@ class LivePersonas:
         query: str,
         *,
         options: Options | None = None,
-        strength: float | None = None,
+        persona_scale: float | None = None,
     ) -> Persona:
         """The soft tokens for a user's query.
 
@@ -116,30 +116,30 @@ class LivePersonas:
             user: None = nobody in particular.
             query: what is asked, as the plug's task cuts it out of a prompt.
             options: what the prompt lets choose from, for a plug that compares that.
-            strength: as `PersonaPlug.forward` takes it; None = the personalizer's.
+            persona_scale: as `PersonaPlug.forward` takes it; None = the personalizer's.
         Raises:
-            StorageError, EncoderMismatch, BadItem: as `HistoryStore.read`.
+            StorageError, EncoderMismatch, ItemError: as `HistoryStore.read`.
         """
-        strength = self.personalizer.strength if strength is None else strength
-        if strength == 0:
-            return Persona(None, "plain", 0, strength)
+        persona_scale = self.personalizer.persona_scale if persona_scale is None else persona_scale
+        if persona_scale == 0:
+            return Persona(None, "plain", 0, persona_scale)
         kept, at_hand = (self._nobody, True) if user is None else self._known(tenant, user)
         if not kept.items and self.unknown == "plain":
-            return Persona(None, "plain", 0, strength)
-        soft = kept.soft if strength == self.personalizer.strength else None
+            return Persona(None, "plain", 0, persona_scale)
+        soft = kept.soft if persona_scale == self.personalizer.persona_scale else None
         if soft is None:
             read = kept.read or self.personalizer.read(self._history(tenant, user))
             with self._making:
-                soft = self.personalizer.of_read(query, read, options=options, strength=strength)
+                soft = self.personalizer.of_read(query, read, options=options, persona_scale=persona_scale)
         applied: Literal["user", "population"] = "user" if kept.items > self.plug.few else "population"
-        return Persona(soft, applied, kept.items, strength, kept=at_hand, phrases=kept.phrases)
+        return Persona(soft, applied, kept.items, persona_scale, kept=at_hand, phrases=kept.phrases)
 
     def made(
-        self, query: str, history: EncodedHistory, *, options: Options | None = None, strength: float | None = None
+        self, query: str, history: EncodedHistory, *, options: Options | None = None, persona_scale: float | None = None
     ) -> SoftPrompt:
         """Soft tokens for a query and a history that is given; see `Personalizer.of_history`."""
         with self._making:
-            return self.personalizer.of_history(query, history, options=options, strength=strength)
+            return self.personalizer.of_history(query, history, options=options, persona_scale=persona_scale)
 
     def selected(self, query: str, history: EncodedHistory) -> npt.NDArray[np.intp]:
         """Places of the items that a persona is made from, where the plug takes only the nearest to the query."""
@@ -189,17 +189,17 @@ class LivePersonas:
             return _no_history(self.plug)
         return self.store.read(tenant, user, latest=self.plug.config.max_history)
 
-    def _phrases_of(self, tenant: str, user: str) -> Phrases | None:
+    def _phrases_of(self, tenant: str, user: str) -> UserNgramCache | None:
         if self._phrases is None:
             return None
         latest = self.plug.config.max_history
         stored = self.store.list_items(tenant, user, latest=latest)
         items = [HistoryItem(item.id, item.fields, item.answer_name) for item in stored]
-        return self._phrases(written_answers(items, latest=latest))
+        return self._phrases(past_answers(items, latest=latest))
 
-    def _worth_keeping(self, history: StoredHistory, *, phrases: Phrases | None = None) -> _Kept:
+    def _worth_keeping(self, history: StoredHistory, *, phrases: UserNgramCache | None = None) -> _Kept:
         """The tokens, if they are the same whatever is asked, else the history, read as far as that goes."""
-        if self.plug.asks_nothing:
+        if self.plug.ignores_query:
             return _Kept(history.version, len(history), phrases, soft=self.made("", history))
         return _Kept(history.version, len(history), phrases, read=self.personalizer.read(history))
 
@@ -210,7 +210,7 @@ class _Kept:
 
     version: int
     items: int
-    phrases: Phrases | None = None
+    phrases: UserNgramCache | None = None
     soft: SoftPrompt | None = None
     read: HistoryBatch | None = None
 
@@ -222,26 +222,27 @@ class _Kept:
 
 def _no_history(plug: PersonaPlug) -> StoredHistory:
     return StoredHistory(
-        vectors=np.empty((0, plug.fitting.encoder.width), dtype=np.float16),
+        vectors=np.empty((0, plug.spec.encoder.width), dtype=np.float16),
         answers=np.empty(0, dtype=np.int16),
-        forms=forms_of([]),
+        forms=style_features_of([]),
         version=0,
     )
 
 
 def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
     settings, config = store.settings, plug.config
-    if not store.identity.same_items_as(plug.fitting.encoder):
-        raise EncoderMismatch("The plug", expected=plug.fitting.encoder.describe(), found=store.identity.describe())
+    if not store.identity.same_items_as(plug.spec.encoder):
+        raise EncoderMismatch("The plug", expected=plug.spec.encoder.describe(), found=store.identity.describe())
     if settings.encodes_answers != config.encodes_answers:
         ways = {True: "of whole items", False: "of items without the user's answer"}
         raise StoreConflict(
-            f"The plug reads vectors {ways[config.encodes_answers]} (answers={config.answers}); the store keeps "
+            f"The plug reads vectors {ways[config.encodes_answers]} (answer_channel={config.answer_channel}); "
+            f"the store keeps "
             f"vectors {ways[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
         )
-    if config.reads_labels and settings.labels != plug.fitting.labels:
+    if config.reads_labels and settings.labels != plug.spec.labels:
         raise StoreConflict(
-            f"The plug knows {len(plug.fitting.labels)} labels as answers; the store was made with other ones "
+            f"The plug knows {len(plug.spec.labels)} labels as answers; the store was made with other ones "
             f"({len(settings.labels)}). Make a store with `store_settings(plug)`."
         )
 
@@ -252,5 +253,5 @@ def store_settings(plug: PersonaPlug, *, keep_text: bool = False) -> StoreSettin
     Args:
         keep_text: keep the items' fields too, for explanations that show them and for a later change of encoder.
     """
-    labels = plug.fitting.labels if plug.config.reads_labels else ()
+    labels = plug.spec.labels if plug.config.reads_labels else ()
     return StoreSettings(labels=labels, encodes_answers=plug.config.encodes_answers, keep_text=keep_text)

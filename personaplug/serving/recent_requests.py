@@ -28,7 +28,7 @@ class _Asked(NamedTuple):
     at: float
 
 
-class RememberedRequests:
+class RecentRequests:
     """What users asked lately; for several threads.
 
     Args:

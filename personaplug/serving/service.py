@@ -21,10 +21,10 @@ from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.errors import MissingData, RequestError
 from personaplug.plug.attribution import drift, left_out
-from personaplug.serving.engines.base import Engine, Question, Reply
+from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, as_json, check_name
-from personaplug.serving.persona_cache import LivePersonas, Persona
-from personaplug.serving.recent_requests import RememberedRequests
+from personaplug.serving.persona_cache import Persona, PersonaCache
+from personaplug.serving.recent_requests import RecentRequests
 from personaplug.store.history_store import Stored
 from personaplug.store.reads import StoredItem
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, repr=False)
-class Answered:
+class ServiceReply:
     """An answer, and what was applied to get it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Answered:
         id: of the request, by which its outcome may be told later.
     """
 
-    reply: Reply
+    reply: EngineReply
     persona: Persona
     id: str
 
@@ -74,20 +74,20 @@ class Service:
 
     def __init__(
         self,
-        personas: LivePersonas,
+        personas: PersonaCache,
         engine: Engine,
         *,
         task: Task,
         elsewhere: bool = False,
-        remembered: RememberedRequests | None = None,
+        remembered: RecentRequests | None = None,
     ) -> None:
         self.personas, self.engine, self.task, self.elsewhere = personas, engine, task, elsewhere
         self.store = personas.store
-        self.remembered = remembered or RememberedRequests()
+        self.remembered = remembered or RecentRequests()
         # Encoding, erasing and explaining take long: answers are not to wait behind them.
         self._slow = ThreadPoolExecutor(2, thread_name_prefix="personaplug-slow")
 
-    async def answer(self, request: ChatRequest | CompletionRequest, *, tenant: str) -> Answered:
+    async def answer(self, request: ChatRequest | CompletionRequest, *, tenant: str) -> ServiceReply:
         """Answer a request with its user's persona.
 
         Raises:
@@ -98,11 +98,11 @@ class Service:
         body, came = request.passed_on, time.monotonic()
         as_json(body)  # before anything reads its texts
         asked, extras, user = self._asked(request.asked), request.personaplug, request.user
-        strength = extras.strength if asked.worded or self.elsewhere else 0
+        persona_scale = extras.persona_scale if asked.worded or self.elsewhere else 0
         persona = await asyncio.to_thread(
-            self.personas.persona, tenant, user, asked.query, options=asked.options, strength=strength
+            self.personas.persona, tenant, user, asked.query, options=asked.options, persona_scale=persona_scale
         )
-        question = Question(
+        question = EngineRequest(
             "chat" if isinstance(request, ChatRequest) else "completion",
             body,
             persona.soft,
@@ -113,7 +113,7 @@ class Service:
         reply = await self.engine.answer(question)
         if user is not None:
             self.remembered.add(tenant, user, request=question.id, query=asked.query, since=came)
-        return Answered(reply, persona, question.id)
+        return ServiceReply(reply, persona, question.id)
 
     async def add(self, tenant: str, user: str, records: Sequence[dict[str, Any]]) -> Stored:
         """Add items to a user's history, all of them or none.

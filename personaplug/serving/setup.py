@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from personaplug.encoders import Encoder, open_encoder
-from personaplug.errors import BadConfig, StoreConflict
+from personaplug.errors import ConfigError, StoreConflict
 from personaplug.infra.model_hub import find_model
-from personaplug.llm.causal_lm import DecoderOnlyBackend
-from personaplug.llm.loading import choose_device, open_backend
-from personaplug.llm.ngram_cache import Phrases, check_phrases
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.loading import choose_device, open_llm
+from personaplug.llm.ngram_cache import UserNgramCache, check_ngrams
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Run
 from personaplug.serving.engines.base import Engine
-from personaplug.serving.engines.in_process import LocalEngine
+from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
-from personaplug.serving.persona_cache import LivePersonas, Unknown, store_settings
+from personaplug.serving.persona_cache import PersonaCache, Unknown, store_settings
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore, Retention
 
@@ -28,7 +28,7 @@ LOCAL = "local"
 
 
 @dataclass(frozen=True)
-class Hosting:
+class ServingConfig:
     """How a run is served.
 
     Attributes:
@@ -40,7 +40,7 @@ class Hosting:
         model: by what name requests call the model; empty = that of the run's config, or vLLM's own.
         seed: which of the run's trainings; None = the first.
         unknown: what users get whose history is unknown.
-        strength: of personas, where a request does not say.
+        persona_scale: of personas, where a request does not say.
         elsewhere: use personas also for prompts without the wording of the run's task.
         keep_text: keep the texts of items, in a store that is made now.
         phrases: mix the phrases of users' own answers into what the local engine writes; needs a store with texts.
@@ -57,7 +57,7 @@ class Hosting:
     model: str = ""
     seed: int | None = None
     unknown: Unknown = "population"
-    strength: float = 1.0
+    persona_scale: float = 1.0
     elsewhere: bool = False
     keep_text: bool = False
     phrases: bool = False
@@ -66,13 +66,13 @@ class Hosting:
     max_new_tokens: int = 512
 
 
-def open_service(run: Run, hosting: Hosting) -> Service:
+def open_service(run: Run, hosting: ServingConfig) -> Service:
     """Load what a run's plug needs, open the store, and make a service of them; the engine is not started yet.
 
     Raises:
         MissingData: if the run has no finished plug, or the store's secret is not there.
         StoreConflict, EncoderMismatch: if the store was made for another plug.
-        BadConfig: if the engine cannot serve this plug.
+        ConfigError: if the engine cannot serve this plug.
     """
     if hosting.phrases:
         _check_phrases(run, hosting)  # before the models are loaded
@@ -81,29 +81,31 @@ def open_service(run: Run, hosting: Hosting) -> Service:
     seed = run.config.training.seeds[0] if hosting.seed is None else hosting.seed
     folder = run.check_trained("plug", seed=seed)
     engine: Engine
-    phrases: Callable[[Sequence[str]], Phrases] | None = None
+    phrases: Callable[[Sequence[str]], UserNgramCache] | None = None
     if hosting.engine == LOCAL:
-        backend = open_backend(config)
-        if not isinstance(backend, DecoderOnlyBackend):
-            raise BadConfig(f"{config.llm} reads prompts with an encoder of its own; the server cannot run that kind.")
-        plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=backend.identity)
-        plug = plug.computing_items_in(backend.dtype).to(backend.device)
-        phrases = backend.phrases if hosting.phrases else None
+        llm = open_llm(config)
+        if not isinstance(llm, CausalLM):
+            raise ConfigError(
+                f"{config.llm} reads prompts with an encoder of its own; the server cannot run that kind."
+            )
+        plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=llm.identity)
+        plug = plug.computing_items_in(llm.dtype).to(llm.device)
+        phrases = llm.phrases if hosting.phrases else None
         name = hosting.model or config.llm
-        engine = LocalEngine(backend, name=name, max_rows=hosting.max_rows, max_new_tokens=hosting.max_new_tokens)
+        engine = InProcessEngine(llm, name=name, max_rows=hosting.max_rows, max_new_tokens=hosting.max_new_tokens)
     else:
         # Which model vLLM runs is seen when the engine starts: by its width, and by what it makes of these embeddings.
         plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=None).computing_items_in("bfloat16")
         engine = VLLMEngine(
             hosting.engine,
             table=EmbeddingTable.of_folder(find_model(config.llm)),
-            width=plug.fitting.llm.width,
+            width=plug.spec.llm.width,
             placement=plug.config.placement,
             model=hosting.model,
             key=hosting.engine_key,
         )
-    personas = LivePersonas(
-        Personalizer(plug, strength=hosting.strength),
+    personas = PersonaCache(
+        Personalizer(plug, persona_scale=hosting.persona_scale),
         open_store(plug, encoder, hosting=hosting),
         unknown=hosting.unknown,
         phrases=phrases,
@@ -111,15 +113,15 @@ def open_service(run: Run, hosting: Hosting) -> Service:
     return Service(personas, engine, task=run.task, elsewhere=hosting.elsewhere)
 
 
-def _check_phrases(run: Run, hosting: Hosting) -> None:
-    check_phrases(run.task)
+def _check_phrases(run: Run, hosting: ServingConfig) -> None:
+    check_ngrams(run.task)
     if hosting.engine != LOCAL:
-        raise BadConfig(
+        raise ConfigError(
             "Phrases are mixed in by the local engine; vLLM chooses its tokens itself. Leave --phrases out."
         )
 
 
-def open_store(plug: PersonaPlug, encoder: Encoder, *, hosting: Hosting) -> HistoryStore:
+def open_store(plug: PersonaPlug, encoder: Encoder, *, hosting: ServingConfig) -> HistoryStore:
     """The store of histories that a plug's personas are made from; made if it is not there.
 
     Raises:

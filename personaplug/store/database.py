@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from personaplug.errors import BadConfig, MissingExtra, StorageError
-from personaplug.infra.atomic_io import storing
+from personaplug.errors import ConfigError, MissingExtra, StorageError
+from personaplug.infra.atomic_io import storage_errors
 
 try:
     import sqlalchemy as sa
@@ -45,7 +45,7 @@ class Database:
         connections: at most so many at once; who needs another one waits.
         wait_s: how long a transaction waits for a connection or for another one's lock, in seconds.
     Raises:
-        BadConfig: if it is neither.
+        ConfigError: if it is neither.
         MissingExtra: if PostgreSQL's driver is not installed.
 
     Attributes:
@@ -164,7 +164,7 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             if self.file:
-                with storing(self.file):
+                with storage_errors(self.file):
                     yield
             else:
                 yield
@@ -206,14 +206,14 @@ def _url(where: str | Path) -> URL:
         return URL.create("sqlite", database=str(Path(where).absolute()))
     try:
         url = make_url(where)
-        backend = url.get_backend_name()
+        llm = url.get_backend_name()
     except (ArgumentError, NoSuchModuleError, ValueError):
-        backend = ""
-    if backend == "sqlite" and url.database not in (None, "", ":memory:") and not url.query:
+        llm = ""
+    if llm == "sqlite" and url.database not in (None, "", ":memory:") and not url.query:
         return URL.create("sqlite", database=str(Path(url.database or "").absolute()))
-    if backend in ("postgresql", "postgres"):
+    if llm in ("postgresql", "postgres"):
         return url.set(drivername="postgresql+psycopg") if "+" not in url.drivername else url
-    raise BadConfig("A store is a path, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE.")
+    raise ConfigError("A store is a path, sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE.")
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import Encoder, EncoderIdentity
-from personaplug.errors import BadConfig, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
+from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
 from personaplug.store.database import Connection, Database, sa
 from personaplug.store.reads import (
     StoredHistory,
@@ -70,7 +70,7 @@ class HistoryStore:
     """The histories of users of tenants, in SQLite or PostgreSQL; for several threads and processes at once.
 
     Every call is one transaction or says otherwise: what it returned from is on disk, what it raised from left nothing.
-    All calls raise StorageError if the database cannot be used, and those that take ids BadItem if one cannot be an id.
+    All calls raise StorageError if the database cannot be used. Calls that take ids raise ItemError for an unfit id.
 
     Attributes:
         settings: what the store was made with.
@@ -119,7 +119,7 @@ class HistoryStore:
             EncoderMismatch: if another encoder made the store's vectors.
             StoreConflict: if the store has other settings or another secret.
             MissingData: if there is no store, or no secret of the one that is there.
-            BadConfig: if an argument is out of range, or PostgreSQL is given no secret.
+            ConfigError: if an argument is out of range, or PostgreSQL is given no secret.
         """
         database = Database(where, connections=connections, wait_s=wait_s)
         new = database.file is not None and not database.file.exists()
@@ -151,7 +151,7 @@ class HistoryStore:
         Raises:
             UserError: if the store was opened without an encoder.
             EncoderMismatch: if the store has another encoder by now.
-            BadItem, ShapeMismatch: if an item or its vector cannot be stored; then none of them is.
+            ItemError, ShapeMismatch: if an item or its vector cannot be stored; then none of them is.
         """
         if self.encoder is None:
             raise UserError("The store was opened without an encoder, which adding needs; or add encoded items.")
@@ -173,7 +173,7 @@ class HistoryStore:
 
         Raises:
             EncoderMismatch: if another encoder made the vectors.
-            BadItem, ShapeMismatch: if an item or its vector cannot be stored; then none of them is.
+            ItemError, ShapeMismatch: if an item or its vector cannot be stored; then none of them is.
         """
         check_id(tenant, what="a tenant")
         with self._database.reading() as connection:
@@ -439,7 +439,7 @@ def _secret(given: bytes | Path | None, database: Database, *, create: bool) -> 
     if isinstance(given, bytes):
         return Secret(given)
     if given is None and database.file is None:
-        raise BadConfig("A store in PostgreSQL has no place for its secret: give one, as bytes or as a file's path.")
+        raise ConfigError("A store in PostgreSQL has no place for its secret: give one, as bytes or as a file's path.")
     beside = database.file and database.file.with_name(f"{database.file.name}.secret")
     return Secret.of_file(Path(given or beside or ""), create=create)
 

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from personaplug.errors import BadConfig, MissingData, UserError
-from personaplug.infra.atomic_io import storing
+from personaplug.errors import ConfigError, MissingData, UserError
+from personaplug.infra.atomic_io import storage_errors
 
 _SHORTEST = 16
 
@@ -62,12 +62,12 @@ class Secret:
     Args:
         key: at least 16 bytes.
     Raises:
-        BadConfig: if it is shorter.
+        ConfigError: if it is shorter.
     """
 
     def __init__(self, key: bytes) -> None:
         if len(key) < _SHORTEST:
-            raise BadConfig(f"The secret of a store needs {_SHORTEST} bytes or more, not {len(key)}.")
+            raise ConfigError(f"The secret of a store needs {_SHORTEST} bytes or more, not {len(key)}.")
         self._key = key
 
     @classmethod
@@ -79,7 +79,7 @@ class Secret:
             create: make a new one, which only the owner of the file may read, if it is not there.
         Raises:
             MissingData: if it is not there and shall not be made.
-            BadConfig: if it holds something else.
+            ConfigError: if it holds something else.
             StorageError: if it cannot be written or read.
         """
         if not path.exists():
@@ -88,12 +88,12 @@ class Secret:
                     f"The store's secret {path} is not there: put it back. Without it no receipt can be verified."
                 )
             _write_once(path, secrets.token_hex(32))
-        with storing(path):
+        with storage_errors(path):
             held = path.read_text(encoding="ascii", errors="replace")
         try:
             return cls(bytes.fromhex(held))
         except ValueError as error:
-            raise BadConfig(f"{path} holds no secret of a store, which is written in hex digits.") from error
+            raise ConfigError(f"{path} holds no secret of a store, which is written in hex digits.") from error
 
     def hashed(self, purpose: str, *parts: str) -> str:
         """A keyed hash of some words, 64 hex digits; another purpose gives another."""
@@ -123,7 +123,7 @@ class Secret:
 def _write_once(path: Path, text: str) -> None:
     """Write a file that only its owner may read; where two processes do, one of them wins and both read the same."""
     attempt = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with storing(path):
+    with storage_errors(path):
         with os.fdopen(os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             file.write(text)
             file.flush()

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from personaplug.encoders import EncoderIdentity
-from personaplug.errors import BadConfig, MissingData, StoreConflict, UserError
+from personaplug.errors import ConfigError, MissingData, StoreConflict, UserError
 from personaplug.store.database import Connection, sa
 from personaplug.store.vector_codec import Precision
 
@@ -47,9 +47,9 @@ class StoreSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.shards <= 1024:
-            raise BadConfig(f"A store has 1 to 1024 shards, not {self.shards}.")
+            raise ConfigError(f"A store has 1 to 1024 shards, not {self.shards}.")
         if self.precision not in ("float16", "int8"):
-            raise BadConfig(f"A store keeps vectors as float16 or int8, not {self.precision!r}.")
+            raise ConfigError(f"A store keeps vectors as float16 or int8, not {self.precision!r}.")
 
 
 class Shard(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.encoders.embedding_store import Halves
-from personaplug.errors import BadConfig, BadItem, ShapeMismatch, StorageError
+from personaplug.errors import ConfigError, ItemError, ShapeMismatch, StorageError
 
 Precision = Literal["float16", "int8"]
 """`float16` keeps what training sees; `int8` halves the bytes and turns a vector by less than a degree."""
@@ -25,9 +25,9 @@ def packed(vectors: npt.NDArray[Any], width: int, *, precision: Precision) -> li
         width: what E has to be.
         precision: how they are kept.
     Raises:
-        BadConfig: if there is no such precision.
+        ConfigError: if there is no such precision.
         ShapeMismatch: if they have another width.
-        BadItem: if one holds NaN, or a value beyond half precision.
+        ItemError: if one holds NaN, or a value beyond half precision.
     """
     if vectors.ndim != 2 or vectors.shape[1] != width:
         raise ShapeMismatch(f"Vectors of shape {vectors.shape} were given; the store keeps shape (n, {width}).")
@@ -36,7 +36,7 @@ def packed(vectors: npt.NDArray[Any], width: int, *, precision: Precision) -> li
         halves = vectors.astype("<f2")
     bad = int((~np.isfinite(halves).all(axis=1)).sum())
     if bad:
-        raise BadItem(f"{bad} of {len(vectors)} vectors hold NaN or infinite values; nothing was stored.")
+        raise ItemError(f"{bad} of {len(vectors)} vectors hold NaN or infinite values; nothing was stored.")
     if precision == "float16":
         records["values"] = halves
     else:
@@ -74,7 +74,7 @@ def unpacked(parts: Sequence[bytes], width: int, *, precision: Precision) -> Hal
 
 def _record(width: int, precision: Precision) -> np.dtype[np.void]:
     if precision not in get_args(Precision):
-        raise BadConfig(f"There is no precision {precision!r}; it is one of {', '.join(get_args(Precision))}.")
+        raise ConfigError(f"There is no precision {precision!r}; it is one of {', '.join(get_args(Precision))}.")
     if precision == "float16":
         return np.dtype([("values", "<f2", (width,))])
     return np.dtype([("scale", "<f4"), ("values", "i1", (width,))])

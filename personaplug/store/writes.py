@@ -15,9 +15,9 @@ from personaplug.data.records import HistoryItem
 from personaplug.encoders import EncoderIdentity
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import Halves
-from personaplug.encoders.encoded_sample import Places, answer_forms, answer_places
-from personaplug.encoders.style_features import FEATURES, Forms
-from personaplug.errors import BadConfig, BadItem, ShapeMismatch
+from personaplug.encoders.encoded_sample import Places, label_ids, style_of_answers
+from personaplug.encoders.style_features import FEATURES, StyleArray
+from personaplug.errors import ConfigError, ItemError, ShapeMismatch
 from personaplug.store.database import Connection, insert_rows, mark_of, sa
 from personaplug.store.schema import ITEMS_PER_USER, Shard, State, day_of, now_in_microseconds
 from personaplug.store.vector_codec import packed, split_rows
@@ -55,7 +55,7 @@ class EncodedItems:
     vectors: Vectors | Halves
     made_by: EncoderIdentity
     answers: Places | None = None
-    forms: Forms | None = None
+    forms: StyleArray | None = None
 
     def __repr__(self) -> str:
         return f"EncodedItems({len(self.items)} items)"
@@ -77,7 +77,7 @@ class Retention:
         for name in ("max_items", "max_days"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise BadConfig(f"{name} is 1 or more, not {value}; None keeps everything.")
+                raise ConfigError(f"{name} is 1 or more, not {value}; None keeps everything.")
 
 
 class Row(NamedTuple):
@@ -97,13 +97,13 @@ def check_id(value: str, *, what: str) -> None:
     """Refuse what cannot be an id.
 
     Raises:
-        BadItem: if it is empty, too long or no proper text; it is not shown, since an id may be personal.
+        ItemError: if it is empty, too long or no proper text; it is not shown, since an id may be personal.
     """
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_ID:
         found = f"{len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise BadItem(f"The id of {what} is a text of 1 to {LONGEST_ID} characters; found {found}.")
+        raise ItemError(f"The id of {what} is a text of 1 to {LONGEST_ID} characters; found {found}.")
     if not value.isprintable() and ("\0" in value or any("\ud800" <= sign <= "\udfff" for sign in value)):
-        raise BadItem(f"The id of {what} holds a zero or half of a surrogate pair, which no database keeps.")
+        raise ItemError(f"The id of {what} holds a zero or half of a surrogate pair, which no database keeps.")
 
 
 def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
@@ -120,16 +120,16 @@ def rows_of(encoded: EncodedItems, state: State, *, key: bytes) -> list[Row]:
         state: of the store that they go to.
         key: for their digests.
     Raises:
-        BadItem: if an id, a vector or a form cannot be stored, or a text is missing that has to be kept.
+        ItemError: if an id, a vector or a form cannot be stored, or a text is missing that has to be kept.
         ShapeMismatch: if columns have different lengths or vectors another width.
     """
     settings, items = state.settings, encoded.items
     _check_ids(encoded)
-    answers = answer_places(items, settings.labels) if encoded.answers is None else encoded.answers
-    forms = answer_forms(items) if encoded.forms is None else encoded.forms
+    answers = label_ids(items, settings.labels) if encoded.answers is None else encoded.answers
+    forms = style_of_answers(items) if encoded.forms is None else encoded.forms
     _check_columns(encoded, answers, forms, labels=len(settings.labels))
     if settings.keep_text and not all(item.fields for item in items):
-        raise BadItem("The store keeps texts, and there are items without fields; nothing was stored.")
+        raise ItemError("The store keeps texts, and there are items without fields; nothing was stored.")
     vectors = packed(encoded.vectors, state.encoder.width, precision=settings.precision)
     columns = zip(encoded.users, items, answers.tolist(), split_rows(forms.astype("<f2")), vectors, strict=True)
     return [
@@ -155,7 +155,7 @@ def write_rows(
     An item that replaces one keeps its place in the order of arrival. Of two with the same id, the later one counts.
 
     Raises:
-        BadItem: if more items came for a user than a store can number.
+        ItemError: if more items came for a user than a store can number.
     """
     latest = {(row.user, row.id): row for row in rows}
     users = lock_users(connection, shard.users, tenant=tenant, names={row.user for row in rows})
@@ -259,7 +259,7 @@ class _Changes:
             self.new += 1
             self.users[user.no] = user._replace(came=user.came + 1)
             if user.came == ITEMS_PER_USER - 1:
-                raise BadItem(f"More than {ITEMS_PER_USER} items came for one user, whom the store cannot number.")
+                raise ItemError(f"More than {ITEMS_PER_USER} items came for one user, whom the store cannot number.")
         self._put(row, user.no, key=key, arrived=arrived)
 
     def write(self, connection: Connection, shard: Shard) -> None:
@@ -314,7 +314,7 @@ def _check_ids(encoded: EncodedItems) -> None:
         check_id(item.id, what="an item")
 
 
-def _check_columns(encoded: EncodedItems, answers: Places, forms: Forms, *, labels: int) -> None:
+def _check_columns(encoded: EncodedItems, answers: Places, forms: StyleArray, *, labels: int) -> None:
     count = len(encoded.items)
     if len(encoded.vectors) != count or answers.shape != (count,) or forms.shape != (count, len(FEATURES)):
         raise ShapeMismatch(
@@ -322,9 +322,9 @@ def _check_columns(encoded: EncodedItems, answers: Places, forms: Forms, *, labe
             f"{forms.shape}; expected ({count}, E), ({count},) and ({count}, {len(FEATURES)})."
         )
     if count and not -1 <= int(answers.min()) <= int(answers.max()) < labels:
-        raise BadItem(f"Answers are places among {labels} labels, or -1; found {answers.min()} to {answers.max()}.")
+        raise ItemError(f"Answers are places among {labels} labels, or -1; found {answers.min()} to {answers.max()}.")
     if not np.isfinite(forms.astype(np.float16)).all():
-        raise BadItem("A form holds NaN or infinite values; nothing was stored.")
+        raise ItemError("A form holds NaN or infinite values; nothing was stored.")
 
 
 def _digest(item: HistoryItem, answer: int, values: bytes, *, key: bytes) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 
 from personaplug.data.splits import held_users
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ _BUCKET_BATCHES = 50  # batches whose samples are sorted by length together; sma
 
 
 @dataclass(frozen=True)
-class View:
+class Augmentation:
     """One appearance of a sample in an epoch.
 
     Attributes:
@@ -34,7 +34,7 @@ class View:
     number: int
 
 
-def hold_out(
+def user_split(
     samples: Sequence[EncodedSample], *, share: float, limit: int, seed: int
 ) -> tuple[list[EncodedSample], list[EncodedSample]]:
     """Split samples into (train, validation) such that no user is on both sides.
@@ -43,11 +43,11 @@ def hold_out(
         share: of the users, at least one, to hold out.
         limit: how many samples of the held-out users are kept at most.
     Raises:
-        BadConfig: if there are fewer than two users.
+        ConfigError: if there are fewer than two users.
     """
     owners = sorted({sample.owner for sample in samples})
     if len(owners) < 2:
-        raise BadConfig(
+        raise ConfigError(
             f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}."
         )
     rng = np.random.default_rng([seed, 1])
@@ -58,7 +58,9 @@ def hold_out(
     return train, [validation[i] for i in kept]
 
 
-def epoch_batches(lengths: Sequence[int], *, batch_size: int, views: int, seed: int, epoch: int) -> list[list[View]]:
+def epoch_batches(
+    lengths: Sequence[int], *, batch_size: int, views: int, seed: int, epoch: int
+) -> list[list[Augmentation]]:
     """The batches of one epoch: random order, samples of like length together, sizes equal up to one.
 
     Args:
@@ -68,15 +70,15 @@ def epoch_batches(lengths: Sequence[int], *, batch_size: int, views: int, seed: 
     rng = np.random.default_rng([seed, 2, epoch])
     order = rng.permutation(len(lengths) * (1 + views))
     count = max(1, math.ceil(len(order) / batch_size))
-    batches: list[list[View]] = []
+    batches: list[list[Augmentation]] = []
     for bucket in np.array_split(order, max(1, round(count / _BUCKET_BATCHES))):
         by_length = bucket[np.argsort([lengths[i % len(lengths)] for i in bucket], kind="stable")]
         for part in np.array_split(by_length, math.ceil(len(bucket) / batch_size)):
-            batches.append([View(int(i % len(lengths)), int(i // len(lengths))) for i in part])
+            batches.append([Augmentation(int(i % len(lengths)), int(i // len(lengths))) for i in part])
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def in_passes(batch: Sequence[T], *, lengths: Sequence[int], most: int) -> list[list[T]]:
+def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], most: int) -> list[list[T]]:
     """Split a batch into parts whose padded size, rows × longest, is at most `most` tokens; 0 = one part.
 
     A single sample that is longer still makes a part of its own.
@@ -94,14 +96,14 @@ def in_passes(batch: Sequence[T], *, lengths: Sequence[int], most: int) -> list[
     return parts
 
 
-def seen_through(
+def augment_history(
     sample: EncodedSample,
-    view: View,
+    view: Augmentation,
     *,
     seed: int,
     epoch: int,
-    empty_share: float = 0.0,
-    history_dropout: float = 0.0,
+    drop_history_prob: float = 0.0,
+    subsample_history_prob: float = 0.0,
 ) -> EncodedSample:
     """The sample with what a view shows of its history, in order.
 
@@ -109,13 +111,13 @@ def seen_through(
     the paper).
 
     Args:
-        empty_share: of the views, drawn by seed, lose the whole history: what a user without one gets is learned from
+        drop_history_prob: share of views that lose the whole history: what a user without one gets is learned from
             these.
-        history_dropout: share of the first views (0) that keep a random part of it, of any size from one item to all;
+        subsample_history_prob: share of the first views (0) that keep a random part of it, from one item to all;
             the others are whole.
     """
     size, place = len(sample.rows), [epoch, view.index, view.number]
-    if empty_share and np.random.default_rng([seed, 7, *place]).random() < empty_share:
+    if drop_history_prob and np.random.default_rng([seed, 7, *place]).random() < drop_history_prob:
         return sample.without_items()
     if size < 2:
         return sample
@@ -124,7 +126,7 @@ def seen_through(
         dropped = rng.choice(size, size=int(rng.integers(1, size // 2 + 1)), replace=False)
         return sample.with_items_of(sample, np.delete(np.arange(size), dropped))
     rng = np.random.default_rng([seed, 8, *place])
-    if rng.random() >= history_dropout:
+    if rng.random() >= subsample_history_prob:
         return sample
     kept = rng.choice(size, size=int(rng.integers(1, size + 1)), replace=False)
     return sample.with_items_of(sample, np.sort(kept))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from personaplug.infra.atomic_io import written_whole
+from personaplug.infra.atomic_io import atomic_folder
 
 
 @dataclass
@@ -46,7 +46,7 @@ def save_state(folder: Path, state: TrainingState, *, module: nn.Module, optimiz
     Raises:
         StorageError: if it cannot be written; what was there before stays.
     """
-    with written_whole(folder / f"state-{state.step:08d}") as place:
+    with atomic_folder(folder / f"state-{state.step:08d}") as place:
         save_file(_plain(module.state_dict()), place / "weights.safetensors")
         save_file(_moments(optimizer), place / "optimizer.safetensors")
         (place / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
@@ -75,7 +75,7 @@ def save_best(folder: Path, step: int, *, module: nn.Module) -> None:
     Raises:
         StorageError: if it cannot be written.
     """
-    with written_whole(folder / f"best-{step:08d}") as place:
+    with atomic_folder(folder / f"best-{step:08d}") as place:
         save_file(_plain(module.state_dict()), place / "weights.safetensors")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from personaplug.config import Config
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader
-from personaplug.encoders.embedding_store import VectorTable, content_key
+from personaplug.encoders.embedding_store import EmbeddingStore, content_key
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples
 from personaplug.errors import MissingData
 from personaplug.infra.memory import peak_memory
@@ -87,7 +87,7 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
 
     Raises:
         MissingData: if the split has samples of one user only.
-        BadConfig: for settings that the task does not allow, as `train` does.
+        ConfigError: for settings that the task does not allow, as `train` does.
     """
     with tempfile.TemporaryDirectory() as place:
         config = resolved(config, reader.task)
@@ -173,10 +173,10 @@ def _plan_prompts(run: Run, found: _Counted, models: Models) -> _Kept:
     if run.config.plug.placement != "suffix":
         return _Kept()
     prompts = list(dict.fromkeys(sample.prompt for sample in found.drawn))
-    tokens = sum(one.tokens for one in models.backend.measure(prompts)) / len(prompts)
-    room = models.backend.room_for(int(tokens * found.samples))
+    tokens = sum(one.tokens for one in models.llm.measure(prompts)) / len(prompts)
+    room = models.llm.room_for(int(tokens * found.samples))
     began = time.monotonic()
-    models.backend.keep(prompts)
+    models.llm.keep(prompts)
     each = (time.monotonic() - began) / len(prompts)
     size = {place: room.bytes if room.place == place else 0 for place in ("memory", "disk")}
     if room.place == "nowhere":  # the timed steps read their prompts, as those of the training will
@@ -191,7 +191,7 @@ def _planned(config: Config, samples: int) -> tuple[int, float]:
     kept = samples * (1 - settings.validation_share)
     per_epoch = max(1, math.ceil(kept * (1 + settings.views) / settings.batch_size))
     steps = min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
-    validations = math.ceil(steps / (settings.validate_every or max(1, per_epoch // 4)))
+    validations = math.ceil(steps / (settings.eval_steps or max(1, per_epoch // 4)))
     batches = min(settings.validation_limit, samples - kept) / settings.batch_size
     # A validation needs the forward pass only: about 2/5 of a step, as nothing is kept for a backward pass.
     return steps, 0.4 * validations * batches
@@ -230,13 +230,13 @@ def _fit(
         train_limit=0,
         views=0,
         validation_share=1e-9,
-        validate_every=10**6,
-        checkpoint_every=10**6,
+        eval_steps=10**6,
+        save_steps=10**6,
         tensorboard=False,
     )
     stamps: list[float] = []
     fit(
-        PlugObjective(plug, models.backend, table=table, labels=closed_answers(run)),
+        PlugObjective(plug, models.llm, table=table, labels=closed_answers(run)),
         samples=_of_their_own(_encoded(run, samples, table), count=steps * batch_size + 1),
         config=settings,
         seed=0,
@@ -247,7 +247,7 @@ def _fit(
     return stamps
 
 
-def _encoded(run: Run, samples: Sequence[Sample], table: VectorTable) -> list[EncodedSample]:
+def _encoded(run: Run, samples: Sequence[Sample], table: EmbeddingStore) -> list[EncodedSample]:
     plug = run.config.plug
     forms = plug.reads_forms
     return encode_samples(samples, table, labels=run.task.labels, with_answer=plug.encodes_answers, with_forms=forms)

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from personaplug.baselines.lora import TASK, LowRankAdapters
+from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.config import AdapterConfig, TrainingConfig
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.llm.base import Backend
+from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 
@@ -72,16 +72,18 @@ class PlugObjective:
 
     unit = "token"
 
-    def __init__(self, plug: PersonaPlug, backend: Backend, *, table: VectorTable, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self, plug: PersonaPlug, llm: LanguageModel, *, table: EmbeddingStore, labels: Sequence[str] = ()
+    ) -> None:
         """Put a plug in front of a model.
 
         Args:
             table: where the samples' items are.
-            labels: the closed set of answers, if they are trained without the end of text; see `Backend.loss`.
+            labels: the closed set of answers, if they are trained without the end of text; see `LanguageModel.loss`.
         """
         self.module: nn.Module = plug
         self.device = plug.instruction.device
-        self.backend, self.labels = backend, tuple(labels)
+        self.llm, self.labels = llm, tuple(labels)
         self.personalizer = Personalizer(plug, table=table)
         self.behind = plug.config.placement == "suffix"
         self.reads_histories = plug.config.reads_history
@@ -92,11 +94,11 @@ class PlugObjective:
             [sample.query for sample in samples], options=[sample.options for sample in samples]
         )
         if self.behind:
-            self.backend.keep([sample.prompt for sample in samples])
+            self.llm.keep([sample.prompt for sample in samples])
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         soft = self.personalizer.soft_prompt(samples)
-        losses, tokens = self.backend.loss(
+        losses, tokens = self.llm.loss(
             [sample.prompt for sample in samples],
             [sample.target or "" for sample in samples],
             soft=soft,
@@ -106,15 +108,15 @@ class PlugObjective:
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        return _answered_lengths(samples, self.backend)
+        return _answered_lengths(samples, self.llm)
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         """Behind a prompt, soft tokens and answer; of the prompt only keys and values are held."""
         whole = self.lengths(samples)
-        if not self.behind or not self.backend.reads_apart():
+        if not self.behind or not self.llm.supports_prompt_cache():
             return whole
         soft = self.personalizer.plug.config.soft_tokens
-        prompts = [found.tokens for found in self.backend.measure([sample.prompt for sample in samples])]
+        prompts = [found.tokens for found in self.llm.measure([sample.prompt for sample in samples])]
         both = zip(whole, prompts, strict=True)
         return [soft + length - prompt + math.ceil(prompt / _HELD) for length, prompt in both]
 
@@ -151,7 +153,7 @@ class LoraObjective:
     reads_histories = False
 
     def __init__(
-        self, adapters: LowRankAdapters, backend: Backend, *, config: AdapterConfig, labels: Sequence[str] = ()
+        self, adapters: LoraAdapters, llm: LanguageModel, *, config: AdapterConfig, labels: Sequence[str] = ()
     ) -> None:
         """Train matrices inside a model.
 
@@ -160,7 +162,7 @@ class LoraObjective:
         """
         self.module = adapters.module(TASK)
         self.device = next(self.module.parameters()).device
-        self.adapters, self.backend, self.rate = adapters, backend, config.lora_learning_rate
+        self.adapters, self.llm, self.rate = adapters, llm, config.lora_learning_rate
         self.labels = tuple(labels)
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
@@ -169,11 +171,11 @@ class LoraObjective:
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
         with self.adapters.active(TASK):
-            losses, tokens = self.backend.loss(prompts, targets, soft=None, labels=self.labels)
+            losses, tokens = self.llm.loss(prompts, targets, soft=None, labels=self.labels)
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        return _answered_lengths(samples, self.backend)
+        return _answered_lengths(samples, self.llm)
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return self.lengths(samples)
@@ -182,6 +184,6 @@ class LoraObjective:
         return [{"params": list(self.module.parameters()), "peak": self.rate}]
 
 
-def _answered_lengths(samples: Sequence[EncodedSample], backend: Backend) -> list[int]:
+def _answered_lengths(samples: Sequence[EncodedSample], llm: LanguageModel) -> list[int]:
     prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
-    return [found.tokens for found in backend.measure(prompts, targets=targets)]
+    return [found.tokens for found in llm.measure(prompts, targets=targets)]

@@ -19,23 +19,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from personaplug.baselines.lora import TASK, LowRankAdapters
-from personaplug.baselines.prompt_builder import PromptMaker
-from personaplug.baselines.ropg import LearnedRetriever, RetrieverObjective, Teacher
-from personaplug.data.label_set import ClosedAnswers
+from personaplug.baselines.lora import TASK, LoraAdapters
+from personaplug.baselines.prompt_builder import PromptBuilder
+from personaplug.baselines.ropg import RetrieverObjective, RopgRetriever, Teacher
+from personaplug.data.label_set import LabelSet
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, with_nearest
-from personaplug.errors import BadConfig, TrainingDiverged
-from personaplug.infra.atomic_io import write_json, written_file
-from personaplug.infra.distributed import main_first, on_main, together
+from personaplug.errors import ConfigError, TrainingDiverged
+from personaplug.infra.atomic_io import atomic_write, write_json
+from personaplug.infra.distributed import main_first, on_main, synchronized
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.methods import INSTRUCTION, LORA, PLUG, Trained
 from personaplug.plug.model import PersonaPlug
-from personaplug.plug.saving import Fitting
+from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run, drawn
-from personaplug.training.batching import hold_out
+from personaplug.training.batching import user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.objectives import LoraObjective, Objective, PlugObjective
 from personaplug.training.trainer import FitReport, fit, mean_loss
@@ -63,7 +63,7 @@ def train(
     Returns:
         The folders of what was trained, seed by seed.
     Raises:
-        BadConfig, TrainingDiverged, StorageError: see `fit`.
+        ConfigError, TrainingDiverged, StorageError: see `fit`.
     """
     if wanted is None:
         wanted = (INSTRUCTION, PLUG) if run.config.training.controls else (PLUG,)
@@ -73,24 +73,24 @@ def train(
 
 def build_plug(run: Run, models: Models, *, trained: Trained = PLUG, seed: int) -> PersonaPlug:
     """A fresh plug (or its control, or the paper's) for the run's models, its first weights drawn by `seed`."""
-    identity = models.backend.identity
-    fitting = Fitting(identity, models.backend.embedding_scale, models.encoder.identity, run.task.labels)
+    identity = models.llm.identity
+    spec = PlugSpec(identity, models.llm.embedding_scale, models.encoder.identity, run.task.labels)
     config = trained.plug(run.config.plug)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        plug = PersonaPlug(config, fitting=fitting, encoder=models.encoder)
-    return plug.computing_items_in(models.backend.dtype).to(models.backend.device)
+        plug = PersonaPlug(config, spec=spec, encoder=models.encoder)
+    return plug.computing_items_in(models.llm.dtype).to(models.llm.device)
 
 
 @contextmanager
-def task_matrices(run: Run, models: Models, *, seed: int) -> Iterator[LowRankAdapters]:
+def task_matrices(run: Run, models: Models, *, seed: int) -> Iterator[LoraAdapters]:
     """Let the model carry the task's trained matrices within a block, and apply them.
 
     Raises:
         MissingData: if their training has not ended.
     """
     weights = run.check_trained(LORA.name, seed=seed) / ADAPTER
-    with LowRankAdapters.attach(models.backend, config=run.config.adapter) as adapters:
+    with LoraAdapters.attach(models.llm, config=run.config.adapter) as adapters:
         adapters.load(TASK, load_file(weights))
         with adapters.active(TASK):
             yield adapters
@@ -98,7 +98,7 @@ def task_matrices(run: Run, models: Models, *, seed: int) -> Iterator[LowRankAda
 
 def closed_answers(run: Run) -> tuple[str, ...]:
     """The labels that answers are trained as, without an end of text where none is needed."""
-    return run.task.labels if run.config.training.answer_end == "auto" else ()
+    return run.task.labels if run.config.training.train_eos == "auto" else ()
 
 
 class Trainings:
@@ -115,9 +115,9 @@ class Trainings:
         """
         self.run, self.reader, self.models = run, reader, models
         self.table, self.plain = main_first(self._read)
-        self.prompts = PromptMaker(run, models, table=self.table)
+        self.prompts = PromptBuilder(run, models, table=self.table)
 
-    def _read(self) -> tuple[VectorTable, list[EncodedSample]]:
+    def _read(self) -> tuple[EmbeddingStore, list[EncodedSample]]:
         table = self.run.open_vectors(self.models.encoder)
         plain = self.run.read_samples(self.reader, table, limit=self.run.config.training.train_limit)
         self.run.check_data(plain, table)
@@ -127,7 +127,7 @@ class Trainings:
         """Train one thing with one seed, unless that is done; its folder.
 
         Raises:
-            BadConfig, TrainingDiverged, StorageError: see `fit`.
+            ConfigError, TrainingDiverged, StorageError: see `fit`.
         """
         folder = self.run.plug_folder(trained.name, seed=seed)
         if on_main(lambda: self.run.trained(trained.name, seed=seed)):
@@ -137,7 +137,7 @@ class Trainings:
             self._train_control(seed)
         reset_peak_memory()
         if trained.kind == "retriever":
-            self.models.backend.let_go()
+            self.models.llm.clear_cache()
         if trained.kind == "lora":
             self._lora(trained, seed=seed)
         elif trained.kind == "bridge":
@@ -152,14 +152,14 @@ class Trainings:
 
     def _plug(self, trained: Trained, *, seed: int) -> None:
         read = main_first(lambda: self._samples(trained, seed=seed))  # it may have items to encode
-        with together():
+        with synchronized():
             plug = build_plug(self.run, self.models, trained=trained, seed=seed)
             samples = with_nearest(read, self.table, count=plug.config.selected_items)
             if plug.config.instruction_start == "words":
                 self._start(plug, samples, seed=seed)
             if plug.label_prior is not None:
                 plug.label_prior.start_from(self._answered(samples))
-        objective = PlugObjective(plug, self.models.backend, table=self.table, labels=closed_answers(self.run))
+        objective = PlugObjective(plug, self.models.llm, table=self.table, labels=closed_answers(self.run))
         facts = self._fit(trained, objective, samples, seed=seed)
         if self._has_control(trained):
             facts |= self._choose_cold_start(plug, objective, read, seed=seed)
@@ -196,8 +196,8 @@ class Trainings:
         if not on_main(lambda: self.run.trained(INSTRUCTION.name, seed=seed)):
             return {}
         config = self.run.config.training
-        _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
-        with together():
+        _, held = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        with synchronized():
             control = self.run.load_plug(INSTRUCTION.name, seed=seed, models=self.models).instruction.detach()
         losses: dict[int, dict[str, float]] = {}
         tokens: torch.Tensor | None = control
@@ -208,24 +208,24 @@ class Trainings:
             shown = [sample.latest(items) for sample in held if len(sample.rows) >= items]
             if not shown:
                 break
-            plug.start_cold(None)
-            own = mean_loss(objective, shown, most=config.pass_tokens)
-            plug.start_cold(tokens, items=items)
-            losses[items] = {"plug": own, name: mean_loss(objective, shown, most=config.pass_tokens)}
+            plug.set_cold_start(None)
+            own = mean_loss(objective, shown, most=config.max_tokens_per_microbatch)
+            plug.set_cold_start(tokens, items=items)
+            losses[items] = {"plug": own, name: mean_loss(objective, shown, most=config.max_tokens_per_microbatch)}
             if losses[items][name] < own:
                 chosen = items
             elif items == 0:
                 tokens, name = None, _WITHOUT_ITEMS
             else:
                 break
-        plug.start_cold(tokens, items=chosen)
+        plug.set_cold_start(tokens, items=chosen)
         return {"loss_of_few_items": losses}
 
     def _start(self, plug: PersonaPlug, samples: Sequence[EncodedSample], *, seed: int) -> None:
         """Let a plug's instruction tokens start as tokens of answers."""
         rng, wanted = np.random.default_rng([seed, 9]), len(plug.instruction)
         answers = [samples[place].target or "" for place in rng.permutation(len(samples))[:_STARTS]]
-        tokens = self.models.backend.embedded(answers)
+        tokens = self.models.llm.embedded(answers)
         if len(tokens):
             plug.start_from(tokens[rng.choice(len(tokens), size=wanted, replace=len(tokens) < wanted)])
 
@@ -233,30 +233,30 @@ class Trainings:
         """Places of the samples' answers among the task's labels.
 
         Raises:
-            BadConfig: if they are not trained as such.
+            ConfigError: if they are not trained as such.
         """
         if not closed_answers(self.run):
-            raise BadConfig("What a user's own labels say is added to labels that are scored; give answer_end=auto.")
-        closed = ClosedAnswers(self.run.task.labels)
+            raise ConfigError("What a user's own labels say is added to labels that are scored; give train_eos=auto.")
+        closed = LabelSet(self.run.task.labels)
         return torch.tensor([closed.place(sample.target) for sample in samples])
 
     def _lora(self, trained: Trained, *, seed: int) -> None:
         folder = self.run.plug_folder(trained.name, seed=seed)
         settings = self.run.config.adapter
-        with LowRankAdapters.attach(self.models.backend, config=settings) as adapters:
+        with LoraAdapters.attach(self.models.llm, config=settings) as adapters:
             adapters.reset(TASK, seed=seed)
-            objective = LoraObjective(adapters, self.models.backend, config=settings, labels=closed_answers(self.run))
+            objective = LoraObjective(adapters, self.models.llm, config=settings, labels=closed_answers(self.run))
             with adapters.trainable(TASK):
                 facts = self._fit(trained, objective, self.plain, seed=seed)
             state = adapters.state(TASK)
-        on_main(lambda: written_file(folder / ADAPTER, lambda path: save_file(state, path)))
+        on_main(lambda: atomic_write(folder / ADAPTER, lambda path: save_file(state, path)))
         on_main(lambda: write_json(folder / "fit.json", facts))
 
     def _retriever(self, trained: Trained, *, seed: int) -> None:
         folder, settings = self.run.plug_folder(trained.name, seed=seed), self.run.config.retrieval
         teacher = Teacher(
             folder / "lessons.jsonl",
-            backend=self.models.backend,
+            llm=self.models.llm,
             writer=self.prompts.writer,
             retriever=self.prompts.retriever("dense", seed=seed),
             candidates=settings.retriever_candidates,
@@ -264,7 +264,7 @@ class Trainings:
         )
         lessons = main_first(lambda: teacher.lessons(self._texts(settings.retriever_samples)))
         samples = [sample for sample in self.plain if sample.id in lessons]
-        retriever = LearnedRetriever(self.models.encoder.width)
+        retriever = RopgRetriever(self.models.encoder.width)
         objective = RetrieverObjective(
             retriever,
             lessons,
@@ -295,7 +295,7 @@ class Trainings:
     def _samples(self, trained: Trained, *, seed: int) -> list[EncodedSample]:
         """The training samples as its plug reads them, with the texts that its prompts show."""
         plug, retrieval = trained.plug(self.run.config.plug), trained.retrieval
-        if retrieval is None and plug.answers == self.run.config.plug.answers:
+        if retrieval is None and plug.answer_channel == self.run.config.plug.answer_channel:
             return self.plain
         limit = self.run.config.training.train_limit
         if retrieval is None:

@@ -1,4 +1,4 @@
-"""TrainingLog: what each step of a training was, as JSON lines and, if asked for, as TensorBoard events."""
+"""StepLog: what each step of a training was, as JSON lines and, if asked for, as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from personaplug.errors import MissingExtra
-from personaplug.infra.atomic_io import storing, write_text
+from personaplug.infra.atomic_io import storage_errors, write_text
 from personaplug.infra.distributed import is_main
 
 
-class TrainingLog:
+class StepLog:
     """`log.jsonl`: one JSON object a line, and TensorBoard events beside it if asked for.
 
     Of several processes only the main one keeps a log; the others' does nothing.
@@ -34,12 +34,12 @@ class TrainingLog:
         self._board: Any = None
         if not is_main():
             return
-        with storing(path):
+        with storage_errors(path):
             _drop_later_lines(path, after=after)
             self._file = path.open("a", encoding="utf-8")
         self._board = _open_board(folder) if tensorboard else None
 
-    def __enter__(self) -> TrainingLog:
+    def __enter__(self) -> StepLog:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,7 +56,7 @@ class TrainingLog:
         """
         if self._file is None:
             return
-        with storing(self._path):
+        with storage_errors(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         if self._board is not None:

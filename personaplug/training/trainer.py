@@ -19,13 +19,22 @@ from accelerate import Accelerator
 
 from personaplug.config import TrainingConfig
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.errors import BadConfig, TrainingDiverged
-from personaplug.infra.distributed import alike, connect, index, on_main, share, sum_gradients, sum_over, together
+from personaplug.errors import ConfigError, TrainingDiverged
+from personaplug.infra.distributed import (
+    alike,
+    all_reduce_sum,
+    connect,
+    index,
+    on_main,
+    share,
+    sum_gradients,
+    synchronized,
+)
 from personaplug.infra.progress import Progress
-from personaplug.training.batching import View, epoch_batches, hold_out, in_passes, seen_through
+from personaplug.training.batching import Augmentation, augment_history, epoch_batches, micro_batches, user_split
 from personaplug.training.checkpointing import load_best, load_state, save_best, save_state
 from personaplug.training.objectives import Objective
-from personaplug.training.step_log import TrainingLog
+from personaplug.training.step_log import StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +80,12 @@ def fit(
         title: what the progress says.
         on_step: called after each optimizer step.
     Raises:
-        BadConfig: if a sample has no target, there are too few users, or several processes cannot work together.
+        ConfigError: if a sample has no target, there are too few users, or several processes cannot work together.
         TrainingDiverged: if a loss is NaN or infinite; the last good state stays.
         StorageError: if the disk is full; the last good state stays.
     """
     connect(objective.device.type)
-    with together():
+    with synchronized():
         parts = _Fit(objective, samples=samples, config=config, seed=seed, folder=folder, title=title)
     # The steps seed torch's generator; the caller's own draws go on as if nothing had been trained.
     with torch.random.fork_rng(devices=[]):
@@ -88,12 +97,12 @@ def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, most: i
     """What an objective loses per token on samples, which all processes share out.
 
     Args:
-        most: tokens in a pass, as `pass_tokens`.
+        most: tokens in a pass, as `max_tokens_per_microbatch`.
     """
     summed, tokens = 0.0, 0
-    with together():
+    with synchronized():
         own = share(samples)
-        for part in in_passes(own, lengths=objective.live_lengths(own), most=most):
+        for part in micro_batches(own, lengths=objective.live_lengths(own), most=most):
             loss, count = objective.loss(part)
             summed, tokens = summed + float(loss), tokens + int(count)
     summed, tokens = _totals(summed, tokens)
@@ -116,7 +125,7 @@ class _Fit:
         _check_targets(samples)
         self.objective, self.module, self.samples = objective, objective.module, samples
         self.config, self.seed, self.folder, self.title = config, seed, folder, title
-        self.train, self.validation = hold_out(
+        self.train, self.validation = user_split(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
         )
         ids = [sample.id for sample in self.train]
@@ -133,15 +142,15 @@ class _Fit:
         self.per_epoch = len(self._batches(0))
         planned = config.epochs * self.per_epoch
         self.total = min(planned, config.max_steps) if config.max_steps else planned
-        self.every = config.validate_every or max(1, self.per_epoch // 4)
+        self.every = config.eval_steps or max(1, self.per_epoch // 4)
 
     def run(self, on_step: Callable[[], None]) -> FitReport:
-        with together():
-            log = TrainingLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
+        with synchronized():
+            log = StepLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
         if self.state.step:
             logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total)
         began = time.monotonic()
-        with together():
+        with synchronized():
             self.objective.prepare(self.samples)
         self.state.seconds += time.monotonic() - began
         with log, Progress(self.title, total=self.total, start=self.state.step, unit="steps") as progress:
@@ -152,7 +161,7 @@ class _Fit:
                 self._count(len(batch), seconds=time.monotonic() - began)
                 rate = len(batch) / (time.monotonic() - began)
                 progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
-                with together():
+                with synchronized():
                     log.write(
                         step=self.state.step,
                         loss=loss,
@@ -163,7 +172,7 @@ class _Fit:
                     )
                 on_step()
                 self._look_after(log)
-        with together():
+        with synchronized():
             load_best(self.folder, self.state.best_step, module=self.module)
         self.module.eval()
         return self._report()
@@ -182,7 +191,7 @@ class _Fit:
             raise self._diverged(f"the loss became {summed / tokens}")
         sum_gradients(self.module.parameters())
         self._scale_gradients(1 / tokens)
-        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip_norm))
+        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm))
         if not math.isfinite(norm):
             raise self._diverged(f"the gradient became {norm}")
         self.prepared.step()
@@ -190,10 +199,10 @@ class _Fit:
 
     def _accumulate(self, batch: Sequence[EncodedSample]) -> tuple[float, int]:
         """Gradients of the summed loss of this process's share, pass by pass so that activations stay within
-        `pass_tokens`; loss and tokens of the whole batch.
+        `max_tokens_per_microbatch`; loss and tokens of the whole batch.
         """
         summed, tokens = 0.0, 0
-        with together():
+        with synchronized():
             for part in self._passes(share(batch)):
                 loss, count = self.objective.loss(part)
                 self.accelerator.backward(loss)
@@ -206,7 +215,9 @@ class _Fit:
         torch._foreach_mul_(held, factor)
 
     def _passes(self, batch: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
-        return in_passes(batch, lengths=[self.live[sample.id] for sample in batch], most=self.config.pass_tokens)
+        return micro_batches(
+            batch, lengths=[self.live[sample.id] for sample in batch], most=self.config.max_tokens_per_microbatch
+        )
 
     def _diverged(self, what: str) -> TrainingDiverged:
         return alike(
@@ -217,7 +228,7 @@ class _Fit:
             )
         )
 
-    def _look_after(self, log: TrainingLog) -> None:
+    def _look_after(self, log: StepLog) -> None:
         """Validate and save where it is time to."""
         last = self.state.step == self.total
         validate = last or self.state.step % self.every == 0
@@ -225,10 +236,10 @@ class _Fit:
             began = time.monotonic()
             loss = self._validate()
             self.state.seconds += time.monotonic() - began
-            with together():
+            with synchronized():
                 log.write(step=self.state.step, validation_loss=loss)
             self._judge(loss)
-        if validate or self.state.step % self.config.checkpoint_every == 0:
+        if validate or self.state.step % self.config.save_steps == 0:
             on_main(lambda: save_state(self.folder, self.state, module=self.module, optimizer=self.optimizer))
 
     def _judge(self, loss: float) -> None:
@@ -243,27 +254,27 @@ class _Fit:
     def _validate(self) -> float:
         """Mean loss per token of the held-out users: with their whole histories and, for its share, with none."""
         self.module.eval()
-        without = self.config.empty_share if self.objective.reads_histories else 0.0
-        whole = mean_loss(self.objective, self.validation, most=self.config.pass_tokens)
+        without = self.config.drop_history_prob if self.objective.reads_histories else 0.0
+        whole = mean_loss(self.objective, self.validation, most=self.config.max_tokens_per_microbatch)
         if not without:
             return whole
         unseen = [sample.without_items() for sample in self.validation]
-        hidden = mean_loss(self.objective, unseen, most=self.config.pass_tokens)
+        hidden = mean_loss(self.objective, unseen, most=self.config.max_tokens_per_microbatch)
         return (1 - without) * whole + without * hidden
 
     def _views(self, step: int) -> Iterator[EncodedSample]:
         epoch, offset = divmod(step, self.per_epoch)
         for view in self._batches(epoch)[offset]:
-            yield seen_through(
+            yield augment_history(
                 self.train[view.index],
                 view,
                 seed=self.seed,
                 epoch=epoch,
-                empty_share=self.config.empty_share,
-                history_dropout=self.config.history_dropout,
+                drop_history_prob=self.config.drop_history_prob,
+                subsample_history_prob=self.config.subsample_history_prob,
             )
 
-    def _batches(self, epoch: int) -> list[list[View]]:
+    def _batches(self, epoch: int) -> list[list[Augmentation]]:
         if getattr(self, "_planned", (-1, []))[0] != epoch:
             batches = epoch_batches(
                 [self.lengths[sample.id] for sample in self.train],
@@ -272,18 +283,18 @@ class _Fit:
                 seed=self.seed,
                 epoch=epoch,
             )
-            self._planned: tuple[int, list[list[View]]] = (epoch, batches)
+            self._planned: tuple[int, list[list[Augmentation]]] = (epoch, batches)
         return self._planned[1]
 
     def _schedule(self, step: int) -> float:
         """Share of the peak rate in a step: linear warm-up, then linear decay to 0."""
-        warm = max(1, math.ceil(self.config.warmup_share * self.total))
+        warm = max(1, math.ceil(self.config.warmup_ratio * self.total))
         if step < warm:
             return (step + 1) / warm
         return (self.total - step) / max(1, self.total - warm)
 
     def _out_of_patience(self) -> bool:
-        return bool(self.config.patience) and self.state.worse >= self.config.patience
+        return bool(self.config.early_stopping_patience) and self.state.worse >= self.config.early_stopping_patience
 
     def _count(self, samples: int, *, seconds: float) -> None:
         self.state.step += 1
@@ -304,11 +315,11 @@ class _Fit:
 
 def _totals(summed: float, tokens: int) -> tuple[float, int]:
     """Loss and tokens over all processes."""
-    loss, count = sum_over([summed, tokens])
+    loss, count = all_reduce_sum([summed, tokens])
     return loss, int(count)
 
 
 def _check_targets(samples: Sequence[EncodedSample]) -> None:
     without = sum(sample.target is None for sample in samples)
     if without:
-        raise BadConfig(f"Training needs an answer for every sample; {without} of {len(samples)} have none.")
+        raise ConfigError(f"Training needs an answer for every sample; {without} of {len(samples)} have none.")

@@ -17,13 +17,13 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_
 from personaplug.analysis.metrics import (
     METRICS,
     get_metric,
-    has_decision,
+    has_estimate,
     is_invalid,
     longest_common_subsequence,
     metric_class,
     value_of,
 )
-from personaplug.errors import BadConfig, ShapeMismatch
+from personaplug.errors import ConfigError, ShapeMismatch
 
 STARS = ("1", "2", "3", "4", "5")
 TAGS = ("comedy", "dark comedy", "sci-fi", "true story")
@@ -174,7 +174,7 @@ def test_errors_agree_with_scikit_learn(seed: int) -> None:
 
 @pytest.mark.parametrize("gold", ["good", "", "nan", "inf"])
 def test_a_gold_that_is_no_number_is_named_by_place_and_never_shown(gold: str) -> None:
-    with pytest.raises(BadConfig, match="sample 2") as caught:
+    with pytest.raises(ConfigError, match="sample 2") as caught:
         get_metric("mae", labels=STARS).score(["1", "1"], ["1", gold])
     assert "good" not in str(caught.value)
 
@@ -309,18 +309,18 @@ def test_likelihood_is_per_token_whoever_has_how_many() -> None:
 
 
 def test_likelihood_is_not_to_be_had_from_texts() -> None:
-    with pytest.raises(BadConfig, match=r"nll is of a model's probabilities"):
+    with pytest.raises(ConfigError, match=r"nll is of a model's probabilities"):
         get_metric("nll").score(["1"], ["1"])
 
 
 @pytest.mark.parametrize(("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])
 def test_an_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> None:
-    with pytest.raises(BadConfig, match=f"did you mean '{meant}"):
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}"):
         get_metric(name)
 
 
 def test_a_far_off_name_lists_all_metrics() -> None:
-    with pytest.raises(BadConfig, match=r"no metric 'xyz'; known are: accuracy, f1, mae"):
+    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, f1, mae"):
         get_metric("xyz")
 
 
@@ -336,7 +336,7 @@ def test_a_far_off_name_lists_all_metrics() -> None:
     ],
 )
 def test_labels_that_do_not_fit_are_refused(name: str, labels: tuple[str, ...]) -> None:
-    with pytest.raises(BadConfig, match=name):
+    with pytest.raises(ConfigError, match=name):
         get_metric(name, labels=labels)
 
 
@@ -344,8 +344,8 @@ def test_labels_that_do_not_fit_are_refused(name: str, labels: tuple[str, ...]) 
 @pytest.mark.parametrize("decision", ["median", "mean"])
 def test_a_metric_of_another_decision_is_the_same_metric_of_other_answers(stem: str, decision: str) -> None:
     plain, decided = get_metric(stem, labels=STARS), get_metric(f"{stem}@{decision}", labels=STARS)
-    assert (plain.name, plain.decision, has_decision(plain.name)) == (stem, "argmax", False)
-    assert (decided.name, decided.decision, has_decision(decided.name)) == (f"{stem}@{decision}", decision, True)
+    assert (plain.name, plain.decision, has_estimate(plain.name)) == (stem, "argmax", False)
+    assert (decided.name, decided.decision, has_estimate(decided.name)) == (f"{stem}@{decision}", decision, True)
     assert get_metric(stem, labels=STARS).name == stem  # the name is that metric's alone
     assert decided.greater_is_better == plain.greater_is_better
     texts = ["1", "5", "x"], ["2", "5", "3"]
@@ -367,7 +367,7 @@ def test_a_metric_of_another_decision_is_the_same_metric_of_other_answers(stem: 
     ],
 )
 def test_a_decision_that_does_not_fit_is_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
-    with pytest.raises(BadConfig, match=reason):
+    with pytest.raises(ConfigError, match=reason):
         get_metric(name, labels=labels)
 
 
@@ -376,7 +376,7 @@ def test_no_class_of_an_unknown_metric() -> None:
 
 
 def test_an_unknown_fallback_is_refused() -> None:
-    with pytest.raises(BadConfig, match="lamp, pplug"):
+    with pytest.raises(ConfigError, match="lamp, pplug"):
         get_metric("mae", labels=STARS, fallback="first")
 
 

@@ -9,15 +9,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from personaplug.analysis.point_estimates import DECISIONS, decide, scale_of
-from personaplug.errors import BadConfig, ShapeMismatch
+from personaplug.analysis.point_estimates import POINT_ESTIMATES, point_predictions, scale_of
+from personaplug.errors import ConfigError, ShapeMismatch
 
 STARS = ("1", "2", "3", "4", "5")
 SCALES = [STARS, ("0", "5", "10"), ("-2", "-0.5", "0", "7"), ("1", "1.5", "2", "2.5"), ("3",), ("10", "9", "8", "2")]
 
 
 def _one(shares: list[float], decision: str, labels: tuple[str, ...] = STARS) -> str:
-    return decide(np.array([shares]), labels, decision=decision)[0]
+    return point_predictions(np.array([shares]), labels, decision=decision)[0]
 
 
 def _losses(line: np.ndarray, labels: tuple[str, ...], *, power: int) -> dict[str, float]:
@@ -30,11 +30,11 @@ def _losses(line: np.ndarray, labels: tuple[str, ...], *, power: int) -> dict[st
 def test_no_label_has_less_expected_loss_than_the_one_that_is_chosen(labels: tuple[str, ...]) -> None:
     lines = np.random.default_rng(0).dirichlet(np.full(len(labels), 0.6), size=300)
     for decision, power in (("median", 1), ("mean", 2)):
-        for line, chosen in zip(lines, decide(lines, labels, decision=decision), strict=True):
+        for line, chosen in zip(lines, point_predictions(lines, labels, decision=decision), strict=True):
             losses = _losses(line, labels, power=power)
             assert losses[chosen] == pytest.approx(min(losses.values()), abs=1e-12)
     likeliest = [labels[place] for place in lines.argmax(axis=1)]
-    assert decide(lines, labels, decision="argmax") == likeliest
+    assert point_predictions(lines, labels, decision="argmax") == likeliest
 
 
 def test_ties_and_floats_come_out_as_exact_arithmetic_has_them() -> None:
@@ -82,33 +82,37 @@ def test_half_is_rounded_up_below_zero_too_and_on_an_uneven_scale_to_the_greater
 def test_the_order_of_the_labels_does_not_matter(decision: str) -> None:
     # as texts these sort otherwise than as numbers
     labels, lines = ("2", "9", "10", "100"), np.random.default_rng(1).dirichlet(np.ones(4), size=200)
-    expected = decide(lines, labels, decision=decision)
+    expected = point_predictions(lines, labels, decision=decision)
     for order in ([3, 1, 0, 2], [2, 3, 0, 1]):
-        assert decide(lines[:, order], [labels[place] for place in order], decision=decision) == expected
+        assert point_predictions(lines[:, order], [labels[place] for place in order], decision=decision) == expected
     assert len(set(expected)) > 2
 
 
-@pytest.mark.parametrize("decision", DECISIONS)
+@pytest.mark.parametrize("decision", POINT_ESTIMATES)
 def test_lines_need_not_sum_to_one(decision: str) -> None:
     lines = np.random.default_rng(2).dirichlet(np.ones(5), size=50)
-    assert decide(lines * 0.37, STARS, decision=decision) == decide(lines, STARS, decision=decision)
-    thirds = np.round(np.full((1, 3), 1 / 3), 6)  # they sum to less than 1
-    assert decide(thirds, ("1", "2", "3"), decision=decision) == ["1" if decision == "argmax" else "2"]
+    assert point_predictions(lines * 0.37, STARS, decision=decision) == point_predictions(
+        lines, STARS, decision=decision
+    )
+    history_thirds = np.round(np.full((1, 3), 1 / 3), 6)  # they sum to less than 1
+    assert point_predictions(history_thirds, ("1", "2", "3"), decision=decision) == [
+        "1" if decision == "argmax" else "2"
+    ]
 
 
 def test_no_lines_are_no_answers() -> None:
-    assert decide(np.empty((0, 5)), STARS, decision="median") == []
+    assert point_predictions(np.empty((0, 5)), STARS, decision="median") == []
 
 
 def test_what_cannot_be_decided_is_refused() -> None:
     lines = np.ones((1, 2))
-    with pytest.raises(BadConfig, match="did you mean 'median'"):
-        decide(lines, ("1", "2"), decision="medain")
-    with pytest.raises(BadConfig, match="finite numbers"):
-        decide(lines, ("good", "bad"), decision="mean")
+    with pytest.raises(ConfigError, match="did you mean 'median'"):
+        point_predictions(lines, ("1", "2"), decision="medain")
+    with pytest.raises(ConfigError, match="finite numbers"):
+        point_predictions(lines, ("good", "bad"), decision="mean")
     with pytest.raises(ShapeMismatch, match="3 labels"):
-        decide(lines, ("1", "2", "3"), decision="mean")
-    assert decide(lines, ("good", "bad"), decision="argmax") == ["good"]
+        point_predictions(lines, ("1", "2", "3"), decision="mean")
+    assert point_predictions(lines, ("good", "bad"), decision="argmax") == ["good"]
 
 
 def test_a_scale_is_finite_numbers() -> None:

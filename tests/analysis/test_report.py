@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from personaplug.analysis.report import insert_between, load_results, overview_markdown, write_report
-from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra
+from personaplug.errors import ConfigError, MissingData, MissingExtra, RecordError
 
 REAL = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "paper-faithful").glob("*.json"))
 drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
@@ -217,7 +217,7 @@ def test_a_report_of_hardly_anything(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_results_object_is_refused(tmp_path: Path, content: str, place: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(BadRecord, match=rf"a\.json, .*{place}"):
+    with pytest.raises(RecordError, match=rf"a\.json, .*{place}"):
         write_report([tmp_path / "a.json"], tmp_path / "out", pictures=False)
     assert not (tmp_path / "out").exists()
 
@@ -228,7 +228,7 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="at least one"):
         write_report([], tmp_path / "out")
     (tmp_path / "b.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(BadRecord, match="UTF-8"):
+    with pytest.raises(RecordError, match="UTF-8"):
         load_results(tmp_path / "b.json")
 
 
@@ -254,7 +254,7 @@ def test_text_is_inserted_between_its_markers_and_nowhere_else(tmp_path: Path) -
 def test_absent_doubled_or_swapped_markers_are_refused(tmp_path: Path, page: str, found: str) -> None:
     path = tmp_path / "README.md"
     path.write_text(page)
-    with pytest.raises(BadRecord, match=found):
+    with pytest.raises(RecordError, match=found):
         insert_between(path, "x", "text")
     assert path.read_text() == page
 
@@ -262,7 +262,7 @@ def test_absent_doubled_or_swapped_markers_are_refused(tmp_path: Path, page: str
 def test_a_text_with_its_own_marker_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("<!-- begin x --><!-- end x -->")
-    with pytest.raises(BadConfig, match="own markers"):
+    with pytest.raises(ConfigError, match="own markers"):
         insert_between(path, "x", "a <!-- end x --> b")
     with pytest.raises(MissingData, match=r"other\.md"):
         insert_between(tmp_path / "other.md", "x", "a")

@@ -8,30 +8,30 @@ import numpy as np
 import pytest
 
 from personaplug.analysis.metrics import Array, get_metric
-from personaplug.analysis.results import Settings, pairs_of_interest, results_object, thirds, with_slices
+from personaplug.analysis.results import Settings, build_results, compared_pairs, history_thirds, with_subgroups
 from personaplug.analysis.significance import holm
-from personaplug.analysis.trials import Cell, Scored
+from personaplug.analysis.trials import EvalSamples, Trial
 
 ACCURACY = get_metric("accuracy", labels=("1", "2"))
 SETTINGS = Settings([ACCURACY], resamples=200, seed=0)
 GROUPS = [0, 0, 1, 2, 2, 2, 3, 4]
-SCORED = Scored(GROUPS, history_items=[1, 1, 5, 3, 3, 3, 9, 9], about={"task": "T", "split": "dev"})
+SCORED = EvalSamples(GROUPS, history_items=[1, 1, 5, 3, 3, 3, 9, 9], about={"task": "T", "split": "dev"})
 
 
 def _hits(*values: int) -> dict[str, Array]:
     return {"accuracy": np.array(values, dtype=np.float64)[:, None]}
 
 
-PLAIN = Cell("plain", 0, _hits(0, 0, 0, 1, 0, 0, 1, 0), invalid_rate=0.5, decoding="scored", extra_prompt_tokens=0.0)
-WRONG = [Cell("wrong-user", s, _hits(1, 0, 0, 1, 0, s, 1, 0), invalid_rate=0.0, decoding="scored") for s in (0, 1)]
+PLAIN = Trial("plain", 0, _hits(0, 0, 0, 1, 0, 0, 1, 0), invalid_rate=0.5, decoding="scored", extra_prompt_tokens=0.0)
+WRONG = [Trial("wrong-user", s, _hits(1, 0, 0, 1, 0, s, 1, 0), invalid_rate=0.0, decoding="scored") for s in (0, 1)]
 PLUG = [
-    Cell("plug", s, _hits(1, 1, 1, 1, s, 0, 1, 1), invalid_rate=0.0, seconds=1.0 + s, bytes_per_user=10.0 * s)
+    Trial("plug", s, _hits(1, 1, 1, 1, s, 0, 1, 1), invalid_rate=0.0, seconds=1.0 + s, bytes_per_user=10.0 * s)
     for s in (0, 1)
 ]
 
 
 def test_rows_average_over_seeds_and_keep_their_spread() -> None:
-    results = results_object(SCORED, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
+    results = build_results(SCORED, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
     rows = {row["condition"]: row for row in results["rows"]}
     assert list(rows) == ["plain", "wrong-user", "plug"]
     assert results["task"] == "T"
@@ -49,10 +49,10 @@ def test_rows_average_over_seeds_and_keep_their_spread() -> None:
 
 
 def test_notes_name_the_rows_whose_trainings_are_few() -> None:
-    def notes(*cells: Cell) -> list[str]:
-        return [str(note) for note in results_object(SCORED, cells, settings=SETTINGS)["notes"]]
+    def notes(*cells: Trial) -> list[str]:
+        return [str(note) for note in build_results(SCORED, cells, settings=SETTINGS)["notes"]]
 
-    control = [Cell("instruction-only", s, _hits(*[0, 1] * 4), invalid_rate=0.0) for s in (0, 1, 2)]
+    control = [Trial("instruction-only", s, _hits(*[0, 1] * 4), invalid_rate=0.0) for s in (0, 1, 2)]
     drawn = "Of rows with several training seeds, the bootstrap draws the trainings too."
     assert notes(PLAIN) == []
     assert notes(PLAIN, *control) == [drawn]
@@ -65,9 +65,9 @@ def test_notes_name_the_rows_whose_trainings_are_few() -> None:
 
 
 def test_a_gain_of_one_of_two_trainings_is_no_sure_one() -> None:
-    even = [Cell("wrong-user", s, _hits(*[0, 1] * 4), invalid_rate=0.0) for s in (0, 1)]
-    lucky = [Cell("plug", s, _hits(*[s, 1] * 4), invalid_rate=0.0) for s in (0, 1)]
-    results = results_object(SCORED, [*even, *lucky], settings=SETTINGS)
+    even = [Trial("wrong-user", s, _hits(*[0, 1] * 4), invalid_rate=0.0) for s in (0, 1)]
+    lucky = [Trial("plug", s, _hits(*[s, 1] * 4), invalid_rate=0.0) for s in (0, 1)]
+    results = build_results(SCORED, [*even, *lucky], settings=SETTINGS)
     (pair,) = results["pairs"]
     assert pair["difference"] == 0.25
     assert pair["low"] == 0  # every user gains, but not by every training
@@ -75,13 +75,13 @@ def test_a_gain_of_one_of_two_trainings_is_no_sure_one() -> None:
 
 
 def test_pairs_carry_holms_correction_within_their_family_and_mcnemar_per_seed() -> None:
-    results = results_object(SCORED, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
+    results = build_results(SCORED, [PLAIN, *WRONG, *PLUG], settings=SETTINGS)
     pairs = {(pair["a"], pair["b"]): pair for pair in results["pairs"]}
     assert set(pairs) == {("wrong-user", "plain"), ("plug", "plain"), ("plug", "wrong-user")}
     # one method, so one claim a family; a control against a base is no claim
     assert all(pair["p_holm"] == pair["p"] for pair in pairs.values())
     two = [PLAIN, *WRONG, *PLUG, replace(PLUG[0], condition="bm25:4"), replace(PLUG[1], condition="random:4")]
-    corrected = results_object(SCORED, two, settings=SETTINGS)["pairs"]
+    corrected = build_results(SCORED, two, settings=SETTINGS)["pairs"]
     against_plain = [pair for pair in corrected if pair["b"] == "plain" and pair["a"] != "wrong-user"]
     assert len(against_plain) == 3
     assert [pair["p_holm"] for pair in against_plain] == holm([pair["p"] for pair in against_plain])
@@ -93,20 +93,20 @@ def test_pairs_carry_holms_correction_within_their_family_and_mcnemar_per_seed()
 
 def test_a_personal_gain_is_the_methods_whatever_the_order_of_rows() -> None:
     for names in (["plain", "plug", "wrong-user"], ["wrong-user", "plain", "plug"]):
-        pairs = pairs_of_interest(names)
+        pairs = compared_pairs(names)
         assert ("plug", "wrong-user") in pairs
         assert ("wrong-user", "plug") not in pairs
         assert len(pairs) == 3
 
 
 def test_rows_are_compared_on_the_seeds_that_both_have() -> None:
-    half = results_object(SCORED, [PLAIN, WRONG[0], *PLUG], settings=SETTINGS)
+    half = build_results(SCORED, [PLAIN, WRONG[0], *PLUG], settings=SETTINGS)
     pairs = {(pair["a"], pair["b"]): pair for pair in half["pairs"]}
     assert pairs["plug", "wrong-user"]["difference"] == pytest.approx(3 / 8)
     assert len(pairs["plug", "wrong-user"]["mcnemar_p"]) == 1
     assert len(pairs["plug", "plain"]["mcnemar_p"]) == 2  # the plain model has no seeds and meets each
     assert [row["seeds"] for row in half["rows"]] == [[0], [0], [0, 1]]
-    nothing = results_object(SCORED, [WRONG[0], PLUG[1]], settings=SETTINGS)
+    nothing = build_results(SCORED, [WRONG[0], PLUG[1]], settings=SETTINGS)
     assert nothing["pairs"] == []
 
 
@@ -122,7 +122,7 @@ def test_many_rows_are_compared_where_it_tells_something() -> None:
         "lora",
         "lora-per-user",
     ]
-    pairs = pairs_of_interest(names)
+    pairs = compared_pairs(names)
     assert pairs[:2] == [("plug", "wrong-user"), ("bm25:4", "bm25:4@wrong-user")]
     assert ("instruction-only", "plain") in pairs
     assert {("bm25:4", "plain"), ("bm25:4", "instruction-only"), ("plug", "bm25:4"), ("plug", "lora")} <= set(pairs)
@@ -134,7 +134,7 @@ def test_many_rows_are_compared_where_it_tells_something() -> None:
 
 def test_rows_with_phrases_are_compared_with_the_same_without() -> None:
     names = ["instruction-only", "plug", "wrong-user", "plug+bm25:4", "instruction+bm25:4"]
-    pairs = pairs_of_interest([*names, "plug+bm25:4+phrases", "instruction+bm25:4+phrases"])
+    pairs = compared_pairs([*names, "plug+bm25:4+phrases", "instruction+bm25:4+phrases"])
     assert ("plug+bm25:4+phrases", "plug+bm25:4") in pairs
     assert ("plug+bm25:4+phrases", "instruction+bm25:4+phrases") in pairs
     assert ("instruction+bm25:4+phrases", "instruction+bm25:4") in pairs
@@ -144,19 +144,19 @@ def test_rows_with_phrases_are_compared_with_the_same_without() -> None:
 def test_columns_that_not_all_cells_hold_are_left_out_and_named() -> None:
     settings = replace(SETTINGS, metrics=[ACCURACY, get_metric("accuracy@median", labels=("1", "2"))])
 
-    def told(cell: Cell) -> Cell:
+    def told(cell: Trial) -> Trial:
         hits = cell.statistics["accuracy"]
         return replace(cell, statistics={"accuracy": hits, "accuracy@median": 1 - hits})
 
-    before = results_object(SCORED, [PLAIN, *PLUG], settings=SETTINGS)
-    assert results_object(SCORED, [PLAIN, *PLUG], settings=settings) == before
-    mixed = results_object(SCORED, [PLAIN, told(PLUG[0]), PLUG[1]], settings=settings)
+    before = build_results(SCORED, [PLAIN, *PLUG], settings=SETTINGS)
+    assert build_results(SCORED, [PLAIN, *PLUG], settings=settings) == before
+    mixed = build_results(SCORED, [PLAIN, told(PLUG[0]), PLUG[1]], settings=settings)
     assert (mixed["rows"], mixed["pairs"]) == (before["rows"], before["pairs"])
     assert [note for note in mixed["notes"] if note not in before["notes"]] == [
         "accuracy@median: left out, since some rows were filled before there was such a column."
     ]
     whole = [told(cell) for cell in (PLAIN, *PLUG)]
-    after = results_object(SCORED, whole, settings=settings)
+    after = build_results(SCORED, whole, settings=settings)
     assert after["notes"] == before["notes"]
     for row in after["rows"]:
         for key in ("metrics", "intervals", "per_user"):
@@ -165,19 +165,21 @@ def test_columns_that_not_all_cells_hold_are_left_out_and_named() -> None:
     found = {pair["metric"]: pair for pair in after["pairs"]}
     assert found["accuracy@median"]["difference"] == pytest.approx(-found["accuracy"]["difference"])
     assert found["accuracy@median"]["mcnemar_p"] == found["accuracy"]["mcnemar_p"]
-    sliced = with_slices(after, SCORED, [*whole[:2], PLUG[1]], slices=thirds(SCORED.history_items), settings=settings)
+    sliced = with_subgroups(
+        after, SCORED, [*whole[:2], PLUG[1]], slices=history_thirds(SCORED.history_items), settings=settings
+    )
     assert all(list(row["metrics"]) == ["accuracy"] for part in sliced["slices"] for row in part["rows"])
 
 
 def test_rows_without_a_language_model_are_compared_with_and_make_no_claims() -> None:
     names = ["plain", "plug", "wrong-user", "bm25:4", "classical", "classical@wrong-user", "classical:text", "copy"]
-    pairs = pairs_of_interest(names)
+    pairs = compared_pairs(names)
     assert ("classical", "classical@wrong-user") in pairs
     assert {("plug", "classical"), ("plug", "copy"), ("classical", "classical:text")} <= set(pairs)
     assert {("plug", "plain"), ("bm25:4", "plain")} <= set(pairs)
     assert not {("classical", "plain"), ("copy", "plain")} & set(pairs)
     rules = [replace(PLUG[0], condition=name) for name in ("classical", "classical@wrong-user", "user-median")]
-    found = results_object(SCORED, [PLAIN, *WRONG, *PLUG, *rules], settings=SETTINGS)["pairs"]
+    found = build_results(SCORED, [PLAIN, *WRONG, *PLUG, *rules], settings=SETTINGS)["pairs"]
     by_rows = {(pair["a"], pair["b"]): pair for pair in found}
     for pair in (by_rows["plug", "wrong-user"], by_rows["plug", "plain"], by_rows["classical", "classical@wrong-user"]):
         assert pair["p_holm"] == pair["p"]
@@ -185,8 +187,8 @@ def test_rows_without_a_language_model_are_compared_with_and_make_no_claims() ->
 
 def test_slices_are_the_same_rows_on_parts_of_the_samples() -> None:
     cells = [PLAIN, *PLUG]
-    whole = results_object(SCORED, cells, settings=SETTINGS)
-    sliced = with_slices(whole, SCORED, cells, slices=thirds(SCORED.history_items), settings=SETTINGS)
+    whole = build_results(SCORED, cells, settings=SETTINGS)
+    sliced = with_subgroups(whole, SCORED, cells, slices=history_thirds(SCORED.history_items), settings=SETTINGS)
     assert [(part["name"], part["samples"]) for part in sliced["slices"]] == [
         ("short (1–3 items)", 5),
         ("medium (5–5 items)", 1),
@@ -198,4 +200,4 @@ def test_slices_are_the_same_rows_on_parts_of_the_samples() -> None:
 
 
 def test_histories_of_one_length_are_one_slice() -> None:
-    assert [(name, len(places)) for name, places in thirds([4, 4, 4])] == [("short (4–4 items)", 3)]
+    assert [(name, len(places)) for name, places in history_thirds([4, 4, 4])] == [("short (4–4 items)", 3)]

@@ -14,7 +14,7 @@ from personaplug.analysis.score_predictions import score_lamp
 from personaplug.analysis.tables import results_table
 from personaplug.data import LAMP_TASKS
 from personaplug.data.task_registry import parse_task
-from personaplug.errors import BadConfig, BadRecord, MissingData
+from personaplug.errors import ConfigError, MissingData, RecordError
 from personaplug.infra.atomic_io import write_json
 
 SECRET = "zanzibar is a user's own text that must never stand in any message"
@@ -187,7 +187,7 @@ def test_answers_are_joined_by_id_and_may_be_gzipped(tmp_path: Path) -> None:
 def test_the_task_is_given_or_declared_beside_the_golds_or_named_in_them(tmp_path: Path) -> None:
     assert score(tmp_path, ["a"], ["a"], task="LaMP-4")["task"] == "LaMP_4"
     declared = {"name": "News", "kind": "label", "labels": ["a", "b"], "item_fields": ["text"], "metrics": ["accuracy"]}
-    with pytest.raises(BadConfig, match=r"gold\.json: .*'LaMP_9'.*needs a task\.json"):
+    with pytest.raises(ConfigError, match=r"gold\.json: .*'LaMP_9'.*needs a task\.json"):
         score(tmp_path, ["a"], ["a"], task="LaMP_9")
     gold, predicted = (put(tmp_path / name, ["a"], task="Mine") for name in ("gold.json", "said.json"))
     assert metrics(score_lamp(gold, predicted, task=parse_task(declared), resamples=5)) == {"accuracy": 1.0}
@@ -199,7 +199,7 @@ def test_the_task_is_given_or_declared_beside_the_golds_or_named_in_them(tmp_pat
 
 def test_files_of_different_tasks_are_an_error(tmp_path: Path) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"]), put(tmp_path / "said.json", ["1"], task="LaMP_4")
-    with pytest.raises(BadConfig, match=r"gold\.json is of the task LaMP_3 and .*said\.json of LaMP_4"):
+    with pytest.raises(ConfigError, match=r"gold\.json is of the task LaMP_3 and .*said\.json of LaMP_4"):
         score_lamp(gold, predicted)
 
 
@@ -215,7 +215,7 @@ def test_missing_ids_are_counted_and_three_of_them_named(tmp_path: Path) -> None
 
 def test_unknown_ids_are_an_error_of_the_predictions(tmp_path: Path) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"] * 2), put(tmp_path / "said.json", ["1"] * 4)
-    with pytest.raises(BadRecord, match=r'said\.json, its ids: 2 ids \("3", "4"\) are not among the golds of .*gold'):
+    with pytest.raises(RecordError, match=r'said\.json, its ids: 2 ids \("3", "4"\) are not among the golds of .*gold'):
         score_lamp(gold, predicted)
     predicted.write_text(
         json.dumps({"task": "LaMP_3", "golds": [{"id": "1", "output": 1}, {"id": SECRET, "output": 1}]})
@@ -231,7 +231,7 @@ def test_ids_that_stand_twice_are_an_error_in_either_file(tmp_path: Path, broken
     # 1 and "1" are one id, as where golds are joined with questions.
     golds = [{"id": each, "output": "1"} for each in ("1", 1, "2", "2", "2")]
     (tmp_path / broken).write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
-    with pytest.raises(BadRecord, match=rf'{broken}, its ids: 2 ids \("1", "2"\) are more than once'):
+    with pytest.raises(RecordError, match=rf'{broken}, its ids: 2 ids \("1", "2"\) are more than once'):
         score_lamp(gold, predicted)
 
 
@@ -251,7 +251,7 @@ def test_ids_that_stand_twice_are_an_error_in_either_file(tmp_path: Path, broken
 def test_a_broken_record_is_an_error_without_its_text(tmp_path: Path, golds: Any, message: str) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"]), tmp_path / "said.json"
     predicted.write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
-    with pytest.raises(BadRecord, match=message) as caught:
+    with pytest.raises(RecordError, match=message) as caught:
         score_lamp(gold, predicted)
     assert "said.json" in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -261,13 +261,13 @@ def test_a_broken_record_is_an_error_without_its_text(tmp_path: Path, golds: Any
 def test_a_file_of_another_shape_is_an_error(tmp_path: Path, content: str) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"]), tmp_path / "said.json"
     predicted.write_text(content)
-    with pytest.raises(BadRecord, match=r"said\.json"):
+    with pytest.raises(RecordError, match=r"said\.json"):
         score_lamp(gold, predicted)
 
 
 def test_a_gold_that_is_no_label_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
-        BadRecord, match=r"gold\.json, the gold with id 2: its answer is none of the 5 labels"
+        RecordError, match=r"gold\.json, the gold with id 2: its answer is none of the 5 labels"
     ) as caught:
         score(tmp_path, ["1", "1"], ["1", SECRET])
     assert SECRET not in str(caught.value)
@@ -277,7 +277,7 @@ def test_files_and_settings_that_are_not_there(tmp_path: Path) -> None:
     gold = put(tmp_path / "gold.json", ["1"])
     with pytest.raises(MissingData, match=r"no file .*said\.json"):
         score_lamp(gold, tmp_path / "said.json")
-    with pytest.raises(BadConfig, match="one of lamp, pplug"):
+    with pytest.raises(ConfigError, match="one of lamp, pplug"):
         score_lamp(gold, gold, fallback="mine")
-    with pytest.raises(BadConfig, match="at least 1 resample"):
+    with pytest.raises(ConfigError, match="at least 1 resample"):
         score_lamp(gold, gold, resamples=0)

@@ -21,7 +21,7 @@ from personaplug.analysis.significance import (
     per_group_mean,
     seed_spread,
 )
-from personaplug.errors import BadConfig, ShapeMismatch
+from personaplug.errors import ConfigError, ShapeMismatch
 
 Array = NDArray[np.float64]
 
@@ -297,7 +297,7 @@ def test_lengths_and_shapes_must_agree() -> None:
 
 @pytest.mark.parametrize("setting", [{"resamples": 0}, {"confidence": 1.0}, {"confidence": 95.0}])
 def test_settings_out_of_range_are_refused(setting: dict[str, float]) -> None:
-    with pytest.raises(BadConfig, match="confidence between 0 and 1"):
+    with pytest.raises(ConfigError, match="confidence between 0 and 1"):
         bootstrap_interval(np.zeros((2, 1)), ["u", "v"], ACCURACY, **setting)  # type: ignore[arg-type]
 
 
@@ -350,9 +350,9 @@ def test_mcnemar_takes_an_accuracys_statistics() -> None:
 
 
 def test_mcnemar_refuses_what_are_no_hits() -> None:
-    with pytest.raises(BadConfig, match="0 or 1"):
+    with pytest.raises(ConfigError, match="0 or 1"):
         mcnemar([1, 0.5], [1, 0])
-    with pytest.raises(BadConfig, match="0 or 1"):
+    with pytest.raises(ConfigError, match="0 or 1"):
         mcnemar([1, 0], [1, math.nan])
     with pytest.raises(ShapeMismatch, match="2 and 1"):
         mcnemar([1, 0], [1])
@@ -388,7 +388,7 @@ def test_holm_leaves_out_comparisons_that_could_not_be_made() -> None:
     given = [0.04, 0.01]
     holm(given)
     assert given == [0.04, 0.01]
-    with pytest.raises(BadConfig, match="between 0 and 1"):
+    with pytest.raises(ConfigError, match="between 0 and 1"):
         holm([0.5, 1.5])
 
 

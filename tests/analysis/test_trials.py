@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from personaplug.analysis.trials import Cell, CellFile, Scored, numbered
-from personaplug.errors import BadRecord
+from personaplug.analysis.trials import EvalSamples, Trial, TrialFile, numbered
+from personaplug.errors import RecordError
 
-SCORED = Scored(groups=[0, 0, 1], history_items=[3, 4, 5], about={"task": "T"})
+SCORED = EvalSamples(groups=[0, 0, 1], history_items=[3, 4, 5], about={"task": "T"})
 
 
-def _cell(name: str = "plug", seed: int = 0, **changes: object) -> Cell:
+def _cell(name: str = "plug", seed: int = 0, **changes: object) -> Trial:
     one_hots = np.zeros((3, 6))
     one_hots[[0, 1, 2], [5, 0, 3]] = 1
     stats = {"mae": np.array([[0.0], [1.5], [np.inf]]), "rouge_1": np.array([[1 / 3], [0.1], [0.0]]), "f1": one_hots}
-    return replace(Cell(name, seed, stats, invalid_rate=0.25, seconds=1.5, key="k"), **changes)  # type: ignore[arg-type]
+    return replace(Trial(name, seed, stats, invalid_rate=0.25, seconds=1.5, key="k"), **changes)  # type: ignore[arg-type]
 
 
 def test_a_cell_survives_the_file(tmp_path: Path) -> None:
-    file = CellFile(tmp_path / "deep" / "set.cells.jsonl")
+    file = TrialFile(tmp_path / "deep" / "set.cells.jsonl")
     assert file.read() == (None, [])
     file.start(SCORED)
     file.append(_cell())
@@ -37,7 +37,7 @@ def test_a_cell_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_the_latest_cell_of_a_condition_and_seed_counts(tmp_path: Path) -> None:
-    file = CellFile(tmp_path / "cells.jsonl")
+    file = TrialFile(tmp_path / "cells.jsonl")
     file.start(SCORED)
     for rate in (0.1, 0.2):
         file.append(_cell(invalid_rate=rate))
@@ -47,7 +47,7 @@ def test_the_latest_cell_of_a_condition_and_seed_counts(tmp_path: Path) -> None:
 
 def test_a_line_cut_off_by_a_kill_costs_that_cell_alone(tmp_path: Path) -> None:
     path = tmp_path / "cells.jsonl"
-    file = CellFile(path)
+    file = TrialFile(path)
     file.start(SCORED)
     file.append(_cell())
     whole = path.read_bytes()
@@ -61,8 +61,8 @@ def test_a_line_cut_off_by_a_kill_costs_that_cell_alone(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cells.jsonl"
     path.write_text('{"a": 1}\n')
-    with pytest.raises(BadRecord, match="line 1"):
-        CellFile(path).read()
+    with pytest.raises(RecordError, match="line 1"):
+        TrialFile(path).read()
 
 
 def test_users_become_numbers_in_order_of_appearance() -> None:
@@ -70,7 +70,7 @@ def test_users_become_numbers_in_order_of_appearance() -> None:
 
 
 def test_the_file_is_lines_of_json_without_infinities(tmp_path: Path) -> None:
-    file = CellFile(tmp_path / "cells.jsonl")
+    file = TrialFile(tmp_path / "cells.jsonl")
     file.start(SCORED)
     file.append(_cell())
 

@@ -17,9 +17,9 @@ from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig, MissingData, RunConflict
+from personaplug.errors import ConfigError, MissingData, RunConflict
 from personaplug.evaluation.evaluator import Evaluation, evaluate, predict
 from personaplug.methods import condition_of, parse_conditions
 from personaplug.run import Models, Run, drawn, open_models
@@ -93,7 +93,7 @@ def test_the_words_that_most_of_a_users_texts_hold() -> None:
     ],
 )
 def test_a_rule_that_does_not_fit_the_task_says_what_it_needs(name: str, task: Task, said: str) -> None:
-    with pytest.raises(BadConfig, match=said):
+    with pytest.raises(ConfigError, match=said):
         check_rules(parse_conditions(f"plain,{name}"), task)
     check_rules(parse_conditions("plain,plug,bm25:4"), task)
 
@@ -143,7 +143,7 @@ class Stage:
 
     def __init__(self, place: Path, *, kind: Any = "rating") -> None:
         self.data = place / "data"
-        shape = SimulatedConfig(
+        shape = SimulationConfig(
             task=kind, users=8, queries_per_user=2, dev_users=5, dev_queries_per_user=2, min_items=2, max_items=6
         )
         write_simulation(shape, self.data)
@@ -177,7 +177,7 @@ def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 def test_rows_of_a_table_ask_no_model(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rating.models.backend, "score", lambda *_, **__: pytest.fail("a rule asked the model"))
+    monkeypatch.setattr(rating.models.llm, "score", lambda *_, **__: pytest.fail("a rule asked the model"))
     results = rating.evaluate("classical,classical@wrong-user,classical:text,user-median,user-mean,user-majority")
     rows = {row["condition"]: row for row in results["rows"]}
     for row in rows.values():
@@ -221,9 +221,9 @@ def test_a_rules_stranger_is_that_of_all_other_rows(rating: Stage) -> None:
 
 
 def test_only_the_latest_items_are_shown_where_so_many_are_asked_for(rating: Stage) -> None:
-    rating.evaluate("user-median", settings=("shown_items=1",))
+    rating.evaluate("user-median", settings=("max_eval_history=1",))
     assert rating.told("user-median") == [sample.history[-1].answer for sample in rating.reader("dev")]
-    row = rating.evaluate("user-median,classical", settings=("shown_items=0",))["rows"][0]
+    row = rating.evaluate("user-median,classical", settings=("max_eval_history=0",))["rows"][0]
     targets = [float(sample.target or "") for sample in drawn(rating.reader("train"), limit=10, seed=0)]
     assert set(rating.told("user-median")) == {str(int(np.floor(np.median(targets) + 0.5)))}
     assert row["lost_history_rate"] == 1
@@ -260,7 +260,7 @@ def test_free_text_is_copied_and_predicted_without_a_training_split(tmp_path: Pa
     )
     golds = json.loads(path.read_text())["golds"]
     assert [gold["output"] for gold in golds] == [" ".join(s.query.split()[:2]) for s in stage.reader("dev")]
-    with pytest.raises(BadConfig, match="free text"):
+    with pytest.raises(ConfigError, match="free text"):
         stage.evaluate("copy,user-median")
 
 

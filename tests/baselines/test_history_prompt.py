@@ -15,9 +15,9 @@ from personaplug.data import LAMP_TASKS
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.data.task_registry import parse_task
-from personaplug.llm.base import Backend
-from personaplug.llm.prompt_tokenizer import Renderer
-from personaplug.llm.tiny import load_toy
+from personaplug.llm.base import LanguageModel
+from personaplug.llm.prompt_tokenizer import PromptTokenizer
+from personaplug.llm.tiny import load_tiny_llm
 
 REFERENCE = (
     'For an author who has written the paper with the title "X and title", which reference is related? Just answer '
@@ -28,17 +28,17 @@ PLAIN = Task("Plain", "text", ("text",), None, ("rouge_1",), item_template="<{te
 
 
 @pytest.fixture(scope="module")
-def backend() -> Backend:
-    return load_toy(max_prompt_tokens=4096)
+def llm() -> LanguageModel:
+    return load_tiny_llm(max_prompt_tokens=4096)
 
 
 def item(task: Task, *values: str) -> HistoryItem:
     return HistoryItem("i", tuple(zip(task.field_names, values, strict=True)), task.answer_field)
 
 
-def small(room: int) -> Backend:
+def small(room: int) -> LanguageModel:
     """A backend whose tokens are bytes and whose prompts have room for so many of them."""
-    found: Any = load_toy(max_prompt_tokens=room + 1)
+    found: Any = load_tiny_llm(max_prompt_tokens=room + 1)
     assert found.room == room
     return found  # type: ignore[no-any-return]
 
@@ -77,9 +77,11 @@ def small(room: int) -> Backend:
         ),
     ],
 )  # fmt: skip
-def test_lamps_wordings(backend: Backend, name: str, values: list[tuple[str, ...]], prompt: str, expected: str) -> None:
+def test_lamps_wordings(
+    llm: LanguageModel, name: str, values: list[tuple[str, ...]], prompt: str, expected: str
+) -> None:
     task = LAMP_TASKS[name]
-    written = HistoryWriter(task, backend).write(prompt, [item(task, *each) for each in values])
+    written = HistoryWriter(task, llm).write(prompt, [item(task, *each) for each in values])
     assert written.prompt == expected
     assert (written.offered, written.written, written.shortened) == (2, 2, 0)
     if name == "LaMP_1":
@@ -88,44 +90,44 @@ def test_lamps_wordings(backend: Backend, name: str, values: list[tuple[str, ...
         assert written.prompt[written.soft_at :] == prompt
 
 
-def test_an_item_without_template_stands_as_its_text(backend: Backend) -> None:
+def test_an_item_without_template_stands_as_its_text(llm: LanguageModel) -> None:
     items = [item(MOVIES, "d {tag}", "comedy"), item(MOVIES, "", "a")]
-    written = HistoryWriter(MOVIES, backend).write("Q", items)
+    written = HistoryWriter(MOVIES, llm).write("Q", items)
     assert written.prompt == f"{items[0].text}, and {items[1].text}. Q"
 
 
-def test_an_input_without_the_word_gets_its_items_in_front(backend: Backend) -> None:
+def test_an_input_without_the_word_gets_its_items_in_front(llm: LanguageModel) -> None:
     task = LAMP_TASKS["LaMP_1"]
-    written = HistoryWriter(task, backend).write("Which one?", [item(task, "a", "x")])
+    written = HistoryWriter(task, llm).write("Which one?", [item(task, "a", "x")])
     assert (written.prompt, written.soft_at) == ('"a". Which one?', 5)
 
 
-def test_other_joints_and_frames(backend: Backend) -> None:
+def test_other_joints_and_frames(llm: LanguageModel) -> None:
     around = replace(PLAIN, history_template="{input}input{history}!", item_joint=" | ")
-    written = HistoryWriter(around, backend).write("Q", [item(PLAIN, "a"), item(PLAIN, "b")])
+    written = HistoryWriter(around, llm).write("Q", [item(PLAIN, "a"), item(PLAIN, "b")])
     assert (written.prompt, written.soft_at) == ("Qinput<a> | <b>!", 0)
     behind = replace(PLAIN, history_template="input{history}input{input}.")
-    written = HistoryWriter(behind, backend).write("Q", [item(PLAIN, "a")])
+    written = HistoryWriter(behind, llm).write("Q", [item(PLAIN, "a")])
     assert (written.prompt, written.soft_at) == ("input<a>inputQ.", len("input<a>input"))
 
 
-def test_what_users_write_is_never_read_as_a_template(backend: Backend) -> None:
+def test_what_users_write_is_never_read_as_a_template(llm: LanguageModel) -> None:
     nasty = '{history} {input} {text} {0} {} "{{"\\1 %s'
     task = LAMP_TASKS["LaMP_4"]
-    written = HistoryWriter(task, backend).write(nasty, [item(task, nasty, nasty)])
+    written = HistoryWriter(task, llm).write(nasty, [item(task, nasty, nasty)])
     assert written.prompt == f'"{nasty}" is the title for "{nasty}". {nasty}'
     assert written.prompt[written.soft_at :] == nasty
-    noted = HistoryWriter(task, backend).write_note(nasty, nasty)
+    noted = HistoryWriter(task, llm).write_note(nasty, nasty)
     assert noted.prompt == f"About this user: {nasty}. {nasty}"
 
 
-def test_no_items_no_change(backend: Backend) -> None:
+def test_no_items_no_change(llm: LanguageModel) -> None:
     for task in LAMP_TASKS.values():
-        assert HistoryWriter(task, backend).write(REFERENCE, []) == Written(REFERENCE, 0, 0, 0, 0)
+        assert HistoryWriter(task, llm).write(REFERENCE, []) == Written(REFERENCE, 0, 0, 0, 0)
 
 
-def test_nothing_shows_what_users_wrote(backend: Backend) -> None:
-    assert "secret" not in repr(HistoryWriter(PLAIN, backend).write("secret", [item(PLAIN, "secret")]))
+def test_nothing_shows_what_users_wrote(llm: LanguageModel) -> None:
+    assert "secret" not in repr(HistoryWriter(PLAIN, llm).write("secret", [item(PLAIN, "secret")]))
 
 
 # ---- budgets
@@ -215,21 +217,21 @@ def test_any_prompt_fits_and_holds_the_input_whole(name: str, seed: int) -> None
     rng = random.Random(seed)
     task = LAMP_TASKS.get(name, MOVIES)
     seen = 0
-    backend = small(rng.randrange(20, 400))
-    room = backend.room
+    llm = small(rng.randrange(20, 400))
+    room = llm.room
     for _ in range(40):
         limit = rng.choice([0, 0, rng.randrange(1, 200)])
         prompt = rng.choice(["", "with the title"]) + _drawn_text(rng, 100)
         items = [item(task, *(_drawn_text(rng, 80) for _ in task.field_names)) for _ in range(rng.randrange(6))]
-        written = HistoryWriter(task, backend, history_tokens=limit).write(prompt, items)
+        written = HistoryWriter(task, llm, history_tokens=limit).write(prompt, items)
         seen += written.written
         assert written.offered == len(items)
         assert 0 <= written.shortened <= written.written <= len(items)
         if not written.written:
             assert (written.prompt, written.soft_at) == (prompt, 0)
             continue
-        assert backend.count_tokens([written.prompt])[0] <= room
-        assert not backend.measure([written.prompt])[0].truncated
+        assert llm.count_tokens([written.prompt])[0] <= room
+        assert not llm.measure([written.prompt])[0].truncated
         inserted = task.history_after and task.history_after in prompt
         if not inserted:
             assert written.prompt[written.soft_at :] == prompt
@@ -238,7 +240,7 @@ def test_any_prompt_fits_and_holds_the_input_whole(name: str, seed: int) -> None
             assert written.soft_at == 0
             assert written.prompt.startswith(head + ", and ")
             assert written.prompt.endswith(tail)
-        added = backend.count_tokens([written.prompt])[0] - backend.count_tokens([prompt])[0]
+        added = llm.count_tokens([written.prompt])[0] - llm.count_tokens([prompt])[0]
         frame = len(", and ") if inserted else len(task.history_template) - len("{history}{input}")
         assert not limit or added - frame <= limit
     assert seen > 0 or room < 80
@@ -259,8 +261,12 @@ class _Words:
         trained.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=120, **special))
         kind: Any = PreTrainedTokenizerFast
         tokenizer = kind(tokenizer_object=trained, eos_token="</s>", unk_token="<unk>")
-        self.renderer = Renderer(tokenizer, max_tokens=room, encoder_decoder=True)
-        self.room, self.count_tokens, self.cut_text = self.renderer.room, self.renderer.count, self.renderer.cut
+        self.prompt_tokenizer = PromptTokenizer(tokenizer, max_tokens=room, encoder_decoder=True)
+        self.room, self.count_tokens, self.cut_text = (
+            self.prompt_tokenizer.room,
+            self.prompt_tokenizer.count,
+            self.prompt_tokenizer.cut,
+        )
 
 
 @pytest.mark.parametrize("room", [60, 150, 300])
@@ -268,8 +274,8 @@ class _Words:
 def test_prompts_fit_in_words_too_whichever_way_they_are_read(name: str, room: int) -> None:
     rng = random.Random(room)
     words = ["the", "title", "for", "this", "film", "is", "a", "tag", "pattern,", "and", "written", "by", "{x}", "żółw"]
-    task, backend = LAMP_TASKS[name], _Words(room)
-    given: Any = backend
+    task, llm = LAMP_TASKS[name], _Words(room)
+    given: Any = llm
     writers = [HistoryWriter(task, given), HistoryWriter(task, given, history_tokens=room // 2)]
     written_at_all = 0
     for _ in range(60):
@@ -280,44 +286,44 @@ def test_prompts_fit_in_words_too_whichever_way_they_are_read(name: str, room: i
             written = writer.write(prompt, items)
             written_at_all += written.written
             if written.written:
-                assert not backend.renderer.prompt(written.prompt, written.soft_at).truncated
-                assert not backend.renderer.prompt(written.prompt).truncated
+                assert not llm.prompt_tokenizer.prompt(written.prompt, written.soft_at).truncated
+                assert not llm.prompt_tokenizer.prompt(written.prompt).truncated
                 noted = writer.write_note(written.prompt, texts[0][0], soft_at=written.soft_at)
-                assert not backend.renderer.prompt(noted.prompt, noted.soft_at).truncated
+                assert not llm.prompt_tokenizer.prompt(noted.prompt, noted.soft_at).truncated
                 assert noted.prompt.endswith(written.prompt)
     assert written_at_all > 0
 
 
 def test_history_tokens_bound_the_history_and_not_the_input() -> None:
-    backend = small(400)
+    llm = small(400)
     items = [item(PLAIN, "a" * 90), item(PLAIN, "b" * 90)]
-    written = HistoryWriter(PLAIN, backend, history_tokens=50).write("q" * 100, items)
+    written = HistoryWriter(PLAIN, llm, history_tokens=50).write("q" * 100, items)
     assert written.prompt == f"<{'a' * 20}>, and <{'b' * 20}>. {'q' * 100}"
-    assert HistoryWriter(PLAIN, backend, history_tokens=9).write("q", items) == Written("q", 0, 2, 0, 0)
+    assert HistoryWriter(PLAIN, llm, history_tokens=9).write("q", items) == Written("q", 0, 2, 0, 0)
 
 
 def test_items_fit_within_a_chat_template() -> None:
-    backend = small_backend("llama", chat=True)
-    written = HistoryWriter(PLAIN, backend).write("Q", [item(PLAIN, "a" * 999)])
-    (measure,) = backend.measure([written.prompt])
+    llm = small_backend("llama", chat=True)
+    written = HistoryWriter(PLAIN, llm).write("Q", [item(PLAIN, "a" * 999)])
+    (measure,) = llm.measure([written.prompt])
     assert (measure.tokens, measure.truncated) == (512, False)
-    row = backend.renderer.prompt(written.prompt, written.soft_at)
-    assert row.ids[row.at :] == tuple(backend.renderer.tokenizer("Q</><bot>")["input_ids"])
+    row = llm.prompt_tokenizer.prompt(written.prompt, written.soft_at)
+    assert row.ids[row.at :] == tuple(llm.prompt_tokenizer.tokenizer("Q</><bot>")["input_ids"])
 
 
 # ---- notes
 
 
-def test_a_note_stands_in_front(backend: Backend) -> None:
-    written = HistoryWriter(PLAIN, backend).write_note("Q?", " Likes short films. ")
+def test_a_note_stands_in_front(llm: LanguageModel) -> None:
+    written = HistoryWriter(PLAIN, llm).write_note("Q?", " Likes short films. ")
     assert written == Written("About this user: Likes short films. Q?", 36, 1, 1, 0)
-    again = HistoryWriter(PLAIN, backend).write_note("<a>. Q", "Likes films", soft_at=5)
+    again = HistoryWriter(PLAIN, llm).write_note("<a>. Q", "Likes films", soft_at=5)
     assert again.prompt[again.soft_at :] == "Q"
 
 
 @pytest.mark.parametrize("blank", ["", "  ", " . "])
-def test_a_blank_note_adds_nothing(backend: Backend, blank: str) -> None:
-    assert HistoryWriter(PLAIN, backend).write_note("Q", blank, soft_at=1) == Written("Q", 1, 0, 0, 0)
+def test_a_blank_note_adds_nothing(llm: LanguageModel, blank: str) -> None:
+    assert HistoryWriter(PLAIN, llm).write_note("Q", blank, soft_at=1) == Written("Q", 1, 0, 0, 0)
 
 
 def test_a_long_note_is_cut_and_one_without_room_is_counted_as_lost() -> None:
@@ -333,7 +339,7 @@ def test_a_long_note_is_cut_and_one_without_room_is_counted_as_lost() -> None:
 # ---- what a folder may declare
 
 
-def test_a_declared_wording_is_used(backend: Backend) -> None:
+def test_a_declared_wording_is_used(llm: LanguageModel) -> None:
     task = parse_task({"name": "Own", "like": "LaMP_3", "item_template": "{text}={score}", "item_joint": "; "})
-    written = HistoryWriter(task, backend).write("Q", [item(task, "a", "1"), item(task, "b", "2")])
+    written = HistoryWriter(task, llm).write("Q", [item(task, "a", "1"), item(task, "b", "2")])
     assert written.prompt == "a=1; b=2. Q"

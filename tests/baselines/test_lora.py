@@ -18,12 +18,12 @@ import torch
 from families import FAMILIES, small_backend
 from torch import Tensor, nn
 
-from personaplug.baselines.lora import TASK, LowRankAdapters
+from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.baselines.user_lora import (
     FREE_PROMPT,
     Pair,
-    UserAdapters,
     UserCosts,
+    UserLoraStore,
     answers_in_history,
     fit_user,
     history_pairs,
@@ -33,10 +33,10 @@ from personaplug.config import AdapterConfig
 from personaplug.data import LAMP_TASKS
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig, MissingExtra, PersonaPlugError, ShapeMismatch, TrainingDiverged, UserError
+from personaplug.errors import ConfigError, MissingExtra, PersonaPlugError, ShapeMismatch, TrainingDiverged, UserError
 from personaplug.llm.base import GenerationConfig
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.llm.tiny import load_toy
+from personaplug.llm.tiny import load_tiny_llm
 
 CONFIG = AdapterConfig(lora_rank=2, lora_targets="auto", lora_learning_rate=3e-2, user_epochs=3)
 PROMPTS = ["a", "What does this user think of long films?"]
@@ -48,16 +48,16 @@ def pairs_of(user: str, *, count: int = 6) -> list[Pair]:
     return [(f"{user} sees film {number}", f"{user}{number % 2}") for number in range(count)]
 
 
-def losses(backend: Any) -> Tensor:
+def losses(llm: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = backend.loss(PROMPTS, TARGETS, soft=None)[0]
+        found: Tensor = llm.loss(PROMPTS, TARGETS, soft=None)[0]
     return found
 
 
-def answers(backend: Any) -> list[Any]:
+def answers(llm: Any) -> list[Any]:
     config = GenerationConfig(max_new_tokens=4)
-    return [losses(backend), backend.score(PROMPTS, ["yes", "no"], soft=None)] + [
-        made.text for made in backend.generate(PROMPTS, soft=None, config=config)
+    return [losses(llm), llm.score(PROMPTS, ["yes", "no"], soft=None)] + [
+        made.text for made in llm.generate(PROMPTS, soft=None, config=config)
     ]
 
 
@@ -89,7 +89,7 @@ def base_weights(model: nn.Module) -> dict[str, str]:
     }
 
 
-def stir(adapters: LowRankAdapters, name: str, *, size: float = 0.3) -> None:
+def stir(adapters: LoraAdapters, name: str, *, size: float = 0.3) -> None:
     """Give a set values that change what the model says."""
     generator = torch.Generator().manual_seed(["task", "user"].index(name))
     adapters.load(
@@ -98,13 +98,13 @@ def stir(adapters: LowRankAdapters, name: str, *, size: float = 0.3) -> None:
 
 
 @pytest.fixture
-def backend() -> Any:
-    return load_toy()
+def llm() -> Any:
+    return load_tiny_llm()
 
 
 @pytest.fixture
-def adapters(backend: Any) -> Iterator[LowRankAdapters]:
-    with LowRankAdapters.attach(backend, config=CONFIG) as attached:
+def adapters(llm: Any) -> Iterator[LoraAdapters]:
+    with LoraAdapters.attach(llm, config=CONFIG) as attached:
         yield attached
 
 
@@ -113,32 +113,32 @@ def adapters(backend: Any) -> Iterator[LowRankAdapters]:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_attaching_training_and_detaching_leave_no_trace(family: str) -> None:
-    backend = small_backend(family)
-    before, said = portrait(backend.model), answers(backend)
+    llm = small_backend(family)
+    before, said = portrait(llm.model), answers(llm)
     random = torch.random.get_rng_state()
-    adapters = LowRankAdapters.attach(backend, config=CONFIG)
+    adapters = LoraAdapters.attach(llm, config=CONFIG)
     assert torch.equal(random, torch.random.get_rng_state())
     stir(adapters, "task")
-    assert fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0).steps == 6
-    assert same(said, answers(backend))  # nothing is active outside a block
+    assert fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0).steps == 6
+    assert same(said, answers(llm))  # nothing is active outside a block
     adapters.detach()
-    assert portrait(backend.model) == before
-    assert same(said, answers(backend))
+    assert portrait(llm.model) == before
+    assert same(said, answers(llm))
     adapters.detach()  # twice does no harm
-    LowRankAdapters.attach(backend, config=CONFIG).detach()
-    assert portrait(backend.model) == before
+    LoraAdapters.attach(llm, config=CONFIG).detach()
+    assert portrait(llm.model) == before
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_fresh_matrices_change_nothing_and_others_change_everything(family: str) -> None:
-    backend = small_backend(family)
-    said = answers(backend)
-    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+    llm = small_backend(family)
+    said = answers(llm)
+    with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         with adapters.active("task", "user"):
-            assert same(said, answers(backend))
+            assert same(said, answers(llm))
         stir(adapters, "user")
         with adapters.active("user"):
-            assert not torch.isclose(losses(backend), said[0]).any()
+            assert not torch.isclose(losses(llm), said[0]).any()
 
 
 @pytest.mark.parametrize(
@@ -147,136 +147,134 @@ def test_fresh_matrices_change_nothing_and_others_change_everything(family: str)
      ("neox", "query_key_value", 2), ("t5", "q,v", 12), ("gpt2", "auto", 2), ("t5", "auto", 12), ("neox", "auto", 2)],
 )  # fmt: skip
 def test_the_named_layers_get_matrices(family: str, layers: str, count: int, recwarn: pytest.WarningsRecorder) -> None:
-    backend = small_backend(family)
-    with LowRankAdapters.attach(backend, config=replace(CONFIG, lora_targets=layers)) as adapters:
+    llm = small_backend(family)
+    with LoraAdapters.attach(llm, config=replace(CONFIG, lora_targets=layers)) as adapters:
         assert len(adapters.state("user")) == 2 * count
     assert not [warning for warning in recwarn if "peft" in warning.filename]
 
 
-def test_an_exception_detaches_too(backend: Any) -> None:
-    before = portrait(backend.model)
+def test_an_exception_detaches_too(llm: Any) -> None:
+    before = portrait(llm.model)
 
     def fail() -> None:
-        with LowRankAdapters.attach(backend, config=CONFIG) as adapters, adapters.active("user"):
+        with LoraAdapters.attach(llm, config=CONFIG) as adapters, adapters.active("user"):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert portrait(backend.model) == before
+    assert portrait(llm.model) == before
 
 
-def test_a_failure_while_attaching_leaves_no_trace(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = portrait(backend.model)
-    monkeypatch.setattr(LowRankAdapters, "reset", lambda *_, **__: 1 / 0)
+def test_a_failure_while_attaching_leaves_no_trace(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = portrait(llm.model)
+    monkeypatch.setattr(LoraAdapters, "reset", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        LowRankAdapters.attach(backend, config=CONFIG)
-    assert portrait(backend.model) == before
+        LoraAdapters.attach(llm, config=CONFIG)
+    assert portrait(llm.model) == before
 
 
 @pytest.mark.parametrize("layers", ["nose", "q_proj,nose", "lm_head", "proj", ",", "norm"])
-def test_layers_that_are_not_there_are_named_beside_those_that_are(backend: Any, layers: str) -> None:
-    before = portrait(backend.model)
-    with pytest.raises(BadConfig, match=r"down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\."):
-        LowRankAdapters.attach(backend, config=replace(CONFIG, lora_targets=layers))
-    assert portrait(backend.model) == before
+def test_layers_that_are_not_there_are_named_beside_those_that_are(llm: Any, layers: str) -> None:
+    before = portrait(llm.model)
+    with pytest.raises(ConfigError, match=r"down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\."):
+        LoraAdapters.attach(llm, config=replace(CONFIG, lora_targets=layers))
+    assert portrait(llm.model) == before
 
 
-def test_auto_without_a_choice_of_peft_says_so(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(backend.model.config), "model_type", "homemade")
-    with pytest.raises(BadConfig, match=r"no choice for models of type 'homemade'.*q_proj"):
-        LowRankAdapters.attach(backend, config=CONFIG)
+def test_auto_without_a_choice_of_peft_says_so(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(llm.model.config), "model_type", "homemade")
+    with pytest.raises(ConfigError, match=r"no choice for models of type 'homemade'.*q_proj"):
+        LoraAdapters.attach(llm, config=CONFIG)
 
 
-def test_a_second_attachment_is_refused(backend: Any, adapters: LowRankAdapters) -> None:
+def test_a_second_attachment_is_refused(llm: Any, adapters: LoraAdapters) -> None:
     with pytest.raises(UserError, match="already"):
-        LowRankAdapters.attach(backend, config=CONFIG)
+        LoraAdapters.attach(llm, config=CONFIG)
     assert len(adapters.state("task")) == 8  # the first one lives on
     with adapters.active("task"):
-        losses(backend)
+        losses(llm)
 
 
 def test_a_backend_without_a_model_is_refused() -> None:
     nothing: Any = object()
     with pytest.raises(UserError, match="language model of transformers"):
-        LowRankAdapters.attach(nothing, config=CONFIG)
+        LoraAdapters.attach(nothing, config=CONFIG)
 
 
-def test_without_peft_the_extra_is_named(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_the_extra_is_named(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtra, match=r"personaplug\[lora\]"):
-        LowRankAdapters.attach(backend, config=CONFIG)
+        LoraAdapters.attach(llm, config=CONFIG)
 
 
 # ---- which of them speak, and which learn
 
 
-def test_blocks_nest_add_up_and_restore(backend: Any, adapters: LowRankAdapters) -> None:
-    plain = losses(backend)
+def test_blocks_nest_add_up_and_restore(llm: Any, adapters: LoraAdapters) -> None:
+    plain = losses(llm)
     stir(adapters, "task")
     stir(adapters, "user")
     seen: dict[str, Tensor] = {}
     with adapters.active("task"):
-        seen["task"] = losses(backend)
+        seen["task"] = losses(llm)
         with adapters.active("task", "user"):
-            seen["both"] = losses(backend)
+            seen["both"] = losses(llm)
             with adapters.active():
-                assert torch.equal(losses(backend), plain)
+                assert torch.equal(losses(llm), plain)
             with suppress(RuntimeError), adapters.active("user"):
-                seen["user"] = losses(backend)
+                seen["user"] = losses(llm)
                 raise RuntimeError
-            assert torch.equal(losses(backend), seen["both"])
-        assert torch.equal(losses(backend), seen["task"])
+            assert torch.equal(losses(llm), seen["both"])
+        assert torch.equal(losses(llm), seen["task"])
         with adapters.active("task", "task"):  # naming it twice does not apply it twice
-            assert torch.equal(losses(backend), seen["task"])
-    assert torch.equal(losses(backend), plain)
+            assert torch.equal(losses(llm), seen["task"])
+    assert torch.equal(losses(llm), plain)
     assert len({tuple(value.tolist()) for value in (plain, *seen.values())}) == 4
 
 
-def test_both_sets_are_what_their_sum_would_be(backend: Any, adapters: LowRankAdapters) -> None:
+def test_both_sets_are_what_their_sum_would_be(llm: Any, adapters: LoraAdapters) -> None:
     """The layers' own matrices, changed by hand by scale · B·A of both sets (LoRA, section 4.1)."""
     stir(adapters, "task")
     stir(adapters, "user")
     with adapters.active("task", "user"):
-        together = losses(backend)
+        together = losses(llm)
     states = [adapters.state("task"), adapters.state("user")]
     adapters.detach()
     for path in {path.rpartition(".")[0] for path in states[0]}:
         for state in states:
             update = CONFIG.lora_alpha / CONFIG.lora_rank * state[f"{path}.B"] @ state[f"{path}.A"]
-            backend.model.get_submodule(path).weight.data += update
-    torch.testing.assert_close(losses(backend), together, rtol=1e-4, atol=1e-4)
+            llm.model.get_submodule(path).weight.data += update
+    torch.testing.assert_close(losses(llm), together, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("learner", ["task", "user"])
-def test_gradients_reach_what_is_asked_for_and_nothing_else(
-    backend: Any, adapters: LowRankAdapters, learner: str
-) -> None:
+def test_gradients_reach_what_is_asked_for_and_nothing_else(llm: Any, adapters: LoraAdapters, learner: str) -> None:
     stir(adapters, "task")
     stir(adapters, "user")
     with adapters.active("task", "user"), adapters.trainable(learner):
-        backend.loss(PROMPTS, TARGETS, soft=None)[0].sum().backward()
+        llm.loss(PROMPTS, TARGETS, soft=None)[0].sum().backward()
     other = {"task": "user", "user": "task"}[learner]
     assert all(p.grad is not None and p.grad.any() for p in adapters.module(learner).parameters())
     assert all(p.grad is None for p in adapters.module(other).parameters())
-    assert all(p.grad is None for path, p in backend.model.named_parameters() if "lora_" not in path)
+    assert all(p.grad is None for path, p in llm.model.named_parameters() if "lora_" not in path)
 
 
 def test_the_tasks_matrices_learn_by_default_even_if_the_backward_pass_comes_after_the_block(
-    backend: Any, adapters: LowRankAdapters
+    llm: Any, adapters: LoraAdapters
 ) -> None:
     stir(adapters, "task")
     with adapters.active("task"):
-        loss = backend.loss(PROMPTS, TARGETS, soft=None)[0].sum()
+        loss = llm.loss(PROMPTS, TARGETS, soft=None)[0].sum()
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in adapters.module("task").parameters())
     # What other rows of a table compute outside a block takes no gradient along.
-    assert not backend.loss(PROMPTS, TARGETS, soft=None)[0].requires_grad
+    assert not llm.loss(PROMPTS, TARGETS, soft=None)[0].requires_grad
 
 
-def test_unknown_names_and_detached_matrices_are_refused(backend: Any, adapters: LowRankAdapters) -> None:
-    with pytest.raises(BadConfig, match="did you mean 'user'"):
+def test_unknown_names_and_detached_matrices_are_refused(llm: Any, adapters: LoraAdapters) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'user'"):
         adapters.state("users")
-    with pytest.raises(BadConfig), adapters.active("task", "nobody"):
+    with pytest.raises(ConfigError), adapters.active("task", "nobody"):
         pass
     adapters.detach()
     with pytest.raises(UserError, match="detached"), adapters.active("user"):
@@ -286,7 +284,7 @@ def test_unknown_names_and_detached_matrices_are_refused(backend: Any, adapters:
 # ---- their values
 
 
-def test_states_have_readable_names_and_return_to_the_bit(adapters: LowRankAdapters) -> None:
+def test_states_have_readable_names_and_return_to_the_bit(adapters: LoraAdapters) -> None:
     stir(adapters, "user")
     state = adapters.state("user")
     assert "model.layers.0.self_attn.q_proj.A" in state
@@ -298,13 +296,13 @@ def test_states_have_readable_names_and_return_to_the_bit(adapters: LowRankAdapt
     assert adapters.count("user") == sum(value.numel() for value in state.values())
 
 
-def test_a_state_is_a_copy(adapters: LowRankAdapters) -> None:
+def test_a_state_is_a_copy(adapters: LoraAdapters) -> None:
     state = adapters.state("task")
     state["model.layers.0.self_attn.q_proj.A"].zero_()
     assert adapters.state("task")["model.layers.0.self_attn.q_proj.A"].any()
 
 
-def test_resets_are_drawn_by_their_seed_alone(adapters: LowRankAdapters) -> None:
+def test_resets_are_drawn_by_their_seed_alone(adapters: LoraAdapters) -> None:
     drawn = {}
     for seed, disturbance in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(disturbance)
@@ -318,7 +316,7 @@ def test_resets_are_drawn_by_their_seed_alone(adapters: LowRankAdapters) -> None
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "shape"])
-def test_a_state_of_another_model_is_refused_and_changes_nothing(adapters: LowRankAdapters, change: str) -> None:
+def test_a_state_of_another_model_is_refused_and_changes_nothing(adapters: LoraAdapters, change: str) -> None:
     before = adapters.state("user")
     state = {path: value + 1 for path, value in before.items()}
     first = next(iter(state))
@@ -334,45 +332,45 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(adapters: LowRa
 
 
 def test_matrices_are_float32_in_a_bfloat16_model() -> None:
-    backend = small_backend("llama")
-    backend.model.to(torch.bfloat16)
-    said = losses(backend)
-    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+    llm = small_backend("llama")
+    llm.model.to(torch.bfloat16)
+    said = losses(llm)
+    with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         assert {value.dtype for value in adapters.state("user").values()} == {torch.float32}
         with adapters.active("task", "user"):
-            assert torch.equal(said, losses(backend))
-        before = loss_of(adapters, backend, pairs_of("u"))
-        fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
-        assert loss_of(adapters, backend, pairs_of("u")) < before
-    assert {p.dtype for p in backend.model.parameters()} == {torch.bfloat16}
+            assert torch.equal(said, losses(llm))
+        before = loss_of(adapters, llm, pairs_of("u"))
+        fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
+        assert loss_of(adapters, llm, pairs_of("u")) < before
+    assert {p.dtype for p in llm.model.parameters()} == {torch.bfloat16}
 
 
 # ---- training a user
 
 
-def loss_of(adapters: LowRankAdapters, backend: Any, pairs: list[tuple[str, str]], *names: str) -> float:
+def loss_of(adapters: LoraAdapters, llm: Any, pairs: list[tuple[str, str]], *names: str) -> float:
     """−log p per token of the answers, with the task's and the user's matrices in place unless others are named."""
     asked, answered = (list(part) for part in zip(*pairs, strict=True))
     with torch.no_grad(), adapters.active(*(names or ("task", "user"))):
-        found, tokens = backend.loss(asked, answered, soft=None)
+        found, tokens = llm.loss(asked, answered, soft=None)
     return float(found.sum() / tokens.sum())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_user_is_learned_and_nothing_else_moves(family: str) -> None:
-    backend = small_backend(family)
-    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+    llm = small_backend(family)
+    with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         stir(adapters, "task", size=0.05)
-        weights, task = base_weights(backend.model), adapters.state("task")
-        before = loss_of(adapters, backend, pairs_of("u"))
-        fit = fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
-        assert loss_of(adapters, backend, pairs_of("u")) < 0.9 * before
-        assert (base_weights(backend.model), fit.steps) == (weights, 6)
+        weights, task = base_weights(llm.model), adapters.state("task")
+        before = loss_of(adapters, llm, pairs_of("u"))
+        fit = fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
+        assert loss_of(adapters, llm, pairs_of("u")) < 0.9 * before
+        assert (base_weights(llm.model), fit.steps) == (weights, 6)
         assert same(adapters.state("task"), task)
         assert all(value.any() for value in adapters.state("user").values())
 
 
-def test_the_order_of_users_and_torchs_generator_do_not_matter(backend: Any, adapters: LowRankAdapters) -> None:
+def test_the_order_of_users_and_torchs_generator_do_not_matter(llm: Any, adapters: LoraAdapters) -> None:
     stir(adapters, "task")
     users = {name: pairs_of(name) for name in ("ann", "bob", "cem")}
     outcomes = []
@@ -381,59 +379,59 @@ def test_the_order_of_users_and_torchs_generator_do_not_matter(backend: Any, ada
         outcome = {}
         for name in order:
             before = torch.random.get_rng_state()
-            fit_user(adapters, backend, users[name], config=CONFIG, seed=4)
+            fit_user(adapters, llm, users[name], config=CONFIG, seed=4)
             assert torch.equal(before, torch.random.get_rng_state())
             outcome[name] = adapters.state("user")
         outcomes.append(outcome)
     assert all(same(outcomes[0][name], outcomes[1][name]) for name in users)
     assert not same(outcomes[0]["ann"], outcomes[0]["bob"])
-    fit_user(adapters, backend, users["ann"], config=CONFIG, seed=5)
+    fit_user(adapters, llm, users["ann"], config=CONFIG, seed=5)
     assert not same(outcomes[0]["ann"], adapters.state("user"))
 
 
-def test_a_user_is_trained_on_top_of_the_task(backend: Any, adapters: LowRankAdapters) -> None:
-    fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
+def test_a_user_is_trained_on_top_of_the_task(llm: Any, adapters: LoraAdapters) -> None:
+    fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
     alone = adapters.state("user")
     stir(adapters, "task")
-    before = loss_of(adapters, backend, pairs_of("u"), "task")
-    fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
+    before = loss_of(adapters, llm, pairs_of("u"), "task")
+    fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
     assert not same(alone, adapters.state("user"))
-    assert loss_of(adapters, backend, pairs_of("u")) < before
+    assert loss_of(adapters, llm, pairs_of("u")) < before
 
 
-def test_steps_passes_and_the_latest_items(backend: Any, adapters: LowRankAdapters) -> None:
+def test_steps_passes_and_the_latest_items(llm: Any, adapters: LoraAdapters) -> None:
     pairs = pairs_of("u", count=11)
     config = replace(CONFIG, user_epochs=2, user_items=5, user_batch_size=2)
-    assert fit_user(adapters, backend, pairs, config=config, seed=0).steps == 6
+    assert fit_user(adapters, llm, pairs, config=config, seed=0).steps == 6
     state = adapters.state("user")
-    fit_user(adapters, backend, pairs[-5:], config=config, seed=0)
+    fit_user(adapters, llm, pairs[-5:], config=config, seed=0)
     assert same(state, adapters.state("user"))
 
 
-def test_without_pairs_the_matrices_are_fresh(backend: Any, adapters: LowRankAdapters) -> None:
+def test_without_pairs_the_matrices_are_fresh(llm: Any, adapters: LoraAdapters) -> None:
     stir(adapters, "user")
-    said = losses(backend)
-    fit = fit_user(adapters, backend, [], config=CONFIG, seed=0)
+    said = losses(llm)
+    fit = fit_user(adapters, llm, [], config=CONFIG, seed=0)
     assert (fit.steps, fit.seconds) == (0, 0.0)
     with adapters.active("user"):
-        assert torch.equal(losses(backend), said)
+        assert torch.equal(losses(llm), said)
 
 
-def test_training_works_where_gradients_are_off(backend: Any, adapters: LowRankAdapters) -> None:
-    before = loss_of(adapters, backend, pairs_of("u"))
+def test_training_works_where_gradients_are_off(llm: Any, adapters: LoraAdapters) -> None:
+    before = loss_of(adapters, llm, pairs_of("u"))
     with torch.no_grad():
-        fit_user(adapters, backend, pairs_of("u"), config=CONFIG, seed=0)
-    assert loss_of(adapters, backend, pairs_of("u")) < before
+        fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
+    assert loss_of(adapters, llm, pairs_of("u")) < before
 
 
-def test_a_diverging_user_is_said_and_leaves_fresh_matrices(backend: Any, adapters: LowRankAdapters) -> None:
+def test_a_diverging_user_is_said_and_leaves_fresh_matrices(llm: Any, adapters: LoraAdapters) -> None:
     state = {path: torch.full_like(value, math.inf) for path, value in adapters.state("task").items()}
     adapters.load("task", state)
     with pytest.raises(TrainingDiverged, match="lower lora_learning_rate") as caught:
-        fit_user(adapters, backend, pairs_of(SECRET), config=CONFIG, seed=0)
+        fit_user(adapters, llm, pairs_of(SECRET), config=CONFIG, seed=0)
     assert SECRET not in str(caught.value)
     assert all(value.any() == path.endswith(".A") for path, value in adapters.state("user").items())
-    assert not losses(backend).isnan().any()  # and nothing stays active
+    assert not losses(llm).isnan().any()  # and nothing stays active
 
 
 # ---- what a user is trained on
@@ -485,12 +483,12 @@ _CASES: dict[str, tuple[str, str, HistoryItem, Pair]] = {
 
 
 @pytest.mark.parametrize("name", sorted(LAMP_TASKS))
-def test_every_task_makes_pairs_of_a_history(name: str, backend: Any, adapters: LowRankAdapters) -> None:
+def test_every_task_makes_pairs_of_a_history(name: str, llm: Any, adapters: LoraAdapters) -> None:
     prompt, query, one, expected = _CASES[name]
     pairs = history_pairs(LAMP_TASKS[name], prompt, query, [one])
     assert pairs == [expected]
     assert answers_in_history(LAMP_TASKS[name]) == (name not in ("LaMP_1", "LaMP_7"))
-    assert fit_user(adapters, backend, pairs, config=replace(CONFIG, user_epochs=1), seed=0).steps == 1
+    assert fit_user(adapters, llm, pairs, config=replace(CONFIG, user_epochs=1), seed=0).steps == 1
 
 
 def test_several_values_are_joined_and_a_task_without_marker_is_its_query_alone() -> None:
@@ -560,33 +558,33 @@ def test_texts_without_letters_are_compared_by_their_signs() -> None:
 # ---- the store
 
 
-def test_the_store_gives_back_what_was_trained(backend: Any, adapters: LowRankAdapters, tmp_path: Path) -> None:
+def test_the_store_gives_back_what_was_trained(llm: Any, adapters: LoraAdapters, tmp_path: Path) -> None:
     key = ["ann", {"seed": 0, "lora_rank": 2}]
-    assert UserAdapters(tmp_path / "users").get(key) is None
-    fit_user(adapters, backend, pairs_of("ann"), config=CONFIG, seed=0)
+    assert UserLoraStore(tmp_path / "users").get(key) is None
+    fit_user(adapters, llm, pairs_of("ann"), config=CONFIG, seed=0)
     trained = adapters.state("user")
-    UserAdapters(tmp_path / "users").put(key, trained, seconds=1.5, items=6)
-    stored = UserAdapters(tmp_path / "users").get(["ann", {"lora_rank": 2, "seed": 0}])
+    UserLoraStore(tmp_path / "users").put(key, trained, seconds=1.5, items=6)
+    stored = UserLoraStore(tmp_path / "users").get(["ann", {"lora_rank": 2, "seed": 0}])
     assert stored is not None
     assert same(trained, stored)
     adapters.load("user", stored)
-    assert UserAdapters(tmp_path / "users").get(["ann", {"lora_rank": 2, "seed": 1}]) is None
+    assert UserLoraStore(tmp_path / "users").get(["ann", {"lora_rank": 2, "seed": 1}]) is None
 
 
-def test_the_store_names_no_user_and_says_what_was_spent(adapters: LowRankAdapters, tmp_path: Path) -> None:
-    UserAdapters(tmp_path).put([SECRET, 1], adapters.state("user"), seconds=1.5, items=6)
+def test_the_store_names_no_user_and_says_what_was_spent(adapters: LoraAdapters, tmp_path: Path) -> None:
+    UserLoraStore(tmp_path).put([SECRET, 1], adapters.state("user"), seconds=1.5, items=6)
     described, weights = sorted(tmp_path.iterdir())
     assert (described.suffix, weights.suffix, described.stem) == (".json", ".safetensors", weights.stem)
     assert json.loads(described.read_text()) == {"seconds": 1.5, "items": 6, "bytes": 2 * adapters.count("user")}
     assert not [path for path in tmp_path.iterdir() if SECRET.encode() in path.name.encode() + path.read_bytes()]
 
 
-def test_costs_are_means_over_the_users_met(adapters: LowRankAdapters, tmp_path: Path) -> None:
-    store = UserAdapters(tmp_path)
+def test_costs_are_means_over_the_users_met(adapters: LoraAdapters, tmp_path: Path) -> None:
+    store = UserLoraStore(tmp_path)
     assert store.costs() is None
     for name, seconds in (("ann", 1.0), ("bob", 3.0), ("cem", 90.0)):
         store.put([name], adapters.state("user"), seconds=seconds, items=1)
-    again = UserAdapters(tmp_path)
+    again = UserLoraStore(tmp_path)
     for name in ("ann", "bob", "ann", "dan"):
         again.get([name])
     assert again.costs() == UserCosts(users=2, seconds=2.0, bytes=2 * adapters.count("user"))
@@ -595,43 +593,43 @@ def test_costs_are_means_over_the_users_met(adapters: LowRankAdapters, tmp_path:
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"{}"])
 def test_a_user_whose_files_are_damaged_is_not_stored(
-    suffix: str, content: bytes | None, adapters: LowRankAdapters, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    suffix: str, content: bytes | None, adapters: LoraAdapters, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = UserAdapters(tmp_path)
+    store = UserLoraStore(tmp_path)
     store.put([SECRET], adapters.state("user"), seconds=1.0, items=1)
     path = next(tmp_path.glob(f"*{suffix}"))
     path.unlink() if content is None else path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert UserAdapters(tmp_path).get([SECRET]) is None
+        assert UserLoraStore(tmp_path).get([SECRET]) is None
     assert ("trained again" in caplog.text) == (content is not None)
     assert SECRET not in caplog.text
     store.put([SECRET], adapters.state("user"), seconds=1.0, items=1)
-    assert UserAdapters(tmp_path).get([SECRET]) is not None
+    assert UserLoraStore(tmp_path).get([SECRET]) is not None
 
 
 def test_prompts_kept_with_some_matrices_are_read_anew_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = small_backend("llama")
-    soft = SoftPrompt(torch.randn(2, 3, backend.identity.width), placement="suffix")
+    llm = small_backend("llama")
+    soft = SoftPrompt(torch.randn(2, 3, llm.identity.width), placement="suffix")
 
     def behind() -> Tensor:
         with torch.no_grad():
-            found: Tensor = backend.loss(PROMPTS, TARGETS, soft=soft)[0]
+            found: Tensor = llm.loss(PROMPTS, TARGETS, soft=soft)[0]
         return found
 
-    with LowRankAdapters.attach(backend, config=CONFIG) as adapters:
+    with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         for matrix in adapters.module(TASK).parameters():
             nn.init.normal_(matrix, std=0.5)
-        backend.keep(PROMPTS)
+        llm.keep(PROMPTS)
         untouched = behind()
         with adapters.active(TASK):
             changed = behind()
-            backend.keep(PROMPTS)
+            llm.keep(PROMPTS)
             torch.testing.assert_close(behind(), changed)
             with monkeypatch.context() as patch:
-                patch.setattr(backend, "_apart", lambda _: False)
+                patch.setattr(llm, "_apart", lambda _: False)
                 torch.testing.assert_close(behind(), changed, rtol=1e-4, atol=1e-4)
         assert (changed - untouched).abs().min() > 1e-3
         torch.testing.assert_close(behind(), untouched)
         with adapters.active(TASK):
-            backend.keep(PROMPTS)
+            llm.keep(PROMPTS)
     torch.testing.assert_close(behind(), untouched)

@@ -25,7 +25,7 @@ from personaplug.baselines.regression import (
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.controls import items_lent, lend
 from personaplug.methods import Part
 
@@ -84,7 +84,7 @@ def test_the_strength_is_the_one_that_serves_users_who_were_left_out() -> None:
     # Nothing in these rows tells of other users, while samples of known users are learned by heart.
     assert best_strength(rows, wanted, owners=[user for user in NAMES for _ in range(10)]) == 300.0
     assert best_strength(rows, wanted, owners=[str(k) for k in range(120)]) == 0.1
-    with pytest.raises(BadConfig, match="2 or more, found 1"):
+    with pytest.raises(ConfigError, match="2 or more, found 1"):
         best_strength(rows, wanted, owners=["a"] * 120)
 
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_fitted_is_said() -> None:
     with pytest.raises(MissingData, match="has an answer among"):
         fit_classical(TAGS, [_sample("a", "q", "bird"), _sample("b", "q", None)], part="text")
     bare = Task("B", "label", ("text",), None, ("accuracy",), labels=("cat", "dog"))
-    with pytest.raises(BadConfig, match=r"answer_field.*classical:text"):
+    with pytest.raises(ConfigError, match=r"answer_field.*classical:text"):
         fit_classical(bare, [_sample("a", "q", "cat")], part="both")
     train = [_sample("a", "red", "cat"), _sample("b", "blue", "dog")]
     assert fit_classical(bare, train, part="text").answers(train) == ["cat", "dog"]

@@ -19,8 +19,8 @@ from personaplug.baselines.retrievers import BM25, Dense, RandomItems, Recency, 
 from personaplug.data import open_dataset
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import HashEncoder
-from personaplug.encoders.embedding_store import VectorTable
-from personaplug.errors import BadConfig
+from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.errors import ConfigError
 
 
 def sample(query: str, *texts: str, id: str = "s") -> Sample:
@@ -113,8 +113,8 @@ def test_bm25_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.fixture
-def table(tmp_path: Path, hashing: HashEncoder) -> VectorTable:
-    return VectorTable.open(tmp_path / "vectors", hashing)
+def table(tmp_path: Path, hashing: HashEncoder) -> EmbeddingStore:
+    return EmbeddingStore.open(tmp_path / "vectors", hashing)
 
 
 @pytest.mark.parametrize("method", ["bm25", "recency", "random", "dense"])
@@ -126,7 +126,7 @@ def table(tmp_path: Path, hashing: HashEncoder) -> VectorTable:
     ],
 )  # fmt: skip
 def test_every_item_is_ranked_once(
-    method: str, query: str, texts: tuple[str, ...], hashing: HashEncoder, table: VectorTable
+    method: str, query: str, texts: tuple[str, ...], hashing: HashEncoder, table: EmbeddingStore
 ) -> None:
     retriever = open_retriever(method, seed=0, encoder=hashing, table=table, with_answer=True)
     ranked = retriever.rank(sample(query, *texts))
@@ -136,15 +136,15 @@ def test_every_item_is_ranked_once(
 
 
 @pytest.mark.parametrize("method", ["bm25", "dense"])
-def test_the_later_of_equal_items_comes_first(method: str, hashing: HashEncoder, table: VectorTable) -> None:
+def test_the_later_of_equal_items_comes_first(method: str, hashing: HashEncoder, table: EmbeddingStore) -> None:
     retriever = open_retriever(method, seed=0, encoder=hashing, table=table, with_answer=False)
     assert retriever.rank(sample("good film", *["bad tea"] * 5, *["good film"] * 3, "cold tea"))[:3] == [7, 6, 5]
     same = sample("good film", *["good film"] * 37)
     assert retriever.rank(same) == list(range(37))[::-1]
 
 
-def test_an_unknown_retriever_is_named_with_the_nearest(hashing: HashEncoder, table: VectorTable) -> None:
-    with pytest.raises(BadConfig, match=r"'bm52'.*'bm25'"):
+def test_an_unknown_retriever_is_named_with_the_nearest(hashing: HashEncoder, table: EmbeddingStore) -> None:
+    with pytest.raises(ConfigError, match=r"'bm52'.*'bm25'"):
         open_retriever("bm52", seed=0, encoder=hashing, table=table, with_answer=True)
 
 
@@ -167,7 +167,7 @@ def test_draws_depend_on_seed_and_id_alone() -> None:
 
 
 @pytest.mark.parametrize("with_answer", [True, False])
-def test_dense_is_the_cosine(with_answer: bool, hashing: HashEncoder, table: VectorTable) -> None:
+def test_dense_is_the_cosine(with_answer: bool, hashing: HashEncoder, table: EmbeddingStore) -> None:
     dense = Dense(hashing, table, with_answer=with_answer)
     for one in drawn_samples(40, words="abcdefgh"):
         texts = [item.text if with_answer else item.content for item in one.history]
@@ -177,14 +177,14 @@ def test_dense_is_the_cosine(with_answer: bool, hashing: HashEncoder, table: Vec
     assert table.rows([one.history[0].text if with_answer else one.history[0].content]).size == 1
 
 
-def test_dense_answers_count_only_where_they_are_encoded(hashing: HashEncoder, table: VectorTable) -> None:
+def test_dense_answers_count_only_where_they_are_encoded(hashing: HashEncoder, table: EmbeddingStore) -> None:
     items = tuple(HistoryItem(tag, (("text", "same"), ("tag", tag)), "tag") for tag in ("war", "comedy", "music"))
     one = Sample("s", None, "comedy", "comedy", None, items)
     assert Dense(hashing, table, with_answer=True).rank(one)[0] == 1
     assert Dense(hashing, table, with_answer=False).rank(one) == [2, 1, 0]
 
 
-def test_a_head_maps_the_query_and_a_query_is_encoded_once(hashing: HashEncoder, table: VectorTable) -> None:
+def test_a_head_maps_the_query_and_a_query_is_encoded_once(hashing: HashEncoder, table: EmbeddingStore) -> None:
     seen: list[tuple[int, ...]] = []
 
     def opposite(queries: np.ndarray) -> np.ndarray:

@@ -12,15 +12,15 @@ import torch
 
 from personaplug.baselines.history_prompt import HistoryWriter
 from personaplug.baselines.retrievers import Recency
-from personaplug.baselines.ropg import LearnedRetriever, Lesson, RetrieverObjective, Teacher
+from personaplug.baselines.ropg import Lesson, RetrieverObjective, RopgRetriever, Teacher
 from personaplug.config import TrainingConfig
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task_registry import lamp_task
 from personaplug.encoders import HashEncoder
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples
 from personaplug.errors import MissingData
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.training.trainer import fit
 
 TASK = lamp_task("LaMP_3")
@@ -36,12 +36,12 @@ def _sample(number: int, *, items: int = 6) -> Sample:
     return Sample(str(number), f"user {number}", f"Score it. review: {query}", query, "3", history)
 
 
-def _teacher(path: Path, toy: DecoderOnlyBackend, **changes: Any) -> Teacher:
+def _teacher(path: Path, toy: CausalLM, **changes: Any) -> Teacher:
     settings = {"candidates": 4, "seed": 0, **changes}
-    return Teacher(path, backend=toy, writer=HistoryWriter(TASK, toy), retriever=Recency(), **settings)
+    return Teacher(path, llm=toy, writer=HistoryWriter(TASK, toy), retriever=Recency(), **settings)
 
 
-def test_a_lesson_is_the_likelihood_of_the_answer_with_each_item(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+def test_a_lesson_is_the_likelihood_of_the_answer_with_each_item(tmp_path: Path, toy: CausalLM) -> None:
     sample = _sample(0)
     teacher = _teacher(tmp_path / "lessons.jsonl", toy)
     lesson = teacher.lessons([sample])["0"]
@@ -54,12 +54,12 @@ def test_a_lesson_is_the_likelihood_of_the_answer_with_each_item(tmp_path: Path,
         assert said == pytest.approx(-float(loss), rel=1e-4)
 
 
-def test_samples_that_teach_nothing_are_passed_over(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+def test_samples_that_teach_nothing_are_passed_over(tmp_path: Path, toy: CausalLM) -> None:
     samples = [_sample(0, items=1), _sample(1, items=0), _sample(2)]
     assert list(_teacher(tmp_path / "lessons.jsonl", toy).lessons(samples)) == ["2"]
 
 
-def test_what_was_asked_is_not_asked_again_even_after_a_kill(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+def test_what_was_asked_is_not_asked_again_even_after_a_kill(tmp_path: Path, toy: CausalLM) -> None:
     path = tmp_path / "lessons.jsonl"
     samples = [_sample(k) for k in range(3)]
     whole = _teacher(path, toy).lessons(samples)
@@ -72,7 +72,7 @@ def test_what_was_asked_is_not_asked_again_even_after_a_kill(tmp_path: Path, toy
             asked.append(sample.id)
             return super()._ask(sample)
 
-    again = Counting(path, backend=toy, writer=HistoryWriter(TASK, toy), retriever=Recency(), candidates=4, seed=0)
+    again = Counting(path, llm=toy, writer=HistoryWriter(TASK, toy), retriever=Recency(), candidates=4, seed=0)
     assert again.lessons(samples) == whole
     assert asked == ["1", "2"]
     assert _teacher(path, toy).lessons(samples) == whole
@@ -81,9 +81,9 @@ def test_what_was_asked_is_not_asked_again_even_after_a_kill(tmp_path: Path, toy
 def _objective(
     folder: Path, samples: Sequence[Sample], lessons: dict[str, Lesson], *, encoder: HashEncoder
 ) -> tuple[RetrieverObjective, list[EncodedSample]]:
-    table = VectorTable.open(folder / "vectors", encoder)
+    table = EmbeddingStore.open(folder / "vectors", encoder)
     encoded = encode_samples(samples, table)
-    retriever = LearnedRetriever(encoder.width)
+    retriever = RopgRetriever(encoder.width)
     return (
         RetrieverObjective(retriever, lessons, samples=encoded, encoder=encoder, table=table, temperature=0.1),
         encoded,
@@ -136,16 +136,16 @@ def test_it_learns_to_rank_as_the_model_does(tmp_path: Path, hashing: HashEncode
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
-    retriever = LearnedRetriever(4)
+    retriever = RopgRetriever(4)
     with torch.no_grad():
         retriever.linear.weight.normal_()
     retriever.save(tmp_path)
     queries = torch.randn(3, 4)
-    torch.testing.assert_close(LearnedRetriever.load(tmp_path, width=4)(queries), retriever(queries))
+    torch.testing.assert_close(RopgRetriever.load(tmp_path, width=4)(queries), retriever(queries))
     with pytest.raises(MissingData, match="no trained retriever"):
-        LearnedRetriever.load(tmp_path / "elsewhere", width=4)
+        RopgRetriever.load(tmp_path / "elsewhere", width=4)
 
 
 def test_untrained_it_is_dense_retrieval() -> None:
     queries = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
-    torch.testing.assert_close(LearnedRetriever(8)(queries), queries)
+    torch.testing.assert_close(RopgRetriever(8)(queries), queries)

@@ -11,9 +11,9 @@ import pytest
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import MissingData
-from personaplug.evaluation.lora_predictions import PerUser
+from personaplug.evaluation.lora_predictions import LoraPredictor
 from personaplug.methods import LORA
 from personaplug.run import Models, Run, open_models
 from personaplug.training.recipes import train
@@ -25,7 +25,7 @@ pytest.importorskip("peft")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Models, list[Sample]]:
     folder = tmp_path_factory.mktemp("stage")
     data = folder / "data"
-    write_simulation(SimulatedConfig(users=6, queries_per_user=2, dev_users=3, min_items=2, max_items=5), data)
+    write_simulation(SimulationConfig(users=6, queries_per_user=2, dev_users=3, min_items=2, max_items=5), data)
     words = ["llm=toy", "encoder=hash:32", "dtype=float32", "epochs=1", "batch_size=4", "user_items=3"]
     run = Run.create(folder / "run", config=load_config(overrides=words), task=load_task(data))
     models = open_models(run.config)
@@ -42,18 +42,18 @@ def test_a_user_is_trained_on_the_history_that_ends_earliest(stage: tuple[Run, M
     asked = texts[0]
     early = replace(asked, id="early", history=(_item(1, when=date(2020, 1, 1)), _item(2, when=date(2020, 1, 2))))
     late = replace(asked, id="late", history=(_item(2, when=date(2020, 1, 2)), _item(3, when=date(2021, 1, 1))))
-    users = PerUser(run, models, texts=[late, early], latest=-1, seed=0)
+    users = LoraPredictor(run, models, texts=[late, early], latest=-1, seed=0)
     assert [item.id for item in users._items(asked.owner)] == ["1", "2"]
-    one = PerUser(run, models, texts=[late, early], latest=1, seed=0)
+    one = LoraPredictor(run, models, texts=[late, early], latest=1, seed=0)
     assert [item.id for item in one._items(asked.owner)] == ["2"]
-    assert PerUser(run, models, texts=[early], latest=0, seed=0)._items(asked.owner) == []
+    assert LoraPredictor(run, models, texts=[early], latest=0, seed=0)._items(asked.owner) == []
 
 
 def test_what_is_asked_is_left_out_of_what_is_learned(stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, texts = stage
     asked = texts[0]
     leaking = replace(asked, history=(_item(1), _item(2, text=asked.query.upper() + "!"), _item(3)))
-    users = PerUser(run, models, texts=[leaking], latest=-1, seed=0)
+    users = LoraPredictor(run, models, texts=[leaking], latest=-1, seed=0)
     assert [item.id for item in users._items(asked.owner)] == ["1", "3"]
 
 
@@ -66,12 +66,12 @@ def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Mod
     run, models, texts = stage
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(iter_reader(texts, run), table)
-    users = PerUser(run, models, texts=texts, latest=-1, seed=0)
+    users = LoraPredictor(run, models, texts=texts, latest=-1, seed=0)
 
     def ask(part: list[EncodedSample], title: str) -> Answers:
         """The scores of the labels, written down, tell one state of the model from another."""
         with torch.no_grad():
-            scores = models.backend.score([s.prompt for s in part], run.task.labels, soft=None)
+            scores = models.llm.score([s.prompt for s in part], run.task.labels, soft=None)
         lines = [[round(value, 5) for value in row] for row in scores.tolist()]
         return Answers([str(line) for line in lines], [False] * len(part), 0.0, 0, probabilities=lines)
 
@@ -93,7 +93,7 @@ def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Mod
     assert ask(samples, "").texts == bare  # nothing stays in the model
     stored = len(list((run.folder / "users").glob("*.safetensors")))
     assert stored == len({text.owner for text in texts})
-    cost = PerUser(run, models, texts=texts, latest=-1, seed=0).cost()
+    cost = LoraPredictor(run, models, texts=texts, latest=-1, seed=0).cost()
     assert cost is not None
     assert cost.bytes > 0
     assert cost.seconds > 0
@@ -102,7 +102,7 @@ def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Mod
 def test_untrained_matrices_are_asked_for(tmp_path: Path, stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, texts = stage
     with pytest.raises(MissingData, match="--conditions lora"):
-        PerUser(run, models, texts=texts, latest=-1, seed=7)
+        LoraPredictor(run, models, texts=texts, latest=-1, seed=7)
 
 
 class iter_reader:

@@ -11,7 +11,7 @@ from personaplug.baselines.user_profiles import Profiles
 from personaplug.config import RetrievalConfig
 from personaplug.data.records import HistoryItem
 from personaplug.data.task_registry import lamp_task
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 
 LONG = RetrievalConfig(profile_tokens=12)
 
@@ -20,11 +20,11 @@ def _items(*texts: str) -> tuple[HistoryItem, ...]:
     return tuple(HistoryItem(str(k), (("text", text), ("score", "4")), "score") for k, text in enumerate(texts))
 
 
-def _profiles(path: Path, toy: DecoderOnlyBackend, config: RetrievalConfig = LONG) -> Profiles:
-    return Profiles(path, task=lamp_task("LaMP_3"), backend=toy, config=config)
+def _profiles(path: Path, toy: CausalLM, config: RetrievalConfig = LONG) -> Profiles:
+    return Profiles(path, task=lamp_task("LaMP_3"), llm=toy, config=config)
 
 
-def test_a_profile_is_what_the_model_writes_and_belongs_to_its_history(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+def test_a_profile_is_what_the_model_writes_and_belongs_to_its_history(tmp_path: Path, toy: CausalLM) -> None:
     histories = [_items("warm and dry", "wet"), _items("cold"), (), _items("cold")]
     first, second, nobody, third = _profiles(tmp_path / "p.jsonl", toy).of(histories)
     assert first.text
@@ -34,9 +34,7 @@ def test_a_profile_is_what_the_model_writes_and_belongs_to_its_history(tmp_path:
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
 
 
-def test_kept_profiles_are_not_written_again(
-    tmp_path: Path, toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_profiles_are_not_written_again(tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "p.jsonl"
     histories = [_items("warm"), _items("cold")]
     whole = _profiles(path, toy).of(histories)
@@ -53,7 +51,7 @@ def test_kept_profiles_are_not_written_again(
     assert asked == [1]
 
 
-def test_another_length_is_another_profile(tmp_path: Path, toy: DecoderOnlyBackend) -> None:
+def test_another_length_is_another_profile(tmp_path: Path, toy: CausalLM) -> None:
     path = tmp_path / "p.jsonl"
     long = _profiles(path, toy).of([_items("warm")])[0]
     short = _profiles(path, toy, RetrievalConfig(profile_tokens=4)).of([_items("warm")])[0]

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from personaplug.cli.main import main
 from personaplug.data import open_dataset
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"]
 
@@ -18,7 +18,7 @@ TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets") / "Mine"
-    write_simulation(SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=1, max_items=5), folder)
+    write_simulation(SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=1, max_items=5), folder)
     return folder
 
 

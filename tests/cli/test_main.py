@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from personaplug.cli.main import main
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"]
 
@@ -23,7 +23,7 @@ TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_simulation(
-        SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=0, max_items=5, cold_share=0.2), folder
+        SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=0, max_items=5, cold_share=0.2), folder
     )
     return folder
 
@@ -86,7 +86,7 @@ def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(tra
 
 def test_a_table_says_with_which_strength_it_was_answered(trained: Path, data: Path, tmp_path: Path) -> None:
     told = _call("evaluate", "--run", trained, "--data", data, "--conditions", "plug", "--json", tmp_path / "r.json",
-                 "strength=0.5", "shown_items=2")  # fmt: skip
+                 "persona_scale=0.5", "max_eval_history=2")  # fmt: skip
     assert told.exit_code == 0, told.output
     assert "strength 0.5 · items shown at most 2" in told.output
 
@@ -251,7 +251,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:
         str(out),
         *TOY[:-1],
         "epochs=60",
-        "checkpoint_every=2",
+        "save_steps=2",
         "controls=false",
     ]
     process = subprocess.Popen(

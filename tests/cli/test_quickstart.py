@@ -8,9 +8,9 @@ import pytest
 
 from personaplug.cli.quickstart import _extremes, run_quickstart
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.data.simulation import SimulatedConfig
+from personaplug.data.simulation import SimulationConfig
 
-USERS = SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=8, max_items=10)
+USERS = SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=8, max_items=10)
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=200"]
 
 

@@ -22,9 +22,9 @@ from click.testing import CliRunner, Result
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
 from personaplug.data import LAMP_TASKS
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders import HashEncoder
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.run import Run
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
 from personaplug.store.history_store import HistoryStore
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With `data` and a trained `run`."""
     folder = tmp_path_factory.mktemp("serving")
     write_simulation(
-        SimulatedConfig(users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5), folder / "data"
+        SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5), folder / "data"
     )
     done = _call("train", "--data", folder / "data", "--out", folder / "run", *TOY)
     assert done.exit_code == 0, done.output
@@ -154,8 +154,8 @@ def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: 
         (["--run", "RUN", "--max-rows", "0"], "--max-rows"),
         (["--run", "RUN", "--max-requests", "0"], "--max-requests"),
         (["--run", "RUN", "--max-body-mb", "-1"], "--max-body-mb"),
-        (["--run", "RUN", "--strength", "-1"], "--strength"),
-        (["--run", "RUN", "--strength", "nan"], "strength of personas goes from 0 to 10"),
+        (["--run", "RUN", "--persona-scale", "-1"], "--persona-scale"),
+        (["--run", "RUN", "--persona-scale", "nan"], "persona_scale goes from 0 to 10"),
         (["--run", "RUN", "--phrases"], "closed set of labels"),
     ],
 )
@@ -175,9 +175,9 @@ def test_phrases_are_the_local_engines_alone(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_there_is_said_in_a_sentence(
-    folder: Path, tmp_path: Path, toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = EmbeddingTable(toy.embed.weight.detach(), toy.renderer.tokenizer)
+    table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
     monkeypatch.setattr(EmbeddingTable, "of_folder", lambda _: table)  # the toy model has no folder
     monkeypatch.setattr("personaplug.serving.setup.find_model", Path)
     with closing(logging.FileHandler(tmp_path / "log")) as handler:  # as a host application may have

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from personaplug.data import LAMP_TASKS, LampReader, write_lamp
-from personaplug.data.event_log import ColumnMapping, TabularReader
+from personaplug.data.event_log import ColumnMapping, EventLogReader
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra
+from personaplug.errors import ConfigError, MissingData, MissingExtra, RecordError
 
 SECRET = "zanzibar"
 TASK = Task("Stars", "rating", ("text",), "score", ("mae",), ("1", "2", "3", "4", "5"), "title: ")
@@ -59,7 +59,7 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
 
 
 def read(path: Path, mapping: ColumnMapping = MAPPING, task: Task = TASK, **settings: Any) -> list[Sample]:
-    return list(TabularReader(path, mapping, task, **settings))
+    return list(EventLogReader(path, mapping, task, **settings))
 
 
 def shape(samples: list[Sample]) -> list[tuple[str, list[str]]]:
@@ -114,7 +114,7 @@ def test_without_dates_and_ids_the_files_order_and_numbers_stand_in(tmp_path: Pa
 
 def test_too_little_history_is_no_query_and_too_much_is_cut(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(number) for number in range(1, 6)] + [row(6, "bob")])
-    reader = TabularReader(path, MAPPING, TASK, queries_per_user=9, min_history=2, max_history=2)
+    reader = EventLogReader(path, MAPPING, TASK, queries_per_user=9, min_history=2, max_history=2)
     assert shape(list(reader)) == [("e3", ["e1", "e2"]), ("e4", ["e2", "e3"])]
     assert (reader.report.samples, reader.report.items, reader.report.cut_items) == (2, 4, 1)
     assert list(reader) == list(reader)
@@ -154,7 +154,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     (tmp_path / "log.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra, match=r"personaplug\[parquet\]"):
-        TabularReader(tmp_path / "log.parquet", MAPPING, TASK)
+        EventLogReader(tmp_path / "log.parquet", MAPPING, TASK)
 
 
 def test_a_users_braces_and_placeholders_are_only_text(tmp_path: Path) -> None:
@@ -205,11 +205,11 @@ BROKEN_ROWS: dict[str, tuple[Any, str]] = {
 def test_a_broken_row_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_ROWS[name]
     path = jsonl(tmp_path, [row(1), broken, row(3)])
-    with pytest.raises(BadRecord) as caught:
+    with pytest.raises(RecordError) as caught:
         read(path)
     assert message in str(caught.value)
     assert SECRET not in str(caught.value)
-    reader = TabularReader(path, MAPPING, TASK, split="dev", skip_bad=1)
+    reader = EventLogReader(path, MAPPING, TASK, split="dev", skip_bad=1)
     assert shape(list(reader)) == [("e3", ["e1"])]
     assert reader.report.skipped == 1
 
@@ -217,21 +217,21 @@ def test_a_broken_row_says_where_and_why_and_can_be_passed_over(tmp_path: Path, 
 def test_a_query_that_says_nothing_is_broken_only_when_asked(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(1, title=""), row(2), row(3, title=" ")])
     assert shape(read(path)) == [("e2", ["e1"])]
-    with pytest.raises(BadRecord, match="line 3: its input holds no query"):
+    with pytest.raises(RecordError, match="line 3: its input holds no query"):
         read(path, split="dev")
 
 
 def test_broken_lines_of_each_format(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(1), row(3)])
     path.write_bytes(path.read_bytes() + b'{"zanzibar\n\n"\xff"\n')
-    with pytest.raises(BadRecord, match="line 3: it is not valid JSON"):
+    with pytest.raises(RecordError, match="line 3: it is not valid JSON"):
         read(path)
     assert len(read(path, split="dev", skip_bad=2)) == 1
     table = tmp_path / "log.csv"
     table.write_bytes(as_csv([row(1), row(3)]).encode() + b'e4,ann\r\ne5,ann,2020,"a"b,3\r\ne6,ann,2020,\xff,3\r\n')
-    with pytest.raises(BadRecord, match="line 4: it has 2 values, the header 5"):
+    with pytest.raises(RecordError, match="line 4: it has 2 values, the header 5"):
         read(table)
-    reader = TabularReader(table, MAPPING, TASK, split="dev", skip_bad=3)
+    reader = EventLogReader(table, MAPPING, TASK, split="dev", skip_bad=3)
     assert shape(list(reader)) == [("e3", ["e1"])]
     assert "line 5: it is not valid CSV" in reader.report.problems[1]
     assert "line 6: its 'title' is not valid Unicode" in reader.report.problems[2]
@@ -242,13 +242,13 @@ def test_files_that_break_off_are_never_skipped(tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-9])
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 nothing")
     for name in ("cut.jsonl.gz", "cut.parquet"):
-        with pytest.raises(BadRecord, match="cut"):
+        with pytest.raises(RecordError, match="cut"):
             read(tmp_path / name, skip_bad=9)
 
 
 def test_a_column_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(as_csv([row(1)]))
-    with pytest.raises(BadConfig, match="columns 'star'; did you mean 'stars'"):
+    with pytest.raises(ConfigError, match="columns 'star'; did you mean 'stars'"):
         read(tmp_path / "log.csv", replace(MAPPING, answer="star"))
 
 
@@ -268,8 +268,8 @@ def test_a_column_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
     ],
 )
 def test_a_mapping_that_does_not_fit_the_task(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(BadConfig, match=message):
-        TabularReader(jsonl(tmp_path, [row(1)]), replace(MAPPING, **change), TASK)
+    with pytest.raises(ConfigError, match=message):
+        EventLogReader(jsonl(tmp_path, [row(1)]), replace(MAPPING, **change), TASK)
 
 
 @pytest.mark.parametrize(
@@ -278,12 +278,12 @@ def test_a_mapping_that_does_not_fit_the_task(tmp_path: Path, change: dict[str, 
      {"max_history": -1}],
 )  # fmt: skip
 def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(BadConfig, match=next(iter(settings)) if "split" not in settings else "'train' and 'dev'"):
-        TabularReader(jsonl(tmp_path, [row(1)]), MAPPING, TASK, **settings)
+    with pytest.raises(ConfigError, match=next(iter(settings)) if "split" not in settings else "'train' and 'dev'"):
+        EventLogReader(jsonl(tmp_path, [row(1)]), MAPPING, TASK, **settings)
 
 
 def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no file"):
-        TabularReader(tmp_path / "log.csv", MAPPING, TASK)
-    with pytest.raises(BadConfig, match=r"\*\.jsonl"):
-        TabularReader(tmp_path / "log.xlsx", MAPPING, TASK)
+        EventLogReader(tmp_path / "log.csv", MAPPING, TASK)
+    with pytest.raises(ConfigError, match=r"\*\.jsonl"):
+        EventLogReader(tmp_path / "log.xlsx", MAPPING, TASK)

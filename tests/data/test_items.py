@@ -15,7 +15,7 @@ import pytest
 
 from personaplug.data import LAMP_TASKS, read_items
 from personaplug.data.records import HistoryItem
-from personaplug.errors import BadRecord, MissingData
+from personaplug.errors import MissingData, RecordError
 
 TASK = LAMP_TASKS["LaMP_3"]
 SECRET = "zanzibar"  # stands in every user text here, and must stand in no error
@@ -100,7 +100,7 @@ def test_a_broken_item_says_where_and_why_without_the_text(tmp_path: Path, name:
     broken, reason = BROKEN[name]
     for form, position in ((as_lines, "line 2"), (as_list, "item 2")):
         path = put(tmp_path, form([record(1), broken]))
-        with pytest.raises(BadRecord, match=re.escape(f"items.jsonl, {position}: {reason}")) as caught:
+        with pytest.raises(RecordError, match=re.escape(f"items.jsonl, {position}: {reason}")) as caught:
             read_items(path, task=TASK)
         assert (caught.value.file, caught.value.position) == (str(path), position)
         assert SECRET not in str(caught.value)
@@ -118,7 +118,7 @@ def test_a_broken_item_says_where_and_why_without_the_text(tmp_path: Path, name:
     ],
 )
 def test_broken_json_says_where(tmp_path: Path, content: bytes, position: str) -> None:
-    with pytest.raises(BadRecord, match="not valid JSON") as caught:
+    with pytest.raises(RecordError, match="not valid JSON") as caught:
         read_items(put(tmp_path, content), task=TASK)
     assert caught.value.position == position
     assert SECRET not in "".join(traceback.format_exception(caught.value))
@@ -128,7 +128,7 @@ def test_broken_json_says_where(tmp_path: Path, content: bytes, position: str) -
 def test_broken_gzip_says_so(tmp_path: Path, form: Callable[[list[Any]], bytes]) -> None:
     packed = gzip.compress(form([record(number) for number in range(1, 200)]))
     for content in (packed[:-9], packed[:40], form([record(1)])):
-        with pytest.raises(BadRecord, match="gzip"):
+        with pytest.raises(RecordError, match="gzip"):
             read_items(put(tmp_path, content, "items.jsonl.gz"), task=TASK)
 
 

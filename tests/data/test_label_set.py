@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from personaplug.data.label_set import ClosedAnswers, ratings
+from personaplug.data.label_set import LabelSet, ratings
 from personaplug.data.records import HistoryItem
 
-STARS = ClosedAnswers(("1", "2", "3", "4", "5"))
-HALVES = ClosedAnswers(("0", "0.5", "4"))
-TAGS = ClosedAnswers(("a", "b", "c"))
+STARS = LabelSet(("1", "2", "3", "4", "5"))
+HALVES = LabelSet(("0", "0.5", "4"))
+TAGS = LabelSet(("a", "b", "c"))
 
 
 def _items(*answers: str) -> list[HistoryItem]:
@@ -31,7 +31,7 @@ def test_the_nearest_label_is_by_number_not_by_step() -> None:
 def test_what_is_no_label_counts_at_the_nearest_of_a_scale_and_nowhere_else() -> None:
     assert [STARS.place(answer) for answer in (" 4 ", "4.0", "3.5", "9", "", "good", None)] == [3, 3, 3, 4, -1, -1, -1]
     assert [TAGS.place(answer) for answer in ("b ", "B", "2")] == [1, -1, -1]
-    assert ClosedAnswers(("2", "1")).place("1.0") == -1, "labels that do not rise are no scale"
+    assert LabelSet(("2", "1")).place("1.0") == -1, "labels that do not rise are no scale"
 
 
 def test_features_of_ratings() -> None:

@@ -22,7 +22,7 @@ from personaplug.data.parsing import Flaw, as_moment, as_text, query_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task
 from personaplug.data.task_registry import lamp_task, parse_task
-from personaplug.errors import BadConfig, BadRecord, MissingData, RunConflict, StorageError
+from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, StorageError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SECRET = "zanzibar"  # stands in every user text here, and must stand in no error
@@ -69,9 +69,9 @@ def test_built_in_tasks_are_the_public_ones() -> None:
 
 
 def test_lamp_6_says_why_it_is_not_there() -> None:
-    with pytest.raises(BadConfig, match="not public"):
+    with pytest.raises(ConfigError, match="not public"):
         lamp_task("LaMP-6")
-    with pytest.raises(BadConfig, match="did you mean 'LaMP_4'"):
+    with pytest.raises(ConfigError, match="did you mean 'LaMP_4'"):
         lamp_task("LaMP_44")
 
 
@@ -116,7 +116,7 @@ def test_lamp_1_takes_the_candidates_whatever_quotes_they_hold(first: str, secon
 def test_a_missing_marker_is_an_error_that_names_the_record(tmp_path: Path, name: str) -> None:
     item = {"id": 1, **dict.fromkeys(LAMP_TASKS[name].field_names, "x")}
     bad = {"id": "q9", "input": f"{SECRET} without the wording", "profile": [item]}
-    with pytest.raises(BadRecord, match=r"dev_questions\.json, question 1 \(id q9\): its input") as caught:
+    with pytest.raises(RecordError, match=r"dev_questions\.json, question 1 \(id q9\): its input") as caught:
         read(put(tmp_path, [bad]), task=name)
     assert SECRET not in str(caught.value)
 
@@ -209,10 +209,10 @@ def test_a_folders_name_means_nothing(tmp_path: Path) -> None:
 
 def test_outputs_that_disagree_or_name_an_unknown_task(tmp_path: Path) -> None:
     put(tmp_path, [], [], task="Mine")
-    with pytest.raises(BadConfig, match=r"Mine.*needs a task\.json"):
+    with pytest.raises(ConfigError, match=r"Mine.*needs a task\.json"):
         load_task(tmp_path)
     put(tmp_path, [], [], split="train", task="LaMP_3")
-    with pytest.raises(BadConfig, match="different tasks"):
+    with pytest.raises(ConfigError, match="different tasks"):
         load_task(tmp_path)
 
 
@@ -257,21 +257,21 @@ def test_outputs_that_disagree_or_name_an_unknown_task(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_declaration_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(BadConfig, match=re.escape(message)) as caught:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_task(declare(tmp_path, {**OWN, **change}))
     assert "task.json" in str(caught.value) or "built-in" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["name", "kind", "item_fields"])
 def test_a_declaration_needs_its_main_keys(key: str) -> None:
-    with pytest.raises(BadConfig, match=f"the key '{key}' is missing"):
+    with pytest.raises(ConfigError, match=f"the key '{key}' is missing"):
         parse_task(without(OWN, key))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', ""])
 def test_a_task_json_that_is_no_object(tmp_path: Path, content: str) -> None:
     (tmp_path / "task.json").write_text(content)
-    with pytest.raises(BadConfig, match=r"task\.json"):
+    with pytest.raises(ConfigError, match=r"task\.json"):
         load_task(tmp_path)
 
 
@@ -423,7 +423,7 @@ def three_with(broken: Any) -> list[Any]:
 def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_QUESTIONS[name]
     put(tmp_path, three_with(broken), [gold(1), gold(2), gold(3)])
-    with pytest.raises(BadRecord, match=re.escape(message)) as caught:
+    with pytest.raises(RecordError, match=re.escape(message)) as caught:
         read(tmp_path)
     shown = "".join(traceback.format_exception(caught.value))
     assert caught.value.file.endswith("dev_questions.json")
@@ -447,7 +447,7 @@ def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: P
 )
 def test_a_broken_gold_is_reported_with_its_question(tmp_path: Path, bad_gold: Any, message: str) -> None:
     put(tmp_path, [question(1), question(2)], [gold(1), bad_gold])
-    with pytest.raises(BadRecord, match=re.escape(message)):
+    with pytest.raises(RecordError, match=re.escape(message)):
         read(tmp_path)
 
 
@@ -457,7 +457,7 @@ def test_a_gold_without_readable_id_or_question(tmp_path: Path) -> None:
     assert len(list(reader)) == 1
     assert "gold 2: its 'id' is missing" in reader.report.problems[0]
     assert "gold (id 5): no question has this id" in reader.report.problems[1]
-    with pytest.raises(BadRecord, match="no question has this id"):
+    with pytest.raises(RecordError, match="no question has this id"):
         read(tmp_path, skip_bad=1)
 
 
@@ -482,7 +482,7 @@ def test_labels_are_compared_without_outer_blanks_and_texts_kept(tmp_path: Path)
 def test_broken_json_is_never_skipped(tmp_path: Path, content: bytes, position: str) -> None:
     put(tmp_path, [])
     (tmp_path / "dev_questions.json").write_bytes(content)
-    with pytest.raises(BadRecord) as caught:
+    with pytest.raises(RecordError) as caught:
         read(tmp_path, task="LaMP_3", skip_bad=9)
     assert caught.value.position == position
     assert SECRET not in "".join(traceback.format_exception(caught.value))
@@ -499,7 +499,7 @@ read_items({str(tmp_path / "items.json")!r}, task=LAMP_TASKS["LaMP_3"])
 """
     alone = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=alone)
-    assert "BadRecord" in done.stderr
+    assert "RecordError" in done.stderr
     assert "nested more than 64 deep" in done.stderr
     assert SECRET not in done.stderr
 
@@ -511,7 +511,7 @@ def test_brackets_in_strings_are_no_nesting_wherever_a_read_ends(tmp_path: Path)
     wordy = [question(number, note='\\" [' * (13_000 + number)) for number in range(20)]
     assert len(read(put(tmp_path, [*wordy, question(99, note=nested)]), task="LaMP_3")) == 21
     put(tmp_path, [*wordy, question(99, note=[nested])])
-    with pytest.raises(BadRecord, match="nested more than 64 deep"):
+    with pytest.raises(RecordError, match="nested more than 64 deep"):
         read(tmp_path, task="LaMP_3", skip_bad=9)
 
 
@@ -519,10 +519,10 @@ def test_brackets_in_strings_are_no_nesting_wherever_a_read_ends(tmp_path: Path)
 def test_broken_gzip_is_never_skipped(tmp_path: Path, keep: int) -> None:
     packed = gzip.compress(json.dumps([question(number) for number in range(200)]).encode())
     (tmp_path / "dev_questions.json.gz").write_bytes(packed[:keep])
-    with pytest.raises(BadRecord, match=r"dev_questions\.json\.gz"):
+    with pytest.raises(RecordError, match=r"dev_questions\.json\.gz"):
         read(tmp_path, task="LaMP_3", skip_bad=9)
     (tmp_path / "dev_questions.json.gz").write_bytes(b"[] is no gzip")
-    with pytest.raises(BadRecord, match="gzip"):
+    with pytest.raises(RecordError, match="gzip"):
         read(tmp_path, task="LaMP_3", skip_bad=9)
 
 
@@ -536,14 +536,14 @@ def test_missing_files_say_what_was_looked_for(tmp_path: Path) -> None:
 
 def test_settings_are_checked(tmp_path: Path) -> None:
     put(tmp_path, [question()], [gold()])
-    with pytest.raises(BadConfig, match="skip_bad"):
+    with pytest.raises(ConfigError, match="skip_bad"):
         LampReader(tmp_path, "dev", skip_bad=-1)
-    with pytest.raises(BadConfig, match="max_history"):
+    with pytest.raises(ConfigError, match="max_history"):
         LampReader(tmp_path, "dev", max_history=-1)
 
 
 def test_a_long_id_stays_out_of_messages(tmp_path: Path) -> None:
-    with pytest.raises(BadRecord) as caught:
+    with pytest.raises(RecordError) as caught:
         read(put(tmp_path, [question(f"a text of the user {SECRET} " * 5, input="x")]), task="LaMP_3")
     assert SECRET not in str(caught.value)
 
@@ -625,7 +625,7 @@ def test_an_empty_split_is_written_and_read(tmp_path: Path) -> None:
 )
 def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, bad: list[Sample], message: str) -> None:
     write_lamp([sample("old")], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
-    with pytest.raises(BadConfig, match=message):
+    with pytest.raises(ConfigError, match=message):
         write_lamp(bad, tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
     assert [found.id for found in read(tmp_path)] == ["old"]
     assert not list(tmp_path.glob(".*"))

@@ -23,7 +23,7 @@ import pytest
 from personaplug.data import LAMP_TASKS, load_task, open_dataset
 from personaplug.data import lamp_download as module
 from personaplug.data.lamp_download import download_lamp, lamp_names
-from personaplug.errors import BadConfig, BadRecord, MissingData, RunConflict, StorageError
+from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, StorageError
 
 SECRET = "zanzibar"  # stands in every text here, and must stand in no error
 
@@ -172,13 +172,13 @@ def test_each_name_has_its_address_and_its_task(tmp_path: Path, site: Site, name
 
 def test_lamp_6_is_refused_and_unknown_names_get_the_nearest(tmp_path: Path) -> None:
     for name in ("lamp-6", "LaMP_6:time"):
-        with pytest.raises(BadConfig, match=r"Avocado.*not public"):
+        with pytest.raises(ConfigError, match=r"Avocado.*not public"):
             download_lamp(name, tmp_path)
-    with pytest.raises(BadConfig, match="did you mean 'lamp-3:time'"):
+    with pytest.raises(ConfigError, match="did you mean 'lamp-3:time'"):
         download_lamp("lamp-3:tine", tmp_path)
-    with pytest.raises(BadConfig, match="did you mean 'train'"):
+    with pytest.raises(ConfigError, match="did you mean 'train'"):
         download_lamp("lamp-3", tmp_path, splits=["trian"])
-    with pytest.raises(BadConfig, match="base_url should begin with https://"):
+    with pytest.raises(ConfigError, match="base_url should begin with https://"):
         download_lamp("lamp-3", tmp_path, base_url="file:///etc/")
     assert "lamp-2-news:time" in lamp_names()
     assert not [name for name in lamp_names() if "6" in name]
@@ -373,7 +373,7 @@ def test_a_part_longer_than_the_file_is_dropped(tmp_path: Path, site: Site) -> N
 
 def test_a_body_of_unknown_length_that_breaks_off_is_seen(tmp_path: Path, site: Site) -> None:
     site.faults = [("no length", 50_000)]
-    with pytest.raises(BadRecord, match="at the end: it breaks off"):
+    with pytest.raises(RecordError, match="at the end: it breaks off"):
         fetch(site, tmp_path)
     site.faults = [("no length", None)]
     fetch(site, tmp_path)
@@ -396,7 +396,7 @@ def test_a_web_page_is_not_taken_for_data_and_costs_nothing_that_came(tmp_path: 
     broken_off(site, tmp_path)
     site.files[DEV], site.etag = f"<html>Please log in, {SECRET}</html>".encode(), '"page"'
     with pytest.raises(
-        BadRecord, match=r"dev_questions\.json, at the start: expected JSON that begins with \["
+        RecordError, match=r"dev_questions\.json, at the start: expected JSON that begins with \["
     ) as caught:
         fetch(site, tmp_path)
     assert SECRET not in str(caught.value)
@@ -432,7 +432,7 @@ def test_a_file_that_was_changed_is_an_error_and_is_left_alone(tmp_path: Path, s
     fetch(site, tmp_path)
     path = tmp_path / "dev_questions.json"
     path.write_bytes(questions(1))
-    with pytest.raises(BadRecord, match=r"dev_questions\.json, the whole file: its checksum.*delete it") as caught:
+    with pytest.raises(RecordError, match=r"dev_questions\.json, the whole file: its checksum.*delete it") as caught:
         fetch(site, tmp_path)
     assert SECRET not in str(caught.value)
     assert path.read_bytes() == questions(1)
@@ -445,7 +445,7 @@ def test_a_new_file_that_differs_from_what_was_noted_is_not_kept(tmp_path: Path,
     fetch(site, tmp_path)
     (tmp_path / "dev_questions.json").unlink()
     site.files[DEV] = questions(40, word="another")
-    with pytest.raises(BadRecord, match=r"differs from what .*SHA256SUMS notes.*remove that line"):
+    with pytest.raises(RecordError, match=r"differs from what .*SHA256SUMS notes.*remove that line"):
         fetch(site, tmp_path)
     assert not list(tmp_path.glob("dev_questions*"))
     sums = tmp_path / "SHA256SUMS"
@@ -467,7 +467,7 @@ def test_a_folder_is_of_one_data_set(tmp_path: Path, site: Site) -> None:
 
 def test_sums_that_cannot_be_read_are_an_error(tmp_path: Path, site: Site) -> None:
     (tmp_path / "SHA256SUMS").write_text("# mine\n\nabc  dev_questions.json\n")
-    with pytest.raises(BadRecord, match=r"SHA256SUMS, line 3: .*sha256sum"):
+    with pytest.raises(RecordError, match=r"SHA256SUMS, line 3: .*sha256sum"):
         fetch(site, tmp_path)
 
 
@@ -496,12 +496,12 @@ def test_a_local_folder_is_checked_like_a_server(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=re.escape("Neither test_questions.json nor test_questions.json.gz is in")):
         download_lamp("lamp-3", out, splits=["test"], source=here)
     (here / "test_questions.json").write_text(f"<html>{SECRET}")
-    with pytest.raises(BadRecord, match="at the start") as caught:
+    with pytest.raises(RecordError, match="at the start") as caught:
         download_lamp("lamp-3", out, splits=["test"], source=here)
     assert SECRET not in str(caught.value)
     (here / "test_questions.json").unlink()
     (here / "test_questions.json.gz").write_bytes(gzip.compress(questions(50))[:-20])
-    with pytest.raises(BadRecord, match="gzip data is broken"):
+    with pytest.raises(RecordError, match="gzip data is broken"):
         download_lamp("lamp-3", out, splits=["test"], source=here)
     assert [path.name for path in out.iterdir()] == ["task.json"]
 
@@ -513,6 +513,6 @@ def test_a_local_folder_that_differs_from_what_was_noted(tmp_path: Path) -> None
     (path,) = download_lamp("lamp-3", out, splits=["test"], source=here)
     path.unlink()
     (here / "test_questions.json").write_bytes(questions(2))
-    with pytest.raises(BadRecord, match="differs from what"):
+    with pytest.raises(RecordError, match="differs from what"):
         download_lamp("lamp-3", out, splits=["test"], source=here)
     assert not path.exists()

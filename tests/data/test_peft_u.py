@@ -9,7 +9,7 @@ import pytest
 from published import SECRET, labelled, shape, users, write
 
 from personaplug.data.benchmarks.peft_u import PeftUReader
-from personaplug.errors import BadConfig, BadRecord, MissingData
+from personaplug.errors import ConfigError, MissingData, RecordError
 
 
 def test_a_label_is_asked_for_with_the_labels_given_before(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_several_labels_count_as_one(tmp_path: Path) -> None:
     assert sample.prompt.startswith("What is felt in the text: below?\ntext: ")
     listed = next(iter(PeftUReader(tmp_path / "d.json", "dev"))).prompt
     assert "one of: even, glad, odd, sad, or several" in listed
-    with pytest.raises(BadConfig, match="no line that begins with"):
+    with pytest.raises(ConfigError, match="no line that begins with"):
         PeftUReader(tmp_path / "d.json", "dev", instruction="a\ntext: b")
 
 
@@ -79,7 +79,7 @@ def test_a_broken_labelled_sample_says_where_and_why_and_can_be_passed_over(tmp_
         at = at[step]
     at[steps[-1]] = broken
     path = write(tmp_path / "d.json", told)
-    with pytest.raises(BadRecord) as caught:
+    with pytest.raises(RecordError) as caught:
         list(PeftUReader(path, "test"))
     assert message in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -99,10 +99,10 @@ def test_files_without_a_set_of_labels(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no sample with a label"):
         PeftUReader(write(tmp_path / "none.json", {"7": {"train": {}}}), "dev")
     many = {str(number): labelled(f"answer {number}") for number in range(3000)}
-    with pytest.raises(BadConfig, match="3000 different labels"):
+    with pytest.raises(ConfigError, match="3000 different labels"):
         PeftUReader(write(tmp_path / "many.json", {"7": {"train": many, "val": {}}}), "dev")
     (tmp_path / "cut.json").write_text('{"7": {')
-    with pytest.raises(BadRecord, match="not valid JSON"):
+    with pytest.raises(RecordError, match="not valid JSON"):
         PeftUReader(tmp_path / "cut.json", "dev")
-    with pytest.raises(BadConfig, match="queries_per_user"):
+    with pytest.raises(ConfigError, match="queries_per_user"):
         PeftUReader(tmp_path / "many.json", "dev", queries_per_user=0)

@@ -11,7 +11,7 @@ from published import SECRET, choice, shape, write
 
 from personaplug.data import open_dataset, write_lamp
 from personaplug.data.benchmarks.personal_llm import PersonalLLMReader, SimulatedUsers
-from personaplug.errors import BadConfig, BadRecord
+from personaplug.errors import ConfigError, RecordError
 
 FEW = SimulatedUsers(count=3, shortest=4, longest=6, queries_per_user=2)
 
@@ -104,7 +104,7 @@ BROKEN_CHOICES: dict[str, tuple[Any, str]] = {
 def test_a_broken_choice_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_CHOICES[name]
     path = write(tmp_path / "train.jsonl", [choice(0), broken, *(choice(number) for number in range(3, 30))])
-    with pytest.raises(BadRecord) as caught:
+    with pytest.raises(RecordError) as caught:
         list(PersonalLLMReader(path, "train", users=FEW))
     assert message in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -115,10 +115,10 @@ def test_a_broken_choice_says_where_and_why_and_can_be_passed_over(tmp_path: Pat
 
 def test_files_and_settings_that_do_not_do(tmp_path: Path) -> None:
     folder = published(tmp_path)
-    with pytest.raises(BadConfig, match="'test' needs the folder"):
+    with pytest.raises(ConfigError, match="'test' needs the folder"):
         PersonalLLMReader(folder / "data" / "train.jsonl", "test")
-    with pytest.raises(BadConfig, match="chooses up to 53 times, for which there are 27 rows"):
+    with pytest.raises(ConfigError, match="chooses up to 53 times, for which there are 27 rows"):
         list(PersonalLLMReader(folder, "dev"))
     for wrong in ({"count": 0}, {"alpha": 0.0}, {"seed": -1}, {"shortest": 50}, {"choices": 1}, {"choices": 9}):
-        with pytest.raises(BadConfig, match=next(iter(wrong))):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
             SimulatedUsers(**wrong)

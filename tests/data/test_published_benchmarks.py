@@ -20,7 +20,7 @@ from personaplug.data.benchmarks.longlamp import LongLampReader
 from personaplug.data.benchmarks.peft_u import PeftUReader
 from personaplug.data.benchmarks.personal_llm import PersonalLLMReader, SimulatedUsers
 from personaplug.data.task import Reader
-from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra
+from personaplug.errors import ConfigError, MissingData, MissingExtra, RecordError
 
 FEW = SimulatedUsers(count=3, shortest=4, longest=6, queries_per_user=2)
 
@@ -84,7 +84,7 @@ def test_gzipped_it_is_the_same_and_cut_short_it_is_never_skipped(tmp_path: Path
     own = {"users": FEW} if name == "personal-llm" else {}
     assert list(BENCHMARKS[name](packed, "dev", **own)) == list(reader)
     packed.write_bytes(packed.read_bytes()[:-9])
-    with pytest.raises(BadRecord, match="gzip data is broken"):
+    with pytest.raises(RecordError, match="gzip data is broken"):
         list(BENCHMARKS[name](packed, "dev", skip_bad=9, **own))
 
 
@@ -93,13 +93,13 @@ def test_a_benchmark_is_opened_by_name(tmp_path: Path) -> None:
     reader = open_benchmark("LaMP_QA", path, "test", skip_bad=1, max_history=2)
     assert shape(list(reader)) == [("q1", ["p2", "p3"])]
     assert reader.report.skipped == 1
-    with pytest.raises(BadConfig, match="no benchmark 'long-lamp'; did you mean 'longlamp'"):
+    with pytest.raises(ConfigError, match="no benchmark 'long-lamp'; did you mean 'longlamp'"):
         open_benchmark("long-lamp", path, "test")
     for name in BENCHMARKS:
-        with pytest.raises(BadConfig, match="splits are train, dev, test; found 'val'"):
+        with pytest.raises(ConfigError, match="splits are train, dev, test; found 'val'"):
             open_benchmark(name, path, "val")
         for setting in ("skip_bad", "max_history"):
-            with pytest.raises(BadConfig, match=setting):
+            with pytest.raises(ConfigError, match=setting):
                 READERS[name](tmp_path, **{setting: -1})
         with pytest.raises(MissingData, match="nowhere"):
             open_benchmark(name, tmp_path / "nowhere", "dev")
@@ -111,9 +111,9 @@ def test_a_split_is_found_in_a_folder_and_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no file of the split 'test'"):
         split_files(tmp_path, "test")
     write(tmp_path / "data" / "toys_validation.json.gz", [])
-    with pytest.raises(BadConfig, match=r"several files .* pets_validation.json, toys_validation.json.gz"):
+    with pytest.raises(ConfigError, match=r"several files .* pets_validation.json, toys_validation.json.gz"):
         split_files(tmp_path, "dev")
-    with pytest.raises(BadConfig, match="one of"):
+    with pytest.raises(ConfigError, match="one of"):
         split_files(write(tmp_path / "table.csv", []), "dev")
 
 
@@ -147,7 +147,7 @@ def test_a_rubric_keeps_what_a_judge_needs(tmp_path: Path) -> None:
     ]
     assert (second.id, second.narrative) == ("q2", "")
     assert SECRET not in repr(first) + repr(first.aspects[0])
-    with pytest.raises(BadRecord, match="record 3: its 'rubric_aspects' is not a list with at least one entry"):
+    with pytest.raises(RecordError, match="record 3: its 'rubric_aspects' is not a list with at least one entry"):
         next(found)
 
 
@@ -168,7 +168,7 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
 def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_QUESTIONS[name]
     path = write(tmp_path / "pets_train.json", [question(1), broken, question(3)])
-    with pytest.raises(BadRecord) as caught:
+    with pytest.raises(RecordError) as caught:
         list(LampQAReader(path, "train"))
     assert message in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -203,11 +203,11 @@ def test_the_task_is_what_the_columns_say(tmp_path: Path) -> None:
     (sample,) = posts
     assert (posts.task.name, sample.user_id, sample.target) == ("LongLaMP_topic_writing", "u1", "It rained.")
     assert sample.history[0].fields == (("summary", "A tale"), ("content", "A long tale."))
-    with pytest.raises(BadConfig, match="its task is unknown"):
+    with pytest.raises(ConfigError, match="its task is unknown"):
         LongLampReader(write(tmp_path / "none.jsonl", [question(1)]), "test")
-    with pytest.raises(BadConfig, match="no task 'topic_writer'; did you mean 'topic_writing'"):
+    with pytest.raises(ConfigError, match="no task 'topic_writer'; did you mean 'topic_writing'"):
         LongLampReader(tmp_path / "test.json", "test", task="topic_writer")
-    with pytest.raises(BadRecord, match=r"record 1 \(id row-1\): its 'reviewerId' is missing"):
+    with pytest.raises(RecordError, match=r"record 1 \(id row-1\): its 'reviewerId' is missing"):
         list(LongLampReader(tmp_path / "test.json", "test", task="product_review"))
 
 
@@ -227,7 +227,7 @@ BROKEN_PAPERS: dict[str, tuple[Any, str]] = {
 def test_a_broken_paper_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_PAPERS[name]
     path = write(tmp_path / "train.jsonl", [paper(1), broken, paper(3)])
-    with pytest.raises(BadRecord) as caught:
+    with pytest.raises(RecordError) as caught:
         list(LongLampReader(path, "train"))
     assert message in str(caught.value)
     assert SECRET not in str(caught.value)
@@ -248,7 +248,7 @@ def test_shards_of_parquet_are_one_split(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(papers[2:]), shards[1])
     assert list(LongLampReader(tmp_path, "dev")) == list(LongLampReader(write(tmp_path / "a.jsonl", papers), "dev"))
     shards[1].write_bytes(b"PAR1 nothing")
-    with pytest.raises(BadRecord, match=r"00001-of-00002\.parquet, after row 0"):
+    with pytest.raises(RecordError, match=r"00001-of-00002\.parquet, after row 0"):
         list(LongLampReader(tmp_path, "dev", skip_bad=9))
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from personaplug.data import LampReader
-from personaplug.data.simulation import SimulatedConfig, Simulation, _Taste, simulate, write_simulation
-from personaplug.errors import BadConfig, RunConflict, StorageError
+from personaplug.data.simulation import Simulation, SimulationConfig, _Taste, simulate, write_simulation
+from personaplug.errors import ConfigError, RunConflict, StorageError
 
-MANY = SimulatedConfig(users=600, queries_per_user=4, min_items=0, max_items=4)
-SMALL = SimulatedConfig(users=12, dev_users=5, min_items=2, max_items=6)
-STYLE = SimulatedConfig(task="style", users=300, queries_per_user=4, min_items=1, max_items=8)
+MANY = SimulationConfig(users=600, queries_per_user=4, min_items=0, max_items=4)
+SMALL = SimulationConfig(users=12, dev_users=5, min_items=2, max_items=6)
+STYLE = SimulationConfig(task="style", users=300, queries_per_user=4, min_items=1, max_items=8)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def mae(predictions: dict[str, str], gold: dict[str, str]) -> float:
 
 
 def test_the_defaults_are_a_useful_set() -> None:
-    train, dev = simulate(SimulatedConfig(), "train"), simulate(SimulatedConfig(), "dev")
+    train, dev = simulate(SimulationConfig(), "train"), simulate(SimulationConfig(), "dev")
     assert (len(train.samples), len(dev.samples)) == (1600, 200)
     lengths = {len(found.history) for found in train.samples}
     assert (min(lengths), max(lengths)) == (8, 30)
@@ -100,7 +100,7 @@ def test_nothing_that_knows_less_beats_the_oracle(ratings: Simulation) -> None:
 
 def test_history_tells_of_the_user() -> None:
     # The user's own mean is nearer than another user's: without that the set could show no personal gain.
-    samples = simulate(SimulatedConfig(users=200), "train").samples
+    samples = simulate(SimulationConfig(users=200), "train").samples
     means = {found.owner: np.mean([int(str(item.answer)) for item in found.history]) for found in samples}
     owners = list(means)
     stranger = dict(zip(owners, owners[1:] + owners[:1], strict=True))
@@ -111,7 +111,7 @@ def test_history_tells_of_the_user() -> None:
 
 @pytest.mark.parametrize("task", ["rating", "style"])
 def test_users_are_disjoint_and_queries_are_not_in_their_history(task: Any) -> None:
-    config = SimulatedConfig(task=task, users=60, dev_users=30)
+    config = SimulationConfig(task=task, users=60, dev_users=30)
     train, dev = simulate(config, "train").samples, simulate(config, "dev").samples
     assert {found.user_id for found in train}.isdisjoint(found.user_id for found in dev)
     asked: dict[str, list[str]] = {}
@@ -125,12 +125,12 @@ def test_users_are_disjoint_and_queries_are_not_in_their_history(task: Any) -> N
 
 @pytest.mark.parametrize("task", ["rating", "style"])
 def test_the_seed_decides_everything(task: Any) -> None:
-    config = SimulatedConfig(task=task, users=6, seed=3)
+    config = SimulationConfig(task=task, users=6, seed=3)
     first, again = simulate(config, "train"), simulate(config, "train")
     assert (first.samples, first.oracle, first.expected) == (again.samples, again.oracle, again.expected)
-    more = simulate(SimulatedConfig(task=task, users=9, seed=3), "train")
+    more = simulate(SimulationConfig(task=task, users=9, seed=3), "train")
     assert more.samples[: len(first.samples)] == first.samples
-    assert simulate(SimulatedConfig(task=task, users=6, seed=4), "train").samples != first.samples
+    assert simulate(SimulationConfig(task=task, users=6, seed=4), "train").samples != first.samples
 
 
 def test_some_users_come_cold_where_asked() -> None:
@@ -138,7 +138,7 @@ def test_some_users_come_cold_where_asked() -> None:
     cold = sum(length <= 2 for length in lengths.values()) / len(lengths)
     assert 0.02 < cold < 0.09
     assert set(lengths.values()) == {0, 1, 2, 3, 4}
-    none = simulate(SimulatedConfig(users=20, min_items=0, max_items=0), "train")
+    none = simulate(SimulationConfig(users=20, min_items=0, max_items=0), "train")
     assert {len(found.history) for found in none.samples} == {0}
 
 
@@ -166,7 +166,7 @@ def test_expected_rouge_agrees_with_a_count_of_words(styles: Simulation) -> None
 
 @pytest.mark.parametrize("task", ["rating", "style"])
 def test_a_written_simulation_is_an_ordinary_folder(tmp_path: Path, task: Any) -> None:
-    config = SimulatedConfig(task=task, users=12, dev_users=5, min_items=0, max_items=6)
+    config = SimulationConfig(task=task, users=12, dev_users=5, min_items=0, max_items=6)
     write_simulation(config, tmp_path)
     for split in ("train", "dev"):
         simulation = simulate(config, split)
@@ -182,7 +182,7 @@ def test_a_written_simulation_is_an_ordinary_folder(tmp_path: Path, task: Any) -
 def test_another_task_is_not_written_over(tmp_path: Path) -> None:
     write_simulation(SMALL, tmp_path)
     with pytest.raises(RunConflict):
-        write_simulation(SimulatedConfig(task="style", users=2, dev_users=2), tmp_path)
+        write_simulation(SimulationConfig(task="style", users=2, dev_users=2), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         write_simulation(SMALL, tmp_path / "file")
@@ -195,10 +195,10 @@ def test_another_task_is_not_written_over(tmp_path: Path) -> None:
      {"generosity_sd": float("nan")}, {"noise_sd": 0}, {"habit_chance": 0.4}, {"seed": -1}],
 )  # fmt: skip
 def test_settings_out_of_range(change: dict[str, Any]) -> None:
-    with pytest.raises(BadConfig, match=f"^{next(iter(change))} should be"):
-        SimulatedConfig(**change)
+    with pytest.raises(ConfigError, match=f"^{next(iter(change))} should be"):
+        SimulationConfig(**change)
 
 
 def test_only_train_and_dev() -> None:
-    with pytest.raises(BadConfig, match="'test'"):
+    with pytest.raises(ConfigError, match="'test'"):
         simulate(SMALL, "test")

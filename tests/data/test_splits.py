@@ -9,21 +9,21 @@ from click.testing import CliRunner
 
 from personaplug.cli.main import main
 from personaplug.data import LampReader, open_dataset
-from personaplug.data.simulation import SimulatedConfig, write_simulation
-from personaplug.data.splits import slice_by_user
-from personaplug.errors import BadConfig, RunConflict
+from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.data.splits import split_by_user
+from personaplug.errors import ConfigError, RunConflict
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    write_simulation(SimulatedConfig(users=10, queries_per_user=3, dev_users=1), folder)
+    write_simulation(SimulationConfig(users=10, queries_per_user=3, dev_users=1), folder)
     return folder
 
 
 def test_every_sample_is_on_one_side_with_all_others_of_its_user(whole: Path, tmp_path: Path) -> None:
     reader = open_dataset(whole, "train")
-    found = slice_by_user(reader, tmp_path, share=0.3, seed=1)
+    found = split_by_user(reader, tmp_path, share=0.3, seed=1)
     assert (found.train, found.dev, found.train_users, found.dev_users) == (21, 9, 7, 3)
     train, dev = (list(open_dataset(tmp_path, split)) for split in ("train", "dev"))
     assert not {sample.owner for sample in train} & {sample.owner for sample in dev}
@@ -38,29 +38,29 @@ def _ids(folder: Path) -> list[str]:
 
 def test_the_seed_draws_the_users(whole: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        slice_by_user(open_dataset(whole, "train"), tmp_path / name, share=0.3, seed=seed)
+        split_by_user(open_dataset(whole, "train"), tmp_path / name, share=0.3, seed=seed)
     assert _ids(tmp_path / "a") == _ids(tmp_path / "b") != _ids(tmp_path / "c")
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
 def test_a_share_that_is_none_is_refused(whole: Path, tmp_path: Path, share: float) -> None:
-    with pytest.raises(BadConfig, match="between 0 and 1"):
-        slice_by_user(open_dataset(whole, "train"), tmp_path / "out", share=share)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        split_by_user(open_dataset(whole, "train"), tmp_path / "out", share=share)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_earlier_slice_stays_as_it_is(whole: Path, tmp_path: Path) -> None:
-    slice_by_user(open_dataset(whole, "train"), tmp_path, share=0.3)
+    split_by_user(open_dataset(whole, "train"), tmp_path, share=0.3)
     before = _ids(tmp_path)
     with pytest.raises(RunConflict, match="holds a data set already"):
-        slice_by_user(open_dataset(whole, "train"), tmp_path, share=0.3, seed=1)
+        split_by_user(open_dataset(whole, "train"), tmp_path, share=0.3, seed=1)
     assert _ids(tmp_path) == before
 
 
 def test_one_user_cannot_be_parted(tmp_path: Path) -> None:
-    write_simulation(SimulatedConfig(users=1, queries_per_user=3, dev_users=1), tmp_path / "one")
-    with pytest.raises(BadConfig, match="2 or more users; found 1"):
-        slice_by_user(open_dataset(tmp_path / "one", "train"), tmp_path / "out", share=0.5)
+    write_simulation(SimulationConfig(users=1, queries_per_user=3, dev_users=1), tmp_path / "one")
+    with pytest.raises(ConfigError, match="2 or more users; found 1"):
+        split_by_user(open_dataset(tmp_path / "one", "train"), tmp_path / "out", share=0.5)
 
 
 def test_the_command_says_what_it_wrote(whole: Path, tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ import torch
 from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.run import Models, Run, open_models
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.recipes import build_plug
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "persona_tokens=3", "answers=label"]
+TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "persona_tokens=3", "answer_channel=label"]
 
 
 def _module(name: str) -> ModuleType:
@@ -36,7 +36,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _speed_stage(folder: Path, *settings: str) -> tuple[Any, Run, Models, list[EncodedSample]]:
-    write_simulation(SimulatedConfig(users=4, queries_per_user=2, dev_users=2, min_items=3, max_items=3), folder)
+    write_simulation(SimulationConfig(users=4, queries_per_user=2, dev_users=2, min_items=3, max_items=3), folder)
     config = load_config(overrides=[*TOY, *settings], base=Config(plug=PAPER))  # as the benchmarks have it
     models = open_models(config)
     run = Run(folder / "run", config, load_task(folder), folder / "vectors")
@@ -47,13 +47,13 @@ def _speed_stage(folder: Path, *settings: str) -> tuple[Any, Run, Models, list[E
 def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speed, run, models, samples = _speed_stage(tmp_path)
     plug = build_plug(run, models, seed=0)
-    model = models.backend.model.config
+    model = models.llm.model.config
 
     def work(tokens: int, *, kept: bool, labels: tuple[str, ...] = ()) -> float:
         monkeypatch.setattr(speed, "_mean_tokens", lambda *_: tokens)
         return float(speed.work(models, plug, samples, kept=kept, labels=labels))
 
-    linear = sum(p.numel() for n, p in models.backend.model.named_parameters() if speed._linear(n, p))
+    linear = sum(p.numel() for n, p in models.llm.model.named_parameters() if speed._linear(n, p))
     width = model.num_hidden_layers * model.hidden_size
     soft, target = 4, 2  # one instruction token and three of a persona; a digit and the end of text
     live = soft + target - 1
@@ -73,13 +73,13 @@ def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_reference_like_step_has_the_loss_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speed, run, models, samples = _speed_stage(tmp_path, "answers=text")
+    speed, run, models, samples = _speed_stage(tmp_path, "answer_channel=text")
     monkeypatch.setattr(speed, "PROMPT", 700)  # no prompt is cut
     table = run.open_vectors(models.encoder)
     found = []
     for kind in (speed.ReferenceObjective, PlugObjective):
         plug = build_plug(run, models, seed=0)
-        loss, tokens = kind(plug, models.backend, table=table, labels=run.task.labels).loss(samples)
+        loss, tokens = kind(plug, models.llm, table=table, labels=run.task.labels).loss(samples)
         loss.backward()
         assert plug.projector.inner.weight.grad is not None
         found.append((float(loss.detach()), int(tokens), plug.projector.inner.weight.grad))

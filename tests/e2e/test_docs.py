@@ -77,9 +77,9 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from click.testing import CliRunner
 
     from personaplug.cli.main import main
-    from personaplug.data.simulation import SimulatedConfig, write_simulation
+    from personaplug.data.simulation import SimulationConfig, write_simulation
 
-    write_simulation(SimulatedConfig(users=6, queries_per_user=2, dev_users=2), tmp_path / "data")
+    write_simulation(SimulationConfig(users=6, queries_per_user=2, dev_users=2), tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     words = ["train", "--data", "data", "--out", "RUN", "llm=toy", "encoder=hash:32", "epochs=1", "dtype=float32"]
     assert CliRunner().invoke(main, words).exit_code == 0

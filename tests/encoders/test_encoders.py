@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from personaplug.encoders import Encoder, EncoderIdentity, HashEncoder, TextEncoder, open_encoder
+from personaplug.encoders import Encoder, EncoderIdentity, HashEncoder, SentenceEncoder, open_encoder
 from personaplug.encoders import openvino as bulk
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.sentence_transformer import _features
-from personaplug.errors import BadConfig, MissingExtra, MissingModel, UserError
+from personaplug.errors import ConfigError, MissingExtra, MissingModel, UserError
 from personaplug.infra.model_hub import CARRIERS
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -32,10 +32,10 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def minilm() -> TextEncoder:
+def minilm() -> SentenceEncoder:
     if CARRIERS[MINILM].find() is None:
         pytest.skip(f"needs: {CARRIERS[MINILM].install}")
-    return TextEncoder(MINILM)
+    return SentenceEncoder(MINILM)
 
 
 @pytest.fixture(params=["hash", "minilm"])
@@ -108,7 +108,7 @@ def test_identity_goes_through_a_dict(encoder: Encoder) -> None:
 def test_identity_from_a_wrong_dict(change: dict[str, Any]) -> None:
     values = HashEncoder().identity.to_dict() | change
     values = {name: value for name, value in values.items() if value is not ...}
-    with pytest.raises(BadConfig, match="exactly these fields"):
+    with pytest.raises(ConfigError, match="exactly these fields"):
         EncoderIdentity.from_dict(values)
 
 
@@ -130,7 +130,7 @@ def test_what_makes_two_encoders_differ(change: dict[str, Any], *, same: bool, s
     assert same or other.describe() != mine.describe()
 
 
-def test_open_encoder(minilm: TextEncoder) -> None:
+def test_open_encoder(minilm: SentenceEncoder) -> None:
     assert open_encoder("hash").width == 256
     assert open_encoder("hash:128").identity.name == "hash:128"
     assert open_encoder(MINILM).identity == minilm.identity
@@ -141,14 +141,14 @@ def test_open_encoder_refuses(spec: str) -> None:
     if spec == "hash:":
         assert open_encoder(spec).width == 256
     else:
-        with pytest.raises(BadConfig):
+        with pytest.raises(ConfigError):
             open_encoder(spec)
 
 
-# TextEncoder
+# SentenceEncoder
 
 
-def test_equals_raw_sentence_transformers(minilm: TextEncoder) -> None:
+def test_equals_raw_sentence_transformers(minilm: SentenceEncoder) -> None:
     from sentence_transformers import SentenceTransformer
 
     raw = SentenceTransformer(str(CARRIERS[MINILM].find()), device="cpu")
@@ -156,16 +156,16 @@ def test_equals_raw_sentence_transformers(minilm: TextEncoder) -> None:
     np.testing.assert_allclose(minilm.encode(TEXTS), expected, atol=1e-5)
 
 
-def test_identity_of_minilm(minilm: TextEncoder) -> None:
+def test_identity_of_minilm(minilm: SentenceEncoder) -> None:
     identity = minilm.identity
     assert (identity.name, identity.revision) == (MINILM, CARRIERS[MINILM].pip)
     assert (identity.pooling, identity.width, identity.max_length) == ("mean", 384, 256)
     assert (identity.prompt, identity.query_prompt, identity.normalized) == ("", "", True)
-    assert TextEncoder(MINILM, dtype=torch.bfloat16).identity == identity
+    assert SentenceEncoder(MINILM, dtype=torch.bfloat16).identity == identity
 
 
-def test_prompts_are_put_in_front_to_the_byte(minilm: TextEncoder) -> None:
-    prompted = TextEncoder(MINILM, query_prompt="query: ", document_prompt="passage:  ")
+def test_prompts_are_put_in_front_to_the_byte(minilm: SentenceEncoder) -> None:
+    prompted = SentenceEncoder(MINILM, query_prompt="query: ", document_prompt="passage:  ")
     np.testing.assert_allclose(
         prompted.encode(TEXTS), minilm.encode([f"passage:  {text}" for text in TEXTS]), atol=1e-5
     )
@@ -176,7 +176,7 @@ def test_prompts_are_put_in_front_to_the_byte(minilm: TextEncoder) -> None:
     assert not prompted.identity.same_items_as(minilm.identity)
 
 
-def test_everything_is_frozen(minilm: TextEncoder) -> None:
+def test_everything_is_frozen(minilm: SentenceEncoder) -> None:
     assert not any(p.requires_grad or p.grad is not None for p in minilm._model.parameters())
     assert not minilm._model.training
 
@@ -184,7 +184,7 @@ def test_everything_is_frozen(minilm: TextEncoder) -> None:
 def test_cut_texts_are_counted() -> None:
     if CARRIERS[MINILM].find() is None:
         pytest.skip(f"needs: {CARRIERS[MINILM].install}")
-    encoder = TextEncoder(MINILM, max_length=8, document_prompt="a ")
+    encoder = SentenceEncoder(MINILM, max_length=8, document_prompt="a ")
     assert encoder.identity.max_length == 8
     encoder.encode(["one two three", "one two three four five"])  # with prompt, start and end: 6 and 8 tokens
     assert encoder.truncated == 0
@@ -195,12 +195,12 @@ def test_cut_texts_are_counted() -> None:
 
 
 @pytest.mark.parametrize("max_length", [2, 513])
-def test_a_length_the_model_cannot_read_is_refused(max_length: int, minilm: TextEncoder) -> None:
-    with pytest.raises(BadConfig, match="3 to 512"):
-        TextEncoder(MINILM, max_length=max_length)
+def test_a_length_the_model_cannot_read_is_refused(max_length: int, minilm: SentenceEncoder) -> None:
+    with pytest.raises(ConfigError, match="3 to 512"):
+        SentenceEncoder(MINILM, max_length=max_length)
 
 
-def test_threads_may_share_an_encoder(minilm: TextEncoder) -> None:
+def test_threads_may_share_an_encoder(minilm: SentenceEncoder) -> None:
     expected = minilm.encode(TEXTS)
     wrong: list[object] = []
 
@@ -224,7 +224,7 @@ def test_a_folder_that_is_no_text_encoder(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(MissingModel, match="does not load as a text encoder"):
-        TextEncoder(str(tmp_path))
+        SentenceEncoder(str(tmp_path))
 
 
 def tiny_bert(folder: Any, *, pooling: Any, normalize: bool, prompts: dict[str, str] | None = None) -> str:
@@ -254,13 +254,13 @@ def tiny_bert(folder: Any, *, pooling: Any, normalize: bool, prompts: dict[str, 
 
 def test_pooling_and_prompts_come_from_the_models_files(tmp_path: Any) -> None:
     prompts = {"query": "find: ", "document": "read: "}
-    encoder = TextEncoder(tiny_bert(tmp_path, pooling="cls", normalize=False, prompts=prompts))
+    encoder = SentenceEncoder(tiny_bert(tmp_path, pooling="cls", normalize=False, prompts=prompts))
     identity = encoder.identity
     assert (identity.pooling, identity.query_prompt, identity.prompt) == ("cls", "find: ", "read: ")
     assert identity.revision is None
     vectors = encoder.encode(["abc", "def"])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)  # the model itself has no norm
-    encoder = TextEncoder(identity.name, query_prompt="read: ")
+    encoder = SentenceEncoder(identity.name, query_prompt="read: ")
     np.testing.assert_allclose(encoder.query_encoder().encode(["abc", "def"]), vectors, atol=1e-5)
 
 
@@ -288,9 +288,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def in_bulk(minilm: TextEncoder) -> TextEncoder:
+def in_bulk(minilm: SentenceEncoder) -> SentenceEncoder:
     needs_openvino()
-    return TextEncoder(MINILM, engine="openvino")
+    return SentenceEncoder(MINILM, engine="openvino")
 
 
 def cosines(one: Vectors, other: Vectors) -> Vectors:
@@ -300,7 +300,7 @@ def cosines(one: Vectors, other: Vectors) -> Vectors:
 
 @pytest.mark.usefixtures("few_are_many")
 def test_openvino_gives_torchs_vectors_in_order_and_counts_the_same_cuts(
-    minilm: TextEncoder, in_bulk: TextEncoder
+    minilm: SentenceEncoder, in_bulk: SentenceEncoder
 ) -> None:
     before = minilm.truncated, in_bulk.truncated
     expected, found = minilm.encode(MANY), in_bulk.encode(MANY)
@@ -313,7 +313,7 @@ def test_openvino_gives_torchs_vectors_in_order_and_counts_the_same_cuts(
 
 
 @pytest.mark.usefixtures("few_are_many")
-def test_few_texts_and_queries_stay_with_torch(minilm: TextEncoder, in_bulk: TextEncoder) -> None:
+def test_few_texts_and_queries_stay_with_torch(minilm: SentenceEncoder, in_bulk: SentenceEncoder) -> None:
     np.testing.assert_allclose(in_bulk.encode(TEXTS), minilm.encode(TEXTS), atol=1e-5)
     np.testing.assert_allclose(in_bulk.query_encoder().encode(MANY), minilm.encode(MANY), atol=1e-5)
 
@@ -322,7 +322,7 @@ def test_few_texts_and_queries_stay_with_torch(minilm: TextEncoder, in_bulk: Tex
 @pytest.mark.parametrize("engine", ["openvino", "auto"])
 def test_prompt_and_pooling_hold_in_bulk_and_in_another_process(engine: str, tiny: str) -> None:
     needs_openvino()
-    expected, encoder = TextEncoder(tiny).encode(MANY), TextEncoder(tiny, engine=engine)
+    expected, encoder = SentenceEncoder(tiny).encode(MANY), SentenceEncoder(tiny, engine=engine)
     assert cosines(expected, encoder.encode(MANY)).min() > bulk.CLOSE
     other = pickle.loads(pickle.dumps(encoder))
     assert "_bulk" in vars(encoder)
@@ -330,7 +330,7 @@ def test_prompt_and_pooling_hold_in_bulk_and_in_another_process(engine: str, tin
     assert cosines(expected, other.encode(MANY)).min() > bulk.CLOSE
 
 
-def test_a_text_given_twice_is_encoded_once(minilm: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_given_twice_is_encoded_once(minilm: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
     def counted(*given: Any, **named: Any) -> Any:
@@ -353,14 +353,14 @@ def test_openvino_that_is_not_installed(tiny: str, monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingExtra, match=r"personaplug\[fast\]"):
         open_encoder(tiny, engine="openvino")
     assert open_encoder("hash", engine="openvino").width == 256
-    np.testing.assert_array_equal(TextEncoder(tiny, engine="auto").encode(MANY), TextEncoder(tiny).encode(MANY))
+    np.testing.assert_array_equal(SentenceEncoder(tiny, engine="auto").encode(MANY), SentenceEncoder(tiny).encode(MANY))
 
 
 def test_an_engine_that_is_none_and_one_for_another_device() -> None:
-    with pytest.raises(BadConfig, match="torch, openvino, auto; found 'onnx'"):
-        TextEncoder(MINILM, engine="onnx")
-    with pytest.raises(BadConfig, match="runs on the CPU; the device is cuda"):
-        TextEncoder(MINILM, engine="openvino", device="cuda")
+    with pytest.raises(ConfigError, match="torch, openvino, auto; found 'onnx'"):
+        SentenceEncoder(MINILM, engine="onnx")
+    with pytest.raises(ConfigError, match="runs on the CPU; the device is cuda"):
+        SentenceEncoder(MINILM, engine="openvino", device="cuda")
 
 
 @pytest.mark.usefixtures("few_are_many")
@@ -380,14 +380,14 @@ def test_what_openvino_cannot_run_falls_back_with_a_reason(
     else:
         monkeypatch.setattr(bulk, "_cosine", lambda *_, **__: 0.5)
         said = "smallest cosine 0.500000"
-    encoder = TextEncoder(tiny, engine="auto")
-    np.testing.assert_array_equal(encoder.encode(MANY), TextEncoder(tiny).encode(MANY))
+    encoder = SentenceEncoder(tiny, engine="auto")
+    np.testing.assert_array_equal(encoder.encode(MANY), SentenceEncoder(tiny).encode(MANY))
     logged = [record.getMessage() for record in caplog.records if record.name == bulk.__name__]
     assert len(logged) == 1
     assert said in logged[0]
     assert "diary" not in caplog.text
     with pytest.raises(UserError, match=said):
-        TextEncoder(tiny, engine="openvino").encode(MANY)
+        SentenceEncoder(tiny, engine="openvino").encode(MANY)
 
 
 @pytest.mark.usefixtures("few_are_many")
@@ -396,10 +396,10 @@ def test_without_bfloat16_openvino_runs_in_float32_if_asked_for_by_name(
 ) -> None:
     needs_openvino()
     monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: False)
-    expected = TextEncoder(tiny).encode(MANY)
-    np.testing.assert_array_equal(TextEncoder(tiny, engine="auto").encode(MANY), expected)
+    expected = SentenceEncoder(tiny).encode(MANY)
+    np.testing.assert_array_equal(SentenceEncoder(tiny, engine="auto").encode(MANY), expected)
     assert "does not multiply in bfloat16" in caplog.text
-    np.testing.assert_allclose(TextEncoder(tiny, engine="openvino").encode(MANY), expected, atol=1e-4)
+    np.testing.assert_allclose(SentenceEncoder(tiny, engine="openvino").encode(MANY), expected, atol=1e-4)
 
 
 def test_openvino_is_imported_without_its_reports_over_the_network() -> None:

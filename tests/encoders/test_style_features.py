@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from personaplug.encoders.style_features import FEATURES, form_of, forms_of
+from personaplug.encoders.style_features import FEATURES, style_features_of, text_style
 
 
 def _value(text: str, name: str) -> float:
-    return float(form_of(text)[FEATURES.index(name)])
+    return float(text_style(text)[FEATURES.index(name)])
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_every_value_has_a_case_above() -> None:
 
 
 def test_what_is_said_does_not_matter() -> None:
-    assert np.array_equal(form_of("Cats chase Birds"), form_of("Dogs found Stone"))
+    assert np.array_equal(text_style("Cats chase Birds"), text_style("Dogs found Stone"))
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\t", "!", "?!?!?!" * 1000, "𝕬 ", "\x00", "ａ" * 5000, "नमस्ते दुनिया"])
 def test_any_text_has_a_form_of_bounded_size(text: str) -> None:
-    form = form_of(text)
+    form = text_style(text)
     assert form.shape == (len(FEATURES),)
     assert form.dtype == np.float16
     assert np.isfinite(form).all()
@@ -60,10 +60,10 @@ def test_any_text_has_a_form_of_bounded_size(text: str) -> None:
 
 
 def test_texts_without_words_have_none() -> None:
-    assert not form_of(" \n").any()
+    assert not text_style(" \n").any()
 
 
 def test_forms_are_those_of_the_texts_in_order() -> None:
     texts = ["One", "two words", "and THREE words!"]
-    assert np.array_equal(forms_of(texts), np.stack([form_of(text) for text in texts]))
-    assert forms_of([]).shape == (0, len(FEATURES))
+    assert np.array_equal(style_features_of(texts), np.stack([text_style(text) for text in texts]))
+    assert style_features_of([]).shape == (0, len(FEATURES))

@@ -15,8 +15,8 @@ import torch
 import personaplug.evaluation.evaluator
 import personaplug.training.recipes
 from personaplug.config_parsing import with_values
-from personaplug.data.simulation import SimulatedConfig, write_simulation
-from personaplug.errors import BadConfig
+from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.errors import ConfigError
 from personaplug.evaluation.benchmark import Places, _made_with, bench
 from personaplug.evaluation.experiment import Experiment, load_experiment
 from personaplug.run import Models
@@ -70,9 +70,9 @@ EVERY_ROW = [
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name, seed in (("One", 0), ("Two", 1)):
-        shape = SimulatedConfig(users=6, queries_per_user=2, dev_users=4, min_items=2, max_items=6, seed=seed)
+        shape = SimulationConfig(users=6, queries_per_user=2, dev_users=4, min_items=2, max_items=6, seed=seed)
         write_simulation(shape, folder / name)
-    texts = SimulatedConfig(task="style", users=6, queries_per_user=2, dev_users=4, min_items=2, max_items=6)
+    texts = SimulationConfig(task="style", users=6, queries_per_user=2, dev_users=4, min_items=2, max_items=6)
     write_simulation(texts, folder / "Texts")
     return folder
 
@@ -192,9 +192,9 @@ def test_rows_of_another_machine_are_told_apart(tmp_path: Path, data: Path, monk
 
 def test_a_cell_names_the_gpu_it_was_made_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
-    on = SimpleNamespace(backend=SimpleNamespace(device=torch.device("cuda", 1)))
+    on = SimpleNamespace(llm=SimpleNamespace(device=torch.device("cuda", 1)))
     assert _made_with(cast(Models, on)).endswith(", gpu card 1")
-    on.backend.device = torch.device("cpu")
+    on.llm.device = torch.device("cpu")
     assert "gpu" not in _made_with(cast(Models, on))
 
 
@@ -232,7 +232,7 @@ def test_a_set_that_is_not_there_does_not_stop_the_others(tmp_path: Path, data: 
 
 def test_a_row_that_cannot_be_filled_does_not_stop_the_others(tmp_path: Path, data: Path) -> None:
     alone = tmp_path / "data" / "Alone"
-    write_simulation(SimulatedConfig(users=6, queries_per_user=2, dev_users=1, min_items=2, max_items=4), alone)
+    write_simulation(SimulationConfig(users=6, queries_per_user=2, dev_users=1, min_items=2, max_items=4), alone)
     (tmp_path / "data" / "One").symlink_to(data / "One")
     rows = ["wrong-user", "plain", "plug"]
     places = _places(tmp_path, tmp_path / "data")
@@ -261,16 +261,16 @@ def test_thirds_and_a_curve_stand_together(tmp_path: Path, data: Path) -> None:
 
 
 def test_a_set_of_another_experiment_is_refused(tmp_path: Path, data: Path) -> None:
-    with pytest.raises(BadConfig, match="no set of mine"):
+    with pytest.raises(ConfigError, match="no set of mine"):
         bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), sets=["Three"])
-    with pytest.raises(BadConfig, match="plug: no row of mine, whose rows are plain"):
+    with pytest.raises(ConfigError, match="plug: no row of mine, whose rows are plain"):
         bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), conditions=["plug"])
-    with pytest.raises(BadConfig, match=r"seeds \[0, 1\]; found \[9\]"):
+    with pytest.raises(ConfigError, match=r"seeds \[0, 1\]; found \[9\]"):
         bench(_experiment(tmp_path, ["plain"]), _places(tmp_path, data), seeds=[9])
 
 
 def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> None:
-    more = "shown_items: [0, 2]"
+    more = "max_eval_history: [0, 2]"
     written = bench(_experiment(tmp_path, ["plug", "bm25:2"], more, sets="[One]"), _places(tmp_path, data)).written
     results = _read(written[0])
     assert [part["name"] for part in results["slices"]] == ["items=0", "items=2", "items=all"]
@@ -285,7 +285,7 @@ def test_a_curve_of_strengths_ends_at_the_plain_model(tmp_path: Path, data: Path
     rows = ["plain", "plug"]
     written = bench(_experiment(tmp_path, rows, "strengths: [0, 2]", sets="[One]"), _places(tmp_path, data)).written
     results = _read(written[0])
-    assert [part["name"] for part in results["slices"]] == ["strength=0", "strength=1", "strength=2"]
+    assert [part["name"] for part in results["slices"]] == ["persona_scale=0", "persona_scale=1", "persona_scale=2"]
     none, whole, double = ({row["condition"]: row["metrics"] for row in part["rows"]} for part in results["slices"])
     assert none["plug"] == none["plain"] == whole["plain"] == double["plain"]
     assert whole == {row["condition"]: row["metrics"] for row in results["rows"]}
@@ -313,7 +313,7 @@ def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_experiment_runs_to_its_end(path: Path, tmp_path: Path, data: Path) -> None:
     pytest.importorskip("peft")
-    settings = ("seeds=0", "train_limit=8", "limit=6", "resamples=100", "validate_every=2", "history_tokens=60")
+    settings = ("seeds=0", "train_limit=8", "limit=6", "resamples=100", "eval_steps=2", "history_tokens=60")
     experiment = load_experiment(path, settings=settings)
     (tmp_path / "data").mkdir()
     labelled = "Movie_stars" in experiment.sets
@@ -375,5 +375,5 @@ def test_a_variant_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path
 def test_a_setting_that_an_experiment_without_variants_cannot_have_is_refused(tmp_path: Path, data: Path) -> None:
     experiment = _experiment(tmp_path, ["plain"], sets="[Texts]")
     configs = {key: with_values(config, {"label_prior": "own"}) for key, config in experiment.configs.items()}
-    with pytest.raises(BadConfig, match="label_prior=own"):
+    with pytest.raises(ConfigError, match="label_prior=own"):
         bench(replace(experiment, configs=configs), _places(tmp_path, data))

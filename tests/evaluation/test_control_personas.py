@@ -10,19 +10,19 @@ import torch
 
 from personaplug.config import PAPER
 from personaplug.encoders import HashEncoder
-from personaplug.encoders.embedding_store import VectorTable
-from personaplug.encoders.encoded_sample import EncodedSample, no_forms
+from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.encoders.encoded_sample import EncodedSample, no_style
 from personaplug.evaluation.controls import MeanPersona, RandomVectors
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.plug.saving import Fitting
+from personaplug.plug.saving import PlugSpec
 
 
 def _samples(count: int) -> list[EncodedSample]:
     return [
         EncodedSample(
-            str(k), str(k), None, "p", f"query {k}", None, np.arange(k, k + 3), np.zeros(3, np.int16), no_forms(3)
+            str(k), str(k), None, "p", f"query {k}", None, np.arange(k, k + 3), np.zeros(3, np.int16), no_style(3)
         )
         for k in range(count)
     ]
@@ -30,15 +30,15 @@ def _samples(count: int) -> list[EncodedSample]:
 
 def _personalizer(folder: Path, hashing: HashEncoder) -> Personalizer:
     """An untrained plug beside ten items."""
-    table = VectorTable.open(folder / "vectors", hashing)
+    table = EmbeddingStore.open(folder / "vectors", hashing)
     table.add([f"item {k}" for k in range(10)])
-    fitting = Fitting(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
+    spec = PlugSpec(LLMIdentity("toy", None, "0" * 16, 8), 0.25, hashing.identity)
     torch.manual_seed(0)
-    return Personalizer(PersonaPlug(PAPER, fitting=fitting, encoder=hashing).eval(), table=table)
+    return Personalizer(PersonaPlug(PAPER, spec=spec, encoder=hashing).eval(), table=table)
 
 
 def test_random_vectors_are_of_unit_length_and_belong_to_their_content(tmp_path: Path, hashing: HashEncoder) -> None:
-    table = VectorTable.open(tmp_path / "one", hashing)
+    table = EmbeddingStore.open(tmp_path / "one", hashing)
     table.add(["sun", "rain", "fog"])
     vectors = RandomVectors(table, seed=1)
     found = vectors.gather(table.rows(["sun", "rain", "sun"]))
@@ -46,7 +46,7 @@ def test_random_vectors_are_of_unit_length_and_belong_to_their_content(tmp_path:
     assert (found[0] == found[2]).all()
     assert not (found[0] == found[1]).all()
     assert not (RandomVectors(table, seed=2).gather(table.rows(["sun"])) == found[0]).all()
-    other = VectorTable.open(tmp_path / "two", hashing)
+    other = EmbeddingStore.open(tmp_path / "two", hashing)
     other.add(["fog", "hail", "rain", "sun"])
     assert (RandomVectors(other, seed=1).gather(other.rows(["sun", "rain", "sun"])) == found).all()
 
@@ -65,8 +65,8 @@ def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, ha
 
 def test_what_labels_say_is_averaged_too(tmp_path: Path, hashing: HashEncoder) -> None:
     plain = _personalizer(tmp_path, hashing)
-    fitting = replace(plain.plug.fitting, labels=("1", "2", "3"))
-    plug = PersonaPlug(replace(PAPER, label_prior="own"), fitting=fitting, encoder=hashing).eval()
+    spec = replace(plain.plug.spec, labels=("1", "2", "3"))
+    plug = PersonaPlug(replace(PAPER, label_prior="own"), spec=spec, encoder=hashing).eval()
     personalizer = Personalizer(plug, table=plain.table)
     samples = [replace(sample, answers=np.full(3, k % 3, np.int16)) for k, sample in enumerate(_samples(5))]
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_tokens_that_serve_users_of_few_items_are_no_part_of_the_mean(tmp_path: 
     personalizer, samples = _personalizer(tmp_path, hashing), _samples(5)
     plug = personalizer.plug
     whole = MeanPersona(personalizer, samples).mean.vectors
-    plug.start_cold(torch.full_like(plug.common().vectors[0], 99.0), items=2)
+    plug.set_cold_start(torch.full_like(plug.common().vectors[0], 99.0), items=2)
     torch.testing.assert_close(MeanPersona(personalizer, [*samples, samples[0].latest(2)]).mean.vectors, whole)
     few = [sample.latest(2) for sample in samples]
-    assert float(MeanPersona(personalizer, few).mean.vectors.min()) == 99.0 * plug.fitting.embedding_scale
+    assert float(MeanPersona(personalizer, few).mean.vectors.min()) == 99.0 * plug.spec.embedding_scale

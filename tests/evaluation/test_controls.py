@@ -7,7 +7,7 @@ import pytest
 
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 from personaplug.evaluation.controls import items_lent, lend, rows_lent
 from personaplug.methods import CONDITIONS, Condition
 
@@ -69,7 +69,7 @@ def test_wrong_users_are_drawn_by_seed_and_from_all_others() -> None:
 
 
 def test_one_user_alone_has_no_stranger() -> None:
-    with pytest.raises(BadConfig, match="2 or more users; found 1"):
+    with pytest.raises(ConfigError, match="2 or more users; found 1"):
         with_history(CONDITIONS["wrong-user"], _samples(["a", "a"]), seed=0)
 
 

@@ -15,13 +15,13 @@ import torch
 from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.data.task import Reader
 from personaplug.data.task_registry import LAMP_TASKS
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings_of
 from personaplug.evaluation.model_inputs import Showing
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods import CONDITIONS, COUNTED, DEFAULT, needed, parse_conditions
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
@@ -47,7 +47,7 @@ class Stage:
     def __init__(self, place: Path, *, kind: Any, settings: tuple[str, ...] = (), base: Config | None = None) -> None:
         self.data = place / "data"
         write_simulation(
-            SimulatedConfig(
+            SimulationConfig(
                 task=kind,
                 users=8,
                 queries_per_user=2,
@@ -119,13 +119,13 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
 ) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("placement=suffix", "seeds=0", "query_encoder=head"))
     read: list[tuple[int, ...]] = []
-    real = DecoderOnlyBackend._read
+    real = CausalLM._read
 
-    def noted(backend: DecoderOnlyBackend, rows: list[tuple[int, ...]]) -> Any:
+    def noted(llm: CausalLM, rows: list[tuple[int, ...]]) -> Any:
         read.extend(rows)
-        return real(backend, rows)
+        return real(llm, rows)
 
-    monkeypatch.setattr(DecoderOnlyBackend, "_read", noted)
+    monkeypatch.setattr(CausalLM, "_read", noted)
     results = stage.evaluate(",".join([*DEFAULT, "mean-persona", "random-vectors"]))
     assert results["placement"] == "suffix"
     assert len(read) == len(set(read)) == 10
@@ -150,13 +150,13 @@ def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path)
     scored = np.array(json.loads((folder / "instruction+labels.seed-0.answers.json").read_text())["probabilities"])
     bare = replace(soft, label_bias=None)
     prompts, labels = [sample.prompt for sample in samples], stage.run.task.labels
-    expected = stage.models.backend.score(prompts, labels, soft=bare).double() + soft.label_bias
+    expected = stage.models.llm.score(prompts, labels, soft=bare).double() + soft.label_bias
     np.testing.assert_allclose(scored, torch.softmax(expected, dim=1).numpy(), atol=1e-4)
 
 
 def test_labels_that_are_written_are_not_counted(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, kind="rating", settings=("answer_end=always", "seeds=0", "max_steps=1", "controls=false"))
-    with pytest.raises(BadConfig, match="answer_end=auto"):
+    stage = Stage(tmp_path, kind="rating", settings=("train_eos=always", "seeds=0", "max_steps=1", "controls=false"))
+    with pytest.raises(ConfigError, match="train_eos=auto"):
         train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
 
 
@@ -245,7 +245,7 @@ def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Sta
     rows = {row["condition"]: row for row in results["rows"]}
     assert "nll" not in rows[ORACLE]["metrics"]
     samples = list(open_dataset(style.data, "dev", task=style.run.task))
-    losses, tokens = style.models.backend.loss(
+    losses, tokens = style.models.llm.loss(
         [sample.prompt for sample in samples], [sample.target or "" for sample in samples], soft=None
     )
     assert rows["plain"]["metrics"]["nll"] == pytest.approx(float(losses.sum() / tokens.sum()), rel=1e-4)
@@ -277,7 +277,7 @@ def test_answers_kept_before_probabilities_were_are_not_made_again(
     path = tmp_path / "evaluations" / "dev" / "plug.seed-1.answers.json"
     told, new = json.loads(path.read_text()), ("probabilities", "surprises", "partial")
     path.write_text(json.dumps({key: v for key, v in told.items() if key not in new}))
-    monkeypatch.setattr(rating.models.backend, "score", None)  # who asks it again fails
+    monkeypatch.setattr(rating.models.llm, "score", None)  # who asks it again fails
     second = _moved(rating, tmp_path, "plain,plug")
     for row, before in zip(second["rows"], first["rows"], strict=True):
         known = ("mae", "rmse", "accuracy", *(["nll"] if row["condition"] == "plain" else []))
@@ -318,13 +318,13 @@ def test_predictions_are_written_in_lamps_format_with_scores_per_sample(rating: 
 def test_answers_are_not_made_twice_unless_something_changed(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     rating.evaluate()
     calls: list[int] = []
-    plain = rating.models.backend.score
+    plain = rating.models.llm.score
 
     def counted(*given: Any, **named: Any) -> Any:
         calls.append(1)
         return plain(*given, **named)
 
-    monkeypatch.setattr(rating.models.backend, "score", counted)
+    monkeypatch.setattr(rating.models.llm, "score", counted)
     rating.evaluate()
     assert not calls
     rating.evaluate("wrong-user", settings=("draw_seed=7",))
@@ -357,7 +357,7 @@ def test_text_tasks_are_generated(style: Stage) -> None:
     assert rows["plug"]["decoding"] == "generated"
     assert rows[ORACLE]["metrics"]["rouge_1"] > 0.6 > rows["plug"]["metrics"]["rouge_1"]
     assert rows["plug"]["unfinished_rate"] > 0
-    with pytest.raises(BadConfig, match="decoding=generate"):
+    with pytest.raises(ConfigError, match="decoding=generate"):
         style.evaluate("plain", settings=("decoding=score",))
 
 
@@ -432,10 +432,10 @@ def test_one_user_alone_and_samples_from_the_table_get_the_same_persona(rating: 
 def test_what_a_task_does_not_have_is_refused_before_anything_is_made(rating: Stage, tmp_path: Path) -> None:
     for task, word, reason in (
         (rating.run.task, "options=compare", "declares none"),
-        (LAMP_TASKS["LaMP_1"], "answers=label", "hold none"),
+        (LAMP_TASKS["LaMP_1"], "answer_channel=label", "hold none"),
         (LAMP_TASKS["LaMP_1"], "label_prior=own", "has no such items"),
     ):
-        with pytest.raises(BadConfig, match=reason):
+        with pytest.raises(ConfigError, match=reason):
             Run.create(tmp_path / "run", config=load_config(overrides=[*TINY, word]), task=task)
         assert not (tmp_path / "run").exists()
 
@@ -459,7 +459,7 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
         (tmp_path / f"{split}_outputs.json").write_text(json.dumps({"task": "Pairs", "golds": golds}))
     (tmp_path / "task.json").write_text(json.dumps({"name": "Pairs", "like": "LaMP_1"}))
     config = load_config(
-        overrides=[*TINY, "options=auto", "answers=auto", "placement=suffix", "controls=false", "max_steps=2"]
+        overrides=[*TINY, "options=auto", "answer_channel=auto", "placement=suffix", "controls=false", "max_steps=2"]
     )
     run, models = Run.create(tmp_path / "run", config=config, task=load_task(tmp_path)), open_models(config)
     reader = open_dataset(tmp_path, "dev", task=run.task)
@@ -468,7 +468,7 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
     assert first.texts == ("dogs bark", "cats purr")
     assert first.question.startswith('For an author who has written the paper with the title "cats purr"')
     train(run, open_dataset(tmp_path, "train", task=run.task), models=models)
-    assert (run.config.plug.options, run.config.plug.answers) == ("compare", "text")
+    assert (run.config.plug.options, run.config.plug.answer_channel) == ("compare", "text")
     _check_personas(run, models, reader)
     rows = parse_conditions("plug,wrong-user,bm25:1")
     results = evaluate(run, reader, split="dev", conditions=rows, config=config.evaluation, models=models)
@@ -503,8 +503,8 @@ def test_a_strength_of_0_is_the_plain_model(kind: str, soft: int, request: pytes
     stage: Stage = request.getfixturevalue(kind)
     folder = stage.run.folder / "evaluations" / "dev"
 
-    def told(row: str, strength: str) -> list[dict[str, str]]:
-        results = stage.evaluate(row, settings=(f"strength={strength}",))
+    def told(row: str, persona_scale: str) -> list[dict[str, str]]:
+        results = stage.evaluate(row, settings=(f"persona_scale={persona_scale}",))
         tokens.append(results["rows"][0]["prompt_tokens_mean"])
         return json.loads((folder / f"{row}.seed-0.json").read_text())["golds"]  # type: ignore[no-any-return]
 
@@ -516,17 +516,24 @@ def test_a_strength_of_0_is_the_plain_model(kind: str, soft: int, request: pytes
 
 
 def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
-    settings = ("answers=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
+    settings = ("answer_channel=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
     for kind, channel in (("rating", "label"), ("style", "form")):
         stage = Stage(tmp_path / kind, kind=kind, settings=settings)
-        assert stage.run.config.plug.answers == Run.open(stage.run.folder).config.plug.answers == channel
+        assert stage.run.config.plug.answer_channel == Run.open(stage.run.folder).config.plug.answer_channel == channel
         stage.run.check_unchanged(stage.config)  # which still says auto
         assert stage.evaluate("plug,wrong-user,random-vectors")["rows"][0]["n"] == 10
         _check_personas(stage.run, stage.models, open_dataset(stage.data, "dev", task=stage.run.task))
 
 
 def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
-    settings = ("answers=label", "persona_tokens=3", "query_encoder=head", "placement=suffix", "seeds=0", "max_steps=2")
+    settings = (
+        "answer_channel=label",
+        "persona_tokens=3",
+        "query_encoder=head",
+        "placement=suffix",
+        "seeds=0",
+        "max_steps=2",
+    )
     stage = Stage(tmp_path, kind="rating", settings=settings)
     rows = "plug,paper-plug,paper-plug@wrong-user"
     reader = open_dataset(stage.data, "train", task=stage.run.task)
@@ -628,7 +635,9 @@ def test_the_nearest_items_are_those_nearest_to_what_is_asked_whoever_owns_them(
 
 
 def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, kind="rating", settings=("answers=label", "controls=false", "seeds=0", "max_steps=1"))
+    stage = Stage(
+        tmp_path, kind="rating", settings=("answer_channel=label", "controls=false", "seeds=0", "max_steps=1")
+    )
     reader = open_dataset(stage.data, "dev", task=stage.run.task)
     table = stage.run.open_vectors(stage.models.encoder)
     showing = Showing(stage.run, reader, models=stage.models, table=table, config=stage.config.evaluation)
@@ -644,16 +653,16 @@ def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
         raise IndexError("index out of range in self")
 
     with monkeypatch.context() as patched:
-        patched.setattr(style.models.backend, "loss", too_long)
+        patched.setattr(style.models.llm, "loss", too_long)
         first = _moved(style, tmp_path, "plain,plug")
     assert list(first["rows"][0]["metrics"]) == ["rouge_1", "rouge_l"]
     assert "no likelihood of the right answers (IndexError)" in caplog.text
     # The answers are kept; only what was missing is asked for.
-    monkeypatch.setattr(style.models.backend, "generate", None)
+    monkeypatch.setattr(style.models.llm, "generate", None)
     second = _moved(style, tmp_path, "plain,plug")
     for row, before in zip(second["rows"], first["rows"], strict=True):
         assert row["metrics"] == before["metrics"] | {"nll": row["metrics"]["nll"]}
-    monkeypatch.setattr(style.models.backend, "loss", None)
+    monkeypatch.setattr(style.models.llm, "loss", None)
     third = _moved(style, tmp_path, "plain,plug")
     assert [row["metrics"] for row in third["rows"]] == [row["metrics"] for row in second["rows"]]
 
@@ -661,7 +670,7 @@ def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
 def test_predictions_look_at_no_right_answer(style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = replace(style.run, folder=tmp_path)
     (tmp_path / "plug").symlink_to(style.run.folder / "plug")
-    monkeypatch.setattr(style.models.backend, "loss", None)
+    monkeypatch.setattr(style.models.llm, "loss", None)
     reader = open_dataset(style.data, "dev", task=moved.task)
     config = style.config.evaluation
     files = predict(moved, reader, split="dev", config=config, conditions=parse_conditions("plug"), models=style.models)
@@ -685,7 +694,7 @@ def test_phrases_of_the_history_that_a_row_sees_are_mixed_in(style: Stage) -> No
 
 
 def test_phrases_are_for_written_answers(rating: Stage) -> None:
-    with pytest.raises(BadConfig, match="closed set of labels"):
+    with pytest.raises(ConfigError, match="closed set of labels"):
         rating.evaluate("plug+phrases")
 
 
@@ -695,7 +704,7 @@ def test_a_history_that_is_too_short_to_be_used_counts_as_lost(tmp_path: Path) -
     lengths = [len(sample.history) for sample in reader if sample.history]
     few = int(np.median(lengths))
     plug = stage.run.load_plug("plug", seed=0, models=stage.models)
-    plug.start_cold(torch.zeros_like(plug.common().vectors[0]), items=few)
+    plug.set_cold_start(torch.zeros_like(plug.common().vectors[0]), items=few)
     assert stage.evaluate("plug")["rows"][0]["lost_history_rate"] == 0
     plug.save_pretrained(stage.run.plug_folder("plug", seed=0))
     lost = stage.evaluate("plug")["rows"][0]["lost_history_rate"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from personaplug.errors import BadConfig, MissingData
+from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.experiment import find_experiment, load_experiment
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "experiments"
@@ -51,7 +51,7 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
         tmp_path,
         "sets: [A, B]\nconditions: [plain, 'bm25:4']\nbase: base.yaml\nconfig: {training: {seeds: [1, 2]}}\n"
         "per_set: {B: {max_new_tokens: 9, temperature: 0.5}}\nvariants: {cold: {temperature: 0.1}, warm: {}}\n"
-        "shown_items: [0, 2]\n",
+        "max_eval_history: [0, 2]\n",
     )
     experiment = load_experiment(path, settings=("batch_size=2", "temperature=7"))
     assert experiment.variants == ["cold", "warm"]
@@ -60,7 +60,7 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
     assert (config.evaluation.max_new_tokens, config.plug.temperature, config.training.batch_size) == (9, 0.1, 2)
     assert experiment.configs["warm", "B"].plug.temperature == 7
     assert experiment.configs["warm", "A"].evaluation.max_new_tokens == 0
-    assert experiment.shown_items == (0, 2)
+    assert experiment.max_eval_history == (0, 2)
     assert [condition.name for condition in experiment.conditions] == ["plain", "bm25:4"]
 
 
@@ -81,16 +81,26 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
     ],
 )
 def test_mistakes_are_said(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises((BadConfig, MissingData), match=said):
+    with pytest.raises((ConfigError, MissingData), match=said):
         load_experiment(_written(tmp_path, text))
 
 
 def test_curves_hold_the_table_proper_at_its_place(tmp_path: Path) -> None:
     told = "sets: [A]\nconditions: [plain]\nshown_items: [0, 2]\nstrengths: [1.5, 0, 0.5]\n"
-    items, strengths = load_experiment(_written(tmp_path, told)).curves
+    items, persona_scales = load_experiment(_written(tmp_path, told)).curves
     assert [probe.name for probe in items] == ["items=0", "items=2", "items=all"]
-    assert [probe.name for probe in strengths] == ["strength=0", "strength=0.5", "strength=1", "strength=1.5"]
-    assert [probe.changes for probe in strengths] == [{"strength": 0}, {"strength": 0.5}, {}, {"strength": 1.5}]
+    assert [probe.name for probe in persona_scales] == [
+        "persona_scale=0",
+        "persona_scale=0.5",
+        "persona_scale=1",
+        "persona_scale=1.5",
+    ]
+    assert [probe.changes for probe in persona_scales] == [
+        {"persona_scale": 0},
+        {"persona_scale": 0.5},
+        {},
+        {"persona_scale": 1.5},
+    ]
     assert load_experiment(_written(tmp_path, "sets: [A]\nconditions: [plain]")).curves == []
 
 

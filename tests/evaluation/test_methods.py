@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from personaplug.errors import BadConfig
+from personaplug.errors import ConfigError
 from personaplug.methods import (
     CONDITIONS,
     DEFAULT,
@@ -27,7 +27,7 @@ from personaplug.methods import (
 
 @pytest.mark.parametrize("text", ["", "plug,plug", "plug,nonsense", ",", "wrong-user,plug@wrong-user"])
 def test_bad_lists_are_refused(text: str) -> None:
-    with pytest.raises(BadConfig, match=r"instruction-only|did you mean|known are"):
+    with pytest.raises(ConfigError, match=r"instruction-only|did you mean|known are"):
         parse_conditions(text)
 
 
@@ -73,7 +73,7 @@ def test_bad_lists_are_refused(text: str) -> None:
     ],
 )
 def test_what_is_no_row_is_refused(name: str) -> None:
-    with pytest.raises(BadConfig):
+    with pytest.raises(ConfigError):
         condition_of(name)
 
 

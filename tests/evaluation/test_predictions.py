@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from personaplug.data.task_registry import LAMP_TASKS
-from personaplug.encoders.encoded_sample import EncodedSample, no_forms
+from personaplug.encoders.encoded_sample import EncodedSample, no_style
 from personaplug.evaluation.predictions import Answers, answer, keep, kept
 from personaplug.llm.base import GenerationConfig
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 
 TASK = LAMP_TASKS["LaMP_3"]
 NOTHING = np.empty(0, dtype=np.int64)
 PROMPTS = ["short", "the longest of these prompts by far", "in between them"]
-SAMPLES = [EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16), no_forms()) for p in PROMPTS]
+SAMPLES = [EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16), no_style()) for p in PROMPTS]
 
 
-def _answers(backend: DecoderOnlyBackend, *, decoding: str = "score", batch_size: int = 2) -> Answers:
+def _answers(llm: CausalLM, *, decoding: str = "score", batch_size: int = 2) -> Answers:
     return answer(
-        backend,
+        llm,
         SAMPLES,
         prompter=None,
         task=TASK,
@@ -34,15 +34,13 @@ def _answers(backend: DecoderOnlyBackend, *, decoding: str = "score", batch_size
     )
 
 
-def _scores(backend: Any, lines: list[list[float]], monkeypatch: pytest.MonkeyPatch) -> None:
+def _scores(llm: Any, lines: list[list[float]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model find these log-probabilities for the prompts."""
     found = dict(zip(PROMPTS, lines, strict=True))
-    monkeypatch.setattr(
-        backend, "score", lambda prompts, labels, **_: torch.tensor([found[prompt] for prompt in prompts])
-    )
+    monkeypatch.setattr(llm, "score", lambda prompts, labels, **_: torch.tensor([found[prompt] for prompt in prompts]))
 
 
-def test_scored_labels_come_with_their_probabilities_in_the_samples_order(toy: DecoderOnlyBackend) -> None:
+def test_scored_labels_come_with_their_probabilities_in_the_samples_order(toy: CausalLM) -> None:
     made = _answers(toy)
     scores = toy.score(PROMPTS, TASK.labels, soft=None).double()
     expected = (scores - scores.logsumexp(dim=1, keepdim=True)).exp().numpy()
@@ -53,9 +51,7 @@ def test_scored_labels_come_with_their_probabilities_in_the_samples_order(toy: D
     assert _answers(toy, decoding="generate").probabilities is None
 
 
-def test_scored_labels_come_with_how_likely_the_right_one_was(
-    toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scored_labels_come_with_how_likely_the_right_one_was(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     low, golds = -float("inf"), ["1", "1", "1"]
     _scores(toy, [[-40.0, 0, 0, 0, 0], [low] * 5, [-1.0, low, low, low, low]], monkeypatch)
     made = _answers(toy)
@@ -65,7 +61,7 @@ def test_scored_labels_come_with_how_likely_the_right_one_was(
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_surprises_survive_the_file(toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_surprises_survive_the_file(toy: CausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     low, golds = -float("inf"), ["1", "1", "1"]
     _scores(toy, [[-3.0, 0, 0, 0, 0], [low] * 5, [-1.0, low, low, low, low]], monkeypatch)
     made = _answers(toy)
@@ -80,7 +76,7 @@ def test_surprises_survive_the_file(toy: DecoderOnlyBackend, monkeypatch: pytest
     np.testing.assert_allclose(found[:, 0], [np.log(4), np.log(4), -np.log(5e-7)])
 
 
-def test_each_decision_has_its_answer(toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_decision_has_its_answer(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [[0.4, 0.05, 0.3, 0.05, 0.2], [0.05, 0.05, 0.2, 0.3, 0.4], [0.4, 0.05, 0.1, 0.05, 0.4]]
     # log-probabilities of a closed set need not sum to 1 among themselves
     _scores(toy, (torch.tensor(lines).log() - 3).tolist(), monkeypatch)
@@ -91,7 +87,7 @@ def test_each_decision_has_its_answer(toy: DecoderOnlyBackend, monkeypatch: pyte
 
 
 def test_numbers_that_overflowed_leave_the_answer_that_was_given(
-    toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch
+    toy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     low, broken = -float("inf"), float("nan")
     _scores(toy, [[low] * 5, [-1, broken, -1, -1, -1], [low, low, -9.0, low, low]], monkeypatch)
@@ -107,7 +103,7 @@ def test_answers_that_were_not_chosen_stand_whatever_the_decision() -> None:
 
 
 @pytest.mark.parametrize("decoding", ["score", "generate"])
-def test_kept_answers_are_the_same_answers(toy: DecoderOnlyBackend, tmp_path: Path, decoding: str) -> None:
+def test_kept_answers_are_the_same_answers(toy: CausalLM, tmp_path: Path, decoding: str) -> None:
     made = _answers(toy, decoding=decoding)
     keep(made, tmp_path / "answers.json", depends_on=["a"])
     assert kept(tmp_path / "answers.json", depends_on=["a"]) == made
@@ -115,7 +111,7 @@ def test_kept_answers_are_the_same_answers(toy: DecoderOnlyBackend, tmp_path: Pa
 
 
 def test_answers_from_before_probabilities_were_kept_are_the_likeliest_and_no_more(
-    toy: DecoderOnlyBackend, tmp_path: Path
+    toy: CausalLM, tmp_path: Path
 ) -> None:
     path = tmp_path / "answers.json"
     keep(_answers(toy), path, depends_on=[])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import personaplug.evaluation.predictions
-from personaplug.encoders.encoded_sample import EncodedSample, no_forms
-from personaplug.evaluation.predictions import surprises
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.encoders.encoded_sample import EncodedSample, no_style
+from personaplug.evaluation.predictions import reference_nll
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
 
 NOTHING = np.empty(0, dtype=np.int64)
@@ -22,7 +22,7 @@ PAIRS = [
     ("in between", "a much longer answer"),
     ("x", "y"),
 ]
-SAMPLES = [EncodedSample(p, p, None, p, p, a, NOTHING, NOTHING.astype(np.int16), no_forms()) for p, a in PAIRS]
+SAMPLES = [EncodedSample(p, p, None, p, p, a, NOTHING, NOTHING.astype(np.int16), no_style()) for p, a in PAIRS]
 
 
 class Given:
@@ -38,12 +38,10 @@ class Given:
 
 @pytest.mark.parametrize("most", [1, 8, 1024])
 @pytest.mark.parametrize("placement", ["none", "prefix", "suffix"])
-def test_each_is_what_it_is_alone(
-    toy: DecoderOnlyBackend, placement: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_is_what_it_is_alone(toy: CausalLM, placement: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(personaplug.evaluation.predictions, "_TOKENS", most)
     prompter = None if placement == "none" else Given(toy.identity.width, placement)
-    found = surprises(toy, SAMPLES, prompter=prompter, batch_size=3)
+    found = reference_nll(toy, SAMPLES, prompter=prompter, batch_size=3)
     for sample, (loss, tokens) in zip(SAMPLES, found, strict=True):
         soft = None if prompter is None else prompter.soft_prompt([sample])
         alone, count = toy.loss([sample.prompt], [sample.target or ""], soft=soft)
@@ -52,7 +50,7 @@ def test_each_is_what_it_is_alone(
     assert found[1] != found[2]
 
 
-def test_no_pass_has_more_samples_than_asked_for(toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pass_has_more_samples_than_asked_for(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real = toy.loss
 
@@ -61,5 +59,5 @@ def test_no_pass_has_more_samples_than_asked_for(toy: DecoderOnlyBackend, monkey
         return real(prompts, *args, **more)
 
     monkeypatch.setattr(toy, "loss", noted)
-    surprises(toy, SAMPLES, prompter=None, batch_size=1)
+    reference_nll(toy, SAMPLES, prompter=None, batch_size=1)
     assert sizes == [1] * len(SAMPLES)

@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from personaplug.errors import StorageError
-from personaplug.infra.atomic_io import JsonLines, write_json, write_text, written_file, written_whole
+from personaplug.infra.atomic_io import JsonLines, atomic_folder, atomic_write, write_json, write_text
 
 
 def test_json_survives_with_what_json_lacks_made_null(tmp_path: Path) -> None:
@@ -48,14 +48,14 @@ def test_a_file_in_place_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
 
 def test_a_folder_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Path) -> None:
     target = tmp_path / "t"
-    with written_whole(target) as place:
+    with atomic_folder(target) as place:
         (place / "a").write_text("1")
-    with pytest.raises(StopIteration), written_whole(target) as place:
+    with pytest.raises(StopIteration), atomic_folder(target) as place:
         (place / "b").write_text(next(iter("")))
     assert [p.name for p in target.iterdir()] == ["a"]
-    with pytest.raises(StorageError), written_whole(target):
+    with pytest.raises(StorageError), atomic_folder(target):
         raise OSError(28, "No space left on device")
-    with written_whole(target) as place:
+    with atomic_folder(target) as place:
         (place / "c").write_text("3")
     assert [p.name for p in target.iterdir()] == ["c"]
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
@@ -73,7 +73,7 @@ def test_a_file_that_could_not_be_made_leaves_the_old_one_alone(
     tmp_path: Path, raised: Exception, seen: type[Exception]
 ) -> None:
     path = tmp_path / "x.bin"
-    written_file(path, lambda attempt: attempt.write_text("old"))
+    atomic_write(path, lambda attempt: attempt.write_text("old"))
 
     def fail(attempt: Path) -> None:
         assert attempt.parent == tmp_path
@@ -81,7 +81,7 @@ def test_a_file_that_could_not_be_made_leaves_the_old_one_alone(
         raise raised
 
     with pytest.raises(seen, match=r"No space left on device|mistake"):
-        written_file(path, fail)
+        atomic_write(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
@@ -89,7 +89,7 @@ def test_a_file_that_could_not_be_made_leaves_the_old_one_alone(
 def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there_at_sync = []
     monkeypatch.setattr(os, "fsync", lambda _: there_at_sync.append((tmp_path / "x").exists()))
-    written_file(tmp_path / "x", lambda attempt: attempt.write_text("new"))
+    atomic_write(tmp_path / "x", lambda attempt: attempt.write_text("new"))
     assert there_at_sync == [False]
     assert (tmp_path / "x").exists()
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import PersonaPlugError, StorageError
 from personaplug.infra.distributed import (
+    all_reduce_sum,
     connect,
     disconnect,
     index,
@@ -32,9 +33,8 @@ from personaplug.infra.distributed import (
     on_main,
     share,
     sum_gradients,
-    sum_over,
+    synchronized,
     tells,
-    together,
 )
 from personaplug.methods import needed, parse_conditions
 from personaplug.run import Run, open_models
@@ -42,7 +42,7 @@ from personaplug.training import checkpointing as checkpoint
 from personaplug.training.recipes import train
 
 TINY = ["llm=toy", "encoder=hash:32", "aggregator=dot", "learning_rate=0.01", "dtype=float32", "controls=false"]
-ODD = [*TINY, "placement=suffix", "batch_size=5", "views=1", "epochs=4", "checkpoint_every=3", "validate_every=5"]
+ODD = [*TINY, "placement=suffix", "batch_size=5", "views=1", "epochs=4", "save_steps=3", "eval_steps=5"]
 ALONE = [*TINY, "controls=true", "batch_size=1", "max_steps=4", "retriever_samples=6", "retriever_candidates=2"]
 ROWS = "plug,paper-plug,lora,ropg:2"
 FILES = ("plug/seed-0/plug", "paper-plug/seed-0/plug", "lora/seed-0/adapter", "ropg/seed-0/retriever")
@@ -52,7 +52,7 @@ FILES = ("plug/seed-0/plug", "paper-plug/seed-0/plug", "lora/seed-0/adapter", "r
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_simulation(
-        SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
+        SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
     )
     return folder
 
@@ -64,7 +64,7 @@ def _train(
     run = Run.create(out, config=config, task=load_task(data))
     models = open_models(config)
     if change is not None:
-        change(models.backend)
+        change(models.llm)
     reader = open_dataset(data, "train", task=run.task)
     train(run, reader, models=models, wanted=needed(parse_conditions(rows)))
 
@@ -145,7 +145,7 @@ def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:
     assert number() == 2
     found: dict[str, Any] = {
         "share": [share(range(5)), share([7])],
-        "sum": sum_over([index(), 10]),
+        "sum": all_reduce_sum([index(), 10]),
         "gradients": _gradients(),
         "given": on_main(index),
     }
@@ -175,7 +175,7 @@ def _gradients() -> list[list[float] | None]:
 def _fail(*, in_main: bool) -> None:
     if in_main:
         raise StorageError(f"no room in {index()}")
-    with together():
+    with synchronized():
         if not is_main():
             raise StorageError(f"no room in {index()}")
 
@@ -188,14 +188,14 @@ def _error(work: Callable[[], object]) -> tuple[str, bool]:
     return "nothing", False
 
 
-def _break_loss(backend: Any) -> None:
-    plain, calls = backend.loss, iter(range(10**6))
+def _break_loss(llm: Any) -> None:
+    plain, calls = llm.loss, iter(range(10**6))
 
     def loss(*args: Any, **named: Any) -> Any:
         losses, tokens = plain(*args, **named)
         return (losses * float("nan") if not is_main() and next(calls) else losses), tokens
 
-    backend.loss = loss
+    llm.loss = loss
 
 
 def _full(_: Any, path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_process_started_alone_needs_no_others(monkeypatch: pytest.MonkeyPatch
     assert (number(), index(), is_main(), left_alone()) == (1, 0, True, False)
     connect("cpu")
     assert share([1, 2]) == [1, 2]
-    assert sum_over([0.1]) == [0.1]
+    assert all_reduce_sum([0.1]) == [0.1]
     assert on_main(lambda: 3) == main_first(lambda: 3) == 3
     with pytest.raises(StorageError, match="no room in 0"):
         _fail(in_main=True)

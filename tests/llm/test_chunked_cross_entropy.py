@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from personaplug.llm import chunked_cross_entropy as cross_entropy
 from personaplug.llm.chunked_cross_entropy import token_loss
-from personaplug.llm.ngram_cache import Phrases
+from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import IGNORED
 
 
@@ -63,7 +63,7 @@ def test_logits_that_are_not_finite_where_something_is_predicted_show() -> None:
 
 def test_gradients_pass_through_what_is_mixed_in() -> None:
     logits, labels = _case()
-    phrases = [Phrases([[token for token in row if token >= 0]] if any(row) else []) for row in labels.tolist()]
+    phrases = [UserNgramCache([[token for token in row if token >= 0]] if any(row) else []) for row in labels.tolist()]
     losses, _ = token_loss(logits, labels, phrases)
     (found,) = torch.autograd.grad(losses.sum(), logits)
     step, towards = 1e-2, found / found.norm()

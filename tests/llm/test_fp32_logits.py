@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, small_backend
 
 from personaplug.llm import fp32_logits as exact_logits
-from personaplug.llm.fp32_logits import give_exact_logits
+from personaplug.llm.fp32_logits import use_fp32_logits
 
 
 def _states_and_logits(model: Any, *, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +32,7 @@ def test_logits_are_the_float32_product_but_in_training(
 ) -> None:
     monkeypatch.setattr(exact_logits, "_CACHED", rows)
     model = small_backend(family).model.bfloat16()
-    give_exact_logits(model)
+    use_fp32_logits(model)
     head = model.get_output_embeddings()
     states, logits = _states_and_logits(model, grad=False)
     assert logits.dtype == torch.float32
@@ -46,7 +46,7 @@ def test_a_layer_with_a_bias_adds_it() -> None:
     model = small_backend("llama").model
     head = torch.nn.Linear(32, 40).bfloat16()
     model.set_output_embeddings(head)
-    give_exact_logits(model)
+    use_fp32_logits(model)
     states = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
         torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_a_model_in_float32_is_left_alone() -> None:
 
 def test_labels_that_bfloat16_cannot_tell_apart_are_told_apart() -> None:
     plain, exact = (small_backend("llama").model.bfloat16() for _ in range(2))
-    give_exact_logits(exact)
+    use_fp32_logits(exact)
     for model in (plain, exact):
         with torch.no_grad():
             model.get_output_embeddings().weight *= 64

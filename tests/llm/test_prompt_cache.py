@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from personaplug.errors import StorageError
-from personaplug.llm.prompt_cache import KeptPrompts, Layout, find_room, padded_states
+from personaplug.llm.prompt_cache import Layout, PromptCache, padded_states, plan_cache
 
 GIGA = 10**9
 LAYOUT = Layout(parts=4, heads=2, width=3, dtype=torch.float32)
@@ -35,7 +35,7 @@ def test_room_is_taken_where_there_is_enough(
 ) -> None:
     places = {"gpu": 0, "memory": 8 * GIGA, "disk": 20 * GIGA}
     free = {place: settings.get(place, size) for place, size in places.items() if settings.get(place, size)}
-    room = find_room(
+    room = plan_cache(
         needed * GIGA,
         wanted=str(settings.get("wanted", "auto")),
         limit=int(settings.get("limit", 0)),
@@ -47,8 +47,8 @@ def test_room_is_taken_where_there_is_enough(
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_what_is_put_in_comes_out(place: str) -> None:
-    room = find_room(8 * LAYOUT.bytes, wanted=place, limit=0, free={"memory": GIGA, "disk": GIGA})
-    kept = KeptPrompts(LAYOUT, room=room)
+    room = plan_cache(8 * LAYOUT.bytes, wanted=place, limit=0, free={"memory": GIGA, "disk": GIGA})
+    kept = PromptCache(LAYOUT, room=room)
     first, second = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 5, 3)
     kept.put((1, 2, 3), first)
     kept.put((1, 2, 3, 4, 5), second)
@@ -76,6 +76,6 @@ def test_a_disk_without_room_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tm
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    room = find_room(LAYOUT.bytes, wanted="disk", limit=0, free={"memory": GIGA, "disk": GIGA})
+    room = plan_cache(LAYOUT.bytes, wanted="disk", limit=0, free={"memory": GIGA, "disk": GIGA})
     with pytest.raises(StorageError, match="No space left"):
-        KeptPrompts(LAYOUT, room=room)
+        PromptCache(LAYOUT, room=room)

@@ -10,8 +10,8 @@ import torch
 from families import small_backend
 
 from personaplug.llm.base import GenerationConfig
-from personaplug.llm.causal_lm import DecoderOnlyBackend
-from personaplug.llm.continuous_batching import Row, RunningRows
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.continuous_batching import ContinuousBatch, Row
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
 from personaplug.plug.layers import LabelPrior
@@ -58,8 +58,8 @@ def _tokens_share_a_beginning(choices: list[tuple[int, ...]]) -> bool:
     return len({choice[0] for choice in choices}) < len(choices)
 
 
-def test_along_a_labels_tokens_the_bias_adds_up_to_its_own(toy: DecoderOnlyBackend) -> None:
-    choices = toy.renderer.answers(LABELS)
+def test_along_a_labels_tokens_the_bias_adds_up_to_its_own(toy: CausalLM) -> None:
+    choices = toy.prompt_tokenizer.answers(LABELS)
     assert _tokens_share_a_beginning(choices)  # else there would be nothing to share out
     bias = LabelBias(choices, BIAS)
     sums = []
@@ -91,7 +91,7 @@ def test_it_is_added_where_labels_part_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_scores_carry_it_and_so_do_losses(toy: DecoderOnlyBackend, placement: str) -> None:
+def test_scores_carry_it_and_so_do_losses(toy: CausalLM, placement: str) -> None:
     draw = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, 3, toy.identity.width, generator=draw) * toy.embedding_scale
     bare, prompts = SoftPrompt(vectors, placement), ["which", "a longer question"]
@@ -114,14 +114,14 @@ def test_scores_carry_it_and_so_do_losses(toy: DecoderOnlyBackend, placement: st
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 @pytest.mark.parametrize(("family", "side"), [("t5", "right"), ("gpt2", "right"), ("gemma", "left")])
 def test_other_families_carry_it_too(family: str, side: str, placement: str) -> None:
-    backend = small_backend(family, padding_side=side)
+    llm = small_backend(family, padding_side=side)
     draw = torch.Generator().manual_seed(0)
-    soft = SoftPrompt(torch.randn(2, 3, backend.identity.width, generator=draw), placement)
+    soft = SoftPrompt(torch.randn(2, 3, llm.identity.width, generator=draw), placement)
     biased = replace(soft, label_bias=BIAS)
     prompts = ["which", "a longer question"]
-    scores = backend.score(prompts, LABELS, soft=soft)
-    torch.testing.assert_close(backend.score(prompts, LABELS, soft=biased), scores + BIAS, rtol=1e-4, atol=1e-4)
-    losses, bare = (backend.loss(prompts, [LABELS[2]] * 2, soft=given, labels=LABELS)[0] for given in (biased, soft))
+    scores = llm.score(prompts, LABELS, soft=soft)
+    torch.testing.assert_close(llm.score(prompts, LABELS, soft=biased), scores + BIAS, rtol=1e-4, atol=1e-4)
+    losses, bare = (llm.loss(prompts, [LABELS[2]] * 2, soft=given, labels=LABELS)[0] for given in (biased, soft))
     assert losses[0] < bare[0]  # what it speaks for becomes likelier
     assert losses[1] > bare[1]
 
@@ -134,18 +134,20 @@ def test_a_bias_too_small_for_half_precision_is_learned_from() -> None:
     assert gradient[0, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
 
 
-def test_rows_that_run_choose_with_it(toy: DecoderOnlyBackend) -> None:
-    choices, vectors = toy.renderer.answers(LABELS), torch.zeros(1, 1, toy.identity.width)
+def test_rows_that_run_choose_with_it(toy: CausalLM) -> None:
+    choices, vectors = toy.prompt_tokenizer.answers(LABELS), torch.zeros(1, 1, toy.identity.width)
     for sampled in (False, True):
         for place, label in enumerate(LABELS):
             sure = torch.full((1, len(LABELS)), -60.0).index_fill(1, torch.tensor(place), 0.0)
             config = GenerationConfig(max_new_tokens=20, do_sample=sampled, temperature=1.0, seed=place)
-            row = Row(toy.renderer.prompt("which"), SoftPrompt(vectors, "suffix", label_bias=sure), config, choices)
-            running = RunningRows(toy)
+            row = Row(
+                toy.prompt_tokenizer.prompt("which"), SoftPrompt(vectors, "suffix", label_bias=sure), config, choices
+            )
+            running = ContinuousBatch(toy)
             running.admit([row])
             while row.ended is None:
                 running.step()
-            assert toy.renderer.decode(row.ids) == label
+            assert toy.prompt_tokenizer.decode(row.ids) == label
 
 
 def test_batches_are_joined_with_it() -> None:

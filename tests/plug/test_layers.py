@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from personaplug.config import PlugConfig
-from personaplug.errors import BadConfig, ShapeMismatch
-from personaplug.plug.layers import Aggregator, DotAttention, MeanAggregator, build_aggregator
+from personaplug.errors import ConfigError, ShapeMismatch
+from personaplug.plug.layers import Aggregator, DotAttention, MeanPooling, build_pooling
 
 QUERY = torch.tensor([[1.0, 0.0]])
 ITEMS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
@@ -18,7 +18,7 @@ NAMES = ("dot", "mean")
 
 def _built(name: str, *, shrinkage: bool = False) -> Aggregator:
     torch.manual_seed(0)
-    return build_aggregator(PlugConfig(aggregator=name, shrinkage=shrinkage))
+    return build_pooling(PlugConfig(aggregator=name, shrinkage=shrinkage))
 
 
 def test_dot_attention_is_a_softmax_of_dot_products() -> None:
@@ -57,7 +57,7 @@ def test_a_user_without_items_has_no_weights_and_finite_gradients(name: str) -> 
 
 
 def test_mean_weighs_all_items_alike() -> None:
-    assert MeanAggregator()(QUERY, ITEMS[:2], lengths=[2]).tolist() == [0.5, 0.5]
+    assert MeanPooling()(QUERY, ITEMS[:2], lengths=[2]).tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,5 +78,5 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
 
 
 def test_an_unknown_aggregator_is_refused() -> None:
-    with pytest.raises(BadConfig, match="dot, mean"):
+    with pytest.raises(ConfigError, match="dot, mean"):
         _built("max")

@@ -17,9 +17,9 @@ from scipy.special import erf
 from personaplug.config import PAPER
 from personaplug.data.records import Options
 from personaplug.encoders import HashEncoder, QueryEncoder
-from personaplug.encoders.encoded_sample import EncodedHistory, no_forms
-from personaplug.encoders.style_features import forms_of
-from personaplug.errors import BadConfig, EncoderMismatch, LLMMismatch, MissingData
+from personaplug.encoders.encoded_sample import EncodedHistory, no_style
+from personaplug.encoders.style_features import style_features_of
+from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.methods import INSTRUCTION
@@ -27,7 +27,7 @@ from personaplug.plug.attribution import drift
 from personaplug.plug.layers import FrozenQueries, OptionHint, per_user
 from personaplug.plug.model import HistoryBatch, PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.plug.saving import Fitting, read_plug_config
+from personaplug.plug.saving import PlugSpec, read_plug_config
 
 WIDTH, OUT = 16, 8
 LLM = LLMIdentity("small", None, "0123456789abcdef", OUT)
@@ -37,8 +37,8 @@ QUERIES = ["who likes films", "a long walk", "tea"]
 def _plug(encoder: HashEncoder | None = None, *, labels: tuple[str, ...] = (), **settings: Any) -> PersonaPlug:
     encoder = encoder or HashEncoder(WIDTH)
     torch.manual_seed(1)
-    fitting = Fitting(LLM, 0.25, encoder.identity, labels)
-    return PersonaPlug(replace(PAPER, **settings), fitting=fitting, encoder=encoder).eval()
+    spec = PlugSpec(LLM, 0.25, encoder.identity, labels)
+    return PersonaPlug(replace(PAPER, **settings), spec=spec, encoder=encoder).eval()
 
 
 def _history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
@@ -46,7 +46,7 @@ def _history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
     vectors = rng.normal(size=(sum(lengths), WIDTH)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     answers = rng.integers(0, 3, size=sum(lengths))
-    forms = forms_of("word " * n for n in rng.integers(1, 9, size=sum(lengths)))
+    forms = style_features_of("word " * n for n in rng.integers(1, 9, size=sum(lengths)))
     return HistoryBatch(torch.from_numpy(vectors), lengths, torch.from_numpy(answers), torch.from_numpy(forms))
 
 
@@ -74,9 +74,9 @@ def test_soft_tokens_start_at_the_size_of_the_models_own() -> None:
     encoder = HashEncoder(256)
     wide = LLMIdentity("wide", None, "0" * 16, 512)
     torch.manual_seed(0)
-    plug = PersonaPlug(PAPER, fitting=Fitting(wide, 0.13, encoder.identity), encoder=encoder)
+    plug = PersonaPlug(PAPER, spec=PlugSpec(wide, 0.13, encoder.identity), encoder=encoder)
     one = HistoryBatch(
-        torch.from_numpy(encoder.encode(["an item"])), (1,), torch.tensor([-1]), torch.from_numpy(no_forms(1))
+        torch.from_numpy(encoder.encode(["an item"])), (1,), torch.tensor([-1]), torch.from_numpy(no_style(1))
     )
     size = plug(["x"], one).vectors.pow(2).mean(dim=-1).sqrt()
     assert size[0, 0].item() == pytest.approx(0.13, rel=0.2)
@@ -148,23 +148,23 @@ def test_tokens_for_a_cold_start_serve_users_of_few_items_alone(tmp_path: Path) 
     plug, history = _plug(encoder), _history(lengths=(4, 2, 0))
     before = plug(QUERIES, history).vectors
     tokens = torch.full_like(before[0], 2.0)
-    plug.start_cold(tokens, items=2)
+    plug.set_cold_start(tokens, items=2)
     assert (plug.few, torch.equal(plug(QUERIES, history).vectors[0], before[0])) == (2, True)
-    assert torch.equal(plug(QUERIES, history).vectors[1], tokens * plug.fitting.embedding_scale)
+    assert torch.equal(plug(QUERIES, history).vectors[1], tokens * plug.spec.embedding_scale)
     plug.save_pretrained(tmp_path)
     again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
     assert torch.equal(again(QUERIES, history).vectors, plug(QUERIES, history).vectors)
-    plug.start_cold(tokens)
+    plug.set_cold_start(tokens)
     after = plug(QUERIES, history).vectors
     assert torch.equal(after[:2], before[:2])
-    assert torch.equal(after[2], torch.full_like(before[2], 2.0) * plug.fitting.embedding_scale)
-    assert torch.equal(plug(QUERIES, history, strength=0.5).vectors[2], after[2])
-    assert plug(QUERIES, history, strength=0).vectors.shape[1] == 0
+    assert torch.equal(after[2], torch.full_like(before[2], 2.0) * plug.spec.embedding_scale)
+    assert torch.equal(plug(QUERIES, history, persona_scale=0.5).vectors[2], after[2])
+    assert plug(QUERIES, history, persona_scale=0).vectors.shape[1] == 0
     torch.testing.assert_close(plug.common().vectors[0], before[2])
     plug.save_pretrained(tmp_path)
     again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
     assert torch.equal(again(QUERIES, history).vectors, after)
-    plug.start_cold(tokens[:1])
+    plug.set_cold_start(tokens[:1])
     plug.save_pretrained(tmp_path)
     with pytest.raises(MissingData, match="cold_start should be of the shape"):
         PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
@@ -172,7 +172,12 @@ def test_tokens_for_a_cold_start_serve_users_of_few_items_alone(tmp_path: Path) 
 
 def test_users_of_few_items_may_be_served_as_if_they_had_none(tmp_path: Path) -> None:
     encoder, labels = HashEncoder(WIDTH), ("1", "2", "3")
-    settings: dict[str, Any] = {"label_prior": "own", "options": "compare", "shrinkage": True, "answers": "label"}
+    settings: dict[str, Any] = {
+        "label_prior": "own",
+        "options": "compare",
+        "shrinkage": True,
+        "answer_channel": "label",
+    }
     plug, history = _plug(encoder, labels=labels, **settings), _history(lengths=(4, 2, 0))
     assert plug.hint is not None
     with torch.no_grad():
@@ -180,7 +185,7 @@ def test_users_of_few_items_may_be_served_as_if_they_had_none(tmp_path: Path) ->
             value.normal_()
     options = [Options("which?", ("tea", "coffee", "milk"))] * 3
     own, none = plug(QUERIES, history, options=options), plug(QUERIES, _history(lengths=(0, 0, 0)), options=options)
-    plug.start_cold(None, items=2)
+    plug.set_cold_start(None, items=2)
     plug.save_pretrained(tmp_path)
     again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
     for one, read in ((plug, history), (plug, plug.read(history)), (again, history)):
@@ -191,9 +196,9 @@ def test_users_of_few_items_may_be_served_as_if_they_had_none(tmp_path: Path) ->
         torch.testing.assert_close(served.label_bias[0], own.label_bias[0])
         assert not served.label_bias[1:].any()
     assert not torch.equal(own.vectors[1], none.vectors[1])
-    halved = plug(QUERIES, history, options=options, strength=0.5).vectors
+    halved = plug(QUERIES, history, options=options, persona_scale=0.5).vectors
     torch.testing.assert_close(halved[1:], none.vectors[1:])
-    plug.start_cold(None)
+    plug.set_cold_start(None)
     assert (plug.few, torch.equal(plug(QUERIES, history, options=options).vectors, own.vectors)) == (0, True)
 
 
@@ -206,10 +211,10 @@ def test_what_the_users_own_answers_say_of_the_labels_goes_with_the_tokens(tmp_p
     torch.testing.assert_close(bias, plug.label_prior(history.answers, history.lengths))
     assert bias[:2].any(dim=1).all()
     assert not bias[2].any()  # nobody's answers say nothing
-    torch.testing.assert_close(plug(QUERIES, history, strength=0.5).label_bias, bias / 2)
-    assert plug(QUERIES, history, strength=0).label_bias is None
+    torch.testing.assert_close(plug(QUERIES, history, persona_scale=0.5).label_bias, bias / 2)
+    assert plug(QUERIES, history, persona_scale=0).label_bias is None
     assert plug.common().label_bias is None
-    plug.start_cold(torch.zeros_like(plug(QUERIES, history).vectors[0]), items=2)
+    plug.set_cold_start(torch.zeros_like(plug(QUERIES, history).vectors[0]), items=2)
     served = plug(QUERIES, history).label_bias
     torch.testing.assert_close(served[0], bias[0])
     assert not served[1:].any()  # who gets what is common to all gets nothing of their own
@@ -238,10 +243,10 @@ def test_how_far_a_persona_moved_does_not_depend_on_what_a_cold_start_is_served_
     rng = np.random.default_rng(0)
     none = np.full(3, -1, dtype=np.int16)
     one, other = (rng.normal(size=(3, WIDTH)).astype(np.float16) for _ in range(2))
-    before, after = EncodedHistory(one, none, no_forms(3)), EncodedHistory(other, none, no_forms(3))
+    before, after = EncodedHistory(one, none, no_style(3)), EncodedHistory(other, none, no_style(3))
     found = drift(make, before, after, common=plug.common())
     start = drift(make, before.only(slice(0)), after, common=plug.common())
-    plug.start_cold(torch.full_like(plug.common().vectors[0], 9.0))
+    plug.set_cold_start(torch.full_like(plug.common().vectors[0], 9.0))
     assert drift(make, before, after, common=plug.common()) == found
     again = drift(make, before.only(slice(0)), after, common=plug.common())
     assert (again.cosine, start.cosine, math.isnan(again.moved)) == (0.0, 0.0, True)
@@ -263,18 +268,18 @@ def test_the_order_of_items_does_not_matter_to_eq_3_and_4() -> None:
 
 
 def test_answers_are_a_channel_of_their_own_where_asked_for() -> None:
-    plug, history = _plug(answers="label", labels=("1", "2", "3")), _history(lengths=(4, 4, 4))
+    plug, history = _plug(answer_channel="label", labels=("1", "2", "3")), _history(lengths=(4, 4, 4))
     other = replace(history, answers=(history.answers + 1) % 3)
     assert not torch.allclose(plug(QUERIES, history).vectors, plug(QUERIES, other).vectors)
-    deaf = _plug(answers="text")
+    deaf = _plug(answer_channel="text")
     assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
 
 
 def test_the_form_of_answers_is_a_channel_where_asked_for() -> None:
-    plug, history = _plug(answers="form"), _history(lengths=(4, 4, 4))
+    plug, history = _plug(answer_channel="style"), _history(lengths=(4, 4, 4))
     other = replace(history, forms=history.forms + 1)
     assert not torch.allclose(plug(QUERIES, history).vectors, plug(QUERIES, other).vectors)
-    deaf = _plug(answers="text")
+    deaf = _plug(answer_channel="text")
     assert torch.equal(deaf(QUERIES, history).vectors, deaf(QUERIES, other).vectors)
 
 
@@ -312,15 +317,15 @@ def test_the_users_state_is_made_of_all_items_alike_and_the_rest_for_the_query(s
 
 
 def test_some_tokens_are_left_for_the_query() -> None:
-    with pytest.raises(BadConfig, match="aggregator=mean"):
+    with pytest.raises(ConfigError, match="aggregator=mean"):
         _plug(persona_tokens=2, state_tokens=2)
-    assert _plug(persona_tokens=2, state_tokens=2, aggregator="mean").asks_nothing
+    assert _plug(persona_tokens=2, state_tokens=2, aggregator="mean").ignores_query
     assert not _plug(persona_tokens=0, state_tokens=2).config.persona_tokens
 
 
 def test_a_setting_that_has_gone_is_no_hindrance() -> None:
     assert read_plug_config({"heads": 4, "aggregator": "dot"}).aggregator == "dot"
-    with pytest.raises(BadConfig, match="dot, mean"):
+    with pytest.raises(ConfigError, match="dot, mean"):
         read_plug_config({"heads": 4, "aggregator": "heads"})
 
 
@@ -342,18 +347,18 @@ def test_strength_leads_from_the_common_persona_through_the_own_one_and_beyond()
     plug, history = _plug(persona_tokens=2), _history()
     torch.nn.init.normal_(plug.population)
     with torch.no_grad():
-        common, own = plug.population * plug.fitting.embedding_scale, plug(QUERIES, history).vectors
-        for strength in (0.25, 0.5, 1.0, 2.0):
-            found = plug(QUERIES, history, strength=strength).vectors
+        common, own = plug.population * plug.spec.embedding_scale, plug(QUERIES, history).vectors
+        for persona_scale in (0.25, 0.5, 1.0, 2.0):
+            found = plug(QUERIES, history, persona_scale=persona_scale).vectors
             torch.testing.assert_close(found[:, :1], own[:, :1])  # the task's token is nobody's
-            torch.testing.assert_close(found[:, 1:], common + strength * (own[:, 1:] - common))
-        assert plug(QUERIES, history, strength=0).vectors.shape == (3, 0, OUT)
+            torch.testing.assert_close(found[:, 1:], common + persona_scale * (own[:, 1:] - common))
+        assert plug(QUERIES, history, persona_scale=0).vectors.shape == (3, 0, OUT)
 
 
 def test_answers_as_labels_need_a_closed_set() -> None:
-    with pytest.raises(BadConfig, match="answers=text"):
-        _plug(answers="label")
-    with pytest.raises(BadConfig, match="closed set of labels"):
+    with pytest.raises(ConfigError, match="answer_channel=text"):
+        _plug(answer_channel="label")
+    with pytest.raises(ConfigError, match="closed set of labels"):
         _plug(label_prior="own")
 
 
@@ -379,15 +384,15 @@ def test_the_control_has_as_many_tokens_and_no_history() -> None:
 
 
 def test_a_plug_needs_tokens_and_histories() -> None:
-    with pytest.raises(BadConfig, match="both are 0"):
+    with pytest.raises(ConfigError, match="both are 0"):
         _plug(instruction_tokens=0, persona_tokens=0)
-    with pytest.raises(BadConfig, match="one for every query"):
+    with pytest.raises(ConfigError, match="one for every query"):
         _plug()(QUERIES, None)
 
 
 def test_saved_and_loaded_it_is_the_same_plug(tmp_path: Path) -> None:
     encoder = HashEncoder(WIDTH)
-    plug = _plug(encoder, labels=("a", "b", "c"), answers="label", persona_tokens=2)
+    plug = _plug(encoder, labels=("a", "b", "c"), answer_channel="label", persona_tokens=2)
     plug.save_pretrained(tmp_path, facts={"task": "Tiny", "steps": 3})
     again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
     assert torch.equal(plug(QUERIES, _history()).vectors, again(QUERIES, _history()).vectors)
@@ -455,7 +460,7 @@ def test_outer_blanks_of_an_answer_do_not_matter() -> None:
     from personaplug.data.records import HistoryItem
 
     encoder = HashEncoder(WIDTH)
-    plug = _plug(encoder, labels=("1", "2", "3"), answers="label")
+    plug = _plug(encoder, labels=("1", "2", "3"), answer_channel="label")
 
     def soft(answer: str) -> torch.Tensor:
         items = [HistoryItem("1", (("text", "a film"), ("score", answer)), "score")]
@@ -501,14 +506,14 @@ def test_options_are_one_more_token_that_the_control_gets_too() -> None:
 
 
 def test_what_is_left_to_the_task_is_settled_before_a_plug_is_built() -> None:
-    with pytest.raises(BadConfig, match="settled by a task"):
-        _plug(answers="auto")
-    with pytest.raises(BadConfig, match="settled by a task"):
+    with pytest.raises(ConfigError, match="settled by a task"):
+        _plug(answer_channel="auto")
+    with pytest.raises(ConfigError, match="settled by a task"):
         _plug(options="auto")
 
 
 def test_options_need_labels_to_stand_for_them() -> None:
-    with pytest.raises(BadConfig, match="two or more options"):
+    with pytest.raises(ConfigError, match="two or more options"):
         _plug(options="compare")
 
 
@@ -518,15 +523,15 @@ def test_strength_leaves_to_options_what_the_question_says_of_them() -> None:
     with torch.no_grad():
         own = plug(QUERIES, history, options=options).vectors[:, -1]
         nobodys = plug(QUERIES, _history(lengths=(0, 0, 0)), options=options).vectors[:, -1]
-        for strength in (0.5, 2.0):
-            found = plug(QUERIES, history, options=options, strength=strength).vectors[:, -1]
-            torch.testing.assert_close(found, nobodys + strength * (own - nobodys))
+        for persona_scale in (0.5, 2.0):
+            found = plug(QUERIES, history, options=options, persona_scale=persona_scale).vectors[:, -1]
+            torch.testing.assert_close(found, nobodys + persona_scale * (own - nobodys))
     assert not torch.allclose(own[0], nobodys[0])
     torch.testing.assert_close(own[2], nobodys[2])  # has no items
 
 
 def test_an_item_without_an_answer_adds_nothing_to_what_it_says() -> None:
-    plug = _plug(answers="label", labels=("a", "b", "c"))
+    plug = _plug(answer_channel="label", labels=("a", "b", "c"))
     vectors = _history().vectors
     none = torch.full((len(vectors),), -1)
     hidden = plug.projector.hidden(vectors, answers=none, forms=vectors.new_empty(len(vectors), 0))

@@ -21,12 +21,12 @@ from live_server import CONFIG, ENCODER, LABELS, open_service, served
 
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig, MissingData, StoreConflict
+from personaplug.errors import ConfigError, MissingData, StoreConflict
 from personaplug.llm.base import GenerationConfig
-from personaplug.llm.causal_lm import DecoderOnlyBackend
-from personaplug.serving.api_keys import Accounts, new_key
-from personaplug.serving.engines.base import Question, Reply
-from personaplug.serving.middleware import Limits
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.serving.api_keys import ApiKeys, new_key
+from personaplug.serving.engines.base import EngineReply, EngineRequest
+from personaplug.serving.middleware import RequestLimits
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore
 
@@ -39,7 +39,7 @@ def _item(number: int, score: str = "4", text: str = "a film") -> dict[str, Any]
 
 
 @pytest.fixture
-def service(toy: DecoderOnlyBackend, tmp_path: Path) -> Service:
+def service(toy: CausalLM, tmp_path: Path) -> Service:
     return open_service(toy, tmp_path)
 
 
@@ -64,17 +64,17 @@ def _chat(url: str, user: str | None = None, *, prompt: str = PROMPT, key: str =
     return client.chat.completions.with_raw_response.create(model="toy", messages=turns, **given, **fields)
 
 
-def _expected(service: Service, backend: DecoderOnlyBackend, items: list[dict[str, Any]], *, tokens: int) -> str:
+def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, tokens: int) -> str:
     """What the backend answers with the persona that an evaluation would make."""
     history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in items]
     soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
-    return backend.generate([PROMPT], soft=soft, config=GenerationConfig(max_new_tokens=tokens))[0].text
+    return llm.generate([PROMPT], soft=soft, config=GenerationConfig(max_new_tokens=tokens))[0].text
 
 
 FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"personaplug": {"free": True}}}
 
 
-def test_two_users_get_the_answers_of_their_personas(service: Service, url: str, toy: DecoderOnlyBackend) -> None:
+def test_two_users_get_the_answers_of_their_personas(service: Service, url: str, toy: CausalLM) -> None:
     histories = {"ann": [_item(1, "1"), _item(2, "2")], "bob": [_item(1, "5", "a walk")]}
     answers = {}
     for user, items in histories.items():
@@ -119,7 +119,7 @@ def test_an_answer_is_one_of_the_tasks(url: str) -> None:
         assert _chat(url, "ann", seed=seed, temperature=2.0).parse().choices[0].message.content in LABELS
 
 
-def test_a_prompt_that_is_not_the_tasks_is_the_plain_models(url: str, toy: DecoderOnlyBackend) -> None:
+def test_a_prompt_that_is_not_the_tasks_is_the_plain_models(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     raw = _chat(url, "ann", prompt="hello there", temperature=0, max_tokens=12)
     plain = toy.generate(["hello there"], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
@@ -133,9 +133,9 @@ def test_the_unknown_are_said_to_be(url: str) -> None:
         assert (headers["x-personaplug-persona"], headers["x-personaplug-items"]) == ("population", "0")
 
 
-def test_strength_zero_is_the_plain_model(url: str, toy: DecoderOnlyBackend) -> None:
+def test_strength_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
-    body = {"personaplug": {"free": True, "strength": 0}}
+    body = {"personaplug": {"free": True, "persona_scale": 0}}
     raw = _chat(url, "ann", temperature=0, max_tokens=12, extra_body=body)
     plain = toy.generate([PROMPT], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
     assert raw.parse().choices[0].message.content.strip() == plain
@@ -224,7 +224,7 @@ def test_an_open_server_knows_the_names_of_its_machine(url: str, host: str, stat
     assert httpx.get(f"{url}/health", headers={"host": host}).status_code == status
 
 
-def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: CausalLM, tmp_path: Path) -> None:
     tasks = {
         Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: "): {
             "text": "on tea",
@@ -234,7 +234,9 @@ def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: DecoderOnlyBackend, tmp_
     }
     for number, (task, fields) in enumerate(tasks.items()):
         (folder := tmp_path / str(number)).mkdir()
-        service = open_service(toy, folder, task=task, config=replace(CONFIG, answers="form", label_prior="none"))
+        service = open_service(
+            toy, folder, task=task, config=replace(CONFIG, answer_channel="style", label_prior="none")
+        )
         with served(service) as url:
             raw = _chat(url, "ann", prompt="write. article: on tea", max_tokens=4)
             place = f"{url}/v1/users/ann/history"
@@ -243,7 +245,7 @@ def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: DecoderOnlyBackend, tmp_
             assert fields.items() <= httpx.get(place).json()["items"][0].items()
 
 
-def test_explanations_name_items_and_measure_them(service: Service, url: str, toy: DecoderOnlyBackend) -> None:
+def test_explanations_name_items_and_measure_them(service: Service, url: str, toy: CausalLM) -> None:
     items = [_item(n, LABELS[n % 5]) for n in range(6)]
     _post(url, "ann", *items)
     place = f"{url}/v1/users/ann/explain"
@@ -282,7 +284,7 @@ def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     shop, bank = (new_key(keys, tenant) for tenant in ("shop", "bank"))
     assert shop not in keys.read_text()
-    with served(service, accounts=Accounts.read(keys)) as url:
+    with served(service, accounts=ApiKeys.read(keys)) as url:
         place = f"{url}/v1/users/ann/history"
         assert httpx.get(place).status_code == 401
         assert httpx.get(place, headers={"Authorization": "Bearer pp-wrong"}).status_code == 401
@@ -299,19 +301,19 @@ def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
 
 def test_an_open_server_is_for_this_machine(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
-        with pytest.raises(BadConfig, match="personaplug key"):
-            Accounts().check_address(host)
+        with pytest.raises(ConfigError, match="personaplug key"):
+            ApiKeys().check_address(host)
     for host in ("127.0.0.1", "::1", "localhost"):
-        Accounts().check_address(host)
+        ApiKeys().check_address(host)
     keys = tmp_path / "keys.json"
     new_key(keys, "shop")
-    Accounts.read(keys).check_address("0.0.0.0")
+    ApiKeys.read(keys).check_address("0.0.0.0")
     for broken in ("[]", '{"short": "shop"}', "no json"):
         keys.write_text(broken)
         with pytest.raises(MissingData):
-            Accounts.read(keys)
+            ApiKeys.read(keys)
     with pytest.raises(MissingData, match="personaplug key"):
-        Accounts.read(tmp_path / "none.json")
+        ApiKeys.read(tmp_path / "none.json")
 
 
 BAD: list[tuple[str, str, Any, int]] = [
@@ -328,7 +330,7 @@ BAD: list[tuple[str, str, Any, int]] = [
     (
         "POST",
         "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": "x"}], "personaplug": {"strength": 99}},
+        {"messages": [{"role": "user", "content": "x"}], "personaplug": {"persona_scale": 99}},
         422,
     ),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "personaplug": {"x": 1}}, 422),
@@ -385,7 +387,7 @@ def test_bodies_that_are_no_request(url: str, body: bytes) -> None:
 
 
 def test_a_body_that_is_too_long_is_not_read(service: Service) -> None:
-    with served(service, limits=Limits(body_bytes=10_000)) as url:
+    with served(service, limits=RequestLimits(body_bytes=10_000)) as url:
         assert _post(url, "ann", _item(1, text="x" * 9_000)).status_code == 200
         reply = _post(url, "ann", _item(1, text="x" * 20_000))
         assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_long")
@@ -401,12 +403,12 @@ def test_a_body_that_is_too_long_is_not_read(service: Service) -> None:
 def test_too_much_at_once_is_refused_and_then_served_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, answer = threading.Event(), service.engine.answer
 
-    async def slow(question: Question) -> Reply:
+    async def slow(question: EngineRequest) -> EngineReply:
         await asyncio.to_thread(go_on.wait, 30)
         return await answer(question)
 
     monkeypatch.setattr(service.engine, "answer", slow)
-    with served(service, limits=Limits(requests=2)) as url, ThreadPoolExecutor(2) as pool:
+    with served(service, limits=RequestLimits(requests=2)) as url, ThreadPoolExecutor(2) as pool:
         held = [pool.submit(_chat, url, "ann") for _ in range(2)]
         while "personaplug_running_requests 3.0" not in httpx.get(f"{url}/metrics").text:  # itself among them
             assert not any(one.done() for one in held), "looking at the metrics takes no place of theirs"
@@ -456,7 +458,7 @@ def test_metrics_count(url: str) -> None:
     assert "personaplug_kept_users 1.0" in text
 
 
-def test_streams_are_finished_when_the_server_stops(toy: DecoderOnlyBackend, service: Service) -> None:
+def test_streams_are_finished_when_the_server_stops(toy: CausalLM, service: Service) -> None:
     with ThreadPoolExecutor(1) as pool:
         with served(service) as url:
             begun = threading.Event()
@@ -485,12 +487,12 @@ def test_streams_are_finished_when_the_server_stops(toy: DecoderOnlyBackend, ser
     assert written.strip() == alone
 
 
-def test_no_answer_crosses_to_another_user(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+def test_no_answer_crosses_to_another_user(toy: CausalLM, tmp_path: Path) -> None:
     """Users of two tenants with the same names, asked for at once in random order: each gets the own answer."""
     service = open_service(toy, tmp_path)
     keys = tmp_path / "keys.json"
     tenants = {tenant: new_key(keys, tenant) for tenant in ("shop", "bank")}
-    with served(service, accounts=Accounts.read(keys)) as url:
+    with served(service, accounts=ApiKeys.read(keys)) as url:
         expected = {}
         for number in range(16):
             tenant, user = list(tenants)[number % 2], f"user {number // 2}"
@@ -516,9 +518,9 @@ def test_the_document_names_every_route(url: str) -> None:
     )
 
 
-def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
-    config = replace(CONFIG, answers="form", label_prior="none")
+    config = replace(CONFIG, answer_channel="style", label_prior="none")
     service = open_service(toy, tmp_path, task=task, config=config, phrases=toy.phrases)
     asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
 
@@ -535,21 +537,21 @@ def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: DecoderO
         more = [{"id": f"m{n}", "text": f"text {n}", "title": "Why Music, Part 3"} for n in range(400)]
         assert _post(place, "ann", *more).status_code == 200
         assert told("ann") == "Why Music, Part 3"
-        assert "Music" not in told("ann", extra_body={"personaplug": {"strength": 0}})
+        assert "Music" not in told("ann", extra_body={"personaplug": {"persona_scale": 0}})
         assert told("carl") == nobodys
         assert httpx.delete(f"{place}/v1/users/ann").status_code == 200
         assert told("ann") == nobodys
 
 
-def test_phrases_take_a_store_that_keeps_texts(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+def test_phrases_take_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
     with pytest.raises(StoreConflict, match="keep_text"):
         open_service(toy, tmp_path, keep_text=False, phrases=toy.phrases)
 
 
-def test_an_item_as_long_as_a_book_holds_nobody_up(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+def test_an_item_as_long_as_a_book_holds_nobody_up(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     service = open_service(
-        toy, tmp_path, task=task, config=replace(CONFIG, answers="text", label_prior="none"), phrases=toy.phrases
+        toy, tmp_path, task=task, config=replace(CONFIG, answer_channel="text", label_prior="none"), phrases=toy.phrases
     )
     with served(service) as place:
         assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200

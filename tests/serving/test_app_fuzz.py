@@ -18,29 +18,29 @@ from live_server import LABELS, open_service, running, served
 from schemathesis.specs.openapi import checks
 from vllm_stand_in import WIDTH, StandIn
 
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
-from personaplug.serving.middleware import Limits
+from personaplug.serving.middleware import RequestLimits
 
 MARKER = "a-users-own-words"
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.fixture(scope="module")
-def url(toy: DecoderOnlyBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("fuzz")
-    with served(open_service(toy, folder), limits=Limits(body_bytes=100_000)) as place:
+    with served(open_service(toy, folder), limits=RequestLimits(body_bytes=100_000)) as place:
         yield place
 
 
 @pytest.fixture(scope="module")
-def url_before_vllm(toy: DecoderOnlyBackend, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url_before_vllm(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("fuzz")
-    table = EmbeddingTable(toy.embed.weight.detach(), toy.renderer.tokenizer)
+    table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
     with running(StandIn().app) as address:
         engine = VLLMEngine(address, table=table, width=WIDTH, placement="suffix")
-        with served(open_service(toy, folder, engine=engine), limits=Limits(body_bytes=100_000)) as place:
+        with served(open_service(toy, folder, engine=engine), limits=RequestLimits(body_bytes=100_000)) as place:
             yield place
 
 

@@ -12,17 +12,17 @@ import torch
 
 from personaplug.errors import EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import Question, Reply
-from personaplug.serving.engines.in_process import LocalEngine
+from personaplug.serving.engines.base import EngineReply, EngineRequest
+from personaplug.serving.engines.in_process import InProcessEngine
 
-Doing = Callable[[LocalEngine], Coroutine[Any, Any, Any]]
+Doing = Callable[[InProcessEngine], Coroutine[Any, Any, Any]]
 
 
-def _run(toy: DecoderOnlyBackend, doing: Doing, **settings: Any) -> Any:
+def _run(toy: CausalLM, doing: Doing, **settings: Any) -> Any:
     async def whole() -> Any:
-        engine = LocalEngine(toy, name="toy", **settings)
+        engine = InProcessEngine(toy, name="toy", **settings)
         await engine.start()
         try:
             return await doing(engine)
@@ -32,49 +32,49 @@ def _run(toy: DecoderOnlyBackend, doing: Doing, **settings: Any) -> Any:
     return asyncio.run(whole())
 
 
-def _soft(toy: DecoderOnlyBackend, seed: int) -> SoftPrompt:
+def _soft(toy: CausalLM, seed: int) -> SoftPrompt:
     draw = torch.Generator().manual_seed(seed)
     return SoftPrompt(torch.randn(1, 2, toy.identity.width, generator=draw) * toy.embedding_scale, placement="suffix")
 
 
-def _chat(text: str, soft: SoftPrompt | None = None, **fields: Any) -> Question:
+def _chat(text: str, soft: SoftPrompt | None = None, **fields: Any) -> EngineRequest:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0} | fields
     choices = body.pop("choices", ())
-    return Question("chat", body, soft, choices, id="r1")
+    return EngineRequest("chat", body, soft, choices, id="r1")
 
 
-def _text(reply: Reply) -> str:
+def _text(reply: EngineReply) -> str:
     assert isinstance(reply.body, bytes)
     return str(json.loads(reply.body)["choices"][0]["message"]["content"])
 
 
-async def _events(reply: Reply) -> list[dict[str, Any]]:
+async def _events(reply: EngineReply) -> list[dict[str, Any]]:
     assert not isinstance(reply.body, bytes)
     events = [chunk.decode() async for chunk in reply.body]
     assert events.pop() == "data: [DONE]\n\n"
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-async def _streamed(reply: Reply) -> str:
+async def _streamed(reply: EngineReply) -> str:
     events = await _events(reply)
     return "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
 
 
-def test_requests_at_once_get_the_answers_they_get_alone(toy: DecoderOnlyBackend) -> None:
+def test_requests_at_once_get_the_answers_they_get_alone(toy: CausalLM) -> None:
     questions = [_chat(f"question {n}", _soft(toy, n) if n % 3 else None, max_tokens=3 + n % 7) for n in range(40)]
 
-    async def together(engine: LocalEngine) -> list[str]:
+    async def synchronized(engine: InProcessEngine) -> list[str]:
         return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, questions))]
 
-    answers = _run(toy, together, max_rows=8)
+    answers = _run(toy, synchronized, max_rows=8)
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         config = GenerationConfig(max_new_tokens=question.body["max_tokens"])
         alone = toy.generate([f"question {number}"], soft=question.soft, config=config)[0]
         assert answer.strip() == alone.text
 
 
-def test_a_stream_says_what_the_whole_says(toy: DecoderOnlyBackend) -> None:
-    async def both(engine: LocalEngine) -> tuple[str, str]:
+def test_a_stream_says_what_the_whole_says(toy: CausalLM) -> None:
+    async def both(engine: InProcessEngine) -> tuple[str, str]:
         question = _chat("hello", _soft(toy, 1), max_tokens=20)
         streamed = await engine.answer(_chat("hello", _soft(toy, 1), max_tokens=20, stream=True))
         return _text(await engine.answer(question)), await _streamed(streamed)
@@ -84,8 +84,8 @@ def test_a_stream_says_what_the_whole_says(toy: DecoderOnlyBackend) -> None:
     assert whole
 
 
-def test_usage_and_reason(toy: DecoderOnlyBackend) -> None:
-    async def ask(engine: LocalEngine) -> tuple[Reply, list[dict[str, Any]]]:
+def test_usage_and_reason(toy: CausalLM) -> None:
+    async def ask(engine: InProcessEngine) -> tuple[EngineReply, list[dict[str, Any]]]:
         options = {"stream": True, "stream_options": {"include_usage": True}}
         return await engine.answer(_chat("hey", _soft(toy, 1))), await _events(
             await engine.answer(_chat("hey", _soft(toy, 1), **options))
@@ -93,7 +93,7 @@ def test_usage_and_reason(toy: DecoderOnlyBackend) -> None:
 
     whole, events = _run(toy, ask)
     body = json.loads(whole.body)
-    read = len(toy.renderer.prompt("hey").ids) + 2
+    read = len(toy.prompt_tokenizer.prompt("hey").ids) + 2
     assert body["usage"] == {"prompt_tokens": read, "completion_tokens": 8, "total_tokens": read + 8}
     assert body["choices"][0]["finish_reason"] == "length"
     assert (events[-1]["usage"], events[-1]["choices"]) == (body["usage"], [])
@@ -101,8 +101,8 @@ def test_usage_and_reason(toy: DecoderOnlyBackend) -> None:
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
 
 
-def test_a_stop_text_ends_the_answer_and_is_never_sent(toy: DecoderOnlyBackend) -> None:
-    async def ask(engine: LocalEngine) -> tuple[str, str, str]:
+def test_a_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
+    async def ask(engine: InProcessEngine) -> tuple[str, str, str]:
         free = _text(await engine.answer(_chat("hello", max_tokens=30)))
         stop = free[4:7]
         whole = _text(await engine.answer(_chat("hello", max_tokens=30, stop=["never there", stop])))
@@ -113,17 +113,19 @@ def test_a_stop_text_ends_the_answer_and_is_never_sent(toy: DecoderOnlyBackend) 
     assert whole == streamed == cut
 
 
-def test_an_answer_from_a_closed_set(toy: DecoderOnlyBackend) -> None:
-    async def ask(engine: LocalEngine) -> set[str]:
+def test_an_answer_from_a_closed_set(toy: CausalLM) -> None:
+    async def ask(engine: InProcessEngine) -> set[str]:
         asked = [_chat(f"rate {n}", _soft(toy, n), choices=("1", "2", "10 stars"), max_tokens=1) for n in range(20)]
         return {_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))}
 
     assert _run(toy, ask) <= {"1", "2", "10 stars"}
 
 
-def test_a_completion_has_no_template(toy: DecoderOnlyBackend) -> None:
-    async def ask(engine: LocalEngine) -> dict[str, Any]:
-        reply = await engine.answer(Question("completion", {"prompt": "abc", "max_tokens": 4, "temperature": 0}, None))
+def test_a_completion_has_no_template(toy: CausalLM) -> None:
+    async def ask(engine: InProcessEngine) -> dict[str, Any]:
+        reply = await engine.answer(
+            EngineRequest("completion", {"prompt": "abc", "max_tokens": 4, "temperature": 0}, None)
+        )
         assert isinstance(reply.body, bytes)
         found: dict[str, Any] = json.loads(reply.body)
         return found
@@ -156,8 +158,8 @@ def test_a_completion_has_no_template(toy: DecoderOnlyBackend) -> None:
         ({"structured_outputs": {"choice": ["a"]}}, "unsupported"),
     ],
 )
-def test_what_it_cannot_do_is_refused(toy: DecoderOnlyBackend, fields: dict[str, Any], code: str) -> None:
-    async def ask(engine: LocalEngine) -> Any:
+def test_what_it_cannot_do_is_refused(toy: CausalLM, fields: dict[str, Any], code: str) -> None:
+    async def ask(engine: InProcessEngine) -> Any:
         with pytest.raises(RequestError) as refused:
             await engine.answer(_chat("hello", **fields))
         return refused.value
@@ -167,8 +169,8 @@ def test_what_it_cannot_do_is_refused(toy: DecoderOnlyBackend, fields: dict[str,
     assert "long long" not in str(error)
 
 
-def test_fields_that_ask_for_nothing_are_taken(toy: DecoderOnlyBackend) -> None:
-    async def ask(engine: LocalEngine) -> str:
+def test_fields_that_ask_for_nothing_are_taken(toy: CausalLM) -> None:
+    async def ask(engine: InProcessEngine) -> str:
         fields: dict[str, Any] = {
             "n": 1,
             "tools": [],
@@ -182,8 +184,8 @@ def test_fields_that_ask_for_nothing_are_taken(toy: DecoderOnlyBackend) -> None:
 
 
 @pytest.mark.parametrize("read", [0, 1, 3])
-def test_a_listener_who_leaves_frees_the_place(toy: DecoderOnlyBackend, read: int) -> None:
-    async def ask(engine: LocalEngine) -> str:
+def test_a_listener_who_leaves_frees_the_place(toy: CausalLM, read: int) -> None:
+    async def ask(engine: InProcessEngine) -> str:
         for _ in range(5):
             reply = await engine.answer(_chat("endless", max_tokens=4000, stream=True))
             assert not isinstance(reply.body, bytes)
@@ -197,8 +199,8 @@ def test_a_listener_who_leaves_frees_the_place(toy: DecoderOnlyBackend, read: in
     assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
 
 
-def test_one_who_no_longer_waits_for_a_whole_answer_frees_the_place(toy: DecoderOnlyBackend) -> None:
-    async def ask(engine: LocalEngine) -> str:
+def test_one_who_no_longer_waits_for_a_whole_answer_frees_the_place(toy: CausalLM) -> None:
+    async def ask(engine: InProcessEngine) -> str:
         for _ in range(5):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(engine.answer(_chat("endless", max_tokens=4000)), 0.05)
@@ -207,10 +209,10 @@ def test_one_who_no_longer_waits_for_a_whole_answer_frees_the_place(toy: Decoder
     assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
 
 
-def test_answers_that_stop_early_harm_no_others(toy: DecoderOnlyBackend) -> None:
+def test_answers_that_stop_early_harm_no_others(toy: CausalLM) -> None:
     """Stop texts are found while the model goes on: in bursts, none fails, and each counts the same tokens always."""
 
-    async def ask(engine: LocalEngine) -> list[set[tuple[str, int]]]:
+    async def ask(engine: InProcessEngine) -> list[set[tuple[str, int]]]:
         free = [_text(await engine.answer(_chat(f"question {n}", max_tokens=40))) for n in range(8)]
         found: list[set[tuple[str, int]]] = [set() for _ in free]
         for _ in range(12):
@@ -224,8 +226,8 @@ def test_answers_that_stop_early_harm_no_others(toy: DecoderOnlyBackend) -> None
 
 
 @pytest.mark.parametrize("odd", [{"temperature": 1e-40}, {"top_p": 1e-50, "temperature": 1}, {"top_p": 0}])
-def test_odd_numbers_are_answered_and_fail_nobody(toy: DecoderOnlyBackend, odd: dict[str, Any]) -> None:
-    async def ask(engine: LocalEngine) -> list[str]:
+def test_odd_numbers_are_answered_and_fail_nobody(toy: CausalLM, odd: dict[str, Any]) -> None:
+    async def ask(engine: InProcessEngine) -> list[str]:
         asked = [_chat("hello", max_tokens=30), _chat("hello", max_tokens=30, **odd), _chat("you", max_tokens=30)]
         return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))]
 
@@ -233,11 +235,11 @@ def test_odd_numbers_are_answered_and_fail_nobody(toy: DecoderOnlyBackend, odd: 
     assert strange == plain  # all of these take the likeliest token
 
 
-def test_a_persona_that_is_no_number_is_refused_and_fails_nobody(toy: DecoderOnlyBackend) -> None:
+def test_a_persona_that_is_no_number_is_refused_and_fails_nobody(toy: CausalLM) -> None:
     soft = _soft(toy, 1)
     spoiled = SoftPrompt(soft.vectors * float("nan"), placement="suffix")
 
-    async def ask(engine: LocalEngine) -> str:
+    async def ask(engine: InProcessEngine) -> str:
         with pytest.raises(EngineFailure, match="no numbers"):
             await engine.answer(_chat("hello", spoiled))
         return _text(await engine.answer(_chat("hello", soft)))
@@ -245,7 +247,7 @@ def test_a_persona_that_is_no_number_is_refused_and_fails_nobody(toy: DecoderOnl
     assert _run(toy, ask)
 
 
-def test_newcomers_do_not_keep_others_waiting(toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newcomers_do_not_keep_others_waiting(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     read, behind, done = toy.read, toy.logits_behind, list[str]()
 
     def reading(*given: Any, **named: Any) -> Any:
@@ -259,7 +261,7 @@ def test_newcomers_do_not_keep_others_waiting(toy: DecoderOnlyBackend, monkeypat
     monkeypatch.setattr(toy, "read", reading)
     monkeypatch.setattr(toy, "logits_behind", stepping)
 
-    async def ask(engine: LocalEngine) -> None:
+    async def ask(engine: InProcessEngine) -> None:
         long = asyncio.create_task(engine.answer(_chat("long", max_tokens=100)))
         await asyncio.gather(*(engine.answer(_chat(f"short {n}", max_tokens=1)) for n in range(60)))
         await long
@@ -271,14 +273,15 @@ def test_newcomers_do_not_keep_others_waiting(toy: DecoderOnlyBackend, monkeypat
     assert "rr" not in course[1 : course.rindex("s")]  # between any two readings, the long answer gets a token
 
 
-def test_the_likeliest_of_a_closed_set_is_that_of_an_evaluation(toy: DecoderOnlyBackend) -> None:
+def test_the_likeliest_of_a_closed_set_is_that_of_an_evaluation(toy: CausalLM) -> None:
     labels = ("politics", "pop", "sports news", "science", "7")
     softs = [_soft(toy, seed) for seed in range(30)]
 
-    async def ask(engine: LocalEngine) -> list[str]:
+    async def ask(engine: InProcessEngine) -> list[str]:
         asked = [_chat(f"which {n}", soft, choices=labels) for n, soft in enumerate(softs)]
         asked = [
-            Question(q.kind, {k: v for k, v in q.body.items() if k != "temperature"}, q.soft, labels) for q in asked
+            EngineRequest(q.kind, {k: v for k, v in q.body.items() if k != "temperature"}, q.soft, labels)
+            for q in asked
         ]
         return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))]
 
@@ -287,9 +290,9 @@ def test_the_likeliest_of_a_closed_set_is_that_of_an_evaluation(toy: DecoderOnly
         assert answer == labels[int(scores.argmax())]
 
 
-def test_closing_finishes_what_was_begun(toy: DecoderOnlyBackend) -> None:
+def test_closing_finishes_what_was_begun(toy: CausalLM) -> None:
     async def ask() -> tuple[str, str]:
-        engine = LocalEngine(toy, name="toy")
+        engine = InProcessEngine(toy, name="toy")
         await engine.start()
         begun = asyncio.create_task(engine.answer(_chat("hello", max_tokens=40)))
         await asyncio.sleep(0.05)
@@ -306,12 +309,12 @@ def test_closing_finishes_what_was_begun(toy: DecoderOnlyBackend) -> None:
 
 
 def test_a_model_that_fails_fails_those_it_was_at_and_serves_the_next(
-    toy: DecoderOnlyBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    toy: CausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*given: Any, **named: Any) -> Any:
         raise RuntimeError("with the user's secret in it")
 
-    async def ask(engine: LocalEngine) -> str:
+    async def ask(engine: InProcessEngine) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(toy, "read", broken)
             with pytest.raises(EngineFailure) as failed:
@@ -323,10 +326,10 @@ def test_a_model_that_fails_fails_those_it_was_at_and_serves_the_next(
     assert "secret" not in caplog.text
 
 
-def test_likelihoods_are_the_backends(toy: DecoderOnlyBackend) -> None:
+def test_likelihoods_are_the_backends(toy: CausalLM) -> None:
     softs = [_soft(toy, seed) for seed in range(40)]
 
-    async def ask(engine: LocalEngine) -> list[float]:
+    async def ask(engine: InProcessEngine) -> list[float]:
         found, _ = await asyncio.gather(
             engine.likelihoods("hello", "5", softs=softs), engine.answer(_chat("meanwhile"))
         )

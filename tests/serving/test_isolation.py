@@ -17,9 +17,9 @@ from live_server import ENCODER, LABELS, open_service
 
 from personaplug.data.records import HistoryItem
 from personaplug.errors import MissingData
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import Question, Reply
+from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.openai_protocol import ChatRequest
 from personaplug.serving.service import Service
 
@@ -39,9 +39,9 @@ class _Telling:
     async def ready(self) -> bool:
         return True
 
-    async def answer(self, question: Question) -> Reply:
+    async def answer(self, question: EngineRequest) -> EngineReply:
         await asyncio.sleep(0)
-        return Reply(_digest(question.soft))
+        return EngineReply(_digest(question.soft))
 
     async def likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
@@ -131,7 +131,7 @@ async def _mixed(service: Service, *, users: int, requests: int, at_once: int) -
 
 
 @pytest.mark.parametrize(("users", "requests"), [(40, 1_500), pytest.param(1_000, 100_000, marks=pytest.mark.slow)])
-def test_nobody_meets_another_users_history(toy: DecoderOnlyBackend, tmp_path: Path, users: int, requests: int) -> None:
+def test_nobody_meets_another_users_history(toy: CausalLM, tmp_path: Path, users: int, requests: int) -> None:
     # A cache that holds a tenth of the users, so that they come and go in it too.
     service = open_service(toy, tmp_path, engine=_Telling(), cache_bytes=users * 400)
     asyncio.run(_mixed(service, users=users, requests=requests, at_once=32))

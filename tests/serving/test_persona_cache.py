@@ -15,16 +15,18 @@ from stores import ENCODER, LABELS, item
 from personaplug.config import PlugConfig
 from personaplug.data.records import Options
 from personaplug.encoders import HashEncoder
-from personaplug.errors import BadConfig, EncoderMismatch, StoreConflict
+from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.plug.saving import Fitting
-from personaplug.serving.persona_cache import LivePersonas, store_settings
+from personaplug.plug.saving import PlugSpec
+from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.store.history_store import HistoryStore, StoreSettings
 
 LLM = LLMIdentity("small", None, "0123456789abcdef", 8)
-BY_QUERY = replace(PlugConfig(), answers="label", options="ignore", label_prior="own", instruction_start="random")
+BY_QUERY = replace(
+    PlugConfig(), answer_channel="label", options="ignore", label_prior="own", instruction_start="random"
+)
 ALIKE = replace(BY_QUERY, aggregator="mean")
 ITEMS = [item(str(n), f"film {n}", answer=LABELS[n % 3]) for n in range(5)]
 
@@ -32,18 +34,18 @@ ITEMS = [item(str(n), f"film {n}", answer=LABELS[n % 3]) for n in range(5)]
 def _plug(config: PlugConfig = ALIKE) -> PersonaPlug:
     torch.manual_seed(1)
     labels = LABELS if config.reads_labels or config.options == "compare" else ()
-    plug = PersonaPlug(config, fitting=Fitting(LLM, 0.25, ENCODER.identity, labels), encoder=ENCODER).eval()
+    plug = PersonaPlug(config, spec=PlugSpec(LLM, 0.25, ENCODER.identity, labels), encoder=ENCODER).eval()
     torch.nn.init.normal_(plug.population)
     return plug
 
 
-def _live(tmp_path: Path, config: PlugConfig = ALIKE, **settings: Any) -> LivePersonas:
+def _live(tmp_path: Path, config: PlugConfig = ALIKE, **settings: Any) -> PersonaCache:
     plug = _plug(config)
     store = HistoryStore.open(tmp_path / "histories.db", ENCODER, settings=store_settings(plug))
-    return LivePersonas(Personalizer(plug), store, **settings)
+    return PersonaCache(Personalizer(plug), store, **settings)
 
 
-def _tokens(live: LivePersonas, user: str | None, query: str = "a film", **settings: Any) -> torch.Tensor:
+def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **settings: Any) -> torch.Tensor:
     soft = live.persona("shop", user, query, **settings).soft
     assert soft is not None
     return soft.vectors
@@ -55,7 +57,7 @@ def _tokens(live: LivePersonas, user: str | None, query: str = "a film", **setti
         ALIKE,
         BY_QUERY,
         replace(BY_QUERY, selected_items=2),
-        *(replace(ALIKE, answers=kind) for kind in ("text", "form")),
+        *(replace(ALIKE, answer_channel=kind) for kind in ("text", "form")),
     ],
 )
 def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: PlugConfig) -> None:
@@ -105,10 +107,10 @@ def test_options_reach_a_plug_that_compares_them(tmp_path: Path) -> None:
 def test_the_unknown_get_what_is_common_to_all_or_nothing(tmp_path: Path, config: PlugConfig, user: str | None) -> None:
     live = _live(tmp_path, config)
     population = Personalizer(live.plug).persona("a film", [], encoder=ENCODER)
-    for strength in (1.0, 0.5):
-        torch.testing.assert_close(_tokens(live, user, strength=strength), population.vectors)
+    for persona_scale in (1.0, 0.5):
+        torch.testing.assert_close(_tokens(live, user, persona_scale=persona_scale), population.vectors)
     assert live.persona("shop", user, "a film").applied == "population"
-    plain = LivePersonas(Personalizer(live.plug), live.store, unknown="plain").persona("shop", user, "a film")
+    plain = PersonaCache(Personalizer(live.plug), live.store, unknown="plain").persona("shop", user, "a film")
     assert (plain.soft, plain.applied) == (None, "plain")
 
 
@@ -116,10 +118,10 @@ def test_the_unknown_get_what_is_common_to_all_or_nothing(tmp_path: Path, config
 def test_strength_goes_from_the_plain_model_to_beyond(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
     live.store.add("shop", "ann", ITEMS)
-    assert live.persona("shop", "ann", "a film", strength=0).soft is None
+    assert live.persona("shop", "ann", "a film", persona_scale=0).soft is None
     common, half, full, beyond = (
-        _tokens(live, user, strength=strength)
-        for user, strength in ((None, 1.0), ("ann", 0.5), ("ann", 1.0), ("ann", 2.0))
+        _tokens(live, user, persona_scale=persona_scale)
+        for user, persona_scale in ((None, 1.0), ("ann", 0.5), ("ann", 1.0), ("ann", 2.0))
     )
     torch.testing.assert_close(half, (common + full) / 2)
     torch.testing.assert_close(beyond, 2 * full - common)
@@ -202,17 +204,17 @@ def test_stores_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for number, settings in enumerate((StoreSettings(labels=LABELS), StoreSettings(("a", "b"), encodes_answers=False))):
         store = HistoryStore.open(tmp_path / f"{number}.db", ENCODER, settings=settings)
         with pytest.raises(StoreConflict, match="store_settings"):
-            LivePersonas(Personalizer(plug), store)
+            PersonaCache(Personalizer(plug), store)
     other = HistoryStore.open(tmp_path / "other.db", HashEncoder(64), settings=store_settings(plug))
     with pytest.raises(EncoderMismatch):
-        LivePersonas(Personalizer(plug), other)
-    with pytest.raises(BadConfig, match="population, plain"):
+        PersonaCache(Personalizer(plug), other)
+    with pytest.raises(ConfigError, match="population, plain"):
         _live(tmp_path, unknown="default")
 
 
 def test_users_of_few_items_are_told_to_have_what_is_common(tmp_path: Path) -> None:
     live = _live(tmp_path)
-    live.plug.start_cold(torch.ones_like(live.plug.common().vectors[0]), items=2)
+    live.plug.set_cold_start(torch.ones_like(live.plug.common().vectors[0]), items=2)
     applied = []
     for one in ITEMS[:3]:
         live.store.add("shop", "ann", [one])

@@ -21,15 +21,15 @@ import pytest
 import torch
 from live_server import CONFIG, ENCODER, TASK, served
 
-from personaplug.errors import BadConfig, MissingModel
+from personaplug.errors import ConfigError, MissingModel
 from personaplug.infra.model_hub import LLMIdentity, find_model
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.plug.saving import Fitting
+from personaplug.plug.saving import PlugSpec
 from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
-from personaplug.serving.persona_cache import LivePersonas, Persona, store_settings
+from personaplug.serving.persona_cache import Persona, PersonaCache, store_settings
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore
 
@@ -99,12 +99,12 @@ def address(folder: Path) -> Iterator[str]:
 def _service(folder: Path, address: str, place: Path, *, placement: str = "suffix") -> Service:
     """A service with an untrained plug, whose tokens are embeddings of words: what they say shows in the answer."""
     table = EmbeddingTable.of_folder(folder)
-    fitting = Fitting(LLMIdentity(MODEL, None, "0" * 16, WIDTH), 1.0, ENCODER.identity, TASK.labels)
+    spec = PlugSpec(LLMIdentity(MODEL, None, "0" * 16, WIDTH), 1.0, ENCODER.identity, TASK.labels)
     torch.manual_seed(0)
-    plug = PersonaPlug(replace(CONFIG, placement=placement), fitting=fitting, encoder=ENCODER).eval()
+    plug = PersonaPlug(replace(CONFIG, placement=placement), spec=spec, encoder=ENCODER).eval()
     store = HistoryStore.open(place / "histories.db", ENCODER, settings=replace(store_settings(plug), shards=2))
     engine = VLLMEngine(address, table=table, width=WIDTH, placement=placement)
-    return Service(LivePersonas(Personalizer(plug), store), engine, task=TASK)
+    return Service(PersonaCache(Personalizer(plug), store), engine, task=TASK)
 
 
 def _say(service: Service, folder: Path, words: dict[str, str]) -> None:
@@ -214,7 +214,7 @@ def _hits(address: str) -> tuple[float, float]:
 def test_a_server_without_the_flag_is_refused(folder: Path, tmp_path: Path) -> None:
     with vllm(folder) as (url, _):
         service = _service(folder, url, tmp_path)
-        with pytest.raises(BadConfig, match="--enable-prompt-embeds"):
+        with pytest.raises(ConfigError, match="--enable-prompt-embeds"):
             asyncio.run(service.engine.start())
 
 

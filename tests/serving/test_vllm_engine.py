@@ -19,12 +19,12 @@ import torch
 from live_server import LABELS, open_service, running, served
 from vllm_stand_in import MAX_MODEL_LEN, WIDTH, StandIn, read_embeds
 
-from personaplug.errors import BadConfig, EngineFailure, RequestError
+from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.infra.model_hub import read_embeddings
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.serving.app import create_app
-from personaplug.serving.engines.base import Question, Reply
+from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable, encoded
 from personaplug.serving.openai_protocol import Kind
@@ -45,15 +45,15 @@ def address(theirs: StandIn) -> Iterator[str]:
 
 
 @pytest.fixture
-def table(toy: DecoderOnlyBackend) -> EmbeddingTable:
-    return EmbeddingTable(toy.embed.weight.detach(), toy.renderer.tokenizer)
+def table(toy: CausalLM) -> EmbeddingTable:
+    return EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
 
 
 def _engine(address: str, table: EmbeddingTable, *, placement: str = "suffix", **settings: Any) -> VLLMEngine:
     return VLLMEngine(address, table=table, width=WIDTH, placement=placement, **settings)
 
 
-def _ask(engine: VLLMEngine, *questions: Question) -> list[Any]:
+def _ask(engine: VLLMEngine, *questions: EngineRequest) -> list[Any]:
     async def whole() -> list[Any]:
         await engine.start()
         try:
@@ -75,7 +75,7 @@ def _soft(placement: str = "suffix") -> SoftPrompt:
 def test_a_chat_gets_soft_tokens_as_the_beginning_of_its_answer(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
-    _ask(_engine(address, table, key="k"), Question("chat", ASKED, _soft(), id="r1"))
+    _ask(_engine(address, table, key="k"), EngineRequest("chat", ASKED, _soft(), id="r1"))
     sent = theirs.bodies[-1]
     assert sent["messages"][:2] == ASKED["messages"]
     (part,) = sent["messages"][2]["content"]
@@ -90,7 +90,7 @@ def test_a_chat_gets_soft_tokens_as_the_beginning_of_its_answer(
 def test_with_prefix_they_stand_before_the_last_users_text(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
-    _ask(_engine(address, table, placement="prefix"), Question("chat", ASKED, _soft("prefix")))
+    _ask(_engine(address, table, placement="prefix"), EngineRequest("chat", ASKED, _soft("prefix")))
     asked = theirs.bodies[-1]["messages"][1]["content"]
     assert [part["type"] for part in asked] == ["prompt_embeds", "text"]
     assert asked[1]["text"] == "hello"
@@ -98,13 +98,13 @@ def test_with_prefix_they_stand_before_the_last_users_text(
 
 
 def test_without_a_persona_a_request_goes_as_it_came(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
-    _ask(_engine(address, table), Question("chat", ASKED, None))
+    _ask(_engine(address, table), EngineRequest("chat", ASKED, None))
     assert theirs.bodies[-1] == {**ASKED, "model": "small"}
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 def test_a_completion_goes_embedded(theirs: StandIn, address: str, table: EmbeddingTable, placement: str) -> None:
-    _ask(_engine(address, table), Question("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement)))
+    _ask(_engine(address, table), EngineRequest("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement)))
     sent = theirs.bodies[-1]
     assert "prompt" not in sent
     text = table.embedded("abc")
@@ -114,11 +114,11 @@ def test_a_completion_goes_embedded(theirs: StandIn, address: str, table: Embedd
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 def test_soft_tokens_stand_behind_the_tokenizers_bos(
-    theirs: StandIn, address: str, toy: DecoderOnlyBackend, placement: str
+    theirs: StandIn, address: str, toy: CausalLM, placement: str
 ) -> None:
-    framing = _Framing(toy.renderer.tokenizer)
+    framing = _Framing(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), framing)
-    question = Question("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement))
+    question = EngineRequest("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement))
     _ask(_engine(address, table, placement=placement), question)
     bos, a, b, c, eos = table.embedded("abc").unsqueeze(1)
     whole = [bos, SOFT[0], a, b, c, eos] if placement == "prefix" else [bos, a, b, c, eos, SOFT[0]]
@@ -136,11 +136,11 @@ class _Framing:
         return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
 
-def test_a_tokenizer_that_cuts_into_texts_is_refused(toy: DecoderOnlyBackend) -> None:
+def test_a_tokenizer_that_cuts_into_texts_is_refused(toy: CausalLM) -> None:
     def odd(text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [1, 2] if add_special_tokens else [3]}
 
-    with pytest.raises(BadConfig, match="one piece"):
+    with pytest.raises(ConfigError, match="one piece"):
         EmbeddingTable(toy.embed.weight.detach(), odd)
 
 
@@ -159,30 +159,30 @@ class _Counting(_Framing):
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_takes_memory(
-    theirs: StandIn, address: str, toy: DecoderOnlyBackend
+    theirs: StandIn, address: str, toy: CausalLM
 ) -> None:
-    tokenizer = _Counting(toy.renderer.tokenizer)
+    tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
     many, more = "a" * (MAX_MODEL_LEN * 16 + 1), "b" * MAX_MODEL_LEN
     for prompt in (many, more):
-        question = Question("completion", {"prompt": prompt}, _soft())
+        question = EngineRequest("completion", {"prompt": prompt}, _soft())
         assert _not_sent(theirs, _engine(address, table), question).code == "context_length_exceeded"
     assert many not in tokenizer.texts  # this one is not even tokenized
     assert more in tokenizer.texts
     fits = "b" * (MAX_MODEL_LEN - SOFT.shape[1] - 2)
-    _ask(_engine(address, table), Question("completion", {"prompt": fits}, _soft()))
+    _ask(_engine(address, table), EngineRequest("completion", {"prompt": fits}, _soft()))
     assert len(read_embeds(theirs.bodies[-1]["prompt_embeds"])) == MAX_MODEL_LEN
 
 
-def test_prompts_are_embedded_beside_the_event_loop(address: str, toy: DecoderOnlyBackend) -> None:
-    tokenizer = _Counting(toy.renderer.tokenizer)
+def test_prompts_are_embedded_beside_the_event_loop(address: str, toy: CausalLM) -> None:
+    tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
 
     async def whole() -> None:
         engine = _engine(address, table)
         await engine.start()
         tokenizer.threads.clear()
-        await engine.answer(Question("completion", {"prompt": "abc"}, _soft()))
+        await engine.answer(EngineRequest("completion", {"prompt": "abc"}, _soft()))
         await engine.close()
 
     asyncio.run(whole())
@@ -194,9 +194,9 @@ def test_a_closed_set_constrains_unless_the_request_does(theirs: StandIn, addres
     form = {"response_format": {"type": "json_object"}}
     _ask(
         _engine(address, table),
-        Question("chat", ASKED, _soft(), ("1", "2")),
-        Question("chat", {**ASKED, "temperature": 0.5}, _soft(), ("1", "2")),
-        Question("chat", ASKED | form, _soft(), ("1", "2")),
+        EngineRequest("chat", ASKED, _soft(), ("1", "2")),
+        EngineRequest("chat", {**ASKED, "temperature": 0.5}, _soft(), ("1", "2")),
+        EngineRequest("chat", ASKED | form, _soft(), ("1", "2")),
     )
     first, warm, formed = theirs.bodies[-3:]
     assert first["structured_outputs"] == {"choice": ["1", "2"]}
@@ -205,17 +205,17 @@ def test_a_closed_set_constrains_unless_the_request_does(theirs: StandIn, addres
 
 
 def test_what_is_known_of_the_labels_is_sent_with_them(
-    theirs: StandIn, toy: DecoderOnlyBackend, address: str, table: EmbeddingTable
+    theirs: StandIn, toy: CausalLM, address: str, table: EmbeddingTable
 ) -> None:
     soft = replace(_soft(), label_bias=torch.tensor([[0.25, -300.0]]))
     _ask(
         _engine(address, table),
-        Question("chat", ASKED, soft, ("1", "2")),
-        Question("chat", {**ASKED, "logit_bias": {"7": 1}}, soft, ("1", "2")),
-        Question("chat", ASKED, soft),
+        EngineRequest("chat", ASKED, soft, ("1", "2")),
+        EngineRequest("chat", {**ASKED, "logit_bias": {"7": 1}}, soft, ("1", "2")),
+        EngineRequest("chat", ASKED, soft),
     )
     biased, own, free = theirs.bodies[-3:]
-    (one,), (two,) = toy.renderer.answers(["1", "2"])
+    (one,), (two,) = toy.prompt_tokenizer.answers(["1", "2"])
     sent = biased["logit_bias"]
     assert sent[str(one)] == pytest.approx(math.log(2), abs=1e-5)  # as they are one to nothing, the mean counting 1
     assert sent[str(two)] == -100  # as far as vLLM goes
@@ -223,7 +223,7 @@ def test_what_is_known_of_the_labels_is_sent_with_them(
     assert "logit_bias" not in free
 
 
-def _not_sent(theirs: StandIn, engine: VLLMEngine, question: Question) -> RequestError:
+def _not_sent(theirs: StandIn, engine: VLLMEngine, question: EngineRequest) -> RequestError:
     """What a request is refused with that never reaches vLLM."""
     before = len(theirs.bodies)
     with pytest.raises(RequestError) as refused:
@@ -268,7 +268,7 @@ def test_what_brings_vllm_down_is_not_sent(
     code: str,
     persona: bool,
 ) -> None:
-    question = Question(kind, body, _soft() if persona else None)
+    question = EngineRequest(kind, body, _soft() if persona else None)
     assert _not_sent(theirs, _engine(address, table), question).code == code
 
 
@@ -276,20 +276,20 @@ def test_a_persona_that_is_no_numbers_is_not_sent(theirs: StandIn, address: str,
     spoiled = SOFT.clone()
     spoiled[0, 1, 2] = float("nan")
     with pytest.raises(EngineFailure, match="no numbers"):
-        _ask(_engine(address, table), Question("chat", ASKED, SoftPrompt(spoiled, placement="suffix")))
+        _ask(_engine(address, table), EngineRequest("chat", ASKED, SoftPrompt(spoiled, placement="suffix")))
     assert len(theirs.bodies) == 3
 
 
 def test_a_persona_has_no_place_behind_an_answer_that_goes_on(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
-    question = Question("chat", {**ASKED, "continue_final_message": True}, _soft())
+    question = EngineRequest("chat", {**ASKED, "continue_final_message": True}, _soft())
     assert _not_sent(theirs, _engine(address, table), question).code == "messages"
 
 
 def test_what_asks_for_nothing_that_harms_is_sent(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     harmless = {"echo": False, "prompt_logprobs": None, "note": "prompt_embeds, and a \\ and a \u2028"}
-    _ask(_engine(address, table), *[Question("chat", {**ASKED, **harmless}, soft) for soft in (None, _soft())])
+    _ask(_engine(address, table), *[EngineRequest("chat", {**ASKED, **harmless}, soft) for soft in (None, _soft())])
     assert [body["note"] for body in theirs.bodies[-2:]] == [harmless["note"]] * 2
     assert theirs.headers[-1]["content-type"] == "application/json"
 
@@ -298,7 +298,7 @@ def test_what_asks_for_nothing_that_harms_is_sent(theirs: StandIn, address: str,
 def test_fields_that_mean_nothing_to_a_completion_do_no_harm(
     theirs: StandIn, address: str, table: EmbeddingTable, odd: Any
 ) -> None:
-    _ask(_engine(address, table), Question("completion", {"prompt": "a", "messages": odd}, _soft()))
+    _ask(_engine(address, table), EngineRequest("completion", {"prompt": "a", "messages": odd}, _soft()))
     assert theirs.bodies[-1]["messages"] == odd
 
 
@@ -307,7 +307,7 @@ def test_fields_that_mean_nothing_to_a_completion_do_no_harm(
 def test_what_json_cannot_say_is_the_callers_mistake(
     theirs: StandIn, address: str, table: EmbeddingTable, value: Any, persona: bool
 ) -> None:
-    question = Question("chat", {**ASKED, "top_p": value}, _soft() if persona else None)
+    question = EngineRequest("chat", {**ASKED, "top_p": value}, _soft() if persona else None)
     assert _not_sent(theirs, _engine(address, table), question).status == 400
 
 
@@ -332,7 +332,7 @@ def test_a_server_that_does_not_fit_is_refused_at_the_start(
 
     async def asked_twice() -> None:
         for _ in range(2):  # a refusal is no start
-            with pytest.raises(BadConfig, match=said):
+            with pytest.raises(ConfigError, match=said):
                 await engine.start()
         assert engine.models == ()
         await engine.close()
@@ -380,7 +380,7 @@ def test_no_server_is_said_so(table: EmbeddingTable) -> None:
 
 
 def test_a_stream_comes_as_it_is(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
-    (events,) = _ask(_engine(address, table), Question("chat", {**ASKED, "stream": True}, _soft()))
+    (events,) = _ask(_engine(address, table), EngineRequest("chat", {**ASKED, "stream": True}, _soft()))
     assert b"".join(events).endswith(b"data: [DONE]\n\n")
 
 
@@ -395,7 +395,7 @@ def test_of_a_stream_that_breaks_off_only_whole_events_are_passed_on(
     async def whole() -> None:
         engine = _engine(address, table)
         await engine.start()
-        reply = await engine.answer(Question("chat", {**ASKED, "stream": True}, _soft()))
+        reply = await engine.answer(EngineRequest("chat", {**ASKED, "stream": True}, _soft()))
         assert not isinstance(reply.body, bytes)
         async for events in reply.body:
             found.append(events)
@@ -415,7 +415,7 @@ def test_a_stream_that_is_closed_ends_at_vllm_too(
     async def whole() -> None:
         engine = _engine(address, table)
         await engine.start()
-        reply = await engine.answer(Question("chat", {**ASKED, "stream": True}, _soft()))
+        reply = await engine.answer(EngineRequest("chat", {**ASKED, "stream": True}, _soft()))
         assert not isinstance(reply.body, bytes)
         events = aiter(reply.body)
         for _ in range(read):
@@ -454,7 +454,7 @@ def test_a_reply_that_breaks_amid_its_framing_is_not_waited_for(table: Embedding
         async with asyncio.timeout(10):
             assert not await engine.ready()
             with pytest.raises(EngineFailure):  # noqa: PT012
-                reply = await engine.answer(Question("chat", {**ASKED, "stream": stream}, _soft()))
+                reply = await engine.answer(EngineRequest("chat", {**ASKED, "stream": stream}, _soft()))
                 assert not isinstance(reply.body, bytes)
                 async for _ in reply.body:
                     pass
@@ -466,7 +466,7 @@ def test_a_reply_that_breaks_amid_its_framing_is_not_waited_for(table: Embedding
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://here", "http://", "http://me:word@here"])
 def test_an_address_that_is_none_is_said(url: str, table: EmbeddingTable) -> None:
-    with pytest.raises(BadConfig) as failed:
+    with pytest.raises(ConfigError) as failed:
         _engine(url, table)
     assert "word" not in str(failed.value).replace("password", "")
 
@@ -479,7 +479,7 @@ def test_what_nothing_can_be_sent_with_is_a_failure(address: str, table: Embeddi
 
 
 def test_a_stream_counts_from_its_first_event(
-    theirs: StandIn, address: str, table: EmbeddingTable, toy: DecoderOnlyBackend, tmp_path: Path
+    theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     theirs.silent_s = 1
     body = {"messages": [{"role": "user", "content": "review: x"}], "stream": True}
@@ -494,7 +494,7 @@ def test_a_stream_may_be_silent_for_less_long_than_an_answer_in_one_piece(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     theirs.silent_s = 2
-    streamed, whole = (Question("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
+    streamed, whole = (EngineRequest("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
     with pytest.raises(EngineFailure, match="TimeoutError"):
         _ask(_engine(address, table, timeout_s=1), streamed)
     assert b"tea" in _ask(_engine(address, table, timeout_s=1), whole)[0]
@@ -502,12 +502,12 @@ def test_a_stream_may_be_silent_for_less_long_than_an_answer_in_one_piece(
         _ask(_engine(address, table, answer_s=0.5), whole)
 
 
-def _answered(engine: VLLMEngine, theirs: StandIn, status: int) -> Reply:
-    async def whole() -> Reply:
+def _answered(engine: VLLMEngine, theirs: StandIn, status: int) -> EngineReply:
+    async def whole() -> EngineReply:
         await engine.start()
         theirs.status = status
         try:
-            return await engine.answer(Question("chat", ASKED, _soft()))
+            return await engine.answer(EngineRequest("chat", ASKED, _soft()))
         finally:
             await engine.close()
 
@@ -550,7 +550,7 @@ def test_likelihoods_are_not_to_be_had(address: str, table: EmbeddingTable) -> N
 
 
 def test_failures_are_told_apart_and_end_when_they_end(
-    theirs: StandIn, address: str, table: EmbeddingTable, toy: DecoderOnlyBackend, tmp_path: Path
+    theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     engine = _engine(address, table)
     with served(open_service(toy, tmp_path, engine=engine)) as url:
@@ -583,7 +583,7 @@ def test_failures_are_told_apart_and_end_when_they_end(
 
 
 def test_a_server_that_goes_and_comes_back(
-    theirs: StandIn, table: EmbeddingTable, toy: DecoderOnlyBackend, tmp_path: Path
+    theirs: StandIn, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     with running(theirs.app) as address:
         pass  # it has gone, and its port is free
@@ -600,7 +600,7 @@ def test_a_server_that_goes_and_comes_back(
 
 
 def test_what_a_stopping_server_cannot_finish_is_told(
-    theirs: StandIn, address: str, table: EmbeddingTable, toy: DecoderOnlyBackend, tmp_path: Path
+    theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     theirs.silent_s = 30
     service = open_service(toy, tmp_path, engine=_engine(address, table))
@@ -625,6 +625,6 @@ def _started(address: str, table: EmbeddingTable, **settings: Any) -> VLLMEngine
     return engine
 
 
-def test_embeddings_are_read_out_of_a_models_files(toy: DecoderOnlyBackend, tmp_path: Path) -> None:
+def test_embeddings_are_read_out_of_a_models_files(toy: CausalLM, tmp_path: Path) -> None:
     toy.model.save_pretrained(tmp_path)
     torch.testing.assert_close(read_embeddings(tmp_path), toy.embed.weight.detach())

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from postgres_server import PostgresServer
 from stores import ENCODER, LABELS, SECRET, Place, encoded, item, vector_of
 
-from personaplug.errors import BadConfig, MissingData, StorageError, UserError
+from personaplug.errors import ConfigError, MissingData, StorageError, UserError
 from personaplug.store.history_store import EncodedItems, HistoryStore
 from personaplug.store.receipts import Receipt, Secret
 from personaplug.store.schema import StoreSettings, read_state
@@ -341,7 +341,7 @@ def test_a_secret_is_not_shown_and_one_file_is_made_once(tmp_path: Path) -> None
     assert (tmp_path / "secret").read_text() not in repr(first)
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
     (tmp_path / "secret").write_text("not hex")
-    with pytest.raises(BadConfig, match="hex digits"):
+    with pytest.raises(ConfigError, match="hex digits"):
         Secret.of_file(tmp_path / "secret", create=False)
 
 

@@ -25,11 +25,11 @@ from stores import ENCODER, LABELS, Place, encoded, item, vector_of
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import HashEncoder
-from personaplug.encoders.style_features import form_of
+from personaplug.encoders.style_features import text_style
 from personaplug.errors import (
-    BadConfig,
-    BadItem,
+    ConfigError,
     EncoderMismatch,
+    ItemError,
     MissingData,
     PersonaPlugError,
     ShapeMismatch,
@@ -69,7 +69,7 @@ def test_a_history_comes_back_as_arrays(store: HistoryStore) -> None:
     np.testing.assert_array_equal(history.vectors, expected.astype(np.float16))
     assert history.answers.dtype == np.int16
     assert history.answers.tolist() == [0, 2, -1, -1]
-    np.testing.assert_array_equal(history.forms[0], form_of("1"))
+    np.testing.assert_array_equal(history.forms[0], text_style("1"))
     assert len(history) == 4
 
 
@@ -242,7 +242,7 @@ def test_another_stores_secret_is_refused(place: Place) -> None:
     place.open()
     with pytest.raises(StoreConflict, match="secret"):
         place.open(secret=b"another secret, as long")
-    with pytest.raises(BadConfig, match="16 bytes"):
+    with pytest.raises(ConfigError, match="16 bytes"):
         place.open(secret=b"short")
 
 
@@ -260,13 +260,13 @@ def test_the_secret_lies_beside_the_database(tmp_path: Path) -> None:
 
 
 def test_postgres_needs_a_secret() -> None:
-    with pytest.raises(BadConfig, match="secret"):
+    with pytest.raises(ConfigError, match="secret"):
         HistoryStore.open("postgresql://nobody@localhost/nothing", ENCODER)
 
 
 @pytest.mark.parametrize("where", ["sqlite://", "sqlite:///:memory:", "mysql://x/y", "://", "nonsense://a"])
 def test_other_places_are_refused(where: str) -> None:
-    with pytest.raises(BadConfig, match=r"a path, sqlite:///FILE or postgresql://"):
+    with pytest.raises(ConfigError, match=r"a path, sqlite:///FILE or postgresql://"):
         HistoryStore.open(where, ENCODER)
 
 
@@ -318,7 +318,7 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"shards": 0}, {"shards": 2000}, {"precision": "int4"}])
 def test_settings_out_of_range(settings: dict[str, object]) -> None:
-    with pytest.raises(BadConfig):
+    with pytest.raises(ConfigError):
         StoreSettings(**settings)  # type: ignore[arg-type]
 
 
@@ -359,7 +359,7 @@ def test_ids_that_cannot_be(store: HistoryStore, bad: str) -> None:
         lambda: store.erase_user("t", bad),
         lambda: store.version("t", bad),
     ):
-        with pytest.raises(BadItem, match="The id of") as raised:
+        with pytest.raises(ItemError, match="The id of") as raised:
             call()
         assert not isinstance(bad, str) or not bad or bad not in str(raised.value)
     assert store.list_items("t", "u") == []
@@ -374,16 +374,16 @@ def test_the_longest_ids(store: HistoryStore) -> None:
 @pytest.mark.parametrize(
     ("column", "value", "error"),
     [
-        ("vectors", np.full((2, 32), np.nan), BadItem),
-        ("vectors", np.full((2, 32), 1e6), BadItem),
+        ("vectors", np.full((2, 32), np.nan), ItemError),
+        ("vectors", np.full((2, 32), 1e6), ItemError),
         ("vectors", np.zeros((2, 31)), ShapeMismatch),
         ("vectors", np.zeros((3, 32)), ShapeMismatch),
         ("vectors", np.zeros(32), ShapeMismatch),
-        ("answers", np.array([0, 3], dtype=np.int16), BadItem),
-        ("answers", np.array([-2, 0], dtype=np.int16), BadItem),
+        ("answers", np.array([0, 3], dtype=np.int16), ItemError),
+        ("answers", np.array([-2, 0], dtype=np.int16), ItemError),
         ("answers", np.zeros(1, dtype=np.int16), ShapeMismatch),
         ("forms", np.zeros((2, 19), dtype=np.float16), ShapeMismatch),
-        ("forms", np.full((2, 20), np.nan, dtype=np.float16), BadItem),
+        ("forms", np.full((2, 20), np.nan, dtype=np.float16), ItemError),
         ("users", ["u"], ShapeMismatch),
     ],
 )
@@ -397,7 +397,7 @@ def test_columns_that_cannot_be(place: Place, column: str, value: object, error:
 
 
 def test_a_store_that_keeps_texts_wants_them(store: HistoryStore) -> None:
-    with pytest.raises(BadItem, match="without fields"):
+    with pytest.raises(ItemError, match="without fields"):
         store.add_encoded("t", encoded(["u"], ["a"]))
 
 
@@ -409,7 +409,7 @@ def test_an_encoder_that_gives_nan_stores_nothing_and_tells_no_text(place: Place
             return vectors
 
     store = place.open(Broken())
-    with pytest.raises(BadItem, match="1 of 2 vectors hold NaN") as raised:
+    with pytest.raises(ItemError, match="1 of 2 vectors hold NaN") as raised:
         store.add("t", "u", [item("a"), item("b", SECRET_TEXT)])
     assert SECRET_TEXT not in str(raised.value)
     assert store.version("t", "u") == 0
@@ -530,7 +530,7 @@ def test_an_export_has_everything(store: HistoryStore) -> None:
     assert (second["date"], second["answer_name"]) == (None, None)
     assert abs(datetime.fromisoformat(second["arrived"]) - datetime.now(UTC)) < timedelta(minutes=5)
     np.testing.assert_array_equal(np.array(first["vector"], np.float16), store.read("t", "u").vectors[0])
-    np.testing.assert_array_equal(np.array(first["form"], np.float16), form_of("1"))
+    np.testing.assert_array_equal(np.array(first["form"], np.float16), text_style("1"))
 
 
 def test_an_item_is_deleted_with_everything_of_it(store: HistoryStore) -> None:
@@ -607,7 +607,7 @@ def test_pruning_applies_a_new_retention_to_everybody(place: Place) -> None:
 
 @pytest.mark.parametrize("values", [{"max_items": 0}, {"max_days": 0}, {"max_days": -1}])
 def test_a_retention_that_keeps_nothing_is_refused(values: dict[str, int]) -> None:
-    with pytest.raises(BadConfig, match="1 or more"):
+    with pytest.raises(ConfigError, match="1 or more"):
         Retention(**values)
 
 

@@ -11,7 +11,7 @@ from cheap_encoder import CheapEncoder
 from stores import ENCODER, LABELS, Place, item
 
 from personaplug.encoders import HashEncoder
-from personaplug.errors import BadItem, EncoderMismatch, StoreConflict
+from personaplug.errors import EncoderMismatch, ItemError, StoreConflict
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.schema import StoreSettings
 
@@ -203,7 +203,7 @@ def test_an_encoder_that_gives_nan_changes_nothing(store: HistoryStore) -> None:
         def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> npt.NDArray[np.float32]:
             return super().encode(texts) * np.nan
 
-    with pytest.raises(BadItem, match="NaN"):
+    with pytest.raises(ItemError, match="NaN"):
         store.re_encode(Broken(16))
     np.testing.assert_array_equal(store.read("t", "u6").vectors, expected(6, ENCODER))
     assert store.re_encode(ENCODER) == 0

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from personaplug.errors import BadConfig, BadItem, ShapeMismatch, StorageError
+from personaplug.errors import ConfigError, ItemError, ShapeMismatch, StorageError
 from personaplug.store.vector_codec import Precision, packed, split_rows, unpacked
 
 
@@ -45,14 +45,14 @@ def test_zeros_and_nothing(precision: Precision) -> None:
 def test_values_that_cannot_be_kept(precision: Precision, bad: float) -> None:
     vectors = np.zeros((3, 8), dtype=np.float32)
     vectors[1, 2] = bad
-    with pytest.raises(BadItem, match="1 of 3 vectors"):
+    with pytest.raises(ItemError, match="1 of 3 vectors"):
         packed(vectors, 8, precision=precision)
 
 
 def test_other_shapes_and_names() -> None:
     with pytest.raises(ShapeMismatch, match=r"\(2, 7\).*\(n, 8\)"):
         packed(np.zeros((2, 7)), 8, precision="float16")
-    with pytest.raises(BadConfig, match="int4"):
+    with pytest.raises(ConfigError, match="int4"):
         packed(np.zeros((2, 8)), 8, precision="int4")  # type: ignore[arg-type]
     with pytest.raises(StorageError, match="damaged"):
         unpacked([b"short"], 8, precision="float16")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.errors import BadConfig
-from personaplug.training.batching import View, epoch_batches, hold_out, in_passes, seen_through
+from personaplug.errors import ConfigError
+from personaplug.training.batching import Augmentation, augment_history, epoch_batches, micro_batches, user_split
 
 
 def _sample(name: int, user: str, *, items: int = 10) -> EncodedSample:
@@ -30,18 +30,18 @@ SAMPLES = [_sample(i, f"u{i % 20}") for i in range(100)]
 
 
 def test_no_user_is_on_both_sides() -> None:
-    train, held = hold_out(SAMPLES, share=0.2, limit=1000, seed=0)
+    train, held = user_split(SAMPLES, share=0.2, limit=1000, seed=0)
     assert {s.owner for s in train}.isdisjoint({s.owner for s in held})
     assert (len(train), len(held)) == (80, 20)
-    assert hold_out(SAMPLES, share=0.2, limit=1000, seed=0) == (train, held)
-    assert hold_out(SAMPLES, share=0.2, limit=1000, seed=1)[1] != held
+    assert user_split(SAMPLES, share=0.2, limit=1000, seed=0) == (train, held)
+    assert user_split(SAMPLES, share=0.2, limit=1000, seed=1)[1] != held
 
 
 def test_the_validation_slice_is_bounded_and_never_empty() -> None:
-    assert len(hold_out(SAMPLES, share=0.5, limit=7, seed=0)[1]) == 7
-    assert len({s.owner for s in hold_out(SAMPLES, share=0.001, limit=7, seed=0)[1]}) == 1
-    with pytest.raises(BadConfig, match="2 or more, found 1"):
-        hold_out(SAMPLES[:1], share=0.5, limit=7, seed=0)
+    assert len(user_split(SAMPLES, share=0.5, limit=7, seed=0)[1]) == 7
+    assert len({s.owner for s in user_split(SAMPLES, share=0.001, limit=7, seed=0)[1]}) == 1
+    with pytest.raises(ConfigError, match="2 or more, found 1"):
+        user_split(SAMPLES[:1], share=0.5, limit=7, seed=0)
 
 
 @pytest.mark.parametrize(("size", "views"), [(16, 0), (16, 3), (7, 1), (200, 0), (1, 0)])
@@ -49,7 +49,7 @@ def test_an_epoch_holds_every_view_once_in_batches_of_even_size(size: int, views
     lengths = np.random.default_rng(0).integers(5, 90, size=100).tolist()
     batches = epoch_batches(lengths, batch_size=size, views=views, seed=0, epoch=0)
     seen = Counter(view for batch in batches for view in batch)
-    assert seen == Counter({View(i, v): 1 for i in range(100) for v in range(1 + views)})
+    assert seen == Counter({Augmentation(i, v): 1 for i in range(100) for v in range(1 + views)})
     assert max(map(len, batches)) - min(map(len, batches)) <= 1
     assert batches == epoch_batches(lengths, batch_size=size, views=views, seed=0, epoch=0)
     if size < 200:
@@ -72,24 +72,24 @@ def test_a_view_drops_between_one_item_and_half_and_keeps_the_order() -> None:
     sample = _sample(0, "u")
     sizes = set()
     for number in range(1, 200):
-        rows = seen_through(sample, View(0, number), seed=0, epoch=0).rows.tolist()
+        rows = augment_history(sample, Augmentation(0, number), seed=0, epoch=0).rows.tolist()
         sizes.add(len(rows))
         assert rows == sorted(rows)
     assert sizes == {5, 6, 7, 8, 9}
-    assert seen_through(sample, View(0, 0), seed=0, epoch=0) is sample
+    assert augment_history(sample, Augmentation(0, 0), seed=0, epoch=0) is sample
 
 
 def test_views_keep_answers_with_their_items_and_repeat_by_seed() -> None:
     sample = _sample(0, "u")
-    view = seen_through(sample, View(0, 3), seed=0, epoch=1)
+    view = augment_history(sample, Augmentation(0, 3), seed=0, epoch=1)
     assert view.rows.tolist() == view.answers.tolist()
-    assert view.rows.tolist() == seen_through(sample, View(0, 3), seed=0, epoch=1).rows.tolist()
+    assert view.rows.tolist() == augment_history(sample, Augmentation(0, 3), seed=0, epoch=1).rows.tolist()
 
 
 @pytest.mark.parametrize("items", [0, 1])
 def test_the_shortest_histories_stay_whole(items: int) -> None:
     sample = _sample(0, "u", items=items)
-    assert len(seen_through(sample, View(0, 1), seed=0, epoch=0).rows) == items
+    assert len(augment_history(sample, Augmentation(0, 1), seed=0, epoch=0).rows) == items
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 23, 40, 72])
@@ -103,24 +103,24 @@ def test_passes_bound_the_padded_tokens_and_hold_every_sample_once() -> None:
     rng = np.random.default_rng(0)
     batch = [_sample(i, "u") for i in range(50)]
     lengths = rng.integers(5, 300, size=50).tolist()
-    parts = in_passes(batch, lengths=lengths, most=600)
+    parts = micro_batches(batch, lengths=lengths, most=600)
     tokens = {sample.id: length for sample, length in zip(batch, lengths, strict=True)}
     assert sorted(int(s.id) for part in parts for s in part) == list(range(50))
     assert all(len(part) * max(tokens[s.id] for s in part) <= 600 for part in parts)
-    assert in_passes(batch, lengths=lengths, most=0) == [batch]
-    assert [len(part) for part in in_passes(batch[:2], lengths=[900, 800], most=600)] == [1, 1]
+    assert micro_batches(batch, lengths=lengths, most=0) == [batch]
+    assert [len(part) for part in micro_batches(batch[:2], lengths=[900, 800], most=600)] == [1, 1]
 
 
 def test_without_dropout_first_views_are_whole() -> None:
     for i, sample in enumerate(SAMPLES):
-        assert seen_through(sample, View(i, 0), seed=0, epoch=0, history_dropout=0.0) is sample
+        assert augment_history(sample, Augmentation(i, 0), seed=0, epoch=0, subsample_history_prob=0.0) is sample
 
 
 def test_dropout_shows_first_views_of_any_size_in_order_and_repeats_by_seed() -> None:
     sample = _sample(0, "u")
 
     def shown(epoch: int, *, seed: int = 0) -> list[int]:
-        seen = seen_through(sample, View(0, 0), seed=seed, epoch=epoch, history_dropout=1.0)
+        seen = augment_history(sample, Augmentation(0, 0), seed=seed, epoch=epoch, subsample_history_prob=1.0)
         assert seen.rows.tolist() == seen.answers.tolist() == seen.forms[:, 0].tolist()
         rows: list[int] = seen.rows.tolist()
         return rows
@@ -134,24 +134,30 @@ def test_dropout_shows_first_views_of_any_size_in_order_and_repeats_by_seed() ->
 
 def test_dropout_touches_its_share_of_the_first_views_and_no_other() -> None:
     def lacking(number: int, **share: float) -> list[list[int]]:
-        views = [seen_through(s, View(i, number), seed=0, epoch=0, **share) for i, s in enumerate(SAMPLES)]
+        views = [augment_history(s, Augmentation(i, number), seed=0, epoch=0, **share) for i, s in enumerate(SAMPLES)]
         return [view.rows.tolist() for view in views]
 
-    assert 45 <= sum(len(rows) < 10 for rows in lacking(0, history_dropout=0.7)) <= 80  # some keep all ten by chance
-    assert lacking(1, history_dropout=0.7) == lacking(1)
+    assert (
+        45 <= sum(len(rows) < 10 for rows in lacking(0, subsample_history_prob=0.7)) <= 80
+    )  # some keep all ten by chance
+    assert lacking(1, subsample_history_prob=0.7) == lacking(1)
 
 
 @pytest.mark.parametrize("items", [0, 1])
 def test_dropout_leaves_the_shortest_histories_whole(items: int) -> None:
     sample = _sample(0, "u", items=items)
     assert all(
-        seen_through(sample, View(0, 0), seed=0, epoch=epoch, history_dropout=1.0) is sample for epoch in range(50)
+        augment_history(sample, Augmentation(0, 0), seed=0, epoch=epoch, subsample_history_prob=1.0) is sample
+        for epoch in range(50)
     )
 
 
 def test_a_share_of_the_views_loses_its_history_by_seed() -> None:
     def empty(epoch: int) -> list[int]:
-        shown = [seen_through(SAMPLES[i], View(i, 0), seed=0, epoch=epoch, empty_share=0.2) for i in range(100)]
+        shown = [
+            augment_history(SAMPLES[i], Augmentation(i, 0), seed=0, epoch=epoch, drop_history_prob=0.2)
+            for i in range(100)
+        ]
         assert all(len(s.rows) in (0, 10) and len(s.answers) == len(s.rows) for s in shown)
         return [i for i, s in enumerate(shown) if len(s.rows) == 0]
 

@@ -9,8 +9,8 @@ import pytest
 
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.data.simulation import SimulatedConfig, write_simulation
-from personaplug.errors import BadConfig, MissingData
+from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.errors import ConfigError, MissingData
 from personaplug.run import Run, open_models
 from personaplug.training.cost_estimate import Estimate, _count, _planned, estimate
 from personaplug.training.recipes import train
@@ -19,7 +19,7 @@ SETTINGS = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epoc
 
 
 def test_only_what_is_trained_on_is_counted(tmp_path: Path) -> None:
-    write_simulation(SimulatedConfig(users=8, queries_per_user=3, dev_users=1), tmp_path)
+    write_simulation(SimulationConfig(users=8, queries_per_user=3, dev_users=1), tmp_path)
     reader = open_dataset(tmp_path, "train")
     found = {}
     for limit in (0, 6):
@@ -32,7 +32,7 @@ def test_only_what_is_trained_on_is_counted(tmp_path: Path) -> None:
 
 def test_counts_are_those_of_the_run_that_follows(tmp_path: Path) -> None:
     write_simulation(
-        SimulatedConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path / "d"
+        SimulationConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path / "d"
     )
     config = load_config(overrides=SETTINGS)
     models = open_models(config)
@@ -52,7 +52,7 @@ def test_counts_are_those_of_the_run_that_follows(tmp_path: Path) -> None:
 
 
 def test_it_says_where_prompts_will_be_kept(tmp_path: Path) -> None:
-    write_simulation(SimulatedConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path)
+    write_simulation(SimulationConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
 
     def told(*changes: str) -> Estimate:
@@ -62,15 +62,15 @@ def test_it_says_where_prompts_will_be_kept(tmp_path: Path) -> None:
     before, behind = told("placement=prefix"), told()
     assert before.prompts == ""
     assert "prompts      kept in memory: " in behind.text()
-    on_disk = told("keep_prompts=disk")
+    on_disk = told("prompt_cache=disk")
     assert "kept on disk" in on_disk.prompts
     assert on_disk.disk_bytes > behind.disk_bytes
-    assert "as asked" in told("keep_prompts=nowhere").prompts
-    assert "read anew" in told("keep_gigabytes=0.0001").prompts
+    assert "as asked" in told("prompt_cache=nowhere").prompts
+    assert "read anew" in told("prompt_cache_gigabytes=0.0001").prompts
 
 
 def test_limits_and_views_change_the_steps(tmp_path: Path) -> None:
-    write_simulation(SimulatedConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path)
+    write_simulation(SimulationConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path)
     config = load_config(overrides=SETTINGS)
     models = open_models(config)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
@@ -84,7 +84,7 @@ def test_limits_and_views_change_the_steps(tmp_path: Path) -> None:
 
 
 def test_one_user_is_too_few_to_time(tmp_path: Path) -> None:
-    write_simulation(SimulatedConfig(users=1, queries_per_user=3, dev_users=2), tmp_path)
+    write_simulation(SimulationConfig(users=1, queries_per_user=3, dev_users=2), tmp_path)
     config = load_config(overrides=SETTINGS)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
     with pytest.raises(MissingData, match="two users"):
@@ -92,26 +92,26 @@ def test_one_user_is_too_few_to_time(tmp_path: Path) -> None:
 
 
 def test_what_train_refuses_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
-    write_simulation(SimulatedConfig(task="style", users=4, queries_per_user=3, dev_users=2), tmp_path)
-    config = load_config(overrides=[*SETTINGS, "answers=label"])
+    write_simulation(SimulationConfig(task="style", users=4, queries_per_user=3, dev_users=2), tmp_path)
+    config = load_config(overrides=[*SETTINGS, "answer_channel=label"])
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
-    with pytest.raises(BadConfig, match="label"):
+    with pytest.raises(ConfigError, match="label"):
         estimate(config, reader, models=open_models(config))
 
 
 def test_batches_are_full_and_the_longest_prompts_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_simulation(SimulatedConfig(users=3, queries_per_user=9, dev_users=2, min_items=1, max_items=2), tmp_path)
+    write_simulation(SimulationConfig(users=3, queries_per_user=9, dev_users=2, min_items=1, max_items=2), tmp_path)
     config = load_config(overrides=SETTINGS)
     models = open_models(config)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
     batches: list[list[str]] = []
-    real = models.backend.loss
+    real = models.llm.loss
 
     def seen(prompts: list[str], targets: list[str], **rest: Any) -> Any:
         batches.append(prompts)
         return real(prompts, targets, **rest)
 
-    monkeypatch.setattr(models.backend, "loss", seen)
+    monkeypatch.setattr(models.llm, "loss", seen)
     estimate(config, reader, models=models)
     *timed, _, _, last, _, _ = batches  # each part ends with its validation, with histories and without
     assert [len(batch) for batch in timed] == [4, 4, 4, 4]
@@ -121,7 +121,7 @@ def test_batches_are_full_and_the_longest_prompts_come_last(tmp_path: Path, monk
 
 
 def test_samples_are_drawn_from_the_whole_split(tmp_path: Path) -> None:
-    write_simulation(SimulatedConfig(users=40, queries_per_user=3, dev_users=2, min_items=1, max_items=2), tmp_path)
+    write_simulation(SimulationConfig(users=40, queries_per_user=3, dev_users=2, min_items=1, max_items=2), tmp_path)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
     found = _count(reader, load_config(overrides=SETTINGS))
     everyone = [sample.id for sample in reader]
@@ -138,9 +138,9 @@ def test_validations_are_bounded_by_the_steps() -> None:
         return _planned(load_config(overrides=[*SETTINGS, *changes]), 1000)
 
     assert planned() == pytest.approx((450, 0.4 * 9 * 25))  # 225 steps an epoch, every 56, and at the end
-    assert planned("validate_every=100") == pytest.approx((450, 0.4 * 5 * 25))
+    assert planned("eval_steps=100") == pytest.approx((450, 0.4 * 5 * 25))
     assert planned("max_steps=3") == pytest.approx((3, 0.4 * 25))
-    assert planned("max_steps=3", "validate_every=1", "validation_limit=8") == pytest.approx((3, 0.4 * 3 * 2))
+    assert planned("max_steps=3", "eval_steps=1", "validation_limit=8") == pytest.approx((3, 0.4 * 3 * 2))
 
 
 def test_the_text_reads_well() -> None:

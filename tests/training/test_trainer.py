@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.data.simulation import SimulatedConfig, write_simulation
+from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.errors import BadConfig, RunConflict, StorageError, TrainingDiverged
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.errors import ConfigError, RunConflict, StorageError, TrainingDiverged
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods import INSTRUCTION, PLUG
 from personaplug.plug.model import PersonaPlug
 from personaplug.run import Models, Run, open_models
-from personaplug.training.batching import hold_out
+from personaplug.training.batching import user_split
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.recipes import Trainings, build_plug, train
 from personaplug.training.trainer import FitReport, fit
@@ -37,8 +37,8 @@ TINY = [
     "encoder=hash:32",
     "batch_size=4",
     "epochs=2",
-    "checkpoint_every=3",
-    "validate_every=5",
+    "save_steps=3",
+    "eval_steps=5",
     "learning_rate=0.01",
     "dtype=float32",
 ]
@@ -49,7 +49,7 @@ PAPERS = tuple(f"{name}={value}" for name, value in asdict(PAPER).items())
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_simulation(
-        SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
+        SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3), folder
     )
     return folder
 
@@ -69,7 +69,7 @@ def _fitted(folder: Path, data: Path, *settings: str) -> tuple[FitReport, PlugOb
     run, models = _run(folder / "run", data, *settings)
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
-    objective = PlugObjective(build_plug(run, models, seed=0), models.backend, table=table)
+    objective = PlugObjective(build_plug(run, models, seed=0), models.llm, table=table)
     report = fit(objective, samples=samples, config=run.config.training, seed=0, folder=folder / "fit")
     return report, objective, samples
 
@@ -116,8 +116,8 @@ def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, data: Path) -> None
 
 
 def test_checkpoints_are_judged_with_and_without_histories(tmp_path: Path, data: Path) -> None:
-    report, objective, samples = _fitted(tmp_path, data, "empty_share=0.25", "max_steps=1")
-    _, held = hold_out(samples, share=0.1, limit=256, seed=0)
+    report, objective, samples = _fitted(tmp_path, data, "drop_history_prob=0.25", "max_steps=1")
+    _, held = user_split(samples, share=0.1, limit=256, seed=0)
     with torch.no_grad():
         whole, none = (
             float(loss) / int(tokens)
@@ -135,16 +135,18 @@ def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Pat
     plug, again, other = (build_plug(run, models, trained=wanted, seed=0) for _ in range(3))
     for one, seed in ((plug, 0), (again, 0), (other, 1)):
         trainings._start(one, trainings.plain, seed=seed)
-    digits = models.backend.embedded(["1", "2", "3", "4", "5"])
+    digits = models.llm.embedded(["1", "2", "3", "4", "5"])
     assert len(digits) == 5
-    starts = plug.instruction.detach() * plug.fitting.embedding_scale
+    starts = plug.instruction.detach() * plug.spec.embedding_scale
     assert torch.cdist(starts, digits).amin(dim=1).max() < 1e-4
     assert torch.equal(plug.instruction, again.instruction)
     assert not torch.equal(plug.instruction, other.instruction)
 
 
 def test_early_stop(tmp_path: Path, data: Path) -> None:
-    run = _train(tmp_path / "run", data, "controls=false", "learning_rate=1.0", "epochs=50", "patience=2")
+    run = _train(
+        tmp_path / "run", data, "controls=false", "learning_rate=1.0", "epochs=50", "early_stopping_patience=2"
+    )
     facts = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())
     assert facts["steps"] == facts["best_step"] + 2 * 5
 
@@ -152,13 +154,13 @@ def test_early_stop(tmp_path: Path, data: Path) -> None:
 @pytest.mark.parametrize("plug", [PAPERS, ()], ids=["paper", "default"])
 def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path, plug: tuple[str, ...]) -> None:
     run, models = _run(tmp_path / "run", data, *plug, "controls=false", "epochs=1")
-    assert isinstance(models.backend, DecoderOnlyBackend)
-    before = {name: value.clone() for name, value in models.backend.model.state_dict().items()}
+    assert isinstance(models.llm, CausalLM)
+    before = {name: value.clone() for name, value in models.llm.model.state_dict().items()}
     vectors = models.encoder.encode(["some text"])
     start = build_plug(run, models, seed=0).state_dict()
     train(run, open_dataset(data, "train", task=run.task), models=models)
-    assert _same(before, models.backend.model.state_dict())
-    assert all(not p.requires_grad and p.grad is None for p in models.backend.model.parameters())
+    assert _same(before, models.llm.model.state_dict())
+    assert all(not p.requires_grad and p.grad is None for p in models.llm.model.parameters())
     assert (models.encoder.encode(["some text"]) == vectors).all()
     moved = [name for name, value in _weights(run).items() if not torch.equal(value, start[name])]
     assert sorted(moved) == sorted(start)  # every part of the plug learned, the population persona included
@@ -168,7 +170,7 @@ def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path, plug: tuple[st
     "settings",
     [
         PAPERS,
-        (*PAPERS, "views=2", "query_encoder=head", "answers=label", "persona_tokens=2"),
+        (*PAPERS, "views=2", "query_encoder=head", "answer_channel=label", "persona_tokens=2"),
         ("views=1",),
     ],
     ids=["paper", "head", "default"],
@@ -217,26 +219,26 @@ def test_killed_again_and_again_it_ends_with_the_same_plug(
 
 def test_reading_prompts_once_gives_the_plug_of_reading_them_each_time(tmp_path: Path, data: Path) -> None:
     wanted = ("placement=suffix", "aggregator=dot", "query_encoder=head", "views=1")
-    kept = _train(tmp_path / "kept", data, *wanted, "keep_prompts=memory")
-    anew = _train(tmp_path / "anew", data, *wanted, "keep_prompts=nowhere")
+    kept = _train(tmp_path / "kept", data, *wanted, "prompt_cache=memory")
+    anew = _train(tmp_path / "anew", data, *wanted, "prompt_cache=nowhere")
     for name in ("plug", "instruction-only"):
         one, other = (load_file(run.plug_folder(name, seed=0) / "plug.safetensors") for run in (kept, anew))
         assert all(torch.allclose(one[key], other[key], atol=1e-4) for key in one)
     # How prompts are kept is a matter of speed: the finished run may go on with another way.
-    _train(tmp_path / "kept", data, *wanted, "keep_prompts=disk", "keep_gigabytes=0.5")
+    _train(tmp_path / "kept", data, *wanted, "prompt_cache=disk", "prompt_cache_gigabytes=0.5")
 
 
 def test_prompts_are_read_once_for_plug_control_and_seeds(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[int, ...]] = []
-    real = DecoderOnlyBackend._read
+    real = CausalLM._read
 
-    def noted(backend: DecoderOnlyBackend, rows: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    def noted(llm: CausalLM, rows: list[tuple[int, ...]]) -> list[torch.Tensor]:
         read.extend(rows)
-        return real(backend, rows)
+        return real(llm, rows)
 
-    monkeypatch.setattr(DecoderOnlyBackend, "_read", noted)
+    monkeypatch.setattr(CausalLM, "_read", noted)
     _train(tmp_path / "run", data, "placement=suffix", "seeds=0,1", "epochs=3", "views=1")
     probe, prompts = read[:2], read[2:]
     assert len(probe) == 2
@@ -256,8 +258,8 @@ def test_a_finished_run_is_left_alone_and_another_config_is_refused(tmp_path: Pa
         _train(tmp_path / "other", data)
 
 
-def _broken_loss(backend: Any, *, after: int) -> Any:
-    plain, calls = backend.loss, iter(range(10**6))
+def _broken_loss(llm: Any, *, after: int) -> Any:
+    plain, calls = llm.loss, iter(range(10**6))
 
     def loss(*args: Any, **named: Any) -> Any:
         losses, tokens = plain(*args, **named)
@@ -270,7 +272,7 @@ def test_a_loss_that_is_no_number_ends_clearly_and_the_last_state_stays(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, models = _run(tmp_path / "run", data, "controls=false")
-    monkeypatch.setattr(models.backend, "loss", _broken_loss(models.backend, after=4))
+    monkeypatch.setattr(models.llm, "loss", _broken_loss(models.llm, after=4))
     with pytest.raises(TrainingDiverged, match=r"loss became nan in step 5.*learning_rate"):
         train(run, open_dataset(data, "train", task=run.task), models=models)
     folder = run.plug_folder("plug", seed=0)
@@ -308,9 +310,9 @@ def test_samples_without_answers_cannot_be_trained_on(tmp_path: Path, data: Path
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
     hidden = [replace(samples[0], target=None), *samples[1:]]
-    with pytest.raises(BadConfig, match=f"1 of {len(samples)} have none"):
+    with pytest.raises(ConfigError, match=f"1 of {len(samples)} have none"):
         fit(
-            PlugObjective(build_plug(run, models, seed=0), models.backend, table=table),
+            PlugObjective(build_plug(run, models, seed=0), models.llm, table=table),
             samples=hidden,
             config=Config().training,
             seed=0,
@@ -326,19 +328,19 @@ def test_tensorboard_events_are_written_on_demand(tmp_path: Path, data: Path) ->
 
 def test_a_step_in_several_passes_is_the_same_step(tmp_path: Path, data: Path) -> None:
     # In front of the text, so that a batch does not fit one pass.
-    whole = _train(tmp_path / "whole", data, *PAPERS, "controls=false", "pass_tokens=0", "max_steps=3")
-    parts = _train(tmp_path / "parts", data, *PAPERS, "controls=false", "pass_tokens=300", "max_steps=3")
+    whole = _train(tmp_path / "whole", data, *PAPERS, "controls=false", "max_tokens_per_microbatch=0", "max_steps=3")
+    parts = _train(tmp_path / "parts", data, *PAPERS, "controls=false", "max_tokens_per_microbatch=300", "max_steps=3")
     for name, value in _weights(whole).items():
         torch.testing.assert_close(_weights(parts)[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path: Path) -> None:
     write_simulation(
-        SimulatedConfig(users=12, queries_per_user=3, dev_users=2, min_items=4, max_items=6), tmp_path / "d"
+        SimulationConfig(users=12, queries_per_user=3, dev_users=2, min_items=4, max_items=6), tmp_path / "d"
     )
     # As in the paper: with shrinkage, every user's share of it would teach it.
-    taught = _train(tmp_path / "taught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0.3")
-    untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "empty_share=0")
+    taught = _train(tmp_path / "taught", tmp_path / "d", *PAPERS, "controls=false", "drop_history_prob=0.3")
+    untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "drop_history_prob=0")
     assert _weights(taught)["population"].abs().mean() > 0.1
     assert not _weights(untaught)["population"].any()
 
@@ -369,7 +371,7 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
     run = _train(tmp_path / "run", data)
     control, config = _weights(run, "instruction-only")["instruction"], run.config.training
     samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).plain
-    _, held = hold_out(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
+    _, held = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
     assert len(asked) == len(losses)
     for place, (owners, sizes, tokens, cold) in enumerate(asked):
         items = place // 2
@@ -429,7 +431,7 @@ def test_the_plug_of_a_run_with_a_control_trains_that_first(tmp_path: Path, data
 def test_other_data_than_the_run_was_started_on_is_refused(tmp_path: Path, data: Path) -> None:
     _train(tmp_path / "run", data, "controls=false", "epochs=1")
     write_simulation(
-        SimulatedConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3, seed=9),
+        SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3, seed=9),
         tmp_path / "other",
     )
     with pytest.raises(RunConflict, match="other training data"):

@@ -11,7 +11,7 @@ from personaplug.data.benchmarks.longlamp import LongLampReader
 from personaplug.data.benchmarks.peft_u import PeftUReader
 from personaplug.data.benchmarks.personal_llm import PersonalLLMReader
 from personaplug.data.task import Reader
-from personaplug.errors import BadConfig, nearest
+from personaplug.errors import ConfigError, nearest
 
 BENCHMARKS: Mapping[str, Callable[..., Reader]] = MappingProxyType(
     {
@@ -35,12 +35,12 @@ def open_benchmark(name: str, path: str | Path, split: str, *, skip_bad: int = 0
         max_history: how many of the latest items of a history are kept.
 
     Raises:
-        BadConfig: if there is no such benchmark or split, or a setting is out of range.
+        ConfigError: if there is no such benchmark or split, or a setting is out of range.
         MissingData: if the files are not there.
         MissingExtra: if they are Parquet and pyarrow is not installed.
-        BadRecord: if a file that must be read to open it is broken.
+        RecordError: if a file that must be read to open it is broken.
     """
     wanted = name.strip().lower().replace("_", "-")
     if wanted not in BENCHMARKS:
-        raise BadConfig(f"There is no benchmark {name!r}; {nearest(wanted, BENCHMARKS)}")
+        raise ConfigError(f"There is no benchmark {name!r}; {nearest(wanted, BENCHMARKS)}")
     return BENCHMARKS[wanted](path, split, skip_bad=skip_bad, max_history=max_history)

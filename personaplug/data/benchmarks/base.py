@@ -20,7 +20,7 @@ from personaplug.data.json_stream import json_lines, stream_values
 from personaplug.data.parsing import Flaw, as_record, short_id
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task, check_max_history, check_skip_bad, latest_items
-from personaplug.errors import BadConfig, BadRecord, MissingData, MissingExtra
+from personaplug.errors import ConfigError, MissingData, MissingExtra, RecordError
 
 SPLITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("test",)}
@@ -35,10 +35,10 @@ def check_split(split: str) -> str:
     """Return `split` if it is one of SPLITS.
 
     Raises:
-        BadConfig: if it is another.
+        ConfigError: if it is another.
     """
     if split not in SPLITS:
-        raise BadConfig(f"A benchmark's splits are {', '.join(SPLITS)}; found {split!r}.")
+        raise ConfigError(f"A benchmark's splits are {', '.join(SPLITS)}; found {split!r}.")
     return split
 
 
@@ -53,7 +53,7 @@ def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
     Raises:
         MissingData: if nothing is there, or a shard is missing.
         MissingExtra: if it is Parquet and pyarrow is not installed.
-        BadConfig: if the split is unknown, a file of no known kind, or several could be the split.
+        ConfigError: if the split is unknown, a file of no known kind, or several could be the split.
     """
     path, names = Path(path), SPLITS[check_split(split)]
     if path.is_file():
@@ -71,7 +71,7 @@ def published_records(files: Sequence[Path]) -> Iterator[PublishedRecord]:
     """Yield the records of files that belong together; a Flaw in a broken one's place.
 
     Raises:
-        BadRecord: where a file breaks off; the rest of it is lost, so it is never skipped.
+        RecordError: where a file breaks off; the rest of it is lost, so it is never skipped.
     """
     for file in files:
         for where, value in _source(file)(file):
@@ -94,7 +94,7 @@ class PublishedReader(ABC):
         """Check the settings; the samples are read later.
 
         Raises:
-            BadConfig: if a setting is out of range.
+            ConfigError: if a setting is out of range.
         """
         self._files, self.task = tuple(files), task
         self._skip_bad, self._max_history = check_skip_bad(skip_bad), check_max_history(max_history)
@@ -104,7 +104,7 @@ class PublishedReader(ABC):
         """Yield the samples in file order.
 
         Raises:
-            BadRecord: for the first broken record beyond `skip_bad`, and always where a file breaks off.
+            RecordError: for the first broken record beyond `skip_bad`, and always where a file breaks off.
         """
         self.report = ReadReport()
         seen: set[str] = set()
@@ -119,7 +119,7 @@ class PublishedReader(ABC):
                 seen.add(sample_id)
                 sample = self._sample(record, sample_id)
             except Flaw as flaw:
-                self.report.skip(BadRecord(file, where, reason=str(flaw)), allowed=self._skip_bad)
+                self.report.skip(RecordError(file, where, reason=str(flaw)), allowed=self._skip_bad)
             else:
                 yield self.report.add(sample)
 
@@ -166,7 +166,7 @@ def _complete(found: Sequence[Path], folder: Path) -> tuple[Path, ...]:
     shards = [match for file in found if (match := _SHARD.search(file.name))]
     stems = {file.name[: match.start()] for file, match in zip(found, shards, strict=False)}
     if len(found) > 1 and (len(shards) < len(found) or len(stems) > 1):
-        raise BadConfig(f"{folder} holds several files of that split: {', '.join(f.name for f in found)}. Name one.")
+        raise ConfigError(f"{folder} holds several files of that split: {', '.join(f.name for f in found)}. Name one.")
     if shards and any(int(match[2]) != len(shards) for match in shards):
         raise MissingData(f"{folder} holds {len(shards)} shards of that split, their names say {shards[0][2]}.")
     return tuple(found)
@@ -186,7 +186,7 @@ def _source(path: Path) -> Callable[[Path], _Values]:
         return _line_values
     if name.endswith((".json", ".json.gz")):
         return _list_values
-    raise BadConfig(f"{path}: a benchmark's file is one of *.json, *.jsonl, both also *.gz, *.parquet.")
+    raise ConfigError(f"{path}: a benchmark's file is one of *.json, *.jsonl, both also *.gz, *.parquet.")
 
 
 def _list_values(path: Path) -> _Values:
@@ -210,7 +210,7 @@ def _parquet_values(path: Path) -> _Values:
                     number += 1
                     yield f"row {number}", row
     except (broken, OSError):
-        raise BadRecord(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
+        raise RecordError(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
 
 
 def _parquet() -> tuple[Any, type[Exception]]:

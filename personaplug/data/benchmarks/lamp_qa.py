@@ -22,7 +22,7 @@ from personaplug.data.benchmarks.base import PublishedReader, published_records,
 from personaplug.data.parsing import Flaw, as_name, as_record, as_text, query_of, value_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.errors import BadRecord
+from personaplug.errors import RecordError
 
 LAMP_QA = Task(
     "LaMP_QA", "text", ("text",), None, ("rouge_1", "rouge_l"), query_after="question: ", max_new_tokens=1024
@@ -46,8 +46,8 @@ class LampQAReader(PublishedReader):
             max_history: how many of the last items of a history are kept.
 
         Raises:
-            MissingData, MissingExtra, BadConfig: as `split_files`.
-            BadConfig: if a setting is out of range.
+            MissingData, MissingExtra, ConfigError: as `split_files`.
+            ConfigError: if a setting is out of range.
         """
         super().__init__(split_files(path, split), task=LAMP_QA, skip_bad=skip_bad, max_history=max_history)
 
@@ -100,8 +100,8 @@ def rubrics(path: str | Path, split: str) -> Iterator[Rubric]:
     """Yield each question's rubric, in file order, from what LampQAReader reads the samples from.
 
     Raises:
-        MissingData, MissingExtra, BadConfig: as `split_files`.
-        BadRecord: for the first record without a rubric.
+        MissingData, MissingExtra, ConfigError: as `split_files`.
+        RecordError: for the first record without a rubric.
     """
     for file, where, record in published_records(split_files(path, split)):
         try:
@@ -109,7 +109,7 @@ def rubrics(path: str | Path, split: str) -> Iterator[Rubric]:
                 raise record
             yield _rubric(record)
         except Flaw as flaw:
-            raise BadRecord(file, where, reason=str(flaw)) from None
+            raise RecordError(file, where, reason=str(flaw)) from None
 
 
 def _id(record: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from personaplug.data.benchmarks.base import PublishedReader, published_records,
 from personaplug.data.parsing import Flaw, as_moment, as_name, as_text, query_of, target_of, value_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.errors import BadConfig, nearest
+from personaplug.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class LongLampReader(PublishedReader):
             max_history: how many of the latest items of a history are kept.
 
         Raises:
-            MissingData, MissingExtra, BadConfig: as `split_files`.
-            BadConfig: if the task is unknown or cannot be told, or a setting is out of range.
-            BadRecord: if the first file breaks off before its first record.
+            MissingData, MissingExtra, ConfigError: as `split_files`.
+            ConfigError: if the task is unknown or cannot be told, or a setting is out of range.
+            RecordError: if the first file breaks off before its first record.
         """
         files = split_files(path, split)
         self._layout = _layout(task, files)
@@ -105,11 +105,11 @@ class LongLampReader(PublishedReader):
 def _layout(task: str | None, files: Sequence[Path]) -> _Layout:
     if task is not None:
         if task not in _TASKS:
-            raise BadConfig(f"LongLaMP has no task {task!r}; {nearest(task, _TASKS)}")
+            raise ConfigError(f"LongLaMP has no task {task!r}; {nearest(task, _TASKS)}")
         return _TASKS[task]
     for _, _, record in published_records(files):
-        fitting = [layout for layout in _TASKS.values() if not isinstance(record, Flaw) and layout.user in record]
-        if len(fitting) == 1:
-            return fitting[0]
+        spec = [layout for layout in _TASKS.values() if not isinstance(record, Flaw) and layout.user in record]
+        if len(spec) == 1:
+            return spec[0]
     columns = ", ".join(f"{layout.user!r} ({name})" for name, layout in _TASKS.items())
-    raise BadConfig(f"{files[0]}: no record has just one of the columns {columns}, so its task is unknown. Name it.")
+    raise ConfigError(f"{files[0]}: no record has just one of the columns {columns}, so its task is unknown. Name it.")

@@ -18,7 +18,7 @@ from personaplug.data.json_stream import plain_or_gz, stream_values
 from personaplug.data.parsing import Flaw, as_name, as_record, as_text, query_of, short_id, target_of, value_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task, check_max_history, check_skip_bad, latest_items
-from personaplug.errors import BadConfig, BadRecord, MissingData
+from personaplug.errors import ConfigError, MissingData, RecordError
 
 _FILES = ("user_data_no_leak.json", "user_data_leaked.json")
 _MOST_LABELS = 2048
@@ -60,12 +60,12 @@ class PeftUReader:
 
         Raises:
             MissingData: if the file is not there, or holds no sample with a label.
-            BadConfig: if a setting is out of range, or there are too many labels to be a set of labels.
-            BadRecord: if the file is not valid JSON.
+            ConfigError: if a setting is out of range, or there are too many labels to be a set of labels.
+            RecordError: if the file is not valid JSON.
         """
         self._path, self._split = _file_of(Path(path)), "val" if check_split(split) == "dev" else split
         if queries_per_user < 1:
-            raise BadConfig(f"queries_per_user should be at least 1, found {queries_per_user}.")
+            raise ConfigError(f"queries_per_user should be at least 1, found {queries_per_user}.")
         self._queries_per_user = queries_per_user
         self._skip_bad, self._max_history = check_skip_bad(skip_bad), check_max_history(max_history)
         labels = _labels_in(self._path)
@@ -74,14 +74,14 @@ class PeftUReader:
         )
         self._instruction = _instruction(labels) if instruction is None else instruction
         if _MARKER in self._instruction:
-            raise BadConfig("The instruction should have no line that begins with 'text: ': the query stands there.")
+            raise ConfigError("The instruction should have no line that begins with 'text: ': the query stands there.")
         self.report = ReadReport()
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield the samples, user by user, in file order.
 
         Raises:
-            BadRecord: for the first broken record beyond `skip_bad`.
+            RecordError: for the first broken record beyond `skip_bad`.
         """
         self.report = ReadReport()
         seen: set[str] = set()
@@ -136,7 +136,7 @@ class PeftUReader:
         return Sample(f"{user}/{asked.id}", user, prompt, query, asked.answer, history)
 
     def _skip(self, where: str, flaw: Flaw) -> None:
-        self.report.skip(BadRecord(self._path, where, reason=str(flaw)), allowed=self._skip_bad)
+        self.report.skip(RecordError(self._path, where, reason=str(flaw)), allowed=self._skip_bad)
 
 
 def _file_of(path: Path) -> Path:
@@ -165,7 +165,9 @@ def _labels_in(path: Path) -> tuple[str, ...]:
     if not labels:
         raise MissingData(f"{path} holds no sample with a label; expected user → split → sample → text and label.")
     if len(labels) > _MOST_LABELS:
-        raise BadConfig(f"{path} holds {len(labels)} different labels: its answers are texts, which are left out here.")
+        raise ConfigError(
+            f"{path} holds {len(labels)} different labels: its answers are texts, which are left out here."
+        )
     return tuple(sorted(labels))
 
 

@@ -27,7 +27,7 @@ from personaplug.data.benchmarks.base import SPLITS, check_split, published_reco
 from personaplug.data.parsing import Flaw, as_name, as_text, query_of, short_id, value_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task, check_max_history, check_skip_bad, latest_items
-from personaplug.errors import BadConfig, BadRecord
+from personaplug.errors import ConfigError, RecordError
 
 REWARD_MODELS: Mapping[str, tuple[float, float]] = {
     "beaver_7b": (6.233516894340515, 3.012641148973965),
@@ -74,14 +74,14 @@ class SimulatedUsers:
         """Check the values.
 
         Raises:
-            BadConfig: if one is out of range.
+            ConfigError: if one is out of range.
         """
         if min(self.count, self.queries_per_user) < 1 or self.seed < 0 or not 0 < self.alpha < math.inf:
-            raise BadConfig("count and queries_per_user should be at least 1, alpha over 0, seed 0 or more.")
+            raise ConfigError("count and queries_per_user should be at least 1, alpha over 0, seed 0 or more.")
         if not 0 <= self.shortest <= self.longest:
-            raise BadConfig(f"Choices before the first query: 0 <= shortest <= longest, found {self}.")
+            raise ConfigError(f"Choices before the first query: 0 <= shortest <= longest, found {self}.")
         if not 2 <= self.choices <= _RESPONSES:
-            raise BadConfig(f"choices should be from 2 to {_RESPONSES}, found {self.choices}.")
+            raise ConfigError(f"choices should be from 2 to {_RESPONSES}, found {self.choices}.")
 
 
 class PersonalLLMReader:
@@ -117,11 +117,13 @@ class PersonalLLMReader:
             max_history: how many of the latest items of a history are kept.
 
         Raises:
-            MissingData, MissingExtra, BadConfig: as `split_files`.
-            BadConfig: if test is asked for without a folder, or a setting is out of range.
+            MissingData, MissingExtra, ConfigError: as `split_files`.
+            ConfigError: if test is asked for without a folder, or a setting is out of range.
         """
         if check_split(split) == "test" and Path(path).is_file():
-            raise BadConfig(f"{path} is one file; the split 'test' needs the folder with the files of train and test.")
+            raise ConfigError(
+                f"{path} is one file; the split 'test' needs the folder with the files of train and test."
+            )
         self._split, self._users = split, users or SimulatedUsers()
         self._train = split_files(path, "train")
         self._test = split_files(path, "test") if split == "test" else ()
@@ -138,8 +140,8 @@ class PersonalLLMReader:
         """Read all rows, then yield the samples, user by user, a user's queries oldest first.
 
         Raises:
-            BadRecord: for the first broken row beyond `skip_bad`, and always where a file breaks off.
-            BadConfig: if there are too few rows for a user's choices.
+            RecordError: for the first broken row beyond `skip_bad`, and always where a file breaks off.
+            ConfigError: if there are too few rows for a user's choices.
         """
         self.report = ReadReport()
         rows = self._rows(self._train)
@@ -147,7 +149,7 @@ class PersonalLLMReader:
         held_out = rows[_HELD_OUT - 1 :: _HELD_OUT] if self._split == "dev" else self._rows(self._test)
         needed = self._users.longest + self._users.queries_per_user
         if len(known) < needed or (self._split != "train" and not held_out):
-            raise BadConfig(
+            raise ConfigError(
                 f"{self._train[0]}: a user chooses up to {needed} times, for which there are {len(known)} rows, and "
                 f"{len(held_out)} for the queries of {self._split}. Ask for shorter histories by `users`."
             )
@@ -168,7 +170,7 @@ class PersonalLLMReader:
                 seen.add(row_id)
                 rows.append(_row(record, row_id))
             except Flaw as flaw:
-                self.report.skip(BadRecord(file, where, reason=str(flaw)), allowed=self._skip_bad)
+                self.report.skip(RecordError(file, where, reason=str(flaw)), allowed=self._skip_bad)
         return rows
 
     def _samples(self, user: int, known: Sequence[_Row], held_out: Sequence[_Row]) -> Iterator[Sample]:

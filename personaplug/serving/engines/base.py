@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from personaplug.llm.ngram_cache import Phrases
+from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.serving.openai_protocol import Kind
 
@@ -16,7 +16,7 @@ CHARACTERS = 16
 
 
 @dataclass(frozen=True, repr=False)
-class Question:
+class EngineRequest:
     """A request as an engine gets it.
 
     Attributes:
@@ -33,7 +33,7 @@ class Question:
     soft: SoftPrompt | None
     choices: Sequence[str] = ()
     id: str = ""
-    phrases: Phrases | None = None
+    phrases: UserNgramCache | None = None
 
 
 class Events(AsyncIterator[bytes]):
@@ -45,7 +45,7 @@ class Events(AsyncIterator[bytes]):
 
 
 @dataclass(frozen=True, repr=False)
-class Reply:
+class EngineReply:
     """An answer as it goes out.
 
     Attributes:
@@ -72,7 +72,7 @@ class Engine(Protocol):
         """Get ready, and make sure that soft tokens do what they should; once, however often it is asked.
 
         Raises:
-            BadConfig: if the engine is not set up for them.
+            ConfigError: if the engine is not set up for them.
             EngineFailure: if it is not there.
         """
         ...
@@ -81,7 +81,7 @@ class Engine(Protocol):
         """Whether it would answer now."""
         ...
 
-    async def answer(self, question: Question) -> Reply:
+    async def answer(self, question: EngineRequest) -> EngineReply:
         """Answer one request.
 
         Raises:

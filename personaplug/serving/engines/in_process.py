@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from personaplug.errors import BadConfig, EngineFailure, PersonaPlugError, RequestError
+from personaplug.errors import ConfigError, EngineFailure, PersonaPlugError, RequestError
 from personaplug.llm.base import GenerationConfig
-from personaplug.llm.causal_lm import DecoderOnlyBackend
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Row
-from personaplug.llm.prompt_tokenizer import Rendered
+from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import CHARACTERS, Events, Question, Reply
-from personaplug.serving.engines.scheduler import Job, ModelThread
+from personaplug.serving.engines.base import CHARACTERS, EngineReply, EngineRequest, Events
+from personaplug.serving.engines.scheduler import Job, ModelScheduler
 from personaplug.serving.openai_protocol import DONE, ChatRequest, Message, Usage, Writer, event, first_flaw
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -88,9 +88,9 @@ class _Answer:
         reason: why it ended.
     """
 
-    def __init__(self, job: Job, *, engine: LocalEngine, stops: tuple[str, ...]) -> None:
+    def __init__(self, job: Job, *, engine: InProcessEngine, stops: tuple[str, ...]) -> None:
         self.job, self.written, self.reason = job, 0, "stop"
-        self._decode, self._stops = engine.backend.renderer.raw, stops
+        self._decode, self._stops = engine.llm.prompt_tokenizer.raw, stops
 
     async def pieces(self) -> AsyncGenerator[str]:
         """The text as it comes.
@@ -138,7 +138,7 @@ class _Stream(Events):
         await self._events.aclose()
 
 
-class LocalEngine:
+class InProcessEngine:
     """A decoder-only model in this process.
 
     Args:
@@ -149,12 +149,12 @@ class LocalEngine:
         max_tokens: prompt, soft tokens and answer together; None = what the model was made for.
         max_held: tokens that all answers in the making may come to hold together, with padding; bounds the memory.
     Raises:
-        BadConfig: if the model's prompts cannot be read apart from what follows them.
+        ConfigError: if the model's prompts cannot be read apart from what follows them.
     """
 
     def __init__(
         self,
-        backend: DecoderOnlyBackend,
+        llm: CausalLM,
         *,
         name: str,
         max_rows: int = 16,
@@ -162,16 +162,16 @@ class LocalEngine:
         max_tokens: int | None = None,
         max_held: int = 32_768,
     ) -> None:
-        if not isinstance(backend, DecoderOnlyBackend) or not backend.reads_apart():
-            raise BadConfig(
-                f"{backend.identity.name} cannot answer several requests side by side: that needs a model that reads "
+        if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache():
+            raise ConfigError(
+                f"{llm.identity.name} cannot answer several requests side by side: that needs a model that reads "
                 f"prompt and answer in one stream, with a cache of keys and values per token."
             )
         self.name = "local"
         self.models: tuple[str, ...] = (name,)
-        self.backend, self.max_new_tokens = backend, max_new_tokens
-        self.max_tokens = max_tokens or int(getattr(backend.model.config, "max_position_embeddings", 2048))
-        self._model = ModelThread(backend, max_rows=max_rows, max_held=max(max_held, self.max_tokens))
+        self.llm, self.max_new_tokens = llm, max_new_tokens
+        self.max_tokens = max_tokens or int(getattr(llm.model.config, "max_position_embeddings", 2048))
+        self._model = ModelScheduler(llm, max_rows=max_rows, max_held=max(max_held, self.max_tokens))
 
     async def start(self) -> None:
         """Start the thread that owns the model."""
@@ -185,7 +185,7 @@ class LocalEngine:
         """Finish the answers that were begun, then stop."""
         await self._model.close()
 
-    async def answer(self, question: Question) -> Reply:
+    async def answer(self, question: EngineRequest) -> EngineReply:
         """Answer one request; see `Engine.answer`."""
         sampling = _sampling(question.body)
         job = Job(await asyncio.to_thread(self._row, question, sampling))
@@ -194,13 +194,13 @@ class LocalEngine:
         self._model.put(job)
         if sampling.stream:
             wanted = bool((sampling.stream_options or {}).get("include_usage"))
-            return Reply(_Stream(answer, writer=writer, with_usage=wanted))
+            return EngineReply(_Stream(answer, writer=writer, with_usage=wanted))
         try:
             text = "".join([piece async for piece in answer.pieces()])
         finally:
             job.gave_up = True  # no matter if it has ended
         whole = writer.whole(text, reason=answer.reason, usage=answer.usage)
-        return Reply(json.dumps(whole, ensure_ascii=False).encode())
+        return EngineReply(json.dumps(whole, ensure_ascii=False).encode())
 
     async def likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
@@ -217,7 +217,7 @@ class LocalEngine:
                 several = softs[start : start + rows]
                 found += await self._model.do(partial(self._measured, prompt, answer, several, choices))
         finally:
-            self.backend.renderer.forget()  # a user's words are not to outlast the user
+            self.llm.prompt_tokenizer.forget()  # a user's words are not to outlast the user
         return found
 
     def _rows_at_once(self, prompt: str, answer: str, choices: Sequence[str]) -> int:
@@ -226,17 +226,17 @@ class LocalEngine:
         Raises:
             RequestError: if one of them is longer than the engine reads or writes.
         """
-        renderer = self.backend.renderer
-        (asked,), (said,) = renderer.prompts([prompt]), renderer.targets([answer], labels=choices)
+        prompt_tokenizer = self.llm.prompt_tokenizer
+        (asked,), (said,) = prompt_tokenizer.prompts([prompt]), prompt_tokenizer.targets([answer], labels=choices)
         if asked.truncated:
-            raise _too_long(renderer.max_tokens)
+            raise _too_long(prompt_tokenizer.max_tokens)
         if len(said) > self.max_new_tokens:
             raise RequestError(
                 f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(said)}.",
                 code="max_tokens",
             )
-        fitting = min(_EFFECT_TOKENS // len(said), _EFFECT_CONTEXT // (len(asked.ids) + len(said)))
-        return max(1, min(_EFFECT_ROWS, fitting))
+        spec = min(_EFFECT_TOKENS // len(said), _EFFECT_CONTEXT // (len(asked.ids) + len(said)))
+        return max(1, min(_EFFECT_ROWS, spec))
 
     @torch.no_grad()
     def _measured(
@@ -244,17 +244,17 @@ class LocalEngine:
     ) -> list[float]:
         given, count = [soft for soft in softs if soft is not None], len(softs)
         soft = SoftPrompt.joined(given) if given else None
-        loss, _ = self.backend.loss([prompt] * count, [answer] * count, soft=soft, labels=choices)
+        loss, _ = self.llm.loss([prompt] * count, [answer] * count, soft=soft, labels=choices)
         return (-loss.float()).tolist()
 
-    def _row(self, question: Question, sampling: Sampling) -> Row:
+    def _row(self, question: EngineRequest, sampling: Sampling) -> Row:
         prompt, soft = self._rendered(question), question.soft
         if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona holds values that are no numbers.")
         size = len(prompt.ids) + (soft.vectors.shape[1] if soft else 0)
         if not size:
             raise RequestError("The prompt is empty.", code="empty_prompt")
-        choices = self.backend.renderer.answers(question.choices) if question.choices else []
+        choices = self.llm.prompt_tokenizer.answers(question.choices) if question.choices else []
         longest = max(map(len, choices)) if choices else self._longest(sampling, room=self.max_tokens - size)
         if longest > self.max_tokens - size:
             raise _too_long(self.max_tokens)
@@ -278,15 +278,15 @@ class LocalEngine:
             raise _too_long(self.max_tokens)
         return wanted or min(self.max_new_tokens, room)
 
-    def _rendered(self, question: Question) -> Rendered:
-        renderer, body = self.backend.renderer, question.body
+    def _rendered(self, question: EngineRequest) -> TokenizedPrompt:
+        prompt_tokenizer, body = self.llm.prompt_tokenizer, question.body
         if question.kind == "completion":
             self._check_characters(body["prompt"])
-            return renderer.bare(body["prompt"])
+            return prompt_tokenizer.bare(body["prompt"])
         turns = [_turn(message) for message in ChatRequest.model_validate(body).messages]
         self._check_characters("".join(text for _, text in turns))
         try:
-            return renderer.turns(turns)
+            return prompt_tokenizer.turns(turns)
         except PersonaPlugError:
             raise
         except Exception:  # a template refuses what it does not know by whatever its author raised

@@ -1,4 +1,4 @@
-"""ModelThread: one thread owns a model. Between any two tokens it lets requests in and out, and does other work.
+"""ModelScheduler: one thread owns a model. Between any two tokens it lets requests in and out, and does other work.
 
 Only it writes how a row ends; those who wait on the event loop say that they gave up, and it takes note.
 """
@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
 from personaplug.errors import EngineFailure
-from personaplug.llm.causal_lm import DecoderOnlyBackend
-from personaplug.llm.continuous_batching import Row, RunningRows
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.continuous_batching import ContinuousBatch, Row
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Job:
             _call(self._loop, lambda: self._news.put_nowait((ids, ended)))
 
 
-class ModelThread:
+class ModelScheduler:
     """Runs rows of a model side by side.
 
     Args:
@@ -67,14 +67,14 @@ class ModelThread:
         max_held: tokens that they hold states of together, padding included; a row by itself may have more.
     """
 
-    def __init__(self, backend: DecoderOnlyBackend, *, max_rows: int, max_held: int) -> None:
-        self.backend, self.max_rows, self.max_held = backend, max_rows, max_held
+    def __init__(self, llm: CausalLM, *, max_rows: int, max_held: int) -> None:
+        self.llm, self.max_rows, self.max_held = llm, max_rows, max_held
         self._coming: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
         self._closing = threading.Lock()  # nothing is put behind the last thing
         self._closed = False
         self._waiting: list[Job] = []
         self._jobs: list[Job] = []
-        self._running = RunningRows(backend)
+        self._running = ContinuousBatch(llm)
         self._thread = threading.Thread(target=self._work, name="personaplug-model", daemon=True)
 
     @property
@@ -146,7 +146,7 @@ class ModelThread:
                 job.tell()
             self._jobs = [job for job in self._jobs if job.row.ended is None]
             if not self._jobs:
-                self._running = RunningRows(self.backend)  # lets go of the last ones' states
+                self._running = ContinuousBatch(self.llm)  # lets go of the last ones' states
 
     def _take_in(self, open_: bool) -> bool:
         """Take what has come; wait for it if there is nothing else to do. Whether more may come."""
@@ -192,7 +192,7 @@ class ModelThread:
             self._running.step()
         except Exception as error:  # whoever waits must hear of it, and later ones be served
             _fail(self._jobs, error)
-            self._running = RunningRows(self.backend)
+            self._running = ContinuousBatch(self.llm)
 
 
 def _size(row: Row) -> int:

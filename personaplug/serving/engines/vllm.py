@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import aiohttp
 import torch
 
-from personaplug.errors import BadConfig, EngineFailure, RequestError
+from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import Events, Question, Reply
+from personaplug.serving.engines.base import EngineReply, EngineRequest, Events
 from personaplug.serving.engines.vllm_requests import EmbeddingTable, encoded, with_soft_tokens, written
 from personaplug.serving.openai_protocol import Kind
 
@@ -56,7 +56,7 @@ class VLLMEngine:
         timeout_s: seconds between two signs of life.
         answer_s: seconds that an answer in one piece may take, which is silent until it is there.
     Raises:
-        BadConfig: if the address is none.
+        ConfigError: if the address is none.
 
     Attributes:
         max_model_len: tokens of a prompt and its answer, as vLLM says at the start.
@@ -114,7 +114,7 @@ class VLLMEngine:
         if self._opened is not None:
             await self._opened.close()
 
-    async def answer(self, question: Question) -> Reply:
+    async def answer(self, question: EngineRequest) -> EngineReply:
         """Pass a request on; see `Engine.answer`. What vLLM refuses is answered with its own words and status."""
         streams = bool(question.body.get("stream"))
         content = await asyncio.to_thread(self._written, question)  # long prompts take a while to check and to embed
@@ -125,13 +125,13 @@ class VLLMEngine:
                     self.url + _ROUTES[question.kind], data=content, headers=headers, allow_redirects=False
                 )
                 if streams and response.status == 200:
-                    return Reply(_Events(response, timeout_s=self.timeout_s))
+                    return EngineReply(_Events(response, timeout_s=self.timeout_s))
                 async with response:
                     said = await response.read()
         except _GONE as error:
             raise EngineFailure(f"The vLLM server does not answer ({type(error).__name__}).") from None
         if response.status == 200 or response.status in _CALLERS:
-            return Reply(said, response.status)
+            return EngineReply(said, response.status)
         raise self._failure(response.status)
 
     @property
@@ -157,7 +157,7 @@ class VLLMEngine:
             code="unsupported",
         )
 
-    def _written(self, question: Question) -> bytes:
+    def _written(self, question: EngineRequest) -> bytes:
         return written(question, model=self._theirs, table=self.table, most=self.max_model_len)
 
     def _failure(self, status: int) -> EngineFailure:
@@ -175,7 +175,7 @@ class VLLMEngine:
         path = "/v1/models"
         response = await self._asked(path)
         if response.status in (401, 403):
-            raise BadConfig(f"The vLLM server at {self.url} asks for another key (status {response.status}).")
+            raise ConfigError(f"The vLLM server at {self.url} asks for another key (status {response.status}).")
         with self._reading(path):
             first = response.json()["data"][0]
             name, most = str(first["id"]), first.get("max_model_len")
@@ -187,11 +187,11 @@ class VLLMEngine:
         response = await self._asked("/v1/completions", body)
         said = response.text
         if "--enable-prompt-embeds" in said:
-            raise BadConfig(
+            raise ConfigError(
                 f"The vLLM server at {self.url} takes no soft tokens: start it with --enable-prompt-embeds."
             )
         if "hidden_size" in said and f"hidden_size {self.width}." not in said:
-            raise BadConfig(
+            raise ConfigError(
                 f"The vLLM server at {self.url} runs {name}, whose embeddings have another width than the "
                 f"plug's {self.width}: serve the model that the plug was trained for."
             )
@@ -204,13 +204,13 @@ class VLLMEngine:
         for given in ({"prompt": _PROBE}, {"prompt_embeds": embeds}):
             response = await self._asked("/v1/completions", common | given)
             if response.status != 200:
-                raise BadConfig(f"The vLLM server at {self.url} refused a test request (status {response.status}).")
+                raise ConfigError(f"The vLLM server at {self.url} refused a test request (status {response.status}).")
             with self._reading("/v1/completions"):
                 choice = response.json()["choices"][0]
                 answers.append((choice["text"], float(choice["logprobs"]["token_logprobs"][0])))
         (text, sure), (other, as_sure) = answers
         if text != other or not abs(sure - as_sure) <= _CLOSE:
-            raise BadConfig(
+            raise ConfigError(
                 f"The vLLM server at {self.url} answers a text and the same text embedded differently: {name} "
                 f"is another model than the plug's, or its prompt_embeds are broken. Serve the plug's model."
             )
@@ -223,7 +223,7 @@ class VLLMEngine:
         plain = await self._tokens(opened)
         behind = await self._tokens(with_soft_tokens({"model": name, "messages": asked}, soft))
         if behind[:-1] != plain:
-            raise BadConfig(
+            raise ConfigError(
                 f"The chat template of {name} writes something else before an answer that has begun than before one "
                 f"that is to begin: soft tokens would stand elsewhere than in training. Start vLLM with a "
                 f"--chat-template that writes the same before both."
@@ -238,7 +238,7 @@ class VLLMEngine:
             with self._reading(path):
                 found, tokens = "no tokens", response.json().get("tokens")
         if not tokens or not isinstance(tokens, list):
-            raise BadConfig(
+            raise ConfigError(
                 f"The vLLM server at {self.url} must say on {path} how it writes a chat, to see where soft tokens "
                 f"stand; found {found}. Let this server reach that route."
             )
@@ -268,13 +268,13 @@ def _checked_address(url: str) -> str:
     """The address without /v1.
 
     Raises:
-        BadConfig: if it is none, or holds a password, which would be told in errors.
+        ConfigError: if it is none, or holds a password, which would be told in errors.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadConfig(f"The address of a vLLM server is such as http://127.0.0.1:8123; found {url!r}.")
+        raise ConfigError(f"The address of a vLLM server is such as http://127.0.0.1:8123; found {url!r}.")
     if parts.username is not None or parts.password is not None:
-        raise BadConfig("The address of a vLLM server holds no name or password; its key is --engine-key.")
+        raise ConfigError("The address of a vLLM server holds no name or password; its key is --engine-key.")
     return url.rstrip("/").removesuffix("/v1")
 
 

@@ -27,7 +27,7 @@ from personaplug.errors import EngineFailure, RequestError
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.prompt_tokenizer import frame_of
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import CHARACTERS, Question
+from personaplug.serving.engines.base import CHARACTERS, EngineRequest
 from personaplug.serving.openai_protocol import as_json
 
 PLACEHOLDER = "<prompt_embeds>"
@@ -43,7 +43,7 @@ class EmbeddingTable:
         rows: (V, D).
         tokenizer: of transformers.
     Raises:
-        BadConfig: if the tokenizer does not leave a text in one piece.
+        ConfigError: if the tokenizer does not leave a text in one piece.
     """
 
     def __init__(self, rows: Tensor, tokenizer: Any) -> None:
@@ -101,7 +101,7 @@ class EmbeddingTable:
             return list(self.tokenizer(text)["input_ids"])
 
 
-def written(question: Question, *, model: str, table: EmbeddingTable, most: int | None) -> bytes:
+def written(question: EngineRequest, *, model: str, table: EmbeddingTable, most: int | None) -> bytes:
     """A question as a body for vLLM.
 
     Args:

@@ -173,6 +173,41 @@ class Condition:
         return self.retrieval is not None or self.profile
 
 
+Family = Literal["none", "plug", "prompt", "weights", "no-lm"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What tables and tests need to know of a row; travels with its trials and results, so that neither parses names.
+
+    Attributes:
+        name: as written on the command line and in results.
+        family: what personalizes: nothing (`none`), a plug, texts in the `prompt`, `weights` of the model; `no-lm` for a
+            row without a language model.
+        history: whose history the row sees.
+        control_of: the row whose claim this row tests; None for a row that is no control.
+        parents: the rows that this row adds something to.
+        is_seeded: whether it is trained or drawn once for each seed.
+    """
+
+    name: str
+    family: Family = "none"
+    history: Whose = "none"
+    control_of: str | None = None
+    parents: tuple[str, ...] = ()
+    is_seeded: bool = False
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the row tests a claim about another row."""
+        return self.control_of is not None
+
+    @property
+    def is_personal_gain_of(self) -> str | None:
+        """The row whose personal gain is its distance from this row."""
+        return self.control_of if self.history == WRONG_USER else None
+
+
 _OF_OWN_ANSWERS: dict[RuleKind, str] = {
     "user-median": "median",
     "user-mean": "mean",

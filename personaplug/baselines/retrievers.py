@@ -102,7 +102,7 @@ class BM25:
         # Words that are not asked for only make their items longer; as one word they keep the index small.
         known = [[word if word in asked else "" for word in document] for document in corpus]
         index: Any = bm25s.BM25(
-            method="robertson", k1=self.k1, b=self.b, dtype="float64", llm="numpy", csc_backend="numpy"
+            method="robertson", k1=self.k1, b=self.b, dtype="float64", backend="numpy", csc_backend="numpy"
         )
         index.index(known, create_empty_token=False, show_progress=False)
         return np.asarray(index.get_scores(words), dtype=np.float64)

@@ -1,21 +1,27 @@
-"""A Config in text: from a YAML file and `key=value` words, to YAML, to the help of the command line.
+"""A Config as text: from a YAML file and `key=value` words, to YAML, to help text.
 
-Keys are written in full (`training.learning_rate`) or, since no two sections share one, bare (`learning_rate`).
+Keys are written in full (`training.learning_rate`) or, because no two sections share one, bare (`learning_rate`).
+`preset` names the config that the others change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from personaplug.config import SECTIONS, Config
+from personaplug.config import PRESETS, SECTIONS, Config
 from personaplug.errors import ConfigError, MissingData, nearest
 
-_IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_BOUNDS = {"ge": "from", "gt": "above", "le": "to"}
+_LISTS = ("training.seeds",)
+_PRESET = "preset"
 
 
 def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = (), base: Config | None = None) -> Config:
@@ -24,10 +30,10 @@ def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = ()
     Args:
         path: a YAML file of sections (`training: {epochs: 3}`) or bare keys (`epochs: 3`).
         overrides: words as typed on a command line.
-        base: what to start from; the defaults otherwise.
+        base: the config to change; the defaults if None.
     Raises:
         MissingData: if the file does not exist.
-        ConfigError: for an unknown key, a value of the wrong type or out of range.
+        ConfigError: for an unknown key, or a value of the wrong type or out of range.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -41,121 +47,132 @@ def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = ()
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """Return `config` with some settings replaced, each checked.
+    """Return `config` with some settings replaced and checked; a `preset` replaces the plug and the training first.
 
     Raises:
-        ConfigError: for an unknown key, a value of the wrong type or out of range.
+        ConfigError: for an unknown key, or a value of the wrong type or out of range.
     """
+    settings = dict(values)
+    if _PRESET in settings:
+        preset = _preset(settings.pop(_PRESET))
+        config = replace(config, plug=preset.plug, training=preset.training)
     changes: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
+    for key, value in settings.items():
         section, name = _locate(key)
-        changes.setdefault(section, {})[name] = _checked(section, name, value)
-    return replace(config, **{s: replace(getattr(config, s), **new) for s, new in changes.items()})
+        changes.setdefault(section, {})[name] = _converted(value, key=f"{section}.{name}")
+    return replace(config, **{section: _replaced(config, section, new) for section, new in changes.items()})
 
 
 def to_yaml(config: Config) -> str:
-    """The whole of a config as YAML that `load_config` reads back to an equal one."""
+    """Return the whole config as YAML that `load_config` reads back to an equal one."""
     plain = {
-        s: {k: list(v) if isinstance(v, tuple) else v for k, v in part.items()} for s, part in asdict(config).items()
+        section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        for section, values in asdict(config).items()
     }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def describe(sections: Sequence[str]) -> str:
-    """The help text of some sections: each key with its default, meaning and range."""
-    lines = []
+    """Return the help text of some sections: each key with its default, meaning and range."""
+    lines = [f"preset={' | '.join(PRESETS)}: what the plug and the training start from"] if "plug" in sections else []
     for section in sections:
         lines.append(f"{section}: {(SECTIONS[section].__doc__ or '').strip()}")
-        for option in fields(SECTIONS[section]):
-            lines.append(f"  {option.name}={_shown(_default(option))}")
-            lines.append(f"      {option.metadata['help']}{_range_text(option)}")
+        for name, field in settings_of(section).items():
+            lines.append(f"  {name}={_as_word(getattr(SECTIONS[section](), name))}")
+            lines.append(f"      {field.description}{_range_text(field)}")
     return "\n".join(lines)
 
 
-def _default(option: Field[Any]) -> Any:
-    return getattr(Config(), _locate(option.name)[0]).__getattribute__(option.name)
+def settings_of(section: str) -> dict[str, FieldInfo]:
+    """Return the settings of a section by name, with their types, ranges and descriptions."""
+    fields: dict[str, FieldInfo] = SECTIONS[section].__pydantic_fields__
+    return fields
 
 
-def _shown(value: Any) -> str:
+def _preset(name: object) -> Config:
+    if name not in PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; found {name!r}.")
+    return PRESETS[str(name)]
+
+
+def _locate(key: str) -> tuple[str, str]:
+    section, _, name = key.rpartition(".")
+    known = [(known_section, known_name) for known_section in SECTIONS for known_name in settings_of(known_section)]
+    for known_section, known_name in known:
+        if known_name == name and section in ("", known_section):
+            return known_section, known_name
+    names = {_PRESET, *(n for _, n in known), *(f"{s}.{n}" for s, n in known if section)}
+    raise ConfigError(f"There is no setting {key!r}; {nearest(key, names)}")
+
+
+def _converted(value: Any, *, key: str) -> Any:
+    """Return a value of YAML as the setting's type, if it is written in another form of it."""
+    if key in _LISTS:
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        if not items:
+            raise ConfigError(f"{key} needs at least one value, found none.")
+        numbers = tuple(_parse_yaml(str(item), source=key) for item in items)
+        if len(set(numbers)) < len(numbers):
+            raise ConfigError(f"{key} names a value twice: {_as_word(numbers)}. Name each once.")
+        return numbers
+    wanted = _type_of(key)
+    if wanted is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a text, because it has no dot
+        except ValueError:
+            return value
+    if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _type_of(key: str) -> Any:
+    section, _, name = key.partition(".")
+    return settings_of(section)[name].annotation
+
+
+def _replaced(config: Config, section: str, changes: Mapping[str, Any]) -> Any:
+    try:
+        return replace(getattr(config, section), **changes)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, section)) from None
+
+
+def _sentence(error: ValidationError, section: str) -> str:
+    """Return what is wrong with the first wrong setting, in words."""
+    first = error.errors(include_url=False)[0]
+    name, value = str(first["loc"][0]), first["input"]
+    field = settings_of(section)[name]
+    if get_origin(field.annotation) is Literal:
+        return f"{section}.{name} must be one of {', '.join(get_args(field.annotation))}; found {value!r}."
+    if first["type"] in ("greater_than", "greater_than_equal", "less_than_equal"):
+        return f"{section}.{name} must be a number{_range_text(field)}; found {value}."
+    wanted = int if f"{section}.{name}" in _LISTS else field.annotation
+    return f"{section}.{name} must be {_TYPE_NAMES[wanted]}; found {value!r}."
+
+
+def _range_text(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return f" [{' | '.join(get_args(field.annotation))}]"
+    bounds = list(field.metadata)
+    if not bounds and get_origin(field.annotation) is tuple:
+        bounds = list(get_args(field.annotation)[0].__metadata__[0].metadata)
+    limits = {name: getattr(bound, name) for bound in bounds for name in _BOUNDS if hasattr(bound, name)}
+    parts = [f"{word} {limits[name]}" for name, word in _BOUNDS.items() if name in limits]
+    return f" [{' '.join(parts)}]" if parts else ""
+
+
+def _as_word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _range_text(option: Field[Any]) -> str:
-    meta = option.metadata
-    if meta["choices"]:
-        return f" [{' | '.join(meta['choices'])}]"
-    parts = [
-        f"{word} {meta[key]}"
-        for key, word in (("low", "from"), ("above", "above"), ("high", "to"))
-        if meta[key] is not None
-    ]
-    return f" [{' '.join(parts)}]" if parts else ""
-
-
-def _locate(key: str) -> tuple[str, str]:
-    section, _, name = key.rpartition(".")
-    known = {(s, f.name) for s, kind in SECTIONS.items() for f in fields(kind)}
-    for found in known:
-        if found == (section, name) or (not section and found[1] == name):
-            return found
-    names = {n for _, n in known} | {f"{s}.{n}" for s, n in known if section}
-    raise ConfigError(f"There is no setting {key!r}; {nearest(key, names)}")
-
-
-def _checked(section: str, name: str, value: Any) -> Any:
-    option = next(f for f in fields(SECTIONS[section]) if f.name == name)
-    wanted = get_type_hints(SECTIONS[section])[name]
-    converted = _convert(value, wanted, key=f"{section}.{name}")
-    several = converted if isinstance(converted, tuple) else (converted,)
-    if len(set(several)) < len(several):
-        raise ConfigError(f"{section}.{name} names a value twice: {_shown(converted)}. Name each once.")
-    for single in several:
-        _check_range(single, option, key=f"{section}.{name}")
-    return converted
-
-
-def _convert(value: Any, wanted: Any, *, key: str) -> Any:
-    if wanted == tuple[int, ...]:
-        several = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-        if not several:
-            raise ConfigError(f"{key} needs at least one value, found none.")
-        return tuple(_convert(_parse_yaml(str(v), source=key), int, key=key) for v in several)
-    if wanted is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as a string, for want of a dot.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{key} must be {_IN_WORDS.get(wanted, wanted.__name__)}; found {value!r}.")
-
-
-def _check_range(value: Any, option: Field[Any], *, key: str) -> None:
-    meta = option.metadata
-    if meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{key} must be one of {', '.join(meta['choices'])}; found {value!r}.")
-    if not isinstance(value, int | float):
-        return
-    too_low = meta["low"] is not None and not value >= meta["low"]
-    not_above = meta["above"] is not None and not value > meta["above"]
-    too_high = meta["high"] is not None and not value <= meta["high"]
-    # The comparisons are negated so that NaN fails them too.
-    if too_low or not_above or too_high:
-        raise ConfigError(f"{key} must be a number{_range_text(option)}; found {value}.")
-
-
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says.
+    """Return what a YAML file says.
 
     Raises:
-        MissingData: if it is not there.
+        MissingData: if the file does not exist.
         ConfigError: if it is not valid YAML.
     """
     if not path.is_file():
@@ -174,10 +191,10 @@ def _parse_yaml(text: str, *, source: str) -> Any:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Sections of settings (`training: {epochs: 3}`) or bare ones as a flat mapping that `with_values` takes.
+    """Return sections of settings (`training: {epochs: 3}`) and bare ones as the flat mapping of `with_values`.
 
     Raises:
-        ConfigError: if it is no mapping.
+        ConfigError: if `tree` is no mapping.
     """
     if tree in (None, ""):
         return {}

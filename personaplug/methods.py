@@ -90,8 +90,8 @@ class Trained:
     def plug(self, own: PlugConfig) -> PlugConfig:
         """How its plug is built in a run whose own one is built as `own`."""
         if self.kind in ("instruction", "labels"):
-            prior = "own" if self.kind == "labels" else "none"
-            return replace(own, instruction_tokens=own.soft_tokens, persona_tokens=0, label_prior=prior)
+            control = replace(own, instruction_tokens=own.soft_tokens, persona_tokens=0, label_prior="none")
+            return replace(control, label_prior="own") if self.kind == "labels" else control
         # Where it stands and how long histories may be is not what makes it the paper's.
         return replace(PAPER, placement=own.placement, max_history=own.max_history) if self.kind == "paper" else own
 
@@ -182,8 +182,8 @@ class MethodInfo:
 
     Attributes:
         name: as written on the command line and in results.
-        family: what personalizes: nothing (`none`), a plug, texts in the `prompt`, `weights` of the model; `no-lm` for a
-            row without a language model.
+        family: what personalizes: nothing (`none`), a plug, texts in the `prompt`, `weights` of the model; `no-lm` for
+            a row without a language model.
         history: whose history the row sees.
         control_of: the row whose claim this row tests; None for a row that is no control.
         parents: the rows that this row adds something to.

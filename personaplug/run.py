@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from personaplug.config import BEFORE, Config, PlugConfig, without_gone
-from personaplug.config_parsing import flatten, read_yaml, to_yaml, with_values
+from personaplug.config import Config, PlugConfig
+from personaplug.config_parsing import load_config, to_yaml, with_values
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import parse_task
@@ -132,8 +132,7 @@ class Run:
             ) from error
         task = parse_task(about["task"], source=str(folder / "run.json"))
         vectors = Path(about["vectors"]) if about.get("vectors") else folder / "vectors"
-        written = flatten(read_yaml(folder / "config.yaml"))
-        config = with_values(Config(), BEFORE | without_gone(written))
+        config = load_config(folder / "config.yaml")
         return cls(folder, config, task, vectors)
 
     def plug_folder(self, name: str, *, seed: int) -> Path:

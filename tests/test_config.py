@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
-from personaplug.config import SECTIONS, Config
+from personaplug.config import PAPER, SECTIONS, Config
 from personaplug.config_parsing import describe, load_config, to_yaml, with_values
 from personaplug.errors import ConfigError, MissingData
 from personaplug.run import FIXED, _differing
@@ -103,3 +104,19 @@ def test_what_only_concerns_speed_makes_no_other_run() -> None:
     quick = load_config(overrides=["encoder_engine=auto", "device=cpu"])
     assert _differing(Config(), quick, sections=FIXED) == []
     assert _differing(Config(), load_config(overrides=["encoder=hash"]), sections=FIXED) == ["model.encoder"]
+
+
+def test_preset_replaces_plug_and_training_and_other_values_win(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("preset: paper\ntraining: {epochs: 3}\nmodel: {llm: toy}\n")
+    config = load_config(tmp_path / "c.yaml", overrides=["persona_tokens=2"])
+    assert config.plug == replace(PAPER, persona_tokens=2)
+    assert (config.training.train_eos, config.training.drop_history_prob, config.training.epochs) == ("always", 0, 3)
+    assert config.model.llm == "toy"
+    assert load_config(overrides=["preset=default"], base=config).plug == Config().plug
+    with pytest.raises(ConfigError, match="preset must be one of default, paper; found 'pplug'"):
+        load_config(overrides=["preset=pplug"])
+
+
+def test_settings_have_a_json_schema() -> None:
+    schema = TypeAdapter(Config).json_schema()
+    assert schema["$defs"]["PlugConfig"]["properties"]["placement"]["enum"] == ["prefix", "suffix"]

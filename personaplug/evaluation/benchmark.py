@@ -24,7 +24,7 @@ import torch
 from personaplug.analysis.results import Settings, build_results, history_thirds, with_subgroups
 from personaplug.analysis.trials import EvalSamples, Trial, TrialFile
 from personaplug.baselines.heuristics import check_rules
-from personaplug.config import BEFORE, Config, EvaluationConfig, ModelConfig
+from personaplug.config import Config, EvaluationConfig, ModelConfig
 from personaplug.data import load_task, open_dataset
 from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
 from personaplug.evaluation.evaluator import Evaluation, settings_of, with_remarks
@@ -35,8 +35,6 @@ from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, resol
 from personaplug.training.recipes import Trainings
 
 logger = logging.getLogger(__name__)
-
-_ALL_ITEMS = -1
 
 
 @dataclass(frozen=True)
@@ -292,17 +290,12 @@ class _Table:
         return _hash([self._data_key, *drawn])
 
     def _key(self, condition: Condition, seed: int, probe: Probe) -> str:
-        about, changes = asdict(self.config), dict(probe.changes)
-        shown = changes.pop("max_eval_history", _ALL_ITEMS)  # apart, as in keys from before there were other probes
-        about["evaluation"] |= changes
-        for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY, *BEFORE):
+        about = asdict(self.config)
+        about["evaluation"] |= probe.changes
+        for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
             section, _, key = name.partition(".")
-            value = about[section].pop(key)
-            # Cells from before there was a choice stay what they are.
-            if name in BEFORE and value != BEFORE[name]:
-                about[section][key] = value
-        parts = [about, self._data_key, condition.name, seed, shown]
-        return _hash(parts)
+            del about[section][key]
+        return _hash([about, self._data_key, condition.name, seed])
 
     def _about(self, evaluation: Evaluation) -> dict[str, Any]:
         """What the results say of themselves; trainings come and go and are told by the run."""

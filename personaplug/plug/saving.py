@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from personaplug.config import BEFORE, Config, PlugConfig, without_gone
+from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.encoders import EncoderIdentity
 from personaplug.errors import MissingData
@@ -54,8 +54,7 @@ def read_plug_json(folder: Path) -> tuple[PlugConfig, PlugSpec]:
     """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        before = {key.removeprefix("plug."): value for key, value in BEFORE.items() if key.startswith("plug.")}
-        version, config = about["format_version"], before | about["config"]
+        version, config = about["format_version"], about["config"]
         spec = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
@@ -75,7 +74,7 @@ def read_plug_config(values: dict[str, Any]) -> PlugConfig:
         ConfigError: for unknown keys or values out of range.
     """
     named = {f"plug.{key}": value for key, value in values.items()}
-    return with_values(Config(), without_gone(named)).plug
+    return with_values(Config(), named).plug
 
 
 def _read_fitting(values: dict[str, Any]) -> PlugSpec:

@@ -57,7 +57,8 @@ def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **setti
         ALIKE,
         BY_QUERY,
         replace(BY_QUERY, selected_items=2),
-        *(replace(ALIKE, answer_channel=kind) for kind in ("text", "form")),
+        replace(ALIKE, answer_channel="text"),
+        replace(ALIKE, answer_channel="style"),
     ],
 )
 def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: PlugConfig) -> None:

@@ -96,7 +96,7 @@ def address(folder: Path) -> Iterator[str]:
         yield url
 
 
-def _service(folder: Path, address: str, place: Path, *, placement: str = "suffix") -> Service:
+def _service(folder: Path, address: str, place: Path, *, placement: Any = "suffix") -> Service:
     """A service with an untrained plug, whose tokens are embeddings of words: what they say shows in the answer."""
     table = EmbeddingTable.of_folder(folder)
     spec = PlugSpec(LLMIdentity(MODEL, None, "0" * 16, WIDTH), 1.0, ENCODER.identity, TASK.labels)

@@ -23,7 +23,7 @@ from personaplug.data.task_registry import lamp_task
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.memory import peak_memory
 from personaplug.run import Run, machine, open_models, versions
-from personaplug.training.recipes import train
+from personaplug.training.parts import train
 
 PER_USER = 250
 LONGEST_QUERY = 400  # words; each is a token or more

@@ -40,17 +40,17 @@ from personaplug.data import load_task, open_dataset
 from personaplug.encoders import QueryEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
-from personaplug.evaluation.predictions import answer
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.llm.base import GenerationConfig, pad
 from personaplug.llm.soft_prompt import IGNORED
+from personaplug.methods.predictions import predict_samples
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, machine, open_models, versions
 from personaplug.training.batching import micro_batches
 from personaplug.training.objectives import PlugObjective
-from personaplug.training.recipes import build_plug
+from personaplug.training.parts import build_plug
 
 PROMPT, QUERY, HISTORY = 266, 276, 512  # the fixed lengths of the released code: 256 tokens + answer, 256 + 20, items
 WAYS = {
@@ -314,7 +314,7 @@ def _evaluation(
         way = Way(title.partition(",")[0], run, models, table=table, settings=settings)
         personalizer = Personalizer(way.plug.eval(), table=table)
         began = time.monotonic()
-        answer(
+        predict_samples(
             models.llm,
             samples,
             prompter=personalizer,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from personaplug.plug.model import PersonaPlug
     from personaplug.plug.personalizer import Personalizer
     from personaplug.run import Run, open_models
-    from personaplug.training.recipes import train
+    from personaplug.training.parts import train
 
 _HOME = {
     "Config": "config",
@@ -44,7 +44,7 @@ _HOME = {
     "open_dataset": "data",
     "open_encoder": "encoders",
     "open_models": "run",
-    "train": "training.recipes",
+    "train": "training.parts",
 }
 
 __all__ = [

@@ -153,7 +153,7 @@ class Run:
         if not self.trained(name, seed=seed):
             raise MissingData(
                 f"{folder} holds no finished training. Run the `personaplug train` of this run again with "
-                f"--conditions {name}."
+                f"--methods {name}."
             )
         return folder
 

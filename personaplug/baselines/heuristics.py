@@ -1,238 +1,176 @@
-"""Rows that use no language model: what they ask of a task, and their fitting on what the run is trained on.
+"""Heuristics: the median, mean or majority of the user's own answers, their most frequent words, a copy of the query.
 
-A regression is `classical.py`'s; a rule on the user's own answers, and a copy of the query, are here. A user without
-answers gets what the same rule makes of all answers in the training split.
+A user without answers gets what the same heuristic makes of all answers in the training split.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
-from personaplug.baselines.regression import Answerer, fit_classical
+from personaplug.baselines.no_lm import Baseline
 from personaplug.data.label_set import Array, LabelSet, Places, ratings
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.data.task import Reader, Task
-from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
-from personaplug.llm.ngram_cache import check_ngrams
-from personaplug.methods import COUNTED, WORDED, Condition, Rule
-from personaplug.run import Run, drawn, encoded
 
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A rule that is ready.
+class UserRating(Baseline):
+    """A number made of the user's own ratings, as the nearest label.
 
     Attributes:
-        answerer: answers with it.
-        seconds: that fitting it took.
+        statistic: makes one number of (n,) ratings.
     """
 
-    answerer: Answerer
-    seconds: float
+    name: str
+    statistic: Callable[[Array], float]
 
-
-class Rules:
-    """The rules of one table, each fitted once, on the samples that the run's plugs are trained on.
-
-    Args:
-        run: says which of the training split's samples those are.
-        train: the training split; None if no row needs it.
-        table: holds the vectors by which the run knows its training data again.
-    """
-
-    def __init__(self, run: Run, train: Reader | None, *, table: EmbeddingStore) -> None:
-        self.run, self.train, self.table = run, train, table
-        self._fitted: dict[Rule, Fitted] = {}
-
-    def fitted(self, rule: Rule) -> Fitted:
-        """A rule, fitted when it is first asked for.
-
-        Raises:
-            ConfigError: if the task does not have what the rule needs.
-            MissingData: if the training split is needed and not given, or holds no answers.
-            RunConflict: if the run was trained on other data.
-        """
-        if rule not in self._fitted:
-            check_rule(rule, self.run.task)
-            train = self._samples if rule.fitted else []
-            began = time.monotonic()
-            answerer = fit_rule(rule, self.run.task, train)
-            self._fitted[rule] = Fitted(answerer, time.monotonic() - began)
-        return self._fitted[rule]
-
-    @cached_property
-    def _samples(self) -> list[Sample]:
-        if self.train is None:
-            raise MissingData("Rows without a language model are fitted on the training split, which was not given.")
-        samples = list(drawn(self.train, limit=self.run.config.training.train_limit, seed=0))
-        if self.run.knows_its_data:
-            known = encoded(samples, self.table, plug=self.run.config.plug, labels=self.run.task.labels)
-            self.run.check_data(known, self.table)
-        return samples
-
-
-def check_rules(conditions: Sequence[Condition], task: Task) -> None:
-    """Check that a task has what some rows need: the rules among them, and those that count or mix in own answers.
-
-    Raises:
-        ConfigError: naming the first row for which it has not.
-    """
-    for condition in conditions:
-        if condition.phrases:
-            check_ngrams(task)
-        if condition.trained == COUNTED and not task.has_labelled_items:
+    def check(self, task: Task) -> None:
+        super().check(task)
+        if task.kind != "rating":
             raise ConfigError(
-                f"{condition.name} counts the labels among a user's own answers; {task.name} has none in its items."
+                f"{self.name} needs labels that are numbers (kind rating); those of {task.name} are none. "
+                f"user-majority takes any labels."
             )
-        if condition.rule is not None:
-            check_rule(condition.rule, task)
+        _check_answers(self.name, task)
+
+    def fit(self, task: Task, train: Sequence[Sample]) -> FittedUserRating:
+        """Raises MissingData if no training sample has an answer that is a number."""
+        return FittedUserRating(LabelSet(task.labels), train, statistic=self.statistic)
 
 
-def check_rule(rule: Rule, task: Task) -> None:
-    """Check that a task has what a rule needs.
+class FittedUserRating:
+    """`UserRating`, with a label for users who have given no rating."""
 
-    Raises:
-        ConfigError: saying what that is.
+    def __init__(self, label_set: LabelSet, train: Sequence[Sample], *, statistic: Callable[[Array], float]) -> None:
+        self.label_set, self.statistic = label_set, statistic
+        targets = ratings(sample.target for sample in train)
+        if not len(targets):
+            raise _no_answers()
+        self.default = label_set.nearest(statistic(targets))
+
+    def predict(self, samples: Sequence[Sample]) -> list[str]:
+        """Predict a label for each sample."""
+        histories = [ratings(item.answer for item in sample.history) for sample in samples]
+        return [self.label_set.nearest(self.statistic(own)) if len(own) else self.default for own in histories]
+
+
+@dataclass(frozen=True)
+class UserMajority(Baseline):
+    """The user's own most frequent answer; of equally frequent ones, the one given last."""
+
+    name: str = "user-majority"
+
+    def check(self, task: Task) -> None:
+        super().check(task)
+        _check_answers(self.name, task)
+
+    def fit(self, task: Task, train: Sequence[Sample]) -> FittedUserMajority:
+        """Raises MissingData if no training sample has an answer among the labels."""
+        return FittedUserMajority(LabelSet(task.labels), train)
+
+
+class FittedUserMajority:
+    """`UserMajority`, with a label for users who have given no answer."""
+
+    def __init__(self, label_set: LabelSet, train: Sequence[Sample]) -> None:
+        self.label_set = label_set
+        label_ids = [label_set.place(sample.target) for sample in train]
+        known = np.array([label_id for label_id in label_ids if label_id >= 0], dtype=np.int64)
+        if not len(known):
+            raise _no_answers()
+        self.default = label_set.labels[_majority(known)]
+
+    def predict(self, samples: Sequence[Sample]) -> list[str]:
+        """Predict a label for each sample."""
+        histories = [self.label_set.places(sample.history) for sample in samples]
+        return [self.label_set.labels[_majority(own)] if len(own) else self.default for own in histories]
+
+
+@dataclass(frozen=True)
+class _WordsOfSample(Baseline):
+    """A text made of words of the sample, with nothing to learn.
+
+    Attributes:
+        words: how many words; 0 = all.
     """
-    if rule.kind in WORDED:
+
+    name: str
+    words: int = 0
+    is_fitted_on_train: ClassVar[bool] = False
+
+    def check(self, task: Task) -> None:
         if task.kind != "text":
-            raise ConfigError(
-                f"{rule.kind} answers with words, which are no label of {task.name}; it is for free text."
-            )
-    elif task.kind == "text":
-        raise ConfigError(
-            f"{rule.kind} answers with one of a task's labels, and {task.name} has none: it writes free text. "
-            f"For that there are copy, copy:10 and user-words."
-        )
-    elif rule.kind in ("user-median", "user-mean") and task.kind != "rating":
-        raise ConfigError(
-            f"{rule.kind} needs labels that are numbers (kind rating); those of {task.name} are none. "
-            f"user-majority takes any labels."
-        )
-    elif rule.kind != "classical" and task.answer_field is None:
-        raise ConfigError(
-            f"{rule.kind} needs the answers in a history, and the items of {task.name} hold none (answer_field)."
-        )
+            raise ConfigError(f"{self.name} predicts words, which are no label of {task.name}; it is for free text.")
 
 
-def fit_rule(rule: Rule, task: Task, train: Sequence[Sample]) -> Answerer:
-    """Make a rule ready to answer.
+@dataclass(frozen=True)
+class CopyQuery(_WordsOfSample):
+    """The query as it is, or its first words."""
 
-    Args:
-        rule: that fits the task; see `check_rule`.
-        train: what it is fitted on; nothing for copy and user-words.
-    Raises:
-        ConfigError, MissingData: if it cannot be fitted on these samples.
-    """
-    if rule.kind == "classical":
-        return fit_classical(task, train, part=rule.part)
-    if rule.kind == "copy":
-        return Copy(rule.words)
-    if rule.kind == "user-words":
-        return OwnWords(rule.words)
-    closed = LabelSet(task.labels)
-    if rule.kind == "user-majority":
-        return OwnMajority(closed, train)
-    return OwnNumber(closed, train, value=_NUMBERS[rule.kind])
+    def fit(self, task: Task, train: Sequence[Sample]) -> CopyQuery:
+        return self
 
-
-class Copy:
-    """The query as the answer, or so many of its first words; 0 = all of it as it is."""
-
-    def __init__(self, words: int) -> None:
-        self.words = words
-
-    def answers(self, samples: Sequence[Sample]) -> list[str]:
-        """Texts, one per sample."""
+    def predict(self, samples: Sequence[Sample]) -> list[str]:
+        """Predict a text for each sample."""
         if not self.words:
             return [sample.query for sample in samples]
         return [" ".join(sample.query.split()[: self.words]) for sample in samples]
 
 
-class OwnWords:
+@dataclass(frozen=True)
+class UserWords(_WordsOfSample):
     """The words that most of the user's own answers hold, the most frequent first; nothing for a user without any.
 
-    Whatever is written, a metric of common words rewards the words that somebody always uses; this is what that alone
-    is worth. An item without an answer counts as a whole.
+    A metric of common words rewards the words that somebody always uses; this is what that alone is worth. An item
+    without an answer counts as a whole.
     """
 
-    def __init__(self, words: int) -> None:
-        self.words = words
+    def fit(self, task: Task, train: Sequence[Sample]) -> UserWords:
+        return self
 
-    def answers(self, samples: Sequence[Sample]) -> list[str]:
-        """Texts, one per sample."""
-        return [" ".join(_most_frequent(sample.history, count=self.words)) for sample in samples]
-
-
-class OwnNumber:
-    """A number made of the user's own ratings, as the nearest label.
-
-    Args:
-        train: its answers stand in for those of a user who has given none.
-        value: makes it, (n,) to a number.
-    Raises:
-        MissingData: if no training sample has an answer that is a number.
-    """
-
-    def __init__(self, closed: LabelSet, train: Sequence[Sample], *, value: Callable[[Array], float]) -> None:
-        self.closed, self.value = closed, value
-        known = ratings(sample.target for sample in train)
-        self.usual = closed.nearest(value(known)) if len(known) else _nothing_known()
-
-    def answers(self, samples: Sequence[Sample]) -> list[str]:
-        """Labels, one per sample."""
-        own = [ratings(item.answer for item in sample.history) for sample in samples]
-        return [self.closed.nearest(self.value(given)) if len(given) else self.usual for given in own]
+    def predict(self, samples: Sequence[Sample]) -> list[str]:
+        """Predict a text for each sample."""
+        return [" ".join(_most_frequent_words(sample.history, count=self.words)) for sample in samples]
 
 
-class OwnMajority:
-    """The user's own most frequent answer; of several as frequent the one that was given last.
-
-    Args:
-        train: its most frequent answer stands in for that of a user who has given none.
-    Raises:
-        MissingData: if no training sample has an answer among the labels.
-    """
-
-    def __init__(self, closed: LabelSet, train: Sequence[Sample]) -> None:
-        self.closed = closed
-        known = np.array([place for sample in train if (place := closed.place(sample.target)) >= 0], dtype=np.int64)
-        self.usual = closed.labels[_majority(known)] if len(known) else _nothing_known()
-
-    def answers(self, samples: Sequence[Sample]) -> list[str]:
-        """Labels, one per sample."""
-        own = [self.closed.places(sample.history) for sample in samples]
-        return [self.closed.labels[_majority(given)] if len(given) else self.usual for given in own]
+def user_median(ratings: Array) -> float:
+    """Return the median of a user's ratings."""
+    return float(np.median(ratings))
 
 
-_NUMBERS: dict[str, Callable[[Array], float]] = {
-    "user-median": lambda given: float(np.median(given)),
-    "user-mean": lambda given: float(np.mean(given)),
-}
+def user_mean(ratings: Array) -> float:
+    """Return the mean of a user's ratings."""
+    return float(np.mean(ratings))
 
 
-def _most_frequent(items: Sequence[HistoryItem], *, count: int) -> list[str]:
-    texts = [item.text if item.answer is None else item.answer for item in reversed(items)]  # of equals, the later ones
-    held = Counter(word for text in texts for word in dict.fromkeys(_WORD.findall(text.lower())))
-    return [word for word, _ in held.most_common(count)]
+def _most_frequent_words(items: Sequence[HistoryItem], *, count: int) -> list[str]:
+    texts = [item.text if item.answer is None else item.answer for item in reversed(items)]  # of ties, the later words
+    counts = Counter(word for text in texts for word in dict.fromkeys(_WORD.findall(text.lower())))
+    return [word for word, _ in counts.most_common(count)]
 
 
-def _majority(places: Places) -> int:
-    counts = np.bincount(places)
-    return int(next(place for place in places[::-1] if counts[place] == counts.max()))
+def _majority(label_ids: Places) -> int:
+    counts = np.bincount(label_ids)
+    return int(next(label_id for label_id in label_ids[::-1] if counts[label_id] == counts.max()))
 
 
-def _nothing_known() -> str:
-    raise MissingData(
-        "No training sample has an answer among the task's labels: there is nothing to say of a user without any."
+def _check_answers(name: str, task: Task) -> None:
+    if task.answer_field is None:
+        raise ConfigError(
+            f"{name} needs the answers in a history, and the items of {task.name} hold none (answer_field)."
+        )
+
+
+def _no_answers() -> MissingData:
+    return MissingData(
+        "No training sample has an answer among the task's labels, so there is no label for a user without answers."
     )

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from personaplug.baselines.history_prompt import HistoryWriter, Written
-from personaplug.baselines.retrievers import Dense, Retriever, open_retriever
+from personaplug.baselines.retrievers import Dense, Retrieval, Retriever, open_retriever
 from personaplug.baselines.ropg import RopgRetriever
 from personaplug.baselines.user_profiles import Profile, Profiles
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders.embedding_store import EmbeddingStore
-from personaplug.methods import Retrieval
 from personaplug.run import Models, Run
 
 

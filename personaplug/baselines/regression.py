@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 from scipy import sparse
@@ -19,11 +20,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 
+from personaplug.baselines.no_lm import Baseline, Predictor
 from personaplug.data.label_set import Array, LabelSet, Places, ratings
 from personaplug.data.records import HistoryItem, Options, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
-from personaplug.methods import Part
 
 _STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the ridge
 _FOLDS = 5
@@ -31,39 +32,44 @@ _LOOSENESS = 10.0  # of the logistic regressions; scikit-learn's C
 _STEPS = 2000
 
 
-class Answerer(Protocol):
-    """What answers samples without a language model."""
-
-    def answers(self, samples: Sequence[Sample]) -> list[str]:
-        """An answer to each sample, from its texts and the history it is shown."""
-        ...
+Part = Literal["both", "text", "history"]
 
 
-def fit_classical(task: Task, train: Sequence[Sample], *, part: Part) -> Answerer:
-    """Fit the regression that fits a task.
+@dataclass(frozen=True)
+class Regression(Baseline):
+    """The regression that fits a task.
 
-    Args:
-        task: with labels.
-        train: with answers and, unless `part` is "text", histories.
-        part: what it is told of a sample.
-    Raises:
-        ConfigError: if histories hold nothing that it could use, or all samples are of one user.
-        MissingData: if no training sample has an answer among the labels.
+    Attributes:
+        part: what it reads of a sample: its text, its history or both.
     """
-    closed = LabelSet(task.labels)
-    train = [sample for sample in train if closed.place(sample.target) >= 0]
-    if not train:
-        raise MissingData("No training sample has an answer among the task's labels: there is nothing to fit.")
-    if task.kind == "label":
-        finder = OptionFinder([sample.prompt for sample in train], task.labels)
-        if finder.everywhere:
-            return OptionModel(closed, finder, train, part=part)
-    if part != "text" and task.answer_field is None:
-        raise ConfigError(
-            f"classical uses the answers in a history, and the items of {task.name} hold none (answer_field); "
-            f"classical:text does without."
-        )
-    return (RatingModel if task.kind == "rating" else LabelModel)(closed, train, part=part)
+
+    part: Part = "both"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # derived from the part
+        return "classical" if self.part == "both" else f"classical:{self.part}"
+
+    def fit(self, task: Task, train: Sequence[Sample]) -> Predictor:
+        """Fit to samples with answers and, unless `part` is "text", histories.
+
+        Raises:
+            ConfigError: if histories hold nothing that it could use, or all samples are of one user.
+            MissingData: if no training sample has an answer among the labels.
+        """
+        label_set = LabelSet(task.labels)
+        train = [sample for sample in train if label_set.place(sample.target) >= 0]
+        if not train:
+            raise MissingData("No training sample has an answer among the task's labels: there is nothing to fit.")
+        if task.kind == "label":
+            finder = OptionFinder([sample.prompt for sample in train], task.labels)
+            if finder.everywhere:
+                return OptionModel(label_set, finder, train, part=self.part)
+        if self.part != "text" and task.answer_field is None:
+            raise ConfigError(
+                f"{self.name} uses the answers in a history, and the items of {task.name} hold none (answer_field); "
+                f"classical:text does without."
+            )
+        return (RatingModel if task.kind == "rating" else LabelModel)(label_set, train, part=self.part)
 
 
 class Words:
@@ -127,8 +133,8 @@ class RatingModel:
         self.strength = best_strength(rows, wanted, owners=[sample.owner for sample in train])
         self.ridge = Ridge(alpha=self.strength).fit(rows, wanted)
 
-    def answers(self, samples: Sequence[Sample]) -> list[str]:
-        """Labels, one per sample."""
+    def predict(self, samples: Sequence[Sample]) -> list[str]:
+        """Predict a label for each sample."""
         return [self.closed.nearest(value) for value in self.ridge.predict(self.features(samples))]
 
 
@@ -144,8 +150,8 @@ class LabelModel:
         if self._only is None:
             self._model.fit(self.features(train), places)
 
-    def answers(self, samples: Sequence[Sample]) -> list[str]:
-        """Labels, one per sample."""
+    def predict(self, samples: Sequence[Sample]) -> list[str]:
+        """Predict a label for each sample."""
         if self._only is not None:
             return [self.closed.labels[self._only]] * len(samples)
         return [self.closed.labels[place] for place in self._model.predict(self.features(samples))]
@@ -165,8 +171,8 @@ class OptionModel:
         self._model = LogisticRegression(C=_LOOSENESS, max_iter=_STEPS)
         self._model.fit(rows.reshape(-1, rows.shape[2]), right.reshape(-1))
 
-    def answers(self, samples: Sequence[Sample]) -> list[str]:
-        """Labels, one per sample."""
+    def predict(self, samples: Sequence[Sample]) -> list[str]:
+        """Predict a label for each sample."""
         rows = self.advantages(samples)
         scores = self._model.decision_function(rows.reshape(-1, rows.shape[2])).reshape(len(samples), -1)
         return [self.closed.labels[place] for place in scores.argmax(axis=1)]

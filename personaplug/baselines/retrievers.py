@@ -10,6 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -45,6 +46,24 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)
 _METHODS = ("bm25", "recency", "random", "dense")
 _DRAWN_ITEMS = 11  # sets these draws apart from others of the same seed
 _KEPT_QUERIES = 1 << 14
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Which texts of a history stand in the prompt.
+
+    Attributes:
+        method: name of a retriever, one of `RETRIEVERS`.
+        items: how many, the best first.
+    """
+
+    method: str
+    items: int
+
+    @property
+    def name(self) -> str:
+        """The name in rows, such as `bm25:4`."""
+        return f"{self.method}:{self.items}"
 
 
 class Retriever(Protocol):

@@ -66,7 +66,7 @@ class RopgRetriever(nn.Module):
         """
         if not (folder / _WEIGHTS).exists():
             raise MissingData(
-                f"{folder} holds no trained retriever. `personaplug train --conditions ropg:4` makes one."
+                f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one."
             )
         retriever = cls(width)
         retriever.load_state_dict(load_file(folder / _WEIGHTS))

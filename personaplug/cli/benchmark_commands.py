@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from personaplug.cli.options import FOLDER, skip_bad_option, tell_read
+from personaplug.cli.options import FOLDER, methods_option, skip_bad_option, tell_read
 from personaplug.errors import ConfigError, MissingData
 
 
@@ -18,7 +18,7 @@ from personaplug.errors import ConfigError, MissingData
 @click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
 @click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
 @click.option("--seeds", default="", help="Only these seeds, comma-separated.")
-@click.option("--conditions", default="", help="Only these rows, comma-separated.")
+@methods_option("", "Only these rows, comma-separated.")
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), help="YAML of settings for every table of it."
 )
@@ -31,26 +31,25 @@ def bench(
     experiments: Path,
     sets: str,
     seeds: str,
-    conditions: str,
+    methods: str,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Run an experiment, NAME or a YAML file: sets × conditions × seeds. Finished cells are never run again.
+    """Run an experiment, NAME or a YAML file: sets × rows × seeds. Finished trials are never run again.
 
-    Cells are kept as they come and results written set by set, under --results; `personaplug report` makes tables and
+    Trials are saved as they come and results written set by set, under --results; `personaplug report` makes tables and
     figures of them.
     """
-    from personaplug.evaluation.benchmark import Places
-    from personaplug.evaluation.benchmark import bench as run_bench
+    from personaplug.evaluation.benchmark import Folders, run_benchmark
     from personaplug.evaluation.experiment import find_experiment, load_experiment
 
     experiment = load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings)
-    outcome = run_bench(
+    outcome = run_benchmark(
         experiment,
-        Places(data, out, results),
+        Folders(data, out, results),
         sets=_words(sets),
         seeds=_whole_numbers(seeds, "--seeds"),
-        conditions=_words(conditions),
+        methods=_words(methods),
     )
     for path in outcome.written:
         click.echo(str(path))

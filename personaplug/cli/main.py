@@ -20,6 +20,7 @@ from personaplug.cli.options import (
     check_same_task,
     data_option,
     device_of,
+    methods_option,
     show,
     skip_bad_option,
     task_option,
@@ -171,9 +172,8 @@ def encode(
 @vectors_option
 @task_option
 @skip_bad_option
-@click.option(
-    "--conditions",
-    help="Train what these rows of a table need, such as plug+bm25:1,lora.  [default: the plug and instruction-only]",
+@methods_option(
+    None, "Train what these rows of a table need, such as plug+bm25:1,lora.  [default: the plug and instruction-only]"
 )
 @with_settings("model", "plug", "training", "retrieval", "adapter")
 def train(
@@ -182,7 +182,7 @@ def train(
     vectors: Path | None,
     task: str | None,
     skip_bad: int,
-    conditions: str | None,
+    methods: str | None,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
@@ -191,13 +191,13 @@ def train(
     Under `accelerate launch --multi_gpu --num_processes N -m personaplug train …` N processes share each batch out.
     """
     from personaplug.data import load_task, open_dataset
-    from personaplug.methods import needed, parse_conditions
+    from personaplug.methods import needed_parts, parse_methods
     from personaplug.run import Run, open_models
-    from personaplug.training.recipes import train as train_run
+    from personaplug.training.parts import train as train_run
 
     config = load_config(config_file, overrides=settings)
-    show(config, "model", "plug", "training", *(("retrieval", "adapter") if conditions else ()))
-    wanted = None if conditions is None else needed(parse_conditions(conditions))
+    show(config, "model", "plug", "training", *(("retrieval", "adapter") if methods else ()))
+    parts = None if methods is None else needed_parts(parse_methods(methods))
     connect(device_of(config))
     with synchronized():
         declared = load_task(data, task=task)
@@ -205,7 +205,7 @@ def train(
     with synchronized():
         reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
         models = open_models(config)
-    folders = train_run(run, reader, models=models, wanted=wanted)
+    folders = train_run(run, reader, models=models, parts=parts)
     disconnect()
     if not is_main():
         return
@@ -219,7 +219,7 @@ def train(
     tell_read(reader, "train")
     if config.training.train_limit:
         click.echo(f"of these samples {config.training.train_limit} were drawn (train_limit)", err=True)
-    if wanted == []:
+    if parts == []:
         click.echo("these rows need no training", err=True)
 
 
@@ -227,12 +227,7 @@ def train(
 @click.option("--run", "run_folder", type=click.Path(path_type=Path), help="A run made by `train`.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the data set.")
 @click.option("--split", default="dev", show_default=True)
-@click.option(
-    "--conditions",
-    default="plain,instruction-only,wrong-user,shuffled,plug",
-    show_default=True,
-    help="Rows of the table.",
-)
+@methods_option("plain,instruction-only,wrong-user,shuffled,plug", "Rows of the table.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results object here too.")
 @click.option("--lamp-gold", type=click.Path(path_type=Path), help="Score a file of predictions instead: the answers.")
 @click.option("--lamp-pred", type=click.Path(path_type=Path), help="The predictions, in LaMP's output format.")
@@ -242,7 +237,7 @@ def evaluate(
     run_folder: Path | None,
     data: Path | None,
     split: str,
-    conditions: str,
+    methods: str,
     lamp_gold: Path | None,
     lamp_pred: Path | None,
     json_file: Path | None,
@@ -254,7 +249,7 @@ def evaluate(
 
     Rows: plain, instruction-only, paper-plug, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
-    profile, profile+bm25:4; lora, plug+lora, lora-per-user; every personal row has its control, such as
+    profile, profile+bm25:4; lora, lora-per-user; every personal row has its control, such as
     bm25:4@wrong-user. Where labels are scored: instruction+labels. Where answers are written: plug+phrases,
     instruction+phrases, any of them with +phrases.
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
@@ -273,10 +268,10 @@ def evaluate(
     from personaplug.data import open_dataset
     from personaplug.evaluation.evaluator import evaluate as evaluate_run
     from personaplug.infra.atomic_io import write_json
-    from personaplug.methods import parse_conditions
+    from personaplug.methods import parse_methods
     from personaplug.run import Run, open_models
 
-    rows = parse_conditions(conditions)
+    rows = parse_methods(methods)
     run = Run.open(run_folder)
     config = load_config(config_file, overrides=settings, base=run.config)
     run.check_unchanged(config)
@@ -289,7 +284,7 @@ def evaluate(
         run,
         reader,
         split=split,
-        conditions=rows,
+        methods=rows,
         config=config.evaluation,
         models=open_models(config),
         oracle=oracle if oracle.exists() else None,
@@ -309,14 +304,14 @@ def evaluate(
 @click.option("--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`.")
 @data_option
 @click.option("--split", default="test", show_default=True)
-@click.option("--conditions", default="plug", show_default=True, help="Rows of a table; see `evaluate`.")
+@methods_option("plug", "Rows of a table; see `evaluate`.")
 @skip_bad_option
 @with_settings("evaluation")
 def predict(
     run_folder: Path,
     data: Path,
     split: str,
-    conditions: str,
+    methods: str,
     skip_bad: int,
     config_file: Path | None,
     settings: tuple[str, ...],
@@ -324,10 +319,10 @@ def predict(
     """Answer a split whose right answers are hidden, in LaMP's output format, to be scored elsewhere."""
     from personaplug.data import open_dataset
     from personaplug.evaluation.evaluator import predict as predict_run
-    from personaplug.methods import parse_conditions
+    from personaplug.methods import parse_methods
     from personaplug.run import Run, open_models
 
-    rows = parse_conditions(conditions)
+    rows = parse_methods(methods)
     run = Run.open(run_folder)
     # All samples, unless the command itself asks for fewer: whoever scores the file wants them all.
     base = load_config(overrides=["limit=0"], base=run.config)
@@ -339,7 +334,7 @@ def predict(
     if config.evaluation.limit:
         click.echo(f"only {config.evaluation.limit} samples are answered (limit={config.evaluation.limit})", err=True)
     train = train_of(data, rows, run=run, skip_bad=skip_bad)
-    paths = predict_run(run, reader, split=split, conditions=rows, config=config.evaluation, models=models, train=train)
+    paths = predict_run(run, reader, split=split, methods=rows, config=config.evaluation, models=models, train=train)
     for path in paths:
         click.echo(str(path))
 

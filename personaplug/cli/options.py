@@ -15,7 +15,7 @@ from personaplug.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from personaplug.data.task import Reader, Task
-    from personaplug.methods import Condition
+    from personaplug.methods import Method
     from personaplug.run import Run
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -54,6 +54,13 @@ skip_bad_option = click.option(
     metavar="N",
     help="Pass over at most N broken records; the number is printed.",
 )
+
+
+def methods_option(default: str | None, help: str) -> Callable[[Command], Command]:
+    """Give a command the option that names rows of a table."""
+    return click.option("--methods", "--conditions", "methods", default=default, show_default=bool(default), help=help)
+
+
 vectors_option = click.option(
     "--vectors",
     type=click.Path(path_type=Path),
@@ -98,11 +105,11 @@ def check_same_task(data: Path, task: Task) -> None:
         click.echo(f"{data} holds {declared.name}; it is read as {task.name}, which the run was trained on", err=True)
 
 
-def train_of(data: Path, rows: Sequence[Condition], *, run: Run, skip_bad: int) -> Reader | None:
-    """The training split, where some rows are fitted on it as the table is filled."""
+def train_of(data: Path, rows: Sequence[Method], *, run: Run, skip_bad: int) -> Reader | None:
+    """Return the training split if some rows are fitted on it when the table is filled."""
     from personaplug.data import open_dataset
 
-    if not any(row.rule is not None and row.rule.fitted for row in rows):
+    if not any(row.needs_train_split for row in rows):
         return None
     return open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=run.config.plug.max_history)
 

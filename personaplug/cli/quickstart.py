@@ -21,10 +21,11 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import reply
 from personaplug.infra.atomic_io import write_json
-from personaplug.methods import DEFAULT, condition_of
+from personaplug.methods import find_method
+from personaplug.methods.registry import DEFAULT
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
-from personaplug.training.recipes import train
+from personaplug.training.parts import train
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def run_quickstart(
         run,
         reader,
         split="dev",
-        conditions=[condition_of(name) for name in DEFAULT],
+        methods=[find_method(name) for name in DEFAULT],
         config=config.evaluation,
         models=models,
         oracle=data / "dev_oracle.json",

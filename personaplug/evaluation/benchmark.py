@@ -1,11 +1,11 @@
-"""A bench: runs an experiment cell by cell, never a finished one again, and writes results as they come.
+"""Run an experiment trial by trial: never a finished one again, and results are written as they come.
 
-    OUT/NAME/[VARIANT/]SET/           the runs: vectors, trained parts, answers; may be deleted at any time
-    RESULTS/NAME/[VARIANT/]SET.json   the results object; beside it SET.cells.jsonl, which grows cell by cell and from
-                                      which a stopped bench goes on
+    OUT/NAME/[VARIANT/]SET/           the runs: vectors, trained parts, predictions; may be deleted at any time
+    RESULTS/NAME/[VARIANT/]SET.json   the results object; beside it SET.trials.jsonl, which grows trial by trial; a
+                                      stopped benchmark resumes from it
 
-A cell is one (variant, set, condition, seed). It is finished if a cell of the same key is in the file: the key covers
-the config, the data files, the condition and the seed; not the code, so a change of method wants a new experiment.
+A trial is one (variant, set, row, seed). It is finished if a trial of the same key is in the file. The key covers the
+config, the data files, the row and the seed, and not the code: a change of method wants a new experiment.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ import torch
 
 from personaplug.analysis.results import Settings, build_results, history_thirds, with_subgroups
 from personaplug.analysis.trials import EvalSamples, Trial, TrialFile
-from personaplug.baselines.heuristics import check_rules
-from personaplug.config import Config, EvaluationConfig, ModelConfig
+from personaplug.config import Config, ModelConfig
 from personaplug.data import load_task, open_dataset
+from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
-from personaplug.evaluation.evaluator import Evaluation, settings_of, with_remarks
-from personaplug.evaluation.experiment import WHOLE, Experiment, Probe
+from personaplug.evaluation.evaluator import Evaluator, settings_of, with_remarks
+from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
 from personaplug.infra.atomic_io import write_json
-from personaplug.methods import Condition, Trained, needed
+from personaplug.methods import Method, needed_parts
 from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, resolved, versions
-from personaplug.training.recipes import Trainings
+from personaplug.training.parts import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a bench.
+    """What came of a benchmark.
 
     Attributes:
         written: results files.
-        absent: tables whose model or set is not here, and why.
+        absent: tables whose model or set is missing, and why.
         failed: rows that could not be filled, and why.
         left_out: rows and variants that have no meaning on a set, and why.
     """
@@ -55,8 +55,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a bench reads and writes.
+class Folders:
+    """Where a benchmark reads and writes.
 
     Attributes:
         data: folder of the sets' folders.
@@ -69,43 +69,34 @@ class Places:
     results: Path
 
 
-def bench(
+def run_benchmark(
     experiment: Experiment,
-    places: Places,
+    folders: Folders,
     *,
     sets: Sequence[str] = (),
     seeds: Sequence[int] = (),
-    conditions: Sequence[str] = (),
+    methods: Sequence[str] = (),
 ) -> Outcome:
     """Fill an experiment's tables, one after the other.
 
     Args:
         sets: only these of the experiment's; several processes may share out the sets among them.
-        seeds: only these; all of a table go together, since they read the same prompts.
-        conditions: only these rows.
+        seeds: only these; the seeds of a table go together, because they read the same prompts.
+        methods: only these rows.
     Raises:
-        ConfigError: if it has no such set, seed or row.
+        ConfigError: if the experiment has no such set, seed or row.
     """
-    known = {seed for config in experiment.configs.values() for seed in config.training.seeds}
-    rows = [condition.name for condition in experiment.conditions]
-    if set(seeds) - known:
-        raise ConfigError(f"{experiment.name} has the seeds {sorted(known)}; found {sorted(seeds)}.")
-    for what, asked, there in (("set", sets, experiment.sets), ("row", conditions, rows)):
-        unknown = [name for name in asked if name not in there]
-        if unknown:
-            raise ConfigError(
-                f"{', '.join(unknown)}: no {what} of {experiment.name}, whose {what}s are {', '.join(there)}."
-            )
-    opened = _OpenModels()
+    _check_selection(experiment, sets=sets, seeds=seeds, methods=methods)
+    models = _ModelCache()
     tables = [
-        _Table(experiment, places, variant=variant, name=name, opened=opened)
+        _Table(experiment, folders, variant=variant, name=name, models=models)
         for variant in experiment.variants
         for name in experiment.sets
         if not sets or name in sets
     ]
-    wanted = [condition for condition in experiment.conditions if not conditions or condition.name in conditions]
+    selected = [method for method in experiment.methods if not methods or method.name in methods]
     for table in tables:
-        table.fill(wanted, seeds=[seed for seed in table.config.training.seeds if not seeds or seed in seeds])
+        table.fill(selected, seeds=[seed for seed in table.config.training.seeds if not seeds or seed in seeds])
     return Outcome(
         [table.target for table in tables if not table.absent and table.target.exists()],
         [table.absent for table in tables if table.absent],
@@ -114,211 +105,37 @@ def bench(
     )
 
 
-class _Table:
-    """The cells of one variant on one set."""
-
-    def __init__(self, experiment: Experiment, places: Places, *, variant: str, name: str, opened: _OpenModels) -> None:
-        self.experiment, self.variant, self.name, self.opened = experiment, variant, name, opened
-        self.config = experiment.configs[variant, name]
-        self.data = places.data / name
-        self.folder = places.out / (experiment.runs or experiment.name) / variant / name
-        self.target = places.results / experiment.name / variant / f"{name}.json"
-        self.title = " ".join(part for part in (experiment.name, variant, name) if part)
-        self.failed: list[str] = []
-        self.left_out: list[str] = []
-        self.absent = ""
-
-    def fill(self, conditions: Sequence[Condition], *, seeds: Sequence[int]) -> None:
-        """Make the cells of some rows and seeds that are missing, then write the results, even if stopped halfway.
-
-        What cannot be made is noted in `absent` or `failed` and does not keep other cells from being made.
-        """
-        try:
-            conditions = self._fitting(conditions)
-            for probe in (WHOLE, *self._probes()):
-                self._fill(conditions, seeds, probe)
-        except (MissingModel, MissingData) as error:
-            self.absent = self._told(self.title, error)
-        finally:
-            if not self.absent:
-                self.write()
-
-    def _fill(self, conditions: Sequence[Condition], seeds: Sequence[int], probe: Probe) -> None:
-        file = self._file(probe)
-        file.turn_to(self._samples_key())
-        scored, cells = file.read()
-        known = {cell.key for cell in cells}
-        # Row by row and not seed by seed: where the seeds of a row read the same prompts, they are read once.
-        wanted = [(condition, seed) for condition in conditions for seed in self._seeds(condition) if seed in seeds]
-        missing = {key: one for one in wanted if (key := self._key(*one, probe)) not in known}
-        if not missing:
-            return
-        trainings, evaluation = self._opened(probe)
-        if scored is None:
-            file.start(replace(evaluation.scored, about=self._about(evaluation), key=self._samples_key()))
-        # All trainings first: those on the same prompts read them once, before the split's take their place.
-        untrained = self._train(list(missing.values()), trainings)
-        for key, (condition, seed) in missing.items():
-            if untrained.intersection((need, seed) for need in condition.needs):
-                continue
-            logger.info("%s: %s, seed %d%s", self.title, condition.name, seed, probe.name and f", {probe.name}")
-            try:
-                cell = evaluation.cell(condition, seed=seed)
-            except (UserError, TrainingDiverged) as error:
-                self.failed.append(self._told(f"{self.title}, {condition.name}, seed {seed}", error))
-            else:
-                file.append(replace(cell, key=key, made_with=_made_with(evaluation.models)))
-
-    def _fitting(self, conditions: Sequence[Condition]) -> list[Condition]:
-        """The rows without those rules that have no meaning on this set: a median of categories, say.
-
-        None of a variant that has none: a prior of labels where no item holds a label.
-        """
-        task, found = load_task(self.data), []
-        try:
-            resolved(self.config, task)
-        except ConfigError as error:
-            if not self.variant:
-                raise
-            self.left_out.append(f"{self.title}: {error}")
-            return []
-        for condition in conditions:
-            try:
-                check_rules([condition], task)
-            except ConfigError as error:
-                self.left_out.append(f"{self.title}, {condition.name}: {error}")
-            else:
-                found.append(condition)
-        return found
-
-    def _train(self, cells: Sequence[tuple[Condition, int]], trainings: Trainings) -> set[tuple[Trained, int]]:
-        """Train what some cells need; what could not be."""
-        untrained: set[tuple[Trained, int]] = set()
-        for need in needed([condition for condition, _ in cells]):
-            for seed in dict.fromkeys(seed for condition, seed in cells if need in condition.needs):
-                try:
-                    trainings.train(need, seed=seed)
-                except (UserError, TrainingDiverged) as error:
-                    self.failed.append(self._told(f"{self.title}, {need.name}, seed {seed}", error))
-                    untrained.add((need, seed))
-        return untrained
-
-    def _told(self, what: str, error: PersonaPlugError) -> str:
-        told = f"{what}: {error}"
-        logger.warning("%s", told)
-        return told
-
-    def write(self) -> None:
-        """Write the results of the cells that there are."""
-        scored, cells = self._kept(WHOLE)
-        if scored is None:
-            return
-        task = load_task(self.data)
-        settings = settings_of(task, self.config.evaluation)
-        results = with_remarks(build_results(scored, cells, settings=settings), task)
-        if self.experiment.slices:
-            slices = history_thirds(scored.history_items)
-            results = with_subgroups(results, scored, cells, slices=slices, settings=settings)
-        for curve in self.experiment.curves:
-            results |= {"slices": [*results.get("slices", []), *self._points(curve, results, settings)]}
-        write_json(self.target, results)
-
-    def _probes(self) -> list[Probe]:
-        return [probe for curve in self.experiment.curves for probe in curve if probe.changes]
-
-    def _points(self, curve: Sequence[Probe], whole: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
-        """The rows by the number of items shown, or by strength; those of the table proper at their place."""
-        proper = {"rows": whole["rows"], "pairs": whole["pairs"]}
-        points = [(probe, self._at(probe, settings) if probe.changes else proper) for probe in curve]
-        return [{"name": probe.name} | point for probe, point in points if point]
-
-    def _seeds(self, condition: Condition) -> Sequence[int]:
-        """The seeds that a row is answered with."""
-        seeds = self.config.training.seeds
-        return seeds if condition.seeded else seeds[:1]
-
-    def _opened(self, probe: Probe) -> tuple[Trainings, Evaluation]:
-        task, models = load_task(self.data), self.opened.get(self.config)
-        run = Run.create(self.folder, config=self.config, task=task)
-        train, split = (
-            open_dataset(self.data, split, task=task, max_history=self.config.plug.max_history)
-            for split in ("train", self.experiment.split)
-        )
-        # First, since it notes what the run is trained on, which the evaluation tells.
-        trainings = Trainings(run, train, models=models)
-        config = self._evaluated(probe)
-        name = f"{self.experiment.split}-{_label(probe)}" if probe.changes else self.experiment.split
-        return trainings, Evaluation(run, split, split=name, config=config, models=models, train=train)
-
-    def _kept(self, probe: Probe) -> tuple[EvalSamples | None, list[Trial]]:
-        """The cells that are of this experiment as it stands, in its order of conditions and seeds."""
-        scored, cells = self._file(probe).read()
-        if scored is None or scored.key != self._samples_key():
-            return None, []  # of other samples
-        # What may change from one cell to the next is told as it is now.
-        scored = replace(scored, about=scored.about | {"config": asdict(self.config)})
-        held = {cell.key: cell for cell in cells}
-        keys = [
-            self._key(condition, seed, probe)
-            for condition in self.experiment.conditions
-            for seed in self.config.training.seeds
-        ]
-        found = [held[key] for key in keys if key in held]
-        return (scored if found else None), found
-
-    def _at(self, probe: Probe, settings: Settings) -> dict[str, Any] | None:
-        scored, cells = self._kept(probe)
-        if scored is None:
-            return None
-        part = build_results(replace(scored, about={}), cells, settings=settings)
-        return {"rows": part["rows"], "pairs": part["pairs"]}
-
-    def _evaluated(self, probe: Probe) -> EvaluationConfig:
-        return replace(self.config.evaluation, **probe.changes)  # type: ignore[arg-type]
-
-    def _file(self, probe: Probe) -> TrialFile:
-        middle = f".{_label(probe)}" if probe.changes else ""
-        return TrialFile(self.target.with_name(f"{self.name}{middle}.cells.jsonl"))
-
-    @cached_property
-    def _data_key(self) -> str:
-        return _data_key(self.data, self.experiment.split)
-
-    def _samples_key(self) -> str:
-        config = self.config.evaluation
-        drawn = [config.limit, config.draw_seed, self.config.plug.max_history, self.experiment.split]
-        return _hash([self._data_key, *drawn])
-
-    def _key(self, condition: Condition, seed: int, probe: Probe) -> str:
-        about = asdict(self.config)
-        about["evaluation"] |= probe.changes
-        for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
-            section, _, key = name.partition(".")
-            del about[section][key]
-        return _hash([about, self._data_key, condition.name, seed])
-
-    def _about(self, evaluation: Evaluation) -> dict[str, Any]:
-        """What the results say of themselves; trainings come and go and are told by the run."""
-        told = {key: value for key, value in evaluation.scored.about.items() if key != "training"}
-        mine = {"experiment": self.experiment.name, "title": self.experiment.title, "set": self.name}
-        return mine | ({"variant": self.variant} if self.variant else {}) | told
+def _check_selection(
+    experiment: Experiment, *, sets: Sequence[str], seeds: Sequence[int], methods: Sequence[str]
+) -> None:
+    known_seeds = {seed for config in experiment.configs.values() for seed in config.training.seeds}
+    if set(seeds) - known_seeds:
+        raise ConfigError(f"{experiment.name} has the seeds {sorted(known_seeds)}; found {sorted(seeds)}.")
+    rows = [method.name for method in experiment.methods]
+    for kind, selected, known in (("set", sets, experiment.sets), ("row", methods, rows)):
+        unknown = [name for name in selected if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"{', '.join(unknown)}: no {kind} of {experiment.name}, whose {kind}s are {', '.join(known)}."
+            )
 
 
-class _OpenModels:
-    """The models of the last config asked for, which the next one may share."""
-
-    def __init__(self) -> None:
-        self.of: ModelConfig | None = None
-        self.models: Models | None = None
-
-    def get(self, config: Config) -> Models:
-        if self.models is None or self.of != config.model:
-            self.models = None  # before the next ones take its place in memory
-            self.of, self.models = config.model, open_models(config)
-        return self.models
+def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: SweepPoint = WHOLE) -> str:
+    """Return a hash of everything that a trial's scores depend on; settings of speed and place are left out."""
+    settings = asdict(config)
+    settings["evaluation"] |= point.changes
+    for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
+        section, _, key = name.partition(".")
+        del settings[section][key]
+    return _hash([settings, data_hash, method, seed])
 
 
-def _data_key(folder: Path, split: str) -> str:
+def data_hash(folder: Path, split: str) -> str:
+    """Return a hash of a data set's files.
+
+    Raises:
+        MissingData: if the folder holds no data set.
+    """
     digest = hashlib.sha256()
     files = sorted(path for part in ("train", split) for path in folder.glob(f"{part}_*.json*"))
     if not files:
@@ -331,17 +148,222 @@ def _data_key(folder: Path, split: str) -> str:
     return digest.hexdigest()
 
 
+class _Table:
+    """The trials of one variant on one set."""
+
+    def __init__(
+        self, experiment: Experiment, folders: Folders, *, variant: str, name: str, models: _ModelCache
+    ) -> None:
+        self.experiment, self.variant, self.name, self.models = experiment, variant, name, models
+        self.config = experiment.configs[variant, name]
+        self.data = folders.data / name
+        self.folder = folders.out / (experiment.runs or experiment.name) / variant / name
+        self.target = folders.results / experiment.name / variant / f"{name}.json"
+        self.title = " ".join(part for part in (experiment.name, variant, name) if part)
+        self.failed: list[str] = []
+        self.left_out: list[str] = []
+        self.absent = ""
+
+    def fill(self, methods: Sequence[Method], *, seeds: Sequence[int]) -> None:
+        """Make the missing trials of some rows and seeds, then write the results, even if stopped halfway.
+
+        A trial that cannot be made is noted in `absent` or `failed` and does not keep others from being made.
+        """
+        try:
+            methods = self._suitable(methods)
+            for point in (WHOLE, *self._points()):
+                self._fill(methods, seeds, point)
+        except (MissingModel, MissingData) as error:
+            self.absent = _logged(self.title, error)
+        finally:
+            if not self.absent:
+                self.write()
+
+    def write(self) -> None:
+        """Write the results of the trials that there are."""
+        samples, trials = self._finished(WHOLE)
+        if samples is None:
+            return
+        settings = settings_of(self.task, self.config.evaluation)
+        results = build_results(samples, trials, settings=settings)
+        present = {trial.condition for trial in trials}
+        methods = [method for method in self.experiment.methods if method.name in present]
+        results = with_remarks(results, methods, self.task)
+        if self.experiment.subgroups:
+            groups = history_thirds(samples.history_items)
+            results = with_subgroups(results, samples, trials, slices=groups, settings=settings)
+        for curve in self.experiment.curves:
+            results |= {"slices": [*results.get("slices", []), *self._curve(curve, results, settings)]}
+        write_json(self.target, results)
+
+    @cached_property
+    def task(self) -> Task:
+        return load_task(self.data)
+
+    # ---- which trials
+
+    def _suitable(self, methods: Sequence[Method]) -> list[Method]:
+        """Return the rows that have a meaning on this set; none if the variant has none."""
+        try:
+            resolved(self.config, self.task)
+        except ConfigError as error:
+            if not self.variant:
+                raise
+            self.left_out.append(f"{self.title}: {error}")
+            return []
+        suitable = []
+        for method in methods:
+            try:
+                method.check(self.task)
+            except ConfigError as error:
+                self.left_out.append(f"{self.title}, {method.name}: {error}")
+            else:
+                suitable.append(method)
+        return suitable
+
+    def _missing(
+        self, methods: Sequence[Method], seeds: Sequence[int], *, point: SweepPoint, finished: set[str]
+    ) -> dict[str, tuple[Method, int]]:
+        """Return the trials that are not finished by key, row by row: the seeds of a row read the same prompts."""
+        trials = [(method, seed) for method in methods for seed in self._seeds(method) if seed in seeds]
+        return {key: (m, seed) for m, seed in trials if (key := self._key(m, seed, point)) not in finished}
+
+    def _seeds(self, method: Method) -> Sequence[int]:
+        seeds = self.config.training.seeds
+        return seeds if method.info.is_seeded else seeds[:1]
+
+    def _points(self) -> list[SweepPoint]:
+        return [point for curve in self.experiment.curves for point in curve if point.changes]
+
+    # ---- making trials
+
+    def _fill(self, methods: Sequence[Method], seeds: Sequence[int], point: SweepPoint) -> None:
+        file = self._file(point)
+        file.turn_to(self._samples_key)
+        samples, finished = file.read()
+        missing = self._missing(methods, seeds, point=point, finished={trial.key for trial in finished})
+        if not missing:
+            return
+        trainings, evaluator = self._opened(point)
+        if samples is None:
+            file.start(replace(evaluator.eval_samples, about=self._about(evaluator), key=self._samples_key))
+        # All trainings first: those with the same prompts read them once, before the split's take their place.
+        untrained = self._train(list(missing.values()), trainings)
+        for key, (method, seed) in missing.items():
+            if untrained.intersection((part, seed) for part in method.requires):
+                continue
+            logger.info("%s: %s, seed %d%s", self.title, method.name, seed, point.name and f", {point.name}")
+            try:
+                trial = evaluator.trial(method, seed=seed)
+            except (UserError, TrainingDiverged) as error:
+                self.failed.append(_logged(f"{self.title}, {method.name}, seed {seed}", error))
+            else:
+                file.append(replace(trial, key=key, made_with=_made_with(trainings.models)))
+
+    def _train(self, trials: Sequence[tuple[Method, int]], trainings: Trainings) -> set[tuple[TrainedPart, int]]:
+        """Train what some trials need, and return what could not be trained."""
+        untrained: set[tuple[TrainedPart, int]] = set()
+        for part in needed_parts([method for method, _ in trials]):
+            for seed in dict.fromkeys(seed for method, seed in trials if part in method.requires):
+                try:
+                    trainings.train(part, seed=seed)
+                except (UserError, TrainingDiverged) as error:
+                    self.failed.append(_logged(f"{self.title}, {part.name}, seed {seed}", error))
+                    untrained.add((part, seed))
+        return untrained
+
+    def _opened(self, point: SweepPoint) -> tuple[Trainings, Evaluator]:
+        models = self.models.get(self.config)
+        run = Run.create(self.folder, config=self.config, task=self.task)
+        train, split = (
+            open_dataset(self.data, name, task=self.task, max_history=self.config.plug.max_history)
+            for name in ("train", self.experiment.split)
+        )
+        # The trainings first: they note the training data, which the evaluator reports.
+        trainings = Trainings(run, train, models=models)
+        config = replace(self.config.evaluation, **point.changes)
+        name = f"{self.experiment.split}-{point.file_name}" if point.changes else self.experiment.split
+        return trainings, Evaluator(run, split, split=name, config=config, models=models, train=train)
+
+    # ---- finished trials
+
+    def _finished(self, point: SweepPoint) -> tuple[EvalSamples | None, list[Trial]]:
+        """Return the trials of the experiment as it stands, in its order of rows and seeds."""
+        samples, trials = self._file(point).read()
+        if samples is None or samples.key != self._samples_key:
+            return None, []
+        samples = replace(samples, about=samples.about | {"config": asdict(self.config)})
+        by_key = {trial.key: trial for trial in trials}
+        keys = [
+            self._key(method, seed, point) for method in self.experiment.methods for seed in self.config.training.seeds
+        ]
+        finished = [by_key[key] for key in keys if key in by_key]
+        return (samples if finished else None), finished
+
+    def _curve(self, curve: Sequence[SweepPoint], whole: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+        """Return the rows at each point of a curve; those of the table itself at their place in it."""
+        own = {"rows": whole["rows"], "pairs": whole["pairs"]}
+        parts = [(point, self._at(point, settings) if point.changes else own) for point in curve]
+        return [{"name": point.name} | part for point, part in parts if part]
+
+    def _at(self, point: SweepPoint, settings: Settings) -> dict[str, Any] | None:
+        samples, trials = self._finished(point)
+        if samples is None:
+            return None
+        part = build_results(replace(samples, about={}), trials, settings=settings)
+        return {"rows": part["rows"], "pairs": part["pairs"]}
+
+    def _file(self, point: SweepPoint) -> TrialFile:
+        middle = f".{point.file_name}" if point.changes else ""
+        return TrialFile(self.target.with_name(f"{self.name}{middle}.trials.jsonl"))
+
+    @cached_property
+    def _data_hash(self) -> str:
+        return data_hash(self.data, self.experiment.split)
+
+    @cached_property
+    def _samples_key(self) -> str:
+        config = self.config.evaluation
+        drawn = [config.limit, config.draw_seed, self.config.plug.max_history, self.experiment.split]
+        return _hash([self._data_hash, *drawn])
+
+    def _key(self, method: Method, seed: int, point: SweepPoint) -> str:
+        return trial_key(self.config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)
+
+    def _about(self, evaluator: Evaluator) -> dict[str, Any]:
+        """Return what the results say of themselves; trainings come and go, so the run describes them."""
+        about = {key: value for key, value in evaluator.eval_samples.about.items() if key != "training"}
+        own = {"experiment": self.experiment.name, "title": self.experiment.title, "set": self.name}
+        return own | ({"variant": self.variant} if self.variant else {}) | about
+
+
+class _ModelCache:
+    """The models of the last config, which the next one may share."""
+
+    def __init__(self) -> None:
+        self.config: ModelConfig | None = None
+        self.models: Models | None = None
+
+    def get(self, config: Config) -> Models:
+        if self.models is None or self.config != config.model:
+            self.models = None  # free the memory before the next models take it
+            self.config, self.models = config.model, open_models(config)
+        return self.models
+
+
+def _logged(title: str, error: PersonaPlugError) -> str:
+    message = f"{title}: {error}"
+    logger.warning("%s", message)
+    return message
+
+
 def _made_with(models: Models) -> str:
-    """What a cell's numbers may depend on beside its key, in a line."""
-    known = {**versions(), "processor": machine()["processor"]}
+    """Return what a trial's numbers may depend on beside its key, in a line."""
+    facts = {**versions(), "processor": machine()["processor"]}
     if models.llm.device.type == "cuda":
-        known["gpu"] = torch.cuda.get_device_name(models.llm.device)
-    return ", ".join(f"{name} {value}" for name, value in known.items())
+        facts["gpu"] = torch.cuda.get_device_name(models.llm.device)
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def _hash(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _label(probe: Probe) -> str:
-    return probe.name.replace("=", "-")

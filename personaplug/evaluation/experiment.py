@@ -1,18 +1,18 @@
-"""An experiment: sets × conditions × seeds × variants of a config, as one YAML file says it.
+"""An experiment: sets × rows × seeds × variants of a config, as a YAML file.
 
 title: Retrieval beside the plug
-paper: Table 3
+paper: Table 3                        the table or figure of PPlug that it repeats
 sets: [Movie_stars, LaMP_7]           folders under the data folder
 split: dev
-conditions: [plain, plug, wrong-user, plug+bm25:1]
-base: ../configs/paper-faithful.yaml  a config to start from, beside this file
+methods: [plain, plug, wrong-user, plug+bm25:1]
+base: ../configs/small.yaml           a config to start from, beside this file
 config: {training: {seeds: [0, 1, 2]}, limit: 200}
 per_set: {LaMP_7: {max_new_tokens: 40}}
-variants: {bge: {encoder: BAAI/bge-base-en-v1.5}}    one table each; without any, one table
-slices: history-thirds                the same rows for users with short, medium and long histories
-max_eval_history: [0, 1, 2, 5, 10]         the same rows with so many of the latest items only (a cold-start curve)
-persona_scales: [0, 0.5, 1.5]            the same rows at these scales
-runs: main-table                      the experiment whose trained parts serve here too; its own by default
+variants: {bge: {encoder: BAAI/bge-base-en-v1.5}}    one table for each; without any, one table
+subgroups: history-thirds             the same rows for users with short, medium and long histories
+max_eval_history: [0, 1, 2, 5, 10]    the same rows with this many latest items only (a cold-start curve)
+persona_scales: [0, 0.5, 1.5]         the same rows at these scales
+runs: main-table                      the experiment whose trained parts are used; its own by default
 """
 
 from __future__ import annotations
@@ -20,45 +20,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from personaplug.config import MAX_PERSONA_SCALE, Config
 from personaplug.config_parsing import flatten, load_config, read_yaml, with_values
 from personaplug.errors import ConfigError, MissingData, nearest
-from personaplug.methods import Condition, parse_conditions
-
-_KEYS = (
-    "title",
-    "paper",
-    "sets",
-    "split",
-    "conditions",
-    "base",
-    "config",
-    "per_set",
-    "variants",
-    "slices",
-    "max_eval_history",
-    "persona_scales",
-    "runs",
-)
-_SLICES = ("history-thirds",)
+from personaplug.methods import Method, parse_methods
 
 
 @dataclass(frozen=True)
-class Probe:
-    """The same trained rows, asked under another setting of the evaluation.
+class SweepPoint:
+    """The same trained rows under another setting of the evaluation.
 
     Attributes:
-        name: as results write it, such as "items=2"; "" for the table proper.
+        name: in results, such as "items=2"; "" for the table itself.
         changes: settings of the evaluation.
     """
 
     name: str = ""
-    changes: Mapping[str, float] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        """The name in file names."""
+        return self.name.replace("=", "-")
 
 
-WHOLE = Probe()
+WHOLE = SweepPoint()
+
+
+class _ExperimentFile(BaseModel):
+    """The keys of the YAML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str = ""
+    paper: str = ""
+    sets: list[str] = Field(min_length=1)
+    split: str = "dev"
+    methods: list[str] = Field(min_length=1)
+    base: str = ""
+    config: dict[str, Any] = Field(default_factory=dict)
+    per_set: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    subgroups: Literal["", "history-thirds"] = ""
+    max_eval_history: list[Annotated[int, Field(ge=0, strict=True)]] = Field(default_factory=list)
+    persona_scales: list[Annotated[float, Field(ge=0, le=MAX_PERSONA_SCALE)]] = Field(default_factory=list)
+    runs: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,17 +76,17 @@ class Experiment:
     """What is to be run.
 
     Attributes:
-        name: the file's, without its ending; results are kept under it.
+        name: the file's, without its ending; results are written under it.
         title: for people.
-        paper: which of the paper's tables or figures it repeats; empty if none.
+        paper: which table or figure of the paper it repeats; empty if none.
         sets: names of data folders.
         split: which split is scored.
-        conditions: the rows.
-        configs: the resolved config by (variant, set); the only variant of a plain experiment is "".
-        slices: "history-thirds" or "".
+        methods: the rows.
+        configs: the config by (variant, set); the only variant of a plain experiment is "".
+        subgroups: "history-thirds" or "".
         max_eval_history: numbers of latest items, for a cold-start curve.
-        strengths: of personas, for a curve too.
-        runs: the experiment in whose folder the trained parts lie; "" = its own.
+        persona_scales: of personas, for a curve.
+        runs: the experiment whose folder holds the trained parts; "" = its own.
     """
 
     name: str
@@ -84,23 +94,22 @@ class Experiment:
     paper: str
     sets: tuple[str, ...]
     split: str
-    conditions: tuple[Condition, ...]
+    methods: tuple[Method, ...]
     configs: Mapping[tuple[str, str], Config]
-    slices: str = ""
+    subgroups: str = ""
     max_eval_history: tuple[int, ...] = ()
     persona_scales: tuple[float, ...] = ()
     runs: str = ""
 
     @property
-    def curves(self) -> list[list[Probe]]:
-        """Each curve's points in order, the table proper among them under the name that it has there."""
-        items = [Probe(f"items={count}", {"max_eval_history": count}) for count in self.max_eval_history]
-        persona_scales = sorted({1.0, *self.persona_scales}) if self.persona_scales else []
-        strong = [
-            Probe(f"persona_scale={value:g}", {} if value == 1 else {"persona_scale": value})
-            for value in persona_scales
+    def curves(self) -> list[list[SweepPoint]]:
+        """The points of each curve in order; the table itself is one of them, under its name there."""
+        items = [SweepPoint(f"items={count}", {"max_eval_history": count}) for count in self.max_eval_history]
+        scales = sorted({1.0, *self.persona_scales}) if self.persona_scales else []
+        scaled = [
+            SweepPoint(f"persona_scale={scale:g}", {} if scale == 1 else {"persona_scale": scale}) for scale in scales
         ]
-        return [curve for curve in ([*items, Probe("items=all")], strong) if len(curve) > 1]
+        return [curve for curve in ([*items, SweepPoint("items=all")], scaled) if len(curve) > 1]
 
     @property
     def variants(self) -> list[str]:
@@ -109,101 +118,77 @@ class Experiment:
 
 
 def find_experiment(name: str, folder: Path) -> Path:
-    """The file of an experiment: a path, or the name of one in a folder.
+    """Return the file of an experiment: a path, or the name of one in a folder.
 
     Raises:
         MissingData: if there is none, with the names that there are.
     """
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return path
-    known = {found.stem: found for found in folder.glob("*.yaml")}
     if path.suffix in (".yaml", ".yml"):
-        raise MissingData(f"There is no file {path}.")
-    if name not in known:
-        there = nearest(name, known) if known else f"{folder} holds none, or is not there (see --experiments)."
-        raise MissingData(f"There is no experiment {name!r}; {there} A path to a YAML file is taken as well.")
-    return known[name]
+        if not path.is_file():
+            raise MissingData(f"There is no file {path}.")
+        return path
+    files = {file.stem: file for file in folder.glob("*.yaml")}
+    if name not in files:
+        hint = nearest(name, files) if files else f"{folder} holds none, or is not there (see --experiments)."
+        raise MissingData(f"There is no experiment {name!r}; {hint} A path to a YAML file is taken as well.")
+    return files[name]
 
 
 def load_experiment(path: Path, *, config_file: Path | None = None, settings: tuple[str, ...] = ()) -> Experiment:
     """Read an experiment.
 
     Args:
-        config_file: settings on top of its base, such as the paper's own sizes; those per set and variant win.
+        config_file: settings on top of its base, such as the paper's own sizes; those for a set or a variant win.
         settings: key=value words on top of every config in it; only variants win.
     Raises:
         MissingData: if the file is not there.
-        ConfigError: for an unknown key or row, or a setting that is wrong.
+        ConfigError: for an unknown key or row, or a wrong setting.
     """
-    told = read_yaml(path)
-    if not isinstance(told, dict) or not {"sets", "conditions"} <= told.keys():
-        raise ConfigError(f"{path} should name 'sets' and 'conditions'; see `personaplug bench --help`.")
-    for key in told:
-        if key not in _KEYS:
-            raise ConfigError(f"{path}: unknown key {key!r}; {nearest(str(key), _KEYS)}")
-    if told.get("slices", "") not in ("", *_SLICES):
-        raise ConfigError(f"{path}: 'slices' should be one of {', '.join(_SLICES)}; found {told['slices']!r}.")
-    sets = tuple(_names(told["sets"], "sets", path))
+    file = _validated(read_yaml(path), path)
     return Experiment(
         name=path.stem,
-        title=str(told.get("title", path.stem)),
-        paper=str(told.get("paper", "")),
-        sets=sets,
-        split=str(told.get("split", "dev")),
-        conditions=tuple(parse_conditions(",".join(_names(told["conditions"], "conditions", path)))),
-        configs=_configs(told, sets, path, over=_Over(config_file, settings)),
-        slices=str(told.get("slices", "")),
-        max_eval_history=tuple(_counts(told.get("max_eval_history", ()), path)),
-        persona_scales=tuple(_persona_scales(told.get("persona_scales", ()), path)),
-        runs=str(told.get("runs", "")),
+        title=file.title or path.stem,
+        paper=file.paper,
+        sets=tuple(file.sets),
+        split=file.split,
+        methods=tuple(parse_methods(",".join(file.methods))),
+        configs=_configs(file, path, config_file=config_file, settings=settings),
+        subgroups=file.subgroups,
+        max_eval_history=tuple(file.max_eval_history),
+        persona_scales=tuple(file.persona_scales),
+        runs=file.runs,
     )
 
 
-@dataclass(frozen=True)
-class _Over:
-    """What the command line puts on top of an experiment's configs."""
-
-    file: Path | None
-    words: tuple[str, ...]
+def _validated(values: Any, path: Path) -> _ExperimentFile:
+    known = tuple(_ExperimentFile.model_fields)
+    if not isinstance(values, dict) or not {"sets", "methods"} <= values.keys():
+        raise ConfigError(f"{path} should name 'sets' and 'methods'; see `personaplug bench --help`.")
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}; {nearest(str(key), known)}")
+    try:
+        return _ExperimentFile.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {where}: {first['msg']}; found {first['input']!r}.") from None
 
 
 def _configs(
-    told: Mapping[str, Any], sets: tuple[str, ...], path: Path, *, over: _Over
+    file: _ExperimentFile, path: Path, *, config_file: Path | None, settings: tuple[str, ...]
 ) -> dict[tuple[str, str], Config]:
-    base = load_config(path.parent / told["base"]) if told.get("base") else Config()
-    base = with_values(base, flatten(told.get("config")))
-    per_set, variants = told.get("per_set") or {}, told.get("variants") or {"": {}}
-    unknown = [name for name in per_set if name not in sets]
+    base = load_config(path.parent / file.base) if file.base else Config()
+    base = with_values(base, flatten(file.config))
+    unknown = [name for name in file.per_set if name not in file.sets]
     if unknown:
         raise ConfigError(f"{path}: per_set names {', '.join(unknown)}, which is not among its sets.")
     configs = {}
-    for variant, changes in variants.items():
-        for name in sets:
-            config = load_config(over.file, base=base)
-            config = load_config(overrides=over.words, base=with_values(config, flatten(per_set.get(name))))
+    for variant, changes in (file.variants or {"": {}}).items():
+        for name in file.sets:
+            config = load_config(config_file, base=base)
+            config = load_config(overrides=settings, base=with_values(config, flatten(file.per_set.get(name))))
             # Last, or a model named on the command line would make all variants the same.
-            configs[str(variant), name] = with_values(config, flatten(changes))
+            configs[variant, name] = with_values(config, flatten(changes))
     return configs
-
-
-def _names(value: object, key: str, path: Path) -> list[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{path}: {key!r} should be a list of names.")
-    return value
-
-
-def _counts(value: object, path: Path) -> list[int]:
-    if not isinstance(value, list | tuple) or not all(isinstance(count, int) and count >= 0 for count in value):
-        raise ConfigError(f"{path}: 'max_eval_history' should be a list of whole numbers from 0.")
-    return list(value)
-
-
-def _persona_scales(value: object, path: Path) -> list[float]:
-    if not isinstance(value, list | tuple) or not all(_is_persona_scale(one) for one in value):
-        raise ConfigError(f"{path}: 'persona_scales' should be a list of numbers from 0 to {MAX_PERSONA_SCALE}.")
-    return [float(one) for one in value]
-
-
-def _is_persona_scale(value: object) -> bool:
-    return isinstance(value, int | float) and 0 <= value <= MAX_PERSONA_SCALE

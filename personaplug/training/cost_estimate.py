@@ -23,7 +23,7 @@ from personaplug.infra.memory import peak_memory
 from personaplug.plug.model import PersonaPlug
 from personaplug.run import Models, Run, drawn, resolved
 from personaplug.training.objectives import PlugObjective
-from personaplug.training.recipes import build_plug, closed_answers
+from personaplug.training.parts import build_plug, closed_labels
 from personaplug.training.trainer import fit
 
 _INDEX_BYTES = 40  # of a row in the table's index, measured
@@ -236,7 +236,7 @@ def _fit(
     )
     stamps: list[float] = []
     fit(
-        PlugObjective(plug, models.llm, table=table, labels=closed_answers(run)),
+        PlugObjective(plug, models.llm, table=table, labels=closed_labels(run)),
         samples=_of_their_own(_encoded(run, samples, table), count=steps * batch_size + 1),
         config=settings,
         seed=0,

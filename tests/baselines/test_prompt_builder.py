@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from personaplug.baselines.prompt_builder import PromptBuilder
+from personaplug.baselines.retrievers import Retrieval
 from personaplug.baselines.user_profiles import Profile
 from personaplug.config_parsing import load_config
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task_registry import lamp_task
 from personaplug.errors import MissingData
-from personaplug.methods import Retrieval
 from personaplug.run import Run, open_models
 
 WORDS = ("ant", "bee", "cat", "dog", "eel")

@@ -28,20 +28,20 @@ def _call(*words: object) -> Result:
 
 def test_rows_of_a_table_are_trained_on_demand(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = _call("train", "--data", data, "--out", out, "--conditions", "plug+bm25:1,instruction-only", *TOY)
+    done = _call("train", "--data", data, "--out", out, "--methods", "plug+bm25:1,instruction-only", *TOY)
     assert done.exit_code == 0, done.output
     assert (out / "plug+bm25-1" / "seed-0" / "plug.json").exists()
     assert not (out / "plug").exists()
     rows = "bm25:2,plug+bm25:1,plug+bm25:1@wrong-user"
-    done = _call("evaluate", "--run", out, "--data", data, "--conditions", rows, "limit=3")
+    done = _call("evaluate", "--run", out, "--data", data, "--methods", rows, "limit=3")
     assert done.exit_code == 0, done.output
     assert "plug+bm25:1@wrong-user" in done.output
-    done = _call("predict", "--run", out, "--data", data, "--split", "dev", "--conditions", "bm25:2", "limit=3")
+    done = _call("predict", "--run", out, "--data", data, "--split", "dev", "--methods", "bm25:2", "limit=3")
     assert done.exit_code == 0, done.output
     assert len(json.loads(Path(done.output.split()[-1]).read_text())["golds"]) == 3
-    done = _call("evaluate", "--run", out, "--data", data, "--conditions", "plug")
+    done = _call("evaluate", "--run", out, "--data", data, "--methods", "plug")
     assert done.exit_code == 2
-    assert "--conditions plug" in done.output
+    assert "--methods plug" in done.output
 
 
 def test_a_bench_and_its_report(data: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(tra
 
 
 def test_a_table_says_with_which_strength_it_was_answered(trained: Path, data: Path, tmp_path: Path) -> None:
-    told = _call("evaluate", "--run", trained, "--data", data, "--conditions", "plug", "--json", tmp_path / "r.json",
+    told = _call("evaluate", "--run", trained, "--data", data, "--methods", "plug", "--json", tmp_path / "r.json",
                  "persona_scale=0.5", "max_eval_history=2")  # fmt: skip
     assert told.exit_code == 0, told.output
     assert "strength 0.5 · items shown at most 2" in told.output
@@ -151,7 +151,7 @@ def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path) -> None:
         (["train", "--data", "NOWHERE", "--out", "OUT"], "NOWHERE"),
         (["train", "--data", "DATA", "--out", "OUT", "llm=./no-such-model", "encoder=hash"], "no-such-model"),
         (["evaluate", "--run", "NOWHERE", "--data", "DATA"], "run.json is missing"),
-        (["evaluate", "--run", "RUN", "--data", "DATA", "--conditions", "magic"], "instruction-only"),
+        (["evaluate", "--run", "RUN", "--data", "DATA", "--methods", "magic"], "instruction-only"),
         (["evaluate", "--run", "RUN", "--data", "DATA", "--split", "test"], "test_questions"),
         (["evaluate", "--run", "RUN", "--data", "DATA", "persona_tokens=9"], "cannot be changed after training"),
         (["train", "--data", "DATA", "--out", "RUN", "epochs=5"], "training.epochs"),
@@ -216,7 +216,7 @@ def test_quiet_keeps_the_settings_to_itself_and_in_the_run(
 @pytest.mark.parametrize("command", ["evaluate", "estimate"])
 def test_what_was_read_is_counted(command: str, data: Path, trained: Path) -> None:
     if command == "evaluate":
-        done = _call(command, "--run", trained, "--data", data, "--conditions", "plain", "resamples=100")
+        done = _call(command, "--run", trained, "--data", data, "--methods", "plain", "resamples=100")
         assert "dev: 8 samples" in done.output
     else:
         done = _call(command, "--data", data, *TOY)

@@ -19,7 +19,7 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.run import Models, Run, open_models
 from personaplug.training.objectives import PlugObjective
-from personaplug.training.recipes import build_plug
+from personaplug.training.parts import build_plug
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "persona_tokens=3", "answer_channel=label"]

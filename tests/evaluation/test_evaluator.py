@@ -20,12 +20,13 @@ from personaplug.data.task import Reader
 from personaplug.data.task_registry import LAMP_TASKS
 from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings_of
-from personaplug.evaluation.model_inputs import Showing
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.methods import CONDITIONS, COUNTED, DEFAULT, needed, parse_conditions
+from personaplug.methods import find_method, needed_parts, parse_methods
+from personaplug.methods.context import EvalContext
+from personaplug.methods.registry import DEFAULT
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
-from personaplug.training.recipes import train
+from personaplug.training.parts import LABEL_COUNTS, train
 
 TINY = [
     "llm=toy",
@@ -71,7 +72,7 @@ class Stage:
             open_dataset(self.data, "dev", task=self.run.task),
             split="dev",
             config=config,
-            conditions=parse_conditions(names),
+            methods=parse_methods(names),
             models=self.models,
             oracle=self.data / "dev_oracle.json" if oracle else None,
         )
@@ -91,7 +92,7 @@ def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
     results = rating.evaluate(oracle=True)
     assert {"task", "split", "model", "encoder", "placement", "seeds", "versions", "rows", "pairs"} <= results.keys()
-    assert [row["condition"] for row in results["rows"]] == [*DEFAULT, ORACLE]
+    assert [row["condition"] for row in results["rows"]] == [*DEFAULT, ORACLE.name]
     for row in results["rows"][:-1]:
         assert {
             "condition",
@@ -134,12 +135,12 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
 
 def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("seeds=0", "max_steps=3"))
-    train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
+    train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, parts=[LABEL_COUNTS])
     results = stage.evaluate("instruction+labels,instruction+labels@wrong-user")
     assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"]] == [8, 8]  # as the plug has
     table = stage.run.open_vectors(stage.models.encoder)
     samples = stage.run.read_samples(open_dataset(stage.data, "dev", task=stage.run.task), table)
-    plug = stage.run.load_plug(COUNTED.name, seed=0, models=stage.models)
+    plug = stage.run.load_plug(LABEL_COUNTS.name, seed=0, models=stage.models)
     with torch.no_grad():
         soft = Personalizer(plug, table=table).soft_prompt(samples)
     assert soft.label_bias is not None
@@ -147,7 +148,7 @@ def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path)
     known = torch.tensor([bool((sample.answers >= 0).any()) for sample in samples])
     assert torch.equal(soft.label_bias.abs().sum(dim=1) > 0, known)
     folder = stage.run.folder / "evaluations" / "dev"
-    scored = np.array(json.loads((folder / "instruction+labels.seed-0.answers.json").read_text())["probabilities"])
+    scored = np.array(json.loads((folder / "instruction+labels.seed-0.predictions.json").read_text())["probabilities"])
     bare = replace(soft, label_bias=None)
     prompts, labels = [sample.prompt for sample in samples], stage.run.task.labels
     expected = stage.models.llm.score(prompts, labels, soft=bare).double() + soft.label_bias
@@ -157,7 +158,9 @@ def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path)
 def test_labels_that_are_written_are_not_counted(tmp_path: Path) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("train_eos=always", "seeds=0", "max_steps=1", "controls=false"))
     with pytest.raises(ConfigError, match="train_eos=auto"):
-        train(stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, wanted=[COUNTED])
+        train(
+            stage.run, open_dataset(stage.data, "train", task=stage.run.task), models=stage.models, parts=[LABEL_COUNTS]
+        )
 
 
 def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) -> None:
@@ -182,14 +185,14 @@ def test_ratings_are_scored_by_the_decisions_that_suit_their_errors_too(rating: 
     changed = 0
     for row in results["rows"]:
         for key in ("metrics", "intervals", "per_user"):
-            assert list(row[key]) == columns + ["nll"] * (row["condition"] != ORACLE)
-        if row["condition"] == ORACLE:  # it has no probabilities: its answers stand
+            assert list(row[key]) == columns + ["nll"] * (row["condition"] != ORACLE.name)
+        if row["condition"] == ORACLE.name:  # it has no probabilities: its answers stand
             assert row["metrics"]["mae@median"] == row["metrics"]["mae"]
             assert row["metrics"]["rmse@mean"] == row["metrics"]["rmse"]
             continue
         absolute, squared = [], []
         for seed in row["seeds"]:
-            told = json.loads((folder / f"{row['condition']}.seed-{seed}.answers.json").read_text())
+            told = json.loads((folder / f"{row['condition']}.seed-{seed}.predictions.json").read_text())
             for line, text, gold in zip(told["probabilities"], told["texts"], golds, strict=True):
                 median, mean = (
                     min(rating.run.task.labels, key=lambda label: _loss(label, line, power=power)) for power in (1, 2)
@@ -218,7 +221,7 @@ def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(r
         open_dataset(rating.data, "dev", task=task),
         split="dev",
         config=config,
-        conditions=[CONDITIONS["plain"]],
+        methods=[find_method("plain")],
         models=rating.models,
     )["rows"][0]["metrics"]
     assert list(asked) == [*task.metrics, "nll"]
@@ -234,8 +237,8 @@ def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Sta
     """Of a closed set among its labels, of texts token by token; no other decision is hidden in it."""
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
     rows = {row["condition"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
-    assert "nll" not in rows[ORACLE]["metrics"]
-    told = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.answers.json").read_text())
+    assert "nll" not in rows[ORACLE.name]["metrics"]
+    told = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.predictions.json").read_text())
     places = [rating.run.task.labels.index(gold) for gold in golds]
     shares = [line[place] for line, place in zip(told["probabilities"], places, strict=True)]
     assert rows["plain"]["metrics"]["nll"] == pytest.approx(-np.mean(np.log(shares)), rel=1e-4)
@@ -243,7 +246,7 @@ def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Sta
 
     results = style.evaluate("plain,wrong-user,plug", oracle=True)
     rows = {row["condition"]: row for row in results["rows"]}
-    assert "nll" not in rows[ORACLE]["metrics"]
+    assert "nll" not in rows[ORACLE.name]["metrics"]
     samples = list(open_dataset(style.data, "dev", task=style.run.task))
     losses, tokens = style.models.llm.loss(
         [sample.prompt for sample in samples], [sample.target or "" for sample in samples], soft=None
@@ -265,29 +268,9 @@ def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] 
         open_dataset(stage.data, "dev", task=moved.task),
         split="dev",
         config=load_config(overrides=settings, base=stage.config).evaluation,
-        conditions=parse_conditions(names),
+        methods=parse_methods(names),
         models=stage.models,
     )
-
-
-def test_answers_kept_before_probabilities_were_are_not_made_again(
-    rating: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = _moved(rating, tmp_path, "plain,plug")
-    path = tmp_path / "evaluations" / "dev" / "plug.seed-1.answers.json"
-    told, new = json.loads(path.read_text()), ("probabilities", "surprises", "partial")
-    path.write_text(json.dumps({key: v for key, v in told.items() if key not in new}))
-    monkeypatch.setattr(rating.models.llm, "score", None)  # who asks it again fails
-    second = _moved(rating, tmp_path, "plain,plug")
-    for row, before in zip(second["rows"], first["rows"], strict=True):
-        known = ("mae", "rmse", "accuracy", *(["nll"] if row["condition"] == "plain" else []))
-        assert row["metrics"] == {name: before["metrics"][name] for name in known}
-    assert any(note.startswith("mae@median, rmse@mean: left out") for note in second["notes"])
-    assert "nll: not known of plug." in second["notes"]
-    assert {pair["metric"] for pair in second["pairs"]} == {"mae", "rmse", "accuracy"}
-    scores = json.loads(path.with_name("plug.seed-1.scores.json").read_text())
-    assert "mae" in scores[0]
-    assert "mae@median" not in scores[0]
 
 
 def test_rows_that_share_a_model_count_their_soft_tokens(rating: Stage) -> None:
@@ -355,7 +338,7 @@ def test_text_tasks_are_generated(style: Stage) -> None:
     results = style.evaluate("plain,wrong-user,plug", oracle=True)
     rows = {row["condition"]: row for row in results["rows"]}
     assert rows["plug"]["decoding"] == "generated"
-    assert rows[ORACLE]["metrics"]["rouge_1"] > 0.6 > rows["plug"]["metrics"]["rouge_1"]
+    assert rows[ORACLE.name]["metrics"]["rouge_1"] > 0.6 > rows["plug"]["metrics"]["rouge_1"]
     assert rows["plug"]["unfinished_rate"] > 0
     with pytest.raises(ConfigError, match="decoding=generate"):
         style.evaluate("plain", settings=("decoding=score",))
@@ -375,19 +358,19 @@ def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
             open_dataset(tmp_path, "test", task=rating.run.task),
             split="test",
             config=rating.config.evaluation,
-            conditions=[CONDITIONS["plain"]],
+            methods=[find_method("plain")],
             models=rating.models,
         )
 
 
 def test_a_plug_that_is_not_trained_is_named(rating: Stage, tmp_path: Path) -> None:
-    with pytest.raises(MissingData, match="--conditions instruction-only"):
+    with pytest.raises(MissingData, match="--methods instruction-only"):
         evaluate(
             replace(rating.run, folder=tmp_path),
             open_dataset(rating.data, "dev", task=rating.run.task),
             split="dev",
             config=rating.config.evaluation,
-            conditions=[CONDITIONS["instruction-only"]],
+            methods=[find_method("instruction-only")],
             models=rating.models,
         )
 
@@ -403,7 +386,7 @@ def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> 
         open_dataset(tmp_path, "dev", task=rating.run.task),
         split="dev",
         config=rating.config.evaluation,
-        conditions=[CONDITIONS["plain"]],
+        methods=[find_method("plain")],
         models=rating.models,
     )
     assert any("names no users" in note for note in results["notes"])
@@ -470,8 +453,8 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
     train(run, open_dataset(tmp_path, "train", task=run.task), models=models)
     assert (run.config.plug.options, run.config.plug.answer_channel) == ("compare", "text")
     _check_personas(run, models, reader)
-    rows = parse_conditions("plug,wrong-user,bm25:1")
-    results = evaluate(run, reader, split="dev", conditions=rows, config=config.evaluation, models=models)
+    rows = parse_methods("plug,wrong-user,bm25:1")
+    results = evaluate(run, reader, split="dev", methods=rows, config=config.evaluation, models=models)
     assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"][:2]] == [9, 9]
 
 
@@ -485,16 +468,16 @@ def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp
         (tmp_path / name).write_text((rating.data / name).read_text())
     (tmp_path / "dev_questions.json").write_text(json.dumps(questions))
     folder = rating.run.folder / "evaluations" / "dev"
-    first = json.loads((folder / "plug.seed-0.answers.json").read_text())["key"]
+    first = json.loads((folder / "plug.seed-0.predictions.json").read_text())["key"]
     evaluate(
         rating.run,
         open_dataset(tmp_path, "dev", task=rating.run.task),
         split="dev",
         config=rating.config.evaluation,
-        conditions=[CONDITIONS["plug"]],
+        methods=[find_method("plug")],
         models=rating.models,
     )
-    assert json.loads((folder / "plug.seed-0.answers.json").read_text())["key"] != first
+    assert json.loads((folder / "plug.seed-0.predictions.json").read_text())["key"] != first
     assert rating.evaluate("plug")["rows"][0]["metrics"] == before
 
 
@@ -517,7 +500,7 @@ def test_a_strength_of_0_is_the_plain_model(kind: str, soft: int, request: pytes
 
 def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
     settings = ("answer_channel=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
-    for kind, channel in (("rating", "label"), ("style", "form")):
+    for kind, channel in (("rating", "label"), ("style", "style")):
         stage = Stage(tmp_path / kind, kind=kind, settings=settings)
         assert stage.run.config.plug.answer_channel == Run.open(stage.run.folder).config.plug.answer_channel == channel
         stage.run.check_unchanged(stage.config)  # which still says auto
@@ -537,7 +520,7 @@ def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
     stage = Stage(tmp_path, kind="rating", settings=settings)
     rows = "plug,paper-plug,paper-plug@wrong-user"
     reader = open_dataset(stage.data, "train", task=stage.run.task)
-    train(stage.run, reader, models=stage.models, wanted=needed(parse_conditions(rows)))
+    train(stage.run, reader, models=stage.models, parts=needed_parts(parse_methods(rows)))
     plug = stage.run.load_plug("paper-plug", seed=0, models=stage.models)
     assert plug.config == replace(PAPER, placement="suffix")
     results = stage.evaluate(rows)
@@ -546,9 +529,10 @@ def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
     assert ("paper-plug", "paper-plug@wrong-user") in {(pair["a"], pair["b"]) for pair in results["pairs"]}
     # It reads items with their answers, the run's own plug without: each sees vectors of its own.
     config = stage.config.evaluation
-    showing = Showing(stage.run, open_dataset(stage.data, "dev", task=stage.run.task), models=stage.models,
-                      table=stage.run.open_vectors(stage.models.encoder), config=config)  # fmt: skip
-    ours, papers = (showing.show(CONDITIONS[name], seed=0).samples for name in ("plug", "paper-plug"))
+    reader = open_dataset(stage.data, "dev", task=stage.run.task)
+    context = EvalContext(stage.run, reader, models=stage.models, config=config)
+    own = context.assign("own", seed=0)
+    ours, papers = (find_method(name).build_inputs(context, own, seed=0).samples for name in ("plug", "paper-plug"))
     assert [len(sample.rows) for sample in ours] == [len(sample.rows) for sample in papers]
     assert not {row for sample in ours for row in sample.rows} & {row for sample in papers for row in sample.rows}
 
@@ -561,7 +545,7 @@ def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) ->
             open_dataset(rating.data, "dev", task=rating.run.task),
             split="dev",
             config=rating.config.evaluation,
-            conditions=[CONDITIONS["plain"]],
+            methods=[find_method("plain")],
             models=rating.models,
             oracle=tmp_path / "oracle.json",
         )
@@ -582,7 +566,7 @@ def test_a_split_with_hidden_answers_is_answered_all_the_same(rating: Stage, tmp
         rating.run,
         open_dataset(tmp_path, "test", task=rating.run.task),
         split="test",
-        conditions=parse_conditions("plain,plug"),
+        methods=parse_methods("plain,plug"),
         config=rating.config.evaluation,
         models=rating.models,
     )
@@ -602,36 +586,11 @@ def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
         open_dataset(tmp_path, "dev", task=rating.run.task),
         split="dev",
         config=rating.config.evaluation,
-        conditions=[CONDITIONS["plain"]],
+        methods=[find_method("plain")],
         models=rating.models,
     )
     assert any(note.startswith("8 of the 8 users have samples in the training split too") for note in results["notes"])
     assert "user" not in (rating.run.folder / "data.json").read_text().replace('"users"', "")
-
-
-def test_the_nearest_items_are_those_nearest_to_what_is_asked_whoever_owns_them(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, kind="rating", settings=("selected_items=2", "controls=false", "seeds=0", "max_steps=1"))
-    reader = open_dataset(stage.data, "dev", task=stage.run.task)
-    table = stage.run.open_vectors(stage.models.encoder)
-    showing = Showing(stage.run, reader, models=stage.models, table=table, config=stage.config.evaluation)
-    for name in ("plug", "wrong-user"):
-        shown = showing.show(CONDITIONS[name], seed=0)
-        for sample, lender in zip(shown.samples, shown.lenders, strict=True):
-            assert lender is not None
-            rows = showing.samples[lender].rows
-            query = stage.models.encoder.query_encoder().encode([sample.query])[0]
-            likeness = table.gather(rows).astype(np.float32) @ query
-            assert len(sample.rows) == min(2, len(rows))
-            kept = {int(row) for row in sample.rows}
-            left = [like for row, like in zip(rows, likeness, strict=True) if int(row) not in kept]
-            assert all(
-                max(left, default=-2) <= like for row, like in zip(rows, likeness, strict=True) if int(row) in kept
-            )
-    plug = stage.run.load_plug("plug", seed=0, models=stage.models)
-    together = Personalizer(plug, table=table).soft_prompt(showing.show(CONDITIONS["plug"], seed=0).samples).vectors
-    for index, text in enumerate(reader):
-        alone = Personalizer(plug).persona(text.query, text.history, encoder=stage.models.encoder).vectors
-        np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
 
 
 def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
@@ -639,11 +598,11 @@ def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
         tmp_path, kind="rating", settings=("answer_channel=label", "controls=false", "seeds=0", "max_steps=1")
     )
     reader = open_dataset(stage.data, "dev", task=stage.run.task)
-    table = stage.run.open_vectors(stage.models.encoder)
-    showing = Showing(stage.run, reader, models=stage.models, table=table, config=stage.config.evaluation)
-    shown = showing.show(CONDITIONS["random-vectors"], seed=0)
+    context = EvalContext(stage.run, reader, models=stage.models, config=stage.config.evaluation)
+    own = context.assign("own", seed=0)
+    shown = find_method("random-vectors").build_inputs(context, own, seed=0)
     assert all((sample.answers == -1).all() for sample in shown.samples)
-    assert any((sample.answers >= 0).any() for sample in showing.show(CONDITIONS["plug"], seed=0).samples)
+    assert any((sample.answers >= 0).any() for sample in find_method("plug").build_inputs(context, own, seed=0).samples)
 
 
 def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
@@ -673,7 +632,7 @@ def test_predictions_look_at_no_right_answer(style: Stage, tmp_path: Path, monke
     monkeypatch.setattr(style.models.llm, "loss", None)
     reader = open_dataset(style.data, "dev", task=moved.task)
     config = style.config.evaluation
-    files = predict(moved, reader, split="dev", config=config, conditions=parse_conditions("plug"), models=style.models)
+    files = predict(moved, reader, split="dev", config=config, methods=parse_methods("plug"), models=style.models)
     assert all(path.exists() for path in files)
 
 

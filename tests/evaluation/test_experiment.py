@@ -22,34 +22,17 @@ def _written(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_experiment_is_valid_and_carries_the_controls(path: Path) -> None:
     experiment = load_experiment(path)
-    names = [condition.name for condition in experiment.conditions]
-    asks_a_model = any(condition.rule is None for condition in experiment.conditions)
-    controls = {"instruction-only", "plug", "wrong-user"} if asks_a_model else {"classical@wrong-user"}
-    assert controls <= set(names)
+    names = {method.name for method in experiment.methods}
+    assert {"instruction-only", "plug", "wrong-user"} <= names
     assert all(len(config.training.seeds) >= 3 for config in experiment.configs.values())
     assert experiment.title
-
-
-def test_the_papers_sizes_leave_variants_and_sets_what_makes_them_different() -> None:
-    sizes = FOLDER.parent / "configs" / "paper-size.yaml"
-    models = load_experiment(FOLDER / "table-2-models.yaml", config_file=sizes).configs
-    assert models["llama-2-contriever", "LaMP_3"].model.llm == "meta-llama/Llama-2-7b-chat-hf"
-    assert models["llama-2-contriever", "LaMP_3"].model.encoder == "facebook/contriever"
-    assert models["llama-2-contriever", "LaMP_3"].training.batch_size == 64
-    assert len({(c.model.llm, c.model.encoder) for (_, name), c in models.items() if name == "LaMP_3"}) == 7
-
-
-def test_every_experiment_of_the_paper_is_there() -> None:
-    told = " ".join(load_experiment(path).paper for path in SHIPPED)
-    for part in ("Table 1", "Table 2", "Table 3", "Table 4", "Fig. 4", "Table 5", "Table 8", "Fig. 3"):
-        assert part in told
 
 
 def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("epochs: 3\nlimit: 7\n")
     path = _written(
         tmp_path,
-        "sets: [A, B]\nconditions: [plain, 'bm25:4']\nbase: base.yaml\nconfig: {training: {seeds: [1, 2]}}\n"
+        "sets: [A, B]\nmethods: [plain, 'bm25:4']\nbase: base.yaml\nconfig: {training: {seeds: [1, 2]}}\n"
         "per_set: {B: {max_new_tokens: 9, temperature: 0.5}}\nvariants: {cold: {temperature: 0.1}, warm: {}}\n"
         "max_eval_history: [0, 2]\n",
     )
@@ -61,23 +44,23 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
     assert experiment.configs["warm", "B"].plug.temperature == 7
     assert experiment.configs["warm", "A"].evaluation.max_new_tokens == 0
     assert experiment.max_eval_history == (0, 2)
-    assert [condition.name for condition in experiment.conditions] == ["plain", "bm25:4"]
+    assert [method.name for method in experiment.methods] == ["plain", "bm25:4"]
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("conditions: [plain]", "'sets'"),
+        ("methods: [plain]", "'sets'"),
         ("- a", "'sets'"),
-        ("sets: [A]\nconditions: [plain]\nconfigs: {}", "did you mean 'config'"),
-        ("sets: [A]\nconditions: [plian]", "plain"),
-        ("sets: A\nconditions: [plain]", "list of names"),
-        ("sets: [A]\nconditions: [plain]\nper_set: {B: {limit: 1}}", "not among its sets"),
-        ("sets: [A]\nconditions: [plain]\nconfig: {epoch: 1}", "did you mean 'epochs'"),
-        ("sets: [A]\nconditions: [plain]\nslices: quarters", "history-thirds"),
-        ("sets: [A]\nconditions: [plain]\nshown_items: [-1]", "whole numbers"),
-        ("sets: [A]\nconditions: [plain]\nstrengths: [11]", "numbers from 0 to 10"),
-        ("sets: [A]\nconditions: [plain]\nbase: nowhere.yaml", "does not exist"),
+        ("sets: [A]\nmethods: [plain]\nconfigs: {}", "did you mean 'config'"),
+        ("sets: [A]\nmethods: [plian]", "plain"),
+        ("sets: A\nmethods: [plain]", "sets: .*list; found"),
+        ("sets: [A]\nmethods: [plain]\nper_set: {B: {limit: 1}}", "not among its sets"),
+        ("sets: [A]\nmethods: [plain]\nconfig: {epoch: 1}", "did you mean 'epochs'"),
+        ("sets: [A]\nmethods: [plain]\nsubgroups: quarters", "history-thirds"),
+        ("sets: [A]\nmethods: [plain]\nmax_eval_history: [-1]", "max_eval_history.0: .*greater than or equal to 0"),
+        ("sets: [A]\nmethods: [plain]\npersona_scales: [11]", "persona_scales.0: .*less than or equal to 10"),
+        ("sets: [A]\nmethods: [plain]\nbase: nowhere.yaml", "does not exist"),
     ],
 )
 def test_mistakes_are_said(tmp_path: Path, text: str, said: str) -> None:
@@ -86,7 +69,7 @@ def test_mistakes_are_said(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_curves_hold_the_table_proper_at_its_place(tmp_path: Path) -> None:
-    told = "sets: [A]\nconditions: [plain]\nshown_items: [0, 2]\nstrengths: [1.5, 0, 0.5]\n"
+    told = "sets: [A]\nmethods: [plain]\nmax_eval_history: [0, 2]\npersona_scales: [1.5, 0, 0.5]\n"
     items, persona_scales = load_experiment(_written(tmp_path, told)).curves
     assert [probe.name for probe in items] == ["items=0", "items=2", "items=all"]
     assert [probe.name for probe in persona_scales] == [
@@ -101,11 +84,11 @@ def test_curves_hold_the_table_proper_at_its_place(tmp_path: Path) -> None:
         {},
         {"persona_scale": 1.5},
     ]
-    assert load_experiment(_written(tmp_path, "sets: [A]\nconditions: [plain]")).curves == []
+    assert load_experiment(_written(tmp_path, "sets: [A]\nmethods: [plain]")).curves == []
 
 
 def test_an_experiment_is_found_by_name_or_path(tmp_path: Path) -> None:
-    path = _written(tmp_path, "sets: [A]\nconditions: [plain]")
+    path = _written(tmp_path, "sets: [A]\nmethods: [plain]")
     assert find_experiment("mine", tmp_path) == path
     assert find_experiment(str(path), Path("nowhere")) == path
     with pytest.raises(MissingData, match="did you mean 'mine'"):

@@ -36,10 +36,10 @@ from personaplug.infra.distributed import (
     synchronized,
     tells,
 )
-from personaplug.methods import needed, parse_conditions
+from personaplug.methods import needed_parts, parse_methods
 from personaplug.run import Run, open_models
 from personaplug.training import checkpointing as checkpoint
-from personaplug.training.recipes import train
+from personaplug.training.parts import train
 
 TINY = ["llm=toy", "encoder=hash:32", "aggregator=dot", "learning_rate=0.01", "dtype=float32", "controls=false"]
 ODD = [*TINY, "placement=suffix", "batch_size=5", "views=1", "epochs=4", "save_steps=3", "eval_steps=5"]
@@ -66,7 +66,7 @@ def _train(
     if change is not None:
         change(models.llm)
     reader = open_dataset(data, "train", task=run.task)
-    train(run, reader, models=models, wanted=needed(parse_conditions(rows)))
+    train(run, reader, models=models, parts=needed_parts(parse_methods(rows)))
 
 
 def _started(*words: object) -> subprocess.Popen[str]:

@@ -22,12 +22,12 @@ from personaplug.encoders.style_features import style_features_of
 from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch, MissingData
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.methods import INSTRUCTION
 from personaplug.plug.attribution import drift
 from personaplug.plug.layers import FrozenQueries, OptionHint, per_user
 from personaplug.plug.model import HistoryBatch, PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec, read_plug_config
+from personaplug.training.parts import INSTRUCTION
 
 WIDTH, OUT = 16, 8
 LLM = LLMIdentity("small", None, "0123456789abcdef", OUT)
@@ -376,7 +376,7 @@ def test_the_query_side_learns_and_the_frozen_encoder_does_not(kind: str) -> Non
 
 
 def test_the_control_has_as_many_tokens_and_no_history() -> None:
-    config = INSTRUCTION.plug(replace(PAPER, instruction_tokens=2, persona_tokens=3))
+    config = INSTRUCTION.plug_config(replace(PAPER, instruction_tokens=2, persona_tokens=3))
     assert (config.instruction_tokens, config.persona_tokens) == (5, 0)
     plug = _plug(instruction_tokens=5, persona_tokens=0)
     assert plug(QUERIES, None).vectors.shape == (3, 5, OUT)
@@ -492,7 +492,7 @@ def test_options_are_one_more_token_that_the_control_gets_too() -> None:
     plug.remember(QUERIES, options)
     found = plug(QUERIES, history, options=options).vectors
     assert found.shape == (3, 3, OUT)
-    assert plug.config.soft_tokens == INSTRUCTION.plug(plug.config).soft_tokens == 3
+    assert plug.config.soft_tokens == INSTRUCTION.plug_config(plug.config).soft_tokens == 3
     assert not found[1, 2].any()
     vectors, answers, forms = (part[:4] for part in (history.vectors, history.answers, history.forms))
     alone = HistoryBatch(vectors, (4,), answers, forms)

@@ -13,7 +13,7 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError, MissingData
 from personaplug.run import Run, open_models
 from personaplug.training.cost_estimate import Estimate, _count, _planned, estimate
-from personaplug.training.recipes import train
+from personaplug.training.parts import train
 
 SETTINGS = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=2", "seeds=0,1"]
 

@@ -24,12 +24,11 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, RunConflict, StorageError, TrainingDiverged
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.methods import INSTRUCTION, PLUG
 from personaplug.plug.model import PersonaPlug
 from personaplug.run import Models, Run, open_models
 from personaplug.training.batching import user_split
 from personaplug.training.objectives import PlugObjective
-from personaplug.training.recipes import Trainings, build_plug, train
+from personaplug.training.parts import INSTRUCTION, PLUG, Trainings, _start_from_words, build_plug, train
 from personaplug.training.trainer import FitReport, fit
 
 TINY = [
@@ -132,9 +131,9 @@ def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Pat
     wanted = next(trained for trained in (PLUG, INSTRUCTION) if trained.name == name)
     run, models = _run(tmp_path / "run", data, "instruction_start=words")
     trainings = Trainings(run, open_dataset(data, "train", task=run.task), models=models)
-    plug, again, other = (build_plug(run, models, trained=wanted, seed=0) for _ in range(3))
+    plug, again, other = (build_plug(run, models, part=wanted, seed=0) for _ in range(3))
     for one, seed in ((plug, 0), (again, 0), (other, 1)):
-        trainings._start(one, trainings.plain, seed=seed)
+        _start_from_words(one, trainings.samples, models, seed=seed)
     digits = models.llm.embedded(["1", "2", "3", "4", "5"])
     assert len(digits) == 5
     starts = plug.instruction.detach() * plug.spec.embedding_scale
@@ -367,10 +366,10 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
         asked.append(({one.owner for one in samples}, {len(one.rows) for one in samples}, plug.cold_start, plug.few))
         return losses[len(asked) - 1]
 
-    monkeypatch.setattr("personaplug.training.recipes.mean_loss", told)
+    monkeypatch.setattr("personaplug.training.parts.mean_loss", told)
     run = _train(tmp_path / "run", data)
     control, config = _weights(run, "instruction-only")["instruction"], run.config.training
-    samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).plain
+    samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).samples
     _, held = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
     assert len(asked) == len(losses)
     for place, (owners, sizes, tokens, cold) in enumerate(asked):
@@ -407,9 +406,9 @@ def test_a_control_that_diverges_does_not_take_the_plug_with_it(
             raise TrainingDiverged("the loss became nan")
         return fit(objective, **how)
 
-    monkeypatch.setattr("personaplug.training.recipes.fit", diverging)
+    monkeypatch.setattr("personaplug.training.parts.fit", diverging)
     run, models = _run(tmp_path / "run", data, "epochs=1")
-    train(run, open_dataset(data, "train", task=run.task), models=models, wanted=[PLUG])
+    train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     assert run.trained("plug", seed=0)
     assert "cold_start" not in _weights(run)
     assert "the plug is trained without it" in caplog.text
@@ -424,7 +423,7 @@ def test_a_plug_without_control_is_the_same_but_for_its_cold_start(tmp_path: Pat
 
 def test_the_plug_of_a_run_with_a_control_trains_that_first(tmp_path: Path, data: Path) -> None:
     run, models = _run(tmp_path / "run", data, "epochs=1")
-    train(run, open_dataset(data, "train", task=run.task), models=models, wanted=[PLUG])
+    train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     assert run.trained("instruction-only", seed=0)
 
 
@@ -473,7 +472,7 @@ def test_a_disk_that_fills_up_at_the_very_end_is_a_storage_error(
     assert run.trained("plug", seed=0)
 
 
-@pytest.mark.parametrize("setting", ["selected_items=2", "max_history=2"])
+@pytest.mark.parametrize("setting", ["max_history=2"])
 def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
     tmp_path: Path, data: Path, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -483,7 +482,7 @@ def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
         sizes.append({len(one.rows) for one in samples})
         return float(cast(PersonaPlug, objective.module).cold_start is None)  # the control always wins
 
-    monkeypatch.setattr("personaplug.training.recipes.mean_loss", told)
+    monkeypatch.setattr("personaplug.training.parts.mean_loss", told)
     run = _train(tmp_path / "run", data, setting)
     assert sizes == [{0}, {0}, {1}, {1}]
     assert run.load_plug("plug", seed=0, models=open_models(run.config)).few == 1

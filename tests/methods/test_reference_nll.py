@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import personaplug.evaluation.predictions
+import personaplug.methods.predictions
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
-from personaplug.evaluation.predictions import reference_nll
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.methods.predictions import reference_nll
 
 NOTHING = np.empty(0, dtype=np.int64)
 PAIRS = [
@@ -39,7 +39,7 @@ class Given:
 @pytest.mark.parametrize("most", [1, 8, 1024])
 @pytest.mark.parametrize("placement", ["none", "prefix", "suffix"])
 def test_each_is_what_it_is_alone(toy: CausalLM, placement: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(personaplug.evaluation.predictions, "_TOKENS", most)
+    monkeypatch.setattr(personaplug.methods.predictions, "_MAX_NLL_TOKENS", most)
     prompter = None if placement == "none" else Given(toy.identity.width, placement)
     found = reference_nll(toy, SAMPLES, prompter=prompter, batch_size=3)
     for sample, (loss, tokens) in zip(SAMPLES, found, strict=True):

@@ -1,8 +1,7 @@
-"""Answers: chosen by one decision or another, kept, and read again from files of older code."""
+"""Predictions: chosen by one decision or another, kept, and read again from files of older code."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 
 from personaplug.data.task_registry import LAMP_TASKS
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
-from personaplug.evaluation.predictions import Answers, answer, keep, kept
 from personaplug.llm.base import GenerationConfig
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.methods.predictions import Predictions, load_predictions, predict_samples, save_predictions
 
 TASK = LAMP_TASKS["LaMP_3"]
 NOTHING = np.empty(0, dtype=np.int64)
@@ -22,8 +21,8 @@ PROMPTS = ["short", "the longest of these prompts by far", "in between them"]
 SAMPLES = [EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16), no_style()) for p in PROMPTS]
 
 
-def _answers(llm: CausalLM, *, decoding: str = "score", batch_size: int = 2) -> Answers:
-    return answer(
+def _answers(llm: CausalLM, *, decoding: str = "score", batch_size: int = 2) -> Predictions:
+    return predict_samples(
         llm,
         SAMPLES,
         prompter=None,
@@ -52,28 +51,23 @@ def test_scored_labels_come_with_their_probabilities_in_the_samples_order(toy: C
 
 
 def test_scored_labels_come_with_how_likely_the_right_one_was(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    low, golds = -float("inf"), ["1", "1", "1"]
+    low = -float("inf")
     _scores(toy, [[-40.0, 0, 0, 0, 0], [low] * 5, [-1.0, low, low, low, low]], monkeypatch)
     made = _answers(toy)
     expected = [[40 + np.log(4), 1], [np.inf, 1], [0, 1]]  # not cut short, and no reward for what overflowed
-    found = made.surprise(golds, labels=TASK.labels)
+    found = made.nll_statistics()
     assert found is not None
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_surprises_survive_the_file(toy: CausalLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    low, golds = -float("inf"), ["1", "1", "1"]
+    low = -float("inf")
     _scores(toy, [[-3.0, 0, 0, 0, 0], [low] * 5, [-1.0, low, low, low, low]], monkeypatch)
     made = _answers(toy)
-    keep(made, tmp_path / "a.json", depends_on=[1])
-    again = kept(tmp_path / "a.json", depends_on=[1])
+    save_predictions(made, tmp_path / "a.json", key=[1])
+    again = load_predictions(tmp_path / "a.json", key=[1])
     assert again is not None
-    np.testing.assert_array_equal(again.surprise(golds, labels=TASK.labels), made.surprise(golds, labels=TASK.labels))
-    # As older code kept them: from the probabilities, which have six digits.
-    old = Answers(made.texts, made.unfinished, 0, 0, probabilities=[[0.25, 0.75, 0, 0, 0]] * 2 + [[0, 1.0, 0, 0, 0]])
-    found = old.surprise(golds, labels=TASK.labels)
-    assert found is not None
-    np.testing.assert_allclose(found[:, 0], [np.log(4), np.log(4), -np.log(5e-7)])
+    np.testing.assert_array_equal(again.nll_statistics(), made.nll_statistics())
 
 
 def test_each_decision_has_its_answer(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +75,9 @@ def test_each_decision_has_its_answer(toy: CausalLM, monkeypatch: pytest.MonkeyP
     # log-probabilities of a closed set need not sum to 1 among themselves
     _scores(toy, (torch.tensor(lines).log() - 3).tolist(), monkeypatch)
     made = _answers(toy)
-    assert made.by("argmax", labels=TASK.labels) == made.texts == ["1", "5", "1"]
-    assert made.by("median", labels=TASK.labels) == ["3", "4", "3"]
-    assert made.by("mean", labels=TASK.labels) == ["3", "4", "3"]
+    assert made.estimates("argmax", labels=TASK.labels) == made.texts == ["1", "5", "1"]
+    assert made.estimates("median", labels=TASK.labels) == ["3", "4", "3"]
+    assert made.estimates("mean", labels=TASK.labels) == ["3", "4", "3"]
 
 
 def test_numbers_that_overflowed_leave_the_answer_that_was_given(
@@ -93,34 +87,18 @@ def test_numbers_that_overflowed_leave_the_answer_that_was_given(
     _scores(toy, [[low] * 5, [-1, broken, -1, -1, -1], [low, low, -9.0, low, low]], monkeypatch)
     made = _answers(toy)
     for decision in ("median", "mean"):
-        assert made.by(decision, labels=TASK.labels) == made.texts
+        assert made.estimates(decision, labels=TASK.labels) == made.texts
     assert made.texts[2] == "3"
 
 
 def test_answers_that_were_not_chosen_stand_whatever_the_decision() -> None:
-    written = Answers(["about 4", "2"], [False, False], 1.0, 0)
-    assert [written.by(decision, labels=TASK.labels) for decision in ("argmax", "median")] == [written.texts] * 2
+    written = Predictions(["about 4", "2"], [False, False], 1.0, 0)
+    assert [written.estimates(decision, labels=TASK.labels) for decision in ("argmax", "median")] == [written.texts] * 2
 
 
 @pytest.mark.parametrize("decoding", ["score", "generate"])
 def test_kept_answers_are_the_same_answers(toy: CausalLM, tmp_path: Path, decoding: str) -> None:
     made = _answers(toy, decoding=decoding)
-    keep(made, tmp_path / "answers.json", depends_on=["a"])
-    assert kept(tmp_path / "answers.json", depends_on=["a"]) == made
-    assert kept(tmp_path / "answers.json", depends_on=["b"]) is None
-
-
-def test_answers_from_before_probabilities_were_kept_are_the_likeliest_and_no_more(
-    toy: CausalLM, tmp_path: Path
-) -> None:
-    path = tmp_path / "answers.json"
-    keep(_answers(toy), path, depends_on=[])
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({key: told[key] for key in ("key", "texts", "unfinished", "seconds")}))
-    assert kept(path, depends_on=[]) is None  # not a file of ours
-    path.write_text(json.dumps({key: v for key, v in told.items() if key not in ("probabilities", "partial")}))
-    found = kept(path, depends_on=[])
-    assert found is not None
-    assert found.by("argmax", labels=TASK.labels) == found.texts == told["texts"]
-    assert found.by("median", labels=TASK.labels) is None
-    assert found.by("mean", labels=TASK.labels) is None
+    save_predictions(made, tmp_path / "answers.json", key=["a"])
+    assert load_predictions(tmp_path / "answers.json", key=["a"]) == made
+    assert load_predictions(tmp_path / "answers.json", key=["b"]) is None

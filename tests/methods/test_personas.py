@@ -12,8 +12,8 @@ from personaplug.config import PAPER
 from personaplug.encoders import HashEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
-from personaplug.evaluation.controls import MeanPersona, RandomVectors
 from personaplug.infra.model_hub import LLMIdentity
+from personaplug.methods.personas import MeanPersona, RandomVectors
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from personaplug.analysis.method_info import HistorySource
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError
-from personaplug.evaluation.controls import items_lent, lend, rows_lent
-from personaplug.methods import CONDITIONS, Condition
+from personaplug.methods.context import assign_histories, with_assigned_items
 
 USERS = ["a", "a", "b", "c", "c", "c", "d"]
 
@@ -41,16 +41,16 @@ def _texts(users: list[str]) -> list[Sample]:
 
 
 def with_history(
-    condition: Condition, samples: list[EncodedSample], *, seed: int, latest: int = -1
+    source: HistorySource, samples: list[EncodedSample], *, seed: int, latest: int = -1
 ) -> list[EncodedSample]:
     owners, sizes = [sample.owner for sample in samples], [len(sample.rows) for sample in samples]
-    return rows_lent(samples, lend(condition.history, owners, sizes, seed=seed, latest=latest))
+    return with_assigned_items(samples, assign_histories(source, owners, sizes, seed=seed, latest=latest))
 
 
 def test_a_wrong_user_is_always_another_user() -> None:
     samples = _samples(USERS)
     for seed in range(20):
-        for sample, lent in zip(samples, with_history(CONDITIONS["wrong-user"], samples, seed=seed), strict=True):
+        for sample, lent in zip(samples, with_history("wrong-user", samples, seed=seed), strict=True):
             owner_of_rows = USERS[int(lent.rows[0]) // 10]
             assert owner_of_rows != sample.user_id
             assert (lent.id, lent.query, lent.target) == (sample.id, sample.query, sample.target)
@@ -61,7 +61,7 @@ def test_wrong_users_are_drawn_by_seed_and_from_all_others() -> None:
     samples = _samples(USERS)
 
     def drawn(seed: int) -> list[int]:
-        return [int(s.rows[0]) for s in with_history(CONDITIONS["wrong-user"], samples, seed=seed)]
+        return [int(s.rows[0]) for s in with_history("wrong-user", samples, seed=seed)]
 
     assert drawn(1) == drawn(1)
     lent_to_the_last = {USERS[drawn(seed)[-1] // 10] for seed in range(50)}
@@ -70,12 +70,12 @@ def test_wrong_users_are_drawn_by_seed_and_from_all_others() -> None:
 
 def test_one_user_alone_has_no_stranger() -> None:
     with pytest.raises(ConfigError, match="2 or more users; found 1"):
-        with_history(CONDITIONS["wrong-user"], _samples(["a", "a"]), seed=0)
+        with_history("wrong-user", _samples(["a", "a"]), seed=0)
 
 
 def test_shuffled_keeps_the_items_and_their_answers_together() -> None:
     samples = _samples(USERS)
-    shown = with_history(CONDITIONS["shuffled"], samples, seed=0)
+    shown = with_history("shuffled", samples, seed=0)
     assert any(after.rows.tolist() != before.rows.tolist() for before, after in zip(samples, shown, strict=True))
     for before, after in zip(samples, shown, strict=True):
         assert sorted(after.rows.tolist()) == before.rows.tolist()
@@ -84,25 +84,26 @@ def test_shuffled_keeps_the_items_and_their_answers_together() -> None:
 
 def test_own_and_none() -> None:
     samples = _samples(USERS)
-    shown = with_history(CONDITIONS["plug"], samples, seed=0)
+    shown = with_history("own", samples, seed=0)
     assert [s.rows.tolist() for s in shown] == [s.rows.tolist() for s in samples]
-    assert all(len(shown.rows) == 0 for shown in with_history(CONDITIONS["plain"], samples, seed=0))
+    assert all(len(shown.rows) == 0 for shown in with_history("none", samples, seed=0))
 
 
 @pytest.mark.parametrize("latest", [0, 2, 9])
-@pytest.mark.parametrize("name", ["plug", "wrong-user", "shuffled"])
-def test_only_the_latest_items_are_shown(name: str, latest: int) -> None:
+@pytest.mark.parametrize("source", ["own", "wrong-user", "shuffled"])
+def test_only_the_latest_items_are_shown(source: HistorySource, latest: int) -> None:
     samples = _samples(USERS)
-    whole = with_history(CONDITIONS[name], samples, seed=3)
-    for all_of_them, few in zip(whole, with_history(CONDITIONS[name], samples, seed=3, latest=latest), strict=True):
+    whole = with_history(source, samples, seed=3)
+    for all_of_them, few in zip(whole, with_history(source, samples, seed=3, latest=latest), strict=True):
         kept = sorted(all_of_them.rows.tolist())[max(0, 5 - latest) :] if latest else []
         assert sorted(few.rows.tolist()) == kept
         assert (few.rows % 10).tolist() == few.answers.tolist()
 
 
-@pytest.mark.parametrize("whose", ["none", "own", "wrong-user", "shuffled"])
-def test_texts_and_vectors_come_from_the_same_place_in_the_same_order(whose: str) -> None:
-    lent = lend(whose, USERS, [5] * len(USERS), seed=4, latest=3)  # type: ignore[arg-type]
-    condition = CONDITIONS[{"none": "plain", "own": "plug"}.get(whose, whose)]
-    rows = [s.rows.tolist() for s in with_history(condition, _samples(USERS), seed=4, latest=3)]
-    assert [[int(item.id) for item in items] for items in items_lent(_texts(USERS), lent)] == rows
+@pytest.mark.parametrize("source", ["none", "own", "wrong-user", "shuffled"])
+def test_texts_and_vectors_come_from_the_same_source_in_the_same_order(source: HistorySource) -> None:
+    assignments = assign_histories(source, USERS, [5] * len(USERS), seed=4, latest=3)
+    rows = [sample.rows.tolist() for sample in with_history(source, _samples(USERS), seed=4, latest=3)]
+    texts = _texts(USERS)
+    items = [[] if a.source is None else [texts[a.source].history[index] for index in a.items] for a in assignments]
+    assert [[int(item.id) for item in history] for history in items] == rows

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
+from personaplug.config import Config
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import HashEncoder
-from personaplug.evaluation.user_costs import Cost, CostMeter
-from personaplug.methods import condition_of
+from personaplug.methods import ModelInputs, find_method
+from personaplug.methods.context import EvalContext
+from personaplug.methods.costs import CostMeter, UserCost
 
 ITEMS = tuple(HistoryItem(str(k), (("text", "é" * 10), ("score", "4")), "score") for k in range(3))
 METER = CostMeter([3, 5], [Sample("1", "u", "p", "q", "1", ITEMS)], encoder=HashEncoder(32))
+INPUTS = ModelInputs([], [])
 TEXT = len("text: éééééééééé score: 4".encode())
+
+
+def _cost(name: str, *, meter: CostMeter = METER, inputs: ModelInputs = INPUTS) -> UserCost:
+    context = cast(EvalContext, SimpleNamespace(costs=meter, run=SimpleNamespace(config=Config())))
+    cost = find_method(name).user_cost(context, inputs)
+    assert cost is not None
+    return cost
 
 
 @pytest.mark.parametrize(
@@ -20,6 +34,7 @@ TEXT = len("text: éééééééééé score: 4".encode())
         ("plain", 0),
         ("instruction-only", 0),
         ("lora", 0),
+        ("instruction+labels", 4),
         ("plug", 4 * 32 * 2),
         ("wrong-user", 4 * 32 * 2),
         ("population-persona", 0),
@@ -33,20 +48,22 @@ TEXT = len("text: éééééééééé score: 4".encode())
     ],
 )
 def test_bytes_per_user_are_means_over_samples(name: str, kept: float) -> None:
-    assert METER.of(condition_of(name)).bytes == pytest.approx(kept)
+    assert _cost(name).bytes == pytest.approx(kept)
 
 
 def test_encoding_takes_time_and_indexing_words_does_not() -> None:
-    assert METER.of(condition_of("plug")).seconds > 0
-    assert METER.of(condition_of("bm25:4")).seconds == 0
-    assert METER.of(condition_of("plain")) == Cost(0.0, 0.0)
+    assert _cost("plug").seconds > 0
+    assert _cost("bm25:4").seconds == 0
+    assert _cost("plain") == UserCost(0.0, 0.0)
 
 
 def test_what_was_measured_elsewhere_is_added() -> None:
-    assert METER.of(condition_of("profile"), own=Cost(50.0, 0.5)) == Cost(50.0, 0.5)
-    assert METER.of(condition_of("profile+bm25:4"), own=Cost(50.0, 0.5)) == Cost(50.0 + 4 * TEXT, 0.5)
+    assert _cost("profile", inputs=replace(INPUTS, user_cost=UserCost(50.0, 0.5))) == UserCost(50.0, 0.5)
+    assert _cost("profile+bm25:4", inputs=replace(INPUTS, user_cost=UserCost(50.0, 0.5))) == UserCost(
+        50.0 + 4 * TEXT, 0.5
+    )
 
 
 def test_nobody_has_a_history() -> None:
     meter = CostMeter([0, 0], [Sample("1", "u", "p", "q", "1")], encoder=HashEncoder(32))
-    assert meter.of(condition_of("plug")) == Cost(0.0, 0.0)
+    assert _cost("plug", meter=meter) == UserCost(0.0, 0.0)

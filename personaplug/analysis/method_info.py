@@ -1,0 +1,44 @@
+"""MethodInfo: what trials, tables and tests know of a row, so that none of them parses its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+WRONG_USER: Final = "wrong-user"
+SHUFFLED: Final = "shuffled"
+
+HistorySource = Literal["none", "own", "wrong-user", "shuffled"]
+Family = Literal["none", "plug", "prompt", "weights", "counts", "no-lm"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of a results table.
+
+    Attributes:
+        name: as written on the command line and in results.
+        family: what personalizes: nothing (`none`), a `plug`, texts in the `prompt`, `weights` of the model, `counts`
+            of the user's own words or labels; `no-lm` for a row without a language model.
+        history: whose history the row sees.
+        control_of: the row whose claim this row tests; None for a row that is no control.
+        parents: the rows that this row adds something to.
+        is_seeded: whether the row is trained or drawn once for each seed.
+    """
+
+    name: str
+    family: Family = "none"
+    history: HistorySource = "none"
+    control_of: str | None = None
+    parents: tuple[str, ...] = ()
+    is_seeded: bool = False
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the row tests a claim about another row."""
+        return self.control_of is not None
+
+    @property
+    def gain_of(self) -> str | None:
+        """The row whose personal gain is its distance from this row."""
+        return self.control_of if self.history == WRONG_USER else None

@@ -1,0 +1,204 @@
+"""What every row of a table works with: one split of a run, its models and whose history each sample is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from personaplug.analysis.method_info import SHUFFLED, WRONG_USER, HistorySource
+from personaplug.baselines.prompt_builder import PromptBuilder
+from personaplug.config import EvaluationConfig, PlugConfig
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.task import Reader, Task
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.errors import ConfigError, MissingData
+from personaplug.llm.base import GenerationConfig
+from personaplug.methods.costs import CostMeter
+from personaplug.plug.model import PersonaPlug
+from personaplug.run import Models, Run, drawn, encoded
+
+T = TypeVar("T")
+
+_TIMED_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where the history of one sample comes from.
+
+    Attributes:
+        source: index of the sample whose history is shown; None = no history.
+        items: (n,) indices of the source's items, in the order in which they are shown.
+    """
+
+    source: int | None
+    items: npt.NDArray[np.int64]
+
+
+class EvalContext:
+    """One split of a run, with its models.
+
+    Attributes:
+        samples: the split's samples with their own histories.
+        owners: the samples' users.
+        decoding: `score` the labels or `generate` text.
+    """
+
+    def __init__(
+        self, run: Run, reader: Reader, *, models: Models, config: EvaluationConfig, train: Reader | None = None
+    ) -> None:
+        """Read the split.
+
+        Args:
+            reader: the split.
+            train: the training split; only needed for rows without a language model.
+        Raises:
+            MissingData: if the split holds no samples.
+            ConfigError: if labels are to be scored in a task without labels.
+        """
+        self.run, self.reader, self.models, self.config, self.train = run, reader, models, config, train
+        self.decoding = _decoding(run.task, config)
+        self.generation = GenerationConfig(
+            max_new_tokens=config.max_new_tokens or run.task.max_new_tokens, num_beams=config.num_beams
+        )
+        self.embeddings = run.open_vectors(models.encoder)
+        timed = list(islice(reader, _TIMED_SAMPLES))  # before the split is read, so that its report covers it once
+        truncated = models.encoder.truncated
+        self.samples = run.read_samples(reader, self.embeddings, limit=config.limit, seed=config.draw_seed)
+        self.truncated_texts = models.encoder.truncated - truncated
+        if not self.samples:
+            raise MissingData("The split holds no samples.")
+        self.owners = [sample.owner for sample in self.samples]
+        self.history_sizes = [len(sample.rows) for sample in self.samples]
+        self.prompt_lengths = models.llm.measure([sample.prompt for sample in self.samples])
+        self.prompts = PromptBuilder(run, models, table=self.embeddings)
+        self.costs = CostMeter(self.history_sizes, timed, encoder=models.encoder)
+        self._samples_by_channel = {run.config.plug.answer_channel: self.samples}
+        self._cache: dict[Any, Any] = {}
+        self._plug: tuple[tuple[str, int], PersonaPlug] | None = None
+
+    @property
+    def task(self) -> Task:
+        """The run's task."""
+        return self.run.task
+
+    @cached_property
+    def texts(self) -> list[Sample]:
+        """The samples with the texts of their histories, read when the first row needs them."""
+        return list(drawn(self.reader, limit=self.config.limit, seed=self.config.draw_seed))
+
+    @cached_property
+    def training_texts(self) -> list[Sample]:
+        """The training samples of the run with their texts.
+
+        Raises:
+            MissingData: if the training split was not given.
+            RunConflict: if the run was trained on other data.
+        """
+        if self.train is None:
+            raise MissingData("Rows without a language model are fitted on the training split, which was not given.")
+        samples = list(drawn(self.train, limit=self.run.config.training.train_limit, seed=0))
+        if self.run.knows_its_data:
+            rows = encoded(samples, self.embeddings, plug=self.run.config.plug, labels=self.task.labels)
+            self.run.check_data(rows, self.embeddings)
+        return samples
+
+    def samples_for(self, plug: PlugConfig) -> list[EncodedSample]:
+        """Return the samples as a plug reads their items."""
+        channel = plug.answer_channel
+        if channel not in self._samples_by_channel:
+            limit, seed = self.config.limit, self.config.draw_seed
+            samples = self.run.read_samples(self.reader, self.embeddings, limit=limit, seed=seed, plug=plug)
+            self._samples_by_channel[channel] = samples
+        return self._samples_by_channel[channel]
+
+    def assign(self, history: HistorySource, *, seed: int) -> list[Assignment]:
+        """Assign a history to each sample; equal arguments give equal draws."""
+        return assign_histories(
+            history,
+            self.owners,
+            self.history_sizes,
+            seed=self.config.draw_seed + seed,
+            latest=self.config.max_eval_history,
+        )
+
+    def assigned_items(self, assignments: Sequence[Assignment]) -> list[tuple[HistoryItem, ...]]:
+        """Return the items of the histories that the samples are shown, with their texts."""
+        return [
+            () if a.source is None else tuple(self.texts[a.source].history[index] for index in a.items)
+            for a in assignments
+        ]
+
+    def load_plug(self, name: str, *, seed: int) -> PersonaPlug:
+        """Load a trained plug; the last one stays loaded."""
+        if self._plug is None or self._plug[0] != (name, seed):
+            self._plug = None  # free the memory before the next plug takes it
+            self._plug = ((name, seed), self.run.load_plug(name, seed=seed, models=self.models))
+        return self._plug[1]
+
+    def once(self, key: object, compute: Callable[[], T]) -> T:
+        """Return a value that several rows and seeds share, computed when it is first asked for."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        value: T = self._cache[key]
+        return value
+
+
+def assign_histories(
+    history: HistorySource, owners: Sequence[str], sizes: Sequence[int], *, seed: int, latest: int = -1
+) -> list[Assignment]:
+    """Assign a history to each of n samples. One assignment serves vectors, texts and weights alike.
+
+    Args:
+        history: whose history is shown.
+        owners: (n,) the samples' users.
+        sizes: (n,) number of items in the samples' own histories.
+        seed: draws strangers and orders.
+        latest: show only this many latest items; -1 = all.
+    Raises:
+        ConfigError: if a wrong user is asked for and there is only one user.
+    """
+    if history == "none":
+        return [Assignment(None, np.empty(0, np.int64)) for _ in owners]
+    sources = list(_strangers(owners, seed=seed)) if history == WRONG_USER else range(len(owners))
+    items = [np.arange(sizes[source]) for source in sources]
+    if latest >= 0:
+        items = [indices[max(0, len(indices) - latest) :] for indices in items]
+    if history == SHUFFLED:
+        items = [np.random.default_rng([seed, 5, k]).permutation(indices) for k, indices in enumerate(items)]
+    return [Assignment(source, indices) for source, indices in zip(sources, items, strict=True)]
+
+
+def with_assigned_items(samples: Sequence[EncodedSample], assignments: Sequence[Assignment]) -> list[EncodedSample]:
+    """Return the samples with the rows and answers of the histories assigned to them."""
+    return [
+        sample.with_items_of(sample if a.source is None else samples[a.source], a.items)
+        for sample, a in zip(samples, assignments, strict=True)
+    ]
+
+
+def _strangers(owners: Sequence[str], *, seed: int) -> Iterator[int]:
+    """For each sample, draw one of another user: each other user is equally likely, then each of their samples."""
+    by_owner: dict[str, list[int]] = {}
+    for index, owner in enumerate(owners):
+        by_owner.setdefault(owner, []).append(index)
+    names = sorted(by_owner)
+    if len(names) < 2:
+        raise ConfigError(f"{WRONG_USER} needs samples of 2 or more users; found {len(names)}.")
+    rank = {owner: index for index, owner in enumerate(names)}
+    rng = np.random.default_rng([seed, 4])
+    for owner in owners:
+        stranger = names[(rank[owner] + int(rng.integers(1, len(names)))) % len(names)]
+        yield by_owner[stranger][int(rng.integers(len(by_owner[stranger])))]
+
+
+def _decoding(task: Task, config: EvaluationConfig) -> str:
+    if config.decoding == "score" and not task.labels:
+        raise ConfigError(f"decoding=score needs a task with labels; {task.name} has none. Use decoding=generate.")
+    return ("score" if task.labels else "generate") if config.decoding == "auto" else config.decoding

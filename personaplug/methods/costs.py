@@ -1,0 +1,70 @@
+"""What a user costs a service under each row: bytes kept and seconds to add one, as means over the samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from personaplug.data.records import Sample
+from personaplug.encoders import Encoder
+
+_TIMED_ITEMS = 128
+_BYTES_PER_VALUE = 2  # item vectors are kept in half precision
+
+
+@dataclass(frozen=True)
+class UserCost:
+    """The cost of one user.
+
+    Attributes:
+        bytes: kept for the user.
+        seconds: to add the user, on this machine.
+    """
+
+    bytes: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: UserCost) -> UserCost:
+        return UserCost(self.bytes + other.bytes, self.seconds + other.seconds)
+
+
+class CostMeter:
+    """Costs of a mean user of some samples.
+
+    Args:
+        sizes: number of items in each sample's history.
+        timed: a few samples with their texts, to measure on.
+        encoder: encodes items.
+    """
+
+    def __init__(self, sizes: Sequence[int], timed: Sequence[Sample], *, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.items = float(np.mean(sizes)) if len(sizes) else 0.0
+        self._texts = [item.text for sample in timed for item in sample.history][:_TIMED_ITEMS]
+
+    def embeddings(self) -> UserCost:
+        """Return the cost of the vectors of a user's items."""
+        return UserCost(self.items * self.encoder.width * _BYTES_PER_VALUE, self.items * self._seconds_per_item)
+
+    def texts(self) -> UserCost:
+        """Return the cost of the texts of a user's items."""
+        sizes = [len(text.encode()) for text in self._texts]
+        return UserCost(self.items * float(np.mean(sizes)) if sizes else 0.0)
+
+    def labels(self) -> UserCost:
+        """Return the cost of the labels of a user's answers, one byte each."""
+        return UserCost(self.items)
+
+    @cached_property
+    def _seconds_per_item(self) -> float:
+        """The time to encode an item, measured when the first row asks."""
+        if not self._texts:
+            return 0.0
+        self.encoder.encode(self._texts[:8])  # the first call warms up
+        started = time.monotonic()
+        self.encoder.encode(self._texts)
+        return (time.monotonic() - started) / len(self._texts)

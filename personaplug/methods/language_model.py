@@ -1,0 +1,190 @@
+"""Rows that ask the frozen language model: bare, behind soft tokens, with texts in the prompt, with an n-gram cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from personaplug.data.task import Task
+from personaplug.encoders.encoded_sample import EncodedSample, past_answers, samples_fingerprint
+from personaplug.llm.ngram_cache import check_ngrams
+from personaplug.methods.base import Method, ModelInputs
+from personaplug.methods.context import Assignment, EvalContext, with_assigned_items
+from personaplug.methods.costs import UserCost
+from personaplug.methods.personas import MeanPersona, RandomVectors
+from personaplug.methods.predictions import Predictions, predict_samples, reference_nll
+from personaplug.methods.prompt_texts import PromptTexts
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer, SoftPrompter
+from personaplug.training.parts import SoftPromptPart, TrainedPart
+
+
+@dataclass(frozen=True)
+class LanguageModelMethod(Method):
+    """The frozen language model, with what stands beside the question.
+
+    Attributes:
+        soft: what makes soft tokens; None = there are none.
+        texts: what puts texts of the history into the prompt; None = the bare prompt.
+        ngrams: whether the n-grams of the user's past answers are mixed into what the model writes.
+    """
+
+    soft: SoftPromptPart | None = None
+    texts: PromptTexts | None = None
+    ngrams: bool = False
+
+    @property
+    def can_take_ngrams(self) -> bool:
+        """Whether n-grams of the user's past answers may be mixed in."""
+        return not self.ngrams and not self.info.is_control
+
+    @property
+    def requires(self) -> tuple[TrainedPart, ...]:
+        return (*(self.texts.requires if self.texts else ()), *((self.soft,) if self.soft else ()))
+
+    def check(self, task: Task) -> None:
+        super().check(task)
+        if self.ngrams:
+            check_ngrams(task)
+
+    def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
+        own = context.run.config.plug
+        samples = with_assigned_items(
+            context.samples_for(self.soft.plug_config(own) if self.soft else own), assignments
+        )
+        if self.ngrams and context.config.persona_scale:  # a scale of 0 is the plain model
+            items = context.assigned_items(assignments)
+            samples = [
+                replace(sample, own_answers=past_answers(history, latest=own.max_history))
+                for sample, history in zip(samples, items, strict=True)
+            ]
+        inputs = ModelInputs(
+            samples,
+            assignments,
+            prompt_lengths=context.prompt_lengths,
+            items_used=[len(sample.rows) for sample in samples],
+        )
+        return inputs if self.texts is None else self.texts.added_to(inputs, context, seed=seed)
+
+    def predict(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> Predictions:
+        return self._predict(context, inputs.samples, prompter=self.prompter(context, inputs, seed=seed), seed=seed)
+
+    def reference_nll(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        prompter = self.prompter(context, inputs, seed=seed)
+        return self._reference_nll(context, inputs.samples, prompter=prompter, seed=seed)
+
+    def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
+        """Return what makes the row's soft tokens; None if it has none."""
+        plug = self._plug(context, seed=seed)
+        if plug is None:
+            return None
+        return Personalizer(plug, table=context.embeddings, persona_scale=context.config.persona_scale)
+
+    def cache_key(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[Any] | None:
+        llm, run = context.models.llm, context.run
+        return [
+            samples_fingerprint(inputs.samples, context.embeddings),
+            context.decoding,
+            list(run.task.labels),
+            asdict(context.generation),
+            [llm.identity.fingerprint, llm.dtype],
+            run.config.model.max_prompt_tokens,
+            type(self).__name__,
+            [
+                hashlib.sha256(weights.read_bytes()).hexdigest()
+                for part in self.requires
+                for weights in sorted(run.plug_folder(part.name, seed=seed).glob("*.safetensors"))
+            ],
+            context.config.persona_scale,
+        ]
+
+    def user_cost(self, context: EvalContext, inputs: ModelInputs) -> UserCost | None:
+        cost = inputs.user_cost or UserCost()
+        if self._embeds_items or (self.texts is not None and self.texts.embeds_items):
+            cost += context.costs.embeddings()
+        if self.soft is not None and self.soft.counts_labels:
+            cost += context.costs.labels()
+        if self.ngrams or (self.texts is not None and self.texts.keeps_texts):
+            cost += context.costs.texts()
+        return cost
+
+    def soft_tokens(self, context: EvalContext) -> int:
+        if self.soft is None or context.config.persona_scale == 0:
+            return 0
+        return self.soft.plug_config(context.run.config.plug).soft_tokens
+
+    def cold_start_items(self, context: EvalContext, *, seed: int) -> int:
+        plug = self._plug(context, seed=seed)
+        return 0 if plug is None else plug.few
+
+    @property
+    def _embeds_items(self) -> bool:
+        return self.soft is not None and self.soft.reads_items and self.info.history != "none"
+
+    def _plug(self, context: EvalContext, *, seed: int) -> PersonaPlug | None:
+        return None if self.soft is None else context.load_plug(self.soft.name, seed=seed)
+
+    def _predict(
+        self, context: EvalContext, samples: Sequence[EncodedSample], *, prompter: SoftPrompter | None, seed: int
+    ) -> Predictions:
+        return predict_samples(
+            context.models.llm,
+            samples,
+            prompter=prompter,
+            task=context.task,
+            decoding=context.decoding,
+            generation=context.generation,
+            batch_size=context.config.evaluation_batch_size,
+            title=self._title(seed),
+        )
+
+    def _reference_nll(
+        self, context: EvalContext, samples: Sequence[EncodedSample], *, prompter: SoftPrompter | None, seed: int
+    ) -> list[list[float]]:
+        return reference_nll(
+            context.models.llm,
+            samples,
+            prompter=prompter,
+            batch_size=context.config.evaluation_batch_size,
+            title=f"{self._title(seed)}, likelihood",
+        )
+
+    def _title(self, seed: int) -> str:
+        return f"{self.name} (seed {seed})" if self.info.is_seeded else self.name
+
+
+@dataclass(frozen=True)
+class RandomVectorsMethod(LanguageModelMethod):
+    """The plug, shown random vectors without answers in place of the user's items."""
+
+    def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
+        inputs = super().build_inputs(context, assignments, seed=seed)
+        samples = [
+            replace(sample, answers=np.full_like(sample.answers, -1), forms=np.zeros_like(sample.forms))
+            for sample in inputs.samples
+        ]
+        return replace(inputs, samples=samples)
+
+    def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
+        plug = self._plug(context, seed=seed)
+        assert plug is not None
+        vectors = RandomVectors(context.embeddings, seed=seed)
+        return Personalizer(plug, table=vectors, persona_scale=context.config.persona_scale)
+
+
+@dataclass(frozen=True)
+class MeanPersonaMethod(LanguageModelMethod):
+    """The plug with the mean persona of all samples for everybody."""
+
+    def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
+        personalizer = super().prompter(context, inputs, seed=seed)
+        assert isinstance(personalizer, Personalizer)
+        return MeanPersona(personalizer, inputs.samples)
+
+    @property
+    def _embeds_items(self) -> bool:
+        return False

@@ -1,0 +1,276 @@
+"""What a language model predicts for samples, with or without soft tokens, and the cache file of predictions.
+
+Cached predictions are used again only while everything that they depend on is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from personaplug.analysis.point_estimates import ARGMAX, point_predictions
+from personaplug.data.task import Task
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.infra.atomic_io import write_json
+from personaplug.infra.memory import peak_memory, reset_peak_memory
+from personaplug.infra.progress import Progress
+from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.llm.ngram_cache import UserNgramCache
+from personaplug.plug.personalizer import SoftPrompter
+from personaplug.training.batching import micro_batches
+
+_DIGITS = 6  # of a probability: enough for any point estimate, and equal in memory and in a file
+_MAX_NLL_TOKENS = 1024  # answer tokens in one pass, padding included; each has a logit for every word of the vocabulary
+
+
+@dataclass(frozen=True, repr=False)
+class Predictions:
+    """Predictions for n samples.
+
+    Attributes:
+        texts: (n,) the predicted answers.
+        unfinished: (n,) whether each text was cut at its longest length.
+        seconds: the time that the predictions took.
+        peak_memory_bytes: the most memory that was held meanwhile.
+        probabilities: (n, C) of the task's labels; None if no labels were scored.
+        nll: (n, 2) −log p of each reference answer and its number of tokens (a label counts as one); None if unknown.
+        fit_seconds: the time of fitting, for a row that is fitted when the table is filled.
+    """
+
+    texts: list[str]
+    unfinished: list[bool]
+    seconds: float
+    peak_memory_bytes: int
+    probabilities: list[list[float]] | None = None
+    nll: list[list[float]] | None = None
+    fit_seconds: float | None = None
+
+    def nll_statistics(self) -> NDArray[np.float64] | None:
+        """Return −log p of the references and their tokens, (n, 2); None if unknown."""
+        if self.nll is None:
+            return None
+        # JSON has no infinity: a file has null in its place.
+        rows = [[math.inf if value is None else value for value in row] for row in self.nll]
+        return np.array(rows, dtype=np.float64).reshape(-1, 2)
+
+    def estimates(self, estimate: str, *, labels: Sequence[str]) -> list[str]:
+        """Return the labels that a point estimate chooses; texts that were not scored stay as they are.
+
+        Raises:
+            ConfigError: if there is no such estimate, or the labels are no scale.
+        """
+        if estimate == ARGMAX or self.probabilities is None:
+            return self.texts
+        probabilities = np.array(self.probabilities, dtype=np.float64).reshape(len(self.texts), len(labels))
+        return point_predictions(probabilities, labels, decision=estimate)
+
+
+@dataclass(frozen=True, repr=False)
+class _Prediction:
+    """One prediction; the attributes are those of `Predictions`."""
+
+    text: str
+    unfinished: bool = False
+    probabilities: list[float] | None = None
+    nll: list[float] | None = None
+
+
+def predict_samples(
+    llm: LanguageModel,
+    samples: Sequence[EncodedSample],
+    *,
+    prompter: SoftPrompter | None,
+    task: Task,
+    decoding: str,
+    generation: GenerationConfig,
+    batch_size: int,
+    title: str = "predict",
+) -> Predictions:
+    """Predict samples, and return the predictions in the samples' order.
+
+    The longest prompts come first, so that memory runs out at once or not at all.
+
+    Args:
+        prompter: makes the soft tokens; None = the bare model.
+        decoding: "score" takes the likeliest of the task's labels, "generate" writes text.
+    """
+    if prompter is not None and prompter.placement == "suffix" and (decoding == "score" or generation.num_beams == 1):
+        # Most rows of a table share their prompts: the cache is filled before the clock of the first row starts.
+        llm.keep([sample.prompt for sample in samples])
+    elif decoding == "generate":
+        llm.clear_cache()  # beams read prompts by themselves
+    reset_peak_memory()
+    started = time.monotonic()
+    predictions: dict[int, _Prediction] = {}
+    order = np.argsort([-len(sample.prompt) for sample in samples], kind="stable")
+    with Progress(title, total=len(samples), unit="answers") as progress:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size].tolist()
+            batch = [samples[index] for index in indices]
+            outputs = _predict_batch(llm, batch, prompter, task=task, decoding=decoding, generation=generation)
+            predictions.update(zip(indices, outputs, strict=True))
+            progress.advance(len(batch))
+    seconds = time.monotonic() - started
+    in_order = [predictions[index] for index in range(len(samples))]
+    return Predictions(
+        [prediction.text for prediction in in_order],
+        [prediction.unfinished for prediction in in_order],
+        seconds,
+        peak_memory(),
+        probabilities=all_or_none([prediction.probabilities for prediction in in_order]),
+        nll=all_or_none([prediction.nll for prediction in in_order]),
+    )
+
+
+@torch.no_grad()
+def reference_nll(
+    llm: LanguageModel,
+    samples: Sequence[EncodedSample],
+    *,
+    prompter: SoftPrompter | None,
+    batch_size: int,
+    title: str = "likelihood",
+) -> list[list[float]]:
+    """Return −log p of each reference answer and its tokens, end of text included, in the samples' order.
+
+    Args:
+        samples: with targets.
+        prompter: makes the soft tokens; None = the bare model.
+        batch_size: most samples in a pass; long answers make it fewer.
+    """
+    prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
+    measures = zip(llm.measure(prompts, targets=targets), llm.measure(prompts), strict=True)
+    lengths = [whole.tokens - prompt.tokens for whole, prompt in measures]
+    nll: dict[int, list[float]] = {}
+    with Progress(title, total=len(samples), unit="answers") as progress:
+        for part in micro_batches(range(len(samples)), lengths=lengths, most=_MAX_NLL_TOKENS):
+            for start in range(0, len(part), batch_size):
+                indices = part[start : start + batch_size]
+                batch = [samples[index] for index in indices]
+                losses, tokens = llm.loss(
+                    [sample.prompt for sample in batch],
+                    [sample.target or "" for sample in batch],
+                    soft=None if prompter is None else prompter.soft_prompt(batch),
+                    soft_at=[sample.soft_at for sample in batch],
+                    phrases=ngram_caches(batch, llm),
+                )
+                pairs = zip(losses.tolist(), tokens.tolist(), strict=True)
+                nll.update(zip(indices, ([round(loss, 6), count] for loss, count in pairs), strict=True))
+                progress.advance(len(batch))
+    return [nll[index] for index in range(len(samples))]
+
+
+def ngram_caches(samples: Sequence[EncodedSample], llm: LanguageModel) -> list[UserNgramCache] | None:
+    """Return an n-gram cache of each sample's past answers; None if no sample has any."""
+    if not any(sample.own_answers for sample in samples):
+        return None
+    return [llm.phrases(sample.own_answers) for sample in samples]
+
+
+def all_or_none(rows: Sequence[list[float] | None]) -> list[list[float]] | None:
+    """Return the rows, or None if one of them is unknown."""
+    known = [row for row in rows if row is not None]
+    return known if len(known) == len(rows) else None
+
+
+def joined(parts: Sequence[tuple[list[int], Predictions]], count: int) -> Predictions:
+    """Join predictions of groups of samples in the samples' order.
+
+    Args:
+        parts: the samples' indices and their predictions, group by group.
+        count: number of samples.
+    """
+    texts, unfinished = [""] * count, [False] * count
+    probabilities: list[list[float] | None] = [None] * count
+    nll: list[list[float] | None] = [None] * count
+    for indices, part in parts:
+        for position, index in enumerate(indices):
+            texts[index], unfinished[index] = part.texts[position], part.unfinished[position]
+            probabilities[index] = None if part.probabilities is None else part.probabilities[position]
+            nll[index] = None if part.nll is None else part.nll[position]
+    return Predictions(
+        texts,
+        unfinished,
+        sum(part.seconds for _, part in parts),
+        max(part.peak_memory_bytes for _, part in parts),
+        probabilities=all_or_none(probabilities),
+        nll=all_or_none(nll),
+    )
+
+
+def save_predictions(predictions: Predictions, path: Path, *, key: Sequence[Any]) -> None:
+    """Write predictions beside a hash of everything that they depend on.
+
+    Raises:
+        StorageError: if the disk is full.
+    """
+    write_json(path, {"key": _hash(key), **asdict(predictions)})
+
+
+def load_predictions(path: Path, *, key: Sequence[Any]) -> Predictions | None:
+    """Return the predictions of a file if everything that they depend on is the same; None otherwise."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("key") == _hash(key):
+            return Predictions(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _predict_batch(
+    llm: LanguageModel,
+    batch: Sequence[EncodedSample],
+    prompter: SoftPrompter | None,
+    *,
+    task: Task,
+    decoding: str,
+    generation: GenerationConfig,
+) -> list[_Prediction]:
+    prompts, soft_at = [sample.prompt for sample in batch], [sample.soft_at for sample in batch]
+    with torch.no_grad():
+        soft = None if prompter is None else prompter.soft_prompt(batch)
+        if decoding == "score":
+            scores = llm.score(prompts, task.labels, soft=soft, soft_at=soft_at)
+            best_ids = scores.argmax(dim=1).tolist()
+            rows = zip(best_ids, _probabilities(scores), _label_nll(scores, batch, task), strict=True)
+            return [_Prediction(task.labels[best], probabilities=probs, nll=nll) for best, probs, nll in rows]
+        ngrams = ngram_caches(batch, llm)
+        outputs = llm.generate(prompts, soft=soft, config=generation, soft_at=soft_at, phrases=ngrams)
+        return [_Prediction(output.text, unfinished=not output.finished) for output in outputs]
+
+
+def _probabilities(scores: torch.Tensor) -> list[list[float]]:
+    """Return log-probabilities of a closed set, (B, C), as probabilities within it, rounded."""
+    probabilities = torch.softmax(scores.cpu().double(), dim=1)
+    # Scores that overflowed say nothing of the labels but which one is predicted.
+    one_hot = torch.nn.functional.one_hot(scores.cpu().argmax(dim=1), num_classes=scores.shape[1]).double()
+    rows: list[list[float]] = torch.where(probabilities.isfinite(), probabilities, one_hot).tolist()
+    return [[round(probability, _DIGITS) for probability in row] for row in rows]
+
+
+def _label_nll(scores: torch.Tensor, samples: Sequence[EncodedSample], task: Task) -> list[list[float] | None]:
+    """Return −log p of each sample's label among the labels, and 1 for its token; None for a hidden label."""
+    nll = -torch.log_softmax(scores.cpu().double(), dim=1)
+    # A score that overflowed does not tell the right label from any other: it counts as impossible.
+    nll = nll.nan_to_num(nan=math.inf)
+    ids = {label.strip(): index for index, label in enumerate(task.labels)}
+    label_ids = [None if sample.target is None else ids.get(sample.target.strip()) for sample in samples]
+    return [
+        None if label_id is None else [round(float(row[label_id]), _DIGITS), 1]
+        for row, label_id in zip(nll, label_ids, strict=True)
+    ]
+
+
+def _hash(key: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(key), sort_keys=True).encode()).hexdigest()

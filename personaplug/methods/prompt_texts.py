@@ -1,0 +1,86 @@
+"""Texts of a history in the prompt: retrieved items, a profile that the model wrote, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from personaplug.baselines.history_prompt import Written
+from personaplug.baselines.retrievers import Retrieval
+from personaplug.baselines.user_profiles import Profile
+from personaplug.methods.base import ModelInputs
+from personaplug.methods.context import EvalContext
+from personaplug.methods.costs import UserCost
+from personaplug.training.parts import ROPG, TrainedPart
+
+_DENSE = ("dense", "ropg")
+
+
+@dataclass(frozen=True)
+class PromptTexts:
+    """What stands in the prompt beside the question.
+
+    Attributes:
+        retrieval: which items; None = none.
+        profile: whether a profile of the user.
+    """
+
+    retrieval: Retrieval | None = None
+    profile: bool = False
+
+    @property
+    def requires(self) -> tuple[TrainedPart, ...]:
+        """The trained retriever, if there is one."""
+        return (ROPG,) if self.retrieval is not None and self.retrieval.method == ROPG.name else ()
+
+    @property
+    def embeds_items(self) -> bool:
+        """Whether the vectors of a user's items are kept."""
+        return self.retrieval is not None and self.retrieval.method in _DENSE
+
+    @property
+    def keeps_texts(self) -> bool:
+        """Whether the texts of a user's items are kept."""
+        return self.retrieval is not None
+
+    def added_to(self, inputs: ModelInputs, context: EvalContext, *, seed: int) -> ModelInputs:
+        """Return the inputs with the texts in their prompts."""
+        items = context.assigned_items(inputs.assignments)
+        profiles = context.prompts.profiles.of(items) if self.profile else []
+        prompts = [
+            context.prompts.written(
+                text,
+                history,
+                retrieval=self.retrieval,
+                profile=profiles[index] if profiles else None,
+                seed=seed,
+            )
+            for index, (text, history) in enumerate(zip(context.texts, items, strict=True))
+        ]
+        samples = [
+            replace(sample, prompt=prompt.prompt, soft_at=prompt.soft_at)
+            for sample, prompt in zip(inputs.samples, prompts, strict=True)
+        ]
+        return replace(
+            inputs,
+            samples=samples,
+            prompt_lengths=context.models.llm.measure([sample.prompt for sample in samples]),
+            items_used=[prompt.written for prompt in prompts],
+            cut_items_rate=_cut_rate(prompts),
+            user_cost=_profile_cost(profiles),
+        )
+
+
+def _cut_rate(prompts: list[Written]) -> float:
+    """Return the share of the items meant for prompts that were shortened or left out."""
+    offered = sum(prompt.offered for prompt in prompts)
+    cut = sum(prompt.shortened + prompt.offered - prompt.written for prompt in prompts)
+    return cut / offered if offered else 0.0
+
+
+def _profile_cost(profiles: list[Profile]) -> UserCost | None:
+    if not profiles:
+        return None
+    sizes = [len(profile.text.encode()) for profile in profiles]
+    return UserCost(float(np.mean(sizes)), float(np.mean([profile.seconds for profile in profiles])))

@@ -1,0 +1,127 @@
+"""The registry of rows, and the grammar of their names.
+
+A name is a base, extensions behind `+`, and a control behind `@`: `plug+bm25:1+phrases@wrong-user`. What stands behind
+a colon goes to the part before it. `rows.py` registers the rows of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from personaplug.analysis.method_info import SHUFFLED, WRONG_USER
+from personaplug.errors import ConfigError, nearest
+from personaplug.methods.base import Control, Method
+from personaplug.training.parts import TrainedPart
+
+DEFAULT = ("plain", "instruction-only", WRONG_USER, SHUFFLED, "plug")
+
+MethodFactory = Callable[[str], Method]
+"""Makes a row from what stands behind the colon of its name ("" if there is no colon)."""
+
+Extension = Callable[[str, str, str], Method]
+"""Makes a row from its name, the name before the `+` ("" if there is none) and what stands behind the colon."""
+
+_METHODS: dict[str, MethodFactory] = {}
+_EXTENSIONS: dict[str, Extension] = {}
+_EXAMPLES: list[str] = []
+_ALIASES = {WRONG_USER: f"plug@{WRONG_USER}", SHUFFLED: f"plug@{SHUFFLED}"}
+_GAIN = "how much of {}'s gain a stranger's history gives too; the distance to it is the personal gain"
+_ORDER = "whether the order of the items matters to {}"
+
+
+def register_method(name: str, factory: MethodFactory) -> None:
+    """Make a row known by its name."""
+    _METHODS[name] = factory
+    _EXAMPLES.append(name)
+
+
+def register_extension(name: str, extension: Extension, *, examples: Sequence[str] = ()) -> None:
+    """Make known a part of names that stands behind a `+`, or first with a number.
+
+    Args:
+        examples: names with it, for error messages.
+    """
+    _EXTENSIONS[name] = extension
+    _EXAMPLES.extend(examples)
+
+
+def known_methods() -> list[str]:
+    """Return the registered names, and the short names of the plug's controls."""
+    return [*_METHODS, *_ALIASES]
+
+
+def known_extensions() -> list[str]:
+    """Return the registered extensions."""
+    return list(_EXTENSIONS)
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Return the rows of a comma-separated list.
+
+    Raises:
+        ConfigError: for an unknown, repeated or missing name.
+    """
+    methods = [find_method(name.strip()) for name in text.split(",") if name.strip()]
+    if not methods or len({method.name for method in methods}) < len(methods):
+        raise ConfigError(f"Rows are different names, comma-separated, such as {','.join(DEFAULT)}; found {text!r}.")
+    return methods
+
+
+def find_method(name: str) -> Method:
+    """Return the row of a name.
+
+    Raises:
+        ConfigError: if there is no such row.
+    """
+    body, at, control = _ALIASES.get(name, name).partition("@")
+    if at:
+        return _control(name, find_method(body), control)
+    if body in _METHODS:
+        return _METHODS[body]("")
+    before, plus, last = body.rpartition("+")
+    part, _, argument = last.partition(":")
+    if part in _EXTENSIONS and (before or not plus):
+        return _EXTENSIONS[part](name, before, argument)
+    if part in _METHODS and argument and not plus:
+        return _METHODS[part](argument)
+    raise unknown_method(name)
+
+
+def needed_parts(methods: Sequence[Method]) -> list[TrainedPart]:
+    """Return what has to be trained for some rows, each once, in order."""
+    return list(dict.fromkeys(part for method in methods for part in method.requires))
+
+
+def unknown_method(name: str) -> ConfigError:
+    """Return the error for a name that is no row, with the nearest names that are."""
+    return ConfigError(f"There is no row {name!r}; {nearest(name, [*_EXAMPLES, *_ALIASES])}")
+
+
+def number_after(name: str, argument: str) -> int:
+    """Return the number behind a colon in a row's name.
+
+    Raises:
+        ConfigError: if it is no whole number from 1.
+    """
+    if not (argument.isascii() and argument.isdecimal() and int(argument) >= 1):
+        raise unknown_method(name)
+    return int(argument)
+
+
+def _control(name: str, method: Method, history: str) -> Control:
+    is_personal = method.info.history == "own" and not method.info.is_control
+    if not is_personal or not (history == WRONG_USER or (history == SHUFFLED and method.can_be_shuffled)):
+        raise ConfigError(
+            f"A control is written ROW@{WRONG_USER} or ROW@{SHUFFLED}, with a row that uses the user's own history "
+            f"(for {SHUFFLED}: in its order); found {name!r}."
+        )
+    short_names = {target: alias for alias, target in _ALIASES.items()}
+    info = replace(
+        method.info,
+        name=short_names.get(name, name),
+        history=history,  # type: ignore[arg-type]  # one of two literals, as just checked
+        control_of=method.name,
+        parents=(),
+    )
+    return Control(method, info=info, rationale=(_GAIN if history == WRONG_USER else _ORDER).format(method.name))

@@ -1,0 +1,258 @@
+"""The rows of this package, by name.
+
+    plain  instruction-only  plug  paper-plug                the bare model, the task alone, the method
+    bm25:4  recency:4  dense:4  random:4  ropg:4             the best 4 items of the history, written into the prompt
+    instruction+bm25:4  plug+bm25:1  profile+bm25:4          soft tokens trained on such prompts; a profile before them
+    plug+phrases  instruction+phrases  plug+bm25:1+phrases   with the n-grams of the user's past answers mixed in
+    instruction+labels                                       soft tokens, and counts of the user's own labels
+    profile                                                  what the model itself wrote of the user
+    lora  lora-per-user                                      weights in the model: the task's, and each user's
+    classical  classical:text  classical:history             a regression on words and history, on one of them
+    user-median  user-mean  user-majority                    a statistic of the user's own answers
+    copy  copy:10  user-words:8                              the query, its first words, the user's frequent words
+    ROW@wrong-user  ROW@shuffled                             any of them, shown a stranger's history, or another order
+    wrong-user  shuffled                                     short for plug@wrong-user and plug@shuffled
+    random-vectors  mean-persona  population-persona         further controls of the plug
+
+The personal gain of a row is its distance from its own wrong-user row. Rows without a language model say what a data
+set gives away for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from personaplug.analysis.method_info import HistorySource, MethodInfo
+from personaplug.baselines.heuristics import CopyQuery, UserMajority, UserRating, UserWords, user_mean, user_median
+from personaplug.baselines.no_lm import Baseline
+from personaplug.baselines.regression import Regression
+from personaplug.baselines.retrievers import Retrieval
+from personaplug.errors import ConfigError
+from personaplug.methods.base import Method
+from personaplug.methods.language_model import LanguageModelMethod, MeanPersonaMethod, RandomVectorsMethod
+from personaplug.methods.lora import LoraMethod, UserLoraMethod
+from personaplug.methods.no_lm import BaselineMethod
+from personaplug.methods.prompt_texts import PromptTexts
+from personaplug.methods.registry import (
+    find_method,
+    number_after,
+    register_extension,
+    register_method,
+    unknown_method,
+)
+from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, PAPER_PLUG, PLUG
+
+RETRIEVERS = ("bm25", "recency", "dense", "random", "ropg")
+_USER_WORDS = 8
+_INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; alone it is written instruction-only
+
+
+def _row(method: Method) -> None:
+    """Register a row whose name takes no number."""
+
+    def factory(argument: str) -> Method:
+        if argument:
+            raise unknown_method(f"{method.name}:{argument}")
+        return method
+
+    register_method(method.name, factory)
+
+
+# ---- the model, the task, the plug
+
+_row(LanguageModelMethod(info=MethodInfo("plain"), rationale="what the frozen model does untouched"))
+_row(
+    LanguageModelMethod(
+        INSTRUCTION,
+        info=MethodInfo("instruction-only", is_seeded=True),
+        rationale="how much any trained tokens gain: same data, steps and number of tokens, no history",
+    )
+)
+_row(
+    LanguageModelMethod(
+        PLUG,
+        info=MethodInfo("plug", "plug", "own", is_seeded=True),
+        rationale="what the user's own history gives through the plug",
+    )
+)
+_row(
+    LanguageModelMethod(
+        PAPER_PLUG,
+        info=MethodInfo("paper-plug", "plug", "own", is_seeded=True),
+        rationale="what the plug of the paper (PPlug, eq. 1 to 5) makes of the same history at the same place",
+    )
+)
+_row(
+    LanguageModelMethod(
+        LABEL_COUNTS,
+        info=MethodInfo("instruction+labels", "counts", "own", is_seeded=True),
+        rationale="whether counts of the user's own labels, beside tokens that know nobody, do as well as a persona",
+    )
+)
+
+# ---- further controls of the plug
+
+_row(
+    RandomVectorsMethod(
+        PLUG,
+        info=MethodInfo("random-vectors", "plug", "own", control_of="plug", is_seeded=True),
+        rationale="whether the persona carries anything of the items, or only their number",
+    )
+)
+_row(
+    MeanPersonaMethod(
+        PLUG,
+        info=MethodInfo("mean-persona", "plug", "own", control_of="plug", is_seeded=True),
+        rationale="whether one persona for everybody does as well",
+    )
+)
+_row(
+    LanguageModelMethod(
+        PLUG,
+        info=MethodInfo("population-persona", "plug", control_of="plug", is_seeded=True),
+        rationale="what the plug does for a user without any history",
+    )
+)
+
+# ---- texts in the prompt
+
+_row(
+    LanguageModelMethod(
+        texts=PromptTexts(profile=True),
+        info=MethodInfo("profile", "prompt", "own"),
+        rationale="whether a profile in words does as well",
+    )
+)
+
+
+def _register_retriever(retriever: str) -> None:
+    def extend(name: str, base: str, argument: str) -> Method:
+        return _retrieval_row(name, base, Retrieval(retriever, number_after(name, argument)))
+
+    register_extension(retriever, extend, examples=(f"{retriever}:4", f"{_INSTRUCTION}+{retriever}:4"))
+
+
+def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
+    """Return the row with retrieved texts in the prompt, alone or beside a base."""
+    info = MethodInfo(name, "prompt", "own", parents=(retrieval.name,), is_seeded=True)
+    if base == _INSTRUCTION:
+        return LanguageModelMethod(
+            replace(INSTRUCTION, name=name, retrieval=retrieval),
+            PromptTexts(retrieval),
+            info=info,
+            rationale="what the texts do once retrieval has seen the same training data as the plug",
+        )
+    if base == "plug":
+        parents = (retrieval.name, f"{_INSTRUCTION}+{retrieval.name}", "plug")
+        return LanguageModelMethod(
+            replace(PLUG, name=name, retrieval=retrieval),
+            PromptTexts(retrieval),
+            info=replace(info, family="plug", parents=parents),
+            rationale="whether persona and texts complete each other, trained together",
+        )
+    if base not in ("", "profile"):
+        raise ConfigError(f"Retrieval goes with instruction, plug or profile (plug+bm25:1); found {name!r}.")
+    is_profile, is_drawn = base == "profile", retrieval.method in ("random", "ropg")
+    dense = (f"dense:{retrieval.items}",) if retrieval.method == "ropg" else ()
+    return LanguageModelMethod(
+        texts=PromptTexts(retrieval, profile=is_profile),
+        info=replace(info, parents=(retrieval.name,) if is_profile else dense, is_seeded=is_drawn),
+        rationale="what the texts themselves do in the prompt",
+    )
+
+
+for _retriever in RETRIEVERS:
+    _register_retriever(_retriever)
+
+# ---- n-grams of the user's past answers
+
+
+def _with_phrases(name: str, base: str, argument: str) -> Method:
+    if not base or argument:
+        raise unknown_method(name)
+    if base == "instruction-only":
+        raise ConfigError(f"{name} is written {_INSTRUCTION}+phrases.")
+    method = find_method("instruction-only" if base == _INSTRUCTION else base)
+    if not isinstance(method, LanguageModelMethod) or not method.can_take_ngrams:
+        raise ConfigError(
+            f"Phrases are mixed into what the frozen model writes beside the user's own history (plug+phrases, "
+            f"instruction+phrases, plug+bm25:1+phrases; a control is plug+phrases@wrong-user); found {name!r}."
+        )
+    family = "counts" if method.info.family == "none" else method.info.family
+    return replace(
+        method,
+        info=replace(method.info, name=name, family=family, history="own", parents=_parents_with_phrases(method)),
+        rationale=f"what n-grams of the user's past answers, mixed into what the model writes, add to {method.name}",
+        ngrams=True,
+    )
+
+
+def _parents_with_phrases(method: Method) -> tuple[str, ...]:
+    """Return the row without phrases, the same parts with them, and the plug."""
+    parts = [f"{parent}+phrases" for parent in method.info.parents if parent != "plug"]
+    of_plug = (f"{_INSTRUCTION}+phrases", "plug") if method.info.family == "plug" else ()
+    return tuple(dict.fromkeys([method.name, *parts, *of_plug]))
+
+
+register_extension("phrases", _with_phrases, examples=("plug+phrases", "instruction+phrases"))
+
+# ---- weights in the model
+
+_row(
+    LoraMethod(
+        info=MethodInfo("lora", is_seeded=True),
+        rationale="how much weights trained on everybody's questions gain: the task, with more parameters",
+    )
+)
+_row(
+    UserLoraMethod(
+        info=MethodInfo("lora-per-user", "weights", "own", parents=("lora",), is_seeded=True),
+        rationale="whether training for each user does better",
+    )
+)
+
+# ---- without a language model
+
+
+def _no_lm(
+    baseline: Baseline,
+    rationale: str,
+    *,
+    name: str = "",
+    history: HistorySource = "own",
+    parents: tuple[str, ...] = (),
+) -> Method:
+    info = MethodInfo(name or baseline.name, "no-lm", history, parents=parents)
+    return BaselineMethod(baseline, info=info, rationale=rationale)
+
+
+_row(
+    _no_lm(
+        Regression(),
+        "whether a regression on words and history, which needs no language model, does as well",
+        parents=("classical:text", "classical:history"),
+    )
+)
+_row(_no_lm(Regression("text"), "what a regression learns of the task alone", history="none"))
+_row(_no_lm(Regression("history"), "what a regression makes of the history without reading the question"))
+_row(_no_lm(UserRating("user-median", user_median), "whether the median of the user's own answers does as well"))
+_row(_no_lm(UserRating("user-mean", user_mean), "whether the mean of the user's own answers does as well"))
+_row(_no_lm(UserMajority(), "whether the most frequent of the user's own answers does as well"))
+
+
+def _copy(argument: str) -> Method:
+    name = f"copy:{argument}" if argument else "copy"
+    words = number_after(name, argument) if argument else 0
+    rationale = "whether repeating the question does as well"
+    return _no_lm(CopyQuery("copy", words), rationale, name=name, history="none")
+
+
+def _user_words(argument: str) -> Method:
+    name = f"user-words:{argument}" if argument else "user-words"
+    words = number_after(name, argument) if argument else _USER_WORDS
+    rationale = "whether the words that most of the user's own texts hold do as well, in no sentence"
+    return _no_lm(UserWords("user-words", words), rationale, name=name)
+
+
+register_method("copy", _copy)
+register_method("user-words", _user_words)

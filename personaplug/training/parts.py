@@ -1,0 +1,416 @@
+"""What is trained once for each seed, for all users: soft tokens, the task's LoRA, a retriever. A class each.
+
+`Trainings` trains the parts of one run, which share models, item vectors and samples. A part that is trained is left
+as it is; a stopped training resumes.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from personaplug.baselines.lora import TASK, LoraAdapters
+from personaplug.baselines.prompt_builder import PromptBuilder
+from personaplug.baselines.retrievers import Retrieval
+from personaplug.baselines.ropg import RetrieverObjective, RopgRetriever, Teacher
+from personaplug.config import PAPER, PlugConfig
+from personaplug.data.label_set import LabelSet
+from personaplug.data.records import Sample
+from personaplug.data.task import Reader, Task
+from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.errors import ConfigError, TrainingDiverged
+from personaplug.infra.atomic_io import atomic_write, write_json
+from personaplug.infra.distributed import main_first, on_main, synchronized
+from personaplug.infra.memory import peak_memory, reset_peak_memory
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.saving import PlugSpec
+from personaplug.run import Models, Run, drawn
+from personaplug.training.batching import user_split
+from personaplug.training.checkpointing import drop_states
+from personaplug.training.cold_start import set_best_cold_start
+from personaplug.training.objectives import LoraObjective, Objective, PlugObjective
+from personaplug.training.trainer import FitReport, fit, mean_loss
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter.safetensors"
+MAX_START_ANSWERS = 1024
+"""Training answers whose tokens the initial instruction tokens are drawn from, at most."""
+
+
+class Trainings:
+    """The trainings of one run.
+
+    The run notes its training data at once, so that an evaluation can count users that were trained on.
+
+    Args:
+        reader: the training split.
+    Raises:
+        RunConflict: if the run was started on other data.
+    """
+
+    def __init__(self, run: Run, reader: Reader, *, models: Models) -> None:
+        self.run, self.reader, self.models = run, reader, models
+        self.embeddings, self.samples = main_first(self._read)
+        self.prompts = PromptBuilder(run, models, table=self.embeddings)
+
+    def train(self, part: TrainedPart, *, seed: int) -> Path:
+        """Train one part with one seed, unless that is done, and return its folder.
+
+        Raises:
+            ConfigError, TrainingDiverged, StorageError: see `fit`.
+        """
+        folder = self.run.plug_folder(part.name, seed=seed)
+        if on_main(lambda: self.run.trained(part.name, seed=seed)):
+            logger.info("%s (seed %d) is trained already", part.name, seed)
+            return folder
+        part.prepare(self, seed=seed)
+        reset_peak_memory()
+        part.fit(self, seed=seed)
+        on_main(lambda: drop_states(folder))
+        return folder
+
+    def fit(
+        self, part: TrainedPart, objective: Objective, samples: Sequence[EncodedSample], *, seed: int
+    ) -> dict[str, object]:
+        """Run the training loop, and return what the training was."""
+        report: FitReport = fit(
+            objective,
+            samples=samples,
+            config=self.run.config.training,
+            seed=seed,
+            folder=self.run.plug_folder(part.name, seed=seed),
+            title=f"{part.name} (seed {seed})",
+        )
+        facts = {"task": self.run.task.name, "seed": seed, "peak_memory_bytes": peak_memory()}
+        return asdict(report) | facts | {"unit": objective.unit, "parameters": _parameter_count(objective.module)}
+
+    def samples_for(self, plug: PlugConfig, *, retrieval: Retrieval | None, seed: int) -> list[EncodedSample]:
+        """Return the training samples as a plug reads their items, with retrieved texts in the prompts if asked for."""
+        if retrieval is None and plug.answer_channel == self.run.config.plug.answer_channel:
+            return self.samples
+        limit, without_text = self.run.config.training.train_limit, 0
+
+        def with_texts(sample: Sample) -> Sample:
+            nonlocal without_text
+            if retrieval is None:
+                return sample
+            prompted = self.prompts.retrieved(sample, retrieval, seed=seed)
+            without_text += bool(sample.history) and prompted.prompt == sample.prompt
+            return prompted
+
+        samples = self.run.read_samples(self.reader, self.embeddings, limit=limit, plug=plug, rewrite=with_texts)
+        if retrieval is not None and without_text:
+            message = "%s: no item fits into %d of %d training prompts"
+            logger.warning(message, retrieval.name, without_text, len(samples))
+        return samples
+
+    def texts(self, count: int) -> list[Sample]:
+        """Return this many of the training samples with their texts, spread evenly over them; 0 = all."""
+        total = len(self.samples)
+        indices = set(np.linspace(0, total - 1, num=min(count or total, total)).round().astype(int).tolist())
+        samples = drawn(self.reader, limit=self.run.config.training.train_limit, seed=0)
+        return [sample for index, sample in enumerate(samples) if index in indices]
+
+    def _read(self) -> tuple[EmbeddingStore, list[EncodedSample]]:
+        embeddings = self.run.open_vectors(self.models.encoder)
+        samples = self.run.read_samples(self.reader, embeddings, limit=self.run.config.training.train_limit)
+        self.run.check_data(samples, embeddings)
+        return embeddings, samples
+
+
+@dataclass(frozen=True)
+class TrainedPart(ABC):
+    """Something that is trained once for each seed; several rows of a table may share it.
+
+    Attributes:
+        name: of its folder in the run, and in messages.
+    """
+
+    name: str
+
+    def check(self, task: Task) -> None:  # noqa: B027  # a hook that most parts do without
+        """Check that a task has what the training needs.
+
+        Raises:
+            ConfigError: saying what is missing.
+        """
+
+    def prepare(self, trainings: Trainings, *, seed: int) -> None:  # noqa: B027  # a hook, too
+        """Train what must be trained before, and free what is not needed."""
+
+    @abstractmethod
+    def fit(self, trainings: Trainings, *, seed: int) -> None:
+        """Train with one seed and save; `fit.json` is written last and says that the training has ended."""
+
+
+@dataclass(frozen=True)
+class SoftPromptPart(TrainedPart):
+    """Soft tokens from a plug.
+
+    Attributes:
+        retrieval: the texts in the prompts that it is trained on; None = the bare prompts.
+    """
+
+    retrieval: Retrieval | None = None
+
+    reads_items: ClassVar[bool] = True
+    """Whether its tokens depend on the vectors of a user's items."""
+
+    counts_labels: ClassVar[bool] = False
+    """Whether it counts the labels among a user's own answers."""
+
+    def plug_config(self, own: PlugConfig) -> PlugConfig:
+        """Return how its plug is built in a run whose own plug is built as `own`."""
+        return own
+
+    def fit(self, trainings: Trainings, *, seed: int) -> None:
+        run, models = trainings.run, trainings.models
+        config = self.plug_config(run.config.plug)
+        # The main process first: it may have items to encode.
+        samples = main_first(lambda: trainings.samples_for(config, retrieval=self.retrieval, seed=seed))
+        with synchronized():
+            plug = build_plug(run, models, part=self, seed=seed)
+            self._initialize(plug, samples, trainings, seed=seed)
+        objective = PlugObjective(plug, models.llm, table=trainings.embeddings, labels=closed_labels(run))
+        facts = trainings.fit(self, objective, samples, seed=seed)
+        facts |= self._finish(plug, objective, samples, trainings, seed=seed)
+        folder = run.plug_folder(self.name, seed=seed)
+        card_facts = {key: value for key, value in facts.items() if key != "parameters"}
+        on_main(lambda: plug.save_pretrained(folder, facts=card_facts))
+        on_main(lambda: write_json(folder / "fit.json", facts))
+
+    def _initialize(
+        self, plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int
+    ) -> None:
+        """Set parameters that start from the training samples."""
+        if plug.config.instruction_start == "words":
+            _start_from_words(plug, samples, trainings.models, seed=seed)
+        if plug.label_prior is not None:
+            plug.label_prior.start_from(_label_ids(samples, trainings.run))
+
+    def _finish(
+        self,
+        plug: PersonaPlug,
+        objective: PlugObjective,
+        samples: Sequence[EncodedSample],
+        trainings: Trainings,
+        *,
+        seed: int,
+    ) -> dict[str, object]:
+        """Do what follows the training loop, and return facts about it."""
+        return {}
+
+
+@dataclass(frozen=True)
+class PlugPart(SoftPromptPart):
+    """The run's own plug."""
+
+    def prepare(self, trainings: Trainings, *, seed: int) -> None:
+        """Train the control, which may serve users with few items; the plug can do without."""
+        if self._has_control(trainings.run):
+            try:
+                trainings.train(INSTRUCTION, seed=seed)
+            except TrainingDiverged as error:
+                logger.warning("%s; the plug is trained without it", error)
+
+    def _has_control(self, run: Run) -> bool:
+        return self.retrieval is None and run.config.training.controls
+
+    def _finish(
+        self,
+        plug: PersonaPlug,
+        objective: PlugObjective,
+        samples: Sequence[EncodedSample],
+        trainings: Trainings,
+        *,
+        seed: int,
+    ) -> dict[str, object]:
+        """Choose what serves users with few items."""
+        run = trainings.run
+        if not self._has_control(run) or not on_main(lambda: run.trained(INSTRUCTION.name, seed=seed)):
+            return {}
+        config = run.config.training
+        _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        with synchronized():
+            control = run.load_plug(INSTRUCTION.name, seed=seed, models=trainings.models).instruction.detach()
+        losses = set_best_cold_start(
+            plug,
+            control,
+            held_out,
+            mean_loss=lambda shown: mean_loss(objective, shown, most=config.max_tokens_per_microbatch),
+        )
+        return {"loss_of_few_items": losses}
+
+
+@dataclass(frozen=True)
+class InstructionPart(SoftPromptPart):
+    """As many soft tokens as the plug has, trained on the same samples without any history."""
+
+    reads_items: ClassVar[bool] = False
+
+    def plug_config(self, own: PlugConfig) -> PlugConfig:
+        return replace(own, instruction_tokens=own.soft_tokens, persona_tokens=0, label_prior="none")
+
+
+@dataclass(frozen=True)
+class LabelCountsPart(InstructionPart):
+    """The same, with a trained weight of how often each label stands among the user's own answers."""
+
+    counts_labels: ClassVar[bool] = True
+
+    def check(self, task: Task) -> None:
+        if not task.has_labelled_items:
+            raise ConfigError(
+                f"{self.name} counts the labels among a user's own answers; {task.name} has none in its items."
+            )
+
+    def plug_config(self, own: PlugConfig) -> PlugConfig:
+        return replace(super().plug_config(own), label_prior="own")
+
+
+@dataclass(frozen=True)
+class PaperPlugPart(SoftPromptPart):
+    """The plug of the paper, at the same place in the prompt as the run's own."""
+
+    def plug_config(self, own: PlugConfig) -> PlugConfig:
+        return replace(PAPER, placement=own.placement, max_history=own.max_history)
+
+
+@dataclass(frozen=True)
+class LoraPart(TrainedPart):
+    """A LoRA in the language model, for the task."""
+
+    def fit(self, trainings: Trainings, *, seed: int) -> None:
+        run, settings = trainings.run, trainings.run.config.adapter
+        with LoraAdapters.attach(trainings.models.llm, config=settings) as adapters:
+            adapters.reset(TASK, seed=seed)
+            objective = LoraObjective(adapters, trainings.models.llm, config=settings, labels=closed_labels(run))
+            with adapters.trainable(TASK):
+                facts = trainings.fit(self, objective, trainings.samples, seed=seed)
+            state = adapters.state(TASK)
+        folder = run.plug_folder(self.name, seed=seed)
+        on_main(lambda: atomic_write(folder / ADAPTER, lambda path: save_file(state, path)))
+        on_main(lambda: write_json(folder / "fit.json", facts))
+
+
+@dataclass(frozen=True)
+class RopgPart(TrainedPart):
+    """A ranking of items, taught by the language model (ROPG-KD)."""
+
+    def prepare(self, trainings: Trainings, *, seed: int) -> None:
+        trainings.models.llm.clear_cache()
+
+    def fit(self, trainings: Trainings, *, seed: int) -> None:
+        run, models, settings = trainings.run, trainings.models, trainings.run.config.retrieval
+        folder = run.plug_folder(self.name, seed=seed)
+        teacher = Teacher(
+            folder / "lessons.jsonl",
+            llm=models.llm,
+            writer=trainings.prompts.writer,
+            retriever=trainings.prompts.retriever("dense", seed=seed),
+            candidates=settings.retriever_candidates,
+            seed=seed,
+        )
+        lessons = main_first(lambda: teacher.lessons(trainings.texts(settings.retriever_samples)))
+        samples = [sample for sample in trainings.samples if sample.id in lessons]
+        retriever = RopgRetriever(models.encoder.width)
+        objective = RetrieverObjective(
+            retriever,
+            lessons,
+            samples=samples,
+            encoder=models.encoder,
+            table=trainings.embeddings,
+            temperature=settings.retriever_temperature,
+        )
+        facts = trainings.fit(self, objective, samples, seed=seed)
+        on_main(lambda: retriever.save(folder))
+        on_main(lambda: write_json(folder / "fit.json", facts))
+
+
+PLUG = PlugPart("plug")
+INSTRUCTION = InstructionPart("instruction-only")
+LABEL_COUNTS = LabelCountsPart("instruction+labels")
+PAPER_PLUG = PaperPlugPart("paper-plug")
+LORA = LoraPart("lora")
+ROPG = RopgPart("ropg")
+
+
+def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPart] | None = None) -> list[Path]:
+    """Train parts of a run, and return their folders, seed by seed; what is trained is left as it is.
+
+    Args:
+        reader: the training split.
+        parts: what to train; None = the plug, and its control unless the config does without.
+    Raises:
+        ConfigError, TrainingDiverged, StorageError: see `fit`.
+    """
+    if parts is None:
+        parts = (INSTRUCTION, PLUG) if run.config.training.controls else (PLUG,)
+    trainings = Trainings(run, reader, models=models)
+    return [trainings.train(part, seed=seed) for seed in run.config.training.seeds for part in parts]
+
+
+def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: int) -> PersonaPlug:
+    """Return an untrained plug for the run's models, its initial weights drawn by `seed`."""
+    identity = models.llm.identity
+    spec = PlugSpec(identity, models.llm.embedding_scale, models.encoder.identity, run.task.labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        plug = PersonaPlug(part.plug_config(run.config.plug), spec=spec, encoder=models.encoder)
+    return plug.computing_items_in(models.llm.dtype).to(models.llm.device)
+
+
+@contextmanager
+def task_lora(run: Run, models: Models, *, seed: int) -> Iterator[LoraAdapters]:
+    """Load the task's LoRA into the language model, and apply it within a block.
+
+    Raises:
+        MissingData: if its training has not ended.
+    """
+    weights = run.check_trained(LORA.name, seed=seed) / ADAPTER
+    with LoraAdapters.attach(models.llm, config=run.config.adapter) as adapters:
+        adapters.load(TASK, load_file(weights))
+        with adapters.active(TASK):
+            yield adapters
+
+
+def closed_labels(run: Run) -> tuple[str, ...]:
+    """Return the labels that are trained without an end-of-text token; none if answers are written."""
+    return run.task.labels if run.config.training.train_eos == "auto" else ()
+
+
+def _start_from_words(plug: PersonaPlug, samples: Sequence[EncodedSample], models: Models, *, seed: int) -> None:
+    """Set a plug's instruction tokens to embedded tokens of training answers."""
+    rng, count = np.random.default_rng([seed, 9]), len(plug.instruction)
+    answers = [samples[index].target or "" for index in rng.permutation(len(samples))[:MAX_START_ANSWERS]]
+    tokens = models.llm.embedded(answers)
+    if len(tokens):
+        plug.start_from(tokens[rng.choice(len(tokens), size=count, replace=len(tokens) < count)])
+
+
+def _label_ids(samples: Sequence[EncodedSample], run: Run) -> torch.Tensor:
+    """Return the label ids of the samples' answers, (n,).
+
+    Raises:
+        ConfigError: if answers are written and not scored as labels.
+    """
+    if not closed_labels(run):
+        raise ConfigError("label_prior=own adds to the scores of labels; it needs train_eos=auto and a closed set.")
+    label_set = LabelSet(run.task.labels)
+    return torch.tensor([label_set.place(sample.target) for sample in samples])
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,200 @@
+"""Rows of a table by name: which names there are, and what each row is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from personaplug.baselines.heuristics import CopyQuery, UserWords
+from personaplug.baselines.regression import Regression
+from personaplug.baselines.retrievers import Retrieval
+from personaplug.errors import ConfigError
+from personaplug.methods import Control, find_method, needed_parts, parse_methods
+from personaplug.methods.language_model import LanguageModelMethod
+from personaplug.methods.no_lm import BaselineMethod
+from personaplug.methods.prompt_texts import PromptTexts
+from personaplug.methods.registry import DEFAULT, known_methods
+from personaplug.methods.rows import RETRIEVERS
+from personaplug.training.parts import INSTRUCTION, LORA, PLUG, ROPG
+
+
+@pytest.mark.parametrize("text", ["", "plug,plug", "plug,nonsense", ",", "wrong-user,plug@wrong-user"])
+def test_bad_list_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"instruction-only|did you mean|known are"):
+        parse_methods(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bm25",
+        "bm25:",
+        "bm25:0",
+        "bm25:-1",
+        "bm25:four",
+        "bm25:²",
+        "bm26:4",
+        "lora+bm25:4",
+        "plug+",
+        "+bm25:1",
+        "plug+profile",
+        "plain@wrong-user",
+        "wrong-user@wrong-user",
+        "lora@wrong-user",
+        "bm25:4@nobody",
+        "bm25:4@wrong-user@wrong-user",
+        "random-vectors@wrong-user",
+        "lora-per-user@shuffled",
+        "copy:",
+        "copy:0",
+        "copy:ten",
+        "user-words:0",
+        "copy@wrong-user",
+        "classical:words",
+        "+phrases",
+        "phrases",
+        "plug+phrases:3",
+        "wrong-user+phrases",
+        "shuffled+phrases",
+        "plug@wrong-user+phrases",
+        "instruction-only+phrases",
+        "instruction-only+bm25:4",
+        "instruction",
+        "copy+phrases",
+        "plug+phrases+phrases",
+        "plug+bm25:1+dense:1",
+        "random-vectors+phrases",
+        "lora-per-user+phrases",
+        "classical:text@wrong-user",
+        "classical+bm25:4",
+        "user-median:4",
+        "plug:4",
+    ],
+)
+def test_name_of_no_row_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError):
+        find_method(name)
+
+
+def test_list_is_read_in_order() -> None:
+    assert [method.name for method in parse_methods(" plug, bm25:4 ,plain")] == ["plug", "bm25:4", "plain"]
+
+
+@pytest.mark.parametrize("name", [*known_methods(), *DEFAULT, "plug+bm25:1", "plug+phrases", "bm25:4@wrong-user"])
+def test_row_says_what_it_tests_and_keeps_its_name(name: str) -> None:
+    method = find_method(name)
+    assert method.name == name
+    assert len(method.rationale) > 20
+    assert name not in method.info.parents
+
+
+@pytest.mark.parametrize("retriever", RETRIEVERS)
+def test_retrieval_row_has_texts_and_no_soft_tokens(retriever: str) -> None:
+    row = find_method(f"{retriever}:3")
+    assert isinstance(row, LanguageModelMethod)
+    assert (row.info.family, row.info.history) == ("prompt", "own")
+    assert (row.texts, row.soft) == (PromptTexts(Retrieval(retriever, 3)), None)
+    assert row.requires == ((ROPG,) if retriever == "ropg" else ())
+    assert row.info.is_seeded == (retriever in ("ropg", "random"))
+    assert row.info.parents == (("dense:3",) if retriever == "ropg" else ())
+
+
+def test_rows_with_soft_tokens_are_trained_on_prompts_with_texts() -> None:
+    plug = replace(PLUG, name="plug+bm25:1", retrieval=Retrieval("bm25", 1))
+    instruction = replace(INSTRUCTION, name="instruction+ropg:2", retrieval=Retrieval("ropg", 2))
+    assert find_method("plug+bm25:1").requires == (plug,)
+    assert find_method("instruction+ropg:2").requires == (ROPG, instruction)
+    assert find_method("plug+bm25:1").info.parents == ("bm25:1", "instruction+bm25:1", "plug")
+    assert find_method("plug+bm25:1").info.family == "plug"
+
+
+def test_profile_and_lora_rows() -> None:
+    both = find_method("profile+bm25:4")
+    assert isinstance(both, LanguageModelMethod)
+    assert both.texts == PromptTexts(Retrieval("bm25", 4), profile=True)
+    assert both.info.parents == ("bm25:4",)
+    assert find_method("lora").info.history == "none"
+    assert find_method("lora-per-user").requires == (LORA,)
+    assert find_method("lora-per-user").info.parents == ("lora",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bm25:4",
+        "plug+bm25:1",
+        "instruction+dense:2",
+        "profile",
+        "profile+bm25:4",
+        "lora-per-user",
+        "ropg:4",
+        "classical",
+    ],
+)
+def test_personal_row_has_a_control_that_differs_in_the_history_alone(name: str) -> None:
+    row, control = find_method(name), find_method(f"{name}@wrong-user")
+    assert isinstance(control, Control)
+    assert control.method == row
+    assert (control.info.history, control.info.control_of, control.info.gain_of) == ("wrong-user", name, name)
+    assert (control.requires, control.info.family, control.info.is_seeded) == (
+        row.requires,
+        row.info.family,
+        row.info.is_seeded,
+    )
+
+
+def test_controls_of_the_plug_have_short_names() -> None:
+    assert find_method("plug@wrong-user") == find_method("wrong-user")
+    assert find_method("wrong-user").info.gain_of == "plug"
+    assert find_method("shuffled").info.gain_of is None
+    for name in ("shuffled", "random-vectors", "mean-persona", "population-persona"):
+        assert find_method(name).info.control_of == "plug"
+    for name in ("plain", "instruction-only", "lora", "plug", "paper-plug"):
+        assert not find_method(name).info.is_control
+
+
+@pytest.mark.parametrize("name", ["classical", "classical:history", "user-median", "user-mean", "user-majority"])
+def test_row_without_a_language_model_needs_no_training(name: str) -> None:
+    row = find_method(name)
+    assert (row.requires, row.info.is_seeded, row.info.history, row.info.family) == ((), False, "own", "no-lm")
+    assert row.needs_train_split
+
+
+def test_numbers_reach_the_baselines() -> None:
+    baselines = {
+        "classical:text": Regression("text"),
+        "copy": CopyQuery("copy"),
+        "copy:10": CopyQuery("copy", 10),
+        "user-words": UserWords("user-words", 8),
+        "user-words:3": UserWords("user-words", 3),
+    }
+    for name, baseline in baselines.items():
+        row = find_method(name)
+        assert isinstance(row, BaselineMethod)
+        assert row.baseline == baseline
+        assert row.needs_train_split == name.startswith("classical")
+    for name in ("classical:text", "copy", "copy:10"):
+        assert find_method(name).info.history == "none"
+
+
+def test_parts_that_several_rows_need_are_trained_once() -> None:
+    rows = parse_methods("plain,plug,wrong-user,shuffled,instruction-only,ropg:4,instruction+ropg:4,lora-per-user,lora")
+    assert needed_parts(rows) == [PLUG, INSTRUCTION, ROPG, find_method("instruction+ropg:4").requires[1], LORA]
+
+
+@pytest.mark.parametrize(
+    ("base", "requires"), [("plug", (PLUG,)), ("instruction", (INSTRUCTION,)), ("plain", ()), ("lora", (LORA,))]
+)
+def test_phrases_go_with_any_row_of_the_frozen_model(base: str, requires: tuple[object, ...]) -> None:
+    row = find_method(f"{base}+phrases")
+    assert isinstance(row, LanguageModelMethod)
+    assert row.ngrams
+    assert (row.requires, row.info.history) == (requires, "own")
+    assert find_method(f"{base}+phrases@wrong-user").info.gain_of == f"{base}+phrases"
+
+
+def test_phrases_beside_retrieval_share_its_training() -> None:
+    row, without = find_method("plug+bm25:1+phrases"), find_method("plug+bm25:1")
+    assert needed_parts([row, without]) == list(without.requires)
+    assert {"plug+bm25:1", "instruction+bm25:1+phrases", "plug"} <= set(row.info.parents)

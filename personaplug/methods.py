@@ -173,7 +173,7 @@ class Condition:
         return self.retrieval is not None or self.profile
 
 
-Family = Literal["none", "plug", "prompt", "weights", "no-lm"]
+Family = Literal["none", "plug", "prompt", "weights", "no-lm", "oracle"]
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ class MethodInfo:
 
     Attributes:
         name: as written on the command line and in results.
-        family: what personalizes: nothing (`none`), a plug, texts in the `prompt`, `weights` of the model; `no-lm` for a
-            row without a language model.
+        family: what personalizes: nothing (`none`), a plug, texts in the `prompt`, `weights` of the model; `no-lm` for
+            a row without a language model; `oracle` for the best score that simulated users allow.
         history: whose history the row sees.
         control_of: the row whose claim this row tests; None for a row that is no control.
         parents: the rows that this row adds something to.
@@ -201,6 +201,11 @@ class MethodInfo:
     def is_control(self) -> bool:
         """Whether the row tests a claim about another row."""
         return self.control_of is not None
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether a language model gives the row's predictions."""
+        return self.family not in ("no-lm", "oracle")
 
     @property
     def is_personal_gain_of(self) -> str | None:
@@ -360,6 +365,46 @@ def is_rule(name: str) -> bool:
     """Whether a row is answered without the language model."""
     condition = find_condition(name)
     return condition is not None and condition.rule is not None
+
+
+def info_of(condition: Condition) -> MethodInfo:
+    """Describe a row for tables, figures and tests."""
+    base, at, _ = condition.name.partition("@")
+    tested = base if at else PLUG.name if is_control(condition.name) else None
+    return MethodInfo(
+        condition.name,
+        family=_family(condition),
+        history=condition.history,
+        control_of=tested,
+        parents=() if tested else tuple(_parents(condition)),
+        is_seeded=condition.seeded,
+    )
+
+
+def _family(condition: Condition) -> Family:
+    if condition.rule:
+        return "no-lm"
+    kind = condition.trained.kind if condition.trained else None
+    if kind in ("plug", "paper", "bridge"):
+        return "plug"
+    if kind == "lora":
+        return "weights"
+    return "none" if condition.history == "none" else "prompt"
+
+
+def _parents(condition: Condition) -> list[str]:
+    name = condition.name
+    if condition.per_user:
+        return [LORA.name]
+    if name == "classical":
+        return ["classical:text", "classical:history"]
+    base, plus, added = name.partition("+")
+    if plus:
+        without_phrases = [name.removesuffix(f"+{_PHRASES}")] if condition.phrases else []
+        rivals = [f"instruction+{added}", PLUG.name] if base == PLUG.name else []
+        return [*without_phrases, added, *rivals]
+    retrieval = condition.retrieval
+    return [f"dense:{retrieval.items}"] if retrieval and retrieval.method == "ropg" else []
 
 
 def needed(conditions: Sequence[Condition]) -> list[Trained]:

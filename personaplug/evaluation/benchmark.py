@@ -1,7 +1,7 @@
 """A bench: runs an experiment cell by cell, never a finished one again, and writes results as they come.
 
     OUT/NAME/[VARIANT/]SET/           the runs: vectors, trained parts, answers; may be deleted at any time
-    RESULTS/NAME/[VARIANT/]SET.json   the results object; beside it SET.cells.jsonl, which grows cell by cell and from
+    RESULTS/NAME/[VARIANT/]SET.json   the results object; beside it SET.trials.jsonl, which grows cell by cell and from
                                       which a stopped bench goes on
 
 A cell is one (variant, set, condition, seed). It is finished if a cell of the same key is in the file: the key covers
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from personaplug.analysis.results import Settings, build_results, history_thirds, with_subgroups
-from personaplug.analysis.trials import EvalSamples, Trial, TrialFile
+from personaplug.analysis.results_file import ResultPart, Results, Subgroup
+from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
 from personaplug.baselines.heuristics import check_rules
 from personaplug.config import BEFORE, Config, EvaluationConfig, ModelConfig
 from personaplug.data import load_task, open_dataset
@@ -147,8 +148,8 @@ class _Table:
 
     def _fill(self, conditions: Sequence[Condition], seeds: Sequence[int], probe: Probe) -> None:
         file = self._file(probe)
-        file.turn_to(self._samples_key())
-        scored, cells = file.read()
+        file.switch_to(self._samples_key())
+        scored, cells = file.load()
         known = {cell.key for cell in cells}
         # Row by row and not seed by seed: where the seeds of a row read the same prompts, they are read once.
         wanted = [(condition, seed) for condition in conditions for seed in self._seeds(condition) if seed in seeds]
@@ -219,20 +220,19 @@ class _Table:
         settings = settings_of(task, self.config.evaluation)
         results = with_remarks(build_results(scored, cells, settings=settings), task)
         if self.experiment.slices:
-            slices = history_thirds(scored.history_items)
-            results = with_subgroups(results, scored, cells, slices=slices, settings=settings)
+            thirds = history_thirds(scored.history_items)
+            results = with_subgroups(results, scored, cells, subgroups=thirds, settings=settings)
         for curve in self.experiment.curves:
-            results |= {"slices": [*results.get("slices", []), *self._points(curve, results, settings)]}
-        write_json(self.target, results)
+            results = replace(results, subgroups=[*results.subgroups, *self._points(curve, results, settings)])
+        write_json(self.target, results.to_json())
 
     def _probes(self) -> list[Probe]:
         return [probe for curve in self.experiment.curves for probe in curve if probe.changes]
 
-    def _points(self, curve: Sequence[Probe], whole: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    def _points(self, curve: Sequence[Probe], whole: Results, settings: Settings) -> list[Subgroup]:
         """The rows by the number of items shown, or by strength; those of the table proper at their place."""
-        proper = {"rows": whole["rows"], "pairs": whole["pairs"]}
-        points = [(probe, self._at(probe, settings) if probe.changes else proper) for probe in curve]
-        return [{"name": probe.name} | point for probe, point in points if point]
+        points = [(probe, self._at(probe, settings) if probe.changes else whole) for probe in curve]
+        return [Subgroup(point.rows, point.pairs, probe.name) for probe, point in points if point]
 
     def _seeds(self, condition: Condition) -> Sequence[int]:
         """The seeds that a row is answered with."""
@@ -254,11 +254,11 @@ class _Table:
 
     def _kept(self, probe: Probe) -> tuple[EvalSamples | None, list[Trial]]:
         """The cells that are of this experiment as it stands, in its order of conditions and seeds."""
-        scored, cells = self._file(probe).read()
+        scored, cells = self._file(probe).load()
         if scored is None or scored.key != self._samples_key():
             return None, []  # of other samples
         # What may change from one cell to the next is told as it is now.
-        scored = replace(scored, about=scored.about | {"config": asdict(self.config)})
+        scored = replace(scored, about=replace(scored.about, config=asdict(self.config)))
         held = {cell.key: cell for cell in cells}
         keys = [
             self._key(condition, seed, probe)
@@ -268,19 +268,16 @@ class _Table:
         found = [held[key] for key in keys if key in held]
         return (scored if found else None), found
 
-    def _at(self, probe: Probe, settings: Settings) -> dict[str, Any] | None:
+    def _at(self, probe: Probe, settings: Settings) -> ResultPart | None:
         scored, cells = self._kept(probe)
-        if scored is None:
-            return None
-        part = build_results(replace(scored, about={}), cells, settings=settings)
-        return {"rows": part["rows"], "pairs": part["pairs"]}
+        return None if scored is None else build_results(scored, cells, settings=settings)
 
     def _evaluated(self, probe: Probe) -> EvaluationConfig:
         return replace(self.config.evaluation, **probe.changes)  # type: ignore[arg-type]
 
     def _file(self, probe: Probe) -> TrialFile:
         middle = f".{_label(probe)}" if probe.changes else ""
-        return TrialFile(self.target.with_name(f"{self.name}{middle}.cells.jsonl"))
+        return TrialFile(self.target.with_name(f"{self.name}{middle}.trials.jsonl"))
 
     @cached_property
     def _data_key(self) -> str:
@@ -304,11 +301,16 @@ class _Table:
         parts = [about, self._data_key, condition.name, seed, shown]
         return _hash(parts)
 
-    def _about(self, evaluation: Evaluation) -> dict[str, Any]:
+    def _about(self, evaluation: Evaluation) -> Provenance:
         """What the results say of themselves; trainings come and go and are told by the run."""
-        told = {key: value for key, value in evaluation.scored.about.items() if key != "training"}
-        mine = {"experiment": self.experiment.name, "title": self.experiment.title, "set": self.name}
-        return mine | ({"variant": self.variant} if self.variant else {}) | told
+        return replace(
+            evaluation.scored.about,
+            experiment=self.experiment.name,
+            title=self.experiment.title,
+            set=self.name,
+            variant=self.variant,
+            training=[],
+        )
 
 
 class _OpenModels:

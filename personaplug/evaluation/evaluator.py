@@ -1,7 +1,7 @@
 """Evaluation: conditions × seeds on the same samples → answers → scores per sample → a results object.
 
 Answers of a finished (condition, seed) are kept in the run and not made again by a repeated command. What the object
-holds is described in `results.py`.
+holds is described in `results_file.py`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from personaplug.analysis.metrics import ERROR_MATCHED_ESTIMATES, Array, NegativeLogLikelihood, get_metric, is_invalid
 from personaplug.analysis.results import Settings, build_results
-from personaplug.analysis.trials import EvalSamples, Trial, numbered
+from personaplug.analysis.results_file import Results
+from personaplug.analysis.trials import Diagnostics, EvalSamples, Trial, number_users
 from personaplug.baselines.heuristics import Rules, check_rules
 from personaplug.baselines.user_lora import remark
 from personaplug.config import EvaluationConfig
@@ -33,7 +34,7 @@ from personaplug.evaluation.provenance import provenance
 from personaplug.evaluation.user_costs import CostMeter
 from personaplug.infra.atomic_io import write_json
 from personaplug.llm.base import GenerationConfig
-from personaplug.methods import Condition, Rule
+from personaplug.methods import Condition, MethodInfo, Rule, info_of
 from personaplug.run import Models, Run
 
 ORACLE = "all-knowing"
@@ -50,7 +51,7 @@ def evaluate(
     models: Models,
     oracle: Path | None = None,
     train: Reader | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Fill a results table.
 
     Args:
@@ -58,8 +59,6 @@ def evaluate(
         reader: the split to score.
         oracle: predictions of an all-knowing predictor in LaMP's output format, for simulated users.
         train: the training split; only needed for rows without a language model that are fitted on it.
-    Returns:
-        The results object; see `results.py`.
     Raises:
         MissingData: if something that a condition needs is not trained, or a sample has no answer to compare with.
         ConfigError: if labels are to be scored in a task without labels, or a rule does not fit the task.
@@ -113,13 +112,14 @@ def settings_of(task: Task, config: EvaluationConfig) -> Settings:
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
 
-def with_remarks(results: dict[str, Any], task: Task) -> dict[str, Any]:
+def with_remarks(results: Results, task: Task) -> Results:
     """Results with notes on those of their rows that mean something else on this task, or with this plug."""
-    names = [row["condition"] for row in results["rows"]]
+    names = list(results.by_name)
     said = [remark(task) if any(name.startswith("lora-per-user") for name in names) else None]
     if "shuffled" in names:
         said.append("shuffled equals plug here: the plug takes no notice of the items' order.")
-    return results | {"notes": [*results.get("notes", []), *(note for note in said if note)]}
+    notes = [*results.about.notes, *(note for note in said if note)]
+    return replace(results, about=replace(results.about, notes=notes))
 
 
 class Evaluation:
@@ -169,7 +169,7 @@ class Evaluation:
             report=reader.report,
             cut_by_encoder=cut,
         )
-        self.scored = EvalSamples(numbered(self.owners), [len(sample.rows) for sample in self.samples], about)
+        self.scored = EvalSamples(number_users(self.owners), [len(sample.rows) for sample in self.samples], about)
         self.costs = CostMeter(self.scored.history_items, some, encoder=models.encoder)
 
     def seeds_of(self, condition: Condition) -> tuple[int, ...]:
@@ -196,11 +196,7 @@ class Evaluation:
         tokens = float(np.mean([m.tokens for m in shown.measures])) + self._soft_tokens(condition)
         own = matrices.cost() if condition.per_user and matrices else shown.cost
         cost = None if condition.per_user and own is None else self.costs.of(condition, own=own)
-        return Trial(
-            condition.name,
-            seed,
-            stats,
-            invalid_rate=self._invalid_rate(made.texts),
+        diagnostics = Diagnostics(
             truncated_rate=float(np.mean([measure.truncated for measure in shown.measures])),
             unfinished_rate=float(np.mean(made.unfinished)),
             lost_history_rate=self._lost_rate(condition, self._items_used(condition, shown, matrices), few=asking.few),
@@ -209,9 +205,16 @@ class Evaluation:
             extra_prompt_tokens=tokens - float(np.mean([measure.tokens for measure in self.showing.bare])),
             seconds=round(made.seconds, 2),
             peak_memory_bytes=made.peak_memory_bytes,
-            decoding="scored" if self.decoding == "score" else "generated",
             bytes_per_user=cost.bytes if cost else None,
             seconds_per_user=cost.seconds if cost else None,
+        )
+        return Trial(
+            info_of(condition),
+            seed,
+            stats,
+            invalid_rate=self._invalid_rate(made.texts),
+            decoding="scored" if self.decoding == "score" else "generated",
+            diagnostics=diagnostics,
         )
 
     def predictions(self, condition: Condition, *, seed: int) -> Path:
@@ -242,7 +245,8 @@ class Evaluation:
         golds = _golds(self.samples)
         stats = {metric.name: metric.statistics(texts, golds) for metric in self.metrics if metric.of_answers}
         seed = self.run.config.training.seeds[0]
-        return Trial(ORACLE, seed, stats, invalid_rate=self._invalid_rate(texts), decoding="known")
+        method = MethodInfo(ORACLE, family="oracle")
+        return Trial(method, seed, stats, invalid_rate=self._invalid_rate(texts), decoding="computed")
 
     # ---- who answers
 
@@ -250,14 +254,16 @@ class Evaluation:
         """The cell of a row that asks no model: it has neither prompts nor costs that could be compared."""
         shown, made = self._computed(condition, rule, seed=seed)
         return Trial(
-            condition.name,
+            info_of(condition),
             seed,
             self._stats(condition, made, golds, seed=seed),
             invalid_rate=self._invalid_rate(made.texts),
-            lost_history_rate=self._lost_rate(condition, [len(sample.history) for sample in shown]),
-            seconds=round(made.seconds, 2),
             decoding="computed",
-            fit_seconds=round(self.rules.fitted(rule).seconds, 2),
+            diagnostics=Diagnostics(
+                lost_history_rate=self._lost_rate(condition, [len(sample.history) for sample in shown]),
+                seconds=round(made.seconds, 2),
+                fit_seconds=round(self.rules.fitted(rule).seconds, 2),
+            ),
         )
 
     def _computed(self, condition: Condition, rule: Rule, *, seed: int) -> tuple[list[Sample], Answers]:
@@ -318,7 +324,7 @@ class Evaluation:
         stats: dict[str, Array] = {}
         for metric in self.metrics:
             if metric.of_answers:
-                texts = made.by(metric.decision, labels=self.task.labels)
+                texts = made.by(metric.estimate, labels=self.task.labels)
                 found = None if texts is None else metric.statistics(texts, golds)
             else:
                 found = made.surprise(golds, labels=self.task.labels)

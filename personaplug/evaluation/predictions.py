@@ -29,7 +29,7 @@ from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.plug.personalizer import SoftPrompter
 from personaplug.training.batching import micro_batches
 
-_DIGITS = 6  # of a probability; enough for any decision, and the same in a file as in memory
+_DIGITS = 6  # of a probability; enough for any point estimate, and the same in a file as in memory
 _LEAST = 0.5 * 10**-_DIGITS  # what a probability is taken for that was rounded to none
 
 
@@ -72,20 +72,20 @@ class Answers:
         shares = [line[places[gold.strip()]] if gold.strip() in places else 0.0 for line, gold in both]
         return np.array([[-math.log(max(share, _LEAST)), 1.0] for share in shares]).reshape(-1, 2)
 
-    def by(self, decision: str, *, labels: Sequence[str]) -> list[str] | None:
-        """The answers as a decision chooses them; None if that takes probabilities that were not kept.
+    def by(self, estimate: str, *, labels: Sequence[str]) -> list[str] | None:
+        """The answers as a point estimate chooses them; None if that takes probabilities that were not kept.
 
-        Answers that were never chosen from probabilities stand as they are, whatever the decision.
+        Answers that were never chosen from probabilities stand as they are, whatever the estimate.
 
         Raises:
-            ConfigError: if there is no such decision, or the labels are no scale.
+            ConfigError: if there is no such estimate, or the labels are no scale.
         """
-        if decision == ARGMAX or (self.probabilities is None and not self.partial):
+        if estimate == ARGMAX or (self.probabilities is None and not self.partial):
             return self.texts
         if self.probabilities is None:
             return None
         shares = np.array(self.probabilities, dtype=np.float64).reshape(len(self.texts), len(labels))
-        return point_predictions(shares, labels, decision=decision)
+        return point_predictions(shares, labels, estimate=estimate)
 
 
 @dataclass(frozen=True, repr=False)

@@ -338,39 +338,10 @@ def condition_of(name: str) -> Condition:
     return _with_retrieval(name, base, _retrieval(name, retrieval), joined=bool(plus))
 
 
-def find_condition(name: str) -> Condition | None:
-    """The row of a name; None for what is known of the data itself, such as the all-knowing predictor."""
-    try:
-        return condition_of(name)
-    except ConfigError:
-        return None
-
-
-def control_of(name: str) -> str | None:
-    """The wrong-user row of a personal row; None for a row that is not personal."""
-    if name == "plug":
-        return WRONG_USER
-    condition = find_condition(name)
-    personal = condition is not None and condition.history == "own" and condition.persona == "own"
-    return f"{name}@{WRONG_USER}" if personal else None
-
-
-def is_control(name: str) -> bool:
-    """Whether a row is there to test a claim about another row."""
-    condition = find_condition(name)
-    return condition is not None and (condition.history in (WRONG_USER, SHUFFLED) or condition.persona != "own")
-
-
-def is_rule(name: str) -> bool:
-    """Whether a row is answered without the language model."""
-    condition = find_condition(name)
-    return condition is not None and condition.rule is not None
-
-
 def info_of(condition: Condition) -> MethodInfo:
     """Describe a row for tables, figures and tests."""
     base, at, _ = condition.name.partition("@")
-    tested = base if at else PLUG.name if is_control(condition.name) else None
+    tested = base if at else PLUG.name if _is_control(condition) else None
     return MethodInfo(
         condition.name,
         family=_family(condition),
@@ -379,6 +350,10 @@ def info_of(condition: Condition) -> MethodInfo:
         parents=() if tested else tuple(_parents(condition)),
         is_seeded=condition.seeded,
     )
+
+
+def _is_control(condition: Condition) -> bool:
+    return condition.history in (WRONG_USER, SHUFFLED) or condition.persona != "own"
 
 
 def _family(condition: Condition) -> Family:
@@ -455,7 +430,7 @@ def _with_phrases(name: str, base: str) -> Condition:
     shown = CONDITIONS["instruction-only"] if base == "instruction" else condition_of(base)
     if base == "instruction-only":
         raise ConfigError(f"{name} is written instruction+phrases.")
-    if shown.rule or shown.per_user or shown.persona != "own" or shown.phrases or is_control(shown.name):
+    if shown.rule or shown.per_user or shown.persona != "own" or shown.phrases or _is_control(shown):
         raise ConfigError(
             f"Phrases are mixed into what the frozen model says beside the user's own history (plug+phrases, "
             f"instruction+phrases, plug+bm25:1+phrases; a control is plug+phrases@wrong-user); found {name!r}."

@@ -149,9 +149,10 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
         axes.hlines(position, *ends, color="white", linewidth=3, alpha=0.7, zorder=3)
         axes.hlines(position, *ends, color=_INK, linewidth=1.2, zorder=4)
     reach = max(value, *(ends or ()))
-    text = f" {value:.3f}" if abs(value) < 1e6 else f" {value:.3g}"
-    axes.text(reach, position, text, va="center", color=_INK, fontsize=8)
-    return reach
+    text = f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
+    place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (reach, position), color=_INK, fontsize=8, **place)
+    return float(reach)
 
 
 def _point(axes: Axes, pair: Comparison, *, position: int) -> None:

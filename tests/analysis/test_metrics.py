@@ -341,23 +341,23 @@ def test_labels_that_do_not_fit_are_refused(name: str, labels: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("stem", ["mae", "rmse", "accuracy"])
-@pytest.mark.parametrize("decision", ["median", "mean"])
-def test_a_metric_of_another_decision_is_the_same_metric_of_other_answers(stem: str, decision: str) -> None:
-    plain, decided = get_metric(stem, labels=STARS), get_metric(f"{stem}@{decision}", labels=STARS)
-    assert (plain.name, plain.decision, has_estimate(plain.name)) == (stem, "argmax", False)
-    assert (decided.name, decided.decision, has_estimate(decided.name)) == (f"{stem}@{decision}", decision, True)
+@pytest.mark.parametrize("estimate", ["median", "mean"])
+def test_metric_of_another_estimate_is_the_same_metric_of_other_predictions(stem: str, estimate: str) -> None:
+    plain, other = get_metric(stem, labels=STARS), get_metric(f"{stem}@{estimate}", labels=STARS)
+    assert (plain.name, plain.estimate, has_estimate(plain.name)) == (stem, "argmax", False)
+    assert (other.name, other.estimate, has_estimate(other.name)) == (f"{stem}@{estimate}", estimate, True)
     assert get_metric(stem, labels=STARS).name == stem  # the name is that metric's alone
-    assert decided.greater_is_better == plain.greater_is_better
+    assert other.greater_is_better == plain.greater_is_better
     texts = ["1", "5", "x"], ["2", "5", "3"]
-    np.testing.assert_array_equal(decided.statistics(*texts), plain.statistics(*texts))
-    assert metric_class(decided.name) is type(plain) is metric_class(stem)
+    np.testing.assert_array_equal(other.statistics(*texts), plain.statistics(*texts))
+    assert metric_class(other.name) is type(plain) is metric_class(stem)
 
 
 @pytest.mark.parametrize(
     ("name", "labels", "reason"),
     [
-        ("mae@mode", STARS, "no decision 'mode'"),
-        ("mae@", STARS, "no decision ''"),
+        ("mae@mode", STARS, "no point estimate 'mode'"),
+        ("mae@", STARS, "no point estimate ''"),
         ("mea@median", STARS, "did you mean 'mae'"),
         ("mae@argmax", STARS, "is called 'mae'"),
         ("f1@median", STARS, "f1 knows no scale"),
@@ -366,7 +366,7 @@ def test_a_metric_of_another_decision_is_the_same_metric_of_other_answers(stem: 
         ("mae@mean", TAGS, "mae@mean needs finite numbers"),
     ],
 )
-def test_a_decision_that_does_not_fit_is_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
+def test_estimate_that_does_not_fit_is_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         get_metric(name, labels=labels)
 

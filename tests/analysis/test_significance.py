@@ -304,7 +304,7 @@ def test_settings_out_of_range_are_refused(setting: dict[str, float]) -> None:
 def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values, users = clustered(np.random.default_rng(16), users=12, each=3)
     whole = bootstrap_interval(values, users, ACCURACY, resamples=1001)
-    monkeypatch.setattr("personaplug.analysis.significance._CELLS", 40)
+    monkeypatch.setattr("personaplug.analysis.significance._BLOCK_SIZE", 40)
     assert bootstrap_interval(values, users, ACCURACY, resamples=1001) == whole
 
 
@@ -327,10 +327,10 @@ def hits(both: int, a_only: int, b_only: int, neither: int) -> tuple[list[int], 
 
 def test_mcnemar_by_hand() -> None:
     # Six disagreements, one for b: 2 · (1 + 6) / 64.
-    assert mcnemar(*hits(40, 5, 1, 9)) == McNemar(5, 1, 14 / 64)
-    assert mcnemar(*hits(3, 1, 5, 0)) == McNemar(1, 5, 14 / 64)
+    assert mcnemar(*hits(40, 5, 1, 9)) == McNemar(5, 1, pytest.approx(14 / 64, rel=1e-12))  # type: ignore[arg-type]
+    assert mcnemar(*hits(3, 1, 5, 0)) == McNemar(1, 5, pytest.approx(14 / 64, rel=1e-12))  # type: ignore[arg-type]
     # All ten one way: 2 / 1024; an even split is no surprise at all.
-    assert mcnemar(*hits(0, 10, 0, 0)).p == 2 / 1024
+    assert mcnemar(*hits(0, 10, 0, 0)).p == pytest.approx(2 / 1024, rel=1e-12)
     assert mcnemar(*hits(0, 7, 7, 0)).p == 1
     assert mcnemar(*hits(5, 0, 0, 5)) == McNemar(0, 0, 1)
     assert mcnemar([], []) == McNemar(0, 0, 1)

@@ -155,7 +155,7 @@ class Stage:
     def reader(self, split: str) -> Any:
         return open_dataset(self.data, split, task=self.run.task)
 
-    def evaluate(self, names: str, *, settings: tuple[str, ...] = (), train: bool = True) -> dict[str, Any]:
+    def evaluate(self, names: str, *, settings: tuple[str, ...] = (), train: bool = True) -> Any:
         return evaluate(
             self.run,
             self.reader("dev"),
@@ -164,7 +164,7 @@ class Stage:
             conditions=parse_conditions(names),
             models=self.models,
             train=self.reader("train") if train else None,
-        )
+        ).to_json()
 
     def told(self, name: str) -> list[str]:
         path = self.run.folder / "evaluations" / "dev" / f"{name.replace(':', '-')}.seed-0.json"

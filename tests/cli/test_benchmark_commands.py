@@ -81,14 +81,14 @@ def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:
     predicted.write_text(json.dumps(golds))
     target = tmp_path / "scores.json"
     done = _call(
-        *("evaluate", "--lamp-gold", data / "dev_outputs.json", "--lamp-pred", predicted, "--json", target),
+        *("score", "--gold", data / "dev_outputs.json", "--predictions", predicted, "--json", target),
         "resamples=100",
     )
     assert done.exit_code == 0, done.output
     assert json.loads(target.read_text())["rows"][0]["metrics"]["accuracy"] == 1.0
     golds["golds"] = golds["golds"][1:]
     predicted.write_text(json.dumps(golds))
-    done = _call("evaluate", "--lamp-gold", data / "dev_outputs.json", "--lamp-pred", predicted)
+    done = _call("score", "--gold", data / "dev_outputs.json", "--predictions", predicted)
     assert done.exit_code == 2
     assert "Traceback" not in done.output
 
@@ -96,8 +96,9 @@ def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["evaluate"], "--lamp-gold and --lamp-pred"),
-        (["evaluate", "--lamp-gold", "x.json"], "go together"),
+        (["evaluate"], "--run"),
+        (["score", "--gold", "x.json"], "--predictions"),
+        (["score", "--gold", "EMPTY/x.json", "--predictions", "EMPTY/y.json"], "no file"),
         (["bench", "nothing", "--data", "DATA", "--experiments", "EMPTY"], "no experiment 'nothing'"),
         (["bench", "main-table", "--data", "DATA", "--seeds", "one"], "--seeds takes whole numbers"),
         (["bench", "main-table", "--data", "DATA", "--sets", "Nope"], "no set of main-table"),
@@ -158,7 +159,7 @@ def test_another_benchmark_becomes_a_data_set(tmp_path: Path) -> None:
     assert len(list(open_dataset(tmp_path / "set", "dev"))) == 1
 
 
-@pytest.mark.parametrize("command", [["bench"], ["report"], ["lamp", "download"], ["convert"]])
+@pytest.mark.parametrize("command", [["bench"], ["report"], ["score"], ["lamp", "download"], ["convert"]])
 def test_help_teaches(command: list[str]) -> None:
     done = _call(*command, "--help")
     assert done.exit_code == 0

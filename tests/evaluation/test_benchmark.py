@@ -153,7 +153,7 @@ def test_cells_from_before_there_was_a_column_still_make_a_table(
     (written,) = bench(experiment, places).written
     first = _read(written)
     assert "mae@median" in first["rows"][0]["metrics"]
-    path = written.with_name("One.cells.jsonl")
+    path = written.with_name("One.trials.jsonl")
     about, plain, recency = path.read_text(encoding="utf-8").splitlines()
     old = json.loads(plain)
     old["statistics"] = {name: old["statistics"][name] for name in ("mae", "rmse", "accuracy")}
@@ -204,12 +204,12 @@ def test_other_settings_make_other_cells(tmp_path: Path, data: Path) -> None:
     changed = _experiment(tmp_path, ["plain"], "per_set: {One: {limit: 3}}", sets="[One]")
     written = bench(changed, places).written
     assert [row["n"] for row in _read(written[0])["rows"]] == [3]
-    kept = list((tmp_path / "results").rglob("One.cells*.jsonl"))
+    kept = list((tmp_path / "results").rglob("One.trials*.jsonl"))
     assert len(kept) == 2  # the earlier samples' cells are put aside, not lost
-    first = next(path for path in kept if path.name != "One.cells.jsonl").read_bytes()
+    first = next(path for path in kept if path.name != "One.trials.jsonl").read_bytes()
     bench(_experiment(tmp_path, ["plain"], sets="[One]"), places)
     assert [row["n"] for row in _read(written[0])["rows"]] == [8]
-    assert (tmp_path / "results" / "mine" / "One.cells.jsonl").read_bytes() == first  # and taken back
+    assert (tmp_path / "results" / "mine" / "One.trials.jsonl").read_bytes() == first  # and taken back
 
 
 def test_variants_are_tables_of_their_own_and_a_model_that_is_not_here_is_said(tmp_path: Path, data: Path) -> None:
@@ -335,7 +335,9 @@ def test_published_cells_are_known_again(tmp_path: Path, shared_data: Path, monk
     published = SHIPPED[0].parents[2] / "results" / "main-table"
     (tmp_path / "main-table").mkdir()
     for name in ("Movie_stars", "Citation"):
-        (tmp_path / "main-table" / f"{name}.cells.jsonl").write_bytes((published / f"{name}.cells.jsonl").read_bytes())
+        (tmp_path / "main-table" / f"{name}.trials.jsonl").write_bytes(
+            (published / f"{name}.trials.jsonl").read_bytes()
+        )
     monkeypatch.setattr(
         personaplug.evaluation.benchmark._Table, "_opened", lambda *_: pytest.fail("a cell was not found again")
     )

@@ -74,7 +74,7 @@ class Stage:
             conditions=parse_conditions(names),
             models=self.models,
             oracle=self.data / "dev_oracle.json" if oracle else None,
-        )
+        ).to_json()
 
 
 @pytest.fixture(scope="module")
@@ -213,14 +213,18 @@ def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(r
     # asked for by the task, such a column scores what was written
     task = replace(rating.run.task, metrics=("mae", "mae@median", "accuracy@mean"))
     config = load_config(overrides=["decoding=generate"], base=rating.config).evaluation
-    asked = evaluate(
-        replace(rating.run, task=task),
-        open_dataset(rating.data, "dev", task=task),
-        split="dev",
-        config=config,
-        conditions=[CONDITIONS["plain"]],
-        models=rating.models,
-    )["rows"][0]["metrics"]
+    asked = (
+        evaluate(
+            replace(rating.run, task=task),
+            open_dataset(rating.data, "dev", task=task),
+            split="dev",
+            config=config,
+            conditions=[CONDITIONS["plain"]],
+            models=rating.models,
+        )
+        .rows[0]
+        .metrics
+    )
     assert list(asked) == [*task.metrics, "nll"]
     assert asked["mae@median"] == asked["mae"]
     assert [metric.name for metric in settings_of(task, rating.config.evaluation).metrics] == [
@@ -267,7 +271,7 @@ def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] 
         config=load_config(overrides=settings, base=stage.config).evaluation,
         conditions=parse_conditions(names),
         models=stage.models,
-    )
+    ).to_json()
 
 
 def test_answers_kept_before_probabilities_were_are_not_made_again(
@@ -406,8 +410,8 @@ def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> 
         conditions=[CONDITIONS["plain"]],
         models=rating.models,
     )
-    assert any("names no users" in note for note in results["notes"])
-    assert results["users"] == 10
+    assert any("names no users" in note for note in results.about.notes)
+    assert results.about.users == 10
 
 
 def _check_personas(run: Run, models: Models, reader: Reader) -> None:
@@ -472,7 +476,7 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
     _check_personas(run, models, reader)
     rows = parse_conditions("plug,wrong-user,bm25:1")
     results = evaluate(run, reader, split="dev", conditions=rows, config=config.evaluation, models=models)
-    assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"][:2]] == [9, 9]
+    assert [row.diagnostics.extra_prompt_tokens for row in results.rows[:2]] == [9, 9]
 
 
 def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp_path: Path) -> None:
@@ -605,7 +609,9 @@ def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
         conditions=[CONDITIONS["plain"]],
         models=rating.models,
     )
-    assert any(note.startswith("8 of the 8 users have samples in the training split too") for note in results["notes"])
+    assert any(
+        note.startswith("8 of the 8 users have samples in the training split too") for note in results.about.notes
+    )
     assert "user" not in (rating.run.folder / "data.json").read_text().replace('"users"', "")
 
 

@@ -17,9 +17,7 @@ from personaplug.methods import (
     Rule,
     Trained,
     condition_of,
-    control_of,
-    is_control,
-    is_rule,
+    info_of,
     needed,
     parse_conditions,
 )
@@ -115,6 +113,24 @@ def test_profiles_and_matrices() -> None:
     assert (condition_of("lora-per-user").per_user, condition_of("lora-per-user").needs) == (True, (LORA,))
 
 
+def control_of(name: str) -> str | None:
+    """The row that measures another row's personal gain; None if that is not personal."""
+    try:
+        control = info_of(condition_of(f"{name}@wrong-user"))
+    except ConfigError:
+        return None
+    assert control.is_personal_gain_of == name
+    return control.name
+
+
+def is_control(name: str) -> bool:
+    return info_of(condition_of(name)).is_control
+
+
+def is_rule(name: str) -> bool:
+    return info_of(condition_of(name)).family == "no-lm"
+
+
 def test_every_personal_row_has_its_own_control() -> None:
     assert control_of("plug") == "wrong-user"
     for name in (
@@ -157,7 +173,7 @@ def test_rows_without_a_language_model_need_no_training_and_keep_their_rule_in_t
     for name in ("classical:text", "copy", "copy:10"):
         assert (condition_of(name).history, control_of(name)) == ("none", None)
     assert [name for name in ("classical", "copy:3") if condition_of(name).rule.fitted] == ["classical"]  # type: ignore[union-attr]
-    assert not any(is_rule(name) for name in ("plain", "plug", "bm25:4", "all-knowing", "nonsense"))
+    assert not any(is_rule(name) for name in ("plain", "plug", "bm25:4"))
 
 
 def test_what_rows_need_is_trained_once() -> None:
@@ -178,3 +194,36 @@ def test_phrases_go_with_any_row_of_the_frozen_model() -> None:
     assert needed([both, condition_of("plug+bm25:1")]) == [Trained("plug+bm25:1", "plug", Retrieval("bm25", 1))]
     assert condition_of("plug+phrases@wrong-user").phrases
     assert not condition_of("plug").phrases
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "control_of", "parents"),
+    [
+        ("plain", "none", None, ()),
+        ("instruction-only", "none", None, ()),
+        ("plug", "plug", None, ()),
+        ("paper-plug", "plug", None, ()),
+        ("wrong-user", "plug", "plug", ()),
+        ("population-persona", "plug", "plug", ()),
+        ("plug+bm25:1@shuffled", "plug", "plug+bm25:1", ()),
+        ("plug+bm25:1", "plug", None, ("bm25:1", "instruction+bm25:1", "plug")),
+        ("plug+phrases", "plug", None, ("plug", "phrases", "instruction+phrases", "plug")),
+        ("instruction+bm25:4", "prompt", None, ("bm25:4",)),
+        ("instruction+labels", "prompt", None, ("labels",)),
+        ("profile+bm25:4", "prompt", None, ("bm25:4",)),
+        ("ropg:4", "prompt", None, ("dense:4",)),
+        ("lora", "weights", None, ()),
+        ("lora-per-user@wrong-user", "weights", "lora-per-user", ()),
+        ("lora-per-user", "weights", None, ("lora",)),
+        ("plug+lora", "plug", None, ("lora", "instruction+lora", "plug")),
+        ("classical", "no-lm", None, ("classical:text", "classical:history")),
+        ("copy:10", "no-lm", None, ()),
+    ],
+)
+def test_info_of_row_tells_family_control_and_parents(
+    name: str, family: str, control_of: str | None, parents: tuple[str, ...]
+) -> None:
+    condition, info = condition_of(name), info_of(condition_of(name))
+    assert (info.name, info.history, info.is_seeded) == (condition.name, condition.history, condition.seeded)
+    assert (info.family, info.control_of, info.parents) == (family, control_of, parents)
+    assert info.has_language_model is (condition.rule is None)

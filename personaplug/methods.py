@@ -341,7 +341,7 @@ def condition_of(name: str) -> Condition:
 def info_of(condition: Condition) -> MethodInfo:
     """Describe a row for tables, figures and tests."""
     base, at, _ = condition.name.partition("@")
-    tested = base if at else PLUG.name if _is_control(condition) else None
+    tested = (base if at else PLUG.name) if _is_control(condition) else None
     return MethodInfo(
         condition.name,
         family=_family(condition),
@@ -359,12 +359,9 @@ def _is_control(condition: Condition) -> bool:
 def _family(condition: Condition) -> Family:
     if condition.rule:
         return "no-lm"
-    kind = condition.trained.kind if condition.trained else None
-    if kind in ("plug", "paper", "bridge"):
-        return "plug"
-    if kind == "lora":
-        return "weights"
-    return "none" if condition.history == "none" else "prompt"
+    kind = condition.trained.kind if condition.trained else "none"
+    families: dict[str, Family] = {"plug": "plug", "paper": "plug", "bridge": "plug", "lora": "weights"}
+    return families.get(kind, "none" if condition.history == "none" else "prompt")
 
 
 def _parents(condition: Condition) -> list[str]:

@@ -67,13 +67,14 @@ class Metric(ABC):
             raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
         return scale
 
-    @abstractmethod
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Return what the metric averages, sample by sample: (n, d).
+        """Return what the metric averages, sample by sample: (n, d)."""
+        if len(predictions) != len(golds):
+            raise ShapeMismatch(f"Expected {len(golds)} predictions, one per gold; found {len(predictions)}.")
+        return self._statistics(predictions, golds)
 
-        Raises:
-            ShapeMismatch: if predictions and golds differ in number.
-        """
+    @abstractmethod
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array: ...
 
     def value(self, means: Array) -> Array:
         """Return the metric of means of statistics: (..., d) to (...)."""
@@ -95,7 +96,7 @@ def value_of(stats: Array, metric: Metric) -> float:
 
 
 class _LabelMetric(Metric):
-    """A metric on a closed set of labels: exact, case-sensitive match; anything else is wrong."""
+    """A metric on a closed set of labels: exact, case-sensitive match; anything else is wrong, and class -1."""
 
     def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", estimate: str = ARGMAX) -> None:
         super().__init__(labels, fallback=fallback, estimate=estimate)
@@ -104,7 +105,6 @@ class _LabelMetric(Metric):
         self._index = {label: index for index, label in enumerate(self.labels)}
 
     def _classes(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """The label's index of each text, -1 for anything else: (n,)."""
         return np.array([self._index.get(text.strip(), -1) for text in texts], dtype=np.int64)
 
 
@@ -114,9 +114,7 @@ class Accuracy(_LabelMetric):
     name = "accuracy"
     takes_estimates = True
 
-    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Return 1 for a hit, else 0: (n, 1)."""
-        _check_paired(predictions, golds)
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         predicted, gold = self._classes(predictions), self._classes(golds)
         return np.asarray((predicted == gold) & (predicted >= 0), dtype=np.float64)[:, None]
 
@@ -125,20 +123,18 @@ class MacroF1(_LabelMetric):
     """The mean over all labels of F1 = 2·TP / (predicted + gold).
 
     Equals scikit-learn's f1_score(labels=range(C), average="macro", zero_division=0): an invalid prediction lowers its
-    gold label's recall and no label's precision; a label neither predicted nor gold counts 0.
+    gold label's recall and no label's precision; a label neither predicted nor gold counts 0. The statistics are
+    one-hots of true positive, predicted and gold label, side by side: (n, 3·C).
     """
 
     name = "f1"
     averages_over_users = False  # most labels never occur there, and count 0
 
-    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Return one-hots of true positive, predicted and gold label, side by side: (n, 3·C)."""
-        _check_paired(predictions, golds)
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         predicted, gold = self._one_hot(predictions), self._one_hot(golds)
         return np.concatenate([predicted * gold, predicted, gold], axis=1)
 
     def value(self, means: Array) -> Array:
-        """Return the macro-F1 of mean one-hots: (..., 3·C) to (...)."""
         hits, predicted, gold = np.split(means, 3, axis=-1)
         total = predicted + gold
         f1 = np.divide(2 * hits, total, out=np.zeros_like(total), where=total != 0)
@@ -169,7 +165,6 @@ class _RatingMetric(Metric):
 
     def _errors(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Predicted minus gold rating: (n,)."""
-        _check_paired(predictions, golds)
         gold = [self._gold(text, number) for number, text in enumerate(golds, start=1)]
         predicted = [self._rating(text, number) for text, number in zip(predictions, gold, strict=True)]
         return np.array(predicted, dtype=np.float64) - np.array(gold, dtype=np.float64)
@@ -198,8 +193,7 @@ class MeanAbsoluteError(_RatingMetric):
 
     name = "mae"
 
-    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Return absolute errors: (n, 1)."""
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         return np.abs(self._errors(predictions, golds))[:, None]
 
 
@@ -208,18 +202,16 @@ class RootMeanSquaredError(_RatingMetric):
 
     name = "rmse"
 
-    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Return squared errors: (n, 1)."""
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         with np.errstate(over="ignore"):
             return np.square(self._errors(predictions, golds))[:, None]
 
     def value(self, means: Array) -> Array:
-        """Return the root of mean squared errors: (..., 1) to (...)."""
         return np.sqrt(means[..., 0])
 
 
 class _Rouge(Metric):
-    """ROUGE's F-measure on lower-cased words, without stemmer, averaged over samples.
+    """ROUGE's F-measure on lower-cased words (runs of a-z and 0-9), without stemmer, averaged over samples.
 
     Equals Google's `rouge_score` sample by sample. LaMP reports the middle of a bootstrap over samples, which differs
     from this mean by resampling noise only.
@@ -227,20 +219,18 @@ class _Rouge(Metric):
     Source: Lin, "ROUGE: a Package for Automatic Evaluation of Summaries", 2004.
     """
 
-    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Return F-measures: (n, 1)."""
-        _check_paired(predictions, golds)
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         pairs = zip(map(_words, predictions), map(_words, golds), strict=True)
         return np.array([self._f_measure(*pair) for pair in pairs], dtype=np.float64).reshape(-1, 1)
 
     def _f_measure(self, predicted: list[str], gold: list[str]) -> float:
-        """2·P·R / (P + R) with P = common / predicted, R = common / gold; that is 2·common / (predicted + gold)."""
+        # 2·P·R / (P + R) with P = common / predicted, R = common / gold.
         total = len(predicted) + len(gold)
         return 2 * self._common(predicted, gold) / total if total else 0.0
 
     @abstractmethod
     def _common(self, predicted: list[str], gold: list[str]) -> int:
-        """Count the words that both texts share, in this metric's sense."""
+        """Count the words that both texts share."""
 
 
 class Rouge1(_Rouge):
@@ -265,7 +255,8 @@ class NegativeLogLikelihood(Metric):
     """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
 
     A proper score: its expectation is best for the true probabilities, so it shows what a model knows of a user long
-    before its likeliest text changes.
+    before its likeliest text changes. Texts do not say how likely they were, so only models give its statistics:
+    (n, 2), −log p and tokens.
 
     Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007.
     """
@@ -274,23 +265,25 @@ class NegativeLogLikelihood(Metric):
     greater_is_better = False
     of_answers = False
 
-    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Raise ConfigError: texts do not say how likely they were."""
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         raise ConfigError(
             f"{self.name} is of a model's probabilities, and of these answers only texts are known. Leave it out of "
             f"the task's metrics: where a language model answers, it is a column of its own."
         )
 
     def value(self, means: Array) -> Array:
-        """Return the mean per token of mean (−log p, tokens): (..., 2) to (...)."""
         return np.asarray(means[..., 0] / means[..., 1])
 
 
-_METRIC_CLASSES: tuple[type[Metric], ...] = (
-    *(Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError),
-    *(Rouge1, RougeL, NegativeLogLikelihood),
-)
-METRICS = {metric.name: metric for metric in _METRIC_CLASSES}
+METRICS: dict[str, type[Metric]] = {
+    "accuracy": Accuracy,
+    "f1": MacroF1,
+    "mae": MeanAbsoluteError,
+    "rmse": RootMeanSquaredError,
+    "rouge_1": Rouge1,
+    "rouge_l": RougeL,
+    "nll": NegativeLogLikelihood,
+}
 
 
 def get_metric(name: str, *, labels: Sequence[str] = (), fallback: str = "lamp") -> Metric:
@@ -298,8 +291,8 @@ def get_metric(name: str, *, labels: Sequence[str] = (), fallback: str = "lamp")
 
     Args:
         name: one of `METRICS`; of an error of ratings or the accuracy also with an estimate, as in `mae@median`.
-        labels: the task's labels, in order; needed by all but ROUGE.
-        fallback: how a rating that is no number is scored, "lamp" or "pplug".
+        labels: the task's labels, in order; needed by all but ROUGE and NLL.
+        fallback: one of `FALLBACKS`: how a rating that is no number is scored.
     Raises:
         ConfigError: for an unknown name, estimate or fallback, or labels or an estimate that do not fit the metric.
     """
@@ -323,10 +316,7 @@ def has_estimate(name: str) -> bool:
 
 
 def is_invalid(prediction: str, *, kind: str, labels: Sequence[str]) -> bool:
-    """Return whether a prediction is none of the task's answers: outside the labels, or, for kind "text", empty.
-
-    A rating of "3." is invalid and still scored as 3: the rate tells how often the model left the form.
-    """
+    """Return whether a prediction is none of the task's answers: outside the labels, or, for kind "text", empty."""
     text = prediction.strip()
     return not text if kind == "text" else text not in {label.strip() for label in labels}
 
@@ -351,7 +341,6 @@ def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int
 
 
 def _words(text: str) -> list[str]:
-    """The words that ROUGE counts: runs of a-z and 0-9 after lower-casing; other characters only separate."""
     return re.findall("[a-z0-9]+", text.lower())
 
 
@@ -360,8 +349,3 @@ def _number(text: str) -> float | None:
         return float(text.strip())
     except ValueError:
         return None
-
-
-def _check_paired(predictions: Sequence[str], golds: Sequence[str]) -> None:
-    if len(predictions) != len(golds):
-        raise ShapeMismatch(f"Expected {len(golds)} predictions, one per gold; found {len(predictions)}.")

@@ -29,9 +29,6 @@ def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str],
     Args:
         probabilities: (n, C) in the labels' order; a line need not sum to 1, but to more than 0.
         labels: (C,) in any order; numbers, unless the estimate is argmax.
-    Raises:
-        ConfigError: if there is no such estimate, or labels to be ordered are no numbers.
-        ShapeMismatch: if there is not one column per label.
     """
     check_estimate(estimate)
     if probabilities.ndim != 2 or probabilities.shape[1] != len(labels):
@@ -63,11 +60,10 @@ def scale_of(labels: Sequence[str]) -> NDArray[np.float64] | None:
 
 
 def _medians(shares: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The column of the median in each line of shares (n, C), whose labels rise: (n,)."""
     return np.asarray((np.cumsum(shares, axis=1) >= 0.5 - _TIE).argmax(axis=1))
 
 
 def _nearest_to_means(shares: NDArray[np.float64], rising: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The column of the number (C,) nearest to the mean of each line of shares (n, C): (n,)."""
+    # The number after the last midpoint that a mean exceeds.
     ends = rising[:-1] + np.diff(rising) * (0.5 - _TIE)
     return np.searchsorted(ends, shares @ rising, side="right")

@@ -44,8 +44,18 @@ class Settings:
     seed: int
 
 
-def build_results(samples: EvalSamples, trials: Sequence[Trial], *, settings: Settings) -> Results:
-    """Return the results of trials on all samples, rows in the trials' order."""
+def build_results(
+    samples: EvalSamples,
+    trials: Sequence[Trial],
+    *,
+    settings: Settings,
+    subgroups: Sequence[tuple[str, Indices]] = (),
+) -> Results:
+    """Return the results of trials, rows in the trials' order, on all samples and on subgroups of them.
+
+    Args:
+        subgroups: pairs of a name and the indices of its samples.
+    """
     made_with = sorted({trial.made_with for trial in trials if trial.made_with})
     notes = [*_notes_on_seeds(trials), *_notes_on_set_ups(trials, made_with), *_notes_on_metrics(trials, settings)]
     about = replace(
@@ -54,22 +64,10 @@ def build_results(samples: EvalSamples, trials: Sequence[Trial], *, settings: Se
         made_with=made_with,
         notes=[*samples.about.notes, *notes],
     )
-    part = _part(samples, trials, indices=np.arange(len(samples.groups)), settings=settings)
-    return Results(part.rows, part.pairs, about)
-
-
-def with_subgroups(
-    results: Results,
-    samples: EvalSamples,
-    trials: Sequence[Trial],
-    *,
-    subgroups: Sequence[tuple[str, Indices]],
-    settings: Settings,
-) -> Results:
-    """Add the same rows for parts of the samples: pairs of a name and the indices of its samples."""
+    whole = _part(samples, trials, indices=np.arange(len(samples.groups)), settings=settings)
     parts = [(name, indices, _part(samples, trials, indices=indices, settings=settings)) for name, indices in subgroups]
-    added = [Subgroup(part.rows, part.pairs, name, samples=len(indices)) for name, indices, part in parts]
-    return replace(results, subgroups=[*results.subgroups, *added])
+    named = [Subgroup(part.rows, part.pairs, name, samples=len(indices)) for name, indices, part in parts]
+    return Results(whole.rows, whole.pairs, about, named)
 
 
 def history_thirds(history_items: Sequence[int]) -> list[tuple[str, Indices]]:

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from personaplug.analysis.trials import Diagnostics, Provenance, method_from_json, split_fields, to_record
+from personaplug.analysis.trials import Diagnostics, Provenance, split_fields, to_record
 from personaplug.errors import MissingData, RecordError
 from personaplug.methods import MethodInfo
 
@@ -36,15 +36,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One method's scores.
-
-    Attributes:
-        n: how many samples it is scored on.
-        intervals: both ends for each metric.
-        per_user: each metric averaged over users.
-        per_seed, seed_spread: each seed's metrics, and their standard deviation; empty for one seed.
-        extra: further fields of a file.
-    """
+    """One method's scores on n samples; `extra` holds further fields of a file."""
 
     method: MethodInfo
     n: int | None = None
@@ -82,28 +74,23 @@ class ResultRow:
     @classmethod
     def from_json(cls, record: Record) -> ResultRow:
         """Reverse `to_json`; raise KeyError if a required field is missing."""
-        method = method_from_json({**record, "name": record["condition"]})
-        _, rest = split_fields(MethodInfo, record)
-        diagnostics, rest = split_fields(Diagnostics, rest)
-        known, extra = split_fields(cls, rest)
-        costs, _ = split_fields(Diagnostics, extra.pop("costs", None) or {})
-        del extra["condition"]
-        for name in ("metrics", "per_user", "seed_spread"):
-            known[name] = _numbers(known.get(name, {}))
-        known["intervals"] = {name: [*map(_number, ends)] for name, ends in known.get("intervals", {}).items()}
-        known["per_seed"] = [_numbers(scores) for scores in known.get("per_seed", [])]
-        return cls(method, **known, diagnostics=Diagnostics(**diagnostics, **costs), extra=extra)
+        facts, rest = split_fields(MethodInfo, {**record, "name": record["condition"]})
+        diagnostics, rest = split_fields(Diagnostics, {**rest, **(record.get("costs") or {})})
+        known, extra = split_fields(cls, {name: v for name, v in rest.items() if name not in ("condition", "costs")})
+        return cls(
+            MethodInfo(**facts | {"parents": tuple(facts.get("parents", ()))}),
+            **known
+            | {name: _numbers(known.get(name, {})) for name in ("metrics", "per_user", "seed_spread")}
+            | {"intervals": {name: [*map(_number, ends)] for name, ends in known.get("intervals", {}).items()}}
+            | {"per_seed": [_numbers(scores) for scores in known.get("per_seed", [])]},
+            diagnostics=Diagnostics(**diagnostics),
+            extra=extra,
+        )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better a is than b on the same samples; see `significance.Paired`.
-
-    Attributes:
-        p_holm: corrected by Holm's rule; None if it is not.
-        mcnemar_p: McNemar's p of each seed.
-        extra: further fields of a file.
-    """
+    """How much better a is than b on the same samples; `extra` holds further fields of a file."""
 
     a: str
     b: str
@@ -179,12 +166,7 @@ class ResultPart:
 
 @dataclass(frozen=True)
 class Subgroup(ResultPart):
-    """The rows on a part of the samples, or under another setting.
-
-    Attributes:
-        samples: how many there are.
-        extra: further fields of a file.
-    """
+    """The rows on some of the samples, or under another setting; `extra` holds further fields of a file."""
 
     name: str
     samples: int | None = None

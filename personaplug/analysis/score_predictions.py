@@ -50,8 +50,7 @@ def score_lamp(
     Args:
         gold_file: the right answers, such as `dev_outputs.json`.
         task: by default what a task.json beside the golds declares, else the LaMP task that they name.
-        fallback: how a rating that is no number is scored, "lamp" or "pplug".
-
+        fallback, resamples, seed: see `get_metric` and `bootstrap_interval`.
     Raises:
         MissingData: if a file is not there, or golds have no prediction.
         RecordError: if a file is broken, its ids are not the golds' or not unique, or an answer is no text or number.

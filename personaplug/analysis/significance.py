@@ -24,11 +24,8 @@ from scipy.stats import binomtest
 from personaplug.analysis.metrics import Array, Metric, value_of
 from personaplug.errors import ConfigError, ShapeMismatch
 
-_BLOCK_SIZE = 1 << 20
-"""Users × resamples held at once: bounds memory (8 MB a table), and fits the processor's cache."""
-
-_ROUNDING = 1e-12
-"""Differences below this share of the values compared are rounding, not differences."""
+_BLOCK_SIZE = 1 << 20  # users × resamples held at once: bounds memory (8 MB), and fits the processor's cache
+_ROUNDING = 1e-12  # differences below this share of the values compared are rounding, not differences
 
 
 @dataclass(frozen=True)
@@ -42,13 +39,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """How much better a is than b on the same samples.
-
-    Attributes:
-        difference: a's advantage, positive if a is better, whatever the metric's direction.
-        low, high: ends of its percentile interval; NaN if none can be given.
-        p: two-sided; how easily the resampled difference falls on the other side of 0; NaN like the ends.
-    """
+    """How much better a is than b (whatever the metric's direction), with interval and two-sided p, NaN if unknown."""
 
     difference: float
     low: float
@@ -82,9 +73,6 @@ def bootstrap_interval(
         stats: (n, d) statistics of the samples, or (S, n, d) of S trainings.
         groups: (n,) whose sample each is, the unit that is resampled.
         seed: equal group names, seed and numbers of resamples and trainings give equal draws.
-    Raises:
-        ShapeMismatch: if statistics and groups differ in length.
-        ConfigError: for a number of resamples below 1 or a confidence outside (0, 1).
     """
     tails = _tails(confidence, resamples=resamples)
     stats = _checked(stats, groups)
@@ -114,9 +102,6 @@ def paired_bootstrap(
     Args:
         stats_a, stats_b: (n, d) statistics of each method, or (S, n, d) of S trainings, paired by their seeds.
         groups, seed: as in `bootstrap_interval`.
-    Raises:
-        ShapeMismatch: if the statistics differ in shape, or from the groups in length.
-        ConfigError: for a number of resamples below 1 or a confidence outside (0, 1).
     """
     tails = _tails(confidence, resamples=resamples)
     if stats_a.shape != stats_b.shape:
@@ -143,9 +128,6 @@ def mcnemar(hits_a: ArrayLike, hits_b: ArrayLike) -> McNemar:
 
     Args:
         hits_a, hits_b: 1 or 0 per sample, right or wrong; (n,) or an accuracy's statistics (n, 1).
-    Raises:
-        ShapeMismatch: if the two differ in length.
-        ConfigError: for a hit that is neither 0 nor 1, as after averaging over seeds.
     """
     a, b = np.ravel(np.asarray(hits_a)), np.ravel(np.asarray(hits_b))
     if a.shape != b.shape:
@@ -165,9 +147,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The smallest of m is multiplied by m, the next by m - 1, and so on; none comes out below a smaller one's, none
     above 1. NaN, a comparison that could not be made, stays NaN and does not count.
-
-    Raises:
-        ConfigError: for a p outside [0, 1].
     """
     p = np.asarray(p_values, dtype=np.float64)
     valid = np.flatnonzero(~np.isnan(p))
@@ -183,9 +162,6 @@ def per_group_mean(stats: Array, groups: Sequence[str], metric: Metric) -> float
     """Return the metric of each group's own mean statistics, averaged over groups: each user counts once.
 
     An RMSE becomes the mean of users' RMSEs. NaN without samples and for the macro-F1, which says nothing of one user.
-
-    Raises:
-        ShapeMismatch: if statistics and groups differ in length.
     """
     stats = _checked(stats, groups)
     if not len(groups) or not metric.averages_over_users:
@@ -204,7 +180,6 @@ def seed_spread(values: Sequence[float]) -> float:
 
 
 def _advantage(means_a: Array, means_b: Array, *, metric: Metric) -> Array:
-    """How much better a's means are than b's: two (..., d) to (...)."""
     a, b = metric.value(means_a), metric.value(means_b)
     gap = a - b if metric.greater_is_better else b - a
     # Sums in another order differ in the last digit; without this, such a tie would count as a win.

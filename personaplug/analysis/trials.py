@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EMPTY: tuple[object, ...] = (None, "", [], {})
 _MAX_DENSE_COLUMNS = 3  # statistics with more columns are one-hots and written sparsely
 
 
@@ -32,11 +31,8 @@ _MAX_DENSE_COLUMNS = 3  # statistics with more columns are one-hots and written 
 class Provenance:
     """What was evaluated, on which data and with which models: the head of a results file.
 
-    Attributes:
-        set: the data folder's name, in an experiment of several.
-        users: how many the samples belong to.
-        seeds, made_with: of the trials; filled when they become results.
-        extra: further facts of a file.
+    `set` is the data folder's name, `users` how many the samples belong to. `seeds` and `made_with` are of the trials,
+    filled when they become results. `extra` holds further facts of a file.
     """
 
     experiment: str = ""
@@ -153,24 +149,15 @@ class Trial:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Trial:
-        """Reverse `to_json`."""
-        known, _ = split_fields(cls, record)
-        return cls(
-            **known
-            | {
-                "method": method_from_json(record["method"]),
-                "statistics": {name: _unpacked(packed) for name, packed in record["statistics"].items()},
-                "diagnostics": Diagnostics(**record["diagnostics"]),
-            }
-        )
+        """Reverse `to_json`; raise KeyError or TypeError if the record is no trial."""
+        method = MethodInfo(**record["method"] | {"parents": tuple(record["method"]["parents"])})
+        statistics = {name: _unpacked(packed) for name, packed in record["statistics"].items()}
+        diagnostics = Diagnostics(**record["diagnostics"])
+        return cls(**{**record, "method": method, "statistics": statistics, "diagnostics": diagnostics})
 
 
 class TrialFile:
-    """Trials on disk; a kill loses at most the trial that is being written.
-
-    Args:
-        path: created with the first line.
-    """
+    """Trials on disk; a kill loses at most the trial that is being written."""
 
     def __init__(self, path: Path) -> None:
         self.lines = JsonLines(path)
@@ -195,11 +182,7 @@ class TrialFile:
         return samples, list(trials.values())
 
     def switch_to(self, key: str) -> None:
-        """Set a file of other samples aside under a name of its own, and bring back one of the samples of the key.
-
-        Raises:
-            RecordError: if the file is no trial file.
-        """
+        """Set a file of other samples aside under a name of its own, and bring back one of the samples of the key."""
         samples, _ = self.load()
         path = self.lines.path
         if samples is not None and samples.key != key:
@@ -211,19 +194,11 @@ class TrialFile:
             earlier.rename(path)
 
     def start(self, samples: EvalSamples) -> None:
-        """Write the first line of a new file.
-
-        Raises:
-            StorageError: if the disk is full or not writable.
-        """
+        """Write the first line of a new file."""
         self.lines.append(vars(samples) | {"about": samples.about.to_json()})
 
     def append(self, trial: Trial) -> None:
-        """Add a trial.
-
-        Raises:
-            StorageError: if the disk is full or not writable.
-        """
+        """Add a trial."""
         self.lines.append(trial.to_json())
 
 
@@ -235,9 +210,10 @@ def number_users(owners: Sequence[str]) -> list[int]:
 
 def to_record(item: DataclassInstance, *, optional: Sequence[str]) -> dict[str, object]:
     """Return a dataclass as a JSON object, without the optional fields that are empty, with its `extra` fields."""
-    values: dict[str, object] = asdict(item)
-    extra = cast(dict[str, object], values.pop("extra"))
-    return {name: value for name, value in values.items() if name not in optional or value not in EMPTY} | extra
+    values = asdict(item)
+    extra: dict[str, object] = values.pop("extra")
+    empty: list[object] = [None, "", [], {}]
+    return {name: value for name, value in values.items() if name not in optional or value not in empty} | extra
 
 
 def split_fields(cls: type[DataclassInstance], record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -245,12 +221,6 @@ def split_fields(cls: type[DataclassInstance], record: Mapping[str, Any]) -> tup
     names = {column.name for column in fields(cls)} - {"extra"}
     known = {name: value for name, value in record.items() if name in names and value is not None}
     return known, {name: value for name, value in record.items() if name not in names}
-
-
-def method_from_json(record: Mapping[str, Any]) -> MethodInfo:
-    """Read a method's info; raise KeyError if it has no name."""
-    known, _ = split_fields(MethodInfo, record)
-    return MethodInfo(**known | {"name": record["name"], "parents": tuple(record.get("parents") or ())})
 
 
 def _packed(stats: Array) -> object:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from personaplug.analysis.results import Settings, build_results, history_thirds, with_subgroups
+from personaplug.analysis.results import Settings, build_results, history_thirds
 from personaplug.analysis.results_file import ResultPart, Results, Subgroup
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
 from personaplug.baselines.heuristics import check_rules
@@ -218,10 +218,8 @@ class _Table:
             return
         task = load_task(self.data)
         settings = settings_of(task, self.config.evaluation)
-        results = with_remarks(build_results(scored, cells, settings=settings), task)
-        if self.experiment.slices:
-            thirds = history_thirds(scored.history_items)
-            results = with_subgroups(results, scored, cells, subgroups=thirds, settings=settings)
+        thirds = history_thirds(scored.history_items) if self.experiment.slices else ()
+        results = with_remarks(build_results(scored, cells, settings=settings, subgroups=thirds), task)
         for curve in self.experiment.curves:
             results = replace(results, subgroups=[*results.subgroups, *self._points(curve, results, settings)])
         write_json(self.target, results.to_json())

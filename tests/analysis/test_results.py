@@ -10,7 +10,7 @@ import pytest
 from result_objects import method_of
 
 from personaplug.analysis.metrics import Array, get_metric
-from personaplug.analysis.results import Settings, build_results, compared_pairs, history_thirds, with_subgroups
+from personaplug.analysis.results import Settings, build_results, compared_pairs, history_thirds
 from personaplug.analysis.results_file import Comparison, Results
 from personaplug.analysis.significance import holm
 from personaplug.analysis.trials import Diagnostics, EvalSamples, Provenance, Trial
@@ -222,8 +222,7 @@ def test_rows_without_a_language_model_are_compared_with_and_make_no_claims() ->
 
 def test_subgroups_have_the_same_rows_on_parts_of_the_samples() -> None:
     trials, thirds = [PLAIN, *PLUG], history_thirds(SAMPLES.history_items)
-    whole = build_results(SAMPLES, trials, settings=SETTINGS)
-    subgroups = with_subgroups(whole, SAMPLES, trials, subgroups=thirds, settings=SETTINGS).subgroups
+    subgroups = build_results(SAMPLES, trials, settings=SETTINGS, subgroups=thirds).subgroups
     assert [(subgroup.name, subgroup.samples) for subgroup in subgroups] == [
         ("short (1–3 items)", 5),
         ("medium (5–5 items)", 1),

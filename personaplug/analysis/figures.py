@@ -44,7 +44,6 @@ def scores_figure(results: Results, metric: str) -> Figure:
     """Draw horizontal bars of one metric, a bar per row with its interval, each control below its method.
 
     Raises:
-        MissingExtra: if matplotlib is not installed.
         MissingData: if no row has the metric.
     """
     rows = _with_controls_below([row for row in results.rows if metric in row.metrics])
@@ -57,8 +56,8 @@ def scores_figure(results: Results, metric: str) -> Figure:
     axes.set_xlim(left=0, right=max(reach) * 1.12 or 1)  # room for the numbers at the whiskers' ends
     axes.set_xlabel(_directed(metric), color=_GRAY)
     axes.set_title(_figure_title(results), loc="left", color=_INK, fontsize=11, pad=10)
-    drawn = {_family(row.method) for row in rows}
-    bars = [{"label": label, "color": color} for family, (label, color) in _FAMILIES.items() if family in drawn]
+    drawn = {_style(row.method) for row in rows}
+    bars = [{"label": label, "color": color} for label, color in _FAMILIES.values() if (label, color) in drawn]
     return _finished(figure, [bar | {"linewidth": 7, "solid_capstyle": "butt"} for bar in bars])
 
 
@@ -68,7 +67,6 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
     A point is filled if its p, corrected by Holm if that is given, is below .05.
 
     Raises:
-        MissingExtra: if matplotlib is not installed.
         MissingData: if no results have a personal gain.
     """
     named = zip(set_names(results_list), results_list, strict=True)
@@ -77,7 +75,8 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
     methods = {name: results.by_name[name].method for _, results, gains in panels for name in gains}
     if not methods:
         raise MissingData("None of these results compares a method with its wrong-user control; nothing to draw.")
-    down, across = _grid_shape(len(panels), columns=3)
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
     figure = _new_figure(1.6 + 3.1 * max(across, 1.6), 0.7 + down * (1.15 + 0.31 * len(methods)))
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, (name, results, gains) in zip(grid.flat, panels, strict=False):
@@ -105,7 +104,6 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
     That row personalizes nothing, and is trained if there is such a one. Without any method, each row has a panel.
 
     Raises:
-        MissingExtra: if matplotlib is not installed.
         MissingData: if there are no subgroups with the metric.
     """
     infos = {row.name: row.method for part in results.subgroups for row in part.rows if _is_drawn(row, metric)}
@@ -115,7 +113,8 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
     reference = [info.name for info in rows if info.family == "none" and not info.is_control][-1:]
     methods = [info.name for info in infos.values() if not info.is_control and info.family != "none"] or list(infos)
     controls = {info.is_personal_gain_of: info.name for info in infos.values()}
-    down, across = _grid_shape(len(methods), columns=4)
+    across = min(4, len(methods))
+    down = math.ceil(len(methods) / across)
     figure = _new_figure(0.8 + 2.3 * max(across, 2), 1.1 + 2.0 * down)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for axes, method in zip(grid.flat, methods, strict=False):
@@ -132,6 +131,11 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
     return _finished(figure, [{"label": label, **style} for label, style in zip(labels, _LINE_STYLES, strict=False)])
 
 
+def _style(method: MethodInfo) -> tuple[str, str]:
+    """A method's label in the legend, and its color."""
+    return _FAMILIES["control" if method.is_control else method.family]
+
+
 def _is_drawn(row: ResultRow, metric: str) -> bool:
     return math.isfinite(row.metrics.get(metric, math.nan))
 
@@ -142,7 +146,7 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
     if not math.isfinite(value):
         axes.text(0, position, f" {value}", va="center", color=_GRAY, fontsize=8)
         return 0.0
-    axes.barh(position, value, height=0.68, color=_FAMILIES[_family(row.method)][1], zorder=2)
+    axes.barh(position, value, height=0.68, color=_style(row.method)[1], zorder=2)
     ends = row.interval(metric)
     if ends:
         # The white rim keeps the whisker apart from a dark bar.
@@ -150,8 +154,8 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
         axes.hlines(position, *ends, color=_INK, linewidth=1.2, zorder=4)
     reach = max(value, *(ends or ()))
     text = f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
-    place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (reach, position), color=_INK, fontsize=8, **place)
+    offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (reach, position), color=_INK, fontsize=8, **offset)
     return float(reach)
 
 
@@ -179,17 +183,13 @@ def _line(axes: Axes, rows: dict[int, ResultRow], *, metric: str, style: dict[st
 
 def _with_controls_below(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """The rows in their order, but each control below the method it tests, if that is there."""
-    positions = {row.name: index for index, row in reversed(list(enumerate(rows)))}
+    positions = {row.name: index for index, row in enumerate(rows)}
 
-    def rank(index: int) -> tuple[int, bool, int]:
-        method = rows[index].method
-        return positions.get(method.control_of or method.name, index), method.is_control, index
+    def rank(row: ResultRow) -> tuple[int, bool]:
+        own = positions[row.name]
+        return positions.get(row.method.control_of or row.name, own), row.method.is_control
 
-    return [rows[index] for index in sorted(range(len(rows)), key=rank)]
-
-
-def _family(method: MethodInfo) -> str:
-    return "control" if method.is_control else method.family
+    return sorted(rows, key=rank)
 
 
 def _name_lines(axes: Axes, methods: Sequence[MethodInfo]) -> None:
@@ -213,11 +213,6 @@ def _name_subgroups(grid: Any, names: Sequence[str], *, panels: int) -> None:
         axes.set_xlim(-0.4, len(ticks) - 0.6)
         axes.tick_params(axis="x", labelbottom=is_lowest)
         axes.set_xlabel(_literal(shared) if is_lowest else "", color=_GRAY)
-
-
-def _grid_shape(panels: int, *, columns: int) -> tuple[int, int]:
-    across = min(columns, panels)
-    return -(-panels // across), across
 
 
 def _figure_title(results: Results) -> str:

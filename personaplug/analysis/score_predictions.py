@@ -85,7 +85,9 @@ def _read(path: Path) -> _Outputs:
     file = plain_or_gz(path.parent, path.name)
     if file is None:
         raise MissingData(f"There is no file {path}. Give a JSON file with the keys 'task' and 'golds'.")
-    task_name = _task_name(file)
+    task_names = [name for _, name in stream_values(file, "task", opening=b"{", unit="key") if isinstance(name, str)]
+    if not task_names:
+        raise RecordError(file, "the key 'task'", reason="it is missing or no text; it should name the task, as LaMP_2")
     records = stream_values(file, "golds.item", opening=b"{", unit="gold")
     pairs = [_pair(file, number, record) for number, record in records]
     if not pairs:
@@ -93,16 +95,7 @@ def _read(path: Path) -> _Outputs:
     repeated = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
     if repeated:
         raise RecordError(file, "its ids", reason=f"{_named(repeated)} more than once; each should be there once")
-    return _Outputs(file, task_name, dict(pairs))
-
-
-def _task_name(path: Path) -> str:
-    for _, name in stream_values(path, "task", opening=b"{", unit="key"):
-        if isinstance(name, str):
-            return name
-    raise RecordError(
-        path, "the key 'task'", reason="it should name the task, such as LaMP_2, and is missing or no text"
-    )
+    return _Outputs(file, task_names[0], dict(pairs))
 
 
 def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
@@ -126,32 +119,27 @@ def _task_of(golds: _Outputs) -> Task:
 
 
 def _check_same_task(golds: _Outputs, predictions: _Outputs, task: Task) -> None:
+    names = (golds.task_name, task.name, predictions.task_name)
+    *allowed, found = (name.strip().lower().replace("-", "_") for name in names)
     # Golds may say LaMP_2 while a run on them writes the name that the folder's task.json gives the task.
-    allowed = {_canonical(golds.task_name), _canonical(task.name)}
-    if _canonical(predictions.task_name) not in allowed:
+    if found not in allowed:
         raise ConfigError(
             f"{golds.path} is of the task {short_id(golds.task_name)} and {predictions.path} of "
             f"{short_id(predictions.task_name)}. Give predictions for the same task."
         )
 
 
-def _canonical(name: str) -> str:
-    return name.strip().lower().replace("-", "_")
-
-
 def _check_ids(golds: _Outputs, predictions: _Outputs) -> None:
     missing = [name for name in golds.texts if name not in predictions.texts]
     unknown = [name for name in predictions.texts if name not in golds.texts]
-    excess = f"{_named(unknown)} not among the golds of {golds.path}" if unknown else ""
+    excess = f"{_named(unknown)} not among the golds of {golds.path}; remove them, or give the golds they belong to"
     if missing:
         raise MissingData(
             f"{predictions.path}: of {len(golds.texts)} golds, {_named(missing)} without a prediction"
-            f"{'; ' if excess else ''}{excess}. Every gold needs one, and LaMP knows no score of a part."
+            f"{f'; {excess}' if unknown else ''}. Every gold needs one, and LaMP knows no score of a part."
         )
     if unknown:
-        raise RecordError(
-            predictions.path, "its ids", reason=f"{excess}; remove them, or give the golds they belong to"
-        )
+        raise RecordError(predictions.path, "its ids", reason=excess)
 
 
 def _named(names: Sequence[str]) -> str:

@@ -72,7 +72,7 @@ class EvalSamples:
     """The samples that a file's trials score.
 
     Attributes:
-        groups: (n,) the samples' users as whole numbers, in order of appearance.
+        groups: (n,) the samples' users, see `number_users`.
         history_items: (n,) sizes of the samples' own histories.
         key: hash of the data and of what was drawn from it.
     """

@@ -119,10 +119,10 @@ def _task_of(golds: _Outputs) -> Task:
 
 
 def _check_same_task(golds: _Outputs, predictions: _Outputs, task: Task) -> None:
-    names = (golds.task_name, task.name, predictions.task_name)
-    *allowed, found = (name.strip().lower().replace("-", "_") for name in names)
+    names = (predictions.task_name, golds.task_name, task.name)
+    predicted, *expected = (name.strip().lower().replace("-", "_") for name in names)
     # Golds may say LaMP_2 while a run on them writes the name that the folder's task.json gives the task.
-    if found not in allowed:
+    if predicted not in expected:
         raise ConfigError(
             f"{golds.path} is of the task {short_id(golds.task_name)} and {predictions.path} of "
             f"{short_id(predictions.task_name)}. Give predictions for the same task."

@@ -98,7 +98,7 @@ def test_controls_are_pale_and_methods_are_not() -> None:
     assert len({plug, wrong, retrieval}) == 3
 
 
-def test_a_figure_grows_with_its_rows_and_their_names_do_not_overlap() -> None:
+def test_figure_grows_with_its_rows_and_their_names_do_not_overlap() -> None:
     few, many = scores_of(some(("plug",)), "accuracy"), scores_of(some(), "accuracy")
     assert many.get_size_inches()[1] > 2 * few.get_size_inches()[1]
     many.draw_without_rendering()
@@ -107,7 +107,7 @@ def test_a_figure_grows_with_its_rows_and_their_names_do_not_overlap() -> None:
     assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
-def test_a_score_that_is_no_number_has_no_bar() -> None:
+def test_score_that_is_no_number_has_no_bar() -> None:
     [axes] = scores_of({"rows": [row("plain", None), row("plug", 0.5)]}, "accuracy").axes
     assert len(axes.patches) == 1
     assert [text.get_text() for text in axes.texts] == [" nan", "0.500"]

@@ -79,7 +79,7 @@ def test_half_is_rounded_up_below_zero_too_and_on_an_uneven_scale_to_the_greater
 
 
 @pytest.mark.parametrize("estimate", ["median", "mean"])
-def test_the_order_of_the_labels_does_not_matter(estimate: str) -> None:
+def test_order_of_the_labels_does_not_matter(estimate: str) -> None:
     # as texts these sort otherwise than as numbers
     labels, lines = ("2", "9", "10", "100"), np.random.default_rng(1).dirichlet(np.ones(4), size=200)
     expected = point_predictions(lines, labels, estimate=estimate)
@@ -115,7 +115,7 @@ def test_what_cannot_be_decided_is_refused() -> None:
     assert point_predictions(lines, ("good", "bad"), estimate="argmax") == ["good"]
 
 
-def test_a_scale_is_finite_numbers() -> None:
+def test_scale_is_finite_numbers() -> None:
     found = scale_of((" 1", "2.5"))
     assert found is not None
     assert found.tolist() == [1, 2.5]

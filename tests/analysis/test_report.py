@@ -99,7 +99,7 @@ def test_both_pages_hold_the_same_cells(tmp_path: Path) -> None:
         assert len(table) > 1
 
 
-def test_the_overview_puts_sets_side_by_side(tmp_path: Path) -> None:
+def test_overview_puts_sets_side_by_side(tmp_path: Path) -> None:
     one = results("One", [row("plain", 0.4), row("plug", 0.5)])
     other = results("Other", [row("plain", 2.0, metric="mae"), row("bm25:4", 1.5, metric="mae")])
     [scores] = markdown_tables(overview(one, other))
@@ -121,7 +121,7 @@ def bold(whole: dict[str, Any]) -> list[str]:
     return [line.split("|")[1].strip() for line in overview(whole).splitlines() if "**" in line]
 
 
-def test_the_best_is_bold_only_if_it_is_significantly_better() -> None:
+def test_best_is_bold_only_if_it_is_significantly_better() -> None:
     rows = [row("plain", 0.4), row("bm25:4", 0.49), row("plug", 0.5), row("mean-persona", 0.9), row("all-knowing", 1.0)]
     assert bold(results("A", rows, pair("plug", "bm25:4", 0.01, p=0.01))) == ["plug"]
     assert bold(results("A", rows, pair("bm25:4", "plug", -0.01, p=0.01))) == ["plug"]
@@ -203,7 +203,7 @@ def test_nothing_is_written_where_figures_cannot_be(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_report_of_hardly_anything(tmp_path: Path) -> None:
+def test_report_of_hardly_anything(tmp_path: Path) -> None:
     paths = write_report(
         written(tmp_path, {"rows": []}, {"rows": [{"condition": "x"}], "pairs": None}), tmp_path / "out"
     )
@@ -247,7 +247,7 @@ def test_absent_doubled_or_swapped_markers_are_refused(tmp_path: Path, page: str
     assert path.read_text() == page
 
 
-def test_a_text_with_its_own_marker_is_refused(tmp_path: Path) -> None:
+def test_text_with_its_own_marker_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("<!-- begin x --><!-- end x -->")
     with pytest.raises(ConfigError, match="own markers"):

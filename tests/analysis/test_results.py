@@ -78,7 +78,7 @@ def test_notes_name_the_rows_whose_trainings_are_few() -> None:
     ]
 
 
-def test_a_gain_of_one_of_two_trainings_is_no_sure_one() -> None:
+def test_gain_of_one_of_two_trainings_is_no_sure_one() -> None:
     even = [trial("wrong-user", s, _hits(*[0, 1] * 4)) for s in (0, 1)]
     lucky = [trial("plug", s, _hits(*[s, 1] * 4)) for s in (0, 1)]
     results = build_results(SAMPLES, [*even, *lucky], settings=SETTINGS)
@@ -107,7 +107,7 @@ def test_pairs_carry_holms_correction_within_their_family_and_mcnemar_per_seed()
     assert pairs["plug", "plain"].difference == pytest.approx((6 / 8 + 7 / 8) / 2 - 2 / 8)
 
 
-def test_a_personal_gain_is_the_methods_whatever_the_order_of_rows() -> None:
+def test_personal_gain_is_the_methods_whatever_the_order_of_rows() -> None:
     for names in (["plain", "plug", "wrong-user"], ["wrong-user", "plain", "plug"]):
         pairs = compared(names)
         assert ("plug", "wrong-user") in pairs

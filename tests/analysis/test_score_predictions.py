@@ -142,7 +142,7 @@ def test_lamp_4_counts_words(tmp_path: Path, said: object, meant: str, rouge_1: 
 # ---- the results object
 
 
-def test_the_results_are_printed_and_survive_the_json_writer(tmp_path: Path) -> None:
+def test_results_are_printed_and_survive_the_json_writer(tmp_path: Path) -> None:
     results = score(tmp_path, ["nan", "inf", "3"], ["1", "2", "3"])
     assert (results.about.task, results.about.split, results.pairs) == ("LaMP_3", "", [])
     (row,) = results.rows
@@ -185,7 +185,7 @@ def test_answers_are_joined_by_id_and_may_be_gzipped(tmp_path: Path) -> None:
         assert metrics(score_lamp(gold, predicted, resamples=5))["accuracy"] == 1.0
 
 
-def test_the_task_is_given_or_declared_beside_the_golds_or_named_in_them(tmp_path: Path) -> None:
+def test_task_is_given_or_declared_beside_the_golds_or_named_in_them(tmp_path: Path) -> None:
     assert score(tmp_path, ["a"], ["a"], task="LaMP-4").about.task == "LaMP_4"
     declared = {"name": "News", "kind": "label", "labels": ["a", "b"], "item_fields": ["text"], "metrics": ["accuracy"]}
     with pytest.raises(ConfigError, match=r"gold\.json: .*'LaMP_9'.*needs a task\.json"):
@@ -249,7 +249,7 @@ def test_ids_that_stand_twice_are_an_error_in_either_file(tmp_path: Path, broken
         ({"1": SECRET}, "the key 'golds': it should hold a list"),
     ],
 )
-def test_a_broken_record_is_an_error_without_its_text(tmp_path: Path, golds: Any, message: str) -> None:
+def test_broken_record_is_an_error_without_its_text(tmp_path: Path, golds: Any, message: str) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"]), tmp_path / "said.json"
     predicted.write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
     with pytest.raises(RecordError, match=message) as caught:
@@ -259,14 +259,14 @@ def test_a_broken_record_is_an_error_without_its_text(tmp_path: Path, golds: Any
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"golds": []}', '{"task": 3, "golds": []}'])
-def test_a_file_of_another_shape_is_an_error(tmp_path: Path, content: str) -> None:
+def test_file_of_another_shape_is_an_error(tmp_path: Path, content: str) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"]), tmp_path / "said.json"
     predicted.write_text(content)
     with pytest.raises(RecordError, match=r"said\.json"):
         score_lamp(gold, predicted)
 
 
-def test_a_gold_that_is_no_label_is_an_error(tmp_path: Path) -> None:
+def test_gold_that_is_no_label_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         RecordError, match=r"gold\.json, the gold with id 2: its answer is none of the 5 labels"
     ) as caught:

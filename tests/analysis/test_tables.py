@@ -73,7 +73,7 @@ def tables(text: str) -> list[list[dict[str, str]]]:
     return found
 
 
-def test_a_row_shows_its_scores_intervals_and_rates() -> None:
+def test_row_shows_its_scores_intervals_and_rates() -> None:
     (plain, plug), (_, rates) = tables(text_of(results([row("plain", mae=1.0), row("plug", mae=0.7512)])))
     assert plug == {
         "condition": "plug",
@@ -92,7 +92,7 @@ def test_a_row_shows_its_scores_intervals_and_rates() -> None:
     assert plain["mae ↓"].startswith("1.000 ")
 
 
-def test_the_head_says_what_was_run() -> None:
+def test_head_says_what_was_run() -> None:
     head = text_of(results([row("plug", mae=1)], users=50)).split("\n\n")[:2]
     assert head == [
         "task Movie_stars · split dev · samples 250 · users 50 · placement prefix · seeds 0, 1, 2",
@@ -118,7 +118,7 @@ def test_every_metric_shows_its_direction(metric: str, arrow: str) -> None:
     assert line == {"condition": "plug", f"{metric} {arrow}": "0.500"}
 
 
-def test_a_metric_of_others_has_no_arrow() -> None:
+def test_metric_of_others_has_no_arrow() -> None:
     rows = [{"condition": "x", "metrics": {"bleu": 0.5}}]
     assert tables(text_of({"rows": rows})) == [[{"condition": "x", "bleu": "0.500"}]]
 
@@ -159,7 +159,7 @@ def test_results_without_optional_fields_are_shown() -> None:
         assert text_of(whole | {"pairs": [{k: v for k, v in whole["pairs"][0].items() if k != key}]})
 
 
-def test_the_personal_gain_comes_first_and_is_named() -> None:
+def test_personal_gain_comes_first_and_is_named() -> None:
     pairs = [
         pair("plug", "plain"),
         pair("plug", "wrong-user", p=0.0002),
@@ -181,14 +181,14 @@ def test_the_personal_gain_comes_first_and_is_named() -> None:
     assert "Personal gain:" in text
 
 
-def test_the_personal_gain_is_turned_round_if_the_control_stands_first() -> None:
+def test_personal_gain_is_turned_round_if_the_control_stands_first() -> None:
     rows = [row("plug", mae=1), row("wrong-user", mae=1)]
     [gain] = tables(text_of(results(rows, pair("wrong-user", "plug", difference=-0.2))))[2]
     assert gain["comparison"] == "plug against wrong-user (personal gain)"
     assert gain["mae ↓ advantage"] == "+0.200 [+0.050, +0.300]"
 
 
-def test_a_stranger_against_another_row_is_no_personal_gain() -> None:
+def test_stranger_against_another_row_is_no_personal_gain() -> None:
     rows = [row(name, mae=1) for name in ("plain", "plug", "wrong-user", "shuffled")]
     text = text_of(results(rows, pair("shuffled", "wrong-user"), pair("wrong-user", "plain")))
     assert "ersonal gain" not in text
@@ -235,12 +235,12 @@ def test_notes_stand_beneath_and_stay_lines() -> None:
     assert text.endswith("- two lines\n- Bootstrap over 50 users.")
 
 
-def test_a_bar_in_a_name_does_not_break_the_table() -> None:
+def test_bar_in_a_name_does_not_break_the_table() -> None:
     text = text_of({"rows": [{"condition": "plug|x\ny"}]})
     assert r"plug\|x y" in text
 
 
-def test_a_results_file_read_back_shows_the_same() -> None:
+def test_results_file_read_back_shows_the_same() -> None:
     rows = [row("plug", mae=1, seed_spread={"mae": 0.1}), row("wrong-user", mae=1)]
     whole = typed(results(rows, pair("plug", "wrong-user"), notes=["a"]))
     assert results_table(Results.from_json(json.loads(json.dumps(whole.to_json())))) == results_table(whole)
@@ -281,7 +281,7 @@ def test_averages_over_users_show_where_users_have_several_samples() -> None:
     assert "per user" not in text_of(results([several], users=250))
 
 
-def test_the_personal_gain_stands_beside_its_method() -> None:
+def test_personal_gain_stands_beside_its_method() -> None:
     rows = [row(name, mae=1) for name in ("plain", "plug", "wrong-user", "bm25:4", "bm25:4@wrong-user")]
     pairs = [
         pair("plug", "wrong-user") | {"p_holm": 0.012},

@@ -31,6 +31,7 @@ _FAMILIES = {
     "control": ("control", _PALE),
     "oracle": ("best possible", "#cc79a7"),
 }
+_OTHER = ("other", "#56b4e9")
 _LINE_STYLES: list[dict[str, Any]] = [
     {"color": _BLUE, "marker": "o", "markersize": 5, "linewidth": 1.8},
     {"color": "#d55e00", "marker": "s", "markersize": 3.5, "linewidth": 1.2, "linestyle": "--"},
@@ -57,7 +58,9 @@ def scores_figure(results: Results, metric: str) -> Figure:
     axes.set_xlabel(_directed(metric), color=_GRAY)
     axes.set_title(_figure_title(results), loc="left", color=_INK, fontsize=11, pad=10)
     drawn = {_style(row.method) for row in rows}
-    bars = [{"label": label, "color": color} for label, color in _FAMILIES.values() if (label, color) in drawn]
+    bars = [
+        {"label": label, "color": color} for label, color in [*_FAMILIES.values(), _OTHER] if (label, color) in drawn
+    ]
     return _finished(figure, [bar | {"linewidth": 7, "solid_capstyle": "butt"} for bar in bars])
 
 
@@ -133,7 +136,7 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
 
 def _style(method: MethodInfo) -> tuple[str, str]:
     """A method's label in the legend, and its color."""
-    return _FAMILIES["control" if method.is_control else method.family]
+    return _FAMILIES.get("control" if method.is_control else method.family, _OTHER)
 
 
 def _is_drawn(row: ResultRow, metric: str) -> bool:

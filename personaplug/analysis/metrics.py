@@ -268,7 +268,7 @@ class NegativeLogLikelihood(Metric):
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         raise ConfigError(
             f"{self.name} is of a model's probabilities, and of these answers only texts are known. Leave it out of "
-            f"the task's metrics: where a language model answers, it is a column of its own."
+            f"the task's metrics: if a language model answers, it is a column of its own."
         )
 
     def value(self, means: Array) -> Array:

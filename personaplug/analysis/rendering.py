@@ -11,8 +11,7 @@ import jinja2
 
 ABSENT = "–"
 
-Column = tuple[str, Sequence[str | None]]
-"""A title and a cell for each line; None if nothing is known."""
+Column = tuple[str, Sequence[str | None]]  # a title and a cell for each line; None if nothing is known
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure's file.
-
-    Attributes:
-        path: relative to the page.
-        caption: for readers who cannot see it.
-    """
+    """A figure's file, by its path relative to the page, with a caption for readers who cannot see it."""
 
     path: str
     caption: str
@@ -70,11 +64,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; its contents are shown in the order of the attributes, empty ones left out.
-
-    Attributes:
-        level: of the heading: 1 of the page, 2 of a set, 3 of a table.
-    """
+    """A part of a page, shown in the order of its attributes; the heading's level is 2 for a set, 3 for a table."""
 
     title: str = ""
     level: int = 3

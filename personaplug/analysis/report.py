@@ -38,8 +38,6 @@ def write_report(
     Several files, one per set, begin with an overview: scores, personal gains and costs, sets side by side.
 
     Raises:
-        MissingData: if a file is not there, or none is given.
-        RecordError: if a file is no results file.
         MissingExtra: if figures are wanted and matplotlib is not installed; nothing is written then.
     """
     if not results_files:
@@ -65,7 +63,6 @@ def insert_between(path: Path, name: str, text: str) -> None:
     """Replace the text between `<!-- begin NAME -->` and `<!-- end NAME -->` in a Markdown file.
 
     Raises:
-        MissingData: if the file is not there.
         RecordError: if it does not hold each marker once, in this order.
         ConfigError: if the text holds a marker itself, so that the next time could not find its end.
     """

@@ -128,8 +128,10 @@ def _notes_on_set_ups(trials: Sequence[Trial], set_ups: Sequence[str]) -> list[s
     """Say which rows come from where, if a table is of several machines or versions."""
     if len(set_ups) < 2:
         return []
-    rows = {made: dict.fromkeys(trial.method.name for trial in trials if trial.made_with == made) for made in set_ups}
-    origins = "; ".join(f"{made}: {', '.join(names)}" for made, names in rows.items())
+    rows = {
+        set_up: dict.fromkeys(trial.method.name for trial in trials if trial.made_with == set_up) for set_up in set_ups
+    }
+    origins = "; ".join(f"{set_up}: {', '.join(names)}" for set_up, names in rows.items())
     return [f"Made with {len(set_ups)} set-ups, between which trainings differ as two seeds do. {origins}."]
 
 

@@ -200,3 +200,5 @@ def test_rows_from_outside_the_package_have_the_color_of_their_family() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plug", "wrong-user", "mine", "strange"]
     plug, wrong, own, control = (to_hex(bar.get_facecolor()) for bar in axes.patches)
     assert (plug, wrong) == (own, control)
+    [axes] = scores_of({"rows": [row("new", 0.5) | {"family": "a new family"}]}).axes
+    assert len(axes.patches) == 1

@@ -9,7 +9,7 @@ WRONG_USER: Final = "wrong-user"
 SHUFFLED: Final = "shuffled"
 
 HistorySource = Literal["none", "own", "wrong-user", "shuffled"]
-Family = Literal["none", "plug", "prompt", "weights", "counts", "no-lm"]
+Family = Literal["none", "plug", "prompt", "weights", "counts", "no-lm", "oracle"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class MethodInfo:
     Attributes:
         name: as written on the command line and in results.
         family: what personalizes: nothing (`none`), a `plug`, texts in the `prompt`, `weights` of the model, `counts`
-            of the user's own words or labels; `no-lm` for a row without a language model.
+            of the user's own words or labels; `no-lm` for a row without a language model; `oracle` for the best score
+            that simulated users allow.
         history: whose history the row sees.
         control_of: the row whose claim this row tests; None for a row that is no control.
         parents: the rows that this row adds something to.
@@ -37,6 +38,11 @@ class MethodInfo:
     def is_control(self) -> bool:
         """Whether the row tests a claim about another row."""
         return self.control_of is not None
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether a language model makes the row's predictions."""
+        return self.family not in ("no-lm", "oracle")
 
     @property
     def gain_of(self) -> str | None:

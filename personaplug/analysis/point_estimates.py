@@ -1,8 +1,7 @@
-"""Decisions: how probabilities over a scale of labels become one answer.
+"""Point estimates: how probabilities over a scale of labels become one label.
 
-The likeliest label is right most often. Of all labels the median has the least expected distance from what is meant,
-and the one nearest to the mean the least expected squared distance; so an MAE and an RMSE each have an answer of their
-own.
+The likeliest label (argmax) is right most often. The median has the least expected distance from the truth, the label
+nearest to the mean the least expected squared distance; so MAE and RMSE each favor an estimate of their own.
 """
 
 from __future__ import annotations
@@ -17,47 +16,38 @@ from personaplug.errors import ConfigError, ShapeMismatch, nearest
 ARGMAX, MEDIAN, MEAN = "argmax", "median", "mean"
 POINT_ESTIMATES = (ARGMAX, MEDIAN, MEAN)
 
-_TIE = 1e-9  # what sums of floats may miss a tie by; probabilities are kept to far fewer digits
+_TIE = 1e-9  # by how much a sum of floats may miss a tie; stored probabilities have far fewer digits
 
 
-def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str], *, decision: str) -> list[str]:
+def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str], *, estimate: str) -> list[str]:
     """Choose a label for each line of probabilities.
 
     argmax: the likeliest label, of equally likely ones the first.
     median: the smallest label up to which the probabilities sum to 1/2 or more.
-    mean: the label nearest to the mean, of two equally near ones the greater (on a scale of whole numbers that is the
-    mean rounded half up).
+    mean: the label nearest to the mean, of two equally near ones the greater.
 
     Args:
-        probabilities: (n, C) in the labels' order; lines need not sum to 1, but to more than 0.
-        labels: (C,) in any order; numbers, unless the decision is argmax.
-        decision: one of `POINT_ESTIMATES`.
-    Raises:
-        ConfigError: if there is no such decision, or labels to be ordered are no numbers.
-        ShapeMismatch: if there is not one column per label.
+        probabilities: (n, C) in the labels' order; a line need not sum to 1, but to more than 0.
+        labels: (C,) in any order; numbers, unless the estimate is argmax.
     """
-    check_estimate(decision)
+    check_estimate(estimate)
     if probabilities.ndim != 2 or probabilities.shape[1] != len(labels):
         raise ShapeMismatch(f"Expected probabilities of {len(labels)} labels; found the shape {probabilities.shape}.")
-    if decision == ARGMAX:
-        return [labels[place] for place in probabilities.argmax(axis=1)]
+    if estimate == ARGMAX:
+        return [labels[index] for index in probabilities.argmax(axis=1)]
     numbers = scale_of(labels)
     if numbers is None:
-        raise ConfigError(f"The {decision} is of finite numbers; found the labels {list(labels)}.")
+        raise ConfigError(f"The {estimate} needs finite numbers as labels; found {list(labels)}.")
     order = np.argsort(numbers, kind="stable")
     shares = probabilities[:, order] / probabilities.sum(axis=1, keepdims=True)
-    places = _medians(shares) if decision == MEDIAN else _nearest_to_means(shares, numbers[order])
-    return [labels[order[place]] for place in places]
+    indices = _medians(shares) if estimate == MEDIAN else _nearest_to_means(shares, numbers[order])
+    return [labels[order[index]] for index in indices]
 
 
-def check_estimate(decision: str) -> None:
-    """Refuse what is no decision.
-
-    Raises:
-        ConfigError: if there is none of this name.
-    """
-    if decision not in POINT_ESTIMATES:
-        raise ConfigError(f"There is no decision {decision!r}; {nearest(decision, POINT_ESTIMATES)}")
+def check_estimate(estimate: str) -> None:
+    """Raise ConfigError if there is no point estimate of this name."""
+    if estimate not in POINT_ESTIMATES:
+        raise ConfigError(f"There is no point estimate {estimate!r}; {nearest(estimate, POINT_ESTIMATES)}")
 
 
 def scale_of(labels: Sequence[str]) -> NDArray[np.float64] | None:
@@ -70,11 +60,10 @@ def scale_of(labels: Sequence[str]) -> NDArray[np.float64] | None:
 
 
 def _medians(shares: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The place of the median in each line of shares (n, C), whose columns rise: (n,)."""
     return np.asarray((np.cumsum(shares, axis=1) >= 0.5 - _TIE).argmax(axis=1))
 
 
 def _nearest_to_means(shares: NDArray[np.float64], rising: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The place of the number (C,) that is nearest to the mean of each line of shares (n, C): (n,)."""
+    # The number after the last midpoint that a mean exceeds.
     ends = rising[:-1] + np.diff(rising) * (0.5 - _TIE)
     return np.searchsorted(ends, shares @ rising, side="right")

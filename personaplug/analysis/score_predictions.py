@@ -1,117 +1,112 @@
-"""Anyone's predictions in LaMP's output format, scored against golds in the same format.
+"""Scores anyone's predictions in LaMP's output format against golds in the same format.
 
-Both files hold `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped. They are joined by id, and nothing
-is guessed: an id that is missing, unknown or there twice is an error.
+Both files hold `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped. They are joined by id: a
+missing, unknown or repeated id is an error.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.metrics import get_metric, is_invalid
+from personaplug.analysis.results_file import ResultRow, Results
 from personaplug.analysis.significance import bootstrap_interval
+from personaplug.analysis.trials import Provenance
 from personaplug.data.json_stream import plain_or_gz, stream_values
 from personaplug.data.parsing import Flaw, as_name, as_record, as_text, short_id, target_of, value_of
 from personaplug.data.task import Task
 from personaplug.data.task_registry import lamp_task, load_task
 from personaplug.errors import ConfigError, MissingData, RecordError
 
-_NAMED_IDS = 3
+_MAX_NAMED_IDS = 3
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """A file of answers or predictions: the task that it names, and its texts by id."""
+
+    path: Path
+    task_name: str
+    texts: Mapping[str, str]
 
 
 def score_lamp(
-    gold: str | Path,
-    predicted: str | Path,
+    gold_file: str | Path,
+    prediction_file: str | Path,
     *,
     task: Task | None = None,
     fallback: str = "lamp",
     resamples: int = 10_000,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Score a file of predictions, and return a results object as `report.results_table` prints it.
+) -> Results:
+    """Score a file of predictions.
 
     Args:
-        gold: the right answers, such as `dev_outputs.json`; `LaMP-2` is the same as `LaMP_2`.
-        predicted: the predictions, with the golds' ids in any order.
-        task: which task it is; by default what a task.json beside the golds declares, else the one they name.
-        fallback: how a rating that is no number is scored, "lamp" or "pplug".
-        resamples: draws of the bootstrap over samples.
-        seed: draws them.
-
+        gold_file: the right answers, such as `dev_outputs.json`.
+        task: by default what a task.json beside the golds declares, else the LaMP task that they name.
+        fallback, resamples, seed: see `get_metric` and `bootstrap_interval`.
     Raises:
         MissingData: if a file is not there, or golds have no prediction.
         RecordError: if a file is broken, its ids are not the golds' or not unique, or an answer is no text or number.
         ConfigError: if the files are of different tasks, or the task or a setting is unknown.
     """
-    golds, answers = _read(Path(gold)), _read(Path(predicted))
+    golds, predictions = _read(Path(gold_file)), _read(Path(prediction_file))
     task = task or _task_of(golds)
-    _check_same_task(golds, answers, task)
-    _check_ids(golds, answers)
-    meant = [_target(golds, task, name) for name in golds.outputs]
-    said = [answers.outputs[name] for name in golds.outputs]
-    row = {"condition": Path(predicted).name, "n": len(said)}
-    row |= _scores(said, meant, task, fallback=fallback, resamples=resamples, seed=seed)
-    notes = _notes(golds, task, fallback=fallback)
-    return {"task": task.name, "split": None, "rows": [row], "pairs": [], "notes": notes}
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """A file of answers: where it is, the task it names, and its answers by id."""
-
-    path: Path
-    task_name: str
-    outputs: Mapping[str, str]
-
-
-# ---- reading
+    _check_same_task(golds, predictions, task)
+    _check_ids(golds, predictions)
+    targets = [_target(golds, task, name) for name in golds.texts]
+    texts = [predictions.texts[name] for name in golds.texts]
+    # LaMP's files name no users: each sample stands for itself.
+    groups = [str(number) for number in range(len(texts))]
+    metrics = [get_metric(name, labels=task.labels, fallback=fallback) for name in task.metrics]
+    intervals = {
+        metric.name: bootstrap_interval(
+            metric.statistics(texts, targets), groups, metric, resamples=resamples, seed=seed
+        )
+        for metric in metrics
+    }
+    row = ResultRow(
+        MethodInfo(Path(prediction_file).name),
+        n=len(texts),
+        metrics={name: interval.value for name, interval in intervals.items()},
+        intervals={name: [interval.low, interval.high] for name, interval in intervals.items()},
+        invalid_rate=float(np.mean([is_invalid(text, kind=task.kind, labels=task.labels) for text in texts])),
+    )
+    return Results([row], [], Provenance(task=task.name, notes=_notes(golds, task, fallback=fallback)))
 
 
 def _read(path: Path) -> _Outputs:
-    found = plain_or_gz(path.parent, path.name)
-    if found is None:
+    file = plain_or_gz(path.parent, path.name)
+    if file is None:
         raise MissingData(f"There is no file {path}. Give a JSON file with the keys 'task' and 'golds'.")
-    task_name = _task_name(found)
-    pairs = [_pair(found, number, record) for number, record in _records(found)]
+    task_names = [name for _, name in stream_values(file, "task", opening=b"{", unit="key") if isinstance(name, str)]
+    if not task_names:
+        raise RecordError(file, "the key 'task'", reason="it is missing or no text; it should name the task, as LaMP_2")
+    records = stream_values(file, "golds.item", opening=b"{", unit="gold")
+    pairs = [_pair(file, number, record) for number, record in records]
     if not pairs:
-        raise RecordError(found, "the key 'golds'", reason="it should hold a list of answers, and none were found")
-    twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
-    if twice:
-        raise RecordError(found, "its ids", reason=f"{_named(twice)} more than once; each should be there once")
-    return _Outputs(found, task_name, dict(pairs))
-
-
-def _records(path: Path) -> Iterable[tuple[int, Any]]:
-    return stream_values(path, "golds.item", opening=b"{", unit="gold")
-
-
-def _task_name(path: Path) -> str:
-    for _, name in stream_values(path, "task", opening=b"{", unit="key"):
-        if isinstance(name, str):
-            return name
-    raise RecordError(
-        path, "the key 'task'", reason="it should name the task, such as LaMP_2, and is missing or no text"
-    )
+        raise RecordError(file, "the key 'golds'", reason="it should hold a list of answers, and none were found")
+    repeated = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+    if repeated:
+        raise RecordError(file, "its ids", reason=f"{_named(repeated)} more than once; each should be there once")
+    return _Outputs(file, task_names[0], dict(pairs))
 
 
 def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
-    where = f"gold {number}"
+    position = f"gold {number}"
     try:
         values = as_record(record)
         name = as_name(value_of(values, "id"), "its 'id'")
-        where = f"gold {number} (id {short_id(name)})"
+        position = f"gold {number} (id {short_id(name)})"
         return name, as_text(value_of(values, "output"), "its 'output'")
     except Flaw as flaw:
-        raise RecordError(path, where, reason=str(flaw)) from None
-
-
-# ---- whether the two files fit together
+        raise RecordError(path, position, reason=str(flaw)) from None
 
 
 def _task_of(golds: _Outputs) -> Task:
@@ -123,66 +118,47 @@ def _task_of(golds: _Outputs) -> Task:
         raise ConfigError(f"{golds.path}: {error} A task of one's own needs a task.json beside the golds.") from None
 
 
-def _check_same_task(golds: _Outputs, answers: _Outputs, task: Task) -> None:
-    # The older LaMP-2 files say LaMP_2, and a run on them writes the name that the folder's task.json gives the task.
-    if _canonical(answers.task_name) not in (_canonical(golds.task_name), _canonical(task.name)):
+def _check_same_task(golds: _Outputs, predictions: _Outputs, task: Task) -> None:
+    names = (predictions.task_name, golds.task_name, task.name)
+    predicted, *expected = (name.strip().lower().replace("-", "_") for name in names)
+    # Golds may say LaMP_2 while a run on them writes the name that the folder's task.json gives the task.
+    if predicted not in expected:
         raise ConfigError(
-            f"{golds.path} is of the task {short_id(golds.task_name)} and {answers.path} of "
-            f"{short_id(answers.task_name)}. Give predictions for the same task."
+            f"{golds.path} is of the task {short_id(golds.task_name)} and {predictions.path} of "
+            f"{short_id(predictions.task_name)}. Give predictions for the same task."
         )
 
 
-def _canonical(name: str) -> str:
-    return name.strip().lower().replace("-", "_")
-
-
-def _check_ids(golds: _Outputs, answers: _Outputs) -> None:
-    missing = [name for name in golds.outputs if name not in answers.outputs]
-    unknown = [name for name in answers.outputs if name not in golds.outputs]
-    other = f"{_named(unknown)} not among the golds of {golds.path}" if unknown else ""
+def _check_ids(golds: _Outputs, predictions: _Outputs) -> None:
+    missing = [name for name in golds.texts if name not in predictions.texts]
+    unknown = [name for name in predictions.texts if name not in golds.texts]
+    excess = f"{_named(unknown)} not among the golds of {golds.path}; remove them, or give the golds they belong to"
     if missing:
         raise MissingData(
-            f"{answers.path}: of {len(golds.outputs)} golds, {_named(missing)} without a prediction"
-            f"{'; ' if other else ''}{other}. Every gold needs one, and LaMP knows no score of a part."
+            f"{predictions.path}: of {len(golds.texts)} golds, {_named(missing)} without a prediction"
+            f"{f'; {excess}' if unknown else ''}. Every gold needs one, and LaMP knows no score of a part."
         )
     if unknown:
-        raise RecordError(answers.path, "its ids", reason=f"{other}; remove them, or give the golds they belong to")
+        raise RecordError(predictions.path, "its ids", reason=excess)
 
 
-def _named(names: list[str]) -> str:
-    """How many, and which the first of them are, with the verb: `2 ids ("a", "b") are`."""
-    shown = ", ".join(f'"{short_id(name)}"' for name in names[:_NAMED_IDS])
-    more = ", …" if len(names) > _NAMED_IDS else ""
-    return f"{len(names)} {'id' if len(names) == 1 else 'ids'} ({shown}{more}) {'is' if len(names) == 1 else 'are'}"
+def _named(names: Sequence[str]) -> str:
+    """Count ids and name the first, with the verb: `2 ids ("a", "b") are`."""
+    first = ", ".join(f'"{short_id(name)}"' for name in names[:_MAX_NAMED_IDS])
+    more = ", …" if len(names) > _MAX_NAMED_IDS else ""
+    noun, verb = ("id", "is") if len(names) == 1 else ("ids", "are")
+    return f"{len(names)} {noun} ({first}{more}) {verb}"
 
 
 def _target(golds: _Outputs, task: Task, name: str) -> str:
     try:
-        return target_of(task, golds.outputs[name])
+        return target_of(task, golds.texts[name])
     except Flaw as flaw:
         raise RecordError(golds.path, f"the gold with id {short_id(name)}", reason=str(flaw)) from None
 
 
-# ---- scoring
-
-
-def _scores(
-    said: list[str], meant: list[str], task: Task, *, fallback: str, resamples: int, seed: int
-) -> dict[str, Any]:
-    values, intervals = {}, {}
-    # LaMP's files name no users: each sample stands for itself.
-    groups = [str(number) for number in range(len(said))]
-    for name in task.metrics:
-        metric = get_metric(name, labels=task.labels, fallback=fallback)
-        stats = metric.statistics(said, meant)
-        interval = bootstrap_interval(stats, groups, metric, resamples=resamples, seed=seed)
-        values[name], intervals[name] = interval.value, [interval.low, interval.high]
-    invalid = float(np.mean([is_invalid(text, kind=task.kind, labels=task.labels) for text in said]))
-    return {"metrics": values, "intervals": intervals, "invalid_rate": invalid}
-
-
 def _notes(golds: _Outputs, task: Task, *, fallback: str) -> list[str]:
-    size = len(golds.outputs)
+    size = len(golds.texts)
     notes = [
         f"Scored against {golds.path.name}: {size} samples, joined by id.",
         f"Intervals: bootstrap over {size} samples. The files name no users, and samples of one user resemble each "

@@ -1,16 +1,11 @@
 """How sure a number is: bootstrap intervals and paired comparisons, with users as the unit.
 
-Samples of one user resemble each other, so resampling samples would make intervals too narrow. Whole users
-are drawn with replacement instead, and a metric is computed anew from the mean statistics of each draw (a
-ratio of sums, since users have different numbers of samples). Where a method was trained several times, each draw takes
-as many of its trainings with replacement too: a gain that one lucky training carries is no sure one.
+Samples of one user resemble each other, so whole users are drawn with replacement, and a metric is computed anew from
+the mean statistics of each draw. If a method was trained several times, each draw takes as many of its trainings with
+replacement too. No library's bootstrap has users, trainings and metrics of means at once.
 
-Beside it: McNemar's exact test of single answers, Holm's correction for several comparisons, the average in which
-every user counts once, and the spread between trainings.
-
-Not covered: few users (with fewer than about twenty, percentile intervals are too narrow and p too small), and few
-trainings, as three are: drawn from so few, they differ by two thirds of what fresh ones would (in variance). Of a
-single training nothing is known of others.
+Limits: with fewer than about twenty users, intervals are too narrow and p too small. Three trainings vary by two thirds
+of the variance of fresh ones; one says nothing of others.
 
 Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 15; McNemar, "Note on the
 sampling error of the difference between correlated proportions", Psychometrika 1947; Holm, "A simple sequentially
@@ -24,26 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import binomtest
 
 from personaplug.analysis.metrics import Array, Metric, value_of
 from personaplug.errors import ConfigError, ShapeMismatch
 
-_CELLS = 1 << 20
-"""Users × resamples held at once: bounds memory (8 MB a table), and fits the processor's cache."""
-
-_ROUNDING = 1e-12
-"""Differences below this share of the values compared are rounding, not differences."""
+_BLOCK_SIZE = 1 << 20  # users × resamples held at once: bounds memory (8 MB), and fits the processor's cache
+_ROUNDING = 1e-12  # differences below this share of the values compared are rounding, not differences
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric and how sure it is.
-
-    Attributes:
-        value: of all samples.
-        low: lower end of the percentile interval; NaN where none can be given.
-        high: upper end.
-    """
+    """A metric with both ends of its percentile interval; NaN ends if none can be given."""
 
     value: float
     low: float
@@ -52,14 +39,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """How much better a is than b on the same samples.
-
-    Attributes:
-        difference: a's advantage, positive where a is better, whatever the metric's direction.
-        low: lower end of the difference's percentile interval; NaN where none can be given.
-        high: upper end.
-        p: two-sided; how easily the resampled difference falls on the other side of 0; NaN like the ends.
-    """
+    """How much better a is than b (whatever the metric's direction), with interval and two-sided p, NaN if unknown."""
 
     difference: float
     low: float
@@ -69,13 +49,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class McNemar:
-    """On which samples two methods disagree, and how surprising that split is.
-
-    Attributes:
-        a_only: samples that only a answers rightly.
-        b_only: samples that only b answers rightly.
-        p: two-sided, exact; 1 without any disagreement.
-    """
+    """How many samples only a, or only b, predicts rightly, and the two-sided exact p of that split."""
 
     a_only: int
     b_only: int
@@ -93,17 +67,12 @@ def bootstrap_interval(
 ) -> Interval:
     """Return a metric with its percentile bootstrap interval over groups.
 
-    With fewer than two groups, or with statistics that are not finite, the interval's ends are NaN.
+    The ends are NaN with fewer than two groups, or if a statistic is not finite.
 
     Args:
         stats: (n, d) statistics of the samples, or (S, n, d) of S trainings.
         groups: (n,) whose sample each is, the unit that is resampled.
-        metric: makes a value of mean statistics.
-        seed: draws groups and trainings; equal group names, seed and numbers of resamples and trainings give equal
-            draws.
-    Raises:
-        ShapeMismatch: if statistics and groups differ in length.
-        ConfigError: for a number of resamples below 1 or a confidence outside (0, 1).
+        seed: equal group names, seed and numbers of resamples and trainings give equal draws.
     """
     tails = _tails(confidence, resamples=resamples)
     stats = _checked(stats, groups)
@@ -128,32 +97,25 @@ def paired_bootstrap(
     """Compare two methods on the same samples; both see the same resampled groups and trainings.
 
     p = 2 · (min(#{difference <= 0}, #{difference >= 0}) + 1) / (resamples + 1), at most 1.
-
-    With fewer than two groups, or with statistics that are not finite, interval and p are NaN.
+    Interval and p are NaN with fewer than two groups, or if a statistic is not finite.
 
     Args:
-        stats_a: (n, d) statistics of the method whose advantage is asked for, or (S, n, d) of S trainings.
-        stats_b: the same of the other; the trainings of both are paired, by their seeds.
-        groups: (n,) whose sample each is, the unit that is resampled.
-        metric: makes a value of mean statistics.
-        seed: draws groups and trainings.
-    Raises:
-        ShapeMismatch: if the statistics differ in shape, or from the groups in length.
-        ConfigError: for a number of resamples below 1 or a confidence outside (0, 1).
+        stats_a, stats_b: (n, d) statistics of each method, or (S, n, d) of S trainings, paired by their seeds.
+        groups, seed: as in `bootstrap_interval`.
     """
     tails = _tails(confidence, resamples=resamples)
     if stats_a.shape != stats_b.shape:
         raise ShapeMismatch(f"Paired statistics are of one shape; found {stats_a.shape} and {stats_b.shape}.")
-    both = np.concatenate([_checked(stats_a, groups), _checked(stats_b, groups)], axis=2)
+    joint = np.concatenate([_checked(stats_a, groups), _checked(stats_b, groups)], axis=2)
 
     def advantage(means: Array) -> Array:
         return _advantage(*np.split(means, 2, axis=-1), metric=metric)
 
     with np.errstate(invalid="ignore", over="ignore"):
-        difference = float(advantage(both.mean(axis=(0, 1)))) if len(groups) else np.nan
-    if not _has_spread(both, groups):
+        difference = float(advantage(joint.mean(axis=(0, 1)))) if len(groups) else np.nan
+    if not _has_spread(joint, groups):
         return Paired(difference, np.nan, np.nan, np.nan)
-    drawn = _bootstrap(both, groups, advantage, resamples=resamples, seed=seed)
+    drawn = _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
     low, high = np.quantile(drawn, tails)
     rarer_side = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
     return Paired(difference, float(low), float(high), min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
@@ -162,16 +124,10 @@ def paired_bootstrap(
 def mcnemar(hits_a: ArrayLike, hits_b: ArrayLike) -> McNemar:
     """Compare two methods' right and wrong answers to the same samples by McNemar's exact test.
 
-    If the methods are equally good, each sample on which they disagree is the toss of a fair coin: p is the chance
-    of a split at least as uneven, from the binomial distribution. The test treats samples as independent. Where a
-    user has several, they are not, p is too small, and the bootstrap over users is the one to trust.
+    The test treats samples as independent. If users have several, p is too small; trust the bootstrap over users.
 
     Args:
-        hits_a: 1 or 0 per sample, right or wrong; (n,) or an accuracy's statistics (n, 1).
-        hits_b: the other method's.
-    Raises:
-        ShapeMismatch: if the two differ in length.
-        ConfigError: for a hit that is neither 0 nor 1, as after averaging over seeds.
+        hits_a, hits_b: 1 or 0 per sample, right or wrong; (n,) or an accuracy's statistics (n, 1).
     """
     a, b = np.ravel(np.asarray(hits_a)), np.ravel(np.asarray(hits_b))
     if a.shape != b.shape:
@@ -182,24 +138,21 @@ def mcnemar(hits_a: ArrayLike, hits_b: ArrayLike) -> McNemar:
             "use the paired bootstrap, which takes averages too."
         )
     a_only, b_only = int(np.count_nonzero(a > b)), int(np.count_nonzero(b > a))
-    return McNemar(a_only, b_only, _fair_coin_p(a_only, b_only))
+    disagreements = a_only + b_only
+    return McNemar(a_only, b_only, float(binomtest(a_only, disagreements).pvalue) if disagreements else 1.0)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number by Holm's step-down rule, in the order given.
 
     The smallest of m is multiplied by m, the next by m - 1, and so on; none comes out below a smaller one's, none
-    above 1. Calling those below a level significant errs on *any* of them at most that often, however they depend
-    on each other. NaN, a comparison that could not be made, stays NaN and does not count.
-
-    Raises:
-        ConfigError: for a p outside [0, 1].
+    above 1. NaN, a comparison that could not be made, stays NaN and does not count.
     """
     p = np.asarray(p_values, dtype=np.float64)
-    made = np.flatnonzero(~np.isnan(p))
-    if ((p[made] < 0) | (p[made] > 1)).any():
-        raise ConfigError(f"p-values lie between 0 and 1; found {p[made].min():g} to {p[made].max():g}.")
-    order = made[np.argsort(p[made], kind="stable")]
+    valid = np.flatnonzero(~np.isnan(p))
+    if ((p[valid] < 0) | (p[valid] > 1)).any():
+        raise ConfigError(f"p-values lie between 0 and 1; found {p[valid].min():g} to {p[valid].max():g}.")
+    order = valid[np.argsort(p[valid], kind="stable")]
     steps = p[order] * np.arange(len(order), 0, -1)
     p[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return [float(value) for value in p]
@@ -208,11 +161,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def per_group_mean(stats: Array, groups: Sequence[str], metric: Metric) -> float:
     """Return the metric of each group's own mean statistics, averaged over groups: each user counts once.
 
-    An accuracy becomes the mean of users' accuracies, an RMSE the mean of users' RMSEs (not the root of their mean
-    squares). NaN for a metric that says nothing of one user alone, the macro-F1, and without samples.
-
-    Raises:
-        ShapeMismatch: if statistics and groups differ in length.
+    An RMSE becomes the mean of users' RMSEs. NaN without samples and for the macro-F1, which says nothing of one user.
     """
     stats = _checked(stats, groups)
     if not len(groups) or not metric.averages_over_users:
@@ -230,21 +179,7 @@ def seed_spread(values: Sequence[float]) -> float:
         return float(np.std(values, ddof=1))
 
 
-def _fair_coin_p(heads: int, tails: int) -> float:
-    """How often a fair coin falls at least this unevenly: 2 · P(X <= the rarer side), at most 1.
-
-    Whole numbers throughout, so that thousands of tosses neither overflow nor round.
-    """
-    tosses, rarer = heads + tails, min(heads, tails)
-    ways, total = 1, 0
-    for count in range(rarer + 1):
-        total += ways
-        ways = ways * (tosses - count) // (count + 1)
-    return min(1.0, float(2 * total / 2**tosses))
-
-
 def _advantage(means_a: Array, means_b: Array, *, metric: Metric) -> Array:
-    """How much better a's means are than b's: two (..., d) to (...)."""
     a, b = metric.value(means_a), metric.value(means_b)
     gap = a - b if metric.greater_is_better else b - a
     # Sums in another order differ in the last digit; without this, such a tie would count as a win.
@@ -258,10 +193,10 @@ def _bootstrap(
     """The value of each resample of (S, n, d) statistics: (resamples,)."""
     trainings, _, width = stats.shape
     sums, sizes = _group_sums(np.concatenate(list(stats), axis=1), groups)
-    drawn, parts = np.random.default_rng([seed, 1]), []
+    rng, parts = np.random.default_rng([seed, 1]), []
     for counts in _drawn_counts(len(sizes), resamples=resamples, seed=seed):
         totals = (counts @ sums).reshape(len(counts), trainings, width)
-        weights = drawn.multinomial(trainings, np.full(trainings, 1 / trainings), size=len(counts)) / trainings
+        weights = rng.multinomial(trainings, np.full(trainings, 1 / trainings), size=len(counts)) / trainings
         parts.append(value(np.einsum("rs,rsd->rd", weights, totals) / (counts @ sizes)[:, None]))
     return np.concatenate(parts)
 
@@ -269,7 +204,7 @@ def _bootstrap(
 def _drawn_counts(groups: int, *, resamples: int, seed: int) -> Iterator[Array]:
     """How often each group is drawn, in blocks of (r, groups) that add up to (resamples, groups)."""
     rng = np.random.default_rng(seed)
-    block = max(1, _CELLS // groups)
+    block = max(1, _BLOCK_SIZE // groups)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
         drawn = rng.integers(groups, size=(rows, groups)) + groups * np.arange(rows)[:, None]

@@ -1,168 +1,231 @@
-"""Cells: one row of a table with one seed, scored sample by sample; what intervals and tests are computed from.
+"""Trials: one method with one seed, scored sample by sample. Intervals and tests are computed from them.
 
-A file of trials is JSON lines: first the samples (`EvalSamples`), then a trial a line, appended as they come. It holds
-numbers and no texts, so it can be published beside the results made from it.
+A trial file is JSON lines: first the samples (`EvalSamples`), then a trial a line, appended as they finish. It holds
+numbers and no texts, so it can be published beside its results.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.metrics import Array
 from personaplug.errors import RecordError
 from personaplug.infra.atomic_io import JsonLines
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 logger = logging.getLogger(__name__)
 
-_DENSE = 3  # statistics with more columns are one-hots and written sparsely
+_MAX_DENSE_COLUMNS = 3  # statistics with more columns are one-hots and written sparsely
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What was evaluated, on which data and with which models: the head of a results file.
+
+    `set` is the data folder's name, `users` how many the samples belong to. `seeds` and `made_with` are of the trials,
+    filled when they become results. `extra` holds further facts of a file.
+    """
+
+    experiment: str = ""
+    title: str = ""
+    set: str = ""
+    variant: str = ""
+    task: str = ""
+    split: str = ""
+    model: str = ""
+    encoder: str = ""
+    placement: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, object] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    training: list[dict[str, object]] = field(default_factory=list)
+    users: int | None = None
+    data: dict[str, object] = field(default_factory=dict)
+    dtype: str = ""
+    made_with: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    extra: dict[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """Return the facts that are known."""
+        return to_record(self, optional=[column.name for column in fields(self)])
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, object]) -> Provenance:
+        """Reverse `to_json`."""
+        known, extra = split_fields(cls, record)
+        return cls(**known, extra=extra)
 
 
 @dataclass(frozen=True)
 class EvalSamples:
-    """The samples that cells are about.
+    """The samples that a file's trials score.
 
     Attributes:
-        groups: (n,) the samples' users as whole numbers, in order of appearance.
-        history_items: (n,) items of the samples' own histories.
-        about: what the results object says beside rows and pairs.
-        key: of the data and the draw that they come from, in the words of whoever keeps them.
+        groups: (n,) the samples' users, see `number_users`.
+        history_items: (n,) sizes of the samples' own histories.
+        key: hash of the data and of what was drawn from it.
     """
 
     groups: list[int]
     history_items: list[int]
-    about: dict[str, Any]
+    about: Provenance
     key: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """One row with one seed.
+@dataclass(frozen=True)
+class Diagnostics:
+    """What is measured beside the scores; None if unknown.
 
     Attributes:
-        condition, seed: which.
-        key: of everything that it comes from, in the words of whoever keeps it.
-        statistics: per metric, (n, d); a metric is a function of their means.
-        invalid_rate: answers that are none of the task's.
         truncated_rate: prompts whose end was cut.
-        unfinished_rate: answers that were cut.
-        lost_history_rate: samples with a history of which the row should have shown something and showed nothing.
+        unfinished_rate: predictions that were cut.
+        lost_history_rate: samples with a history of which the row should show something and shows nothing.
         cut_items_rate: share of the items meant for the prompt that were shortened or left out.
         prompt_tokens_mean: soft tokens counted.
-        extra_prompt_tokens: of them, those that the bare question does not have.
-        seconds: answering.
-        peak_memory_bytes: while answering.
-        decoding: "scored" over the labels, "generated"; without the language model "computed", or "known" of old.
-        bytes_per_user: what a service keeps for a user, a mean; None where that is not known.
-        seconds_per_user: what adding a user takes, a mean.
-        fit_seconds: what fitting took, where something is fitted as the table is filled.
-        made_with: versions and machine, in words.
+        seconds, peak_memory_bytes: of predicting.
+        fit_seconds: of what is fitted while the table is filled.
+        extra_prompt_tokens: prompt tokens beyond those of the bare question.
+        bytes_per_user, seconds_per_user: mean cost of keeping and of adding a user.
     """
 
-    condition: str
-    seed: int
-    statistics: dict[str, Array]
-    invalid_rate: float
     truncated_rate: float | None = None
     unfinished_rate: float | None = None
     lost_history_rate: float | None = None
     cut_items_rate: float | None = None
     prompt_tokens_mean: float | None = None
-    extra_prompt_tokens: float | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
-    decoding: str = ""
+    fit_seconds: float | None = None
+    extra_prompt_tokens: float | None = None
     bytes_per_user: float | None = None
     seconds_per_user: float | None = None
-    fit_seconds: float | None = None
-    key: str = field(default="", compare=False)
-    made_with: str = field(default="", compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+    @classmethod
+    def mean_of(cls, several: Sequence[Diagnostics]) -> Diagnostics:
+        """Average each value over those that know it; of peak memory the maximum."""
+        means: dict[str, Any] = {}
+        for name in (column.name for column in fields(cls)):
+            values = [value for each in several if (value := getattr(each, name)) is not None]
+            if values:
+                means[name] = max(values) if name == "peak_memory_bytes" else float(np.mean(values))
+        return cls(**means)
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One method with one seed.
+
+    Attributes:
+        statistics: per metric, (n, d); a metric is a function of their means.
+        invalid_rate: share of the predictions that are none of the task's answers.
+        decoding: "scored" over the labels, "generated", or "computed" without a language model.
+        key: hash of everything that affects the scores.
+        made_with: versions and machine, in words.
+    """
+
+    method: MethodInfo
+    seed: int
+    statistics: dict[str, Array]
+    invalid_rate: float
+    decoding: str = ""
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    key: str = ""
+    made_with: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the trial as a line of its file."""
         return asdict(self) | {"statistics": {name: _packed(stats) for name, stats in self.statistics.items()}}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Trial:
-        """The reverse of `to_dict`."""
-        statistics = {name: _unpacked(packed) for name, packed in values["statistics"].items()}
-        return cls(**{**values, "statistics": statistics})
+    def from_json(cls, record: Mapping[str, Any]) -> Trial:
+        """Reverse `to_json`; raise KeyError or TypeError if the record is no trial."""
+        method = MethodInfo(**record["method"] | {"parents": tuple(record["method"]["parents"])})
+        statistics = {name: _unpacked(packed) for name, packed in record["statistics"].items()}
+        diagnostics = Diagnostics(**record["diagnostics"])
+        return cls(**{**record, "method": method, "statistics": statistics, "diagnostics": diagnostics})
 
 
 class TrialFile:
-    """Cells on disk; a kill loses at most the one that was being written.
-
-    Args:
-        path: made with the first cell.
-    """
+    """Trials on disk; a kill loses at most the trial that is being written."""
 
     def __init__(self, path: Path) -> None:
         self.lines = JsonLines(path)
 
-    def read(self) -> tuple[EvalSamples | None, list[Trial]]:
-        """What was scored, and the cells, the latest of each condition and seed; (None, []) without a file.
+    def load(self) -> tuple[EvalSamples | None, list[Trial]]:
+        """Return the samples and the latest trial of each method and seed; (None, []) without a file.
 
         Raises:
-            RecordError: if the first line is not what cells are about.
+            RecordError: if a line is no trial, or the first line no samples.
         """
-        if not self.lines.path.exists():
-            return None, []
-        first, *rest = list(self.lines.read()) or [None]
-        try:
-            scored = EvalSamples(**first)
-        except TypeError:
-            raise RecordError(self.lines.path, "line 1", reason="it should say what the cells are about") from None
-        cells = [Trial.from_dict(values) for values in rest]
-        return scored, list({(cell.condition, cell.seed): cell for cell in cells}.values())
+        samples, trials = None, {}
+        for number, record in enumerate(self.lines.read(), start=1):
+            try:
+                if samples is None:
+                    samples = EvalSamples(**record | {"about": Provenance.from_json(record["about"])})
+                else:
+                    trial = Trial.from_json(record)
+                    trials[trial.method.name, trial.seed] = trial
+            except (KeyError, TypeError):
+                kind = "a trial" if samples else "the samples that the trials score"
+                raise RecordError(self.lines.path, f"line {number}", reason=f"expected {kind}") from None
+        return samples, list(trials.values())
 
-    def turn_to(self, key: str) -> None:
-        """Put a file that is about other samples than those of the key aside, and take one about those back.
-
-        Raises:
-            RecordError: if the first line is not what cells are about.
-        """
-        scored, _ = self.read()
+    def switch_to(self, key: str) -> None:
+        """Set a file of other samples aside under a name of its own, and bring back one of the samples of the key."""
+        samples, _ = self.load()
         path = self.lines.path
-        if scored is not None and scored.key != key:
-            logger.warning("%s: cells of other samples are put aside as %s", path, self._aside(scored.key).name)
-            path.rename(self._aside(scored.key))
-        if not path.exists() and self._aside(key).exists():
-            self._aside(key).rename(path)
+        if samples is not None and samples.key != key:
+            aside = path.with_suffix(f".{samples.key[:8]}.jsonl")
+            logger.warning("%s: trials of other samples are set aside as %s", path, aside.name)
+            path.rename(aside)
+        earlier = path.with_suffix(f".{key[:8]}.jsonl")
+        if not path.exists() and earlier.exists():
+            earlier.rename(path)
 
-    def start(self, scored: EvalSamples) -> None:
-        """Write the first line of a new file.
+    def start(self, samples: EvalSamples) -> None:
+        """Write the first line of a new file."""
+        self.lines.append(vars(samples) | {"about": samples.about.to_json()})
 
-        Raises:
-            StorageError: if the disk is full or not writable.
-        """
-        self.lines.append(asdict(scored))
-
-    def _aside(self, key: str) -> Path:
-        return self.lines.path.with_suffix(f".{key[:8] or 'before'}.jsonl")
-
-    def append(self, cell: Trial) -> None:
-        """Add a cell.
-
-        Raises:
-            StorageError: if the disk is full or not writable.
-        """
-        self.lines.append(cell.to_dict())
+    def append(self, trial: Trial) -> None:
+        """Add a trial."""
+        self.lines.append(trial.to_json())
 
 
-def numbered(owners: Sequence[str]) -> list[int]:
-    """Users as whole numbers in order of appearance: who shares a user stays visible, who it is does not."""
-    places: dict[str, int] = {}
-    return [places.setdefault(owner, len(places)) for owner in owners]
+def number_users(owners: Sequence[str]) -> list[int]:
+    """Replace users by whole numbers in order of appearance: shows who shares a user, not who it is."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(owner, len(numbers)) for owner in owners]
 
 
-def _packed(stats: Array) -> Any:
-    if stats.shape[1] <= _DENSE:
-        return [[_short(value) for value in row] for row in stats.tolist()]
+def to_record(item: DataclassInstance, *, optional: Sequence[str]) -> dict[str, object]:
+    """Return a dataclass as a JSON object, without the optional fields that are empty, with its `extra` fields."""
+    values = asdict(item)
+    extra: dict[str, object] = values.pop("extra")
+    empty: list[object] = [None, "", [], {}]
+    return {name: value for name, value in values.items() if name not in optional or value not in empty} | extra
+
+
+def split_fields(cls: type[DataclassInstance], record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a JSON object into the fields of a dataclass, without those that are null, and the rest."""
+    names = {column.name for column in fields(cls)} - {"extra"}
+    known = {name: value for name, value in record.items() if name in names and value is not None}
+    return known, {name: value for name, value in record.items() if name not in names}
+
+
+def _packed(stats: Array) -> object:
+    if stats.shape[1] <= _MAX_DENSE_COLUMNS:
+        return [[_shortened(value) for value in row] for row in stats.tolist()]
     return {"shape": list(stats.shape), "ones": np.argwhere(stats != 0).tolist()}
 
 
@@ -174,8 +237,8 @@ def _unpacked(packed: Any) -> Array:
     return stats
 
 
-def _short(value: float) -> float | int | str:
-    """As few characters as keep the value to nine digits; JSON has no infinity or NaN, so those are words."""
+def _shortened(value: float) -> float | int | str:
+    """Keep nine digits; JSON has no infinity or NaN, so those become words."""
     if not np.isfinite(value):
         return str(value)
     return int(value) if value == int(value) and abs(value) < 2**53 else float(f"{value:.9g}")

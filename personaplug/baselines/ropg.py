@@ -65,9 +65,7 @@ class RopgRetriever(nn.Module):
             MissingData: if it has not been trained.
         """
         if not (folder / _WEIGHTS).exists():
-            raise MissingData(
-                f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one."
-            )
+            raise MissingData(f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one.")
         retriever = cls(width)
         retriever.load_state_dict(load_file(folder / _WEIGHTS))
         return retriever.eval()

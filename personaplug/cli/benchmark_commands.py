@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from personaplug.cli.options import FOLDER, methods_option, skip_bad_option, tell_read
+from personaplug.cli.options import FOLDER, methods_option, skip_bad_option, tell_read, with_settings
+from personaplug.config_parsing import load_config
 from personaplug.errors import ConfigError, MissingData
 
 
@@ -87,13 +88,38 @@ def _whole_numbers(text: str, option: str) -> list[int]:
 )
 def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: Path | None, mark: str) -> None:
     """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
-    from personaplug.analysis.report import insert_between, load_results, overview_markdown, write_report
+    from personaplug.analysis.report import insert_between, overview_markdown, write_report
+    from personaplug.analysis.results_file import load_results
 
-    for path in write_report(files, out, title=title, pictures=figures):
+    for path in write_report(files, out, title=title, with_figures=figures):
         click.echo(str(path))
     if into is not None:
         insert_between(into, mark, overview_markdown([load_results(path) for path in files]))
         click.echo(str(into))
+
+
+@click.command()
+@click.option("--gold", required=True, type=click.Path(path_type=Path), help="The right answers, in LaMP's format.")
+@click.option(
+    "--predictions", required=True, type=click.Path(path_type=Path), help="What to score, in the same format."
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results object here too.")
+@with_settings("evaluation")
+def score(
+    gold: Path, predictions: Path, json_file: Path | None, config_file: Path | None, settings: tuple[str, ...]
+) -> None:
+    """Score anyone's predictions, in LaMP's output format, against the right answers."""
+    from personaplug.analysis.score_predictions import score_lamp
+    from personaplug.analysis.tables import results_table
+    from personaplug.infra.atomic_io import write_json
+
+    config = load_config(config_file, overrides=settings).evaluation
+    results = score_lamp(
+        gold, predictions, fallback=config.unparsable_rating, resamples=config.resamples, seed=config.draw_seed
+    )
+    if json_file is not None:
+        write_json(json_file, results.to_json())
+    click.echo(results_table(results))
 
 
 @click.command("slice")

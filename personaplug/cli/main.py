@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from personaplug.cli.benchmark_commands import bench, convert, lamp, report, slice_
+from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, slice_
 from personaplug.cli.options import (
     FOLDER,
     check_same_task,
@@ -224,22 +224,18 @@ def train(
 
 
 @main.command()
-@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="A run made by `train`.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder of the data set.")
+@click.option("--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`.")
+@data_option
 @click.option("--split", default="dev", show_default=True)
 @methods_option("plain,instruction-only,wrong-user,shuffled,plug", "Rows of the table.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results object here too.")
-@click.option("--lamp-gold", type=click.Path(path_type=Path), help="Score a file of predictions instead: the answers.")
-@click.option("--lamp-pred", type=click.Path(path_type=Path), help="The predictions, in LaMP's output format.")
 @skip_bad_option
 @with_settings("evaluation")
 def evaluate(
-    run_folder: Path | None,
-    data: Path | None,
+    run_folder: Path,
+    data: Path,
     split: str,
     methods: str,
-    lamp_gold: Path | None,
-    lamp_pred: Path | None,
     json_file: Path | None,
     skip_bad: int,
     config_file: Path | None,
@@ -254,16 +250,7 @@ def evaluate(
     instruction+phrases, any of them with +phrases.
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
     user-words:8, copy, copy:10; they are fitted on the train split here.
-
-    With --lamp-gold and --lamp-pred it scores anyone's predictions instead, and needs no run.
     """
-    if lamp_gold is not None or lamp_pred is not None:
-        if run_folder is not None or data is not None:
-            raise ConfigError("--lamp-gold and --lamp-pred score a file; they do not go with --run and --data.")
-        _score_file(lamp_gold, lamp_pred, json_file=json_file, config_file=config_file, settings=settings)
-        return
-    if run_folder is None or data is None:
-        raise ConfigError("Give --run and --data, or --lamp-gold and --lamp-pred to score a file of predictions.")
     from personaplug.analysis.tables import results_table
     from personaplug.data import open_dataset
     from personaplug.evaluation.evaluator import evaluate as evaluate_run
@@ -295,7 +282,7 @@ def evaluate(
     if target.exists():
         target.replace(target.with_suffix(".previous.json"))
         click.echo(f"what was in {target} is now {target.with_suffix('.previous.json')}", err=True)
-    write_json(target, results)
+    write_json(target, results.to_json())
     click.echo(results_table(results))
     click.echo(f"\nwritten to {target}")
 
@@ -337,24 +324,6 @@ def predict(
     paths = predict_run(run, reader, split=split, methods=rows, config=config.evaluation, models=models, train=train)
     for path in paths:
         click.echo(str(path))
-
-
-def _score_file(
-    gold: Path | None, predicted: Path | None, *, json_file: Path | None, config_file: Path | None, settings: Any
-) -> None:
-    from personaplug.analysis.score_predictions import score_lamp
-    from personaplug.analysis.tables import results_table
-    from personaplug.infra.atomic_io import write_json
-
-    if gold is None or predicted is None:
-        raise ConfigError("--lamp-gold FILE and --lamp-pred FILE go together: the answers, and what is scored.")
-    config = load_config(config_file, overrides=settings).evaluation
-    results = score_lamp(
-        gold, predicted, fallback=config.unparsable_rating, resamples=config.resamples, seed=config.draw_seed
-    )
-    if json_file is not None:
-        write_json(json_file, results)
-    click.echo(results_table(results))
 
 
 @main.command()
@@ -424,5 +393,5 @@ def estimate(
     click.echo(found.text())
 
 
-for command in (bench, report, lamp, convert, slice_, serve, key, forget, explain):
+for command in (bench, report, score, lamp, convert, slice_, serve, key, forget, explain):
     main.add_command(command)

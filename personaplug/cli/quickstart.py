@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
+from personaplug.analysis.results_file import Results
 from personaplug.analysis.tables import results_table
 from personaplug.config import Config
 from personaplug.config_parsing import load_config, to_yaml
@@ -42,8 +42,8 @@ def run_quickstart(
     users: SimulationConfig = USERS,
     config_file: Path | None = None,
     settings: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Simulate, train, evaluate, print; returns the results object. Repeated, it goes on where it stopped.
+) -> Results:
+    """Simulate, train, evaluate, print; returns the results. Repeated, it goes on where it stopped.
 
     Args:
         out: gets `data/`, `run/` and `results.json`.
@@ -70,7 +70,7 @@ def run_quickstart(
         models=models,
         oracle=data / "dev_oracle.json",
     )
-    write_json(out / "results.json", results)
+    write_json(out / "results.json", results.to_json())
     click.echo("\n" + results_table(results))
     click.echo("4. the same films for two users, as the model with their personas rates them\n")
     click.echo(_side_by_side(run, config, models, samples=list(reader)))

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from personaplug.analysis.results import Settings, build_results, history_thirds, with_subgroups
-from personaplug.analysis.trials import EvalSamples, Trial, TrialFile
+from personaplug.analysis.results import Settings, build_results, history_thirds
+from personaplug.analysis.results_file import ResultPart, Results, Subgroup
+from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
 from personaplug.config import Config, ModelConfig
 from personaplug.data import load_task, open_dataset
 from personaplug.data.task import Task
@@ -185,16 +186,14 @@ class _Table:
         if samples is None:
             return
         settings = settings_of(self.task, self.config.evaluation)
-        results = build_results(samples, trials, settings=settings)
-        present = {trial.condition for trial in trials}
+        thirds = history_thirds(samples.history_items) if self.experiment.subgroups else ()
+        results = build_results(samples, trials, settings=settings, subgroups=thirds)
+        present = {trial.method.name for trial in trials}
         methods = [method for method in self.experiment.methods if method.name in present]
         results = with_remarks(results, methods, self.task)
-        if self.experiment.subgroups:
-            groups = history_thirds(samples.history_items)
-            results = with_subgroups(results, samples, trials, slices=groups, settings=settings)
         for curve in self.experiment.curves:
-            results |= {"slices": [*results.get("slices", []), *self._curve(curve, results, settings)]}
-        write_json(self.target, results)
+            results = replace(results, subgroups=[*results.subgroups, *self._curve(curve, results, settings)])
+        write_json(self.target, results.to_json())
 
     @cached_property
     def task(self) -> Task:
@@ -239,8 +238,8 @@ class _Table:
 
     def _fill(self, methods: Sequence[Method], seeds: Sequence[int], point: SweepPoint) -> None:
         file = self._file(point)
-        file.turn_to(self._samples_key)
-        samples, finished = file.read()
+        file.switch_to(self._samples_key)
+        samples, finished = file.load()
         missing = self._missing(methods, seeds, point=point, finished={trial.key for trial in finished})
         if not missing:
             return
@@ -289,10 +288,10 @@ class _Table:
 
     def _finished(self, point: SweepPoint) -> tuple[EvalSamples | None, list[Trial]]:
         """Return the trials of the experiment as it stands, in its order of rows and seeds."""
-        samples, trials = self._file(point).read()
+        samples, trials = self._file(point).load()
         if samples is None or samples.key != self._samples_key:
             return None, []
-        samples = replace(samples, about=samples.about | {"config": asdict(self.config)})
+        samples = replace(samples, about=replace(samples.about, config=asdict(self.config)))
         by_key = {trial.key: trial for trial in trials}
         keys = [
             self._key(method, seed, point) for method in self.experiment.methods for seed in self.config.training.seeds
@@ -300,18 +299,14 @@ class _Table:
         finished = [by_key[key] for key in keys if key in by_key]
         return (samples if finished else None), finished
 
-    def _curve(self, curve: Sequence[SweepPoint], whole: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    def _curve(self, curve: Sequence[SweepPoint], whole: Results, settings: Settings) -> list[Subgroup]:
         """Return the rows at each point of a curve; those of the table itself at their place in it."""
-        own = {"rows": whole["rows"], "pairs": whole["pairs"]}
-        parts = [(point, self._at(point, settings) if point.changes else own) for point in curve]
-        return [{"name": point.name} | part for point, part in parts if part]
+        parts = [(point, self._at(point, settings) if point.changes else whole) for point in curve]
+        return [Subgroup(part.rows, part.pairs, point.name) for point, part in parts if part]
 
-    def _at(self, point: SweepPoint, settings: Settings) -> dict[str, Any] | None:
+    def _at(self, point: SweepPoint, settings: Settings) -> ResultPart | None:
         samples, trials = self._finished(point)
-        if samples is None:
-            return None
-        part = build_results(replace(samples, about={}), trials, settings=settings)
-        return {"rows": part["rows"], "pairs": part["pairs"]}
+        return None if samples is None else build_results(samples, trials, settings=settings)
 
     def _file(self, point: SweepPoint) -> TrialFile:
         middle = f".{point.file_name}" if point.changes else ""
@@ -330,11 +325,16 @@ class _Table:
     def _key(self, method: Method, seed: int, point: SweepPoint) -> str:
         return trial_key(self.config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)
 
-    def _about(self, evaluator: Evaluator) -> dict[str, Any]:
+    def _about(self, evaluator: Evaluator) -> Provenance:
         """Return what the results say of themselves; trainings come and go, so the run describes them."""
-        about = {key: value for key, value in evaluator.eval_samples.about.items() if key != "training"}
-        own = {"experiment": self.experiment.name, "title": self.experiment.title, "set": self.name}
-        return own | ({"variant": self.variant} if self.variant else {}) | about
+        return replace(
+            evaluator.eval_samples.about,
+            experiment=self.experiment.name,
+            title=self.experiment.title,
+            set=self.name,
+            variant=self.variant,
+            training=[],
+        )
 
 
 class _ModelCache:

@@ -1,7 +1,7 @@
 """Evaluator: one split of a run, row by row: inputs → predictions (cached) → scores → trial.
 
 The predictions of a finished (method, seed) are cached in the run and not made again by a repeated command. What a
-results object holds is described in `analysis/results.py`.
+results object holds is described in `analysis/results_file.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,13 +23,15 @@ from personaplug.analysis.metrics import (
     is_invalid,
 )
 from personaplug.analysis.results import Settings, build_results
-from personaplug.analysis.trials import EvalSamples, Trial, numbered
+from personaplug.analysis.results_file import Results
+from personaplug.analysis.trials import Diagnostics, EvalSamples, Trial, number_users
 from personaplug.config import EvaluationConfig
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
 from personaplug.evaluation.provenance import provenance
 from personaplug.infra.atomic_io import write_json
+from personaplug.llm.base import Measure
 from personaplug.methods import Method, ModelInputs
 from personaplug.methods.context import EvalContext
 from personaplug.methods.predictions import Predictions, load_predictions, save_predictions
@@ -38,7 +39,7 @@ from personaplug.run import Models, Run
 
 logger = logging.getLogger(__name__)
 
-ORACLE = MethodInfo("all-knowing", "no-lm")
+ORACLE = MethodInfo("all-knowing", "oracle")
 
 
 def evaluate(
@@ -51,7 +52,7 @@ def evaluate(
     models: Models,
     oracle: Path | None = None,
     train: Reader | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Fill a results table.
 
     Args:
@@ -60,7 +61,7 @@ def evaluate(
         oracle: predictions of an all-knowing predictor in LaMP's output format, for simulated users.
         train: the training split; only needed for rows without a language model that are fitted on it.
     Returns:
-        The results object; see `analysis/results.py`.
+        The results; `to_json` gives the object of a results file.
     Raises:
         MissingData: if something that a row needs is not trained, or a sample has no answer to compare with.
         ConfigError: if labels are to be scored in a task without labels, or a row does not fit the task.
@@ -111,12 +112,12 @@ def settings_of(task: Task, config: EvaluationConfig) -> Settings:
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
 
-def with_remarks(results: dict[str, Any], methods: Sequence[Method], task: Task) -> dict[str, Any]:
+def with_remarks(results: Results, methods: Sequence[Method], task: Task) -> Results:
     """Return results with notes on rows that mean something else on this task, or with this plug."""
     remarks = dict.fromkeys(remark for method in methods if (remark := method.remark(task)))
     if any(method.info.history == "shuffled" and method.info.control_of == "plug" for method in methods):
         remarks["shuffled equals plug here: the plug takes no notice of the items' order."] = None
-    return results | {"notes": [*results.get("notes", []), *remarks]}
+    return replace(results, about=replace(results.about, notes=[*results.about.notes, *remarks]))
 
 
 class Evaluator:
@@ -151,7 +152,7 @@ class Evaluator:
             report=reader.report,
             cut_by_encoder=self.context.truncated_texts,
         )
-        self.eval_samples = EvalSamples(numbered(self.context.owners), self.context.history_sizes, about)
+        self.eval_samples = EvalSamples(number_users(self.context.owners), self.context.history_sizes, about)
 
     def seeds_of(self, method: Method) -> tuple[int, ...]:
         """Return the seeds of a row; one if nothing depends on them."""
@@ -198,7 +199,7 @@ class Evaluator:
         metrics = [metric for metric in self.settings.metrics if metric.of_answers]
         statistics = {metric.name: metric.statistics(texts, references) for metric in metrics}
         seed = self.run.config.training.seeds[0]
-        return Trial(ORACLE.name, seed, statistics, invalid_rate=self._invalid_rate(texts), decoding="known")
+        return Trial(ORACLE, seed, statistics, invalid_rate=self._invalid_rate(texts), decoding="computed")
 
     # ---- inputs → predictions
 
@@ -246,7 +247,7 @@ class Evaluator:
         statistics: dict[str, Array] = {}
         for metric in self.settings.metrics:
             if metric.of_answers:
-                texts = predictions.estimates(metric.decision, labels=self.run.task.labels)
+                texts = predictions.estimates(metric.estimate, labels=self.run.task.labels)
                 statistics[metric.name] = metric.statistics(texts, references)
             elif (nll := predictions.nll_statistics()) is not None:
                 statistics[metric.name] = nll
@@ -261,30 +262,39 @@ class Evaluator:
         statistics: dict[str, Array],
         seed: int,
     ) -> Trial:
-        rates: dict[str, Any] = {
-            "invalid_rate": self._invalid_rate(predictions.texts),
-            "lost_history_rate": self._lost_history_rate(method, inputs, seed=seed),
-            "seconds": round(predictions.seconds, 2),
-        }
-        if not inputs.prompt_lengths:
-            fit_seconds = None if predictions.fit_seconds is None else round(predictions.fit_seconds, 2)
-            return Trial(method.name, seed, statistics, decoding="computed", fit_seconds=fit_seconds, **rates)
-        tokens = _mean_tokens(inputs) + method.soft_tokens(self.context)
-        cost = method.user_cost(self.context, inputs)
+        diagnostics = Diagnostics(
+            lost_history_rate=self._lost_history_rate(method, inputs, seed=seed),
+            seconds=round(predictions.seconds, 2),
+            fit_seconds=None if predictions.fit_seconds is None else round(predictions.fit_seconds, 2),
+        )
+        if inputs.prompt_lengths:
+            diagnostics = self._with_prompt_facts(diagnostics, method, inputs, predictions)
+        decoding = {"score": "scored", "generate": "generated"}[self.context.decoding]
         return Trial(
-            method.name,
+            method.info,
             seed,
             statistics,
+            invalid_rate=self._invalid_rate(predictions.texts),
+            decoding=decoding if method.info.has_language_model else "computed",
+            diagnostics=diagnostics,
+        )
+
+    def _with_prompt_facts(
+        self, diagnostics: Diagnostics, method: Method, inputs: ModelInputs, predictions: Predictions
+    ) -> Diagnostics:
+        """Return the diagnostics with those of rows that ask a language model."""
+        tokens = _mean_tokens(inputs.prompt_lengths) + method.soft_tokens(self.context)
+        cost = method.user_cost(self.context, inputs)
+        return replace(
+            diagnostics,
             truncated_rate=float(np.mean([length.truncated for length in inputs.prompt_lengths])),
             unfinished_rate=float(np.mean(predictions.unfinished)),
             cut_items_rate=inputs.cut_items_rate,
             prompt_tokens_mean=tokens,
-            extra_prompt_tokens=tokens - float(np.mean([length.tokens for length in self.context.prompt_lengths])),
+            extra_prompt_tokens=tokens - _mean_tokens(self.context.prompt_lengths),
             peak_memory_bytes=predictions.peak_memory_bytes,
-            decoding="scored" if self.context.decoding == "score" else "generated",
             bytes_per_user=cost.bytes if cost else None,
             seconds_per_user=cost.seconds if cost else None,
-            **rates,
         )
 
     def _lost_history_rate(self, method: Method, inputs: ModelInputs, *, seed: int) -> float:
@@ -320,8 +330,8 @@ class Evaluator:
         write_json(self._path(method, seed, "scores.json"), lines)
 
 
-def _mean_tokens(inputs: ModelInputs) -> float:
-    return float(np.mean([length.tokens for length in inputs.prompt_lengths]))
+def _mean_tokens(lengths: Sequence[Measure]) -> float:
+    return float(np.mean([length.tokens for length in lengths]))
 
 
 def _references(samples: Sequence[EncodedSample]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from personaplug.analysis.trials import Provenance
 from personaplug.config import EvaluationConfig
 from personaplug.data.task import ReadReport
 from personaplug.encoders.embedding_store import EmbeddingStore
@@ -24,8 +25,8 @@ def provenance(
     table: EmbeddingStore,
     report: ReadReport,
     cut_by_encoder: int,
-) -> dict[str, Any]:
-    """What there is to know of an evaluation beside its rows, for JSON.
+) -> Provenance:
+    """What there is to know of an evaluation beside its rows.
 
     Args:
         samples: those that are scored, with their own histories.
@@ -33,26 +34,26 @@ def provenance(
         cut_by_encoder: texts of theirs that were too long for the encoder.
     """
     users = len({sample.owner for sample in samples})
-    return {
-        "task": run.task.name,
-        "split": split,
-        "model": models.llm.identity.describe(),
-        "encoder": models.encoder.identity.describe(),
-        "placement": run.config.plug.placement,
-        "versions": versions(),
-        "machine": machine(),
-        "config": asdict(run.config) | {"evaluation": asdict(config)},
-        "training": _trainings(run),
-        "users": users,
-        "data": {
+    return Provenance(
+        task=run.task.name,
+        split=split,
+        model=models.llm.identity.describe(),
+        encoder=models.encoder.identity.describe(),
+        placement=run.config.plug.placement,
+        versions=versions(),
+        machine=machine(),
+        config=asdict(run.config) | {"evaluation": asdict(config)},
+        training=_trainings(run),
+        users=users,
+        data={
             "fingerprint": samples_fingerprint(samples, table),
             "skipped_records": report.skipped,
             "cut_history_items": report.cut_items,
             "texts_cut_by_encoder": cut_by_encoder,
         },
-        "dtype": models.llm.dtype,
-        "notes": _notes(run, samples, users=users, report=report),
-    }
+        dtype=models.llm.dtype,
+        notes=_notes(run, samples, users=users, report=report),
+    )
 
 
 def _notes(run: Run, samples: Sequence[EncodedSample], *, users: int, report: ReadReport) -> list[str]:

@@ -72,7 +72,7 @@ class Predictions:
         if estimate == ARGMAX or self.probabilities is None:
             return self.texts
         probabilities = np.array(self.probabilities, dtype=np.float64).reshape(len(self.texts), len(labels))
-        return point_predictions(probabilities, labels, decision=estimate)
+        return point_predictions(probabilities, labels, estimate=estimate)
 
 
 @dataclass(frozen=True, repr=False)

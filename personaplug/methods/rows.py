@@ -200,7 +200,7 @@ register_extension("phrases", _with_phrases, examples=("plug+phrases", "instruct
 
 _row(
     LoraMethod(
-        info=MethodInfo("lora", is_seeded=True),
+        info=MethodInfo("lora", "weights", is_seeded=True),
         rationale="how much weights trained on everybody's questions gain: the task, with more parameters",
     )
 )

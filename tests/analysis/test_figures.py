@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from result_objects import typed
 
-from personaplug.analysis.figures import (
-    draw_gains,
-    draw_scores,
-    draw_slices,
-    gains_figure,
-    scores_figure,
-    slices_figure,
-)
+from personaplug.analysis.figures import gains_figure, scores_figure, subgroups_figure
 from personaplug.errors import MissingData, MissingExtra
 
 pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 METHODS = ("plug", "bm25:4", "recency:4", "dense:4", "plug+bm25:1", "profile", "lora-per-user", "ropg:4")
@@ -59,6 +54,18 @@ def sliced(*names: str) -> dict[str, Any]:
     return some(("plug",), slices=parts)
 
 
+def scores_of(results: dict[str, Any], metric: str = "accuracy") -> Figure:
+    return scores_figure(typed(results), metric)
+
+
+def gains_of(results_list: list[dict[str, Any]]) -> Figure:
+    return gains_figure([typed(results) for results in results_list])
+
+
+def subgroups_of(results: dict[str, Any], metric: str = "accuracy") -> Figure:
+    return subgroups_figure(typed(results), metric)
+
+
 def whiskers_of(axes: Axes, *, along: int) -> list[tuple[float, float]]:
     """Both ends of every whisker, along x (0) or y (1)."""
     lines = [line for line in axes.collections if isinstance(line, LineCollection)]
@@ -66,7 +73,7 @@ def whiskers_of(axes: Axes, *, along: int) -> list[tuple[float, float]]:
 
 
 def test_bars_are_as_long_as_the_scores_and_whiskers_as_the_intervals() -> None:
-    [axes] = draw_scores(some(("plug", "bm25:4")), "accuracy").axes
+    [axes] = scores_of(some(("plug", "bm25:4")), "accuracy").axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["plain", "instruction-only", "plug", "wrong-user", "bm25:4", "bm25:4@wrong-user"]
     bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
@@ -84,15 +91,15 @@ def test_bars_are_as_long_as_the_scores_and_whiskers_as_the_intervals() -> None:
 
 
 def test_controls_are_pale_and_methods_are_not() -> None:
-    [axes] = draw_scores(some(("plug", "bm25:4")), "accuracy").axes
+    [axes] = scores_of(some(("plug", "bm25:4")), "accuracy").axes
     colours = [to_hex(bar.get_facecolor()) for bar in axes.patches]
     plug, wrong, retrieval, stranger = colours[2:]
     assert wrong == stranger
     assert len({plug, wrong, retrieval}) == 3
 
 
-def test_a_figure_grows_with_its_rows_and_their_names_do_not_overlap() -> None:
-    few, many = draw_scores(some(("plug",)), "accuracy"), draw_scores(some(), "accuracy")
+def test_figure_grows_with_its_rows_and_their_names_do_not_overlap() -> None:
+    few, many = scores_of(some(("plug",)), "accuracy"), scores_of(some(), "accuracy")
     assert many.get_size_inches()[1] > 2 * few.get_size_inches()[1]
     many.draw_without_rendering()
     boxes = [label.get_window_extent() for label in many.axes[0].get_yticklabels()]
@@ -100,8 +107,8 @@ def test_a_figure_grows_with_its_rows_and_their_names_do_not_overlap() -> None:
     assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
 
 
-def test_a_score_that_is_no_number_has_no_bar() -> None:
-    [axes] = draw_scores({"rows": [row("plain", None), row("plug", 0.5)]}, "accuracy").axes
+def test_score_that_is_no_number_has_no_bar() -> None:
+    [axes] = scores_of({"rows": [row("plain", None), row("plug", 0.5)]}, "accuracy").axes
     assert len(axes.patches) == 1
     assert [text.get_text() for text in axes.texts] == [" nan", "0.500"]
 
@@ -113,7 +120,7 @@ def test_gains_are_points_about_zero_filled_where_they_are_significant() -> None
         gain("profile", -0.1, p=0.01),
         {"a": "plug", "b": "plain", "metric": "accuracy", "difference": 0.9, "p": 0.001},
     ]
-    figure = draw_gains([some(("plug", "bm25:4", "profile")) | {"pairs": pairs}])
+    figure = gains_of([some(("plug", "bm25:4", "profile")) | {"pairs": pairs}])
     [axes] = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["plug", "bm25:4", "profile"]
     points = [line for line in axes.lines if line.get_marker() == "o"]
@@ -124,7 +131,7 @@ def test_gains_are_points_about_zero_filled_where_they_are_significant() -> None
 
 def test_gains_have_a_panel_per_set_and_a_line_per_method_of_any() -> None:
     every = [some(("plug", "bm25:4")), some(("profile",), set="Other"), some(()), some(("plug",), set="C")]
-    panels = [axes for axes in draw_gains([*every, some(("plug",), set="D")]).axes if axes.get_visible()]
+    panels = [axes for axes in gains_of([*every, some(("plug",), set="D")]).axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in panels] == ["Movie_stars #1", "Other", "C", "D"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["plug", "bm25:4", "profile"]
     assert [[line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"] for axes in panels] == [  # type: ignore[index]
@@ -135,8 +142,8 @@ def test_gains_have_a_panel_per_set_and_a_line_per_method_of_any() -> None:
     ]
 
 
-def test_slices_are_lines_over_their_names() -> None:
-    panels = draw_slices(sliced("items=1", "items=5", "items=20"), "accuracy").axes
+def test_subgroups_are_lines_over_their_names() -> None:
+    panels = subgroups_of(sliced("items=1", "items=5", "items=20"), "accuracy").axes
     axes = next(axes for axes in panels if axes.get_title(loc="left") == "plug")
     method, stranger, reference = axes.lines
     assert list(method.get_ydata()) == pytest.approx([0.5, 0.6, 0.7])  # type: ignore[arg-type]
@@ -147,44 +154,51 @@ def test_slices_are_lines_over_their_names() -> None:
     assert whiskers_of(axes, along=1)[:3] == [pytest.approx((v - 0.03, v + 0.03)) for v in (0.5, 0.6, 0.7)]
 
 
-def test_slices_of_other_names_keep_them_and_holes_stay_holes() -> None:
+def test_subgroups_of_other_names_keep_them_and_holes_stay_holes() -> None:
     results = sliced("short", "long=very")
     results["slices"].insert(1, {"name": "middle"})
-    [axes] = draw_slices(results, "accuracy").axes
+    [axes] = subgroups_of(results, "accuracy").axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["short", "middle", "long=very"]
     assert list(axes.lines[0].get_xdata()) == [0, 2]  # type: ignore[arg-type]
 
 
-def test_files_are_written_as_png(tmp_path: Path) -> None:
+def test_figures_can_be_saved_as_png(tmp_path: Path) -> None:
     results = some(slices=sliced("short", "long")["slices"])
-    paths = [tmp_path / "new" / f"{name}.png" for name in ("scores", "gains", "slices")]
-    scores_figure(results, "accuracy", path=paths[0])
-    gains_figure([results], paths[1])
-    slices_figure(results, "accuracy", path=paths[2])
-    for path in paths:
-        content = path.read_bytes()
+    for figure in (scores_of(results), gains_of([results]), subgroups_of(results)):
+        figure.savefig(tmp_path / "a.png")
+        content = (tmp_path / "a.png").read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) > 5000
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["gains.png", "scores.png", "slices.png"]
 
 
 def test_names_are_text_and_no_formulas(tmp_path: Path) -> None:
     results = some(("plug",), task="costs $x^$ a $y_")
     results["rows"].append(row(r"a$\frac$b", 0.4))
-    scores_figure(results, "accuracy", path=tmp_path / "a.png")
+    scores_of(results).savefig(tmp_path / "a.png")
     assert (tmp_path / "a.png").exists()
 
 
 def test_nothing_to_draw_is_said() -> None:
     with pytest.raises(MissingData, match="'rmse'"):
-        draw_scores(some(), "rmse")
+        scores_of(some(), "rmse")
     with pytest.raises(MissingData, match="wrong-user control"):
-        draw_gains([some(()), {}])
-    with pytest.raises(MissingData, match="no slices"):
-        draw_slices(some(), "accuracy")
+        gains_of([some(()), {"rows": []}])
+    with pytest.raises(MissingData, match="no subgroups"):
+        subgroups_of(some(), "accuracy")
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtra, match=r"personaplug\[report\]"):
-        draw_scores(some(), "accuracy")
+        scores_of(some(), "accuracy")
+
+
+def test_rows_from_outside_the_package_have_the_color_of_their_family() -> None:
+    mine = row("mine", 0.5) | {"family": "plug", "history": "own"}
+    stranger = row("strange", 0.4) | {"family": "plug", "history": "wrong-user", "control_of": "mine"}
+    [axes] = scores_of({"rows": [stranger, row("plug", 0.5), mine, row("wrong-user", 0.4)]}).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["plug", "wrong-user", "mine", "strange"]
+    plug, wrong, own, control = (to_hex(bar.get_facecolor()) for bar in axes.patches)
+    assert (plug, wrong) == (own, control)
+    [axes] = scores_of({"rows": [row("new", 0.5) | {"family": "a new family"}]}).axes
+    assert len(axes.patches) == 1

@@ -47,15 +47,15 @@ def test_accuracy_is_an_exact_match_after_stripping(prediction: str, hit: float)
 
 
 @pytest.mark.parametrize(("prediction", "hit"), [(" [1] ", 1), ("1", 0), ("[2]", 0), ("[1] ]", 0), ("[3]", 0)])
-def test_a_citation_is_the_bracketed_number(prediction: str, hit: float) -> None:
+def test_citation_is_the_bracketed_number(prediction: str, hit: float) -> None:
     assert get_metric("accuracy", labels=CHOICES).score([prediction], ["[1]"]) == hit
 
 
-def test_the_gold_is_stripped_too_and_labels_may_be_a_list() -> None:
+def test_gold_is_stripped_too_and_labels_may_be_a_list() -> None:
     assert get_metric("accuracy", labels=list(TAGS)).score(["sci-fi"], [" sci-fi "]) == 1
 
 
-def test_a_gold_outside_the_labels_is_never_hit() -> None:
+def test_gold_outside_the_labels_is_never_hit() -> None:
     assert get_metric("accuracy", labels=TAGS).score(["opera"], ["opera"]) == 0
 
 
@@ -80,7 +80,7 @@ def test_label_metrics_agree_with_scikit_learn(seed: int) -> None:
     assert accuracy == pytest.approx(accuracy_score(meant, said), abs=1e-12)
 
 
-def test_an_invalid_answer_lowers_recall_and_an_unused_label_counts_nothing() -> None:
+def test_invalid_answer_lowers_recall_and_an_unused_label_counts_nothing() -> None:
     # comedy: 1 hit of 1 said, 2 gold -> 2/3; the three others 0.
     assert get_metric("f1", labels=TAGS).score(["comedy", "?"], ["comedy", "comedy"]) == pytest.approx(2 / 3 / 4)
 
@@ -111,7 +111,7 @@ def test_f1_takes_many_means_at_once() -> None:
         ("1e1", "1", 10),
     ],
 )
-def test_a_rating_is_read_as_lamp_does(prediction: str, gold: str, rating: float) -> None:
+def test_rating_is_read_as_lamp_does(prediction: str, gold: str, rating: float) -> None:
     assert rated(prediction, gold) == rating
 
 
@@ -126,7 +126,7 @@ def test_of_two_equally_far_ends_the_highest_is_taken() -> None:
     assert metric._rating("?", 3.0) == 5.0  # type: ignore[attr-defined]
 
 
-def test_the_ends_are_those_of_the_labels() -> None:
+def test_ends_are_those_of_the_labels() -> None:
     assert get_metric("mae", labels=("0", "5", "10")).score(["?"], ["2"]) == 8
 
 
@@ -143,7 +143,7 @@ def test_the_ends_are_those_of_the_labels() -> None:
         ("4.5", 4.5),
     ],
 )
-def test_the_fallback_of_pplug_is_the_first_ascii_digit_else_one(prediction: str, rating: float) -> None:
+def test_fallback_of_pplug_is_the_first_ascii_digit_else_one(prediction: str, rating: float) -> None:
     assert rated(prediction, "1", fallback="pplug") == rating
 
 
@@ -173,7 +173,7 @@ def test_errors_agree_with_scikit_learn(seed: int) -> None:
 
 
 @pytest.mark.parametrize("gold", ["good", "", "nan", "inf"])
-def test_a_gold_that_is_no_number_is_named_by_place_and_never_shown(gold: str) -> None:
+def test_gold_that_is_no_number_is_named_by_place_and_never_shown(gold: str) -> None:
     with pytest.raises(ConfigError, match="sample 2") as caught:
         get_metric("mae", labels=STARS).score(["1", "1"], ["1", gold])
     assert "good" not in str(caught.value)
@@ -287,7 +287,7 @@ def test_score_is_the_value_of_mean_statistics(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OF_ANSWERS)
-def test_a_perfect_prediction_beats_a_wrong_one_in_the_metrics_direction(name: str) -> None:
+def test_perfect_prediction_beats_a_wrong_one_in_the_metrics_direction(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     gain = metric.score(["1", "5"], ["1", "5"]) - metric.score(["5", "1"], ["1", "5"])
     assert gain > 0 if metric.greater_is_better else gain < 0
@@ -314,12 +314,12 @@ def test_likelihood_is_not_to_be_had_from_texts() -> None:
 
 
 @pytest.mark.parametrize(("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])
-def test_an_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> None:
+def test_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{meant}"):
         get_metric(name)
 
 
-def test_a_far_off_name_lists_all_metrics() -> None:
+def test_far_off_name_lists_all_metrics() -> None:
     with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, f1, mae"):
         get_metric("xyz")
 
@@ -341,23 +341,23 @@ def test_labels_that_do_not_fit_are_refused(name: str, labels: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("stem", ["mae", "rmse", "accuracy"])
-@pytest.mark.parametrize("decision", ["median", "mean"])
-def test_a_metric_of_another_decision_is_the_same_metric_of_other_answers(stem: str, decision: str) -> None:
-    plain, decided = get_metric(stem, labels=STARS), get_metric(f"{stem}@{decision}", labels=STARS)
-    assert (plain.name, plain.decision, has_estimate(plain.name)) == (stem, "argmax", False)
-    assert (decided.name, decided.decision, has_estimate(decided.name)) == (f"{stem}@{decision}", decision, True)
+@pytest.mark.parametrize("estimate", ["median", "mean"])
+def test_metric_of_another_estimate_is_the_same_metric_of_other_predictions(stem: str, estimate: str) -> None:
+    plain, other = get_metric(stem, labels=STARS), get_metric(f"{stem}@{estimate}", labels=STARS)
+    assert (plain.name, plain.estimate, has_estimate(plain.name)) == (stem, "argmax", False)
+    assert (other.name, other.estimate, has_estimate(other.name)) == (f"{stem}@{estimate}", estimate, True)
     assert get_metric(stem, labels=STARS).name == stem  # the name is that metric's alone
-    assert decided.greater_is_better == plain.greater_is_better
+    assert other.greater_is_better == plain.greater_is_better
     texts = ["1", "5", "x"], ["2", "5", "3"]
-    np.testing.assert_array_equal(decided.statistics(*texts), plain.statistics(*texts))
-    assert metric_class(decided.name) is type(plain) is metric_class(stem)
+    np.testing.assert_array_equal(other.statistics(*texts), plain.statistics(*texts))
+    assert metric_class(other.name) is type(plain) is metric_class(stem)
 
 
 @pytest.mark.parametrize(
     ("name", "labels", "reason"),
     [
-        ("mae@mode", STARS, "no decision 'mode'"),
-        ("mae@", STARS, "no decision ''"),
+        ("mae@mode", STARS, "no point estimate 'mode'"),
+        ("mae@", STARS, "no point estimate ''"),
         ("mea@median", STARS, "did you mean 'mae'"),
         ("mae@argmax", STARS, "is called 'mae'"),
         ("f1@median", STARS, "f1 knows no scale"),
@@ -366,7 +366,7 @@ def test_a_metric_of_another_decision_is_the_same_metric_of_other_answers(stem: 
         ("mae@mean", TAGS, "mae@mean needs finite numbers"),
     ],
 )
-def test_a_decision_that_does_not_fit_is_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
+def test_estimate_that_does_not_fit_is_refused(name: str, labels: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         get_metric(name, labels=labels)
 
@@ -375,7 +375,7 @@ def test_no_class_of_an_unknown_metric() -> None:
     assert metric_class("bleu@median") is None
 
 
-def test_an_unknown_fallback_is_refused() -> None:
+def test_unknown_fallback_is_refused() -> None:
     with pytest.raises(ConfigError, match="lamp, pplug"):
         get_metric("mae", labels=STARS, fallback="first")
 

@@ -1,4 +1,4 @@
-"""Decisions against brute force: no other label has less expected error, and ties go where they are said to go."""
+"""Point estimates against brute force: no other label has less expected error, and ties go where the rule says."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ STARS = ("1", "2", "3", "4", "5")
 SCALES = [STARS, ("0", "5", "10"), ("-2", "-0.5", "0", "7"), ("1", "1.5", "2", "2.5"), ("3",), ("10", "9", "8", "2")]
 
 
-def _one(shares: list[float], decision: str, labels: tuple[str, ...] = STARS) -> str:
-    return point_predictions(np.array([shares]), labels, decision=decision)[0]
+def _one(shares: list[float], estimate: str, labels: tuple[str, ...] = STARS) -> str:
+    return point_predictions(np.array([shares]), labels, estimate=estimate)[0]
 
 
 def _losses(line: np.ndarray, labels: tuple[str, ...], *, power: int) -> dict[str, float]:
@@ -29,12 +29,12 @@ def _losses(line: np.ndarray, labels: tuple[str, ...], *, power: int) -> dict[st
 @pytest.mark.parametrize("labels", SCALES)
 def test_no_label_has_less_expected_loss_than_the_one_that_is_chosen(labels: tuple[str, ...]) -> None:
     lines = np.random.default_rng(0).dirichlet(np.full(len(labels), 0.6), size=300)
-    for decision, power in (("median", 1), ("mean", 2)):
-        for line, chosen in zip(lines, point_predictions(lines, labels, decision=decision), strict=True):
+    for estimate, power in (("median", 1), ("mean", 2)):
+        for line, chosen in zip(lines, point_predictions(lines, labels, estimate=estimate), strict=True):
             losses = _losses(line, labels, power=power)
             assert losses[chosen] == pytest.approx(min(losses.values()), abs=1e-12)
     likeliest = [labels[place] for place in lines.argmax(axis=1)]
-    assert point_predictions(lines, labels, decision="argmax") == likeliest
+    assert point_predictions(lines, labels, estimate="argmax") == likeliest
 
 
 def test_ties_and_floats_come_out_as_exact_arithmetic_has_them() -> None:
@@ -78,44 +78,44 @@ def test_half_is_rounded_up_below_zero_too_and_on_an_uneven_scale_to_the_greater
     assert _one([0.51, 0.49, 0], "mean", ("0", "5", "20")) == "0"
 
 
-@pytest.mark.parametrize("decision", ["median", "mean"])
-def test_the_order_of_the_labels_does_not_matter(decision: str) -> None:
+@pytest.mark.parametrize("estimate", ["median", "mean"])
+def test_order_of_the_labels_does_not_matter(estimate: str) -> None:
     # as texts these sort otherwise than as numbers
     labels, lines = ("2", "9", "10", "100"), np.random.default_rng(1).dirichlet(np.ones(4), size=200)
-    expected = point_predictions(lines, labels, decision=decision)
+    expected = point_predictions(lines, labels, estimate=estimate)
     for order in ([3, 1, 0, 2], [2, 3, 0, 1]):
-        assert point_predictions(lines[:, order], [labels[place] for place in order], decision=decision) == expected
+        assert point_predictions(lines[:, order], [labels[place] for place in order], estimate=estimate) == expected
     assert len(set(expected)) > 2
 
 
-@pytest.mark.parametrize("decision", POINT_ESTIMATES)
-def test_lines_need_not_sum_to_one(decision: str) -> None:
+@pytest.mark.parametrize("estimate", POINT_ESTIMATES)
+def test_lines_need_not_sum_to_one(estimate: str) -> None:
     lines = np.random.default_rng(2).dirichlet(np.ones(5), size=50)
-    assert point_predictions(lines * 0.37, STARS, decision=decision) == point_predictions(
-        lines, STARS, decision=decision
+    assert point_predictions(lines * 0.37, STARS, estimate=estimate) == point_predictions(
+        lines, STARS, estimate=estimate
     )
     history_thirds = np.round(np.full((1, 3), 1 / 3), 6)  # they sum to less than 1
-    assert point_predictions(history_thirds, ("1", "2", "3"), decision=decision) == [
-        "1" if decision == "argmax" else "2"
+    assert point_predictions(history_thirds, ("1", "2", "3"), estimate=estimate) == [
+        "1" if estimate == "argmax" else "2"
     ]
 
 
 def test_no_lines_are_no_answers() -> None:
-    assert point_predictions(np.empty((0, 5)), STARS, decision="median") == []
+    assert point_predictions(np.empty((0, 5)), STARS, estimate="median") == []
 
 
 def test_what_cannot_be_decided_is_refused() -> None:
     lines = np.ones((1, 2))
     with pytest.raises(ConfigError, match="did you mean 'median'"):
-        point_predictions(lines, ("1", "2"), decision="medain")
+        point_predictions(lines, ("1", "2"), estimate="medain")
     with pytest.raises(ConfigError, match="finite numbers"):
-        point_predictions(lines, ("good", "bad"), decision="mean")
+        point_predictions(lines, ("good", "bad"), estimate="mean")
     with pytest.raises(ShapeMismatch, match="3 labels"):
-        point_predictions(lines, ("1", "2", "3"), decision="mean")
-    assert point_predictions(lines, ("good", "bad"), decision="argmax") == ["good"]
+        point_predictions(lines, ("1", "2", "3"), estimate="mean")
+    assert point_predictions(lines, ("good", "bad"), estimate="argmax") == ["good"]
 
 
-def test_a_scale_is_finite_numbers() -> None:
+def test_scale_is_finite_numbers() -> None:
     found = scale_of((" 1", "2.5"))
     assert found is not None
     assert found.tolist() == [1, 2.5]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from personaplug.analysis.results_file import Results
 from personaplug.analysis.score_predictions import score_lamp
 from personaplug.analysis.tables import results_table
 from personaplug.data import LAMP_TASKS
@@ -26,14 +27,14 @@ def put(path: Path, answers: list[Any], *, task: Any = "LaMP_3") -> Path:
     return path
 
 
-def score(folder: Path, said: list[Any], meant: list[Any], *, task: str = "LaMP_3", **settings: Any) -> dict[str, Any]:
+def score(folder: Path, said: list[Any], meant: list[Any], *, task: str = "LaMP_3", **settings: Any) -> Results:
     gold, predicted = put(folder / "gold.json", meant, task=task), put(folder / "said.json", said, task=task)
     return score_lamp(gold, predicted, resamples=50, **settings)
 
 
-def metrics(results: dict[str, Any]) -> dict[str, float]:
-    (row,) = results["rows"]
-    return dict(row["metrics"])
+def metrics(results: Results) -> dict[str, float]:
+    (row,) = results.rows
+    return row.metrics
 
 
 # ---- LaMP's rules, by hand
@@ -65,7 +66,7 @@ def test_lamp_3_takes_numbers_as_they_are_and_else_the_farthest_end(tmp_path: Pa
     right = said in ("3", " 3 ", 3)
     assert found["accuracy"] == (1.0 if right else 0.5)
     legal = right or said == 4.0
-    assert results["rows"][0]["invalid_rate"] == (0.0 if legal else 0.5)
+    assert results.rows[0].invalid_rate == (0.0 if legal else 0.5)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_labels_are_stripped_and_else_matched_exactly(tmp_path: Path, task: str,
     assert found["accuracy"] == (1.0 if right else 0.75)
     # Wrong: F1 of the first label is 2·1 / (1 + 2); labels that never occur count 0.
     assert found["f1"] == pytest.approx((1.0 + (1.0 if right else 2 / 3)) / len(LAMP_TASKS[task].labels))
-    assert results["rows"][0]["invalid_rate"] == (0.0 if right else 0.25)
+    assert results.rows[0].invalid_rate == (0.0 if right else 0.25)
 
 
 def test_lamp_1_takes_another_bracket_or_the_bare_number_for_wrong(tmp_path: Path) -> None:
@@ -135,38 +136,38 @@ def test_lamp_2_minds_the_case(tmp_path: Path) -> None:
 def test_lamp_4_counts_words(tmp_path: Path, said: object, meant: str, rouge_1: float, rouge_l: float) -> None:
     results = score(tmp_path, [said], [meant], task="LaMP_4")
     assert metrics(results) == {"rouge_1": pytest.approx(rouge_1), "rouge_l": pytest.approx(rouge_l)}
-    assert results["rows"][0]["invalid_rate"] == float(said == "")
+    assert results.rows[0].invalid_rate == float(said == "")
 
 
 # ---- the results object
 
 
-def test_the_results_are_printed_and_survive_the_json_writer(tmp_path: Path) -> None:
+def test_results_are_printed_and_survive_the_json_writer(tmp_path: Path) -> None:
     results = score(tmp_path, ["nan", "inf", "3"], ["1", "2", "3"])
-    assert (results["task"], results["split"], results["pairs"]) == ("LaMP_3", None, [])
-    (row,) = results["rows"]
-    assert (row["condition"], row["n"]) == ("said.json", 3)
-    assert all(map(math.isnan, row["intervals"]["mae"]))
+    assert (results.about.task, results.about.split, results.pairs) == ("LaMP_3", "", [])
+    (row,) = results.rows
+    assert (row.name, row.n) == ("said.json", 3)
+    assert all(map(math.isnan, row.intervals["mae"]))
     table = results_table(results)
     assert "said.json" in table
     assert "MAE" in table.upper()
     assert "nan" in table
     assert "name no users" in table
-    write_json(tmp_path / "results.json", results)
+    write_json(tmp_path / "results.json", results.to_json())
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["rows"][0]["metrics"]["mae"] is None
     assert kept["rows"][0]["metrics"]["accuracy"] == pytest.approx(1 / 3)
-    assert results_table(kept)
+    assert results_table(Results.from_json(kept))
 
 
 def test_intervals_are_of_samples_and_repeat_with_the_seed(tmp_path: Path) -> None:
     said, meant = ["[1]"] * 30, ["[1]"] * 20 + ["[2]"] * 10
-    first = score(tmp_path, said, meant, task="LaMP_1")["rows"][0]["intervals"]["accuracy"]
-    again = score(tmp_path, said, meant, task="LaMP_1")["rows"][0]["intervals"]["accuracy"]
-    other = score(tmp_path, said, meant, task="LaMP_1", seed=3)["rows"][0]["intervals"]
+    first = score(tmp_path, said, meant, task="LaMP_1").rows[0].intervals["accuracy"]
+    again = score(tmp_path, said, meant, task="LaMP_1").rows[0].intervals["accuracy"]
+    other = score(tmp_path, said, meant, task="LaMP_1", seed=3).rows[0].intervals
     assert first == again
     assert 0.3 < first[0] < 2 / 3 < first[1] < 1.0
-    assert other["f1"] != score(tmp_path, said, meant, task="LaMP_1")["rows"][0]["intervals"]["f1"]
+    assert other["f1"] != score(tmp_path, said, meant, task="LaMP_1").rows[0].intervals["f1"]
 
 
 # ---- the files
@@ -184,17 +185,17 @@ def test_answers_are_joined_by_id_and_may_be_gzipped(tmp_path: Path) -> None:
         assert metrics(score_lamp(gold, predicted, resamples=5))["accuracy"] == 1.0
 
 
-def test_the_task_is_given_or_declared_beside_the_golds_or_named_in_them(tmp_path: Path) -> None:
-    assert score(tmp_path, ["a"], ["a"], task="LaMP-4")["task"] == "LaMP_4"
+def test_task_is_given_or_declared_beside_the_golds_or_named_in_them(tmp_path: Path) -> None:
+    assert score(tmp_path, ["a"], ["a"], task="LaMP-4").about.task == "LaMP_4"
     declared = {"name": "News", "kind": "label", "labels": ["a", "b"], "item_fields": ["text"], "metrics": ["accuracy"]}
     with pytest.raises(ConfigError, match=r"gold\.json: .*'LaMP_9'.*needs a task\.json"):
         score(tmp_path, ["a"], ["a"], task="LaMP_9")
     gold, predicted = (put(tmp_path / name, ["a"], task="Mine") for name in ("gold.json", "said.json"))
     assert metrics(score_lamp(gold, predicted, task=parse_task(declared), resamples=5)) == {"accuracy": 1.0}
     (tmp_path / "task.json").write_text(json.dumps(declared))
-    assert score(tmp_path, ["a"], ["b"], task="LaMP_2")["task"] == "News"
+    assert score(tmp_path, ["a"], ["b"], task="LaMP_2").about.task == "News"
     gold = put(tmp_path / "gold.json", ["a"], task="LaMP_2")
-    assert score_lamp(gold, put(tmp_path / "said.json", ["a"], task="News"), resamples=5)["task"] == "News"
+    assert score_lamp(gold, put(tmp_path / "said.json", ["a"], task="News"), resamples=5).about.task == "News"
 
 
 def test_files_of_different_tasks_are_an_error(tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_ids_that_stand_twice_are_an_error_in_either_file(tmp_path: Path, broken
         ({"1": SECRET}, "the key 'golds': it should hold a list"),
     ],
 )
-def test_a_broken_record_is_an_error_without_its_text(tmp_path: Path, golds: Any, message: str) -> None:
+def test_broken_record_is_an_error_without_its_text(tmp_path: Path, golds: Any, message: str) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"]), tmp_path / "said.json"
     predicted.write_text(json.dumps({"task": "LaMP_3", "golds": golds}))
     with pytest.raises(RecordError, match=message) as caught:
@@ -258,14 +259,14 @@ def test_a_broken_record_is_an_error_without_its_text(tmp_path: Path, golds: Any
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"golds": []}', '{"task": 3, "golds": []}'])
-def test_a_file_of_another_shape_is_an_error(tmp_path: Path, content: str) -> None:
+def test_file_of_another_shape_is_an_error(tmp_path: Path, content: str) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"]), tmp_path / "said.json"
     predicted.write_text(content)
     with pytest.raises(RecordError, match=r"said\.json"):
         score_lamp(gold, predicted)
 
 
-def test_a_gold_that_is_no_label_is_an_error(tmp_path: Path) -> None:
+def test_gold_that_is_no_label_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         RecordError, match=r"gold\.json, the gold with id 2: its answer is none of the 5 labels"
     ) as caught:

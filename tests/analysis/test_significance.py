@@ -40,7 +40,7 @@ def clustered(rng: np.random.Generator, *, users: int, each: int, shift: float =
     return values[:, None], [f"u{user}" for user in np.arange(users).repeat(each)]
 
 
-def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+def test_interval_of_a_mean_is_the_normal_one() -> None:
     values = np.random.default_rng(1).normal(3, 2, size=(400, 1))
     found = bootstrap_interval(values, one_each(400), ACCURACY, resamples=20_000)
     reach = 1.959964 * values.std() / math.sqrt(400)
@@ -98,7 +98,7 @@ def test_users_are_resampled_whole() -> None:
     assert by_user.high - by_user.low > 3 * (by_sample.high - by_sample.low)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng, covered, naively_covered = np.random.default_rng(7), 0, 0
     for _ in range(200):
         values, users = clustered(rng, users=40, each=4)
@@ -110,7 +110,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert naively_covered / 200 < 0.85
 
 
-def test_the_paired_test_errs_at_its_level_and_finds_what_is_there() -> None:
+def test_paired_test_errs_at_its_level_and_finds_what_is_there() -> None:
     rng, false_alarms, found = np.random.default_rng(8), 0, 0
     for _ in range(200):
         a, users = clustered(rng, users=40, each=4)
@@ -172,7 +172,7 @@ def test_pairing_takes_out_what_the_samples_share() -> None:
     assert found.high - found.low < 0.2 * (alone.high - alone.low)
 
 
-def test_the_difference_is_the_interval_of_differences_for_a_mean() -> None:
+def test_difference_is_the_interval_of_differences_for_a_mean() -> None:
     rng = np.random.default_rng(10)
     a, users = clustered(rng, users=30, each=3)
     b, _ = clustered(rng, users=30, each=3)
@@ -181,7 +181,7 @@ def test_the_difference_is_the_interval_of_differences_for_a_mean() -> None:
     assert (paired.difference, paired.low, paired.high) == pytest.approx((single.value, single.low, single.high))
 
 
-def test_a_smaller_error_is_an_advantage() -> None:
+def test_smaller_error_is_an_advantage() -> None:
     rng = np.random.default_rng(11)
     good, bad = rng.uniform(0, 1, size=(60, 1)), rng.uniform(1, 2, size=(60, 1))
     for metric in (MAE, RMSE):
@@ -215,7 +215,7 @@ def test_equal_methods_differ_by_nothing(metric: Metric) -> None:
     assert paired_bootstrap(values, values.copy(), one_each(50), metric, resamples=500) == Paired(0, 0, 0, 1)
 
 
-def test_a_tie_up_to_rounding_is_a_tie() -> None:
+def test_tie_up_to_rounding_is_a_tie() -> None:
     # 0.1 + 0.2 is not 0.3 in binary: without care every resample would count as a win.
     a, b = np.array([[0.1], [0.2], [0.3]] * 20), np.array([[0.3], [0.2], [0.1]] * 20)
     users = [f"u{place // 3}" for place in range(60)]
@@ -223,7 +223,7 @@ def test_a_tie_up_to_rounding_is_a_tie() -> None:
     assert paired_bootstrap(a, b, users, ACCURACY, resamples=500) == Paired(0, 0, 0, 1)
 
 
-def test_the_order_of_samples_does_not_matter() -> None:
+def test_order_of_samples_does_not_matter() -> None:
     rng = np.random.default_rng(13)
     a, users = clustered(rng, users=20, each=3)
     b, _ = clustered(rng, users=20, each=3)
@@ -238,7 +238,7 @@ def test_the_order_of_samples_does_not_matter() -> None:
     assert (first.low, first.high, first.p) == pytest.approx((second.low, second.high, second.p), abs=1e-12)
 
 
-def test_the_seed_decides() -> None:
+def test_seed_decides() -> None:
     values, users = clustered(np.random.default_rng(14), users=20, each=3)
     once, again, other = (bootstrap_interval(values, users, ACCURACY, resamples=500, seed=seed) for seed in (1, 1, 2))
     assert once == again
@@ -301,10 +301,10 @@ def test_settings_out_of_range_are_refused(setting: dict[str, float]) -> None:
         bootstrap_interval(np.zeros((2, 1)), ["u", "v"], ACCURACY, **setting)  # type: ignore[arg-type]
 
 
-def test_the_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_of_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values, users = clustered(np.random.default_rng(16), users=12, each=3)
     whole = bootstrap_interval(values, users, ACCURACY, resamples=1001)
-    monkeypatch.setattr("personaplug.analysis.significance._CELLS", 40)
+    monkeypatch.setattr("personaplug.analysis.significance._BLOCK_SIZE", 40)
     assert bootstrap_interval(values, users, ACCURACY, resamples=1001) == whole
 
 
@@ -327,10 +327,10 @@ def hits(both: int, a_only: int, b_only: int, neither: int) -> tuple[list[int], 
 
 def test_mcnemar_by_hand() -> None:
     # Six disagreements, one for b: 2 · (1 + 6) / 64.
-    assert mcnemar(*hits(40, 5, 1, 9)) == McNemar(5, 1, 14 / 64)
-    assert mcnemar(*hits(3, 1, 5, 0)) == McNemar(1, 5, 14 / 64)
+    assert mcnemar(*hits(40, 5, 1, 9)) == McNemar(5, 1, pytest.approx(14 / 64, rel=1e-12))  # type: ignore[arg-type]
+    assert mcnemar(*hits(3, 1, 5, 0)) == McNemar(1, 5, pytest.approx(14 / 64, rel=1e-12))  # type: ignore[arg-type]
     # All ten one way: 2 / 1024; an even split is no surprise at all.
-    assert mcnemar(*hits(0, 10, 0, 0)).p == 2 / 1024
+    assert mcnemar(*hits(0, 10, 0, 0)).p == pytest.approx(2 / 1024, rel=1e-12)
     assert mcnemar(*hits(0, 7, 7, 0)).p == 1
     assert mcnemar(*hits(5, 0, 0, 5)) == McNemar(0, 0, 1)
     assert mcnemar([], []) == McNemar(0, 0, 1)
@@ -400,7 +400,7 @@ def test_each_user_counts_once() -> None:
     assert per_group_mean(values, one_each(4), ACCURACY) == 0.75
 
 
-def test_a_root_is_taken_user_by_user() -> None:
+def test_root_is_taken_user_by_user() -> None:
     squares = np.array([[1.0], [7.0], [16.0]])
     assert per_group_mean(squares, ["u", "u", "v"], RMSE) == pytest.approx((2 + 4) / 2)
 
@@ -415,7 +415,7 @@ def test_no_macro_f1_of_single_users() -> None:
         per_group_mean(np.zeros((3, 1)), ["u"], MAE)
 
 
-def test_the_spread_of_seeds_divides_by_one_less() -> None:
+def test_spread_of_seeds_divides_by_one_less() -> None:
     assert seed_spread([1.0, 2.0, 6.0]) == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
     assert seed_spread([0.5, 0.5]) == 0
     assert math.isnan(seed_spread([0.5]))

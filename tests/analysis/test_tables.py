@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from result_objects import typed
 
-from personaplug.analysis.tables import (
-    Table,
-    gain_cell,
-    is_significant,
-    leading_metric,
-    personal_gains,
-    results_table,
-    set_names,
-)
-from personaplug.methods import is_control
+from personaplug.analysis.rendering import Table
+from personaplug.analysis.results_file import Comparison, Results
+from personaplug.analysis.tables import gain_cell, results_table, set_names
 
 
 def row(condition: str, *, mae: float, **more: Any) -> dict[str, Any]:
@@ -60,6 +55,10 @@ def results(rows: list[dict[str, Any]], *pairs: dict[str, Any], **more: Any) -> 
     return about | {"rows": rows, "pairs": list(pairs)} | more
 
 
+def text_of(results: dict[str, Any]) -> str:
+    return results_table(typed(results))
+
+
 def tables(text: str) -> list[list[dict[str, str]]]:
     """Every Markdown table of a text: its lines by column title ("p#1" is the second "p")."""
     found = []
@@ -67,15 +66,15 @@ def tables(text: str) -> list[list[dict[str, str]]]:
         if block.startswith("|"):
             lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
             titles = [
-                f"{title}#{lines[0][:place].count(title)}" if title in lines[0][:place] else title
-                for place, title in enumerate(lines[0])
+                f"{title}#{lines[0][:index].count(title)}" if title in lines[0][:index] else title
+                for index, title in enumerate(lines[0])
             ]
             found.append([dict(zip(titles, line, strict=True)) for line in lines[2:]])
     return found
 
 
-def test_a_row_shows_its_scores_intervals_and_rates() -> None:
-    (plain, plug), (_, rates) = tables(results_table(results([row("plain", mae=1.0), row("plug", mae=0.7512)])))
+def test_row_shows_its_scores_intervals_and_rates() -> None:
+    (plain, plug), (_, rates) = tables(text_of(results([row("plain", mae=1.0), row("plug", mae=0.7512)])))
     assert plug == {
         "condition": "plug",
         "mae ↓": "0.751 [0.651, 0.851]",
@@ -93,8 +92,8 @@ def test_a_row_shows_its_scores_intervals_and_rates() -> None:
     assert plain["mae ↓"].startswith("1.000 ")
 
 
-def test_the_head_says_what_was_run() -> None:
-    head = results_table(results([row("plug", mae=1)], users=50)).split("\n\n")[:2]
+def test_head_says_what_was_run() -> None:
+    head = text_of(results([row("plug", mae=1)], users=50)).split("\n\n")[:2]
     assert head == [
         "task Movie_stars · split dev · samples 250 · users 50 · placement prefix · seeds 0, 1, 2",
         "- model: toy (width 64)\n- encoder: hash",
@@ -102,7 +101,7 @@ def test_the_head_says_what_was_run() -> None:
 
 
 def test_columns_line_up_and_are_valid_markdown() -> None:
-    text = results_table(results([row("plain", mae=1), row("instruction-only", mae=10.5)], pair("plug", "plain")))
+    text = text_of(results([row("plain", mae=1), row("instruction-only", mae=10.5)], pair("plug", "plain")))
     for block in (block for block in text.split("\n\n") if block.startswith("|")):
         lines = block.splitlines()
         assert len({len(line) for line in lines}) == 1
@@ -115,57 +114,58 @@ def test_columns_line_up_and_are_valid_markdown() -> None:
     [("accuracy", "↑"), ("f1", "↑"), ("rouge_1", "↑"), ("rouge_l", "↑"), ("mae", "↓"), ("rmse", "↓")],
 )
 def test_every_metric_shows_its_direction(metric: str, arrow: str) -> None:
-    [[line]] = tables(results_table({"rows": [{"condition": "plug", "metrics": {metric: 0.5}}]}))
+    [[line]] = tables(text_of({"rows": [{"condition": "plug", "metrics": {metric: 0.5}}]}))
     assert line == {"condition": "plug", f"{metric} {arrow}": "0.500"}
 
 
-def test_a_metric_of_others_has_no_arrow() -> None:
-    assert tables(results_table({"rows": [{"metrics": {"bleu": 0.5}}]})) == [[{"condition": "–", "bleu": "0.500"}]]
+def test_metric_of_others_has_no_arrow() -> None:
+    rows = [{"condition": "x", "metrics": {"bleu": 0.5}}]
+    assert tables(text_of({"rows": rows})) == [[{"condition": "x", "bleu": "0.500"}]]
 
 
 def test_seeds_spread_and_decoding_show_only_where_they_are() -> None:
     spread = row("plug", mae=1, seed_spread={"mae": 0.0123}, decoding="scored")
-    text = results_table(results([row("plain", mae=1), spread]))
+    text = text_of(results([row("plain", mae=1), spread]))
     (plain, plug), (untold, told) = tables(text)
     assert (plain["± seeds"], untold["answers"]) == ("–", "–")
     assert (plug["± seeds"], told["answers"]) == ("±0.012", "scored")
     assert "± seeds: standard deviation" in text
-    bare = results_table(results([row("plain", mae=1)]))
+    bare = text_of(results([row("plain", mae=1)]))
     assert "±" not in bare
     assert "answers" not in bare
 
 
 def test_rows_of_different_size_show_their_n() -> None:
-    text = results_table(results([row("plain", mae=1), row("plug", mae=1, n=9)]))
+    text = text_of(results([row("plain", mae=1), row("plug", mae=1, n=9)]))
     assert [line["n"] for line in tables(text)[0]] == ["250", "9"]
     assert "samples" not in text
 
 
-@pytest.mark.parametrize("dropped", list(row("plug", mae=1)))
-def test_any_key_of_a_row_may_be_missing(dropped: str) -> None:
+@pytest.mark.parametrize("dropped", [key for key in row("plug", mae=1) if key != "condition"])
+def test_row_without_an_optional_field_is_shown(dropped: str) -> None:
     short = {key: value for key, value in row("plug", mae=1).items() if key != dropped}
-    both = tables(results_table(results([row("plain", mae=1), short])))[0]
+    both = tables(text_of(results([row("plain", mae=1), short])))[0]
     assert len(both) == 2
-    assert results_table(results([short]))
+    assert text_of(results([short]))
 
 
-def test_every_key_of_the_object_and_of_a_pair_may_be_missing() -> None:
-    assert results_table({}) == "No rows."
-    assert results_table({"rows": [{}], "pairs": [{}], "notes": None, "seeds": None})
-    whole = results([row("plug", mae=1)], pair("plug", "wrong-user"))
-    for key in whole:
-        assert results_table({name: value for name, value in whole.items() if name != key})
-    for key in whole["pairs"][0]:
-        assert results_table(whole | {"pairs": [{k: v for k, v in whole["pairs"][0].items() if k != key}]})
+def test_results_without_optional_fields_are_shown() -> None:
+    assert text_of({"rows": []}) == "No rows."
+    assert text_of({"rows": [{"condition": "x"}], "pairs": None, "notes": None, "seeds": None})
+    whole = results([row("plug", mae=1), row("wrong-user", mae=1)], pair("plug", "wrong-user"))
+    for key in whole.keys() - {"rows"}:
+        assert text_of({name: value for name, value in whole.items() if name != key})
+    for key in ("low", "high", "p"):
+        assert text_of(whole | {"pairs": [{k: v for k, v in whole["pairs"][0].items() if k != key}]})
 
 
-def test_the_personal_gain_comes_first_and_is_named() -> None:
+def test_personal_gain_comes_first_and_is_named() -> None:
     pairs = [
         pair("plug", "plain"),
         pair("plug", "wrong-user", p=0.0002),
         pair("plug", "plain", metric="accuracy", difference=-0.05, p=0.4),
     ]
-    text = results_table(results([row("plug", mae=1)], *pairs))
+    text = text_of(results([row("plug", mae=1), row("wrong-user", mae=1)], *pairs))
     gain, other = tables(text)[2]
     assert gain == {
         "comparison": "plug against wrong-user (personal gain)",
@@ -181,19 +181,21 @@ def test_the_personal_gain_comes_first_and_is_named() -> None:
     assert "Personal gain:" in text
 
 
-def test_the_personal_gain_is_turned_round_if_the_control_stands_first() -> None:
-    [gain] = tables(results_table(results([row("plug", mae=1)], pair("wrong-user", "plug", difference=-0.2))))[2]
+def test_personal_gain_is_turned_round_if_the_control_stands_first() -> None:
+    rows = [row("plug", mae=1), row("wrong-user", mae=1)]
+    [gain] = tables(text_of(results(rows, pair("wrong-user", "plug", difference=-0.2))))[2]
     assert gain["comparison"] == "plug against wrong-user (personal gain)"
     assert gain["mae ↓ advantage"] == "+0.200 [+0.050, +0.300]"
 
 
-def test_a_stranger_against_another_row_is_no_personal_gain() -> None:
-    text = results_table(results([row("plug", mae=1)], pair("shuffled", "wrong-user"), pair("wrong-user", "plain")))
+def test_stranger_against_another_row_is_no_personal_gain() -> None:
+    rows = [row(name, mae=1) for name in ("plain", "plug", "wrong-user", "shuffled")]
+    text = text_of(results(rows, pair("shuffled", "wrong-user"), pair("wrong-user", "plain")))
     assert "ersonal gain" not in text
 
 
 def test_no_pairs_no_comparisons() -> None:
-    text = results_table(results([row("plug", mae=1)]))
+    text = text_of(results([row("plug", mae=1)]))
     assert len(tables(text)) == 2
     assert "advantage" not in text
 
@@ -202,7 +204,7 @@ def test_no_pairs_no_comparisons() -> None:
 def test_what_is_no_number_shows_as_nan(hole: float | None) -> None:
     broken = row("plug", mae=1) | {"metrics": {"mae": hole}, "intervals": {"mae": [hole, hole]}}
     unsure = pair("wrong-user", "plug") | dict.fromkeys(("difference", "low", "high", "p"), hole)
-    (line,), _, (gain,) = tables(results_table(results([broken], unsure)))
+    (line, _), _, (gain,) = tables(text_of(results([broken, row("wrong-user", mae=1)], unsure)))
     assert line["mae ↓"] == "nan [nan, nan]"
     assert gain["mae ↓ advantage"] == "nan [nan, nan]"
     assert gain["p"] == "nan"
@@ -210,14 +212,14 @@ def test_what_is_no_number_shows_as_nan(hole: float | None) -> None:
 
 def test_huge_errors_and_negative_zeros_stay_short() -> None:
     rows = [row("plug", mae=1) | {"metrics": {"mae": 1e30, "rmse": math.inf}, "intervals": {}}]
-    (line,), _, (gain,) = tables(results_table(results(rows, pair("plug", "wrong-user", difference=-0.00001))))
+    (line,), _, (gain,) = tables(text_of(results(rows, pair("plug", "wrong-user", difference=-0.00001))))
     assert (line["mae ↓"], line["rmse ↓"]) == ("1e+30", "inf")
     assert gain["mae ↓ advantage"].startswith("+0.000 ")
 
 
 def test_columns_of_another_decision_have_their_direction_and_are_explained() -> None:
     decided = {"mae": 1.0, "mae@median": 0.8, "accuracy@median": 0.4}
-    text = results_table(
+    text = text_of(
         results([row("plug", mae=1, metrics=decided)], pair("plug", "plain", metric="mae@median", difference=0.25))
     )
     scores, _, compared = tables(text)
@@ -225,22 +227,23 @@ def test_columns_of_another_decision_have_their_direction_and_are_explained() ->
     assert scores[0]["accuracy@median ↑"] == "0.400"
     assert compared[0]["mae@median ↓ advantage"].startswith("+0.250")
     assert "is scored with its answers as they stand" in text
-    assert "as they stand" not in results_table(results([row("plug", mae=1)]))
+    assert "as they stand" not in text_of(results([row("plug", mae=1)]))
 
 
 def test_notes_stand_beneath_and_stay_lines() -> None:
-    text = results_table(results([row("plug", mae=1)], notes=["two\nlines", "Bootstrap over 50 users."]))
+    text = text_of(results([row("plug", mae=1)], notes=["two\nlines", "Bootstrap over 50 users."]))
     assert text.endswith("- two lines\n- Bootstrap over 50 users.")
 
 
-def test_a_bar_in_a_name_does_not_break_the_table() -> None:
-    text = results_table({"rows": [{"condition": "plug|x\ny"}]})
+def test_bar_in_a_name_does_not_break_the_table() -> None:
+    text = text_of({"rows": [{"condition": "plug|x\ny"}]})
     assert r"plug\|x y" in text
 
 
-def test_a_results_file_read_back_shows_the_same() -> None:
-    whole = results([row("plug", mae=1, seed_spread={"mae": 0.1})], pair("plug", "wrong-user"), notes=["a"])
-    assert results_table(json.loads(json.dumps(whole))) == results_table(whole)
+def test_results_file_read_back_shows_the_same() -> None:
+    rows = [row("plug", mae=1, seed_spread={"mae": 0.1}), row("wrong-user", mae=1)]
+    whole = typed(results(rows, pair("plug", "wrong-user"), notes=["a"]))
+    assert results_table(Results.from_json(json.loads(json.dumps(whole.to_json())))) == results_table(whole)
 
 
 def test_costs_are_shown_in_units_for_people() -> None:
@@ -250,7 +253,7 @@ def test_costs_are_shown_in_units_for_people() -> None:
         row("lora", mae=1, costs={"extra_prompt_tokens": 2.0, "bytes_per_user": 3_400_000, "seconds_per_user": 1234.5}),
         row("bm25:4", mae=1, cut_items_rate=0.034, costs={"extra_prompt_tokens": 212.34, "bytes_per_user": 880}),
     ]
-    plain, plug, lora, retrieval = tables(results_table(results(rows)))[1]
+    plain, plug, lora, retrieval = tables(text_of(results(rows)))[1]
     titles = ("extra prompt tokens", "bytes per user", "seconds to add a user")
     assert [plain[title] for title in titles] == ["0.0", "–", "–"]
     assert [plug[title] for title in titles] == ["2.0", "1.2 KB", "0.0123"]
@@ -264,21 +267,21 @@ def test_costs_are_shown_in_units_for_people() -> None:
     [(0, "0 B"), (999, "999 B"), (999.7, "1.0 KB"), (999_960, "1.0 MB"), (10**9, "1.0 GB"), (2.5e12, "2,500.0 GB")],
 )
 def test_sizes_change_their_unit_where_they_round_up(size: float, shown: str) -> None:
-    [[line]] = tables(results_table({"rows": [{"costs": {"bytes_per_user": size}}]}))[1:]
+    [[line]] = tables(text_of({"rows": [{"condition": "x", "costs": {"bytes_per_user": size}}]}))[1:]
     assert line["bytes per user"] == shown
 
 
 def test_averages_over_users_show_where_users_have_several_samples() -> None:
     several = row("plug", mae=1, per_user={"mae": 0.875, "accuracy": None})
-    text = results_table(results([several], users=50))
+    text = text_of(results([several], users=50))
     [line] = tables(text)[0]
     assert line["per user"] == "0.875"
     assert "per user#1" not in line
     assert "each counts once" in text
-    assert "per user" not in results_table(results([several], users=250))
+    assert "per user" not in text_of(results([several], users=250))
 
 
-def test_the_personal_gain_stands_beside_its_method() -> None:
+def test_personal_gain_stands_beside_its_method() -> None:
     rows = [row(name, mae=1) for name in ("plain", "plug", "wrong-user", "bm25:4", "bm25:4@wrong-user")]
     pairs = [
         pair("plug", "wrong-user") | {"p_holm": 0.012},
@@ -287,21 +290,21 @@ def test_the_personal_gain_stands_beside_its_method() -> None:
         pair("bm25:4@wrong-user", "bm25:4", difference=-0.2, p=0.0001),
         pair("plug", "bm25:4@wrong-user", difference=0.5),
     ]
-    lines = {line["condition"]: line for line in tables(results_table(results(rows, *pairs)))[0]}
+    lines = {line["condition"]: line for line in tables(text_of(results(rows, *pairs)))[0]}
     assert lines["plug"]["personal gain (mae)"] == "+0.200 [+0.100, +0.350], Holm p = 0.012"
     assert lines["bm25:4"]["personal gain (mae)"] == "+0.200 [+0.050, +0.300], p < 0.001"
     assert [lines[name]["personal gain (mae)"] for name in ("plain", "wrong-user", "bm25:4@wrong-user")] == ["–"] * 3
-    assert list(personal_gains(results(rows, *pairs), "accuracy")) == ["plug"]
+    assert list(typed(results(rows, *pairs)).personal_gains("accuracy")) == ["plug"]
 
 
 def test_corrected_and_other_ps_have_their_columns_and_notes() -> None:
     pairs = [
         pair("plug", "plain", metric="accuracy") | {"p_holm": 0.0004, "mcnemar_p": [0.03, 0.0001, None, 0.02]},
         pair("plug", "lora", metric="accuracy") | {"mcnemar_p": [0.5]},
-        pair("plug", "profile", metric="accuracy") | {"mcnemar_p": 0.25},
+        pair("plug", "profile", metric="accuracy") | {"mcnemar_p": [0.25]},
         pair("plug", "plain") | {"p_holm": None, "mcnemar_p": None},
     ]
-    text = results_table(results([row("plug", mae=1)], *pairs))
+    text = text_of(results([row("plug", mae=1)], *pairs))
     line, single, bare = tables(text)[2]
     assert (line["p"], line["Holm p"], line["McNemar p"]) == ("0.004", "< 0.001", "< 0.001 to 0.030")
     assert (single["McNemar p"], bare["McNemar p"], bare["Holm p"]) == ("0.500", "0.250", "–")
@@ -312,7 +315,7 @@ def test_corrected_and_other_ps_have_their_columns_and_notes() -> None:
     assert "takes samples for independent" in text
 
 
-def test_slices_stand_side_by_side() -> None:
+def test_subgroups_stand_side_by_side() -> None:
     parts = [
         {
             "name": name,
@@ -322,9 +325,9 @@ def test_slices_stand_side_by_side() -> None:
         for name, mae in (("short", 0.9), ("long", 0.6))
     ]
     parts.append({"name": "none"})
-    text = results_table(results([row("plug", mae=1)], slices=parts))
+    text = text_of(results([row("plug", mae=1)], slices=parts))
     scores, gains = tables(text)[2:]
-    assert "mae ↓ by slice:" in text
+    assert "mae ↓ by subgroup:" in text
     assert scores[0]["condition"] == "plug"
     assert scores[0]["short (n = 80)"] == "0.900 [0.800, 1.000]"
     assert scores[0]["long (n = 80)"] == "0.600 [0.500, 0.700]"
@@ -333,32 +336,42 @@ def test_slices_stand_side_by_side() -> None:
 
 
 def test_bold_cells_are_marked_and_still_line_up() -> None:
-    lines = Table(("row", "a"), (("x", "1"), ("y|z", None)), frozenset({(0, 1)})).markdown().splitlines()
+    lines = Table(("row", "a"), (("x", "1"), ("y|z", None)), frozenset({(0, 1)})).to_markdown().splitlines()
     assert lines[2:] == ["| x    | **1** |", "| y\\|z |     – |"]
     assert len({len(line) for line in lines}) == 1
 
 
 def test_significance_is_that_of_the_corrected_p() -> None:
-    assert is_significant({"p": 0.04})
-    assert not is_significant({"p": 0.04, "p_holm": 0.08})
-    assert not is_significant({"p": None})
-    assert not is_significant({})
+    pair = Comparison("a", "b", "mae", 0.5)
+    assert replace(pair, p=0.04).is_significant
+    assert not replace(pair, p=0.04, p_holm=0.08).is_significant
+    assert not replace(pair, p=math.nan).is_significant
+    assert not pair.is_significant
 
 
-def test_a_gain_without_p_or_difference() -> None:
-    assert gain_cell({"difference": 0.5}) == "+0.500"
-    assert gain_cell({"p": 0.5}) is None
+def test_gain_without_p_shows_the_difference_alone() -> None:
+    assert gain_cell(Comparison("a", "b", "mae", 0.5)) == "+0.500"
     assert gain_cell(None) is None
 
 
 def test_controls_are_told_from_methods() -> None:
     controls = ["wrong-user", "shuffled", "random-vectors", "mean-persona", "population-persona", "bm25:4@wrong-user"]
     methods = ["plain", "instruction-only", "plug", "random:4", "profile", "lora-per-user", "all-knowing"]
-    assert [name for name in controls + methods if is_control(name)] == controls
+    whole = typed({"rows": [{"condition": name} for name in controls + methods]})
+    assert [row.name for row in whole.rows if row.method.is_control] == controls
 
 
 def test_sets_get_names_that_differ() -> None:
-    named = [{"set": "A", "task": "T"}, {"task": "T"}, {"task": "T", "variant": "head"}, {"task": "T"}, {}]
-    assert set_names(named) == ["A", "T #1", "T (head)", "T #2", "–"]
-    assert leading_metric({"rows": [{}, {"metrics": {"f1": 1, "mae": 2}}]}) == "f1"
-    assert leading_metric({}) is None
+    facts = [{"set": "A", "task": "T"}, {"task": "T"}, {"task": "T", "variant": "head"}, {"task": "T"}, {}]
+    assert set_names([typed({"rows": [], **named}) for named in facts]) == ["A", "T #1", "T (head)", "T #2", "–"]
+    rows = [{"condition": "a"}, {"condition": "b", "metrics": {"f1": 1, "mae": 2}}]
+    assert typed({"rows": rows}).leading_metric == "f1"
+    assert typed({"rows": []}).leading_metric == ""
+
+
+def test_row_from_outside_the_package_has_its_gain_and_control() -> None:
+    mine = row("mine", mae=1, family="plug", history="own")
+    stranger = row("strange", mae=1.2, family="plug", history="wrong-user", control_of="mine")
+    lines = tables(text_of(results([mine, stranger], pair("mine", "strange"))))
+    assert lines[0][0]["personal gain (mae)"].startswith("+0.200")
+    assert lines[2][0]["comparison"] == "mine against strange (personal gain)"

@@ -47,7 +47,7 @@ def test_rows_of_a_table_are_trained_on_demand(data: Path, tmp_path: Path) -> No
 def test_a_bench_and_its_report(data: Path, tmp_path: Path) -> None:
     experiment = tmp_path / "mine.yaml"
     experiment.write_text(
-        "title: A first look\nsets: [Mine, Absent]\nconditions: [plain, plug, wrong-user, 'bm25:2']\n"
+        "title: A first look\nsets: [Mine, Absent]\nmethods: [plain, plug, wrong-user, 'bm25:2']\n"
         "config: {resamples: 100}\n"
     )
     places = ["--data", data.parent, "--out", tmp_path / "runs", "--results", tmp_path / "results"]
@@ -69,7 +69,7 @@ def test_a_bench_and_its_report(data: Path, tmp_path: Path) -> None:
 
 def test_a_bench_of_nothing_that_is_here_fails(data: Path, tmp_path: Path) -> None:
     experiment = tmp_path / "mine.yaml"
-    experiment.write_text("sets: [Absent]\nconditions: [plain]\n")
+    experiment.write_text("sets: [Absent]\nmethods: [plain]\n")
     done = _call("bench", experiment, "--data", data.parent, "--out", tmp_path / "runs", "--results", tmp_path, *TOY)
     assert done.exit_code == 2
     assert "Nothing of this experiment" in done.output
@@ -81,14 +81,14 @@ def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:
     predicted.write_text(json.dumps(golds))
     target = tmp_path / "scores.json"
     done = _call(
-        *("evaluate", "--lamp-gold", data / "dev_outputs.json", "--lamp-pred", predicted, "--json", target),
+        *("score", "--gold", data / "dev_outputs.json", "--predictions", predicted, "--json", target),
         "resamples=100",
     )
     assert done.exit_code == 0, done.output
     assert json.loads(target.read_text())["rows"][0]["metrics"]["accuracy"] == 1.0
     golds["golds"] = golds["golds"][1:]
     predicted.write_text(json.dumps(golds))
-    done = _call("evaluate", "--lamp-gold", data / "dev_outputs.json", "--lamp-pred", predicted)
+    done = _call("score", "--gold", data / "dev_outputs.json", "--predictions", predicted)
     assert done.exit_code == 2
     assert "Traceback" not in done.output
 
@@ -96,8 +96,9 @@ def test_anyones_predictions_are_scored(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["evaluate"], "--lamp-gold and --lamp-pred"),
-        (["evaluate", "--lamp-gold", "x.json"], "go together"),
+        (["evaluate"], "--run"),
+        (["score", "--gold", "x.json"], "--predictions"),
+        (["score", "--gold", "EMPTY/x.json", "--predictions", "EMPTY/y.json"], "no file"),
         (["bench", "nothing", "--data", "DATA", "--experiments", "EMPTY"], "no experiment 'nothing'"),
         (["bench", "main-table", "--data", "DATA", "--seeds", "one"], "--seeds takes whole numbers"),
         (["bench", "main-table", "--data", "DATA", "--sets", "Nope"], "no set of main-table"),
@@ -158,7 +159,7 @@ def test_another_benchmark_becomes_a_data_set(tmp_path: Path) -> None:
     assert len(list(open_dataset(tmp_path / "set", "dev"))) == 1
 
 
-@pytest.mark.parametrize("command", [["bench"], ["report"], ["lamp", "download"], ["convert"]])
+@pytest.mark.parametrize("command", [["bench"], ["report"], ["score"], ["lamp", "download"], ["convert"]])
 def test_help_teaches(command: list[str]) -> None:
     done = _call(*command, "--help")
     assert done.exit_code == 0

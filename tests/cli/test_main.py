@@ -88,7 +88,7 @@ def test_a_table_says_with_which_strength_it_was_answered(trained: Path, data: P
     told = _call("evaluate", "--run", trained, "--data", data, "--methods", "plug", "--json", tmp_path / "r.json",
                  "persona_scale=0.5", "max_eval_history=2")  # fmt: skip
     assert told.exit_code == 0, told.output
-    assert "strength 0.5 · items shown at most 2" in told.output
+    assert "persona_scale 0.5 · items shown at most 2" in told.output
 
 
 def test_generate_answers_for_a_history_and_for_a_new_user(trained: Path, tmp_path: Path) -> None:

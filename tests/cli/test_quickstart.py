@@ -19,12 +19,12 @@ def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
 ) -> None:
     results = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
     said = capsys.readouterr().out
-    assert [row["condition"] for row in results["rows"]][-2:] == ["plug", "all-knowing"]
+    assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
     assert "personal gain" in said
     assert "given so far" in said
     assert (tmp_path / "q" / "results.json").exists()
     again = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
-    assert [row["metrics"] for row in again["rows"]] == [row["metrics"] for row in results["rows"]]
+    assert [row.metrics for row in again.rows] == [row.metrics for row in results.rows]
 
 
 def test_short_histories_too_have_a_strictest_and_a_kindest_user() -> None:

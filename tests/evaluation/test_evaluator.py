@@ -42,6 +42,11 @@ TINY = [
 ]
 
 
+def _evaluate(run: Run, reader: Reader, **arguments: Any) -> dict[str, Any]:
+    """The results as the object of a results file."""
+    return evaluate(run, reader, **arguments).to_json()
+
+
 class Stage:
     """A trained run and what is needed to evaluate it."""
 
@@ -67,7 +72,7 @@ class Stage:
 
     def evaluate(self, names: str = ",".join(DEFAULT), *, settings: tuple[str, ...] = (), oracle: bool = False) -> Any:
         config = load_config(overrides=settings, base=self.config).evaluation
-        return evaluate(
+        return _evaluate(
             self.run,
             open_dataset(self.data, "dev", task=self.run.task),
             split="dev",
@@ -216,7 +221,7 @@ def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(r
     # asked for by the task, such a column scores what was written
     task = replace(rating.run.task, metrics=("mae", "mae@median", "accuracy@mean"))
     config = load_config(overrides=["decoding=generate"], base=rating.config).evaluation
-    asked = evaluate(
+    asked = _evaluate(
         replace(rating.run, task=task),
         open_dataset(rating.data, "dev", task=task),
         split="dev",
@@ -263,7 +268,7 @@ def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] 
     moved = replace(stage.run, folder=folder)
     if not (folder / "plug").exists():
         (folder / "plug").symlink_to(stage.run.folder / "plug")
-    return evaluate(
+    return _evaluate(
         moved,
         open_dataset(stage.data, "dev", task=moved.task),
         split="dev",
@@ -353,7 +358,7 @@ def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "task.json").write_text((rating.data / "task.json").read_text())
     (tmp_path / "test_questions.json").write_text((rating.data / "dev_questions.json").read_text())
     with pytest.raises(MissingData, match="10 of 10 samples have no answer"):
-        evaluate(
+        _evaluate(
             rating.run,
             open_dataset(tmp_path, "test", task=rating.run.task),
             split="test",
@@ -365,7 +370,7 @@ def test_hidden_answers_cannot_be_scored(rating: Stage, tmp_path: Path) -> None:
 
 def test_a_plug_that_is_not_trained_is_named(rating: Stage, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="--methods instruction-only"):
-        evaluate(
+        _evaluate(
             replace(rating.run, folder=tmp_path),
             open_dataset(rating.data, "dev", task=rating.run.task),
             split="dev",
@@ -381,7 +386,7 @@ def test_unknown_users_are_said_to_be_unknown(rating: Stage, tmp_path: Path) -> 
         del question["user_id"]
     (tmp_path / "dev_questions.json").write_text(json.dumps(questions))
     (tmp_path / "dev_outputs.json").write_text((rating.data / "dev_outputs.json").read_text())
-    results = evaluate(
+    results = _evaluate(
         rating.run,
         open_dataset(tmp_path, "dev", task=rating.run.task),
         split="dev",
@@ -454,7 +459,7 @@ def test_options_in_the_prompt_are_compared_where_the_task_has_some(tmp_path: Pa
     assert (run.config.plug.options, run.config.plug.answer_channel) == ("compare", "text")
     _check_personas(run, models, reader)
     rows = parse_methods("plug,wrong-user,bm25:1")
-    results = evaluate(run, reader, split="dev", methods=rows, config=config.evaluation, models=models)
+    results = _evaluate(run, reader, split="dev", methods=rows, config=config.evaluation, models=models)
     assert [row["costs"]["extra_prompt_tokens"] for row in results["rows"][:2]] == [9, 9]
 
 
@@ -469,7 +474,7 @@ def test_other_histories_under_the_same_ids_are_answered_anew(rating: Stage, tmp
     (tmp_path / "dev_questions.json").write_text(json.dumps(questions))
     folder = rating.run.folder / "evaluations" / "dev"
     first = json.loads((folder / "plug.seed-0.predictions.json").read_text())["key"]
-    evaluate(
+    _evaluate(
         rating.run,
         open_dataset(tmp_path, "dev", task=rating.run.task),
         split="dev",
@@ -540,7 +545,7 @@ def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
 def test_an_oracle_of_another_split_is_refused(rating: Stage, tmp_path: Path) -> None:
     (tmp_path / "oracle.json").write_text(json.dumps({"task": "x", "golds": []}))
     with pytest.raises(MissingData, match="knows nothing of 10 of 10"):
-        evaluate(
+        _evaluate(
             rating.run,
             open_dataset(rating.data, "dev", task=rating.run.task),
             split="dev",
@@ -581,7 +586,7 @@ def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
     assert not any("training split too" in note for note in rating.evaluate("plain")["notes"])
     for name in ("questions", "outputs"):
         (tmp_path / f"dev_{name}.json").write_text((rating.data / f"train_{name}.json").read_text())
-    results = evaluate(
+    results = _evaluate(
         rating.run,
         open_dataset(tmp_path, "dev", task=rating.run.task),
         split="dev",

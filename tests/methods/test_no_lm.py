@@ -53,7 +53,7 @@ class Stage:
             methods=parse_methods(names),
             models=self.models,
             train=self.reader("train") if train else None,
-        )
+        ).to_json()
 
     def predicted(self, name: str) -> list[str]:
         path = self.run.folder / "evaluations" / "dev" / f"{name.replace(':', '-')}.seed-0.json"

@@ -150,6 +150,7 @@ def test_controls_of_the_plug_have_short_names() -> None:
     assert find_method("shuffled").info.gain_of is None
     for name in ("shuffled", "random-vectors", "mean-persona", "population-persona"):
         assert find_method(name).info.control_of == "plug"
+    assert find_method("lora").info.family == "weights"
     for name in ("plain", "instruction-only", "lora", "plug", "paper-plug"):
         assert not find_method(name).info.is_control
 

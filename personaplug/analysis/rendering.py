@@ -1,0 +1,123 @@
+"""Sections of a page, and their two renderers: Markdown that lines up in a terminal too, and HTML (`report.html`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import jinja2
+
+ABSENT = "–"
+
+Column = tuple[str, Sequence[str | None]]  # a title and a cell for each line; None if nothing is known
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in lines and columns.
+
+    Attributes:
+        titles: of the columns; the first column names the lines.
+        lines: a cell per column; None if nothing is known.
+        strong: (line, column) of the cells in bold.
+    """
+
+    titles: tuple[str, ...]
+    lines: tuple[tuple[str | None, ...], ...]
+    strong: frozenset[tuple[int, int]] = frozenset()
+
+    @classmethod
+    def from_columns(cls, columns: Sequence[Column]) -> Table:
+        """Make a table of columns; leave out those after the first in which nothing is known."""
+        first, *rest = columns
+        shown = [first, *(column for column in rest if any(cell is not None for cell in column[1]))]
+        return cls(tuple(title for title, _ in shown), tuple(zip(*(cells for _, cells in shown), strict=True)))
+
+    def without_empty_lines(self) -> Table:
+        """Leave out the lines that hold nothing but their names."""
+        return Table(self.titles, tuple(line for line in self.lines if any(cell is not None for cell in line[1:])))
+
+    def text_lines(self) -> list[list[str]]:
+        """Return each line's cells, each as one line of text."""
+        return [[ABSENT if cell is None else one_line(cell) for cell in line] for line in self.lines]
+
+    def to_markdown(self) -> str:
+        """Return aligned Markdown: the first column to the left, the others to the right."""
+        cells = [
+            [cell.replace("|", "\\|") for cell in line] for line in [map(one_line, self.titles), *self.text_lines()]
+        ]
+        for line, column in self.strong:
+            cells[line + 1][column] = f"**{cells[line + 1][column]}**"
+        columns = [_padded(column, left=index == 0) for index, column in enumerate(zip(*cells, strict=True))]
+        return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure's file, by its path relative to the page, with a caption for readers who cannot see it."""
+
+    path: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page, shown in the order of its attributes; the heading's level is 2 for a set, 3 for a table."""
+
+    title: str = ""
+    level: int = 3
+    text: str = ""
+    bullets: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    table: Table | None = None
+
+
+def to_markdown(sections: Sequence[Section]) -> str:
+    """Render sections as Markdown; the text ends without a line break."""
+    return "\n\n".join(block for section in sections for block in _markdown_blocks(section) if block)
+
+
+def to_html(sections: Sequence[Section], *, title: str) -> str:
+    """Render sections as an HTML page; all text is escaped."""
+    return _template().render(sections=sections, title=title)
+
+
+def to_bullets(lines: Sequence[str]) -> str:
+    """Render lines as a Markdown list."""
+    return "\n".join(f"- {one_line(line)}" for line in lines)
+
+
+def one_line(value: object) -> str:
+    """Return a value as text without line breaks."""
+    return " ".join(str(value).split())
+
+
+def _markdown_blocks(section: Section) -> Iterator[str]:
+    yield f"{'#' * section.level} {one_line(section.title)}" if section.title else ""
+    yield one_line(section.text)
+    yield to_bullets(section.bullets)
+    for picture in section.pictures:
+        yield f"![{re.sub(r'[][]', '', picture.caption)}]({picture.path})"
+    yield section.table.to_markdown() if section.table else ""
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("personaplug.analysis", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["one_line"] = one_line
+    return environment.get_template("report.html")
+
+
+def _padded(cells: Sequence[str], *, left: bool) -> list[str]:
+    width = max(3, *map(len, cells))
+    padded = [cell.ljust(width) if left else cell.rjust(width) for cell in cells]
+    rule = ":" + "-" * (width - 1) if left else "-" * (width - 1) + ":"
+    return [padded[0], rule, *padded[1:]]

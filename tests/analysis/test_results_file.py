@@ -1,0 +1,128 @@
+"""The results file: what is written is read back, and a broken file is named with its field."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from personaplug.analysis.results_file import Comparison, Results, Subgroup, load_results
+from personaplug.analysis.trials import Diagnostics
+from personaplug.errors import MissingData, RecordError
+from personaplug.infra.atomic_io import write_json
+
+PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("**/*.json"))
+TABLES = [path for path in PUBLISHED if "rows" in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def row(name: str = "plug", **more: Any) -> dict[str, Any]:
+    return {"condition": name, "n": 3, "seeds": [0], "metrics": {"mae": 1.0}, "intervals": {"mae": [0.5, 2.0]}} | more
+
+
+def pair(**more: Any) -> dict[str, Any]:
+    return {"a": "plug", "b": "plain", "metric": "mae", "difference": 0.5, "low": -0.1, "high": 0.2, "p": 0.4} | more
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_published_file_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "again.json", load_results(path).to_json())
+    record, again = (json.loads(file.read_text(encoding="utf-8")) for file in (path, tmp_path / "again.json"))
+    parts = zip([record, *record.get("slices", [])], [again, *again.get("slices", [])], strict=True)
+    for part, part_again in parts:
+        assert part_again["pairs"] == part["pairs"]
+        assert [row_again | row for row, row_again in zip(part["rows"], part_again["rows"], strict=True)] == (
+            part_again["rows"]
+        )
+    known = {key: value for key, value in record.items() if key not in ("rows", "pairs", "slices")}
+    assert {key: again[key] for key in known} == known
+
+
+def test_unknown_fields_survive_a_round_trip_everywhere() -> None:
+    subgroup = {"name": "short", "samples": 2, "rows": [row(mine=1)], "pairs": [pair(mine=2)], "mine": 3}
+    record = {"task": "T", "rows": [row(mine=[4])], "pairs": [pair(mine={"a": 5})], "slices": [subgroup], "mine": "6"}
+    again: Any = Results.from_json(record).to_json()
+    assert again["mine"] == "6"
+    assert (again["rows"][0]["mine"], again["pairs"][0]["mine"]) == ([4], {"a": 5})
+    part = again["slices"][0]
+    assert (part["mine"], part["rows"][0]["mine"], part["pairs"][0]["mine"]) == (3, 1, 2)
+
+
+def test_row_holds_its_methods_facts_and_its_diagnostics() -> None:
+    costs = {"extra_prompt_tokens": 2.0, "bytes_per_user": None, "seconds_per_user": 0.5}
+    facts: dict[str, Any] = {
+        "family": "plug",
+        "history": "own",
+        "control_of": None,
+        "parents": ["x"],
+        "is_seeded": True,
+    }
+    record = row(**facts, truncated_rate=0.25, costs=costs, decoding="scored", fit_seconds=1.0)
+    [parsed] = Results.from_json({"rows": [record]}).rows
+    assert (parsed.method.family, parsed.method.parents, parsed.method.is_seeded) == ("plug", ("x",), True)
+    expected = Diagnostics(truncated_rate=0.25, extra_prompt_tokens=2.0, seconds_per_user=0.5, fit_seconds=1.0)
+    assert parsed.diagnostics == expected
+    written = parsed.to_json()
+    assert {key: written[key] for key in ("costs", "decoding", "fit_seconds")} == {
+        "costs": costs,
+        "decoding": "scored",
+        "fit_seconds": 1.0,
+    }
+    assert "per_seed" not in written
+
+
+def test_null_is_read_as_nan_and_nan_written_as_null(tmp_path: Path) -> None:
+    broken = row(metrics={"mae": None}, intervals={"mae": [None, None]}, per_user={"mae": None})
+    results = Results.from_json({"rows": [broken], "pairs": [pair(difference=None, p=None)]})
+    assert math.isnan(results.rows[0].metrics["mae"])
+    assert results.rows[0].interval("mae") is None
+    assert math.isnan(results.pairs[0].p or 0)
+    write_json(tmp_path / "a.json", results.to_json())
+    again = json.loads((tmp_path / "a.json").read_text())
+    assert again["rows"][0]["intervals"] == {"mae": [None, None]}
+    assert again["pairs"][0]["p"] is None
+
+
+def test_reversed_comparison_is_the_other_methods_advantage() -> None:
+    comparison = Comparison("a", "b", "mae", 0.5, low=-0.1, high=0.75, p=0.2)
+    assert comparison.reversed() == Comparison("b", "a", "mae", -0.5, low=-0.75, high=0.1, p=0.2)
+    assert comparison.reversed().reversed() == comparison
+
+
+def test_subgroup_without_rows_is_read() -> None:
+    assert Results.from_json({"rows": [], "slices": [{"name": "none"}]}).subgroups == [Subgroup([], [], "none")]
+
+
+@pytest.mark.parametrize(
+    ("content", "position"),
+    [
+        ("{", "line 1"),
+        ("[1]", "the whole file"),
+        ('{"samples": 3}', "the whole file"),
+        ('{"rows": [3]}', "the field 'rows'"),
+        ('{"rows": {"a": 1}}', "the field 'rows'"),
+        ('{"rows": [], "pairs": [[1]]}', "the field 'pairs'"),
+        ('{"rows": [], "slices": [{"name": "a", "rows": 1}]}', "the field 'rows'"),
+        ('{"rows": [], "slices": 7}', "the field 'slices'"),
+        ('{"rows": [{"condition": "a"}, {"n": 3}]}', "entry 2 of 'rows': the field 'condition'"),
+        (
+            '{"rows": [], "pairs": [{"a": "x", "b": "y", "metric": "mae"}]}',
+            "entry 1 of 'pairs': the field 'difference'",
+        ),
+        ('{"rows": [], "slices": [{"rows": []}]}', "entry 1 of 'slices': the field 'name'"),
+    ],
+)
+def test_broken_file_is_refused_by_file_and_field(tmp_path: Path, content: str, position: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(RecordError, match=rf"a\.json, {position}"):
+        load_results(tmp_path / "a.json")
+
+
+def test_absent_file_or_one_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match="evaluate --json"):
+        load_results(tmp_path / "absent.json")
+    (tmp_path / "b.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecordError, match="UTF-8"):
+        load_results(tmp_path / "b.json")

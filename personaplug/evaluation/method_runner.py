@@ -64,7 +64,7 @@ class Asking:
     @property
     def few(self) -> int:
         """Up to how many items the row's plug serves users with what is common to all."""
-        return 0 if self._plug is None else self._plug.few
+        return 0 if self._plug is None else self._plug.cold_start.max_items
 
     def answers(self) -> Answers:
         """What the model answers, or answered before."""

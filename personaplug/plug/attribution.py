@@ -1,7 +1,7 @@
-"""Why an answer was personal: which items made the persona, what the answer loses without each, how a user moved.
+"""Explain a persona: the weight of each item, histories that leave one item out, and how far a user has moved.
 
-A weight says how much of the persona an item is; an effect, how much likelier it makes an answer. Only the latter is
-about the answer: an item may weigh much and change nothing.
+A weight says how much of the persona an item is. Only the effect on an answer's likelihood, measured without the item,
+says whether it matters: an item may weigh much and change nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ class Drift:
     """How far a persona moved.
 
     Attributes:
-        items_before, items_after: that the two personas were made from.
-        cosine: of what is the user's own in them (the persona less the population's): 1 = the same direction, 0 = none
-            in common.
-        moved: the distance between the two, over that of the earlier one from the population's; NaN where the earlier
-            one is the population's.
+        items_before, items_after: sizes of the two histories.
+        cosine: between the two personas' differences from the population's: 1 = same direction, 0 = nothing in common.
+        moved: distance between the personas, relative to the first one's distance from the population's. NaN if the
+            first one is the population's.
     """
 
     items_before: int
@@ -38,45 +37,45 @@ class Drift:
 
 @torch.no_grad()
 def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
-    """How much each item counts in the persona for a query (w of eq. 3, the mean over persona tokens), (N,).
+    """Return the weight of each item in the persona for a query (w of eq. 3, averaged over persona tokens), (N,).
 
-    They sum to 1, or with shrinkage to the user's share of the persona; they are 0 for a user of too few items to be
-    served with a persona of their own.
+    The weights sum to 1, or with shrinkage to the user's share of the persona. They are 0 for a cold-start user.
     """
-    if len(history) <= personalizer.plug.few:
+    plug = personalizer.plug
+    if plug.persona is None or len(history) <= plug.cold_start.max_items:
         return np.zeros(len(history), dtype=np.float32)
-    batch = personalizer.batch(history, lengths=(len(history),))
-    weights: npt.NDArray[np.float32] = personalizer.plug.weights([query], batch).cpu().numpy()
+    weights: npt.NDArray[np.float32] = plug.persona.weights([query], personalizer.collate(history)).cpu().numpy()
     return weights
 
 
-def left_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
-    """The history without each of its items in turn."""
-    for place in range(len(history)):
-        yield history.only(np.delete(np.arange(len(history)), place))
+def leave_one_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
+    """Yield the history without each of its items in turn."""
+    for index in range(len(history)):
+        yield history.select(np.delete(np.arange(len(history)), index))
 
 
 def drift(
-    make: Callable[[EncodedHistory], SoftPrompt],
+    make_persona: Callable[[EncodedHistory], SoftPrompt],
     before: EncodedHistory,
     after: EncodedHistory,
     *,
-    common: SoftPrompt,
-    few: int = 0,
+    population: SoftPrompt,
+    max_cold_items: int = 0,
 ) -> Drift:
-    """How far a user's persona moved from one state of the history to another.
+    """Measure how far a user's persona moved from one state of the history to another.
 
     Args:
-        make: makes a persona of a history.
-        common: what is nobody's own in it; see `PersonaPlug.common`.
-        few: up to how many items a persona is that.
+        population: see `PersonaPlug.population_prompt`. It stands in for the personas of cold-start histories,
+            whatever tokens they are served with.
+        max_cold_items: as `ColdStart.max_items`.
     """
-    # Whatever tokens a cold start is served with.
-    both = ((make(part) if len(part) > few else common).vectors - common.vectors for part in (before, after))
-    own, now = (difference.double().flatten() for difference in both)
+    first, last = (
+        (make_persona(history) if len(history) > max_cold_items else population).vectors for history in (before, after)
+    )
+    old, new = ((vectors - population.vectors).double().flatten() for vectors in (first, last))
     return Drift(
         len(before),
         len(after),
-        cosine=float(torch.cosine_similarity(own, now, dim=0)),
-        moved=float((now - own).norm() / own.norm()) if len(before) > few else float("nan"),
+        cosine=float(torch.cosine_similarity(old, new, dim=0)),
+        moved=float((new - old).norm() / old.norm()) if len(before) > max_cold_items else float("nan"),
     )

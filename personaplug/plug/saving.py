@@ -1,32 +1,36 @@
-"""What a saved plug says of itself: how it is built, and the two models that it fits (plug.json)."""
+"""The files of a saved plug: plug.json (config, spec, training facts), safetensors weights and a model card."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from personaplug.config import BEFORE, Config, PlugConfig, without_gone
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+
+from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.encoders import EncoderIdentity
 from personaplug.errors import MissingData
 from personaplug.infra.atomic_io import write_json
-from personaplug.infra.model_hub import LLMIdentity
+from personaplug.infra.model_hub import HUB_PREFIX, LLMIdentity
 
 FORMAT_VERSION = 1
-ABOUT = "plug.json"
+ABOUT, WEIGHTS, CARD = "plug.json", "plug.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
 class PlugSpec:
-    """What a plug is made to fit, measured once and kept in the artefact.
+    """What a plug fits.
 
     Attributes:
         llm: the language model.
-        embedding_scale: root mean square of that model's embedded tokens.
+        embedding_scale: root mean square of that model's token embeddings.
         encoder: the encoder of items and queries.
-        labels: the closed set of answers that `answers = label` refers to; empty otherwise.
+        labels: the task's closed set of answers; empty if it has none.
     """
 
     llm: LLMIdentity
@@ -35,53 +39,114 @@ class PlugSpec:
     labels: tuple[str, ...] = ()
 
 
-def write_plug_json(folder: Path, config: PlugConfig, *, spec: PlugSpec) -> None:
-    """Say how a plug is built and what it fits; what stands there says that the plug is complete.
+@dataclass(frozen=True)
+class PlugDescription:
+    """What plug.json holds.
 
-    Raises:
-        StorageError: if the disk is full or not writable.
+    Attributes:
+        training: facts of the training for the model card (data, steps, losses).
     """
-    about = {"format_version": FORMAT_VERSION, "config": asdict(config), "fitting": asdict(spec)}
-    write_json(folder / ABOUT, about)
+
+    config: PlugConfig
+    spec: PlugSpec
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write plug.json. Its presence means that the plug is complete."""
+        write_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, folder: Path) -> PlugDescription:
+        """Read plug.json.
+
+        Raises:
+            MissingData: if the folder holds no plug, or a broken or newer one.
+            ConfigError: if a setting is unknown or out of range.
+        """
+        path = folder / ABOUT
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format_version"] != FORMAT_VERSION:
+                raise MissingData(
+                    f"{path} has format version {values['format_version']}; this personaplug reads {FORMAT_VERSION}. "
+                    f"Upgrade personaplug."
+                )
+            settings, spec, training = values["config"], _parse_spec(values["spec"]), dict(values["training"])
+            complete = {setting.name: settings[setting.name] for setting in fields(PlugConfig)} | settings
+        except OSError as error:
+            raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise MissingData(f"{path} does not describe a plug ({type(error).__name__}). Train it again.") from error
+        return cls(with_values(Config(), {f"plug.{key}": complete[key] for key in complete}).plug, spec, training)
 
 
-def read_plug_json(folder: Path) -> tuple[PlugConfig, PlugSpec]:
-    """How a saved plug is built, and what it fits.
-
-    Raises:
-        MissingData: if the folder holds no plug, or a broken or newer one.
-        ConfigError: as `read_plug_config`.
-    """
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        before = {key.removeprefix("plug."): value for key, value in BEFORE.items() if key.startswith("plug.")}
-        version, config = about["format_version"], before | about["config"]
-        spec = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
-    except OSError as error:
-        raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MissingData(f"{folder / ABOUT} is not a plug's description ({type(error).__name__}).") from error
-    if spec is None:
-        raise MissingData(
-            f"{folder} has the format version {version}; this personaplug reads {FORMAT_VERSION}. Upgrade personaplug."
-        )
-    return read_plug_config(config), spec
-
-
-def read_plug_config(values: dict[str, Any]) -> PlugConfig:
-    """The PlugConfig of an artefact, checked like any other setting.
-
-    Raises:
-        ConfigError: for unknown keys or values out of range.
-    """
-    named = {f"plug.{key}": value for key, value in values.items()}
-    return with_values(Config(), without_gone(named)).plug
-
-
-def _read_fitting(values: dict[str, Any]) -> PlugSpec:
+def _parse_spec(values: Mapping[str, Any]) -> PlugSpec:
     return PlugSpec(
         llm=LLMIdentity(**values["llm"]),
         embedding_scale=float(values["embedding_scale"]),
         encoder=EncoderIdentity.from_dict(values["encoder"]),
         labels=tuple(values["labels"]),
     )
+
+
+def find_plug(name: str | Path, **hub_options: Any) -> Path:
+    """Return the local folder of a plug: `name` itself if it is a folder, else a snapshot from the hub.
+
+    Raises:
+        MissingData: if there is no such folder and the hub has no such plug.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[ABOUT, WEIGHTS], **hub_options))
+    except Exception as error:  # the hub's client also raises the errors of its HTTP library
+        raise MissingData(
+            f"There is no plug {str(name)!r}: it is no local folder, and the hub gave none ({type(error).__name__}). "
+            f"Give the folder of a finished training or the name of a hub repository."
+        ) from error
+
+
+def model_card(about: PlugDescription, *, parameters: int) -> ModelCard:
+    """Describe what a plug fits, how it was trained and what it does not promise."""
+    config, spec = about.config, about.spec
+    name = spec.llm.name.removeprefix(HUB_PREFIX)
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    data = ModelCardData(
+        base_model=name if is_hub_name else None,  # a local path would be no link and tell of this machine
+        library_name="personaplug",
+        tags=["personalization", "soft-prompt"],
+    )
+    settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items())
+    training = "\n".join(f"- {key}: {value}" for key, value in about.training.items()) or "- (nothing was recorded)"
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# A persona plug for {name}
+
+Turns a user's history into {config.persona_tokens} soft tokens, after {config.instruction_tokens} that are the same
+for all users. The language model's weights stay as they are. The plug has {parameters:,} trained values.
+
+It fits only these two models, and checks that when it is loaded:
+
+- language model: {spec.llm.describe()}, revision {spec.llm.revision or "unknown"}
+- encoder: {spec.encoder.describe()}
+
+```python
+plug = PersonaPlug.from_pretrained("this folder or repository", encoder=encoder, llm=llm.identity)
+```
+
+## Training
+
+{training}
+
+| setting | value |
+|---|---|
+{settings}
+
+## What it does not promise
+
+A gain over the plain model may come from the task, which any soft token can learn, and not from the person. Compare
+with the rows instruction-only and wrong-user of `personaplug evaluate`. Persona tokens are made from a user's texts and
+can reveal some of them. Treat them as personal data.
+""")

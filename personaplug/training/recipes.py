@@ -32,6 +32,7 @@ from personaplug.infra.atomic_io import atomic_write, write_json
 from personaplug.infra.distributed import main_first, on_main, synchronized
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.methods import INSTRUCTION, LORA, PLUG, Trained
+from personaplug.plug.cold_start import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run, drawn
@@ -79,7 +80,7 @@ def build_plug(run: Run, models: Models, *, trained: Trained = PLUG, seed: int) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plug = PersonaPlug(config, spec=spec, encoder=models.encoder)
-    return plug.computing_items_in(models.llm.dtype).to(models.llm.device)
+    return plug.compute_items_in(models.llm.dtype).to(models.llm.device)
 
 
 @contextmanager
@@ -165,7 +166,8 @@ class Trainings:
             facts |= self._choose_cold_start(plug, objective, read, seed=seed)
         folder = self.run.plug_folder(trained.name, seed=seed)
         told = {key: facts[key] for key in facts if key != "parameters"}
-        on_main(lambda: plug.save_pretrained(folder, facts=told))
+        plug.training_facts = told
+        on_main(lambda: plug.save_pretrained(folder))
         on_main(lambda: write_json(folder / "fit.json", facts))
 
     def _has_control(self, trained: Trained) -> bool:
@@ -208,9 +210,9 @@ class Trainings:
             shown = [sample.latest(items) for sample in held if len(sample.rows) >= items]
             if not shown:
                 break
-            plug.set_cold_start(None)
+            plug.cold_start = ColdStart()
             own = mean_loss(objective, shown, most=config.max_tokens_per_microbatch)
-            plug.set_cold_start(tokens, items=items)
+            plug.cold_start = ColdStart(tokens, max_items=items)
             losses[items] = {"plug": own, name: mean_loss(objective, shown, most=config.max_tokens_per_microbatch)}
             if losses[items][name] < own:
                 chosen = items
@@ -218,7 +220,7 @@ class Trainings:
                 tokens, name = None, _WITHOUT_ITEMS
             else:
                 break
-        plug.set_cold_start(tokens, items=chosen)
+        plug.cold_start = ColdStart(tokens, max_items=chosen)
         return {"loss_of_few_items": losses}
 
     def _start(self, plug: PersonaPlug, samples: Sequence[EncodedSample], *, seed: int) -> None:
@@ -227,7 +229,7 @@ class Trainings:
         answers = [samples[place].target or "" for place in rng.permutation(len(samples))[:_STARTS]]
         tokens = self.models.llm.embedded(answers)
         if len(tokens):
-            plug.start_from(tokens[rng.choice(len(tokens), size=wanted, replace=len(tokens) < wanted)])
+            plug.init_instruction(tokens[rng.choice(len(tokens), size=wanted, replace=len(tokens) < wanted)])
 
     def _answered(self, samples: Sequence[EncodedSample]) -> torch.Tensor:
         """Places of the samples' answers among the task's labels.

@@ -1,7 +1,6 @@
 """Explain a persona: the weight of each item, histories that leave one item out, and how far a user has moved.
 
-A weight says how much of the persona an item is. Only the effect on an answer's likelihood, measured without the item,
-says whether it matters: an item may weigh much and change nothing.
+An item may weigh much and change nothing. Only an answer's likelihood without the item says whether it matters.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ class Drift:
 
     Attributes:
         items_before, items_after: sizes of the two histories.
-        cosine: between the two personas' differences from the population's: 1 = same direction, 0 = nothing in common.
-        moved: distance between the personas, relative to the first one's distance from the population's. NaN if the
-            first one is the population's.
+        cosine: between the two personas' differences from the population's.
+        moved: distance between the personas over the first one's from the population's; NaN if that is 0.
     """
 
     items_before: int
@@ -37,10 +35,7 @@ class Drift:
 
 @torch.no_grad()
 def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
-    """Return the weight of each item in the persona for a query (w of eq. 3, averaged over persona tokens), (N,).
-
-    The weights sum to 1, or with shrinkage to the user's share of the persona. They are 0 for a cold-start user.
-    """
+    """Return the weight of each item in the persona for a query, (N,); all 0 for a cold-start user."""
     plug = personalizer.plug
     if plug.persona is None or len(history) <= plug.cold_start.max_items:
         return np.zeros(len(history), dtype=np.float32)
@@ -64,10 +59,8 @@ def drift(
 ) -> Drift:
     """Measure how far a user's persona moved from one state of the history to another.
 
-    Args:
-        population: see `PersonaPlug.population_prompt`. It stands in for the personas of cold-start histories,
-            whatever tokens they are served with.
-        max_cold_items: as `ColdStart.max_items`.
+    `population` is `PersonaPlug.population_prompt`. It stands in for the personas of histories with at most
+    `max_cold_items` items, whatever tokens these are served with.
     """
     first, last = (
         (make_persona(history) if len(history) > max_cold_items else population).vectors for history in (before, after)

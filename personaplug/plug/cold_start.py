@@ -11,11 +11,9 @@ from personaplug.plug.history_batch import HistoryBatch
 
 
 class ColdStart(nn.Module):
-    """Give users with few items a soft prompt without anything of their own.
+    """Give cold users, those with at most `max_items` items, a soft prompt without anything of their own.
 
-    Args:
-        tokens: (S, D), not scaled; None = what the plug makes for users without items.
-        max_items: users with at most so many items are cold.
+    `tokens` are (S, D) and not scaled. None means what the plug makes for users without items.
     """
 
     tokens: Tensor | None

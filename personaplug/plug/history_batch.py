@@ -32,11 +32,6 @@ class HistoryBatch:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def select(self, items: Tensor, *, lengths: tuple[int, ...]) -> HistoryBatch:
-        """Keep some of the items.
-
-        Args:
-            items: their indices among the M items, user after user.
-            lengths: how many of them each user has.
-        """
+        """Keep the items with these indices, user after user; `lengths` says how many of them each user has."""
         hidden = None if self.hidden is None else self.hidden[items]
         return HistoryBatch(self.vectors[items], lengths, self.label_ids[items], self.style[items], hidden=hidden)

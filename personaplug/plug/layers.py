@@ -1,6 +1,5 @@
-"""The layers of a plug, in the order of PPlug's equations (https://arxiv.org/abs/2409.11901).
+"""The layers of a plug: PPlug's equations 2 to 4 (https://arxiv.org/abs/2409.11901), option hint and label prior.
 
-Query head (eq. 2), item attention (eq. 3), projector (eq. 4); beyond the paper: option hint and label prior.
 Shapes: B users, M items of all users together, E encoder width, D language model width, K persona tokens.
 """
 
@@ -23,10 +22,7 @@ _SIMILARITIES = 3
 
 
 class FrozenQueryEncoder:
-    """Encode texts with a frozen encoder and cache the vectors. Not thread-safe.
-
-    The cache is keyed by digests, so no text stays in memory.
-    """
+    """Encode texts with a frozen encoder and cache the vectors, without the texts. Not thread-safe."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._source = encoder
@@ -78,8 +74,8 @@ class QueryHead(QueryEncoder):
 class Aggregator(nn.Module):
     """Weigh the items of each user with a softmax over scores.
 
-    With `shrinkage`, the softmax of each user has one more, trained score for the population persona. The weights
-    then sum to less than 1; the sum grows with the number of items and their scores.
+    With `shrinkage`, each softmax has one more, trained score, of the population persona. The weights then sum to less
+    than 1; the sum grows with the number of items and their scores.
     """
 
     def __init__(self, *, shrinkage: bool = False) -> None:
@@ -91,15 +87,12 @@ class Aggregator(nn.Module):
 
         Args:
             query: (B, E) unit vectors.
-            items: (M, E) unit vectors, user after user.
-            lengths: items of each of the B users; 0 is allowed.
-        Raises:
-            ShapeMismatch: if the widths differ or the lengths do not fit.
+            items: (M, E) unit vectors, user after user; `lengths` of each of the B users, which may be 0.
         """
         if query.shape[-1] != items.shape[-1]:
             raise ShapeMismatch(
-                f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}: "
-                f"both must come from the same encoder."
+                f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}: both must come from the "
+                f"same encoder."
             )
         if len(lengths) != len(query) or sum(lengths) != len(items):
             raise ShapeMismatch(
@@ -150,15 +143,8 @@ class Projector(nn.Module):
     """Proj of eq. 4: a two-layer MLP from an item's vector (E,) to K soft tokens of width D.
 
     Its outputs start with unit variance. Unit vectors are multiplied by √E so that each value is about 1, and both
-    layers keep that size. Label and style of an item's answer are added to the hidden layer.
-
-    Args:
-        width: E.
-        hidden: width of the hidden layer.
-        tokens: K.
-        out: D.
-        labels: size of the closed label set; 0 = no label channel.
-        style: number of style features (F); 0 = no style channel.
+    layers keep that size. Label and style of an item's answer are added to the hidden layer, unless `labels` (size of
+    the label set) or `style` (number of features, F) are 0.
     """
 
     def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, style: int) -> None:
@@ -182,9 +168,7 @@ class Projector(nn.Module):
         """Return the hidden layer of each item, (M, hidden), in the dtype of `items`.
 
         Args:
-            items: (M, E) unit vectors.
-            label_ids: (M,) int64, -1 if an item has no label.
-            style: (M, F), or (M, 0) without a style channel.
+            items: (M, E) unit vectors; label_ids: (M,) int64, -1 for no label; style: (M, F).
         """
         # Scaling the weights costs less than scaling the items, which are more.
         weight, bias = (self.inner.weight * self.input_scale).to(items.dtype), self.inner.bias.to(items.dtype)
@@ -199,9 +183,7 @@ class Projector(nn.Module):
         """Apply the outer layer to weighted sums: Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i; returns (B, k, D).
 
         Args:
-            hidden: (B, hidden) Σ w_i g_i.
-            weight_sums: (B,) Σ w_i.
-            tokens: which k of the K tokens.
+            hidden: (B, hidden) Σ w_i g_i; weight_sums: (B,) Σ w_i; tokens: which k of the K tokens.
         """
         weight = self.outer.weight.view(self.tokens, -1, hidden.shape[1])[tokens]
         bias = self.outer.bias.view(self.tokens, -1)[tokens]
@@ -211,12 +193,8 @@ class Projector(nn.Module):
 class OptionHint(nn.Module):
     """Make one token that points to the options that fit the question and the user best.
 
-    T = Σ_c tanh(a · (f_c − mean f of the other options)) · V_c. The features f_c are the cosines of option c to the
-    question, to the user's items on average, and to the nearest item. a and V are trained.
-
-    Args:
-        options: options of a prompt (C).
-        width: D.
+    T = Σ_c tanh(a · (f_c − mean f of the other options)) · V_c. The features f_c are the cosines of option c, of C, to
+    the question, to the user's items on average, and to the nearest item. a and V are trained.
     """
 
     def __init__(self, options: int, *, width: int) -> None:
@@ -225,13 +203,7 @@ class OptionHint(nn.Module):
         self.option_vectors = nn.Parameter(torch.randn(options, width))
 
     def forward(self, question: Tensor, options: Tensor, items: Tensor) -> Tensor:
-        """Return one user's token, (D,).
-
-        Args:
-            question: (E,) unit vector.
-            options: (C, E) unit vectors.
-            items: (n, E) unit vectors of the history; n may be 0.
-        """
+        """Return one user's token (D,) from unit vectors: question (E,), options (C, E), items (n, E); n may be 0."""
         similarities = torch.stack([options @ question, *_item_similarities(options @ items.T)], dim=1)
         others = (similarities.sum(dim=0) - similarities) / (len(options) - 1)
         preference = torch.tanh((similarities - others) @ self.log_sharpness.exp())
@@ -251,9 +223,6 @@ class LabelPrior(nn.Module):
 
     b_c = trust · log( (n_c + doubt · π_c) / ((n + doubt) · π_c) ). n_c of the user's n answers are label c, and π_c
     is its share among all training answers. doubt and trust are trained. A user without answers has b = 0.
-
-    Args:
-        labels: size of the label set (C).
     """
 
     def __init__(self, labels: int) -> None:
@@ -269,12 +238,7 @@ class LabelPrior(nn.Module):
         self.usual.copy_(counts / counts.sum())
 
     def forward(self, answers: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Return b of each user, (B, C).
-
-        Args:
-            answers: (M,) label index of each item's answer, -1 if it is no label.
-            lengths: items of each of the B users.
-        """
+        """Return b of each user, (B, C), from the (M,) label indices of all items' answers, -1 for no label."""
         counts = self._counts(answers, lengths)
         doubt = self.log_doubt.exp()
         own = (counts + doubt * self.usual) / (counts.sum(dim=1, keepdim=True) + doubt)

@@ -23,7 +23,16 @@ from personaplug.plug.cold_start import ColdStart
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.layers import LabelPrior
 from personaplug.plug.persona_head import PersonaHead
-from personaplug.plug.saving import ABOUT, CARD, WEIGHTS, PlugDescription, PlugSpec, find_plug, model_card
+from personaplug.plug.saving import (
+    ABOUT,
+    CARD,
+    WEIGHTS,
+    PlugSpec,
+    find_plug,
+    model_card,
+    read_description,
+    write_description,
+)
 
 _KINDS = {
     "tokens": ("instruction", "population", "option_vectors"),
@@ -35,14 +44,8 @@ _MAX_COLD_ITEMS = "cold_start.max_items"  # beside the weights, so that one file
 class PersonaPlug(nn.Module, ModelHubMixin):
     """Make [I; P] of eq. 5: I instruction tokens, the same for all users, and the tokens of the persona head.
 
-    Args:
-        spec: the models and labels that it fits.
-        encoder: a frozen encoder with the spec's identity. A trained copy of it may become part of the plug.
-    Attributes:
-        persona: None without persona tokens.
-        label_prior: None unless the config asks for it.
-        cold_start: what users with few items get.
-        training_facts: for the model card (data, steps, losses).
+    `spec` says which models and labels it fits, `training_facts` what its model card tells of the training.
+
     Raises:
         ConfigError: if the settings contradict each other or the spec.
         EncoderMismatch: if the encoder is another than the spec's.
@@ -78,7 +81,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         options: Sequence[Options | None] = (),
         persona_scale: float = 1.0,
     ) -> SoftPrompt:
-        """Make the soft prompts of a batch.
+        """Make soft prompts, (B, I + K, D), one token more if options are compared, scaled like the model's embeddings.
 
         Args:
             queries: B texts.
@@ -86,8 +89,6 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             options: the options in each prompt; only read if the plug compares them.
             persona_scale: how far personas go from the population persona (near 0) to the user's own (1) and beyond.
                 At 0 there are no soft tokens at all. Users without items get the same tokens at every scale above 0.
-        Returns:
-            (B, S, D), scaled like the language model's own embeddings: S = I + K, one more if options are compared.
         """
         if persona_scale == 0:
             return self._soft_prompt(self.instruction.new_empty(len(queries), 0, self.spec.llm.width))
@@ -123,8 +124,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
     def compute_items_in(self, dtype: str) -> Self:
         """Project items in bfloat16 if the language model uses it, else in float32. Returns the plug.
 
-        A bfloat16 model rounds the persona anyway, and 512 items in float32 cost more than the model. The weights of
-        eq. 3 stay in float32.
+        A bfloat16 model rounds the persona anyway, and 512 items in float32 cost more than the model.
         """
         if self.persona is not None:
             self.persona.item_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -165,14 +165,13 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         tensors[_MAX_COLD_ITEMS] = torch.tensor(self.cold_start.max_items)
         atomic_write(save_directory / WEIGHTS, lambda path: save_file(tensors, path))
         write_text(save_directory / CARD, str(self.generate_model_card()))
-        self._description().save(save_directory)  # last, because it marks the plug as complete
+        # Last, because it marks the plug as complete.
+        write_description(save_directory, self.config, spec=self.spec, training=self.training_facts)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Build the plug's card. The mixin's arguments for its own template are ignored."""
-        return model_card(self._description(), parameters=sum(p.numel() for p in self.parameters()))
-
-    def _description(self) -> PlugDescription:
-        return PlugDescription(self.config, self.spec, self.training_facts)
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return model_card(self.config, spec=self.spec, training=self.training_facts, parameters=parameters)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a plug cannot be loaded without its two models
@@ -189,12 +188,11 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             LLMMismatch: if it was trained for another language model.
         """
         folder = find_plug(pretrained_model_name_or_path, **hub_options)
-        about = PlugDescription.load(folder)
-        fitted = about.spec.llm
-        if llm is not None and (fitted.fingerprint, fitted.width) != (llm.fingerprint, llm.width):
-            raise LLMMismatch(trained_for=fitted.describe(), given=llm.describe())
-        plug = cls(about.config, spec=about.spec, encoder=encoder)
-        plug.training_facts = about.training
+        config, spec, training = read_description(folder)
+        if llm is not None and (spec.llm.fingerprint, spec.llm.width) != (llm.fingerprint, llm.width):
+            raise LLMMismatch(trained_for=spec.llm.describe(), given=llm.describe())
+        plug = cls(config, spec=spec, encoder=encoder)
+        plug.training_facts = training
         plug._load_weights(folder / WEIGHTS)
         return plug.eval()
 

@@ -24,18 +24,14 @@ from personaplug.plug.layers import (
     split_by_user,
 )
 
-_CONVERTED_ITEMS = 1024  # items converted at once, so that the intermediate float32 stays in the processor's cache
+_CONVERTED_ITEMS = 1024  # at once, so that their float32 copy stays in the processor's cache
 
 
 class PersonaHead(nn.Module):
     """Make K persona tokens, and one more if options are compared.
 
     The first `state_tokens` of the K weigh all items alike: the user's state. The others attend to the query.
-
-    Args:
-        encoder: frozen encoder of items and queries.
-        width: of the language model's embeddings (D).
-        labels: size of the task's label set; 0 = it has none.
+    `width` is the language model's (D), `labels` the size of the task's label set.
     """
 
     def __init__(self, config: PlugConfig, *, encoder: Encoder, width: int, labels: int) -> None:
@@ -103,9 +99,9 @@ class PersonaHead(nn.Module):
         self.frozen_encoder.cache(texts + (_option_texts(options) if self.hint is not None else []))
 
     def _persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
-        """Return P of eq. 4, and the population persona for the weight that items leave; (B, K, D).
+        """Return P = Σ_i w_i · Proj(h_i) of eq. 4, plus the population persona for the weight that is left; (B, K, D).
 
-        P = Σ_i w_i · Proj(h_i). The projector's outer layer is linear, so it runs once per user, not once per item.
+        The projector's outer layer is linear, so it runs once per user, not once per item.
         """
         hidden = self._hidden(history) if history.hidden is None else history.hidden
         user_hidden, dtype = split_by_user(hidden, history.lengths), self.population.dtype
@@ -124,18 +120,17 @@ class PersonaHead(nn.Module):
         return weights.sum() if self.shrinkage else weights.new_tensor(float(len(weights) > 0))
 
     def _weights(self, queries: Sequence[str], history: HistoryBatch) -> list[tuple[slice, Tensor]]:
-        """Return slices of the persona tokens with their (M,) item weights.
-
-        The weights are float32, because a low temperature magnifies rounding errors.
-        """
-        x, parts = self._encode_queries(queries), []
-        if self.state_pooling is not None:
-            weights = self.state_pooling(x, history.vectors, lengths=history.lengths)
-            parts.append((slice(0, self.state_tokens), weights))
-        if self.item_attention is not None:
-            weights = self.item_attention(x, history.vectors, lengths=history.lengths)
-            parts.append((slice(self.state_tokens, None), weights))
-        return parts
+        """Return slices of the persona tokens with their (M,) item weights, in float32: a low temperature magnifies."""
+        x = self._encode_queries(queries)
+        poolings = (
+            (slice(0, self.state_tokens), self.state_pooling),
+            (slice(self.state_tokens, None), self.item_attention),
+        )
+        return [
+            (tokens, pooling(x, history.vectors, lengths=history.lengths))
+            for tokens, pooling in poolings
+            if pooling is not None
+        ]
 
     def _encode_queries(self, queries: Sequence[str]) -> Tensor:
         """Return x of eq. 2, (B, E); equal queries are encoded once. Zeros if no token depends on the query."""
@@ -163,8 +158,8 @@ class PersonaHead(nn.Module):
             vectors = self.frozen_encoder([choice.question, *choice.texts]).to(hint.option_vectors.device)
             hint_for = partial(hint, vectors[0], vectors[1:])
             own = hint_for(items.to(vectors.dtype))
-            # Without items, the hint holds what the question alone says of the options: that part is not personal.
-            own = own if persona_scale == 1 else torch.lerp(hint_for(items[:0].to(vectors.dtype)), own, persona_scale)
+            if persona_scale != 1:  # what the question alone says of the options is not personal
+                own = torch.lerp(hint_for(vectors[:0]), own, persona_scale)
             hints.append(own)
         return torch.stack(hints)[:, None]
 
@@ -179,7 +174,7 @@ def _convert(items: Tensor, dtype: torch.dtype) -> Tensor:
         return items.to(dtype)
     # CPUs convert between the 16-bit formats value by value. Through float32 it takes a third of the time.
     converted = torch.empty(items.shape, dtype=dtype)
-    chunks = zip(items.split(_CONVERTED_ITEMS), converted.split(_CONVERTED_ITEMS), strict=True)  # type: ignore[no-untyped-call]
-    for source, target in chunks:
-        target.copy_(source.float())
+    for start in range(0, len(items), _CONVERTED_ITEMS):
+        chunk = slice(start, start + _CONVERTED_ITEMS)
+        converted[chunk] = items[chunk].float()
     return converted

@@ -31,7 +31,6 @@ class Vectors(Protocol):
 
     def gather(self, rows: Rows) -> Halves:
         """Return the vectors of some rows, (n, E)."""
-        ...
 
 
 class SoftPrompter(Protocol):
@@ -40,22 +39,16 @@ class SoftPrompter(Protocol):
     @property
     def placement(self) -> str:
         """As in `SoftPrompt`."""
-        ...
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Return the soft prompts of a batch, (B, S, D)."""
-        ...
 
 
 class Personalizer:
     """Make soft prompts with one plug.
 
-    `soft_prompt` serves batches of samples. For one user, `encode` items and pass them to `persona`; `precompute` does
-    the part of `persona` that depends on no query.
-
-    Args:
-        table: holds the item vectors of samples; not needed for single users.
-        persona_scale: as for `PersonaPlug.forward`.
+    `soft_prompt` takes a batch of samples, whose item vectors are in `table`. `persona` takes one query and a user's
+    encoded history; `precompute` does the part of it that depends on no query.
     """
 
     def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None, persona_scale: float = 1.0) -> None:
@@ -100,7 +93,6 @@ class Personalizer:
 
         Args:
             history: at most `max_history` items, encoded or precomputed.
-            options: the options in the prompt, for a plug that compares them.
             persona_scale: None = the personalizer's.
         """
         batch = self.collate(history) if isinstance(history, EncodedHistory) else history
@@ -112,25 +104,16 @@ class Personalizer:
         return soft
 
     def select_items(self, query: str, vectors: Halves) -> Rows:
-        """Return the indices of the items that the plug uses: all, or the `selected_items` nearest to the query.
-
-        Args:
-            vectors: (n, E) of the items.
-        """
+        """Return the indices of the items that the plug uses: all, or the `selected_items` nearest to the query."""
         count, head = self.plug.config.selected_items, self.plug.persona
         if not count or len(vectors) <= count or head is None:
             return np.arange(len(vectors))
         return nearest(head.frozen_encoder([query])[0].numpy(), vectors, count=count)
 
     def collate(self, history: EncodedHistory, *, lengths: tuple[int, ...] | None = None) -> HistoryBatch:
-        """Turn encoded histories into tensors on the plug's device.
-
-        Args:
-            history: of one user, or of several users one after the other.
-            lengths: items of each user; None = there is one user.
-        """
-        device, uses_style = self.plug.instruction.device, self.plug.config.reads_forms
-        style = history.forms if uses_style else no_style(len(history))
+        """Turn the history of one user, or of several with these `lengths`, into tensors on the plug's device."""
+        device = self.plug.instruction.device
+        style = history.forms if self.plug.config.reads_forms else no_style(len(history))
         # torch takes writable arrays; the read-only arrays of a store are copied.
         vectors, style = (np.require(array, requirements=["C", "W"]) for array in (history.vectors, style))
         return HistoryBatch(

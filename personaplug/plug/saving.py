@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,54 +39,38 @@ class PlugSpec:
     labels: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class PlugDescription:
-    """What plug.json holds.
+def write_description(folder: Path, config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any]) -> None:
+    """Write plug.json. Its presence means that the plug is complete."""
+    sections = {"config": asdict(config), "spec": asdict(spec), "training": training}
+    write_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **sections})
 
-    Attributes:
-        training: facts of the training for the model card (data, steps, losses).
+
+def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]]:
+    """Read config, spec and training facts from plug.json.
+
+    Raises:
+        MissingData: if the folder holds no plug, or a broken or newer one.
+        ConfigError: if a setting is unknown or out of range.
     """
-
-    config: PlugConfig
-    spec: PlugSpec
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """Write plug.json. Its presence means that the plug is complete."""
-        write_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, folder: Path) -> PlugDescription:
-        """Read plug.json.
-
-        Raises:
-            MissingData: if the folder holds no plug, or a broken or newer one.
-            ConfigError: if a setting is unknown or out of range.
-        """
-        path = folder / ABOUT
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format_version"] != FORMAT_VERSION:
-                raise MissingData(
-                    f"{path} has format version {values['format_version']}; this personaplug reads {FORMAT_VERSION}. "
-                    f"Upgrade personaplug."
-                )
-            settings, spec, training = values["config"], _parse_spec(values["spec"]), dict(values["training"])
-            complete = {setting.name: settings[setting.name] for setting in fields(PlugConfig)} | settings
-        except OSError as error:
-            raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise MissingData(f"{path} does not describe a plug ({type(error).__name__}). Train it again.") from error
-        return cls(with_values(Config(), {f"plug.{key}": complete[key] for key in complete}).plug, spec, training)
+    path = folder / ABOUT
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format_version"] != FORMAT_VERSION:
+            raise MissingData(
+                f"{path} has format version {values['format_version']}; this personaplug reads {FORMAT_VERSION}. "
+                f"Upgrade personaplug."
+            )
+        spec, training = _parse_spec(**values["spec"]), dict(values["training"])
+        settings = {setting.name: values["config"][setting.name] for setting in fields(PlugConfig)} | values["config"]
+    except OSError as error:
+        raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise MissingData(f"{path} does not describe a plug ({type(error).__name__}). Train it again.") from error
+    return with_values(Config(), {f"plug.{name}": value for name, value in settings.items()}).plug, spec, training
 
 
-def _parse_spec(values: Mapping[str, Any]) -> PlugSpec:
-    return PlugSpec(
-        llm=LLMIdentity(**values["llm"]),
-        embedding_scale=float(values["embedding_scale"]),
-        encoder=EncoderIdentity.from_dict(values["encoder"]),
-        labels=tuple(values["labels"]),
-    )
+def _parse_spec(llm: Any, encoder: Any, *, embedding_scale: float, labels: Sequence[str]) -> PlugSpec:
+    return PlugSpec(LLMIdentity(**llm), float(embedding_scale), EncoderIdentity.from_dict(encoder), tuple(labels))
 
 
 def find_plug(name: str | Path, **hub_options: Any) -> Path:
@@ -106,9 +90,8 @@ def find_plug(name: str | Path, **hub_options: Any) -> Path:
         ) from error
 
 
-def model_card(about: PlugDescription, *, parameters: int) -> ModelCard:
+def model_card(config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any], parameters: int) -> ModelCard:
     """Describe what a plug fits, how it was trained and what it does not promise."""
-    config, spec = about.config, about.spec
     name = spec.llm.name.removeprefix(HUB_PREFIX)
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     data = ModelCardData(
@@ -117,7 +100,7 @@ def model_card(about: PlugDescription, *, parameters: int) -> ModelCard:
         tags=["personalization", "soft-prompt"],
     )
     settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items())
-    training = "\n".join(f"- {key}: {value}" for key, value in about.training.items()) or "- (nothing was recorded)"
+    facts = "\n".join(f"- {key}: {value}" for key, value in training.items()) or "- (nothing was recorded)"
     return ModelCard(f"""---
 {data.to_yaml()}
 ---
@@ -138,7 +121,7 @@ plug = PersonaPlug.from_pretrained("this folder or repository", encoder=encoder,
 
 ## Training
 
-{training}
+{facts}
 
 | setting | value |
 |---|---|

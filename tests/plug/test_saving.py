@@ -18,7 +18,7 @@ from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch, MissingData, StorageError
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.plug.model import PersonaPlug
-from personaplug.plug.saving import PlugDescription, model_card
+from personaplug.plug.saving import model_card
 
 FILES = ["README.md", "plug.json", "plug.safetensors"]
 ENCODER = HashEncoder(WIDTH)
@@ -143,7 +143,7 @@ def test_model_card_names_a_base_model_only_if_it_is_a_hub_name(tmp_path: Path) 
         (str(tmp_path), None),
     ):
         spec = replace(plug.spec, llm=replace(LLM, name=name))
-        data = model_card(PlugDescription(plug.config, spec), parameters=5).data
+        data = model_card(plug.config, spec=spec, training={}, parameters=5).data
         assert (data.get("base_model"), data.get("license")) == (base_model, None)
         assert (data.get("library_name"), data.get("tags")) == ("personaplug", ["personalization", "soft-prompt"])
 

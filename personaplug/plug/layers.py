@@ -18,7 +18,6 @@ from personaplug.errors import ShapeMismatch
 
 _MAX_CACHED_TEXTS = 65_536  # 100 MB with MiniLM
 _INITIAL_DOUBT = 4.0  # answers after which a user's own label frequencies count as much as everybody's
-_SIMILARITIES = 3
 
 
 class FrozenQueryEncoder:
@@ -199,23 +198,16 @@ class OptionHint(nn.Module):
 
     def __init__(self, options: int, *, width: int) -> None:
         super().__init__()
-        self.log_sharpness = nn.Parameter(torch.full((_SIMILARITIES,), math.log(3)))
+        self.log_sharpness = nn.Parameter(torch.full((3,), math.log(3)))
         self.option_vectors = nn.Parameter(torch.randn(options, width))
 
     def forward(self, question: Tensor, options: Tensor, items: Tensor) -> Tensor:
         """Return one user's token (D,) from unit vectors: question (E,), options (C, E), items (n, E); n may be 0."""
-        similarities = torch.stack([options @ question, *_item_similarities(options @ items.T)], dim=1)
-        others = (similarities.sum(dim=0) - similarities) / (len(options) - 1)
-        preference = torch.tanh((similarities - others) @ self.log_sharpness.exp())
+        cosines = options @ items.T if len(items) else options.new_zeros(len(options), 1)
+        features = torch.stack([options @ question, cosines.mean(dim=1), cosines.amax(dim=1)], dim=1)
+        others = (features.sum(dim=0) - features) / (len(options) - 1)
+        preference = torch.tanh((features - others) @ self.log_sharpness.exp())
         return preference @ self.option_vectors
-
-
-def _item_similarities(cosines: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and maximum over the items of (C, n) cosines, (C,) each; 0 without items."""
-    if not cosines.shape[1]:
-        zeros = cosines.new_zeros(len(cosines))
-        return zeros, zeros
-    return cosines.mean(dim=1), cosines.amax(dim=1)
 
 
 class LabelPrior(nn.Module):
@@ -239,13 +231,10 @@ class LabelPrior(nn.Module):
 
     def forward(self, answers: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Return b of each user, (B, C), from the (M,) label indices of all items' answers, -1 for no label."""
-        counts = self._counts(answers, lengths)
-        doubt = self.log_doubt.exp()
-        own = (counts + doubt * self.usual) / (counts.sum(dim=1, keepdim=True) + doubt)
-        return self.trust * (own / self.usual).log()
-
-    def _counts(self, answers: Tensor, lengths: tuple[int, ...]) -> Tensor:
         labels, users = len(self.usual), len(lengths)
         owners = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=answers.device))
         cells = (owners * labels + answers)[answers >= 0]
-        return torch.bincount(cells, minlength=users * labels).view(users, labels).to(self.usual)
+        counts = torch.bincount(cells, minlength=users * labels).view(users, labels).to(self.usual)
+        doubt = self.log_doubt.exp()
+        own = (counts + doubt * self.usual) / (counts.sum(dim=1, keepdim=True) + doubt)
+        return self.trust * (own / self.usual).log()

@@ -19,20 +19,12 @@ from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch, Missin
 from personaplug.infra.atomic_io import atomic_write, storage_errors, write_text
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.plug import saving
 from personaplug.plug.cold_start import ColdStart
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.layers import LabelPrior
 from personaplug.plug.persona_head import PersonaHead
-from personaplug.plug.saving import (
-    ABOUT,
-    CARD,
-    WEIGHTS,
-    PlugSpec,
-    find_plug,
-    model_card,
-    read_description,
-    write_description,
-)
+from personaplug.plug.saving import PlugSpec
 
 _KINDS = {
     "tokens": ("instruction", "population", "option_vectors"),
@@ -155,23 +147,25 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         Raises:
             StorageError: if the disk is full or not writable. Files of an earlier plug stay whole.
         """
-        with storage_errors(Path(save_directory) / ABOUT):
+        with storage_errors(Path(save_directory) / saving.ABOUT):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        (save_directory / ABOUT).unlink(missing_ok=True)  # an earlier plug's config must not stand beside new weights
+        (save_directory / saving.ABOUT).unlink(
+            missing_ok=True
+        )  # an earlier plug's config must not stand beside new weights
         tensors = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
         tensors[_MAX_COLD_ITEMS] = torch.tensor(self.cold_start.max_items)
-        atomic_write(save_directory / WEIGHTS, lambda path: save_file(tensors, path))
-        write_text(save_directory / CARD, str(self.generate_model_card()))
+        atomic_write(save_directory / saving.WEIGHTS, lambda path: save_file(tensors, path))
+        write_text(save_directory / saving.CARD, str(self.generate_model_card()))
         # Last, because it marks the plug as complete.
-        write_description(save_directory, self.config, spec=self.spec, training=self.training_facts)
+        saving.write_description(save_directory, self.config, spec=self.spec, training=self.training_facts)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Build the plug's card. The mixin's arguments for its own template are ignored."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return model_card(self.config, spec=self.spec, training=self.training_facts, parameters=parameters)
+        return saving.model_card(self.config, spec=self.spec, training=self.training_facts, parameters=parameters)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a plug cannot be loaded without its two models
@@ -187,13 +181,13 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             EncoderMismatch: if it was trained with another encoder.
             LLMMismatch: if it was trained for another language model.
         """
-        folder = find_plug(pretrained_model_name_or_path, **hub_options)
-        config, spec, training = read_description(folder)
+        folder = saving.find_plug(pretrained_model_name_or_path, **hub_options)
+        config, spec, training = saving.read_description(folder)
         if llm is not None and (spec.llm.fingerprint, spec.llm.width) != (llm.fingerprint, llm.width):
             raise LLMMismatch(trained_for=spec.llm.describe(), given=llm.describe())
         plug = cls(config, spec=spec, encoder=encoder)
         plug.training_facts = training
-        plug._load_weights(folder / WEIGHTS)
+        plug._load_weights(folder / saving.WEIGHTS)
         return plug.eval()
 
     def _load_weights(self, path: Path) -> None:

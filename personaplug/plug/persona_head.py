@@ -109,15 +109,12 @@ class PersonaHead(nn.Module):
         for tokens, weights in self._weights(queries, history):
             user_weights = split_by_user(weights, history.lengths)
             pooled = torch.stack([w.to(g.dtype) @ g for w, g in zip(user_weights, user_hidden, strict=True)])
-            sums = torch.stack([self._weight_sum(w) for w in user_weights]).to(dtype)
-            rest = (1 - sums)[:, None, None] * self.population[tokens]
-            parts.append(self.projector.out(pooled.to(dtype), weight_sums=sums, tokens=tokens) + rest)
+            # Without shrinkage exactly 1 or 0: a rounding error of 1 would train the population persona with noise.
+            sums = [w.sum() if self.shrinkage else w.new_tensor(float(len(w) > 0)) for w in user_weights]
+            weight_sums = torch.stack(sums).to(dtype)
+            rest = (1 - weight_sums)[:, None, None] * self.population[tokens]
+            parts.append(self.projector.out(pooled.to(dtype), weight_sums=weight_sums, tokens=tokens) + rest)
         return torch.cat(parts, dim=1)
-
-    def _weight_sum(self, weights: Tensor) -> Tensor:
-        """Return Σ_i w_i of one user."""
-        # Without shrinkage exactly 1 or 0: a rounding error of 1 would train the population persona with noise.
-        return weights.sum() if self.shrinkage else weights.new_tensor(float(len(weights) > 0))
 
     def _weights(self, queries: Sequence[str], history: HistoryBatch) -> list[tuple[slice, Tensor]]:
         """Return slices of the persona tokens with their (M,) item weights, in float32: a low temperature magnifies."""

@@ -94,42 +94,18 @@ def model_card(config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any
     """Describe what a plug fits, how it was trained and what it does not promise."""
     name = spec.llm.name.removeprefix(HUB_PREFIX)
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
-    data = ModelCardData(
-        base_model=name if is_hub_name else None,  # a local path would be no link and tell of this machine
-        library_name="personaplug",
-        tags=["personalization", "soft-prompt"],
+    card: ModelCard = ModelCard.from_template(
+        ModelCardData(
+            base_model=name if is_hub_name else None,  # the path of a folder would be no link
+            library_name="personaplug",
+            tags=["personalization", "soft-prompt"],
+        ),
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        name=name,
+        config=config,
+        settings=asdict(config),
+        spec=spec,
+        training=training,
+        parameters=parameters,
     )
-    settings = "\n".join(f"| {key} | {value} |" for key, value in asdict(config).items())
-    facts = "\n".join(f"- {key}: {value}" for key, value in training.items()) or "- (nothing was recorded)"
-    return ModelCard(f"""---
-{data.to_yaml()}
----
-
-# A persona plug for {name}
-
-Turns a user's history into {config.persona_tokens} soft tokens, after {config.instruction_tokens} that are the same
-for all users. The language model's weights stay as they are. The plug has {parameters:,} trained values.
-
-It fits only these two models, and checks that when it is loaded:
-
-- language model: {spec.llm.describe()}, revision {spec.llm.revision or "unknown"}
-- encoder: {spec.encoder.describe()}
-
-```python
-plug = PersonaPlug.from_pretrained("this folder or repository", encoder=encoder, llm=llm.identity)
-```
-
-## Training
-
-{facts}
-
-| setting | value |
-|---|---|
-{settings}
-
-## What it does not promise
-
-A gain over the plain model may come from the task, which any soft token can learn, and not from the person. Compare
-with the rows instruction-only and wrong-user of `personaplug evaluate`. Persona tokens are made from a user's texts and
-can reveal some of them. Treat them as personal data.
-""")
+    return card

@@ -39,7 +39,7 @@ def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory
     plug = personalizer.plug
     if plug.persona is None or len(history) <= plug.cold_start.max_items:
         return np.zeros(len(history), dtype=np.float32)
-    weights: npt.NDArray[np.float32] = plug.persona.weights([query], personalizer.collate(history)).cpu().numpy()
+    weights: npt.NDArray[np.float32] = plug.persona.item_weights([query], personalizer.collate(history)).cpu().numpy()
     return weights
 
 

@@ -1,4 +1,4 @@
-"""The layers of a plug: PPlug's equations 2 to 4 (https://arxiv.org/abs/2409.11901), option hint and label prior.
+"""The layers of a plug: PPlug's equations 2 to 4 (https://arxiv.org/abs/2409.11901), and what is beyond the paper.
 
 Shapes: B users, M items of all users together, E encoder width, D language model width, K persona tokens.
 """
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from personaplug.encoders import Encoder, QueryEncoder
 from personaplug.errors import ShapeMismatch
+from personaplug.plug.history_batch import HistoryBatch
 
 _MAX_CACHED_TEXTS = 65_536  # 100 MB with MiniLM
 _INITIAL_DOUBT = 4.0  # answers after which a user's own label frequencies count as much as everybody's
@@ -82,12 +83,7 @@ class Aggregator(nn.Module):
         self.population_score = nn.Parameter(torch.ones(1)) if shrinkage else None
 
     def forward(self, query: Tensor, items: Tensor, *, lengths: Sequence[int]) -> Tensor:
-        """Return the weights of all items, (M,), in the dtype of `query`.
-
-        Args:
-            query: (B, E) unit vectors.
-            items: (M, E) unit vectors, user after user; `lengths` of each of the B users, which may be 0.
-        """
+        """Weigh (M, E) items, user after user, for (B, E) queries; returns (M,). The vectors are unit vectors."""
         if query.shape[-1] != items.shape[-1]:
             raise ShapeMismatch(
                 f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}: both must come from the "
@@ -114,8 +110,7 @@ class Aggregator(nn.Module):
 class DotAttention(Aggregator):
     """Eq. 3: w_i = exp(x·h_i / temperature) / Σ_k exp(x·h_k / temperature).
 
-    The paper's temperature is 1. Dot products of unit vectors lie in [-1, 1], so no item then outweighs another by
-    more than e² ≈ 7.4 times, and the weights are close to uniform.
+    With the paper's temperature of 1 and unit vectors, no item outweighs another by more than e² ≈ 7.4 times.
     """
 
     def __init__(self, temperature: float = 1.0, *, shrinkage: bool = False) -> None:
@@ -164,11 +159,7 @@ class Projector(nn.Module):
             nn.init.normal_(self.style.weight, std=1 / math.sqrt(style))
 
     def hidden(self, items: Tensor, *, label_ids: Tensor, style: Tensor) -> Tensor:
-        """Return the hidden layer of each item, (M, hidden), in the dtype of `items`.
-
-        Args:
-            items: (M, E) unit vectors; label_ids: (M,) int64, -1 for no label; style: (M, F).
-        """
+        """Return the (M, hidden) layer of (M, E) unit vectors. Label ids are (M,), -1 for none; style is (M, F)."""
         # Scaling the weights costs less than scaling the items, which are more.
         weight, bias = (self.inner.weight * self.input_scale).to(items.dtype), self.inner.bias.to(items.dtype)
         inner = nn.functional.linear(items, weight, bias)
@@ -179,10 +170,9 @@ class Projector(nn.Module):
         return nn.functional.gelu(inner)
 
     def out(self, hidden: Tensor, *, weight_sums: Tensor, tokens: slice) -> Tensor:
-        """Apply the outer layer to weighted sums: Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i; returns (B, k, D).
+        """Apply the outer layer of k of the K tokens to weighted sums; returns (B, k, D).
 
-        Args:
-            hidden: (B, hidden) Σ w_i g_i; weight_sums: (B,) Σ w_i; tokens: which k of the K tokens.
+        Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i. `hidden` is Σ w_i g_i, (B, hidden); `weight_sums` Σ w_i, (B,).
         """
         weight = self.outer.weight.view(self.tokens, -1, hidden.shape[1])[tokens]
         bias = self.outer.bias.view(self.tokens, -1)[tokens]
@@ -238,3 +228,43 @@ class LabelPrior(nn.Module):
         doubt = self.log_doubt.exp()
         own = (counts + doubt * self.usual) / (counts.sum(dim=1, keepdim=True) + doubt)
         return self.trust * (own / self.usual).log()
+
+
+class ColdStart(nn.Module):
+    """Give cold users, those with at most `max_items` items, a soft prompt without anything of their own.
+
+    `tokens` are (S, D) and not scaled. None means what the plug makes for users without items.
+    """
+
+    tokens: Tensor | None
+
+    def __init__(self, tokens: Tensor | None = None, *, max_items: int = 0) -> None:
+        super().__init__()
+        self.max_items = max_items
+        self.register_buffer("tokens", tokens)
+
+    def hide_items(self, history: HistoryBatch) -> HistoryBatch:
+        """Drop the items of cold users, unless their soft tokens are replaced anyway."""
+        if self.tokens is not None or not self.max_items or not self._has_cold_users(history.lengths):
+            return history
+        lengths = torch.tensor(history.lengths)
+        is_warm = lengths > self.max_items
+        items = is_warm.repeat_interleave(lengths).nonzero().squeeze(1)
+        return history.select(items.to(history.vectors.device), lengths=tuple((lengths * is_warm).tolist()))
+
+    def replace_tokens(self, soft: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Put `tokens` in place of the (B, S, D) soft tokens of cold users."""
+        if self.tokens is None or not self._has_cold_users(lengths):
+            return soft
+        is_cold = torch.tensor(lengths) <= self.max_items
+        return torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
+
+    def mask_bias(self, bias: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Zero the (B, C) label bias of cold users."""
+        if self.tokens is None and not self.max_items:
+            return bias
+        is_cold = torch.tensor(lengths) <= self.max_items
+        return bias.masked_fill(is_cold[:, None].to(bias.device), 0)
+
+    def _has_cold_users(self, lengths: Sequence[int]) -> bool:
+        return min(lengths, default=0) <= self.max_items

@@ -20,16 +20,14 @@ from personaplug.infra.atomic_io import atomic_write, storage_errors, write_text
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug import saving
-from personaplug.plug.cold_start import ColdStart
 from personaplug.plug.history_batch import HistoryBatch
-from personaplug.plug.layers import LabelPrior
+from personaplug.plug.layers import ColdStart, LabelPrior
 from personaplug.plug.persona_head import PersonaHead
 from personaplug.plug.saving import PlugSpec
 
-_KINDS = {
-    "tokens": ("instruction", "population", "option_vectors"),
-    "numbers": ("population_score", "log_sharpness", "log_doubt", "trust"),
-}
+_KINDS = dict.fromkeys(("instruction", "population", "option_vectors"), "tokens") | dict.fromkeys(
+    ("population_score", "log_sharpness", "log_doubt", "trust"), "numbers"
+)
 _MAX_COLD_ITEMS = "cold_start.max_items"  # beside the weights, so that one file holds all that a prompt depends on
 
 
@@ -37,10 +35,6 @@ class PersonaPlug(nn.Module, ModelHubMixin):
     """Make [I; P] of eq. 5: I instruction tokens, the same for all users, and the tokens of the persona head.
 
     `spec` says which models and labels it fits, `training_facts` what its model card tells of the training.
-
-    Raises:
-        ConfigError: if the settings contradict each other or the spec.
-        EncoderMismatch: if the encoder is another than the spec's.
     """
 
     def __init__(self, config: PlugConfig, *, spec: PlugSpec, encoder: Encoder) -> None:
@@ -105,8 +99,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         return self._soft_prompt(torch.cat([self.instruction, *persona])[None])
 
     def _soft_prompt(self, tokens: Tensor, *, label_bias: Tensor | None = None) -> SoftPrompt:
-        vectors = tokens * self.spec.embedding_scale
-        return SoftPrompt(vectors, placement=self.config.placement, label_bias=label_bias)
+        return SoftPrompt(tokens * self.spec.embedding_scale, self.config.placement, label_bias=label_bias)
 
     @torch.no_grad()
     def init_instruction(self, embeddings: Tensor) -> None:
@@ -114,10 +107,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         self.instruction.copy_(embeddings.to(self.instruction) / self.spec.embedding_scale)
 
     def compute_items_in(self, dtype: str) -> Self:
-        """Project items in bfloat16 if the language model uses it, else in float32. Returns the plug.
-
-        A bfloat16 model rounds the persona anyway, and 512 items in float32 cost more than the model.
-        """
+        """Project items in bfloat16, which is faster, if the language model uses it, else in float32. Return self."""
         if self.persona is not None:
             self.persona.item_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         return self
@@ -133,12 +123,10 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         The kinds are `tokens` (trained directly), `numbers` (single values), `encoder` (the trained copy) and `layers`.
         """
         kinds: dict[str, list[nn.Parameter]] = {"tokens": [], "numbers": [], "encoder": [], "layers": []}
+        has_copy = self.config.query_encoder == "trained"
         for name, parameter in self.named_parameters():
-            own_name = name.rpartition(".")[2]
-            kind = next((kind for kind, names in _KINDS.items() if own_name in names), "layers")
-            if self.config.query_encoder == "trained" and name.startswith("persona.query_encoder."):
-                kind = "encoder"
-            kinds[kind].append(parameter)
+            is_of_copy = has_copy and name.startswith("persona.query_encoder.")
+            kinds["encoder" if is_of_copy else _KINDS.get(name.rpartition(".")[2], "layers")].append(parameter)
         return kinds
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
@@ -152,9 +140,8 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        (save_directory / saving.ABOUT).unlink(
-            missing_ok=True
-        )  # an earlier plug's config must not stand beside new weights
+        # The config of an earlier plug must not stand beside new weights.
+        (save_directory / saving.ABOUT).unlink(missing_ok=True)
         tensors = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
         tensors[_MAX_COLD_ITEMS] = torch.tensor(self.cold_start.max_items)
         atomic_write(save_directory / saving.WEIGHTS, lambda path: save_file(tensors, path))
@@ -209,8 +196,6 @@ def _check_config(config: PlugConfig, *, labels: int) -> None:
         raise ConfigError("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
     if "auto" in (config.answer_channel, config.options):
         raise ConfigError("answer_channel=auto and options=auto are settled by a task; see `run.resolved`.")
-    if config.aggregator not in ("dot", "mean"):
-        raise ConfigError(f"plug.aggregator must be one of dot, mean; found {config.aggregator!r}.")
     if config.reads_labels and not labels:
         raise ConfigError(
             "answer_channel=label and label_prior=own need a task with a closed set of labels; this one has none. Use "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -84,10 +84,10 @@ class PersonaHead(nn.Module):
             return self.population
         return torch.cat([self.population, torch.zeros_like(self.population[:1])])
 
-    def weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
+    def item_weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
         """Return the items' weights of eq. 3, (M,), averaged over the persona tokens."""
-        counted = [len(range(self.tokens)[tokens]) * weights for tokens, weights in self._weights(queries, history)]
-        return torch.stack(counted).sum(dim=0) / self.tokens
+        shares = [len(range(self.tokens)[tokens]) * w for tokens, w in self._token_weights(queries, history)]
+        return torch.stack(shares).sum(dim=0) / self.tokens
 
     def precompute(self, history: HistoryBatch) -> HistoryBatch:
         """Compute what depends on no query, which is most of the cost of a long history."""
@@ -106,7 +106,7 @@ class PersonaHead(nn.Module):
         hidden = self._hidden(history) if history.hidden is None else history.hidden
         user_hidden, dtype = split_by_user(hidden, history.lengths), self.population.dtype
         parts = []
-        for tokens, weights in self._weights(queries, history):
+        for tokens, weights in self._token_weights(queries, history):
             user_weights = split_by_user(weights, history.lengths)
             pooled = torch.stack([w.to(g.dtype) @ g for w, g in zip(user_weights, user_hidden, strict=True)])
             # Without shrinkage exactly 1 or 0: a rounding error of 1 would train the population persona with noise.
@@ -116,18 +116,13 @@ class PersonaHead(nn.Module):
             parts.append(self.projector.out(pooled.to(dtype), weight_sums=weight_sums, tokens=tokens) + rest)
         return torch.cat(parts, dim=1)
 
-    def _weights(self, queries: Sequence[str], history: HistoryBatch) -> list[tuple[slice, Tensor]]:
-        """Return slices of the persona tokens with their (M,) item weights, in float32: a low temperature magnifies."""
+    def _token_weights(self, queries: Sequence[str], history: HistoryBatch) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of the persona tokens with their (M,) item weights, in float32: a low temperature magnifies."""
         x = self._encode_queries(queries)
-        poolings = (
-            (slice(0, self.state_tokens), self.state_pooling),
-            (slice(self.state_tokens, None), self.item_attention),
-        )
-        return [
-            (tokens, pooling(x, history.vectors, lengths=history.lengths))
-            for tokens, pooling in poolings
-            if pooling is not None
-        ]
+        if self.state_pooling is not None:
+            yield slice(0, self.state_tokens), self.state_pooling(x, history.vectors, lengths=history.lengths)
+        if self.item_attention is not None:
+            yield slice(self.state_tokens, None), self.item_attention(x, history.vectors, lengths=history.lengths)
 
     def _encode_queries(self, queries: Sequence[str]) -> Tensor:
         """Return x of eq. 2, (B, E); equal queries are encoded once. Zeros if no token depends on the query."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,7 @@ def write_description(folder: Path, config: PlugConfig, *, spec: PlugSpec, train
 
 
 def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]]:
-    """Read config, spec and training facts from plug.json.
-
-    Raises:
-        MissingData: if the folder holds no plug, or a broken or newer one.
-        ConfigError: if a setting is unknown or out of range.
-    """
+    """Read config, spec and training facts from plug.json."""
     path = folder / ABOUT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +55,10 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
                 f"{path} has format version {values['format_version']}; this personaplug reads {FORMAT_VERSION}. "
                 f"Upgrade personaplug."
             )
-        spec, training = _parse_spec(**values["spec"]), dict(values["training"])
+        saved, training = values["spec"], dict(values["training"])
+        llm, encoder = LLMIdentity(**saved["llm"]), EncoderIdentity.from_dict(saved["encoder"])
+        spec = PlugSpec(llm, float(saved["embedding_scale"]), encoder, tuple(saved["labels"]))
+        # A missing setting is an error: its default could be another plug's.
         settings = {setting.name: values["config"][setting.name] for setting in fields(PlugConfig)} | values["config"]
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
@@ -69,16 +67,8 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
     return with_values(Config(), {f"plug.{name}": value for name, value in settings.items()}).plug, spec, training
 
 
-def _parse_spec(llm: Any, encoder: Any, *, embedding_scale: float, labels: Sequence[str]) -> PlugSpec:
-    return PlugSpec(LLMIdentity(**llm), float(embedding_scale), EncoderIdentity.from_dict(encoder), tuple(labels))
-
-
 def find_plug(name: str | Path, **hub_options: Any) -> Path:
-    """Return the local folder of a plug: `name` itself if it is a folder, else a snapshot from the hub.
-
-    Raises:
-        MissingData: if there is no such folder and the hub has no such plug.
-    """
+    """Return the local folder of a plug: `name` itself if it is a folder, else a snapshot from the hub."""
     if Path(name).is_dir():
         return Path(name)
     try:

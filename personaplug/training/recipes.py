@@ -32,7 +32,7 @@ from personaplug.infra.atomic_io import atomic_write, write_json
 from personaplug.infra.distributed import main_first, on_main, synchronized
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.methods import INSTRUCTION, LORA, PLUG, Trained
-from personaplug.plug.cold_start import ColdStart
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run, drawn

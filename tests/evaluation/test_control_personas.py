@@ -14,7 +14,7 @@ from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
 from personaplug.evaluation.controls import MeanPersona, RandomVectors
 from personaplug.infra.model_hub import LLMIdentity
-from personaplug.plug.cold_start import ColdStart
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec

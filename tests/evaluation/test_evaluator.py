@@ -23,7 +23,7 @@ from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings
 from personaplug.evaluation.model_inputs import Showing
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods import CONDITIONS, COUNTED, DEFAULT, needed, parse_conditions
-from personaplug.plug.cold_start import ColdStart
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
 from personaplug.training.recipes import train

@@ -12,7 +12,7 @@ from plugs import WIDTH, build_plug
 from personaplug.encoders.encoded_sample import EncodedHistory, no_style
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import drift, item_weights, leave_one_out
-from personaplug.plug.cold_start import ColdStart
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.personalizer import Personalizer
 
 

@@ -12,7 +12,7 @@ from plugs import LLM, QUERIES, WIDTH, build_history, build_plug, head_of
 from personaplug.data.records import Options
 from personaplug.encoders import HashEncoder
 from personaplug.errors import MissingData
-from personaplug.plug.cold_start import ColdStart
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 
 LABELS = ("1", "2", "3")

@@ -23,7 +23,7 @@ def test_head_items_in_bfloat16_give_nearly_the_same_persona() -> None:
     rough = plug.compute_items_in("bfloat16")(QUERIES, history).vectors
     halves = replace(history, vectors=history.vectors.half())  # as a table has them
     torch.testing.assert_close(plug(QUERIES, halves).vectors, rough, atol=0.01, rtol=0.01)
-    weights, weights_of_halves = (head_of(plug).weights(QUERIES, batch) for batch in (history, halves))
+    weights, weights_of_halves = (head_of(plug).item_weights(QUERIES, batch) for batch in (history, halves))
     torch.testing.assert_close(weights_of_halves, weights, atol=1e-3, rtol=1e-3)
     assert not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, atol=0.02, rtol=0.02)
@@ -53,7 +53,7 @@ def test_head_with_mean_pooling_only_has_no_query_encoder(kind: str, monkeypatch
     assert not any("query_encoder" in name for name in plug.state_dict())
     plug.cache_queries(QUERIES)
     assert torch.equal(plug(QUERIES, history).vectors, plug(QUERIES[::-1], history).vectors)
-    assert head_of(plug).weights(QUERIES, history).tolist() == [0.25] * 4 + [0.5] * 2
+    assert head_of(plug).item_weights(QUERIES, history).tolist() == [0.25] * 4 + [0.5] * 2
 
 
 @pytest.mark.parametrize("kind", ["trained", "head"])
@@ -61,12 +61,12 @@ def test_head_query_encoder_learns_and_the_frozen_encoder_does_not(kind: str) ->
     encoder = HashEncoder(WIDTH)
     plug = build_plug(encoder, query_encoder=kind)
     before = encoder.encode(QUERIES)
-    start = head_of(plug).weights(QUERIES, build_history()).detach()
+    start = head_of(plug).item_weights(QUERIES, build_history()).detach()
     optimizer = torch.optim.SGD(plug.parameters(), lr=1.0)
     plug(QUERIES, build_history()).vectors.pow(2).sum().backward()
     optimizer.step()
     np.testing.assert_array_equal(encoder.encode(QUERIES), before)
-    assert not torch.allclose(head_of(plug).weights(QUERIES, build_history()), start)
+    assert not torch.allclose(head_of(plug).item_weights(QUERIES, build_history()), start)
 
 
 def test_head_label_channel_reads_labels_and_text_channel_does_not() -> None:
@@ -101,7 +101,7 @@ def test_head_with_shrinkage_leaves_less_to_the_population_with_every_item(aggre
     left = []
     for items in range(13):
         part = HistoryBatch(own.vectors[:items], (items,), own.label_ids[:items], own.style[:items])
-        left.append(1 - head.weights(QUERIES[:1], part).sum().item())
+        left.append(1 - head.item_weights(QUERIES[:1], part).sum().item())
     assert left[0] == 1
     assert all(more > less > 0 for more, less in pairwise(left))
     if aggregator == "mean":  # e^1 against as many e^0 as there are items
@@ -112,7 +112,7 @@ def test_head_with_shrinkage_mixes_the_population_persona_into_that_of_the_items
     head, history = head_of(build_plug(shrinkage=True)), build_history(lengths=(4, 2, 0))
     torch.nn.init.normal_(head.population)
     with torch.no_grad():
-        weights = head.weights(QUERIES, history)
+        weights = head.item_weights(QUERIES, history)
         hidden = head.projector.hidden(history.vectors, label_ids=history.label_ids, style=history.style)
         each = torch.nn.functional.linear(hidden, head.projector.outer.weight, head.projector.outer.bias)
         persona = head(QUERIES, history)[:, 0]
@@ -137,8 +137,8 @@ def test_head_state_tokens_weigh_items_alike_and_the_others_for_the_query(shrink
     moved = head(QUERIES[1:] + QUERIES[:1], history)
     torch.testing.assert_close(moved[:, :2], persona[:, :2])
     assert not torch.allclose(moved[:2, 2:], persona[:2, 2:])
-    mixed = (2 * state.weights(QUERIES, history) + attention.weights(QUERIES, history)) / 3
-    torch.testing.assert_close(head.weights(QUERIES, history), mixed)
+    mixed = (2 * state.item_weights(QUERIES, history) + attention.item_weights(QUERIES, history)) / 3
+    torch.testing.assert_close(head.item_weights(QUERIES, history), mixed)
 
 
 def test_head_with_precomputed_history_makes_the_same_persona_and_selects_items() -> None:

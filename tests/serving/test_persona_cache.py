@@ -18,7 +18,7 @@ from personaplug.data.records import Options
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
 from personaplug.infra.model_hub import LLMIdentity
-from personaplug.plug.cold_start import ColdStart
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec

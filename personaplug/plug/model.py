@@ -140,10 +140,10 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # The config of an earlier plug must not stand beside new weights.
-        (save_directory / saving.ABOUT).unlink(missing_ok=True)
+        (save_directory / saving.ABOUT).unlink(missing_ok=True)  # or an earlier config would describe new weights
         tensors = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
-        tensors[_MAX_COLD_ITEMS] = torch.tensor(self.cold_start.max_items)
+        if self.cold_start.max_items:
+            tensors[_MAX_COLD_ITEMS] = torch.tensor(self.cold_start.max_items)
         atomic_write(save_directory / saving.WEIGHTS, lambda path: save_file(tensors, path))
         write_text(save_directory / saving.CARD, str(self.generate_model_card()))
         # Last, because it marks the plug as complete.
@@ -180,13 +180,14 @@ class PersonaPlug(nn.Module, ModelHubMixin):
     def _load_weights(self, path: Path) -> None:
         try:
             tensors = load_file(path)
-            max_items, cold_tokens = int(tensors.pop(_MAX_COLD_ITEMS)), tensors.get("cold_start.tokens")
+            max_items = int(tensors.pop(_MAX_COLD_ITEMS, torch.tensor(0)))
+            cold_tokens = tensors.get("cold_start.tokens")
             expected = (self.config.soft_tokens, self.spec.llm.width)
             if cold_tokens is not None and cold_tokens.shape != expected:
                 raise ValueError(f"cold_start.tokens should have shape {expected}; found {tuple(cold_tokens.shape)}")
             self.cold_start = ColdStart(cold_tokens, max_items=max_items)
             self.load_state_dict(tensors)
-        except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise MissingData(f"{path} does not hold this plug's weights: {reason}") from error
 

@@ -93,7 +93,7 @@ def test_loading_for_another_language_model_or_encoder_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize(
     "damage",
-    ["no folder", "no weights", "cut weights", "no json", "newer", "not json", "no llm", "no setting", "no max_items"],
+    ["no folder", "no weights", "cut weights", "no json", "newer", "not json", "no llm", "no setting"],
 )
 def test_loading_a_broken_plug_names_it(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "plug"
@@ -114,12 +114,6 @@ def test_loading_a_broken_plug_names_it(tmp_path: Path, damage: str) -> None:
         _drop(folder, "config", "placement")
     elif damage == "not json":
         about.write_text("{")
-    elif damage == "no max_items":
-        from safetensors.torch import load_file, save_file
-
-        tensors = load_file(weights)
-        del tensors["cold_start.max_items"]
-        save_file(tensors, weights)
     with pytest.raises(MissingData, match="plug"):
         PersonaPlug.from_pretrained(folder, encoder=ENCODER, llm=LLM)
 

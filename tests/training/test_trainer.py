@@ -341,8 +341,8 @@ def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path:
     # As in the paper: with shrinkage, every user's share of it would teach it.
     taught = _train(tmp_path / "taught", tmp_path / "d", *PAPERS, "controls=false", "drop_history_prob=0.3")
     untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "drop_history_prob=0")
-    assert _weights(taught)["population"].abs().mean() > 0.1
-    assert not _weights(untaught)["population"].any()
+    assert _weights(taught)["persona.population"].abs().mean() > 0.1
+    assert not _weights(untaught)["persona.population"].any()
 
 
 @pytest.mark.parametrize(

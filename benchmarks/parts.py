@@ -53,21 +53,21 @@ class Variant:
         self.plug = plug
         self.personalizer = Personalizer(self.plug)
         self.samples = samples
-        self.histories = [self.personalizer.encoded(sample.history, encoder=encoder) for sample in samples]
-        self.read = [self.personalizer.read(history) for history in self.histories]
-        self.joined = self.personalizer.batch(_joined(self.histories), lengths=tuple(map(len, self.histories)))
-        self.plug.remember([sample.query for sample in samples], [sample.options for sample in samples])
+        self.histories = [self.personalizer.encode(sample.history, encoder=encoder) for sample in samples]
+        self.precomputed = [self.personalizer.precompute(history) for history in self.histories]
+        self.joined = self.personalizer.collate(_joined(self.histories), lengths=tuple(map(len, self.histories)))
+        self.plug.cache_queries([sample.query for sample in samples], [sample.options for sample in samples])
 
     def personas(self) -> None:
         """A persona for each sample, one by one."""
         self.plug.eval()
-        for sample, history in zip(self.samples, self.read, strict=True):
-            self.personalizer.of_read(sample.query, history, options=sample.options)
+        for sample, history in zip(self.samples, self.precomputed, strict=True):
+            self.personalizer.persona(sample.query, history, options=sample.options)
 
     def reads(self) -> None:
         """Each history, one by one."""
         for history in self.histories:
-            self.personalizer.read(history)
+            self.personalizer.precompute(history)
 
     def step(self) -> None:
         """The plug's share of a training step."""

@@ -45,7 +45,7 @@ def plug_of(config: PlugConfig, *, encoder: Encoder | None = None, labels: tuple
     """An untrained plug for a model of SmolLM2-135M's width."""
     encoder = encoder or HashEncoder(WIDTH)
     spec = PlugSpec(LLMIdentity("none", None, "0" * 16, OUT), 0.1, encoder.identity, labels)
-    return PersonaPlug(config, spec=spec, encoder=encoder).eval().computing_items_in("bfloat16")
+    return PersonaPlug(config, spec=spec, encoder=encoder).eval().compute_items_in("bfloat16")
 
 
 def times(live: PersonaCache) -> dict[str, float]:

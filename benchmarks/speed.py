@@ -37,7 +37,6 @@ from torch import Tensor
 from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
-from personaplug.encoders import QueryEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
 from personaplug.infra.atomic_io import write_json
@@ -94,11 +93,12 @@ class ReferenceObjective(PlugObjective):
 
     def _soft(self, queries: list[str], samples: Sequence[EncodedSample]) -> Tensor:
         plug = self.personalizer.plug
-        assert isinstance(plug.query_encoder, QueryEncoder)
-        features = plug.query_encoder.features(queries)
+        assert plug.persona is not None
+        assert plug.persona.query_encoder is not None
+        features = plug.persona.query_encoder.features(queries)
         tokens = ("input_ids", "attention_mask", "token_type_ids")
         wide = {name: _widened(value) if name in tokens else value for name, value in features.items()}
-        query = plug.query_encoder(wide)
+        query = plug.persona.query_encoder(wide)
         items = torch.zeros(len(samples), HISTORY, query.shape[-1])
         real = torch.zeros(len(samples), HISTORY, dtype=torch.bool)
         for row, sample in enumerate(samples):
@@ -108,9 +108,9 @@ class ReferenceObjective(PlugObjective):
             real[row, : len(own)] = True
         weights = torch.einsum("be,bne->bn", query, items).masked_fill(~real, -1e9).softmax(dim=1)
         count = items.shape[0] * HISTORY
-        answers, forms = torch.full((count,), -1), torch.empty(count, 0)
-        hidden = plug.projector.hidden(items.flatten(0, 1), answers=answers, forms=forms)
-        projected = plug.projector.out(hidden, shares=torch.ones(count), tokens=slice(None))
+        label_ids, style = torch.full((count,), -1), torch.empty(count, 0)
+        hidden = plug.persona.projector.hidden(items.flatten(0, 1), label_ids=label_ids, style=style)
+        projected = plug.persona.projector.out(hidden, weight_sums=torch.ones(count), tokens=slice(None))
         persona = torch.einsum("bn,bnkd->bkd", weights, projected.view(*weights.shape, *projected.shape[1:]))
         instruction = plug.instruction.expand(len(samples), -1, -1)
         return torch.cat([instruction, persona], dim=1) * plug.spec.embedding_scale
@@ -363,13 +363,15 @@ def work(
 
 def _of_plug(plug: PersonaPlug, samples: Sequence[EncodedSample]) -> float:
     """Trained weights times how often each is used for a view."""
-    tokens = 1.0
-    if isinstance(plug.query_encoder, QueryEncoder):
-        mask = plug.query_encoder.features([s.query for s in samples]).get("attention_mask")
+    if plug.persona is None:
+        return 0.0
+    tokens, projector, query_encoder = 1.0, plug.persona.projector, plug.persona.query_encoder
+    if query_encoder is not None:
+        mask = query_encoder.features([s.query for s in samples]).get("attention_mask")
         tokens = tokens if mask is None else float(mask.sum()) / len(samples)
     items = sum(min(len(s.rows), plug.config.max_history) for s in samples) / len(samples)
-    inner, outer = plug.projector.inner.weight.numel(), plug.projector.outer.weight.numel()
-    asked = _weights(plug.query_encoder) if plug.query_encoder is not None else 0
+    inner, outer = projector.inner.weight.numel(), projector.outer.weight.numel()
+    asked = _weights(query_encoder) if query_encoder is not None else 0
     return asked * tokens + inner * items + outer
 
 

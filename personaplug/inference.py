@@ -74,7 +74,7 @@ def reply(
     soft = None
     if personalizer is not None:
         query, options = _query(run.task, prompt), options_of(run.task, prompt)
-        soft = personalizer.persona(query, items, encoder=models.encoder, options=options)
+        soft = personalizer.persona(query, personalizer.encode(items, encoder=models.encoder), options=options)
     if run.task.labels and config.decoding != "generate":
         scores = models.llm.score([prompt], run.task.labels, soft=soft)
         return run.task.labels[int(scores[0].argmax())]

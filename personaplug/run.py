@@ -165,7 +165,7 @@ class Run:
         """
         folder = self.check_trained(name, seed=seed)
         plug = PersonaPlug.from_pretrained(folder, encoder=models.encoder, llm=models.llm.identity)
-        return plug.computing_items_in(models.llm.dtype).to(models.llm.device)
+        return plug.compute_items_in(models.llm.dtype).to(models.llm.device)
 
     def open_vectors(self, encoder: Encoder) -> EmbeddingStore:
         """The run's table of item vectors."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import uvicorn
+from plugs import head_of
 
 from personaplug.config import PlugConfig
 from personaplug.data.task import Task
@@ -51,7 +52,7 @@ def open_service(
     labels = task.labels if config.answer_channel == "label" else ()
     spec = PlugSpec(llm.identity, llm.embedding_scale, ENCODER.identity, labels)
     plug = PersonaPlug(config, spec=spec, encoder=ENCODER).eval()
-    torch.nn.init.normal_(plug.population)
+    torch.nn.init.normal_(head_of(plug).population)
     store = HistoryStore.open(
         folder / "histories.db", ENCODER, settings=replace(store_settings(plug, keep_text=keep_text), shards=2)
     )

@@ -39,9 +39,9 @@ class EncodedHistory:
         """Items in it (N)."""
         return len(self.answers)
 
-    def only(self, places: Rows | slice) -> Self:
-        """The same with some of the items, in the order of `places`."""
-        return replace(self, vectors=self.vectors[places], answers=self.answers[places], forms=self.forms[places])
+    def select(self, items: Rows | slice) -> Self:
+        """The same with some of the items, in the order of their indices."""
+        return replace(self, vectors=self.vectors[items], answers=self.answers[items], forms=self.forms[items])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} items)"

@@ -119,7 +119,7 @@ class LanguageModelMethod(Method):
 
     def cold_start_items(self, context: EvalContext, *, seed: int) -> int:
         plug = self._plug(context, seed=seed)
-        return 0 if plug is None else plug.few
+        return 0 if plug is None else plug.cold_start.max_items
 
     @property
     def _embeds_items(self) -> bool:

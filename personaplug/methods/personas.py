@@ -47,7 +47,7 @@ class MeanPersona:
     """
 
     def __init__(self, personalizer: Personalizer, samples: Sequence[EncodedSample], *, batch_size: int = 64) -> None:
-        few = personalizer.plug.few
+        few = personalizer.plug.cold_start.max_items
         samples = [sample for sample in samples if len(sample.rows) > few] or samples
         with torch.no_grad():
             parts = [

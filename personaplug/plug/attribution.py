@@ -1,7 +1,6 @@
-"""Why an answer was personal: which items made the persona, what the answer loses without each, how a user moved.
+"""Explain a persona: the weight of each item, histories that leave one item out, and how far a user has moved.
 
-A weight says how much of the persona an item is; an effect, how much likelier it makes an answer. Only the latter is
-about the answer: an item may weigh much and change nothing.
+An item may weigh much and change nothing. Only an answer's likelihood without the item says whether it matters.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ class Drift:
     """How far a persona moved.
 
     Attributes:
-        items_before, items_after: that the two personas were made from.
-        cosine: of what is the user's own in them (the persona less the population's): 1 = the same direction, 0 = none
-            in common.
-        moved: the distance between the two, over that of the earlier one from the population's; NaN where the earlier
-            one is the population's.
+        items_before, items_after: sizes of the two histories.
+        cosine: between the two personas' differences from the population's.
+        moved: distance between the personas over the first one's from the population's; NaN if that is 0.
     """
 
     items_before: int
@@ -38,45 +35,40 @@ class Drift:
 
 @torch.no_grad()
 def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
-    """How much each item counts in the persona for a query (w of eq. 3, the mean over persona tokens), (N,).
-
-    They sum to 1, or with shrinkage to the user's share of the persona; they are 0 for a user of too few items to be
-    served with a persona of their own.
-    """
-    if len(history) <= personalizer.plug.few:
+    """Return the weight of each item in the persona for a query, (N,); all 0 for a cold-start user."""
+    plug = personalizer.plug
+    if plug.persona is None or len(history) <= plug.cold_start.max_items:
         return np.zeros(len(history), dtype=np.float32)
-    batch = personalizer.batch(history, lengths=(len(history),))
-    weights: npt.NDArray[np.float32] = personalizer.plug.weights([query], batch).cpu().numpy()
+    weights: npt.NDArray[np.float32] = plug.persona.item_weights([query], personalizer.collate(history)).cpu().numpy()
     return weights
 
 
-def left_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
-    """The history without each of its items in turn."""
-    for place in range(len(history)):
-        yield history.only(np.delete(np.arange(len(history)), place))
+def leave_one_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
+    """Yield the history without each of its items in turn."""
+    for index in range(len(history)):
+        yield history.select(np.delete(np.arange(len(history)), index))
 
 
 def drift(
-    make: Callable[[EncodedHistory], SoftPrompt],
+    make_persona: Callable[[EncodedHistory], SoftPrompt],
     before: EncodedHistory,
     after: EncodedHistory,
     *,
-    common: SoftPrompt,
-    few: int = 0,
+    population: SoftPrompt,
+    max_cold_items: int = 0,
 ) -> Drift:
-    """How far a user's persona moved from one state of the history to another.
+    """Measure how far a user's persona moved from one state of the history to another.
 
-    Args:
-        make: makes a persona of a history.
-        common: what is nobody's own in it; see `PersonaPlug.common`.
-        few: up to how many items a persona is that.
+    `population` is `PersonaPlug.population_prompt`. It stands in for the personas of histories with at most
+    `max_cold_items` items, whatever tokens these are served with.
     """
-    # Whatever tokens a cold start is served with.
-    both = ((make(part) if len(part) > few else common).vectors - common.vectors for part in (before, after))
-    own, now = (difference.double().flatten() for difference in both)
+    first, last = (
+        (make_persona(history) if len(history) > max_cold_items else population).vectors for history in (before, after)
+    )
+    old, new = ((vectors - population.vectors).double().flatten() for vectors in (first, last))
     return Drift(
         len(before),
         len(after),
-        cosine=float(torch.cosine_similarity(own, now, dim=0)),
-        moved=float((now - own).norm() / own.norm()) if len(before) > few else float("nan"),
+        cosine=float(torch.cosine_similarity(old, new, dim=0)),
+        moved=float((new - old).norm() / old.norm()) if len(before) > max_cold_items else float("nan"),
     )

@@ -1,4 +1,7 @@
-"""The plug's layers: item attention (eq. 3), projector (eq. 4), query head (eq. 2), option hint, label prior."""
+"""The layers of a plug: PPlug's equations 2 to 4 (https://arxiv.org/abs/2409.11901), and what is beyond the paper.
+
+Shapes: B users, M items of all users together, E encoder width, D language model width, K persona tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,71 +13,104 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from personaplug.config import PlugConfig
 from personaplug.encoders import Encoder, QueryEncoder
-from personaplug.errors import ConfigError, ShapeMismatch
+from personaplug.errors import ShapeMismatch
+from personaplug.plug.history_batch import HistoryBatch
+
+_MAX_CACHED_TEXTS = 65_536  # 100 MB with MiniLM
+_INITIAL_DOUBT = 4.0  # answers after which a user's own label frequencies count as much as everybody's
+
+
+class FrozenQueryEncoder:
+    """Encode texts with a frozen encoder and cache the vectors, without the texts. Not thread-safe."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._source = encoder
+        self._cache: dict[bytes, Tensor] = {}
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Return (n, E) unit vectors on the CPU."""
+        self.cache(texts)
+        return torch.stack([self._cache[_digest(text)] for text in texts])
+
+    def cache(self, texts: Sequence[str]) -> None:
+        """Encode the texts that are not cached. A full cache keeps only the vectors of these texts."""
+        wanted = {_digest(text): text for text in texts}
+        missing = {digest: text for digest, text in wanted.items() if digest not in self._cache}
+        if missing and len(self._cache) + len(missing) > _MAX_CACHED_TEXTS:
+            self._cache = {digest: self._cache[digest] for digest in wanted if digest in self._cache}
+        if missing:
+            vectors = torch.from_numpy(self._encoder.encode(list(missing.values())))
+            self._cache.update(zip(missing, vectors, strict=True))
+
+    @cached_property
+    def _encoder(self) -> QueryEncoder:
+        return self._source.query_encoder().eval().requires_grad_(False)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class QueryHead(QueryEncoder):
+    """Eq. 2 with a trained linear map of frozen vectors instead of a trained encoder. It starts as the identity."""
+
+    def __init__(self, width: int, *, frozen: FrozenQueryEncoder) -> None:
+        super().__init__()
+        self.width = width
+        self.linear = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.linear.weight)
+        self.frozen = frozen  # not a module, so it is neither saved nor trained
+
+    def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        return {"vectors": self.frozen(texts)}
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """Return (B, E) unit vectors."""
+        vectors = features["vectors"].to(self.linear.weight.device)
+        return nn.functional.normalize(self.linear(vectors), dim=-1)
 
 
 class Aggregator(nn.Module):
-    """Weighs the items of histories, user by user.
+    """Weigh the items of each user with a softmax over scores.
 
-    With shrinkage there is one more, trained score in each user's softmax, of what is common to all: the weights then
-    sum to less than 1, the less the fewer the items are and the lower their scores.
-
-    Attributes:
-        asks: whether the weights depend on the query.
+    With `shrinkage`, each softmax has one more, trained score, of the population persona. The weights then sum to less
+    than 1; the sum grows with the number of items and their scores.
     """
-
-    asks = True
 
     def __init__(self, *, shrinkage: bool = False) -> None:
         super().__init__()
-        self.common = nn.Parameter(torch.ones(1)) if shrinkage else None
+        self.population_score = nn.Parameter(torch.ones(1)) if shrinkage else None
 
     def forward(self, query: Tensor, items: Tensor, *, lengths: Sequence[int]) -> Tensor:
-        """Return one weight per item; each user's sum to 1, or to less with shrinkage.
-
-        Args:
-            query: (B, E) unit vectors.
-            items: (M, E) unit vectors, one user's behind the other's.
-            lengths: how many each of the B users has, M together; 0 is allowed.
-        Returns:
-            (M,) in the format of `query`.
-        Raises:
-            ShapeMismatch: if query and items were made by encoders of different width, or the lengths do not fit.
-        """
+        """Weigh (M, E) items, user after user, for (B, E) queries; returns (M,). The vectors are unit vectors."""
         if query.shape[-1] != items.shape[-1]:
             raise ShapeMismatch(
-                f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}: "
-                f"both must come from the same encoder."
+                f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}: both must come from the "
+                f"same encoder."
             )
         if len(lengths) != len(query) or sum(lengths) != len(items):
             raise ShapeMismatch(
                 f"{len(query)} queries need as many lengths, {len(items)} items together; found {len(lengths)} with "
                 f"{sum(lengths)}."
             )
-        users = zip(query, per_user(items, lengths), strict=True)
-        return torch.cat([self._softmax(self.scores(one, own.to(query.dtype))) for one, own in users])
+        users = zip(query, split_by_user(items, lengths), strict=True)
+        return torch.cat([self._softmax(self.scores(x, own.to(query.dtype))) for x, own in users])
 
     def _softmax(self, scores: Tensor) -> Tensor:
-        if self.common is None:
+        if self.population_score is None:
             return torch.softmax(scores, dim=0)
-        return torch.softmax(torch.cat([scores, self.common.to(scores.dtype)]), dim=0)[:-1]
+        return torch.softmax(torch.cat([scores, self.population_score.to(scores.dtype)]), dim=0)[:-1]
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
-        """Return (n,) scores of one user's (n, E) items for a query (E,), before the softmax."""
+        """Score one user's (n, E) items for a query (E,); returns (n,)."""
         raise NotImplementedError
 
 
 class DotAttention(Aggregator):
-    """Weigh items by their dot product with the query (PPlug, eq. 3).
+    """Eq. 3: w_i = exp(x·h_i / temperature) / Σ_k exp(x·h_k / temperature).
 
-    w_i = exp(x·h_i / temperature) / Σ_k exp(x·h_k / temperature)
-
-    With unit vectors and temperature 1 the weights are close to uniform: x·h lies in [-1, 1], so no item
-    outweighs another by more than e² ≈ 7.4 times. The paper uses temperature 1; it is the default here too.
-
-    Source: PPlug, https://arxiv.org/abs/2409.11901, eq. 3.
+    With the paper's temperature of 1 and unit vectors, no item outweighs another by more than e² ≈ 7.4 times.
     """
 
     def __init__(self, temperature: float = 1.0, *, shrinkage: bool = False) -> None:
@@ -88,220 +124,147 @@ class DotAttention(Aggregator):
 class MeanPooling(Aggregator):
     """Weigh all items alike (PPlug, Table 8, "without IA")."""
 
-    asks = False
-
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
         return items.new_zeros(len(items))
 
 
-def per_user(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
-    """What lies one user's behind the other's, user by user."""
+def split_by_user(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Split (M, …) values into one tensor per user."""
     return torch.split_with_sizes(values, list(lengths))
 
 
-def build_pooling(config: PlugConfig) -> Aggregator:
-    """The aggregator that a plug's config names.
-
-    Raises:
-        ConfigError: for an unknown name.
-    """
-    if config.aggregator == "dot":
-        return DotAttention(config.temperature, shrinkage=config.shrinkage)
-    if config.aggregator == "mean":
-        return MeanPooling(shrinkage=config.shrinkage)
-    raise ConfigError(f"plug.aggregator must be one of dot, mean; found {config.aggregator!r}.")
-
-
 class Projector(nn.Module):
-    """Proj of eq. 4: a two-layer MLP from an item's vector to K soft tokens of width D.
+    """Proj of eq. 4: a two-layer MLP from an item's vector (E,) to K soft tokens of width D.
 
-    It starts with outputs of unit variance: unit vectors are stretched by √E so that each value is about 1, and both
-    layers keep that size. An item's answer, where it is a channel of its own, is added to the hidden layer; that is
-    the same as a one-hot, or its form, beside the vector.
+    Its outputs start with unit variance. Unit vectors are multiplied by √E so that each value is about 1, and both
+    layers keep that size. Label and style of an item's answer are added to the hidden layer, unless `labels` (size of
+    the label set) or `style` (number of features, F) are 0.
     """
 
-    def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, forms: int) -> None:
+    def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, style: int) -> None:
         super().__init__()
-        self.tokens, self.stretch = tokens, math.sqrt(width)
+        self.tokens, self.input_scale = tokens, math.sqrt(width)
         self.inner = nn.Linear(width, hidden)
         self.outer = nn.Linear(hidden, tokens * out)
-        self.answer = nn.Embedding(labels + 1, hidden) if labels else None
-        self.form = nn.Linear(forms, hidden, bias=False) if forms else None
-        if self.answer is not None:
-            nn.init.zeros_(self.answer.weight[0])  # no answer adds nothing, even where training never shows one
+        self.label = nn.Embedding(labels + 1, hidden) if labels else None
+        self.style = nn.Linear(style, hidden, bias=False) if style else None
+        if self.label is not None:
+            nn.init.zeros_(self.label.weight[0])  # an item without a label adds nothing, even if training has none
         nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
         nn.init.zeros_(self.inner.bias)
         # E[gelu(z)²] = 0.425 for a standard normal z.
         nn.init.normal_(self.outer.weight, std=1 / math.sqrt(0.425 * hidden))
         nn.init.zeros_(self.outer.bias)
-        if self.form is not None:
-            nn.init.normal_(self.form.weight, std=1 / math.sqrt(forms))
+        if self.style is not None:
+            nn.init.normal_(self.style.weight, std=1 / math.sqrt(style))
 
-    def hidden(self, items: Tensor, *, answers: Tensor, forms: Tensor) -> Tensor:
-        """The inner layer's output for items one by one, (M, hidden), in the number format of the items.
-
-        Args:
-            items: (M, E) unit vectors.
-            answers: (M,) int64, -1 where an item has none.
-            forms: (M, F), or (M, 0) if they are not read.
-        """
-        # The weights are stretched in place of the items: there are fewer of them.
-        weight, bias = (self.inner.weight * self.stretch).to(items.dtype), self.inner.bias.to(items.dtype)
+    def hidden(self, items: Tensor, *, label_ids: Tensor, style: Tensor) -> Tensor:
+        """Return the (M, hidden) layer of (M, E) unit vectors. Label ids are (M,), -1 for none; style is (M, F)."""
+        # Scaling the weights costs less than scaling the items, which are more.
+        weight, bias = (self.inner.weight * self.input_scale).to(items.dtype), self.inner.bias.to(items.dtype)
         inner = nn.functional.linear(items, weight, bias)
-        if self.answer is not None:
-            inner = inner + self.answer(answers + 1).to(items.dtype)
-        if self.form is not None:
-            inner = inner + nn.functional.linear(forms.to(items.dtype), self.form.weight.to(items.dtype))
+        if self.label is not None:
+            inner = inner + self.label(label_ids + 1).to(items.dtype)
+        if self.style is not None:
+            inner = inner + nn.functional.linear(style.to(items.dtype), self.style.weight.to(items.dtype))
         return nn.functional.gelu(inner)
 
-    def out(self, hidden: Tensor, *, shares: Tensor, tokens: slice) -> Tensor:
-        """Some tokens' outer layer for weighted sums, Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i; (B, k, D).
+    def out(self, hidden: Tensor, *, weight_sums: Tensor, tokens: slice) -> Tensor:
+        """Apply the outer layer of k of the K tokens to weighted sums; returns (B, k, D).
 
-        Args:
-            hidden: (B, hidden) Σ w_i g_i.
-            shares: (B,) Σ w_i.
-            tokens: which k of the K.
+        Σ w_i (A·g_i + b) = A·(Σ w_i g_i) + b·Σ w_i. `hidden` is Σ w_i g_i, (B, hidden); `weight_sums` Σ w_i, (B,).
         """
         weight = self.outer.weight.view(self.tokens, -1, hidden.shape[1])[tokens]
         bias = self.outer.bias.view(self.tokens, -1)[tokens]
-        return torch.einsum("bh,kdh->bkd", hidden, weight) + shares[:, None, None] * bias
-
-
-_KNOWN = 65_536  # texts whose vectors are remembered; 100 MB with MiniLM
-
-
-class FrozenQueries:
-    """Vectors of texts that are asked again and again, by an encoder that does not change; for one thread at a time.
-
-    The texts themselves are not kept, only digests of them.
-
-    Args:
-        encoder: makes them, as it makes those of queries.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._made_by = encoder
-        self._known: dict[bytes, Tensor] = {}
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(n, E) unit vectors on the CPU."""
-        self.remember(texts)
-        return torch.stack([self._known[_digest(text)] for text in texts])
-
-    def remember(self, texts: Sequence[str]) -> None:
-        """Encode what is not known yet; beyond a bound, what is not asked for now is forgotten."""
-        wanted = {_digest(text): text for text in texts}
-        missing = {digest: text for digest, text in wanted.items() if digest not in self._known}
-        if missing and len(self._known) + len(missing) > _KNOWN:
-            self._known = {digest: self._known[digest] for digest in wanted if digest in self._known}
-        if missing:
-            vectors = torch.from_numpy(self._encoder.encode(list(missing.values())))
-            self._known.update(zip(missing, vectors, strict=True))
-
-    @cached_property
-    def _encoder(self) -> QueryEncoder:
-        return self._made_by.query_encoder().eval().requires_grad_(False)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-class QueryHead(nn.Module):
-    """A trained linear map of frozen vectors; starts as the identity."""
-
-    def __init__(self, width: int, *, frozen: FrozenQueries) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width, bias=False)
-        nn.init.eye_(self.linear.weight)
-        self.frozen = frozen  # no module: nothing of it is registered, saved or trained
-
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """(B, E) unit vectors."""
-        vectors = self.frozen(texts).to(self.linear.weight.device)
-        return nn.functional.normalize(self.linear(vectors), dim=-1)
-
-
-_LIKENESSES = 3
+        return torch.einsum("bh,kdh->bkd", hidden, weight) + weight_sums[:, None, None] * bias
 
 
 class OptionHint(nn.Module):
-    """One token that leans towards the better options.
+    """Make one token that points to the options that fit the question and the user best.
 
-    T = Σ_c tanh(a · (f_c − the other options' mean f)) · V_c, with f_c the likenesses of option c: to the question, to
-    the user's items on average, and to the nearest of them; a and V are trained. Options that are alike give no signal.
-
-    Args:
-        options: how many a prompt has (C).
-        width: of the language model's embedding (D).
+    T = Σ_c tanh(a · (f_c − mean f of the other options)) · V_c. The features f_c are the cosines of option c, of C, to
+    the question, to the user's items on average, and to the nearest item. a and V are trained.
     """
 
     def __init__(self, options: int, *, width: int) -> None:
         super().__init__()
-        self.log_sharpness = nn.Parameter(torch.full((_LIKENESSES,), math.log(3)))
-        self.places = nn.Parameter(torch.randn(options, width))
+        self.log_sharpness = nn.Parameter(torch.full((3,), math.log(3)))
+        self.option_vectors = nn.Parameter(torch.randn(options, width))
 
     def forward(self, question: Tensor, options: Tensor, items: Tensor) -> Tensor:
-        """The token of one user, (D,).
-
-        Args:
-            question: (E,) unit vector.
-            options: (C, E) unit vectors.
-            items: (n, E) unit vectors of the history; n may be 0.
-        """
-        likeness = torch.stack([options @ question, *_to_items(options @ items.T)], dim=1)
-        others = (likeness.sum(dim=0) - likeness) / (len(options) - 1)
-        leaning = torch.tanh((likeness - others) @ self.log_sharpness.exp())
-        return leaning @ self.places
-
-
-def _to_items(cosines: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the largest cosine of each option, (C,) each, of (C, n); 0 without items."""
-    if not cosines.shape[1]:
-        nothing = cosines.new_zeros(len(cosines))
-        return nothing, nothing
-    return cosines.mean(dim=1), cosines.amax(dim=1)
-
-
-_DOUBT = 4.0  # answers that a user must have given to be believed as much as everybody is, before training
+        """Return one user's token (D,) from unit vectors: question (E,), options (C, E), items (n, E); n may be 0."""
+        cosines = options @ items.T if len(items) else options.new_zeros(len(options), 1)
+        features = torch.stack([options @ question, cosines.mean(dim=1), cosines.amax(dim=1)], dim=1)
+        others = (features.sum(dim=0) - features) / (len(options) - 1)
+        preference = torch.tanh((features - others) @ self.log_sharpness.exp())
+        return preference @ self.option_vectors
 
 
 class LabelPrior(nn.Module):
-    """What a user's own answers add to the log-probability of each label.
+    """Shift the log-probability of each label by how often the user has given it.
 
-    b_c = trust · log( (n_c + doubt · π_c) / ((n + doubt) · π_c) ), with n_c of the user's n answers being label c and
-    π_c everybody's share of it; doubt and trust are trained, two numbers in all. A user without answers has b = 0.
-
-    Args:
-        labels: how many there are (C).
+    b_c = trust · log( (n_c + doubt · π_c) / ((n + doubt) · π_c) ). n_c of the user's n answers are label c, and π_c
+    is its share among all training answers. doubt and trust are trained. A user without answers has b = 0.
     """
 
     def __init__(self, labels: int) -> None:
         super().__init__()
-        self.log_doubt = nn.Parameter(torch.tensor(math.log(_DOUBT)))
+        self.log_doubt = nn.Parameter(torch.tensor(math.log(_INITIAL_DOUBT)))
         self.trust = nn.Parameter(torch.tensor(1.0))
         self.usual: Tensor
         self.register_buffer("usual", torch.full((labels,), 1 / labels))
 
     def start_from(self, answers: Tensor) -> None:
-        """Take everybody's shares from some answers: places among the labels, (n,), -1 for none of them."""
-        counts = torch.bincount(answers[answers >= 0], minlength=len(self.usual)) + 1  # none of them is impossible
+        """Set π from training answers: (n,) label indices, -1 for an answer that is no label."""
+        counts = torch.bincount(answers[answers >= 0], minlength=len(self.usual)) + 1  # no label is impossible
         self.usual.copy_(counts / counts.sum())
 
     def forward(self, answers: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """b of each user, (B, C).
-
-        Args:
-            answers: (M,) place of each item's answer among the labels, -1 for none of them.
-            lengths: how many of the items each of the B users has.
-        """
-        counts = self._counts(answers, lengths)
+        """Return b of each user, (B, C), from the (M,) label indices of all items' answers, -1 for no label."""
+        labels, users = len(self.usual), len(lengths)
+        owners = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=answers.device))
+        cells = (owners * labels + answers)[answers >= 0]
+        counts = torch.bincount(cells, minlength=users * labels).view(users, labels).to(self.usual)
         doubt = self.log_doubt.exp()
         own = (counts + doubt * self.usual) / (counts.sum(dim=1, keepdim=True) + doubt)
         return self.trust * (own / self.usual).log()
 
-    def _counts(self, answers: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        labels, users = len(self.usual), len(lengths)
-        owners = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=answers.device))
-        places = (owners * labels + answers)[answers >= 0]
-        return torch.bincount(places, minlength=users * labels).view(users, labels).to(self.usual)
+
+class ColdStart(nn.Module):
+    """Give cold users, those with at most `max_items` items, a soft prompt without anything of their own.
+
+    `tokens` are (S, D) and not scaled. None means what the plug makes for users without items.
+    """
+
+    tokens: Tensor | None
+
+    def __init__(self, tokens: Tensor | None = None, *, max_items: int = 0) -> None:
+        super().__init__()
+        self.max_items = max_items
+        self.register_buffer("tokens", tokens)
+
+    def hide_items(self, history: HistoryBatch) -> HistoryBatch:
+        """Drop the items of cold users, unless their soft tokens are replaced anyway."""
+        if self.tokens is not None or not self.max_items or not self._has_cold_users(history.lengths):
+            return history
+        lengths = torch.tensor(history.lengths)
+        is_warm = lengths > self.max_items
+        items = is_warm.repeat_interleave(lengths).nonzero().squeeze(1)
+        return history.select(items.to(history.vectors.device), lengths=tuple((lengths * is_warm).tolist()))
+
+    def replace_tokens(self, soft: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Put `tokens` in place of the (B, S, D) soft tokens of cold users."""
+        if self.tokens is None or not self._has_cold_users(lengths):
+            return soft
+        is_cold = torch.tensor(lengths) <= self.max_items
+        return torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
+
+    def mask_bias(self, bias: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Zero the (B, C) label bias of cold users."""
+        if self.tokens is None and not self.max_items:
+            return bias
+        is_cold = torch.tensor(lengths) <= self.max_items
+        return bias.masked_fill(is_cold[:, None].to(bias.device), 0)
+
+    def _has_cold_users(self, lengths: Sequence[int]) -> bool:
+        return min(lengths, default=0) <= self.max_items

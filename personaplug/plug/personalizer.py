@@ -1,7 +1,4 @@
-"""Personalizer: (user, query) to soft prompt. The one path for training, evaluation and generation alike.
-
-It knows histories, vectors and a plug, and no language model.
-"""
+"""Personalizer: applies a plug to histories. Training, evaluation, explanation and serving all use it."""
 
 from __future__ import annotations
 
@@ -23,43 +20,35 @@ from personaplug.encoders.encoded_sample import (
     style_of_answers,
 )
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.plug.model import HistoryBatch, PersonaPlug
+from personaplug.plug.history_batch import HistoryBatch
+from personaplug.plug.model import PersonaPlug
 
 
 class Vectors(Protocol):
-    """What item vectors are taken from.
-
-    Attributes:
-        width: values in a vector (E).
-    """
+    """A table of item vectors of width E."""
 
     width: int
 
     def gather(self, rows: Rows) -> Halves:
         """Return the vectors of some rows, (n, E)."""
-        ...
 
 
 class SoftPrompter(Protocol):
-    """Whatever makes soft tokens for samples."""
+    """Makes soft prompts for samples."""
 
     @property
     def placement(self) -> str:
-        """Where they stand; see `SoftPrompt`."""
-        ...
+        """As in `SoftPrompt`."""
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
-        """Soft tokens, (B, S, D)."""
-        ...
+        """Return the soft prompts of a batch, (B, S, D)."""
 
 
 class Personalizer:
-    """Makes soft prompts with one plug.
+    """Make soft prompts with one plug.
 
-    Args:
-        plug: the plug itself.
-        table: where the vectors of encoded samples are.
-        persona_scale: as `PersonaPlug.forward` takes it.
+    `soft_prompt` takes a batch of samples, whose item vectors are in `table`. `persona` takes one query and a user's
+    encoded history; `precompute` does the part of it that depends on no query.
     """
 
     def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None, persona_scale: float = 1.0) -> None:
@@ -67,96 +56,79 @@ class Personalizer:
 
     @property
     def placement(self) -> str:
-        """Where the plug's soft tokens stand."""
+        """As in `SoftPrompt`."""
         return self.plug.config.placement
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
-        """Soft tokens for samples whose items are rows of the table; (B, S, D), with gradients if enabled."""
-        history = self.gather(samples) if self.plug.config.reads_history else None
+        """Make the soft prompts of samples, (B, S, D), with gradients if they are enabled."""
+        history = self._gather(samples) if self.plug.config.reads_history else None
         queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
         soft: SoftPrompt = self.plug(queries, history, options=options, persona_scale=self.persona_scale)
         return soft
 
-    def gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
-        """Collect the samples' item vectors, the latest `max_history` of each."""
-        assert self.table is not None, "samples refer to a vector table"
-        limit = self.plug.config.max_history
-        vectors = self.table.gather(np.concatenate([sample.rows[-limit:] for sample in samples]))
-        answers = np.concatenate([sample.answers[-limit:] for sample in samples])
-        forms = np.concatenate([sample.forms[-limit:] for sample in samples])
-        lengths = tuple(min(limit, len(sample.rows)) for sample in samples)
-        return self.batch(EncodedHistory(vectors, answers, forms), lengths=lengths)
-
-    def persona(
-        self, query: str, items: Sequence[HistoryItem], *, encoder: Encoder, options: Options | None = None
-    ) -> SoftPrompt:
-        """Soft tokens for one query and a history given as items, encoded on the spot; (1, S, D).
-
-        Args:
-            options: what the prompt lets choose from, for a plug that compares that.
-        """
-        return self.of_history(query, self.encoded(items, encoder=encoder), options=options)
-
-    def encoded(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
-        """The latest `max_history` of some items, as the plug takes them."""
+    def encode(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
+        """Encode the latest `max_history` items of a user."""
         items = items[-self.plug.config.max_history :]
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
-        forms = style_of_answers(items) if self.plug.config.reads_forms else no_style(len(items))
-        return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), forms)
+        style = style_of_answers(items) if self.plug.config.reads_forms else no_style(len(items))
+        return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), style)
 
     @torch.no_grad()
-    def of_history(
-        self, query: str, history: EncodedHistory, *, options: Options | None = None, persona_scale: float | None = None
+    def precompute(self, history: EncodedHistory) -> HistoryBatch:
+        """Prepare a history of at most `max_history` items for any number of queries."""
+        batch = self.collate(history)
+        return batch if self.plug.persona is None else self.plug.persona.precompute(batch)
+
+    @torch.no_grad()
+    def persona(
+        self,
+        query: str,
+        history: EncodedHistory | HistoryBatch,
+        *,
+        options: Options | None = None,
+        persona_scale: float | None = None,
     ) -> SoftPrompt:
-        """Soft tokens for one query and a history that is encoded; (1, S, D).
+        """Make one user's soft prompt for a query, (1, S, D).
 
         Args:
-            history: at most `max_history` items.
-            options: what the prompt lets choose from, for a plug that compares that.
-            persona_scale: as the personalizer's own; None = that.
+            history: at most `max_history` items, encoded or precomputed.
+            persona_scale: None = the personalizer's.
         """
-        batch = self.batch(history, lengths=(len(history),))
-        return self.of_read(query, batch, options=options, persona_scale=persona_scale)
-
-    @torch.no_grad()
-    def read(self, history: EncodedHistory) -> HistoryBatch:
-        """A user's history, as far as it can be worked on before anything is asked.
-
-        Args:
-            history: at most `max_history` items.
-        """
-        return self.plug.read(self.batch(history, lengths=(len(history),)))
-
-    @torch.no_grad()
-    def of_read(
-        self, query: str, history: HistoryBatch, *, options: Options | None = None, persona_scale: float | None = None
-    ) -> SoftPrompt:
-        """Soft tokens for one query and a history that is read; see `of_history`."""
+        batch = self.collate(history) if isinstance(history, EncodedHistory) else history
         if self.plug.config.selected_items:
-            places = self.selected(query, history.vectors.cpu().numpy())
-            history = history.only(torch.from_numpy(places).to(history.vectors.device))
-        persona_scale = self.persona_scale if persona_scale is None else persona_scale
-        soft: SoftPrompt = self.plug([query], history, options=[options], persona_scale=persona_scale)
+            items = self.select_items(query, batch.vectors.cpu().numpy())
+            batch = batch.select(torch.from_numpy(items).to(batch.vectors.device), lengths=(len(items),))
+        scale = self.persona_scale if persona_scale is None else persona_scale
+        soft: SoftPrompt = self.plug([query], batch, options=[options], persona_scale=scale)
         return soft
 
-    def selected(self, query: str, vectors: Halves) -> Rows:
-        """Places of the items that are used: all, or as many of the nearest to the query as the plug takes.
-
-        Args:
-            vectors: (n, E) of the items.
-        """
-        count = self.plug.config.selected_items
-        if not count or len(vectors) <= count:
+    def select_items(self, query: str, vectors: Halves) -> Rows:
+        """Return the indices of the items that the plug uses: all, or the `selected_items` nearest to the query."""
+        count, head = self.plug.config.selected_items, self.plug.persona
+        if not count or len(vectors) <= count or head is None:
             return np.arange(len(vectors))
-        return nearest(self.plug.frozen([query])[0].numpy(), vectors, count=count)
+        return nearest(head.frozen_encoder([query])[0].numpy(), vectors, count=count)
 
-    def batch(self, histories: EncodedHistory, *, lengths: tuple[int, ...]) -> HistoryBatch:
-        """Histories that lie one behind the other, as tensors; forms are left out for a plug that reads none."""
-        device, forms = self.plug.instruction.device, histories.forms
-        forms = forms if self.plug.config.reads_forms else no_style(len(forms))
-        # What torch takes as it is; the arrays of a store cannot be written to, and are copied.
-        vectors = torch.from_numpy(np.require(histories.vectors, requirements=["C", "W"]))
-        answers = torch.from_numpy(histories.answers.astype(np.int64))
-        written = torch.from_numpy(np.require(forms, requirements=["C", "W"]))
-        return HistoryBatch(vectors.to(device), lengths, answers.to(device), written.to(device))
+    def collate(self, history: EncodedHistory, *, lengths: tuple[int, ...] | None = None) -> HistoryBatch:
+        """Turn the history of one user, or of several with these `lengths`, into tensors on the plug's device."""
+        device = self.plug.instruction.device
+        style = history.forms if self.plug.config.reads_forms else no_style(len(history))
+        # torch takes writable arrays; the read-only arrays of a store are copied.
+        vectors, style = (np.require(array, requirements=["C", "W"]) for array in (history.vectors, style))
+        return HistoryBatch(
+            torch.from_numpy(vectors).to(device),
+            (len(history),) if lengths is None else lengths,
+            torch.from_numpy(history.answers.astype(np.int64)).to(device),
+            torch.from_numpy(style).to(device),
+        )
+
+    def _gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
+        """Collect the vectors of the samples' items, the latest `max_history` of each."""
+        assert self.table is not None, "samples refer to a vector table"
+        limit = self.plug.config.max_history
+        vectors = self.table.gather(np.concatenate([sample.rows[-limit:] for sample in samples]))
+        label_ids = np.concatenate([sample.answers[-limit:] for sample in samples])
+        style = np.concatenate([sample.forms[-limit:] for sample in samples])
+        lengths = tuple(min(limit, len(sample.rows)) for sample in samples)
+        return self.collate(EncodedHistory(vectors, label_ids, style), lengths=lengths)

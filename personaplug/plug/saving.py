@@ -1,32 +1,36 @@
-"""What a saved plug says of itself: how it is built, and the two models that it fits (plug.json)."""
+"""The files of a saved plug: plug.json (config, spec, training facts), safetensors weights and a model card."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 
 from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.encoders import EncoderIdentity
 from personaplug.errors import MissingData
 from personaplug.infra.atomic_io import write_json
-from personaplug.infra.model_hub import LLMIdentity
+from personaplug.infra.model_hub import HUB_PREFIX, LLMIdentity
 
 FORMAT_VERSION = 1
-ABOUT = "plug.json"
+ABOUT, WEIGHTS, CARD = "plug.json", "plug.safetensors", "README.md"
 
 
 @dataclass(frozen=True)
 class PlugSpec:
-    """What a plug is made to fit, measured once and kept in the artefact.
+    """What a plug fits.
 
     Attributes:
         llm: the language model.
-        embedding_scale: root mean square of that model's embedded tokens.
+        embedding_scale: root mean square of that model's token embeddings.
         encoder: the encoder of items and queries.
-        labels: the closed set of answers that `answers = label` refers to; empty otherwise.
+        labels: the task's closed set of answers; empty if it has none.
     """
 
     llm: LLMIdentity
@@ -35,52 +39,63 @@ class PlugSpec:
     labels: tuple[str, ...] = ()
 
 
-def write_plug_json(folder: Path, config: PlugConfig, *, spec: PlugSpec) -> None:
-    """Say how a plug is built and what it fits; what stands there says that the plug is complete.
-
-    Raises:
-        StorageError: if the disk is full or not writable.
-    """
-    about = {"format_version": FORMAT_VERSION, "config": asdict(config), "fitting": asdict(spec)}
-    write_json(folder / ABOUT, about)
+def write_description(folder: Path, config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any]) -> None:
+    """Write plug.json. Its presence means that the plug is complete."""
+    sections = {"config": asdict(config), "spec": asdict(spec), "training": training}
+    write_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **sections})
 
 
-def read_plug_json(folder: Path) -> tuple[PlugConfig, PlugSpec]:
-    """How a saved plug is built, and what it fits.
-
-    Raises:
-        MissingData: if the folder holds no plug, or a broken or newer one.
-        ConfigError: as `read_plug_config`.
-    """
+def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]]:
+    """Read config, spec and training facts from plug.json."""
+    path = folder / ABOUT
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        version, config = about["format_version"], about["config"]
-        spec = _read_fitting(about["fitting"]) if version == FORMAT_VERSION else None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format_version"] != FORMAT_VERSION:
+            raise MissingData(
+                f"{path} has format version {values['format_version']}; this personaplug reads {FORMAT_VERSION}. "
+                f"Upgrade personaplug."
+            )
+        saved, training = values["spec"], dict(values["training"])
+        llm, encoder = LLMIdentity(**saved["llm"]), EncoderIdentity.from_dict(saved["encoder"])
+        spec = PlugSpec(llm, float(saved["embedding_scale"]), encoder, tuple(saved["labels"]))
+        # A missing setting is an error: its default could be another plug's.
+        settings = {setting.name: values["config"][setting.name] for setting in fields(PlugConfig)} | values["config"]
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise MissingData(f"{folder / ABOUT} is not a plug's description ({type(error).__name__}).") from error
-    if spec is None:
+        raise MissingData(f"{path} does not describe a plug ({type(error).__name__}). Train it again.") from error
+    return with_values(Config(), {f"plug.{name}": value for name, value in settings.items()}).plug, spec, training
+
+
+def find_plug(name: str | Path, **hub_options: Any) -> Path:
+    """Return the local folder of a plug: `name` itself if it is a folder, else a snapshot from the hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[ABOUT, WEIGHTS], **hub_options))
+    except Exception as error:  # the hub's client also raises the errors of its HTTP library
         raise MissingData(
-            f"{folder} has the format version {version}; this personaplug reads {FORMAT_VERSION}. Upgrade personaplug."
-        )
-    return read_plug_config(config), spec
+            f"There is no plug {str(name)!r}: it is no local folder, and the hub gave none ({type(error).__name__}). "
+            f"Give the folder of a finished training or the name of a hub repository."
+        ) from error
 
 
-def read_plug_config(values: dict[str, Any]) -> PlugConfig:
-    """The PlugConfig of an artefact, checked like any other setting.
-
-    Raises:
-        ConfigError: for unknown keys or values out of range.
-    """
-    named = {f"plug.{key}": value for key, value in values.items()}
-    return with_values(Config(), named).plug
-
-
-def _read_fitting(values: dict[str, Any]) -> PlugSpec:
-    return PlugSpec(
-        llm=LLMIdentity(**values["llm"]),
-        embedding_scale=float(values["embedding_scale"]),
-        encoder=EncoderIdentity.from_dict(values["encoder"]),
-        labels=tuple(values["labels"]),
+def model_card(config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any], parameters: int) -> ModelCard:
+    """Describe what a plug fits, how it was trained and what it does not promise."""
+    name = spec.llm.name.removeprefix(HUB_PREFIX)
+    is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    card: ModelCard = ModelCard.from_template(
+        ModelCardData(
+            base_model=name if is_hub_name else None,  # the path of a folder would be no link
+            library_name="personaplug",
+            tags=["personalization", "soft-prompt"],
+        ),
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        name=name,
+        config=config,
+        settings=asdict(config),
+        spec=spec,
+        training=training,
+        parameters=parameters,
     )
+    return card

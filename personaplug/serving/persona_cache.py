@@ -22,7 +22,8 @@ from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
 from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import item_weights
-from personaplug.plug.model import HistoryBatch, PersonaPlug
+from personaplug.plug.history_batch import HistoryBatch
+from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings
 
@@ -128,23 +129,23 @@ class PersonaCache:
             return Persona(None, "plain", 0, persona_scale)
         soft = kept.soft if persona_scale == self.personalizer.persona_scale else None
         if soft is None:
-            read = kept.read or self.personalizer.read(self._history(tenant, user))
+            read = kept.read or self.personalizer.precompute(self._history(tenant, user))
             with self._making:
-                soft = self.personalizer.of_read(query, read, options=options, persona_scale=persona_scale)
-        applied: Literal["user", "population"] = "user" if kept.items > self.plug.few else "population"
+                soft = self.personalizer.persona(query, read, options=options, persona_scale=persona_scale)
+        applied: Literal["user", "population"] = "user" if kept.items > self.plug.cold_start.max_items else "population"
         return Persona(soft, applied, kept.items, persona_scale, kept=at_hand, phrases=kept.phrases)
 
     def made(
         self, query: str, history: EncodedHistory, *, options: Options | None = None, persona_scale: float | None = None
     ) -> SoftPrompt:
-        """Soft tokens for a query and a history that is given; see `Personalizer.of_history`."""
+        """Soft tokens for a query and a history that is given; see `Personalizer.persona`."""
         with self._making:
-            return self.personalizer.of_history(query, history, options=options, persona_scale=persona_scale)
+            return self.personalizer.persona(query, history, options=options, persona_scale=persona_scale)
 
     def selected(self, query: str, history: EncodedHistory) -> npt.NDArray[np.intp]:
         """Places of the items that a persona is made from, where the plug takes only the nearest to the query."""
         with self._making:
-            return self.personalizer.selected(query, history.vectors)
+            return self.personalizer.select_items(query, history.vectors)
 
     def weights(self, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
         """How much each item counts; see `explain.item_weights`."""
@@ -201,7 +202,7 @@ class PersonaCache:
         """The tokens, if they are the same whatever is asked, else the history, read as far as that goes."""
         if self.plug.ignores_query:
             return _Kept(history.version, len(history), phrases, soft=self.made("", history))
-        return _Kept(history.version, len(history), phrases, read=self.personalizer.read(history))
+        return _Kept(history.version, len(history), phrases, read=self.personalizer.precompute(history))
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)

@@ -20,7 +20,7 @@ from personaplug.data.records import HistoryItem, Options
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.errors import MissingData, RequestError
-from personaplug.plug.attribution import drift, left_out
+from personaplug.plug.attribution import drift, leave_one_out
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, as_json, check_name
 from personaplug.serving.persona_cache import Persona, PersonaCache
@@ -194,7 +194,7 @@ class Service:
             )
         items, history = await asyncio.to_thread(self._known, tenant, user, self.personas.plug.config.max_history)
         used = await self._slowly(self.personas.selected, asked.query, history)
-        items, history = [items[place] for place in used], history.only(used)
+        items, history = [items[place] for place in used], history.select(used)
         weights = await self._slowly(self.personas.weights, asked.query, history)
         told: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
         effects = np.full(len(history), np.nan)
@@ -218,7 +218,7 @@ class Service:
         measured = partial(self.engine.likelihoods, prompt, answer, choices=choices)
         make = partial(self.personas.made, asked.query, options=asked.options)
         (plain,) = await measured(softs=[None])  # first, since not every engine can
-        parts = [history, history.only(slice(0)), *left_out(history)]
+        parts = [history, history.select(slice(0)), *leave_one_out(history)]
         softs = await self._slowly(lambda: [make(part) for part in parts])
         whole, common, *without = await measured(softs=softs)
         return {"with_persona": whole, "with_population": common, "plain": plain}, whole - np.array(without)
@@ -235,9 +235,15 @@ class Service:
         items, history = await asyncio.to_thread(self._known, tenant, user, None)
         days = [item.date or item.arrived.date() for item in items]
         latest = self.personas.plug.config.max_history
-        parts = [history.only(np.flatnonzero([day <= limit for day in days])[-latest:]) for limit in (since, until)]
+        parts = [history.select(np.flatnonzero([day <= limit for day in days])[-latest:]) for limit in (since, until)]
         plug = self.personas.plug
-        moved = partial(drift, partial(self.personas.made, ""), *parts, common=plug.common(), few=plug.few)
+        moved = partial(
+            drift,
+            partial(self.personas.made, ""),
+            *parts,
+            population=plug.population_prompt(),
+            max_cold_items=plug.cold_start.max_items,
+        )
         found = asdict(await self._slowly(moved))
         return {name: None if value != value else value for name, value in found.items()}  # JSON has no NaN
 

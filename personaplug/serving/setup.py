@@ -89,13 +89,13 @@ def open_service(run: Run, hosting: ServingConfig) -> Service:
                 f"{config.llm} reads prompts with an encoder of its own; the server cannot run that kind."
             )
         plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=llm.identity)
-        plug = plug.computing_items_in(llm.dtype).to(llm.device)
+        plug = plug.compute_items_in(llm.dtype).to(llm.device)
         phrases = llm.phrases if hosting.phrases else None
         name = hosting.model or config.llm
         engine = InProcessEngine(llm, name=name, max_rows=hosting.max_rows, max_new_tokens=hosting.max_new_tokens)
     else:
         # Which model vLLM runs is seen when the engine starts: by its width, and by what it makes of these embeddings.
-        plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=None).computing_items_in("bfloat16")
+        plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=None).compute_items_in("bfloat16")
         engine = VLLMEngine(
             hosting.engine,
             table=EmbeddingTable.of_folder(find_model(config.llm)),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 
 MAX_ITEMS = 5
@@ -80,12 +81,12 @@ def set_best_cold_start(
         if not shown:
             return None
         if source == PERSONA:
-            plug.set_cold_start(None)
+            plug.cold_start = ColdStart()
         else:
-            plug.set_cold_start(tokens[source], items=items)
+            plug.cold_start = ColdStart(tokens[source], max_items=items)
         return mean_loss(shown)
 
     # At least one item of a full history must give a persona, or nobody would ever have one.
     choice = choose_cold_start(loss, max_items=min(MAX_ITEMS, plug.config.max_history - 1))
-    plug.set_cold_start(tokens[choice.source], items=choice.max_items)
+    plug.cold_start = ColdStart(tokens[choice.source], max_items=choice.max_items)
     return choice.losses

@@ -20,8 +20,6 @@ from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 
-_TOKENS = ("instruction", "population", "hint.places")
-_NUMBERS = ("aggregator.common", "state.common", "hint.log_sharpness", "label_prior.log_doubt", "label_prior.trust")
 _HELD = 16  # tokens whose keys and values take about as much memory as one that a backward pass goes through
 
 
@@ -90,7 +88,7 @@ class PlugObjective:
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Read prompts and frozen queries once, all in an order of their own, so that rounding is that of any start."""
-        self.personalizer.plug.remember(
+        self.personalizer.plug.cache_queries(
             [sample.query for sample in samples], options=[sample.options for sample in samples]
         )
         if self.behind:
@@ -130,20 +128,10 @@ class PlugObjective:
             "tokens": config.token_learning_rate,
             "numbers": math.sqrt(config.token_learning_rate * config.learning_rate),
             "encoder": config.encoder_learning_rate,
-            "rest": config.learning_rate,
+            "layers": config.learning_rate,
         }
-        groups: dict[str, list[nn.Parameter]] = {kind: [] for kind in rates}
-        for name, parameter in self.module.named_parameters():
-            groups[self._kind_of(name)].append(parameter)
-        return [{"params": held, "peak": rates[kind]} for kind, held in groups.items() if held]
-
-    def _kind_of(self, name: str) -> str:
-        if name in _TOKENS:
-            return "tokens"
-        if name in _NUMBERS:
-            return "numbers"
-        copied = self.personalizer.plug.config.query_encoder == "trained" and name.startswith("query_encoder.")
-        return "encoder" if copied else "rest"
+        kinds = self.personalizer.plug.parameter_kinds()
+        return [{"params": kinds[kind], "peak": rate} for kind, rate in rates.items() if kinds[kind]]
 
 
 class LoraObjective:

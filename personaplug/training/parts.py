@@ -188,7 +188,8 @@ class SoftPromptPart(TrainedPart):
         facts |= self._finish(plug, objective, samples, trainings, seed=seed)
         folder = run.plug_folder(self.name, seed=seed)
         card_facts = {key: value for key, value in facts.items() if key != "parameters"}
-        on_main(lambda: plug.save_pretrained(folder, facts=card_facts))
+        plug.training_facts = card_facts
+        on_main(lambda: plug.save_pretrained(folder))
         on_main(lambda: write_json(folder / "fit.json", facts))
 
     def _initialize(
@@ -369,7 +370,7 @@ def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plug = PersonaPlug(part.plug_config(run.config.plug), spec=spec, encoder=models.encoder)
-    return plug.computing_items_in(models.llm.dtype).to(models.llm.device)
+    return plug.compute_items_in(models.llm.dtype).to(models.llm.device)
 
 
 @contextmanager
@@ -397,7 +398,7 @@ def _start_from_words(plug: PersonaPlug, samples: Sequence[EncodedSample], model
     answers = [samples[index].target or "" for index in rng.permutation(len(samples))[:MAX_START_ANSWERS]]
     tokens = models.llm.embedded(answers)
     if len(tokens):
-        plug.start_from(tokens[rng.choice(len(tokens), size=count, replace=len(tokens) < count)])
+        plug.init_instruction(tokens[rng.choice(len(tokens), size=count, replace=len(tokens) < count)])
 
 
 def _label_ids(samples: Sequence[EncodedSample], run: Run) -> torch.Tensor:

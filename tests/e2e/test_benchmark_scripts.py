@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from plugs import head_of
 
 from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
@@ -69,7 +70,7 @@ def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pyt
     # The inner layer runs for every item, the outer one once for a user.
     with_items = work(100, kept=True)
     plug.config = replace(plug.config, max_history=1)
-    assert with_items - work(100, kept=True) == pytest.approx(6 * 2 * plug.projector.inner.weight.numel())
+    assert with_items - work(100, kept=True) == pytest.approx(6 * 2 * head_of(plug).projector.inner.weight.numel())
 
 
 def test_the_reference_like_step_has_the_loss_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,8 +82,8 @@ def test_the_reference_like_step_has_the_loss_of_ours(tmp_path: Path, monkeypatc
         plug = build_plug(run, models, seed=0)
         loss, tokens = kind(plug, models.llm, table=table, labels=run.task.labels).loss(samples)
         loss.backward()
-        assert plug.projector.inner.weight.grad is not None
-        found.append((float(loss.detach()), int(tokens), plug.projector.inner.weight.grad))
+        assert head_of(plug).projector.inner.weight.grad is not None
+        found.append((float(loss.detach()), int(tokens), head_of(plug).projector.inner.weight.grad))
     assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
     torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-4)
 

@@ -14,7 +14,8 @@ from personaplug.encoders.encoded_sample import no_style
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.loading import load_hf
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.plug.model import HistoryBatch, PersonaPlug
+from personaplug.plug.history_batch import HistoryBatch
+from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 from personaplug.training.parts import INSTRUCTION
 
@@ -79,7 +80,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(smoll
     losses, _ = smollm.loss(PROMPTS[2:], ["5"], soft=plug(["Alien"], history))
     torch.autograd.backward(losses.sum())
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert silent == ["population"]  # this user has items
+    assert silent == ["persona.population"]  # this user has items
     assert all(parameter.grad is None for parameter in smollm.model.parameters())
     control = PersonaPlug(INSTRUCTION.plug_config(PAPER), spec=spec, encoder=minilm)
     assert control(["Alien"], None).vectors.shape == (1, 2, 576)

@@ -24,6 +24,7 @@ from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods import find_method, needed_parts, parse_methods
 from personaplug.methods.context import EvalContext
 from personaplug.methods.registry import DEFAULT
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
 from personaplug.training.parts import LABEL_COUNTS, train
@@ -404,11 +405,8 @@ def _check_personas(run: Run, models: Models, reader: Reader) -> None:
     plug = run.load_plug("plug", seed=0, models=models)
     together = Personalizer(plug, table=table).soft_prompt(run.read_samples(reader, table)).vectors
     for index, sample in enumerate(reader):
-        alone = (
-            Personalizer(plug)
-            .persona(sample.query, sample.history, encoder=models.encoder, options=sample.options)
-            .vectors
-        )
+        history = Personalizer(plug).encode(sample.history, encoder=models.encoder)
+        alone = Personalizer(plug).persona(sample.query, history, options=sample.options).vectors
         np.testing.assert_allclose(alone[0].numpy(), together[index].detach().numpy(), atol=1e-5)
         assert math.isfinite(float(alone.abs().sum()))
 
@@ -668,7 +666,7 @@ def test_a_history_that_is_too_short_to_be_used_counts_as_lost(tmp_path: Path) -
     lengths = [len(sample.history) for sample in reader if sample.history]
     few = int(np.median(lengths))
     plug = stage.run.load_plug("plug", seed=0, models=stage.models)
-    plug.set_cold_start(torch.zeros_like(plug.common().vectors[0]), items=few)
+    plug.cold_start = ColdStart(torch.zeros_like(plug.population_prompt().vectors[0]), max_items=few)
     assert stage.evaluate("plug")["rows"][0]["lost_history_rate"] == 0
     plug.save_pretrained(stage.run.plug_folder("plug", seed=0))
     lost = stage.evaluate("plug")["rows"][0]["lost_history_rate"]

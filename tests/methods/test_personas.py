@@ -14,6 +14,7 @@ from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.methods.personas import MeanPersona, RandomVectors
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
@@ -81,7 +82,7 @@ def test_tokens_that_serve_users_of_few_items_are_no_part_of_the_mean(tmp_path: 
     personalizer, samples = _personalizer(tmp_path, hashing), _samples(5)
     plug = personalizer.plug
     whole = MeanPersona(personalizer, samples).mean.vectors
-    plug.set_cold_start(torch.full_like(plug.common().vectors[0], 99.0), items=2)
+    plug.cold_start = ColdStart(torch.full_like(plug.population_prompt().vectors[0], 99.0), max_items=2)
     torch.testing.assert_close(MeanPersona(personalizer, [*samples, samples[0].latest(2)]).mean.vectors, whole)
     few = [sample.latest(2) for sample in samples]
     assert float(MeanPersona(personalizer, few).mean.vectors.min()) == 99.0 * plug.spec.embedding_scale

@@ -1,42 +1,38 @@
-"""Eq. 3 by hand, and the edge cases in the aggregators' contract."""
+"""The layers by hand: item attention (eq. 3) and its edge cases, option hint, cache of the frozen query encoder."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from personaplug.config import PlugConfig
+from personaplug.encoders import HashEncoder
 from personaplug.errors import ShapeMismatch
-from personaplug.plug.layers import Aggregator, DotAttention, MeanPooling, build_pooling
+from personaplug.plug.layers import Aggregator, DotAttention, FrozenQueryEncoder, MeanPooling, OptionHint
 
 QUERY = torch.tensor([[1.0, 0.0]])
 ITEMS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-NAMES = ("dot", "mean")
+KINDS = (DotAttention, MeanPooling)
 
 
-def _built(name: Any, *, shrinkage: bool = False) -> Aggregator:
-    torch.manual_seed(0)
-    return build_pooling(PlugConfig(aggregator=name, shrinkage=shrinkage))
-
-
-def test_dot_attention_is_a_softmax_of_dot_products() -> None:
+def test_dot_attention_weights_are_a_softmax_of_dot_products() -> None:
     raw = [math.exp(1.0), math.exp(0.0), math.exp(0.6)]
     expected = torch.tensor([value / sum(raw) for value in raw])
     torch.testing.assert_close(DotAttention()(QUERY, ITEMS, lengths=[3]), expected)
 
 
-def test_temperature_divides_the_scores() -> None:
+def test_dot_attention_temperature_divides_the_scores() -> None:
     raw = [math.exp(10.0), math.exp(0.0), math.exp(6.0)]
     expected = torch.tensor([value / sum(raw) for value in raw])
     torch.testing.assert_close(DotAttention(0.1)(QUERY, ITEMS, lengths=[3]), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_user_has_weights_of_their_own(name: str) -> None:
-    aggregator = _built(name)
+@pytest.mark.parametrize("kind", KINDS)
+def test_aggregator_weighs_each_user_apart(kind: type[Aggregator]) -> None:
+    aggregator = kind()
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     together = aggregator(queries, ITEMS, lengths=[1, 2])
     torch.testing.assert_close(together[:1], aggregator(queries[:1], ITEMS[:1], lengths=[1]))
@@ -44,12 +40,12 @@ def test_each_user_has_weights_of_their_own(name: str) -> None:
     assert together[1:].sum(dim=0).tolist() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_user_without_items_has_no_weights_and_finite_gradients(name: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_aggregator_user_without_items_has_no_weights_and_finite_gradients(kind: type[Aggregator]) -> None:
     query = QUERY.repeat(2, 1).requires_grad_()
-    weights = _built(name)(query, ITEMS, lengths=[0, 3])
+    weights = kind()(query, ITEMS, lengths=[0, 3])
     assert weights.shape == (3,)
-    if name != "mean":
+    if kind is not MeanPooling:
         weights[0].backward()
         assert query.grad is not None
         assert torch.isfinite(query.grad).all()
@@ -57,22 +53,58 @@ def test_a_user_without_items_has_no_weights_and_finite_gradients(name: str) -> 
         assert query.grad[1].abs().sum() > 0
 
 
-def test_mean_weighs_all_items_alike() -> None:
+def test_mean_pooling_weighs_all_items_alike() -> None:
     assert MeanPooling()(QUERY, ITEMS[:2], lengths=[2]).tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_with_shrinkage_something_is_left(name: str) -> None:
-    weights = _built(name, shrinkage=True)(QUERY, ITEMS, lengths=[3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_aggregator_weights_with_shrinkage_sum_to_less_than_one(kind: type[Aggregator]) -> None:
+    weights = kind(shrinkage=True)(QUERY, ITEMS, lengths=[3])
     assert 0 < weights.sum() < 1
 
 
-def test_vectors_of_two_encoders_are_refused() -> None:
+def test_aggregator_vectors_of_two_widths_are_refused() -> None:
     with pytest.raises(ShapeMismatch, match="2 values and the items have 3"):
         DotAttention()(QUERY, torch.zeros(1, 3), lengths=[1])
 
 
 @pytest.mark.parametrize("lengths", [[2], [1, 2], [4]])
-def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
+def test_aggregator_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
     with pytest.raises(ShapeMismatch, match="3 items together"):
         DotAttention()(QUERY, ITEMS, lengths=lengths)
+
+
+def test_option_hint_equals_its_formula_and_is_zero_for_equal_options() -> None:
+    torch.manual_seed(0)
+    hint = OptionHint(2, width=8)
+    with torch.no_grad():
+        hint.log_sharpness.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    vectors = torch.nn.functional.normalize(torch.randn(6, 16), dim=-1)
+    question, options, items = vectors[0], vectors[1:3], vectors[3:]
+    cosines = (options @ items.T).numpy()
+    features = np.stack([(options @ question).numpy(), cosines.mean(axis=1), cosines.max(axis=1)], axis=1)
+    preference = np.tanh((features - features[::-1]) @ np.exp([0.1, 0.2, 0.3]))
+    expected = preference @ hint.option_vectors.detach().numpy()
+    np.testing.assert_allclose(hint(question, options, items).detach(), expected, atol=1e-5)
+    assert not hint(question, options[:1].expand(2, -1), items).any()
+    assert torch.isfinite(hint(question, options, items[:0])).all()
+
+
+def test_frozen_query_encoder_cache_is_bounded_and_holds_the_latest_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("personaplug.plug.layers._MAX_CACHED_TEXTS", 4)
+    encoder = HashEncoder(16)
+    frozen, encoded = FrozenQueryEncoder(encoder), list[str]()
+    source = encoder.query_encoder()
+    plain = source.encode
+
+    def encode(texts: list[str]) -> np.ndarray[Any, Any]:
+        encoded.extend(texts)
+        return plain(texts)
+
+    monkeypatch.setattr(source, "encode", encode)
+    monkeypatch.setattr(frozen, "_encoder", source)
+    for texts in (["a", "b", "c"], ["c", "d", "e"], ["c", "d", "e"], ["f", "g", "h", "i", "j", "k"], ["f", "k"]):
+        np.testing.assert_allclose(frozen(texts).numpy(), encoder.encode(texts), atol=1e-6)
+    assert encoded == list("abcdefghijk"), "each is encoded once as long as it is used"
+    frozen(["a"])
+    assert encoded[-1] == "a", "the bound holds again"

@@ -67,7 +67,8 @@ def _chat(url: str, user: str | None = None, *, prompt: str = PROMPT, key: str =
 def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, tokens: int) -> str:
     """What the backend answers with the persona that an evaluation would make."""
     history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in items]
-    soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
+    personalizer = service.personas.personalizer
+    soft = personalizer.persona("a film about tea", personalizer.encode(history, encoder=ENCODER))
     return llm.generate([PROMPT], soft=soft, config=GenerationConfig(max_new_tokens=tokens))[0].text
 
 
@@ -258,7 +259,8 @@ def test_explanations_name_items_and_measure_them(service: Service, url: str, to
 
     def likelihood(rest: list[dict[str, Any]]) -> float:
         history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in rest]
-        soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
+        personalizer = service.personas.personalizer
+        soft = personalizer.persona("a film about tea", personalizer.encode(history, encoder=ENCODER))
         return -float(toy.loss([PROMPT], ["4"], soft=soft, labels=LABELS)[0])
 
     assert told["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)

@@ -108,7 +108,8 @@ class _Client:
 
     def _expect(self) -> None:
         personalizer = self.service.personas.personalizer
-        self.expected = _digest(personalizer.persona("a film", list(self.items.values()), encoder=ENCODER))
+        history = personalizer.encode(list(self.items.values()), encoder=ENCODER)
+        self.expected = _digest(personalizer.persona("a film", history))
 
 
 async def _mixed(service: Service, *, users: int, requests: int, at_once: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plugs import head_of
 from stores import ENCODER, LABELS, item
 
 from personaplug.config import PlugConfig
@@ -17,6 +18,7 @@ from personaplug.data.records import Options
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
 from personaplug.infra.model_hub import LLMIdentity
+from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
@@ -35,7 +37,7 @@ def _plug(config: PlugConfig = ALIKE) -> PersonaPlug:
     torch.manual_seed(1)
     labels = LABELS if config.reads_labels or config.options == "compare" else ()
     plug = PersonaPlug(config, spec=PlugSpec(LLM, 0.25, ENCODER.identity, labels), encoder=ENCODER).eval()
-    torch.nn.init.normal_(plug.population)
+    torch.nn.init.normal_(head_of(plug).population)
     return plug
 
 
@@ -64,7 +66,7 @@ def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **setti
 def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
     live.store.add("shop", "ann", ITEMS)
-    expected = Personalizer(live.plug).persona("a film", ITEMS, encoder=ENCODER)
+    expected = Personalizer(live.plug).persona("a film", live.personalizer.encode(ITEMS, encoder=ENCODER))
     for _ in range(2):  # made, and then kept
         torch.testing.assert_close(_tokens(live, "ann"), expected.vectors)
     persona = live.persona("shop", "ann", "a film")
@@ -107,7 +109,7 @@ def test_options_reach_a_plug_that_compares_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("user", [None, "nobody"])
 def test_the_unknown_get_what_is_common_to_all_or_nothing(tmp_path: Path, config: PlugConfig, user: str | None) -> None:
     live = _live(tmp_path, config)
-    population = Personalizer(live.plug).persona("a film", [], encoder=ENCODER)
+    population = Personalizer(live.plug).persona("a film", live.personalizer.encode([], encoder=ENCODER))
     for persona_scale in (1.0, 0.5):
         torch.testing.assert_close(_tokens(live, user, persona_scale=persona_scale), population.vectors)
     assert live.persona("shop", user, "a film").applied == "population"
@@ -179,7 +181,7 @@ def test_no_persona_crosses_to_another_user_or_tenant(tmp_path: Path) -> None:
         tenant, user = f"tenant {number % 3}", f"user {number // 3}"  # the same names in every tenant
         own = item("only", f"likes number {number}", answer=LABELS[number % 3])
         live.store.add(tenant, user, [own])
-        expected[tenant, user] = answers.persona("a film", [own], encoder=ENCODER).vectors
+        expected[tenant, user] = answers.persona("a film", answers.encode([own], encoder=ENCODER)).vectors
     crossed: list[tuple[str, str]] = []
 
     def ask(seed: int) -> None:
@@ -215,12 +217,12 @@ def test_stores_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_users_of_few_items_are_told_to_have_what_is_common(tmp_path: Path) -> None:
     live = _live(tmp_path)
-    live.plug.set_cold_start(torch.ones_like(live.plug.common().vectors[0]), items=2)
+    live.plug.cold_start = ColdStart(torch.ones_like(live.plug.population_prompt().vectors[0]), max_items=2)
     applied = []
     for one in ITEMS[:3]:
         live.store.add("shop", "ann", [one])
         applied.append(live.persona("shop", "ann", "a film").applied)
-        weights = live.weights("a film", live.personalizer.encoded(ITEMS[: len(applied)], encoder=ENCODER))
+        weights = live.weights("a film", live.personalizer.encode(ITEMS[: len(applied)], encoder=ENCODER))
         assert bool(weights.any()) == (applied[-1] == "user")
     assert applied == ["population", "population", "user"]
     assert not torch.equal(_tokens(live, "ann"), _tokens(live, None))

@@ -340,8 +340,8 @@ def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path:
     # As in the paper: with shrinkage, every user's share of it would teach it.
     taught = _train(tmp_path / "taught", tmp_path / "d", *PAPERS, "controls=false", "drop_history_prob=0.3")
     untaught = _train(tmp_path / "untaught", tmp_path / "d", *PAPERS, "controls=false", "drop_history_prob=0")
-    assert _weights(taught)["population"].abs().mean() > 0.1
-    assert not _weights(untaught)["population"].any()
+    assert _weights(taught)["persona.population"].abs().mean() > 0.1
+    assert not _weights(untaught)["persona.population"].any()
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,14 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
 
     def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
         plug = cast(PersonaPlug, objective.module)
-        asked.append(({one.owner for one in samples}, {len(one.rows) for one in samples}, plug.cold_start, plug.few))
+        asked.append(
+            (
+                {one.owner for one in samples},
+                {len(one.rows) for one in samples},
+                plug.cold_start.tokens,
+                plug.cold_start.max_items,
+            )
+        )
         return losses[len(asked) - 1]
 
     monkeypatch.setattr("personaplug.training.parts.mean_loss", told)
@@ -382,7 +389,7 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
         else:
             assert tokens is None
     found = run.load_plug("plug", seed=0, models=open_models(run.config))
-    assert (found.cold_start is not None, found.few) == (controls, few)
+    assert (found.cold_start.tokens is not None, found.cold_start.max_items) == (controls, few)
 
 
 def test_the_losses_that_decide_a_cold_start_are_those_of_either(tmp_path: Path, data: Path) -> None:
@@ -394,7 +401,7 @@ def test_the_losses_that_decide_a_cold_start_are_those_of_either(tmp_path: Path,
     assert [[*losses] for losses in told.values()] == [["plug", other] for other in others]
     won = [items for items, losses in told.items() if items == "0" or [*losses.values()][1] < losses["plug"]]
     assert [*told][: len(won)] == won
-    assert (found.cold_start is not None, found.few) == (controls, len(won) - 1)
+    assert (found.cold_start.tokens is not None, found.cold_start.max_items) == (controls, len(won) - 1)
     assert all(len({*losses.values()}) == 2 for losses in told.values())
 
 
@@ -480,9 +487,9 @@ def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
 
     def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
         sizes.append({len(one.rows) for one in samples})
-        return float(cast(PersonaPlug, objective.module).cold_start is None)  # the control always wins
+        return float(cast(PersonaPlug, objective.module).cold_start.tokens is None)  # the control always wins
 
     monkeypatch.setattr("personaplug.training.parts.mean_loss", told)
     run = _train(tmp_path / "run", data, setting)
     assert sizes == [{0}, {0}, {1}, {1}]
-    assert run.load_plug("plug", seed=0, models=open_models(run.config)).few == 1
+    assert run.load_plug("plug", seed=0, models=open_models(run.config)).cold_start.max_items == 1

@@ -1,0 +1,172 @@
+"""PersonaHead: the persona tokens of a plug, made from a user's history and a query (PPlug, eq. 2 to 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from personaplug.config import PlugConfig
+from personaplug.data.records import Options
+from personaplug.encoders import Encoder, QueryEncoder
+from personaplug.encoders.style_features import FEATURES
+from personaplug.plug.history_batch import HistoryBatch
+from personaplug.plug.layers import (
+    DotAttention,
+    FrozenQueryEncoder,
+    MeanPooling,
+    OptionHint,
+    Projector,
+    QueryHead,
+    split_by_user,
+)
+
+_CONVERTED_ITEMS = 1024  # at once, so that their float32 copy stays in the processor's cache
+
+
+class PersonaHead(nn.Module):
+    """Make K persona tokens, and one more if options are compared.
+
+    The first `state_tokens` of the K weigh all items alike: the user's state. The others attend to the query.
+    `width` is the language model's (D), `labels` the size of the task's label set.
+    """
+
+    def __init__(self, config: PlugConfig, *, encoder: Encoder, width: int, labels: int) -> None:
+        super().__init__()
+        self.tokens, self.shrinkage, self.encoder_width = config.persona_tokens, config.shrinkage, encoder.width
+        self.state_tokens = self.tokens if config.aggregator == "mean" else config.state_tokens
+        self.item_dtype = torch.float32
+        self.frozen_encoder = FrozenQueryEncoder(encoder)
+        has_attention = self.state_tokens < self.tokens
+        self.item_attention = DotAttention(config.temperature, shrinkage=config.shrinkage) if has_attention else None
+        self.state_pooling = MeanPooling(shrinkage=config.shrinkage) if self.state_tokens else None
+        self.query_encoder: QueryEncoder | None = None
+        if has_attention and config.query_encoder == "trained":
+            self.query_encoder = encoder.query_encoder()
+        elif has_attention:
+            self.query_encoder = QueryHead(encoder.width, frozen=self.frozen_encoder)
+        self.projector = Projector(
+            encoder.width,
+            hidden=config.projector_width or width,
+            tokens=self.tokens,
+            out=width,
+            labels=labels if config.answer_channel == "label" else 0,
+            style=len(FEATURES) if config.reads_forms else 0,
+        )
+        # Fills the weight that a user's items leave: all of it if there are none. It starts as no signal and learns
+        # from samples whose history training hides (`training.drop_history_prob`).
+        self.population = nn.Parameter(torch.zeros(self.tokens, width))
+        self.hint = OptionHint(labels, width=width) if config.options == "compare" else None
+
+    def forward(
+        self,
+        queries: Sequence[str],
+        history: HistoryBatch,
+        *,
+        options: Sequence[Options | None] = (),
+        persona_scale: float = 1.0,
+    ) -> Tensor:
+        """Make the tokens, (B, K, D) or (B, K + 1, D), not scaled; see `PersonaPlug.forward`."""
+        persona = self._persona(queries, history)
+        if persona_scale != 1:
+            persona = torch.lerp(self.population.expand_as(persona), persona, persona_scale)
+        if self.hint is None:
+            return persona
+        hints = self._hints(self.hint, options, history=history, persona_scale=persona_scale)
+        return torch.cat([persona, hints], dim=1)
+
+    def population_tokens(self) -> Tensor:
+        """Return the tokens without anything of a user's own, (K, D) or (K + 1, D)."""
+        if self.hint is None:
+            return self.population
+        return torch.cat([self.population, torch.zeros_like(self.population[:1])])
+
+    def item_weights(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
+        """Return the items' weights of eq. 3, (M,), averaged over the persona tokens."""
+        shares = [len(range(self.tokens)[tokens]) * w for tokens, w in self._token_weights(queries, history)]
+        return torch.stack(shares).sum(dim=0) / self.tokens
+
+    def precompute(self, history: HistoryBatch) -> HistoryBatch:
+        """Compute what depends on no query, which is most of the cost of a long history."""
+        return replace(history, hidden=self._hidden(history))
+
+    def cache_queries(self, queries: Sequence[str], options: Sequence[Options | None] = ()) -> None:
+        """Encode queries and options before they are used, if the encoder is frozen for them."""
+        texts = list(queries) if isinstance(self.query_encoder, QueryHead) else []
+        self.frozen_encoder.cache(texts + (_option_texts(options) if self.hint is not None else []))
+
+    def _persona(self, queries: Sequence[str], history: HistoryBatch) -> Tensor:
+        """Return P = Σ_i w_i · Proj(h_i) of eq. 4, plus the population persona for the weight that is left; (B, K, D).
+
+        The projector's outer layer is linear, so it runs once per user, not once per item.
+        """
+        hidden = self._hidden(history) if history.hidden is None else history.hidden
+        user_hidden, dtype = split_by_user(hidden, history.lengths), self.population.dtype
+        parts = []
+        for tokens, weights in self._token_weights(queries, history):
+            user_weights = split_by_user(weights, history.lengths)
+            pooled = torch.stack([w.to(g.dtype) @ g for w, g in zip(user_weights, user_hidden, strict=True)])
+            # Without shrinkage exactly 1 or 0: a rounding error of 1 would train the population persona with noise.
+            sums = [w.sum() if self.shrinkage else w.new_tensor(float(len(w) > 0)) for w in user_weights]
+            weight_sums = torch.stack(sums).to(dtype)
+            rest = (1 - weight_sums)[:, None, None] * self.population[tokens]
+            parts.append(self.projector.out(pooled.to(dtype), weight_sums=weight_sums, tokens=tokens) + rest)
+        return torch.cat(parts, dim=1)
+
+    def _token_weights(self, queries: Sequence[str], history: HistoryBatch) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of the persona tokens with their (M,) item weights, in float32: a low temperature magnifies."""
+        x = self._encode_queries(queries)
+        if self.state_pooling is not None:
+            yield slice(0, self.state_tokens), self.state_pooling(x, history.vectors, lengths=history.lengths)
+        if self.item_attention is not None:
+            yield slice(self.state_tokens, None), self.item_attention(x, history.vectors, lengths=history.lengths)
+
+    def _encode_queries(self, queries: Sequence[str]) -> Tensor:
+        """Return x of eq. 2, (B, E); equal queries are encoded once. Zeros if no token depends on the query."""
+        if self.query_encoder is None:
+            return self.population.new_zeros(len(queries), self.encoder_width)
+        distinct = list(dict.fromkeys(queries))
+        vectors: Tensor = self.query_encoder(self.query_encoder.features(distinct))
+        rows = {text: row for row, text in enumerate(distinct)}
+        return vectors[[rows[text] for text in queries]]
+
+    def _hidden(self, history: HistoryBatch) -> Tensor:
+        items = _convert(history.vectors, self.item_dtype)
+        return self.projector.hidden(items, label_ids=history.label_ids, style=history.style)
+
+    def _hints(
+        self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch, persona_scale: float
+    ) -> Tensor:
+        """Return a token for each user, (B, 1, D); zeros if a prompt has no options."""
+        self.frozen_encoder.cache(_option_texts(options))  # in one batch
+        hints = []
+        for choice, items in zip(options, split_by_user(history.vectors, history.lengths), strict=True):
+            if choice is None:
+                hints.append(torch.zeros_like(hint.option_vectors[0]))
+                continue
+            vectors = self.frozen_encoder([choice.question, *choice.texts]).to(hint.option_vectors.device)
+            hint_for = partial(hint, vectors[0], vectors[1:])
+            own = hint_for(items.to(vectors.dtype))
+            if persona_scale != 1:  # what the question alone says of the options is not personal
+                own = torch.lerp(hint_for(vectors[:0]), own, persona_scale)
+            hints.append(own)
+        return torch.stack(hints)[:, None]
+
+
+def _option_texts(options: Sequence[Options | None]) -> list[str]:
+    return [text for choice in options if choice for text in (choice.question, *choice.texts)]
+
+
+def _convert(items: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert (M, E) items to another dtype."""
+    if items.device.type != "cpu" or (items.dtype, dtype) != (torch.float16, torch.bfloat16):
+        return items.to(dtype)
+    # CPUs convert between the 16-bit formats value by value. Through float32 it takes a third of the time.
+    converted = torch.empty(items.shape, dtype=dtype)
+    for start in range(0, len(items), _CONVERTED_ITEMS):
+        chunk = slice(start, start + _CONVERTED_ITEMS)
+        converted[chunk] = items[chunk].float()
+    return converted

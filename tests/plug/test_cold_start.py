@@ -1,0 +1,112 @@
+"""ColdStart: which users get a soft prompt without anything of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plugs import LLM, QUERIES, WIDTH, build_history, build_plug, head_of
+
+from personaplug.data.records import Options
+from personaplug.encoders import HashEncoder
+from personaplug.errors import MissingData
+from personaplug.plug.layers import ColdStart
+from personaplug.plug.model import PersonaPlug
+
+LABELS = ("1", "2", "3")
+
+
+def test_cold_start_tokens_serve_only_users_of_few_items(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug, history = build_plug(encoder), build_history(lengths=(4, 2, 0))
+    before = plug(QUERIES, history).vectors
+    tokens = torch.full_like(before[0], 2.0)
+    plug.cold_start = ColdStart(tokens, max_items=2)
+    assert torch.equal(plug(QUERIES, history).vectors[0], before[0])
+    assert torch.equal(plug(QUERIES, history).vectors[1], tokens * plug.spec.embedding_scale)
+    plug.save_pretrained(tmp_path)
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    assert again.cold_start.max_items == 2
+    assert torch.equal(again(QUERIES, history).vectors, plug(QUERIES, history).vectors)
+
+
+def test_cold_start_tokens_without_max_items_serve_only_users_without_items(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug, history = build_plug(encoder), build_history(lengths=(4, 2, 0))
+    before = plug(QUERIES, history).vectors
+    plug.cold_start = ColdStart(torch.full_like(before[0], 2.0))
+    after = plug(QUERIES, history).vectors
+    assert torch.equal(after[:2], before[:2])
+    assert torch.equal(after[2], torch.full_like(before[2], 2.0) * plug.spec.embedding_scale)
+    assert torch.equal(plug(QUERIES, history, persona_scale=0.5).vectors[2], after[2])
+    assert plug(QUERIES, history, persona_scale=0).vectors.shape[1] == 0
+    torch.testing.assert_close(plug.population_prompt().vectors[0], before[2])
+    plug.save_pretrained(tmp_path)
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    assert torch.equal(again(QUERIES, history).vectors, after)
+
+
+def test_cold_start_tokens_of_another_shape_are_refused_on_loading(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug = build_plug(encoder)
+    plug.cold_start = ColdStart(torch.zeros_like(plug.population_prompt().vectors[0, :1]))
+    plug.save_pretrained(tmp_path)
+    with pytest.raises(MissingData, match=r"cold_start\.tokens should have shape"):
+        PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+
+
+def test_cold_start_without_tokens_serves_users_as_if_they_had_no_items(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    settings: dict[str, Any] = {
+        "label_prior": "own",
+        "options": "compare",
+        "shrinkage": True,
+        "answer_channel": "label",
+    }
+    plug, history = build_plug(encoder, labels=LABELS, **settings), build_history(lengths=(4, 2, 0))
+    head = head_of(plug)
+    assert head.hint is not None
+    with torch.no_grad():
+        for value in (head.population, *head.hint.parameters()):
+            value.normal_()
+    options = [Options("which?", ("tea", "coffee", "milk"))] * 3
+    empty = build_history(lengths=(0, 0, 0))
+    own, none = plug(QUERIES, history, options=options), plug(QUERIES, empty, options=options)
+    plug.cold_start = ColdStart(max_items=2)
+    plug.save_pretrained(tmp_path)
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    for served_by, batch in ((plug, history), (plug, head.precompute(history)), (again, history)):
+        served = served_by(QUERIES, batch, options=options)
+        assert served_by.cold_start.max_items == 2
+        torch.testing.assert_close(served.vectors[0], own.vectors[0])
+        torch.testing.assert_close(served.vectors[1:], none.vectors[1:])
+        torch.testing.assert_close(served.label_bias[0], own.label_bias[0])
+        assert not served.label_bias[1:].any()
+    assert not torch.equal(own.vectors[1], none.vectors[1])
+    halved = plug(QUERIES, history, options=options, persona_scale=0.5).vectors
+    torch.testing.assert_close(halved[1:], none.vectors[1:])
+    plug.cold_start = ColdStart()
+    assert torch.equal(plug(QUERIES, history, options=options).vectors, own.vectors)
+
+
+def test_cold_start_removes_the_label_bias_of_cold_users(tmp_path: Path) -> None:
+    encoder = HashEncoder(WIDTH)
+    plug, history = build_plug(encoder, labels=LABELS, label_prior="own"), build_history(lengths=(4, 2, 0))
+    assert plug.label_prior is not None
+    plug.label_prior.start_from(torch.tensor([0, 0, 1, 2]))
+    bias = plug(QUERIES, history).label_bias
+    torch.testing.assert_close(bias, plug.label_prior(history.label_ids, history.lengths))
+    assert bias[:2].any(dim=1).all()
+    assert not bias[2].any()  # a user without answers has no bias
+    torch.testing.assert_close(plug(QUERIES, history, persona_scale=0.5).label_bias, bias / 2)
+    assert plug(QUERIES, history, persona_scale=0).label_bias is None
+    assert plug.population_prompt().label_bias is None
+    plug.cold_start = ColdStart(torch.zeros_like(plug(QUERIES, history).vectors[0]), max_items=2)
+    served = plug(QUERIES, history).label_bias
+    torch.testing.assert_close(served[0], bias[0])
+    assert not served[1:].any()
+    plug.save_pretrained(tmp_path)
+    again = PersonaPlug.from_pretrained(tmp_path, encoder=encoder, llm=LLM)
+    torch.testing.assert_close(again(QUERIES, history).label_bias, served)

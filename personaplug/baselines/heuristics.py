@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from personaplug.baselines.regression import Answerer, fit_classical
-from personaplug.data.label_set import Array, LabelSet, Places, ratings
+from personaplug.data.label_set import Array, LabelIds, LabelSet, ratings
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.embedding_store import EmbeddingStore
@@ -206,12 +206,12 @@ class OwnMajority:
 
     def __init__(self, closed: LabelSet, train: Sequence[Sample]) -> None:
         self.closed = closed
-        known = np.array([place for sample in train if (place := closed.place(sample.target)) >= 0], dtype=np.int64)
+        known = np.array([place for sample in train if (place := closed.index(sample.target)) >= 0], dtype=np.int64)
         self.usual = closed.labels[_majority(known)] if len(known) else _nothing_known()
 
     def answers(self, samples: Sequence[Sample]) -> list[str]:
         """Labels, one per sample."""
-        own = [self.closed.places(sample.history) for sample in samples]
+        own = [self.closed.indices(sample.history) for sample in samples]
         return [self.closed.labels[_majority(given)] if len(given) else self.usual for given in own]
 
 
@@ -227,7 +227,7 @@ def _most_frequent(items: Sequence[HistoryItem], *, count: int) -> list[str]:
     return [word for word, _ in held.most_common(count)]
 
 
-def _majority(places: Places) -> int:
+def _majority(places: LabelIds) -> int:
     counts = np.bincount(places)
     return int(next(place for place in places[::-1] if counts[place] == counts.max()))
 

@@ -19,7 +19,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 
-from personaplug.data.label_set import Array, LabelSet, Places, ratings
+from personaplug.data.label_set import Array, LabelIds, LabelSet, ratings
 from personaplug.data.records import HistoryItem, Options, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
@@ -51,7 +51,7 @@ def fit_classical(task: Task, train: Sequence[Sample], *, part: Part) -> Answere
         MissingData: if no training sample has an answer among the labels.
     """
     closed = LabelSet(task.labels)
-    train = [sample for sample in train if closed.place(sample.target) >= 0]
+    train = [sample for sample in train if closed.index(sample.target) >= 0]
     if not train:
         raise MissingData("No training sample has an answer among the task's labels: there is nothing to fit.")
     if task.kind == "label":
@@ -242,8 +242,8 @@ def content(item: HistoryItem) -> str:
     return " ".join(told or (value for _, value in item.fields))
 
 
-def _places(closed: LabelSet, samples: Sequence[Sample]) -> Places:
-    return np.array([closed.place(sample.target) for sample in samples], dtype=np.int64)
+def _places(closed: LabelSet, samples: Sequence[Sample]) -> LabelIds:
+    return np.array([closed.index(sample.target) for sample in samples], dtype=np.int64)
 
 
 class OptionFinder:

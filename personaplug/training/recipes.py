@@ -238,7 +238,7 @@ class Trainings:
         if not closed_answers(self.run):
             raise ConfigError("What a user's own labels say is added to labels that are scored; give train_eos=auto.")
         closed = LabelSet(self.run.task.labels)
-        return torch.tensor([closed.place(sample.target) for sample in samples])
+        return torch.tensor([closed.index(sample.target) for sample in samples])
 
     def _lora(self, trained: Trained, *, seed: int) -> None:
         folder = self.run.plug_folder(trained.name, seed=seed)

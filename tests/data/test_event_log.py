@@ -197,7 +197,7 @@ BROKEN_ROWS: dict[str, tuple[Any, str]] = {
     "no date": (row(2, when=SECRET), "line 2: its 'date' is not one of"),
     "list for text": (row(2, title=[SECRET]), "line 2: its 'title' is a list"),
     "half a surrogate": (row(2, title="\ud83d"), "line 2: its 'title' is not valid Unicode"),
-    "id twice": (row(1), "line 2: its id is another row's too"),
+    "id twice": (row(1), "line 2: an earlier record has the same id"),
 }
 
 
@@ -263,7 +263,7 @@ def test_a_column_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
         ({"prompt": "{text} title: "}, "does not fit task Stars.*no query"),
         ({"prompt": "title: {score}"}, "placeholder {score}"),
         ({"fields": {}, "prompt": "title: x"}, "no column for 'text'"),
-        ({"fields": {"text": "title", "tetx": "title"}}, "'tetx' is used by nothing; did you mean 'text'"),
+        ({"fields": {"text": "title", "tetx": "title"}}, "'tetx' is not used; did you mean 'text'"),
         ({"fields": {"text": "title", "score": "stars"}}, "name its column by `answer`"),
     ],
 )

@@ -29,9 +29,9 @@ def test_the_nearest_label_is_by_number_not_by_step() -> None:
 
 
 def test_what_is_no_label_counts_at_the_nearest_of_a_scale_and_nowhere_else() -> None:
-    assert [STARS.place(answer) for answer in (" 4 ", "4.0", "3.5", "9", "", "good", None)] == [3, 3, 3, 4, -1, -1, -1]
-    assert [TAGS.place(answer) for answer in ("b ", "B", "2")] == [1, -1, -1]
-    assert LabelSet(("2", "1")).place("1.0") == -1, "labels that do not rise are no scale"
+    assert [STARS.index(answer) for answer in (" 4 ", "4.0", "3.5", "9", "", "good", None)] == [3, 3, 3, 4, -1, -1, -1]
+    assert [TAGS.index(answer) for answer in ("b ", "B", "2")] == [1, -1, -1]
+    assert LabelSet(("2", "1")).index("1.0") == -1, "labels that do not rise are no scale"
 
 
 def test_features_of_ratings() -> None:
@@ -49,5 +49,5 @@ def test_what_is_no_answer_does_not_count() -> None:
     assert np.isnan(STARS.features(_items("good"))).all()
     assert np.isnan(TAGS.features([])).all()
     assert TAGS.features(_items("b", "b ", "A", "c", "b")) == pytest.approx([0, 3 / 4, 1 / 4])
-    assert TAGS.places(_items("b", "A", "c")).tolist() == [1, 2]
+    assert TAGS.indices(_items("b", "A", "c")).tolist() == [1, 2]
     assert ratings(["3", None, "", "2.5", "-inf"]).tolist() == [3, 2.5]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from personaplug.data import LAMP_TASKS, LampReader, load_task, open_dataset, write_lamp
-from personaplug.data.parsing import Flaw, as_moment, as_text, query_of
+from personaplug.data.parsing import Flaw, as_datetime, as_text, query_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task
 from personaplug.data.task_registry import lamp_task, parse_task
@@ -220,37 +220,39 @@ def test_outputs_that_disagree_or_name_an_unknown_task(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"item_feilds": ["x"]}, "unknown key 'item_feilds'; did you mean 'item_fields'?"),
-        ({"kind": "score"}, "'kind' should be one of label, rating, text"),
-        ({"kind": ["text"]}, "'kind' should be one of"),
+        ({"kind": "score"}, "'kind' should be 'label', 'rating' or 'text', found 'score'"),
+        ({"kind": ["text"]}, "'kind' should be 'label', 'rating' or 'text', found ['text']"),
         ({"labels": []}, "need 'labels'"),
         ({"labels": ["good", "bad"]}, "should be numbers"),
         ({"labels": ["2", "1"]}, "should be finite and rise"),
         ({"labels": ["1", "nan"]}, "should be finite and rise"),
         ({"labels": "12"}, "'labels' should be a list"),
         ({"labels": [True, "2"]}, "a label is true or false"),
-        ({"kind": "label", "labels": ["a", "a"]}, "names something twice"),
+        ({"kind": "label", "labels": ["a", "a"]}, "'labels': the list holds an entry twice"),
         ({"kind": "label", "labels": ["a "]}, "blanks"),
         ({"kind": "text"}, "'text' has none"),
         ({"item_fields": "text"}, "'item_fields' should be a list"),
-        ({"item_fields": []}, "at least one entry"),
+        ({"item_fields": []}, "'item_fields': value should have at least 1 item"),
         ({"metrics": ["rouge_1", "nll"]}, "leave 'nll' out"),
-        ({"item_fields": ["id"]}, "other than 'id' and 'date'"),
-        ({"answer_field": 3}, "'answer_field' should be a string"),
+        ({"item_fields": ["id"]}, "another name than 'id' and 'date'"),
+        ({"answer_field": 3}, "'answer_field' should be a valid string, found 3"),
         ({"name": " "}, "'name' is empty"),
-        ({"max_new_tokens": "4"}, "'max_new_tokens' should be a whole number"),
-        ({"max_new_tokens": True}, "'max_new_tokens' should be a whole number"),
+        ({"max_new_tokens": "4"}, "'max_new_tokens' should be a valid integer, found '4'"),
+        ({"max_new_tokens": 0}, "'max_new_tokens' should be greater than or equal to 1, found 0"),
+        ({"metrics": ["mae", ""]}, "'metrics.1': string should have at least 1 character"),
+        ({"max_new_tokens": True}, "'max_new_tokens' should be a valid integer, found True"),
         ({"query_pattern": "(a)"}, "not both"),
         ({"query_after": "", "query_pattern": "("}, "not a regular expression"),
         ({"query_after": "", "query_pattern": "a"}, "needs a group"),
-        ({"item_template": 3}, "'item_template' should be a string"),
-        ({"item_template": "words"}, "shows nothing of an item"),
+        ({"item_template": 3}, "'item_template' should be a valid string, found 3"),
+        ({"item_template": "words"}, "shows no field of an item"),
         ({"item_template": "{texd}"}, "names {texd}; did you mean 'text'?"),
         ({"item_template": "{text} {}"}, "names {}; known are: score, text"),
-        ({"item_joint": None}, "'item_joint' should be a string"),
+        ({"item_joint": None}, "'item_joint' should be a valid string, found None"),
         ({"history_template": "{input}"}, "should hold {history} and {input}, each once"),
         ({"history_template": "{history} {history} {input}"}, "each once"),
         ({"history_template": "{history} {input} {text}"}, "each once"),
-        ({"history_after": 1}, "'history_after' should be a string"),
+        ({"history_after": 1}, "'history_after' should be a valid string, found 1"),
         ({"histori_after": "x"}, "unknown key 'histori_after'; did you mean 'history_after'?"),
         ({"like": "LaMP_9"}, "no built-in task"),
         ({"like": 4}, "'like' should be"),
@@ -372,7 +374,7 @@ def test_the_latest_items_are_kept_and_the_cut_is_counted(tmp_path: Path, cap: i
 )  # fmt: skip
 def test_a_malformed_date_is_refused(value: object) -> None:
     with pytest.raises(Flaw):
-        as_moment(value)
+        as_datetime(value)
 
 
 def test_values_as_text() -> None:
@@ -410,7 +412,7 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "item with a wrong type": (question(2, profile=[{**ITEM, "text": [SECRET]}]), "its 'text' is a list"),
     "item with a bad date": (question(2, profile=[{**ITEM, "date": SECRET}]), "its 'date' is not one of"),
     "no marker": (question(2, input=SECRET), "does not hold the marker 'review: '"),
-    "id twice": (question(1), "question 2 (id 1): its id is another question's too"),
+    "id twice": (question(1), "question 2 (id 1): an earlier record has the same id"),
     "no gold": (question(99), "question 2 (id 99): none of the 3 golds has its id"),
 }
 
@@ -506,7 +508,7 @@ read_items({str(tmp_path / "items.json")!r}, task=LAMP_TASKS["LaMP_3"])
 
 def test_brackets_in_strings_are_no_nesting_wherever_a_read_ends(tmp_path: Path) -> None:
     nested: Any = "[{" * 200
-    for level in range(62):  # with the list of questions and the question, 64
+    for level in range(63):  # with the question, 64
         nested = {'"\\': nested, "]": "}" * level} if level % 2 else [nested]
     wordy = [question(number, note='\\" [' * (13_000 + number)) for number in range(20)]
     assert len(read(put(tmp_path, [*wordy, question(99, note=nested)]), task="LaMP_3")) == 21
@@ -616,7 +618,7 @@ def test_an_empty_split_is_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ([sample("a"), sample("a")], "another sample's"),
+        ([sample("a"), sample("a")], "same id"),
         ([sample("a"), sample("b", target=None)], "1 of 2 samples have a target"),
         ([sample("a", query="else")], "its query"),
         ([sample("a", target="9")], "none of the 5 labels"),

@@ -94,9 +94,12 @@ def test_fewer_responses_on_offer_are_fewer_labels(tmp_path: Path) -> None:
 BROKEN_CHOICES: dict[str, tuple[Any, str]] = {
     "no prompt": ({"prompt_id": 2, "x": SECRET}, "line 2 (id 2): its 'prompt' is missing"),
     "no response": (choice(2, response_8=None), "line 2 (id 2): its 'response_8' is null"),
-    "text as score": (choice(2, response_3_gemma_2b=SECRET), "(id 2): its 'response_3_gemma_2b' is no finite number"),
-    "nan as score": (choice(2, response_3_gemma_2b=float("nan")), "its 'response_3_gemma_2b' is no finite number"),
-    "id twice": (choice(0), "line 2 (id 0): its id is another row's too"),
+    "text as score": (
+        choice(2, response_3_gemma_2b=SECRET),
+        "(id 2): its 'response_3_gemma_2b' is not a finite number",
+    ),
+    "nan as score": (choice(2, response_3_gemma_2b=float("nan")), "its 'response_3_gemma_2b' is not a finite number"),
+    "id twice": (choice(0), "line 2 (id 0): an earlier record has the same id"),
 }
 
 

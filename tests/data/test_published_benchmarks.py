@@ -15,7 +15,7 @@ from published import SECRET, choice, paper, post, question, review, shape, user
 from personaplug.data import open_dataset, write_lamp
 from personaplug.data.benchmarks import BENCHMARKS, open_benchmark
 from personaplug.data.benchmarks.base import split_files
-from personaplug.data.benchmarks.lamp_qa import LampQAReader, rubrics
+from personaplug.data.benchmarks.lamp_qa import LampQAReader
 from personaplug.data.benchmarks.longlamp import LongLampReader
 from personaplug.data.benchmarks.peft_u import PeftUReader
 from personaplug.data.benchmarks.personal_llm import PersonalLLMReader, SimulatedUsers
@@ -130,27 +130,6 @@ def test_a_question_is_asked_without_its_narrative(tmp_path: Path) -> None:
     assert second.id == "q2"
 
 
-def test_a_rubric_keeps_what_a_judge_needs(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "pets_test.json", [question(1), question(2, narrative=None), question(3, rubric_aspects=[])]
-    )
-    found = rubrics(path, "test")
-    first, second = next(found), next(found)
-    assert (first.id, first.question, first.narrative) == (
-        "q1",
-        f"How do I feed {SECRET} 1?",
-        "I keep it on a balcony.",
-    )
-    assert [(aspect.aspect, aspect.reason, aspect.evidence) for aspect in first.aspects] == [
-        ("space", "small home", "balcony"),
-        ("cost", "", ""),
-    ]
-    assert (second.id, second.narrative) == ("q2", "")
-    assert SECRET not in repr(first) + repr(first.aspects[0])
-    with pytest.raises(RecordError, match="record 3: its 'rubric_aspects' is not a list with at least one entry"):
-        next(found)
-
-
 BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "no object": (SECRET, "record 2: it is not a JSON object"),
     "no id": ({"question": SECRET}, "record 2: its 'id' is missing"),
@@ -160,7 +139,7 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "no profile": (question(2, profile=None), "record 2 (id q2): its 'profile' is not a list"),
     "text in profile": (question(2, profile=[SECRET]), "(id q2): item 1 of its profile: it is not a JSON object"),
     "no text": (question(2, profile=[{"id": "p"}]), "(id q2): item 1 of its profile: its 'text' is missing"),
-    "id twice": (question(1), "record 2 (id q1): its id is another record's too"),
+    "id twice": (question(1), "record 2 (id q1): an earlier record has the same id"),
 }
 
 
@@ -203,12 +182,8 @@ def test_the_task_is_what_the_columns_say(tmp_path: Path) -> None:
     (sample,) = posts
     assert (posts.task.name, sample.user_id, sample.target) == ("LongLaMP_topic_writing", "u1", "It rained.")
     assert sample.history[0].fields == (("summary", "A tale"), ("content", "A long tale."))
-    with pytest.raises(ConfigError, match="its task is unknown"):
+    with pytest.raises(ConfigError, match="the task is unknown"):
         LongLampReader(write(tmp_path / "none.jsonl", [question(1)]), "test")
-    with pytest.raises(ConfigError, match="no task 'topic_writer'; did you mean 'topic_writing'"):
-        LongLampReader(tmp_path / "test.json", "test", task="topic_writer")
-    with pytest.raises(RecordError, match=r"record 1 \(id row-1\): its 'reviewerId' is missing"):
-        list(LongLampReader(tmp_path / "test.json", "test", task="product_review"))
 
 
 BROKEN_PAPERS: dict[str, tuple[Any, str]] = {

@@ -52,19 +52,19 @@ def test_a_share_that_is_none_is_refused(whole: Path, tmp_path: Path, share: flo
 def test_an_earlier_slice_stays_as_it_is(whole: Path, tmp_path: Path) -> None:
     split_by_user(open_dataset(whole, "train"), tmp_path, share=0.3)
     before = _ids(tmp_path)
-    with pytest.raises(RunConflict, match="holds a data set already"):
+    with pytest.raises(RunConflict, match="already holds a data set"):
         split_by_user(open_dataset(whole, "train"), tmp_path, share=0.3, seed=1)
     assert _ids(tmp_path) == before
 
 
 def test_one_user_cannot_be_parted(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=1, queries_per_user=3, dev_users=1), tmp_path / "one")
-    with pytest.raises(ConfigError, match="2 or more users; found 1"):
+    with pytest.raises(ConfigError, match="2 or more users, found 1"):
         split_by_user(open_dataset(tmp_path / "one", "train"), tmp_path / "out", share=0.5)
 
 
 def test_the_command_says_what_it_wrote(whole: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["slice", "--data", str(whole), "--out", str(tmp_path / "s"), "--share", "0.3"])
+    done = CliRunner().invoke(main, ["split", "--data", str(whole), "--out", str(tmp_path / "s"), "--share", "0.3"])
     assert done.exit_code == 0, done.output
     assert "train 21 samples of 7 users, dev 9 of 3" in done.output
     assert _ids(tmp_path / "s")

@@ -97,13 +97,13 @@ def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: 
         click.echo(str(into))
 
 
-@click.command()
+@click.command("split")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of a data set.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for a data set made of its training split.")
 @click.option("--share", default=0.2, show_default=True, help="Share of the users for dev.")
 @click.option("--seed", default=0, show_default=True, help="Determines which users are drawn.")
 @skip_bad_option
-def split(data: Path, out: Path, share: float, seed: int, skip_bad: int) -> None:
+def split_command(data: Path, out: Path, share: float, seed: int, skip_bad: int) -> None:
     """Split the training set by user into train and dev, to choose settings without the official dev set."""
     from personaplug.data import open_dataset
     from personaplug.data.splits import split_by_user

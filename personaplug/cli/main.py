@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from personaplug.cli.benchmark_commands import bench, convert, lamp, report, split
+from personaplug.cli.benchmark_commands import bench, convert, lamp, report, split_command
 from personaplug.cli.options import (
     FOLDER,
     check_same_task,
@@ -429,5 +429,5 @@ def estimate(
     click.echo(found.text())
 
 
-for command in (bench, report, lamp, convert, split, serve, key, forget, explain):
+for command in (bench, report, lamp, convert, split_command, serve, key, forget, explain):
     main.add_command(command)

@@ -28,11 +28,7 @@ _Event = tuple[str, Any]
 
 
 def existing_folder(folder: str | Path) -> Path:
-    """Return the folder as a path.
-
-    Raises:
-        MissingData: if the folder does not exist.
-    """
+    """Return the folder as a path."""
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingData(f"There is no data folder {folder}.")
@@ -93,11 +89,7 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file, numbered from 1.
-
-    Raises:
-        RecordError: if the file is not valid gzip. The rest of it is lost, so this error must not be skipped.
-    """
+    """Yield the lines of a file, numbered from 1."""
     number = 0
     try:
         with open_plain(path) as stream:
@@ -108,11 +100,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
-    """Yield the JSON object of each line that is not blank, or a Flaw if the line holds none.
-
-    Raises:
-        RecordError: if the file is not valid gzip.
-    """
+    """Yield the JSON object of each line that is not blank, or a Flaw if the line holds none."""
     for number, line in numbered_lines(path):
         if line.strip():
             yield number, _json_record(line)

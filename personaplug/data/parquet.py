@@ -11,11 +11,7 @@ from personaplug.errors import ConfigError, MissingExtra, RecordError, nearest
 
 
 def check_pyarrow() -> None:
-    """Check that Parquet can be read.
-
-    Raises:
-        MissingExtra: if pyarrow is not installed.
-    """
+    """Check that Parquet can be read."""
     _pyarrow()
 
 
@@ -28,10 +24,6 @@ def parquet_rows(
         path: a Parquet file.
         columns: the columns to read; None for all.
         batch_size: the maximum number of rows in memory.
-
-    Raises:
-        RecordError: if the file is not valid Parquet.
-        ConfigError: if a column is not in the file.
     """
     pyarrow, parquet = _pyarrow()
     number = 0
@@ -47,11 +39,7 @@ def parquet_rows(
 
 
 def check_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
-    """Check that a table has each column once.
-
-    Raises:
-        ConfigError: if a column is missing or occurs twice.
-    """
+    """Check that a table has each column once."""
     for column in columns:
         if header.count(column) != 1:
             raise ConfigError(f"{path} has {header.count(column)} columns {column!r}; {nearest(column, header)}")

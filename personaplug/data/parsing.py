@@ -77,11 +77,7 @@ def as_datetime(value: object) -> datetime:
 
 
 def query_of(task: Task, prompt: str) -> str:
-    """Return the part of a prompt that the encoder and the retrievers read.
-
-    Raises:
-        Flaw: if the task's marker or pattern is not in the prompt, or the query is blank.
-    """
+    """Return the part of a prompt that the encoder and the retrievers read."""
     if task.query_pattern:
         match = re.search(task.query_pattern, prompt, re.DOTALL)
         if not match:

@@ -36,9 +36,6 @@ class RecordReader(ABC):
             task: the task of the samples.
             skip_bad: the number of broken records that may be skipped.
             max_history: the number of latest items that a history keeps.
-
-        Raises:
-            ConfigError: if a number is negative.
         """
         for name, value in (("skip_bad", skip_bad), ("max_history", max_history)):
             if value < 0:

@@ -63,11 +63,7 @@ LAMP_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _
 
 
 def lamp_task(name: str) -> Task:
-    """Return one of LaMP's tasks. `LaMP-1` is the same as `LaMP_1`.
-
-    Raises:
-        ConfigError: if there is no such task, or it is LaMP_6.
-    """
+    """Return one of LaMP's tasks. `LaMP-1` is the same as `LaMP_1`."""
     canonical_names = {task.lower(): task for task in LAMP_TASKS}
     key = name.strip().lower().replace("-", "_")
     if key == "lamp_6":
@@ -239,11 +235,7 @@ def load_task(folder: str | Path, *, task: str | None = None) -> Task:
 
 
 def read_task(path: Path) -> Task:
-    """Read a task.json.
-
-    Raises:
-        ConfigError: if it is not valid JSON, or declares the task wrongly.
-    """
+    """Read a task.json."""
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -254,11 +246,7 @@ def read_task(path: Path) -> Task:
 
 
 def check_declared_task(folder: Path, task: Task) -> None:
-    """Refuse a folder that declares another task.
-
-    Raises:
-        RunConflict: if the folder's task.json declares another task.
-    """
+    """Refuse a folder that declares another task."""
     path = folder / "task.json"
     if path.is_file() and read_task(path) != task:
         raise RunConflict(f"{path} declares another task than {task.name}. Choose a new folder.")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from personaplug.data import LampReader
-from personaplug.data.simulation import Simulation, SimulationConfig, _Taste, simulate, write_simulation
+from personaplug.data.simulated_users import Rater
+from personaplug.data.simulation import Simulation, SimulationConfig, simulate, write_simulation
 from personaplug.errors import ConfigError, RunConflict, StorageError
 
 MANY = SimulationConfig(users=600, queries_per_user=4, min_items=0, max_items=4)
@@ -57,10 +58,10 @@ def test_the_defaults_are_a_useful_set() -> None:
 def test_chances_agree_with_brute_force() -> None:
     rng = np.random.default_rng(5)
     for generosity, noise in ((0.0, 0.5), (1.7, 0.3), (-2.4, 1.2)):
-        taste = _Taste(generosity, (0.4, -0.6), noise)
+        rater = Rater(generosity, (0.4, -0.6), noise)
         for genre in (0, 1):
-            drawn = Counter(taste.score(genre, rng) for _ in range(20_000))
-            chances = taste.chances(genre)
+            drawn = Counter(rater.score(genre, rng) for _ in range(20_000))
+            chances = rater.probabilities(genre)
             assert sum(chances) == pytest.approx(1)
             assert [drawn[score] / 20_000 for score in range(1, 6)] == pytest.approx(chances, abs=0.015)
 
@@ -76,16 +77,16 @@ def test_the_oracle_scores_what_it_expects(ratings: Simulation) -> None:
 
 def test_expected_scores_agree_with_redrawn_targets(ratings: Simulation) -> None:
     rng = np.random.default_rng(1)
-    chances = np.array(list(ratings.chances.values()))
+    chances = np.array(list(ratings.probabilities.values()))
     for way, expected in ratings.expected.items():
-        guesses = np.array([int(ratings.oracle[way][name]) for name in ratings.chances])
+        guesses = np.array([int(ratings.oracle[way][name]) for name in ratings.probabilities])
         scores = 1 + (rng.random((200, len(chances), 1)) > chances.cumsum(axis=1)).sum(axis=2)
         assert (scores == guesses).mean() == pytest.approx(expected["accuracy"], abs=0.004)
         assert abs(scores - guesses).mean() == pytest.approx(expected["mae"], abs=0.004)
 
 
 def test_each_decision_is_the_best_of_its_metric(ratings: Simulation) -> None:
-    for name, chances in ratings.chances.items():
+    for name, chances in ratings.probabilities.items():
         errors = [sum(c * abs(s - guess) for s, c in enumerate(chances, 1)) for guess in range(1, 6)]
         assert chances[int(ratings.oracle["mode"][name]) - 1] == max(chances)
         assert errors[int(ratings.oracle["median"][name]) - 1] == pytest.approx(min(errors))

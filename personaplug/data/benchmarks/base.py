@@ -50,11 +50,7 @@ class PublishedReader(RecordReader):
 
 
 def check_split(split: str) -> str:
-    """Return a split's name.
-
-    Raises:
-        ConfigError: if it is not one of SPLITS.
-    """
+    """Return a split's name."""
     if split not in SPLITS:
         raise ConfigError(f"A benchmark's splits are {', '.join(SPLITS)}; found {split!r}.")
     return split
@@ -67,11 +63,6 @@ def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
         path: the split's file, or a folder. The folder, its `data` and a folder of the split's name are searched for
             `{split}.json`, `{anything}_{split}.json` and the like.
         split: one of SPLITS.
-
-    Raises:
-        MissingData: if there is no file, or a shard is missing.
-        MissingExtra: if a file is Parquet and pyarrow is not installed.
-        ConfigError: if the split or the kind of a file is unknown, or several files could be the split.
     """
     path, names = Path(path), SPLITS[check_split(split)]
     if path.is_file():
@@ -86,11 +77,7 @@ def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
 
 
 def published_records(files: Sequence[Path]) -> Iterator[PositionedRecord]:
-    """Yield the records of a split's files.
-
-    Raises:
-        RecordError: if a file breaks off. The rest of it is lost, so this error must not be skipped.
-    """
+    """Yield the records of a split's files."""
     for file in files:
         for position, value in _source(file)(file):
             yield file, position, value

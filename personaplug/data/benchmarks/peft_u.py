@@ -53,11 +53,6 @@ class PeftUReader(RecordReader):
             instruction: the prompt before the text; None for a sentence that lists the labels.
             skip_bad: see `RecordReader`; users count as records too.
             max_history: see `RecordReader`.
-
-        Raises:
-            MissingData: if the file does not exist, or holds no sample with a label.
-            ConfigError: if a setting is out of range, or there are too many labels for a closed set.
-            RecordError: if the file is not valid JSON.
         """
         self._path, self._split = _file_of(Path(path)), "val" if check_split(split) == "dev" else split
         if queries_per_user < 1:

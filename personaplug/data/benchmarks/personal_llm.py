@@ -62,9 +62,6 @@ class SimulatedUsers:
         longest: the maximum number.
         queries_per_user: the number of a user's samples in train.
         choices: the number of responses on offer, of eight, in random order.
-
-    Raises:
-        ConfigError: if a value is out of range.
     """
 
     count: int = 1000
@@ -111,10 +108,6 @@ class PersonalLLMReader(RecordReader):
             users: the users; None for SimulatedUsers().
             skip_bad: see `RecordReader`.
             max_history: see `RecordReader`.
-
-        Raises:
-            MissingData, MissingExtra, ConfigError: see `split_files`.
-            ConfigError: if test is requested without a folder, or a setting is out of range.
         """
         if check_split(split) == "test" and Path(path).is_file():
             raise ConfigError(f"{path} is one file; the split 'test' needs the folder with the train and test files.")

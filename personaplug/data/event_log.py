@@ -6,15 +6,12 @@ piece, with `personaplug.data.write_lamp`; the result is streamed.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from string import Formatter
 
-from personaplug.data.json_stream import json_lines, numbered_lines
-from personaplug.data.parquet import check_columns, check_pyarrow, parquet_rows
 from personaplug.data.parsing import (
     Flaw,
     as_datetime,
@@ -26,6 +23,7 @@ from personaplug.data.parsing import (
     target_of,
     value_of,
 )
+from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
@@ -83,24 +81,7 @@ class EventLogReader(RecordReader):
         max_history: int = 512,
         skip_bad: int = 0,
     ) -> None:
-        """Check the settings. The log is read later.
-
-        Args:
-            path: a file *.jsonl, *.csv (both also *.gz) or *.parquet.
-            mapping: the meaning of the columns.
-            task: the task, whose item fields are the mapping's.
-            split: "train" or "dev".
-            queries_per_user: the maximum number of a user's queries in train.
-            dev_queries: the number of a user's last rows that belong to dev.
-            min_history: the number of earlier rows that a query needs.
-            max_history: see `RecordReader`.
-            skip_bad: see `RecordReader`.
-
-        Raises:
-            MissingData: if the file does not exist.
-            MissingExtra: if the file is Parquet and pyarrow is not installed.
-            ConfigError: if a setting is out of range, or mapping, prompt and task do not fit together.
-        """
+        """Check the settings. The log, a file *.jsonl, *.csv (both also *.gz) or *.parquet, is read later."""
         if split not in ("train", "dev"):
             raise ConfigError(f"A log has the splits 'train' and 'dev'; found {split!r}.")
         for name, value, least in (
@@ -112,7 +93,9 @@ class EventLogReader(RecordReader):
                 raise ConfigError(f"{name} should be at least {least}, found {value}.")
         super().__init__(task, skip_bad=skip_bad, max_history=max_history)
         self._path = Path(path)
-        self._rows_of = _row_source(self._path)
+        self._source = record_source(self._path, kinds=(".jsonl", ".csv", ".parquet"))
+        if not self._path.is_file():
+            raise MissingData(f"There is no file {path}.")
         self._mapping, self._template = mapping, _parse_template(mapping, task)
         self._split, self._queries_per_user, self._dev_queries = split, queries_per_user, dev_queries
         self._min_history = min_history
@@ -127,7 +110,7 @@ class EventLogReader(RecordReader):
     def _rows_by_user(self) -> dict[str, list[_Row]]:
         users: dict[str, list[_Row]] = {}
         seen: set[str] = set()
-        for position, number, values in self._rows_of(self._path, self._mapping.columns):
+        for position, number, values in self._source(self._path, self._mapping.columns):
             try:
                 user, row = self._row(as_record(values), position, number)
                 if row.item.id in seen:
@@ -221,66 +204,3 @@ def _check_fields(mapping: ColumnMapping, task: Task, placeholders: set[str]) ->
 
 def _fill(template: _Template, fields: Mapping[str, str]) -> str:
     return "".join(literal + (fields[name] if name is not None else "") for literal, name in template)
-
-
-# ---- the files
-
-_PositionedRow = tuple[str, int, "Mapping[str, object] | Flaw"]
-_RowSource = Callable[[Path, Sequence[str]], Iterator[_PositionedRow]]
-
-
-def _row_source(path: Path) -> _RowSource:
-    suffix = next((suffix for suffix in _ROW_SOURCES if path.name.lower().endswith(suffix)), None)
-    if suffix is None:
-        raise ConfigError(f"{path}: a log should be one of *{', *'.join(_ROW_SOURCES)}.")
-    if not path.is_file():
-        raise MissingData(f"There is no file {path}.")
-    if suffix == ".parquet":
-        check_pyarrow()
-    return _ROW_SOURCES[suffix]
-
-
-def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[_PositionedRow]:
-    for number, values in json_lines(path):
-        yield f"line {number}", number, values
-
-
-def _csv_rows(path: Path, columns: Sequence[str]) -> Iterator[_PositionedRow]:
-    # A byte that is not UTF-8 becomes a lone surrogate, which `as_text` refuses for its row alone.
-    rows = csv.reader((line.decode(errors="surrogateescape") for _, line in numbered_lines(path)), strict=True)
-    header = next(rows, [])
-    check_columns(path, header, columns)
-    number = 0
-    while True:
-        position = f"line {rows.line_num + 1}"
-        try:
-            values = next(rows, None)
-        except csv.Error:
-            number += 1
-            yield position, number, Flaw("it is not valid CSV")
-            continue
-        if values is None:
-            return
-        if values:
-            number += 1
-            yield position, number, _csv_record(header, values)
-
-
-def _csv_record(header: Sequence[str], values: Sequence[str]) -> Mapping[str, object] | Flaw:
-    if len(values) != len(header):
-        return Flaw(f"it has {len(values)} values, the header {len(header)}")
-    return dict(zip(header, values, strict=True))
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[_PositionedRow]:
-    for number, values in parquet_rows(path, columns=columns):
-        yield f"row {number}", number, values
-
-
-_ROW_SOURCES: Mapping[str, _RowSource] = {
-    ".jsonl": _jsonl_rows,
-    ".jsonl.gz": _jsonl_rows,
-    ".csv": _csv_rows,
-    ".csv.gz": _csv_rows,
-    ".parquet": _parquet_rows,
-}

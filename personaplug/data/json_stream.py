@@ -28,7 +28,7 @@ _Event = tuple[str, Any]
 
 
 def existing_folder(folder: str | Path) -> Path:
-    """Return the folder as a path."""
+    """Return the path of a folder that exists."""
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingData(f"There is no data folder {folder}.")

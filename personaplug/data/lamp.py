@@ -37,7 +37,19 @@ def open_dataset(
     skip_bad: int = 0,
     max_history: int = 512,
 ) -> Reader:
-    """Open one split of a data folder; see `LampReader`."""
+    """Open one split of a data folder.
+
+    Args:
+        folder: a folder in LaMP's layout.
+        split: "train", "dev", "test" or another start of the files' names.
+        task: a Task, a name for `load_task`, or None for the task that the folder declares.
+        skip_bad: the number of broken records that may be skipped.
+        max_history: the number of latest items that a history keeps.
+
+    Raises:
+        MissingData: if the folder, the questions or the task's declaration are missing.
+        ConfigError: if the task is wrongly declared, or a setting is out of range.
+    """
     return LampReader(folder, split, task=task, skip_bad=skip_bad, max_history=max_history)
 
 
@@ -79,19 +91,7 @@ class LampReader(RecordReader):
         skip_bad: int = 0,
         max_history: int = 512,
     ) -> None:
-        """Find the files and the task. The questions are read later.
-
-        Args:
-            folder: the folder of the files.
-            split: "train", "dev", "test" or another start of the files' names.
-            task: a Task, a name for `load_task`, or None for the task that the folder declares.
-            skip_bad: see `RecordReader`.
-            max_history: see `RecordReader`.
-
-        Raises:
-            MissingData: if the folder, the questions or the task's declaration are missing.
-            ConfigError: if the task is wrongly declared, or a setting is out of range.
-        """
+        """Find the files and the task; see `open_dataset`. The questions are read later."""
         folder = existing_folder(folder)
         self._questions = _questions_file(folder, split)
         self._outputs = plain_or_gz(folder, f"{split}_outputs.json")

@@ -78,11 +78,6 @@ def _all_data_sets() -> dict[str, _DataSet]:
 _DATA_SETS = _all_data_sets()
 
 
-def lamp_names() -> tuple[str, ...]:
-    """Return the names for `download_lamp`; those with `:time` are split by time, the others by user."""
-    return tuple(_DATA_SETS)
-
-
 def download_lamp(
     name: str,
     out: str | Path,
@@ -94,7 +89,7 @@ def download_lamp(
     """Download a LaMP data set into a folder and return its files. Files that are there already are checked only.
 
     Args:
-        name: one of `lamp_names()`, such as "lamp-3" or "lamp-2-news:time"; `LaMP_3` is the same as `lamp-3`.
+        name: "lamp-3", "lamp-2-news" and the like for the split by user, with ":time" for the split by time.
         out: the folder of this data set.
         splits: the splits; the answers of test are not public.
         base_url: the address of LaMP's folders.
@@ -102,11 +97,9 @@ def download_lamp(
             split, or as on the server.
 
     Raises:
-        ConfigError: for an unknown name, split or kind of URL, or LaMP-6, which is not public.
         MissingData: if a file does not exist, or the server does not deliver it completely.
         RecordError: if a file is not JSON, or differs from its recorded checksum.
         RunConflict: if the folder holds something else.
-        StorageError: if the disk is full or not writable.
     """
     data_set, out = _find_data_set(name), Path(out)
     files, base_url = _files_of(splits), _checked_url(base_url)
@@ -198,9 +191,11 @@ class _Checksums:
             raise RecordError(path, "the whole file", reason=reason)
         return True
 
-    def record(self, file: str, digest: str) -> None:
-        """Record the checksum of a new file. The first checksum of a file stays."""
-        self.digests.setdefault(file, digest)
+    def record(self, file: str, digest: str, *, source: str) -> None:
+        """Record the checksum of a new file, or compare it with the one recorded earlier."""
+        if self.digests.setdefault(file, digest) != digest:
+            reason = f"it differs from the checksum in {self.path}; remove that line to accept the new file"
+            raise RecordError(source, "the whole file", reason=reason)
         lines = [f"{digest}  {file}" for file, digest in sorted(self.digests.items())]
         write_text(self.path, "\n".join([f"# {self.name}", *lines, ""]))
 
@@ -208,32 +203,24 @@ class _Checksums:
 # ---- files
 
 
-def _fetch(url: str, path: Path, checksums: _Checksums, *, download: Callable[[str, Path], None]) -> None:
-    """Let pooch download a file, retry, compare the checksum, and move the complete file to its path."""
+def _fetch(source: str, path: Path, checksums: _Checksums, *, download: Callable[[str, Path], None]) -> None:
+    """Let pooch write a draft with `download`, try again if the connection fails, and move the draft to its path."""
 
-    def checked_download(url: str, draft: str, _: pooch.Pooch | None) -> None:
-        download(url, Path(draft))
-        _check_json(Path(draft), url, is_list=path.name.endswith("_questions.json"))
-        checksums.record(path.name, pooch.file_hash(draft))
+    def checked_download(source: str, draft: str, _: pooch.Pooch) -> None:
+        Path(draft).unlink()  # pooch makes it readable for its owner alone
+        download(source, Path(draft))
+        _check_json(Path(draft), source, is_list=path.name.endswith("_questions.json"))
+        checksums.record(path.name, pooch.file_hash(draft), source=source)
 
-    store = pooch.Pooch(
-        path=path.parent,
-        base_url="",
-        registry={path.name: checksums.digests.get(path.name)},
-        urls={path.name: url},
-        retry_if_failed=_RETRIES,
-    )
+    store = pooch.Pooch(path.parent, "", registry={path.name: None}, urls={path.name: source}, retry_if_failed=_RETRIES)
     with storage_errors(path):
         try:
             store.fetch(path.name, downloader=checked_download)
         except requests.RequestException as error:
             reason = _status(error) or type(error).__name__
             raise MissingData(
-                f"{url} was not downloaded after {_RETRIES + 1} attempts ({reason}). Try again later. {_HINT}"
+                f"{source} was not downloaded after {_RETRIES + 1} attempts ({reason}). Try again later. {_HINT}"
             ) from error
-        except ValueError:
-            reason = f"it differs from the checksum in {checksums.path}; remove that line to accept the new file"
-            raise RecordError(url, "the whole file", reason=reason) from None
 
 
 def _download(url: str, draft: Path) -> None:

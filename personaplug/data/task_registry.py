@@ -11,16 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from personaplug.data.json_stream import existing_folder, stream_values
 from personaplug.data.parsing import as_name
@@ -90,15 +81,13 @@ def _are_different(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _Text = Annotated[str, Field(min_length=1)]
-_Texts = Annotated[tuple[_Text, ...], Strict(False), AfterValidator(_are_different)]
+_Texts = Annotated[tuple[_Text, ...], Field(strict=False), AfterValidator(_are_different)]
 _Label = Annotated[str, BeforeValidator(_as_label)]
-_Labels = Annotated[tuple[_Label, ...], Strict(False), AfterValidator(_are_different)]
+_Labels = Annotated[tuple[_Label, ...], Field(strict=False), AfterValidator(_are_different)]
 
 
-class _Declaration(BaseModel):
+class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
     """The keys of a task.json; their meaning is that of Task's attributes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
     kind: TaskKind

@@ -21,7 +21,7 @@ import pytest
 
 from personaplug.data import LAMP_TASKS, load_task, open_dataset
 from personaplug.data import lamp_download as module
-from personaplug.data.lamp_download import download_lamp, lamp_names
+from personaplug.data.lamp_download import download_lamp
 from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, StorageError
 
 SECRET = "zanzibar"  # part of every text here, and must be in no error
@@ -140,8 +140,8 @@ def test_download_unknown_name_is_refused_with_the_nearest(tmp_path: Path) -> No
         download_lamp("lamp-3", tmp_path, splits=["trian"])
     with pytest.raises(ConfigError, match="base_url should begin with https://"):
         download_lamp("lamp-3", tmp_path, base_url="file:///etc/")
-    assert "lamp-2-news:time" in lamp_names()
-    assert not [name for name in lamp_names() if "6" in name]
+    assert "lamp-2-news:time" in module._DATA_SETS
+    assert not [name for name in module._DATA_SETS if "6" in name]
     assert not list(tmp_path.iterdir())
 
 
@@ -166,6 +166,7 @@ def test_download_twice_requests_files_and_states_terms_once(
     caplog.set_level(logging.INFO)
     download(site, tmp_path)
     assert is_complete(site, tmp_path)
+    assert (tmp_path / "dev_questions.json").stat().st_mode == (tmp_path / "task.json").stat().st_mode
     samples = list(open_dataset(tmp_path, "dev"))
     assert (len(samples), samples[7].target, samples[7].query) == (40, "4", f"{SECRET} 7")
     assert caplog.text.count("CC BY-NC-SA 4.0") == 1

@@ -27,12 +27,6 @@ def open_benchmark(name: str, path: str | Path, split: str, *, skip_bad: int = 0
         split: "train", "dev" or "test".
         skip_bad: the number of broken records that may be skipped.
         max_history: the number of latest items that a history keeps.
-
-    Raises:
-        ConfigError: if there is no such benchmark or split, or a setting is out of range.
-        MissingData: if the files do not exist.
-        MissingExtra: if the files are Parquet and pyarrow is not installed.
-        RecordError: if a file that must be read now is broken.
     """
     key = name.strip().lower().replace("_", "-")
     if key not in BENCHMARKS:

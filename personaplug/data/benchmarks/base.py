@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from personaplug.data.json_stream import json_lines, stream_values
-from personaplug.data.parquet import check_pyarrow, parquet_rows
+from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import PositionedRecord, RecordReader
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
@@ -25,8 +24,7 @@ SPLITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """The names of the splits here, with the publishers' names."""
 
-_Values = Iterator[tuple[str, object]]
-
+_KINDS = (".json", ".jsonl", ".parquet")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet")
 
 
@@ -72,15 +70,15 @@ def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
     else:
         raise MissingData(f"There is no file or folder {path}.")
     for file in files:
-        _source(file)
+        record_source(file, kinds=_KINDS)
     return files
 
 
 def published_records(files: Sequence[Path]) -> Iterator[PositionedRecord]:
     """Yield the records of a split's files."""
     for file in files:
-        for position, value in _source(file)(file):
-            yield file, position, value
+        for position, _, record in record_source(file, kinds=_KINDS)(file, ()):
+            yield file, position, record
 
 
 def _files_in(path: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
@@ -103,28 +101,3 @@ def _check_complete(files: Sequence[Path], folder: Path) -> None:
         raise ConfigError(f"{folder} holds several files of that split: {', '.join(f.name for f in files)}. Name one.")
     if any(int(match[2]) != len(shards) for match in shards):
         raise MissingData(f"{folder} holds {len(shards)} shards of that split, their names say {shards[0][2]}.")
-
-
-def _source(path: Path) -> Callable[[Path], _Values]:
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        check_pyarrow()
-        return _parquet_values
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return _line_values
-    if name.endswith((".json", ".json.gz")):
-        return _list_values
-    raise ConfigError(f"{path}: a benchmark's file should be one of *.json, *.jsonl, both also *.gz, *.parquet.")
-
-
-def _list_values(path: Path) -> _Values:
-    return ((f"record {n}", value) for n, value in stream_values(path, "item", opening=b"[", unit="record"))
-
-
-def _line_values(path: Path) -> _Values:
-    return ((f"line {number}", value) for number, value in json_lines(path))
-
-
-def _parquet_values(path: Path) -> _Values:
-    # A row may hold a whole history, so few rows are in memory at once.
-    return ((f"row {number}", row) for number, row in parquet_rows(path, batch_size=64))

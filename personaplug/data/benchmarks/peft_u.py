@@ -48,11 +48,9 @@ class PeftUReader(RecordReader):
 
         Args:
             path: the file, or the folder of one dataset, from which the file without leak is preferred.
-            split: "train", "dev" (the file's "val") or "test".
             queries_per_user: the maximum number of a user's last samples in train.
             instruction: the prompt before the text; None for a sentence that lists the labels.
-            skip_bad: see `RecordReader`; users count as records too.
-            max_history: see `RecordReader`.
+            skip_bad: the number of broken users and samples that may be skipped.
         """
         self._path, self._split = _file_of(Path(path)), "val" if check_split(split) == "dev" else split
         if queries_per_user < 1:

@@ -100,15 +100,7 @@ class PersonalLLMReader(RecordReader):
         skip_bad: int = 0,
         max_history: int = 512,
     ) -> None:
-        """Find the files. The rows are read later.
-
-        Args:
-            path: the folder with both files; for train and dev also the train file.
-            split: "train", "dev" or "test".
-            users: the users; None for SimulatedUsers().
-            skip_bad: see `RecordReader`.
-            max_history: see `RecordReader`.
-        """
+        """Find the files in a folder; for train and dev, the path may also be the train file itself."""
         if check_split(split) == "test" and Path(path).is_file():
             raise ConfigError(f"{path} is one file; the split 'test' needs the folder with the train and test files.")
         self._split, self._users = split, users or SimulatedUsers()

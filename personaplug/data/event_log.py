@@ -15,12 +15,12 @@ from string import Formatter
 from personaplug.data.parsing import (
     Flaw,
     as_datetime,
-    as_name,
     as_record,
-    as_text,
+    name_of,
     options_of,
     query_of,
     target_of,
+    text_of,
     value_of,
 )
 from personaplug.data.record_files import record_source
@@ -126,11 +126,11 @@ class EventLogReader(RecordReader):
 
     def _row(self, values: Mapping[str, object], position: str, number: int) -> tuple[str, _Row]:
         mapping, task = self._mapping, self.task
-        user = as_name(value_of(values, mapping.user), f"its {mapping.user!r}")
-        row_id = as_name(value_of(values, mapping.id), f"its {mapping.id!r}") if mapping.id else f"row-{number}"
+        user = name_of(values, mapping.user)
+        row_id = name_of(values, mapping.id) if mapping.id else f"row-{number}"
         moment = as_datetime(value_of(values, mapping.date)) if mapping.date else None
-        texts = {name: as_text(value_of(values, column), f"its {column!r}") for name, column in mapping.fields.items()}
-        target = target_of(task, as_text(value_of(values, mapping.answer), f"its {mapping.answer!r}"))
+        texts = {name: text_of(values, column) for name, column in mapping.fields.items()}
+        target = target_of(task, text_of(values, mapping.answer))
         if task.answer_field:
             texts[task.answer_field] = target
         fields = tuple((name, texts.pop(name)) for name in task.field_names)

@@ -11,12 +11,13 @@ from personaplug.data.parsing import (
     Flaw,
     as_name,
     as_record,
-    as_text,
     item_of,
+    name_of,
     options_of,
     query_of,
     short_id,
     target_of,
+    text_of,
     value_of,
 )
 from personaplug.data.record_reader import RecordReader, TimedItem, in_time_order
@@ -111,7 +112,7 @@ class LampReader(RecordReader):
 
     def _sample(self, question: Mapping[str, Any], sample_id: str) -> Sample:
         user = question.get("user_id")
-        prompt = as_name(value_of(question, "input"), "its 'input'")
+        prompt = name_of(question, "input")
         return Sample(
             id=sample_id,
             user_id=None if user is None else as_name(user, "its 'user_id'"),
@@ -140,7 +141,7 @@ class LampReader(RecordReader):
         for number, record in stream_values(path, "golds.item", opening=b"{", unit="gold"):
             try:
                 gold = as_record(record)
-                gold_id = as_name(value_of(gold, "id"), "its 'id'")
+                gold_id = name_of(gold, "id")
                 golds[gold_id] = Flaw("two golds have its id") if gold_id in golds else _output(gold)
             except Flaw as flaw:
                 self._skip(path, f"gold {number}", flaw)
@@ -148,12 +149,12 @@ class LampReader(RecordReader):
 
 
 def _question_id(question: Mapping[str, Any], number: int) -> str:
-    return as_name(value_of(question, "id"), "its 'id'")
+    return name_of(question, "id")
 
 
 def _output(gold: Mapping[str, Any]) -> str | Flaw:
     try:
-        return as_text(value_of(gold, "output"), "its 'output'")
+        return text_of(gold, "output")
     except Flaw as flaw:
         return Flaw(f"its gold: {flaw}")
 

@@ -58,6 +58,16 @@ def as_name(value: object, what: str) -> str:
     return text
 
 
+def text_of(record: Mapping[str, object], key: str) -> str:
+    """Return the value of a required key as text."""
+    return as_text(value_of(record, key), f"its {key!r}")
+
+
+def name_of(record: Mapping[str, object], key: str) -> str:
+    """Return the value of a required key as text that is not blank."""
+    return as_name(value_of(record, key), f"its {key!r}")
+
+
 def short_id(name: str) -> str:
     """Shorten an id for a message, so that a text in the place of an id does not reach logs."""
     line = " ".join(name.split())
@@ -125,11 +135,9 @@ def item_of(
     values = as_record(record)
     stamp = values.get(date_key)
     moment = None if stamp is None else as_datetime(stamp)
-    fields = tuple((name, as_text(value_of(values, name), f"its {name!r}")) for name in task.field_names)
-    if default_id is not None and values.get(id_key) is None:
-        item_id = default_id
-    else:
-        item_id = as_name(value_of(values, id_key), f"its {id_key!r}")
+    fields = tuple((name, text_of(values, name)) for name in task.field_names)
+    replacement = default_id if values.get(id_key) is None else None
+    item_id = name_of(values, id_key) if replacement is None else replacement
     return moment, HistoryItem(item_id, fields, task.answer_field, moment.date() if moment else None)
 
 

@@ -7,14 +7,15 @@ as on the Hugging Face hub (`train-00000-of-00007.parquet`).
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from personaplug.data.parsing import item_of, name_of, query_of, target_of, text_of, value_of
 from personaplug.data.record_files import record_source
-from personaplug.data.record_reader import PositionedRecord, RecordReader
+from personaplug.data.record_reader import PositionedRecord, RecordReader, TimedItem
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
@@ -28,23 +29,60 @@ _KINDS = (".json", ".jsonl", ".parquet")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.parquet")
 
 
-class PublishedReader(RecordReader):
-    """A split with one sample a record, streamed; a subclass says what a record holds."""
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a benchmark's records; "" stands for a column that it lacks.
 
-    def __init__(self, files: Sequence[Path], *, task: Task, skip_bad: int, max_history: int) -> None:
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
-        self._files = tuple(files)
+    Attributes:
+        task: the task of the samples.
+        input: the column of the input.
+        instruction: the text before the input in a prompt.
+        id: the record's id; without it, the number of the record in the split makes one ("row-1").
+        user: the user's id.
+        output: the target.
+        item_id: an item's id; without it, the number of the item in its profile.
+        item_date: an item's date.
+    """
+
+    task: Task
+    input: str
+    instruction: str = ""
+    id: str = ""
+    user: str = ""
+    output: str = ""
+    item_id: str = ""
+    item_date: str = ""
+
+
+class PublishedReader(RecordReader):
+    """A split with one sample a record and a list of items in its "profile", streamed."""
+
+    def __init__(self, files: Sequence[Path], layout: Layout, *, skip_bad: int, max_history: int) -> None:
+        super().__init__(layout.task, skip_bad=skip_bad, max_history=max_history)
+        self._files, self._layout = tuple(files), layout
 
     def _samples(self) -> Iterator[Sample]:
         return self._parsed(published_records(self._files), parse_id=self._id, parse=self._sample)
 
-    @abstractmethod
     def _id(self, record: Mapping[str, Any], number: int) -> str:
-        """Return a record's id; `number` counts the split's records from 1."""
+        return name_of(record, self._layout.id) if self._layout.id else f"row-{number}"
 
-    @abstractmethod
     def _sample(self, record: Mapping[str, Any], sample_id: str) -> Sample:
-        """Convert a record. Read the history last, so that the items of a broken record are not counted."""
+        layout = self._layout
+        prompt = layout.instruction + name_of(record, layout.input)
+        return Sample(
+            id=sample_id,
+            user_id=name_of(record, layout.user) if layout.user else None,
+            prompt=prompt,
+            query=query_of(self.task, prompt),
+            target=target_of(self.task, text_of(record, layout.output)) if layout.output else None,
+            history=self._history(value_of(record, "profile"), self._item),
+        )
+
+    def _item(self, record: object, number: int) -> TimedItem:
+        id_key, date_key = self._layout.item_id, self._layout.item_date
+        default_id = None if id_key else str(number)
+        return item_of(self.task, record, default_id=default_id, id_key=id_key, date_key=date_key)
 
 
 def check_split(split: str) -> str:

@@ -10,19 +10,18 @@ are None, and the samples serve prediction alone. The aspects come from the narr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from personaplug.data.benchmarks.base import PublishedReader, split_files
-from personaplug.data.parsing import as_name, item_of, query_of, value_of
-from personaplug.data.record_reader import TimedItem
-from personaplug.data.records import Sample
+from personaplug.data.benchmarks.base import Layout, PublishedReader, split_files
 from personaplug.data.task import Task
 
-# The metrics serve reference answers of one's own; the benchmark has none.
-LAMP_QA = Task(
-    "LaMP_QA", "text", ("text",), None, ("rouge_1", "rouge_l"), query_after="question: ", max_new_tokens=1024
+_LAYOUT = Layout(
+    # The metrics serve reference answers of one's own; the benchmark has none.
+    Task("LaMP_QA", "text", ("text",), None, ("rouge_1", "rouge_l"), query_after="question: ", max_new_tokens=1024),
+    input="question",
+    instruction="Answer the question of this user in detail.\nquestion: ",
+    id="id",
+    item_id="id",
 )
 
 
@@ -31,16 +30,4 @@ class LampQAReader(PublishedReader):
 
     def __init__(self, path: str | Path, split: str, *, skip_bad: int = 0, max_history: int = 512) -> None:
         """Find the split's file; `path` is that file, or a folder that holds one file of the split."""
-        super().__init__(split_files(path, split), task=LAMP_QA, skip_bad=skip_bad, max_history=max_history)
-
-    def _id(self, record: Mapping[str, Any], number: int) -> str:
-        return as_name(value_of(record, "id"), "its 'id'")
-
-    def _sample(self, record: Mapping[str, Any], sample_id: str) -> Sample:
-        question = as_name(value_of(record, "question"), "its 'question'")
-        prompt = f"Answer the question of this user in detail.\nquestion: {question}"
-        query = query_of(self.task, prompt)
-        return Sample(sample_id, None, prompt, query, None, self._history(value_of(record, "profile"), self._item))
-
-    def _item(self, record: object, number: int) -> TimedItem:
-        return item_of(self.task, record, date_key="")
+        super().__init__(split_files(path, split), _LAYOUT, skip_bad=skip_bad, max_history=max_history)

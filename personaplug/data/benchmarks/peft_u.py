@@ -15,7 +15,7 @@ from typing import Any
 
 from personaplug.data.benchmarks.base import check_split
 from personaplug.data.json_stream import plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_name, as_record, as_text, query_of, short_id, target_of, value_of
+from personaplug.data.parsing import Flaw, as_name, as_record, as_text, name_of, query_of, short_id, target_of, value_of
 from personaplug.data.record_reader import RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
@@ -109,7 +109,7 @@ class PeftUReader(RecordReader):
 
     def _item(self, sample_id: str, record: Mapping[str, Any]) -> HistoryItem:
         # A sample may become a query, so its text must not be blank.
-        text = as_name(value_of(record, "text"), "its 'text'")
+        text = name_of(record, "text")
         label = target_of(self.task, _label(record))
         return HistoryItem(as_name(sample_id, "its id"), (("text", text), ("label", label)), "label")
 

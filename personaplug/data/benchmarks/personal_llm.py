@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.data.benchmarks.base import SPLITS, check_split, published_records, split_files
-from personaplug.data.parsing import Flaw, as_name, as_text, query_of, value_of
+from personaplug.data.parsing import Flaw, as_name, name_of, query_of, text_of, value_of
 from personaplug.data.record_reader import RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
@@ -195,8 +195,8 @@ def _row_id(record: Mapping[str, Any], number: int) -> str:
 
 def _row(record: Mapping[str, Any], row_id: str) -> _Row:
     names = [f"response_{number}" for number in range(1, _RESPONSES + 1)]
-    prompt = as_name(value_of(record, "prompt"), "its 'prompt'")
-    responses = tuple(as_text(value_of(record, name), f"its {name!r}") for name in names)
+    prompt = name_of(record, "prompt")
+    responses = tuple(text_of(record, name) for name in names)
     raw = [[_score(record, f"{name}_{model}") for model in REWARD_MODELS] for name in names]
     means, deviations = np.array(list(REWARD_MODELS.values())).T
     return _Row(row_id, prompt, responses, (np.array(raw) - means) / deviations)

@@ -19,7 +19,7 @@ RecordSource = Callable[[Path, Sequence[str]], Iterator[NumberedRecord]]
 
 
 def record_source(path: Path, *, kinds: Sequence[str]) -> RecordSource:
-    """Return the function that reads a file's records; it gets the path and the columns, none for all.
+    """Return the function that reads a file's records from its path and the columns to read (none means all).
 
     Args:
         path: a file; it is not read yet.

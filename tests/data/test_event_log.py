@@ -285,5 +285,6 @@ def test_setting_out_of_range_is_refused(tmp_path: Path, settings: dict[str, Any
 def test_missing_or_unknown_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no file"):
         EventLogReader(tmp_path / "log.csv", MAPPING, TASK)
-    with pytest.raises(ConfigError, match=r"\*\.jsonl"):
-        EventLogReader(tmp_path / "log.xlsx", MAPPING, TASK)
+    for name in ("log.xlsx", "log.json", "log.parquet.gz"):
+        with pytest.raises(ConfigError, match=r"\*\.jsonl"):
+            EventLogReader(tmp_path / name, MAPPING, TASK)

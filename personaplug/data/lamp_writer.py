@@ -73,7 +73,7 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
         questions.write("\n]\n")
         outputs.write("\n]}\n")
     if targets not in (0, len(seen)):
-        raise ConfigError(f"{targets} of {len(seen)} samples have a target. Write the others as a split of their own.")
+        raise ConfigError(f"{targets} of {len(seen)} samples have a target. Write the others as another split.")
     return targets > 0
 
 

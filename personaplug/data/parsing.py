@@ -98,7 +98,7 @@ def query_of(task: Task, prompt: str) -> str:
     else:
         query = prompt.split(task.query_after, 1)[1] if task.query_after else prompt
     if not query.strip():
-        raise Flaw("its input holds no query: nothing but blanks is at the place of the query")
+        raise Flaw("its input holds no query: there are only blanks after the marker or in the groups of the pattern")
     return query
 
 

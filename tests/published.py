@@ -14,7 +14,7 @@ SECRET = "zanzibar"
 
 
 def write(path: Path, values: Any) -> Path:
-    """One value as JSON, or a list of values one a line where the name says so."""
+    """Write one value as JSON, or the values of a list one a line if the name holds .jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ".jsonl" in path.name
     text = "".join(json.dumps(value) + "\n" for value in values) if lines else json.dumps(values)
@@ -35,7 +35,7 @@ def question(number: int, **changes: Any) -> dict[str, Any]:
         "question": f"How do I feed {SECRET} {number}?",
         "narrative": "I keep it on a balcony.",
         "category": "pets",
-        "profile": [{"id": f"p{place}", "text": f"post {place}", "category": "pets"} for place in (1, 2, 3)],
+        "profile": [{"id": f"p{index}", "text": f"post {index}", "category": "pets"} for index in (1, 2, 3)],
         "rubric_aspects": [{"aspect": "space", "reason": "small home", "evidence": "balcony"}, {"aspect": "cost"}],
         **changes,
     }
@@ -72,12 +72,12 @@ def users() -> dict[str, Any]:
 
 
 def choice(number: int, **changes: Any) -> dict[str, Any]:
-    """A row in which reward model m likes response 1 + (m + row) % 8 best."""
+    """Return a row in which reward model m likes response 1 + (m + row) % 8 best."""
     row: dict[str, Any] = {"prompt_id": number, "prompt": f"Tell of {SECRET} {number}"}
-    for place in range(8):
-        row[f"response_{place + 1}"] = f"answer {place + 1} to {number}"
-        row[f"response_{place + 1}_model"] = "some-model"
+    for index in range(8):
+        row[f"response_{index + 1}"] = f"answer {index + 1} to {number}"
+        row[f"response_{index + 1}_model"] = "some-model"
         for model, name in enumerate(sorted(REWARD_MODELS)):
             mean, deviation = REWARD_MODELS[name]
-            row[f"response_{place + 1}_{name}"] = mean + deviation * (5.0 if place == (model + number) % 8 else 0.0)
+            row[f"response_{index + 1}_{name}"] = mean + deviation * (5.0 if index == (model + number) % 8 else 0.0)
     return {**row, **changes}

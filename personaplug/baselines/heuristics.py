@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from personaplug.baselines.no_lm import Baseline
-from personaplug.data.label_set import Array, LabelSet, Places, ratings
+from personaplug.data.label_set import Array, LabelIds, LabelSet, ratings
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
@@ -83,7 +83,7 @@ class FittedUserMajority:
 
     def __init__(self, label_set: LabelSet, train: Sequence[Sample]) -> None:
         self.label_set = label_set
-        label_ids = [label_set.place(sample.target) for sample in train]
+        label_ids = [label_set.index(sample.target) for sample in train]
         known = np.array([label_id for label_id in label_ids if label_id >= 0], dtype=np.int64)
         if not len(known):
             raise _no_answers()
@@ -91,7 +91,7 @@ class FittedUserMajority:
 
     def predict(self, samples: Sequence[Sample]) -> list[str]:
         """Predict a label for each sample."""
-        histories = [self.label_set.places(sample.history) for sample in samples]
+        histories = [self.label_set.indices(sample.history) for sample in samples]
         return [self.label_set.labels[_majority(own)] if len(own) else self.default for own in histories]
 
 
@@ -158,7 +158,7 @@ def _most_frequent_words(items: Sequence[HistoryItem], *, count: int) -> list[st
     return [word for word, _ in counts.most_common(count)]
 
 
-def _majority(label_ids: Places) -> int:
+def _majority(label_ids: LabelIds) -> int:
     counts = np.bincount(label_ids)
     return int(next(label_id for label_id in label_ids[::-1] if counts[label_id] == counts.max()))
 

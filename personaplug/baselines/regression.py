@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
 
 from personaplug.baselines.no_lm import Baseline, Predictor
-from personaplug.data.label_set import Array, LabelSet, Places, ratings
+from personaplug.data.label_set import Array, LabelIds, LabelSet, ratings
 from personaplug.data.records import HistoryItem, Options, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
@@ -57,7 +57,7 @@ class Regression(Baseline):
             MissingData: if no training sample has an answer among the labels.
         """
         label_set = LabelSet(task.labels)
-        train = [sample for sample in train if label_set.place(sample.target) >= 0]
+        train = [sample for sample in train if label_set.index(sample.target) >= 0]
         if not train:
             raise MissingData("No training sample has an answer among the task's labels: there is nothing to fit.")
         if task.kind == "label":
@@ -248,8 +248,8 @@ def content(item: HistoryItem) -> str:
     return " ".join(told or (value for _, value in item.fields))
 
 
-def _places(closed: LabelSet, samples: Sequence[Sample]) -> Places:
-    return np.array([closed.place(sample.target) for sample in samples], dtype=np.int64)
+def _places(closed: LabelSet, samples: Sequence[Sample]) -> LabelIds:
+    return np.array([closed.index(sample.target) for sample in samples], dtype=np.int64)
 
 
 class OptionFinder:

@@ -122,35 +122,37 @@ def score(
     click.echo(results_table(results))
 
 
-@click.command("slice")
+@click.command("split")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of a data set.")
-@click.option("--out", required=True, type=FOLDER, help="Gets a data set made of its training split.")
-@click.option("--share", default=0.2, show_default=True, help="Of the users, for dev.")
-@click.option("--seed", default=0, show_default=True, help="Draws them.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for a data set made of its training split.")
+@click.option("--share", default=0.2, show_default=True, help="Share of the users for dev.")
+@click.option("--seed", default=0, show_default=True, help="Determines which users are drawn.")
 @skip_bad_option
-def slice_(data: Path, out: Path, share: float, seed: int, skip_bad: int) -> None:
-    """Part the training split by user into a train and a dev of its own: settings are chosen there, not on dev."""
+def split_command(data: Path, out: Path, share: float, seed: int, skip_bad: int) -> None:
+    """Split the training set by user into train and dev, to choose settings without the official dev set."""
     from personaplug.data import open_dataset
     from personaplug.data.splits import split_by_user
 
     reader = open_dataset(data, "train", skip_bad=skip_bad)
-    found = split_by_user(reader, out, share=share, seed=seed)
+    parts = split_by_user(reader, out, share=share, seed=seed)
     tell_read(reader, "train")
-    click.echo(f"{out}: train {found.train} samples of {found.train_users} users, dev {found.dev} of {found.dev_users}")
+    click.echo(f"{out}: train {parts.train} samples of {parts.train_users} users, dev {parts.dev} of {parts.dev_users}")
 
 
 @click.group()
 def lamp() -> None:
-    """The LaMP benchmark's own files."""
+    """Official files of the LaMP benchmark."""
 
 
 @lamp.command()
 @click.argument("name")
-@click.option("--out", required=True, type=FOLDER, help="Gets the files; a stopped download goes on.")
-@click.option("--source", help="Where from: another address, or a local folder.  [default: the benchmark's own site]")
+@click.option(
+    "--out", required=True, type=FOLDER, help="Folder for the files; existing files are checked, not downloaded again."
+)
+@click.option("--source", help="Another address, or a local folder.  [default: the benchmark's own site]")
 @click.option("--split", "splits", multiple=True, default=("train", "dev", "test"), show_default=True)
 def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) -> None:
-    """Fetch a task's official files: lamp-1 … lamp-7 (not 6), lamp-2-news; with :time for the time split."""
+    """Download a task's official files: lamp-1 … lamp-7 (not 6), lamp-2-news; with :time for the time split."""
     from personaplug.data.lamp_download import BASE_URL, download_lamp
 
     local = Path(source) if source is not None and "://" not in source else None
@@ -166,7 +168,7 @@ def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) 
 @click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
 @skip_bad_option
 def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
-    """Read another BENCHMARK's file or folder (lamp-qa, longlamp, personal-llm, peft-u) and write LaMP's layout."""
+    """Convert a file or folder of a BENCHMARK (lamp-qa, longlamp, personal-llm, peft-u) to LaMP's layout."""
     from personaplug.data import write_lamp
     from personaplug.data.benchmarks import open_benchmark
 
@@ -174,4 +176,4 @@ def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) 
     write_lamp(reader, out, split, task=reader.task)
     tell_read(reader, split)
     if not reader.report.samples:
-        raise MissingData(f"{source} holds nothing of the split {split}; what was written to {out} is empty.")
+        raise MissingData(f"{source} holds no samples of the split {split}; the data set in {out} is empty.")

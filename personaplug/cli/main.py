@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, slice_
+from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
 from personaplug.cli.options import (
     FOLDER,
     check_same_task,
@@ -393,5 +393,5 @@ def estimate(
     click.echo(found.text())
 
 
-for command in (bench, report, score, lamp, convert, slice_, serve, key, forget, explain):
+for command in (bench, report, score, lamp, convert, split_command, serve, key, forget, explain):
     main.add_command(command)

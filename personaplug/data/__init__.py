@@ -1,4 +1,4 @@
-"""What users did: records, tasks, and a reader for each format."""
+"""Records of what users did, tasks, and a reader for each format."""
 
 from personaplug.data.lamp import LampReader, open_dataset, read_items
 from personaplug.data.lamp_writer import write_lamp

@@ -1,15 +1,14 @@
-"""Data files: found plain or gzipped, and read one value or one line at a time."""
+"""Read data files, plain or gzipped: one JSON value or one line at a time."""
 
 from __future__ import annotations
 
 import codecs
 import gzip
 import json
-import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BufferedReader
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,18 @@ import ijson
 from personaplug.data.parsing import Flaw
 from personaplug.errors import MissingData, RecordError
 
-_DEEPEST = 64
+GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+BROKEN_GZIP = "the gzip data is broken or cut short"
+
+_MAX_DEPTH = 64
+_DEPTH_CHANGE = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
+_SHAPES = {b"[": ("start_array", "a list"), b"{": ("start_map", "an object")}
+
+_Event = tuple[str, Any]
 
 
 def existing_folder(folder: str | Path) -> Path:
-    """Return the folder as a path.
-
-    Raises:
-        MissingData: if it is not there.
-    """
+    """Return the path of a folder that exists."""
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingData(f"There is no data folder {folder}.")
@@ -34,70 +36,71 @@ def existing_folder(folder: str | Path) -> Path:
 
 
 def plain_or_gz(folder: Path, name: str) -> Path | None:
-    """Return the file of that name, or else its gzipped form, or None where neither is there."""
+    """Return the file with this name or, if there is none, its gzipped form."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
     return None
 
 
-def unpacked(path: Path, *, size: int) -> Iterator[bytes]:
-    """Yield a file's bytes in pieces of at most `size`, gzipped or not.
-
-    Raises:
-        RecordError: where the file is not valid gzip.
-    """
-    try:
-        with _opened(path) as original:
-            while chunk := original.read(size):
-                yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise RecordError(path, "in the file", reason="the gzip data is broken or cut short") from None
+@contextmanager
+def open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
+    """Open a file for reading bytes: unpacked if its name ends in .gz, and without a byte order mark."""
+    with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        if stream.peek(3).startswith(codecs.BOM_UTF8):
+            stream.read(3)
+        yield stream
 
 
 def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iterator[tuple[int, Any]]:
-    """Yield the numbered values under `prefix`, one at a time in memory.
+    """Yield the values under a prefix, numbered from 1, with one value in memory at a time.
+
+    Args:
+        path: a JSON file.
+        prefix: the path to the values in ijson's notation, such as `golds.item`; "" for the whole file.
+        opening: the bracket that starts the file's outermost value.
+        unit: the name of a value in error messages.
 
     Raises:
-        RecordError: where the file is not valid JSON or gzip, nests values too deeply, or is not opened by `opening`;
-            the rest of it is lost, so it is never skipped. The parser's own message quotes the file's text, so it
-            is not passed on.
+        RecordError: if the file is not valid JSON or gzip, nests values too deeply, or has another outermost value.
+            The rest of such a file is lost, so this error must not be skipped.
     """
     count = 0
     try:
-        with _opened(path) as stream:
-            _expect(stream, opening)
-            for count, value in enumerate(ijson.items(_Shallow(stream), prefix, use_float=True), 1):
+        with open_plain(path) as stream:
+            events = ijson.basic_parse(stream, use_float=True)
+            first = next(events)
+            event, shape = _SHAPES[opening]
+            if first[0] != event:
+                raise Flaw(f"the file should hold {shape} and begin with {opening.decode()!r}")
+            for count, value in enumerate(_values_at(prefix.split(".") if prefix else [], first, events), 1):
                 yield count, value
+            next(events, None)  # fails if anything follows the outermost value
     except Flaw as flaw:
-        raise RecordError(path, f"after {unit} {count}" if count else "at the start", reason=str(flaw)) from None
+        reason = str(flaw)
     except (ijson.JSONError, UnicodeDecodeError):
-        raise RecordError(path, f"after {unit} {count}", reason="the file is not valid JSON from here on") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise RecordError(path, f"after {unit} {count}", reason="the gzip data is broken or cut short") from None
+        # The parser's own message quotes the file's text, so it is not passed on.
+        reason = "the file is not valid JSON from here on"
+    except GZIP_ERRORS:
+        reason = BROKEN_GZIP
+    else:
+        return
+    raise RecordError(path, f"after {unit} {count}" if count else "at the start", reason=reason)
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines with their numbers, from 1, without a byte order mark.
-
-    Raises:
-        RecordError: where the file is not valid gzip; the rest of it is lost, so it is never skipped.
-    """
+    """Yield the lines of a file, numbered from 1."""
     number = 0
     try:
-        with _opened(path) as stream:
+        with open_plain(path) as stream:
             for number, line in enumerate(stream, 1):
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise RecordError(path, f"after line {number}", reason="the gzip data is broken or cut short") from None
+                yield number, line
+    except GZIP_ERRORS:
+        raise RecordError(path, f"after line {number}", reason=BROKEN_GZIP) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
-    """Yield the records of a file with one JSON object a line, blank lines left out; a Flaw in a broken one's place.
-
-    Raises:
-        RecordError: where the file is not valid gzip.
-    """
+    """Yield the JSON object of each line that is not blank, or a Flaw if the line holds none."""
     for number, line in numbered_lines(path):
         if line.strip():
             yield number, _json_record(line)
@@ -111,55 +114,38 @@ def _json_record(line: bytes) -> Mapping[str, Any] | Flaw:
     return values if isinstance(values, dict) else Flaw("it is not a JSON object")
 
 
-def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+def _values_at(path: list[str], first: _Event, events: Iterator[_Event]) -> Iterator[Any]:
+    """Yield the values at a path below the value that starts with the event `first`, and consume all its events."""
+    if not path:
+        builder = ijson.ObjectBuilder()
+        _consume(first, events, builder.event)
+        yield builder.value
+    elif first[0] == "start_array" and path[0] == "item":
+        while (event := next(events))[0] != "end_array":
+            yield from _values_at(path[1:], event, events)
+    elif first[0] == "start_map":
+        while (key := next(events))[0] != "end_map":
+            if key[1] == path[0]:
+                yield from _values_at(path[1:], next(events), events)
+            else:
+                _consume(next(events), events, _ignore)
+    else:
+        _consume(first, events, _ignore)
 
 
-class _Shallow:
-    """A stream of JSON that is read on only while its values are nested at most 64 deep.
-
-    ijson keeps the path to every open value, so without a bound 100 KB of "[" would take 19 GB.
-    """
-
-    def __init__(self, stream: gzip.GzipFile | BufferedReader) -> None:
-        self._stream = stream
-        self._depth = 0
-        self._in_string = False
-        self._escape = b""
-
-    def read(self, size: int) -> bytes:
-        """Return the next bytes.
-
-        Raises:
-            Flaw: if they nest values too deeply.
-        """
-        chunk = self._stream.read(size)
-        # What stands outside strings is found by a few sweeps in C; only its brackets are looked at one by one.
-        bare = self._escape + chunk if self._escape else chunk
-        if b"\\" in bare:
-            bare = _ESCAPED.sub(b"", bare)
-        self._escape = bare[-1:] if bare.endswith(b"\\") else b""
-        parts = bare.translate(None, delete=_PLAIN).replace(b'""', b"").split(b'"')
-        brackets = b"".join(parts[self._in_string :: 2])
-        self._in_string ^= len(parts) % 2 == 0
-        depths = list(accumulate(map(_STEPS.__getitem__, brackets), initial=self._depth))
-        if max(depths) > _DEEPEST:
-            raise Flaw(f"values are nested more than {_DEEPEST} deep from here on")
-        self._depth = depths[-1]
-        return chunk
+def _consume(first: _Event, events: Iterator[_Event], receive: Callable[[str, Any], object]) -> None:
+    """Pass on the events of one value. The bound on its depth protects code that walks the value recursively."""
+    name, value = first
+    depth = 0
+    while True:
+        depth += _DEPTH_CHANGE.get(name, 0)
+        if depth > _MAX_DEPTH:
+            raise Flaw(f"values are nested more than {_MAX_DEPTH} deep from here on")
+        receive(name, value)
+        if depth == 0:
+            return
+        name, value = next(events)
 
 
-_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-_ESCAPED = re.compile(rb"\\[\\\"]")
-_PLAIN = bytes(byte for byte in range(256) if byte not in b'"[]{}')
-
-
-def _expect(stream: Any, opening: bytes) -> None:
-    # ijson finds nothing under a prefix, silently, where the outermost value has another shape.
-    if stream.peek(3)[:3] == codecs.BOM_UTF8:
-        stream.read(3)
-    while (byte := stream.peek(1)[:1]) and byte in b" \t\r\n":
-        stream.read(1)
-    if byte != opening:
-        shape = "a list" if opening == b"[" else "an object"
-        raise Flaw(f"the file should hold {shape} and begin with {opening.decode()!r}")
+def _ignore(name: str, value: object) -> None:
+    pass

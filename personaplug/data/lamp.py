@@ -1,4 +1,4 @@
-"""Folders in LaMP's layout, read: `{split}_questions.json[.gz]` and `{split}_outputs.json[.gz]`; and a user's items."""
+"""Read folders in LaMP's layout (`{split}_questions.json`, `{split}_outputs.json`, also .gz), and one user's items."""
 
 from __future__ import annotations
 
@@ -11,26 +11,23 @@ from personaplug.data.parsing import (
     Flaw,
     as_name,
     as_record,
-    as_text,
     item_of,
+    name_of,
     options_of,
     query_of,
     short_id,
     target_of,
+    text_of,
     value_of,
 )
+from personaplug.data.record_reader import RecordReader, TimedItem, in_time_order
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.data.task import (
-    Reader,
-    ReadReport,
-    Task,
-    by_moment,
-    check_max_history,
-    check_skip_bad,
-    latest_items,
-)
+from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import load_task
 from personaplug.errors import MissingData, RecordError
+
+# A broken gold stays here as its Flaw and is reported with its question, so that one defect counts once.
+_Golds = Mapping[str, str | Flaw]
 
 
 def open_dataset(
@@ -43,46 +40,47 @@ def open_dataset(
 ) -> Reader:
     """Open one split of a data folder.
 
+    Args:
+        folder: a folder in LaMP's layout.
+        split: "train", "dev", "test" or another start of the files' names.
+        task: a Task, a name for `load_task`, or None for the task that the folder declares.
+        skip_bad: the number of broken records that may be skipped.
+        max_history: the number of latest items that a history keeps.
+
     Raises:
-        MissingData: if the folder, the split's questions or the task's declaration are not there.
-        ConfigError: if the task is wrongly declared, or a setting out of range.
+        MissingData: if the folder, the questions or the task's declaration are missing.
+        ConfigError: if the task is wrongly declared, or a setting is out of range.
     """
     return LampReader(folder, split, task=task, skip_bad=skip_bad, max_history=max_history)
 
 
 def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
-    """Read one user's items: one JSON object a line, or one JSON list of them, plain or *.gz.
+    """Read one user's items: one JSON object a line, or one JSON list, plain or gzipped.
 
-    Each holds the task's fields, as an item of a profile does, and may hold a "date" and an "id"; without an id
-    the line's number is it (in a list, the item's). They come in time order if all are dated, else as they stand.
+    An item holds the task's fields and may hold a "date" and an "id". Without an id, its line number or its number
+    in the list is the id. Items are sorted by time if all are dated.
 
     Raises:
-        MissingData: if the file is not there.
-        RecordError: for the first broken item, or where the file itself breaks off.
+        MissingData: if the file does not exist.
+        RecordError: for the first broken item, or if the file breaks off.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
     items = []
-    for kind, number, record in _records(path):
+    for unit, number, record in _numbered_records(path):
         try:
-            if isinstance(record, Flaw):
-                raise record
             items.append(item_of(task, record, default_id=str(number)))
         except Flaw as flaw:
-            raise RecordError(path, f"{kind} {number}", reason=str(flaw)) from None
-    return by_moment(items)
+            raise RecordError(path, f"{unit} {number}", reason=str(flaw)) from None
+    return in_time_order(items)
 
 
-class LampReader:
-    """One split of a folder in LaMP's layout, streamed.
+class LampReader(RecordReader):
+    """One split of a folder in LaMP's layout.
 
-    Golds and the ids seen are held; questions, the bulk of a file, are one at a time in memory. Without an
-    outputs file every target is None. With one, its ids and the questions' must be the same.
-
-    Attributes:
-        task: what the folder declares, or what was asked for.
-        report: what the last (or current) pass met.
+    Questions, the bulk of the data, are streamed; golds and ids stay in memory. Without an outputs file, every
+    target is None. With one, its ids and those of the questions must be equal.
     """
 
     def __init__(
@@ -94,137 +92,87 @@ class LampReader:
         skip_bad: int = 0,
         max_history: int = 512,
     ) -> None:
-        """Find the files and the task; nothing is read of the questions yet.
-
-        Args:
-            folder: where the files are.
-            split: "train", "dev", "test" or whatever the files' names begin with.
-            task: a Task, a name for `load_task`, or None for what the folder says.
-            skip_bad: how many broken records may be passed over.
-            max_history: how many of the latest items of a history are kept.
-
-        Raises:
-            MissingData: if the folder, the questions or the task's declaration are not there.
-            ConfigError: if the task is wrongly declared, or a setting out of range.
-        """
-        self._skip_bad = check_skip_bad(skip_bad)
-        self._max_history = check_max_history(max_history)
+        """Find the files and the task; see `open_dataset`. The questions are read later."""
         folder = existing_folder(folder)
-        self._questions = _questions_of(folder, split)
+        self._questions = _questions_file(folder, split)
         self._outputs = plain_or_gz(folder, f"{split}_outputs.json")
-        self.task: Task = task if isinstance(task, Task) else load_task(folder, task=task)
-        self.report = ReadReport()
+        self._golds: _Golds = {}
+        task = task if isinstance(task, Task) else load_task(folder, task=task)
+        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
 
-    def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples in file order.
-
-        Raises:
-            RecordError: for the first broken record beyond `skip_bad`, and always where a file stops being
-                JSON.
-        """
-        self.report = report = ReadReport()
-        golds = self._read_golds(report)
+    def _samples(self) -> Iterator[Sample]:
+        self._golds = {} if self._outputs is None else self._read_golds(self._outputs)
+        questions = stream_values(self._questions, "item", opening=b"[", unit="question")
+        records = ((self._questions, f"question {number}", record) for number, record in questions)
         seen: set[str] = set()
-        for number, record in stream_values(self._questions, "item", opening=b"[", unit="question"):
-            sample = self._read(record, number, golds, seen, report)
-            if sample is not None:
-                yield report.add(sample)
-        for orphan in [gold_id for gold_id in golds or () if gold_id not in seen]:
-            self._skip(report, self._outputs, f"gold (id {short_id(orphan)})", "no question has this id")
+        yield from self._parsed(records, parse_id=_question_id, parse=self._sample, seen=seen)
+        for orphan in [gold_id for gold_id in self._golds if gold_id not in seen]:
+            assert self._outputs is not None
+            self._skip(self._outputs, f"gold (id {short_id(orphan)})", Flaw("no question has this id"))
 
-    def _read(
-        self, record: object, number: int, golds: _Golds | None, seen: set[str], report: ReadReport
-    ) -> Sample | None:
-        where = f"question {number}"
-        try:
-            question = as_record(record)
-            sample_id = as_name(value_of(question, "id"), "its 'id'")
-            where = f"question {number} (id {short_id(sample_id)})"
-            if sample_id in seen:
-                raise Flaw("its id is another question's too")
-            seen.add(sample_id)
-            return self._sample(question, sample_id, golds, report)
-        except Flaw as flaw:
-            self._skip(report, self._questions, where, str(flaw))
-            return None
-
-    def _sample(self, question: Mapping[str, Any], sample_id: str, golds: _Golds | None, report: ReadReport) -> Sample:
+    def _sample(self, question: Mapping[str, Any], sample_id: str) -> Sample:
         user = question.get("user_id")
-        prompt = as_name(value_of(question, "input"), "its 'input'")
+        prompt = name_of(question, "input")
         return Sample(
             id=sample_id,
             user_id=None if user is None else as_name(user, "its 'user_id'"),
             prompt=prompt,
             query=query_of(self.task, prompt),
-            target=self._target(sample_id, golds),
-            history=self._history(value_of(question, "profile"), report),
+            target=self._target(sample_id),
+            history=self._history(value_of(question, "profile"), self._item),
             options=options_of(self.task, prompt),
         )
 
-    def _target(self, sample_id: str, golds: _Golds | None) -> str | None:
-        if golds is None:
+    def _item(self, record: object, number: int) -> TimedItem:
+        return item_of(self.task, record)
+
+    def _target(self, sample_id: str) -> str | None:
+        if self._outputs is None:
             return None
-        if sample_id not in golds:
-            raise Flaw(f"none of the {len(golds)} golds has its id")
-        gold = golds[sample_id]
+        if sample_id not in self._golds:
+            raise Flaw(f"none of the {len(self._golds)} golds has its id")
+        gold = self._golds[sample_id]
         if isinstance(gold, Flaw):
             raise gold
         return target_of(self.task, gold)
 
-    def _history(self, profile: object, report: ReadReport) -> tuple[HistoryItem, ...]:
-        if not isinstance(profile, list):
-            raise Flaw("its 'profile' is not a list")
-        items = []
-        for number, item in enumerate(profile, 1):
-            try:
-                items.append(item_of(self.task, item))
-            except Flaw as flaw:
-                raise Flaw(f"item {number} of its profile: {flaw}") from None
-        return latest_items(items, max_history=self._max_history, report=report)
-
-    def _read_golds(self, report: ReadReport) -> _Golds | None:
-        if self._outputs is None:
-            return None
+    def _read_golds(self, path: Path) -> _Golds:
         golds: dict[str, str | Flaw] = {}
-        for number, record in stream_values(self._outputs, "golds.item", opening=b"{", unit="gold"):
+        for number, record in stream_values(path, "golds.item", opening=b"{", unit="gold"):
             try:
                 gold = as_record(record)
-                gold_id = as_name(value_of(gold, "id"), "its 'id'")
+                gold_id = name_of(gold, "id")
                 golds[gold_id] = Flaw("two golds have its id") if gold_id in golds else _output(gold)
             except Flaw as flaw:
-                self._skip(report, self._outputs, f"gold {number}", str(flaw))
+                self._skip(path, f"gold {number}", flaw)
         return golds
 
-    def _skip(self, report: ReadReport, file: Path | None, where: str, reason: str) -> None:
-        report.skip(RecordError(file or "", where, reason=reason), allowed=self._skip_bad)
 
-
-# A broken gold is kept as its flaw and reported with its question, so that one defect counts once.
-_Golds = Mapping[str, str | Flaw]
+def _question_id(question: Mapping[str, Any], number: int) -> str:
+    return name_of(question, "id")
 
 
 def _output(gold: Mapping[str, Any]) -> str | Flaw:
     try:
-        return as_text(value_of(gold, "output"), "its 'output'")
+        return text_of(gold, "output")
     except Flaw as flaw:
         return Flaw(f"its gold: {flaw}")
 
 
-def _questions_of(folder: Path, split: str) -> Path:
+def _questions_file(folder: Path, split: str) -> Path:
     name = f"{split}_questions.json"
     path = plain_or_gz(folder, name)
     if path is None:
-        there = sorted({found.name.partition("_questions.json")[0] for found in folder.glob("*_questions.json*")})
+        splits = sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
         raise MissingData(
-            f"{folder} has neither {name} nor {name}.gz; "
-            f"{'splits that are there: ' + ', '.join(there) if there else 'no split is there at all'}."
+            f"{folder} has neither {name} nor {name}.gz; splits that are there: {', '.join(splits) or 'none'}."
         )
     return path
 
 
-def _records(path: Path) -> Iterator[tuple[str, int, object]]:
-    first = next((line for _, line in numbered_lines(path) if line.strip()), b"")
-    if first.lstrip().startswith(b"["):
+def _numbered_records(path: Path) -> Iterator[tuple[str, int, object]]:
+    first_line = next((line for _, line in numbered_lines(path) if line.strip()), b"")
+    if first_line.lstrip().startswith(b"["):
         for number, value in stream_values(path, "item", opening=b"[", unit="item"):
             yield "item", number, value
     else:

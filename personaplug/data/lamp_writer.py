@@ -1,4 +1,4 @@
-"""Samples written as a folder in LaMP's layout, read back by `LampReader` as equal samples."""
+"""Write samples in LaMP's layout, so that `LampReader` reads equal samples back."""
 
 from __future__ import annotations
 
@@ -14,38 +14,35 @@ from typing import Any
 from personaplug.data.parsing import Flaw, query_of, short_id, target_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.data.task_registry import read_task
-from personaplug.errors import ConfigError, RunConflict, StorageError
+from personaplug.data.task_registry import check_declared_task
+from personaplug.errors import ConfigError, StorageError
 from personaplug.infra.atomic_io import write_json
 
 
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
-    """Write samples as a split that LampReader reads back as equal samples, with the task beside it.
+    """Write a split and the task. Samples are streamed, and each file appears complete or not at all.
 
-    Each file appears complete or not at all. Samples are streamed. Where they have no targets no outputs file
-    is written, and an earlier one of the split is removed, since it belongs to other questions.
+    If the samples have no targets, no outputs file is written and an older one of the split is removed.
 
     Raises:
         RunConflict: if the folder's task.json declares another task.
-        ConfigError: if samples would not be read back as they are: an id twice, targets on some only, a query
-            or fields that are not the task's. Nothing is changed then.
+        ConfigError: if the samples could not be read back: an id occurs twice, only some have a target, or a query
+            or fields do not fit the task. Nothing is changed then.
         StorageError: if the disk is full or not writable.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own = folder / "task.json"
-        if own.is_file() and read_task(own) != task:
-            raise RunConflict(f"{own} declares another task than {task.name}. Write to a new folder.")
+        check_declared_task(folder, task)
         _write_split(samples, folder, split, task)
-        write_json(own, asdict(task))
+        write_json(folder / "task.json", asdict(task))
     except OSError as error:
-        raise StorageError(f"{folder} cannot be written: {error.strerror}. What was complete there stays.") from error
+        raise StorageError(f"{folder} cannot be written: {error.strerror}. Complete files there remain.") from error
 
 
 def _write_split(samples: Iterable[Sample], folder: Path, split: str, task: Task) -> None:
     questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
-    # Samples are streamed into drafts beside the files: nothing is changed until the last of them is known to be good.
+    # The drafts replace the files only after the last sample has passed the checks.
     with TemporaryDirectory(prefix=f".{split}.", dir=folder) as drafts:
         draft_questions, draft_outputs = Path(drafts, questions.name), Path(drafts, outputs.name)
         has_targets = _write_drafts(samples, draft_questions, draft_outputs, task)
@@ -57,12 +54,12 @@ def _write_split(samples: Iterable[Sample], folder: Path, split: str, task: Task
 
 
 def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Path, task: Task) -> bool:
+    """Write both files and return whether the samples have targets."""
     seen: set[str] = set()
     targets = 0
     with ExitStack() as stack:
-        questions, outputs = (
-            stack.enter_context(path.open("w", encoding="utf-8")) for path in (to_questions, to_outputs)
-        )
+        questions = stack.enter_context(to_questions.open("w", encoding="utf-8"))
+        outputs = stack.enter_context(to_outputs.open("w", encoding="utf-8"))
         questions.write("[")
         outputs.write(f'{{"task": {json.dumps(task.name)}, "golds": [')
         for sample in samples:
@@ -76,22 +73,20 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
         questions.write("\n]\n")
         outputs.write("\n]}\n")
     if targets not in (0, len(seen)):
-        raise ConfigError(
-            f"{targets} of {len(seen)} samples have a target; write those without as a split of their own."
-        )
+        raise ConfigError(f"{targets} of {len(seen)} samples have a target. Write the others as another split.")
     return targets > 0
 
 
 def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
     try:
         if sample.id in seen:
-            raise Flaw("its id is another sample's too")
+            raise Flaw("an earlier sample has the same id")
         if query_of(task, sample.prompt) != sample.query:
-            raise Flaw("its query is not what the task finds in its prompt")
+            raise Flaw("its query is not the one that the task finds in its prompt")
         if sample.target is not None and target_of(task, sample.target) != sample.target:
             raise Flaw("its target has blanks at its ends")
-        if any((tuple(dict(item.fields)), item.answer_name) != (task.field_names, task.answer_field)
-               for item in sample.history):  # fmt: skip
+        expected = (task.field_names, task.answer_field)
+        if any((tuple(dict(item.fields)), item.answer_name) != expected for item in sample.history):
             raise Flaw("an item has other fields than the task's")
     except Flaw as flaw:
         raise ConfigError(f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}.") from None
@@ -99,10 +94,10 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
 
 def _question(sample: Sample) -> dict[str, Any]:
     user = {} if sample.user_id is None else {"user_id": sample.user_id}
-    profile = [_written(item) for item in sample.history]
+    profile = [_profile_item(item) for item in sample.history]
     return {"id": sample.id, **user, "input": sample.prompt, "profile": profile}
 
 
-def _written(item: HistoryItem) -> dict[str, str]:
+def _profile_item(item: HistoryItem) -> dict[str, str]:
     day = {} if item.date is None else {"date": item.date.isoformat()}
     return {"id": item.id, **dict(item.fields), **day}

@@ -1,6 +1,6 @@
-"""What a value of a file means: a record, a text, an id, a moment, a query or a right answer.
+"""Convert raw values of data files: records, texts, ids, dates, queries and targets.
 
-These functions raise `Flaw`, which says what is wrong; a reader adds where and raises `RecordError`.
+These functions raise `Flaw`, which says what is wrong. Readers add the position and raise `RecordError`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,31 @@ from personaplug.data.task import Task
 
 
 class Flaw(ValueError):
-    """What is wrong with a record, before it is said where it stands; never carries a user's text."""
+    """A defect of a record, without its position and without the user's text."""
+
+
+_TYPE_NAMES: dict[type, str] = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+_DATE = re.compile(r"(\d{4})(?:-(\d{1,2})(?:-(\d{1,2})(?:[T ](.+))?)?)?", re.ASCII)
 
 
 def as_record(value: object) -> Mapping[str, Any]:
-    """Return a value of a file as a record, that is a JSON object.
-
-    Raises:
-        Flaw: if it is anything else.
-    """
+    """Return a value that should be a JSON object. A Flaw that stands for a broken record is raised."""
+    if isinstance(value, Flaw):
+        raise value
     if not isinstance(value, dict):
         raise Flaw("it is not a JSON object")
     return value
 
 
 def value_of(record: Mapping[str, object], key: str) -> object:
-    """Return what a record holds under a key.
-
-    Raises:
-        Flaw: if it has no such key.
-    """
+    """Return the value of a required key."""
     if key not in record:
         raise Flaw(f"its {key!r} is missing")
     return record[key]
 
 
 def as_text(value: object, what: str) -> str:
-    """Return a value of a file as text: strings as they are, numbers as a person writes them (4.0 is "4").
-
-    Raises:
-        Flaw: if it is neither, not finite, or no Unicode text (half of a surrogate pair).
-    """
+    """Convert a string or a finite number to text. Whole numbers lose their decimals: 4.0 becomes "4"."""
     if isinstance(value, str):
         return _encodable(value, what)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -57,69 +51,67 @@ def as_text(value: object, what: str) -> str:
 
 
 def as_name(value: object, what: str) -> str:
-    """Return an id of a file as text.
-
-    Raises:
-        Flaw: if it is no text or number, or blank.
-    """
+    """Convert an id or another value that must not be blank to text."""
     text = as_text(value, what)
     if not text.strip():
         raise Flaw(f"{what} is empty")
     return text
 
 
+def text_of(record: Mapping[str, object], key: str) -> str:
+    """Return the value of a required key as text."""
+    return as_text(value_of(record, key), f"its {key!r}")
+
+
+def name_of(record: Mapping[str, object], key: str) -> str:
+    """Return the value of a required key as text that is not blank."""
+    return as_name(value_of(record, key), f"its {key!r}")
+
+
 def short_id(name: str) -> str:
-    """Return an id for a message, on one line and not long: a text that landed in the id's place stays out of it."""
+    """Shorten an id for a message, so that a text in the place of an id does not reach logs."""
     line = " ".join(name.split())
     return line if len(line) <= 40 else f"{line[:12]}… of {len(name)} characters"
 
 
-def as_moment(value: object) -> datetime:
-    """Return a date of a file as a moment without time zone (UTC where the file names a zone).
+def as_datetime(value: object) -> datetime:
+    """Convert a date to UTC without a time zone. A missing month, day or time means the first one.
 
-    A year stands for its 1 January, a month for its first day, a day for its midnight.
-
-    Raises:
-        Flaw: if it is not an ISO date, "YYYY", "YYYY-MM" or an ISO date with a time.
+    Accepted are `YYYY`, `YYYY-MM`, `YYYY-MM-DD`, ISO dates with a time, and date objects.
     """
     try:
-        return _without_zone(_moment(value))
+        parsed = _parse_date(value)
+        return parsed.astimezone(UTC).replace(tzinfo=None) if parsed.tzinfo else parsed
     except (ValueError, OverflowError):
         raise Flaw("its 'date' is not one of YYYY, YYYY-MM, YYYY-MM-DD, YYYY-MM-DD hh:mm:ss") from None
 
 
 def query_of(task: Task, prompt: str) -> str:
-    """Return the part of an input that the encoder and a retriever read.
-
-    Raises:
-        Flaw: if the task's marker or wording is not in the input, or leaves nothing.
-    """
+    """Return the part of a prompt that the encoder and the retrievers read."""
     if task.query_pattern:
-        query = _matched(task.query_pattern, prompt)
+        match = re.search(task.query_pattern, prompt, re.DOTALL)
+        if not match:
+            raise Flaw("its input does not match the task's 'query_pattern', so the query cannot be found")
+        query = " ".join(group or "" for group in match.groups())
+    elif task.query_after not in prompt:
+        raise Flaw(f"its input does not hold the marker {task.query_after!r} of task {task.name}")
     else:
-        _, marker, query = prompt.partition(task.query_after) if task.query_after else ("", "whole", prompt)
-        if not marker:
-            raise Flaw(f"its input does not hold the marker {task.query_after!r} of task {task.name}")
+        query = prompt.split(task.query_after, 1)[1] if task.query_after else prompt
     if not query.strip():
-        raise Flaw("its input holds no query: nothing stands where the task looks for it")
+        raise Flaw("its input holds no query: there are only blanks after the marker or in the groups of the pattern")
     return query
 
 
 def options_of(task: Task, prompt: str) -> Options | None:
-    """Return what an input lets choose from, if the groups of the task's pattern are the options of its labels."""
-    if not task.has_options:
+    """Return the options in a prompt, if the task's pattern has a group for the option of each label."""
+    match = re.search(task.query_pattern, prompt, re.DOTALL) if task.has_options else None
+    if match is None or not all(match.groups()):
         return None
-    found = re.search(task.query_pattern, prompt, re.DOTALL)
-    texts = found.groups() if found else ()
-    return Options(prompt[: found.start(1)], texts) if found and all(texts) else None
+    return Options(prompt[: match.start(1)], match.groups())
 
 
 def target_of(task: Task, answer: str) -> str:
-    """Return a right answer as it is scored: without outer blanks where the answers are a closed set.
-
-    Raises:
-        Flaw: if the task has labels and this is none of them.
-    """
+    """Return an answer as it is scored: a label without outer blanks, or an unchanged text."""
     if task.kind == "text":
         return answer
     label = answer.strip()
@@ -128,31 +120,29 @@ def target_of(task: Task, answer: str) -> str:
     return label
 
 
-def item_of(task: Task, record: object, *, default_id: str | None = None) -> tuple[datetime | None, HistoryItem]:
-    """Return an item of a history out of a record with the task's fields, and when it happened, if that is said.
+def item_of(
+    task: Task, record: object, *, default_id: str | None = None, id_key: str = "id", date_key: str = "date"
+) -> tuple[datetime | None, HistoryItem]:
+    """Convert a record with the task's fields to a history item, and return its date and time if it has one.
 
     Args:
-        default_id: for a record that has none.
-    Raises:
-        Flaw: if a field is missing or no text, or there is no id.
+        task: the names of the fields.
+        record: a JSON object.
+        default_id: the id of a record that has none; without it, an id is required.
+        id_key: the key of the id.
+        date_key: the key of the date.
     """
     values = as_record(record)
-    stamp = values.get("date")
-    moment = None if stamp is None else as_moment(stamp)
-    fields = tuple((name, as_text(value_of(values, name), f"its {name!r}")) for name in task.field_names)
-    if default_id is not None and values.get("id") is None:
-        item_id = default_id
-    else:
-        item_id = as_name(value_of(values, "id"), "its 'id'")
+    stamp = values.get(date_key)
+    moment = None if stamp is None else as_datetime(stamp)
+    fields = tuple((name, text_of(values, name)) for name in task.field_names)
+    replacement = default_id if values.get(id_key) is None else None
+    item_id = name_of(values, id_key) if replacement is None else replacement
     return moment, HistoryItem(item_id, fields, task.answer_field, moment.date() if moment else None)
 
 
-_TYPE_NAMES: dict[type, str] = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-_DATE = re.compile(r"(\d{4})(?:-(\d{1,2})(?:-(\d{1,2})(?:[T ]+(.+))?)?)?", re.ASCII)
-
-
 def _encodable(text: str, what: str) -> str:
-    # A tokenizer dies of a lone surrogate in the middle of a run, so it is found here.
+    # A lone surrogate would stop the tokenizer in the middle of a run.
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -160,25 +150,14 @@ def _encodable(text: str, what: str) -> str:
     return text
 
 
-def _moment(value: object) -> datetime:
+def _parse_date(value: object) -> datetime:
     if isinstance(value, datetime):
         return value
     if isinstance(value, date):
         return datetime(value.year, value.month, value.day)
-    found = _DATE.fullmatch(as_text(value, "its 'date'").strip())
-    if not found:
-        raise Flaw("not a date")
-    year, month, day, clock = found.groups()
+    match = _DATE.fullmatch(as_text(value, "its 'date'").strip())
+    if not match:
+        raise ValueError("not a date")
+    year, month, day, clock = match.groups()
     midnight = datetime(int(year), int(month or 1), int(day or 1))
     return datetime.fromisoformat(f"{midnight.date()}T{clock.strip()}") if clock else midnight
-
-
-def _without_zone(moment: datetime) -> datetime:
-    return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
-
-
-def _matched(pattern: str, prompt: str) -> str:
-    found = re.search(pattern, prompt, re.DOTALL)
-    if not found:
-        raise Flaw("its input does not have the task's fixed wording, so the query cannot be found")
-    return " ".join(part or "" for part in found.groups())

@@ -1,6 +1,6 @@
-"""The vocabulary of the project: what a user did (HistoryItem) and what is asked for that user now (Sample).
+"""What a user did (HistoryItem) and what is asked for that user (Sample).
 
-Nothing here knows a file format or a tensor. The texts are the user's own, so neither class shows them in `repr`.
+This module knows no file format and no tensor. The texts belong to users, so no `repr` shows them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from datetime import date
 
 @dataclass(frozen=True, slots=True, repr=False)
 class HistoryItem:
-    """One thing a user wrote or chose.
+    """One thing that a user wrote or chose.
 
     Attributes:
-        id: the file's own id; not unique across users in LaMP's official files.
-        fields: (name, value) pairs in the order of PPlug's Table 7, the answer's field included.
-        answer_name: which of the fields is the user's answer (a score, a tag, a headline), if any.
-        date: when, where it is known.
+        id: the id in the file; not unique across users in LaMP's official files.
+        fields: (name, value) pairs in the order of PPlug's Table 7, including the answer.
+        answer_name: the name of the field that is the user's answer (a score, a tag, a headline).
+        date: the day of the item, if known.
     """
 
     id: str
@@ -28,22 +28,22 @@ class HistoryItem:
 
     @property
     def text(self) -> str:
-        """The item as PPlug's Table 7 writes it: `description: … tag: …`, names and answer included."""
-        return _named(self.fields)
+        """The item as in PPlug's Table 7, with names and answer: `description: … tag: …`."""
+        return _joined(self.fields)
 
     @property
     def content(self) -> str:
-        """The item without the user's answer; the same as `text` where that would leave nothing."""
+        """The item without its answer; equal to `text` if the answer is the only field."""
         rest = tuple(field for field in self.fields if field[0] != self.answer_name)
-        return _named(rest or self.fields)
+        return _joined(rest or self.fields)
 
     def encoded(self, *, with_answer: bool) -> str:
-        """What an encoder reads of the item: `text` or `content`."""
+        """Return the text for an encoder: `text` or `content`."""
         return self.text if with_answer else self.content
 
     @property
     def answer(self) -> str | None:
-        """What the user answered, or None where the task has no such field."""
+        """The value of the answer field, or None if the task has no such field."""
         return dict(self.fields).get(self.answer_name) if self.answer_name else None
 
     def __repr__(self) -> str:
@@ -53,10 +53,10 @@ class HistoryItem:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Options:
-    """What a prompt lets choose from.
+    """The options that a prompt offers.
 
     Attributes:
-        question: what stands in front of the first option.
+        question: the text before the first option.
         texts: the options, in the order of the labels that stand for them.
     """
 
@@ -66,18 +66,17 @@ class Options:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Sample:
-    """One query of one user, with the history that was known before it.
+    """One query of one user, with the user's earlier history.
 
     Attributes:
         id: unique within its file.
-        user_id: whose query it is; None where the file does not say (LaMP's official files do not).
+        user_id: None if the file does not name users (LaMP's official files do not).
         prompt: the text for the language model (LaMP's `input`).
-        query: the part of it that the encoder and a retriever read.
-        target: the right answer, or None where it is hidden.
-        history: oldest first where dates are known, else in the file's order.
-        soft_at: how many characters of the prompt stand before the soft tokens; 0 but where retrieved texts are put
-            in front of them.
-        options: what the prompt lets choose from, if labels stand for options in it.
+        query: the part of the prompt that the encoder and the retrievers read.
+        target: the correct answer, or None if it is hidden.
+        history: oldest first if all items are dated, else in the file's order.
+        soft_at: the number of prompt characters before the soft tokens; above 0 only if retrieved texts precede them.
+        options: the options in the prompt, if labels stand for options.
     """
 
     id: str
@@ -91,12 +90,12 @@ class Sample:
 
     @property
     def owner(self) -> str:
-        """Who the sample is grouped with: the user, or the sample itself where no user is named."""
+        """The group of the sample in statistics: its user, or the sample itself if no user is named."""
         return self.user_id if self.user_id is not None else f"sample:{self.id}"
 
     def __repr__(self) -> str:
         return f"Sample(id={self.id!r}, user_id={self.user_id!r}, items={len(self.history)})"
 
 
-def _named(fields: Sequence[tuple[str, str]]) -> str:
+def _joined(fields: Sequence[tuple[str, str]]) -> str:
     return " ".join(f"{name}: {value}" for name, value in fields)

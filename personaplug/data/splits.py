@@ -1,4 +1,4 @@
-"""A slice of the training split in the place of dev: what settings are chosen on, so that dev is looked at once."""
+"""Split a training set by user, to choose settings without the official dev set."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from personaplug.errors import ConfigError, RunConflict
 
 
 @dataclass(frozen=True)
-class Slice:
-    """What was written: samples of either part, and users of either part."""
+class Split:
+    """The numbers of samples and users in both parts."""
 
     train: int
     dev: int
@@ -24,37 +24,36 @@ class Slice:
     dev_users: int
 
 
-def split_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int = 0) -> Slice:
-    """Write a data set whose `train` and `dev` are parts of one split, without a user in common.
+def split_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int = 0) -> Split:
+    """Write a data set whose `train` and `dev` are parts of one split and share no user.
 
     Args:
-        reader: the split, with answers; read three times.
-        folder: gets the data set, in LaMP's layout.
-        share: of the users that `dev` gets, at least one.
-        seed: draws them.
+        reader: the split, with answers; it is read three times.
+        folder: the folder of the new data set, in LaMP's layout.
+        share: the share of users in `dev`, at least one user.
+        seed: determines which users are drawn.
+
     Raises:
         ConfigError: if the share is not between 0 and 1, or there are fewer than two users.
-        RunConflict: if the folder holds a data set already.
+        RunConflict: if the folder already holds a data set.
         StorageError: if the disk is full or not writable.
     """
     if not 0 < share < 1:
-        raise ConfigError(f"The share of users for dev lies between 0 and 1; found {share}.")
+        raise ConfigError(f"The share of users for dev should be between 0 and 1, found {share}.")
     sizes = Counter(sample.owner for sample in reader)
-    owners = sorted(sizes)
-    there = [path.name for path in Path(folder).glob("*_questions.json*")]
-    if there:
-        raise RunConflict(f"{folder} holds a data set already ({there[0]}). Choose another folder, or remove it first.")
-    if len(owners) < 2:
-        raise ConfigError(f"A slice by user needs 2 or more users; found {len(owners)}.")
-    held = held_users(owners, share=share, rng=np.random.default_rng([seed, 8]))
-    for split, wanted in (("train", False), ("dev", True)):
-        part = (sample for sample in reader if (sample.owner in held) == wanted)
-        write_lamp(part, folder, split, task=reader.task)
-    dev = sum(size for owner, size in sizes.items() if owner in held)
-    return Slice(sizes.total() - dev, dev, len(owners) - len(held), len(held))
+    if existing := [path.name for path in Path(folder).glob("*_questions.json*")]:
+        raise RunConflict(f"{folder} already holds a data set ({existing[0]}). Choose another folder, or remove it.")
+    if len(sizes) < 2:
+        raise ConfigError(f"A split by user needs 2 or more users, found {len(sizes)}.")
+    dev_users = held_users(sorted(sizes), share=share, rng=np.random.default_rng([seed, 8]))
+    for split in ("train", "dev"):
+        samples = (sample for sample in reader if (sample.owner in dev_users) == (split == "dev"))
+        write_lamp(samples, folder, split, task=reader.task)
+    dev = sum(sizes[user] for user in dev_users)
+    return Split(sizes.total() - dev, dev, len(sizes) - len(dev_users), len(dev_users))
 
 
 def held_users(owners: Sequence[str], *, share: float, rng: np.random.Generator) -> set[str]:
-    """A share of two or more different users, drawn: at least one, and never all."""
+    """Draw a share of two or more different users: at least one, and never all."""
     count = min(len(owners) - 1, max(1, round(share * len(owners))))
     return {owners[i] for i in rng.choice(len(owners), size=count, replace=False)}

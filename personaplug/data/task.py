@@ -1,45 +1,42 @@
-"""What a data set is: a declared Task, and a Reader that yields Samples one at a time and reports what it met.
+"""The Task that a data set declares, and the Reader that yields its samples.
 
-A task is declared, never guessed from a path. Readers stream, so that memory does not grow with the file.
+A task is declared, never guessed from a path. Readers stream, so memory does not grow with the file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Literal, Protocol
 
-from personaplug.data.records import HistoryItem, Sample
-from personaplug.errors import ConfigError, RecordError
+from personaplug.data.records import Sample
+from personaplug.errors import RecordError
 
 TaskKind = Literal["label", "rating", "text"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked, what an item of history looks like, and how an answer is scored.
+    """What is asked, what a history item holds, and how predictions are scored.
+
+    Without `query_after` and `query_pattern`, the whole input is the query.
 
     Attributes:
-        name: what results files call it.
-        kind: "label" (one of `labels`), "rating" (labels that are numbers, in order) or "text".
-        item_fields: the fields of an item that make its text, in order (PPlug's Table 7).
-        answer_field: the field that is the user's answer; added to the item's text if not among
-            `item_fields`.
-        metrics: names of `personaplug.analysis.metrics`, the first one leads.
+        name: the name in results files.
+        kind: "label" (one of `labels`), "rating" (labels that are rising numbers) or "text".
+        item_fields: the fields that make an item's text, in order (PPlug's Table 7).
+        answer_field: the field with the user's answer; appended to the item's text if not in `item_fields`.
+        metrics: names from `personaplug.analysis.metrics`; the first one leads.
         labels: the closed set of answers; empty for "text".
-        query_after: the query is what follows the first occurrence of this marker in the input.
-        max_new_tokens: how long an answer may be.
-        query_pattern: for inputs that no single marker cuts: a regular expression, searched in the input with
-            DOTALL, whose groups joined by a space are the query. Without marker and pattern the query is the
-            input.
-        item_template: how an item stands in a prompt, each `{field}` for that field's value; "" = as
-            `HistoryItem.text`.
-        item_joint: what stands between two items in a prompt.
-        history_template: how items and input make a prompt: `{history}` and `{input}`, each once.
-        history_after: if set, the items are put right behind the first occurrence of this word in the input, and
-            `history_template` serves inputs without it only.
+        query_after: a marker; the query is the text after its first occurrence in the input.
+        max_new_tokens: the maximum length of a response.
+        query_pattern: a regular expression, searched with DOTALL; its groups, joined by spaces, are the query.
+        item_template: an item in a prompt, with a `{field}` for each value; "" means `HistoryItem.text`.
+        item_joint: the text between two items in a prompt.
+        history_template: a prompt with items: `{history}` and `{input}`, each once.
+        history_after: a word; if it is in the input, the items follow its first occurrence and `history_template`
+            is not used.
     """
 
     name: str
@@ -58,19 +55,18 @@ class Task:
 
     @property
     def field_names(self) -> tuple[str, ...]:
-        """The fields that an item of this task holds: its text's, then the answer's if it is not among
-        them."""
+        """All fields of an item: `item_fields`, then `answer_field` if it is not among them."""
         extra = (self.answer_field,) if self.answer_field and self.answer_field not in self.item_fields else ()
         return self.item_fields + extra
 
     @property
     def has_labelled_items(self) -> bool:
-        """Whether the items of a history hold answers from the closed set of labels."""
+        """True if history items hold answers from the closed set of labels."""
         return bool(self.labels) and self.answer_field is not None
 
     @property
     def has_options(self) -> bool:
-        """Whether labels stand for options in the input: the pattern of the query has a group for each label."""
+        """True if labels stand for options in the input: `query_pattern` has a group for each label."""
         return len(self.labels) > 1 and re.compile(self.query_pattern).groups == len(self.labels)
 
 
@@ -81,14 +77,14 @@ def template_parts(template: str) -> list[str]:
 
 @dataclass
 class ReadReport:
-    """What a reader met on the way; filled as it is read.
+    """Counts of one pass of a reader.
 
     Attributes:
-        samples: how many samples were yielded.
-        items: how many items of history they held.
-        skipped: records passed over (never more than the `skip_bad` asked for).
-        cut_items: items left out because a history was longer than the cap.
-        problems: what was wrong with each skipped record, and where.
+        samples: yielded samples.
+        items: history items in these samples.
+        skipped: skipped records, at most the reader's `skip_bad`.
+        cut_items: items dropped because a history was longer than `max_history`.
+        problems: the position and defect of each skipped record.
     """
 
     samples: int = 0
@@ -98,17 +94,13 @@ class ReadReport:
     problems: list[str] = field(default_factory=list)
 
     def add(self, sample: Sample) -> Sample:
-        """Count a sample that is about to be yielded, and return it."""
+        """Count a sample and return it."""
         self.samples += 1
         self.items += len(sample.history)
         return sample
 
     def skip(self, error: RecordError, *, allowed: int) -> None:
-        """Count a broken record, or raise it when no more may be passed over.
-
-        Raises:
-            RecordError: the error itself, once `allowed` records have been skipped.
-        """
+        """Count a broken record, or raise its error if `allowed` records have been skipped."""
         if self.skipped >= allowed:
             raise error
         self.skipped += 1
@@ -116,57 +108,15 @@ class ReadReport:
 
 
 class Reader(Protocol):
-    """A data set split that can be read as often as needed."""
+    """A split of a data set that can be read more than once."""
 
     task: Task
     report: ReadReport
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples in file order; `report` is fresh at the start and complete at the end.
+        """Yield the samples in file order. Each pass has its own report, which is complete at the end.
 
         Raises:
             RecordError: for the first broken record beyond the allowed number.
         """
         ...
-
-
-def check_skip_bad(skip_bad: int) -> int:
-    """Return `skip_bad` if it can bound something.
-
-    Raises:
-        ConfigError: if it is negative.
-    """
-    if skip_bad < 0:
-        raise ConfigError(f"skip_bad bounds how many broken records may be passed over: 0 or more, found {skip_bad}.")
-    return skip_bad
-
-
-def check_max_history(max_history: int) -> int:
-    """Return `max_history` if it can bound a history.
-
-    Raises:
-        ConfigError: if it is negative.
-    """
-    if max_history < 0:
-        raise ConfigError(f"max_history bounds the items of a history: 0 or more, found {max_history}.")
-    return max_history
-
-
-def by_moment(items: Sequence[tuple[datetime | None, HistoryItem]]) -> tuple[HistoryItem, ...]:
-    """Put items in time order; without a moment for each of them they stay as they come.
-
-    The moments order items of one day, which the date of a HistoryItem cannot.
-    """
-    timed = [(moment, item) for moment, item in items if moment is not None]
-    if len(timed) < len(items):
-        return tuple(item for _, item in items)
-    return tuple(item for _, item in sorted(timed, key=lambda pair: pair[0]))
-
-
-def latest_items(
-    items: Sequence[tuple[datetime | None, HistoryItem]], *, max_history: int, report: ReadReport
-) -> tuple[HistoryItem, ...]:
-    """Put items in time order, keep the latest `max_history`, and count the others in the report."""
-    cut = max(len(items) - max_history, 0)
-    report.cut_items += cut
-    return by_moment(items)[cut:]

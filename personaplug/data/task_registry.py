@@ -1,23 +1,23 @@
-"""Which tasks there are: LaMP's (but LaMP-6, which is not public), and those that a folder declares in its task.json.
-
-Where a folder's task comes from is in `load_task`; the folder's name means nothing.
-"""
+"""The built-in LaMP tasks (without LaMP-6, which is not public), and tasks that a folder declares in its task.json."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from personaplug.data.json_stream import existing_folder, stream_values
-from personaplug.data.parsing import Flaw, as_name
+from personaplug.data.parsing import as_name
 from personaplug.data.task import Task, TaskKind, template_parts
-from personaplug.errors import ConfigError, MissingData, nearest
+from personaplug.errors import ConfigError, MissingData, RunConflict, nearest
+from personaplug.infra.validation import first_error
 
 # ---- the built-in tasks
 
@@ -50,238 +50,212 @@ _BUILT_IN = (
 )  # fmt: skip
 
 LAMP_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _BUILT_IN})
-"""LaMP's tasks by canonical name. LaMP_6 is not among them: its data is not public."""
+"""LaMP's tasks by canonical name, without LaMP_6, whose data is not public."""
 
 
 def lamp_task(name: str) -> Task:
-    """Return one of LaMP's own tasks; `LaMP-1` is the same as `LaMP_1`.
-
-    Raises:
-        ConfigError: if there is no such task, or it is LaMP_6.
-    """
-    known = {task.lower(): task for task in LAMP_TASKS}
-    wanted = name.strip().lower().replace("-", "_")
-    if wanted == "lamp_6":
-        raise ConfigError("LaMP_6 rests on the Avocado mails, which are not public, so it is not built in.")
-    if wanted not in known:
+    """Return one of LaMP's tasks. `LaMP-1` is the same as `LaMP_1`."""
+    canonical_names = {task.lower(): task for task in LAMP_TASKS}
+    key = name.strip().lower().replace("-", "_")
+    if key == "lamp_6":
+        raise ConfigError("LaMP_6 is made of the Avocado mails, which are not public, so it is not built in.")
+    if key not in canonical_names:
         raise ConfigError(f"There is no built-in task {name!r}; {nearest(name, LAMP_TASKS)}")
-    return LAMP_TASKS[known[wanted]]
+    return LAMP_TASKS[canonical_names[key]]
 
 
-# ---- a folder's own task
+# ---- the declaration of a task
 
-_KEYS = ("name", "kind", "labels", "query_after", "query_pattern", "item_fields", "answer_field", "metrics",
-         "max_new_tokens", "item_template", "item_joint", "history_template", "history_after")  # fmt: skip
-_METRICS = {
-    "label": ("accuracy", "f1"),
-    "rating": ("mae", "rmse", "accuracy"),
-    "text": ("rouge_1", "rouge_l"),
+
+def _as_label(value: object) -> str:
+    label = as_name(value, "a label")
+    if label != label.strip():
+        raise ValueError("a label has blanks at its ends; answers are compared without them")
+    return label
+
+
+def _are_different(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("the list holds an entry twice")
+    return values
+
+
+_Text = Annotated[str, Field(min_length=1)]
+_Texts = Annotated[tuple[_Text, ...], Field(strict=False), AfterValidator(_are_different)]
+_Label = Annotated[str, BeforeValidator(_as_label)]
+_Labels = Annotated[tuple[_Label, ...], Field(strict=False), AfterValidator(_are_different)]
+
+
+class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
+    """The keys of a task.json; their meaning is that of Task's attributes."""
+
+    name: str
+    kind: TaskKind
+    item_fields: Annotated[_Texts, Field(min_length=1)]
+    answer_field: _Text | None = None
+    metrics: Annotated[_Texts, Field(min_length=1)]
+    labels: _Labels = ()
+    query_after: str = ""
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    query_pattern: str = ""
+    item_template: str = ""
+    item_joint: str = Task.item_joint
+    history_template: str = Task.history_template
+    history_after: str = ""
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if not self.name.strip():
+            raise ValueError("'name' is empty")
+        if "nll" in self.metrics:
+            raise ValueError("leave 'nll' out of 'metrics'; every language model gets this column")
+        if {"id", "date"} & {*self.item_fields, self.answer_field}:
+            raise ValueError("a field of an item should have another name than 'id' and 'date'")
+        if (self.kind == "text") == bool(self.labels):
+            raise ValueError("the kinds 'label' and 'rating' need 'labels', and 'text' has none")
+        return self
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        if self.kind == "rating":
+            try:
+                numbers = [float(label) for label in self.labels]
+            except ValueError:
+                raise ValueError(f"the labels of a rating should be numbers, found {list(self.labels)}") from None
+            if not all(low < high for low, high in pairwise(numbers)) or not all(abs(n) < 1e9 for n in numbers):
+                raise ValueError(f"the labels of a rating should be finite and rise, found {list(self.labels)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_query(self) -> Self:
+        if self.query_after and self.query_pattern:
+            raise ValueError("give 'query_after' or 'query_pattern', not both")
+        try:
+            groups = re.compile(self.query_pattern).groups
+        except re.error as error:
+            raise ValueError(f"'query_pattern' is not a regular expression: {error}") from None
+        if self.query_pattern and not groups:
+            raise ValueError("'query_pattern' needs a group (…) around the query")
+        return self
+
+    @model_validator(mode="after")
+    def _check_templates(self) -> Self:
+        fields = {*self.item_fields, *([self.answer_field] if self.answer_field else [])}
+        placeholders = template_parts(self.item_template)[1::2]
+        for name in placeholders:
+            if name not in fields:
+                raise ValueError(f"'item_template' names {{{name}}}; {nearest(name, fields)}")
+        if self.item_template and not placeholders:
+            raise ValueError("'item_template' shows no field of an item; put a field's name in braces")
+        if sorted(template_parts(self.history_template)[1::2]) != ["history", "input"]:
+            raise ValueError("'history_template' should hold {history} and {input}, each once")
+        return self
+
+
+_KEYS = ("like", *_Declaration.model_fields)
+_KIND_DEFAULTS: Mapping[object, Mapping[str, Any]] = {
+    "label": {"metrics": ("accuracy", "f1"), "max_new_tokens": 16},
+    "rating": {"metrics": ("mae", "rmse", "accuracy"), "max_new_tokens": 4},
+    "text": {"metrics": ("rouge_1", "rouge_l"), "max_new_tokens": 128},
 }
-_LENGTHS = {"label": 16, "rating": 4, "text": 128}
-
-
-def load_task(folder: str | Path, *, task: str | None = None) -> Task:
-    """Find out which task a folder holds.
-
-    Asked in this order: `task` (a built-in name, or the name in the folder's task.json), the folder's
-    `task.json`, the key "task" in its `*_outputs.json[.gz]`.
-
-    Raises:
-        MissingData: if the folder is not there, or nothing in it says which task it is.
-        ConfigError: if the task is unknown or wrongly declared, or two files name different ones.
-        RecordError: if a file that should say it is not valid JSON.
-    """
-    folder = existing_folder(folder)
-    own = folder / "task.json"
-    if task is not None:
-        return _named_task(own, task)
-    if own.is_file():
-        return read_task(own)
-    return _task_of_outputs(folder)
-
-
-def _named_task(own: Path, name: str) -> Task:
-    if own.is_file():
-        declared = read_task(own)
-        if declared.name == name:
-            return declared
-    return lamp_task(name)
-
-
-def read_task(path: Path) -> Task:
-    """Read a task.json.
-
-    Raises:
-        ConfigError: if it is not valid JSON, or declares the task wrongly.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} should hold one JSON object that declares a task, found {type(values).__name__}.")
-    return parse_task(values, source=str(path))
 
 
 def parse_task(values: Mapping[str, Any], *, source: str = "task.json") -> Task:
-    """Make a task of a declaration: all its keys, or `like` with those that differ.
+    """Convert a declaration to a task: all its keys, or `like` and the keys that differ.
 
     Raises:
-        ConfigError: for an unknown key (with the nearest known one), a missing one, a wrong type or value.
+        ConfigError: for an unknown or missing key, or a wrong type or value.
     """
     for key in values:
-        if key not in (*_KEYS, "like"):
-            raise ConfigError(f"{source}: unknown key {key!r}; {nearest(key, (*_KEYS, 'like'))}")
-    merged = {**_inherited(values, source), **{key: values[key] for key in values if key != "like"}}
-    for key in ("name", "kind", "item_fields"):
-        if key not in merged:
-            raise ConfigError(f'{source}: the key {key!r} is missing; give it, or inherit a task by "like": "LaMP_4".')
-    return _checked(_built(merged, source), source)
+        if key not in _KEYS:
+            raise ConfigError(f"{source}: unknown key {key!r}; {nearest(key, _KEYS)}")
+    merged = {**_inherited(values, source), **{key: value for key, value in values.items() if key != "like"}}
+    kind = merged.get("kind")
+    defaults = _KIND_DEFAULTS.get(kind, {}) if isinstance(kind, str) else {}
+    try:
+        return Task(**dict(_Declaration.model_validate({**defaults, **merged})))
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {first_error(error)}.") from None
 
 
 def _inherited(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     if "like" not in values:
         return {}
     if not isinstance(values["like"], str):
-        raise ConfigError(f"{source}: 'like' should be the name of a built-in task.")
+        raise ConfigError(f"{source}: 'like' should be the name of a built-in task, found {values['like']!r}.")
     inherited = asdict(lamp_task(values["like"]))
-    # One way of finding the query replaces the other; both at once would contradict each other.
+    # The two ways of finding the query exclude each other.
     if "query_after" in values and "query_pattern" not in values:
         inherited["query_pattern"] = ""
     if "query_pattern" in values and "query_after" not in values:
         inherited["query_after"] = ""
-    # What follows from the kind is inherited only with the kind.
+    # Another kind has other labels, metrics and lengths.
     if values.get("kind", inherited["kind"]) != inherited["kind"]:
         for key in ("labels", "metrics", "max_new_tokens"):
             inherited.pop(key)
-    # What is worded for certain fields is inherited only with them.
-    own = {**inherited, **values}
-    same_fields = own["item_fields"] in (inherited["item_fields"], list(inherited["item_fields"]))
-    if not same_fields or own["answer_field"] != inherited["answer_field"]:
+    # Wording that names fields is inherited only with these fields.
+    merged = {**inherited, **values}
+    has_same_fields = merged["item_fields"] in (inherited["item_fields"], list(inherited["item_fields"]))
+    if not has_same_fields or merged["answer_field"] != inherited["answer_field"]:
         inherited.update(item_template="", history_after="")
     return inherited
 
 
-def _built(values: Mapping[str, Any], source: str) -> Task:
-    kind = values["kind"]
-    if kind not in get_args(TaskKind):
-        raise ConfigError(f"{source}: 'kind' should be one of {', '.join(get_args(TaskKind))}; found {kind!r}.")
-    answer = values.get("answer_field")
-    return Task(
-        name=_string(values, "name", source),
-        kind=kind,
-        item_fields=_strings(values["item_fields"], "item_fields", source),
-        answer_field=None if answer is None else _string(values, "answer_field", source),
-        metrics=_strings(values.get("metrics", _METRICS[kind]), "metrics", source),
-        labels=_labels(values.get("labels", ()), source),
-        query_after=_string(values, "query_after", source),
-        max_new_tokens=_whole(values.get("max_new_tokens", _LENGTHS[kind]), "max_new_tokens", source),
-        query_pattern=_string(values, "query_pattern", source),
-        item_template=_string(values, "item_template", source),
-        item_joint=_string(values, "item_joint", source, default=Task.item_joint),
-        history_template=_string(values, "history_template", source, default=Task.history_template),
-        history_after=_string(values, "history_after", source),
-    )
+# ---- the task of a folder
 
 
-def _string(values: Mapping[str, Any], key: str, source: str, *, default: str = "") -> str:
-    value = values.get(key, default)
-    if not isinstance(value, str):
-        raise ConfigError(f"{source}: {key!r} should be a string, found {type(value).__name__}.")
-    return value
+def load_task(folder: str | Path, *, task: str | None = None) -> Task:
+    """Determine the task of a folder.
+
+    The order is: the name `task` (a built-in task, or the one in the folder's task.json), the folder's task.json,
+    the key "task" in its `*_outputs.json[.gz]`.
+
+    Raises:
+        MissingData: if the folder does not exist, or nothing in it names the task.
+        ConfigError: if the task is unknown or wrongly declared, or two files name different tasks.
+        RecordError: if an outputs file is not valid JSON.
+    """
+    folder = existing_folder(folder)
+    path = folder / "task.json"
+    declared = read_task(path) if path.is_file() else None
+    if task is not None:
+        return declared if declared and declared.name == task else lamp_task(task)
+    return declared or _task_of_outputs(folder)
 
 
-def _strings(value: object, key: str, source: str) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in value):
-        raise ConfigError(f"{source}: {key!r} should be a list of non-empty strings.")
-    if len(set(value)) < len(value):
-        raise ConfigError(f"{source}: {key!r} names something twice.")
-    return tuple(value)
-
-
-def _labels(value: object, source: str) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{source}: 'labels' should be a list, found {type(value).__name__}.")
+def read_task(path: Path) -> Task:
+    """Read a task.json."""
     try:
-        labels = [as_name(label, "a label") for label in value]
-    except Flaw as flaw:
-        raise ConfigError(f"{source}: {flaw}.") from None
-    if any(label != label.strip() for label in labels):
-        raise ConfigError(f"{source}: a label has blanks at its ends; answers are compared without them.")
-    return _strings(labels, "labels", source)
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} should hold one JSON object that declares a task, found {type(values).__name__}.")
+    return parse_task(values, source=str(path))
 
 
-def _whole(value: object, key: str, source: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{source}: {key!r} should be a whole number of at least 1.")
-    return value
-
-
-def _checked(task: Task, source: str) -> Task:
-    if not task.name.strip():
-        raise ConfigError(f"{source}: 'name' is empty.")
-    if not task.item_fields or not task.metrics:
-        raise ConfigError(f"{source}: 'item_fields' and 'metrics' need at least one entry.")
-    if "nll" in task.metrics:
-        raise ConfigError(f"{source}: leave 'nll' out of 'metrics'; it is a column wherever a language model answers.")
-    if {"id", "date"} & set(task.field_names) or task.answer_field == "":
-        raise ConfigError(f"{source}: a field of an item needs a name, and other than 'id' and 'date'.")
-    if (task.kind == "text") == bool(task.labels):
-        raise ConfigError(f"{source}: the kinds 'label' and 'rating' need 'labels', and 'text' has none.")
-    if task.kind == "rating":
-        _check_scale(task.labels, source)
-    _check_query(task, source)
-    _check_wording(task, source)
-    return task
-
-
-def _check_scale(labels: Sequence[str], source: str) -> None:
-    try:
-        numbers = [float(label) for label in labels]
-    except ValueError:
-        raise ConfigError(f"{source}: the labels of a rating should be numbers, found {list(labels)}.") from None
-    if not all(low < high for low, high in pairwise(numbers)) or not all(abs(n) < 1e9 for n in numbers):
-        raise ConfigError(f"{source}: the labels of a rating should be finite and rise, found {list(labels)}.")
-
-
-def _check_query(task: Task, source: str) -> None:
-    if task.query_after and task.query_pattern:
-        raise ConfigError(f"{source}: give 'query_after' or 'query_pattern', not both.")
-    try:
-        groups = re.compile(task.query_pattern).groups
-    except re.error as error:
-        raise ConfigError(f"{source}: 'query_pattern' is not a regular expression: {error}.") from None
-    if task.query_pattern and not groups:
-        raise ConfigError(f"{source}: 'query_pattern' needs a group (…) around what is the query.")
-
-
-def _check_wording(task: Task, source: str) -> None:
-    named = template_parts(task.item_template)[1::2]
-    for name in named:
-        if name not in task.field_names:
-            raise ConfigError(f"{source}: 'item_template' names {{{name}}}; {nearest(name, task.field_names)}")
-    if task.item_template and not named:
-        raise ConfigError(f"{source}: 'item_template' shows nothing of an item; name a field of it in braces.")
-    if sorted(template_parts(task.history_template)[1::2]) != ["history", "input"]:
-        raise ConfigError(f"{source}: 'history_template' should hold {{history}} and {{input}}, each once.")
+def check_declared_task(folder: Path, task: Task) -> None:
+    """Refuse a folder that declares another task."""
+    path = folder / "task.json"
+    if path.is_file() and read_task(path) != task:
+        raise RunConflict(f"{path} declares another task than {task.name}. Choose a new folder.")
 
 
 def _task_of_outputs(folder: Path) -> Task:
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}
     for path in sorted((*folder.glob("*_outputs.json"), *folder.glob("*_outputs.json.gz"))):
         for _, name in stream_values(path, "task", opening=b"{", unit="key"):
-            found.setdefault(str(name).replace("-", "_"), path.name)
+            files.setdefault(str(name).replace("-", "_"), path.name)
             break
-    if len(found) > 1:
-        raise ConfigError(f"{folder}: its files name different tasks: {found}. Say which one is meant by `task`.")
-    if not found:
+    if len(files) > 1:
+        raise ConfigError(f"{folder}: its files name different tasks: {files}. Choose one by `task`.")
+    if not files:
         raise MissingData(
-            f"{folder} does not say which task it holds: there is no task.json and no "
-            f'*_outputs.json[.gz] with a "task". Name one of {", ".join(LAMP_TASKS)} by `task`, or '
-            "write a task.json."
+            f'{folder} does not name its task: it holds no task.json and no *_outputs.json[.gz] with a "task". '
+            f"Name one of {', '.join(LAMP_TASKS)} by `task`, or write a task.json."
         )
-    name, file = next(iter(found.items()))
+    name, file = next(iter(files.items()))
     try:
         return lamp_task(name)
     except ConfigError as error:
-        raise ConfigError(f"{folder / file}: {error} A task of one's own needs a task.json in the folder.") from None
+        raise ConfigError(f"{folder / file}: {error} Any other task needs a task.json in the folder.") from None

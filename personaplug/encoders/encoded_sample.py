@@ -131,9 +131,9 @@ def encode_samples(
 
 
 def label_ids(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places:
-    """Where each item's answer stands among the labels, (N,) int16; see `LabelSet.place`."""
+    """Where each item's answer stands among the labels, (N,) int16; see `LabelSet.index`."""
     closed = _closed_answers(tuple(labels))
-    return np.array([closed.place(item.answer) for item in items], dtype=np.int16)
+    return np.array([closed.index(item.answer) for item in items], dtype=np.int16)
 
 
 def style_of_answers(items: Sequence[HistoryItem]) -> StyleArray:

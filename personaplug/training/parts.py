@@ -410,7 +410,7 @@ def _label_ids(samples: Sequence[EncodedSample], run: Run) -> torch.Tensor:
     if not closed_labels(run):
         raise ConfigError("label_prior=own adds to the scores of labels; it needs train_eos=auto and a closed set.")
     label_set = LabelSet(run.task.labels)
-    return torch.tensor([label_set.place(sample.target) for sample in samples])
+    return torch.tensor([label_set.index(sample.target) for sample in samples])
 
 
 def _parameter_count(module: nn.Module) -> int:

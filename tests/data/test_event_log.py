@@ -1,4 +1,4 @@
-"""Logs of an app: the same samples from every format, cut by time without a leak; broken rows are named."""
+"""Event logs: equal samples from every format, a split by time without leaks, and reports of broken rows."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def read(path: Path, mapping: ColumnMapping = MAPPING, task: Task = TASK, **sett
 
 
 def shape(samples: list[Sample]) -> list[tuple[str, list[str]]]:
-    return [(found.id, [item.id for item in found.history]) for found in samples]
+    return [(sample.id, [item.id for item in sample.history]) for sample in samples]
 
 
-def test_a_sample_is_a_row_with_the_rows_before_it(tmp_path: Path) -> None:
+def test_sample_is_a_row_with_its_earlier_rows(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(2), row(1, stars="5"), row(3, stars=4.0)])
     (dev,) = read(path, split="dev")
     assert (dev.id, dev.user_id, dev.target, dev.query) == ("e3", "ann", "4", f"{SECRET} 3")
@@ -77,42 +77,42 @@ def test_a_sample_is_a_row_with_the_rows_before_it(tmp_path: Path) -> None:
     ]
 
 
-def test_train_is_what_comes_before_dev(tmp_path: Path) -> None:
+def test_train_holds_the_rows_before_dev(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(number) for number in range(1, 9)])
     train = read(path, queries_per_user=2, dev_queries=3)
     dev = read(path, split="dev", dev_queries=3)
     assert shape(train) == [("e4", ["e1", "e2", "e3"]), ("e5", ["e1", "e2", "e3", "e4"])]
-    assert [found.id for found in dev] == ["e6", "e7", "e8"]
+    assert [sample.id for sample in dev] == ["e6", "e7", "e8"]
 
 
-def test_nothing_of_dev_is_in_train_even_among_equal_moments(tmp_path: Path) -> None:
+def test_train_with_equal_times_holds_nothing_of_dev(tmp_path: Path) -> None:
     rows = [row(number, when=f"2020-01-{1 + number // 3:02d}") for number in range(1, 20)]
     path = jsonl(tmp_path, rows)
     moments = {values["event"]: values["when"] for values in rows}
     train, dev = read(path, queries_per_user=9, dev_queries=4), read(path, split="dev", dev_queries=4)
-    asked = {found.id for found in dev}
-    assert len(asked) == 4
-    for found in train:
-        assert found.id not in asked
-        assert asked.isdisjoint(item.id for item in found.history)
-    for found in train + dev:
-        assert all(moments[item.id] < moments[found.id] for item in found.history)
+    dev_ids = {sample.id for sample in dev}
+    assert len(dev_ids) == 4
+    for sample in train:
+        assert sample.id not in dev_ids
+        assert dev_ids.isdisjoint(item.id for item in sample.history)
+    for sample in train + dev:
+        assert all(moments[item.id] < moments[sample.id] for item in sample.history)
 
 
-def test_the_time_of_day_orders_a_day(tmp_path: Path) -> None:
+def test_rows_of_one_day_are_sorted_by_time(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(1, when="2020-01-01T12:00:00"), row(2, when="2020-01-01 09:00"), row(3)])
     assert shape(read(path, split="dev")) == [("e3", ["e2", "e1"])]
     assert shape(read(path)) == [("e1", ["e2"])]
 
 
-def test_without_dates_and_ids_the_files_order_and_numbers_stand_in(tmp_path: Path) -> None:
+def test_rows_without_dates_and_ids_keep_file_order_and_numbers(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(3), row(2, "bob"), row(1)])
     samples = read(path, replace(MAPPING, id=None, date=None), split="dev", min_history=0)
     assert shape(samples) == [("row-3", ["row-1"]), ("row-2", [])]
     assert samples[0].history[0].date is None
 
 
-def test_too_little_history_is_no_query_and_too_much_is_cut(tmp_path: Path) -> None:
+def test_history_too_short_gives_no_query_and_too_long_is_cut(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(number) for number in range(1, 6)] + [row(6, "bob")])
     reader = EventLogReader(path, MAPPING, TASK, queries_per_user=9, min_history=2, max_history=2)
     assert shape(list(reader)) == [("e3", ["e1", "e2"]), ("e4", ["e2", "e3"])]
@@ -120,7 +120,7 @@ def test_too_little_history_is_no_query_and_too_much_is_cut(tmp_path: Path) -> N
     assert list(reader) == list(reader)
 
 
-def test_every_format_gives_the_same(tmp_path: Path) -> None:
+def test_formats_give_equal_samples(tmp_path: Path) -> None:
     rows = [
         row(1, title='a "quoted", two\nlines'),
         row(2, title="é 😀"),
@@ -138,7 +138,7 @@ def test_every_format_gives_the_same(tmp_path: Path) -> None:
     assert len(expected) == 2
 
 
-def test_parquet_gives_the_same_in_batches_and_with_fine_timestamps(tmp_path: Path) -> None:
+def test_parquet_in_batches_with_nanoseconds_gives_equal_samples(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [row(1), row(2), row(3, "bob"), row(4, "bob")]
@@ -157,25 +157,25 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
         EventLogReader(tmp_path / "log.parquet", MAPPING, TASK)
 
 
-def test_a_users_braces_and_placeholders_are_only_text(tmp_path: Path) -> None:
+def test_prompt_user_text_with_braces_stays_text(tmp_path: Path) -> None:
     nasty = "{text} {0} {stars} {{ } {text!r} {text.__class__}"
-    (found,) = read(jsonl(tmp_path, [row(1), row(2, title=nasty)]), split="dev")
-    assert found.query == nasty
+    (sample,) = read(jsonl(tmp_path, [row(1), row(2, title=nasty)]), split="dev")
+    assert sample.query == nasty
     literal = replace(MAPPING, prompt="{{json}} title: {text}")
-    (found,) = read(tmp_path / "log.jsonl", literal, split="dev")
-    assert found.prompt == f"{{json}} title: {nasty}"
+    (sample,) = read(tmp_path / "log.jsonl", literal, split="dev")
+    assert sample.prompt == f"{{json}} title: {nasty}"
 
 
-def test_an_answer_among_the_item_fields_and_a_field_for_the_prompt_alone(tmp_path: Path) -> None:
+def test_mapping_answer_in_item_fields_and_prompt_only_field_work(tmp_path: Path) -> None:
     headline = ColumnMapping("who", {"text": "title"}, "stars", "article: {text}", "event")
-    (found,) = read(jsonl(tmp_path, [row(1), row(2)]), headline, LAMP_TASKS["LaMP_4"], split="dev")
-    assert found.history[0].fields == (("title", "3"), ("text", f"{SECRET} 1"))
+    (sample,) = read(jsonl(tmp_path, [row(1), row(2)]), headline, LAMP_TASKS["LaMP_4"], split="dev")
+    assert sample.history[0].fields == (("title", "3"), ("text", f"{SECRET} 1"))
     tweet = ColumnMapping("who", {"plain": "title"}, "stars", "Paraphrase: {plain}", "event")
-    (found,) = read(tmp_path / "log.jsonl", tweet, LAMP_TASKS["LaMP_7"], split="dev")
-    assert (found.query, found.target, found.history[0].fields) == (f"{SECRET} 2", "3", (("text", "3"),))
+    (sample,) = read(tmp_path / "log.jsonl", tweet, LAMP_TASKS["LaMP_7"], split="dev")
+    assert (sample.query, sample.target, sample.history[0].fields) == (f"{SECRET} 2", "3", (("text", "3"),))
 
 
-def test_converted_to_lamp_it_reads_back_the_same(tmp_path: Path) -> None:
+def test_log_converted_to_lamp_reads_back_equal(tmp_path: Path) -> None:
     rows = [row(number, "ann" if number % 3 else "bob", title=f'é "{number}"\n{{x}}') for number in range(1, 15)]
     path = jsonl(tmp_path, rows)
     for split in ("train", "dev"):
@@ -197,12 +197,12 @@ BROKEN_ROWS: dict[str, tuple[Any, str]] = {
     "no date": (row(2, when=SECRET), "line 2: its 'date' is not one of"),
     "list for text": (row(2, title=[SECRET]), "line 2: its 'title' is a list"),
     "half a surrogate": (row(2, title="\ud83d"), "line 2: its 'title' is not valid Unicode"),
-    "id twice": (row(1), "line 2: its id is another row's too"),
+    "id twice": (row(1), "line 2: an earlier record has the same id"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_ROWS)
-def test_a_broken_row_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
+def test_broken_row_is_reported_and_can_be_skipped(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_ROWS[name]
     path = jsonl(tmp_path, [row(1), broken, row(3)])
     with pytest.raises(RecordError) as caught:
@@ -214,14 +214,14 @@ def test_a_broken_row_says_where_and_why_and_can_be_passed_over(tmp_path: Path, 
     assert reader.report.skipped == 1
 
 
-def test_a_query_that_says_nothing_is_broken_only_when_asked(tmp_path: Path) -> None:
+def test_blank_query_is_broken_only_as_a_query(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(1, title=""), row(2), row(3, title=" ")])
     assert shape(read(path)) == [("e2", ["e1"])]
     with pytest.raises(RecordError, match="line 3: its input holds no query"):
         read(path, split="dev")
 
 
-def test_broken_lines_of_each_format(tmp_path: Path) -> None:
+def test_broken_line_of_each_format_is_skipped_alone(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [row(1), row(3)])
     path.write_bytes(path.read_bytes() + b'{"zanzibar\n\n"\xff"\n')
     with pytest.raises(RecordError, match="line 3: it is not valid JSON"):
@@ -237,7 +237,7 @@ def test_broken_lines_of_each_format(tmp_path: Path) -> None:
     assert "line 6: its 'title' is not valid Unicode" in reader.report.problems[2]
 
 
-def test_files_that_break_off_are_never_skipped(tmp_path: Path) -> None:
+def test_truncated_file_is_never_skipped(tmp_path: Path) -> None:
     packed = gzip.compress(jsonl(tmp_path, [row(1), row(2)]).read_bytes())
     (tmp_path / "cut.jsonl.gz").write_bytes(packed[:-9])
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 nothing")
@@ -246,7 +246,7 @@ def test_files_that_break_off_are_never_skipped(tmp_path: Path) -> None:
             read(tmp_path / name, skip_bad=9)
 
 
-def test_a_column_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
+def test_missing_column_error_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(as_csv([row(1)]))
     with pytest.raises(ConfigError, match="columns 'star'; did you mean 'stars'"):
         read(tmp_path / "log.csv", replace(MAPPING, answer="star"))
@@ -263,11 +263,11 @@ def test_a_column_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
         ({"prompt": "{text} title: "}, "does not fit task Stars.*no query"),
         ({"prompt": "title: {score}"}, "placeholder {score}"),
         ({"fields": {}, "prompt": "title: x"}, "no column for 'text'"),
-        ({"fields": {"text": "title", "tetx": "title"}}, "'tetx' is used by nothing; did you mean 'text'"),
+        ({"fields": {"text": "title", "tetx": "title"}}, "'tetx' is not used; did you mean 'text'"),
         ({"fields": {"text": "title", "score": "stars"}}, "name its column by `answer`"),
     ],
 )
-def test_a_mapping_that_does_not_fit_the_task(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_mapping_that_does_not_fit_the_task_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EventLogReader(jsonl(tmp_path, [row(1)]), replace(MAPPING, **change), TASK)
 
@@ -277,13 +277,14 @@ def test_a_mapping_that_does_not_fit_the_task(tmp_path: Path, change: dict[str, 
     [{"split": "test"}, {"queries_per_user": 0}, {"dev_queries": 0}, {"min_history": -1}, {"skip_bad": -1},
      {"max_history": -1}],
 )  # fmt: skip
-def test_settings_out_of_range(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_setting_out_of_range_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings)) if "split" not in settings else "'train' and 'dev'"):
         EventLogReader(jsonl(tmp_path, [row(1)]), MAPPING, TASK, **settings)
 
 
-def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
+def test_missing_or_unknown_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no file"):
         EventLogReader(tmp_path / "log.csv", MAPPING, TASK)
-    with pytest.raises(ConfigError, match=r"\*\.jsonl"):
-        EventLogReader(tmp_path / "log.xlsx", MAPPING, TASK)
+    for name in ("log.xlsx", "log.json", "log.parquet.gz"):
+        with pytest.raises(ConfigError, match=r"\*\.jsonl"):
+            EventLogReader(tmp_path / name, MAPPING, TASK)

@@ -1,4 +1,4 @@
-"""One user's items in a file of their own: every form they may come in, and every way they can be broken."""
+"""One user's items in a file: every format, and every defect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.errors import MissingData, RecordError
 
 TASK = LAMP_TASKS["LaMP_3"]
-SECRET = "zanzibar"  # stands in every user text here, and must stand in no error
+SECRET = "zanzibar"  # part of every user text here, and must be in no error
 
 
 def record(number: int, **changes: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def ids(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("form", [as_lines, as_list])
 @pytest.mark.parametrize("ending", ["", ".gz"])
-def test_lines_and_a_list_plain_and_gzipped_are_the_same(
+def test_items_as_lines_or_list_plain_or_gzipped_are_equal(
     tmp_path: Path, form: Callable[[list[Any]], bytes], ending: str
 ) -> None:
     content = form([record(1, id="a", date="2015-06-01"), record(2, date="2014", id=7, other=[SECRET])])
@@ -56,31 +56,31 @@ def test_lines_and_a_list_plain_and_gzipped_are_the_same(
     )
 
 
-def test_the_lines_number_stands_in_for_an_id(tmp_path: Path) -> None:
+def test_item_without_id_gets_its_number(tmp_path: Path) -> None:
     first, last = as_lines([record(1), record(2, id=None)]), as_lines([record(3), record(4, id="x")])
     path = put(tmp_path, first + b"\n \n" + last)
     assert ids(path) == ["1", "2", "5", "x"]
     assert ids(put(tmp_path, as_list([record(1), record(2, id="x"), record(3)]))) == ["1", "x", "3"]
 
 
-def test_items_of_one_day_are_ordered_by_their_time(tmp_path: Path) -> None:
+def test_items_of_one_day_are_sorted_by_time(tmp_path: Path) -> None:
     moments = ["2015-06-01 12:00:00", "2015-06-01T08:30:00Z", "2015-06-01"]
     assert ids(put(tmp_path, as_lines([record(1, date=moment) for moment in moments]))) == ["3", "2", "1"]
 
 
-def test_an_item_without_date_keeps_the_files_order(tmp_path: Path) -> None:
+def test_items_with_a_missing_date_keep_file_order(tmp_path: Path) -> None:
     records = [record(1, date="2015-01-02"), record(2), record(3, date="2014-01-01")]
     assert ids(put(tmp_path, as_lines(records))) == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"[]", b"\xef\xbb\xbf\n [ ]\n"])
 @pytest.mark.parametrize("name", ["items.jsonl", "items.jsonl.gz"])
-def test_a_file_without_items_is_a_user_without_history(tmp_path: Path, content: bytes, name: str) -> None:
+def test_file_without_items_gives_empty_history(tmp_path: Path, content: bytes, name: str) -> None:
     packed = gzip.compress(content) if name.endswith(".gz") else content
     assert read_items(put(tmp_path, packed, name), task=TASK) == ()
 
 
-def test_a_byte_order_mark_is_harmless(tmp_path: Path) -> None:
+def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     assert ids(put(tmp_path, b"\xef\xbb\xbf" + as_lines([record(1)]))) == ["1"]
 
 
@@ -96,7 +96,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_item_says_where_and_why_without_the_text(tmp_path: Path, name: str) -> None:
+def test_broken_item_error_has_position_and_no_text(tmp_path: Path, name: str) -> None:
     broken, reason = BROKEN[name]
     for form, position in ((as_lines, "line 2"), (as_list, "item 2")):
         path = put(tmp_path, form([record(1), broken]))
@@ -117,7 +117,7 @@ def test_a_broken_item_says_where_and_why_without_the_text(tmp_path: Path, name:
         (b"zanzibar", "line 1"),
     ],
 )
-def test_broken_json_says_where(tmp_path: Path, content: bytes, position: str) -> None:
+def test_broken_json_error_has_position(tmp_path: Path, content: bytes, position: str) -> None:
     with pytest.raises(RecordError, match="not valid JSON") as caught:
         read_items(put(tmp_path, content), task=TASK)
     assert caught.value.position == position
@@ -125,14 +125,14 @@ def test_broken_json_says_where(tmp_path: Path, content: bytes, position: str) -
 
 
 @pytest.mark.parametrize("form", [as_lines, as_list])
-def test_broken_gzip_says_so(tmp_path: Path, form: Callable[[list[Any]], bytes]) -> None:
+def test_broken_gzip_is_reported(tmp_path: Path, form: Callable[[list[Any]], bytes]) -> None:
     packed = gzip.compress(form([record(number) for number in range(1, 200)]))
     for content in (packed[:-9], packed[:40], form([record(1)])):
         with pytest.raises(RecordError, match="gzip"):
             read_items(put(tmp_path, content, "items.jsonl.gz"), task=TASK)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     for path in (tmp_path / "items.jsonl", tmp_path):
         with pytest.raises(MissingData, match="no file"):
             read_items(path, task=TASK)

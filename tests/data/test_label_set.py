@@ -1,4 +1,4 @@
-"""What a history says of a user's answers, worked out by hand."""
+"""Label sets against values computed by hand."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ def _items(*answers: str) -> list[HistoryItem]:
 @pytest.mark.parametrize(
     ("value", "label"), [(2.5, "3"), (2.49, "2"), (3.0, "3"), (-7.0, "1"), (99.0, "5"), (4.5, "5"), (1.5, "2")]
 )
-def test_a_prediction_is_rounded_half_up_and_kept_within_the_scale(value: float, label: str) -> None:
+def test_nearest_rounds_half_up_within_the_scale(value: float, label: str) -> None:
     assert STARS.nearest(value) == label
 
 
-def test_the_nearest_label_is_by_number_not_by_step() -> None:
+def test_nearest_compares_numbers_not_steps() -> None:
     assert [HALVES.nearest(value) for value in (0.2, 0.25, 2.2, 2.25, 9)] == ["0", "0.5", "0.5", "4", "4"]
 
 
-def test_what_is_no_label_counts_at_the_nearest_of_a_scale_and_nowhere_else() -> None:
-    assert [STARS.place(answer) for answer in (" 4 ", "4.0", "3.5", "9", "", "good", None)] == [3, 3, 3, 4, -1, -1, -1]
-    assert [TAGS.place(answer) for answer in ("b ", "B", "2")] == [1, -1, -1]
-    assert LabelSet(("2", "1")).place("1.0") == -1, "labels that do not rise are no scale"
+def test_index_of_no_label_is_the_nearest_of_a_scale_only() -> None:
+    assert [STARS.index(answer) for answer in (" 4 ", "4.0", "3.5", "9", "", "good", None)] == [3, 3, 3, 4, -1, -1, -1]
+    assert [TAGS.index(answer) for answer in ("b ", "B", "2")] == [1, -1, -1]
+    assert LabelSet(("2", "1")).index("1.0") == -1, "labels that do not rise are no scale"
 
 
-def test_features_of_ratings() -> None:
+def test_features_of_ratings_match_hand_computation() -> None:
     answers = ["5", "1", "2.0", " 4 ", "5", "5", "2"]
     given = np.array([5, 1, 2, 4, 5, 5, 2.0])
     shares = np.array([1, 2, 0, 1, 3]) / 7
-    wanted = [*shares, given.mean(), 4.0, given.std(), (2 + 4 + 5 + 5 + 2) / 5]
-    assert STARS.features(_items(*answers)) == pytest.approx(wanted)
+    expected = [*shares, given.mean(), 4.0, given.std(), (2 + 4 + 5 + 5 + 2) / 5]
+    assert STARS.features(_items(*answers)) == pytest.approx(expected)
     assert STARS.width == 9
 
 
-def test_what_is_no_answer_does_not_count() -> None:
+def test_features_ignore_items_without_answer() -> None:
     bare = HistoryItem("x", (("text", "x"),), None)
     assert STARS.features([*_items("4", "good", "nan", "inf"), bare]) == pytest.approx([0, 0, 0, 1, 0, 4, 4, 0, 4])
     assert np.isnan(STARS.features(_items("good"))).all()
     assert np.isnan(TAGS.features([])).all()
     assert TAGS.features(_items("b", "b ", "A", "c", "b")) == pytest.approx([0, 3 / 4, 1 / 4])
-    assert TAGS.places(_items("b", "A", "c")).tolist() == [1, 2]
+    assert TAGS.indices(_items("b", "A", "c")).tolist() == [1, 2]
     assert ratings(["3", None, "", "2.5", "-inf"]).tolist() == [3, 2.5]

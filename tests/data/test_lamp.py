@@ -1,4 +1,4 @@
-"""Folders in LaMP's layout: what they declare, what is read of them, and every way they can be broken."""
+"""Folders in LaMP's layout: declared tasks, samples read and written, and every defect."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 
 from personaplug.data import LAMP_TASKS, LampReader, load_task, open_dataset, write_lamp
-from personaplug.data.parsing import Flaw, as_moment, as_text, query_of
+from personaplug.data.parsing import Flaw, as_datetime, as_text, query_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task
 from personaplug.data.task_registry import lamp_task, parse_task
 from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, StorageError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-SECRET = "zanzibar"  # stands in every user text here, and must stand in no error
+SECRET = "zanzibar"  # part of every user text here, and must be in no error
 REVIEW = "What is the score of the following review on a scale of 1 to 5? review: "
 
 
@@ -68,7 +68,7 @@ def test_built_in_tasks_are_the_public_ones() -> None:
         assert lamp_task(name.replace("_", "-")) is task
 
 
-def test_lamp_6_says_why_it_is_not_there() -> None:
+def test_lamp_task_unavailable_name_says_why() -> None:
     with pytest.raises(ConfigError, match="not public"):
         lamp_task("LaMP-6")
     with pytest.raises(ConfigError, match="did you mean 'LaMP_4'"):
@@ -85,7 +85,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_the_query_is_what_follows_the_first_marker(name: str) -> None:
+def test_query_follows_the_first_marker(name: str) -> None:
     prompt, query = INPUTS[name]
     assert query_of(LAMP_TASKS[name], prompt) == query
 
@@ -103,7 +103,7 @@ def test_the_query_is_what_follows_the_first_marker(name: str) -> None:
         ),
     ],
 )
-def test_lamp_1_takes_the_candidates_whatever_quotes_they_hold(first: str, second: str) -> None:
+def test_query_of_lamp_1_takes_candidates_with_any_quotes(first: str, second: str) -> None:
     prompt = (
         'For an author who has written the paper with the title "Own "quoted", title [1]: "x"", which reference '
         f'is related? Just answer with [1] or [2] without explanation. [1]: "{first}" [2]: "{second}"'
@@ -113,7 +113,7 @@ def test_lamp_1_takes_the_candidates_whatever_quotes_they_hold(first: str, secon
 
 
 @pytest.mark.parametrize("name", LAMP_TASKS)
-def test_a_missing_marker_is_an_error_that_names_the_record(tmp_path: Path, name: str) -> None:
+def test_missing_marker_error_names_the_record(tmp_path: Path, name: str) -> None:
     item = {"id": 1, **dict.fromkeys(LAMP_TASKS[name].field_names, "x")}
     bad = {"id": "q9", "input": f"{SECRET} without the wording", "profile": [item]}
     with pytest.raises(RecordError, match=r"dev_questions\.json, question 1 \(id q9\): its input") as caught:
@@ -121,12 +121,12 @@ def test_a_missing_marker_is_an_error_that_names_the_record(tmp_path: Path, name
     assert SECRET not in str(caught.value)
 
 
-def test_a_query_that_is_empty_is_an_error() -> None:
+def test_empty_query_is_an_error() -> None:
     with pytest.raises(Flaw, match="no query"):
         query_of(LAMP_TASKS["LaMP_3"], REVIEW)
 
 
-def test_without_marker_the_query_is_the_input() -> None:
+def test_query_without_marker_is_the_input() -> None:
     assert query_of(parse_task({"name": "x", "kind": "text", "item_fields": ["t"]}), "whole") == "whole"
 
 
@@ -141,7 +141,7 @@ def declare(folder: Path, values: Any) -> Path:
     return folder
 
 
-def test_a_declared_task_is_read_whole(tmp_path: Path) -> None:
+def test_declared_task_is_read_completely(tmp_path: Path) -> None:
     expected = Task("Own", "rating", ("text",), "score", ("mae",), ("1", "2"), "q: ", 3)
     assert load_task(declare(tmp_path, OWN)) == expected
 
@@ -154,7 +154,7 @@ def test_like_inherits_and_overrides() -> None:
     assert (pair.query_after, pair.query_pattern) == ("which: ", "")
 
 
-def test_the_wording_of_prompts_is_declared_and_inherited(tmp_path: Path) -> None:
+def test_prompt_templates_are_declared_and_inherited(tmp_path: Path) -> None:
     plain = load_task(declare(tmp_path, OWN))
     assert (plain.item_template, plain.item_joint, plain.history_after) == ("", ", and ", "")
     assert plain.history_template == "{history}. {input}"
@@ -174,23 +174,23 @@ def test_the_wording_of_prompts_is_declared_and_inherited(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "change", [{"item_fields": ["text"]}, {"answer_field": None}, {"item_fields": ["title", "body"]}]
 )
-def test_a_wording_for_certain_fields_is_inherited_only_with_them(change: dict[str, Any]) -> None:
+def test_item_template_is_inherited_only_with_its_fields(change: dict[str, Any]) -> None:
     assert parse_task({"name": "x", "like": "LaMP_4", **change}).item_template == ""
-    kept = parse_task({"name": "x", "like": "LaMP_4", **change, "item_fields": ["title"], "item_template": "<{title}>"})
-    assert kept.item_template == "<{title}>"
+    own = parse_task({"name": "x", "like": "LaMP_4", **change, "item_fields": ["title"], "item_template": "<{title}>"})
+    assert own.item_template == "<{title}>"
     assert parse_task({"name": "x", "like": "LaMP_1", "item_fields": ["title"]}).history_after == ""
     same = {"item_fields": ["title", "text"], "answer_field": "title"}
     assert parse_task({"name": "x", "like": "LaMP_4", **same}).item_template == LAMP_TASKS["LaMP_4"].item_template
 
 
 @pytest.mark.parametrize("name", LAMP_TASKS)
-def test_a_task_survives_json(name: str) -> None:
+def test_task_survives_json(name: str) -> None:
     task = LAMP_TASKS[name]
     assert parse_task(json.loads(json.dumps(asdict(task)))) == task
     assert parse_task({"name": name, "like": name}) == task
 
 
-def test_an_argument_wins_over_task_json_over_outputs(tmp_path: Path) -> None:
+def test_task_argument_wins_over_task_json_over_outputs(tmp_path: Path) -> None:
     put(tmp_path, [], [], task="LaMP-4")
     assert load_task(tmp_path).name == "LaMP_4"
     declare(tmp_path, OWN)
@@ -199,7 +199,7 @@ def test_an_argument_wins_over_task_json_over_outputs(tmp_path: Path) -> None:
     assert load_task(tmp_path, task="Own").labels == ("1", "2")
 
 
-def test_a_folders_name_means_nothing(tmp_path: Path) -> None:
+def test_folder_name_is_not_a_task(tmp_path: Path) -> None:
     folder = tmp_path / "LaMP_7"
     folder.mkdir()
     with pytest.raises(MissingData, match=r"task\.json"):
@@ -207,7 +207,7 @@ def test_a_folders_name_means_nothing(tmp_path: Path) -> None:
     assert load_task(put(folder, [], [], task="LaMP_3")).name == "LaMP_3"
 
 
-def test_outputs_that_disagree_or_name_an_unknown_task(tmp_path: Path) -> None:
+def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> None:
     put(tmp_path, [], [], task="Mine")
     with pytest.raises(ConfigError, match=r"Mine.*needs a task\.json"):
         load_task(tmp_path)
@@ -220,56 +220,58 @@ def test_outputs_that_disagree_or_name_an_unknown_task(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"item_feilds": ["x"]}, "unknown key 'item_feilds'; did you mean 'item_fields'?"),
-        ({"kind": "score"}, "'kind' should be one of label, rating, text"),
-        ({"kind": ["text"]}, "'kind' should be one of"),
+        ({"kind": "score"}, "'kind' should be 'label', 'rating' or 'text', found 'score'"),
+        ({"kind": ["text"]}, "'kind' should be 'label', 'rating' or 'text', found ['text']"),
         ({"labels": []}, "need 'labels'"),
         ({"labels": ["good", "bad"]}, "should be numbers"),
         ({"labels": ["2", "1"]}, "should be finite and rise"),
         ({"labels": ["1", "nan"]}, "should be finite and rise"),
         ({"labels": "12"}, "'labels' should be a list"),
         ({"labels": [True, "2"]}, "a label is true or false"),
-        ({"kind": "label", "labels": ["a", "a"]}, "names something twice"),
+        ({"kind": "label", "labels": ["a", "a"]}, "'labels': the list holds an entry twice"),
         ({"kind": "label", "labels": ["a "]}, "blanks"),
         ({"kind": "text"}, "'text' has none"),
         ({"item_fields": "text"}, "'item_fields' should be a list"),
-        ({"item_fields": []}, "at least one entry"),
+        ({"item_fields": []}, "'item_fields': value should have at least 1 item"),
         ({"metrics": ["rouge_1", "nll"]}, "leave 'nll' out"),
-        ({"item_fields": ["id"]}, "other than 'id' and 'date'"),
-        ({"answer_field": 3}, "'answer_field' should be a string"),
+        ({"item_fields": ["id"]}, "another name than 'id' and 'date'"),
+        ({"answer_field": 3}, "'answer_field' should be a valid string, found 3"),
         ({"name": " "}, "'name' is empty"),
-        ({"max_new_tokens": "4"}, "'max_new_tokens' should be a whole number"),
-        ({"max_new_tokens": True}, "'max_new_tokens' should be a whole number"),
+        ({"max_new_tokens": "4"}, "'max_new_tokens' should be a valid integer, found '4'"),
+        ({"max_new_tokens": 0}, "'max_new_tokens' should be greater than or equal to 1, found 0"),
+        ({"metrics": ["mae", ""]}, "'metrics.1': string should have at least 1 character"),
+        ({"max_new_tokens": True}, "'max_new_tokens' should be a valid integer, found True"),
         ({"query_pattern": "(a)"}, "not both"),
         ({"query_after": "", "query_pattern": "("}, "not a regular expression"),
         ({"query_after": "", "query_pattern": "a"}, "needs a group"),
-        ({"item_template": 3}, "'item_template' should be a string"),
-        ({"item_template": "words"}, "shows nothing of an item"),
+        ({"item_template": 3}, "'item_template' should be a valid string, found 3"),
+        ({"item_template": "words"}, "shows no field of an item"),
         ({"item_template": "{texd}"}, "names {texd}; did you mean 'text'?"),
         ({"item_template": "{text} {}"}, "names {}; known are: score, text"),
-        ({"item_joint": None}, "'item_joint' should be a string"),
+        ({"item_joint": None}, "'item_joint' should be a valid string, found None"),
         ({"history_template": "{input}"}, "should hold {history} and {input}, each once"),
         ({"history_template": "{history} {history} {input}"}, "each once"),
         ({"history_template": "{history} {input} {text}"}, "each once"),
-        ({"history_after": 1}, "'history_after' should be a string"),
+        ({"history_after": 1}, "'history_after' should be a valid string, found 1"),
         ({"histori_after": "x"}, "unknown key 'histori_after'; did you mean 'history_after'?"),
         ({"like": "LaMP_9"}, "no built-in task"),
         ({"like": 4}, "'like' should be"),
     ],
 )
-def test_a_wrong_declaration_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_wrong_declaration_error_names_file_and_defect(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_task(declare(tmp_path, {**OWN, **change}))
     assert "task.json" in str(caught.value) or "built-in" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["name", "kind", "item_fields"])
-def test_a_declaration_needs_its_main_keys(key: str) -> None:
+def test_declaration_without_required_key_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=f"the key '{key}' is missing"):
         parse_task(without(OWN, key))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', ""])
-def test_a_task_json_that_is_no_object(tmp_path: Path, content: str) -> None:
+def test_task_json_without_object_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "task.json").write_text(content)
     with pytest.raises(ConfigError, match=r"task\.json"):
         load_task(tmp_path)
@@ -282,7 +284,7 @@ def test_number_labels_become_text() -> None:
 # ---- reading
 
 
-def test_a_sample_is_read_whole(tmp_path: Path) -> None:
+def test_sample_is_read_completely(tmp_path: Path) -> None:
     reader = LampReader(put(tmp_path, [question(7)], [gold(7, 3)]), "dev")
     (sample,) = reader
     assert (sample.id, sample.user_id, sample.query, sample.target) == ("7", "u", SECRET, "3")
@@ -293,24 +295,24 @@ def test_a_sample_is_read_whole(tmp_path: Path) -> None:
     assert SECRET not in repr(sample) + repr(reader.report)
 
 
-def test_official_files_lack_user_and_date_and_an_empty_profile_is_fine(tmp_path: Path) -> None:
+def test_question_without_user_date_and_items_is_read(tmp_path: Path) -> None:
     official = without(question(1, profile=[]), "user_id")
     (sample,) = read(put(tmp_path, [official], [gold()]))
     assert (sample.user_id, sample.owner, sample.history) == (None, "sample:1", ())
 
 
-def test_only_the_tasks_fields_are_needed_and_read(tmp_path: Path) -> None:
+def test_item_needs_only_the_tasks_fields(tmp_path: Path) -> None:
     profile = [{"id": 1, "text": "", "score": 4.0, "category": ["anything"], "title": None}]
     (sample,) = read(put(tmp_path, [question(profile=profile)], [gold()]))
     assert sample.history[0].fields == (("text", ""), ("score", "4"))
 
 
-def test_a_split_without_golds_has_no_targets(tmp_path: Path) -> None:
+def test_split_without_golds_has_no_targets(tmp_path: Path) -> None:
     put(tmp_path, [question()], split="test")
     assert [sample.target for sample in read(tmp_path, "test", task="LaMP_3")] == [None]
 
 
-def test_gz_and_plain_are_the_same_and_plain_is_preferred(tmp_path: Path) -> None:
+def test_gzipped_file_equals_plain_which_is_preferred(tmp_path: Path) -> None:
     put(tmp_path, [question(1), question(2)], [gold(1), gold(2)])
     plain = read(tmp_path)
     for name in ("dev_questions.json", "dev_outputs.json"):
@@ -321,30 +323,30 @@ def test_gz_and_plain_are_the_same_and_plain_is_preferred(tmp_path: Path) -> Non
     assert [sample.id for sample in read(tmp_path)] == ["3"]
 
 
-def test_a_byte_order_mark_and_blanks_in_front_are_harmless(tmp_path: Path) -> None:
+def test_byte_order_mark_and_leading_blanks_are_ignored(tmp_path: Path) -> None:
     put(tmp_path, [question()], [gold()])
     path = tmp_path / "dev_questions.json"
     path.write_bytes(b"\xef\xbb\xbf \n" + path.read_bytes())
     assert len(read(tmp_path)) == 1
 
 
-def test_a_reader_can_be_read_again_and_reports_anew(tmp_path: Path) -> None:
+def test_reader_second_pass_has_a_new_report(tmp_path: Path) -> None:
     reader = LampReader(put(tmp_path, [question(1), question(2)], [gold(1), gold(2)]), "dev")
     assert list(reader) == list(reader)
     assert reader.report.samples == 2
 
 
-def test_open_dataset_is_the_reader(tmp_path: Path) -> None:
+def test_open_dataset_gives_the_readers_samples(tmp_path: Path) -> None:
     put(tmp_path, [question()], [gold()])
     assert list(open_dataset(tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])) == read(tmp_path)
 
 
 def dated(*days: Any) -> dict[str, Any]:
-    items = [{"id": place, "text": "t", "score": 1, "date": day} for place, day in enumerate(days)]
+    items = [{"id": index, "text": "t", "score": 1, "date": day} for index, day in enumerate(days)]
     return question(profile=items)
 
 
-def test_dates_put_the_profile_in_order(tmp_path: Path) -> None:
+def test_dated_items_are_sorted(tmp_path: Path) -> None:
     days = ["2015-06-01 12:00:00", "2014", "2015-06-01T08:30:00Z", "2015-06", 2013, "2015-05-31"]
     (sample,) = read(put(tmp_path, [dated(*days)], [gold()]))
     assert [item.id for item in sample.history] == ["4", "1", "5", "3", "2", "0"]
@@ -352,16 +354,16 @@ def test_dates_put_the_profile_in_order(tmp_path: Path) -> None:
     assert sample.history[-1].date == date(2015, 6, 1)
 
 
-def test_an_item_without_date_keeps_the_files_order(tmp_path: Path) -> None:
+def test_items_with_a_missing_date_keep_file_order(tmp_path: Path) -> None:
     (sample,) = read(put(tmp_path, [dated("2015-01-02", None, "2014-01-01")], [gold()]))
     assert [item.id for item in sample.history] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize(("cap", "kept"), [(3, ["1", "2", "0"]), (2, ["2", "0"]), (0, [])])
-def test_the_latest_items_are_kept_and_the_cut_is_counted(tmp_path: Path, cap: int, kept: list[str]) -> None:
+@pytest.mark.parametrize(("cap", "expected"), [(3, ["1", "2", "0"]), (2, ["2", "0"]), (0, [])])
+def test_max_history_keeps_latest_items_and_counts_others(tmp_path: Path, cap: int, expected: list[str]) -> None:
     put(tmp_path, [dated("2015-01-03", "2015-01-01", "2015-01-02")], [gold()])
     reader = LampReader(tmp_path, "dev", max_history=cap)
-    assert [item.id for item in next(iter(reader)).history] == kept
+    assert [item.id for item in next(iter(reader)).history] == expected
     assert (reader.report.cut_items, reader.report.items) == (3 - cap, cap)
 
 
@@ -370,12 +372,12 @@ def test_the_latest_items_are_kept_and_the_cut_is_counted(tmp_path: Path, cap: i
     ["", "soon", "2015-13-01", "2015-02-30", "2015/01/01", "0000", "2015-01-01 25:00", "15", 15, True, ["2015"],
      "1433116800"],
 )  # fmt: skip
-def test_a_malformed_date_is_refused(value: object) -> None:
+def test_malformed_date_is_refused(value: object) -> None:
     with pytest.raises(Flaw):
-        as_moment(value)
+        as_datetime(value)
 
 
-def test_values_as_text() -> None:
+def test_as_text_converts_numbers_and_refuses_other_values() -> None:
     assert [as_text(value, "it") for value in ("a", 3, 3.0, 2.5)] == ["a", "3", "3", "2.5"]
     refused: list[object] = [None, True, [], {}, float("nan"), float("inf"), "\ud83d"]
     for value in refused:
@@ -410,7 +412,7 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "item with a wrong type": (question(2, profile=[{**ITEM, "text": [SECRET]}]), "its 'text' is a list"),
     "item with a bad date": (question(2, profile=[{**ITEM, "date": SECRET}]), "its 'date' is not one of"),
     "no marker": (question(2, input=SECRET), "does not hold the marker 'review: '"),
-    "id twice": (question(1), "question 2 (id 1): its id is another question's too"),
+    "id twice": (question(1), "question 2 (id 1): an earlier record has the same id"),
     "no gold": (question(99), "question 2 (id 99): none of the 3 golds has its id"),
 }
 
@@ -420,7 +422,7 @@ def three_with(broken: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", BROKEN_QUESTIONS)
-def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
+def test_broken_question_is_reported_and_can_be_skipped(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_QUESTIONS[name]
     put(tmp_path, three_with(broken), [gold(1), gold(2), gold(3)])
     with pytest.raises(RecordError, match=re.escape(message)) as caught:
@@ -445,13 +447,13 @@ def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: P
         (gold(1), "question 1 (id 1): two golds have its id"),
     ],
 )
-def test_a_broken_gold_is_reported_with_its_question(tmp_path: Path, bad_gold: Any, message: str) -> None:
+def test_broken_gold_is_reported_with_its_question(tmp_path: Path, bad_gold: Any, message: str) -> None:
     put(tmp_path, [question(1), question(2)], [gold(1), bad_gold])
     with pytest.raises(RecordError, match=re.escape(message)):
         read(tmp_path)
 
 
-def test_a_gold_without_readable_id_or_question(tmp_path: Path) -> None:
+def test_gold_without_id_or_question_is_reported(tmp_path: Path) -> None:
     put(tmp_path, [question(1)], [gold(1), {"output": "3"}, gold(5)])
     reader = LampReader(tmp_path, "dev", skip_bad=2)
     assert len(list(reader)) == 1
@@ -461,7 +463,7 @@ def test_a_gold_without_readable_id_or_question(tmp_path: Path) -> None:
         read(tmp_path, skip_bad=1)
 
 
-def test_labels_are_compared_without_outer_blanks_and_texts_kept(tmp_path: Path) -> None:
+def test_target_label_loses_outer_blanks_and_text_keeps_them(tmp_path: Path) -> None:
     (sample,) = read(put(tmp_path, [question()], [gold(output=" 3\n")]))
     assert sample.target == "3"
     article = question(input="… article: a", profile=[])
@@ -489,7 +491,7 @@ def test_broken_json_is_never_skipped(tmp_path: Path, content: bytes, position: 
 
 
 @pytest.mark.parametrize("opening", ["[", '{"k":', '["]",', r'[{"\\\"]}":'])
-def test_deep_nesting_is_refused_before_it_takes_memory(tmp_path: Path, opening: str) -> None:
+def test_deep_nesting_is_refused_in_little_memory(tmp_path: Path, opening: str) -> None:
     (tmp_path / "items.json").write_text(f'[{{"text": "{SECRET}", "other": {opening * 20_000}')
     program = f"""
 import resource
@@ -504,9 +506,9 @@ read_items({str(tmp_path / "items.json")!r}, task=LAMP_TASKS["LaMP_3"])
     assert SECRET not in done.stderr
 
 
-def test_brackets_in_strings_are_no_nesting_wherever_a_read_ends(tmp_path: Path) -> None:
+def test_brackets_in_strings_do_not_count_as_nesting(tmp_path: Path) -> None:
     nested: Any = "[{" * 200
-    for level in range(62):  # with the list of questions and the question, 64
+    for level in range(63):  # with the question, 64
         nested = {'"\\': nested, "]": "}" * level} if level % 2 else [nested]
     wordy = [question(number, note='\\" [' * (13_000 + number)) for number in range(20)]
     assert len(read(put(tmp_path, [*wordy, question(99, note=nested)]), task="LaMP_3")) == 21
@@ -526,7 +528,7 @@ def test_broken_gzip_is_never_skipped(tmp_path: Path, keep: int) -> None:
         read(tmp_path, task="LaMP_3", skip_bad=9)
 
 
-def test_missing_files_say_what_was_looked_for(tmp_path: Path) -> None:
+def test_missing_file_error_names_it(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no data folder"):
         LampReader(tmp_path / "nowhere", "dev")
     put(tmp_path, [question()], [gold()], split="train")
@@ -534,7 +536,7 @@ def test_missing_files_say_what_was_looked_for(tmp_path: Path) -> None:
         LampReader(tmp_path, "dev")
 
 
-def test_settings_are_checked(tmp_path: Path) -> None:
+def test_setting_out_of_range_is_refused(tmp_path: Path) -> None:
     put(tmp_path, [question()], [gold()])
     with pytest.raises(ConfigError, match="skip_bad"):
         LampReader(tmp_path, "dev", skip_bad=-1)
@@ -542,7 +544,7 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         LampReader(tmp_path, "dev", max_history=-1)
 
 
-def test_a_long_id_stays_out_of_messages(tmp_path: Path) -> None:
+def test_long_id_stays_out_of_messages(tmp_path: Path) -> None:
     with pytest.raises(RecordError) as caught:
         read(put(tmp_path, [question(f"a text of the user {SECRET} " * 5, input="x")]), task="LaMP_3")
     assert SECRET not in str(caught.value)
@@ -550,7 +552,7 @@ def test_a_long_id_stays_out_of_messages(tmp_path: Path) -> None:
 
 def peak_of_reading(folder: Path, count: int) -> int:
     folder.mkdir()
-    items = [{"id": place, "text": f"some text of an item {place} " * 8, "score": "3"} for place in range(20)]
+    items = [{"id": index, "text": f"some text of an item {index} " * 8, "score": "3"} for index in range(20)]
     put(folder, [question(number, profile=items) for number in range(count)], [gold(n) for n in range(count)])
     reader = LampReader(folder, "dev")
     tracemalloc.start()
@@ -561,7 +563,7 @@ def peak_of_reading(folder: Path, count: int) -> int:
         tracemalloc.stop()
 
 
-def test_memory_stays_flat(tmp_path: Path) -> None:
+def test_reader_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     few, many = peak_of_reading(tmp_path / "few", 300), peak_of_reading(tmp_path / "many", 3000)
     size = (tmp_path / "many" / "dev_questions.json").stat().st_size
     # Ten times the questions cost their golds and ids alone: a few hundred bytes each, not their texts.
@@ -586,7 +588,7 @@ def sample(name: str, **changes: Any) -> Sample:
     return Sample(id=name, prompt=f"{REVIEW}good 😀", **{**values, **changes})
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_written_samples_read_back_equal(tmp_path: Path) -> None:
     samples = [
         sample("a"),
         sample("b", user_id=None, history=()),
@@ -600,15 +602,15 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert written == ["dev_outputs.json", "dev_questions.json", "task.json"]
 
 
-def test_without_targets_no_outputs_are_left(tmp_path: Path) -> None:
+def test_samples_without_targets_leave_no_outputs_file(tmp_path: Path) -> None:
     task = LAMP_TASKS["LaMP_3"]
     write_lamp([sample("a")], tmp_path, "test", task=task)
     write_lamp([sample("a", target=None)], tmp_path, "test", task=task)
     assert not (tmp_path / "test_outputs.json").exists()
-    assert [found.target for found in read(tmp_path, "test")] == [None]
+    assert [each.target for each in read(tmp_path, "test")] == [None]
 
 
-def test_an_empty_split_is_written_and_read(tmp_path: Path) -> None:
+def test_empty_split_is_written_and_read(tmp_path: Path) -> None:
     write_lamp([], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
     assert read(tmp_path) == []
 
@@ -616,28 +618,28 @@ def test_an_empty_split_is_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ([sample("a"), sample("a")], "another sample's"),
+        ([sample("a"), sample("a")], "same id"),
         ([sample("a"), sample("b", target=None)], "1 of 2 samples have a target"),
         ([sample("a", query="else")], "its query"),
         ([sample("a", target="9")], "none of the 5 labels"),
         ([sample("a", history=(HistoryItem("i", (("title", "x"),)),))], "other fields"),
     ],
 )
-def test_what_could_not_be_read_back_is_not_written(tmp_path: Path, bad: list[Sample], message: str) -> None:
+def test_unreadable_samples_are_not_written(tmp_path: Path, bad: list[Sample], message: str) -> None:
     write_lamp([sample("old")], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
     with pytest.raises(ConfigError, match=message):
         write_lamp(bad, tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
-    assert [found.id for found in read(tmp_path)] == ["old"]
+    assert [each.id for each in read(tmp_path)] == ["old"]
     assert not list(tmp_path.glob(".*"))
 
 
-def test_another_tasks_folder_is_left_alone(tmp_path: Path) -> None:
+def test_folder_of_another_task_is_not_changed(tmp_path: Path) -> None:
     write_lamp([sample("a")], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
     with pytest.raises(RunConflict, match="another task than LaMP_4"):
         write_lamp([], tmp_path, "train", task=LAMP_TASKS["LaMP_4"])
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_folder_not_writable_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written"):
         write_lamp([sample("a")], tmp_path / "file" / "folder", "dev", task=LAMP_TASKS["LaMP_3"])
@@ -650,15 +652,15 @@ def shared_table() -> list[tuple[str, str, int, int, int]]:
     """The rows of the README's table: set, split, questions, least and greatest history."""
     row = re.compile(r"\| (\w+) \| \w+ \| (train|dev) \| \d+ \| (\d+) \| (\d+) / \d+ / [\d.]+ / (\d+) \|")
     readme = SHARED / "README.md"
-    found = row.findall(readme.read_text()) if readme.is_file() else []
-    return [(name, split, int(count), int(least), int(most)) for name, split, count, least, most in found]
+    rows = row.findall(readme.read_text()) if readme.is_file() else []
+    return [(name, split, int(count), int(least), int(most)) for name, split, count, least, most in rows]
 
 
-def test_every_shared_set_is_read_as_its_readme_says() -> None:
+def test_shared_sets_match_their_readme() -> None:
     table = shared_table()
     if not table:
         pytest.skip(f"the real sets are not at {SHARED}")
     assert len(table) == 16
     for name, split, count, least, most in table:
-        lengths = [len(found.history) for found in open_dataset(SHARED / name, split)]
+        lengths = [len(each.history) for each in open_dataset(SHARED / name, split)]
         assert (len(lengths), min(lengths), max(lengths)) == (count, least, most), (name, split)

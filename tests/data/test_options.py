@@ -9,11 +9,11 @@ LABELS = ("[1]", "[2]")
 
 
 def _prompt(title: str, *options: str) -> str:
-    told = " ".join(f"[{place}]: {option}" for place, option in enumerate(options, start=1))
-    return f"For the paper {title} just answer with [1] or [2] now. {told}"
+    listed = " ".join(f"[{number}]: {option}" for number, option in enumerate(options, start=1))
+    return f"For the paper {title} just answer with [1] or [2] now. {listed}"
 
 
-def test_options_are_found_and_the_wording_that_all_questions_share_is_not_in_them() -> None:
+def test_option_finder_removes_the_wording_that_all_questions_share() -> None:
     prompts = [_prompt("On Cats", "Lions", "Tigers: a list"), _prompt("About Dogs", "Wolves", "Hounds")]
     finder = OptionFinder(prompts, LABELS)
     assert finder.everywhere
@@ -21,12 +21,12 @@ def test_options_are_found_and_the_wording_that_all_questions_share_is_not_in_th
     assert finder.find(_prompt("On Cows\nand Calves", "a", "b")) == Options("On Cows and Calves", ("a", "b"))
 
 
-def test_a_question_shorter_than_the_wording_is_empty() -> None:
+def test_option_finder_short_question_is_empty() -> None:
     finder = OptionFinder([_prompt("On Cats", "a", "b"), _prompt("About Dogs", "a", "b")], LABELS)
     assert finder.find("[1]: a [2]: b") == Options("", ("a", "b"))
 
 
-def test_labels_that_are_only_listed_are_no_options() -> None:
+def test_option_finder_listed_labels_are_no_options() -> None:
     labels = ("politics", "sports")
     prompts = ["categories: [politics, sports] article: politics: sports won.", "which of [sports, politics]: x"]
     assert not OptionFinder(prompts, labels).everywhere
@@ -35,13 +35,13 @@ def test_labels_that_are_only_listed_are_no_options() -> None:
     assert not OptionFinder([], LABELS).everywhere
 
 
-def test_options_must_be_in_every_training_prompt_and_say_something() -> None:
+def test_option_finder_needs_nonempty_options_in_every_prompt() -> None:
     good = _prompt("On Cats", "Lions", "Tigers")
     assert not OptionFinder([good, "What is [1]?"], LABELS).everywhere
     assert not OptionFinder([good, _prompt("On Dogs", "Wolves", "")], LABELS).everywhere
 
 
-def test_other_markers_are_found_at_the_edges_of_words_only() -> None:
+def test_option_finder_markers_match_at_word_edges_only() -> None:
     finder = OptionFinder(["In BA. or so: A. one B. two C. three", "x A) one B) two C) three"], ("A", "B", "C"))
     assert finder.everywhere
     assert finder.find("In BA. or so: A. one B. two C. three") == Options("In BA. or so:", ("one", "two", "three"))

@@ -1,4 +1,4 @@
-"""PEFT-U: a user's label for a text, with the labels given before; broken samples are named and passed over."""
+"""PEFT-U: samples with a user's earlier labels, and reports of broken samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from personaplug.data.benchmarks.peft_u import PeftUReader
 from personaplug.errors import ConfigError, MissingData, RecordError
 
 
-def test_a_label_is_asked_for_with_the_labels_given_before(tmp_path: Path) -> None:
+def test_sample_asks_for_a_label_after_earlier_labels(tmp_path: Path) -> None:
     reader = PeftUReader(write(tmp_path / "d.json", users()), "dev")
     (sample,) = reader
     assert (reader.task.kind, reader.task.labels, reader.task.metrics) == ("label", ("even", "odd"), ("accuracy", "f1"))
@@ -24,23 +24,23 @@ def test_a_label_is_asked_for_with_the_labels_given_before(tmp_path: Path) -> No
     assert sample.history[0].text == f"text: {SECRET} is odd label: odd"
 
 
-def test_a_sample_of_train_knows_only_those_before_it(tmp_path: Path) -> None:
+def test_train_history_holds_earlier_samples_only(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", users())
     train = list(PeftUReader(path, "train", queries_per_user=2))
     assert shape(train) == [("7/t2", ["t1"]), ("7/t3", ["t1", "t2"]), ("9/t1", [])]
     assert shape(list(PeftUReader(path, "test"))) == [("7/s1", ["t1", "t2", "t3"]), ("9/s1", ["t1"])]
 
 
-def test_of_both_files_the_one_without_leak_is_taken(tmp_path: Path) -> None:
+def test_folder_with_both_files_reads_the_one_without_leak(tmp_path: Path) -> None:
     write(tmp_path / "user_data_leaked.json", users())
     write(tmp_path / "user_data_no_leak.json.gz", {"1": {**users()["9"], "test": {}}})
     assert [sample.user_id for sample in PeftUReader(tmp_path, "train")] == ["1"]
 
 
 def test_several_labels_count_as_one(tmp_path: Path) -> None:
-    told = users()
-    told["7"]["val"]["v1"] = labelled(["sad", "glad"])
-    reader = PeftUReader(write(tmp_path / "d.json", told), "dev", instruction="What is felt in the text: below?")
+    dataset = users()
+    dataset["7"]["val"]["v1"] = labelled(["sad", "glad"])
+    reader = PeftUReader(write(tmp_path / "d.json", dataset), "dev", instruction="What is felt in the text: below?")
     (sample,) = reader
     assert (sample.target, reader.task.labels) == ("glad, sad", ("even", "glad, sad", "odd"))
     assert sample.prompt.startswith("What is felt in the text: below?\ntext: ")
@@ -71,14 +71,14 @@ BROKEN_LABELLED: dict[str, tuple[list[str], Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN_LABELLED)
-def test_a_broken_labelled_sample_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
+def test_broken_labelled_sample_is_reported_and_can_be_skipped(tmp_path: Path, name: str) -> None:
     steps, broken, message = BROKEN_LABELLED[name]
-    told = users()
-    at: Any = told
+    dataset = users()
+    at: Any = dataset
     for step in steps[:-1]:
         at = at[step]
     at[steps[-1]] = broken
-    path = write(tmp_path / "d.json", told)
+    path = write(tmp_path / "d.json", dataset)
     with pytest.raises(RecordError) as caught:
         list(PeftUReader(path, "test"))
     assert message in str(caught.value)
@@ -88,14 +88,14 @@ def test_a_broken_labelled_sample_says_where_and_why_and_can_be_passed_over(tmp_
     assert reader.report.skipped == 1
 
 
-def test_a_broken_sample_of_train_leaves_the_history(tmp_path: Path) -> None:
-    told = users()
-    told["7"]["train"]["t2"]["text"] = None
-    reader = PeftUReader(write(tmp_path / "d.json", told), "dev", skip_bad=1)
+def test_broken_train_sample_is_not_in_history(tmp_path: Path) -> None:
+    dataset = users()
+    dataset["7"]["train"]["t2"]["text"] = None
+    reader = PeftUReader(write(tmp_path / "d.json", dataset), "dev", skip_bad=1)
     assert shape(list(reader)) == [("7/v1", ["t1", "t3"])]
 
 
-def test_files_without_a_set_of_labels(tmp_path: Path) -> None:
+def test_file_without_closed_label_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no sample with a label"):
         PeftUReader(write(tmp_path / "none.json", {"7": {"train": {}}}), "dev")
     many = {str(number): labelled(f"answer {number}") for number in range(3000)}

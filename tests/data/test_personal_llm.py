@@ -1,4 +1,4 @@
-"""PersonalLLM: simulated users prefer what their weights say, no held-out request is in train, all from a seed."""
+"""PersonalLLM: simulated users follow their weights, train holds no request of dev, and a seed determines all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def best(user: int, number: int, alpha: float = FEW.alpha) -> str:
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_the_preferred_response_is_the_weighted_best(tmp_path: Path, split: str) -> None:
+def test_target_is_the_response_with_the_best_weighted_score(tmp_path: Path, split: str) -> None:
     samples = list(PersonalLLMReader(published(tmp_path), split, users=FEW))
     assert {sample.user_id for sample in samples} == {"user-0", "user-1", "user-2"}
     for sample in samples:
@@ -40,7 +40,7 @@ def test_the_preferred_response_is_the_weighted_best(tmp_path: Path, split: str)
         assert request == f"Tell of {SECRET} {number}"
         shown = dict(option.split(": ") for option in options)
         assert list(shown) == list("ABCDEFGH")
-        assert set(shown.values()) == {f"answer {place} to {number}" for place in range(1, 9)}
+        assert set(shown.values()) == {f"answer {index} to {number}" for index in range(1, 9)}
         assert shown[str(sample.target)] == best(user, number)
         for item in sample.history:
             assert item.fields == (
@@ -50,22 +50,22 @@ def test_the_preferred_response_is_the_weighted_best(tmp_path: Path, split: str)
     assert len({sample.target for sample in samples}) > 1
 
 
-def test_scores_are_standardized_before_they_are_weighed(tmp_path: Path) -> None:
+def test_scores_are_standardized_before_weighting(tmp_path: Path) -> None:
     mixed = SimulatedUsers(count=20, alpha=1.0, shortest=4, longest=6)
     for sample in PersonalLLMReader(published(tmp_path), "dev", users=mixed):
         for item in sample.history:
             assert dict(item.fields)["response"] == best(int(str(sample.user_id)[5:]), int(item.id), alpha=1.0)
 
 
-def test_no_request_of_dev_or_test_is_in_train(tmp_path: Path) -> None:
+def test_train_holds_no_request_of_dev_or_test(tmp_path: Path) -> None:
     train, dev, test = (
         list(PersonalLLMReader(published(tmp_path), split, users=FEW)) for split in ("train", "dev", "test")
     )
-    known = {item.id for sample in train + dev + test for item in sample.history}
-    known |= {sample.id.split("/")[1] for sample in train}
+    train_ids = {item.id for sample in train + dev + test for item in sample.history}
+    train_ids |= {sample.id.split("/")[1] for sample in train}
     assert {sample.id.split("/")[1] for sample in dev} <= {"9", "19", "29"}
     assert {sample.id.split("/")[1] for sample in test} <= {"100", "101", "102"}
-    assert known.isdisjoint({"9", "19", "29", "100", "101", "102"})
+    assert train_ids.isdisjoint({"9", "19", "29", "100", "101", "102"})
     assert [len(dev), len(test), len(train)] == [3, 3, 6]
     for earlier, later, held in zip(train[::2], train[1::2], dev, strict=True):
         assert 4 <= len(earlier.history) <= 6
@@ -73,7 +73,7 @@ def test_no_request_of_dev_or_test_is_in_train(tmp_path: Path) -> None:
         assert shape([held])[0][1] == [*shape([later])[0][1], later.id.split("/")[1]]
 
 
-def test_a_user_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
+def test_user_does_not_depend_on_the_number_of_users(tmp_path: Path) -> None:
     folder = published(tmp_path)
     alone = SimulatedUsers(count=1, shortest=4, longest=6, queries_per_user=2)
     assert list(PersonalLLMReader(folder, "dev", users=alone)) == list(PersonalLLMReader(folder, "dev", users=FEW))[:1]
@@ -81,7 +81,7 @@ def test_a_user_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
     assert list(PersonalLLMReader(folder, "dev", users=others)) != list(PersonalLLMReader(folder, "dev", users=FEW))
 
 
-def test_fewer_responses_on_offer_are_fewer_labels(tmp_path: Path) -> None:
+def test_fewer_choices_give_fewer_labels(tmp_path: Path) -> None:
     two = SimulatedUsers(count=2, shortest=1, longest=2, choices=2)
     reader = PersonalLLMReader(published(tmp_path), "train", users=two)
     assert reader.task.labels == ("A", "B")
@@ -94,14 +94,17 @@ def test_fewer_responses_on_offer_are_fewer_labels(tmp_path: Path) -> None:
 BROKEN_CHOICES: dict[str, tuple[Any, str]] = {
     "no prompt": ({"prompt_id": 2, "x": SECRET}, "line 2 (id 2): its 'prompt' is missing"),
     "no response": (choice(2, response_8=None), "line 2 (id 2): its 'response_8' is null"),
-    "text as score": (choice(2, response_3_gemma_2b=SECRET), "(id 2): its 'response_3_gemma_2b' is no finite number"),
-    "nan as score": (choice(2, response_3_gemma_2b=float("nan")), "its 'response_3_gemma_2b' is no finite number"),
-    "id twice": (choice(0), "line 2 (id 0): its id is another row's too"),
+    "text as score": (
+        choice(2, response_3_gemma_2b=SECRET),
+        "(id 2): its 'response_3_gemma_2b' is not a finite number",
+    ),
+    "nan as score": (choice(2, response_3_gemma_2b=float("nan")), "its 'response_3_gemma_2b' is not a finite number"),
+    "id twice": (choice(0), "line 2 (id 0): an earlier record has the same id"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_CHOICES)
-def test_a_broken_choice_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
+def test_broken_choice_is_reported_and_can_be_skipped(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_CHOICES[name]
     path = write(tmp_path / "train.jsonl", [choice(0), broken, *(choice(number) for number in range(3, 30))])
     with pytest.raises(RecordError) as caught:
@@ -113,7 +116,7 @@ def test_a_broken_choice_says_where_and_why_and_can_be_passed_over(tmp_path: Pat
     assert reader.report.skipped == 1
 
 
-def test_files_and_settings_that_do_not_do(tmp_path: Path) -> None:
+def test_unusable_file_or_setting_is_refused(tmp_path: Path) -> None:
     folder = published(tmp_path)
     with pytest.raises(ConfigError, match="'test' needs the folder"):
         PersonalLLMReader(folder / "data" / "train.jsonl", "test")

@@ -1,4 +1,4 @@
-"""Other benchmarks: what all readers do, and LaMP-QA and LongLaMP: exact samples, broken records, the way to LaMP."""
+"""Published benchmarks: behavior that all readers share, and exact samples and defects of LaMP-QA and LongLaMP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from published import SECRET, choice, paper, post, question, review, shape, user
 from personaplug.data import open_dataset, write_lamp
 from personaplug.data.benchmarks import BENCHMARKS, open_benchmark
 from personaplug.data.benchmarks.base import split_files
-from personaplug.data.benchmarks.lamp_qa import LampQAReader, rubrics
+from personaplug.data.benchmarks.lamp_qa import LampQAReader
 from personaplug.data.benchmarks.longlamp import LongLampReader
 from personaplug.data.benchmarks.peft_u import PeftUReader
 from personaplug.data.benchmarks.personal_llm import PersonalLLMReader, SimulatedUsers
@@ -50,11 +50,11 @@ READERS: dict[str, Callable[..., Reader]] = {
 }
 
 
-# ---- what all of them do
+# ---- all readers
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_written_in_lamps_layout_the_samples_read_back_the_same(tmp_path: Path, name: str) -> None:
+def test_benchmark_written_in_lamp_layout_reads_back_equal(tmp_path: Path, name: str) -> None:
     reader = READERS[name](tmp_path)
     samples = list(reader)
     write_lamp(reader, tmp_path / "lamp", "dev", task=reader.task)
@@ -65,7 +65,7 @@ def test_written_in_lamps_layout_the_samples_read_back_the_same(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_history_is_cut_to_its_last_items_and_the_cut_counted(tmp_path: Path, name: str) -> None:
+def test_max_history_keeps_last_items_and_counts_others(tmp_path: Path, name: str) -> None:
     whole = list(READERS[name](tmp_path))
     reader = READERS[name](tmp_path, max_history=1)
     cut = list(reader)
@@ -76,7 +76,7 @@ def test_a_history_is_cut_to_its_last_items_and_the_cut_counted(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_gzipped_it_is_the_same_and_cut_short_it_is_never_skipped(tmp_path: Path, name: str) -> None:
+def test_gzipped_file_is_equal_and_truncated_is_never_skipped(tmp_path: Path, name: str) -> None:
     reader = READERS[name](tmp_path)
     (path,) = (path for path in tmp_path.iterdir() if path.is_file())
     packed = path.with_name(f"{path.name}.gz")
@@ -88,7 +88,7 @@ def test_gzipped_it_is_the_same_and_cut_short_it_is_never_skipped(tmp_path: Path
         list(BENCHMARKS[name](packed, "dev", skip_bad=9, **own))
 
 
-def test_a_benchmark_is_opened_by_name(tmp_path: Path) -> None:
+def test_benchmark_is_opened_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "pets_test.json", [question(1), question(1)])
     reader = open_benchmark("LaMP_QA", path, "test", skip_bad=1, max_history=2)
     assert shape(list(reader)) == [("q1", ["p2", "p3"])]
@@ -105,7 +105,7 @@ def test_a_benchmark_is_opened_by_name(tmp_path: Path) -> None:
             open_benchmark(name, tmp_path / "nowhere", "dev")
 
 
-def test_a_split_is_found_in_a_folder_and_never_guessed(tmp_path: Path) -> None:
+def test_split_files_in_folder_are_found_and_never_guessed(tmp_path: Path) -> None:
     path = write(tmp_path / "data" / "pets_validation.json", [])
     assert split_files(tmp_path, "dev") == (path,)
     with pytest.raises(MissingData, match="no file of the split 'test'"):
@@ -120,35 +120,14 @@ def test_a_split_is_found_in_a_folder_and_never_guessed(tmp_path: Path) -> None:
 # ---- LaMP-QA
 
 
-def test_a_question_is_asked_without_its_narrative(tmp_path: Path) -> None:
+def test_lamp_qa_prompt_omits_the_narrative(tmp_path: Path) -> None:
     first, second = lamp_qa(tmp_path)
     assert (first.id, first.user_id, first.target) == ("q1", None, None)
     assert first.query == f"How do I feed {SECRET} 1?"
     assert first.prompt.endswith(f"\nquestion: {first.query}")
-    assert [item.fields for item in first.history] == [(("text", f"post {place}"),) for place in (1, 2, 3)]
+    assert [item.fields for item in first.history] == [(("text", f"post {index}"),) for index in (1, 2, 3)]
     assert "balcony" not in first.prompt
     assert second.id == "q2"
-
-
-def test_a_rubric_keeps_what_a_judge_needs(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "pets_test.json", [question(1), question(2, narrative=None), question(3, rubric_aspects=[])]
-    )
-    found = rubrics(path, "test")
-    first, second = next(found), next(found)
-    assert (first.id, first.question, first.narrative) == (
-        "q1",
-        f"How do I feed {SECRET} 1?",
-        "I keep it on a balcony.",
-    )
-    assert [(aspect.aspect, aspect.reason, aspect.evidence) for aspect in first.aspects] == [
-        ("space", "small home", "balcony"),
-        ("cost", "", ""),
-    ]
-    assert (second.id, second.narrative) == ("q2", "")
-    assert SECRET not in repr(first) + repr(first.aspects[0])
-    with pytest.raises(RecordError, match="record 3: its 'rubric_aspects' is not a list with at least one entry"):
-        next(found)
 
 
 BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
@@ -160,12 +139,12 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     "no profile": (question(2, profile=None), "record 2 (id q2): its 'profile' is not a list"),
     "text in profile": (question(2, profile=[SECRET]), "(id q2): item 1 of its profile: it is not a JSON object"),
     "no text": (question(2, profile=[{"id": "p"}]), "(id q2): item 1 of its profile: its 'text' is missing"),
-    "id twice": (question(1), "record 2 (id q1): its id is another record's too"),
+    "id twice": (question(1), "record 2 (id q1): an earlier record has the same id"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_QUESTIONS)
-def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
+def test_broken_lamp_qa_question_is_reported_and_can_be_skipped(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_QUESTIONS[name]
     path = write(tmp_path / "pets_train.json", [question(1), broken, question(3)])
     with pytest.raises(RecordError) as caught:
@@ -180,7 +159,7 @@ def test_a_broken_question_says_where_and_why_and_can_be_passed_over(tmp_path: P
 # ---- LongLaMP
 
 
-def test_papers_come_in_the_order_of_their_years(tmp_path: Path) -> None:
+def test_longlamp_papers_are_sorted_by_year(tmp_path: Path) -> None:
     first, second = longlamp(tmp_path)
     assert (first.id, first.user_id, first.target) == ("row-1", "author 1", "Text 1")
     assert first.prompt == first.query == f"Abstract of {SECRET} 1"
@@ -192,7 +171,7 @@ def test_papers_come_in_the_order_of_their_years(tmp_path: Path) -> None:
     assert second.id == "row-2"
 
 
-def test_the_task_is_what_the_columns_say(tmp_path: Path) -> None:
+def test_longlamp_task_follows_from_the_columns(tmp_path: Path) -> None:
     reviews = LongLampReader(write(tmp_path / "train.jsonl", [review(1)]), "train")
     (sample,) = reviews
     assert (reviews.task.name, reviews.task.metrics) == ("LongLaMP_product_review", ("rouge_1", "rouge_l"))
@@ -203,12 +182,8 @@ def test_the_task_is_what_the_columns_say(tmp_path: Path) -> None:
     (sample,) = posts
     assert (posts.task.name, sample.user_id, sample.target) == ("LongLaMP_topic_writing", "u1", "It rained.")
     assert sample.history[0].fields == (("summary", "A tale"), ("content", "A long tale."))
-    with pytest.raises(ConfigError, match="its task is unknown"):
+    with pytest.raises(ConfigError, match="the task is unknown"):
         LongLampReader(write(tmp_path / "none.jsonl", [question(1)]), "test")
-    with pytest.raises(ConfigError, match="no task 'topic_writer'; did you mean 'topic_writing'"):
-        LongLampReader(tmp_path / "test.json", "test", task="topic_writer")
-    with pytest.raises(RecordError, match=r"record 1 \(id row-1\): its 'reviewerId' is missing"):
-        list(LongLampReader(tmp_path / "test.json", "test", task="product_review"))
 
 
 BROKEN_PAPERS: dict[str, tuple[Any, str]] = {
@@ -224,7 +199,7 @@ BROKEN_PAPERS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN_PAPERS)
-def test_a_broken_paper_says_where_and_why_and_can_be_passed_over(tmp_path: Path, name: str) -> None:
+def test_broken_longlamp_paper_is_reported_and_can_be_skipped(tmp_path: Path, name: str) -> None:
     broken, message = BROKEN_PAPERS[name]
     path = write(tmp_path / "train.jsonl", [paper(1), broken, paper(3)])
     with pytest.raises(RecordError) as caught:
@@ -236,11 +211,11 @@ def test_a_broken_paper_says_where_and_why_and_can_be_passed_over(tmp_path: Path
     assert reader.report.skipped == 1
 
 
-def test_shards_of_parquet_are_one_split(tmp_path: Path) -> None:
+def test_parquet_shards_are_one_split(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     papers = [paper(1), paper(2), paper(3)]
-    shards = [tmp_path / "val" / f"val-0000{place}-of-00002.parquet" for place in range(2)]
+    shards = [tmp_path / "val" / f"val-0000{index}-of-00002.parquet" for index in range(2)]
     shards[0].parent.mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(papers[:2]), shards[0])
     with pytest.raises(MissingData, match="1 shards of that split, their names say 00002"):

@@ -1,4 +1,4 @@
-"""Simulated users: the oracle is as good as it says, nothing beats it, and the seed decides everything."""
+"""Simulated users: the oracle scores what it expects, nothing beats it, and a seed determines everything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from personaplug.data import LampReader
-from personaplug.data.simulation import Simulation, SimulationConfig, _Taste, simulate, write_simulation
+from personaplug.data.simulated_users import Rater
+from personaplug.data.simulation import Simulation, SimulationConfig, simulate, write_simulation
 from personaplug.errors import ConfigError, RunConflict, StorageError
 
 MANY = SimulationConfig(users=600, queries_per_user=4, min_items=0, max_items=4)
@@ -31,7 +32,7 @@ def styles() -> Simulation:
 
 
 def targets(simulation: Simulation) -> dict[str, str]:
-    return {found.id: str(found.target) for found in simulation.samples}
+    return {sample.id: str(sample.target) for sample in simulation.samples}
 
 
 def accuracy(predictions: dict[str, str], gold: dict[str, str]) -> float:
@@ -42,10 +43,10 @@ def mae(predictions: dict[str, str], gold: dict[str, str]) -> float:
     return sum(abs(int(predictions[name]) - int(gold[name])) for name in gold) / len(gold)
 
 
-def test_the_defaults_are_a_useful_set() -> None:
+def test_default_settings_leave_room_for_a_personal_gain() -> None:
     train, dev = simulate(SimulationConfig(), "train"), simulate(SimulationConfig(), "dev")
     assert (len(train.samples), len(dev.samples)) == (1600, 200)
-    lengths = {len(found.history) for found in train.samples}
+    lengths = {len(sample.history) for sample in train.samples}
     assert (min(lengths), max(lengths)) == (8, 30)
     shares = Counter(targets(train).values())
     assert set(shares) == {"1", "2", "3", "4", "5"}
@@ -54,18 +55,18 @@ def test_the_defaults_are_a_useful_set() -> None:
     assert dev.expected["mode"]["accuracy"] > max(shares.values()) / 1600 + 0.2
 
 
-def test_chances_agree_with_brute_force() -> None:
+def test_rater_probabilities_match_drawn_scores() -> None:
     rng = np.random.default_rng(5)
     for generosity, noise in ((0.0, 0.5), (1.7, 0.3), (-2.4, 1.2)):
-        taste = _Taste(generosity, (0.4, -0.6), noise)
+        rater = Rater(generosity, (0.4, -0.6), noise)
         for genre in (0, 1):
-            drawn = Counter(taste.score(genre, rng) for _ in range(20_000))
-            chances = taste.chances(genre)
+            drawn = Counter(rater.score(genre, rng) for _ in range(20_000))
+            chances = rater.probabilities(genre)
             assert sum(chances) == pytest.approx(1)
             assert [drawn[score] / 20_000 for score in range(1, 6)] == pytest.approx(chances, abs=0.015)
 
 
-def test_the_oracle_scores_what_it_expects(ratings: Simulation) -> None:
+def test_oracle_score_matches_its_expectation(ratings: Simulation) -> None:
     gold = targets(ratings)
     for way, expected in ratings.expected.items():
         predictions = dict(ratings.oracle[way])
@@ -74,57 +75,57 @@ def test_the_oracle_scores_what_it_expects(ratings: Simulation) -> None:
         assert mae(predictions, gold) == pytest.approx(expected["mae"], abs=0.03)
 
 
-def test_expected_scores_agree_with_redrawn_targets(ratings: Simulation) -> None:
+def test_expected_scores_match_redrawn_targets(ratings: Simulation) -> None:
     rng = np.random.default_rng(1)
-    chances = np.array(list(ratings.chances.values()))
+    chances = np.array(list(ratings.probabilities.values()))
     for way, expected in ratings.expected.items():
-        guesses = np.array([int(ratings.oracle[way][name]) for name in ratings.chances])
+        guesses = np.array([int(ratings.oracle[way][name]) for name in ratings.probabilities])
         scores = 1 + (rng.random((200, len(chances), 1)) > chances.cumsum(axis=1)).sum(axis=2)
         assert (scores == guesses).mean() == pytest.approx(expected["accuracy"], abs=0.004)
         assert abs(scores - guesses).mean() == pytest.approx(expected["mae"], abs=0.004)
 
 
-def test_each_decision_is_the_best_of_its_metric(ratings: Simulation) -> None:
-    for name, chances in ratings.chances.items():
+def test_oracle_decision_is_best_for_its_metric(ratings: Simulation) -> None:
+    for name, chances in ratings.probabilities.items():
         errors = [sum(c * abs(s - guess) for s, c in enumerate(chances, 1)) for guess in range(1, 6)]
         assert chances[int(ratings.oracle["mode"][name]) - 1] == max(chances)
         assert errors[int(ratings.oracle["median"][name]) - 1] == pytest.approx(min(errors))
 
 
-def test_nothing_that_knows_less_beats_the_oracle(ratings: Simulation) -> None:
+def test_constant_predictions_do_not_beat_the_oracle(ratings: Simulation) -> None:
     gold = targets(ratings)
     constants = [dict.fromkeys(gold, str(score)) for score in range(1, 6)]
     assert accuracy(dict(ratings.oracle["mode"]), gold) > max(accuracy(guess, gold) for guess in constants) + 0.2
     assert mae(dict(ratings.oracle["median"]), gold) < min(mae(guess, gold) for guess in constants) - 0.3
 
 
-def test_history_tells_of_the_user() -> None:
+def test_history_mean_predicts_its_own_user_best() -> None:
     # The user's own mean is nearer than another user's: without that the set could show no personal gain.
     samples = simulate(SimulationConfig(users=200), "train").samples
-    means = {found.owner: np.mean([int(str(item.answer)) for item in found.history]) for found in samples}
+    means = {sample.owner: np.mean([int(str(item.answer)) for item in sample.history]) for sample in samples}
     owners = list(means)
     stranger = dict(zip(owners, owners[1:] + owners[:1], strict=True))
-    own = np.mean([abs(means[found.owner] - int(str(found.target))) for found in samples])
-    other = np.mean([abs(means[stranger[found.owner]] - int(str(found.target))) for found in samples])
+    own = np.mean([abs(means[sample.owner] - int(str(sample.target))) for sample in samples])
+    other = np.mean([abs(means[stranger[sample.owner]] - int(str(sample.target))) for sample in samples])
     assert own < other - 0.2
 
 
 @pytest.mark.parametrize("task", ["rating", "style"])
-def test_users_are_disjoint_and_queries_are_not_in_their_history(task: Any) -> None:
+def test_splits_share_no_user_and_histories_hold_no_query(task: Any) -> None:
     config = SimulationConfig(task=task, users=60, dev_users=30)
     train, dev = simulate(config, "train").samples, simulate(config, "dev").samples
-    assert {found.user_id for found in train}.isdisjoint(found.user_id for found in dev)
-    asked: dict[str, list[str]] = {}
-    for found in train + dev:
-        texts = [item.fields[0][1] for item in found.history]
-        assert {found.query, found.target}.isdisjoint(texts)
+    assert {sample.user_id for sample in train}.isdisjoint(sample.user_id for sample in dev)
+    queries_by_user: dict[str, list[str]] = {}
+    for sample in train + dev:
+        texts = [item.fields[0][1] for item in sample.history]
+        assert {sample.query, sample.target}.isdisjoint(texts)
         assert len(set(texts)) == len(texts)
-        asked.setdefault(found.owner, []).append(found.query)
-    assert all(len(set(queries)) == len(queries) for queries in asked.values())
+        queries_by_user.setdefault(sample.owner, []).append(sample.query)
+    assert all(len(set(queries)) == len(queries) for queries in queries_by_user.values())
 
 
 @pytest.mark.parametrize("task", ["rating", "style"])
-def test_the_seed_decides_everything(task: Any) -> None:
+def test_seed_determines_everything(task: Any) -> None:
     config = SimulationConfig(task=task, users=6, seed=3)
     first, again = simulate(config, "train"), simulate(config, "train")
     assert (first.samples, first.oracle, first.expected) == (again.samples, again.oracle, again.expected)
@@ -133,27 +134,27 @@ def test_the_seed_decides_everything(task: Any) -> None:
     assert simulate(SimulationConfig(task=task, users=6, seed=4), "train").samples != first.samples
 
 
-def test_some_users_come_cold_where_asked() -> None:
-    lengths = {found.owner: len(found.history) for found in simulate(MANY, "train").samples}
+def test_min_items_zero_gives_cold_users() -> None:
+    lengths = {sample.owner: len(sample.history) for sample in simulate(MANY, "train").samples}
     cold = sum(length <= 2 for length in lengths.values()) / len(lengths)
     assert 0.02 < cold < 0.09
     assert set(lengths.values()) == {0, 1, 2, 3, 4}
     none = simulate(SimulationConfig(users=20, min_items=0, max_items=0), "train")
-    assert {len(found.history) for found in none.samples} == {0}
+    assert {len(sample.history) for sample in none.samples} == {0}
 
 
-def test_style_targets_are_rewritings_and_the_oracle_is_not_perfect(styles: Simulation) -> None:
+def test_style_targets_are_rewritings_and_oracle_is_imperfect(styles: Simulation) -> None:
     gold, predictions = targets(styles), dict(styles.oracle["mode"])
     expected = styles.expected["mode"]
     assert accuracy(predictions, gold) == pytest.approx(expected["exact"], abs=0.03)
     assert 0.8 < expected["exact"] < 0.95
     assert any(text.isupper() for text in gold.values())
     assert any(text.islower() for text in gold.values())
-    copies = sum(str(found.target) == found.query.rstrip(".") for found in styles.samples)
+    copies = sum(str(sample.target) == sample.query.rstrip(".") for sample in styles.samples)
     assert copies < 0.1 * len(gold)
 
 
-def test_expected_rouge_agrees_with_a_count_of_words(styles: Simulation) -> None:
+def test_expected_rouge_matches_word_counts(styles: Simulation) -> None:
     def words(text: str) -> Counter[str]:
         return Counter(re.findall(r"[a-z0-9]+", text.lower()))
 
@@ -165,7 +166,7 @@ def test_expected_rouge_agrees_with_a_count_of_words(styles: Simulation) -> None
 
 
 @pytest.mark.parametrize("task", ["rating", "style"])
-def test_a_written_simulation_is_an_ordinary_folder(tmp_path: Path, task: Any) -> None:
+def test_written_simulation_reads_back_equal(tmp_path: Path, task: Any) -> None:
     config = SimulationConfig(task=task, users=12, dev_users=5, min_items=0, max_items=6)
     write_simulation(config, tmp_path)
     for split in ("train", "dev"):
@@ -179,7 +180,7 @@ def test_a_written_simulation_is_an_ordinary_folder(tmp_path: Path, task: Any) -
     assert (tmp_path / "dev_oracle_median.json").exists() == (task == "rating")
 
 
-def test_another_task_is_not_written_over(tmp_path: Path) -> None:
+def test_folder_of_another_task_is_not_overwritten(tmp_path: Path) -> None:
     write_simulation(SMALL, tmp_path)
     with pytest.raises(RunConflict):
         write_simulation(SimulationConfig(task="style", users=2, dev_users=2), tmp_path)
@@ -194,11 +195,11 @@ def test_another_task_is_not_written_over(tmp_path: Path) -> None:
      {"min_items": -1}, {"min_items": 31}, {"max_items": 500}, {"cold_share": 1.5}, {"taste_sd": -1},
      {"generosity_sd": float("nan")}, {"noise_sd": 0}, {"habit_chance": 0.4}, {"seed": -1}],
 )  # fmt: skip
-def test_settings_out_of_range(change: dict[str, Any]) -> None:
+def test_setting_out_of_range_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(change))} should be"):
         SimulationConfig(**change)
 
 
-def test_only_train_and_dev() -> None:
+def test_simulate_unknown_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="'test'"):
         simulate(SMALL, "test")

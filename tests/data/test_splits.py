@@ -1,4 +1,4 @@
-"""A slice of the training split: every sample once, no user on both sides, the same for the same seed."""
+"""Splits of the training set: every sample once, no user in both parts, and equal parts for an equal seed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_sample_is_on_one_side_with_all_others_of_its_user(whole: Path, tmp_path: Path) -> None:
+def test_split_keeps_every_sample_and_separates_users(whole: Path, tmp_path: Path) -> None:
     reader = open_dataset(whole, "train")
-    found = split_by_user(reader, tmp_path, share=0.3, seed=1)
-    assert (found.train, found.dev, found.train_users, found.dev_users) == (21, 9, 7, 3)
+    parts = split_by_user(reader, tmp_path, share=0.3, seed=1)
+    assert (parts.train, parts.dev, parts.train_users, parts.dev_users) == (21, 9, 7, 3)
     train, dev = (list(open_dataset(tmp_path, split)) for split in ("train", "dev"))
     assert not {sample.owner for sample in train} & {sample.owner for sample in dev}
-    there = {sample.id: sample for sample in [*train, *dev]}
-    assert there == {sample.id: sample for sample in reader}
+    written = {sample.id: sample for sample in [*train, *dev]}
+    assert written == {sample.id: sample for sample in reader}
     assert len(train) + len(dev) == 30
 
 
@@ -36,35 +36,35 @@ def _ids(folder: Path) -> list[str]:
     return [sample.id for sample in LampReader(folder, "dev")]
 
 
-def test_the_seed_draws_the_users(whole: Path, tmp_path: Path) -> None:
+def test_seed_determines_the_users(whole: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         split_by_user(open_dataset(whole, "train"), tmp_path / name, share=0.3, seed=seed)
     assert _ids(tmp_path / "a") == _ids(tmp_path / "b") != _ids(tmp_path / "c")
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
-def test_a_share_that_is_none_is_refused(whole: Path, tmp_path: Path, share: float) -> None:
+def test_share_out_of_range_is_refused(whole: Path, tmp_path: Path, share: float) -> None:
     with pytest.raises(ConfigError, match="between 0 and 1"):
         split_by_user(open_dataset(whole, "train"), tmp_path / "out", share=share)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_slice_stays_as_it_is(whole: Path, tmp_path: Path) -> None:
+def test_folder_with_a_data_set_is_not_changed(whole: Path, tmp_path: Path) -> None:
     split_by_user(open_dataset(whole, "train"), tmp_path, share=0.3)
     before = _ids(tmp_path)
-    with pytest.raises(RunConflict, match="holds a data set already"):
+    with pytest.raises(RunConflict, match="already holds a data set"):
         split_by_user(open_dataset(whole, "train"), tmp_path, share=0.3, seed=1)
     assert _ids(tmp_path) == before
 
 
-def test_one_user_cannot_be_parted(tmp_path: Path) -> None:
+def test_single_user_is_refused(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=1, queries_per_user=3, dev_users=1), tmp_path / "one")
-    with pytest.raises(ConfigError, match="2 or more users; found 1"):
+    with pytest.raises(ConfigError, match="2 or more users, found 1"):
         split_by_user(open_dataset(tmp_path / "one", "train"), tmp_path / "out", share=0.5)
 
 
-def test_the_command_says_what_it_wrote(whole: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["slice", "--data", str(whole), "--out", str(tmp_path / "s"), "--share", "0.3"])
+def test_split_command_prints_what_it_wrote(whole: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["split", "--data", str(whole), "--out", str(tmp_path / "s"), "--share", "0.3"])
     assert done.exit_code == 0, done.output
     assert "train 21 samples of 7 users, dev 9 of 3" in done.output
     assert _ids(tmp_path / "s")

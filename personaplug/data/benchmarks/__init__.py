@@ -1,4 +1,4 @@
-"""Other benchmarks than LaMP by name, each read from its published files by a reader of its own."""
+"""Readers of published benchmarks by name."""
 
 from __future__ import annotations
 
@@ -14,33 +14,21 @@ from personaplug.data.task import Reader
 from personaplug.errors import ConfigError, nearest
 
 BENCHMARKS: Mapping[str, Callable[..., Reader]] = MappingProxyType(
-    {
-        "lamp-qa": LampQAReader,
-        "longlamp": LongLampReader,
-        "peft-u": PeftUReader,
-        "personal-llm": PersonalLLMReader,
-    }
+    {"lamp-qa": LampQAReader, "longlamp": LongLampReader, "peft-u": PeftUReader, "personal-llm": PersonalLLMReader}
 )
-"""The readers by name. Their further settings are arguments of their own."""
 
 
 def open_benchmark(name: str, path: str | Path, split: str, *, skip_bad: int = 0, max_history: int = 512) -> Reader:
-    """Open one split of a benchmark's published files, with the reader's own settings as they come.
+    """Open one split of a benchmark's published files, with the reader's default settings.
 
     Args:
-        name: one of BENCHMARKS; underscores and capitals do not matter.
-        path: a file or folder as published; each reader says which.
+        name: one of BENCHMARKS; case and underscores do not matter.
+        path: a file or folder as published; see the reader.
         split: "train", "dev" or "test".
-        skip_bad: how many broken records may be passed over.
-        max_history: how many of the latest items of a history are kept.
-
-    Raises:
-        ConfigError: if there is no such benchmark or split, or a setting is out of range.
-        MissingData: if the files are not there.
-        MissingExtra: if they are Parquet and pyarrow is not installed.
-        RecordError: if a file that must be read to open it is broken.
+        skip_bad: the number of broken records that may be skipped.
+        max_history: the number of latest items that a history keeps.
     """
-    wanted = name.strip().lower().replace("_", "-")
-    if wanted not in BENCHMARKS:
-        raise ConfigError(f"There is no benchmark {name!r}; {nearest(wanted, BENCHMARKS)}")
-    return BENCHMARKS[wanted](path, split, skip_bad=skip_bad, max_history=max_history)
+    key = name.strip().lower().replace("_", "-")
+    if key not in BENCHMARKS:
+        raise ConfigError(f"There is no benchmark {name!r}; {nearest(key, BENCHMARKS)}")
+    return BENCHMARKS[key](path, split, skip_bad=skip_bad, max_history=max_history)

@@ -1,10 +1,10 @@
-"""PEFT-U (arXiv 2407.18078), read: texts that users label by their own lights, so that the same text has other labels.
+"""PEFT-U (arXiv 2407.18078): give a text the label that a certain user gives it.
 
-A dataset is one JSON object {user: {"train" | "val" | "test": {sample: {"text": …, "label": ["…", …]}}}}, in the file
-`user_data_no_leak.json` (no text of test is in anybody's train) or `user_data_leaked.json`; other keys of a sample
-are not read. The format was read in `peft_u/preprocess/convert_data_format.py` of the repository
-ChrisIsKing/Parameter-Efficient-Personalization, which writes it. Its generated-text sets (Goodreads, Stack Exchange)
-are left out. The benchmark's per-dataset instructions stand in its code, not in the file: give one by `instruction`.
+A dataset is one JSON object {user: {"train" | "val" | "test": {sample: {"text": …, "label": ["…", …]}}}}, as
+`peft_u/preprocess/convert_data_format.py` of the repository ChrisIsKing/Parameter-Efficient-Personalization writes
+it: `user_data_no_leak.json` (no text of test is in anybody's train) or `user_data_leaked.json`. The sets with
+generated texts (Goodreads, Stack Exchange) are not read. The benchmark's instructions are in its code, not in the
+file; pass one as `instruction`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,23 @@ from typing import Any
 
 from personaplug.data.benchmarks.base import check_split
 from personaplug.data.json_stream import plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_name, as_record, as_text, query_of, short_id, target_of, value_of
+from personaplug.data.parsing import Flaw, as_name, as_record, as_text, name_of, query_of, short_id, target_of, value_of
+from personaplug.data.record_reader import RecordReader
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.data.task import ReadReport, Task, check_max_history, check_skip_bad, latest_items
-from personaplug.errors import ConfigError, MissingData, RecordError
+from personaplug.data.task import Task
+from personaplug.errors import ConfigError, MissingData
 
 _FILES = ("user_data_no_leak.json", "user_data_leaked.json")
-_MOST_LABELS = 2048
+_MAX_LABELS = 2048
 _MARKER = "\ntext: "  # it begins a line, so that an instruction may speak of a text
 
 
-class PeftUReader:
-    """One split of a PEFT-U dataset.
+class PeftUReader(RecordReader):
+    """One split of a dataset.
 
-    The file is one JSON object and the labels are nowhere declared, so it is held in memory as a whole, and read
-    once at the start for its labels. Several labels of one sample count as one, sorted and joined by ", ": accuracy
-    is that of the whole set. Items are not dated: a history is the user's train samples in the file's order, for a
-    sample of train those before it. Ids are `user/sample`.
-
-    Attributes:
-        task: "label", with the labels that the file uses, in all its splits.
-        report: what the last (or current) pass met.
+    The file is one JSON object and declares no labels, so it is held in memory, and read once at the start for its
+    labels. Several labels of a sample count as one, sorted and joined by ", ". Items are not dated: a history is the
+    user's train samples in the file's order; for a sample of train, those before it. Ids are `user/sample`.
     """
 
     def __init__(
@@ -48,104 +44,88 @@ class PeftUReader:
         skip_bad: int = 0,
         max_history: int = 512,
     ) -> None:
-        """Find the file and read which labels there are.
+        """Find the file and read its labels.
 
         Args:
-            path: the file, or the folder of one dataset; of its two files the one without leak is taken.
-            split: "train", "dev" (the file's "val") or "test".
-            queries_per_user: how many samples of a user train holds at most, the last ones.
-            instruction: what the prompt says before the text; None for a sentence with the labels.
-            skip_bad: how many broken users and samples may be passed over.
-            max_history: how many of the last items of a history are kept.
-
-        Raises:
-            MissingData: if the file is not there, or holds no sample with a label.
-            ConfigError: if a setting is out of range, or there are too many labels to be a set of labels.
-            RecordError: if the file is not valid JSON.
+            path: the file, or the folder of one dataset, from which the file without leak is preferred.
+            queries_per_user: the maximum number of a user's last samples in train.
+            instruction: the prompt before the text; None for a sentence that lists the labels.
+            skip_bad: the number of broken users and samples that may be skipped.
         """
         self._path, self._split = _file_of(Path(path)), "val" if check_split(split) == "dev" else split
         if queries_per_user < 1:
             raise ConfigError(f"queries_per_user should be at least 1, found {queries_per_user}.")
         self._queries_per_user = queries_per_user
-        self._skip_bad, self._max_history = check_skip_bad(skip_bad), check_max_history(max_history)
         labels = _labels_in(self._path)
-        self.task = Task(
+        task = Task(
             "PEFT_U", "label", ("text", "label"), "label", ("accuracy", "f1"), labels=labels, query_after=_MARKER
         )
-        self._instruction = _instruction(labels) if instruction is None else instruction
+        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
+        self._instruction = _default_instruction(labels) if instruction is None else instruction
         if _MARKER in self._instruction:
-            raise ConfigError("The instruction should have no line that begins with 'text: ': the query stands there.")
-        self.report = ReadReport()
+            raise ConfigError("The instruction should have no line that begins with 'text: ', which marks the query.")
 
-    def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples, user by user, in file order.
-
-        Raises:
-            RecordError: for the first broken record beyond `skip_bad`.
-        """
-        self.report = ReadReport()
+    def _samples(self) -> Iterator[Sample]:
         seen: set[str] = set()
-        for user, values in _users(self._path):
-            where = f"user {short_id(user)}"
+        for user, splits in _users(self._path):
+            position = f"user {short_id(user)}"
             try:
                 as_name(user, "its id")
-                train, asked = (as_record(value_of(as_record(values), name)) for name in ("train", self._split))
+                train, queries = (as_record(value_of(as_record(splits), name)) for name in ("train", self._split))
             except Flaw as flaw:
-                self._skip(where, flaw)
+                self._skip(self._path, position, flaw)
                 continue
-            for sample in self._samples(user, train, asked, where):
-                if sample.id in seen:
-                    self._skip(f"{where}, sample id {short_id(sample.id)}", Flaw("its id is another sample's too"))
-                    continue
-                seen.add(sample.id)
-                yield self.report.add(sample)
+            for sample in self._samples_of(user, train, queries, position):
+                if sample.id not in seen:
+                    seen.add(sample.id)
+                    yield sample
+                else:
+                    duplicate = f"{position}, sample id {short_id(sample.id)}"
+                    self._skip(self._path, duplicate, Flaw("an earlier record has the same id"))
 
-    def _samples(self, user: str, train: Mapping[str, Any], asked: Mapping[str, Any], where: str) -> Iterator[Sample]:
-        known = self._items(train, where)
+    def _samples_of(
+        self, user: str, train: Mapping[str, Any], queries: Mapping[str, Any], position: str
+    ) -> Iterator[Sample]:
+        items = self._items(train, position)
         if self._split == "train":
-            for place in range(max(len(known) - self._queries_per_user, 0), len(known)):
-                yield self._sample(user, known[place], known[:place])
+            for index in range(max(len(items) - self._queries_per_user, 0), len(items)):
+                yield self._sample(user, items[index], items[:index])
         else:
-            for item in self._items(asked, where, other=train):
-                yield self._sample(user, item, known)
+            for query in self._items(queries, position, train=train):
+                yield self._sample(user, query, items)
 
     def _items(
-        self, samples: Mapping[str, Any], where: str, *, other: Mapping[str, Any] | None = None
+        self, samples: Mapping[str, Any], position: str, *, train: Mapping[str, Any] | None = None
     ) -> list[HistoryItem]:
         items = []
         for sample_id, values in samples.items():
             try:
-                if other is not None and sample_id in other:
+                if train is not None and sample_id in train:
                     raise Flaw("the user's train holds a sample of the same id")
-                items.append(self._item(sample_id, values))
+                items.append(self._item(sample_id, as_record(values)))
             except Flaw as flaw:
-                self._skip(f"{where}, sample {short_id(sample_id)}", flaw)
+                self._skip(self._path, f"{position}, sample {short_id(sample_id)}", flaw)
         return items
 
-    def _item(self, sample_id: str, values: object) -> HistoryItem:
-        record = as_record(values)
-        # A sample may become a query, and a query says something.
-        text = as_name(value_of(record, "text"), "its 'text'")
+    def _item(self, sample_id: str, record: Mapping[str, Any]) -> HistoryItem:
+        # A sample may become a query, so its text must not be blank.
+        text = name_of(record, "text")
         label = target_of(self.task, _label(record))
         return HistoryItem(as_name(sample_id, "its id"), (("text", text), ("label", label)), "label")
 
-    def _sample(self, user: str, asked: HistoryItem, known: list[HistoryItem]) -> Sample:
-        prompt = f"{self._instruction}{_MARKER}{dict(asked.fields)['text']}"
-        query = query_of(self.task, prompt)
-        history = latest_items([(None, item) for item in known], max_history=self._max_history, report=self.report)
-        return Sample(f"{user}/{asked.id}", user, prompt, query, asked.answer, history)
-
-    def _skip(self, where: str, flaw: Flaw) -> None:
-        self.report.skip(RecordError(self._path, where, reason=str(flaw)), allowed=self._skip_bad)
+    def _sample(self, user: str, query: HistoryItem, items: list[HistoryItem]) -> Sample:
+        prompt = f"{self._instruction}{_MARKER}{dict(query.fields)['text']}"
+        history = self._latest([(None, item) for item in items])
+        return Sample(f"{user}/{query.id}", user, prompt, query_of(self.task, prompt), query.answer, history)
 
 
 def _file_of(path: Path) -> Path:
     if path.is_file():
         return path
-    found = next((file for name in _FILES if (file := plain_or_gz(path, name))), None)
-    if found is None:
-        raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
-    return found
+    for name in _FILES:
+        if file := plain_or_gz(path, name):
+            return file
+    raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
 
 
 def _users(path: Path) -> Iterator[tuple[str, Any]]:
@@ -155,19 +135,17 @@ def _users(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _labels_in(path: Path) -> tuple[str, ...]:
     labels: set[str] = set()
-    for _, values in _users(path):
-        for samples in values.values() if isinstance(values, dict) else ():
+    for _, splits in _users(path):
+        for samples in splits.values() if isinstance(splits, dict) else ():
             for sample in samples.values() if isinstance(samples, dict) else ():
                 try:
                     labels.add(_label(as_record(sample)))
                 except Flaw:
-                    continue  # said with its place when the samples are read
+                    continue  # reported with its position when the samples are read
     if not labels:
         raise MissingData(f"{path} holds no sample with a label; expected user → split → sample → text and label.")
-    if len(labels) > _MOST_LABELS:
-        raise ConfigError(
-            f"{path} holds {len(labels)} different labels: its answers are texts, which are left out here."
-        )
+    if len(labels) > _MAX_LABELS:
+        raise ConfigError(f"{path} holds {len(labels)} different labels: its answers are texts, which are not read.")
     return tuple(sorted(labels))
 
 
@@ -179,7 +157,7 @@ def _label(record: Mapping[str, Any]) -> str:
     return ", ".join(sorted(as_name(as_text(label, "its 'label'").strip(), "its 'label'") for label in values))
 
 
-def _instruction(labels: tuple[str, ...]) -> str:
+def _default_instruction(labels: tuple[str, ...]) -> str:
     single = sorted({part for label in labels for part in label.split(", ")})
     several = "" if len(single) == len(labels) else ", or several of them in this order with commas"
     return f"Which label does this user give to the text? Answer with one of: {', '.join(single)}{several}."

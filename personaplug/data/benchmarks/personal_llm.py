@@ -1,15 +1,14 @@
-"""PersonalLLM (arXiv 2409.20296), read: simulated users, each choosing between responses to the same request.
+"""PersonalLLM (arXiv 2409.20296): simulated users choose between responses to the same request.
 
-The published files are `data/train-….parquet` and `data/test-….parquet` of the hub's namkoong-lab/PersonalLLM: a row
-holds `prompt_id`, `prompt`, `response_1` to `response_8`, and for each response the scores of ten reward models,
-`response_1_gemma_2b` and so on. Columns were read in code that uses them; the simulation, the names of the reward
-models and their scores' means and deviations in `gen_pref_interaction_database.py` and `constants.py` of the
-repository namkoong-lab/PersonalLLM.
+The published files are `data/train-….parquet` and `data/test-….parquet` of the hub's namkoong-lab/PersonalLLM. A row
+holds `prompt_id`, `prompt`, `response_1` to `response_8`, and the scores of ten reward models for each response
+(`response_1_gemma_2b` …). The simulation and the constants are those of `gen_pref_interaction_database.py` and
+`constants.py` of the repository namkoong-lab/PersonalLLM.
 
-The file names no users. As in the paper, one is a weight for each reward model, drawn from a symmetric Dirichlet
-distribution, and prefers the response with the greatest weighted sum of standardized scores. The users are this
-project's own, made from a seed, not the paper's thousand; so are the splits of the train file. The paper scores
-generated responses with the reward models; choosing among given ones needs no reward model at hand.
+The files name no users. As in the paper, a user is a weight for each reward model, drawn from a symmetric Dirichlet
+distribution, and prefers the response with the greatest weighted sum of standardized scores. The users are drawn from
+a seed and are not the paper's thousand; the splits of the train file are this project's. The paper scores generated
+responses with the reward models; choosing among given responses needs no reward model.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.data.benchmarks.base import SPLITS, check_split, published_records, split_files
-from personaplug.data.parsing import Flaw, as_name, as_text, query_of, short_id, value_of
+from personaplug.data.parsing import Flaw, as_name, name_of, query_of, text_of, value_of
+from personaplug.data.record_reader import RecordReader
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.data.task import ReadReport, Task, check_max_history, check_skip_bad, latest_items
-from personaplug.errors import ConfigError, RecordError
+from personaplug.data.task import Task
+from personaplug.errors import ConfigError
 
 REWARD_MODELS: Mapping[str, tuple[float, float]] = {
     "beaver_7b": (6.233516894340515, 3.012641148973965),
@@ -41,25 +41,27 @@ REWARD_MODELS: Mapping[str, tuple[float, float]] = {
     "oasst_pythia_1b": (4.293944010734558, 2.3018268820938133),
     "oasst_pythia_7b": (4.706351243972779, 1.3659142113789966),
 }
-"""The reward models with the mean and the deviation of their scores, by which scores are standardized."""
+"""The mean and the standard deviation of each reward model's scores."""
 
 _RESPONSES = 8
 _LETTERS = "ABCDEFGH"
-_HELD_OUT = 10
+_DEV_STEP = 10  # every tenth row of the train file belongs to dev
+_MARKER = "\nrequest: "
+_INSTRUCTION = "Which response to the request does this user prefer? Answer with its letter alone."
 
 
 @dataclass(frozen=True)
 class SimulatedUsers:
-    """Who chooses, and how often.
+    """The number of users and of their choices.
 
     Attributes:
-        count: how many users there are; a user is the same however many others there are.
-        alpha: the Dirichlet distribution's parameter; the smaller, the more a user follows one reward model.
-        seed: what the users, their requests and the order of responses are drawn from.
-        shortest: the fewest choices that a user has made before the first query.
-        longest: the most.
-        queries_per_user: how many samples of a user train holds.
-        choices: how many of the eight responses are on offer each time, in random order.
+        count: the number of users; a user does not depend on it.
+        alpha: the Dirichlet parameter; the smaller, the more a user follows one reward model.
+        seed: determines the users, their requests and the order of responses.
+        shortest: the minimum number of choices before the first query.
+        longest: the maximum number.
+        queries_per_user: the number of a user's samples in train.
+        choices: the number of responses on offer, of eight, in random order.
     """
 
     count: int = 1000
@@ -71,11 +73,7 @@ class SimulatedUsers:
     choices: int = _RESPONSES
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: if one is out of range.
-        """
+        """Check the values."""
         if min(self.count, self.queries_per_user) < 1 or self.seed < 0 or not 0 < self.alpha < math.inf:
             raise ConfigError("count and queries_per_user should be at least 1, alpha over 0, seed 0 or more.")
         if not 0 <= self.shortest <= self.longest:
@@ -84,18 +82,13 @@ class SimulatedUsers:
             raise ConfigError(f"choices should be from 2 to {_RESPONSES}, found {self.choices}.")
 
 
-class PersonalLLMReader:
-    """One split of simulated choices.
+class PersonalLLMReader(RecordReader):
+    """One split of simulated choices. All rows are held in memory.
 
-    `train` and `dev` are made of the train file: every tenth row is a request of dev alone, all others make the
-    histories and train's queries, so nobody's train holds a request of dev. `test` asks for the test file's rows. The
-    users are the same in all splits; a user has one query in dev and in test, after all that train holds of that
-    user. A history holds requests with the preferred response, in the order of the user's choices. All rows are held
-    in memory.
-
-    Attributes:
-        task: "label": the letter of the preferred response.
-        report: what the last (or current) pass met.
+    `train` and `dev` come from the train file: every tenth row is a request of dev alone, the others make the
+    histories and train's queries. `test` asks for rows of the test file. The users are the same in all splits; a user
+    has one query in dev and in test, after all choices in train. A history holds requests with the preferred
+    response, in the order of the choices. The target is the letter of the preferred response.
     """
 
     def __init__(
@@ -107,106 +100,62 @@ class PersonalLLMReader:
         skip_bad: int = 0,
         max_history: int = 512,
     ) -> None:
-        """Find the files; nothing is read yet.
-
-        Args:
-            path: the folder with both files; for train and dev also the train file.
-            split: "train", "dev" or "test".
-            users: who chooses; None for SimulatedUsers().
-            skip_bad: how many broken rows may be passed over.
-            max_history: how many of the latest items of a history are kept.
-
-        Raises:
-            MissingData, MissingExtra, ConfigError: as `split_files`.
-            ConfigError: if test is asked for without a folder, or a setting is out of range.
-        """
+        """Find the files in a folder; for train and dev, the path may also be the train file itself."""
         if check_split(split) == "test" and Path(path).is_file():
-            raise ConfigError(
-                f"{path} is one file; the split 'test' needs the folder with the files of train and test."
-            )
+            raise ConfigError(f"{path} is one file; the split 'test' needs the folder with the train and test files.")
         self._split, self._users = split, users or SimulatedUsers()
         self._train = split_files(path, "train")
         self._test = split_files(path, "test") if split == "test" else ()
-        self._skip_bad, self._max_history = check_skip_bad(skip_bad), check_max_history(max_history)
-        labels = tuple(_LETTERS[: self._users.choices])
-        # The preferred response is no answer_field: it is none of the labels, and is encoded as part of the item.
-        self.task = Task(
+        # The preferred response is not the answer_field: it is no label, and the encoder reads it with the request.
+        task = Task(
             "PersonalLLM", "label", ("request", "response"), None, ("accuracy",),
-            labels=labels, query_after=_MARKER, max_new_tokens=4,
+            labels=tuple(_LETTERS[: self._users.choices]), query_after=_MARKER, max_new_tokens=4,
         )  # fmt: skip
-        self.report = ReadReport()
+        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
 
-    def __iter__(self) -> Iterator[Sample]:
-        """Read all rows, then yield the samples, user by user, a user's queries oldest first.
-
-        Raises:
-            RecordError: for the first broken row beyond `skip_bad`, and always where a file breaks off.
-            ConfigError: if there are too few rows for a user's choices.
-        """
-        self.report = ReadReport()
+    def _samples(self) -> Iterator[Sample]:
         rows = self._rows(self._train)
-        known = [row for place, row in enumerate(rows, 1) if place % _HELD_OUT]
-        held_out = rows[_HELD_OUT - 1 :: _HELD_OUT] if self._split == "dev" else self._rows(self._test)
-        needed = self._users.longest + self._users.queries_per_user
-        if len(known) < needed or (self._split != "train" and not held_out):
+        train = [row for number, row in enumerate(rows, 1) if number % _DEV_STEP]
+        queries = rows[_DEV_STEP - 1 :: _DEV_STEP] if self._split == "dev" else self._rows(self._test)
+        choices = self._users.longest + self._users.queries_per_user
+        if len(train) < choices or (self._split != "train" and not queries):
             raise ConfigError(
-                f"{self._train[0]}: a user chooses up to {needed} times, for which there are {len(known)} rows, and "
-                f"{len(held_out)} for the queries of {self._split}. Ask for shorter histories by `users`."
+                f"{self._train[0]}: a user chooses up to {choices} times, for which there are {len(train)} rows, and "
+                f"{len(queries)} for the queries of {self._split}. Set shorter histories by `users`."
             )
         for user in range(self._users.count):
-            yield from self._samples(user, known, held_out)
+            yield from self._samples_of(user, train, queries)
 
     def _rows(self, files: Sequence[Path]) -> list[_Row]:
-        rows: list[_Row] = []
-        seen: set[str] = set()
-        for number, (file, where, record) in enumerate(published_records(files), 1):
-            try:
-                if isinstance(record, Flaw):
-                    raise record
-                row_id = as_name(record["prompt_id"], "its 'prompt_id'") if "prompt_id" in record else f"row-{number}"
-                where = f"{where} (id {short_id(row_id)})"
-                if row_id in seen:
-                    raise Flaw("its id is another row's too")
-                seen.add(row_id)
-                rows.append(_row(record, row_id))
-            except Flaw as flaw:
-                self.report.skip(RecordError(file, where, reason=str(flaw)), allowed=self._skip_bad)
-        return rows
+        return list(self._parsed(published_records(files), parse_id=_row_id, parse=_row))
 
-    def _samples(self, user: int, known: Sequence[_Row], held_out: Sequence[_Row]) -> Iterator[Sample]:
+    def _samples_of(self, user: int, train: Sequence[_Row], queries: Sequence[_Row]) -> Iterator[Sample]:
         settings = self._users
         rng = np.random.default_rng([settings.seed, user])
         weights = rng.dirichlet([settings.alpha] * len(REWARD_MODELS))
         count = int(rng.integers(settings.shortest, settings.longest + 1)) + settings.queries_per_user
-        places = rng.choice(len(known), size=count, replace=False)
-        past = [_Choice.made(known[place], weights, settings.choices, rng) for place in places]
+        indices = rng.choice(len(train), size=count, replace=False)
+        past = [_choose(train[index], weights, choices=settings.choices, rng=rng) for index in indices]
         if self._split == "train":
-            for place in range(count - settings.queries_per_user, count):
-                yield self._sample(user, past[place], past[:place])
+            for index in range(count - settings.queries_per_user, count):
+                yield self._sample(user, past[index], past[:index])
         else:
-            # A stream of its own, so that dev and test leave the past as train has it.
+            # A separate stream, so that dev and test have the same past as train.
             rng = np.random.default_rng([settings.seed, user, list(SPLITS).index(self._split)])
-            asked = held_out[int(rng.integers(len(held_out)))]
-            yield self._sample(user, _Choice.made(asked, weights, settings.choices, rng), past)
+            query = queries[int(rng.integers(len(queries)))]
+            yield self._sample(user, _choose(query, weights, choices=settings.choices, rng=rng), past)
 
-    def _sample(self, user: int, asked: _Choice, past: Sequence[_Choice]) -> Sample:
-        options = "\n\n".join(f"{letter}: {text}" for letter, text in zip(_LETTERS, asked.offered, strict=False))
-        prompt = f"{_INSTRUCTION}{_MARKER}{asked.row.prompt}\n\n{options}"
-        items = [(None, choice.item) for choice in past]
-        name = f"user-{user}"
-        sample = Sample(
-            id=f"{name}/{asked.row.id}",
-            user_id=name,
+    def _sample(self, user: int, query: _Choice, past: Sequence[_Choice]) -> Sample:
+        options = "\n\n".join(f"{letter}: {text}" for letter, text in zip(_LETTERS, query.offered, strict=False))
+        prompt = f"{_INSTRUCTION}{_MARKER}{query.row.prompt}\n\n{options}"
+        return Sample(
+            id=f"user-{user}/{query.row.id}",
+            user_id=f"user-{user}",
             prompt=prompt,
             query=query_of(self.task, prompt),
-            target=_LETTERS[asked.preferred],
-            history=latest_items(items, max_history=self._max_history, report=self.report),
+            target=_LETTERS[query.preferred],
+            history=self._latest([(None, choice.item) for choice in past]),
         )
-        return self.report.add(sample)
-
-
-_MARKER = "\nrequest: "
-_INSTRUCTION = "Which response to the request does this user prefer? Answer with its letter alone."
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -221,29 +170,33 @@ class _Row:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Choice:
-    """What a user was offered, in the order shown, and which of it the user prefers."""
+    """The responses that a user is offered, in the order shown, and the index of the preferred one."""
 
     row: _Row
     offered: tuple[str, ...]
     preferred: int
 
-    @classmethod
-    def made(cls, row: _Row, weights: NDArray[np.float64], choices: int, rng: np.random.Generator) -> _Choice:
-        """Offer some of a row's responses in random order, and let a user choose."""
-        shown = rng.permutation(_RESPONSES)[:choices]
-        preferred = int(np.argmax(row.scores[shown] @ weights))
-        return cls(row, tuple(row.responses[place] for place in shown), preferred)
-
     @property
     def item(self) -> HistoryItem:
-        """The choice as an item of a history."""
+        """The choice as a history item."""
         return HistoryItem(self.row.id, (("request", self.row.prompt), ("response", self.offered[self.preferred])))
+
+
+def _choose(row: _Row, weights: NDArray[np.float64], *, choices: int, rng: np.random.Generator) -> _Choice:
+    """Offer responses in random order and let a user choose."""
+    shown = rng.permutation(_RESPONSES)[:choices]
+    preferred = int(np.argmax(row.scores[shown] @ weights))
+    return _Choice(row, tuple(row.responses[index] for index in shown), preferred)
+
+
+def _row_id(record: Mapping[str, Any], number: int) -> str:
+    return as_name(record["prompt_id"], "its 'prompt_id'") if "prompt_id" in record else f"row-{number}"
 
 
 def _row(record: Mapping[str, Any], row_id: str) -> _Row:
     names = [f"response_{number}" for number in range(1, _RESPONSES + 1)]
-    prompt = as_name(value_of(record, "prompt"), "its 'prompt'")
-    responses = tuple(as_text(value_of(record, name), f"its {name!r}") for name in names)
+    prompt = name_of(record, "prompt")
+    responses = tuple(text_of(record, name) for name in names)
     raw = [[_score(record, f"{name}_{model}") for model in REWARD_MODELS] for name in names]
     means, deviations = np.array(list(REWARD_MODELS.values())).T
     return _Row(row_id, prompt, responses, (np.array(raw) - means) / deviations)
@@ -252,5 +205,5 @@ def _row(record: Mapping[str, Any], row_id: str) -> _Row:
 def _score(record: Mapping[str, Any], key: str) -> float:
     value = value_of(record, key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Flaw(f"its {key!r} is no finite number")
+        raise Flaw(f"its {key!r} is not a finite number")
     return float(value)

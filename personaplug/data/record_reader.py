@@ -1,0 +1,118 @@
+"""The base class of all readers: settings, checks of records, histories, and the report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from personaplug.data.parsing import Flaw, as_record, short_id
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.task import ReadReport, Task
+from personaplug.errors import ConfigError, RecordError
+
+Parsed = TypeVar("Parsed")
+
+PositionedRecord = tuple[Path, str, object]
+"""A file, a position in words, and the value there; a Flaw stands for a broken record."""
+
+TimedItem = tuple[datetime | None, HistoryItem]
+
+
+class RecordReader(ABC):
+    """A reader of records. A subclass yields the samples and reports defects through `_skip`.
+
+    Attributes:
+        task: the task of the samples.
+        report: the report of the latest pass.
+    """
+
+    def __init__(self, task: Task, *, skip_bad: int, max_history: int) -> None:
+        """Check the settings.
+
+        Args:
+            task: the task of the samples.
+            skip_bad: the number of broken records that may be skipped.
+            max_history: the number of latest items that a history keeps.
+        """
+        for name, value in (("skip_bad", skip_bad), ("max_history", max_history)):
+            if value < 0:
+                raise ConfigError(f"{name} should be 0 or more, found {value}.")
+        self.task, self.report = task, ReadReport()
+        self._skip_bad, self._max_history = skip_bad, max_history
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield the samples in file order.
+
+        Raises:
+            RecordError: for the first broken record beyond `skip_bad`, and whenever a file breaks off.
+        """
+        self.report = ReadReport()
+        for sample in self._samples():
+            yield self.report.add(sample)
+
+    @abstractmethod
+    def _samples(self) -> Iterator[Sample]:
+        """Yield the samples of one pass."""
+
+    def _skip(self, file: Path, position: str, flaw: Flaw) -> None:
+        self.report.skip(RecordError(file, position, reason=str(flaw)), allowed=self._skip_bad)
+
+    def _parsed(
+        self,
+        records: Iterable[PositionedRecord],
+        *,
+        parse_id: Callable[[Mapping[str, Any], int], str],
+        parse: Callable[[Mapping[str, Any], str], Parsed],
+        seen: set[str] | None = None,
+    ) -> Iterator[Parsed]:
+        """Yield the parsed records and skip those that have a flaw.
+
+        Args:
+            records: the records of one split.
+            parse_id: returns a record's id; it gets the record and its number, from 1.
+            parse: converts a record; it gets the record and its id.
+            seen: filled with the ids of the records.
+        """
+        seen = set() if seen is None else seen
+        for number, (file, position, record) in enumerate(records, 1):
+            try:
+                values = as_record(record)
+                record_id = parse_id(values, number)
+                position = f"{position} (id {short_id(record_id)})"
+                if record_id in seen:
+                    raise Flaw("an earlier record has the same id")
+                seen.add(record_id)
+                parsed = parse(values, record_id)
+            except Flaw as flaw:
+                self._skip(file, position, flaw)
+            else:
+                yield parsed
+
+    def _history(self, profile: object, parse: Callable[[object, int], TimedItem]) -> tuple[HistoryItem, ...]:
+        """Parse a list of items; `parse` gets an item and its number, from 1."""
+        if not isinstance(profile, list):
+            raise Flaw("its 'profile' is not a list")
+        items = []
+        for number, item in enumerate(profile, 1):
+            try:
+                items.append(parse(item, number))
+            except Flaw as flaw:
+                raise Flaw(f"item {number} of its profile: {flaw}") from None
+        return self._latest(items)
+
+    def _latest(self, items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
+        """Sort items by time, keep the latest `max_history`, and count the others."""
+        excess = max(len(items) - self._max_history, 0)
+        self.report.cut_items += excess
+        return in_time_order(items)[excess:]
+
+
+def in_time_order(items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
+    """Sort items by date and time. Keep their order if any of them has no date."""
+    moments = [moment for moment, _ in items if moment is not None]
+    if len(moments) < len(items):
+        return tuple(item for _, item in items)
+    return tuple(items[index][1] for index in sorted(range(len(items)), key=moments.__getitem__))

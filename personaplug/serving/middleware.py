@@ -1,4 +1,4 @@
-"""Gate: what stands between the network and the routes. Keys, sizes, numbers of requests, callers who leave."""
+"""ASGI middlewares between the network and the routes; each has one job. `guards` puts them in order."""
 
 from __future__ import annotations
 
@@ -6,34 +6,32 @@ import asyncio
 import logging
 import time
 import traceback
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from fastapi.responses import JSONResponse, Response
+from prometheus_client import Gauge
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from personaplug.serving.api_keys import ApiKeys, is_loopback
-from personaplug.serving.openai_protocol import error_reply
+from personaplug.serving.error_responses import error_response
 from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER = "1"  # seconds
-TENANT = "personaplug.tenant"
-"""Where a request's tenant is found in its scope."""
-
-_READERS = 2  # bodies that may be on their way for every request that is answered
+_BODIES_PER_REQUEST = 2  # bodies that may be on their way for every request that may run
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request, and all of them together, may take.
+    """What requests may take.
 
     Attributes:
         body_bytes: longest body.
-        body_seconds: until it has arrived.
-        requests: that are being answered at once; the next is refused with 429.
-        items: that one request may add to a history.
+        body_seconds: time until the body has arrived.
+        requests: requests to /v1/ that run at once; the next gets a 429.
+        items: items that one request may add to a history.
     """
 
     body_bytes: int = 4 * 2**20
@@ -42,176 +40,243 @@ class RequestLimits:
     items: int = 1000
 
 
-class Gate:
-    """ASGI middleware that refuses a request before it costs anything, and cancels it when its caller has left.
+def guards(api_keys: ApiKeys, limits: RequestLimits, *, telemetry: Telemetry) -> list[Middleware]:
+    """The middlewares of a server, outermost first: a request is refused before it costs anything."""
+    return [
+        Middleware(MetricsMiddleware, telemetry=telemetry),
+        Middleware(ErrorMaskingMiddleware),
+        *([Middleware(LoopbackHostMiddleware)] if api_keys.is_open else []),
+        Middleware(ApiKeyMiddleware, api_keys=api_keys),
+        Middleware(
+            BodyLimitMiddleware,
+            max_bytes=limits.body_bytes,
+            timeout_s=limits.body_seconds,
+            max_bodies=_BODIES_PER_REQUEST * limits.requests,
+        ),
+        Middleware(ConcurrencyLimitMiddleware, max_requests=limits.requests, running=telemetry.running),
+        Middleware(DisconnectMiddleware),
+    ]
 
-    Args:
-        app: what it guards.
-        accounts: whose keys are let in to /v1/; an open server answers only to names of this machine, so that no web
-            page can talk a browser into reaching it.
-        limits: of bodies and requests.
-        telemetry: counts.
-    """
 
-    def __init__(self, app: ASGIApp, *, accounts: ApiKeys, limits: RequestLimits, telemetry: Telemetry) -> None:
-        self.app, self.accounts, self.limits, self.telemetry = app, accounts, limits, telemetry
-        self._reading = self._running = 0
+class _HttpMiddleware(ABC):
+    """Handles HTTP requests and passes every other scope on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        answer = _Answer(scope, send, telemetry=self.telemetry)
-        refusal = self._refusal(scope)
-        if refusal is None:
-            body, refusal = await self._read(receive)
-            if body is None and refusal is None:
-                return  # the caller left before the request was whole
-        await self._answered(scope, receive, answer, body=b"" if refusal else body or b"", refusal=refusal)
+        await (self.handle if scope["type"] == "http" else self.app)(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Response | None:
-        """What can be said of a request without its body."""
-        headers, guarded = Headers(scope=scope), scope["path"].startswith("/v1/")
-        if self.accounts.open and not is_loopback(_host_of(headers.get("host", ""))):
-            return refused(403, "Without keys this server answers to names of its own machine.", code="host")
-        if guarded:
-            scope[TENANT] = self.accounts.tenant_of(headers.get("authorization"))
-            if scope[TENANT] is None:
-                return refused(401, "Give a key of this server: `Authorization: Bearer KEY`.", code="invalid_key")
-        if self._reading >= _READERS * self.limits.requests:
-            return _too_many()
-        return None
-
-    async def _read(self, receive: Receive) -> tuple[bytes | None, Response | None]:
-        """The whole body, or why it is refused; neither if the caller has left."""
-        self._reading += 1
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                return await self._body(receive)
-        except TimeoutError:
-            return None, refused(408, "The body did not come in time.", code="timeout")
-        finally:
-            self._reading -= 1
-
-    async def _body(self, receive: Receive) -> tuple[bytes | None, Response | None]:
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None, None
-            part = message.get("body", b"")
-            size += len(part)
-            if size > self.limits.body_bytes:
-                text = f"A body has at most {self.limits.body_bytes} bytes."
-                return None, refused(413, text, code="body_too_long")
-            parts.append(part)
-            if not message.get("more_body"):
-                return b"".join(parts), None
-
-    async def _answered(
-        self, scope: Scope, receive: Receive, answer: _Answer, *, body: bytes, refusal: Response | None
-    ) -> None:
-        counted = scope["path"].startswith("/v1/")  # whoever looks after the server takes no caller's place
-        if refusal is None and counted and self._running >= self.limits.requests:
-            refusal = _too_many()
-        if refusal is not None:
-            await refusal(scope, receive, answer.send)
-            return
-        self._running += counted
-        self.telemetry.running.inc()
-        try:
-            await self._while_listened_to(scope, receive, answer, body=body)
-        except asyncio.CancelledError:
-            if answer.begun:
-                raise
-            # The server stops, and has waited for this answer as long as it may.
-            await refused(503, "The server is stopping.", code="stopping")(scope, receive, answer.send)
-        except Exception as error:
-            # Whoever is above would log the error's sentence, which may hold the text that it failed on.
-            logger.error("%s at %s", type(error).__name__, _place_of(error))
-            if not answer.begun:
-                await refused(500, "The server failed on this request.", code="internal")(scope, receive, answer.send)
-        finally:
-            self._running -= counted
-            self.telemetry.running.dec()
-
-    async def _while_listened_to(self, scope: Scope, receive: Receive, answer: _Answer, *, body: bytes) -> None:
-        """Run the application until it is done, or nobody waits for its answer any more."""
-        left, sent = asyncio.Event(), False
-
-        async def again() -> Message:
-            nonlocal sent
-            if not sent:
-                sent = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            left.set()
-
-        working = asyncio.ensure_future(self.app(scope, again, answer.send))
-        watching = asyncio.ensure_future(watch())
-        try:
-            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done() and not answer.begun:
-                working.cancel()  # one that has begun hears of it by `again`
-            await asyncio.wait({working})
-            if not working.cancelled():
-                working.result()
-        finally:
-            watching.cancel()
-            working.cancel()
+    @abstractmethod
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one HTTP request."""
 
 
-class _Answer:
-    """The sending side of a request, which notes when its answer begins."""
+class _StartTracker:
+    """Passes messages on to `send` and notes whether the response has started."""
 
-    def __init__(self, scope: Scope, send: Send, *, telemetry: Telemetry) -> None:
-        self.begun, self._spoke = False, False
-        self._send, self._scope, self._telemetry = send, scope, telemetry
-        self._came = time.perf_counter()
+    def __init__(self, send: Send) -> None:
+        self._send, self.started = send, False
 
-    async def send(self, message: Message) -> None:
-        """Send it on."""
-        if message["type"] == "http.response.start":
-            self.begun = True
-            self._telemetry.requests.labels(self._route, str(message["status"])).inc()
-        elif not self._spoke and (message.get("body") or not message.get("more_body")):
-            self._spoke = True
-            self._telemetry.seconds.labels(self._route).observe(time.perf_counter() - self._came)
+    async def __call__(self, message: Message) -> None:
+        self.started |= message["type"] == "http.response.start"
         await self._send(message)
 
-    @property
-    def _route(self) -> str:
-        return getattr(self._scope.get("route"), "path", "other")
+
+class MetricsMiddleware(_HttpMiddleware):
+    """Counts responses by route and status, and measures the time to the first byte of their bodies."""
+
+    def __init__(self, app: ASGIApp, *, telemetry: Telemetry) -> None:
+        super().__init__(app)
+        self.telemetry = telemetry
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived, timed = time.perf_counter(), False
+
+        async def count_and_send(message: Message) -> None:
+            nonlocal timed
+            route = getattr(scope.get("route"), "path", "other")  # set by the router
+            if message["type"] == "http.response.start":
+                self.telemetry.requests.labels(route, str(message["status"])).inc()
+            elif not timed and (message.get("body") or not message.get("more_body")):
+                timed = True
+                self.telemetry.seconds.labels(route).observe(time.perf_counter() - arrived)
+            await send(message)
+
+        await self.app(scope, receive, count_and_send)
 
 
-def refused(status: int, message: str, *, code: str) -> Response:
-    """An answer that says why there is none."""
-    headers = retry_after(status)
-    headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    headers |= {"Connection": "close"} if status in (401, 403, 408, 413) else {}  # the body may not have been read
-    return JSONResponse(error_reply(message, code=code, status=status), status, headers)
+class ErrorMaskingMiddleware(_HttpMiddleware):
+    """Answers unexpected errors with 500, and requests that the stopping server cancels with 503.
+
+    An error's message may quote the request, so it is neither logged nor passed to the server above.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tracker = _StartTracker(send)
+        try:
+            await self.app(scope, receive, tracker)
+        except asyncio.CancelledError:
+            if tracker.started:
+                raise
+            await error_response(503, "The server is stopping.", code="stopping")(scope, receive, send)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            logger.error("%s at %s:%s", type(error).__name__, frames[-1].filename, frames[-1].lineno)
+            if not tracker.started:
+                response = error_response(500, "The server failed on this request.", code="internal")
+                await response(scope, receive, send)
 
 
-def retry_after(status: int) -> dict[str, str]:
-    """The header that says when to come back, where a status asks for that."""
-    return {"Retry-After": RETRY_AFTER} if status in (429, 503) else {}
+class LoopbackHostMiddleware(_HttpMiddleware):
+    """Requires a Host header that names this machine, so that no web page can make a browser reach an open server."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host", "")
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without the port
+        if is_loopback(name):
+            await self.app(scope, receive, send)
+        else:
+            message = "Without keys this server answers to names of its own machine."
+            await error_response(403, message, code="host")(scope, receive, send)
 
 
-def _too_many() -> Response:
-    return refused(429, "Too many requests are being answered.", code="overloaded")
+class ApiKeyMiddleware(_HttpMiddleware):
+    """Requires an API key for /v1/ and sets `request.state.tenant`."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: ApiKeys) -> None:
+        super().__init__(app)
+        self.api_keys = api_keys
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_api_path(scope):
+            tenant = self.api_keys.tenant_of(Headers(scope=scope).get("authorization"))
+            if tenant is None:
+                message = "Give a key of this server: `Authorization: Bearer KEY`."
+                await error_response(401, message, code="invalid_key")(scope, receive, send)
+                return
+            scope.setdefault("state", {})["tenant"] = tenant
+        await self.app(scope, receive, send)
 
 
-def _host_of(host: str) -> str:
-    """A Host header without its port."""
-    return host if host.endswith("]") else host.rpartition(":")[0] or host
+class BodyLimitMiddleware(_HttpMiddleware):
+    """Reads the whole body before the request goes on, within bounds of size, time and bodies at once."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout_s: float, max_bodies: int) -> None:
+        super().__init__(app)
+        self.max_bytes, self.timeout_s, self.max_bodies = max_bytes, timeout_s, max_bodies
+        self._bodies = 0
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._bodies >= self.max_bodies:
+            await _overloaded()(scope, receive, send)
+            return
+        self._bodies += 1
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                body = await self._read_body(receive)
+        except TimeoutError:
+            await error_response(408, "The body did not come in time.", code="timeout")(scope, receive, send)
+            return
+        except _BodyTooLong:
+            message = f"A body has at most {self.max_bytes} bytes."
+            await error_response(413, message, code="body_too_long")(scope, receive, send)
+            return
+        finally:
+            self._bodies -= 1
+        if body is not None:
+            await self.app(scope, _replay(body, receive), send)
+
+    async def _read_body(self, receive: Receive) -> bytes | None:
+        """Return the body, or None if the caller leaves before it is complete."""
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size, more = size + len(parts[-1]), message.get("more_body", False)
+            if size > self.max_bytes:
+                raise _BodyTooLong
+        return b"".join(parts)
 
 
-def _place_of(error: Exception) -> str:
-    """File and line that an error comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+class _BodyTooLong(Exception):
+    pass
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, then whatever comes next."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
+class ConcurrencyLimitMiddleware(_HttpMiddleware):
+    """Bounds the requests to /v1/ that run at once. Health checks and metrics are not bounded."""
+
+    def __init__(self, app: ASGIApp, *, max_requests: int, running: Gauge) -> None:
+        super().__init__(app)
+        self.max_requests, self.running = max_requests, running
+        self._api_requests = 0
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        counted = int(is_api_path(scope))
+        if counted and self._api_requests >= self.max_requests:
+            await _overloaded()(scope, receive, send)
+            return
+        self._api_requests += counted
+        try:
+            with self.running.track_inprogress():
+                await self.app(scope, receive, send)
+        finally:
+            self._api_requests -= counted
+
+
+class DisconnectMiddleware(_HttpMiddleware):
+    """Cancels the work on a request when its caller leaves before the response starts.
+
+    A response that has started receives `http.disconnect` instead and ends itself.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+
+        async def watch() -> None:
+            while True:
+                message = await receive()
+                messages.put_nowait(message)
+                if message["type"] == "http.disconnect":
+                    return
+
+        async def next_message() -> Message:
+            message = await messages.get()
+            if message["type"] == "http.disconnect":
+                messages.put_nowait(message)  # whoever asks again gets it again
+            return message
+
+        tracker = _StartTracker(send)
+        work = asyncio.ensure_future(self.app(scope, next_message, tracker))
+        disconnect = asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not tracker.started:
+                work.cancel()
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.result()
+        finally:
+            disconnect.cancel()
+            work.cancel()
+
+
+def is_api_path(scope: Scope) -> bool:
+    """Whether a request is for the API, in contrast to health checks, metrics and docs."""
+    return str(scope["path"]).startswith("/v1/")
+
+
+def _overloaded() -> ASGIApp:
+    return error_response(429, "Too many requests are being answered.", code="overloaded")

@@ -116,32 +116,32 @@ def test_a_run_is_served_to_live_users_until_it_is_told_to_stop(
     assert found["items"][0]["text"]
     assert "effect" in found["items"][0]
     assert (found["drift"]["items_before"], found["drift"]["items_after"]) == (0, count)
-    receipt = _call("forget", "--store", store, "--user", "ann")
+    receipt = _call("erase-user", "--store", store, "--user", "ann")
     assert receipt.exit_code == 0, receipt.output
     assert HistoryStore.open(store).verify(Receipt.from_dict(json.loads(receipt.stdout)), user="ann")
-    again = _call("forget", "--store", store, "--user", "ann")
+    again = _call("erase-user", "--store", store, "--user", "ann")
     assert (again.exit_code, "no such user" in again.output) == (2, True)
 
 
 def test_keys_let_in_whoever_has_one(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
-    key = _call("key", "shop", "--keys", keys).stdout.strip()
+    key = _call("create-key", "shop", "--keys", keys).stdout.strip()
     assert keys.stat().st_mode & 0o077 == 0
-    with _serving(folder, "--store", tmp_path / "h.db", "--keys", keys, "--unknown", "plain") as (url, _):
+    with _serving(folder, "--store", tmp_path / "h.db", "--keys", keys, "--fallback", "plain") as (url, _):
         assert _chat(url, question).status_code == 401
         answer = _chat(url, question, Authorization=f"Bearer {key}")
         assert (answer.status_code, answer.headers["x-personaplug-persona"]) == (200, "plain")
 
 
 def test_a_tenant_has_a_name(tmp_path: Path) -> None:
-    done = _call("key", "", "--keys", tmp_path / "keys.json")
+    done = _call("create-key", "", "--keys", tmp_path / "keys.json")
     assert (done.exit_code, "has a name" in done.output) == (2, True)
     assert not (tmp_path / "keys.json").exists()
 
 
 def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
     done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--host", "0.0.0.0")
-    assert (done.exit_code, "personaplug key" in done.output) == (2, True)
+    assert (done.exit_code, "personaplug create-key" in done.output) == (2, True)
     assert not (tmp_path / "h.db").exists()
 
 
@@ -150,7 +150,7 @@ def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: 
     [
         (["--run", "nowhere"], "run.json is missing"),
         (["--run", "RUN", "--seed", "7"], "no finished training"),
-        (["--run", "RUN", "--keys", "nowhere.json"], "personaplug key"),
+        (["--run", "RUN", "--keys", "nowhere.json"], "personaplug create-key"),
         (["--run", "RUN", "--max-rows", "0"], "--max-rows"),
         (["--run", "RUN", "--max-requests", "0"], "--max-requests"),
         (["--run", "RUN", "--max-body-mb", "-1"], "--max-body-mb"),

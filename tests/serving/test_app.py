@@ -24,7 +24,7 @@ from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, StoreConflict
 from personaplug.llm.base import GenerationConfig
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.serving.api_keys import ApiKeys, new_key
+from personaplug.serving.api_keys import ApiKeys, create_key
 from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.middleware import RequestLimits
 from personaplug.serving.service import Service
@@ -178,7 +178,7 @@ def test_an_answer_that_was_kept_becomes_history(service: Service, url: str) -> 
     assert (other.status_code, other.json()["error"]["code"]) == (404, "unknown_request")
     httpx.delete(f"{url}/v1/users/ann")
     assert httpx.post(place, json={"request_id": request, "answer": "2"}).status_code == 404
-    assert len(service.remembered) == 0
+    assert len(service.recent_requests) == 0
 
 
 def test_what_somebody_asked_is_gone_though_another_process_erased_them(
@@ -282,9 +282,9 @@ def test_drift_between_two_days(url: str) -> None:
 
 def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
-    shop, bank = (new_key(keys, tenant) for tenant in ("shop", "bank"))
+    shop, bank = (create_key(keys, tenant) for tenant in ("shop", "bank"))
     assert shop not in keys.read_text()
-    with served(service, accounts=ApiKeys.read(keys)) as url:
+    with served(service, api_keys=ApiKeys.load(keys)) as url:
         place = f"{url}/v1/users/ann/history"
         assert httpx.get(place).status_code == 401
         assert httpx.get(place, headers={"Authorization": "Bearer pp-wrong"}).status_code == 401
@@ -301,19 +301,19 @@ def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
 
 def test_an_open_server_is_for_this_machine(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
-        with pytest.raises(ConfigError, match="personaplug key"):
+        with pytest.raises(ConfigError, match="personaplug create-key"):
             ApiKeys().check_address(host)
     for host in ("127.0.0.1", "::1", "localhost"):
         ApiKeys().check_address(host)
     keys = tmp_path / "keys.json"
-    new_key(keys, "shop")
-    ApiKeys.read(keys).check_address("0.0.0.0")
+    create_key(keys, "shop")
+    ApiKeys.load(keys).check_address("0.0.0.0")
     for broken in ("[]", '{"short": "shop"}', "no json"):
         keys.write_text(broken)
         with pytest.raises(MissingData):
-            ApiKeys.read(keys)
-    with pytest.raises(MissingData, match="personaplug key"):
-        ApiKeys.read(tmp_path / "none.json")
+            ApiKeys.load(keys)
+    with pytest.raises(MissingData, match="personaplug create-key"):
+        ApiKeys.load(tmp_path / "none.json")
 
 
 BAD: list[tuple[str, str, Any, int]] = [
@@ -401,13 +401,13 @@ def test_a_body_that_is_too_long_is_not_read(service: Service) -> None:
 
 
 def test_too_much_at_once_is_refused_and_then_served_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, answer = threading.Event(), service.engine.answer
+    go_on, answer = threading.Event(), service.engine.respond
 
     async def slow(question: EngineRequest) -> EngineReply:
         await asyncio.to_thread(go_on.wait, 30)
         return await answer(question)
 
-    monkeypatch.setattr(service.engine, "answer", slow)
+    monkeypatch.setattr(service.engine, "respond", slow)
     with served(service, limits=RequestLimits(requests=2)) as url, ThreadPoolExecutor(2) as pool:
         held = [pool.submit(_chat, url, "ann") for _ in range(2)]
         while "personaplug_running_requests 3.0" not in httpx.get(f"{url}/metrics").text:  # itself among them
@@ -491,8 +491,8 @@ def test_no_answer_crosses_to_another_user(toy: CausalLM, tmp_path: Path) -> Non
     """Users of two tenants with the same names, asked for at once in random order: each gets the own answer."""
     service = open_service(toy, tmp_path)
     keys = tmp_path / "keys.json"
-    tenants = {tenant: new_key(keys, tenant) for tenant in ("shop", "bank")}
-    with served(service, accounts=ApiKeys.read(keys)) as url:
+    tenants = {tenant: create_key(keys, tenant) for tenant in ("shop", "bank")}
+    with served(service, api_keys=ApiKeys.load(keys)) as url:
         expected = {}
         for number in range(16):
             tenant, user = list(tenants)[number % 2], f"user {number // 2}"
@@ -521,7 +521,7 @@ def test_the_document_names_every_route(url: str) -> None:
 def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     config = replace(CONFIG, answer_channel="style", label_prior="none")
-    service = open_service(toy, tmp_path, task=task, config=config, phrases=toy.phrases)
+    service = open_service(toy, tmp_path, task=task, config=config, build_phrases=toy.phrases)
     asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
 
     def told(user: str | None, **more: Any) -> str:
@@ -545,13 +545,17 @@ def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: CausalLM
 
 def test_phrases_take_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
     with pytest.raises(StoreConflict, match="keep_text"):
-        open_service(toy, tmp_path, keep_text=False, phrases=toy.phrases)
+        open_service(toy, tmp_path, keep_text=False, build_phrases=toy.phrases)
 
 
 def test_an_item_as_long_as_a_book_holds_nobody_up(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     service = open_service(
-        toy, tmp_path, task=task, config=replace(CONFIG, answer_channel="text", label_prior="none"), phrases=toy.phrases
+        toy,
+        tmp_path,
+        task=task,
+        config=replace(CONFIG, answer_channel="text", label_prior="none"),
+        build_phrases=toy.phrases,
     )
     with served(service) as place:
         assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from live_server import engine_request
 
 from personaplug.errors import EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig
@@ -40,7 +41,7 @@ def _soft(toy: CausalLM, seed: int) -> SoftPrompt:
 def _chat(text: str, soft: SoftPrompt | None = None, **fields: Any) -> EngineRequest:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0} | fields
     choices = body.pop("choices", ())
-    return EngineRequest("chat", body, soft, choices, id="r1")
+    return engine_request("chat", body, soft, choices, id="r1")
 
 
 def _text(reply: EngineReply) -> str:
@@ -64,11 +65,11 @@ def test_requests_at_once_get_the_answers_they_get_alone(toy: CausalLM) -> None:
     questions = [_chat(f"question {n}", _soft(toy, n) if n % 3 else None, max_tokens=3 + n % 7) for n in range(40)]
 
     async def synchronized(engine: InProcessEngine) -> list[str]:
-        return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, questions))]
+        return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, questions))]
 
     answers = _run(toy, synchronized, max_rows=8)
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        config = GenerationConfig(max_new_tokens=question.body["max_tokens"])
+        config = GenerationConfig(max_new_tokens=(question.body.model_extra or {})["max_tokens"])
         alone = toy.generate([f"question {number}"], soft=question.soft, config=config)[0]
         assert answer.strip() == alone.text
 
@@ -76,8 +77,8 @@ def test_requests_at_once_get_the_answers_they_get_alone(toy: CausalLM) -> None:
 def test_a_stream_says_what_the_whole_says(toy: CausalLM) -> None:
     async def both(engine: InProcessEngine) -> tuple[str, str]:
         question = _chat("hello", _soft(toy, 1), max_tokens=20)
-        streamed = await engine.answer(_chat("hello", _soft(toy, 1), max_tokens=20, stream=True))
-        return _text(await engine.answer(question)), await _streamed(streamed)
+        streamed = await engine.respond(_chat("hello", _soft(toy, 1), max_tokens=20, stream=True))
+        return _text(await engine.respond(question)), await _streamed(streamed)
 
     whole, streamed = _run(toy, both)
     assert whole == streamed
@@ -87,8 +88,8 @@ def test_a_stream_says_what_the_whole_says(toy: CausalLM) -> None:
 def test_usage_and_reason(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> tuple[EngineReply, list[dict[str, Any]]]:
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        return await engine.answer(_chat("hey", _soft(toy, 1))), await _events(
-            await engine.answer(_chat("hey", _soft(toy, 1), **options))
+        return await engine.respond(_chat("hey", _soft(toy, 1))), await _events(
+            await engine.respond(_chat("hey", _soft(toy, 1), **options))
         )
 
     whole, events = _run(toy, ask)
@@ -103,10 +104,10 @@ def test_usage_and_reason(toy: CausalLM) -> None:
 
 def test_a_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> tuple[str, str, str]:
-        free = _text(await engine.answer(_chat("hello", max_tokens=30)))
+        free = _text(await engine.respond(_chat("hello", max_tokens=30)))
         stop = free[4:7]
-        whole = _text(await engine.answer(_chat("hello", max_tokens=30, stop=["never there", stop])))
-        streamed = await _streamed(await engine.answer(_chat("hello", max_tokens=30, stop=stop, stream=True)))
+        whole = _text(await engine.respond(_chat("hello", max_tokens=30, stop=["never there", stop])))
+        streamed = await _streamed(await engine.respond(_chat("hello", max_tokens=30, stop=stop, stream=True)))
         return free[: free.index(stop)], whole, streamed
 
     cut, whole, streamed = _run(toy, ask)
@@ -116,15 +117,15 @@ def test_a_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
 def test_an_answer_from_a_closed_set(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> set[str]:
         asked = [_chat(f"rate {n}", _soft(toy, n), choices=("1", "2", "10 stars"), max_tokens=1) for n in range(20)]
-        return {_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))}
+        return {_text(reply) for reply in await asyncio.gather(*map(engine.respond, asked))}
 
     assert _run(toy, ask) <= {"1", "2", "10 stars"}
 
 
 def test_a_completion_has_no_template(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> dict[str, Any]:
-        reply = await engine.answer(
-            EngineRequest("completion", {"prompt": "abc", "max_tokens": 4, "temperature": 0}, None)
+        reply = await engine.respond(
+            engine_request("completion", {"prompt": "abc", "max_tokens": 4, "temperature": 0}, None)
         )
         assert isinstance(reply.body, bytes)
         found: dict[str, Any] = json.loads(reply.body)
@@ -161,11 +162,11 @@ def test_a_completion_has_no_template(toy: CausalLM) -> None:
 def test_what_it_cannot_do_is_refused(toy: CausalLM, fields: dict[str, Any], code: str) -> None:
     async def ask(engine: InProcessEngine) -> Any:
         with pytest.raises(RequestError) as refused:
-            await engine.answer(_chat("hello", **fields))
+            await engine.respond(_chat("hello", **fields))
         return refused.value
 
     error = _run(toy, ask)
-    assert (error.code, error.status) == (code, 400)
+    assert (error.code, error.http_status) == (code, 400)
     assert "long long" not in str(error)
 
 
@@ -178,7 +179,7 @@ def test_fields_that_ask_for_nothing_are_taken(toy: CausalLM) -> None:
             "logit_bias": None,
             "service_tier": "auto",
         }
-        return _text(await engine.answer(_chat("hello", **fields)))
+        return _text(await engine.respond(_chat("hello", **fields)))
 
     assert _run(toy, ask)
 
@@ -187,14 +188,14 @@ def test_fields_that_ask_for_nothing_are_taken(toy: CausalLM) -> None:
 def test_a_listener_who_leaves_frees_the_place(toy: CausalLM, read: int) -> None:
     async def ask(engine: InProcessEngine) -> str:
         for _ in range(5):
-            reply = await engine.answer(_chat("endless", max_tokens=4000, stream=True))
+            reply = await engine.respond(_chat("endless", max_tokens=4000, stream=True))
             assert not isinstance(reply.body, bytes)
             events = aiter(reply.body)
             for _ in range(read):
                 await anext(events)
             await reply.body.aclose()
         # With one place, this is answered in time only if the others are gone.
-        return _text(await asyncio.wait_for(engine.answer(_chat("hello")), 5))
+        return _text(await asyncio.wait_for(engine.respond(_chat("hello")), 5))
 
     assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
 
@@ -203,8 +204,8 @@ def test_one_who_no_longer_waits_for_a_whole_answer_frees_the_place(toy: CausalL
     async def ask(engine: InProcessEngine) -> str:
         for _ in range(5):
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(engine.answer(_chat("endless", max_tokens=4000)), 0.05)
-        return _text(await asyncio.wait_for(engine.answer(_chat("hello")), 5))
+                await asyncio.wait_for(engine.respond(_chat("endless", max_tokens=4000)), 0.05)
+        return _text(await asyncio.wait_for(engine.respond(_chat("hello")), 5))
 
     assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
 
@@ -213,11 +214,11 @@ def test_answers_that_stop_early_harm_no_others(toy: CausalLM) -> None:
     """Stop texts are found while the model goes on: in bursts, none fails, and each counts the same tokens always."""
 
     async def ask(engine: InProcessEngine) -> list[set[tuple[str, int]]]:
-        free = [_text(await engine.answer(_chat(f"question {n}", max_tokens=40))) for n in range(8)]
+        free = [_text(await engine.respond(_chat(f"question {n}", max_tokens=40))) for n in range(8)]
         found: list[set[tuple[str, int]]] = [set() for _ in free]
         for _ in range(12):
             asked = [_chat(f"question {n}", max_tokens=40, stop=text[5 + n]) for n, text in enumerate(free)]
-            for number, reply in enumerate(await asyncio.gather(*map(engine.answer, asked))):
+            for number, reply in enumerate(await asyncio.gather(*map(engine.respond, asked))):
                 assert isinstance(reply.body, bytes)
                 found[number].add((_text(reply), json.loads(reply.body)["usage"]["completion_tokens"]))
         return found
@@ -229,7 +230,7 @@ def test_answers_that_stop_early_harm_no_others(toy: CausalLM) -> None:
 def test_odd_numbers_are_answered_and_fail_nobody(toy: CausalLM, odd: dict[str, Any]) -> None:
     async def ask(engine: InProcessEngine) -> list[str]:
         asked = [_chat("hello", max_tokens=30), _chat("hello", max_tokens=30, **odd), _chat("you", max_tokens=30)]
-        return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))]
+        return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, asked))]
 
     plain, strange, _ = _run(toy, ask)
     assert strange == plain  # all of these take the likeliest token
@@ -241,8 +242,8 @@ def test_a_persona_that_is_no_number_is_refused_and_fails_nobody(toy: CausalLM) 
 
     async def ask(engine: InProcessEngine) -> str:
         with pytest.raises(EngineFailure, match="no numbers"):
-            await engine.answer(_chat("hello", spoiled))
-        return _text(await engine.answer(_chat("hello", soft)))
+            await engine.respond(_chat("hello", spoiled))
+        return _text(await engine.respond(_chat("hello", soft)))
 
     assert _run(toy, ask)
 
@@ -262,8 +263,8 @@ def test_newcomers_do_not_keep_others_waiting(toy: CausalLM, monkeypatch: pytest
     monkeypatch.setattr(toy, "logits_behind", stepping)
 
     async def ask(engine: InProcessEngine) -> None:
-        long = asyncio.create_task(engine.answer(_chat("long", max_tokens=100)))
-        await asyncio.gather(*(engine.answer(_chat(f"short {n}", max_tokens=1)) for n in range(60)))
+        long = asyncio.create_task(engine.respond(_chat("long", max_tokens=100)))
+        await asyncio.gather(*(engine.respond(_chat(f"short {n}", max_tokens=1)) for n in range(60)))
         await long
 
     _run(toy, ask, max_rows=2)
@@ -278,12 +279,11 @@ def test_the_likeliest_of_a_closed_set_is_that_of_an_evaluation(toy: CausalLM) -
     softs = [_soft(toy, seed) for seed in range(30)]
 
     async def ask(engine: InProcessEngine) -> list[str]:
-        asked = [_chat(f"which {n}", soft, choices=labels) for n, soft in enumerate(softs)]
+        turns = [[{"role": "user", "content": f"which {n}"}] for n in range(len(softs))]
         asked = [
-            EngineRequest(q.kind, {k: v for k, v in q.body.items() if k != "temperature"}, q.soft, labels)
-            for q in asked
+            engine_request("chat", {"messages": turn}, soft, labels) for turn, soft in zip(turns, softs, strict=True)
         ]
-        return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))]
+        return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, asked))]
 
     for number, (soft, answer) in enumerate(zip(softs, _run(toy, ask), strict=True)):
         scores = toy.score([f"which {number}"], labels, soft=soft)[0]
@@ -294,12 +294,12 @@ def test_closing_finishes_what_was_begun(toy: CausalLM) -> None:
     async def ask() -> tuple[str, str]:
         engine = InProcessEngine(toy, name="toy")
         await engine.start()
-        begun = asyncio.create_task(engine.answer(_chat("hello", max_tokens=40)))
+        begun = asyncio.create_task(engine.respond(_chat("hello", max_tokens=40)))
         await asyncio.sleep(0.05)
         await engine.close()
-        assert not await engine.ready()
+        assert not await engine.is_ready()
         with pytest.raises(EngineFailure):
-            await engine.answer(_chat("hello"))
+            await engine.respond(_chat("hello"))
         return _text(await begun), toy.generate(["hello"], soft=None, config=GenerationConfig(max_new_tokens=40))[
             0
         ].text
@@ -318,9 +318,9 @@ def test_a_model_that_fails_fails_those_it_was_at_and_serves_the_next(
         with monkeypatch.context() as patch:
             patch.setattr(toy, "read", broken)
             with pytest.raises(EngineFailure) as failed:
-                await engine.answer(_chat("hello"))
+                await engine.respond(_chat("hello"))
             assert "secret" not in str(failed.value)
-        return _text(await engine.answer(_chat("hello")))
+        return _text(await engine.respond(_chat("hello")))
 
     assert _run(toy, ask)
     assert "secret" not in caplog.text
@@ -331,7 +331,7 @@ def test_likelihoods_are_the_backends(toy: CausalLM) -> None:
 
     async def ask(engine: InProcessEngine) -> list[float]:
         found, _ = await asyncio.gather(
-            engine.likelihoods("hello", "5", softs=softs), engine.answer(_chat("meanwhile"))
+            engine.log_likelihoods("hello", "5", softs=softs), engine.respond(_chat("meanwhile"))
         )
         return found
 

@@ -30,20 +30,19 @@ TENANTS = ("shop", "bank", "school", "press")
 class _Telling:
     """An engine that answers with a digest of the soft tokens it was given, after others had their turn."""
 
-    name = "telling"
     models: tuple[str, ...] = ("telling",)
 
     async def start(self) -> None:
         pass
 
-    async def ready(self) -> bool:
+    async def is_ready(self) -> bool:
         return True
 
-    async def answer(self, question: EngineRequest) -> EngineReply:
+    async def respond(self, request: EngineRequest) -> EngineReply:
         await asyncio.sleep(0)
-        return EngineReply(_digest(question.soft))
+        return EngineReply(_digest(request.soft))
 
-    async def likelihoods(
+    async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
         raise NotImplementedError
@@ -74,32 +73,35 @@ class _Client:
             if kind == "ask":
                 turns = [{"role": "user", "content": "review: a film"}]
                 request = ChatRequest.model_validate({"messages": turns, "user": user})
-                answered = await self.service.answer(request, tenant=tenant)
+                answered = await self.service.respond(request, tenant=tenant)
                 assert answered.reply.body == self.expected, self.who
                 assert answered.persona.items == len(self.items)
             elif kind == "add":
                 self.made += 1
                 record = {"id": f"i{self.made}", "text": self._marker(self.made), "score": draw.choice(LABELS)}
-                await self.service.add(tenant, user, [record])
+                await self.service.add_records(tenant, user, records=[record])
                 fields = (("text", record["text"]), ("score", record["score"]))
                 self.items[record["id"]] = HistoryItem(record["id"], fields, "score")
                 self._expect()
             elif kind == "list":
-                found = await self.service.history(tenant, user)
+                store = self.service.store
+                found = [
+                    self.service.item_fields(item) for item in await asyncio.to_thread(store.list_items, tenant, user)
+                ]
                 assert [item["id"] for item in found] == list(self.items)
                 assert f"{tenant}/{user}/" in json.dumps(found) or not self.items
                 assert all(item["text"].startswith(f"{tenant}/{user}/") for item in found)
             elif kind == "delete" and self.items:
                 name = draw.choice(list(self.items))
-                await self.service.delete_item(tenant, user, name)
+                await asyncio.to_thread(self.service.store.delete_item, tenant, user, name)
                 del self.items[name]
                 self._expect()
             elif kind == "erase":
                 if self.made:
-                    await self.service.erase(tenant, user)
+                    await self.service.erase_user(tenant, user)
                 else:
                     with pytest.raises(MissingData):
-                        await self.service.erase(tenant, user)
+                        await self.service.erase_user(tenant, user)
                 self.items, self.made = {}, 0
                 self._expect()
 
@@ -135,4 +137,4 @@ def test_nobody_meets_another_users_history(toy: CausalLM, tmp_path: Path, users
     # A cache that holds a tenth of the users, so that they come and go in it too.
     service = open_service(toy, tmp_path, engine=_Telling(), cache_bytes=users * 400)
     asyncio.run(_mixed(service, users=users, requests=requests, at_once=32))
-    assert service.personas.kept_users < users
+    assert service.personas.cached_users < users

@@ -17,6 +17,7 @@ from personaplug.data.records import Options
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
 from personaplug.infra.model_hub import LLMIdentity
+from personaplug.plug.attribution import item_weights
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
@@ -71,7 +72,7 @@ def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: Plug
     assert expected.label_bias is not None
     assert expected.label_bias.any()
     torch.testing.assert_close(persona.soft.label_bias, expected.label_bias)
-    assert (persona.applied, persona.items, persona.kept) == ("user", 5, True)
+    assert (persona.applied, persona.items, persona.cached) == ("user", 5, True)
 
 
 def test_a_query_is_asked_anew_though_the_history_is_kept(tmp_path: Path) -> None:
@@ -90,8 +91,8 @@ def test_a_history_that_was_read_before_gives_the_same_tokens(tmp_path: Path, ch
         live.persona("shop", "ann", "another")
         persona = live.persona("shop", "ann", query, options=options)
         assert persona.soft is not None
-        assert persona.kept
-        assert torch.equal(persona.soft.vectors, live.made(query, history, options=options).vectors)
+        assert persona.cached
+        assert torch.equal(persona.soft.vectors, live.personalizer.of_history(query, history, options=options).vectors)
 
 
 def test_options_reach_a_plug_that_compares_them(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_the_unknown_get_what_is_common_to_all_or_nothing(tmp_path: Path, config
     for persona_scale in (1.0, 0.5):
         torch.testing.assert_close(_tokens(live, user, persona_scale=persona_scale), population.vectors)
     assert live.persona("shop", user, "a film").applied == "population"
-    plain = PersonaCache(Personalizer(live.plug), live.store, unknown="plain").persona("shop", user, "a film")
+    plain = PersonaCache(Personalizer(live.plug), live.store, fallback="plain").persona("shop", user, "a film")
     assert (plain.soft, plain.applied) == (None, "plain")
 
 
@@ -134,11 +135,11 @@ def test_a_change_is_seen_by_the_next_request(tmp_path: Path, config: PlugConfig
     before = _tokens(live, "ann")
     elsewhere.add("shop", "ann", ITEMS[2:])  # as another process would: nobody tells `live`
     persona = live.persona("shop", "ann", "a film")
-    assert (persona.items, persona.kept) == (5, False)
+    assert (persona.items, persona.cached) == (5, False)
     assert not torch.equal(before, _tokens(live, "ann"))
     elsewhere.erase_user("shop", "ann")
     assert live.persona("shop", "ann", "a film").applied == "population"
-    assert live.kept_users == 0
+    assert live.cached_users == 0
     elsewhere.add("shop", "ann", ITEMS[:2])
     assert live.persona("shop", "ann", "a film").items == 2
 
@@ -148,8 +149,8 @@ def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
     for user in map(str, range(20)):
         live.store.add("shop", user, ITEMS[:1])
         live.persona("shop", user, "a film")
-    assert 1 <= live.kept_users < 5
-    assert live.kept_bytes <= 5_000
+    assert 1 <= live.cached_users < 5
+    assert live.cached_bytes <= 5_000
     assert _live(tmp_path, cache_bytes=100).persona("shop", "3", "a film").applied == "user"
 
 
@@ -166,7 +167,7 @@ def test_forgetting_while_somebody_reads_leaves_nothing_behind(tmp_path: Path, m
 
     monkeypatch.setattr(live.store, "read", read_then_erased)
     live.persona("shop", "ann", "a film")
-    assert live.kept_users == 0
+    assert live.cached_users == 0
 
 
 def test_no_persona_crosses_to_another_user_or_tenant(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_stores_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EncoderMismatch):
         PersonaCache(Personalizer(plug), other)
     with pytest.raises(ConfigError, match="population, plain"):
-        _live(tmp_path, unknown="default")
+        _live(tmp_path, fallback="default")
 
 
 def test_users_of_few_items_are_told_to_have_what_is_common(tmp_path: Path) -> None:
@@ -219,7 +220,9 @@ def test_users_of_few_items_are_told_to_have_what_is_common(tmp_path: Path) -> N
     for one in ITEMS[:3]:
         live.store.add("shop", "ann", [one])
         applied.append(live.persona("shop", "ann", "a film").applied)
-        weights = live.weights("a film", live.personalizer.encoded(ITEMS[: len(applied)], encoder=ENCODER))
+        weights = item_weights(
+            live.personalizer, "a film", live.personalizer.encoded(ITEMS[: len(applied)], encoder=ENCODER)
+        )
         assert bool(weights.any()) == (applied[-1] == "user")
     assert applied == ["population", "population", "user"]
     assert not torch.equal(_tokens(live, "ann"), _tokens(live, None))

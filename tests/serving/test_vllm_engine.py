@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 import torch
-from live_server import LABELS, open_service, running, served
+from live_server import LABELS, engine_request, open_service, running, served
 from vllm_stand_in import MAX_MODEL_LEN, WIDTH, StandIn, read_embeds
 
 from personaplug.errors import ConfigError, EngineFailure, RequestError
@@ -26,7 +26,7 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.serving.app import create_app
 from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.engines.vllm import VLLMEngine
-from personaplug.serving.engines.vllm_requests import EmbeddingTable, encoded
+from personaplug.serving.engines.vllm_requests import EmbeddingTable, encode_embeds
 from personaplug.serving.openai_protocol import Kind
 
 SOFT = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -59,7 +59,7 @@ def _ask(engine: VLLMEngine, *questions: EngineRequest) -> list[Any]:
         try:
             found = []
             for question in questions:
-                reply = await engine.answer(question)
+                reply = await engine.respond(question)
                 found.append(reply.body if isinstance(reply.body, bytes) else [chunk async for chunk in reply.body])
             return found
         finally:
@@ -75,7 +75,7 @@ def _soft(placement: str = "suffix") -> SoftPrompt:
 def test_a_chat_gets_soft_tokens_as_the_beginning_of_its_answer(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
-    _ask(_engine(address, table, key="k"), EngineRequest("chat", ASKED, _soft(), id="r1"))
+    _ask(_engine(address, table, key="k"), engine_request("chat", ASKED, _soft(), id="r1"))
     sent = theirs.bodies[-1]
     assert sent["messages"][:2] == ASKED["messages"]
     (part,) = sent["messages"][2]["content"]
@@ -90,7 +90,7 @@ def test_a_chat_gets_soft_tokens_as_the_beginning_of_its_answer(
 def test_with_prefix_they_stand_before_the_last_users_text(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
-    _ask(_engine(address, table, placement="prefix"), EngineRequest("chat", ASKED, _soft("prefix")))
+    _ask(_engine(address, table, placement="prefix"), engine_request("chat", ASKED, _soft("prefix")))
     asked = theirs.bodies[-1]["messages"][1]["content"]
     assert [part["type"] for part in asked] == ["prompt_embeds", "text"]
     assert asked[1]["text"] == "hello"
@@ -98,16 +98,16 @@ def test_with_prefix_they_stand_before_the_last_users_text(
 
 
 def test_without_a_persona_a_request_goes_as_it_came(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
-    _ask(_engine(address, table), EngineRequest("chat", ASKED, None))
+    _ask(_engine(address, table), engine_request("chat", ASKED, None))
     assert theirs.bodies[-1] == {**ASKED, "model": "small"}
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 def test_a_completion_goes_embedded(theirs: StandIn, address: str, table: EmbeddingTable, placement: str) -> None:
-    _ask(_engine(address, table), EngineRequest("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement)))
+    _ask(_engine(address, table), engine_request("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement)))
     sent = theirs.bodies[-1]
     assert "prompt" not in sent
-    text = table.embedded("abc")
+    text = table.embed("abc")
     whole = [text, SOFT[0]] if placement == "suffix" else [SOFT[0], text]
     torch.testing.assert_close(read_embeds(sent["prompt_embeds"]), torch.cat(whole))
 
@@ -118,9 +118,9 @@ def test_soft_tokens_stand_behind_the_tokenizers_bos(
 ) -> None:
     framing = _Framing(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), framing)
-    question = EngineRequest("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement))
+    question = engine_request("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement))
     _ask(_engine(address, table, placement=placement), question)
-    bos, a, b, c, eos = table.embedded("abc").unsqueeze(1)
+    bos, a, b, c, eos = table.embed("abc").unsqueeze(1)
     whole = [bos, SOFT[0], a, b, c, eos] if placement == "prefix" else [bos, a, b, c, eos, SOFT[0]]
     torch.testing.assert_close(read_embeds(theirs.bodies[-1]["prompt_embeds"]), torch.cat(whole))
 
@@ -165,12 +165,12 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_takes_memory(
     table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
     many, more = "a" * (MAX_MODEL_LEN * 16 + 1), "b" * MAX_MODEL_LEN
     for prompt in (many, more):
-        question = EngineRequest("completion", {"prompt": prompt}, _soft())
+        question = engine_request("completion", {"prompt": prompt}, _soft())
         assert _not_sent(theirs, _engine(address, table), question).code == "context_length_exceeded"
     assert many not in tokenizer.texts  # this one is not even tokenized
     assert more in tokenizer.texts
     fits = "b" * (MAX_MODEL_LEN - SOFT.shape[1] - 2)
-    _ask(_engine(address, table), EngineRequest("completion", {"prompt": fits}, _soft()))
+    _ask(_engine(address, table), engine_request("completion", {"prompt": fits}, _soft()))
     assert len(read_embeds(theirs.bodies[-1]["prompt_embeds"])) == MAX_MODEL_LEN
 
 
@@ -182,7 +182,7 @@ def test_prompts_are_embedded_beside_the_event_loop(address: str, toy: CausalLM)
         engine = _engine(address, table)
         await engine.start()
         tokenizer.threads.clear()
-        await engine.answer(EngineRequest("completion", {"prompt": "abc"}, _soft()))
+        await engine.respond(engine_request("completion", {"prompt": "abc"}, _soft()))
         await engine.close()
 
     asyncio.run(whole())
@@ -194,9 +194,9 @@ def test_a_closed_set_constrains_unless_the_request_does(theirs: StandIn, addres
     form = {"response_format": {"type": "json_object"}}
     _ask(
         _engine(address, table),
-        EngineRequest("chat", ASKED, _soft(), ("1", "2")),
-        EngineRequest("chat", {**ASKED, "temperature": 0.5}, _soft(), ("1", "2")),
-        EngineRequest("chat", ASKED | form, _soft(), ("1", "2")),
+        engine_request("chat", ASKED, _soft(), ("1", "2")),
+        engine_request("chat", {**ASKED, "temperature": 0.5}, _soft(), ("1", "2")),
+        engine_request("chat", ASKED | form, _soft(), ("1", "2")),
     )
     first, warm, formed = theirs.bodies[-3:]
     assert first["structured_outputs"] == {"choice": ["1", "2"]}
@@ -210,9 +210,9 @@ def test_what_is_known_of_the_labels_is_sent_with_them(
     soft = replace(_soft(), label_bias=torch.tensor([[0.25, -300.0]]))
     _ask(
         _engine(address, table),
-        EngineRequest("chat", ASKED, soft, ("1", "2")),
-        EngineRequest("chat", {**ASKED, "logit_bias": {"7": 1}}, soft, ("1", "2")),
-        EngineRequest("chat", ASKED, soft),
+        engine_request("chat", ASKED, soft, ("1", "2")),
+        engine_request("chat", {**ASKED, "logit_bias": {"7": 1}}, soft, ("1", "2")),
+        engine_request("chat", ASKED, soft),
     )
     biased, own, free = theirs.bodies[-3:]
     (one,), (two,) = toy.prompt_tokenizer.answers(["1", "2"])
@@ -236,7 +236,7 @@ def _said(*parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(parts) or "hello"}], **fields}
 
 
-EMBEDS = encoded(torch.zeros(1, WIDTH))
+EMBEDS = encode_embeds(torch.zeros(1, WIDTH))
 CALLED = {"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"a": "\\u003cprompt_embeds>"}'}}
 
 
@@ -268,7 +268,7 @@ def test_what_brings_vllm_down_is_not_sent(
     code: str,
     persona: bool,
 ) -> None:
-    question = EngineRequest(kind, body, _soft() if persona else None)
+    question = engine_request(kind, body, _soft() if persona else None)
     assert _not_sent(theirs, _engine(address, table), question).code == code
 
 
@@ -276,20 +276,20 @@ def test_a_persona_that_is_no_numbers_is_not_sent(theirs: StandIn, address: str,
     spoiled = SOFT.clone()
     spoiled[0, 1, 2] = float("nan")
     with pytest.raises(EngineFailure, match="no numbers"):
-        _ask(_engine(address, table), EngineRequest("chat", ASKED, SoftPrompt(spoiled, placement="suffix")))
+        _ask(_engine(address, table), engine_request("chat", ASKED, SoftPrompt(spoiled, placement="suffix")))
     assert len(theirs.bodies) == 3
 
 
 def test_a_persona_has_no_place_behind_an_answer_that_goes_on(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
-    question = EngineRequest("chat", {**ASKED, "continue_final_message": True}, _soft())
+    question = engine_request("chat", {**ASKED, "continue_final_message": True}, _soft())
     assert _not_sent(theirs, _engine(address, table), question).code == "messages"
 
 
 def test_what_asks_for_nothing_that_harms_is_sent(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     harmless = {"echo": False, "prompt_logprobs": None, "note": "prompt_embeds, and a \\ and a \u2028"}
-    _ask(_engine(address, table), *[EngineRequest("chat", {**ASKED, **harmless}, soft) for soft in (None, _soft())])
+    _ask(_engine(address, table), *[engine_request("chat", {**ASKED, **harmless}, soft) for soft in (None, _soft())])
     assert [body["note"] for body in theirs.bodies[-2:]] == [harmless["note"]] * 2
     assert theirs.headers[-1]["content-type"] == "application/json"
 
@@ -298,7 +298,7 @@ def test_what_asks_for_nothing_that_harms_is_sent(theirs: StandIn, address: str,
 def test_fields_that_mean_nothing_to_a_completion_do_no_harm(
     theirs: StandIn, address: str, table: EmbeddingTable, odd: Any
 ) -> None:
-    _ask(_engine(address, table), EngineRequest("completion", {"prompt": "a", "messages": odd}, _soft()))
+    _ask(_engine(address, table), engine_request("completion", {"prompt": "a", "messages": odd}, _soft()))
     assert theirs.bodies[-1]["messages"] == odd
 
 
@@ -307,8 +307,9 @@ def test_fields_that_mean_nothing_to_a_completion_do_no_harm(
 def test_what_json_cannot_say_is_the_callers_mistake(
     theirs: StandIn, address: str, table: EmbeddingTable, value: Any, persona: bool
 ) -> None:
-    question = EngineRequest("chat", {**ASKED, "top_p": value}, _soft() if persona else None)
-    assert _not_sent(theirs, _engine(address, table), question).status == 400
+    with pytest.raises(RequestError) as refused:
+        engine_request("chat", {**ASKED, "top_p": value}, _soft() if persona else None)
+    assert refused.value.http_status == 400
 
 
 @pytest.mark.parametrize(
@@ -374,13 +375,13 @@ def test_no_server_is_said_so(table: EmbeddingTable) -> None:
         _ask(engine)
 
     async def ready() -> bool:
-        return await _engine("http://127.0.0.1:9", table).ready()
+        return await _engine("http://127.0.0.1:9", table).is_ready()
 
     assert not asyncio.run(ready())
 
 
 def test_a_stream_comes_as_it_is(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
-    (events,) = _ask(_engine(address, table), EngineRequest("chat", {**ASKED, "stream": True}, _soft()))
+    (events,) = _ask(_engine(address, table), engine_request("chat", {**ASKED, "stream": True}, _soft()))
     assert b"".join(events).endswith(b"data: [DONE]\n\n")
 
 
@@ -395,7 +396,7 @@ def test_of_a_stream_that_breaks_off_only_whole_events_are_passed_on(
     async def whole() -> None:
         engine = _engine(address, table)
         await engine.start()
-        reply = await engine.answer(EngineRequest("chat", {**ASKED, "stream": True}, _soft()))
+        reply = await engine.respond(engine_request("chat", {**ASKED, "stream": True}, _soft()))
         assert not isinstance(reply.body, bytes)
         async for events in reply.body:
             found.append(events)
@@ -415,7 +416,7 @@ def test_a_stream_that_is_closed_ends_at_vllm_too(
     async def whole() -> None:
         engine = _engine(address, table)
         await engine.start()
-        reply = await engine.answer(EngineRequest("chat", {**ASKED, "stream": True}, _soft()))
+        reply = await engine.respond(engine_request("chat", {**ASKED, "stream": True}, _soft()))
         assert not isinstance(reply.body, bytes)
         events = aiter(reply.body)
         for _ in range(read):
@@ -452,9 +453,9 @@ def test_a_reply_that_breaks_amid_its_framing_is_not_waited_for(table: Embedding
         address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         engine = _started(address, table, timeout_s=1, answer_s=1)
         async with asyncio.timeout(10):
-            assert not await engine.ready()
+            assert not await engine.is_ready()
             with pytest.raises(EngineFailure):  # noqa: PT012
-                reply = await engine.answer(EngineRequest("chat", {**ASKED, "stream": stream}, _soft()))
+                reply = await engine.respond(engine_request("chat", {**ASKED, "stream": stream}, _soft()))
                 assert not isinstance(reply.body, bytes)
                 async for _ in reply.body:
                     pass
@@ -494,7 +495,7 @@ def test_a_stream_may_be_silent_for_less_long_than_an_answer_in_one_piece(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     theirs.silent_s = 2
-    streamed, whole = (EngineRequest("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
+    streamed, whole = (engine_request("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
     with pytest.raises(EngineFailure, match="TimeoutError"):
         _ask(_engine(address, table, timeout_s=1), streamed)
     assert b"tea" in _ask(_engine(address, table, timeout_s=1), whole)[0]
@@ -507,7 +508,7 @@ def _answered(engine: VLLMEngine, theirs: StandIn, status: int) -> EngineReply:
         await engine.start()
         theirs.status = status
         try:
-            return await engine.answer(EngineRequest("chat", ASKED, _soft()))
+            return await engine.respond(engine_request("chat", ASKED, _soft()))
         finally:
             await engine.close()
 
@@ -546,7 +547,7 @@ def test_what_is_not_the_callers_fault_is_vllms_failure(
 
 def test_likelihoods_are_not_to_be_had(address: str, table: EmbeddingTable) -> None:
     with pytest.raises(RequestError, match="personaplug explain"):
-        asyncio.run(_engine(address, table).likelihoods("a", "b", softs=[None]))
+        asyncio.run(_engine(address, table).log_likelihoods("a", "b", softs=[None]))
 
 
 def test_failures_are_told_apart_and_end_when_they_end(

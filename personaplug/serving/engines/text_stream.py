@@ -1,0 +1,90 @@
+"""Text and events of a request to the in-process engine, while its tokens arrive."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+
+from personaplug.serving.engines.base import EventStream
+from personaplug.serving.engines.scheduler import Job
+from personaplug.serving.openai_protocol import DONE, ReplyFormatter, event
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """The text of a job's tokens, up to a stop text.
+
+    Attributes:
+        reason: why the text ended, once it has.
+    """
+
+    def __init__(self, job: Job, *, decode: Callable[[Sequence[int]], str], stop_texts: tuple[str, ...]) -> None:
+        self.job, self.reason = job, "stop"
+        self._decode, self._stop_texts, self._completion_tokens = decode, stop_texts, 0
+
+    async def pieces(self) -> AsyncGenerator[str]:
+        """Yield the text as it comes.
+
+        Raises:
+            EngineFailure: if the model fails on it.
+        """
+        ids: list[int] = []
+        text, sent, stop = "", 0, None
+        async with aclosing(self.job.tokens()) as tokens:
+            async for token in tokens:
+                ids.append(token)
+                text, self._completion_tokens = self._decode(ids), len(ids)
+                stop = min((index for index in map(text.find, self._stop_texts) if index >= 0), default=None)
+                if stop is not None:
+                    break
+                safe = _safe_length(text, self._stop_texts)
+                if safe > sent:
+                    yield text[sent:safe]
+                    sent = safe
+        if rest := text[sent:stop]:
+            yield rest
+        self.reason = "stop" if stop is not None else self.job.finish_reason
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens read and written, as OpenAI counts them; soft tokens are part of the prompt."""
+        row, written = self.job.row, self._completion_tokens
+        read = len(row.prompt.ids) + (row.soft.vectors.shape[1] if row.soft else 0)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+class TextEvents(EventStream):
+    """A text as OpenAI's events. Closing it cancels the job, even if nobody has read from it."""
+
+    def __init__(self, text: TextStream, formatter: ReplyFormatter, *, include_usage: bool) -> None:
+        self._text, self._formatter, self._include_usage = text, formatter, include_usage
+        self._events = self._generate()
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._events)
+
+    async def aclose(self) -> None:
+        self._text.job.is_cancelled = True
+        await self._events.aclose()
+
+    async def _generate(self) -> AsyncGenerator[bytes]:
+        if (start := self._formatter.start()) is not None:
+            yield event(start)
+        async with aclosing(self._text.pieces()) as pieces:
+            async for piece in pieces:
+                yield event(self._formatter.piece(piece))
+        yield event(self._formatter.end(self._text.reason))
+        if self._include_usage:
+            yield event(self._formatter.usage(self._text.usage))
+        yield DONE
+
+
+def _safe_length(text: str, stop_texts: tuple[str, ...]) -> int:
+    """Count the characters that may be sent: none that may be half a character or begin a stop text."""
+    end = len(text.rstrip(_INCOMPLETE))
+    for stop in stop_texts:
+        longest = min(len(stop) - 1, len(text))
+        overlap = next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+        end = min(end, len(text) - overlap)
+    return end

@@ -33,16 +33,11 @@ class ApiKeys:
 
     @classmethod
     def load(cls, path: Path) -> ApiKeys:
-        """Load the keys of a file that `create_key` writes.
-
-        Raises:
-            MissingData: if there is no such file, or it holds no keys.
-        """
+        """Load the keys of a file that `create_key` writes."""
         return cls(_load_tenants(path))
 
     @property
     def is_open(self) -> bool:
-        """Whether everybody is let in."""
         return self._tenants is None
 
     def tenant_of(self, authorization: str | None) -> str | None:
@@ -55,11 +50,7 @@ class ApiKeys:
         return matches[0] if matches and scheme.lower() == "bearer" else None
 
     def check_address(self, host: str) -> None:
-        """Check that a server without keys listens to this machine only.
-
-        Raises:
-            ConfigError: if it does not.
-        """
+        """Check that a server without keys listens to this machine only."""
         if self.is_open and not is_loopback(host):
             raise ConfigError(
                 f"Without keys, a server listens to this machine alone (--host 127.0.0.1); found {host!r}. Make keys "
@@ -68,12 +59,7 @@ class ApiKeys:
 
 
 def create_key(path: Path, tenant: str) -> str:
-    """Create a key for a tenant, store its hash in a file, and return the key, which is stored nowhere.
-
-    Raises:
-        ConfigError: if the tenant has no name.
-        MissingData: if the file exists and holds no keys.
-    """
+    """Create a key for a tenant, store its hash in a file, and return the key, which is stored nowhere."""
     if not tenant.strip():
         raise ConfigError("A tenant has a name; found none.")
     tenants = _load_tenants(path) if path.exists() else {}

@@ -47,11 +47,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(service: Service, *, api_keys: ApiKeys | None = None, limits: RequestLimits | None = None) -> FastAPI:
-    """The server as an ASGI application.
-
-    Args:
-        api_keys: who may use it; None = everybody, for servers that only this machine reaches.
-    """
+    """The server as an ASGI application; without keys, it answers to this machine only."""
     parts = ServerParts(service, limits or RequestLimits(), Telemetry())
 
     @asynccontextmanager
@@ -78,14 +74,7 @@ def create_app(service: Service, *, api_keys: ApiKeys | None = None, limits: Req
 def serve(
     service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: str, port: int, patience_s: int = 30
 ) -> None:
-    """Serve until SIGTERM, then finish the running requests.
-
-    Args:
-        patience_s: seconds that running requests have to end.
-    Raises:
-        ConfigError: if the server has no keys and listens to other machines, or the engine does not fit.
-        EngineFailure: if the language model cannot be reached.
-    """
+    """Serve until SIGTERM, then give the running requests `patience_s` seconds to end."""
     api_keys.check_address(host)
     config = uvicorn.Config(
         create_app(service, api_keys=api_keys, limits=limits),

@@ -1,8 +1,6 @@
-"""Error responses in OpenAI's form, and the handlers that turn exceptions into them."""
+"""Error responses in OpenAI's form, and handlers for the errors that FastAPI would otherwise answer itself."""
 
 from __future__ import annotations
-
-import logging
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -10,16 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from personaplug.errors import PersonaPlugError
 from personaplug.serving.openai_protocol import error_reply, first_error
-
-logger = logging.getLogger(__name__)
-
-_SERVER_MESSAGES = {
-    500: "The server is not set up for this request.",
-    503: "The store of histories cannot be used now; try again.",
-}
-"""Replace the error's own message for these statuses, because that message may name paths or settings."""
 
 
 def error_response(status: int, message: str, *, code: str) -> Response:
@@ -36,18 +25,9 @@ def retry_after(status: int) -> dict[str, str]:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception in OpenAI's form."""
-    app.add_exception_handler(PersonaPlugError, _on_package_error)
+    """Answer FastAPI's own errors in OpenAI's form."""
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
-
-
-async def _on_package_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PersonaPlugError)
-    status, code = error.http_status, error.code
-    if status >= 500:
-        logger.error("%s: %s", type(error).__name__, code)
-    return error_response(status, _SERVER_MESSAGES.get(status, str(error)), code=code)
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:

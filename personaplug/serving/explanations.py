@@ -31,9 +31,6 @@ class Explainer:
 
         Args:
             most: number of items to list, those with the largest effect or weight.
-        Raises:
-            MissingData: if the user has no items.
-            RequestError: if the prompt is answered without a persona, or the engine cannot measure likelihoods.
         """
         query = self.service.parse(prompt)
         if not self.service.is_personal(query):
@@ -59,12 +56,7 @@ class Explainer:
         return explanation
 
     async def drift(self, tenant: str, user: str, *, since: date, until: date) -> dict[str, Any]:
-        """Say how far a user's persona moved between the evenings of two days.
-
-        Raises:
-            MissingData: if the user has no items.
-            RequestError: if the days are in the wrong order.
-        """
+        """Say how far a user's persona moved between the evenings of two days."""
         if since > until:
             raise RequestError("`since` is a day before `until`.", code="invalid_value")
         items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=None)

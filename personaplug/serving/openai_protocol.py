@@ -26,11 +26,7 @@ _MAX_DEPTH = 100  # levels of nested lists and objects
 
 
 def json_leaves(value: object) -> Iterator[object]:
-    """Iterate over the keys and scalars of a JSON value, however deep they are nested.
-
-    Raises:
-        RequestError: if the value is nested more than 100 levels deep.
-    """
+    """Iterate over the keys and scalars of a JSON value; RequestError if it is nested too deep."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         nested: list[object] = []
@@ -48,24 +44,20 @@ def json_leaves(value: object) -> Iterator[object]:
 
 
 def check_json(value: T) -> T:
-    """Check that a value that came as JSON can be written as JSON again, and return it.
-
-    Raises:
-        RequestError: if it holds NaN, an infinity or half of a surrogate pair, or is nested too deep.
-    """
+    """Return a value that came as JSON; RequestError if it cannot be written as JSON again."""
     for leaf in json_leaves(value):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            raise RequestError("The request holds NaN or Infinity, which JSON does not have.", code="invalid_value")
-        if isinstance(leaf, str) and not _is_unicode(leaf):
-            raise RequestError("The request holds half of a surrogate pair.", code="invalid_value")
+        if (isinstance(leaf, float) and not math.isfinite(leaf)) or (isinstance(leaf, str) and not _is_unicode(leaf)):
+            raise RequestError(
+                "The request holds NaN, Infinity or half of a surrogate pair, which JSON cannot represent.",
+                code="invalid_value",
+            )
     return value
 
 
 def check_name(text: str) -> str:
-    """Check that a name fits databases, headers and paths, and return it.
+    """Return a name; ValueError if it does not fit databases, headers and paths.
 
-    Raises:
-        ValueError: if it does not. Clients resolve the dots of a path: to delete an item `..` would erase its user.
+    Clients resolve the dots of a path: to delete an item `..` would erase its user.
     """
     if any(character < " " for character in text):
         raise ValueError("an id may hold no control characters")
@@ -126,8 +118,6 @@ class _OpenModel(BaseModel):
 
 
 class Message(_OpenModel):
-    """One turn of a chat."""
-
     role: Text
     content: Text | list[_JsonObject] | None = None
 
@@ -178,13 +168,10 @@ class CompletionRequest(_GenerationRequest):
 
     @property
     def prompt_text(self) -> str:
-        """The prompt."""
         return self.prompt
 
 
 class ErrorBody(BaseModel):
-    """What went wrong, as OpenAI says it."""
-
     message: str
     type: str
     code: str | None = None
@@ -198,7 +185,6 @@ class ErrorReply(BaseModel):
 
 
 def error_reply(message: str, *, code: str, status: int) -> dict[str, Any]:
-    """The body of an error reply."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return ErrorReply(error=ErrorBody(message=message, type=kind, code=code)).model_dump()
 
@@ -210,12 +196,10 @@ def first_error(errors: Sequence[Any]) -> str:
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:
-    """A request or reply as compact JSON."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 def event(body: Mapping[str, Any]) -> bytes:
-    """One event of a stream."""
     return b"data: " + to_json(body) + b"\n\n"
 
 
@@ -223,35 +207,24 @@ class ReplyFormatter:
     """Formats the reply to one request, whole or as chunks of a stream."""
 
     def __init__(self, kind: Kind, *, model: str, request_id: str) -> None:
-        self._is_chat = kind == "chat"
-        prefix = "chatcmpl" if self._is_chat else "cmpl"
+        self.is_chat = kind == "chat"
+        prefix = "chatcmpl" if self.is_chat else "cmpl"
         self._base = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": model}
 
     def whole(self, text: str, *, reason: str, usage: dict[str, int]) -> dict[str, Any]:
         """The reply in one piece."""
-        content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
         choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
-        name = "chat.completion" if self._is_chat else "text_completion"
+        name = "chat.completion" if self.is_chat else "text_completion"
         return {**self._base, "object": name, "choices": [choice], "usage": usage}
 
-    def start(self) -> dict[str, Any] | None:
-        """The first chunk, which a completion does not have."""
-        return self._chunk({"role": "assistant", "content": ""}) if self._is_chat else None
+    def chunk(self, delta: dict[str, str], *, reason: str | None = None) -> dict[str, Any]:
+        """A piece of the reply.
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """A chunk with the next piece of text."""
-        return self._chunk({"content": text} if self._is_chat else text)
-
-    def end(self, reason: str) -> dict[str, Any]:
-        """The chunk that ends the text."""
-        return self._chunk({} if self._is_chat else "", reason=reason)
-
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
-        """The chunk that follows the text if the caller asks for usage."""
-        return self._chunk(None) | {"choices": [], "usage": usage}
-
-    def _chunk(self, delta: dict[str, str] | str | None, *, reason: str | None = None) -> dict[str, Any]:
-        content = {"delta": delta} if self._is_chat else {"text": delta}
+        Args:
+            delta: what is new: `content` and, in the first chunk of a chat, `role`; empty in the last chunk.
+        """
+        content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
         choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
-        name = "chat.completion.chunk" if self._is_chat else "text_completion"
+        name = "chat.completion.chunk" if self.is_chat else "text_completion"
         return {**self._base, "object": name, "choices": [choice]}

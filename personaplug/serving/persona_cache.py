@@ -39,12 +39,9 @@ class Persona:
 
     Attributes:
         soft: (1, S, D); None = the plain model answers.
-        applied: `user` = made from the user's own items; `population` = common to all users, which users with few
-            items get too; `plain` = none.
+        applied: `user` = made from the user's own items; `population` = common to all, also for users with few items.
         items: length of the history.
-        persona_scale: as `PersonaPlug.forward` takes it.
         cached: whether the history was in the cache, unchanged.
-        phrases: the user's own phrases; None = not wanted.
     """
 
     soft: SoftPrompt | None
@@ -78,12 +75,9 @@ class PersonaCache:
     and erasure, also by other processes.
 
     Args:
-        store: its vectors have to come from the plug's encoder.
-        fallback: what users get who have no history, and requests without a user.
+        fallback: what requests get without a user, or whose user has no history.
         build_phrases: builds phrases of a user's own answers, for an engine that mixes them in.
-        cache_bytes: most that the entries take.
     Raises:
-        ConfigError: if an argument is out of range.
         StoreConflict, EncoderMismatch: if the store does not fit the plug.
 
     Attributes:
@@ -127,8 +121,6 @@ class PersonaCache:
 
         Args:
             user: None = nobody in particular.
-            query: the part of a prompt that the plug's task encodes.
-            options: what the prompt offers to choose from, for a plug that compares options.
             persona_scale: as `PersonaPlug.forward` takes it; None = the personalizer's.
         """
         default_scale = self.personalizer.persona_scale
@@ -154,12 +146,10 @@ class PersonaCache:
 
     @property
     def cached_users(self) -> int:
-        """Number of users in the cache."""
         return len(self._entries)
 
     @property
     def cached_bytes(self) -> int:
-        """Size of the cache."""
         return int(self._entries.currsize)
 
     def _lookup(self, tenant: str, user: str) -> tuple[_Entry, bool]:
@@ -227,10 +217,6 @@ def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
 
 
 def store_settings(plug: PersonaPlug, *, keep_text: bool = False) -> StoreSettings:
-    """The settings of a store of histories for a plug.
-
-    Args:
-        keep_text: keep the items' texts too, which phrases and explanations with texts need.
-    """
+    """The settings of a store for a plug's histories. Phrases, and explanations with texts, need `keep_text`."""
     labels = plug.spec.labels if plug.config.reads_labels else ()
     return StoreSettings(labels=labels, encodes_answers=plug.config.encodes_answers, keep_text=keep_text)

@@ -15,25 +15,16 @@ from cachetools import TTLCache
 from personaplug.errors import RequestError
 
 _MAX_CLOCK_SKEW_S = 60  # between this server and another one that erases users
-
-
-class _Key(NamedTuple):
-    tenant: str
-    user: str
-    request_id: str
+_ENTRY_BYTES = 256  # of an entry, beside its query
 
 
 class _Entry(NamedTuple):
     query: str
     asked_at: float  # as `time.time` gives it
 
-    @property
-    def bytes(self) -> int:
-        return 256 + 4 * len(self.query)
-
 
 class RecentRequests:
-    """The queries of recent requests by user and request; safe for several threads.
+    """The queries of recent requests, by tenant, user and request id; safe for several threads.
 
     Args:
         max_bytes: most that the queries take; the oldest go first.
@@ -41,7 +32,9 @@ class RecentRequests:
     """
 
     def __init__(self, *, max_bytes: int = 64 * 2**20, ttl_s: float = 24 * 3600) -> None:
-        self._entries: TTLCache[_Key, _Entry] = TTLCache(max_bytes, ttl_s, getsizeof=lambda entry: entry.bytes)
+        self._entries: TTLCache[tuple[str, str, str], _Entry] = TTLCache(
+            max_bytes, ttl_s, getsizeof=lambda entry: _ENTRY_BYTES + 4 * len(entry.query)
+        )
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
         self._lock = threading.Lock()
 
@@ -53,9 +46,9 @@ class RecentRequests:
         """
         entry = _Entry(query, time.time() - (time.monotonic() - since))
         with self._lock:
-            erased = self._erased.get((tenant, user), -1.0) >= since
-            if not erased and entry.bytes <= self._entries.maxsize:
-                self._entries[_Key(tenant, user, request_id)] = entry
+            is_erased = self._erased.get((tenant, user), -1.0) >= since
+            if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:
+                self._entries[tenant, user, request_id] = entry
 
     def query(self, tenant: str, user: str, *, request_id: str, erased_at: datetime | None = None) -> str:
         """The query of a user's request.
@@ -66,7 +59,7 @@ class RecentRequests:
             RequestError: if no such request is kept.
         """
         with self._lock:
-            entry = self._entries.get(_Key(tenant, user, request_id))
+            entry = self._entries.get((tenant, user, request_id))
         if entry is None or (erased_at is not None and erased_at.timestamp() + _MAX_CLOCK_SKEW_S >= entry.asked_at):
             raise RequestError(
                 "No request of this id is known for this user: requests are kept for a while, until the server "
@@ -80,7 +73,7 @@ class RecentRequests:
         """Drop all requests of a user."""
         with self._lock:
             self._erased[tenant, user] = time.monotonic()
-            for key in [key for key in self._entries if (key.tenant, key.user) == (tenant, user)]:
+            for key in [key for key in self._entries if key[:2] == (tenant, user)]:
                 self._entries.pop(key, None)
 
     def __len__(self) -> int:

@@ -38,17 +38,11 @@ class ServiceReply:
 
 @dataclass(frozen=True, repr=False)
 class TaskQuery:
-    """A prompt as the plug's task parses it.
+    """A prompt as the plug's task parses it."""
 
-    Attributes:
-        text: what the encoder reads.
-        options: what the prompt offers to choose from.
-        is_on_task: whether the prompt has the task's wording.
-    """
-
-    text: str
-    options: Options | None
-    is_on_task: bool
+    text: str  # what the encoder reads
+    options: Options | None  # what the prompt offers to choose from
+    is_on_task: bool  # whether the prompt has the task's wording
 
 
 class Service:
@@ -57,7 +51,6 @@ class Service:
     Args:
         task: what the plug was trained on.
         apply_off_task: use personas also for prompts without the task's wording, for which the plug was not trained.
-        recent_requests: keeps requests for feedback.
     """
 
     def __init__(
@@ -76,12 +69,7 @@ class Service:
         self._slow_pool = ThreadPoolExecutor(2, thread_name_prefix="personaplug-slow")
 
     async def respond(self, request: ChatRequest | CompletionRequest, *, tenant: str) -> ServiceReply:
-        """Answer a request with its user's persona.
-
-        Raises:
-            RequestError: if the request cannot be answered as it is.
-            EngineFailure: if the model fails.
-        """
+        """Answer a request with its user's persona."""
         self.check_model(request.model)
         arrived, query, options = time.monotonic(), self.parse(request.prompt_text), request.personaplug
         persona = await asyncio.to_thread(
@@ -100,20 +88,12 @@ class Service:
         return ServiceReply(reply, persona, request_id)
 
     async def add_records(self, tenant: str, user: str, *, records: Sequence[dict[str, Any]]) -> Stored:
-        """Add records with the task's fields to a user's history, all of them or none.
-
-        Raises:
-            RequestError: if a record does not fit the task.
-        """
+        """Add records with the task's fields to a user's history, all of them or none."""
         items = [self._item(record, number) for number, record in enumerate(records, 1)]
         return await self.run_slow(self.store.add, tenant, user, items)
 
     async def add_feedback(self, tenant: str, user: str, *, request_id: str, answer: str) -> Stored:
-        """Add an earlier request, with the answer that its user kept, to the user's history.
-
-        Raises:
-            RequestError: if the request is not known, or the answer is none of the task's.
-        """
+        """Add an earlier request, with the answer that its user kept, to the user's history."""
         erased_at = await asyncio.to_thread(self.store.erased_at, tenant, user)
         query = self.recent_requests.query(tenant, user, request_id=request_id, erased_at=erased_at)
         task = self.task
@@ -129,11 +109,7 @@ class Service:
         return await self.run_slow(self.store.add, tenant, user, [item])
 
     async def erase_user(self, tenant: str, user: str) -> Receipt:
-        """Remove everything of a user, from memory and files.
-
-        Raises:
-            MissingData: if there is no such user.
-        """
+        """Remove everything of a user, from memory and files."""
         self.recent_requests.forget(tenant, user)
         try:
             return await self.run_slow(self.store.erase_user, tenant, user)
@@ -158,15 +134,10 @@ class Service:
             return TaskQuery(prompt, None, is_on_task=False)
 
     def is_personal(self, query: TaskQuery) -> bool:
-        """Whether a query is answered with a persona."""
         return query.is_on_task or self.apply_off_task
 
     def check_model(self, name: str | None) -> None:
-        """Check that the engine has a model of this name; None stands for the only one.
-
-        Raises:
-            RequestError: if it does not.
-        """
+        """Check that the engine has a model of this name; None stands for the only one."""
         models = self.engine.models
         if name not in models and (name is not None or len(models) != 1):
             raise RequestError(

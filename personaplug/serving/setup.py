@@ -29,24 +29,13 @@ LOCAL = "local"
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """How a run is served.
+    """How a run is served; the options of `personaplug serve` explain the rest.
 
     Attributes:
         store: file or URL of the histories.
         create: make the store if it does not exist.
-        secret: file of the store's secret; None = beside SQLite's file.
-        engine: `local`, or the address of a vLLM server (http://…).
-        engine_key: API key of the vLLM server, if any.
-        model: the name by which requests call the model; empty = the run's, or vLLM's own.
         seed: of the training; None = the run's first.
-        fallback: what users without a history get.
-        persona_scale: of personas, if a request does not say.
-        apply_off_task: use personas also for prompts without the wording of the run's task.
-        keep_text: keep the texts of items, in a new store.
-        phrases: mix users' own phrases into the local engine's answers; needs a store with texts.
         retention: which items of a user are kept.
-        max_rows: answers that the local engine generates at once.
-        max_new_tokens: longest answer of the local engine.
     """
 
     store: str
@@ -67,13 +56,7 @@ class ServingConfig:
 
 
 def open_service(run: Run, config: ServingConfig) -> Service:
-    """Load the models and open the store; the engine is not started yet.
-
-    Raises:
-        MissingData: if the run has no finished plug, or the store's secret is missing.
-        StoreConflict, EncoderMismatch: if the store does not fit the plug.
-        ConfigError: if the engine cannot serve this plug.
-    """
+    """Load the models and open the store. The engine is not started yet."""
     if config.phrases:  # before the models are loaded
         check_ngrams(run.task)
         if config.engine != LOCAL:
@@ -125,12 +108,7 @@ def _open_vllm(run: Run, config: ServingConfig, *, folder: Path, encoder: Encode
 
 
 def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:
-    """Open the store of a plug's histories, or make it.
-
-    Raises:
-        StoreConflict: if the store has another secret.
-        MissingData: if there is no store, and `create` is false.
-    """
+    """Open the store of a plug's histories; make it if it does not exist and `config.create` is true."""
     opened = partial(HistoryStore.open, config.store, retention=config.retention, secret=config.secret)
     if not config.create:
         opened().close()  # without an encoder, no store is made

@@ -17,20 +17,13 @@ MAX_CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True, repr=False)
 class EngineRequest:
-    """A request as an engine gets it.
-
-    Attributes:
-        body: the validated HTTP body.
-        soft: (1, S, D); None = no persona.
-        choices: the closed set of answers; empty = free text.
-        phrases: the user's own phrases, mixed into free text; None = no phrases.
-    """
+    """A request as an engine gets it."""
 
     body: ChatRequest | CompletionRequest
-    soft: SoftPrompt | None
-    choices: Sequence[str] = ()
+    soft: SoftPrompt | None  # (1, S, D)
+    choices: Sequence[str] = ()  # the closed set of answers; empty = free text
     id: str = ""
-    phrases: UserNgramCache | None = None
+    phrases: UserNgramCache | None = None  # the user's own phrases, mixed into free text
 
 
 class EventStream(AsyncIterator[bytes]):
@@ -50,44 +43,25 @@ class EngineReply:
 
 
 class Engine(Protocol):
-    """A language model that takes requests from many users at once.
+    """A language model that takes requests from many users at once."""
 
-    Attributes:
-        models: the names by which requests may call it.
-    """
-
-    models: tuple[str, ...]
+    models: tuple[str, ...]  # the names by which requests may call it
 
     async def start(self) -> None:
-        """Start, and check that soft tokens work as in training; further calls do nothing.
-
-        Raises:
-            ConfigError: if the engine is not set up for soft tokens.
-            EngineFailure: if the model cannot be reached.
-        """
+        """Start, and check that soft tokens work as in training; further calls do nothing."""
         ...
 
-    async def is_ready(self) -> bool:
-        """Whether it can answer now."""
-        ...
+    async def is_ready(self) -> bool: ...
 
     async def respond(self, request: EngineRequest) -> EngineReply:
-        """Answer one request.
-
-        Raises:
-            RequestError: if the engine does not support the request.
-            EngineFailure: if the model fails.
-        """
+        """Answer one request; RequestError if the engine does not support it, EngineFailure if the model fails."""
         ...
 
     async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """Return log p of an answer to a prompt under each soft prompt.
+        """Return log p of an answer to a prompt under each soft prompt, all of one shape.
 
-        Args:
-            softs: all of one shape.
-            choices: the closed set that the answer is from; empty = free text.
         Raises:
             RequestError: if the engine cannot measure likelihoods.
         """

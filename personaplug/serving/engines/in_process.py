@@ -40,8 +40,6 @@ class InProcessEngine:
         max_new_tokens: longest answer.
         max_tokens: longest prompt, soft tokens and answer together; None = the model's own limit.
         max_held: tokens, padding included, that all running answers may come to hold; bounds the memory.
-    Raises:
-        ConfigError: if the model cannot cache prompts.
     """
 
     def __init__(
@@ -65,15 +63,12 @@ class InProcessEngine:
         self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(max_held, self.max_tokens))
 
     async def start(self) -> None:
-        """Start the thread that owns the model."""
         self._scheduler.start()
 
     async def is_ready(self) -> bool:
-        """Whether the thread takes requests."""
         return self._scheduler.is_alive
 
     async def close(self) -> None:
-        """Finish the running requests, then stop."""
         await self._scheduler.close()
 
     async def respond(self, request: EngineRequest) -> EngineReply:
@@ -84,7 +79,8 @@ class InProcessEngine:
         formatter = ReplyFormatter(request.body.kind, model=self.models[0], request_id=request.id)
         self._scheduler.submit(job)
         if request.body.stream:
-            return EngineReply(TextEvents(text, formatter, include_usage=sampling.include_usage))
+            include_usage = bool((sampling.stream_options or {}).get("include_usage"))
+            return EngineReply(TextEvents(text, formatter, include_usage=include_usage))
         try:
             pieces = [piece async for piece in text.pieces()]
         finally:
@@ -94,10 +90,7 @@ class InProcessEngine:
     async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """Return log p of an answer to a prompt under each soft prompt; see `Engine.log_likelihoods`.
-
-        Other requests go on between the passes.
-        """
+        """See `Engine.log_likelihoods`. Other requests go on between the passes."""
         self._check_characters(prompt + answer)
         log_likelihoods: list[float] = []
         try:
@@ -110,11 +103,7 @@ class InProcessEngine:
         return log_likelihoods
 
     def _rows_per_pass(self, prompt: str, answer: str, choices: Sequence[str]) -> int:
-        """How many soft prompts fit in one pass.
-
-        Raises:
-            RequestError: if the prompt or the answer is too long.
-        """
+        """How many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
         tokenizer = self.llm.prompt_tokenizer
         (prompt_tokens,), (answer_ids,) = tokenizer.prompts([prompt]), tokenizer.targets([answer], labels=choices)
         if prompt_tokens.truncated:
@@ -160,11 +149,12 @@ class InProcessEngine:
         return Row(prompt, soft, config, choices, request.phrases)
 
     def _max_new_tokens(self, sampling: Sampling, room: int) -> int:
-        if sampling.limit is not None and sampling.limit > self.max_new_tokens:
+        limit = sampling.max_completion_tokens or sampling.max_tokens
+        if limit is not None and limit > self.max_new_tokens:
             raise RequestError(f"This server writes at most {self.max_new_tokens} tokens.", code="max_tokens")
         if room < 1:
             raise _too_long(self.max_tokens)
-        return sampling.limit or min(self.max_new_tokens, room)
+        return limit or min(self.max_new_tokens, room)
 
     def _tokenize(self, request: EngineRequest) -> TokenizedPrompt:
         body, tokenizer = request.body, self.llm.prompt_tokenizer
@@ -195,11 +185,7 @@ def _too_long(max_tokens: int) -> RequestError:
 
 
 def _turn(message: Message) -> tuple[str, str]:
-    """Return a message's role and text.
-
-    Raises:
-        RequestError: if the message holds what this engine does not support.
-    """
+    """Return a message's role and text; RequestError if it holds what this engine does not support."""
     role = _ROLES.get(message.role)
     if role is None:
         raise RequestError(f"The embedded engine knows the roles {', '.join(_ROLES)}.", code="messages")

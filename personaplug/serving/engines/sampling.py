@@ -12,28 +12,16 @@ from personaplug.serving.openai_protocol import first_error
 _MAX_STOPS = 4  # as in OpenAI's API
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
+    **dict.fromkeys(("prompt_logprobs", "prompt_embeds"), (None,)),
+    **dict.fromkeys(("n", "best_of", "repetition_penalty"), (None, 1)),
+    **dict.fromkeys(("top_logprobs", "frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (None, 0)),
+    **dict.fromkeys(("echo", "continue_final_message"), (None, False)),
+    **dict.fromkeys(("tools", "functions", "stop_token_ids", "bad_words"), (None, [])),
+    **dict.fromkeys(("logit_bias", "structured_outputs"), (None, {})),
     "suffix": (None, ""),
     "logprobs": (None, False, 0),
-    "top_logprobs": (None, 0),
-    "prompt_logprobs": (None,),
-    "tools": (None, []),
-    "functions": (None, []),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "top_k": (None, 0, -1),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "stop_token_ids": (None, []),
-    "bad_words": (None, []),
-    "logit_bias": (None, {}),
     "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None, {}),
-    "continue_final_message": (None, False),
-    "prompt_embeds": (None,),
 }
 """Fields that would change the answer, with the values that leave it unchanged. Other unknown fields are ignored."""
 
@@ -53,11 +41,7 @@ class Sampling(BaseModel):
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any] | None) -> Sampling:
-        """Validate the undeclared fields of a request.
-
-        Raises:
-            RequestError: if one of them is invalid or unsupported.
-        """
+        """Validate the undeclared fields; RequestError if one of them is invalid or unsupported."""
         fields = fields or {}
         try:
             sampling = cls.model_validate(fields)
@@ -75,13 +59,3 @@ class Sampling(BaseModel):
         """Texts that end an answer and are not part of it."""
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in texts if text)
-
-    @property
-    def limit(self) -> int | None:
-        """The longest answer that the caller accepts, in tokens."""
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return bool((self.stream_options or {}).get("include_usage"))

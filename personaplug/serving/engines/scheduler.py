@@ -25,25 +25,18 @@ _PREFILL_TOKENS = 2048  # prompt tokens that are read between two tokens of the 
 
 
 class Job:
-    """A row on its way through the thread; to be created on the event loop that waits for it.
-
-    Attributes:
-        is_cancelled: whether nobody waits for it any more.
-        finish_reason: why the row ended, once its tokens are read.
-    """
+    """A row on its way through the thread; to be created on the event loop that waits for it."""
 
     def __init__(self, row: Row) -> None:
-        self.row, self.is_cancelled, self.finish_reason = row, False, "stop"
+        self.row = row
+        self.is_cancelled = False  # whether nobody waits for it any more
+        self.finish_reason = "stop"  # valid once all tokens are read
         self._published = 0
         self._loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[tuple[list[int], str | None]] = asyncio.Queue()
 
     async def tokens(self) -> AsyncGenerator[int]:
-        """Yield each new token.
-
-        Raises:
-            EngineFailure: if the model fails on the row.
-        """
+        """Yield each new token; EngineFailure if the model fails on the row."""
         ended: str | None = None
         while ended is None:
             ids, ended = await self._updates.get()
@@ -85,11 +78,9 @@ class ModelScheduler:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it takes requests."""
         return self._thread.is_alive() and not self._is_closed
 
     def start(self) -> None:
-        """Start the thread; further calls do nothing."""
         if self._thread.ident is None:
             self._thread.start()
 
@@ -102,22 +93,14 @@ class ModelScheduler:
             await asyncio.to_thread(self._thread.join)
 
     def submit(self, work: Job | Callable[[], None]) -> None:
-        """Queue a row, or a call that uses the model.
-
-        Raises:
-            EngineFailure: if the thread does not run.
-        """
+        """Queue a row, or a call that uses the model."""
         with self._inbox_lock:
             if not self.is_alive:
                 raise EngineFailure("The model is no longer running.")
             self._inbox.put(work)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Call a function on the thread, between two tokens, and return its result.
-
-        Raises:
-            EngineFailure: if the thread does not run.
-        """
+        """Call a function on the thread, between two tokens, and return its result."""
         future: Future[T] = Future()
 
         def call() -> None:

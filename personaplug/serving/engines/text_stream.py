@@ -13,22 +13,14 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of a job's tokens, up to a stop text.
-
-    Attributes:
-        reason: why the text ended, once it has.
-    """
+    """The text of a job's tokens, up to a stop text; `reason` tells why it ended, once it has."""
 
     def __init__(self, job: Job, *, decode: Callable[[Sequence[int]], str], stop_texts: tuple[str, ...]) -> None:
         self.job, self.reason = job, "stop"
         self._decode, self._stop_texts, self._completion_tokens = decode, stop_texts, 0
 
     async def pieces(self) -> AsyncGenerator[str]:
-        """Yield the text as it comes.
-
-        Raises:
-            EngineFailure: if the model fails on it.
-        """
+        """Yield the text as it comes; EngineFailure if the model fails on it."""
         ids: list[int] = []
         text, sent, stop = "", 0, None
         async with aclosing(self.job.tokens()) as tokens:
@@ -69,14 +61,15 @@ class TextEvents(EventStream):
         await self._events.aclose()
 
     async def _generate(self) -> AsyncGenerator[bytes]:
-        if (start := self._formatter.start()) is not None:
-            yield event(start)
-        async with aclosing(self._text.pieces()) as pieces:
+        text, formatter = self._text, self._formatter
+        if formatter.is_chat:
+            yield event(formatter.chunk({"role": "assistant", "content": ""}))
+        async with aclosing(text.pieces()) as pieces:
             async for piece in pieces:
-                yield event(self._formatter.piece(piece))
-        yield event(self._formatter.end(self._text.reason))
+                yield event(formatter.chunk({"content": piece}))
+        yield event(formatter.chunk({}, reason=text.reason))
         if self._include_usage:
-            yield event(self._formatter.usage(self._text.usage))
+            yield event(formatter.chunk({}) | {"choices": [], "usage": text.usage})
         yield DONE
 
 

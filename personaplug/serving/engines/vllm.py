@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -38,13 +38,9 @@ class VLLMEngine:
         url: its address, with or without /v1.
         table: the model's embeddings.
         width: D of the plug's soft tokens.
-        placement: of the soft tokens.
         model: the name by which requests call the model; empty = vLLM's own.
-        key: API key of the vLLM server, if any.
         timeout_s: longest silence within a stream.
         answer_s: longest time for an answer in one piece.
-    Raises:
-        ConfigError: if the address is invalid.
 
     Attributes:
         max_model_len: tokens of a prompt and its answer, as vLLM says at the start.
@@ -88,14 +84,12 @@ class VLLMEngine:
         self.max_model_len, self.models, self._served_name = max_model_len, self.models or (name,), name
 
     async def is_ready(self) -> bool:
-        """Whether vLLM says that it is healthy."""
         try:
             return (await self._fetch("/health")).status == 200
         except EngineFailure:
             return False
 
     async def close(self) -> None:
-        """Close the connections."""
         if self._open_session is not None:
             await self._open_session.close()
 
@@ -146,15 +140,12 @@ class VLLMEngine:
 
     def _failure(self, status: int) -> EngineFailure:
         """The error for a status that is not the caller's fault."""
+        reason = ""
         if status in (401, 403):
             reason = ": it asks for another key than this server was started with"
         elif status == 404:
-            reason = (
-                f": it no longer knows the model {self._served_name}. If it runs another one now, restart this server "
-                "too"
-            )
-        else:
-            reason = ""
+            name = self._served_name
+            reason = f": it no longer knows the model {name}. If it runs another one now, restart this server too"
         return EngineFailure(f"The vLLM server failed (status {status}){reason}.")
 
     async def _find_model(self) -> tuple[str, int | None]:
@@ -184,10 +175,9 @@ class VLLMEngine:
 
     async def _check_embeddings(self, name: str) -> None:
         """Check that a text and its embeddings get the same answer."""
+        embeds = encode_embeds(self.table.embed(_PROBE))
         text, log_prob = await self._probe(name, {"prompt": _PROBE})
-        embeds_text, embeds_log_prob = await self._probe(
-            name, {"prompt_embeds": encode_embeds(self.table.embed(_PROBE))}
-        )
+        embeds_text, embeds_log_prob = await self._probe(name, {"prompt_embeds": embeds})
         if text != embeds_text or not abs(log_prob - embeds_log_prob) <= _MAX_DIFFERENCE:
             raise ConfigError(
                 f"The vLLM server at {self.url} answers a text and the same text embedded differently: {name} "
@@ -218,7 +208,6 @@ class VLLMEngine:
             )
 
     async def _tokenize(self, body: dict[str, Any]) -> list[int]:
-        """Return the tokens of a chat."""
         path = "/tokenize"
         response = await self._fetch(path, body)
         found, tokens = f"status {response.status}", None
@@ -261,50 +250,38 @@ class _Response(NamedTuple):
 
 
 class _VLLMEvents(EventStream):
-    """vLLM's events. It owns the response, so that closing it ends the answer even if nobody has read from it.
+    """vLLM's events. Closing it ends the answer at vLLM, even if nobody has read from it.
 
-    A generator alone would not do: one that never started runs no `finally`.
+    Half an event is held back: a client could not parse what follows it, even if that is an error.
     """
 
     def __init__(self, response: aiohttp.ClientResponse, *, timeout_s: float) -> None:
-        self._response, self._events = response, _complete_events(response, timeout_s=timeout_s)
+        self._response, self._timeout_s = response, timeout_s
+        self._held, self._is_closed = b"", False
 
     async def __anext__(self) -> bytes:
-        return await anext(self._events)
+        try:
+            while not self._is_closed and (chunk := await self._next_chunk()):
+                events, end, self._held = (self._held + chunk).rpartition(b"\n\n")
+                if end:
+                    return events + end
+        except _CONNECTION_ERRORS as error:
+            raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
+        if self._held and not self._is_closed:
+            raise EngineFailure("The vLLM server broke off amid an event.")
+        raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        try:
-            await self._events.aclose()
-        finally:
-            self._response.close()
+        self._is_closed = True
+        self._response.close()
 
-
-async def _complete_events(response: aiohttp.ClientResponse, *, timeout_s: float) -> AsyncGenerator[bytes]:
-    """Hold half an event back: a client could not parse what follows it, if only an error."""
-    held = b""
-    try:
-        while chunk := await _next_chunk(response, timeout_s=timeout_s):
-            events, end, held = (held + chunk).rpartition(b"\n\n")
-            if end:
-                yield events + end
-    except _CONNECTION_ERRORS as error:
-        raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
-    if held:
-        raise EngineFailure("The vLLM server broke off amid an event.")
-
-
-async def _next_chunk(response: aiohttp.ClientResponse, *, timeout_s: float) -> bytes:
-    """Return the bytes that have arrived; empty at the end."""
-    async with asyncio.timeout(timeout_s):
-        return await response.content.readany()
+    async def _next_chunk(self) -> bytes:
+        async with asyncio.timeout(self._timeout_s):
+            return await self._response.content.readany()  # empty at the end
 
 
 def _checked_url(url: str) -> str:
-    """Return the address without /v1.
-
-    Raises:
-        ConfigError: if it is invalid, or holds a password, which errors would show.
-    """
+    """Return the address without /v1; ConfigError if it is invalid, or holds a password, which errors would show."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"The address of a vLLM server is such as http://127.0.0.1:8123; found {url!r}.")

@@ -36,14 +36,7 @@ _ESCAPED = re.compile(r"\\u00([2-7][0-9a-fA-F])")
 
 
 class EmbeddingTable:
-    """The served model's own embeddings and tokenizer, for prompts that are sent embedded.
-
-    Args:
-        rows: (V, D).
-        tokenizer: of transformers.
-    Raises:
-        ConfigError: if the tokenizer does not leave a text in one piece.
-    """
+    """The served model's own embeddings, (V, D), and tokenizer, for prompts that are sent embedded."""
 
     def __init__(self, rows: Tensor, tokenizer: Any) -> None:
         self.rows, self.tokenizer = rows, tokenizer
@@ -68,8 +61,6 @@ class EmbeddingTable:
 
         Args:
             max_tokens: longest prompt of the model, if known; a longer one is refused before it takes memory.
-        Raises:
-            RequestError: if the prompt is too long.
         """
         vectors = soft.vectors[0].to(self.rows)
         if max_tokens is not None and len(text) > max_tokens * MAX_CHARACTERS_PER_TOKEN:
@@ -81,11 +72,7 @@ class EmbeddingTable:
         return torch.cat([self._rows_of(ids[:position]), vectors, self._rows_of(ids[position:])])
 
     def logit_bias(self, choices: Sequence[str], label_bias: Tensor) -> dict[str, float]:
-        """A persona's bias of labels as a bias of the first tokens that tell the labels apart.
-
-        Args:
-            label_bias: (1, C) in the order of the choices.
-        """
+        """A persona's (1, C) bias of the choices as a bias of the first tokens that tell the choices apart."""
         with self._lock:
             ids = self.tokenizer(list(choices), add_special_tokens=False)["input_ids"]
         tokens, bias = LabelBias(ids, label_bias).where_labels_part()
@@ -101,14 +88,11 @@ class EmbeddingTable:
 
 
 def build_body(request: EngineRequest, *, model: str, table: EmbeddingTable, max_tokens: int | None) -> bytes:
-    """Build vLLM's request.
+    """Build vLLM's request; RequestError if it holds what vLLM must not be sent, or is too long.
 
     Args:
         model: vLLM's name of the model.
-        table: that model's embeddings.
         max_tokens: longest prompt of the model, if known.
-    Raises:
-        RequestError: if the request holds what vLLM must not be sent, or is too long.
     """
     body = request.body.to_openai() | {"model": model}
     _check_fields(body)
@@ -126,11 +110,7 @@ def build_body(request: EngineRequest, *, model: str, table: EmbeddingTable, max
 
 
 def encode_embeds(vectors: Tensor) -> str:
-    """(n, D) vectors as vLLM takes them.
-
-    Raises:
-        EngineFailure: if a value is not finite, which would spoil other requests' answers.
-    """
+    """(n, D) vectors as vLLM takes them; EngineFailure if one is not finite, which would spoil others' answers."""
     if not bool(torch.isfinite(vectors).all()):
         raise EngineFailure("The persona holds values that are no numbers; it was not sent.")
     buffer = io.BytesIO()
@@ -139,11 +119,7 @@ def encode_embeds(vectors: Tensor) -> str:
 
 
 def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
-    """Add soft tokens to a chat: as the beginning of the answer, or right before the last user's text.
-
-    Raises:
-        RequestError: if the request continues an answer, which leaves no place for a suffix.
-    """
+    """Add soft tokens to a chat: as the beginning of the answer, or right before the last user's text."""
     part = {"type": _EMBEDS, "data": encode_embeds(soft.vectors[0].to(torch.bfloat16))}
     messages = list(body["messages"])
     if soft.placement == "suffix":

@@ -83,7 +83,7 @@ def _chat(url: str, question: dict[str, Any], **headers: str) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=30)
 
 
-def test_a_run_is_served_to_live_users_until_it_is_told_to_stop(
+def test_serve_answers_live_users_until_sigterm(
     folder: Path, question: dict[str, Any], tmp_path: Path
 ) -> None:
     store = tmp_path / "histories.db"
@@ -123,7 +123,7 @@ def test_a_run_is_served_to_live_users_until_it_is_told_to_stop(
     assert (again.exit_code, "no such user" in again.output) == (2, True)
 
 
-def test_keys_let_in_whoever_has_one(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
+def test_create_key_makes_a_key_that_serve_accepts(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     key = _call("create-key", "shop", "--keys", keys).stdout.strip()
     assert keys.stat().st_mode & 0o077 == 0
@@ -133,13 +133,13 @@ def test_keys_let_in_whoever_has_one(folder: Path, question: dict[str, Any], tmp
         assert (answer.status_code, answer.headers["x-personaplug-persona"]) == (200, "plain")
 
 
-def test_a_tenant_has_a_name(tmp_path: Path) -> None:
+def test_create_key_without_a_tenant_name_is_refused(tmp_path: Path) -> None:
     done = _call("create-key", "", "--keys", tmp_path / "keys.json")
     assert (done.exit_code, "has a name" in done.output) == (2, True)
     assert not (tmp_path / "keys.json").exists()
 
 
-def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
+def test_serve_without_keys_on_a_public_address_is_refused(folder: Path, tmp_path: Path) -> None:
     done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--host", "0.0.0.0")
     assert (done.exit_code, "personaplug create-key" in done.output) == (2, True)
     assert not (tmp_path / "h.db").exists()
@@ -159,14 +159,14 @@ def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: 
         (["--run", "RUN", "--phrases"], "closed set of labels"),
     ],
 )
-def test_what_is_missing_is_said(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
+def test_serve_with_a_wrong_option_is_refused(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
     given = [str(folder / "run") if word == "RUN" else word for word in words]
     done = _call("serve", *given, "--store", tmp_path / "h.db")
     assert done.exit_code == 2
     assert said in done.output
 
 
-def test_phrases_are_the_local_engines_alone(tmp_path: Path) -> None:
+def test_serve_phrases_with_vllm_is_refused(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_4"])
     given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
     done = _call("serve", *given)
@@ -174,7 +174,7 @@ def test_phrases_are_the_local_engines_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "h.db").exists()
 
 
-def test_an_engine_that_is_not_there_is_said_in_a_sentence(
+def test_serve_without_its_vllm_server_fails_with_a_sentence(
     folder: Path, tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
@@ -186,7 +186,7 @@ def test_an_engine_that_is_not_there_is_said_in_a_sentence(
     assert (done.exit_code, "no vLLM server at http://127.0.0.1:9" in done.output) == (1, True)
 
 
-def test_a_store_of_another_plug_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_serve_with_a_store_of_another_plug_is_refused(folder: Path, tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "h.db", HashEncoder(64)).close()
     done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db")
     assert done.exit_code == 2

@@ -74,7 +74,7 @@ def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, t
 FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"personaplug": {"free": True}}}
 
 
-def test_two_users_get_the_answers_of_their_personas(service: Service, url: str, toy: CausalLM) -> None:
+def test_chat_uses_the_persona_of_its_user(service: Service, url: str, toy: CausalLM) -> None:
     histories = {"ann": [_item(1, "1"), _item(2, "2")], "bob": [_item(1, "5", "a walk")]}
     answers = {}
     for user, items in histories.items():
@@ -87,7 +87,7 @@ def test_two_users_get_the_answers_of_their_personas(service: Service, url: str,
     assert answers["ann"] != answers["bob"]
 
 
-def test_a_stream_is_the_same_answer(url: str) -> None:
+def test_stream_gives_the_same_text_as_a_whole_reply(url: str) -> None:
     _post(url, "ann", _item(1))
     whole = _chat(url, "ann", **FREE).parse()
     stream = _client(url).chat.completions.create(
@@ -103,7 +103,7 @@ def test_a_stream_is_the_same_answer(url: str) -> None:
     assert events[-1].usage == whole.usage
 
 
-def test_completions(url: str) -> None:
+def test_completion_and_its_stream_agree(url: str) -> None:
     _post(url, "ann", _item(1))
     client = _client(url)
     answer = client.completions.create(model="toy", prompt=PROMPT, user="ann", **FREE)
@@ -113,13 +113,13 @@ def test_completions(url: str) -> None:
     assert answer.usage.completion_tokens <= 12
 
 
-def test_an_answer_is_one_of_the_tasks(url: str) -> None:
+def test_answer_on_task_is_one_of_the_labels(url: str) -> None:
     _post(url, "ann", _item(1))
     for seed in range(8):
         assert _chat(url, "ann", seed=seed, temperature=2.0).parse().choices[0].message.content in LABELS
 
 
-def test_a_prompt_that_is_not_the_tasks_is_the_plain_models(url: str, toy: CausalLM) -> None:
+def test_prompt_off_task_is_answered_by_the_plain_model(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     raw = _chat(url, "ann", prompt="hello there", temperature=0, max_tokens=12)
     plain = toy.generate(["hello there"], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
@@ -127,13 +127,13 @@ def test_a_prompt_that_is_not_the_tasks_is_the_plain_models(url: str, toy: Causa
     assert raw.headers["x-personaplug-persona"] == "plain"
 
 
-def test_the_unknown_are_said_to_be(url: str) -> None:
+def test_user_without_history_gets_the_population_persona(url: str) -> None:
     for user in (None, "nobody"):
         headers = _chat(url, user).headers
         assert (headers["x-personaplug-persona"], headers["x-personaplug-items"]) == ("population", "0")
 
 
-def test_strength_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
+def test_persona_scale_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     body = {"personaplug": {"free": True, "persona_scale": 0}}
     raw = _chat(url, "ann", temperature=0, max_tokens=12, extra_body=body)
@@ -142,7 +142,7 @@ def test_strength_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
     assert raw.headers["x-personaplug-persona"] == "plain"
 
 
-def test_histories_come_and_go(url: str) -> None:
+def test_history_routes_add_list_delete_and_erase(url: str) -> None:
     place = f"{url}/v1/users/ann"
     assert httpx.post(f"{place}/history", json={**_item(1), "date": "2024-05-01"}).json()["new"] == 1
     assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 1, "replaced": 1, "same": 0}  # the date has gone
@@ -163,7 +163,7 @@ def test_histories_come_and_go(url: str) -> None:
     assert _chat(url, "ann").headers["x-personaplug-persona"] == "population"
 
 
-def test_an_answer_that_was_kept_becomes_history(service: Service, url: str) -> None:
+def test_feedback_becomes_history(service: Service, url: str) -> None:
     raw = _chat(url, "ann")
     request = raw.headers["x-request-id"]
     assert raw.parse()._request_id == request
@@ -181,7 +181,7 @@ def test_an_answer_that_was_kept_becomes_history(service: Service, url: str) -> 
     assert len(service.recent_requests) == 0
 
 
-def test_what_somebody_asked_is_gone_though_another_process_erased_them(
+def test_feedback_after_an_erasure_by_another_process_is_refused(
     service: Service, url: str, tmp_path: Path
 ) -> None:
     _post(url, "ann", _item(1))
@@ -195,7 +195,7 @@ def test_what_somebody_asked_is_gone_though_another_process_erased_them(
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/b", "a\nb"])
-def test_an_id_that_means_another_path_is_refused(url: str, name: str) -> None:
+def test_id_that_means_another_path_is_refused(url: str, name: str) -> None:
     _post(url, "ann", _item(1))
     refused = _post(url, "ann", {**_item(2), "id": name})
     assert (refused.status_code, "slash" in refused.text or "control" in refused.text) == (400, True)
@@ -206,7 +206,7 @@ def test_an_id_that_means_another_path_is_refused(url: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("length", [150, 6_000, 200_000])
-def test_long_answers_are_explained_in_small_passes_or_refused(url: str, length: int) -> None:
+def test_explain_long_answer_takes_small_passes_or_is_refused(url: str, length: int) -> None:
     _post(url, "ann", *[_item(number) for number in range(5)])
     asked = {"prompt": PROMPT, "answer": "z" * length}
     told = httpx.post(f"{url}/v1/users/ann/explain", json=asked, timeout=60)
@@ -220,11 +220,11 @@ def test_long_answers_are_explained_in_small_passes_or_refused(url: str, length:
 @pytest.mark.parametrize(
     ("host", "status"), [("LOCALHOST:80", 200), ("127.0.0.2", 200), ("[::1]:9", 200), ("a.b", 403)]
 )
-def test_an_open_server_knows_the_names_of_its_machine(url: str, host: str, status: int) -> None:
+def test_open_server_answers_to_names_of_its_machine(url: str, host: str, status: int) -> None:
     assert httpx.get(f"{url}/health", headers={"host": host}).status_code == status
 
 
-def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: CausalLM, tmp_path: Path) -> None:
+def test_feedback_on_a_text_task_becomes_an_item(toy: CausalLM, tmp_path: Path) -> None:
     tasks = {
         Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: "): {
             "text": "on tea",
@@ -245,7 +245,7 @@ def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: CausalLM, tmp_path: Path
             assert fields.items() <= httpx.get(place).json()["items"][0].items()
 
 
-def test_explanations_name_items_and_measure_them(service: Service, url: str, toy: CausalLM) -> None:
+def test_explain_lists_items_with_weights_and_effects(service: Service, url: str, toy: CausalLM) -> None:
     items = [_item(n, LABELS[n % 5]) for n in range(6)]
     _post(url, "ann", *items)
     place = f"{url}/v1/users/ann/explain"
@@ -268,7 +268,7 @@ def test_explanations_name_items_and_measure_them(service: Service, url: str, to
     assert httpx.post(f"{url}/v1/users/nobody/explain", json={"prompt": PROMPT}).status_code == 404
 
 
-def test_drift_between_two_days(url: str) -> None:
+def test_drift_compares_two_days(url: str) -> None:
     _post(url, "ann", *[{**_item(n, "1" if n < 3 else "5"), "date": f"2024-0{n + 1}-01"} for n in range(6)])
     place = f"{url}/v1/users/ann/drift"
     moved = httpx.get(place, params={"since": "2024-03-15", "until": "2024-12-31"}).json()
@@ -280,7 +280,7 @@ def test_drift_between_two_days(url: str) -> None:
     assert before["moved"] is None
 
 
-def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
+def test_api_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     shop, bank = (create_key(keys, tenant) for tenant in ("shop", "bank"))
     assert shop not in keys.read_text()
@@ -299,7 +299,7 @@ def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
-def test_an_open_server_is_for_this_machine(tmp_path: Path) -> None:
+def test_open_server_may_listen_to_this_machine_only(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
         with pytest.raises(ConfigError, match="personaplug create-key"):
             ApiKeys().check_address(host)
@@ -354,7 +354,7 @@ BAD: list[tuple[str, str, Any, int]] = [
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status"), BAD)
-def test_what_a_caller_got_wrong_is_4xx_in_openais_form(
+def test_invalid_request_is_4xx_in_openais_form(
     url: str, method: str, path: str, body: Any, status: int
 ) -> None:
     reply = httpx.request(method, f"{url}{path}", json=body)
@@ -379,14 +379,14 @@ def test_what_a_caller_got_wrong_is_4xx_in_openais_form(
         b'{"messages": [{"role": "user", "content": "x"}], "user": "a\\u0000b"}',
     ],
 )
-def test_bodies_that_are_no_request(url: str, body: bytes) -> None:
+def test_malformed_body_is_4xx(url: str, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/users/ann/history"):
         reply = httpx.post(f"{url}{path}", content=body, headers={"content-type": "application/json"})
         assert 400 <= reply.status_code < 500
         assert reply.json()["error"]["message"]
 
 
-def test_a_body_that_is_too_long_is_not_read(service: Service) -> None:
+def test_body_beyond_the_limit_is_not_read(service: Service) -> None:
     with served(service, limits=RequestLimits(body_bytes=10_000)) as url:
         assert _post(url, "ann", _item(1, text="x" * 9_000)).status_code == 200
         reply = _post(url, "ann", _item(1, text="x" * 20_000))
@@ -400,7 +400,7 @@ def test_a_body_that_is_too_long_is_not_read(service: Service) -> None:
             assert client.post(f"{url}/v1/chat/completions", content=endless()).status_code == 413
 
 
-def test_too_much_at_once_is_refused_and_then_served_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_beyond_the_limit_are_refused_until_others_end(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, answer = threading.Event(), service.engine.respond
 
     async def slow(question: EngineRequest) -> EngineReply:
@@ -422,7 +422,7 @@ def test_too_much_at_once_is_refused_and_then_served_again(service: Service, mon
         assert _chat(url, "bob").parse().choices[0].message.content
 
 
-def test_no_users_text_or_id_is_in_logs_or_metrics(
+def test_logs_and_metrics_hold_no_text_or_id_of_a_user(
     service: Service,
     url: str,
     caplog: pytest.LogCaptureFixture,
@@ -448,7 +448,7 @@ def test_no_users_text_or_id_is_in_logs_or_metrics(
         assert SECRET not in text
 
 
-def test_metrics_count(url: str) -> None:
+def test_metrics_count_requests_and_personas(url: str) -> None:
     _post(url, "ann", _item(1))
     _chat(url, "ann")
     _chat(url, "ann")
@@ -458,7 +458,7 @@ def test_metrics_count(url: str) -> None:
     assert "personaplug_kept_users 1.0" in text
 
 
-def test_streams_are_finished_when_the_server_stops(toy: CausalLM, service: Service) -> None:
+def test_stream_is_finished_when_the_server_stops(toy: CausalLM, service: Service) -> None:
     with ThreadPoolExecutor(1) as pool:
         with served(service) as url:
             begun = threading.Event()
@@ -487,7 +487,7 @@ def test_streams_are_finished_when_the_server_stops(toy: CausalLM, service: Serv
     assert written.strip() == alone
 
 
-def test_no_answer_crosses_to_another_user(toy: CausalLM, tmp_path: Path) -> None:
+def test_concurrent_users_get_their_own_answers(toy: CausalLM, tmp_path: Path) -> None:
     """Users of two tenants with the same names, asked for at once in random order: each gets the own answer."""
     service = open_service(toy, tmp_path)
     keys = tmp_path / "keys.json"
@@ -511,14 +511,14 @@ def test_no_answer_crosses_to_another_user(toy: CausalLM, tmp_path: Path) -> Non
                 assert answer.strip() == expected[who]
 
 
-def test_the_document_names_every_route(url: str) -> None:
+def test_openapi_names_every_route(url: str) -> None:
     paths = httpx.get(f"{url}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/users/{user}/history", "/health"} <= set(
         paths
     )
 
 
-def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: CausalLM, tmp_path: Path) -> None:
+def test_phrases_are_mixed_into_their_users_answers_only(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     config = replace(CONFIG, answer_channel="style", label_prior="none")
     service = open_service(toy, tmp_path, task=task, config=config, build_phrases=toy.phrases)
@@ -543,12 +543,12 @@ def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: CausalLM
         assert told("ann") == nobodys
 
 
-def test_phrases_take_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
+def test_phrases_need_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
     with pytest.raises(StoreConflict, match="keep_text"):
         open_service(toy, tmp_path, keep_text=False, build_phrases=toy.phrases)
 
 
-def test_an_item_as_long_as_a_book_holds_nobody_up(toy: CausalLM, tmp_path: Path) -> None:
+def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     service = open_service(
         toy,

@@ -61,7 +61,7 @@ async def _streamed(reply: EngineReply) -> str:
     return "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
 
 
-def test_requests_at_once_get_the_answers_they_get_alone(toy: CausalLM) -> None:
+def test_concurrent_requests_get_the_answers_they_get_alone(toy: CausalLM) -> None:
     questions = [_chat(f"question {n}", _soft(toy, n) if n % 3 else None, max_tokens=3 + n % 7) for n in range(40)]
 
     async def synchronized(engine: InProcessEngine) -> list[str]:
@@ -74,7 +74,7 @@ def test_requests_at_once_get_the_answers_they_get_alone(toy: CausalLM) -> None:
         assert answer.strip() == alone.text
 
 
-def test_a_stream_says_what_the_whole_says(toy: CausalLM) -> None:
+def test_stream_equals_the_whole_reply(toy: CausalLM) -> None:
     async def both(engine: InProcessEngine) -> tuple[str, str]:
         question = _chat("hello", _soft(toy, 1), max_tokens=20)
         streamed = await engine.respond(_chat("hello", _soft(toy, 1), max_tokens=20, stream=True))
@@ -85,7 +85,7 @@ def test_a_stream_says_what_the_whole_says(toy: CausalLM) -> None:
     assert whole
 
 
-def test_usage_and_reason(toy: CausalLM) -> None:
+def test_usage_and_finish_reason_are_reported(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> tuple[EngineReply, list[dict[str, Any]]]:
         options = {"stream": True, "stream_options": {"include_usage": True}}
         return await engine.respond(_chat("hey", _soft(toy, 1))), await _events(
@@ -102,7 +102,7 @@ def test_usage_and_reason(toy: CausalLM) -> None:
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
 
 
-def test_a_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
+def test_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> tuple[str, str, str]:
         free = _text(await engine.respond(_chat("hello", max_tokens=30)))
         stop = free[4:7]
@@ -114,7 +114,7 @@ def test_a_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
     assert whole == streamed == cut
 
 
-def test_an_answer_from_a_closed_set(toy: CausalLM) -> None:
+def test_answer_with_choices_is_one_of_them(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> set[str]:
         asked = [_chat(f"rate {n}", _soft(toy, n), choices=("1", "2", "10 stars"), max_tokens=1) for n in range(20)]
         return {_text(reply) for reply in await asyncio.gather(*map(engine.respond, asked))}
@@ -122,7 +122,7 @@ def test_an_answer_from_a_closed_set(toy: CausalLM) -> None:
     assert _run(toy, ask) <= {"1", "2", "10 stars"}
 
 
-def test_a_completion_has_no_template(toy: CausalLM) -> None:
+def test_completion_uses_no_template(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> dict[str, Any]:
         reply = await engine.respond(
             engine_request("completion", {"prompt": "abc", "max_tokens": 4, "temperature": 0}, None)
@@ -159,7 +159,7 @@ def test_a_completion_has_no_template(toy: CausalLM) -> None:
         ({"structured_outputs": {"choice": ["a"]}}, "unsupported"),
     ],
 )
-def test_what_it_cannot_do_is_refused(toy: CausalLM, fields: dict[str, Any], code: str) -> None:
+def test_unsupported_request_is_refused(toy: CausalLM, fields: dict[str, Any], code: str) -> None:
     async def ask(engine: InProcessEngine) -> Any:
         with pytest.raises(RequestError) as refused:
             await engine.respond(_chat("hello", **fields))
@@ -170,7 +170,7 @@ def test_what_it_cannot_do_is_refused(toy: CausalLM, fields: dict[str, Any], cod
     assert "long long" not in str(error)
 
 
-def test_fields_that_ask_for_nothing_are_taken(toy: CausalLM) -> None:
+def test_neutral_fields_are_accepted(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> str:
         fields: dict[str, Any] = {
             "n": 1,
@@ -185,7 +185,7 @@ def test_fields_that_ask_for_nothing_are_taken(toy: CausalLM) -> None:
 
 
 @pytest.mark.parametrize("read", [0, 1, 3])
-def test_a_listener_who_leaves_frees_the_place(toy: CausalLM, read: int) -> None:
+def test_closed_stream_frees_its_row(toy: CausalLM, read: int) -> None:
     async def ask(engine: InProcessEngine) -> str:
         for _ in range(5):
             reply = await engine.respond(_chat("endless", max_tokens=4000, stream=True))
@@ -200,7 +200,7 @@ def test_a_listener_who_leaves_frees_the_place(toy: CausalLM, read: int) -> None
     assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
 
 
-def test_one_who_no_longer_waits_for_a_whole_answer_frees_the_place(toy: CausalLM) -> None:
+def test_cancelled_request_frees_its_row(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> str:
         for _ in range(5):
             with pytest.raises(TimeoutError):
@@ -210,7 +210,7 @@ def test_one_who_no_longer_waits_for_a_whole_answer_frees_the_place(toy: CausalL
     assert _run(toy, ask, max_rows=1, max_new_tokens=4000)
 
 
-def test_answers_that_stop_early_harm_no_others(toy: CausalLM) -> None:
+def test_stop_texts_in_bursts_harm_no_other_request(toy: CausalLM) -> None:
     """Stop texts are found while the model goes on: in bursts, none fails, and each counts the same tokens always."""
 
     async def ask(engine: InProcessEngine) -> list[set[tuple[str, int]]]:
@@ -227,7 +227,7 @@ def test_answers_that_stop_early_harm_no_others(toy: CausalLM) -> None:
 
 
 @pytest.mark.parametrize("odd", [{"temperature": 1e-40}, {"top_p": 1e-50, "temperature": 1}, {"top_p": 0}])
-def test_odd_numbers_are_answered_and_fail_nobody(toy: CausalLM, odd: dict[str, Any]) -> None:
+def test_extreme_sampling_values_take_the_likeliest_token(toy: CausalLM, odd: dict[str, Any]) -> None:
     async def ask(engine: InProcessEngine) -> list[str]:
         asked = [_chat("hello", max_tokens=30), _chat("hello", max_tokens=30, **odd), _chat("you", max_tokens=30)]
         return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, asked))]
@@ -236,7 +236,7 @@ def test_odd_numbers_are_answered_and_fail_nobody(toy: CausalLM, odd: dict[str, 
     assert strange == plain  # all of these take the likeliest token
 
 
-def test_a_persona_that_is_no_number_is_refused_and_fails_nobody(toy: CausalLM) -> None:
+def test_persona_with_nan_is_refused_and_harms_no_other_request(toy: CausalLM) -> None:
     soft = _soft(toy, 1)
     spoiled = SoftPrompt(soft.vectors * float("nan"), placement="suffix")
 
@@ -248,7 +248,7 @@ def test_a_persona_that_is_no_number_is_refused_and_fails_nobody(toy: CausalLM) 
     assert _run(toy, ask)
 
 
-def test_newcomers_do_not_keep_others_waiting(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     read, behind, done = toy.read, toy.logits_behind, list[str]()
 
     def reading(*given: Any, **named: Any) -> Any:
@@ -274,7 +274,7 @@ def test_newcomers_do_not_keep_others_waiting(toy: CausalLM, monkeypatch: pytest
     assert "rr" not in course[1 : course.rindex("s")]  # between any two readings, the long answer gets a token
 
 
-def test_the_likeliest_of_a_closed_set_is_that_of_an_evaluation(toy: CausalLM) -> None:
+def test_likeliest_choice_equals_that_of_an_evaluation(toy: CausalLM) -> None:
     labels = ("politics", "pop", "sports news", "science", "7")
     softs = [_soft(toy, seed) for seed in range(30)]
 
@@ -290,7 +290,7 @@ def test_the_likeliest_of_a_closed_set_is_that_of_an_evaluation(toy: CausalLM) -
         assert answer == labels[int(scores.argmax())]
 
 
-def test_closing_finishes_what_was_begun(toy: CausalLM) -> None:
+def test_close_finishes_running_requests(toy: CausalLM) -> None:
     async def ask() -> tuple[str, str]:
         engine = InProcessEngine(toy, name="toy")
         await engine.start()
@@ -308,7 +308,7 @@ def test_closing_finishes_what_was_begun(toy: CausalLM) -> None:
     assert one.strip() == other
 
 
-def test_a_model_that_fails_fails_those_it_was_at_and_serves_the_next(
+def test_model_failure_fails_its_requests_and_not_the_next(
     toy: CausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*given: Any, **named: Any) -> Any:
@@ -326,7 +326,7 @@ def test_a_model_that_fails_fails_those_it_was_at_and_serves_the_next(
     assert "secret" not in caplog.text
 
 
-def test_likelihoods_are_the_backends(toy: CausalLM) -> None:
+def test_log_likelihoods_equal_those_of_the_model(toy: CausalLM) -> None:
     softs = [_soft(toy, seed) for seed in range(40)]
 
     async def ask(engine: InProcessEngine) -> list[float]:

@@ -61,7 +61,7 @@ def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **setti
         *(replace(ALIKE, answer_channel=kind) for kind in ("text", "form")),
     ],
 )
-def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: PlugConfig) -> None:
+def test_persona_equals_that_of_an_evaluation(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
     live.store.add("shop", "ann", ITEMS)
     expected = Personalizer(live.plug).persona("a film", ITEMS, encoder=ENCODER)
@@ -75,14 +75,14 @@ def test_it_is_the_persona_that_an_evaluation_makes(tmp_path: Path, config: Plug
     assert (persona.applied, persona.items, persona.cached) == ("user", 5, True)
 
 
-def test_a_query_is_asked_anew_though_the_history_is_kept(tmp_path: Path) -> None:
+def test_cached_history_still_depends_on_the_query(tmp_path: Path) -> None:
     live = _live(tmp_path, BY_QUERY)
     live.store.add("shop", "ann", ITEMS)
     assert not torch.equal(_tokens(live, "ann", "film 1"), _tokens(live, "ann", "film 2"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"selected_items": 2}, {"options": "compare"}])
-def test_a_history_that_was_read_before_gives_the_same_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_cached_history_gives_the_same_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
     live = _live(tmp_path, replace(BY_QUERY, **changes))
     live.store.add("shop", "ann", ITEMS)
     options = Options("which", ("film 1", "film 2", "film 3"))
@@ -95,7 +95,7 @@ def test_a_history_that_was_read_before_gives_the_same_tokens(tmp_path: Path, ch
         assert torch.equal(persona.soft.vectors, live.personalizer.of_history(query, history, options=options).vectors)
 
 
-def test_options_reach_a_plug_that_compares_them(tmp_path: Path) -> None:
+def test_options_reach_a_plug_that_compares_options(tmp_path: Path) -> None:
     live = _live(tmp_path, replace(ALIKE, options="compare"))
     live.store.add("shop", "ann", ITEMS)
     options = [Options("which", texts) for texts in (("film 1", "film 2", "film 3"), ("film 2", "film 1", "film 3"))]
@@ -105,7 +105,7 @@ def test_options_reach_a_plug_that_compares_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
 @pytest.mark.parametrize("user", [None, "nobody"])
-def test_the_unknown_get_what_is_common_to_all_or_nothing(tmp_path: Path, config: PlugConfig, user: str | None) -> None:
+def test_user_without_history_gets_the_fallback(tmp_path: Path, config: PlugConfig, user: str | None) -> None:
     live = _live(tmp_path, config)
     population = Personalizer(live.plug).persona("a film", [], encoder=ENCODER)
     for persona_scale in (1.0, 0.5):
@@ -116,7 +116,7 @@ def test_the_unknown_get_what_is_common_to_all_or_nothing(tmp_path: Path, config
 
 
 @pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
-def test_strength_goes_from_the_plain_model_to_beyond(tmp_path: Path, config: PlugConfig) -> None:
+def test_persona_scale_interpolates_and_extrapolates(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
     live.store.add("shop", "ann", ITEMS)
     assert live.persona("shop", "ann", "a film", persona_scale=0).soft is None
@@ -129,7 +129,7 @@ def test_strength_goes_from_the_plain_model_to_beyond(tmp_path: Path, config: Pl
 
 
 @pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
-def test_a_change_is_seen_by_the_next_request(tmp_path: Path, config: PlugConfig) -> None:
+def test_change_by_another_process_is_seen_by_the_next_request(tmp_path: Path, config: PlugConfig) -> None:
     live, elsewhere = _live(tmp_path, config), HistoryStore.open(tmp_path / "histories.db", ENCODER)
     elsewhere.add("shop", "ann", ITEMS[:2])
     before = _tokens(live, "ann")
@@ -144,7 +144,7 @@ def test_a_change_is_seen_by_the_next_request(tmp_path: Path, config: PlugConfig
     assert live.persona("shop", "ann", "a film").items == 2
 
 
-def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
+def test_cache_size_is_bounded(tmp_path: Path) -> None:
     live = _live(tmp_path, cache_bytes=5_000)
     for user in map(str, range(20)):
         live.store.add("shop", user, ITEMS[:1])
@@ -154,7 +154,7 @@ def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
     assert _live(tmp_path, cache_bytes=100).persona("shop", "3", "a film").applied == "user"
 
 
-def test_forgetting_while_somebody_reads_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_erasure_during_a_lookup_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     live = _live(tmp_path)
     live.store.add("shop", "ann", ITEMS)
     read = live.store.read
@@ -170,7 +170,7 @@ def test_forgetting_while_somebody_reads_leaves_nothing_behind(tmp_path: Path, m
     assert live.cached_users == 0
 
 
-def test_no_persona_crosses_to_another_user_or_tenant(tmp_path: Path) -> None:
+def test_concurrent_threads_get_their_own_users_personas(tmp_path: Path) -> None:
     """Users with one item each, which tells them apart, asked for at random by several threads while others write."""
     live = _live(tmp_path, cache_bytes=60_000)  # some come and go
     answers = Personalizer(live.plug)
@@ -200,7 +200,7 @@ def test_no_persona_crosses_to_another_user_or_tenant(tmp_path: Path) -> None:
     assert not crossed
 
 
-def test_stores_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_store_that_does_not_fit_the_plug_is_refused(tmp_path: Path) -> None:
     plug = _plug()
     for number, settings in enumerate((StoreSettings(labels=LABELS), StoreSettings(("a", "b"), encodes_answers=False))):
         store = HistoryStore.open(tmp_path / f"{number}.db", ENCODER, settings=settings)
@@ -213,7 +213,7 @@ def test_stores_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         _live(tmp_path, fallback="default")
 
 
-def test_users_of_few_items_are_told_to_have_what_is_common(tmp_path: Path) -> None:
+def test_user_with_few_items_gets_the_population_persona(tmp_path: Path) -> None:
     live = _live(tmp_path)
     live.plug.set_cold_start(torch.ones_like(live.plug.common().vectors[0]), items=2)
     applied = []

@@ -72,7 +72,7 @@ def _soft(placement: str = "suffix") -> SoftPrompt:
     return SoftPrompt(SOFT, placement=placement)
 
 
-def test_a_chat_gets_soft_tokens_as_the_beginning_of_its_answer(
+def test_chat_with_suffix_sends_soft_tokens_as_the_beginning_of_the_answer(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     _ask(_engine(address, table, key="k"), engine_request("chat", ASKED, _soft(), id="r1"))
@@ -87,7 +87,7 @@ def test_a_chat_gets_soft_tokens_as_the_beginning_of_its_answer(
     assert theirs.headers[-1]["authorization"] == "Bearer k"
 
 
-def test_with_prefix_they_stand_before_the_last_users_text(
+def test_chat_with_prefix_sends_soft_tokens_before_the_last_users_text(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     _ask(_engine(address, table, placement="prefix"), engine_request("chat", ASKED, _soft("prefix")))
@@ -97,13 +97,13 @@ def test_with_prefix_they_stand_before_the_last_users_text(
     assert "continue_final_message" not in theirs.bodies[-1]
 
 
-def test_without_a_persona_a_request_goes_as_it_came(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_request_without_a_persona_is_sent_unchanged(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     _ask(_engine(address, table), engine_request("chat", ASKED, None))
     assert theirs.bodies[-1] == {**ASKED, "model": "small"}
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_a_completion_goes_embedded(theirs: StandIn, address: str, table: EmbeddingTable, placement: str) -> None:
+def test_completion_is_sent_embedded(theirs: StandIn, address: str, table: EmbeddingTable, placement: str) -> None:
     _ask(_engine(address, table), engine_request("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement)))
     sent = theirs.bodies[-1]
     assert "prompt" not in sent
@@ -113,7 +113,7 @@ def test_a_completion_goes_embedded(theirs: StandIn, address: str, table: Embedd
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_soft_tokens_stand_behind_the_tokenizers_bos(
+def test_completion_puts_soft_tokens_behind_the_bos(
     theirs: StandIn, address: str, toy: CausalLM, placement: str
 ) -> None:
     framing = _Framing(toy.prompt_tokenizer.tokenizer)
@@ -136,7 +136,7 @@ class _Framing:
         return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
 
-def test_a_tokenizer_that_cuts_into_texts_is_refused(toy: CausalLM) -> None:
+def test_tokenizer_that_splits_a_text_is_refused(toy: CausalLM) -> None:
     def odd(text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [1, 2] if add_special_tokens else [3]}
 
@@ -158,7 +158,7 @@ class _Counting(_Framing):
         return super().__call__(text, add_special_tokens=add_special_tokens)
 
 
-def test_a_prompt_that_cannot_fit_is_refused_before_it_takes_memory(
+def test_prompt_that_is_too_long_is_refused_before_it_is_embedded(
     theirs: StandIn, address: str, toy: CausalLM
 ) -> None:
     tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
@@ -174,7 +174,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_takes_memory(
     assert len(read_embeds(theirs.bodies[-1]["prompt_embeds"])) == MAX_MODEL_LEN
 
 
-def test_prompts_are_embedded_beside_the_event_loop(address: str, toy: CausalLM) -> None:
+def test_prompt_is_embedded_outside_the_event_loop(address: str, toy: CausalLM) -> None:
     tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
 
@@ -190,7 +190,7 @@ def test_prompts_are_embedded_beside_the_event_loop(address: str, toy: CausalLM)
     assert threading.get_ident() not in tokenizer.threads
 
 
-def test_a_closed_set_constrains_unless_the_request_does(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_choices_constrain_the_answer_unless_the_request_does(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     form = {"response_format": {"type": "json_object"}}
     _ask(
         _engine(address, table),
@@ -204,7 +204,7 @@ def test_a_closed_set_constrains_unless_the_request_does(theirs: StandIn, addres
     assert "structured_outputs" not in formed
 
 
-def test_what_is_known_of_the_labels_is_sent_with_them(
+def test_label_bias_is_sent_with_the_choices(
     theirs: StandIn, toy: CausalLM, address: str, table: EmbeddingTable
 ) -> None:
     soft = replace(_soft(), label_bias=torch.tensor([[0.25, -300.0]]))
@@ -259,7 +259,7 @@ CALLED = {"type": "function", "id": "1", "function": {"name": "f", "arguments": 
         ("chat", _said({"type": "text", "text": "<prompt_"}, {"type": "text", "text": "embeds>"}), "reserved_text"),
     ],
 )
-def test_what_brings_vllm_down_is_not_sent(
+def test_request_that_crashes_vllm_is_refused(
     theirs: StandIn,
     address: str,
     table: EmbeddingTable,
@@ -272,7 +272,7 @@ def test_what_brings_vllm_down_is_not_sent(
     assert _not_sent(theirs, _engine(address, table), question).code == code
 
 
-def test_a_persona_that_is_no_numbers_is_not_sent(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_persona_with_nan_is_not_sent(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     spoiled = SOFT.clone()
     spoiled[0, 1, 2] = float("nan")
     with pytest.raises(EngineFailure, match="no numbers"):
@@ -280,14 +280,14 @@ def test_a_persona_that_is_no_numbers_is_not_sent(theirs: StandIn, address: str,
     assert len(theirs.bodies) == 3
 
 
-def test_a_persona_has_no_place_behind_an_answer_that_goes_on(
+def test_continued_answer_with_a_persona_is_refused(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     question = engine_request("chat", {**ASKED, "continue_final_message": True}, _soft())
     assert _not_sent(theirs, _engine(address, table), question).code == "messages"
 
 
-def test_what_asks_for_nothing_that_harms_is_sent(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_harmless_values_of_risky_fields_are_sent(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     harmless = {"echo": False, "prompt_logprobs": None, "note": "prompt_embeds, and a \\ and a \u2028"}
     _ask(_engine(address, table), *[engine_request("chat", {**ASKED, **harmless}, soft) for soft in (None, _soft())])
     assert [body["note"] for body in theirs.bodies[-2:]] == [harmless["note"]] * 2
@@ -295,7 +295,7 @@ def test_what_asks_for_nothing_that_harms_is_sent(theirs: StandIn, address: str,
 
 
 @pytest.mark.parametrize("odd", [5, None, "a", [5], [{"content": 5}], [{"content": [5]}]])
-def test_fields_that_mean_nothing_to_a_completion_do_no_harm(
+def test_messages_of_a_completion_are_sent_unchanged(
     theirs: StandIn, address: str, table: EmbeddingTable, odd: Any
 ) -> None:
     _ask(_engine(address, table), engine_request("completion", {"prompt": "a", "messages": odd}, _soft()))
@@ -304,7 +304,7 @@ def test_fields_that_mean_nothing_to_a_completion_do_no_harm(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", {"deep": ["\udfff"]}])
 @pytest.mark.parametrize("persona", [False, True])
-def test_what_json_cannot_say_is_the_callers_mistake(
+def test_value_that_json_cannot_represent_is_refused(
     theirs: StandIn, address: str, table: EmbeddingTable, value: Any, persona: bool
 ) -> None:
     with pytest.raises(RequestError) as refused:
@@ -324,7 +324,7 @@ def test_what_json_cannot_say_is_the_callers_mistake(
         ({"instead": {"/v1/models": (401, b"{}")}}, "another key"),
     ],
 )
-def test_a_server_that_does_not_fit_is_refused_at_the_start(
+def test_start_refuses_a_server_that_does_not_fit(
     theirs: StandIn, address: str, table: EmbeddingTable, wrong: dict[str, Any], said: str
 ) -> None:
     for name, value in wrong.items():
@@ -355,7 +355,7 @@ def test_a_server_that_does_not_fit_is_refused_at_the_start(
         ("/tokenize", 200, b"\xff"),
     ],
 )
-def test_what_is_no_vllm_server_is_said_so(
+def test_start_names_the_route_of_an_invalid_reply(
     theirs: StandIn, address: str, table: EmbeddingTable, path: str, status: int, said: bytes
 ) -> None:
     theirs.instead = {path: (status, said)}
@@ -363,13 +363,13 @@ def test_what_is_no_vllm_server_is_said_so(
         _ask(_engine(address, table))
 
 
-def test_how_much_the_model_reads_is_learnt_at_the_start(address: str, table: EmbeddingTable) -> None:
+def test_start_learns_the_longest_prompt(address: str, table: EmbeddingTable) -> None:
     engine = _engine(address, table)
     _ask(engine)
     assert engine.max_model_len == MAX_MODEL_LEN
 
 
-def test_no_server_is_said_so(table: EmbeddingTable) -> None:
+def test_start_without_a_server_fails(table: EmbeddingTable) -> None:
     engine = _engine("http://127.0.0.1:9", table)
     with pytest.raises(EngineFailure, match="no vLLM server"):
         _ask(engine)
@@ -380,13 +380,13 @@ def test_no_server_is_said_so(table: EmbeddingTable) -> None:
     assert not asyncio.run(ready())
 
 
-def test_a_stream_comes_as_it_is(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_stream_is_passed_on_unchanged(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     (events,) = _ask(_engine(address, table), engine_request("chat", {**ASKED, "stream": True}, _soft()))
     assert b"".join(events).endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("breaks", [True, False])
-def test_of_a_stream_that_breaks_off_only_whole_events_are_passed_on(
+def test_broken_stream_passes_on_whole_events_only(
     theirs: StandIn, address: str, table: EmbeddingTable, breaks: bool
 ) -> None:
     theirs.breaks, theirs.halts = breaks, not breaks
@@ -408,7 +408,7 @@ def test_of_a_stream_that_breaks_off_only_whole_events_are_passed_on(
 
 
 @pytest.mark.parametrize("read", [0, 1])
-def test_a_stream_that_is_closed_ends_at_vllm_too(
+def test_closed_stream_ends_at_vllm(
     theirs: StandIn, address: str, table: EmbeddingTable, read: int
 ) -> None:
     theirs.endless = True
@@ -439,7 +439,7 @@ async def _until(true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_reply_that_breaks_amid_its_framing_is_not_waited_for(table: EmbeddingTable, stream: bool) -> None:
+def test_reply_with_broken_framing_fails_within_the_timeout(table: EmbeddingTable, stream: bool) -> None:
     async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc\n\n\r\n")
@@ -466,20 +466,20 @@ def test_a_reply_that_breaks_amid_its_framing_is_not_waited_for(table: Embedding
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://here", "http://", "http://me:word@here"])
-def test_an_address_that_is_none_is_said(url: str, table: EmbeddingTable) -> None:
+def test_invalid_address_is_refused(url: str, table: EmbeddingTable) -> None:
     with pytest.raises(ConfigError) as failed:
         _engine(url, table)
     assert "word" not in str(failed.value).replace("password", "")
 
 
-def test_what_nothing_can_be_sent_with_is_a_failure(address: str, table: EmbeddingTable) -> None:
+def test_key_or_address_that_cannot_be_sent_is_a_failure(address: str, table: EmbeddingTable) -> None:
     for engine in (_engine(address, table, key="a\nb"), _engine("http://a..b", table)):
         with pytest.raises(EngineFailure, match="no vLLM server"):
             _ask(engine)
     assert _ask(_engine(address, table, key="a key of a file\n")) == []
 
 
-def test_a_stream_counts_from_its_first_event(
+def test_request_seconds_of_a_stream_end_at_its_first_event(
     theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     theirs.silent_s = 1
@@ -491,7 +491,7 @@ def test_a_stream_counts_from_its_first_event(
     assert float(spent.rpartition(" ")[2]) >= 1
 
 
-def test_a_stream_may_be_silent_for_less_long_than_an_answer_in_one_piece(
+def test_timeouts_of_streams_and_whole_answers_differ(
     theirs: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     theirs.silent_s = 2
@@ -516,7 +516,7 @@ def _answered(engine: VLLMEngine, theirs: StandIn, status: int) -> EngineReply:
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 429])
-def test_what_vllm_says_of_a_request_reaches_its_caller(
+def test_refusal_by_vllm_reaches_the_caller(
     theirs: StandIn, address: str, table: EmbeddingTable, status: int
 ) -> None:
     reply = _answered(_engine(address, table), theirs, status)
@@ -537,7 +537,7 @@ def test_what_vllm_says_of_a_request_reaches_its_caller(
         (503, "status 503"),
     ],
 )
-def test_what_is_not_the_callers_fault_is_vllms_failure(
+def test_failure_of_vllm_is_an_engine_failure(
     theirs: StandIn, address: str, table: EmbeddingTable, status: int, said: str
 ) -> None:
     with pytest.raises(EngineFailure, match=said) as failed:
@@ -545,12 +545,12 @@ def test_what_is_not_the_callers_fault_is_vllms_failure(
     assert "the text" not in str(failed.value)
 
 
-def test_likelihoods_are_not_to_be_had(address: str, table: EmbeddingTable) -> None:
+def test_log_likelihoods_are_refused(address: str, table: EmbeddingTable) -> None:
     with pytest.raises(RequestError, match="personaplug explain"):
         asyncio.run(_engine(address, table).log_likelihoods("a", "b", softs=[None]))
 
 
-def test_failures_are_told_apart_and_end_when_they_end(
+def test_failures_of_vllm_are_told_apart_and_end_with_their_cause(
     theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     engine = _engine(address, table)
@@ -583,7 +583,7 @@ def test_failures_are_told_apart_and_end_when_they_end(
         assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
 
 
-def test_a_server_that_goes_and_comes_back(
+def test_vllm_that_comes_back_is_used_again(
     theirs: StandIn, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     with running(theirs.app) as address:
@@ -600,7 +600,7 @@ def test_a_server_that_goes_and_comes_back(
             assert httpx.get(f"{url}/ready").status_code == 200
 
 
-def test_what_a_stopping_server_cannot_finish_is_told(
+def test_request_cut_off_by_a_stop_gets_503(
     theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     theirs.silent_s = 30
@@ -626,6 +626,6 @@ def _started(address: str, table: EmbeddingTable, **settings: Any) -> VLLMEngine
     return engine
 
 
-def test_embeddings_are_read_out_of_a_models_files(toy: CausalLM, tmp_path: Path) -> None:
+def test_embeddings_are_loaded_from_a_models_files(toy: CausalLM, tmp_path: Path) -> None:
     toy.model.save_pretrained(tmp_path)
     torch.testing.assert_close(read_embeddings(tmp_path), toy.embed.weight.detach())

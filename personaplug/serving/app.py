@@ -29,20 +29,7 @@ from personaplug.serving.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply, "description": text}
-    for status, text in (
-        (400, "The request cannot be answered as it is."),
-        (401, "The key is missing or unknown."),
-        (404, "There is nothing of that name."),
-        (403, "A server without keys was called by a foreign name."),
-        (408, "The body did not come in time."),
-        (409, "The history is being changed; try again."),
-        (413, "The body is too long."),
-        (422, "A field is missing or of the wrong type."),
-        (429, "Too much at once: come back after Retry-After seconds."),
-        (502, "The language model does not answer."),
-        (503, "The store cannot be used now."),
-    )
+    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 409, 413, 422, 429, 502, 503)
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -23,6 +24,7 @@ DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
 
 _MAX_DEPTH = 100  # levels of nested lists and objects
+_SURROGATE = re.compile("[\ud800-\udfff]")  # Python joins whole pairs, so these are halves
 
 
 def json_leaves(value: object) -> Iterator[object]:
@@ -46,7 +48,8 @@ def json_leaves(value: object) -> Iterator[object]:
 def check_json(value: T) -> T:
     """Return a value that came as JSON; RequestError if it cannot be written as JSON again."""
     for leaf in json_leaves(value):
-        if (isinstance(leaf, float) and not math.isfinite(leaf)) or (isinstance(leaf, str) and not _is_unicode(leaf)):
+        is_half_pair = isinstance(leaf, str) and _SURROGATE.search(leaf)
+        if is_half_pair or (isinstance(leaf, float) and not math.isfinite(leaf)):
             raise RequestError(
                 "The request holds NaN, Infinity or half of a surrogate pair, which JSON cannot represent.",
                 code="invalid_value",
@@ -66,16 +69,8 @@ def check_name(text: str) -> str:
     return text
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _check_unicode(text: str) -> str:
-    if not _is_unicode(text):
+    if _SURROGATE.search(text):
         raise ValueError("not valid Unicode")
     return text
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,11 +26,20 @@ class EngineRequest:
 
 
 class EventStream(AsyncIterator[bytes]):
-    """A reply event by event. It has to be closed, even if nobody reads it."""
+    """A reply event by event. It has to be closed, even if nobody reads it.
 
-    @abstractmethod
+    A generator alone would not do: one that never started runs no `finally`.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes], *, on_close: Callable[[], None]) -> None:
+        self._events, self._on_close = events, on_close
+
+    async def __anext__(self) -> bytes:
+        return await anext(self._events)
+
     async def aclose(self) -> None:
-        """Stop generating and free the resources."""
+        self._on_close()
+        await self._events.aclose()
 
 
 @dataclass(frozen=True, repr=False)

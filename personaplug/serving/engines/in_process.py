@@ -15,10 +15,10 @@ from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Row
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import MAX_CHARACTERS_PER_TOKEN, EngineReply, EngineRequest
+from personaplug.serving.engines.base import MAX_CHARACTERS_PER_TOKEN, EngineReply, EngineRequest, EventStream
 from personaplug.serving.engines.sampling import Sampling
 from personaplug.serving.engines.scheduler import Job, ModelScheduler
-from personaplug.serving.engines.text_stream import TextEvents, TextStream
+from personaplug.serving.engines.text_stream import TextStream, text_events
 from personaplug.serving.openai_protocol import CompletionRequest, Message, ReplyFormatter, to_json
 
 # Bounds of one pass that measures an answer under several soft prompts: rows, tokens of all answers (each takes a row
@@ -80,11 +80,12 @@ class InProcessEngine:
         self._scheduler.submit(job)
         if request.body.stream:
             include_usage = bool((sampling.stream_options or {}).get("include_usage"))
-            return EngineReply(TextEvents(text, formatter, include_usage=include_usage))
+            events = text_events(text, formatter, include_usage=include_usage)
+            return EngineReply(EventStream(events, on_close=job.cancel))
         try:
             pieces = [piece async for piece in text.pieces()]
         finally:
-            job.is_cancelled = True  # has no effect on a job that has ended
+            job.cancel()  # has no effect on a job that has ended
         return EngineReply(to_json(formatter.whole("".join(pieces), reason=text.reason, usage=text.usage)))
 
     async def log_likelihoods(

@@ -46,6 +46,9 @@ class Job:
             raise EngineFailure("The model failed on this request.")
         self.finish_reason = ended
 
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
     def publish(self) -> None:
         """Send new tokens to the event loop; called by the thread."""
         ids, ended = self.row.ids[self._published :], self.row.ended

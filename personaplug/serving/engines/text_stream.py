@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from personaplug.serving.engines.base import EventStream
 from personaplug.serving.engines.scheduler import Job
 from personaplug.serving.openai_protocol import DONE, ReplyFormatter, event
 
@@ -46,31 +45,17 @@ class TextStream:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-class TextEvents(EventStream):
-    """A text as OpenAI's events. Closing it cancels the job, even if nobody has read from it."""
-
-    def __init__(self, text: TextStream, formatter: ReplyFormatter, *, include_usage: bool) -> None:
-        self._text, self._formatter, self._include_usage = text, formatter, include_usage
-        self._events = self._generate()
-
-    async def __anext__(self) -> bytes:
-        return await anext(self._events)
-
-    async def aclose(self) -> None:
-        self._text.job.is_cancelled = True
-        await self._events.aclose()
-
-    async def _generate(self) -> AsyncGenerator[bytes]:
-        text, formatter = self._text, self._formatter
-        if formatter.is_chat:
-            yield event(formatter.chunk({"role": "assistant", "content": ""}))
-        async with aclosing(text.pieces()) as pieces:
-            async for piece in pieces:
-                yield event(formatter.chunk({"content": piece}))
-        yield event(formatter.chunk({}, reason=text.reason))
-        if self._include_usage:
-            yield event(formatter.chunk({}) | {"choices": [], "usage": text.usage})
-        yield DONE
+async def text_events(text: TextStream, formatter: ReplyFormatter, *, include_usage: bool) -> AsyncGenerator[bytes]:
+    """Yield a text as OpenAI's events."""
+    if formatter.is_chat:
+        yield event(formatter.chunk({"role": "assistant", "content": ""}))
+    async with aclosing(text.pieces()) as pieces:
+        async for piece in pieces:
+            yield event(formatter.chunk({"content": piece}))
+    yield event(formatter.chunk({}, reason=text.reason))
+    if include_usage:
+        yield event(formatter.chunk({}) | {"choices": [], "usage": text.usage})
+    yield DONE
 
 
 def _safe_length(text: str, stop_texts: tuple[str, ...]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -106,7 +106,8 @@ class VLLMEngine:
                     self.url + _ROUTES[request.body.kind], data=content, headers=headers, allow_redirects=False
                 )
                 if streams and response.status == 200:
-                    return EngineReply(_VLLMEvents(response, timeout_s=self.timeout_s))
+                    events = _complete_events(response, timeout_s=self.timeout_s)
+                    return EngineReply(EventStream(events, on_close=response.close))
                 async with response:
                     reply = await response.read()
         except _CONNECTION_ERRORS as error:
@@ -249,35 +250,23 @@ class _Response(NamedTuple):
         return json.loads(self.text)
 
 
-class _VLLMEvents(EventStream):
-    """vLLM's events. Closing it ends the answer at vLLM, even if nobody has read from it.
+async def _complete_events(response: aiohttp.ClientResponse, *, timeout_s: float) -> AsyncGenerator[bytes]:
+    """Hold half an event back: a client could not parse what follows it, even if that is an error."""
+    held = b""
+    try:
+        while chunk := await _next_chunk(response, timeout_s=timeout_s):
+            events, end, held = (held + chunk).rpartition(b"\n\n")
+            if end:
+                yield events + end
+    except _CONNECTION_ERRORS as error:
+        raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
+    if held:
+        raise EngineFailure("The vLLM server broke off amid an event.")
 
-    Half an event is held back: a client could not parse what follows it, even if that is an error.
-    """
 
-    def __init__(self, response: aiohttp.ClientResponse, *, timeout_s: float) -> None:
-        self._response, self._timeout_s = response, timeout_s
-        self._held, self._is_closed = b"", False
-
-    async def __anext__(self) -> bytes:
-        try:
-            while not self._is_closed and (chunk := await self._next_chunk()):
-                events, end, self._held = (self._held + chunk).rpartition(b"\n\n")
-                if end:
-                    return events + end
-        except _CONNECTION_ERRORS as error:
-            raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
-        if self._held and not self._is_closed:
-            raise EngineFailure("The vLLM server broke off amid an event.")
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        self._is_closed = True
-        self._response.close()
-
-    async def _next_chunk(self) -> bytes:
-        async with asyncio.timeout(self._timeout_s):
-            return await self._response.content.readany()  # empty at the end
+async def _next_chunk(response: aiohttp.ClientResponse, *, timeout_s: float) -> bytes:
+    async with asyncio.timeout(timeout_s):
+        return await response.content.readany()  # empty at the end
 
 
 def _checked_url(url: str) -> str:

@@ -15,7 +15,7 @@ import base64
 import io
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +157,13 @@ def _check_placeholder(body: dict[str, Any]) -> None:
         raise RequestError(f"A request may not hold {PLACEHOLDER}, which is reserved.", code="reserved_text")
 
 
-def _parts(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Iterate over the parts of messages whose content is a list."""
-    for message in _dicts(body.get("messages")):
-        yield from _dicts(message.get("content"))
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    """The dicts in a list; none if the value is no list, as a completion's own `messages` may be."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+def _parts(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of messages whose content is a list; a completion's own `messages` may be anything."""
+    messages = body.get("messages")
+    contents = (
+        [turn.get("content") for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+    )
+    return [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
 
 
 def _too_long(max_tokens: int, found: str) -> RequestError:

@@ -5,7 +5,6 @@ Requests stay in memory, within bounds of time and size, and are written nowhere
 
 from __future__ import annotations
 
-import threading
 import time
 from datetime import datetime
 from typing import NamedTuple
@@ -24,7 +23,7 @@ class _Entry(NamedTuple):
 
 
 class RecentRequests:
-    """The queries of recent requests, by tenant, user and request id; safe for several threads.
+    """The queries of recent requests, by tenant, user and request id; for one event loop.
 
     Args:
         max_bytes: most that the queries take; the oldest go first.
@@ -36,7 +35,6 @@ class RecentRequests:
             max_bytes, ttl_s, getsizeof=lambda entry: _ENTRY_BYTES + 4 * len(entry.query)
         )
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
-        self._lock = threading.Lock()
 
     def add(self, tenant: str, user: str, *, request_id: str, query: str, since: float) -> None:
         """Keep a query, unless it is larger than the bound or the user was forgotten since the request arrived.
@@ -45,10 +43,9 @@ class RecentRequests:
             since: when the request arrived, by `time.monotonic`.
         """
         entry = _Entry(query, time.time() - (time.monotonic() - since))
-        with self._lock:
-            is_erased = self._erased.get((tenant, user), -1.0) >= since
-            if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:
-                self._entries[tenant, user, request_id] = entry
+        is_erased = self._erased.get((tenant, user), -1.0) >= since
+        if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:
+            self._entries[tenant, user, request_id] = entry
 
     def query(self, tenant: str, user: str, *, request_id: str, erased_at: datetime | None = None) -> str:
         """The query of a user's request.
@@ -58,8 +55,7 @@ class RecentRequests:
         Raises:
             RequestError: if no such request is kept.
         """
-        with self._lock:
-            entry = self._entries.get((tenant, user, request_id))
+        entry = self._entries.get((tenant, user, request_id))
         if entry is None or (erased_at is not None and erased_at.timestamp() + _MAX_CLOCK_SKEW_S >= entry.asked_at):
             raise RequestError(
                 "No request of this id is known for this user: requests are kept for a while, until the server "
@@ -71,10 +67,9 @@ class RecentRequests:
 
     def forget(self, tenant: str, user: str) -> None:
         """Drop all requests of a user."""
-        with self._lock:
-            self._erased[tenant, user] = time.monotonic()
-            for key in [key for key in self._entries if key[:2] == (tenant, user)]:
-                self._entries.pop(key, None)
+        self._erased[tenant, user] = time.monotonic()
+        for key in [key for key in self._entries if key[:2] == (tenant, user)]:
+            self._entries.pop(key, None)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -1,17 +1,15 @@
-"""ModelScheduler: one thread owns the model and batches requests continuously.
+"""ModelScheduler: batches requests to one model continuously.
 
-Between any two tokens the thread admits new rows, drops cancelled ones and runs other work on the model. Only this
-thread changes a row; callers on an event loop set `Job.is_cancelled`.
+All work on the model runs in one thread, token by token. Between two tokens the event loop admits new rows, drops
+cancelled ones and passes the new tokens on; other work on the model takes its turn.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from personaplug.errors import EngineFailure
@@ -25,14 +23,13 @@ _PREFILL_TOKENS = 2048  # prompt tokens that are read between two tokens of the 
 
 
 class Job:
-    """A row on its way through the thread; to be created on the event loop that waits for it."""
+    """A row, and the queue of its new tokens."""
 
     def __init__(self, row: Row) -> None:
         self.row = row
         self.is_cancelled = False  # whether nobody waits for it any more
         self.finish_reason = "stop"  # valid once all tokens are read
         self._published = 0
-        self._loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[tuple[list[int], str | None]] = asyncio.Queue()
 
     async def tokens(self) -> AsyncGenerator[int]:
@@ -50,19 +47,15 @@ class Job:
         self.is_cancelled = True
 
     def publish(self) -> None:
-        """Send new tokens to the event loop; called by the thread."""
-        ids, ended = self.row.ids[self._published :], self.row.ended
-        if not ids and not ended:
-            return
+        """Pass new tokens on."""
+        ids = self.row.ids[self._published :]
         self._published += len(ids)
-        try:
-            self._loop.call_soon_threadsafe(self._updates.put_nowait, (ids, ended))
-        except RuntimeError:
-            logger.debug("the event loop of a request ended before its reply")
+        if ids or self.row.ended:
+            self._updates.put_nowait((ids, self.row.ended))
 
 
 class ModelScheduler:
-    """Runs rows of a model side by side.
+    """Runs rows of a model side by side; bound to the event loop that starts it.
 
     Args:
         max_rows: rows that run at once.
@@ -71,78 +64,61 @@ class ModelScheduler:
 
     def __init__(self, llm: CausalLM, *, max_rows: int, max_held: int) -> None:
         self.llm, self.max_rows, self.max_held = llm, max_rows, max_held
-        self._inbox: queue.SimpleQueue[Job | Callable[[], None] | None] = queue.SimpleQueue()
-        self._inbox_lock = threading.Lock()  # nothing is put behind the final None
-        self._is_closed = False
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._batch = ContinuousBatch(llm)
-        self._thread = threading.Thread(target=self._loop, name="personaplug-model", daemon=True)
+        self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="personaplug-model")
+        self._wake_up = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive() and not self._is_closed
+        return self._task is not None and not self._task.done() and not self._is_closed
 
     def start(self) -> None:
-        if self._thread.ident is None:
-            self._thread.start()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run_rows())
 
     async def close(self) -> None:
         """Finish the rows that were submitted, then stop."""
-        with self._inbox_lock:
-            self._is_closed = True
-            self._inbox.put(None)
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        self._is_closed = True
+        self._wake_up.set()
+        if self._task is not None:
+            await self._task
+        self._model_thread.shutdown(wait=False)
 
-    def submit(self, work: Job | Callable[[], None]) -> None:
-        """Queue a row, or a call that uses the model."""
-        with self._inbox_lock:
-            if not self.is_alive:
-                raise EngineFailure("The model is no longer running.")
-            self._inbox.put(work)
+    def submit(self, job: Job) -> None:
+        """Queue a row."""
+        self._check_alive()
+        self._waiting.append(job)
+        self._wake_up.set()
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Call a function on the thread, between two tokens, and return its result."""
-        future: Future[T] = Future()
+        """Call a function that uses the model, between two tokens, and return its result."""
+        self._check_alive()
+        return await asyncio.get_running_loop().run_in_executor(self._model_thread, work)
 
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = work()
-            except Exception as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+    def _check_alive(self) -> None:
+        if not self.is_alive:
+            raise EngineFailure("The model is no longer running.")
 
-        self.submit(call)
-        return await asyncio.wrap_future(future)
-
-    def _loop(self) -> None:
-        is_open = True
-        while is_open or self._running or self._waiting:
-            is_open = self._receive(is_open)
+    async def _run_rows(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._running or self._waiting or not self._is_closed:
+            self._wake_up.clear()
             self._drop_cancelled()
-            self._admit()
-            self._step()
+            count = self._admissible()
+            admitted, self._waiting = self._waiting[:count], self._waiting[count:]
+            self._running += admitted
+            if not self._running:
+                self._batch = ContinuousBatch(self.llm)  # frees the states of the last rows
+                await self._wake_up.wait()
+                continue
+            await loop.run_in_executor(self._model_thread, self._advance, admitted)
             for job in self._running:
                 job.publish()
             self._running = [job for job in self._running if job.row.ended is None]
-            if not self._running:
-                self._batch = ContinuousBatch(self.llm)  # frees the states of the last rows
-
-    def _receive(self, is_open: bool) -> bool:
-        """Take what was submitted; wait for it if there is nothing else to do. Return whether more may come."""
-        while is_open and (not self._inbox.empty() or not (self._running or self._waiting)):
-            work = self._inbox.get()
-            if work is None:
-                return False
-            if isinstance(work, Job):
-                self._waiting.append(work)
-            else:
-                work()
-        return is_open
 
     def _drop_cancelled(self) -> None:
         self._waiting = [job for job in self._waiting if not job.is_cancelled]
@@ -150,20 +126,8 @@ class ModelScheduler:
             if job.is_cancelled:
                 job.row.ended = "stop"
 
-    def _admit(self) -> None:
-        """Read the prompts of waiting rows, as many as fit and do not delay the running rows for long."""
-        count = self._admissible()
-        if not count:
-            return
-        jobs, self._waiting = self._waiting[:count], self._waiting[count:]
-        self._running += jobs
-        try:
-            self._batch.admit([job.row for job in jobs])
-        except Exception as error:  # of the model or the machine
-            _fail(jobs, error)
-
     def _admissible(self) -> int:
-        """Count the waiting rows that may start now, in their order."""
+        """Count the waiting rows that may start now, in their order, without delaying the running ones for long."""
         prompt_tokens, longest = 0, max((_max_size(job.row) for job in self._running), default=0)
         for index, job in enumerate(self._waiting):
             rows = len(self._running) + index + 1
@@ -174,7 +138,13 @@ class ModelScheduler:
                 return index
         return len(self._waiting)
 
-    def _step(self) -> None:
+    def _advance(self, admitted: Sequence[Job]) -> None:
+        """Read the prompts of new rows, then choose every row's next token; runs in the model's thread."""
+        try:
+            if admitted:
+                self._batch.admit([job.row for job in admitted])
+        except Exception as error:  # of the model or the machine
+            _fail(admitted, error)
         try:
             self._batch.step()
         except Exception as error:  # the callers must hear of it, and later requests be served
@@ -188,7 +158,7 @@ def _max_size(row: Row) -> int:
     return len(row.prompt.ids) + soft + row.config.max_new_tokens
 
 
-def _fail(jobs: list[Job], error: Exception) -> None:
+def _fail(jobs: Sequence[Job], error: Exception) -> None:
     # The error's message may quote the request.
     logger.error("the model failed on %d requests: %s", len(jobs), type(error).__name__)
     for job in jobs:

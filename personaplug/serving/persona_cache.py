@@ -112,8 +112,8 @@ class PersonaCache:
         self,
         tenant: str,
         user: str | None,
-        query: str,
         *,
+        query: str,
         options: Options | None = None,
         persona_scale: float | None = None,
     ) -> Persona:

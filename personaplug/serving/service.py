@@ -76,7 +76,7 @@ class Service:
             self.personas.persona,
             tenant,
             request.user,
-            query.text,
+            query=query.text,
             options=query.options,
             persona_scale=options.persona_scale if self.is_personal(query) else 0,
         )

@@ -181,9 +181,7 @@ def test_feedback_becomes_history(service: Service, url: str) -> None:
     assert len(service.recent_requests) == 0
 
 
-def test_feedback_after_an_erasure_by_another_process_is_refused(
-    service: Service, url: str, tmp_path: Path
-) -> None:
+def test_feedback_after_an_erasure_by_another_process_is_refused(service: Service, url: str, tmp_path: Path) -> None:
     _post(url, "ann", _item(1))
     request = _chat(url, "ann").headers["x-request-id"]
     other = HistoryStore.open(tmp_path / "histories.db")
@@ -354,9 +352,7 @@ BAD: list[tuple[str, str, Any, int]] = [
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status"), BAD)
-def test_invalid_request_is_4xx_in_openais_form(
-    url: str, method: str, path: str, body: Any, status: int
-) -> None:
+def test_invalid_request_is_4xx_in_openais_form(url: str, method: str, path: str, body: Any, status: int) -> None:
     reply = httpx.request(method, f"{url}{path}", json=body)
     assert reply.status_code == status
     assert reply.json()["error"]["message"]
@@ -400,7 +396,9 @@ def test_body_beyond_the_limit_is_not_read(service: Service) -> None:
             assert client.post(f"{url}/v1/chat/completions", content=endless()).status_code == 413
 
 
-def test_requests_beyond_the_limit_are_refused_until_others_end(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_beyond_the_limit_are_refused_until_others_end(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go_on, answer = threading.Event(), service.engine.respond
 
     async def slow(question: EngineRequest) -> EngineReply:
@@ -559,7 +557,7 @@ def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -
     )
     with served(service) as place:
         assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
-        kept = service.personas.persona("default", "ann", "on tea").phrases
+        kept = service.personas.persona("default", "ann", query="on tea").phrases
         assert kept is not None
         assert kept.nbytes < 2**20
         assert _chat(place, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200

@@ -133,7 +133,9 @@ async def _mixed(service: Service, *, users: int, requests: int, at_once: int) -
 
 
 @pytest.mark.parametrize(("users", "requests"), [(40, 1_500), pytest.param(1_000, 100_000, marks=pytest.mark.slow)])
-def test_mixed_requests_never_show_another_users_history(toy: CausalLM, tmp_path: Path, users: int, requests: int) -> None:
+def test_mixed_requests_never_show_another_users_history(
+    toy: CausalLM, tmp_path: Path, users: int, requests: int
+) -> None:
     # A cache that holds a tenth of the users, so that they come and go in it too.
     service = open_service(toy, tmp_path, engine=_Telling(), cache_bytes=users * 400)
     asyncio.run(_mixed(service, users=users, requests=requests, at_once=32))

@@ -47,7 +47,7 @@ def _live(tmp_path: Path, config: PlugConfig = ALIKE, **settings: Any) -> Person
 
 
 def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **settings: Any) -> torch.Tensor:
-    soft = live.persona("shop", user, query, **settings).soft
+    soft = live.persona("shop", user, query=query, **settings).soft
     assert soft is not None
     return soft.vectors
 
@@ -67,7 +67,7 @@ def test_persona_equals_that_of_an_evaluation(tmp_path: Path, config: PlugConfig
     expected = Personalizer(live.plug).persona("a film", ITEMS, encoder=ENCODER)
     for _ in range(2):  # made, and then kept
         torch.testing.assert_close(_tokens(live, "ann"), expected.vectors)
-    persona = live.persona("shop", "ann", "a film")
+    persona = live.persona("shop", "ann", query="a film")
     assert persona.soft is not None
     assert expected.label_bias is not None
     assert expected.label_bias.any()
@@ -88,8 +88,8 @@ def test_cached_history_gives_the_same_tokens(tmp_path: Path, changes: dict[str,
     options = Options("which", ("film 1", "film 2", "film 3"))
     history = live.store.read("shop", "ann", latest=10)
     for query in ("film 1", "film 2"):
-        live.persona("shop", "ann", "another")
-        persona = live.persona("shop", "ann", query, options=options)
+        live.persona("shop", "ann", query="another")
+        persona = live.persona("shop", "ann", query=query, options=options)
         assert persona.soft is not None
         assert persona.cached
         assert torch.equal(persona.soft.vectors, live.personalizer.of_history(query, history, options=options).vectors)
@@ -110,8 +110,8 @@ def test_user_without_history_gets_the_fallback(tmp_path: Path, config: PlugConf
     population = Personalizer(live.plug).persona("a film", [], encoder=ENCODER)
     for persona_scale in (1.0, 0.5):
         torch.testing.assert_close(_tokens(live, user, persona_scale=persona_scale), population.vectors)
-    assert live.persona("shop", user, "a film").applied == "population"
-    plain = PersonaCache(Personalizer(live.plug), live.store, fallback="plain").persona("shop", user, "a film")
+    assert live.persona("shop", user, query="a film").applied == "population"
+    plain = PersonaCache(Personalizer(live.plug), live.store, fallback="plain").persona("shop", user, query="a film")
     assert (plain.soft, plain.applied) == (None, "plain")
 
 
@@ -119,7 +119,7 @@ def test_user_without_history_gets_the_fallback(tmp_path: Path, config: PlugConf
 def test_persona_scale_interpolates_and_extrapolates(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
     live.store.add("shop", "ann", ITEMS)
-    assert live.persona("shop", "ann", "a film", persona_scale=0).soft is None
+    assert live.persona("shop", "ann", query="a film", persona_scale=0).soft is None
     common, half, full, beyond = (
         _tokens(live, user, persona_scale=persona_scale)
         for user, persona_scale in ((None, 1.0), ("ann", 0.5), ("ann", 1.0), ("ann", 2.0))
@@ -134,24 +134,24 @@ def test_change_by_another_process_is_seen_by_the_next_request(tmp_path: Path, c
     elsewhere.add("shop", "ann", ITEMS[:2])
     before = _tokens(live, "ann")
     elsewhere.add("shop", "ann", ITEMS[2:])  # as another process would: nobody tells `live`
-    persona = live.persona("shop", "ann", "a film")
+    persona = live.persona("shop", "ann", query="a film")
     assert (persona.items, persona.cached) == (5, False)
     assert not torch.equal(before, _tokens(live, "ann"))
     elsewhere.erase_user("shop", "ann")
-    assert live.persona("shop", "ann", "a film").applied == "population"
+    assert live.persona("shop", "ann", query="a film").applied == "population"
     assert live.cached_users == 0
     elsewhere.add("shop", "ann", ITEMS[:2])
-    assert live.persona("shop", "ann", "a film").items == 2
+    assert live.persona("shop", "ann", query="a film").items == 2
 
 
 def test_cache_size_is_bounded(tmp_path: Path) -> None:
     live = _live(tmp_path, cache_bytes=5_000)
     for user in map(str, range(20)):
         live.store.add("shop", user, ITEMS[:1])
-        live.persona("shop", user, "a film")
+        live.persona("shop", user, query="a film")
     assert 1 <= live.cached_users < 5
     assert live.cached_bytes <= 5_000
-    assert _live(tmp_path, cache_bytes=100).persona("shop", "3", "a film").applied == "user"
+    assert _live(tmp_path, cache_bytes=100).persona("shop", "3", query="a film").applied == "user"
 
 
 def test_erasure_during_a_lookup_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_erasure_during_a_lookup_leaves_no_entry(tmp_path: Path, monkeypatch: py
         return history
 
     monkeypatch.setattr(live.store, "read", read_then_erased)
-    live.persona("shop", "ann", "a film")
+    live.persona("shop", "ann", query="a film")
     assert live.cached_users == 0
 
 
@@ -186,7 +186,7 @@ def test_concurrent_threads_get_their_own_users_personas(tmp_path: Path) -> None
         draw = random.Random(seed)
         for _ in range(400):
             tenant, user = draw.choice(list(expected))
-            soft = live.persona(tenant, user, "a film").soft
+            soft = live.persona(tenant, user, query="a film").soft
             if soft is None or not torch.allclose(soft.vectors, expected[tenant, user], atol=1e-5):
                 crossed.append((tenant, user))
             if draw.random() < 0.05:
@@ -219,7 +219,7 @@ def test_user_with_few_items_gets_the_population_persona(tmp_path: Path) -> None
     applied = []
     for one in ITEMS[:3]:
         live.store.add("shop", "ann", [one])
-        applied.append(live.persona("shop", "ann", "a film").applied)
+        applied.append(live.persona("shop", "ann", query="a film").applied)
         weights = item_weights(
             live.personalizer, "a film", live.personalizer.encoded(ITEMS[: len(applied)], encoder=ENCODER)
         )

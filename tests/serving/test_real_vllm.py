@@ -111,7 +111,7 @@ def _say(service: Service, folder: Path, words: dict[str, str]) -> None:
     """Let each user's persona be the embedded tokens of a text."""
     table = EmbeddingTable.of_folder(folder)
 
-    def persona(tenant: str, user: str | None, query: str, **given: Any) -> Persona:
+    def persona(tenant: str, user: str | None, *, query: str, **given: Any) -> Persona:
         if user not in words:
             return Persona(None, "plain", 0, 1.0)
         vectors = table.rows[table.tokenizer(words[user], add_special_tokens=False)["input_ids"]].float()

@@ -158,9 +158,7 @@ class _Counting(_Framing):
         return super().__call__(text, add_special_tokens=add_special_tokens)
 
 
-def test_prompt_that_is_too_long_is_refused_before_it_is_embedded(
-    theirs: StandIn, address: str, toy: CausalLM
-) -> None:
+def test_prompt_that_is_too_long_is_refused_before_it_is_embedded(theirs: StandIn, address: str, toy: CausalLM) -> None:
     tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
     many, more = "a" * (MAX_MODEL_LEN * 16 + 1), "b" * MAX_MODEL_LEN
@@ -190,7 +188,9 @@ def test_prompt_is_embedded_outside_the_event_loop(address: str, toy: CausalLM) 
     assert threading.get_ident() not in tokenizer.threads
 
 
-def test_choices_constrain_the_answer_unless_the_request_does(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_choices_constrain_the_answer_unless_the_request_does(
+    theirs: StandIn, address: str, table: EmbeddingTable
+) -> None:
     form = {"response_format": {"type": "json_object"}}
     _ask(
         _engine(address, table),
@@ -280,9 +280,7 @@ def test_persona_with_nan_is_not_sent(theirs: StandIn, address: str, table: Embe
     assert len(theirs.bodies) == 3
 
 
-def test_continued_answer_with_a_persona_is_refused(
-    theirs: StandIn, address: str, table: EmbeddingTable
-) -> None:
+def test_continued_answer_with_a_persona_is_refused(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     question = engine_request("chat", {**ASKED, "continue_final_message": True}, _soft())
     assert _not_sent(theirs, _engine(address, table), question).code == "messages"
 
@@ -408,9 +406,7 @@ def test_broken_stream_passes_on_whole_events_only(
 
 
 @pytest.mark.parametrize("read", [0, 1])
-def test_closed_stream_ends_at_vllm(
-    theirs: StandIn, address: str, table: EmbeddingTable, read: int
-) -> None:
+def test_closed_stream_ends_at_vllm(theirs: StandIn, address: str, table: EmbeddingTable, read: int) -> None:
     theirs.endless = True
 
     async def whole() -> None:
@@ -491,9 +487,7 @@ def test_request_seconds_of_a_stream_end_at_its_first_event(
     assert float(spent.rpartition(" ")[2]) >= 1
 
 
-def test_timeouts_of_streams_and_whole_answers_differ(
-    theirs: StandIn, address: str, table: EmbeddingTable
-) -> None:
+def test_timeouts_of_streams_and_whole_answers_differ(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
     theirs.silent_s = 2
     streamed, whole = (engine_request("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
     with pytest.raises(EngineFailure, match="TimeoutError"):
@@ -516,9 +510,7 @@ def _answered(engine: VLLMEngine, theirs: StandIn, status: int) -> EngineReply:
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 429])
-def test_refusal_by_vllm_reaches_the_caller(
-    theirs: StandIn, address: str, table: EmbeddingTable, status: int
-) -> None:
+def test_refusal_by_vllm_reaches_the_caller(theirs: StandIn, address: str, table: EmbeddingTable, status: int) -> None:
     reply = _answered(_engine(address, table), theirs, status)
     assert reply.status == status
     assert isinstance(reply.body, bytes)

@@ -95,15 +95,16 @@ class InProcessEngine:
         self._check_characters(prompt + answer)
         log_likelihoods: list[float] = []
         try:
-            rows = await self._scheduler.run(partial(self._rows_per_pass, prompt, answer, choices))
+            rows = await self._scheduler.run(partial(self._rows_per_pass, prompt, answer, choices=choices))
             for start in range(0, len(softs), rows):
                 batch = softs[start : start + rows]
-                log_likelihoods += await self._scheduler.run(partial(self._score, prompt, answer, batch, choices))
+                score = partial(self._score, prompt, answer, softs=batch, choices=choices)
+                log_likelihoods += await self._scheduler.run(score)
         finally:
             self.llm.prompt_tokenizer.forget()  # its cache holds the user's words, which must not outlast the user
         return log_likelihoods
 
-    def _rows_per_pass(self, prompt: str, answer: str, choices: Sequence[str]) -> int:
+    def _rows_per_pass(self, prompt: str, answer: str, *, choices: Sequence[str]) -> int:
         """How many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
         tokenizer = self.llm.prompt_tokenizer
         (prompt_tokens,), (answer_ids,) = tokenizer.prompts([prompt]), tokenizer.targets([answer], labels=choices)
@@ -119,7 +120,7 @@ class InProcessEngine:
 
     @torch.no_grad()
     def _score(
-        self, prompt: str, answer: str, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
+        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
         personas, count = [soft for soft in softs if soft is not None], len(softs)
         soft = SoftPrompt.joined(personas) if personas else None

@@ -53,13 +53,13 @@ def _response(reply: ServiceReply) -> Response:
     }
     if isinstance(body, bytes):
         return Response(body, status, headers, media_type="application/json")
-    return _EventResponse(body, status, headers)
+    return _EventResponse(body, status=status, headers=headers)
 
 
 class _EventResponse(StreamingResponse):
     """Closes its events, even if nobody reads them."""
 
-    def __init__(self, events: EventStream, status: int, headers: dict[str, str]) -> None:
+    def __init__(self, events: EventStream, *, status: int, headers: dict[str, str]) -> None:
         super().__init__(_with_failure(events), status, headers, media_type="text/event-stream")
         self._events = events
 

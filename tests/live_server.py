@@ -1,4 +1,4 @@
-"""What the tests of the server share: a real one, on a real socket, with the toy model behind it."""
+"""Helpers for tests of the server: a real one, on a real socket, with the toy model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_service(
     keep_text: bool = True,
     **settings: Any,
 ) -> Service:
-    """A service with an untrained plug, whose personas yet depend on the history."""
+    """Open a service with an untrained plug, whose personas depend on the history."""
     torch.manual_seed(1)
     labels = task.labels if config.answer_channel == "label" else ()
     spec = PlugSpec(llm.identity, llm.embedding_scale, ENCODER.identity, labels)
@@ -64,14 +64,14 @@ def open_service(
 def engine_request(
     kind: Kind, fields: dict[str, Any], soft: SoftPrompt | None, choices: Sequence[str] = (), *, id: str = ""
 ) -> EngineRequest:
-    """The fields of an HTTP body as an engine gets them."""
+    """Build an engine's request from the fields of an HTTP body."""
     model = ChatRequest if kind == "chat" else CompletionRequest
     return EngineRequest(model.model_validate(fields), soft, choices, id)
 
 
 @contextmanager
 def served(service: Service, *, api_keys: ApiKeys | None = None, limits: RequestLimits | None = None) -> Iterator[str]:
-    """Serve it; the base URL, without /v1."""
+    """Serve a service; yields the base URL, without /v1."""
     app = create_app(service, api_keys=api_keys, limits=limits)
     with running(app) as url:
         yield url

@@ -1,4 +1,4 @@
-"""The server on a real socket, asked by OpenAI's own client and by plain HTTP."""
+"""The server on a real socket, called by OpenAI's own client and by plain HTTP."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def service(toy: CausalLM, tmp_path: Path) -> Service:
 
 @pytest.fixture
 def url(service: Service) -> Iterator[str]:
-    with served(service) as place:
-        yield place
+    with served(service) as base_url:
+        yield base_url
 
 
 def _client(url: str, key: str = "none") -> openai.OpenAI:
@@ -65,7 +65,7 @@ def _chat(url: str, user: str | None = None, *, prompt: str = PROMPT, key: str =
 
 
 def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, tokens: int) -> str:
-    """What the backend answers with the persona that an evaluation would make."""
+    """The model's answer with the persona of an evaluation."""
     history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in items]
     soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
     return llm.generate([PROMPT], soft=soft, config=GenerationConfig(max_new_tokens=tokens))[0].text
@@ -89,7 +89,7 @@ def test_chat_uses_the_persona_of_its_user(service: Service, url: str, toy: Caus
 
 def test_stream_gives_the_same_text_as_a_whole_reply(url: str) -> None:
     _post(url, "ann", _item(1))
-    whole = _chat(url, "ann", **FREE).parse()
+    reply = _chat(url, "ann", **FREE).parse()
     stream = _client(url).chat.completions.create(
         model="toy",
         messages=[{"role": "user", "content": PROMPT}],
@@ -99,8 +99,8 @@ def test_stream_gives_the_same_text_as_a_whole_reply(url: str) -> None:
         **FREE,
     )
     events = list(stream)
-    assert "".join(e.choices[0].delta.content or "" for e in events if e.choices) == whole.choices[0].message.content
-    assert events[-1].usage == whole.usage
+    assert "".join(e.choices[0].delta.content or "" for e in events if e.choices) == reply.choices[0].message.content
+    assert events[-1].usage == reply.usage
 
 
 def test_completion_and_its_stream_agree(url: str) -> None:
@@ -143,23 +143,23 @@ def test_persona_scale_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
 
 
 def test_history_routes_add_list_delete_and_erase(url: str) -> None:
-    place = f"{url}/v1/users/ann"
-    assert httpx.post(f"{place}/history", json={**_item(1), "date": "2024-05-01"}).json()["new"] == 1
+    user_url = f"{url}/v1/users/ann"
+    assert httpx.post(f"{user_url}/history", json={**_item(1), "date": "2024-05-01"}).json()["new"] == 1
     assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 1, "replaced": 1, "same": 0}  # the date has gone
     assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 0, "replaced": 0, "same": 2}
-    found = httpx.get(f"{place}/history").json()
-    assert [item["id"] for item in found["items"]] == ["i1", "i2"]
-    first = found["items"][0]
+    history = httpx.get(f"{user_url}/history").json()
+    assert [item["id"] for item in history["items"]] == ["i1", "i2"]
+    first = history["items"][0]
     assert (first["text"], first["score"], first["date"]) == ("a film 1", "4", None)
-    assert httpx.post(f"{place}/history", json=first).json()["same"] == 1  # what was read can be written back
-    assert httpx.get(f"{place}/history", params={"latest": 1}).json()["items"][0]["id"] == "i2"
-    assert httpx.delete(f"{place}/history/i1").json() == {"deleted": True}
-    assert httpx.delete(f"{place}/history/i1").status_code == 404
-    assert len(httpx.get(f"{place}/export").json()["items"][0]["vector"]) == 32
-    receipt = httpx.delete(place).json()
+    assert httpx.post(f"{user_url}/history", json=first).json()["same"] == 1  # what was read can be written back
+    assert httpx.get(f"{user_url}/history", params={"latest": 1}).json()["items"][0]["id"] == "i2"
+    assert httpx.delete(f"{user_url}/history/i1").json() == {"deleted": True}
+    assert httpx.delete(f"{user_url}/history/i1").status_code == 404
+    assert len(httpx.get(f"{user_url}/export").json()["items"][0]["vector"]) == 32
+    receipt = httpx.delete(user_url).json()
     assert (receipt["items"], receipt["tenant"]) == (1, "default")
-    assert httpx.delete(place).status_code == 404
-    assert httpx.get(f"{place}/history").json()["count"] == 0
+    assert httpx.delete(user_url).status_code == 404
+    assert httpx.get(f"{user_url}/history").json()["count"] == 0
     assert _chat(url, "ann").headers["x-personaplug-persona"] == "population"
 
 
@@ -167,17 +167,17 @@ def test_feedback_becomes_history(service: Service, url: str) -> None:
     raw = _chat(url, "ann")
     request = raw.headers["x-request-id"]
     assert raw.parse()._request_id == request
-    place = f"{url}/v1/users/ann/history"
-    assert httpx.post(place, json={"request_id": request, "answer": "2"}).json()["new"] == 1
-    assert httpx.post(place, json={"request_id": request, "answer": "2"}).json()["same"] == 1
-    item = httpx.get(place).json()["items"][0]
+    endpoint = f"{url}/v1/users/ann/history"
+    assert httpx.post(endpoint, json={"request_id": request, "answer": "2"}).json()["new"] == 1
+    assert httpx.post(endpoint, json={"request_id": request, "answer": "2"}).json()["same"] == 1
+    item = httpx.get(endpoint).json()["items"][0]
     assert (item["id"], item["text"], item["score"]) == (request, "a film about tea", "2")
     assert _chat(url, "ann").headers["x-personaplug-items"] == "1"
-    assert httpx.post(place, json={"request_id": request, "answer": "9"}).status_code == 400
+    assert httpx.post(endpoint, json={"request_id": request, "answer": "9"}).status_code == 400
     other = httpx.post(f"{url}/v1/users/bob/history", json={"request_id": request, "answer": "2"})
     assert (other.status_code, other.json()["error"]["code"]) == (404, "unknown_request")
     httpx.delete(f"{url}/v1/users/ann")
-    assert httpx.post(place, json={"request_id": request, "answer": "2"}).status_code == 404
+    assert httpx.post(endpoint, json={"request_id": request, "answer": "2"}).status_code == 404
     assert len(service.recent_requests) == 0
 
 
@@ -187,9 +187,20 @@ def test_feedback_after_an_erasure_by_another_process_is_refused(service: Servic
     other = HistoryStore.open(tmp_path / "histories.db")
     other.erase_user("default", "ann")
     other.close()
-    kept = httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": "2"})
-    assert (kept.status_code, kept.json()["error"]["code"]) == (404, "unknown_request")
+    reply = httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": "2"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "unknown_request")
     assert httpx.get(f"{url}/v1/users/ann/history").json()["count"] == 0
+
+
+def test_only_an_erasure_drops_a_cached_persona_at_once(service: Service, url: str) -> None:
+    _post(url, "ann", _item(1), _item(2))
+    _chat(url, "ann")
+    _post(url, "ann", _item(3))
+    httpx.delete(f"{url}/v1/users/ann/history/i1")
+    assert service.personas.cached_users == 1
+    assert _chat(url, "ann").headers["x-personaplug-items"] == "2"  # those that the store has by now
+    httpx.delete(f"{url}/v1/users/ann")
+    assert service.personas.cached_users == 0
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/b", "a\nb"])
@@ -206,11 +217,11 @@ def test_id_that_means_another_path_is_refused(url: str, name: str) -> None:
 @pytest.mark.parametrize("length", [150, 6_000, 200_000])
 def test_explain_long_answer_takes_small_passes_or_is_refused(url: str, length: int) -> None:
     _post(url, "ann", *[_item(number) for number in range(5)])
-    asked = {"prompt": PROMPT, "answer": "z" * length}
-    told = httpx.post(f"{url}/v1/users/ann/explain", json=asked, timeout=60)
-    code = told.json().get("error", {}).get("code")
-    assert (told.status_code, code) in ((200, None), (400, "max_tokens"), (400, "context_length_exceeded"))
-    assert (told.status_code == 400) == (length > 150)
+    body = {"prompt": PROMPT, "answer": "z" * length}
+    reply = httpx.post(f"{url}/v1/users/ann/explain", json=body, timeout=60)
+    code = reply.json().get("error", {}).get("code")
+    assert (reply.status_code, code) in ((200, None), (400, "max_tokens"), (400, "context_length_exceeded"))
+    assert (reply.status_code == 400) == (length > 150)
     long = httpx.post(f"{url}/v1/users/ann/explain", json={"prompt": PROMPT + " z" * 1000, "answer": "5"}, timeout=60)
     assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
 
@@ -237,30 +248,30 @@ def test_feedback_on_a_text_task_becomes_an_item(toy: CausalLM, tmp_path: Path) 
         )
         with served(service) as url:
             raw = _chat(url, "ann", prompt="write. article: on tea", max_tokens=4)
-            place = f"{url}/v1/users/ann/history"
-            kept = httpx.post(place, json={"request_id": raw.headers["x-request-id"], "answer": "Tea!"})
-            assert kept.json()["new"] == 1
-            assert fields.items() <= httpx.get(place).json()["items"][0].items()
+            endpoint = f"{url}/v1/users/ann/history"
+            reply = httpx.post(endpoint, json={"request_id": raw.headers["x-request-id"], "answer": "Tea!"})
+            assert reply.json()["new"] == 1
+            assert fields.items() <= httpx.get(endpoint).json()["items"][0].items()
 
 
 def test_explain_lists_items_with_weights_and_effects(service: Service, url: str, toy: CausalLM) -> None:
     items = [_item(n, LABELS[n % 5]) for n in range(6)]
     _post(url, "ann", *items)
-    place = f"{url}/v1/users/ann/explain"
-    weights = httpx.post(place, json={"prompt": PROMPT}).json()
+    endpoint = f"{url}/v1/users/ann/explain"
+    weights = httpx.post(endpoint, json={"prompt": PROMPT}).json()
     assert weights["items_used"] == 6
     assert sum(item["weight"] for item in weights["items"]) == pytest.approx(weights["own_share"])
-    told = httpx.post(place, json={"prompt": PROMPT, "answer": "4", "most": 2}).json()
-    assert len(told["items"]) == 2
-    top = told["items"][0]
+    explanation = httpx.post(endpoint, json={"prompt": PROMPT, "answer": "4", "most": 2}).json()
+    assert len(explanation["items"]) == 2
+    top = explanation["items"][0]
 
     def likelihood(rest: list[dict[str, Any]]) -> float:
         history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in rest]
         soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
         return -float(toy.loss([PROMPT], ["4"], soft=soft, labels=LABELS)[0])
 
-    assert told["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)
-    assert told["log_likelihood"]["with_population"] == pytest.approx(likelihood([]), abs=1e-3)
+    assert explanation["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)
+    assert explanation["log_likelihood"]["with_population"] == pytest.approx(likelihood([]), abs=1e-3)
     without = likelihood([item for item in items if item["id"] != top["id"]])
     assert top["effect"] == pytest.approx(likelihood(items) - without, abs=2e-3)
     assert httpx.post(f"{url}/v1/users/nobody/explain", json={"prompt": PROMPT}).status_code == 404
@@ -268,10 +279,10 @@ def test_explain_lists_items_with_weights_and_effects(service: Service, url: str
 
 def test_drift_compares_two_days(url: str) -> None:
     _post(url, "ann", *[{**_item(n, "1" if n < 3 else "5"), "date": f"2024-0{n + 1}-01"} for n in range(6)])
-    place = f"{url}/v1/users/ann/drift"
-    moved = httpx.get(place, params={"since": "2024-03-15", "until": "2024-12-31"}).json()
-    still = httpx.get(place, params={"since": "2024-03-15", "until": "2024-03-20"}).json()
-    before = httpx.get(place, params={"since": "2023-03-15", "until": "2024-03-20"}).json()
+    endpoint = f"{url}/v1/users/ann/drift"
+    moved = httpx.get(endpoint, params={"since": "2024-03-15", "until": "2024-12-31"}).json()
+    still = httpx.get(endpoint, params={"since": "2024-03-15", "until": "2024-03-20"}).json()
+    before = httpx.get(endpoint, params={"since": "2023-03-15", "until": "2024-03-20"}).json()
     assert (moved["items_before"], moved["items_after"]) == (3, 6)
     assert moved["moved"] > 0 == still["moved"]
     assert still["cosine"] == pytest.approx(1)
@@ -283,13 +294,13 @@ def test_api_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
     shop, bank = (create_key(keys, tenant) for tenant in ("shop", "bank"))
     assert shop not in keys.read_text()
     with served(service, api_keys=ApiKeys.load(keys)) as url:
-        place = f"{url}/v1/users/ann/history"
-        assert httpx.get(place).status_code == 401
-        assert httpx.get(place, headers={"Authorization": "Bearer pp-wrong"}).status_code == 401
-        assert httpx.get(place, headers={"Authorization": f"Basic {shop}"}).status_code == 401
+        endpoint = f"{url}/v1/users/ann/history"
+        assert httpx.get(endpoint).status_code == 401
+        assert httpx.get(endpoint, headers={"Authorization": "Bearer pp-wrong"}).status_code == 401
+        assert httpx.get(endpoint, headers={"Authorization": f"Basic {shop}"}).status_code == 401
         _post(url, "ann", _item(1), Authorization=f"Bearer {shop}")
-        assert httpx.get(place, headers={"Authorization": f"Bearer {shop}"}).json()["count"] == 1
-        assert httpx.get(place, headers={"Authorization": f"Bearer {bank}"}).json()["count"] == 0
+        assert httpx.get(endpoint, headers={"Authorization": f"Bearer {shop}"}).json()["count"] == 1
+        assert httpx.get(endpoint, headers={"Authorization": f"Bearer {bank}"}).json()["count"] == 0
         assert _chat(url, "ann", key=shop).headers["x-personaplug-persona"] == "user"
         assert _chat(url, "ann", key=bank).headers["x-personaplug-persona"] == "population"
         with pytest.raises(openai.AuthenticationError, match="Bearer KEY"):
@@ -407,16 +418,16 @@ def test_requests_beyond_the_limit_are_refused_until_others_end(
 
     monkeypatch.setattr(service.engine, "respond", slow)
     with served(service, limits=RequestLimits(requests=2)) as url, ThreadPoolExecutor(2) as pool:
-        held = [pool.submit(_chat, url, "ann") for _ in range(2)]
+        futures = [pool.submit(_chat, url, "ann") for _ in range(2)]
         while "personaplug_running_requests 3.0" not in httpx.get(f"{url}/metrics").text:  # itself among them
-            assert not any(one.done() for one in held), "looking at the metrics takes no place of theirs"
+            assert not any(future.done() for future in futures), "a look at the metrics takes no place of theirs"
             time.sleep(0.01)
         with pytest.raises(openai.RateLimitError) as refused:
             _chat(url, "bob")
         assert refused.value.response.headers["retry-after"] == "1"
         assert httpx.get(f"{url}/health").status_code == 200
         go_on.set()
-        assert all(one.result().parse().choices[0].message.content for one in held)
+        assert all(future.result().parse().choices[0].message.content for future in futures)
         assert _chat(url, "bob").parse().choices[0].message.content
 
 
@@ -486,7 +497,7 @@ def test_stream_is_finished_when_the_server_stops(toy: CausalLM, service: Servic
 
 
 def test_concurrent_users_get_their_own_answers(toy: CausalLM, tmp_path: Path) -> None:
-    """Users of two tenants with the same names, asked for at once in random order: each gets the own answer."""
+    """Users of two tenants have the same names and ask at once in random order: each gets their own answer."""
     service = open_service(toy, tmp_path)
     keys = tmp_path / "keys.json"
     tenants = {tenant: create_key(keys, tenant) for tenant in ("shop", "bank")}
@@ -499,13 +510,13 @@ def test_concurrent_users_get_their_own_answers(toy: CausalLM, tmp_path: Path) -
             expected[tenant, user] = _expected(service, toy, items, tokens=12)
         assert len(set(expected.values())) > 8  # the personas do tell them apart
         draw = random.Random(0)
-        asked = [draw.choice(list(expected)) for _ in range(150)]
+        callers = [draw.choice(list(expected)) for _ in range(150)]
 
         def ask(who: tuple[str, str]) -> str:
             return str(_chat(url, who[1], key=tenants[who[0]], **FREE).parse().choices[0].message.content)
 
         with ThreadPoolExecutor(12) as pool:
-            for who, answer in zip(asked, pool.map(ask, asked), strict=True):
+            for who, answer in zip(callers, pool.map(ask, callers), strict=True):
                 assert answer.strip() == expected[who]
 
 
@@ -520,25 +531,25 @@ def test_phrases_are_mixed_into_their_users_answers_only(toy: CausalLM, tmp_path
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     config = replace(CONFIG, answer_channel="style", label_prior="none")
     service = open_service(toy, tmp_path, task=task, config=config, build_phrases=toy.phrases)
-    asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
+    body: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
 
-    def told(user: str | None, **more: Any) -> str:
-        return str(_chat(place, user, **asked, **more).parse().choices[0].message.content)
+    def ask(user: str | None, **more: Any) -> str:
+        return str(_chat(base_url, user, **body, **more).parse().choices[0].message.content)
 
-    with served(service) as place:
+    with served(service) as base_url:
         for user, title in (("ann", "Why Music, Part 2"), ("bob", "On tea")):
             items = [{"id": f"i{n}", "text": f"text {n}", "title": title} for n in range(90)]
-            assert _post(place, user, *items).status_code == 200
-        nobodys = told(None)
-        assert [told("ann"), told("bob")] == ["Why Music, Part 2", "On tea"]
-        assert told("ann") == "Why Music, Part 2"  # kept
+            assert _post(base_url, user, *items).status_code == 200
+        without_history = ask(None)
+        assert [ask("ann"), ask("bob")] == ["Why Music, Part 2", "On tea"]
+        assert ask("ann") == "Why Music, Part 2"  # from the cache
         more = [{"id": f"m{n}", "text": f"text {n}", "title": "Why Music, Part 3"} for n in range(400)]
-        assert _post(place, "ann", *more).status_code == 200
-        assert told("ann") == "Why Music, Part 3"
-        assert "Music" not in told("ann", extra_body={"personaplug": {"persona_scale": 0}})
-        assert told("carl") == nobodys
-        assert httpx.delete(f"{place}/v1/users/ann").status_code == 200
-        assert told("ann") == nobodys
+        assert _post(base_url, "ann", *more).status_code == 200
+        assert ask("ann") == "Why Music, Part 3"
+        assert "Music" not in ask("ann", extra_body={"personaplug": {"persona_scale": 0}})
+        assert ask("carl") == without_history
+        assert httpx.delete(f"{base_url}/v1/users/ann").status_code == 200
+        assert ask("ann") == without_history
 
 
 def test_phrases_need_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
@@ -555,9 +566,11 @@ def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -
         config=replace(CONFIG, answer_channel="text", label_prior="none"),
         build_phrases=toy.phrases,
     )
-    with served(service) as place:
-        assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
-        kept = service.personas.persona("default", "ann", query="on tea").phrases
-        assert kept is not None
-        assert kept.nbytes < 2**20
-        assert _chat(place, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200
+    with served(service) as base_url:
+        assert (
+            _post(base_url, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
+        )
+        phrases = service.personas.persona("default", "ann", query="on tea").phrases
+        assert phrases is not None
+        assert phrases.nbytes < 2**20
+        assert _chat(base_url, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200

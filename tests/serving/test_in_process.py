@@ -1,4 +1,4 @@
-"""The embedded engine: many requests at once, each answered as if alone."""
+"""The embedded engine: concurrent requests are answered as if each were alone."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from personaplug.serving.engines.in_process import InProcessEngine
 Doing = Callable[[InProcessEngine], Coroutine[Any, Any, Any]]
 
 
-def _run(toy: CausalLM, doing: Doing, **settings: Any) -> Any:
-    async def whole() -> Any:
+def _run(toy: CausalLM, scenario: Doing, **settings: Any) -> Any:
+    async def run() -> Any:
         engine = InProcessEngine(toy, name="toy", **settings)
         await engine.start()
         try:
-            return await doing(engine)
+            return await scenario(engine)
         finally:
             await engine.close()
 
-    return asyncio.run(whole())
+    return asyncio.run(run())
 
 
 def _soft(toy: CausalLM, seed: int) -> SoftPrompt:
@@ -75,12 +75,12 @@ def test_concurrent_requests_get_the_answers_they_get_alone(toy: CausalLM) -> No
 
 
 def test_stream_equals_the_whole_reply(toy: CausalLM) -> None:
-    async def both(engine: InProcessEngine) -> tuple[str, str]:
+    async def ask(engine: InProcessEngine) -> tuple[str, str]:
         question = _chat("hello", _soft(toy, 1), max_tokens=20)
         streamed = await engine.respond(_chat("hello", _soft(toy, 1), max_tokens=20, stream=True))
         return _text(await engine.respond(question)), await _streamed(streamed)
 
-    whole, streamed = _run(toy, both)
+    whole, streamed = _run(toy, ask)
     assert whole == streamed
     assert whole
 
@@ -116,8 +116,8 @@ def test_stop_text_ends_the_answer_and_is_never_sent(toy: CausalLM) -> None:
 
 def test_answer_with_choices_is_one_of_them(toy: CausalLM) -> None:
     async def ask(engine: InProcessEngine) -> set[str]:
-        asked = [_chat(f"rate {n}", _soft(toy, n), choices=("1", "2", "10 stars"), max_tokens=1) for n in range(20)]
-        return {_text(reply) for reply in await asyncio.gather(*map(engine.respond, asked))}
+        requests = [_chat(f"rate {n}", _soft(toy, n), choices=("1", "2", "10 stars"), max_tokens=1) for n in range(20)]
+        return {_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))}
 
     assert _run(toy, ask) <= {"1", "2", "10 stars"}
 
@@ -128,8 +128,8 @@ def test_completion_uses_no_template(toy: CausalLM) -> None:
             engine_request("completion", {"prompt": "abc", "max_tokens": 4, "temperature": 0}, None)
         )
         assert isinstance(reply.body, bytes)
-        found: dict[str, Any] = json.loads(reply.body)
-        return found
+        body: dict[str, Any] = json.loads(reply.body)
+        return body
 
     body = _run(toy, ask)
     assert body["object"] == "text_completion"
@@ -211,17 +211,17 @@ def test_cancelled_request_frees_its_row(toy: CausalLM) -> None:
 
 
 def test_stop_texts_in_bursts_harm_no_other_request(toy: CausalLM) -> None:
-    """Stop texts are found while the model goes on: in bursts, none fails, and each counts the same tokens always."""
+    """Stop texts are found while the model goes on: in bursts, no request fails and token counts stay the same."""
 
     async def ask(engine: InProcessEngine) -> list[set[tuple[str, int]]]:
         free = [_text(await engine.respond(_chat(f"question {n}", max_tokens=40))) for n in range(8)]
-        found: list[set[tuple[str, int]]] = [set() for _ in free]
+        results: list[set[tuple[str, int]]] = [set() for _ in free]
         for _ in range(12):
-            asked = [_chat(f"question {n}", max_tokens=40, stop=text[5 + n]) for n, text in enumerate(free)]
-            for number, reply in enumerate(await asyncio.gather(*map(engine.respond, asked))):
+            requests = [_chat(f"question {n}", max_tokens=40, stop=text[5 + n]) for n, text in enumerate(free)]
+            for number, reply in enumerate(await asyncio.gather(*map(engine.respond, requests))):
                 assert isinstance(reply.body, bytes)
-                found[number].add((_text(reply), json.loads(reply.body)["usage"]["completion_tokens"]))
-        return found
+                results[number].add((_text(reply), json.loads(reply.body)["usage"]["completion_tokens"]))
+        return results
 
     assert all(len(answers) == 1 for answers in _run(toy, ask))
 
@@ -229,8 +229,8 @@ def test_stop_texts_in_bursts_harm_no_other_request(toy: CausalLM) -> None:
 @pytest.mark.parametrize("odd", [{"temperature": 1e-40}, {"top_p": 1e-50, "temperature": 1}, {"top_p": 0}])
 def test_extreme_sampling_values_take_the_likeliest_token(toy: CausalLM, odd: dict[str, Any]) -> None:
     async def ask(engine: InProcessEngine) -> list[str]:
-        asked = [_chat("hello", max_tokens=30), _chat("hello", max_tokens=30, **odd), _chat("you", max_tokens=30)]
-        return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, asked))]
+        requests = [_chat("hello", max_tokens=30), _chat("hello", max_tokens=30, **odd), _chat("you", max_tokens=30)]
+        return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))]
 
     plain, strange, _ = _run(toy, ask)
     assert strange == plain  # all of these take the likeliest token
@@ -280,10 +280,10 @@ def test_likeliest_choice_equals_that_of_an_evaluation(toy: CausalLM) -> None:
 
     async def ask(engine: InProcessEngine) -> list[str]:
         turns = [[{"role": "user", "content": f"which {n}"}] for n in range(len(softs))]
-        asked = [
+        requests = [
             engine_request("chat", {"messages": turn}, soft, labels) for turn, soft in zip(turns, softs, strict=True)
         ]
-        return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, asked))]
+        return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))]
 
     for number, (soft, answer) in enumerate(zip(softs, _run(toy, ask), strict=True)):
         scores = toy.score([f"which {number}"], labels, soft=soft)[0]
@@ -304,8 +304,8 @@ def test_close_finishes_running_requests(toy: CausalLM) -> None:
             0
         ].text
 
-    one, other = asyncio.run(ask())
-    assert one.strip() == other
+    answer, expected = asyncio.run(ask())
+    assert answer.strip() == expected
 
 
 def test_model_failure_fails_its_requests_and_not_the_next(
@@ -330,11 +330,11 @@ def test_log_likelihoods_equal_those_of_the_model(toy: CausalLM) -> None:
     softs = [_soft(toy, seed) for seed in range(40)]
 
     async def ask(engine: InProcessEngine) -> list[float]:
-        found, _ = await asyncio.gather(
+        values, _ = await asyncio.gather(
             engine.log_likelihoods("hello", "5", softs=softs), engine.respond(_chat("meanwhile"))
         )
-        return found
+        return values
 
-    found = _run(toy, ask)
-    for soft, value in zip(softs[::7], found[::7], strict=True):
+    values = _run(toy, ask)
+    for soft, value in zip(softs[::7], values[::7], strict=True):
         assert value == pytest.approx(-float(toy.loss(["hello"], ["5"], soft=soft)[0]), abs=1e-4)

@@ -1,6 +1,6 @@
-"""Users of several tenants, asking, writing, deleting and being erased in random order: none meets another's history.
+"""Users of several tenants ask, write, delete and are erased in random order: none gets another's history.
 
-Every item carries a marker of its user and tenant; every persona is compared with what the own items make.
+Every item carries a marker of its user and tenant. Every persona is compared with that of the user's own items.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TENANTS = ("shop", "bank", "school", "press")
 
 
 class _Telling:
-    """An engine that answers with a digest of the soft tokens it was given, after others had their turn."""
+    """An engine that answers with a digest of its soft tokens, after other requests had their turn."""
 
     models: tuple[str, ...] = ("telling",)
 
@@ -58,7 +58,7 @@ def _digest(soft: SoftPrompt | None) -> bytes:
 
 
 class _Client:
-    """What one user knows of the own history."""
+    """A user who knows their own history."""
 
     def __init__(self, service: Service, who: Who) -> None:
         self.service, self.who = service, who
@@ -67,7 +67,7 @@ class _Client:
         self.expected = b""
 
     async def do(self, kind: str, draw: random.Random) -> None:
-        """One request; its answer is this user's alone."""
+        """Send one request and check its reply."""
         tenant, user = self.who
         async with self.lock:  # requests of one user come one by one; those of others meanwhile
             if kind == "ask":
@@ -85,12 +85,12 @@ class _Client:
                 self._expect()
             elif kind == "list":
                 store = self.service.store
-                found = [
+                shown = [
                     self.service.item_fields(item) for item in await asyncio.to_thread(store.list_items, tenant, user)
                 ]
-                assert [item["id"] for item in found] == list(self.items)
-                assert f"{tenant}/{user}/" in json.dumps(found) or not self.items
-                assert all(item["text"].startswith(f"{tenant}/{user}/") for item in found)
+                assert [item["id"] for item in shown] == list(self.items)
+                assert f"{tenant}/{user}/" in json.dumps(shown) or not self.items
+                assert all(item["text"].startswith(f"{tenant}/{user}/") for item in shown)
             elif kind == "delete" and self.items:
                 name = draw.choice(list(self.items))
                 await asyncio.to_thread(self.service.store.delete_item, tenant, user, name)

@@ -1,4 +1,4 @@
-"""Personas of live users: the same as an evaluation's, and never those of a history that has changed."""
+"""Personas of live users equal those of an evaluation, and never come from an outdated history."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_options_reach_a_plug_that_compares_options(tmp_path: Path) -> None:
     live = _live(tmp_path, replace(ALIKE, options="compare"))
     live.store.add("shop", "ann", ITEMS)
     options = [Options("which", texts) for texts in (("film 1", "film 2", "film 3"), ("film 2", "film 1", "film 3"))]
-    one, other = (_tokens(live, "ann", "which", options=each) for each in options)
-    assert not torch.equal(one, other)
+    first, second = (_tokens(live, "ann", "which", options=each) for each in options)
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
@@ -171,7 +171,7 @@ def test_erasure_during_a_lookup_leaves_no_entry(tmp_path: Path, monkeypatch: py
 
 
 def test_concurrent_threads_get_their_own_users_personas(tmp_path: Path) -> None:
-    """Users with one item each, which tells them apart, asked for at random by several threads while others write."""
+    """Users with one distinctive item each are asked for at random by several threads while others write."""
     live = _live(tmp_path, cache_bytes=60_000)  # some come and go
     answers = Personalizer(live.plug)
     expected = {}
@@ -217,8 +217,8 @@ def test_user_with_few_items_gets_the_population_persona(tmp_path: Path) -> None
     live = _live(tmp_path)
     live.plug.set_cold_start(torch.ones_like(live.plug.common().vectors[0]), items=2)
     applied = []
-    for one in ITEMS[:3]:
-        live.store.add("shop", "ann", [one])
+    for new_item in ITEMS[:3]:
+        live.store.add("shop", "ann", [new_item])
         applied.append(live.persona("shop", "ann", query="a film").applied)
         weights = item_weights(
             live.personalizer, "a film", live.personalizer.encoded(ITEMS[: len(applied)], encoder=ENCODER)

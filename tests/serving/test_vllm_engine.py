@@ -1,4 +1,4 @@
-"""What the vLLM engine sends, what it refuses to send, and what becomes of vLLM's failures."""
+"""The vLLM engine: what it sends, what it refuses, and how it reports vLLM's failures."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ ASKED = {"messages": [{"role": "system", "content": "be kind"}, {"role": "user",
 
 
 @pytest.fixture
-def theirs() -> StandIn:
+def stand_in() -> StandIn:
     return StandIn()
 
 
 @pytest.fixture
-def address(theirs: StandIn) -> Iterator[str]:
-    with running(theirs.app) as url:
+def address(stand_in: StandIn) -> Iterator[str]:
+    with running(stand_in.app) as url:
         yield url
 
 
@@ -53,19 +53,19 @@ def _engine(address: str, table: EmbeddingTable, *, placement: str = "suffix", *
     return VLLMEngine(address, table=table, width=WIDTH, placement=placement, **settings)
 
 
-def _ask(engine: VLLMEngine, *questions: EngineRequest) -> list[Any]:
-    async def whole() -> list[Any]:
+def _ask(engine: VLLMEngine, *requests: EngineRequest) -> list[Any]:
+    async def run() -> list[Any]:
         await engine.start()
         try:
-            found = []
-            for question in questions:
-                reply = await engine.respond(question)
-                found.append(reply.body if isinstance(reply.body, bytes) else [chunk async for chunk in reply.body])
-            return found
+            replies = []
+            for request in requests:
+                reply = await engine.respond(request)
+                replies.append(reply.body if isinstance(reply.body, bytes) else [chunk async for chunk in reply.body])
+            return replies
         finally:
             await engine.close()
 
-    return asyncio.run(whole())
+    return asyncio.run(run())
 
 
 def _soft(placement: str = "suffix") -> SoftPrompt:
@@ -73,39 +73,39 @@ def _soft(placement: str = "suffix") -> SoftPrompt:
 
 
 def test_chat_with_suffix_sends_soft_tokens_as_the_beginning_of_the_answer(
-    theirs: StandIn, address: str, table: EmbeddingTable
+    stand_in: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     _ask(_engine(address, table, key="k"), engine_request("chat", ASKED, _soft(), id="r1"))
-    sent = theirs.bodies[-1]
+    sent = stand_in.bodies[-1]
     assert sent["messages"][:2] == ASKED["messages"]
     (part,) = sent["messages"][2]["content"]
     assert (sent["messages"][2]["role"], part["type"]) == ("assistant", "prompt_embeds")
     torch.testing.assert_close(read_embeds(part["data"]), SOFT[0].bfloat16())
     assert (sent["continue_final_message"], sent["add_generation_prompt"]) == (True, False)
     assert (sent["top_k"], sent["model"]) == (7, "small")
-    assert theirs.headers[-1]["x-request-id"] == "r1"
-    assert theirs.headers[-1]["authorization"] == "Bearer k"
+    assert stand_in.headers[-1]["x-request-id"] == "r1"
+    assert stand_in.headers[-1]["authorization"] == "Bearer k"
 
 
 def test_chat_with_prefix_sends_soft_tokens_before_the_last_users_text(
-    theirs: StandIn, address: str, table: EmbeddingTable
+    stand_in: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     _ask(_engine(address, table, placement="prefix"), engine_request("chat", ASKED, _soft("prefix")))
-    asked = theirs.bodies[-1]["messages"][1]["content"]
-    assert [part["type"] for part in asked] == ["prompt_embeds", "text"]
-    assert asked[1]["text"] == "hello"
-    assert "continue_final_message" not in theirs.bodies[-1]
+    content = stand_in.bodies[-1]["messages"][1]["content"]
+    assert [part["type"] for part in content] == ["prompt_embeds", "text"]
+    assert content[1]["text"] == "hello"
+    assert "continue_final_message" not in stand_in.bodies[-1]
 
 
-def test_request_without_a_persona_is_sent_unchanged(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_request_without_a_persona_is_sent_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
     _ask(_engine(address, table), engine_request("chat", ASKED, None))
-    assert theirs.bodies[-1] == {**ASKED, "model": "small"}
+    assert stand_in.bodies[-1] == {**ASKED, "model": "small"}
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_completion_is_sent_embedded(theirs: StandIn, address: str, table: EmbeddingTable, placement: str) -> None:
+def test_completion_is_sent_embedded(stand_in: StandIn, address: str, table: EmbeddingTable, placement: str) -> None:
     _ask(_engine(address, table), engine_request("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement)))
-    sent = theirs.bodies[-1]
+    sent = stand_in.bodies[-1]
     assert "prompt" not in sent
     text = table.embed("abc")
     whole = [text, SOFT[0]] if placement == "suffix" else [SOFT[0], text]
@@ -114,19 +114,19 @@ def test_completion_is_sent_embedded(theirs: StandIn, address: str, table: Embed
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 def test_completion_puts_soft_tokens_behind_the_bos(
-    theirs: StandIn, address: str, toy: CausalLM, placement: str
+    stand_in: StandIn, address: str, toy: CausalLM, placement: str
 ) -> None:
     framing = _Framing(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), framing)
-    question = engine_request("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement))
-    _ask(_engine(address, table, placement=placement), question)
+    request = engine_request("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement))
+    _ask(_engine(address, table, placement=placement), request)
     bos, a, b, c, eos = table.embed("abc").unsqueeze(1)
     whole = [bos, SOFT[0], a, b, c, eos] if placement == "prefix" else [bos, a, b, c, eos, SOFT[0]]
-    torch.testing.assert_close(read_embeds(theirs.bodies[-1]["prompt_embeds"]), torch.cat(whole))
+    torch.testing.assert_close(read_embeds(stand_in.bodies[-1]["prompt_embeds"]), torch.cat(whole))
 
 
 class _Framing:
-    """A tokenizer that puts a token in front of a text and another behind."""
+    """A tokenizer that adds one token before a text and one behind it."""
 
     def __init__(self, bare: Any) -> None:
         self.bare = bare
@@ -158,38 +158,40 @@ class _Counting(_Framing):
         return super().__call__(text, add_special_tokens=add_special_tokens)
 
 
-def test_prompt_that_is_too_long_is_refused_before_it_is_embedded(theirs: StandIn, address: str, toy: CausalLM) -> None:
+def test_prompt_that_is_too_long_is_refused_before_it_is_embedded(
+    stand_in: StandIn, address: str, toy: CausalLM
+) -> None:
     tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
     many, more = "a" * (MAX_MODEL_LEN * 16 + 1), "b" * MAX_MODEL_LEN
     for prompt in (many, more):
-        question = engine_request("completion", {"prompt": prompt}, _soft())
-        assert _not_sent(theirs, _engine(address, table), question).code == "context_length_exceeded"
+        request = engine_request("completion", {"prompt": prompt}, _soft())
+        assert _not_sent(stand_in, _engine(address, table), request).code == "context_length_exceeded"
     assert many not in tokenizer.texts  # this one is not even tokenized
     assert more in tokenizer.texts
     fits = "b" * (MAX_MODEL_LEN - SOFT.shape[1] - 2)
     _ask(_engine(address, table), engine_request("completion", {"prompt": fits}, _soft()))
-    assert len(read_embeds(theirs.bodies[-1]["prompt_embeds"])) == MAX_MODEL_LEN
+    assert len(read_embeds(stand_in.bodies[-1]["prompt_embeds"])) == MAX_MODEL_LEN
 
 
 def test_prompt_is_embedded_outside_the_event_loop(address: str, toy: CausalLM) -> None:
     tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
     table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
 
-    async def whole() -> None:
+    async def scenario() -> None:
         engine = _engine(address, table)
         await engine.start()
         tokenizer.threads.clear()
         await engine.respond(engine_request("completion", {"prompt": "abc"}, _soft()))
         await engine.close()
 
-    asyncio.run(whole())
+    asyncio.run(scenario())
     assert tokenizer.threads
     assert threading.get_ident() not in tokenizer.threads
 
 
 def test_choices_constrain_the_answer_unless_the_request_does(
-    theirs: StandIn, address: str, table: EmbeddingTable
+    stand_in: StandIn, address: str, table: EmbeddingTable
 ) -> None:
     form = {"response_format": {"type": "json_object"}}
     _ask(
@@ -198,14 +200,14 @@ def test_choices_constrain_the_answer_unless_the_request_does(
         engine_request("chat", {**ASKED, "temperature": 0.5}, _soft(), ("1", "2")),
         engine_request("chat", ASKED | form, _soft(), ("1", "2")),
     )
-    first, warm, formed = theirs.bodies[-3:]
+    first, warm, formed = stand_in.bodies[-3:]
     assert first["structured_outputs"] == {"choice": ["1", "2"]}
     assert (first["temperature"], warm["temperature"]) == (0, 0.5)
     assert "structured_outputs" not in formed
 
 
 def test_label_bias_is_sent_with_the_choices(
-    theirs: StandIn, toy: CausalLM, address: str, table: EmbeddingTable
+    stand_in: StandIn, toy: CausalLM, address: str, table: EmbeddingTable
 ) -> None:
     soft = replace(_soft(), label_bias=torch.tensor([[0.25, -300.0]]))
     _ask(
@@ -214,7 +216,7 @@ def test_label_bias_is_sent_with_the_choices(
         engine_request("chat", {**ASKED, "logit_bias": {"7": 1}}, soft, ("1", "2")),
         engine_request("chat", ASKED, soft),
     )
-    biased, own, free = theirs.bodies[-3:]
+    biased, own, free = stand_in.bodies[-3:]
     (one,), (two,) = toy.prompt_tokenizer.answers(["1", "2"])
     sent = biased["logit_bias"]
     assert sent[str(one)] == pytest.approx(math.log(2), abs=1e-5)  # as they are one to nothing, the mean counting 1
@@ -223,12 +225,12 @@ def test_label_bias_is_sent_with_the_choices(
     assert "logit_bias" not in free
 
 
-def _not_sent(theirs: StandIn, engine: VLLMEngine, question: EngineRequest) -> RequestError:
+def _not_sent(stand_in: StandIn, engine: VLLMEngine, request: EngineRequest) -> RequestError:
     """What a request is refused with that never reaches vLLM."""
-    before = len(theirs.bodies)
+    before = len(stand_in.bodies)
     with pytest.raises(RequestError) as refused:
-        _ask(engine, question)
-    assert len(theirs.bodies) == before + 3  # those of the start
+        _ask(engine, request)
+    assert len(stand_in.bodies) == before + 3  # those of the start
     return refused.value
 
 
@@ -260,7 +262,7 @@ CALLED = {"type": "function", "id": "1", "function": {"name": "f", "arguments": 
     ],
 )
 def test_request_that_crashes_vllm_is_refused(
-    theirs: StandIn,
+    stand_in: StandIn,
     address: str,
     table: EmbeddingTable,
     kind: Kind,
@@ -268,42 +270,42 @@ def test_request_that_crashes_vllm_is_refused(
     code: str,
     persona: bool,
 ) -> None:
-    question = engine_request(kind, body, _soft() if persona else None)
-    assert _not_sent(theirs, _engine(address, table), question).code == code
+    request = engine_request(kind, body, _soft() if persona else None)
+    assert _not_sent(stand_in, _engine(address, table), request).code == code
 
 
-def test_persona_with_nan_is_not_sent(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_persona_with_nan_is_not_sent(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
     spoiled = SOFT.clone()
     spoiled[0, 1, 2] = float("nan")
     with pytest.raises(EngineFailure, match="no numbers"):
         _ask(_engine(address, table), engine_request("chat", ASKED, SoftPrompt(spoiled, placement="suffix")))
-    assert len(theirs.bodies) == 3
+    assert len(stand_in.bodies) == 3
 
 
-def test_continued_answer_with_a_persona_is_refused(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
-    question = engine_request("chat", {**ASKED, "continue_final_message": True}, _soft())
-    assert _not_sent(theirs, _engine(address, table), question).code == "messages"
+def test_continued_answer_with_a_persona_is_refused(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
+    request = engine_request("chat", {**ASKED, "continue_final_message": True}, _soft())
+    assert _not_sent(stand_in, _engine(address, table), request).code == "messages"
 
 
-def test_harmless_values_of_risky_fields_are_sent(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_harmless_values_of_risky_fields_are_sent(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
     harmless = {"echo": False, "prompt_logprobs": None, "note": "prompt_embeds, and a \\ and a \u2028"}
     _ask(_engine(address, table), *[engine_request("chat", {**ASKED, **harmless}, soft) for soft in (None, _soft())])
-    assert [body["note"] for body in theirs.bodies[-2:]] == [harmless["note"]] * 2
-    assert theirs.headers[-1]["content-type"] == "application/json"
+    assert [body["note"] for body in stand_in.bodies[-2:]] == [harmless["note"]] * 2
+    assert stand_in.headers[-1]["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize("odd", [5, None, "a", [5], [{"content": 5}], [{"content": [5]}]])
 def test_messages_of_a_completion_are_sent_unchanged(
-    theirs: StandIn, address: str, table: EmbeddingTable, odd: Any
+    stand_in: StandIn, address: str, table: EmbeddingTable, odd: Any
 ) -> None:
     _ask(_engine(address, table), engine_request("completion", {"prompt": "a", "messages": odd}, _soft()))
-    assert theirs.bodies[-1]["messages"] == odd
+    assert stand_in.bodies[-1]["messages"] == odd
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", {"deep": ["\udfff"]}])
 @pytest.mark.parametrize("persona", [False, True])
 def test_value_that_json_cannot_represent_is_refused(
-    theirs: StandIn, address: str, table: EmbeddingTable, value: Any, persona: bool
+    stand_in: StandIn, address: str, table: EmbeddingTable, value: Any, persona: bool
 ) -> None:
     with pytest.raises(RequestError) as refused:
         engine_request("chat", {**ASKED, "top_p": value}, _soft() if persona else None)
@@ -311,7 +313,7 @@ def test_value_that_json_cannot_represent_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"flag": False}, "--enable-prompt-embeds"),
         ({"width": 64}, "another width"),
@@ -323,15 +325,15 @@ def test_value_that_json_cannot_represent_is_refused(
     ],
 )
 def test_start_refuses_a_server_that_does_not_fit(
-    theirs: StandIn, address: str, table: EmbeddingTable, wrong: dict[str, Any], said: str
+    stand_in: StandIn, address: str, table: EmbeddingTable, wrong: dict[str, Any], message: str
 ) -> None:
     for name, value in wrong.items():
-        setattr(theirs, name, value)
+        setattr(stand_in, name, value)
     engine = _engine(address, table)
 
     async def asked_twice() -> None:
         for _ in range(2):  # a refusal is no start
-            with pytest.raises(ConfigError, match=said):
+            with pytest.raises(ConfigError, match=message):
                 await engine.start()
         assert engine.models == ()
         await engine.close()
@@ -340,7 +342,7 @@ def test_start_refuses_a_server_that_does_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "said"),
+    ("path", "status", "body"),
     [
         ("/v1/models", 200, b"<html>"),
         ("/v1/models", 200, b"{}"),
@@ -354,9 +356,9 @@ def test_start_refuses_a_server_that_does_not_fit(
     ],
 )
 def test_start_names_the_route_of_an_invalid_reply(
-    theirs: StandIn, address: str, table: EmbeddingTable, path: str, status: int, said: bytes
+    stand_in: StandIn, address: str, table: EmbeddingTable, path: str, status: int, body: bytes
 ) -> None:
-    theirs.instead = {path: (status, said)}
+    stand_in.instead = {path: (status, body)}
     with pytest.raises(EngineFailure, match=path):
         _ask(_engine(address, table))
 
@@ -378,38 +380,38 @@ def test_start_without_a_server_fails(table: EmbeddingTable) -> None:
     assert not asyncio.run(ready())
 
 
-def test_stream_is_passed_on_unchanged(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
+def test_stream_is_passed_on_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
     (events,) = _ask(_engine(address, table), engine_request("chat", {**ASKED, "stream": True}, _soft()))
     assert b"".join(events).endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("breaks", [True, False])
 def test_broken_stream_passes_on_whole_events_only(
-    theirs: StandIn, address: str, table: EmbeddingTable, breaks: bool
+    stand_in: StandIn, address: str, table: EmbeddingTable, breaks: bool
 ) -> None:
-    theirs.breaks, theirs.halts = breaks, not breaks
+    stand_in.breaks, stand_in.halts = breaks, not breaks
 
-    found = []
+    events_received = []
 
-    async def whole() -> None:
+    async def scenario() -> None:
         engine = _engine(address, table)
         await engine.start()
         reply = await engine.respond(engine_request("chat", {**ASKED, "stream": True}, _soft()))
         assert not isinstance(reply.body, bytes)
         async for events in reply.body:
-            found.append(events)
+            events_received.append(events)
 
     with pytest.raises(EngineFailure, match="broke off"):
-        asyncio.run(whole())
-    assert b"".join(found).count(b"data: ") == 1
-    assert b"".join(found).endswith(b"\n\n")
+        asyncio.run(scenario())
+    assert b"".join(events_received).count(b"data: ") == 1
+    assert b"".join(events_received).endswith(b"\n\n")
 
 
 @pytest.mark.parametrize("read", [0, 1])
-def test_closed_stream_ends_at_vllm(theirs: StandIn, address: str, table: EmbeddingTable, read: int) -> None:
-    theirs.endless = True
+def test_closed_stream_ends_at_vllm(stand_in: StandIn, address: str, table: EmbeddingTable, read: int) -> None:
+    stand_in.endless = True
 
-    async def whole() -> None:
+    async def scenario() -> None:
         engine = _engine(address, table)
         await engine.start()
         reply = await engine.respond(engine_request("chat", {**ASKED, "stream": True}, _soft()))
@@ -417,15 +419,15 @@ def test_closed_stream_ends_at_vllm(theirs: StandIn, address: str, table: Embedd
         events = aiter(reply.body)
         for _ in range(read):
             await anext(events)
-        await _until(lambda: theirs.running == 1)
+        await _until(lambda: stand_in.running == 1)
         await reply.body.aclose()
         await reply.body.aclose()
-        await _until(lambda: theirs.running == 0)
+        await _until(lambda: stand_in.running == 0)
         with pytest.raises(StopAsyncIteration):
             await anext(events)
         await engine.close()
 
-    asyncio.run(whole())
+    asyncio.run(scenario())
 
 
 async def _until(true: Callable[[], bool]) -> None:
@@ -444,7 +446,7 @@ def test_reply_with_broken_framing_fails_within_the_timeout(table: EmbeddingTabl
         writer.write(b"no length\r\n")
         await asyncio.sleep(30)
 
-    async def whole() -> None:
+    async def scenario() -> None:
         server = await asyncio.start_server(broken, "127.0.0.1", 0)
         address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         engine = _started(address, table, timeout_s=1, answer_s=1)
@@ -458,7 +460,7 @@ def test_reply_with_broken_framing_fails_within_the_timeout(table: EmbeddingTabl
         await engine.close()
         server.close()
 
-    asyncio.run(whole())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://here", "http://", "http://me:word@here"])
@@ -476,49 +478,51 @@ def test_key_or_address_that_cannot_be_sent_is_a_failure(address: str, table: Em
 
 
 def test_request_seconds_of_a_stream_end_at_its_first_event(
-    theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
+    stand_in: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
-    theirs.silent_s = 1
+    stand_in.silent_s = 1
     body = {"messages": [{"role": "user", "content": "review: x"}], "stream": True}
     with served(open_service(toy, tmp_path, engine=_engine(address, table))) as url:
         assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
-        told = httpx.get(f"{url}/metrics").text
-    spent = next(line for line in told.splitlines() if line.startswith("personaplug_request_seconds_sum{"))
+        metrics = httpx.get(f"{url}/metrics").text
+    spent = next(line for line in metrics.splitlines() if line.startswith("personaplug_request_seconds_sum{"))
     assert float(spent.rpartition(" ")[2]) >= 1
 
 
-def test_timeouts_of_streams_and_whole_answers_differ(theirs: StandIn, address: str, table: EmbeddingTable) -> None:
-    theirs.silent_s = 2
-    streamed, whole = (engine_request("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
+def test_timeouts_of_streams_and_whole_answers_differ(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
+    stand_in.silent_s = 2
+    streamed, in_one_piece = (engine_request("chat", {**ASKED, "stream": stream}, _soft()) for stream in (True, False))
     with pytest.raises(EngineFailure, match="TimeoutError"):
         _ask(_engine(address, table, timeout_s=1), streamed)
-    assert b"tea" in _ask(_engine(address, table, timeout_s=1), whole)[0]
+    assert b"tea" in _ask(_engine(address, table, timeout_s=1), in_one_piece)[0]
     with pytest.raises(EngineFailure, match="TimeoutError"):
-        _ask(_engine(address, table, answer_s=0.5), whole)
+        _ask(_engine(address, table, answer_s=0.5), in_one_piece)
 
 
-def _answered(engine: VLLMEngine, theirs: StandIn, status: int) -> EngineReply:
-    async def whole() -> EngineReply:
+def _answered(engine: VLLMEngine, stand_in: StandIn, status: int) -> EngineReply:
+    async def run() -> EngineReply:
         await engine.start()
-        theirs.status = status
+        stand_in.status = status
         try:
             return await engine.respond(engine_request("chat", ASKED, _soft()))
         finally:
             await engine.close()
 
-    return asyncio.run(whole())
+    return asyncio.run(run())
 
 
 @pytest.mark.parametrize("status", [400, 413, 422, 429])
-def test_refusal_by_vllm_reaches_the_caller(theirs: StandIn, address: str, table: EmbeddingTable, status: int) -> None:
-    reply = _answered(_engine(address, table), theirs, status)
+def test_refusal_by_vllm_reaches_the_caller(
+    stand_in: StandIn, address: str, table: EmbeddingTable, status: int
+) -> None:
+    reply = _answered(_engine(address, table), stand_in, status)
     assert reply.status == status
     assert isinstance(reply.body, bytes)
     assert b"the text that was sent" in reply.body
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "message"),
     [
         (401, "another key"),
         (403, "another key"),
@@ -530,10 +534,10 @@ def test_refusal_by_vllm_reaches_the_caller(theirs: StandIn, address: str, table
     ],
 )
 def test_failure_of_vllm_is_an_engine_failure(
-    theirs: StandIn, address: str, table: EmbeddingTable, status: int, said: str
+    stand_in: StandIn, address: str, table: EmbeddingTable, status: int, message: str
 ) -> None:
-    with pytest.raises(EngineFailure, match=said) as failed:
-        _answered(_engine(address, table), theirs, status)
+    with pytest.raises(EngineFailure, match=message) as failed:
+        _answered(_engine(address, table), stand_in, status)
     assert "the text" not in str(failed.value)
 
 
@@ -543,7 +547,7 @@ def test_log_likelihoods_are_refused(address: str, table: EmbeddingTable) -> Non
 
 
 def test_failures_of_vllm_are_told_apart_and_end_with_their_cause(
-    theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
+    stand_in: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
     engine = _engine(address, table)
     with served(open_service(toy, tmp_path, engine=engine)) as url:
@@ -554,31 +558,31 @@ def test_failures_of_vllm_are_told_apart_and_end_with_their_cause(
             return client.chat.completions.create(model="small", messages=turns, user="ann", **fields)
 
         assert chat().choices[0].message.content == "tea"
-        theirs.status = 400
+        stand_in.status = 400
         with pytest.raises(openai.BadRequestError, match="the text that was sent"):
             chat()  # their own words, to the caller alone
-        theirs.status = 429
+        stand_in.status = 429
         with pytest.raises(openai.RateLimitError) as busy:
             chat()
         assert busy.value.response.headers["retry-after"] == "1"
-        theirs.status = 500
+        stand_in.status = 500
         with pytest.raises(openai.InternalServerError) as failed:
             chat()
         assert failed.value.status_code == 502
         assert "SECRET" not in str(failed.value)
-        theirs.status, theirs.breaks = 200, True
+        stand_in.status, stand_in.breaks = 200, True
         with pytest.raises(openai.APIError, match="broke off"):
-            list(chat(stream=True))  # amid an event, yet OpenAI's client can read what it is told
-        theirs.breaks = False
+            list(chat(stream=True))  # amid an event, yet OpenAI's client can parse the error
+        stand_in.breaks = False
         assert chat().choices[0].message.content == "tea"
-        assert theirs.bodies[-1]["structured_outputs"] == {"choice": list(LABELS)}
+        assert stand_in.bodies[-1]["structured_outputs"] == {"choice": list(LABELS)}
         assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
 
 
 def test_vllm_that_comes_back_is_used_again(
-    theirs: StandIn, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
+    stand_in: StandIn, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
-    with running(theirs.app) as address:
+    with running(stand_in.app) as address:
         pass  # it has gone, and its port is free
     engine = _started(address, table)
     service = open_service(toy, tmp_path, engine=engine)
@@ -587,24 +591,24 @@ def test_vllm_that_comes_back_is_used_again(
         gone = httpx.post(f"{url}/v1/chat/completions", json=body)
         assert (gone.status_code, gone.json()["error"]["code"]) == (502, "engine")
         assert httpx.get(f"{url}/ready").status_code == 502
-        with running(theirs.app, port=int(address.rpartition(":")[2])):
+        with running(stand_in.app, port=int(address.rpartition(":")[2])):
             assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
             assert httpx.get(f"{url}/ready").status_code == 200
 
 
 def test_request_cut_off_by_a_stop_gets_503(
-    theirs: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
+    stand_in: StandIn, address: str, table: EmbeddingTable, toy: CausalLM, tmp_path: Path
 ) -> None:
-    theirs.silent_s = 30
+    stand_in.silent_s = 30
     service = open_service(toy, tmp_path, engine=_engine(address, table))
     body = {"messages": [{"role": "user", "content": "review: x"}]}
     with ThreadPoolExecutor(1) as pool:
         with running(create_app(service), patience_s=1) as url:
-            asked = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=20)
-            while not theirs.bodies or "messages" not in theirs.bodies[-1]:
+            pending = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=20)
+            while not stand_in.bodies or "messages" not in stand_in.bodies[-1]:
                 time.sleep(0.01)
-        told = asked.result()
-    assert (told.status_code, told.json()["error"]["code"], told.headers["retry-after"]) == (503, "stopping", "1")
+        reply = pending.result()
+    assert (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) == (503, "stopping", "1")
 
 
 def _started(address: str, table: EmbeddingTable, **settings: Any) -> VLLMEngine:

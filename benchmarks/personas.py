@@ -38,7 +38,7 @@ USERS_AT_ONCE = 10_000
 REQUESTS = 2_000
 QUERY = "what is asked"
 DEFAULT = replace(PlugConfig(), answer_channel="style", options="ignore", instruction_start="random")
-PLUGS = {"default": DEFAULT, "all items alike": replace(DEFAULT, aggregator="mean")}
+PLUGS = {"default": DEFAULT, "all items alike": replace(DEFAULT, state_tokens=4)}
 
 
 def plug_of(config: PlugConfig, *, encoder: Encoder | None = None, labels: tuple[str, ...] = ()) -> PersonaPlug:
@@ -52,8 +52,8 @@ def times(live: PersonaCache) -> dict[str, float]:
     """How long a persona takes, each of another user than the one before."""
     names = [f"long {name}" for name in np.random.default_rng(0).integers(0, LONG_USERS, REQUESTS)]
     for name in set(names):  # what is kept is kept from here on; the query is encoded
-        live.persona(TENANT, name, QUERY)
-    return milliseconds([spent_on(live.persona, TENANT, name, QUERY) for name in names])
+        live.persona(TENANT, name, query=QUERY)
+    return milliseconds([spent_on(live.persona, TENANT, name, query=QUERY) for name in names])
 
 
 def measured(store: HistoryStore) -> dict[str, Any]:

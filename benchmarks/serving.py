@@ -39,7 +39,7 @@ from personaplug.data.records import Sample
 from personaplug.infra.atomic_io import write_json
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.run import Run, machine, open_models, versions
-from personaplug.serving.engines.vllm_requests import with_soft_tokens
+from personaplug.serving.engines.vllm_requests import add_soft_tokens
 from personaplug.serving.setup import ServingConfig, open_service
 
 ITEMS = 4
@@ -147,7 +147,7 @@ def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: arg
         return Asked(vllm, bodies(sample, tokens=given.tokens, model=model))
 
     def embeds(sample: Sample) -> Asked:
-        return Asked(vllm, with_soft_tokens(plain(sample).body, soft))
+        return Asked(vllm, add_soft_tokens(plain(sample).body, soft))
 
     def persona(sample: Sample) -> Asked:
         return Asked(ours, plain(sample).body | {"user": sample.owner, "personaplug": {"free": True}})

@@ -74,16 +74,13 @@ class PlugConfig:
         description="position of the soft tokens: prefix = before the text (the paper); suffix = right before the "
         "answer, so that each prompt is read once for all epochs, views and users",
     )
-    aggregator: Literal["dot", "mean"] = Field(
-        default="dot",
-        description="weights of the items: dot = likeness to the query (eq. 3); mean = all equal (an ablation)",
-    )
     temperature: float = Field(
         default=0.1, description="divides the scores of eq. 3; 1 = the paper, with nearly equal weights", gt=0
     )
     state_tokens: int = Field(
         default=2,
-        description="persona tokens that weigh all items equally, whatever the query: the user's state; 0 = the paper",
+        description="persona tokens that weigh all items equally, whatever the query: the user's state; 0 = the paper; "
+        "all of persona_tokens = no attention to the query (an ablation)",
         ge=0,
         le=256,
     )
@@ -114,16 +111,8 @@ class PlugConfig:
         description="own = add log(P(label | user) / P(label)), scaled by a trained weight, to the labels' scores; "
         "needs a closed set and items with answers from it; none = the paper",
     )
-    projector_width: int = Field(
-        default=0, description="hidden width of the two-layer projector (eq. 4); 0 = the model's width", ge=0
-    )
     max_history: int = Field(
         default=512, description="latest items of a history that are used; older ones are cut and counted", ge=1, le=512
-    )
-    selected_items: int = Field(
-        default=0,
-        description="give the plug only the items most similar to the query (the paper's Table 4); 0 = all",
-        ge=0,
     )
 
     @property
@@ -131,11 +120,6 @@ class PlugConfig:
         """Number of soft tokens in all (S)."""
         compared = self.options == "compare" and self.persona_tokens > 0
         return self.instruction_tokens + self.persona_tokens + compared
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether some persona tokens, and not all, are the same for every query."""
-        return self.aggregator != "mean" and self.state_tokens > 0
 
     @property
     def encodes_answers(self) -> bool:

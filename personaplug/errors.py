@@ -30,7 +30,15 @@ from typing import Any
 
 
 class PersonaPlugError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose.
+
+    Attributes:
+        http_status: status of the server's reply to a request that raised it.
+        code: the error's name in that reply, for programs.
+    """
+
+    http_status: int = 500
+    code: str = "internal"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The sentence, not the arguments it was built from, travels between processes.
@@ -69,6 +77,9 @@ class RecordError(UserError):
 class MissingData(UserError):
     """A file, folder or split that was asked for is not there."""
 
+    http_status = 404
+    code = "not_found"
+
 
 class MissingModel(UserError):
     """A model could not be found in any of the places it may come from."""
@@ -95,6 +106,9 @@ class ShapeMismatch(UserError):
 class EncoderMismatch(UserError):
     """Vectors or a plug belong to another encoder than the one given."""
 
+    http_status = 503
+    code = "store"
+
     def __init__(self, owner: str, *, expected: str, found: str) -> None:
         super().__init__(
             f"{owner} was made with the encoder {expected}; the encoder given is {found}. "
@@ -119,6 +133,9 @@ class RunConflict(UserError):
 class ItemError(UserError):
     """An item for a store of histories cannot be stored as it is; nothing of its batch was."""
 
+    http_status = 400
+    code = "item"
+
 
 class StoreConflict(UserError):
     """A store of histories was made with other settings than those given, or cannot do what they exclude."""
@@ -128,17 +145,19 @@ class RequestError(UserError):
     """A request to the server cannot be answered as it is.
 
     Attributes:
-        status: of the answer, 4xx.
-        code: what is wrong, for programs.
+        http_status: 4xx.
     """
 
-    def __init__(self, message: str, *, status: int = 400, code: str = "invalid_request") -> None:
-        self.status, self.code = status, code
+    def __init__(self, message: str, *, http_status: int = 400, code: str = "invalid_request") -> None:
+        self.http_status, self.code = http_status, code
         super().__init__(message)
 
 
 class EngineFailure(PersonaPlugError):
     """The language model behind the server is not there, or does not answer."""
+
+    http_status = 502
+    code = "engine"
 
 
 class TrainingDiverged(PersonaPlugError):
@@ -147,6 +166,9 @@ class TrainingDiverged(PersonaPlugError):
 
 class StorageError(PersonaPlugError):
     """The disk is full or not writable; what was complete before stays."""
+
+    http_status = 503
+    code = "store"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,11 +1,11 @@
-"""What the tests of the server share: a real one, on a real socket, with the toy model behind it."""
+"""Helpers for tests of the server: a real one, on a real socket, with the toy model."""
 
 from __future__ import annotations
 
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +19,16 @@ from personaplug.config import PlugConfig
 from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
 from personaplug.serving.api_keys import ApiKeys
 from personaplug.serving.app import create_app
-from personaplug.serving.engines.base import Engine
+from personaplug.serving.engines.base import Engine, EngineRequest
 from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.middleware import RequestLimits
+from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Kind
 from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore
@@ -47,7 +49,7 @@ def open_service(
     keep_text: bool = True,
     **settings: Any,
 ) -> Service:
-    """A service with an untrained plug, whose personas yet depend on the history."""
+    """Open a service with an untrained plug, whose personas depend on the history."""
     torch.manual_seed(1)
     labels = task.labels if config.answer_channel == "label" else ()
     spec = PlugSpec(llm.identity, llm.embedding_scale, ENCODER.identity, labels)
@@ -60,10 +62,18 @@ def open_service(
     return Service(personas, engine or InProcessEngine(llm, name="toy", max_new_tokens=200), task=task)
 
 
+def engine_request(
+    kind: Kind, fields: dict[str, Any], soft: SoftPrompt | None, choices: Sequence[str] = (), *, id: str = ""
+) -> EngineRequest:
+    """Build an engine's request from the fields of an HTTP body."""
+    model = ChatRequest if kind == "chat" else CompletionRequest
+    return EngineRequest(model.model_validate(fields), soft, choices, id)
+
+
 @contextmanager
-def served(service: Service, *, accounts: ApiKeys | None = None, limits: RequestLimits | None = None) -> Iterator[str]:
-    """Serve it; the base URL, without /v1."""
-    app = create_app(service, accounts=accounts, limits=limits)
+def served(service: Service, *, api_keys: ApiKeys | None = None, limits: RequestLimits | None = None) -> Iterator[str]:
+    """Serve a service; yields the base URL, without /v1."""
+    app = create_app(service, api_keys=api_keys, limits=limits)
     with running(app) as url:
         yield url
 

@@ -41,7 +41,7 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
         ("learning_rate=nan", "must be a number"),
         ("learning_rate=-1e-3", "above 0"),
         ("validation_share=0.9", "to 0.5"),
-        ("aggregator=max", "one of dot, mean; found 'max'"),
+        ("placement=middle", "one of prefix, suffix; found 'middle'"),
         ("seeds=a", "a whole number"),
         ("seeds=-1", "from 0"),
         ("seeds=99999999999999999999", "from 0 to 4294967295"),

@@ -1,4 +1,4 @@
-"""What vLLM 0.30 says on the routes that the engine uses, without a model: to see what it is sent, and to let it fail.
+"""A stand-in for vLLM 0.30 without a model: it notes what it is sent, and can fail.
 
 Its words and statuses are those of the real server, which `tests/serving/test_real_vllm.py` asks where it is installed.
 """
@@ -58,7 +58,7 @@ class StandIn:
 
     @property
     def app(self) -> Starlette:
-        """It, as an application."""
+        """The ASGI application."""
         routes = [
             self._route("/v1/models", self._models, "GET"),
             self._route("/health", self._health, "GET"),

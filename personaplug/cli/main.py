@@ -29,7 +29,7 @@ from personaplug.cli.options import (
     vectors_option,
     with_settings,
 )
-from personaplug.cli.serving_commands import explain, forget, key, serve
+from personaplug.cli.serving_commands import create_key, erase_user, explain, serve
 from personaplug.config_parsing import load_config
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import connect, disconnect, is_main, left_alone, number, synchronized, tells
@@ -393,5 +393,5 @@ def estimate(
     click.echo(found.text())
 
 
-for command in (bench, report, score, lamp, convert, split_command, serve, key, forget, explain):
+for command in (bench, report, score, lamp, convert, split_command, serve, create_key, erase_user, explain):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""The commands of a live service: serve, key, forget, explain."""
+"""The commands of a live service: serve, create-key, erase-user, explain."""
 
 from __future__ import annotations
 
@@ -28,48 +28,52 @@ _SECRET = click.option(
 @_SECRET
 @click.option("--engine", default="local", show_default=True, help="local, or the address of a vLLM server: http://…")
 @click.option("--engine-key", envvar="PERSONAPLUG_ENGINE_KEY", help="Key of the vLLM server, if it asks for one.")
-@click.option("--model", default="", help="By what name requests call the model.  [default: the model's own]")
+@click.option("--model", default="", help="Name by which requests call the model.  [default: the model's own]")
 @_SEED
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option(
-    "--keys", type=click.Path(path_type=Path), help="File of keys (`personaplug key`). None: this machine only."
+    "--keys", type=click.Path(path_type=Path), help="File of keys (`personaplug create-key`). None: this machine only."
 )
 @click.option(
-    "--unknown",
+    "--fallback",
     type=click.Choice(["population", "plain"]),
     default="population",
     show_default=True,
-    help="What users get whose history is unknown: what is common to all, or the plain model.",
+    help="What users without a history get: what is common to all, or the plain model.",
 )
 @click.option(
     "--persona-scale",
     default=1.0,
     show_default=True,
     type=click.FloatRange(0, MAX_PERSONA_SCALE),
-    help="Of personas, where a request does not say.",
+    help="Of personas, if a request does not say.",
 )
 @click.option(
-    "--elsewhere",
+    "--apply-off-task",
     is_flag=True,
     help="Use personas also for prompts without the wording of the run's task, which the plug was not trained for.",
 )
-@click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a store that is made now.")
+@click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a new store.")
 @click.option(
     "--phrases",
     is_flag=True,
-    help="Mix the phrases of users' own answers into what the local engine writes; a store made now then keeps texts.",
+    help="Mix users' own phrases into the local engine's answers; a new store then keeps texts.",
 )
-@click.option("--max-items", type=int, help="Keep so many items of a user, the latest.")
+@click.option("--max-items", type=int, help="Keep this many items of a user, the latest.")
 @click.option("--max-days", type=int, help="Keep items no older than this.")
 @click.option(
-    "--max-rows", default=16, show_default=True, type=_COUNT, help="Answers the local engine writes side by side."
+    "--max-rows", default=16, show_default=True, type=_COUNT, help="Answers that the local engine generates at once."
 )
 @click.option(
     "--max-new-tokens", default=512, show_default=True, type=_COUNT, help="Longest answer of the local engine."
 )
 @click.option(
-    "--max-requests", default=256, show_default=True, type=_COUNT, help="Answered at once; the next gets a 429."
+    "--max-requests",
+    default=256,
+    show_default=True,
+    type=_COUNT,
+    help="Requests that run at once; the next gets a 429.",
 )
 @click.option(
     "--max-body-mb",
@@ -98,30 +102,30 @@ def serve(
     from personaplug.serving.setup import ServingConfig, open_service
     from personaplug.store.history_store import Retention
 
-    accounts = ApiKeys.read(keys) if keys else ApiKeys()
-    accounts.check_address(host)  # before the models are loaded
-    hosting = ServingConfig(retention=Retention(max_items, max_days), **settings)
-    service = open_service(Run.open(run_folder), hosting)
+    api_keys = ApiKeys.load(keys) if keys else ApiKeys()
+    api_keys.check_address(host)  # before the models are loaded
+    config = ServingConfig(retention=Retention(max_items, max_days), **settings)
+    service = open_service(Run.open(run_folder), config)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
-    serve_service(service, accounts=accounts, limits=limits, host=host, port=port)
+    serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port)
 
 
-@click.command()
+@click.command("create-key")
 @click.argument("tenant")
-@click.option("--keys", required=True, type=click.Path(path_type=Path), help="File of keys; made where there is none.")
-def key(tenant: str, keys: Path) -> None:
-    """Make an API key for a TENANT and print it, once: the file holds its hash alone."""
-    from personaplug.serving.api_keys import new_key
+@click.option("--keys", required=True, type=click.Path(path_type=Path), help="File of keys; made if it does not exist.")
+def create_key(tenant: str, keys: Path) -> None:
+    """Create an API key for a TENANT and print it, once: the file holds its hash alone."""
+    from personaplug.serving import api_keys
 
-    click.echo(new_key(keys, tenant))
+    click.echo(api_keys.create_key(keys, tenant))
 
 
-@click.command()
+@click.command("erase-user")
 @click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL.")
 @_SECRET
 @click.option("--tenant", default="default", show_default=True)
 @click.option("--user", required=True)
-def forget(store: str, secret: Path | None, tenant: str, user: str) -> None:
+def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
     """Erase a user from a store, files included, and print the receipt."""
     _check_installed()
     from personaplug.store.history_store import HistoryStore
@@ -142,8 +146,10 @@ def forget(store: str, secret: Path | None, tenant: str, user: str) -> None:
 @_SECRET
 @click.option("--tenant", default="default", show_default=True)
 @click.option("--user", required=True)
-@click.option("--most", default=10, show_default=True, help="So many items are told.")
-@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="With --until: how far the persona moved meanwhile.")
+@click.option("--most", default=10, show_default=True, help="Number of items to list.")
+@click.option(
+    "--since", type=click.DateTime(["%Y-%m-%d"]), help="With --until: how far the persona moved between the two days."
+)
 @click.option("--until", type=click.DateTime(["%Y-%m-%d"]))
 def explain(
     run_folder: Path,
@@ -163,23 +169,26 @@ def explain(
     import asyncio
 
     from personaplug.run import Run
+    from personaplug.serving.explanations import Explainer
     from personaplug.serving.setup import ServingConfig, open_service
 
     if (since is None) != (until is None):
         raise ConfigError("--since and --until go together: a persona moves between two days.")
     service = open_service(Run.open(run_folder), ServingConfig(store=store, secret=secret, seed=seed, create=False))
 
-    async def told() -> dict[str, Any]:
+    explainer = Explainer(service)
+
+    async def run() -> dict[str, Any]:
         await service.engine.start()
         try:
-            found = await service.explain(tenant, user, prompt=prompt, answer=answer, most=most)
+            explanation = await explainer.explain(tenant, user, prompt=prompt, answer=answer, most=most)
             if since and until:
-                found["drift"] = await service.drift(tenant, user, since=since.date(), until=until.date())
-            return found
+                explanation["drift"] = await explainer.drift(tenant, user, since=since.date(), until=until.date())
+            return explanation
         finally:
             await service.close()
 
-    click.echo(json.dumps(asyncio.run(told()), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(asyncio.run(run()), indent=2, ensure_ascii=False))
 
 
 def _check_installed() -> None:

@@ -151,34 +151,6 @@ def no_style(items: int = 0) -> StyleArray:
     return np.empty((items, 0), dtype=np.float16)
 
 
-def with_nearest(samples: Sequence[EncodedSample], table: EmbeddingStore, *, count: int) -> list[EncodedSample]:
-    """The samples with only so many items, the nearest to their queries, in order (PPlug, Table 4 and Fig. 4).
-
-    Args:
-        count: items that stay; 0 = all.
-    """
-    if not count:
-        return list(samples)
-    queries = table.encoder.query_encoder().encode([sample.query for sample in samples])
-    found = []
-    for sample, query in zip(samples, queries, strict=True):
-        kept = nearest(query, table.gather(sample.rows), count=count)
-        found.append(sample.with_items_of(sample, kept))
-    return found
-
-
-def nearest(query: Vector, items: Halves, *, count: int) -> Rows:
-    """Places of the items nearest to a query, in order.
-
-    Args:
-        query: (E,) unit vector.
-        items: (N, E) unit vectors.
-        count: how many.
-    """
-    likeness = items.astype(np.float32) @ query
-    return np.sort(np.argsort(-likeness, kind="stable")[:count])
-
-
 def samples_fingerprint(samples: Sequence[EncodedSample], table: EmbeddingStore) -> str:
     """16 hex digits from everything that answers and training depend on: texts asked and wanted, items and answers.
 

@@ -57,7 +57,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
     def ignores_query(self) -> bool:
         """Whether its soft prompts are the same for every query."""
         head = self.persona
-        return head is None or (head.query_encoder is None and head.hint is None and not self.config.selected_items)
+        return head is None or (head.query_encoder is None and head.hint is None)
 
     def forward(
         self,
@@ -202,10 +202,9 @@ def _check_config(config: PlugConfig, *, labels: int) -> None:
             "answer_channel=label and label_prior=own need a task with a closed set of labels; this one has none. Use "
             "answer_channel=text and label_prior=none."
         )
-    if config.aggregator == "dot" and 0 < config.persona_tokens <= config.state_tokens:
+    if 0 < config.persona_tokens < config.state_tokens:
         raise ConfigError(
-            f"state_tokens={config.state_tokens} leaves none of persona_tokens={config.persona_tokens} for the query. "
-            f"Give fewer, or aggregator=mean for a persona that is the same for every query."
+            f"state_tokens={config.state_tokens} must be at most persona_tokens={config.persona_tokens}. Give fewer."
         )
     if config.options == "compare" and config.persona_tokens and labels < 2:
         raise ConfigError("options=compare needs a task whose labels stand for two or more options in the prompt.")

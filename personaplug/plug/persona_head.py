@@ -37,7 +37,7 @@ class PersonaHead(nn.Module):
     def __init__(self, config: PlugConfig, *, encoder: Encoder, width: int, labels: int) -> None:
         super().__init__()
         self.tokens, self.shrinkage, self.encoder_width = config.persona_tokens, config.shrinkage, encoder.width
-        self.state_tokens = self.tokens if config.aggregator == "mean" else config.state_tokens
+        self.state_tokens = config.state_tokens
         self.item_dtype = torch.float32
         self.frozen_encoder = FrozenQueryEncoder(encoder)
         has_attention = self.state_tokens < self.tokens
@@ -50,7 +50,7 @@ class PersonaHead(nn.Module):
             self.query_encoder = QueryHead(encoder.width, frozen=self.frozen_encoder)
         self.projector = Projector(
             encoder.width,
-            hidden=config.projector_width or width,
+            hidden=width,
             tokens=self.tokens,
             out=width,
             labels=labels if config.answer_channel == "label" else 0,

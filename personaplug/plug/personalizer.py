@@ -15,7 +15,6 @@ from personaplug.encoders.encoded_sample import (
     EncodedHistory,
     EncodedSample,
     label_ids,
-    nearest,
     no_style,
     style_of_answers,
 )
@@ -96,19 +95,9 @@ class Personalizer:
             persona_scale: None = the personalizer's.
         """
         batch = self.collate(history) if isinstance(history, EncodedHistory) else history
-        if self.plug.config.selected_items:
-            items = self.select_items(query, batch.vectors.cpu().numpy())
-            batch = batch.select(torch.from_numpy(items).to(batch.vectors.device), lengths=(len(items),))
         scale = self.persona_scale if persona_scale is None else persona_scale
         soft: SoftPrompt = self.plug([query], batch, options=[options], persona_scale=scale)
         return soft
-
-    def select_items(self, query: str, vectors: Halves) -> Rows:
-        """Return the indices of the items that the plug uses: all, or the `selected_items` nearest to the query."""
-        count, head = self.plug.config.selected_items, self.plug.persona
-        if not count or len(vectors) <= count or head is None:
-            return np.arange(len(vectors))
-        return nearest(head.frozen_encoder([query])[0].numpy(), vectors, count=count)
 
     def collate(self, history: EncodedHistory, *, lengths: tuple[int, ...] | None = None) -> HistoryBatch:
         """Turn the history of one user, or of several with these `lengths`, into tensors on the plug's device."""

@@ -1,4 +1,7 @@
-"""Gate: what stands between the network and the routes. Keys, sizes, numbers of requests, callers who leave."""
+"""ASGI middlewares between the network and the routes; each has one job. `guards` puts them in order.
+
+They refuse a request by raising RequestError, which ErrorMiddleware turns into the response.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,37 @@ import asyncio
 import logging
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from fastapi.responses import JSONResponse, Response
+from prometheus_client import Gauge
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from personaplug.errors import PersonaPlugError, RequestError
 from personaplug.serving.api_keys import ApiKeys, is_loopback
-from personaplug.serving.openai_protocol import error_reply
+from personaplug.serving.error_responses import error_response
 from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-RETRY_AFTER = "1"  # seconds
-TENANT = "personaplug.tenant"
-"""Where a request's tenant is found in its scope."""
+_BODIES_PER_REQUEST = 2  # bodies that may be on their way for every request that may run
 
-_READERS = 2  # bodies that may be on their way for every request that is answered
+# Replace the messages of errors with these statuses, which may name paths or settings.
+_SERVER_MESSAGES = {
+    500: "The server is not set up for this request.",
+    503: "The store of histories cannot be used now; try again.",
+}
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request, and all of them together, may take.
+    """What requests may take.
 
     Attributes:
-        body_bytes: longest body.
-        body_seconds: until it has arrived.
-        requests: that are being answered at once; the next is refused with 429.
-        items: that one request may add to a history.
+        body_seconds: time until the body has arrived.
+        requests: requests to /v1/ that run at once; the next gets a 429.
+        items: items that one request may add to a history.
     """
 
     body_bytes: int = 4 * 2**20
@@ -42,176 +48,226 @@ class RequestLimits:
     items: int = 1000
 
 
-class Gate:
-    """ASGI middleware that refuses a request before it costs anything, and cancels it when its caller has left.
+def guards(api_keys: ApiKeys, limits: RequestLimits, *, telemetry: Telemetry) -> list[Middleware]:
+    """The middlewares of a server, outermost first: a request is refused before it costs anything."""
+    bodies = _BODIES_PER_REQUEST * limits.requests
+    return [
+        Middleware(MetricsMiddleware, telemetry=telemetry),
+        Middleware(ErrorMiddleware),
+        *([Middleware(LoopbackHostMiddleware)] if api_keys.is_open else []),
+        Middleware(ApiKeyMiddleware, api_keys=api_keys),
+        Middleware(BodyLimitMiddleware, max_bytes=limits.body_bytes, timeout_s=limits.body_seconds, max_bodies=bodies),
+        Middleware(ConcurrencyLimitMiddleware, max_requests=limits.requests, running=telemetry.running),
+        Middleware(DisconnectMiddleware),
+    ]
 
-    Args:
-        app: what it guards.
-        accounts: whose keys are let in to /v1/; an open server answers only to names of this machine, so that no web
-            page can talk a browser into reaching it.
-        limits: of bodies and requests.
-        telemetry: counts.
-    """
 
-    def __init__(self, app: ASGIApp, *, accounts: ApiKeys, limits: RequestLimits, telemetry: Telemetry) -> None:
-        self.app, self.accounts, self.limits, self.telemetry = app, accounts, limits, telemetry
-        self._reading = self._running = 0
+@dataclass(eq=False)
+class _HttpMiddleware:
+    """Handles HTTP requests and passes every other scope on."""
+
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        answer = _Answer(scope, send, telemetry=self.telemetry)
-        refusal = self._refusal(scope)
-        if refusal is None:
-            body, refusal = await self._read(receive)
-            if body is None and refusal is None:
-                return  # the caller left before the request was whole
-        await self._answered(scope, receive, answer, body=b"" if refusal else body or b"", refusal=refusal)
+        await (self.handle if scope["type"] == "http" else self.app)(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Response | None:
-        """What can be said of a request without its body."""
-        headers, guarded = Headers(scope=scope), scope["path"].startswith("/v1/")
-        if self.accounts.open and not is_loopback(_host_of(headers.get("host", ""))):
-            return refused(403, "Without keys this server answers to names of its own machine.", code="host")
-        if guarded:
-            scope[TENANT] = self.accounts.tenant_of(headers.get("authorization"))
-            if scope[TENANT] is None:
-                return refused(401, "Give a key of this server: `Authorization: Bearer KEY`.", code="invalid_key")
-        if self._reading >= _READERS * self.limits.requests:
-            return _too_many()
-        return None
-
-    async def _read(self, receive: Receive) -> tuple[bytes | None, Response | None]:
-        """The whole body, or why it is refused; neither if the caller has left."""
-        self._reading += 1
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                return await self._body(receive)
-        except TimeoutError:
-            return None, refused(408, "The body did not come in time.", code="timeout")
-        finally:
-            self._reading -= 1
-
-    async def _body(self, receive: Receive) -> tuple[bytes | None, Response | None]:
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None, None
-            part = message.get("body", b"")
-            size += len(part)
-            if size > self.limits.body_bytes:
-                text = f"A body has at most {self.limits.body_bytes} bytes."
-                return None, refused(413, text, code="body_too_long")
-            parts.append(part)
-            if not message.get("more_body"):
-                return b"".join(parts), None
-
-    async def _answered(
-        self, scope: Scope, receive: Receive, answer: _Answer, *, body: bytes, refusal: Response | None
-    ) -> None:
-        counted = scope["path"].startswith("/v1/")  # whoever looks after the server takes no caller's place
-        if refusal is None and counted and self._running >= self.limits.requests:
-            refusal = _too_many()
-        if refusal is not None:
-            await refusal(scope, receive, answer.send)
-            return
-        self._running += counted
-        self.telemetry.running.inc()
-        try:
-            await self._while_listened_to(scope, receive, answer, body=body)
-        except asyncio.CancelledError:
-            if answer.begun:
-                raise
-            # The server stops, and has waited for this answer as long as it may.
-            await refused(503, "The server is stopping.", code="stopping")(scope, receive, answer.send)
-        except Exception as error:
-            # Whoever is above would log the error's sentence, which may hold the text that it failed on.
-            logger.error("%s at %s", type(error).__name__, _place_of(error))
-            if not answer.begun:
-                await refused(500, "The server failed on this request.", code="internal")(scope, receive, answer.send)
-        finally:
-            self._running -= counted
-            self.telemetry.running.dec()
-
-    async def _while_listened_to(self, scope: Scope, receive: Receive, answer: _Answer, *, body: bytes) -> None:
-        """Run the application until it is done, or nobody waits for its answer any more."""
-        left, sent = asyncio.Event(), False
-
-        async def again() -> Message:
-            nonlocal sent
-            if not sent:
-                sent = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            left.set()
-
-        working = asyncio.ensure_future(self.app(scope, again, answer.send))
-        watching = asyncio.ensure_future(watch())
-        try:
-            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done() and not answer.begun:
-                working.cancel()  # one that has begun hears of it by `again`
-            await asyncio.wait({working})
-            if not working.cancelled():
-                working.result()
-        finally:
-            watching.cancel()
-            working.cancel()
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
 
 
-class _Answer:
-    """The sending side of a request, which notes when its answer begins."""
+class _StartTracker:
+    """Passes messages on to `send` and notes whether the response has started."""
 
-    def __init__(self, scope: Scope, send: Send, *, telemetry: Telemetry) -> None:
-        self.begun, self._spoke = False, False
-        self._send, self._scope, self._telemetry = send, scope, telemetry
-        self._came = time.perf_counter()
+    def __init__(self, send: Send) -> None:
+        self._send, self.started = send, False
 
-    async def send(self, message: Message) -> None:
-        """Send it on."""
-        if message["type"] == "http.response.start":
-            self.begun = True
-            self._telemetry.requests.labels(self._route, str(message["status"])).inc()
-        elif not self._spoke and (message.get("body") or not message.get("more_body")):
-            self._spoke = True
-            self._telemetry.seconds.labels(self._route).observe(time.perf_counter() - self._came)
+    async def __call__(self, message: Message) -> None:
+        self.started |= message["type"] == "http.response.start"
         await self._send(message)
 
-    @property
-    def _route(self) -> str:
-        return getattr(self._scope.get("route"), "path", "other")
+
+@dataclass(eq=False)
+class MetricsMiddleware(_HttpMiddleware):
+    """Counts responses by route and status, and measures the time to the first byte of their bodies."""
+
+    telemetry: Telemetry
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived, is_timed = time.perf_counter(), False
+
+        async def count_and_send(message: Message) -> None:
+            nonlocal is_timed
+            route = getattr(scope.get("route"), "path", "other")  # set by the router
+            if message["type"] == "http.response.start":
+                self.telemetry.requests.labels(route, str(message["status"])).inc()
+            elif not is_timed and (message.get("body") or not message.get("more_body")):
+                is_timed = True
+                self.telemetry.seconds.labels(route).observe(time.perf_counter() - arrived)
+            await send(message)
+
+        await self.app(scope, receive, count_and_send)
 
 
-def refused(status: int, message: str, *, code: str) -> Response:
-    """An answer that says why there is none."""
-    headers = retry_after(status)
-    headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    headers |= {"Connection": "close"} if status in (401, 403, 408, 413) else {}  # the body may not have been read
-    return JSONResponse(error_reply(message, code=code, status=status), status, headers)
+class ErrorMiddleware(_HttpMiddleware):
+    """Answers the package's errors with their status, other errors with 500, and requests cut off by a stop with 503.
+
+    The message of an unexpected error may quote the request, so it is neither logged nor passed to the server above.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tracker = _StartTracker(send)
+        try:
+            await self.app(scope, receive, tracker)
+            return
+        except asyncio.CancelledError:
+            if tracker.started:
+                raise
+            response = error_response(503, "The server is stopping.", code="stopping")
+        except PersonaPlugError as error:
+            status = error.http_status
+            if status >= 500:
+                logger.error("%s: %s", type(error).__name__, error.code)
+            response = error_response(status, _SERVER_MESSAGES.get(status, str(error)), code=error.code)
+        except Exception as error:
+            origin = traceback.extract_tb(error.__traceback__)[-1]
+            logger.error("%s at %s:%s", type(error).__name__, origin.filename, origin.lineno)
+            response = error_response(500, "The server failed on this request.", code="internal")
+        if not tracker.started:
+            await response(scope, receive, send)
 
 
-def retry_after(status: int) -> dict[str, str]:
-    """The header that says when to come back, where a status asks for that."""
-    return {"Retry-After": RETRY_AFTER} if status in (429, 503) else {}
+class LoopbackHostMiddleware(_HttpMiddleware):
+    """Requires a Host header that names this machine, so that no web page can make a browser reach an open server."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host", "")
+        name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without the port
+        if not is_loopback(name):
+            message = "Without keys this server answers to names of its own machine."
+            raise RequestError(message, http_status=403, code="host")
+        await self.app(scope, receive, send)
 
 
-def _too_many() -> Response:
-    return refused(429, "Too many requests are being answered.", code="overloaded")
+@dataclass(eq=False)
+class ApiKeyMiddleware(_HttpMiddleware):
+    """Requires an API key for /v1/ and sets `request.state.tenant`."""
+
+    api_keys: ApiKeys
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _is_api_path(scope):
+            tenant = self.api_keys.tenant_of(Headers(scope=scope).get("authorization"))
+            if tenant is None:
+                message = "Give a key of this server: `Authorization: Bearer KEY`."
+                raise RequestError(message, http_status=401, code="invalid_key")
+            scope.setdefault("state", {})["tenant"] = tenant
+        await self.app(scope, receive, send)
 
 
-def _host_of(host: str) -> str:
-    """A Host header without its port."""
-    return host if host.endswith("]") else host.rpartition(":")[0] or host
+@dataclass(eq=False)
+class BodyLimitMiddleware(_HttpMiddleware):
+    """Reads the whole body before the request goes on, within bounds of size, time and bodies at once."""
+
+    max_bytes: int
+    timeout_s: float
+    max_bodies: int
+    _bodies: int = field(default=0, init=False)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._bodies >= self.max_bodies:
+            raise _overloaded()
+        self._bodies += 1
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                body = await self._read_body(receive)
+        except TimeoutError:
+            raise RequestError("The body did not come in time.", http_status=408, code="timeout") from None
+        finally:
+            self._bodies -= 1
+        if body is None:
+            return
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def next_message() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, next_message, send)
+
+    async def _read_body(self, receive: Receive) -> bytes | None:
+        """Return the body, or None if the caller leaves before it is complete."""
+        body, is_complete = bytearray(), False
+        while not is_complete:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            is_complete = not message.get("more_body", False)
+            if len(body) > self.max_bytes:
+                reason = f"A body has at most {self.max_bytes} bytes."
+                raise RequestError(reason, http_status=413, code="body_too_long")
+        return bytes(body)
 
 
-def _place_of(error: Exception) -> str:
-    """File and line that an error comes from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+@dataclass(eq=False)
+class ConcurrencyLimitMiddleware(_HttpMiddleware):
+    """Bounds the requests to /v1/ that run at once. Health checks and metrics are not bounded."""
+
+    max_requests: int
+    running: Gauge
+    _api_requests: int = field(default=0, init=False)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        count = int(_is_api_path(scope))
+        if count and self._api_requests >= self.max_requests:
+            raise _overloaded()
+        self._api_requests += count
+        try:
+            with self.running.track_inprogress():
+                await self.app(scope, receive, send)
+        finally:
+            self._api_requests -= count
+
+
+class DisconnectMiddleware(_HttpMiddleware):
+    """Cancels the work on a request when its caller leaves before the response starts.
+
+    A response that has started receives `http.disconnect` instead and ends itself.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+
+        async def watch() -> None:
+            while True:
+                message = await receive()
+                messages.put_nowait(message)
+                if message["type"] == "http.disconnect":
+                    return
+
+        async def next_message() -> Message:
+            message = await messages.get()
+            if message["type"] == "http.disconnect":
+                messages.put_nowait(message)  # whoever asks again gets it again
+            return message
+
+        tracker = _StartTracker(send)
+        work = asyncio.ensure_future(self.app(scope, next_message, tracker))
+        disconnect = asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not tracker.started:
+                work.cancel()
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.result()
+        finally:
+            disconnect.cancel()
+            work.cancel()
+
+
+def _is_api_path(scope: Scope) -> bool:
+    return str(scope["path"]).startswith("/v1/")
+
+
+def _overloaded() -> RequestError:
+    return RequestError("Too many requests are being answered.", http_status=429, code="overloaded")

@@ -1,58 +1,94 @@
-"""OpenAI's wire format: what a request may hold, and what answers look like. It knows no model and no user.
+"""OpenAI's wire format: validated requests, replies and stream events. It knows no model and no user.
 
-Fields that are not named here pass through to the engine untouched.
+Fields that are not declared here stay in `model_extra` and reach the engine unchanged.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import RequestError
 
+T = TypeVar("T")
 Kind = Literal["chat", "completion"]
 
 DONE = b"data: [DONE]\n\n"
-"""What ends a stream."""
+"""The last event of a stream."""
+
+_MAX_DEPTH = 100  # levels of nested lists and objects
+_SURROGATE = re.compile("[\ud800-\udfff]")  # Python joins whole pairs, so these are halves
 
 
-def _written(text: str) -> str:
-    """A text that can be written down: no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("not valid Unicode") from None
-    return text
+def json_leaves(value: object) -> Iterator[object]:
+    """Iterate over the keys and scalars of a JSON value; RequestError if it is nested too deep."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        nested: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                nested += [*item, *item.values()]
+            elif isinstance(item, list):
+                nested += item
+            else:
+                yield item
+        if not nested:
+            return
+        level = nested
+    raise RequestError(f"The request is nested more than {_MAX_DEPTH} levels deep.", code="invalid_value")
+
+
+def check_json(value: T) -> T:
+    """Return a value that came as JSON; RequestError if it cannot be written as JSON again."""
+    for leaf in json_leaves(value):
+        is_half_pair = isinstance(leaf, str) and _SURROGATE.search(leaf)
+        if is_half_pair or (isinstance(leaf, float) and not math.isfinite(leaf)):
+            raise RequestError(
+                "The request holds NaN, Infinity or half of a surrogate pair, which JSON cannot represent.",
+                code="invalid_value",
+            )
+    return value
 
 
 def check_name(text: str) -> str:
-    """A name that databases, headers and paths can hold.
+    """Return a name; ValueError if it does not fit databases, headers and paths.
 
-    Raises:
-        ValueError: if it is none. Clients resolve the dots of a path: to delete an item `..` would erase its user.
+    Clients resolve the dots of a path: to delete an item `..` would erase its user.
     """
     if any(character < " " for character in text):
-        raise ValueError("control characters are no part of an id")
+        raise ValueError("an id may hold no control characters")
     if "/" in text or text in (".", ".."):
-        raise ValueError("an id stands in paths: it holds no slash and is not . or ..")
+        raise ValueError("an id is part of paths: it may hold no slash and be neither . nor ..")
     return text
 
 
-Text = Annotated[str, AfterValidator(_written)]
+def _check_unicode(text: str) -> str:
+    if _SURROGATE.search(text):
+        raise ValueError("not valid Unicode")
+    return text
+
+
+def _only_prompt(value: object) -> object:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
 Name = Annotated[Text, AfterValidator(check_name), Field(min_length=1, max_length=255)]
 """An id of a user, an item or a request."""
 
-ModelName = Annotated[Text, Field(min_length=1, max_length=255)]
+_JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]
+_OnePrompt = str | Annotated[list[str], Field(min_length=1, max_length=1)]
 
 
-class Extras(BaseModel):
-    """What a request may say to personaplug alone; removed before it is passed on."""
+class PersonaOptions(BaseModel):
+    """Options for personaplug itself; the engine does not get them."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -62,71 +98,75 @@ class Extras(BaseModel):
         le=MAX_PERSONA_SCALE,
         description="How far to go from what is common to all users to the user's own; 0 = plain model.",
     )
-    free: bool = Field(default=False, description="Write freely even where the task has a closed set of answers.")
+    free: bool = Field(default=False, description="Write freely even if the task has a closed set of answers.")
 
 
-class Message(BaseModel):
-    """One turn of a chat."""
+class _OpenModel(BaseModel):
+    """Keeps undeclared fields."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
+    @model_validator(mode="after")
+    def _check_extra(self) -> Self:
+        check_json(self.model_extra)
+        return self
+
+
+class Message(_OpenModel):
     role: Text
-    content: Text | list[dict[str, Any]] | None = None
+    content: Text | list[_JsonObject] | None = None
 
     @property
     def text(self) -> str:
-        """Its text; of several parts, those that are text, line by line."""
+        """The content's text; text parts are joined by line breaks."""
         if isinstance(self.content, list):
             texts = [part.get("text") for part in self.content if part.get("type") == "text"]
             return "\n".join(text for text in texts if isinstance(text, str))
         return self.content or ""
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+class _GenerationRequest(_OpenModel):
+    kind: ClassVar[Kind]
 
-    model: ModelName | None = Field(default=None, description="One of /v1/models; the only one may be left out.")
+    model: Annotated[Text, Field(min_length=1, max_length=255)] | None = Field(
+        default=None, description="One of /v1/models; the only one may be left out."
+    )
     user: Name | None = Field(default=None, description="Whose persona to use.")
     stream: bool | None = False
-    personaplug: Extras = Field(default_factory=Extras)
+    personaplug: PersonaOptions = Field(default_factory=PersonaOptions)
 
-    @property
-    def passed_on(self) -> dict[str, Any]:
-        """What the engine gets."""
+    def to_openai(self) -> dict[str, Any]:
+        """The fields that the caller gave, without `personaplug`."""
         return self.model_dump(exclude_unset=True, exclude={"personaplug"})
 
 
-class ChatRequest(_Request):
+class ChatRequest(_GenerationRequest):
     """`/v1/chat/completions`."""
+
+    kind = "chat"
 
     messages: list[Message] = Field(min_length=1)
 
     @property
-    def asked(self) -> str:
+    def prompt_text(self) -> str:
         """The text of the user's last turn."""
-        turns = [message.text for message in self.messages if message.role == "user"]
-        return turns[-1] if turns else self.messages[-1].text
+        turns = [message for message in self.messages if message.role == "user"]
+        return (turns or self.messages)[-1].text
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(_GenerationRequest):
     """`/v1/completions`, one prompt at a time."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    kind = "completion"
+
+    prompt: Annotated[Text, BeforeValidator(_only_prompt, json_schema_input_type=_OnePrompt)]
 
     @property
-    def asked(self) -> str:
-        """The prompt."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
-
-    @property
-    def passed_on(self) -> dict[str, Any]:
-        """What the engine gets: a list of one prompt as that prompt."""
-        return super().passed_on | {"prompt": self.asked}
+    def prompt_text(self) -> str:
+        return self.prompt
 
 
 class ErrorBody(BaseModel):
-    """What went wrong, as OpenAI says it."""
-
     message: str
     type: str
     code: str | None = None
@@ -134,103 +174,52 @@ class ErrorBody(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """Every answer that is not 2xx."""
+    """The body of every reply that is not 2xx."""
 
     error: ErrorBody
 
 
-def first_flaw(errors: Sequence[Any]) -> str:
-    """What pydantic found first, without the value itself."""
-    place = ".".join(str(part) for part in errors[0]["loc"])
-    return f"{place}: {errors[0]['msg']}"
-
-
-def as_json(body: Mapping[str, Any]) -> bytes:
-    """A request as JSON.
-
-    Raises:
-        RequestError: if it holds, wherever that stands, what came in as JSON of a kind and is none.
-    """
-    try:
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    except (ValueError, RecursionError):  # an encoding error is a value error
-        raise RequestError(
-            "The request holds what JSON cannot say: NaN, Infinity, half of a surrogate pair, or lists too deep.",
-            code="invalid_value",
-        ) from None
-
-
 def error_reply(message: str, *, code: str, status: int) -> dict[str, Any]:
-    """An answer that says what went wrong."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return ErrorReply(error=ErrorBody(message=message, type=kind, code=code)).model_dump()
 
 
-def event(value: Mapping[str, Any]) -> bytes:
-    """One event of a stream."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+def first_error(errors: Sequence[Any]) -> str:
+    """Pydantic's first error: field and reason, without the value."""
+    field = ".".join(str(part) for part in errors[0]["loc"])
+    return f"{field}: {errors[0]['msg']}"
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a request and of its answer."""
-
-    prompt: int
-    written: int
-
-    def to_dict(self) -> dict[str, int]:
-        """As OpenAI says it."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.written,
-            "total_tokens": self.prompt + self.written,
-        }
+def to_json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
-class Writer:
-    """Writes the answer to one request, whole or in pieces.
+def event(body: Mapping[str, Any]) -> bytes:
+    return b"data: " + to_json(body) + b"\n\n"
 
-    Args:
-        kind: which of the two routes it is for.
-        model: what it says it was answered by.
-        request: its id.
-    """
 
-    def __init__(self, kind: Kind, *, model: str, request: str) -> None:
-        self.kind = kind
-        prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        self._base = {"id": f"{prefix}-{request}", "created": int(time.time()), "model": model}
+class ReplyFormatter:
+    """Formats the reply to one request, whole or as chunks of a stream."""
 
-    def whole(self, text: str, *, reason: str, usage: Usage) -> dict[str, Any]:
-        """An answer in one piece."""
-        if self.kind == "chat":
-            choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}}
-            name = "chat.completion"
-        else:
-            choice, name = {"index": 0, "text": text}, "text_completion"
-        choice |= {"finish_reason": reason, "logprobs": None}
-        return {**self._base, "object": name, "choices": [choice], "usage": usage.to_dict()}
+    def __init__(self, kind: Kind, *, model: str, request_id: str) -> None:
+        self.is_chat = kind == "chat"
+        prefix = "chatcmpl" if self.is_chat else "cmpl"
+        self._base = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": model}
 
-    def first(self) -> dict[str, Any] | None:
-        """What opens a stream of pieces, if anything does."""
-        return self._chunk({"role": "assistant", "content": ""}) if self.kind == "chat" else None
+    def whole(self, text: str, *, reason: str, usage: dict[str, int]) -> dict[str, Any]:
+        """The reply in one piece."""
+        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
+        name = "chat.completion" if self.is_chat else "text_completion"
+        return {**self._base, "object": name, "choices": [choice], "usage": usage}
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """Some more of the answer."""
-        return self._chunk({"content": text} if self.kind == "chat" else text)
+    def chunk(self, delta: dict[str, str], *, reason: str | None = None) -> dict[str, Any]:
+        """A piece of the reply.
 
-    def last(self, reason: str) -> dict[str, Any]:
-        """The end of the answer."""
-        return self._chunk({} if self.kind == "chat" else "", reason=reason)
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """What follows the end for those who asked for it."""
-        return self._chunk(None) | {"usage": usage.to_dict()}
-
-    def _chunk(self, delta: dict[str, str] | str | None, *, reason: str | None = None) -> dict[str, Any]:
-        named = {"delta": delta} if self.kind == "chat" else {"text": delta}
-        choices: Sequence[dict[str, Any]] = [
-            {"index": 0, **named, "finish_reason": reason, "logprobs": None} for _ in range(delta is not None)
-        ]
-        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
-        return {**self._base, "object": name, "choices": choices}
+        Args:
+            delta: what is new: `content` and, in the first chunk of a chat, `role`; empty in the last chunk.
+        """
+        content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
+        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
+        name = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return {**self._base, "object": name, "choices": [choice]}

@@ -1,6 +1,6 @@
-"""PersonaCache: (tenant, user, query) to soft tokens, out of the store of a service.
+"""PersonaCache: soft tokens for live users, made from the histories in a store.
 
-The personas are made by the Personalizer that evaluations use, so what is served is what was measured.
+The Personalizer is the one that evaluations use, so what is served is what was measured.
 """
 
 from __future__ import annotations
@@ -11,68 +11,78 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from cachetools import LRUCache
 
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.data.records import HistoryItem, Options
-from personaplug.encoders.encoded_sample import EncodedHistory, past_answers
+from personaplug.encoders.encoded_sample import past_answers
 from personaplug.encoders.style_features import style_features_of
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
 from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.plug.attribution import item_weights
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings
 
-Unknown = Literal["population", "plain"]
-UNKNOWN: tuple[Unknown, ...] = ("population", "plain")
-"""What somebody gets whose history is not known: what is common to all users, or the bare model."""
+Fallback = Literal["population", "plain"]
+FALLBACKS: tuple[Fallback, ...] = ("population", "plain")
+"""What users without a history get: what is common to all users, or the plain model."""
 
-_OVERHEAD = 1024  # bytes of a kept user beside the arrays
+BuildPhrases = Callable[[Sequence[str]], UserNgramCache]
+
+_ENTRY_BYTES = 1024  # of an entry, beside its arrays
 
 
 @dataclass(frozen=True)
 class Persona:
-    """Soft tokens for one request, and what to say of them.
+    """Soft tokens for one request, and what the reply says of them.
 
     Attributes:
-        soft: (1, S, D); None = the bare model answers.
-        applied: `user` = made from the user's own items, `population` = what is common to all, as users of few items
-            get it too, `plain` = none.
-        items: of the history that it was made from.
-        persona_scale: as `PersonaPlug.forward` takes it.
-        kept: whether it was at hand, unchanged since an earlier request.
-        phrases: of the user's own answers, to be mixed into what is written; None where that is not wanted.
+        soft: (1, S, D); None = the plain model answers.
+        applied: `user` = made from the user's own items; `population` = common to all, also for users with few items.
+        items: length of the history.
+        cached: whether the history was in the cache, unchanged.
     """
 
     soft: SoftPrompt | None
     applied: Literal["user", "population", "plain"]
     items: int
     persona_scale: float
-    kept: bool = False
+    cached: bool = False
     phrases: UserNgramCache | None = None
 
 
-class PersonaCache:
-    """Makes personas of users whose histories grow, change and go; for several threads at once.
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class _Entry:
+    """A user's soft tokens or, if they depend on the query, the precomputed history."""
 
-    What a request needs of a user is kept within a bound of bytes (the soft tokens, or the read history where tokens
-    depend on the query), and served only while the store says that the history is the same: a write or erasure
-    by another process is seen by the next request too.
+    version: int
+    items: int
+    phrases: UserNgramCache | None = None
+    soft: SoftPrompt | None = None
+    history: HistoryBatch | None = None
+
+    @property
+    def bytes(self) -> int:
+        arrays = (self.soft.vectors.nbytes if self.soft else 0) + (self.history.nbytes if self.history else 0)
+        return _ENTRY_BYTES + arrays + (self.phrases.nbytes if self.phrases else 0)
+
+
+class PersonaCache:
+    """Makes personas and caches what does not depend on the query; for several threads at once.
+
+    An entry is used only while the store gives the same version of the history, so the next request sees every write
+    and erasure, also by other processes.
 
     Args:
-        personalizer: makes them.
-        store: where the histories are; its vectors have to be the plug's encoder's.
-        unknown: what users get whose history is unknown or empty, and requests without a user.
-        phrases: makes phrases of a user's own answers, for an engine that mixes them in; None = it does not.
-        cache_bytes: most that is kept in memory.
+        fallback: what requests get without a user, or whose user has no history.
+        build_phrases: builds phrases of a user's own answers, for an engine that mixes them in.
     Raises:
-        ConfigError: if `unknown` is neither, or persona_scale is out of bounds.
-        StoreConflict: if the store keeps other answers or other vectors than the plug was trained on, or no texts where
-            phrases are wanted.
+        StoreConflict, EncoderMismatch: if the store does not fit the plug.
+
+    Attributes:
+        plug_lock: to be held while the plug makes soft tokens, because its cache of queries is for one thread.
     """
 
     def __init__(
@@ -80,148 +90,110 @@ class PersonaCache:
         personalizer: Personalizer,
         store: HistoryStore,
         *,
-        unknown: Unknown = "population",
-        phrases: Callable[[Sequence[str]], UserNgramCache] | None = None,
+        fallback: Fallback = "population",
+        build_phrases: BuildPhrases | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
-        if unknown not in UNKNOWN:
-            raise ConfigError(f"Unknown users get one of {', '.join(UNKNOWN)}; found {unknown!r}.")
+        if fallback not in FALLBACKS:
+            raise ConfigError(f"fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
         if not 0 <= personalizer.persona_scale <= MAX_PERSONA_SCALE:
             raise ConfigError(f"persona_scale goes from 0 to {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}.")
-        if phrases is not None and not store.settings.keep_text:
-            raise StoreConflict(
-                "Phrases are read from items' texts, and the store keeps none. Make one with keep_text."
-            )
-        self.personalizer, self.store, self.unknown, self._phrases = personalizer, store, unknown, phrases
-        self.plug = personalizer.plug
-        _check_fits(self.plug, store)
-        self._kept: LRUCache[tuple[str, str], _Kept] = LRUCache(cache_bytes, getsizeof=lambda kept: kept.bytes)
-        self._forgotten = 0
-        self._lock = threading.Lock()  # of what is kept
-        self._making = threading.Lock()  # the plug's own memory of queries is for one thread at a time
-        self._nobody = self._worth_keeping(self._history("", None))
+        if build_phrases is not None and not store.settings.keep_text:
+            raise StoreConflict("Phrases need the items' texts, and the store keeps none. Make one with keep_text.")
+        _check_fits(personalizer.plug, store)
+        self.personalizer, self.plug, self.store = personalizer, personalizer.plug, store
+        self.fallback, self._build_phrases = fallback, build_phrases
+        self.plug_lock = threading.Lock()
+        self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(cache_bytes, getsizeof=lambda entry: entry.bytes)
+        self._entries_lock = threading.Lock()
+        self._erasures = 0
+        self._population = self._entry(_empty_history(self.plug))
 
     def persona(
         self,
         tenant: str,
         user: str | None,
-        query: str,
         *,
+        query: str,
         options: Options | None = None,
         persona_scale: float | None = None,
     ) -> Persona:
         """The soft tokens for a user's query.
 
         Args:
-            tenant: whose user it is.
             user: None = nobody in particular.
-            query: what is asked, as the plug's task cuts it out of a prompt.
-            options: what the prompt lets choose from, for a plug that compares that.
             persona_scale: as `PersonaPlug.forward` takes it; None = the personalizer's.
-        Raises:
-            StorageError, EncoderMismatch, ItemError: as `HistoryStore.read`.
         """
-        persona_scale = self.personalizer.persona_scale if persona_scale is None else persona_scale
-        if persona_scale == 0:
-            return Persona(None, "plain", 0, persona_scale)
-        kept, at_hand = (self._nobody, True) if user is None else self._known(tenant, user)
-        if not kept.items and self.unknown == "plain":
-            return Persona(None, "plain", 0, persona_scale)
-        soft = kept.soft if persona_scale == self.personalizer.persona_scale else None
-        if soft is None:
-            read = kept.read or self.personalizer.precompute(self._history(tenant, user))
-            with self._making:
-                soft = self.personalizer.persona(query, read, options=options, persona_scale=persona_scale)
-        applied: Literal["user", "population"] = "user" if kept.items > self.plug.cold_start.max_items else "population"
-        return Persona(soft, applied, kept.items, persona_scale, kept=at_hand, phrases=kept.phrases)
-
-    def made(
-        self, query: str, history: EncodedHistory, *, options: Options | None = None, persona_scale: float | None = None
-    ) -> SoftPrompt:
-        """Soft tokens for a query and a history that is given; see `Personalizer.persona`."""
-        with self._making:
-            return self.personalizer.persona(query, history, options=options, persona_scale=persona_scale)
-
-    def selected(self, query: str, history: EncodedHistory) -> npt.NDArray[np.intp]:
-        """Places of the items that a persona is made from, where the plug takes only the nearest to the query."""
-        with self._making:
-            return self.personalizer.select_items(query, history.vectors)
-
-    def weights(self, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
-        """How much each item counts; see `explain.item_weights`."""
-        with self._making:
-            return item_weights(self.personalizer, query, history)
+        default_scale = self.personalizer.persona_scale
+        scale = default_scale if persona_scale is None else persona_scale
+        if scale == 0:
+            return Persona(None, "plain", 0, scale)
+        entry, cached = (self._population, True) if user is None else self._lookup(tenant, user)
+        if not entry.items and self.fallback == "plain":
+            return Persona(None, "plain", 0, scale)
+        soft = entry.soft
+        if soft is None or scale != default_scale:
+            history = entry.history or self.personalizer.precompute(self._read(tenant, user))
+            with self.plug_lock:
+                soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
+        applied: Literal["user", "population"] = (
+            "user" if entry.items > self.plug.cold_start.max_items else "population"
+        )
+        return Persona(soft, applied, entry.items, scale, cached=cached, phrases=entry.phrases)
 
     def forget(self, tenant: str, user: str) -> None:
-        """Let go of what is kept of a user, at once: to be called when the user is erased or their history changes."""
-        with self._lock:
-            self._forgotten += 1
-            self._kept.pop((tenant, user), None)
+        """Drop an erased user's entry at once."""
+        with self._entries_lock:
+            self._erasures += 1
+            self._entries.pop((tenant, user), None)
 
     @property
-    def kept_users(self) -> int:
-        """How many users something is kept of."""
-        return len(self._kept)
+    def cached_users(self) -> int:
+        return len(self._entries)
 
     @property
-    def kept_bytes(self) -> int:
-        """How much that is."""
-        return int(self._kept.currsize)
+    def cached_bytes(self) -> int:
+        return int(self._entries.currsize)
 
-    def _known(self, tenant: str, user: str) -> tuple[_Kept, bool]:
-        """What is kept of a user, or worth keeping from now on, and whether it was at hand."""
+    def _lookup(self, tenant: str, user: str) -> tuple[_Entry, bool]:
+        """Return a user's entry, and whether it came from the cache."""
         version = self.store.version(tenant, user)
-        with self._lock:
-            kept, forgotten = self._kept.get((tenant, user)), self._forgotten
-        if kept is not None and kept.version == version:
-            return kept, True
-        if not version:
+        with self._entries_lock:
+            entry, erasures = self._entries.get((tenant, user)), self._erasures
+        if entry is not None and entry.version == version:
+            return entry, True
+        if not version:  # unknown, or erased by another process
             self.forget(tenant, user)
-            return self._nobody, False
-        kept = self._worth_keeping(self._history(tenant, user), phrases=self._phrases_of(tenant, user))
-        with self._lock:
-            # Nothing is put back that was read before somebody was forgotten: it may be what had to go.
-            if self._forgotten == forgotten and kept.bytes <= self._kept.maxsize:
-                self._kept[tenant, user] = kept
-        return kept, False
+            return self._population, False
+        entry = self._entry(self._read(tenant, user), phrases=self._phrases_of(tenant, user))
+        with self._entries_lock:
+            # A history that was read before an erasure may be the erased one.
+            if self._erasures == erasures and entry.bytes <= self._entries.maxsize:
+                self._entries[tenant, user] = entry
+        return entry, False
 
-    def _history(self, tenant: str, user: str | None) -> StoredHistory:
+    def _read(self, tenant: str, user: str | None) -> StoredHistory:
         if user is None:
-            return _no_history(self.plug)
+            return _empty_history(self.plug)
         return self.store.read(tenant, user, latest=self.plug.config.max_history)
 
     def _phrases_of(self, tenant: str, user: str) -> UserNgramCache | None:
-        if self._phrases is None:
+        if self._build_phrases is None:
             return None
         latest = self.plug.config.max_history
         stored = self.store.list_items(tenant, user, latest=latest)
         items = [HistoryItem(item.id, item.fields, item.answer_name) for item in stored]
-        return self._phrases(past_answers(items, latest=latest))
+        return self._build_phrases(past_answers(items, latest=latest))
 
-    def _worth_keeping(self, history: StoredHistory, *, phrases: UserNgramCache | None = None) -> _Kept:
-        """The tokens, if they are the same whatever is asked, else the history, read as far as that goes."""
-        if self.plug.ignores_query:
-            return _Kept(history.version, len(history), phrases, soft=self.made("", history))
-        return _Kept(history.version, len(history), phrases, read=self.personalizer.precompute(history))
-
-
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
-class _Kept:
-    """What is kept of a user: soft tokens, or the read history that they are made from for each query."""
-
-    version: int
-    items: int
-    phrases: UserNgramCache | None = None
-    soft: SoftPrompt | None = None
-    read: HistoryBatch | None = None
-
-    @property
-    def bytes(self) -> int:
-        arrays = (self.soft.vectors.nbytes if self.soft else 0) + (self.read.nbytes if self.read else 0)
-        return _OVERHEAD + arrays + (self.phrases.nbytes if self.phrases else 0)
+    def _entry(self, history: StoredHistory, *, phrases: UserNgramCache | None = None) -> _Entry:
+        version, items = history.version, len(history)
+        if not self.plug.ignores_query:
+            return _Entry(version, items, phrases, history=self.personalizer.precompute(history))
+        with self.plug_lock:
+            return _Entry(version, items, phrases, soft=self.personalizer.persona("", history))
 
 
-def _no_history(plug: PersonaPlug) -> StoredHistory:
+def _empty_history(plug: PersonaPlug) -> StoredHistory:
     return StoredHistory(
         vectors=np.empty((0, plug.spec.encoder.width), dtype=np.float16),
         answers=np.empty(0, dtype=np.int16),
@@ -235,11 +207,10 @@ def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
     if not store.identity.same_items_as(plug.spec.encoder):
         raise EncoderMismatch("The plug", expected=plug.spec.encoder.describe(), found=store.identity.describe())
     if settings.encodes_answers != config.encodes_answers:
-        ways = {True: "of whole items", False: "of items without the user's answer"}
+        vectors = {True: "of whole items", False: "of items without the user's answer"}
         raise StoreConflict(
-            f"The plug reads vectors {ways[config.encodes_answers]} (answer_channel={config.answer_channel}); "
-            f"the store keeps "
-            f"vectors {ways[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
+            f"The plug reads vectors {vectors[config.encodes_answers]} (answer_channel={config.answer_channel}); the "
+            f"store keeps vectors {vectors[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
         )
     if config.reads_labels and settings.labels != plug.spec.labels:
         raise StoreConflict(
@@ -249,10 +220,6 @@ def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
 
 
 def store_settings(plug: PersonaPlug, *, keep_text: bool = False) -> StoreSettings:
-    """What a store of histories for a plug has to be made with.
-
-    Args:
-        keep_text: keep the items' fields too, for explanations that show them and for a later change of encoder.
-    """
+    """The settings of a store for a plug's histories. Phrases, and explanations with texts, need `keep_text`."""
     labels = plug.spec.labels if plug.config.reads_labels else ()
     return StoreSettings(labels=labels, encodes_answers=plug.config.encodes_answers, keep_text=keep_text)

@@ -1,11 +1,10 @@
-"""Requests, remembered for a while: what was asked, so that what a user made of the answer can become history.
+"""Recent requests: what users asked, so that their feedback on the replies can become history.
 
-In memory alone, within bounds of time and size; nothing of it is written anywhere.
+Requests stay in memory, within bounds of time and size, and are written nowhere.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from datetime import datetime
 from typing import NamedTuple
@@ -14,73 +13,63 @@ from cachetools import TTLCache
 
 from personaplug.errors import RequestError
 
-_CLOCKS_DIFFER_S = 60  # at most, between this server and another that erases users
+_MAX_CLOCK_SKEW_S = 60  # between this server and another one that erases users
+_ENTRY_BYTES = 256  # of an entry, beside its query
 
 
-class _Request(NamedTuple):
-    tenant: str
-    user: str
-    id: str
-
-
-class _Asked(NamedTuple):
+class _Entry(NamedTuple):
     query: str
-    at: float
+    asked_at: float  # as `time.time` gives it
 
 
 class RecentRequests:
-    """What users asked lately; for several threads.
+    """The queries of recent requests, by tenant, user and request id; for one event loop.
 
     Args:
-        bytes: most that the texts take; the oldest go first.
-        seconds: how long a request is remembered.
+        max_bytes: most that the queries take; the oldest go first.
+        ttl_s: seconds that a request is kept.
     """
 
-    def __init__(self, *, bytes: int = 64 * 2**20, seconds: float = 24 * 3600) -> None:
-        self._asked: TTLCache[_Request, _Asked] = TTLCache(
-            bytes, seconds, getsizeof=lambda asked: 256 + 4 * len(asked.query)
+    def __init__(self, *, max_bytes: int = 64 * 2**20, ttl_s: float = 24 * 3600) -> None:
+        self._entries: TTLCache[tuple[str, str, str], _Entry] = TTLCache(
+            max_bytes, ttl_s, getsizeof=lambda entry: _ENTRY_BYTES + 4 * len(entry.query)
         )
-        self._forgotten: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # when each user was
-        self._lock = threading.Lock()
+        self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
 
-    def add(self, tenant: str, user: str, *, request: str, query: str, since: float) -> None:
-        """Remember what was asked; a text that is longer than everything may be is not.
+    def add(self, tenant: str, user: str, *, request_id: str, query: str, since: float) -> None:
+        """Keep a query, unless it is larger than the bound or the user was forgotten since the request arrived.
 
         Args:
-            since: when it was asked, by `time.monotonic`: a user who was forgotten meanwhile stays so.
+            since: when the request arrived, by `time.monotonic`.
         """
-        asked = _Asked(query, time.time() - (time.monotonic() - since))
-        with self._lock:
-            gone = self._forgotten.get((tenant, user), -1.0) >= since
-            if not gone and self._asked.getsizeof(asked) <= self._asked.maxsize:
-                self._asked[_Request(tenant, user, request)] = asked
+        entry = _Entry(query, time.time() - (time.monotonic() - since))
+        is_erased = self._erased.get((tenant, user), -1.0) >= since
+        if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:
+            self._entries[tenant, user, request_id] = entry
 
-    def query(self, tenant: str, user: str, *, request: str, erased: datetime | None = None) -> str:
-        """What a user asked in a request.
+    def query(self, tenant: str, user: str, *, request_id: str, erased_at: datetime | None = None) -> str:
+        """The query of a user's request.
 
         Args:
-            erased: when a user of this id was last erased, perhaps by another process: what was asked before is gone.
+            erased_at: when a user of this id was last erased, by any process; earlier requests are gone.
         Raises:
-            RequestError: if nothing is known of such a request of this user.
+            RequestError: if no such request is kept.
         """
-        with self._lock:
-            asked = self._asked.get(_Request(tenant, user, request))
-        if asked is None or (erased is not None and erased.timestamp() + _CLOCKS_DIFFER_S >= asked.at):
+        entry = self._entries.get((tenant, user, request_id))
+        if entry is None or (erased_at is not None and erased_at.timestamp() + _MAX_CLOCK_SKEW_S >= entry.asked_at):
             raise RequestError(
-                "No request of this id is remembered of this user: requests are kept for a while, until the server "
+                "No request of this id is known for this user: requests are kept for a while, until the server "
                 "restarts. Add an item with its text instead.",
-                status=404,
+                http_status=404,
                 code="unknown_request",
             )
-        return asked.query
+        return entry.query
 
     def forget(self, tenant: str, user: str) -> None:
-        """Forget everything that a user asked."""
-        with self._lock:
-            self._forgotten[tenant, user] = time.monotonic()
-            for key in [key for key in self._asked if (key.tenant, key.user) == (tenant, user)]:
-                self._asked.pop(key, None)
+        """Drop all requests of a user."""
+        self._erased[tenant, user] = time.monotonic()
+        for key in [key for key in self._entries if key[:2] == (tenant, user)]:
+            self._entries.pop(key, None)
 
     def __len__(self) -> int:
-        """Requests remembered."""
-        return len(self._asked)
+        return len(self._entries)

@@ -1,9 +1,9 @@
-"""What a server needs, put together from a run's folder: plug, store of histories, language model."""
+"""Build a Service from a run's folder: plug, store of histories, language model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from personaplug.encoders import Encoder, open_encoder
@@ -11,7 +11,7 @@ from personaplug.errors import ConfigError, StoreConflict
 from personaplug.infra.model_hub import find_model
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.loading import choose_device, open_llm
-from personaplug.llm.ngram_cache import UserNgramCache, check_ngrams
+from personaplug.llm.ngram_cache import check_ngrams
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Run
@@ -19,34 +19,23 @@ from personaplug.serving.engines.base import Engine
 from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
-from personaplug.serving.persona_cache import PersonaCache, Unknown, store_settings
+from personaplug.serving.persona_cache import BuildPhrases, Fallback, PersonaCache, store_settings
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore, Retention
 
 LOCAL = "local"
-"""The engine in this process; any other is the address of a vLLM server."""
+"""The engine in this process. Any other name is the address of a vLLM server."""
 
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """How a run is served.
+    """How a run is served; the options of `personaplug serve` explain the rest.
 
     Attributes:
-        store: file or URL of the histories; a file is made where there is none.
-        create: whether to make a store where there is none.
-        secret: file of the store's secret; None = beside SQLite's file.
-        engine: `local`, or the address of a vLLM server (http://…).
-        engine_key: that the vLLM server asks for, if any.
-        model: by what name requests call the model; empty = that of the run's config, or vLLM's own.
-        seed: which of the run's trainings; None = the first.
-        unknown: what users get whose history is unknown.
-        persona_scale: of personas, where a request does not say.
-        elsewhere: use personas also for prompts without the wording of the run's task.
-        keep_text: keep the texts of items, in a store that is made now.
-        phrases: mix the phrases of users' own answers into what the local engine writes; needs a store with texts.
-        retention: what is kept of a user.
-        max_rows: answers that the local engine writes side by side.
-        max_new_tokens: longest answer of the local engine.
+        store: file or URL of the histories.
+        create: make the store if it does not exist.
+        seed: of the training; None = the run's first.
+        retention: which items of a user are kept.
     """
 
     store: str
@@ -56,9 +45,9 @@ class ServingConfig:
     engine_key: str | None = None
     model: str = ""
     seed: int | None = None
-    unknown: Unknown = "population"
+    fallback: Fallback = "population"
     persona_scale: float = 1.0
-    elsewhere: bool = False
+    apply_off_task: bool = False
     keep_text: bool = False
     phrases: bool = False
     retention: Retention = field(default_factory=Retention)
@@ -66,73 +55,66 @@ class ServingConfig:
     max_new_tokens: int = 512
 
 
-def open_service(run: Run, hosting: ServingConfig) -> Service:
-    """Load what a run's plug needs, open the store, and make a service of them; the engine is not started yet.
-
-    Raises:
-        MissingData: if the run has no finished plug, or the store's secret is not there.
-        StoreConflict, EncoderMismatch: if the store was made for another plug.
-        ConfigError: if the engine cannot serve this plug.
-    """
-    if hosting.phrases:
-        _check_phrases(run, hosting)  # before the models are loaded
-    config = run.config.model
-    encoder = open_encoder(config.encoder, device=choose_device(config.device), engine=config.encoder_engine)
-    seed = run.config.training.seeds[0] if hosting.seed is None else hosting.seed
-    folder = run.check_trained("plug", seed=seed)
-    engine: Engine
-    phrases: Callable[[Sequence[str]], UserNgramCache] | None = None
-    if hosting.engine == LOCAL:
-        llm = open_llm(config)
-        if not isinstance(llm, CausalLM):
+def open_service(run: Run, config: ServingConfig) -> Service:
+    """Load the models and open the store. The engine is not started yet."""
+    if config.phrases:  # before the models are loaded
+        check_ngrams(run.task)
+        if config.engine != LOCAL:
             raise ConfigError(
-                f"{config.llm} reads prompts with an encoder of its own; the server cannot run that kind."
+                "Phrases are mixed in by the local engine; vLLM chooses its tokens itself. Leave --phrases out."
             )
-        plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=llm.identity)
-        plug = plug.compute_items_in(llm.dtype).to(llm.device)
-        phrases = llm.phrases if hosting.phrases else None
-        name = hosting.model or config.llm
-        engine = InProcessEngine(llm, name=name, max_rows=hosting.max_rows, max_new_tokens=hosting.max_new_tokens)
-    else:
-        # Which model vLLM runs is seen when the engine starts: by its width, and by what it makes of these embeddings.
-        plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=None).compute_items_in("bfloat16")
-        engine = VLLMEngine(
-            hosting.engine,
-            table=EmbeddingTable.of_folder(find_model(config.llm)),
-            width=plug.spec.llm.width,
-            placement=plug.config.placement,
-            model=hosting.model,
-            key=hosting.engine_key,
-        )
+    models = run.config.model
+    encoder = open_encoder(models.encoder, device=choose_device(models.device), engine=models.encoder_engine)
+    seed = run.config.training.seeds[0] if config.seed is None else config.seed
+    folder = run.check_trained("plug", seed=seed)
+    open_engine = _open_local if config.engine == LOCAL else _open_vllm
+    plug, engine, build_phrases = open_engine(run, config, folder=folder, encoder=encoder)
     personas = PersonaCache(
-        Personalizer(plug, persona_scale=hosting.persona_scale),
-        open_store(plug, encoder, hosting=hosting),
-        unknown=hosting.unknown,
-        phrases=phrases,
+        Personalizer(plug, persona_scale=config.persona_scale),
+        open_store(plug, encoder, config=config),
+        fallback=config.fallback,
+        build_phrases=build_phrases,
     )
-    return Service(personas, engine, task=run.task, elsewhere=hosting.elsewhere)
+    return Service(personas, engine, task=run.task, apply_off_task=config.apply_off_task)
 
 
-def _check_phrases(run: Run, hosting: ServingConfig) -> None:
-    check_ngrams(run.task)
-    if hosting.engine != LOCAL:
-        raise ConfigError(
-            "Phrases are mixed in by the local engine; vLLM chooses its tokens itself. Leave --phrases out."
-        )
+_Opened = tuple[PersonaPlug, Engine, BuildPhrases | None]
 
 
-def open_store(plug: PersonaPlug, encoder: Encoder, *, hosting: ServingConfig) -> HistoryStore:
-    """The store of histories that a plug's personas are made from; made if it is not there.
+def _open_local(run: Run, config: ServingConfig, *, folder: Path, encoder: Encoder) -> _Opened:
+    llm = open_llm(run.config.model)
+    name = run.config.model.llm
+    if not isinstance(llm, CausalLM):
+        raise ConfigError(f"{name} reads prompts with an encoder of its own; the server cannot run that kind.")
+    plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=llm.identity)
+    engine = InProcessEngine(
+        llm, name=config.model or name, max_rows=config.max_rows, max_new_tokens=config.max_new_tokens
+    )
+    return plug.compute_items_in(llm.dtype).to(llm.device), engine, llm.phrases if config.phrases else None
 
-    Raises:
-        StoreConflict: if its secret is another.
-    """
-    common = {"retention": hosting.retention, "secret": hosting.secret}
-    if not hosting.create:
-        HistoryStore.open(hosting.store, **common).close()  # type: ignore[arg-type]  # without an encoder, none is made
-    wanted = store_settings(plug, keep_text=hosting.keep_text or hosting.phrases)
+
+def _open_vllm(run: Run, config: ServingConfig, *, folder: Path, encoder: Encoder) -> _Opened:
+    # The engine checks vLLM's model when it starts, by its width and by its answers to these embeddings.
+    plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=None).compute_items_in("bfloat16")
+    engine = VLLMEngine(
+        config.engine,
+        table=EmbeddingTable.of_folder(find_model(run.config.model.llm)),
+        width=plug.spec.llm.width,
+        placement=plug.config.placement,
+        model=config.model,
+        key=config.engine_key,
+    )
+    return plug, engine, None
+
+
+def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:
+    """Open the store of a plug's histories; make it if it does not exist and `config.create` is true."""
+    opened = partial(HistoryStore.open, config.store, retention=config.retention, secret=config.secret)
+    if not config.create:
+        opened().close()  # without an encoder, no store is made
+    settings = store_settings(plug, keep_text=config.keep_text or config.phrases)
     try:
-        return HistoryStore.open(hosting.store, encoder, settings=wanted, **common)  # type: ignore[arg-type]
+        return opened(encoder, settings=settings)
     except StoreConflict:
-        # One that is there may keep texts or not, and vectors as it likes; whether it fits the plug is seen later.
-        return HistoryStore.open(hosting.store, encoder, **common)  # type: ignore[arg-type]
+        # An existing store may differ in what it keeps; PersonaCache checks what the plug needs.
+        return opened(encoder)

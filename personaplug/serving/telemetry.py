@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus: requests, time, personas. No user's id and no text is in any of it."""
+"""Prometheus metrics of a server: requests, times, personas. No user's id and no text is in any of them."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 
 class Telemetry:
-    """The counters of one server."""
+    """The metrics of one server, in a registry that no other server shares."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self._registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "personaplug_requests", "Requests, by route and status.", ("route", "status"), registry=self._registry
+            "personaplug_requests", "Requests, by route and status.", ("route", "status"), registry=registry
         )
         self.seconds = Histogram(
             "personaplug_request_seconds",
-            "From a request's arrival to the first of its answer: of a stream, to its first event.",
+            "From a request's arrival to the first byte of the reply: of a stream, to its first event.",
             ("route",),
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=registry,
         )
         self.personas = Counter(
             "personaplug_personas",
-            "Answers, by what was applied (user, population, plain) and whether it was kept from before.",
+            "Replies, by what was applied (user, population, plain) and whether it came from the cache.",
             ("applied", "kept"),
-            registry=self._registry,
+            registry=registry,
         )
-        self.running = Gauge("personaplug_running_requests", "Requests being answered.", registry=self._registry)
-        self.kept_users = Gauge(
-            "personaplug_kept_users", "Users whose personas are in memory.", registry=self._registry
-        )
-        self.kept_bytes = Gauge("personaplug_kept_bytes", "What these take.", registry=self._registry)
+        self.running = Gauge("personaplug_running_requests", "Requests that are running.", registry=registry)
+        self.cached_users = Gauge("personaplug_kept_users", "Users in the persona cache.", registry=registry)
+        self.cached_bytes = Gauge("personaplug_kept_bytes", "Bytes in the persona cache.", registry=registry)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)

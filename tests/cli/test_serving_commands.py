@@ -44,15 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_simulation(
         SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5), folder / "data"
     )
-    done = _call("train", "--data", folder / "data", "--out", folder / "run", *TOY)
-    assert done.exit_code == 0, done.output
+    result = _call("train", "--data", folder / "data", "--out", folder / "run", *TOY)
+    assert result.exit_code == 0, result.output
     return folder
 
 
 @pytest.fixture(scope="module")
 def question(folder: Path) -> dict[str, Any]:
     questions: list[dict[str, Any]] = json.loads((folder / "data" / "dev_questions.json").read_text())
-    return max(questions, key=lambda one: len(one["profile"]))
+    return max(questions, key=lambda sample: len(sample["profile"]))
 
 
 @contextmanager
@@ -83,9 +83,7 @@ def _chat(url: str, question: dict[str, Any], **headers: str) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=30)
 
 
-def test_a_run_is_served_to_live_users_until_it_is_told_to_stop(
-    folder: Path, question: dict[str, Any], tmp_path: Path
-) -> None:
+def test_serve_answers_live_users_until_sigterm(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
     store = tmp_path / "histories.db"
     with _serving(folder, "--store", store, "--keep-text", "--model", "films") as (url, process):
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "films"
@@ -105,52 +103,52 @@ def test_a_run_is_served_to_live_users_until_it_is_told_to_stop(
         assert len(events) > 20  # a stream that was begun is finished
         assert process.wait(30) in (0, -signal.SIGTERM)
         assert process.stderr is not None
-        said = process.stderr.read()
-        assert "this machine alone" in said
-        assert "Traceback" not in said
-    told = _call("explain", "--run", folder / "run", "--store", store, "--user", "ann", "--prompt", question["input"],
+        message = process.stderr.read()
+        assert "this machine alone" in message
+        assert "Traceback" not in message
+    result = _call("explain", "--run", folder / "run", "--store", store, "--user", "ann", "--prompt", question["input"],
                  "--answer", "5", "--most", 2, "--since", "2000-01-01", "--until", "2100-01-01")  # fmt: skip
-    assert told.exit_code == 0, told.output
-    found = json.loads(told.stdout)
-    assert len(found["items"]) == 2
-    assert found["items"][0]["text"]
-    assert "effect" in found["items"][0]
-    assert (found["drift"]["items_before"], found["drift"]["items_after"]) == (0, count)
-    receipt = _call("forget", "--store", store, "--user", "ann")
+    assert result.exit_code == 0, result.output
+    explanation = json.loads(result.stdout)
+    assert len(explanation["items"]) == 2
+    assert explanation["items"][0]["text"]
+    assert "effect" in explanation["items"][0]
+    assert (explanation["drift"]["items_before"], explanation["drift"]["items_after"]) == (0, count)
+    receipt = _call("erase-user", "--store", store, "--user", "ann")
     assert receipt.exit_code == 0, receipt.output
     assert HistoryStore.open(store).verify(Receipt.from_dict(json.loads(receipt.stdout)), user="ann")
-    again = _call("forget", "--store", store, "--user", "ann")
+    again = _call("erase-user", "--store", store, "--user", "ann")
     assert (again.exit_code, "no such user" in again.output) == (2, True)
 
 
-def test_keys_let_in_whoever_has_one(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
+def test_create_key_makes_a_key_that_serve_accepts(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
-    key = _call("key", "shop", "--keys", keys).stdout.strip()
+    key = _call("create-key", "shop", "--keys", keys).stdout.strip()
     assert keys.stat().st_mode & 0o077 == 0
-    with _serving(folder, "--store", tmp_path / "h.db", "--keys", keys, "--unknown", "plain") as (url, _):
+    with _serving(folder, "--store", tmp_path / "h.db", "--keys", keys, "--fallback", "plain") as (url, _):
         assert _chat(url, question).status_code == 401
         answer = _chat(url, question, Authorization=f"Bearer {key}")
         assert (answer.status_code, answer.headers["x-personaplug-persona"]) == (200, "plain")
 
 
-def test_a_tenant_has_a_name(tmp_path: Path) -> None:
-    done = _call("key", "", "--keys", tmp_path / "keys.json")
-    assert (done.exit_code, "has a name" in done.output) == (2, True)
+def test_create_key_without_a_tenant_name_is_refused(tmp_path: Path) -> None:
+    result = _call("create-key", "", "--keys", tmp_path / "keys.json")
+    assert (result.exit_code, "has a name" in result.output) == (2, True)
     assert not (tmp_path / "keys.json").exists()
 
 
-def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
-    done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--host", "0.0.0.0")
-    assert (done.exit_code, "personaplug key" in done.output) == (2, True)
+def test_serve_without_keys_on_a_public_address_is_refused(folder: Path, tmp_path: Path) -> None:
+    result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--host", "0.0.0.0")
+    assert (result.exit_code, "personaplug create-key" in result.output) == (2, True)
     assert not (tmp_path / "h.db").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--run", "nowhere"], "run.json is missing"),
         (["--run", "RUN", "--seed", "7"], "no finished training"),
-        (["--run", "RUN", "--keys", "nowhere.json"], "personaplug key"),
+        (["--run", "RUN", "--keys", "nowhere.json"], "personaplug create-key"),
         (["--run", "RUN", "--max-rows", "0"], "--max-rows"),
         (["--run", "RUN", "--max-requests", "0"], "--max-requests"),
         (["--run", "RUN", "--max-body-mb", "-1"], "--max-body-mb"),
@@ -159,35 +157,35 @@ def test_an_open_server_for_others_is_refused_before_anything_is_loaded(folder: 
         (["--run", "RUN", "--phrases"], "closed set of labels"),
     ],
 )
-def test_what_is_missing_is_said(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
+def test_serve_with_a_wrong_option_is_refused(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:
     given = [str(folder / "run") if word == "RUN" else word for word in words]
-    done = _call("serve", *given, "--store", tmp_path / "h.db")
-    assert done.exit_code == 2
-    assert said in done.output
+    result = _call("serve", *given, "--store", tmp_path / "h.db")
+    assert result.exit_code == 2
+    assert message in result.output
 
 
-def test_phrases_are_the_local_engines_alone(tmp_path: Path) -> None:
+def test_serve_phrases_with_vllm_is_refused(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", config=load_config(overrides=list(TOY)), task=LAMP_TASKS["LaMP_4"])
     given = ("--run", tmp_path / "run", "--store", tmp_path / "h.db", "--phrases", "--engine", "http://127.0.0.1:9")
-    done = _call("serve", *given)
-    assert (done.exit_code, "Leave --phrases out" in done.output) == (2, True)
+    result = _call("serve", *given)
+    assert (result.exit_code, "Leave --phrases out" in result.output) == (2, True)
     assert not (tmp_path / "h.db").exists()
 
 
-def test_an_engine_that_is_not_there_is_said_in_a_sentence(
+def test_serve_without_its_vllm_server_fails_with_a_sentence(
     folder: Path, tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
     monkeypatch.setattr(EmbeddingTable, "of_folder", lambda _: table)  # the toy model has no folder
     monkeypatch.setattr("personaplug.serving.setup.find_model", Path)
     with closing(logging.FileHandler(tmp_path / "log")) as handler:  # as a host application may have
-        done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
+        result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
         assert handler.stream is not None, "a server closes nobody's log"
-    assert (done.exit_code, "no vLLM server at http://127.0.0.1:9" in done.output) == (1, True)
+    assert (result.exit_code, "no vLLM server at http://127.0.0.1:9" in result.output) == (1, True)
 
 
-def test_a_store_of_another_plug_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_serve_with_a_store_of_another_plug_is_refused(folder: Path, tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "h.db", HashEncoder(64)).close()
-    done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db")
-    assert done.exit_code == 2
-    assert "encoder" in done.output
+    result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db")
+    assert result.exit_code == 2
+    assert "encoder" in result.output

@@ -41,7 +41,7 @@ from personaplug.run import Run, open_models
 from personaplug.training import checkpointing as checkpoint
 from personaplug.training.parts import train
 
-TINY = ["llm=toy", "encoder=hash:32", "aggregator=dot", "learning_rate=0.01", "dtype=float32", "controls=false"]
+TINY = ["llm=toy", "encoder=hash:32", "learning_rate=0.01", "dtype=float32", "controls=false"]
 ODD = [*TINY, "placement=suffix", "batch_size=5", "views=1", "epochs=4", "save_steps=3", "eval_steps=5"]
 ALONE = [*TINY, "controls=true", "batch_size=1", "max_steps=4", "retriever_samples=6", "retriever_candidates=2"]
 ROWS = "plug,paper-plug,lora,ropg:2"

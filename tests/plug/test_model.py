@@ -164,9 +164,9 @@ def test_plug_with_contradicting_settings_is_refused() -> None:
         build_plug(label_prior="own")
     with pytest.raises(ConfigError, match="two or more options"):
         build_plug(options="compare")
-    with pytest.raises(ConfigError, match="aggregator=mean"):
-        build_plug(persona_tokens=2, state_tokens=2)
-    assert build_plug(persona_tokens=2, state_tokens=2, aggregator="mean").ignores_query
+    with pytest.raises(ConfigError, match="at most persona_tokens=2"):
+        build_plug(persona_tokens=2, state_tokens=3)
+    assert build_plug(persona_tokens=2, state_tokens=2).ignores_query
     assert not build_plug(persona_tokens=0, state_tokens=2).config.persona_tokens
 
 

@@ -48,7 +48,7 @@ def test_head_with_repeated_queries_encodes_each_once(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("kind", ["trained", "head"])
 def test_head_with_mean_pooling_only_has_no_query_encoder(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HashEncoder, "query_encoder", lambda _: pytest.fail("a query encoder was made"))
-    plug, history = build_plug(aggregator="mean", query_encoder=kind), build_history()
+    plug, history = build_plug(state_tokens=1, query_encoder=kind), build_history()
     assert head_of(plug).query_encoder is None
     assert not any("query_encoder" in name for name in plug.state_dict())
     plug.cache_queries(QUERIES)
@@ -94,9 +94,9 @@ def test_head_item_without_label_adds_nothing_to_the_hidden_layer() -> None:
     torch.testing.assert_close(hidden, torch.nn.functional.gelu(expected))
 
 
-@pytest.mark.parametrize("aggregator", ["dot", "mean"])
-def test_head_with_shrinkage_leaves_less_to_the_population_with_every_item(aggregator: str) -> None:
-    head = head_of(build_plug(shrinkage=True, aggregator=aggregator))
+@pytest.mark.parametrize("state_tokens", [0, 1])
+def test_head_with_shrinkage_leaves_less_to_the_population_with_every_item(state_tokens: int) -> None:
+    head = head_of(build_plug(shrinkage=True, state_tokens=state_tokens))
     own = build_history(lengths=(12,))
     left = []
     for items in range(13):
@@ -104,7 +104,7 @@ def test_head_with_shrinkage_leaves_less_to_the_population_with_every_item(aggre
         left.append(1 - head.item_weights(QUERIES[:1], part).sum().item())
     assert left[0] == 1
     assert all(more > less > 0 for more, less in pairwise(left))
-    if aggregator == "mean":  # e^1 against as many e^0 as there are items
+    if state_tokens:  # e^1 against as many e^0 as there are items
         assert left[5] == pytest.approx(math.e / (math.e + 5))
 
 
@@ -127,7 +127,7 @@ def test_head_state_tokens_weigh_items_alike_and_the_others_for_the_query(shrink
     settings: dict[str, Any] = {"persona_tokens": 3, "temperature": 0.1, "shrinkage": shrinkage}
     head, history = head_of(build_plug(state_tokens=2, **settings)), build_history()
     torch.nn.init.normal_(head.population)
-    state, attention = (head_of(build_plug(aggregator=kind, **settings)) for kind in ("mean", "dot"))
+    state, attention = (head_of(build_plug(state_tokens=count, **settings)) for count in (3, 0))
     for other in (state, attention):
         names = other.state_dict().keys()
         other.load_state_dict({name: value for name, value in head.state_dict().items() if name in names})

@@ -29,20 +29,10 @@ def test_personalizer_ignores_outer_blanks_of_an_answer() -> None:
 
 
 def test_personalizer_precomputed_history_gives_the_same_persona() -> None:
-    cases: list[dict[str, Any]] = [{}, {"selected_items": 2}, {"persona_tokens": 0}]
+    cases: list[dict[str, Any]] = [{}, {"persona_tokens": 0}]
     for settings in cases:
         personalizer = Personalizer(build_plug(ENCODER, **settings), persona_scale=0.5)
         history = personalizer.encode(_items("1", "2", "3"), encoder=ENCODER)
         direct = personalizer.persona("a film 2", history)
         precomputed = personalizer.persona("a film 2", personalizer.precompute(history))
         torch.testing.assert_close(precomputed.vectors, direct.vectors)
-
-
-def test_personalizer_with_selected_items_uses_only_the_nearest() -> None:
-    personalizer = Personalizer(build_plug(ENCODER, selected_items=1))
-    history = personalizer.encode(_items("1", "2", "3"), encoder=ENCODER)
-    (nearest,) = personalizer.select_items("score: 2, text: a film 1", history.vectors)
-    alone = Personalizer(build_plug(ENCODER)).persona(
-        "score: 2, text: a film 1", history.select(slice(nearest, nearest + 1))
-    )
-    torch.testing.assert_close(personalizer.persona("score: 2, text: a film 1", history).vectors, alone.vectors)

@@ -1,4 +1,4 @@
-"""The server on a real socket, asked by OpenAI's own client and by plain HTTP."""
+"""The server on a real socket, called by OpenAI's own client and by plain HTTP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, StoreConflict
 from personaplug.llm.base import GenerationConfig
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.serving.api_keys import ApiKeys, new_key
+from personaplug.serving.api_keys import ApiKeys, create_key
 from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.middleware import RequestLimits
 from personaplug.serving.service import Service
@@ -45,8 +45,8 @@ def service(toy: CausalLM, tmp_path: Path) -> Service:
 
 @pytest.fixture
 def url(service: Service) -> Iterator[str]:
-    with served(service) as place:
-        yield place
+    with served(service) as base_url:
+        yield base_url
 
 
 def _client(url: str, key: str = "none") -> openai.OpenAI:
@@ -65,7 +65,7 @@ def _chat(url: str, user: str | None = None, *, prompt: str = PROMPT, key: str =
 
 
 def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, tokens: int) -> str:
-    """What the backend answers with the persona that an evaluation would make."""
+    """The model's answer with the persona of an evaluation."""
     history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in items]
     personalizer = service.personas.personalizer
     soft = personalizer.persona("a film about tea", personalizer.encode(history, encoder=ENCODER))
@@ -75,7 +75,7 @@ def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, t
 FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"personaplug": {"free": True}}}
 
 
-def test_two_users_get_the_answers_of_their_personas(service: Service, url: str, toy: CausalLM) -> None:
+def test_chat_uses_the_persona_of_its_user(service: Service, url: str, toy: CausalLM) -> None:
     histories = {"ann": [_item(1, "1"), _item(2, "2")], "bob": [_item(1, "5", "a walk")]}
     answers = {}
     for user, items in histories.items():
@@ -88,9 +88,9 @@ def test_two_users_get_the_answers_of_their_personas(service: Service, url: str,
     assert answers["ann"] != answers["bob"]
 
 
-def test_a_stream_is_the_same_answer(url: str) -> None:
+def test_stream_gives_the_same_text_as_a_whole_reply(url: str) -> None:
     _post(url, "ann", _item(1))
-    whole = _chat(url, "ann", **FREE).parse()
+    reply = _chat(url, "ann", **FREE).parse()
     stream = _client(url).chat.completions.create(
         model="toy",
         messages=[{"role": "user", "content": PROMPT}],
@@ -100,11 +100,11 @@ def test_a_stream_is_the_same_answer(url: str) -> None:
         **FREE,
     )
     events = list(stream)
-    assert "".join(e.choices[0].delta.content or "" for e in events if e.choices) == whole.choices[0].message.content
-    assert events[-1].usage == whole.usage
+    assert "".join(e.choices[0].delta.content or "" for e in events if e.choices) == reply.choices[0].message.content
+    assert events[-1].usage == reply.usage
 
 
-def test_completions(url: str) -> None:
+def test_completion_and_its_stream_agree(url: str) -> None:
     _post(url, "ann", _item(1))
     client = _client(url)
     answer = client.completions.create(model="toy", prompt=PROMPT, user="ann", **FREE)
@@ -114,13 +114,13 @@ def test_completions(url: str) -> None:
     assert answer.usage.completion_tokens <= 12
 
 
-def test_an_answer_is_one_of_the_tasks(url: str) -> None:
+def test_answer_on_task_is_one_of_the_labels(url: str) -> None:
     _post(url, "ann", _item(1))
     for seed in range(8):
         assert _chat(url, "ann", seed=seed, temperature=2.0).parse().choices[0].message.content in LABELS
 
 
-def test_a_prompt_that_is_not_the_tasks_is_the_plain_models(url: str, toy: CausalLM) -> None:
+def test_prompt_off_task_is_answered_by_the_plain_model(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     raw = _chat(url, "ann", prompt="hello there", temperature=0, max_tokens=12)
     plain = toy.generate(["hello there"], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
@@ -128,13 +128,13 @@ def test_a_prompt_that_is_not_the_tasks_is_the_plain_models(url: str, toy: Causa
     assert raw.headers["x-personaplug-persona"] == "plain"
 
 
-def test_the_unknown_are_said_to_be(url: str) -> None:
+def test_user_without_history_gets_the_population_persona(url: str) -> None:
     for user in (None, "nobody"):
         headers = _chat(url, user).headers
         assert (headers["x-personaplug-persona"], headers["x-personaplug-items"]) == ("population", "0")
 
 
-def test_strength_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
+def test_persona_scale_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     body = {"personaplug": {"free": True, "persona_scale": 0}}
     raw = _chat(url, "ann", temperature=0, max_tokens=12, extra_body=body)
@@ -143,60 +143,69 @@ def test_strength_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
     assert raw.headers["x-personaplug-persona"] == "plain"
 
 
-def test_histories_come_and_go(url: str) -> None:
-    place = f"{url}/v1/users/ann"
-    assert httpx.post(f"{place}/history", json={**_item(1), "date": "2024-05-01"}).json()["new"] == 1
+def test_history_routes_add_list_delete_and_erase(url: str) -> None:
+    user_url = f"{url}/v1/users/ann"
+    assert httpx.post(f"{user_url}/history", json={**_item(1), "date": "2024-05-01"}).json()["new"] == 1
     assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 1, "replaced": 1, "same": 0}  # the date has gone
     assert _post(url, "ann", _item(1), _item(2)).json() == {"new": 0, "replaced": 0, "same": 2}
-    found = httpx.get(f"{place}/history").json()
-    assert [item["id"] for item in found["items"]] == ["i1", "i2"]
-    first = found["items"][0]
+    history = httpx.get(f"{user_url}/history").json()
+    assert [item["id"] for item in history["items"]] == ["i1", "i2"]
+    first = history["items"][0]
     assert (first["text"], first["score"], first["date"]) == ("a film 1", "4", None)
-    assert httpx.post(f"{place}/history", json=first).json()["same"] == 1  # what was read can be written back
-    assert httpx.get(f"{place}/history", params={"latest": 1}).json()["items"][0]["id"] == "i2"
-    assert httpx.delete(f"{place}/history/i1").json() == {"deleted": True}
-    assert httpx.delete(f"{place}/history/i1").status_code == 404
-    assert len(httpx.get(f"{place}/export").json()["items"][0]["vector"]) == 32
-    receipt = httpx.delete(place).json()
+    assert httpx.post(f"{user_url}/history", json=first).json()["same"] == 1  # what was read can be written back
+    assert httpx.get(f"{user_url}/history", params={"latest": 1}).json()["items"][0]["id"] == "i2"
+    assert httpx.delete(f"{user_url}/history/i1").json() == {"deleted": True}
+    assert httpx.delete(f"{user_url}/history/i1").status_code == 404
+    assert len(httpx.get(f"{user_url}/export").json()["items"][0]["vector"]) == 32
+    receipt = httpx.delete(user_url).json()
     assert (receipt["items"], receipt["tenant"]) == (1, "default")
-    assert httpx.delete(place).status_code == 404
-    assert httpx.get(f"{place}/history").json()["count"] == 0
+    assert httpx.delete(user_url).status_code == 404
+    assert httpx.get(f"{user_url}/history").json()["count"] == 0
     assert _chat(url, "ann").headers["x-personaplug-persona"] == "population"
 
 
-def test_an_answer_that_was_kept_becomes_history(service: Service, url: str) -> None:
+def test_feedback_becomes_history(service: Service, url: str) -> None:
     raw = _chat(url, "ann")
     request = raw.headers["x-request-id"]
     assert raw.parse()._request_id == request
-    place = f"{url}/v1/users/ann/history"
-    assert httpx.post(place, json={"request_id": request, "answer": "2"}).json()["new"] == 1
-    assert httpx.post(place, json={"request_id": request, "answer": "2"}).json()["same"] == 1
-    item = httpx.get(place).json()["items"][0]
+    endpoint = f"{url}/v1/users/ann/history"
+    assert httpx.post(endpoint, json={"request_id": request, "answer": "2"}).json()["new"] == 1
+    assert httpx.post(endpoint, json={"request_id": request, "answer": "2"}).json()["same"] == 1
+    item = httpx.get(endpoint).json()["items"][0]
     assert (item["id"], item["text"], item["score"]) == (request, "a film about tea", "2")
     assert _chat(url, "ann").headers["x-personaplug-items"] == "1"
-    assert httpx.post(place, json={"request_id": request, "answer": "9"}).status_code == 400
+    assert httpx.post(endpoint, json={"request_id": request, "answer": "9"}).status_code == 400
     other = httpx.post(f"{url}/v1/users/bob/history", json={"request_id": request, "answer": "2"})
     assert (other.status_code, other.json()["error"]["code"]) == (404, "unknown_request")
     httpx.delete(f"{url}/v1/users/ann")
-    assert httpx.post(place, json={"request_id": request, "answer": "2"}).status_code == 404
-    assert len(service.remembered) == 0
+    assert httpx.post(endpoint, json={"request_id": request, "answer": "2"}).status_code == 404
+    assert len(service.recent_requests) == 0
 
 
-def test_what_somebody_asked_is_gone_though_another_process_erased_them(
-    service: Service, url: str, tmp_path: Path
-) -> None:
+def test_feedback_after_an_erasure_by_another_process_is_refused(service: Service, url: str, tmp_path: Path) -> None:
     _post(url, "ann", _item(1))
     request = _chat(url, "ann").headers["x-request-id"]
     other = HistoryStore.open(tmp_path / "histories.db")
     other.erase_user("default", "ann")
     other.close()
-    kept = httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": "2"})
-    assert (kept.status_code, kept.json()["error"]["code"]) == (404, "unknown_request")
+    reply = httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": "2"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "unknown_request")
     assert httpx.get(f"{url}/v1/users/ann/history").json()["count"] == 0
 
 
+def test_only_an_erasure_drops_a_cached_persona_at_once(service: Service, url: str) -> None:
+    _post(url, "ann", _item(1), _item(2))
+    _chat(url, "ann")
+    _post(url, "ann", _item(3))
+    httpx.delete(f"{url}/v1/users/ann/history/i1")
+    assert service.personas.cached_users == 1
+    assert _chat(url, "ann").headers["x-personaplug-items"] == "2"  # those that the store has by now
+    httpx.delete(f"{url}/v1/users/ann")
+    assert service.personas.cached_users == 0
+
+
 @pytest.mark.parametrize("name", [".", "..", "a/b", "a\nb"])
-def test_an_id_that_means_another_path_is_refused(url: str, name: str) -> None:
+def test_id_that_means_another_path_is_refused(url: str, name: str) -> None:
     _post(url, "ann", _item(1))
     refused = _post(url, "ann", {**_item(2), "id": name})
     assert (refused.status_code, "slash" in refused.text or "control" in refused.text) == (400, True)
@@ -207,13 +216,13 @@ def test_an_id_that_means_another_path_is_refused(url: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("length", [150, 6_000, 200_000])
-def test_long_answers_are_explained_in_small_passes_or_refused(url: str, length: int) -> None:
+def test_explain_long_answer_takes_small_passes_or_is_refused(url: str, length: int) -> None:
     _post(url, "ann", *[_item(number) for number in range(5)])
-    asked = {"prompt": PROMPT, "answer": "z" * length}
-    told = httpx.post(f"{url}/v1/users/ann/explain", json=asked, timeout=60)
-    code = told.json().get("error", {}).get("code")
-    assert (told.status_code, code) in ((200, None), (400, "max_tokens"), (400, "context_length_exceeded"))
-    assert (told.status_code == 400) == (length > 150)
+    body = {"prompt": PROMPT, "answer": "z" * length}
+    reply = httpx.post(f"{url}/v1/users/ann/explain", json=body, timeout=60)
+    code = reply.json().get("error", {}).get("code")
+    assert (reply.status_code, code) in ((200, None), (400, "max_tokens"), (400, "context_length_exceeded"))
+    assert (reply.status_code == 400) == (length > 150)
     long = httpx.post(f"{url}/v1/users/ann/explain", json={"prompt": PROMPT + " z" * 1000, "answer": "5"}, timeout=60)
     assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
 
@@ -221,11 +230,11 @@ def test_long_answers_are_explained_in_small_passes_or_refused(url: str, length:
 @pytest.mark.parametrize(
     ("host", "status"), [("LOCALHOST:80", 200), ("127.0.0.2", 200), ("[::1]:9", 200), ("a.b", 403)]
 )
-def test_an_open_server_knows_the_names_of_its_machine(url: str, host: str, status: int) -> None:
+def test_open_server_answers_to_names_of_its_machine(url: str, host: str, status: int) -> None:
     assert httpx.get(f"{url}/health", headers={"host": host}).status_code == status
 
 
-def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: CausalLM, tmp_path: Path) -> None:
+def test_feedback_on_a_text_task_becomes_an_item(toy: CausalLM, tmp_path: Path) -> None:
     tasks = {
         Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: "): {
             "text": "on tea",
@@ -240,22 +249,22 @@ def test_a_kept_text_is_an_item_of_a_task_of_texts(toy: CausalLM, tmp_path: Path
         )
         with served(service) as url:
             raw = _chat(url, "ann", prompt="write. article: on tea", max_tokens=4)
-            place = f"{url}/v1/users/ann/history"
-            kept = httpx.post(place, json={"request_id": raw.headers["x-request-id"], "answer": "Tea!"})
-            assert kept.json()["new"] == 1
-            assert fields.items() <= httpx.get(place).json()["items"][0].items()
+            endpoint = f"{url}/v1/users/ann/history"
+            reply = httpx.post(endpoint, json={"request_id": raw.headers["x-request-id"], "answer": "Tea!"})
+            assert reply.json()["new"] == 1
+            assert fields.items() <= httpx.get(endpoint).json()["items"][0].items()
 
 
-def test_explanations_name_items_and_measure_them(service: Service, url: str, toy: CausalLM) -> None:
+def test_explain_lists_items_with_weights_and_effects(service: Service, url: str, toy: CausalLM) -> None:
     items = [_item(n, LABELS[n % 5]) for n in range(6)]
     _post(url, "ann", *items)
-    place = f"{url}/v1/users/ann/explain"
-    weights = httpx.post(place, json={"prompt": PROMPT}).json()
+    endpoint = f"{url}/v1/users/ann/explain"
+    weights = httpx.post(endpoint, json={"prompt": PROMPT}).json()
     assert weights["items_used"] == 6
     assert sum(item["weight"] for item in weights["items"]) == pytest.approx(weights["own_share"])
-    told = httpx.post(place, json={"prompt": PROMPT, "answer": "4", "most": 2}).json()
-    assert len(told["items"]) == 2
-    top = told["items"][0]
+    explanation = httpx.post(endpoint, json={"prompt": PROMPT, "answer": "4", "most": 2}).json()
+    assert len(explanation["items"]) == 2
+    top = explanation["items"][0]
 
     def likelihood(rest: list[dict[str, Any]]) -> float:
         history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in rest]
@@ -263,37 +272,37 @@ def test_explanations_name_items_and_measure_them(service: Service, url: str, to
         soft = personalizer.persona("a film about tea", personalizer.encode(history, encoder=ENCODER))
         return -float(toy.loss([PROMPT], ["4"], soft=soft, labels=LABELS)[0])
 
-    assert told["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)
-    assert told["log_likelihood"]["with_population"] == pytest.approx(likelihood([]), abs=1e-3)
+    assert explanation["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)
+    assert explanation["log_likelihood"]["with_population"] == pytest.approx(likelihood([]), abs=1e-3)
     without = likelihood([item for item in items if item["id"] != top["id"]])
     assert top["effect"] == pytest.approx(likelihood(items) - without, abs=2e-3)
     assert httpx.post(f"{url}/v1/users/nobody/explain", json={"prompt": PROMPT}).status_code == 404
 
 
-def test_drift_between_two_days(url: str) -> None:
+def test_drift_compares_two_days(url: str) -> None:
     _post(url, "ann", *[{**_item(n, "1" if n < 3 else "5"), "date": f"2024-0{n + 1}-01"} for n in range(6)])
-    place = f"{url}/v1/users/ann/drift"
-    moved = httpx.get(place, params={"since": "2024-03-15", "until": "2024-12-31"}).json()
-    still = httpx.get(place, params={"since": "2024-03-15", "until": "2024-03-20"}).json()
-    before = httpx.get(place, params={"since": "2023-03-15", "until": "2024-03-20"}).json()
+    endpoint = f"{url}/v1/users/ann/drift"
+    moved = httpx.get(endpoint, params={"since": "2024-03-15", "until": "2024-12-31"}).json()
+    still = httpx.get(endpoint, params={"since": "2024-03-15", "until": "2024-03-20"}).json()
+    before = httpx.get(endpoint, params={"since": "2023-03-15", "until": "2024-03-20"}).json()
     assert (moved["items_before"], moved["items_after"]) == (3, 6)
     assert moved["moved"] > 0 == still["moved"]
     assert still["cosine"] == pytest.approx(1)
     assert before["moved"] is None
 
 
-def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
+def test_api_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
-    shop, bank = (new_key(keys, tenant) for tenant in ("shop", "bank"))
+    shop, bank = (create_key(keys, tenant) for tenant in ("shop", "bank"))
     assert shop not in keys.read_text()
-    with served(service, accounts=ApiKeys.read(keys)) as url:
-        place = f"{url}/v1/users/ann/history"
-        assert httpx.get(place).status_code == 401
-        assert httpx.get(place, headers={"Authorization": "Bearer pp-wrong"}).status_code == 401
-        assert httpx.get(place, headers={"Authorization": f"Basic {shop}"}).status_code == 401
+    with served(service, api_keys=ApiKeys.load(keys)) as url:
+        endpoint = f"{url}/v1/users/ann/history"
+        assert httpx.get(endpoint).status_code == 401
+        assert httpx.get(endpoint, headers={"Authorization": "Bearer pp-wrong"}).status_code == 401
+        assert httpx.get(endpoint, headers={"Authorization": f"Basic {shop}"}).status_code == 401
         _post(url, "ann", _item(1), Authorization=f"Bearer {shop}")
-        assert httpx.get(place, headers={"Authorization": f"Bearer {shop}"}).json()["count"] == 1
-        assert httpx.get(place, headers={"Authorization": f"Bearer {bank}"}).json()["count"] == 0
+        assert httpx.get(endpoint, headers={"Authorization": f"Bearer {shop}"}).json()["count"] == 1
+        assert httpx.get(endpoint, headers={"Authorization": f"Bearer {bank}"}).json()["count"] == 0
         assert _chat(url, "ann", key=shop).headers["x-personaplug-persona"] == "user"
         assert _chat(url, "ann", key=bank).headers["x-personaplug-persona"] == "population"
         with pytest.raises(openai.AuthenticationError, match="Bearer KEY"):
@@ -301,21 +310,21 @@ def test_keys_separate_tenants(service: Service, tmp_path: Path) -> None:
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
 
 
-def test_an_open_server_is_for_this_machine(tmp_path: Path) -> None:
+def test_open_server_may_listen_to_this_machine_only(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
-        with pytest.raises(ConfigError, match="personaplug key"):
+        with pytest.raises(ConfigError, match="personaplug create-key"):
             ApiKeys().check_address(host)
     for host in ("127.0.0.1", "::1", "localhost"):
         ApiKeys().check_address(host)
     keys = tmp_path / "keys.json"
-    new_key(keys, "shop")
-    ApiKeys.read(keys).check_address("0.0.0.0")
+    create_key(keys, "shop")
+    ApiKeys.load(keys).check_address("0.0.0.0")
     for broken in ("[]", '{"short": "shop"}', "no json"):
         keys.write_text(broken)
         with pytest.raises(MissingData):
-            ApiKeys.read(keys)
-    with pytest.raises(MissingData, match="personaplug key"):
-        ApiKeys.read(tmp_path / "none.json")
+            ApiKeys.load(keys)
+    with pytest.raises(MissingData, match="personaplug create-key"):
+        ApiKeys.load(tmp_path / "none.json")
 
 
 BAD: list[tuple[str, str, Any, int]] = [
@@ -356,9 +365,7 @@ BAD: list[tuple[str, str, Any, int]] = [
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status"), BAD)
-def test_what_a_caller_got_wrong_is_4xx_in_openais_form(
-    url: str, method: str, path: str, body: Any, status: int
-) -> None:
+def test_invalid_request_is_4xx_in_openais_form(url: str, method: str, path: str, body: Any, status: int) -> None:
     reply = httpx.request(method, f"{url}{path}", json=body)
     assert reply.status_code == status
     assert reply.json()["error"]["message"]
@@ -381,14 +388,14 @@ def test_what_a_caller_got_wrong_is_4xx_in_openais_form(
         b'{"messages": [{"role": "user", "content": "x"}], "user": "a\\u0000b"}',
     ],
 )
-def test_bodies_that_are_no_request(url: str, body: bytes) -> None:
+def test_malformed_body_is_4xx(url: str, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/users/ann/history"):
         reply = httpx.post(f"{url}{path}", content=body, headers={"content-type": "application/json"})
         assert 400 <= reply.status_code < 500
         assert reply.json()["error"]["message"]
 
 
-def test_a_body_that_is_too_long_is_not_read(service: Service) -> None:
+def test_body_beyond_the_limit_is_not_read(service: Service) -> None:
     with served(service, limits=RequestLimits(body_bytes=10_000)) as url:
         assert _post(url, "ann", _item(1, text="x" * 9_000)).status_code == 200
         reply = _post(url, "ann", _item(1, text="x" * 20_000))
@@ -402,29 +409,31 @@ def test_a_body_that_is_too_long_is_not_read(service: Service) -> None:
             assert client.post(f"{url}/v1/chat/completions", content=endless()).status_code == 413
 
 
-def test_too_much_at_once_is_refused_and_then_served_again(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, answer = threading.Event(), service.engine.answer
+def test_requests_beyond_the_limit_are_refused_until_others_end(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, answer = threading.Event(), service.engine.respond
 
     async def slow(question: EngineRequest) -> EngineReply:
         await asyncio.to_thread(go_on.wait, 30)
         return await answer(question)
 
-    monkeypatch.setattr(service.engine, "answer", slow)
+    monkeypatch.setattr(service.engine, "respond", slow)
     with served(service, limits=RequestLimits(requests=2)) as url, ThreadPoolExecutor(2) as pool:
-        held = [pool.submit(_chat, url, "ann") for _ in range(2)]
+        futures = [pool.submit(_chat, url, "ann") for _ in range(2)]
         while "personaplug_running_requests 3.0" not in httpx.get(f"{url}/metrics").text:  # itself among them
-            assert not any(one.done() for one in held), "looking at the metrics takes no place of theirs"
+            assert not any(future.done() for future in futures), "a look at the metrics takes no place of theirs"
             time.sleep(0.01)
         with pytest.raises(openai.RateLimitError) as refused:
             _chat(url, "bob")
         assert refused.value.response.headers["retry-after"] == "1"
         assert httpx.get(f"{url}/health").status_code == 200
         go_on.set()
-        assert all(one.result().parse().choices[0].message.content for one in held)
+        assert all(future.result().parse().choices[0].message.content for future in futures)
         assert _chat(url, "bob").parse().choices[0].message.content
 
 
-def test_no_users_text_or_id_is_in_logs_or_metrics(
+def test_logs_and_metrics_hold_no_text_or_id_of_a_user(
     service: Service,
     url: str,
     caplog: pytest.LogCaptureFixture,
@@ -450,7 +459,7 @@ def test_no_users_text_or_id_is_in_logs_or_metrics(
         assert SECRET not in text
 
 
-def test_metrics_count(url: str) -> None:
+def test_metrics_count_requests_and_personas(url: str) -> None:
     _post(url, "ann", _item(1))
     _chat(url, "ann")
     _chat(url, "ann")
@@ -460,7 +469,7 @@ def test_metrics_count(url: str) -> None:
     assert "personaplug_kept_users 1.0" in text
 
 
-def test_streams_are_finished_when_the_server_stops(toy: CausalLM, service: Service) -> None:
+def test_stream_is_finished_when_the_server_stops(toy: CausalLM, service: Service) -> None:
     with ThreadPoolExecutor(1) as pool:
         with served(service) as url:
             begun = threading.Event()
@@ -489,12 +498,12 @@ def test_streams_are_finished_when_the_server_stops(toy: CausalLM, service: Serv
     assert written.strip() == alone
 
 
-def test_no_answer_crosses_to_another_user(toy: CausalLM, tmp_path: Path) -> None:
-    """Users of two tenants with the same names, asked for at once in random order: each gets the own answer."""
+def test_concurrent_users_get_their_own_answers(toy: CausalLM, tmp_path: Path) -> None:
+    """Users of two tenants have the same names and ask at once in random order: each gets their own answer."""
     service = open_service(toy, tmp_path)
     keys = tmp_path / "keys.json"
-    tenants = {tenant: new_key(keys, tenant) for tenant in ("shop", "bank")}
-    with served(service, accounts=ApiKeys.read(keys)) as url:
+    tenants = {tenant: create_key(keys, tenant) for tenant in ("shop", "bank")}
+    with served(service, api_keys=ApiKeys.load(keys)) as url:
         expected = {}
         for number in range(16):
             tenant, user = list(tenants)[number % 2], f"user {number // 2}"
@@ -503,61 +512,67 @@ def test_no_answer_crosses_to_another_user(toy: CausalLM, tmp_path: Path) -> Non
             expected[tenant, user] = _expected(service, toy, items, tokens=12)
         assert len(set(expected.values())) > 8  # the personas do tell them apart
         draw = random.Random(0)
-        asked = [draw.choice(list(expected)) for _ in range(150)]
+        callers = [draw.choice(list(expected)) for _ in range(150)]
 
         def ask(who: tuple[str, str]) -> str:
             return str(_chat(url, who[1], key=tenants[who[0]], **FREE).parse().choices[0].message.content)
 
         with ThreadPoolExecutor(12) as pool:
-            for who, answer in zip(asked, pool.map(ask, asked), strict=True):
+            for who, answer in zip(callers, pool.map(ask, callers), strict=True):
                 assert answer.strip() == expected[who]
 
 
-def test_the_document_names_every_route(url: str) -> None:
+def test_openapi_names_every_route(url: str) -> None:
     paths = httpx.get(f"{url}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/users/{user}/history", "/health"} <= set(
         paths
     )
 
 
-def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: CausalLM, tmp_path: Path) -> None:
+def test_phrases_are_mixed_into_their_users_answers_only(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     config = replace(CONFIG, answer_channel="style", label_prior="none")
-    service = open_service(toy, tmp_path, task=task, config=config, phrases=toy.phrases)
-    asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
+    service = open_service(toy, tmp_path, task=task, config=config, build_phrases=toy.phrases)
+    body: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
 
-    def told(user: str | None, **more: Any) -> str:
-        return str(_chat(place, user, **asked, **more).parse().choices[0].message.content)
+    def ask(user: str | None, **more: Any) -> str:
+        return str(_chat(base_url, user, **body, **more).parse().choices[0].message.content)
 
-    with served(service) as place:
+    with served(service) as base_url:
         for user, title in (("ann", "Why Music, Part 2"), ("bob", "On tea")):
             items = [{"id": f"i{n}", "text": f"text {n}", "title": title} for n in range(90)]
-            assert _post(place, user, *items).status_code == 200
-        nobodys = told(None)
-        assert [told("ann"), told("bob")] == ["Why Music, Part 2", "On tea"]
-        assert told("ann") == "Why Music, Part 2"  # kept
+            assert _post(base_url, user, *items).status_code == 200
+        without_history = ask(None)
+        assert [ask("ann"), ask("bob")] == ["Why Music, Part 2", "On tea"]
+        assert ask("ann") == "Why Music, Part 2"  # from the cache
         more = [{"id": f"m{n}", "text": f"text {n}", "title": "Why Music, Part 3"} for n in range(400)]
-        assert _post(place, "ann", *more).status_code == 200
-        assert told("ann") == "Why Music, Part 3"
-        assert "Music" not in told("ann", extra_body={"personaplug": {"persona_scale": 0}})
-        assert told("carl") == nobodys
-        assert httpx.delete(f"{place}/v1/users/ann").status_code == 200
-        assert told("ann") == nobodys
+        assert _post(base_url, "ann", *more).status_code == 200
+        assert ask("ann") == "Why Music, Part 3"
+        assert "Music" not in ask("ann", extra_body={"personaplug": {"persona_scale": 0}})
+        assert ask("carl") == without_history
+        assert httpx.delete(f"{base_url}/v1/users/ann").status_code == 200
+        assert ask("ann") == without_history
 
 
-def test_phrases_take_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
+def test_phrases_need_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
     with pytest.raises(StoreConflict, match="keep_text"):
-        open_service(toy, tmp_path, keep_text=False, phrases=toy.phrases)
+        open_service(toy, tmp_path, keep_text=False, build_phrases=toy.phrases)
 
 
-def test_an_item_as_long_as_a_book_holds_nobody_up(toy: CausalLM, tmp_path: Path) -> None:
+def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     service = open_service(
-        toy, tmp_path, task=task, config=replace(CONFIG, answer_channel="text", label_prior="none"), phrases=toy.phrases
+        toy,
+        tmp_path,
+        task=task,
+        config=replace(CONFIG, answer_channel="text", label_prior="none"),
+        build_phrases=toy.phrases,
     )
-    with served(service) as place:
-        assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
-        kept = service.personas.persona("default", "ann", "on tea").phrases
-        assert kept is not None
-        assert kept.nbytes < 2**20
-        assert _chat(place, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200
+    with served(service) as base_url:
+        assert (
+            _post(base_url, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
+        )
+        phrases = service.personas.persona("default", "ann", query="on tea").phrases
+        assert phrases is not None
+        assert phrases.nbytes < 2**20
+        assert _chat(base_url, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200

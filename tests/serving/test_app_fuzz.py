@@ -1,4 +1,4 @@
-"""Whatever is sent to the server: no 5xx, no hang, nothing of it in a log."""
+"""Random requests to the server: no 5xx, no hang, nothing of them in a log."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ QUICK = settings(max_examples=40, deadline=None, suppress_health_check=list(Heal
 @pytest.fixture(scope="module")
 def url(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("fuzz")
-    with served(open_service(toy, folder), limits=RequestLimits(body_bytes=100_000)) as place:
-        yield place
+    with served(open_service(toy, folder), limits=RequestLimits(body_bytes=100_000)) as base_url:
+        yield base_url
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def url_before_vllm(toy: CausalLM, tmp_path_factory: pytest.TempPathFactory) -> 
     table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
     with running(StandIn().app) as address:
         engine = VLLMEngine(address, table=table, width=WIDTH, placement="suffix")
-        with served(open_service(toy, folder, engine=engine), limits=RequestLimits(body_bytes=100_000)) as place:
-            yield place
+        with served(open_service(toy, folder, engine=engine), limits=RequestLimits(body_bytes=100_000)) as base_url:
+            yield base_url
 
 
 ROUTES = [
@@ -62,13 +62,13 @@ ROUTES = [
 ]
 
 
-def test_the_document_has_these_routes_and_no_others(url: str) -> None:
+def test_openapi_has_exactly_these_routes(url: str) -> None:
     paths = httpx.get(f"{url}/openapi.json").json()["paths"]
     assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == set(ROUTES)
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_the_server_keeps_to_its_own_document(url: str, method: str, path: str) -> None:
+def test_responses_conform_to_the_openapi_document(url: str, method: str, path: str) -> None:
     operation = schemathesis.openapi.from_url(f"{url}/openapi.json")[path][method]
 
     @given(case=operation.as_strategy())
@@ -102,12 +102,14 @@ fields = st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, anything))
     messages=turns,
 )
 @settings(QUICK, max_examples=120)
-def test_bodies_of_any_shape(
+def test_body_of_any_shape_is_never_5xx(
     url: str, url_before_vllm: str, path: str, body: dict[str, Any], messages: list[Any]
 ) -> None:
     content = json.dumps({"messages": messages, "max_tokens": 4} | body).encode()
-    for place in (url, url_before_vllm):
-        reply = httpx.post(f"{place}{path}", content=content, headers={"content-type": "application/json"}, timeout=30)
+    for base_url in (url, url_before_vllm):
+        reply = httpx.post(
+            f"{base_url}{path}", content=content, headers={"content-type": "application/json"}, timeout=30
+        )
         assert reply.status_code < 500, reply.text
 
 
@@ -117,11 +119,11 @@ def test_bodies_of_any_shape(
     times=st.integers(0, 3000),
 )
 @settings(QUICK, max_examples=25)
-def test_explanations_of_any_length(url: str, prompt: str, answer: str, times: int) -> None:
+def test_explain_of_any_length_is_never_5xx(url: str, prompt: str, answer: str, times: int) -> None:
     items = [{"id": str(number), "text": "a film", "score": "4"} for number in range(5)]
     httpx.post(f"{url}/v1/users/known/history", json={"items": items}, timeout=30).raise_for_status()
-    asked = {"prompt": f"review: {prompt * times}"[:50_000], "answer": (answer * max(1, times))[:40_000]}
-    reply = httpx.post(f"{url}/v1/users/known/explain", json=asked, timeout=30)
+    body = {"prompt": f"review: {prompt * times}"[:50_000], "answer": (answer * max(1, times))[:40_000]}
+    reply = httpx.post(f"{url}/v1/users/known/explain", json=body, timeout=30)
     assert reply.status_code < 500, reply.text
 
 
@@ -129,7 +131,7 @@ def test_explanations_of_any_length(url: str, prompt: str, answer: str, times: i
     body=st.binary(max_size=200), kind=st.sampled_from(["application/json", "text/plain", "multipart/form-data", ""])
 )
 @QUICK
-def test_bytes(url: str, body: bytes, kind: str) -> None:
+def test_body_of_any_bytes_is_4xx(url: str, body: bytes, kind: str) -> None:
     for path in ("/v1/chat/completions", "/v1/users/u/history"):
         reply = httpx.post(f"{url}{path}", content=body, headers={"content-type": kind}, timeout=30)
         assert 400 <= reply.status_code < 500
@@ -137,23 +139,23 @@ def test_bytes(url: str, body: bytes, kind: str) -> None:
 
 @given(user=st.text(min_size=1, max_size=300), item=st.text(min_size=1, max_size=20))
 @settings(QUICK, max_examples=25)
-def test_names_of_any_kind(url: str, user: str, item: str) -> None:
-    place = f"{url}/v1/users/{quote(user, safe='')}"
+def test_id_of_any_kind_is_never_5xx(url: str, user: str, item: str) -> None:
+    user_url = f"{url}/v1/users/{quote(user, safe='')}"
     for reply in (
-        httpx.post(f"{place}/history", json={"items": [{"id": item, "text": "x", "score": "1"}]}, timeout=30),
-        httpx.get(f"{place}/history", timeout=30),
-        httpx.delete(f"{place}/history/{quote(item, safe='')}", timeout=30),
-        httpx.delete(place, timeout=30),
+        httpx.post(f"{user_url}/history", json={"items": [{"id": item, "text": "x", "score": "1"}]}, timeout=30),
+        httpx.get(f"{user_url}/history", timeout=30),
+        httpx.delete(f"{user_url}/history/{quote(item, safe='')}", timeout=30),
+        httpx.delete(user_url, timeout=30),
     ):
         assert reply.status_code < 500, reply.text
 
 
-def test_nothing_of_a_refused_body_is_in_a_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_body_is_not_logged(url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     for body in ({"messages": MARKER}, {"messages": [{"role": MARKER, "content": {MARKER: 1}}]}, {"user": [MARKER]}):
         httpx.post(f"{url}/v1/chat/completions", json=body)
         httpx.post(f"{url}/v1/users/{MARKER}/history", json=body)
-    told = [
+    records = [
         record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))
     ]  # the client's own
-    assert not [record for record in told if MARKER in record.getMessage()]
+    assert not [record for record in records if MARKER in record.getMessage()]

@@ -1,6 +1,6 @@
-"""Users of several tenants, asking, writing, deleting and being erased in random order: none meets another's history.
+"""Users of several tenants ask, write, delete and are erased in random order: none gets another's history.
 
-Every item carries a marker of its user and tenant; every persona is compared with what the own items make.
+Every item carries a marker of its user and tenant. Every persona is compared with that of the user's own items.
 """
 
 from __future__ import annotations
@@ -28,22 +28,21 @@ TENANTS = ("shop", "bank", "school", "press")
 
 
 class _Telling:
-    """An engine that answers with a digest of the soft tokens it was given, after others had their turn."""
+    """An engine that answers with a digest of its soft tokens, after other requests had their turn."""
 
-    name = "telling"
     models: tuple[str, ...] = ("telling",)
 
     async def start(self) -> None:
         pass
 
-    async def ready(self) -> bool:
+    async def is_ready(self) -> bool:
         return True
 
-    async def answer(self, question: EngineRequest) -> EngineReply:
+    async def respond(self, request: EngineRequest) -> EngineReply:
         await asyncio.sleep(0)
-        return EngineReply(_digest(question.soft))
+        return EngineReply(_digest(request.soft))
 
-    async def likelihoods(
+    async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
         raise NotImplementedError
@@ -59,7 +58,7 @@ def _digest(soft: SoftPrompt | None) -> bytes:
 
 
 class _Client:
-    """What one user knows of the own history."""
+    """A user who knows their own history."""
 
     def __init__(self, service: Service, who: Who) -> None:
         self.service, self.who = service, who
@@ -68,38 +67,41 @@ class _Client:
         self.expected = b""
 
     async def do(self, kind: str, draw: random.Random) -> None:
-        """One request; its answer is this user's alone."""
+        """Send one request and check its reply."""
         tenant, user = self.who
         async with self.lock:  # requests of one user come one by one; those of others meanwhile
             if kind == "ask":
                 turns = [{"role": "user", "content": "review: a film"}]
                 request = ChatRequest.model_validate({"messages": turns, "user": user})
-                answered = await self.service.answer(request, tenant=tenant)
+                answered = await self.service.respond(request, tenant=tenant)
                 assert answered.reply.body == self.expected, self.who
                 assert answered.persona.items == len(self.items)
             elif kind == "add":
                 self.made += 1
                 record = {"id": f"i{self.made}", "text": self._marker(self.made), "score": draw.choice(LABELS)}
-                await self.service.add(tenant, user, [record])
+                await self.service.add_records(tenant, user, records=[record])
                 fields = (("text", record["text"]), ("score", record["score"]))
                 self.items[record["id"]] = HistoryItem(record["id"], fields, "score")
                 self._expect()
             elif kind == "list":
-                found = await self.service.history(tenant, user)
-                assert [item["id"] for item in found] == list(self.items)
-                assert f"{tenant}/{user}/" in json.dumps(found) or not self.items
-                assert all(item["text"].startswith(f"{tenant}/{user}/") for item in found)
+                store = self.service.store
+                shown = [
+                    self.service.item_fields(item) for item in await asyncio.to_thread(store.list_items, tenant, user)
+                ]
+                assert [item["id"] for item in shown] == list(self.items)
+                assert f"{tenant}/{user}/" in json.dumps(shown) or not self.items
+                assert all(item["text"].startswith(f"{tenant}/{user}/") for item in shown)
             elif kind == "delete" and self.items:
                 name = draw.choice(list(self.items))
-                await self.service.delete_item(tenant, user, name)
+                await asyncio.to_thread(self.service.store.delete_item, tenant, user, name)
                 del self.items[name]
                 self._expect()
             elif kind == "erase":
                 if self.made:
-                    await self.service.erase(tenant, user)
+                    await self.service.erase_user(tenant, user)
                 else:
                     with pytest.raises(MissingData):
-                        await self.service.erase(tenant, user)
+                        await self.service.erase_user(tenant, user)
                 self.items, self.made = {}, 0
                 self._expect()
 
@@ -132,8 +134,10 @@ async def _mixed(service: Service, *, users: int, requests: int, at_once: int) -
 
 
 @pytest.mark.parametrize(("users", "requests"), [(40, 1_500), pytest.param(1_000, 100_000, marks=pytest.mark.slow)])
-def test_nobody_meets_another_users_history(toy: CausalLM, tmp_path: Path, users: int, requests: int) -> None:
+def test_mixed_requests_never_show_another_users_history(
+    toy: CausalLM, tmp_path: Path, users: int, requests: int
+) -> None:
     # A cache that holds a tenth of the users, so that they come and go in it too.
     service = open_service(toy, tmp_path, engine=_Telling(), cache_bytes=users * 400)
     asyncio.run(_mixed(service, users=users, requests=requests, at_once=32))
-    assert service.personas.kept_users < users
+    assert service.personas.cached_users < users

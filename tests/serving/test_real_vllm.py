@@ -111,7 +111,7 @@ def _say(service: Service, folder: Path, words: dict[str, str]) -> None:
     """Let each user's persona be the embedded tokens of a text."""
     table = EmbeddingTable.of_folder(folder)
 
-    def persona(tenant: str, user: str | None, query: str, **given: Any) -> Persona:
+    def persona(tenant: str, user: str | None, *, query: str, **given: Any) -> Persona:
         if user not in words:
             return Persona(None, "plain", 0, 1.0)
         vectors = table.rows[table.tokenizer(words[user], add_special_tokens=False)["input_ids"]].float()
@@ -127,7 +127,7 @@ def _client(url: str) -> Any:
 FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"personaplug": {"free": True}}}
 
 
-def test_soft_tokens_are_the_beginning_of_the_answer(folder: Path, address: str, tmp_path: Path) -> None:
+def test_soft_tokens_act_as_the_beginning_of_the_answer(folder: Path, address: str, tmp_path: Path) -> None:
     """Embedded words do what the same words do, written as the beginning of the answer."""
     service = _service(folder, address, tmp_path)
     said = {"ann": "The capital of France is", "bob": "I do not like"}
@@ -150,7 +150,7 @@ def test_soft_tokens_are_the_beginning_of_the_answer(folder: Path, address: str,
             assert answer.choices[0].message.content == streamed == text["choices"][0]["message"]["content"]
 
 
-def test_in_a_completion_they_stand_where_they_should(folder: Path, address: str, tmp_path: Path) -> None:
+def test_completion_puts_soft_tokens_at_their_placement(folder: Path, address: str, tmp_path: Path) -> None:
     for placement, whole in (("suffix", PROMPT + " and then we"), ("prefix", " and then we" + PROMPT)):
         (place := tmp_path / placement).mkdir()
         service = _service(folder, address, place, placement=placement)
@@ -162,7 +162,7 @@ def test_in_a_completion_they_stand_where_they_should(folder: Path, address: str
             assert answer.choices[0].text == text["choices"][0]["text"]
 
 
-def test_answers_of_a_closed_set(folder: Path, address: str, tmp_path: Path) -> None:
+def test_answer_on_task_is_one_of_the_labels(folder: Path, address: str, tmp_path: Path) -> None:
     with served(_service(folder, address, tmp_path)) as url:
         items = [{"id": str(n), "text": f"film {n}", "score": "5"} for n in range(3)]
         httpx.post(f"{url}/v1/users/ann/history", json={"items": items})
@@ -172,7 +172,7 @@ def test_answers_of_a_closed_set(folder: Path, address: str, tmp_path: Path) -> 
         assert raw.headers["x-personaplug-items"] == "3"
 
 
-def test_what_users_own_answers_say_of_the_labels_decides(folder: Path, address: str, tmp_path: Path) -> None:
+def test_label_prior_decides_the_answer(folder: Path, address: str, tmp_path: Path) -> None:
     service = _service(folder, address, tmp_path)
     prior = service.personas.personalizer.plug.label_prior
     assert prior is not None
@@ -186,7 +186,7 @@ def test_what_users_own_answers_say_of_the_labels_decides(folder: Path, address:
             assert answer.choices[0].message.content == score
 
 
-def test_what_stands_in_front_of_a_suffix_is_shared_between_users(folder: Path, address: str, tmp_path: Path) -> None:
+def test_prefix_cache_serves_the_prompt_to_all_users(folder: Path, address: str, tmp_path: Path) -> None:
     service = _service(folder, address, tmp_path)
     _say(service, folder, {f"user {n}": f"number {n} says" for n in range(5)})
     long = "review: " + "the same long text of a question that many users ask. " * 30
@@ -211,14 +211,14 @@ def _hits(address: str) -> tuple[float, float]:
     return queried, hit
 
 
-def test_a_server_without_the_flag_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_start_refuses_vllm_without_the_flag(folder: Path, tmp_path: Path) -> None:
     with vllm(folder) as (url, _):
         service = _service(folder, url, tmp_path)
         with pytest.raises(ConfigError, match="--enable-prompt-embeds"):
             asyncio.run(service.engine.start())
 
 
-def test_killed_amid_a_stream_it_is_said_and_served_again_when_it_is_back(folder: Path, tmp_path: Path) -> None:
+def test_vllm_killed_during_a_stream_is_reported_and_used_again(folder: Path, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Tell me a long story. review: x"}]
     with vllm(folder, "--enable-prompt-embeds") as (address, process):
         service = _service(folder, address, tmp_path)

@@ -217,7 +217,7 @@ def test_killed_again_and_again_it_ends_with_the_same_plug(
 
 
 def test_reading_prompts_once_gives_the_plug_of_reading_them_each_time(tmp_path: Path, data: Path) -> None:
-    wanted = ("placement=suffix", "aggregator=dot", "query_encoder=head", "views=1")
+    wanted = ("placement=suffix", "query_encoder=head", "views=1")
     kept = _train(tmp_path / "kept", data, *wanted, "prompt_cache=memory")
     anew = _train(tmp_path / "anew", data, *wanted, "prompt_cache=nowhere")
     for name in ("plug", "instruction-only"):

@@ -1,107 +1,80 @@
-"""What answers a request once it has its persona: a frozen language model behind OpenAI's forms."""
+"""The interface of an engine: a frozen language model that answers requests which have their persona."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.openai_protocol import Kind
+from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest
 
-CHARACTERS = 16
-"""A token has at most so many on average: a prompt of more is too long, which is seen before it is tokenized."""
+MAX_CHARACTERS_PER_TOKEN = 16
+"""On average. A prompt with more characters is too long, which is seen before it is tokenized."""
 
 
 @dataclass(frozen=True, repr=False)
 class EngineRequest:
-    """A request as an engine gets it.
+    """A request as an engine gets it."""
 
-    Attributes:
-        kind: chat or completion.
-        body: the request's fields, personaplug's own left out.
-        soft: (1, S, D), or None.
-        choices: the closed set that the answer must be from; empty = it is written freely.
-        id: of the request.
-        phrases: of the user's own answers, to be mixed in where this one is written freely; None = nothing is.
+    body: ChatRequest | CompletionRequest
+    soft: SoftPrompt | None  # (1, S, D)
+    choices: Sequence[str] = ()  # the closed set of answers; empty = free text
+    id: str = ""
+    phrases: UserNgramCache | None = None  # the user's own phrases, mixed into free text
+
+
+class EventStream(AsyncIterator[bytes]):
+    """A reply event by event. It has to be closed, even if nobody reads it.
+
+    A generator alone would not do: one that never started runs no `finally`.
     """
 
-    kind: Kind
-    body: dict[str, Any]
-    soft: SoftPrompt | None
-    choices: Sequence[str] = ()
-    id: str = ""
-    phrases: UserNgramCache | None = None
+    def __init__(self, events: AsyncGenerator[bytes], *, on_close: Callable[[], None]) -> None:
+        self._events, self._on_close = events, on_close
 
+    async def __anext__(self) -> bytes:
+        return await anext(self._events)
 
-class Events(AsyncIterator[bytes]):
-    """An answer event by event; to be closed, whether or not it was read."""
-
-    @abstractmethod
     async def aclose(self) -> None:
-        """Let go of what makes it."""
+        self._on_close()
+        await self._events.aclose()
 
 
 @dataclass(frozen=True, repr=False)
 class EngineReply:
-    """An answer as it goes out.
+    """A reply as it goes out: JSON, or event by event."""
 
-    Attributes:
-        body: whole, or event by event.
-        status: of HTTP.
-    """
-
-    body: bytes | Events
+    body: bytes | EventStream
     status: int = 200
 
 
 class Engine(Protocol):
-    """A language model that takes requests from many users at once.
+    """A language model that takes requests from many users at once."""
 
-    Attributes:
-        name: for people and metrics.
-        models: by what names requests may call it.
-    """
-
-    name: str
-    models: tuple[str, ...]
+    models: tuple[str, ...]  # the names by which requests may call it
 
     async def start(self) -> None:
-        """Get ready, and make sure that soft tokens do what they should; once, however often it is asked.
-
-        Raises:
-            ConfigError: if the engine is not set up for them.
-            EngineFailure: if it is not there.
-        """
+        """Start, and check that soft tokens work as in training; further calls do nothing."""
         ...
 
-    async def ready(self) -> bool:
-        """Whether it would answer now."""
+    async def is_ready(self) -> bool: ...
+
+    async def respond(self, request: EngineRequest) -> EngineReply:
+        """Answer one request; RequestError if the engine does not support it, EngineFailure if the model fails."""
         ...
 
-    async def answer(self, question: EngineRequest) -> EngineReply:
-        """Answer one request.
-
-        Raises:
-            RequestError: if it asks for what this engine does not do.
-            EngineFailure: if the model does not answer.
-        """
-        ...
-
-    async def likelihoods(
+    async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """Return log p of an answer to a prompt under each of some soft prompts, which are all of one shape.
+        """Return log p of an answer to a prompt under each soft prompt, all of one shape.
 
-        Args:
-            choices: the closed set that the answer is from, if it is.
         Raises:
-            RequestError: if this engine cannot say.
+            RequestError: if the engine cannot measure likelihoods.
         """
         ...
 
     async def close(self) -> None:
-        """Finish what was begun, then let go of the model."""
+        """Finish the running requests, then free the model."""
         ...

@@ -1,17 +1,13 @@
-"""The embedded engine: a model of transformers in this process, whose passes requests of different users share."""
+"""The embedded engine: a transformers model in this process, which runs requests of all users in shared batches."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from personaplug.errors import ConfigError, EngineFailure, PersonaPlugError, RequestError
 from personaplug.llm.base import GenerationConfig
@@ -19,137 +15,31 @@ from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Row
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import CHARACTERS, EngineReply, EngineRequest, Events
+from personaplug.serving.engines.base import MAX_CHARACTERS_PER_TOKEN, EngineReply, EngineRequest, EventStream
+from personaplug.serving.engines.sampling import Sampling
 from personaplug.serving.engines.scheduler import Job, ModelScheduler
-from personaplug.serving.openai_protocol import DONE, ChatRequest, Message, Usage, Writer, event, first_flaw
+from personaplug.serving.engines.text_stream import TextStream, text_events
+from personaplug.serving.openai_protocol import CompletionRequest, Message, ReplyFormatter, to_json
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
-_EFFECT_ROWS = 32  # soft prompts whose effect on an answer is measured in one pass …
-_EFFECT_TOKENS = 512  # … or fewer, of so many tokens of answers together, each of which takes a row of logits …
-_EFFECT_CONTEXT = 8192  # … and so many of prompts and answers
-_STOPS = 4  # texts that may end an answer, as OpenAI has it
-_COLD = 1e-4  # a temperature below it takes the likeliest token
+# Bounds of one pass that measures an answer under several soft prompts: rows, tokens of all answers (each takes a row
+# of logits), tokens of all prompts and answers.
+_SCORE_ROWS = 32
+_SCORE_ANSWER_TOKENS = 512
+_SCORE_TOKENS = 8192
+
+_MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-
-class Sampling(BaseModel):
-    """The fields of a request that this engine goes by."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] | None = None
-    stream: bool | None = False
-    stream_options: dict[str, Any] | None = None
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer and are no part of it."""
-        listed = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(text for text in listed if text)
-
-
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "logprobs": (None, False, 0),
-    "top_logprobs": (None, 0),
-    "prompt_logprobs": (None,),
-    "tools": (None, []),
-    "functions": (None, []),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "stop_token_ids": (None, []),
-    "bad_words": (None, []),
-    "logit_bias": (None, {}),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None, {}),
-    "continue_final_message": (None, False),
-    "prompt_embeds": (None,),
-}
-"""Fields that would change the answer and that this engine does not know, with the values that ask for nothing."""
-
-
-class _Answer:
-    """The text of a job's tokens, up to a stop text.
-
-    Attributes:
-        written: tokens until it ended.
-        reason: why it ended.
-    """
-
-    def __init__(self, job: Job, *, engine: InProcessEngine, stops: tuple[str, ...]) -> None:
-        self.job, self.written, self.reason = job, 0, "stop"
-        self._decode, self._stops = engine.llm.prompt_tokenizer.raw, stops
-
-    async def pieces(self) -> AsyncGenerator[str]:
-        """The text as it comes.
-
-        Raises:
-            EngineFailure: if the model failed on it.
-        """
-        ids: list[int] = []
-        text, sent = "", 0
-        async with aclosing(self.job.tokens()) as tokens:
-            async for token, ended in tokens:
-                if token is not None:
-                    ids.append(token)
-                    text, self.written = self._decode(ids), len(ids)
-                stop = min((place for place in map(text.find, self._stops) if place >= 0), default=None)
-                if stop is not None:
-                    text, ended = text[:stop], "stop"
-                # A text that may go on to become a stop, or half a character, is held back.
-                safe = len(text) if ended else _safe(text, self._stops)
-                if safe > sent:
-                    yield text[sent:safe]
-                    sent = safe
-                if ended:
-                    self.reason = ended
-                    return
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens read and written."""
-        row = self.job.row
-        return Usage(len(row.prompt.ids) + (row.soft.vectors.shape[1] if row.soft else 0), self.written)
-
-
-class _Stream(Events):
-    """The events of an answer; closing it gives the answer up, whether or not it was read."""
-
-    def __init__(self, answer: _Answer, *, writer: Writer, with_usage: bool) -> None:
-        self._answer, self._events = answer, _events(answer, writer=writer, with_usage=with_usage)
-
-    async def __anext__(self) -> bytes:
-        return await anext(self._events)
-
-    async def aclose(self) -> None:
-        self._answer.job.gave_up = True
-        await self._events.aclose()
 
 
 class InProcessEngine:
     """A decoder-only model in this process.
 
     Args:
-        backend: the model.
-        name: by what name requests call it.
-        max_rows: answers that are written side by side.
-        max_new_tokens: longest answer, also where a request says nothing.
-        max_tokens: prompt, soft tokens and answer together; None = what the model was made for.
-        max_held: tokens that all answers in the making may come to hold together, with padding; bounds the memory.
-    Raises:
-        ConfigError: if the model's prompts cannot be read apart from what follows them.
+        name: the name by which requests call the model.
+        max_rows: answers that are generated at once.
+        max_new_tokens: longest answer.
+        max_tokens: longest prompt, soft tokens and answer together; None = the model's own limit.
+        max_held: tokens, padding included, that all running answers may come to hold; bounds the memory.
     """
 
     def __init__(
@@ -167,163 +57,137 @@ class InProcessEngine:
                 f"{llm.identity.name} cannot answer several requests side by side: that needs a model that reads "
                 f"prompt and answer in one stream, with a cache of keys and values per token."
             )
-        self.name = "local"
         self.models: tuple[str, ...] = (name,)
         self.llm, self.max_new_tokens = llm, max_new_tokens
         self.max_tokens = max_tokens or int(getattr(llm.model.config, "max_position_embeddings", 2048))
-        self._model = ModelScheduler(llm, max_rows=max_rows, max_held=max(max_held, self.max_tokens))
+        self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(max_held, self.max_tokens))
 
     async def start(self) -> None:
-        """Start the thread that owns the model."""
-        self._model.start()
+        self._scheduler.start()
 
-    async def ready(self) -> bool:
-        """Whether the thread that owns the model takes requests."""
-        return self._model.alive
+    async def is_ready(self) -> bool:
+        return self._scheduler.is_alive
 
     async def close(self) -> None:
-        """Finish the answers that were begun, then stop."""
-        await self._model.close()
+        await self._scheduler.close()
 
-    async def answer(self, question: EngineRequest) -> EngineReply:
-        """Answer one request; see `Engine.answer`."""
-        sampling = _sampling(question.body)
-        job = Job(await asyncio.to_thread(self._row, question, sampling))
-        answer = _Answer(job, engine=self, stops=sampling.stops)
-        writer = Writer(question.kind, model=self.models[0], request=question.id)
-        self._model.put(job)
-        if sampling.stream:
-            wanted = bool((sampling.stream_options or {}).get("include_usage"))
-            return EngineReply(_Stream(answer, writer=writer, with_usage=wanted))
+    async def respond(self, request: EngineRequest) -> EngineReply:
+        """Answer one request; see `Engine.respond`."""
+        sampling = Sampling.from_fields(request.body.model_extra)
+        job = Job(await asyncio.to_thread(self._row, request, sampling))
+        text = TextStream(job, decode=self.llm.prompt_tokenizer.raw, stop_texts=sampling.stop_texts)
+        formatter = ReplyFormatter(request.body.kind, model=self.models[0], request_id=request.id)
+        self._scheduler.submit(job)
+        if request.body.stream:
+            include_usage = bool((sampling.stream_options or {}).get("include_usage"))
+            events = text_events(text, formatter, include_usage=include_usage)
+            return EngineReply(EventStream(events, on_close=job.cancel))
         try:
-            text = "".join([piece async for piece in answer.pieces()])
+            pieces = [piece async for piece in text.pieces()]
         finally:
-            job.gave_up = True  # no matter if it has ended
-        whole = writer.whole(text, reason=answer.reason, usage=answer.usage)
-        return EngineReply(json.dumps(whole, ensure_ascii=False).encode())
+            job.cancel()  # has no effect on a job that has ended
+        return EngineReply(to_json(formatter.whole("".join(pieces), reason=text.reason, usage=text.usage)))
 
-    async def likelihoods(
+    async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """Return log p of an answer to a prompt under each of some soft prompts; see `Engine.likelihoods`.
-
-        Others write on between its passes.
-        """
+        """See `Engine.log_likelihoods`. Other requests go on between the passes."""
         self._check_characters(prompt + answer)
-        found: list[float] = []
+        log_likelihoods: list[float] = []
         try:
-            rows = await self._model.do(partial(self._rows_at_once, prompt, answer, choices))
+            rows = await self._scheduler.run(partial(self._rows_per_pass, prompt, answer, choices=choices))
             for start in range(0, len(softs), rows):
-                several = softs[start : start + rows]
-                found += await self._model.do(partial(self._measured, prompt, answer, several, choices))
+                batch = softs[start : start + rows]
+                score = partial(self._score, prompt, answer, softs=batch, choices=choices)
+                log_likelihoods += await self._scheduler.run(score)
         finally:
-            self.llm.prompt_tokenizer.forget()  # a user's words are not to outlast the user
-        return found
+            self.llm.prompt_tokenizer.forget()  # its cache holds the user's words, which must not outlast the user
+        return log_likelihoods
 
-    def _rows_at_once(self, prompt: str, answer: str, choices: Sequence[str]) -> int:
-        """How often an answer to a prompt may stand in one pass.
-
-        Raises:
-            RequestError: if one of them is longer than the engine reads or writes.
-        """
-        prompt_tokenizer = self.llm.prompt_tokenizer
-        (asked,), (said,) = prompt_tokenizer.prompts([prompt]), prompt_tokenizer.targets([answer], labels=choices)
-        if asked.truncated:
-            raise _too_long(prompt_tokenizer.max_tokens)
-        if len(said) > self.max_new_tokens:
+    def _rows_per_pass(self, prompt: str, answer: str, *, choices: Sequence[str]) -> int:
+        """How many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
+        tokenizer = self.llm.prompt_tokenizer
+        (prompt_tokens,), (answer_ids,) = tokenizer.prompts([prompt]), tokenizer.targets([answer], labels=choices)
+        if prompt_tokens.truncated:
+            raise _too_long(tokenizer.max_tokens)
+        if len(answer_ids) > self.max_new_tokens:
             raise RequestError(
-                f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(said)}.",
+                f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(answer_ids)}.",
                 code="max_tokens",
             )
-        spec = min(_EFFECT_TOKENS // len(said), _EFFECT_CONTEXT // (len(asked.ids) + len(said)))
-        return max(1, min(_EFFECT_ROWS, spec))
+        total = len(prompt_tokens.ids) + len(answer_ids)
+        return max(1, min(_SCORE_ROWS, _SCORE_ANSWER_TOKENS // len(answer_ids), _SCORE_TOKENS // total))
 
     @torch.no_grad()
-    def _measured(
-        self, prompt: str, answer: str, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
+    def _score(
+        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
-        given, count = [soft for soft in softs if soft is not None], len(softs)
-        soft = SoftPrompt.joined(given) if given else None
+        personas, count = [soft for soft in softs if soft is not None], len(softs)
+        soft = SoftPrompt.joined(personas) if personas else None
         loss, _ = self.llm.loss([prompt] * count, [answer] * count, soft=soft, labels=choices)
         return (-loss.float()).tolist()
 
-    def _row(self, question: EngineRequest, sampling: Sampling) -> Row:
-        prompt, soft = self._rendered(question), question.soft
+    def _row(self, request: EngineRequest, sampling: Sampling) -> Row:
+        prompt, soft = self._tokenize(request), request.soft
         if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona holds values that are no numbers.")
-        size = len(prompt.ids) + (soft.vectors.shape[1] if soft else 0)
-        if not size:
+        prompt_tokens = len(prompt.ids) + (soft.vectors.shape[1] if soft else 0)
+        if not prompt_tokens:
             raise RequestError("The prompt is empty.", code="empty_prompt")
-        choices = self.llm.prompt_tokenizer.answers(question.choices) if question.choices else []
-        longest = max(map(len, choices)) if choices else self._longest(sampling, room=self.max_tokens - size)
-        if longest > self.max_tokens - size:
+        room = self.max_tokens - prompt_tokens
+        choices = self.llm.prompt_tokenizer.answers(request.choices) if request.choices else []
+        max_new_tokens = max(map(len, choices)) if choices else self._max_new_tokens(sampling, room)
+        if max_new_tokens > room:
             raise _too_long(self.max_tokens)
-        otherwise = 0.0 if question.choices else 1.0
-        temperature = otherwise if sampling.temperature is None else sampling.temperature
+        default = 0.0 if request.choices else 1.0
+        temperature = default if sampling.temperature is None else sampling.temperature
         config = GenerationConfig(
-            max_new_tokens=longest,
-            do_sample=temperature >= _COLD,
-            temperature=max(temperature, _COLD),
-            top_p=1.0 if sampling.top_p is None else max(sampling.top_p, _COLD),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature >= _MIN_TEMPERATURE,
+            temperature=max(temperature, _MIN_TEMPERATURE),
+            top_p=1.0 if sampling.top_p is None else max(sampling.top_p, _MIN_TEMPERATURE),
             seed=secrets.randbits(62) if sampling.seed is None else sampling.seed,
         )
-        return Row(prompt, soft, config, choices, question.phrases)
+        return Row(prompt, soft, config, choices, request.phrases)
 
-    def _longest(self, sampling: Sampling, *, room: int) -> int:
-        """How many tokens an answer may have."""
-        wanted = sampling.max_completion_tokens or sampling.max_tokens
-        if wanted is not None and wanted > self.max_new_tokens:
+    def _max_new_tokens(self, sampling: Sampling, room: int) -> int:
+        limit = sampling.max_completion_tokens or sampling.max_tokens
+        if limit is not None and limit > self.max_new_tokens:
             raise RequestError(f"This server writes at most {self.max_new_tokens} tokens.", code="max_tokens")
         if room < 1:
             raise _too_long(self.max_tokens)
-        return wanted or min(self.max_new_tokens, room)
+        return limit or min(self.max_new_tokens, room)
 
-    def _rendered(self, question: EngineRequest) -> TokenizedPrompt:
-        prompt_tokenizer, body = self.llm.prompt_tokenizer, question.body
-        if question.kind == "completion":
-            self._check_characters(body["prompt"])
-            return prompt_tokenizer.bare(body["prompt"])
-        turns = [_turn(message) for message in ChatRequest.model_validate(body).messages]
+    def _tokenize(self, request: EngineRequest) -> TokenizedPrompt:
+        body, tokenizer = request.body, self.llm.prompt_tokenizer
+        if isinstance(body, CompletionRequest):
+            self._check_characters(body.prompt)
+            return tokenizer.bare(body.prompt)
+        turns = [_turn(message) for message in body.messages]
         self._check_characters("".join(text for _, text in turns))
         try:
-            return prompt_tokenizer.turns(turns)
+            return tokenizer.turns(turns)
         except PersonaPlugError:
             raise
-        except Exception:  # a template refuses what it does not know by whatever its author raised
+        except Exception:  # a template may raise anything for roles that it does not know
             raise RequestError(
                 "The model's chat template does not take these roles in this order.", code="messages"
             ) from None
 
     def _check_characters(self, text: str) -> None:
-        if len(text) > CHARACTERS * self.max_tokens:
+        if len(text) > MAX_CHARACTERS_PER_TOKEN * self.max_tokens:
             raise _too_long(self.max_tokens)
 
 
-async def _events(answer: _Answer, *, writer: Writer, with_usage: bool) -> AsyncGenerator[bytes]:
-    if (first := writer.first()) is not None:
-        yield event(first)
-    async with aclosing(answer.pieces()) as pieces:
-        async for piece in pieces:
-            yield event(writer.piece(piece))
-    yield event(writer.last(answer.reason))
-    if with_usage:
-        yield event(writer.usage(answer.usage))
-    yield DONE
-
-
-def _too_long(most: int) -> RequestError:
+def _too_long(max_tokens: int) -> RequestError:
     return RequestError(
-        f"Prompt and answer may have {most} tokens together in this model; these have more.",
+        f"Prompt and answer may have {max_tokens} tokens together in this model; these have more.",
         code="context_length_exceeded",
     )
 
 
 def _turn(message: Message) -> tuple[str, str]:
-    """A message as role and text.
-
-    Raises:
-        RequestError: for what this engine would have to leave out.
-    """
+    """Return a message's role and text; RequestError if it holds what this engine does not support."""
     role = _ROLES.get(message.role)
     if role is None:
         raise RequestError(f"The embedded engine knows the roles {', '.join(_ROLES)}.", code="messages")
@@ -331,25 +195,3 @@ def _turn(message: Message) -> tuple[str, str]:
     if any(part.get("type") != "text" for part in parts) or (message.model_extra or {}).get("tool_calls"):
         raise RequestError("The embedded engine reads text alone: no images, files or calls.", code="messages")
     return role, message.text
-
-
-def _sampling(body: dict[str, Any]) -> Sampling:
-    try:
-        sampling = Sampling.model_validate(body)
-    except ValidationError as error:
-        raise RequestError(first_flaw(error.errors()), code="invalid_value") from None
-    if len(sampling.stops) > _STOPS:
-        raise RequestError(f"stop: at most {_STOPS} texts may end an answer.", code="invalid_value")
-    for name, nothing in REFUSED.items():
-        if name in body and body[name] not in nothing:
-            raise RequestError(f"The embedded engine does not know {name!r}; leave it out.", code="unsupported")
-    return sampling
-
-
-def _safe(text: str, stops: tuple[str, ...]) -> int:
-    """How much of a text can no longer be taken back."""
-    end = len(text.rstrip(_BROKEN))
-    for stop in stops:
-        overlap = next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-        end = min(end, len(text) - overlap)
-    return end

@@ -1,6 +1,6 @@
-"""A vLLM server as engine: requests go to it as they came, with the soft tokens beside the text.
+"""A vLLM server as engine: requests reach it unchanged, with soft tokens beside the text.
 
-What it runs, and whether it takes soft tokens to mean what they mean in training, is found out at the start.
+At the start it is checked which model it runs, and whether soft tokens mean there what they mean in training.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -18,45 +17,30 @@ import torch
 
 from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import EngineReply, EngineRequest, Events
-from personaplug.serving.engines.vllm_requests import EmbeddingTable, encoded, with_soft_tokens, written
+from personaplug.serving.engines.base import EngineReply, EngineRequest, EventStream
+from personaplug.serving.engines.vllm_requests import EmbeddingTable, add_soft_tokens, build_body, encode_embeds
 from personaplug.serving.openai_protocol import Kind
 
 _ROUTES: dict[Kind, str] = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
-_CALLERS = (400, 413, 422, 429)  # statuses that tell the caller something about the request
+_CALLER_STATUSES = (400, 413, 422, 429)  # they tell the caller something about the request
 _CONNECT_S = 5
-_IDLE_S = 4  # a connection is kept; vLLM itself lets go of one after 5
-_GONE = (aiohttp.ClientError, TimeoutError)
+_KEEPALIVE_S = 4  # vLLM itself closes idle connections after 5
+_CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError)
 _PROBE = "The quick brown fox jumps over the lazy dog, and then"
 _PROBE_TOKENS = 8
-_CLOSE = 0.05  # log-probability of the first token, between text and embeds
-
-
-@dataclass(frozen=True)
-class _Said:
-    """What vLLM said of itself."""
-
-    status: int
-    text: str
-
-    def json(self) -> Any:
-        return json.loads(self.text)
+_MAX_DIFFERENCE = 0.05  # of the first token's log-probability, between text and embeds
 
 
 class VLLMEngine:
     """A vLLM server, started with `--enable-prompt-embeds`.
 
     Args:
-        url: its address, without /v1.
+        url: its address, with or without /v1.
         table: the model's embeddings.
         width: D of the plug's soft tokens.
-        placement: of the soft tokens.
-        model: by what name requests call it; empty = as it calls itself.
-        key: that it asks for, if any.
-        timeout_s: seconds between two signs of life.
-        answer_s: seconds that an answer in one piece may take, which is silent until it is there.
-    Raises:
-        ConfigError: if the address is none.
+        model: the name by which requests call the model; empty = vLLM's own.
+        timeout_s: longest silence within a stream.
+        answer_s: longest time for an answer in one piece.
 
     Attributes:
         max_model_len: tokens of a prompt and its answer, as vLLM says at the start.
@@ -74,168 +58,162 @@ class VLLMEngine:
         timeout_s: float = 120,
         answer_s: float = 600,
     ) -> None:
-        self.name, self.url = "vllm", _checked_address(url)
+        self.url = _checked_url(url)
         self.models: tuple[str, ...] = (model,) if model else ()
         self.table, self.width, self.placement = table, width, placement
         self.max_model_len: int | None = None
-        self._theirs = ""
         self.timeout_s, self.answer_s = timeout_s, answer_s
+        self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
-        self._opened: aiohttp.ClientSession | None = None
+        self._open_session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
-        """Learn the model's name, then make sure that embeds are taken, and mean what text means."""
-        if self._theirs:
+        """Find the model's name, then check its width and the meaning and place of soft tokens."""
+        if self._served_name:
             return
         try:
-            await self._look()
+            name, max_model_len = await self._find_model()
+            await self._check_width(name)
+            await self._check_embeddings(name)
+            if self.placement == "suffix":
+                await self._check_template(name)
         except BaseException:
             await self.close()
             raise
+        # Set last, so that a second start after a refusal checks again.
+        self.max_model_len, self.models, self._served_name = max_model_len, self.models or (name,), name
 
-    async def _look(self) -> None:
-        name, most = await self._served()
-        await self._check_width(name)
-        await self._check_same(name)
-        if self.placement == "suffix":
-            await self._check_layout(name)
-        # Last, so that whoever asks again after a refusal is refused again.
-        self.max_model_len, self.models, self._theirs = most, self.models or (name,), name
-
-    async def ready(self) -> bool:
-        """Whether it says that it is well."""
+    async def is_ready(self) -> bool:
         try:
-            return (await self._asked("/health")).status == 200
+            return (await self._fetch("/health")).status == 200
         except EngineFailure:
             return False
 
     async def close(self) -> None:
-        """Close the connections."""
-        if self._opened is not None:
-            await self._opened.close()
+        if self._open_session is not None:
+            await self._open_session.close()
 
-    async def answer(self, question: EngineRequest) -> EngineReply:
-        """Pass a request on; see `Engine.answer`. What vLLM refuses is answered with its own words and status."""
-        streams = bool(question.body.get("stream"))
-        content = await asyncio.to_thread(self._written, question)  # long prompts take a while to check and to embed
-        headers = {"X-Request-Id": question.id, "Content-Type": "application/json"}
+    async def respond(self, request: EngineRequest) -> EngineReply:
+        """Pass a request on; see `Engine.respond`. vLLM's refusals reach the caller with its own words and status."""
+        streams = bool(request.body.stream)
+        content = await asyncio.to_thread(  # checking and embedding a long prompt takes a while
+            build_body, request, model=self._served_name, table=self.table, max_tokens=self.max_model_len
+        )
+        headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
         try:
             async with asyncio.timeout(self.timeout_s if streams else self.answer_s):
                 response = await self._session.post(
-                    self.url + _ROUTES[question.kind], data=content, headers=headers, allow_redirects=False
+                    self.url + _ROUTES[request.body.kind], data=content, headers=headers, allow_redirects=False
                 )
                 if streams and response.status == 200:
-                    return EngineReply(_Events(response, timeout_s=self.timeout_s))
+                    events = _complete_events(response, timeout_s=self.timeout_s)
+                    return EngineReply(EventStream(events, on_close=response.close))
                 async with response:
-                    said = await response.read()
-        except _GONE as error:
+                    reply = await response.read()
+        except _CONNECTION_ERRORS as error:
             raise EngineFailure(f"The vLLM server does not answer ({type(error).__name__}).") from None
-        if response.status == 200 or response.status in _CALLERS:
-            return EngineReply(said, response.status)
+        if response.status == 200 or response.status in _CALLER_STATUSES:
+            return EngineReply(reply, response.status)
         raise self._failure(response.status)
 
-    @property
-    def _session(self) -> aiohttp.ClientSession:
-        """Connections that are kept; they belong to the event loop that first asks for them."""
-        if self._opened is None or self._opened.closed:
-            self._opened = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers=self._headers,
-                # Answers are waited for by timers of our own: a reply that breaks amid its framing stops aiohttp's.
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-            )
-        return self._opened
-
-    async def likelihoods(
+    async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """vLLM gives no likelihood of a text behind embeds."""
+        """Refuse: vLLM gives no likelihood of a text behind embeds."""
         raise RequestError(
             "vLLM cannot say how likely an answer is behind soft tokens: leave `answer` out, or use "
             "`personaplug explain`, which loads the model itself.",
             code="unsupported",
         )
 
-    def _written(self, question: EngineRequest) -> bytes:
-        return written(question, model=self._theirs, table=self.table, most=self.max_model_len)
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        """Connections of the event loop that first uses them."""
+        if self._open_session is None or self._open_session.closed:
+            self._open_session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=self._headers,
+                # Replies are bounded by asyncio.timeout: one that breaks amid its framing stops aiohttp's own timers.
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+            )
+        return self._open_session
 
     def _failure(self, status: int) -> EngineFailure:
-        """What a status says that is not the caller's fault."""
+        """The error for a status that is not the caller's fault."""
+        reason = ""
         if status in (401, 403):
-            why = ": it asks for another key than this server was started with"
+            reason = ": it asks for another key than this server was started with"
         elif status == 404:
-            why = f": it no longer knows the model {self._theirs}. If it runs another one now, restart this server too"
-        else:
-            why = ""
-        return EngineFailure(f"The vLLM server failed (status {status}){why}.")
+            name = self._served_name
+            reason = f": it no longer knows the model {name}. If it runs another one now, restart this server too"
+        return EngineFailure(f"The vLLM server failed (status {status}){reason}.")
 
-    async def _served(self) -> tuple[str, int | None]:
-        """The model that vLLM serves: its name, and how many tokens it reads."""
+    async def _find_model(self) -> tuple[str, int | None]:
+        """Return the name of vLLM's model, and how many tokens it reads."""
         path = "/v1/models"
-        response = await self._asked(path)
+        response = await self._fetch(path)
         if response.status in (401, 403):
             raise ConfigError(f"The vLLM server at {self.url} asks for another key (status {response.status}).")
-        with self._reading(path):
-            first = response.json()["data"][0]
-            name, most = str(first["id"]), first.get("max_model_len")
-        return name, most if isinstance(most, int) else None
+        with self._parsing(path):
+            model = response.json()["data"][0]
+            name, max_model_len = str(model["id"]), model.get("max_model_len")
+        return name, max_model_len if isinstance(max_model_len, int) else None
 
     async def _check_width(self, name: str) -> None:
-        # A single value as embeds: refused either way, and the words tell why.
-        body = {"model": name, "prompt_embeds": encoded(torch.zeros(1, 1)), "max_tokens": 1}
-        response = await self._asked("/v1/completions", body)
-        said = response.text
-        if "--enable-prompt-embeds" in said:
+        # A single value as embeds is refused either way, and the message tells why.
+        body = {"model": name, "prompt_embeds": encode_embeds(torch.zeros(1, 1)), "max_tokens": 1}
+        message = (await self._fetch("/v1/completions", body)).text
+        if "--enable-prompt-embeds" in message:
             raise ConfigError(
                 f"The vLLM server at {self.url} takes no soft tokens: start it with --enable-prompt-embeds."
             )
-        if "hidden_size" in said and f"hidden_size {self.width}." not in said:
+        if "hidden_size" in message and f"hidden_size {self.width}." not in message:
             raise ConfigError(
                 f"The vLLM server at {self.url} runs {name}, whose embeddings have another width than the "
                 f"plug's {self.width}: serve the model that the plug was trained for."
             )
 
-    async def _check_same(self, name: str) -> None:
-        """Compare a text with the same text embedded."""
-        common = {"model": name, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
-        embeds = encoded(self.table.embedded(_PROBE))
-        answers = []
-        for given in ({"prompt": _PROBE}, {"prompt_embeds": embeds}):
-            response = await self._asked("/v1/completions", common | given)
-            if response.status != 200:
-                raise ConfigError(f"The vLLM server at {self.url} refused a test request (status {response.status}).")
-            with self._reading("/v1/completions"):
-                choice = response.json()["choices"][0]
-                answers.append((choice["text"], float(choice["logprobs"]["token_logprobs"][0])))
-        (text, sure), (other, as_sure) = answers
-        if text != other or not abs(sure - as_sure) <= _CLOSE:
+    async def _check_embeddings(self, name: str) -> None:
+        """Check that a text and its embeddings get the same answer."""
+        embeds = encode_embeds(self.table.embed(_PROBE))
+        text, log_prob = await self._probe(name, {"prompt": _PROBE})
+        embeds_text, embeds_log_prob = await self._probe(name, {"prompt_embeds": embeds})
+        if text != embeds_text or not abs(log_prob - embeds_log_prob) <= _MAX_DIFFERENCE:
             raise ConfigError(
                 f"The vLLM server at {self.url} answers a text and the same text embedded differently: {name} "
                 f"is another model than the plug's, or its prompt_embeds are broken. Serve the plug's model."
             )
 
-    async def _check_layout(self, name: str) -> None:
-        """Make sure that soft tokens stand where the answer would begin, as they did in training."""
-        asked = [{"role": "user", "content": _PROBE}]
-        opened = {"model": name, "messages": asked, "add_generation_prompt": True}
+    async def _probe(self, name: str, prompt: dict[str, str]) -> tuple[str, float]:
+        """Return vLLM's answer to a prompt, and its first token's log-probability."""
+        path, options = "/v1/completions", {"max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
+        response = await self._fetch(path, {"model": name, **options, **prompt})
+        if response.status != 200:
+            raise ConfigError(f"The vLLM server at {self.url} refused a test request (status {response.status}).")
+        with self._parsing(path):
+            choice = response.json()["choices"][0]
+            return choice["text"], float(choice["logprobs"]["token_logprobs"][0])
+
+    async def _check_template(self, name: str) -> None:
+        """Check that soft tokens stand where the answer would begin, as they do in training."""
+        body = {"model": name, "messages": [{"role": "user", "content": _PROBE}]}
         soft = SoftPrompt(torch.zeros(1, 1, self.width), placement="suffix")
-        plain = await self._tokens(opened)
-        behind = await self._tokens(with_soft_tokens({"model": name, "messages": asked}, soft))
-        if behind[:-1] != plain:
+        plain = await self._tokenize(body | {"add_generation_prompt": True})
+        with_soft = await self._tokenize(add_soft_tokens(body, soft))
+        if with_soft[:-1] != plain:
             raise ConfigError(
                 f"The chat template of {name} writes something else before an answer that has begun than before one "
                 f"that is to begin: soft tokens would stand elsewhere than in training. Start vLLM with a "
                 f"--chat-template that writes the same before both."
             )
 
-    async def _tokens(self, body: dict[str, Any]) -> list[int]:
-        """The tokens of a chat."""
+    async def _tokenize(self, body: dict[str, Any]) -> list[int]:
         path = "/tokenize"
-        response = await self._asked(path, body)
+        response = await self._fetch(path, body)
         found, tokens = f"status {response.status}", None
         if response.status == 200:
-            with self._reading(path):
+            with self._parsing(path):
                 found, tokens = "no tokens", response.json().get("tokens")
         if not tokens or not isinstance(tokens, list):
             raise ConfigError(
@@ -244,75 +222,58 @@ class VLLMEngine:
             )
         return tokens
 
-    async def _asked(self, path: str, body: dict[str, Any] | None = None) -> _Said:
+    async def _fetch(self, path: str, body: dict[str, Any] | None = None) -> _Response:
         method = "GET" if body is None else "POST"
         try:
             async with (
                 asyncio.timeout(self.timeout_s),
                 self._session.request(method, self.url + path, json=body, allow_redirects=False) as response,
             ):
-                return _Said(response.status, await response.text("utf-8", errors="replace"))
-        except (*_GONE, ValueError) as error:  # the latter for a key or an address that nothing can be sent with
+                return _Response(response.status, await response.text("utf-8", errors="replace"))
+        except (*_CONNECTION_ERRORS, ValueError) as error:  # ValueError: the key or address cannot be sent
             raise EngineFailure(f"There is no vLLM server at {self.url} ({type(error).__name__}).") from None
 
     @contextmanager
-    def _reading(self, path: str) -> Iterator[None]:
-        """Around what takes a reply apart that may be another server's."""
+    def _parsing(self, path: str) -> Iterator[None]:
+        """Turn errors of parsing a reply into EngineFailure."""
         try:
             yield
         except (ValueError, LookupError, TypeError, AttributeError):
             raise EngineFailure(f"What {self.url} says on {path} is not what vLLM says: is it a vLLM server?") from None
 
 
-def _checked_address(url: str) -> str:
-    """The address without /v1.
+class _Response(NamedTuple):
+    status: int
+    text: str
 
-    Raises:
-        ConfigError: if it is none, or holds a password, which would be told in errors.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"The address of a vLLM server is such as http://127.0.0.1:8123; found {url!r}.")
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError("The address of a vLLM server holds no name or password; its key is --engine-key.")
-    return url.rstrip("/").removesuffix("/v1")
+    def json(self) -> Any:
+        return json.loads(self.text)
 
 
-class _Events(Events):
-    """vLLM's events; it owns the response, so that closing it ends the answer even if nobody has read from it.
-
-    A generator alone would not do: the end of one that never began is never run.
-    """
-
-    def __init__(self, response: aiohttp.ClientResponse, *, timeout_s: float) -> None:
-        self._response, self._whole = response, _whole_events(response, timeout_s=timeout_s)
-
-    async def __anext__(self) -> bytes:
-        return await anext(self._whole)
-
-    async def aclose(self) -> None:
-        """End the answer: what has not been read of it by now never comes."""
-        try:
-            await self._whole.aclose()
-        finally:
-            self._response.close()
-
-
-async def _whole_events(response: aiohttp.ClientResponse, *, timeout_s: float) -> AsyncGenerator[bytes]:
-    """Half an event is held back: what follows it, if only an error, could not be read behind it."""
+async def _complete_events(response: aiohttp.ClientResponse, *, timeout_s: float) -> AsyncGenerator[bytes]:
+    """Hold half an event back: a client could not parse what follows it, even if that is an error."""
     held = b""
     try:
         while chunk := await _next_chunk(response, timeout_s=timeout_s):
             events, end, held = (held + chunk).rpartition(b"\n\n")
             if end:
                 yield events + end
-    except _GONE as error:
+    except _CONNECTION_ERRORS as error:
         raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
     if held:
         raise EngineFailure("The vLLM server broke off amid an event.")
 
 
 async def _next_chunk(response: aiohttp.ClientResponse, *, timeout_s: float) -> bytes:
-    """What has come of an answer by now; empty at its end."""
     async with asyncio.timeout(timeout_s):
-        return await response.content.readany()
+        return await response.content.readany()  # empty at the end
+
+
+def _checked_url(url: str) -> str:
+    """Return the address without /v1; ConfigError if it is invalid, or holds a password, which errors would show."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"The address of a vLLM server is such as http://127.0.0.1:8123; found {url!r}.")
+    if parts.username is not None or parts.password is not None:
+        raise ConfigError("The address of a vLLM server holds no name or password; its key is --engine-key.")
+    return url.rstrip("/").removesuffix("/v1")

@@ -1,0 +1,111 @@
+"""Explanations for live users: which items made a persona, what an answer owes to them, how a persona moved."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from datetime import date
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from personaplug.encoders.encoded_sample import EncodedHistory
+from personaplug.errors import MissingData, RequestError
+from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.plug.attribution import Drift, drift, item_weights, leave_one_out
+from personaplug.serving.service import Service, TaskQuery
+from personaplug.store.reads import StoredItem
+
+
+class Explainer:
+    """Explains the personas of a service's users."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.personas, self.store = service, service.personas, service.store
+        self.personalizer, self.plug = service.personas.personalizer, service.personas.plug
+
+    async def explain(self, tenant: str, user: str, *, prompt: str, answer: str | None, most: int) -> dict[str, Any]:
+        """Say which items made a user's persona for a prompt and, given an answer, how much likelier each makes it.
+
+        Args:
+            most: number of items to list, those with the largest effect or weight.
+        """
+        query = self.service.parse(prompt)
+        if not self.service.is_personal(query):
+            raise RequestError(
+                f"A prompt without the wording of {self.service.task.name} is answered without a persona.",
+                code="not_the_task",
+            )
+        latest = self.plug.config.max_history
+        items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=latest)
+        weights = await self.service.run_slow(self._weights, query, history)
+        explanation: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
+        columns, ranking = {"weight": weights.astype(np.float64)}, -weights
+        if answer is not None:
+            likelihoods, effects = await self._effects(query, history, prompt=prompt, answer=answer)
+            explanation["log_likelihood"] = likelihoods
+            columns["effect"], ranking = effects, -np.abs(effects)
+        order = np.argsort(ranking, kind="stable")[:most]
+        explanation["items"] = [
+            self.service.item_fields(items[index]) | {name: float(values[index]) for name, values in columns.items()}
+            for index in order
+        ]
+        return explanation
+
+    async def drift(self, tenant: str, user: str, *, since: date, until: date) -> dict[str, Any]:
+        """Say how far a user's persona moved between the evenings of two days."""
+        if since > until:
+            raise RequestError("`since` is a day before `until`.", code="invalid_value")
+        items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=None)
+        days = np.array([(item.date or item.arrived.date()).toordinal() for item in items])
+        latest = self.plug.config.max_history
+        before, after = (history.select(np.flatnonzero(days <= day.toordinal())[-latest:]) for day in (since, until))
+        moved = await self.service.run_slow(self._drift, before, after)
+        return {name: None if value != value else value for name, value in asdict(moved).items()}  # JSON has no NaN
+
+    def _snapshot(self, tenant: str, user: str, *, latest: int | None) -> tuple[list[StoredItem], EncodedHistory]:
+        """A user's latest items and their vectors, of one version of the history."""
+        for _ in range(3):
+            version = self.store.version(tenant, user)
+            items = self.store.list_items(tenant, user, latest=latest)
+            history = self.store.read(tenant, user, latest=latest)
+            if not version or not items:
+                raise MissingData("The tenant has no such user, or the user no items.")
+            if history.version == version == self.store.version(tenant, user):
+                return items, history
+        raise RequestError("The user's history is being changed; try again.", http_status=409, code="busy")
+
+    def _weights(self, query: TaskQuery, history: EncodedHistory) -> npt.NDArray[np.float32]:
+        """Weights of the items for a query."""
+        with self.personas.plug_lock:
+            return item_weights(self.personalizer, query.text, history)
+
+    async def _effects(
+        self, query: TaskQuery, history: EncodedHistory, *, prompt: str, answer: str
+    ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
+        """log p of an answer with the persona, the population's and none, and what it loses without each item."""
+        labels, engine = self.service.task.labels, self.service.engine
+        answer = answer.strip() if answer.strip() in labels else answer
+        measure = partial(engine.log_likelihoods, prompt, answer, choices=labels if answer in labels else ())
+        (plain,) = await measure(softs=[None])  # first, because an engine may refuse
+        histories = [history, history.select(slice(0)), *leave_one_out(history)]
+        softs = await self.service.run_slow(lambda: [self._soft(query, part) for part in histories])
+        persona, population, *without = await measure(softs=softs)
+        likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
+        return likelihoods, persona - np.array(without)
+
+    def _soft(self, query: TaskQuery, history: EncodedHistory) -> SoftPrompt:
+        with self.personas.plug_lock:
+            return self.personalizer.persona(query.text, history, options=query.options)
+
+    def _drift(self, before: EncodedHistory, after: EncodedHistory) -> Drift:
+        make = partial(self._soft, TaskQuery("", None, is_on_task=False))
+        return drift(
+            make,
+            before,
+            after,
+            population=self.plug.population_prompt(),
+            max_cold_items=self.plug.cold_start.max_items,
+        )

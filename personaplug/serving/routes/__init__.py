@@ -1,0 +1,1 @@
+"""The server's routes, a router for each subject."""

@@ -1,0 +1,48 @@
+"""Routes about the server itself: models, health, readiness, metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from personaplug.errors import EngineFailure
+from personaplug.serving.routes.dependencies import Parts, Tenant
+
+router = APIRouter()
+
+
+@router.get("/v1/models", summary="The language model behind this server")
+async def models(tenant: Tenant, parts: Parts) -> dict[str, Any]:
+    return {"object": "list", "data": [_model(name) for name in parts.service.engine.models]}
+
+
+@router.get("/v1/models/{model:path}", summary="One model")
+async def model(model: str, tenant: Tenant, parts: Parts) -> dict[str, Any]:
+    parts.service.check_model(model)
+    return _model(model)
+
+
+@router.get("/health", summary="Whether the server is there")
+async def health() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/ready", summary="Whether it would answer now")
+async def ready(parts: Parts) -> dict[str, str]:
+    if not await parts.service.engine.is_ready():
+        raise EngineFailure("The language model is not ready.")
+    return {"status": "ready"}
+
+
+@router.get("/metrics", summary="Counters, for Prometheus", response_class=Response)
+async def metrics(parts: Parts) -> Response:
+    telemetry, personas = parts.telemetry, parts.service.personas
+    telemetry.cached_users.set(personas.cached_users)
+    telemetry.cached_bytes.set(personas.cached_bytes)
+    return Response(telemetry.text(), media_type="text/plain; version=0.0.4")
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "personaplug"}

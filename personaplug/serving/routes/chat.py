@@ -1,0 +1,79 @@
+"""Routes that generate text: OpenAI's chat and completions, with a persona."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from personaplug.errors import EngineFailure
+from personaplug.serving.engines.base import EventStream
+from personaplug.serving.error_responses import retry_after
+from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, error_reply, event
+from personaplug.serving.routes.dependencies import Parts, Tenant
+from personaplug.serving.service import ServiceReply
+
+router = APIRouter()
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "OpenAI's answer; with `stream`, its events.",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    }
+}
+
+
+@router.post("/v1/chat/completions", summary="Chat as a user", response_model=None, responses=_RESPONSES)
+async def chat(request: ChatRequest, tenant: Tenant, parts: Parts) -> Response:
+    return await _respond(request, tenant, parts=parts)
+
+
+@router.post("/v1/completions", summary="Complete a text as a user", response_model=None, responses=_RESPONSES)
+async def complete(request: CompletionRequest, tenant: Tenant, parts: Parts) -> Response:
+    return await _respond(request, tenant, parts=parts)
+
+
+async def _respond(request: ChatRequest | CompletionRequest, tenant: str, *, parts: Parts) -> Response:
+    reply = await parts.service.respond(request, tenant=tenant)
+    parts.telemetry.personas.labels(reply.persona.applied, str(reply.persona.cached).lower()).inc()
+    return _response(reply)
+
+
+def _response(reply: ServiceReply) -> Response:
+    persona, body, status = reply.persona, reply.reply.body, reply.reply.status
+    headers = {
+        "X-Request-Id": reply.id,
+        "X-Personaplug-Persona": persona.applied,
+        "X-Personaplug-Items": str(persona.items),
+        "X-Personaplug-Persona-Scale": f"{persona.persona_scale:g}",
+        **retry_after(status),  # vLLM may refuse a request because it is busy, and does not send this header
+    }
+    if isinstance(body, bytes):
+        return Response(body, status, headers, media_type="application/json")
+    return _EventResponse(body, status=status, headers=headers)
+
+
+class _EventResponse(StreamingResponse):
+    """Closes its events, even if nobody reads them."""
+
+    def __init__(self, events: EventStream, *, status: int, headers: dict[str, str]) -> None:
+        super().__init__(_with_failure(events), status, headers, media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+
+
+async def _with_failure(events: EventStream) -> AsyncGenerator[bytes]:
+    """Report a failure as the last event, because the status has been sent by then."""
+    try:
+        async for chunk in events:
+            yield chunk
+    except EngineFailure as error:
+        yield event(error_reply(str(error), code=error.code, status=error.http_status))

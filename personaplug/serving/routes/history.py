@@ -1,0 +1,101 @@
+"""Routes of users: their histories, export, erasure and explanations."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import date
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from personaplug.errors import RequestError
+from personaplug.serving.explanations import Explainer
+from personaplug.serving.openai_protocol import Name, Text
+from personaplug.serving.routes.dependencies import ItemId, Parts, Tenant, UserId
+
+router = APIRouter(prefix="/v1/users/{user}")
+
+
+class HistoryPost(BaseModel):
+    """Items of a history: many, one, or what a user made of an earlier answer."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    items: list[dict[str, Any]] | None = Field(
+        default=None, description="Items of the task: an id, its fields, a date."
+    )
+    request_id: Name | None = Field(default=None, description="X-Request-Id of an earlier answer to this user.")
+    answer: Text | None = Field(default=None, description="The text that the user kept for that request.")
+
+    @model_validator(mode="after")
+    def _check_form(self) -> HistoryPost:
+        forms = [self.items is not None, self.request_id is not None, bool(self.model_extra)]
+        if sum(forms) != 1 or ((self.request_id is None) != (self.answer is None) and not self.model_extra):
+            raise ValueError("give `items`, or `request_id` with `answer`, or the fields of one item")
+        return self
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The items; the fields of a single one are the undeclared fields and perhaps `answer`."""
+        if self.items is not None:
+            return self.items
+        return [(self.model_extra or {}) | ({"answer": self.answer} if self.answer is not None else {})]
+
+
+class ExplainPost(BaseModel):
+    """What to explain."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Text = Field(min_length=1)
+    answer: Text | None = Field(default=None, min_length=1, description="Whose likelihood to compare.")
+    most: int = Field(default=20, ge=1, le=512, description="Number of items to list.")
+
+
+@router.post("/history", summary="Add to a history")
+async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> dict[str, int]:
+    service, limit = parts.service, parts.limits.items
+    if post.request_id is not None:
+        stored = await service.add_feedback(tenant, user, request_id=post.request_id, answer=post.answer or "")
+    elif len(post.records) > limit:
+        raise RequestError(f"At most {limit} items a request; found {len(post.records)}.", code="too_many")
+    else:
+        stored = await service.add_records(tenant, user, records=post.records)
+    return stored._asdict()
+
+
+@router.get("/history", summary="A user's items, oldest first")
+async def list_history(
+    user: UserId, tenant: Tenant, parts: Parts, latest: Annotated[int, Query(ge=1, le=100_000)] = 1000
+) -> dict[str, Any]:
+    items = await asyncio.to_thread(parts.service.store.list_items, tenant, user)
+    shown = [parts.service.item_fields(item) for item in items[-latest:]]
+    return {"user": user, "count": len(items), "items": shown}
+
+
+@router.delete("/history/{item}", summary="Remove an item")
+async def delete_item(user: UserId, item: ItemId, tenant: Tenant, parts: Parts) -> dict[str, bool]:
+    await asyncio.to_thread(parts.service.store.delete_item, tenant, user, item)
+    return {"deleted": True}
+
+
+@router.get("/export", summary="Everything that is known of a user")
+async def export(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
+    return await parts.service.run_slow(parts.service.store.export, tenant, user)
+
+
+@router.delete("", summary="Erase a user; the answer is a receipt")
+async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
+    return (await parts.service.erase_user(tenant, user)).to_dict()
+
+
+@router.post("/explain", summary="Which items made the persona, and what an answer owes to them")
+async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> dict[str, Any]:
+    explainer = Explainer(parts.service)
+    return await explainer.explain(tenant, user, prompt=post.prompt, answer=post.answer, most=post.most)
+
+
+@router.get("/drift", summary="How far a persona moved between two days")
+async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: Parts) -> dict[str, Any]:
+    return await Explainer(parts.service).drift(tenant, user, since=since, until=until)

@@ -1,0 +1,283 @@
+"""Each middleware alone, before a small application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from personaplug.errors import EngineFailure, MissingData, RequestError, RunConflict, StorageError
+from personaplug.serving.api_keys import OPEN_TENANT, ApiKeys, create_key
+from personaplug.serving.middleware import (
+    ApiKeyMiddleware,
+    BodyLimitMiddleware,
+    ConcurrencyLimitMiddleware,
+    DisconnectMiddleware,
+    ErrorMiddleware,
+    LoopbackHostMiddleware,
+    MetricsMiddleware,
+)
+from personaplug.serving.telemetry import Telemetry
+
+START: Message = {"type": "http.response.start", "status": 200, "headers": []}
+END: Message = {"type": "http.response.body", "body": b"done"}
+DISCONNECT: Message = {"type": "http.disconnect"}
+SECRET = "a-users-own-words"
+
+
+def _scope(path: str = "/v1/models", **headers: str) -> Scope:
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    return {"type": "http", "method": "GET", "path": path, "headers": pairs}
+
+
+def _body(*parts: bytes) -> list[Message]:
+    return [
+        {"type": "http.request", "body": part, "more_body": number < len(parts)} for number, part in enumerate(parts, 1)
+    ]
+
+
+async def _call(app: ASGIApp, scope: Scope, *messages: Message) -> list[Message]:
+    """Send one request with these messages, after which the caller stays connected; the response's messages."""
+    incoming, sent = list(messages), list[Message]()
+
+    async def receive() -> Message:
+        if incoming:
+            return incoming.pop(0)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent
+
+
+def _run(app: ASGIApp, scope: Scope, *messages: Message) -> list[Message]:
+    return asyncio.run(asyncio.wait_for(_call(app, scope, *(messages or _body(b""))), 10))
+
+
+async def _hello(scope: Scope, receive: Receive, send: Send) -> None:
+    await send(START)
+    await send(END)
+
+
+async def _echo(scope: Scope, receive: Receive, send: Send) -> None:
+    message = await receive()
+    await send(START)
+    await send({"type": "http.response.body", "body": message["body"]})
+
+
+def _raising(error: BaseException, *, start: bool = False) -> ASGIApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if start:
+            await send(START)
+        raise error
+
+    return app
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        lambda app: MetricsMiddleware(app, telemetry=Telemetry()),
+        ErrorMiddleware,
+        LoopbackHostMiddleware,
+        lambda app: ApiKeyMiddleware(app, api_keys=ApiKeys({})),
+        lambda app: BodyLimitMiddleware(app, max_bytes=0, timeout_s=0, max_bodies=0),
+        lambda app: ConcurrencyLimitMiddleware(app, max_requests=0, running=Telemetry().running),
+        DisconnectMiddleware,
+    ],
+)
+def test_middleware_passes_lifespan_on(guard: Callable[[ASGIApp], ASGIApp]) -> None:
+    assert _run(guard(_hello), {"type": "lifespan"}) == [START, END]
+
+
+def test_metrics_count_responses_by_route_and_status() -> None:
+    class Route:
+        path = "/v1/things/{id}"
+
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["route"] = Route
+        await _hello(scope, receive, send)
+
+    telemetry = Telemetry()
+    assert _run(MetricsMiddleware(routed, telemetry=telemetry), _scope("/v1/things/7")) == [START, END]
+    text = telemetry.text().decode()
+    assert 'personaplug_requests_total{route="/v1/things/{id}",status="200"} 1.0' in text
+    assert 'personaplug_request_seconds_count{route="/v1/things/{id}"} 1.0' in text
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RequestError("no", http_status=409, code="busy"), 409, b'"busy"'),
+        (MissingData("no"), 404, b'"not_found"'),
+        (EngineFailure("no"), 502, b'"engine"'),
+        (StorageError("no"), 503, b'"store"'),
+        (RunConflict("no"), 500, b'"internal"'),
+        (ValueError("no"), 500, b'"internal"'),
+    ],
+)
+def test_error_becomes_a_response_with_its_status(error: Exception, status: int, code: bytes) -> None:
+    start, body = _run(ErrorMiddleware(_raising(error)), _scope())
+    assert start["status"] == status
+    assert code in body["body"]
+
+
+@pytest.mark.parametrize("error", [ValueError(SECRET), StorageError(SECRET), RunConflict(SECRET)])
+def test_error_of_the_server_is_not_quoted(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    _, body = _run(ErrorMiddleware(_raising(error)), _scope())
+    assert SECRET not in caplog.text + body["body"].decode()
+    assert type(error).__name__ in caplog.text
+
+
+def test_error_after_the_start_ends_the_response() -> None:
+    assert _run(ErrorMiddleware(_raising(ValueError(), start=True)), _scope()) == [START]
+
+
+def test_cancelled_request_is_told_that_the_server_stops() -> None:
+    start, body = _run(ErrorMiddleware(_raising(asyncio.CancelledError())), _scope())
+    assert (start["status"], b"stopping" in body["body"]) == (503, True)
+    assert (b"retry-after", b"1") in start["headers"]
+    with pytest.raises(asyncio.CancelledError):
+        _run(ErrorMiddleware(_raising(asyncio.CancelledError(), start=True)), _scope())
+
+
+@pytest.mark.parametrize(
+    ("host", "is_let_in"),
+    [("localhost:80", True), ("[::1]:9", True), ("[::1]", True), ("127.0.0.1", True), ("a.b:80", False), ("", False)],
+)
+def test_host_that_is_not_this_machine_is_refused(host: str, is_let_in: bool) -> None:
+    app = LoopbackHostMiddleware(_hello)
+    if is_let_in:
+        assert _run(app, _scope(host=host)) == [START, END]
+    else:
+        with pytest.raises(RequestError) as refused:
+            _run(app, _scope(host=host))
+        assert (refused.value.http_status, refused.value.code) == (403, "host")
+
+
+def test_api_key_sets_the_tenant(tmp_path: Any) -> None:
+    key = create_key(tmp_path / "keys.json", "shop")
+    scope = _scope(authorization=f"Bearer {key}")
+    app = ApiKeyMiddleware(_hello, api_keys=ApiKeys.load(tmp_path / "keys.json"))
+    assert _run(app, scope) == [START, END]
+    assert scope["state"] == {"tenant": "shop"}
+    for headers in ({}, {"authorization": "Bearer pp-other"}, {"authorization": f"Basic {key}"}):
+        with pytest.raises(RequestError) as refused:
+            _run(app, _scope(**headers))
+        assert (refused.value.http_status, refused.value.code) == (401, "invalid_key")
+    assert _run(app, _scope("/health")) == [START, END]
+    scope = _scope()
+    assert _run(ApiKeyMiddleware(_hello, api_keys=ApiKeys()), scope) == [START, END]
+    assert scope["state"] == {"tenant": OPEN_TENANT}
+
+
+def _body_limit(*, timeout_s: float = 5, max_bodies: int = 1) -> BodyLimitMiddleware:
+    return BodyLimitMiddleware(_echo, max_bytes=6, timeout_s=timeout_s, max_bodies=max_bodies)
+
+
+def test_body_within_the_limit_arrives_in_one_piece() -> None:
+    assert _run(_body_limit(), _scope(), *_body(b"abc", b"", b"def"))[1]["body"] == b"abcdef"
+
+
+def test_body_beyond_the_limit_is_refused_before_its_end() -> None:
+    parts = [{"type": "http.request", "body": b"abcd", "more_body": True}] * 2
+    with pytest.raises(RequestError) as refused:
+        _run(_body_limit(), _scope(), *parts)
+    assert (refused.value.http_status, refused.value.code) == (413, "body_too_long")
+
+
+def test_body_that_does_not_come_is_refused() -> None:
+    app = _body_limit(timeout_s=0.01)
+    for _ in range(2):  # the first one's place is free again
+        with pytest.raises(RequestError) as refused:
+            _run(app, _scope(), {"type": "http.request", "body": b"a", "more_body": True})
+        assert (refused.value.http_status, refused.value.code) == (408, "timeout")
+
+
+def test_body_of_a_caller_who_leaves_starts_nothing() -> None:
+    assert _run(_body_limit(), _scope(), {"type": "http.request", "body": b"a", "more_body": True}, DISCONNECT) == []
+
+
+def test_bodies_beyond_the_limit_at_once_are_refused() -> None:
+    async def two() -> None:
+        app = _body_limit()
+        first = asyncio.create_task(_call(app, _scope(), {"type": "http.request", "body": b"a", "more_body": True}))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError) as refused:
+            await _call(app, _scope(), *_body(b"b"))
+        assert (refused.value.http_status, refused.value.code) == (429, "overloaded")
+        first.cancel()
+
+    asyncio.run(two())
+
+
+def test_requests_beyond_the_limit_at_once_are_refused() -> None:
+    go_on = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        await _hello(scope, receive, send)
+
+    async def three() -> None:
+        telemetry = Telemetry()
+        app = ConcurrencyLimitMiddleware(slow, max_requests=1, running=telemetry.running)
+        health, first = (asyncio.create_task(_call(app, _scope(path))) for path in ("/health", "/v1/models"))
+        await asyncio.sleep(0)
+        assert b"personaplug_running_requests 2.0" in telemetry.text()
+        with pytest.raises(RequestError) as refused:
+            await _call(app, _scope())
+        assert (refused.value.http_status, refused.value.code) == (429, "overloaded")
+        go_on.set()
+        assert await first == await health == await _call(app, _scope()) == [START, END]
+        assert b"personaplug_running_requests 0.0" in telemetry.text()
+
+    asyncio.run(three())
+
+
+def _interrupted(app: Callable[[list[str]], ASGIApp]) -> tuple[list[Message], list[str]]:
+    """What is sent, and what the application notes, if the caller leaves after the request."""
+    notes: list[str] = []
+    return _run(DisconnectMiddleware(app(notes)), _scope(), *_body(b"a"), DISCONNECT), notes
+
+
+def test_disconnect_before_the_start_cancels_the_work() -> None:
+    def app(notes: list[str]) -> ASGIApp:
+        async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                notes.append("cancelled")
+                raise
+
+        return endless
+
+    assert _interrupted(app) == ([], ["cancelled"])
+
+
+def test_disconnect_after_the_start_is_received_as_often_as_asked() -> None:
+    def app(notes: list[str]) -> ASGIApp:
+        async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
+            await send(START)
+            notes.extend([(await receive())["type"] for _ in range(3)])
+
+        return streaming
+
+    assert _interrupted(app) == ([START], ["http.request", "http.disconnect", "http.disconnect"])
+
+
+@pytest.mark.parametrize("app", [_hello, _echo])
+def test_work_of_a_caller_who_stays_is_finished(app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    assert _run(DisconnectMiddleware(app), _scope(), *_body(b"done")) == [START, END]
+
+
+def test_error_of_the_work_reaches_the_middleware_above() -> None:
+    with pytest.raises(ValueError, match="no"):
+        _run(DisconnectMiddleware(_raising(ValueError("no"))), _scope())

@@ -21,8 +21,9 @@ from personaplug.data.lamp_writer import write_lamp
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task_registry import lamp_task
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.memory import peak_memory
-from personaplug.run import Run, machine, open_models, versions
+from personaplug.run import Run, open_models
 from personaplug.training.recipes import train
 
 PER_USER = 250
@@ -84,8 +85,8 @@ def main() -> None:
                 "items": given.items,
                 "steps": given.steps,
                 "peak_memory_bytes": peak,
-                "versions": versions(),
-                "machine": machine(),
+                "versions": package_versions(),
+                "machine": machine_info(),
             },
         )
 

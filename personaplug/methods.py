@@ -182,8 +182,8 @@ class MethodInfo:
 
     Attributes:
         name: as written on the command line and in results.
-        family: what personalizes: nothing (`none`), a plug, texts in the `prompt`, `weights` of the model; `no-lm` for a
-            row without a language model.
+        family: what personalizes: nothing (`none`), a plug, texts in the `prompt`, `weights` of the model; `no-lm` for
+            a row without a language model.
         history: whose history the row sees.
         control_of: the row whose claim this row tests; None for a row that is no control.
         parents: the rows that this row adds something to.

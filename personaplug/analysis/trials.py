@@ -112,7 +112,7 @@ class TrialFile:
         """
         if not self.lines.path.exists():
             return None, []
-        first, *rest = list(self.lines.read()) or [None]
+        first, *rest = list(self.lines) or [None]
         try:
             scored = EvalSamples(**first)
         except TypeError:

@@ -30,8 +30,9 @@ from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPl
 from personaplug.evaluation.evaluator import Evaluation, settings_of, with_remarks
 from personaplug.evaluation.experiment import WHOLE, Experiment, Probe
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Condition, Trained, needed
-from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, resolved, versions
+from personaplug.run import SPEED_ONLY, Models, Run, open_models, resolved
 from personaplug.training.recipes import Trainings
 
 logger = logging.getLogger(__name__)
@@ -340,7 +341,7 @@ def _data_key(folder: Path, split: str) -> str:
 
 def _made_with(models: Models) -> str:
     """What a cell's numbers may depend on beside its key, in a line."""
-    known = {**versions(), "processor": machine()["processor"]}
+    known = {**package_versions(), "processor": machine_info()["processor"]}
     if models.llm.device.type == "cuda":
         known["gpu"] = torch.cuda.get_device_name(models.llm.device)
     return ", ".join(f"{name} {value}" for name, value in known.items())

@@ -251,7 +251,7 @@ def reference_nll(
     lengths = [whole.tokens - prompt.tokens for whole, prompt in both]
     found: dict[int, list[float]] = {}
     with Progress(title, total=len(samples), unit="answers") as progress:
-        for part in micro_batches(range(len(samples)), lengths=lengths, most=_TOKENS):
+        for part in micro_batches(range(len(samples)), lengths=lengths, max_tokens=_TOKENS):
             for start in range(0, len(part), batch_size):
                 places = part[start : start + batch_size]
                 batch = [samples[place] for place in places]

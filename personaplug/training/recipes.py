@@ -209,9 +209,12 @@ class Trainings:
             if not shown:
                 break
             plug.set_cold_start(None)
-            own = mean_loss(objective, shown, most=config.max_tokens_per_microbatch)
+            own = mean_loss(objective, shown, max_tokens=config.max_tokens_per_microbatch)
             plug.set_cold_start(tokens, items=items)
-            losses[items] = {"plug": own, name: mean_loss(objective, shown, most=config.max_tokens_per_microbatch)}
+            losses[items] = {
+                "plug": own,
+                name: mean_loss(objective, shown, max_tokens=config.max_tokens_per_microbatch),
+            }
             if losses[items][name] < own:
                 chosen = items
             elif items == 0:

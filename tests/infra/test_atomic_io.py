@@ -96,15 +96,15 @@ def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path: Path, monkeyp
 
 def test_lines_survive_a_kill_and_hold_no_nan(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "deep" / "x.jsonl")
-    assert list(lines.read()) == []
+    assert list(lines) == []
     lines.append({"a": float("nan"), "b": "é"})
     lines.append([1, 2])
     whole = lines.path.read_bytes()
-    assert list(lines.read()) == [{"a": None, "b": "é"}, [1, 2]]
+    assert list(lines) == [{"a": None, "b": "é"}, [1, 2]]
     for cut in range(1, len(b"[1,2]\n") + 1):
         lines.path.write_bytes(whole[:-cut])
         lines.append("more")
         kept = [[1, 2]] if cut == 1 else []  # without its line end alone, the line is whole
-        assert list(lines.read()) == [{"a": None, "b": "é"}, *kept, "more"]
+        assert list(lines) == [{"a": None, "b": "é"}, *kept, "more"]
     with pytest.raises(StorageError):
         JsonLines(tmp_path).append(1)

@@ -25,16 +25,17 @@ from personaplug.infra.distributed import (
     all_reduce_sum,
     connect,
     disconnect,
-    index,
     is_main,
-    left_alone,
+    is_reporter,
+    is_single_cpu_launch,
+    local_world_size,
     main_first,
-    number,
     on_main,
-    share,
+    rank,
+    shard,
     sum_gradients,
     synchronized,
-    tells,
+    world_size,
 )
 from personaplug.methods import needed, parse_conditions
 from personaplug.run import Run, open_models
@@ -142,12 +143,12 @@ def _few(run: Path) -> dict[str, dict[str, float]]:
 def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:
     """What a process finds that is started beside another one."""
     connect("cpu")
-    assert number() == 2
+    assert world_size() == 2
     found: dict[str, Any] = {
-        "share": [share(range(5)), share([7])],
-        "sum": all_reduce_sum([index(), 10]),
+        "share": [shard(range(5)), shard([7])],
+        "sum": all_reduce_sum([rank(), 10]),
         "gradients": _gradients(),
-        "given": on_main(index),
+        "given": on_main(rank),
     }
     main_first(lambda: (out / "first").touch() if is_main() else None)
     found["files"] = main_first(lambda: [path.name for path in out.glob("first")])
@@ -167,24 +168,24 @@ def _gradients() -> list[list[float] | None]:
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     if not is_main():
         parameters[0].grad = torch.full((2,), 5.0)
-    parameters[2].grad = torch.full((2,), 1.0 + index())
+    parameters[2].grad = torch.full((2,), 1.0 + rank())
     sum_gradients(parameters)
     return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
 
 
 def _fail(*, in_main: bool) -> None:
     if in_main:
-        raise StorageError(f"no room in {index()}")
+        raise StorageError(f"no room in {rank()}")
     with synchronized():
         if not is_main():
-            raise StorageError(f"no room in {index()}")
+            raise StorageError(f"no room in {rank()}")
 
 
 def _error(work: Callable[[], object]) -> tuple[str, bool]:
     try:
         work()
     except PersonaPlugError as error:
-        return f"{type(error).__name__}: {error}", tells(error)
+        return f"{type(error).__name__}: {error}", is_reporter(error)
     return "nothing", False
 
 
@@ -221,9 +222,9 @@ def test_other_commands_refuse_several_processes_and_one_says_so(command: str, m
 
 
 def test_a_process_started_alone_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (number(), index(), is_main(), left_alone()) == (1, 0, True, False)
+    assert (world_size(), local_world_size(), rank(), is_main(), is_single_cpu_launch()) == (1, 1, 0, True, False)
     connect("cpu")
-    assert share([1, 2]) == [1, 2]
+    assert shard([1, 2]) == [1, 2]
     assert all_reduce_sum([0.1]) == [0.1]
     assert on_main(lambda: 3) == main_first(lambda: 3) == 3
     with pytest.raises(StorageError, match="no room in 0"):
@@ -233,11 +234,11 @@ def test_a_process_started_alone_needs_no_others(monkeypatch: pytest.MonkeyPatch
 
 def test_accelerates_flag_that_starts_only_one_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert not left_alone()
+    assert not is_single_cpu_launch()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert left_alone()
+    assert is_single_cpu_launch()
 
 
 if __name__ == "__main__":
     told = _in_one_of_two(Path(sys.argv[1]), Path(sys.argv[2]))
-    (Path(sys.argv[2]) / f"{index()}.json").write_text(json.dumps(told))
+    (Path(sys.argv[2]) / f"{rank()}.json").write_text(json.dumps(told))

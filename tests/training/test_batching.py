@@ -103,12 +103,12 @@ def test_passes_bound_the_padded_tokens_and_hold_every_sample_once() -> None:
     rng = np.random.default_rng(0)
     batch = [_sample(i, "u") for i in range(50)]
     lengths = rng.integers(5, 300, size=50).tolist()
-    parts = micro_batches(batch, lengths=lengths, most=600)
+    parts = micro_batches(batch, lengths=lengths, max_tokens=600)
     tokens = {sample.id: length for sample, length in zip(batch, lengths, strict=True)}
     assert sorted(int(s.id) for part in parts for s in part) == list(range(50))
     assert all(len(part) * max(tokens[s.id] for s in part) <= 600 for part in parts)
-    assert micro_batches(batch, lengths=lengths, most=0) == [batch]
-    assert [len(part) for part in micro_batches(batch[:2], lengths=[900, 800], most=600)] == [1, 1]
+    assert micro_batches(batch, lengths=lengths, max_tokens=0) == [batch]
+    assert [len(part) for part in micro_batches(batch[:2], lengths=[900, 800], max_tokens=600)] == [1, 1]
 
 
 def test_without_dropout_first_views_are_whole() -> None:

@@ -12,7 +12,7 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError, MissingData
 from personaplug.run import Run, open_models
-from personaplug.training.cost_estimate import Estimate, _count, _planned, estimate
+from personaplug.training.cost_estimate import Estimate, _count, _planned_steps, estimate
 from personaplug.training.recipes import train
 
 SETTINGS = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=2", "seeds=0,1"]
@@ -135,7 +135,7 @@ def test_samples_are_drawn_from_the_whole_split(tmp_path: Path) -> None:
 
 def test_validations_are_bounded_by_the_steps() -> None:
     def planned(*changes: str) -> tuple[int, float]:
-        return _planned(load_config(overrides=[*SETTINGS, *changes]), 1000)
+        return _planned_steps(load_config(overrides=[*SETTINGS, *changes]), 1000)
 
     assert planned() == pytest.approx((450, 0.4 * 9 * 25))  # 225 steps an epoch, every 56, and at the end
     assert planned("eval_steps=100") == pytest.approx((450, 0.4 * 5 * 25))

@@ -362,7 +362,7 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
 ) -> None:
     asked: list[tuple[set[str], set[int], torch.Tensor | None, int]] = []
 
-    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
+    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
         plug = cast(PersonaPlug, objective.module)
         asked.append(({one.owner for one in samples}, {len(one.rows) for one in samples}, plug.cold_start, plug.few))
         return losses[len(asked) - 1]
@@ -479,7 +479,7 @@ def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
 ) -> None:
     sizes: list[set[int]] = []
 
-    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
+    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
         sizes.append({len(one.rows) for one in samples})
         return float(cast(PersonaPlug, objective.module).cold_start is None)  # the control always wins
 

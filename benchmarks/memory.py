@@ -23,6 +23,7 @@ from personaplug.data.task_registry import lamp_task
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.memory import peak_memory
+from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.run import Run, open_models
 from personaplug.training.recipes import train
 
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*")
     given = parser.parse_args()
-    settings = [f"max_steps={given.steps}", "controls=false", *given.settings]
+    settings = [*PACKAGED_MODELS, f"max_steps={given.steps}", "controls=false", *given.settings]
     config = load_config(overrides=settings, base=Config(plug=PAPER))
     with tempfile.TemporaryDirectory() as place:
         write_lamp(samples(given.items), place, "train", task=lamp_task("LaMP_3"))

@@ -44,6 +44,7 @@ from personaplug.evaluation.predictions import answer
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.memory import peak_memory, reset_peak_memory
+from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.llm.base import GenerationConfig, pad
 from personaplug.llm.soft_prompt import IGNORED
 from personaplug.plug.model import PersonaPlug
@@ -169,7 +170,7 @@ def main() -> None:
     given = parser.parse_args()
     parts = given.parts.split(",")
     # The paper's plug, whatever the defaults are: what is compared is the ways to train it.
-    config = load_config(overrides=given.settings, base=Config(plug=PAPER))
+    config = load_config(overrides=[*PACKAGED_MODELS, *given.settings], base=Config(plug=PAPER))
     with tempfile.TemporaryDirectory() as place:
         run = Run.create(Path(place) / "run", config=config, task=load_task(given.data))
         models = open_models(config)

@@ -35,11 +35,12 @@ class ModelConfig:
 
     llm: str = _option(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "frozen language model: hub name, local folder, or `toy` (seeded, no download)",
+        "frozen language model: hub name, local folder, `package:NAME` = an installed Python package that carries one, "
+        "or `toy` (seeded, no download)",
     )
     encoder: str = _option(
         "sentence-transformers/all-MiniLM-L6-v2",
-        "frozen behaviour encoder: hub name, local folder, or `hash` (no download)",
+        "frozen behaviour encoder: hub name, local folder, `package:NAME`, or `hash` (no download)",
     )
     encoder_engine: str = _option(
         "torch",

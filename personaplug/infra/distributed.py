@@ -53,13 +53,7 @@ def is_single_cpu_launch() -> bool:
 
 
 def connect(device: str) -> None:
-    """Join the process group, unless already joined; on GPUs, each process takes one.
-
-    Args:
-        device: device of the models, cpu or cuda.
-    Raises:
-        ConfigError: if several processes cannot work together on the device.
-    """
+    """Join the process group, unless already joined, with the models on `device`; each process takes its own GPU."""
     if world_size() == 1:
         return
     import torch

@@ -26,13 +26,7 @@ _PIECE = 2**20
 
 
 def converted_gguf(gguf: Path) -> Path:
-    """Return the folder with the safetensors of a GGUF file; convert it on the first call.
-
-    Raises:
-        MissingExtra: if the `gguf` package is not installed.
-        MissingModel: if the file cannot be read.
-        StorageError: if the cache folder cannot be written.
-    """
+    """Return the folder with the safetensors of a GGUF file; convert it on the first call."""
     target = _cache_folder() / f"{gguf.stem}-{_file_fingerprint(gguf)}"
     if target.is_dir():
         return target

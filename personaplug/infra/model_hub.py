@@ -63,8 +63,6 @@ def find_model(name: str) -> Path:
             hub name (`owner/model`). GGUF files are converted once.
     Raises:
         MissingModel: if the name leads to no model; the message lists what was tried.
-        MissingExtra: if the model is a GGUF file and the `gguf` package is not installed.
-        StorageError: if a converted model cannot be written to the cache folder.
     """
     if name.startswith(PACKAGE_PREFIX):
         return _from_package(name)
@@ -100,11 +98,7 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def read_embeddings(folder: Path) -> torch.Tensor:
-    """Read a model's input embeddings, (V, D), from its safetensors files, and no other weight.
-
-    Raises:
-        MissingModel: if no file holds them under their name.
-    """
+    """Read a model's input embeddings, (V, D), from its safetensors files, and no other weight."""
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 

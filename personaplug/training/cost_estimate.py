@@ -9,17 +9,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from personaplug.config import Config
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader
-from personaplug.encoders.embedding_store import content_key
+from personaplug.encoders.embedding_store import EmbeddingStore, content_key
 from personaplug.errors import MissingData
 from personaplug.infra.memory import peak_memory
 from personaplug.llm.prompt_cache import CachePlan
-from personaplug.plug.model import PersonaPlug
 from personaplug.run import Models, Run, drawn, encoded, resolved
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.recipes import build_plug, closed_answers
@@ -67,19 +65,20 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
     with tempfile.TemporaryDirectory() as temporary:
         config = resolved(config, reader.task)
         run = Run(Path(temporary), config, reader.task, Path(temporary) / "vectors")
-        plug = build_plug(run, models, seed=0)
+        table = run.open_vectors(models.encoder)
+        objective = PlugObjective(build_plug(run, models, seed=0), models.llm, table=table, labels=closed_answers(run))
         data = _count(reader, config)
-        if not data.has_several_users:
+        if data.users < 2:
             raise MissingData("An estimate times real steps and needs samples of two users or more in the split.")
         encode_seconds = _time_encoding(data.drawn, models) * data.vectors
         plan, prompt_seconds = _time_prompts(run, data, models)
-        step_seconds = _time_steps(run, data, plug, models)
+        step_seconds = _time_steps(run, data, objective, table)
     step_seconds += config.training.batch_size * prompt_seconds * (1 - plan.share)
     steps, validation_steps = _planned_steps(config, data.samples)
     trainings = len(config.training.seeds) * (2 if config.training.controls else 1)
-    plug_bytes = sum(p.numel() * p.element_size() for p in plug.parameters()) * (trainings + 5)
+    all_steps = trainings * (steps + validation_steps)
+    plug_bytes = sum(p.numel() * p.element_size() for p in objective.module.parameters()) * (trainings + 5)
     vector_bytes = data.vectors * (2 * models.encoder.width + _INDEX_BYTES)
-    cache_seconds = prompt_seconds * data.samples * plan.share
     return Estimate(
         samples=data.samples,
         items=data.items,
@@ -88,7 +87,7 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
         memory_bytes=peak_memory() + (plan.bytes if plan.place == "memory" else 0),
         encode_seconds=encode_seconds,
         step_seconds=step_seconds,
-        train_seconds=trainings * (steps + validation_steps) * step_seconds + cache_seconds,
+        train_seconds=all_steps * step_seconds + prompt_seconds * data.samples * plan.share,
         trainings=trainings,
         steps=steps,
         prompts=plan.reason,
@@ -100,7 +99,7 @@ class _TrainData:
     samples: int
     items: int
     vectors: int
-    has_several_users: bool
+    users: int
     drawn: list[Sample]  # at random
     longest: list[Sample]  # those with the longest prompts
 
@@ -112,7 +111,7 @@ def _count(reader: Reader, config: Config) -> _TrainData:
     number = items = 0
     keys, owners = set[bytes](), set[str]()
     reservoir: list[Sample] = []
-    longest: list[tuple[int, int, Sample]] = []
+    longest: list[Sample] = []
     for number, sample in enumerate(drawn(reader, limit=config.training.train_limit, seed=0), 1):
         items += len(sample.history)
         # Eight bytes of a key: a collision among millions of items makes the count one too small.
@@ -124,10 +123,8 @@ def _count(reader: Reader, config: Config) -> _TrainData:
             reservoir.append(sample)
         elif index < len(reservoir):
             reservoir[index] = sample
-        heapq.heappush(longest, (len(sample.prompt), number, sample))
-        if len(longest) > batch_size:
-            heapq.heappop(longest)
-    return _TrainData(number, items, len(keys), len(owners) > 1, reservoir, [sample for *_, sample in longest])
+        longest = heapq.nlargest(batch_size, [*longest, sample], key=lambda sample: len(sample.prompt))
+    return _TrainData(number, items, len(keys), len(owners), reservoir, longest)
 
 
 def _time_prompts(run: Run, data: _TrainData, models: Models) -> tuple[CachePlan, float]:
@@ -156,44 +153,30 @@ def _planned_steps(config: Config, samples: int) -> tuple[int, float]:
 def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
     """Return the seconds per item."""
     texts = [item.text for sample in samples for item in sample.history][:_TIMED_ITEMS]
-    if not texts:
-        return 0.0
     models.encoder.encode(texts)  # the first call may build a faster engine
     started = time.monotonic()
     models.encoder.encode(texts)
-    return (time.monotonic() - started) / len(texts)
+    return (time.monotonic() - started) / max(1, len(texts))
 
 
-def _time_steps(run: Run, data: _TrainData, plug: PersonaPlug, models: Models) -> float:
-    """Return the seconds of a step on drawn samples; then do one step on the longest, for peak memory."""
-    batch_size = min(run.config.training.batch_size, data.samples)
-    stamps = _fit(run, data.drawn, plug, models, steps=_TIMED_STEPS, batch_size=batch_size)
-    _fit(run, data.longest, plug, models, steps=1, batch_size=batch_size)
-    # Without the first step, which also allocates and warms up.
-    seconds = [later - earlier for earlier, later in pairwise(stamps)]
-    return sum(seconds) / len(seconds)
-
-
-def _fit(
-    run: Run, samples: Sequence[Sample], plug: PersonaPlug, models: Models, *, steps: int, batch_size: int
-) -> list[float]:
-    """Train for a few full batches; return the time at the end of each step."""
-    table = run.open_vectors(models.encoder)
-    embedded = encoded(samples, table, plug=run.config.plug, labels=run.task.labels)
-    # Each sample as another user's: validation then holds out just one, and batches stay full.
-    repeated = [embedded[index % len(embedded)] for index in range(steps * batch_size + 1)]
-    repeated = [replace(sample, id=str(index), owner=str(index)) for index, sample in enumerate(repeated)]
-    config = replace(run.config.training, batch_size=batch_size, epochs=1, max_steps=0, train_limit=0, views=0)
-    config = replace(config, validation_share=1e-9, eval_steps=10**6, save_steps=10**6, tensorboard=False)
-    objective = PlugObjective(plug, models.llm, table=table, labels=closed_answers(run))
+def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: EmbeddingStore) -> float:
+    """Return the seconds of a step after the first, which warms up; then do one on the longest, for peak memory."""
+    settings = replace(run.config.training, batch_size=min(run.config.training.batch_size, data.samples))
+    # One epoch of full batches, with a validation of one sample at its end.
+    settings = replace(settings, epochs=1, max_steps=0, train_limit=0, views=0, validation_share=1e-9)
+    settings = replace(settings, eval_steps=10**6, save_steps=10**6, tensorboard=False)
     stamps: list[float] = []
 
     def stamp() -> None:
         stamps.append(time.monotonic())
 
-    folder = run.folder / f"fit-{steps}"
-    fit(objective, samples=repeated, config=config, seed=0, folder=folder, title="timing", on_step=stamp)
-    return stamps
+    for samples, steps in ((data.drawn, _TIMED_STEPS), (data.longest, 1)):
+        embedded = encoded(samples, table, plug=run.config.plug, labels=run.task.labels)
+        # Each sample as another user's: validation then holds out just one.
+        count, folder = steps * settings.batch_size + 1, run.folder / f"fit-{steps}"
+        repeated = [replace(embedded[i % len(embedded)], id=str(i), owner=str(i)) for i in range(count)]
+        fit(objective, samples=repeated, config=settings, seed=0, folder=folder, title="timing", on_step=stamp)
+    return (stamps[_TIMED_STEPS - 1] - stamps[0]) / (_TIMED_STEPS - 1)
 
 
 def _duration(seconds: float) -> str:

@@ -40,21 +40,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitReport:
-    """The result of a training.
-
-    Attributes:
-        steps: optimizer steps done.
-        samples: augmented samples trained on, each epoch counted.
-        best_step, best_loss: the checkpoint that was loaded at the end, and its validation loss per token.
-        seconds: training time over all resumptions.
-        train_samples, validation_samples: sizes of the two splits.
-    """
+    """The result of a training."""
 
     steps: int
-    samples: int
-    best_step: int
-    best_loss: float
-    seconds: float
+    samples: int  # augmented samples trained on, each epoch counted
+    best_step: int  # of the checkpoint loaded at the end
+    best_loss: float  # its validation loss per token
+    seconds: float  # over all resumptions
     train_samples: int
     validation_samples: int
 
@@ -74,7 +66,6 @@ def fit(
     Args:
         samples: the training split, validation users included.
         folder: for states, best weights and `log.jsonl`; resume from a state in it.
-        title: shown with the progress.
         on_step: called after each optimizer step.
     Raises:
         ConfigError: if a sample has no target, users are too few, or several processes cannot work together.
@@ -96,14 +87,8 @@ def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, max_tok
     Args:
         max_tokens: see `max_tokens_per_microbatch`.
     """
-    loss_sum, tokens = 0.0, 0
-    with synchronized():
-        own = shard(samples)
-        for batch in micro_batches(own, lengths=objective.live_lengths(own), max_tokens=max_tokens):
-            loss, count = objective.loss(batch)
-            loss_sum, tokens = loss_sum + float(loss), tokens + int(count)
-    loss_sum, tokens = _sum_over_ranks(loss_sum, tokens)
-    return loss_sum / tokens
+    loss, tokens = _summed_loss(objective, samples, objective.live_lengths, max_tokens=max_tokens)
+    return loss / tokens
 
 
 class _Trainer:
@@ -192,7 +177,8 @@ class _Trainer:
             group["lr"] = group["peak"] * self._lr_factor()
         self.module.train()
         self.optimizer.zero_grad()
-        loss_sum, tokens = self._accumulate_gradients(batch)
+        max_tokens = self.config.max_tokens_per_microbatch
+        loss_sum, tokens = _summed_loss(self.objective, batch, self._lengths_of, max_tokens=max_tokens, backward=True)
         if not math.isfinite(loss_sum):
             raise self._diverged(f"the loss became {loss_sum / tokens}")
         sum_gradients(self.module.parameters())
@@ -204,17 +190,8 @@ class _Trainer:
         self.optimizer.step()
         return loss_sum / tokens, norm
 
-    def _accumulate_gradients(self, batch: Sequence[EncodedSample]) -> tuple[float, int]:
-        """Backpropagate this rank's share of the batch; return loss and tokens of the whole batch."""
-        loss_sum, tokens = 0.0, 0
-        with synchronized():
-            own = shard(batch)
-            lengths = [self.live_lengths[sample.id] for sample in own]
-            for part in micro_batches(own, lengths=lengths, max_tokens=self.config.max_tokens_per_microbatch):
-                loss, count = self.objective.loss(part)
-                loss.backward()  # type: ignore[no-untyped-call]
-                loss_sum, tokens = loss_sum + float(loss.detach()), tokens + int(count)
-        return _sum_over_ranks(loss_sum, tokens)
+    def _lengths_of(self, samples: Sequence[EncodedSample]) -> list[int]:
+        return [self.live_lengths[sample.id] for sample in samples]
 
     def _diverged(self, reason: str) -> TrainingDiverged:
         return mark_shared(
@@ -299,9 +276,25 @@ class _Trainer:
         self.state.seconds += time.monotonic() - started
 
 
-def _sum_over_ranks(loss: float, tokens: int) -> tuple[float, int]:
-    loss, count = all_reduce_sum([loss, tokens])
-    return loss, int(count)
+def _summed_loss(
+    objective: Objective,
+    samples: Sequence[EncodedSample],
+    lengths_of: Callable[[Sequence[EncodedSample]], list[int]],
+    *,
+    max_tokens: int,
+    backward: bool = False,
+) -> tuple[float, int]:
+    """Return loss and tokens over all micro-batches and ranks; with `backward`, accumulate this rank's gradients."""
+    loss_sum, tokens = 0.0, 0
+    with synchronized():
+        own = shard(samples)
+        for batch in micro_batches(own, lengths=lengths_of(own), max_tokens=max_tokens):
+            loss, count = objective.loss(batch)
+            if backward:
+                torch.autograd.backward(loss)
+            loss_sum, tokens = loss_sum + float(loss.detach()), tokens + int(count)
+    loss_sum, total = all_reduce_sum([loss_sum, tokens])
+    return loss_sum, int(total)
 
 
 def _check_targets(samples: Sequence[EncodedSample]) -> None:

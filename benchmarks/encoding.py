@@ -31,8 +31,8 @@ from personaplug.data import load_task, open_dataset
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.base import Vectors
 from personaplug.infra.atomic_io import write_json
-from personaplug.infra.model_hub import find_model
-from personaplug.run import machine, versions
+from personaplug.infra.environment import machine_info, package_versions
+from personaplug.infra.model_hub import PACKAGED_MODELS, find_model
 
 GOAL = 1.5
 _WARM_UP = 600  # enough for what is made at the first large call
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*", help="of the config, for instance encoder_engine=torch")
     given = parser.parse_args()
-    config = load_config(overrides=["encoder_engine=auto", *given.settings])
+    config = load_config(overrides=[*PACKAGED_MODELS, "encoder_engine=auto", *given.settings])
     texts = list(islice(_items(given.data), given.texts))
     if len(texts) < given.texts:
         print(f"the data has {len(texts):,} items, fewer than the {given.texts:,} asked for")
@@ -107,8 +107,8 @@ def _measure(config: Config, texts: Sequence[str], *, once: int, size: int) -> d
         "mean_characters": sum(map(len, texts)) / len(texts),
         "start_seconds": start_seconds,
         "rounds": {name: _summary(slices) for name, slices in rounds.items()},
-        "versions": versions(("personaplug", "torch", "transformers", "sentence-transformers", "openvino")),
-        "machine": machine(),
+        "versions": package_versions(("personaplug", "torch", "transformers", "sentence-transformers", "openvino")),
+        "machine": machine_info(),
     }
 
 

@@ -21,8 +21,10 @@ from personaplug.data.lamp_writer import write_lamp
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task_registry import lamp_task
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.memory import peak_memory
-from personaplug.run import Run, machine, open_models, versions
+from personaplug.infra.model_hub import PACKAGED_MODELS
+from personaplug.run import Run, open_models
 from personaplug.training.parts import train
 
 PER_USER = 250
@@ -66,7 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("settings", nargs="*")
     given = parser.parse_args()
-    settings = [f"max_steps={given.steps}", "controls=false", *given.settings]
+    settings = [*PACKAGED_MODELS, f"max_steps={given.steps}", "controls=false", *given.settings]
     config = load_config(overrides=settings, base=Config(plug=PAPER))
     with tempfile.TemporaryDirectory() as place:
         write_lamp(samples(given.items), place, "train", task=lamp_task("LaMP_3"))
@@ -84,8 +86,8 @@ def main() -> None:
                 "items": given.items,
                 "steps": given.steps,
                 "peak_memory_bytes": peak,
-                "versions": versions(),
-                "machine": machine(),
+                "versions": package_versions(),
+                "machine": machine_info(),
             },
         )
 

@@ -36,9 +36,10 @@ from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.errors import ConfigError
 from personaplug.evaluation.experiment import Experiment, load_experiment
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.run import machine, resolved, versions
+from personaplug.run import resolved
 
 EXPERIMENT = Path(__file__).parent / "experiments" / "ablations.yaml"
 SAMPLES = 16
@@ -154,7 +155,7 @@ def main() -> None:
         for name, told in found["variants"].items():
             print(f"  {name:20}" + "".join(f"{told[column]:>17,}" for column in COLUMNS), flush=True)
     if given.json:
-        write_json(given.json, {"sets": result, "versions": versions(), "machine": machine()})
+        write_json(given.json, {"sets": result, "versions": package_versions(), "machine": machine_info()})
 
 
 if __name__ == "__main__":

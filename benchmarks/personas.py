@@ -24,11 +24,11 @@ from store import LONG, LONG_USERS, SECRET, TENANT, batch, milliseconds, spent_o
 from personaplug.config import PlugConfig
 from personaplug.encoders import Encoder, HashEncoder
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
-from personaplug.run import machine, versions
 from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.store.history_store import HistoryStore
 
@@ -96,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = {"growth": measure(given.where or f"{folder}/store.db", given.users)}
     if given.json:
-        write_json(given.json, found | {"versions": versions(), "machine": machine()})
+        write_json(given.json, found | {"versions": package_versions(), "machine": machine_info()})
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from personaplug.baselines.retrievers import BM25
 from personaplug.data import open_dataset
 from personaplug.data.records import Sample
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.run import Run, machine, open_models, versions
+from personaplug.run import Run, open_models
 from personaplug.serving.engines.vllm_requests import add_soft_tokens
 from personaplug.serving.setup import ServingConfig, open_service
 
@@ -218,7 +219,9 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     if given.json:
         settings = {name: value for name, value in vars(given).items() if isinstance(value, int)}
-        write_json(given.json, found | {"settings": settings, "versions": versions(), "machine": machine()})
+        write_json(
+            given.json, found | {"settings": settings, "versions": package_versions(), "machine": machine_info()}
+        )
 
 
 if __name__ == "__main__":

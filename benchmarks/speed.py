@@ -40,13 +40,15 @@ from personaplug.data import load_task, open_dataset
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.memory import peak_memory, reset_peak_memory
+from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.llm.base import GenerationConfig, pad
 from personaplug.llm.soft_prompt import IGNORED
 from personaplug.methods.predictions import predict_samples
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.run import Models, Run, machine, open_models, versions
+from personaplug.run import Models, Run, open_models
 from personaplug.training.batching import micro_batches
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import build_plug
@@ -141,7 +143,9 @@ class Way:
         began = time.monotonic()
         self.plug.train()
         self.optimizer.zero_grad()
-        for part in micro_batches(batch, lengths=lengths, most=self.run.config.training.max_tokens_per_microbatch):
+        for part in micro_batches(
+            batch, lengths=lengths, max_tokens=self.run.config.training.max_tokens_per_microbatch
+        ):
             torch.autograd.backward(self.objective.loss(part)[0])
         self.optimizer.step()
         took = time.monotonic() - began
@@ -166,7 +170,7 @@ def main() -> None:
     given = parser.parse_args()
     parts = given.parts.split(",")
     # The paper's plug, whatever the defaults are: what is compared is the ways to train it.
-    config = load_config(overrides=given.settings, base=Config(plug=PAPER))
+    config = load_config(overrides=[*PACKAGED_MODELS, *given.settings], base=Config(plug=PAPER))
     with tempfile.TemporaryDirectory() as place:
         run = Run.create(Path(place) / "run", config=config, task=load_task(given.data))
         models = open_models(config)
@@ -195,8 +199,8 @@ def _about(run: Run, models: Models, samples: Sequence[EncodedSample], *, batch:
         "dtype": models.llm.dtype,
         "batch_size": batch,
         "prompt_tokens_mean": _mean_tokens(models, samples),
-        "versions": versions(),
-        "machine": machine(),
+        "versions": package_versions(),
+        "machine": machine_info(),
     }
     print(
         f"{about['task']}, {about['model']}, {about['dtype']}, {about['prompt_tokens_mean']:.0f} tokens a prompt, "

@@ -24,7 +24,7 @@ from personaplug.encoders import HashEncoder, open_encoder
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.style_features import FEATURES
 from personaplug.infra.atomic_io import write_json
-from personaplug.run import machine, versions
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.store.history_store import EncodedItems, HistoryStore
 from personaplug.store.vector_codec import Precision, packed, unpacked
 
@@ -155,7 +155,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(given.where or f"{folder}/store.db", given.users, encoder=given.encoder)
     if given.json:
-        write_json(given.json, found | {"versions": versions(), "machine": machine()})
+        write_json(given.json, found | {"versions": package_versions(), "machine": machine_info()})
 
 
 if __name__ == "__main__":

@@ -84,12 +84,10 @@ class MissingData(UserError):
 class MissingModel(UserError):
     """A model could not be found in any of the places it may come from."""
 
-    def __init__(self, name: str, *, tried: Iterable[str]) -> None:
+    def __init__(self, name: str, *, tried: Iterable[str], hint: str = "") -> None:
         places = "; ".join(tried)
-        super().__init__(
-            f"The model {name!r} was not found. Tried: {places}. Give a local folder that holds it, "
-            f"or run where the hub can be reached."
-        )
+        hint = hint or "Give a local folder that holds it, or run where the hub can be reached."
+        super().__init__(f"The model {name!r} was not found. Tried: {places}. {hint}")
 
 
 class MissingExtra(UserError):

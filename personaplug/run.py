@@ -15,13 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -36,6 +32,7 @@ from personaplug.encoders.encoded_sample import EncodedSample, encode_samples, s
 from personaplug.errors import ConfigError, MissingData, RunConflict
 from personaplug.infra.atomic_io import write_json, write_text
 from personaplug.infra.distributed import connect, is_main, main_first
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.progress import Progress
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.loading import choose_device, open_llm
@@ -248,8 +245,8 @@ class Run:
             "task": asdict(self.task),
             # Inside the run: nothing, so that the run may be moved.
             "vectors": None if self.vectors == self.folder / "vectors" else str(self.vectors),
-            "versions": versions(),
-            "machine": machine(),
+            "versions": package_versions(),
+            "machine": machine_info(),
         }
         write_text(self.folder / "config.yaml", to_yaml(self.config))
         write_json(self.folder / "run.json", about)
@@ -324,42 +321,3 @@ def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[s
     left, right = asdict(one), asdict(other)
     differing = [f"{s}.{key}" for s in sections for key in left[s] if left[s][key] != right[s][key]]
     return [name for name in differing if name not in SPEED_ONLY]
-
-
-def versions(
-    packages: Sequence[str] = (
-        "personaplug",
-        "torch",
-        "transformers",
-        "sentence-transformers",
-        "accelerate",
-        "numpy",
-        "scikit-learn",
-    ),
-) -> dict[str, str]:
-    """Versions of what results depend on."""
-    found = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the run was made on, as far as it explains its time."""
-    import torch
-
-    about: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        about["gpu"] = torch.cuda.get_device_name()
-    return about
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -169,7 +169,7 @@ class TrialFile:
             RecordError: if a line is no trial, or the first line no samples.
         """
         samples, trials = None, {}
-        for number, record in enumerate(self.lines.read(), start=1):
+        for number, record in enumerate(self.lines, start=1):
             try:
                 if samples is None:
                     samples = EvalSamples(**record | {"about": Provenance.from_json(record["about"])})

@@ -110,7 +110,7 @@ class Teacher:
 
     def lessons(self, samples: Sequence[Sample]) -> dict[str, Lesson]:
         """Lessons by sample id, of the samples with an answer and at least two items that fit into a prompt."""
-        known = {lesson.id: lesson for lesson in (Lesson(**values) for values in self.lines.read())}
+        known = {lesson.id: lesson for lesson in (Lesson(**values) for values in self.lines)}
         asked = [sample for sample in samples if len(sample.history) > 1 and sample.target is not None]
         missing = [sample for sample in asked if sample.id not in known]
         with Progress("ropg: what helps", total=len(missing), unit="samples") as bar:

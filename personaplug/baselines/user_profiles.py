@@ -96,7 +96,7 @@ class Profiles:
                 progress.advance(len(part))
 
     def _kept(self) -> dict[str, Profile]:
-        kept = [Profile(**values) for values in self.lines.read()]
+        kept = [Profile(**values) for values in self.lines]
         return {profile.key: profile for profile in kept}
 
     def _key(self, items: Sequence[HistoryItem]) -> str:

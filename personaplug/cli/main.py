@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ from personaplug.cli.options import (
 from personaplug.cli.serving_commands import create_key, erase_user, explain, serve
 from personaplug.config_parsing import load_config
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
-from personaplug.infra.distributed import connect, disconnect, is_main, left_alone, number, synchronized, tells
+from personaplug.infra.distributed import (
+    connect,
+    disconnect,
+    is_main,
+    is_reporter,
+    is_single_cpu_launch,
+    synchronized,
+    world_size,
+)
 
 
 class _Group(click.Group):
@@ -56,7 +65,7 @@ class _Group(click.Group):
 
 
 def _tell(error: Exception, sentence: str) -> None:
-    if not tells(error):
+    if not is_reporter(error):
         # The launcher ends all others as soon as one has ended. The main process must not be ended before it has told
         # this; whoever is still here after a while is the only one that knows.
         time.sleep(10)
@@ -69,23 +78,23 @@ def main(quiet: bool) -> None:
     """Personalize a frozen language model: train a plug that turns a user's history into a few soft tokens."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("personaplug").setLevel(logging.WARNING if quiet else logging.INFO)
-    _settle_among_processes(click.get_current_context().invoked_subcommand)
     # Set here and not on import: a library leaves the environment of its caller alone.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Read when torch loads: threads that wait for each other spin for some microseconds only, then sleep. Spinning on
     # keeps them from other work; going to sleep at once doubles a step of the many small products behind a prompt.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    _settle_among_processes(click.get_current_context().invoked_subcommand)
 
 
 def _settle_among_processes(command: str | None) -> None:
     """Refuse several processes to commands that cannot share their work out; let but one of them speak."""
-    if number() > 1 and command != "train":
+    if world_size() > 1 and command != "train":
         raise ConfigError(
-            f"`personaplug {command}` runs in one process; a launcher has started {number()}. Only `train` can share "
-            f"its work out: run this without the launcher."
+            f"`personaplug {command}` runs in one process; a launcher has started {world_size()}. Only `train` can "
+            f"share its work out: run this without the launcher."
         )
-    if left_alone():
+    if is_single_cpu_launch():
         click.echo(
             "warning: `accelerate launch --cpu` starts one process, whatever --num_processes says, and leaves more of "
             "them to MPI. For N on this machine: accelerate launch --multi_gpu --num_processes N",
@@ -93,9 +102,11 @@ def _settle_among_processes(command: str | None) -> None:
         )
     if not is_main():
         logging.disable()
-        # Other packages' own channels, which are not all loggers.
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        # The hub's client may be loaded already, too late for its environment variable.
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
         warnings.simplefilter("ignore")
+        disable_progress_bars()
 
 
 @main.command()
@@ -389,7 +400,7 @@ def estimate(
     found = estimate_run(config, reader, models=open_models(config))
     tell_read(reader, "train")
     if json_file is not None:
-        write_json(json_file, found.to_dict())
+        write_json(json_file, asdict(found))
     click.echo(found.text())
 
 

@@ -21,6 +21,7 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import reply
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.methods import find_method
 from personaplug.methods.registry import DEFAULT
 from personaplug.plug.personalizer import Personalizer
@@ -30,8 +31,8 @@ from personaplug.training.parts import train
 logger = logging.getLogger(__name__)
 
 USERS = SimulationConfig(users=320, dev_users=100, dev_queries_per_user=2)
-# Some minutes on two cores: fewer passes than by default.
-SETTINGS = ("epochs=2", "validation_limit=64")
+# Some minutes on two cores: small models from packages, which need no network, and fewer passes than by default.
+SETTINGS = (*PACKAGED_MODELS, "epochs=2", "validation_limit=64")
 _SIDE_BY_SIDE = 6
 _TELLING = 8  # items of history from which a user's mean score says something
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import personaplug.encoders.openvino as bulk
 from personaplug.encoders.base import EncoderIdentity, QueryEncoder, Vectors, to_numpy
 from personaplug.errors import ConfigError, MissingExtra, MissingModel
-from personaplug.infra.model_hub import find_model, fingerprint, quiet_unless_terminal, revision_of
+from personaplug.infra.model_hub import find_model, fingerprint, revision_of
+from personaplug.infra.progress import quiet_unless_terminal
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -74,7 +75,7 @@ class SentenceEncoder:
         """Load the model.
 
         Args:
-            name: whatever `weights.find_model` finds.
+            name: whatever `model_hub.find_model` finds.
             device: where it runs.
             dtype: number format of the weights; vectors come out as float32 whatever it is.
             query_prompt: in front of queries; None = the model's own, which may be empty.
@@ -95,7 +96,7 @@ class SentenceEncoder:
         self._uncut: Any = copy.deepcopy(self._model.tokenizer)
         self.identity = EncoderIdentity(
             name=name,
-            revision=revision_of(folder),
+            revision=revision_of(name, folder),
             pooling=_pooling(self._model),
             normalized=True,
             prompt=_own_prompt(self._model, "document") if document_prompt is None else document_prompt,

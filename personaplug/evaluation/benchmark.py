@@ -31,8 +31,9 @@ from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPl
 from personaplug.evaluation.evaluator import Evaluator, settings_of, with_remarks
 from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
 from personaplug.infra.atomic_io import write_json
+from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Method, needed_parts
-from personaplug.run import SPEED_ONLY, Models, Run, machine, open_models, resolved, versions
+from personaplug.run import SPEED_ONLY, Models, Run, open_models, resolved
 from personaplug.training.parts import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
@@ -359,7 +360,7 @@ def _logged(title: str, error: PersonaPlugError) -> str:
 
 def _made_with(models: Models) -> str:
     """Return what a trial's numbers may depend on beside its key, in a line."""
-    facts = {**versions(), "processor": machine()["processor"]}
+    facts = {**package_versions(), "processor": machine_info()["processor"]}
     if models.llm.device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(models.llm.device)
     return ", ".join(f"{name} {value}" for name, value in facts.items())

@@ -12,7 +12,8 @@ from personaplug.config import EvaluationConfig
 from personaplug.data.task import ReadReport
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, samples_fingerprint
-from personaplug.run import Models, Run, machine, versions
+from personaplug.infra.environment import machine_info, package_versions
+from personaplug.run import Models, Run
 
 
 def provenance(
@@ -40,8 +41,8 @@ def provenance(
         model=models.llm.identity.describe(),
         encoder=models.encoder.identity.describe(),
         placement=run.config.plug.placement,
-        versions=versions(),
-        machine=machine(),
+        versions=package_versions(),
+        machine=machine_info(),
         config=asdict(run.config) | {"evaluation": asdict(config)},
         training=_trainings(run),
         users=users,

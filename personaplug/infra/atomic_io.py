@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: under a temporary name first, then renamed."""
+"""Atomic writes of files and folders under a temporary name that is then renamed, and JSON-lines files."""
 
 from __future__ import annotations
 
@@ -14,58 +14,40 @@ from personaplug.errors import StorageError
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name, then give it its own; its folders are made where absent.
+    """Let `write` create a file under a temporary name, then rename it; create missing folders.
+
+    An error leaves no temporary file, and an earlier file of that name unchanged.
 
     Raises:
-        StorageError: if the disk is full or not writable, said by the system or by safetensors; an earlier file of
-            the name stays as it was, and whatever `write` raises, nothing is left of the attempt.
+        StorageError: if the disk is full or not writable.
     """
-    attempt = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _attempt(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(attempt)
-        _sync(attempt)
-        attempt.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            attempt.unlink()
-        if _is_of_storage(error):
-            raise _unwritten(path, error) from error
-        raise
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, its folders made where absent.
-
-    Raises:
-        StorageError: if the disk is full or not writable; an earlier file of the name stays as it was.
-    """
-    # A lone half of a surrogate pair, which JSON may spell and UTF-8 may not, is written as its escape.
+    """Write a text file atomically."""
+    # JSON may spell half of a surrogate pair, which UTF-8 cannot encode: write its escape.
     encoded = text.encode("utf-8", "backslashreplace")
-    atomic_write(path, lambda attempt: attempt.write_bytes(encoded))
+    atomic_write(path, lambda temporary: temporary.write_bytes(encoded))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON for people to read too; numbers that JSON lacks (NaN, infinity) become null.
-
-    Raises:
-        StorageError: if the disk is full or not writable; an earlier file of the name stays as it was.
-    """
+    """Write indented JSON atomically; NaN and infinity become null."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class JsonLines:
-    """A file of JSON values, one a line, that grows; a kill costs at most the line that was being written.
-
-    Args:
-        path: made, with its folders, when the first value is added.
-    """
+    """A growing file of JSON values, one per line; a killed process loses at most the line it was writing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> Iterator[Any]:
-        """Yield the values; nothing without a file. A line that a kill cut off is passed over."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the values; skip lines that a killed process cut off. A missing file holds none."""
         if not self.path.exists():
             return
         for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -73,7 +55,7 @@ class JsonLines:
                 yield json.loads(line)
 
     def append(self, value: Any) -> None:
-        """Add a value; numbers that JSON lacks (NaN, infinity) become null.
+        """Add a value; NaN and infinity become null.
 
         Raises:
             StorageError: if the disk is full or not writable.
@@ -82,65 +64,73 @@ class JsonLines:
         with storage_errors(self.path), self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                # A line that a kill cut off is closed, or it would swallow this one.
+                # End a line that was cut off; else the new value would become part of it.
                 file.write(b"" if file.read(1) == b"\n" else b"\n")
             file.write(line.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `target`, in place of an earlier one, only when the block ends well.
+def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` if the block succeeds.
 
+    Args:
+        replace: replace an existing target; False = keep it and drop the new folder.
     Raises:
-        StorageError: if the disk is full or not writable; nothing is left of the attempt.
+        StorageError: if the disk is full or not writable.
     """
-    attempt = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        shutil.rmtree(attempt, ignore_errors=True)
-        attempt.mkdir(parents=True)
-        yield attempt
-        for path in attempt.iterdir():
+    with _attempt(target) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.iterdir():
             _sync(path)
-        if target.exists():
+        if replace and target.exists():
             shutil.rmtree(target)
-        attempt.rename(target)
-    except BaseException as error:
-        shutil.rmtree(attempt, ignore_errors=True)
-        if _is_of_storage(error):
-            raise _unwritten(target, error) from error
-        raise
+        try:
+            temporary.rename(target)
+        except OSError:
+            if replace or not target.is_dir():
+                raise
+            shutil.rmtree(temporary)
 
 
 @contextmanager
 def storage_errors(target: Path) -> Iterator[None]:
-    """Turn what the system says when it cannot store into a StorageError that names the file.
-
-    Raises:
-        StorageError: if the disk is full or not writable.
-    """
+    """Create the folder of a file, and turn an OSError of the block into a StorageError that names the file."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise _unwritten(target, error) from error
+        raise _storage_error(target, error) from error
 
 
-def _is_of_storage(error: BaseException) -> bool:
-    # safetensors reports a full disk as an error of its own, with the system's words in it.
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+@contextmanager
+def _attempt(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; after an error, remove what it holds."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink()
+        # safetensors reports a full disk as its own error, with the system's words in it.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise _storage_error(target, error) from error
+        raise
 
 
-def _unwritten(target: Path, error: BaseException) -> StorageError:
+def _storage_error(target: Path, error: BaseException) -> StorageError:
     return StorageError(
-        f"{target} could not be written ({error}). Free some space, or mend its permissions, and run the same command "
-        f"again; what was complete before is still there."
+        f"{target} could not be written ({error}). Free some space, or correct its permissions, and run the same "
+        f"command again; completed files are unchanged."
     )
 
 
 def _sync(path: Path) -> None:
-    # Without it a power cut may leave the new name on a file whose content never reached the disk.
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    # Otherwise a power cut may leave the new name on a file whose content never reached the disk.
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _finite(value: Any) -> Any:

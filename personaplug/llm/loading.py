@@ -9,7 +9,8 @@ import torch
 
 from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, MissingModel
-from personaplug.infra.model_hub import find_model, quiet_unless_terminal, revision_of
+from personaplug.infra.model_hub import find_model, revision_of
+from personaplug.infra.progress import quiet_unless_terminal
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.seq2seq_lm import Seq2SeqLM
 from personaplug.llm.tiny import load_tiny_llm
@@ -80,7 +81,7 @@ def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: 
     except (OSError, ValueError) as error:
         raise MissingModel(name, tried=[f"{folder}, where transformers says: {str(error).splitlines()[0]}"]) from error
     kind = Seq2SeqLM if two_halves else CausalLM
-    return kind(model, tokenizer, name=name, revision=revision_of(folder), **settings)
+    return kind(model, tokenizer, name=name, revision=revision_of(name, folder), **settings)
 
 
 def choose_dtype(name: str, *, device: str) -> tuple[torch.dtype, str]:

@@ -153,7 +153,7 @@ def reference_nll(
     lengths = [whole.tokens - prompt.tokens for whole, prompt in measures]
     nll: dict[int, list[float]] = {}
     with Progress(title, total=len(samples), unit="answers") as progress:
-        for part in micro_batches(range(len(samples)), lengths=lengths, most=_MAX_NLL_TOKENS):
+        for part in micro_batches(range(len(samples)), lengths=lengths, max_tokens=_MAX_NLL_TOKENS):
             for start in range(0, len(part), batch_size):
                 indices = part[start : start + batch_size]
                 batch = [samples[index] for index in indices]

@@ -16,7 +16,7 @@ from personaplug.config_parsing import with_values
 from personaplug.encoders import EncoderIdentity
 from personaplug.errors import MissingData
 from personaplug.infra.atomic_io import write_json
-from personaplug.infra.model_hub import HUB_PREFIX, LLMIdentity
+from personaplug.infra.model_hub import LLMIdentity
 
 FORMAT_VERSION = 1
 ABOUT, WEIGHTS, CARD = "plug.json", "plug.safetensors", "README.md"
@@ -82,7 +82,7 @@ def find_plug(name: str | Path, **hub_options: Any) -> Path:
 
 def model_card(config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any], parameters: int) -> ModelCard:
     """Describe what a plug fits, how it was trained and what it does not promise."""
-    name = spec.llm.name.removeprefix(HUB_PREFIX)
+    name = spec.llm.name
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     card: ModelCard = ModelCard.from_template(
         ModelCardData(

@@ -1,6 +1,6 @@
-"""Which samples are trained on together: the held-out users, the order of an epoch, the random sub-histories.
+"""Validation split, batches of an epoch, micro-batches, and augmentation by random sub-histories.
 
-Everything is a function of seeds and counts alone, so that a resumed run sees what an unbroken one would have seen.
+All draws depend on seeds and counts alone, so that a resumed run repeats those of an unbroken one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from personaplug.errors import ConfigError
 
 T = TypeVar("T")
 
-_BUCKET_BATCHES = 50  # batches whose samples are sorted by length together; smaller = more random, more padding
+_BATCHES_PER_BUCKET = 50  # samples are sorted by length within a bucket; smaller = more random, more padding
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ class Augmentation:
     """One appearance of a sample in an epoch.
 
     Attributes:
-        index: which sample.
-        number: 0 = with its whole history, v > 0 = with its v-th random sub-history.
+        index: of the sample.
+        variant: 0 = its whole history, v > 0 = its v-th random sub-history.
     """
 
     index: int
-    number: int
+    variant: int
 
 
 def user_split(
     samples: Sequence[EncodedSample], *, share: float, limit: int, seed: int
 ) -> tuple[list[EncodedSample], list[EncodedSample]]:
-    """Split samples into (train, validation) such that no user is on both sides.
+    """Split samples into (train, validation) with disjoint users.
 
     Args:
-        share: of the users, at least one, to hold out.
-        limit: how many samples of the held-out users are kept at most.
+        share: share of the users in validation, at least one user.
+        limit: maximum number of validation samples.
     Raises:
         ConfigError: if there are fewer than two users.
     """
@@ -51,82 +51,79 @@ def user_split(
             f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}."
         )
     rng = np.random.default_rng([seed, 1])
-    held = held_users(owners, share=share, rng=rng)
-    train = [sample for sample in samples if sample.owner not in held]
-    validation = [sample for sample in samples if sample.owner in held]
-    kept = sorted(rng.permutation(len(validation))[:limit])
-    return train, [validation[i] for i in kept]
+    validation_owners = held_users(owners, share=share, rng=rng)
+    train = [sample for sample in samples if sample.owner not in validation_owners]
+    validation = [sample for sample in samples if sample.owner in validation_owners]
+    indices = sorted(rng.permutation(len(validation))[:limit])
+    return train, [validation[i] for i in indices]
 
 
 def epoch_batches(
     lengths: Sequence[int], *, batch_size: int, views: int, seed: int, epoch: int
 ) -> list[list[Augmentation]]:
-    """The batches of one epoch: random order, samples of like length together, sizes equal up to one.
+    """Return an epoch's batches in random order; each holds samples of similar length, and sizes differ by at most one.
 
     Args:
-        lengths: tokens of each sample; what padding would waste.
-        views: sub-histories added per sample, so that an epoch holds each sample 1 + views times.
+        lengths: tokens of each sample.
+        views: sub-histories per sample; an epoch holds each sample 1 + views times.
     """
     rng = np.random.default_rng([seed, 2, epoch])
     order = rng.permutation(len(lengths) * (1 + views))
     count = max(1, math.ceil(len(order) / batch_size))
     batches: list[list[Augmentation]] = []
-    for bucket in np.array_split(order, max(1, round(count / _BUCKET_BATCHES))):
+    for bucket in np.array_split(order, max(1, round(count / _BATCHES_PER_BUCKET))):
         by_length = bucket[np.argsort([lengths[i % len(lengths)] for i in bucket], kind="stable")]
-        for part in np.array_split(by_length, math.ceil(len(bucket) / batch_size)):
-            batches.append([Augmentation(int(i % len(lengths)), int(i // len(lengths))) for i in part])
+        for batch in np.array_split(by_length, math.ceil(len(bucket) / batch_size)):
+            batches.append([Augmentation(int(i % len(lengths)), int(i // len(lengths))) for i in batch])
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], most: int) -> list[list[T]]:
-    """Split a batch into parts whose padded size, rows × longest, is at most `most` tokens; 0 = one part.
+def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], max_tokens: int) -> list[list[T]]:
+    """Split a batch so that the padded size of each part, rows × longest, is at most `max_tokens`; 0 = one part.
 
-    A single sample that is longer still makes a part of its own.
+    A longer single sample is a part by itself.
     """
-    if not most:
+    if not max_tokens:
         return [list(batch)] if batch else []
     parts: list[list[T]] = []
-    room = 0
-    # The longest first, so that it alone decides how many rows fit beside it.
-    for place in sorted(range(len(batch)), key=lambda place: -lengths[place]):
-        if not parts or len(parts[-1]) == room:
+    max_rows = 0
+    # Longest first: the first sample of a part alone decides how many rows fit.
+    for index in sorted(range(len(batch)), key=lambda index: -lengths[index]):
+        if not parts or len(parts[-1]) == max_rows:
             parts.append([])
-            room = max(1, most // max(1, lengths[place]))
-        parts[-1].append(batch[place])
+            max_rows = max(1, max_tokens // max(1, lengths[index]))
+        parts[-1].append(batch[index])
     return parts
 
 
 def augment_history(
     sample: EncodedSample,
-    view: Augmentation,
+    augmentation: Augmentation,
     *,
     seed: int,
     epoch: int,
     drop_history_prob: float = 0.0,
     subsample_history_prob: float = 0.0,
 ) -> EncodedSample:
-    """The sample with what a view shows of its history, in order.
+    """Return the sample with a random part of its history, in order.
 
-    A sub-history (view 1 and up) lacks from one item up to half of them, as in the paper's released code (it is not in
-    the paper).
+    Variants above 0 lack between one item and half of them, as in the paper's released code (not in the paper).
 
     Args:
-        drop_history_prob: share of views that lose the whole history: what a user without one gets is learned from
-            these.
-        subsample_history_prob: share of the first views (0) that keep a random part of it, from one item to all;
-            the others are whole.
+        drop_history_prob: probability of hiding the whole history, which trains the plug for users without one.
+        subsample_history_prob: probability that variant 0 shows a random part, from one item to all.
     """
-    size, place = len(sample.rows), [epoch, view.index, view.number]
-    if drop_history_prob and np.random.default_rng([seed, 7, *place]).random() < drop_history_prob:
+    size, position = len(sample.rows), [epoch, augmentation.index, augmentation.variant]
+    if drop_history_prob and np.random.default_rng([seed, 7, *position]).random() < drop_history_prob:
         return sample.without_items()
     if size < 2:
         return sample
-    if view.number:
-        rng = np.random.default_rng([seed, 3, *place])
+    if augmentation.variant:
+        rng = np.random.default_rng([seed, 3, *position])
         dropped = rng.choice(size, size=int(rng.integers(1, size // 2 + 1)), replace=False)
         return sample.with_items_of(sample, np.delete(np.arange(size), dropped))
-    rng = np.random.default_rng([seed, 8, *place])
+    rng = np.random.default_rng([seed, 8, *position])
     if rng.random() >= subsample_history_prob:
         return sample
-    kept = rng.choice(size, size=int(rng.integers(1, size + 1)), replace=False)
-    return sample.with_items_of(sample, np.sort(kept))
+    shown = rng.choice(size, size=int(rng.integers(1, size + 1)), replace=False)
+    return sample.with_items_of(sample, np.sort(shown))

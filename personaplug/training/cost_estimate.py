@@ -1,4 +1,4 @@
-"""What a run will cost, said beforehand: vectors, disk, memory and hours, from the data and a few timed steps."""
+"""Estimate time, memory and disk of a training, from the data and a few timed steps."""
 
 from __future__ import annotations
 
@@ -8,255 +8,175 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from personaplug.config import Config
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader
 from personaplug.encoders.embedding_store import EmbeddingStore, content_key
-from personaplug.encoders.encoded_sample import EncodedSample, encode_samples
 from personaplug.errors import MissingData
 from personaplug.infra.memory import peak_memory
-from personaplug.plug.model import PersonaPlug
-from personaplug.run import Models, Run, drawn, resolved
+from personaplug.llm.prompt_cache import CachePlan
+from personaplug.run import Models, Run, drawn, encoded, resolved
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import build_plug, closed_labels
 from personaplug.training.trainer import fit
 
-_INDEX_BYTES = 40  # of a row in the table's index, measured
+_INDEX_BYTES = 40  # per row of the embedding store's index, measured
 _TIMED_STEPS = 4
 _TIMED_ITEMS = 256
+_FORWARD_SHARE = 0.4  # of a training step: a validation needs no backward pass
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is to be expected; bytes, seconds and counts.
+    """The expected cost of a run; sizes in bytes, times in seconds."""
 
-    Attributes:
-        samples, items: what is trained on, `train_limit` applied.
-        vectors: different items, each encoded once.
-        disk_bytes: vectors, their index, finished plugs and the states of one unfinished training.
-        memory_bytes: most memory that this process held: the models, training steps on drawn samples and one on the
-            longest prompts, and the count of different items; a run holds its prompts and rows of items in its place.
-            Prompts kept in memory are added.
-        prompts: where prompts ahead of the soft tokens are going to be kept, and why; empty for the placement prefix.
-        encode_seconds: encoding the vectors.
-        step_seconds: one training step.
-        train_seconds: all trainings of the config (controls and seeds included), validations included.
-        trainings: how many those are.
-        steps: of one training.
-    """
-
-    samples: int
+    samples: int  # after `train_limit`
     items: int
-    vectors: int
-    disk_bytes: int
-    memory_bytes: int
+    vectors: int  # distinct items, each encoded once
+    disk_bytes: int  # vectors, finished plugs, states of one unfinished training, prompts cached on disk
+    memory_bytes: int  # peak of this process, which did real steps, and prompts cached in memory
     encode_seconds: float
     step_seconds: float
-    train_seconds: float
-    trainings: int
-    steps: int
-    prompts: str = ""
+    train_seconds: float  # all trainings, validations included
+    trainings: int  # plugs and controls of all seeds
+    steps: int  # of one training
+    prompts: str = ""  # where prompts are cached, and why; empty for placement=prefix
 
     def text(self) -> str:
-        """The estimate for people."""
-        whole = self.encode_seconds + self.train_seconds
-        return "\n".join(
-            [
-                f"samples      {self.samples:,} with {self.items:,} items of history",
-                f"vectors      {self.vectors:,} different items to encode, {_duration(self.encode_seconds)}",
-                f"trainings    {self.trainings} × {self.steps:,} steps of {self.step_seconds:.2f} s, "
-                f"{_duration(self.train_seconds)}",
-                *([f"prompts      {self.prompts}"] if self.prompts else []),
-                f"disk         {_size(self.disk_bytes)}",
-                f"memory       {_size(self.memory_bytes)} at most",
-                f"time         {_duration(whole)} in all",
-            ]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the estimate as lines for people."""
+        steps = f"{self.trainings} × {self.steps:,} steps of {self.step_seconds:.2f} s"
+        lines = {
+            "samples": f"{self.samples:,} with {self.items:,} items of history",
+            "vectors": f"{self.vectors:,} different items to encode, {_duration(self.encode_seconds)}",
+            "trainings": f"{steps}, {_duration(self.train_seconds)}",
+            "prompts": self.prompts,
+            "disk": _size(self.disk_bytes),
+            "memory": f"{_size(self.memory_bytes)} at most",
+            "time": f"{_duration(self.encode_seconds + self.train_seconds)} in all",
+        }
+        return "\n".join(f"{name:<13}{line}" for name, line in lines.items() if line)
 
 
 def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
-    """Count the data, time a few encodings and training steps on it, and extrapolate.
-
-    Raises:
-        MissingData: if the split has samples of one user only.
-        ConfigError: for settings that the task does not allow, as `train` does.
-    """
-    with tempfile.TemporaryDirectory() as place:
+    """Count the data, time a few encodings and training steps on it, and extrapolate."""
+    with tempfile.TemporaryDirectory() as temporary:
         config = resolved(config, reader.task)
-        run = Run(Path(place), config, reader.task, Path(place) / "vectors")
-        plug = build_plug(run, models, seed=0)
-        found = _count(reader, config)
-        if not found.several_users:
+        run = Run(Path(temporary), config, reader.task, Path(temporary) / "vectors")
+        table = run.open_vectors(models.encoder)
+        objective = PlugObjective(build_plug(run, models, seed=0), models.llm, table=table, labels=closed_labels(run))
+        data = _count(reader, config)
+        if data.users < 2:
             raise MissingData("An estimate times real steps and needs samples of two users or more in the split.")
-        per_item = _time_encoding(found.drawn, models)
-        kept = _plan_prompts(run, found, models)
-        per_step = _time_training(run, found, plug, models) + kept.step_seconds
-    steps, validating = _planned(config, found.samples)
+        encode_seconds = _time_encoding(data.drawn, models) * data.vectors
+        plan, prompt_seconds = _time_prompts(run, data, models)
+        step_seconds = _time_steps(run, data, objective, table)
+    step_seconds += config.training.batch_size * prompt_seconds * (1 - plan.share)
+    steps, validation_steps = _planned_steps(config, data.samples)
     trainings = len(config.training.seeds) * (2 if config.training.controls else 1)
-    plug_bytes = sum(p.numel() * p.element_size() for p in plug.parameters())
+    all_steps = trainings * (steps + validation_steps)
+    plug_bytes = sum(p.numel() * p.element_size() for p in objective.module.parameters()) * (trainings + 5)
+    vector_bytes = data.vectors * (2 * models.encoder.width + _INDEX_BYTES)
     return Estimate(
-        samples=found.samples,
-        items=found.items,
-        vectors=found.vectors,
-        disk_bytes=found.vectors * (2 * models.encoder.width + _INDEX_BYTES) + plug_bytes * (trainings + 5) + kept.disk,
-        memory_bytes=peak_memory() + kept.memory,
-        encode_seconds=per_item * found.vectors,
-        step_seconds=per_step,
-        train_seconds=trainings * (steps + validating) * per_step + kept.once_seconds,
+        samples=data.samples,
+        items=data.items,
+        vectors=data.vectors,
+        disk_bytes=vector_bytes + plug_bytes + (plan.bytes if plan.place == "disk" else 0),
+        memory_bytes=peak_memory() + (plan.bytes if plan.place == "memory" else 0),
+        encode_seconds=encode_seconds,
+        step_seconds=step_seconds,
+        train_seconds=all_steps * step_seconds + prompt_seconds * data.samples * plan.share,
         trainings=trainings,
         steps=steps,
-        prompts=kept.reason,
+        prompts=plan.reason,
     )
 
 
 @dataclass(frozen=True)
-class _Counted:
-    """What one pass over the data found: counts, samples drawn at random, and those with the longest prompts."""
-
+class _TrainData:
     samples: int
     items: int
     vectors: int
-    several_users: bool
-    drawn: list[Sample]
-    longest: list[Sample]
+    users: int
+    drawn: list[Sample]  # at random
+    longest: list[Sample]  # those with the longest prompts
 
 
-def _count(reader: Reader, config: Config) -> _Counted:
-    """Read what is trained on once. The set of different items takes about 100 bytes an item; all else stays small."""
-    with_answer = config.plug.encodes_answers
-    wanted = _TIMED_STEPS * config.training.batch_size + 1
+def _count(reader: Reader, config: Config) -> _TrainData:
+    """Read the training data once; only the keys of distinct items, 100 bytes each, grow with it."""
+    batch_size, with_answer = config.training.batch_size, config.plug.encodes_answers
     rng = random.Random(0)
-    count = items = 0
-    different: set[bytes] = set()
-    owners: set[str] = set()
-    some: list[Sample] = []
-    longest: list[tuple[int, int, Sample]] = []
-    for count, sample in enumerate(drawn(reader, limit=config.training.train_limit, seed=0), 1):
+    number = items = 0
+    keys, owners = set[bytes](), set[str]()
+    reservoir: list[Sample] = []
+    longest: list[Sample] = []
+    for number, sample in enumerate(drawn(reader, limit=config.training.train_limit, seed=0), 1):
         items += len(sample.history)
-        # Eight bytes of the key: a collision among millions only makes the estimate one item too small.
-        different.update(content_key(item.encoded(with_answer=with_answer))[:8] for item in sample.history)
-        if len(owners) < 2:
-            owners.add(sample.owner)
-        # A reservoir: after each sample, every one so far is among these with the same chance.
-        place = rng.randrange(count)
-        if len(some) < wanted:
-            some.append(sample)
-        elif place < wanted:
-            some[place] = sample
-        heapq.heappush(longest, (len(sample.prompt), count, sample))
-        if len(longest) > config.training.batch_size:
-            heapq.heappop(longest)
-    return _Counted(count, items, len(different), len(owners) > 1, some, [sample for _, _, sample in longest])
+        # Eight bytes of a key: a collision among millions of items makes the count one too small.
+        keys.update(content_key(item.encoded(with_answer=with_answer))[:8] for item in sample.history)
+        owners.add(sample.owner)
+        # Reservoir sampling: all samples so far are in it with the same probability.
+        index = rng.randrange(number)
+        if len(reservoir) < _TIMED_STEPS * batch_size + 1:
+            reservoir.append(sample)
+        elif index < len(reservoir):
+            reservoir[index] = sample
+        longest = heapq.nlargest(batch_size, [*longest, sample], key=lambda sample: len(sample.prompt))
+    return _TrainData(number, items, len(keys), len(owners), reservoir, longest)
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What reading prompts once will take: bytes, seconds before the first step and in each one."""
-
-    reason: str = ""
-    memory: int = 0
-    disk: int = 0
-    once_seconds: float = 0.0
-    step_seconds: float = 0.0
-
-
-def _plan_prompts(run: Run, found: _Counted, models: Models) -> _Kept:
-    """Where all prompts find room, from the lengths of the drawn ones and the time it takes to read them."""
+def _time_prompts(run: Run, data: _TrainData, models: Models) -> tuple[CachePlan, float]:
+    """Return where prompts are cached, and the seconds for one; 0 if the timed steps include them."""
     if run.config.plug.placement != "suffix":
-        return _Kept()
-    prompts = list(dict.fromkeys(sample.prompt for sample in found.drawn))
-    tokens = sum(one.tokens for one in models.llm.measure(prompts)) / len(prompts)
-    room = models.llm.room_for(int(tokens * found.samples))
-    began = time.monotonic()
+        return CachePlan("nowhere", 0, ""), 0.0
+    prompts = list(dict.fromkeys(sample.prompt for sample in data.drawn))
+    tokens = sum(measure.tokens for measure in models.llm.measure(prompts)) / len(prompts)
+    plan = models.llm.room_for(int(tokens * data.samples))
+    started = time.monotonic()
     models.llm.keep(prompts)
-    each = (time.monotonic() - began) / len(prompts)
-    size = {place: room.bytes if room.place == place else 0 for place in ("memory", "disk")}
-    if room.place == "nowhere":  # the timed steps read their prompts, as those of the training will
-        return _Kept(room.reason)
-    anew = run.config.training.batch_size * each * (1 - room.share)
-    return _Kept(room.reason, **size, once_seconds=each * found.samples * room.share, step_seconds=anew)
+    return plan, 0.0 if plan.place == "nowhere" else (time.monotonic() - started) / len(prompts)
 
 
-def _planned(config: Config, samples: int) -> tuple[int, float]:
-    """Steps of one training, and what its validations cost, in steps."""
+def _planned_steps(config: Config, samples: int) -> tuple[int, float]:
+    """Return the steps of one training, and the cost of its validations in steps."""
     settings = config.training
-    kept = samples * (1 - settings.validation_share)
-    per_epoch = max(1, math.ceil(kept * (1 + settings.views) / settings.batch_size))
+    train_samples = samples * (1 - settings.validation_share)
+    per_epoch = max(1, math.ceil(train_samples * (1 + settings.views) / settings.batch_size))
     steps = min(settings.epochs * per_epoch, settings.max_steps or settings.epochs * per_epoch)
     validations = math.ceil(steps / (settings.eval_steps or max(1, per_epoch // 4)))
-    batches = min(settings.validation_limit, samples - kept) / settings.batch_size
-    # A validation needs the forward pass only: about 2/5 of a step, as nothing is kept for a backward pass.
-    return steps, 0.4 * validations * batches
+    batches = min(settings.validation_limit, samples - train_samples) / settings.batch_size
+    return steps, _FORWARD_SHARE * validations * batches
 
 
 def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
+    """Return the seconds per item."""
     texts = [item.text for sample in samples for item in sample.history][:_TIMED_ITEMS]
-    if not texts:
-        return 0.0
-    models.encoder.encode(texts)  # a faster engine is made on the first call
-    began = time.monotonic()
+    models.encoder.encode(texts)  # the first call may build a faster engine
+    started = time.monotonic()
     models.encoder.encode(texts)
-    return (time.monotonic() - began) / len(texts)
+    return (time.monotonic() - started) / max(1, len(texts))
 
 
-def _time_training(run: Run, found: _Counted, plug: PersonaPlug, models: Models) -> float:
-    """Seconds that a step takes on the drawn samples; then one step on the longest, for the memory it needs."""
-    size = min(run.config.training.batch_size, found.samples)
-    stamps = _fit(run, found.drawn, plug, models, steps=_TIMED_STEPS, batch_size=size)
-    _fit(run, found.longest, plug, models, steps=1, batch_size=size)
-    # The first step also allocates and warms up.
-    steady = [later - earlier for earlier, later in pairwise(stamps)]
-    return sum(steady) / len(steady)
-
-
-def _fit(
-    run: Run, samples: Sequence[Sample], plug: PersonaPlug, models: Models, *, steps: int, batch_size: int
-) -> list[float]:
-    """Train for a few full batches of these samples; the time at the end of each step."""
-    table = run.open_vectors(models.encoder)
-    settings = replace(
-        run.config.training,
-        batch_size=batch_size,
-        epochs=1,
-        max_steps=0,
-        train_limit=0,
-        views=0,
-        validation_share=1e-9,
-        eval_steps=10**6,
-        save_steps=10**6,
-        tensorboard=False,
-    )
+def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: EmbeddingStore) -> float:
+    """Return the seconds of a step after the first, which warms up; then do one on the longest, for peak memory."""
+    settings = replace(run.config.training, batch_size=min(run.config.training.batch_size, data.samples))
+    # One epoch of full batches, with a validation of one sample at its end.
+    settings = replace(settings, epochs=1, max_steps=0, train_limit=0, views=0, validation_share=1e-9)
+    settings = replace(settings, eval_steps=10**6, save_steps=10**6, tensorboard=False)
     stamps: list[float] = []
-    fit(
-        PlugObjective(plug, models.llm, table=table, labels=closed_labels(run)),
-        samples=_of_their_own(_encoded(run, samples, table), count=steps * batch_size + 1),
-        config=settings,
-        seed=0,
-        folder=run.folder / f"fit-{steps}",
-        title="timing",
-        on_step=lambda: stamps.append(time.monotonic()),
-    )
-    return stamps
 
+    def stamp() -> None:
+        stamps.append(time.monotonic())
 
-def _encoded(run: Run, samples: Sequence[Sample], table: EmbeddingStore) -> list[EncodedSample]:
-    plug = run.config.plug
-    forms = plug.reads_forms
-    return encode_samples(samples, table, labels=run.task.labels, with_answer=plug.encodes_answers, with_forms=forms)
-
-
-def _of_their_own(samples: Sequence[EncodedSample], *, count: int) -> list[EncodedSample]:
-    """That many samples, each as if of another user: validation then holds out just one, and batches stay full."""
-    several = [samples[place % len(samples)] for place in range(count)]
-    return [replace(sample, id=str(place), owner=str(place)) for place, sample in enumerate(several)]
+    for samples, steps in ((data.drawn, _TIMED_STEPS), (data.longest, 1)):
+        embedded = encoded(samples, table, plug=run.config.plug, labels=run.task.labels)
+        # Each sample as another user's: validation then holds out just one.
+        count, folder = steps * settings.batch_size + 1, run.folder / f"fit-{steps}"
+        repeated = [replace(embedded[i % len(embedded)], id=str(i), owner=str(i)) for i in range(count)]
+        fit(objective, samples=repeated, config=settings, seed=0, folder=folder, title="timing", on_step=stamp)
+    return (stamps[_TIMED_STEPS - 1] - stamps[0]) / (_TIMED_STEPS - 1)
 
 
 def _duration(seconds: float) -> str:

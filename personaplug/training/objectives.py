@@ -1,6 +1,6 @@
-"""What the training loop minimizes: a module, the loss of a batch, the rates of its parameters.
+"""Training objectives: a module, the loss of a batch, the learning rates of its parameters.
 
-The language model stays frozen in all of them and only passes gradients on.
+The language model stays frozen and only passes gradients on.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 
-_HELD = 16  # tokens whose keys and values take about as much memory as one that a backward pass goes through
+_CACHED_PER_LIVE_TOKEN = 16  # cached tokens that take about the memory of one with a backward pass
 
 
 class Objective(Protocol):
-    """What is trained, and what makes it better.
+    """A module to train, and its loss.
 
     Attributes:
-        unit: what the loss is counted in.
-        reads_histories: whether a sample's history matters to its loss, and may be hidden.
+        unit: what the loss is averaged over, such as "token".
+        reads_histories: False if the loss does not depend on a sample's history.
     """
 
     unit: str
@@ -36,93 +36,81 @@ class Objective(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """Holds what is trained and nothing else."""
-        ...
+        """All trained parameters and no others."""
 
     @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        ...
+    def device(self) -> torch.device: ...
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        """The summed loss of a batch, and how many terms (tokens, say) it sums."""
-        ...
+        """Return the summed loss of a batch, and the number of its terms."""
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Do what is done once for all samples of a training."""
-        ...
+        """Do the work that all steps of a training share, for all its samples."""
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        """How large each sample is, in tokens; what padding would waste."""
-        ...
+        """Return the tokens of each sample; batches hold samples of similar length."""
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        """How many tokens of each a backward pass goes through; what memory is needed for."""
-        ...
+        """Return the tokens of each sample that a backward pass goes through; they decide the memory needed."""
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
-        """Parameters with the peak learning rate of each group."""
-        ...
+        """Return parameters with each group's peak learning rate."""
 
 
 class PlugObjective:
-    """Cross-entropy of the answer behind the plug's soft tokens (PPlug, eq. 6)."""
+    """Cross-entropy of the answer behind the plug's soft tokens (PPlug, eq. 6).
+
+    Args:
+        table: holds the samples' item vectors.
+        labels: the closed set of answers, if they are trained without the end of text; see `LanguageModel.loss`.
+    """
 
     unit = "token"
 
     def __init__(
         self, plug: PersonaPlug, llm: LanguageModel, *, table: EmbeddingStore, labels: Sequence[str] = ()
     ) -> None:
-        """Put a plug in front of a model.
-
-        Args:
-            table: where the samples' items are.
-            labels: the closed set of answers, if they are trained without the end of text; see `LanguageModel.loss`.
-        """
         self.module: nn.Module = plug
         self.device = plug.instruction.device
         self.llm, self.labels = llm, tuple(labels)
         self.personalizer = Personalizer(plug, table=table)
-        self.behind = plug.config.placement == "suffix"
         self.reads_histories = plug.config.reads_history
+        self._is_suffix = plug.config.placement == "suffix"
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Read prompts and frozen queries once, all in an order of their own, so that rounding is that of any start."""
+        """Cache prompts and frozen queries; in a fixed order, so that rounding does not depend on resumptions."""
         self.personalizer.plug.cache_queries(
             [sample.query for sample in samples], options=[sample.options for sample in samples]
         )
-        if self.behind:
+        if self._is_suffix:
             self.llm.keep([sample.prompt for sample in samples])
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        soft = self.personalizer.soft_prompt(samples)
-        losses, tokens = self.llm.loss(
-            [sample.prompt for sample in samples],
-            [sample.target or "" for sample in samples],
-            soft=soft,
-            soft_at=[sample.soft_at for sample in samples],
-            labels=self.labels,
-        )
+        prompts, targets = _texts(samples)
+        soft, soft_at = self.personalizer.soft_prompt(samples), [sample.soft_at for sample in samples]
+        losses, tokens = self.llm.loss(prompts, targets, soft=soft, soft_at=soft_at, labels=self.labels)
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        return _answered_lengths(samples, self.llm)
+        return _token_counts(samples, self.llm)
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        """Behind a prompt, soft tokens and answer; of the prompt only keys and values are held."""
-        whole = self.lengths(samples)
-        if not self.behind or not self.llm.supports_prompt_cache():
-            return whole
+        """Behind a cached prompt: soft tokens and answer, and a share for the prompt's keys and values."""
+        lengths = self.lengths(samples)
+        if not self._is_suffix or not self.llm.supports_prompt_cache():
+            return lengths
         soft = self.personalizer.plug.config.soft_tokens
-        prompts = [found.tokens for found in self.llm.measure([sample.prompt for sample in samples])]
-        both = zip(whole, prompts, strict=True)
-        return [soft + length - prompt + math.ceil(prompt / _HELD) for length, prompt in both]
+        prompts = [measure.tokens for measure in self.llm.measure([sample.prompt for sample in samples])]
+        return [
+            soft + length - prompt + math.ceil(prompt / _CACHED_PER_LIVE_TOKEN)
+            for length, prompt in zip(lengths, prompts, strict=True)
+        ]
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
-        """Tokens, single numbers, the trained copy of the encoder, and the rest, each with its own rate.
+        """Group tokens, single numbers, the trained copy of the encoder, and the rest, each with its own rate.
 
-        What is trained as it stands moves by about its rate in a step, so a token needs a far higher one than the
-        layers of the projector; with one rate for all, the control without history would hardly be trained.
+        A token moves by about its rate in a step, so it needs a far higher one than the projector's layers; with one
+        rate for all, the control without history would hardly be trained.
         """
         rates = {
             "tokens": config.token_learning_rate,
@@ -135,7 +123,11 @@ class PlugObjective:
 
 
 class LoraObjective:
-    """Cross-entropy of the answer with the task's matrices in the model, and no soft tokens."""
+    """Cross-entropy of the answer with the task's LoRA in the model, and no soft tokens.
+
+    Args:
+        labels: as for `PlugObjective`.
+    """
 
     unit = "token"
     reads_histories = False
@@ -143,35 +135,34 @@ class LoraObjective:
     def __init__(
         self, adapters: LoraAdapters, llm: LanguageModel, *, config: AdapterConfig, labels: Sequence[str] = ()
     ) -> None:
-        """Train matrices inside a model.
-
-        Args:
-            labels: as for a plug.
-        """
         self.module = adapters.module(TASK)
         self.device = next(self.module.parameters()).device
-        self.adapters, self.llm, self.rate = adapters, llm, config.lora_learning_rate
-        self.labels = tuple(labels)
+        self.adapters, self.llm, self.labels = adapters, llm, tuple(labels)
+        self._learning_rate = config.lora_learning_rate
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Nothing: the matrices change what the model makes of every prompt."""
+        """Do nothing: no prompt can be cached, since the LoRA changes its states."""
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
+        prompts, targets = _texts(samples)
         with self.adapters.active(TASK):
             losses, tokens = self.llm.loss(prompts, targets, soft=None, labels=self.labels)
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        return _answered_lengths(samples, self.llm)
+        return _token_counts(samples, self.llm)
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return self.lengths(samples)
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
-        return [{"params": list(self.module.parameters()), "peak": self.rate}]
+        return [{"params": list(self.module.parameters()), "peak": self._learning_rate}]
 
 
-def _answered_lengths(samples: Sequence[EncodedSample], llm: LanguageModel) -> list[int]:
-    prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
-    return [found.tokens for found in llm.measure(prompts, targets=targets)]
+def _texts(samples: Sequence[EncodedSample]) -> tuple[list[str], list[str]]:
+    return [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
+
+
+def _token_counts(samples: Sequence[EncodedSample], llm: LanguageModel) -> list[int]:
+    prompts, targets = _texts(samples)
+    return [measure.tokens for measure in llm.measure(prompts, targets=targets)]

@@ -250,7 +250,7 @@ class PlugPart(SoftPromptPart):
             plug,
             control,
             held_out,
-            mean_loss=lambda shown: mean_loss(objective, shown, most=config.max_tokens_per_microbatch),
+            mean_loss=lambda shown: mean_loss(objective, shown, max_tokens=config.max_tokens_per_microbatch),
         )
         return {"loss_of_few_items": losses}
 

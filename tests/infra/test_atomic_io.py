@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic writes and JSON lines."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from personaplug.errors import StorageError
 from personaplug.infra.atomic_io import JsonLines, atomic_folder, atomic_write, write_json, write_text
 
 
-def test_json_survives_with_what_json_lacks_made_null(tmp_path: Path) -> None:
+def test_write_json_turns_nan_and_infinity_into_null(tmp_path: Path) -> None:
     path = tmp_path / "new" / "x.json"
     write_json(path, {"a": float("nan"), "b": [float("inf"), 1.5], "c": ("é", 2)})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": None, "b": [None, 1.5], "c": ["é", 2]}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
-def test_half_a_surrogate_pair_is_kept_as_an_escape(tmp_path: Path) -> None:
+def test_write_json_keeps_half_a_surrogate_pair_as_an_escape(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"text": "a\ud83d"})
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"text": "a\ud83d"}
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_text_on_a_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.txt"
     write_text(path, "old")
 
@@ -40,25 +40,34 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch:
     assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
-def test_a_file_in_place_of_a_folder_is_a_storage_error(tmp_path: Path) -> None:
+def test_write_text_into_a_file_raises_storage_error(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(StorageError, match="could not be written"):
         write_text(tmp_path / "f" / "x.txt", "new")
 
 
-def test_a_folder_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: Path) -> None:
+def test_atomic_folder_replaces_the_old_one_only_if_the_block_succeeds(tmp_path: Path) -> None:
     target = tmp_path / "t"
-    with atomic_folder(target) as place:
-        (place / "a").write_text("1")
-    with pytest.raises(StopIteration), atomic_folder(target) as place:
-        (place / "b").write_text(next(iter("")))
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(StopIteration), atomic_folder(target) as folder:
+        (folder / "b").write_text(next(iter("")))
     assert [p.name for p in target.iterdir()] == ["a"]
     with pytest.raises(StorageError), atomic_folder(target):
         raise OSError(28, "No space left on device")
-    with atomic_folder(target) as place:
-        (place / "c").write_text("3")
+    with atomic_folder(target) as folder:
+        (folder / "c").write_text("3")
     assert [p.name for p in target.iterdir()] == ["c"]
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_atomic_folder_without_replace_keeps_the_existing_folder(tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    for text in ("first", "second"):
+        with atomic_folder(target, replace=False) as folder:
+            (folder / "a").write_text(text)
+    assert (target / "a").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(
@@ -69,15 +78,13 @@ def test_a_folder_replaces_the_old_one_only_when_the_block_ends_well(tmp_path: P
         (KeyError("a mistake of the program"), KeyError),
     ],
 )
-def test_a_file_that_could_not_be_made_leaves_the_old_one_alone(
-    tmp_path: Path, raised: Exception, seen: type[Exception]
-) -> None:
+def test_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path, raised: Exception, seen: type[Exception]) -> None:
     path = tmp_path / "x.bin"
-    atomic_write(path, lambda attempt: attempt.write_text("old"))
+    atomic_write(path, lambda temporary: temporary.write_text("old"))
 
-    def fail(attempt: Path) -> None:
-        assert attempt.parent == tmp_path
-        attempt.write_text("half")
+    def fail(temporary: Path) -> None:
+        assert temporary.parent == tmp_path
+        temporary.write_text("half")
         raise raised
 
     with pytest.raises(seen, match=r"No space left on device|mistake"):
@@ -86,25 +93,25 @@ def test_a_file_that_could_not_be_made_leaves_the_old_one_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    there_at_sync = []
-    monkeypatch.setattr(os, "fsync", lambda _: there_at_sync.append((tmp_path / "x").exists()))
-    atomic_write(tmp_path / "x", lambda attempt: attempt.write_text("new"))
-    assert there_at_sync == [False]
+def test_atomic_write_syncs_before_it_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    existed_at_sync = []
+    monkeypatch.setattr(os, "fsync", lambda _: existed_at_sync.append((tmp_path / "x").exists()))
+    atomic_write(tmp_path / "x", lambda temporary: temporary.write_text("new"))
+    assert existed_at_sync == [False]
     assert (tmp_path / "x").exists()
 
 
-def test_lines_survive_a_kill_and_hold_no_nan(tmp_path: Path) -> None:
+def test_json_lines_survive_a_kill_and_hold_no_nan(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "deep" / "x.jsonl")
-    assert list(lines.read()) == []
+    assert list(lines) == []
     lines.append({"a": float("nan"), "b": "é"})
     lines.append([1, 2])
     whole = lines.path.read_bytes()
-    assert list(lines.read()) == [{"a": None, "b": "é"}, [1, 2]]
+    assert list(lines) == [{"a": None, "b": "é"}, [1, 2]]
     for cut in range(1, len(b"[1,2]\n") + 1):
         lines.path.write_bytes(whole[:-cut])
         lines.append("more")
-        kept = [[1, 2]] if cut == 1 else []  # without its line end alone, the line is whole
-        assert list(lines.read()) == [{"a": None, "b": "é"}, *kept, "more"]
+        values = [[1, 2]] if cut == 1 else []  # without its line end alone, the line is whole
+        assert list(lines) == [{"a": None, "b": "é"}, *values, "more"]
     with pytest.raises(StorageError):
         JsonLines(tmp_path).append(1)

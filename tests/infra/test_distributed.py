@@ -1,4 +1,4 @@
-"""Several processes as one: two real ones train what one trains; what fails in one ends all; only `train` shares."""
+"""Data-parallel runs: two real processes train what one trains; an error in one ends all; only `train` shares."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from personaplug.infra.distributed import (
     all_reduce_sum,
     connect,
     disconnect,
-    index,
     is_main,
-    left_alone,
+    is_reporter,
+    is_single_cpu_launch,
+    local_world_size,
     main_first,
-    number,
     on_main,
-    share,
+    rank,
+    shard,
     sum_gradients,
     synchronized,
-    tells,
+    world_size,
 )
 from personaplug.methods import needed_parts, parse_methods
 from personaplug.run import Run, open_models
@@ -76,15 +77,15 @@ def _started(*words: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _distance(one: Path, other: Path) -> float:
-    """The largest difference between two files of tensors, relative to each tensor's length."""
-    a, b = load_file(one), load_file(other)
-    assert a.keys() == b.keys()
-    pairs = [(value.double(), b[name].double()) for name, value in a.items()]
-    return max(float((other - one).norm() / one.norm().clamp_min(1e-6)) for one, other in pairs)
+def _distance(file: Path, other_file: Path) -> float:
+    """The largest difference between two files of tensors, relative to each tensor's norm."""
+    tensors, others = load_file(file), load_file(other_file)
+    assert tensors.keys() == others.keys()
+    pairs = [(value.double(), others[name].double()) for name, value in tensors.items()]
+    return max(float((b - a).norm() / a.norm().clamp_min(1e-6)) for a, b in pairs)
 
 
-def test_two_processes_one_of_them_killed_train_the_plug_that_one_trains(tmp_path: Path, data: Path) -> None:
+def test_two_processes_resumed_after_a_kill_train_the_plug_of_one(tmp_path: Path, data: Path) -> None:
     _train(tmp_path / "one", data, *ODD)
     words = ("-m", "personaplug", "train", "--data", data, "--out", tmp_path / "two", *ODD)
     folder = tmp_path / "two" / "plug" / "seed-0"
@@ -103,17 +104,17 @@ def test_two_processes_one_of_them_killed_train_the_plug_that_one_trains(tmp_pat
     out, errors = finished.communicate(timeout=120)
     assert finished.returncode == 0, errors
     assert _distance(tmp_path / "one" / f"{FILES[0]}.safetensors", folder / "plug.safetensors") < 1e-4
-    assert len(out.splitlines()) == 1, "only one process speaks"
+    assert len(out.splitlines()) == 1, "only one process prints"
     assert errors.count("36 samples") == errors.count("going on from step") == 1
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, 4 * 14 + 1))
 
 
-def test_what_two_processes_do_together(tmp_path: Path, data: Path) -> None:
+def test_two_processes_share_work_and_errors(tmp_path: Path, data: Path) -> None:
     finished = _started(__file__, data, tmp_path)
     _, errors = finished.communicate(timeout=180)
     assert finished.returncode == 0, errors
-    first, second = (json.loads((tmp_path / f"{place}.json").read_text()) for place in (0, 1))
+    first, second = (json.loads((tmp_path / f"{index}.json").read_text()) for index in (0, 1))
     assert (first["share"], second["share"]) == ([[0, 2, 4], [7]], [[1, 3], []])
     assert first["sum"] == second["sum"] == [1.0, 20.0]
     assert first["gradients"] == second["gradients"] == [[5.0, 5.0], None, [3.0, 3.0]]
@@ -121,7 +122,7 @@ def test_what_two_processes_do_together(tmp_path: Path, data: Path) -> None:
     assert first["given"] == second["given"] == 0
     for kind in ("one fails", "main fails", "diverged", "full"):
         assert first[kind][0] == second[kind][0], kind
-        assert (first[kind][1], second[kind][1]) == (True, False), "one tells what all have"
+        assert (first[kind][1], second[kind][1]) == (True, False), "the main process reports errors of all ranks"
     assert first["one fails"][0] == "StorageError: no room in 1"
     assert "loss became nan in step 2" in first["diverged"][0]
     assert "No space left" in first["full"][0]
@@ -134,57 +135,57 @@ def test_what_two_processes_do_together(tmp_path: Path, data: Path) -> None:
 
 
 def _few(run: Path) -> dict[str, dict[str, float]]:
-    """What held-out users of few items lose with personas and without."""
+    """Losses of held-out users of few items, with personas and without."""
     losses: dict[str, dict[str, float]] = json.loads((run / "plug/seed-0/fit.json").read_text())["loss_of_few_items"]
     return losses
 
 
 def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:
-    """What a process finds that is started beside another one."""
+    """Values and errors that one of two processes sees."""
     connect("cpu")
-    assert number() == 2
-    found: dict[str, Any] = {
-        "share": [share(range(5)), share([7])],
-        "sum": all_reduce_sum([index(), 10]),
+    assert world_size() == 2
+    results: dict[str, Any] = {
+        "share": [shard(range(5)), shard([7])],
+        "sum": all_reduce_sum([rank(), 10]),
         "gradients": _gradients(),
-        "given": on_main(index),
+        "given": on_main(rank),
     }
     main_first(lambda: (out / "first").touch() if is_main() else None)
-    found["files"] = main_first(lambda: [path.name for path in out.glob("first")])
-    found["one fails"] = _error(lambda: _fail(in_main=False))
-    found["main fails"] = _error(lambda: on_main(lambda: _fail(in_main=True)))
+    results["files"] = main_first(lambda: [path.name for path in out.glob("first")])
+    results["one fails"] = _error(lambda: _fail(in_main=False))
+    results["main fails"] = _error(lambda: on_main(lambda: _fail(in_main=True)))
     _train(out / "two", data, *ALONE, rows=ROWS)
-    found["lessons"] = sum(1 for _ in (out / "two/ropg/seed-0/lessons.jsonl").open())
+    results["lessons"] = sum(1 for _ in (out / "two/ropg/seed-0/lessons.jsonl").open())
     # In the second process alone, from the second step on.
-    found["diverged"] = _error(lambda: _train(out / "diverged", data, *ODD, change=_break_loss))
+    results["diverged"] = _error(lambda: _train(out / "diverged", data, *ODD, change=_break_loss))
     vars(checkpoint)["save_file"] = _full
-    found["full"] = _error(lambda: _train(out / "full", data, *ODD))
+    results["full"] = _error(lambda: _train(out / "full", data, *ODD))
     disconnect()
-    return found
+    return results
 
 
 def _gradients() -> list[list[float] | None]:
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     if not is_main():
         parameters[0].grad = torch.full((2,), 5.0)
-    parameters[2].grad = torch.full((2,), 1.0 + index())
+    parameters[2].grad = torch.full((2,), 1.0 + rank())
     sum_gradients(parameters)
     return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
 
 
 def _fail(*, in_main: bool) -> None:
     if in_main:
-        raise StorageError(f"no room in {index()}")
+        raise StorageError(f"no room in {rank()}")
     with synchronized():
         if not is_main():
-            raise StorageError(f"no room in {index()}")
+            raise StorageError(f"no room in {rank()}")
 
 
 def _error(work: Callable[[], object]) -> tuple[str, bool]:
     try:
         work()
     except PersonaPlugError as error:
-        return f"{type(error).__name__}: {error}", tells(error)
+        return f"{type(error).__name__}: {error}", is_reporter(error)
     return "nothing", False
 
 
@@ -203,27 +204,27 @@ def _full(_: Any, path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["evaluate", "bench", "quickstart", "generate", "encode", "estimate"])
-def test_other_commands_refuse_several_processes_and_one_says_so(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ended(_: float) -> None:
+def test_other_commands_refuse_several_processes(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: float) -> None:
         raise SystemExit(143)
 
-    # The launcher ends the second process as soon as the first, which has told the error, has ended.
-    monkeypatch.setattr(time, "sleep", ended)
+    # The launcher ends the second process as soon as the first, which has reported the error, has ended.
+    monkeypatch.setattr(time, "sleep", stop)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = []
-    for place in ("0", "1"):
-        monkeypatch.setenv("RANK", place)
-        done = CliRunner().invoke(main, [command])
-        assert done.exit_code == (2, 143)[int(place)]
-        said.append(done.output)
-    assert f"`personaplug {command}` runs in one process; a launcher has started 2" in said[0]
-    assert said[1] == ""
+    outputs = []
+    for rank_index in ("0", "1"):
+        monkeypatch.setenv("RANK", rank_index)
+        result = CliRunner().invoke(main, [command])
+        assert result.exit_code == (2, 143)[int(rank_index)]
+        outputs.append(result.output)
+    assert f"`personaplug {command}` runs in one process; a launcher has started 2" in outputs[0]
+    assert outputs[1] == ""
 
 
-def test_a_process_started_alone_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (number(), index(), is_main(), left_alone()) == (1, 0, True, False)
+def test_single_process_never_initializes_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (world_size(), local_world_size(), rank(), is_main(), is_single_cpu_launch()) == (1, 1, 0, True, False)
     connect("cpu")
-    assert share([1, 2]) == [1, 2]
+    assert shard([1, 2]) == [1, 2]
     assert all_reduce_sum([0.1]) == [0.1]
     assert on_main(lambda: 3) == main_first(lambda: 3) == 3
     with pytest.raises(StorageError, match="no room in 0"):
@@ -231,13 +232,13 @@ def test_a_process_started_alone_needs_no_others(monkeypatch: pytest.MonkeyPatch
     assert not torch.distributed.is_initialized()
 
 
-def test_accelerates_flag_that_starts_only_one_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_cpu_launch_of_one_process_is_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    assert not left_alone()
+    assert not is_single_cpu_launch()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert left_alone()
+    assert is_single_cpu_launch()
 
 
 if __name__ == "__main__":
-    told = _in_one_of_two(Path(sys.argv[1]), Path(sys.argv[2]))
-    (Path(sys.argv[2]) / f"{index()}.json").write_text(json.dumps(told))
+    results = _in_one_of_two(Path(sys.argv[1]), Path(sys.argv[2]))
+    (Path(sys.argv[2]) / f"{rank()}.json").write_text(json.dumps(results))

@@ -1,4 +1,4 @@
-"""Peaks are counted from the last reset."""
+"""Peak memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from personaplug.infra.memory import peak_memory, reset_peak_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process reset its peak")
-def test_a_peak_is_that_of_the_work_since_the_reset() -> None:
+def test_peak_memory_counts_from_the_last_reset() -> None:
     held = np.ones(40_000_000)  # 320 MB
     assert peak_memory() > held.nbytes
     high = peak_memory()

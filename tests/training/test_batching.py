@@ -1,4 +1,4 @@
-"""Order, held-out users and sub-histories: functions of seeds alone."""
+"""Validation split, batches and sub-histories: functions of seeds alone."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def _sample(name: int, user: str, *, items: int = 10) -> EncodedSample:
 SAMPLES = [_sample(i, f"u{i % 20}") for i in range(100)]
 
 
-def test_no_user_is_on_both_sides() -> None:
-    train, held = user_split(SAMPLES, share=0.2, limit=1000, seed=0)
-    assert {s.owner for s in train}.isdisjoint({s.owner for s in held})
-    assert (len(train), len(held)) == (80, 20)
-    assert user_split(SAMPLES, share=0.2, limit=1000, seed=0) == (train, held)
-    assert user_split(SAMPLES, share=0.2, limit=1000, seed=1)[1] != held
+def test_user_split_puts_no_user_on_both_sides() -> None:
+    train, validation = user_split(SAMPLES, share=0.2, limit=1000, seed=0)
+    assert {s.owner for s in train}.isdisjoint({s.owner for s in validation})
+    assert (len(train), len(validation)) == (80, 20)
+    assert user_split(SAMPLES, share=0.2, limit=1000, seed=0) == (train, validation)
+    assert user_split(SAMPLES, share=0.2, limit=1000, seed=1)[1] != validation
 
 
-def test_the_validation_slice_is_bounded_and_never_empty() -> None:
+def test_user_split_bounds_validation_and_never_leaves_it_empty() -> None:
     assert len(user_split(SAMPLES, share=0.5, limit=7, seed=0)[1]) == 7
     assert len({s.owner for s in user_split(SAMPLES, share=0.001, limit=7, seed=0)[1]}) == 1
     with pytest.raises(ConfigError, match="2 or more, found 1"):
@@ -45,7 +45,7 @@ def test_the_validation_slice_is_bounded_and_never_empty() -> None:
 
 
 @pytest.mark.parametrize(("size", "views"), [(16, 0), (16, 3), (7, 1), (200, 0), (1, 0)])
-def test_an_epoch_holds_every_view_once_in_batches_of_even_size(size: int, views: int) -> None:
+def test_epoch_batches_hold_every_augmentation_once_in_even_sizes(size: int, views: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 90, size=100).tolist()
     batches = epoch_batches(lengths, batch_size=size, views=views, seed=0, epoch=0)
     seen = Counter(view for batch in batches for view in batch)
@@ -56,7 +56,7 @@ def test_an_epoch_holds_every_view_once_in_batches_of_even_size(size: int, views
         assert batches != epoch_batches(lengths, batch_size=size, views=views, seed=0, epoch=1)
 
 
-def test_buckets_waste_less_padding_than_a_random_order() -> None:
+def test_epoch_batches_waste_less_padding_than_a_random_order() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 300, size=2000).tolist()
 
@@ -68,7 +68,7 @@ def test_buckets_waste_less_padding_than_a_random_order() -> None:
     assert padded([[lengths[v.index] for v in batch] for batch in bucketed]) < 1.1 * sum(lengths) < 0.7 * padded(random)
 
 
-def test_a_view_drops_between_one_item_and_half_and_keeps_the_order() -> None:
+def test_variant_drops_between_one_item_and_half_and_keeps_the_order() -> None:
     sample = _sample(0, "u")
     sizes = set()
     for number in range(1, 200):
@@ -79,7 +79,7 @@ def test_a_view_drops_between_one_item_and_half_and_keeps_the_order() -> None:
     assert augment_history(sample, Augmentation(0, 0), seed=0, epoch=0) is sample
 
 
-def test_views_keep_answers_with_their_items_and_repeat_by_seed() -> None:
+def test_variant_keeps_answers_with_their_items_and_repeats_by_seed() -> None:
     sample = _sample(0, "u")
     view = augment_history(sample, Augmentation(0, 3), seed=0, epoch=1)
     assert view.rows.tolist() == view.answers.tolist()
@@ -87,36 +87,36 @@ def test_views_keep_answers_with_their_items_and_repeat_by_seed() -> None:
 
 
 @pytest.mark.parametrize("items", [0, 1])
-def test_the_shortest_histories_stay_whole(items: int) -> None:
+def test_variant_of_the_shortest_histories_is_whole(items: int) -> None:
     sample = _sample(0, "u", items=items)
     assert len(augment_history(sample, Augmentation(0, 1), seed=0, epoch=0).rows) == items
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 23, 40, 72])
-def test_a_batch_is_never_larger_than_asked_for(count: int) -> None:
+def test_epoch_batches_never_exceed_the_batch_size(count: int) -> None:
     batches = epoch_batches([5] * count, batch_size=16, views=0, seed=0, epoch=0)
     assert max(map(len, batches)) <= 16
     assert sum(map(len, batches)) == count
 
 
-def test_passes_bound_the_padded_tokens_and_hold_every_sample_once() -> None:
+def test_micro_batches_bound_padded_tokens_and_hold_every_sample_once() -> None:
     rng = np.random.default_rng(0)
     batch = [_sample(i, "u") for i in range(50)]
     lengths = rng.integers(5, 300, size=50).tolist()
-    parts = micro_batches(batch, lengths=lengths, most=600)
+    parts = micro_batches(batch, lengths=lengths, max_tokens=600)
     tokens = {sample.id: length for sample, length in zip(batch, lengths, strict=True)}
     assert sorted(int(s.id) for part in parts for s in part) == list(range(50))
     assert all(len(part) * max(tokens[s.id] for s in part) <= 600 for part in parts)
-    assert micro_batches(batch, lengths=lengths, most=0) == [batch]
-    assert [len(part) for part in micro_batches(batch[:2], lengths=[900, 800], most=600)] == [1, 1]
+    assert micro_batches(batch, lengths=lengths, max_tokens=0) == [batch]
+    assert [len(part) for part in micro_batches(batch[:2], lengths=[900, 800], max_tokens=600)] == [1, 1]
 
 
-def test_without_dropout_first_views_are_whole() -> None:
+def test_first_variant_without_subsampling_is_whole() -> None:
     for i, sample in enumerate(SAMPLES):
         assert augment_history(sample, Augmentation(i, 0), seed=0, epoch=0, subsample_history_prob=0.0) is sample
 
 
-def test_dropout_shows_first_views_of_any_size_in_order_and_repeats_by_seed() -> None:
+def test_subsampling_shows_any_number_of_items_in_order_and_repeats_by_seed() -> None:
     sample = _sample(0, "u")
 
     def shown(epoch: int, *, seed: int = 0) -> list[int]:
@@ -125,14 +125,14 @@ def test_dropout_shows_first_views_of_any_size_in_order_and_repeats_by_seed() ->
         rows: list[int] = seen.rows.tolist()
         return rows
 
-    found = [shown(epoch) for epoch in range(300)]
-    assert all(rows == sorted(set(rows)) for rows in found)
-    assert {len(rows) for rows in found} == set(range(1, 11))
-    assert {row for rows in found for row in rows} == set(range(10))
-    assert found == [shown(epoch) for epoch in range(300)] != [shown(epoch, seed=1) for epoch in range(300)]
+    epochs = [shown(epoch) for epoch in range(300)]
+    assert all(rows == sorted(set(rows)) for rows in epochs)
+    assert {len(rows) for rows in epochs} == set(range(1, 11))
+    assert {row for rows in epochs for row in rows} == set(range(10))
+    assert epochs == [shown(epoch) for epoch in range(300)] != [shown(epoch, seed=1) for epoch in range(300)]
 
 
-def test_dropout_touches_its_share_of_the_first_views_and_no_other() -> None:
+def test_subsampling_touches_its_share_of_first_variants_and_no_other() -> None:
     def lacking(number: int, **share: float) -> list[list[int]]:
         views = [augment_history(s, Augmentation(i, number), seed=0, epoch=0, **share) for i, s in enumerate(SAMPLES)]
         return [view.rows.tolist() for view in views]
@@ -144,7 +144,7 @@ def test_dropout_touches_its_share_of_the_first_views_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("items", [0, 1])
-def test_dropout_leaves_the_shortest_histories_whole(items: int) -> None:
+def test_subsampling_leaves_the_shortest_histories_whole(items: int) -> None:
     sample = _sample(0, "u", items=items)
     assert all(
         augment_history(sample, Augmentation(0, 0), seed=0, epoch=epoch, subsample_history_prob=1.0) is sample
@@ -152,7 +152,7 @@ def test_dropout_leaves_the_shortest_histories_whole(items: int) -> None:
     )
 
 
-def test_a_share_of_the_views_loses_its_history_by_seed() -> None:
+def test_drop_history_prob_hides_whole_histories_by_seed() -> None:
     def empty(epoch: int) -> list[int]:
         shown = [
             augment_history(SAMPLES[i], Augmentation(i, 0), seed=0, epoch=epoch, drop_history_prob=0.2)

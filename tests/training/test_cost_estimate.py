@@ -1,4 +1,4 @@
-"""What `estimate` says, against what a run then is."""
+"""Estimates, compared with the run that follows."""
 
 from __future__ import annotations
 
@@ -12,64 +12,64 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError, MissingData
 from personaplug.run import Run, open_models
-from personaplug.training.cost_estimate import Estimate, _count, _planned, estimate
+from personaplug.training.cost_estimate import Estimate, _count, _planned_steps, estimate
 from personaplug.training.parts import train
 
 SETTINGS = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=2", "seeds=0,1"]
 
 
-def test_only_what_is_trained_on_is_counted(tmp_path: Path) -> None:
+def test_estimate_counts_only_the_training_data(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=8, queries_per_user=3, dev_users=1), tmp_path)
     reader = open_dataset(tmp_path, "train")
-    found = {}
+    estimates = {}
     for limit in (0, 6):
         config = load_config(overrides=[*SETTINGS, f"train_limit={limit}"])
-        found[limit] = estimate(config, reader, models=open_models(config))
-    assert (found[0].samples, found[6].samples) == (24, 6)
-    assert found[6].vectors < found[0].vectors
-    assert found[6].steps < found[0].steps
+        estimates[limit] = estimate(config, reader, models=open_models(config))
+    assert (estimates[0].samples, estimates[6].samples) == (24, 6)
+    assert estimates[6].vectors < estimates[0].vectors
+    assert estimates[6].steps < estimates[0].steps
 
 
-def test_counts_are_those_of_the_run_that_follows(tmp_path: Path) -> None:
+def test_estimate_counts_match_the_run_that_follows(tmp_path: Path) -> None:
     write_simulation(
         SimulationConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path / "d"
     )
     config = load_config(overrides=SETTINGS)
     models = open_models(config)
     reader = open_dataset(tmp_path / "d", "train", task=load_task(tmp_path / "d"))
-    told = estimate(config, reader, models=models)
+    estimated = estimate(config, reader, models=models)
     run = Run.create(tmp_path / "run", config=config, task=reader.task)
     train(run, reader, models=models)
-    assert told.samples == 30
-    assert told.items == sum(len(sample.history) for sample in reader)
-    assert told.vectors == len(run.open_vectors(models.encoder))
-    assert told.trainings == 4
-    assert len(list(run.folder.glob("*/seed-*/fit.json"))) == told.trainings
+    assert estimated.samples == 30
+    assert estimated.items == sum(len(sample.history) for sample in reader)
+    assert estimated.vectors == len(run.open_vectors(models.encoder))
+    assert estimated.trainings == 4
+    assert len(list(run.folder.glob("*/seed-*/fit.json"))) == estimated.trainings
     table = sum(path.stat().st_size for path in run.vectors.iterdir())
-    assert told.disk_bytes > told.vectors * 64
-    assert table > told.vectors * 64
-    assert told.memory_bytes > 10**8
+    assert estimated.disk_bytes > estimated.vectors * 64
+    assert table > estimated.vectors * 64
+    assert estimated.memory_bytes > 10**8
 
 
-def test_it_says_where_prompts_will_be_kept(tmp_path: Path) -> None:
+def test_estimate_says_where_prompts_are_cached(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
 
-    def told(*changes: str) -> Estimate:
+    def estimated(*changes: str) -> Estimate:
         config = load_config(overrides=[*SETTINGS, *changes])
         return estimate(config, reader, models=open_models(config))
 
-    before, behind = told("placement=prefix"), told()
+    before, behind = estimated("placement=prefix"), estimated()
     assert before.prompts == ""
     assert "prompts      kept in memory: " in behind.text()
-    on_disk = told("prompt_cache=disk")
+    on_disk = estimated("prompt_cache=disk")
     assert "kept on disk" in on_disk.prompts
     assert on_disk.disk_bytes > behind.disk_bytes
-    assert "as asked" in told("prompt_cache=nowhere").prompts
-    assert "read anew" in told("prompt_cache_gigabytes=0.0001").prompts
+    assert "as asked" in estimated("prompt_cache=nowhere").prompts
+    assert "read anew" in estimated("prompt_cache_gigabytes=0.0001").prompts
 
 
-def test_limits_and_views_change_the_steps(tmp_path: Path) -> None:
+def test_estimate_steps_follow_limits_and_views(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=10, queries_per_user=3, dev_users=2, min_items=2, max_items=6), tmp_path)
     config = load_config(overrides=SETTINGS)
     models = open_models(config)
@@ -83,7 +83,7 @@ def test_limits_and_views_change_the_steps(tmp_path: Path) -> None:
     assert steps("train_limit=15") < steps()
 
 
-def test_one_user_is_too_few_to_time(tmp_path: Path) -> None:
+def test_estimate_refuses_data_of_one_user(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=1, queries_per_user=3, dev_users=2), tmp_path)
     config = load_config(overrides=SETTINGS)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
@@ -91,7 +91,7 @@ def test_one_user_is_too_few_to_time(tmp_path: Path) -> None:
         estimate(config, reader, models=open_models(config))
 
 
-def test_what_train_refuses_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
+def test_estimate_refuses_what_train_refuses(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(task="style", users=4, queries_per_user=3, dev_users=2), tmp_path)
     config = load_config(overrides=[*SETTINGS, "answer_channel=label"])
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
@@ -99,7 +99,7 @@ def test_what_train_refuses_is_refused_before_anything_is_timed(tmp_path: Path) 
         estimate(config, reader, models=open_models(config))
 
 
-def test_batches_are_full_and_the_longest_prompts_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timed_batches_are_full_with_the_longest_prompts_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_simulation(SimulationConfig(users=3, queries_per_user=9, dev_users=2, min_items=1, max_items=2), tmp_path)
     config = load_config(overrides=SETTINGS)
     models = open_models(config)
@@ -107,11 +107,11 @@ def test_batches_are_full_and_the_longest_prompts_come_last(tmp_path: Path, monk
     batches: list[list[str]] = []
     real = models.llm.loss
 
-    def seen(prompts: list[str], targets: list[str], **rest: Any) -> Any:
+    def noted(prompts: list[str], targets: list[str], **rest: Any) -> Any:
         batches.append(prompts)
         return real(prompts, targets, **rest)
 
-    monkeypatch.setattr(models.llm, "loss", seen)
+    monkeypatch.setattr(models.llm, "loss", noted)
     estimate(config, reader, models=models)
     *timed, _, _, last, _, _ = batches  # each part ends with its validation, with histories and without
     assert [len(batch) for batch in timed] == [4, 4, 4, 4]
@@ -120,22 +120,22 @@ def test_batches_are_full_and_the_longest_prompts_come_last(tmp_path: Path, monk
     assert len({prompt for batch in timed for prompt in batch}) > 9
 
 
-def test_samples_are_drawn_from_the_whole_split(tmp_path: Path) -> None:
+def test_count_draws_samples_from_the_whole_split(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=40, queries_per_user=3, dev_users=2, min_items=1, max_items=2), tmp_path)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
-    found = _count(reader, load_config(overrides=SETTINGS))
-    everyone = [sample.id for sample in reader]
-    places = sorted(everyone.index(sample.id) for sample in found.drawn)
-    assert len(set(places)) == 17
-    assert places[-1] > 90
-    assert places[0] < 30
+    data = _count(reader, load_config(overrides=SETTINGS))
+    ids = [sample.id for sample in reader]
+    indices = sorted(ids.index(sample.id) for sample in data.drawn)
+    assert len(set(indices)) == 17
+    assert indices[-1] > 90
+    assert indices[0] < 30
     lengths = sorted(len(sample.prompt) for sample in reader)
-    assert sorted(len(sample.prompt) for sample in found.longest) == lengths[-4:]
+    assert sorted(len(sample.prompt) for sample in data.longest) == lengths[-4:]
 
 
-def test_validations_are_bounded_by_the_steps() -> None:
+def test_planned_steps_bound_the_validations() -> None:
     def planned(*changes: str) -> tuple[int, float]:
-        return _planned(load_config(overrides=[*SETTINGS, *changes]), 1000)
+        return _planned_steps(load_config(overrides=[*SETTINGS, *changes]), 1000)
 
     assert planned() == pytest.approx((450, 0.4 * 9 * 25))  # 225 steps an epoch, every 56, and at the end
     assert planned("eval_steps=100") == pytest.approx((450, 0.4 * 5 * 25))
@@ -143,7 +143,7 @@ def test_validations_are_bounded_by_the_steps() -> None:
     assert planned("max_steps=3", "eval_steps=1", "validation_limit=8") == pytest.approx((3, 0.4 * 3 * 2))
 
 
-def test_the_text_reads_well() -> None:
+def test_text_formats_counts_sizes_and_times() -> None:
     text = Estimate(1000, 30_000, 20_000, 2 * 10**9, 3 * 10**9, 60.0, 1.5, 9000.0, 2, 3000).text()
     assert "20,000 different items" in text
     assert "2 × 3,000 steps of 1.50 s" in text

@@ -1,4 +1,4 @@
-"""The loop: it learns, changes nothing but the plug, survives kills, and ends clearly when it cannot go on."""
+"""The training loop: what it learns, what it leaves unchanged, resumption and failures."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_trains_the_plug_and_its_control_for_each_seed(tmp_path: Path, data: Path) -> None:
+def test_train_makes_plug_and_control_for_each_seed(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data, "seeds=0,1", "epochs=1")
     for name in ("plug", "instruction-only"):
         assert run.trained(name, seed=0)
@@ -92,7 +92,7 @@ def test_a_run_trains_the_plug_and_its_control_for_each_seed(tmp_path: Path, dat
     assert not list(run.plug_folder("plug", seed=0).glob("state-*"))
 
 
-def test_the_loss_falls_and_the_log_tells_it(tmp_path: Path, data: Path) -> None:
+def test_fit_lowers_the_loss_and_logs_it(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data, "controls=false", "epochs=8")
     lines = [json.loads(line) for line in (run.plug_folder("plug", seed=0) / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -105,7 +105,7 @@ def test_the_loss_falls_and_the_log_tells_it(tmp_path: Path, data: Path) -> None
     assert rates[-1] < 0.1 * max(rates)
 
 
-def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, data: Path) -> None:
+def test_fit_ends_with_the_best_checkpoint(tmp_path: Path, data: Path) -> None:
     report, objective, _ = _fitted(tmp_path, data, "learning_rate=0.3", "epochs=6")
     lines = [json.loads(line) for line in (tmp_path / "fit" / "log.jsonl").read_text().splitlines()]
     validations = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
@@ -114,7 +114,7 @@ def test_the_best_checkpoint_is_what_is_kept(tmp_path: Path, data: Path) -> None
     assert _same(kept, dict(objective.module.state_dict()))
 
 
-def test_checkpoints_are_judged_with_and_without_histories(tmp_path: Path, data: Path) -> None:
+def test_validation_loss_weighs_samples_with_and_without_histories(tmp_path: Path, data: Path) -> None:
     report, objective, samples = _fitted(tmp_path, data, "drop_history_prob=0.25", "max_steps=1")
     _, held = user_split(samples, share=0.1, limit=256, seed=0)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Pat
     assert not torch.equal(plug.instruction, other.instruction)
 
 
-def test_early_stop(tmp_path: Path, data: Path) -> None:
+def test_early_stopping_waits_for_its_patience(tmp_path: Path, data: Path) -> None:
     run = _train(
         tmp_path / "run", data, "controls=false", "learning_rate=1.0", "epochs=50", "early_stopping_patience=2"
     )
@@ -151,7 +151,7 @@ def test_early_stop(tmp_path: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize("plug", [PAPERS, ()], ids=["paper", "default"])
-def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path, plug: tuple[str, ...]) -> None:
+def test_train_changes_nothing_but_the_plug(tmp_path: Path, data: Path, plug: tuple[str, ...]) -> None:
     run, models = _run(tmp_path / "run", data, *plug, "controls=false", "epochs=1")
     assert isinstance(models.llm, CausalLM)
     before = {name: value.clone() for name, value in models.llm.model.state_dict().items()}
@@ -174,7 +174,7 @@ def test_nothing_but_the_plug_changes(tmp_path: Path, data: Path, plug: tuple[st
     ],
     ids=["paper", "head", "default"],
 )
-def test_killed_again_and_again_it_ends_with_the_same_plug(
+def test_training_killed_repeatedly_ends_with_the_same_plug(
     tmp_path: Path, data: Path, settings: tuple[str, ...]
 ) -> None:
     unbroken = _train(tmp_path / "unbroken", data, "controls=false", *settings)
@@ -216,7 +216,7 @@ def test_killed_again_and_again_it_ends_with_the_same_plug(
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_reading_prompts_once_gives_the_plug_of_reading_them_each_time(tmp_path: Path, data: Path) -> None:
+def test_prompt_cache_gives_the_plug_of_training_without_it(tmp_path: Path, data: Path) -> None:
     wanted = ("placement=suffix", "query_encoder=head", "views=1")
     kept = _train(tmp_path / "kept", data, *wanted, "prompt_cache=memory")
     anew = _train(tmp_path / "anew", data, *wanted, "prompt_cache=nowhere")
@@ -227,7 +227,7 @@ def test_reading_prompts_once_gives_the_plug_of_reading_them_each_time(tmp_path:
     _train(tmp_path / "kept", data, *wanted, "prompt_cache=disk", "prompt_cache_gigabytes=0.5")
 
 
-def test_prompts_are_read_once_for_plug_control_and_seeds(
+def test_prompts_are_computed_once_for_plug_control_and_seeds(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[int, ...]] = []
@@ -244,7 +244,7 @@ def test_prompts_are_read_once_for_plug_control_and_seeds(
     assert len(prompts) == len(set(prompts))
 
 
-def test_a_finished_run_is_left_alone_and_another_config_is_refused(tmp_path: Path, data: Path) -> None:
+def test_finished_run_stays_as_it_is_and_refuses_another_config(tmp_path: Path, data: Path) -> None:
     run = _train(tmp_path / "run", data, "controls=false", "epochs=1")
     stamp = (run.plug_folder("plug", seed=0) / "plug.safetensors").stat().st_mtime_ns
     _train(tmp_path / "run", data, "controls=false", "epochs=1")
@@ -267,7 +267,7 @@ def _broken_loss(llm: Any, *, after: int) -> Any:
     return loss
 
 
-def test_a_loss_that_is_no_number_ends_clearly_and_the_last_state_stays(
+def test_nan_loss_raises_training_diverged_and_keeps_the_last_state(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, models = _run(tmp_path / "run", data, "controls=false")
@@ -281,7 +281,7 @@ def test_a_loss_that_is_no_number_ends_clearly_and_the_last_state_stays(
     assert run.trained("plug", seed=0)
 
 
-def test_a_full_disk_ends_clearly_and_the_last_state_stays(
+def test_full_disk_raises_storage_error_and_keeps_the_last_state(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from personaplug.training import checkpointing as checkpoint
@@ -304,7 +304,7 @@ def test_a_full_disk_ends_clearly_and_the_last_state_stays(
     assert not [name for name in left if name.endswith(".tmp")]
 
 
-def test_samples_without_answers_cannot_be_trained_on(tmp_path: Path, data: Path) -> None:
+def test_fit_refuses_samples_without_answers(tmp_path: Path, data: Path) -> None:
     run, models = _run(tmp_path / "run", data)
     table = run.open_vectors(models.encoder)
     samples = run.read_samples(open_dataset(data, "train", task=run.task), table)
@@ -319,13 +319,13 @@ def test_samples_without_answers_cannot_be_trained_on(tmp_path: Path, data: Path
         )
 
 
-def test_tensorboard_events_are_written_on_demand(tmp_path: Path, data: Path) -> None:
+def test_tensorboard_setting_writes_events(tmp_path: Path, data: Path) -> None:
     pytest.importorskip("tensorboard")
     run = _train(tmp_path / "run", data, "controls=false", "epochs=1", "tensorboard=true")
     assert list((run.plug_folder("plug", seed=0) / "tensorboard").glob("events*"))
 
 
-def test_a_step_in_several_passes_is_the_same_step(tmp_path: Path, data: Path) -> None:
+def test_step_of_several_micro_batches_equals_one_pass(tmp_path: Path, data: Path) -> None:
     # In front of the text, so that a batch does not fit one pass.
     whole = _train(tmp_path / "whole", data, *PAPERS, "controls=false", "max_tokens_per_microbatch=0", "max_steps=3")
     parts = _train(tmp_path / "parts", data, *PAPERS, "controls=false", "max_tokens_per_microbatch=300", "max_steps=3")
@@ -333,7 +333,7 @@ def test_a_step_in_several_passes_is_the_same_step(tmp_path: Path, data: Path) -
         torch.testing.assert_close(_weights(parts)[name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_users_without_history_are_learned_for_where_the_data_has_none(tmp_path: Path) -> None:
+def test_drop_history_prob_trains_the_population_persona(tmp_path: Path) -> None:
     write_simulation(
         SimulationConfig(users=12, queries_per_user=3, dev_users=2, min_items=4, max_items=6), tmp_path / "d"
     )
@@ -361,7 +361,7 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
 ) -> None:
     asked: list[tuple[set[str], set[int], torch.Tensor | None, int]] = []
 
-    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
+    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
         plug = cast(PersonaPlug, objective.module)
         asked.append(
             (
@@ -405,7 +405,7 @@ def test_the_losses_that_decide_a_cold_start_are_those_of_either(tmp_path: Path,
     assert all(len({*losses.values()}) == 2 for losses in told.values())
 
 
-def test_a_control_that_diverges_does_not_take_the_plug_with_it(
+def test_plug_is_trained_without_a_control_that_diverges(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def diverging(objective: PlugObjective, **how: Any) -> FitReport:
@@ -421,20 +421,20 @@ def test_a_control_that_diverges_does_not_take_the_plug_with_it(
     assert "the plug is trained without it" in caplog.text
 
 
-def test_a_plug_without_control_is_the_same_but_for_its_cold_start(tmp_path: Path, data: Path) -> None:
+def test_plug_without_control_differs_only_in_its_cold_start(tmp_path: Path, data: Path) -> None:
     both, alone = _train(tmp_path / "both", data), _train(tmp_path / "alone", data, "controls=false")
     assert "cold_start" not in _weights(alone)
     for name, value in _weights(alone).items():
         torch.testing.assert_close(_weights(both)[name], value)
 
 
-def test_the_plug_of_a_run_with_a_control_trains_that_first(tmp_path: Path, data: Path) -> None:
+def test_plug_of_a_run_with_control_trains_the_control_first(tmp_path: Path, data: Path) -> None:
     run, models = _run(tmp_path / "run", data, "epochs=1")
     train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     assert run.trained("instruction-only", seed=0)
 
 
-def test_other_data_than_the_run_was_started_on_is_refused(tmp_path: Path, data: Path) -> None:
+def test_run_refuses_other_training_data(tmp_path: Path, data: Path) -> None:
     _train(tmp_path / "run", data, "controls=false", "epochs=1")
     write_simulation(
         SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3, seed=9),
@@ -444,7 +444,7 @@ def test_other_data_than_the_run_was_started_on_is_refused(tmp_path: Path, data:
         _train(tmp_path / "run", tmp_path / "other", "controls=false", "epochs=1")
 
 
-def test_a_run_may_be_moved_and_keeps_vectors_that_are_elsewhere(tmp_path: Path, data: Path) -> None:
+def test_moved_run_finds_its_vectors_and_external_ones(tmp_path: Path, data: Path) -> None:
     run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
     train(run, open_dataset(data, "train", task=run.task), models=models)
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -454,15 +454,13 @@ def test_a_run_may_be_moved_and_keeps_vectors_that_are_elsewhere(tmp_path: Path,
     assert Run.create(tmp_path / "shared", config=config, task=task).vectors == tmp_path / "elsewhere"
 
 
-def test_vectors_encoded_beforehand_into_the_runs_folder_are_welcome(tmp_path: Path, data: Path) -> None:
+def test_run_accepts_vectors_encoded_beforehand(tmp_path: Path, data: Path) -> None:
     (tmp_path / "run" / "vectors").mkdir(parents=True)
     run, _ = _run(tmp_path / "run", data)
     assert run.vectors == tmp_path / "run" / "vectors"
 
 
-def test_a_disk_that_fills_up_at_the_very_end_is_a_storage_error(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_at_the_end_raises_storage_error(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from personaplug.plug import model as plug_module
 
     run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
@@ -485,7 +483,7 @@ def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
 ) -> None:
     sizes: list[set[int]] = []
 
-    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, most: int) -> float:
+    def told(objective: PlugObjective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
         sizes.append({len(one.rows) for one in samples})
         return float(cast(PersonaPlug, objective.module).cold_start.tokens is None)  # the control always wins
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.encoders.embedding_store import Halves, Rows
+from personaplug.encoders.embedding_store import Float16Array, RowIds
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError
 from personaplug.llm.soft_prompt import SoftPrompt
@@ -100,7 +100,7 @@ class RandomVectors:
     def __init__(self, table: Vectors, *, seed: int) -> None:
         self.table, self.seed, self.width = table, seed, table.width
 
-    def gather(self, rows: Rows) -> Halves:
+    def gather(self, rows: RowIds) -> Float16Array:
         """Vectors in place of those of some rows, (n, E)."""
         drawn = np.empty((len(rows), self.width), dtype=np.float32)
         for place, vector in enumerate(self.table.gather(rows)):

@@ -19,7 +19,7 @@ from personaplug.analysis.metrics import ERROR_MATCHED_ESTIMATES, Array, Negativ
 from personaplug.analysis.results import Settings, build_results
 from personaplug.analysis.trials import EvalSamples, Trial, numbered
 from personaplug.baselines.heuristics import Rules, check_rules
-from personaplug.baselines.user_lora import remark
+from personaplug.baselines.user_lora import user_lora_caveat
 from personaplug.config import EvaluationConfig
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader, Task
@@ -116,7 +116,7 @@ def settings_of(task: Task, config: EvaluationConfig) -> Settings:
 def with_remarks(results: dict[str, Any], task: Task) -> dict[str, Any]:
     """Results with notes on those of their rows that mean something else on this task, or with this plug."""
     names = [row["condition"] for row in results["rows"]]
-    said = [remark(task) if any(name.startswith("lora-per-user") for name in names) else None]
+    said = [user_lora_caveat(task) if any(name.startswith("lora-per-user") for name in names) else None]
     if "shuffled" in names:
         said.append("shuffled equals plug here: the plug takes no notice of the items' order.")
     return results | {"notes": [*results.get("notes", []), *(note for note in said if note)]}

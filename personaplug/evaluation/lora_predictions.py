@@ -14,7 +14,7 @@ from datetime import date
 from functools import cached_property
 
 from personaplug.baselines.lora import TASK, USER, LoraAdapters
-from personaplug.baselines.user_lora import Pair, UserLoraStore, fit_user, history_pairs, without_asked
+from personaplug.baselines.user_lora import Pair, UserLoraStore, fit_user, history_pairs, without_evaluated_items
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.evaluation.predictions import Answers, all_or_none
@@ -70,7 +70,7 @@ class LoraPredictor:
     def cost(self) -> Cost | None:
         """Bytes of a user's matrices and seconds of their training, in the mean; None if nobody's are stored."""
         for owner in self.by_owner:
-            self.store.meet(self._key(owner, self._pairs(owner)))
+            self.store.count_stored(self._key(owner, self._pairs(owner)))
         costs = self.store.costs()
         return None if costs is None else Cost(costs.bytes, costs.seconds)
 
@@ -129,7 +129,7 @@ class LoraPredictor:
         samples = self.by_owner[owner]
         some = [sample for sample in samples if sample.history] or samples
         earliest = min(some, key=lambda sample: (_ends(sample), len(sample.history)))
-        items = without_asked(earliest.history, samples)
+        items = without_evaluated_items(earliest.history, samples)
         limit = self.run.config.adapter.user_items
         limit = limit if self.latest < 0 else min(limit, self.latest)
         return items[-limit:] if limit else []

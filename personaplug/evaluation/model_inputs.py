@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from personaplug.baselines.history_prompt import Written
+from personaplug.baselines.history_prompt import HistoryPrompt
 from personaplug.baselines.prompt_builder import PromptBuilder
-from personaplug.baselines.user_profiles import Profile
+from personaplug.baselines.user_profiles import UserProfile
 from personaplug.config import EvaluationConfig, PlugConfig
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader
@@ -37,13 +37,13 @@ class Shown:
     samples: list[EncodedSample]
     lenders: list[int | None]
     measures: list[Measure]
-    written: list[Written] | None = None
+    written: list[HistoryPrompt] | None = None
     cost: Cost | None = None
 
     def items(self) -> list[int]:
         """How many items of a history each sample is shown something of."""
         if self.written is not None:
-            return [one.written for one in self.written]
+            return [one.included for one in self.written]
         return [len(sample.rows) for sample in self.samples]
 
     def cut_rate(self) -> float | None:
@@ -51,7 +51,7 @@ class Shown:
         if self.written is None:
             return None
         offered = sum(one.offered for one in self.written)
-        return sum(one.shortened + one.offered - one.written for one in self.written) / offered if offered else 0.0
+        return sum(one.shortened + one.offered - one.included for one in self.written) / offered if offered else 0.0
 
 
 class Showing:
@@ -127,23 +127,14 @@ class Showing:
         texts = self.texts()
         return items_lent(texts, self._lend(condition, [len(text.history) for text in texts], seed=seed))
 
-    def _written(self, condition: Condition, *, seed: int) -> tuple[list[Written], list[Profile]]:
+    def _written(self, condition: Condition, *, seed: int) -> tuple[list[HistoryPrompt], list[UserProfile]]:
         texts, items = self.texts(), self._items(condition, seed=seed)
-        profiles = self.prompts.profiles.of(items) if condition.profile else []
-        written = [
-            self.prompts.written(
-                text,
-                history,
-                retrieval=condition.retrieval,
-                profile=profiles[place] if profiles else None,
-                seed=seed,
-            )
-            for place, (text, history) in enumerate(zip(texts, items, strict=True))
-        ]
-        return written, profiles
+        profiles = self.prompts.profiles.generate(items) if condition.profile else None
+        prompts = self.prompts.build(texts, items, retrieval=condition.retrieval, profiles=profiles, seed=seed)
+        return prompts, profiles or []
 
 
-def _cost(profiles: Sequence[Profile]) -> Cost | None:
+def _cost(profiles: Sequence[UserProfile]) -> Cost | None:
     if not profiles:
         return None
     sizes = [len(profile.text.encode()) for profile in profiles]

@@ -13,7 +13,7 @@ import torch
 
 from personaplug.data.records import HistoryItem, Options
 from personaplug.encoders import Encoder
-from personaplug.encoders.embedding_store import Halves, Rows
+from personaplug.encoders.embedding_store import Float16Array, RowIds
 from personaplug.encoders.encoded_sample import (
     EncodedHistory,
     EncodedSample,
@@ -35,7 +35,7 @@ class Vectors(Protocol):
 
     width: int
 
-    def gather(self, rows: Rows) -> Halves:
+    def gather(self, rows: RowIds) -> Float16Array:
         """Return the vectors of some rows, (n, E)."""
         ...
 
@@ -140,7 +140,7 @@ class Personalizer:
         soft: SoftPrompt = self.plug([query], history, options=[options], persona_scale=persona_scale)
         return soft
 
-    def selected(self, query: str, vectors: Halves) -> Rows:
+    def selected(self, query: str, vectors: Float16Array) -> RowIds:
         """Places of the items that are used: all, or as many of the nearest to the query as the plug takes.
 
         Args:

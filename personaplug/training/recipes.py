@@ -21,7 +21,7 @@ from torch import nn
 
 from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.baselines.prompt_builder import PromptBuilder
-from personaplug.baselines.ropg import RetrieverObjective, RopgRetriever, Teacher
+from personaplug.baselines.ropg import RopgObjective, RopgRetriever, RopgTeacher
 from personaplug.data.label_set import LabelSet
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader
@@ -254,20 +254,20 @@ class Trainings:
 
     def _retriever(self, trained: Trained, *, seed: int) -> None:
         folder, settings = self.run.plug_folder(trained.name, seed=seed), self.run.config.retrieval
-        teacher = Teacher(
-            folder / "lessons.jsonl",
+        teacher = RopgTeacher(
+            folder / "ranking_targets.jsonl",
             llm=self.models.llm,
-            writer=self.prompts.writer,
+            formatter=self.prompts.formatter,
             retriever=self.prompts.retriever("dense", seed=seed),
             candidates=settings.retriever_candidates,
             seed=seed,
         )
-        lessons = main_first(lambda: teacher.lessons(self._texts(settings.retriever_samples)))
-        samples = [sample for sample in self.plain if sample.id in lessons]
+        targets = main_first(lambda: teacher.targets(self._texts(settings.retriever_samples)))
+        samples = [sample for sample in self.plain if sample.id in targets]
         retriever = RopgRetriever(self.models.encoder.width)
-        objective = RetrieverObjective(
+        objective = RopgObjective(
             retriever,
-            lessons,
+            targets,
             samples=samples,
             encoder=self.models.encoder,
             table=self.table,
@@ -304,7 +304,7 @@ class Trainings:
 
         def with_texts(sample: Sample) -> Sample:
             nonlocal lost
-            shown = self.prompts.retrieved(sample, retrieval, seed=seed)
+            shown = self.prompts.with_retrieved(sample, retrieval, seed=seed)
             lost += bool(sample.history) and shown.prompt == sample.prompt
             return shown
 

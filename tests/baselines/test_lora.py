@@ -24,10 +24,10 @@ from personaplug.baselines.user_lora import (
     Pair,
     UserCosts,
     UserLoraStore,
-    answers_in_history,
     fit_user,
+    has_history_pairs,
     history_pairs,
-    without_asked,
+    without_evaluated_items,
 )
 from personaplug.config import AdapterConfig
 from personaplug.data import LAMP_TASKS
@@ -95,6 +95,10 @@ def stir(adapters: LoraAdapters, name: str, *, size: float = 0.3) -> None:
     adapters.load(
         name, {path: size * torch.randn(v.shape, generator=generator) for path, v in adapters.state(name).items()}
     )
+
+
+def count_parameters(adapters: LoraAdapters) -> int:
+    return sum(value.numel() for value in adapters.state("user").values())
 
 
 @pytest.fixture
@@ -240,9 +244,11 @@ def test_both_sets_are_what_their_sum_would_be(llm: Any, adapters: LoraAdapters)
         together = losses(llm)
     states = [adapters.state("task"), adapters.state("user")]
     adapters.detach()
-    for path in {path.rpartition(".")[0] for path in states[0]}:
+    for path in {path.partition(".lora_")[0] for path in states[0]}:
         for state in states:
-            update = CONFIG.lora_alpha / CONFIG.lora_rank * state[f"{path}.B"] @ state[f"{path}.A"]
+            update = (
+                CONFIG.lora_alpha / CONFIG.lora_rank * state[f"{path}.lora_B.weight"] @ state[f"{path}.lora_A.weight"]
+            )
             llm.model.get_submodule(path).weight.data += update
     torch.testing.assert_close(losses(llm), together, rtol=1e-4, atol=1e-4)
 
@@ -287,19 +293,18 @@ def test_unknown_names_and_detached_matrices_are_refused(llm: Any, adapters: Lor
 def test_states_have_readable_names_and_return_to_the_bit(adapters: LoraAdapters) -> None:
     stir(adapters, "user")
     state = adapters.state("user")
-    assert "model.layers.0.self_attn.q_proj.A" in state
-    assert list(state) == [path for path, _ in adapters.module("user").named_parameters()]
+    assert "model.layers.0.self_attn.q_proj.lora_A.weight" in state
+    assert all(map(torch.equal, state.values(), adapters.module("user").parameters()))
     adapters.reset("user", seed=3)
     assert not same(state, adapters.state("user"))
     adapters.load("user", state)
     assert same(state, adapters.state("user"))
-    assert adapters.count("user") == sum(value.numel() for value in state.values())
 
 
 def test_a_state_is_a_copy(adapters: LoraAdapters) -> None:
     state = adapters.state("task")
-    state["model.layers.0.self_attn.q_proj.A"].zero_()
-    assert adapters.state("task")["model.layers.0.self_attn.q_proj.A"].any()
+    state["model.layers.0.self_attn.q_proj.lora_A.weight"].zero_()
+    assert adapters.state("task")["model.layers.0.self_attn.q_proj.lora_A.weight"].any()
 
 
 def test_resets_are_drawn_by_their_seed_alone(adapters: LoraAdapters) -> None:
@@ -312,7 +317,7 @@ def test_resets_are_drawn_by_their_seed_alone(adapters: LoraAdapters) -> None:
         drawn[seed, disturbance] = adapters.state("user")
     assert same(drawn[1, 5], drawn[1, 6])
     assert not same(drawn[1, 5], drawn[2, 5])
-    assert all(value.any() == path.endswith(".A") for path, value in drawn[1, 5].items())
+    assert all(value.any() == path.endswith(".lora_A.weight") for path, value in drawn[1, 5].items())
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "shape"])
@@ -430,7 +435,7 @@ def test_a_diverging_user_is_said_and_leaves_fresh_matrices(llm: Any, adapters: 
     with pytest.raises(TrainingDiverged, match="lower lora_learning_rate") as caught:
         fit_user(adapters, llm, pairs_of(SECRET), config=CONFIG, seed=0)
     assert SECRET not in str(caught.value)
-    assert all(value.any() == path.endswith(".A") for path, value in adapters.state("user").items())
+    assert all(value.any() == path.endswith(".lora_A.weight") for path, value in adapters.state("user").items())
     assert not losses(llm).isnan().any()  # and nothing stays active
 
 
@@ -487,7 +492,7 @@ def test_every_task_makes_pairs_of_a_history(name: str, llm: Any, adapters: Lora
     prompt, query, one, expected = _CASES[name]
     pairs = history_pairs(LAMP_TASKS[name], prompt, query, [one])
     assert pairs == [expected]
-    assert answers_in_history(LAMP_TASKS[name]) == (name not in ("LaMP_1", "LaMP_7"))
+    assert has_history_pairs(LAMP_TASKS[name]) == (name not in ("LaMP_1", "LaMP_7"))
     assert fit_user(adapters, llm, pairs, config=replace(CONFIG, user_epochs=1), seed=0).steps == 1
 
 
@@ -533,26 +538,28 @@ def asking(query: str, target: str | None = None) -> Sample:
 )  # fmt: skip
 def test_items_that_hold_a_question_are_left_out(query: str, left: bool) -> None:
     kept, other = item("score", text="Another film.", score="2"), item("score", text="The film was good.", score="5")
-    assert without_asked([kept, other], [asking("x"), asking(query)]) == ([kept, other] if left else [kept])
+    assert without_evaluated_items([kept, other], [asking("x"), asking(query)]) == ([kept, other] if left else [kept])
 
 
 def test_one_value_of_an_item_may_be_the_question() -> None:
     paper = item("title", title="On rain", text="It rains.", place="Oslo")
     for query in ("it rains", "IT RAINS. OSLO", "oslo"):
-        assert without_asked([paper], [asking(query)]) == []
-    assert without_asked([paper], [asking("On rain")]) == [paper]  # the answer of an item is not what is asked
+        assert without_evaluated_items([paper], [asking(query)]) == []
+    assert without_evaluated_items([paper], [asking("On rain")]) == [
+        paper
+    ]  # the answer of an item is not what is asked
 
 
 def test_a_tweet_that_is_asked_for_is_left_out_and_an_equal_answer_elsewhere_is_not() -> None:
     tweet, rated = item("text", text="So tired."), item("score", text="5", score="1")
-    assert without_asked([tweet], [asking("I am weary", "so tired")]) == []
-    assert without_asked([tweet], [asking("so tired")]) == []
-    assert without_asked([rated], [asking("I am weary", "5")]) == [rated]
+    assert without_evaluated_items([tweet], [asking("I am weary", "so tired")]) == []
+    assert without_evaluated_items([tweet], [asking("so tired")]) == []
+    assert without_evaluated_items([rated], [asking("I am weary", "5")]) == [rated]
 
 
 def test_texts_without_letters_are_compared_by_their_signs() -> None:
     smile, frown = item("text", text=":) :)"), item("text", text=":(")
-    assert without_asked([smile, frown], [asking(":):)"), asking(" ")]) == [frown]
+    assert without_evaluated_items([smile, frown], [asking(":):)"), asking(" ")]) == [frown]
 
 
 # ---- the store
@@ -575,7 +582,7 @@ def test_the_store_names_no_user_and_says_what_was_spent(adapters: LoraAdapters,
     UserLoraStore(tmp_path).put([SECRET, 1], adapters.state("user"), seconds=1.5, items=6)
     described, weights = sorted(tmp_path.iterdir())
     assert (described.suffix, weights.suffix, described.stem) == (".json", ".safetensors", weights.stem)
-    assert json.loads(described.read_text()) == {"seconds": 1.5, "items": 6, "bytes": 2 * adapters.count("user")}
+    assert json.loads(described.read_text()) == {"seconds": 1.5, "items": 6, "bytes": 2 * count_parameters(adapters)}
     assert not [path for path in tmp_path.iterdir() if SECRET.encode() in path.name.encode() + path.read_bytes()]
 
 
@@ -587,7 +594,7 @@ def test_costs_are_means_over_the_users_met(adapters: LoraAdapters, tmp_path: Pa
     again = UserLoraStore(tmp_path)
     for name in ("ann", "bob", "ann", "dan"):
         again.get([name])
-    assert again.costs() == UserCosts(users=2, seconds=2.0, bytes=2 * adapters.count("user"))
+    assert again.costs() == UserCosts(users=2, seconds=2.0, bytes=2 * count_parameters(adapters))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])

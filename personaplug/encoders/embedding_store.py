@@ -45,7 +45,6 @@ class EmbeddingStore:
     thread of each process has its own connection to the index; a store may be forked and pickled.
 
     Attributes:
-        folder: location of the store.
         encoder: encodes the texts that are missing.
         width: size of a vector (E).
     """
@@ -128,20 +127,17 @@ class EmbeddingStore:
             StorageError: if the disk is full; earlier chunks stay.
         """
         row_ids = [np.zeros(0, dtype=np.int64)]
-        done = 0
-        with contextlib.ExitStack() as stack:
-            is_locked = False
+        done, is_locked = 0, False
+        with contextlib.ExitStack() as lock:
             for part in _chunks(texts, chunk):
                 keys = {text: content_key(text) for text in dict.fromkeys(part)}
                 rows = self._look_up(keys.values())
-                if len(rows) < len(keys):
-                    if not is_locked:
-                        stack.enter_context(_writer_lock(self.folder))
-                        is_locked = True
-                        rows = self._look_up(keys.values())  # another writer may have added some before the lock
-                    rows |= self._append(
-                        {key: text for text, key in keys.items() if key not in rows}, batch_size=batch_size
-                    )
+                if len(rows) < len(keys) and not is_locked:
+                    lock.enter_context(_writer_lock(self.folder))
+                    is_locked = True
+                    rows = self._look_up(keys.values())  # another writer may have added texts before the lock
+                missing = {key: text for text, key in keys.items() if key not in rows}
+                rows |= self._append(missing, batch_size=batch_size)
                 row_ids.append(np.array([rows[keys[text]] for text in part], dtype=np.int64))
                 done += len(part)
                 if progress:
@@ -157,21 +153,15 @@ class EmbeddingStore:
         row_ids = np.asarray(row_ids, dtype=np.int64)
         if row_ids.size == 0:
             return np.zeros((*row_ids.shape, self.width), dtype=np.float16)
-        if int(row_ids.max()) >= len(self._vectors):
-            self._map_vectors()
+        if int(row_ids.max()) >= len(self._vectors) and (rows := len(self)):
+            file = self.folder / "vectors.f16"
+            self._vectors = np.memmap(file, dtype="<f2", mode="r", shape=(rows, self.width))
         if int(row_ids.min()) < 0 or int(row_ids.max()) >= len(self._vectors):
             raise UserError(
                 f"Rows {row_ids.min()} to {row_ids.max()} were requested; the embedding store {self.folder} has "
                 f"rows 0 to {len(self._vectors) - 1}. Use the row ids of the same store."
             )
         return np.asarray(self._vectors)[row_ids]
-
-    def _map_vectors(self) -> None:
-        """Map the rows that are committed at this moment."""
-        rows = len(self)
-        if rows:
-            file = self.folder / "vectors.f16"
-            self._vectors = np.memmap(file, dtype="<f2", mode="r", shape=(rows, self.width))
 
     @contextlib.contextmanager
     def _index(self) -> Iterator[sqlite3.Connection]:
@@ -312,21 +302,20 @@ def _writer_lock(folder: Path, *, wait_s: float = 1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _storage_errors(folder: Path) -> Iterator[None]:
-    advice = "Earlier chunks are complete. Make room or allow writing, then run the same command again."
     try:
         yield
-    except sqlite3.Error as error:
-        name = getattr(error, "sqlite_errorname", "")
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-            raise UserError(f"Another process is writing to the embedding store {folder}. Retry after it.") from error
-        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or not (folder / "index.sqlite").exists():
-            raise UserError(
-                f"The index of the embedding store {folder} is damaged. Delete the folder and encode again."
-            ) from error
-        raise StorageError(
-            f"The index of the embedding store {folder} cannot be read or written ({error}). {advice}"
-        ) from error
-    except OSError as error:
-        raise StorageError(
-            f"The embedding store {folder} cannot be read or written ({error.strerror or error}). {advice}"
-        ) from error
+    except (sqlite3.Error, OSError) as error:
+        raise _described(error, folder) from error
+
+
+def _described(error: sqlite3.Error | OSError, folder: Path) -> UserError | StorageError:
+    name = getattr(error, "sqlite_errorname", "")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return UserError(f"Another process is writing to the embedding store {folder}. Try again after it.")
+    is_index_missing = isinstance(error, sqlite3.Error) and not (folder / "index.sqlite").exists()
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or is_index_missing:
+        return UserError(f"The index of the embedding store {folder} is damaged. Delete the folder and encode again.")
+    return StorageError(
+        f"The embedding store {folder} cannot be read or written ({getattr(error, 'strerror', None) or error}). "
+        f"Earlier chunks are complete. Make room or allow writing, then run the same command again."
+    )

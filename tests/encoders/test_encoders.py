@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from personaplug.encoders import Encoder, EncoderIdentity, HashEncoder, SentenceEncoder, open_encoder
-from personaplug.encoders import openvino as bulk
+from personaplug.encoders import openvino
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.sentence_transformer import _features
 from personaplug.errors import ConfigError, MissingExtra, MissingModel, UserError
@@ -272,13 +272,13 @@ MANY = [*FILMS, *TEXTS, "secret diary " * 300, *FILMS[:4], "secret diary " * 300
 
 def needs_openvino() -> None:
     # pytest.importorskip would import it as it comes, and so report over the network.
-    if not bulk.installed():
+    if not openvino.is_installed():
         pytest.skip("needs: pip install 'personaplug[fast]'")
 
 
 @pytest.fixture
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("personaplug.encoders.sentence_transformer.BULK", len(TEXTS) + 1)
+    monkeypatch.setattr("personaplug.encoders.sentence_transformer.MIN_BULK_TEXTS", len(TEXTS) + 1)
 
 
 @pytest.fixture(scope="module")
@@ -304,12 +304,12 @@ def test_openvino_gives_torchs_vectors_in_order_and_counts_the_same_cuts(
 ) -> None:
     before = minilm.truncated, in_bulk.truncated
     expected, found = minilm.encode(MANY), in_bulk.encode(MANY)
-    assert "_bulk" in vars(in_bulk)
-    assert cosines(expected, found).min() > bulk.CLOSE
+    assert "_compiled" in vars(in_bulk)
+    assert cosines(expected, found).min() > openvino.MIN_COSINE
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert minilm.truncated - before[0] == in_bulk.truncated - before[1] == 3
     assert in_bulk.identity == minilm.identity
-    assert cosines(found, in_bulk.encode(MANY[::-1], batch_size=3)[::-1]).min() > bulk.CLOSE
+    assert cosines(found, in_bulk.encode(MANY[::-1], batch_size=3)[::-1]).min() > openvino.MIN_COSINE
 
 
 @pytest.mark.usefixtures("few_are_many")
@@ -323,11 +323,11 @@ def test_few_texts_and_queries_stay_with_torch(minilm: SentenceEncoder, in_bulk:
 def test_prompt_and_pooling_hold_in_bulk_and_in_another_process(engine: str, tiny: str) -> None:
     needs_openvino()
     expected, encoder = SentenceEncoder(tiny).encode(MANY), SentenceEncoder(tiny, engine=engine)
-    assert cosines(expected, encoder.encode(MANY)).min() > bulk.CLOSE
+    assert cosines(expected, encoder.encode(MANY)).min() > openvino.MIN_COSINE
     other = pickle.loads(pickle.dumps(encoder))
-    assert "_bulk" in vars(encoder)
-    assert "_bulk" not in vars(other)
-    assert cosines(expected, other.encode(MANY)).min() > bulk.CLOSE
+    assert "_compiled" in vars(encoder)
+    assert "_compiled" not in vars(other)
+    assert cosines(expected, other.encode(MANY)).min() > openvino.MIN_COSINE
 
 
 def test_a_text_given_twice_is_encoded_once(minilm: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def test_a_text_given_twice_is_encoded_once(minilm: SentenceEncoder, monkeypatch
 
 @pytest.mark.usefixtures("few_are_many")
 def test_openvino_that_is_not_installed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "installed", lambda: False)
+    monkeypatch.setattr(openvino, "is_installed", lambda: False)
     with pytest.raises(MissingExtra, match=r"personaplug\[fast\]"):
         open_encoder(tiny, engine="openvino")
     assert open_encoder("hash", engine="openvino").width == 256
@@ -373,16 +373,16 @@ def test_what_openvino_cannot_run_falls_back_with_a_reason(
     def refuse(*_: Any) -> Any:
         raise RuntimeError("no such operation\nand much more")
 
-    monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: True)
+    monkeypatch.setattr(openvino, "_has_bfloat16", lambda _: True)
     if trouble == "export":
-        monkeypatch.setattr(bulk, "_exported", refuse)
+        monkeypatch.setattr(openvino, "_export", refuse)
         said = "RuntimeError: no such operation"
     else:
-        monkeypatch.setattr(bulk, "_cosine", lambda *_, **__: 0.5)
+        monkeypatch.setattr(openvino, "_cosine", lambda *_, **__: 0.5)
         said = "smallest cosine 0.500000"
     encoder = SentenceEncoder(tiny, engine="auto")
     np.testing.assert_array_equal(encoder.encode(MANY), SentenceEncoder(tiny).encode(MANY))
-    logged = [record.getMessage() for record in caplog.records if record.name == bulk.__name__]
+    logged = [record.getMessage() for record in caplog.records if record.name == openvino.__name__]
     assert len(logged) == 1
     assert said in logged[0]
     assert "diary" not in caplog.text
@@ -395,7 +395,7 @@ def test_without_bfloat16_openvino_runs_in_float32_if_asked_for_by_name(
     tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs_openvino()
-    monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: False)
+    monkeypatch.setattr(openvino, "_has_bfloat16", lambda _: False)
     expected = SentenceEncoder(tiny).encode(MANY)
     np.testing.assert_array_equal(SentenceEncoder(tiny, engine="auto").encode(MANY), expected)
     assert "does not multiply in bfloat16" in caplog.text
@@ -405,7 +405,7 @@ def test_without_bfloat16_openvino_runs_in_float32_if_asked_for_by_name(
 def test_openvino_is_imported_without_its_reports_over_the_network() -> None:
     needs_openvino()
     code = (
-        "import sys; from personaplug.encoders import openvino; openvino._openvino();"
+        "import sys; from personaplug.encoders import openvino; openvino._import_openvino();"
         "assert sys.modules.get('openvino_telemetry') is None, 'it would report'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -115,12 +115,9 @@ class RandomRetriever:
         self.seed = seed
 
     def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
-        return [self._permutation(sample) for sample in samples]
-
-    def _permutation(self, sample: Sample) -> list[int]:
-        rng = np.random.default_rng([self.seed, _RANDOM_ITEMS, *sample.id.encode("utf-8", "surrogatepass")])
-        order: list[int] = rng.permutation(len(sample.history)).tolist()
-        return order
+        seeds = [[self.seed, _RANDOM_ITEMS, *sample.id.encode("utf-8", "surrogatepass")] for sample in samples]
+        rngs = map(np.random.default_rng, seeds)
+        return [rng.permutation(len(sample.history)).tolist() for rng, sample in zip(rngs, samples, strict=True)]
 
 
 class DenseRetriever:

@@ -60,11 +60,16 @@ def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryIt
     Raises:
         ConfigError: if the prompt does not end with the query.
     """
-    if has_history_pairs(task):
-        head = _without_query(prompt, query)
+    if not has_history_pairs(task):
+        pairs = [(FREE_PROMPT, _first_value(item)) for item in items]
+    elif query and prompt.endswith(query):
+        head = prompt.removesuffix(query)
         pairs = [(head + content, _allowed_answer(task, item)) for item in items if (content := _content(item))]
     else:
-        pairs = [(FREE_PROMPT, _first_value(item)) for item in items]
+        raise ConfigError(
+            "The prompt must end with its query, which the user's items replace; it does not. Give the prompt and "
+            "query of one sample, as its reader returns them."
+        )
     return [pair for pair in pairs if pair[1]]
 
 
@@ -81,13 +86,13 @@ def user_lora_caveat(task: Task) -> str | None:
     """Return what a report must say beside the row `lora-per-user` of this task, or None."""
     if not has_history_pairs(task):
         return (
-            f"lora-per-user: the items of {task.name} hold no pairs of question and answer, so users' adapters learn "
-            f"how they write and not the task that is tested."
+            f"lora-per-user: items of {task.name} are not questions with answers, so users' adapters learn how they "
+            f"write and not the task that is tested."
         )
     if not task.query_after:
         return (
-            f"lora-per-user: where the query starts in an input of {task.name} is not declared, so users' adapters "
-            f"learn from their items without the wording that is tested."
+            f"lora-per-user: {task.name} does not declare where a query starts, so users' adapters learn from items "
+            f"without the wording that is tested."
         )
     return None
 
@@ -109,15 +114,6 @@ def _is_evaluated(item: HistoryItem, queries: set[str], targets: set[str]) -> bo
     if not values:
         return _normalized(_first_value(item)) in queries | targets
     return not queries.isdisjoint(_normalized(value) for value in (*values, _content(item)))
-
-
-def _without_query(prompt: str, query: str) -> str:
-    if not query or not prompt.endswith(query):
-        raise ConfigError(
-            "The prompt must end with its query, which the user's items replace; it does not. Give the prompt and "
-            "query of one sample, as its reader returns them."
-        )
-    return prompt.removesuffix(query)
 
 
 def _values(item: HistoryItem) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -77,10 +77,6 @@ class EmbeddingStore:
         len(store)  # checks the files
         return store
 
-    @property
-    def identity(self) -> EncoderIdentity:
-        return self.encoder.identity
-
     def __len__(self) -> int:
         """Return the number of committed rows, after a check that their vectors exist."""
         with self._index() as index:
@@ -95,7 +91,7 @@ class EmbeddingStore:
         return int(rows)
 
     def __repr__(self) -> str:
-        return f"EmbeddingStore({str(self.folder)!r}, encoder={self.identity.name!r}, rows={len(self)})"
+        return f"EmbeddingStore({str(self.folder)!r}, encoder={self.encoder.identity.name!r}, rows={len(self)})"
 
     def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, Encoder]]:
         return type(self), (self.folder, self.encoder)  # without the mapped vectors and the connection
@@ -168,7 +164,7 @@ class EmbeddingStore:
         with _storage_errors(self.folder):
             yield self._connection.get()
 
-    def _look_up(self, keys: Iterable[bytes]) -> dict[bytes, int]:
+    def _look_up(self, keys: Collection[bytes]) -> dict[bytes, int]:
         """Return the rows of the keys that the index has."""
         rows: dict[bytes, int] = {}
         with self._index() as index:
@@ -196,7 +192,7 @@ class EmbeddingStore:
         vectors = self.encoder.encode(texts, batch_size=batch_size)
         if vectors.shape != (len(texts), self.width):
             raise ShapeMismatch(
-                f"The encoder {self.identity.name} returned shape {vectors.shape} for {len(texts)} texts; "
+                f"The encoder {self.encoder.identity.name} returned shape {vectors.shape} for {len(texts)} texts; "
                 f"expected ({len(texts)}, {self.width})."
             )
         with np.errstate(over="ignore"):
@@ -204,8 +200,8 @@ class EmbeddingStore:
         invalid = int((~np.isfinite(rounded).all(axis=1)).sum())
         if invalid:
             raise UserError(
-                f"The encoder {self.identity.name} returned NaN or infinite values for {invalid} of {len(texts)} "
-                f"texts; none of them was stored. Run it in float32, or use another encoder."
+                f"The encoder {self.encoder.identity.name} returned NaN or infinite values for {invalid} of "
+                f"{len(texts)} texts; none of them was stored. Run it in float32, or use another encoder."
             )
         return rounded
 

@@ -39,15 +39,7 @@ _FINGERPRINT_TEXT = "The Café's 3 RED dogs; naïve, ПРИВЕТ 你好 🙂"
 _PROBES = (
     [_FINGERPRINT_TEXT, "", "title: Alien score: 5"],
     ["a slow film about whales, and a quick one about the sea " * 60],
-    [
-        "5",
-        "great",
-        "haha",
-        "it...",
-        "welcome",
-        "Six Feet Under",
-        "It begins and ends with a question that nobody answers. " * 3,
-    ],
+    ["5", "great", "haha", "it...", "welcome", "Six Feet Under", "It ends with a question that nobody answers. " * 3],
 )
 
 
@@ -121,9 +113,10 @@ class SentenceEncoder:
             self.truncated += sum(counts[t] for t, length in zip(distinct, lengths, strict=True) if length > limit)
             lengths = [min(length, limit) for length in lengths]
         vectors = np.zeros((len(distinct), self.width), dtype=np.float32)
+        max_tokens = batch_size * _TOKENS_PER_TEXT.get(self._model.device.type, _TOKENS_PER_TEXT_ELSEWHERE)
         compiled = self._compiled if len(distinct) >= MIN_BULK_TEXTS else None
         with torch.inference_mode():
-            batches = self._batches(distinct, lengths, max_tokens=batch_size * self._tokens_per_text)
+            batches = self._batches(distinct, lengths, max_tokens=max_tokens)
             if compiled:
                 compiled.encode_into(vectors, batches)
             else:
@@ -148,10 +141,6 @@ class SentenceEncoder:
         probes = [self._features(texts) for texts in _PROBES]
         embed = partial(_embed, task="document")
         return openvino.compile_encoder(self._model, embed, probes=probes, required=self._engine == "openvino")
-
-    @property
-    def _tokens_per_text(self) -> int:
-        return _TOKENS_PER_TEXT.get(self._model.device.type, _TOKENS_PER_TEXT_ELSEWHERE)
 
     def _features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return _features(self._model, texts, prompt=self.identity.prompt, task="document")

@@ -77,7 +77,7 @@ def small(room: int) -> LanguageModel:
         ),
     ],
 )  # fmt: skip
-def test_lamps_wordings(
+def test_format_uses_lamps_wording(
     llm: LanguageModel, name: str, values: list[tuple[str, ...]], prompt: str, expected: str
 ) -> None:
     task = LAMP_TASKS[name]
@@ -90,19 +90,19 @@ def test_lamps_wordings(
         assert written.prompt[written.soft_at :] == prompt
 
 
-def test_an_item_without_template_stands_as_its_text(llm: LanguageModel) -> None:
+def test_format_item_without_template_is_its_text(llm: LanguageModel) -> None:
     items = [item(MOVIES, "d {tag}", "comedy"), item(MOVIES, "", "a")]
     written = HistoryPromptFormatter(MOVIES, llm).format("Q", items)
     assert written.prompt == f"{items[0].text}, and {items[1].text}. Q"
 
 
-def test_an_input_without_the_word_gets_its_items_in_front(llm: LanguageModel) -> None:
+def test_format_input_without_the_marker_has_items_in_front(llm: LanguageModel) -> None:
     task = LAMP_TASKS["LaMP_1"]
     written = HistoryPromptFormatter(task, llm).format("Which one?", [item(task, "a", "x")])
     assert (written.prompt, written.soft_at) == ('"a". Which one?', 5)
 
 
-def test_other_joints_and_frames(llm: LanguageModel) -> None:
+def test_format_uses_the_tasks_joint_and_template(llm: LanguageModel) -> None:
     around = replace(PLAIN, history_template="{input}input{history}!", item_joint=" | ")
     written = HistoryPromptFormatter(around, llm).format("Q", [item(PLAIN, "a"), item(PLAIN, "b")])
     assert (written.prompt, written.soft_at) == ("Qinput<a> | <b>!", 0)
@@ -111,7 +111,7 @@ def test_other_joints_and_frames(llm: LanguageModel) -> None:
     assert (written.prompt, written.soft_at) == ("input<a>inputQ.", len("input<a>input"))
 
 
-def test_what_users_write_is_never_read_as_a_template(llm: LanguageModel) -> None:
+def test_format_users_text_is_never_a_template(llm: LanguageModel) -> None:
     nasty = '{history} {input} {text} {0} {} "{{"\\1 %s'
     task = LAMP_TASKS["LaMP_4"]
     written = HistoryPromptFormatter(task, llm).format(nasty, [item(task, nasty, nasty)])
@@ -121,19 +121,19 @@ def test_what_users_write_is_never_read_as_a_template(llm: LanguageModel) -> Non
     assert noted.prompt == f"About this user: {nasty}. {nasty}"
 
 
-def test_no_items_no_change(llm: LanguageModel) -> None:
+def test_format_without_items_changes_nothing(llm: LanguageModel) -> None:
     for task in LAMP_TASKS.values():
         assert HistoryPromptFormatter(task, llm).format(REFERENCE, []) == HistoryPrompt(REFERENCE, 0, 0, 0, 0)
 
 
-def test_nothing_shows_what_users_wrote(llm: LanguageModel) -> None:
+def test_history_prompt_repr_hides_users_text(llm: LanguageModel) -> None:
     assert "secret" not in repr(HistoryPromptFormatter(PLAIN, llm).format("secret", [item(PLAIN, "secret")]))
 
 
 # ---- budgets
 
 
-def test_items_share_the_room_and_short_ones_leave_theirs() -> None:
+def test_format_items_share_the_room() -> None:
     # "Q" and ". " leave 60 bytes; 12 are joints and 6 angle brackets: 42 of content.
     items = [item(PLAIN, "a" * 50), item(PLAIN, "b" * 9), item(PLAIN, "c" * 50)]
     written = HistoryPromptFormatter(PLAIN, small(63)).format("Q", items)
@@ -141,14 +141,14 @@ def test_items_share_the_room_and_short_ones_leave_theirs() -> None:
     assert (written.offered, written.included, written.shortened) == (3, 3, 2)
 
 
-def test_the_last_items_go_where_shares_would_say_nothing() -> None:
+def test_format_too_small_shares_drop_the_last_items() -> None:
     items = [item(PLAIN, letter * 50) for letter in "abcd"]
     written = HistoryPromptFormatter(PLAIN, small(43)).format("Q", items)
     assert written.prompt == f"<{'a' * 15}>, and <{'b' * 15}>. Q"
     assert (written.offered, written.included, written.shortened) == (4, 2, 2)
 
 
-def test_answers_and_frames_stay_whole() -> None:
+def test_format_never_cuts_answers() -> None:
     task = LAMP_TASKS["LaMP_4"]
     items = [item(task, "The whole title", "some article " * 20)]
     written = HistoryPromptFormatter(task, small(70)).format("Q", items)
@@ -159,7 +159,7 @@ def test_answers_and_frames_stay_whole() -> None:
     assert HistoryPromptFormatter(task, small(40)).format("Q", items) == HistoryPrompt("Q", 0, 1, 0, 0)
 
 
-def test_an_item_that_no_room_is_enough_for_does_not_shut_out_the_next() -> None:
+def test_format_item_that_never_fits_is_skipped() -> None:
     task = LAMP_TASKS["LaMP_4"]
     items = [item(task, "t" * 200, "x"), item(task, "short", "y")]
     written = HistoryPromptFormatter(task, small(60)).format("Q", items)
@@ -167,21 +167,21 @@ def test_an_item_that_no_room_is_enough_for_does_not_shut_out_the_next() -> None
     assert (written.offered, written.included, written.shortened) == (2, 1, 0)
 
 
-def test_a_task_whose_only_field_is_the_answer_shortens_it() -> None:
+def test_format_answer_only_item_is_shortened() -> None:
     task = LAMP_TASKS["LaMP_7"]
     written = HistoryPromptFormatter(task, small(80)).format("Q", [item(task, "z" * 99)])
     assert written.prompt.startswith('"zzzzzzzz')
     assert (len(written.prompt), written.shortened) == (80, 1)
 
 
-def test_two_contents_are_shortened_alike() -> None:
+def test_format_two_contents_are_shortened_equally() -> None:
     task = Task("News", "label", ("title", "text", "category"), "category", ("f1",), ("a", "b"))
     written = HistoryPromptFormatter(task, small(60)).format("Q", [item(task, "t" * 90, "x" * 90, "a")])
     assert written.prompt == f"title: {'t' * 16} text: {'x' * 15} category: a. Q"
 
 
 @pytest.mark.parametrize("word", ["", "title"])
-def test_an_input_that_leaves_no_room_stays_as_it_is(word: str) -> None:
+def test_format_input_without_room_is_unchanged(word: str) -> None:
     task = replace(PLAIN, history_after=word)
     long = "title " + "q" * 50
     for room in (20, 56, 60):  # shorter than the input, just its length, a little longer
@@ -202,7 +202,7 @@ class _Clumsy:
         return text[: 4 * tokens].rstrip()
 
 
-def test_the_finished_prompt_is_measured_and_shrunk_until_it_fits() -> None:
+def test_format_shrinks_until_the_whole_prompt_fits() -> None:
     clumsy: Any = _Clumsy()
     written = HistoryPromptFormatter(PLAIN, clumsy).format("Q", [item(PLAIN, letter * 100) for letter in "abc"])
     assert written.included >= 1
@@ -215,7 +215,7 @@ def _drawn_text(rng: random.Random, longest: int) -> str:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("name", ["LaMP_1", "LaMP_2", "LaMP_5", "LaMP_7", "Movies"])
-def test_any_prompt_fits_and_holds_the_input_whole(name: str, seed: int) -> None:
+def test_format_random_prompts_fit_with_the_whole_input(name: str, seed: int) -> None:
     rng = random.Random(seed)
     task = LAMP_TASKS.get(name, MOVIES)
     seen = 0
@@ -273,7 +273,7 @@ class _Words:
 
 @pytest.mark.parametrize("room", [60, 150, 300])
 @pytest.mark.parametrize("name", ["LaMP_1", "LaMP_2", "LaMP_4", "LaMP_7"])
-def test_prompts_fit_in_words_too_whichever_way_they_are_read(name: str, room: int) -> None:
+def test_format_fits_with_a_word_tokenizer(name: str, room: int) -> None:
     rng = random.Random(room)
     words = ["the", "title", "for", "this", "film", "is", "a", "tag", "pattern,", "and", "written", "by", "{x}", "żółw"]
     task, llm = LAMP_TASKS[name], _Words(room)
@@ -296,7 +296,7 @@ def test_prompts_fit_in_words_too_whichever_way_they_are_read(name: str, room: i
     assert written_at_all > 0
 
 
-def test_history_tokens_bound_the_history_and_not_the_input() -> None:
+def test_format_history_tokens_limit_the_history_only() -> None:
     llm = small(400)
     items = [item(PLAIN, "a" * 90), item(PLAIN, "b" * 90)]
     written = HistoryPromptFormatter(PLAIN, llm, history_tokens=50).format("q" * 100, items)
@@ -304,7 +304,7 @@ def test_history_tokens_bound_the_history_and_not_the_input() -> None:
     assert HistoryPromptFormatter(PLAIN, llm, history_tokens=9).format("q", items) == HistoryPrompt("q", 0, 2, 0, 0)
 
 
-def test_items_fit_within_a_chat_template() -> None:
+def test_format_fits_with_a_chat_template() -> None:
     llm = small_backend("llama", chat=True)
     written = HistoryPromptFormatter(PLAIN, llm).format("Q", [item(PLAIN, "a" * 999)])
     (measure,) = llm.measure([written.prompt])
@@ -316,7 +316,7 @@ def test_items_fit_within_a_chat_template() -> None:
 # ---- notes
 
 
-def test_a_note_stands_in_front(llm: LanguageModel) -> None:
+def test_add_note_puts_it_in_front(llm: LanguageModel) -> None:
     written = HistoryPromptFormatter(PLAIN, llm).add_note("Q?", " Likes short films. ")
     assert written == HistoryPrompt("About this user: Likes short films. Q?", 36, 1, 1, 0)
     again = HistoryPromptFormatter(PLAIN, llm).add_note("<a>. Q", "Likes films", soft_at=5)
@@ -324,11 +324,11 @@ def test_a_note_stands_in_front(llm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("blank", ["", "  ", " . "])
-def test_a_blank_note_adds_nothing(llm: LanguageModel, blank: str) -> None:
+def test_add_note_blank_changes_nothing(llm: LanguageModel, blank: str) -> None:
     assert HistoryPromptFormatter(PLAIN, llm).add_note("Q", blank, soft_at=1) == HistoryPrompt("Q", 1, 0, 0, 0)
 
 
-def test_a_long_note_is_cut_and_one_without_room_is_counted_as_lost() -> None:
+def test_add_note_too_long_is_cut_or_dropped() -> None:
     note = "Writes about films and books"
     cut = HistoryPromptFormatter(PLAIN, small(400), history_tokens=13).add_note("Q", note)
     assert cut == HistoryPrompt("About this user: Writes about. Q", 31, 1, 1, 1)
@@ -341,7 +341,7 @@ def test_a_long_note_is_cut_and_one_without_room_is_counted_as_lost() -> None:
 # ---- what a folder may declare
 
 
-def test_a_declared_wording_is_used(llm: LanguageModel) -> None:
+def test_format_uses_a_declared_wording(llm: LanguageModel) -> None:
     task = parse_task({"name": "Own", "like": "LaMP_3", "item_template": "{text}={score}", "item_joint": "; "})
     written = HistoryPromptFormatter(task, llm).format("Q", [item(task, "a", "1"), item(task, "b", "2")])
     assert written.prompt == "a=1; b=2. Q"

@@ -55,25 +55,25 @@ def build(
     return prompt
 
 
-def test_the_best_items_come_first_and_the_input_stays_whole(builder: PromptBuilder) -> None:
+def test_build_puts_the_best_items_before_the_input(builder: PromptBuilder) -> None:
     written = build(builder, SAMPLE.history, Retrieval("bm25", 2))
     assert written.prompt == '3 is the score for "mine bee", and 3 is the score for "mine eel". ' + SAMPLE.prompt
     assert written.prompt[written.soft_at :] == SAMPLE.prompt
     assert (written.offered, written.included, written.shortened) == (2, 2, 0)
 
 
-def test_recency_takes_the_latest(builder: PromptBuilder) -> None:
+def test_build_recency_takes_the_latest_item(builder: PromptBuilder) -> None:
     prompt = build(builder, SAMPLE.history, Retrieval("recency", 1)).prompt
     assert prompt.startswith('3 is the score for "mine eel". ')
 
 
-def test_a_strangers_items_are_ranked_for_the_samples_own_query(builder: PromptBuilder) -> None:
+def test_build_other_users_items_are_ranked_for_the_samples_query(builder: PromptBuilder) -> None:
     prompt = build(builder, _items("theirs"), Retrieval("bm25", 1)).prompt
     assert prompt.startswith('3 is the score for "theirs bee". ')
     assert "mine" not in prompt
 
 
-def test_drawn_items_depend_on_the_seed(builder: PromptBuilder) -> None:
+def test_build_random_items_depend_on_the_seed(builder: PromptBuilder) -> None:
     def drawn(seed: int) -> str:
         return build(builder, SAMPLE.history, Retrieval("random", 3), seed=seed).prompt
 
@@ -81,7 +81,7 @@ def test_drawn_items_depend_on_the_seed(builder: PromptBuilder) -> None:
     assert len({drawn(seed) for seed in range(8)}) > 2
 
 
-def test_a_profile_stands_in_front_and_soft_tokens_right_before_the_input(builder: PromptBuilder) -> None:
+def test_build_profile_comes_first_and_soft_tokens_before_the_input(builder: PromptBuilder) -> None:
     retrieval = Retrieval("bm25", 1)
     written = build(builder, SAMPLE.history, retrieval, profile=PROFILE)
     assert written.prompt.index("small animals") < written.prompt.index("mine bee")
@@ -91,17 +91,17 @@ def test_a_profile_stands_in_front_and_soft_tokens_right_before_the_input(builde
     assert alone.prompt[alone.soft_at :] == SAMPLE.prompt
 
 
-def test_without_items_the_prompt_is_the_input(builder: PromptBuilder) -> None:
+def test_build_without_items_returns_the_input(builder: PromptBuilder) -> None:
     written = build(builder, (), Retrieval("dense", 4))
     assert (written.prompt, written.soft_at, written.offered) == (SAMPLE.prompt, 0, 0)
 
 
-def test_training_samples_get_their_own_items(builder: PromptBuilder) -> None:
+def test_with_retrieved_uses_the_samples_own_items(builder: PromptBuilder) -> None:
     shown = builder.with_retrieved(SAMPLE, Retrieval("bm25", 1), seed=0)
     assert shown == replace(SAMPLE, prompt=shown.prompt, soft_at=shown.soft_at)
     assert shown.prompt[: shown.soft_at] == '3 is the score for "mine bee". '
 
 
-def test_a_learned_retriever_has_to_be_trained(builder: PromptBuilder, tmp_path: Path) -> None:
+def test_build_untrained_retriever_raises(builder: PromptBuilder, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no trained retriever"):
         build(builder, SAMPLE.history, Retrieval("ropg", 1))

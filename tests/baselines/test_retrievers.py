@@ -74,7 +74,7 @@ def drawn_samples(count: int, *, words: str) -> Iterator[Sample]:
 
 
 @pytest.mark.parametrize("words", ["abc", "abcdefghijklmnopqrstuvwxyz", "aAbB5"])
-def test_bm25_is_the_formula(words: str) -> None:
+def test_bm25_equals_the_formula(words: str) -> None:
     seen = 0.0
     for one in drawn_samples(150, words=words):
         check_bm25(one)
@@ -83,13 +83,13 @@ def test_bm25_is_the_formula(words: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Movie_stars", "LaMP_4"])
-def test_bm25_is_the_formula_on_real_texts(shared_data: Path, name: str) -> None:
+def test_bm25_on_real_texts_equals_the_formula(shared_data: Path, name: str) -> None:
     # The first items only: the formula written out is slow.
     for one in islice(open_dataset(shared_data / name, "dev"), 200):
         check_bm25(replace(one, history=one.history[:25]))
 
 
-def test_bm25_ranks_as_lamps_library_where_no_idf_is_negative() -> None:
+def test_bm25_without_negative_idf_equals_rank_bm25() -> None:
     rank_bm25 = pytest.importorskip("rank_bm25")
     compared = 0
     for one in drawn_samples(300, words="abcdefghijklmnopqrstuvwxyz"):
@@ -131,7 +131,7 @@ def table(tmp_path: Path, hashing: HashEncoder) -> EmbeddingStore:
         ("zz", ("a", "b")),
     ],
 )  # fmt: skip
-def test_every_item_is_ranked_once(
+def test_retriever_ranks_every_item_once(
     method: str, query: str, texts: tuple[str, ...], hashing: HashEncoder, table: EmbeddingStore
 ) -> None:
     retriever = open_retriever(method, seed=0, encoder=hashing, table=table, with_answer=True)
@@ -142,7 +142,7 @@ def test_every_item_is_ranked_once(
 
 
 @pytest.mark.parametrize("method", ["bm25", "dense"])
-def test_the_later_of_equal_items_comes_first(method: str, hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_retriever_equal_items_rank_the_later_first(method: str, hashing: HashEncoder, table: EmbeddingStore) -> None:
     retriever = open_retriever(method, seed=0, encoder=hashing, table=table, with_answer=False)
     (ranked,) = retriever.rank([sample("good film", *["bad tea"] * 5, *["good film"] * 3, "cold tea")])
     assert ranked[:3] == [7, 6, 5]
@@ -150,16 +150,16 @@ def test_the_later_of_equal_items_comes_first(method: str, hashing: HashEncoder,
     assert retriever.rank([same]) == [list(range(37))[::-1]]
 
 
-def test_an_unknown_retriever_is_named_with_the_nearest(hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_open_retriever_unknown_name_suggests_the_nearest(hashing: HashEncoder, table: EmbeddingStore) -> None:
     with pytest.raises(ConfigError, match=r"'bm52'.*'bm25'"):
         open_retriever("bm52", seed=0, encoder=hashing, table=table, with_answer=True)
 
 
-def test_recency_takes_the_latest() -> None:
+def test_recency_ranks_the_latest_first() -> None:
     assert RecencyRetriever().rank([sample("q", "first", "second", "third")]) == [[2, 1, 0]]
 
 
-def test_draws_depend_on_seed_and_id_alone() -> None:
+def test_random_depends_on_seed_and_id_alone() -> None:
     texts = [str(n) for n in range(20)]
 
     def order(seed: int, query: str, *, id: str) -> list[int]:
@@ -177,7 +177,7 @@ def test_draws_depend_on_seed_and_id_alone() -> None:
 
 
 @pytest.mark.parametrize("with_answer", [True, False])
-def test_dense_is_the_cosine(with_answer: bool, hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_dense_ranks_by_cosine(with_answer: bool, hashing: HashEncoder, table: EmbeddingStore) -> None:
     dense = DenseRetriever(hashing, table, with_answer=with_answer)
     for one in drawn_samples(40, words="abcdefgh"):
         texts = [item.text if with_answer else item.content for item in one.history]
@@ -189,14 +189,14 @@ def test_dense_is_the_cosine(with_answer: bool, hashing: HashEncoder, table: Emb
     assert len(table) == before
 
 
-def test_dense_answers_count_only_where_they_are_encoded(hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_dense_without_answer_ignores_answers(hashing: HashEncoder, table: EmbeddingStore) -> None:
     items = tuple(HistoryItem(tag, (("text", "same"), ("tag", tag)), "tag") for tag in ("war", "comedy", "music"))
     one = Sample("s", None, "comedy", "comedy", None, items)
     assert DenseRetriever(hashing, table, with_answer=True).rank([one])[0][0] == 1
     assert DenseRetriever(hashing, table, with_answer=False).rank([one]) == [[2, 1, 0]]
 
 
-def test_a_head_maps_the_query_and_a_query_is_encoded_once(hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_dense_head_maps_each_query_once(hashing: HashEncoder, table: EmbeddingStore) -> None:
     seen: list[tuple[int, ...]] = []
 
     def opposite(queries: np.ndarray) -> np.ndarray:
@@ -219,7 +219,7 @@ def test_dense_batch_ranks_each_sample_as_alone(hashing: HashEncoder, table: Emb
 
 
 @pytest.mark.parametrize("before", ["", "import jax; "])
-def test_jax_is_left_alone(tmp_path: Path, before: str) -> None:
+def test_bm25s_import_does_not_load_jax(tmp_path: Path, before: str) -> None:
     folder = tmp_path / "jax"
     folder.mkdir()
     (folder / "__init__.py").write_text("")

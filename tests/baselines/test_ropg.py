@@ -43,7 +43,7 @@ def _teacher(path: Path, toy: CausalLM, **changes: Any) -> RopgTeacher:
     )
 
 
-def test_a_lesson_is_the_likelihood_of_the_answer_with_each_item(tmp_path: Path, toy: CausalLM) -> None:
+def test_ropg_target_is_the_answers_likelihood_with_each_item(tmp_path: Path, toy: CausalLM) -> None:
     sample = _sample(0)
     teacher = _teacher(tmp_path / "targets.jsonl", toy)
     target = teacher.targets([sample])["0"]
@@ -56,12 +56,12 @@ def test_a_lesson_is_the_likelihood_of_the_answer_with_each_item(tmp_path: Path,
         assert said == pytest.approx(-float(loss), rel=1e-4)
 
 
-def test_samples_that_teach_nothing_are_passed_over(tmp_path: Path, toy: CausalLM) -> None:
+def test_ropg_targets_skip_samples_with_fewer_than_two_items(tmp_path: Path, toy: CausalLM) -> None:
     samples = [_sample(0, items=1), _sample(1, items=0), _sample(2)]
     assert list(_teacher(tmp_path / "targets.jsonl", toy).targets(samples)) == ["2"]
 
 
-def test_what_was_asked_is_not_asked_again_even_after_a_kill(tmp_path: Path, toy: CausalLM) -> None:
+def test_ropg_targets_resume_after_a_cut_line(tmp_path: Path, toy: CausalLM) -> None:
     path = tmp_path / "targets.jsonl"
     samples = [_sample(k) for k in range(3)]
     whole = _teacher(path, toy).targets(samples)
@@ -94,7 +94,7 @@ def _objective(
     )
 
 
-def test_the_loss_is_the_divergence_of_the_two_rankings(tmp_path: Path, hashing: HashEncoder) -> None:
+def test_ropg_loss_is_the_kl_divergence_of_the_rankings(tmp_path: Path, hashing: HashEncoder) -> None:
     samples = [_sample(k) for k in range(3)]
     targets = {s.id: RankingTarget(s.id, [0, 3, 5], [-1.0, -2.0, -0.5]) for s in samples}
     objective, encoded = _objective(tmp_path, samples, targets, encoder=hashing)
@@ -113,7 +113,7 @@ def test_the_loss_is_the_divergence_of_the_two_rankings(tmp_path: Path, hashing:
     assert int(count) == 3
 
 
-def test_it_learns_to_rank_as_the_model_does(tmp_path: Path, hashing: HashEncoder) -> None:
+def test_ropg_training_learns_the_models_ranking(tmp_path: Path, hashing: HashEncoder) -> None:
     samples = [_sample(k) for k in range(24)]
     # The model likes the item about the weather after the one that is asked for.
     liked = {s.id: (int(s.id) + 1) % 6 for s in samples}
@@ -140,7 +140,7 @@ def test_it_learns_to_rank_as_the_model_does(tmp_path: Path, hashing: HashEncode
     assert hits() > 0.8
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
+def test_ropg_retriever_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     retriever = RopgRetriever(4)
     with torch.no_grad():
         retriever.linear.weight.normal_()
@@ -151,6 +151,6 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
         RopgRetriever.load(tmp_path / "elsewhere", width=4)
 
 
-def test_untrained_it_is_dense_retrieval() -> None:
+def test_ropg_retriever_untrained_is_the_identity() -> None:
     queries = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
     torch.testing.assert_close(RopgRetriever(8)(queries), queries)

@@ -37,7 +37,7 @@ def _item(number: int, *, when: date | None = None, text: str | None = None) -> 
     return HistoryItem(str(number), (("text", text or f"thing {number}"), ("score", "4")), "score", when)
 
 
-def test_a_user_is_trained_on_the_history_that_ends_earliest(stage: tuple[Run, Models, list[Sample]]) -> None:
+def test_user_items_come_from_the_earliest_history(stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, texts = stage
     asked = texts[0]
     early = replace(asked, id="early", history=(_item(1, when=date(2020, 1, 1)), _item(2, when=date(2020, 1, 2))))
@@ -49,7 +49,7 @@ def test_a_user_is_trained_on_the_history_that_ends_earliest(stage: tuple[Run, M
     assert LoraPredictor(run, models, texts=[early], latest=0, seed=0)._items(asked.owner) == []
 
 
-def test_what_is_asked_is_left_out_of_what_is_learned(stage: tuple[Run, Models, list[Sample]]) -> None:
+def test_user_items_exclude_evaluated_queries(stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, texts = stage
     asked = texts[0]
     leaking = replace(asked, history=(_item(1), _item(2, text=asked.query.upper() + "!"), _item(3)))
@@ -57,7 +57,7 @@ def test_what_is_asked_is_left_out_of_what_is_learned(stage: tuple[Run, Models, 
     assert [item.id for item in users._items(asked.owner)] == ["1", "3"]
 
 
-def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Models, list[Sample]]) -> None:
+def test_lora_predictor_uses_the_lenders_adapter(stage: tuple[Run, Models, list[Sample]]) -> None:
     import torch
 
     from personaplug.encoders.encoded_sample import EncodedSample
@@ -99,7 +99,7 @@ def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Mod
     assert cost.seconds > 0
 
 
-def test_untrained_matrices_are_asked_for(tmp_path: Path, stage: tuple[Run, Models, list[Sample]]) -> None:
+def test_lora_predictor_untrained_adapter_raises(tmp_path: Path, stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, texts = stage
     with pytest.raises(MissingData, match="--conditions lora"):
         LoraPredictor(run, models, texts=texts, latest=-1, seed=7)

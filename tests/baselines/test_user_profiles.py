@@ -24,7 +24,7 @@ def _profiles(path: Path, toy: CausalLM, config: RetrievalConfig = LONG) -> Prof
     return ProfileGenerator(path, task=lamp_task("LaMP_3"), llm=toy, config=config)
 
 
-def test_a_profile_is_what_the_model_writes_and_belongs_to_its_history(tmp_path: Path, toy: CausalLM) -> None:
+def test_profile_is_generated_once_per_history(tmp_path: Path, toy: CausalLM) -> None:
     histories = [_items("warm and dry", "wet"), _items("cold"), (), _items("cold")]
     first, second, nobody, third = _profiles(tmp_path / "p.jsonl", toy).generate(histories)
     assert first.text
@@ -34,7 +34,7 @@ def test_a_profile_is_what_the_model_writes_and_belongs_to_its_history(tmp_path:
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
 
 
-def test_kept_profiles_are_not_written_again(tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_on_disk_is_not_generated_again(tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "p.jsonl"
     histories = [_items("warm"), _items("cold")]
     whole = _profiles(path, toy).generate(histories)
@@ -51,7 +51,7 @@ def test_kept_profiles_are_not_written_again(tmp_path: Path, toy: CausalLM, monk
     assert asked == [1]
 
 
-def test_another_length_is_another_profile(tmp_path: Path, toy: CausalLM) -> None:
+def test_profile_of_another_length_has_another_key(tmp_path: Path, toy: CausalLM) -> None:
     path = tmp_path / "p.jsonl"
     long = _profiles(path, toy).generate([_items("warm")])[0]
     short = _profiles(path, toy, RetrievalConfig(profile_tokens=4)).generate([_items("warm")])[0]

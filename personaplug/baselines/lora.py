@@ -40,7 +40,8 @@ class LoraAdapters:
             layers: the model's own layers that the adapters wrap, by path.
         """
         self._llm, self._model, self._layers = llm, model, layers
-        self._peft = _import_peft().functional
+        self._adapted: list[Any] = [model.get_submodule(path) for path in layers]
+        self._parameters = {name: _parameters(model, name) for name in NAMES}
         self._attached = True
         for name in NAMES:
             self.reset(name, seed=0)
@@ -114,49 +115,50 @@ class LoraAdapters:
     def _apply(self, active: tuple[str, ...], trainable: str) -> None:
         self._active, self._trainable = active, trainable
         self._llm.clear_cache()  # cached prompt states depend on the active adapters
-        self._peft.set_adapter(self._model, list(active), inference_mode=True)
-        # Gradients do not depend on what is active: a backward pass may come after an `active` block.
-        self._peft.set_requires_grad(self._model, trainable, requires_grad=True)
+        for layer in self._adapted:
+            layer.set_adapter(list(active), inference_mode=True)
+            # Gradients do not depend on what is active: a backward pass may come after an `active` block.
+            layer.set_requires_grad(trainable)
 
     def module(self, name: str) -> nn.Module:
         """Return a module that holds the parameters of one adapter, A before B for each layer."""
-        weight = re.compile(rf"\.lora_[AB]\.{_checked_name(name)}\.weight$")
-        return nn.ParameterList(value for path, value in self._model.named_parameters() if weight.search(path))
+        return nn.ParameterList(self._parameters[_checked_name(name)].values())
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Return a copy of one adapter on the CPU: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, float32."""
-        state = self._peft.get_peft_model_state_dict(
-            self._model, adapter_name=_checked_name(name), save_embedding_layers=False
-        )
-        return {path: value.detach().to("cpu", copy=True) for path, value in state.items()}
+        parameters = self._parameters[_checked_name(name)]
+        return {path: value.detach().to("cpu", copy=True) for path, value in parameters.items()}
 
+    @torch.no_grad()
     def load(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Load a state into one adapter.
 
         Raises:
             ShapeMismatch: if the state has other names or shapes; the adapter keeps its values.
         """
-        shapes = {path: value.shape for path, value in self.state(name).items()}
-        fitting = [path for path, shape in shapes.items() if path in state and state[path].shape == shape]
-        if len(fitting) < len(shapes) or len(state) > len(shapes):
+        parameters = self._parameters[_checked_name(name)]
+        fitting = [path for path, value in parameters.items() if path in state and state[path].shape == value.shape]
+        if len(fitting) < len(parameters) or len(state) > len(parameters):
             raise ShapeMismatch(
-                f"The adapter has {len(shapes)} matrices; of the {len(state)} given, {len(fitting)} fit by name and "
-                f"shape. They belong to another model, lora_rank or lora_targets: train them for this one."
+                f"The adapter has {len(parameters)} matrices; of the {len(state)} given, {len(fitting)} fit by name "
+                f"and shape. They belong to another model, lora_rank or lora_targets: train them for this one."
             )
-        self._peft.set_peft_model_state_dict(self._model, dict(state), adapter_name=name)
+        for path, value in parameters.items():
+            value.copy_(state[path])
 
+    @torch.no_grad()
     def reset(self, name: str, *, seed: int) -> None:
         """Draw A from the seed alone and set B to zero, so that the adapter changes nothing.
 
         A is uniform as in the LoRA authors' code (Kaiming, a = √5), and the same on every device.
         """
         generator = torch.Generator().manual_seed(seed)
-        state = {path: torch.zeros(value.shape) for path, value in self.state(name).items()}
-        for path, value in state.items():
+        for path, parameter in self._parameters[_checked_name(name)].items():
+            parameter.grad = None
+            fresh = torch.zeros(parameter.shape)
             if path.endswith(".lora_A.weight"):
-                nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-        self.load(name, state)
-        self.module(name).zero_grad()
+                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+            parameter.copy_(fresh)
 
 
 def _import_peft() -> Any:
@@ -164,6 +166,14 @@ def _import_peft() -> Any:
         raise MissingExtra("per-user fine-tuning", extra="lora")
     import_module("peft.functional")
     return import_module("peft")
+
+
+def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of one adapter under their names in PEFT's checkpoints."""
+    parameters: dict[str, nn.Parameter] = _import_peft().functional.get_peft_model_state_dict(
+        model, state_dict=dict(model.named_parameters()), adapter_name=name, save_embedding_layers=False
+    )
+    return parameters
 
 
 def _checked_name(name: str) -> str:

@@ -25,7 +25,7 @@ def open_encoder(
     """Open an encoder by name.
 
     Args:
-        spec: `hash`, `hash:WIDTH`, or what `weights.find_model` finds.
+        spec: `hash`, `hash:WIDTH`, or what `model_hub.find_model` finds.
         device: where it runs.
         dtype: number format of the weights.
         query_prompt: in front of queries; None = the model's own.

@@ -1,4 +1,4 @@
-"""Texts of a history in a prompt: LaMP's wordings, budgets kept, what is lost counted."""
+"""Prompts with history texts: LaMP's wordings, token budgets, counts of lost texts."""
 
 from __future__ import annotations
 

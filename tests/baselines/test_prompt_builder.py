@@ -1,4 +1,4 @@
-"""Prompts with texts of a history: whose texts, which of them, and where the soft tokens go."""
+"""PromptBuilder: retrieved items, profiles and the position of the soft tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retrievers: BM25 against the formula and another library, ties and empty texts, draws that depend on nothing else."""
+"""Retrievers: BM25 against its formula and another library, ties, empty texts, random orders, dense ranking."""
 
 from __future__ import annotations
 

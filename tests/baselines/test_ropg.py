@@ -1,4 +1,4 @@
-"""ROPG-KD: what the model is asked, what the retriever learns of it, and that nothing is asked twice."""
+"""ROPG-KD: the teacher's targets, their cache, and the training of the retriever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows lora and lora-per-user: who is trained on what, and whose matrices answer."""
+"""The rows lora and lora-per-user: training items of users, and the adapter of each prediction."""
 
 from __future__ import annotations
 

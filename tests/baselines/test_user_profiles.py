@@ -1,4 +1,4 @@
-"""ProfileGenerator: written once per history by the model itself, and kept."""
+"""User profiles: generated once per history and cached on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""encoder.py: unit vectors, identities, the trainable copy for queries, and what is cut."""
+"""Encoders: unit vectors, identities, the trainable copy for queries, truncation, OpenVINO."""
 
 from __future__ import annotations
 

@@ -98,10 +98,10 @@ def _measure(config: Config, texts: Sequence[str], *, once: int, size: int) -> d
         name: _round(raw, encoder, part, size=size, name=name)
         for name, part in (("as they come", texts), ("each once", distinct[:once]))
     }
-    bulk = getattr(encoder, "_bulk", None)
+    compiled = getattr(encoder, "_compiled", None)
     return {
         "encoder": encoder.identity.describe(),
-        "engine": f"openvino, {bulk.precision}" if bulk else "torch",
+        "engine": f"openvino, {compiled.precision}" if compiled else "torch",
         "texts": len(texts),
         "duplicates_share": 1 - len(distinct) / len(texts),
         "mean_characters": sum(map(len, texts)) / len(texts),

@@ -32,8 +32,8 @@ import httpx
 import numpy as np
 import torch
 
-from personaplug.baselines.history_prompt import HistoryWriter
-from personaplug.baselines.retrievers import BM25
+from personaplug.baselines.history_prompt import HistoryPromptFormatter
+from personaplug.baselines.retrievers import BM25Retriever
 from personaplug.data import open_dataset
 from personaplug.data.records import Sample
 from personaplug.infra.atomic_io import write_json
@@ -140,7 +140,7 @@ def bodies(sample: Sample, *, tokens: int, model: str | None = None) -> dict[str
 def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: argparse.Namespace) -> dict[str, Any]:
     """The four rows, in turn."""
     model = httpx.get(f"{vllm}/v1/models").json()["data"][0]["id"]
-    writer, bm25 = HistoryWriter(run.task, open_models(run.config).llm), BM25()
+    formatter, bm25 = HistoryPromptFormatter(run.task, open_models(run.config).llm), BM25Retriever()
     soft = SoftPrompt(torch.randn(1, run.config.plug.soft_tokens, WIDTH) * 0.1, placement="suffix")
     found: dict[str, list[tuple[float, list[float]]]] = {"plain": [], "embeds": [], "persona": [], "retrieval": []}
 
@@ -154,7 +154,8 @@ def on_vllm(run: Run, samples: list[Sample], *, vllm: str, ours: str, given: arg
         return Asked(ours, plain(sample).body | {"user": sample.owner, "personaplug": {"free": True}})
 
     def retrieval(sample: Sample) -> Asked:
-        text = writer.write(sample.prompt, [sample.history[n] for n in bm25.rank(sample)[:ITEMS]]).prompt
+        (ranking,) = bm25.rank([sample])
+        text = formatter.format(sample.prompt, [sample.history[n] for n in ranking[:ITEMS]]).prompt
         return Asked(vllm, plain(sample).body | {"messages": [{"role": "user", "content": text}]})
 
     rows = {"plain": plain, "embeds": embeds, "persona": persona, "retrieval": retrieval}

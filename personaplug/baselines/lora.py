@@ -1,19 +1,18 @@
-"""Low-rank matrices (LoRA) inside a frozen language model: one set for the task, one for a user, which add up.
+"""LoRA adapters in a frozen language model: one for the task and one for a user, which add up.
 
-LoRA (arXiv 2106.09685) adds scale · B·A to a layer's frozen matrix; OPPU (arXiv 2402.04401) puts a user's matrices on
-top of those of the task. PEFT does the arithmetic. Which sets a forward pass applies is said around it by `active`;
-outside any such block the model answers as if nothing were attached.
+LoRA (arXiv 2106.09685) adds scale · B·A to a layer's frozen matrix; OPPU (arXiv 2402.04401) adds a user's adapter to
+the task's. PEFT does the arithmetic. `active` selects the adapters of a forward pass; outside of it none applies.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,268 +27,205 @@ NAMES = (TASK, USER)
 
 
 class LoraAdapters:
-    """The two sets of matrices in one model; made by `attach`, gone after `detach`.
+    """The task's and the user's adapter in one model; `attach` adds them, `detach` removes them.
 
-    The matrices are float32 whatever the model computes in: the steps of a small learning rate vanish in bfloat16.
-    Gradients reach the task's matrices, or those that `trainable` names, and never the model's own weights.
+    Their weights are float32 whatever the model's dtype: the steps of a small learning rate vanish in bfloat16.
+    Gradients reach one adapter, by default the task's, and never the model's own weights.
     """
 
-    def __init__(self, llm: LanguageModel, model: nn.Module, paths: list[str]) -> None:
-        """Wrap a model that carries both sets already; use `attach`."""
-        self._backend, self._model, self._paths = llm, model, paths
-        self._layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
-        self._modules = {name: _holder(self._layers, name) for name in NAMES}
-        self._active: tuple[str, ...] = ()
-        self._trained, self._attached = TASK, True
+    def __init__(self, llm: LanguageModel, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        """Wrap a model that has both adapters; use `attach`.
+
+        Args:
+            layers: the model's own layers that the adapters wrap, by path.
+        """
+        self._llm, self._model, self._layers = llm, model, layers
+        self._adapted: list[Any] = [model.get_submodule(path) for path in layers]
+        self._parameters = {name: _parameters(model, name) for name in NAMES}
+        self._attached = True
         for name in NAMES:
             self.reset(name, seed=0)
-        self._apply()
+        self._apply((), TASK)
 
     @classmethod
     def attach(cls, llm: LanguageModel, *, config: AdapterConfig) -> LoraAdapters:
-        """Put both sets into a backend's model, fresh and inactive; torch's global generator stays as it is.
+        """Add fresh, inactive adapters to a transformers model; torch's global generator does not advance.
 
-        Args:
-            backend: one that holds a transformers model.
-            config: the layers, and the matrices' rank and scale.
         Raises:
             MissingExtra: if PEFT is not installed.
-            ConfigError: if the model has no such layers; the message names those it has.
-            UserError: if the model carries matrices already, or the backend holds no model of transformers.
+            ConfigError: if the model lacks the layers of `lora_targets`.
+            UserError: if the model has adapters already, or is no transformers model.
         """
-        peft = _peft()
-        model = _model_of(llm)
-        targets = _targets(model, config.lora_targets, peft=peft)
-        settings = {
-            "r": config.lora_rank,
-            "lora_alpha": config.lora_alpha,
-            "target_modules": list(targets),
-            "fan_in_fan_out": any(_is_conv1d(layer) for layer in targets.values()),
-        }
+        peft = _import_peft()
+        model = _transformers_model(llm)
+        layers = _target_layers(model, config.lora_targets, peft=peft)
+        lora_config = peft.LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules=list(layers),
+            fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in layers.values()),  # Conv1D of GPT-2
+        )
         try:
-            with torch.random.fork_rng(devices=[]):
-                tuner = peft.LoraModel(model, {name: peft.LoraConfig(**settings) for name in NAMES}, TASK)
-                tuner.inject_adapter(model, USER)
-            return cls(llm, model, list(targets))
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are intended
+                for name in NAMES:
+                    peft.functional.inject_adapter_in_model(lora_config, model, adapter_name=name)
+                    peft.functional.cast_adapter_dtype(model, adapter_name=name)
+            return cls(llm, model, layers)
         except BaseException:
-            _remove(model, list(targets))
+            _restore(model, layers)
             raise
 
     def __enter__(self) -> LoraAdapters:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def __repr__(self) -> str:
-        return f"LoraAdapters({len(self._layers)} layers, {self.count(USER):,} parameters each)"
-
     def detach(self) -> None:
-        """Take everything out: the model has the layers that it had, the very same objects."""
+        """Put the model's own layers back, the same objects as before."""
         if self._attached:
-            self._backend.clear_cache()
-            _remove(self._model, self._paths)
+            self._llm.clear_cache()
+            _restore(self._model, self._layers)
         self._attached = False
 
-    @contextmanager
-    def active(self, *names: str) -> Iterator[None]:
-        """Let the forward passes of a block apply these sets and no other; the earlier choice is back at its end.
+    def active(self, *names: str) -> AbstractContextManager[None]:
+        """Apply exactly these adapters in the forward passes of a block.
 
         Raises:
-            ConfigError: if there is no such set.
-            UserError: if they are detached, since the untouched model would answer in their place.
+            UserError: if the adapters are detached.
         """
-        self._check_attached()
-        before, self._active = self._active, tuple(dict.fromkeys(self._known(name) for name in names))
-        self._apply()
+        if not self._attached:
+            raise UserError("These adapters are detached from their model. Attach new ones and load the state.")
+        return self._switched(tuple(dict.fromkeys(map(_checked_name, names))), self._trainable)
+
+    def trainable(self, name: str) -> AbstractContextManager[None]:
+        """Send gradients to this adapter only; call `backward` inside the block."""
+        return self._switched(self._active, _checked_name(name))
+
+    @contextmanager
+    def _switched(self, active: tuple[str, ...], trainable: str) -> Iterator[None]:
+        previous = self._active, self._trainable
+        self._apply(active, trainable)
         try:
             yield
         finally:
-            self._active = before
-            self._apply()
+            self._apply(*previous)
 
-    @contextmanager
-    def trainable(self, name: str) -> Iterator[None]:
-        """Let gradients of a block reach this set and not the other; the backward pass belongs into the block.
-
-        Raises:
-            ConfigError: if there is no such set.
-        """
-        before, self._trained = self._trained, self._known(name)
-        self._apply()
-        try:
-            yield
-        finally:
-            self._trained = before
-            self._apply()
+    def _apply(self, active: tuple[str, ...], trainable: str) -> None:
+        self._active, self._trainable = active, trainable
+        self._llm.clear_cache()  # cached prompt states depend on the active adapters
+        for layer in self._adapted:
+            layer.set_adapter(list(active), inference_mode=True)
+            # Gradients do not depend on what is active: a backward pass may come after an `active` block.
+            layer.set_requires_grad(trainable)
 
     def module(self, name: str) -> nn.Module:
-        """Return a module that holds one set's matrices and nothing else: `<path of the layer>.A` and `.B`.
-
-        Raises:
-            ConfigError: if there is no such set.
-        """
-        return self._modules[self._known(name)]
+        """Return a module that holds the parameters of one adapter, A before B for each layer."""
+        return nn.ParameterList(self._parameters[_checked_name(name)].values())
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """Return a copy of one set, in float32 on the CPU.
-
-        Raises:
-            ConfigError: if there is no such set.
-        """
-        return {path: value.detach().to("cpu", copy=True) for path, value in self.module(name).state_dict().items()}
+        """Return a copy of one adapter on the CPU: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, float32."""
+        parameters = self._parameters[_checked_name(name)]
+        return {path: value.detach().to("cpu", copy=True) for path, value in parameters.items()}
 
     @torch.no_grad()
     def load(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Put the values of a state into one set.
+        """Load a state into one adapter.
 
         Raises:
-            ConfigError: if there is no such set.
-            ShapeMismatch: if the state has other names or shapes; nothing is changed then.
+            ShapeMismatch: if the state has other names or shapes; the adapter keeps its values.
         """
-        own = self.module(name).state_dict()
-        spec = [path for path in own if path in state and state[path].shape == own[path].shape]
-        if len(spec) < len(own) or len(state) > len(own):
+        parameters = self._parameters[_checked_name(name)]
+        fitting = [path for path, value in parameters.items() if path in state and state[path].shape == value.shape]
+        if len(fitting) < len(parameters) or len(state) > len(parameters):
             raise ShapeMismatch(
-                f"The model takes {len(own)} matrices; of the {len(state)} given, {len(spec)} fit by name and "
-                f"shape. They belong to another model, lora_rank or lora_targets: train them for this one."
+                f"The adapter has {len(parameters)} matrices; of the {len(state)} given, {len(fitting)} fit by name "
+                f"and shape. They belong to another model, lora_rank or lora_targets: train them for this one."
             )
-        for path, value in own.items():
+        for path, value in parameters.items():
             value.copy_(state[path])
 
     @torch.no_grad()
     def reset(self, name: str, *, seed: int) -> None:
-        """Make one set fresh: A drawn by the seed alone, B zero, so that it changes nothing.
+        """Draw A from the seed alone and set B to zero, so that the adapter changes nothing.
 
-        A is uniform as in the LoRA authors' code (Kaiming, a = √5), whatever device it is on.
-
-        Raises:
-            ConfigError: if there is no such set.
+        A is uniform as in the LoRA authors' code (Kaiming, a = √5), and the same on every device.
         """
         generator = torch.Generator().manual_seed(seed)
-        for path, parameter in self.module(name).named_parameters():
+        for path, parameter in self._parameters[_checked_name(name)].items():
             parameter.grad = None
             fresh = torch.zeros(parameter.shape)
-            if path.endswith(".A"):
+            if path.endswith(".lora_A.weight"):
                 nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
             parameter.copy_(fresh)
 
-    def count(self, name: str) -> int:
-        """Numbers in one set."""
-        return sum(parameter.numel() for parameter in self.module(name).parameters())
 
-    def _apply(self) -> None:
-        self._backend.clear_cache()  # what is kept of prompts is what other matrices made of them
-        for layer in self._layers.values():
-            layer.set_adapter(list(self._active), inference_mode=True)
-        # On every leaf anew: PEFT ties gradients to what is active, and a backward pass may come after the block.
-        for name in NAMES:
-            self._modules[name].requires_grad_(name == self._trained)
-
-    def _known(self, name: str) -> str:
-        if name not in NAMES:
-            raise ConfigError(f"There are no matrices called {name!r}; {nearest(name, NAMES)}")
-        return name
-
-    def _check_attached(self) -> None:
-        if not self._attached:
-            raise UserError("These matrices are detached from their model; attach new ones and load the state.")
-
-
-def _peft() -> Any:
+def _import_peft() -> Any:
     if find_spec("peft") is None:
         raise MissingExtra("per-user fine-tuning", extra="lora")
+    import_module("peft.functional")
     return import_module("peft")
 
 
-def _model_of(llm: LanguageModel) -> nn.Module:
+def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of one adapter under their names in PEFT's checkpoints."""
+    parameters: dict[str, nn.Parameter] = _import_peft().functional.get_peft_model_state_dict(
+        model, state_dict=dict(model.named_parameters()), adapter_name=name, save_embedding_layers=False
+    )
+    return parameters
+
+
+def _checked_name(name: str) -> str:
+    if name not in NAMES:
+        raise ConfigError(f"There is no adapter {name!r}; {nearest(name, NAMES)}")
+    return name
+
+
+def _transformers_model(llm: LanguageModel) -> nn.Module:
     model = getattr(llm, "model", None)
     if not isinstance(model, nn.Module):
-        raise UserError(
-            f"Fine-tuning needs a language model of transformers (personaplug.llm.hf); this backend is a "
-            f"{type(llm).__name__}, which holds none."
-        )
+        raise UserError(f"LoRA needs a language model of transformers; found {type(llm).__name__}.")
     if hasattr(model, "peft_config"):
-        raise UserError("The model carries low-rank matrices already; detach those before attaching others.")
+        raise UserError("The model has LoRA adapters already. Detach those before attaching others.")
     return model
 
 
-def _targets(model: nn.Module, wanted: str, *, peft: Any) -> dict[str, nn.Module]:
-    """The layers that a setting names, by path.
+def _restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
-    Raises:
-        ConfigError: if a name fits none, or PEFT has no choice for the model.
-    """
+
+def _target_layers(model: nn.Module, targets: str, *, peft: Any) -> dict[str, nn.Module]:
+    """Return the layers that `lora_targets` names, by path."""
     layers = _linear_layers(model)
-    if wanted.strip() == "auto":
-        names = _choice_of_peft(model, layers, peft=peft)
-    else:
-        names = [name.strip() for name in wanted.split(",") if name.strip()]
-    patterns = {name: name if wanted.strip() == "auto" else rf"(.*\.)?{re.escape(name)}" for name in names}
+    layer_names = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
+    hint = f"its linear layers are {layer_names}. Name one or more of them."
+    names: str | list[str] | None = [name.strip() for name in targets.split(",") if name.strip()]
+    if names == ["auto"]:
+        kind = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
+        names = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        if names is None:
+            raise ConfigError(f"lora_targets=auto: PEFT has no choice for models of type {kind!r}; {hint}")
+    if not names:
+        raise ConfigError(f"lora_targets names no layer; {hint}")
+    # PEFT's choice is a list of names, or one pattern of whole paths.
+    patterns = {names: names} if isinstance(names, str) else {name: rf"(.*\.)?{re.escape(name)}" for name in names}
     for name, pattern in patterns.items():
         if not any(re.fullmatch(pattern, path) for path in layers):
-            raise ConfigError(f"lora_targets names {name!r}, which is no linear layer of this model; {_offer(layers)}")
-    if not patterns:
-        raise ConfigError(f"lora_targets names no layer; {_offer(layers)}")
-    return {
-        path: layer
-        for path, layer in layers.items()
-        if any(re.fullmatch(pattern, path) for pattern in patterns.values())
-    }
-
-
-def _choice_of_peft(model: nn.Module, layers: Mapping[str, nn.Module], *, peft: Any) -> list[str]:
-    """PEFT's layers for the kind of model, as patterns of whole paths."""
-    kind = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
-    choice = peft.LoraModel.target_module_mapping.get(kind)
-    if choice is None:
-        raise ConfigError(f"lora_targets=auto: PEFT has no choice for models of type {kind!r}; {_offer(layers)}")
-    return [choice] if isinstance(choice, str) else [rf"(.*\.)?{re.escape(name)}" for name in choice]
+            raise ConfigError(f"lora_targets names {name!r}, which is no linear layer of this model; {hint}")
+    return {path: layer for path, layer in layers.items() if any(re.fullmatch(p, path) for p in patterns.values())}
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Layers that take matrices, by path; the output head, often one with the embeddings, is none of them."""
+    """Return the linear layers by path, without the output head, which often shares the embeddings' weights."""
+    from transformers.pytorch_utils import Conv1D
+
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return {
         path: layer
         for path, layer in model.named_modules()
-        if layer is not head and (isinstance(layer, nn.Linear) or _is_conv1d(layer))
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
     }
-
-
-def _is_conv1d(layer: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(layer, Conv1D)
-
-
-def _offer(layers: Mapping[str, nn.Module]) -> str:
-    names = sorted({path.rpartition(".")[2] for path in layers})
-    return f"its linear layers are {', '.join(names)}. Name one or more of them."
-
-
-def _holder(layers: Mapping[str, Any], name: str) -> nn.Module:
-    """The matrices of one set, shared with the layers, under the paths that the layers have in the model."""
-    root = nn.Module()
-    for path, layer in layers.items():
-        place = root
-        for part in path.split("."):
-            if part not in place._modules:
-                place.add_module(part, nn.Module())
-            place = place.get_submodule(part)
-        place.register_parameter("A", layer.lora_A[name].float().weight)
-        place.register_parameter("B", layer.lora_B[name].float().weight)
-    return root
-
-
-def _remove(model: nn.Module, paths: list[str]) -> None:
-    """Put the model's own layers back in their places, where PEFT has replaced them."""
-    for path in paths:
-        parent, _, child = path.rpartition(".")
-        layer: Any = model.get_submodule(path)
-        if hasattr(layer, "base_layer"):
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config

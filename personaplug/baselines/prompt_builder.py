@@ -1,4 +1,4 @@
-"""Prompts with texts of a history in them, as a row of a table or a training wants them: retrieved items, a profile."""
+"""Prompts of a run with retrieved items, a profile, or both, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -6,109 +6,123 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import numpy as np
 import torch
 
-from personaplug.baselines.history_prompt import HistoryWriter, Written
-from personaplug.baselines.retrievers import Dense, Retrieval, Retriever, open_retriever
+from personaplug.baselines.history_prompt import HistoryPrompt, HistoryPromptFormatter
+from personaplug.baselines.retrievers import DenseRetriever, Retrieval, Retriever, open_retriever
 from personaplug.baselines.ropg import RopgRetriever
-from personaplug.baselines.user_profiles import Profile, Profiles
+from personaplug.baselines.user_profiles import ProfileGenerator, UserProfile
 from personaplug.data.records import HistoryItem, Sample
+from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.run import Models, Run
 
 
 class PromptBuilder:
-    """Puts texts of histories into prompts, for one run.
+    """Builds the prompts with history texts of one run.
 
     Args:
-        run: whose task, settings and trained retriever are used.
-        models: the encoder ranks items, the language model writes profiles and counts tokens.
-        table: where item vectors are.
+        run: its task, settings and trained retriever are used.
+        models: the encoder ranks items; the language model writes profiles and counts tokens.
+        table: embeddings of the items.
     """
 
     def __init__(self, run: Run, models: Models, *, table: EmbeddingStore) -> None:
         self.run, self.models, self.table = run, models, table
-        settings = run.config.retrieval
-        self.writer = HistoryWriter(run.task, models.llm, history_tokens=settings.history_tokens)
-        half = settings.history_tokens // 2 or models.llm.room // 3
-        self.short = HistoryWriter(run.task, models.llm, history_tokens=half)
+        history_tokens = run.config.retrieval.history_tokens
+        self.formatter = HistoryPromptFormatter(run.task, models.llm, history_tokens=history_tokens)
+        half = history_tokens // 2 or models.llm.room // 3
+        self._half_formatter = HistoryPromptFormatter(run.task, models.llm, history_tokens=half)
         self._retrievers: dict[tuple[str, int], Retriever] = {}
 
     @cached_property
-    def profiles(self) -> Profiles:
-        """The run's profiles; those on disk are read when the first row asks."""
-        return Profiles(
+    def profiles(self) -> ProfileGenerator:
+        """The run's profiles; opening them reads those on disk."""
+        return ProfileGenerator(
             self.run.folder / "profiles.jsonl",
             task=self.run.task,
             llm=self.models.llm,
             config=self.run.config.retrieval,
         )
 
-    def retrieved(self, sample: Sample, retrieval: Retrieval, *, seed: int) -> Sample:
-        """The sample with the best items of its own history in its prompt; what trainings are shown."""
-        written = self.written(sample, sample.history, retrieval=retrieval, seed=seed)
-        return replace(sample, prompt=written.prompt, soft_at=written.soft_at)
+    def with_retrieved(self, sample: Sample, retrieval: Retrieval, *, seed: int) -> Sample:
+        """Return a training sample with the best items of its own history in its prompt."""
+        (built,) = self.build([sample], [sample.history], retrieval=retrieval, seed=seed)
+        return replace(sample, prompt=built.prompt, soft_at=built.soft_at)
 
-    def written(
+    def build(
         self,
-        sample: Sample,
-        items: Sequence[HistoryItem],
+        samples: Sequence[Sample],
+        histories: Sequence[Sequence[HistoryItem]],
         *,
         retrieval: Retrieval | None,
-        profile: Profile | None = None,
+        profiles: Sequence[UserProfile] | None = None,
         seed: int,
-    ) -> Written:
-        """The sample's prompt with the best of these items in it, behind a profile if one is given.
+    ) -> list[HistoryPrompt]:
+        """Return each sample's prompt with the best items of a history, after a profile if one is given.
 
         Args:
-            items: a history, the user's own or a stranger's.
+            histories: one per sample, the user's own or another user's.
             retrieval: None = no items.
-            profile: what was written of the user; None = none.
-            seed: of drawn items, and of the training of a learned retriever.
+            profiles: one per history.
+            seed: of random items, and of the training of a learned retriever.
         """
-        writer = self.writer if profile is None else self.short
-        shown = writer.write(sample.prompt, self._best(sample, items, retrieval, seed=seed))
-        if profile is None:
-            return shown
-        noted = writer.write_note(shown.prompt, profile.text, soft_at=shown.soft_at)
-        # The profile stands for the items that it was written from; where it is left out, so are they.
-        seen, cut = (profile.written, profile.shortened) if noted.written else (0, 0)
-        return Written(
-            noted.prompt,
-            noted.soft_at,
-            offered=shown.offered + profile.offered,
-            written=shown.written + seen,
-            shortened=shown.shortened + cut,
-        )
+        formatter = self.formatter if profiles is None else self._half_formatter
+        shown = self._best_items(samples, histories, retrieval, seed=seed)
+        prompts = [formatter.format(s.prompt, items) for s, items in zip(samples, shown, strict=True)]
+        if profiles is None:
+            return prompts
+        return [_with_profile(p, profile, formatter) for p, profile in zip(prompts, profiles, strict=True)]
 
     def retriever(self, method: str, *, seed: int) -> Retriever:
-        """The retriever of that name; a learned one is that of the seed's training.
+        """Return the retriever of that name; a learned one is that of the seed's training.
 
         Raises:
-            MissingData: if it has not been trained.
+            MissingData: if a learned one has not been trained.
         """
         key = (method, seed if method in ("random", "ropg") else 0)
         if key not in self._retrievers:
-            self._retrievers[key] = self._opened(method, seed=seed)
+            self._retrievers[key] = self._open_retriever(method, seed=seed)
         return self._retrievers[key]
 
-    def _opened(self, method: str, *, seed: int) -> Retriever:
+    def _open_retriever(self, method: str, *, seed: int) -> Retriever:
         encoder, with_answer = self.models.encoder, self.run.config.plug.encodes_answers
         if method != "ropg":
             return open_retriever(method, seed=seed, encoder=encoder, table=self.table, with_answer=with_answer)
         learned = RopgRetriever.load(self.run.plug_folder("ropg", seed=seed), width=encoder.width)
 
         @torch.no_grad()
-        def mapped(queries: np.ndarray) -> np.ndarray:
+        def head(queries: Vectors) -> Vectors:
             return learned(torch.from_numpy(queries)).numpy()  # type: ignore[no-any-return]
 
-        return Dense(encoder, self.table, with_answer=with_answer, head=mapped)
+        return DenseRetriever(encoder, self.table, with_answer=with_answer, head=head)
 
-    def _best(
-        self, sample: Sample, items: Sequence[HistoryItem], retrieval: Retrieval | None, *, seed: int
-    ) -> list[HistoryItem]:
-        if retrieval is None or not items:
-            return []
-        ranked = self.retriever(retrieval.method, seed=seed).rank(replace(sample, history=tuple(items)))
-        return [items[place] for place in ranked[: retrieval.items]]
+    def _best_items(
+        self,
+        samples: Sequence[Sample],
+        histories: Sequence[Sequence[HistoryItem]],
+        retrieval: Retrieval | None,
+        *,
+        seed: int,
+    ) -> list[list[HistoryItem]]:
+        if retrieval is None or not any(histories):
+            return [[] for _ in samples]
+        with_history = [replace(s, history=tuple(items)) for s, items in zip(samples, histories, strict=True)]
+        rankings = self.retriever(retrieval.method, seed=seed).rank(with_history)
+        return [
+            [items[index] for index in ranking[: retrieval.items]]
+            for items, ranking in zip(histories, rankings, strict=True)
+        ]
+
+
+def _with_profile(prompt: HistoryPrompt, profile: UserProfile, formatter: HistoryPromptFormatter) -> HistoryPrompt:
+    noted = formatter.add_note(prompt.prompt, profile.text, soft_at=prompt.soft_at)
+    # The profile stands for the items it was written from: without the profile, they are not in the prompt either.
+    included, shortened = (profile.included, profile.shortened) if noted.included else (0, 0)
+    return HistoryPrompt(
+        noted.prompt,
+        noted.soft_at,
+        offered=prompt.offered + profile.offered,
+        included=prompt.included + included,
+        shortened=prompt.shortened + shortened,
+    )

@@ -1,8 +1,4 @@
-"""Retrievers: the order in which a history's items are worth showing for a query. Each ranks all of them, best first.
-
-Of items that are worth the same the later one comes first, everywhere. Nothing here learns; what is learned reaches
-`Dense` as a map of its query vectors.
-"""
+"""Retrievers rank all items of a history for a query, best first; of equal items the later one comes first."""
 
 from __future__ import annotations
 
@@ -26,9 +22,9 @@ from personaplug.errors import ConfigError, nearest
 
 @contextmanager
 def _without_jax() -> Iterator[None]:
-    """Hide JAX: bm25s tries it out as it is imported, and JAX then takes most of a GPU for itself."""
+    """Hide JAX from an import: bm25s tries it, and JAX then takes most of a GPU's memory."""
     loaded = sys.modules.get("jax")
-    sys.modules["jax"] = None  # type: ignore[assignment]  # what an import takes for absent
+    sys.modules["jax"] = None  # type: ignore[assignment]  # None makes an import fail
     try:
         yield
     finally:
@@ -40,12 +36,12 @@ def _without_jax() -> Iterator[None]:
 with _without_jax():
     import bm25s
 
-# It would tell of every index it builds, that is of every sample.
+# It logs every index, and each sample has one.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 _METHODS = ("bm25", "recency", "random", "dense")
-_DRAWN_ITEMS = 11  # sets these draws apart from others of the same seed
-_KEPT_QUERIES = 1 << 14
+_RANDOM_ITEMS = 11  # sets these draws apart from others with the same seed
+_CACHED_QUERIES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,10 @@ class Retrieval:
 
 
 class Retriever(Protocol):
-    """Ranks the items of a sample's own history."""
+    """Ranks the items of samples' own histories."""
 
-    def rank(self, sample: Sample) -> list[int]:
-        """Return the places of all items in `sample.history`, best first."""
+    def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Return the indices of all items of each `sample.history`, best first."""
         ...
 
 
@@ -79,82 +75,78 @@ def open_retriever(method: str, *, seed: int, encoder: Encoder, table: Embedding
 
     Args:
         method: bm25, recency, random or dense.
-        seed: of `random`.
-        encoder, table, with_answer: of `dense`.
-    Raises:
-        ConfigError: if there is none of that name.
+        seed: for `random`.
+        encoder, table, with_answer: for `dense`; see `DenseRetriever`.
     """
-    if method == "bm25":
-        return BM25()
-    if method == "recency":
-        return Recency()
-    if method == "random":
-        return RandomItems(seed)
-    if method == "dense":
-        return Dense(encoder, table, with_answer=with_answer)
+    match method:
+        case "bm25":
+            return BM25Retriever()
+        case "recency":
+            return RecencyRetriever()
+        case "random":
+            return RandomRetriever(seed)
+        case "dense":
+            return DenseRetriever(encoder, table, with_answer=with_answer)
     raise ConfigError(f"There is no retriever {method!r}; {nearest(method, _METHODS)}")
 
 
-class BM25:
-    """BM25 as LaMP uses it: k1 = 1.5, b = 0.75, words cut at white space, case kept; the corpus is the history.
+class BM25Retriever:
+    """BM25 as in LaMP: k1 = 1.5, b = 0.75, words split at white space, case-sensitive; the corpus is the history.
 
-    It is bm25s's `robertson` variant, in which a word that n of N items hold has the idf ln((N − n + ½) / (n + ½)), or
-    0 where that would be negative: a word of at least half the items counts for nothing. LaMP's library
-    (`rank_bm25.BM25Okapi`) gives such words a quarter of the mean idf instead. Where no word of the query is that
-    frequent both rank alike: their scores differ by the constant factor k1 + 1.
+    This is bm25s's `robertson` variant. A word in n of N items has the idf ln((N − n + ½) / (n + ½)), or 0 if that is
+    negative. LaMP's library (`rank_bm25.BM25Okapi`) gives words with a negative idf a quarter of the mean idf instead.
+    Without such words in the query, both rank alike: the scores differ by the factor k1 + 1.
     """
 
     def __init__(self, *, k1: float = 1.5, b: float = 0.75) -> None:
         self.k1, self.b = k1, b
 
-    def rank(self, sample: Sample) -> list[int]:
-        """Return the places of all items, best first."""
-        return _best_first(self.scores(sample.query, sample.history))
+    def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
+        return [_best_first(self.scores(sample.query, sample.history)) for sample in samples]
 
     def scores(self, query: str, items: Sequence[HistoryItem]) -> npt.NDArray[np.float64]:
         """Return (N,) scores; 0 for an item that shares no word with the query."""
-        corpus = [" ".join(value for _, value in item.fields).split() for item in items]
+        documents = [" ".join(value for _, value in item.fields).split() for item in items]
         words = query.split()
-        asked = set(words)
-        if not any(asked.intersection(document) for document in corpus):
+        query_words = set(words)
+        if not any(query_words.intersection(document) for document in documents):
             return np.zeros(len(items))
-        # Words that are not asked for only make their items longer; as one word they keep the index small.
-        known = [[word if word in asked else "" for word in document] for document in corpus]
+        # Words that are not in the query count for the length only; as one word they keep the index small.
+        corpus = [[word if word in query_words else "" for word in document] for document in documents]
         index: Any = bm25s.BM25(
             method="robertson", k1=self.k1, b=self.b, dtype="float64", backend="numpy", csc_backend="numpy"
         )
-        index.index(known, create_empty_token=False, show_progress=False)
+        index.index(corpus, create_empty_token=False, show_progress=False)
         return np.asarray(index.get_scores(words), dtype=np.float64)
 
 
-class Recency:
-    """The latest first; a history is in time order where its dates are known, else in the file's."""
+class RecencyRetriever:
+    """The latest item first; a history is in the order of its dates, or of the file without dates."""
 
-    def rank(self, sample: Sample) -> list[int]:
-        """Return the places of all items, latest first."""
-        return list(range(len(sample.history)))[::-1]
+    def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
+        return [list(range(len(sample.history)))[::-1] for sample in samples]
 
 
-class RandomItems:
-    """An order drawn for each sample by its id and the seed, whatever other samples there are."""
+class RandomRetriever:
+    """An order that depends on the seed and the sample's id alone."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def rank(self, sample: Sample) -> list[int]:
-        """Return the places of all items in the order drawn."""
-        rng = np.random.default_rng([self.seed, _DRAWN_ITEMS, *sample.id.encode("utf-8", "surrogatepass")])
-        return [int(place) for place in rng.permutation(len(sample.history))]
+    def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
+        seeds = [[self.seed, _RANDOM_ITEMS, *sample.id.encode("utf-8", "surrogatepass")] for sample in samples]
+        rngs = map(np.random.default_rng, seeds)
+        return [rng.permutation(len(sample.history)).tolist() for rng, sample in zip(rngs, samples, strict=True)]
 
 
-class Dense:
-    """Cosine between the encoder's vector of the query and those of the items.
+class DenseRetriever:
+    """Cosine similarity of the query's embedding and the items'.
 
     Args:
-        encoder: its query encoder is used as it comes, untrained.
-        table: of that encoder; gets the items that it lacks.
+        encoder: its untrained query encoder embeds queries.
+        table: the encoder's item embeddings; missing items are added.
         with_answer: whether items are encoded with the user's answer, as in `encode_samples`.
-        head: a learned map of (1, E) query vectors; None = none.
+        head: a learned map of (1, E) query vectors; None = identity.
     """
 
     def __init__(
@@ -167,29 +159,32 @@ class Dense:
     ) -> None:
         self.table, self.with_answer, self.head = table, with_answer, head
         self._query_encoder = encoder.query_encoder()
-        self._query = lru_cache(maxsize=_KEPT_QUERIES)(self._encoded)
+        self._query_vector = lru_cache(maxsize=_CACHED_QUERIES)(self._encode_query)
 
-    def rank(self, sample: Sample) -> list[int]:
-        """Return the places of all items, nearest first.
+    def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
+        row_ids = self.table.add(
+            item.encoded(with_answer=self.with_answer) for sample in samples for item in sample.history
+        )
+        ends = np.cumsum([len(sample.history) for sample in samples], dtype=np.int64)
+        histories = np.split(row_ids, ends)[:-1]
+        return [_best_first(self._scores(s.query, ids)) for s, ids in zip(samples, histories, strict=True)]
 
-        Raises:
-            UserError, StorageError: as `EmbeddingStore.add`.
-        """
-        if not sample.history:
-            return []
-        texts = [item.encoded(with_answer=self.with_answer) for item in sample.history]
-        self.table.add(texts)
-        # A product over many rows may round the same row differently in two places, so each row is taken once.
-        rows, places = np.unique(self.table.rows(texts), return_inverse=True)
-        return _best_first((self.table.gather(rows).astype(np.float32) @ self._query(sample.query))[places])
+    def _scores(self, query: str, row_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        if not len(row_ids):
+            return np.zeros(0, dtype=np.float32)
+        # A product over many rows may round equal rows differently, so each distinct row is scored once.
+        distinct, positions = np.unique(row_ids, return_inverse=True)
+        scores: npt.NDArray[np.float32] = self.table.gather(distinct).astype(np.float32) @ self._query_vector(query)
+        return scores[positions]
 
-    def _encoded(self, query: str) -> Vectors:
+    def _encode_query(self, query: str) -> Vectors:
         vectors = self._query_encoder.encode([query])
         mapped: Vectors = np.asarray(vectors if self.head is None else self.head(vectors), dtype=np.float32)[0]
         return mapped
 
 
 def _best_first(scores: npt.NDArray[np.floating[Any]]) -> list[int]:
-    """Places by falling score, the later of equal ones first."""
-    # A stable sort, read backwards, leaves the later of equal ones in front.
-    return [int(place) for place in np.argsort(scores, kind="stable")[::-1]]
+    """Return indices by falling score, the later of equal ones first."""
+    # A stable sort, reversed, puts the later of equal ones in front.
+    order: list[int] = np.argsort(scores, kind="stable")[::-1].tolist()
+    return order

@@ -1,16 +1,16 @@
-"""A retriever that learns from the frozen model which items help: ROPG-KD, knowledge distillation from likelihoods.
+"""ROPG-KD: a retriever that is distilled from the frozen model's likelihoods.
 
-For some items of a history the model is asked how likely the right answer becomes with that item in the prompt; a
-linear map behind the frozen query encoder then learns to rank items by that.
+The model scores the right answer with one history item in the prompt, for some items of each history. A linear map
+after the frozen query encoder then learns to rank items by these scores.
 
 Source: Salemi et al., "Optimization Methods for Personalizing Large Language Models through Retrieval Augmentation",
-arXiv 2404.05970 (ROPG-KD). Ours differs in what is trained: the map, not the whole encoder; and the teacher is the
-likelihood of the answer, not a metric of a generated one.
+arXiv 2404.05970 (ROPG-KD). Two differences: we train the map and not the whole encoder, and the teacher is the
+likelihood of the answer and not a metric of a generated one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from personaplug.baselines.history_prompt import HistoryWriter
+from personaplug.baselines.history_prompt import HistoryPromptFormatter
 from personaplug.baselines.retrievers import Retriever
 from personaplug.config import TrainingConfig
 from personaplug.data.records import Sample
@@ -33,11 +33,12 @@ from personaplug.infra.progress import Progress
 from personaplug.llm.base import LanguageModel
 
 _WEIGHTS = "retriever.safetensors"
-_PROMPTS = 8  # asked of the model at once
+_BATCH_SIZE = 8  # prompts that the model scores at once
+_CANDIDATES = 8  # sets the draws of candidates apart from others with the same seed
 
 
 class RopgRetriever(nn.Module):
-    """A linear map behind the frozen query encoder; starts as the identity, that is as dense retrieval."""
+    """A linear map after the frozen query encoder; it starts as the identity, which is dense retrieval."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,24 +46,19 @@ class RopgRetriever(nn.Module):
         nn.init.eye_(self.linear.weight)
 
     def forward(self, queries: Tensor) -> Tensor:
-        """(B, E) unit vectors to (B, E) unit vectors."""
+        """Map (B, E) unit vectors to (B, E) unit vectors."""
         return nn.functional.normalize(self.linear(queries), dim=-1)
 
     def save(self, folder: Path) -> None:
-        """Write the map.
-
-        Raises:
-            StorageError: if it cannot be written.
-        """
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         atomic_write(folder / _WEIGHTS, lambda path: save_file(state, path))
 
     @classmethod
     def load(cls, folder: Path, *, width: int) -> RopgRetriever:
-        """Read a trained map.
+        """Load trained weights.
 
         Raises:
-            MissingData: if it has not been trained.
+            MissingData: if there are none.
         """
         if not (folder / _WEIGHTS).exists():
             raise MissingData(f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one.")
@@ -72,27 +68,27 @@ class RopgRetriever(nn.Module):
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What the model said of some items of one sample's history.
+class RankingTarget:
+    """The teacher's scores for some items of one sample's history.
 
     Attributes:
-        id: the sample.
-        places: (C,) which items.
+        id: of the sample.
+        candidates: (C,) indices of the items.
         log_likelihoods: (C,) of the right answer with that item in the prompt.
     """
 
     id: str
-    places: list[int]
+    candidates: list[int]
     log_likelihoods: list[float]
 
 
-class Teacher:
-    """Asks the frozen model which items help, and keeps what it said.
+class RopgTeacher:
+    """Scores history items by the frozen model's likelihood of the answer, and caches the scores.
 
     Args:
-        path: JSON lines of lessons; a stopped command goes on after the last whole one.
-        retriever: half of the items asked about are the best by it, the others are drawn.
-        candidates: items asked about for each sample.
+        path: JSON lines of ranking targets; a stopped command continues after the last whole line.
+        retriever: its best items are half of the candidates; the others are drawn.
+        candidates: number of scored items per sample.
     """
 
     def __init__(
@@ -100,67 +96,62 @@ class Teacher:
         path: Path,
         *,
         llm: LanguageModel,
-        writer: HistoryWriter,
+        formatter: HistoryPromptFormatter,
         retriever: Retriever,
         candidates: int,
         seed: int,
     ) -> None:
-        self.lines, self.llm, self.writer, self.retriever = JsonLines(path), llm, writer, retriever
+        self.lines, self.llm, self.formatter, self.retriever = JsonLines(path), llm, formatter, retriever
         self.candidates, self.seed = candidates, seed
 
-    def lessons(self, samples: Sequence[Sample]) -> dict[str, Lesson]:
-        """Lessons by sample id, of the samples with an answer and at least two items that fit into a prompt."""
-        known = {lesson.id: lesson for lesson in (Lesson(**values) for values in self.lines)}
-        asked = [sample for sample in samples if len(sample.history) > 1 and sample.target is not None]
-        missing = [sample for sample in asked if sample.id not in known]
-        with Progress("ropg: what helps", total=len(missing), unit="samples") as bar:
-            for sample in missing:
-                known[sample.id] = self._ask(sample)
-                self.lines.append(asdict(known[sample.id]))
+    def targets(self, samples: Sequence[Sample]) -> dict[str, RankingTarget]:
+        """Return targets by sample id, for samples with an answer and at least two items that fit into a prompt."""
+        targets = {target.id: target for target in (RankingTarget(**values) for values in self.lines)}
+        eligible = [sample for sample in samples if len(sample.history) > 1 and sample.target is not None]
+        missing = [sample for sample in eligible if sample.id not in targets]
+        with Progress("ropg: scoring items", total=len(missing), unit="samples") as bar:
+            for sample, ranking in zip(missing, self.retriever.rank(missing), strict=True):
+                targets[sample.id] = self._score(sample, self._candidates(sample, ranking))
+                self.lines.append(asdict(targets[sample.id]))
                 bar.advance()
-        return {sample.id: known[sample.id] for sample in asked if len(known[sample.id].places) > 1}
+        return {sample.id: targets[sample.id] for sample in eligible if len(targets[sample.id].candidates) > 1}
 
-    def _ask(self, sample: Sample) -> Lesson:
-        written = {
-            place: self.writer.write(sample.prompt, [sample.history[place]]) for place in self._candidates(sample)
-        }
-        # An item that does not fit would be taught as worth what the bare prompt is.
-        prompts = [one.prompt for one in written.values() if one.written]
-        places = [place for place, one in written.items() if one.written]
-        found: list[float] = []
+    def _score(self, sample: Sample, candidates: Sequence[int]) -> RankingTarget:
+        prompts = {index: self.formatter.format(sample.prompt, [sample.history[index]]) for index in candidates}
+        # Without its item, a prompt would give the item the score of no item.
+        texts = {index: prompt.prompt for index, prompt in prompts.items() if prompt.included}
+        log_likelihoods: list[float] = []
         with torch.no_grad():
-            for start in range(0, len(prompts), _PROMPTS):
-                part = prompts[start : start + _PROMPTS]
-                losses, _ = self.llm.loss(part, [sample.target or ""] * len(part), soft=None)
-                found += (-losses).tolist()
-        return Lesson(sample.id, places, found)
+            for start in range(0, len(texts), _BATCH_SIZE):
+                batch = list(texts.values())[start : start + _BATCH_SIZE]
+                losses, _ = self.llm.loss(batch, [sample.target or ""] * len(batch), soft=None)
+                log_likelihoods += (-losses).tolist()
+        return RankingTarget(sample.id, list(texts), log_likelihoods)
 
-    def _candidates(self, sample: Sample) -> list[int]:
-        ranked = self.retriever.rank(sample)
-        best, rest = ranked[: self.candidates // 2], ranked[self.candidates // 2 :]
-        rng = np.random.default_rng([self.seed, 8, *sample.id.encode()])
+    def _candidates(self, sample: Sample, ranking: list[int]) -> list[int]:
+        best, rest = ranking[: self.candidates // 2], ranking[self.candidates // 2 :]
+        rng = np.random.default_rng([self.seed, _CANDIDATES, *sample.id.encode()])
         drawn = rng.permutation(len(rest))[: self.candidates - len(best)]
-        return best + [rest[place] for place in drawn]
+        return best + [rest[index] for index in drawn]
 
 
-class RetrieverObjective:
+class RopgObjective:
     """KL divergence of the retriever's ranking from the model's, over each sample's candidates.
 
     Σ_i t_i · (log t_i − log r_i), t = softmax of the log-likelihoods, r = softmax(cos(query, item) / temperature)
 
     Args:
-        lessons: by sample id.
-        samples: those of the lessons; where their items' vectors are is noted now, since a training's views leave
-            items out.
+        targets: by sample id.
+        samples: the samples of the targets, with all their items; augmentation drops items later.
     """
 
     unit = "query"
-    reads_histories = False  # it ranks items, and there is nothing to learn from none
+    reads_histories = False  # it ranks items, so hiding the history leaves nothing to learn
 
     def __init__(
         self,
         retriever: RopgRetriever,
-        lessons: dict[str, Lesson],
+        targets: Mapping[str, RankingTarget],
         *,
         samples: Sequence[EncodedSample],
         encoder: Encoder,
@@ -169,18 +160,19 @@ class RetrieverObjective:
     ) -> None:
         self.module: nn.Module = retriever
         self.device = torch.device("cpu")
-        self.lessons, self.table, self.temperature = lessons, table, temperature
-        self.rows = {sample.id: sample.rows[lessons[sample.id].places] for sample in samples}
+        self.targets, self.table, self.temperature = targets, table, temperature
+        self.rows = {sample.id: sample.rows[targets[sample.id].candidates] for sample in samples}
         vectors = encoder.query_encoder().encode([sample.query for sample in samples])
         self.queries = {sample.id: vector for sample, vector in zip(samples, vectors, strict=True)}
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         queries = torch.from_numpy(np.stack([self.queries[sample.id] for sample in samples]))
-        each = [self._divergence(q, sample.id) for q, sample in zip(self.module(queries), samples, strict=True)]
-        return torch.stack(each).sum(), torch.tensor(len(each))
+        mapped = self.module(queries)
+        losses = [self._divergence(query, sample.id) for query, sample in zip(mapped, samples, strict=True)]
+        return torch.stack(losses).sum(), torch.tensor(len(losses))
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Nothing: lessons and queries are there."""
+        """Do nothing: the constructor has computed targets and queries."""
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return [1] * len(samples)
@@ -193,6 +185,6 @@ class RetrieverObjective:
 
     def _divergence(self, query: Tensor, sample_id: str) -> Tensor:
         items = torch.from_numpy(self.table.gather(self.rows[sample_id]).astype(np.float32))
-        wanted = torch.tensor(self.lessons[sample_id].log_likelihoods).log_softmax(dim=0)
-        found = (items @ query / self.temperature).log_softmax(dim=0)
-        return (wanted.exp() * (wanted - found)).sum()
+        log_targets = torch.tensor(self.targets[sample_id].log_likelihoods).log_softmax(dim=0)
+        log_ranking = (items @ query / self.temperature).log_softmax(dim=0)
+        return (log_targets.exp() * (log_targets - log_ranking)).sum()

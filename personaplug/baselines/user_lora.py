@@ -1,7 +1,7 @@
-"""One user's own matrices: what they are trained on, the training, and the store on disk.
+"""A user's LoRA adapter: its training data, its training and its storage.
 
-After OPPU (arXiv 2402.04401), without the leak of its code, where each user is trained on the users before as well:
-here a user begins with fresh matrices, a fresh optimizer and nothing but the user's own items.
+After OPPU (arXiv 2402.04401), without the leak of its code, which trains each user on the users before as well. Here a
+user starts with a fresh adapter, a fresh optimizer and only the user's own items.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from personaplug.baselines.lora import TASK, USER, LoraAdapters
 from personaplug.config import AdapterConfig
@@ -37,92 +36,88 @@ from personaplug.llm.base import LanguageModel
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
-"""A prompt and its answer."""
+"""A prompt and its target."""
 
 FREE_PROMPT = "Write as this person would write."
 
-_CLIP = 1.0
+_MAX_GRAD_NORM = 1.0
 
-# ---- what a user is trained on
+# ---- training data
 
 
 def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryItem]) -> list[Pair]:
-    """Turn a user's own items into what the task asks and the user answered.
+    """Turn a user's items into prompts and targets of the task.
 
-    The prompt is the sample's, with its query replaced by the item's values other than the answer, joined by a space.
-    Items that lack one of the two, or whose answer is none of the task's labels, are left out.
+    The prompt is the sample's, with the item's values (without the answer) in place of the query. Items without
+    content, or with an answer that the task does not allow, are left out.
 
-    Some tasks have no such pairs in their histories: an item has no answer (LaMP_1), is nothing but its answer
-    (LaMP_7), or the query's place in the input is found by a pattern, which tells how to read an input and not how to
-    write one. There the prompt is one fixed sentence and the target the first of the item's values (LaMP_1: the
-    title; LaMP_7: the tweet). The matrices then learn how the user writes and not the task that is tested; whoever
-    reports such a row says so beside it.
+    Some tasks have no such pairs; see `has_history_pairs`. Their prompt is `FREE_PROMPT` and the target is the item's
+    first value (LaMP_1: the title; LaMP_7: the tweet). The adapter then learns how the user writes, not the task.
 
     Args:
-        prompt, query: of a sample of this task; the query is the end of the prompt (`data.fields.query_of`).
-        items: the user's, oldest first.
+        prompt, query: of a sample of this task; the prompt ends with the query.
+        items: oldest first.
     Raises:
         ConfigError: if the prompt does not end with the query.
     """
-    if answers_in_history(task):
-        head = _before(prompt, query)
-        found = ((head + _content(item), _answer(task, item)) for item in items if _content(item))
+    if not has_history_pairs(task):
+        pairs = [(FREE_PROMPT, _first_value(item)) for item in items]
+    elif query and prompt.endswith(query):
+        head = prompt.removesuffix(query)
+        pairs = [(head + content, _allowed_answer(task, item)) for item in items if (content := _content(item))]
     else:
-        found = ((FREE_PROMPT, _own_words(item)) for item in items)
-    return [(asked, answered) for asked, answered in found if answered]
+        raise ConfigError(
+            "The prompt must end with its query, which the user's items replace; it does not. Give the prompt and "
+            "query of one sample, as its reader returns them."
+        )
+    return [pair for pair in pairs if pair[1]]
 
 
-def answers_in_history(task: Task) -> bool:
-    """Whether an item of this task's histories is a question of the task with its answer (see `history_pairs`)."""
+def has_history_pairs(task: Task) -> bool:
+    """True if a history item is a question of the task with its answer.
+
+    It is not if items have no answer (LaMP_1), are only an answer (LaMP_7), or if a pattern finds the query in a
+    prompt: a pattern reads prompts but cannot write them.
+    """
     return task.answer_field is not None and task.item_fields != (task.answer_field,) and not task.query_pattern
 
 
-def remark(task: Task) -> str | None:
-    """What has to be said beside a per-user row of this task, if anything."""
-    if not answers_in_history(task):
+def user_lora_caveat(task: Task) -> str | None:
+    """Return what a report must say beside the row `lora-per-user` of this task, or None."""
+    if not has_history_pairs(task):
         return (
-            f"lora-per-user: the items of {task.name} hold no pairs of question and answer, so users' matrices learn "
-            f"how they write and not the task that is tested."
+            f"lora-per-user: items of {task.name} are not questions with answers, so users' adapters learn how they "
+            f"write and not the task that is tested."
         )
     if not task.query_after:
         return (
-            f"lora-per-user: where the query starts in an input of {task.name} is not declared, so users' matrices "
-            f"learn from their items without the wording that is tested."
+            f"lora-per-user: {task.name} does not declare where a query starts, so users' adapters learn from items "
+            f"without the wording that is tested."
         )
     return None
 
 
-def without_asked(items: Iterable[HistoryItem], samples: Iterable[Sample]) -> list[HistoryItem]:
-    """Leave out the items that hold what a user's evaluated samples ask.
+def without_evaluated_items(items: Iterable[HistoryItem], samples: Iterable[Sample]) -> list[HistoryItem]:
+    """Drop the items that hold a question of the user's evaluated samples.
 
-    An item goes if its content, or one of the values that make it, is the query of one of the samples; case, spaces
-    and punctuation aside. An item that is nothing but its answer (LaMP_7) goes too if it is a sample's target.
+    An item is dropped if its content, or one of its values except the answer, equals the query of a sample. Case,
+    spaces and punctuation do not count. An item that is only an answer (LaMP_7) is also compared with the targets.
     """
-    queries, targets = set(), set()
-    for sample in samples:
-        queries.add(_plain(sample.query))
-        targets.add(_plain(sample.target or ""))
-    return [item for item in items if not _asked(item, queries - {""}, targets - {""})]
+    samples = list(samples)
+    queries = {_normalized(sample.query) for sample in samples} - {""}
+    targets = {_normalized(sample.target or "") for sample in samples} - {""}
+    return [item for item in items if not _is_evaluated(item, queries, targets)]
 
 
-def _asked(item: HistoryItem, queries: set[str], targets: set[str]) -> bool:
+def _is_evaluated(item: HistoryItem, queries: set[str], targets: set[str]) -> bool:
     values = _values(item)
-    if queries & {_plain(value) for value in (*values, " ".join(values))}:
-        return True
-    return not values and _plain(_own_words(item)) in queries | targets
-
-
-def _before(prompt: str, query: str) -> str:
-    if not query or not prompt.endswith(query):
-        raise ConfigError(
-            "The prompt should end with its query, which a user's items then take the place of; it does not. Give "
-            "prompt and query of one sample, as its reader made them."
-        )
-    return prompt[: -len(query)]
+    if not values:
+        return _normalized(_first_value(item)) in queries | targets
+    return not queries.isdisjoint(_normalized(value) for value in (*values, _content(item)))
 
 
 def _values(item: HistoryItem) -> list[str]:
-    """The item's values other than the answer, without blank ones."""
+    """Return the item's values without the answer and without blank ones."""
     return [value for name, value in item.fields if name != item.answer_name and value.strip()]
 
 
@@ -130,35 +125,30 @@ def _content(item: HistoryItem) -> str:
     return " ".join(_values(item))
 
 
-def _answer(task: Task, item: HistoryItem) -> str:
-    """What the user answered; empty where it is nothing that the task can be answered with."""
+def _allowed_answer(task: Task, item: HistoryItem) -> str:
+    """Return the item's answer, or "" if the task does not allow it as a target."""
     try:
         return target_of(task, (item.answer or "").strip())
     except Flaw:
         return ""
 
 
-def _own_words(item: HistoryItem) -> str:
+def _first_value(item: HistoryItem) -> str:
     return next((value for value in (*_values(item), item.answer or "") if value.strip()), "")
 
 
-def _plain(text: str) -> str:
-    """A text as it is compared: letters and digits; a text that has none keeps its other signs."""
+def _normalized(text: str) -> str:
+    """Return the letters and digits of a text, or its other characters if it has none."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(filter(str.isalnum, folded)) or "".join(folded.split())
 
 
-# ---- the training
+# ---- training
 
 
 @dataclass(frozen=True)
 class UserFit:
-    """What the training of one user was.
-
-    Attributes:
-        steps: optimizer steps done; 0 where the user has no pairs, and the matrices change nothing.
-        seconds: time of these steps.
-    """
+    """Optimizer steps and seconds of one user's training; 0 steps if the user has no pairs."""
 
     steps: int
     seconds: float
@@ -167,30 +157,29 @@ class UserFit:
 def fit_user(
     adapters: LoraAdapters, llm: LanguageModel, pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
 ) -> UserFit:
-    """Train a user's matrices from fresh ones, on top of the task's, and leave them in `adapters`.
+    """Train a fresh user adapter on top of the task's, and leave it in `adapters`.
 
-    AdamW without decay at a constant rate; the order of the pairs, like the first matrices, depends on the seed alone.
-    The trained values are rounded to float16, in which they are stored: a user answers the same when loaded later.
+    AdamW without weight decay at a constant rate. The first weights and the order of the pairs depend on the seed
+    alone. The trained weights are rounded to float16, the format on disk, so that loading them changes no answer.
 
     Args:
-        adapters: attached to the backend's model; the task's matrices stay as they are.
-        pairs: of this user only, oldest first; the latest `user_items` are used.
+        pairs: oldest first; the latest `user_items` are used.
     Raises:
-        TrainingDiverged: if a loss or a gradient is NaN or infinite; the user's matrices are fresh then.
+        TrainingDiverged: if a loss or a gradient is not finite; the user's adapter is fresh then.
     """
     adapters.reset(USER, seed=seed)
-    used = list(pairs)[-config.user_items :]
-    if not used:
+    latest_pairs = list(pairs)[-config.user_items :]
+    if not latest_pairs:
         return UserFit(steps=0, seconds=0.0)
     with adapters.active(TASK, USER), adapters.trainable(USER):
         began = time.monotonic()
         try:
-            steps = _train(adapters, llm, used, config=config, seed=seed)
+            steps = _train(adapters, llm, latest_pairs, config=config, seed=seed)
         except TrainingDiverged:
             adapters.reset(USER, seed=seed)
             raise
         seconds = time.monotonic() - began
-    adapters.load(USER, _rounded(adapters.state(USER)))
+    adapters.load(USER, {path: value.half().float() for path, value in adapters.state(USER).items()})
     return UserFit(steps=steps, seconds=seconds)
 
 
@@ -199,52 +188,37 @@ def _train(
 ) -> int:
     parameters = list(adapters.module(USER).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lora_learning_rate, weight_decay=0.0)
-    steps = 0
-    for batch in _shuffled_batches(pairs, config=config, seed=seed):
+    step = 0
+    for step, batch in enumerate(_shuffled_batches(pairs, config=config, seed=seed), start=1):
         optimizer.zero_grad()
         with torch.enable_grad():
-            losses, tokens = _losses(llm, batch)
+            losses, tokens = llm.loss([prompt for prompt, _ in batch], [target for _, target in batch], soft=None)
             loss = losses.sum() / tokens.sum()
             loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, _CLIP)
-        if not (math.isfinite(float(loss.detach())) and math.isfinite(float(norm))):
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
+        if not (math.isfinite(float(loss.detach())) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"A user's matrices: the loss became {float(loss.detach())} and the gradient {float(norm)} in step "
-                f"{steps + 1}. Use a lower lora_learning_rate (it is {config.lora_learning_rate:g}) or dtype=float32."
+                f"A user's LoRA adapter: in step {step} the loss is {float(loss.detach())} and the gradient {norm}. "
+                f"Use a lower lora_learning_rate (it is {config.lora_learning_rate:g}) or dtype=float32."
             )
         optimizer.step()
-        steps += 1
     optimizer.zero_grad()
-    return steps
+    return step
 
 
 def _shuffled_batches(pairs: Sequence[Pair], *, config: AdapterConfig, seed: int) -> Iterator[list[Pair]]:
     for epoch in range(config.user_epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(pairs))
         for start in range(0, len(pairs), config.user_batch_size):
-            yield [pairs[place] for place in order[start : start + config.user_batch_size]]
+            yield [pairs[index] for index in order[start : start + config.user_batch_size]]
 
 
-def _losses(llm: LanguageModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    return llm.loss([asked for asked, _ in pairs], [answered for _, answered in pairs], soft=None)
-
-
-def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {path: value.half().float() for path, value in state.items()}
-
-
-# ---- the store
+# ---- storage
 
 
 @dataclass(frozen=True)
 class UserCosts:
-    """What a user costs in the mean.
-
-    Attributes:
-        users: how many the means are over.
-        seconds: of training.
-        bytes: of the stored matrices.
-    """
+    """Mean seconds of training and bytes on disk per user, over so many users."""
 
     users: int
     seconds: float
@@ -252,76 +226,76 @@ class UserCosts:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _TrainingRecord:
     seconds: float
     items: int
     bytes: int
 
 
 class UserLoraStore:
-    """Trained matrices of users in a folder, so that no user is trained twice for the same thing.
+    """Trained user adapters in a folder, so that the same training never runs twice.
 
-    A key is a list of facts that JSON can hold: the user and all that the matrices depend on (the task's matrices,
-    settings, seed, a fingerprint of the items). Only its hash is written: no name of a user is on disk. The matrices
-    are stored in float16.
-
-    Args:
-        folder: where they are; made when the first one is stored.
+    A key is a list that JSON can hold: the user and all that the adapter depends on (the task's adapter, settings,
+    seed, a fingerprint of the items). Only its hash is on disk, so no user is named there. Weights are float16.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._met: dict[str, _Facts] = {}
+        self._records: dict[str, _TrainingRecord] = {}
 
-    def get(self, key: Sequence[Any]) -> dict[str, Tensor] | None:
-        """Return a user's matrices in float32, or None if they are not there, or not readable as a whole."""
+    def get(self, key: Sequence[Any]) -> dict[str, torch.Tensor] | None:
+        """Return a user's adapter in float32, or None if it is missing or its files are damaged."""
         name = _hash(key)
         try:
-            facts = self._facts(name)
+            record = self._read_record(name)
             state = load_file(self.folder / f"{name}.safetensors")
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, SafetensorError):
-            logger.warning("%s: the matrices of a user cannot be read, and are trained again", self.folder / name)
+            logger.warning("%s: a user's adapter cannot be read and is trained again", self.folder / name)
             return None
-        self._met[name] = facts
+        self._records[name] = record
         return {path: value.float() for path, value in state.items()}
 
-    def meet(self, key: Sequence[Any]) -> None:
-        """Count a user in `costs`, if they are stored, without reading their matrices."""
+    def count_stored(self, key: Sequence[Any]) -> None:
+        """Include a user in `costs`, if the store holds one, without loading the weights."""
         name = _hash(key)
-        if name not in self._met and (self.folder / f"{name}.safetensors").exists():
+        if name not in self._records and (self.folder / f"{name}.safetensors").exists():
             with suppress(OSError, ValueError, TypeError):
-                self._met[name] = self._facts(name)
+                self._records[name] = self._read_record(name)
 
-    def _facts(self, name: str) -> _Facts:
-        return _Facts(**json.loads((self.folder / f"{name}.json").read_bytes()))
-
-    def put(self, key: Sequence[Any], state: dict[str, Tensor], *, seconds: float, items: int) -> None:
-        """Store a user's matrices; those stored earlier under this key are replaced.
+    def put(self, key: Sequence[Any], state: dict[str, torch.Tensor], *, seconds: float, items: int) -> None:
+        """Store a user's adapter, or replace the one with the same key.
 
         Args:
-            state: as `LoraAdapters.state` gives it.
-            seconds: that the training took.
-            items: that the user was trained on.
+            state: as `LoraAdapters.state` returns it.
+            seconds: duration of the training.
+            items: number of items that the user was trained on.
         Raises:
             StorageError: if the disk is full or not writable.
         """
-        name, halves = _hash(key), {path: value.half().contiguous() for path, value in state.items()}
-        facts = _Facts(seconds, items, bytes=sum(value.nbytes for value in halves.values()))
-        atomic_write(self.folder / f"{name}.safetensors", lambda path: save_file(halves, path))
-        # Last, because a user counts as stored once the facts are there.
-        write_json(self.folder / f"{name}.json", asdict(facts))
-        self._met[name] = facts
+        name, weights = _hash(key), {path: value.half().contiguous() for path, value in state.items()}
+        record = _TrainingRecord(seconds, items, bytes=sum(value.nbytes for value in weights.values()))
+        atomic_write(self.folder / f"{name}.safetensors", lambda path: save_file(weights, path))
+        # The record comes last: `get` takes a user without one for missing.
+        write_json(self.folder / f"{name}.json", asdict(record))
+        self._records[name] = record
 
     def costs(self) -> UserCosts | None:
-        """What a user costs in the mean, over those found or stored through this object; None without any."""
-        met = list(self._met.values())
-        if not met:
+        """Return the mean costs of the users that this object has loaded, stored or counted; None without any."""
+        records = self._records.values()
+        if not records:
             return None
-        return UserCosts(len(met), seconds=fmean(one.seconds for one in met), bytes=fmean(one.bytes for one in met))
+        return UserCosts(
+            len(records),
+            seconds=fmean(record.seconds for record in records),
+            bytes=fmean(record.bytes for record in records),
+        )
+
+    def _read_record(self, name: str) -> _TrainingRecord:
+        return _TrainingRecord(**json.loads((self.folder / f"{name}.json").read_bytes()))
 
 
 def _hash(key: Sequence[Any]) -> str:
-    """32 hex digits of a key."""
+    """Return 32 hex digits that stand for a key."""
     return hashlib.blake2b(json.dumps(list(key), sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,8 +1,7 @@
-"""EmbeddingStore: the items' vectors on disk, and samples whose histories are rows of it.
+"""EmbeddingStore: item embeddings on disk, deduplicated by the content of the text.
 
-A table is a folder: `table.json` (format and encoder), `vectors.f16` (raw float16 rows, memory-mapped) and
-`index.sqlite` (a hash of each text -> its row). Vectors are found by content, never by a running offset, so a
-text that stands in many histories is encoded and kept once. No text is written to disk.
+A store is a folder: `table.json` (format and encoder), `vectors.f16` (raw float16 rows, memory-mapped) and
+`index.sqlite` (hash of a text -> row id). A text in many histories is encoded and stored once. No text is on disk.
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,8 @@ from personaplug.infra.atomic_io import write_json
 FORMAT = 1
 
 T = TypeVar("T")
-Rows = npt.NDArray[np.int64]
-Halves = npt.NDArray[np.float16]
+RowIds = npt.NDArray[np.int64]
+Float16Array = npt.NDArray[np.float16]
 
 _KEYS_PER_QUERY = 500
 _SCHEMA = """
@@ -38,70 +38,67 @@ INSERT OR IGNORE INTO extent VALUES (0, 0);
 """
 
 
-class Added(NamedTuple):
-    """What `EmbeddingStore.add` did: texts encoded now, and texts that were there already or came twice."""
-
-    new: int
-    seen: int
-
-
 class EmbeddingStore:
-    """Item vectors of one encoder in a folder; any number of readers, one writer at a time.
+    """Item embeddings of one encoder in a folder, for any number of readers and one writer at a time.
 
-    A writer appends and syncs vectors first and commits their keys second, so whatever stops it, the index
-    never points at a vector that is not there. Nothing but the memory map is held open: a table may be used
-    by several threads, and by processes that are forked or spawned from this one.
+    A writer syncs the vectors before it commits their keys, so a crash never leaves a key without its vector. Each
+    thread of each process has its own connection to the index; a store may be forked and pickled.
 
     Attributes:
-        folder: where it is.
-        encoder: who encodes what is missing.
-        width: values in a vector (E).
+        encoder: encodes the texts that are missing.
+        width: size of a vector (E).
     """
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
-        """Wrap a folder that is known to be a table of this encoder; use `open`."""
+        """Wrap a folder that is a store of this encoder; use `open`."""
         self.folder, self.encoder, self.width = folder, encoder, encoder.width
-        self._map: Halves = np.zeros((0, self.width), dtype=np.float16)
+        self._vectors: Float16Array = np.zeros((0, self.width), dtype=np.float16)
+        self._connection = _Connection(folder)
 
     @classmethod
     def open(cls, folder: str | Path, encoder: Encoder, *, create: bool = True) -> EmbeddingStore:
-        """Open the table in a folder, or make an empty one.
+        """Open the store in a folder, or create an empty one.
 
         Args:
-            folder: where it is or shall be.
-            encoder: must be the one that made the table; its name and the prompt of queries may differ.
-            create: make the table if it is not there.
+            encoder: the one that the store was created with; its name and its prompt for queries may differ.
+            create: create the store if it is missing.
         Raises:
-            EncoderMismatch: if another encoder made the table.
-            MissingData: if it is not there and shall not be made.
-            UserError: if its files do not fit together.
-            StorageError: if it cannot be written.
+            EncoderMismatch: if the store was created with another encoder.
+            MissingData: if it is missing and `create` is false.
+            UserError: if its files are damaged.
         """
         folder = Path(folder)
         if not (folder / "table.json").is_file():
             if not create:
-                raise MissingData(f"There is no vector table in {folder}: encode the items first.")
+                raise MissingData(f"There is no embedding store in {folder}: encode the items first.")
             _create(folder, encoder.identity)
         _check_encoder(folder, encoder.identity)
-        table = cls(folder, encoder)
-        table._committed()
-        return table
-
-    @property
-    def identity(self) -> EncoderIdentity:
-        """The encoder whose vectors these are."""
-        return self.encoder.identity
+        store = cls(folder, encoder)
+        len(store)  # checks the files
+        return store
 
     def __len__(self) -> int:
-        """Rows in the table."""
-        return self._committed()
+        """Return the number of committed rows, after a check that their vectors exist."""
+        with self._index() as index:
+            (rows,) = index.execute("SELECT rows FROM extent").fetchone() or (0,)
+            vectors = self.folder / "vectors.f16"
+            stored = vectors.stat().st_size // (2 * self.width) if vectors.exists() else 0
+        if stored < rows:
+            raise UserError(
+                f"The embedding store {self.folder} is damaged: its index has {rows} rows and vectors.f16 has "
+                f"{stored}. Delete the folder and encode again."
+            )
+        return int(rows)
 
     def __repr__(self) -> str:
-        return f"EmbeddingStore({str(self.folder)!r}, encoder={self.identity.name!r}, rows={len(self)})"
+        return f"EmbeddingStore({str(self.folder)!r}, encoder={self.encoder.identity.name!r}, rows={len(self)})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map would carry all its vectors along.
-        return self.__dict__ | {"_map": np.zeros((0, self.width), dtype=np.float16)}
+    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, Encoder]]:
+        return type(self), (self.folder, self.encoder)  # without the mapped vectors and the connection
+
+    def close(self) -> None:
+        """Close this thread's connection; the next use opens another."""
+        self._connection.close()
 
     def add(
         self,
@@ -110,130 +107,127 @@ class EmbeddingStore:
         progress: Callable[[int], None] | None = None,
         batch_size: int = 64,
         chunk: int = 4096,
-    ) -> Added:
-        """Encode the texts that are missing; only one chunk of them is in memory at a time.
+    ) -> RowIds:
+        """Encode the missing texts and return the row ids of all texts, (n,).
 
-        Each chunk is complete on disk before the next one begins, so an interrupted call loses one chunk at
-        most and the same call goes on from there. If nothing is missing, nothing is written or locked.
+        Each chunk is complete on disk before the next one starts: an interrupted call loses one chunk at most, and the
+        same call resumes. If no text is missing, nothing is written or locked.
 
         Args:
-            texts: may be a generator of any length.
-            progress: called after each chunk with the number of texts done so far.
-            batch_size: texts that the encoder takes at once.
-            chunk: texts that are read, encoded and committed together.
+            texts: may be a generator of any length; one chunk of it is in memory at a time.
+            progress: called after each chunk with the number of texts so far.
+            batch_size: number of texts that the encoder takes at once.
+            chunk: number of texts that are read, encoded and committed together.
         Raises:
-            UserError: if another process is writing, or the encoder gives NaN.
-            StorageError: if the disk is full; the chunks before stay.
+            UserError: if another process is writing, or the encoder returns NaN.
+            StorageError: if the disk is full; earlier chunks stay.
         """
-        new = done = 0
-        with contextlib.ExitStack() as stack:
-            lock: sqlite3.Connection | None = None
+        row_ids = [np.zeros(0, dtype=np.int64)]
+        done, is_locked = 0, False
+        with contextlib.ExitStack() as lock:
             for part in _chunks(texts, chunk):
-                missing = self._missing(part)
-                if missing and lock is None:
-                    lock = stack.enter_context(_writer_lock(self.folder))
-                    missing = self._missing(part)  # another writer may have been at it until now
-                self._append(missing, batch_size=batch_size)
-                new, done = new + len(missing), done + len(part)
+                keys = {text: content_key(text) for text in dict.fromkeys(part)}
+                rows = self._look_up(keys.values())
+                if len(rows) < len(keys) and not is_locked:
+                    lock.enter_context(_writer_lock(self.folder))
+                    is_locked = True
+                    rows = self._look_up(keys.values())  # another writer may have added texts before the lock
+                missing = {key: text for text, key in keys.items() if key not in rows}
+                rows |= self._append(missing, batch_size=batch_size)
+                row_ids.append(np.array([rows[keys[text]] for text in part], dtype=np.int64))
+                done += len(part)
                 if progress:
                     progress(done)
-        return Added(new=new, seen=done - new)
+        return np.concatenate(row_ids)
 
-    def rows(self, texts: Sequence[str]) -> Rows:
-        """Return the (n,) rows of n texts.
-
-        Raises:
-            UserError: if one of them was never added; the text is not shown.
-        """
-        keys = [content_key(text) for text in texts]
-        found = self._lookup(set(keys))
-        unknown = sum(key not in found for key in keys)
-        if unknown:
-            raise UserError(
-                f"{unknown} of {len(keys)} texts are not in the vector table {self.folder}: add them first."
-            )
-        return np.fromiter((found[key] for key in keys), dtype=np.int64, count=len(keys))
-
-    def gather(self, rows: Rows) -> Halves:
-        """Return the (n, E) float16 vectors of n rows; only these are read from disk.
+    def gather(self, row_ids: RowIds) -> Float16Array:
+        """Return the vectors of rows, (n, E) float16; only these are read from disk.
 
         Raises:
             UserError: if there is no such row.
         """
-        rows = np.asarray(rows, dtype=np.int64)
-        if rows.size == 0:
-            return np.zeros((*rows.shape, self.width), dtype=np.float16)
-        if int(rows.max()) >= len(self._map):
-            self._map = self._mapped()  # rows may have come since
-        if int(rows.min()) < 0 or int(rows.max()) >= len(self._map):
+        row_ids = np.asarray(row_ids, dtype=np.int64)
+        if row_ids.size == 0:
+            return np.zeros((*row_ids.shape, self.width), dtype=np.float16)
+        if int(row_ids.max()) >= len(self._vectors) and (rows := len(self)):
+            file = self.folder / "vectors.f16"
+            self._vectors = np.memmap(file, dtype="<f2", mode="r", shape=(rows, self.width))
+        if int(row_ids.min()) < 0 or int(row_ids.max()) >= len(self._vectors):
             raise UserError(
-                f"Rows {rows.min()} to {rows.max()} were asked for; the vector table {self.folder} has "
-                f"rows 0 to {len(self._map) - 1}. Look rows up in the table that they are gathered from."
+                f"Rows {row_ids.min()} to {row_ids.max()} were requested; the embedding store {self.folder} has "
+                f"rows 0 to {len(self._vectors) - 1}. Use the row ids of the same store."
             )
-        return np.asarray(self._map)[rows]
+        return np.asarray(self._vectors)[row_ids]
 
-    def _mapped(self) -> Halves:
-        rows = self._committed()
-        if rows == 0:
-            return np.zeros((0, self.width), dtype=np.float16)
-        return np.memmap(self.folder / "vectors.f16", dtype="<f2", mode="r", shape=(rows, self.width))
+    @contextlib.contextmanager
+    def _index(self) -> Iterator[sqlite3.Connection]:
+        with _storage_errors(self.folder):
+            yield self._connection.get()
 
-    def _committed(self) -> int:
-        """How many rows the index has committed; that many are checked to be there."""
-        with _index(self.folder) as index:
-            (rows,) = index.execute("SELECT rows FROM extent").fetchone() or (0,)
-            vectors = self.folder / "vectors.f16"
-            found = vectors.stat().st_size // (2 * self.width) if vectors.exists() else 0
-        if found < rows:
-            raise UserError(
-                f"The vector table {self.folder} is damaged: its index has {rows} rows and vectors.f16 has "
-                f"{found}. Delete the folder and encode again."
-            )
-        return int(rows)
-
-    def _missing(self, texts: Sequence[str]) -> dict[bytes, str]:
-        keyed = {content_key(text): text for text in texts}
-        for key in self._lookup(keyed):
-            del keyed[key]
-        return keyed
-
-    def _lookup(self, keys: Iterable[bytes]) -> dict[bytes, int]:
-        found: dict[bytes, int] = {}
-        with _index(self.folder) as index:
-            # In key order, neighbours in the index are read together.
+    def _look_up(self, keys: Collection[bytes]) -> dict[bytes, int]:
+        """Return the rows of the keys that the index has."""
+        rows: dict[bytes, int] = {}
+        with self._index() as index:
+            # In key order, neighbors in the index are read together.
             for part in _chunks(sorted(keys), _KEYS_PER_QUERY):
                 marks = ",".join("?" * len(part))
-                found.update(index.execute(f"SELECT key, row FROM items WHERE key IN ({marks})", part))
-        return found
+                rows.update(index.execute(f"SELECT key, row FROM items WHERE key IN ({marks})", part))
+        return rows
 
-    def _append(self, missing: Mapping[bytes, str], *, batch_size: int) -> None:
-        if not missing:
-            return
-        vectors = self._encoded(list(missing.values()), batch_size=batch_size)
-        start = self._committed()
-        with _writing(self.folder):
+    def _append(self, texts: Mapping[bytes, str], *, batch_size: int) -> dict[bytes, int]:
+        """Encode texts, given by key, and return their new rows."""
+        if not texts:
+            return {}
+        vectors = self._encode(list(texts.values()), batch_size=batch_size)
+        start = len(self)
+        with _storage_errors(self.folder):
             _write_rows(self.folder / "vectors.f16", vectors, start=start)
-        with _index(self.folder) as index, index:
-            numbered = zip(missing, range(start, start + len(missing)), strict=True)
-            index.executemany("INSERT INTO items VALUES (?, ?)", numbered)
-            index.execute("UPDATE extent SET rows = ?", (start + len(missing),))
+        rows = {key: start + offset for offset, key in enumerate(texts)}
+        with self._index() as index, index:
+            index.executemany("INSERT INTO items VALUES (?, ?)", rows.items())
+            index.execute("UPDATE extent SET rows = ?", (start + len(texts),))
+        return rows
 
-    def _encoded(self, texts: Sequence[str], *, batch_size: int) -> Halves:
+    def _encode(self, texts: Sequence[str], *, batch_size: int) -> Float16Array:
         vectors = self.encoder.encode(texts, batch_size=batch_size)
         if vectors.shape != (len(texts), self.width):
             raise ShapeMismatch(
-                f"The encoder {self.identity.name} returned shape {vectors.shape} for {len(texts)} texts; "
+                f"The encoder {self.encoder.identity.name} returned shape {vectors.shape} for {len(texts)} texts; "
                 f"expected ({len(texts)}, {self.width})."
             )
         with np.errstate(over="ignore"):
-            halves: Halves = vectors.astype("<f2")
-        bad = int((~np.isfinite(halves).all(axis=1)).sum())
-        if bad:
+            rounded: Float16Array = vectors.astype("<f2")
+        invalid = int((~np.isfinite(rounded).all(axis=1)).sum())
+        if invalid:
             raise UserError(
-                f"The encoder {self.identity.name} gave NaN or infinite values for {bad} of {len(texts)} "
-                f"texts; none of them was kept. Run it in float32, or use another encoder."
+                f"The encoder {self.encoder.identity.name} returned NaN or infinite values for {invalid} of "
+                f"{len(texts)} texts; none of them was stored. Run it in float32, or use another encoder."
             )
-        return halves
+        return rounded
+
+
+class _Connection(threading.local):
+    """A connection to the index that belongs to one thread of one process; `__init__` runs once in each thread."""
+
+    def __init__(self, folder: Path) -> None:
+        # mode=rw never creates the file; SQLite itself falls back to reading if writing is not allowed.
+        self._uri = (folder / "index.sqlite").absolute().as_uri() + "?mode=rw"
+        self._sqlite: sqlite3.Connection | None = None
+        self._inherited: sqlite3.Connection | None = None
+        self._process = 0
+
+    def get(self) -> sqlite3.Connection:
+        if self._sqlite is None or self._process != os.getpid():
+            # SQLite forbids a forked process to use its parent's connection, even to close it.
+            self._inherited = self._sqlite
+            self._sqlite = sqlite3.connect(self._uri, uri=True, timeout=30)
+            self._process = os.getpid()
+        return self._sqlite
+
+    def close(self) -> None:
+        if self._sqlite is not None and self._process == os.getpid():
+            self._sqlite.close()
+            self._sqlite = None
 
 
 def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -243,49 +237,46 @@ def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def content_key(text: str) -> bytes:
-    """16 bytes that stand for a text; among 10 million texts two share them with a chance below 1e-24."""
+    """Return 16 bytes that stand for a text; among 10 million texts a collision has a chance below 1e-24."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _create(folder: Path, identity: EncoderIdentity) -> None:
-    """Make an empty table; `table.json` comes last, so where it stands the rest stands too."""
-    with _writing(folder):
+    """Create an empty store; `table.json` is written last, so its presence shows that the rest is complete."""
+    with _storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _writer_lock(folder, wait_s=30), _writing(folder):
+    with _writer_lock(folder, wait_s=30), _storage_errors(folder):
         if (folder / "table.json").is_file():  # another process was faster
             return
         if (folder / "vectors.f16").is_file() and (folder / "vectors.f16").stat().st_size:
-            raise UserError(f"{folder} holds vectors but no table.json that says whose. Delete the folder.")
+            raise UserError(f"{folder} has vectors but no table.json that names their encoder. Delete the folder.")
         (folder / "vectors.f16").touch()
         with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as index:
             index.executescript(_SCHEMA)
-        _write_description(folder, identity)
+        description = {"format": FORMAT, "encoder": identity.to_dict(), "width": identity.width}
+        write_json(folder / "table.json", description)
 
 
-def _write_description(folder: Path, identity: EncoderIdentity) -> None:
-    described = {"format": FORMAT, "encoder": identity.to_dict(), "width": identity.width}
-    write_json(folder / "table.json", described)
-
-
-def _check_encoder(folder: Path, given: EncoderIdentity) -> None:
+def _check_encoder(folder: Path, identity: EncoderIdentity) -> None:
     try:
-        described = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        made_by = EncoderIdentity.from_dict(described["encoder"])
-        found_format = described["format"]
+        description = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        stored_identity = EncoderIdentity.from_dict(description["encoder"])
+        stored_format = description["format"]
     except (ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(f"{folder / 'table.json'} describes no vector table. Delete the folder.") from error
-    if found_format != FORMAT:
+        raise UserError(f"{folder / 'table.json'} describes no embedding store. Delete the folder.") from error
+    if stored_format != FORMAT:
         raise UserError(
-            f"The vector table {folder} has format {found_format}; this version reads format {FORMAT}. "
-            f"Use the version that made it, or encode again in a new folder."
+            f"The embedding store {folder} has format {stored_format}; this version reads format {FORMAT}. "
+            f"Use the version that created it, or encode again in a new folder."
         )
-    if not made_by.same_items_as(given):
-        owner = f"The vector table {folder}"
-        raise EncoderMismatch(owner, expected=made_by.describe(), found=given.describe())
+    if not stored_identity.same_items_as(identity):
+        raise EncoderMismatch(
+            f"The embedding store {folder}", expected=stored_identity.describe(), found=identity.describe()
+        )
 
 
-def _write_rows(file: Path, vectors: Halves, *, start: int) -> None:
-    """Put vectors behind the first `start` rows; what an interrupted writer left there goes."""
+def _write_rows(file: Path, vectors: Float16Array, *, start: int) -> None:
+    """Write vectors after the first `start` rows, over the rows that an interrupted writer left."""
     with file.open("r+b") as stream:
         stream.truncate(start * vectors.shape[1] * 2)
         stream.seek(0, os.SEEK_END)
@@ -295,45 +286,32 @@ def _write_rows(file: Path, vectors: Halves, *, start: int) -> None:
 
 
 @contextlib.contextmanager
-def _index(folder: Path) -> Iterator[sqlite3.Connection]:
-    """The index, for one operation: a connection that is kept would not survive a fork or another thread."""
-    # mode=rw never creates the file; SQLite itself falls back to reading where writing is not allowed.
-    path = (folder / "index.sqlite").absolute().as_uri() + "?mode=rw"
-    with _writing(folder), contextlib.closing(sqlite3.connect(path, uri=True, timeout=30)) as connection:
-        yield connection
-
-
-@contextlib.contextmanager
-def _writer_lock(folder: Path, *, wait_s: float = 1) -> Iterator[sqlite3.Connection]:
-    """The right to write, which SQLite takes portably and the system gives back whatever ends the process."""
-    with _writing(folder):
+def _writer_lock(folder: Path, *, wait_s: float = 1) -> Iterator[None]:
+    """Hold the right to write: an SQLite lock, which the system releases however the process ends."""
+    with _storage_errors(folder):
         lock = sqlite3.connect(folder / "writer.lock", timeout=wait_s, isolation_level=None)
     with contextlib.closing(lock):
-        with _writing(folder):
+        with _storage_errors(folder):
             lock.execute("BEGIN EXCLUSIVE")
-        yield lock
+        yield
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as error:
-        raise _index_error(folder, error) from error
-    except OSError as error:
-        raise StorageError(
-            f"The vector table {folder} cannot be read or written ({error.strerror or error}). "
-            f"What was complete before stays; make room or give leave to write, then run the same again."
-        ) from error
+    except (sqlite3.Error, OSError) as error:
+        raise _described(error, folder) from error
 
 
-def _index_error(folder: Path, error: sqlite3.Error) -> UserError | StorageError:
+def _described(error: sqlite3.Error | OSError, folder: Path) -> UserError | StorageError:
     name = getattr(error, "sqlite_errorname", "")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return UserError(f"Another process is writing to the vector table {folder}. Try again after it.")
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or not (folder / "index.sqlite").exists():
-        return UserError(f"The index of the vector table {folder} is damaged. Delete it and encode again.")
+        return UserError(f"Another process is writing to the embedding store {folder}. Try again after it.")
+    is_index_missing = isinstance(error, sqlite3.Error) and not (folder / "index.sqlite").exists()
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or is_index_missing:
+        return UserError(f"The index of the embedding store {folder} is damaged. Delete the folder and encode again.")
     return StorageError(
-        f"The index of the vector table {folder} cannot be read or written ({error}). "
-        f"What was complete before stays; make room or give leave to write, then run the same again."
+        f"The embedding store {folder} cannot be read or written ({getattr(error, 'strerror', None) or error}). "
+        f"Earlier chunks are complete. Make room or allow writing, then run the same command again."
     )

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from personaplug.data.label_set import LabelSet
 from personaplug.data.records import HistoryItem, Options, Sample
-from personaplug.encoders.embedding_store import EmbeddingStore, Halves, Rows
+from personaplug.encoders.embedding_store import EmbeddingStore, Float16Array, RowIds
 from personaplug.encoders.style_features import StyleArray, style_features_of
 
 Places = npt.NDArray[np.int16]
@@ -31,7 +31,7 @@ class EncodedHistory:
         forms: (N, F) float16 form of each item's answer; F = 0 where the plug does not read them.
     """
 
-    vectors: Halves
+    vectors: Float16Array
     answers: Places
     forms: StyleArray
 
@@ -39,7 +39,7 @@ class EncodedHistory:
         """Items in it (N)."""
         return len(self.answers)
 
-    def select(self, items: Rows | slice) -> Self:
+    def select(self, items: RowIds | slice) -> Self:
         """The same with some of the items, in the order of their indices."""
         return replace(self, vectors=self.vectors[items], answers=self.answers[items], forms=self.forms[items])
 
@@ -65,7 +65,7 @@ class EncodedSample:
     prompt: str
     query: str
     target: str | None
-    rows: Rows
+    rows: RowIds
     answers: npt.NDArray[np.int16]
     forms: StyleArray
     soft_at: int = 0
@@ -119,8 +119,7 @@ def encode_samples(
     done = 0
     for group in _groups(samples, chunk):
         texts = [item.encoded(with_answer=with_answer) for sample in group for item in sample.history]
-        table.add(texts, batch_size=batch_size, chunk=max(chunk, len(texts)))
-        rows = table.rows(texts)
+        rows = table.add(texts, batch_size=batch_size, chunk=max(chunk, len(texts)))
         ends = np.cumsum([len(sample.history) for sample in group])[:-1]
         histories = zip(group, np.split(rows, ends), strict=True)
         encoded += [_encoded_sample(sample, own, labels=labels, with_forms=with_forms) for sample, own in histories]
@@ -171,7 +170,7 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: EmbeddingStore)
 _closed_answers = lru_cache(maxsize=8)(LabelSet)  # asked for sample by sample
 
 
-def _encoded_sample(sample: Sample, rows: Rows, *, labels: Sequence[str], with_forms: bool) -> EncodedSample:
+def _encoded_sample(sample: Sample, rows: RowIds, *, labels: Sequence[str], with_forms: bool) -> EncodedSample:
     return EncodedSample(
         id=sample.id,
         owner=sample.owner,

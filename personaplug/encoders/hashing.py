@@ -1,4 +1,4 @@
-"""An encoder without any model: hashed words, character trigrams and habits of writing."""
+"""An encoder without a model: hashed words, character trigrams and writing habits."""
 
 from __future__ import annotations
 
@@ -18,30 +18,20 @@ from personaplug.errors import ConfigError
 
 
 class HashEncoder:
-    """Hashed words, character trigrams and habits of writing (casing, signs, emoji), without any model.
+    """Hashed words, character trigrams, casing and signs; the same on every machine.
 
-    Deterministic across processes and machines. Texts with words in common are near each other, so a plug has
-    something to learn from; of meaning it knows nothing.
+    Texts with common words have similar vectors; their meaning plays no role.
 
-    Attributes:
-        identity: who this encoder is.
-        width: values in a vector (E).
-        truncated: always 0, as nothing is ever cut.
+    Args:
+        width: size of a vector (E), at least 8.
+        seed: selects another hash function.
     """
 
     truncated = 0
 
     def __init__(self, width: int = 256, seed: int = 0) -> None:
-        """Set up.
-
-        Args:
-            width: values in a vector.
-            seed: another seed hashes to other places.
-        Raises:
-            ConfigError: if the width is below 8, where everything would collide.
-        """
         if width < 8:
-            raise ConfigError(f"The hash encoder needs a width of 8 or more, not {width}.")
+            raise ConfigError(f"The hash encoder needs a width of 8 or more; found {width}.")
         self.width, self.seed = width, seed
         self.identity = EncoderIdentity(
             name=f"hash:{width}",
@@ -56,20 +46,18 @@ class HashEncoder:
         )
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
-        """Return (n, E) float32 unit vectors, in the order given; `batch_size` is of no matter here."""
+        """Return (n, E) float32 unit vectors in the texts' order; `batch_size` has no effect."""
         vectors = np.zeros((len(texts), self.width), dtype=np.float32)
         for vector, text in zip(vectors, texts, strict=True):
             _fill(vector, text, seed=self.seed)
         return vectors
 
     def query_encoder(self) -> QueryEncoder:
-        """The same features, followed by a trainable linear map that starts as the identity."""
+        """Return the same features with a trainable linear map after them, which starts as the identity."""
         return _HashQueryEncoder(self)
 
 
 class _HashQueryEncoder(QueryEncoder):
-    """Hashed features and a linear map of them."""
-
     def __init__(self, encoder: HashEncoder) -> None:
         super().__init__()
         self.width, self._encoder = encoder.width, encoder
@@ -85,23 +73,24 @@ class _HashQueryEncoder(QueryEncoder):
 
 
 def _fill(vector: Vectors, text: str, *, seed: int) -> None:
-    """Write a text's unit vector; one in which nothing is left (no text) points to a place of its own."""
+    """Write a text's unit vector; a text without features gets a fixed vector."""
     for feature, count in Counter(_hash_features(text)).items():
-        place, sign = _place(feature, len(vector), seed)
-        vector[place] += sign * math.sqrt(count)
+        index, sign = _bucket(feature, len(vector), seed)
+        vector[index] += sign * math.sqrt(count)
     length = float(np.linalg.norm(vector))
     if length:
         vector /= length
     else:
-        vector[_place("", len(vector), seed)[0]] = 1.0
+        vector[_bucket("", len(vector), seed)[0]] = 1.0
 
 
 def _hash_features(text: str) -> Iterator[str]:
     lowered = text.lower()
+    capitalized = [word for word in re.findall(r"\w+", text) if word != word.lower()]
     yield from (f"w{word}" for word in re.findall(r"\w+", lowered))
     yield from (f"t{lowered[i : i + 3]}" for i in range(len(lowered) - 2))
-    yield from (f"c{word}" for word in re.findall(r"\w+", text) if word != word.lower())
-    yield from (f"k{_casing(word)}" for word in re.findall(r"\w+", text) if word != word.lower())
+    yield from (f"c{word}" for word in capitalized)
+    yield from (f"k{_casing(word)}" for word in capitalized)
     yield from (f"s{sign}" for sign in re.findall(r"[^\w\s]", text))
 
 
@@ -110,7 +99,8 @@ def _casing(word: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _place(feature: str, width: int, seed: int) -> tuple[int, int]:
+def _bucket(feature: str, width: int, seed: int) -> tuple[int, int]:
+    """Return the index and the sign that a feature is hashed to."""
     seeded = f"{seed} {feature}".encode("utf-8", "surrogatepass")
     number = int.from_bytes(hashlib.blake2b(seeded, digest_size=8).digest(), "little")
     return (number >> 1) % width, 1 if number & 1 else -1

@@ -1,6 +1,6 @@
-"""A copy of an encoder's model in OpenVINO, for many texts at once; used only where its vectors are torch's own.
+"""OpenVINO for bulk encoding, used only if its vectors equal torch's.
 
-On CPUs that multiply in bfloat16 it encodes several times as many texts a second as torch in float32.
+On CPUs with bfloat16 arithmetic it is several times as fast as torch in float32.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ logger = logging.getLogger(__name__)
 Features = dict[str, Tensor]
 Embed = Callable[[nn.Module, Features], Tensor]
 
-CLOSE = 0.9999
-"""Two vectors of a text with a cosine above this count as the same."""
+MIN_COSINE = 0.9999
+"""Vectors of one text count as equal above this cosine."""
 
 
-class _Unfit(Exception):
-    """Why a model is not encoded by OpenVINO here."""
+class _UnsuitableError(Exception):
+    """The reason why OpenVINO does not run a model here."""
 
 
 class OpenVINOEncoder:
-    """A model compiled by OpenVINO for this machine's CPU.
+    """A model that OpenVINO has compiled for this machine's CPU.
 
-    Attributes:
-        precision: what it multiplies in, `bf16` or `f32`.
+    Args:
+        core: OpenVINO's runtime.
+        exported: a model whose inputs are the features `names`, in this order.
+        precision: of the arithmetic, `bf16` or `f32`.
     """
 
     def __init__(self, core: Any, exported: Any, *, names: Sequence[str], precision: str) -> None:
-        """Compile an exported model whose inputs are the features of these names, in their order."""
         settings = {
             "INFERENCE_PRECISION_HINT": precision,
-            # Several batches at once, a thread each: threads that share a batch wait for one another.
+            # One thread for each of several batches: threads that share a batch wait for one another.
             "PERFORMANCE_HINT": "THROUGHPUT",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         }
@@ -52,97 +53,98 @@ class OpenVINOEncoder:
         self._compiled = core.compile_model(exported, "CPU", settings)
 
     def encode_into(self, vectors: Vectors, batches: Iterable[tuple[Sequence[int], Features]]) -> None:
-        """Write each batch's vectors at its places; batches are drawn while earlier ones are still computed.
+        """Write the vectors of batches; the next batch is tokenized while earlier ones are computed.
 
         Args:
             vectors: (n, E) float32.
-            batches: places in `vectors` (B), and the features of the texts that belong there, batch first.
+            batches: row indices of `vectors` (B), and the features of their texts.
         """
 
-        def write(request: Any, places: Sequence[int]) -> None:
-            vectors[places] = request.get_output_tensor().data
+        def write(request: Any, indices: Sequence[int]) -> None:
+            vectors[indices] = request.get_output_tensor().data
 
-        queue = _openvino().AsyncInferQueue(self._compiled)
+        queue = _import_openvino().AsyncInferQueue(self._compiled)
         queue.set_callback(write)
-        for places, features in batches:
-            queue.start_async([features[name].numpy() for name in self._names], places)
+        for indices, features in batches:
+            queue.start_async([features[name].numpy() for name in self._names], indices)
         queue.wait_all()
 
 
-def installed() -> bool:
-    """Whether OpenVINO is there; it is not imported."""
+def is_installed() -> bool:
+    """True if OpenVINO is installed; it is not imported."""
     return find_spec("openvino") is not None
 
 
-def open_bulk(model: nn.Module, embed: Embed, *, probes: Sequence[Features], required: bool) -> OpenVINOEncoder | None:
-    """Export a model to OpenVINO and compare the vectors of both.
+def compile_encoder(
+    model: nn.Module, embed: Embed, *, probes: Sequence[Features], required: bool
+) -> OpenVINOEncoder | None:
+    """Compile a model, or return None and log the reason if torch is the better choice.
 
     Args:
         model: in eval mode, frozen, on the CPU.
-        embed: (model, features) to (B, E) unit vectors.
-        probes: features of a few texts of no user, in batches of different shapes.
-        required: raise where OpenVINO does not fit, and do without bfloat16 if need be.
-    Returns:
-        None where torch is the better choice; the reason is logged.
+        embed: maps the model and features to (B, E) unit vectors.
+        probes: features of texts of no user, in batches of different shapes; both engines encode them.
+        required: use float32 if bfloat16 does not fit, and raise instead of returning None.
     Raises:
         UserError: if it is required and the model cannot be exported, or its vectors differ.
     """
     try:
-        return _checked(model, embed, probes=probes, any_precision=required)
-    except Exception as error:  # an exporter stumbles over foreign models in ways of its own
-        reason = str(error) if isinstance(error, _Unfit) else _first_line(error)
+        return _compile_checked(model, embed, probes=probes, allow_float32=required)
+    except Exception as error:  # exporters fail on unknown models with errors of any type
+        reason = str(error) if isinstance(error, _UnsuitableError) else _first_line(error)
         if required:
             raise UserError(f"OpenVINO cannot encode here: {reason}. Use encoder_engine=torch.") from error
         logger.warning("Texts are encoded by torch, not by OpenVINO: %s.", reason)
         return None
 
 
-def _checked(model: nn.Module, embed: Embed, *, probes: Sequence[Features], any_precision: bool) -> OpenVINOEncoder:
-    """The first compiled model, fastest precision first, whose vectors are torch's."""
-    core = _openvino().Core()
-    fast = _has_bfloat16(core)
-    if not fast and not any_precision:
-        # In float32 the two are equally fast.
-        raise _Unfit("this processor does not multiply in bfloat16")
-    exported = _exported(model, embed, probes[0])
+def _compile_checked(
+    model: nn.Module, embed: Embed, *, probes: Sequence[Features], allow_float32: bool
+) -> OpenVINOEncoder:
+    """Return the compiled model of the fastest precision whose vectors equal torch's."""
+    core = _import_openvino().Core()
+    precisions = (["bf16"] if _has_bfloat16(core) else []) + (["f32"] if allow_float32 else [])
+    if not precisions:  # in float32, OpenVINO is no faster than torch
+        raise _UnsuitableError("this processor does not multiply in bfloat16")
+    exported = _export(model, embed, probes[0])
     closest = -1.0
-    for precision in (["bf16"] if fast else []) + (["f32"] if any_precision else []):
-        found = OpenVINOEncoder(core, exported, names=list(probes[0]), precision=precision)
-        cosine = min(_cosine(found, embed(model, features), features=features) for features in probes)
-        if cosine > CLOSE:
-            return found
+    for precision in precisions:
+        encoder = OpenVINOEncoder(core, exported, names=list(probes[0]), precision=precision)
+        cosine = min(_cosine(encoder, embed(model, features), features=features) for features in probes)
+        if cosine > MIN_COSINE:
+            return encoder
         closest = max(closest, cosine)
-    raise _Unfit(f"its vectors of a few texts differ from torch's (smallest cosine {closest:.6f})")
+    raise _UnsuitableError(f"its vectors of a few texts differ from torch's (smallest cosine {closest:.6f})")
 
 
 def _has_bfloat16(core: Any) -> bool:
-    """Whether the CPU itself multiplies in bfloat16."""
+    """True if the CPU itself multiplies in bfloat16."""
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _cosine(found: OpenVINOEncoder, expected: Tensor, *, features: Features) -> float:
-    """The smallest cosine between rows of the same text; NaN anywhere counts as opposite."""
+def _cosine(encoder: OpenVINOEncoder, expected: Tensor, *, features: Features) -> float:
+    """Return the smallest cosine between vectors of the same text; NaN counts as −1."""
     vectors = np.zeros(tuple(expected.shape), dtype=np.float32)
-    found.encode_into(vectors, [(range(len(vectors)), features)])
+    encoder.encode_into(vectors, [(range(len(vectors)), features)])
     return float(np.nan_to_num((vectors * to_numpy(expected)).sum(axis=1), nan=-1.0).min())
 
 
-def _exported(model: nn.Module, embed: Embed, features: Features) -> Any:
-    """The model as OpenVINO's graph, for batches and texts of any length."""
-    traced = _Positional(model, embed, names=list(features)).eval()
+def _export(model: nn.Module, embed: Embed, features: Features) -> Any:
+    """Return the model as OpenVINO's graph, for batches and texts of any length."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # branches that tracing fixes; the check sees those that matter
-        return _openvino().convert_model(traced, example_input=tuple(features.values()))
+        warnings.simplefilter("ignore")  # tracing fixes branches; the probes show whether that matters
+        positional = _PositionalModel(model, embed, names=list(features)).eval()
+        return _import_openvino().convert_model(positional, example_input=tuple(features.values()))
 
 
-def _openvino() -> Any:
-    # As soon as it is imported it reports to its maker over the network, unless its package for that is missing.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+def _import_openvino() -> Any:
+    # OpenVINO reports to its maker over the network on import, unless its telemetry package is missing.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # None makes an import fail
     return importlib.import_module("openvino")
 
 
-class _Positional(nn.Module):
-    """A model that takes its features one by one, as tracing wants them."""
+class _PositionalModel(nn.Module):
+    """A model that takes its features as positional arguments, as tracing requires."""
 
     def __init__(self, model: nn.Module, embed: Embed, *, names: Sequence[str]) -> None:
         super().__init__()

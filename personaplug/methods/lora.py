@@ -16,7 +16,14 @@ from functools import cached_property
 from typing import Any
 
 from personaplug.baselines.lora import TASK, USER, LoraAdapters
-from personaplug.baselines.user_lora import Pair, UserLoraStore, fit_user, history_pairs, remark, without_asked
+from personaplug.baselines.user_lora import (
+    Pair,
+    UserLoraStore,
+    fit_user,
+    history_pairs,
+    user_lora_caveat,
+    without_evaluated_items,
+)
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample
@@ -84,7 +91,7 @@ class UserLoraMethod(LoraMethod):
         return self._users(context, seed=context.run.config.training.seeds[0]).cost()
 
     def remark(self, task: Task) -> str | None:
-        return remark(task)
+        return user_lora_caveat(task)
 
     @property
     def can_be_shuffled(self) -> bool:
@@ -143,7 +150,7 @@ class UserLoras:
     def cost(self) -> UserCost | None:
         """Return bytes of a user's LoRA and seconds of its training, as means; None if none is stored."""
         for owner in self.by_owner:
-            self.store.meet(self._key(owner))
+            self.store.count_stored(self._key(owner))
         costs = self.store.costs()
         return None if costs is None else UserCost(costs.bytes, costs.seconds)
 
@@ -188,7 +195,7 @@ class UserLoras:
         samples = self.by_owner[owner]
         with_history = [sample for sample in samples if sample.history] or samples
         earliest = min(with_history, key=lambda sample: (_last_date(sample), len(sample.history)))
-        items = without_asked(earliest.history, samples)
+        items = without_evaluated_items(earliest.history, samples)
         limit = self.run.config.adapter.user_items
         limit = limit if self.latest < 0 else min(limit, self.latest)
         return items[-limit:] if limit else []

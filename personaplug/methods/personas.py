@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from personaplug.encoders.embedding_store import Halves, Rows
+from personaplug.encoders.embedding_store import Float16Array, RowIds
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.personalizer import Personalizer, Vectors
@@ -26,7 +26,7 @@ class RandomVectors:
     def __init__(self, vectors: Vectors, *, seed: int) -> None:
         self.vectors, self.seed, self.width = vectors, seed, vectors.width
 
-    def gather(self, rows: Rows) -> Halves:
+    def gather(self, rows: RowIds) -> Float16Array:
         """Return the random vectors of some rows, (n, E)."""
         drawn = np.empty((len(rows), self.width), dtype=np.float32)
         for index, vector in enumerate(self.vectors.gather(rows)):

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from personaplug.baselines.history_prompt import Written
+from personaplug.baselines.history_prompt import HistoryPrompt
 from personaplug.baselines.retrievers import Retrieval
-from personaplug.baselines.user_profiles import Profile
+from personaplug.baselines.user_profiles import UserProfile
 from personaplug.methods.base import ModelInputs
 from personaplug.methods.context import EvalContext
 from personaplug.methods.costs import UserCost
@@ -47,17 +47,8 @@ class PromptTexts:
     def added_to(self, inputs: ModelInputs, context: EvalContext, *, seed: int) -> ModelInputs:
         """Return the inputs with the texts in their prompts."""
         items = context.assigned_items(inputs.assignments)
-        profiles = context.prompts.profiles.of(items) if self.profile else []
-        prompts = [
-            context.prompts.written(
-                text,
-                history,
-                retrieval=self.retrieval,
-                profile=profiles[index] if profiles else None,
-                seed=seed,
-            )
-            for index, (text, history) in enumerate(zip(context.texts, items, strict=True))
-        ]
+        profiles = context.prompts.profiles.generate(items) if self.profile else None
+        prompts = context.prompts.build(context.texts, items, retrieval=self.retrieval, profiles=profiles, seed=seed)
         samples = [
             replace(sample, prompt=prompt.prompt, soft_at=prompt.soft_at)
             for sample, prompt in zip(inputs.samples, prompts, strict=True)
@@ -66,20 +57,20 @@ class PromptTexts:
             inputs,
             samples=samples,
             prompt_lengths=context.models.llm.measure([sample.prompt for sample in samples]),
-            items_used=[prompt.written for prompt in prompts],
+            items_used=[prompt.included for prompt in prompts],
             cut_items_rate=_cut_rate(prompts),
-            user_cost=_profile_cost(profiles),
+            user_cost=_profile_cost(profiles or []),
         )
 
 
-def _cut_rate(prompts: list[Written]) -> float:
+def _cut_rate(prompts: list[HistoryPrompt]) -> float:
     """Return the share of the items meant for prompts that were shortened or left out."""
     offered = sum(prompt.offered for prompt in prompts)
-    cut = sum(prompt.shortened + prompt.offered - prompt.written for prompt in prompts)
+    cut = sum(prompt.shortened + prompt.offered - prompt.included for prompt in prompts)
     return cut / offered if offered else 0.0
 
 
-def _profile_cost(profiles: list[Profile]) -> UserCost | None:
+def _profile_cost(profiles: list[UserProfile]) -> UserCost | None:
     if not profiles:
         return None
     sizes = [len(profile.text.encode()) for profile in profiles]

@@ -10,7 +10,7 @@ import torch
 
 from personaplug.data.records import HistoryItem, Options
 from personaplug.encoders import Encoder
-from personaplug.encoders.embedding_store import Halves, Rows
+from personaplug.encoders.embedding_store import Float16Array, RowIds
 from personaplug.encoders.encoded_sample import (
     EncodedHistory,
     EncodedSample,
@@ -28,7 +28,7 @@ class Vectors(Protocol):
 
     width: int
 
-    def gather(self, rows: Rows) -> Halves:
+    def gather(self, rows: RowIds) -> Float16Array:
         """Return the vectors of some rows, (n, E)."""
 
 

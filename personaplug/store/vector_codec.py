@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.encoders.embedding_store import Halves
+from personaplug.encoders.embedding_store import Float16Array
 from personaplug.errors import ConfigError, ItemError, ShapeMismatch, StorageError
 
 Precision = Literal["float16", "int8"]
@@ -53,7 +53,7 @@ def split_rows(rows: npt.NDArray[Any]) -> list[bytes]:
     return [joined[start : start + size] for start in range(0, len(joined), size)] if size else []
 
 
-def unpacked(parts: Sequence[bytes], width: int, *, precision: Precision) -> Halves:
+def unpacked(parts: Sequence[bytes], width: int, *, precision: Precision) -> Float16Array:
     """The vectors of such bytes, (n, E) float16.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import EncoderIdentity
 from personaplug.encoders.base import Vectors
-from personaplug.encoders.embedding_store import Halves
+from personaplug.encoders.embedding_store import Float16Array
 from personaplug.encoders.encoded_sample import Places, label_ids, style_of_answers
 from personaplug.encoders.style_features import FEATURES, StyleArray
 from personaplug.errors import ConfigError, ItemError, ShapeMismatch
@@ -52,7 +52,7 @@ class EncodedItems:
 
     users: Sequence[str]
     items: Sequence[HistoryItem]
-    vectors: Vectors | Halves
+    vectors: Vectors | Float16Array
     made_by: EncoderIdentity
     answers: Places | None = None
     forms: StyleArray | None = None

@@ -22,7 +22,7 @@ from torch import nn
 from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.baselines.prompt_builder import PromptBuilder
 from personaplug.baselines.retrievers import Retrieval
-from personaplug.baselines.ropg import RetrieverObjective, RopgRetriever, Teacher
+from personaplug.baselines.ropg import RopgObjective, RopgRetriever, RopgTeacher
 from personaplug.config import PAPER, PlugConfig
 from personaplug.data.label_set import LabelSet
 from personaplug.data.records import Sample
@@ -106,7 +106,7 @@ class Trainings:
             nonlocal without_text
             if retrieval is None:
                 return sample
-            prompted = self.prompts.retrieved(sample, retrieval, seed=seed)
+            prompted = self.prompts.with_retrieved(sample, retrieval, seed=seed)
             without_text += bool(sample.history) and prompted.prompt == sample.prompt
             return prompted
 
@@ -316,20 +316,20 @@ class RopgPart(TrainedPart):
     def fit(self, trainings: Trainings, *, seed: int) -> None:
         run, models, settings = trainings.run, trainings.models, trainings.run.config.retrieval
         folder = run.plug_folder(self.name, seed=seed)
-        teacher = Teacher(
-            folder / "lessons.jsonl",
+        teacher = RopgTeacher(
+            folder / "ranking_targets.jsonl",
             llm=models.llm,
-            writer=trainings.prompts.writer,
+            formatter=trainings.prompts.formatter,
             retriever=trainings.prompts.retriever("dense", seed=seed),
             candidates=settings.retriever_candidates,
             seed=seed,
         )
-        lessons = main_first(lambda: teacher.lessons(trainings.texts(settings.retriever_samples)))
-        samples = [sample for sample in trainings.samples if sample.id in lessons]
+        targets = main_first(lambda: teacher.targets(trainings.texts(settings.retriever_samples)))
+        samples = [sample for sample in trainings.samples if sample.id in targets]
         retriever = RopgRetriever(models.encoder.width)
-        objective = RetrieverObjective(
+        objective = RopgObjective(
             retriever,
-            lessons,
+            targets,
             samples=samples,
             encoder=models.encoder,
             table=trainings.embeddings,

@@ -1,4 +1,4 @@
-"""Texts of a history in a prompt: LaMP's wordings, budgets kept, what is lost counted."""
+"""Prompts with history texts: LaMP's wordings, token budgets, counts of lost texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from families import small_backend
 
-from personaplug.baselines.history_prompt import HistoryWriter, Written
+from personaplug.baselines.history_prompt import HistoryPrompt, HistoryPromptFormatter
 from personaplug.data import LAMP_TASKS
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
@@ -77,115 +77,117 @@ def small(room: int) -> LanguageModel:
         ),
     ],
 )  # fmt: skip
-def test_lamps_wordings(
+def test_format_uses_lamps_wording(
     llm: LanguageModel, name: str, values: list[tuple[str, ...]], prompt: str, expected: str
 ) -> None:
     task = LAMP_TASKS[name]
-    written = HistoryWriter(task, llm).write(prompt, [item(task, *each) for each in values])
+    written = HistoryPromptFormatter(task, llm).format(prompt, [item(task, *each) for each in values])
     assert written.prompt == expected
-    assert (written.offered, written.written, written.shortened) == (2, 2, 0)
+    assert (written.offered, written.included, written.shortened) == (2, 2, 0)
     if name == "LaMP_1":
         assert written.soft_at == 0
     else:
         assert written.prompt[written.soft_at :] == prompt
 
 
-def test_an_item_without_template_stands_as_its_text(llm: LanguageModel) -> None:
+def test_format_item_without_template_is_its_text(llm: LanguageModel) -> None:
     items = [item(MOVIES, "d {tag}", "comedy"), item(MOVIES, "", "a")]
-    written = HistoryWriter(MOVIES, llm).write("Q", items)
+    written = HistoryPromptFormatter(MOVIES, llm).format("Q", items)
     assert written.prompt == f"{items[0].text}, and {items[1].text}. Q"
 
 
-def test_an_input_without_the_word_gets_its_items_in_front(llm: LanguageModel) -> None:
+def test_format_input_without_the_marker_has_items_in_front(llm: LanguageModel) -> None:
     task = LAMP_TASKS["LaMP_1"]
-    written = HistoryWriter(task, llm).write("Which one?", [item(task, "a", "x")])
+    written = HistoryPromptFormatter(task, llm).format("Which one?", [item(task, "a", "x")])
     assert (written.prompt, written.soft_at) == ('"a". Which one?', 5)
 
 
-def test_other_joints_and_frames(llm: LanguageModel) -> None:
+def test_format_uses_the_tasks_joint_and_template(llm: LanguageModel) -> None:
     around = replace(PLAIN, history_template="{input}input{history}!", item_joint=" | ")
-    written = HistoryWriter(around, llm).write("Q", [item(PLAIN, "a"), item(PLAIN, "b")])
+    written = HistoryPromptFormatter(around, llm).format("Q", [item(PLAIN, "a"), item(PLAIN, "b")])
     assert (written.prompt, written.soft_at) == ("Qinput<a> | <b>!", 0)
     behind = replace(PLAIN, history_template="input{history}input{input}.")
-    written = HistoryWriter(behind, llm).write("Q", [item(PLAIN, "a")])
+    written = HistoryPromptFormatter(behind, llm).format("Q", [item(PLAIN, "a")])
     assert (written.prompt, written.soft_at) == ("input<a>inputQ.", len("input<a>input"))
 
 
-def test_what_users_write_is_never_read_as_a_template(llm: LanguageModel) -> None:
+def test_format_users_text_is_never_a_template(llm: LanguageModel) -> None:
     nasty = '{history} {input} {text} {0} {} "{{"\\1 %s'
     task = LAMP_TASKS["LaMP_4"]
-    written = HistoryWriter(task, llm).write(nasty, [item(task, nasty, nasty)])
+    written = HistoryPromptFormatter(task, llm).format(nasty, [item(task, nasty, nasty)])
     assert written.prompt == f'"{nasty}" is the title for "{nasty}". {nasty}'
     assert written.prompt[written.soft_at :] == nasty
-    noted = HistoryWriter(task, llm).write_note(nasty, nasty)
+    noted = HistoryPromptFormatter(task, llm).add_note(nasty, nasty)
     assert noted.prompt == f"About this user: {nasty}. {nasty}"
 
 
-def test_no_items_no_change(llm: LanguageModel) -> None:
+def test_format_without_items_changes_nothing(llm: LanguageModel) -> None:
     for task in LAMP_TASKS.values():
-        assert HistoryWriter(task, llm).write(REFERENCE, []) == Written(REFERENCE, 0, 0, 0, 0)
+        assert HistoryPromptFormatter(task, llm).format(REFERENCE, []) == HistoryPrompt(REFERENCE, 0, 0, 0, 0)
 
 
-def test_nothing_shows_what_users_wrote(llm: LanguageModel) -> None:
-    assert "secret" not in repr(HistoryWriter(PLAIN, llm).write("secret", [item(PLAIN, "secret")]))
+def test_history_prompt_repr_hides_users_text(llm: LanguageModel) -> None:
+    assert "secret" not in repr(HistoryPromptFormatter(PLAIN, llm).format("secret", [item(PLAIN, "secret")]))
 
 
 # ---- budgets
 
 
-def test_items_share_the_room_and_short_ones_leave_theirs() -> None:
+def test_format_items_share_the_room() -> None:
     # "Q" and ". " leave 60 bytes; 12 are joints and 6 angle brackets: 42 of content.
     items = [item(PLAIN, "a" * 50), item(PLAIN, "b" * 9), item(PLAIN, "c" * 50)]
-    written = HistoryWriter(PLAIN, small(63)).write("Q", items)
+    written = HistoryPromptFormatter(PLAIN, small(63)).format("Q", items)
     assert written.prompt == f"<{'a' * 17}>, and <{'b' * 9}>, and <{'c' * 16}>. Q"
-    assert (written.offered, written.written, written.shortened) == (3, 3, 2)
+    assert (written.offered, written.included, written.shortened) == (3, 3, 2)
 
 
-def test_the_last_items_go_where_shares_would_say_nothing() -> None:
+def test_format_too_small_shares_drop_the_last_items() -> None:
     items = [item(PLAIN, letter * 50) for letter in "abcd"]
-    written = HistoryWriter(PLAIN, small(43)).write("Q", items)
+    written = HistoryPromptFormatter(PLAIN, small(43)).format("Q", items)
     assert written.prompt == f"<{'a' * 15}>, and <{'b' * 15}>. Q"
-    assert (written.offered, written.written, written.shortened) == (4, 2, 2)
+    assert (written.offered, written.included, written.shortened) == (4, 2, 2)
 
 
-def test_answers_and_frames_stay_whole() -> None:
+def test_format_never_cuts_answers() -> None:
     task = LAMP_TASKS["LaMP_4"]
     items = [item(task, "The whole title", "some article " * 20)]
-    written = HistoryWriter(task, small(70)).write("Q", items)
+    written = HistoryPromptFormatter(task, small(70)).format("Q", items)
     start, end = '"The whole title" is the title for "', '". Q'
     assert written.prompt.startswith(start + "some article")
     assert written.prompt.endswith(end)
     assert len(written.prompt) in (69, 70)  # a blank may go at the end of what is cut
-    assert HistoryWriter(task, small(40)).write("Q", items) == Written("Q", 0, 1, 0, 0)
+    assert HistoryPromptFormatter(task, small(40)).format("Q", items) == HistoryPrompt("Q", 0, 1, 0, 0)
 
 
-def test_an_item_that_no_room_is_enough_for_does_not_shut_out_the_next() -> None:
+def test_format_item_that_never_fits_is_skipped() -> None:
     task = LAMP_TASKS["LaMP_4"]
     items = [item(task, "t" * 200, "x"), item(task, "short", "y")]
-    written = HistoryWriter(task, small(60)).write("Q", items)
+    written = HistoryPromptFormatter(task, small(60)).format("Q", items)
     assert written.prompt == '"short" is the title for "y". Q'
-    assert (written.offered, written.written, written.shortened) == (2, 1, 0)
+    assert (written.offered, written.included, written.shortened) == (2, 1, 0)
 
 
-def test_a_task_whose_only_field_is_the_answer_shortens_it() -> None:
+def test_format_answer_only_item_is_shortened() -> None:
     task = LAMP_TASKS["LaMP_7"]
-    written = HistoryWriter(task, small(80)).write("Q", [item(task, "z" * 99)])
+    written = HistoryPromptFormatter(task, small(80)).format("Q", [item(task, "z" * 99)])
     assert written.prompt.startswith('"zzzzzzzz')
     assert (len(written.prompt), written.shortened) == (80, 1)
 
 
-def test_two_contents_are_shortened_alike() -> None:
+def test_format_two_contents_are_shortened_equally() -> None:
     task = Task("News", "label", ("title", "text", "category"), "category", ("f1",), ("a", "b"))
-    written = HistoryWriter(task, small(60)).write("Q", [item(task, "t" * 90, "x" * 90, "a")])
+    written = HistoryPromptFormatter(task, small(60)).format("Q", [item(task, "t" * 90, "x" * 90, "a")])
     assert written.prompt == f"title: {'t' * 16} text: {'x' * 15} category: a. Q"
 
 
 @pytest.mark.parametrize("word", ["", "title"])
-def test_an_input_that_leaves_no_room_stays_as_it_is(word: str) -> None:
+def test_format_input_without_room_is_unchanged(word: str) -> None:
     task = replace(PLAIN, history_after=word)
     long = "title " + "q" * 50
     for room in (20, 56, 60):  # shorter than the input, just its length, a little longer
-        assert HistoryWriter(task, small(room)).write(long, [item(PLAIN, "a" * 30)]) == Written(long, 0, 1, 0, 0)
+        assert HistoryPromptFormatter(task, small(room)).format(long, [item(PLAIN, "a" * 30)]) == HistoryPrompt(
+            long, 0, 1, 0, 0
+        )
 
 
 class _Clumsy:
@@ -200,10 +202,10 @@ class _Clumsy:
         return text[: 4 * tokens].rstrip()
 
 
-def test_the_finished_prompt_is_measured_and_shrunk_until_it_fits() -> None:
+def test_format_shrinks_until_the_whole_prompt_fits() -> None:
     clumsy: Any = _Clumsy()
-    written = HistoryWriter(PLAIN, clumsy).write("Q", [item(PLAIN, letter * 100) for letter in "abc"])
-    assert written.written >= 1
+    written = HistoryPromptFormatter(PLAIN, clumsy).format("Q", [item(PLAIN, letter * 100) for letter in "abc"])
+    assert written.included >= 1
     assert clumsy.count_tokens([written.prompt])[0] <= 40
 
 
@@ -213,7 +215,7 @@ def _drawn_text(rng: random.Random, longest: int) -> str:
 
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("name", ["LaMP_1", "LaMP_2", "LaMP_5", "LaMP_7", "Movies"])
-def test_any_prompt_fits_and_holds_the_input_whole(name: str, seed: int) -> None:
+def test_format_random_prompts_fit_with_the_whole_input(name: str, seed: int) -> None:
     rng = random.Random(seed)
     task = LAMP_TASKS.get(name, MOVIES)
     seen = 0
@@ -223,11 +225,11 @@ def test_any_prompt_fits_and_holds_the_input_whole(name: str, seed: int) -> None
         limit = rng.choice([0, 0, rng.randrange(1, 200)])
         prompt = rng.choice(["", "with the title"]) + _drawn_text(rng, 100)
         items = [item(task, *(_drawn_text(rng, 80) for _ in task.field_names)) for _ in range(rng.randrange(6))]
-        written = HistoryWriter(task, llm, history_tokens=limit).write(prompt, items)
-        seen += written.written
+        written = HistoryPromptFormatter(task, llm, history_tokens=limit).format(prompt, items)
+        seen += written.included
         assert written.offered == len(items)
-        assert 0 <= written.shortened <= written.written <= len(items)
-        if not written.written:
+        assert 0 <= written.shortened <= written.included <= len(items)
+        if not written.included:
             assert (written.prompt, written.soft_at) == (prompt, 0)
             continue
         assert llm.count_tokens([written.prompt])[0] <= room
@@ -247,7 +249,7 @@ def test_any_prompt_fits_and_holds_the_input_whole(name: str, seed: int) -> None
 
 
 class _Words:
-    """What a writer asks of a backend, by a tokenizer whose pieces join words and change at the seams (as T5's do)."""
+    """A stand-in whose tokenizer joins words and changes pieces at the seams, as T5 does."""
 
     def __init__(self, room: int) -> None:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -271,40 +273,40 @@ class _Words:
 
 @pytest.mark.parametrize("room", [60, 150, 300])
 @pytest.mark.parametrize("name", ["LaMP_1", "LaMP_2", "LaMP_4", "LaMP_7"])
-def test_prompts_fit_in_words_too_whichever_way_they_are_read(name: str, room: int) -> None:
+def test_format_fits_with_a_word_tokenizer(name: str, room: int) -> None:
     rng = random.Random(room)
     words = ["the", "title", "for", "this", "film", "is", "a", "tag", "pattern,", "and", "written", "by", "{x}", "żółw"]
     task, llm = LAMP_TASKS[name], _Words(room)
     given: Any = llm
-    writers = [HistoryWriter(task, given), HistoryWriter(task, given, history_tokens=room // 2)]
+    formatters = [HistoryPromptFormatter(task, given), HistoryPromptFormatter(task, given, history_tokens=room // 2)]
     written_at_all = 0
     for _ in range(60):
         prompt = " ".join(rng.choices(words, k=rng.randrange(1, 25)))
         texts = [[" ".join(rng.choices(words, k=rng.randrange(25))) for _ in task.field_names] for _ in range(4)]
         items = [item(task, *values) for values in texts]
-        for writer in writers:
-            written = writer.write(prompt, items)
-            written_at_all += written.written
-            if written.written:
+        for formatter in formatters:
+            written = formatter.format(prompt, items)
+            written_at_all += written.included
+            if written.included:
                 assert not llm.prompt_tokenizer.prompt(written.prompt, written.soft_at).truncated
                 assert not llm.prompt_tokenizer.prompt(written.prompt).truncated
-                noted = writer.write_note(written.prompt, texts[0][0], soft_at=written.soft_at)
+                noted = formatter.add_note(written.prompt, texts[0][0], soft_at=written.soft_at)
                 assert not llm.prompt_tokenizer.prompt(noted.prompt, noted.soft_at).truncated
                 assert noted.prompt.endswith(written.prompt)
     assert written_at_all > 0
 
 
-def test_history_tokens_bound_the_history_and_not_the_input() -> None:
+def test_format_history_tokens_limit_the_history_only() -> None:
     llm = small(400)
     items = [item(PLAIN, "a" * 90), item(PLAIN, "b" * 90)]
-    written = HistoryWriter(PLAIN, llm, history_tokens=50).write("q" * 100, items)
+    written = HistoryPromptFormatter(PLAIN, llm, history_tokens=50).format("q" * 100, items)
     assert written.prompt == f"<{'a' * 20}>, and <{'b' * 20}>. {'q' * 100}"
-    assert HistoryWriter(PLAIN, llm, history_tokens=9).write("q", items) == Written("q", 0, 2, 0, 0)
+    assert HistoryPromptFormatter(PLAIN, llm, history_tokens=9).format("q", items) == HistoryPrompt("q", 0, 2, 0, 0)
 
 
-def test_items_fit_within_a_chat_template() -> None:
+def test_format_fits_with_a_chat_template() -> None:
     llm = small_backend("llama", chat=True)
-    written = HistoryWriter(PLAIN, llm).write("Q", [item(PLAIN, "a" * 999)])
+    written = HistoryPromptFormatter(PLAIN, llm).format("Q", [item(PLAIN, "a" * 999)])
     (measure,) = llm.measure([written.prompt])
     assert (measure.tokens, measure.truncated) == (512, False)
     row = llm.prompt_tokenizer.prompt(written.prompt, written.soft_at)
@@ -314,32 +316,32 @@ def test_items_fit_within_a_chat_template() -> None:
 # ---- notes
 
 
-def test_a_note_stands_in_front(llm: LanguageModel) -> None:
-    written = HistoryWriter(PLAIN, llm).write_note("Q?", " Likes short films. ")
-    assert written == Written("About this user: Likes short films. Q?", 36, 1, 1, 0)
-    again = HistoryWriter(PLAIN, llm).write_note("<a>. Q", "Likes films", soft_at=5)
+def test_add_note_puts_it_in_front(llm: LanguageModel) -> None:
+    written = HistoryPromptFormatter(PLAIN, llm).add_note("Q?", " Likes short films. ")
+    assert written == HistoryPrompt("About this user: Likes short films. Q?", 36, 1, 1, 0)
+    again = HistoryPromptFormatter(PLAIN, llm).add_note("<a>. Q", "Likes films", soft_at=5)
     assert again.prompt[again.soft_at :] == "Q"
 
 
 @pytest.mark.parametrize("blank", ["", "  ", " . "])
-def test_a_blank_note_adds_nothing(llm: LanguageModel, blank: str) -> None:
-    assert HistoryWriter(PLAIN, llm).write_note("Q", blank, soft_at=1) == Written("Q", 1, 0, 0, 0)
+def test_add_note_blank_changes_nothing(llm: LanguageModel, blank: str) -> None:
+    assert HistoryPromptFormatter(PLAIN, llm).add_note("Q", blank, soft_at=1) == HistoryPrompt("Q", 1, 0, 0, 0)
 
 
-def test_a_long_note_is_cut_and_one_without_room_is_counted_as_lost() -> None:
+def test_add_note_too_long_is_cut_or_dropped() -> None:
     note = "Writes about films and books"
-    cut = HistoryWriter(PLAIN, small(400), history_tokens=13).write_note("Q", note)
-    assert cut == Written("About this user: Writes about. Q", 31, 1, 1, 1)
-    tight = HistoryWriter(PLAIN, small(40)).write_note("Q", note)
+    cut = HistoryPromptFormatter(PLAIN, small(400), history_tokens=13).add_note("Q", note)
+    assert cut == HistoryPrompt("About this user: Writes about. Q", 31, 1, 1, 1)
+    tight = HistoryPromptFormatter(PLAIN, small(40)).add_note("Q", note)
     assert tight.prompt == "About this user: Writes about films a. Q"
-    assert HistoryWriter(PLAIN, small(27)).write_note("Q", note) == Written("Q", 0, 1, 0, 0)
-    assert HistoryWriter(PLAIN, small(27)).write_note("Q", "Short.").prompt == "About this user: Short. Q"
+    assert HistoryPromptFormatter(PLAIN, small(27)).add_note("Q", note) == HistoryPrompt("Q", 0, 1, 0, 0)
+    assert HistoryPromptFormatter(PLAIN, small(27)).add_note("Q", "Short.").prompt == "About this user: Short. Q"
 
 
 # ---- what a folder may declare
 
 
-def test_a_declared_wording_is_used(llm: LanguageModel) -> None:
+def test_format_uses_a_declared_wording(llm: LanguageModel) -> None:
     task = parse_task({"name": "Own", "like": "LaMP_3", "item_template": "{text}={score}", "item_joint": "; "})
-    written = HistoryWriter(task, llm).write("Q", [item(task, "a", "1"), item(task, "b", "2")])
+    written = HistoryPromptFormatter(task, llm).format("Q", [item(task, "a", "1"), item(task, "b", "2")])
     assert written.prompt == "a=1; b=2. Q"

@@ -1,4 +1,4 @@
-"""Matrices in a frozen model: gone without a trace, added up as asked, and each user's the same whoever came before."""
+"""LoRA adapters: attach and detach without a trace, sums of adapters, training and storage of users' adapters."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from personaplug.baselines.user_lora import (
     Pair,
     UserCosts,
     UserLoraStore,
-    answers_in_history,
     fit_user,
+    has_history_pairs,
     history_pairs,
-    without_asked,
+    without_evaluated_items,
 )
 from personaplug.config import AdapterConfig
 from personaplug.data import LAMP_TASKS
@@ -97,6 +97,10 @@ def stir(adapters: LoraAdapters, name: str, *, size: float = 0.3) -> None:
     )
 
 
+def count_parameters(adapters: LoraAdapters) -> int:
+    return sum(value.numel() for value in adapters.state("user").values())
+
+
 @pytest.fixture
 def llm() -> Any:
     return load_tiny_llm()
@@ -112,7 +116,7 @@ def adapters(llm: Any) -> Iterator[LoraAdapters]:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_attaching_training_and_detaching_leave_no_trace(family: str) -> None:
+def test_lora_attach_train_detach_leaves_no_trace(family: str) -> None:
     llm = small_backend(family)
     before, said = portrait(llm.model), answers(llm)
     random = torch.random.get_rng_state()
@@ -130,7 +134,7 @@ def test_attaching_training_and_detaching_leave_no_trace(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_fresh_matrices_change_nothing_and_others_change_everything(family: str) -> None:
+def test_lora_fresh_adapters_change_nothing_and_trained_ones_do(family: str) -> None:
     llm = small_backend(family)
     said = answers(llm)
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
@@ -146,14 +150,16 @@ def test_fresh_matrices_change_nothing_and_others_change_everything(family: str)
     [("llama", "q_proj,v_proj", 4), ("qwen", "self_attn.q_proj , down_proj", 4), ("gpt2", "c_attn", 2),
      ("neox", "query_key_value", 2), ("t5", "q,v", 12), ("gpt2", "auto", 2), ("t5", "auto", 12), ("neox", "auto", 2)],
 )  # fmt: skip
-def test_the_named_layers_get_matrices(family: str, layers: str, count: int, recwarn: pytest.WarningsRecorder) -> None:
+def test_lora_targets_named_layers_get_adapters(
+    family: str, layers: str, count: int, recwarn: pytest.WarningsRecorder
+) -> None:
     llm = small_backend(family)
     with LoraAdapters.attach(llm, config=replace(CONFIG, lora_targets=layers)) as adapters:
         assert len(adapters.state("user")) == 2 * count
-    assert not [warning for warning in recwarn if "peft" in warning.filename]
+    assert not recwarn.list
 
 
-def test_an_exception_detaches_too(llm: Any) -> None:
+def test_lora_exception_in_block_detaches(llm: Any) -> None:
     before = portrait(llm.model)
 
     def fail() -> None:
@@ -165,7 +171,7 @@ def test_an_exception_detaches_too(llm: Any) -> None:
     assert portrait(llm.model) == before
 
 
-def test_a_failure_while_attaching_leaves_no_trace(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_failed_attach_leaves_no_trace(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = portrait(llm.model)
     monkeypatch.setattr(LoraAdapters, "reset", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -174,20 +180,20 @@ def test_a_failure_while_attaching_leaves_no_trace(llm: Any, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("layers", ["nose", "q_proj,nose", "lm_head", "proj", ",", "norm"])
-def test_layers_that_are_not_there_are_named_beside_those_that_are(llm: Any, layers: str) -> None:
+def test_lora_targets_unknown_layer_lists_the_models_layers(llm: Any, layers: str) -> None:
     before = portrait(llm.model)
     with pytest.raises(ConfigError, match=r"down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\."):
         LoraAdapters.attach(llm, config=replace(CONFIG, lora_targets=layers))
     assert portrait(llm.model) == before
 
 
-def test_auto_without_a_choice_of_peft_says_so(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_targets_auto_unknown_model_type_raises(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(llm.model.config), "model_type", "homemade")
     with pytest.raises(ConfigError, match=r"no choice for models of type 'homemade'.*q_proj"):
         LoraAdapters.attach(llm, config=CONFIG)
 
 
-def test_a_second_attachment_is_refused(llm: Any, adapters: LoraAdapters) -> None:
+def test_lora_second_attach_raises(llm: Any, adapters: LoraAdapters) -> None:
     with pytest.raises(UserError, match="already"):
         LoraAdapters.attach(llm, config=CONFIG)
     assert len(adapters.state("task")) == 8  # the first one lives on
@@ -195,13 +201,13 @@ def test_a_second_attachment_is_refused(llm: Any, adapters: LoraAdapters) -> Non
         losses(llm)
 
 
-def test_a_backend_without_a_model_is_refused() -> None:
+def test_lora_attach_without_transformers_model_raises() -> None:
     nothing: Any = object()
     with pytest.raises(UserError, match="language model of transformers"):
         LoraAdapters.attach(nothing, config=CONFIG)
 
 
-def test_without_peft_the_extra_is_named(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_without_peft_names_the_extra(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtra, match=r"personaplug\[lora\]"):
         LoraAdapters.attach(llm, config=CONFIG)
@@ -210,7 +216,7 @@ def test_without_peft_the_extra_is_named(llm: Any, monkeypatch: pytest.MonkeyPat
 # ---- which of them speak, and which learn
 
 
-def test_blocks_nest_add_up_and_restore(llm: Any, adapters: LoraAdapters) -> None:
+def test_active_nested_blocks_add_up_and_restore(llm: Any, adapters: LoraAdapters) -> None:
     plain = losses(llm)
     stir(adapters, "task")
     stir(adapters, "user")
@@ -232,7 +238,7 @@ def test_blocks_nest_add_up_and_restore(llm: Any, adapters: LoraAdapters) -> Non
     assert len({tuple(value.tolist()) for value in (plain, *seen.values())}) == 4
 
 
-def test_both_sets_are_what_their_sum_would_be(llm: Any, adapters: LoraAdapters) -> None:
+def test_active_two_adapters_equal_the_sum_of_their_updates(llm: Any, adapters: LoraAdapters) -> None:
     """The layers' own matrices, changed by hand by scale · B·A of both sets (LoRA, section 4.1)."""
     stir(adapters, "task")
     stir(adapters, "user")
@@ -240,15 +246,17 @@ def test_both_sets_are_what_their_sum_would_be(llm: Any, adapters: LoraAdapters)
         together = losses(llm)
     states = [adapters.state("task"), adapters.state("user")]
     adapters.detach()
-    for path in {path.rpartition(".")[0] for path in states[0]}:
+    for path in {path.partition(".lora_")[0] for path in states[0]}:
         for state in states:
-            update = CONFIG.lora_alpha / CONFIG.lora_rank * state[f"{path}.B"] @ state[f"{path}.A"]
+            update = (
+                CONFIG.lora_alpha / CONFIG.lora_rank * state[f"{path}.lora_B.weight"] @ state[f"{path}.lora_A.weight"]
+            )
             llm.model.get_submodule(path).weight.data += update
     torch.testing.assert_close(losses(llm), together, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("learner", ["task", "user"])
-def test_gradients_reach_what_is_asked_for_and_nothing_else(llm: Any, adapters: LoraAdapters, learner: str) -> None:
+def test_trainable_only_that_adapter_receives_gradients(llm: Any, adapters: LoraAdapters, learner: str) -> None:
     stir(adapters, "task")
     stir(adapters, "user")
     with adapters.active("task", "user"), adapters.trainable(learner):
@@ -259,9 +267,7 @@ def test_gradients_reach_what_is_asked_for_and_nothing_else(llm: Any, adapters: 
     assert all(p.grad is None for path, p in llm.model.named_parameters() if "lora_" not in path)
 
 
-def test_the_tasks_matrices_learn_by_default_even_if_the_backward_pass_comes_after_the_block(
-    llm: Any, adapters: LoraAdapters
-) -> None:
+def test_task_adapter_backward_after_block_receives_gradients(llm: Any, adapters: LoraAdapters) -> None:
     stir(adapters, "task")
     with adapters.active("task"):
         loss = llm.loss(PROMPTS, TARGETS, soft=None)[0].sum()
@@ -271,7 +277,7 @@ def test_the_tasks_matrices_learn_by_default_even_if_the_backward_pass_comes_aft
     assert not llm.loss(PROMPTS, TARGETS, soft=None)[0].requires_grad
 
 
-def test_unknown_names_and_detached_matrices_are_refused(llm: Any, adapters: LoraAdapters) -> None:
+def test_adapters_unknown_name_or_detached_raise(llm: Any, adapters: LoraAdapters) -> None:
     with pytest.raises(ConfigError, match="did you mean 'user'"):
         adapters.state("users")
     with pytest.raises(ConfigError), adapters.active("task", "nobody"):
@@ -284,25 +290,32 @@ def test_unknown_names_and_detached_matrices_are_refused(llm: Any, adapters: Lor
 # ---- their values
 
 
-def test_states_have_readable_names_and_return_to_the_bit(adapters: LoraAdapters) -> None:
+def test_state_loaded_again_is_bit_identical(adapters: LoraAdapters) -> None:
     stir(adapters, "user")
     state = adapters.state("user")
-    assert "model.layers.0.self_attn.q_proj.A" in state
-    assert list(state) == [path for path, _ in adapters.module("user").named_parameters()]
+    assert "model.layers.0.self_attn.q_proj.lora_A.weight" in state
+    assert all(map(torch.equal, state.values(), adapters.module("user").parameters()))
     adapters.reset("user", seed=3)
     assert not same(state, adapters.state("user"))
     adapters.load("user", state)
     assert same(state, adapters.state("user"))
-    assert adapters.count("user") == sum(value.numel() for value in state.values())
 
 
-def test_a_state_is_a_copy(adapters: LoraAdapters) -> None:
+def test_state_equals_pefts_own_checkpoint(llm: Any, adapters: LoraAdapters) -> None:
+    from peft import get_peft_model_state_dict
+
+    stir(adapters, "user")
+    expected = get_peft_model_state_dict(llm.model, adapter_name="user", save_embedding_layers=False)
+    assert same(adapters.state("user"), dict(expected))
+
+
+def test_state_is_a_copy(adapters: LoraAdapters) -> None:
     state = adapters.state("task")
-    state["model.layers.0.self_attn.q_proj.A"].zero_()
-    assert adapters.state("task")["model.layers.0.self_attn.q_proj.A"].any()
+    state["model.layers.0.self_attn.q_proj.lora_A.weight"].zero_()
+    assert adapters.state("task")["model.layers.0.self_attn.q_proj.lora_A.weight"].any()
 
 
-def test_resets_are_drawn_by_their_seed_alone(adapters: LoraAdapters) -> None:
+def test_reset_depends_on_its_seed_alone(adapters: LoraAdapters) -> None:
     drawn = {}
     for seed, disturbance in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(disturbance)
@@ -312,11 +325,11 @@ def test_resets_are_drawn_by_their_seed_alone(adapters: LoraAdapters) -> None:
         drawn[seed, disturbance] = adapters.state("user")
     assert same(drawn[1, 5], drawn[1, 6])
     assert not same(drawn[1, 5], drawn[2, 5])
-    assert all(value.any() == path.endswith(".A") for path, value in drawn[1, 5].items())
+    assert all(value.any() == path.endswith(".lora_A.weight") for path, value in drawn[1, 5].items())
 
 
 @pytest.mark.parametrize("change", ["missing", "more", "shape"])
-def test_a_state_of_another_model_is_refused_and_changes_nothing(adapters: LoraAdapters, change: str) -> None:
+def test_load_other_models_state_raises_and_changes_nothing(adapters: LoraAdapters, change: str) -> None:
     before = adapters.state("user")
     state = {path: value + 1 for path, value in before.items()}
     first = next(iter(state))
@@ -331,7 +344,7 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing(adapters: LoraA
     assert same(before, adapters.state("user"))
 
 
-def test_matrices_are_float32_in_a_bfloat16_model() -> None:
+def test_adapters_in_bfloat16_model_are_float32() -> None:
     llm = small_backend("llama")
     llm.model.to(torch.bfloat16)
     said = losses(llm)
@@ -357,7 +370,7 @@ def loss_of(adapters: LoraAdapters, llm: Any, pairs: list[tuple[str, str]], *nam
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_user_is_learned_and_nothing_else_moves(family: str) -> None:
+def test_fit_user_changes_the_user_adapter_only(family: str) -> None:
     llm = small_backend(family)
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         stir(adapters, "task", size=0.05)
@@ -370,7 +383,7 @@ def test_a_user_is_learned_and_nothing_else_moves(family: str) -> None:
         assert all(value.any() for value in adapters.state("user").values())
 
 
-def test_the_order_of_users_and_torchs_generator_do_not_matter(llm: Any, adapters: LoraAdapters) -> None:
+def test_fit_user_ignores_user_order_and_global_generator(llm: Any, adapters: LoraAdapters) -> None:
     stir(adapters, "task")
     users = {name: pairs_of(name) for name in ("ann", "bob", "cem")}
     outcomes = []
@@ -389,7 +402,7 @@ def test_the_order_of_users_and_torchs_generator_do_not_matter(llm: Any, adapter
     assert not same(outcomes[0]["ann"], adapters.state("user"))
 
 
-def test_a_user_is_trained_on_top_of_the_task(llm: Any, adapters: LoraAdapters) -> None:
+def test_fit_user_trains_on_top_of_the_task_adapter(llm: Any, adapters: LoraAdapters) -> None:
     fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
     alone = adapters.state("user")
     stir(adapters, "task")
@@ -399,7 +412,7 @@ def test_a_user_is_trained_on_top_of_the_task(llm: Any, adapters: LoraAdapters) 
     assert loss_of(adapters, llm, pairs_of("u")) < before
 
 
-def test_steps_passes_and_the_latest_items(llm: Any, adapters: LoraAdapters) -> None:
+def test_fit_user_takes_the_latest_items(llm: Any, adapters: LoraAdapters) -> None:
     pairs = pairs_of("u", count=11)
     config = replace(CONFIG, user_epochs=2, user_items=5, user_batch_size=2)
     assert fit_user(adapters, llm, pairs, config=config, seed=0).steps == 6
@@ -408,7 +421,7 @@ def test_steps_passes_and_the_latest_items(llm: Any, adapters: LoraAdapters) -> 
     assert same(state, adapters.state("user"))
 
 
-def test_without_pairs_the_matrices_are_fresh(llm: Any, adapters: LoraAdapters) -> None:
+def test_fit_user_without_pairs_leaves_a_fresh_adapter(llm: Any, adapters: LoraAdapters) -> None:
     stir(adapters, "user")
     said = losses(llm)
     fit = fit_user(adapters, llm, [], config=CONFIG, seed=0)
@@ -417,20 +430,20 @@ def test_without_pairs_the_matrices_are_fresh(llm: Any, adapters: LoraAdapters) 
         assert torch.equal(losses(llm), said)
 
 
-def test_training_works_where_gradients_are_off(llm: Any, adapters: LoraAdapters) -> None:
+def test_fit_user_under_no_grad_trains(llm: Any, adapters: LoraAdapters) -> None:
     before = loss_of(adapters, llm, pairs_of("u"))
     with torch.no_grad():
         fit_user(adapters, llm, pairs_of("u"), config=CONFIG, seed=0)
     assert loss_of(adapters, llm, pairs_of("u")) < before
 
 
-def test_a_diverging_user_is_said_and_leaves_fresh_matrices(llm: Any, adapters: LoraAdapters) -> None:
+def test_fit_user_diverging_raises_and_leaves_a_fresh_adapter(llm: Any, adapters: LoraAdapters) -> None:
     state = {path: torch.full_like(value, math.inf) for path, value in adapters.state("task").items()}
     adapters.load("task", state)
     with pytest.raises(TrainingDiverged, match="lower lora_learning_rate") as caught:
         fit_user(adapters, llm, pairs_of(SECRET), config=CONFIG, seed=0)
     assert SECRET not in str(caught.value)
-    assert all(value.any() == path.endswith(".A") for path, value in adapters.state("user").items())
+    assert all(value.any() == path.endswith(".lora_A.weight") for path, value in adapters.state("user").items())
     assert not losses(llm).isnan().any()  # and nothing stays active
 
 
@@ -483,40 +496,40 @@ _CASES: dict[str, tuple[str, str, HistoryItem, Pair]] = {
 
 
 @pytest.mark.parametrize("name", sorted(LAMP_TASKS))
-def test_every_task_makes_pairs_of_a_history(name: str, llm: Any, adapters: LoraAdapters) -> None:
+def test_history_pairs_every_lamp_task_has_a_pair(name: str, llm: Any, adapters: LoraAdapters) -> None:
     prompt, query, one, expected = _CASES[name]
     pairs = history_pairs(LAMP_TASKS[name], prompt, query, [one])
     assert pairs == [expected]
-    assert answers_in_history(LAMP_TASKS[name]) == (name not in ("LaMP_1", "LaMP_7"))
+    assert has_history_pairs(LAMP_TASKS[name]) == (name not in ("LaMP_1", "LaMP_7"))
     assert fit_user(adapters, llm, pairs, config=replace(CONFIG, user_epochs=1), seed=0).steps == 1
 
 
-def test_several_values_are_joined_and_a_task_without_marker_is_its_query_alone() -> None:
+def test_history_pairs_several_values_are_joined() -> None:
     task = Task("own", "label", ("title", "text"), "kind", ("accuracy",), labels=("x", "y"))
     items = [item("kind", title="T", text="words", kind="x"), item("kind", title="T", text=" ", kind="y")]
     assert history_pairs(task, "whole input", "whole input", items) == [("T words", "x"), ("T", "y")]
 
 
-def test_a_pattern_does_not_tell_how_to_write_an_input() -> None:
+def test_history_pairs_query_pattern_uses_the_free_prompt() -> None:
     task = Task("own", "label", ("text",), "kind", ("accuracy",), labels=("x",), query_pattern="of (.*)$")
     assert history_pairs(task, "kind of a", "a", [item("kind", text="words", kind="x")]) == [(FREE_PROMPT, "words")]
 
 
 @pytest.mark.parametrize("answer", ["sad", "", " ", "Action"])
-def test_items_that_answer_with_no_label_are_left_out(answer: str) -> None:
+def test_history_pairs_answer_outside_labels_is_dropped(answer: str) -> None:
     prompt, query, one, _ = _CASES["LaMP_2"]
     items = [item("tag", description="Some.", tag=answer), item("tag", description=" ", tag="comedy"), one]
     assert len(history_pairs(LAMP_TASKS["LaMP_2"], prompt, query, items)) == 1
 
 
-def test_blank_texts_make_no_pairs() -> None:
+def test_history_pairs_blank_text_is_dropped() -> None:
     for name, blank in (("LaMP_7", item("text", text=" ")), ("LaMP_4", item("title", title=" ", text="x"))):
         prompt, query, *_ = _CASES[name]
         assert history_pairs(LAMP_TASKS[name], prompt, query, [blank]) == []
 
 
 @pytest.mark.parametrize("query", ["", "something else"])
-def test_a_query_that_is_not_the_end_of_the_prompt_is_refused(query: str) -> None:
+def test_history_pairs_prompt_without_query_at_end_raises(query: str) -> None:
     with pytest.raises(PersonaPlugError, match="end with its query") as caught:
         history_pairs(LAMP_TASKS["LaMP_3"], f"review: {SECRET}", query, [item("score", text=SECRET, score="1")])
     assert SECRET not in str(caught.value)
@@ -531,34 +544,36 @@ def asking(query: str, target: str | None = None) -> Sample:
     [("  the FILM, was good", False), ("The film wasgood!", False), ("Ｔhe film was good", False),
      ("The film was", True), ("The film was good 5", True)],
 )  # fmt: skip
-def test_items_that_hold_a_question_are_left_out(query: str, left: bool) -> None:
+def test_without_evaluated_items_drops_items_with_the_query(query: str, left: bool) -> None:
     kept, other = item("score", text="Another film.", score="2"), item("score", text="The film was good.", score="5")
-    assert without_asked([kept, other], [asking("x"), asking(query)]) == ([kept, other] if left else [kept])
+    assert without_evaluated_items([kept, other], [asking("x"), asking(query)]) == ([kept, other] if left else [kept])
 
 
-def test_one_value_of_an_item_may_be_the_question() -> None:
+def test_without_evaluated_items_compares_each_value() -> None:
     paper = item("title", title="On rain", text="It rains.", place="Oslo")
     for query in ("it rains", "IT RAINS. OSLO", "oslo"):
-        assert without_asked([paper], [asking(query)]) == []
-    assert without_asked([paper], [asking("On rain")]) == [paper]  # the answer of an item is not what is asked
+        assert without_evaluated_items([paper], [asking(query)]) == []
+    assert without_evaluated_items([paper], [asking("On rain")]) == [
+        paper
+    ]  # the answer of an item is not what is asked
 
 
-def test_a_tweet_that_is_asked_for_is_left_out_and_an_equal_answer_elsewhere_is_not() -> None:
+def test_without_evaluated_items_compares_answer_only_items_with_targets() -> None:
     tweet, rated = item("text", text="So tired."), item("score", text="5", score="1")
-    assert without_asked([tweet], [asking("I am weary", "so tired")]) == []
-    assert without_asked([tweet], [asking("so tired")]) == []
-    assert without_asked([rated], [asking("I am weary", "5")]) == [rated]
+    assert without_evaluated_items([tweet], [asking("I am weary", "so tired")]) == []
+    assert without_evaluated_items([tweet], [asking("so tired")]) == []
+    assert without_evaluated_items([rated], [asking("I am weary", "5")]) == [rated]
 
 
-def test_texts_without_letters_are_compared_by_their_signs() -> None:
+def test_without_evaluated_items_compares_signs_without_letters() -> None:
     smile, frown = item("text", text=":) :)"), item("text", text=":(")
-    assert without_asked([smile, frown], [asking(":):)"), asking(" ")]) == [frown]
+    assert without_evaluated_items([smile, frown], [asking(":):)"), asking(" ")]) == [frown]
 
 
 # ---- the store
 
 
-def test_the_store_gives_back_what_was_trained(llm: Any, adapters: LoraAdapters, tmp_path: Path) -> None:
+def test_user_store_returns_the_stored_adapter(llm: Any, adapters: LoraAdapters, tmp_path: Path) -> None:
     key = ["ann", {"seed": 0, "lora_rank": 2}]
     assert UserLoraStore(tmp_path / "users").get(key) is None
     fit_user(adapters, llm, pairs_of("ann"), config=CONFIG, seed=0)
@@ -571,15 +586,15 @@ def test_the_store_gives_back_what_was_trained(llm: Any, adapters: LoraAdapters,
     assert UserLoraStore(tmp_path / "users").get(["ann", {"lora_rank": 2, "seed": 1}]) is None
 
 
-def test_the_store_names_no_user_and_says_what_was_spent(adapters: LoraAdapters, tmp_path: Path) -> None:
+def test_user_store_files_name_no_user(adapters: LoraAdapters, tmp_path: Path) -> None:
     UserLoraStore(tmp_path).put([SECRET, 1], adapters.state("user"), seconds=1.5, items=6)
     described, weights = sorted(tmp_path.iterdir())
     assert (described.suffix, weights.suffix, described.stem) == (".json", ".safetensors", weights.stem)
-    assert json.loads(described.read_text()) == {"seconds": 1.5, "items": 6, "bytes": 2 * adapters.count("user")}
+    assert json.loads(described.read_text()) == {"seconds": 1.5, "items": 6, "bytes": 2 * count_parameters(adapters)}
     assert not [path for path in tmp_path.iterdir() if SECRET.encode() in path.name.encode() + path.read_bytes()]
 
 
-def test_costs_are_means_over_the_users_met(adapters: LoraAdapters, tmp_path: Path) -> None:
+def test_user_store_costs_are_means_over_loaded_users(adapters: LoraAdapters, tmp_path: Path) -> None:
     store = UserLoraStore(tmp_path)
     assert store.costs() is None
     for name, seconds in (("ann", 1.0), ("bob", 3.0), ("cem", 90.0)):
@@ -587,12 +602,12 @@ def test_costs_are_means_over_the_users_met(adapters: LoraAdapters, tmp_path: Pa
     again = UserLoraStore(tmp_path)
     for name in ("ann", "bob", "ann", "dan"):
         again.get([name])
-    assert again.costs() == UserCosts(users=2, seconds=2.0, bytes=2 * adapters.count("user"))
+    assert again.costs() == UserCosts(users=2, seconds=2.0, bytes=2 * count_parameters(adapters))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"{}"])
-def test_a_user_whose_files_are_damaged_is_not_stored(
+def test_user_store_damaged_files_return_none(
     suffix: str, content: bytes | None, adapters: LoraAdapters, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = UserLoraStore(tmp_path)
@@ -607,7 +622,7 @@ def test_a_user_whose_files_are_damaged_is_not_stored(
     assert UserLoraStore(tmp_path).get([SECRET]) is not None
 
 
-def test_prompts_kept_with_some_matrices_are_read_anew_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_cache_is_cleared_when_active_adapters_change(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = small_backend("llama")
     soft = SoftPrompt(torch.randn(2, 3, llm.identity.width), placement="suffix")
 

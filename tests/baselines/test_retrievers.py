@@ -1,4 +1,4 @@
-"""Retrievers: BM25 against the formula and another library, ties and empty texts, draws that depend on nothing else."""
+"""Retrievers: BM25 against its formula and another library, ties, empty texts, random orders, dense ranking."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from personaplug.baselines.retrievers import BM25, Dense, RandomItems, Recency, open_retriever
+from personaplug.baselines.retrievers import (
+    BM25Retriever,
+    DenseRetriever,
+    RandomRetriever,
+    RecencyRetriever,
+    open_retriever,
+)
 from personaplug.data import open_dataset
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import HashEncoder
@@ -52,9 +58,9 @@ def plain_bm25(query: str, documents: list[list[str]], *, k1: float = 1.5, b: fl
 def check_bm25(one: Sample) -> None:
     """Scores are the formula's, and the ranking is theirs with later items first among equals."""
     expected = plain_bm25(one.query, documents_of(one))
-    scores = BM25().scores(one.query, one.history)
+    scores = BM25Retriever().scores(one.query, one.history)
     np.testing.assert_allclose(scores, expected, rtol=1e-9, atol=1e-12)
-    ranked = BM25().rank(one)
+    (ranked,) = BM25Retriever().rank([one])
     assert sorted(ranked) == list(range(len(one.history)))
     assert ranked == sorted(range(len(scores)), key=lambda place: (-scores[place], -place))
 
@@ -68,22 +74,22 @@ def drawn_samples(count: int, *, words: str) -> Iterator[Sample]:
 
 
 @pytest.mark.parametrize("words", ["abc", "abcdefghijklmnopqrstuvwxyz", "aAbB5"])
-def test_bm25_is_the_formula(words: str) -> None:
+def test_bm25_equals_the_formula(words: str) -> None:
     seen = 0.0
     for one in drawn_samples(150, words=words):
         check_bm25(one)
-        seen += float(BM25().scores(one.query, one.history).max())
+        seen += float(BM25Retriever().scores(one.query, one.history).max())
     assert seen > 0
 
 
 @pytest.mark.parametrize("name", ["Movie_stars", "LaMP_4"])
-def test_bm25_is_the_formula_on_real_texts(shared_data: Path, name: str) -> None:
+def test_bm25_on_real_texts_equals_the_formula(shared_data: Path, name: str) -> None:
     # The first items only: the formula written out is slow.
     for one in islice(open_dataset(shared_data / name, "dev"), 200):
         check_bm25(replace(one, history=one.history[:25]))
 
 
-def test_bm25_ranks_as_lamps_library_where_no_idf_is_negative() -> None:
+def test_bm25_without_negative_idf_equals_rank_bm25() -> None:
     rank_bm25 = pytest.importorskip("rank_bm25")
     compared = 0
     for one in drawn_samples(300, words="abcdefghijklmnopqrstuvwxyz"):
@@ -92,20 +98,20 @@ def test_bm25_ranks_as_lamps_library_where_no_idf_is_negative() -> None:
         if not query or any(sum(word in document for document in documents) > half for word in query):
             continue
         theirs = rank_bm25.BM25Okapi(documents).get_scores(query)
-        np.testing.assert_allclose(BM25().scores(one.query, one.history) * 2.5, theirs, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(BM25Retriever().scores(one.query, one.history) * 2.5, theirs, rtol=1e-9, atol=1e-12)
         compared += 1
     assert compared > 50
 
 
 def test_bm25_reads_values_only_and_keeps_case() -> None:
     texts = ["A rare Word", "a rare word", "nothing", "else here"]
-    assert BM25().rank(sample("Word", *texts))[0] == 0
-    assert BM25().rank(sample("word", *texts))[0] == 1
-    assert not BM25().scores("text: score: text score", sample("", *texts).history).any()
+    assert BM25Retriever().rank([sample("Word", *texts)])[0][0] == 0
+    assert BM25Retriever().rank([sample("word", *texts)])[0][0] == 1
+    assert not BM25Retriever().scores("text: score: text score", sample("", *texts).history).any()
 
 
 def test_bm25_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    BM25().rank(sample("b", "a b", "c", "d", "e"))
+    BM25Retriever().rank([sample("b", "a b", "c", "d", "e")])
     assert capfd.readouterr() == ("", "")
 
 
@@ -125,41 +131,45 @@ def table(tmp_path: Path, hashing: HashEncoder) -> EmbeddingStore:
         ("zz", ("a", "b")),
     ],
 )  # fmt: skip
-def test_every_item_is_ranked_once(
+def test_retriever_ranks_every_item_once(
     method: str, query: str, texts: tuple[str, ...], hashing: HashEncoder, table: EmbeddingStore
 ) -> None:
     retriever = open_retriever(method, seed=0, encoder=hashing, table=table, with_answer=True)
-    ranked = retriever.rank(sample(query, *texts))
+    (ranked,) = retriever.rank([sample(query, *texts)])
     assert sorted(ranked) == list(range(len(texts)))
     assert all(type(place) is int for place in ranked)
-    assert ranked == retriever.rank(sample(query, *texts))
+    assert [ranked] == retriever.rank([sample(query, *texts)])
 
 
 @pytest.mark.parametrize("method", ["bm25", "dense"])
-def test_the_later_of_equal_items_comes_first(method: str, hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_retriever_equal_items_rank_the_later_first(method: str, hashing: HashEncoder, table: EmbeddingStore) -> None:
     retriever = open_retriever(method, seed=0, encoder=hashing, table=table, with_answer=False)
-    assert retriever.rank(sample("good film", *["bad tea"] * 5, *["good film"] * 3, "cold tea"))[:3] == [7, 6, 5]
+    (ranked,) = retriever.rank([sample("good film", *["bad tea"] * 5, *["good film"] * 3, "cold tea")])
+    assert ranked[:3] == [7, 6, 5]
     same = sample("good film", *["good film"] * 37)
-    assert retriever.rank(same) == list(range(37))[::-1]
+    assert retriever.rank([same]) == [list(range(37))[::-1]]
 
 
-def test_an_unknown_retriever_is_named_with_the_nearest(hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_open_retriever_unknown_name_suggests_the_nearest(hashing: HashEncoder, table: EmbeddingStore) -> None:
     with pytest.raises(ConfigError, match=r"'bm52'.*'bm25'"):
         open_retriever("bm52", seed=0, encoder=hashing, table=table, with_answer=True)
 
 
-def test_recency_takes_the_latest() -> None:
-    assert Recency().rank(sample("q", "first", "second", "third")) == [2, 1, 0]
+def test_recency_ranks_the_latest_first() -> None:
+    assert RecencyRetriever().rank([sample("q", "first", "second", "third")]) == [[2, 1, 0]]
 
 
-def test_draws_depend_on_seed_and_id_alone() -> None:
+def test_random_depends_on_seed_and_id_alone() -> None:
     texts = [str(n) for n in range(20)]
-    one = RandomItems(1)
-    before = one.rank(sample("q", *texts, id="x"))
-    one.rank(sample("other", *texts, id="y"))
-    assert one.rank(sample("another query", *texts, id="x")) == before
-    assert RandomItems(1).rank(sample("q", *texts, id="x")) == before
-    orders = [before, RandomItems(2).rank(sample("q", *texts, id="x")), one.rank(sample("q", *texts, id="y"))]
+
+    def order(seed: int, query: str, *, id: str) -> list[int]:
+        (ranked,) = RandomRetriever(seed).rank([sample(query, *texts, id=id)])
+        return ranked
+
+    first = order(1, "q", id="x")
+    both = RandomRetriever(1).rank([sample("other", *texts, id="y"), sample("another query", *texts, id="x")])
+    assert both[1] == first
+    orders = [first, order(2, "q", id="x"), order(1, "q", id="y")]
     assert len({tuple(order) for order in [*orders, tuple(range(20))]}) == 4
 
 
@@ -167,24 +177,26 @@ def test_draws_depend_on_seed_and_id_alone() -> None:
 
 
 @pytest.mark.parametrize("with_answer", [True, False])
-def test_dense_is_the_cosine(with_answer: bool, hashing: HashEncoder, table: EmbeddingStore) -> None:
-    dense = Dense(hashing, table, with_answer=with_answer)
+def test_dense_ranks_by_cosine(with_answer: bool, hashing: HashEncoder, table: EmbeddingStore) -> None:
+    dense = DenseRetriever(hashing, table, with_answer=with_answer)
     for one in drawn_samples(40, words="abcdefgh"):
         texts = [item.text if with_answer else item.content for item in one.history]
         likeness = hashing.encode(texts).astype(np.float64) @ hashing.encode([one.query])[0]
-        found = likeness[dense.rank(one)]
+        found = likeness[dense.rank([one])[0]]
         assert (np.diff(found) <= 2e-3).all()  # the table keeps half precision
-    assert table.rows([one.history[0].text if with_answer else one.history[0].content]).size == 1
+    before = len(table)
+    table.add([one.history[0].text if with_answer else one.history[0].content])
+    assert len(table) == before
 
 
-def test_dense_answers_count_only_where_they_are_encoded(hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_dense_without_answer_ignores_answers(hashing: HashEncoder, table: EmbeddingStore) -> None:
     items = tuple(HistoryItem(tag, (("text", "same"), ("tag", tag)), "tag") for tag in ("war", "comedy", "music"))
     one = Sample("s", None, "comedy", "comedy", None, items)
-    assert Dense(hashing, table, with_answer=True).rank(one)[0] == 1
-    assert Dense(hashing, table, with_answer=False).rank(one) == [2, 1, 0]
+    assert DenseRetriever(hashing, table, with_answer=True).rank([one])[0][0] == 1
+    assert DenseRetriever(hashing, table, with_answer=False).rank([one]) == [[2, 1, 0]]
 
 
-def test_a_head_maps_the_query_and_a_query_is_encoded_once(hashing: HashEncoder, table: EmbeddingStore) -> None:
+def test_dense_head_maps_each_query_once(hashing: HashEncoder, table: EmbeddingStore) -> None:
     seen: list[tuple[int, ...]] = []
 
     def opposite(queries: np.ndarray) -> np.ndarray:
@@ -192,15 +204,22 @@ def test_a_head_maps_the_query_and_a_query_is_encoded_once(hashing: HashEncoder,
         return -queries
 
     one = sample("good film", "good film", "cold tea", "a good long film")
-    plain = Dense(hashing, table, with_answer=False).rank(one)
-    turned = Dense(hashing, table, with_answer=False, head=opposite)
-    assert turned.rank(one) == plain[::-1]
-    turned.rank(replace(one, history=one.history[:2]))
+    (plain,) = DenseRetriever(hashing, table, with_answer=False).rank([one])
+    turned = DenseRetriever(hashing, table, with_answer=False, head=opposite)
+    assert turned.rank([one]) == [plain[::-1]]
+    turned.rank([replace(one, history=one.history[:2])])
     assert seen == [(1, 32)]
 
 
+def test_dense_batch_ranks_each_sample_as_alone(hashing: HashEncoder, table: EmbeddingStore) -> None:
+    samples = [*drawn_samples(20, words="abcdefgh"), sample("a", id="empty")]
+    dense = DenseRetriever(hashing, table, with_answer=True)
+    assert dense.rank(samples) == [dense.rank([one])[0] for one in samples]
+    assert dense.rank([]) == []
+
+
 @pytest.mark.parametrize("before", ["", "import jax; "])
-def test_jax_is_left_alone(tmp_path: Path, before: str) -> None:
+def test_bm25s_import_does_not_load_jax(tmp_path: Path, before: str) -> None:
     folder = tmp_path / "jax"
     folder.mkdir()
     (folder / "__init__.py").write_text("")

@@ -1,4 +1,4 @@
-"""ROPG-KD: what the model is asked, what the retriever learns of it, and that nothing is asked twice."""
+"""ROPG-KD: the teacher's targets, their cache, and the training of the retriever."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from personaplug.baselines.history_prompt import HistoryWriter
-from personaplug.baselines.retrievers import Recency
-from personaplug.baselines.ropg import Lesson, RetrieverObjective, RopgRetriever, Teacher
+from personaplug.baselines.history_prompt import HistoryPromptFormatter
+from personaplug.baselines.retrievers import RecencyRetriever
+from personaplug.baselines.ropg import RankingTarget, RopgObjective, RopgRetriever, RopgTeacher
 from personaplug.config import TrainingConfig
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task_registry import lamp_task
@@ -36,64 +36,68 @@ def _sample(number: int, *, items: int = 6) -> Sample:
     return Sample(str(number), f"user {number}", f"Score it. review: {query}", query, "3", history)
 
 
-def _teacher(path: Path, toy: CausalLM, **changes: Any) -> Teacher:
+def _teacher(path: Path, toy: CausalLM, **changes: Any) -> RopgTeacher:
     settings = {"candidates": 4, "seed": 0, **changes}
-    return Teacher(path, llm=toy, writer=HistoryWriter(TASK, toy), retriever=Recency(), **settings)
+    return RopgTeacher(
+        path, llm=toy, formatter=HistoryPromptFormatter(TASK, toy), retriever=RecencyRetriever(), **settings
+    )
 
 
-def test_a_lesson_is_the_likelihood_of_the_answer_with_each_item(tmp_path: Path, toy: CausalLM) -> None:
+def test_ropg_target_is_the_answers_likelihood_with_each_item(tmp_path: Path, toy: CausalLM) -> None:
     sample = _sample(0)
-    teacher = _teacher(tmp_path / "lessons.jsonl", toy)
-    lesson = teacher.lessons([sample])["0"]
-    assert lesson.places[:2] == [5, 4]  # half are the retriever's best
-    assert len(set(lesson.places)) == 4
-    writer = HistoryWriter(TASK, toy)
-    for place, said in zip(lesson.places, lesson.log_likelihoods, strict=True):
-        prompt = writer.write(sample.prompt, [sample.history[place]]).prompt
+    teacher = _teacher(tmp_path / "targets.jsonl", toy)
+    target = teacher.targets([sample])["0"]
+    assert target.candidates[:2] == [5, 4]  # half are the retriever's best
+    assert len(set(target.candidates)) == 4
+    formatter = HistoryPromptFormatter(TASK, toy)
+    for place, said in zip(target.candidates, target.log_likelihoods, strict=True):
+        prompt = formatter.format(sample.prompt, [sample.history[place]]).prompt
         loss, _ = toy.loss([prompt], ["3"], soft=None)
         assert said == pytest.approx(-float(loss), rel=1e-4)
 
 
-def test_samples_that_teach_nothing_are_passed_over(tmp_path: Path, toy: CausalLM) -> None:
+def test_ropg_targets_skip_samples_with_fewer_than_two_items(tmp_path: Path, toy: CausalLM) -> None:
     samples = [_sample(0, items=1), _sample(1, items=0), _sample(2)]
-    assert list(_teacher(tmp_path / "lessons.jsonl", toy).lessons(samples)) == ["2"]
+    assert list(_teacher(tmp_path / "targets.jsonl", toy).targets(samples)) == ["2"]
 
 
-def test_what_was_asked_is_not_asked_again_even_after_a_kill(tmp_path: Path, toy: CausalLM) -> None:
-    path = tmp_path / "lessons.jsonl"
+def test_ropg_targets_resume_after_a_cut_line(tmp_path: Path, toy: CausalLM) -> None:
+    path = tmp_path / "targets.jsonl"
     samples = [_sample(k) for k in range(3)]
-    whole = _teacher(path, toy).lessons(samples)
+    whole = _teacher(path, toy).targets(samples)
     first, *_ = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + b'{"id": "1", "pla')
     asked: list[str] = []
 
-    class Counting(Teacher):
-        def _ask(self, sample: Sample) -> Lesson:
+    class Counting(RopgTeacher):
+        def _score(self, sample: Sample, candidates: Sequence[int]) -> RankingTarget:
             asked.append(sample.id)
-            return super()._ask(sample)
+            return super()._score(sample, candidates)
 
-    again = Counting(path, llm=toy, writer=HistoryWriter(TASK, toy), retriever=Recency(), candidates=4, seed=0)
-    assert again.lessons(samples) == whole
+    again = Counting(
+        path, llm=toy, formatter=HistoryPromptFormatter(TASK, toy), retriever=RecencyRetriever(), candidates=4, seed=0
+    )
+    assert again.targets(samples) == whole
     assert asked == ["1", "2"]
-    assert _teacher(path, toy).lessons(samples) == whole
+    assert _teacher(path, toy).targets(samples) == whole
 
 
 def _objective(
-    folder: Path, samples: Sequence[Sample], lessons: dict[str, Lesson], *, encoder: HashEncoder
-) -> tuple[RetrieverObjective, list[EncodedSample]]:
+    folder: Path, samples: Sequence[Sample], targets: dict[str, RankingTarget], *, encoder: HashEncoder
+) -> tuple[RopgObjective, list[EncodedSample]]:
     table = EmbeddingStore.open(folder / "vectors", encoder)
     encoded = encode_samples(samples, table)
     retriever = RopgRetriever(encoder.width)
     return (
-        RetrieverObjective(retriever, lessons, samples=encoded, encoder=encoder, table=table, temperature=0.1),
+        RopgObjective(retriever, targets, samples=encoded, encoder=encoder, table=table, temperature=0.1),
         encoded,
     )
 
 
-def test_the_loss_is_the_divergence_of_the_two_rankings(tmp_path: Path, hashing: HashEncoder) -> None:
+def test_ropg_loss_is_the_kl_divergence_of_the_rankings(tmp_path: Path, hashing: HashEncoder) -> None:
     samples = [_sample(k) for k in range(3)]
-    lessons = {s.id: Lesson(s.id, [0, 3, 5], [-1.0, -2.0, -0.5]) for s in samples}
-    objective, encoded = _objective(tmp_path, samples, lessons, encoder=hashing)
+    targets = {s.id: RankingTarget(s.id, [0, 3, 5], [-1.0, -2.0, -0.5]) for s in samples}
+    objective, encoded = _objective(tmp_path, samples, targets, encoder=hashing)
     summed, count = objective.loss(encoded)
     expected = 0.0
     wanted = np.exp([-1.0, -2.0, -0.5])
@@ -109,14 +113,15 @@ def test_the_loss_is_the_divergence_of_the_two_rankings(tmp_path: Path, hashing:
     assert int(count) == 3
 
 
-def test_it_learns_to_rank_as_the_model_does(tmp_path: Path, hashing: HashEncoder) -> None:
+def test_ropg_training_learns_the_models_ranking(tmp_path: Path, hashing: HashEncoder) -> None:
     samples = [_sample(k) for k in range(24)]
     # The model likes the item about the weather after the one that is asked for.
     liked = {s.id: (int(s.id) + 1) % 6 for s in samples}
-    lessons = {
-        s.id: Lesson(s.id, list(range(6)), [0.0 if k == liked[s.id] else -8.0 for k in range(6)]) for s in samples
+    targets = {
+        s.id: RankingTarget(s.id, list(range(6)), [0.0 if k == liked[s.id] else -8.0 for k in range(6)])
+        for s in samples
     }
-    objective, encoded = _objective(tmp_path, samples, lessons, encoder=hashing)
+    objective, encoded = _objective(tmp_path, samples, targets, encoder=hashing)
     config = TrainingConfig(epochs=60, batch_size=8, learning_rate=0.03, validation_share=0.2)
 
     def hits() -> float:
@@ -135,7 +140,7 @@ def test_it_learns_to_rank_as_the_model_does(tmp_path: Path, hashing: HashEncode
     assert hits() > 0.8
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
+def test_ropg_retriever_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     retriever = RopgRetriever(4)
     with torch.no_grad():
         retriever.linear.weight.normal_()
@@ -146,6 +151,6 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
         RopgRetriever.load(tmp_path / "elsewhere", width=4)
 
 
-def test_untrained_it_is_dense_retrieval() -> None:
+def test_ropg_retriever_untrained_is_the_identity() -> None:
     queries = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
     torch.testing.assert_close(RopgRetriever(8)(queries), queries)

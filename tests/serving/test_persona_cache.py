@@ -85,7 +85,7 @@ def test_a_history_that_was_read_before_gives_the_same_tokens(tmp_path: Path, ch
     live = _live(tmp_path, replace(BY_QUERY, **changes))
     live.store.add("shop", "ann", ITEMS)
     options = Options("which", ("film 1", "film 2", "film 3"))
-    history = live.store.read("shop", "ann", latest=10)
+    history = live.store.load_history("shop", "ann", latest=10)
     for query in ("film 1", "film 2"):
         live.persona("shop", "ann", "another")
         persona = live.persona("shop", "ann", query, options=options)
@@ -156,15 +156,15 @@ def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
 def test_forgetting_while_somebody_reads_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     live = _live(tmp_path)
     live.store.add("shop", "ann", ITEMS)
-    read = live.store.read
+    load_history = live.store.load_history
 
     def read_then_erased(*given: Any, **named: Any) -> Any:
-        history = read(*given, **named)
+        history = load_history(*given, **named)
         live.store.erase_user("shop", "ann")
         live.forget("shop", "ann")
         return history
 
-    monkeypatch.setattr(live.store, "read", read_then_erased)
+    monkeypatch.setattr(live.store, "load_history", read_then_erased)
     live.persona("shop", "ann", "a film")
     assert live.kept_users == 0
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from personaplug.store.secure_delete import last_erasure, record_erasure
 from personaplug.store.writes import delete_all_items, delete_user, insert_items, lock_users, update_users
 
 _USERS_PER_PAGE = 64
-_EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 def open_target(
@@ -32,7 +30,6 @@ def open_target(
     Args:
         save_secret: write the secret to a file beside a target in SQLite.
     Raises:
-        ConfigError: if both stores are the same.
         StoreConflict: if the source keeps no texts, or the target has other settings or another secret.
         EncoderMismatch: if the target has another encoder.
     """
@@ -65,8 +62,9 @@ def refill(source: HistoryStore, target: HistoryStore, *, progress: Callable[[in
 
 def _copy_erasures(source: HistoryStore, target: HistoryStore) -> bool:
     """Repeat in the target the erasures that it lacks; return whether there were any."""
-    present = {(row.hashed_user, row.erased_at) for row in _erasures(target)}
-    missing = [row for row in _erasures(source) if (row.hashed_user, row.erased_at) not in present]
+    present = {(row.hashed_user, row.erased_at) for row in _rows(target, "SELECT * FROM history_erasures")}
+    erasures = _rows(source, "SELECT * FROM history_erasures ORDER BY number")
+    missing = [row for row in erasures if (row.hashed_user, row.erased_at) not in present]
     for erasure in missing:
         values, shard = erasure._asdict(), Shard(erasure.shard)
         with target.database.write_transaction() as connection:
@@ -79,52 +77,49 @@ def _copy_erasures(source: HistoryStore, target: HistoryStore) -> bool:
     return bool(missing)
 
 
-def _erasures(store: HistoryStore) -> Sequence[sa.Row[Any]]:
-    with store.database.read_transaction() as connection:
-        return execute(connection, "SELECT * FROM history_erasures ORDER BY number").all()
-
-
 def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[int], object]) -> int:
-    encoder, with_answer, count = target.encoder, target.settings.encodes_answers, 0
-    assert encoder is not None
+    count = 0
     for shard in map(Shard, range(source.settings.shards)):
         for users in _pages(source, shard):
             # Items are read after the version: if they change in between, the next run copies them again.
             stale = [user for user in users if target.version(user.tenant, user.user_id) < user.version]
-            histories = [_items_by_arrival(source, shard, user.no) for user in stale]
-            texts = [item.encoded(with_answer=with_answer) for items in histories for item in items]
-            vectors = encoder.encode(texts)
-            for user, items in zip(stale, histories, strict=True):
-                encoded = EncodedItems([user.user_id] * len(items), items, vectors[: len(items)], encoder.identity)
-                count += _copy_user(source, target, user, encoded, [item.arrived for item in items])
-                vectors = vectors[len(items) :]
+            items_sql = f"{item_columns(shard)} WHERE user_no = :no ORDER BY i.key"
+            histories = [[stored_item(row) for row in _rows(source, items_sql, no=user.no)] for user in stale]
+            count += _copy_page(source, target, stale, histories)
             progress(len(users))
     return count
 
 
 def _pages(store: HistoryStore, shard: Shard) -> Iterator[Sequence[sa.Row[Any]]]:
     sql, last = f"SELECT * FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
-    while True:
-        with store.database.read_transaction() as connection:
-            rows = execute(connection, sql, {"last": last}).all()
-        if not rows:
-            return
-        yield rows
-        last = rows[-1].no
+    while users := _rows(store, sql, last=last):
+        yield users
+        last = users[-1].no
 
 
-def _items_by_arrival(store: HistoryStore, shard: Shard, user_no: int) -> list[StoredItem]:
-    sql = f"{item_columns(shard)} WHERE user_no = :no ORDER BY i.key"
+def _rows(store: HistoryStore, sql: str, **parameters: int) -> Sequence[sa.Row[Any]]:
     with store.database.read_transaction() as connection:
-        return [stored_item(row) for row in execute(connection, sql, {"no": user_no})]
+        return execute(connection, sql, parameters).all()
 
 
-def _copy_user(
-    source: HistoryStore, target: HistoryStore, user: sa.Row[Any], encoded: EncodedItems, arrivals: Sequence[datetime]
-) -> bool:
+def _copy_page(
+    source: HistoryStore, target: HistoryStore, users: Sequence[sa.Row[Any]], histories: Sequence[list[StoredItem]]
+) -> int:
+    assert target.encoder is not None
+    with_answer, count = target.settings.encodes_answers, 0
+    texts = [item.encoded(with_answer=with_answer) for items in histories for item in items]
+    vectors = target.encoder.encode(texts)
+    for user, items in zip(users, histories, strict=True):
+        names = [user.user_id] * len(items)
+        count += _copy_user(source, target, user, EncodedItems(names, items, vectors[: len(items)], target.identity))
+        vectors = vectors[len(items) :]
+    return count
+
+
+def _copy_user(source: HistoryStore, target: HistoryStore, user: sa.Row[Any], encoded: EncodedItems) -> bool:
     """Replace a user's rows in the target by the source's, unless the target's are newer or the user was erased."""
-    items, shard = target.pack(encoded), target.shard_of(user.tenant, user.user_id)
-    hashed_user = source.hash_user(user.tenant, user.user_id)
+    shard, hashed_user = target.shard_of(user.tenant, user.user_id), source.hash_user(user.tenant, user.user_id)
+    arrivals = [round(item.arrived.timestamp() * 1e6) for item in encoded.items if isinstance(item, StoredItem)]
     with source.database.read_transaction() as connection:
         erased_at = last_erasure(connection, hashed_user)
     with target.database.write_transaction() as connection:
@@ -132,12 +127,12 @@ def _copy_user(
         if copy.version >= user.version:
             return False
         if last_erasure(connection, hashed_user) > erased_at:
-            if not copy.version:  # the row was created above
+            if not copy.version:  # `lock_users` has created the row
                 delete_user(connection, shard, copy.no)
             return False
         delete_all_items(connection, shard, copy.no)
         copy.version, copy.items_received = user.version, 0
-        keyed = [(copy.next_key(), (at - _EPOCH) // timedelta(microseconds=1)) for at in arrivals]
-        insert_items(connection, shard, [(*key, item) for key, item in zip(keyed, items, strict=True)])
+        columns = zip(arrivals, target.pack(encoded), strict=True)
+        insert_items(connection, shard, [(copy.next_key(), arrived, item) for arrived, item in columns])
         update_users(connection, shard, [copy])
     return True

@@ -125,7 +125,12 @@ def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
 def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, digest_key: bytes) -> list[PackedItem]:
     """Check and pack items."""
     items = encoded.items
-    _check_ids(encoded)
+    if len(encoded.users) != len(items):
+        raise ShapeMismatch(f"Each item needs a user; found {len(encoded.users)} users and {len(items)} items.")
+    for user in set(encoded.users):
+        check_id(user, owner="a user")
+    for item in items:
+        check_id(item.id, owner="an item")
     labels = label_ids(items, settings.labels) if encoded.label_ids is None else encoded.label_ids
     style = style_of_answers(items) if encoded.style is None else encoded.style
     _check_columns(encoded, labels, style, label_count=len(settings.labels))
@@ -207,7 +212,7 @@ def delete_all_items(connection: Connection, shard: Shard, user_no: int) -> int:
 
 
 def delete_user(connection: Connection, shard: Shard, user_no: int) -> int:
-    """Delete a user's rows and return the number of items."""
+    """Delete a user's row and items, and return the number of items."""
     execute(connection, f"DELETE FROM {shard.users} WHERE no = :no", {"no": user_no})
     return delete_all_items(connection, shard, user_no)
 
@@ -278,15 +283,6 @@ def unpack_text(text: bytes) -> tuple[tuple[tuple[str, str], ...], str | None]:
 
 def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (values[start : start + size] for start in range(0, len(values), size))
-
-
-def _check_ids(encoded: EncodedItems) -> None:
-    if len(encoded.users) != len(encoded.items):
-        raise ShapeMismatch(f"Each item needs a user; found {len(encoded.users)} users, {len(encoded.items)} items.")
-    for user in set(encoded.users):
-        check_id(user, owner="a user")
-    for item in encoded.items:
-        check_id(item.id, owner="an item")
 
 
 def _check_columns(encoded: EncodedItems, labels: LabelIds, style: StyleArray, *, label_count: int) -> None:

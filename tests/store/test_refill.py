@@ -90,6 +90,20 @@ def test_refill_encodes_answers_false_encodes_content(place: Place, tmp_path: Pa
     assert history.answers.tolist() == [-1], "the new store has no labels"
 
 
+def test_refill_target_in_either_database_gets_items_and_erasures(place: Place, tmp_path: Path) -> None:
+    source = Place(str(tmp_path / "old.db")).open()
+    for user in ("u1", "u2", "u3"):
+        source.add("t", user, [item("a", f"text of {user}"), item("b")])
+    source.erase_user("t", "u1")
+    target = open_target(source, place.where, OTHER, settings=SETTINGS, save_secret=False)
+    assert refill(source, target) == 2
+    assert_same(source, target, "u2", OTHER)
+    source.erase_user("t", "u3")
+    assert refill(source, target) == 0
+    assert (target.version("t", "u1"), target.version("t", "u3")) == (0, 0)
+    assert target.erased_at("t", "u3") == source.erased_at("t", "u3")
+
+
 def test_refill_again_copies_only_changed_users(source: HistoryStore, tmp_path: Path) -> None:
     encoder = CheapEncoder(16)
     target = target_of(source, tmp_path, encoder)

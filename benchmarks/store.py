@@ -1,10 +1,9 @@
-"""What the store of histories costs: adding, reading, erasing, and what int8 loses.
+"""Measure the store of histories: adding, reading and erasing.
 
-    python benchmarks/store.py [--users 100000] [--where FILE|URL] [--encoder MODEL] [--json FILE]
+    python benchmarks/store.py [--users 100000] [--where FILE|URL] [--json FILE]
 
-Users with ten generated items each are added in bulk, and between them a hundred users with 512, whose histories are
-read again and again while the number of users grows; then some of the users are erased. With `--encoder`, the loss is
-measured on its vectors of short texts, else on random unit vectors.
+Users with ten generated items each are added in bulk, beside a hundred users with 512 items, whose histories are read
+again and again while the number of users grows. Then some of the users are erased.
 """
 
 from __future__ import annotations
@@ -17,16 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from personaplug.data.records import HistoryItem
-from personaplug.encoders import HashEncoder, open_encoder
-from personaplug.encoders.base import Vectors
+from personaplug.encoders import HashEncoder
 from personaplug.encoders.style_features import FEATURES
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.store.history_store import EncodedItems, HistoryStore
-from personaplug.store.vector_codec import Precision, packed, unpacked
 
 WIDTH = 384
 ITEMS = 10
@@ -36,39 +32,39 @@ BATCH = 5_000  # users that are added in one transaction
 READS = 2_000
 TENANT = "benchmark"
 SECRET = b"the secret of the benchmark"
-"""Kept here only because nothing in this store is anybody's."""
+"""In the open, because the store holds generated data only."""
 
 
 def batch(names: list[str], each: int, *, seed: int) -> EncodedItems:
-    """So many items for each of some users, with random vectors."""
+    """Return `each` items per user, with random vectors."""
     count = len(names) * each
     random = np.random.default_rng(seed)
     return EncodedItems(
         users=[name for name in names for _ in range(each)],
         items=[HistoryItem(str(i % each), ()) for i in range(count)],
         vectors=random.standard_normal((count, WIDTH), dtype=np.float32) / WIDTH**0.5,
-        made_by=HashEncoder(WIDTH).identity,
-        answers=np.full(count, -1, dtype=np.int16),
-        forms=random.standard_normal((count, len(FEATURES)), dtype=np.float32).astype(np.float16),
+        encoder=HashEncoder(WIDTH).identity,
+        label_ids=np.full(count, -1, dtype=np.int16),
+        style=random.standard_normal((count, len(FEATURES)), dtype=np.float32).astype(np.float16),
     )
 
 
 class Spent(NamedTuple):
-    """Seconds by the clock on the wall and of a processor; beside other work, the former say little of the store."""
+    """Wall-clock and processor seconds. On a busy machine, only the latter describe the store."""
 
     wall: float
     processor: float
 
 
 def spent_on(work: Callable[..., object], *given: object, **named: object) -> Spent:
-    """How long something takes."""
+    """Measure the duration of a call."""
     wall, processor = time.perf_counter(), time.process_time()
     work(*given, **named)
     return Spent(time.perf_counter() - wall, time.process_time() - processor)
 
 
 def milliseconds(times: Sequence[Spent]) -> dict[str, float]:
-    """The middle, the 99th percentile and the longest of some durations."""
+    """Return the median, the 99th percentile and the maximum of durations."""
     walls, processors = zip(*times, strict=True)
     return {
         "p50_ms": round(1e3 * float(np.percentile(walls, 50)), 2),
@@ -80,82 +76,57 @@ def milliseconds(times: Sequence[Spent]) -> dict[str, float]:
 
 
 def read_times(store: HistoryStore) -> dict[str, float]:
-    """How long reading a history of 512 items takes, each from another user than the one before."""
-    names = np.random.default_rng(0).integers(0, LONG_USERS, READS)
-    for name in range(LONG_USERS):  # statements are prepared, pages are where the system keeps them
-        store.read(TENANT, f"long {name}")
-    return milliseconds([spent_on(store.read, TENANT, f"long {name}", latest=LONG) for name in names])
+    """Measure loading a history of 512 items, each time of another user."""
+    numbers = np.random.default_rng(0).integers(0, LONG_USERS, READS)
+    for number in range(LONG_USERS):  # warm up statements and the page cache
+        store.load_history(TENANT, f"long {number}")
+    return milliseconds([spent_on(store.load_history, TENANT, f"long {number}", latest=LONG) for number in numbers])
 
 
 def grow(store: HistoryStore, users: int) -> list[dict[str, Any]]:
-    """Add users in bulk; tell the pace and the time of reading at every power of ten."""
-    found: list[dict[str, Any]] = []
-    made, spent = 0, list[Spent]()
+    """Add users in bulk; report the pace and the time of reading at every power of ten."""
+    reports: list[dict[str, Any]] = []
+    count, spent = 0, list[Spent]()
     store.add_encoded(TENANT, batch([f"long {i}" for i in range(LONG_USERS)], LONG, seed=0))
-    while made < users:
-        until = min(made + BATCH, users, next(10**power for power in range(3, 10) if 10**power > made))
-        items = batch([f"user {i}" for i in range(made, until)], ITEMS, seed=made)
+    while count < users:
+        until = min(count + BATCH, users, next(10**power for power in range(3, 10) if 10**power > count))
+        items = batch([f"user {i}" for i in range(count, until)], ITEMS, seed=count)
         spent.append(spent_on(store.add_encoded, TENANT, items))
-        made = until
-        if made == users or made in (1_000, 10_000, 100_000, 1_000_000):
+        count = until
+        if count == users or count in (1_000, 10_000, 100_000, 1_000_000):
             walls, processors = zip(*spent, strict=True)
             pace = {
-                "items_per_second": round(made * ITEMS / sum(walls)),
-                "items_per_processor_second": round(made * ITEMS / sum(processors)),
+                "items_per_second": round(count * ITEMS / sum(walls)),
+                "items_per_processor_second": round(count * ITEMS / sum(processors)),
             }
-            found.append({"users": made} | pace | {"reading": read_times(store)})
-            print(found[-1], flush=True)
-    return found
+            reports.append({"users": count} | pace | {"reading": read_times(store)})
+            print(reports[-1], flush=True)
+    return reports
 
 
-def loss(vectors: Vectors, precision: Precision) -> dict[str, float]:
-    """How far stored vectors point from what they were: 1 - cosine."""
-    again = unpacked(packed(vectors, vectors.shape[1], precision=precision), vectors.shape[1], precision=precision)
-    one, other = vectors.astype(np.float64), again.astype(np.float64)
-    cosine = (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
-    return {"largest": float((1 - cosine).max()), "mean": float((1 - cosine).mean())}
-
-
-def sample_vectors(encoder: str | None) -> Vectors:
-    """Unit vectors to measure the loss on, (n, E)."""
-    if encoder is None:
-        raw: npt.NDArray[np.float32] = np.random.default_rng(0).standard_normal((20_000, WIDTH), dtype=np.float32)
-        return np.asarray(raw / np.linalg.norm(raw, axis=1, keepdims=True), dtype=np.float32)
-    words = ["slow", "loud", "kind", "dull", "grey", "late", "odd", "warm"]
-    texts = [f"A {a} film about a {b} man in a {c} town" for a in words for b in words for c in words]
-    return open_encoder(encoder).encode(texts)
-
-
-def measure(where: str, users: int, *, encoder: str | None) -> dict[str, Any]:
-    """All of it, printed as it comes."""
+def measure(where: str, users: int) -> dict[str, Any]:
+    """Measure everything and print it as it comes."""
     store = HistoryStore.open(where, HashEncoder(WIDTH), secret=SECRET)
-    grown = grow(store, users)
-    one = [batch([f"user {i}"], 1, seed=users + i) for i in range(200)]
-    singly = [spent_on(store.add_encoded, TENANT, items) for items in one]
-    erased = [spent_on(store.erase_user, TENANT, f"user {i}") for i in range(20)]
-    vectors = sample_vectors(encoder)
-    found = {
-        "growth": grown,
-        "adding_one_item": milliseconds(singly),
-        "erasing_a_user": milliseconds(erased),
-        "cosine_error": {precision: loss(vectors, precision) for precision in ("float16", "int8")},
-    }
-    print({name: value for name, value in found.items() if name != "growth"})
-    return found
+    growth = grow(store, users)
+    batches = [batch([f"user {i}"], 1, seed=users + i) for i in range(200)]
+    additions = [spent_on(store.add_encoded, TENANT, items) for items in batches]
+    erasures = [spent_on(store.erase_user, TENANT, f"user {i}") for i in range(20)]
+    rest = {"adding_one_item": milliseconds(additions), "erasing_a_user": milliseconds(erasures)}
+    print(rest)
+    return {"growth": growth} | rest
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the measurement from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, default=100_000)
-    parser.add_argument("--where", help="an empty place for a store; without it, SQLite in a temporary folder")
-    parser.add_argument("--encoder", help="a model whose vectors the loss is measured on")
+    parser.add_argument("--where", help="location of a new store; default: SQLite in a temporary folder")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(given.where or f"{folder}/store.db", given.users, encoder=given.encoder)
+        results = measure(given.where or f"{folder}/store.db", given.users)
     if given.json:
-        write_json(given.json, found | {"versions": package_versions(), "machine": machine_info()})
+        write_json(given.json, results | {"versions": package_versions(), "machine": machine_info()})
 
 
 if __name__ == "__main__":

@@ -85,7 +85,12 @@ def encoded(users: Sequence[str], names: Sequence[str], *, encoder: Encoder = EN
         users=users,
         items=[HistoryItem(name, ()) for name in names],
         vectors=np.stack([vector_of(name, encoder.width) for name in names]),
-        made_by=encoder.identity,
-        answers=np.array([len(name) % 3 for name in names], dtype=np.int16),
-        forms=np.zeros((len(names), len(FEATURES)), dtype=np.float16),
+        encoder=encoder.identity,
+        label_ids=np.array([len(name) % 3 for name in names], dtype=np.int16),
+        style=np.zeros((len(names), len(FEATURES)), dtype=np.float16),
     )
+
+
+def item_ids(store: HistoryStore, tenant: str = "t", user: str = "u") -> list[str]:
+    """The ids of a user's items, oldest first."""
+    return [item.id for item in store.list_items(tenant, user)]

@@ -30,7 +30,7 @@ from personaplug.cli.options import (
     vectors_option,
     with_settings,
 )
-from personaplug.cli.serving_commands import create_key, erase_user, explain, serve
+from personaplug.cli.serving_commands import create_key, erase_user, explain, refill_store, serve, verify_receipt
 from personaplug.config_parsing import load_config
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import (
@@ -404,5 +404,7 @@ def estimate(
     click.echo(found.text())
 
 
-for command in (bench, report, score, lamp, convert, split_command, serve, create_key, erase_user, explain):
+for command in (bench, report, score, lamp, convert, split_command):
+    main.add_command(command)
+for command in (serve, create_key, erase_user, explain, refill_store, verify_receipt):
     main.add_command(command)

@@ -1,16 +1,16 @@
-"""The commands of a live service: serve, create-key, erase-user, explain."""
+"""The commands of a live service: serve, create-key, erase-user, explain, refill-store, verify-receipt."""
 
 from __future__ import annotations
 
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from personaplug.config import MAX_PERSONA_SCALE
-from personaplug.errors import ConfigError, MissingExtra
+from personaplug.errors import ConfigError, MissingExtra, UserError
 
 _RUN = click.option(
     "--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`."
@@ -189,6 +189,64 @@ def explain(
             await service.close()
 
     click.echo(json.dumps(asyncio.run(run()), indent=2, ensure_ascii=False))
+
+
+@click.command("refill-store")
+@click.option("--from", "source", required=True, help="Store to copy; it must keep texts.")
+@click.option("--to", "target", required=True, help="Store to create or to continue.")
+@_RUN
+@_SEED
+@_SECRET
+def refill_store(source: str, target: str, run_folder: Path, seed: int | None, secret: Path | None) -> None:
+    """Copy a store of histories into a new one for the encoder of another run. Run it again to continue."""
+    _check_installed()
+    from contextlib import closing
+
+    from personaplug.encoders import open_encoder
+    from personaplug.infra.progress import Progress
+    from personaplug.llm.loading import choose_device
+    from personaplug.plug.model import PersonaPlug
+    from personaplug.run import Run
+    from personaplug.serving.persona_cache import store_settings
+    from personaplug.store.history_store import HistoryStore
+    from personaplug.store.refill import open_target, refill
+
+    run = Run.open(run_folder)
+    model, seed = run.config.model, run.config.training.seeds[0] if seed is None else seed
+    encoder = open_encoder(model.encoder, device=choose_device(model.device), engine=model.encoder_engine)
+    plug = PersonaPlug.from_pretrained(run.check_trained("plug", seed=seed), encoder=encoder, llm=None)
+    settings = store_settings(plug, keep_text=True)
+    with (
+        closing(HistoryStore.open(source, secret=secret)) as old,
+        closing(open_target(old, target, encoder, settings=settings, save_secret=secret is None)) as new,
+        Progress("refill", total=None, unit="users") as progress,
+    ):
+        count = refill(old, new, progress=progress.advance)
+    click.echo(f"{count} users copied", err=True)
+
+
+@click.command("verify-receipt")
+@click.argument("receipt", type=click.File(encoding="utf-8"))
+@click.option("--store", required=True, help="Store that issued it: a file, or a postgresql:// URL.")
+@_SECRET
+@click.option("--tenant", help="Check also that the user was of this tenant.")
+@click.option("--user", help="Check also that the receipt is about this user.")
+def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str | None, user: str | None) -> None:
+    """Check a RECEIPT of an erasure (a JSON file, or - for standard input). The exit code is 1 if it is not valid."""
+    _check_installed()
+    from contextlib import closing
+
+    from personaplug.store.history_store import HistoryStore, Receipt
+
+    try:
+        values = json.load(receipt)
+    except ValueError as error:
+        raise UserError("The receipt is not JSON: give the file as the erasure printed it.") from error
+    with closing(HistoryStore.open(store, secret=secret)) as opened:
+        is_valid = opened.has_issued(Receipt.from_dict(values), tenant=tenant, user=user)
+    click.echo("valid" if is_valid else "not valid: the store did not issue this receipt, or not for this user")
+    if not is_valid:
+        raise SystemExit(1)
 
 
 def _check_installed() -> None:

@@ -70,7 +70,7 @@ class Explainer:
         for _ in range(3):
             version = self.store.version(tenant, user)
             items = self.store.list_items(tenant, user, latest=latest)
-            history = self.store.read(tenant, user, latest=latest)
+            history = self.store.load_history(tenant, user, latest=latest)
             if not version or not items:
                 raise MissingData("The tenant has no such user, or the user no items.")
             if history.version == version == self.store.version(tenant, user):

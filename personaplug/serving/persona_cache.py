@@ -14,7 +14,7 @@ import numpy as np
 from cachetools import LRUCache
 
 from personaplug.config import MAX_PERSONA_SCALE
-from personaplug.data.records import HistoryItem, Options
+from personaplug.data.records import Options
 from personaplug.encoders.encoded_sample import past_answers
 from personaplug.encoders.style_features import style_features_of
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
@@ -175,15 +175,13 @@ class PersonaCache:
     def _read(self, tenant: str, user: str | None) -> StoredHistory:
         if user is None:
             return _empty_history(self.plug)
-        return self.store.read(tenant, user, latest=self.plug.config.max_history)
+        return self.store.load_history(tenant, user, latest=self.plug.config.max_history)
 
     def _phrases_of(self, tenant: str, user: str) -> UserNgramCache | None:
         if self._build_phrases is None:
             return None
         latest = self.plug.config.max_history
-        stored = self.store.list_items(tenant, user, latest=latest)
-        items = [HistoryItem(item.id, item.fields, item.answer_name) for item in stored]
-        return self._build_phrases(past_answers(items, latest=latest))
+        return self._build_phrases(past_answers(self.store.list_items(tenant, user, latest=latest), latest=latest))
 
     def _entry(self, history: StoredHistory, *, phrases: UserNgramCache | None = None) -> _Entry:
         version, items = history.version, len(history)

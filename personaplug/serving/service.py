@@ -19,8 +19,7 @@ from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, check_name
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests
-from personaplug.store.history_store import Stored
-from personaplug.store.reads import StoredItem
+from personaplug.store.history_store import AddResult, StoredItem
 from personaplug.store.receipts import Receipt
 
 P = ParamSpec("P")
@@ -87,12 +86,12 @@ class Service:
             self.recent_requests.add(tenant, request.user, request_id=request_id, query=query.text, since=arrived)
         return ServiceReply(reply, persona, request_id)
 
-    async def add_records(self, tenant: str, user: str, *, records: Sequence[dict[str, Any]]) -> Stored:
+    async def add_records(self, tenant: str, user: str, *, records: Sequence[dict[str, Any]]) -> AddResult:
         """Add records with the task's fields to a user's history, all of them or none."""
         items = [self._item(record, number) for number, record in enumerate(records, 1)]
         return await self.run_slow(self.store.add, tenant, user, items)
 
-    async def add_feedback(self, tenant: str, user: str, *, request_id: str, answer: str) -> Stored:
+    async def add_feedback(self, tenant: str, user: str, *, request_id: str, answer: str) -> AddResult:
         """Add an earlier request, with the answer that its user kept, to the user's history."""
         erased_at = await asyncio.to_thread(self.store.erased_at, tenant, user)
         query = self.recent_requests.query(tenant, user, request_id=request_id, erased_at=erased_at)
@@ -119,7 +118,7 @@ class Service:
 
     def item_fields(self, item: StoredItem) -> dict[str, Any]:
         """A stored item in the form in which it can be added again, with the time of its arrival."""
-        answer = self.store.settings.labels[item.answer] if item.answer >= 0 else None
+        answer = self.store.settings.labels[item.label_id] if item.label_id >= 0 else None
         fields = dict(item.fields)
         if not fields and self.task.answer_field and answer:
             fields = {self.task.answer_field: answer}

@@ -1,92 +1,123 @@
-"""Wiping: what was removed from a shard is no longer found in the database's files either.
+"""Erase users: delete their rows, then rewrite the shard so that their bytes leave the database's files.
 
-SQLite overwrites rows that are deleted, but not the copies that it leaves in free space of a page when it moves rows
-between pages; PostgreSQL leaves removed rows until their pages are rewritten. So the shard's tables are written anew,
-which costs one of so many parts of the database, and the log of changes, where removed rows live on, is emptied.
+SQLite overwrites deleted rows, but not the copies that it leaves in a page when it moves rows to another page.
+PostgreSQL leaves deleted rows until their pages are rewritten. So an erasure rewrites the shard's tables and empties
+the write-ahead log, which still holds the removed rows.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from personaplug.errors import StorageError
-from personaplug.store.database import Connection, Database, SQLAlchemyError, sa
-from personaplug.store.schema import Shard
+from personaplug.store.database import Connection, Database, SQLAlchemyError, execute
+from personaplug.store.receipts import Receipt
+from personaplug.store.schema import Shard, create_indexes, create_tables
 
-_PAUSE_S = 0.05
-_NOT_ALLOWED = "42501"
+_RETRY_PAUSE_S = 0.05
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 
-def wipe_shard(database: Database, shard: Shard) -> tuple[str, ...]:
-    """Write a shard anew, so that its files hold nothing that was removed before this call.
+def record_erasure(connection: Connection, erasure: dict[str, Any]) -> int:
+    """Store an erasure, given as the columns of its row but the number; return the number."""
+    sql = (
+        "INSERT INTO history_erasures (tenant, hashed_user, items, erased_at, shard, wiped) "
+        "VALUES (:tenant, :hashed_user, :items, :erased_at, :shard, :wiped) RETURNING number"
+    )
+    return int(execute(connection, sql, erasure).scalar_one())
+
+
+def unfinished_erasures(connection: Connection) -> dict[int, str]:
+    """Return the hashed user of each erasure whose files are not cleared yet, by the erasure's number."""
+    sql = "SELECT number, hashed_user FROM history_erasures WHERE wiped IS NULL ORDER BY number"
+    return {row.number: row.hashed_user for row in execute(connection, sql)}
+
+
+def last_erasure(connection: Connection, hashed_user: str) -> str:
+    """Return when a user was last erased, ISO 8601; empty if never."""
+    sql = "SELECT max(erased_at) FROM history_erasures WHERE hashed_user = :user"
+    return execute(connection, sql, {"user": hashed_user}).scalar_one() or ""
+
+
+def finish_erasure(database: Database, number: int) -> Receipt:
+    """Clear the files, unless another process has done it, and return the unsigned receipt."""
+    sql = "SELECT * FROM history_erasures WHERE number = :number"
+    with database.read_transaction() as connection:
+        row = execute(connection, sql, {"number": number}).one()
+    wiped = row.wiped
+    if wiped is None:
+        wiped = " ".join(rewrite_shard(database, Shard(row.shard)))
+        sql = "UPDATE history_erasures SET wiped = :wiped WHERE number = :number"
+        with database.write_transaction() as connection:
+            execute(connection, sql, {"wiped": wiped, "number": number})
+    return Receipt(row.tenant, row.hashed_user, row.items, row.erased_at, wiped=tuple(wiped.split()))
+
+
+def rewrite_shard(database: Database, shard: Shard) -> tuple[str, ...]:
+    """Rewrite a shard, so that the files hold no row that was deleted before this call.
 
     Returns:
-        What was cleared: `tables`, and `log` where the database let us.
+        What was cleared: `tables`, and `log` if the database permits it.
     Raises:
-        StorageError: if somebody goes on reading the old state; then nothing is lost, and the call can be repeated.
+        StorageError: if a transaction keeps reading the old rows. Nothing is lost; the call can be repeated.
     """
     if database.file:
-        with database.writing() as connection:
-            for table in shard.tables:
-                _rewrite(connection, table)
-        _empty_sqlite_log(database)
+        with database.write_transaction() as connection:
+            _rewrite_sqlite_tables(connection, shard)
+        with database.autocommit() as connection:
+            # While a transaction reads an older snapshot, SQLite keeps the log and reports that it is busy.
+            checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"
+            _wait_while(lambda: execute(connection, checkpoint).one()[0], wait_s=database.wait_s)
         return ("tables", "log")
-    with database.plain() as connection:
+    with database.autocommit() as connection:
         _await_older_readers(connection, wait_s=database.wait_s)
-        for table in shard.tables:
-            connection.execute(sa.text(f"VACUUM (FULL) {table.name}"))
+        for table in (shard.users, shard.items, shard.texts):
+            execute(connection, f"VACUUM (FULL) {table}")
         return ("tables", "log") if _empty_postgres_log(connection) else ("tables",)
 
 
-def _rewrite(connection: Connection, table: sa.Table) -> None:
-    """Copy a table's rows into a new one in its place; SQLite fills the old one's pages with zeros."""
-    anew = table.to_metadata(sa.MetaData(), name=f"{table.name}_anew")
-    connection.execute(sa.schema.CreateTable(anew))
-    in_order = sa.select(table).order_by(*table.primary_key)
-    connection.execute(anew.insert().from_select(list(table.c.keys()), in_order))
-    connection.execute(sa.schema.DropTable(table))
-    connection.execute(sa.text(f"ALTER TABLE {anew.name} RENAME TO {table.name}"))
-    for index in table.indexes:
-        index.create(connection)
-
-
-def _empty_sqlite_log(database: Database) -> None:
-    """Move all of the write-ahead log into the database and cut the log's file to nothing."""
-    give_up_at = time.monotonic() + database.wait_s
-    with database.plain() as connection:
-        # A reader of an older state still needs the log, whatever the driver waits for by itself.
-        while connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]:
-            _pause(give_up_at)
+def _rewrite_sqlite_tables(connection: Connection, shard: Shard) -> None:
+    """Copy the rows into new tables that take the places of the old; SQLite fills the old pages with zeros."""
+    tables = (shard.users, shard.items, shard.texts)
+    for table in tables:
+        execute(connection, f"ALTER TABLE {table} RENAME TO old_{table}")
+    create_tables(connection, shard)
+    for table in tables:
+        execute(connection, f"INSERT INTO {table} SELECT * FROM old_{table} ORDER BY 1")
+        execute(connection, f"DROP TABLE old_{table}")
+    create_indexes(connection, shard)
 
 
 def _await_older_readers(connection: Connection, *, wait_s: float) -> None:
-    """Wait for transactions that began before: a rewritten table keeps what they may still see."""
-    give_up_at = time.monotonic() + wait_s
-    now = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-    older = sa.text(
+    """Wait for older transactions, because a rewritten table keeps the rows that they may still see."""
+    now = execute(connection, "SELECT clock_timestamp()").scalar_one()
+    older = (
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
         "AND (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) AND xact_start < :now"
     )
-    while connection.execute(older, {"now": now}).scalar_one():
-        _pause(give_up_at)
+    _wait_while(lambda: execute(connection, older, {"now": now}).scalar_one(), wait_s=wait_s)
 
 
 def _empty_postgres_log(connection: Connection) -> bool:
-    """Begin a new file of the write-ahead log and let go of those before it, if our role may."""
+    """Start a new file of the write-ahead log and release the older files; return whether our role may do so."""
     try:
-        connection.execute(sa.text("SELECT pg_switch_wal()"))
-        connection.execute(sa.text("CHECKPOINT"))
+        execute(connection, "SELECT pg_switch_wal()")
+        execute(connection, "CHECKPOINT")
     except SQLAlchemyError as error:
-        if getattr(getattr(error, "orig", None), "sqlstate", None) == _NOT_ALLOWED:
+        if getattr(getattr(error, "orig", None), "sqlstate", None) == _INSUFFICIENT_PRIVILEGE:
             return False
         raise
     return True
 
 
-def _pause(give_up_at: float) -> None:
-    if time.monotonic() > give_up_at:
-        raise StorageError(
-            "The rows are removed, but a reader that began before still needs their bytes. End it, then erase the same "
-            "user again: that clears the files and gives the receipt."
-        )
-    time.sleep(_PAUSE_S)
+def _wait_while(is_blocked: Callable[[], int], *, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while is_blocked():
+        if time.monotonic() > deadline:
+            raise StorageError(
+                "The rows are deleted, but an older transaction still reads them. End it, then erase the same user "
+                "again to clear the files and get the receipt."
+            )
+        time.sleep(_RETRY_PAUSE_S)

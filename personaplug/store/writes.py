@@ -1,36 +1,38 @@
-"""Items into a store: what is new, what replaces something, what is there already; and what is kept no longer."""
+"""Write items: check and pack them, then insert, replace or skip each; apply the retention."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import EncoderIdentity
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import Float16Array
-from personaplug.encoders.encoded_sample import Places, label_ids, style_of_answers
+from personaplug.encoders.encoded_sample import label_ids, style_of_answers
 from personaplug.encoders.style_features import FEATURES, StyleArray
 from personaplug.errors import ConfigError, ItemError, ShapeMismatch
-from personaplug.store.database import Connection, insert_rows, mark_of, sa
-from personaplug.store.schema import ITEMS_PER_USER, Shard, State, day_of, now_in_microseconds
-from personaplug.store.vector_codec import packed, split_rows
-
-LONGEST_ID = 255
+from personaplug.store.database import Connection, execute, for_update, insert_rows, sa
+from personaplug.store.schema import MAX_ITEMS_PER_USER, Shard, StoreSettings, day_of, now_in_microseconds
+from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, encode_vectors, split_rows
 
 T = TypeVar("T")
-_AT_ONCE = 500
-_MOST_PARAMETERS = 30_000  # of one statement, in SQLite
+LabelIds = npt.NDArray[np.int16]
+
+_MAX_ID_LENGTH = 255
+_ITEMS_PER_QUERY = 500
+_USERS_PER_QUERY = 30_000  # SQLite limits the parameters of a statement
 
 
-class Stored(NamedTuple):
-    """What adding did: items that are new, that replaced one of the same id, and that were there as they are."""
+class AddResult(NamedTuple):
+    """Counts of items that are new, that replaced an item of the same id, and that were stored already."""
 
     new: int
     replaced: int
@@ -39,23 +41,22 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class EncodedItems:
-    """Items of one or many users with their vectors, as columns.
+    """Items of one or several users with their vectors, as columns.
 
     Attributes:
-        users: (n) whose each item is.
-        items: (n) the items; of a store that keeps no text, they need no fields.
-        vectors: (n, E) their vectors.
-        made_by: the encoder that made these.
-        answers: (n,) place of each answer in the store's labels, -1 for none; None = read from the items.
-        forms: (n, F) form of each answer; None = read from the items.
+        users: (n) owner of each item.
+        items: (n) the items; they need no fields if the store keeps no text.
+        vectors: (n, E).
+        label_ids: (n,) index of each answer in the store's labels, -1 for none; None = computed from the items.
+        style: (n, F) style features of each answer; None = computed from the items.
     """
 
     users: Sequence[str]
     items: Sequence[HistoryItem]
     vectors: Vectors | Float16Array
-    made_by: EncoderIdentity
-    answers: Places | None = None
-    forms: StyleArray | None = None
+    encoder: EncoderIdentity
+    label_ids: LabelIds | None = None
+    style: StyleArray | None = None
 
     def __repr__(self) -> str:
         return f"EncodedItems({len(self.items)} items)"
@@ -63,284 +64,237 @@ class EncodedItems:
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept of a user; None = everything.
+    """How many items of a user are kept, the latest, and of what age in days; None = all.
 
-    Attributes:
-        max_items: so many items, the latest.
-        max_days: items that are no older, by their date or, without one, by the day they came.
+    The age of an item without a date counts from the day of its arrival.
     """
 
     max_items: int | None = None
     max_days: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_items", "max_days"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if value is not None and value < 1:
-                raise ConfigError(f"{name} is 1 or more, not {value}; None keeps everything.")
+                raise ConfigError(f"{name} must be 1 or more, or None to keep everything; found {value}.")
 
 
-class Row(NamedTuple):
-    """One item, checked and ready for the tables."""
+class PackedItem(NamedTuple):
+    """An item, checked and packed for the tables."""
 
     user: str
     id: str
     day: int | None
-    answer: int
+    label_id: int
     digest: bytes
-    form: bytes
+    style: bytes
     vector: bytes
-    fields: bytes | None
+    text: bytes | None
 
 
-def check_id(value: str, *, what: str) -> None:
-    """Refuse what cannot be an id.
-
-    Raises:
-        ItemError: if it is empty, too long or no proper text; it is not shown, since an id may be personal.
-    """
-    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_ID:
-        found = f"{len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise ItemError(f"The id of {what} is a text of 1 to {LONGEST_ID} characters; found {found}.")
-    if not value.isprintable() and ("\0" in value or any("\ud800" <= sign <= "\udfff" for sign in value)):
-        raise ItemError(f"The id of {what} holds a zero or half of a surrogate pair, which no database keeps.")
-
-
-def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
-    """16 bytes that stand for what an item says; without the key nobody can try texts against them."""
-    said = json.dumps([item.fields, item.answer_name, item.date and item.date.toordinal()])
-    return hashlib.blake2b(said.encode("ascii"), digest_size=16, key=key).digest()
-
-
-def rows_of(encoded: EncodedItems, state: State, *, key: bytes) -> list[Row]:
-    """Check and pack items.
-
-    Args:
-        encoded: from the caller.
-        state: of the store that they go to.
-        key: for their digests.
-    Raises:
-        ItemError: if an id, a vector or a form cannot be stored, or a text is missing that has to be kept.
-        ShapeMismatch: if columns have different lengths or vectors another width.
-    """
-    settings, items = state.settings, encoded.items
-    _check_ids(encoded)
-    answers = label_ids(items, settings.labels) if encoded.answers is None else encoded.answers
-    forms = style_of_answers(items) if encoded.forms is None else encoded.forms
-    _check_columns(encoded, answers, forms, labels=len(settings.labels))
-    if settings.keep_text and not all(item.fields for item in items):
-        raise ItemError("The store keeps texts, and there are items without fields; nothing was stored.")
-    vectors = packed(encoded.vectors, state.encoder.width, precision=settings.precision)
-    columns = zip(encoded.users, items, answers.tolist(), split_rows(forms.astype("<f2")), vectors, strict=True)
-    return [
-        Row(
-            user=user,
-            id=item.id,
-            day=item.date.toordinal() if item.date else None,
-            answer=answer,
-            digest=_digest(item, answer, form + vector, key=key),
-            form=form,
-            vector=vector,
-            fields=_fields(item) if settings.keep_text else None,
-        )
-        for user, item, answer, form, vector in columns
-    ]
-
-
-def write_rows(
-    connection: Connection, shard: Shard, rows: Sequence[Row], *, tenant: str, state: State, retention: Retention
-) -> Stored:
-    """Put items of users of one shard into it, within the caller's transaction.
-
-    An item that replaces one keeps its place in the order of arrival. Of two with the same id, the later one counts.
-
-    Raises:
-        ItemError: if more items came for a user than a store can number.
-    """
-    latest = {(row.user, row.id): row for row in rows}
-    users = lock_users(connection, shard.users, tenant=tenant, names={row.user for row in rows})
-    found = stored_items(connection, shard.items, [(users[user].no, item) for user, item in latest if users[user].came])
-    changes = _Changes(state)
-    for row in latest.values():
-        changes.take(row, users[row.user], found.get((users[row.user].no, row.id)))
-    remove(connection, shard, changes.gone)
-    changes.write(connection, shard)
-    for no in changes.users:
-        retain(connection, shard, no, retention=retention)
-    return Stored(changes.new, len(changes.gone), len(rows) - changes.new - len(changes.gone))
-
-
-def remove(connection: Connection, shard: Shard, gone: Sequence[tuple[int, str, int]]) -> None:
-    """Remove items, given by user number, item id and key, with everything of theirs."""
-    if not gone:
-        return
-    values = [{"no_": no, "id_": item, "key_": key} for no, item, key in gone]
-    same = (shard.items.c.user_no == sa.bindparam("no_")) & (shard.items.c.item_id == sa.bindparam("id_"))
-    connection.execute(shard.items.delete().where(same), values)
-    for table in (shard.texts, *shard.vectors):
-        connection.execute(table.delete().where(table.c.key == sa.bindparam("key_")), values)
-
-
-def retain(connection: Connection, shard: Shard, no: int, *, retention: Retention) -> int:
-    """Remove what is kept of a user no longer; return how many items that are."""
-    items = shard.items
-    columns = sa.select(items.c.user_no, items.c.item_id, items.c.key).where(items.c.user_no == no)
-    gone: set[tuple[int, str, int]] = set()
-    if retention.max_days is not None:
-        first_day = day_of(now_in_microseconds()) - retention.max_days
-        gone |= {(a, b, c) for a, b, c in connection.execute(columns.where(items.c.day < first_day))}
-    if retention.max_items is not None:
-        latest_first = columns.order_by(items.c.day.desc(), items.c.key.desc())
-        gone |= {(a, b, c) for a, b, c in connection.execute(latest_first.offset(retention.max_items))}
-    remove(connection, shard, sorted(gone))
-    return len(gone)
-
-
-def touch(connection: Connection, shard: Shard, no: int, *, state: State) -> None:
-    """Let a user's version say that something changed."""
-    users = shard.users
-    version = connection.execute(sa.select(users.c.version).where(users.c.no == no).with_for_update()).scalar_one()
-    connection.execute(users.update().where(users.c.no == no).values(version=_next_version(version, state)))
-
-
-class User(NamedTuple):
-    """A user's row: number, version, and how many items ever came."""
+@dataclass(slots=True)
+class UserRow:
+    """A user's row: number, version, and how many items the user ever received."""
 
     no: int
     version: int
-    came: int
+    items_received: int
+
+    def next_key(self) -> int:
+        """Return the key of the next new item."""
+        if self.items_received == MAX_ITEMS_PER_USER:
+            raise ItemError(f"A user can receive at most {MAX_ITEMS_PER_USER} items; nothing was stored.")
+        self.items_received += 1
+        return self.no * MAX_ITEMS_PER_USER + self.items_received - 1
 
 
-def lock_users(connection: Connection, users: sa.Table, *, tenant: str, names: set[str]) -> dict[str, User]:
-    """The rows of some users, made where absent; nobody else changes these users until the transaction ends."""
-    found: dict[str, User] = {}
-    mark = mark_of(connection)
-    # An erasure may remove a row between the two statements; then it is made again.
-    while missing := sorted(names - found.keys()):
-        values = f"({mark}, {mark}, 0, 0, 0) ON CONFLICT DO NOTHING"
-        statement = f"INSERT INTO {users.name} (tenant, user_id, version, came, ready) VALUES {values}"
-        connection.exec_driver_sql(statement, [(tenant, name) for name in missing])
-        for part in chunks(missing, _MOST_PARAMETERS):
-            columns = sa.select(users.c.user_id, users.c.no, users.c.version, users.c.came)
-            # Everybody locks in the order of numbers, so that no two wait for each other.
-            theirs = columns.where(users.c.tenant == tenant, users.c.user_id.in_(part)).order_by(users.c.no)
-            found |= {name: User(*rest) for name, *rest in connection.execute(theirs.with_for_update())}
-    return found
+def check_id(value: str, *, owner: str) -> None:
+    """Raise ItemError for values that cannot be an id. The message hides the value: an id may be personal."""
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_ID_LENGTH:
+        found = f"{len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise ItemError(f"The id of {owner} must be text of 1 to {_MAX_ID_LENGTH} characters; found {found}.")
+    if not value.isprintable() and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
+        raise ItemError(f"The id of {owner} contains a null character or a lone surrogate; remove it.")
 
 
-def chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The values in lists of so many; the last may be short."""
-    stream = iter(values)
-    while part := list(islice(stream, size)):
-        yield part
+def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
+    """Return 16 bytes that identify an item's content; without the key nobody can test texts against them."""
+    content = json.dumps([item.fields, item.answer_name, item.date and item.date.toordinal()])
+    return hashlib.blake2b(content.encode("ascii"), digest_size=16, key=key).digest()
 
 
-class _Changes:
-    """What a batch of items changes in a shard."""
-
-    def __init__(self, state: State) -> None:
-        self.state, self.new = state, 0
-        self.gone = list[tuple[int, str, int]]()
-        self.users = dict[int, User]()
-        self._items, self._texts, self._vectors = (list[tuple[Any, ...]]() for _ in range(3))
-
-    def take(self, row: Row, user: User, stored: sa.Row[Any] | None) -> None:
-        """Note what one item changes for a user who had this under its id."""
-        if stored is not None and stored.digest == row.digest:
-            return
-        if user.no not in self.users:
-            self.users[user.no] = user._replace(version=_next_version(user.version, self.state))
-        user = self.users[user.no]
-        if stored is not None:
-            key, arrived = stored.key, stored.arrived
-            self.gone.append((user.no, row.id, key))
+def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, digest_key: bytes) -> list[PackedItem]:
+    """Check and pack items."""
+    items = encoded.items
+    if len(encoded.users) != len(items):
+        raise ShapeMismatch(f"Each item needs a user; found {len(encoded.users)} users and {len(items)} items.")
+    for user in set(encoded.users):
+        check_id(user, owner="a user")
+    for item in items:
+        check_id(item.id, owner="an item")
+    labels = label_ids(items, settings.labels) if encoded.label_ids is None else encoded.label_ids
+    style = style_of_answers(items) if encoded.style is None else encoded.style
+    _check_columns(encoded, labels, style, label_count=len(settings.labels))
+    if settings.keep_text and not all(item.fields for item in items):
+        raise ItemError("The store keeps texts, but found items without fields; nothing was stored.")
+    vectors, style_rows = encode_vectors(encoded.vectors, width=width), split_rows(style.astype(LITTLE_ENDIAN_HALF))
+    packed = []
+    for i, (user, item) in enumerate(zip(encoded.users, items, strict=True)):
+        day, label_id = item.date.toordinal() if item.date else None, int(labels[i])
+        if item.fields:
+            digest = digest_of(item, key=digest_key)
         else:
-            key, arrived = user.no * ITEMS_PER_USER + user.came, user.version
-            self.new += 1
-            self.users[user.no] = user._replace(came=user.came + 1)
-            if user.came == ITEMS_PER_USER - 1:
-                raise ItemError(f"More than {ITEMS_PER_USER} items came for one user, whom the store cannot number.")
-        self._put(row, user.no, key=key, arrived=arrived)
-
-    def write(self, connection: Connection, shard: Shard) -> None:
-        """Write it, but for what is gone."""
-        current = shard.vectors[self.state.generation % 2]
-        for table, rows in ((shard.items, self._items), (current, self._vectors), (shard.texts, self._texts)):
-            insert_rows(connection, table, rows)
-        if self.users:
-            values = [{"no_": no, "version_": user.version, "came_": user.came} for no, user in self.users.items()]
-            changed = shard.users.update().where(shard.users.c.no == sa.bindparam("no_"))
-            connection.execute(
-                changed.values(
-                    version=sa.bindparam("version_"),
-                    came=sa.bindparam("came_"),
-                    ready=self.state.generation,  # vectors of an encoder to come are missing again
-                ),
-                values,
-            )
-
-    def _put(self, row: Row, no: int, *, key: int, arrived: int) -> None:
-        day, dated = (day_of(arrived), False) if row.day is None else (row.day, True)
-        self._items.append((no, day, key, row.id, dated, arrived, row.answer, row.digest, row.form))
-        self._vectors.append((key, row.vector))
-        if row.fields is not None:
-            self._texts.append((key, row.fields))
+            content = f"{day} {label_id} ".encode("ascii") + style_rows[i] + vectors[i]
+            digest = hashlib.blake2b(content, digest_size=16, key=digest_key).digest()
+        text = pack_text(item) if settings.keep_text else None
+        packed.append(PackedItem(user, item.id, day, label_id, digest, style_rows[i], vectors[i], text))
+    return packed
 
 
-def _next_version(version: int, state: State) -> int:
-    # A time, so that a user who was erased and comes back has none of the versions that caches may remember.
-    return max(version + 1, state.switched + 1, now_in_microseconds())
+def write_items(
+    connection: Connection, shard: Shard, items: Sequence[PackedItem], *, tenant: str, retention: Retention
+) -> AddResult:
+    """Write items of users of one shard within the caller's transaction.
+
+    A replaced item keeps its position in the order of arrival. If two items have the same id, the later one wins.
+    """
+    latest = {(item.user, item.id): item for item in items}
+    users = lock_users(connection, shard, tenant=tenant, names={item.user for item in items})
+    ids = [(users[name].no, item_id) for name, item_id in latest if users[name].items_received]
+    stored = find_items(connection, shard, ids)
+    changed: dict[str, UserRow] = {}
+    inserts: list[tuple[int, int, PackedItem]] = []
+    replaced: list[int] = []
+    for (name, item_id), item in latest.items():
+        user = users[name]
+        old = stored.get((user.no, item_id))
+        if old is not None and old.digest == item.digest:
+            continue
+        if name not in changed:
+            user.version = next_version(user.version)
+            changed[name] = user
+        if old is None:
+            inserts.append((user.next_key(), user.version, item))
+        else:
+            replaced.append(old.key)
+            inserts.append((old.key, old.arrived, item))
+    delete_items(connection, shard, replaced)
+    insert_items(connection, shard, inserts)
+    update_users(connection, shard, list(changed.values()))
+    for user in changed.values():
+        _apply_retention(connection, shard, user.no, retention=retention)
+    return AddResult(len(inserts) - len(replaced), len(replaced), len(items) - len(inserts))
 
 
-def stored_items(
-    connection: Connection, items: sa.Table, wanted: Sequence[tuple[int, str]]
+def insert_items(connection: Connection, shard: Shard, entries: Iterable[tuple[int, int, PackedItem]]) -> None:
+    """Insert items, each with its key and its time of arrival; an item without a date gets the day of its arrival."""
+    rows, texts = [], []
+    for key, arrived, item in sorted(entries, key=itemgetter(0)):
+        day = day_of(arrived) if item.day is None else item.day
+        position = (key, key // MAX_ITEMS_PER_USER, day, item.day is not None, arrived)
+        rows.append((*position, item.label_id, item.id, item.digest, item.style, item.vector))
+        if item.text is not None:
+            texts.append((key, item.text))
+    insert_rows(connection, shard.items, rows)
+    insert_rows(connection, shard.texts, texts)
+
+
+def delete_items(connection: Connection, shard: Shard, keys: Sequence[int]) -> None:
+    """Delete items by key."""
+    for table in (shard.items, shard.texts) if keys else ():
+        execute(connection, f"DELETE FROM {table} WHERE key = :key", [{"key": key} for key in keys])
+
+
+def delete_all_items(connection: Connection, shard: Shard, user_no: int) -> int:
+    """Delete all items of a user and return their number."""
+    keys = {"first": user_no * MAX_ITEMS_PER_USER, "next": (user_no + 1) * MAX_ITEMS_PER_USER}
+    execute(connection, f"DELETE FROM {shard.texts} WHERE key >= :first AND key < :next", keys)
+    return execute(connection, f"DELETE FROM {shard.items} WHERE key >= :first AND key < :next", keys).rowcount
+
+
+def delete_user(connection: Connection, shard: Shard, user_no: int) -> int:
+    """Delete a user's row and items, and return the number of items."""
+    execute(connection, f"DELETE FROM {shard.users} WHERE no = :no", {"no": user_no})
+    return delete_all_items(connection, shard, user_no)
+
+
+def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, retention: Retention) -> None:
+    own = f"SELECT key FROM {shard.items} WHERE user_no = :no"
+    expired: set[int] = set()
+    if retention.max_days is not None:
+        first_day = day_of(now_in_microseconds()) - retention.max_days
+        rows = execute(connection, f"{own} AND day < :first_day", {"no": user_no, "first_day": first_day})
+        expired.update(rows.scalars())
+    if retention.max_items is not None:
+        older = f"{own} ORDER BY day DESC, key DESC LIMIT {MAX_ITEMS_PER_USER} OFFSET :max_items"
+        expired.update(execute(connection, older, {"no": user_no, "max_items": retention.max_items}).scalars())
+    delete_items(connection, shard, sorted(expired))
+
+
+def lock_users(connection: Connection, shard: Shard, *, tenant: str, names: set[str]) -> dict[str, UserRow]:
+    """Return users' rows, created if missing, and lock them until the transaction ends."""
+    rows: dict[str, UserRow] = {}
+    insert = f"INSERT INTO {shard.users} (tenant, user_id, version, items_received) VALUES (:tenant, :name, 0, 0)"
+    # All writers lock in the order of numbers, so that no two wait for each other.
+    select = f"SELECT * FROM {shard.users} WHERE tenant = :tenant AND user_id IN :names ORDER BY no"
+    # An erasure may delete a row between the two statements; the next turn creates it again.
+    while missing := sorted(names - rows.keys()):
+        execute(connection, f"{insert} ON CONFLICT DO NOTHING", [{"tenant": tenant, "name": name} for name in missing])
+        for chunk in _chunks(missing, _USERS_PER_QUERY):
+            parameters = {"tenant": tenant, "names": chunk}
+            for row in execute(connection, select + for_update(connection), parameters, expand="names"):
+                rows[row.user_id] = UserRow(row.no, row.version, row.items_received)
+    return rows
+
+
+def update_users(connection: Connection, shard: Shard, rows: Sequence[UserRow]) -> None:
+    """Store changed versions and counts of users."""
+    if rows:
+        sql = f"UPDATE {shard.users} SET version = :version, items_received = :items_received WHERE no = :no"
+        execute(connection, sql, [asdict(row) for row in rows])
+
+
+def find_items(
+    connection: Connection, shard: Shard, ids: Sequence[tuple[int, str]]
 ) -> dict[tuple[int, str], sa.Row[Any]]:
-    """What is stored under some (user number, item id): key, arrival and digest."""
-    named = sa.tuple_(items.c.user_no, items.c.item_id)
-    columns: sa.Select[Any] = sa.select(items.c.user_no, items.c.item_id, items.c.key, items.c.arrived, items.c.digest)
+    """Return key, arrival and digest of stored items, by (user number, item id)."""
+    sql = f"SELECT user_no, item_id, key, arrived, digest FROM {shard.items} WHERE (user_no, item_id) IN :ids"
     return {
         (row.user_no, row.item_id): row
-        for part in chunks(wanted, _AT_ONCE)
-        for row in connection.execute(columns.where(named.in_(part)))
+        for chunk in _chunks(ids, _ITEMS_PER_QUERY)
+        for row in execute(connection, sql, {"ids": chunk}, expand="ids")
     }
 
 
-def _check_ids(encoded: EncodedItems) -> None:
-    if len(encoded.users) != len(encoded.items):
-        raise ShapeMismatch(f"{len(encoded.users)} users were given for {len(encoded.items)} items.")
-    for user in set(encoded.users):
-        check_id(user, what="a user")
-    for item in encoded.items:
-        check_id(item.id, what="an item")
+def next_version(version: int) -> int:
+    """Return a larger version; it is a time, so that a user who returns after an erasure gets no earlier version."""
+    return max(version + 1, now_in_microseconds())
 
 
-def _check_columns(encoded: EncodedItems, answers: Places, forms: StyleArray, *, labels: int) -> None:
-    count = len(encoded.items)
-    if len(encoded.vectors) != count or answers.shape != (count,) or forms.shape != (count, len(FEATURES)):
-        raise ShapeMismatch(
-            f"{count} items came with vectors {encoded.vectors.shape}, answers {answers.shape} and forms "
-            f"{forms.shape}; expected ({count}, E), ({count},) and ({count}, {len(FEATURES)})."
-        )
-    if count and not -1 <= int(answers.min()) <= int(answers.max()) < labels:
-        raise ItemError(f"Answers are places among {labels} labels, or -1; found {answers.min()} to {answers.max()}.")
-    if not np.isfinite(forms.astype(np.float16)).all():
-        raise ItemError("A form holds NaN or infinite values; nothing was stored.")
+def pack_text(item: HistoryItem) -> bytes:
+    """Return the bytes of an item's fields and answer name."""
+    return json.dumps([item.fields, item.answer_name], ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def _digest(item: HistoryItem, answer: int, values: bytes, *, key: bytes) -> bytes:
-    """Of the item's own words where it has them; else of what was made of them."""
-    if item.fields:
-        return digest_of(item, key=key)
-    bare = f"{item.date and item.date.toordinal()} {answer} ".encode("ascii") + values
-    return hashlib.blake2b(bare, digest_size=16, key=key).digest()
-
-
-def _fields(item: HistoryItem) -> bytes:
-    said = json.dumps([item.fields, item.answer_name], ensure_ascii=False)
-    return said.encode("utf-8", "surrogatepass")
-
-
-def item_fields(body: bytes) -> tuple[tuple[tuple[str, str], ...], str | None]:
-    """An item's fields and which of them is the answer, as they were written."""
-    fields, answer_name = json.loads(body.decode("utf-8", "surrogatepass"))
+def unpack_text(text: bytes) -> tuple[tuple[tuple[str, str], ...], str | None]:
+    """Return an item's fields and answer name."""
+    fields, answer_name = json.loads(text.decode("utf-8", "surrogatepass"))
     return tuple((name, value) for name, value in fields), answer_name
+
+
+def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _check_columns(encoded: EncodedItems, labels: LabelIds, style: StyleArray, *, label_count: int) -> None:
+    count = len(encoded.items)
+    if len(encoded.vectors) != count or labels.shape != (count,) or style.shape != (count, len(FEATURES)):
+        raise ShapeMismatch(
+            f"{count} items need vectors ({count}, E), label_ids ({count},) and style ({count}, {len(FEATURES)}); "
+            f"found {encoded.vectors.shape}, {labels.shape} and {style.shape}."
+        )
+    if count and not -1 <= int(labels.min()) <= int(labels.max()) < label_count:
+        raise ItemError(
+            f"label_ids must be indices of {label_count} labels, or -1; found {labels.min()} to {labels.max()}."
+        )
+    if not np.isfinite(style.astype(np.float16)).all():
+        raise ItemError("A style vector holds NaN or infinite values; nothing was stored.")

@@ -22,12 +22,13 @@ from click.testing import CliRunner, Result
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
 from personaplug.data import LAMP_TASKS
+from personaplug.data.records import HistoryItem
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders import HashEncoder
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.run import Run
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
-from personaplug.store.history_store import HistoryStore
+from personaplug.store.history_store import HistoryStore, StoreSettings
 from personaplug.store.receipts import Receipt
 
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1", "controls=false"]
@@ -116,7 +117,7 @@ def test_serve_answers_live_users_until_sigterm(folder: Path, question: dict[str
     assert (explanation["drift"]["items_before"], explanation["drift"]["items_after"]) == (0, count)
     receipt = _call("erase-user", "--store", store, "--user", "ann")
     assert receipt.exit_code == 0, receipt.output
-    assert HistoryStore.open(store).verify(Receipt.from_dict(json.loads(receipt.stdout)), user="ann")
+    assert HistoryStore.open(store).has_issued(Receipt.from_dict(json.loads(receipt.stdout)), user="ann")
     again = _call("erase-user", "--store", store, "--user", "ann")
     assert (again.exit_code, "no such user" in again.output) == (2, True)
 
@@ -186,6 +187,46 @@ def test_serve_without_its_vllm_server_fails_with_a_sentence(
 
 def test_serve_with_a_store_of_another_plug_is_refused(folder: Path, tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "h.db", HashEncoder(64)).close()
-    result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db")
-    assert result.exit_code == 2
-    assert "encoder" in result.output
+    done = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db")
+    assert done.exit_code == 2
+    assert "encoder" in done.output
+
+
+def test_refill_store_copies_histories_for_another_run(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
+    old, new = tmp_path / "old.db", tmp_path / "new.db"
+    store = HistoryStore.open(old, HashEncoder(64), settings=StoreSettings(keep_text=True, shards=2))
+    store.add("default", "ann", [HistoryItem("1", (("text", "a film"),))])
+    words = ("refill-store", "--from", old, "--to", new, "--run", folder / "run")
+    for output in ("1 users copied", "0 users copied"):
+        done = _call(*words)
+        assert (done.exit_code, output in done.output) == (0, True), done.output
+    copy = HistoryStore.open(new)
+    assert copy.identity.width == 32
+    assert copy.list_items("default", "ann")[0].fields == (("text", "a film"),)
+    done = _call("serve", "--run", folder / "run", "--store", old)
+    assert (done.exit_code, "encoder" in done.output) == (2, True)
+
+
+def test_refill_store_without_texts_fails_with_a_sentence(folder: Path, tmp_path: Path) -> None:
+    HistoryStore.open(tmp_path / "old.db", HashEncoder(64)).close()
+    done = _call("refill-store", "--from", tmp_path / "old.db", "--to", tmp_path / "new.db", "--run", folder / "run")
+    assert (done.exit_code, "keeps no texts" in done.output) == (2, True)
+
+
+def test_verify_receipt_accepts_only_the_stores_own_receipts(tmp_path: Path) -> None:
+    store = HistoryStore.open(tmp_path / "h.db", HashEncoder(64), settings=StoreSettings(shards=2))
+    store.add("default", "ann", [HistoryItem("1", (("text", "a film"),))])
+    receipt = store.erase_user("default", "ann").to_dict()
+    for name, values in {"own": receipt, "changed": receipt | {"items": 7}, "other": {"tenant": "default"}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    (tmp_path / "broken.json").write_text("{")
+
+    def verify(name: str, *words: str) -> tuple[int, str]:
+        done = _call("verify-receipt", tmp_path / f"{name}.json", "--store", tmp_path / "h.db", *words)
+        return done.exit_code, done.output
+
+    assert verify("own") == (0, "valid\n")
+    assert verify("own", "--tenant", "default", "--user", "ann") == (0, "valid\n")
+    assert verify("own", "--user", "bob")[0] == 1
+    assert verify("changed")[0] == 1
+    assert verify("other")[0] == verify("broken")[0] == 2

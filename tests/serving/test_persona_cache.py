@@ -96,7 +96,7 @@ def test_cached_history_gives_the_same_tokens(tmp_path: Path, changes: dict[str,
     live = _live(tmp_path, replace(BY_QUERY, **changes))
     live.store.add("shop", "ann", ITEMS)
     options = Options("which", ("film 1", "film 2", "film 3"))
-    history = live.store.read("shop", "ann", latest=10)
+    history = live.store.load_history("shop", "ann", latest=10)
     for query in ("film 1", "film 2"):
         live.persona("shop", "ann", query="another")
         persona = live.persona("shop", "ann", query=query, options=options)
@@ -167,15 +167,15 @@ def test_cache_size_is_bounded(tmp_path: Path) -> None:
 def test_erasure_during_a_lookup_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     live = _live(tmp_path)
     live.store.add("shop", "ann", ITEMS)
-    read = live.store.read
+    load_history = live.store.load_history
 
     def read_then_erased(*given: Any, **named: Any) -> Any:
-        history = read(*given, **named)
+        history = load_history(*given, **named)
         live.store.erase_user("shop", "ann")
         live.forget("shop", "ann")
         return history
 
-    monkeypatch.setattr(live.store, "read", read_then_erased)
+    monkeypatch.setattr(live.store, "load_history", read_then_erased)
     live.persona("shop", "ann", query="a film")
     assert live.cached_users == 0
 

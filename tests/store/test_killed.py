@@ -16,7 +16,7 @@ import pytest
 from stores import ENCODER, Place, encoded, vector_of
 
 from personaplug.store.history_store import HistoryStore
-from personaplug.store.vector_codec import packed
+from personaplug.store.vector_codec import encode_vectors
 
 USERS = 5
 
@@ -67,14 +67,14 @@ def check(store: HistoryStore, acknowledged: list[tuple[str, str]]) -> None:
     there = set[tuple[str, str]]()
     for user in [f"u{i}" for i in range(USERS)]:
         names = [one.id for one in store.list_items("t", user)]
-        history = store.read("t", user)
+        history = store.load_history("t", user)
         there |= {(user, name) for name in names}
         assert len(history) == len(names) == len(set(names))
         if names:
             expected = np.stack([vector_of(name) for name in names]).astype(np.float16)
             np.testing.assert_array_equal(history.vectors, expected)
     assert set(acknowledged) <= there
-    assert len(store.read("t", "passing")) in (0, 3), "three or none"
+    assert len(store.load_history("t", "passing")) in (0, 3), "three or none"
 
 
 def check_database(place: Place) -> None:
@@ -96,16 +96,16 @@ def kill_often(place: Place, *, times: int) -> None:
     assert len(acknowledged) > times
 
 
-def test_nothing_acknowledged_is_lost_by_kill_minus_9(place: Place) -> None:
+def test_kill_loses_no_acknowledged_item(place: Place) -> None:
     kill_often(place, times=20)
 
 
 @pytest.mark.slow
-def test_nothing_acknowledged_is_lost_by_two_hundred_kills(place: Place) -> None:
+def test_two_hundred_kills_lose_no_acknowledged_item(place: Place) -> None:
     kill_often(place, times=200)
 
 
-def test_the_check_itself_sees_loss_and_damage(place: Place) -> None:
+def test_check_detects_loss_and_damage(place: Place) -> None:
     store = place.open(keep_text=False)
     store.add_encoded("t", encoded(["u0", "u0"], ["a", "b"]))
     check(store, [("u0", "a")])
@@ -116,4 +116,4 @@ def test_the_check_itself_sees_loss_and_damage(place: Place) -> None:
     store.add_encoded("t", wrong)
     with pytest.raises(AssertionError):
         check(store, [])
-    assert packed(wrong.vectors, ENCODER.width, precision="float16")
+    assert encode_vectors(wrong.vectors, width=ENCODER.width)

@@ -1,0 +1,138 @@
+"""Refill: copy a store into a new one whose vectors another encoder makes, user by user.
+
+A copy has the version of the original, so a later run copies only the users that have changed since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from personaplug.encoders import Encoder
+from personaplug.errors import ConfigError, StoreConflict
+from personaplug.store.database import Database, execute, sa
+from personaplug.store.history_store import EncodedItems, HistoryStore, StoredItem, StoreSettings
+from personaplug.store.reads import item_columns, stored_item
+from personaplug.store.schema import Shard
+from personaplug.store.secure_delete import last_erasure, record_erasure
+from personaplug.store.writes import delete_all_items, delete_user, insert_items, lock_users, update_users
+
+_USERS_PER_PAGE = 64
+
+
+def open_target(
+    source: HistoryStore, location: str | Path, encoder: Encoder, *, settings: StoreSettings, save_secret: bool
+) -> HistoryStore:
+    """Open or create the store to fill, with the source's secret and number of shards.
+
+    Args:
+        save_secret: write the secret to a file beside a target in SQLite.
+    Raises:
+        StoreConflict: if the source keeps no texts, or the target has other settings or another secret.
+        EncoderMismatch: if the target has another encoder.
+    """
+    if not source.settings.keep_text:
+        raise StoreConflict("The source keeps no texts to encode again. Add the histories to a new store instead.")
+    database = Database(location)
+    if database.url == source.database.url:
+        raise ConfigError("The source and the target are the same store: name another target.")
+    if save_secret and database.secret_file:
+        source.secret.save(database.secret_file)
+    settings = replace(settings, keep_text=True, shards=source.settings.shards)
+    return HistoryStore.open(location, encoder, settings=settings, secret=source.secret.key)
+
+
+def refill(source: HistoryStore, target: HistoryStore, *, progress: Callable[[int], object] = lambda _: None) -> int:
+    """Copy the users and erasures that the target lacks, and return the number of users copied.
+
+    Users who were erased from either store are not copied. A newer history in the target is left as it is.
+
+    Args:
+        target: from `open_target`.
+        progress: called with the number of users examined since its last call.
+    """
+    _copy_erasures(source, target)
+    count = _copy_users(source, target, progress)
+    while _copy_erasures(source, target):  # users were erased while they were copied
+        count += _copy_users(source, target, progress)
+    return count
+
+
+def _copy_erasures(source: HistoryStore, target: HistoryStore) -> bool:
+    """Repeat in the target the erasures that it lacks; return whether there were any."""
+    present = {(row.hashed_user, row.erased_at) for row in _rows(target, "SELECT * FROM history_erasures")}
+    erasures = _rows(source, "SELECT * FROM history_erasures ORDER BY number")
+    missing = [row for row in erasures if (row.hashed_user, row.erased_at) not in present]
+    for erasure in missing:
+        values, shard = erasure._asdict(), Shard(erasure.shard)
+        with target.database.write_transaction() as connection:
+            for user in execute(connection, f"SELECT * FROM {shard.users}").all():
+                if target.hash_user(user.tenant, user.user_id) == erasure.hashed_user:
+                    delete_user(connection, shard, user.no)
+                    values["wiped"] = None
+            record_erasure(connection, values)
+    target.finish_erasures()
+    return bool(missing)
+
+
+def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[int], object]) -> int:
+    count = 0
+    for shard in map(Shard, range(source.settings.shards)):
+        for users in _pages(source, shard):
+            # Items are read after the version: if they change in between, the next run copies them again.
+            stale = [user for user in users if target.version(user.tenant, user.user_id) < user.version]
+            items_sql = f"{item_columns(shard)} WHERE user_no = :no ORDER BY i.key"
+            histories = [[stored_item(row) for row in _rows(source, items_sql, no=user.no)] for user in stale]
+            count += _copy_page(source, target, stale, histories)
+            progress(len(users))
+    return count
+
+
+def _pages(store: HistoryStore, shard: Shard) -> Iterator[Sequence[sa.Row[Any]]]:
+    sql, last = f"SELECT * FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
+    while users := _rows(store, sql, last=last):
+        yield users
+        last = users[-1].no
+
+
+def _rows(store: HistoryStore, sql: str, **parameters: int) -> Sequence[sa.Row[Any]]:
+    with store.database.read_transaction() as connection:
+        return execute(connection, sql, parameters).all()
+
+
+def _copy_page(
+    source: HistoryStore, target: HistoryStore, users: Sequence[sa.Row[Any]], histories: Sequence[list[StoredItem]]
+) -> int:
+    assert target.encoder is not None
+    with_answer, count = target.settings.encodes_answers, 0
+    texts = [item.encoded(with_answer=with_answer) for items in histories for item in items]
+    vectors = target.encoder.encode(texts)
+    for user, items in zip(users, histories, strict=True):
+        names = [user.user_id] * len(items)
+        count += _copy_user(source, target, user, EncodedItems(names, items, vectors[: len(items)], target.identity))
+        vectors = vectors[len(items) :]
+    return count
+
+
+def _copy_user(source: HistoryStore, target: HistoryStore, user: sa.Row[Any], encoded: EncodedItems) -> bool:
+    """Replace a user's rows in the target by the source's, unless the target's are newer or the user was erased."""
+    shard, hashed_user = target.shard_of(user.tenant, user.user_id), source.hash_user(user.tenant, user.user_id)
+    arrivals = [round(item.arrived.timestamp() * 1e6) for item in encoded.items if isinstance(item, StoredItem)]
+    with source.database.read_transaction() as connection:
+        erased_at = last_erasure(connection, hashed_user)
+    with target.database.write_transaction() as connection:
+        copy = lock_users(connection, shard, tenant=user.tenant, names={user.user_id})[user.user_id]
+        if copy.version >= user.version:
+            return False
+        if last_erasure(connection, hashed_user) > erased_at:
+            if not copy.version:  # `lock_users` has created the row
+                delete_user(connection, shard, copy.no)
+            return False
+        delete_all_items(connection, shard, copy.no)
+        copy.version, copy.items_received = user.version, 0
+        columns = zip(arrivals, target.pack(encoded), strict=True)
+        insert_items(connection, shard, [(copy.next_key(), arrived, item) for arrived, item in columns])
+        update_users(connection, shard, [copy])
+    return True

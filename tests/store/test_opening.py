@@ -1,0 +1,183 @@
+"""Opening and creating stores: settings, secrets, locations, damaged files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import sqlite3
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import pytest
+from stores import ENCODER, LABELS, Place, encoded, item, item_ids
+
+from personaplug.encoders import HashEncoder
+from personaplug.errors import (
+    ConfigError,
+    EncoderMismatch,
+    MissingData,
+    StorageError,
+    StoreConflict,
+    UserError,
+)
+from personaplug.store.history_store import HistoryStore
+from personaplug.store.schema import StoreSettings
+
+PLACES: list[Place] = []
+
+
+def test_open_existing_store_keeps_items_and_settings(place: Place) -> None:
+    place.open().add("t", "u", [item("a", day=date(2020, 5, 17))])
+    again = place.open(encoder=None, settings=StoreSettings(labels=LABELS, keep_text=True, shards=2))
+    (found,) = again.list_items("t", "u")
+    assert (found.id, found.date, found.label_id, found.answer_name) == ("a", date(2020, 5, 17), 1, "score")
+    assert len(again.load_history("t", "u")) == 1
+    assert HistoryStore.open(place.where, secret=b"sixteen bytes and more").settings == again.settings
+
+
+def test_open_other_encoder_raises(place: Place) -> None:
+    store = place.open()
+    with pytest.raises(EncoderMismatch, match=r"hash:32.*hash:64"):
+        place.open(HashEncoder(64))
+    with pytest.raises(EncoderMismatch):
+        place.open(HashEncoder(32, seed=1))
+    with pytest.raises(EncoderMismatch):
+        store.add_encoded("t", encoded(["u"], ["a"], encoder=HashEncoder(32, seed=1)))
+    assert store.list_items("t", "u") == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"labels": ("1",)}, {"keep_text": False}, {"encodes_answers": False}, {"shards": 3}],
+)
+def test_open_other_settings_raises(place: Place, other: dict[str, object]) -> None:
+    place.open()
+    with pytest.raises(StoreConflict, match=next(iter(other))):
+        place.open(settings=StoreSettings(**({"labels": LABELS, "keep_text": True, "shards": 2} | other)))  # type: ignore[arg-type]
+
+
+def test_open_other_secret_raises(place: Place) -> None:
+    place.open()
+    with pytest.raises(StoreConflict, match="secret"):
+        place.open(secret=b"another secret, as long")
+    with pytest.raises(ConfigError, match="16 bytes"):
+        place.open(secret=b"short")
+
+
+def test_open_without_secret_creates_file_beside_database(tmp_path: Path) -> None:
+    place = Place(str(tmp_path / "new" / "store.db"))
+    place.open(secret=None).add("t", "u", [item("a")])
+    beside = tmp_path / "new" / "store.db.secret"
+    assert beside.stat().st_mode & 0o777 == 0o600
+    assert len(bytes.fromhex(beside.read_text())) == 32
+    assert place.open(secret=None).add("t", "u", [item("a")]) == (0, 0, 1)
+    beside.rename(tmp_path / "moved")
+    with pytest.raises(MissingData, match="put it back"):
+        place.open(secret=None)
+    assert place.open(secret=tmp_path / "moved").version("t", "u") > 0
+
+
+def test_open_postgres_without_secret_raises() -> None:
+    with pytest.raises(ConfigError, match="secret"):
+        HistoryStore.open("postgresql://nobody@localhost/nothing", ENCODER)
+
+
+@pytest.mark.parametrize("where", ["sqlite://", "sqlite:///:memory:", "mysql://x/y", "://", "nonsense://a"])
+def test_open_unsupported_location_raises(where: str) -> None:
+    with pytest.raises(ConfigError, match=r"a path, sqlite:///FILE or postgresql://"):
+        HistoryStore.open(where, ENCODER)
+
+
+def test_open_sqlite_url_equals_path(tmp_path: Path) -> None:
+    HistoryStore.open(f"sqlite:///{tmp_path}/s.db", ENCODER).add("t", "u", [item("a")])
+    assert HistoryStore.open(tmp_path / "s.db").version("t", "u") > 0
+
+
+def test_open_without_encoder_creates_no_store(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match="needs an encoder"):
+        place.open(encoder=None)
+    assert not list(tmp_path.iterdir())
+    place.open()
+    with pytest.raises(UserError, match="without an encoder"):
+        place.open(encoder=None).add("t", "u", [item("a")])
+
+
+def test_open_unreachable_server_raises_without_password() -> None:
+    with pytest.raises(StorageError) as raised:
+        HistoryStore.open("postgresql://me:hidden@127.0.0.1:1/x", ENCODER, secret=b"0" * 16)
+    assert "hidden" not in str(raised.value)
+
+
+def test_open_damaged_database_raises(tmp_path: Path) -> None:
+    (tmp_path / "store.db").write_bytes(b"no database at all, but long enough to be read as one" * 500)
+    (tmp_path / "store.db.secret").write_text("00" * 32)
+    with pytest.raises(StorageError, match="damaged"):
+        HistoryStore.open(tmp_path / "store.db", ENCODER)
+
+
+def test_load_history_damaged_vector_raises(tmp_path: Path) -> None:
+    place = Place(str(tmp_path / "store.db"))
+    store = place.open(settings=StoreSettings(shards=1))
+    store.add("t", "u", [item("a"), item("b")])
+    with sqlite3.connect(place.where) as connection:
+        connection.execute("UPDATE items_0000 SET vector = x'00' WHERE key = (SELECT min(key) FROM items_0000)")
+    with pytest.raises(StorageError, match="damaged"):
+        store.load_history("t", "u")
+
+
+def test_open_later_format_raises(tmp_path: Path) -> None:
+    place = Place(str(tmp_path / "store.db"))
+    place.open().close()
+    with sqlite3.connect(place.where) as connection:
+        connection.execute("UPDATE history_store SET format = 2")
+    with pytest.raises(UserError, match="format 2; this version reads format 1"):
+        place.open()
+
+
+@pytest.mark.parametrize("settings", [{"shards": 0}, {"shards": 2000}])
+def test_settings_out_of_range_raise(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        StoreSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_package_import_needs_no_sqlalchemy() -> None:
+    code = (
+        "import sys; sys.modules['sqlalchemy'] = None\n"
+        "import personaplug, personaplug.cli.main, personaplug.encoders.encoded_sample, personaplug.plug.personalizer\n"
+        "from personaplug.errors import MissingExtra\n"
+        "try: import personaplug.store.history_store\n"
+        "except MissingExtra as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "the store of histories needs: pip install 'personaplug[serve]'"
+
+
+def test_docs_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    exec(code.group(1), {})
+
+
+def test_open_by_several_processes_creates_one_store(place: Place) -> None:
+    PLACES[:] = [place]
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert pool.map_async(open_and_add, range(3)).get(timeout=120) == [(1, 0, 0)] * 3
+    assert sorted(item_ids(place.open())) == ["0", "1", "2"]
+
+
+def test_sqlite_pragmas_are_durable_and_secure(tmp_path: Path) -> None:
+    store = Place(str(tmp_path / "store.db")).open()
+    with store.database.write_transaction() as connection:
+        pragmas = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "secure_delete")
+        }
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "secure_delete": 1}
+
+
+def open_and_add(number: int) -> tuple[int, int, int]:
+    return PLACES[0].open().add("t", "u", [item(str(number))])

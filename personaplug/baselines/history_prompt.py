@@ -143,12 +143,12 @@ class HistoryWriter:
 
     def _left(self, bare: tuple[str, int]) -> int:
         """How many tokens the texts may have in a prompt that has none of them yet."""
-        left = self.llm.room - self._tokens(bare)
+        left = self.llm.max_text_tokens - self._tokens(bare)
         return min(left, self.history_tokens) if self.history_tokens else left
 
     def _excess(self, made: tuple[str, int], history: str) -> int:
         """By how many tokens a prompt is too long, or its history is."""
-        over = self._tokens(made) - self.llm.room
+        over = self._tokens(made) - self.llm.max_text_tokens
         if not self.history_tokens:
             return over
         return max(over, self.llm.count_tokens([history])[0] - self.history_tokens)

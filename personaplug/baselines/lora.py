@@ -208,7 +208,7 @@ def _model_of(llm: LanguageModel) -> nn.Module:
     model = getattr(llm, "model", None)
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"Fine-tuning needs a language model of transformers (personaplug.llm.hf); this backend is a "
+            f"Fine-tuning needs a language model of transformers (personaplug.llm); this one is a "
             f"{type(llm).__name__}, which holds none."
         )
     if hasattr(model, "peft_config"):

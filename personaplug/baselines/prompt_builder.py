@@ -32,7 +32,7 @@ class PromptBuilder:
         self.run, self.models, self.table = run, models, table
         settings = run.config.retrieval
         self.writer = HistoryWriter(run.task, models.llm, history_tokens=settings.history_tokens)
-        half = settings.history_tokens // 2 or models.llm.room // 3
+        half = settings.history_tokens // 2 or models.llm.max_text_tokens // 3
         self.short = HistoryWriter(run.task, models.llm, history_tokens=half)
         self._retrievers: dict[tuple[str, int], Retriever] = {}
 

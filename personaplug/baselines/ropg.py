@@ -30,7 +30,7 @@ from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
 from personaplug.infra.atomic_io import JsonLines, atomic_write
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import LanguageModel
+from personaplug.llm.base import LanguageModel, PromptBatch
 
 _WEIGHTS = "retriever.safetensors"
 _PROMPTS = 8  # asked of the model at once
@@ -133,7 +133,7 @@ class Teacher:
         with torch.no_grad():
             for start in range(0, len(prompts), _PROMPTS):
                 part = prompts[start : start + _PROMPTS]
-                losses, _ = self.llm.loss(part, [sample.target or ""] * len(part), soft=None)
+                losses, _ = self.llm.loss(PromptBatch(part), [sample.target or ""] * len(part))
                 found += (-losses).tolist()
         return Lesson(sample.id, places, found)
 

@@ -32,7 +32,7 @@ from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.atomic_io import atomic_write, write_json
-from personaplug.llm.base import LanguageModel
+from personaplug.llm.base import LanguageModel, PromptBatch
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def _shuffled_batches(pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
 
 
 def _losses(llm: LanguageModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    return llm.loss([asked for asked, _ in pairs], [answered for _, answered in pairs], soft=None)
+    return llm.loss(PromptBatch([asked for asked, _ in pairs]), [answered for _, answered in pairs])
 
 
 def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.infra.atomic_io import JsonLines
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 
 _REQUEST = (
     "These are things that one person wrote or chose. In one or two short sentences, describe this person's interests, "
@@ -80,7 +80,7 @@ class Profiles:
             for start in range(0, len(order), _AT_ONCE):
                 part = order[start : start + _AT_ONCE]
                 began = time.monotonic()
-                made = self.llm.generate([asked[key].prompt for key in part], soft=None, config=wanted)
+                made = self.llm.generate(PromptBatch([asked[key].prompt for key in part]), wanted)
                 each = (time.monotonic() - began) / len(part)
                 for key, generation in zip(part, made, strict=True):
                     seen = asked[key]

@@ -127,11 +127,11 @@ class MeanPersona:
                 _combined(personalizer.soft_prompt(samples[start : start + batch_size]), share=1 / len(samples))
                 for start in range(0, len(samples), batch_size)
             ]
-        self.mean, self.placement = _combined(SoftPrompt.joined(parts)), personalizer.placement
+        self.mean, self.placement = _combined(SoftPrompt.cat(parts)), personalizer.placement
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """The same soft tokens for each sample, (B, S, D)."""
-        return SoftPrompt.joined([self.mean] * len(samples))
+        return SoftPrompt.cat([self.mean] * len(samples))
 
 
 def _combined(soft: SoftPrompt, *, share: float = 1.0) -> SoftPrompt:

@@ -24,7 +24,7 @@ from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.plug.personalizer import SoftPrompter
 from personaplug.training.batching import micro_batches
@@ -120,7 +120,7 @@ def answer(
     if prompter is not None and prompter.placement == "suffix" and (decoding == "score" or generation.num_beams == 1):
         # Most rows of a table ask the same of other histories: what stands ahead of the soft tokens is read once for
         # all, which is the table's time and not that of the row that comes first. Beams read prompts by themselves.
-        llm.keep([sample.prompt for sample in samples])
+        llm.cache_prompts([sample.prompt for sample in samples])
     elif decoding == "generate":
         llm.clear_cache()
     reset_peak_memory()
@@ -150,7 +150,7 @@ def phrases_of(samples: Sequence[EncodedSample], llm: LanguageModel) -> list[Use
     """What the answers in the samples' histories go on with; None where that is not asked for."""
     if not any(sample.own_answers for sample in samples):
         return None
-    return [llm.phrases(sample.own_answers) for sample in samples]
+    return [llm.build_ngram_cache(sample.own_answers) for sample in samples]
 
 
 def all_or_none(lines: Sequence[list[float] | None]) -> list[list[float]] | None:
@@ -172,12 +172,11 @@ def _answer_batch(
     with torch.no_grad():
         soft = None if prompter is None else prompter.soft_prompt(batch)
         if decoding == "score":
-            scores = llm.score(prompts, task.labels, soft=soft, soft_at=soft_at)
+            scores = llm.score(PromptBatch(prompts, soft, soft_at), task.labels)
             best = scores.argmax(dim=1).tolist()
             told = zip(best, _shares(scores), _surprises(scores, batch, task=task), strict=True)
             return [_Answer(task.labels[i], probabilities=line, surprise=found) for i, line, found in told]
-        phrases = phrases_of(batch, llm)
-        made = llm.generate(prompts, soft=soft, config=generation, soft_at=soft_at, phrases=phrases)
+        made = llm.generate(PromptBatch(prompts, soft, soft_at, phrases_of(batch, llm)), generation)
         return [_Answer(one.text, unfinished=not one.finished) for one in made]
 
 
@@ -255,13 +254,13 @@ def reference_nll(
             for start in range(0, len(part), batch_size):
                 places = part[start : start + batch_size]
                 batch = [samples[place] for place in places]
-                losses, tokens = llm.loss(
+                inputs = PromptBatch(
                     [sample.prompt for sample in batch],
-                    [sample.target or "" for sample in batch],
                     soft=None if prompter is None else prompter.soft_prompt(batch),
                     soft_at=[sample.soft_at for sample in batch],
-                    phrases=phrases_of(batch, llm),
+                    ngrams=phrases_of(batch, llm),
                 )
+                losses, tokens = llm.loss(inputs, [sample.target or "" for sample in batch])
                 pairs = zip(losses.tolist(), tokens.tolist(), strict=True)
                 found.update(zip(places, ([round(loss, 6), count] for loss, count in pairs), strict=True))
                 progress.advance(len(batch))

@@ -90,7 +90,7 @@ def open_service(run: Run, hosting: ServingConfig) -> Service:
             )
         plug = PersonaPlug.from_pretrained(folder, encoder=encoder, llm=llm.identity)
         plug = plug.computing_items_in(llm.dtype).to(llm.device)
-        phrases = llm.phrases if hosting.phrases else None
+        phrases = llm.build_ngram_cache if hosting.phrases else None
         name = hosting.model or config.llm
         engine = InProcessEngine(llm, name=name, max_rows=hosting.max_rows, max_new_tokens=hosting.max_new_tokens)
     else:

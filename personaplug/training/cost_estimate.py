@@ -174,15 +174,15 @@ def _plan_prompts(run: Run, found: _Counted, models: Models) -> _Kept:
         return _Kept()
     prompts = list(dict.fromkeys(sample.prompt for sample in found.drawn))
     tokens = sum(one.tokens for one in models.llm.measure(prompts)) / len(prompts)
-    room = models.llm.room_for(int(tokens * found.samples))
+    plan = models.llm.plan_prompt_cache(int(tokens * found.samples))
     began = time.monotonic()
-    models.llm.keep(prompts)
+    models.llm.cache_prompts(prompts)
     each = (time.monotonic() - began) / len(prompts)
-    size = {place: room.bytes if room.place == place else 0 for place in ("memory", "disk")}
-    if room.place == "nowhere":  # the timed steps read their prompts, as those of the training will
-        return _Kept(room.reason)
-    anew = run.config.training.batch_size * each * (1 - room.share)
-    return _Kept(room.reason, **size, once_seconds=each * found.samples * room.share, step_seconds=anew)
+    size = {place: plan.bytes if plan.location == place else 0 for place in ("memory", "disk")}
+    if plan.location == "nowhere":  # the timed steps read their prompts, as those of the training will
+        return _Kept(plan.reason)
+    anew = run.config.training.batch_size * each * (1 - plan.fraction)
+    return _Kept(plan.reason, **size, once_seconds=each * found.samples * plan.fraction, step_seconds=anew)
 
 
 def _planned(config: Config, samples: int) -> tuple[int, float]:

@@ -16,7 +16,7 @@ from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.config import AdapterConfig, TrainingConfig
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.llm.base import LanguageModel
+from personaplug.llm.base import LanguageModel, PromptBatch
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 
@@ -94,17 +94,12 @@ class PlugObjective:
             [sample.query for sample in samples], options=[sample.options for sample in samples]
         )
         if self.behind:
-            self.llm.keep([sample.prompt for sample in samples])
+            self.llm.cache_prompts([sample.prompt for sample in samples])
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         soft = self.personalizer.soft_prompt(samples)
-        losses, tokens = self.llm.loss(
-            [sample.prompt for sample in samples],
-            [sample.target or "" for sample in samples],
-            soft=soft,
-            soft_at=[sample.soft_at for sample in samples],
-            labels=self.labels,
-        )
+        batch = PromptBatch([sample.prompt for sample in samples], soft, [sample.soft_at for sample in samples])
+        losses, tokens = self.llm.loss(batch, [sample.target or "" for sample in samples], labels=self.labels)
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
@@ -113,7 +108,7 @@ class PlugObjective:
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         """Behind a prompt, soft tokens and answer; of the prompt only keys and values are held."""
         whole = self.lengths(samples)
-        if not self.behind or not self.llm.supports_prompt_cache():
+        if not self.behind or not self.llm.supports_prompt_cache:
             return whole
         soft = self.personalizer.plug.config.soft_tokens
         prompts = [found.tokens for found in self.llm.measure([sample.prompt for sample in samples])]
@@ -171,7 +166,7 @@ class LoraObjective:
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
         with self.adapters.active(TASK):
-            losses, tokens = self.llm.loss(prompts, targets, soft=None, labels=self.labels)
+            losses, tokens = self.llm.loss(PromptBatch(prompts), targets, labels=self.labels)
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:

@@ -225,7 +225,7 @@ class Trainings:
         """Let a plug's instruction tokens start as tokens of answers."""
         rng, wanted = np.random.default_rng([seed, 9]), len(plug.instruction)
         answers = [samples[place].target or "" for place in rng.permutation(len(samples))[:_STARTS]]
-        tokens = self.models.llm.embedded(answers)
+        tokens = self.models.llm.embed_texts(answers)
         if len(tokens):
             plug.start_from(tokens[rng.choice(len(tokens), size=wanted, replace=len(tokens) < wanted)])
 

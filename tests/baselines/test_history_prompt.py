@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from families import small_backend
+from families import small_llm
 
 from personaplug.baselines.history_prompt import HistoryWriter, Written
 from personaplug.data import LAMP_TASKS
@@ -39,7 +39,7 @@ def item(task: Task, *values: str) -> HistoryItem:
 def small(room: int) -> LanguageModel:
     """A backend whose tokens are bytes and whose prompts have room for so many of them."""
     found: Any = load_tiny_llm(max_prompt_tokens=room + 1)
-    assert found.room == room
+    assert found.max_text_tokens == room
     return found  # type: ignore[no-any-return]
 
 
@@ -218,7 +218,7 @@ def test_any_prompt_fits_and_holds_the_input_whole(name: str, seed: int) -> None
     task = LAMP_TASKS.get(name, MOVIES)
     seen = 0
     llm = small(rng.randrange(20, 400))
-    room = llm.room
+    room = llm.max_text_tokens
     for _ in range(40):
         limit = rng.choice([0, 0, rng.randrange(1, 200)])
         prompt = rng.choice(["", "with the title"]) + _drawn_text(rng, 100)
@@ -261,11 +261,11 @@ class _Words:
         trained.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=120, **special))
         kind: Any = PreTrainedTokenizerFast
         tokenizer = kind(tokenizer_object=trained, eos_token="</s>", unk_token="<unk>")
-        self.prompt_tokenizer = PromptTokenizer(tokenizer, max_tokens=room, encoder_decoder=True)
-        self.room, self.count_tokens, self.cut_text = (
-            self.prompt_tokenizer.room,
-            self.prompt_tokenizer.count,
-            self.prompt_tokenizer.cut,
+        self.prompt_tokenizer = PromptTokenizer(tokenizer, max_tokens=room, is_encoder_decoder=True)
+        self.max_text_tokens, self.count_tokens, self.cut_text = (
+            self.prompt_tokenizer.max_text_tokens,
+            self.prompt_tokenizer.count_tokens,
+            self.prompt_tokenizer.cut_text,
         )
 
 
@@ -286,10 +286,10 @@ def test_prompts_fit_in_words_too_whichever_way_they_are_read(name: str, room: i
             written = writer.write(prompt, items)
             written_at_all += written.written
             if written.written:
-                assert not llm.prompt_tokenizer.prompt(written.prompt, written.soft_at).truncated
-                assert not llm.prompt_tokenizer.prompt(written.prompt).truncated
+                assert not llm.prompt_tokenizer.encode_prompt(written.prompt, written.soft_at).truncated
+                assert not llm.prompt_tokenizer.encode_prompt(written.prompt).truncated
                 noted = writer.write_note(written.prompt, texts[0][0], soft_at=written.soft_at)
-                assert not llm.prompt_tokenizer.prompt(noted.prompt, noted.soft_at).truncated
+                assert not llm.prompt_tokenizer.encode_prompt(noted.prompt, noted.soft_at).truncated
                 assert noted.prompt.endswith(written.prompt)
     assert written_at_all > 0
 
@@ -303,12 +303,12 @@ def test_history_tokens_bound_the_history_and_not_the_input() -> None:
 
 
 def test_items_fit_within_a_chat_template() -> None:
-    llm = small_backend("llama", chat=True)
+    llm = small_llm("llama", chat=True)
     written = HistoryWriter(PLAIN, llm).write("Q", [item(PLAIN, "a" * 999)])
     (measure,) = llm.measure([written.prompt])
     assert (measure.tokens, measure.truncated) == (512, False)
-    row = llm.prompt_tokenizer.prompt(written.prompt, written.soft_at)
-    assert row.ids[row.at :] == tuple(llm.prompt_tokenizer.tokenizer("Q</><bot>")["input_ids"])
+    row = llm.prompt_tokenizer.encode_prompt(written.prompt, written.soft_at)
+    assert row.ids[row.soft_position :] == tuple(llm.prompt_tokenizer.tokenizer("Q</><bot>")["input_ids"])
 
 
 # ---- notes

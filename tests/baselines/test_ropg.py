@@ -20,6 +20,7 @@ from personaplug.encoders import HashEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples
 from personaplug.errors import MissingData
+from personaplug.llm.base import PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.training.trainer import fit
 
@@ -50,7 +51,7 @@ def test_a_lesson_is_the_likelihood_of_the_answer_with_each_item(tmp_path: Path,
     writer = HistoryWriter(TASK, toy)
     for place, said in zip(lesson.places, lesson.log_likelihoods, strict=True):
         prompt = writer.write(sample.prompt, [sample.history[place]]).prompt
-        loss, _ = toy.loss([prompt], ["3"], soft=None)
+        loss, _ = toy.loss(PromptBatch([prompt]), ["3"])
         assert said == pytest.approx(-float(loss), rel=1e-4)
 
 

@@ -14,6 +14,7 @@ from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import MissingData
 from personaplug.evaluation.lora_predictions import LoraPredictor
+from personaplug.llm.base import PromptBatch
 from personaplug.methods import LORA
 from personaplug.run import Models, Run, open_models
 from personaplug.training.recipes import train
@@ -71,7 +72,7 @@ def test_each_sample_is_answered_with_its_lenders_matrices(stage: tuple[Run, Mod
     def ask(part: list[EncodedSample], title: str) -> Answers:
         """The scores of the labels, written down, tell one state of the model from another."""
         with torch.no_grad():
-            scores = models.llm.score([s.prompt for s in part], run.task.labels, soft=None)
+            scores = models.llm.score(PromptBatch([s.prompt for s in part]), run.task.labels)
         lines = [[round(value, 5) for value in row] for row in scores.tolist()]
         return Answers([str(line) for line in lines], [False] * len(part), 0.0, 0, probabilities=lines)
 

@@ -21,6 +21,7 @@ from personaplug.data.task_registry import LAMP_TASKS
 from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings_of
 from personaplug.evaluation.model_inputs import Showing
+from personaplug.llm.base import PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods import CONDITIONS, COUNTED, DEFAULT, needed, parse_conditions
 from personaplug.plug.personalizer import Personalizer
@@ -150,7 +151,7 @@ def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path)
     scored = np.array(json.loads((folder / "instruction+labels.seed-0.answers.json").read_text())["probabilities"])
     bare = replace(soft, label_bias=None)
     prompts, labels = [sample.prompt for sample in samples], stage.run.task.labels
-    expected = stage.models.llm.score(prompts, labels, soft=bare).double() + soft.label_bias
+    expected = stage.models.llm.score(PromptBatch(prompts, bare), labels).double() + soft.label_bias
     np.testing.assert_allclose(scored, torch.softmax(expected, dim=1).numpy(), atol=1e-4)
 
 
@@ -246,7 +247,7 @@ def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Sta
     assert "nll" not in rows[ORACLE]["metrics"]
     samples = list(open_dataset(style.data, "dev", task=style.run.task))
     losses, tokens = style.models.llm.loss(
-        [sample.prompt for sample in samples], [sample.target or "" for sample in samples], soft=None
+        PromptBatch([sample.prompt for sample in samples]), [sample.target or "" for sample in samples]
     )
     assert rows["plain"]["metrics"]["nll"] == pytest.approx(float(losses.sum() / tokens.sum()), rel=1e-4)
     gain = next(p for p in results["pairs"] if (p["a"], p["b"], p["metric"]) == ("plug", "wrong-user", "nll"))

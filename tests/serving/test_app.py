@@ -22,7 +22,7 @@ from live_server import CONFIG, ENCODER, LABELS, open_service, served
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, StoreConflict
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving.api_keys import ApiKeys, new_key
 from personaplug.serving.engines.base import EngineReply, EngineRequest
@@ -68,7 +68,7 @@ def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, t
     """What the backend answers with the persona that an evaluation would make."""
     history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in items]
     soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
-    return llm.generate([PROMPT], soft=soft, config=GenerationConfig(max_new_tokens=tokens))[0].text
+    return llm.generate(PromptBatch([PROMPT], soft), GenerationConfig(max_new_tokens=tokens))[0].text
 
 
 FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"personaplug": {"free": True}}}
@@ -122,7 +122,7 @@ def test_an_answer_is_one_of_the_tasks(url: str) -> None:
 def test_a_prompt_that_is_not_the_tasks_is_the_plain_models(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     raw = _chat(url, "ann", prompt="hello there", temperature=0, max_tokens=12)
-    plain = toy.generate(["hello there"], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
+    plain = toy.generate(PromptBatch(["hello there"]), GenerationConfig(max_new_tokens=12))[0].text
     assert raw.parse().choices[0].message.content.strip() == plain
     assert raw.headers["x-personaplug-persona"] == "plain"
 
@@ -137,7 +137,7 @@ def test_strength_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     body = {"personaplug": {"free": True, "persona_scale": 0}}
     raw = _chat(url, "ann", temperature=0, max_tokens=12, extra_body=body)
-    plain = toy.generate([PROMPT], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
+    plain = toy.generate(PromptBatch([PROMPT]), GenerationConfig(max_new_tokens=12))[0].text
     assert raw.parse().choices[0].message.content.strip() == plain
     assert raw.headers["x-personaplug-persona"] == "plain"
 
@@ -259,7 +259,7 @@ def test_explanations_name_items_and_measure_them(service: Service, url: str, to
     def likelihood(rest: list[dict[str, Any]]) -> float:
         history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in rest]
         soft = service.personas.personalizer.persona("a film about tea", history, encoder=ENCODER)
-        return -float(toy.loss([PROMPT], ["4"], soft=soft, labels=LABELS)[0])
+        return -float(toy.loss(PromptBatch([PROMPT], soft), ["4"], labels=LABELS)[0])
 
     assert told["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)
     assert told["log_likelihood"]["with_population"] == pytest.approx(likelihood([]), abs=1e-3)
@@ -483,7 +483,7 @@ def test_streams_are_finished_when_the_server_stops(toy: CausalLM, service: Serv
     assert text.rstrip().endswith("data: [DONE]")
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     written = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
-    alone = toy.generate(["long"], soft=None, config=GenerationConfig(max_new_tokens=150))[0].text
+    alone = toy.generate(PromptBatch(["long"]), GenerationConfig(max_new_tokens=150))[0].text
     assert written.strip() == alone
 
 
@@ -521,7 +521,7 @@ def test_the_document_names_every_route(url: str) -> None:
 def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     config = replace(CONFIG, answer_channel="style", label_prior="none")
-    service = open_service(toy, tmp_path, task=task, config=config, phrases=toy.phrases)
+    service = open_service(toy, tmp_path, task=task, config=config, phrases=toy.build_ngram_cache)
     asked: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
 
     def told(user: str | None, **more: Any) -> str:
@@ -545,13 +545,17 @@ def test_a_users_phrases_are_in_what_is_written_to_that_user_alone(toy: CausalLM
 
 def test_phrases_take_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
     with pytest.raises(StoreConflict, match="keep_text"):
-        open_service(toy, tmp_path, keep_text=False, phrases=toy.phrases)
+        open_service(toy, tmp_path, keep_text=False, phrases=toy.build_ngram_cache)
 
 
 def test_an_item_as_long_as_a_book_holds_nobody_up(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     service = open_service(
-        toy, tmp_path, task=task, config=replace(CONFIG, answer_channel="text", label_prior="none"), phrases=toy.phrases
+        toy,
+        tmp_path,
+        task=task,
+        config=replace(CONFIG, answer_channel="text", label_prior="none"),
+        phrases=toy.build_ngram_cache,
     )
     with served(service) as place:
         assert _post(place, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200

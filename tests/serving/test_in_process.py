@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from personaplug.errors import EngineFailure, RequestError
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.serving.engines.base import EngineReply, EngineRequest
@@ -69,7 +69,7 @@ def test_requests_at_once_get_the_answers_they_get_alone(toy: CausalLM) -> None:
     answers = _run(toy, synchronized, max_rows=8)
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         config = GenerationConfig(max_new_tokens=question.body["max_tokens"])
-        alone = toy.generate([f"question {number}"], soft=question.soft, config=config)[0]
+        alone = toy.generate(PromptBatch([f"question {number}"], question.soft), config)[0]
         assert answer.strip() == alone.text
 
 
@@ -93,7 +93,7 @@ def test_usage_and_reason(toy: CausalLM) -> None:
 
     whole, events = _run(toy, ask)
     body = json.loads(whole.body)
-    read = len(toy.prompt_tokenizer.prompt("hey").ids) + 2
+    read = len(toy.prompt_tokenizer.encode_prompt("hey").ids) + 2
     assert body["usage"] == {"prompt_tokens": read, "completion_tokens": 8, "total_tokens": read + 8}
     assert body["choices"][0]["finish_reason"] == "length"
     assert (events[-1]["usage"], events[-1]["choices"]) == (body["usage"], [])
@@ -286,7 +286,7 @@ def test_the_likeliest_of_a_closed_set_is_that_of_an_evaluation(toy: CausalLM) -
         return [_text(reply) for reply in await asyncio.gather(*map(engine.answer, asked))]
 
     for number, (soft, answer) in enumerate(zip(softs, _run(toy, ask), strict=True)):
-        scores = toy.score([f"which {number}"], labels, soft=soft)[0]
+        scores = toy.score(PromptBatch([f"which {number}"], soft), labels)[0]
         assert answer == labels[int(scores.argmax())]
 
 
@@ -300,9 +300,7 @@ def test_closing_finishes_what_was_begun(toy: CausalLM) -> None:
         assert not await engine.ready()
         with pytest.raises(EngineFailure):
             await engine.answer(_chat("hello"))
-        return _text(await begun), toy.generate(["hello"], soft=None, config=GenerationConfig(max_new_tokens=40))[
-            0
-        ].text
+        return _text(await begun), toy.generate(PromptBatch(["hello"]), GenerationConfig(max_new_tokens=40))[0].text
 
     one, other = asyncio.run(ask())
     assert one.strip() == other
@@ -316,7 +314,7 @@ def test_a_model_that_fails_fails_those_it_was_at_and_serves_the_next(
 
     async def ask(engine: InProcessEngine) -> str:
         with monkeypatch.context() as patch:
-            patch.setattr(toy, "read", broken)
+            patch.setattr(toy, "prefill", broken)
             with pytest.raises(EngineFailure) as failed:
                 await engine.answer(_chat("hello"))
             assert "secret" not in str(failed.value)
@@ -337,4 +335,4 @@ def test_likelihoods_are_the_backends(toy: CausalLM) -> None:
 
     found = _run(toy, ask)
     for soft, value in zip(softs[::7], found[::7], strict=True):
-        assert value == pytest.approx(-float(toy.loss(["hello"], ["5"], soft=soft)[0]), abs=1e-4)
+        assert value == pytest.approx(-float(toy.loss(PromptBatch(["hello"], soft), ["5"])[0]), abs=1e-4)

@@ -135,7 +135,7 @@ def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Pat
     plug, again, other = (build_plug(run, models, trained=wanted, seed=0) for _ in range(3))
     for one, seed in ((plug, 0), (again, 0), (other, 1)):
         trainings._start(one, trainings.plain, seed=seed)
-    digits = models.llm.embedded(["1", "2", "3", "4", "5"])
+    digits = models.llm.embed_texts(["1", "2", "3", "4", "5"])
     assert len(digits) == 5
     starts = plug.instruction.detach() * plug.spec.embedding_scale
     assert torch.cdist(starts, digits).amin(dim=1).max() < 1e-4

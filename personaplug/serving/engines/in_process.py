@@ -14,9 +14,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from personaplug.errors import ConfigError, EngineFailure, PersonaPlugError, RequestError
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import Row
+from personaplug.llm.continuous_batching import Slot
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.serving.engines.base import CHARACTERS, EngineReply, EngineRequest, Events
@@ -90,7 +90,7 @@ class _Answer:
 
     def __init__(self, job: Job, *, engine: InProcessEngine, stops: tuple[str, ...]) -> None:
         self.job, self.written, self.reason = job, 0, "stop"
-        self._decode, self._stops = engine.llm.prompt_tokenizer.raw, stops
+        self._decode, self._stops = engine.llm.prompt_tokenizer.decode_raw, stops
 
     async def pieces(self) -> AsyncGenerator[str]:
         """The text as it comes.
@@ -162,7 +162,7 @@ class InProcessEngine:
         max_tokens: int | None = None,
         max_held: int = 32_768,
     ) -> None:
-        if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache():
+        if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache:
             raise ConfigError(
                 f"{llm.identity.name} cannot answer several requests side by side: that needs a model that reads "
                 f"prompt and answer in one stream, with a cache of keys and values per token."
@@ -217,7 +217,7 @@ class InProcessEngine:
                 several = softs[start : start + rows]
                 found += await self._model.do(partial(self._measured, prompt, answer, several, choices))
         finally:
-            self.llm.prompt_tokenizer.forget()  # a user's words are not to outlast the user
+            self.llm.prompt_tokenizer.clear_cache()  # a user's words are not to outlast the user
         return found
 
     def _rows_at_once(self, prompt: str, answer: str, choices: Sequence[str]) -> int:
@@ -227,7 +227,10 @@ class InProcessEngine:
             RequestError: if one of them is longer than the engine reads or writes.
         """
         prompt_tokenizer = self.llm.prompt_tokenizer
-        (asked,), (said,) = prompt_tokenizer.prompts([prompt]), prompt_tokenizer.targets([answer], labels=choices)
+        asked, (said,) = (
+            prompt_tokenizer.encode_prompt(prompt),
+            prompt_tokenizer.encode_targets([answer], labels=choices),
+        )
         if asked.truncated:
             raise _too_long(prompt_tokenizer.max_tokens)
         if len(said) > self.max_new_tokens:
@@ -243,18 +246,18 @@ class InProcessEngine:
         self, prompt: str, answer: str, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
         given, count = [soft for soft in softs if soft is not None], len(softs)
-        soft = SoftPrompt.joined(given) if given else None
-        loss, _ = self.llm.loss([prompt] * count, [answer] * count, soft=soft, labels=choices)
+        soft = SoftPrompt.cat(given) if given else None
+        loss, _ = self.llm.loss(PromptBatch([prompt] * count, soft), [answer] * count, labels=choices)
         return (-loss.float()).tolist()
 
-    def _row(self, question: EngineRequest, sampling: Sampling) -> Row:
+    def _row(self, question: EngineRequest, sampling: Sampling) -> Slot:
         prompt, soft = self._rendered(question), question.soft
         if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona holds values that are no numbers.")
         size = len(prompt.ids) + (soft.vectors.shape[1] if soft else 0)
         if not size:
             raise RequestError("The prompt is empty.", code="empty_prompt")
-        choices = self.llm.prompt_tokenizer.answers(question.choices) if question.choices else []
+        choices = self.llm.prompt_tokenizer.encode_labels(question.choices) if question.choices else []
         longest = max(map(len, choices)) if choices else self._longest(sampling, room=self.max_tokens - size)
         if longest > self.max_tokens - size:
             raise _too_long(self.max_tokens)
@@ -267,7 +270,7 @@ class InProcessEngine:
             top_p=1.0 if sampling.top_p is None else max(sampling.top_p, _COLD),
             seed=secrets.randbits(62) if sampling.seed is None else sampling.seed,
         )
-        return Row(prompt, soft, config, choices, question.phrases)
+        return Slot(prompt, soft, config, choices, question.phrases)
 
     def _longest(self, sampling: Sampling, *, room: int) -> int:
         """How many tokens an answer may have."""
@@ -282,11 +285,11 @@ class InProcessEngine:
         prompt_tokenizer, body = self.llm.prompt_tokenizer, question.body
         if question.kind == "completion":
             self._check_characters(body["prompt"])
-            return prompt_tokenizer.bare(body["prompt"])
+            return prompt_tokenizer.encode_plain(body["prompt"])
         turns = [_turn(message) for message in ChatRequest.model_validate(body).messages]
         self._check_characters("".join(text for _, text in turns))
         try:
-            return prompt_tokenizer.turns(turns)
+            return prompt_tokenizer.encode_chat(turns)
         except PersonaPlugError:
             raise
         except Exception:  # a template refuses what it does not know by whatever its author raised

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from personaplug.errors import EngineFailure
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import ContinuousBatch, Row
+from personaplug.llm.continuous_batching import ContinuousBatch, Slot
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Job:
         gave_up: whether whoever waited for it has gone.
     """
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Slot) -> None:
         self.row, self.gave_up, self._told = row, False, 0
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[list[int], str | None]] = asyncio.Queue()
@@ -183,7 +183,7 @@ class ModelScheduler:
         self._waiting = self._waiting[len(chosen) :]
         self._jobs += chosen
         try:
-            self._running.admit([job.row for job in chosen])
+            self._running.add([job.row for job in chosen])
         except Exception as error:  # of the model or the machine
             _fail(chosen, error)
 
@@ -195,7 +195,7 @@ class ModelScheduler:
             self._running = ContinuousBatch(self.llm)
 
 
-def _size(row: Row) -> int:
+def _size(row: Slot) -> int:
     """How many tokens a row may come to hold."""
     soft = row.soft.vectors.shape[1] if row.soft else 0
     return len(row.prompt.ids) + soft + row.config.max_new_tokens

@@ -89,7 +89,7 @@ class EmbeddingTable:
         """
         with self._one_at_a_time:
             ids = self.tokenizer(list(choices), add_special_tokens=False)["input_ids"]
-        tokens, bias = LabelBias(ids, label_bias).where_labels_part()
+        tokens, bias = LabelBias(ids, label_bias).first_branch_bias()
         both = zip(tokens, bias[0].clamp(-_MOST, _MOST).tolist(), strict=True)
         return {str(token): value for token, value in both if value != 0}
 

@@ -1,7 +1,6 @@
 """Interface and common code of frozen language models that take soft prompts.
 
-A language model measures prompts, computes losses, scores labels and generates text. It knows nothing about users, and
-none of its weights changes or gets a gradient.
+A language model knows nothing about users, and none of its weights changes or gets a gradient.
 
 With the placement `prefix`, soft tokens are inserted into the embedded prompt right before the user's text (PPlug,
 eq. 5: [I; P; x]), or at `soft_at` (Table 3: retrieved texts come before them). With `suffix` they come right before the
@@ -32,25 +31,14 @@ from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, Spliced, splice
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How text is generated.
-
-    Attributes:
-        max_new_tokens: longest response in tokens.
-        num_beams: 1 = greedy or sampled, more = beam search.
-        do_sample: sample instead of taking the most likely token.
-        temperature: divides the logits when sampling.
-        top_p: smallest set of tokens with this probability, when sampling.
-        seed: of the samples.
-    Raises:
-        ConfigError: if a value is out of range.
-    """
+    """How text is generated, in the terms of transformers' GenerationConfig."""
 
     max_new_tokens: int = 128
-    num_beams: int = 1
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    num_beams: int = 1  # more than 1 = beam search
+    do_sample: bool = False  # False = take the most likely token
+    temperature: float = 1.0  # when sampling
+    top_p: float = 1.0  # when sampling
+    seed: int = 0  # of the samples
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
@@ -64,56 +52,36 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Measure:
-    """Length of a prompt, soft tokens excluded.
-
-    Attributes:
-        tokens: with the chat template.
-        truncated: whether the end of the text was cut.
-    """
+    """Length of a prompt with the chat template and without soft tokens."""
 
     tokens: int
-    truncated: bool
+    truncated: bool  # the end of the text was cut
 
 
 @dataclass(frozen=True, repr=False)
 class Generation:
-    """A response.
-
-    Attributes:
-        text: without special tokens and outer white space.
-        finished: False if it stopped at `max_new_tokens`.
-    """
+    """A response, without special tokens and outer white space."""
 
     text: str
-    finished: bool
+    finished: bool  # False if it stopped at `max_new_tokens`
 
 
 @dataclass(frozen=True, repr=False)
 class PromptBatch:
-    """B prompts and what personalizes them.
+    """B prompts, without chat template, and what personalizes them.
 
-    Attributes:
-        prompts: user texts, without chat template.
-        soft: B rows of soft tokens; None = the bare model.
-        soft_at: (B,) characters of each prompt before soft tokens of the placement `prefix`; None = 0. Ignored without
-            soft tokens and for `suffix`, because the model then reads each prompt in one piece.
-        ngrams: (B,) caches to interpolate with the model; None = no interpolation.
+    `soft_at` counts the characters of each prompt before soft tokens of the placement `prefix`; None = 0. It is ignored
+    without soft tokens and for `suffix`, because the model then reads each prompt in one piece.
     """
 
     prompts: Sequence[str]
-    soft: SoftPrompt | None = None
+    soft: SoftPrompt | None = None  # B rows; None = the bare model
     soft_at: Sequence[int] | None = None
-    ngrams: Sequence[UserNgramCache] | None = None
+    ngrams: Sequence[UserNgramCache] | None = None  # interpolated with the model
 
-    @property
-    def is_suffix(self) -> bool:
-        """True if there are soft tokens and they come after the prompts."""
-        return self.soft is not None and self.soft.placement == "suffix" and self.soft.tokens > 0
-
-    @property
-    def is_prefix(self) -> bool:
-        """True if there are soft tokens and they come before or within the prompts."""
-        return self.soft is not None and self.soft.placement == "prefix" and self.soft.tokens > 0
+    def has_soft(self, placement: str) -> bool:
+        """Return True if there are soft tokens of this placement."""
+        return self.soft is not None and self.soft.placement == placement and self.soft.tokens > 0
 
 
 class Runner(ABC):
@@ -137,18 +105,13 @@ class LanguageModel(ABC):
 
     Args:
         model: with a language-modeling head; frozen here.
-        tokenizer: stays unchanged.
-        name: for error messages and saved plugs.
-        revision: commit on the hub, if known.
+        name, revision: for error messages and saved plugs.
         max_prompt_tokens: longer texts are cut at the end.
         padding_side: of shorter prompts in losses; generation always pads left.
-        prompt_cache: auto, gpu, memory, disk or nowhere.
-        prompt_cache_bytes: limit of the cache; 0 = half of the free space.
+        prompt_cache, prompt_cache_bytes: location and limit of the cache; see `plan_cache`.
 
     Attributes:
-        identity: name, revision and fingerprint of the weights.
         embedding_scale: root mean square of embedding values, the scale that soft tokens should have.
-        dtype: name of the number format.
         max_text_tokens: longest text of a prompt, template excluded.
         end_ids: tokens that end a response.
     """
@@ -253,9 +216,7 @@ class LanguageModel(ABC):
     def loss(self, batch: PromptBatch, targets: Sequence[str], *, labels: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
         """Return −log p of each target and its number of tokens, both (B,). Gradients reach only the soft tokens.
 
-        Args:
-            labels: the closed set of targets, if they will be scored against each other; see
-                `PromptTokenizer.encode_labels` for when the end-of-text token counts.
+        `labels` is the closed set of targets, if they will be scored against each other; see `encode_labels`.
         """
         target_ids = self.prompt_tokenizer.encode_targets(targets, labels=labels)
         logits, target_tokens = self.choose_runner(batch).target_logits(batch, target_ids)
@@ -280,17 +241,20 @@ class LanguageModel(ABC):
         if not batch.prompts:
             return []
         rows = self.choose_runner(batch, num_beams=config.num_beams).generate_ids(batch, config)
-        generations = []
-        for row in rows:
-            end = next((index for index, token in enumerate(row) if token in self.end_ids), None)
-            generations.append(Generation(self.prompt_tokenizer.decode(row[:end]), finished=end is not None))
-        return generations
+        ends = [next((index for index, token in enumerate(row) if token in self.end_ids), None) for row in rows]
+        return [
+            Generation(self.prompt_tokenizer.decode(row[:end]), finished=end is not None)
+            for row, end in zip(rows, ends, strict=True)
+        ]
 
     def splice_prompts(self, batch: PromptBatch, *, side: str, target_ids: Sequence[Ids] | None = None) -> Spliced:
         """Tokenize, pad, embed and splice prompts; targets, if given, follow their prompts and become the labels."""
-        prompts = self.prompt_tokenizer.encode_prompts(batch.prompts, batch.soft_at if batch.is_prefix else None)
+        prompts = self.prompt_tokenizer.encode_prompts(
+            batch.prompts, batch.soft_at if batch.has_soft("prefix") else None
+        )
         rows = [prompt.ids for prompt in prompts]
-        at = torch.tensor([len(row.ids) if batch.is_suffix else row.soft_position for row in prompts])
+        is_suffix = batch.has_soft("suffix")
+        at = torch.tensor([len(row.ids) if is_suffix else row.soft_position for row in prompts])
         labels = None
         if target_ids is not None:
             ignored = [[IGNORED] * len(row) + list(ids) for row, ids in zip(rows, target_ids, strict=True)]

@@ -36,13 +36,13 @@ class CachedPrefixRunner(Runner):
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         assert batch.soft is not None
         targets = pad(target_ids, fill=IGNORED, side="right").to(self.llm.device)
-        logits = self.answer_logits(self._load_prefix(batch.prompts), batch.soft, target_ids)
+        logits = self.answer_logits(self.load_prefix(batch.prompts), batch.soft, target_ids)
         return logits, targets
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
         """One pass over the soft tokens, then one over all labels of several tokens, more for very large label sets."""
         assert batch.soft is not None
-        prefix = self._load_prefix(batch.prompts)
+        prefix = self.load_prefix(batch.prompts)
         rows = len(batch.prompts)
         logits = self.answer_logits(prefix, batch.soft, [(0,)] * rows)
         scores = log_softmax(logits[:, 0])[:, [ids[0] for ids in label_ids]]
@@ -60,7 +60,7 @@ class CachedPrefixRunner(Runner):
 
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
         assert batch.soft is not None
-        prefix, size = self._load_prefix(batch.prompts, share=True), len(batch.prompts)
+        prefix, size = self.load_prefix(batch.prompts, share=True), len(batch.prompts)
         end = torch.tensor(self.llm.end_ids, device=self.llm.device)
         generator = torch.Generator(self.llm.device).manual_seed(config.seed)
         has_ended = torch.zeros(size, dtype=torch.bool, device=self.llm.device)
@@ -108,7 +108,7 @@ class CachedPrefixRunner(Runner):
         targets = pad([row[1:] for row in rows], fill=IGNORED, side="right").to(self.llm.device)
         return -token_loss(logits, targets)[0].view(-1, len(label_ids))
 
-    def _load_prefix(self, prompts: Sequence[str], *, share: bool = False) -> CachedPrefix:
+    def load_prefix(self, prompts: Sequence[str], *, share: bool = False) -> CachedPrefix:
         """Return the states of prompts; with `share`, equal adjacent prompts share theirs if all repeat equally."""
         rows = [row.ids for row in self.llm.prompt_tokenizer.encode_prompts(prompts)]
         groups = [(ids, len(list(group))) for ids, group in itertools.groupby(rows)]

@@ -49,21 +49,19 @@ class CausalLM(LanguageModel):
 
     def choose_runner(self, batch: PromptBatch, *, num_beams: int = 1) -> Runner:
         """Return the cached-prefix runner for `suffix` soft tokens, unless the model or beam search rules it out."""
-        if batch.is_suffix and num_beams == 1 and self.supports_prompt_cache:
+        if batch.has_soft("suffix") and num_beams == 1 and self.supports_prompt_cache:
             return self.cached_prefix
         return self.spliced
 
     def forward(
         self, embeds: Tensor, *, mask: Tensor, positions: Tensor, columns: Tensor, **options: Any
     ) -> tuple[Tensor, Any]:
-        """Run the model.
+        """Run the model and return its logits (B, C, V) and its output.
 
         Args:
             embeds, mask, positions: (B, T, D), (B, T or more) and (B, T).
-            columns: (C,) positions in T whose logits are needed. Few are, and the vocabulary is large.
+            columns: (C,) indices in T whose logits are needed. Few are, and the vocabulary is large.
             options: further arguments of the model, such as a cache.
-        Returns:
-            (B, C, V) logits and the model's output.
         """
         if self._takes_positions:
             options["position_ids"] = positions
@@ -81,12 +79,10 @@ class CausalLM(LanguageModel):
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Run left-padded rows and return their keys and values and the last logits.
+        """Run left-padded rows of embeddings (B, T, D).
 
-        Args:
-            embeds, mask: (B, T, D) and (B, T), 1 at real positions.
         Returns:
-            Keys and values of each row's n real positions, (2 · layers, heads, n, head width); logits (B, V).
+            Keys and values of each row's n real positions, (2 · layers, heads, n, head width); last logits (B, V).
         """
         cache = DynamicCache()  # without a config it keeps all tokens, also those beyond a sliding window
         positions, last = (mask.cumsum(dim=1) - 1).clamp(min=0), torch.tensor([mask.shape[1] - 1])
@@ -146,12 +142,11 @@ class SplicedRunner(Runner):
         )
 
     def _scores_after(self, cache: Any, first: Tensor, *, spliced: Spliced, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of labels behind cached prompts, (B, len(label_ids)).
+        """Return the log-probability of labels behind spliced prompts, (B, len(label_ids)).
 
         Args:
             cache: of the prompts; not changed.
             first: (B, V) log-probabilities of the first token.
-            spliced: the prompts.
         """
         size, count = first.shape[0], len(label_ids)
         ids, mask = pad_with_mask(label_ids, side="right", device=self.llm.device)  # (count, L)

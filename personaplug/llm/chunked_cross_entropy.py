@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary (PPlug, eq. 6) with little memory traffic.
 
-With 49,152 tokens the logits are the largest tensor of a step. They are converted to float32 a few rows at a time, which
-fits into the CPU cache. The backward pass needs only the original logits.
+With 49,152 tokens the logits are the largest tensor of a step. They are converted to float32 a few rows at a time, so
+that these fit into the CPU cache. The backward pass needs only the original logits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Continuous batching: responses decoded together, joined and left by requests between any two tokens.
 
-Each request has its own prompt, soft tokens and sampling. All of them share the pass over the model's weights, which is
-most of the cost of a token.
+All requests share the pass over the model's weights, which is most of the cost of a token.
 """
 
 from __future__ import annotations
@@ -28,22 +27,16 @@ from personaplug.llm.soft_prompt import SoftPrompt, splice
 class Slot:
     """One response in progress; only the thread that runs the batch changes it.
 
-    Attributes:
-        prompt: in tokens.
-        soft: (1, S, D), or None.
-        config: of the sampling; beams are not supported.
-        choices: token ids of the only responses allowed, if given; none is a prefix of another.
-        ngrams: interpolated with the model if there are no choices.
-        ids: the tokens so far, without an end-of-text token.
-        ended: `stop` = complete, `length` = reached max_new_tokens, `failed` = no token could be chosen; None = active.
+    `ended` is `stop` if the response is complete, `length` at max_new_tokens, `failed` if no token could be chosen, and
+    None while the slot is active.
     """
 
     prompt: TokenizedPrompt
-    soft: SoftPrompt | None
-    config: GenerationConfig
-    choices: Sequence[Ids] = ()
-    ngrams: UserNgramCache | None = None
-    ids: list[int] = field(default_factory=list)
+    soft: SoftPrompt | None  # one row
+    config: GenerationConfig  # without beams
+    choices: Sequence[Ids] = ()  # the only responses allowed, if given; none is a prefix of another
+    ngrams: UserNgramCache | None = None  # interpolated with the model if there are no choices
+    ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
     ended: str | None = None
 
     def __post_init__(self) -> None:
@@ -96,11 +89,7 @@ class Slot:
 
 
 class ContinuousBatch:
-    """Slots of one model that decode together; for one thread.
-
-    Args:
-        llm: with `supports_prompt_cache`.
-    """
+    """Slots that decode together, for one thread; the model must have `supports_prompt_cache`."""
 
     def __init__(self, llm: CausalLM) -> None:
         self.llm = llm
@@ -113,10 +102,7 @@ class ContinuousBatch:
 
     @torch.no_grad()
     def add(self, slots: Sequence[Slot]) -> None:
-        """Run the prompts of slots, choose their first tokens and add them to the batch.
-
-        If that fails, the other slots are unchanged.
-        """
+        """Run the prompts of slots and choose their first tokens; an error leaves the batch unchanged."""
         active, states = self._active()
         for group in _group_similar(slots):
             group_states, logits = self._prefill(group)

@@ -39,11 +39,7 @@ def open_llm(config: ModelConfig) -> LanguageModel:
 
 
 def choose_device(name: str) -> str:
-    """Resolve `auto` to the fastest available device.
-
-    Raises:
-        ConfigError: if the device is unknown or absent.
-    """
+    """Resolve `auto` to the fastest available device; raise ConfigError for an unknown or absent one."""
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
@@ -56,12 +52,9 @@ def choose_device(name: str) -> str:
 
 
 def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: Any) -> LanguageModel:
-    """Load a frozen language model by hub name or local folder.
+    """Load a frozen language model; `find_model` lists the names that are possible.
 
     Args:
-        name: see `personaplug.infra.model_hub.find_model`.
-        dtype: auto, float32, bfloat16 or float16; see `choose_dtype`.
-        device: a torch device.
         settings: of `LanguageModel`: max_prompt_tokens, prompt_cache, prompt_cache_bytes.
     Raises:
         MissingModel: if nothing is found, or it is not a language model.
@@ -74,7 +67,8 @@ def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: 
     try:
         is_encoder_decoder = bool(AutoConfig.from_pretrained(folder).is_encoder_decoder)
         auto_class: Any = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        options = _attention_options(torch_dtype, device=device)
+        # The backward pass of torch's fused attention is slow in bfloat16 on a CPU; eager takes two thirds of the time.
+        options = {"attn_implementation": "eager"} if (device, torch_dtype) == ("cpu", torch.bfloat16) else {}
         with quiet_unless_terminal():
             model = auto_class.from_pretrained(folder, dtype=torch_dtype, **options).to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -88,13 +82,7 @@ def choose_dtype(name: str, *, device: str) -> tuple[torch.dtype, str]:
     """Return the number format and the reason for it; `auto` uses bfloat16 if the hardware multiplies in it."""
     if name != "auto":
         return getattr(torch, name), "as configured"
-    if device.startswith("cuda"):
-        supported = torch.cuda.is_bf16_supported()
-    else:
-        supported = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return (torch.bfloat16, "fast on this hardware") if supported else (torch.float32, "no fast bfloat16 here")
-
-
-def _attention_options(dtype: torch.dtype, *, device: str) -> dict[str, str]:
-    # The backward pass of torch's fused attention is slow in bfloat16 on a CPU; eager takes two thirds of the time.
-    return {"attn_implementation": "eager"} if device == "cpu" and dtype == torch.bfloat16 else {}
+    on_gpu = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    if on_gpu or (device == "cpu" and torch.cpu._is_avx512_bf16_supported()):
+        return torch.bfloat16, "fast on this hardware"
+    return torch.float32, "no fast bfloat16 here"

@@ -33,11 +33,7 @@ _ENTRY_BYTES = 160  # of one (context, token) entry, with its share of the dicti
 
 
 class UserNgramCache:
-    """N-gram counts of one user's answers.
-
-    Args:
-        answers: token ids of each answer, with the end-of-text token.
-    """
+    """N-gram counts of one user's answers: token ids, with the end-of-text token."""
 
     def __init__(self, answers: Iterable[Sequence[int]]) -> None:
         counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
@@ -63,14 +59,14 @@ class UserNgramCache:
 
     def coefficients(self, answer: Sequence[int]) -> list[tuple[float, float]]:
         """Return (a, b) per token of an answer: interpolation turns the model's p(token) into a · p + b."""
-        return [self._coefficients_at(answer, index) for index in range(len(answer))]
-
-    def _coefficients_at(self, answer: Sequence[int], index: int) -> tuple[float, float]:
-        scale, offset = 1.0, 0.0
-        for after in self._matches(answer, index):
-            scale *= 1 - after.weight
-            offset = (1 - after.weight) * offset + after.weight * after.counts[answer[index]] / after.total
-        return scale, offset
+        pairs = []
+        for index, token in enumerate(answer):
+            scale, offset = 1.0, 0.0
+            for after in self._matches(answer, index):
+                scale *= 1 - after.weight
+                offset = (1 - after.weight) * offset + after.weight * after.counts[token] / after.total
+            pairs.append((scale, offset))
+        return pairs
 
     def _matches(self, answer: Sequence[int], index: int) -> Iterator[_NextTokens]:
         """Yield the counts of each seen context of a position, shortest context first."""
@@ -80,13 +76,7 @@ class UserNgramCache:
 
 
 class _NextTokens:
-    """Tokens that followed one context.
-
-    Attributes:
-        counts: by token (its size is u).
-        total: occurrences of the context (n).
-        weight: interpolation weight (s).
-    """
+    """Counts of the tokens that followed one context: u = len(counts), n = total, s = weight."""
 
     def __init__(self, counts: Counter[int], discount: float) -> None:
         self.counts, self.total = counts, counts.total()
@@ -99,11 +89,8 @@ class _NextTokens:
 
 
 def interpolate_logits(logits: Tensor, ngrams: Sequence[UserNgramCache], prefixes: Sequence[Sequence[int]]) -> Tensor:
-    """Interpolate the next-token logits of R answers, each with its user's cache.
+    """Interpolate the next-token logits (R, V) of R answers, each with its user's cache and its tokens so far.
 
-    Args:
-        logits: (R, V) of the model.
-        ngrams, prefixes: R caches and the R answers so far.
     Returns:
         (R, V) log-probabilities; a logit of −inf stays −inf.
     """
@@ -128,11 +115,7 @@ def interpolate_losses(losses: Tensor, labels: Tensor, ngrams: Sequence[UserNgra
 
 
 def check_ngrams(task: Task) -> None:
-    """Check that users of a task write answers, so that n-grams can be counted.
-
-    Raises:
-        ConfigError: if they do not.
-    """
+    """Raise ConfigError unless users of a task write answers, so that n-grams can be counted."""
     if task.kind != "text":
         raise ConfigError(
             f"Phrases need written answers, but {task.name} has a closed set of labels. A plug already sees the "

@@ -41,15 +41,11 @@ class CachedPrefix(Cache):
         super().__init__(layers=[_PrefixLayer(*states[index : index + 2]) for index in range(0, len(states), 2)])
         self.states, self.lengths = states, lengths
 
-    def live_tokens(self) -> int:
-        """Return L, the live tokens of earlier passes."""
-        return self.get_seq_length() - self.states.shape[3]
-
     def mask_and_positions(self, rows: int, live: int) -> tuple[Tensor, Tensor]:
         """Return the attention mask (R, T + L + live) and the positions (R, live) of `live` further tokens."""
-        lengths = self.lengths.repeat_interleave(rows // len(self.lengths))
-        earlier = self.live_tokens()
-        mask = left_padding_mask(lengths, self.states.shape[3])
+        lengths, size = self.lengths.repeat_interleave(rows // len(self.lengths)), self.states.shape[3]
+        earlier = self.get_seq_length() - size
+        mask = left_padding_mask(lengths, size)
         mask = torch.cat([mask, mask.new_ones(rows, earlier + live)], dim=1)
         positions = lengths[:, None] + torch.arange(earlier, earlier + live, device=lengths.device)
         return mask.long(), positions
@@ -102,11 +98,11 @@ def attend(
     """Compute softmax attention over cached and live tokens; the signature is transformers'.
 
     Args:
-        module: the layer; its `layer_idx` selects the cached states.
-        query: (R, H, Q, d), R = P · rows per prompt, rows of one prompt adjacent.
+        module: the layer.
+        query: (R, H, Q, d), rows of one prompt adjacent.
         key, value: (R, G, L, d) of all live tokens, the last Q of which are queries; G divides H.
         attention_mask: (R, 1, Q, T + L), added to the scores.
-        scaling: factor of the scores; 1/√d by default.
+        scaling: 1/√d by default.
         softcap: limits scores to ± this value (Gemma 2).
     Returns:
         (R, Q, H, d).

@@ -1,8 +1,7 @@
 """Cache of prompt states: keys and values, or the output of an encoder.
 
-With the placement `suffix` a prompt does not depend on the soft tokens behind it, so its states are the same in every
-epoch and for every user. They are computed once and kept on the GPU, in memory or memory-mapped on disk. Prompts beyond
-the byte limit are recomputed without gradients.
+With the placement `suffix` these do not depend on the soft tokens, so they are the same in every epoch and for every
+user. They are kept on the GPU, in memory or memory-mapped on disk; prompts beyond the limit are recomputed.
 """
 
 from __future__ import annotations
@@ -33,18 +32,11 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of the states of one prompt: (parts, heads, tokens, width).
+    """Shape of the states of one prompt: (parts, heads, tokens, width)."""
 
-    Attributes:
-        parts: 2 · layers for keys and values, 1 for an encoder's output.
-        heads: key-value heads, or 1.
-        width: values of one token in one head.
-        dtype: of the model.
-    """
-
-    parts: int
-    heads: int
-    width: int
+    parts: int  # 2 · layers for keys and values, 1 for an encoder's output
+    heads: int  # that have keys and values of their own, or 1
+    width: int  # values per token and head
     dtype: torch.dtype
 
     @property
@@ -60,19 +52,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where prompts are cached.
+    """Where prompts are cached."""
 
-    Attributes:
-        location: gpu, memory, disk or nowhere.
-        bytes: size of the cache.
-        reason: for the log.
-        fraction: of the prompts that fit, 0 to 1.
-    """
-
-    location: str
+    location: str  # gpu, memory, disk or nowhere
     bytes: int
-    reason: str
-    fraction: float = 0.0
+    reason: str  # for the log
+    fraction: float = 0.0  # of the prompts that fit
 
 
 def plan_cache(needed: int, *, location: str, limit: int, free: Mapping[str, int]) -> CachePlan:
@@ -90,28 +75,24 @@ def plan_cache(needed: int, *, location: str, limit: int, free: Mapping[str, int
     candidates = [location] if location != "auto" else list(free)
     fitting = [name for name in candidates if needed <= offered[name]]
     chosen = fitting[0] if fitting else max(candidates, key=lambda name: offered[name])
-    size, bound = f"{needed / 1e9:.2f} GB", f"{offered[chosen] / 1e9:.2f} GB"
+    size, bound = _gigabytes(needed), _gigabytes(offered[chosen])
     rule = "the limit given" if limit == offered[chosen] else "half of what is free"
     where = {"gpu": "on the GPU", "memory": "in memory", "disk": f"on disk in {tempfile.gettempdir()}"}[chosen]
     if fitting:
         too_small = candidates[: candidates.index(chosen)]
-        others = "".join(f"; the {name} offers {offered[name] / 1e9:.2f} GB" for name in too_small)
+        others = "".join(f"; the {name} offers {_gigabytes(offered[name])}" for name in too_small)
         return CachePlan(chosen, needed, f"kept {where}: {size} of at most {bound}, {rule}{others}", fraction=1.0)
     fraction = offered[chosen] / needed
     reason = f"{fraction:.0%} of {size} kept {where}, {rule}; the others are read anew without gradients"
     return CachePlan(chosen, offered[chosen], reason, fraction=fraction)
 
 
-class PromptCache:
-    """States of prompts in one buffer, looked up by token ids.
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
-    Args:
-        layout: of the states.
-        plan: location and size of the buffer.
-        device: used if the location is gpu.
-    Raises:
-        StorageError: if the disk has too little space.
-    """
+
+class PromptCache:
+    """States of prompts in one buffer, looked up by token ids; `device` is that of the location gpu."""
 
     def __init__(self, layout: Layout, *, plan: CachePlan, device: torch.device = _CPU) -> None:
         self.layout, self.plan = layout, plan
@@ -121,9 +102,6 @@ class PromptCache:
 
     def __len__(self) -> int:
         return len(self._offsets)
-
-    def __contains__(self, ids: Ids) -> bool:
-        return ids in self._offsets
 
     def fits(self, tokens: int) -> bool:
         """Return True if a prompt of this length still fits."""

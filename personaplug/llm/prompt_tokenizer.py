@@ -25,31 +25,20 @@ _PLACEHOLDER = "personaplugplaceofthetext"
 
 @dataclass(frozen=True, repr=False)
 class TokenizedPrompt:
-    """One prompt in tokens.
-
-    Attributes:
-        ids: template head + text + template tail.
-        soft_position: tokens before soft tokens of the placement `prefix`.
-        truncated: whether the end of the text was cut.
-    """
+    """One prompt in tokens: template head + text + template tail."""
 
     ids: Ids
-    soft_position: int
-    truncated: bool
+    soft_position: int  # tokens before soft tokens of the placement `prefix`
+    truncated: bool  # the end of the text was cut
 
 
 class PromptTokenizer:
     """Tokenizes prompts and answers for one model.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: of transformers.
         max_tokens: longest prompt, template included.
-        is_encoder_decoder: whether prompt and answer go to different halves of the model.
-
-    Attributes:
-        max_text_tokens: longest text of a prompt, template excluded.
-    Raises:
-        ConfigError: if the template fills `max_tokens`.
+        is_encoder_decoder: prompt and answer go to different halves of the model.
     """
 
     def __init__(self, tokenizer: Any, *, max_tokens: int, is_encoder_decoder: bool) -> None:
@@ -74,16 +63,12 @@ class PromptTokenizer:
     def encode_prompt(self, text: str, soft_at: int = 0) -> TokenizedPrompt:
         """Tokenize one prompt; cut the end of a text that is too long.
 
-        Args:
-            soft_at: characters of the text before the soft tokens. The rest is tokenized separately; with 0 the text
-                is tokenized in one piece.
-        Raises:
-            ShapeMismatch: if `soft_at` is outside the text.
+        The `soft_at` characters before the soft tokens are tokenized separately; with 0 the text is in one piece.
         """
         if not 0 <= soft_at <= len(text):
             raise ShapeMismatch(
-                f"soft_at is a position in the prompt, 0 to its {len(text)} characters; found {soft_at}. "
-                f"Pass the soft_at that belongs to this prompt."
+                f"soft_at must be 0 to {len(text)}, the characters of the prompt; found {soft_at}. "
+                f"Pass the soft_at of this prompt."
             )
         return self._cached_prompt(text, soft_at)
 
@@ -95,23 +80,17 @@ class PromptTokenizer:
         return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
 
     def encode_prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
-        """Tokenize several prompts; without `soft_at` the soft tokens come before each text.
-
-        Raises:
-            ShapeMismatch: if `soft_at` has another length than `texts`, or is outside a text.
-        """
+        """Tokenize several prompts; without `soft_at` the soft tokens come before each text."""
         positions = [0] * len(texts) if soft_at is None else soft_at
         if len(positions) != len(texts):
             raise ShapeMismatch(f"soft_at needs one position per prompt ({len(texts)}); found {len(positions)}.")
         return [self.encode_prompt(text, position) for text, position in zip(texts, positions, strict=True)]
 
     def encode_chat(self, turns: Sequence[tuple[str, str]]) -> TokenizedPrompt:
-        """Tokenize a chat without cutting; `prefix` soft tokens come before the last user message.
+        """Tokenize (role, text) messages without cutting; `prefix` soft tokens come before the last user message.
 
         A single user message gives the same tokens as `encode_prompt`.
 
-        Args:
-            turns: (role, text) each.
         Raises:
             ConfigError: if the chat template does not show the messages one by one in order.
         """
@@ -159,9 +138,9 @@ class PromptTokenizer:
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text with at most `tokens` tokens, without trailing white space.
 
-        It ends between two tokens and never within a character. The result is counted again, because a beginning may
-        have more tokens alone than within the text.
+        It ends between two tokens and never within a character.
         """
+        # A beginning may have more tokens alone than within the text, so it is counted again.
         beginning = text.rstrip() if tokens > 0 else ""
         while beginning and (end := self._end_of(beginning, tokens)) < len(beginning):
             beginning = beginning[:end].rstrip()
@@ -224,19 +203,12 @@ class PromptTokenizer:
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return the messages in the chat template, with the beginning of the response."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        )
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return str(self.tokenizer.apply_chat_template(list(messages), **options))
 
 
 def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the special tokens that a tokenizer puts before and after a text.
-
-    Raises:
-        ConfigError: if the text is not in one piece between them.
-    """
+    """Return the special tokens that a tokenizer puts before and after a text."""
     bare = tokenizer(_PLACEHOLDER, add_special_tokens=False)["input_ids"]
     framed = tokenizer(_PLACEHOLDER)["input_ids"]
     for start in range(len(framed)):

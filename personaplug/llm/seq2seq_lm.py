@@ -6,7 +6,6 @@ decoder: [I; P; start; y]. The answer attends to them there as in a decoder-only
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ class Seq2SeqLM(LanguageModel):
 
     def choose_runner(self, batch: PromptBatch, *, num_beams: int = 1) -> Runner:
         """Return the runner that puts soft tokens into the encoder (`prefix`) or the decoder (`suffix`)."""
-        return self._decoder_runner if batch.is_suffix else self._encoder_runner
+        return self._decoder_runner if batch.has_soft("suffix") else self._encoder_runner
 
     @torch.no_grad()
     def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[Tensor]:
@@ -77,13 +76,16 @@ class Seq2SeqLM(LanguageModel):
         return logits[:, soft_tokens:]
 
 
-class _Seq2SeqRunner(Runner):
+class EncoderRunner(Runner):
+    """Soft tokens of the placement `prefix`, or none: they are part of what the encoder reads."""
+
     def __init__(self, llm: Seq2SeqLM) -> None:
         self.llm = llm
 
-    @abstractmethod
     def encode(self, batch: PromptBatch, *, side: str) -> tuple[Tensor, Tensor]:
         """Return the encoder's output (B, T, D) and its mask (B, T)."""
+        spliced = self.llm.splice_prompts(batch, side=side)
+        return self.llm.encode(spliced.embeds, spliced.mask), spliced.mask
 
     def decoder_soft(self, batch: PromptBatch) -> SoftPrompt | None:
         """Return the soft tokens that the decoder reads."""
@@ -106,46 +108,15 @@ class _Seq2SeqRunner(Runner):
             columns.append(-token_loss(logits, torch.tensor([ids] * size, device=self.llm.device))[0])
         return torch.stack(columns, dim=1)
 
-
-class EncoderRunner(_Seq2SeqRunner):
-    """Soft tokens of the placement `prefix`, or none: they are part of what the encoder reads."""
-
-    def encode(self, batch: PromptBatch, *, side: str) -> tuple[Tensor, Tensor]:
-        spliced = self.llm.splice_prompts(batch, side=side)
-        return self.llm.encode(spliced.embeds, spliced.mask), spliced.mask
-
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
-        spliced = self.llm.splice_prompts(batch, side="left")
-        inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.mask}
-        return generate_with_transformers(self.llm, config, batch.ngrams, **inputs)
-
-
-class DecoderRunner(_Seq2SeqRunner):
-    """Soft tokens of the placement `suffix`: the decoder reads them, and the encoder's output can be cached."""
-
-    def encode(self, batch: PromptBatch, *, side: str) -> tuple[Tensor, Tensor]:
-        prompts = self.llm.prompt_tokenizer.encode_prompts(batch.prompts)
-        states, lengths = pad_states(
-            self.llm.prompt_states.get([prompt.ids for prompt in prompts]), device=self.llm.device
-        )
-        return states[0, :, 0], left_padding_mask(lengths, states.shape[3]).long()
-
-    def decoder_soft(self, batch: PromptBatch) -> SoftPrompt | None:
-        return batch.soft
-
-    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
-        assert batch.soft is not None
         states, mask = self.encode(batch, side="left")
-        # The cache holds the soft tokens already: the mask counts them, the ids begin after them.
-        return generate_with_transformers(
-            self.llm,
-            config,
-            batch.ngrams,
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=mask,
-            decoder_attention_mask=mask.new_ones(len(batch.prompts), batch.soft.tokens + 1),
-            past_key_values=self._soft_cache(states, mask, batch.soft, beams=config.num_beams),
-        )
+        inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        soft = self.decoder_soft(batch)
+        if soft is not None:
+            # The cache holds the soft tokens already: the mask counts them, the ids begin after them.
+            inputs["decoder_attention_mask"] = mask.new_ones(len(soft), soft.tokens + 1)
+            inputs["past_key_values"] = self._soft_cache(states, mask, soft, beams=config.num_beams)
+        return generate_with_transformers(self.llm, config, batch.ngrams, **inputs)
 
     def _soft_cache(self, states: Tensor, mask: Tensor, soft: SoftPrompt, *, beams: int) -> EncoderDecoderCache:
         """Return the decoder's cache after the soft tokens, repeated for each beam."""
@@ -160,3 +131,17 @@ class DecoderRunner(_Seq2SeqRunner):
         if beams > 1:
             cache.batch_repeat_interleave(beams)
         return cache
+
+
+class DecoderRunner(EncoderRunner):
+    """Soft tokens of the placement `suffix`: the decoder reads them, and the encoder's output can be cached."""
+
+    def encode(self, batch: PromptBatch, *, side: str) -> tuple[Tensor, Tensor]:
+        prompts = self.llm.prompt_tokenizer.encode_prompts(batch.prompts)
+        states, lengths = pad_states(
+            self.llm.prompt_states.get([prompt.ids for prompt in prompts]), device=self.llm.device
+        )
+        return states[0, :, 0], left_padding_mask(lengths, states.shape[3]).long()
+
+    def decoder_soft(self, batch: PromptBatch) -> SoftPrompt | None:
+        return batch.soft

@@ -19,25 +19,17 @@ PLACEMENTS = ("prefix", "suffix")
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """Soft tokens for a batch of queries.
+    """Soft tokens for a batch of queries: S = instruction + persona tokens, D = embedding width of the model."""
 
-    Attributes:
-        vectors: (B, S, D), S = instruction tokens + persona tokens, D = embedding width of the language model.
-        placement: `prefix` = before the user's text (the paper), `suffix` = right before the answer.
-        label_bias: (B, C) added to the log-probability of each label of a closed set; None = no bias.
-    """
-
-    vectors: Tensor
-    placement: str = "prefix"
-    label_bias: Tensor | None = None
+    vectors: Tensor  # (B, S, D)
+    placement: str = "prefix"  # before the user's text (the paper); "suffix" = right before the answer
+    label_bias: Tensor | None = None  # (B, C), added to the log-probability of each label of a closed set
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"A soft prompt's placement is one of {', '.join(PLACEMENTS)}; found {self.placement!r}.")
         if self.vectors.dim() != 3:
-            raise ShapeMismatch(
-                f"A soft prompt is (batch, tokens, width); found the shape {tuple(self.vectors.shape)}."
-            )
+            raise ShapeMismatch(f"A soft prompt is (batch, tokens, width); found {tuple(self.vectors.shape)}.")
 
     def __len__(self) -> int:
         return self.vectors.shape[0]
@@ -62,41 +54,26 @@ class SoftPrompt:
 
 @dataclass(frozen=True)
 class Spliced:
-    """A batch with soft tokens in place.
+    """A batch with soft tokens in place."""
 
-    Attributes:
-        embeds: (B, S + T, D).
-        mask: (B, S + T) int64, 1 at real positions.
-        positions: (B, S + T) int64, counts the real positions of a row from 0.
-        labels: (B, S + T) int64 or None; soft tokens and padding are IGNORED.
-    """
-
-    embeds: Tensor
-    mask: Tensor
-    positions: Tensor
-    labels: Tensor | None
+    embeds: Tensor  # (B, S + T, D)
+    mask: Tensor  # (B, S + T) int64, 1 at real positions
+    positions: Tensor  # (B, S + T) int64, counts the real positions of a row from 0
+    labels: Tensor | None  # (B, S + T) int64, IGNORED at soft tokens and padding
 
 
 def splice(
-    embeds: Tensor,
-    mask: Tensor,
-    *,
-    soft: SoftPrompt | None,
-    at: Tensor,
-    labels: Tensor | None = None,
+    embeds: Tensor, mask: Tensor, *, soft: SoftPrompt | None, at: Tensor, labels: Tensor | None = None
 ) -> Spliced:
     """Insert each row's soft tokens before its `at`-th real position, with padding on either side.
 
     At position 0 a left-padded row becomes [padding, soft, text], a right-padded one [soft, text, padding].
 
     Args:
-        embeds: (B, T, D) embedded text; its device and dtype are those of the result.
-        mask: (B, T), 1 at real positions, which are contiguous in a row.
+        embeds, mask: (B, T, D) and (B, T), 1 at real positions, which are contiguous in a row.
         soft: (B, S, D) to insert; None = only compute the positions.
         at: (B,) real positions before the soft tokens.
-        labels: (B, T) or None.
-    Raises:
-        ShapeMismatch: if the soft prompt has another batch size or width, or `at` is outside a row.
+        labels: (B, T).
     """
     if soft is not None:
         _check(embeds, mask, soft=soft, at=at)
@@ -111,7 +88,8 @@ def _insert(
     vectors = soft.vectors.to(device=embeds.device, dtype=embeds.dtype)
     length, count = embeds.shape[1], soft.tokens
     # Row b becomes embeds[b, :cut], soft[b], embeds[b, cut:]. One gather lets each row have its own cut.
-    cut = (_first_real(mask) + at.to(mask.device)).unsqueeze(1)  # (B, 1)
+    left_padding = (mask.cumsum(dim=1) == 0).sum(dim=1)
+    cut = (left_padding + at.to(mask.device)).unsqueeze(1)  # (B, 1)
     column = torch.arange(length + count, device=embeds.device).unsqueeze(0)  # (1, S + T)
     is_soft = (column >= cut) & (column < cut + count)
     source = torch.where(column < cut, column, torch.where(is_soft, length + column - cut, column - count))
@@ -124,14 +102,6 @@ def _insert(
 
 def _extend(values: Tensor, count: int, *, fill: int) -> Tensor:
     return torch.cat([values, values.new_full((values.shape[0], count), fill)], dim=1)
-
-
-def _first_real(mask: Tensor) -> Tensor:
-    """Return (B,) the index of each row's first real position, or the row length if there is none."""
-    if mask.shape[1] == 0:
-        return mask.new_zeros(mask.shape[0])
-    first = mask.to(torch.int64).argmax(dim=1)
-    return torch.where(mask.sum(dim=1) > 0, first, torch.full_like(first, mask.shape[1]))
 
 
 def _check(embeds: Tensor, mask: Tensor, *, soft: SoftPrompt, at: Tensor) -> None:

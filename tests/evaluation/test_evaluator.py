@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings_of
 from personaplug.evaluation.model_inputs import Showing
 from personaplug.llm.base import PromptBatch
-from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods import CONDITIONS, COUNTED, DEFAULT, needed, parse_conditions
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
@@ -120,13 +120,14 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
 ) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("placement=suffix", "seeds=0", "query_encoder=head"))
     read: list[tuple[int, ...]] = []
-    real = CausalLM._read
+    states = stage.models.llm.prompt_states
+    real = states.compute
 
-    def noted(llm: CausalLM, rows: list[tuple[int, ...]]) -> Any:
+    def noted(rows: Sequence[tuple[int, ...]]) -> Any:
         read.extend(rows)
-        return real(llm, rows)
+        return real(rows)
 
-    monkeypatch.setattr(CausalLM, "_read", noted)
+    monkeypatch.setattr(states, "compute", noted)
     results = stage.evaluate(",".join([*DEFAULT, "mean-persona", "random-vectors"]))
     assert results["placement"] == "suffix"
     assert len(read) == len(set(read)) == 10

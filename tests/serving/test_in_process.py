@@ -248,7 +248,7 @@ def test_a_persona_that_is_no_number_is_refused_and_fails_nobody(toy: CausalLM) 
 
 
 def test_newcomers_do_not_keep_others_waiting(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, behind, done = toy.read, toy.logits_behind, list[str]()
+    read, behind, done = toy.prefill, toy.cached_prefix.logits, list[str]()
 
     def reading(*given: Any, **named: Any) -> Any:
         done.append("r")
@@ -258,8 +258,8 @@ def test_newcomers_do_not_keep_others_waiting(toy: CausalLM, monkeypatch: pytest
         done.append("s")
         return behind(*given, **named)
 
-    monkeypatch.setattr(toy, "read", reading)
-    monkeypatch.setattr(toy, "logits_behind", stepping)
+    monkeypatch.setattr(toy, "prefill", reading)
+    monkeypatch.setattr(toy.cached_prefix, "logits", stepping)
 
     async def ask(engine: InProcessEngine) -> None:
         long = asyncio.create_task(engine.answer(_chat("long", max_tokens=100)))

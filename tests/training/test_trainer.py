@@ -232,13 +232,13 @@ def test_prompts_are_read_once_for_plug_control_and_seeds(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[int, ...]] = []
-    real = CausalLM._read
+    real = CausalLM.compute_prompt_states
 
-    def noted(llm: CausalLM, rows: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    def noted(llm: CausalLM, rows: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
         read.extend(rows)
         return real(llm, rows)
 
-    monkeypatch.setattr(CausalLM, "_read", noted)
+    monkeypatch.setattr(CausalLM, "compute_prompt_states", noted)
     _train(tmp_path / "run", data, "placement=suffix", "seeds=0,1", "epochs=3", "views=1")
     probe, prompts = read[:2], read[2:]
     assert len(probe) == 2

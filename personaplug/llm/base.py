@@ -172,10 +172,10 @@ class LanguageModel(ABC):
     def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
         """Return the length of each prompt, with its target's tokens if given."""
         rows = self.prompt_tokenizer.encode_prompts(prompts)
-        target_ids: Sequence[Ids] = [()] * len(prompts)
+        extra = [0] * len(rows)
         if targets is not None:
-            target_ids = self.prompt_tokenizer.encode_targets(targets)
-        return [Measure(len(row.ids) + len(ids), row.truncated) for row, ids in zip(rows, target_ids, strict=True)]
+            extra = [len(ids) for ids in self.prompt_tokenizer.encode_targets(targets)]
+        return [Measure(len(row.ids) + more, row.truncated) for row, more in zip(rows, extra, strict=True)]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, template excluded."""
@@ -189,8 +189,8 @@ class LanguageModel(ABC):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of the tokens of all texts, concatenated: (n, D)."""
         ids = [token for row in self.prompt_tokenizer.encode_targets(texts) for token in row]
-        kept = [token for token in ids if token not in self.end_ids]
-        return self.embed(torch.tensor(kept, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
+        content_ids = [token for token in ids if token not in self.end_ids]
+        return self.embed(torch.tensor(content_ids, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
 
     def build_ngram_cache(self, answers: Sequence[str]) -> UserNgramCache:
         """Build an n-gram cache from a user's past answers; long answers are truncated."""
@@ -198,10 +198,7 @@ class LanguageModel(ABC):
         return UserNgramCache(encode(text[:MAX_CHARACTERS], end=len(text) <= MAX_CHARACTERS) for text in answers)
 
     def cache_prompts(self, prompts: Sequence[str]) -> None:
-        """Cache the states of prompts before `suffix` soft tokens. Changes the speed, not the results.
-
-        Earlier prompts are dropped, unless they include all of these.
-        """
+        """Cache the states of prompts before `suffix` soft tokens, in place of earlier ones; only the speed changes."""
         rows = self.prompt_tokenizer.encode_prompts(prompts)
         self.prompt_states.fill([row.ids for row in rows], self.prompt_layout)
 

@@ -35,15 +35,13 @@ class CachedPrefixRunner(Runner):
 
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         assert batch.soft is not None
-        targets = pad(target_ids, fill=IGNORED, side="right").to(self.llm.device)
         logits = self.answer_logits(self.load_prefix(batch.prompts), batch.soft, target_ids)
-        return logits, targets
+        return logits, pad(target_ids, fill=IGNORED, side="right").to(self.llm.device)
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
         """One pass over the soft tokens, then one over all labels of several tokens, more for very large label sets."""
         assert batch.soft is not None
-        prefix = self.load_prefix(batch.prompts)
-        rows = len(batch.prompts)
+        prefix, rows = self.load_prefix(batch.prompts), len(batch.prompts)
         logits = self.answer_logits(prefix, batch.soft, [(0,)] * rows)
         scores = log_softmax(logits[:, 0])[:, [ids[0] for ids in label_ids]]
         longer = [index for index, ids in enumerate(label_ids) if len(ids) > 1]
@@ -77,12 +75,7 @@ class CachedPrefixRunner(Runner):
         return torch.stack(tokens, dim=1).tolist()
 
     def logits(self, embeds: Tensor, prefix: CachedPrefix, *, columns: Tensor) -> Tensor:
-        """Run further live tokens behind cached prompts, and add them to the cache.
-
-        Args:
-            embeds: (R, L, D).
-            columns: (C,) positions in L whose logits are returned, (R, C, V).
-        """
+        """Run further live tokens (R, L, D), add them to the cache and return the logits at C columns, (R, C, V)."""
         mask, positions = prefix.mask_and_positions(*embeds.shape[:2])
         with prefix_attention(self.llm.model, prefix) as options:
             return self.llm.forward(embeds, mask=mask, positions=positions, columns=columns, **options)[0]
@@ -98,8 +91,7 @@ class CachedPrefixRunner(Runner):
     def scores_after_first(self, states: Tensor, lengths: Tensor, label_ids: Sequence[Ids]) -> Tensor:
         """Return the log-probability of each label's tokens after its first, (P, len(label_ids)).
 
-        Args:
-            states, lengths: of P prompts with their soft tokens; see `CachedPrefix`.
+        `states` and `lengths` are those of P prompts with their soft tokens; see `CachedPrefix`.
         """
         rows = list(label_ids) * len(lengths)
         ids = pad([row[:-1] for row in rows], fill=0, side="right").to(self.llm.device)

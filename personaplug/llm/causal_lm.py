@@ -26,12 +26,7 @@ _LABEL_ROWS = 64  # (sample, label) rows per pass; bounds the copies of the prom
 
 
 class CausalLM(LanguageModel):
-    """A frozen decoder-only model.
-
-    Attributes:
-        spliced: runs prompt, soft tokens and answer in one sequence.
-        cached_prefix: runs soft tokens and answer behind cached prompts.
-    """
+    """A frozen decoder-only model."""
 
     is_encoder_decoder = False
 

@@ -31,11 +31,7 @@ def sample_tokens(logits: Tensor, config: GenerationConfig, *, generator: torch.
 def generate_with_transformers(
     llm: LanguageModel, config: GenerationConfig, ngrams: Sequence[UserNgramCache] | None, **inputs: Any
 ) -> list[list[int]]:
-    """Return the token ids that transformers generates; torch's global random state stays unchanged.
-
-    Args:
-        inputs: of the model's `generate`.
-    """
+    """Return the token ids that transformers generates from `inputs`; torch's global random state stays unchanged."""
     # The response of an encoder-decoder begins with its start token.
     first = int(llm.is_encoder_decoder)
     processors = [_NgramProcessor(ngrams, config.num_beams, first=first)] if ngrams is not None else []

@@ -51,11 +51,7 @@ class LabelBias:
         return self.next_token_bias(prefix)
 
     def add_to(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Add the bias to (B, L, V) logits, in float32 because half precision would round it away.
-
-        Args:
-            targets: (B, L) tokens that the logits predict, IGNORED elsewhere.
-        """
+        """Add the bias to (B, L, V) logits of (B, L) targets, in float32 because half precision would round it away."""
         cached_bias = lru_cache(self.next_token_bias)
         positions: list[tuple[int, int, int]] = []
         values = [self.values[0, :0]]

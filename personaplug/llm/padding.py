@@ -37,13 +37,13 @@ def pad_states(states: Sequence[Tensor], *, device: torch.device) -> tuple[Tenso
     Returns:
         The states (parts, B, heads, T, width) and the lengths n, (B,).
     """
-    lengths = [one.shape[2] for one in states]
+    lengths = [prompt_states.shape[2] for prompt_states in states]
     parts, heads, _, width = states[0].shape
     stacked = states[0].new_empty(parts, len(states), heads, max(lengths), width, device=device)
-    for index, one in enumerate(states):
+    for index, prompt_states in enumerate(states):
         start = max(lengths) - lengths[index]
         stacked[:, index, :, :start] = 0  # masked, but 0 times an uninitialized NaN would still be NaN
-        stacked[:, index, :, start:] = one
+        stacked[:, index, :, start:] = prompt_states
     return stacked, torch.tensor(lengths, device=device)
 
 

@@ -40,15 +40,16 @@ class CachedPrefix(Cache):
     def __init__(self, states: Tensor, lengths: Tensor) -> None:
         super().__init__(layers=[_PrefixLayer(*states[index : index + 2]) for index in range(0, len(states), 2)])
         self.states, self.lengths = states, lengths
+        self._mask = left_padding_mask(lengths, states.shape[3]).long()
 
     def mask_and_positions(self, rows: int, live: int) -> tuple[Tensor, Tensor]:
         """Return the attention mask (R, T + L + live) and the positions (R, live) of `live` further tokens."""
-        lengths, size = self.lengths.repeat_interleave(rows // len(self.lengths)), self.states.shape[3]
-        earlier = self.get_seq_length() - size
-        mask = left_padding_mask(lengths, size)
+        earlier, rows_per_prompt = self.get_seq_length() - self.states.shape[3], rows // len(self.lengths)
+        lengths = self.lengths.repeat_interleave(rows_per_prompt)
+        mask = self._mask.repeat_interleave(rows_per_prompt, dim=0)
         mask = torch.cat([mask, mask.new_ones(rows, earlier + live)], dim=1)
         positions = lengths[:, None] + torch.arange(earlier, earlier + live, device=lengths.device)
-        return mask.long(), positions
+        return mask, positions
 
     def all_states(self) -> Tensor:
         """Return the states of prompts and live tokens, (2 · layers, P, heads, T + L, head width); needs R = P."""
@@ -95,7 +96,7 @@ def attend(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute softmax attention over cached and live tokens; the signature is transformers'.
+    """Compute softmax attention over cached and live tokens; called by transformers.
 
     Args:
         module: the layer.
@@ -106,8 +107,6 @@ def attend(
         softcap: limits scores to ± this value (Gemma 2).
     Returns:
         (R, Q, H, d).
-    Raises:
-        UnsupportedAttention: if the model needs something else, such as attention sinks.
     """
     unsupported = [name for name in _UNSUPPORTED_OPTIONS if options.get(name) is not None]
     if unsupported or _PREFIX not in options:

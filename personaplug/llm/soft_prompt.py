@@ -93,8 +93,8 @@ def _insert(
     column = torch.arange(length + count, device=embeds.device).unsqueeze(0)  # (1, S + T)
     is_soft = (column >= cut) & (column < cut + count)
     source = torch.where(column < cut, column, torch.where(is_soft, length + column - cut, column - count))
-    both = torch.cat([embeds, vectors], dim=1)
-    new_embeds = both.gather(1, source.unsqueeze(-1).expand(-1, -1, embeds.shape[2]))
+    source_embeds = torch.cat([embeds, vectors], dim=1)
+    new_embeds = source_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, embeds.shape[2]))
     new_mask = _extend(mask, count, fill=1).gather(1, source)
     new_labels = None if labels is None else _extend(labels, count, fill=IGNORED).gather(1, source)
     return new_embeds, new_mask, new_labels

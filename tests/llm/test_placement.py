@@ -33,7 +33,7 @@ def _vectors(llm: Any, *, rows: int = 3, tokens: int = 2, seed: int = 1) -> Tens
     return (drawn * scale).requires_grad_()
 
 
-def _whole(llm: Any, vectors: Tensor, *, prompts: list[str] | None = None) -> tuple[Tensor, Tensor]:
+def _one_sequence(llm: Any, vectors: Tensor, *, prompts: list[str] | None = None) -> tuple[Tensor, Tensor]:
     """Return losses and gradient of prompt, soft tokens and answer as plain embeddings, row by row."""
     losses = []
     for row, (prompt, target) in enumerate(zip(prompts or PROMPTS, TARGETS, strict=True)):
@@ -45,13 +45,13 @@ def _whole(llm: Any, vectors: Tensor, *, prompts: list[str] | None = None) -> tu
     return together.detach(), torch.autograd.grad(together.sum(), vectors)[0]
 
 
-def _apart(llm: Any, vectors: Tensor, *, prompts: list[str] | None = None) -> tuple[Tensor, Tensor]:
+def _cached(llm: Any, vectors: Tensor, *, prompts: list[str] | None = None) -> tuple[Tensor, Tensor]:
     losses, tokens = llm.loss(PromptBatch(prompts or PROMPTS, SoftPrompt(vectors, placement="suffix")), TARGETS)
     assert tokens.tolist() == [len(llm.prompt_tokenizer.encode_target(target)) for target in TARGETS]
     return losses.detach(), torch.autograd.grad(losses.sum(), vectors)[0]
 
 
-def _close(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], *, within: float = 1e-5) -> None:
+def _assert_close(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], *, within: float = 1e-5) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert float((one - other).norm() / other.norm()) < within
 
@@ -63,12 +63,12 @@ def test_suffix_loss_and_gradient_equal_one_sequence(family: str, side: str, cha
     llm = small_llm(family, padding_side=side, chat=chat)
     vectors = _vectors(llm)
     assert llm.supports_prompt_cache
-    wanted = _whole(llm, vectors)
-    _close(_apart(llm, vectors), wanted)
+    wanted = _one_sequence(llm, vectors)
+    _assert_close(_cached(llm, vectors), wanted)
     llm.cache_prompts(PROMPTS)
-    _close(_apart(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), wanted)
     llm.prompt_layout = None  # as for unsupported families
-    _close(_apart(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
@@ -77,9 +77,9 @@ def test_suffix_loss_in_bfloat16_equals_one_sequence_within_rounding(family: str
     llm.model.to(torch.bfloat16)
     vectors = _vectors(llm)
     llm.cache_prompts(PROMPTS)
-    apart = _apart(llm, vectors)
+    apart = _cached(llm, vectors)
     llm.prompt_layout = None
-    _close(apart, _apart(llm, vectors), within=0.05)
+    _assert_close(apart, _cached(llm, vectors), within=0.05)
 
 
 def test_suffix_loss_saves_no_prompt_activations() -> None:
@@ -161,30 +161,30 @@ def test_suffix_ignores_soft_at() -> None:
 def test_cache_prompts_beyond_limit_recomputes_the_rest() -> None:
     llm = small_llm("llama")
     vectors = _vectors(llm)
-    wanted = _whole(llm, vectors)
+    wanted = _one_sequence(llm, vectors)
     layout = llm.prompt_layout
     # The longest prompt does not fit, the others do.
     llm.prompt_states.location, llm.prompt_states.limit = "memory", (len(PROMPTS[2]) + 3) * layout.token_bytes
     llm.cache_prompts(PROMPTS)
     assert len(llm.prompt_states.cache) == 2
-    _close(_apart(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), wanted)
     llm.prompt_states.location = "nowhere"
     llm.clear_cache()
     llm.cache_prompts(PROMPTS)
     assert llm.prompt_states.cache is None
-    _close(_apart(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), wanted)
 
 
 def test_cache_prompts_on_disk_equals_in_memory() -> None:
     llm = small_llm("llama")
     vectors = _vectors(llm)
     llm.cache_prompts(PROMPTS)
-    in_memory = _apart(llm, vectors)
+    in_memory = _cached(llm, vectors)
     llm.clear_cache()
     llm.prompt_states.location = "disk"
     llm.cache_prompts(PROMPTS)
     assert llm.prompt_states.cache.plan.location == "disk"
-    _close(_apart(llm, vectors), in_memory, within=1e-9)
+    _assert_close(_cached(llm, vectors), in_memory, within=1e-9)
 
 
 def test_cache_prompts_twice_computes_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,10 +241,10 @@ def test_seq2seq_suffix_soft_tokens_come_first_in_decoder() -> None:
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
     together = torch.stack(losses)
     wanted = together.detach(), torch.autograd.grad(together.sum(), vectors)[0]
-    _close(_apart(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), wanted)
     llm.cache_prompts(PROMPTS)
     assert len(llm.prompt_states.cache) == 3
-    _close(_apart(llm, vectors), wanted)
+    _assert_close(_cached(llm, vectors), wanted)
     soft = SoftPrompt(vectors.detach(), placement="suffix")
     scores = llm.score(PromptBatch(PROMPTS, soft), ["ok", "n"])
     for column, label in enumerate(["ok", "n"]):

@@ -28,7 +28,7 @@ _PROMPTS = [f"{_TEXT * times} {times}" for times in (1, 2, 4, 8)]
 _TARGETS = ["one two", "1", "three", "2 4 8"]
 
 
-class _Mismatch(Exception):
+class RunnerMismatch(Exception):
     """Both ways run, but their losses or gradients differ."""
 
 
@@ -70,6 +70,6 @@ def _compare_runners(llm: CausalLM) -> Layout:
     # attention to anything else they are not similar at all.
     is_exact = llm.model.dtype == torch.float32
     if not (similarity > (0.999 if is_exact else 0.8) and error < (1e-3 if is_exact else 0.05)):
-        raise _Mismatch(f"gradients agree by {similarity:.3f}, losses differ by {error:.1%}")
+        raise RunnerMismatch(f"gradients agree by {similarity:.3f}, losses differ by {error:.1%}")
     parts, _, heads, _, width = prefix.states.shape
     return Layout(parts, heads, width, prefix.states.dtype)

@@ -70,7 +70,7 @@ def plan_cache(needed: int, *, location: str, limit: int, free: Mapping[str, int
         free: free bytes by location, fastest first.
     """
     if location == "nowhere":
-        return CachePlan("nowhere", 0, "prompt_cache=nowhere: prompts are read anew without gradients")
+        return CachePlan("nowhere", 0, "not kept, as asked; each is read anew without gradients")
     offered = {name: min(limit, size // 2) if limit else size // 2 for name, size in free.items()}
     candidates = [location] if location != "auto" else list(free)
     fitting = [name for name in candidates if needed <= offered[name]]

@@ -191,7 +191,7 @@ def test_an_input_that_leaves_no_room_stays_as_it_is(word: str) -> None:
 class _Clumsy:
     """A stand-in whose tokens are four characters long and begin anew with each text, so that parts mislead."""
 
-    room = 40
+    max_text_tokens = 40
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text) // 4 + 2 * text.count(", and ") for text in texts]

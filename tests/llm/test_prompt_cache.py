@@ -27,7 +27,7 @@ LAYOUT = Layout(parts=4, heads=2, width=3, dtype=torch.float32)
         (6, {"location": "memory"}, "memory", 4, "67% of 6.00 GB kept in memory"),
         (3, {"limit": 2 * GIGA}, "memory", 2, "the limit given"),
         (6, {"limit": 100 * GIGA}, "disk", 6, "half of what is free"),
-        (3, {"location": "nowhere"}, "nowhere", 0, "prompt_cache=nowhere"),
+        (3, {"location": "nowhere"}, "nowhere", 0, "as asked"),
     ],
 )
 def test_plan_cache_chooses_first_location_with_enough_space(

@@ -43,7 +43,8 @@ from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.model_hub import PACKAGED_MODELS
-from personaplug.llm.base import GenerationConfig, pad
+from personaplug.llm.base import GenerationConfig
+from personaplug.llm.padding import pad
 from personaplug.llm.soft_prompt import IGNORED
 from personaplug.methods.predictions import predict_samples
 from personaplug.plug.model import PersonaPlug
@@ -71,8 +72,8 @@ class ReferenceObjective(PlugObjective):
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         llm: Any = self.llm
         soft = self._soft([sample.query for sample in samples], samples)
-        prompts = [llm.prompt_tokenizer.prompt(sample.prompt).ids for sample in samples]
-        answers = llm.prompt_tokenizer.targets([sample.target or "" for sample in samples], labels=self.labels)
+        prompts = [llm.prompt_tokenizer.encode_prompt(sample.prompt).ids for sample in samples]
+        answers = llm.prompt_tokenizer.encode_targets([sample.target or "" for sample in samples], labels=self.labels)
         longest = max(map(len, answers))
         fixed = PROMPT - soft.shape[1] - longest
         rows = [ids[:fixed] for ids in prompts]
@@ -227,7 +228,7 @@ def _ways(
     tokens: int,
 ) -> dict[str, Any]:
     batch = list(samples[: given.batch])
-    models.llm.keep([sample.prompt for sample in batch])
+    models.llm.cache_prompts([sample.prompt for sample in batch])
     ways = [Way(name, run, models, table=table, settings=given.settings) for name in WAYS]
     rates = []
     for turn in range(given.rounds + 1):
@@ -266,7 +267,7 @@ def _histories(
     """Seconds of a suffix step by items of history, which are drawn from the table."""
     rng = np.random.default_rng(0)
     way = Way("c suffix, query head", run, models, table=table, settings=given.settings)
-    models.llm.keep([sample.prompt for sample in batch])
+    models.llm.cache_prompts([sample.prompt for sample in batch])
     longer = {
         items: [
             replace(
@@ -297,7 +298,7 @@ def _epochs(
 ) -> dict[str, float]:
     """Seconds of an epoch with kept prompts, by samples."""
     way = Way("c suffix, query head", run, models, table=table, settings=given.settings)
-    models.llm.keep([sample.prompt for sample in samples])
+    models.llm.cache_prompts([sample.prompt for sample in samples])
     found: dict[str, float] = {}
     print("\nsuffix, an epoch by samples")
     for count in (len(samples) // 4, len(samples) // 2, len(samples)):
@@ -353,7 +354,9 @@ def work(
     linear = sum(p.numel() for n, p in models.llm.model.named_parameters() if _linear(n, p))
     soft = plug.config.instruction_tokens + plug.config.persona_tokens
     prompt = _mean_tokens(models, samples)
-    target = sum(map(len, prompt_tokenizer.targets([s.target or "" for s in samples], labels=labels))) / len(samples)
+    target = sum(map(len, prompt_tokenizer.encode_targets([s.target or "" for s in samples], labels=labels))) / len(
+        samples
+    )
     head: int = 2 * config.vocab_size * config.hidden_size
     # An answer's last token is never read.
     live: float = soft + target - 1 + (0 if kept else prompt)

@@ -12,7 +12,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import past_answers
 from personaplug.errors import ConfigError
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.ngram_cache import check_ngrams
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
@@ -76,13 +76,13 @@ def reply(
         query, options = _query(run.task, prompt), options_of(run.task, prompt)
         soft = personalizer.persona(query, personalizer.encode(items, encoder=models.encoder), options=options)
     if run.task.labels and config.decoding != "generate":
-        scores = models.llm.score([prompt], run.task.labels, soft=soft)
+        scores = models.llm.score(PromptBatch([prompt], soft), run.task.labels)
         return run.task.labels[int(scores[0].argmax())]
     own = None
     if phrases and personalizer is not None and config.persona_scale:
         answers = past_answers(items, latest=personalizer.plug.config.max_history)
-        own = [models.llm.phrases(answers)]
-    return models.llm.generate([prompt], soft=soft, config=_wanted(run.task, config), phrases=own)[0].text
+        own = [models.llm.build_ngram_cache(answers)]
+    return models.llm.generate(PromptBatch([prompt], soft, ngrams=own), _wanted(run.task, config))[0].text
 
 
 def _wanted(task: Task, config: EvaluationConfig) -> GenerationConfig:

@@ -34,9 +34,8 @@ from personaplug.infra.atomic_io import write_json, write_text
 from personaplug.infra.distributed import connect, is_main, main_first
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.progress import Progress
-from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.base import LanguageModel
 from personaplug.llm.loading import choose_device, open_llm
-from personaplug.llm.seq2seq_lm import Seq2SeqLM
 from personaplug.plug.model import PersonaPlug
 
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
@@ -51,7 +50,7 @@ class Models:
     """The two frozen models of a config, loaded."""
 
     encoder: Encoder
-    llm: CausalLM | Seq2SeqLM
+    llm: LanguageModel
 
 
 def open_models(config: Config) -> Models:

@@ -1,4 +1,4 @@
-"""Tiny seeded models of several families, all reading bytes: what the equivalence tests run over."""
+"""Tiny seeded byte-level models of several families, for the equivalence tests."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -71,12 +73,20 @@ DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 FAMILIES = {**DECODERS, "t5": _t5}
 
 
-def small_backend(family: str, *, padding_side: str = "left", chat: bool = False) -> Any:
-    """A backend of that family with weights drawn by seed 0, in float32."""
+def small_llm(family: str, *, padding_side: str = "left", chat: bool = False) -> Any:
+    """Return a model of that family with weights drawn by seed 0, in float32."""
     tokenizer = tiny_tokenizer()
     if chat:
         tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
     torch.manual_seed(0)
     model = FAMILIES[family](_ends(tokenizer))
-    kind = Seq2SeqLM if family == "t5" else CausalLM
-    return kind(model, tokenizer, name=f"small-{family}", padding_side=padding_side)
+    llm_class = Seq2SeqLM if family == "t5" else CausalLM
+    return llm_class(model, tokenizer, name=f"small-{family}", padding_side=padding_side)
+
+
+def small_mamba() -> CausalLM:
+    """Return a state-space model, which has no keys and values to cache."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4)
+    return CausalLM(MambaForCausalLM(config), tokenizer, name="mamba")

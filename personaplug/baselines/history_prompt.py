@@ -141,12 +141,12 @@ class HistoryPromptFormatter:
 
     def _budget(self, bare: _Draft) -> int:
         """Return how many tokens of history fit into a prompt that has none yet."""
-        room = self.llm.room - self._count_tokens(bare)
+        room = self.llm.max_text_tokens - self._count_tokens(bare)
         return min(room, self.history_tokens) if self.history_tokens else room
 
     def _excess(self, draft: _Draft, history: str) -> int:
         """Return by how many tokens the prompt or its history is too long."""
-        excess = self._count_tokens(draft) - self.llm.room
+        excess = self._count_tokens(draft) - self.llm.max_text_tokens
         if not self.history_tokens:
             return excess
         return max(excess, self.llm.count_tokens([history])[0] - self.history_tokens)

@@ -31,7 +31,7 @@ class PromptBuilder:
         self.run, self.models, self.table = run, models, table
         history_tokens = run.config.retrieval.history_tokens
         self.formatter = HistoryPromptFormatter(run.task, models.llm, history_tokens=history_tokens)
-        half = history_tokens // 2 or models.llm.room // 3
+        half = history_tokens // 2 or models.llm.max_text_tokens // 3
         self._half_formatter = HistoryPromptFormatter(run.task, models.llm, history_tokens=half)
         self._retrievers: dict[tuple[str, int], Retriever] = {}
 

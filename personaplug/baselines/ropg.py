@@ -30,7 +30,7 @@ from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
 from personaplug.infra.atomic_io import JsonLines, atomic_write
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import LanguageModel
+from personaplug.llm.base import LanguageModel, PromptBatch
 
 _WEIGHTS = "retriever.safetensors"
 _BATCH_SIZE = 8  # prompts that the model scores at once
@@ -124,7 +124,7 @@ class RopgTeacher:
         with torch.no_grad():
             for start in range(0, len(texts), _BATCH_SIZE):
                 batch = list(texts.values())[start : start + _BATCH_SIZE]
-                losses, _ = self.llm.loss(batch, [sample.target or ""] * len(batch), soft=None)
+                losses, _ = self.llm.loss(PromptBatch(batch), [sample.target or ""] * len(batch))
                 log_likelihoods += (-losses).tolist()
         return RankingTarget(sample.id, list(texts), log_likelihoods)
 

@@ -31,7 +31,7 @@ from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.atomic_io import atomic_write, write_json
-from personaplug.llm.base import LanguageModel
+from personaplug.llm.base import LanguageModel, PromptBatch
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def _train(
     for step, batch in enumerate(_shuffled_batches(pairs, config=config, seed=seed), start=1):
         optimizer.zero_grad()
         with torch.enable_grad():
-            losses, tokens = llm.loss([prompt for prompt, _ in batch], [target for _, target in batch], soft=None)
+            losses, tokens = llm.loss(PromptBatch([prompt for prompt, _ in batch]), [target for _, target in batch])
             loss = losses.sum() / tokens.sum()
             loss.backward()  # type: ignore[no-untyped-call]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))

@@ -19,7 +19,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.infra.atomic_io import JsonLines
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 
 _REQUEST = (
     "These are things that one person wrote or chose. In one or two short sentences, describe this person's interests, "
@@ -82,7 +82,7 @@ class ProfileGenerator:
             for start in range(0, len(requests), _BATCH_SIZE):
                 keys = longest_first[start : start + _BATCH_SIZE]
                 began = time.monotonic()
-                generations = self.llm.generate([requests[key].prompt for key in keys], soft=None, config=config)
+                generations = self.llm.generate(PromptBatch([requests[key].prompt for key in keys]), config)
                 seconds = round((time.monotonic() - began) / len(keys), 4)
                 for key, generation in zip(keys, generations, strict=True):
                     request = requests[key]

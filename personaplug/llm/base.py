@@ -1,49 +1,49 @@
-"""What the project asks of a frozen language model: measure a prompt, a loss, scores of labels, new text.
+"""Interface and common code of frozen language models that take soft prompts.
 
-A backend knows soft prompts and nothing of users. None of its weights ever changes or needs a gradient.
+A language model knows nothing about users, and none of its weights changes or gets a gradient.
+
+With the placement `prefix`, soft tokens are inserted into the embedded prompt right before the user's text (PPlug,
+eq. 5: [I; P; x]), or at `soft_at` (Table 3: retrieved texts come before them). With `suffix` they come right before the
+answer, so the states of the prompt depend on neither plug nor user. Nothing is added to the vocabulary.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from personaplug.errors import ConfigError
-from personaplug.infra.model_hub import LLMIdentity
-from personaplug.llm.ngram_cache import UserNgramCache
-from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.infra.model_hub import LLMIdentity, fingerprint
+from personaplug.llm.chunked_cross_entropy import token_loss
+from personaplug.llm.fp32_logits import use_fp32_logits
+from personaplug.llm.label_bias import LabelBias
+from personaplug.llm.ngram_cache import MAX_CHARACTERS, UserNgramCache
+from personaplug.llm.padding import pad, pad_with_mask
+from personaplug.llm.prompt_cache import CachePlan, Layout, PromptStates
+from personaplug.llm.prompt_tokenizer import Ids, PromptTokenizer
+from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, Spliced, splice
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How new text is chosen.
-
-    Attributes:
-        max_new_tokens: longest answer in tokens.
-        num_beams: 1 = greedy or sampled, more = beam search.
-        do_sample: draw instead of taking the likeliest.
-        temperature: divides the logits when sampling.
-        top_p: smallest set of tokens with this probability, when sampling.
-        seed: of the draw.
-    Raises:
-        ConfigError: if a value is out of range.
-    """
+    """How text is generated, in the terms of transformers' GenerationConfig."""
 
     max_new_tokens: int = 128
-    num_beams: int = 1
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    num_beams: int = 1  # more than 1 = beam search
+    do_sample: bool = False  # False = take the most likely token
+    temperature: float = 1.0  # when sampling
+    top_p: float = 1.0  # when sampling
+    seed: int = 0  # of the samples
 
     def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("num_beams", 1)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} must be {low} or more; found {getattr(self, name)}.")
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more; found {getattr(self, name)}.")
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"temperature must be above 0 and top_p in (0, 1]; found {self.temperature} and {self.top_p}."
@@ -52,141 +52,222 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class Measure:
-    """A prompt as the language model will see it, soft tokens apart.
-
-    Attributes:
-        tokens: its length with the template around it.
-        truncated: whether the end of the text was cut to fit.
-    """
+    """Length of a prompt with the chat template and without soft tokens."""
 
     tokens: int
-    truncated: bool
+    truncated: bool  # the end of the text was cut
 
 
 @dataclass(frozen=True, repr=False)
 class Generation:
-    """New text only.
-
-    Attributes:
-        text: stripped of special tokens and outer white space.
-        finished: False where it stopped at `max_new_tokens`.
-    """
+    """A response, without special tokens and outer white space."""
 
     text: str
-    finished: bool
+    finished: bool  # False if it stopped at `max_new_tokens`
 
 
-class LanguageModel(Protocol):
-    """A frozen language model.
+@dataclass(frozen=True, repr=False)
+class PromptBatch:
+    """B prompts, without chat template, and what personalizes them.
 
-    `soft_at` says how many characters of each prompt stand before soft tokens of the placement `prefix`; None = they
-    stand before all of it. Without soft tokens, or with those of the placement `suffix`, it is of no matter: the model
-    then reads each prompt in one piece.
-
-    Attributes:
-        identity: which model it is.
-        embedding_scale: root mean square of the values of its embedded tokens; the size a soft token should have.
-        dtype: its number format, in words.
-        room: how many tokens of text fit a prompt: the longest prompt less its template.
+    `soft_at` counts the characters of each prompt before soft tokens of the placement `prefix`; None = 0. It is ignored
+    without soft tokens and for `suffix`, because the model then reads each prompt in one piece.
     """
 
-    identity: LLMIdentity
-    embedding_scale: float
-    dtype: str
-    room: int
+    prompts: Sequence[str]
+    soft: SoftPrompt | None = None  # B rows; None = the bare model
+    soft_at: Sequence[int] | None = None
+    ngrams: Sequence[UserNgramCache] | None = None  # interpolated with the model
+
+    def has_soft(self, placement: str) -> bool:
+        """Return True if there are soft tokens of this placement."""
+        return self.soft is not None and self.soft.placement == placement and self.soft.tokens > 0
+
+
+class Runner(ABC):
+    """Forward passes for one placement of soft tokens. Token ids in, without label bias."""
+
+    @abstractmethod
+    def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        """Return logits (B, L, V) and the target tokens that they predict (B, L), IGNORED elsewhere."""
+
+    @abstractmethod
+    def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
+        """Return the log-probability of each label, (B, C)."""
+
+    @abstractmethod
+    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        """Return the token ids of B responses."""
+
+
+class LanguageModel(ABC):
+    """A frozen transformers model; load it with `open_llm` or `load_hf`.
+
+    Args:
+        model: with a language-modeling head; frozen here.
+        name, revision: for error messages and saved plugs.
+        max_prompt_tokens: longer texts are cut at the end.
+        padding_side: of shorter prompts in losses; generation always pads left.
+        prompt_cache, prompt_cache_bytes: location and limit of the cache; see `plan_cache`.
+
+    Attributes:
+        embedding_scale: root mean square of embedding values, the scale that soft tokens should have.
+        max_text_tokens: longest text of a prompt, template excluded.
+        end_ids: tokens that end a response.
+    """
+
+    is_encoder_decoder: bool
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        revision: str | None = None,
+        max_prompt_tokens: int = 512,
+        padding_side: str = "left",
+        prompt_cache: str = "auto",
+        prompt_cache_bytes: int = 0,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        use_fp32_logits(self.model)
+        self.prompt_tokenizer = PromptTokenizer(
+            tokenizer, max_tokens=max_prompt_tokens, is_encoder_decoder=self.is_encoder_decoder
+        )
+        self.max_text_tokens = self.prompt_tokenizer.max_text_tokens
+        self.padding_side = padding_side
+        self.embed = model.get_input_embeddings()
+        self.identity = LLMIdentity(name, revision, fingerprint(model), int(self.embed.weight.shape[1]))
+        self.embedding_scale = self._measure_scale()
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.end_ids = self._find_end_ids()
+        self.prompt_states = PromptStates(
+            self.compute_prompt_states, device=self.device, location=prompt_cache, limit=prompt_cache_bytes
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding table and of soft tokens."""
+        return torch.device(self.embed.weight.device)
+
+    @property
+    @abstractmethod
+    def prompt_layout(self) -> Layout | None:
+        """Shape of cached prompt states; None if this model cannot run prompts separately."""
+
+    @property
+    def supports_prompt_cache(self) -> bool:
+        """True if prompts before `suffix` soft tokens can run separately and without gradients."""
+        return self.prompt_layout is not None
+
+    @abstractmethod
+    def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[Tensor]:
+        """Return the states of at least one prompt without gradients, each (parts, heads, n, width)."""
+
+    @abstractmethod
+    def choose_runner(self, batch: PromptBatch, *, num_beams: int = 1) -> Runner:
+        """Return the runner for the placement of a batch's soft tokens."""
 
     def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
-        """Say how long each prompt is, with its target's tokens if given, and whether it was cut."""
-        ...
+        """Return the length of each prompt, with its target's tokens if given."""
+        rows = self.prompt_tokenizer.encode_prompts(prompts)
+        extra = [0] * len(rows)
+        if targets is not None:
+            extra = [len(ids) for ids in self.prompt_tokenizer.encode_targets(targets)]
+        return [Measure(len(row.ids) + more, row.truncated) for row, more in zip(rows, extra, strict=True)]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Say how many tokens each text is by itself, without template."""
-        ...
-
-    def embedded(self, texts: Sequence[str]) -> Tensor:
-        """Return the embedded tokens of some answers, one behind the other, (n, D), without the end of text."""
-        ...
-
-    def phrases(self, answers: Sequence[str]) -> UserNgramCache:
-        """Return what a user's answers go on with, in this model's tokens; of long ones, the beginnings."""
-        ...
+        """Return the number of tokens of each text, template excluded."""
+        return self.prompt_tokenizer.count_tokens(texts)
 
     def cut_text(self, text: str, tokens: int) -> str:
-        """Return the longest beginning of a text that is at most so many tokens, without white space at its end."""
-        ...
+        """Return the longest beginning of a text with at most `tokens` tokens; see `PromptTokenizer.cut_text`."""
+        return self.prompt_tokenizer.cut_text(text, tokens)
 
-    def loss(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
-        labels: Sequence[str] = (),
-        phrases: Sequence[UserNgramCache] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return −log p of each target (end of text included) and its number of tokens, both (B,).
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embeddings of the tokens of all texts, concatenated: (n, D)."""
+        ids = [token for row in self.prompt_tokenizer.encode_targets(texts) for token in row]
+        content_ids = [token for token in ids if token not in self.end_ids]
+        return self.embed(torch.tensor(content_ids, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
 
-        Gradients reach `soft` and nothing else.
+    def build_ngram_cache(self, answers: Sequence[str]) -> UserNgramCache:
+        """Build an n-gram cache from a user's past answers; long answers are truncated."""
+        encode = self.prompt_tokenizer.encode_target_uncached
+        return UserNgramCache(encode(text[:MAX_CHARACTERS], end=len(text) <= MAX_CHARACTERS) for text in answers)
 
-        Args:
-            labels: the closed set that targets come from, if they will be scored against each other: where none begins
-                another, the end of text tells nothing and is left out.
-            phrases: (B,) mixed into what the model says; None = nothing is.
-        """
-        ...
-
-    def supports_prompt_cache(self) -> bool:
-        """Say whether prompts ahead of soft tokens (`suffix`) can be read by themselves, without gradients."""
-        ...
+    def cache_prompts(self, prompts: Sequence[str]) -> None:
+        """Cache the states of prompts before `suffix` soft tokens, in place of earlier ones; only the speed changes."""
+        rows = self.prompt_tokenizer.encode_prompts(prompts)
+        self.prompt_states.fill([row.ids for row in rows], self.prompt_layout)
 
     def clear_cache(self) -> None:
-        """Free what `keep` holds."""
-        ...
+        """Free the cached prompts."""
+        self.prompt_states.clear()
 
-    def keep(self, prompts: Sequence[str]) -> None:
-        """Read prompts ahead of the soft tokens behind them (`suffix`), and keep what the model makes of them.
+    def plan_prompt_cache(self, tokens: int) -> CachePlan:
+        """Return where `cache_prompts` would keep prompts of this total length."""
+        return self.prompt_states.plan(tokens, self.prompt_layout)
 
-        A matter of speed alone: what is not kept is read when it is needed.
+    def loss(self, batch: PromptBatch, targets: Sequence[str], *, labels: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
+        """Return −log p of each target and its number of tokens, both (B,). Gradients reach only the soft tokens.
+
+        `labels` is the closed set of targets, if they will be scored against each other; see `encode_labels`.
         """
-        ...
+        target_ids = self.prompt_tokenizer.encode_targets(targets, labels=labels)
+        logits, target_tokens = self.choose_runner(batch).target_logits(batch, target_ids)
+        if labels and batch.soft is not None and batch.soft.label_bias is not None:
+            bias = LabelBias(self.prompt_tokenizer.encode_labels(labels), batch.soft.label_bias)
+            logits = bias.add_to(logits, target_tokens)
+        return token_loss(logits, target_tokens, batch.ngrams)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        labels: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Return (B, C) log-probabilities of a closed set of answers, without gradients.
+    @torch.no_grad()
+    def score(self, batch: PromptBatch, labels: Sequence[str]) -> Tensor:
+        """Return (B, C) log-probabilities of a closed set of labels, plus the label bias, not renormalized."""
+        if not batch.prompts:
+            return torch.empty(0, len(labels), device=self.device)
+        scores = self.choose_runner(batch).label_scores(batch, self.prompt_tokenizer.encode_labels(labels))
+        if batch.soft is None or batch.soft.label_bias is None:
+            return scores
+        return scores + batch.soft.label_bias.to(scores)
 
-        What `soft` says of the labels is added, and nothing is normalized again.
-        """
-        ...
+    @torch.no_grad()
+    def generate(self, batch: PromptBatch, config: GenerationConfig) -> list[Generation]:
+        """Generate one response per prompt."""
+        if not batch.prompts:
+            return []
+        rows = self.choose_runner(batch, num_beams=config.num_beams).generate_ids(batch, config)
+        ends = [next((index for index, token in enumerate(row) if token in self.end_ids), None) for row in rows]
+        return [
+            Generation(self.prompt_tokenizer.decode(row[:end]), finished=end is not None)
+            for row, end in zip(rows, ends, strict=True)
+        ]
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        config: GenerationConfig,
-        soft_at: Sequence[int] | None = None,
-        phrases: Sequence[UserNgramCache] | None = None,
-    ) -> list[Generation]:
-        """Answer each prompt; the prompt itself is never part of the answer.
+    def splice_prompts(self, batch: PromptBatch, *, side: str, target_ids: Sequence[Ids] | None = None) -> Spliced:
+        """Tokenize, pad, embed and splice prompts; targets, if given, follow their prompts and become the labels."""
+        prompts = self.prompt_tokenizer.encode_prompts(
+            batch.prompts, batch.soft_at if batch.has_soft("prefix") else None
+        )
+        rows = [prompt.ids for prompt in prompts]
+        is_suffix = batch.has_soft("suffix")
+        at = torch.tensor([len(row.ids) if is_suffix else row.soft_position for row in prompts])
+        labels = None
+        if target_ids is not None:
+            ignored = [[IGNORED] * len(row) + list(ids) for row, ids in zip(rows, target_ids, strict=True)]
+            labels = pad(ignored, fill=IGNORED, side=side).to(self.device)
+            rows = [row + ids for row, ids in zip(rows, target_ids, strict=True)]
+        ids, mask = pad_with_mask(rows, side=side, device=self.device)
+        return splice(self.embed(ids), mask, soft=batch.soft, at=at, labels=labels)
 
-        Args:
-            phrases: as for `loss`.
-        """
-        ...
+    @torch.no_grad()
+    def _measure_scale(self) -> float:
+        # The output of the layer, not its table, because some families scale it.
+        ids = torch.linspace(0, self.embed.num_embeddings - 1, steps=min(4096, self.embed.num_embeddings))
+        return float(self.embed(ids.long().to(self.device)).float().pow(2).mean().sqrt())
 
-
-def pad(rows: Sequence[Sequence[int]], *, fill: int, side: str) -> Tensor:
-    """Make rows of different lengths a (B, T) int64 tensor, padded on the `left` or `right`."""
-    longest = max((len(row) for row in rows), default=0)
-    padded = torch.full((len(rows), longest), fill, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        start = longest - len(row) if side == "left" else 0
-        padded[index, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
-    return padded
+    def _find_end_ids(self) -> list[int]:
+        from_model = self.model.generation_config.eos_token_id
+        listed = from_model if isinstance(from_model, list) else [from_model]
+        ids = [self.prompt_tokenizer.tokenizer.eos_token_id, *listed]
+        return list(dict.fromkeys(token for token in ids if token is not None))

@@ -1,7 +1,7 @@
-"""Cross-entropy of right answers over a wide vocabulary (PPlug, eq. 6), in memory traffic what it has to be.
+"""Cross-entropy over a large vocabulary (PPlug, eq. 6) with little memory traffic.
 
-A vocabulary of 49,152 makes the logits the largest tensor of a step. They are gone through a few places at a time, in
-float32, which stays within a processor's cache; what is kept for the gradient is the logits as the model gave them.
+With 49,152 tokens the logits are the largest tensor of a step. They are converted to float32 a few rows at a time, so
+that these fit into the CPU cache. The backward pass needs only the original logits.
 """
 
 from __future__ import annotations
@@ -15,66 +15,64 @@ from torch import Tensor
 from personaplug.llm.ngram_cache import UserNgramCache, interpolate_losses
 from personaplug.llm.soft_prompt import IGNORED
 
-_CACHED = 2**18  # logits that are gone through at once on a processor; 1 MB in float32
-_AT_ONCE = 2**26  # elsewhere, where a kernel's start costs more than memory does
+_CPU_LOGITS = 2**18  # logits per chunk on a CPU: 1 MB in float32
+_GPU_LOGITS = 2**26  # elsewhere, because a kernel launch costs more than the memory
 
 
-def token_loss(
-    logits: Tensor, labels: Tensor, phrases: Sequence[UserNgramCache] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sum of −log p over each row's labels (eq. 6), and how many there are.
+def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the sum of −log p over each row's labels (eq. 6) and the number of labels, both (B,).
 
     Args:
-        logits: (B, L, V), already aligned with the labels.
-        labels: (B, L), IGNORED where there is nothing to predict.
-        phrases: (B,) mixed into what the logits say; None = nothing is.
+        logits: (B, L, V), aligned with the labels.
+        labels: (B, L), IGNORED if there is nothing to predict.
+        ngrams: (B,) caches to interpolate with the model.
     """
-    real = labels != IGNORED
-    losses: Tensor = _Losses.apply(logits, labels, real)  # type: ignore[no-untyped-call]
-    if phrases is not None:
-        losses = interpolate_losses(losses, labels, phrases)
-    each = losses.new_zeros(labels.shape).masked_scatter(real, losses)
-    return each.sum(dim=1), real.sum(dim=1)
+    is_label = labels != IGNORED
+    losses: Tensor = _TokenLosses.apply(logits, labels, is_label)  # type: ignore[no-untyped-call]
+    if ngrams is not None:
+        losses = interpolate_losses(losses, labels, ngrams)
+    per_position = losses.new_zeros(labels.shape).masked_scatter(is_label, losses)
+    return per_position.sum(dim=1), is_label.sum(dim=1)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities in float32, over the last axis."""
+    """Return log-probabilities in float32, over the last axis."""
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-class _Losses(torch.autograd.Function):
-    """−log p of the labels at the (n) real places of (B, L, V) logits, row by row, in float32.
+class _TokenLosses(torch.autograd.Function):
+    """−log p at the n labeled positions of (B, L, V) logits, row by row, in float32.
 
-    The gradient is softmax − one-hot at real places and 0 at others, whose logits are never looked at.
+    The gradient is softmax − one-hot at labeled positions and 0 elsewhere; other logits are never read.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, real: Tensor) -> Tensor:
-        places, wanted = real.flatten().nonzero()[:, 0], labels[real]
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, is_label: Tensor) -> Tensor:
+        positions, targets = is_label.flatten().nonzero()[:, 0], labels[is_label]
         flat = logits.reshape(-1, logits.shape[-1])
-        normalizers = flat.new_empty(len(places), dtype=torch.float32)
+        normalizers = flat.new_empty(len(positions), dtype=torch.float32)
         losses = torch.empty_like(normalizers)
-        for part in _parts(flat, len(places)):
-            some = flat[places[part]].float()
-            normalizers[part] = some.logsumexp(dim=1)
-            losses[part] = normalizers[part] - some.gather(1, wanted[part, None])[:, 0]
-        ctx.save_for_backward(logits, places, wanted, normalizers)
+        for chunk in _chunks(flat, len(positions)):
+            values = flat[positions[chunk]].float()
+            normalizers[chunk] = values.logsumexp(dim=1)
+            losses[chunk] = normalizers[chunk] - values.gather(1, targets[chunk, None])[:, 0]
+        ctx.save_for_backward(logits, positions, targets, normalizers)
         return losses
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, places, wanted, normalizers = ctx.saved_tensors
+        logits, positions, targets, normalizers = ctx.saved_tensors
         flat = logits.reshape(-1, logits.shape[-1])
-        found = torch.zeros_like(flat)
-        for part in _parts(flat, len(places)):
-            shares = flat[places[part]].float().sub_(normalizers[part, None]).exp_()
-            shares.scatter_add_(1, wanted[part, None], shares.new_full((len(shares), 1), -1))
-            found[places[part]] = shares.mul_(gradient[part, None]).to(found.dtype)
-        return found.view(logits.shape), None, None
+        flat_gradient = torch.zeros_like(flat)
+        for chunk in _chunks(flat, len(positions)):
+            probs = flat[positions[chunk]].float().sub_(normalizers[chunk, None]).exp_()
+            probs.scatter_add_(1, targets[chunk, None], probs.new_full((len(probs), 1), -1))
+            flat_gradient[positions[chunk]] = probs.mul_(gradient[chunk, None]).to(flat.dtype)
+        return flat_gradient.view(logits.shape), None, None
 
 
-def _parts(flat: Tensor, count: int) -> Iterator[slice]:
-    """So many places a few at a time."""
-    most = _CACHED if flat.device.type == "cpu" else _AT_ONCE
-    step = max(1, most // flat.shape[1])
+def _chunks(flat: Tensor, count: int) -> Iterator[slice]:
+    """Split `count` positions into slices of a bounded number of logits."""
+    limit = _CPU_LOGITS if flat.device.type == "cpu" else _GPU_LOGITS
+    step = max(1, limit // flat.shape[1])
     return (slice(start, start + step) for start in range(0, count, step))

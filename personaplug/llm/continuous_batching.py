@@ -1,7 +1,6 @@
-"""ContinuousBatch: answers that are written side by side, where rows come and go between any two tokens.
+"""Continuous batching: responses decoded together, joined and left by requests between any two tokens.
 
-Each row has a prompt, soft tokens and a way of choosing of its own. Requests of different users so share every pass
-over the model's weights, which is most of what a token costs.
+All requests share the pass over the model's weights, which is most of the cost of a token.
 """
 
 from __future__ import annotations
@@ -13,59 +12,62 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from personaplug.llm.base import GenerationConfig, pad
-from personaplug.llm.causal_lm import CausalLM, chosen
-from personaplug.llm.hf import by_length
+from personaplug.llm.base import GenerationConfig
+from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.generation import sample_tokens
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
+from personaplug.llm.padding import group_by_length, pad_states, pad_with_mask
 from personaplug.llm.prefix_attention import CachedPrefix
-from personaplug.llm.prompt_cache import padded_states, real_columns
 from personaplug.llm.prompt_tokenizer import Ids, TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt, splice
 
 
 @dataclass(eq=False, repr=False)
-class Row:
-    """An answer in the making.
+class Slot:
+    """One response in progress; only the thread that runs the batch changes it.
 
-    Attributes:
-        prompt: what is asked, in tokens.
-        soft: (1, S, D), or None.
-        config: how its tokens are chosen; beams are not known here.
-        choices: if given, the tokens of the only answers allowed; none may begin another.
-        phrases: mixed into what the model says where it writes freely; None = nothing is.
-        ids: the tokens so far, an end-of-text token never among them.
-        ended: why it is over: `stop` = it came to its end, `length` = it is as long as was allowed, `failed` = its
-            tokens could not be chosen; None = it goes on. Written by the thread that runs the rows alone.
+    `ended` is `stop` if the response is complete, `length` at max_new_tokens, `failed` if no token could be chosen, and
+    None while the slot is active.
     """
 
     prompt: TokenizedPrompt
-    soft: SoftPrompt | None
-    config: GenerationConfig
-    choices: Sequence[Ids] = ()
-    phrases: UserNgramCache | None = None
-    ids: list[int] = field(default_factory=list)
+    soft: SoftPrompt | None  # one row
+    config: GenerationConfig  # without beams
+    choices: Sequence[Ids] = ()  # the only responses allowed, if given; none is a prefix of another
+    ngrams: UserNgramCache | None = None  # interpolated with the model if there are no choices
+    ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
     ended: str | None = None
 
     def __post_init__(self) -> None:
-        self.draw = torch.Generator().manual_seed(self.config.seed)
+        self._generator = torch.Generator().manual_seed(self.config.seed)
 
-    def take(self, logits: Tensor, *, end: frozenset[int]) -> None:
-        """Choose the next token from (V,) logits on the CPU; whatever keeps it from that ends this row alone."""
+    @property
+    def label_bias(self) -> Tensor | None:
+        """(1, C) bias of each choice, from the soft prompt."""
+        return None if self.soft is None else self.soft.label_bias
+
+    @property
+    def needs_scoring(self) -> bool:
+        """True if the most likely choice is wanted and token-by-token decoding could miss it."""
+        return not self.config.do_sample and any(len(choice) > 1 for choice in self.choices)
+
+    def append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
+        """Choose the next token from (V,) logits on the CPU; an error ends this slot alone."""
         try:
-            self._take(logits, end=end)
+            self._append_next(logits, end_ids=end_ids)
         except (RuntimeError, ValueError):
             self.ended = "failed"
 
-    def _take(self, logits: Tensor, *, end: frozenset[int]) -> None:
+    def _append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
         if self.choices:
-            logits = self._among_choices(logits)
-        elif self.phrases is not None:
-            logits = interpolate_logits(logits[None], [self.phrases], [self.ids])[0]
+            logits = self._mask_choices(logits)
+        elif self.ngrams is not None:
+            logits = interpolate_logits(logits[None], [self.ngrams], [self.ids])[0]
         if not bool(torch.isfinite(logits.max())):
-            raise ValueError("the model's answer is no number")
-        token = int(chosen(logits[None], self.config, draw=self.draw)[0])
-        if token in end and not self.choices:
+            raise ValueError("the largest logit is not finite")
+        token = int(sample_tokens(logits[None], self.config, generator=self._generator)[0])
+        if token in end_ids and not self.choices:
             self.ended = "stop"
             return
         self.ids.append(token)
@@ -74,143 +76,104 @@ class Row:
         elif len(self.ids) >= self.config.max_new_tokens:
             self.ended = "length"
 
-    def _among_choices(self, logits: Tensor) -> Tensor:
-        """The logits of tokens that go on with one of the choices; nothing of the others."""
-        open_ = [choice for choice in self.choices if list(choice[: len(self.ids)]) == self.ids]
-        allowed = torch.tensor(sorted({choice[len(self.ids)] for choice in open_}))
-        only = torch.full_like(logits, -torch.inf)
-        only[allowed] = logits[allowed]
+    def _mask_choices(self, logits: Tensor) -> Tensor:
+        """Return logits that are −inf except at tokens that continue a choice, with the label bias."""
+        count = len(self.ids)
+        allowed = sorted({choice[count] for choice in self.choices if list(choice[:count]) == self.ids})
+        masked = torch.full_like(logits, -torch.inf)
+        masked[allowed] = logits[allowed]
         if self.label_bias is not None:
-            tokens, bias = LabelBias(self.choices, self.label_bias).behind(self.ids)
-            only[tokens] += bias[0].to(only)
-        return only
-
-    @property
-    def label_bias(self) -> Tensor | None:
-        """(1, C) what its persona says of each choice."""
-        return None if self.soft is None else self.soft.label_bias
-
-    @property
-    def wants_likeliest(self) -> bool:
-        """Whether the likeliest of its choices is asked for, and token by token might miss it."""
-        return not self.config.do_sample and any(len(choice) > 1 for choice in self.choices)
+            tokens, bias = LabelBias(self.choices, self.label_bias).next_token_bias(self.ids)
+            masked[tokens] += bias[0].to(masked)
+        return masked
 
 
 class ContinuousBatch:
-    """Rows of one model that take their next tokens together; for one thread.
-
-    Args:
-        backend: a model whose prompts can be read apart (`supports_prompt_cache`).
-    """
+    """Slots that decode together, for one thread; the model must have `supports_prompt_cache`."""
 
     def __init__(self, llm: CausalLM) -> None:
         self.llm = llm
-        self._end = frozenset(llm.end_ids())
-        self._rows: list[Row] = []
-        self._lengths: list[int] = []  # of each row, as far as it is in `_kept`
-        self._kept: CachedPrefix | None = None
-        self._behind = 0  # tokens of every row that stand behind the kept ones
+        self._slots: list[Slot] = []
+        self._prefix: CachedPrefix | None = None  # states of the slots' tokens, all but the last
 
     def __len__(self) -> int:
-        """Rows that go on."""
-        return len(self._going())
+        """Return the number of active slots."""
+        return sum(slot.ended is None for slot in self._slots)
 
     @torch.no_grad()
-    def admit(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of some rows and choose their first tokens; then they go on with the others.
-
-        If that fails, the others are as they were.
-        """
-        going = self._going()
-        states = self._states(going)
-        for group in _alike(rows):
-            found, logits = self._read(group)
-            for row, own, last in zip(group, found, logits.float(), strict=True):
-                if row.wants_likeliest:
-                    row.ids, row.ended = list(row.choices[self._likeliest(row, own, last)]), "stop"
+    def add(self, slots: Sequence[Slot]) -> None:
+        """Run the prompts of slots and choose their first tokens; an error leaves the batch unchanged."""
+        active, states = self._active()
+        for group in _group_similar(slots):
+            group_states, logits = self._prefill(group)
+            for slot, own_states, own_logits in zip(group, group_states, logits.float(), strict=True):
+                if slot.needs_scoring:
+                    slot.ids = list(slot.choices[self._most_likely(slot, own_states, own_logits)])
+                    slot.ended = "stop"
                 else:
-                    row.take(last.cpu(), end=self._end)
-                if row.ended is None:
-                    states.append(own)
-                    going.append(row)
-        self._set(going, states)
+                    slot.append_next(own_logits.cpu(), end_ids=self.llm.end_ids)
+                if slot.ended is None:
+                    active.append(slot)
+                    states.append(own_states)
+        self._set(active, states)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Choose the next token of every row that goes on."""
-        going = self._going()
-        if not going:
-            self._set([], [])
+        """Choose the next token of each active slot."""
+        # Ended slots stay in the batch while they are the minority: removing them copies all states.
+        if 2 * len(self) < len(self._slots):
+            self._set(*self._active())
+        if self._prefix is None:
             return
-        if 2 * len(going) < len(self._rows):  # rows that have ended are left in the pass while they are few
-            self._set(going, self._states(going))
-        assert self._kept is not None
-        device = self.llm.device
-        # A row that has ended repeats its last token, which nobody reads.
-        last = torch.tensor([row.ids[-1] if row.ids else 0 for row in self._rows], device=device)
-        lengths = torch.tensor(self._lengths, device=device)
-        self._behind += 1
-        mask = torch.cat([real_columns(lengths, self._longest), lengths.new_ones(len(self._rows), self._behind)], dim=1)
-        logits = self.llm.logits_behind(
-            self.llm.embed(last)[:, None],
-            mask=mask,
-            positions=lengths[:, None] + self._behind - 1,
-            columns=torch.tensor([0]),
-            kept=self._kept,
-        )
-        for row, own in zip(self._rows, logits[:, 0].float().cpu(), strict=True):
-            if row.ended is None:
-                row.take(own, end=self._end)
+        # An ended slot repeats its last token; nobody reads the result.
+        last = torch.tensor([slot.ids[-1] if slot.ids else 0 for slot in self._slots], device=self.llm.device)
+        embeds = self.llm.embed(last)[:, None]
+        logits = self.llm.cached_prefix.logits(embeds, self._prefix, columns=torch.tensor([0]))
+        for slot, own_logits in zip(self._slots, logits[:, 0].float().cpu(), strict=True):
+            if slot.ended is None:
+                slot.append_next(own_logits, end_ids=self.llm.end_ids)
 
-    def _likeliest(self, row: Row, states: Tensor, first: Tensor) -> int:
-        """The place of the choice that is likeliest as a whole, behind a row's prompt and its (V,) last logits."""
-        choices = list(row.choices)
+    def _most_likely(self, slot: Slot, states: Tensor, first: Tensor) -> int:
+        """Return the index of the most likely choice behind a slot's prompt and its (V,) last logits."""
         lengths = torch.tensor([states.shape[2]], device=self.llm.device)
-        behind = self.llm.going_on(states[:, None], lengths, answers=choices)[0]
-        whole = torch.log_softmax(first, dim=-1)[[choice[0] for choice in choices]] + behind
-        if row.label_bias is not None:
-            whole = whole + row.label_bias[0].to(whole)
-        return int(whole.argmax())
+        rest = self.llm.cached_prefix.scores_after_first(states[:, None], lengths, slot.choices)[0]
+        scores = torch.log_softmax(first, dim=-1)[[choice[0] for choice in slot.choices]] + rest
+        if slot.label_bias is not None:
+            scores = scores + slot.label_bias[0].to(scores)
+        return int(scores.argmax())
 
-    def _going(self) -> list[Row]:
-        return [row for row in self._rows if row.ended is None]
+    def _active(self) -> tuple[list[Slot], list[Tensor]]:
+        """Return the active slots, and the keys and values of each, (2 · layers, heads, n, head width)."""
+        if self._prefix is None:
+            return [], []
+        states = self._prefix.all_states()
+        starts = (self._prefix.states.shape[3] - self._prefix.lengths).tolist()
+        active = [index for index, slot in enumerate(self._slots) if slot.ended is None]
+        return [self._slots[index] for index in active], [states[:, index, :, starts[index] :] for index in active]
 
-    @property
-    def _longest(self) -> int:
-        return max(self._lengths)
+    def _set(self, slots: list[Slot], states: list[Tensor]) -> None:
+        """Replace the slots of the batch; the states are those of all tokens but the last."""
+        self._slots = slots
+        self._prefix = CachedPrefix(*pad_states(states, device=self.llm.device)) if states else None
 
-    def _set(self, rows: list[Row], states: list[Tensor]) -> None:
-        """Go on with some rows, given the states of all their tokens but the last."""
-        self._rows, self._lengths, self._behind = rows, [own.shape[2] for own in states], 0
-        self._kept = CachedPrefix(padded_states(states, device=self.llm.device)) if states else None
-
-    def _states(self, going: Sequence[Row]) -> list[Tensor]:
-        """Keys and values of some of the rows, (2 · layers, heads, n, width) each."""
-        if self._kept is None:
-            return []
-        kept, behind = self._kept.states, self._kept.live_states()
-        whole = kept if behind is None else torch.cat([kept, behind], dim=3)
-        places = {id(row): place for place, row in enumerate(self._rows)}
-        return [whole[:, place, :, self._longest - self._lengths[place] :] for place in (places[id(r)] for r in going)]
-
-    def _read(self, rows: Sequence[Row]) -> tuple[list[Tensor], Tensor]:
-        """States of prompts with their soft tokens, and the logits behind; rows have soft tokens of one shape."""
+    def _prefill(self, slots: Sequence[Slot]) -> tuple[list[Tensor], Tensor]:
+        """Return the states of prompts with soft tokens of one shape, and the logits behind them."""
         llm = self.llm
-        ids = pad([row.prompt.ids for row in rows], fill=0, side="left").to(llm.device)
-        mask = pad([[1] * len(row.prompt.ids) for row in rows], fill=0, side="left").to(llm.device)
-        soft, at = rows[0].soft, torch.tensor([row.prompt.at for row in rows])
-        if soft is not None:
-            soft = SoftPrompt.joined([row.soft for row in rows if row.soft is not None])
-            at = mask.sum(dim=1) if soft.placement == "suffix" else at
-        batch = splice(llm.embed(ids), mask, soft=soft, at=at)
-        return llm.read(batch.embeds, batch.mask)
+        ids, mask = pad_with_mask([slot.prompt.ids for slot in slots], side="left", device=llm.device)
+        at = torch.tensor([slot.prompt.soft_position for slot in slots])
+        soft_prompts = [slot.soft for slot in slots if slot.soft is not None]
+        soft = SoftPrompt.cat(soft_prompts) if soft_prompts else None
+        if soft is not None and soft.placement == "suffix":
+            at = mask.sum(dim=1)
+        spliced = splice(llm.embed(ids), mask, soft=soft, at=at)
+        return llm.prefill(spliced.embeds, spliced.mask)
 
 
-def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Rows whose soft tokens are alike in shape, and whose prompts are of like length."""
-    for _, group in groupby(sorted(rows, key=_shape), key=_shape):
-        yield from by_length(list(group), lambda row: len(row.prompt.ids))
+def _group_similar(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+    """Group slots by the shape of their soft tokens and by the length of their prompts."""
+    for _, group in groupby(sorted(slots, key=_soft_shape), key=_soft_shape):
+        yield from group_by_length(list(group), lambda slot: len(slot.prompt.ids))
 
 
-def _shape(row: Row) -> tuple[str, int]:
-    return (row.soft.placement, row.soft.vectors.shape[1]) if row.soft is not None else ("", 0)
+def _soft_shape(slot: Slot) -> tuple[str, int]:
+    return ("", 0) if slot.soft is None else (slot.soft.placement, slot.soft.tokens)

@@ -1,8 +1,8 @@
-"""LabelBias: what is known of the labels of a closed set beforehand, at the tokens where they part.
+"""Bias of the labels of a closed set, distributed over their tokens.
 
-A label of several tokens gets its bias where its tokens part from those of others: each branch the mean of its labels'
-e^bias, against that of all the branches. Along a label this adds up to its own bias, less what is the same for all.
-Where labels begin alike, choosing token by token then comes near to choosing among whole labels (`score`), no more.
+A label of several tokens gets its bias where its tokens branch off from other labels: each branch gets the mean of its
+labels' e^bias, relative to the mean over all branches. Along a label this sums to its own bias minus a constant common
+to all labels. For labels with a common beginning, token-by-token decoding then approximates whole-label scoring.
 """
 
 from __future__ import annotations
@@ -20,64 +20,60 @@ from personaplug.llm.soft_prompt import IGNORED
 
 
 class LabelBias:
-    """The bias of each label, spread over its tokens.
+    """The bias of each label, distributed over its tokens.
 
     Args:
-        choices: the C labels' tokens; none begins another.
-        values: (B, C), in each row what is added to the log-probability of each label.
+        labels: token ids of the C labels; none is a prefix of another.
+        values: (B, C) added to each label's log-probability.
     """
 
-    def __init__(self, choices: Sequence[Sequence[int]], values: Tensor) -> None:
+    def __init__(self, labels: Sequence[Sequence[int]], values: Tensor) -> None:
         self.values = values.float()
-        self._branches = _branches(tuple(map(tuple, choices)))
+        self._branches = _label_branches(tuple(map(tuple, labels)))
 
-    def behind(self, said: Sequence[int]) -> tuple[list[int], Tensor]:
-        """The n tokens that go on with what is said of a label, and what is added to the logit of each, (B, n).
+    def next_token_bias(self, prefix: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Return the n tokens that continue `prefix` to a label, and the bias of their logits (B, n).
 
-        No tokens where there is but one way to go on.
+        There are no tokens if only one continuation exists.
         """
-        branches = self._branches.get(tuple(said), {})
+        branches = self._branches.get(tuple(prefix), {})
         if len(branches) < 2:
             return [], self.values[:, :0]
-        means = torch.stack([_log_mean(self.values[:, places]) for places in branches.values()], dim=1)
-        every = [place for places in branches.values() for place in places]
-        return list(branches), means - _log_mean(self.values[:, every])[:, None]
+        means = torch.stack([_log_mean_exp(self.values[:, indices]) for indices in branches.values()], dim=1)
+        all_indices = [index for indices in branches.values() for index in indices]
+        return list(branches), means - _log_mean_exp(self.values[:, all_indices])[:, None]
 
-    def where_labels_part(self) -> tuple[list[int], Tensor]:
-        """The same behind all that the labels begin with together."""
-        said: Ids = ()
-        while len(branches := self._branches.get(said, {})) == 1:
-            said += tuple(branches)
-        return self.behind(said)
+    def first_branch_bias(self) -> tuple[list[int], Tensor]:
+        """Return `next_token_bias` after the longest common prefix of all labels."""
+        prefix: Ids = ()
+        while len(branches := self._branches.get(prefix, {})) == 1:
+            prefix += tuple(branches)
+        return self.next_token_bias(prefix)
 
-    def added_to(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """(B, L, V) logits with the bias where the labels part, in float32: a model's own would round it away.
-
-        Args:
-            wanted: (B, L) tokens that the logits are to predict, IGNORED where there is nothing to.
-        """
-        behind = lru_cache(self.behind)
-        places: list[tuple[int, int, int]] = []
+    def add_to(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Add the bias to (B, L, V) logits of (B, L) targets, in float32 because half precision would round it away."""
+        cached_bias = lru_cache(self.next_token_bias)
+        positions: list[tuple[int, int, int]] = []
         values = [self.values[0, :0]]
-        for row, ids in enumerate(wanted.tolist()):
-            real = [column for column, token in enumerate(ids) if token != IGNORED]
-            for count, column in enumerate(real):
-                tokens, bias = behind(tuple(ids[earlier] for earlier in real[:count]))
-                places += [(row, column, token) for token in tokens]
+        for row, ids in enumerate(targets.tolist()):
+            columns = [column for column, token in enumerate(ids) if token != IGNORED]
+            for count, column in enumerate(columns):
+                tokens, bias = cached_bias(tuple(ids[earlier] for earlier in columns[:count]))
+                positions += [(row, column, token) for token in tokens]
                 values.append(bias[row, : len(tokens)])
-        where = torch.tensor(places, dtype=torch.int64, device=logits.device).reshape(-1, 3).unbind(dim=1)
-        return logits.float().index_put(where, torch.cat(values).to(logits.device), accumulate=True)
+        indices = torch.tensor(positions, dtype=torch.int64, device=logits.device).reshape(-1, 3).unbind(dim=1)
+        return logits.float().index_put(indices, torch.cat(values).to(logits.device), accumulate=True)
 
 
-@lru_cache(maxsize=8)  # asked for in each step of a training
-def _branches(choices: tuple[Ids, ...]) -> dict[Ids, dict[int, list[int]]]:
-    """By what is said so far: the tokens that may follow, each with the places of the labels that it leads to."""
-    found: dict[Ids, dict[int, list[int]]] = defaultdict(dict)
-    for place, ids in enumerate(choices):
+@lru_cache(maxsize=8)  # every training step needs the same labels
+def _label_branches(labels: tuple[Ids, ...]) -> dict[Ids, dict[int, list[int]]]:
+    """Map each prefix to its next tokens, and each of these to the indices of the labels that it leads to."""
+    branches: dict[Ids, dict[int, list[int]]] = defaultdict(dict)
+    for index, ids in enumerate(labels):
         for count, token in enumerate(ids):
-            found[ids[:count]].setdefault(token, []).append(place)
-    return dict(found)
+            branches[ids[:count]].setdefault(token, []).append(index)
+    return dict(branches)
 
 
-def _log_mean(values: Tensor) -> Tensor:
+def _log_mean_exp(values: Tensor) -> Tensor:
     return values.logsumexp(dim=1) - math.log(values.shape[1])

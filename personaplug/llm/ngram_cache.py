@@ -1,14 +1,13 @@
-"""Phrases: what a user's own answers go on with, mixed into what the frozen model would say next.
+"""User n-gram cache: a cache language model of a user's past answers, interpolated with the frozen model.
 
-Soft tokens tell a model who is asking; a small one does not spell out of them the names, series and turns of phrase
-that come again in somebody's titles. Counting does: a cache language model (Kuhn and De Mori, 1990) of their answers.
-The model's distribution is mixed with what followed the last 0, 1 and 2 tokens there, the longest context last,
+A small model does not spell names, series titles and fixed expressions out of soft tokens; counting does. The model's
+distribution is interpolated with the tokens that followed the last 0, 1 and 2 tokens in past answers, longest last:
 
-    p ← (1 − s) · p + s · count(context, token) / n        s = n / (n + doubt · u)
+    p ← (1 − s) · p + s · count(context, token) / n        s = n / (n + discount · u)
 
-n being how often the context was seen and u how many different tokens followed it (Witten and Bell, 1991, method C, has
-a doubt of 1: a language model is worth more than shorter contexts). Nothing is trained, no prompt grows, and without
-answers the model's words stay as they are.
+n = occurrences of the context, u = different tokens that followed it. Source: Kuhn and De Mori, 1990; s is Witten and
+Bell, 1991, method C, which has a discount of 1. Ours is larger because a language model is worth more than a shorter
+context. Nothing is trained, the prompt does not grow, and an empty cache changes nothing.
 """
 
 from __future__ import annotations
@@ -23,141 +22,115 @@ from torch import Tensor
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
 
-Ids = Sequence[int]
-
 DISCOUNT = (100.0, 30.0, 10.0)
-"""By how many tokens a context has; chosen on users held out of train (benchmarks/LOG.md, "a user's own phrases")."""
+"""By context length; chosen on users held out of train (benchmarks/LOG.md, "a user's own phrases")."""
 
-LONGEST = 2048
-"""Characters of an answer that are read; phrases are of titles and messages, and a book would hold up everybody."""
+MAX_CHARACTERS = 2048
+"""Characters of an answer that are counted. Titles and messages are shorter; a book would block the server."""
 
-_START = -1  # stands before the first token, which is a context of its own
-_ENTRY_BYTES = 160  # of a token behind a context, with its share of the tables around it
+_START = -1  # the context before the first token
+_ENTRY_BYTES = 160  # of one (context, token) entry, with its share of the dictionaries
 
 
 class UserNgramCache:
-    """What one user's answers go on with.
+    """N-gram counts of one user's answers: token ids, with the end-of-text token."""
 
-    Args:
-        answers: the tokens of each, the end of text among them.
-    """
-
-    def __init__(self, answers: Iterable[Ids]) -> None:
-        after: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+    def __init__(self, answers: Iterable[Sequence[int]]) -> None:
+        counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         for answer in answers:
-            for place, token in enumerate(answer):
-                for context in _contexts(answer, place):
-                    after[context][token] += 1
-        self._after = {context: _Seen(counts, DISCOUNT[len(context)]) for context, counts in after.items()}
+            for index, token in enumerate(answer):
+                for context in _contexts(answer, index):
+                    counts[context][token] += 1
+        self._after = {context: _NextTokens(seen, DISCOUNT[len(context)]) for context, seen in counts.items()}
 
     @property
     def nbytes(self) -> int:
-        """About how much memory it takes."""
-        return _ENTRY_BYTES * sum(1 + len(seen.counts) for seen in self._after.values())
+        """Approximate memory in bytes."""
+        return _ENTRY_BYTES * sum(1 + len(after.counts) for after in self._after.values())
 
-    def mixed(self, shares: Tensor, written: Ids) -> Tensor:
-        """Return the model's (V,) distribution of the next token, mixed with the user's.
+    def interpolate(self, probs: Tensor, prefix: Sequence[int]) -> Tensor:
+        """Interpolate the model's (V,) distribution of the next token after `prefix`, the answer so far."""
+        probs = probs.clone()
+        for after in self._matches(prefix, len(prefix)):
+            tokens, counts = after.arrays
+            probs *= 1 - after.weight
+            probs[tokens.to(probs.device)] += after.weight * counts.to(probs.device, probs.dtype) / after.total
+        return probs
 
-        Args:
-            written: the answer so far.
-        """
-        shares = shares.clone()
-        for seen in self._known(written, len(written)):
-            tokens, counts = seen.arrays
-            shares *= 1 - seen.trust
-            shares[tokens.to(shares.device)] += seen.trust * counts.to(shares.device, shares.dtype) / seen.times
-        return shares
+    def coefficients(self, answer: Sequence[int]) -> list[tuple[float, float]]:
+        """Return (a, b) per token of an answer: interpolation turns the model's p(token) into a · p + b."""
+        pairs = []
+        for index, token in enumerate(answer):
+            scale, offset = 1.0, 0.0
+            for after in self._matches(answer, index):
+                scale *= 1 - after.weight
+                offset = (1 - after.weight) * offset + after.weight * after.counts[token] / after.total
+            pairs.append((scale, offset))
+        return pairs
 
-    def along(self, answer: Ids) -> list[tuple[float, float]]:
-        """What mixing does to the share that the model gives each token of an answer: times a, plus b.
-
-        Returns:
-            (a, b) of each token.
-        """
-        return [self._at(answer, place) for place in range(len(answer))]
-
-    def _at(self, answer: Ids, place: int) -> tuple[float, float]:
-        factor, more = 1.0, 0.0
-        for seen in self._known(answer, place):
-            factor *= 1 - seen.trust
-            more = (1 - seen.trust) * more + seen.trust * seen.counts[answer[place]] / seen.times
-        return factor, more
-
-    def _known(self, answer: Ids, place: int) -> Iterator[_Seen]:
-        """What followed each context of a place that was seen, the shortest first."""
-        for context in _contexts(answer, place):
+    def _matches(self, answer: Sequence[int], index: int) -> Iterator[_NextTokens]:
+        """Yield the counts of each seen context of a position, shortest context first."""
+        for context in _contexts(answer, index):
             if context in self._after:
                 yield self._after[context]
 
 
-class _Seen:
-    """What followed a context.
+class _NextTokens:
+    """Counts of the tokens that followed one context: u = len(counts), n = total, s = weight."""
 
-    Attributes:
-        counts: how often each token did.
-        times: all together (n).
-        trust: how far that is mixed in (s).
-    """
-
-    def __init__(self, counts: Counter[int], doubt: float) -> None:
-        self.counts, self.times = counts, counts.total()
-        self.trust = self.times / (self.times + doubt * len(counts))
+    def __init__(self, counts: Counter[int], discount: float) -> None:
+        self.counts, self.total = counts, counts.total()
+        self.weight = self.total / (self.total + discount * len(counts))
 
     @cached_property
     def arrays(self) -> tuple[Tensor, Tensor]:
-        """The tokens, and how often each; made when something is written behind the context, which few ever are."""
+        """Tokens and their counts; built on first use because generation visits few contexts."""
         return torch.tensor(list(self.counts)), torch.tensor(list(self.counts.values()))
 
 
-def interpolate_logits(logits: Tensor, phrases: Sequence[UserNgramCache], written: Sequence[Ids]) -> Tensor:
-    """Logits of the next token of several answers, each mixed with its user's phrases.
+def interpolate_logits(logits: Tensor, ngrams: Sequence[UserNgramCache], prefixes: Sequence[Sequence[int]]) -> Tensor:
+    """Interpolate the next-token logits (R, V) of R answers, each with its user's cache and its tokens so far.
 
-    Args:
-        logits: (R, V) of the model.
-        phrases: R of them.
-        written: the R answers so far.
     Returns:
-        (R, V) logarithms of the mixed shares; what the model must not say at all stays so.
+        (R, V) log-probabilities; a logit of −inf stays −inf.
     """
-    shares = torch.softmax(logits.float(), dim=-1)
-    rows = zip(shares, phrases, written, strict=True)
-    mixed = torch.stack([own.mixed(row, ids) for row, own, ids in rows]).log()
+    probs = torch.softmax(logits.float(), dim=-1)
+    rows = zip(probs, ngrams, prefixes, strict=True)
+    mixed = torch.stack([cache.interpolate(row, prefix) for row, cache, prefix in rows]).log()
     return mixed.masked_fill(logits == -torch.inf, -torch.inf)
 
 
-def interpolate_losses(losses: Tensor, wanted: Tensor, phrases: Sequence[UserNgramCache]) -> Tensor:
-    """−log p of the tokens of right answers, each mixed with its user's phrases; gradients pass.
+def interpolate_losses(losses: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache]) -> Tensor:
+    """Interpolate −log p of target tokens, each row with its user's cache; differentiable.
 
     Args:
-        losses: (N,) of the model, one answer behind the other.
-        wanted: (B, L) its tokens, negative where there are none; N are not.
-        phrases: B of them.
+        losses: (N,) of the model, row by row.
+        labels: (B, L) the N target tokens, negative elsewhere.
+        ngrams: B caches.
     """
-    rows = zip(wanted.tolist(), phrases, strict=True)
-    pairs = [pair for row, own in rows for pair in own.along([token for token in row if token >= 0])]
-    factor, more = torch.tensor(pairs, dtype=losses.dtype, device=losses.device).reshape(-1, 2).unbind(dim=1)
-    return -torch.logaddexp(factor.log() - losses, more.log())
+    rows = zip(labels.tolist(), ngrams, strict=True)
+    pairs = [pair for row, cache in rows for pair in cache.coefficients([token for token in row if token >= 0])]
+    scale, offset = torch.tensor(pairs, dtype=losses.dtype, device=losses.device).reshape(-1, 2).unbind(dim=1)
+    return -torch.logaddexp(scale.log() - losses, offset.log())
 
 
 def check_ngrams(task: Task) -> None:
-    """Check that users of a task write answers, whose phrases can be mixed into the model's.
-
-    Raises:
-        ConfigError: if they do not.
-    """
+    """Raise ConfigError unless users of a task write answers, so that n-grams can be counted."""
     if task.kind != "text":
         raise ConfigError(
-            f"Phrases are mixed into written answers; {task.name} has a closed set of labels, and a plug knows a "
-            f"user's own by itself."
+            f"Phrases need written answers, but {task.name} has a closed set of labels. A plug already sees the "
+            f"user's own labels; leave phrases out."
         )
     if task.answer_field is None:
-        raise ConfigError(f"Phrases are those of a user's answers, and items of {task.name} hold none (answer_field).")
+        raise ConfigError(
+            f"Phrases need history items with answers, but task {task.name} has no answer_field. Leave phrases out."
+        )
 
 
-def _contexts(answer: Ids, place: int) -> list[tuple[int, ...]]:
-    """The last 0, 1 and 2 tokens before a place, as far as there are so many; the start counts as one."""
+def _contexts(answer: Sequence[int], index: int) -> list[tuple[int, ...]]:
+    """Return the last 0, 1 and 2 tokens before a position; the start of the answer counts as a token."""
     longest = len(DISCOUNT) - 1
-    ahead = tuple(answer[max(0, place - longest) : place])
-    if place < longest:
-        ahead = (_START, *ahead)
-    return [ahead[len(ahead) - size :] for size in range(len(ahead) + 1)]
+    before = tuple(answer[max(0, index - longest) : index])
+    if index < longest:
+        before = (_START, *before)
+    return [before[len(before) - size :] for size in range(len(before) + 1)]

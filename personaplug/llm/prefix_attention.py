@@ -1,8 +1,7 @@
-"""Attention from live tokens (soft tokens and answers) to a prompt whose keys and values are fixed.
+"""Attention from live tokens (soft tokens and answer) to a cached prompt.
 
-The prompt of a frozen model is a constant: no gradient needs to reach its keys and values, and none is computed.
-Queries of heads that share keys are multiplied together, so neither keys nor values are repeated; several live rows may
-share one kept prompt, which is then not repeated either.
+The keys and values of a frozen model's prompt are constant, so they get no gradient. Grouped-query heads are multiplied
+together without repeating keys or values, and several live rows can share one cached prompt.
 """
 
 from __future__ import annotations
@@ -17,43 +16,57 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import eager_mask
 
-NAME = "personaplug_frozen"
-KEPT = "kept_states"
-"""What the keyword is called that hands the kept states through a model to its layers."""
+from personaplug.llm.padding import left_padding_mask
+
+_ATTENTION_NAME = "personaplug_prefix"
+_PREFIX = "personaplug_prefix"  # keyword argument that carries the CachedPrefix through a model to `attend`
+_UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "alibi", "indexer")
+
+
+class UnsupportedAttention(Exception):
+    """A model's attention has a feature that `attend` does not compute."""
 
 
 class CachedPrefix(Cache):
-    """Keys and values of a batch of prompts, all layers, for forward passes of the tokens behind them.
+    """Keys and values of P prompts for forward passes of R live rows behind them; R is a multiple of P.
 
-    To the model it is a cache that holds T tokens and grows by the live ones; unlike one it never lays the two side by
-    side: they meet in `attend` alone.
+    The model sees a cache of T + L tokens. Prompt and live tokens are never concatenated; they meet in `attend`.
+
+    Args:
+        states: (2 · layers, P, heads, T, head width), keys and values alternating, padded on the left.
+        lengths: (P,) real tokens of each prompt.
     """
 
-    def __init__(self, states: Tensor) -> None:
-        """Wrap the states.
+    def __init__(self, states: Tensor, lengths: Tensor) -> None:
+        super().__init__(layers=[_PrefixLayer(*states[index : index + 2]) for index in range(0, len(states), 2)])
+        self.states, self.lengths = states, lengths
+        self._mask = left_padding_mask(lengths, states.shape[3]).long()
 
-        Args:
-            states: (2 · layers, P, heads, T, width of a head), keys and values in turn, padded on the left.
-        """
-        super().__init__(layers=[_KeptLayer(*states[place : place + 2]) for place in range(0, len(states), 2)])
-        self.states = states
+    def mask_and_positions(self, rows: int, live: int) -> tuple[Tensor, Tensor]:
+        """Return the attention mask (R, T + L + live) and the positions (R, live) of `live` further tokens."""
+        earlier, rows_per_prompt = self.get_seq_length() - self.states.shape[3], rows // len(self.lengths)
+        lengths = self.lengths.repeat_interleave(rows_per_prompt)
+        mask = self._mask.repeat_interleave(rows_per_prompt, dim=0)
+        mask = torch.cat([mask, mask.new_ones(rows, earlier + live)], dim=1)
+        positions = lengths[:, None] + torch.arange(earlier, earlier + live, device=lengths.device)
+        return mask, positions
 
-    def live_states(self) -> Tensor | None:
-        """Keys and values of the live tokens so far, (2 · layers, R, heads, L, width); None before the first pass."""
-        live = [layer.live for layer in self.layers if isinstance(layer, _KeptLayer)]
-        found = [states for layer in live for states in (layer.keys, layer.values) if states is not None]
-        return torch.stack(found) if found else None
+    def all_states(self) -> Tensor:
+        """Return the states of prompts and live tokens, (2 · layers, P, heads, T + L, head width); needs R = P."""
+        live = [layer.live for layer in self.layers if isinstance(layer, _PrefixLayer)]
+        parts = [states for layer in live for states in (layer.keys, layer.values) if states is not None]
+        return torch.cat([self.states, torch.stack(parts)], dim=3) if parts else self.states
 
 
-class _KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.is_initialized = keys, values, True
         self.live = DynamicLayer()  # type: ignore[no-untyped-call]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add the live tokens' keys and values to those of earlier passes; all live ones so far."""
-        if not self.live.is_initialized:  # nothing to lay them beside, so nothing is copied
+        """Append keys and values of live tokens; return those of all live tokens."""
+        if not self.live.is_initialized:  # avoids the copy of a concatenation with nothing
             self.live.keys, self.live.values, self.live.is_initialized = key_states, value_states, True
             return key_states, value_states
         return self.live.update(key_states, value_states)
@@ -63,14 +76,14 @@ class _KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def prefix_attention(model: Any) -> Iterator[None]:
-    """Let a model attend by `attend`; its forward passes must be given `kept_states`."""
-    before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
+def prefix_attention(model: Any, prefix: CachedPrefix) -> Iterator[dict[str, Any]]:
+    """Switch a model to `attend` in the block; yields the keyword arguments that its forward pass needs."""
+    previous = model.config._attn_implementation
+    model.config._attn_implementation = _ATTENTION_NAME
     try:
-        yield
+        yield {"past_key_values": prefix, "use_cache": True, _PREFIX: prefix}
     finally:
-        model.config._attn_implementation = before
+        model.config._attn_implementation = previous
 
 
 def attend(
@@ -83,58 +96,54 @@ def attend(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Softmax attention over kept and live tokens together; the signature is transformers'.
+    """Compute softmax attention over cached and live tokens; called by transformers.
 
     Args:
-        module: the layer; its `layer_idx` finds its kept states.
-        query: (R, H, Q, d), R = P · rows that share a prompt, those of one prompt together.
-        key, value: (R, G, L, d) of the live tokens so far, the last Q of which ask; G heads for H = G · heads that
-            share them.
+        module: the layer.
+        query: (R, H, Q, d), rows of one prompt adjacent.
+        key, value: (R, G, L, d) of all live tokens, the last Q of which are queries; G divides H.
         attention_mask: (R, 1, Q, T + L), added to the scores.
-        scaling: factor of the scores; 1/√d otherwise.
-        softcap: scores are squeezed into ± this (Gemma-2).
+        scaling: 1/√d by default.
+        softcap: limits scores to ± this value (Gemma 2).
     Returns:
         (R, Q, H, d).
-    Raises:
-        TypeError: for something that it does not know, such as attention sinks.
     """
-    unknown = [name for name, given in options.items() if name in _MATTERS and given is not None]
-    if unknown:
-        raise TypeError(f"this attention knows no {', '.join(unknown)}")
-    kept = options[KEPT].layers[module.layer_idx]
-    rows, heads, live, width = query.shape
-    (_, groups, seen, _), past = key.shape, kept.keys.shape[-2]
+    unsupported = [name for name in _UNSUPPORTED_OPTIONS if options.get(name) is not None]
+    if unsupported or _PREFIX not in options:
+        raise UnsupportedAttention(", ".join(unsupported) or "the model does not pass keyword arguments to attention")
+    prefix = options[_PREFIX].layers[module.layer_idx]
+    rows, heads, queries, width = query.shape
+    (_, groups, live, _), past = key.shape, prefix.keys.shape[-2]
     query = query * (width**-0.5 if scaling is None else scaling)
-    # Heads that share keys side by side: (R · G, H/G · Q, d).
-    own = query.reshape(rows * groups, -1, width)
-    scores = torch.cat(
-        [_shared(own, kept.keys.transpose(-1, -2)), torch.bmm(own, key.reshape(-1, seen, width).transpose(1, 2))],
-        dim=-1,
-    ).view(rows, heads, live, past + seen)
+    # Query heads that share keys become rows of one matrix: (R · G, H/G · Q, d).
+    grouped = query.reshape(rows * groups, -1, width)
+    past_scores = _multiply_shared(grouped, prefix.keys.transpose(-1, -2))
+    live_scores = torch.bmm(grouped, key.reshape(-1, live, width).transpose(1, 2))
+    scores = torch.cat([past_scores, live_scores], dim=-1).view(rows, heads, queries, past + live)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = torch.softmax((scores + attention_mask).float(), dim=-1).to(value.dtype).view(*own.shape[:2], past + seen)
-    mixed = _shared(weights[..., :past], kept.values) + torch.bmm(
-        weights[..., past:], value.reshape(-1, seen, value.shape[-1])
+    weights = torch.softmax((scores + attention_mask).float(), dim=-1).to(value.dtype)
+    weights = weights.view(*grouped.shape[:2], past + live)
+    mixed = _multiply_shared(weights[..., :past], prefix.values) + torch.bmm(
+        weights[..., past:], value.reshape(-1, live, value.shape[-1])
     )
-    return mixed.view(rows, heads, live, -1).transpose(1, 2).contiguous(), None
+    return mixed.view(rows, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
-_MATTERS = ("s_aux", "position_bias", "alibi", "indexer")
-
-
-def _shared(rows: Tensor, kept: Tensor) -> Tensor:
-    """Multiply (P · r · G, n, a) rows with the (P, G, a, b) kept matrix of their prompt and head: (P · r · G, n, b)."""
-    prompts, groups = kept.shape[:2]
+def _multiply_shared(rows: Tensor, shared: Tensor) -> Tensor:
+    """Multiply (P · r · G, n, a) rows with the (P, G, a, b) matrix of their prompt and head: (P · r · G, n, b)."""
+    prompts, groups = shared.shape[:2]
     count, size, width = rows.shape
-    sharing = count // (prompts * groups)
-    if sharing == 1:
-        return torch.bmm(rows, kept.reshape(count, *kept.shape[2:]))
-    # Rows of one prompt and head under each other, so that one product serves them all.
-    together = rows.view(prompts, sharing, groups, size, width).transpose(1, 2).reshape(prompts * groups, -1, width)
-    found = torch.bmm(together, kept.reshape(prompts * groups, *kept.shape[2:]))
-    return found.view(prompts, groups, sharing, size, -1).transpose(1, 2).reshape(count, size, -1)
+    rows_per_prompt = count // (prompts * groups)
+    if rows_per_prompt == 1:
+        return torch.bmm(rows, shared.reshape(count, *shared.shape[2:]))
+    # Rows of one prompt and head become one matrix, so that a single product serves all of them.
+    by_prompt = rows.view(prompts, rows_per_prompt, groups, size, width).transpose(1, 2)
+    product = torch.bmm(
+        by_prompt.reshape(prompts * groups, -1, width), shared.reshape(prompts * groups, *shared.shape[2:])
+    )
+    return product.view(prompts, groups, rows_per_prompt, size, -1).transpose(1, 2).reshape(count, size, -1)
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionInterface.register(_ATTENTION_NAME, attend)
+AttentionMaskInterface.register(_ATTENTION_NAME, eager_mask)

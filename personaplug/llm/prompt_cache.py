@@ -1,14 +1,16 @@
-"""Prompts read once: the frozen model's states of each, in memory or memory-mapped on disk, within a byte budget.
+"""Cache of prompt states: keys and values, or the output of an encoder.
 
-What a frozen model makes of a prompt that stands before the soft tokens is a constant of training: no epoch, view or
-user changes it. Prompts that find no room are read again each time, without gradients.
+With the placement `suffix` these do not depend on the soft tokens, so they are the same in every epoch and for every
+user. They are kept on the GPU, in memory or memory-mapped on disk; prompts beyond the limit are recomputed.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,143 +18,123 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from personaplug.infra import distributed as processes
 from personaplug.infra.atomic_io import storage_errors
+from personaplug.infra.memory import free_memory
+from personaplug.infra.progress import Progress
+from personaplug.llm.padding import group_by_length
 from personaplug.llm.prompt_tokenizer import Ids
+
+logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The states of one prompt: (parts, heads, tokens, width).
+    """Shape of the states of one prompt: (parts, heads, tokens, width)."""
 
-    Attributes:
-        parts: 2 · layers for keys and values, 1 for an encoder's output.
-        heads: heads that have keys of their own, or 1.
-        width: values of a token in one head.
-        dtype: the model's number format.
-    """
-
-    parts: int
-    heads: int
-    width: int
+    parts: int  # 2 · layers for keys and values, 1 for an encoder's output
+    heads: int  # that have keys and values of their own, or 1
+    width: int  # values per token and head
     dtype: torch.dtype
 
     @property
-    def values(self) -> int:
-        """Numbers kept of one token."""
+    def token_values(self) -> int:
+        """Values per token."""
         return self.parts * self.heads * self.width
 
     @property
-    def bytes(self) -> int:
-        """What one token takes."""
-        return self.values * self.dtype.itemsize
+    def token_bytes(self) -> int:
+        """Bytes per token."""
+        return self.token_values * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where prompts are kept, and why there.
+    """Where prompts are cached."""
 
-    Attributes:
-        place: gpu, memory, disk or nowhere.
-        bytes: at most.
-        reason: for people.
-        share: of the prompts that find room, 0 to 1.
-    """
-
-    place: str
+    location: str  # gpu, memory, disk or nowhere
     bytes: int
-    reason: str
-    share: float = 0.0
+    reason: str  # for the log
+    fraction: float = 0.0  # of the prompts that fit
 
 
-def plan_cache(needed: int, *, wanted: str, limit: int, free: Mapping[str, int]) -> CachePlan:
-    """Choose where prompts are kept: in the first place that has twice the room, else in part in the largest.
+def plan_cache(needed: int, *, location: str, limit: int, free: Mapping[str, int]) -> CachePlan:
+    """Choose the first location with twice the needed space; if none has it, fill the largest.
 
     Args:
         needed: bytes of all prompts.
-        wanted: one place; auto = whichever; nowhere.
-        limit: most bytes, if half of what is free is more; 0 = that half.
-        free: bytes that are free in each place, the fastest first.
+        location: gpu, memory, disk, nowhere, or auto = any.
+        limit: most bytes; 0 or more than half of the free space = half of the free space.
+        free: free bytes by location, fastest first.
     """
-    if wanted == "nowhere":
+    if location == "nowhere":
         return CachePlan("nowhere", 0, "not kept, as asked; each is read anew without gradients")
-    offered = {place: min(limit, size // 2) if limit else size // 2 for place, size in free.items()}
-    places = [wanted] if wanted != "auto" else list(free)
-    place = next((place for place in places if needed <= offered[place]), max(places, key=lambda one: offered[one]))
-    size, bound = f"{needed / 1e9:.2f} GB", f"{offered[place] / 1e9:.2f} GB"
-    whose = "the limit given" if limit == offered[place] else "half of what is free there"
-    where = {"gpu": "on the GPU", "memory": "in memory", "disk": f"on disk in {tempfile.gettempdir()}"}[place]
-    if needed <= offered[place]:
-        tight = places[: places.index(place)]
-        beyond = "".join(f"; the {one} offers {offered[one] / 1e9:.2f} GB" for one in tight)
-        return CachePlan(place, needed, f"kept {where}: {size} of at most {bound}, {whose}{beyond}", share=1.0)
-    share = offered[place] / needed
-    part = f"{share:.0%} of {size} kept {where}, {whose}"
-    return CachePlan(place, offered[place], f"{part}; the others are read anew without gradients", share=share)
+    offered = {name: min(limit, size // 2) if limit else size // 2 for name, size in free.items()}
+    candidates = [location] if location != "auto" else list(free)
+    fitting = [name for name in candidates if needed <= offered[name]]
+    chosen = fitting[0] if fitting else max(candidates, key=lambda name: offered[name])
+    size, bound = _gigabytes(needed), _gigabytes(offered[chosen])
+    rule = "the limit given" if limit == offered[chosen] else "half of what is free"
+    where = {"gpu": "on the GPU", "memory": "in memory", "disk": f"on disk in {tempfile.gettempdir()}"}[chosen]
+    if fitting:
+        too_small = candidates[: candidates.index(chosen)]
+        others = "".join(f"; the {name} offers {_gigabytes(offered[name])}" for name in too_small)
+        return CachePlan(chosen, needed, f"kept {where}: {size} of at most {bound}, {rule}{others}", fraction=1.0)
+    fraction = offered[chosen] / needed
+    reason = f"{fraction:.0%} of {size} kept {where}, {rule}; the others are read anew without gradients"
+    return CachePlan(chosen, offered[chosen], reason, fraction=fraction)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
 
 
 class PromptCache:
-    """States of prompts, one after another in one buffer, found by the prompts' tokens.
+    """States of prompts in one buffer, looked up by token ids; `device` is that of the location gpu."""
 
-    Attributes:
-        layout: of the states.
-        room: where the buffer is.
-    """
-
-    def __init__(self, layout: Layout, *, room: CachePlan, device: torch.device = _CPU) -> None:
-        """Take the room.
-
-        Args:
-            device: the model's, where `room` says gpu.
-        Raises:
-            StorageError: if the disk has no such room.
-        """
-        self.layout, self.room = layout, room
-        self._device = device if room.place == "gpu" else _CPU
-        self._places: dict[Ids, int] = {}
+    def __init__(self, layout: Layout, *, plan: CachePlan, device: torch.device = _CPU) -> None:
+        self.layout, self.plan = layout, plan
+        self._offsets: dict[Ids, int] = {}
         self._used = 0
-        self._buffer = self._allocate(room.bytes // layout.dtype.itemsize)
+        self._buffer = self._allocate(plan.bytes // layout.dtype.itemsize, device if plan.location == "gpu" else _CPU)
 
     def __len__(self) -> int:
-        """Prompts held."""
-        return len(self._places)
-
-    def __contains__(self, ids: Ids) -> bool:
-        return ids in self._places
+        return len(self._offsets)
 
     def fits(self, tokens: int) -> bool:
-        """Whether a prompt of so many tokens still finds room."""
-        return self._used + tokens * self.layout.values <= len(self._buffer)
+        """Return True if a prompt of this length still fits."""
+        return self._used + tokens * self.layout.token_values <= len(self._buffer)
 
     def put(self, ids: Ids, states: Tensor) -> None:
-        """Keep the (parts, heads, n, width) states of a prompt of n tokens that fits."""
+        """Store the (parts, heads, n, width) states of a prompt that fits."""
         self._buffer[self._used : self._used + states.numel()].copy_(states.reshape(-1))
-        self._places[ids] = self._used
+        self._offsets[ids] = self._used
         self._used += states.numel()
 
     def get(self, ids: Ids) -> Tensor | None:
-        """The (parts, heads, n, width) states of a prompt, if they are kept."""
-        start = self._places.get(ids)
+        """Return the (parts, heads, n, width) states of a prompt, or None if it is not cached."""
+        start = self._offsets.get(ids)
         if start is None:
             return None
         layout, tokens = self.layout, len(ids)
-        flat = self._buffer[start : start + tokens * layout.values]
+        flat = self._buffer[start : start + tokens * layout.token_values]
         return flat.view(layout.parts, layout.heads, tokens, layout.width)
 
-    def _allocate(self, count: int) -> Tensor:
-        if self.room.place != "disk" or not count:
-            return torch.empty(count, dtype=self.layout.dtype, device=self._device)
-        # The file has no name once it is mapped, so that whatever ends this process also frees the disk.
+    def _allocate(self, count: int, device: torch.device) -> Tensor:
+        if self.plan.location != "disk" or not count:
+            return torch.empty(count, dtype=self.layout.dtype, device=device)
+        # The file has no name once it is mapped, so the disk space is freed however this process ends.
         with tempfile.TemporaryDirectory(prefix="personaplug-prompts-") as folder, storage_errors(Path(folder)):
             path = Path(folder) / "states"
             with path.open("wb") as file:
-                # Taken now: a mapped file that finds the disk full while it is written kills the process.
-                _take(file, count * self.layout.dtype.itemsize)
+                # Reserved now, because writing to a mapped file on a full disk kills the process.
+                _reserve(file, count * self.layout.dtype.itemsize)
             return torch.from_file(str(path), shared=True, size=count, dtype=self.layout.dtype)
 
 
-def _take(file: BinaryIO, size: int) -> None:
+def _reserve(file: BinaryIO, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return
@@ -161,24 +143,69 @@ def _take(file: BinaryIO, size: int) -> None:
         file.write(block[: size - start])
 
 
-def real_columns(lengths: Tensor, longest: int) -> Tensor:
-    """Which columns of `padded_states` hold tokens, (B, T) bool, for rows of these (B,) lengths."""
-    return torch.arange(longest, device=lengths.device) >= longest - lengths[:, None]
-
-
-def padded_states(states: Sequence[Tensor], *, device: torch.device) -> Tensor:
-    """Lay prompts' states side by side, padded on the left, so that what follows them stands right behind them.
+class PromptStates:
+    """States of prompts, from the cache or computed when needed.
 
     Args:
-        states: B of (parts, heads, n, width).
-    Returns:
-        (parts, B, heads, T, width), T = the longest.
+        compute: returns the states of prompts of similar length, each (parts, heads, n, width), without gradients.
+        device: of the model.
+        location, limit: see `plan_cache`; processes on one machine share the limit.
     """
-    longest = max(one.shape[2] for one in states)
-    parts, heads, _, width = states[0].shape
-    together = states[0].new_empty(parts, len(states), heads, longest, width, device=device)
-    for row, one in enumerate(states):
-        start = longest - one.shape[2]
-        together[:, row, :, :start] = 0  # never attended to, yet 0 times an unset number may be no number
-        together[:, row, :, start:] = one
-    return together
+
+    def __init__(
+        self, compute: Callable[[Sequence[Ids]], list[Tensor]], *, device: torch.device, location: str, limit: int
+    ) -> None:
+        self.compute, self.device, self.location, self.limit = compute, device, location, limit
+        self.cache: PromptCache | None = None
+        self._prompts: frozenset[Ids] = frozenset()  # of the last `fill`, whether they fit or not
+
+    def plan(self, tokens: int, layout: Layout | None) -> CachePlan:
+        """Return where prompts of this total length would be cached; a layout of None = not possible."""
+        if layout is None:
+            return CachePlan("nowhere", 0, "not kept: this model's own cache does not allow it")
+        shared = {"memory": free_memory(), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
+        free = {name: size // processes.local_world_size() for name, size in shared.items()}
+        if self.device.type == "cuda":
+            free = {"gpu": torch.cuda.mem_get_info(self.device)[0], **free}
+        limit = self.limit // processes.local_world_size()
+        return plan_cache(tokens * layout.token_bytes, location=self.location, limit=limit, free=free)
+
+    def fill(self, prompts: Sequence[Ids], layout: Layout | None) -> None:
+        """Compute and cache these prompts in place of the earlier ones; do nothing if all were filled before."""
+        prompts = list(dict.fromkeys(prompts))
+        if prompts and self._prompts.issuperset(prompts):
+            return
+        self.clear()
+        self._prompts = frozenset(prompts)
+        plan = self.plan(sum(map(len, prompts)), layout)
+        logger.info("%d prompts: %s", len(prompts), plan.reason)
+        if layout is None or plan.location == "nowhere":
+            return
+        self.cache = cache = PromptCache(layout, plan=plan, device=self.device)
+        with Progress("cache prompts", total=len(prompts), unit="prompts") as progress:
+            for group in group_by_length(prompts, len):
+                fitting = [ids for ids in group if cache.fits(len(ids))]
+                for ids, states in zip(fitting, self.compute(fitting) if fitting else [], strict=True):
+                    if cache.fits(len(ids)):  # after the earlier ones of the group
+                        cache.put(ids, states)
+                progress.advance(len(group))
+
+    def clear(self) -> None:
+        """Free the cache."""
+        if self.cache is None and not self._prompts:
+            return
+        self.cache, self._prompts = None, frozenset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def get(self, prompts: Sequence[Ids]) -> list[Tensor]:
+        """Return the states of each prompt, cached or computed now."""
+        states: dict[Ids, Tensor] = {}
+        for ids in dict.fromkeys(prompts):
+            cached = self.cache.get(ids) if self.cache is not None else None
+            if cached is not None:
+                states[ids] = cached
+        missing = [ids for ids in dict.fromkeys(prompts) if ids not in states]
+        for group in group_by_length(missing, len):
+            states.update(zip(group, self.compute(group), strict=True))
+        return [states[ids] for ids in prompts]

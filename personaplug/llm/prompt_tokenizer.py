@@ -1,7 +1,7 @@
-"""Renderer: a user's text becomes token ids, with the place where soft tokens go.
+"""Tokenization of prompts and answers for one model, with the position of the soft tokens.
 
-The chat template is applied around the text, not over it: head and tail are tokenized once, the text by itself with
-special tokens switched off, so that a text that spells `<|im_end|>` stays text.
+The parts of the chat template before and after the text are tokenized once. The text is tokenized alone, with special
+tokens switched off, so a text that spells `<|im_end|>` stays text.
 """
 
 from __future__ import annotations
@@ -19,234 +19,198 @@ from personaplug.errors import ConfigError, ShapeMismatch
 
 Ids = tuple[int, ...]
 
-_REMEMBERED = 4_096  # prompts, and answers, whose tokens are kept; 3 KB for 80 of them
-_PLACE = "personaplugplaceofthetext"
+_CACHED_TEXTS = 4_096  # prompts, and as many answers; a prompt of 80 tokens takes 3 KB
+_PLACEHOLDER = "personaplugplaceofthetext"
 
 
 @dataclass(frozen=True, repr=False)
 class TokenizedPrompt:
-    """One prompt in tokens.
+    """One prompt in tokens: template head + text + template tail."""
 
-    Attributes:
-        ids: head + text + tail.
-        at: how many tokens stand before the soft tokens: the head, and what of the text was asked to precede them.
-        truncated: whether the end of the text was cut to fit.
-    """
-
-    ids: tuple[int, ...]
-    at: int
-    truncated: bool
+    ids: Ids
+    soft_position: int  # tokens before soft tokens of the placement `prefix`
+    truncated: bool  # the end of the text was cut
 
 
 class PromptTokenizer:
-    """Turns texts into tokens for one model.
+    """Tokenizes prompts and answers for one model.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        max_tokens: longest prompt, head and tail included.
-        encoder_decoder: whether prompt and answer are read by different halves of the model.
-
-    Attributes:
-        room: how many tokens of text fit a prompt, head and tail apart.
-    Raises:
-        ConfigError: if `max_tokens` leaves no room for text within the chat template.
+        tokenizer: of transformers.
+        max_tokens: longest prompt, template included.
+        is_encoder_decoder: prompt and answer go to different halves of the model.
     """
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int, encoder_decoder: bool) -> None:
+    def __init__(self, tokenizer: Any, *, max_tokens: int, is_encoder_decoder: bool) -> None:
         self.tokenizer = tokenizer
-        # Of users' texts, in which special tokens are text. One of its own: whether they are is a state of a tokenizer,
-        # and several threads would change it under each other.
-        self._of_texts = copy.deepcopy(tokenizer)
+        # User texts need special tokens switched off. That is a state of a tokenizer and threads would race for it, so
+        # texts have a tokenizer to themselves.
+        self._text_tokenizer = copy.deepcopy(tokenizer)
         self.max_tokens = max_tokens
-        self.chat = not encoder_decoder and bool(getattr(tokenizer, "chat_template", None))
-        head, tail = self._chat_frame() if self.chat else self._plain_frame(new_line=not encoder_decoder)
+        self.has_chat_template = not is_encoder_decoder and bool(getattr(tokenizer, "chat_template", None))
+        head, tail = self._chat_frame() if self.has_chat_template else self._plain_frame(newline=not is_encoder_decoder)
         self.head, self.tail = tuple(head), tuple(tail)
-        if max_tokens <= len(self.head) + len(self.tail):
+        frame_tokens = len(head) + len(tail)
+        if max_tokens <= frame_tokens:
             raise ConfigError(
-                f"max_prompt_tokens must exceed the {len(self.head) + len(self.tail)} tokens of the model's "
-                f"template; found {max_tokens}."
+                f"max_prompt_tokens must exceed the {frame_tokens} tokens of the model's template; found {max_tokens}."
             )
-        self.room = max_tokens - len(self.head) - len(self.tail)
-        # Behind a prompt that is read once, tokenizing it again for each view would be a good part of a step.
-        self._prompt = lru_cache(_REMEMBERED)(self._tokenized_prompt)
-        self._answer = lru_cache(_REMEMBERED)(self.unremembered)
+        self.max_text_tokens = max_tokens - frame_tokens
+        # With cached prompt states, tokenizing the same prompts in every epoch would be a good part of a step.
+        self._cached_prompt = lru_cache(_CACHED_TEXTS)(self._encode_prompt)
+        self._cached_target = lru_cache(_CACHED_TEXTS)(self.encode_target_uncached)
 
-    def prompt(self, text: str, soft_at: int = 0) -> TokenizedPrompt:
-        """Tokenize one prompt; the end of the text is cut where it is too long.
+    def encode_prompt(self, text: str, soft_at: int = 0) -> TokenizedPrompt:
+        """Tokenize one prompt; cut the end of a text that is too long.
 
-        Args:
-            text: what the model is asked.
-            soft_at: characters of the text that stand before the soft tokens; what stands behind them is tokenized
-                apart. 0 also where there are no soft tokens, so that a bare model reads the text in one piece.
-        Raises:
-            ShapeMismatch: if the text has no such place.
+        The `soft_at` characters before the soft tokens are tokenized separately; with 0 the text is in one piece.
         """
         if not 0 <= soft_at <= len(text):
             raise ShapeMismatch(
-                f"soft_at is a place in the prompt, 0 to its {len(text)} characters; found {soft_at}. "
-                f"Give the place that was found when this prompt was written."
+                f"soft_at must be 0 to {len(text)}, the characters of the prompt; found {soft_at}. "
+                f"Pass the soft_at of this prompt."
             )
-        return self._prompt(text, soft_at)
+        return self._cached_prompt(text, soft_at)
 
-    def _tokenized_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
+    def _encode_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
         before = self._text_ids(text[:soft_at]) if soft_at else []
         ids = before + self._text_ids(text[soft_at:])
-        kept = (*self.head, *ids[: self.room], *self.tail)
-        return TokenizedPrompt(kept, at=len(self.head) + min(len(before), self.room), truncated=len(ids) > self.room)
+        room = self.max_text_tokens
+        framed = (*self.head, *ids[:room], *self.tail)
+        return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
 
-    def prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
-        """Tokenize several prompts; without `soft_at` the soft tokens stand before each text.
+    def encode_prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
+        """Tokenize several prompts; without `soft_at` the soft tokens come before each text."""
+        positions = [0] * len(texts) if soft_at is None else soft_at
+        if len(positions) != len(texts):
+            raise ShapeMismatch(f"soft_at needs one position per prompt ({len(texts)}); found {len(positions)}.")
+        return [self.encode_prompt(text, position) for text, position in zip(texts, positions, strict=True)]
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> TokenizedPrompt:
+        """Tokenize (role, text) messages without cutting; `prefix` soft tokens come before the last user message.
+
+        A single user message gives the same tokens as `encode_prompt`.
 
         Raises:
-            ShapeMismatch: if there is not one place a text, or a text has no such place.
+            ConfigError: if the chat template does not show the messages one by one in order.
         """
-        places = [0] * len(texts) if soft_at is None else soft_at
-        if len(places) != len(texts):
-            raise ShapeMismatch(f"soft_at needs one place for each of {len(texts)} prompts; found {len(places)}.")
-        return [self.prompt(text, place) for text, place in zip(texts, places, strict=True)]
+        frame = self._frame_ids_of([role for role, _ in turns])
+        last_user = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
+        ids, soft_position = list(frame[0]), 0
+        for index, ((_, text), tail) in enumerate(zip(turns, frame[1:], strict=True)):
+            soft_position = len(ids) if index == last_user else soft_position
+            ids += [*self._text_ids(text), *tail]
+        return TokenizedPrompt(tuple(ids), soft_position, truncated=False)
 
-    def turns(self, turns: Sequence[tuple[str, str]]) -> TokenizedPrompt:
-        """Tokenize the turns of a chat, whole; soft tokens of the placement `prefix` stand before the last user's text.
+    def encode_plain(self, text: str) -> TokenizedPrompt:
+        """Tokenize a text without chat template and without cutting; `prefix` soft tokens come before it."""
+        head, tail = self._plain_frame(newline=False)
+        return TokenizedPrompt((*head, *self._text_ids(text), *tail), len(head), truncated=False)
 
-        A single turn of a user gives what `prompt` gives. Whatever a turn says is only ever text.
+    def encode_target(self, text: str, *, end: bool = True) -> Ids:
+        """Tokenize an answer; `end` appends the end-of-text token."""
+        return self._cached_target(text, end)
 
-        Args:
-            turns: (role, text) each.
-        Raises:
-            ConfigError: if the model's chat template does not show them one by one in order.
-        """
-        frame = self._frame_of([role for role, _ in turns])
-        asked = max((number for number, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
-        ids, at = list(frame[0]), 0
-        for number, ((_, text), behind) in enumerate(zip(turns, frame[1:], strict=True)):
-            at = len(ids) if number == asked else at
-            ids += [*self._text_ids(text), *behind]
-        return TokenizedPrompt(tuple(ids), at=at, truncated=False)
-
-    def bare(self, text: str) -> TokenizedPrompt:
-        """Tokenize a text without the chat template, whole; soft tokens of the placement `prefix` stand before it."""
-        head, tail = self._plain_frame(new_line=False)
-        return TokenizedPrompt((*head, *self._text_ids(text), *tail), at=len(head), truncated=False)
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text is by itself."""
-        return [len(ids) for ids in self._encoded(list(texts))["input_ids"]] if texts else []
-
-    def cut(self, text: str, tokens: int) -> str:
-        """The longest beginning of a text that is at most so many tokens, without white space at its end.
-
-        It ends between two tokens of the text and never within a character. What is returned is itself tokenized
-        again: a beginning may fall into more tokens than it had within the whole.
-        """
-        kept = text.rstrip() if tokens > 0 else ""
-        while kept and (end := self._end_of(kept, tokens)) < len(kept):
-            kept = kept[:end].rstrip()
-        return kept
-
-    def answer(self, text: str, *, end: bool = True) -> Ids:
-        """Tokenize an answer, closed by the end-of-text token unless `end` is False."""
-        return self._answer(text, end)
-
-    def unremembered(self, text: str, end: bool = True) -> Ids:
-        """The same, without keeping text or tokens for the next time."""
+    def encode_target_uncached(self, text: str, end: bool = True) -> Ids:
+        """Tokenize an answer and keep neither text nor tokens."""
         return (*self._text_ids(text), *([self.tokenizer.eos_token_id] if end else []))
 
-    def answers(self, labels: Sequence[str]) -> list[Ids]:
-        """Tokenize a closed set of answers for scoring.
+    def encode_labels(self, labels: Sequence[str]) -> list[Ids]:
+        """Tokenize a closed set of answers.
 
-        Where no label's tokens begin another label's, the end-of-text token adds nothing and is left out (a one-token
-        label then costs no extra pass); else all labels carry it, so that "war" and "war film" are told apart.
+        If one label's tokens begin another's, as "war" begins "war film", all labels get the end-of-text token. If
+        not, it adds nothing and is left out, so a one-token label needs no further pass.
         """
-        bare = [self.answer(label, end=False) for label in labels]
-        # In order, what begins with a label's tokens stands right behind it.
-        clash = any(one == other[: len(one)] for one, other in pairwise(sorted(bare)))
-        return [self.answer(label) for label in labels] if clash else bare
+        bare = [self.encode_target(label, end=False) for label in labels]
+        # In sorted order, labels that begin with another's tokens follow it directly.
+        clash = any(first == second[: len(first)] for first, second in pairwise(sorted(bare)))
+        return [self.encode_target(label) for label in labels] if clash else bare
 
-    def targets(self, texts: Sequence[str], *, labels: Sequence[str] = ()) -> list[Ids]:
-        """Tokenize answers to be trained on; those of a closed set as `answers` does, so that they are also scored so.
+    def encode_targets(self, texts: Sequence[str], *, labels: Sequence[str] = ()) -> list[Ids]:
+        """Tokenize answers; those that are one of `labels` as in `encode_labels`, others as open text."""
+        label_ids = dict(zip(labels, self.encode_labels(labels), strict=True)) if labels else {}
+        return [label_ids[text] if text in label_ids else self.encode_target(text) for text in texts]
 
-        Args:
-            labels: the closed set that the texts are from; what is none of them is open text.
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, template excluded."""
+        return [len(ids) for ids in self._encode(list(texts))["input_ids"]] if texts else []
+
+    def cut_text(self, text: str, tokens: int) -> str:
+        """Return the longest beginning of a text with at most `tokens` tokens, without trailing white space.
+
+        It ends between two tokens and never within a character.
         """
-        closed = dict(zip(labels, self.answers(labels), strict=True)) if labels else {}
-        return [closed[text] if text in closed else self.answer(text) for text in texts]
+        # A beginning may have more tokens alone than within the text, so it is counted again.
+        beginning = text.rstrip() if tokens > 0 else ""
+        while beginning and (end := self._end_of(beginning, tokens)) < len(beginning):
+            beginning = beginning[:end].rstrip()
+        return beginning
 
     def decode(self, ids: Sequence[int]) -> str:
-        """New tokens as text, without special tokens and outer white space."""
-        return self.raw(ids).strip()
+        """Return generated tokens as text, without special tokens and outer white space."""
+        return self.decode_raw(ids).strip()
 
-    def raw(self, ids: Sequence[int]) -> str:
-        """New tokens as text, without special tokens; white space stays."""
+    def decode_raw(self, ids: Sequence[int]) -> str:
+        """Return generated tokens as text, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def forget(self) -> None:
-        """Let go of the texts whose tokens are remembered."""
-        self._prompt.cache_clear()
-        self._answer.cache_clear()
+    def clear_cache(self) -> None:
+        """Forget all cached texts."""
+        self._cached_prompt.cache_clear()
+        self._cached_target.cache_clear()
 
     def _end_of(self, text: str, tokens: int) -> int:
-        """How many characters the first tokens of a text cover; all of them if it has no more tokens."""
+        """Return the number of characters of the first tokens of a text."""
         if self.tokenizer.is_fast:
-            places = self._encoded(text, return_offsets_mapping=True)["offset_mapping"]
-            # Where the next token begins: tokens that are parts of one character all begin with it.
-            return min(int(places[tokens][0]), len(text) - 1) if tokens < len(places) else len(text)
-        if self.count([text])[0] <= tokens:
+            offsets = self._encode(text, return_offsets_mapping=True)["offset_mapping"]
+            # The start of the next token: all tokens that are parts of one character start with it.
+            return min(int(offsets[tokens][0]), len(text) - 1) if tokens < len(offsets) else len(text)
+        if self.count_tokens([text])[0] <= tokens:
             return len(text)
-        # These do not say which characters a token stands for. As a word grows its tokens may become fewer, so that a
-        # longer beginning than the one found may fit too; the one found always does.
-        return bisect_right(range(len(text)), tokens, key=lambda size: self.count([text[:size]])[0]) - 1
+        # Slow tokenizers have no offsets. A longer beginning can have fewer tokens, so this may cut too much.
+        return bisect_right(range(len(text)), tokens, key=lambda size: self.count_tokens([text[:size]])[0]) - 1
 
     def _text_ids(self, text: str) -> list[int]:
-        return list(self._encoded(text)["input_ids"])
+        return list(self._encode(text)["input_ids"])
 
-    def _encoded(self, text: str | list[str], **options: Any) -> Any:
-        return self._of_texts(text, add_special_tokens=False, split_special_tokens=True, **options)
-
-    def _chat_frame(self) -> tuple[list[int], list[int]]:
-        parts = self._framed([{"role": "user", "content": _PLACE}]).split(_PLACE)
-        if len(parts) != 2:
-            raise ConfigError("The model's chat template does not show the user's message exactly once.")
-        head, tail = (self._frame_ids(part) for part in parts)
-        return head, tail
-
-    def _frame_of(self, roles: Sequence[str]) -> list[list[int]]:
-        """What stands before the first turn of a chat, and behind each of them; without a template they are lines."""
-        if not self.chat:
-            line = self._frame_ids("\n")
-            return [list(self.head), *([line] * (len(roles) - 1)), list(self.tail)]
-        written = self._framed(
-            [{"role": role, "content": f"{_PLACE}{number:05d}"} for number, role in enumerate(roles)]
-        )
-        parts = re.split(f"{_PLACE}(\\d{{5}})", written)
-        if [int(number) for number in parts[1::2]] != list(range(len(roles))):
-            raise ConfigError("The model's chat template does not show these turns one by one in their order.")
-        return [self._frame_ids(part) for part in parts[::2]]
-
-    def _framed(self, turns: Sequence[Mapping[str, str]]) -> str:
-        """Turns as the chat template writes them, with what opens the answer."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        )
+    def _encode(self, text: str | list[str], **options: Any) -> Any:
+        return self._text_tokenizer(text, add_special_tokens=False, split_special_tokens=True, **options)
 
     def _frame_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _plain_frame(self, *, new_line: bool) -> tuple[list[int], list[int]]:
+    def _plain_frame(self, *, newline: bool) -> tuple[list[int], list[int]]:
         head, tail = frame_of(self.tokenizer)
-        # Without a template nothing but the end of its line tells a decoder-only model that the prompt is over.
-        return head, tail + (self._frame_ids("\n") if new_line else [])
+        # Without a template only the end of the line tells a decoder-only model that the prompt is over.
+        return head, tail + (self._frame_ids("\n") if newline else [])
+
+    def _chat_frame(self) -> tuple[list[int], list[int]]:
+        parts = self._apply_template([{"role": "user", "content": _PLACEHOLDER}]).split(_PLACEHOLDER)
+        if len(parts) != 2:
+            raise ConfigError("The model's chat template does not show the user's message exactly once.")
+        return self._frame_ids(parts[0]), self._frame_ids(parts[1])
+
+    def _frame_ids_of(self, roles: Sequence[str]) -> list[list[int]]:
+        """Return the tokens before the first message and after each; without a template, messages are lines."""
+        if not self.has_chat_template:
+            newline = self._frame_ids("\n")
+            return [list(self.head), *([newline] * (len(roles) - 1)), list(self.tail)]
+        messages = [{"role": role, "content": f"{_PLACEHOLDER}{index:05d}"} for index, role in enumerate(roles)]
+        parts = re.split(f"{_PLACEHOLDER}(\\d{{5}})", self._apply_template(messages))
+        if [int(index) for index in parts[1::2]] != list(range(len(roles))):
+            raise ConfigError("The model's chat template does not show these messages one by one in order.")
+        return [self._frame_ids(part) for part in parts[::2]]
+
+    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the messages in the chat template, with the beginning of the response."""
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        return str(self.tokenizer.apply_chat_template(list(messages), **options))
 
 
 def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts in front of a text and behind it.
-
-    Raises:
-        ConfigError: if it does not leave a text in one piece.
-    """
-    bare = tokenizer(_PLACE, add_special_tokens=False)["input_ids"]
-    framed = tokenizer(_PLACE)["input_ids"]
+    """Return the special tokens that a tokenizer puts before and after a text."""
+    bare = tokenizer(_PLACEHOLDER, add_special_tokens=False)["input_ids"]
+    framed = tokenizer(_PLACEHOLDER)["input_ids"]
     for start in range(len(framed)):
         if framed[start : start + len(bare)] == bare:
             return list(framed[:start]), list(framed[start + len(bare) :])

@@ -1,105 +1,128 @@
-"""Frozen models whose encoder reads the prompt and whose decoder writes the answer (T5, the paper's FlanT5).
+"""Frozen encoder-decoder models: the encoder reads the prompt, the decoder writes the answer (T5, the paper's FlanT5).
 
-With the placement `suffix` the encoder reads the plain prompt, which is a constant, and the soft tokens open the
-decoder's side: [I; P; start; y]. Answers attend to them there as they do in a decoder-only model.
+With the placement `suffix` the encoder reads the plain prompt, which is constant, and the soft tokens come first in the
+decoder: [I; P; start; y]. The answer attends to them there as in a decoder-only model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from personaplug.llm.base import Generation, GenerationConfig, pad
+from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch, Runner
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
-from personaplug.llm.hf import HFLanguageModel
-from personaplug.llm.ngram_cache import UserNgramCache
-from personaplug.llm.prompt_cache import Layout, padded_states, real_columns
+from personaplug.llm.generation import generate_with_transformers
+from personaplug.llm.padding import left_padding_mask, pad, pad_states, pad_with_mask
+from personaplug.llm.prompt_cache import Layout
 from personaplug.llm.prompt_tokenizer import Ids
-from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, is_behind
+from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
 
 
-class Seq2SeqLM(HFLanguageModel):
-    """Models whose encoder reads the prompt and whose decoder writes the answer."""
+class Seq2SeqLM(LanguageModel):
+    """A frozen encoder-decoder model."""
 
-    encoder_decoder = True
+    is_encoder_decoder = True
 
-    def loss(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        soft_at: Sequence[int] | None = None,
-        labels: Sequence[str] = (),
-        phrases: Sequence[UserNgramCache] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return −log p of each target and its number of tokens, both (B,); see `LanguageModel.loss`."""
-        answers = self.prompt_tokenizer.targets(targets, labels=labels)
-        wanted = pad(answers, fill=IGNORED, side="right").to(self.device)
-        if is_behind(soft):
-            states, mask = self._encoded([row.ids for row in self.prompt_tokenizer.prompts(prompts)])
-            logits = self._decoded(states, mask, soft=soft, answers=answers)
-        else:
-            batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
-            logits = self.model(inputs_embeds=batch.embeds, attention_mask=batch.mask, labels=wanted).logits
-        return token_loss(self._with_bias(logits, wanted, soft=soft, labels=labels), wanted, phrases)
+    def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
+        super().__init__(model, tokenizer, **settings)
+        self.start_id = int(model.config.decoder_start_token_id)
+        self._encoder_runner, self._decoder_runner = EncoderRunner(self), DecoderRunner(self)
 
-    def _scores(
-        self, prompts: Sequence[str], labels: Sequence[str], *, soft: SoftPrompt | None, soft_at: Sequence[int] | None
-    ) -> Tensor:
-        """Log-probabilities of labels; the encoder reads the prompt once (or not at all, if kept)."""
-        behind = is_behind(soft)
-        if behind:
-            states, mask = self._encoded([row.ids for row in self.prompt_tokenizer.prompts(prompts)])
-        else:
-            batch = self._spliced_prompts(prompts, soft=soft, soft_at=soft_at, side=self.padding_side)
-            states = self.model.get_encoder()(inputs_embeds=batch.embeds, attention_mask=batch.mask).last_hidden_state
-            mask = batch.mask
-        answers, soft = self.prompt_tokenizer.answers(labels), soft if behind else None
-        if all(len(answer) == 1 for answer in answers):
-            logits = self._decoded(states, mask, soft=soft, answers=answers[:1] * len(prompts))
-            return log_softmax(logits[:, 0])[:, [answer[0] for answer in answers]]
-        columns = []
-        for answer in answers:
-            several = [answer] * len(prompts)
-            wanted = torch.tensor(several, device=self.device)
-            columns.append(-token_loss(self._decoded(states, mask, soft=soft, answers=several), wanted)[0])
-        return torch.stack(columns, dim=1)
+    @property
+    def prompt_layout(self) -> Layout:
+        """Shape of the encoder's output."""
+        return Layout(parts=1, heads=1, width=self.identity.width, dtype=self.model.dtype)
+
+    def choose_runner(self, batch: PromptBatch, *, num_beams: int = 1) -> Runner:
+        """Return the runner that puts soft tokens into the encoder (`prefix`) or the decoder (`suffix`)."""
+        return self._decoder_runner if batch.has_soft("suffix") else self._encoder_runner
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        soft: SoftPrompt | None,
-        config: GenerationConfig,
-        soft_at: Sequence[int] | None = None,
-        phrases: Sequence[UserNgramCache] | None = None,
-    ) -> list[Generation]:
-        """Answer each prompt with new text only; see `LanguageModel.generate`."""
-        if soft is None or not is_behind(soft):
-            return super().generate(prompts, soft=soft, config=config, soft_at=soft_at, phrases=phrases)
-        states, mask = self._encoded([row.ids for row in self.prompt_tokenizer.prompts(prompts)])
-        # The decoder has read the soft tokens already: its mask counts them, its ids begin behind them.
-        found = self._generated(
-            config,
-            phrases,
-            encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=mask,
-            decoder_attention_mask=mask.new_ones(len(prompts), soft.vectors.shape[1] + 1),
-            past_key_values=self._opened(states, mask, soft=soft, beams=config.num_beams),
-        )
-        return [self._generation(row, end=self.end_ids()) for row in found]
+    def compute_prompt_states(self, prompts: Sequence[Ids]) -> list[Tensor]:
+        """Return the encoder's output for each prompt, (1, 1, n, D)."""
+        ids, mask = pad_with_mask(prompts, side="right", device=self.device)
+        states = self.encode(self.embed(ids), mask)
+        return [states[index, : len(row)][None, None] for index, row in enumerate(prompts)]
 
-    def _opened(self, states: Tensor, mask: Tensor, *, soft: SoftPrompt, beams: int) -> EncoderDecoderCache:
-        """The decoder's cache once it has read the soft tokens, as many times as there are beams."""
+    def encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
+        """Return the encoder's output (B, T, D)."""
+        states: Tensor = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        return states
+
+    def decode_logits(
+        self, states: Tensor, mask: Tensor, target_ids: Sequence[Ids], *, soft: SoftPrompt | None
+    ) -> Tensor:
+        """Return the logits of targets, (B, L, V), L = the longest.
+
+        Args:
+            states, mask: the encoder's output (B, T, D) and its mask (B, T).
+            soft: comes before the start token in the decoder.
+        """
+        # The last token of a target predicts nothing, so it is no input.
+        rows = [[self.start_id, *ids[:-1]] for ids in target_ids]
+        ids = pad(rows, fill=self.start_id, side="right").to(self.device)
+        inputs, soft_tokens = {"decoder_input_ids": ids}, 0
+        if soft is not None:
+            embeds = self.model.get_decoder().get_input_embeddings()(ids)
+            inputs = {"decoder_inputs_embeds": torch.cat([soft.vectors.to(embeds), embeds], dim=1)}
+            soft_tokens = soft.tokens
+        encoded = BaseModelOutput(last_hidden_state=states)
+        logits: Tensor = self.model(encoder_outputs=encoded, attention_mask=mask, use_cache=False, **inputs).logits
+        return logits[:, soft_tokens:]
+
+
+class EncoderRunner(Runner):
+    """Soft tokens of the placement `prefix`, or none: they are part of what the encoder reads."""
+
+    def __init__(self, llm: Seq2SeqLM) -> None:
+        self.llm = llm
+
+    def encode(self, batch: PromptBatch, *, side: str) -> tuple[Tensor, Tensor]:
+        """Return the encoder's output (B, T, D) and its mask (B, T)."""
+        spliced = self.llm.splice_prompts(batch, side=side)
+        return self.llm.encode(spliced.embeds, spliced.mask), spliced.mask
+
+    def decoder_soft(self, batch: PromptBatch) -> SoftPrompt | None:
+        """Return the soft tokens that the decoder reads."""
+        return None
+
+    def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        states, mask = self.encode(batch, side=self.llm.padding_side)
+        logits = self.llm.decode_logits(states, mask, target_ids, soft=self.decoder_soft(batch))
+        return logits, pad(target_ids, fill=IGNORED, side="right").to(self.llm.device)
+
+    def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
+        states, mask = self.encode(batch, side=self.llm.padding_side)
+        soft, size = self.decoder_soft(batch), len(batch.prompts)
+        if all(len(ids) == 1 for ids in label_ids):
+            logits = self.llm.decode_logits(states, mask, [label_ids[0]] * size, soft=soft)
+            return log_softmax(logits[:, 0])[:, [ids[0] for ids in label_ids]]
+        columns = []
+        for ids in label_ids:
+            logits = self.llm.decode_logits(states, mask, [ids] * size, soft=soft)
+            columns.append(-token_loss(logits, torch.tensor([ids] * size, device=self.llm.device))[0])
+        return torch.stack(columns, dim=1)
+
+    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        states, mask = self.encode(batch, side="left")
+        inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        soft = self.decoder_soft(batch)
+        if soft is not None:
+            # The cache holds the soft tokens already: the mask counts them, the ids begin after them.
+            inputs["decoder_attention_mask"] = mask.new_ones(len(soft), soft.tokens + 1)
+            inputs["past_key_values"] = self._soft_cache(states, mask, soft, beams=config.num_beams)
+        return generate_with_transformers(self.llm, config, batch.ngrams, **inputs)
+
+    def _soft_cache(self, states: Tensor, mask: Tensor, soft: SoftPrompt, *, beams: int) -> EncoderDecoderCache:
+        """Return the decoder's cache after the soft tokens, repeated for each beam."""
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        self.model.get_decoder()(
-            inputs_embeds=soft.vectors.to(self.device, self.model.dtype),
+        self.llm.model.get_decoder()(
+            inputs_embeds=soft.vectors.to(self.llm.device, self.llm.model.dtype),
             encoder_hidden_states=states,
             encoder_attention_mask=mask,
             past_key_values=cache,
@@ -109,47 +132,16 @@ class Seq2SeqLM(HFLanguageModel):
             cache.batch_repeat_interleave(beams)
         return cache
 
-    def _decoded(
-        self, states: Tensor, mask: Tensor, *, soft: SoftPrompt | None, answers: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Logits of some answers, (B, L, V), L = the longest.
 
-        Args:
-            states: (B, T, D) what the encoder made of the prompts.
-            mask: (B, T).
-            soft: what the decoder reads before its start token; None = nothing.
-        """
-        # An answer's last token is never read.
-        read = pad([[self._start(), *answer[:-1]] for answer in answers], fill=self._start(), side="right")
-        ids, ahead = read.to(self.device), 0
-        given = {"decoder_input_ids": ids}
-        if soft is not None:
-            embeds = self.model.get_decoder().get_input_embeddings()(ids)
-            given = {"decoder_inputs_embeds": torch.cat([soft.vectors.to(embeds), embeds], dim=1)}
-            ahead = soft.vectors.shape[1]
-        outputs = BaseModelOutput(last_hidden_state=states)
-        logits: Tensor = self.model(encoder_outputs=outputs, attention_mask=mask, use_cache=False, **given).logits
-        return logits[:, ahead:]
+class DecoderRunner(EncoderRunner):
+    """Soft tokens of the placement `suffix`: the decoder reads them, and the encoder's output can be cached."""
 
-    def _encoded(self, rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-        """What the encoder makes of plain prompts, kept or read now: states (B, T, D) and mask (B, T)."""
-        states = self._states(rows)
-        padded = padded_states(states, device=self.device)[0, :, 0]
-        lengths = torch.tensor([one.shape[2] for one in states], device=self.device)
-        return padded, real_columns(lengths, padded.shape[1]).long()
+    def encode(self, batch: PromptBatch, *, side: str) -> tuple[Tensor, Tensor]:
+        prompts = self.llm.prompt_tokenizer.encode_prompts(batch.prompts)
+        states, lengths = pad_states(
+            self.llm.prompt_states.get([prompt.ids for prompt in prompts]), device=self.llm.device
+        )
+        return states[0, :, 0], left_padding_mask(lengths, states.shape[3]).long()
 
-    @torch.no_grad()
-    def _read(self, rows: Sequence[Ids]) -> list[Tensor]:
-        """The encoder's states of some prompts, each (1, 1, n, D)."""
-        if not rows:
-            return []
-        ids = pad(rows, fill=0, side="right").to(self.device)
-        mask = pad([[1] * len(row) for row in rows], fill=0, side="right").to(self.device)
-        states = self.model.get_encoder()(inputs_embeds=self.embed(ids), attention_mask=mask).last_hidden_state
-        return [states[place, : len(row)][None, None] for place, row in enumerate(rows)]
-
-    def _layout(self) -> Layout:
-        return Layout(parts=1, heads=1, width=self._width(), dtype=self.model.dtype)
-
-    def _start(self) -> int:
-        return int(self.model.config.decoder_start_token_id)
+    def decoder_soft(self, batch: PromptBatch) -> SoftPrompt | None:
+        return batch.soft

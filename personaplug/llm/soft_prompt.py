@@ -1,6 +1,6 @@
-"""SoftPrompt, and `splice`: putting soft tokens into a batch of embedded text. Pure tensor code.
+"""Soft prompts and their insertion into embedded text.
 
-Soft tokens are placed by position, never by a marker in the text: whatever a user writes is only ever text.
+Soft tokens are inserted by position, never by a marker in the text, so user text cannot move them.
 """
 
 from __future__ import annotations
@@ -19,87 +19,61 @@ PLACEMENTS = ("prefix", "suffix")
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """Soft tokens for a batch of queries.
+    """Soft tokens for a batch of queries: S = instruction + persona tokens, D = embedding width of the model."""
 
-    Attributes:
-        vectors: (B, S, D), S = instruction tokens + persona tokens, D = the language model's embedding width.
-        placement: `prefix` = before the user's text (the paper), `suffix` = right before the answer.
-        label_bias: (B, C) what is added to the log-probability of each label where one of a closed set is the answer;
-            None = nothing is. See `LabelPrior`.
-    """
-
-    vectors: Tensor
-    placement: str = "prefix"
-    label_bias: Tensor | None = None
+    vectors: Tensor  # (B, S, D)
+    placement: str = "prefix"  # before the user's text (the paper); "suffix" = right before the answer
+    label_bias: Tensor | None = None  # (B, C), added to the log-probability of each label of a closed set
 
     def __post_init__(self) -> None:
         if self.placement not in PLACEMENTS:
             raise ConfigError(f"A soft prompt's placement is one of {', '.join(PLACEMENTS)}; found {self.placement!r}.")
         if self.vectors.dim() != 3:
-            raise ShapeMismatch(
-                f"A soft prompt is (batch, tokens, width); found the shape {tuple(self.vectors.shape)}."
-            )
+            raise ShapeMismatch(f"A soft prompt is (batch, tokens, width); found {tuple(self.vectors.shape)}.")
 
     def __len__(self) -> int:
         return self.vectors.shape[0]
 
+    @property
+    def tokens(self) -> int:
+        """Soft tokens per row (S)."""
+        return self.vectors.shape[1]
+
     def is_finite(self) -> bool:
-        """Whether all that it holds is numbers."""
+        """Return True if all values are finite."""
         parts = [self.vectors] if self.label_bias is None else [self.vectors, self.label_bias]
         return all(bool(torch.isfinite(part).all()) for part in parts)
 
     @classmethod
-    def joined(cls, several: Sequence[SoftPrompt]) -> SoftPrompt:
-        """Batches of one shape as one; with what they say of the labels, if all of them do."""
-        biases = [one.label_bias for one in several if one.label_bias is not None]
-        bias = torch.cat(biases) if len(biases) == len(several) else None
-        return cls(torch.cat([one.vectors for one in several]), several[0].placement, label_bias=bias)
+    def cat(cls, prompts: Sequence[SoftPrompt]) -> SoftPrompt:
+        """Concatenate batches of equal S, D and placement; keep label biases only if all have one."""
+        biases = [prompt.label_bias for prompt in prompts if prompt.label_bias is not None]
+        bias = torch.cat(biases) if len(biases) == len(prompts) else None
+        return cls(torch.cat([prompt.vectors for prompt in prompts]), prompts[0].placement, label_bias=bias)
 
 
 @dataclass(frozen=True)
 class Spliced:
-    """A batch with soft tokens in place.
+    """A batch with soft tokens in place."""
 
-    Attributes:
-        embeds: (B, S + T, D).
-        mask: (B, S + T) int64, 1 where a position is real.
-        positions: (B, S + T) int64, counting the real positions of a row from 0.
-        labels: (B, S + T) int64 or None; soft tokens and padding are never predicted.
-    """
-
-    embeds: Tensor
-    mask: Tensor
-    positions: Tensor
-    labels: Tensor | None
-
-
-def is_behind(soft: SoftPrompt | None) -> bool:
-    """Whether there are soft tokens, and they stand behind the prompt."""
-    return soft is not None and soft.placement == "suffix" and soft.vectors.shape[1] > 0
+    embeds: Tensor  # (B, S + T, D)
+    mask: Tensor  # (B, S + T) int64, 1 at real positions
+    positions: Tensor  # (B, S + T) int64, counts the real positions of a row from 0
+    labels: Tensor | None  # (B, S + T) int64, IGNORED at soft tokens and padding
 
 
 def splice(
-    embeds: Tensor,
-    mask: Tensor,
-    *,
-    soft: SoftPrompt | None,
-    at: Tensor,
-    labels: Tensor | None = None,
+    embeds: Tensor, mask: Tensor, *, soft: SoftPrompt | None, at: Tensor, labels: Tensor | None = None
 ) -> Spliced:
-    """Insert a row's soft tokens before its `at`-th real position, whichever side the padding is on.
+    """Insert each row's soft tokens before its `at`-th real position, with padding on either side.
 
-    With at = 0 a left-padded row becomes [padding, soft, text] and a right-padded one [soft, text, padding]:
-    the soft tokens stand between padding and text. A chat template gives the `at` of the user's own words.
-    The soft tokens take the device and dtype of `embeds`, which are the embedding layer's.
+    At position 0 a left-padded row becomes [padding, soft, text], a right-padded one [soft, text, padding].
 
     Args:
-        embeds: (B, T, D) embedded text, padded on either side.
-        mask: (B, T), 1 where a position is real; a row's real positions are contiguous.
-        soft: (B, S, D) to insert, or None for plain text.
-        at: (B,) how many real positions stand before the soft tokens.
-        labels: (B, T) or None.
-    Raises:
-        ShapeMismatch: if the soft prompt is of another batch size or width, or `at` lies outside a row.
+        embeds, mask: (B, T, D) and (B, T), 1 at real positions, which are contiguous in a row.
+        soft: (B, S, D) to insert; None = only compute the positions.
+        at: (B,) real positions before the soft tokens.
+        labels: (B, T).
     """
     if soft is not None:
         _check(embeds, mask, soft=soft, at=at)
@@ -112,29 +86,22 @@ def _insert(
     embeds: Tensor, mask: Tensor, *, soft: SoftPrompt, at: Tensor, labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     vectors = soft.vectors.to(device=embeds.device, dtype=embeds.dtype)
-    length, count = embeds.shape[1], vectors.shape[1]
-    # Row b becomes embeds[b, :cut], soft[b], embeds[b, cut:]; expressed as one gather, so that rows may differ.
-    cut = (_first_real(mask) + at.to(mask.device)).unsqueeze(1)  # (B, 1)
+    length, count = embeds.shape[1], soft.tokens
+    # Row b becomes embeds[b, :cut], soft[b], embeds[b, cut:]. One gather lets each row have its own cut.
+    left_padding = (mask.cumsum(dim=1) == 0).sum(dim=1)
+    cut = (left_padding + at.to(mask.device)).unsqueeze(1)  # (B, 1)
     column = torch.arange(length + count, device=embeds.device).unsqueeze(0)  # (1, S + T)
     is_soft = (column >= cut) & (column < cut + count)
     source = torch.where(column < cut, column, torch.where(is_soft, length + column - cut, column - count))
-    together = torch.cat([embeds, vectors], dim=1)
-    new_embeds = together.gather(1, source.unsqueeze(-1).expand(-1, -1, embeds.shape[2]))
-    new_mask = _extended(mask, count=count, fill=1).gather(1, source)
-    new_labels = None if labels is None else _extended(labels, count=count, fill=IGNORED).gather(1, source)
+    source_embeds = torch.cat([embeds, vectors], dim=1)
+    new_embeds = source_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, embeds.shape[2]))
+    new_mask = _extend(mask, count, fill=1).gather(1, source)
+    new_labels = None if labels is None else _extend(labels, count, fill=IGNORED).gather(1, source)
     return new_embeds, new_mask, new_labels
 
 
-def _extended(values: Tensor, *, count: int, fill: int) -> Tensor:
+def _extend(values: Tensor, count: int, *, fill: int) -> Tensor:
     return torch.cat([values, values.new_full((values.shape[0], count), fill)], dim=1)
-
-
-def _first_real(mask: Tensor) -> Tensor:
-    """(B,) index of each row's first real position; the row's length where there is none."""
-    if mask.shape[1] == 0:
-        return mask.new_zeros(mask.shape[0])
-    first = mask.to(torch.int64).argmax(dim=1)
-    return torch.where(mask.sum(dim=1) > 0, first, torch.full_like(first, mask.shape[1]))
 
 
 def _check(embeds: Tensor, mask: Tensor, *, soft: SoftPrompt, at: Tensor) -> None:
@@ -145,4 +112,4 @@ def _check(embeds: Tensor, mask: Tensor, *, soft: SoftPrompt, at: Tensor) -> Non
             f"width {embeds.shape[2]}. A plug fits only the language model that it was trained for."
         )
     if bool((at.to(mask.device) > mask.sum(dim=1)).any()) or bool((at < 0).any()):
-        raise ShapeMismatch("The place of a soft prompt lies outside its row of text.")
+        raise ShapeMismatch("The position of a soft prompt is outside its row of text.")

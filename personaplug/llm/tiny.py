@@ -1,4 +1,4 @@
-"""A tiny language model from a seed: no download, the same code path as the real ones. For tests and first steps."""
+"""A tiny random language model, `llm=toy`: no download and the same code path as real models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _END = "<|end|>"
 
 
 def tiny_tokenizer() -> Any:
-    """A byte-level tokenizer: one token a byte, plus an end-of-text token; any text survives the round trip."""
+    """Return a byte-level tokenizer: one token per byte and an end-of-text token; decoding restores any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -21,16 +21,16 @@ def tiny_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    kind: Any = PreTrainedTokenizerFast  # its constructor has no annotations
-    return kind(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
+    tokenizer_class: Any = PreTrainedTokenizerFast  # its constructor has no annotations
+    return tokenizer_class(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END)
 
 
 def load_tiny_llm(*, seed: int = 0, **settings: Any) -> CausalLM:
-    """Two Llama layers of width 32 with weights drawn by `seed`, in float32."""
+    """Return a float32 Llama of two layers and width 32 with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tiny_tokenizer()
-    shape = LlamaConfig(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -41,10 +41,9 @@ def load_tiny_llm(*, seed: int = 0, **settings: Any) -> CausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        # Large enough that the drawn weights make their answers depend on what they read.
-        initializer_range=0.2,
+        initializer_range=0.2,  # large enough that answers depend on the prompt
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(shape)
+        model = LlamaForCausalLM(config)
     return CausalLM(model, tokenizer, name=f"toy:{seed}", **settings)

@@ -54,11 +54,11 @@ class MeanPersona:
                 _weighted_sum(personalizer.soft_prompt(samples[start : start + batch_size]), weight=1 / len(samples))
                 for start in range(0, len(samples), batch_size)
             ]
-        self.mean, self.placement = _weighted_sum(SoftPrompt.joined(parts)), personalizer.placement
+        self.mean, self.placement = _weighted_sum(SoftPrompt.cat(parts)), personalizer.placement
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Return the same soft tokens for each sample, (B, S, D)."""
-        return SoftPrompt.joined([self.mean] * len(samples))
+        return SoftPrompt.cat([self.mean] * len(samples))
 
 
 def _weighted_sum(soft: SoftPrompt, *, weight: float = 1.0) -> SoftPrompt:

@@ -24,8 +24,7 @@ from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.progress import Progress
-from personaplug.llm.base import GenerationConfig, LanguageModel
-from personaplug.llm.ngram_cache import UserNgramCache
+from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.plug.personalizer import SoftPrompter
 from personaplug.training.batching import micro_batches
 
@@ -106,7 +105,7 @@ def predict_samples(
     """
     if prompter is not None and prompter.placement == "suffix" and (decoding == "score" or generation.num_beams == 1):
         # Most rows of a table share their prompts: the cache is filled before the clock of the first row starts.
-        llm.keep([sample.prompt for sample in samples])
+        llm.cache_prompts([sample.prompt for sample in samples])
     elif decoding == "generate":
         llm.clear_cache()  # beams read prompts by themselves
     reset_peak_memory()
@@ -158,23 +157,12 @@ def reference_nll(
                 indices = part[start : start + batch_size]
                 batch = [samples[index] for index in indices]
                 losses, tokens = llm.loss(
-                    [sample.prompt for sample in batch],
-                    [sample.target or "" for sample in batch],
-                    soft=None if prompter is None else prompter.soft_prompt(batch),
-                    soft_at=[sample.soft_at for sample in batch],
-                    phrases=ngram_caches(batch, llm),
+                    _prompt_batch(llm, batch, prompter), [sample.target or "" for sample in batch]
                 )
                 pairs = zip(losses.tolist(), tokens.tolist(), strict=True)
                 nll.update(zip(indices, ([round(loss, 6), count] for loss, count in pairs), strict=True))
                 progress.advance(len(batch))
     return [nll[index] for index in range(len(samples))]
-
-
-def ngram_caches(samples: Sequence[EncodedSample], llm: LanguageModel) -> list[UserNgramCache] | None:
-    """Return an n-gram cache of each sample's past answers; None if no sample has any."""
-    if not any(sample.own_answers for sample in samples):
-        return None
-    return [llm.phrases(sample.own_answers) for sample in samples]
 
 
 def all_or_none(rows: Sequence[list[float] | None]) -> list[list[float]] | None:
@@ -237,17 +225,25 @@ def _predict_batch(
     decoding: str,
     generation: GenerationConfig,
 ) -> list[_Prediction]:
-    prompts, soft_at = [sample.prompt for sample in batch], [sample.soft_at for sample in batch]
     with torch.no_grad():
-        soft = None if prompter is None else prompter.soft_prompt(batch)
         if decoding == "score":
-            scores = llm.score(prompts, task.labels, soft=soft, soft_at=soft_at)
+            scores = llm.score(_prompt_batch(llm, batch, prompter), task.labels)
             best_ids = scores.argmax(dim=1).tolist()
             rows = zip(best_ids, _probabilities(scores), _label_nll(scores, batch, task), strict=True)
             return [_Prediction(task.labels[best], probabilities=probs, nll=nll) for best, probs, nll in rows]
-        ngrams = ngram_caches(batch, llm)
-        outputs = llm.generate(prompts, soft=soft, config=generation, soft_at=soft_at, phrases=ngrams)
+        outputs = llm.generate(_prompt_batch(llm, batch, prompter), generation)
         return [_Prediction(output.text, unfinished=not output.finished) for output in outputs]
+
+
+def _prompt_batch(llm: LanguageModel, samples: Sequence[EncodedSample], prompter: SoftPrompter | None) -> PromptBatch:
+    """Return the samples' prompts with their soft tokens and, if any sample has past answers, n-gram caches."""
+    has_ngrams = any(sample.own_answers for sample in samples)
+    return PromptBatch(
+        [sample.prompt for sample in samples],
+        soft=None if prompter is None else prompter.soft_prompt(samples),
+        soft_at=[sample.soft_at for sample in samples],
+        ngrams=[llm.build_ngram_cache(sample.own_answers) for sample in samples] if has_ngrams else None,
+    )
 
 
 def _probabilities(scores: torch.Tensor) -> list[list[float]]:

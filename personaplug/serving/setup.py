@@ -90,7 +90,7 @@ def _open_local(run: Run, config: ServingConfig, *, folder: Path, encoder: Encod
     engine = InProcessEngine(
         llm, name=config.model or name, max_rows=config.max_rows, max_new_tokens=config.max_new_tokens
     )
-    return plug.compute_items_in(llm.dtype).to(llm.device), engine, llm.phrases if config.phrases else None
+    return plug.compute_items_in(llm.dtype).to(llm.device), engine, llm.build_ngram_cache if config.phrases else None
 
 
 def _open_vllm(run: Run, config: ServingConfig, *, folder: Path, encoder: Encoder) -> _Opened:

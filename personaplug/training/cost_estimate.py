@@ -73,7 +73,7 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
         encode_seconds = _time_encoding(data.drawn, models) * data.vectors
         plan, prompt_seconds = _time_prompts(run, data, models)
         step_seconds = _time_steps(run, data, objective, table)
-    step_seconds += config.training.batch_size * prompt_seconds * (1 - plan.share)
+    step_seconds += config.training.batch_size * prompt_seconds * (1 - plan.fraction)
     steps, validation_steps = _planned_steps(config, data.samples)
     trainings = len(config.training.seeds) * (2 if config.training.controls else 1)
     all_steps = trainings * (steps + validation_steps)
@@ -83,11 +83,11 @@ def estimate(config: Config, reader: Reader, *, models: Models) -> Estimate:
         samples=data.samples,
         items=data.items,
         vectors=data.vectors,
-        disk_bytes=vector_bytes + plug_bytes + (plan.bytes if plan.place == "disk" else 0),
-        memory_bytes=peak_memory() + (plan.bytes if plan.place == "memory" else 0),
+        disk_bytes=vector_bytes + plug_bytes + (plan.bytes if plan.location == "disk" else 0),
+        memory_bytes=peak_memory() + (plan.bytes if plan.location == "memory" else 0),
         encode_seconds=encode_seconds,
         step_seconds=step_seconds,
-        train_seconds=all_steps * step_seconds + prompt_seconds * data.samples * plan.share,
+        train_seconds=all_steps * step_seconds + prompt_seconds * data.samples * plan.fraction,
         trainings=trainings,
         steps=steps,
         prompts=plan.reason,
@@ -133,10 +133,10 @@ def _time_prompts(run: Run, data: _TrainData, models: Models) -> tuple[CachePlan
         return CachePlan("nowhere", 0, ""), 0.0
     prompts = list(dict.fromkeys(sample.prompt for sample in data.drawn))
     tokens = sum(measure.tokens for measure in models.llm.measure(prompts)) / len(prompts)
-    plan = models.llm.room_for(int(tokens * data.samples))
+    plan = models.llm.plan_prompt_cache(int(tokens * data.samples))
     started = time.monotonic()
-    models.llm.keep(prompts)
-    return plan, 0.0 if plan.place == "nowhere" else (time.monotonic() - started) / len(prompts)
+    models.llm.cache_prompts(prompts)
+    return plan, 0.0 if plan.location == "nowhere" else (time.monotonic() - started) / len(prompts)
 
 
 def _planned_steps(config: Config, samples: int) -> tuple[int, float]:

@@ -16,7 +16,7 @@ from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.config import AdapterConfig, TrainingConfig
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.llm.base import LanguageModel
+from personaplug.llm.base import LanguageModel, PromptBatch
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 
@@ -83,12 +83,12 @@ class PlugObjective:
             [sample.query for sample in samples], options=[sample.options for sample in samples]
         )
         if self._is_suffix:
-            self.llm.keep([sample.prompt for sample in samples])
+            self.llm.cache_prompts([sample.prompt for sample in samples])
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         prompts, targets = _texts(samples)
-        soft, soft_at = self.personalizer.soft_prompt(samples), [sample.soft_at for sample in samples]
-        losses, tokens = self.llm.loss(prompts, targets, soft=soft, soft_at=soft_at, labels=self.labels)
+        batch = PromptBatch(prompts, self.personalizer.soft_prompt(samples), [sample.soft_at for sample in samples])
+        losses, tokens = self.llm.loss(batch, targets, labels=self.labels)
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
@@ -97,7 +97,7 @@ class PlugObjective:
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         """Behind a cached prompt: soft tokens and answer, and a share for the prompt's keys and values."""
         lengths = self.lengths(samples)
-        if not self._is_suffix or not self.llm.supports_prompt_cache():
+        if not self._is_suffix or not self.llm.supports_prompt_cache:
             return lengths
         soft = self.personalizer.plug.config.soft_tokens
         prompts = [measure.tokens for measure in self.llm.measure([sample.prompt for sample in samples])]
@@ -146,7 +146,7 @@ class LoraObjective:
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
         prompts, targets = _texts(samples)
         with self.adapters.active(TASK):
-            losses, tokens = self.llm.loss(prompts, targets, soft=None, labels=self.labels)
+            losses, tokens = self.llm.loss(PromptBatch(prompts), targets, labels=self.labels)
         return losses.sum(), tokens.sum()
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:

@@ -396,7 +396,7 @@ def _start_from_words(plug: PersonaPlug, samples: Sequence[EncodedSample], model
     """Set a plug's instruction tokens to embedded tokens of training answers."""
     rng, count = np.random.default_rng([seed, 9]), len(plug.instruction)
     answers = [samples[index].target or "" for index in rng.permutation(len(samples))[:MAX_START_ANSWERS]]
-    tokens = models.llm.embedded(answers)
+    tokens = models.llm.embed_texts(answers)
     if len(tokens):
         plug.init_instruction(tokens[rng.choice(len(tokens), size=count, replace=len(tokens) < count)])
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from families import small_backend
+from families import small_llm
 
 from personaplug.baselines.history_prompt import HistoryPrompt, HistoryPromptFormatter
 from personaplug.data import LAMP_TASKS
@@ -39,7 +39,7 @@ def item(task: Task, *values: str) -> HistoryItem:
 def small(room: int) -> LanguageModel:
     """A backend whose tokens are bytes and whose prompts have room for so many of them."""
     found: Any = load_tiny_llm(max_prompt_tokens=room + 1)
-    assert found.room == room
+    assert found.max_text_tokens == room
     return found  # type: ignore[no-any-return]
 
 
@@ -193,7 +193,7 @@ def test_format_input_without_room_is_unchanged(word: str) -> None:
 class _Clumsy:
     """A stand-in whose tokens are four characters long and begin anew with each text, so that parts mislead."""
 
-    room = 40
+    max_text_tokens = 40
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text) // 4 + 2 * text.count(", and ") for text in texts]
@@ -220,7 +220,7 @@ def test_format_random_prompts_fit_with_the_whole_input(name: str, seed: int) ->
     task = LAMP_TASKS.get(name, MOVIES)
     seen = 0
     llm = small(rng.randrange(20, 400))
-    room = llm.room
+    room = llm.max_text_tokens
     for _ in range(40):
         limit = rng.choice([0, 0, rng.randrange(1, 200)])
         prompt = rng.choice(["", "with the title"]) + _drawn_text(rng, 100)
@@ -263,11 +263,11 @@ class _Words:
         trained.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=120, **special))
         kind: Any = PreTrainedTokenizerFast
         tokenizer = kind(tokenizer_object=trained, eos_token="</s>", unk_token="<unk>")
-        self.prompt_tokenizer = PromptTokenizer(tokenizer, max_tokens=room, encoder_decoder=True)
-        self.room, self.count_tokens, self.cut_text = (
-            self.prompt_tokenizer.room,
-            self.prompt_tokenizer.count,
-            self.prompt_tokenizer.cut,
+        self.prompt_tokenizer = PromptTokenizer(tokenizer, max_tokens=room, is_encoder_decoder=True)
+        self.max_text_tokens, self.count_tokens, self.cut_text = (
+            self.prompt_tokenizer.max_text_tokens,
+            self.prompt_tokenizer.count_tokens,
+            self.prompt_tokenizer.cut_text,
         )
 
 
@@ -288,10 +288,10 @@ def test_format_fits_with_a_word_tokenizer(name: str, room: int) -> None:
             written = formatter.format(prompt, items)
             written_at_all += written.included
             if written.included:
-                assert not llm.prompt_tokenizer.prompt(written.prompt, written.soft_at).truncated
-                assert not llm.prompt_tokenizer.prompt(written.prompt).truncated
+                assert not llm.prompt_tokenizer.encode_prompt(written.prompt, written.soft_at).truncated
+                assert not llm.prompt_tokenizer.encode_prompt(written.prompt).truncated
                 noted = formatter.add_note(written.prompt, texts[0][0], soft_at=written.soft_at)
-                assert not llm.prompt_tokenizer.prompt(noted.prompt, noted.soft_at).truncated
+                assert not llm.prompt_tokenizer.encode_prompt(noted.prompt, noted.soft_at).truncated
                 assert noted.prompt.endswith(written.prompt)
     assert written_at_all > 0
 
@@ -305,12 +305,12 @@ def test_format_history_tokens_limit_the_history_only() -> None:
 
 
 def test_format_fits_with_a_chat_template() -> None:
-    llm = small_backend("llama", chat=True)
+    llm = small_llm("llama", chat=True)
     written = HistoryPromptFormatter(PLAIN, llm).format("Q", [item(PLAIN, "a" * 999)])
     (measure,) = llm.measure([written.prompt])
     assert (measure.tokens, measure.truncated) == (512, False)
-    row = llm.prompt_tokenizer.prompt(written.prompt, written.soft_at)
-    assert row.ids[row.at :] == tuple(llm.prompt_tokenizer.tokenizer("Q</><bot>")["input_ids"])
+    row = llm.prompt_tokenizer.encode_prompt(written.prompt, written.soft_at)
+    assert row.ids[row.soft_position :] == tuple(llm.prompt_tokenizer.tokenizer("Q</><bot>")["input_ids"])
 
 
 # ---- notes

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, small_backend
+from families import FAMILIES, small_llm
 from torch import Tensor, nn
 
 from personaplug.baselines.lora import TASK, LoraAdapters
@@ -34,7 +34,7 @@ from personaplug.data import LAMP_TASKS
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingExtra, PersonaPlugError, ShapeMismatch, TrainingDiverged, UserError
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.llm.tiny import load_tiny_llm
 
@@ -50,14 +50,14 @@ def pairs_of(user: str, *, count: int = 6) -> list[Pair]:
 
 def losses(llm: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = llm.loss(PROMPTS, TARGETS, soft=None)[0]
+        found: Tensor = llm.loss(PromptBatch(PROMPTS), TARGETS)[0]
     return found
 
 
 def answers(llm: Any) -> list[Any]:
     config = GenerationConfig(max_new_tokens=4)
-    return [losses(llm), llm.score(PROMPTS, ["yes", "no"], soft=None)] + [
-        made.text for made in llm.generate(PROMPTS, soft=None, config=config)
+    return [losses(llm), llm.score(PromptBatch(PROMPTS), ["yes", "no"])] + [
+        made.text for made in llm.generate(PromptBatch(PROMPTS), config)
     ]
 
 
@@ -117,7 +117,7 @@ def adapters(llm: Any) -> Iterator[LoraAdapters]:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_lora_attach_train_detach_leaves_no_trace(family: str) -> None:
-    llm = small_backend(family)
+    llm = small_llm(family)
     before, said = portrait(llm.model), answers(llm)
     random = torch.random.get_rng_state()
     adapters = LoraAdapters.attach(llm, config=CONFIG)
@@ -135,7 +135,7 @@ def test_lora_attach_train_detach_leaves_no_trace(family: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_lora_fresh_adapters_change_nothing_and_trained_ones_do(family: str) -> None:
-    llm = small_backend(family)
+    llm = small_llm(family)
     said = answers(llm)
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         with adapters.active("task", "user"):
@@ -153,7 +153,7 @@ def test_lora_fresh_adapters_change_nothing_and_trained_ones_do(family: str) -> 
 def test_lora_targets_named_layers_get_adapters(
     family: str, layers: str, count: int, recwarn: pytest.WarningsRecorder
 ) -> None:
-    llm = small_backend(family)
+    llm = small_llm(family)
     with LoraAdapters.attach(llm, config=replace(CONFIG, lora_targets=layers)) as adapters:
         assert len(adapters.state("user")) == 2 * count
     assert not recwarn.list
@@ -260,7 +260,7 @@ def test_trainable_only_that_adapter_receives_gradients(llm: Any, adapters: Lora
     stir(adapters, "task")
     stir(adapters, "user")
     with adapters.active("task", "user"), adapters.trainable(learner):
-        llm.loss(PROMPTS, TARGETS, soft=None)[0].sum().backward()
+        llm.loss(PromptBatch(PROMPTS), TARGETS)[0].sum().backward()
     other = {"task": "user", "user": "task"}[learner]
     assert all(p.grad is not None and p.grad.any() for p in adapters.module(learner).parameters())
     assert all(p.grad is None for p in adapters.module(other).parameters())
@@ -270,11 +270,11 @@ def test_trainable_only_that_adapter_receives_gradients(llm: Any, adapters: Lora
 def test_task_adapter_backward_after_block_receives_gradients(llm: Any, adapters: LoraAdapters) -> None:
     stir(adapters, "task")
     with adapters.active("task"):
-        loss = llm.loss(PROMPTS, TARGETS, soft=None)[0].sum()
+        loss = llm.loss(PromptBatch(PROMPTS), TARGETS)[0].sum()
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in adapters.module("task").parameters())
     # What other rows of a table compute outside a block takes no gradient along.
-    assert not llm.loss(PROMPTS, TARGETS, soft=None)[0].requires_grad
+    assert not llm.loss(PromptBatch(PROMPTS), TARGETS)[0].requires_grad
 
 
 def test_adapters_unknown_name_or_detached_raise(llm: Any, adapters: LoraAdapters) -> None:
@@ -345,7 +345,7 @@ def test_load_other_models_state_raises_and_changes_nothing(adapters: LoraAdapte
 
 
 def test_adapters_in_bfloat16_model_are_float32() -> None:
-    llm = small_backend("llama")
+    llm = small_llm("llama")
     llm.model.to(torch.bfloat16)
     said = losses(llm)
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
@@ -365,13 +365,13 @@ def loss_of(adapters: LoraAdapters, llm: Any, pairs: list[tuple[str, str]], *nam
     """−log p per token of the answers, with the task's and the user's matrices in place unless others are named."""
     asked, answered = (list(part) for part in zip(*pairs, strict=True))
     with torch.no_grad(), adapters.active(*(names or ("task", "user"))):
-        found, tokens = llm.loss(asked, answered, soft=None)
+        found, tokens = llm.loss(PromptBatch(asked), answered)
     return float(found.sum() / tokens.sum())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_fit_user_changes_the_user_adapter_only(family: str) -> None:
-    llm = small_backend(family)
+    llm = small_llm(family)
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         stir(adapters, "task", size=0.05)
         weights, task = base_weights(llm.model), adapters.state("task")
@@ -623,28 +623,28 @@ def test_user_store_damaged_files_return_none(
 
 
 def test_prompt_cache_is_cleared_when_active_adapters_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = small_backend("llama")
+    llm = small_llm("llama")
     soft = SoftPrompt(torch.randn(2, 3, llm.identity.width), placement="suffix")
 
     def behind() -> Tensor:
         with torch.no_grad():
-            found: Tensor = llm.loss(PROMPTS, TARGETS, soft=soft)[0]
+            found: Tensor = llm.loss(PromptBatch(PROMPTS, soft), TARGETS)[0]
         return found
 
     with LoraAdapters.attach(llm, config=CONFIG) as adapters:
         for matrix in adapters.module(TASK).parameters():
             nn.init.normal_(matrix, std=0.5)
-        llm.keep(PROMPTS)
+        llm.cache_prompts(PROMPTS)
         untouched = behind()
         with adapters.active(TASK):
             changed = behind()
-            llm.keep(PROMPTS)
+            llm.cache_prompts(PROMPTS)
             torch.testing.assert_close(behind(), changed)
             with monkeypatch.context() as patch:
-                patch.setattr(llm, "_apart", lambda _: False)
+                patch.setattr(llm, "prompt_layout", None)
                 torch.testing.assert_close(behind(), changed, rtol=1e-4, atol=1e-4)
         assert (changed - untouched).abs().min() > 1e-3
         torch.testing.assert_close(behind(), untouched)
         with adapters.active(TASK):
-            llm.keep(PROMPTS)
+            llm.cache_prompts(PROMPTS)
     torch.testing.assert_close(behind(), untouched)

@@ -20,6 +20,7 @@ from personaplug.encoders import HashEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples
 from personaplug.errors import MissingData
+from personaplug.llm.base import PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.training.trainer import fit
 
@@ -52,7 +53,7 @@ def test_ropg_target_is_the_answers_likelihood_with_each_item(tmp_path: Path, to
     formatter = HistoryPromptFormatter(TASK, toy)
     for place, said in zip(target.candidates, target.log_likelihoods, strict=True):
         prompt = formatter.format(sample.prompt, [sample.history[place]]).prompt
-        loss, _ = toy.loss([prompt], ["3"], soft=None)
+        loss, _ = toy.loss(PromptBatch([prompt]), ["3"])
         assert said == pytest.approx(-float(loss), rel=1e-4)
 
 

@@ -11,6 +11,7 @@ from personaplug.baselines.user_profiles import ProfileGenerator
 from personaplug.config import RetrievalConfig
 from personaplug.data.records import HistoryItem
 from personaplug.data.task_registry import lamp_task
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 
 LONG = RetrievalConfig(profile_tokens=12)
@@ -42,9 +43,9 @@ def test_profile_on_disk_is_not_generated_again(tmp_path: Path, toy: CausalLM, m
     asked: list[int] = []
     real = toy.generate
 
-    def told(prompts: Any, **settings: Any) -> Any:
-        asked.append(len(prompts))
-        return real(prompts, **settings)
+    def told(batch: PromptBatch, config: GenerationConfig) -> Any:
+        asked.append(len(batch.prompts))
+        return real(batch, config)
 
     monkeypatch.setattr(toy, "generate", told)
     assert [profile.text for profile in _profiles(path, toy).generate(histories)] == [profile.text for profile in whole]

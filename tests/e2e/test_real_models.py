@@ -11,7 +11,9 @@ import torch
 from personaplug.config import PAPER
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.encoded_sample import no_style
+from personaplug.llm.base import PromptBatch
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.chunked_cross_entropy import token_loss
 from personaplug.llm.loading import load_hf
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.history_batch import HistoryBatch
@@ -45,7 +47,7 @@ def test_pieces_around_the_text_are_tokenized_as_the_whole_template_is(smollm: C
         whole = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        assert list(smollm.prompt_tokenizer.prompt(prompt).ids) == list(whole)
+        assert list(smollm.prompt_tokenizer.encode_prompt(prompt).ids) == list(whole)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -54,12 +56,12 @@ def test_spelled_soft_tokens_are_the_text(smollm: CausalLM, side: str) -> None:
     ids = torch.tensor(smollm.prompt_tokenizer.tokenizer("Answer briefly.", add_special_tokens=False)["input_ids"])
     soft = SoftPrompt(smollm.embed(ids).expand(3, -1, -1))
     targets = ["5", "yes, a city", "4"]
-    rows = [smollm.prompt_tokenizer.prompt(prompt) for prompt in PROMPTS]
-    losses, _ = smollm.loss(PROMPTS, targets, soft=soft)
+    rows = [smollm.prompt_tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
+    losses, _ = smollm.loss(PromptBatch(PROMPTS, soft), targets)
     for row, target, loss in zip(rows, targets, losses, strict=True):
         # The reference sees ids alone: no soft prompt, no padding.
-        before = [*row.ids[: row.at], *ids.tolist(), *row.ids[row.at :]]
-        answer = smollm.prompt_tokenizer.answer(target)
+        before = [*row.ids[: row.soft_position], *ids.tolist(), *row.ids[row.soft_position :]]
+        answer = smollm.prompt_tokenizer.encode_target(target)
         logits = smollm.model(input_ids=torch.tensor([[*before, *answer]])).logits[0, len(before) - 1 : -1]
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
@@ -78,7 +80,7 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(smoll
     plug = PersonaPlug(PAPER, spec=spec, encoder=minilm)
     vectors = minilm.encode(["text: Alien score: 5", "text: Aliens score: 5"])
     history = HistoryBatch(torch.from_numpy(vectors), (2,), torch.tensor([-1, -1]), torch.from_numpy(no_style(2)))
-    losses, _ = smollm.loss(PROMPTS[2:], ["5"], soft=plug(["Alien"], history))
+    losses, _ = smollm.loss(PromptBatch(PROMPTS[2:], plug(["Alien"], history)), ["5"])
     torch.autograd.backward(losses.sum())
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert silent == ["persona.population"]  # this user has items
@@ -95,12 +97,9 @@ def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smo
 
     def found(llm: CausalLM, vectors: torch.Tensor, *, apart: bool) -> tuple[torch.Tensor, torch.Tensor]:
         soft = SoftPrompt(vectors.clone().requires_grad_(), placement="suffix")
-        answers = llm.prompt_tokenizer.targets(targets)
-        losses, _ = (
-            llm.loss(PROMPTS, targets, soft=soft)
-            if apart
-            else llm._loss_of_all(PROMPTS, answers, soft=soft, soft_at=None)
-        )
+        runner = llm.cached_prefix if apart else llm.spliced
+        target_ids = llm.prompt_tokenizer.encode_targets(targets)
+        losses, _ = token_loss(*runner.target_logits(PromptBatch(PROMPTS, soft), target_ids))
         return losses.detach(), torch.autograd.grad(losses.sum(), soft.vectors)[0]
 
     off: dict[bool, list[float]] = {True: [], False: []}
@@ -112,5 +111,5 @@ def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smo
         for way in (True, False):
             gradient = found(rough, drawn, apart=way)[1]
             off[way] += ((gradient - exact[1]).norm(dim=(1, 2)) / exact[1].norm(dim=(1, 2))).tolist()
-    assert rough._layout() is not None
+    assert rough.supports_prompt_cache
     assert median(off[True]) < 1.5 * median(off[False]) < 0.3  # 0.09 both; single ones are off by a third

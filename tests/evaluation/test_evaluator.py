@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from personaplug.data.task import Reader
 from personaplug.data.task_registry import LAMP_TASKS
 from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings_of
-from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.base import PromptBatch
 from personaplug.methods import find_method, needed_parts, parse_methods
 from personaplug.methods.context import EvalContext
 from personaplug.methods.registry import DEFAULT
@@ -126,13 +127,14 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
 ) -> None:
     stage = Stage(tmp_path, kind="rating", settings=("placement=suffix", "seeds=0", "query_encoder=head"))
     read: list[tuple[int, ...]] = []
-    real = CausalLM._read
+    states = stage.models.llm.prompt_states
+    real = states.compute
 
-    def noted(llm: CausalLM, rows: list[tuple[int, ...]]) -> Any:
+    def noted(rows: Sequence[tuple[int, ...]]) -> Any:
         read.extend(rows)
-        return real(llm, rows)
+        return real(rows)
 
-    monkeypatch.setattr(CausalLM, "_read", noted)
+    monkeypatch.setattr(states, "compute", noted)
     results = stage.evaluate(",".join([*DEFAULT, "mean-persona", "random-vectors"]))
     assert results["placement"] == "suffix"
     assert len(read) == len(set(read)) == 10
@@ -157,7 +159,7 @@ def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path)
     scored = np.array(json.loads((folder / "instruction+labels.seed-0.predictions.json").read_text())["probabilities"])
     bare = replace(soft, label_bias=None)
     prompts, labels = [sample.prompt for sample in samples], stage.run.task.labels
-    expected = stage.models.llm.score(prompts, labels, soft=bare).double() + soft.label_bias
+    expected = stage.models.llm.score(PromptBatch(prompts, bare), labels).double() + soft.label_bias
     np.testing.assert_allclose(scored, torch.softmax(expected, dim=1).numpy(), atol=1e-4)
 
 
@@ -255,7 +257,7 @@ def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Sta
     assert "nll" not in rows[ORACLE.name]["metrics"]
     samples = list(open_dataset(style.data, "dev", task=style.run.task))
     losses, tokens = style.models.llm.loss(
-        [sample.prompt for sample in samples], [sample.target or "" for sample in samples], soft=None
+        PromptBatch([sample.prompt for sample in samples]), [sample.target or "" for sample in samples]
     )
     assert rows["plain"]["metrics"]["nll"] == pytest.approx(float(losses.sum() / tokens.sum()), rel=1e-4)
     gain = next(p for p in results["pairs"] if (p["a"], p["b"], p["metric"]) == ("plug", "wrong-user", "nll"))

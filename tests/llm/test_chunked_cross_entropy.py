@@ -1,4 +1,4 @@
-"""The loss of right answers: what torch's own gives, with a gradient in the model's precision."""
+"""The loss of targets equals torch's cross-entropy, with a gradient in the model's precision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from personaplug.llm import chunked_cross_entropy as cross_entropy
+from personaplug.llm import chunked_cross_entropy
 from personaplug.llm.chunked_cross_entropy import token_loss
 from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import IGNORED
@@ -25,12 +25,10 @@ def _plain(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return each.view(labels.shape).sum(dim=1)
 
 
-@pytest.mark.parametrize("cached", [1, 150, 2**18])
+@pytest.mark.parametrize("limit", [1, 150, 2**18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_and_gradients_are_those_of_torch(
-    cached: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cross_entropy, "_CACHED", cached)
+def test_token_loss_and_gradient_equal_torch(limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_cross_entropy, "_CPU_LOGITS", limit)
     (logits, labels), (same, _) = _case(dtype), _case(dtype)
     weights = torch.arange(1.0, 6.0)
     losses, tokens = token_loss(logits, labels)
@@ -43,7 +41,7 @@ def test_losses_and_gradients_are_those_of_torch(
     torch.testing.assert_close(found, wanted)
 
 
-def test_what_stands_where_nothing_is_predicted_does_not_matter() -> None:
+def test_token_loss_ignores_nan_at_unlabeled_positions() -> None:
     logits, labels = _case()
     with torch.no_grad():
         logits[labels == IGNORED] = torch.nan
@@ -54,19 +52,19 @@ def test_what_stands_where_nothing_is_predicted_does_not_matter() -> None:
     assert float(found[labels == IGNORED].abs().sum()) == 0
 
 
-def test_logits_that_are_not_finite_where_something_is_predicted_show() -> None:
+def test_token_loss_nan_at_labeled_position_is_nan() -> None:
     logits, labels = _case()
     with torch.no_grad():
         logits[1, 0] = torch.nan
     assert token_loss(logits, labels)[0].isnan().tolist() == [False, True, False, False, False]
 
 
-def test_gradients_pass_through_what_is_mixed_in() -> None:
+def test_token_loss_with_ngrams_passes_gradients() -> None:
     logits, labels = _case()
-    phrases = [UserNgramCache([[token for token in row if token >= 0]] if any(row) else []) for row in labels.tolist()]
-    losses, _ = token_loss(logits, labels, phrases)
+    ngrams = [UserNgramCache([[token for token in row if token >= 0]] if any(row) else []) for row in labels.tolist()]
+    losses, _ = token_loss(logits, labels, ngrams)
     (found,) = torch.autograd.grad(losses.sum(), logits)
     step, towards = 1e-2, found / found.norm()
     with torch.no_grad():
-        ahead, behind = (token_loss(logits + way * towards, labels, phrases)[0].sum() for way in (step, -step))
+        ahead, behind = (token_loss(logits + way * towards, labels, ngrams)[0].sum() for way in (step, -step))
     assert float((ahead - behind) / (2 * step)) == pytest.approx(float(found.norm()), rel=1e-2)

@@ -1,4 +1,4 @@
-"""Answers written side by side are those that would be written alone, whoever comes and goes meanwhile."""
+"""Responses decoded together equal those decoded alone, whatever joins and leaves the batch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import ContinuousBatch, Row
+from personaplug.llm.continuous_batching import ContinuousBatch, Slot
 from personaplug.llm.soft_prompt import SoftPrompt
 
 PROMPTS = ["one", "a somewhat longer prompt", "", "x y z " * 9, "rate this film", "and this"]
@@ -24,145 +24,147 @@ def _soft(llm: CausalLM, seed: int, *, placement: str | None, tokens: int = 3) -
     return SoftPrompt(vectors, placement=placement)
 
 
-def _row(llm: CausalLM, number: int, *, placement: str | None, config: GenerationConfig) -> Row:
-    prompt = llm.prompt_tokenizer.prompt(PROMPTS[number])
-    return Row(prompt, _soft(llm, number, placement=placement), config)
+def _slot(llm: CausalLM, number: int, *, placement: str | None, config: GenerationConfig) -> Slot:
+    prompt = llm.prompt_tokenizer.encode_prompt(PROMPTS[number])
+    return Slot(prompt, _soft(llm, number, placement=placement), config)
 
 
 def _alone(llm: CausalLM, number: int, *, placement: str | None, config: GenerationConfig) -> str:
     soft = _soft(llm, number, placement=placement)
-    return llm.generate([PROMPTS[number]], soft=soft, config=config)[0].text
+    return llm.generate(PromptBatch([PROMPTS[number]], soft), config)[0].text
 
 
-def _finish(running: ContinuousBatch, rows: Sequence[Row]) -> None:
-    while any(row.ended is None for row in rows):
-        running.step()
+def _finish(batch: ContinuousBatch, slots: Sequence[Slot]) -> None:
+    while any(slot.ended is None for slot in slots):
+        batch.step()
 
 
 @pytest.mark.parametrize("placement", [None, "prefix", "suffix"])
-def test_they_are_the_answers_that_are_written_alone(toy: CausalLM, placement: str | None) -> None:
+def test_step_slots_that_join_later_equal_generate(toy: CausalLM, placement: str | None) -> None:
     lengths = [1, 12, 5, 20, 3, 8]
     configs = [GenerationConfig(max_new_tokens=length) for length in lengths]
-    rows = [_row(toy, number, placement=placement, config=config) for number, config in enumerate(configs)]
-    running = ContinuousBatch(toy)
-    running.admit(rows[:2])
+    slots = [_slot(toy, number, placement=placement, config=config) for number, config in enumerate(configs)]
+    batch = ContinuousBatch(toy)
+    batch.add(slots[:2])
     for _ in range(3):
-        running.step()
-    running.admit(rows[2:5])  # while others go on
-    running.step()
-    running.admit(rows[5:])
-    _finish(running, rows)
-    for number, (row, config) in enumerate(zip(rows, configs, strict=True)):
-        assert toy.prompt_tokenizer.decode(row.ids) == _alone(toy, number, placement=placement, config=config)
-    assert len(running) == 0
+        batch.step()
+    batch.add(slots[2:5])  # while others go on
+    batch.step()
+    batch.add(slots[5:])
+    _finish(batch, slots)
+    for number, (slot, config) in enumerate(zip(slots, configs, strict=True)):
+        assert toy.prompt_tokenizer.decode(slot.ids) == _alone(toy, number, placement=placement, config=config)
+    assert len(batch) == 0
 
 
-def test_placements_and_widths_of_soft_tokens_may_be_mixed(toy: CausalLM) -> None:
+def test_add_mixed_placements_equals_generate(toy: CausalLM) -> None:
     config = GenerationConfig(max_new_tokens=10)
     kinds = [None, "prefix", "suffix", "prefix", "suffix", None]
-    rows = [_row(toy, number, placement=kind, config=config) for number, kind in enumerate(kinds)]
-    running = ContinuousBatch(toy)
-    running.admit(rows)
-    _finish(running, rows)
-    for number, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
-        assert toy.prompt_tokenizer.decode(row.ids) == _alone(toy, number, placement=kind, config=config)
+    slots = [_slot(toy, number, placement=kind, config=config) for number, kind in enumerate(kinds)]
+    batch = ContinuousBatch(toy)
+    batch.add(slots)
+    _finish(batch, slots)
+    for number, (slot, kind) in enumerate(zip(slots, kinds, strict=True)):
+        assert toy.prompt_tokenizer.decode(slot.ids) == _alone(toy, number, placement=kind, config=config)
 
 
-def test_a_draw_is_the_same_in_any_company(toy: CausalLM) -> None:
+def test_sampling_does_not_depend_on_other_slots(toy: CausalLM) -> None:
     config = GenerationConfig(max_new_tokens=15, do_sample=True, temperature=1.5, top_p=0.9, seed=7)
     greedy = GenerationConfig(max_new_tokens=9)
-    one, other = (_row(toy, 1, placement="suffix", config=config) for _ in range(2))
-    running = ContinuousBatch(toy)
-    running.admit([one])
-    _finish(running, [one])
-    company = [_row(toy, number, placement="prefix", config=greedy) for number in (0, 3, 4)]
-    running.admit(company[:2])
-    running.step()
-    running.admit([other, company[2]])
-    _finish(running, [other, *company])
+    one, other = (_slot(toy, 1, placement="suffix", config=config) for _ in range(2))
+    batch = ContinuousBatch(toy)
+    batch.add([one])
+    _finish(batch, [one])
+    company = [_slot(toy, number, placement="prefix", config=greedy) for number in (0, 3, 4)]
+    batch.add(company[:2])
+    batch.step()
+    batch.add([other, company[2]])
+    _finish(batch, [other, *company])
     assert one.ids == other.ids
-    assert one.ids != _row_of(toy, 8, config=config).ids
+    assert one.ids != _finished_slot(toy, 8, config=config).ids
 
 
-def _row_of(toy: CausalLM, seed: int, *, config: GenerationConfig) -> Row:
-    row = _row(toy, 1, placement="suffix", config=GenerationConfig(**{**vars(config), "seed": seed}))
-    running = ContinuousBatch(toy)
-    running.admit([row])
-    _finish(running, [row])
-    return row
+def _finished_slot(toy: CausalLM, seed: int, *, config: GenerationConfig) -> Slot:
+    slot = _slot(toy, 1, placement="suffix", config=GenerationConfig(**{**vars(config), "seed": seed}))
+    batch = ContinuousBatch(toy)
+    batch.add([slot])
+    _finish(batch, [slot])
+    return slot
 
 
-def test_the_end_of_text_ends_an_answer_and_is_no_part_of_it(toy: CausalLM) -> None:
+def test_end_token_ends_slot_and_is_not_in_ids(toy: CausalLM) -> None:
     long = GenerationConfig(max_new_tokens=60, do_sample=True, temperature=3.0, seed=2)
-    rows = [
-        Row(toy.prompt_tokenizer.prompt(f"prompt {n}"), None, GenerationConfig(**{**vars(long), "seed": n}))
+    slots = [
+        Slot(toy.prompt_tokenizer.encode_prompt(f"prompt {n}"), None, GenerationConfig(**{**vars(long), "seed": n}))
         for n in range(24)
     ]
-    running = ContinuousBatch(toy)
-    running.admit(rows)
-    _finish(running, rows)
-    ended = {row.ended for row in rows}
+    batch = ContinuousBatch(toy)
+    batch.add(slots)
+    _finish(batch, slots)
+    ended = {slot.ended for slot in slots}
     assert ended == {"stop", "length"}  # at this temperature some of them meet the end of text
-    assert not any(token in toy.end_ids() for row in rows for token in row.ids)
-    assert all(len(row.ids) == 60 for row in rows if row.ended == "length")
+    assert not any(token in toy.end_ids for slot in slots for token in slot.ids)
+    assert all(len(slot.ids) == 60 for slot in slots if slot.ended == "length")
 
 
-def test_choices_are_kept_to(toy: CausalLM) -> None:
+def test_choices_limit_responses(toy: CausalLM) -> None:
     labels = ["1", "2 stars", "23", "zebra"]
-    choices = toy.prompt_tokenizer.answers(labels)
-    rows = []
+    choices = toy.prompt_tokenizer.encode_labels(labels)
+    slots = []
     for seed in range(12):
         config = GenerationConfig(max_new_tokens=20, do_sample=True, temperature=2.0, seed=seed)
-        rows.append(Row(toy.prompt_tokenizer.prompt("which"), None, config, choices))
-    running = ContinuousBatch(toy)
-    running.admit(rows)
-    _finish(running, rows)
-    written = {toy.prompt_tokenizer.decode(row.ids) for row in rows}
+        slots.append(Slot(toy.prompt_tokenizer.encode_prompt("which"), None, config, choices))
+    batch = ContinuousBatch(toy)
+    batch.add(slots)
+    _finish(batch, slots)
+    written = {toy.prompt_tokenizer.decode(slot.ids) for slot in slots}
     assert written <= set(labels)
     assert len(written) > 1
-    assert {row.ended for row in rows} == {"stop"}
+    assert {slot.ended for slot in slots} == {"stop"}
 
 
-def test_a_row_that_is_given_up_is_no_longer_run(toy: CausalLM) -> None:
+def test_slot_ended_from_outside_stops_decoding(toy: CausalLM) -> None:
     config = GenerationConfig(max_new_tokens=10)
-    rows = [_row(toy, number, placement="suffix", config=config) for number in (0, 1, 3)]
-    running = ContinuousBatch(toy)
-    running.admit(rows)
-    running.step()
-    rows[1].ended = "stop"
-    assert len(running) == 2
-    _finish(running, rows)
-    assert len(rows[1].ids) == 2
-    assert toy.prompt_tokenizer.decode(rows[2].ids) == _alone(toy, 3, placement="suffix", config=config)
+    slots = [_slot(toy, number, placement="suffix", config=config) for number in (0, 1, 3)]
+    batch = ContinuousBatch(toy)
+    batch.add(slots)
+    batch.step()
+    slots[1].ended = "stop"
+    assert len(batch) == 2
+    _finish(batch, slots)
+    assert len(slots[1].ids) == 2
+    assert toy.prompt_tokenizer.decode(slots[2].ids) == _alone(toy, 3, placement="suffix", config=config)
 
 
-def test_rows_come_and_go_at_random(toy: CausalLM) -> None:
+def test_slots_that_join_at_random_equal_generate(toy: CausalLM) -> None:
     draw = random.Random(0)
-    running, waiting, rows = ContinuousBatch(toy), list(range(40)), []
-    made = {}
-    while waiting or len(running):
+    batch, waiting, slots = ContinuousBatch(toy), list(range(40)), []
+    settings = {}
+    while waiting or len(batch):
         if waiting and draw.random() < 0.5:
             several = [waiting.pop() for _ in range(min(len(waiting), draw.randint(1, 4)))]
             for number in several:
-                made[number] = (number % len(PROMPTS), GenerationConfig(max_new_tokens=draw.randint(1, 15)))
-            coming = [_row(toy, made[n][0], placement="suffix", config=made[n][1]) for n in several]
-            rows += list(zip(several, coming, strict=True))
-            running.admit(coming)
-        running.step()
-    assert len(rows) == 40
-    for number, row in rows:
-        prompt, config = made[number]
-        assert toy.prompt_tokenizer.decode(row.ids) == _alone(toy, prompt, placement="suffix", config=config)
+                settings[number] = (number % len(PROMPTS), GenerationConfig(max_new_tokens=draw.randint(1, 15)))
+            coming = [_slot(toy, settings[n][0], placement="suffix", config=settings[n][1]) for n in several]
+            slots += list(zip(several, coming, strict=True))
+            batch.add(coming)
+        batch.step()
+    assert len(slots) == 40
+    for number, slot in slots:
+        prompt, config = settings[number]
+        assert toy.prompt_tokenizer.decode(slot.ids) == _alone(toy, prompt, placement="suffix", config=config)
 
 
-def test_a_row_with_a_users_phrases_writes_them_beside_others(toy: CausalLM) -> None:
+def test_slot_ngrams_affect_that_slot_only(toy: CausalLM) -> None:
     config, soft = GenerationConfig(max_new_tokens=20), [_soft(toy, n, placement="suffix") for n in range(3)]
-    mine = [toy.phrases(["Why Music, Part 2"] * 90), None, toy.phrases(["On tea"] * 90)]
-    rows = [Row(toy.prompt_tokenizer.prompt(PROMPTS[n]), soft[n], config, phrases=mine[n]) for n in range(3)]
-    running = ContinuousBatch(toy)
-    running.admit(rows)
-    _finish(running, rows)
-    said = [toy.prompt_tokenizer.decode(row.ids) for row in rows]
+    mine = [toy.build_ngram_cache(["Why Music, Part 2"] * 90), None, toy.build_ngram_cache(["On tea"] * 90)]
+    slots = [Slot(toy.prompt_tokenizer.encode_prompt(PROMPTS[n]), soft[n], config, ngrams=mine[n]) for n in range(3)]
+    batch = ContinuousBatch(toy)
+    batch.add(slots)
+    _finish(batch, slots)
+    said = [toy.prompt_tokenizer.decode(slot.ids) for slot in slots]
     assert said == ["Why Music, Part 2", _alone(toy, 1, placement="suffix", config=config), "On tea"]
-    alone = toy.generate([PROMPTS[0]], soft=soft[0], config=config, phrases=[toy.phrases(["Why Music, Part 2"] * 90)])
+    alone = toy.generate(
+        PromptBatch([PROMPTS[0]], soft[0], ngrams=[toy.build_ngram_cache(["Why Music, Part 2"] * 90)]), config
+    )
     assert alone[0].text == said[0]

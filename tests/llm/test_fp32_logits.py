@@ -1,4 +1,4 @@
-"""Logits outside of training: the float32 product of half-precision states, so that close labels do not tie."""
+"""Logits outside of training are float32 products, so close labels do not tie."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, small_backend
+from families import FAMILIES, small_llm
 
-from personaplug.llm import fp32_logits as exact_logits
+from personaplug.llm import fp32_logits
 from personaplug.llm.fp32_logits import use_fp32_logits
 
 
 def _states_and_logits(model: Any, *, grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the output layer was given, and what it made of it."""
+    """Return the input and the output of the output layer."""
     head, seen = model.get_output_embeddings(), []
-    hook = head.register_forward_hook(lambda _, given, made: seen.append((given[0].detach(), made.detach())))
+    hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].detach(), output.detach())))
     ids = torch.randint(5, 90, (3, 7), generator=torch.Generator().manual_seed(1))
-    words = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.set_grad_enabled(grad):
-        model(ids, **words)
+        model(ids, **inputs)
     hook.remove()
-    (found,) = seen
-    return found
+    return seen[0]
 
 
 @pytest.mark.parametrize("rows", [1, 50, 2**20])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_the_float32_product_but_in_training(
-    family: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(exact_logits, "_CACHED", rows)
-    model = small_backend(family).model.bfloat16()
+def test_logits_without_gradients_are_float32_product(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp32_logits, "_CPU_ROWS", rows)
+    model = small_llm(family).model.bfloat16()
     use_fp32_logits(model)
     head = model.get_output_embeddings()
     states, logits = _states_and_logits(model, grad=False)
@@ -42,8 +39,8 @@ def test_logits_are_the_float32_product_but_in_training(
     torch.testing.assert_close(logits, states @ head.weight.T)
 
 
-def test_a_layer_with_a_bias_adds_it() -> None:
-    model = small_backend("llama").model
+def test_output_layer_with_bias_adds_it() -> None:
+    model = small_llm("llama").model
     head = torch.nn.Linear(32, 40).bfloat16()
     model.set_output_embeddings(head)
     use_fp32_logits(model)
@@ -54,13 +51,13 @@ def test_a_layer_with_a_bias_adds_it() -> None:
         )
 
 
-def test_a_model_in_float32_is_left_alone() -> None:
-    model = small_backend("llama").model
+def test_float32_model_is_unchanged() -> None:
+    model = small_llm("llama").model
     assert "forward" not in vars(model.get_output_embeddings())
 
 
-def test_labels_that_bfloat16_cannot_tell_apart_are_told_apart() -> None:
-    plain, exact = (small_backend("llama").model.bfloat16() for _ in range(2))
+def test_logits_that_tie_in_bfloat16_differ() -> None:
+    plain, exact = (small_llm("llama").model.bfloat16() for _ in range(2))
     use_fp32_logits(exact)
     for model in (plain, exact):
         with torch.no_grad():

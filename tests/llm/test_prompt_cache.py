@@ -1,4 +1,4 @@
-"""Where prompts are kept, and how."""
+"""Plan and storage of cached prompts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from personaplug.errors import StorageError
-from personaplug.llm.prompt_cache import Layout, PromptCache, padded_states, plan_cache
+from personaplug.llm.prompt_cache import Layout, PromptCache, plan_cache
 
 GIGA = 10**9
 LAYOUT = Layout(parts=4, heads=2, width=3, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("needed", "settings", "place", "held", "said"),
+    ("needed", "settings", "location", "size", "reason"),
     [
         (3, {}, "memory", 3, "kept in memory: 3.00 GB of at most 4.00 GB, half of what is free"),
         (6, {}, "disk", 6, "the memory offers 4.00 GB"),
@@ -23,59 +23,49 @@ LAYOUT = Layout(parts=4, heads=2, width=3, dtype=torch.float32)
         (3, {"gpu": 2 * GIGA}, "memory", 3, "the gpu offers 1.00 GB"),
         (60, {}, "disk", 10, "17% of 60.00 GB kept on disk"),
         (60, {"disk": 4 * GIGA}, "memory", 4, "the others are read anew without gradients"),
-        (3, {"wanted": "disk"}, "disk", 3, "kept on disk"),
-        (6, {"wanted": "memory"}, "memory", 4, "67% of 6.00 GB kept in memory"),
+        (3, {"location": "disk"}, "disk", 3, "kept on disk"),
+        (6, {"location": "memory"}, "memory", 4, "67% of 6.00 GB kept in memory"),
         (3, {"limit": 2 * GIGA}, "memory", 2, "the limit given"),
         (6, {"limit": 100 * GIGA}, "disk", 6, "half of what is free"),
-        (3, {"wanted": "nowhere"}, "nowhere", 0, "as asked"),
+        (3, {"location": "nowhere"}, "nowhere", 0, "as asked"),
     ],
 )
-def test_room_is_taken_where_there_is_enough(
-    needed: int, settings: dict[str, int | str], place: str, held: int, said: str
+def test_plan_cache_chooses_first_location_with_enough_space(
+    needed: int, settings: dict[str, int | str], location: str, size: int, reason: str
 ) -> None:
-    places = {"gpu": 0, "memory": 8 * GIGA, "disk": 20 * GIGA}
-    free = {place: settings.get(place, size) for place, size in places.items() if settings.get(place, size)}
-    room = plan_cache(
+    defaults = {"gpu": 0, "memory": 8 * GIGA, "disk": 20 * GIGA}
+    free = {name: int(settings.get(name, default)) for name, default in defaults.items()}
+    plan = plan_cache(
         needed * GIGA,
-        wanted=str(settings.get("wanted", "auto")),
+        location=str(settings.get("location", "auto")),
         limit=int(settings.get("limit", 0)),
-        free=free,  # type: ignore[arg-type]
+        free={name: space for name, space in free.items() if space},
     )
-    assert (room.place, room.bytes) == (place, held * GIGA)
-    assert said in room.reason
+    assert (plan.location, plan.bytes) == (location, size * GIGA)
+    assert reason in plan.reason
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_what_is_put_in_comes_out(place: str) -> None:
-    room = plan_cache(8 * LAYOUT.bytes, wanted=place, limit=0, free={"memory": GIGA, "disk": GIGA})
-    kept = PromptCache(LAYOUT, room=room)
+@pytest.mark.parametrize("location", ["memory", "disk"])
+def test_prompt_cache_returns_what_was_put(location: str) -> None:
+    plan = plan_cache(8 * LAYOUT.token_bytes, location=location, limit=0, free={"memory": GIGA, "disk": GIGA})
+    cache = PromptCache(LAYOUT, plan=plan)
     first, second = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 5, 3)
-    kept.put((1, 2, 3), first)
-    kept.put((1, 2, 3, 4, 5), second)
-    assert not kept.fits(1)
-    assert (1, 2, 3) in kept
-    assert kept.get((9,)) is None
-    got = kept.get((1, 2, 3)), kept.get((1, 2, 3, 4, 5))
-    assert got[0] is not None
-    assert got[1] is not None
-    assert torch.equal(got[0], first)
-    assert torch.equal(got[1], second)
+    cache.put((1, 2, 3), first)
+    cache.put((1, 2, 3, 4, 5), second)
+    assert not cache.fits(1)
+    assert cache.get((9,)) is None
+    states = cache.get((1, 2, 3)), cache.get((1, 2, 3, 4, 5))
+    assert states[0] is not None
+    assert states[1] is not None
+    assert torch.equal(states[0], first)
+    assert torch.equal(states[1], second)
 
 
-def test_states_side_by_side_end_together() -> None:
-    states = [torch.randn(4, 2, 2, 3), torch.randn(4, 2, 5, 3)]
-    found = padded_states(states, device=torch.device("cpu"))
-    assert found.shape == (4, 2, 2, 5, 3)
-    assert torch.equal(found[:, 0, :, 3:], states[0])
-    assert not found[:, 0, :, :3].any()
-    assert torch.equal(found[:, 1], states[1])
-
-
-def test_a_disk_without_room_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_prompt_cache_on_full_disk_raises_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    room = plan_cache(LAYOUT.bytes, wanted="disk", limit=0, free={"memory": GIGA, "disk": GIGA})
+    plan = plan_cache(LAYOUT.token_bytes, location="disk", limit=0, free={"memory": GIGA, "disk": GIGA})
     with pytest.raises(StorageError, match="No space left"):
-        PromptCache(LAYOUT, room=room)
+        PromptCache(LAYOUT, plan=plan)

@@ -11,7 +11,7 @@ import torch
 
 from personaplug.data.task_registry import LAMP_TASKS
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods.predictions import Predictions, load_predictions, predict_samples, save_predictions
 
@@ -36,12 +36,12 @@ def _answers(llm: CausalLM, *, decoding: str = "score", batch_size: int = 2) -> 
 def _scores(llm: Any, lines: list[list[float]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the model find these log-probabilities for the prompts."""
     found = dict(zip(PROMPTS, lines, strict=True))
-    monkeypatch.setattr(llm, "score", lambda prompts, labels, **_: torch.tensor([found[prompt] for prompt in prompts]))
+    monkeypatch.setattr(llm, "score", lambda batch, labels: torch.tensor([found[prompt] for prompt in batch.prompts]))
 
 
 def test_scored_labels_come_with_their_probabilities_in_the_samples_order(toy: CausalLM) -> None:
     made = _answers(toy)
-    scores = toy.score(PROMPTS, TASK.labels, soft=None).double()
+    scores = toy.score(PromptBatch(PROMPTS), TASK.labels).double()
     expected = (scores - scores.logsumexp(dim=1, keepdim=True)).exp().numpy()
     assert made.probabilities is not None
     np.testing.assert_allclose(made.probabilities, expected, atol=2e-6)

@@ -11,6 +11,7 @@ import torch
 
 import personaplug.methods.predictions
 from personaplug.encoders.encoded_sample import EncodedSample, no_style
+from personaplug.llm.base import PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.methods.predictions import reference_nll
@@ -44,7 +45,7 @@ def test_each_is_what_it_is_alone(toy: CausalLM, placement: str, most: int, monk
     found = reference_nll(toy, SAMPLES, prompter=prompter, batch_size=3)
     for sample, (loss, tokens) in zip(SAMPLES, found, strict=True):
         soft = None if prompter is None else prompter.soft_prompt([sample])
-        alone, count = toy.loss([sample.prompt], [sample.target or ""], soft=soft)
+        alone, count = toy.loss(PromptBatch([sample.prompt], soft), [sample.target or ""])
         assert loss == pytest.approx(float(alone), rel=1e-4)
         assert tokens == int(count)
     assert found[1] != found[2]
@@ -54,9 +55,9 @@ def test_no_pass_has_more_samples_than_asked_for(toy: CausalLM, monkeypatch: pyt
     sizes: list[int] = []
     real = toy.loss
 
-    def noted(prompts: Sequence[str], *args: Any, **more: Any) -> Any:
-        sizes.append(len(prompts))
-        return real(prompts, *args, **more)
+    def noted(batch: PromptBatch, *args: Any, **more: Any) -> Any:
+        sizes.append(len(batch.prompts))
+        return real(batch, *args, **more)
 
     monkeypatch.setattr(toy, "loss", noted)
     reference_nll(toy, SAMPLES, prompter=None, batch_size=1)

@@ -1,4 +1,4 @@
-"""What a user's own answers say of the labels: counts, and where they stand among a label's tokens."""
+"""Label prior of a user's own answers, and its distribution over the tokens of labels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import small_backend
+from families import small_llm
 
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import ContinuousBatch, Row
+from personaplug.llm.continuous_batching import ContinuousBatch, Slot
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
 from personaplug.plug.layers import LabelPrior
@@ -29,7 +29,7 @@ def _prior() -> LabelPrior:
     return prior
 
 
-def test_the_bias_is_that_of_the_counts() -> None:
+def test_label_prior_equals_formula() -> None:
     found = _prior()(torch.tensor([2, 2, 0, 1]), (3, 0, 1))
     for row, counts in zip(found.tolist(), [(1, 0, 2), (0, 0, 0), (0, 1, 0)], strict=True):
         shares, total = (0.6, 0.3, 0.1), sum(counts)
@@ -39,13 +39,13 @@ def test_the_bias_is_that_of_the_counts() -> None:
         assert row == pytest.approx(wanted, abs=1e-6)
 
 
-def test_answers_of_no_label_count_for_nothing() -> None:
+def test_label_prior_ignores_unlabeled_items() -> None:
     prior = _prior()
     torch.testing.assert_close(prior(torch.tensor([-1, 2, -1]), (3,)), prior(torch.tensor([2]), (1,)))
     assert not prior(torch.tensor([-1, -1]), (2,)).any()
 
 
-def test_both_numbers_learn() -> None:
+def test_label_prior_parameters_get_gradients() -> None:
     prior = _prior()
     (-prior(torch.tensor([2, 2]), (2,))[0, 2]).backward()
     assert prior.trust.grad is not None
@@ -58,31 +58,31 @@ def _tokens_share_a_beginning(choices: list[tuple[int, ...]]) -> bool:
     return len({choice[0] for choice in choices}) < len(choices)
 
 
-def test_along_a_labels_tokens_the_bias_adds_up_to_its_own(toy: CausalLM) -> None:
-    choices = toy.prompt_tokenizer.answers(LABELS)
+def test_next_token_bias_along_a_label_sums_to_its_bias(toy: CausalLM) -> None:
+    choices = toy.prompt_tokenizer.encode_labels(LABELS)
     assert _tokens_share_a_beginning(choices)  # else there would be nothing to share out
     bias = LabelBias(choices, BIAS)
     sums = []
     for choice in choices:
         parts = []
         for count, token in enumerate(choice):
-            tokens, values = bias.behind(choice[:count])
+            tokens, values = bias.next_token_bias(choice[:count])
             parts.append(values[:, tokens.index(token)] if tokens else torch.zeros(2))
         sums.append(torch.stack(parts).sum(dim=0))
     less = torch.stack(sums, dim=1) - BIAS
     torch.testing.assert_close(less, less[:, :1].expand_as(less))  # by what is the same for all labels
 
 
-def test_labels_that_all_begin_alike_part_behind_that() -> None:
-    tokens, values = LabelBias([(9, 4, 1), (9, 4, 2)], torch.tensor([[1.0, 3.0]])).where_labels_part()
+def test_first_branch_bias_comes_after_common_prefix() -> None:
+    tokens, values = LabelBias([(9, 4, 1), (9, 4, 2)], torch.tensor([[1.0, 3.0]])).first_branch_bias()
     assert tokens == [1, 2]
     assert float(values[0, 1] - values[0, 0]) == pytest.approx(2)
 
 
-def test_it_is_added_where_labels_part_and_nowhere_else() -> None:
+def test_add_to_changes_logits_at_branches_only() -> None:
     bias = LabelBias([(5, 1), (5, 2), (6, 3)], torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]]))
     wanted = torch.tensor([[IGNORED, 5, 2], [6, 3, IGNORED]])
-    added = bias.added_to(torch.zeros(2, 3, 8), wanted)
+    added = bias.add_to(torch.zeros(2, 3, 8), wanted)
     means = torch.log(torch.tensor([(math.e + math.e**2) / 2, (math.e + math.e**2 + math.e**4) / 3]))
     expected = torch.zeros(2, 3, 8)
     expected[0, 1, 5], expected[0, 1, 6] = means[0] - means[1], 4 - means[1]
@@ -91,70 +91,78 @@ def test_it_is_added_where_labels_part_and_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-def test_scores_carry_it_and_so_do_losses(toy: CausalLM, placement: str) -> None:
+def test_score_and_loss_add_label_bias(toy: CausalLM, placement: str) -> None:
     draw = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, 3, toy.identity.width, generator=draw) * toy.embedding_scale
     bare, prompts = SoftPrompt(vectors, placement), ["which", "a longer question"]
     biased = replace(bare, label_bias=BIAS)
     torch.testing.assert_close(
-        toy.score(prompts, LABELS, soft=biased), toy.score(prompts, LABELS, soft=bare) + BIAS, rtol=1e-4, atol=1e-4
+        toy.score(PromptBatch(prompts, biased), LABELS),
+        toy.score(PromptBatch(prompts, bare), LABELS) + BIAS,
+        rtol=1e-4,
+        atol=1e-4,
     )
     one_token = ("1", "2", "3", "4", "5")  # where what the loss normalizes by can be said exactly
-    scores = toy.score(prompts, one_token, soft=bare)
-    losses, _ = toy.loss(prompts, ["3", "1"], soft=biased, labels=one_token)
+    scores = toy.score(PromptBatch(prompts, bare), one_token)
+    losses, _ = toy.loss(PromptBatch(prompts, biased), ["3", "1"], labels=one_token)
     less = torch.stack([BIAS[0].exp().mean().log(), BIAS[1].exp().mean().log()])
     shares = scores + BIAS - less[:, None]
     rest = 1 - scores.exp().sum(dim=1)
     wanted = -(shares[[0, 1], [2, 0]] - torch.log(rest + shares.exp().sum(dim=1)))
     torch.testing.assert_close(losses, wanted, rtol=1e-3, atol=1e-3)
-    free, _ = toy.loss(prompts, ["3", "1"], soft=biased)  # no closed set, nothing to add
-    torch.testing.assert_close(free, toy.loss(prompts, ["3", "1"], soft=bare)[0])
+    free, _ = toy.loss(PromptBatch(prompts, biased), ["3", "1"])  # no closed set, nothing to add
+    torch.testing.assert_close(free, toy.loss(PromptBatch(prompts, bare), ["3", "1"])[0])
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
 @pytest.mark.parametrize(("family", "side"), [("t5", "right"), ("gpt2", "right"), ("gemma", "left")])
-def test_other_families_carry_it_too(family: str, side: str, placement: str) -> None:
-    llm = small_backend(family, padding_side=side)
+def test_score_and_loss_of_other_families_add_label_bias(family: str, side: str, placement: str) -> None:
+    llm = small_llm(family, padding_side=side)
     draw = torch.Generator().manual_seed(0)
     soft = SoftPrompt(torch.randn(2, 3, llm.identity.width, generator=draw), placement)
     biased = replace(soft, label_bias=BIAS)
     prompts = ["which", "a longer question"]
-    scores = llm.score(prompts, LABELS, soft=soft)
-    torch.testing.assert_close(llm.score(prompts, LABELS, soft=biased), scores + BIAS, rtol=1e-4, atol=1e-4)
-    losses, bare = (llm.loss(prompts, [LABELS[2]] * 2, soft=given, labels=LABELS)[0] for given in (biased, soft))
+    scores = llm.score(PromptBatch(prompts, soft), LABELS)
+    torch.testing.assert_close(llm.score(PromptBatch(prompts, biased), LABELS), scores + BIAS, rtol=1e-4, atol=1e-4)
+    losses, bare = (
+        llm.loss(PromptBatch(prompts, given), [LABELS[2]] * 2, labels=LABELS)[0] for given in (biased, soft)
+    )
     assert losses[0] < bare[0]  # what it speaks for becomes likelier
     assert losses[1] > bare[1]
 
 
-def test_a_bias_too_small_for_half_precision_is_learned_from() -> None:
+def test_add_to_half_precision_logits_keeps_small_bias() -> None:
     logits = torch.full((1, 1, 8), 40.0, dtype=torch.bfloat16, requires_grad=True)
-    added = LabelBias([(1,), (2,)], torch.tensor([[0.05, -0.05]])).added_to(logits, torch.tensor([[1]]))
+    added = LabelBias([(1,), (2,)], torch.tensor([[0.05, -0.05]])).add_to(logits, torch.tensor([[1]]))
     assert float(added[0, 0, 1] - added[0, 0, 2]) == pytest.approx(0.1, abs=1e-5)
     (gradient,) = torch.autograd.grad(added[0, 0, 1], logits)
     assert gradient[0, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
 
 
-def test_rows_that_run_choose_with_it(toy: CausalLM) -> None:
-    choices, vectors = toy.prompt_tokenizer.answers(LABELS), torch.zeros(1, 1, toy.identity.width)
+def test_continuous_batch_chooses_with_label_bias(toy: CausalLM) -> None:
+    choices, vectors = toy.prompt_tokenizer.encode_labels(LABELS), torch.zeros(1, 1, toy.identity.width)
     for sampled in (False, True):
         for place, label in enumerate(LABELS):
             sure = torch.full((1, len(LABELS)), -60.0).index_fill(1, torch.tensor(place), 0.0)
             config = GenerationConfig(max_new_tokens=20, do_sample=sampled, temperature=1.0, seed=place)
-            row = Row(
-                toy.prompt_tokenizer.prompt("which"), SoftPrompt(vectors, "suffix", label_bias=sure), config, choices
+            slot = Slot(
+                toy.prompt_tokenizer.encode_prompt("which"),
+                SoftPrompt(vectors, "suffix", label_bias=sure),
+                config,
+                choices,
             )
-            running = ContinuousBatch(toy)
-            running.admit([row])
-            while row.ended is None:
-                running.step()
-            assert toy.prompt_tokenizer.decode(row.ids) == label
+            batch = ContinuousBatch(toy)
+            batch.add([slot])
+            while slot.ended is None:
+                batch.step()
+            assert toy.prompt_tokenizer.decode(slot.ids) == label
 
 
-def test_batches_are_joined_with_it() -> None:
+def test_soft_prompt_cat_concatenates_label_bias() -> None:
     vectors = torch.zeros(1, 2, 4)
-    both = SoftPrompt.joined([SoftPrompt(vectors, "suffix", label_bias=row[None]) for row in BIAS])
+    both = SoftPrompt.cat([SoftPrompt(vectors, "suffix", label_bias=row[None]) for row in BIAS])
     assert both.vectors.shape == (2, 2, 4)
     assert both.placement == "suffix"
     assert both.label_bias is not None
     torch.testing.assert_close(both.label_bias, BIAS)
-    assert SoftPrompt.joined([SoftPrompt(vectors)]).label_bias is None
+    assert SoftPrompt.cat([SoftPrompt(vectors)]).label_bias is None

@@ -22,7 +22,7 @@ from live_server import CONFIG, ENCODER, LABELS, open_service, served
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, StoreConflict
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving.api_keys import ApiKeys, create_key
 from personaplug.serving.engines.base import EngineReply, EngineRequest
@@ -69,7 +69,7 @@ def _expected(service: Service, llm: CausalLM, items: list[dict[str, Any]], *, t
     history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in items]
     personalizer = service.personas.personalizer
     soft = personalizer.persona("a film about tea", personalizer.encode(history, encoder=ENCODER))
-    return llm.generate([PROMPT], soft=soft, config=GenerationConfig(max_new_tokens=tokens))[0].text
+    return llm.generate(PromptBatch([PROMPT], soft), GenerationConfig(max_new_tokens=tokens))[0].text
 
 
 FREE: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"personaplug": {"free": True}}}
@@ -123,7 +123,7 @@ def test_answer_on_task_is_one_of_the_labels(url: str) -> None:
 def test_prompt_off_task_is_answered_by_the_plain_model(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     raw = _chat(url, "ann", prompt="hello there", temperature=0, max_tokens=12)
-    plain = toy.generate(["hello there"], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
+    plain = toy.generate(PromptBatch(["hello there"]), GenerationConfig(max_new_tokens=12))[0].text
     assert raw.parse().choices[0].message.content.strip() == plain
     assert raw.headers["x-personaplug-persona"] == "plain"
 
@@ -138,7 +138,7 @@ def test_persona_scale_zero_is_the_plain_model(url: str, toy: CausalLM) -> None:
     _post(url, "ann", _item(1))
     body = {"personaplug": {"free": True, "persona_scale": 0}}
     raw = _chat(url, "ann", temperature=0, max_tokens=12, extra_body=body)
-    plain = toy.generate([PROMPT], soft=None, config=GenerationConfig(max_new_tokens=12))[0].text
+    plain = toy.generate(PromptBatch([PROMPT]), GenerationConfig(max_new_tokens=12))[0].text
     assert raw.parse().choices[0].message.content.strip() == plain
     assert raw.headers["x-personaplug-persona"] == "plain"
 
@@ -270,7 +270,7 @@ def test_explain_lists_items_with_weights_and_effects(service: Service, url: str
         history = [HistoryItem(i["id"], (("text", i["text"]), ("score", i["score"])), "score") for i in rest]
         personalizer = service.personas.personalizer
         soft = personalizer.persona("a film about tea", personalizer.encode(history, encoder=ENCODER))
-        return -float(toy.loss([PROMPT], ["4"], soft=soft, labels=LABELS)[0])
+        return -float(toy.loss(PromptBatch([PROMPT], soft), ["4"], labels=LABELS)[0])
 
     assert explanation["log_likelihood"]["with_persona"] == pytest.approx(likelihood(items), abs=1e-3)
     assert explanation["log_likelihood"]["with_population"] == pytest.approx(likelihood([]), abs=1e-3)
@@ -494,7 +494,7 @@ def test_stream_is_finished_when_the_server_stops(toy: CausalLM, service: Servic
     assert text.rstrip().endswith("data: [DONE]")
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     written = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
-    alone = toy.generate(["long"], soft=None, config=GenerationConfig(max_new_tokens=150))[0].text
+    alone = toy.generate(PromptBatch(["long"]), GenerationConfig(max_new_tokens=150))[0].text
     assert written.strip() == alone
 
 
@@ -532,7 +532,7 @@ def test_openapi_names_every_route(url: str) -> None:
 def test_phrases_are_mixed_into_their_users_answers_only(toy: CausalLM, tmp_path: Path) -> None:
     task = Task("Titles", "text", ("text", "title"), "title", ("rouge_1",), query_after="article: ")
     config = replace(CONFIG, answer_channel="style", label_prior="none")
-    service = open_service(toy, tmp_path, task=task, config=config, build_phrases=toy.phrases)
+    service = open_service(toy, tmp_path, task=task, config=config, build_phrases=toy.build_ngram_cache)
     body: dict[str, Any] = {"prompt": "write. article: on tea", "max_tokens": 24, "temperature": 0}
 
     def ask(user: str | None, **more: Any) -> str:
@@ -556,7 +556,7 @@ def test_phrases_are_mixed_into_their_users_answers_only(toy: CausalLM, tmp_path
 
 def test_phrases_need_a_store_that_keeps_texts(toy: CausalLM, tmp_path: Path) -> None:
     with pytest.raises(StoreConflict, match="keep_text"):
-        open_service(toy, tmp_path, keep_text=False, build_phrases=toy.phrases)
+        open_service(toy, tmp_path, keep_text=False, build_phrases=toy.build_ngram_cache)
 
 
 def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -> None:
@@ -566,7 +566,7 @@ def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -
         tmp_path,
         task=task,
         config=replace(CONFIG, answer_channel="text", label_prior="none"),
-        build_phrases=toy.phrases,
+        build_phrases=toy.build_ngram_cache,
     )
     with served(service) as base_url:
         assert (

@@ -12,7 +12,7 @@ import torch
 from live_server import engine_request
 
 from personaplug.errors import EngineFailure, RequestError
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.serving.engines.base import EngineReply, EngineRequest
@@ -70,7 +70,7 @@ def test_concurrent_requests_get_the_answers_they_get_alone(toy: CausalLM) -> No
     answers = _run(toy, synchronized, max_rows=8)
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         config = GenerationConfig(max_new_tokens=(question.body.model_extra or {})["max_tokens"])
-        alone = toy.generate([f"question {number}"], soft=question.soft, config=config)[0]
+        alone = toy.generate(PromptBatch([f"question {number}"], question.soft), config)[0]
         assert answer.strip() == alone.text
 
 
@@ -94,7 +94,7 @@ def test_usage_and_finish_reason_are_reported(toy: CausalLM) -> None:
 
     whole, events = _run(toy, ask)
     body = json.loads(whole.body)
-    read = len(toy.prompt_tokenizer.prompt("hey").ids) + 2
+    read = len(toy.prompt_tokenizer.encode_prompt("hey").ids) + 2
     assert body["usage"] == {"prompt_tokens": read, "completion_tokens": 8, "total_tokens": read + 8}
     assert body["choices"][0]["finish_reason"] == "length"
     assert (events[-1]["usage"], events[-1]["choices"]) == (body["usage"], [])
@@ -249,7 +249,7 @@ def test_persona_with_nan_is_refused_and_harms_no_other_request(toy: CausalLM) -
 
 
 def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, behind, done = toy.read, toy.logits_behind, list[str]()
+    read, behind, done = toy.prefill, toy.cached_prefix.logits, list[str]()
 
     def reading(*given: Any, **named: Any) -> Any:
         done.append("r")
@@ -259,8 +259,8 @@ def test_new_requests_do_not_delay_running_ones(toy: CausalLM, monkeypatch: pyte
         done.append("s")
         return behind(*given, **named)
 
-    monkeypatch.setattr(toy, "read", reading)
-    monkeypatch.setattr(toy, "logits_behind", stepping)
+    monkeypatch.setattr(toy, "prefill", reading)
+    monkeypatch.setattr(toy.cached_prefix, "logits", stepping)
 
     async def ask(engine: InProcessEngine) -> None:
         long = asyncio.create_task(engine.respond(_chat("long", max_tokens=100)))
@@ -286,7 +286,7 @@ def test_likeliest_choice_equals_that_of_an_evaluation(toy: CausalLM) -> None:
         return [_text(reply) for reply in await asyncio.gather(*map(engine.respond, requests))]
 
     for number, (soft, answer) in enumerate(zip(softs, _run(toy, ask), strict=True)):
-        scores = toy.score([f"which {number}"], labels, soft=soft)[0]
+        scores = toy.score(PromptBatch([f"which {number}"], soft), labels)[0]
         assert answer == labels[int(scores.argmax())]
 
 
@@ -300,9 +300,7 @@ def test_close_finishes_running_requests(toy: CausalLM) -> None:
         assert not await engine.is_ready()
         with pytest.raises(EngineFailure):
             await engine.respond(_chat("hello"))
-        return _text(await begun), toy.generate(["hello"], soft=None, config=GenerationConfig(max_new_tokens=40))[
-            0
-        ].text
+        return _text(await begun), toy.generate(PromptBatch(["hello"]), GenerationConfig(max_new_tokens=40))[0].text
 
     answer, expected = asyncio.run(ask())
     assert answer.strip() == expected
@@ -316,7 +314,7 @@ def test_model_failure_fails_its_requests_and_not_the_next(
 
     async def ask(engine: InProcessEngine) -> str:
         with monkeypatch.context() as patch:
-            patch.setattr(toy, "read", broken)
+            patch.setattr(toy, "prefill", broken)
             with pytest.raises(EngineFailure) as failed:
                 await engine.respond(_chat("hello"))
             assert "secret" not in str(failed.value)
@@ -337,4 +335,4 @@ def test_log_likelihoods_equal_those_of_the_model(toy: CausalLM) -> None:
 
     values = _run(toy, ask)
     for soft, value in zip(softs[::7], values[::7], strict=True):
-        assert value == pytest.approx(-float(toy.loss(["hello"], ["5"], soft=soft)[0]), abs=1e-4)
+        assert value == pytest.approx(-float(toy.loss(PromptBatch(["hello"], soft), ["5"])[0]), abs=1e-4)

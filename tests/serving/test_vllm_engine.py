@@ -217,7 +217,7 @@ def test_label_bias_is_sent_with_the_choices(
         engine_request("chat", ASKED, soft),
     )
     biased, own, free = stand_in.bodies[-3:]
-    (one,), (two,) = toy.prompt_tokenizer.answers(["1", "2"])
+    (one,), (two,) = toy.prompt_tokenizer.encode_labels(["1", "2"])
     sent = biased["logit_bias"]
     assert sent[str(one)] == pytest.approx(math.log(2), abs=1e-5)  # as they are one to nothing, the mean counting 1
     assert sent[str(two)] == -100  # as far as vLLM goes

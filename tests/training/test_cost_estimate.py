@@ -11,6 +11,7 @@ from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError, MissingData
+from personaplug.llm.base import PromptBatch
 from personaplug.run import Run, open_models
 from personaplug.training.cost_estimate import Estimate, _count, _planned_steps, estimate
 from personaplug.training.parts import train
@@ -107,9 +108,9 @@ def test_timed_batches_are_full_with_the_longest_prompts_last(tmp_path: Path, mo
     batches: list[list[str]] = []
     real = models.llm.loss
 
-    def noted(prompts: list[str], targets: list[str], **rest: Any) -> Any:
-        batches.append(prompts)
-        return real(prompts, targets, **rest)
+    def noted(batch: PromptBatch, targets: list[str], **rest: Any) -> Any:
+        batches.append(list(batch.prompts))
+        return real(batch, targets, **rest)
 
     monkeypatch.setattr(models.llm, "loss", noted)
     estimate(config, reader, models=models)

@@ -134,7 +134,7 @@ def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Pat
     plug, again, other = (build_plug(run, models, part=wanted, seed=0) for _ in range(3))
     for one, seed in ((plug, 0), (again, 0), (other, 1)):
         _start_from_words(one, trainings.samples, models, seed=seed)
-    digits = models.llm.embedded(["1", "2", "3", "4", "5"])
+    digits = models.llm.embed_texts(["1", "2", "3", "4", "5"])
     assert len(digits) == 5
     starts = plug.instruction.detach() * plug.spec.embedding_scale
     assert torch.cdist(starts, digits).amin(dim=1).max() < 1e-4
@@ -231,13 +231,13 @@ def test_prompts_are_computed_once_for_plug_control_and_seeds(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[int, ...]] = []
-    real = CausalLM._read
+    real = CausalLM.compute_prompt_states
 
-    def noted(llm: CausalLM, rows: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    def noted(llm: CausalLM, rows: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
         read.extend(rows)
         return real(llm, rows)
 
-    monkeypatch.setattr(CausalLM, "_read", noted)
+    monkeypatch.setattr(CausalLM, "compute_prompt_states", noted)
     _train(tmp_path / "run", data, "placement=suffix", "seeds=0,1", "epochs=3", "views=1")
     probe, prompts = read[:2], read[2:]
     assert len(probe) == 2

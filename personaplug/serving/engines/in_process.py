@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from personaplug.errors import ConfigError, EngineFailure, PersonaPlugError, RequestError
-from personaplug.llm.base import GenerationConfig
+from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import Row
+from personaplug.llm.continuous_batching import Slot
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.serving.engines.base import MAX_CHARACTERS_PER_TOKEN, EngineReply, EngineRequest, EventStream
@@ -52,7 +52,7 @@ class InProcessEngine:
         max_tokens: int | None = None,
         max_held: int = 32_768,
     ) -> None:
-        if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache():
+        if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache:
             raise ConfigError(
                 f"{llm.identity.name} cannot answer several requests side by side: that needs a model that reads "
                 f"prompt and answer in one stream, with a cache of keys and values per token."
@@ -75,7 +75,7 @@ class InProcessEngine:
         """Answer one request; see `Engine.respond`."""
         sampling = Sampling.from_fields(request.body.model_extra)
         job = Job(await asyncio.to_thread(self._row, request, sampling))
-        text = TextStream(job, decode=self.llm.prompt_tokenizer.raw, stop_texts=sampling.stop_texts)
+        text = TextStream(job, decode=self.llm.prompt_tokenizer.decode_raw, stop_texts=sampling.stop_texts)
         formatter = ReplyFormatter(request.body.kind, model=self.models[0], request_id=request.id)
         self._scheduler.submit(job)
         if request.body.stream:
@@ -101,13 +101,16 @@ class InProcessEngine:
                 score = partial(self._score, prompt, answer, softs=batch, choices=choices)
                 log_likelihoods += await self._scheduler.run(score)
         finally:
-            self.llm.prompt_tokenizer.forget()  # its cache holds the user's words, which must not outlast the user
+            self.llm.prompt_tokenizer.clear_cache()  # its cache holds the user's words, which must not outlast the user
         return log_likelihoods
 
     def _rows_per_pass(self, prompt: str, answer: str, *, choices: Sequence[str]) -> int:
         """How many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
         tokenizer = self.llm.prompt_tokenizer
-        (prompt_tokens,), (answer_ids,) = tokenizer.prompts([prompt]), tokenizer.targets([answer], labels=choices)
+        (prompt_tokens,), (answer_ids,) = (
+            tokenizer.encode_prompts([prompt]),
+            tokenizer.encode_targets([answer], labels=choices),
+        )
         if prompt_tokens.truncated:
             raise _too_long(tokenizer.max_tokens)
         if len(answer_ids) > self.max_new_tokens:
@@ -123,11 +126,11 @@ class InProcessEngine:
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
         personas, count = [soft for soft in softs if soft is not None], len(softs)
-        soft = SoftPrompt.joined(personas) if personas else None
-        loss, _ = self.llm.loss([prompt] * count, [answer] * count, soft=soft, labels=choices)
+        soft = SoftPrompt.cat(personas) if personas else None
+        loss, _ = self.llm.loss(PromptBatch([prompt] * count, soft), [answer] * count, labels=choices)
         return (-loss.float()).tolist()
 
-    def _row(self, request: EngineRequest, sampling: Sampling) -> Row:
+    def _row(self, request: EngineRequest, sampling: Sampling) -> Slot:
         prompt, soft = self._tokenize(request), request.soft
         if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona holds values that are no numbers.")
@@ -135,7 +138,7 @@ class InProcessEngine:
         if not prompt_tokens:
             raise RequestError("The prompt is empty.", code="empty_prompt")
         room = self.max_tokens - prompt_tokens
-        choices = self.llm.prompt_tokenizer.answers(request.choices) if request.choices else []
+        choices = self.llm.prompt_tokenizer.encode_labels(request.choices) if request.choices else []
         max_new_tokens = max(map(len, choices)) if choices else self._max_new_tokens(sampling, room)
         if max_new_tokens > room:
             raise _too_long(self.max_tokens)
@@ -148,7 +151,7 @@ class InProcessEngine:
             top_p=1.0 if sampling.top_p is None else max(sampling.top_p, _MIN_TEMPERATURE),
             seed=secrets.randbits(62) if sampling.seed is None else sampling.seed,
         )
-        return Row(prompt, soft, config, choices, request.phrases)
+        return Slot(prompt, soft, config, choices, request.phrases)
 
     def _max_new_tokens(self, sampling: Sampling, room: int) -> int:
         limit = sampling.max_completion_tokens or sampling.max_tokens
@@ -162,11 +165,11 @@ class InProcessEngine:
         body, tokenizer = request.body, self.llm.prompt_tokenizer
         if isinstance(body, CompletionRequest):
             self._check_characters(body.prompt)
-            return tokenizer.bare(body.prompt)
+            return tokenizer.encode_plain(body.prompt)
         turns = [_turn(message) for message in body.messages]
         self._check_characters("".join(text for _, text in turns))
         try:
-            return tokenizer.turns(turns)
+            return tokenizer.encode_chat(turns)
         except PersonaPlugError:
             raise
         except Exception:  # a template may raise anything for roles that it does not know

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from personaplug.errors import EngineFailure
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import ContinuousBatch, Row
+from personaplug.llm.continuous_batching import ContinuousBatch, Slot
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,7 +25,7 @@ _PREFILL_TOKENS = 2048  # prompt tokens that are read between two tokens of the 
 class Job:
     """A row, and the queue of its new tokens."""
 
-    def __init__(self, row: Row) -> None:
+    def __init__(self, row: Slot) -> None:
         self.row = row
         self.is_cancelled = False  # whether nobody waits for it any more
         self.finish_reason = "stop"  # valid once all tokens are read
@@ -142,7 +142,7 @@ class ModelScheduler:
         """Read the prompts of new rows, then choose every row's next token; runs in the model's thread."""
         try:
             if admitted:
-                self._batch.admit([job.row for job in admitted])
+                self._batch.add([job.row for job in admitted])
         except Exception as error:  # of the model or the machine
             _fail(admitted, error)
         try:
@@ -152,7 +152,7 @@ class ModelScheduler:
             self._batch = ContinuousBatch(self.llm)
 
 
-def _max_size(row: Row) -> int:
+def _max_size(row: Slot) -> int:
     """Count the tokens that a row may come to hold."""
     soft = row.soft.vectors.shape[1] if row.soft else 0
     return len(row.prompt.ids) + soft + row.config.max_new_tokens

@@ -75,7 +75,7 @@ class EmbeddingTable:
         """A persona's (1, C) bias of the choices as a bias of the first tokens that tell the choices apart."""
         with self._lock:
             ids = self.tokenizer(list(choices), add_special_tokens=False)["input_ids"]
-        tokens, bias = LabelBias(ids, label_bias).where_labels_part()
+        tokens, bias = LabelBias(ids, label_bias).first_branch_bias()
         values = bias[0].clamp(-_MAX_BIAS, _MAX_BIAS).tolist()
         return {str(token): value for token, value in zip(tokens, values, strict=True) if value != 0}
 

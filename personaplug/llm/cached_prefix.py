@@ -1,0 +1,112 @@
+"""Soft tokens and answers behind cached prompts, for the placement `suffix` of decoder-only models."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from personaplug.llm.base import GenerationConfig, PromptBatch, Runner
+from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
+from personaplug.llm.generation import sample_tokens
+from personaplug.llm.ngram_cache import interpolate_logits
+from personaplug.llm.padding import pad, pad_states
+from personaplug.llm.prefix_attention import CachedPrefix, prefix_attention
+from personaplug.llm.prompt_tokenizer import Ids
+from personaplug.llm.soft_prompt import IGNORED, SoftPrompt
+
+if TYPE_CHECKING:
+    from personaplug.llm.causal_lm import CausalLM
+
+_LABEL_LOGITS = 2**26  # logits of labels per pass; 256 MB in float32
+
+
+class CachedPrefixRunner(Runner):
+    """Runs only soft tokens and answers; the prompts' keys and values come from the cache, without gradients.
+
+    Rows with the same prompt share its states: R rows for P prompts, rows of one prompt adjacent, R a multiple of P.
+    """
+
+    def __init__(self, llm: CausalLM) -> None:
+        self.llm = llm
+
+    def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        assert batch.soft is not None
+        logits = self.answer_logits(self.load_prefix(batch.prompts), batch.soft, target_ids)
+        return logits, pad(target_ids, fill=IGNORED, side="right").to(self.llm.device)
+
+    def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
+        """One pass over the soft tokens, then one over all labels of several tokens, more for very large label sets."""
+        assert batch.soft is not None
+        prefix, rows = self.load_prefix(batch.prompts), len(batch.prompts)
+        logits = self.answer_logits(prefix, batch.soft, [(0,)] * rows)
+        scores = log_softmax(logits[:, 0])[:, [ids[0] for ids in label_ids]]
+        longer = [index for index, ids in enumerate(label_ids) if len(ids) > 1]
+        if not longer:
+            return scores
+        states, lengths = prefix.all_states(), prefix.lengths + batch.soft.tokens
+        del prefix  # frees the second copy of the prompts' states
+        logits_per_label = max(len(label_ids[index]) for index in longer) * self.llm.embed.num_embeddings * rows
+        step = max(1, _LABEL_LOGITS // logits_per_label)
+        for start in range(0, len(longer), step):
+            indices = longer[start : start + step]
+            scores[:, indices] += self.scores_after_first(states, lengths, [label_ids[index] for index in indices])
+        return scores
+
+    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        assert batch.soft is not None
+        prefix, size = self.load_prefix(batch.prompts, share=True), len(batch.prompts)
+        end = torch.tensor(self.llm.end_ids, device=self.llm.device)
+        generator = torch.Generator(self.llm.device).manual_seed(config.seed)
+        has_ended = torch.zeros(size, dtype=torch.bool, device=self.llm.device)
+        embeds = self._cast(batch.soft)
+        tokens: list[Tensor] = []
+        while len(tokens) < config.max_new_tokens and not has_ended.all():
+            logits = self.logits(embeds, prefix, columns=torch.tensor([embeds.shape[1] - 1]))[:, 0].float()
+            if batch.ngrams is not None:
+                prefixes = torch.stack(tokens, dim=1).tolist() if tokens else [[]] * size
+                logits = interpolate_logits(logits, batch.ngrams, prefixes)
+            tokens.append(sample_tokens(logits, config, generator=generator))
+            has_ended |= torch.isin(tokens[-1], end)
+            embeds = self.llm.embed(tokens[-1])[:, None]
+        return torch.stack(tokens, dim=1).tolist()
+
+    def logits(self, embeds: Tensor, prefix: CachedPrefix, *, columns: Tensor) -> Tensor:
+        """Run further live tokens (R, L, D), add them to the cache and return the logits at C columns, (R, C, V)."""
+        mask, positions = prefix.mask_and_positions(*embeds.shape[:2])
+        with prefix_attention(self.llm.model, prefix) as options:
+            return self.llm.forward(embeds, mask=mask, positions=positions, columns=columns, **options)[0]
+
+    def answer_logits(self, prefix: CachedPrefix, soft: SoftPrompt, target_ids: Sequence[Ids]) -> Tensor:
+        """Return the logits of R answers behind cached prompts and soft tokens, (R, L, V), L = the longest answer."""
+        # The last token of an answer predicts nothing, so it is no input; the last soft token predicts the first.
+        ids = pad([row[:-1] for row in target_ids], fill=0, side="right").to(self.llm.device)
+        embeds = torch.cat([self._cast(soft), self.llm.embed(ids)], dim=1)
+        # Padding comes after all predicted tokens, so it needs no mask.
+        return self.logits(embeds, prefix, columns=torch.arange(soft.tokens - 1, embeds.shape[1]))
+
+    def scores_after_first(self, states: Tensor, lengths: Tensor, label_ids: Sequence[Ids]) -> Tensor:
+        """Return the log-probability of each label's tokens after its first, (P, len(label_ids)).
+
+        `states` and `lengths` are those of P prompts with their soft tokens; see `CachedPrefix`.
+        """
+        rows = list(label_ids) * len(lengths)
+        ids = pad([row[:-1] for row in rows], fill=0, side="right").to(self.llm.device)
+        prefix = CachedPrefix(states, lengths)
+        logits = self.logits(self.llm.embed(ids), prefix, columns=torch.arange(ids.shape[1]))
+        targets = pad([row[1:] for row in rows], fill=IGNORED, side="right").to(self.llm.device)
+        return -token_loss(logits, targets)[0].view(-1, len(label_ids))
+
+    def load_prefix(self, prompts: Sequence[str], *, share: bool = False) -> CachedPrefix:
+        """Return the states of prompts; with `share`, equal adjacent prompts share theirs if all repeat equally."""
+        rows = [row.ids for row in self.llm.prompt_tokenizer.encode_prompts(prompts)]
+        groups = [(ids, len(list(group))) for ids, group in itertools.groupby(rows)]
+        if share and len({size for _, size in groups}) == 1:
+            rows = [ids for ids, _ in groups]
+        return CachedPrefix(*pad_states(self.llm.prompt_states.get(rows), device=self.llm.device))
+
+    def _cast(self, soft: SoftPrompt) -> Tensor:
+        return soft.vectors.to(self.llm.device, self.llm.model.dtype)

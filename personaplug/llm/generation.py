@@ -1,0 +1,62 @@
+"""Token sampling, and generation by transformers with user n-gram caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+
+from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
+
+
+def sample_tokens(logits: Tensor, config: GenerationConfig, *, generator: torch.Generator) -> Tensor:
+    """Return the next token of each row, (R,) of (R, V) logits: the most likely one, or a sample."""
+    if not config.do_sample:
+        return logits.argmax(dim=-1)
+    probs = torch.softmax(logits / config.temperature, dim=-1)
+    if config.top_p == 1:
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    probs, order = probs.sort(dim=-1, descending=True)
+    # A token stays if those before it cover less than top_p; the most likely token always stays.
+    is_dropped = probs.cumsum(dim=-1) - probs >= config.top_p
+    is_dropped[..., 0] = False
+    probs = probs.masked_fill(is_dropped, 0)
+    return order.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+def generate_with_transformers(
+    llm: LanguageModel, config: GenerationConfig, ngrams: Sequence[UserNgramCache] | None, **inputs: Any
+) -> list[list[int]]:
+    """Return the token ids that transformers generates from `inputs`; torch's global random state stays unchanged."""
+    # The response of an encoder-decoder begins with its start token.
+    first = int(llm.is_encoder_decoder)
+    processors = [_NgramProcessor(ngrams, config.num_beams, first=first)] if ngrams is not None else []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        rows: list[list[int]] = llm.model.generate(
+            **inputs,
+            max_new_tokens=config.max_new_tokens,
+            num_beams=config.num_beams,
+            do_sample=config.do_sample,
+            temperature=config.temperature if config.do_sample else None,
+            top_p=config.top_p if config.do_sample else None,
+            top_k=None,
+            eos_token_id=llm.end_ids,
+            pad_token_id=llm.end_ids[0],
+            logits_processor=LogitsProcessorList(processors),
+        ).tolist()
+    return [row[first:] for row in rows]
+
+
+class _NgramProcessor(LogitsProcessor):
+    """Interpolates the logits of each beam with its user's n-gram cache."""
+
+    def __init__(self, ngrams: Sequence[UserNgramCache], beams: int, *, first: int) -> None:
+        self.ngrams, self.first = [cache for cache in ngrams for _ in range(beams)], first
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return interpolate_logits(scores, self.ngrams, input_ids[:, self.first :].tolist())

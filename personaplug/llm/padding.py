@@ -1,0 +1,64 @@
+"""Rows of different lengths as one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+_GROUP_TOKENS = 4096  # prompt tokens per forward pass, padding included
+
+
+def pad(rows: Sequence[Sequence[int]], *, fill: int, side: str) -> Tensor:
+    """Return rows as a (B, T) int64 tensor, padded on the `left` or `right`."""
+    longest = max((len(row) for row in rows), default=0)
+    padded = torch.full((len(rows), longest), fill, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        start = longest - len(row) if side == "left" else 0
+        padded[index, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+    return padded
+
+
+def pad_with_mask(rows: Sequence[Sequence[int]], *, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return token ids padded with 0, and the mask that is 1 at real tokens; both (B, T)."""
+    mask = pad([[1] * len(row) for row in rows], fill=0, side=side)
+    return pad(rows, fill=0, side=side).to(device), mask.to(device)
+
+
+def pad_states(states: Sequence[Tensor], *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stack the states of B prompts, padded on the left so that later tokens follow directly.
+
+    Args:
+        states: each (parts, heads, n, width).
+    Returns:
+        The states (parts, B, heads, T, width) and the lengths n, (B,).
+    """
+    lengths = [prompt_states.shape[2] for prompt_states in states]
+    parts, heads, _, width = states[0].shape
+    stacked = states[0].new_empty(parts, len(states), heads, max(lengths), width, device=device)
+    for index, prompt_states in enumerate(states):
+        start = max(lengths) - lengths[index]
+        stacked[:, index, :, :start] = 0  # masked, but 0 times an uninitialized NaN would still be NaN
+        stacked[:, index, :, start:] = prompt_states
+    return stacked, torch.tensor(lengths, device=device)
+
+
+def left_padding_mask(lengths: Tensor, size: int) -> Tensor:
+    """Return (B, size) bool: True at the last `lengths[b]` columns of each row."""
+    return torch.arange(size, device=lengths.device) >= size - lengths[:, None]
+
+
+def group_by_length(items: Sequence[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Group items of similar length, longest first, so that a padded group stays below a token limit."""
+    group: list[T] = []
+    for item in sorted(items, key=length, reverse=True):
+        if group and length(group[0]) * (len(group) + 1) > _GROUP_TOKENS:
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

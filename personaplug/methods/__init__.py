@@ -1,11 +1,10 @@
 """Rows of a results table: one class for each kind, and the registry that finds them by name."""
 
 from personaplug.methods import rows  # registers the rows of this package
-from personaplug.methods.base import Control, Method, ModelInputs
+from personaplug.methods.base import Method, ModelInputs
 from personaplug.methods.registry import find_method, needed_parts, parse_methods, register_extension, register_method
 
 __all__ = [
-    "Control",
     "Method",
     "ModelInputs",
     "find_method",

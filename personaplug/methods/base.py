@@ -1,6 +1,7 @@
 """Method: one row of a results table. What it needs trained, what it shows the model, what it predicts, what it costs.
 
-To add a row, write a subclass and register it: `register_method("my-row", lambda argument: MyMethod())`.
+To add a row, write a subclass, a frozen dataclass, and register it: `register_method("my-row", factory)`. Its controls
+`my-row@wrong-user` and `my-row@shuffled` are the same object with other facts in `info`.
 """
 
 from __future__ import annotations
@@ -116,49 +117,3 @@ class Method(ABC):
     def can_be_shuffled(self) -> bool:
         """Whether the order of a user's items may matter to the row."""
         return True
-
-
-@dataclass(frozen=True)
-class Control(Method):
-    """A row that is shown another history: a stranger's, or the user's own in random order.
-
-    Attributes:
-        method: the row whose claim is tested; `info.history` says whose history is shown.
-    """
-
-    method: Method
-
-    @property
-    def requires(self) -> tuple[TrainedPart, ...]:
-        return self.method.requires
-
-    @property
-    def needs_train_split(self) -> bool:
-        return self.method.needs_train_split
-
-    def check(self, task: Task) -> None:
-        self.method.check(task)
-
-    def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
-        return self.method.build_inputs(context, assignments, seed=seed)
-
-    def predict(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> Predictions:
-        return self.method.predict(context, inputs, seed=seed)
-
-    def cache_key(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[Any] | None:
-        return self.method.cache_key(context, inputs, seed=seed)
-
-    def reference_nll(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
-        return self.method.reference_nll(context, inputs, seed=seed)
-
-    def user_cost(self, context: EvalContext, inputs: ModelInputs) -> UserCost | None:
-        return self.method.user_cost(context, inputs)
-
-    def soft_tokens(self, context: EvalContext) -> int:
-        return self.method.soft_tokens(context)
-
-    def cold_start_items(self, context: EvalContext, *, seed: int) -> int:
-        return self.method.cold_start_items(context, seed=seed)
-
-    def remark(self, task: Task) -> str | None:
-        return self.method.remark(task)

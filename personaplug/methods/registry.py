@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from personaplug.analysis.method_info import SHUFFLED, WRONG_USER
 from personaplug.errors import ConfigError, nearest
-from personaplug.methods.base import Control, Method
+from personaplug.methods.base import Method
 from personaplug.training.parts import TrainedPart
 
 DEFAULT = ("plain", "instruction-only", WRONG_USER, SHUFFLED, "plug")
@@ -109,7 +109,7 @@ def number_after(name: str, argument: str) -> int:
     return int(argument)
 
 
-def _control(name: str, method: Method, history: str) -> Control:
+def _control(name: str, method: Method, history: str) -> Method:
     is_personal = method.info.history == "own" and not method.info.is_control
     if not is_personal or not (history == WRONG_USER or (history == SHUFFLED and method.can_be_shuffled)):
         raise ConfigError(
@@ -124,4 +124,4 @@ def _control(name: str, method: Method, history: str) -> Control:
         control_of=method.name,
         parents=(),
     )
-    return Control(method, info=info, rationale=(_GAIN if history == WRONG_USER else _ORDER).format(method.name))
+    return replace(method, info=info, rationale=(_GAIN if history == WRONG_USER else _ORDER).format(method.name))

@@ -34,6 +34,7 @@ from personaplug.methods.lora import LoraMethod, UserLoraMethod
 from personaplug.methods.no_lm import BaselineMethod
 from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.methods.registry import (
+    MethodFactory,
     find_method,
     number_after,
     register_extension,
@@ -47,82 +48,15 @@ _USER_WORDS = 8
 _INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; alone it is written instruction-only
 
 
-def _row(method: Method) -> None:
-    """Register a row whose name takes no number."""
+def _fixed(method: Method) -> MethodFactory:
+    """Return the factory of a row whose name takes no number."""
 
     def factory(argument: str) -> Method:
         if argument:
             raise unknown_method(f"{method.name}:{argument}")
         return method
 
-    register_method(method.name, factory)
-
-
-# ---- the model, the task, the plug
-
-_row(LanguageModelMethod(info=MethodInfo("plain"), rationale="what the frozen model does untouched"))
-_row(
-    LanguageModelMethod(
-        INSTRUCTION,
-        info=MethodInfo("instruction-only", is_seeded=True),
-        rationale="how much any trained tokens gain: same data, steps and number of tokens, no history",
-    )
-)
-_row(
-    LanguageModelMethod(
-        PLUG,
-        info=MethodInfo("plug", "plug", "own", is_seeded=True),
-        rationale="what the user's own history gives through the plug",
-    )
-)
-_row(
-    LanguageModelMethod(
-        PAPER_PLUG,
-        info=MethodInfo("paper-plug", "plug", "own", is_seeded=True),
-        rationale="what the plug of the paper (PPlug, eq. 1 to 5) makes of the same history at the same place",
-    )
-)
-_row(
-    LanguageModelMethod(
-        LABEL_COUNTS,
-        info=MethodInfo("instruction+labels", "counts", "own", is_seeded=True),
-        rationale="whether counts of the user's own labels, beside tokens that know nobody, do as well as a persona",
-    )
-)
-
-# ---- further controls of the plug
-
-_row(
-    RandomVectorsMethod(
-        PLUG,
-        info=MethodInfo("random-vectors", "plug", "own", control_of="plug", is_seeded=True),
-        rationale="whether the persona carries anything of the items, or only their number",
-    )
-)
-_row(
-    MeanPersonaMethod(
-        PLUG,
-        info=MethodInfo("mean-persona", "plug", "own", control_of="plug", is_seeded=True),
-        rationale="whether one persona for everybody does as well",
-    )
-)
-_row(
-    LanguageModelMethod(
-        PLUG,
-        info=MethodInfo("population-persona", "plug", control_of="plug", is_seeded=True),
-        rationale="what the plug does for a user without any history",
-    )
-)
-
-# ---- texts in the prompt
-
-_row(
-    LanguageModelMethod(
-        texts=PromptTexts(profile=True),
-        info=MethodInfo("profile", "prompt", "own"),
-        rationale="whether a profile in words does as well",
-    )
-)
+    return factory
 
 
 def _register_retriever(retriever: str) -> None:
@@ -161,12 +95,6 @@ def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
     )
 
 
-for _retriever in RETRIEVERS:
-    _register_retriever(_retriever)
-
-# ---- n-grams of the user's past answers
-
-
 def _with_phrases(name: str, base: str, argument: str) -> Method:
     if not base or argument:
         raise unknown_method(name)
@@ -194,26 +122,6 @@ def _parents_with_phrases(method: Method) -> tuple[str, ...]:
     return tuple(dict.fromkeys([method.name, *parts, *of_plug]))
 
 
-register_extension("phrases", _with_phrases, examples=("plug+phrases", "instruction+phrases"))
-
-# ---- weights in the model
-
-_row(
-    LoraMethod(
-        info=MethodInfo("lora", "weights", is_seeded=True),
-        rationale="how much weights trained on everybody's questions gain: the task, with more parameters",
-    )
-)
-_row(
-    UserLoraMethod(
-        info=MethodInfo("lora-per-user", "weights", "own", parents=("lora",), is_seeded=True),
-        rationale="whether training for each user does better",
-    )
-)
-
-# ---- without a language model
-
-
 def _no_lm(
     baseline: Baseline,
     rationale: str,
@@ -224,20 +132,6 @@ def _no_lm(
 ) -> Method:
     info = MethodInfo(name or baseline.name, "no-lm", history, parents=parents)
     return BaselineMethod(baseline, info=info, rationale=rationale)
-
-
-_row(
-    _no_lm(
-        Regression(),
-        "whether a regression on words and history, which needs no language model, does as well",
-        parents=("classical:text", "classical:history"),
-    )
-)
-_row(_no_lm(Regression("text"), "what a regression learns of the task alone", history="none"))
-_row(_no_lm(Regression("history"), "what a regression makes of the history without reading the question"))
-_row(_no_lm(UserRating("user-median", user_median), "whether the median of the user's own answers does as well"))
-_row(_no_lm(UserRating("user-mean", user_mean), "whether the mean of the user's own answers does as well"))
-_row(_no_lm(UserMajority(), "whether the most frequent of the user's own answers does as well"))
 
 
 def _copy(argument: str) -> Method:
@@ -254,5 +148,72 @@ def _user_words(argument: str) -> Method:
     return _no_lm(UserWords("user-words", words), rationale, name=name)
 
 
+_FIXED: tuple[Method, ...] = (
+    LanguageModelMethod(info=MethodInfo("plain"), rationale="what the frozen model does untouched"),
+    LanguageModelMethod(
+        INSTRUCTION,
+        info=MethodInfo("instruction-only", is_seeded=True),
+        rationale="how much any trained tokens gain: same data, steps and number of tokens, no history",
+    ),
+    LanguageModelMethod(
+        PLUG,
+        info=MethodInfo("plug", "plug", "own", is_seeded=True),
+        rationale="what the user's own history gives through the plug",
+    ),
+    LanguageModelMethod(
+        PAPER_PLUG,
+        info=MethodInfo("paper-plug", "plug", "own", is_seeded=True),
+        rationale="what the plug of the paper (PPlug, eq. 1 to 5) makes of the same history at the same place",
+    ),
+    LanguageModelMethod(
+        LABEL_COUNTS,
+        info=MethodInfo("instruction+labels", "counts", "own", is_seeded=True),
+        rationale="whether counts of the user's own labels, beside tokens that know nobody, do as well as a persona",
+    ),
+    RandomVectorsMethod(
+        PLUG,
+        info=MethodInfo("random-vectors", "plug", "own", control_of="plug", is_seeded=True),
+        rationale="whether the persona carries anything of the items, or only their number",
+    ),
+    MeanPersonaMethod(
+        PLUG,
+        info=MethodInfo("mean-persona", "plug", "own", control_of="plug", is_seeded=True),
+        rationale="whether one persona for everybody does as well",
+    ),
+    LanguageModelMethod(
+        PLUG,
+        info=MethodInfo("population-persona", "plug", control_of="plug", is_seeded=True),
+        rationale="what the plug does for a user without any history",
+    ),
+    LanguageModelMethod(
+        texts=PromptTexts(profile=True),
+        info=MethodInfo("profile", "prompt", "own"),
+        rationale="whether a profile in words does as well",
+    ),
+    LoraMethod(
+        info=MethodInfo("lora", "weights", is_seeded=True),
+        rationale="how much weights trained on everybody's questions gain: the task, with more parameters",
+    ),
+    UserLoraMethod(
+        info=MethodInfo("lora-per-user", "weights", "own", parents=("lora",), is_seeded=True),
+        rationale="whether training for each user does better",
+    ),
+    _no_lm(
+        Regression(),
+        "whether a regression on words and history, which needs no language model, does as well",
+        parents=("classical:text", "classical:history"),
+    ),
+    _no_lm(Regression("text"), "what a regression learns of the task alone", history="none"),
+    _no_lm(Regression("history"), "what a regression makes of the history without reading the question"),
+    _no_lm(UserRating("user-median", user_median), "whether the median of the user's own answers does as well"),
+    _no_lm(UserRating("user-mean", user_mean), "whether the mean of the user's own answers does as well"),
+    _no_lm(UserMajority(), "whether the most frequent of the user's own answers does as well"),
+)
+
+for _method in _FIXED:
+    register_method(_method.name, _fixed(_method))
 register_method("copy", _copy)
 register_method("user-words", _user_words)
+for _retriever in RETRIEVERS:
+    _register_retriever(_retriever)
+register_extension("phrases", _with_phrases, examples=("plug+phrases", "instruction+phrases"))

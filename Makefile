@@ -27,8 +27,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed pyproject.toml
 quickstart: install
 	$(BIN)/personaplug quickstart --out $(OUT)
 
+# Two processes with a thread each; a file's tests stay together because they share what they set up.
 test: install-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m slow

@@ -113,10 +113,8 @@ def settings_of(task: Task, config: EvaluationConfig) -> Settings:
 
 
 def with_remarks(results: Results, methods: Sequence[Method], task: Task) -> Results:
-    """Return results with notes on rows that mean something else on this task, or with this plug."""
+    """Return results with the notes that the rows have for readers of a table on this task."""
     remarks = dict.fromkeys(remark for method in methods if (remark := method.remark(task)))
-    if any(method.info.history == "shuffled" and method.info.control_of == "plug" for method in methods):
-        remarks["shuffled equals plug here: the plug takes no notice of the items' order."] = None
     return replace(results, about=replace(results.about, notes=[*results.about.notes, *remarks]))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from personaplug.analysis.method_info import SHUFFLED
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample, past_answers, samples_fingerprint
 from personaplug.llm.ngram_cache import check_ngrams
@@ -120,6 +121,11 @@ class LanguageModelMethod(Method):
     def cold_start_items(self, context: EvalContext, *, seed: int) -> int:
         plug = self._plug(context, seed=seed)
         return 0 if plug is None else plug.cold_start.max_items
+
+    def remark(self, task: Task) -> str | None:
+        if self.info.history == SHUFFLED and self.info.control_of == "plug":
+            return "shuffled equals plug here: the plug takes no notice of the items' order."
+        return super().remark(task)
 
     @property
     def _embeds_items(self) -> bool:

@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary (PPlug, eq. 6) with little memory traffic.
 
-With 49,152 tokens the logits are the largest tensor of a step. They are converted to float32 a few rows at a time, so
-that these fit into the CPU cache. The backward pass needs only the original logits.
+The logits are the largest tensor of a step. They are converted to float32 a few rows at a time, so that these fit into
+the CPU cache. The backward pass needs only the original logits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] 
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Return log-probabilities in float32, over the last axis."""
     return torch.log_softmax(logits.float(), dim=-1)
 
 
@@ -72,7 +71,6 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _chunks(flat: Tensor, count: int) -> Iterator[slice]:
-    """Split `count` positions into slices of a bounded number of logits."""
     limit = _CPU_LOGITS if flat.device.type == "cpu" else _GPU_LOGITS
     step = max(1, limit // flat.shape[1])
     return (slice(start, start + step) for start in range(0, count, step))

@@ -41,11 +41,7 @@ class Slot:
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.config.seed)
-
-    @property
-    def label_bias(self) -> Tensor | None:
-        """(1, C) bias of each choice, from the soft prompt."""
-        return None if self.soft is None else self.soft.label_bias
+        self.label_bias = None if self.soft is None else self.soft.label_bias  # (1, C), of each choice
 
     @property
     def needs_scoring(self) -> bool:
@@ -67,11 +63,10 @@ class Slot:
         if not bool(torch.isfinite(logits.max())):
             raise ValueError("the largest logit is not finite")
         token = int(sample_tokens(logits[None], self.config, generator=self._generator)[0])
-        if token in end_ids and not self.choices:
-            self.ended = "stop"
-            return
-        self.ids.append(token)
-        if tuple(self.ids) in self.choices:
+        is_end = token in end_ids and not self.choices
+        if not is_end:
+            self.ids.append(token)
+        if is_end or tuple(self.ids) in self.choices:
             self.ended = "stop"
         elif len(self.ids) >= self.config.max_new_tokens:
             self.ended = "length"
@@ -97,7 +92,6 @@ class ContinuousBatch:
         self._prefix: CachedPrefix | None = None  # states of the slots' tokens, all but the last
 
     def __len__(self) -> int:
-        """Return the number of active slots."""
         return sum(slot.ended is None for slot in self._slots)
 
     @torch.no_grad()
@@ -152,7 +146,6 @@ class ContinuousBatch:
         return [self._slots[index] for index in active], [states[:, index, :, starts[index] :] for index in active]
 
     def _set(self, slots: list[Slot], states: list[Tensor]) -> None:
-        """Replace the slots of the batch; the states are those of all tokens but the last."""
         self._slots = slots
         self._prefix = CachedPrefix(*pad_states(states, device=self.llm.device)) if states else None
 

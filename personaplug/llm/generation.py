@@ -53,8 +53,6 @@ def generate_with_transformers(
 
 
 class _NgramProcessor(LogitsProcessor):
-    """Interpolates the logits of each beam with its user's n-gram cache."""
-
     def __init__(self, ngrams: Sequence[UserNgramCache], beams: int, *, first: int) -> None:
         self.ngrams, self.first = [cache for cache in ngrams for _ in range(beams)], first
 

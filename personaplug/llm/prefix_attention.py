@@ -24,7 +24,7 @@ _UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "alibi", "indexer")
 
 
 class UnsupportedAttention(Exception):
-    """A model's attention has a feature that `attend` does not compute."""
+    """`attend` does not compute a feature of a model's attention."""
 
 
 class CachedPrefix(Cache):
@@ -77,7 +77,7 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def prefix_attention(model: Any, prefix: CachedPrefix) -> Iterator[dict[str, Any]]:
-    """Switch a model to `attend` in the block; yields the keyword arguments that its forward pass needs."""
+    """Switch a model to `attend`; yields the keyword arguments that its forward pass needs."""
     previous = model.config._attn_implementation
     model.config._attn_implementation = _ATTENTION_NAME
     try:
@@ -99,7 +99,6 @@ def attend(
     """Compute softmax attention over cached and live tokens; called by transformers.
 
     Args:
-        module: the layer.
         query: (R, H, Q, d), rows of one prompt adjacent.
         key, value: (R, G, L, d) of all live tokens, the last Q of which are queries; G divides H.
         attention_mask: (R, 1, Q, T + L), added to the scores.

@@ -25,21 +25,13 @@ _PLACEHOLDER = "personaplugplaceofthetext"
 
 @dataclass(frozen=True, repr=False)
 class TokenizedPrompt:
-    """One prompt in tokens: template head + text + template tail."""
-
-    ids: Ids
+    ids: Ids  # template head + text + template tail
     soft_position: int  # tokens before soft tokens of the placement `prefix`
     truncated: bool  # the end of the text was cut
 
 
 class PromptTokenizer:
-    """Tokenizes prompts and answers for one model.
-
-    Args:
-        tokenizer: of transformers.
-        max_tokens: longest prompt, template included.
-        is_encoder_decoder: prompt and answer go to different halves of the model.
-    """
+    """Tokenizes prompts of at most `max_tokens`, template included, and answers with a tokenizer of transformers."""
 
     def __init__(self, tokenizer: Any, *, max_tokens: int, is_encoder_decoder: bool) -> None:
         self.tokenizer = tokenizer
@@ -61,15 +53,9 @@ class PromptTokenizer:
         self._cached_target = lru_cache(_CACHED_TEXTS)(self.encode_target_uncached)
 
     def encode_prompt(self, text: str, soft_at: int = 0) -> TokenizedPrompt:
-        """Tokenize one prompt; cut the end of a text that is too long.
-
-        The `soft_at` characters before the soft tokens are tokenized separately; with 0 the text is in one piece.
-        """
+        """Tokenize one prompt, its first `soft_at` characters separately; cut the end of a text that is too long."""
         if not 0 <= soft_at <= len(text):
-            raise ShapeMismatch(
-                f"soft_at must be 0 to {len(text)}, the characters of the prompt; found {soft_at}. "
-                f"Pass the soft_at of this prompt."
-            )
+            raise ShapeMismatch(f"soft_at must be 0 to {len(text)}, the characters of its prompt; found {soft_at}.")
         return self._cached_prompt(text, soft_at)
 
     def _encode_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
@@ -80,7 +66,6 @@ class PromptTokenizer:
         return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
 
     def encode_prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
-        """Tokenize several prompts; without `soft_at` the soft tokens come before each text."""
         positions = [0] * len(texts) if soft_at is None else soft_at
         if len(positions) != len(texts):
             raise ShapeMismatch(f"soft_at needs one position per prompt ({len(texts)}); found {len(positions)}.")
@@ -88,8 +73,6 @@ class PromptTokenizer:
 
     def encode_chat(self, turns: Sequence[tuple[str, str]]) -> TokenizedPrompt:
         """Tokenize (role, text) messages without cutting; `prefix` soft tokens come before the last user message.
-
-        A single user message gives the same tokens as `encode_prompt`.
 
         Raises:
             ConfigError: if the chat template does not show the messages one by one in order.
@@ -118,8 +101,8 @@ class PromptTokenizer:
     def encode_labels(self, labels: Sequence[str]) -> list[Ids]:
         """Tokenize a closed set of answers.
 
-        If one label's tokens begin another's, as "war" begins "war film", all labels get the end-of-text token. If
-        not, it adds nothing and is left out, so a one-token label needs no further pass.
+        All get the end-of-text token if one's tokens begin another's, as "war" begins "war film". If not, the token
+        adds nothing, and a one-token label needs no further pass without it.
         """
         bare = [self.encode_target(label, end=False) for label in labels]
         # In sorted order, labels that begin with another's tokens follow it directly.
@@ -132,14 +115,10 @@ class PromptTokenizer:
         return [label_ids[text] if text in label_ids else self.encode_target(text) for text in texts]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text, template excluded."""
         return [len(ids) for ids in self._encode(list(texts))["input_ids"]] if texts else []
 
     def cut_text(self, text: str, tokens: int) -> str:
-        """Return the longest beginning of a text with at most `tokens` tokens, without trailing white space.
-
-        It ends between two tokens and never within a character.
-        """
+        """Return the longest beginning of at most `tokens` whole tokens and characters, without trailing blanks."""
         # A beginning may have more tokens alone than within the text, so it is counted again.
         beginning = text.rstrip() if tokens > 0 else ""
         while beginning and (end := self._end_of(beginning, tokens)) < len(beginning):
@@ -155,12 +134,10 @@ class PromptTokenizer:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def clear_cache(self) -> None:
-        """Forget all cached texts."""
         self._cached_prompt.cache_clear()
         self._cached_target.cache_clear()
 
     def _end_of(self, text: str, tokens: int) -> int:
-        """Return the number of characters of the first tokens of a text."""
         if self.tokenizer.is_fast:
             offsets = self._encode(text, return_offsets_mapping=True)["offset_mapping"]
             # The start of the next token: all tokens that are parts of one character start with it.
@@ -202,7 +179,6 @@ class PromptTokenizer:
         return [self._frame_ids(part) for part in parts[::2]]
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the messages in the chat template, with the beginning of the response."""
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         return str(self.tokenizer.apply_chat_template(list(messages), **options))
 

@@ -67,8 +67,6 @@ def splice(
 ) -> Spliced:
     """Insert each row's soft tokens before its `at`-th real position, with padding on either side.
 
-    At position 0 a left-padded row becomes [padding, soft, text], a right-padded one [soft, text, padding].
-
     Args:
         embeds, mask: (B, T, D) and (B, T), 1 at real positions, which are contiguous in a row.
         soft: (B, S, D) to insert; None = only compute the positions.

@@ -21,10 +21,10 @@ from personaplug.llm.chunked_cross_entropy import token_loss
 from personaplug.llm.fp32_logits import use_fp32_logits
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.ngram_cache import MAX_CHARACTERS, UserNgramCache
-from personaplug.llm.padding import pad, pad_with_mask
+from personaplug.llm.padding import pad_with_mask
 from personaplug.llm.prompt_cache import CachePlan, Layout, PromptStates
 from personaplug.llm.prompt_tokenizer import Ids, PromptTokenizer
-from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, Spliced, splice
+from personaplug.llm.soft_prompt import SoftPrompt, Spliced, splice
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class GenerationConfig:
     seed: int = 0  # of the samples
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more; found {getattr(self, name)}.")
+        if min(self.max_new_tokens, self.num_beams) < 1:
+            raise ConfigError(
+                f"max_new_tokens and num_beams must be 1 or more; found {self.max_new_tokens} and {self.num_beams}."
+            )
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"temperature must be above 0 and top_p in (0, 1]; found {self.temperature} and {self.top_p}."
@@ -186,11 +187,9 @@ class LanguageModel(ABC):
 
     def cache_prompts(self, prompts: Sequence[str]) -> None:
         """Cache the states of prompts before `suffix` soft tokens, in place of earlier ones; only the speed changes."""
-        rows = self.prompt_tokenizer.encode_prompts(prompts)
-        self.prompt_states.fill([row.ids for row in rows], self.prompt_layout)
+        self.prompt_states.fill([row.ids for row in self.prompt_tokenizer.encode_prompts(prompts)], self.prompt_layout)
 
     def clear_cache(self) -> None:
-        """Free the cached prompts."""
         self.prompt_states.clear()
 
     def plan_prompt_cache(self, tokens: int) -> CachePlan:
@@ -212,13 +211,11 @@ class LanguageModel(ABC):
         if not batch.prompts:
             return torch.empty(0, len(labels), device=self.device)
         scores = self.choose_runner(batch).label_scores(batch, self.prompt_tokenizer.encode_labels(labels))
-        if batch.soft is None or batch.soft.label_bias is None:
-            return scores
-        return scores + batch.soft.label_bias.to(scores)
+        bias = None if batch.soft is None else batch.soft.label_bias
+        return scores if bias is None else scores + bias.to(scores)
 
     @torch.no_grad()
     def generate(self, batch: PromptBatch, config: GenerationConfig) -> list[Generation]:
-        """Generate one response per prompt."""
         if not batch.prompts:
             return []
         rows = self.choose_runner(batch, num_beams=config.num_beams).generate_ids(batch, config)
@@ -229,20 +226,15 @@ class LanguageModel(ABC):
         ]
 
     def splice_prompts(self, batch: PromptBatch, target_ids: Sequence[Ids] | None = None) -> Spliced:
-        """Tokenize, pad left, embed and splice prompts; targets follow their prompts and become the labels."""
-        prompts = self.prompt_tokenizer.encode_prompts(
-            batch.prompts, batch.soft_at if batch.has_soft("prefix") else None
-        )
+        """Tokenize, pad left, embed and splice prompts, followed by their targets if given."""
+        soft_at = batch.soft_at if batch.has_soft("prefix") else None
+        prompts, is_suffix = self.prompt_tokenizer.encode_prompts(batch.prompts, soft_at), batch.has_soft("suffix")
         rows = [prompt.ids for prompt in prompts]
-        is_suffix = batch.has_soft("suffix")
         at = torch.tensor([len(row.ids) if is_suffix else row.soft_position for row in prompts])
-        labels = None
         if target_ids is not None:
-            ignored = [[IGNORED] * len(row) + list(ids) for row, ids in zip(rows, target_ids, strict=True)]
-            labels = pad(ignored, fill=IGNORED, side="left").to(self.device)
             rows = [row + ids for row, ids in zip(rows, target_ids, strict=True)]
         ids, mask = pad_with_mask(rows, side="left", device=self.device)
-        return splice(self.embed(ids), mask, soft=batch.soft, at=at, labels=labels)
+        return splice(self.embed(ids), mask, soft=batch.soft, at=at)
 
     @torch.no_grad()
     def _measure_scale(self) -> float:

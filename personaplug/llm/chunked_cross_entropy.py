@@ -22,10 +22,7 @@ _GPU_LOGITS = 2**26  # elsewhere, because a kernel launch costs more than the me
 def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] | None = None) -> tuple[Tensor, Tensor]:
     """Return the sum of −log p over each row's labels (eq. 6) and the number of labels, both (B,).
 
-    Args:
-        logits: (B, L, V), aligned with the labels.
-        labels: (B, L), IGNORED if there is nothing to predict.
-        ngrams: (B,) caches to interpolate with the model.
+    `logits` (B, L, V) are aligned with `labels` (B, L), which are IGNORED if there is nothing to predict.
     """
     is_label = labels != IGNORED
     losses: Tensor = _TokenLosses.apply(logits, labels, is_label)  # type: ignore[no-untyped-call]

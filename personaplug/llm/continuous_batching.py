@@ -1,7 +1,4 @@
-"""Continuous batching: responses decoded together, joined and left by requests between any two tokens.
-
-All requests share the pass over the model's weights, which is most of the cost of a token.
-"""
+"""Continuous batching: requests share each pass over the model's weights; they join and leave between two tokens."""
 
 from __future__ import annotations
 
@@ -25,11 +22,7 @@ from personaplug.llm.soft_prompt import SoftPrompt, splice
 
 @dataclass(eq=False, repr=False)
 class Slot:
-    """One response in progress; only the thread that runs the batch changes it.
-
-    `ended` is `stop` if the response is complete, `length` at max_new_tokens, `failed` if no token could be chosen, and
-    None while the slot is active.
-    """
+    """One response in progress; only the thread that runs the batch changes it."""
 
     prompt: TokenizedPrompt
     soft: SoftPrompt | None  # one row
@@ -37,7 +30,7 @@ class Slot:
     choices: Sequence[Ids] = ()  # the only responses allowed, if given; none is a prefix of another
     ngrams: UserNgramCache | None = None  # interpolated with the model if there are no choices
     ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
-    ended: str | None = None
+    ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no token possible
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.config.seed)

@@ -23,10 +23,6 @@ _PREFIX = "personaplug_prefix"  # keyword argument that carries the CachedPrefix
 _UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "alibi", "indexer")
 
 
-class UnsupportedAttention(Exception):
-    """`attend` does not compute a feature of a model's attention."""
-
-
 class CachedPrefix(Cache):
     """Keys and values of P prompts for forward passes of R live rows behind them; R is a multiple of P.
 
@@ -96,7 +92,7 @@ def attend(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute softmax attention over cached and live tokens; called by transformers.
+    """Compute softmax attention over cached and live tokens, (R, Q, H, d); called by transformers.
 
     Args:
         query: (R, H, Q, d), rows of one prompt adjacent.
@@ -104,12 +100,10 @@ def attend(
         attention_mask: (R, 1, Q, T + L), added to the scores.
         scaling: 1/√d by default.
         softcap: limits scores to ± this value (Gemma 2).
-    Returns:
-        (R, Q, H, d).
     """
     unsupported = [name for name in _UNSUPPORTED_OPTIONS if options.get(name) is not None]
     if unsupported or _PREFIX not in options:
-        raise UnsupportedAttention(", ".join(unsupported) or "the model does not pass keyword arguments to attention")
+        raise NotImplementedError(", ".join(unsupported) or "the model passes no keyword arguments to attention")
     prefix = options[_PREFIX].layers[module.layer_idx]
     rows, heads, queries, width = query.shape
     (_, groups, live, _), past = key.shape, prefix.keys.shape[-2]

@@ -1,8 +1,7 @@
 """Check whether a model family can run prompts separately from the soft tokens and answers behind them.
 
-The cache of `prefix_attention` needs keys and values per token in every layer, and attention that transformers'
-AttentionInterface can replace. Families without them (state-space layers, ALiBi biases, attention sinks, caches of
-another shape) fail in their own code or compute something else. Both show when a small batch is run in both ways.
+Families without keys and values per token in every layer, or whose attention cannot be replaced (state-space layers,
+ALiBi biases, attention sinks), fail in their own code or compute something else. A small batch, run in both ways, shows.
 """
 
 from __future__ import annotations

@@ -84,10 +84,7 @@ def _gigabytes(size: int) -> str:
 
 
 class PromptCache:
-    """States of prompts in one buffer; `states` are views of it, (parts, heads, n, width).
-
-    `device` is that of the location gpu.
-    """
+    """States of prompts, (parts, heads, n, width), as views of one buffer; `device` is that of the location gpu."""
 
     def __init__(self, layout: Layout, *, plan: CachePlan, device: torch.device = _CPU) -> None:
         self.layout, self.plan = layout, plan
@@ -125,12 +122,9 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 class PromptStates:
-    """States of prompts, from the cache or computed when needed.
+    """States of prompts, each (parts, heads, n, width), from the cache or computed when needed, without gradients.
 
-    Args:
-        compute: returns the states of prompts of similar length, each (parts, heads, n, width), without gradients.
-        device: of the model.
-        location, limit: see `plan_cache`; processes on one machine share the limit.
+    `location` and `limit` are those of `plan_cache`; processes on one machine share the limit.
     """
 
     def __init__(

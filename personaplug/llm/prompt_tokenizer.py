@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -40,7 +40,9 @@ class PromptTokenizer:
         self._text_tokenizer = copy.deepcopy(tokenizer)
         self.max_tokens = max_tokens
         self.has_chat_template = not is_encoder_decoder and bool(getattr(tokenizer, "chat_template", None))
-        head, tail = self._chat_frame() if self.has_chat_template else self._plain_frame(newline=not is_encoder_decoder)
+        head, tail = self._chat_frame(["user"]) if self.has_chat_template else frame_of(tokenizer)
+        if not self.has_chat_template and not is_encoder_decoder:
+            tail += self._frame_ids("\n")  # only the end of the line tells the model that the prompt is over
         self.head, self.tail = tuple(head), tuple(tail)
         frame_tokens = len(head) + len(tail)
         if max_tokens <= frame_tokens:
@@ -77,7 +79,7 @@ class PromptTokenizer:
         Raises:
             ConfigError: if the chat template does not show the messages one by one in order.
         """
-        frame = self._frame_ids_of([role for role, _ in turns])
+        frame = self._chat_frame([role for role, _ in turns])
         last_user = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
         ids, soft_position = list(frame[0]), 0
         for index, ((_, text), tail) in enumerate(zip(turns, frame[1:], strict=True)):
@@ -87,7 +89,7 @@ class PromptTokenizer:
 
     def encode_plain(self, text: str) -> TokenizedPrompt:
         """Tokenize a text without chat template and without cutting; `prefix` soft tokens come before it."""
-        head, tail = self._plain_frame(newline=False)
+        head, tail = frame_of(self.tokenizer)
         return TokenizedPrompt((*head, *self._text_ids(text), *tail), len(head), truncated=False)
 
     def encode_target(self, text: str, *, end: bool = True) -> Ids:
@@ -156,31 +158,18 @@ class PromptTokenizer:
     def _frame_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _plain_frame(self, *, newline: bool) -> tuple[list[int], list[int]]:
-        head, tail = frame_of(self.tokenizer)
-        # Without a template only the end of the line tells a decoder-only model that the prompt is over.
-        return head, tail + (self._frame_ids("\n") if newline else [])
-
-    def _chat_frame(self) -> tuple[list[int], list[int]]:
-        parts = self._apply_template([{"role": "user", "content": _PLACEHOLDER}]).split(_PLACEHOLDER)
-        if len(parts) != 2:
-            raise ConfigError("The model's chat template does not show the user's message exactly once.")
-        return self._frame_ids(parts[0]), self._frame_ids(parts[1])
-
-    def _frame_ids_of(self, roles: Sequence[str]) -> list[list[int]]:
+    def _chat_frame(self, roles: Sequence[str]) -> list[list[int]]:
         """Return the tokens before the first message and after each; without a template, messages are lines."""
         if not self.has_chat_template:
-            newline = self._frame_ids("\n")
-            return [list(self.head), *([newline] * (len(roles) - 1)), list(self.tail)]
+            return [list(self.head), *[self._frame_ids("\n")] * (len(roles) - 1), list(self.tail)]
         messages = [{"role": role, "content": f"{_PLACEHOLDER}{index:05d}"} for index, role in enumerate(roles)]
-        parts = re.split(f"{_PLACEHOLDER}(\\d{{5}})", self._apply_template(messages))
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        parts = re.split(f"{_PLACEHOLDER}(\\d{{5}})", text)
         if [int(index) for index in parts[1::2]] != list(range(len(roles))):
             raise ConfigError("The model's chat template does not show these messages one by one in order.")
         return [self._frame_ids(part) for part in parts[::2]]
-
-    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return str(self.tokenizer.apply_chat_template(list(messages), **options))
 
 
 def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -1,7 +1,7 @@
 """Frozen encoder-decoder models: the encoder reads the prompt, the decoder writes the answer (T5, the paper's FlanT5).
 
 With the placement `suffix` the encoder reads the plain prompt, which is constant, and the soft tokens come first in the
-decoder: [I; P; start; y]. The answer attends to them there as in a decoder-only model.
+decoder: [I; P; start; y].
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ class Seq2SeqLM(LanguageModel, Runner):
 
     @property
     def prompt_layout(self) -> Layout:
-        """Shape of the encoder's output."""
         return Layout(parts=1, heads=1, width=self.identity.width, dtype=self.model.dtype)
 
     def choose_runner(self, batch: PromptBatch, *, num_beams: int = 1) -> Runner:
@@ -49,17 +48,13 @@ class Seq2SeqLM(LanguageModel, Runner):
         return [states[index, : len(row)][None, None] for index, row in enumerate(prompts)]
 
     def _encode(self, embeds: Tensor, mask: Tensor) -> Tensor:
-        """Return the encoder's output (B, T, D)."""
         states: Tensor = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
         return states
 
     def _decode_logits(
         self, states: Tensor, mask: Tensor, target_ids: Sequence[Ids], *, soft: SoftPrompt | None
     ) -> Tensor:
-        """Return the logits of targets, (B, L, V), L = the longest; `soft` comes before the start token.
-
-        `states` and `mask` are the encoder's output (B, T, D) and its mask (B, T).
-        """
+        """Return the logits of targets (B, L, V) behind encoder output (B, T, D), `soft`, and the start token."""
         # The last token of a target predicts nothing, so it is no input.
         rows = [[self.start_id, *ids[:-1]] for ids in target_ids]
         ids = pad(rows, fill=self.start_id, side="right").to(self.device)

@@ -36,11 +36,6 @@ class Slot:
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self.label_bias = None if self.soft is None else self.soft.label_bias  # (1, C), of each choice
 
-    @property
-    def needs_scoring(self) -> bool:
-        """True if the most likely choice is wanted and token-by-token decoding could miss it."""
-        return not self.config.do_sample and any(len(choice) > 1 for choice in self.choices)
-
     def append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
         """Choose the next token from (V,) logits on the CPU; an error ends this slot alone."""
         try:
@@ -94,7 +89,8 @@ class ContinuousBatch:
         for group in _group_similar(slots):
             group_states, logits = self._prefill(group)
             for slot, own_states, own_logits in zip(group, group_states, logits.float(), strict=True):
-                if slot.needs_scoring:
+                # Token-by-token decoding could miss the most likely choice.
+                if not slot.config.do_sample and any(len(choice) > 1 for choice in slot.choices):
                     slot.ids = list(slot.choices[self._most_likely(slot, own_states, own_logits)])
                     slot.ended = "stop"
                 else:

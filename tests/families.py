@@ -73,7 +73,7 @@ DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 FAMILIES = {**DECODERS, "t5": _t5}
 
 
-def small_llm(family: str, *, padding_side: str = "left", chat: bool = False) -> Any:
+def small_llm(family: str, *, chat: bool = False) -> Any:
     """Return a model of that family with weights drawn by seed 0, in float32."""
     tokenizer = tiny_tokenizer()
     if chat:
@@ -81,7 +81,7 @@ def small_llm(family: str, *, padding_side: str = "left", chat: bool = False) ->
     torch.manual_seed(0)
     model = FAMILIES[family](_ends(tokenizer))
     llm_class = Seq2SeqLM if family == "t5" else CausalLM
-    return llm_class(model, tokenizer, name=f"small-{family}", padding_side=padding_side)
+    return llm_class(model, tokenizer, name=f"small-{family}")
 
 
 def small_mamba() -> CausalLM:

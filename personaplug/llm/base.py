@@ -1,10 +1,8 @@
 """Interface and common code of frozen language models that take soft prompts.
 
-A language model knows nothing about users, and none of its weights changes or gets a gradient.
-
 With the placement `prefix`, soft tokens are inserted into the embedded prompt right before the user's text (PPlug,
 eq. 5: [I; P; x]), or at `soft_at` (Table 3: retrieved texts come before them). With `suffix` they come right before the
-answer, so the states of the prompt depend on neither plug nor user. Nothing is added to the vocabulary.
+answer, so the states of the prompt depend on neither plug nor user.
 """
 
 from __future__ import annotations
@@ -23,10 +21,10 @@ from personaplug.llm.chunked_cross_entropy import token_loss
 from personaplug.llm.fp32_logits import use_fp32_logits
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.ngram_cache import MAX_CHARACTERS, UserNgramCache
-from personaplug.llm.padding import pad, pad_with_mask
+from personaplug.llm.padding import pad_with_mask
 from personaplug.llm.prompt_cache import CachePlan, Layout, PromptStates
 from personaplug.llm.prompt_tokenizer import Ids, PromptTokenizer
-from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, Spliced, splice
+from personaplug.llm.soft_prompt import SoftPrompt, Spliced, splice
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,10 @@ class GenerationConfig:
     seed: int = 0  # of the samples
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more; found {getattr(self, name)}.")
+        if min(self.max_new_tokens, self.num_beams) < 1:
+            raise ConfigError(
+                f"max_new_tokens and num_beams must be 1 or more; found {self.max_new_tokens} and {self.num_beams}."
+            )
         if not self.temperature > 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"temperature must be above 0 and top_p in (0, 1]; found {self.temperature} and {self.top_p}."
@@ -68,15 +67,11 @@ class Generation:
 
 @dataclass(frozen=True, repr=False)
 class PromptBatch:
-    """B prompts, without chat template, and what personalizes them.
-
-    `soft_at` counts the characters of each prompt before soft tokens of the placement `prefix`; None = 0. It is ignored
-    without soft tokens and for `suffix`, because the model then reads each prompt in one piece.
-    """
+    """B prompts, without chat template, and what personalizes them."""
 
     prompts: Sequence[str]
     soft: SoftPrompt | None = None  # B rows; None = the bare model
-    soft_at: Sequence[int] | None = None
+    soft_at: Sequence[int] | None = None  # characters before soft tokens of `prefix`; None = 0
     ngrams: Sequence[UserNgramCache] | None = None  # interpolated with the model
 
     def has_soft(self, placement: str) -> bool:
@@ -105,9 +100,6 @@ class LanguageModel(ABC):
 
     Args:
         model: with a language-modeling head; frozen here.
-        name, revision: for error messages and saved plugs.
-        max_prompt_tokens: longer texts are cut at the end.
-        padding_side: of shorter prompts in losses; generation always pads left.
         prompt_cache, prompt_cache_bytes: location and limit of the cache; see `plan_cache`.
 
     Attributes:
@@ -126,7 +118,6 @@ class LanguageModel(ABC):
         name: str,
         revision: str | None = None,
         max_prompt_tokens: int = 512,
-        padding_side: str = "left",
         prompt_cache: str = "auto",
         prompt_cache_bytes: int = 0,
     ) -> None:
@@ -136,7 +127,6 @@ class LanguageModel(ABC):
             tokenizer, max_tokens=max_prompt_tokens, is_encoder_decoder=self.is_encoder_decoder
         )
         self.max_text_tokens = self.prompt_tokenizer.max_text_tokens
-        self.padding_side = padding_side
         self.embed = model.get_input_embeddings()
         self.identity = LLMIdentity(name, revision, fingerprint(model), int(self.embed.weight.shape[1]))
         self.embedding_scale = self._measure_scale()
@@ -172,17 +162,15 @@ class LanguageModel(ABC):
     def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
         """Return the length of each prompt, with its target's tokens if given."""
         rows = self.prompt_tokenizer.encode_prompts(prompts)
-        extra = [0] * len(rows)
-        if targets is not None:
-            extra = [len(ids) for ids in self.prompt_tokenizer.encode_targets(targets)]
-        return [Measure(len(row.ids) + more, row.truncated) for row, more in zip(rows, extra, strict=True)]
+        target_ids = [()] * len(rows) if targets is None else self.prompt_tokenizer.encode_targets(targets)
+        return [Measure(len(row.ids) + len(ids), row.truncated) for row, ids in zip(rows, target_ids, strict=True)]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, template excluded."""
         return self.prompt_tokenizer.count_tokens(texts)
 
     def cut_text(self, text: str, tokens: int) -> str:
-        """Return the longest beginning of a text with at most `tokens` tokens; see `PromptTokenizer.cut_text`."""
+        """Return the longest beginning of a text with at most `tokens` tokens."""
         return self.prompt_tokenizer.cut_text(text, tokens)
 
     @torch.no_grad()
@@ -199,11 +187,9 @@ class LanguageModel(ABC):
 
     def cache_prompts(self, prompts: Sequence[str]) -> None:
         """Cache the states of prompts before `suffix` soft tokens, in place of earlier ones; only the speed changes."""
-        rows = self.prompt_tokenizer.encode_prompts(prompts)
-        self.prompt_states.fill([row.ids for row in rows], self.prompt_layout)
+        self.prompt_states.fill([row.ids for row in self.prompt_tokenizer.encode_prompts(prompts)], self.prompt_layout)
 
     def clear_cache(self) -> None:
-        """Free the cached prompts."""
         self.prompt_states.clear()
 
     def plan_prompt_cache(self, tokens: int) -> CachePlan:
@@ -211,10 +197,7 @@ class LanguageModel(ABC):
         return self.prompt_states.plan(tokens, self.prompt_layout)
 
     def loss(self, batch: PromptBatch, targets: Sequence[str], *, labels: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
-        """Return −log p of each target and its number of tokens, both (B,). Gradients reach only the soft tokens.
-
-        `labels` is the closed set of targets, if they will be scored against each other; see `encode_labels`.
-        """
+        """Return −log p of each target and its number of tokens, both (B,); `labels` is the closed set of targets."""
         target_ids = self.prompt_tokenizer.encode_targets(targets, labels=labels)
         logits, target_tokens = self.choose_runner(batch).target_logits(batch, target_ids)
         if labels and batch.soft is not None and batch.soft.label_bias is not None:
@@ -228,13 +211,11 @@ class LanguageModel(ABC):
         if not batch.prompts:
             return torch.empty(0, len(labels), device=self.device)
         scores = self.choose_runner(batch).label_scores(batch, self.prompt_tokenizer.encode_labels(labels))
-        if batch.soft is None or batch.soft.label_bias is None:
-            return scores
-        return scores + batch.soft.label_bias.to(scores)
+        bias = None if batch.soft is None else batch.soft.label_bias
+        return scores if bias is None else scores + bias.to(scores)
 
     @torch.no_grad()
     def generate(self, batch: PromptBatch, config: GenerationConfig) -> list[Generation]:
-        """Generate one response per prompt."""
         if not batch.prompts:
             return []
         rows = self.choose_runner(batch, num_beams=config.num_beams).generate_ids(batch, config)
@@ -244,21 +225,16 @@ class LanguageModel(ABC):
             for row, end in zip(rows, ends, strict=True)
         ]
 
-    def splice_prompts(self, batch: PromptBatch, *, side: str, target_ids: Sequence[Ids] | None = None) -> Spliced:
-        """Tokenize, pad, embed and splice prompts; targets, if given, follow their prompts and become the labels."""
-        prompts = self.prompt_tokenizer.encode_prompts(
-            batch.prompts, batch.soft_at if batch.has_soft("prefix") else None
-        )
+    def splice_prompts(self, batch: PromptBatch, target_ids: Sequence[Ids] | None = None) -> Spliced:
+        """Tokenize, pad left, embed and splice prompts, followed by their targets if given."""
+        soft_at = batch.soft_at if batch.has_soft("prefix") else None
+        prompts, is_suffix = self.prompt_tokenizer.encode_prompts(batch.prompts, soft_at), batch.has_soft("suffix")
         rows = [prompt.ids for prompt in prompts]
-        is_suffix = batch.has_soft("suffix")
         at = torch.tensor([len(row.ids) if is_suffix else row.soft_position for row in prompts])
-        labels = None
         if target_ids is not None:
-            ignored = [[IGNORED] * len(row) + list(ids) for row, ids in zip(rows, target_ids, strict=True)]
-            labels = pad(ignored, fill=IGNORED, side=side).to(self.device)
             rows = [row + ids for row, ids in zip(rows, target_ids, strict=True)]
-        ids, mask = pad_with_mask(rows, side=side, device=self.device)
-        return splice(self.embed(ids), mask, soft=batch.soft, at=at, labels=labels)
+        ids, mask = pad_with_mask(rows, side="left", device=self.device)
+        return splice(self.embed(ids), mask, soft=batch.soft, at=at)
 
     @torch.no_grad()
     def _measure_scale(self) -> float:

@@ -89,10 +89,7 @@ class CachedPrefixRunner(Runner):
         return self.logits(embeds, prefix, columns=torch.arange(soft.tokens - 1, embeds.shape[1]))
 
     def scores_after_first(self, states: Tensor, lengths: Tensor, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of each label's tokens after its first, (P, len(label_ids)).
-
-        `states` and `lengths` are those of P prompts with their soft tokens; see `CachedPrefix`.
-        """
+        """Return the log-probability of labels without their first tokens behind a `CachedPrefix`, (P, n labels)."""
         rows = list(label_ids) * len(lengths)
         ids = pad([row[:-1] for row in rows], fill=0, side="right").to(self.llm.device)
         prefix = CachedPrefix(states, lengths)

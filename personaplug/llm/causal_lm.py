@@ -16,7 +16,7 @@ from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch, R
 from personaplug.llm.cached_prefix import CachedPrefixRunner
 from personaplug.llm.chunked_cross_entropy import log_softmax
 from personaplug.llm.generation import generate_with_transformers
-from personaplug.llm.padding import pad_with_mask
+from personaplug.llm.padding import pad, pad_with_mask
 from personaplug.llm.prefix_probe import check_prefix_cache
 from personaplug.llm.prompt_cache import Layout
 from personaplug.llm.prompt_tokenizer import Ids
@@ -51,12 +51,9 @@ class CausalLM(LanguageModel):
     def forward(
         self, embeds: Tensor, *, mask: Tensor, positions: Tensor, columns: Tensor, **options: Any
     ) -> tuple[Tensor, Any]:
-        """Run the model and return its logits (B, C, V) and its output.
+        """Run the model on (B, T, D) and return its logits (B, C, V) and its output.
 
-        Args:
-            embeds, mask, positions: (B, T, D), (B, T or more) and (B, T).
-            columns: (C,) indices in T whose logits are needed. Few are, and the vocabulary is large.
-            options: further arguments of the model, such as a cache.
+        `mask` is (B, T or more), `positions` (B, T), `columns` (C,) the indices in T whose logits are needed.
         """
         if self._takes_positions:
             options["position_ids"] = positions
@@ -74,11 +71,7 @@ class CausalLM(LanguageModel):
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Run left-padded rows of embeddings (B, T, D).
-
-        Returns:
-            Keys and values of each row's n real positions, (2 · layers, heads, n, head width); last logits (B, V).
-        """
+        """Return states as `compute_prompt_states` and the last logits (B, V) of left-padded rows (B, T, D)."""
         cache = DynamicCache()  # without a config it keeps all tokens, also those beyond a sliding window
         positions, last = (mask.cumsum(dim=1) - 1).clamp(min=0), torch.tensor([mask.shape[1] - 1])
         logits, _ = self.forward(
@@ -102,31 +95,24 @@ class SplicedRunner(Runner):
         self.llm = llm
 
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-        spliced = self.llm.splice_prompts(batch, side=self.llm.padding_side, target_ids=target_ids)
-        assert spliced.labels is not None
-        first = int((spliced.labels != IGNORED).int().argmax(dim=1).min())
+        spliced = self.llm.splice_prompts(batch, target_ids)
+        targets = pad(target_ids, fill=IGNORED, side="left").to(self.llm.device)
+        end = spliced.mask.shape[1] - 1
         # The logits at position t predict the token at t + 1.
-        columns = torch.arange(first - 1, spliced.labels.shape[1] - 1)
-        return self._forward(spliced, columns=columns, use_cache=False)[0], spliced.labels[:, first:]
+        columns = torch.arange(end - targets.shape[1], end)
+        return self._forward(spliced, columns=columns, use_cache=False)[0], targets
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
-        spliced = self.llm.splice_prompts(batch, side="left")
+        spliced = self.llm.splice_prompts(batch)
         longest, last = max(map(len, label_ids)), torch.tensor([spliced.embeds.shape[1] - 1])
         logits, output = self._forward(spliced, columns=last, use_cache=longest > 1)
         first = log_softmax(logits[:, -1])
-        if longest == 1:
-            return first[:, [ids[0] for ids in label_ids]]
         step = max(1, _LABEL_ROWS // len(batch.prompts))
-        parts = [
-            self._scores_after(
-                output.past_key_values, first, spliced=spliced, label_ids=label_ids[start : start + step]
-            )
-            for start in range(0, len(label_ids), step)
-        ]
-        return torch.cat(parts, dim=1)
+        chunks = [label_ids[start : start + step] for start in range(0, len(label_ids), step)]
+        return torch.cat([self._scores_after(output, first, spliced=spliced, label_ids=ids) for ids in chunks], dim=1)
 
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
-        spliced = self.llm.splice_prompts(batch, side="left")
+        spliced = self.llm.splice_prompts(batch)
         inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.mask}
         last = self.llm.only_columns(torch.tensor([-1]))
         return generate_with_transformers(self.llm, config, batch.ngrams, **inputs, **last)
@@ -136,19 +122,14 @@ class SplicedRunner(Runner):
             spliced.embeds, mask=spliced.mask, positions=spliced.positions, columns=columns, use_cache=use_cache
         )
 
-    def _scores_after(self, cache: Any, first: Tensor, *, spliced: Spliced, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of labels behind spliced prompts, (B, len(label_ids)).
-
-        Args:
-            cache: of the prompts; not changed.
-            first: (B, V) log-probabilities of the first token.
-        """
+    def _scores_after(self, output: Any, first: Tensor, *, spliced: Spliced, label_ids: Sequence[Ids]) -> Tensor:
+        """Return the log-probability of labels, (B, len(label_ids)); `first` are those of all first tokens, (B, V)."""
         size, count = first.shape[0], len(label_ids)
         ids, mask = pad_with_mask(label_ids, side="right", device=self.llm.device)  # (count, L)
         total = first[:, ids[:, 0]]
         if ids.shape[1] == 1:
             return total
-        repeated = copy.deepcopy(cache)
+        repeated = copy.deepcopy(output.past_key_values)
         repeated.batch_repeat_interleave(count)
         inputs, columns = ids[:, :-1].repeat(size, 1), torch.arange(ids.shape[1] - 1, device=self.llm.device)
         prompt_mask = spliced.mask.repeat_interleave(count, dim=0)

@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary (PPlug, eq. 6) with little memory traffic.
 
-With 49,152 tokens the logits are the largest tensor of a step. They are converted to float32 a few rows at a time, so
-that these fit into the CPU cache. The backward pass needs only the original logits.
+The logits are the largest tensor of a step. They are converted to float32 a few rows at a time, so that these fit into
+the CPU cache. The backward pass needs only the original logits.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ _GPU_LOGITS = 2**26  # elsewhere, because a kernel launch costs more than the me
 def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] | None = None) -> tuple[Tensor, Tensor]:
     """Return the sum of −log p over each row's labels (eq. 6) and the number of labels, both (B,).
 
-    Args:
-        logits: (B, L, V), aligned with the labels.
-        labels: (B, L), IGNORED if there is nothing to predict.
-        ngrams: (B,) caches to interpolate with the model.
+    `logits` (B, L, V) are aligned with `labels` (B, L), which are IGNORED if there is nothing to predict.
     """
     is_label = labels != IGNORED
     losses: Tensor = _TokenLosses.apply(logits, labels, is_label)  # type: ignore[no-untyped-call]
@@ -36,7 +33,6 @@ def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] 
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Return log-probabilities in float32, over the last axis."""
     return torch.log_softmax(logits.float(), dim=-1)
 
 
@@ -72,7 +68,6 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _chunks(flat: Tensor, count: int) -> Iterator[slice]:
-    """Split `count` positions into slices of a bounded number of logits."""
     limit = _CPU_LOGITS if flat.device.type == "cpu" else _GPU_LOGITS
     step = max(1, limit // flat.shape[1])
     return (slice(start, start + step) for start in range(0, count, step))

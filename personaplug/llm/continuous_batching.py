@@ -1,7 +1,4 @@
-"""Continuous batching: responses decoded together, joined and left by requests between any two tokens.
-
-All requests share the pass over the model's weights, which is most of the cost of a token.
-"""
+"""Continuous batching: requests share each pass over the model's weights; they join and leave between two tokens."""
 
 from __future__ import annotations
 
@@ -25,11 +22,7 @@ from personaplug.llm.soft_prompt import SoftPrompt, splice
 
 @dataclass(eq=False, repr=False)
 class Slot:
-    """One response in progress; only the thread that runs the batch changes it.
-
-    `ended` is `stop` if the response is complete, `length` at max_new_tokens, `failed` if no token could be chosen, and
-    None while the slot is active.
-    """
+    """One response in progress; only the thread that runs the batch changes it."""
 
     prompt: TokenizedPrompt
     soft: SoftPrompt | None  # one row
@@ -37,20 +30,11 @@ class Slot:
     choices: Sequence[Ids] = ()  # the only responses allowed, if given; none is a prefix of another
     ngrams: UserNgramCache | None = None  # interpolated with the model if there are no choices
     ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
-    ended: str | None = None
+    ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no token possible
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.config.seed)
-
-    @property
-    def label_bias(self) -> Tensor | None:
-        """(1, C) bias of each choice, from the soft prompt."""
-        return None if self.soft is None else self.soft.label_bias
-
-    @property
-    def needs_scoring(self) -> bool:
-        """True if the most likely choice is wanted and token-by-token decoding could miss it."""
-        return not self.config.do_sample and any(len(choice) > 1 for choice in self.choices)
+        self.label_bias = None if self.soft is None else self.soft.label_bias  # (1, C), of each choice
 
     def append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
         """Choose the next token from (V,) logits on the CPU; an error ends this slot alone."""
@@ -67,11 +51,10 @@ class Slot:
         if not bool(torch.isfinite(logits.max())):
             raise ValueError("the largest logit is not finite")
         token = int(sample_tokens(logits[None], self.config, generator=self._generator)[0])
-        if token in end_ids and not self.choices:
-            self.ended = "stop"
-            return
-        self.ids.append(token)
-        if tuple(self.ids) in self.choices:
+        is_end = token in end_ids and not self.choices
+        if not is_end:
+            self.ids.append(token)
+        if is_end or tuple(self.ids) in self.choices:
             self.ended = "stop"
         elif len(self.ids) >= self.config.max_new_tokens:
             self.ended = "length"
@@ -97,7 +80,6 @@ class ContinuousBatch:
         self._prefix: CachedPrefix | None = None  # states of the slots' tokens, all but the last
 
     def __len__(self) -> int:
-        """Return the number of active slots."""
         return sum(slot.ended is None for slot in self._slots)
 
     @torch.no_grad()
@@ -107,7 +89,8 @@ class ContinuousBatch:
         for group in _group_similar(slots):
             group_states, logits = self._prefill(group)
             for slot, own_states, own_logits in zip(group, group_states, logits.float(), strict=True):
-                if slot.needs_scoring:
+                # Token-by-token decoding could miss the most likely choice.
+                if not slot.config.do_sample and any(len(choice) > 1 for choice in slot.choices):
                     slot.ids = list(slot.choices[self._most_likely(slot, own_states, own_logits)])
                     slot.ended = "stop"
                 else:
@@ -152,7 +135,6 @@ class ContinuousBatch:
         return [self._slots[index] for index in active], [states[:, index, :, starts[index] :] for index in active]
 
     def _set(self, slots: list[Slot], states: list[Tensor]) -> None:
-        """Replace the slots of the batch; the states are those of all tokens but the last."""
         self._slots = slots
         self._prefix = CachedPrefix(*pad_states(states, device=self.llm.device)) if states else None
 

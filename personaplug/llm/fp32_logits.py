@@ -15,10 +15,10 @@ _GPU_ROWS = 2**14  # fewer, larger kernels
 
 
 def use_fp32_logits(model: Any) -> None:
-    """Make the output layer of a transformers model multiply in float32 if gradients are off.
+    """Make a half-precision `nn.Linear` output layer multiply in float32 if gradients are off.
 
     Weights are converted a block of rows at a time, so no float32 copy is kept. Training keeps the fast product: its
-    gradients average over many tokens. Output layers other than half-precision `nn.Linear` stay unchanged.
+    gradients average over many tokens.
     """
     head: Any = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):

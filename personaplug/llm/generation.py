@@ -32,8 +32,7 @@ def generate_with_transformers(
     llm: LanguageModel, config: GenerationConfig, ngrams: Sequence[UserNgramCache] | None, **inputs: Any
 ) -> list[list[int]]:
     """Return the token ids that transformers generates from `inputs`; torch's global random state stays unchanged."""
-    # The response of an encoder-decoder begins with its start token.
-    first = int(llm.is_encoder_decoder)
+    first = int(llm.is_encoder_decoder)  # its response begins with the start token
     processors = [_NgramProcessor(ngrams, config.num_beams, first=first)] if ngrams is not None else []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -53,8 +52,6 @@ def generate_with_transformers(
 
 
 class _NgramProcessor(LogitsProcessor):
-    """Interpolates the logits of each beam with its user's n-gram cache."""
-
     def __init__(self, ngrams: Sequence[UserNgramCache], beams: int, *, first: int) -> None:
         self.ngrams, self.first = [cache for cache in ngrams for _ in range(beams)], first
 

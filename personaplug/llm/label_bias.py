@@ -20,22 +20,14 @@ from personaplug.llm.soft_prompt import IGNORED
 
 
 class LabelBias:
-    """The bias of each label, distributed over its tokens.
-
-    Args:
-        labels: token ids of the C labels; none is a prefix of another.
-        values: (B, C) added to each label's log-probability.
-    """
+    """The (B, C) bias `values` of C labels, distributed over their token ids; no label is a prefix of another."""
 
     def __init__(self, labels: Sequence[Sequence[int]], values: Tensor) -> None:
         self.values = values.float()
         self._branches = _label_branches(tuple(map(tuple, labels)))
 
     def next_token_bias(self, prefix: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Return the n tokens that continue `prefix` to a label, and the bias of their logits (B, n).
-
-        There are no tokens if only one continuation exists.
-        """
+        """Return the n tokens that continue `prefix` to a label and their bias (B, n); n = 0 if there is only one."""
         branches = self._branches.get(tuple(prefix), {})
         if len(branches) < 2:
             return [], self.values[:, :0]

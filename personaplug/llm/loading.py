@@ -20,12 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_llm(config: ModelConfig) -> LanguageModel:
-    """Load the frozen language model of a config; `toy` and `toy:SEED` name a tiny random one.
-
-    Raises:
-        MissingModel: if the model is not found.
-        ConfigError: if the device does not exist.
-    """
+    """Load the language model of a config, or raise MissingModel; `toy` and `toy:SEED` name a tiny random one."""
     settings = {
         "max_prompt_tokens": config.max_prompt_tokens,
         "prompt_cache": config.prompt_cache,
@@ -53,13 +48,7 @@ def choose_device(name: str) -> str:
 
 
 def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: Any) -> LanguageModel:
-    """Load a frozen language model; `find_model` lists the names that are possible.
-
-    Args:
-        settings: of `LanguageModel`: max_prompt_tokens, prompt_cache, prompt_cache_bytes.
-    Raises:
-        MissingModel: if nothing is found, or it is not a language model.
-    """
+    """Load a frozen language model by a name that `find_model` knows; `settings` are those of `LanguageModel`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     folder = find_model(name)

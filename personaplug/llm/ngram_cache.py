@@ -1,13 +1,13 @@
 """User n-gram cache: a cache language model of a user's past answers, interpolated with the frozen model.
 
-A small model does not spell names, series titles and fixed expressions out of soft tokens; counting does. The model's
-distribution is interpolated with the tokens that followed the last 0, 1 and 2 tokens in past answers, longest last:
+A small model does not spell names and fixed expressions out of soft tokens; counting does. The model's distribution is
+interpolated with the tokens that followed the last 0, 1 and 2 tokens in past answers, longest last:
 
     p ← (1 − s) · p + s · count(context, token) / n        s = n / (n + discount · u)
 
 n = occurrences of the context, u = different tokens that followed it. Source: Kuhn and De Mori, 1990; s is Witten and
 Bell, 1991, method C, which has a discount of 1. Ours is larger because a language model is worth more than a shorter
-context. Nothing is trained, the prompt does not grow, and an empty cache changes nothing.
+context.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ from torch import Tensor
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
 
+# By context length; chosen on users held out of train (benchmarks/LOG.md, "a user's own phrases").
 DISCOUNT = (100.0, 30.0, 10.0)
-"""By context length; chosen on users held out of train (benchmarks/LOG.md, "a user's own phrases")."""
-
-MAX_CHARACTERS = 2048
-"""Characters of an answer that are counted. Titles and messages are shorter; a book would block the server."""
-
+MAX_CHARACTERS = 2048  # of an answer that are counted; a book would block the server
 _START = -1  # the context before the first token
 _ENTRY_BYTES = 160  # of one (context, token) entry, with its share of the dictionaries
 
 
 class UserNgramCache:
-    """N-gram counts of one user's answers: token ids, with the end-of-text token."""
+    """N-gram counts of one user's answers, which are token ids with the end-of-text token."""
 
     def __init__(self, answers: Iterable[Sequence[int]]) -> None:
         counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
@@ -45,7 +42,6 @@ class UserNgramCache:
 
     @property
     def nbytes(self) -> int:
-        """Approximate memory in bytes."""
         return _ENTRY_BYTES * sum(1 + len(after.counts) for after in self._after.values())
 
     def interpolate(self, probs: Tensor, prefix: Sequence[int]) -> Tensor:
@@ -70,9 +66,7 @@ class UserNgramCache:
 
     def _matches(self, answer: Sequence[int], index: int) -> Iterator[_NextTokens]:
         """Yield the counts of each seen context of a position, shortest context first."""
-        for context in _contexts(answer, index):
-            if context in self._after:
-                yield self._after[context]
+        return (self._after[context] for context in _contexts(answer, index) if context in self._after)
 
 
 class _NextTokens:
@@ -89,11 +83,7 @@ class _NextTokens:
 
 
 def interpolate_logits(logits: Tensor, ngrams: Sequence[UserNgramCache], prefixes: Sequence[Sequence[int]]) -> Tensor:
-    """Interpolate the next-token logits (R, V) of R answers, each with its user's cache and its tokens so far.
-
-    Returns:
-        (R, V) log-probabilities; a logit of −inf stays −inf.
-    """
+    """Interpolate next-token logits of R answers, `prefixes` so far; (R, V) log-probabilities, −inf stays −inf."""
     probs = torch.softmax(logits.float(), dim=-1)
     rows = zip(probs, ngrams, prefixes, strict=True)
     mixed = torch.stack([cache.interpolate(row, prefix) for row, cache, prefix in rows]).log()
@@ -101,13 +91,7 @@ def interpolate_logits(logits: Tensor, ngrams: Sequence[UserNgramCache], prefixe
 
 
 def interpolate_losses(losses: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache]) -> Tensor:
-    """Interpolate −log p of target tokens, each row with its user's cache; differentiable.
-
-    Args:
-        losses: (N,) of the model, row by row.
-        labels: (B, L) the N target tokens, negative elsewhere.
-        ngrams: B caches.
-    """
+    """Interpolate (N,) values of −log p with B caches; `labels` (B, L) are the N targets, negative elsewhere."""
     rows = zip(labels.tolist(), ngrams, strict=True)
     pairs = [pair for row, cache in rows for pair in cache.coefficients([token for token in row if token >= 0])]
     scale, offset = torch.tensor(pairs, dtype=losses.dtype, device=losses.device).reshape(-1, 2).unbind(dim=1)

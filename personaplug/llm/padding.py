@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 T = TypeVar("T")
 
@@ -15,12 +16,8 @@ _GROUP_TOKENS = 4096  # prompt tokens per forward pass, padding included
 
 def pad(rows: Sequence[Sequence[int]], *, fill: int, side: str) -> Tensor:
     """Return rows as a (B, T) int64 tensor, padded on the `left` or `right`."""
-    longest = max((len(row) for row in rows), default=0)
-    padded = torch.full((len(rows), longest), fill, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        start = longest - len(row) if side == "left" else 0
-        padded[index, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
-    return padded
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
 
 def pad_with_mask(rows: Sequence[Sequence[int]], *, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -30,13 +27,7 @@ def pad_with_mask(rows: Sequence[Sequence[int]], *, side: str, device: torch.dev
 
 
 def pad_states(states: Sequence[Tensor], *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stack the states of B prompts, padded on the left so that later tokens follow directly.
-
-    Args:
-        states: each (parts, heads, n, width).
-    Returns:
-        The states (parts, B, heads, T, width) and the lengths n, (B,).
-    """
+    """Stack B states (parts, heads, n, width), padded on the left: (parts, B, heads, T, width), and the n, (B,)."""
     lengths = [prompt_states.shape[2] for prompt_states in states]
     parts, heads, _, width = states[0].shape
     stacked = states[0].new_empty(parts, len(states), heads, max(lengths), width, device=device)

@@ -23,10 +23,6 @@ _PREFIX = "personaplug_prefix"  # keyword argument that carries the CachedPrefix
 _UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "alibi", "indexer")
 
 
-class UnsupportedAttention(Exception):
-    """A model's attention has a feature that `attend` does not compute."""
-
-
 class CachedPrefix(Cache):
     """Keys and values of P prompts for forward passes of R live rows behind them; R is a multiple of P.
 
@@ -77,7 +73,7 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def prefix_attention(model: Any, prefix: CachedPrefix) -> Iterator[dict[str, Any]]:
-    """Switch a model to `attend` in the block; yields the keyword arguments that its forward pass needs."""
+    """Switch a model to `attend`; yields the keyword arguments that its forward pass needs."""
     previous = model.config._attn_implementation
     model.config._attn_implementation = _ATTENTION_NAME
     try:
@@ -96,21 +92,18 @@ def attend(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute softmax attention over cached and live tokens; called by transformers.
+    """Compute softmax attention over cached and live tokens, (R, Q, H, d); called by transformers.
 
     Args:
-        module: the layer.
         query: (R, H, Q, d), rows of one prompt adjacent.
         key, value: (R, G, L, d) of all live tokens, the last Q of which are queries; G divides H.
         attention_mask: (R, 1, Q, T + L), added to the scores.
         scaling: 1/√d by default.
         softcap: limits scores to ± this value (Gemma 2).
-    Returns:
-        (R, Q, H, d).
     """
     unsupported = [name for name in _UNSUPPORTED_OPTIONS if options.get(name) is not None]
     if unsupported or _PREFIX not in options:
-        raise UnsupportedAttention(", ".join(unsupported) or "the model does not pass keyword arguments to attention")
+        raise NotImplementedError(", ".join(unsupported) or "the model passes no keyword arguments to attention")
     prefix = options[_PREFIX].layers[module.layer_idx]
     rows, heads, queries, width = query.shape
     (_, groups, live, _), past = key.shape, prefix.keys.shape[-2]

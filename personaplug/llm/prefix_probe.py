@@ -1,8 +1,7 @@
 """Check whether a model family can run prompts separately from the soft tokens and answers behind them.
 
-The cache of `prefix_attention` needs keys and values per token in every layer, and attention that transformers'
-AttentionInterface can replace. Families without them (state-space layers, ALiBi biases, attention sinks, caches of
-another shape) fail in their own code or compute something else. Both show when a small batch is run in both ways.
+Families without keys and values per token in every layer, or whose attention cannot be replaced (state-space layers,
+ALiBi biases, attention sinks), fail in their own code or compute something else. A small batch shows both.
 """
 
 from __future__ import annotations
@@ -29,24 +28,19 @@ _TARGETS = ["one two", "1", "three", "2 4 8"]
 
 
 class RunnerMismatch(Exception):
-    """Both ways run, but their losses or gradients differ."""
+    """Losses or gradients of the two ways differ."""
 
 
 def check_prefix_cache(llm: CausalLM) -> Layout | None:
-    """Compare loss and gradient behind cached prompts with those of one sequence.
-
-    Returns:
-        The shape of cached states; None if they cannot be used, which is logged with the reason.
-    """
+    """Return the shape of cached states, or warn and return None if they change loss or gradient."""
     try:
         return _compare_runners(llm)
     except torch.OutOfMemoryError:
         raise  # says nothing about the family
     except Exception as error:  # unsupported families raise anything: Runtime-, Type-, Value-, Index-, KeyError, …
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        logger.warning(
-            "%s cannot reuse its prompts (%s): each pass reads them with gradients", llm.identity.name, reason
-        )
+        message = "%s cannot reuse its prompts (%s): each pass reads them with gradients"
+        logger.warning(message, llm.identity.name, reason)
         return None
 
 

@@ -40,20 +40,12 @@ class Layout:
     dtype: torch.dtype
 
     @property
-    def token_values(self) -> int:
-        """Values per token."""
-        return self.parts * self.heads * self.width
-
-    @property
     def token_bytes(self) -> int:
-        """Bytes per token."""
-        return self.token_values * self.dtype.itemsize
+        return self.parts * self.heads * self.width * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Where prompts are cached."""
-
     location: str  # gpu, memory, disk or nowhere
     bytes: int
     reason: str  # for the log
@@ -66,7 +58,7 @@ def plan_cache(needed: int, *, location: str, limit: int, free: Mapping[str, int
     Args:
         needed: bytes of all prompts.
         location: gpu, memory, disk, nowhere, or auto = any.
-        limit: most bytes; 0 or more than half of the free space = half of the free space.
+        limit: most bytes, at most half of the free space; 0 = half of the free space.
         free: free bytes by location, fastest first.
     """
     if location == "nowhere":
@@ -92,35 +84,21 @@ def _gigabytes(size: int) -> str:
 
 
 class PromptCache:
-    """States of prompts in one buffer, looked up by token ids; `device` is that of the location gpu."""
+    """States of prompts, (parts, heads, n, width), as views of one buffer; `device` is that of the location gpu."""
 
     def __init__(self, layout: Layout, *, plan: CachePlan, device: torch.device = _CPU) -> None:
         self.layout, self.plan = layout, plan
-        self._offsets: dict[Ids, int] = {}
-        self._used = 0
-        self._buffer = self._allocate(plan.bytes // layout.dtype.itemsize, device if plan.location == "gpu" else _CPU)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
+        self.states: dict[Ids, Tensor] = {}
+        self._free = self._allocate(plan.bytes // layout.dtype.itemsize, device if plan.location == "gpu" else _CPU)
 
     def fits(self, tokens: int) -> bool:
         """Return True if a prompt of this length still fits."""
-        return self._used + tokens * self.layout.token_values <= len(self._buffer)
+        return tokens * self.layout.token_bytes <= self._free.nbytes
 
     def put(self, ids: Ids, states: Tensor) -> None:
-        """Store the (parts, heads, n, width) states of a prompt that fits."""
-        self._buffer[self._used : self._used + states.numel()].copy_(states.reshape(-1))
-        self._offsets[ids] = self._used
-        self._used += states.numel()
-
-    def get(self, ids: Ids) -> Tensor | None:
-        """Return the (parts, heads, n, width) states of a prompt, or None if it is not cached."""
-        start = self._offsets.get(ids)
-        if start is None:
-            return None
-        layout, tokens = self.layout, len(ids)
-        flat = self._buffer[start : start + tokens * layout.token_values]
-        return flat.view(layout.parts, layout.heads, tokens, layout.width)
+        """Store the states of a prompt that fits."""
+        self.states[ids] = self._free[: states.numel()].view(states.shape).copy_(states)
+        self._free = self._free[states.numel() :]
 
     def _allocate(self, count: int, device: torch.device) -> Tensor:
         if self.plan.location != "disk" or not count:
@@ -129,12 +107,12 @@ class PromptCache:
         with tempfile.TemporaryDirectory(prefix="personaplug-prompts-") as folder, storage_errors(Path(folder)):
             path = Path(folder) / "states"
             with path.open("wb") as file:
-                # Reserved now, because writing to a mapped file on a full disk kills the process.
                 _reserve(file, count * self.layout.dtype.itemsize)
             return torch.from_file(str(path), shared=True, size=count, dtype=self.layout.dtype)
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
+    """Take the space on the disk at once, because writing to a mapped file on a full disk kills the process."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
         return
@@ -144,12 +122,9 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 class PromptStates:
-    """States of prompts, from the cache or computed when needed.
+    """States of prompts, each (parts, heads, n, width), from the cache or computed when needed, without gradients.
 
-    Args:
-        compute: returns the states of prompts of similar length, each (parts, heads, n, width), without gradients.
-        device: of the model.
-        location, limit: see `plan_cache`; processes on one machine share the limit.
+    `location` and `limit` are those of `plan_cache`; processes on one machine share the limit.
     """
 
     def __init__(
@@ -160,7 +135,7 @@ class PromptStates:
         self._prompts: frozenset[Ids] = frozenset()  # of the last `fill`, whether they fit or not
 
     def plan(self, tokens: int, layout: Layout | None) -> CachePlan:
-        """Return where prompts of this total length would be cached; a layout of None = not possible."""
+        """Return where prompts of this total length would be cached; see `LanguageModel.prompt_layout`."""
         if layout is None:
             return CachePlan("nowhere", 0, "not kept: this model's own cache does not allow it")
         shared = {"memory": free_memory(), "disk": shutil.disk_usage(tempfile.gettempdir()).free}
@@ -171,7 +146,7 @@ class PromptStates:
         return plan_cache(tokens * layout.token_bytes, location=self.location, limit=limit, free=free)
 
     def fill(self, prompts: Sequence[Ids], layout: Layout | None) -> None:
-        """Compute and cache these prompts in place of the earlier ones; do nothing if all were filled before."""
+        """Compute and cache these prompts in place of the earlier ones, unless these include them all."""
         prompts = list(dict.fromkeys(prompts))
         if prompts and self._prompts.issuperset(prompts):
             return
@@ -191,7 +166,6 @@ class PromptStates:
                 progress.advance(len(group))
 
     def clear(self) -> None:
-        """Free the cache."""
         if self.cache is None and not self._prompts:
             return
         self.cache, self._prompts = None, frozenset()
@@ -200,12 +174,8 @@ class PromptStates:
 
     def get(self, prompts: Sequence[Ids]) -> list[Tensor]:
         """Return the states of each prompt, cached or computed now."""
-        states: dict[Ids, Tensor] = {}
-        for ids in dict.fromkeys(prompts):
-            cached = self.cache.get(ids) if self.cache is not None else None
-            if cached is not None:
-                states[ids] = cached
-        missing = [ids for ids in dict.fromkeys(prompts) if ids not in states]
-        for group in group_by_length(missing, len):
+        cached = {} if self.cache is None else self.cache.states
+        states = {ids: cached[ids] for ids in prompts if ids in cached}
+        for group in group_by_length([ids for ids in dict.fromkeys(prompts) if ids not in states], len):
             states.update(zip(group, self.compute(group), strict=True))
         return [states[ids] for ids in prompts]

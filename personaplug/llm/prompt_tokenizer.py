@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -25,21 +25,13 @@ _PLACEHOLDER = "personaplugplaceofthetext"
 
 @dataclass(frozen=True, repr=False)
 class TokenizedPrompt:
-    """One prompt in tokens: template head + text + template tail."""
-
-    ids: Ids
+    ids: Ids  # template head + text + template tail
     soft_position: int  # tokens before soft tokens of the placement `prefix`
     truncated: bool  # the end of the text was cut
 
 
 class PromptTokenizer:
-    """Tokenizes prompts and answers for one model.
-
-    Args:
-        tokenizer: of transformers.
-        max_tokens: longest prompt, template included.
-        is_encoder_decoder: prompt and answer go to different halves of the model.
-    """
+    """Tokenizes prompts of at most `max_tokens`, template included, and answers with a tokenizer of transformers."""
 
     def __init__(self, tokenizer: Any, *, max_tokens: int, is_encoder_decoder: bool) -> None:
         self.tokenizer = tokenizer
@@ -48,7 +40,9 @@ class PromptTokenizer:
         self._text_tokenizer = copy.deepcopy(tokenizer)
         self.max_tokens = max_tokens
         self.has_chat_template = not is_encoder_decoder and bool(getattr(tokenizer, "chat_template", None))
-        head, tail = self._chat_frame() if self.has_chat_template else self._plain_frame(newline=not is_encoder_decoder)
+        head, tail = self._chat_frame(["user"]) if self.has_chat_template else frame_of(tokenizer)
+        if not self.has_chat_template and not is_encoder_decoder:
+            tail += self._frame_ids("\n")  # only the end of the line tells the model that the prompt is over
         self.head, self.tail = tuple(head), tuple(tail)
         frame_tokens = len(head) + len(tail)
         if max_tokens <= frame_tokens:
@@ -61,15 +55,9 @@ class PromptTokenizer:
         self._cached_target = lru_cache(_CACHED_TEXTS)(self.encode_target_uncached)
 
     def encode_prompt(self, text: str, soft_at: int = 0) -> TokenizedPrompt:
-        """Tokenize one prompt; cut the end of a text that is too long.
-
-        The `soft_at` characters before the soft tokens are tokenized separately; with 0 the text is in one piece.
-        """
+        """Tokenize one prompt, its first `soft_at` characters separately; cut the end of a text that is too long."""
         if not 0 <= soft_at <= len(text):
-            raise ShapeMismatch(
-                f"soft_at must be 0 to {len(text)}, the characters of the prompt; found {soft_at}. "
-                f"Pass the soft_at of this prompt."
-            )
+            raise ShapeMismatch(f"soft_at must be 0 to {len(text)}, the characters of its prompt; found {soft_at}.")
         return self._cached_prompt(text, soft_at)
 
     def _encode_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
@@ -80,7 +68,6 @@ class PromptTokenizer:
         return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
 
     def encode_prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
-        """Tokenize several prompts; without `soft_at` the soft tokens come before each text."""
         positions = [0] * len(texts) if soft_at is None else soft_at
         if len(positions) != len(texts):
             raise ShapeMismatch(f"soft_at needs one position per prompt ({len(texts)}); found {len(positions)}.")
@@ -89,12 +76,10 @@ class PromptTokenizer:
     def encode_chat(self, turns: Sequence[tuple[str, str]]) -> TokenizedPrompt:
         """Tokenize (role, text) messages without cutting; `prefix` soft tokens come before the last user message.
 
-        A single user message gives the same tokens as `encode_prompt`.
-
         Raises:
             ConfigError: if the chat template does not show the messages one by one in order.
         """
-        frame = self._frame_ids_of([role for role, _ in turns])
+        frame = self._chat_frame([role for role, _ in turns])
         last_user = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
         ids, soft_position = list(frame[0]), 0
         for index, ((_, text), tail) in enumerate(zip(turns, frame[1:], strict=True)):
@@ -104,7 +89,7 @@ class PromptTokenizer:
 
     def encode_plain(self, text: str) -> TokenizedPrompt:
         """Tokenize a text without chat template and without cutting; `prefix` soft tokens come before it."""
-        head, tail = self._plain_frame(newline=False)
+        head, tail = frame_of(self.tokenizer)
         return TokenizedPrompt((*head, *self._text_ids(text), *tail), len(head), truncated=False)
 
     def encode_target(self, text: str, *, end: bool = True) -> Ids:
@@ -118,8 +103,8 @@ class PromptTokenizer:
     def encode_labels(self, labels: Sequence[str]) -> list[Ids]:
         """Tokenize a closed set of answers.
 
-        If one label's tokens begin another's, as "war" begins "war film", all labels get the end-of-text token. If
-        not, it adds nothing and is left out, so a one-token label needs no further pass.
+        All get the end-of-text token if one's tokens begin another's, as "war" begins "war film". If not, the token
+        adds nothing, and a one-token label needs no further pass without it.
         """
         bare = [self.encode_target(label, end=False) for label in labels]
         # In sorted order, labels that begin with another's tokens follow it directly.
@@ -132,14 +117,10 @@ class PromptTokenizer:
         return [label_ids[text] if text in label_ids else self.encode_target(text) for text in texts]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text, template excluded."""
         return [len(ids) for ids in self._encode(list(texts))["input_ids"]] if texts else []
 
     def cut_text(self, text: str, tokens: int) -> str:
-        """Return the longest beginning of a text with at most `tokens` tokens, without trailing white space.
-
-        It ends between two tokens and never within a character.
-        """
+        """Return the longest beginning of at most `tokens` whole tokens and characters, without trailing blanks."""
         # A beginning may have more tokens alone than within the text, so it is counted again.
         beginning = text.rstrip() if tokens > 0 else ""
         while beginning and (end := self._end_of(beginning, tokens)) < len(beginning):
@@ -155,12 +136,10 @@ class PromptTokenizer:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def clear_cache(self) -> None:
-        """Forget all cached texts."""
         self._cached_prompt.cache_clear()
         self._cached_target.cache_clear()
 
     def _end_of(self, text: str, tokens: int) -> int:
-        """Return the number of characters of the first tokens of a text."""
         if self.tokenizer.is_fast:
             offsets = self._encode(text, return_offsets_mapping=True)["offset_mapping"]
             # The start of the next token: all tokens that are parts of one character start with it.
@@ -179,32 +158,18 @@ class PromptTokenizer:
     def _frame_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _plain_frame(self, *, newline: bool) -> tuple[list[int], list[int]]:
-        head, tail = frame_of(self.tokenizer)
-        # Without a template only the end of the line tells a decoder-only model that the prompt is over.
-        return head, tail + (self._frame_ids("\n") if newline else [])
-
-    def _chat_frame(self) -> tuple[list[int], list[int]]:
-        parts = self._apply_template([{"role": "user", "content": _PLACEHOLDER}]).split(_PLACEHOLDER)
-        if len(parts) != 2:
-            raise ConfigError("The model's chat template does not show the user's message exactly once.")
-        return self._frame_ids(parts[0]), self._frame_ids(parts[1])
-
-    def _frame_ids_of(self, roles: Sequence[str]) -> list[list[int]]:
+    def _chat_frame(self, roles: Sequence[str]) -> list[list[int]]:
         """Return the tokens before the first message and after each; without a template, messages are lines."""
         if not self.has_chat_template:
-            newline = self._frame_ids("\n")
-            return [list(self.head), *([newline] * (len(roles) - 1)), list(self.tail)]
+            return [list(self.head), *[self._frame_ids("\n")] * (len(roles) - 1), list(self.tail)]
         messages = [{"role": role, "content": f"{_PLACEHOLDER}{index:05d}"} for index, role in enumerate(roles)]
-        parts = re.split(f"{_PLACEHOLDER}(\\d{{5}})", self._apply_template(messages))
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        parts = re.split(f"{_PLACEHOLDER}(\\d{{5}})", text)
         if [int(index) for index in parts[1::2]] != list(range(len(roles))):
             raise ConfigError("The model's chat template does not show these messages one by one in order.")
         return [self._frame_ids(part) for part in parts[::2]]
-
-    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the messages in the chat template, with the beginning of the response."""
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        return str(self.tokenizer.apply_chat_template(list(messages), **options))
 
 
 def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:

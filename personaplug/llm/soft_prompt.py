@@ -1,7 +1,4 @@
-"""Soft prompts and their insertion into embedded text.
-
-Soft tokens are inserted by position, never by a marker in the text, so user text cannot move them.
-"""
+"""Soft prompts, inserted into embedded text by position, never by a marker, so that user text cannot move them."""
 
 from __future__ import annotations
 
@@ -40,7 +37,6 @@ class SoftPrompt:
         return self.vectors.shape[1]
 
     def is_finite(self) -> bool:
-        """Return True if all values are finite."""
         parts = [self.vectors] if self.label_bias is None else [self.vectors, self.label_bias]
         return all(bool(torch.isfinite(part).all()) for part in parts)
 
@@ -59,32 +55,23 @@ class Spliced:
     embeds: Tensor  # (B, S + T, D)
     mask: Tensor  # (B, S + T) int64, 1 at real positions
     positions: Tensor  # (B, S + T) int64, counts the real positions of a row from 0
-    labels: Tensor | None  # (B, S + T) int64, IGNORED at soft tokens and padding
 
 
-def splice(
-    embeds: Tensor, mask: Tensor, *, soft: SoftPrompt | None, at: Tensor, labels: Tensor | None = None
-) -> Spliced:
+def splice(embeds: Tensor, mask: Tensor, *, soft: SoftPrompt | None, at: Tensor) -> Spliced:
     """Insert each row's soft tokens before its `at`-th real position, with padding on either side.
-
-    At position 0 a left-padded row becomes [padding, soft, text], a right-padded one [soft, text, padding].
 
     Args:
         embeds, mask: (B, T, D) and (B, T), 1 at real positions, which are contiguous in a row.
         soft: (B, S, D) to insert; None = only compute the positions.
         at: (B,) real positions before the soft tokens.
-        labels: (B, T).
     """
     if soft is not None:
         _check(embeds, mask, soft=soft, at=at)
-        embeds, mask, labels = _insert(embeds, mask, soft=soft, at=at, labels=labels)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return Spliced(embeds, mask, positions, labels)
+        embeds, mask = _insert(embeds, mask, soft=soft, at=at)
+    return Spliced(embeds, mask, positions=(mask.cumsum(dim=1) - 1).clamp(min=0))
 
 
-def _insert(
-    embeds: Tensor, mask: Tensor, *, soft: SoftPrompt, at: Tensor, labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _insert(embeds: Tensor, mask: Tensor, *, soft: SoftPrompt, at: Tensor) -> tuple[Tensor, Tensor]:
     vectors = soft.vectors.to(device=embeds.device, dtype=embeds.dtype)
     length, count = embeds.shape[1], soft.tokens
     # Row b becomes embeds[b, :cut], soft[b], embeds[b, cut:]. One gather lets each row have its own cut.
@@ -93,15 +80,9 @@ def _insert(
     column = torch.arange(length + count, device=embeds.device).unsqueeze(0)  # (1, S + T)
     is_soft = (column >= cut) & (column < cut + count)
     source = torch.where(column < cut, column, torch.where(is_soft, length + column - cut, column - count))
-    source_embeds = torch.cat([embeds, vectors], dim=1)
-    new_embeds = source_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, embeds.shape[2]))
-    new_mask = _extend(mask, count, fill=1).gather(1, source)
-    new_labels = None if labels is None else _extend(labels, count, fill=IGNORED).gather(1, source)
-    return new_embeds, new_mask, new_labels
-
-
-def _extend(values: Tensor, count: int, *, fill: int) -> Tensor:
-    return torch.cat([values, values.new_full((values.shape[0], count), fill)], dim=1)
+    new_embeds = torch.cat([embeds, vectors], dim=1).gather(1, source.unsqueeze(-1).expand(-1, -1, embeds.shape[2]))
+    new_mask = torch.cat([mask, mask.new_ones(len(mask), count)], dim=1).gather(1, source)
+    return new_embeds, new_mask
 
 
 def _check(embeds: Tensor, mask: Tensor, *, soft: SoftPrompt, at: Tensor) -> None:

@@ -19,18 +19,12 @@ from personaplug.plug.personalizer import Personalizer
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a persona moved.
-
-    Attributes:
-        items_before, items_after: sizes of the two histories.
-        cosine: between the two personas' differences from the population's.
-        moved: distance between the personas over the first one's from the population's; NaN if that is 0.
-    """
+    """How far a persona moved between two histories."""
 
     items_before: int
     items_after: int
-    cosine: float
-    moved: float
+    cosine: float  # between the two personas' differences from the population's
+    moved: float  # distance between the personas over the first one's from the population's; NaN if that is 0
 
 
 @torch.no_grad()
@@ -45,8 +39,7 @@ def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory
 
 def leave_one_out(history: EncodedHistory) -> Iterator[EncodedHistory]:
     """Yield the history without each of its items in turn."""
-    for index in range(len(history)):
-        yield history.select(np.delete(np.arange(len(history)), index))
+    return (history.select(np.delete(np.arange(len(history)), index)) for index in range(len(history)))
 
 
 def drift(
@@ -57,15 +50,9 @@ def drift(
     population: SoftPrompt,
     max_cold_items: int = 0,
 ) -> Drift:
-    """Measure how far a user's persona moved from one state of the history to another.
-
-    `population` is `PersonaPlug.population_prompt`. It stands in for the personas of histories with at most
-    `max_cold_items` items, whatever tokens these are served with.
-    """
-    first, last = (
-        (make_persona(history) if len(history) > max_cold_items else population).vectors for history in (before, after)
-    )
-    old, new = ((vectors - population.vectors).double().flatten() for vectors in (first, last))
+    """Measure how far a persona moved; histories of at most `max_cold_items` items count as the `population` prompt."""
+    personas = (make_persona(history) if len(history) > max_cold_items else population for history in (before, after))
+    old, new = ((persona.vectors - population.vectors).double().flatten() for persona in personas)
     return Drift(
         len(before),
         len(after),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from personaplug.encoders import Encoder, QueryEncoder
 from personaplug.errors import ShapeMismatch
-from personaplug.plug.history_batch import HistoryBatch
+from personaplug.plug.history_batch import HistoryBatch, split_by_user
 
 _MAX_CACHED_TEXTS = 65_536  # 100 MB with MiniLM
 _INITIAL_DOUBT = 4.0  # answers after which a user's own label frequencies count as much as everybody's
@@ -25,8 +25,7 @@ class FrozenQueryEncoder:
     """Encode texts with a frozen encoder and cache the vectors, without the texts. Not thread-safe."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self._source = encoder
-        self._cache: dict[bytes, Tensor] = {}
+        self._source, self._cache = encoder, dict[bytes, Tensor]()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return (n, E) unit vectors on the CPU."""
@@ -72,11 +71,7 @@ class QueryHead(QueryEncoder):
 
 
 class Aggregator(nn.Module):
-    """Weigh the items of each user with a softmax over scores.
-
-    With `shrinkage`, each softmax has one more, trained score, of the population persona. The weights then sum to less
-    than 1; the sum grows with the number of items and their scores.
-    """
+    """Weigh the items of each user with a softmax over scores; with `shrinkage`, the population persona has one too."""
 
     def __init__(self, *, shrinkage: bool = False) -> None:
         super().__init__()
@@ -85,10 +80,8 @@ class Aggregator(nn.Module):
     def forward(self, query: Tensor, items: Tensor, *, lengths: Sequence[int]) -> Tensor:
         """Weigh (M, E) items, user after user, for (B, E) queries; returns (M,). The vectors are unit vectors."""
         if query.shape[-1] != items.shape[-1]:
-            raise ShapeMismatch(
-                f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}: both must come from the "
-                f"same encoder."
-            )
+            widths = f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}"
+            raise ShapeMismatch(f"{widths}: both must come from the same encoder.")
         if len(lengths) != len(query) or sum(lengths) != len(items):
             raise ShapeMismatch(
                 f"{len(query)} queries need as many lengths, {len(items)} items together; found {len(lengths)} with "
@@ -128,17 +121,11 @@ class MeanPooling(Aggregator):
         return items.new_zeros(len(items))
 
 
-def split_by_user(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
-    """Split (M, …) values into one tensor per user."""
-    return torch.split_with_sizes(values, list(lengths))
-
-
 class Projector(nn.Module):
     """Proj of eq. 4: a two-layer MLP from an item's vector (E,) to K soft tokens of width D.
 
-    Its outputs start with unit variance. Unit vectors are multiplied by √E so that each value is about 1, and both
-    layers keep that size. Label and style of an item's answer are added to the hidden layer, unless `labels` (size of
-    the label set) or `style` (number of features, F) are 0.
+    Its outputs start with unit variance: unit vectors are multiplied by √E, and both layers keep that size. Label and
+    style (F features) of an item's answer are added to the hidden layer, unless `labels` or `style` are 0.
     """
 
     def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, style: int) -> None:
@@ -231,10 +218,7 @@ class LabelPrior(nn.Module):
 
 
 class ColdStart(nn.Module):
-    """Give cold users, those with at most `max_items` items, a soft prompt without anything of their own.
-
-    `tokens` are (S, D) and not scaled. None means what the plug makes for users without items.
-    """
+    """Give users with at most `max_items` items the unscaled `tokens` (S, D), or the prompt of users without items."""
 
     tokens: Tensor | None
 
@@ -245,7 +229,7 @@ class ColdStart(nn.Module):
 
     def hide_items(self, history: HistoryBatch) -> HistoryBatch:
         """Drop the items of cold users, unless their soft tokens are replaced anyway."""
-        if self.tokens is not None or not self.max_items or not self._has_cold_users(history.lengths):
+        if self.tokens is not None or not self.max_items or min(history.lengths, default=0) > self.max_items:
             return history
         lengths = torch.tensor(history.lengths)
         is_warm = lengths > self.max_items
@@ -254,7 +238,7 @@ class ColdStart(nn.Module):
 
     def replace_tokens(self, soft: Tensor, lengths: Sequence[int]) -> Tensor:
         """Put `tokens` in place of the (B, S, D) soft tokens of cold users."""
-        if self.tokens is None or not self._has_cold_users(lengths):
+        if self.tokens is None:
             return soft
         is_cold = torch.tensor(lengths) <= self.max_items
         return torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
@@ -265,6 +249,3 @@ class ColdStart(nn.Module):
             return bias
         is_cold = torch.tensor(lengths) <= self.max_items
         return bias.masked_fill(is_cold[:, None].to(bias.device), 0)
-
-    def _has_cold_users(self, lengths: Sequence[int]) -> bool:
-        return min(lengths, default=0) <= self.max_items

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin
+from huggingface_hub import ModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,10 +32,7 @@ _MAX_COLD_ITEMS = "cold_start.max_items"  # beside the weights, so that one file
 
 
 class PersonaPlug(nn.Module, ModelHubMixin):
-    """Make [I; P] of eq. 5: I instruction tokens, the same for all users, and the tokens of the persona head.
-
-    `spec` says which models and labels it fits, `training_facts` what its model card tells of the training.
-    """
+    """Make [I; P] of eq. 5: I instruction tokens, the same for all users, and the tokens of the persona head."""
 
     def __init__(self, config: PlugConfig, *, spec: PlugSpec, encoder: Encoder) -> None:
         super().__init__()
@@ -44,7 +41,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             raise EncoderMismatch("This plug", expected=spec.encoder.describe(), found=encoder.identity.describe())
         self._hub_mixin_config = None  # plug.json holds the config, so the mixin writes no config.json
         self.config, self.spec = config, spec
-        self.training_facts: Mapping[str, Any] = {}
+        self.training_facts: Mapping[str, Any] = {}  # for the model card
         width, labels = spec.llm.width, len(spec.labels)
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
         self.label_prior = LabelPrior(labels) if config.label_prior == "own" else None
@@ -55,7 +52,6 @@ class PersonaPlug(nn.Module, ModelHubMixin):
 
     @property
     def ignores_query(self) -> bool:
-        """Whether its soft prompts are the same for every query."""
         head = self.persona
         return head is None or (head.query_encoder is None and head.hint is None)
 
@@ -70,9 +66,8 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         """Make soft prompts, (B, I + K, D), one token more if options are compared, scaled like the model's embeddings.
 
         Args:
-            queries: B texts.
             history: the users' items; None is allowed if the plug reads none.
-            options: the options in each prompt; only read if the plug compares them.
+            options: those in each prompt; only read if the plug compares them.
             persona_scale: how far personas go from the population persona (near 0) to the user's own (1) and beyond.
                 At 0 there are no soft tokens at all. Users without items get the same tokens at every scale above 0.
         """
@@ -118,10 +113,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             self.persona.cache_queries(queries, options)
 
     def parameter_kinds(self) -> dict[str, list[nn.Parameter]]:
-        """Group the trained parameters by kind, because each kind needs its own learning rate.
-
-        The kinds are `tokens` (trained directly), `numbers` (single values), `encoder` (the trained copy) and `layers`.
-        """
+        """Group the trained parameters by kind: tokens, numbers, the trained copy of the encoder, and layers."""
         kinds: dict[str, list[nn.Parameter]] = {"tokens": [], "numbers": [], "encoder": [], "layers": []}
         has_copy = self.config.query_encoder == "trained"
         for name, parameter in self.named_parameters():
@@ -130,11 +122,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         return kinds
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write plug, config and model card, nothing of the two models; see `ModelHubMixin.save_pretrained`.
-
-        Raises:
-            StorageError: if the disk is full or not writable. Files of an earlier plug stay whole.
-        """
+        """Write plug, config and model card, or raise StorageError; see `ModelHubMixin.save_pretrained`."""
         with storage_errors(Path(save_directory) / saving.ABOUT):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
         return super().save_pretrained(save_directory, **options)
@@ -145,14 +133,11 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         if self.cold_start.max_items:
             tensors[_MAX_COLD_ITEMS] = torch.tensor(self.cold_start.max_items)
         atomic_write(save_directory / saving.WEIGHTS, lambda path: save_file(tensors, path))
-        write_text(save_directory / saving.CARD, str(self.generate_model_card()))
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        card = saving.model_card(self.config, spec=self.spec, training=self.training_facts, parameters=parameters)
+        write_text(save_directory / saving.CARD, str(card))
         # Last, because it marks the plug as complete.
         saving.write_description(save_directory, self.config, spec=self.spec, training=self.training_facts)
-
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """Build the plug's card. The mixin's arguments for its own template are ignored."""
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        return saving.model_card(self.config, spec=self.spec, training=self.training_facts, parameters=parameters)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # a plug cannot be loaded without its two models
@@ -165,8 +150,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             hub_options: as for `huggingface_hub.snapshot_download` (revision, token, cache_dir, local_files_only, …).
         Raises:
             MissingData: if there is no plug, or a broken or newer one.
-            EncoderMismatch: if it was trained with another encoder.
-            LLMMismatch: if it was trained for another language model.
+            EncoderMismatch, LLMMismatch: if it was trained for another model.
         """
         folder = saving.find_plug(pretrained_model_name_or_path, **hub_options)
         config, spec, training = saving.read_description(folder)

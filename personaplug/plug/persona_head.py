@@ -13,16 +13,8 @@ from personaplug.config import PlugConfig
 from personaplug.data.records import Options
 from personaplug.encoders import Encoder, QueryEncoder
 from personaplug.encoders.style_features import FEATURES
-from personaplug.plug.history_batch import HistoryBatch
-from personaplug.plug.layers import (
-    DotAttention,
-    FrozenQueryEncoder,
-    MeanPooling,
-    OptionHint,
-    Projector,
-    QueryHead,
-    split_by_user,
-)
+from personaplug.plug.history_batch import HistoryBatch, split_by_user
+from personaplug.plug.layers import DotAttention, FrozenQueryEncoder, MeanPooling, OptionHint, Projector, QueryHead
 
 _CONVERTED_ITEMS = 1024  # at once, so that their float32 copy stays in the processor's cache
 
@@ -37,8 +29,7 @@ class PersonaHead(nn.Module):
     def __init__(self, config: PlugConfig, *, encoder: Encoder, width: int, labels: int) -> None:
         super().__init__()
         self.tokens, self.shrinkage, self.encoder_width = config.persona_tokens, config.shrinkage, encoder.width
-        self.state_tokens = config.state_tokens
-        self.item_dtype = torch.float32
+        self.state_tokens, self.item_dtype = config.state_tokens, torch.float32
         self.frozen_encoder = FrozenQueryEncoder(encoder)
         has_attention = self.state_tokens < self.tokens
         self.item_attention = DotAttention(config.temperature, shrinkage=config.shrinkage) if has_attention else None

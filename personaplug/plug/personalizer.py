@@ -11,51 +11,35 @@ import torch
 from personaplug.data.records import HistoryItem, Options
 from personaplug.encoders import Encoder
 from personaplug.encoders.embedding_store import Float16Array, RowIds
-from personaplug.encoders.encoded_sample import (
-    EncodedHistory,
-    EncodedSample,
-    label_ids,
-    no_style,
-    style_of_answers,
-)
+from personaplug.encoders.encoded_sample import EncodedHistory, EncodedSample, label_ids, no_style, style_of_answers
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.model import PersonaPlug
 
 
 class Vectors(Protocol):
-    """A table of item vectors of width E."""
-
     width: int
 
     def gather(self, rows: RowIds) -> Float16Array:
-        """Return the vectors of some rows, (n, E)."""
+        """Return the vectors of some rows, (n, width)."""
 
 
 class SoftPrompter(Protocol):
-    """Makes soft prompts for samples."""
-
     @property
-    def placement(self) -> str:
-        """As in `SoftPrompt`."""
+    def placement(self) -> str: ...
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
         """Return the soft prompts of a batch, (B, S, D)."""
 
 
 class Personalizer:
-    """Make soft prompts with one plug.
-
-    `soft_prompt` takes a batch of samples, whose item vectors are in `table`. `persona` takes one query and a user's
-    encoded history; `precompute` does the part of it that depends on no query.
-    """
+    """Make soft prompts with one plug, for samples whose item vectors are in `table` or for one user's history."""
 
     def __init__(self, plug: PersonaPlug, *, table: Vectors | None = None, persona_scale: float = 1.0) -> None:
         self.plug, self.table, self.persona_scale = plug, table, persona_scale
 
     @property
     def placement(self) -> str:
-        """As in `SoftPrompt`."""
         return self.plug.config.placement
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
@@ -88,12 +72,7 @@ class Personalizer:
         options: Options | None = None,
         persona_scale: float | None = None,
     ) -> SoftPrompt:
-        """Make one user's soft prompt for a query, (1, S, D).
-
-        Args:
-            history: at most `max_history` items, encoded or precomputed.
-            persona_scale: None = the personalizer's.
-        """
+        """Make one user's soft prompt for a query, (1, S, D); a `persona_scale` of None = the personalizer's."""
         batch = self.collate(history) if isinstance(history, EncodedHistory) else history
         scale = self.persona_scale if persona_scale is None else persona_scale
         soft: SoftPrompt = self.plug([query], batch, options=[options], persona_scale=scale)

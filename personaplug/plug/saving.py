@@ -24,19 +24,12 @@ ABOUT, WEIGHTS, CARD = "plug.json", "plug.safetensors", "README.md"
 
 @dataclass(frozen=True)
 class PlugSpec:
-    """What a plug fits.
-
-    Attributes:
-        llm: the language model.
-        embedding_scale: root mean square of that model's token embeddings.
-        encoder: the encoder of items and queries.
-        labels: the task's closed set of answers; empty if it has none.
-    """
+    """What a plug fits."""
 
     llm: LLMIdentity
-    embedding_scale: float
-    encoder: EncoderIdentity
-    labels: tuple[str, ...] = ()
+    embedding_scale: float  # root mean square of that model's token embeddings
+    encoder: EncoderIdentity  # of items and queries
+    labels: tuple[str, ...] = ()  # the task's closed set of answers
 
 
 def write_description(folder: Path, config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any]) -> None:
@@ -81,7 +74,6 @@ def find_plug(name: str | Path, **hub_options: Any) -> Path:
 
 
 def model_card(config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any], parameters: int) -> ModelCard:
-    """Describe what a plug fits, how it was trained and what it does not promise."""
     name = spec.llm.name
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     card: ModelCard = ModelCard.from_template(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from personaplug.errors import ShapeMismatch
-from personaplug.llm.soft_prompt import IGNORED, SoftPrompt, splice
+from personaplug.llm.soft_prompt import SoftPrompt, splice
 
 
 def _row(*values: float) -> list[list[float]]:
@@ -19,25 +19,19 @@ SOFT = SoftPrompt(torch.tensor([_row(-1, -2), _row(-3, -4)]))
 def test_splice_left_padding_puts_soft_tokens_between_padding_and_text() -> None:
     embeds = torch.tensor([_row(0, 11, 12), _row(21, 22, 23)])
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    labels = torch.tensor([[IGNORED, IGNORED, 7], [IGNORED, 8, 9]])
-    out = splice(embeds, mask, soft=SOFT, at=torch.tensor([0, 0]), labels=labels)
+    out = splice(embeds, mask, soft=SOFT, at=torch.tensor([0, 0]))
     assert out.embeds.squeeze(-1).tolist() == [[0, -1, -2, 11, 12], [-3, -4, 21, 22, 23]]
     assert out.mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert out.positions.tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]]
-    assert out.labels is not None
-    assert out.labels.tolist() == [[-100, -100, -100, -100, 7], [-100, -100, -100, 8, 9]]
 
 
 def test_splice_right_padding_puts_soft_tokens_first() -> None:
     embeds = torch.tensor([_row(11, 12, 0), _row(21, 22, 23)])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    labels = torch.tensor([[IGNORED, 7, IGNORED], [IGNORED, 8, 9]])
-    out = splice(embeds, mask, soft=SOFT, at=torch.tensor([0, 0]), labels=labels)
+    out = splice(embeds, mask, soft=SOFT, at=torch.tensor([0, 0]))
     assert out.embeds.squeeze(-1).tolist() == [[-1, -2, 11, 12, 0], [-3, -4, 21, 22, 23]]
     assert out.mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert out.positions.tolist() == [[0, 1, 2, 3, 3], [0, 1, 2, 3, 4]]
-    assert out.labels is not None
-    assert out.labels.tolist() == [[-100, -100, -100, 7, -100], [-100, -100, -100, 8, 9]]
 
 
 def test_splice_rows_at_different_positions() -> None:

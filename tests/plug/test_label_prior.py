@@ -115,9 +115,9 @@ def test_score_and_loss_add_label_bias(toy: CausalLM, placement: str) -> None:
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
-@pytest.mark.parametrize(("family", "side"), [("t5", "right"), ("gpt2", "right"), ("gemma", "left")])
-def test_score_and_loss_of_other_families_add_label_bias(family: str, side: str, placement: str) -> None:
-    llm = small_llm(family, padding_side=side)
+@pytest.mark.parametrize("family", ["t5", "gpt2", "gemma"])
+def test_score_and_loss_of_other_families_add_label_bias(family: str, placement: str) -> None:
+    llm = small_llm(family)
     draw = torch.Generator().manual_seed(0)
     soft = SoftPrompt(torch.randn(2, 3, llm.identity.width, generator=draw), placement)
     biased = replace(soft, label_bias=BIAS)

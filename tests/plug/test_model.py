@@ -17,8 +17,7 @@ from personaplug.encoders import HashEncoder
 from personaplug.encoders.encoded_sample import no_style
 from personaplug.errors import ConfigError, EncoderMismatch
 from personaplug.infra.model_hub import LLMIdentity
-from personaplug.plug.history_batch import HistoryBatch
-from personaplug.plug.layers import split_by_user
+from personaplug.plug.history_batch import HistoryBatch, split_by_user
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 from personaplug.training.parts import INSTRUCTION

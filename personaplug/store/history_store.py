@@ -5,6 +5,8 @@ No user text appears in logs or errors, and without `keep_text` none is in the d
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,11 +18,11 @@ from personaplug.data.records import HistoryItem
 from personaplug.encoders import Encoder, EncoderIdentity
 from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
 from personaplug.store import reads, secure_delete, writes
-from personaplug.store.database import Connection, Database, execute, sa
+from personaplug.store.database import Connection, Database, execute, for_update
 from personaplug.store.reads import StoredHistory, StoredItem
 from personaplug.store.receipts import Receipt, Secret
-from personaplug.store.schema import Shard, StoreInfo, StoreSettings, check_settings, create_store, load_info, shard_of
-from personaplug.store.writes import AddResult, EncodedItems, PackedItem, Retention, check_id
+from personaplug.store.schema import Shard, StoreInfo, StoreSettings, check_settings, create_store, load_info
+from personaplug.store.writes import AddResult, EncodedItems, PackedItem, Retention, UserRow, check_id
 
 __all__ = [
     "AddResult",
@@ -35,14 +37,13 @@ __all__ = [
 
 
 class HistoryStore:
-    """Histories of the users of tenants, in SQLite or PostgreSQL, shared by threads and processes.
+    """Histories of the users of tenants, in SQLite or PostgreSQL, shared by threads and processes; use `open`.
 
     Each call is one transaction unless it says otherwise: its result is on disk when it returns, and an error leaves no
     trace. All calls raise StorageError if the database cannot be used, and ItemError if an id is invalid. `latest`
     limits a result to the latest items; None = all.
 
     Attributes:
-        settings: what the store was created with.
         identity: the encoder of the stored vectors.
         encoder: encodes the items that are added; None = only encoded items can be added.
         retention: applied to a user whenever the user's history changes by an addition.
@@ -52,7 +53,6 @@ class HistoryStore:
     def __init__(
         self, database: Database, secret: Secret, info: StoreInfo, *, encoder: Encoder | None, retention: Retention
     ) -> None:
-        """Wrap a database that holds a store; use `open`."""
         self.settings, self.identity, self.encoder, self.retention = info.settings, info.encoder, encoder, retention
         self.database, self.secret = database, secret
         self._digest_key = bytes.fromhex(secret.hash("key", "items"))
@@ -76,11 +76,9 @@ class HistoryStore:
             encoder: the encoder of the store's vectors; creating a store needs one.
             settings: for a new store; an existing store must have the same. None = its own, or the defaults.
             secret: 16 bytes or more, or a file of hex digits, created if missing. None = a file beside SQLite's.
-            connections: largest number of connections to the database.
-            wait_s: seconds that a call waits for others.
+            connections, wait_s: see `Database`.
         Raises:
-            EncoderMismatch: if another encoder made the store's vectors.
-            StoreConflict: if the store has other settings or another secret.
+            EncoderMismatch, StoreConflict: if the store has another encoder, other settings or another secret.
             MissingData: if the store or its secret does not exist and is not created.
         """
         database = Database(location, connections=connections, wait_s=wait_s)
@@ -106,9 +104,6 @@ class HistoryStore:
 
         An item with a known id replaces the stored item and keeps its position. An invalid item or vector raises
         ItemError or ShapeMismatch, and then nothing is stored.
-
-        Args:
-            batch_size: number of texts that the encoder processes at once.
         """
         if self.encoder is None:
             raise UserError("The store was opened without an encoder: open it with one, or add encoded items.")
@@ -129,9 +124,7 @@ class HistoryStore:
     def add_encoded(self, tenant: str, encoded: EncodedItems) -> AddResult:
         """Store items of one or several users with their vectors, all or none.
 
-        Raises:
-            EncoderMismatch: if another encoder made the vectors.
-            ItemError, ShapeMismatch: if an item or its vector is invalid.
+        Another encoder's vectors raise EncoderMismatch, an invalid item or vector ItemError or ShapeMismatch.
         """
         check_id(tenant, owner="a tenant")
         items_by_shard: dict[Shard, list[PackedItem]] = defaultdict(list)
@@ -156,7 +149,7 @@ class HistoryStore:
         A user who is erased and returns gets none of the earlier numbers.
         """
         with self._user(tenant, user) as (_, _, row):
-            return int(row.version) if row else 0
+            return row.version if row else 0
 
     def list_items(self, tenant: str, user: str, *, latest: int | None = None) -> list[StoredItem]:
         """Return a user's items without their vectors, oldest first."""
@@ -166,9 +159,8 @@ class HistoryStore:
     def export(self, tenant: str, user: str) -> dict[str, Any]:
         """Return everything that is stored of a user as JSON values; raise MissingData for an unknown user."""
         with self._user(tenant, user) as (connection, shard, row):
-            number = _existing(row).no
+            items = reads.list_items(connection, shard, _existing(row).no)
             history = reads.load_history(connection, shard, row, width=self.identity.width, latest=None)
-            items = reads.list_items(connection, shard, number)
         columns = zip(items, history.vectors.tolist(), history.forms.tolist(), strict=True)
         return {
             "tenant": tenant,
@@ -191,13 +183,13 @@ class HistoryStore:
             if not stored:
                 raise MissingData("The user has no item of this id.")
             writes.delete_items(connection, shard, [item.key for item in stored.values()])
-            values = {"no": user_row.no, "version": writes.next_version(user_row.version)}
-            execute(connection, f"UPDATE {shard.users} SET version = :version WHERE no = :no", values)
+            user_row.increase_version()
+            writes.update_users(connection, shard, [user_row])
 
     def erase_user(self, tenant: str, user: str) -> Receipt:
         """Delete everything of a user, the id included, and clear the files of the bytes.
 
-        It takes several transactions, and locks the user's shard while it rewrites the shard.
+        This takes several transactions, and locks the user's shard while it rewrites the shard.
 
         Raises:
             MissingData: if the tenant has no such user.
@@ -235,7 +227,6 @@ class HistoryStore:
         return is_about_user and tenant in (None, receipt.tenant) and self.secret.has_signed(receipt)
 
     def close(self) -> None:
-        """Close idle connections."""
         self.database.close()
 
     def pack(self, encoded: EncodedItems) -> list[PackedItem]:
@@ -249,24 +240,28 @@ class HistoryStore:
 
     def shard_of(self, tenant: str, user: str) -> Shard:
         """Return the shard that holds a user's rows, if the user exists."""
-        return shard_of(tenant, user, shards=self.settings.shards)
+        digest = hashlib.blake2b(json.dumps([tenant, user]).encode(), digest_size=8).digest()
+        return Shard(int.from_bytes(digest, "little") % self.settings.shards)
 
     @contextmanager
     def _user(
         self, tenant: str, user: str, *, lock: bool = False
-    ) -> Iterator[tuple[Connection, Shard, sa.Row[Any] | None]]:
-        """Open a transaction, one that writes if `lock` is set, and find the user's shard and row."""
+    ) -> Iterator[tuple[Connection, Shard, UserRow | None]]:
+        """Open a transaction and find the user's shard and row; `lock` keeps others from changing the user."""
         check_id(tenant, owner="a tenant")
         check_id(user, owner="a user")
         shard, database = self.shard_of(tenant, user), self.database
+        sql = f"SELECT no, version, items_received FROM {shard.users} WHERE tenant = :tenant AND user_id = :user"
         with database.write_transaction() if lock else database.read_transaction() as connection:
-            yield connection, shard, reads.find_user(connection, shard, tenant=tenant, user=user, lock=lock)
+            sql += for_update(connection) if lock else ""
+            row = execute(connection, sql, {"tenant": tenant, "user": user}).one_or_none()
+            yield connection, shard, UserRow(*row) if row else None
 
     def __repr__(self) -> str:
         return f"HistoryStore({str(self.database)!r})"
 
 
-def _existing(row: sa.Row[Any] | None) -> sa.Row[Any]:
+def _existing(row: UserRow | None) -> UserRow:
     if row is None:
         raise MissingData("The tenant has no such user.")
     return row

@@ -21,7 +21,7 @@ from personaplug.store import reads, secure_delete, writes
 from personaplug.store.database import Connection, Database, execute, for_update
 from personaplug.store.reads import StoredHistory, StoredItem
 from personaplug.store.receipts import Receipt, Secret
-from personaplug.store.schema import Shard, StoreInfo, StoreSettings, check_settings, create_store, load_info
+from personaplug.store.schema import Shard, StoreInfo, StoreSettings, check_settings, load_or_create
 from personaplug.store.writes import AddResult, EncodedItems, PackedItem, Retention, UserRow, check_id
 
 __all__ = [
@@ -34,6 +34,9 @@ __all__ = [
     "StoredHistory",
     "StoredItem",
 ]
+
+
+_UserInTransaction = tuple[Connection, Shard, UserRow | None]
 
 
 class HistoryStore:
@@ -88,8 +91,7 @@ class HistoryStore:
         key = _open_secret(secret, database, create=is_new or database.file is None)
         identity, secret_hash = encoder.identity if encoder else None, key.hash("store")
         with database.write_transaction() as connection:
-            create_store(connection, settings or StoreSettings(), encoder=identity, secret_hash=secret_hash)
-            info = load_info(connection)
+            info = load_or_create(connection, settings, encoder=identity, secret_hash=secret_hash)
         if info.secret_hash != secret_hash:
             raise StoreConflict("The secret belongs to another store; earlier receipts could not be verified with it.")
         check_settings(info.settings, settings or info.settings)
@@ -244,9 +246,7 @@ class HistoryStore:
         return Shard(int.from_bytes(digest, "little") % self.settings.shards)
 
     @contextmanager
-    def _user(
-        self, tenant: str, user: str, *, lock: bool = False
-    ) -> Iterator[tuple[Connection, Shard, UserRow | None]]:
+    def _user(self, tenant: str, user: str, *, lock: bool = False) -> Iterator[_UserInTransaction]:
         """Open a transaction and find the user's shard and row; `lock` keeps others from changing the user."""
         check_id(tenant, owner="a tenant")
         check_id(user, owner="a user")
@@ -255,7 +255,7 @@ class HistoryStore:
         with database.write_transaction() if lock else database.read_transaction() as connection:
             sql += for_update(connection) if lock else ""
             row = execute(connection, sql, {"tenant": tenant, "user": user}).one_or_none()
-            yield connection, shard, UserRow(*row) if row else None
+            yield connection, shard, UserRow(**row._mapping) if row else None
 
     def __repr__(self) -> str:
         return f"HistoryStore({str(self.database)!r})"

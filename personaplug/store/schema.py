@@ -98,26 +98,38 @@ class StoreInfo(NamedTuple):
     encoder: EncoderIdentity
 
 
-def create_store(
-    connection: Connection, settings: StoreSettings, *, encoder: EncoderIdentity | None, secret_hash: str
-) -> None:
-    """Create the tables and the store's row unless they exist."""
-    is_postgres = connection.dialect.name == "postgresql"
-    if is_postgres:
+def load_or_create(
+    connection: Connection, settings: StoreSettings | None, *, encoder: EncoderIdentity | None, secret_hash: str
+) -> StoreInfo:
+    """Load the row that describes the store; create the tables and the row if they do not exist."""
+    if connection.dialect.name == "postgresql":
         execute(connection, "SELECT pg_advisory_xact_lock(:lock)", {"lock": _CREATE_LOCK})
-    if sa.inspect(connection).has_table("history_store"):
-        return
-    if encoder is None:
-        raise MissingData("There is no history store yet; creating one needs an encoder.")
+    if not sa.inspect(connection).has_table("history_store"):
+        if encoder is None:
+            raise MissingData("There is no history store yet; creating one needs an encoder.")
+        info = StoreInfo(settings or StoreSettings(), secret_hash, encoder)
+        _create(connection, info)
+        return info
+    row = execute(connection, "SELECT * FROM history_store").one()
+    if row.format != FORMAT:
+        raise UserError(
+            f"The store has format {row.format}; this version reads format {FORMAT}. Use the version that created it."
+        )
+    values = json.loads(row.settings)
+    stored = StoreSettings(**values | {"labels": tuple(values["labels"])})
+    return StoreInfo(stored, row.secret_hash, EncoderIdentity.from_dict(json.loads(row.encoder)))
+
+
+def _create(connection: Connection, info: StoreInfo) -> None:
     for statement in _STORE:
         execute(connection, statement.format(**_TYPES[connection.dialect.name]))
-    for number in range(settings.shards):
-        create_tables(connection, Shard(number))
-        create_index(connection, Shard(number))
-        if is_postgres:
-            _disable_statistics(connection, Shard(number))
-    row = (0, FORMAT, json.dumps(asdict(settings)), secret_hash, json.dumps(encoder.to_dict()))
-    insert_rows(connection, "history_store", [row])
+    for shard in map(Shard, range(info.settings.shards)):
+        create_tables(connection, shard)
+        create_index(connection, shard)
+        if connection.dialect.name == "postgresql":
+            _disable_statistics(connection, shard)
+    settings, encoder = json.dumps(asdict(info.settings)), json.dumps(info.encoder.to_dict())
+    insert_rows(connection, "history_store", [(0, FORMAT, settings, info.secret_hash, encoder)])
 
 
 def create_tables(connection: Connection, shard: Shard) -> None:
@@ -129,18 +141,6 @@ def create_tables(connection: Connection, shard: Shard) -> None:
 def create_index(connection: Connection, shard: Shard) -> None:
     """Create the index that finds a user's latest items."""
     execute(connection, f"CREATE INDEX items_by_day_{shard.number:04d} ON {shard.items} (user_no, day, key)")
-
-
-def load_info(connection: Connection) -> StoreInfo:
-    """Load the row that describes the store."""
-    row = execute(connection, "SELECT * FROM history_store").one()
-    if row.format != FORMAT:
-        raise UserError(
-            f"The store has format {row.format}; this version reads format {FORMAT}. Use the version that created it."
-        )
-    settings = json.loads(row.settings)
-    settings["labels"] = tuple(settings["labels"])
-    return StoreInfo(StoreSettings(**settings), row.secret_hash, EncoderIdentity.from_dict(json.loads(row.encoder)))
 
 
 def check_settings(stored: StoreSettings, given: StoreSettings) -> None:

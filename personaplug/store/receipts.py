@@ -21,7 +21,7 @@ _MIN_SECRET_BYTES = 16
 
 @dataclass(frozen=True)
 class Receipt:
-    """States that everything of a user was erased.
+    """A statement that everything of a user was erased.
 
     Attributes:
         user: keyed hash of the user's id, 64 hex digits.
@@ -56,6 +56,7 @@ class Secret:
         if len(key) < _MIN_SECRET_BYTES:
             raise ConfigError(f"A store's secret needs at least {_MIN_SECRET_BYTES} bytes; found {len(key)}.")
         self.key = key
+        self.item_key = bytes.fromhex(self.hash("key", "items"))
 
     @classmethod
     def from_file(cls, path: Path, *, create: bool) -> Secret:
@@ -99,6 +100,3 @@ class Secret:
     def _signature(self, receipt: Receipt) -> str:
         fields = {name: value for name, value in receipt.to_dict().items() if name != "signature"}
         return self.hash("receipt", json.dumps(fields, sort_keys=True))
-
-    def __repr__(self) -> str:
-        return "Secret(…)"

@@ -19,13 +19,13 @@ from personaplug.store.schema import Shard, create_index, create_tables
 _RETRY_PAUSE_S = 0.05
 
 
-def record_erasure(connection: Connection, erasure: dict[str, Any]) -> int:
-    """Store an erasure, given as the columns of its row but the number; return the number."""
+def record_erasure(connection: Connection, erasure: dict[str, Any]) -> None:
+    """Store an erasure, given as the columns of its row."""
     sql = (
         "INSERT INTO history_erasures (tenant, hashed_user, items, erased_at, shard, wiped) "
-        "VALUES (:tenant, :hashed_user, :items, :erased_at, :shard, :wiped) RETURNING number"
+        "VALUES (:tenant, :hashed_user, :items, :erased_at, :shard, :wiped)"
     )
-    return int(execute(connection, sql, erasure).scalar_one())
+    execute(connection, sql, erasure)
 
 
 def unfinished_erasures(connection: Connection) -> dict[int, str]:

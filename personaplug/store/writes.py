@@ -160,8 +160,7 @@ def write_items(
     ids = [(users[name].no, item_id) for name, item_id in latest if users[name].items_received]
     stored = find_items(connection, shard, ids)
     changed: dict[str, UserRow] = {}
-    inserts: list[tuple[int, int, PackedItem]] = []
-    replaced: list[int] = []
+    inserts, replaced = list[tuple[int, int, PackedItem]](), list[int]()
     for (name, item_id), item in latest.items():
         user = users[name]
         old = stored.get((user.no, item_id))
@@ -177,7 +176,8 @@ def write_items(
             inserts.append((old.key, old.arrived, item))
     delete_items(connection, shard, replaced)
     insert_items(connection, shard, inserts)
-    update_users(connection, shard, list(changed.values()))
+    if changed:
+        update_users(connection, shard, list(changed.values()))
     for user in changed.values():
         _apply_retention(connection, shard, user.no, retention=retention)
     return AddResult(len(inserts) - len(replaced), len(replaced), len(items) - len(inserts))
@@ -243,10 +243,9 @@ def lock_users(connection: Connection, shard: Shard, *, tenant: str, names: set[
 
 
 def update_users(connection: Connection, shard: Shard, rows: Sequence[UserRow]) -> None:
-    """Write changed versions and counts of users."""
-    if rows:
-        sql = f"UPDATE {shard.users} SET version = :version, items_received = :items_received WHERE no = :no"
-        execute(connection, sql, [asdict(row) for row in rows])
+    """Write versions and counts of users."""
+    sql = f"UPDATE {shard.users} SET version = :version, items_received = :items_received WHERE no = :no"
+    execute(connection, sql, [asdict(row) for row in rows])
 
 
 def find_items(

@@ -50,8 +50,7 @@ class RecordError(UserError):
 class MissingData(UserError):
     """A file, folder, split or stored user does not exist."""
 
-    http_status = 404
-    code = "not_found"
+    http_status, code = 404, "not_found"
 
 
 class MissingModel(UserError):
@@ -76,8 +75,7 @@ class ShapeMismatch(UserError):
 class EncoderMismatch(UserError):
     """Vectors or a plug belong to another encoder."""
 
-    http_status = 503
-    code = "store"
+    http_status, code = 503, "store"
 
     def __init__(self, owner: str, *, expected: str, found: str) -> None:
         super().__init__(
@@ -103,8 +101,7 @@ class RunConflict(UserError):
 class ItemError(UserError):
     """An item for a history store is invalid; nothing of its batch is stored."""
 
-    http_status = 400
-    code = "item"
+    http_status, code = 400, "item"
 
 
 class StoreConflict(UserError):
@@ -122,8 +119,7 @@ class RequestError(UserError):
 class EngineFailure(PersonaPlugError):
     """The language model behind the server is unreachable or does not answer."""
 
-    http_status = 502
-    code = "engine"
+    http_status, code = 502, "engine"
 
 
 class TrainingDiverged(PersonaPlugError):
@@ -133,8 +129,7 @@ class TrainingDiverged(PersonaPlugError):
 class StorageError(PersonaPlugError):
     """The disk is full or not writable; complete files stay."""
 
-    http_status = 503
-    code = "store"
+    http_status, code = 503, "store"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

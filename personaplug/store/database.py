@@ -24,6 +24,8 @@ except ImportError as error:
 
 __all__ = ["Connection", "Database", "SQLAlchemyError", "execute", "for_update", "insert_rows", "sa"]
 
+_Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
 _RETRY_PAUSE_S = 0.01
 _PRAGMAS = (
     "page_size=8192",
@@ -132,11 +134,7 @@ class Database:
 
 
 def execute(
-    connection: Connection,
-    sql: str,
-    parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
-    *,
-    expand: str = "",
+    connection: Connection, sql: str, parameters: _Parameters = (), *, expand: str = ""
 ) -> sa.CursorResult[Any]:
     """Run a statement with `:name` parameters, once or for each of several sets; `expand` names a list for `IN`."""
     return connection.execute(_statement(sql, expand), parameters or None)

@@ -57,7 +57,7 @@ def epoch_batches(
 
     Args:
         lengths: tokens of each sample.
-        views: sub-histories per sample; an epoch holds each sample 1 + views times.
+        views: sub-histories per sample, beside its whole history.
     """
     rng = np.random.default_rng([seed, 2, epoch])
     order = rng.permutation(len(lengths) * (1 + views))
@@ -71,10 +71,7 @@ def epoch_batches(
 
 
 def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], max_tokens: int) -> list[list[T]]:
-    """Split a batch so that the padded size of each part, rows × longest, is at most `max_tokens`; 0 = one part.
-
-    A longer single sample is a part by itself.
-    """
+    """Split a batch into parts of at most `max_tokens`, rows × longest, or a single longer sample; 0 = one part."""
     if not max_tokens:
         return [list(batch)] if batch else []
     parts: list[list[T]] = []

@@ -158,7 +158,7 @@ def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
 
 
 def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: EmbeddingStore) -> float:
-    """Return the seconds of a step after the first, which warms up; then do one on the longest, for peak memory."""
+    """Return the seconds of a step after the first, which warms up; then do a step on the longest, for peak memory."""
     # One epoch of full batches, with a validation of one sample at its end.
     settings = replace(run.config.training, epochs=1, max_steps=0, train_limit=0, views=0, validation_share=1e-9)
     settings = replace(settings, eval_steps=10**6, save_steps=10**6, tensorboard=False)

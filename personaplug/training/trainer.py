@@ -155,15 +155,9 @@ class _Trainer:
         self.state.samples += len(batch)
         rate = len(batch) / (time.monotonic() - started)
         progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
+        values = {"loss": loss, "gradient_norm": norm, "samples_per_second": rate, "learning_rate": learning_rate}
         with synchronized():
-            log.write(
-                step=self.state.step,
-                loss=loss,
-                gradient_norm=norm,
-                samples_per_second=rate,
-                learning_rate=learning_rate,
-                seconds_left=progress.seconds_left(),
-            )
+            log.write(step=self.state.step, **values, seconds_left=progress.seconds_left())
 
     def _optimize(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
         """Update the weights once; return the mean loss per token and the gradient norm before clipping."""

@@ -1,24 +1,10 @@
-"""The tree of errors. Each class builds its own sentence: what was expected, what was found, what to do.
+"""The package's errors. A message says what is wrong, what was expected and what to do; it holds no user text.
 
 PersonaPlugError
-├── UserError                 something the caller can put right; the CLI prints it without a traceback
-│   ├── ConfigError             a setting is unknown, of the wrong type or out of range
-│   ├── RecordError             a data file holds something that cannot be read as a record
-│   ├── MissingData           a file, folder or split that was asked for is not there
-│   ├── MissingModel          a model could not be found in any of the places it may come from
-│   ├── MissingExtra          an optional dependency is needed and not installed
-│   ├── ShapeMismatch         tensors made by different parts do not fit together
-│   ├── EncoderMismatch       vectors or a plug belong to another encoder
-│   ├── LLMMismatch           a plug belongs to another language model
-│   ├── RunConflict           a run folder holds something else than what was asked for
-│   ├── ItemError               an item for a store of histories has a wrong id, or holds NaN
-│   ├── StoreConflict         a store of histories was made with other settings than those given
-│   └── RequestError          a request to the server cannot be answered as it is
-├── EngineFailure             the language model behind the server is not there, or does not answer
-├── TrainingDiverged          a loss became NaN or infinite; the last good checkpoint stays
-└── StorageError              the disk is full or not writable; what was complete before stays
-
-No message ever carries a user's text.
+├── UserError: the caller can correct it; the CLI prints it without a traceback
+│   ├── ConfigError, RecordError, MissingData, MissingModel, MissingExtra, ShapeMismatch, EncoderMismatch
+│   └── LLMMismatch, RunConflict, ItemError, StoreConflict, RequestError
+└── EngineFailure, TrainingDiverged, StorageError
 """
 
 from __future__ import annotations
@@ -30,30 +16,18 @@ from typing import Any
 
 
 class PersonaPlugError(Exception):
-    """Base of everything this package raises on purpose.
-
-    Attributes:
-        http_status: status of the server's reply to a request that raised it.
-        code: the error's name in that reply, for programs.
-    """
+    """Base class; the server replies with `http_status` and `code` if a request raises the error."""
 
     http_status: int = 500
     code: str = "internal"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The sentence, not the arguments it was built from, travels between processes.
-        return _rebuilt, (type(self), self.args, self.__dict__)
-
-
-def _rebuilt(kind: type[PersonaPlugError], args: tuple[Any, ...], attributes: dict[str, Any]) -> PersonaPlugError:
-    error = kind.__new__(kind)
-    error.args = args
-    error.__dict__.update(attributes)
-    return error
+        # The message, not the arguments of `__init__`, travels between processes.
+        return Exception.__new__, (type(self), *self.args), self.__dict__
 
 
 class UserError(PersonaPlugError):
-    """Something the caller can put right."""
+    """The caller can correct something."""
 
 
 class ConfigError(UserError):
@@ -61,10 +35,9 @@ class ConfigError(UserError):
 
 
 class RecordError(UserError):
-    """A data file holds something that cannot be read as a record.
+    """A data file holds something that is not a record.
 
     Attributes:
-        file: the file it stands in.
         position: where in the file, in words ("question 12", "line 3").
         reason: what is wrong with it, without the text itself.
     """
@@ -75,19 +48,17 @@ class RecordError(UserError):
 
 
 class MissingData(UserError):
-    """A file, folder or split that was asked for is not there."""
+    """A file, folder, split or stored user does not exist."""
 
-    http_status = 404
-    code = "not_found"
+    http_status, code = 404, "not_found"
 
 
 class MissingModel(UserError):
-    """A model could not be found in any of the places it may come from."""
+    """A model is in none of the places that it may come from."""
 
     def __init__(self, name: str, *, tried: Iterable[str], hint: str = "") -> None:
-        places = "; ".join(tried)
         hint = hint or "Give a local folder that holds it, or run where the hub can be reached."
-        super().__init__(f"The model {name!r} was not found. Tried: {places}. {hint}")
+        super().__init__(f"The model {name!r} was not found. Tried: {'; '.join(tried)}. {hint}")
 
 
 class MissingExtra(UserError):
@@ -98,14 +69,13 @@ class MissingExtra(UserError):
 
 
 class ShapeMismatch(UserError):
-    """Tensors made by different parts do not fit together."""
+    """The shapes of arrays do not fit together."""
 
 
 class EncoderMismatch(UserError):
-    """Vectors or a plug belong to another encoder than the one given."""
+    """Vectors or a plug belong to another encoder."""
 
-    http_status = 503
-    code = "store"
+    http_status, code = 503, "store"
 
     def __init__(self, owner: str, *, expected: str, found: str) -> None:
         super().__init__(
@@ -115,7 +85,7 @@ class EncoderMismatch(UserError):
 
 
 class LLMMismatch(UserError):
-    """A plug belongs to another language model than the one given."""
+    """A plug belongs to another language model."""
 
     def __init__(self, *, trained_for: str, given: str) -> None:
         super().__init__(
@@ -125,26 +95,21 @@ class LLMMismatch(UserError):
 
 
 class RunConflict(UserError):
-    """A run folder holds something else than what was asked for."""
+    """A run folder holds another run."""
 
 
 class ItemError(UserError):
-    """An item for a store of histories cannot be stored as it is; nothing of its batch was."""
+    """An item for a history store is invalid; nothing of its batch is stored."""
 
-    http_status = 400
-    code = "item"
+    http_status, code = 400, "item"
 
 
 class StoreConflict(UserError):
-    """A store of histories was made with other settings than those given, or cannot do what they exclude."""
+    """A history store has other settings, or cannot do what they exclude."""
 
 
 class RequestError(UserError):
-    """A request to the server cannot be answered as it is.
-
-    Attributes:
-        http_status: 4xx.
-    """
+    """The server cannot answer a request as it is; `http_status` is 4xx."""
 
     def __init__(self, message: str, *, http_status: int = 400, code: str = "invalid_request") -> None:
         self.http_status, self.code = http_status, code
@@ -152,10 +117,9 @@ class RequestError(UserError):
 
 
 class EngineFailure(PersonaPlugError):
-    """The language model behind the server is not there, or does not answer."""
+    """The language model behind the server is unreachable or does not answer."""
 
-    http_status = 502
-    code = "engine"
+    http_status, code = 502, "engine"
 
 
 class TrainingDiverged(PersonaPlugError):
@@ -163,14 +127,13 @@ class TrainingDiverged(PersonaPlugError):
 
 
 class StorageError(PersonaPlugError):
-    """The disk is full or not writable; what was complete before stays."""
+    """The disk is full or not writable; complete files stay."""
 
-    http_status = 503
-    code = "store"
+    http_status, code = 503, "store"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Say which known word was probably meant, or list them all: the end of a sentence about an unknown one."""
+    """Return the end of an error's sentence about an unknown word: the known word that is meant, or all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(names)}."

@@ -31,15 +31,10 @@ def generate_one(
     """Load a run and answer one prompt with it.
 
     Args:
-        history: the user's items, as `read_items` takes them; None = a user without history.
+        history: the user's items, a file for `read_items`; None = a user without history.
         seed: which training; None = the first.
         plain: leave the plug out.
-        phrases: mix the phrases of the user's own answers into what the model says, beside the persona.
-
-    Raises:
-        ConfigError: if the prompt lacks the wording that tells the plug where the query is, or the task has no phrases.
-        RecordError: if an item cannot be read.
-        MissingData: if the file of items is not there, or the run has no finished plug.
+        phrases: as for `reply`.
     """
     if phrases:
         check_ngrams(run.task)
@@ -47,10 +42,8 @@ def generate_one(
     models = open_models(run.config)
     personalizer = None
     if not plain:
-        chosen = run.config.training.seeds[0] if seed is None else seed
-        personalizer = Personalizer(
-            run.load_plug("plug", seed=chosen, models=models), persona_scale=config.persona_scale
-        )
+        plug = run.load_plug("plug", seed=run.config.training.seeds[0] if seed is None else seed, models=models)
+        personalizer = Personalizer(plug, persona_scale=config.persona_scale)
     return reply(prompt, items, run=run, models=models, personalizer=personalizer, config=config, phrases=phrases)
 
 
@@ -64,36 +57,35 @@ def reply(
     config: EvaluationConfig,
     phrases: bool = False,
 ) -> str:
-    """Answer a prompt as a user with these items; one of the task's labels where it has them.
+    """Answer a prompt as a user with these items; the answer is one of the task's labels if it has labels.
 
     Args:
-        phrases: mix those of the items' answers into what is written, beside a persona.
+        phrases: mix phrases of the items' answers into generated text; this needs a persona.
     Raises:
-        ConfigError: if the prompt lacks the wording that tells the plug where the query is.
+        ConfigError: if the prompt lacks the wording that marks the query.
     """
-    soft = None
+    task, soft, ngrams = run.task, None, None
     if personalizer is not None:
-        query, options = _query(run.task, prompt), options_of(run.task, prompt)
-        soft = personalizer.persona(query, personalizer.encode(items, encoder=models.encoder), options=options)
-    if run.task.labels and config.decoding != "generate":
-        scores = models.llm.score(PromptBatch([prompt], soft), run.task.labels)
-        return run.task.labels[int(scores[0].argmax())]
-    own = None
+        query, history = _query(task, prompt), personalizer.encode(items, encoder=models.encoder)
+        soft = personalizer.persona(query, history, options=options_of(task, prompt))
+    if task.labels and config.decoding != "generate":
+        scores = models.llm.score(PromptBatch([prompt], soft), task.labels)
+        return task.labels[int(scores[0].argmax())]
     if phrases and personalizer is not None and config.persona_scale:
         answers = past_answers(items, latest=personalizer.plug.config.max_history)
-        own = [models.llm.build_ngram_cache(answers)]
-    return models.llm.generate(PromptBatch([prompt], soft, ngrams=own), _wanted(run.task, config))[0].text
+        ngrams = [models.llm.build_ngram_cache(answers)]
+    return models.llm.generate(PromptBatch([prompt], soft, ngrams=ngrams), _generation_config(task, config))[0].text
 
 
-def _wanted(task: Task, config: EvaluationConfig) -> GenerationConfig:
-    drawn = config.sample_temperature > 0
-    if drawn and config.num_beams > 1:
+def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig:
+    do_sample = config.sample_temperature > 0
+    if do_sample and config.num_beams > 1:
         raise ConfigError(f"sample_temperature above 0 needs num_beams=1; found num_beams={config.num_beams}.")
     return GenerationConfig(
         max_new_tokens=config.max_new_tokens or task.max_new_tokens,
         num_beams=config.num_beams,
-        do_sample=drawn,
-        temperature=config.sample_temperature if drawn else 1.0,
+        do_sample=do_sample,
+        temperature=config.sample_temperature if do_sample else 1.0,
         seed=config.draw_seed,
     )
 
@@ -102,10 +94,7 @@ def _query(task: Task, prompt: str) -> str:
     try:
         return query_of(task, prompt)
     except Flaw:
+        wording = f"hold {task.query_after!r} and the query after it" if task.query_after else "not be blank"
         if task.query_pattern:
             wording = f"match the regular expression {task.query_pattern!r}, whose groups are the query"
-        elif task.query_after:
-            wording = f"hold {task.query_after!r} and the query after it"
-        else:
-            wording = "not be blank"
         raise ConfigError(f"A prompt of task {task.name} must {wording}; the prompt given does not.") from None

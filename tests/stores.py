@@ -1,4 +1,4 @@
-"""What the tests of the store of histories share: places for one, items, and a look into the raw files."""
+"""Helpers for the store's tests: locations, items, and the bytes of the database's files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,7 @@ ENCODER = HashEncoder(32)
 
 @dataclass
 class Place:
-    """Where a test may have a store.
-
-    Attributes:
-        where: a path or a URL.
-        server: PostgreSQL's, where it is that.
-    """
+    """A location for a store; without a server it is a SQLite file."""
 
     where: str
     server: PostgresServer | None = None
@@ -45,7 +40,7 @@ class Place:
         connections: int = 4,
         wait_s: float = 30,
     ) -> HistoryStore:
-        """The store there, made with few shards where there is none."""
+        """Open the store, or create it with two shards."""
         settings = settings or StoreSettings(labels=LABELS, keep_text=keep_text, shards=2)
         return HistoryStore.open(
             self.where,
@@ -58,7 +53,7 @@ class Place:
         )
 
     def files(self, *, log: bool = True) -> bytes:
-        """Everything that is in the database's files by now."""
+        """Return the bytes of the database's files."""
         if self.server is None:
             return b"".join(path.read_bytes() for path in Path(self.where).parent.iterdir() if path.is_file())
         self.server.execute("CHECKPOINT")
@@ -68,19 +63,19 @@ class Place:
 
 
 def item(name: str, text: str = "a film", *, answer: str | None = "2", day: date | None = None) -> HistoryItem:
-    """An item with a text, and an answer unless there is none."""
+    """Return an item with a text and, unless it is None, an answer."""
     fields = (("text", text), *([("score", answer)] if answer is not None else []))
     return HistoryItem(name, fields, answer_name="score" if answer is not None else None, date=day)
 
 
 def vector_of(name: str, width: int = 32) -> npt.NDArray[np.float32]:
-    """A unit vector that no other name has."""
+    """Return a unit vector that differs for each name."""
     raw = np.random.default_rng(list(name.encode())).standard_normal(width).astype(np.float32)
     return np.asarray(raw / np.linalg.norm(raw), dtype=np.float32)
 
 
 def encoded(users: Sequence[str], names: Sequence[str], *, encoder: Encoder = ENCODER) -> EncodedItems:
-    """Items with the vectors of their names, and no text."""
+    """Return items without text, with the vectors of their names."""
     return EncodedItems(
         users=users,
         items=[HistoryItem(name, ()) for name in names],
@@ -92,5 +87,5 @@ def encoded(users: Sequence[str], names: Sequence[str], *, encoder: Encoder = EN
 
 
 def item_ids(store: HistoryStore, tenant: str = "t", user: str = "u") -> list[str]:
-    """The ids of a user's items, oldest first."""
+    """Return the ids of a user's items, oldest first."""
     return [item.id for item in store.list_items(tenant, user)]

@@ -24,6 +24,8 @@ except ImportError as error:
 
 __all__ = ["Connection", "Database", "SQLAlchemyError", "execute", "for_update", "insert_rows", "sa"]
 
+_Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
 _RETRY_PAUSE_S = 0.01
 _PRAGMAS = (
     "page_size=8192",
@@ -41,9 +43,7 @@ class Database:
         location: a path or `sqlite:///…` URL of a file, or a `postgresql://…` URL.
         connections: largest number of open connections. They are opened on demand and never used after a fork.
         wait_s: seconds to wait for a connection or a lock.
-
     Attributes:
-        url: the location; its text form hides the password.
         file: SQLite's file, or None.
     """
 
@@ -72,14 +72,12 @@ class Database:
         with self._connect({"personaplug_writes": True}) as connection, connection.begin():
             yield connection
 
-    @contextlib.contextmanager
-    def autocommit(self) -> Iterator[Connection]:
+    def autocommit(self) -> contextlib.AbstractContextManager[Connection]:
         """Open a connection for statements that cannot run in a transaction."""
-        with self._connect({"isolation_level": "AUTOCOMMIT"}) as connection:
-            yield connection
+        return self._connect({"isolation_level": "AUTOCOMMIT"})
 
     def close(self) -> None:
-        """Close idle connections; the next transaction opens new ones."""
+        """Close idle connections."""
         self._current_engine().dispose()
 
     def __str__(self) -> str:
@@ -88,10 +86,8 @@ class Database:
     @contextlib.contextmanager
     def _connect(self, options: dict[str, Any]) -> Iterator[Connection]:
         try:
-            with (
-                storage_errors(self.file) if self.file else contextlib.nullcontext(),
-                self._current_engine().connect() as connection,
-            ):
+            storage = storage_errors(self.file) if self.file else contextlib.nullcontext()
+            with storage, self._current_engine().connect() as connection:
                 yield connection.execution_options(**options)
         except SQLAlchemyError as error:
             raise self._storage_error(error) from None  # the driver's message quotes rows
@@ -138,17 +134,9 @@ class Database:
 
 
 def execute(
-    connection: Connection,
-    sql: str,
-    parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
-    *,
-    expand: str = "",
+    connection: Connection, sql: str, parameters: _Parameters = (), *, expand: str = ""
 ) -> sa.CursorResult[Any]:
-    """Run a statement with `:name` parameters, once or for each of several sets of them.
-
-    Args:
-        expand: name of a parameter that holds a list, for `IN :name`.
-    """
+    """Run a statement with `:name` parameters, once or for each of several sets; `expand` names a list for `IN`."""
     return connection.execute(_statement(sql, expand), parameters or None)
 
 
@@ -164,13 +152,10 @@ def for_update(connection: Connection) -> str:
 
 
 def insert_rows(connection: Connection, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Insert rows whose values are in the order of the table's columns.
-
-    The driver receives the rows directly, because SQLAlchemy's preparation takes longer than SQLite's work.
-    """
+    """Insert rows whose values are in the order of the table's columns."""
     if rows:
-        mark = "?" if connection.dialect.name == "sqlite" else "%s"
-        marks = ", ".join([mark] * len(rows[0]))
+        marks = ", ".join(["?" if connection.dialect.name == "sqlite" else "%s"] * len(rows[0]))
+        # The driver receives the rows directly, because SQLAlchemy's preparation takes longer than SQLite's work.
         connection.exec_driver_sql(f"INSERT INTO {table} VALUES ({marks})", list(rows))
 
 

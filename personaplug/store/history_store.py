@@ -5,9 +5,12 @@ No user text appears in logs or errors, and without `keep_text` none is in the d
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,46 +19,33 @@ from personaplug.data.records import HistoryItem
 from personaplug.encoders import Encoder, EncoderIdentity
 from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
 from personaplug.store import reads, secure_delete, writes
-from personaplug.store.database import Connection, Database, execute, sa
+from personaplug.store.database import Connection, Database, execute, for_update
 from personaplug.store.reads import StoredHistory, StoredItem
 from personaplug.store.receipts import Receipt, Secret
-from personaplug.store.schema import Shard, StoreInfo, StoreSettings, check_settings, create_store, load_info, shard_of
-from personaplug.store.writes import AddResult, EncodedItems, PackedItem, Retention, check_id
+from personaplug.store.schema import Shard, StoreSettings, check_settings, load_or_create
+from personaplug.store.writes import AddResult, EncodedItems, PackedItem, Retention, UserRow, check_id
 
-__all__ = [
-    "AddResult",
-    "EncodedItems",
-    "HistoryStore",
-    "Receipt",
-    "Retention",
-    "StoreSettings",
-    "StoredHistory",
-    "StoredItem",
-]
+__all__ = ["AddResult", "EncodedItems", "HistoryStore", "Receipt", "Retention", "StoreSettings"]
+__all__ += ["StoredHistory", "StoredItem"]
+
+_UserInTransaction = tuple[Connection, Shard, UserRow | None]
 
 
+@dataclass(eq=False, repr=False)
 class HistoryStore:
-    """Histories of the users of tenants, in SQLite or PostgreSQL, shared by threads and processes.
+    """Histories of the users of tenants, in SQLite or PostgreSQL, shared by threads and processes; use `open`.
 
     Each call is one transaction unless it says otherwise: its result is on disk when it returns, and an error leaves no
     trace. All calls raise StorageError if the database cannot be used, and ItemError if an id is invalid. `latest`
     limits a result to the latest items; None = all.
-
-    Attributes:
-        settings: what the store was created with.
-        identity: the encoder of the stored vectors.
-        encoder: encodes the items that are added; None = only encoded items can be added.
-        retention: applied to a user whenever the user's history changes by an addition.
-        database, secret: for the modules of this package.
     """
 
-    def __init__(
-        self, database: Database, secret: Secret, info: StoreInfo, *, encoder: Encoder | None, retention: Retention
-    ) -> None:
-        """Wrap a database that holds a store; use `open`."""
-        self.settings, self.identity, self.encoder, self.retention = info.settings, info.encoder, encoder, retention
-        self.database, self.secret = database, secret
-        self._digest_key = bytes.fromhex(secret.hash("key", "items"))
+    database: Database
+    secret: Secret
+    settings: StoreSettings
+    identity: EncoderIdentity  # of the encoder of the stored vectors
+    encoder: Encoder | None  # None = only encoded items can be added
+    retention: Retention  # applied to a user whenever items are added
 
     @classmethod
     def open(
@@ -76,39 +66,33 @@ class HistoryStore:
             encoder: the encoder of the store's vectors; creating a store needs one.
             settings: for a new store; an existing store must have the same. None = its own, or the defaults.
             secret: 16 bytes or more, or a file of hex digits, created if missing. None = a file beside SQLite's.
-            connections: largest number of connections to the database.
-            wait_s: seconds that a call waits for others.
+            connections, wait_s: see `Database`.
         Raises:
-            EncoderMismatch: if another encoder made the store's vectors.
-            StoreConflict: if the store has other settings or another secret.
+            EncoderMismatch, StoreConflict: if the store has another encoder, other settings or another secret.
             MissingData: if the store or its secret does not exist and is not created.
         """
         database = Database(location, connections=connections, wait_s=wait_s)
-        is_new = database.file is not None and not database.file.exists()
-        if is_new and encoder is None:
+        is_new_file = database.file is not None and not database.file.exists()
+        if is_new_file and encoder is None:
             raise MissingData(f"There is no history store at {database.file}; creating one needs an encoder.")
-        key = _open_secret(secret, database, create=is_new or database.file is None)
+        key = _open_secret(secret, database, create=is_new_file or database.file is None)
         identity, secret_hash = encoder.identity if encoder else None, key.hash("store")
         with database.write_transaction() as connection:
-            create_store(connection, settings or StoreSettings(), encoder=identity, secret_hash=secret_hash)
-            info = load_info(connection)
+            info = load_or_create(connection, settings, encoder=identity, secret_hash=secret_hash)
         if info.secret_hash != secret_hash:
             raise StoreConflict("The secret belongs to another store; earlier receipts could not be verified with it.")
         check_settings(info.settings, settings or info.settings)
         _check_encoder(info.encoder, identity)
-        store = cls(database, key, info, encoder=encoder, retention=retention or Retention())
+        store = cls(database, key, info.settings, info.encoder, encoder, retention or Retention())
         with suppress(StorageError):  # a reader may block it; the store opens anyway, and the next `open` tries again
             store.finish_erasures()
         return store
 
-    def add(self, tenant: str, user: str, items: Sequence[HistoryItem], *, batch_size: int = 64) -> AddResult:
+    def add(self, tenant: str, user: str, items: Sequence[HistoryItem]) -> AddResult:
         """Encode a user's items, in order of arrival, and store them; skip items that are stored already.
 
         An item with a known id replaces the stored item and keeps its position. An invalid item or vector raises
         ItemError or ShapeMismatch, and then nothing is stored.
-
-        Args:
-            batch_size: number of texts that the encoder processes at once.
         """
         if self.encoder is None:
             raise UserError("The store was opened without an encoder: open it with one, or add encoded items.")
@@ -118,21 +102,15 @@ class HistoryStore:
         with self._user(tenant, user) as (connection, shard, row):
             ids = [(row.no, item_id) for item_id in distinct] if row else []
             digests = {item_id: old.digest for (_, item_id), old in writes.find_items(connection, shard, ids).items()}
-        fresh = [i for i in distinct.values() if digests.get(i.id) != writes.digest_of(i, key=self._digest_key)]
+        fresh = [i for i in distinct.values() if digests.get(i.id) != writes.digest_of(i, key=self.secret.item_key)]
         if not fresh:
             return AddResult(0, 0, len(items))
-        texts = [item.encoded(with_answer=self.settings.encodes_answers) for item in fresh]
-        vectors = self.encoder.encode(texts, batch_size=batch_size)
+        vectors = self.encoder.encode([item.encoded(with_answer=self.settings.encodes_answers) for item in fresh])
         result = self.add_encoded(tenant, EncodedItems([user] * len(fresh), fresh, vectors, self.encoder.identity))
         return result._replace(same=len(items) - result.new - result.replaced)
 
     def add_encoded(self, tenant: str, encoded: EncodedItems) -> AddResult:
-        """Store items of one or several users with their vectors, all or none.
-
-        Raises:
-            EncoderMismatch: if another encoder made the vectors.
-            ItemError, ShapeMismatch: if an item or its vector is invalid.
-        """
+        """Store items of users with their vectors, all or none; another encoder's vectors raise EncoderMismatch."""
         check_id(tenant, owner="a tenant")
         items_by_shard: dict[Shard, list[PackedItem]] = defaultdict(list)
         shards = {user: self.shard_of(tenant, user) for user in set(encoded.users)}
@@ -151,12 +129,9 @@ class HistoryStore:
             return reads.load_history(connection, shard, row, width=self.identity.width, latest=latest)
 
     def version(self, tenant: str, user: str) -> int:
-        """Return a number that grows with every change of a user's history; 0 for an unknown user.
-
-        A user who is erased and returns gets none of the earlier numbers.
-        """
+        """Return a number that grows with every change, even after an erasure; 0 for an unknown user."""
         with self._user(tenant, user) as (_, _, row):
-            return int(row.version) if row else 0
+            return row.version if row else 0
 
     def list_items(self, tenant: str, user: str, *, latest: int | None = None) -> list[StoredItem]:
         """Return a user's items without their vectors, oldest first."""
@@ -166,9 +141,8 @@ class HistoryStore:
     def export(self, tenant: str, user: str) -> dict[str, Any]:
         """Return everything that is stored of a user as JSON values; raise MissingData for an unknown user."""
         with self._user(tenant, user) as (connection, shard, row):
-            number = _existing(row).no
+            items = reads.list_items(connection, shard, _existing(row).no)
             history = reads.load_history(connection, shard, row, width=self.identity.width, latest=None)
-            items = reads.list_items(connection, shard, number)
         columns = zip(items, history.vectors.tolist(), history.forms.tolist(), strict=True)
         return {
             "tenant": tenant,
@@ -191,13 +165,13 @@ class HistoryStore:
             if not stored:
                 raise MissingData("The user has no item of this id.")
             writes.delete_items(connection, shard, [item.key for item in stored.values()])
-            values = {"no": user_row.no, "version": writes.next_version(user_row.version)}
-            execute(connection, f"UPDATE {shard.users} SET version = :version WHERE no = :no", values)
+            user_row.increase_version()
+            writes.update_users(connection, shard, [user_row])
 
     def erase_user(self, tenant: str, user: str) -> Receipt:
         """Delete everything of a user, the id included, and clear the files of the bytes.
 
-        It takes several transactions, and locks the user's shard while it rewrites the shard.
+        This takes several transactions, and locks the user's shard while it rewrites the shard.
 
         Raises:
             MissingData: if the tenant has no such user.
@@ -205,22 +179,22 @@ class HistoryStore:
         """
         hashed_user = self.hash_user(tenant, user)
         with self._user(tenant, user, lock=True) as (connection, shard, row):
-            unfinished = secure_delete.unfinished_erasures(connection)
-            numbers = [number for number, hashed in unfinished.items() if hashed == hashed_user]
             if row:
                 erasure = {"tenant": tenant, "hashed_user": hashed_user, "shard": shard.number, "wiped": None}
                 erasure["erased_at"] = datetime.now(UTC).isoformat(timespec="seconds")
                 erasure["items"] = writes.delete_user(connection, shard, row.no)
-                numbers.append(secure_delete.record_erasure(connection, erasure))
+                secure_delete.record_erasure(connection, erasure)
+            unfinished = secure_delete.unfinished_erasures(connection)
+        numbers = [number for number, hashed in unfinished.items() if hashed == hashed_user]
         if not numbers:
             raise MissingData("The tenant has no such user; nothing was erased.")
         return self.secret.sign(secure_delete.finish_erasure(self.database, numbers[-1]))
 
     def finish_erasures(self) -> None:
-        """Clear the files for erasures that were interrupted before they could."""
+        """Clear the files for erasures that were interrupted."""
         with self.database.read_transaction() as connection:
-            numbers = list(secure_delete.unfinished_erasures(connection))
-        for number in numbers:
+            unfinished = secure_delete.unfinished_erasures(connection)
+        for number in unfinished:
             secure_delete.finish_erasure(self.database, number)
 
     def erased_at(self, tenant: str, user: str) -> datetime | None:
@@ -235,13 +209,11 @@ class HistoryStore:
         return is_about_user and tenant in (None, receipt.tenant) and self.secret.has_signed(receipt)
 
     def close(self) -> None:
-        """Close idle connections."""
         self.database.close()
 
     def pack(self, encoded: EncodedItems) -> list[PackedItem]:
-        """Check and pack items for the tables."""
         _check_encoder(self.identity, encoded.encoder)
-        return writes.pack_items(encoded, self.settings, width=self.identity.width, digest_key=self._digest_key)
+        return writes.pack_items(encoded, self.settings, width=self.identity.width, digest_key=self.secret.item_key)
 
     def hash_user(self, tenant: str, user: str) -> str:
         """Return the hash that stands for a user in receipts."""
@@ -249,24 +221,23 @@ class HistoryStore:
 
     def shard_of(self, tenant: str, user: str) -> Shard:
         """Return the shard that holds a user's rows, if the user exists."""
-        return shard_of(tenant, user, shards=self.settings.shards)
+        digest = hashlib.blake2b(json.dumps([tenant, user]).encode(), digest_size=8).digest()
+        return Shard(int.from_bytes(digest, "little") % self.settings.shards)
 
     @contextmanager
-    def _user(
-        self, tenant: str, user: str, *, lock: bool = False
-    ) -> Iterator[tuple[Connection, Shard, sa.Row[Any] | None]]:
-        """Open a transaction, one that writes if `lock` is set, and find the user's shard and row."""
+    def _user(self, tenant: str, user: str, *, lock: bool = False) -> Iterator[_UserInTransaction]:
+        """Open a transaction and find the user's shard and row; `lock` keeps others from changing the user."""
         check_id(tenant, owner="a tenant")
         check_id(user, owner="a user")
         shard, database = self.shard_of(tenant, user), self.database
+        sql = f"SELECT no, version, items_received FROM {shard.users} WHERE tenant = :tenant AND user_id = :user"
         with database.write_transaction() if lock else database.read_transaction() as connection:
-            yield connection, shard, reads.find_user(connection, shard, tenant=tenant, user=user, lock=lock)
+            sql += for_update(connection) if lock else ""
+            row = execute(connection, sql, {"tenant": tenant, "user": user}).one_or_none()
+            yield connection, shard, UserRow(**row._mapping) if row else None
 
-    def __repr__(self) -> str:
-        return f"HistoryStore({str(self.database)!r})"
 
-
-def _existing(row: sa.Row[Any] | None) -> sa.Row[Any]:
+def _existing(row: UserRow | None) -> UserRow:
     if row is None:
         raise MissingData("The tenant has no such user.")
     return row

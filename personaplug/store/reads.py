@@ -12,10 +12,12 @@ import numpy as np
 from personaplug.data.records import HistoryItem
 from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.encoders.style_features import FEATURES
-from personaplug.store.database import Connection, execute, for_update, sa
+from personaplug.store.database import Connection, execute, sa
 from personaplug.store.schema import MAX_ITEMS_PER_USER, Shard
 from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, decode_vectors
-from personaplug.store.writes import unpack_text
+from personaplug.store.writes import UserRow, unpack_text
+
+_BY_DATE = "day DESC, i.key DESC"
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -37,11 +39,8 @@ class StoredItem(HistoryItem):
     arrived: datetime
     label_id: int
 
-    def __repr__(self) -> str:
-        return f"StoredItem(id={self.id!r}, date={self.date})"
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the item as JSON values."""
+        """Return JSON values."""
         return {
             "id": self.id,
             "date": self.date.isoformat() if self.date else None,
@@ -52,22 +51,13 @@ class StoredItem(HistoryItem):
         }
 
 
-def find_user(
-    connection: Connection, shard: Shard, *, tenant: str, user: str, lock: bool = False
-) -> sa.Row[Any] | None:
-    """Return the number and version of a user, if the user exists; `lock` keeps others from changing the user."""
-    sql = f"SELECT no, version FROM {shard.users} WHERE tenant = :tenant AND user_id = :user"
-    sql += for_update(connection) if lock else ""
-    return execute(connection, sql, {"tenant": tenant, "user": user}).one_or_none()
-
-
 def load_history(
-    connection: Connection, shard: Shard, user: sa.Row[Any] | None, *, width: int, latest: int | None
+    connection: Connection, shard: Shard, user: UserRow | None, *, width: int, latest: int | None
 ) -> StoredHistory:
     """Return a user's latest items as arrays, oldest first."""
-    columns = f"SELECT label_id, style, vector FROM {shard.items} i"
-    rows = _latest_rows(connection, columns, user.no, latest=latest) if user else []
-    labels, style, vectors = zip(*reversed(rows), strict=True) if rows else ((), (), ())
+    select = f"SELECT label_id, style, vector FROM {shard.items} i"
+    rows = _latest_rows(connection, select, user.no, latest=latest) if user else []
+    labels, style, vectors = zip(*rows, strict=True) if rows else ((), (), ())
     style_values = np.frombuffer(b"".join(style), dtype=LITTLE_ENDIAN_HALF).astype(np.float16)
     return StoredHistory(
         vectors=decode_vectors(vectors, width=width),
@@ -77,14 +67,17 @@ def load_history(
     )
 
 
-def list_items(connection: Connection, shard: Shard, user_no: int, *, latest: int | None = None) -> list[StoredItem]:
-    """Return a user's latest items without their vectors, oldest first."""
-    rows = _latest_rows(connection, item_columns(shard), user_no, latest=latest)
-    return [stored_item(row) for row in reversed(rows)]
+def list_items(
+    connection: Connection, shard: Shard, user_no: int, *, latest: int | None = None, by_arrival: bool = False
+) -> list[StoredItem]:
+    """Return a user's latest items without their vectors, oldest first: by date, or else by arrival."""
+    columns = "item_id, dated, day, arrived, label_id, body"
+    select = f"SELECT {columns} FROM {shard.items} i LEFT JOIN {shard.texts} t ON t.key = i.key"
+    order = "i.key DESC" if by_arrival else _BY_DATE
+    return [_stored_item(row) for row in _latest_rows(connection, select, user_no, latest=latest, order=order)]
 
 
-def stored_item(row: sa.Row[Any]) -> StoredItem:
-    """Return the item of a row of `item_columns`."""
+def _stored_item(row: sa.Row[Any]) -> StoredItem:
     fields, answer_name = unpack_text(row.body) if row.body is not None else ((), None)
     return StoredItem(
         id=row.item_id,
@@ -96,12 +89,10 @@ def stored_item(row: sa.Row[Any]) -> StoredItem:
     )
 
 
-def item_columns(shard: Shard) -> str:
-    """Return the statement that selects what `stored_item` needs, without its condition."""
-    columns = "item_id, dated, day, arrived, label_id, body"
-    return f"SELECT {columns} FROM {shard.items} i LEFT JOIN {shard.texts} t ON t.key = i.key"
-
-
-def _latest_rows(connection: Connection, columns: str, user_no: int, *, latest: int | None) -> Sequence[sa.Row[Any]]:
-    sql = f"{columns} WHERE user_no = :no ORDER BY day DESC, i.key DESC LIMIT :latest"
-    return execute(connection, sql, {"no": user_no, "latest": MAX_ITEMS_PER_USER if latest is None else latest}).all()
+def _latest_rows(
+    connection: Connection, select: str, user_no: int, *, latest: int | None, order: str = _BY_DATE
+) -> Sequence[sa.Row[Any]]:
+    """Return rows of items, latest last."""
+    sql = f"{select} WHERE user_no = :no ORDER BY {order} LIMIT :latest"
+    limit = MAX_ITEMS_PER_USER if latest is None else latest
+    return execute(connection, sql, {"no": user_no, "latest": limit}).all()[::-1]

@@ -21,7 +21,7 @@ _MIN_SECRET_BYTES = 16
 
 @dataclass(frozen=True)
 class Receipt:
-    """States that everything of a user was erased.
+    """A statement that everything of a user was erased.
 
     Attributes:
         user: keyed hash of the user's id, 64 hex digits.
@@ -38,12 +38,11 @@ class Receipt:
     signature: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
         return asdict(self) | {"wiped": list(self.wiped)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Receipt:
-        """Reverse `to_dict`; raise UserError if the fields are not those of a receipt."""
+        """Reverse `to_dict`; other fields raise UserError."""
         try:
             return cls(**{**values, "wiped": tuple(values["wiped"])})
         except (TypeError, KeyError) as error:
@@ -57,6 +56,7 @@ class Secret:
         if len(key) < _MIN_SECRET_BYTES:
             raise ConfigError(f"A store's secret needs at least {_MIN_SECRET_BYTES} bytes; found {len(key)}.")
         self.key = key
+        self.item_key = bytes.fromhex(self.hash("key", "items"))
 
     @classmethod
     def from_file(cls, path: Path, *, create: bool) -> Secret:
@@ -73,7 +73,7 @@ class Secret:
             raise ConfigError(f"{path} is not the secret of a store, which is written in hex digits.") from error
 
     def save(self, path: Path) -> None:
-        """Write the secret to a file that only its owner may read; leave an existing file as it is."""
+        """Write the secret to a file that only its owner may read, unless the file exists."""
         if path.exists():
             return
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -91,7 +91,6 @@ class Secret:
         return hmac.new(self.key, json.dumps([purpose, *parts]).encode("ascii"), hashlib.sha256).hexdigest()
 
     def sign(self, receipt: Receipt) -> Receipt:
-        """Return the receipt with its signature."""
         return replace(receipt, signature=self._signature(receipt))
 
     def has_signed(self, receipt: Receipt) -> bool:
@@ -99,9 +98,5 @@ class Secret:
         return hmac.compare_digest(self._signature(receipt).encode(), str(receipt.signature).encode())
 
     def _signature(self, receipt: Receipt) -> str:
-        fields = receipt.to_dict()
-        del fields["signature"]
+        fields = {name: value for name, value in receipt.to_dict().items() if name != "signature"}
         return self.hash("receipt", json.dumps(fields, sort_keys=True))
-
-    def __repr__(self) -> str:
-        return "Secret(…)"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from personaplug.encoders import Encoder
+from personaplug.encoders.base import Vectors
 from personaplug.errors import ConfigError, StoreConflict
 from personaplug.store.database import Database, execute, sa
 from personaplug.store.history_store import EncodedItems, HistoryStore, StoredItem, StoreSettings
-from personaplug.store.reads import item_columns, stored_item
+from personaplug.store.reads import list_items
 from personaplug.store.schema import Shard
 from personaplug.store.secure_delete import last_erasure, record_erasure
 from personaplug.store.writes import delete_all_items, delete_user, insert_items, lock_users, update_users
@@ -30,8 +31,7 @@ def open_target(
     Args:
         save_secret: write the secret to a file beside a target in SQLite.
     Raises:
-        StoreConflict: if the source keeps no texts, or the target has other settings or another secret.
-        EncoderMismatch: if the target has another encoder.
+        StoreConflict, EncoderMismatch: if the source keeps no texts, or the target does not fit.
     """
     if not source.settings.keep_text:
         raise StoreConflict("The source keeps no texts to encode again. Add the histories to a new store instead.")
@@ -61,7 +61,7 @@ def refill(source: HistoryStore, target: HistoryStore, *, progress: Callable[[in
 
 
 def _copy_erasures(source: HistoryStore, target: HistoryStore) -> bool:
-    """Repeat in the target the erasures that it lacks; return whether there were any."""
+    """Repeat in the target the erasures that it lacks, and return whether there were any."""
     present = {(row.hashed_user, row.erased_at) for row in _rows(target, "SELECT * FROM history_erasures")}
     erasures = _rows(source, "SELECT * FROM history_erasures ORDER BY number")
     missing = [row for row in erasures if (row.hashed_user, row.erased_at) not in present]
@@ -78,23 +78,28 @@ def _copy_erasures(source: HistoryStore, target: HistoryStore) -> bool:
 
 
 def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[int], object]) -> int:
-    count = 0
-    for shard in map(Shard, range(source.settings.shards)):
-        for users in _pages(source, shard):
-            # Items are read after the version: if they change in between, the next run copies them again.
-            stale = [user for user in users if target.version(user.tenant, user.user_id) < user.version]
-            items_sql = f"{item_columns(shard)} WHERE user_no = :no ORDER BY i.key"
-            histories = [[stored_item(row) for row in _rows(source, items_sql, no=user.no)] for user in stale]
-            count += _copy_page(source, target, stale, histories)
-            progress(len(users))
+    assert target.encoder is not None
+    with_answer, count = target.settings.encodes_answers, 0
+    for shard, users in _pages(source):
+        # Items are read after the version: if they change in between, the next run copies them again.
+        stale = [user for user in users if target.version(user.tenant, user.user_id) < user.version]
+        with source.database.read_transaction() as connection:
+            histories = [list_items(connection, shard, user.no, by_arrival=True) for user in stale]
+        texts = [item.encoded(with_answer=with_answer) for items in histories for item in items]
+        vectors = target.encoder.encode(texts)
+        for user, items in zip(stale, histories, strict=True):
+            count += _copy_user(source, target, user, items, vectors[: len(items)])
+            vectors = vectors[len(items) :]
+        progress(len(users))
     return count
 
 
-def _pages(store: HistoryStore, shard: Shard) -> Iterator[Sequence[sa.Row[Any]]]:
-    sql, last = f"SELECT * FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
-    while users := _rows(store, sql, last=last):
-        yield users
-        last = users[-1].no
+def _pages(store: HistoryStore) -> Iterator[tuple[Shard, Sequence[sa.Row[Any]]]]:
+    for shard in map(Shard, range(store.settings.shards)):
+        sql, last = f"SELECT * FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
+        while users := _rows(store, sql, last=last):
+            yield shard, users
+            last = users[-1].no
 
 
 def _rows(store: HistoryStore, sql: str, **parameters: int) -> Sequence[sa.Row[Any]]:
@@ -102,24 +107,12 @@ def _rows(store: HistoryStore, sql: str, **parameters: int) -> Sequence[sa.Row[A
         return execute(connection, sql, parameters).all()
 
 
-def _copy_page(
-    source: HistoryStore, target: HistoryStore, users: Sequence[sa.Row[Any]], histories: Sequence[list[StoredItem]]
-) -> int:
-    assert target.encoder is not None
-    with_answer, count = target.settings.encodes_answers, 0
-    texts = [item.encoded(with_answer=with_answer) for items in histories for item in items]
-    vectors = target.encoder.encode(texts)
-    for user, items in zip(users, histories, strict=True):
-        names = [user.user_id] * len(items)
-        count += _copy_user(source, target, user, EncodedItems(names, items, vectors[: len(items)], target.identity))
-        vectors = vectors[len(items) :]
-    return count
-
-
-def _copy_user(source: HistoryStore, target: HistoryStore, user: sa.Row[Any], encoded: EncodedItems) -> bool:
+def _copy_user(
+    source: HistoryStore, target: HistoryStore, user: sa.Row[Any], items: Sequence[StoredItem], vectors: Vectors
+) -> bool:
     """Replace a user's rows in the target by the source's, unless the target's are newer or the user was erased."""
     shard, hashed_user = target.shard_of(user.tenant, user.user_id), source.hash_user(user.tenant, user.user_id)
-    arrivals = [round(item.arrived.timestamp() * 1e6) for item in encoded.items if isinstance(item, StoredItem)]
+    packed = target.pack(EncodedItems([user.user_id] * len(items), items, vectors, target.identity))
     with source.database.read_transaction() as connection:
         erased_at = last_erasure(connection, hashed_user)
     with target.database.write_transaction() as connection:
@@ -132,7 +125,7 @@ def _copy_user(source: HistoryStore, target: HistoryStore, user: sa.Row[Any], en
             return False
         delete_all_items(connection, shard, copy.no)
         copy.version, copy.items_received = user.version, 0
-        columns = zip(arrivals, target.pack(encoded), strict=True)
-        insert_items(connection, shard, [(copy.next_key(), arrived, item) for arrived, item in columns])
+        arrivals = [round(item.arrived.timestamp() * 1e6) for item in items]
+        insert_items(connection, shard, [(copy.next_key(), *pair) for pair in zip(arrivals, packed, strict=True)])
         update_users(connection, shard, [copy])
     return True

@@ -6,16 +6,15 @@ SQLite nor PostgreSQL guarantees that deleting a row leaves no copy of it in the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import date
 from typing import NamedTuple
 
 from personaplug.encoders import EncoderIdentity
 from personaplug.errors import ConfigError, MissingData, StoreConflict, UserError
-from personaplug.store.database import Connection, execute, sa
+from personaplug.store.database import Connection, execute, insert_rows, sa
 
 FORMAT = 1
 
@@ -50,8 +49,6 @@ _SHARD = (
     # Texts have their own table, so that they do not slow down the reading of vectors.
     "CREATE TABLE texts_{shard} (key {key}, body {bytes} NOT NULL)",
 )
-_SHARD_INDEX = "CREATE INDEX items_by_day_{shard} ON items_{shard} (user_no, day, key)"
-_NO_STATISTICS = {"users": ("tenant", "user_id"), "items": ("item_id", "digest", "style", "vector"), "texts": ("body",)}
 
 
 @dataclass(frozen=True)
@@ -101,68 +98,54 @@ class StoreInfo(NamedTuple):
     encoder: EncoderIdentity
 
 
-def shard_of(tenant: str, user: str, *, shards: int) -> Shard:
-    """Return the shard that holds a user's rows, if the user exists."""
-    digest = hashlib.blake2b(json.dumps([tenant, user]).encode("ascii"), digest_size=8).digest()
-    return Shard(int.from_bytes(digest, "little") % shards)
-
-
-def create_store(
-    connection: Connection, settings: StoreSettings, *, encoder: EncoderIdentity | None, secret_hash: str
-) -> None:
-    """Create the tables and the store's row unless they exist."""
-    is_postgres = connection.dialect.name == "postgresql"
-    if is_postgres:
+def load_or_create(
+    connection: Connection, settings: StoreSettings | None, *, encoder: EncoderIdentity | None, secret_hash: str
+) -> StoreInfo:
+    """Load the row that describes the store; create the tables and the row if they do not exist."""
+    if connection.dialect.name == "postgresql":
         execute(connection, "SELECT pg_advisory_xact_lock(:lock)", {"lock": _CREATE_LOCK})
-    if sa.inspect(connection).has_table("history_store"):
-        return
-    if encoder is None:
-        raise MissingData("There is no history store yet; creating one needs an encoder.")
-    for statement in _STORE:
-        execute(connection, statement.format(**_TYPES[connection.dialect.name]))
-    for number in range(settings.shards):
-        create_tables(connection, Shard(number))
-        create_indexes(connection, Shard(number))
-        if is_postgres:
-            _disable_statistics(connection, Shard(number))
-    execute(
-        connection,
-        "INSERT INTO history_store VALUES (0, :format, :settings, :secret_hash, :encoder)",
-        {
-            "format": FORMAT,
-            "settings": json.dumps(asdict(settings)),
-            "secret_hash": secret_hash,
-            "encoder": json.dumps(encoder.to_dict()),
-        },
-    )
-
-
-def create_tables(connection: Connection, shard: Shard) -> None:
-    """Create the tables of a shard."""
-    for statement in _SHARD:
-        execute(connection, statement.format(shard=f"{shard.number:04d}", **_TYPES[connection.dialect.name]))
-
-
-def create_indexes(connection: Connection, shard: Shard) -> None:
-    """Create the indexes of a shard."""
-    execute(connection, _SHARD_INDEX.format(shard=f"{shard.number:04d}"))
-
-
-def load_info(connection: Connection) -> StoreInfo:
-    """Load the row that describes the store."""
-    row = execute(connection, "SELECT format, settings, secret_hash, encoder FROM history_store").one()
+    if not sa.inspect(connection).has_table("history_store"):
+        if encoder is None:
+            raise MissingData("There is no history store yet; creating one needs an encoder.")
+        info = StoreInfo(settings or StoreSettings(), secret_hash, encoder)
+        _create(connection, info)
+        return info
+    row = execute(connection, "SELECT * FROM history_store").one()
     if row.format != FORMAT:
         raise UserError(
             f"The store has format {row.format}; this version reads format {FORMAT}. Use the version that created it."
         )
-    settings = json.loads(row.settings)
-    settings["labels"] = tuple(settings["labels"])
-    return StoreInfo(StoreSettings(**settings), row.secret_hash, EncoderIdentity.from_dict(json.loads(row.encoder)))
+    values = json.loads(row.settings)
+    stored = StoreSettings(**values | {"labels": tuple(values["labels"])})
+    return StoreInfo(stored, row.secret_hash, EncoderIdentity.from_dict(json.loads(row.encoder)))
+
+
+def _create(connection: Connection, info: StoreInfo) -> None:
+    for statement in _STORE:
+        execute(connection, statement.format(**_TYPES[connection.dialect.name]))
+    for shard in map(Shard, range(info.settings.shards)):
+        create_tables(connection, shard)
+        create_index(connection, shard)
+        if connection.dialect.name == "postgresql":
+            _disable_statistics(connection, shard)
+    settings, encoder = json.dumps(asdict(info.settings)), json.dumps(info.encoder.to_dict())
+    insert_rows(connection, "history_store", [(0, FORMAT, settings, info.secret_hash, encoder)])
+
+
+def create_tables(connection: Connection, shard: Shard) -> None:
+    """Create the tables of a shard, without indexes."""
+    for statement in _SHARD:
+        execute(connection, statement.format(shard=f"{shard.number:04d}", **_TYPES[connection.dialect.name]))
+
+
+def create_index(connection: Connection, shard: Shard) -> None:
+    """Create the index that finds a user's latest items."""
+    execute(connection, f"CREATE INDEX items_by_day_{shard.number:04d} ON {shard.items} (user_no, day, key)")
 
 
 def check_settings(stored: StoreSettings, given: StoreSettings) -> None:
     """Raise StoreConflict if a setting differs from that of the store."""
-    names = [field.name for field in fields(StoreSettings) if getattr(stored, field.name) != getattr(given, field.name)]
+    names = [name for name, value in vars(stored).items() if getattr(given, name) != value]
     if names:
         expected, found = (", ".join(f"{name}={getattr(s, name)!r}" for name in names) for s in (stored, given))
         raise StoreConflict(
@@ -171,7 +154,6 @@ def check_settings(stored: StoreSettings, given: StoreSettings) -> None:
 
 
 def now_in_microseconds() -> int:
-    """Return microseconds since 1970."""
     return time.time_ns() // 1000
 
 
@@ -182,6 +164,11 @@ def day_of(microseconds: int) -> int:
 
 def _disable_statistics(connection: Connection, shard: Shard) -> None:
     """Stop PostgreSQL from sampling users' values into its statistics, which no erasure clears."""
-    for table, columns in _NO_STATISTICS.items():
-        changes = ", ".join(f"ALTER COLUMN {column} SET STATISTICS 0" for column in columns)
-        execute(connection, f"ALTER TABLE {table}_{shard.number:04d} {changes}")
+    columns = {
+        shard.users: ("tenant", "user_id"),
+        shard.items: ("item_id", "digest", "style", "vector"),
+        shard.texts: ("body",),
+    }
+    for table, names in columns.items():
+        changes = ", ".join(f"ALTER COLUMN {name} SET STATISTICS 0" for name in names)
+        execute(connection, f"ALTER TABLE {table} {changes}")

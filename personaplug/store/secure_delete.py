@@ -14,19 +14,18 @@ from typing import Any
 from personaplug.errors import StorageError
 from personaplug.store.database import Connection, Database, SQLAlchemyError, execute
 from personaplug.store.receipts import Receipt
-from personaplug.store.schema import Shard, create_indexes, create_tables
+from personaplug.store.schema import Shard, create_index, create_tables
 
 _RETRY_PAUSE_S = 0.05
-_INSUFFICIENT_PRIVILEGE = "42501"
 
 
-def record_erasure(connection: Connection, erasure: dict[str, Any]) -> int:
-    """Store an erasure, given as the columns of its row but the number; return the number."""
+def record_erasure(connection: Connection, erasure: dict[str, Any]) -> None:
+    """Store an erasure, given as the columns of its row."""
     sql = (
         "INSERT INTO history_erasures (tenant, hashed_user, items, erased_at, shard, wiped) "
-        "VALUES (:tenant, :hashed_user, :items, :erased_at, :shard, :wiped) RETURNING number"
+        "VALUES (:tenant, :hashed_user, :items, :erased_at, :shard, :wiped)"
     )
-    return int(execute(connection, sql, erasure).scalar_one())
+    execute(connection, sql, erasure)
 
 
 def unfinished_erasures(connection: Connection) -> dict[int, str]:
@@ -43,9 +42,8 @@ def last_erasure(connection: Connection, hashed_user: str) -> str:
 
 def finish_erasure(database: Database, number: int) -> Receipt:
     """Clear the files, unless another process has done it, and return the unsigned receipt."""
-    sql = "SELECT * FROM history_erasures WHERE number = :number"
     with database.read_transaction() as connection:
-        row = execute(connection, sql, {"number": number}).one()
+        row = execute(connection, "SELECT * FROM history_erasures WHERE number = :number", {"number": number}).one()
     wiped = row.wiped
     if wiped is None:
         wiped = " ".join(rewrite_shard(database, Shard(row.shard)))
@@ -56,12 +54,9 @@ def finish_erasure(database: Database, number: int) -> Receipt:
 
 
 def rewrite_shard(database: Database, shard: Shard) -> tuple[str, ...]:
-    """Rewrite a shard, so that the files hold no row that was deleted before this call.
+    """Rewrite a shard, so that the files hold no row that was deleted before, and return what was cleared.
 
-    Returns:
-        What was cleared: `tables`, and `log` if the database permits it.
-    Raises:
-        StorageError: if a transaction keeps reading the old rows. Nothing is lost; the call can be repeated.
+    Raises StorageError if a transaction keeps reading the old rows. Nothing is lost; the call can be repeated.
     """
     if database.file:
         with database.write_transaction() as connection:
@@ -87,7 +82,7 @@ def _rewrite_sqlite_tables(connection: Connection, shard: Shard) -> None:
     for table in tables:
         execute(connection, f"INSERT INTO {table} SELECT * FROM old_{table} ORDER BY 1")
         execute(connection, f"DROP TABLE old_{table}")
-    create_indexes(connection, shard)
+    create_index(connection, shard)
 
 
 def _await_older_readers(connection: Connection, *, wait_s: float) -> None:
@@ -106,9 +101,9 @@ def _empty_postgres_log(connection: Connection) -> bool:
         execute(connection, "SELECT pg_switch_wal()")
         execute(connection, "CHECKPOINT")
     except SQLAlchemyError as error:
-        if getattr(getattr(error, "orig", None), "sqlstate", None) == _INSUFFICIENT_PRIVILEGE:
-            return False
-        raise
+        if getattr(getattr(error, "orig", None), "sqlstate", None) != "42501":  # insufficient privilege
+            raise
+        return False
     return True
 
 

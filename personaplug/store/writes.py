@@ -32,7 +32,7 @@ _USERS_PER_QUERY = 30_000  # SQLite limits the parameters of a statement
 
 
 class AddResult(NamedTuple):
-    """Counts of items that are new, that replaced an item of the same id, and that were stored already."""
+    """Numbers of items that are new, that replaced an item of the same id, and that were stored already."""
 
     new: int
     replaced: int
@@ -45,7 +45,7 @@ class EncodedItems:
 
     Attributes:
         users: (n) owner of each item.
-        items: (n) the items; they need no fields if the store keeps no text.
+        items: (n); they need no fields if the store keeps no text.
         vectors: (n, E).
         label_ids: (n,) index of each answer in the store's labels, -1 for none; None = computed from the items.
         style: (n, F) style features of each answer; None = computed from the items.
@@ -58,13 +58,10 @@ class EncodedItems:
     label_ids: LabelIds | None = None
     style: StyleArray | None = None
 
-    def __repr__(self) -> str:
-        return f"EncodedItems({len(self.items)} items)"
-
 
 @dataclass(frozen=True)
 class Retention:
-    """How many items of a user are kept, the latest, and of what age in days; None = all.
+    """How many of a user's latest items are kept, and of what age; None = all.
 
     The age of an item without a date counts from the day of its arrival.
     """
@@ -93,18 +90,22 @@ class PackedItem(NamedTuple):
 
 @dataclass(slots=True)
 class UserRow:
-    """A user's row: number, version, and how many items the user ever received."""
+    """A user's row; `items_received` counts deleted items too."""
 
     no: int
     version: int
     items_received: int
 
     def next_key(self) -> int:
-        """Return the key of the next new item."""
+        """Return the key of a new item."""
         if self.items_received == MAX_ITEMS_PER_USER:
             raise ItemError(f"A user can receive at most {MAX_ITEMS_PER_USER} items; nothing was stored.")
         self.items_received += 1
         return self.no * MAX_ITEMS_PER_USER + self.items_received - 1
+
+    def increase_version(self) -> None:
+        # A version is a time, so that a user who returns after an erasure gets no earlier version.
+        self.version = max(self.version + 1, now_in_microseconds())
 
 
 def check_id(value: str, *, owner: str) -> None:
@@ -118,8 +119,7 @@ def check_id(value: str, *, owner: str) -> None:
 
 def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
     """Return 16 bytes that identify an item's content; without the key nobody can test texts against them."""
-    content = json.dumps([item.fields, item.answer_name, item.date and item.date.toordinal()])
-    return hashlib.blake2b(content.encode("ascii"), digest_size=16, key=key).digest()
+    return _digest(json.dumps([item.fields, item.answer_name, item.date and item.date.toordinal()]).encode(), key)
 
 
 def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, digest_key: bytes) -> list[PackedItem]:
@@ -138,15 +138,13 @@ def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, di
         raise ItemError("The store keeps texts, but found items without fields; nothing was stored.")
     vectors, style_rows = encode_vectors(encoded.vectors, width=width), split_rows(style.astype(LITTLE_ENDIAN_HALF))
     packed = []
-    for i, (user, item) in enumerate(zip(encoded.users, items, strict=True)):
-        day, label_id = item.date.toordinal() if item.date else None, int(labels[i])
-        if item.fields:
-            digest = digest_of(item, key=digest_key)
-        else:
-            content = f"{day} {label_id} ".encode("ascii") + style_rows[i] + vectors[i]
-            digest = hashlib.blake2b(content, digest_size=16, key=digest_key).digest()
+    columns = zip(encoded.users, items, labels.tolist(), style_rows, vectors, strict=True)
+    for user, item, label_id, style_row, vector in columns:
+        day = item.date.toordinal() if item.date else None
+        content = f"{day} {label_id} ".encode() + style_row + vector
+        digest = digest_of(item, key=digest_key) if item.fields else _digest(content, digest_key)
         text = pack_text(item) if settings.keep_text else None
-        packed.append(PackedItem(user, item.id, day, label_id, digest, style_rows[i], vectors[i], text))
+        packed.append(PackedItem(user, item.id, day, label_id, digest, style_row, vector, text))
     return packed
 
 
@@ -162,15 +160,14 @@ def write_items(
     ids = [(users[name].no, item_id) for name, item_id in latest if users[name].items_received]
     stored = find_items(connection, shard, ids)
     changed: dict[str, UserRow] = {}
-    inserts: list[tuple[int, int, PackedItem]] = []
-    replaced: list[int] = []
+    inserts, replaced = list[tuple[int, int, PackedItem]](), list[int]()
     for (name, item_id), item in latest.items():
         user = users[name]
         old = stored.get((user.no, item_id))
         if old is not None and old.digest == item.digest:
             continue
         if name not in changed:
-            user.version = next_version(user.version)
+            user.increase_version()
             changed[name] = user
         if old is None:
             inserts.append((user.next_key(), user.version, item))
@@ -179,7 +176,8 @@ def write_items(
             inserts.append((old.key, old.arrived, item))
     delete_items(connection, shard, replaced)
     insert_items(connection, shard, inserts)
-    update_users(connection, shard, list(changed.values()))
+    if changed:
+        update_users(connection, shard, list(changed.values()))
     for user in changed.values():
         _apply_retention(connection, shard, user.no, retention=retention)
     return AddResult(len(inserts) - len(replaced), len(replaced), len(items) - len(inserts))
@@ -189,9 +187,9 @@ def insert_items(connection: Connection, shard: Shard, entries: Iterable[tuple[i
     """Insert items, each with its key and its time of arrival; an item without a date gets the day of its arrival."""
     rows, texts = [], []
     for key, arrived, item in sorted(entries, key=itemgetter(0)):
-        day = day_of(arrived) if item.day is None else item.day
-        position = (key, key // MAX_ITEMS_PER_USER, day, item.day is not None, arrived)
-        rows.append((*position, item.label_id, item.id, item.digest, item.style, item.vector))
+        user_no, day = key // MAX_ITEMS_PER_USER, day_of(arrived) if item.day is None else item.day
+        values = (item.label_id, item.id, item.digest, item.style, item.vector)
+        rows.append((key, user_no, day, item.day is not None, arrived, *values))
         if item.text is not None:
             texts.append((key, item.text))
     insert_rows(connection, shard.items, rows)
@@ -199,16 +197,15 @@ def insert_items(connection: Connection, shard: Shard, entries: Iterable[tuple[i
 
 
 def delete_items(connection: Connection, shard: Shard, keys: Sequence[int]) -> None:
-    """Delete items by key."""
     for table in (shard.items, shard.texts) if keys else ():
         execute(connection, f"DELETE FROM {table} WHERE key = :key", [{"key": key} for key in keys])
 
 
 def delete_all_items(connection: Connection, shard: Shard, user_no: int) -> int:
     """Delete all items of a user and return their number."""
-    keys = {"first": user_no * MAX_ITEMS_PER_USER, "next": (user_no + 1) * MAX_ITEMS_PER_USER}
-    execute(connection, f"DELETE FROM {shard.texts} WHERE key >= :first AND key < :next", keys)
-    return execute(connection, f"DELETE FROM {shard.items} WHERE key >= :first AND key < :next", keys).rowcount
+    keys = {"first": user_no * MAX_ITEMS_PER_USER, "last": (user_no + 1) * MAX_ITEMS_PER_USER - 1}
+    execute(connection, f"DELETE FROM {shard.texts} WHERE key BETWEEN :first AND :last", keys)
+    return execute(connection, f"DELETE FROM {shard.items} WHERE key BETWEEN :first AND :last", keys).rowcount
 
 
 def delete_user(connection: Connection, shard: Shard, user_no: int) -> int:
@@ -218,15 +215,14 @@ def delete_user(connection: Connection, shard: Shard, user_no: int) -> int:
 
 
 def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, retention: Retention) -> None:
-    own = f"SELECT key FROM {shard.items} WHERE user_no = :no"
-    expired: set[int] = set()
+    select, expired = f"SELECT key FROM {shard.items} WHERE user_no = :no", set[int]()
     if retention.max_days is not None:
         first_day = day_of(now_in_microseconds()) - retention.max_days
-        rows = execute(connection, f"{own} AND day < :first_day", {"no": user_no, "first_day": first_day})
-        expired.update(rows.scalars())
+        sql = f"{select} AND day < :first_day"
+        expired.update(execute(connection, sql, {"no": user_no, "first_day": first_day}).scalars())
     if retention.max_items is not None:
-        older = f"{own} ORDER BY day DESC, key DESC LIMIT {MAX_ITEMS_PER_USER} OFFSET :max_items"
-        expired.update(execute(connection, older, {"no": user_no, "max_items": retention.max_items}).scalars())
+        sql = f"{select} ORDER BY day DESC, key DESC LIMIT {MAX_ITEMS_PER_USER} OFFSET :max_items"
+        expired.update(execute(connection, sql, {"no": user_no, "max_items": retention.max_items}).scalars())
     delete_items(connection, shard, sorted(expired))
 
 
@@ -247,10 +243,9 @@ def lock_users(connection: Connection, shard: Shard, *, tenant: str, names: set[
 
 
 def update_users(connection: Connection, shard: Shard, rows: Sequence[UserRow]) -> None:
-    """Store changed versions and counts of users."""
-    if rows:
-        sql = f"UPDATE {shard.users} SET version = :version, items_received = :items_received WHERE no = :no"
-        execute(connection, sql, [asdict(row) for row in rows])
+    """Write versions and counts of users."""
+    sql = f"UPDATE {shard.users} SET version = :version, items_received = :items_received WHERE no = :no"
+    execute(connection, sql, [asdict(row) for row in rows])
 
 
 def find_items(
@@ -265,24 +260,22 @@ def find_items(
     }
 
 
-def next_version(version: int) -> int:
-    """Return a larger version; it is a time, so that a user who returns after an erasure gets no earlier version."""
-    return max(version + 1, now_in_microseconds())
-
-
 def pack_text(item: HistoryItem) -> bytes:
-    """Return the bytes of an item's fields and answer name."""
     return json.dumps([item.fields, item.answer_name], ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def unpack_text(text: bytes) -> tuple[tuple[tuple[str, str], ...], str | None]:
-    """Return an item's fields and answer name."""
+    """Return the fields and the answer name."""
     fields, answer_name = json.loads(text.decode("utf-8", "surrogatepass"))
     return tuple((name, value) for name, value in fields), answer_name
 
 
 def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (values[start : start + size] for start in range(0, len(values), size))
+
+
+def _digest(content: bytes, key: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16, key=key).digest()
 
 
 def _check_columns(encoded: EncodedItems, labels: LabelIds, style: StyleArray, *, label_count: int) -> None:

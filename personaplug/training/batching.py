@@ -23,15 +23,10 @@ _BATCHES_PER_BUCKET = 50  # samples are sorted by length within a bucket; smalle
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One appearance of a sample in an epoch.
+    """One appearance of a sample in an epoch: with its whole history, or with its v-th random sub-history."""
 
-    Attributes:
-        index: of the sample.
-        variant: 0 = its whole history, v > 0 = its v-th random sub-history.
-    """
-
-    index: int
-    variant: int
+    index: int  # of the sample
+    variant: int  # v; 0 = the whole history
 
 
 def user_split(
@@ -40,16 +35,13 @@ def user_split(
     """Split samples into (train, validation) with disjoint users.
 
     Args:
-        share: share of the users in validation, at least one user.
+        share: of the users in validation, at least one user.
         limit: maximum number of validation samples.
-    Raises:
-        ConfigError: if there are fewer than two users.
     """
     owners = sorted({sample.owner for sample in samples})
     if len(owners) < 2:
-        raise ConfigError(
-            f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}."
-        )
+        message = f"Training holds out whole users to choose a checkpoint: it needs 2 or more, found {len(owners)}."
+        raise ConfigError(message)
     rng = np.random.default_rng([seed, 1])
     validation_owners = held_users(owners, share=share, rng=rng)
     train = [sample for sample in samples if sample.owner not in validation_owners]
@@ -65,7 +57,7 @@ def epoch_batches(
 
     Args:
         lengths: tokens of each sample.
-        views: sub-histories per sample; an epoch holds each sample 1 + views times.
+        views: sub-histories per sample, beside its whole history.
     """
     rng = np.random.default_rng([seed, 2, epoch])
     order = rng.permutation(len(lengths) * (1 + views))
@@ -79,16 +71,13 @@ def epoch_batches(
 
 
 def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], max_tokens: int) -> list[list[T]]:
-    """Split a batch so that the padded size of each part, rows × longest, is at most `max_tokens`; 0 = one part.
-
-    A longer single sample is a part by itself.
-    """
+    """Split a batch into parts of at most `max_tokens`, rows × longest, or a single longer sample; 0 = one part."""
     if not max_tokens:
         return [list(batch)] if batch else []
     parts: list[list[T]] = []
     max_rows = 0
     # Longest first: the first sample of a part alone decides how many rows fit.
-    for index in sorted(range(len(batch)), key=lambda index: -lengths[index]):
+    for index in sorted(range(len(batch)), key=lambda i: -lengths[i]):
         if not parts or len(parts[-1]) == max_rows:
             parts.append([])
             max_rows = max(1, max_tokens // max(1, lengths[index]))

@@ -23,23 +23,14 @@ _WEIGHTS = "weights.safetensors"
 
 @dataclass
 class TrainingState:
-    """The counters of a training.
+    """The counters of a training."""
 
-    Attributes:
-        step: optimizer steps done.
-        best_step: step of the lowest validation loss; 0 before the first validation.
-        best_loss: that loss, per token.
-        evals_since_best: validations since then.
-        seconds: training time over all resumptions.
-        samples: augmented samples trained on.
-    """
-
-    step: int = 0
-    best_step: int = 0
-    best_loss: float = float("inf")
+    step: int = 0  # optimizer steps done
+    best_step: int = 0  # of the lowest validation loss; 0 before the first validation
+    best_loss: float = float("inf")  # that loss, per token
     evals_since_best: int = 0
-    seconds: float = 0.0
-    samples: int = 0
+    seconds: float = 0.0  # over all resumptions
+    samples: int = 0  # augmented samples trained on
 
 
 def save_state(folder: Path, state: TrainingState, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -54,25 +45,24 @@ def save_state(folder: Path, state: TrainingState, *, module: nn.Module, optimiz
 
 
 def load_state(folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Restore the newest state into `module` and `optimizer`; without one, return a fresh TrainingState."""
+    """Restore the newest state, if there is one, into `module` and `optimizer`, and return its counters."""
     for unfinished in folder.glob(".*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
     states = _folders(folder, "state-")
     if not states:
         return TrainingState()
-    module.load_state_dict(load_file(states[-1] / _WEIGHTS))
-    _restore(optimizer, load_file(states[-1] / "optimizer.safetensors"))
-    return TrainingState(**json.loads((states[-1] / "state.json").read_text(encoding="utf-8")))
+    newest = states[-1]
+    module.load_state_dict(load_file(newest / _WEIGHTS))
+    _load_optimizer(optimizer, load_file(newest / "optimizer.safetensors"))
+    return TrainingState(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
 
 
 def save_best(folder: Path, step: int, *, module: nn.Module) -> None:
-    """Write the weights of a step as the best so far."""
     with atomic_folder(_best_folder(folder, step)) as target:
         save_file(_on_cpu(module), target / _WEIGHTS)
 
 
 def load_best(folder: Path, step: int, *, module: nn.Module) -> None:
-    """Load the best weights, those of `step`."""
     module.load_state_dict(load_file(_best_folder(folder, step) / _WEIGHTS))
 
 
@@ -95,15 +85,16 @@ def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors.update({f"{index}.{name}": torch.as_tensor(value).contiguous().cpu() for name, value in values.items()})
-    return tensors
+    return {
+        f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
 
 
-def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     moments: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        index, _, name = key.partition(".")
+        index, name = key.split(".")
         moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})

@@ -107,11 +107,9 @@ class _TrainData:
 def _count(reader: Reader, config: Config) -> _TrainData:
     """Read the training data once; only the keys of distinct items, 100 bytes each, grow with it."""
     batch_size, with_answer = config.training.batch_size, config.plug.encodes_answers
-    rng = random.Random(0)
-    number = items = 0
+    rng, number, items = random.Random(0), 0, 0
     keys, owners = set[bytes](), set[str]()
-    reservoir: list[Sample] = []
-    longest: list[Sample] = []
+    reservoir, longest = list[Sample](), list[Sample]()
     for number, sample in enumerate(drawn(reader, limit=config.training.train_limit, seed=0), 1):
         items += len(sample.history)
         # Eight bytes of a key: a collision among millions of items makes the count one too small.
@@ -160,11 +158,11 @@ def _time_encoding(samples: Sequence[Sample], models: Models) -> float:
 
 
 def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: EmbeddingStore) -> float:
-    """Return the seconds of a step after the first, which warms up; then do one on the longest, for peak memory."""
-    settings = replace(run.config.training, batch_size=min(run.config.training.batch_size, data.samples))
+    """Return the seconds of a step after the first, which warms up; then do a step on the longest, for peak memory."""
     # One epoch of full batches, with a validation of one sample at its end.
-    settings = replace(settings, epochs=1, max_steps=0, train_limit=0, views=0, validation_share=1e-9)
+    settings = replace(run.config.training, epochs=1, max_steps=0, train_limit=0, views=0, validation_share=1e-9)
     settings = replace(settings, eval_steps=10**6, save_steps=10**6, tensorboard=False)
+    settings = replace(settings, batch_size=min(settings.batch_size, data.samples))
     stamps: list[float] = []
 
     def stamp() -> None:

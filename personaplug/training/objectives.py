@@ -24,15 +24,10 @@ _CACHED_PER_LIVE_TOKEN = 16  # cached tokens that take about the memory of one w
 
 
 class Objective(Protocol):
-    """A module to train, and its loss.
+    """A module to train, and its loss."""
 
-    Attributes:
-        unit: what the loss is averaged over, such as "token".
-        reads_histories: False if the loss does not depend on a sample's history.
-    """
-
-    unit: str
-    reads_histories: bool
+    unit: str  # what the loss is averaged over, such as "token"
+    reads_histories: bool  # False if the loss does not depend on a sample's history
 
     @property
     def module(self) -> nn.Module:
@@ -48,7 +43,7 @@ class Objective(Protocol):
         """Do the work that all steps of a training share, for all its samples."""
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
-        """Return the tokens of each sample; batches hold samples of similar length."""
+        """Return the tokens of each sample."""
 
     def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         """Return the tokens of each sample that a backward pass goes through; they decide the memory needed."""
@@ -79,9 +74,8 @@ class PlugObjective:
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Cache prompts and frozen queries; in a fixed order, so that rounding does not depend on resumptions."""
-        self.personalizer.plug.cache_queries(
-            [sample.query for sample in samples], options=[sample.options for sample in samples]
-        )
+        queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
+        self.personalizer.plug.cache_queries(queries, options=options)
         if self._is_suffix:
             self.llm.cache_prompts([sample.prompt for sample in samples])
 
@@ -100,10 +94,10 @@ class PlugObjective:
         if not self._is_suffix or not self.llm.supports_prompt_cache:
             return lengths
         soft = self.personalizer.plug.config.soft_tokens
-        prompts = [measure.tokens for measure in self.llm.measure([sample.prompt for sample in samples])]
+        sizes = zip(lengths, self.llm.measure([sample.prompt for sample in samples]), strict=True)
         return [
-            soft + length - prompt + math.ceil(prompt / _CACHED_PER_LIVE_TOKEN)
-            for length, prompt in zip(lengths, prompts, strict=True)
+            soft + length - prompt.tokens + math.ceil(prompt.tokens / _CACHED_PER_LIVE_TOKEN)
+            for length, prompt in sizes
         ]
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
@@ -123,11 +117,7 @@ class PlugObjective:
 
 
 class LoraObjective:
-    """Cross-entropy of the answer with the task's LoRA in the model, and no soft tokens.
-
-    Args:
-        labels: as for `PlugObjective`.
-    """
+    """Cross-entropy of the answer with the task's LoRA in the model, and no soft tokens."""
 
     unit = "token"
     reads_histories = False

@@ -12,18 +12,13 @@ from personaplug.infra.distributed import is_main
 
 
 class StepLog:
-    """`log.jsonl`, and TensorBoard events beside it; only the main process writes them."""
+    """`log.jsonl`, and TensorBoard events beside it; only the main process writes them.
+
+    Args:
+        after: drop lines of later steps, which a resumed training repeats.
+    """
 
     def __init__(self, folder: Path, *, after: int, tensorboard: bool) -> None:
-        """Open the log.
-
-        Args:
-            after: drop lines of later steps, which a resumed training repeats.
-            tensorboard: also write events.
-        Raises:
-            MissingExtra: if TensorBoard is wanted but not installed.
-            StorageError: if the disk is full or not writable.
-        """
         self._path = folder / "log.jsonl"
         self._file: TextIO | None = None
         self._events: Any = None
@@ -42,18 +37,13 @@ class StepLog:
                 writer.close()
 
     def write(self, *, step: int, **values: float | None) -> None:
-        """Write values of a step.
-
-        Raises:
-            StorageError: if the disk is full.
-        """
         if self._file is None:
             return
         with storage_errors(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        for name, value in values.items():
-            if self._events is not None and value is not None:
+        for name, value in values.items() if self._events else ():
+            if value is not None:
                 self._events.add_scalar(name, value, step)
 
 

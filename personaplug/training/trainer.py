@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from personaplug.infra.distributed import (
     synchronized,
 )
 from personaplug.infra.progress import Progress
-from personaplug.training.batching import Augmentation, augment_history, epoch_batches, micro_batches, user_split
+from personaplug.training.batching import augment_history, epoch_batches, micro_batches, user_split
 from personaplug.training.checkpointing import load_best, load_state, save_best, save_state
 from personaplug.training.objectives import Objective
 from personaplug.training.step_log import StepLog
@@ -40,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FitReport:
-    """The result of a training."""
-
     steps: int
     samples: int  # augmented samples trained on, each epoch counted
     best_step: int  # of the checkpoint loaded at the end
@@ -69,8 +68,7 @@ def fit(
         on_step: called after each optimizer step.
     Raises:
         ConfigError: if a sample has no target, users are too few, or several processes cannot work together.
-        TrainingDiverged: if a loss is NaN or infinite; the last good state stays.
-        StorageError: if the disk is full; the last good state stays.
+        TrainingDiverged, StorageError: if a loss is not finite or the disk is full; the last good state stays.
     """
     connect(objective.device.type)
     with synchronized():
@@ -82,44 +80,42 @@ def fit(
 
 @torch.no_grad()
 def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
-    """Return the loss per token of samples, which all processes share.
-
-    Args:
-        max_tokens: see `max_tokens_per_microbatch`.
-    """
+    """Return the loss per token of samples, which all processes share; `max_tokens` bounds a micro-batch."""
     loss, tokens = _summed_loss(objective, samples, objective.live_lengths, max_tokens=max_tokens)
     return loss / tokens
 
 
+@dataclass(eq=False)
 class _Trainer:
-    """One training: its data, optimizer and state."""
+    objective: Objective
+    samples: Sequence[EncodedSample]
+    config: TrainingConfig
+    seed: int
+    folder: Path
+    title: str
 
-    def __init__(
-        self,
-        objective: Objective,
-        *,
-        samples: Sequence[EncodedSample],
-        config: TrainingConfig,
-        seed: int,
-        folder: Path,
-        title: str,
-    ) -> None:
-        _check_targets(samples)
-        self.objective, self.module, self.samples = objective, objective.module, samples
-        self.config, self.seed, self.folder, self.title = config, seed, folder, title
+    def __post_init__(self) -> None:
+        objective, samples, config, seed = self.objective, self.samples, self.config, self.seed
+        if missing := sum(sample.target is None for sample in samples):
+            raise ConfigError(f"Training needs an answer for every sample; {missing} of {len(samples)} have none.")
+        self.module = objective.module
         self.train, self.validation = user_split(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
         )
-        self.lengths = objective.lengths(self.train)
         ids = [sample.id for sample in self.train]
         self.live_lengths = dict(zip(ids, objective.live_lengths(self.train), strict=True))
-        # Fused: one pass over the 22 million weights and moments of a trained encoder instead of ten.
-        is_fused = objective.device.type in ("cpu", "cuda")
-        groups = objective.parameter_groups(config)
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=is_fused)
-        self.state = load_state(folder, module=self.module, optimizer=self.optimizer)
-        self._epoch, self._batches = 0, self._epoch_batches(0)
-        self.steps_per_epoch = len(self._batches)
+        self.optimizer = torch.optim.AdamW(
+            objective.parameter_groups(config),
+            weight_decay=config.weight_decay,
+            # One pass over the 22 million weights and moments of a trained encoder instead of ten.
+            fused=objective.device.type in ("cpu", "cuda"),
+        )
+        self.state = load_state(self.folder, module=self.module, optimizer=self.optimizer)
+        batches_of = partial(
+            epoch_batches, objective.lengths(self.train), batch_size=config.batch_size, views=config.views, seed=seed
+        )
+        self._batches_of = lru_cache(maxsize=1)(batches_of)
+        self.steps_per_epoch = len(self._batches_of(epoch=0))
         steps = config.epochs * self.steps_per_epoch
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
         self.eval_steps = config.eval_steps or max(1, self.steps_per_epoch // 4)
@@ -159,15 +155,9 @@ class _Trainer:
         self.state.samples += len(batch)
         rate = len(batch) / (time.monotonic() - started)
         progress.advance(note=f"loss {loss:.3f}, {rate:.1f} samples/s")
+        values = {"loss": loss, "gradient_norm": norm, "samples_per_second": rate, "learning_rate": learning_rate}
         with synchronized():
-            log.write(
-                step=self.state.step,
-                loss=loss,
-                gradient_norm=norm,
-                samples_per_second=rate,
-                learning_rate=learning_rate,
-                seconds_left=progress.seconds_left(),
-            )
+            log.write(step=self.state.step, **values, seconds_left=progress.seconds_left())
 
     def _optimize(self, batch: Sequence[EncodedSample]) -> tuple[float, float]:
         """Update the weights once; return the mean loss per token and the gradient norm before clipping."""
@@ -203,7 +193,6 @@ class _Trainer:
         )
 
     def _validate_and_save(self, log: StepLog) -> None:
-        """Validate and save the state if the step is due for it."""
         is_eval_step = self.state.step == self.total_steps or self.state.step % self.eval_steps == 0
         if is_eval_step:
             with self._timed():
@@ -221,12 +210,11 @@ class _Trainer:
         else:
             self.state.evals_since_best += 1
         if not self.state.best_step:
-            raise mark_shared(
-                TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}.")
-            )
+            error = TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}.")
+            raise mark_shared(error)
 
     def _validation_loss(self) -> float:
-        """Loss per token of the held-out users, with and without histories as often as in training."""
+        """Return the loss per token of the held-out users, with and without histories as often as in training."""
         self.module.eval()
         max_tokens = self.config.max_tokens_per_microbatch
         with_history = mean_loss(self.objective, self.validation, max_tokens=max_tokens)
@@ -234,14 +222,11 @@ class _Trainer:
         if not share:
             return with_history
         samples = [sample.without_items() for sample in self.validation]
-        without_history = mean_loss(self.objective, samples, max_tokens=max_tokens)
-        return (1 - share) * with_history + share * without_history
+        return (1 - share) * with_history + share * mean_loss(self.objective, samples, max_tokens=max_tokens)
 
     def _batch(self) -> list[EncodedSample]:
-        """The augmented samples of the next step."""
+        """Return the augmented samples of the next step."""
         epoch, position = divmod(self.state.step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._epoch_batches(epoch)
         return [
             augment_history(
                 self.train[augmentation.index],
@@ -251,23 +236,18 @@ class _Trainer:
                 drop_history_prob=self.config.drop_history_prob,
                 subsample_history_prob=self.config.subsample_history_prob,
             )
-            for augmentation in self._batches[position]
+            for augmentation in self._batches_of(epoch=epoch)[position]
         ]
 
-    def _epoch_batches(self, epoch: int) -> list[list[Augmentation]]:
-        size, views = self.config.batch_size, self.config.views
-        return epoch_batches(self.lengths, batch_size=size, views=views, seed=self.seed, epoch=epoch)
-
     def _lr_factor(self) -> float:
-        """Share of the peak rate in the next step: linear warm-up, then linear decay to 0."""
+        """Return the share of the peak rate in the next step: linear warm-up, then linear decay to 0."""
         warmup_steps = max(1, math.ceil(self.config.warmup_ratio * self.total_steps))
         if self.state.step < warmup_steps:
             return (self.state.step + 1) / warmup_steps
         return (self.total_steps - self.state.step) / max(1, self.total_steps - warmup_steps)
 
     def _is_out_of_patience(self) -> bool:
-        patience = self.config.early_stopping_patience
-        return bool(patience) and self.state.evals_since_best >= patience
+        return 0 < self.config.early_stopping_patience <= self.state.evals_since_best
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -295,9 +275,3 @@ def _summed_loss(
             loss_sum, tokens = loss_sum + float(loss.detach()), tokens + int(count)
     loss_sum, total = all_reduce_sum([loss_sum, tokens])
     return loss_sum, int(total)
-
-
-def _check_targets(samples: Sequence[EncodedSample]) -> None:
-    missing = sum(sample.target is None for sample in samples)
-    if missing:
-        raise ConfigError(f"Training needs an answer for every sample; {missing} of {len(samples)} have none.")

@@ -15,9 +15,7 @@ import pytest
 import sqlalchemy as sa
 from stores import Place, encoded, item, item_ids, vector_of
 
-from personaplug.errors import (
-    StorageError,
-)
+from personaplug.errors import StorageError
 from personaplug.store.database import Database
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.schema import StoreSettings
@@ -92,7 +90,7 @@ def test_locked_database_raises_and_writes_nothing(tmp_path: Path) -> None:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StorageError, match="try again"):
             store.add("t", "u", [item("a")])
-        assert store.load_history("t", "u").version == 0, "readers are not disturbed"
+        assert store.load_history("t", "u").version == 0, "a writer does not block readers"
         other.execute("ROLLBACK")
     assert store.add("t", "u", [item("a")]) == (1, 0, 0)
 
@@ -128,7 +126,7 @@ def test_load_history_uses_indexes(tmp_path: Path) -> None:
 
 
 def add_in_child(number: int) -> int:
-    (store,) = STORES  # the parent's own object, connections and all, as a fork finds it
+    (store,) = STORES  # the parent's object with its connections, as a fork inherits it
     for i in range(5):
         store.add_encoded("t", encoded(["u"], [f"{number}-{i}"]))
     return len(store.load_history("t", "u"))

@@ -53,27 +53,21 @@ def test_erased_at_returns_last_erasure(place: Place) -> None:
     for _ in range(2):
         store.add("t", "ann", [item("1", "a film")])
         receipt = store.erase_user("t", "ann")
-    found = store.erased_at("t", "ann")
-    assert found is not None
-    assert found.isoformat() == datetime.fromisoformat(receipt.erased_at).isoformat()
-    assert before <= found <= datetime.now(UTC)
+    erased_at = store.erased_at("t", "ann")
+    assert erased_at is not None
+    assert erased_at.isoformat() == datetime.fromisoformat(receipt.erased_at).isoformat()
+    assert before <= erased_at <= datetime.now(UTC)
     assert store.erased_at("another", "ann") is None
 
 
 def test_erase_user_leaves_nothing_in_files(place: Place) -> None:
-    store = place.open(
-        settings=StoreSettings(
-            labels=LABELS,
-            keep_text=True,
-            shards=2,
-        )
-    )
+    store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=2))
     for user in ("kept", "erased-user-id", "also kept"):
         store.add("t", user, [item(f"{user}-{i}", planted(f"{user}-{i}")) for i in range(8)])
     if place.server:
         place.server.execute("ANALYZE")  # statistics are samples of what columns hold
     own, others = [f"erased-user-id-{i}" for i in range(8)], [f"kept-{i}" for i in range(8)]
-    assert all(search(place, [*own, *others])), "they are searched where they are"
+    assert all(search(place, [*own, *others])), "the search finds stored items"
     assert b"erased-user-id" in place.files()
 
     receipt = store.erase_user("t", "erased-user-id")
@@ -109,21 +103,21 @@ def test_erase_user_clears_deleted_items_of_others_in_shard(place: Place) -> Non
 
 @pytest.mark.parametrize("seed", [2, 3])
 def test_erase_user_clears_copies_in_split_pages(place: Place, seed: int) -> None:
-    # Users grow in turn, so that pages are split and rows are moved. SQLite leaves a copy of a row now and then, which
-    # deleting the row does not overwrite: with these seeds, of users who are erased below.
-    chance, own = random.Random(seed), dict[str, list[bytes]]()
+    # Users grow in turn, so that SQLite splits pages and moves rows. It leaves copies of some rows, which deleting the
+    # row does not overwrite. With these seeds there are copies of rows of the users who are erased below.
+    rng, own = random.Random(seed), dict[str, list[bytes]]()
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
     for turn in range(60):
-        users = [f"u{chance.randrange(40)}" for _ in range(30)]
-        items = [item(f"{turn}-{i}", noise(f"t{seed}-{turn}-{i}", chance.randrange(60, 1900))) for i in range(30)]
-        vectors = np.stack([vector_of(one.id) for one in items])
+        users = [f"u{rng.randrange(40)}" for _ in range(30)]
+        items = [item(f"{turn}-{i}", noise(f"t{seed}-{turn}-{i}", rng.randrange(60, 1900))) for i in range(30)]
+        vectors = np.stack([vector_of(each.id) for each in items])
         store.add_encoded("t", EncodedItems(users, items, vectors, encoder=ENCODER.identity))
-        for user, one in zip(users, items, strict=True):
-            own.setdefault(user, []).append(one.fields[0][1].encode())
+        for user, added in zip(users, items, strict=True):
+            own.setdefault(user, []).append(added.fields[0][1].encode())
     store.close()
     before = place.files(log=place.server is None)
-    twice = [user for user, texts in own.items() if any(before.count(text[-40:]) > 1 for text in texts)]
-    erased = twice[:6] or list(own)[:3]
+    copied = [user for user, texts in own.items() if any(before.count(text[-40:]) > 1 for text in texts)]
+    erased = copied[:6] or list(own)[:3]
     for user in erased:
         store.erase_user("t", user)
     after = place.files(log=place.server is None)
@@ -131,7 +125,7 @@ def test_erase_user_clears_copies_in_split_pages(place: Place, seed: int) -> Non
     kept = sorted(own.keys() - set(erased))
     assert all(text[-40:] in after for user in kept for text in own[user])
     for user in kept:
-        assert [one.fields[0][1].encode() for one in store.list_items("t", user)] == own[user]
+        assert [stored.fields[0][1].encode() for stored in store.list_items("t", user)] == own[user]
         assert len(store.load_history("t", user)) == len(own[user])
 
 
@@ -141,14 +135,14 @@ def test_erase_user_restores_same_schema(tmp_path: Path) -> None:
     store.add("t", "kept", [item("k")])
     store.add("t", "u", [item("a")])
 
-    def described() -> list[tuple[str, ...]]:
+    def schema() -> list[tuple[str, ...]]:
         with sqlite3.connect(place.where) as connection:
             rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY 1, 2").fetchall()
         return [(*row[:3], str(row[3]).replace('"', "").split("(", 1)[-1]) for row in rows]
 
-    before = described()
+    before = schema()
     store.erase_user("t", "u")
-    assert described() == before
+    assert schema() == before
     assert store.add("t", "u", [item("a")]) == (1, 0, 0)
 
 
@@ -174,7 +168,7 @@ def test_erase_user_with_old_reader_raises_until_it_ends(place: Place) -> None:
     store = place.open(wait_s=0.5)
     store.add("t", "u", [item("a", planted("a"))])
     with store.database.read_transaction() as connection:
-        connection.exec_driver_sql("SELECT count(*) FROM users_0000")  # the state before is pinned from here on
+        connection.exec_driver_sql("SELECT count(*) FROM users_0000")  # pins the state before the erasure
         with pytest.raises(StorageError, match="erase the same user again"):
             place.open(wait_s=0.5).erase_user("t", "u")
     receipt = store.erase_user("t", "u")
@@ -219,7 +213,7 @@ def test_erase_user_who_returns_meanwhile_is_kept(place: Place, monkeypatch: pyt
     monkeypatch.setattr("personaplug.store.secure_delete.rewrite_shard", meanwhile)
     store.erase_user("t", "u")
     assert not any(search(place, ["a"]))
-    assert [one.id for one in store.list_items("t", "u")] == ["b"]
+    assert [stored.id for stored in store.list_items("t", "u")] == ["b"]
 
 
 def test_erase_user_without_log_privilege_says_so(postgres: PostgresServer) -> None:
@@ -233,7 +227,7 @@ def test_erase_user_without_log_privilege_says_so(postgres: PostgresServer) -> N
     receipt = store.erase_user("t", "u")
     assert receipt.wiped == ("tables",)
     assert not any(search(place, ["a"], log=False))
-    assert any(search(place, ["a"])), "the log still has it, as the receipt says"
+    assert any(search(place, ["a"])), "the log still holds the item, as the receipt says"
 
 
 def test_erase_user_waits_for_running_addition(place: Place) -> None:

@@ -13,10 +13,7 @@ from stores import ENCODER, LABELS, Place, encoded, item, item_ids, vector_of
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders.style_features import text_style
-from personaplug.errors import (
-    ConfigError,
-    MissingData,
-)
+from personaplug.errors import ConfigError, MissingData
 from personaplug.store import writes
 from personaplug.store.history_store import HistoryStore, Retention
 from personaplug.store.schema import StoreSettings
@@ -33,7 +30,7 @@ def test_load_history_after_add_returns_arrays(store: HistoryStore) -> None:
     items = [item("a", "A film!", answer="1"), item("b", "a book", answer=" 3 "), item("c", answer="other")]
     assert store.add("t", "u", [*items, item("d", answer=None)]) == (4, 0, 0)
     history = store.load_history("t", "u")
-    expected = ENCODER.encode([one.text for one in [*items, item("d", answer=None)]])
+    expected = ENCODER.encode([each.text for each in [*items, item("d", answer=None)]])
     assert history.vectors.dtype == history.forms.dtype == np.float16
     assert history.vectors.shape == (4, 32)
     np.testing.assert_array_equal(history.vectors, expected.astype(np.float16))
@@ -46,15 +43,15 @@ def test_load_history_after_add_returns_arrays(store: HistoryStore) -> None:
 def test_add_encodes_answers_false_ignores_answers(place: Place) -> None:
     store = place.open(settings=StoreSettings(encodes_answers=False, shards=1))
     store.add("t", "u", [item("a", answer="1"), item("b", answer="2")])
-    one, other = store.load_history("t", "u").vectors
-    np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(one, ENCODER.encode([item("a").content])[0].astype(np.float16))
+    first, second = store.load_history("t", "u").vectors
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(first, ENCODER.encode([item("a").content])[0].astype(np.float16))
 
 
 def test_list_items_latest_returns_newest_oldest_first(store: HistoryStore) -> None:
     store.add("t", "u", [item(name) for name in "abcde"])
-    assert [one.id for one in store.list_items("t", "u", latest=2)] == ["d", "e"]
-    assert [one.id for one in store.list_items("t", "u")] == list("abcde")
+    assert [each.id for each in store.list_items("t", "u", latest=2)] == ["d", "e"]
+    assert [each.id for each in store.list_items("t", "u")] == list("abcde")
     assert store.list_items("t", "nobody", latest=2) == []
 
 
@@ -163,29 +160,29 @@ def test_add_no_items_changes_nothing(store: HistoryStore) -> None:
 def test_list_items_any_text_round_trips(store: HistoryStore) -> None:
     texts = ["", "\0", "broken \ud83d", "a film 🙂", "'; DROP TABLE items_0000; --", "x" * 100_000]
     store.add("t", "u", [item(str(i), text, answer=text) for i, text in enumerate(texts)])
-    assert [found.fields for found in store.list_items("t", "u")] == [(("text", t), ("score", t)) for t in texts]
+    assert [stored.fields for stored in store.list_items("t", "u")] == [(("text", t), ("score", t)) for t in texts]
 
 
 def test_version_grows_only_with_changes(store: HistoryStore) -> None:
-    seen = [store.version("t", "u")]
+    versions = [store.version("t", "u")]
 
-    def grown() -> bool:
-        seen.append(store.version("t", "u"))
-        return seen[-1] > seen[-2]
+    def has_grown() -> bool:
+        versions.append(store.version("t", "u"))
+        return versions[-1] > versions[-2]
 
     store.add("t", "u", [item("a"), item("b")])
-    assert grown()
+    assert has_grown()
     store.add("t", "u", [item("c")])
-    assert grown()
+    assert has_grown()
     store.add("t", "u", [item("c", "other")])
-    assert grown()
+    assert has_grown()
     store.delete_item("t", "u", "a")
-    assert grown()
+    assert has_grown()
     store.add("t", "u", [item("b")])
     store.add("t", "other", [item("b")])
     store.add("other", "u", [item("b")])
-    assert not grown()
-    assert store.load_history("t", "u").version == seen[-1]
+    assert not has_grown()
+    assert store.load_history("t", "u").version == versions[-1]
 
 
 def test_version_after_erasure_is_never_reused(store: HistoryStore) -> None:
@@ -208,10 +205,10 @@ def test_version_clock_set_back_still_grows(store: HistoryStore, monkeypatch: py
 
 def test_export_contains_everything(store: HistoryStore) -> None:
     store.add("t", "u", [item("a", "A film!", answer="1", day=date(2020, 5, 17)), item("b", answer=None)])
-    told = json.loads(json.dumps(store.export("t", "u")))
-    assert (told["tenant"], told["user"], told["version"]) == ("t", "u", store.version("t", "u"))
-    assert (told["encoder"], told["labels"]) == (ENCODER.identity.to_dict(), list(LABELS))
-    first, second = told["items"]
+    exported = json.loads(json.dumps(store.export("t", "u")))
+    assert (exported["tenant"], exported["user"], exported["version"]) == ("t", "u", store.version("t", "u"))
+    assert (exported["encoder"], exported["labels"]) == (ENCODER.identity.to_dict(), list(LABELS))
+    first, second = exported["items"]
     assert (first["id"], first["date"], first["label_id"], first["answer_name"]) == ("a", "2020-05-17", 0, "score")
     assert first["fields"] == [["text", "A film!"], ["score", "1"]]
     assert (second["date"], second["answer_name"]) == (None, None)
@@ -226,7 +223,7 @@ def test_delete_item_removes_item_and_vector(store: HistoryStore) -> None:
     assert item_ids(store) == ["a", "c"]
     assert len(store.load_history("t", "u")) == 2
     assert store.add("t", "u", [item("b", "two")]) == (1, 0, 0)
-    assert item_ids(store) == ["a", "c", "b"], "it comes anew"
+    assert item_ids(store) == ["a", "c", "b"], "it counts as new"
 
 
 def test_tenants_share_no_data(place: Place) -> None:
@@ -234,7 +231,7 @@ def test_tenants_share_no_data(place: Place) -> None:
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
     store.add("one", "u", [item("a", "planted by one", answer="1"), item("b", "of one")])
     store.add("two", "u", [item("a", "planted by two", answer="3")])
-    assert [found.fields[0][1] for found in store.list_items("two", "u")] == ["planted by two"]
+    assert [stored.fields[0][1] for stored in store.list_items("two", "u")] == ["planted by two"]
     assert store.load_history("two", "u").answers.tolist() == [2]
     assert "of one" not in json.dumps(store.export("two", "u"))
     assert store.list_items("three", "u") == []
@@ -248,7 +245,11 @@ def test_tenants_share_no_data(place: Place) -> None:
     store.delete_item("two", "u", "a")
     store.erase_user("two", "u")
     assert store.version("one", "u") == versions
-    assert [found.fields[0][1] for found in store.list_items("one", "u")] == ["planted by one", "of one", "of one too"]
+    assert [stored.fields[0][1] for stored in store.list_items("one", "u")] == [
+        "planted by one",
+        "of one",
+        "of one too",
+    ]
 
 
 def test_retention_max_items_keeps_newest(place: Place) -> None:

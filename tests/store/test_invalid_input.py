@@ -12,14 +12,7 @@ import pytest
 from cheap_encoder import CheapEncoder
 from stores import ENCODER, Place, encoded, item, item_ids
 
-from personaplug.errors import (
-    ItemError,
-    MissingData,
-    PersonaPlugError,
-    ShapeMismatch,
-    StorageError,
-    UserError,
-)
+from personaplug.errors import ItemError, MissingData, PersonaPlugError, ShapeMismatch, StorageError, UserError
 from personaplug.store import writes
 from personaplug.store.history_store import HistoryStore
 
@@ -124,8 +117,8 @@ def test_keep_text_false_writes_no_text(place: Place) -> None:
     store = place.open(keep_text=False)
     store.add("t", "u", [item("a", SECRET_TEXT, answer=SECRET_TEXT + "!")])
     store.add("t", "u", [item("a", SECRET_TEXT + " twice")])
-    (found,) = store.list_items("t", "u")
-    assert (found.fields, found.answer_name, found.label_id) == ((), None, 1)
+    (stored,) = store.list_items("t", "u")
+    assert (stored.fields, stored.answer_name, stored.label_id) == ((), None, 1)
     files = place.files()
     assert ENCODER.encode([item("a", SECRET_TEXT + " twice").text]).astype("<f2").tobytes() in files, "files are read"
     assert SECRET_TEXT.encode() not in files

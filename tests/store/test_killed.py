@@ -1,4 +1,4 @@
-"""What a store acknowledged survives kill -9 at any moment; what it did not, is there whole or not at all."""
+"""Kill -9 at any moment loses no acknowledged item, and leaves other batches stored completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from personaplug.store.vector_codec import encode_vectors
 USERS = 5
 
 
-def write_on(place: Place, told: Connection, number: int) -> None:
-    """Add, replace and erase until killed; say what was acknowledged."""
-    store, saying = place.open(keep_text=False), threading.Lock()
+def write_until_killed(place: Place, sender: Connection, number: int) -> None:
+    """Add, replace and erase until killed; send what was acknowledged."""
+    store, lock = place.open(keep_text=False), threading.Lock()
 
     def add(thread: int) -> None:
         for i in range(1_000_000):
             users = [f"u{(i + j) % USERS}" for j in range(1 + i % 4)]
             names = [f"{number}-{thread}-{i}-{j}" for j in range(len(users))]
             store.add_encoded("t", encoded(users, names))
-            with saying:
-                told.send(list(zip(users, names, strict=True)))
+            with lock:
+                sender.send(list(zip(users, names, strict=True)))
 
     def erase() -> None:
         for i in range(1_000_000):
@@ -44,36 +44,36 @@ def write_on(place: Place, told: Connection, number: int) -> None:
 
 
 def kill_one(place: Place, number: int, *, after_s: float) -> list[tuple[str, str]]:
-    """Start a writer, kill it some time after its first word; return what it acknowledged."""
+    """Start a writer, kill it some time after its first message, and return what it acknowledged."""
     context = multiprocessing.get_context("fork")
-    told, tells = context.Pipe(duplex=False)
-    process = context.Process(target=write_on, args=(place, tells, number))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=write_until_killed, args=(place, sender, number))
     process.start()
-    tells.close()
-    acknowledged: list[tuple[str, str]] = told.recv()
+    sender.close()
+    acknowledged: list[tuple[str, str]] = receiver.recv()
     time.sleep(after_s)
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)
     try:
         while True:
-            acknowledged += told.recv()
-    except (EOFError, OSError):  # the last word may be half said
+            acknowledged += receiver.recv()
+    except (EOFError, OSError):  # the last message may be incomplete
         process.join()
     return acknowledged
 
 
 def check(store: HistoryStore, acknowledged: list[tuple[str, str]]) -> None:
-    """Everything acknowledged is there; everything that is there is whole."""
-    there = set[tuple[str, str]]()
+    """Check that all acknowledged items are stored, each with its vector."""
+    stored = set[tuple[str, str]]()
     for user in [f"u{i}" for i in range(USERS)]:
-        names = [one.id for one in store.list_items("t", user)]
+        names = [each.id for each in store.list_items("t", user)]
         history = store.load_history("t", user)
-        there |= {(user, name) for name in names}
+        stored |= {(user, name) for name in names}
         assert len(history) == len(names) == len(set(names))
         if names:
             expected = np.stack([vector_of(name) for name in names]).astype(np.float16)
             np.testing.assert_array_equal(history.vectors, expected)
-    assert set(acknowledged) <= there
+    assert set(acknowledged) <= stored
     assert len(store.load_history("t", "passing")) in (0, 3), "three or none"
 
 

@@ -14,14 +14,7 @@ import pytest
 from stores import ENCODER, LABELS, Place, encoded, item, item_ids
 
 from personaplug.encoders import HashEncoder
-from personaplug.errors import (
-    ConfigError,
-    EncoderMismatch,
-    MissingData,
-    StorageError,
-    StoreConflict,
-    UserError,
-)
+from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.schema import StoreSettings
 
@@ -31,8 +24,8 @@ PLACES: list[Place] = []
 def test_open_existing_store_keeps_items_and_settings(place: Place) -> None:
     place.open().add("t", "u", [item("a", day=date(2020, 5, 17))])
     again = place.open(encoder=None, settings=StoreSettings(labels=LABELS, keep_text=True, shards=2))
-    (found,) = again.list_items("t", "u")
-    assert (found.id, found.date, found.label_id, found.answer_name) == ("a", date(2020, 5, 17), 1, "score")
+    (stored,) = again.list_items("t", "u")
+    assert (stored.id, stored.date, stored.label_id, stored.answer_name) == ("a", date(2020, 5, 17), 1, "score")
     assert len(again.load_history("t", "u")) == 1
     assert HistoryStore.open(place.where, secret=b"sixteen bytes and more").settings == again.settings
 

@@ -50,10 +50,10 @@ def assert_same(source: HistoryStore, target: HistoryStore, user: str, encoder: 
     """Check that all of a user but the vectors is the same, and that the vectors are the encoder's."""
     items = source.list_items("t", user)
     assert target.list_items("t", user) == items
-    assert [one.label_id for one in target.list_items("t", user)] == [one.label_id for one in items]
+    assert [copy.label_id for copy in target.list_items("t", user)] == [each.label_id for each in items]
     history, original = target.load_history("t", user), source.load_history("t", user)
     assert history.version == original.version
-    np.testing.assert_array_equal(history.vectors, encoder.encode([one.text for one in items]).astype(np.float16))
+    np.testing.assert_array_equal(history.vectors, encoder.encode([each.text for each in items]).astype(np.float16))
     np.testing.assert_array_equal(history.answers, original.answers)
     np.testing.assert_array_equal(history.forms, original.forms)
 

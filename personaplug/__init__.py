@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from personaplug.encoders.embedding_store import EmbeddingStore
     from personaplug.errors import PersonaPlugError
     from personaplug.evaluation.evaluator import evaluate
+    from personaplug.inference import generate
     from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
     from personaplug.llm.loading import open_llm
     from personaplug.llm.soft_prompt import SoftPrompt
@@ -47,6 +48,7 @@ _HOME = {
     "Sample": "data.records",
     "SoftPrompt": "llm.soft_prompt",
     "evaluate": "evaluation.evaluator",
+    "generate": "inference",
     "load_config": "config_parsing",
     "load_task": "data",
     "open_dataset": "data",
@@ -76,6 +78,7 @@ __all__ = [
     "Sample",
     "SoftPrompt",
     "evaluate",
+    "generate",
     "load_config",
     "load_task",
     "open_dataset",

@@ -1,4 +1,4 @@
-"""One answer for one user: a prompt and a file of the user's items in, text out."""
+"""One answer for one user: a prompt and the user's items in, text out."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
 
 
-def generate_one(
+def generate(
     run: Run,
     prompt: str,
     *,
-    history: Path | None,
+    history: Path | Sequence[HistoryItem] = (),
+    models: Models | None = None,
     seed: int | None = None,
     plain: bool = False,
     phrases: bool = False,
-    config: EvaluationConfig,
+    config: EvaluationConfig | None = None,
 ) -> str:
-    """Load a run and answer one prompt with it.
+    """Answer one prompt with a trained run; see `respond`.
 
     Args:
-        history: the user's items, a file for `read_items`; None = a user without history.
+        history: the user's items, or a file for `read_items`; without items the user is new.
+        models: the run's models; None = load them.
         seed: which training; None = the first.
         plain: leave the plug out.
-        phrases: as for `reply`.
+        config: how to answer; None = as in the run's own config.
     """
     if phrases:
         check_ngrams(run.task)
-    items = read_items(history, task=run.task) if history is not None else ()
-    models = open_models(run.config)
+    items = read_items(history, task=run.task) if isinstance(history, Path) else history
+    models, config = models or open_models(run.config), config or run.config.evaluation
     personalizer = None
     if not plain:
         plug = run.load_plug("plug", seed=run.config.training.seeds[0] if seed is None else seed, models=models)
         personalizer = Personalizer(plug, persona_scale=config.persona_scale)
-    return reply(prompt, items, run=run, models=models, personalizer=personalizer, config=config, phrases=phrases)
+    return respond(prompt, items, run=run, models=models, personalizer=personalizer, config=config, phrases=phrases)
 
 
-def reply(
+def respond(
     prompt: str,
     items: Sequence[HistoryItem],
     *,

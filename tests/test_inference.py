@@ -14,7 +14,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError
-from personaplug.inference import reply
+from personaplug.inference import respond
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
@@ -38,7 +38,7 @@ def answer(
     config = resolved(load_config(overrides=["num_beams=1", *settings]), task)
     plug = PersonaPlug(config.plug, spec=PlugSpec(toy.identity, 0.25, encoder.identity, task.labels), encoder=encoder)
     values = tuple((name, "4") for name in task.field_names)
-    return reply(
+    return respond(
         prompt,
         [HistoryItem(str(n), values, task.answer_field) for n in range(99 if phrases else 1)],
         run=Run(Path("unused"), config, task, Path("unused")),

@@ -13,18 +13,16 @@ import click
 
 from personaplug.analysis.results_file import Results
 from personaplug.analysis.tables import results_table
-from personaplug.config import Config
 from personaplug.config_parsing import load_config, to_yaml
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import Sample
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
-from personaplug.inference import reply
+from personaplug.inference import generate
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.methods import find_method
 from personaplug.methods.registry import DEFAULT
-from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
 from personaplug.training.parts import train
 
@@ -74,15 +72,14 @@ def run_quickstart(
     write_json(out / "results.json", results.to_json())
     click.echo("\n" + results_table(results))
     click.echo("4. the same films for two users, as the model with their personas rates them\n")
-    click.echo(_side_by_side(run, config, models, samples=list(reader)))
+    click.echo(_side_by_side(run, models, samples=list(reader)))
     click.echo(f"\nwritten to {out / 'results.json'}; the run is in {run.folder}")
     return results
 
 
-def _side_by_side(run: Run, config: Config, models: Models, *, samples: Sequence[Sample]) -> str:
+def _side_by_side(run: Run, models: Models, *, samples: Sequence[Sample]) -> str:
     """Films as rows, the kindest and the strictest test user as columns."""
     strict, kind = _extremes(samples)
-    personalizer = Personalizer(run.load_plug("plug", seed=config.training.seeds[0], models=models))
     head = [
         f"{'film':<86}",
         f"{_mean_given(strict):.1f} given so far",
@@ -92,8 +89,8 @@ def _side_by_side(run: Run, config: Config, models: Models, *, samples: Sequence
     lines = [" | ".join(head)]
     for sample in samples[:: max(1, len(samples) // _SIDE_BY_SIDE)][:_SIDE_BY_SIDE]:
         answers = [
-            reply(sample.prompt, items, run=run, models=models, personalizer=who, config=config.evaluation)
-            for items, who in ((strict.history, personalizer), (kind.history, personalizer), ((), None))
+            generate(run, sample.prompt, history=items, models=models, plain=not items)
+            for items in (strict.history, kind.history, ())
         ]
         lines.append(" | ".join([f"{sample.query[:86]:<86}", *(f"{a:^16}" for a in answers[:2]), answers[2]]))
     return "\n".join(lines)

@@ -305,11 +305,11 @@ def generate(
     settings: tuple[str, ...],
 ) -> None:
     """Answer one prompt as a user with that history would like it answered."""
-    from personaplug.inference import generate_one
+    from personaplug import inference
 
     run, config = _open_run(run_folder, config_file, settings)
-    response = generate_one(
-        run, prompt, history=history, seed=seed, plain=plain, phrases=phrases, config=config.evaluation
+    response = inference.generate(
+        run, prompt, history=history or (), seed=seed, plain=plain, phrases=phrases, config=config.evaluation
     )
     click.echo(response)
 

@@ -30,7 +30,7 @@ class EncoderIdentity:
         name: as it was opened: hub name, folder or `hash:WIDTH`; never compared.
         revision: the hub's commit or the package's version, if known; never compared.
         pooling: of token vectors (`mean`, `cls`, …).
-        normalized: whether vectors have length 1; always true here.
+        normalized: true: vectors have length 1.
         prompt: prefix of every document (history item).
         query_prompt: prefix of every query.
         max_length: tokens after which texts are cut, special ones included; None = never.
@@ -53,11 +53,7 @@ class EncoderIdentity:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EncoderIdentity:
-        """Invert `to_dict`.
-
-        Raises:
-            ConfigError: if a field is missing or unknown.
-        """
+        """Invert `to_dict`; raise `ConfigError` if a field is missing or unknown."""
         try:
             return cls(**values)
         except TypeError as error:
@@ -75,10 +71,9 @@ class EncoderIdentity:
     def describe(self) -> str:
         """Return one line for messages, with everything that two identities may differ in."""
         length = "texts uncut" if self.max_length is None else f"at most {self.max_length} tokens"
-        prompts = f"prompts {self.prompt!r} and {self.query_prompt!r} (queries)"
         return (
-            f"{self.name} ({self.width} values, {self.pooling} pooling, {length}, {prompts}, "
-            f"weights {self.fingerprint})"
+            f"{self.name} ({self.width} values, {self.pooling} pooling, {length}, prompts {self.prompt!r} and "
+            f"{self.query_prompt!r} (queries), weights {self.fingerprint})"
         )
 
     def _differences(self, other: EncoderIdentity) -> set[str]:
@@ -108,13 +103,9 @@ class Encoder(Protocol):
 
 
 class QueryEncoder(nn.Module, ABC):
-    """A differentiable encoder of queries: `forward(features(texts))`.
+    """A differentiable encoder of queries: `forward(features(texts))`."""
 
-    Attributes:
-        width: size of a vector (E).
-    """
-
-    width: int
+    width: int  # of a vector (E)
 
     @abstractmethod
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,11 +34,7 @@ class LoraAdapters:
     """
 
     def __init__(self, llm: LanguageModel, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Wrap a model that has both adapters; use `attach`.
-
-        Args:
-            layers: the model's own layers that the adapters wrap, by path.
-        """
+        """Wrap a model that has both adapters around its own layers (by path); use `attach`."""
         self._llm, self._model, self._layers = llm, model, layers
         self._adapted: list[Any] = [model.get_submodule(path) for path in layers]
         self._parameters = {name: _parameters(model, name) for name in NAMES}
@@ -53,8 +49,7 @@ class LoraAdapters:
 
         Raises:
             MissingExtra: if PEFT is not installed.
-            ConfigError: if the model lacks the layers of `lora_targets`.
-            UserError: if the model has adapters already, or is no transformers model.
+            UserError: if the model lacks the layers of `lora_targets`, has adapters already, or is not transformers'.
         """
         peft = _import_peft()
         model = _transformers_model(llm)
@@ -90,11 +85,7 @@ class LoraAdapters:
         self._attached = False
 
     def active(self, *names: str) -> AbstractContextManager[None]:
-        """Apply exactly these adapters in the forward passes of a block.
-
-        Raises:
-            UserError: if the adapters are detached.
-        """
+        """Apply exactly these adapters in the forward passes of a block."""
         if not self._attached:
             raise UserError("These adapters are detached from their model. Attach new ones and load the state.")
         return self._switched(tuple(dict.fromkeys(map(_checked_name, names))), self._trainable)
@@ -131,11 +122,7 @@ class LoraAdapters:
 
     @torch.no_grad()
     def load(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Load a state into one adapter.
-
-        Raises:
-            ShapeMismatch: if the state has other names or shapes; the adapter keeps its values.
-        """
+        """Load a state into one adapter, or raise `ShapeMismatch` and leave it as it is."""
         parameters = self._parameters[_checked_name(name)]
         fitting = [path for path, value in parameters.items() if path in state and state[path].shape == value.shape]
         if len(fitting) < len(parameters) or len(state) > len(parameters):
@@ -148,17 +135,14 @@ class LoraAdapters:
 
     @torch.no_grad()
     def reset(self, name: str, *, seed: int) -> None:
-        """Draw A from the seed alone and set B to zero, so that the adapter changes nothing.
-
-        A is uniform as in the LoRA authors' code (Kaiming, a = √5), and the same on every device.
-        """
+        """Draw A from the seed alone, as in the LoRA authors' code (Kaiming, a = √5), and set B to zero: no effect."""
         generator = torch.Generator().manual_seed(seed)
         for path, parameter in self._parameters[_checked_name(name)].items():
             parameter.grad = None
-            fresh = torch.zeros(parameter.shape)
-            if path.endswith(".lora_A.weight"):
-                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-            parameter.copy_(fresh)
+            parameter.zero_()
+            if path.endswith(".lora_A.weight"):  # drawn on the CPU, so that every device has the same
+                drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
+                parameter.copy_(drawn)
 
 
 def _import_peft() -> Any:
@@ -170,10 +154,8 @@ def _import_peft() -> Any:
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of one adapter under their names in PEFT's checkpoints."""
-    parameters: dict[str, nn.Parameter] = _import_peft().functional.get_peft_model_state_dict(
-        model, state_dict=dict(model.named_parameters()), adapter_name=name, save_embedding_layers=False
-    )
-    return parameters
+    get_state: Callable[..., dict[str, nn.Parameter]] = _import_peft().functional.get_peft_model_state_dict
+    return get_state(model, state_dict=dict(model.named_parameters()), adapter_name=name, save_embedding_layers=False)
 
 
 def _checked_name(name: str) -> str:
@@ -199,7 +181,6 @@ def _restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _target_layers(model: nn.Module, targets: str, *, peft: Any) -> dict[str, nn.Module]:
-    """Return the layers that `lora_targets` names, by path."""
     layers = _linear_layers(model)
     layer_names = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
     hint = f"its linear layers are {layer_names}. Name one or more of them."

@@ -19,13 +19,7 @@ from personaplug.run import Models, Run
 
 
 class PromptBuilder:
-    """Builds the prompts with history texts of one run.
-
-    Args:
-        run: its task, settings and trained retriever are used.
-        models: the encoder ranks items; the language model writes profiles and counts tokens.
-        table: embeddings of the items.
-    """
+    """Builds the prompts with history texts of one run; `table` has the items' embeddings."""
 
     def __init__(self, run: Run, models: Models, *, table: EmbeddingStore) -> None:
         self.run, self.models, self.table = run, models, table
@@ -37,13 +31,8 @@ class PromptBuilder:
 
     @cached_property
     def profiles(self) -> ProfileGenerator:
-        """The run's profiles; opening them reads those on disk."""
-        return ProfileGenerator(
-            self.run.folder / "profiles.jsonl",
-            task=self.run.task,
-            llm=self.models.llm,
-            config=self.run.config.retrieval,
-        )
+        path = self.run.folder / "profiles.jsonl"
+        return ProfileGenerator(path, task=self.run.task, llm=self.models.llm, config=self.run.config.retrieval)
 
     def with_retrieved(self, sample: Sample, retrieval: Retrieval, *, seed: int) -> Sample:
         """Return a training sample with the best items of its own history in its prompt."""
@@ -75,11 +64,7 @@ class PromptBuilder:
         return [_with_profile(p, profile, formatter) for p, profile in zip(prompts, profiles, strict=True)]
 
     def retriever(self, method: str, *, seed: int) -> Retriever:
-        """Return the retriever of that name; a learned one is that of the seed's training.
-
-        Raises:
-            MissingData: if a learned one has not been trained.
-        """
+        """Return the retriever of that name; raise `MissingData` if the one that this seed trains is missing."""
         key = (method, seed if method in ("random", "ropg") else 0)
         if key not in self._retrievers:
             self._retrievers[key] = self._open_retriever(method, seed=seed)
@@ -117,7 +102,7 @@ class PromptBuilder:
 
 def _with_profile(prompt: HistoryPrompt, profile: UserProfile, formatter: HistoryPromptFormatter) -> HistoryPrompt:
     noted = formatter.add_note(prompt.prompt, profile.text, soft_at=prompt.soft_at)
-    # The profile stands for the items it was written from: without the profile, they are not in the prompt either.
+    # The profile stands for the items it was generated from: without the profile, they are not in the prompt either.
     included, shortened = (profile.included, profile.shortened) if noted.included else (0, 0)
     return HistoryPrompt(
         noted.prompt,

@@ -221,9 +221,7 @@ def best_strength(rows: sparse.csr_matrix, targets: Array, *, owners: Sequence[s
 
     def error(strength: float) -> float:
         ridge = Ridge(alpha=strength)
-        errors = [
-            ridge.fit(rows[seen], targets[seen]).predict(rows[unseen]) - targets[unseen] for seen, unseen in folds
-        ]
+        errors = (ridge.fit(rows[fit], targets[fit]).predict(rows[held]) - targets[held] for fit, held in folds)
         return float(sum(np.square(fold).sum() for fold in errors))
 
     return min(_RIDGE_STRENGTHS, key=error)

@@ -55,11 +55,7 @@ class RopgRetriever(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, *, width: int) -> RopgRetriever:
-        """Load trained weights.
-
-        Raises:
-            MissingData: if there are none.
-        """
+        """Load trained weights, or raise `MissingData`."""
         if not (folder / _WEIGHTS).exists():
             raise MissingData(f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one.")
         retriever = cls(width)
@@ -74,7 +70,7 @@ class RankingTarget:
     Attributes:
         id: of the sample.
         candidates: (C,) indices of the items.
-        log_likelihoods: (C,) of the right answer with that item in the prompt.
+        log_likelihoods: (C,) of the target with that item in the prompt.
     """
 
     id: str
@@ -131,8 +127,7 @@ class RopgTeacher:
     def _candidates(self, sample: Sample, ranking: list[int]) -> list[int]:
         best, rest = ranking[: self.candidates // 2], ranking[self.candidates // 2 :]
         rng = np.random.default_rng([self.seed, _CANDIDATES, *sample.id.encode()])
-        drawn = rng.permutation(len(rest))[: self.candidates - len(best)]
-        return best + [rest[index] for index in drawn]
+        return best + [rest[index] for index in rng.permutation(len(rest))[: self.candidates - len(best)]]
 
 
 class RopgObjective:
@@ -140,9 +135,7 @@ class RopgObjective:
 
     Σ_i t_i · (log t_i − log r_i), t = softmax of the log-likelihoods, r = softmax(cos(query, item) / temperature)
 
-    Args:
-        targets: by sample id.
-        samples: the samples of the targets, with all their items; augmentation drops items later.
+    The samples are those of the targets, with all their items; augmentation drops items later.
     """
 
     unit = "query"
@@ -166,9 +159,8 @@ class RopgObjective:
         self.queries = {sample.id: vector for sample, vector in zip(samples, vectors, strict=True)}
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        queries = torch.from_numpy(np.stack([self.queries[sample.id] for sample in samples]))
-        mapped = self.module(queries)
-        losses = [self._divergence(query, sample.id) for query, sample in zip(mapped, samples, strict=True)]
+        queries = self.module(torch.from_numpy(np.stack([self.queries[sample.id] for sample in samples])))
+        losses = [self._divergence(query, sample.id) for query, sample in zip(queries, samples, strict=True)]
         return torch.stack(losses).sum(), torch.tensor(len(losses))
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:

@@ -38,7 +38,6 @@ class _UserLabel(Baseline):
             )
 
     def fit(self, task: Task, train: Sequence[Sample]) -> FittedUserLabel:
-        """Raises MissingData if no training sample has an answer that counts."""
         return FittedUserLabel(self, LabelSet(task.labels), train)
 
 
@@ -95,7 +94,7 @@ class UserMajority(_UserLabel):
 
 @dataclass(frozen=True)
 class _WordsOfSample(Baseline):
-    """A text of words of the sample, with nothing to fit; `words` is their number, 0 = all."""
+    """A text of words of the sample; `words` is their number, 0 = all."""
 
     name: str
     words: int = 0

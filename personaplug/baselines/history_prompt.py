@@ -57,8 +57,6 @@ class HistoryPromptFormatter:
     """Inserts history texts into prompts so that the language model's limit never cuts the input.
 
     Args:
-        task: wording of items and prompts.
-        llm: counts and cuts in the tokens of the model that reads the prompt.
         history_tokens: most tokens of history in a prompt; 0 = all that the input leaves.
     """
 
@@ -76,7 +74,6 @@ class HistoryPromptFormatter:
         no prompt is skipped.
 
         Args:
-            prompt: the task's input.
             items: best first.
         """
         position = self._position_in(prompt)
@@ -94,24 +91,22 @@ class HistoryPromptFormatter:
         return HistoryPrompt(prompt, 0, offered=len(items), included=0, shortened=0)
 
     def add_note(self, prompt: str, note: str, *, soft_at: int = 0) -> HistoryPrompt:
-        """Put a note about the user in front of a prompt, cut if it is too long; a blank note changes nothing.
+        """Put a note about the user, cut if it is too long, in front of a whole prompt; a blank one changes nothing.
 
         Args:
-            prompt: stays whole; it may have items in it.
-            soft_at: position of the soft tokens in this prompt.
+            soft_at: number of characters of the prompt before its soft tokens.
         """
-        if not (note := _without_period(note)):
-            return HistoryPrompt(prompt, soft_at, offered=0, included=0, shortened=0)
+        note = _without_period(note)
         note_tokens = self.llm.count_tokens([note])[0]
         budget = min(note_tokens, self._budget(_with_note(prompt, "", soft_at=soft_at)))
-        while budget >= min(note_tokens, _MIN_CONTENT_TOKENS):
+        while note and budget >= min(note_tokens, _MIN_CONTENT_TOKENS):
             text = note if budget >= note_tokens else _without_period(self.llm.cut_text(note, budget))
             draft = _with_note(prompt, text, soft_at=soft_at)
             excess = self._excess(draft, text)
             if excess <= 0:
                 return HistoryPrompt(*draft, offered=1, included=1, shortened=int(text != note))
             budget -= excess
-        return HistoryPrompt(prompt, soft_at, offered=1, included=0, shortened=0)
+        return HistoryPrompt(prompt, soft_at, offered=int(note != ""), included=0, shortened=0)
 
     def _position_in(self, prompt: str) -> int:
         """Return the character of the input after which the items go, or 0 if they go around the input."""

@@ -45,12 +45,6 @@ class Regression(Baseline):
         return "classical" if self.part == "both" else f"classical:{self.part}"
 
     def fit(self, task: Task, train: Sequence[Sample]) -> Predictor:
-        """Fit to the samples with an answer among the labels.
-
-        Raises:
-            ConfigError: if histories hold no answers and `part` needs them, or all samples are of one user.
-            MissingData: if no training sample has an answer among the labels.
-        """
         label_set = LabelSet(task.labels)
         train = [sample for sample in train if label_set.index(sample.target) >= 0]
         if not train:
@@ -106,7 +100,7 @@ class _Features:
     def __call__(self, samples: Sequence[Sample]) -> sparse.csr_matrix:
         """Return (n, features)."""
         parts = []
-        if self._words is not None:
+        if self._words:
             parts.append(self._words([sample.query for sample in samples]))
         if self.part != "text":
             rows = self._of_histories(samples)
@@ -169,8 +163,7 @@ class OptionModel:
     def advantages(self, samples: Sequence[Sample]) -> Array:
         """Return each option's cosine with the question, and mean and largest with the items, less the others' mean.
 
-        Returns:
-            (n, labels, 1 to 3), depending on `part`; zeros if a prompt has no options.
+        The shape is (n, labels, 1 to 3), depending on `part`; values are zeros if a prompt has no options.
         """
         no_options = Options("", ("",) * len(self.label_set.labels))
         found = [self.finder.find(sample.prompt) or no_options for sample in samples]
@@ -207,13 +200,7 @@ class OptionModel:
 
 
 def best_strength(rows: sparse.csr_matrix, targets: Array, *, owners: Sequence[str]) -> float:
-    """Return the ridge's strength with the least squared error on users that it was not fitted on.
-
-    Args:
-        rows: (n, features).
-        targets: (n,).
-        owners: (n,) users.
-    """
+    """Return the ridge's strength with the least squared error on users that it was not fitted on; rows are (n, F)."""
     users = len(set(owners))
     if users < 2:
         raise ConfigError(f"classical finds its strength by leaving out users: it needs 2 or more, found {users}.")

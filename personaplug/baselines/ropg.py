@@ -11,7 +11,7 @@ likelihood of the answer and not a metric of a generated one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,44 +78,41 @@ class RankingTarget:
     log_likelihoods: list[float]
 
 
+@dataclass(frozen=True)
 class RopgTeacher:
     """Scores history items by the frozen model's likelihood of the answer, and caches the scores.
 
-    Args:
+    Attributes:
         path: JSON lines of ranking targets; a stopped command continues after the last whole line.
         retriever: its best items are half of the candidates; the others are drawn.
         candidates: number of scored items per sample.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        llm: LanguageModel,
-        formatter: HistoryPromptFormatter,
-        retriever: Retriever,
-        candidates: int,
-        seed: int,
-    ) -> None:
-        self.lines, self.llm, self.formatter, self.retriever = JsonLines(path), llm, formatter, retriever
-        self.candidates, self.seed = candidates, seed
+    path: Path
+    _: KW_ONLY
+    llm: LanguageModel
+    formatter: HistoryPromptFormatter
+    retriever: Retriever
+    candidates: int
+    seed: int
 
     def targets(self, samples: Sequence[Sample]) -> dict[str, RankingTarget]:
         """Return targets by sample id, for samples with an answer and at least two items that fit into a prompt."""
-        targets = {target.id: target for target in (RankingTarget(**values) for values in self.lines)}
+        lines = JsonLines(self.path)
+        targets = {values["id"]: RankingTarget(**values) for values in lines}
         eligible = [sample for sample in samples if len(sample.history) > 1 and sample.target is not None]
         missing = [sample for sample in eligible if sample.id not in targets]
         with Progress("ropg: scoring items", total=len(missing), unit="samples") as bar:
             for sample, ranking in zip(missing, self.retriever.rank(missing), strict=True):
                 targets[sample.id] = self._score(sample, self._candidates(sample, ranking))
-                self.lines.append(asdict(targets[sample.id]))
+                lines.append(asdict(targets[sample.id]))
                 bar.advance()
         return {sample.id: targets[sample.id] for sample in eligible if len(targets[sample.id].candidates) > 1}
 
     def _score(self, sample: Sample, candidates: Sequence[int]) -> RankingTarget:
-        prompts = {index: self.formatter.format(sample.prompt, [sample.history[index]]) for index in candidates}
+        prompts = ((index, self.formatter.format(sample.prompt, [sample.history[index]])) for index in candidates)
         # Without its item, a prompt would give the item the score of no item.
-        texts = {index: prompt.prompt for index, prompt in prompts.items() if prompt.included}
+        texts = {index: prompt.prompt for index, prompt in prompts if prompt.included}
         log_likelihoods: list[float] = []
         with torch.no_grad():
             for start in range(0, len(texts), _BATCH_SIZE):
@@ -164,7 +161,7 @@ class RopgObjective:
         return torch.stack(losses).sum(), torch.tensor(len(losses))
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Do nothing: the constructor has computed targets and queries."""
+        """Do nothing: the constructor has encoded the queries."""
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return [1] * len(samples)

@@ -116,12 +116,7 @@ def encode_samples(
         ends = np.cumsum([len(sample.history) for sample in group])[:-1]
         encoded += [
             EncodedSample(
-                id=sample.id,
-                owner=sample.owner,
-                user_id=sample.user_id,
-                prompt=sample.prompt,
-                query=sample.query,
-                target=sample.target,
+                *(sample.id, sample.owner, sample.user_id, sample.prompt, sample.query, sample.target),
                 rows=rows.copy(),  # a slice would keep the whole group's rows in memory
                 answers=label_ids(sample.history, labels),
                 forms=style_of_answers(sample.history) if with_forms else no_style(len(rows)),

@@ -17,7 +17,6 @@ from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import Encoder
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import EmbeddingStore
-from personaplug.errors import ConfigError, nearest
 
 
 @contextmanager
@@ -39,7 +38,6 @@ with _without_jax():
 # It logs every index, and each sample has one.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
-_METHODS = ("bm25", "recency", "random", "dense")
 _RANDOM_ITEMS = 11  # sets these draws apart from others with the same seed
 _CACHED_QUERIES = 1 << 14
 
@@ -63,20 +61,6 @@ class Retriever(Protocol):
     def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Return the indices of all items of each `sample.history`, best first."""
         ...
-
-
-def open_retriever(method: str, *, seed: int, encoder: Encoder, table: EmbeddingStore, with_answer: bool) -> Retriever:
-    """Return the retriever of that name: bm25, recency, random or dense; only random ones depend on the seed."""
-    match method:
-        case "bm25":
-            return BM25Retriever()
-        case "recency":
-            return RecencyRetriever()
-        case "random":
-            return RandomRetriever(seed)
-        case "dense":
-            return DenseRetriever(encoder, table, with_answer=with_answer)
-    raise ConfigError(f"There is no retriever {method!r}; {nearest(method, _METHODS)}")
 
 
 class BM25Retriever:

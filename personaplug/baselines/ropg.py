@@ -25,6 +25,7 @@ from personaplug.baselines.retrievers import Retriever
 from personaplug.config import TrainingConfig
 from personaplug.data.records import Sample
 from personaplug.encoders import Encoder
+from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
@@ -48,6 +49,11 @@ class RopgRetriever(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """Map (B, E) unit vectors to (B, E) unit vectors."""
         return nn.functional.normalize(self.linear(queries), dim=-1)
+
+    @torch.no_grad()
+    def map_queries(self, queries: Vectors) -> Vectors:
+        mapped: Vectors = self(torch.from_numpy(queries)).numpy()
+        return mapped
 
     def save(self, folder: Path) -> None:
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}

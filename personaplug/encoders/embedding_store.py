@@ -90,12 +90,9 @@ class EmbeddingStore:
     def add(self, texts: Iterable[str], *, chunk: int = 4096) -> RowIds:
         """Encode the missing texts and return the row ids of all texts, (n,).
 
-        Each chunk is complete on disk before the next one starts: an interrupted call loses one chunk at most, and the
-        same call resumes. If no text is missing, nothing is written or locked.
+        A chunk of the texts is in memory at a time, and complete on disk before the next one starts: an interrupted
+        call loses one chunk at most, and the same call resumes. If no text is missing, nothing is written or locked.
 
-        Args:
-            texts: may be a generator of any length; one chunk of it is in memory at a time.
-            chunk: number of texts that are read, encoded and committed together.
         Raises:
             UserError: if another process is writing, or the encoder returns NaN.
             StorageError: if the disk is full; earlier chunks stay.

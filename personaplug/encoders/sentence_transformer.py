@@ -54,12 +54,6 @@ class SentenceEncoder:
         max_length: tokens after which texts are cut, special ones included; None = the model's own limit.
         engine: for many texts at once: `torch`, `openvino`, or `auto` = OpenVINO if it is installed, faster on this
             CPU, and returns the same vectors for a few texts. Queries always use torch.
-    Attributes:
-        truncated: number of texts so far that were cut at `identity.max_length`.
-    Raises:
-        MissingModel: if the model is not found or is no text encoder.
-        MissingExtra: if `openvino` is not installed.
-        ConfigError: if the model cannot read `max_length` tokens, or if `openvino` is not on a CPU.
     """
 
     def __init__(
@@ -98,8 +92,7 @@ class SentenceEncoder:
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
         """Return (n, E) float32 unit vectors of documents in their order; a repeated text is encoded once.
 
-        Args:
-            batch_size: short texts that run at once; of longer ones fewer, so that memory stays the same.
+        Batches have `batch_size` short texts, or fewer long ones, so that memory stays the same.
         """
         counts = Counter(texts)
         distinct = list(counts)
@@ -174,7 +167,10 @@ class _TextQueryEncoder(QueryEncoder):
         self.width, self._prompt = identity.width, identity.query_prompt
         # float32 whatever the frozen encoder's dtype: small steps vanish in half precision.
         self.model = model.float().requires_grad_(True).eval()
-        _freeze_unused(self.model)
+        for module in model:
+            pooler = getattr(getattr(module, "auto_model", None), "pooler", None)
+            if isinstance(pooler, nn.Module):  # of BERT models: sentence vectors bypass it, so no gradient reaches it
+                pooler.requires_grad_(False)
 
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return _features(self.model, texts, prompt=self._prompt, task="query")
@@ -252,20 +248,9 @@ def _limit_length(model: SentenceTransformer, max_length: int | None) -> None:
 
 
 def _encoder_fingerprint(model: SentenceTransformer) -> str:
-    """Return 16 hex digits of the weights, module by module, and of the tokens of a text.
-
-    The tokens tell apart tokenizers that lower-case, split or number differently. Attribute names of the
-    transformer's wrapper change between releases, so its inner model counts.
-    """
+    """Return 16 hex digits of the weights, module by module, and of the tokens of a text."""
+    # Attribute names of the transformer's wrapper change between releases, so its inner model counts.
     weights = [fingerprint(getattr(module, "auto_model", module)) for module in model]
     features = _features(model, [_FINGERPRINT_TEXT], prompt="", task="document")
     tokens = str(features["input_ids"].tolist()) if "input_ids" in features else ""
     return hashlib.blake2b("|".join([*weights, tokens]).encode(), digest_size=8).hexdigest()
-
-
-def _freeze_unused(model: SentenceTransformer) -> None:
-    """Freeze the pooler of BERT models, which sentence vectors bypass: no gradient ever reaches it."""
-    for module in model:
-        pooler = getattr(getattr(module, "auto_model", None), "pooler", None)
-        if isinstance(pooler, nn.Module):
-            pooler.requires_grad_(False)

@@ -198,8 +198,5 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        path: layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
-    }
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
+    return {path: layer for path, layer in layers.items() if layer is not head}

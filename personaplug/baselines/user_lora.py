@@ -137,7 +137,7 @@ def _normalized(text: str) -> str:
 
 @dataclass(frozen=True)
 class UserFit:
-    """Optimizer steps and seconds of one user's training; 0 steps if the user has no pairs."""
+    """Optimizer steps and seconds of one user's training; 0 if the user has no pairs."""
 
     steps: int
     seconds: float
@@ -243,7 +243,7 @@ class UserLoraStore:
     def count_stored(self, key: Sequence[Any]) -> None:
         """Include a user in `costs`, if the store holds one, without loading the weights."""
         name = _hash(key)
-        if name not in self._records and (self.folder / f"{name}.safetensors").exists():
+        if (self.folder / f"{name}.safetensors").exists():
             with suppress(OSError, ValueError, TypeError):
                 self._records[name] = self._read_record(name)
 

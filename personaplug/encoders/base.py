@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from personaplug.errors import ConfigError
 
 Vectors = npt.NDArray[np.float32]
-
-_PROVENANCE = {"name", "revision"}
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,11 @@ class EncoderIdentity:
 
     def same_as(self, other: EncoderIdentity) -> bool:
         """True if items and queries get the same vectors."""
-        return not self._differences(other)
+        return self.same_items_as(other) and self.query_prompt == other.query_prompt
 
     def same_items_as(self, other: EncoderIdentity) -> bool:
-        """True if items get the same vectors; the prompt of queries does not affect them."""
-        return self._differences(other) <= {"query_prompt"}
+        """True if items get the same vectors."""
+        return self == replace(other, name=self.name, revision=self.revision, query_prompt=self.query_prompt)
 
     def describe(self) -> str:
         """Return one line for messages, with everything that two identities may differ in."""
@@ -75,10 +73,6 @@ class EncoderIdentity:
             f"{self.name} ({self.width} values, {self.pooling} pooling, {length}, prompts {self.prompt!r} and "
             f"{self.query_prompt!r} (queries), weights {self.fingerprint})"
         )
-
-    def _differences(self, other: EncoderIdentity) -> set[str]:
-        names = {field.name for field in fields(self)} - _PROVENANCE
-        return {name for name in names if getattr(self, name) != getattr(other, name)}
 
 
 class Encoder(Protocol):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.config import AdapterConfig
-from personaplug.errors import ConfigError, MissingExtra, ShapeMismatch, UserError
+from personaplug.errors import ConfigError, MissingExtra, ShapeMismatch, UserError, nearest
 from personaplug.llm.base import LanguageModel
 
 TASK, USER = "task", "user"
@@ -88,11 +88,11 @@ class LoraAdapters:
         """Apply exactly these adapters in the forward passes of a block."""
         if not self._attached:
             raise UserError("These adapters are detached from their model. Attach new ones and load the state.")
-        return self._switched(tuple(dict.fromkeys(names)), self._trainable)
+        return self._switched(tuple(dict.fromkeys(map(_checked_name, names))), self._trainable)
 
     def trainable(self, name: str) -> AbstractContextManager[None]:
         """Send gradients to this adapter only; call `backward` inside the block."""
-        return self._switched(self._active, name)
+        return self._switched(self._active, _checked_name(name))
 
     @contextmanager
     def _switched(self, active: tuple[str, ...], trainable: str) -> Iterator[None]:
@@ -113,16 +113,18 @@ class LoraAdapters:
 
     def module(self, name: str) -> nn.Module:
         """Return a module that holds the parameters of one adapter, A before B for each layer."""
-        return nn.ParameterList(self._parameters[name].values())
+        return nn.ParameterList(self._parameters[_checked_name(name)].values())
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Return a copy of one adapter on the CPU: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, float32."""
-        return {path: value.detach().to("cpu", copy=True) for path, value in self._parameters[name].items()}
+        return {
+            path: value.detach().to("cpu", copy=True) for path, value in self._parameters[_checked_name(name)].items()
+        }
 
     @torch.no_grad()
     def load(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Load a state into one adapter, or raise `ShapeMismatch` and leave it as it is."""
-        parameters = self._parameters[name]
+        parameters = self._parameters[_checked_name(name)]
         fitting = [path for path, value in parameters.items() if path in state and state[path].shape == value.shape]
         if len(fitting) < len(parameters) or len(state) > len(parameters):
             raise ShapeMismatch(
@@ -136,7 +138,7 @@ class LoraAdapters:
     def reset(self, name: str, *, seed: int) -> None:
         """Draw A from the seed alone, as in the LoRA authors' code (Kaiming, a = √5), and set B to zero: no effect."""
         generator = torch.Generator().manual_seed(seed)
-        for path, parameter in self._parameters[name].items():
+        for path, parameter in self._parameters[_checked_name(name)].items():
             parameter.grad = None
             parameter.zero_()
             if path.endswith(".lora_A.weight"):  # drawn on the CPU, so that every device has the same
@@ -155,6 +157,12 @@ def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of one adapter under their names in PEFT's checkpoints."""
     get_state: Callable[..., dict[str, nn.Parameter]] = _import_peft().functional.get_peft_model_state_dict
     return get_state(model, state_dict=dict(model.named_parameters()), adapter_name=name, save_embedding_layers=False)
+
+
+def _checked_name(name: str) -> str:
+    if name not in NAMES:
+        raise ConfigError(f"There is no adapter {name!r}; {nearest(name, NAMES)}")
+    return name
 
 
 def _transformers_model(llm: LanguageModel) -> nn.Module:

@@ -27,14 +27,10 @@ _Draft = tuple[str, int]
 
 @dataclass(frozen=True, repr=False)
 class HistoryPrompt:
-    """A prompt with history texts in it.
+    """A prompt with history texts in it; soft tokens go after its first `soft_at` characters.
 
     Attributes:
-        prompt: the whole prompt.
-        soft_at: number of characters before the input, where soft tokens go.
-        offered: number of texts that were given.
-        included: number of texts in the prompt.
-        shortened: number of included texts that were cut.
+        offered, included, shortened: numbers of texts that were given, that are in the prompt, and that are cut.
     """
 
     prompt: str
@@ -46,21 +42,11 @@ class HistoryPrompt:
 
 @dataclass(frozen=True, repr=False)
 class _MeasuredItem:
-    """An item and its lengths in tokens.
-
-    Attributes:
-        parts: its wording.
-        values: of the fields in it.
-        contents: tokens of each field that may be cut.
-        tokens: of the whole.
-        frame_tokens: of the whole without its contents.
-    """
-
     parts: tuple[_Part, ...]
     values: dict[str, str]
-    contents: dict[str, int]
+    contents: dict[str, int]  # tokens of each field that may be cut
     tokens: int
-    frame_tokens: int
+    frame_tokens: int  # without the contents
 
     @property
     def min_tokens(self) -> int:
@@ -71,8 +57,6 @@ class HistoryPromptFormatter:
     """Inserts history texts into prompts so that the language model's limit never cuts the input.
 
     Args:
-        task: wording of items and prompts.
-        llm: counts and cuts in the tokens of the model that reads the prompt.
         history_tokens: most tokens of history in a prompt; 0 = all that the input leaves.
     """
 
@@ -86,11 +70,10 @@ class HistoryPromptFormatter:
         """Insert items into a prompt.
 
         Items share the room equally, and long ones use what short ones leave. Contents are cut at their end; answers
-        and the words around them stay whole. Shares that say too little drop the last items. An item that fits no
-        prompt is skipped.
+        and the words around them stay whole. If shares become too small, the last items are dropped. An item that fits
+        no prompt is skipped.
 
         Args:
-            prompt: the task's input.
             items: best first.
         """
         position = self._position_in(prompt)
@@ -108,31 +91,27 @@ class HistoryPromptFormatter:
         return HistoryPrompt(prompt, 0, offered=len(items), included=0, shortened=0)
 
     def add_note(self, prompt: str, note: str, *, soft_at: int = 0) -> HistoryPrompt:
-        """Put a note about the user in front of a prompt, cut if it is too long; a blank note changes nothing.
+        """Put a note about the user, cut if it is too long, in front of a whole prompt; a blank one changes nothing.
 
         Args:
-            prompt: stays whole; it may have items in it.
-            soft_at: position of the soft tokens in this prompt.
+            soft_at: number of characters of the prompt before its soft tokens.
         """
         note = _without_period(note)
-        if not note:
-            return HistoryPrompt(prompt, soft_at, offered=0, included=0, shortened=0)
         note_tokens = self.llm.count_tokens([note])[0]
         budget = min(note_tokens, self._budget(_with_note(prompt, "", soft_at=soft_at)))
-        while budget >= min(note_tokens, _MIN_CONTENT_TOKENS):
+        while note and budget >= min(note_tokens, _MIN_CONTENT_TOKENS):
             text = note if budget >= note_tokens else _without_period(self.llm.cut_text(note, budget))
             draft = _with_note(prompt, text, soft_at=soft_at)
             excess = self._excess(draft, text)
             if excess <= 0:
                 return HistoryPrompt(*draft, offered=1, included=1, shortened=int(text != note))
             budget -= excess
-        return HistoryPrompt(prompt, soft_at, offered=1, included=0, shortened=0)
+        return HistoryPrompt(prompt, soft_at, offered=int(note != ""), included=0, shortened=0)
 
     def _position_in(self, prompt: str) -> int:
         """Return the character of the input after which the items go, or 0 if they go around the input."""
         word = self.task.history_after
-        start = prompt.find(word) if word else -1
-        return start + len(word) if start >= 0 else 0
+        return prompt.find(word) + len(word) if word and word in prompt else 0
 
     def _insert(self, prompt: str, history: str, *, position: int) -> _Draft:
         if not position:
@@ -140,7 +119,6 @@ class HistoryPromptFormatter:
         return prompt[:position] + self.task.item_joint + history + prompt[position:], 0
 
     def _budget(self, bare: _Draft) -> int:
-        """Return how many tokens of history fit into a prompt that has none yet."""
         room = self.llm.max_text_tokens - self._count_tokens(bare)
         return min(room, self.history_tokens) if self.history_tokens else room
 
@@ -205,11 +183,7 @@ class HistoryPromptFormatter:
 
 
 def _allocate(wanted: Sequence[int], *, minimum: Sequence[int], total: int) -> list[int]:
-    """Divide a total into equal shares, each between its minimum and what is wanted, without a rest.
-
-    Args:
-        minimum: adds up to at most the total.
-    """
+    """Divide a total into equal shares, each between its minimum and what is wanted, without a rest."""
 
     def capped(level: int) -> list[int]:
         return [min(most, max(level, least)) for most, least in zip(wanted, minimum, strict=True)]
@@ -245,7 +219,7 @@ def _fill(template: Sequence[str], *, history: str, input: str) -> _Draft:
     values = {"history": history, "input": input}
     pieces = [values[piece] if index % 2 else piece for index, piece in enumerate(template)]
     input_index = 1 + 2 * template[1::2].index("input")
-    return "".join(pieces), sum(map(len, pieces[:input_index]))
+    return "".join(pieces), len("".join(pieces[:input_index]))
 
 
 def _with_note(prompt: str, note: str, *, soft_at: int) -> _Draft:

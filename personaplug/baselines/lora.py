@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,11 +34,7 @@ class LoraAdapters:
     """
 
     def __init__(self, llm: LanguageModel, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-        """Wrap a model that has both adapters; use `attach`.
-
-        Args:
-            layers: the model's own layers that the adapters wrap, by path.
-        """
+        """Wrap a model that has both adapters around its own layers (by path); use `attach`."""
         self._llm, self._model, self._layers = llm, model, layers
         self._adapted: list[Any] = [model.get_submodule(path) for path in layers]
         self._parameters = {name: _parameters(model, name) for name in NAMES}
@@ -53,8 +49,7 @@ class LoraAdapters:
 
         Raises:
             MissingExtra: if PEFT is not installed.
-            ConfigError: if the model lacks the layers of `lora_targets`.
-            UserError: if the model has adapters already, or is no transformers model.
+            UserError: if the model lacks the layers of `lora_targets`, has adapters already, or is not transformers'.
         """
         peft = _import_peft()
         model = _transformers_model(llm)
@@ -83,18 +78,14 @@ class LoraAdapters:
         self.detach()
 
     def detach(self) -> None:
-        """Put the model's own layers back, the same objects as before."""
+        """Put the model's own layers back."""
         if self._attached:
             self._llm.clear_cache()
             _restore(self._model, self._layers)
         self._attached = False
 
     def active(self, *names: str) -> AbstractContextManager[None]:
-        """Apply exactly these adapters in the forward passes of a block.
-
-        Raises:
-            UserError: if the adapters are detached.
-        """
+        """Apply exactly these adapters in the forward passes of a block."""
         if not self._attached:
             raise UserError("These adapters are detached from their model. Attach new ones and load the state.")
         return self._switched(tuple(dict.fromkeys(map(_checked_name, names))), self._trainable)
@@ -126,16 +117,13 @@ class LoraAdapters:
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Return a copy of one adapter on the CPU: `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, float32."""
-        parameters = self._parameters[_checked_name(name)]
-        return {path: value.detach().to("cpu", copy=True) for path, value in parameters.items()}
+        return {
+            path: value.detach().to("cpu", copy=True) for path, value in self._parameters[_checked_name(name)].items()
+        }
 
     @torch.no_grad()
     def load(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Load a state into one adapter.
-
-        Raises:
-            ShapeMismatch: if the state has other names or shapes; the adapter keeps its values.
-        """
+        """Load a state into one adapter, or raise `ShapeMismatch` and leave it as it is."""
         parameters = self._parameters[_checked_name(name)]
         fitting = [path for path, value in parameters.items() if path in state and state[path].shape == value.shape]
         if len(fitting) < len(parameters) or len(state) > len(parameters):
@@ -148,17 +136,14 @@ class LoraAdapters:
 
     @torch.no_grad()
     def reset(self, name: str, *, seed: int) -> None:
-        """Draw A from the seed alone and set B to zero, so that the adapter changes nothing.
-
-        A is uniform as in the LoRA authors' code (Kaiming, a = √5), and the same on every device.
-        """
+        """Draw A from the seed alone, as in the LoRA authors' code (Kaiming, a = √5), and set B to zero: no effect."""
         generator = torch.Generator().manual_seed(seed)
         for path, parameter in self._parameters[_checked_name(name)].items():
             parameter.grad = None
-            fresh = torch.zeros(parameter.shape)
-            if path.endswith(".lora_A.weight"):
-                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-            parameter.copy_(fresh)
+            parameter.zero_()
+            if path.endswith(".lora_A.weight"):  # drawn on the CPU, so that every device has the same
+                drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5), generator=generator)
+                parameter.copy_(drawn)
 
 
 def _import_peft() -> Any:
@@ -170,10 +155,8 @@ def _import_peft() -> Any:
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Return the parameters of one adapter under their names in PEFT's checkpoints."""
-    parameters: dict[str, nn.Parameter] = _import_peft().functional.get_peft_model_state_dict(
-        model, state_dict=dict(model.named_parameters()), adapter_name=name, save_embedding_layers=False
-    )
-    return parameters
+    get_state: Callable[..., dict[str, nn.Parameter]] = _import_peft().functional.get_peft_model_state_dict
+    return get_state(model, state_dict=dict(model.named_parameters()), adapter_name=name, save_embedding_layers=False)
 
 
 def _checked_name(name: str) -> str:
@@ -199,10 +182,9 @@ def _restore(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _target_layers(model: nn.Module, targets: str, *, peft: Any) -> dict[str, nn.Module]:
-    """Return the layers that `lora_targets` names, by path."""
     layers = _linear_layers(model)
-    layer_names = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
-    hint = f"its linear layers are {layer_names}. Name one or more of them."
+    layer_names = sorted({path.rpartition(".")[2] for path in layers})
+    hint = f"its linear layers are {', '.join(layer_names)}. Name one or more of them."
     names: str | list[str] | None = [name.strip() for name in targets.split(",") if name.strip()]
     if names == ["auto"]:
         kind = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
@@ -224,8 +206,5 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        path: layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head
-    }
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
+    return {path: layer for path, layer in layers.items() if layer is not head}

@@ -1,4 +1,4 @@
-"""What a baseline without a language model is: it checks a task, fits itself to training samples and predicts."""
+"""Interface of baselines without a language model: check a task, fit to training samples, predict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Predictor(Protocol):
     """A fitted baseline."""
 
     def predict(self, samples: Sequence[Sample]) -> list[str]:
-        """Predict an answer to each sample from its texts and the history that it is shown."""
+        """Predict an answer to each sample from its texts and its history."""
         ...
 
 
@@ -26,11 +26,7 @@ class Baseline(ABC):
     is_fitted_on_train: ClassVar[bool] = True
 
     def check(self, task: Task) -> None:
-        """Check that a task has what the baseline needs: by default, a closed set of labels.
-
-        Raises:
-            ConfigError: saying what is missing.
-        """
+        """Raise `ConfigError` if a task lacks what the baseline needs: by default, labels."""
         if task.kind == "text":
             raise ConfigError(
                 f"{self.name} predicts one of a task's labels, and {task.name} has none: it writes free text. For that "

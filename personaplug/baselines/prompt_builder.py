@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
-
-import torch
+from functools import cache, cached_property
 
 from personaplug.baselines.history_prompt import HistoryPrompt, HistoryPromptFormatter
-from personaplug.baselines.retrievers import DenseRetriever, Retrieval, Retriever, open_retriever
+from personaplug.baselines.retrievers import (
+    BM25Retriever,
+    DenseRetriever,
+    RandomRetriever,
+    RecencyRetriever,
+    Retrieval,
+    Retriever,
+)
 from personaplug.baselines.ropg import RopgRetriever
 from personaplug.baselines.user_profiles import ProfileGenerator, UserProfile
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.errors import ConfigError, nearest
 from personaplug.run import Models, Run
+
+_RETRIEVERS = ("bm25", "recency", "random", "dense", "ropg")
 
 
 class PromptBuilder:
-    """Builds the prompts with history texts of one run.
-
-    Args:
-        run: its task, settings and trained retriever are used.
-        models: the encoder ranks items; the language model writes profiles and counts tokens.
-        table: embeddings of the items.
-    """
+    """Builds the prompts with history texts of one run; `table` has the items' embeddings."""
 
     def __init__(self, run: Run, models: Models, *, table: EmbeddingStore) -> None:
         self.run, self.models, self.table = run, models, table
@@ -33,17 +34,12 @@ class PromptBuilder:
         self.formatter = HistoryPromptFormatter(run.task, models.llm, history_tokens=history_tokens)
         half = history_tokens // 2 or models.llm.max_text_tokens // 3
         self._half_formatter = HistoryPromptFormatter(run.task, models.llm, history_tokens=half)
-        self._retrievers: dict[tuple[str, int], Retriever] = {}
+        self._retriever = cache(self._open_retriever)
 
     @cached_property
     def profiles(self) -> ProfileGenerator:
-        """The run's profiles; opening them reads those on disk."""
-        return ProfileGenerator(
-            self.run.folder / "profiles.jsonl",
-            task=self.run.task,
-            llm=self.models.llm,
-            config=self.run.config.retrieval,
-        )
+        path = self.run.folder / "profiles.jsonl"
+        return ProfileGenerator(path, task=self.run.task, llm=self.models.llm, config=self.run.config.retrieval)
 
     def with_retrieved(self, sample: Sample, retrieval: Retrieval, *, seed: int) -> Sample:
         """Return a training sample with the best items of its own history in its prompt."""
@@ -75,27 +71,24 @@ class PromptBuilder:
         return [_with_profile(p, profile, formatter) for p, profile in zip(prompts, profiles, strict=True)]
 
     def retriever(self, method: str, *, seed: int) -> Retriever:
-        """Return the retriever of that name; a learned one is that of the seed's training.
+        """Return the retriever of that name; raise `MissingData` if the one that this seed trains is missing."""
+        return self._retriever(method, seed if method in ("random", "ropg") else 0)
 
-        Raises:
-            MissingData: if a learned one has not been trained.
-        """
-        key = (method, seed if method in ("random", "ropg") else 0)
-        if key not in self._retrievers:
-            self._retrievers[key] = self._open_retriever(method, seed=seed)
-        return self._retrievers[key]
-
-    def _open_retriever(self, method: str, *, seed: int) -> Retriever:
+    def _open_retriever(self, method: str, seed: int) -> Retriever:
         encoder, with_answer = self.models.encoder, self.run.config.plug.encodes_answers
-        if method != "ropg":
-            return open_retriever(method, seed=seed, encoder=encoder, table=self.table, with_answer=with_answer)
-        learned = RopgRetriever.load(self.run.plug_folder("ropg", seed=seed), width=encoder.width)
-
-        @torch.no_grad()
-        def head(queries: Vectors) -> Vectors:
-            return learned(torch.from_numpy(queries)).numpy()  # type: ignore[no-any-return]
-
-        return DenseRetriever(encoder, self.table, with_answer=with_answer, head=head)
+        match method:
+            case "bm25":
+                return BM25Retriever()
+            case "recency":
+                return RecencyRetriever()
+            case "random":
+                return RandomRetriever(seed)
+            case "dense":
+                return DenseRetriever(encoder, self.table, with_answer=with_answer)
+            case "ropg":
+                learned = RopgRetriever.load(self.run.plug_folder("ropg", seed=seed), width=encoder.width)
+                return DenseRetriever(encoder, self.table, with_answer=with_answer, head=learned.map_queries)
+        raise ConfigError(f"There is no retriever {method!r}; {nearest(method, _RETRIEVERS)}")
 
     def _best_items(
         self,
@@ -109,19 +102,16 @@ class PromptBuilder:
             return [[] for _ in samples]
         with_history = [replace(s, history=tuple(items)) for s, items in zip(samples, histories, strict=True)]
         rankings = self.retriever(retrieval.method, seed=seed).rank(with_history)
-        return [
-            [items[index] for index in ranking[: retrieval.items]]
-            for items, ranking in zip(histories, rankings, strict=True)
-        ]
+        best = [ranking[: retrieval.items] for ranking in rankings]
+        return [[items[index] for index in indices] for items, indices in zip(histories, best, strict=True)]
 
 
 def _with_profile(prompt: HistoryPrompt, profile: UserProfile, formatter: HistoryPromptFormatter) -> HistoryPrompt:
     noted = formatter.add_note(prompt.prompt, profile.text, soft_at=prompt.soft_at)
-    # The profile stands for the items it was written from: without the profile, they are not in the prompt either.
+    # The profile stands for the items it was generated from: without the profile, they are not in the prompt either.
     included, shortened = (profile.included, profile.shortened) if noted.included else (0, 0)
-    return HistoryPrompt(
-        noted.prompt,
-        noted.soft_at,
+    return replace(
+        noted,
         offered=prompt.offered + profile.offered,
         included=prompt.included + included,
         shortened=prompt.shortened + shortened,

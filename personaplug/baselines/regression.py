@@ -1,8 +1,8 @@
-"""Regressions in the language model's place: TF-IDF of texts and features of histories, from labels to labels.
+"""Regressions on TF-IDF of texts and features of histories, which predict labels without a language model.
 
 - ratings: ridge regression on the number, its strength by cross-validation over users;
-- options behind markers ([1], [2]) in the prompt: logistic regression on how much more an option is like the question,
-  and like the user's items, than the others are;
+- options behind markers ([1], [2]) in the prompt: logistic regression on how much more an option resembles the question
+  and the user's items than the other options do;
 - other labels: logistic regression.
 """
 
@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 from scipy import sparse
+from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
@@ -26,22 +27,16 @@ from personaplug.data.records import HistoryItem, Options, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
 
-_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the ridge
+_RIDGE_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _FOLDS = 5
-_LOOSENESS = 10.0  # of the logistic regressions; scikit-learn's C
-_STEPS = 2000
-
+_LOGISTIC = {"C": 10.0, "max_iter": 2000}
 
 Part = Literal["both", "text", "history"]
 
 
 @dataclass(frozen=True)
 class Regression(Baseline):
-    """The regression that fits a task.
-
-    Attributes:
-        part: what it reads of a sample: its text, its history or both.
-    """
+    """The regression that fits a task, on the samples' texts, histories or both."""
 
     part: Part = "both"
 
@@ -50,12 +45,6 @@ class Regression(Baseline):
         return "classical" if self.part == "both" else f"classical:{self.part}"
 
     def fit(self, task: Task, train: Sequence[Sample]) -> Predictor:
-        """Fit to samples with answers and, unless `part` is "text", histories.
-
-        Raises:
-            ConfigError: if histories hold nothing that it could use, or all samples are of one user.
-            MissingData: if no training sample has an answer among the labels.
-        """
         label_set = LabelSet(task.labels)
         train = [sample for sample in train if label_set.index(sample.target) >= 0]
         if not train:
@@ -73,208 +62,191 @@ class Regression(Baseline):
 
 
 class Words:
-    """TF-IDF of the 1- and 2-grams that two or more of some texts have, or of all where no two share any."""
+    """TF-IDF of the 1- and 2-grams that two or more texts share, or of all if no two texts share any."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        known = list(texts)
+        texts = list(texts)
         self._vectorizer: TfidfVectorizer | None = None
-        for fewest in (2, 1):
-            vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=fewest)
+        for min_texts in (2, 1):
             try:
-                self._vectorizer = vectorizer.fit(known)
-            except ValueError:
-                continue  # scikit-learn's word for a vocabulary without a word
-            return
+                vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=min_texts)
+                self._vectorizer = vectorizer.fit(texts)
+                return
+            except ValueError:  # the vocabulary is empty
+                continue
 
     def __call__(self, texts: Sequence[str]) -> sparse.csr_matrix:
-        """Unit rows, (n, words); zeros for a text without a known word."""
-        if self._vectorizer is None or not texts:
-            # One column of zeros where there are no words at all: no model takes rows without any.
-            width = 1 if self._vectorizer is None else len(self._vectorizer.vocabulary_)
-            return sparse.csr_matrix((len(texts), width))
+        """Return unit rows, (n, words); zeros for a text without a known word."""
+        if self._vectorizer is None:
+            return sparse.csr_matrix((len(texts), 1))  # one column, because no model takes rows without any
+        if not texts:
+            return sparse.csr_matrix((0, len(self._vectorizer.vocabulary_)))
         return self._vectorizer.transform(texts)
 
 
 class _Features:
-    """Samples as rows of numbers: words of the query, answers in the history, or both.
+    """Features of samples: words of the query, answers in the history, or both.
 
-    A user without answers counts as the average of those who have some.
+    A user without answers counts as the average of the training users who have some.
     """
 
-    def __init__(self, closed: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
-        self.closed, self.part = closed, part
+    def __init__(self, label_set: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
+        self.label_set, self.part = label_set, part
         self._words = Words(sample.query for sample in train) if part != "history" else None
-        told = np.array([closed.features(sample.history) for sample in train])
-        known = told[~np.isnan(told[:, 0])]
-        self._average = known.mean(axis=0) if len(known) else np.zeros(closed.width)
+        rows = self._of_histories(train)
+        rows = rows[~np.isnan(rows[:, 0])]
+        self._average = rows.mean(axis=0) if len(rows) else np.zeros(label_set.width)
 
     def __call__(self, samples: Sequence[Sample]) -> sparse.csr_matrix:
-        """(n, features)."""
+        """Return (n, features)."""
         parts = []
-        if self._words is not None:
+        if self._words:
             parts.append(self._words([sample.query for sample in samples]))
         if self.part != "text":
-            told = np.array([self.closed.features(sample.history) for sample in samples])
-            parts.append(sparse.csr_matrix(np.where(np.isnan(told), self._average, told)))
+            rows = self._of_histories(samples)
+            parts.append(sparse.csr_matrix(np.where(np.isnan(rows), self._average, rows)))
         return sparse.hstack(parts, format="csr")
+
+    def _of_histories(self, samples: Sequence[Sample]) -> Array:
+        return np.array([self.label_set.features(sample.history) for sample in samples])
 
 
 class RatingModel:
-    """Ridge regression; answers with the label nearest to its prediction.
+    """Ridge regression; predicts the label nearest to its number."""
 
-    Raises:
-        ConfigError: if all training samples are of one user.
-    """
-
-    def __init__(self, closed: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
-        self.closed = closed
-        self.features = _Features(closed, train, part=part)
-        rows, wanted = self.features(train), ratings(sample.target for sample in train)
-        self.strength = best_strength(rows, wanted, owners=[sample.owner for sample in train])
-        self.ridge = Ridge(alpha=self.strength).fit(rows, wanted)
+    def __init__(self, label_set: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
+        self.label_set = label_set
+        self.features = _Features(label_set, train, part=part)
+        rows, targets = self.features(train), ratings(sample.target for sample in train)
+        self.strength = best_strength(rows, targets, owners=[sample.owner for sample in train])
+        self.ridge = Ridge(alpha=self.strength).fit(rows, targets)
 
     def predict(self, samples: Sequence[Sample]) -> list[str]:
         """Predict a label for each sample."""
-        return [self.closed.nearest(value) for value in self.ridge.predict(self.features(samples))]
+        return [self.label_set.nearest(value) for value in self.ridge.predict(self.features(samples))]
 
 
 class LabelModel:
     """Logistic regression over the labels that occur in training."""
 
-    def __init__(self, closed: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
-        self.closed = closed
-        self.features = _Features(closed, train, part=part)
-        places = _places(closed, train)
-        self._only = int(places[0]) if len(set(places.tolist())) == 1 else None
-        self._model = LogisticRegression(C=_LOOSENESS, max_iter=_STEPS)
-        if self._only is None:
-            self._model.fit(self.features(train), places)
+    def __init__(self, label_set: LabelSet, train: Sequence[Sample], *, part: Part) -> None:
+        self.label_set = label_set
+        self.features = _Features(label_set, train, part=part)
+        targets = _targets(label_set, train)
+        classifier = LogisticRegression(**_LOGISTIC) if len(set(targets)) > 1 else DummyClassifier()
+        self._classifier = classifier.fit(self.features(train), targets)
 
     def predict(self, samples: Sequence[Sample]) -> list[str]:
         """Predict a label for each sample."""
-        if self._only is not None:
-            return [self.closed.labels[self._only]] * len(samples)
-        return [self.closed.labels[place] for place in self._model.predict(self.features(samples))]
+        return [self.label_set.labels[label_id] for label_id in self._classifier.predict(self.features(samples))]
 
 
 class OptionModel:
-    """Logistic regression on each option's likenesses less the mean of the other options'; the likeliest is the answer.
+    """Logistic regression on each option's similarities less the mean of the others'; predicts the likeliest option.
 
-    So it is the same for every place that an option may stand at, whatever the number of options.
+    The same weights hold for every position and any number of options.
     """
 
-    def __init__(self, closed: LabelSet, finder: OptionFinder, train: Sequence[Sample], *, part: Part) -> None:
-        self.closed, self.finder, self.part = closed, finder, part
+    def __init__(self, label_set: LabelSet, finder: OptionFinder, train: Sequence[Sample], *, part: Part) -> None:
+        self.label_set, self.finder, self.part = label_set, finder, part
         self._words = Words(dict.fromkeys(text for sample in train for text in self._texts(sample)))
-        right = np.arange(len(closed.labels)) == _places(closed, train)[:, None]
+        is_target = np.arange(len(label_set.labels)) == _targets(label_set, train)[:, None]
         rows = self.advantages(train)
-        self._model = LogisticRegression(C=_LOOSENESS, max_iter=_STEPS)
-        self._model.fit(rows.reshape(-1, rows.shape[2]), right.reshape(-1))
+        self._classifier = LogisticRegression(**_LOGISTIC).fit(rows.reshape(-1, rows.shape[2]), is_target.reshape(-1))
 
     def predict(self, samples: Sequence[Sample]) -> list[str]:
         """Predict a label for each sample."""
         rows = self.advantages(samples)
-        scores = self._model.decision_function(rows.reshape(-1, rows.shape[2])).reshape(len(samples), -1)
-        return [self.closed.labels[place] for place in scores.argmax(axis=1)]
+        scores = self._classifier.decision_function(rows.reshape(-1, rows.shape[2])).reshape(len(samples), -1)
+        return [self.label_set.labels[label_id] for label_id in scores.argmax(axis=1)]
 
     def advantages(self, samples: Sequence[Sample]) -> Array:
-        """Cosines with the question, and mean and largest with the items, less the mean of the other options'.
+        """Return each option's cosine with the question, and mean and largest with the items, less the others' mean.
 
-        Returns:
-            (n, labels, 1 to 3), as `part` says; zeros where a prompt has no options.
+        The shape is (n, labels, 1 to 3), depending on `part`; values are zeros if a prompt has no options.
         """
-        cosines = self._cosines(samples)
+        no_options = Options("", ("",) * len(self.label_set.labels))
+        found = [self.finder.find(sample.prompt) or no_options for sample in samples]
+        option_rows = self._words([text for options in found for text in options.texts])
+        parts = []
+        if self.part != "history":
+            questions = self._words([options.question for options in found for _ in options.texts])
+            cosines = np.asarray(option_rows.multiply(questions).sum(axis=1))
+            parts.append(cosines.reshape(-1, len(self.label_set.labels), 1))
+        if self.part != "text":
+            parts.append(self._item_cosines(option_rows, samples))
+        cosines = np.concatenate(parts, axis=2)
         others = (cosines.sum(axis=1, keepdims=True) - cosines) / (cosines.shape[1] - 1)
         return np.asarray(cosines - others)
 
-    def _cosines(self, samples: Sequence[Sample]) -> Array:
-        nothing = Options("", ("",) * len(self.closed.labels))
-        found = [self.finder.find(sample.prompt) or nothing for sample in samples]
-        width = len(self.closed.labels)
-        options = self._words([text for one in found for text in one.texts])
-        parts = []
-        if self.part != "history":
-            questions = self._words([one.question for one in found for _ in one.texts])
-            parts.append(np.asarray(options.multiply(questions).sum(axis=1)).reshape(-1, width, 1))
-        if self.part != "text":
-            parts.append(self._with_items(options, samples))
-        return np.concatenate(parts, axis=2)
-
-    def _with_items(self, options: sparse.csr_matrix, samples: Sequence[Sample]) -> Array:
-        """Mean and largest cosine of each option with the items, (n, labels, 2); zeros without items."""
-        width = len(self.closed.labels)
+    def _item_cosines(self, option_rows: sparse.csr_matrix, samples: Sequence[Sample]) -> Array:
+        """Return the mean and largest cosine of each option with the items, (n, labels, 2); zeros without items."""
+        width = len(self.label_set.labels)
         items = self._words([content(item) for sample in samples for item in sample.history])
-        found = np.zeros((len(samples), width, 2))
+        result = np.zeros((len(samples), width, 2))
         start = 0
-        for place, sample in enumerate(samples):
+        for index, sample in enumerate(samples):
             end = start + len(sample.history)
             if end > start:
-                likeness = (options[place * width : (place + 1) * width] @ items[start:end].T).toarray()
-                found[place] = np.stack([likeness.mean(axis=1), likeness.max(axis=1)], axis=1)
+                cosines = (option_rows[index * width : (index + 1) * width] @ items[start:end].T).toarray()
+                result[index] = np.stack([cosines.mean(axis=1), cosines.max(axis=1)], axis=1)
             start = end
-        return found
+        return result
 
     def _texts(self, sample: Sample) -> list[str]:
-        found = self.finder.find(sample.prompt)
-        asked = [] if found is None else [found.question, *found.texts]
-        return asked if self.part == "text" else [*asked, *(content(item) for item in sample.history)]
+        options = self.finder.find(sample.prompt)
+        texts = [] if options is None else [options.question, *options.texts]
+        return texts if self.part == "text" else [*texts, *map(content, sample.history)]
 
 
-def best_strength(rows: sparse.csr_matrix, wanted: Array, *, owners: Sequence[str]) -> float:
-    """The ridge's strength with the least squared error on users that it was not fitted on.
-
-    Args:
-        rows: (n, features).
-        wanted: (n,).
-        owners: (n,) users.
-    Raises:
-        ConfigError: if there are fewer than two users.
-    """
+def best_strength(rows: sparse.csr_matrix, targets: Array, *, owners: Sequence[str]) -> float:
+    """Return the ridge's strength with the least squared error on users that it was not fitted on; rows are (n, F)."""
     users = len(set(owners))
     if users < 2:
         raise ConfigError(f"classical finds its strength by leaving out users: it needs 2 or more, found {users}.")
-    folds = list(GroupKFold(n_splits=min(_FOLDS, users)).split(rows, wanted, groups=list(owners)))
+    folds = list(GroupKFold(n_splits=min(_FOLDS, users)).split(rows, targets, groups=list(owners)))
 
     def error(strength: float) -> float:
-        found = [Ridge(alpha=strength).fit(rows[seen], wanted[seen]).predict(rows[left]) for seen, left in folds]
-        return float(sum(np.square(said - wanted[left]).sum() for said, (_, left) in zip(found, folds, strict=True)))
+        ridge = Ridge(alpha=strength)
+        errors = (ridge.fit(rows[fit], targets[fit]).predict(rows[held]) - targets[held] for fit, held in folds)
+        return float(sum(np.square(fold).sum() for fold in errors))
 
-    return min(_STRENGTHS, key=error)
+    return min(_RIDGE_STRENGTHS, key=error)
 
 
 def content(item: HistoryItem) -> str:
-    """An item's texts without the user's answer, nor the fields' names; with it where that would leave nothing."""
-    told = [value for name, value in item.fields if name != item.answer_name]
-    return " ".join(told or (value for _, value in item.fields))
+    """Return an item's values without the user's answer; with it if there is no other value."""
+    values = [value for name, value in item.fields if name != item.answer_name]
+    return " ".join(values or (value for _, value in item.fields))
 
 
-def _places(closed: LabelSet, samples: Sequence[Sample]) -> LabelIds:
-    return np.array([closed.index(sample.target) for sample in samples], dtype=np.int64)
+def _targets(label_set: LabelSet, samples: Sequence[Sample]) -> LabelIds:
+    return np.array([label_set.index(sample.target) for sample in samples], dtype=np.int64)
 
 
 class OptionFinder:
-    """Finds options behind a task's labels: each label once, in order, with a colon, a point or a bracket behind it.
+    """Finds options behind a task's labels: each label once, in order, with a colon, a period or a bracket after it.
 
     Args:
-        prompts: of the training split; the words with which the questions of all of them begin and end are their
-            wording, and are left out of every question.
+        prompts: of the training split; the words with which all their questions begin and end are wording of the task,
+            and are left out of every question.
         labels: the markers.
 
     Attributes:
-        everywhere: whether each of these prompts has something to choose from behind its markers.
+        everywhere: whether each of these prompts has a non-empty option behind every marker.
     """
 
     def __init__(self, prompts: Sequence[str], labels: Sequence[str]) -> None:
         self._markers = [re.compile(rf"(?<!\w){re.escape(label)}[:.)]") for label in labels]
-        self._first, self._last = 0, 0
+        self._shared_start = self._shared_end = 0
         found = [self.find(prompt) for prompt in prompts]
-        self.everywhere = len(labels) > 1 and bool(found) and all(one is not None and all(one.texts) for one in found)
-        words = [one.question.split() for one in found if one is not None]
-        self._first = _shared(words)
-        self._last = _shared([told[self._first :][::-1] for told in words])
+        self.everywhere = len(labels) > 1 and bool(found) and all(options and all(options.texts) for options in found)
+        questions = [options.question.split() for options in found if options]
+        self._shared_start = _count_shared(questions)
+        self._shared_end = _count_shared([words[self._shared_start :][::-1] for words in questions])
 
     def find(self, prompt: str) -> Options | None:
-        """The options of a prompt, stripped; None where not all of the markers are in it."""
+        """Return the options of a prompt, stripped; None if a marker is missing."""
         parts, start = [], 0
         for marker in self._markers:
             match = marker.search(prompt, start)
@@ -284,9 +256,9 @@ class OptionFinder:
             start = match.end()
         question, *texts = [*parts, prompt[start:].strip()]
         words = question.split()
-        return Options(" ".join(words[self._first : len(words) - self._last]), tuple(texts))
+        return Options(" ".join(words[self._shared_start : len(words) - self._shared_end]), tuple(texts))
 
 
-def _shared(texts: Sequence[Sequence[str]]) -> int:
-    """How many first words all of some texts have in common."""
+def _count_shared(texts: Sequence[Sequence[str]]) -> int:
+    """Return how many first words all texts have in common."""
     return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*texts, strict=False)))

@@ -17,7 +17,6 @@ from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import Encoder
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import EmbeddingStore
-from personaplug.errors import ConfigError, nearest
 
 
 @contextmanager
@@ -39,19 +38,13 @@ with _without_jax():
 # It logs every index, and each sample has one.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
-_METHODS = ("bm25", "recency", "random", "dense")
 _RANDOM_ITEMS = 11  # sets these draws apart from others with the same seed
 _CACHED_QUERIES = 1 << 14
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Which texts of a history stand in the prompt.
-
-    Attributes:
-        method: name of a retriever, one of `RETRIEVERS`.
-        items: how many, the best first.
-    """
+    """Which texts of a history stand in the prompt: a retriever's name, and how many of its best items."""
 
     method: str
     items: int
@@ -70,26 +63,6 @@ class Retriever(Protocol):
         ...
 
 
-def open_retriever(method: str, *, seed: int, encoder: Encoder, table: EmbeddingStore, with_answer: bool) -> Retriever:
-    """Return the retriever of that name.
-
-    Args:
-        method: bm25, recency, random or dense.
-        seed: for `random`.
-        encoder, table, with_answer: for `dense`; see `DenseRetriever`.
-    """
-    match method:
-        case "bm25":
-            return BM25Retriever()
-        case "recency":
-            return RecencyRetriever()
-        case "random":
-            return RandomRetriever(seed)
-        case "dense":
-            return DenseRetriever(encoder, table, with_answer=with_answer)
-    raise ConfigError(f"There is no retriever {method!r}; {nearest(method, _METHODS)}")
-
-
 class BM25Retriever:
     """BM25 as in LaMP: k1 = 1.5, b = 0.75, words split at white space, case-sensitive; the corpus is the history.
 
@@ -97,9 +70,6 @@ class BM25Retriever:
     negative. LaMP's library (`rank_bm25.BM25Okapi`) gives words with a negative idf a quarter of the mean idf instead.
     Without such words in the query, both rank alike: the scores differ by the factor k1 + 1.
     """
-
-    def __init__(self, *, k1: float = 1.5, b: float = 0.75) -> None:
-        self.k1, self.b = k1, b
 
     def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
         return [_best_first(self.scores(sample.query, sample.history)) for sample in samples]
@@ -109,12 +79,12 @@ class BM25Retriever:
         documents = [" ".join(value for _, value in item.fields).split() for item in items]
         words = query.split()
         query_words = set(words)
-        if not any(query_words.intersection(document) for document in documents):
+        if not any(map(query_words.intersection, documents)):
             return np.zeros(len(items))
         # Words that are not in the query count for the length only; as one word they keep the index small.
         corpus = [[word if word in query_words else "" for word in document] for document in documents]
         index: Any = bm25s.BM25(
-            method="robertson", k1=self.k1, b=self.b, dtype="float64", backend="numpy", csc_backend="numpy"
+            method="robertson", k1=1.5, b=0.75, dtype="float64", backend="numpy", csc_backend="numpy"
         )
         index.index(corpus, create_empty_token=False, show_progress=False)
         return np.asarray(index.get_scores(words), dtype=np.float64)
@@ -134,9 +104,10 @@ class RandomRetriever:
         self.seed = seed
 
     def rank(self, samples: Sequence[Sample]) -> list[list[int]]:
-        seeds = [[self.seed, _RANDOM_ITEMS, *sample.id.encode("utf-8", "surrogatepass")] for sample in samples]
-        rngs = map(np.random.default_rng, seeds)
-        return [rng.permutation(len(sample.history)).tolist() for rng, sample in zip(rngs, samples, strict=True)]
+        return [self._rng(sample).permutation(len(sample.history)).tolist() for sample in samples]
+
+    def _rng(self, sample: Sample) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _RANDOM_ITEMS, *sample.id.encode("utf-8", "surrogatepass")])
 
 
 class DenseRetriever:
@@ -145,7 +116,7 @@ class DenseRetriever:
     Args:
         encoder: its untrained query encoder embeds queries.
         table: the encoder's item embeddings; missing items are added.
-        with_answer: whether items are encoded with the user's answer, as in `encode_samples`.
+        with_answer: as in `encode_samples`.
         head: a learned map of (1, E) query vectors; None = identity.
     """
 
@@ -179,12 +150,11 @@ class DenseRetriever:
 
     def _encode_query(self, query: str) -> Vectors:
         vectors = self._query_encoder.encode([query])
-        mapped: Vectors = np.asarray(vectors if self.head is None else self.head(vectors), dtype=np.float32)[0]
+        mapped: Vectors = (self.head(vectors) if self.head else vectors)[0]
         return mapped
 
 
 def _best_first(scores: npt.NDArray[np.floating[Any]]) -> list[int]:
     """Return indices by falling score, the later of equal ones first."""
-    # A stable sort, reversed, puts the later of equal ones in front.
     order: list[int] = np.argsort(scores, kind="stable")[::-1].tolist()
     return order

@@ -11,7 +11,7 @@ likelihood of the answer and not a metric of a generated one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from personaplug.baselines.retrievers import Retriever
 from personaplug.config import TrainingConfig
 from personaplug.data.records import Sample
 from personaplug.encoders import Encoder
+from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
@@ -49,17 +50,18 @@ class RopgRetriever(nn.Module):
         """Map (B, E) unit vectors to (B, E) unit vectors."""
         return nn.functional.normalize(self.linear(queries), dim=-1)
 
+    @torch.no_grad()
+    def map_queries(self, queries: Vectors) -> Vectors:
+        mapped: Vectors = self(torch.from_numpy(queries)).numpy()
+        return mapped
+
     def save(self, folder: Path) -> None:
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         atomic_write(folder / _WEIGHTS, lambda path: save_file(state, path))
 
     @classmethod
     def load(cls, folder: Path, *, width: int) -> RopgRetriever:
-        """Load trained weights.
-
-        Raises:
-            MissingData: if there are none.
-        """
+        """Load trained weights, or raise `MissingData`."""
         if not (folder / _WEIGHTS).exists():
             raise MissingData(f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one.")
         retriever = cls(width)
@@ -74,7 +76,7 @@ class RankingTarget:
     Attributes:
         id: of the sample.
         candidates: (C,) indices of the items.
-        log_likelihoods: (C,) of the right answer with that item in the prompt.
+        log_likelihoods: (C,) of the target with that item in the prompt.
     """
 
     id: str
@@ -82,44 +84,41 @@ class RankingTarget:
     log_likelihoods: list[float]
 
 
+@dataclass(frozen=True)
 class RopgTeacher:
     """Scores history items by the frozen model's likelihood of the answer, and caches the scores.
 
-    Args:
+    Attributes:
         path: JSON lines of ranking targets; a stopped command continues after the last whole line.
         retriever: its best items are half of the candidates; the others are drawn.
         candidates: number of scored items per sample.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        llm: LanguageModel,
-        formatter: HistoryPromptFormatter,
-        retriever: Retriever,
-        candidates: int,
-        seed: int,
-    ) -> None:
-        self.lines, self.llm, self.formatter, self.retriever = JsonLines(path), llm, formatter, retriever
-        self.candidates, self.seed = candidates, seed
+    path: Path
+    _: KW_ONLY
+    llm: LanguageModel
+    formatter: HistoryPromptFormatter
+    retriever: Retriever
+    candidates: int
+    seed: int
 
     def targets(self, samples: Sequence[Sample]) -> dict[str, RankingTarget]:
         """Return targets by sample id, for samples with an answer and at least two items that fit into a prompt."""
-        targets = {target.id: target for target in (RankingTarget(**values) for values in self.lines)}
+        lines = JsonLines(self.path)
+        targets = {values["id"]: RankingTarget(**values) for values in lines}
         eligible = [sample for sample in samples if len(sample.history) > 1 and sample.target is not None]
         missing = [sample for sample in eligible if sample.id not in targets]
         with Progress("ropg: scoring items", total=len(missing), unit="samples") as bar:
             for sample, ranking in zip(missing, self.retriever.rank(missing), strict=True):
                 targets[sample.id] = self._score(sample, self._candidates(sample, ranking))
-                self.lines.append(asdict(targets[sample.id]))
+                lines.append(asdict(targets[sample.id]))
                 bar.advance()
         return {sample.id: targets[sample.id] for sample in eligible if len(targets[sample.id].candidates) > 1}
 
     def _score(self, sample: Sample, candidates: Sequence[int]) -> RankingTarget:
-        prompts = {index: self.formatter.format(sample.prompt, [sample.history[index]]) for index in candidates}
+        prompts = ((index, self.formatter.format(sample.prompt, [sample.history[index]])) for index in candidates)
         # Without its item, a prompt would give the item the score of no item.
-        texts = {index: prompt.prompt for index, prompt in prompts.items() if prompt.included}
+        texts = {index: prompt.prompt for index, prompt in prompts if prompt.included}
         log_likelihoods: list[float] = []
         with torch.no_grad():
             for start in range(0, len(texts), _BATCH_SIZE):
@@ -131,8 +130,7 @@ class RopgTeacher:
     def _candidates(self, sample: Sample, ranking: list[int]) -> list[int]:
         best, rest = ranking[: self.candidates // 2], ranking[self.candidates // 2 :]
         rng = np.random.default_rng([self.seed, _CANDIDATES, *sample.id.encode()])
-        drawn = rng.permutation(len(rest))[: self.candidates - len(best)]
-        return best + [rest[index] for index in drawn]
+        return best + [rest[index] for index in rng.permutation(len(rest))[: self.candidates - len(best)]]
 
 
 class RopgObjective:
@@ -140,9 +138,7 @@ class RopgObjective:
 
     Σ_i t_i · (log t_i − log r_i), t = softmax of the log-likelihoods, r = softmax(cos(query, item) / temperature)
 
-    Args:
-        targets: by sample id.
-        samples: the samples of the targets, with all their items; augmentation drops items later.
+    The samples are those of the targets, with all their items; augmentation drops items later.
     """
 
     unit = "query"
@@ -166,13 +162,12 @@ class RopgObjective:
         self.queries = {sample.id: vector for sample, vector in zip(samples, vectors, strict=True)}
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        queries = torch.from_numpy(np.stack([self.queries[sample.id] for sample in samples]))
-        mapped = self.module(queries)
-        losses = [self._divergence(query, sample.id) for query, sample in zip(mapped, samples, strict=True)]
+        queries = self.module(torch.from_numpy(np.stack([self.queries[sample.id] for sample in samples])))
+        losses = [self._divergence(query, sample.id) for query, sample in zip(queries, samples, strict=True)]
         return torch.stack(losses).sum(), torch.tensor(len(losses))
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
-        """Do nothing: the constructor has computed targets and queries."""
+        """Do nothing: the constructor has encoded the queries."""
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return [1] * len(samples)

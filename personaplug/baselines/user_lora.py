@@ -42,8 +42,6 @@ FREE_PROMPT = "Write as this person would write."
 
 _MAX_GRAD_NORM = 1.0
 
-# ---- training data
-
 
 def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryItem]) -> list[Pair]:
     """Turn a user's items into prompts and targets of the task.
@@ -53,12 +51,6 @@ def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryIt
 
     Some tasks have no such pairs; see `has_history_pairs`. Their prompt is `FREE_PROMPT` and the target is the item's
     first value (LaMP_1: the title; LaMP_7: the tweet). The adapter then learns how the user writes, not the task.
-
-    Args:
-        prompt, query: of a sample of this task; the prompt ends with the query.
-        items: oldest first.
-    Raises:
-        ConfigError: if the prompt does not end with the query.
     """
     if not has_history_pairs(task):
         pairs = [(FREE_PROMPT, _first_value(item)) for item in items]
@@ -76,8 +68,8 @@ def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryIt
 def has_history_pairs(task: Task) -> bool:
     """True if a history item is a question of the task with its answer.
 
-    It is not if items have no answer (LaMP_1), are only an answer (LaMP_7), or if a pattern finds the query in a
-    prompt: a pattern reads prompts but cannot write them.
+    Items without an answer (LaMP_1) or with nothing else (LaMP_7) are not, nor are those of a task whose query is found
+    by a pattern, which cannot write a prompt.
     """
     return task.answer_field is not None and task.item_fields != (task.answer_field,) and not task.query_pattern
 
@@ -112,12 +104,12 @@ def without_evaluated_items(items: Iterable[HistoryItem], samples: Iterable[Samp
 def _is_evaluated(item: HistoryItem, queries: set[str], targets: set[str]) -> bool:
     values = _values(item)
     if not values:
-        return _normalized(_first_value(item)) in queries | targets
-    return not queries.isdisjoint(_normalized(value) for value in (*values, _content(item)))
+        return _normalized(item.answer or "") in queries | targets
+    return not queries.isdisjoint(map(_normalized, (*values, _content(item))))
 
 
 def _values(item: HistoryItem) -> list[str]:
-    """Return the item's values without the answer and without blank ones."""
+    """Return the item's nonblank values except the answer."""
     return [value for name, value in item.fields if name != item.answer_name and value.strip()]
 
 
@@ -143,12 +135,9 @@ def _normalized(text: str) -> str:
     return "".join(filter(str.isalnum, folded)) or "".join(folded.split())
 
 
-# ---- training
-
-
 @dataclass(frozen=True)
 class UserFit:
-    """Optimizer steps and seconds of one user's training; 0 steps if the user has no pairs."""
+    """Optimizer steps and seconds of one user's training; 0 if the user has no pairs."""
 
     steps: int
     seconds: float
@@ -157,28 +146,25 @@ class UserFit:
 def fit_user(
     adapters: LoraAdapters, llm: LanguageModel, pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
 ) -> UserFit:
-    """Train a fresh user adapter on top of the task's, and leave it in `adapters`.
+    """Train a fresh user adapter on the latest pairs, on top of the task's, and leave it in `adapters`.
 
     AdamW without weight decay at a constant rate. The first weights and the order of the pairs depend on the seed
-    alone. The trained weights are rounded to float16, the format on disk, so that loading them changes no answer.
+    alone. The trained weights are rounded to float16, the format on disk, so that loading them changes no prediction.
 
-    Args:
-        pairs: oldest first; the latest `user_items` are used.
     Raises:
         TrainingDiverged: if a loss or a gradient is not finite; the user's adapter is fresh then.
     """
     adapters.reset(USER, seed=seed)
-    latest_pairs = list(pairs)[-config.user_items :]
-    if not latest_pairs:
+    if not pairs:
         return UserFit(steps=0, seconds=0.0)
+    began = time.monotonic()
     with adapters.active(TASK, USER), adapters.trainable(USER):
-        began = time.monotonic()
         try:
-            steps = _train(adapters, llm, latest_pairs, config=config, seed=seed)
+            steps = _train(adapters, llm, pairs[-config.user_items :], config=config, seed=seed)
         except TrainingDiverged:
             adapters.reset(USER, seed=seed)
             raise
-        seconds = time.monotonic() - began
+    seconds = time.monotonic() - began
     adapters.load(USER, {path: value.half().float() for path, value in adapters.state(USER).items()})
     return UserFit(steps=steps, seconds=seconds)
 
@@ -196,9 +182,9 @@ def _train(
             loss = losses.sum() / tokens.sum()
             loss.backward()  # type: ignore[no-untyped-call]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM))
-        if not (math.isfinite(float(loss.detach())) and math.isfinite(norm)):
+        if not (math.isfinite(loss.item()) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"A user's LoRA adapter: in step {step} the loss is {float(loss.detach())} and the gradient {norm}. "
+                f"A user's LoRA adapter: in step {step} the loss is {loss.item()} and the gradient {norm}. "
                 f"Use a lower lora_learning_rate (it is {config.lora_learning_rate:g}) or dtype=float32."
             )
         optimizer.step()
@@ -213,12 +199,9 @@ def _shuffled_batches(pairs: Sequence[Pair], *, config: AdapterConfig, seed: int
             yield [pairs[index] for index in order[start : start + config.user_batch_size]]
 
 
-# ---- storage
-
-
 @dataclass(frozen=True)
 class UserCosts:
-    """Mean seconds of training and bytes on disk per user, over so many users."""
+    """A number of users, and their mean seconds of training and bytes on disk."""
 
     users: int
     seconds: float
@@ -260,20 +243,12 @@ class UserLoraStore:
     def count_stored(self, key: Sequence[Any]) -> None:
         """Include a user in `costs`, if the store holds one, without loading the weights."""
         name = _hash(key)
-        if name not in self._records and (self.folder / f"{name}.safetensors").exists():
+        if (self.folder / f"{name}.safetensors").exists():
             with suppress(OSError, ValueError, TypeError):
                 self._records[name] = self._read_record(name)
 
     def put(self, key: Sequence[Any], state: dict[str, torch.Tensor], *, seconds: float, items: int) -> None:
-        """Store a user's adapter, or replace the one with the same key.
-
-        Args:
-            state: as `LoraAdapters.state` returns it.
-            seconds: duration of the training.
-            items: number of items that the user was trained on.
-        Raises:
-            StorageError: if the disk is full or not writable.
-        """
+        """Store a user's adapter, and the duration and number of items of its training."""
         name, weights = _hash(key), {path: value.half().contiguous() for path, value in state.items()}
         record = _TrainingRecord(seconds, items, bytes=sum(value.nbytes for value in weights.values()))
         atomic_write(self.folder / f"{name}.safetensors", lambda path: save_file(weights, path))
@@ -282,20 +257,15 @@ class UserLoraStore:
         self._records[name] = record
 
     def costs(self) -> UserCosts | None:
-        """Return the mean costs of the users that this object has loaded, stored or counted; None without any."""
+        """Return the means over the users that this object has loaded, stored or counted; None without any."""
         records = self._records.values()
         if not records:
             return None
-        return UserCosts(
-            len(records),
-            seconds=fmean(record.seconds for record in records),
-            bytes=fmean(record.bytes for record in records),
-        )
+        return UserCosts(len(records), fmean(r.seconds for r in records), fmean(r.bytes for r in records))
 
     def _read_record(self, name: str) -> _TrainingRecord:
         return _TrainingRecord(**json.loads((self.folder / f"{name}.json").read_bytes()))
 
 
 def _hash(key: Sequence[Any]) -> str:
-    """Return 32 hex digits that stand for a key."""
     return hashlib.blake2b(json.dumps(list(key), sort_keys=True).encode(), digest_size=16).hexdigest()

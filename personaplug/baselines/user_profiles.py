@@ -34,7 +34,6 @@ class UserProfile:
 
     Attributes:
         key: of the history, the model and the request.
-        text: the description.
         seconds: its share of its batch's duration.
         offered, included, shortened: of the history's items in the request; see `HistoryPrompt`.
     """
@@ -48,12 +47,9 @@ class UserProfile:
 
 
 class ProfileGenerator:
-    """Generates profiles with the frozen model, and caches them on disk.
+    """Generates profiles with the frozen model, and caches them as JSON lines.
 
-    Args:
-        path: JSON lines; they contain texts that were made from users' histories.
-        task: wording of items.
-        config: length of a profile.
+    The lines contain texts that were generated from users' histories.
     """
 
     def __init__(self, path: Path, *, task: Task, llm: LanguageModel, config: RetrievalConfig) -> None:
@@ -61,15 +57,13 @@ class ProfileGenerator:
         # The request follows the items, wherever the task's own prompts have them.
         task = replace(task, history_after="", history_template="{history}. {input}")
         self.formatter = HistoryPromptFormatter(task, llm)
-        cached = [UserProfile(**values) for values in self.lines]
-        self.profiles = {profile.key: profile for profile in cached}
+        self.profiles = {values["key"]: UserProfile(**values) for values in self.lines}
 
     def generate(self, histories: Sequence[Sequence[HistoryItem]]) -> list[UserProfile]:
         """Return one profile per history; an empty history has an empty text."""
         keys = [self._key(items) for items in histories]
-        self._generate_missing(
-            {k: items for k, items in zip(keys, histories, strict=True) if items and k not in self.profiles}
-        )
+        by_key = zip(keys, histories, strict=True)
+        self._generate_missing({key: items for key, items in by_key if items and key not in self.profiles})
         empty = UserProfile("", "", 0.0, offered=0, included=0, shortened=0)
         return [self.profiles[key] if items else empty for key, items in zip(keys, histories, strict=True)]
 
@@ -85,15 +79,9 @@ class ProfileGenerator:
                 generations = self.llm.generate(PromptBatch([requests[key].prompt for key in keys]), config)
                 seconds = round((time.monotonic() - began) / len(keys), 4)
                 for key, generation in zip(keys, generations, strict=True):
-                    request = requests[key]
-                    self.profiles[key] = UserProfile(
-                        key,
-                        " ".join(generation.text.split()),
-                        seconds,
-                        offered=request.offered,
-                        included=request.included,
-                        shortened=request.shortened,
-                    )
+                    text, request = " ".join(generation.text.split()), requests[key]
+                    counts = request.offered, request.included, request.shortened
+                    self.profiles[key] = UserProfile(key, text, seconds, *counts)
                     self.lines.append(asdict(self.profiles[key]))
                 progress.advance(len(keys))
 

@@ -2,56 +2,61 @@
 
 from __future__ import annotations
 
-import torch
+import re
+from collections.abc import Callable
 
 from personaplug.encoders.base import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.encoders.hashing import HashEncoder
 from personaplug.encoders.sentence_transformer import SentenceEncoder
 from personaplug.errors import ConfigError
 
-__all__ = ["Encoder", "EncoderIdentity", "HashEncoder", "QueryEncoder", "SentenceEncoder", "open_encoder"]
+__all__ = [
+    "Encoder",
+    "EncoderIdentity",
+    "HashEncoder",
+    "QueryEncoder",
+    "SentenceEncoder",
+    "open_encoder",
+    "register_encoder",
+]
+
+_factories: dict[str, Callable[[str, str], Encoder]] = {}
 
 
-def open_encoder(
-    spec: str,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    query_prompt: str | None = None,
-    document_prompt: str | None = None,
-    max_length: int | None = None,
-    engine: str = "torch",
-) -> Encoder:
+def register_encoder(name: str, factory: Callable[[str, str], Encoder]) -> None:
+    """Make `encoder=NAME` and `encoder=NAME:ARGUMENT` open an encoder; an earlier factory of that name is replaced.
+
+    Args:
+        name: letters, digits, `_` and `-`, but not `package`.
+        factory: takes the argument ("" without one) and the device.
+    """
+    if not re.fullmatch(r"[\w-]+", name) or name == "package":
+        raise ConfigError(f"An encoder's name has letters, digits, _ and -, and is not `package`; found {name!r}.")
+    _factories[name] = factory
+
+
+def open_encoder(spec: str, *, device: str = "cpu", engine: str = "torch") -> Encoder:
     """Open an encoder by name.
 
     Args:
-        spec: `hash`, `hash:WIDTH`, or what `model_hub.find_model` finds.
-        device: where it runs.
-        dtype: number format of the weights.
-        query_prompt: in front of queries; None = the model's own.
-        document_prompt: in front of items; None = the model's own.
-        max_length: cut texts to this many tokens; None = the model's own limit.
-        engine: what encodes many texts: `torch`, `openvino` or `auto` (see `SentenceEncoder`); `hash` needs none.
+        spec: `NAME` or `NAME:ARGUMENT` of a registered encoder such as `hash:WIDTH`, or a name for
+            `model_hub.find_model`.
+        engine: what encodes many texts: `torch`, `openvino` or `auto`; see `SentenceEncoder`, the only one to use it.
     Raises:
         ConfigError: if a setting is out of range.
-        MissingExtra: if the engine asked for is not installed.
-        MissingModel: if the model is nowhere to be found.
+        MissingExtra: if the engine is not installed.
+        MissingModel: if there is no such model.
     """
-    if spec == "hash" or spec.startswith("hash:"):
-        return HashEncoder(_hash_width(spec))
-    return SentenceEncoder(
-        spec,
-        device=device,
-        dtype=dtype,
-        query_prompt=query_prompt,
-        document_prompt=document_prompt,
-        max_length=max_length,
-        engine=engine,
-    )
+    name, _, argument = spec.partition(":")
+    if name in _factories:
+        return _factories[name](argument, device)
+    return SentenceEncoder(spec, device=device, engine=engine)
 
 
-def _hash_width(spec: str) -> int:
-    width = spec.removeprefix("hash").removeprefix(":")
+def _open_hash_encoder(width: str, device: str) -> HashEncoder:
     if width and not width.isdecimal():
-        raise ConfigError(f"{spec!r}: write `hash` or `hash:WIDTH`, for instance `hash:128`.")
-    return int(width or 256)
+        raise ConfigError(f"'hash:{width}': write `hash` or `hash:WIDTH`, for instance `hash:128`.")
+    return HashEncoder(int(width or 256))
+
+
+register_encoder("hash", _open_hash_encoder)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +19,6 @@ from personaplug.errors import ConfigError
 
 Vectors = npt.NDArray[np.float32]
 
-_PROVENANCE = {"name", "revision"}
-
 
 @dataclass(frozen=True)
 class EncoderIdentity:
@@ -30,7 +28,7 @@ class EncoderIdentity:
         name: as it was opened: hub name, folder or `hash:WIDTH`; never compared.
         revision: the hub's commit or the package's version, if known; never compared.
         pooling: of token vectors (`mean`, `cls`, …).
-        normalized: whether vectors have length 1; always true here.
+        normalized: true: vectors have length 1.
         prompt: prefix of every document (history item).
         query_prompt: prefix of every query.
         max_length: tokens after which texts are cut, special ones included; None = never.
@@ -53,11 +51,7 @@ class EncoderIdentity:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EncoderIdentity:
-        """Invert `to_dict`.
-
-        Raises:
-            ConfigError: if a field is missing or unknown.
-        """
+        """Invert `to_dict`; raise `ConfigError` if a field is missing or unknown."""
         try:
             return cls(**values)
         except TypeError as error:
@@ -66,24 +60,19 @@ class EncoderIdentity:
 
     def same_as(self, other: EncoderIdentity) -> bool:
         """True if items and queries get the same vectors."""
-        return not self._differences(other)
+        return self.same_items_as(other) and self.query_prompt == other.query_prompt
 
     def same_items_as(self, other: EncoderIdentity) -> bool:
-        """True if items get the same vectors; the prompt of queries does not affect them."""
-        return self._differences(other) <= {"query_prompt"}
+        """True if items get the same vectors."""
+        return self == replace(other, name=self.name, revision=self.revision, query_prompt=self.query_prompt)
 
     def describe(self) -> str:
         """Return one line for messages, with everything that two identities may differ in."""
         length = "texts uncut" if self.max_length is None else f"at most {self.max_length} tokens"
-        prompts = f"prompts {self.prompt!r} and {self.query_prompt!r} (queries)"
         return (
-            f"{self.name} ({self.width} values, {self.pooling} pooling, {length}, {prompts}, "
-            f"weights {self.fingerprint})"
+            f"{self.name} ({self.width} values, {self.pooling} pooling, {length}, prompts {self.prompt!r} and "
+            f"{self.query_prompt!r} (queries), weights {self.fingerprint})"
         )
-
-    def _differences(self, other: EncoderIdentity) -> set[str]:
-        names = {field.name for field in fields(self)} - _PROVENANCE
-        return {name for name in names if getattr(self, name) != getattr(other, name)}
 
 
 class Encoder(Protocol):
@@ -108,13 +97,9 @@ class Encoder(Protocol):
 
 
 class QueryEncoder(nn.Module, ABC):
-    """A differentiable encoder of queries: `forward(features(texts))`.
+    """A differentiable encoder of queries: `forward(features(texts))`."""
 
-    Attributes:
-        width: size of a vector (E).
-    """
-
-    width: int
+    width: int  # of a vector (E)
 
     @abstractmethod
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.encoders import Encoder, EncoderIdentity
-from personaplug.errors import EncoderMismatch, MissingData, ShapeMismatch, StorageError, UserError
+from personaplug.errors import EncoderMismatch, ShapeMismatch, StorageError, UserError
 from personaplug.infra.atomic_io import write_json
 
 FORMAT = 1
@@ -39,38 +39,29 @@ INSERT OR IGNORE INTO extent VALUES (0, 0);
 
 
 class EmbeddingStore:
-    """Item embeddings of one encoder in a folder, for any number of readers and one writer at a time.
+    """Item embeddings of one encoder in a folder, for any number of readers and one writer at a time; use `open`.
 
     A writer syncs the vectors before it commits their keys, so a crash never leaves a key without its vector. Each
     thread of each process has its own connection to the index; a store may be forked and pickled.
-
-    Attributes:
-        encoder: encodes the texts that are missing.
-        width: size of a vector (E).
     """
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
-        """Wrap a folder that is a store of this encoder; use `open`."""
         self.folder, self.encoder, self.width = folder, encoder, encoder.width
         self._vectors: Float16Array = np.zeros((0, self.width), dtype=np.float16)
         self._connection = _Connection(folder)
 
     @classmethod
-    def open(cls, folder: str | Path, encoder: Encoder, *, create: bool = True) -> EmbeddingStore:
+    def open(cls, folder: str | Path, encoder: Encoder) -> EmbeddingStore:
         """Open the store in a folder, or create an empty one.
 
         Args:
             encoder: the one that the store was created with; its name and its prompt for queries may differ.
-            create: create the store if it is missing.
         Raises:
             EncoderMismatch: if the store was created with another encoder.
-            MissingData: if it is missing and `create` is false.
             UserError: if its files are damaged.
         """
         folder = Path(folder)
         if not (folder / "table.json").is_file():
-            if not create:
-                raise MissingData(f"There is no embedding store in {folder}: encode the items first.")
             _create(folder, encoder.identity)
         _check_encoder(folder, encoder.identity)
         store = cls(folder, encoder)
@@ -80,7 +71,7 @@ class EmbeddingStore:
     def __len__(self) -> int:
         """Return the number of committed rows, after a check that their vectors exist."""
         with self._index() as index:
-            (rows,) = index.execute("SELECT rows FROM extent").fetchone() or (0,)
+            (rows,) = index.execute("SELECT rows FROM extent").fetchone()
             vectors = self.folder / "vectors.f16"
             stored = vectors.stat().st_size // (2 * self.width) if vectors.exists() else 0
         if stored < rows:
@@ -96,34 +87,18 @@ class EmbeddingStore:
     def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, Encoder]]:
         return type(self), (self.folder, self.encoder)  # without the mapped vectors and the connection
 
-    def close(self) -> None:
-        """Close this thread's connection; the next use opens another."""
-        self._connection.close()
-
-    def add(
-        self,
-        texts: Iterable[str],
-        *,
-        progress: Callable[[int], None] | None = None,
-        batch_size: int = 64,
-        chunk: int = 4096,
-    ) -> RowIds:
+    def add(self, texts: Iterable[str], *, chunk: int = 4096) -> RowIds:
         """Encode the missing texts and return the row ids of all texts, (n,).
 
-        Each chunk is complete on disk before the next one starts: an interrupted call loses one chunk at most, and the
-        same call resumes. If no text is missing, nothing is written or locked.
+        A chunk of the texts is in memory at a time, and complete on disk before the next one starts: an interrupted
+        call loses one chunk at most, and the same call resumes. If no text is missing, nothing is written or locked.
 
-        Args:
-            texts: may be a generator of any length; one chunk of it is in memory at a time.
-            progress: called after each chunk with the number of texts so far.
-            batch_size: number of texts that the encoder takes at once.
-            chunk: number of texts that are read, encoded and committed together.
         Raises:
             UserError: if another process is writing, or the encoder returns NaN.
             StorageError: if the disk is full; earlier chunks stay.
         """
         row_ids = [np.zeros(0, dtype=np.int64)]
-        done, is_locked = 0, False
+        is_locked = False
         with contextlib.ExitStack() as lock:
             for part in _chunks(texts, chunk):
                 keys = {text: content_key(text) for text in dict.fromkeys(part)}
@@ -132,26 +107,17 @@ class EmbeddingStore:
                     lock.enter_context(_writer_lock(self.folder))
                     is_locked = True
                     rows = self._look_up(keys.values())  # another writer may have added texts before the lock
-                missing = {key: text for text, key in keys.items() if key not in rows}
-                rows |= self._append(missing, batch_size=batch_size)
+                rows |= self._append({key: text for text, key in keys.items() if key not in rows})
                 row_ids.append(np.array([rows[keys[text]] for text in part], dtype=np.int64))
-                done += len(part)
-                if progress:
-                    progress(done)
         return np.concatenate(row_ids)
 
     def gather(self, row_ids: RowIds) -> Float16Array:
-        """Return the vectors of rows, (n, E) float16; only these are read from disk.
-
-        Raises:
-            UserError: if there is no such row.
-        """
+        """Return the vectors of rows, (n, E) float16; only these are read from disk."""
         row_ids = np.asarray(row_ids, dtype=np.int64)
         if row_ids.size == 0:
             return np.zeros((*row_ids.shape, self.width), dtype=np.float16)
         if int(row_ids.max()) >= len(self._vectors) and (rows := len(self)):
-            file = self.folder / "vectors.f16"
-            self._vectors = np.memmap(file, dtype="<f2", mode="r", shape=(rows, self.width))
+            self._vectors = np.memmap(self.folder / "vectors.f16", dtype="<f2", mode="r", shape=(rows, self.width))
         if int(row_ids.min()) < 0 or int(row_ids.max()) >= len(self._vectors):
             raise UserError(
                 f"Rows {row_ids.min()} to {row_ids.max()} were requested; the embedding store {self.folder} has "
@@ -165,7 +131,6 @@ class EmbeddingStore:
             yield self._connection.get()
 
     def _look_up(self, keys: Collection[bytes]) -> dict[bytes, int]:
-        """Return the rows of the keys that the index has."""
         rows: dict[bytes, int] = {}
         with self._index() as index:
             # In key order, neighbors in the index are read together.
@@ -174,22 +139,25 @@ class EmbeddingStore:
                 rows.update(index.execute(f"SELECT key, row FROM items WHERE key IN ({marks})", part))
         return rows
 
-    def _append(self, texts: Mapping[bytes, str], *, batch_size: int) -> dict[bytes, int]:
+    def _append(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
         """Encode texts, given by key, and return their new rows."""
         if not texts:
             return {}
-        vectors = self._encode(list(texts.values()), batch_size=batch_size)
-        start = len(self)
-        with _storage_errors(self.folder):
-            _write_rows(self.folder / "vectors.f16", vectors, start=start)
+        vectors, start = self._encode(list(texts.values())), len(self)
+        with _storage_errors(self.folder), (self.folder / "vectors.f16").open("r+b") as stream:
+            stream.truncate(start * self.width * 2)  # an interrupted writer may have left rows
+            stream.seek(0, os.SEEK_END)
+            stream.write(vectors.tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
         rows = {key: start + offset for offset, key in enumerate(texts)}
         with self._index() as index, index:
             index.executemany("INSERT INTO items VALUES (?, ?)", rows.items())
             index.execute("UPDATE extent SET rows = ?", (start + len(texts),))
         return rows
 
-    def _encode(self, texts: Sequence[str], *, batch_size: int) -> Float16Array:
-        vectors = self.encoder.encode(texts, batch_size=batch_size)
+    def _encode(self, texts: Sequence[str]) -> Float16Array:
+        vectors = self.encoder.encode(texts)
         if vectors.shape != (len(texts), self.width):
             raise ShapeMismatch(
                 f"The encoder {self.encoder.identity.name} returned shape {vectors.shape} for {len(texts)} texts; "
@@ -197,8 +165,7 @@ class EmbeddingStore:
             )
         with np.errstate(over="ignore"):
             rounded: Float16Array = vectors.astype("<f2")
-        invalid = int((~np.isfinite(rounded).all(axis=1)).sum())
-        if invalid:
+        if invalid := int((~np.isfinite(rounded).all(axis=1)).sum()):
             raise UserError(
                 f"The encoder {self.encoder.identity.name} returned NaN or infinite values for {invalid} of "
                 f"{len(texts)} texts; none of them was stored. Run it in float32, or use another encoder."
@@ -212,22 +179,13 @@ class _Connection(threading.local):
     def __init__(self, folder: Path) -> None:
         # mode=rw never creates the file; SQLite itself falls back to reading if writing is not allowed.
         self._uri = (folder / "index.sqlite").absolute().as_uri() + "?mode=rw"
-        self._sqlite: sqlite3.Connection | None = None
-        self._inherited: sqlite3.Connection | None = None
-        self._process = 0
+        # By process: SQLite forbids a forked process to use its parent's connection, even to close it.
+        self._by_process: dict[int, sqlite3.Connection] = {}
 
     def get(self) -> sqlite3.Connection:
-        if self._sqlite is None or self._process != os.getpid():
-            # SQLite forbids a forked process to use its parent's connection, even to close it.
-            self._inherited = self._sqlite
-            self._sqlite = sqlite3.connect(self._uri, uri=True, timeout=30)
-            self._process = os.getpid()
-        return self._sqlite
-
-    def close(self) -> None:
-        if self._sqlite is not None and self._process == os.getpid():
-            self._sqlite.close()
-            self._sqlite = None
+        if os.getpid() not in self._by_process:
+            self._by_process[os.getpid()] = sqlite3.connect(self._uri, uri=True, timeout=30)
+        return self._by_process[os.getpid()]
 
 
 def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -260,8 +218,7 @@ def _create(folder: Path, identity: EncoderIdentity) -> None:
 def _check_encoder(folder: Path, identity: EncoderIdentity) -> None:
     try:
         description = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        stored_identity = EncoderIdentity.from_dict(description["encoder"])
-        stored_format = description["format"]
+        stored_identity, stored_format = EncoderIdentity.from_dict(description["encoder"]), description["format"]
     except (ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{folder / 'table.json'} describes no embedding store. Delete the folder.") from error
     if stored_format != FORMAT:
@@ -273,16 +230,6 @@ def _check_encoder(folder: Path, identity: EncoderIdentity) -> None:
         raise EncoderMismatch(
             f"The embedding store {folder}", expected=stored_identity.describe(), found=identity.describe()
         )
-
-
-def _write_rows(file: Path, vectors: Float16Array, *, start: int) -> None:
-    """Write vectors after the first `start` rows, over the rows that an interrupted writer left."""
-    with file.open("r+b") as stream:
-        stream.truncate(start * vectors.shape[1] * 2)
-        stream.seek(0, os.SEEK_END)
-        stream.write(vectors.tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

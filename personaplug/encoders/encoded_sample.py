@@ -1,4 +1,4 @@
-"""EncodedSample: a sample whose history is rows of a vector table; what training and evaluation keep in memory."""
+"""EncodedSample: a sample whose history is rows of an embedding store; training and evaluation keep it in memory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from personaplug.data.records import HistoryItem, Options, Sample
 from personaplug.encoders.embedding_store import EmbeddingStore, Float16Array, RowIds
 from personaplug.encoders.style_features import StyleArray, style_features_of
 
-Places = npt.NDArray[np.int16]
-Vector = npt.NDArray[np.float32]
+Int16Array = npt.NDArray[np.int16]
+
+_label_set = lru_cache(maxsize=8)(LabelSet)
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -27,20 +28,19 @@ class EncodedHistory:
 
     Attributes:
         vectors: (N, E) float16.
-        answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
-        forms: (N, F) float16 form of each item's answer; F = 0 where the plug does not read them.
+        answers: (N,) int16 index of each item's answer among the task's labels; -1 if it is none of them.
+        forms: (N, F) float16 style of each item's answer; F = 0 if the plug does not use it.
     """
 
     vectors: Float16Array
-    answers: Places
+    answers: Int16Array
     forms: StyleArray
 
     def __len__(self) -> int:
-        """Items in it (N)."""
         return len(self.answers)
 
     def select(self, items: RowIds | slice) -> Self:
-        """The same with some of the items, in the order of their indices."""
+        """Return the history with these items only, in the order of their indices."""
         return replace(self, vectors=self.vectors[items], answers=self.answers[items], forms=self.forms[items])
 
     def __repr__(self) -> str:
@@ -49,14 +49,13 @@ class EncodedHistory:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class EncodedSample:
-    """A sample whose history is rows of a table: what training and evaluation keep in memory.
+    """A sample whose history is rows of an embedding store.
 
     Attributes:
         id, owner, user_id, prompt, query, target, soft_at, options: as in `Sample`.
-        rows: (N,) int64 rows of the history's items, in the history's order.
-        answers: (N,) int16 place of each item's answer in the task's labels; -1 if it is none of them.
-        forms: (N, F) form of each item's answer; F = 0 where the plug does not read them.
-        own_answers: the answers in a history whose phrases are mixed into what the model says; none elsewhere.
+        rows: (N,) row ids of the history's items, in the history's order.
+        answers, forms: as in `EncodedHistory`.
+        own_answers: the user's past answers, if the language model's output is mixed with their phrases.
     """
 
     id: str
@@ -66,22 +65,21 @@ class EncodedSample:
     query: str
     target: str | None
     rows: RowIds
-    answers: npt.NDArray[np.int16]
+    answers: Int16Array
     forms: StyleArray
     soft_at: int = 0
     options: Options | None = None
     own_answers: tuple[str, ...] = ()
 
-    def with_items_of(self, other: EncodedSample, places: npt.NDArray[np.intp]) -> EncodedSample:
-        """The same question beside some of the items of a history, in the order of `places`."""
-        return replace(self, rows=other.rows[places], answers=other.answers[places], forms=other.forms[places])
+    def with_items_of(self, other: EncodedSample, indices: npt.NDArray[np.intp]) -> EncodedSample:
+        """Return the same query with these items of another sample's history."""
+        return replace(self, rows=other.rows[indices], answers=other.answers[indices], forms=other.forms[indices])
 
     def without_items(self) -> EncodedSample:
-        """The same question of a user without any history."""
         return self.latest(0)
 
     def latest(self, items: int) -> EncodedSample:
-        """The same with so many of the latest items, if there are more."""
+        """Return the same query with at most this many of the latest items."""
         return self.with_items_of(self, np.arange(max(0, len(self.rows) - items), len(self.rows)))
 
     def __repr__(self) -> str:
@@ -96,105 +94,89 @@ def encode_samples(
     with_answer: bool = True,
     with_forms: bool = False,
     progress: Callable[[int], None] | None = None,
-    batch_size: int = 64,
     chunk: int = 4096,
 ) -> list[EncodedSample]:
-    """Put the items of all histories into a table and return the samples with rows in their place.
-
-    One pass: `samples` may be a generator, and of the histories' texts only a chunk is in memory at a time.
+    """Add the items of all histories to a store and return the samples in order, with row ids for items.
 
     Args:
-        samples: in any order, which is kept.
-        table: gets what it lacks.
-        labels: the task's closed set of answers, if it has one.
-        with_answer: encode the item with the user's answer (the paper's Table 7), else without.
-        with_forms: note the form of each answer too.
-        progress: called after each chunk with the number of items done so far.
-        batch_size: texts that the encoder takes at once.
-        chunk: items that are read, encoded and committed together (a sample is never split).
+        samples: may be a generator; one chunk of the histories' texts is in memory at a time.
+        labels: of the task; empty for free text.
+        with_answer: encode items with the user's answer (PPlug's Table 7), else without.
+        with_forms: compute the style of each answer.
+        progress: called after each chunk with the number of items so far.
+        chunk: number of items that are encoded and committed together; a sample is never split.
     Raises:
-        UserError, StorageError: as `EmbeddingStore.add`.
+        UserError, StorageError: see `EmbeddingStore.add`.
     """
     encoded: list[EncodedSample] = []
     done = 0
     for group in _groups(samples, chunk):
         texts = [item.encoded(with_answer=with_answer) for sample in group for item in sample.history]
-        rows = table.add(texts, batch_size=batch_size, chunk=max(chunk, len(texts)))
+        row_ids = table.add(texts, chunk=max(chunk, len(texts)))
         ends = np.cumsum([len(sample.history) for sample in group])[:-1]
-        histories = zip(group, np.split(rows, ends), strict=True)
-        encoded += [_encoded_sample(sample, own, labels=labels, with_forms=with_forms) for sample, own in histories]
+        encoded += [
+            EncodedSample(
+                *(sample.id, sample.owner, sample.user_id, sample.prompt, sample.query, sample.target),
+                rows=rows.copy(),  # a slice would keep the whole group's rows in memory
+                answers=label_ids(sample.history, labels),
+                forms=style_of_answers(sample.history) if with_forms else no_style(len(rows)),
+                soft_at=sample.soft_at,
+                options=sample.options,
+            )
+            for sample, rows in zip(group, np.split(row_ids, ends), strict=True)
+        ]
         done += len(texts)
         if progress:
             progress(done)
     return encoded
 
 
-def label_ids(items: Sequence[HistoryItem], labels: Sequence[str]) -> Places:
-    """Where each item's answer stands among the labels, (N,) int16; see `LabelSet.index`."""
-    closed = _closed_answers(tuple(labels))
-    return np.array([closed.index(item.answer) for item in items], dtype=np.int16)
+def label_ids(items: Sequence[HistoryItem], labels: Sequence[str]) -> Int16Array:
+    """Return the index of each item's answer among the labels, (N,) int16; see `LabelSet.index`."""
+    label_set = _label_set(tuple(labels))
+    return np.array([label_set.index(item.answer) for item in items], dtype=np.int16)
 
 
 def style_of_answers(items: Sequence[HistoryItem]) -> StyleArray:
-    """The form of each item's answer, (N, F); of the whole item where it has none."""
+    """Return the style of each item's answer, (N, F); of the whole item if it has none."""
     return style_features_of(item.text if item.answer is None else item.answer for item in items)
 
 
 def past_answers(items: Sequence[HistoryItem], *, latest: int) -> tuple[str, ...]:
-    """The answers in so many of the latest items of a history, in order, without those that hold none."""
+    """Return the non-empty answers of the latest items, in order."""
     return tuple(item.answer for item in items[-latest:] if item.answer)
 
 
 def no_style(items: int = 0) -> StyleArray:
-    """What stands for the forms of so many items where they are not read, (N, 0)."""
+    """Return the style features of items if the plug uses none, (N, 0)."""
     return np.empty((items, 0), dtype=np.float16)
 
 
 def samples_fingerprint(samples: Sequence[EncodedSample], table: EmbeddingStore) -> str:
-    """16 hex digits from everything that answers and training depend on: texts asked and wanted, items and answers.
+    """Return 16 hex digits of everything that training and predictions depend on.
 
-    Items count by their vectors, since row numbers mean nothing once a table is made anew.
+    Items count by their vectors, because row ids differ between stores of the same texts.
     """
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
-        words = json.dumps([sample.id, sample.owner, sample.prompt, sample.query, sample.target, sample.soft_at])
-        digest.update(words.encode("ascii"))
+        texts = json.dumps([sample.id, sample.owner, sample.prompt, sample.query, sample.target, sample.soft_at])
+        digest.update(texts.encode("ascii"))
         if sample.own_answers:
             digest.update(json.dumps(sample.own_answers).encode("ascii"))
-        digest.update(sample.answers.tobytes())
-        digest.update(sample.forms.tobytes())
-        digest.update(table.gather(sample.rows).tobytes())
+        for array in (sample.answers, sample.forms, table.gather(sample.rows)):
+            digest.update(array.tobytes())
     return digest.hexdigest()
 
 
-_closed_answers = lru_cache(maxsize=8)(LabelSet)  # asked for sample by sample
-
-
-def _encoded_sample(sample: Sample, rows: RowIds, *, labels: Sequence[str], with_forms: bool) -> EncodedSample:
-    return EncodedSample(
-        id=sample.id,
-        owner=sample.owner,
-        user_id=sample.user_id,
-        prompt=sample.prompt,
-        query=sample.query,
-        target=sample.target,
-        rows=rows.copy(),  # a slice would keep the whole group's rows
-        answers=label_ids(sample.history, labels),
-        forms=style_of_answers(sample.history) if with_forms else no_style(len(rows)),
-        soft_at=sample.soft_at,
-        options=sample.options,
-    )
-
-
 def _groups(samples: Iterable[Sample], items: int) -> Iterator[list[Sample]]:
-    """Runs of samples with about so many items together; the last may be short."""
+    """Yield runs of samples with this many items or a few more together; the last run may have fewer."""
     group: list[Sample] = []
-    held = 0
+    count = 0
     for sample in samples:
         group.append(sample)
-        held += len(sample.history)
-        if held >= items:
+        count += len(sample.history)
+        if count >= items:
             yield group
-            group, held = [], 0
+            group, count = [], 0
     if group:
         yield group

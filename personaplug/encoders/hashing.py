@@ -20,11 +20,7 @@ from personaplug.errors import ConfigError
 class HashEncoder:
     """Hashed words, character trigrams, casing and signs; the same on every machine.
 
-    Texts with common words have similar vectors; their meaning plays no role.
-
-    Args:
-        width: size of a vector (E), at least 8.
-        seed: selects another hash function.
+    Texts with common words have similar vectors; their meaning plays no role. The seed selects the hash function.
     """
 
     truncated = 0
@@ -47,10 +43,8 @@ class HashEncoder:
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
         """Return (n, E) float32 unit vectors in the texts' order; `batch_size` has no effect."""
-        vectors = np.zeros((len(texts), self.width), dtype=np.float32)
-        for vector, text in zip(vectors, texts, strict=True):
-            _fill(vector, text, seed=self.seed)
-        return vectors
+        vectors = [_unit_vector(text, width=self.width, seed=self.seed) for text in texts]
+        return np.array(vectors, dtype=np.float32).reshape(-1, self.width)
 
     def query_encoder(self) -> QueryEncoder:
         """Return the same features with a trainable linear map after them, which starts as the identity."""
@@ -68,20 +62,19 @@ class _HashQueryEncoder(QueryEncoder):
         return {"hashed": torch.from_numpy(self._encoder.encode(texts))}
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
-        mapped = self.linear(features["hashed"].to(self.linear.weight))
-        return nn.functional.normalize(mapped, dim=-1)
+        return nn.functional.normalize(self.linear(features["hashed"].to(self.linear.weight)), dim=-1)
 
 
-def _fill(vector: Vectors, text: str, *, seed: int) -> None:
-    """Write a text's unit vector; a text without features gets a fixed vector."""
+def _unit_vector(text: str, *, width: int, seed: int) -> Vectors:
+    """Return a text's vector (E); a text without features gets a fixed one."""
+    vector = np.zeros(width, dtype=np.float32)
     for feature, count in Counter(_hash_features(text)).items():
-        index, sign = _bucket(feature, len(vector), seed)
+        index, sign = _bucket(feature, width, seed)
         vector[index] += sign * math.sqrt(count)
-    length = float(np.linalg.norm(vector))
-    if length:
-        vector /= length
-    else:
-        vector[_bucket("", len(vector), seed)[0]] = 1.0
+    if not vector.any():
+        vector[_bucket("", width, seed)[0]] = 1.0
+    vector /= float(np.linalg.norm(vector))
+    return vector
 
 
 def _hash_features(text: str) -> Iterator[str]:

@@ -34,13 +34,7 @@ class _UnsuitableError(Exception):
 
 
 class OpenVINOEncoder:
-    """A model that OpenVINO has compiled for this machine's CPU.
-
-    Args:
-        core: OpenVINO's runtime.
-        exported: a model whose inputs are the features `names`, in this order.
-        precision: of the arithmetic, `bf16` or `f32`.
-    """
+    """A model compiled for this machine's CPU; its inputs are the features `names`, its precision `bf16` or `f32`."""
 
     def __init__(self, core: Any, exported: Any, *, names: Sequence[str], precision: str) -> None:
         settings = {
@@ -53,12 +47,7 @@ class OpenVINOEncoder:
         self._compiled = core.compile_model(exported, "CPU", settings)
 
     def encode_into(self, vectors: Vectors, batches: Iterable[tuple[Sequence[int], Features]]) -> None:
-        """Write the vectors of batches; the next batch is tokenized while earlier ones are computed.
-
-        Args:
-            vectors: (n, E) float32.
-            batches: row indices of `vectors` (B), and the features of their texts.
-        """
+        """Write the rows of vectors (n, E) that batches name, and tokenize a batch while earlier ones are computed."""
 
         def write(request: Any, indices: Sequence[int]) -> None:
             vectors[indices] = request.get_output_tensor().data
@@ -84,14 +73,13 @@ def compile_encoder(
         model: in eval mode, frozen, on the CPU.
         embed: maps the model and features to (B, E) unit vectors.
         probes: features of texts of no user, in batches of different shapes; both engines encode them.
-        required: use float32 if bfloat16 does not fit, and raise instead of returning None.
-    Raises:
-        UserError: if it is required and the model cannot be exported, or its vectors differ.
+        required: use float32 if bfloat16 does not fit, and raise `UserError` instead of returning None.
     """
     try:
         return _compile_checked(model, embed, probes=probes, allow_float32=required)
     except Exception as error:  # exporters fail on unknown models with errors of any type
-        reason = str(error) if isinstance(error, _UnsuitableError) else _first_line(error)
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line if isinstance(error, _UnsuitableError) else f"{type(error).__name__}: {first_line[:200]}"
         if required:
             raise UserError(f"OpenVINO cannot encode here: {reason}. Use encoder_engine=torch.") from error
         logger.warning("Texts are encoded by torch, not by OpenVINO: %s.", reason)
@@ -101,7 +89,6 @@ def compile_encoder(
 def _compile_checked(
     model: nn.Module, embed: Embed, *, probes: Sequence[Features], allow_float32: bool
 ) -> OpenVINOEncoder:
-    """Return the compiled model of the fastest precision whose vectors equal torch's."""
     core = _import_openvino().Core()
     precisions = (["bf16"] if _has_bfloat16(core) else []) + (["f32"] if allow_float32 else [])
     if not precisions:  # in float32, OpenVINO is no faster than torch
@@ -118,7 +105,6 @@ def _compile_checked(
 
 
 def _has_bfloat16(core: Any) -> bool:
-    """True if the CPU itself multiplies in bfloat16."""
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -144,7 +130,7 @@ def _import_openvino() -> Any:
 
 
 class _PositionalModel(nn.Module):
-    """A model that takes its features as positional arguments, as tracing requires."""
+    """Takes features as positional arguments, as tracing requires."""
 
     def __init__(self, model: nn.Module, embed: Embed, *, names: Sequence[str]) -> None:
         super().__init__()
@@ -152,8 +138,3 @@ class _PositionalModel(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         return self._embed(self.model, dict(zip(self._names, values, strict=True)))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

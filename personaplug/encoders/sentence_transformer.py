@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,15 +25,12 @@ if TYPE_CHECKING:
 
 ENGINES = ("torch", "openvino", "auto")
 
-# Compiling a model for OpenVINO takes as long as torch takes for some hundred texts.
-MIN_BULK_TEXTS = 128
+MIN_BULK_TEXTS = 128  # compiling a model for OpenVINO takes as long as torch takes for some hundred texts
 
-# Tokens per text of a batch: a CPU's caches hold about a thousand, a GPU wants many.
-_TOKENS_PER_TEXT = {"cpu": 16}
-_TOKENS_PER_TEXT_ELSEWHERE = 256
+# Tokens per text of a batch: a CPU's caches hold about a thousand tokens, a GPU wants many.
+_CPU_TOKENS_PER_TEXT, _GPU_TOKENS_PER_TEXT = 16, 256
 
-# The output of a tokenizer takes a hundred times the memory of the lengths.
-_TOKENIZED_AT_ONCE = 256
+_TOKENIZED_AT_ONCE = 256  # a tokenizer's output takes a hundred times the memory of the lengths
 
 _FINGERPRINT_TEXT = "The Café's 3 RED dogs; naïve, ПРИВЕТ 你好 🙂"
 
@@ -50,19 +48,12 @@ class SentenceEncoder:
     Vectors always have length 1, also if the model has no normalization.
 
     Args:
-        name: anything that `model_hub.find_model` finds.
-        device: of the model.
+        name: see `model_hub.find_model`.
         dtype: of the weights; vectors are float32.
         query_prompt, document_prompt: prefix of queries and of items; None = the model's own, which may be empty.
         max_length: tokens after which texts are cut, special ones included; None = the model's own limit.
         engine: for many texts at once: `torch`, `openvino`, or `auto` = OpenVINO if it is installed, faster on this
             CPU, and returns the same vectors for a few texts. Queries always use torch.
-    Attributes:
-        truncated: number of texts so far that were cut at `identity.max_length`.
-    Raises:
-        MissingModel: if the model is not found or is no text encoder.
-        MissingExtra: if `openvino` is not installed.
-        ConfigError: if the model cannot read `max_length` tokens, or if `openvino` is not on a CPU.
     """
 
     def __init__(
@@ -79,11 +70,12 @@ class SentenceEncoder:
         self._engine = _available_engine(engine, device=device)
         folder = find_model(name)
         self._model = _load(folder, name=name, device=device, dtype=dtype)
-        if max_length is not None:
-            _set_max_length(self._model, max_length)
+        _limit_length(self._model, max_length)
         # A separate tokenizer: switching truncation off and on is not safe between threads.
         self._uncut_tokenizer: Any = copy.deepcopy(self._model.tokenizer)
-        prompts = self._model.prompts
+        prompts, width = self._model.prompts, self._model.get_embedding_dimension()
+        if width is None:
+            raise MissingModel(name, tried=["its files, which do not say how wide its vectors are"])
         self.identity = EncoderIdentity(
             name=name,
             revision=revision_of(name, folder),
@@ -92,19 +84,15 @@ class SentenceEncoder:
             prompt=(prompts.get("document") or "") if document_prompt is None else document_prompt,
             query_prompt=(prompts.get("query") or "") if query_prompt is None else query_prompt,
             max_length=_max_length(self._model),
-            width=_width(self._model, name=name),
+            width=width,
             fingerprint=_encoder_fingerprint(self._model),
         )
-        self.width = self.identity.width
-        self.truncated = 0
+        self.width, self.truncated = width, 0
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
         """Return (n, E) float32 unit vectors of documents in their order; a repeated text is encoded once.
 
-        Args:
-            batch_size: short texts that run at once; of longer ones fewer, so that memory stays the same.
-        Raises:
-            UserError: if the engine is `openvino` and cannot run this model.
+        Batches have `batch_size` short texts, or fewer long ones, so that memory stays the same.
         """
         counts = Counter(texts)
         distinct = list(counts)
@@ -114,11 +102,11 @@ class SentenceEncoder:
             self.truncated += sum(counts[t] for t, length in zip(distinct, lengths, strict=True) if length > limit)
             lengths = [min(length, limit) for length in lengths]
         vectors = np.zeros((len(distinct), self.width), dtype=np.float32)
-        max_tokens = batch_size * _TOKENS_PER_TEXT.get(self._model.device.type, _TOKENS_PER_TEXT_ELSEWHERE)
-        compiled = self._compiled if len(distinct) >= MIN_BULK_TEXTS else None
+        on_cpu = self._model.device.type == "cpu"
+        max_tokens = batch_size * (_CPU_TOKENS_PER_TEXT if on_cpu else _GPU_TOKENS_PER_TEXT)
         with torch.inference_mode():
             batches = self._batches(distinct, lengths, max_tokens=max_tokens)
-            if compiled:
+            if len(distinct) >= MIN_BULK_TEXTS and (compiled := self._compiled):
                 compiled.encode_into(vectors, batches)
             else:
                 for indices, features in batches:
@@ -139,9 +127,12 @@ class SentenceEncoder:
         """The model compiled by OpenVINO at first use; None = torch encodes everything."""
         if self._engine == "torch":
             return None
-        probes = [self._features(texts) for texts in _PROBES]
-        embed = partial(_embed, task="document")
-        return openvino.compile_encoder(self._model, embed, probes=probes, required=self._engine == "openvino")
+        return openvino.compile_encoder(
+            self._model,
+            partial(_embed, task="document"),
+            probes=[self._features(texts) for texts in _PROBES],
+            required=self._engine == "openvino",
+        )
 
     def _features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return _features(self._model, texts, prompt=self.identity.prompt, task="document")
@@ -166,20 +157,20 @@ class SentenceEncoder:
         lengths: list[int] = []
         for start in range(0, len(prompted), _TOKENIZED_AT_ONCE):
             part = prompted[start : start + _TOKENIZED_AT_ONCE]
-            tokenized = self._uncut_tokenizer(part, truncation=False, verbose=False)
-            lengths += map(len, tokenized["input_ids"])
+            lengths += map(len, self._uncut_tokenizer(part, truncation=False, verbose=False)["input_ids"])
         return lengths
 
 
 class _TextQueryEncoder(QueryEncoder):
-    """A trainable copy of a `SentenceEncoder`'s model."""
-
     def __init__(self, model: SentenceTransformer, *, identity: EncoderIdentity) -> None:
         super().__init__()
         self.width, self._prompt = identity.width, identity.query_prompt
         # float32 whatever the frozen encoder's dtype: small steps vanish in half precision.
         self.model = model.float().requires_grad_(True).eval()
-        _freeze_unused(self.model)
+        for module in model:
+            pooler = getattr(getattr(module, "auto_model", None), "pooler", None)
+            if isinstance(pooler, nn.Module):  # of BERT models: sentence vectors bypass it, so no gradient reaches it
+                pooler.requires_grad_(False)
 
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
         return _features(self.model, texts, prompt=self._prompt, task="query")
@@ -189,7 +180,6 @@ class _TextQueryEncoder(QueryEncoder):
 
 
 def _available_engine(engine: str, *, device: str) -> str:
-    """Return the engine, with `torch` in place of an `auto` that has no alternative."""
     if engine not in ENGINES:
         raise ConfigError(f"An encoder's engine is one of {', '.join(ENGINES)}; found {engine!r}.")
     on_cpu, is_installed = torch.device(device).type == "cpu", openvino.is_installed()
@@ -200,17 +190,15 @@ def _available_engine(engine: str, *, device: str) -> str:
     return engine if engine != "auto" or (on_cpu and is_installed) else "torch"
 
 
-def _load(folder: object, *, name: str, device: str, dtype: torch.dtype) -> SentenceTransformer:
+def _load(folder: Path, *, name: str, device: str, dtype: torch.dtype) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     try:
         with quiet_unless_terminal():
-            model = SentenceTransformer(
-                str(folder), device=device, local_files_only=True, model_kwargs={"dtype": dtype}
-            )
+            settings = {"dtype": dtype}
+            model = SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs=settings)
     except (OSError, ValueError, KeyError) as error:
-        reason = f"{folder}, which does not load as a text encoder ({error})"
-        raise MissingModel(name, tried=[reason]) from error
+        raise MissingModel(name, tried=[f"{folder}, which does not load as a text encoder ({error})"]) from error
     return model.eval().requires_grad_(False)
 
 
@@ -243,20 +231,15 @@ def _pooling(model: SentenceTransformer) -> str:
     return "none"
 
 
-def _width(model: SentenceTransformer, *, name: str) -> int:
-    width = model.get_embedding_dimension()
-    if width is None:
-        raise MissingModel(name, tried=["its files, which do not say how wide its vectors are"])
-    return width
-
-
 def _max_length(model: SentenceTransformer) -> int | None:
     """Return the longest text in tokens; tokenizers without a limit report an astronomic number."""
     length = model.max_seq_length
     return length if length is not None and length < 10**6 else None
 
 
-def _set_max_length(model: SentenceTransformer, max_length: int) -> None:
+def _limit_length(model: SentenceTransformer, max_length: int | None) -> None:
+    if max_length is None:
+        return
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = int(positions or _max_length(model) or 10**6)
     if not 3 <= max_length <= longest:
@@ -265,20 +248,9 @@ def _set_max_length(model: SentenceTransformer, max_length: int) -> None:
 
 
 def _encoder_fingerprint(model: SentenceTransformer) -> str:
-    """Return 16 hex digits of the weights, module by module, and of the tokens of a text.
-
-    The tokens tell apart tokenizers that lower-case, split or number differently. Attribute names of the
-    transformer's wrapper change between releases, so its inner model counts.
-    """
-    parts = [fingerprint(getattr(module, "auto_model", module)) for module in model]
+    """Return 16 hex digits of the weights, module by module, and of the tokens of a text."""
+    # Attribute names of the transformer's wrapper change between releases, so its inner model counts.
+    weights = [fingerprint(getattr(module, "auto_model", module)) for module in model]
     features = _features(model, [_FINGERPRINT_TEXT], prompt="", task="document")
-    parts.append(str(features["input_ids"].tolist()) if "input_ids" in features else "")
-    return hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
-
-
-def _freeze_unused(model: SentenceTransformer) -> None:
-    """Freeze the pooler of BERT models, which sentence vectors bypass: no gradient ever reaches it."""
-    for module in model:
-        pooler = getattr(getattr(module, "auto_model", None), "pooler", None)
-        if isinstance(pooler, nn.Module):
-            pooler.requires_grad_(False)
+    tokens = str(features["input_ids"].tolist()) if "input_ids" in features else ""
+    return hashlib.blake2b("|".join([*weights, tokens]).encode(), digest_size=8).hexdigest()

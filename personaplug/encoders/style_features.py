@@ -1,7 +1,6 @@
-"""Form: how a text is written, whatever it says; what an encoder of meaning leaves out.
+"""Style features: how a text is written, whatever it says; an encoder of meaning leaves this out.
 
-How long somebody's headlines are, how they are capitalized and punctuated, is a habit: alike within a user, different
-between users, and plain to count. The text itself is not kept.
+The length, capitals and punctuation of somebody's headlines are habits: alike within a user, different between users.
 """
 
 from __future__ import annotations
@@ -41,39 +40,38 @@ _SPREADS = {
     "links": (0.0, 0.1),
     "symbols": (0.0, 0.05),
 } | dict.fromkeys(_MARKS, (0.0, 0.1))
-"""The middle and the spread of each value over short texts; fixed, so that forms mean the same everywhere."""
+"""Middle and spread of each feature over short texts; fixed, so that vectors mean the same everywhere."""
 
 FEATURES = tuple(_SPREADS)
-"""What the values of a form are, in order."""
+"""The names of the features in order."""
 
 _MIDDLES, _SCALES = (np.array(column) for column in zip(*_SPREADS.values(), strict=True))
-_FARTHEST = 4.0
+_MAX_VALUE = 4.0
 
 
 def text_style(text: str) -> StyleArray:
-    """The form of a text, (F,): values of about 1 in size, at most 4; all 0 for an empty text.
+    """Return the style of a text, (F,): values of about 1 in size, at most 4; all 0 for an empty text.
 
     Lengths are logarithms, marks are counted per word, kinds of letters per character.
     """
     words = _WORD.findall(text)
     if not words:
         return np.zeros(len(FEATURES), dtype=np.float16)
-    raw = _raw(text, words)
-    scaled = (np.array([raw[name] for name in FEATURES]) - _MIDDLES) / _SCALES
-    bounded: StyleArray = np.clip(scaled, -_FARTHEST, _FARTHEST).astype(np.float16)
-    return bounded
+    values = _measure(text, words)
+    scaled = (np.array([values[name] for name in FEATURES]) - _MIDDLES) / _SCALES
+    clipped: StyleArray = np.clip(scaled, -_MAX_VALUE, _MAX_VALUE).astype(np.float16)
+    return clipped
 
 
 def style_features_of(texts: Iterable[str]) -> StyleArray:
-    """The forms of some texts, (n, F)."""
-    found = [text_style(text) for text in texts]
-    return np.stack(found) if found else np.zeros((0, len(FEATURES)), dtype=np.float16)
+    """Return the style of each text, (n, F)."""
+    return np.array([text_style(text) for text in texts], dtype=np.float16).reshape(-1, len(FEATURES))
 
 
-def _raw(text: str, words: list[str]) -> dict[str, float]:
+def _measure(text: str, words: list[str]) -> dict[str, float]:
     letters = sum(map(len, words))
     marks = {name: sum(text.count(mark) for mark in signs) / len(words) for name, signs in _MARKS.items()}
-    known = "".join(_MARKS.values())
+    all_marks = "".join(_MARKS.values())
     return marks | {
         "words": math.log(len(words)),
         "letters": math.log(letters / len(words)),
@@ -83,5 +81,5 @@ def _raw(text: str, words: list[str]) -> dict[str, float]:
         "ends_marked": float(not text.rstrip()[-1].isalnum()),
         "digits": sum(letter.isdigit() for letter in text) / letters,
         "links": len(_LINK.findall(text)) / len(words),
-        "symbols": sum(not (c.isalnum() or c.isspace() or c in known) for c in text) / letters,
+        "symbols": sum(not (c.isalnum() or c.isspace() or c in all_marks) for c in text) / letters,
     }

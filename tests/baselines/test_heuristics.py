@@ -34,13 +34,13 @@ def _predict(name: str, task: Task, train: list[Sample], asked: list[Sample]) ->
 RATED = [_sample(target) for target in ("2", "2", "5", "5", "4", "?")]
 
 
-def test_median_and_mean_of_the_users_own_ratings() -> None:
+def test_user_rating_predicts_median_and_mean() -> None:
     asked = [_sample(None, "1", "2", "5"), _sample(None, "3", "4"), _sample(None, "1", "1.4"), _sample(None, "bad")]
     assert _predict("user-median", STARS, RATED, asked) == ["2", "4", "1", "4"]  # 2, 3.5, 1.2; of 2 2 4 5 5: 4
     assert _predict("user-mean", STARS, RATED, asked) == ["3", "4", "1", "4"]  # 2.67, 3.5, 1.2; of them: 3.6
 
 
-def test_the_users_majority_is_the_one_given_last_of_several() -> None:
+def test_user_majority_of_ties_predicts_the_latest() -> None:
     train = [_sample(target) for target in ("dog", "dog", "cat", "bird")]
     asked = [
         _sample(None, "cat", "cow", "cat", "cow", "dog"),
@@ -53,13 +53,13 @@ def test_the_users_majority_is_the_one_given_last_of_several() -> None:
     assert _predict("user-majority", STARS, RATED, [_sample(None, "4.0", "4", "1"), _sample(None)]) == ["4", "5"]
 
 
-def test_copies_of_the_query() -> None:
+def test_copy_returns_the_query_or_its_first_words() -> None:
     asked = [_sample(None, query="One  two\nthree four"), _sample(None, query="One")]
     assert _predict("copy", TEXTS, [], asked) == ["One  two\nthree four", "One"]
     assert _predict("copy:3", TEXTS, [], asked) == ["One two three", "One"]
 
 
-def test_the_words_that_most_of_a_users_texts_hold() -> None:
+def test_user_words_orders_by_frequency_then_recency() -> None:
     asked = [_sample(None, "Explore Rome again", "the the the end", "Explore: the Alps", "Rome, again!"), _sample(None)]
     # In two texts each: rome, again (the last), explore, the (the one before), and so on by how late they come.
     assert _predict("user-words:4", TEXTS, [], asked) == ["rome again explore the", ""]
@@ -80,14 +80,14 @@ def test_the_words_that_most_of_a_users_texts_hold() -> None:
         ("user-words", TAGS, "is for free text"),
     ],
 )
-def test_baseline_that_does_not_fit_the_task_says_what_it_needs(name: str, task: Task, said: str) -> None:
+def test_check_unsuitable_task_says_what_is_needed(name: str, task: Task, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         find_method(name).check(task)
     for method in parse_methods("plain,plug,bm25:4"):
         method.check(task)
 
 
-def test_nothing_is_known_without_training_answers() -> None:
+def test_fit_without_training_answers_raises() -> None:
     for name, task in (("user-median", STARS), ("user-majority", TAGS)):
         with pytest.raises(MissingData, match="has an answer among"):
             _predict(name, task, [_sample("?")], [_sample(None)])
@@ -114,7 +114,7 @@ REFERENCES = [
 
 
 @pytest.mark.parametrize(("name", "row", "wanted"), REFERENCES, ids=[f"{n}-{r}" for n, r, _ in REFERENCES])
-def test_the_reference_scores_are_met(shared_data: Path, name: str, row: str, wanted: dict[str, float]) -> None:
+def test_heuristics_meet_reference_scores(shared_data: Path, name: str, row: str, wanted: dict[str, float]) -> None:
     task = load_task(shared_data / name)
     train = [] if row.startswith("copy") else list(open_dataset(shared_data / name, "train", task=task))
     dev = list(open_dataset(shared_data / name, "dev", task=task))

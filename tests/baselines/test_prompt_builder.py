@@ -15,7 +15,7 @@ from personaplug.baselines.user_profiles import UserProfile
 from personaplug.config_parsing import load_config
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task_registry import lamp_task
-from personaplug.errors import MissingData
+from personaplug.errors import ConfigError, MissingData
 from personaplug.run import Run, open_models
 
 WORDS = ("ant", "bee", "cat", "dog", "eel")
@@ -105,3 +105,8 @@ def test_with_retrieved_uses_the_samples_own_items(builder: PromptBuilder) -> No
 def test_build_untrained_retriever_raises(builder: PromptBuilder, tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no trained retriever"):
         build(builder, SAMPLE.history, Retrieval("ropg", 1))
+
+
+def test_retriever_unknown_name_suggests_the_nearest(builder: PromptBuilder) -> None:
+    with pytest.raises(ConfigError, match=r"'bm52'.*'bm25'"):
+        builder.retriever("bm52", seed=0)

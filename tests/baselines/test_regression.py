@@ -54,7 +54,7 @@ def _rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def test_ridge_on_the_history_is_the_closed_form() -> None:
+def test_rating_model_on_histories_equals_the_closed_form() -> None:
     rng = _rng()
     train = [
         _sample(user, "words", str(rng.integers(1, 6)), *(str(n) for n in rng.integers(1, 6, size=4)))
@@ -78,7 +78,7 @@ def test_ridge_on_the_history_is_the_closed_form() -> None:
     assert model.predict(train) == [str(int(np.clip(np.floor(value + 0.5), 1, 5))) for value in said]
 
 
-def test_the_strength_is_the_one_that_serves_users_who_were_left_out() -> None:
+def test_best_strength_serves_held_out_users() -> None:
     rng = np.random.default_rng(1)
     own, wanted = (np.repeat(drawn, 10, axis=0) for drawn in (rng.normal(size=(12, 30)), rng.normal(size=12)))
     rows = sparse.csr_matrix(own)
@@ -89,7 +89,7 @@ def test_the_strength_is_the_one_that_serves_users_who_were_left_out() -> None:
         best_strength(rows, wanted, owners=["a"] * 120)
 
 
-def test_words_are_the_grams_that_two_texts_have() -> None:
+def test_words_weights_grams_that_two_texts_share() -> None:
     texts = ["red cat", "red cat sat", "blue dog", "blue hen"]
     rows = Words(texts)(["red cat", "hen", ""]).toarray()
     plain = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, vocabulary=["blue", "cat", "red", "red cat"])
@@ -110,7 +110,7 @@ def _likes(part: Part, said: Sequence[Sample]) -> list[str]:
     return Regression(part).fit(TAGS, train).predict(said)
 
 
-def test_each_part_is_used_and_only_the_parts_asked_for() -> None:
+def test_regression_uses_only_the_named_part() -> None:
     asked = [_sample("z", "catish", None, "dog", "dog"), _sample("z", "dogish", None, "cat", "cat")]
     assert _likes("text", asked) == ["cat", "dog"]
     assert _likes("history", asked) == ["dog", "cat"]
@@ -118,7 +118,7 @@ def test_each_part_is_used_and_only_the_parts_asked_for() -> None:
     assert _likes("both", agree) == ["cat", "dog"]
 
 
-def test_a_user_without_answers_counts_as_the_average_one() -> None:
+def test_regression_user_without_answers_counts_as_the_average() -> None:
     train = [_sample(user, "q", str(score), *[str(score)] * 3) for user, score in zip(NAMES, [4, 5] * 6, strict=True)]
     model = Regression("both").fit(STARS, train)
     assert isinstance(model, RatingModel)
@@ -129,20 +129,20 @@ def test_a_user_without_answers_counts_as_the_average_one() -> None:
     assert Regression("history").fit(STARS, [*train, _sample("n", "q", "5")]).predict([nobody]) == ["5"]
 
 
-def test_ratings_between_the_labels_are_used_as_numbers() -> None:
+def test_regression_uses_ratings_between_labels_as_numbers() -> None:
     train = [_sample(user, "q", str(s), f"{s}.0", f"{s - 0.5}") for user, s in zip(NAMES, [2, 3, 4] * 4, strict=True)]
     model = Regression("history").fit(STARS, train)
     assert model.predict([_sample("z", "q", None, "2.0", "1.5"), _sample("z", "q", None, "4", "3.5")]) == ["2", "4"]
 
 
-def test_one_answer_everywhere_is_learned_too() -> None:
+def test_label_model_of_one_label_predicts_it() -> None:
     train = [_sample(user, "q", "cow", "cat") for user in "ab"]
     model = Regression("both").fit(TAGS, train)
     assert isinstance(model, LabelModel)
     assert model.predict(train) == ["cow", "cow"]
 
 
-def test_options_by_their_likeness_to_question_and_items() -> None:
+def test_option_model_compares_options_with_question_and_items() -> None:
     titles = [
         f"{word} {other}" for word in ("zebra", "tiger", "heron") for other in ("nests", "herds", "paths", "tails")
     ]
@@ -167,12 +167,12 @@ def test_options_by_their_likeness_to_question_and_items() -> None:
     assert model.predict(bare)[1] == "[2]"
 
 
-def test_an_items_text_is_what_the_user_did_not_answer() -> None:
+def test_content_leaves_out_the_answer() -> None:
     assert content(HistoryItem("1", (("text", "a film"), ("score", "5")), "score")) == "a film"
     assert content(HistoryItem("1", (("text", "a tweet"),), "text")) == "a tweet"
 
 
-def test_what_cannot_be_fitted_is_said() -> None:
+def test_regression_fit_unsuitable_samples_raises() -> None:
     with pytest.raises(MissingData, match="has an answer among"):
         Regression("text").fit(TAGS, [_sample("a", "q", "bird"), _sample("b", "q", None)])
     bare = Task("B", "label", ("text",), None, ("accuracy",), labels=("cat", "dog"))
@@ -200,7 +200,7 @@ REFERENCES: list[tuple[str, Part, dict[str, float]]] = [
 
 
 @pytest.mark.parametrize(("name", "part", "wanted"), REFERENCES, ids=[f"{n}-{p}" for n, p, _ in REFERENCES])
-def test_the_reference_scores_are_met(shared_data: Path, name: str, part: Part, wanted: dict[str, float]) -> None:
+def test_regression_meets_reference_scores(shared_data: Path, name: str, part: Part, wanted: dict[str, float]) -> None:
     task = load_task(shared_data / name)
     model = Regression(part).fit(task, list(open_dataset(shared_data / name, "train", task=task)))
     dev = list(open_dataset(shared_data / name, "dev", task=task))

@@ -32,10 +32,9 @@ from personaplug.errors import ConfigError, MissingData, nearest
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """The meaning of a log's columns.
+    """The columns of a log by their meaning, and the wording of a prompt.
 
     Attributes:
-        user: the column of the user's id.
         fields: the column of each of the task's item fields, without its answer field. Further fields serve the
             prompt alone: LaMP_7's items hold the written text, its prompt holds the text to rewrite.
         answer: the column of the user's answer: the target, and the item's answer field if the task has one.
@@ -54,13 +53,13 @@ class ColumnMapping:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All columns that are read, without duplicates."""
+        """All columns, without duplicates."""
         names = (self.user, *self.fields.values(), self.answer, self.id, self.date)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 class EventLogReader(RecordReader):
-    """Samples from a log, split by time within each user.
+    """Samples from a file *.jsonl, *.csv (both also *.gz) or *.parquet, split by time within each user.
 
     A user's rows are sorted by time. `dev` holds the last `dev_queries` rows as queries, `train` the last
     `queries_per_user` rows before them, and both only rows with at least `min_history` earlier rows. A history holds
@@ -81,14 +80,11 @@ class EventLogReader(RecordReader):
         max_history: int = 512,
         skip_bad: int = 0,
     ) -> None:
-        """Check the settings. The log, a file *.jsonl, *.csv (both also *.gz) or *.parquet, is read later."""
         if split not in ("train", "dev"):
             raise ConfigError(f"A log has the splits 'train' and 'dev'; found {split!r}.")
-        for name, value, least in (
-            ("queries_per_user", queries_per_user, 1),
-            ("dev_queries", dev_queries, 1),
-            ("min_history", min_history, 0),
-        ):
+        counts = {"queries_per_user": queries_per_user, "dev_queries": dev_queries, "min_history": min_history}
+        for name, value in counts.items():
+            least = 0 if name == "min_history" else 1
             if value < least:
                 raise ConfigError(f"{name} should be at least {least}, found {value}.")
         super().__init__(task, skip_bad=skip_bad, max_history=max_history)
@@ -103,8 +99,7 @@ class EventLogReader(RecordReader):
     def _samples(self) -> Iterator[Sample]:
         for user, rows in self._rows_by_user().items():
             for index in self._query_range(len(rows)):
-                sample = self._sample(user, rows, index)
-                if sample is not None:
+                if sample := self._sample(user, rows, index):
                     yield sample
 
     def _rows_by_user(self) -> dict[str, list[_Row]]:
@@ -115,11 +110,10 @@ class EventLogReader(RecordReader):
                 user, row = self._row(as_record(values), position, number)
                 if row.item.id in seen:
                     raise Flaw("an earlier record has the same id")
-            except Flaw as flaw:
-                self._skip(self._path, position, flaw)
-            else:
                 seen.add(row.item.id)
                 users.setdefault(user, []).append(row)
+            except Flaw as flaw:
+                self._skip(self._path, position, flaw)
         for rows in users.values():
             rows.sort(key=lambda row: row.moment or datetime.min)
         return users
@@ -144,18 +138,18 @@ class EventLogReader(RecordReader):
         return range(max(dev_start - self._queries_per_user, self._min_history), dev_start)
 
     def _sample(self, user: str, rows: Sequence[_Row], index: int) -> Sample | None:
-        row = rows[index]
+        row, task = rows[index], self.task
         earlier = [(old.moment, old.item) for old in rows[:index] if row.moment is None or old.moment != row.moment]
         if len(earlier) < self._min_history:
             return None
         prompt = _fill(self._template, dict(row.item.fields + row.prompt_fields))
         try:
-            query = query_of(self.task, prompt)
+            query = query_of(task, prompt)
         except Flaw as flaw:
             self._skip(self._path, row.position, flaw)
             return None
-        options = options_of(self.task, prompt)
-        return Sample(row.item.id, user, prompt, query, row.target, self._latest(earlier), options=options)
+        history = self._latest(earlier)
+        return Sample(row.item.id, user, prompt, query, row.target, history, options=options_of(task, prompt))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -166,8 +160,6 @@ class _Row:
     position: str
     prompt_fields: tuple[tuple[str, str], ...]
 
-
-# ---- the prompt
 
 _Template = tuple[tuple[str, str | None], ...]
 
@@ -182,7 +174,7 @@ def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
         if name is not None and (name not in mapping.fields or spec or conversion):
             raise ConfigError(f"The prompt's placeholder {{{name}}} is no plain field; {nearest(name, mapping.fields)}")
     template = tuple((literal, name) for literal, name, _, _ in parts)
-    _check_fields(mapping, task, {name for _, name in template if name})
+    _check_fields(mapping, task, placeholders={name for _, name in template if name})
     try:
         query_of(task, _fill(template, dict.fromkeys(mapping.fields, "x")))
     except Flaw as flaw:
@@ -190,7 +182,7 @@ def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
     return template
 
 
-def _check_fields(mapping: ColumnMapping, task: Task, placeholders: set[str]) -> None:
+def _check_fields(mapping: ColumnMapping, task: Task, *, placeholders: set[str]) -> None:
     required = [name for name in task.field_names if name != task.answer_field]
     if task.answer_field in mapping.fields:
         raise ConfigError(f"The mapping's field {task.answer_field!r} is the answer; name its column by `answer`.")
@@ -203,4 +195,4 @@ def _check_fields(mapping: ColumnMapping, task: Task, placeholders: set[str]) ->
 
 
 def _fill(template: _Template, fields: Mapping[str, str]) -> str:
-    return "".join(literal + (fields[name] if name is not None else "") for literal, name in template)
+    return "".join(literal + (fields[name] if name else "") for literal, name in template)

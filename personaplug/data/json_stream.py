@@ -29,18 +29,14 @@ _Event = tuple[str, Any]
 
 def existing_folder(folder: str | Path) -> Path:
     """Return the path of a folder that exists."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise MissingData(f"There is no data folder {folder}.")
-    return folder
+    return Path(folder)
 
 
 def plain_or_gz(folder: Path, name: str) -> Path | None:
     """Return the file with this name or, if there is none, its gzipped form."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    return None
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 @contextmanager
@@ -55,15 +51,13 @@ def open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
 def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iterator[tuple[int, Any]]:
     """Yield the values under a prefix, numbered from 1, with one value in memory at a time.
 
+    If the file is not valid JSON or gzip, nests values too deeply, or has another outermost value, raise RecordError.
+    The rest of such a file is lost, so this error must not be skipped.
+
     Args:
-        path: a JSON file.
         prefix: the path to the values in ijson's notation, such as `golds.item`; "" for the whole file.
         opening: the bracket that starts the file's outermost value.
         unit: the name of a value in error messages.
-
-    Raises:
-        RecordError: if the file is not valid JSON or gzip, nests values too deeply, or has another outermost value.
-            The rest of such a file is lost, so this error must not be skipped.
     """
     count = 0
     try:
@@ -102,16 +96,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
     """Yield the JSON object of each line that is not blank, or a Flaw if the line holds none."""
     for number, line in numbered_lines(path):
-        if line.strip():
-            yield number, _json_record(line)
-
-
-def _json_record(line: bytes) -> Mapping[str, Any] | Flaw:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return Flaw("it is not valid JSON")
-    return values if isinstance(values, dict) else Flaw("it is not a JSON object")
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            yield number, Flaw("it is not valid JSON")
+        else:
+            yield number, values if isinstance(values, dict) else Flaw("it is not a JSON object")
 
 
 def _values_at(path: list[str], first: _Event, events: Iterator[_Event]) -> Iterator[Any]:
@@ -128,12 +120,14 @@ def _values_at(path: list[str], first: _Event, events: Iterator[_Event]) -> Iter
             if key[1] == path[0]:
                 yield from _values_at(path[1:], next(events), events)
             else:
-                _consume(next(events), events, _ignore)
+                _consume(next(events), events)
     else:
-        _consume(first, events, _ignore)
+        _consume(first, events)
 
 
-def _consume(first: _Event, events: Iterator[_Event], receive: Callable[[str, Any], object]) -> None:
+def _consume(
+    first: _Event, events: Iterator[_Event], receive: Callable[[str, Any], object] = lambda name, value: None
+) -> None:
     """Pass on the events of one value. The bound on its depth protects code that walks the value recursively."""
     name, value = first
     depth = 0
@@ -145,7 +139,3 @@ def _consume(first: _Event, events: Iterator[_Event], receive: Callable[[str, An
         if depth == 0:
             return
         name, value = next(events)
-
-
-def _ignore(name: str, value: object) -> None:
-    pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -17,12 +18,7 @@ _LATEST = 5  # items whose mean shows the trend of a user's ratings
 
 
 class LabelSet:
-    """A closed set of labels. Labels that are rising numbers form a scale of ratings.
-
-    Attributes:
-        labels: in the order of their indices.
-        width: the number of `features`.
-    """
+    """A closed set of labels. Labels that are rising numbers form a scale of ratings. `width` counts `features`."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
@@ -33,13 +29,11 @@ class LabelSet:
     def index(self, answer: str | None) -> int:
         """Return the index of an answer's label, or of the nearest label of a scale; -1 for neither."""
         index = self._indices.get((answer or "").strip(), -1)
-        if index >= 0 or self._scale is None:
-            return index
-        number = _number(answer)
-        return -1 if number is None else self._nearest_index(number)
+        number = _number(answer) if index < 0 and self._scale is not None else None
+        return index if number is None else self._nearest_index(number)
 
     def indices(self, items: Sequence[HistoryItem]) -> LabelIds:
-        """Return the label indices of the items' answers, in order, without those that have no label."""
+        """Return the label indices of those items' answers that have one, in order."""
         indices = np.array([self.index(item.answer) for item in items], dtype=np.int64)
         return indices[indices >= 0]
 
@@ -48,10 +42,9 @@ class LabelSet:
         return self.labels[self._nearest_index(value)]
 
     def features(self, items: Sequence[HistoryItem]) -> Array:
-        """Return the share of each label among the answers; for ratings also mean, median, spread and latest mean.
+        """Return the share of each label; for ratings also mean, median, spread and latest mean.
 
-        Returns:
-            (width,); NaN if the history holds no answer.
+        The shape is (width,); all is NaN if the history holds no answer.
         """
         indices = self.indices(items)
         if not len(indices):
@@ -80,8 +73,7 @@ def _scale_of(labels: Sequence[str]) -> Array | None:
 
 
 def _number(answer: str | None) -> float | None:
-    try:
+    with suppress(ValueError):
         number = float((answer or "").strip())
-    except ValueError:
-        return None
-    return number if np.isfinite(number) else None
+        return number if np.isfinite(number) else None
+    return None

@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,9 +39,11 @@ _CHECKSUMS = "SHA256SUMS"
 _RETRIES = 4
 _CHUNK = 1 << 16  # bytes
 _BUSY = {408, 425, 429}  # beside 5xx: statuses for which a retry may succeed
+_TERMS = (
+    "%s: LaMP's data is under CC BY-NC-SA 4.0 (not commercial, share alike), and its sources have their own "
+    "terms: for research use. LaMP-6 is not public, so it is not available."
+)
 _HINT = "Or give a local folder with the files as `source`."
-
-# ---- the data sets
 
 # The labels and the marker are LaMP's. LaMP gives an item's fields in no order; this order follows LaMP_4.
 _NEWS = Task(
@@ -56,26 +58,26 @@ _NEWS = Task(
 
 @dataclass(frozen=True)
 class _DataSet:
-    """A data set: its name, its task, the name of the task in its files, and its folder on the server."""
+    """A data set: its name, its task, and its folder on the server."""
 
     name: str
     task: Task
-    named_task: str
     path: str
 
+    @property
+    def named_task(self) -> str:
+        """The name of the task in the data set's files."""
+        return self.task.name.removesuffix("_news")
 
-def _all_data_sets() -> dict[str, _DataSet]:
-    data_sets = []
+
+def _data_sets(ending: str, parent: str) -> Iterator[_DataSet]:
     for task in (*LAMP_TASKS.values(), _NEWS):
-        # LaMP-2 is now the movie task, in the folder new/ beside the older news task.
-        number, inner = task.name.removesuffix("_news"), "new/" if task.name == "LaMP_2" else ""
-        name = task.name.lower().replace("_", "-")
-        data_sets.append(_DataSet(name, task, number, f"{number}/{inner}"))
-        data_sets.append(_DataSet(f"{name}:time", task, number, f"time/{number}/{inner}"))
-    return {data_set.name: data_set for data_set in data_sets}
+        # The movie task LaMP-2 lies in the folder new/ beside the older news task.
+        folder = "LaMP_2/new" if task.name == "LaMP_2" else task.name.removesuffix("_news")
+        yield _DataSet(task.name.lower().replace("_", "-") + ending, task, f"{parent}{folder}/")
 
 
-_DATA_SETS = _all_data_sets()
+_DATA_SETS = {data_set.name: data_set for data_set in (*_data_sets("", ""), *_data_sets(":time", "time/"))}
 
 
 def download_lamp(
@@ -90,30 +92,26 @@ def download_lamp(
 
     Args:
         name: "lamp-3", "lamp-2-news" and the like for the split by user, with ":time" for the split by time.
-        out: the folder of this data set.
         splits: the splits; the answers of test are not public.
-        base_url: the address of LaMP's folders.
         source: a local folder to copy from instead: it holds the files (plain or .gz) directly, in a folder per
             split, or as on the server.
-
-    Raises:
-        MissingData: if a file does not exist, or the server does not deliver it completely.
-        RecordError: if a file is not JSON, or differs from its recorded checksum.
-        RunConflict: if the folder holds something else.
     """
     data_set, out = _find_data_set(name), Path(out)
-    files, base_url = _files_of(splits), _checked_url(base_url)
+    files = _files_of(splits)
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"base_url should begin with https:// or http://, found {base_url!r}. {_HINT}")
     origin = None if source is None else existing_folder(source)
     checksums = _Checksums(out, data_set.name)
     missing = [(split, file) for split, file in files if not checksums.has_valid_file(file)]
     if missing:
-        _log_terms(data_set)
+        logger.info(_TERMS, data_set.name)
         check_declared_task(out, data_set.task)
         # Official files call both LaMP-2 tasks LaMP_2, and those of test name no task.
         write_json(out / "task.json", asdict(data_set.task))
     for split, file in missing:
         if origin is None:
-            _fetch(f"{base_url}{data_set.path}{split}/{file}", out / file, checksums, download=_download)
+            url = f"{base_url.rstrip('/')}/{data_set.path}{split}/{file}"
+            _fetch(url, out / file, checksums, download=_download)
         else:
             path = _find_local(origin, file, folders=(split, f"{data_set.path}{split}"))
             _check_named_task(path, data_set)
@@ -140,23 +138,6 @@ def _files_of(splits: Sequence[str]) -> list[tuple[str, str]]:
     return [(split, name) for split, name in names if name != "test_outputs.json"]
 
 
-def _checked_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"base_url should begin with https:// or http://, found {url!r}. {_HINT}")
-    return url if url.endswith("/") else f"{url}/"
-
-
-def _log_terms(data_set: _DataSet) -> None:
-    logger.info(
-        "%s: LaMP's data is under CC BY-NC-SA 4.0 (not commercial, share alike), and its sources have terms of their "
-        "own: for research use. LaMP-6 is not public, so it is not available.",
-        data_set.name,
-    )
-
-
-# ---- checksums
-
-
 class _Checksums:
     """The folder's SHA256SUMS, in the format of `sha256sum`; a comment names the data set."""
 
@@ -168,9 +149,8 @@ class _Checksums:
             if match := re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line):
                 self.digests[match[2]] = match[1].lower()
             elif line.startswith("# ") and line[2:] in _DATA_SETS and line[2:] != name:
-                raise RunConflict(
-                    f"{folder} holds {line[2:]}, whose files have the names of {name}. Choose a new folder."
-                )
+                holds = f"{folder} holds {line[2:]}, whose files have the names of {name}"
+                raise RunConflict(f"{holds}. Choose a new folder.")
             elif line.strip() and not line.startswith("#"):
                 raise RecordError(self.path, f"line {number}", reason="it is not in the format of sha256sum")
 
@@ -185,9 +165,7 @@ class _Checksums:
                 "Choose a new folder, or delete the file."
             )
         if pooch.file_hash(str(path)) != self.digests[file]:
-            reason = (
-                f"its checksum differs from {_CHECKSUMS}: it was changed or damaged; delete it to download it again"
-            )
+            reason = f"its checksum differs from {_CHECKSUMS}: changed or damaged; delete it to download it again"
             raise RecordError(path, "the whole file", reason=reason)
         return True
 
@@ -198,9 +176,6 @@ class _Checksums:
             raise RecordError(source, "the whole file", reason=reason)
         lines = [f"{digest}  {file}" for file, digest in sorted(self.digests.items())]
         write_text(self.path, "\n".join([f"# {self.name}", *lines, ""]))
-
-
-# ---- files
 
 
 def _fetch(source: str, path: Path, checksums: _Checksums, *, download: Callable[[str, Path], None]) -> None:
@@ -217,10 +192,8 @@ def _fetch(source: str, path: Path, checksums: _Checksums, *, download: Callable
         try:
             store.fetch(path.name, downloader=checked_download)
         except requests.RequestException as error:
-            reason = _status(error) or type(error).__name__
-            raise MissingData(
-                f"{source} was not downloaded after {_RETRIES + 1} attempts ({reason}). Try again later. {_HINT}"
-            ) from error
+            failure = f"{_RETRIES + 1} attempts ({_status(error) or type(error).__name__})"
+            raise MissingData(f"{source} was not downloaded after {failure}. Try again later. {_HINT}") from error
 
 
 def _download(url: str, draft: Path) -> None:
@@ -258,14 +231,13 @@ def _check_json(path: Path, source: str, *, is_list: bool) -> None:
         reason = f"expected JSON that begins with {opening.decode()}, found something else (a web page?). {_HINT}"
         raise RecordError(source, "at the start", reason=reason)
     if not end.rstrip().endswith(closing):
-        raise RecordError(
-            source, "at the end", reason=f"it breaks off: JSON would end with {closing.decode()}; try again"
-        )
+        reason = f"it breaks off: JSON would end with {closing.decode()}; try again"
+        raise RecordError(source, "at the end", reason=reason)
 
 
 def _find_local(origin: Path, file: str, *, folders: Sequence[str]) -> Path:
-    for folder in (origin, *(origin / name for name in folders)):
-        if path := plain_or_gz(folder, file):
+    for name in ("", *folders):
+        if path := plain_or_gz(origin / name, file):
             return path
     raise MissingData(f"Neither {file} nor {file}.gz is in {origin}, nor in its {' or '.join(folders)}.")
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from personaplug.data.parsing import Flaw, query_of, short_id, target_of
-from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
 from personaplug.errors import ConfigError, StorageError
@@ -28,7 +27,6 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
         RunConflict: if the folder's task.json declares another task.
         ConfigError: if the samples could not be read back: an id occurs twice, only some have a target, or a query
             or fields do not fit the task. Nothing is changed then.
-        StorageError: if the disk is full or not writable.
     """
     folder = Path(folder)
     try:
@@ -57,9 +55,7 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
     """Write both files and return whether the samples have targets."""
     seen: set[str] = set()
     targets = 0
-    with ExitStack() as stack:
-        questions = stack.enter_context(to_questions.open("w", encoding="utf-8"))
-        outputs = stack.enter_context(to_outputs.open("w", encoding="utf-8"))
+    with to_questions.open("w", encoding="utf-8") as questions, to_outputs.open("w", encoding="utf-8") as outputs:
         questions.write("[")
         outputs.write(f'{{"task": {json.dumps(task.name)}, "golds": [')
         for sample in samples:
@@ -94,10 +90,8 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
 
 def _question(sample: Sample) -> dict[str, Any]:
     user = {} if sample.user_id is None else {"user_id": sample.user_id}
-    profile = [_profile_item(item) for item in sample.history]
+    profile = [
+        {"id": item.id, **dict(item.fields), **({"date": item.date.isoformat()} if item.date else {})}
+        for item in sample.history
+    ]
     return {"id": sample.id, **user, "input": sample.prompt, "profile": profile}
-
-
-def _profile_item(item: HistoryItem) -> dict[str, str]:
-    day = {} if item.date is None else {"date": item.date.isoformat()}
-    return {"id": item.id, **dict(item.fields), **day}

@@ -24,19 +24,12 @@ TimedItem = tuple[datetime | None, HistoryItem]
 class RecordReader(ABC):
     """A reader of records. A subclass yields the samples and reports defects through `_skip`.
 
-    Attributes:
-        task: the task of the samples.
-        report: the report of the latest pass.
+    Args:
+        skip_bad: the number of broken records that may be skipped.
+        max_history: the number of latest items that a history keeps.
     """
 
     def __init__(self, task: Task, *, skip_bad: int, max_history: int) -> None:
-        """Check the settings.
-
-        Args:
-            task: the task of the samples.
-            skip_bad: the number of broken records that may be skipped.
-            max_history: the number of latest items that a history keeps.
-        """
         for name, value in (("skip_bad", skip_bad), ("max_history", max_history)):
             if value < 0:
                 raise ConfigError(f"{name} should be 0 or more, found {value}.")
@@ -44,11 +37,7 @@ class RecordReader(ABC):
         self._skip_bad, self._max_history = skip_bad, max_history
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples in file order.
-
-        Raises:
-            RecordError: for the first broken record beyond `skip_bad`, and whenever a file breaks off.
-        """
+        """Yield the samples; raise RecordError for a broken record beyond `skip_bad`, or if a file breaks off."""
         self.report = ReadReport()
         for sample in self._samples():
             yield self.report.add(sample)
@@ -68,13 +57,11 @@ class RecordReader(ABC):
         parse: Callable[[Mapping[str, Any], str], Parsed],
         seen: set[str] | None = None,
     ) -> Iterator[Parsed]:
-        """Yield the parsed records and skip those that have a flaw.
+        """Yield the parsed records, skip those that have a flaw, and fill `seen` with their ids.
 
         Args:
-            records: the records of one split.
             parse_id: returns a record's id; it gets the record and its number, from 1.
             parse: converts a record; it gets the record and its id.
-            seen: filled with the ids of the records.
         """
         seen = set() if seen is None else seen
         for number, (file, position, record) in enumerate(records, 1):
@@ -104,7 +91,7 @@ class RecordReader(ABC):
         return self._latest(items)
 
     def _latest(self, items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
-        """Sort items by time, keep the latest `max_history`, and count the others."""
+        """Sort items by time and keep the latest `max_history`."""
         excess = max(len(items) - self._max_history, 0)
         self.report.cut_items += excess
         return in_time_order(items)[excess:]
@@ -112,7 +99,6 @@ class RecordReader(ABC):
 
 def in_time_order(items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
     """Sort items by date and time. Keep their order if any of them has no date."""
-    moments = [moment for moment, _ in items if moment is not None]
-    if len(moments) < len(items):
-        return tuple(item for _, item in items)
-    return tuple(items[index][1] for index in sorted(range(len(items)), key=moments.__getitem__))
+    if all(moment is not None for moment, _ in items):
+        items = sorted(items, key=lambda pair: pair[0] or datetime.min)
+    return tuple(item for _, item in items)

@@ -1,7 +1,4 @@
-"""The Task that a data set declares, and the Reader that yields its samples.
-
-A task is declared, never guessed from a path. Readers stream, so memory does not grow with the file.
-"""
+"""The Task that a data set declares, and the Reader that yields its samples."""
 
 from __future__ import annotations
 
@@ -23,14 +20,12 @@ class Task:
     Without `query_after` and `query_pattern`, the whole input is the query.
 
     Attributes:
-        name: the name in results files.
         kind: "label" (one of `labels`), "rating" (labels that are rising numbers) or "text".
         item_fields: the fields that make an item's text, in order (PPlug's Table 7).
         answer_field: the field with the user's answer; appended to the item's text if not in `item_fields`.
         metrics: names from `personaplug.analysis.metrics`; the first one leads.
         labels: the closed set of answers; empty for "text".
         query_after: a marker; the query is the text after its first occurrence in the input.
-        max_new_tokens: the maximum length of a response.
         query_pattern: a regular expression, searched with DOTALL; its groups, joined by spaces, are the query.
         item_template: an item in a prompt, with a `{field}` for each value; "" means `HistoryItem.text`.
         item_joint: the text between two items in a prompt.
@@ -77,14 +72,9 @@ def template_parts(template: str) -> list[str]:
 
 @dataclass
 class ReadReport:
-    """Counts of one pass of a reader.
+    """Counts of one pass of a reader, and the position and defect of each skipped record.
 
-    Attributes:
-        samples: yielded samples.
-        items: history items in these samples.
-        skipped: skipped records, at most the reader's `skip_bad`.
-        cut_items: items dropped because a history was longer than `max_history`.
-        problems: the position and defect of each skipped record.
+    `cut_items` counts the items dropped because a history was longer than `max_history`.
     """
 
     samples: int = 0
@@ -108,15 +98,11 @@ class ReadReport:
 
 
 class Reader(Protocol):
-    """A split of a data set that can be read more than once."""
+    """A split of a data set that can be read more than once; each pass has its own report."""
 
     task: Task
     report: ReadReport
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples in file order. Each pass has its own report, which is complete at the end.
-
-        Raises:
-            RecordError: for the first broken record beyond the allowed number.
-        """
+        """Yield the samples in file order; raise RecordError for a broken record beyond the allowed number."""
         ...

@@ -24,8 +24,7 @@ def peak_memory() -> int:
     """Return peak RSS plus peak GPU memory since the last reset."""
     import torch
 
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return _peak_rss() + gpu
+    return _peak_rss() + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
 def free_memory() -> int:
@@ -35,9 +34,8 @@ def free_memory() -> int:
     free = int(psutil.virtual_memory().available)
     for limit, used in _CGROUP_FILES:
         with suppress(OSError, ValueError):
-            left = int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text())
-            free = min(free, max(0, left))
-    return free
+            free = min(free, int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
+    return max(0, free)
 
 
 def _peak_rss() -> int:

@@ -8,10 +8,7 @@ _MAX_SHOWN = 60  # characters
 
 
 def first_error(error: ValidationError) -> str:
-    """Return a sentence about the first error, without a full stop: the key, the expected value and the one found.
-
-    The sentence quotes the found value. Use it for settings and declarations, never for a user's text.
-    """
+    """Describe the first error, without a full stop. It quotes the value, so never use it for a user's text."""
     details = error.errors(include_url=False)[0]
     key = ".".join(map(str, details["loc"]))
     kind, message = details["type"], details["msg"].replace("a valid tuple", "a list")

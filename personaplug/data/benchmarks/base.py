@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from personaplug.data.parsing import item_of, name_of, query_of, target_of, text_of, value_of
@@ -20,9 +19,7 @@ from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
 
-SPLITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("test",)}
-)
+SPLITS: Mapping[str, tuple[str, ...]] = {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("test",)}
 """The names of the splits here, with the publishers' names."""
 
 _KINDS = (".json", ".jsonl", ".parquet")
@@ -34,14 +31,11 @@ class Layout:
     """The columns of a benchmark's records; "" stands for a column that it lacks.
 
     Attributes:
-        task: the task of the samples.
-        input: the column of the input.
-        instruction: the text before the input in a prompt.
+        instruction: the text (no column) before the input in a prompt.
         id: the record's id; without it, the number of the record in the split makes one ("row-1").
         user: the user's id.
         output: the target.
         item_id: an item's id; without it, the number of the item in its profile.
-        item_date: an item's date.
     """
 
     task: Task
@@ -68,16 +62,12 @@ class PublishedReader(RecordReader):
         return name_of(record, self._layout.id) if self._layout.id else f"row-{number}"
 
     def _sample(self, record: Mapping[str, Any], sample_id: str) -> Sample:
-        layout = self._layout
+        layout, task = self._layout, self.task
         prompt = layout.instruction + name_of(record, layout.input)
-        return Sample(
-            id=sample_id,
-            user_id=name_of(record, layout.user) if layout.user else None,
-            prompt=prompt,
-            query=query_of(self.task, prompt),
-            target=target_of(self.task, text_of(record, layout.output)) if layout.output else None,
-            history=self._history(value_of(record, "profile"), self._item),
-        )
+        user = name_of(record, layout.user) if layout.user else None
+        target = target_of(task, text_of(record, layout.output)) if layout.output else None
+        history = self._history(value_of(record, "profile"), self._item)
+        return Sample(sample_id, user, prompt, query_of(task, prompt), target, history)
 
     def _item(self, record: object, number: int) -> TimedItem:
         id_key, date_key = self._layout.item_id, self._layout.item_date
@@ -86,27 +76,22 @@ class PublishedReader(RecordReader):
 
 
 def check_split(split: str) -> str:
-    """Return a split's name."""
+    """Return the name of a split that exists."""
     if split not in SPLITS:
         raise ConfigError(f"A benchmark's splits are {', '.join(SPLITS)}; found {split!r}.")
     return split
 
 
 def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
-    """Find the files of a split.
+    """Find the files of a split; `path` is the split's file, or a folder.
 
-    Args:
-        path: the split's file, or a folder. The folder, its `data` and a folder of the split's name are searched for
-            `{split}.json`, `{anything}_{split}.json` and the like.
-        split: one of SPLITS.
+    The folder, its `data` and a folder of the split's name are searched for `{split}.json`, `{anything}_{split}.json`
+    and the like.
     """
     path, names = Path(path), SPLITS[check_split(split)]
-    if path.is_file():
-        files: tuple[Path, ...] = (path,)
-    elif path.is_dir():
-        files = _files_in(path, names)
-    else:
+    if not path.exists():
         raise MissingData(f"There is no file or folder {path}.")
+    files = _files_in(path, names) if path.is_dir() else (path,)
     for file in files:
         record_source(file, kinds=_KINDS)
     return files

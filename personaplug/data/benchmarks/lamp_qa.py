@@ -16,7 +16,7 @@ from personaplug.data.benchmarks.base import Layout, PublishedReader, split_file
 from personaplug.data.task import Task
 
 _LAYOUT = Layout(
-    # The benchmark has no reference answers; the metrics apply if users bring some.
+    # The metrics apply if users bring reference answers.
     Task("LaMP_QA", "text", ("text",), None, ("rouge_1", "rouge_l"), query_after="question: ", max_new_tokens=1024),
     input="question",
     instruction="Answer the question of this user in detail.\nquestion: ",

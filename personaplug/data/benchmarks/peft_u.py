@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from personaplug.data.benchmarks.base import check_split
@@ -50,16 +51,13 @@ class PeftUReader(RecordReader):
             path: the file, or the folder of one dataset, from which the file without leak is preferred.
             queries_per_user: the maximum number of a user's last samples in train.
             instruction: the prompt before the text; None for a sentence that lists the labels.
-            skip_bad: the number of broken users and samples that may be skipped.
         """
         self._path, self._split = _file_of(Path(path)), "val" if check_split(split) == "dev" else split
         if queries_per_user < 1:
             raise ConfigError(f"queries_per_user should be at least 1, found {queries_per_user}.")
         self._queries_per_user = queries_per_user
-        labels = _labels_in(self._path)
-        task = Task(
-            "PEFT_U", "label", ("text", "label"), "label", ("accuracy", "f1"), labels=labels, query_after=_MARKER
-        )
+        labels, fields = _labels_in(self._path), ("text", "label")
+        task = Task("PEFT_U", "label", fields, "label", ("accuracy", "f1"), labels=labels, query_after=_MARKER)
         super().__init__(task, skip_bad=skip_bad, max_history=max_history)
         self._instruction = _default_instruction(labels) if instruction is None else instruction
         if _MARKER in self._instruction:
@@ -75,7 +73,13 @@ class PeftUReader(RecordReader):
             except Flaw as flaw:
                 self._skip(self._path, position, flaw)
                 continue
-            for sample in self._samples_of(user, train, queries, position):
+            items = self._items(train, position)
+            if self._split == "train":
+                first = max(len(items) - self._queries_per_user, 0)
+                samples = [self._sample(user, items[index], items[:index]) for index in range(first, len(items))]
+            else:
+                samples = [self._sample(user, query, items) for query in self._items(queries, position, train=train)]
+            for sample in samples:
                 if sample.id not in seen:
                     seen.add(sample.id)
                     yield sample
@@ -83,24 +87,13 @@ class PeftUReader(RecordReader):
                     duplicate = f"{position}, sample id {short_id(sample.id)}"
                     self._skip(self._path, duplicate, Flaw("an earlier record has the same id"))
 
-    def _samples_of(
-        self, user: str, train: Mapping[str, Any], queries: Mapping[str, Any], position: str
-    ) -> Iterator[Sample]:
-        items = self._items(train, position)
-        if self._split == "train":
-            for index in range(max(len(items) - self._queries_per_user, 0), len(items)):
-                yield self._sample(user, items[index], items[:index])
-        else:
-            for query in self._items(queries, position, train=train):
-                yield self._sample(user, query, items)
-
     def _items(
-        self, samples: Mapping[str, Any], position: str, *, train: Mapping[str, Any] | None = None
+        self, samples: Mapping[str, Any], position: str, *, train: Mapping[str, Any] = MappingProxyType({})
     ) -> list[HistoryItem]:
         items = []
         for sample_id, values in samples.items():
             try:
-                if train is not None and sample_id in train:
+                if sample_id in train:
                     raise Flaw("the user's train holds a sample of the same id")
                 items.append(self._item(sample_id, as_record(values)))
             except Flaw as flaw:
@@ -120,11 +113,9 @@ class PeftUReader(RecordReader):
 
 
 def _file_of(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for name in _FILES:
-        if file := plain_or_gz(path, name):
-            return file
+    files = [path] if path.is_file() else filter(None, (plain_or_gz(path, name) for name in _FILES))
+    if file := next(iter(files), None):
+        return file
     raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
 
 

@@ -1,7 +1,7 @@
 """PersonalLLM (arXiv 2409.20296): simulated users choose between responses to the same request.
 
-The published files are `data/train-….parquet` and `data/test-….parquet` of the hub's namkoong-lab/PersonalLLM. A row
-holds `prompt_id`, `prompt`, `response_1` to `response_8`, and the scores of ten reward models for each response
+The files are `data/train-….parquet` and `data/test-….parquet` of the hub's namkoong-lab/PersonalLLM. A row holds
+`prompt_id`, `prompt`, `response_1` to `response_8`, and the scores of ten reward models for each response
 (`response_1_gemma_2b` …). The simulation and the constants are those of `gen_pref_interaction_database.py` and
 `constants.py` of the repository namkoong-lab/PersonalLLM.
 
@@ -57,9 +57,7 @@ class SimulatedUsers:
     Attributes:
         count: the number of users; a user does not depend on it.
         alpha: the Dirichlet parameter; the smaller, the more a user follows one reward model.
-        seed: determines the users, their requests and the order of responses.
-        shortest: the minimum number of choices before the first query.
-        longest: the maximum number.
+        shortest: the minimum number of choices before the first query; `longest` is the maximum.
         queries_per_user: the number of a user's samples in train.
         choices: the number of responses on offer, of eight, in random order.
     """
@@ -73,7 +71,6 @@ class SimulatedUsers:
     choices: int = _RESPONSES
 
     def __post_init__(self) -> None:
-        """Check the values."""
         if min(self.count, self.queries_per_user) < 1 or self.seed < 0 or not 0 < self.alpha < math.inf:
             raise ConfigError("count and queries_per_user should be at least 1, alpha over 0, seed 0 or more.")
         if not 0 <= self.shortest <= self.longest:
@@ -104,8 +101,7 @@ class PersonalLLMReader(RecordReader):
         if check_split(split) == "test" and Path(path).is_file():
             raise ConfigError(f"{path} is one file; the split 'test' needs the folder with the train and test files.")
         self._split, self._users = split, users or SimulatedUsers()
-        self._train = split_files(path, "train")
-        self._test = split_files(path, "test") if split == "test" else ()
+        self._train, self._test = split_files(path, "train"), split_files(path, "test") if split == "test" else ()
         # The preferred response is not the answer_field: it is no label, and the encoder reads it with the request.
         task = Task(
             "PersonalLLM", "label", ("request", "response"), None, ("accuracy",),
@@ -146,16 +142,12 @@ class PersonalLLMReader(RecordReader):
             yield self._sample(user, _choose(query, weights, choices=settings.choices, rng=rng), past)
 
     def _sample(self, user: int, query: _Choice, past: Sequence[_Choice]) -> Sample:
+        name = f"user-{user}"
         options = "\n\n".join(f"{letter}: {text}" for letter, text in zip(_LETTERS, query.offered, strict=False))
         prompt = f"{_INSTRUCTION}{_MARKER}{query.row.prompt}\n\n{options}"
-        return Sample(
-            id=f"user-{user}/{query.row.id}",
-            user_id=f"user-{user}",
-            prompt=prompt,
-            query=query_of(self.task, prompt),
-            target=_LETTERS[query.preferred],
-            history=self._latest([(None, choice.item) for choice in past]),
-        )
+        history = self._latest([(None, choice.item) for choice in past])
+        target = _LETTERS[query.preferred]
+        return Sample(f"{name}/{query.row.id}", name, prompt, query_of(self.task, prompt), target, history)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -178,7 +170,6 @@ class _Choice:
 
     @property
     def item(self) -> HistoryItem:
-        """The choice as a history item."""
         return HistoryItem(self.row.id, (("request", self.row.prompt), ("response", self.offered[self.preferred])))
 
 

@@ -12,17 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from string import Formatter
 
-from personaplug.data.parsing import (
-    Flaw,
-    as_datetime,
-    as_record,
-    name_of,
-    options_of,
-    query_of,
-    target_of,
-    text_of,
-    value_of,
-)
+from personaplug.data.parsing import Flaw, as_datetime, as_record, name_of, query_of, target_of, text_of, value_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import RecordReader
 from personaplug.data.records import HistoryItem, Sample
@@ -138,18 +128,17 @@ class EventLogReader(RecordReader):
         return range(max(dev_start - self._queries_per_user, self._min_history), dev_start)
 
     def _sample(self, user: str, rows: Sequence[_Row], index: int) -> Sample | None:
-        row, task = rows[index], self.task
+        row = rows[index]
         earlier = [(old.moment, old.item) for old in rows[:index] if row.moment is None or old.moment != row.moment]
         if len(earlier) < self._min_history:
             return None
         prompt = _fill(self._template, dict(row.item.fields + row.prompt_fields))
         try:
-            query = query_of(task, prompt)
+            query_of(self.task, prompt)
         except Flaw as flaw:
             self._skip(self._path, row.position, flaw)
             return None
-        history = self._latest(earlier)
-        return Sample(row.item.id, user, prompt, query, row.target, history, options=options_of(task, prompt))
+        return self._sample_of(row.item.id, user, prompt, target=row.target, history=self._latest(earlier))
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,8 @@ import ijson
 from personaplug.data.parsing import Flaw
 from personaplug.errors import MissingData, RecordError
 
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
-BROKEN_GZIP = "the gzip data is broken or cut short"
-
+_GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+_BROKEN_GZIP = "the gzip data is broken or cut short"
 _MAX_DEPTH = 64
 _DEPTH_CHANGE = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _SHAPES = {b"[": ("start_array", "a list"), b"{": ("start_map", "an object")}
@@ -39,8 +39,17 @@ def plain_or_gz(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
+def copy_plain(path: str | Path, target: Path) -> None:
+    """Copy a file; unpack it if its name ends in .gz."""
+    try:
+        with _open_plain(Path(path)) as stream, target.open("wb") as copy:
+            shutil.copyfileobj(stream, copy)
+    except _GZIP_ERRORS:
+        raise RecordError(path, "in the file", reason=_BROKEN_GZIP) from None
+
+
 @contextmanager
-def open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
+def _open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
     """Open a file for reading bytes: unpacked if its name ends in .gz, and without a byte order mark."""
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         if stream.peek(3).startswith(codecs.BOM_UTF8):
@@ -61,7 +70,7 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
     """
     count = 0
     try:
-        with open_plain(path) as stream:
+        with _open_plain(path) as stream:
             events = ijson.basic_parse(stream, use_float=True)
             first = next(events)
             event, shape = _SHAPES[opening]
@@ -75,8 +84,8 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
     except (ijson.JSONError, UnicodeDecodeError):
         # The parser's own message quotes the file's text, so it is not passed on.
         reason = "the file is not valid JSON from here on"
-    except GZIP_ERRORS:
-        reason = BROKEN_GZIP
+    except _GZIP_ERRORS:
+        reason = _BROKEN_GZIP
     else:
         return
     raise RecordError(path, f"after {unit} {count}" if count else "at the start", reason=reason)
@@ -86,11 +95,11 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file, numbered from 1."""
     number = 0
     try:
-        with open_plain(path) as stream:
+        with _open_plain(path) as stream:
             for number, line in enumerate(stream, 1):
                 yield number, line
-    except GZIP_ERRORS:
-        raise RecordError(path, f"after line {number}", reason=BROKEN_GZIP) from None
+    except _GZIP_ERRORS:
+        raise RecordError(path, f"after line {number}", reason=_BROKEN_GZIP) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:

@@ -7,18 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from personaplug.data.json_stream import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
-from personaplug.data.parsing import (
-    Flaw,
-    as_record,
-    item_of,
-    name_of,
-    options_of,
-    query_of,
-    short_id,
-    target_of,
-    text_of,
-    value_of,
-)
+from personaplug.data.parsing import Flaw, as_record, item_of, name_of, short_id, target_of, text_of, value_of
 from personaplug.data.record_reader import RecordReader, in_time_order
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
@@ -98,9 +87,9 @@ class _LampReader(RecordReader):
     def _sample(self, question: Mapping[str, Any], sample_id: str) -> Sample:
         task, prompt = self.task, name_of(question, "input")
         user = None if question.get("user_id") is None else name_of(question, "user_id")
-        query, target = query_of(task, prompt), self._target(sample_id)
+        target = self._target(sample_id)
         history = self._history(value_of(question, "profile"), lambda item, _: item_of(task, item))
-        return Sample(sample_id, user, prompt, query, target, history, options=options_of(task, prompt))
+        return self._sample_of(sample_id, user, prompt, target=target, history=history)
 
     def _target(self, sample_id: str) -> str | None:
         if self._outputs is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,14 +16,7 @@ from pathlib import Path
 import pooch
 import requests
 
-from personaplug.data.json_stream import (
-    BROKEN_GZIP,
-    GZIP_ERRORS,
-    existing_folder,
-    open_plain,
-    plain_or_gz,
-    stream_values,
-)
+from personaplug.data.json_stream import copy_plain, existing_folder, plain_or_gz, stream_values
 from personaplug.data.task import Task
 from personaplug.data.task_registry import LAMP_TASKS, check_declared_task
 from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, nearest
@@ -63,11 +55,6 @@ class _DataSet:
     name: str
     task: Task
     path: str
-
-    @property
-    def named_task(self) -> str:
-        """The name of the task in the data set's files."""
-        return self.task.name.removesuffix("_news")
 
 
 def _data_sets(ending: str, parent: str) -> Iterator[_DataSet]:
@@ -115,7 +102,7 @@ def download_lamp(
         else:
             path = _find_local(origin, file, folders=(split, f"{data_set.path}{split}"))
             _check_named_task(path, data_set)
-            _fetch(str(path), out / file, checksums, download=_copy)
+            _fetch(str(path), out / file, checksums, download=copy_plain)
     return [out / file for _, file in files]
 
 
@@ -149,8 +136,8 @@ class _Checksums:
             if match := re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line):
                 self.digests[match[2]] = match[1].lower()
             elif line.startswith("# ") and line[2:] in _DATA_SETS and line[2:] != name:
-                holds = f"{folder} holds {line[2:]}, whose files have the names of {name}"
-                raise RunConflict(f"{holds}. Choose a new folder.")
+                conflict = f"{folder} holds {line[2:]}, whose files have the names of {name}"
+                raise RunConflict(f"{conflict}. Choose a new folder.")
             elif line.strip() and not line.startswith("#"):
                 raise RecordError(self.path, f"line {number}", reason="it is not in the format of sha256sum")
 
@@ -179,7 +166,7 @@ class _Checksums:
 
 
 def _fetch(source: str, path: Path, checksums: _Checksums, *, download: Callable[[str, Path], None]) -> None:
-    """Let pooch write a draft with `download`, try again if the connection fails, and move the draft to its path."""
+    """Let pooch write a draft with `download`, try again if the connection fails, and rename the draft."""
 
     def checked_download(source: str, draft: str, _: pooch.Pooch) -> None:
         Path(draft).unlink()  # pooch makes it readable for its owner alone
@@ -212,14 +199,6 @@ def _status(error: requests.RequestException) -> str:
     return "" if error.response is None else f"the server answered {error.response.status_code}"
 
 
-def _copy(source: str, draft: Path) -> None:
-    try:
-        with open_plain(Path(source)) as original, draft.open("wb") as copy:
-            shutil.copyfileobj(original, copy)
-    except GZIP_ERRORS:
-        raise RecordError(source, "in the file", reason=BROKEN_GZIP) from None
-
-
 def _check_json(path: Path, source: str, *, is_list: bool) -> None:
     """Check the first and the last bracket, which tell data from a web page or a truncated file."""
     opening, closing = (b"[", b"]") if is_list else (b"{", b"}")
@@ -246,8 +225,7 @@ def _check_named_task(path: Path, data_set: _DataSet) -> None:
     """Check the task that an outputs file names. A URL needs no such check, since it names the task itself."""
     if "_outputs.json" not in path.name:
         return
-    for _, name in stream_values(path, "task", opening=b"{", unit="key"):
-        if str(name).replace("-", "_") not in (data_set.named_task, data_set.task.name):
-            reason = f"expected {data_set.named_task} for {data_set.name}, found another task"
-            raise RecordError(path, "its 'task'", reason=reason)
-        return
+    _, name = next(stream_values(path, "task", opening=b"{", unit="key"), (0, data_set.task.name))
+    expected = data_set.task.name.removesuffix("_news")
+    if str(name).replace("-", "_") not in (expected, data_set.task.name):
+        raise RecordError(path, "its 'task'", reason=f"expected {expected} for {data_set.name}, found another task")

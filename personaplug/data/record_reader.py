@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from personaplug.data.parsing import Flaw, as_record, short_id
+from personaplug.data.parsing import Flaw, as_record, options_of, query_of, short_id
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task
 from personaplug.errors import ConfigError, RecordError
@@ -40,14 +40,27 @@ class RecordReader(ABC):
         """Yield the samples; raise RecordError for a broken record beyond `skip_bad`, or if a file breaks off."""
         self.report = ReadReport()
         for sample in self._samples():
-            yield self.report.add(sample)
+            self.report.samples += 1
+            self.report.items += len(sample.history)
+            yield sample
 
     @abstractmethod
     def _samples(self) -> Iterator[Sample]:
         """Yield the samples of one pass."""
 
     def _skip(self, file: Path, position: str, flaw: Flaw) -> None:
-        self.report.skip(RecordError(file, position, reason=str(flaw)), allowed=self._skip_bad)
+        error = RecordError(file, position, reason=str(flaw))
+        if self.report.skipped >= self._skip_bad:
+            raise error
+        self.report.skipped += 1
+        self.report.problems.append(str(error))
+
+    def _sample_of(
+        self, name: str, user: str | None, prompt: str, *, target: str | None, history: tuple[HistoryItem, ...]
+    ) -> Sample:
+        """Find the query and the options in the prompt."""
+        query, options = query_of(self.task, prompt), options_of(self.task, prompt)
+        return Sample(name, user, prompt, query, target, history, options=options)
 
     def _parsed(
         self,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from personaplug.data.records import Sample
-from personaplug.errors import RecordError
 
 TaskKind = Literal["label", "rating", "text"]
 
@@ -51,8 +50,7 @@ class Task:
     @property
     def field_names(self) -> tuple[str, ...]:
         """All fields of an item: `item_fields`, then `answer_field` if it is not among them."""
-        extra = (self.answer_field,) if self.answer_field and self.answer_field not in self.item_fields else ()
-        return self.item_fields + extra
+        return tuple(dict.fromkeys(filter(None, (*self.item_fields, self.answer_field))))
 
     @property
     def has_labelled_items(self) -> bool:
@@ -82,19 +80,6 @@ class ReadReport:
     skipped: int = 0
     cut_items: int = 0
     problems: list[str] = field(default_factory=list)
-
-    def add(self, sample: Sample) -> Sample:
-        """Count a sample and return it."""
-        self.samples += 1
-        self.items += len(sample.history)
-        return sample
-
-    def skip(self, error: RecordError, *, allowed: int) -> None:
-        """Count a broken record, or raise its error if `allowed` records have been skipped."""
-        if self.skipped >= allowed:
-            raise error
-        self.skipped += 1
-        self.problems.append(str(error))
 
 
 class Reader(Protocol):

@@ -194,14 +194,16 @@ def load_task(folder: str | Path, *, task: str | None = None) -> Task:
     the key "task" in its `*_outputs.json[.gz]`.
     """
     folder = existing_folder(folder)
-    path = folder / "task.json"
-    declared = read_task(path) if path.is_file() else None
+    declared = _declared_task(folder)
     if task is not None:
         return declared if declared and declared.name == task else lamp_task(task)
     return declared or _task_of_outputs(folder)
 
 
-def read_task(path: Path) -> Task:
+def _declared_task(folder: Path) -> Task | None:
+    path = folder / "task.json"
+    if not path.is_file():
+        return None
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -213,17 +215,15 @@ def read_task(path: Path) -> Task:
 
 def check_declared_task(folder: Path, task: Task) -> None:
     """Refuse a folder that declares another task."""
-    path = folder / "task.json"
-    if path.is_file() and read_task(path) != task:
-        raise RunConflict(f"{path} declares another task than {task.name}. Choose a new folder.")
+    if _declared_task(folder) not in (None, task):
+        raise RunConflict(f"{folder / 'task.json'} declares another task than {task.name}. Choose a new folder.")
 
 
 def _task_of_outputs(folder: Path) -> Task:
     files: dict[str, str] = {}
     for path in sorted((*folder.glob("*_outputs.json"), *folder.glob("*_outputs.json.gz"))):
-        for _, name in stream_values(path, "task", opening=b"{", unit="key"):
-            files.setdefault(str(name).replace("-", "_"), path.name)
-            break
+        if task := next(stream_values(path, "task", opening=b"{", unit="key"), None):
+            files.setdefault(str(task[1]).replace("-", "_"), path.name)
     if len(files) > 1:
         raise ConfigError(f"{folder}: its files name different tasks: {files}. Choose one by `task`.")
     if not files:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
 from personaplug.data.benchmarks.lamp_qa import LampQAReader
 from personaplug.data.benchmarks.longlamp import LongLampReader
@@ -17,20 +16,18 @@ from personaplug.infra.plugins import load_plugins
 ReaderFactory = Callable[..., Reader]
 """Opens a split; called with a path, the split's name, and the keywords `skip_bad` and `max_history`."""
 
-_READERS: dict[str, ReaderFactory] = {
+BENCHMARKS: dict[str, ReaderFactory] = {
     "lamp-qa": LampQAReader,
     "longlamp": LongLampReader,
     "peft-u": PeftUReader,
     "personal-llm": PersonalLLMReader,
 }
-BENCHMARKS: Mapping[str, ReaderFactory] = MappingProxyType(_READERS)
-"""The readers by name, with those that `register_reader` added."""
 
 
 def register_reader(name: str, factory: ReaderFactory) -> None:
     """Add a reader, so that `open_benchmark` and `personaplug convert` know its name."""
     key = _key(name)
-    if _READERS.setdefault(key, factory) is not factory:
+    if BENCHMARKS.setdefault(key, factory) is not factory:
         raise ConfigError(f"There is already a reader of the benchmark {key!r}. Choose another name.")
 
 
@@ -43,11 +40,11 @@ def open_benchmark(name: str, path: str | Path, split: str, *, skip_bad: int = 0
         max_history: the number of latest items that a history keeps.
     """
     key = _key(name)
-    if key not in _READERS:
+    if key not in BENCHMARKS:
         load_plugins()
-    if key not in _READERS:
-        raise ConfigError(f"There is no benchmark {name!r}; {nearest(key, _READERS)}")
-    return _READERS[key](path, split, skip_bad=skip_bad, max_history=max_history)
+    if key not in BENCHMARKS:
+        raise ConfigError(f"There is no benchmark {name!r}; {nearest(key, BENCHMARKS)}")
+    return BENCHMARKS[key](path, split, skip_bad=skip_bad, max_history=max_history)
 
 
 def _key(name: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from personaplug.data.parsing import item_of, name_of, query_of, target_of, text_of, value_of
+from personaplug.data.parsing import item_of, name_of, target_of, text_of, value_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import PositionedRecord, RecordReader, TimedItem
 from personaplug.data.records import Sample
@@ -67,7 +67,7 @@ class PublishedReader(RecordReader):
         user = name_of(record, layout.user) if layout.user else None
         target = target_of(task, text_of(record, layout.output)) if layout.output else None
         history = self._history(value_of(record, "profile"), self._item)
-        return Sample(sample_id, user, prompt, query_of(task, prompt), target, history)
+        return self._sample_of(sample_id, user, prompt, target=target, history=history)
 
     def _item(self, record: object, number: int) -> TimedItem:
         id_key, date_key = self._layout.item_id, self._layout.item_date

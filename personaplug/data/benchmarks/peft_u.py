@@ -16,7 +16,7 @@ from typing import Any
 
 from personaplug.data.benchmarks.base import check_split
 from personaplug.data.json_stream import plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_name, as_record, as_text, name_of, query_of, short_id, target_of, value_of
+from personaplug.data.parsing import Flaw, as_name, as_record, as_text, name_of, short_id, target_of, value_of
 from personaplug.data.record_reader import RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
@@ -109,7 +109,7 @@ class PeftUReader(RecordReader):
     def _sample(self, user: str, query: HistoryItem, items: list[HistoryItem]) -> Sample:
         prompt = f"{self._instruction}{_MARKER}{dict(query.fields)['text']}"
         history = self._latest([(None, item) for item in items])
-        return Sample(f"{user}/{query.id}", user, prompt, query_of(self.task, prompt), query.answer, history)
+        return self._sample_of(f"{user}/{query.id}", user, prompt, target=query.answer, history=history)
 
 
 def _file_of(path: Path) -> Path:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.data.benchmarks.base import SPLITS, check_split, published_records, split_files
-from personaplug.data.parsing import Flaw, as_name, name_of, query_of, text_of, value_of
+from personaplug.data.parsing import Flaw, as_name, name_of, text_of, value_of
 from personaplug.data.record_reader import RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
@@ -147,7 +147,7 @@ class PersonalLLMReader(RecordReader):
         prompt = f"{_INSTRUCTION}{_MARKER}{query.row.prompt}\n\n{options}"
         history = self._latest([(None, choice.item) for choice in past])
         target = _LETTERS[query.preferred]
-        return Sample(f"{name}/{query.row.id}", name, prompt, query_of(self.task, prompt), target, history)
+        return self._sample_of(f"{name}/{query.row.id}", name, prompt, target=target, history=history)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from string import Formatter
+from typing import Unpack
 
 from personaplug.data.parsing import Flaw, as_datetime, as_record, name_of, query_of, target_of, text_of, value_of
 from personaplug.data.record_files import record_source
-from personaplug.data.record_reader import RecordReader
+from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, nearest
@@ -67,8 +68,7 @@ class EventLogReader(RecordReader):
         queries_per_user: int = 4,
         dev_queries: int = 1,
         min_history: int = 1,
-        max_history: int = 512,
-        skip_bad: int = 0,
+        **limits: Unpack[Limits],
     ) -> None:
         if split not in ("train", "dev"):
             raise ConfigError(f"A log has the splits 'train' and 'dev'; found {split!r}.")
@@ -77,7 +77,7 @@ class EventLogReader(RecordReader):
             least = 0 if name == "min_history" else 1
             if value < least:
                 raise ConfigError(f"{name} should be at least {least}, found {value}.")
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
+        super().__init__(task, **limits)
         self._path = Path(path)
         self._source = record_source(self._path, kinds=(".jsonl", ".csv", ".parquet"))
         if not self._path.is_file():

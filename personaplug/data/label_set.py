@@ -23,7 +23,9 @@ class LabelSet:
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
         self._indices = {label: index for index, label in enumerate(labels)}
-        self._scale = _scale_of(labels)
+        numbers = ratings(labels)
+        is_rising = len(numbers) == len(labels) > 1 and all(low < high for low, high in pairwise(numbers))
+        self._scale = numbers if is_rising else None
         self.width = len(labels) + (0 if self._scale is None else 4)
 
     def index(self, answer: str | None) -> int:
@@ -49,9 +51,9 @@ class LabelSet:
         indices = self.indices(items)
         if not len(indices):
             return np.full(self.width, np.nan)
-        shares = np.bincount(indices, minlength=len(self.labels)) / len(indices)
+        shares: Array = np.bincount(indices, minlength=len(self.labels)) / len(indices)
         if self._scale is None:
-            return np.asarray(shares)
+            return shares
         values = ratings(item.answer for item in items)
         return np.array([*shares, values.mean(), np.median(values), values.std(), values[-_LATEST:].mean()])
 
@@ -64,12 +66,6 @@ class LabelSet:
 def ratings(answers: Iterable[str | None]) -> Array:
     """Return the answers that are finite numbers, in order."""
     return np.array([number for answer in answers if (number := _number(answer)) is not None])
-
-
-def _scale_of(labels: Sequence[str]) -> Array | None:
-    numbers = ratings(labels)
-    is_rising = len(numbers) == len(labels) > 1 and all(low < high for low, high in pairwise(numbers))
-    return numbers if is_rising else None
 
 
 def _number(answer: str | None) -> float | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from personaplug.data.json_stream import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
 from personaplug.data.parsing import Flaw, as_record, item_of, name_of, short_id, target_of, text_of, value_of
-from personaplug.data.record_reader import RecordReader, in_time_order
+from personaplug.data.record_reader import Limits, RecordReader, in_time_order
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import load_task
@@ -18,30 +18,24 @@ from personaplug.errors import MissingData, RecordError
 _Golds = Mapping[str, str | Flaw]
 
 
-def open_dataset(
-    folder: str | Path,
-    split: str,
-    *,
-    task: Task | str | None = None,
-    skip_bad: int = 0,
-    max_history: int = 512,
-) -> Reader:
+def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = None, **limits: Unpack[Limits]) -> Reader:
     """Open one split of a folder in LaMP's layout.
 
     Args:
         split: "train", "dev", "test" or another start of the files' names.
         task: a Task, a name for `load_task`, or None for the task that the folder declares.
-        skip_bad: the number of broken records that may be skipped.
-        max_history: the number of latest items that a history keeps.
 
     Raises:
         MissingData: if the folder, the questions or the task's declaration are missing.
-        ConfigError: if the task is wrongly declared, or a setting is out of range.
     """
-    folder = existing_folder(folder)
-    questions, outputs = _questions_file(folder, split), plain_or_gz(folder, f"{split}_outputs.json")
+    folder, name = existing_folder(folder), f"{split}_questions.json"
+    questions, outputs = plain_or_gz(folder, name), plain_or_gz(folder, f"{split}_outputs.json")
+    if questions is None:
+        splits = sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
+        there = ", ".join(splits) or "none"
+        raise MissingData(f"{folder} has neither {name} nor {name}.gz; splits that are there: {there}.")
     task = task if isinstance(task, Task) else load_task(folder, task=task)
-    return _LampReader(questions, outputs, task, skip_bad=skip_bad, max_history=max_history)
+    return _LampReader(questions, outputs, task, **limits)
 
 
 def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
@@ -69,8 +63,8 @@ class _LampReader(RecordReader):
     target is None. With one, its ids and those of the questions must be equal.
     """
 
-    def __init__(self, questions: Path, outputs: Path | None, task: Task, *, skip_bad: int, max_history: int) -> None:
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
+    def __init__(self, questions: Path, outputs: Path | None, task: Task, **limits: Unpack[Limits]) -> None:
+        super().__init__(task, **limits)
         self._questions, self._outputs = questions, outputs
         self._golds: _Golds = {}
 
@@ -79,7 +73,7 @@ class _LampReader(RecordReader):
         questions = stream_values(self._questions, "item", opening=b"[", unit="question")
         records = ((self._questions, f"question {number}", record) for number, record in questions)
         seen: set[str] = set()
-        yield from self._parsed(records, parse_id=_question_id, parse=self._sample, seen=seen)
+        yield from self._parsed(records, parse_id=lambda entry, _: name_of(entry, "id"), parse=self._sample, seen=seen)
         if self._outputs:
             for orphan in [gold_id for gold_id in self._golds if gold_id not in seen]:
                 self._skip(self._outputs, f"gold (id {short_id(orphan)})", Flaw("no question has this id"))
@@ -115,20 +109,6 @@ class _LampReader(RecordReader):
             except Flaw as flaw:
                 golds[gold_id] = Flaw(f"its gold: {flaw}")
         return golds
-
-
-def _question_id(question: Mapping[str, Any], number: int) -> str:
-    return name_of(question, "id")
-
-
-def _questions_file(folder: Path, split: str) -> Path:
-    name = f"{split}_questions.json"
-    path = plain_or_gz(folder, name)
-    if path is None:
-        splits = sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
-        there = ", ".join(splits) or "none"
-        raise MissingData(f"{folder} has neither {name} nor {name}.gz; splits that are there: {there}.")
-    return path
 
 
 def _numbered_records(path: Path) -> Iterator[tuple[str, int, object]]:

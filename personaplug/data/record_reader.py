@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from personaplug.data.parsing import Flaw, as_record, options_of, query_of, short_id
 from personaplug.data.records import HistoryItem, Sample
@@ -21,15 +21,22 @@ PositionedRecord = tuple[Path, str, object]
 TimedItem = tuple[datetime | None, HistoryItem]
 
 
-class RecordReader(ABC):
-    """A reader of records. A subclass yields the samples and reports defects through `_skip`.
+class Limits(TypedDict, total=False):
+    """Limits of every reader.
 
-    Args:
-        skip_bad: the number of broken records that may be skipped.
-        max_history: the number of latest items that a history keeps.
+    Attributes:
+        skip_bad: the number of broken records that may be skipped; 0 by default.
+        max_history: the number of latest items that a history keeps; 512 by default.
     """
 
-    def __init__(self, task: Task, *, skip_bad: int, max_history: int) -> None:
+    skip_bad: int
+    max_history: int
+
+
+class RecordReader(ABC):
+    """A reader of records. A subclass yields the samples and reports defects through `_skip`."""
+
+    def __init__(self, task: Task, *, skip_bad: int = 0, max_history: int = 512) -> None:
         for name, value in (("skip_bad", skip_bad), ("max_history", max_history)):
             if value < 0:
                 raise ConfigError(f"{name} should be 0 or more, found {value}.")

@@ -73,8 +73,8 @@ class SimulationConfig:
         per_user = self.max_items + max(self.queries_per_user, self.dev_queries_per_user)
         self._require("max_items", per_user <= 200, "at most 200 together with a user's queries")
         self._require("cold_share", 0 <= self.cold_share <= 1, "a share from 0 to 1")
-        for name in ("generosity_sd", "taste_sd"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "finite and 0 or more")
+        self._require("generosity_sd", 0 <= self.generosity_sd < math.inf, "finite and 0 or more")
+        self._require("taste_sd", 0 <= self.taste_sd < math.inf, "finite and 0 or more")
         self._require("noise_sd", 0 < self.noise_sd < math.inf, "finite and above 0")
         self._require("habit_chance", 0.5 <= self.habit_chance <= 1, "from 0.5 to 1")
         self._require("seed", self.seed >= 0, "0 or more")
@@ -91,8 +91,7 @@ class Simulation:
     Attributes:
         oracle: the oracle's prediction by way of deciding and sample id. rating: "mode" (the likeliest score, best
             for accuracy) and "median" (best for MAE); style: "mode" (the likeliest message).
-        expected: the mean expected score by way of deciding and metric. rating: "accuracy", "mae"; style: "exact",
-            "rouge_1", "rouge_l" (ROUGE ignores casing and emoji).
+        expected: the mean expected score by way of deciding and metric.
         probabilities: rating: the true probability of each label by sample id.
     """
 

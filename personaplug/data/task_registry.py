@@ -106,10 +106,6 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("a field of an item should have another name than 'id' and 'date'")
         if (self.kind == "text") == bool(self.labels):
             raise ValueError("the kinds 'label' and 'rating' need 'labels', and 'text' has none")
-        return self
-
-    @model_validator(mode="after")
-    def _check_scale(self) -> Self:
         if self.kind == "rating":
             try:
                 numbers = [float(label) for label in self.labels]

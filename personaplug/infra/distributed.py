@@ -94,8 +94,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
         return list(values)
     import torch
 
-    sums: list[float] = _sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
-    return sums
+    return [float(total) for total in _sum_over_ranks(torch.tensor(values, dtype=torch.float64))]
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -209,8 +208,6 @@ def _lost_rank_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        sentence = (
-            "Another process has ended, so all end; its own message says why. Run the same command again to continue "
-            "from the last checkpoint."
-        )
-        raise mark_shared(PersonaPlugError(sentence)) from error
+        reason = "Another process has ended, so all end; its own message says why."
+        hint = "Run the same command again to continue from the last checkpoint."
+        raise mark_shared(PersonaPlugError(f"{reason} {hint}")) from error

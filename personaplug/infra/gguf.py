@@ -52,12 +52,11 @@ def first_line(error: Exception) -> str:
 def _file_fingerprint(path: Path) -> str:
     """Hash the size of a file, its first MiB and its last to 16 hex digits; hashing all of it takes long."""
     size = path.stat().st_size
-    digest = hashlib.blake2b(_CONVERTER_VERSION + str(size).encode(), digest_size=8)
     with path.open("rb") as file:
-        digest.update(file.read(_PIECE))
+        start = file.read(_PIECE)
         file.seek(max(0, size - _PIECE))
-        digest.update(file.read())
-    return digest.hexdigest()
+        content = _CONVERTER_VERSION + str(size).encode() + start + file.read()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -65,28 +64,22 @@ def _convert(gguf: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    factory: Any = AutoModelForCausalLM
     # transformers shows a bare tqdm bar, which only a redirect keeps out of log files.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         try:
-            quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            quantized = factory.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except Exception as error:  # readers of a foreign format raise all kinds
             raise MissingModel(str(gguf), tried=[f"reading it as GGUF ({first_line(error)})"]) from error
     # transformers 5.17 takes the token that begins a turn for EOS: generation would never end.
     if field := GGUFReader(gguf).get_field("tokenizer.ggml.eos_token_id"):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(field.contents()))
-    with quiet_unless_terminal():
-        _unquantized(quantized).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def _unquantized(quantized: Any) -> Any:
-    """Return a model of the same values; transformers refuses to save a quantized one."""
-    from transformers import AutoModelForCausalLM
-
-    factory: Any = AutoModelForCausalLM
+    # transformers refuses to save a quantized model, so a plain one gets its values.
     del quantized.config.quantization_config
     model = factory.from_config(quantized.config, dtype=torch.bfloat16)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
-    return model
+    with quiet_unless_terminal():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

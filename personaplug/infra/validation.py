@@ -20,10 +20,8 @@ def first_error(error: ValidationError) -> str:
         reason = str(details["ctx"]["error"])
         return f"{key!r}: {reason}" if key else reason
     if message.startswith("Input should"):
-        return f"{key!r} {message.removeprefix('Input ')}, found {_shown(details['input'])}"
+        found = repr(details["input"])
+        if len(found) > _MAX_SHOWN:
+            found = f"{found[:_MAX_SHOWN]}… ({type(details['input']).__name__})"
+        return f"{key!r} {message.removeprefix('Input ')}, found {found}"
     return f"{key!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({type(value).__name__})"

@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from personaplug.data.parsing import item_of, name_of, target_of, text_of, value_of
 from personaplug.data.record_files import record_source
-from personaplug.data.record_reader import PositionedRecord, RecordReader, TimedItem
+from personaplug.data.record_reader import Limits, PositionedRecord, RecordReader, TimedItem
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
@@ -51,8 +51,8 @@ class Layout:
 class PublishedReader(RecordReader):
     """A split with one sample a record and a list of items in its "profile", streamed."""
 
-    def __init__(self, files: Sequence[Path], layout: Layout, *, skip_bad: int, max_history: int) -> None:
-        super().__init__(layout.task, skip_bad=skip_bad, max_history=max_history)
+    def __init__(self, files: Sequence[Path], layout: Layout, **limits: Unpack[Limits]) -> None:
+        super().__init__(layout.task, **limits)
         self._files, self._layout = tuple(files), layout
 
     def _samples(self) -> Iterator[Sample]:
@@ -108,19 +108,16 @@ def _files_in(path: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
     pattern = re.compile(rf"(?:.+_)?(?:{'|'.join(names)})(?:\.jsonl?(?:\.gz)?|(?:-\d+-of-\d+)?\.parquet)")
     for folder in (path, path / "data", *(path / name for name in names)):
         files = sorted(file for file in folder.glob("*") if file.is_file() and pattern.fullmatch(file.name))
-        if files:
-            _check_complete(files, folder)
-            return tuple(files)
+        if not files:
+            continue
+        shards = [match for file in files if (match := _SHARD.search(file.name))]
+        if len(files) > 1 and (len(shards) < len(files) or len({m.string[: m.start()] for m in shards}) > 1):
+            names_there = ", ".join(file.name for file in files)
+            raise ConfigError(f"{folder} holds several files of that split: {names_there}. Name one.")
+        if any(int(match[2]) != len(shards) for match in shards):
+            raise MissingData(f"{folder} holds {len(shards)} shards of that split, their names say {shards[0][2]}.")
+        return tuple(files)
     raise MissingData(
         f"{path} holds no file of the split {names[0]!r}: expected {' or '.join(names)} as *.json[.gz], *.jsonl[.gz] "
         f"or *.parquet there or in a folder 'data' or {' or '.join(map(repr, names))}. Name the file itself."
     )
-
-
-def _check_complete(files: Sequence[Path], folder: Path) -> None:
-    shards = [match for file in files if (match := _SHARD.search(file.name))]
-    stems = {match.string[: match.start()] for match in shards}
-    if len(files) > 1 and (len(shards) < len(files) or len(stems) > 1):
-        raise ConfigError(f"{folder} holds several files of that split: {', '.join(f.name for f in files)}. Name one.")
-    if any(int(match[2]) != len(shards) for match in shards):
-        raise MissingData(f"{folder} holds {len(shards)} shards of that split, their names say {shards[0][2]}.")

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 from personaplug.data.benchmarks.base import check_split
 from personaplug.data.json_stream import plain_or_gz, stream_values
 from personaplug.data.parsing import Flaw, as_name, as_record, as_text, name_of, short_id, target_of, value_of
-from personaplug.data.record_reader import RecordReader
+from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
@@ -42,23 +42,26 @@ class PeftUReader(RecordReader):
         *,
         queries_per_user: int = 4,
         instruction: str | None = None,
-        skip_bad: int = 0,
-        max_history: int = 512,
+        **limits: Unpack[Limits],
     ) -> None:
         """Find the file and read its labels.
 
         Args:
-            path: the file, or the folder of one dataset, from which the file without leak is preferred.
+            path: the file, or the folder of one dataset; its file without leak is preferred.
             queries_per_user: the maximum number of a user's last samples in train.
             instruction: the prompt before the text; None for a sentence that lists the labels.
         """
-        self._path, self._split = _file_of(Path(path)), "val" if check_split(split) == "dev" else split
+        path, self._split = Path(path), "val" if check_split(split) == "dev" else split
+        files = [path] if path.is_file() else [file for name in _FILES if (file := plain_or_gz(path, name))]
+        if not files:
+            raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
+        self._path = files[0]
         if queries_per_user < 1:
             raise ConfigError(f"queries_per_user should be at least 1, found {queries_per_user}.")
         self._queries_per_user = queries_per_user
         labels, fields = _labels_in(self._path), ("text", "label")
         task = Task("PEFT_U", "label", fields, "label", ("accuracy", "f1"), labels=labels, query_after=_MARKER)
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
+        super().__init__(task, **limits)
         self._instruction = _default_instruction(labels) if instruction is None else instruction
         if _MARKER in self._instruction:
             raise ConfigError("The instruction should have no line that begins with 'text: ', which marks the query.")
@@ -110,13 +113,6 @@ class PeftUReader(RecordReader):
         prompt = f"{self._instruction}{_MARKER}{dict(query.fields)['text']}"
         history = self._latest([(None, item) for item in items])
         return self._sample_of(f"{user}/{query.id}", user, prompt, target=query.answer, history=history)
-
-
-def _file_of(path: Path) -> Path:
-    files = [path] if path.is_file() else filter(None, (plain_or_gz(path, name) for name in _FILES))
-    if file := next(iter(files), None):
-        return file
-    raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
 
 
 def _users(path: Path) -> Iterator[tuple[str, Any]]:

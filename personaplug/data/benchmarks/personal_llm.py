@@ -17,14 +17,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.data.benchmarks.base import SPLITS, check_split, published_records, split_files
 from personaplug.data.parsing import Flaw, as_name, name_of, text_of, value_of
-from personaplug.data.record_reader import RecordReader
+from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
@@ -89,13 +89,7 @@ class PersonalLLMReader(RecordReader):
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        split: str,
-        *,
-        users: SimulatedUsers | None = None,
-        skip_bad: int = 0,
-        max_history: int = 512,
+        self, path: str | Path, split: str, *, users: SimulatedUsers | None = None, **limits: Unpack[Limits]
     ) -> None:
         """Find the files in a folder; for train and dev, the path may also be the train file itself."""
         if check_split(split) == "test" and Path(path).is_file():
@@ -107,7 +101,7 @@ class PersonalLLMReader(RecordReader):
             "PersonalLLM", "label", ("request", "response"), None, ("accuracy",),
             labels=tuple(_LETTERS[: self._users.choices]), query_after=_MARKER, max_new_tokens=4,
         )  # fmt: skip
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
+        super().__init__(task, **limits)
 
     def _samples(self) -> Iterator[Sample]:
         rows = self._rows(self._train)

@@ -88,7 +88,11 @@ class EventLogReader(RecordReader):
 
     def _samples(self) -> Iterator[Sample]:
         for user, rows in self._rows_by_user().items():
-            for index in self._query_range(len(rows)):
+            end = max(len(rows) - self._dev_queries, 0)
+            start = max(end - self._queries_per_user, 0)
+            if self._split == "dev":
+                start, end = end, len(rows)
+            for index in range(max(start, self._min_history), end):
                 if sample := self._sample(user, rows, index):
                     yield sample
 
@@ -121,12 +125,6 @@ class EventLogReader(RecordReader):
         item = HistoryItem(row_id, fields, task.answer_field, moment.date() if moment else None)
         return user, _Row(item, target, moment, position, tuple(texts.items()))
 
-    def _query_range(self, count: int) -> range:
-        dev_start = max(count - self._dev_queries, 0)
-        if self._split == "dev":
-            return range(max(dev_start, self._min_history), count)
-        return range(max(dev_start - self._queries_per_user, self._min_history), dev_start)
-
     def _sample(self, user: str, rows: Sequence[_Row], index: int) -> Sample | None:
         row = rows[index]
         earlier = [(old.moment, old.item) for old in rows[:index] if row.moment is None or old.moment != row.moment]
@@ -134,11 +132,10 @@ class EventLogReader(RecordReader):
             return None
         prompt = _fill(self._template, dict(row.item.fields + row.prompt_fields))
         try:
-            query_of(self.task, prompt)
+            return self._sample_of(row.item.id, user, prompt, target=row.target, items=earlier)
         except Flaw as flaw:
             self._skip(self._path, row.position, flaw)
             return None
-        return self._sample_of(row.item.id, user, prompt, target=row.target, history=self._latest(earlier))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -154,7 +151,7 @@ _Template = tuple[tuple[str, str | None], ...]
 
 
 def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
-    """Split the prompt at its placeholders, so that a user's text is never read as a template."""
+    """Split the prompt at its placeholders, so that a user's text is never read as a template; check the fields."""
     try:
         parts = list(Formatter().parse(mapping.prompt))
     except ValueError as error:
@@ -162,25 +159,21 @@ def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
     for _, name, spec, conversion in parts:
         if name is not None and (name not in mapping.fields or spec or conversion):
             raise ConfigError(f"The prompt's placeholder {{{name}}} is no plain field; {nearest(name, mapping.fields)}")
-    template = tuple((literal, name) for literal, name, _, _ in parts)
-    _check_fields(mapping, task, placeholders={name for _, name in template if name})
-    try:
-        query_of(task, _fill(template, dict.fromkeys(mapping.fields, "x")))
-    except Flaw as flaw:
-        raise ConfigError(f"The prompt template does not fit task {task.name}: {flaw}.") from None
-    return template
-
-
-def _check_fields(mapping: ColumnMapping, task: Task, *, placeholders: set[str]) -> None:
     required = [name for name in task.field_names if name != task.answer_field]
     if task.answer_field in mapping.fields:
         raise ConfigError(f"The mapping's field {task.answer_field!r} is the answer; name its column by `answer`.")
     for name in required:
         if name not in mapping.fields:
             raise ConfigError(f"The mapping names no column for {name!r}, an item field of task {task.name}.")
+    template = tuple((literal, name) for literal, name, _, _ in parts)
     for name in mapping.fields:
-        if name not in required and name not in placeholders:
+        if name not in {*required, *(placeholder for _, placeholder in template)}:
             raise ConfigError(f"The mapping's field {name!r} is not used; {nearest(name, required)}")
+    try:
+        query_of(task, _fill(template, dict.fromkeys(mapping.fields, "x")))
+    except Flaw as flaw:
+        raise ConfigError(f"The prompt template does not fit task {task.name}: {flaw}.") from None
+    return template
 
 
 def _fill(template: _Template, fields: Mapping[str, str]) -> str:

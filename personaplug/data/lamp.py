@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from personaplug.data.json_stream import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_record, item_of, name_of, short_id, target_of, text_of, value_of
+from personaplug.data.parsing import Flaw, as_record, item_of, name_of, short_id, target_of, text_of
 from personaplug.data.record_reader import Limits, RecordReader, in_time_order
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
@@ -24,9 +24,6 @@ def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = No
     Args:
         split: "train", "dev", "test" or another start of the files' names.
         task: a Task, a name for `load_task`, or None for the task that the folder declares.
-
-    Raises:
-        MissingData: if the folder, the questions or the task's declaration are missing.
     """
     folder, name = existing_folder(folder), f"{split}_questions.json"
     questions, outputs = plain_or_gz(folder, name), plain_or_gz(folder, f"{split}_outputs.json")
@@ -47,12 +44,14 @@ def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
     path = Path(path)
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
+    first_line = next((line for _, line in numbered_lines(path) if line.strip()), b"")
+    is_list = first_line.lstrip().startswith(b"[")
     items = []
-    for unit, number, record in _numbered_records(path):
+    for number, record in stream_values(path, "item", opening=b"[", unit="item") if is_list else json_lines(path):
         try:
             items.append(item_of(task, record, default_id=str(number)))
         except Flaw as flaw:
-            raise RecordError(path, f"{unit} {number}", reason=str(flaw)) from None
+            raise RecordError(path, f"{'item' if is_list else 'line'} {number}", reason=str(flaw)) from None
     return in_time_order(items)
 
 
@@ -79,11 +78,10 @@ class _LampReader(RecordReader):
                 self._skip(self._outputs, f"gold (id {short_id(orphan)})", Flaw("no question has this id"))
 
     def _sample(self, question: Mapping[str, Any], sample_id: str) -> Sample:
-        task, prompt = self.task, name_of(question, "input")
+        prompt = name_of(question, "input")
         user = None if question.get("user_id") is None else name_of(question, "user_id")
         target = self._target(sample_id)
-        history = self._history(value_of(question, "profile"), lambda item, _: item_of(task, item))
-        return self._sample_of(sample_id, user, prompt, target=target, history=history)
+        return self._sample_of(sample_id, user, prompt, target=target, items=self._items(question))
 
     def _target(self, sample_id: str) -> str | None:
         if self._outputs is None:
@@ -109,13 +107,3 @@ class _LampReader(RecordReader):
             except Flaw as flaw:
                 golds[gold_id] = Flaw(f"its gold: {flaw}")
         return golds
-
-
-def _numbered_records(path: Path) -> Iterator[tuple[str, int, object]]:
-    first_line = next((line for _, line in numbered_lines(path) if line.strip()), b"")
-    if first_line.lstrip().startswith(b"["):
-        for number, value in stream_values(path, "item", opening=b"[", unit="item"):
-            yield "item", number, value
-    else:
-        for number, record in json_lines(path):
-            yield "line", number, record

@@ -10,8 +10,9 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pooch
 import requests
@@ -48,13 +49,10 @@ _NEWS = Task(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _DataSet:
-    """A data set: its name, its task, and its folder on the server."""
-
+class _DataSet(NamedTuple):
     name: str
     task: Task
-    path: str
+    path: str  # on the server
 
 
 def _data_sets(ending: str, parent: str) -> Iterator[_DataSet]:
@@ -84,7 +82,12 @@ def download_lamp(
             split, or as on the server.
     """
     data_set, out = _find_data_set(name), Path(out)
-    files = _files_of(splits)
+    splits = (splits,) if isinstance(splits, str) else splits
+    for split in splits:
+        if split not in SPLITS:
+            raise ConfigError(f"LaMP has no split {split!r}; {nearest(split, SPLITS)}")
+    files = [(split, f"{split}_{part}.json") for split in splits for part in ("questions", "outputs")]
+    files = [(split, file) for split, file in files if file != "test_outputs.json"]
     if not base_url.startswith(("http://", "https://")):
         raise ConfigError(f"base_url should begin with https:// or http://, found {base_url!r}. {_HINT}")
     origin = None if source is None else existing_folder(source)
@@ -113,16 +116,6 @@ def _find_data_set(name: str) -> _DataSet:
     if key not in _DATA_SETS:
         raise ConfigError(f"There is no LaMP data set {name!r}; {nearest(key, _DATA_SETS)}")
     return _DATA_SETS[key]
-
-
-def _files_of(splits: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the split and the name of each file."""
-    splits = (splits,) if isinstance(splits, str) else splits
-    for split in splits:
-        if split not in SPLITS:
-            raise ConfigError(f"LaMP has no split {split!r}; {nearest(split, SPLITS)}")
-    names = [(split, f"{split}_{part}.json") for split in splits for part in ("questions", "outputs")]
-    return [(split, name) for split, name in names if name != "test_outputs.json"]
 
 
 class _Checksums:

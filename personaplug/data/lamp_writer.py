@@ -21,34 +21,27 @@ from personaplug.infra.atomic_io import write_json
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
     """Write a split and the task. Samples are streamed, and each file appears complete or not at all.
 
-    If the samples have no targets, no outputs file is written and an older one of the split is removed.
-
-    Raises:
-        RunConflict: if the folder's task.json declares another task.
-        ConfigError: if the samples could not be read back: an id occurs twice, only some have a target, or a query
-            or fields do not fit the task. Nothing is changed then.
+    If the samples have no targets, no outputs file is written and an older one of the split is removed. If they could
+    not be read back (an id occurs twice, only some have a target, a query or fields do not fit the task), raise
+    ConfigError and change nothing.
     """
     folder = Path(folder)
+    questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_declared_task(folder, task)
-        _write_split(samples, folder, split, task)
+        # The drafts replace the files only after the last sample has passed the checks.
+        with TemporaryDirectory(prefix=f".{split}.", dir=folder) as drafts:
+            draft_questions, draft_outputs = Path(drafts, questions.name), Path(drafts, outputs.name)
+            has_targets = _write_drafts(samples, draft_questions, draft_outputs, task)
+            for old in (outputs, outputs.with_name(f"{outputs.name}.gz")):
+                old.unlink(missing_ok=True)
+            if has_targets:
+                os.replace(draft_outputs, outputs)
+            os.replace(draft_questions, questions)
         write_json(folder / "task.json", asdict(task))
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror}. Complete files there remain.") from error
-
-
-def _write_split(samples: Iterable[Sample], folder: Path, split: str, task: Task) -> None:
-    questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
-    # The drafts replace the files only after the last sample has passed the checks.
-    with TemporaryDirectory(prefix=f".{split}.", dir=folder) as drafts:
-        draft_questions, draft_outputs = Path(drafts, questions.name), Path(drafts, outputs.name)
-        has_targets = _write_drafts(samples, draft_questions, draft_outputs, task)
-        for old in (outputs, outputs.with_name(f"{outputs.name}.gz")):
-            old.unlink(missing_ok=True)
-        if has_targets:
-            os.replace(draft_outputs, outputs)
-        os.replace(draft_questions, questions)
 
 
 def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Path, task: Task) -> bool:

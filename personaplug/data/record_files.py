@@ -32,12 +32,12 @@ def record_source(path: Path, *, kinds: Sequence[str]) -> RecordSource:
     return _SOURCES[kind]
 
 
-def _list_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
+def _list_records(path: Path, _: Sequence[str]) -> Iterator[NumberedRecord]:
     for number, value in stream_values(path, "item", opening=b"[", unit="record"):
         yield f"record {number}", number, value
 
 
-def _line_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
+def _line_records(path: Path, _: Sequence[str]) -> Iterator[NumberedRecord]:
     for number, value in json_lines(path):
         yield f"line {number}", number, value
 

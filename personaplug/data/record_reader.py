@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from personaplug.data.parsing import Flaw, as_record, options_of, query_of, short_id
+from personaplug.data.parsing import Flaw, as_record, item_of, options_of, query_of, short_id, value_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task
 from personaplug.errors import ConfigError, RecordError
@@ -63,11 +63,13 @@ class RecordReader(ABC):
         self.report.problems.append(str(error))
 
     def _sample_of(
-        self, name: str, user: str | None, prompt: str, *, target: str | None, history: tuple[HistoryItem, ...]
+        self, name: str, user: str | None, prompt: str, *, target: str | None, items: Sequence[TimedItem]
     ) -> Sample:
-        """Find the query and the options in the prompt."""
+        """Find the query and the options in the prompt, and keep the latest items as the history."""
         query, options = query_of(self.task, prompt), options_of(self.task, prompt)
-        return Sample(name, user, prompt, query, target, history, options=options)
+        excess = max(len(items) - self._max_history, 0)
+        self.report.cut_items += excess
+        return Sample(name, user, prompt, query, target, in_time_order(items)[excess:], options=options)
 
     def _parsed(
         self,
@@ -79,9 +81,7 @@ class RecordReader(ABC):
     ) -> Iterator[Parsed]:
         """Yield the parsed records, skip those that have a flaw, and fill `seen` with their ids.
 
-        Args:
-            parse_id: returns a record's id; it gets the record and its number, from 1.
-            parse: converts a record; it gets the record and its id.
+        `parse_id` gets a record and its number, from 1; `parse` gets the record and its id.
         """
         seen = set() if seen is None else seen
         for number, (file, position, record) in enumerate(records, 1):
@@ -98,23 +98,19 @@ class RecordReader(ABC):
             else:
                 yield parsed
 
-    def _history(self, profile: object, parse: Callable[[object, int], TimedItem]) -> tuple[HistoryItem, ...]:
-        """Parse a list of items; `parse` gets an item and its number, from 1."""
+    def _items(self, record: Mapping[str, Any], *, id_key: str = "id", date_key: str = "date") -> list[TimedItem]:
+        """Parse a record's "profile", a list of items; without `id_key`, their numbers from 1 are the ids."""
+        profile = value_of(record, "profile")
         if not isinstance(profile, list):
             raise Flaw("its 'profile' is not a list")
         items = []
         for number, item in enumerate(profile, 1):
+            default_id = None if id_key else str(number)
             try:
-                items.append(parse(item, number))
+                items.append(item_of(self.task, item, default_id=default_id, id_key=id_key, date_key=date_key))
             except Flaw as flaw:
                 raise Flaw(f"item {number} of its profile: {flaw}") from None
-        return self._latest(items)
-
-    def _latest(self, items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
-        """Sort items by time and keep the latest `max_history`."""
-        excess = max(len(items) - self._max_history, 0)
-        self.report.cut_items += excess
-        return in_time_order(items)[excess:]
+        return items
 
 
 def in_time_order(items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:

@@ -42,7 +42,7 @@ class HistoryItem:
     @property
     def answer(self) -> str | None:
         """The value of the answer field, or None if the task has no such field."""
-        return dict(self.fields).get(self.answer_name) if self.answer_name else None
+        return dict(self.fields).get(self.answer_name or "")
 
     def __repr__(self) -> str:
         names = ", ".join(name for name, _ in self.fields)
@@ -62,7 +62,6 @@ class Sample:
     """One query of one user, with the user's earlier history.
 
     Attributes:
-        id: unique within its file.
         user_id: None if the file does not name users (LaMP's official files do not).
         prompt: the text for the language model (LaMP's `input`).
         query: the part of the prompt that the encoder and the retrievers read.

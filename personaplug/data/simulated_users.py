@@ -117,7 +117,10 @@ class Rater:
         probabilities = self.probabilities(genre)
         median = next(score for score in range(1, 6) if math.fsum(probabilities[:score]) >= 0.5)
         guesses = {"mode": 1 + probabilities.index(max(probabilities)), "median": median}
-        expected = {way: _rating_scores(probabilities, guess) for way, guess in guesses.items()}
+        expected = {}
+        for way, guess in guesses.items():
+            error = math.fsum(probability * abs(score - guess) for score, probability in enumerate(probabilities, 1))
+            expected[way] = {"accuracy": probabilities[guess - 1], "mae": error}
         return SimulatedQuery(sample, {way: str(guess) for way, guess in guesses.items()}, expected, probabilities)
 
 
@@ -128,11 +131,6 @@ def _films(rng: np.random.Generator, count: int) -> list[tuple[str, int]]:
         hero, plot, setting = _pick(rng, _HEROES), _pick(rng, _PLOTS), _pick(rng, _SETTINGS)
         films[f"A {_pick(rng, _MOODS)} {_GENRES[genre]} about {hero} {plot} {setting}."] = genre
     return list(films.items())
-
-
-def _rating_scores(probabilities: tuple[float, ...], guess: int) -> dict[str, float]:
-    error = math.fsum(probability * abs(score - guess) for score, probability in enumerate(probabilities, 1))
-    return {"accuracy": probabilities[guess - 1], "mae": error}
 
 
 @dataclass(frozen=True, repr=False)
@@ -154,7 +152,10 @@ class Writer:
     def queries(self, name: str, rng: np.random.Generator, *, items: int, queries: int) -> list[SimulatedQuery]:
         """Draw a history of `items` messages, and queries about other messages."""
         messages = _messages(rng, items + queries)
-        texts = [self._write_with_habits(message, rng) for message in messages]
+        texts = []
+        for message in messages:
+            with_phrase, with_emoji = (rng.random(2) < self.habit_chance).tolist()
+            texts.append(self._write(*message, with_phrase=with_phrase, with_emoji=with_emoji))
         history = tuple(
             HistoryItem(f"{name}-i{index}", (("text", text),), "text") for index, text in enumerate(texts[:items])
         )
@@ -170,10 +171,6 @@ class Writer:
         phrase, end = f"{self.phrase}, " if with_phrase else "", f" {detail}" if self.is_long else ""
         text = _cased(f"{phrase}{core}{end}", self.casing)
         return f"{text} {self.emoji}" if self.emoji and with_emoji else text
-
-    def _write_with_habits(self, message: tuple[str, str], rng: np.random.Generator) -> str:
-        with_phrase, with_emoji = (bool(draw < self.habit_chance) for draw in rng.random(2))
-        return self._write(*message, with_phrase=with_phrase, with_emoji=with_emoji)
 
     def _expected_scores(self, message: tuple[str, str]) -> dict[str, float]:
         """Return the likeliest message's expected scores: exact match, and ROUGE, which ignores case and emoji.

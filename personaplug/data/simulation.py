@@ -43,9 +43,8 @@ class SimulationConfig:
         users: the number of users in train; a user does not depend on it.
         min_items: the shortest history; 0 adds cold users, see `cold_share`.
         cold_share: if `min_items` is 0, the share of users with 0, 1 or 2 items; the others have more.
-        generosity_sd: rating: the standard deviation of generosity between users, in points.
-        taste_sd: rating: the standard deviation between genres for a user, in points.
-        noise_sd: rating: the standard deviation of the noise, in points.
+        generosity_sd: rating: the standard deviation between users, in points; `taste_sd` is that between a user's
+            genres, `noise_sd` that of the noise.
         habit_chance: style: how often the phrase, and independently the emoji, appears; at least .5, so that the
             likeliest message has both.
     """

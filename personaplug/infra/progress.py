@@ -35,7 +35,7 @@ class Progress:
             self._print_line("")
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
-        """Count `count` more units; show `note`, such as a loss, beside the rate."""
+        """Count more units; show `note`, such as a loss, beside the rate."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from personaplug.data.parsing import item_of, name_of, target_of, text_of, value_of
+from personaplug.data.parsing import name_of, target_of, text_of
 from personaplug.data.record_files import record_source
-from personaplug.data.record_reader import Limits, PositionedRecord, RecordReader, TimedItem
+from personaplug.data.record_reader import Limits, PositionedRecord, RecordReader
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
@@ -62,17 +62,12 @@ class PublishedReader(RecordReader):
         return name_of(record, self._layout.id) if self._layout.id else f"row-{number}"
 
     def _sample(self, record: Mapping[str, Any], sample_id: str) -> Sample:
-        layout, task = self._layout, self.task
+        layout = self._layout
         prompt = layout.instruction + name_of(record, layout.input)
         user = name_of(record, layout.user) if layout.user else None
-        target = target_of(task, text_of(record, layout.output)) if layout.output else None
-        history = self._history(value_of(record, "profile"), self._item)
-        return self._sample_of(sample_id, user, prompt, target=target, history=history)
-
-    def _item(self, record: object, number: int) -> TimedItem:
-        id_key, date_key = self._layout.item_id, self._layout.item_date
-        default_id = None if id_key else str(number)
-        return item_of(self.task, record, default_id=default_id, id_key=id_key, date_key=date_key)
+        target = target_of(self.task, text_of(record, layout.output)) if layout.output else None
+        items = self._items(record, id_key=layout.item_id, date_key=layout.item_date)
+        return self._sample_of(sample_id, user, prompt, target=target, items=items)
 
 
 def check_split(split: str) -> str:

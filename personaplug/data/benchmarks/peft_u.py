@@ -76,12 +76,13 @@ class PeftUReader(RecordReader):
             except Flaw as flaw:
                 self._skip(self._path, position, flaw)
                 continue
-            items = self._items(train, position)
+            items = self._labelled_items(train, position)
             if self._split == "train":
                 first = max(len(items) - self._queries_per_user, 0)
                 samples = [self._sample(user, items[index], items[:index]) for index in range(first, len(items))]
             else:
-                samples = [self._sample(user, query, items) for query in self._items(queries, position, train=train)]
+                others = self._labelled_items(queries, position, train=train)
+                samples = [self._sample(user, query, items) for query in others]
             for sample in samples:
                 if sample.id not in seen:
                     seen.add(sample.id)
@@ -90,7 +91,7 @@ class PeftUReader(RecordReader):
                     duplicate = f"{position}, sample id {short_id(sample.id)}"
                     self._skip(self._path, duplicate, Flaw("an earlier record has the same id"))
 
-    def _items(
+    def _labelled_items(
         self, samples: Mapping[str, Any], position: str, *, train: Mapping[str, Any] = MappingProxyType({})
     ) -> list[HistoryItem]:
         items = []
@@ -98,21 +99,17 @@ class PeftUReader(RecordReader):
             try:
                 if sample_id in train:
                     raise Flaw("the user's train holds a sample of the same id")
-                items.append(self._item(sample_id, as_record(values)))
+                # A sample may become a query, so its text must not be blank.
+                text, label = name_of(as_record(values), "text"), target_of(self.task, _label(values))
+                items.append(HistoryItem(as_name(sample_id, "its id"), (("text", text), ("label", label)), "label"))
             except Flaw as flaw:
                 self._skip(self._path, f"{position}, sample {short_id(sample_id)}", flaw)
         return items
 
-    def _item(self, sample_id: str, record: Mapping[str, Any]) -> HistoryItem:
-        # A sample may become a query, so its text must not be blank.
-        text = name_of(record, "text")
-        label = target_of(self.task, _label(record))
-        return HistoryItem(as_name(sample_id, "its id"), (("text", text), ("label", label)), "label")
-
     def _sample(self, user: str, query: HistoryItem, items: list[HistoryItem]) -> Sample:
         prompt = f"{self._instruction}{_MARKER}{dict(query.fields)['text']}"
-        history = self._latest([(None, item) for item in items])
-        return self._sample_of(f"{user}/{query.id}", user, prompt, target=query.answer, history=history)
+        timed = [(None, item) for item in items]
+        return self._sample_of(f"{user}/{query.id}", user, prompt, target=query.answer, items=timed)
 
 
 def _users(path: Path) -> Iterator[tuple[str, Any]]:

@@ -58,7 +58,6 @@ class SimulatedUsers:
         count: the number of users; a user does not depend on it.
         alpha: the Dirichlet parameter; the smaller, the more a user follows one reward model.
         shortest: the minimum number of choices before the first query; `longest` is the maximum.
-        queries_per_user: the number of a user's samples in train.
         choices: the number of responses on offer, of eight, in random order.
     """
 
@@ -83,9 +82,8 @@ class PersonalLLMReader(RecordReader):
     """One split of simulated choices. All rows are held in memory.
 
     `train` and `dev` come from the train file: every tenth row is a request of dev alone, the others make the
-    histories and train's queries. `test` asks for rows of the test file. The users are the same in all splits; a user
-    has one query in dev and in test, after all choices in train. A history holds requests with the preferred
-    response, in the order of the choices. The target is the letter of the preferred response.
+    histories and train's queries. `test` asks for rows of the test file. A user has one query in dev and in test, after
+    all choices in train. A history holds requests with the preferred response, in the order of the choices.
     """
 
     def __init__(
@@ -136,12 +134,8 @@ class PersonalLLMReader(RecordReader):
             yield self._sample(user, _choose(query, weights, choices=settings.choices, rng=rng), past)
 
     def _sample(self, user: int, query: _Choice, past: Sequence[_Choice]) -> Sample:
-        name = f"user-{user}"
-        options = "\n\n".join(f"{letter}: {text}" for letter, text in zip(_LETTERS, query.offered, strict=False))
-        prompt = f"{_INSTRUCTION}{_MARKER}{query.row.prompt}\n\n{options}"
-        history = self._latest([(None, choice.item) for choice in past])
-        target = _LETTERS[query.preferred]
-        return self._sample_of(f"{name}/{query.row.id}", name, prompt, target=target, history=history)
+        name, items = f"user-{user}", [(None, choice.item) for choice in past]
+        return self._sample_of(f"{name}/{query.item.id}", name, query.prompt, target=query.letter, items=items)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -156,22 +150,20 @@ class _Row:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Choice:
-    """The responses that a user is offered, in the order shown, and the index of the preferred one."""
+    """A user's choice as a history item, and the prompt that offers the responses with the preferred one's letter."""
 
-    row: _Row
-    offered: tuple[str, ...]
-    preferred: int
-
-    @property
-    def item(self) -> HistoryItem:
-        return HistoryItem(self.row.id, (("request", self.row.prompt), ("response", self.offered[self.preferred])))
+    item: HistoryItem
+    prompt: str
+    letter: str
 
 
 def _choose(row: _Row, weights: NDArray[np.float64], *, choices: int, rng: np.random.Generator) -> _Choice:
     """Offer responses in random order and let a user choose."""
     shown = rng.permutation(_RESPONSES)[:choices]
     preferred = int(np.argmax(row.scores[shown] @ weights))
-    return _Choice(row, tuple(row.responses[index] for index in shown), preferred)
+    item = HistoryItem(row.id, (("request", row.prompt), ("response", row.responses[shown[preferred]])))
+    options = (f"{letter}: {row.responses[index]}" for letter, index in zip(_LETTERS, shown, strict=False))
+    return _Choice(item, "\n\n".join((f"{_INSTRUCTION}{_MARKER}{row.prompt}", *options)), _LETTERS[preferred])
 
 
 def _row_id(record: Mapping[str, Any], number: int) -> str:

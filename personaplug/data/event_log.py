@@ -11,20 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from string import Formatter
+from typing import Unpack
 
-from personaplug.data.parsing import (
-    Flaw,
-    as_datetime,
-    as_record,
-    name_of,
-    options_of,
-    query_of,
-    target_of,
-    text_of,
-    value_of,
-)
+from personaplug.data.parsing import Flaw, as_datetime, as_record, name_of, query_of, target_of, text_of, value_of
 from personaplug.data.record_files import record_source
-from personaplug.data.record_reader import RecordReader
+from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, nearest
@@ -32,10 +23,9 @@ from personaplug.errors import ConfigError, MissingData, nearest
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """The meaning of a log's columns.
+    """The columns of a log by their meaning, and the wording of a prompt.
 
     Attributes:
-        user: the column of the user's id.
         fields: the column of each of the task's item fields, without its answer field. Further fields serve the
             prompt alone: LaMP_7's items hold the written text, its prompt holds the text to rewrite.
         answer: the column of the user's answer: the target, and the item's answer field if the task has one.
@@ -52,15 +42,9 @@ class ColumnMapping:
     id: str | None = None
     date: str | None = None
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """All columns that are read, without duplicates."""
-        names = (self.user, *self.fields.values(), self.answer, self.id, self.date)
-        return tuple(dict.fromkeys(name for name in names if name is not None))
-
 
 class EventLogReader(RecordReader):
-    """Samples from a log, split by time within each user.
+    """Samples from a file *.jsonl, *.csv (both also *.gz) or *.parquet, split by time within each user.
 
     A user's rows are sorted by time. `dev` holds the last `dev_queries` rows as queries, `train` the last
     `queries_per_user` rows before them, and both only rows with at least `min_history` earlier rows. A history holds
@@ -78,20 +62,16 @@ class EventLogReader(RecordReader):
         queries_per_user: int = 4,
         dev_queries: int = 1,
         min_history: int = 1,
-        max_history: int = 512,
-        skip_bad: int = 0,
+        **limits: Unpack[Limits],
     ) -> None:
-        """Check the settings. The log, a file *.jsonl, *.csv (both also *.gz) or *.parquet, is read later."""
         if split not in ("train", "dev"):
             raise ConfigError(f"A log has the splits 'train' and 'dev'; found {split!r}.")
-        for name, value, least in (
-            ("queries_per_user", queries_per_user, 1),
-            ("dev_queries", dev_queries, 1),
-            ("min_history", min_history, 0),
-        ):
+        counts = {"queries_per_user": queries_per_user, "dev_queries": dev_queries, "min_history": min_history}
+        for name, value in counts.items():
+            least = 0 if name == "min_history" else 1
             if value < least:
                 raise ConfigError(f"{name} should be at least {least}, found {value}.")
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
+        super().__init__(task, **limits)
         self._path = Path(path)
         self._source = record_source(self._path, kinds=(".jsonl", ".csv", ".parquet"))
         if not self._path.is_file():
@@ -102,24 +82,28 @@ class EventLogReader(RecordReader):
 
     def _samples(self) -> Iterator[Sample]:
         for user, rows in self._rows_by_user().items():
-            for index in self._query_range(len(rows)):
-                sample = self._sample(user, rows, index)
-                if sample is not None:
+            end = max(len(rows) - self._dev_queries, 0)
+            start = max(end - self._queries_per_user, 0)
+            if self._split == "dev":
+                start, end = end, len(rows)
+            for index in range(max(start, self._min_history), end):
+                if sample := self._sample(user, rows, index):
                     yield sample
 
     def _rows_by_user(self) -> dict[str, list[_Row]]:
         users: dict[str, list[_Row]] = {}
         seen: set[str] = set()
-        for position, number, values in self._source(self._path, self._mapping.columns):
+        mapping = self._mapping
+        columns = [mapping.user, *mapping.fields.values(), mapping.answer, *filter(None, (mapping.id, mapping.date))]
+        for position, number, values in self._source(self._path, list(dict.fromkeys(columns))):
             try:
                 user, row = self._row(as_record(values), position, number)
                 if row.item.id in seen:
                     raise Flaw("an earlier record has the same id")
-            except Flaw as flaw:
-                self._skip(self._path, position, flaw)
-            else:
                 seen.add(row.item.id)
                 users.setdefault(user, []).append(row)
+            except Flaw as flaw:
+                self._skip(self._path, position, flaw)
         for rows in users.values():
             rows.sort(key=lambda row: row.moment or datetime.min)
         return users
@@ -137,12 +121,6 @@ class EventLogReader(RecordReader):
         item = HistoryItem(row_id, fields, task.answer_field, moment.date() if moment else None)
         return user, _Row(item, target, moment, position, tuple(texts.items()))
 
-    def _query_range(self, count: int) -> range:
-        dev_start = max(count - self._dev_queries, 0)
-        if self._split == "dev":
-            return range(max(dev_start, self._min_history), count)
-        return range(max(dev_start - self._queries_per_user, self._min_history), dev_start)
-
     def _sample(self, user: str, rows: Sequence[_Row], index: int) -> Sample | None:
         row = rows[index]
         earlier = [(old.moment, old.item) for old in rows[:index] if row.moment is None or old.moment != row.moment]
@@ -150,12 +128,10 @@ class EventLogReader(RecordReader):
             return None
         prompt = _fill(self._template, dict(row.item.fields + row.prompt_fields))
         try:
-            query = query_of(self.task, prompt)
+            return self._sample_of(row.item.id, user, prompt, target=row.target, items=earlier)
         except Flaw as flaw:
             self._skip(self._path, row.position, flaw)
             return None
-        options = options_of(self.task, prompt)
-        return Sample(row.item.id, user, prompt, query, row.target, self._latest(earlier), options=options)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -167,13 +143,11 @@ class _Row:
     prompt_fields: tuple[tuple[str, str], ...]
 
 
-# ---- the prompt
-
 _Template = tuple[tuple[str, str | None], ...]
 
 
 def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
-    """Split the prompt at its placeholders, so that a user's text is never read as a template."""
+    """Split the prompt at its placeholders, so that a user's text is never read as a template; check the fields."""
     try:
         parts = list(Formatter().parse(mapping.prompt))
     except ValueError as error:
@@ -181,8 +155,16 @@ def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
     for _, name, spec, conversion in parts:
         if name is not None and (name not in mapping.fields or spec or conversion):
             raise ConfigError(f"The prompt's placeholder {{{name}}} is no plain field; {nearest(name, mapping.fields)}")
+    required = [name for name in task.field_names if name != task.answer_field]
+    if task.answer_field in mapping.fields:
+        raise ConfigError(f"The mapping's field {task.answer_field!r} is the answer; name its column by `answer`.")
+    for name in required:
+        if name not in mapping.fields:
+            raise ConfigError(f"The mapping names no column for {name!r}, an item field of task {task.name}.")
     template = tuple((literal, name) for literal, name, _, _ in parts)
-    _check_fields(mapping, task, {name for _, name in template if name})
+    for name in mapping.fields:
+        if name not in {*required, *(placeholder for _, placeholder in template)}:
+            raise ConfigError(f"The mapping's field {name!r} is not used; {nearest(name, required)}")
     try:
         query_of(task, _fill(template, dict.fromkeys(mapping.fields, "x")))
     except Flaw as flaw:
@@ -190,17 +172,5 @@ def _parse_template(mapping: ColumnMapping, task: Task) -> _Template:
     return template
 
 
-def _check_fields(mapping: ColumnMapping, task: Task, placeholders: set[str]) -> None:
-    required = [name for name in task.field_names if name != task.answer_field]
-    if task.answer_field in mapping.fields:
-        raise ConfigError(f"The mapping's field {task.answer_field!r} is the answer; name its column by `answer`.")
-    for name in required:
-        if name not in mapping.fields:
-            raise ConfigError(f"The mapping names no column for {name!r}, an item field of task {task.name}.")
-    for name in mapping.fields:
-        if name not in required and name not in placeholders:
-            raise ConfigError(f"The mapping's field {name!r} is not used; {nearest(name, required)}")
-
-
 def _fill(template: _Template, fields: Mapping[str, str]) -> str:
-    return "".join(literal + (fields[name] if name is not None else "") for literal, name in template)
+    return "".join(literal + (fields[name] if name else "") for literal, name in template)

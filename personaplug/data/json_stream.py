@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,8 @@ import ijson
 from personaplug.data.parsing import Flaw
 from personaplug.errors import MissingData, RecordError
 
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
-BROKEN_GZIP = "the gzip data is broken or cut short"
-
+_GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+_BROKEN_GZIP = "the gzip data is broken or cut short"
 _MAX_DEPTH = 64
 _DEPTH_CHANGE = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _SHAPES = {b"[": ("start_array", "a list"), b"{": ("start_map", "an object")}
@@ -29,22 +29,27 @@ _Event = tuple[str, Any]
 
 def existing_folder(folder: str | Path) -> Path:
     """Return the path of a folder that exists."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise MissingData(f"There is no data folder {folder}.")
-    return folder
+    return Path(folder)
 
 
 def plain_or_gz(folder: Path, name: str) -> Path | None:
     """Return the file with this name or, if there is none, its gzipped form."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    return None
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def copy_plain(path: str | Path, target: Path) -> None:
+    """Copy a file; unpack it if its name ends in .gz."""
+    try:
+        with _open_plain(Path(path)) as stream, target.open("wb") as copy:
+            shutil.copyfileobj(stream, copy)
+    except _GZIP_ERRORS:
+        raise RecordError(path, "in the file", reason=_BROKEN_GZIP) from None
 
 
 @contextmanager
-def open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
+def _open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
     """Open a file for reading bytes: unpacked if its name ends in .gz, and without a byte order mark."""
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         if stream.peek(3).startswith(codecs.BOM_UTF8):
@@ -55,19 +60,17 @@ def open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
 def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iterator[tuple[int, Any]]:
     """Yield the values under a prefix, numbered from 1, with one value in memory at a time.
 
+    If the file is not valid JSON or gzip, nests values too deeply, or has another outermost value, raise RecordError.
+    The rest of such a file is lost, so this error must not be skipped.
+
     Args:
-        path: a JSON file.
         prefix: the path to the values in ijson's notation, such as `golds.item`; "" for the whole file.
         opening: the bracket that starts the file's outermost value.
         unit: the name of a value in error messages.
-
-    Raises:
-        RecordError: if the file is not valid JSON or gzip, nests values too deeply, or has another outermost value.
-            The rest of such a file is lost, so this error must not be skipped.
     """
     count = 0
     try:
-        with open_plain(path) as stream:
+        with _open_plain(path) as stream:
             events = ijson.basic_parse(stream, use_float=True)
             first = next(events)
             event, shape = _SHAPES[opening]
@@ -81,8 +84,8 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
     except (ijson.JSONError, UnicodeDecodeError):
         # The parser's own message quotes the file's text, so it is not passed on.
         reason = "the file is not valid JSON from here on"
-    except GZIP_ERRORS:
-        reason = BROKEN_GZIP
+    except _GZIP_ERRORS:
+        reason = _BROKEN_GZIP
     else:
         return
     raise RecordError(path, f"after {unit} {count}" if count else "at the start", reason=reason)
@@ -92,26 +95,24 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file, numbered from 1."""
     number = 0
     try:
-        with open_plain(path) as stream:
+        with _open_plain(path) as stream:
             for number, line in enumerate(stream, 1):
                 yield number, line
-    except GZIP_ERRORS:
-        raise RecordError(path, f"after line {number}", reason=BROKEN_GZIP) from None
+    except _GZIP_ERRORS:
+        raise RecordError(path, f"after line {number}", reason=_BROKEN_GZIP) from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
     """Yield the JSON object of each line that is not blank, or a Flaw if the line holds none."""
     for number, line in numbered_lines(path):
-        if line.strip():
-            yield number, _json_record(line)
-
-
-def _json_record(line: bytes) -> Mapping[str, Any] | Flaw:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return Flaw("it is not valid JSON")
-    return values if isinstance(values, dict) else Flaw("it is not a JSON object")
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            yield number, Flaw("it is not valid JSON")
+        else:
+            yield number, values if isinstance(values, dict) else Flaw("it is not a JSON object")
 
 
 def _values_at(path: list[str], first: _Event, events: Iterator[_Event]) -> Iterator[Any]:
@@ -128,12 +129,14 @@ def _values_at(path: list[str], first: _Event, events: Iterator[_Event]) -> Iter
             if key[1] == path[0]:
                 yield from _values_at(path[1:], next(events), events)
             else:
-                _consume(next(events), events, _ignore)
+                _consume(next(events), events)
     else:
-        _consume(first, events, _ignore)
+        _consume(first, events)
 
 
-def _consume(first: _Event, events: Iterator[_Event], receive: Callable[[str, Any], object]) -> None:
+def _consume(
+    first: _Event, events: Iterator[_Event], receive: Callable[[str, Any], object] = lambda name, value: None
+) -> None:
     """Pass on the events of one value. The bound on its depth protects code that walks the value recursively."""
     name, value = first
     depth = 0
@@ -145,7 +148,3 @@ def _consume(first: _Event, events: Iterator[_Event], receive: Callable[[str, An
         if depth == 0:
             return
         name, value = next(events)
-
-
-def _ignore(name: str, value: object) -> None:
-    pass

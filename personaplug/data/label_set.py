@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -17,29 +18,24 @@ _LATEST = 5  # items whose mean shows the trend of a user's ratings
 
 
 class LabelSet:
-    """A closed set of labels. Labels that are rising numbers form a scale of ratings.
-
-    Attributes:
-        labels: in the order of their indices.
-        width: the number of `features`.
-    """
+    """A closed set of labels. Labels that are rising numbers form a scale of ratings. `width` counts `features`."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
         self._indices = {label: index for index, label in enumerate(labels)}
-        self._scale = _scale_of(labels)
+        numbers = ratings(labels)
+        is_rising = len(numbers) == len(labels) > 1 and all(low < high for low, high in pairwise(numbers))
+        self._scale = numbers if is_rising else None
         self.width = len(labels) + (0 if self._scale is None else 4)
 
     def index(self, answer: str | None) -> int:
         """Return the index of an answer's label, or of the nearest label of a scale; -1 for neither."""
         index = self._indices.get((answer or "").strip(), -1)
-        if index >= 0 or self._scale is None:
-            return index
-        number = _number(answer)
-        return -1 if number is None else self._nearest_index(number)
+        number = _number(answer) if index < 0 and self._scale is not None else None
+        return index if number is None else self._nearest_index(number)
 
     def indices(self, items: Sequence[HistoryItem]) -> LabelIds:
-        """Return the label indices of the items' answers, in order, without those that have no label."""
+        """Return the label indices of those items' answers that have one, in order."""
         indices = np.array([self.index(item.answer) for item in items], dtype=np.int64)
         return indices[indices >= 0]
 
@@ -48,17 +44,16 @@ class LabelSet:
         return self.labels[self._nearest_index(value)]
 
     def features(self, items: Sequence[HistoryItem]) -> Array:
-        """Return the share of each label among the answers; for ratings also mean, median, spread and latest mean.
+        """Return the share of each label; for ratings also mean, median, spread and latest mean.
 
-        Returns:
-            (width,); NaN if the history holds no answer.
+        The shape is (width,); all is NaN if the history holds no answer.
         """
         indices = self.indices(items)
         if not len(indices):
             return np.full(self.width, np.nan)
-        shares = np.bincount(indices, minlength=len(self.labels)) / len(indices)
+        shares: Array = np.bincount(indices, minlength=len(self.labels)) / len(indices)
         if self._scale is None:
-            return np.asarray(shares)
+            return shares
         values = ratings(item.answer for item in items)
         return np.array([*shares, values.mean(), np.median(values), values.std(), values[-_LATEST:].mean()])
 
@@ -73,15 +68,8 @@ def ratings(answers: Iterable[str | None]) -> Array:
     return np.array([number for answer in answers if (number := _number(answer)) is not None])
 
 
-def _scale_of(labels: Sequence[str]) -> Array | None:
-    numbers = ratings(labels)
-    is_rising = len(numbers) == len(labels) > 1 and all(low < high for low, high in pairwise(numbers))
-    return numbers if is_rising else None
-
-
 def _number(answer: str | None) -> float | None:
-    try:
+    with suppress(ValueError):
         number = float((answer or "").strip())
-    except ValueError:
-        return None
-    return number if np.isfinite(number) else None
+        return number if np.isfinite(number) else None
+    return None

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from personaplug.data.json_stream import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
-from personaplug.data.parsing import (
-    Flaw,
-    as_name,
-    as_record,
-    item_of,
-    name_of,
-    options_of,
-    query_of,
-    short_id,
-    target_of,
-    text_of,
-    value_of,
-)
-from personaplug.data.record_reader import RecordReader, TimedItem, in_time_order
+from personaplug.data.parsing import Flaw, as_record, item_of, name_of, short_id, target_of, text_of
+from personaplug.data.record_reader import Limits, RecordReader, in_time_order
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import load_task
@@ -30,111 +18,75 @@ from personaplug.errors import MissingData, RecordError
 _Golds = Mapping[str, str | Flaw]
 
 
-def open_dataset(
-    folder: str | Path,
-    split: str,
-    *,
-    task: Task | str | None = None,
-    skip_bad: int = 0,
-    max_history: int = 512,
-) -> Reader:
-    """Open one split of a data folder.
+def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = None, **limits: Unpack[Limits]) -> Reader:
+    """Open one split of a folder in LaMP's layout.
 
     Args:
-        folder: a folder in LaMP's layout.
         split: "train", "dev", "test" or another start of the files' names.
         task: a Task, a name for `load_task`, or None for the task that the folder declares.
-        skip_bad: the number of broken records that may be skipped.
-        max_history: the number of latest items that a history keeps.
-
-    Raises:
-        MissingData: if the folder, the questions or the task's declaration are missing.
-        ConfigError: if the task is wrongly declared, or a setting is out of range.
     """
-    return LampReader(folder, split, task=task, skip_bad=skip_bad, max_history=max_history)
+    folder, name = existing_folder(folder), f"{split}_questions.json"
+    questions, outputs = plain_or_gz(folder, name), plain_or_gz(folder, f"{split}_outputs.json")
+    if questions is None:
+        splits = sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
+        there = ", ".join(splits) or "none"
+        raise MissingData(f"{folder} has neither {name} nor {name}.gz; splits that are there: {there}.")
+    task = task if isinstance(task, Task) else load_task(folder, task=task)
+    return _LampReader(questions, outputs, task, **limits)
 
 
 def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
     """Read one user's items: one JSON object a line, or one JSON list, plain or gzipped.
 
-    An item holds the task's fields and may hold a "date" and an "id". Without an id, its line number or its number
-    in the list is the id. Items are sorted by time if all are dated.
-
-    Raises:
-        MissingData: if the file does not exist.
-        RecordError: for the first broken item, or if the file breaks off.
+    An item holds the task's fields and may hold a "date" and an "id"; by default, the id is its line number or its
+    number in the list. Items are sorted by time if all are dated.
     """
     path = Path(path)
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
+    first_line = next((line for _, line in numbered_lines(path) if line.strip()), b"")
+    is_list = first_line.lstrip().startswith(b"[")
     items = []
-    for unit, number, record in _numbered_records(path):
+    for number, record in stream_values(path, "item", opening=b"[", unit="item") if is_list else json_lines(path):
         try:
             items.append(item_of(task, record, default_id=str(number)))
         except Flaw as flaw:
-            raise RecordError(path, f"{unit} {number}", reason=str(flaw)) from None
+            raise RecordError(path, f"{'item' if is_list else 'line'} {number}", reason=str(flaw)) from None
     return in_time_order(items)
 
 
-class LampReader(RecordReader):
+class _LampReader(RecordReader):
     """One split of a folder in LaMP's layout.
 
     Questions, the bulk of the data, are streamed; golds and ids stay in memory. Without an outputs file, every
     target is None. With one, its ids and those of the questions must be equal.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        split: str,
-        *,
-        task: Task | str | None = None,
-        skip_bad: int = 0,
-        max_history: int = 512,
-    ) -> None:
-        """Find the files and the task; see `open_dataset`. The questions are read later."""
-        folder = existing_folder(folder)
-        self._questions = _questions_file(folder, split)
-        self._outputs = plain_or_gz(folder, f"{split}_outputs.json")
+    def __init__(self, questions: Path, outputs: Path | None, task: Task, **limits: Unpack[Limits]) -> None:
+        super().__init__(task, **limits)
+        self._questions, self._outputs = questions, outputs
         self._golds: _Golds = {}
-        task = task if isinstance(task, Task) else load_task(folder, task=task)
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
 
     def _samples(self) -> Iterator[Sample]:
-        self._golds = {} if self._outputs is None else self._read_golds(self._outputs)
+        self._golds = self._read_golds(self._outputs) if self._outputs else {}
         questions = stream_values(self._questions, "item", opening=b"[", unit="question")
         records = ((self._questions, f"question {number}", record) for number, record in questions)
         seen: set[str] = set()
-        yield from self._parsed(records, parse_id=_question_id, parse=self._sample, seen=seen)
-        for orphan in [gold_id for gold_id in self._golds if gold_id not in seen]:
-            assert self._outputs is not None
-            self._skip(self._outputs, f"gold (id {short_id(orphan)})", Flaw("no question has this id"))
+        yield from self._parsed(records, parse_id=lambda entry, _: name_of(entry, "id"), parse=self._sample, seen=seen)
+        if self._outputs:
+            for orphan in [gold_id for gold_id in self._golds if gold_id not in seen]:
+                self._skip(self._outputs, f"gold (id {short_id(orphan)})", Flaw("no question has this id"))
 
     def _sample(self, question: Mapping[str, Any], sample_id: str) -> Sample:
-        user = question.get("user_id")
         prompt = name_of(question, "input")
-        return Sample(
-            id=sample_id,
-            user_id=None if user is None else as_name(user, "its 'user_id'"),
-            prompt=prompt,
-            query=query_of(self.task, prompt),
-            target=self._target(sample_id),
-            history=self._history(value_of(question, "profile"), self._item),
-            options=options_of(self.task, prompt),
-        )
-
-    def _item(self, record: object, number: int) -> TimedItem:
-        return item_of(self.task, record)
-
-    def _target(self, sample_id: str) -> str | None:
-        if self._outputs is None:
-            return None
-        if sample_id not in self._golds:
-            raise Flaw(f"none of the {len(self._golds)} golds has its id")
-        gold = self._golds[sample_id]
-        if isinstance(gold, Flaw):
-            raise gold
-        return target_of(self.task, gold)
+        user = None if question.get("user_id") is None else name_of(question, "user_id")
+        target = None
+        if self._outputs:
+            gold = self._golds.get(sample_id, Flaw(f"none of the {len(self._golds)} golds has its id"))
+            if isinstance(gold, Flaw):
+                raise gold
+            target = target_of(self.task, gold)
+        return self._sample_of(sample_id, user, prompt, target=target, items=self._items(question))
 
     def _read_golds(self, path: Path) -> _Golds:
         golds: dict[str, str | Flaw] = {}
@@ -142,39 +94,11 @@ class LampReader(RecordReader):
             try:
                 gold = as_record(record)
                 gold_id = name_of(gold, "id")
-                golds[gold_id] = Flaw("two golds have its id") if gold_id in golds else _output(gold)
             except Flaw as flaw:
                 self._skip(path, f"gold {number}", flaw)
+                continue
+            try:
+                golds[gold_id] = Flaw("two golds have its id") if gold_id in golds else text_of(gold, "output")
+            except Flaw as flaw:
+                golds[gold_id] = Flaw(f"its gold: {flaw}")
         return golds
-
-
-def _question_id(question: Mapping[str, Any], number: int) -> str:
-    return name_of(question, "id")
-
-
-def _output(gold: Mapping[str, Any]) -> str | Flaw:
-    try:
-        return text_of(gold, "output")
-    except Flaw as flaw:
-        return Flaw(f"its gold: {flaw}")
-
-
-def _questions_file(folder: Path, split: str) -> Path:
-    name = f"{split}_questions.json"
-    path = plain_or_gz(folder, name)
-    if path is None:
-        splits = sorted({path.name.partition("_questions.json")[0] for path in folder.glob("*_questions.json*")})
-        raise MissingData(
-            f"{folder} has neither {name} nor {name}.gz; splits that are there: {', '.join(splits) or 'none'}."
-        )
-    return path
-
-
-def _numbered_records(path: Path) -> Iterator[tuple[str, int, object]]:
-    first_line = next((line for _, line in numbered_lines(path) if line.strip()), b"")
-    if first_line.lstrip().startswith(b"["):
-        for number, value in stream_values(path, "item", opening=b"[", unit="item"):
-            yield "item", number, value
-    else:
-        for number, record in json_lines(path):
-            yield "line", number, record

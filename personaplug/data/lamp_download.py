@@ -8,23 +8,16 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pooch
 import requests
 
-from personaplug.data.json_stream import (
-    BROKEN_GZIP,
-    GZIP_ERRORS,
-    existing_folder,
-    open_plain,
-    plain_or_gz,
-    stream_values,
-)
+from personaplug.data.json_stream import copy_plain, existing_folder, plain_or_gz, stream_values
 from personaplug.data.task import Task
 from personaplug.data.task_registry import LAMP_TASKS, check_declared_task
 from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, nearest
@@ -39,9 +32,11 @@ _CHECKSUMS = "SHA256SUMS"
 _RETRIES = 4
 _CHUNK = 1 << 16  # bytes
 _BUSY = {408, 425, 429}  # beside 5xx: statuses for which a retry may succeed
+_TERMS = (
+    "%s: LaMP's data is under CC BY-NC-SA 4.0 (not commercial, share alike), and its sources have their own "
+    "terms: for research use. LaMP-6 is not public, so it is not available."
+)
 _HINT = "Or give a local folder with the files as `source`."
-
-# ---- the data sets
 
 # The labels and the marker are LaMP's. LaMP gives an item's fields in no order; this order follows LaMP_4.
 _NEWS = Task(
@@ -54,28 +49,20 @@ _NEWS = Task(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _DataSet:
-    """A data set: its name, its task, the name of the task in its files, and its folder on the server."""
-
+class _DataSet(NamedTuple):
     name: str
     task: Task
-    named_task: str
-    path: str
+    path: str  # on the server
 
 
-def _all_data_sets() -> dict[str, _DataSet]:
-    data_sets = []
+def _data_sets(ending: str, parent: str) -> Iterator[_DataSet]:
     for task in (*LAMP_TASKS.values(), _NEWS):
-        # LaMP-2 is now the movie task, in the folder new/ beside the older news task.
-        number, inner = task.name.removesuffix("_news"), "new/" if task.name == "LaMP_2" else ""
-        name = task.name.lower().replace("_", "-")
-        data_sets.append(_DataSet(name, task, number, f"{number}/{inner}"))
-        data_sets.append(_DataSet(f"{name}:time", task, number, f"time/{number}/{inner}"))
-    return {data_set.name: data_set for data_set in data_sets}
+        # The movie task LaMP-2 lies in the folder new/ beside the older news task.
+        folder = "LaMP_2/new" if task.name == "LaMP_2" else task.name.removesuffix("_news")
+        yield _DataSet(task.name.lower().replace("_", "-") + ending, task, f"{parent}{folder}/")
 
 
-_DATA_SETS = _all_data_sets()
+_DATA_SETS = {data_set.name: data_set for data_set in (*_data_sets("", ""), *_data_sets(":time", "time/"))}
 
 
 def download_lamp(
@@ -90,34 +77,35 @@ def download_lamp(
 
     Args:
         name: "lamp-3", "lamp-2-news" and the like for the split by user, with ":time" for the split by time.
-        out: the folder of this data set.
         splits: the splits; the answers of test are not public.
-        base_url: the address of LaMP's folders.
         source: a local folder to copy from instead: it holds the files (plain or .gz) directly, in a folder per
             split, or as on the server.
-
-    Raises:
-        MissingData: if a file does not exist, or the server does not deliver it completely.
-        RecordError: if a file is not JSON, or differs from its recorded checksum.
-        RunConflict: if the folder holds something else.
     """
     data_set, out = _find_data_set(name), Path(out)
-    files, base_url = _files_of(splits), _checked_url(base_url)
+    splits = (splits,) if isinstance(splits, str) else splits
+    for split in splits:
+        if split not in SPLITS:
+            raise ConfigError(f"LaMP has no split {split!r}; {nearest(split, SPLITS)}")
+    files = [(split, f"{split}_{part}.json") for split in splits for part in ("questions", "outputs")]
+    files = [(split, file) for split, file in files if file != "test_outputs.json"]
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"base_url should begin with https:// or http://, found {base_url!r}. {_HINT}")
     origin = None if source is None else existing_folder(source)
     checksums = _Checksums(out, data_set.name)
     missing = [(split, file) for split, file in files if not checksums.has_valid_file(file)]
     if missing:
-        _log_terms(data_set)
+        logger.info(_TERMS, data_set.name)
         check_declared_task(out, data_set.task)
         # Official files call both LaMP-2 tasks LaMP_2, and those of test name no task.
         write_json(out / "task.json", asdict(data_set.task))
     for split, file in missing:
         if origin is None:
-            _fetch(f"{base_url}{data_set.path}{split}/{file}", out / file, checksums, download=_download)
+            url = f"{base_url.rstrip('/')}/{data_set.path}{split}/{file}"
+            _fetch(url, out / file, checksums, download=_download)
         else:
             path = _find_local(origin, file, folders=(split, f"{data_set.path}{split}"))
             _check_named_task(path, data_set)
-            _fetch(str(path), out / file, checksums, download=_copy)
+            _fetch(str(path), out / file, checksums, download=copy_plain)
     return [out / file for _, file in files]
 
 
@@ -128,33 +116,6 @@ def _find_data_set(name: str) -> _DataSet:
     if key not in _DATA_SETS:
         raise ConfigError(f"There is no LaMP data set {name!r}; {nearest(key, _DATA_SETS)}")
     return _DATA_SETS[key]
-
-
-def _files_of(splits: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the split and the name of each file."""
-    splits = (splits,) if isinstance(splits, str) else splits
-    for split in splits:
-        if split not in SPLITS:
-            raise ConfigError(f"LaMP has no split {split!r}; {nearest(split, SPLITS)}")
-    names = [(split, f"{split}_{part}.json") for split in splits for part in ("questions", "outputs")]
-    return [(split, name) for split, name in names if name != "test_outputs.json"]
-
-
-def _checked_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"base_url should begin with https:// or http://, found {url!r}. {_HINT}")
-    return url if url.endswith("/") else f"{url}/"
-
-
-def _log_terms(data_set: _DataSet) -> None:
-    logger.info(
-        "%s: LaMP's data is under CC BY-NC-SA 4.0 (not commercial, share alike), and its sources have terms of their "
-        "own: for research use. LaMP-6 is not public, so it is not available.",
-        data_set.name,
-    )
-
-
-# ---- checksums
 
 
 class _Checksums:
@@ -168,9 +129,8 @@ class _Checksums:
             if match := re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line):
                 self.digests[match[2]] = match[1].lower()
             elif line.startswith("# ") and line[2:] in _DATA_SETS and line[2:] != name:
-                raise RunConflict(
-                    f"{folder} holds {line[2:]}, whose files have the names of {name}. Choose a new folder."
-                )
+                conflict = f"{folder} holds {line[2:]}, whose files have the names of {name}"
+                raise RunConflict(f"{conflict}. Choose a new folder.")
             elif line.strip() and not line.startswith("#"):
                 raise RecordError(self.path, f"line {number}", reason="it is not in the format of sha256sum")
 
@@ -185,9 +145,7 @@ class _Checksums:
                 "Choose a new folder, or delete the file."
             )
         if pooch.file_hash(str(path)) != self.digests[file]:
-            reason = (
-                f"its checksum differs from {_CHECKSUMS}: it was changed or damaged; delete it to download it again"
-            )
+            reason = f"its checksum differs from {_CHECKSUMS}: changed or damaged; delete it to download it again"
             raise RecordError(path, "the whole file", reason=reason)
         return True
 
@@ -200,11 +158,8 @@ class _Checksums:
         write_text(self.path, "\n".join([f"# {self.name}", *lines, ""]))
 
 
-# ---- files
-
-
 def _fetch(source: str, path: Path, checksums: _Checksums, *, download: Callable[[str, Path], None]) -> None:
-    """Let pooch write a draft with `download`, try again if the connection fails, and move the draft to its path."""
+    """Let pooch write a draft with `download`, try again if the connection fails, and rename the draft."""
 
     def checked_download(source: str, draft: str, _: pooch.Pooch) -> None:
         Path(draft).unlink()  # pooch makes it readable for its owner alone
@@ -217,10 +172,8 @@ def _fetch(source: str, path: Path, checksums: _Checksums, *, download: Callable
         try:
             store.fetch(path.name, downloader=checked_download)
         except requests.RequestException as error:
-            reason = _status(error) or type(error).__name__
-            raise MissingData(
-                f"{source} was not downloaded after {_RETRIES + 1} attempts ({reason}). Try again later. {_HINT}"
-            ) from error
+            failure = f"{_RETRIES + 1} attempts ({_status(error) or type(error).__name__})"
+            raise MissingData(f"{source} was not downloaded after {failure}. Try again later. {_HINT}") from error
 
 
 def _download(url: str, draft: Path) -> None:
@@ -239,14 +192,6 @@ def _status(error: requests.RequestException) -> str:
     return "" if error.response is None else f"the server answered {error.response.status_code}"
 
 
-def _copy(source: str, draft: Path) -> None:
-    try:
-        with open_plain(Path(source)) as original, draft.open("wb") as copy:
-            shutil.copyfileobj(original, copy)
-    except GZIP_ERRORS:
-        raise RecordError(source, "in the file", reason=BROKEN_GZIP) from None
-
-
 def _check_json(path: Path, source: str, *, is_list: bool) -> None:
     """Check the first and the last bracket, which tell data from a web page or a truncated file."""
     opening, closing = (b"[", b"]") if is_list else (b"{", b"}")
@@ -258,14 +203,13 @@ def _check_json(path: Path, source: str, *, is_list: bool) -> None:
         reason = f"expected JSON that begins with {opening.decode()}, found something else (a web page?). {_HINT}"
         raise RecordError(source, "at the start", reason=reason)
     if not end.rstrip().endswith(closing):
-        raise RecordError(
-            source, "at the end", reason=f"it breaks off: JSON would end with {closing.decode()}; try again"
-        )
+        reason = f"it breaks off: JSON would end with {closing.decode()}; try again"
+        raise RecordError(source, "at the end", reason=reason)
 
 
 def _find_local(origin: Path, file: str, *, folders: Sequence[str]) -> Path:
-    for folder in (origin, *(origin / name for name in folders)):
-        if path := plain_or_gz(folder, file):
+    for name in ("", *folders):
+        if path := plain_or_gz(origin / name, file):
             return path
     raise MissingData(f"Neither {file} nor {file}.gz is in {origin}, nor in its {' or '.join(folders)}.")
 
@@ -274,8 +218,7 @@ def _check_named_task(path: Path, data_set: _DataSet) -> None:
     """Check the task that an outputs file names. A URL needs no such check, since it names the task itself."""
     if "_outputs.json" not in path.name:
         return
-    for _, name in stream_values(path, "task", opening=b"{", unit="key"):
-        if str(name).replace("-", "_") not in (data_set.named_task, data_set.task.name):
-            reason = f"expected {data_set.named_task} for {data_set.name}, found another task"
-            raise RecordError(path, "its 'task'", reason=reason)
-        return
+    _, name = next(stream_values(path, "task", opening=b"{", unit="key"), (0, data_set.task.name))
+    expected = data_set.task.name.removesuffix("_news")
+    if str(name).replace("-", "_") not in (expected, data_set.task.name):
+        raise RecordError(path, "its 'task'", reason=f"expected {expected} for {data_set.name}, found another task")

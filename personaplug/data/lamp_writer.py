@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from personaplug.data.parsing import Flaw, query_of, short_id, target_of
-from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
 from personaplug.errors import ConfigError, StorageError
@@ -22,44 +21,34 @@ from personaplug.infra.atomic_io import write_json
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
     """Write a split and the task. Samples are streamed, and each file appears complete or not at all.
 
-    If the samples have no targets, no outputs file is written and an older one of the split is removed.
-
-    Raises:
-        RunConflict: if the folder's task.json declares another task.
-        ConfigError: if the samples could not be read back: an id occurs twice, only some have a target, or a query
-            or fields do not fit the task. Nothing is changed then.
-        StorageError: if the disk is full or not writable.
+    If the samples have no targets, no outputs file is written and an older one of the split is removed. If they could
+    not be read back (an id occurs twice, only some have a target, a query or fields do not fit the task), raise
+    ConfigError and change nothing.
     """
     folder = Path(folder)
+    questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_declared_task(folder, task)
-        _write_split(samples, folder, split, task)
+        # The drafts replace the files only after the last sample has passed the checks.
+        with TemporaryDirectory(prefix=f".{split}.", dir=folder) as drafts:
+            draft_questions, draft_outputs = Path(drafts, questions.name), Path(drafts, outputs.name)
+            has_targets = _write_drafts(samples, draft_questions, draft_outputs, task)
+            for old in (outputs, outputs.with_name(f"{outputs.name}.gz")):
+                old.unlink(missing_ok=True)
+            if has_targets:
+                os.replace(draft_outputs, outputs)
+            os.replace(draft_questions, questions)
         write_json(folder / "task.json", asdict(task))
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror}. Complete files there remain.") from error
-
-
-def _write_split(samples: Iterable[Sample], folder: Path, split: str, task: Task) -> None:
-    questions, outputs = folder / f"{split}_questions.json", folder / f"{split}_outputs.json"
-    # The drafts replace the files only after the last sample has passed the checks.
-    with TemporaryDirectory(prefix=f".{split}.", dir=folder) as drafts:
-        draft_questions, draft_outputs = Path(drafts, questions.name), Path(drafts, outputs.name)
-        has_targets = _write_drafts(samples, draft_questions, draft_outputs, task)
-        for old in (outputs, outputs.with_name(f"{outputs.name}.gz")):
-            old.unlink(missing_ok=True)
-        if has_targets:
-            os.replace(draft_outputs, outputs)
-        os.replace(draft_questions, questions)
 
 
 def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Path, task: Task) -> bool:
     """Write both files and return whether the samples have targets."""
     seen: set[str] = set()
     targets = 0
-    with ExitStack() as stack:
-        questions = stack.enter_context(to_questions.open("w", encoding="utf-8"))
-        outputs = stack.enter_context(to_outputs.open("w", encoding="utf-8"))
+    with to_questions.open("w", encoding="utf-8") as questions, to_outputs.open("w", encoding="utf-8") as outputs:
         questions.write("[")
         outputs.write(f'{{"task": {json.dumps(task.name)}, "golds": [')
         for sample in samples:
@@ -94,10 +83,8 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
 
 def _question(sample: Sample) -> dict[str, Any]:
     user = {} if sample.user_id is None else {"user_id": sample.user_id}
-    profile = [_profile_item(item) for item in sample.history]
+    profile = [
+        {"id": item.id, **dict(item.fields), **({"date": item.date.isoformat()} if item.date else {})}
+        for item in sample.history
+    ]
     return {"id": sample.id, **user, "input": sample.prompt, "profile": profile}
-
-
-def _profile_item(item: HistoryItem) -> dict[str, str]:
-    day = {} if item.date is None else {"date": item.date.isoformat()}
-    return {"id": item.id, **dict(item.fields), **day}

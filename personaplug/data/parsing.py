@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from typing import Any
 
 from personaplug.data.records import HistoryItem, Options
@@ -24,7 +24,7 @@ _DATE = re.compile(r"(\d{4})(?:-(\d{1,2})(?:-(\d{1,2})(?:[T ](.+))?)?)?", re.ASC
 
 
 def as_record(value: object) -> Mapping[str, Any]:
-    """Return a value that should be a JSON object. A Flaw that stands for a broken record is raised."""
+    """Return a value that should be a JSON object; raise a Flaw that stands for a broken record."""
     if isinstance(value, Flaw):
         raise value
     if not isinstance(value, dict):
@@ -42,7 +42,11 @@ def value_of(record: Mapping[str, object], key: str) -> object:
 def as_text(value: object, what: str) -> str:
     """Convert a string or a finite number to text. Whole numbers lose their decimals: 4.0 becomes "4"."""
     if isinstance(value, str):
-        return _encodable(value, what)
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone surrogate would stop the tokenizer in the middle of a run
+            raise Flaw(f"{what} is not valid Unicode") from None
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise Flaw(f"{what} is {_TYPE_NAMES.get(type(value), 'something else')}, expected a text or a number")
     if not math.isfinite(value):
@@ -75,10 +79,7 @@ def short_id(name: str) -> str:
 
 
 def as_datetime(value: object) -> datetime:
-    """Convert a date to UTC without a time zone. A missing month, day or time means the first one.
-
-    Accepted are `YYYY`, `YYYY-MM`, `YYYY-MM-DD`, ISO dates with a time, and date objects.
-    """
+    """Convert `YYYY[-MM[-DD[ time]]]` or a date object to UTC without a time zone; missing parts mean the first."""
     try:
         parsed = _parse_date(value)
         return parsed.astimezone(UTC).replace(tzinfo=None) if parsed.tzinfo else parsed
@@ -123,41 +124,20 @@ def target_of(task: Task, answer: str) -> str:
 def item_of(
     task: Task, record: object, *, default_id: str | None = None, id_key: str = "id", date_key: str = "date"
 ) -> tuple[datetime | None, HistoryItem]:
-    """Convert a record with the task's fields to a history item, and return its date and time if it has one.
-
-    Args:
-        task: the names of the fields.
-        record: a JSON object.
-        default_id: the id of a record that has none; without it, an id is required.
-        id_key: the key of the id.
-        date_key: the key of the date.
-    """
+    """Convert a JSON object to a history item and its date, if any. Without `default_id`, it needs an id."""
     values = as_record(record)
     stamp = values.get(date_key)
     moment = None if stamp is None else as_datetime(stamp)
     fields = tuple((name, text_of(values, name)) for name in task.field_names)
-    replacement = default_id if values.get(id_key) is None else None
-    item_id = name_of(values, id_key) if replacement is None else replacement
+    item_id = default_id if default_id and values.get(id_key) is None else name_of(values, id_key)
     return moment, HistoryItem(item_id, fields, task.answer_field, moment.date() if moment else None)
 
 
-def _encodable(text: str, what: str) -> str:
-    # A lone surrogate would stop the tokenizer in the middle of a run.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Flaw(f"{what} is not valid Unicode") from None
-    return text
-
-
 def _parse_date(value: object) -> datetime:
-    if isinstance(value, datetime):
-        return value
     if isinstance(value, date):
-        return datetime(value.year, value.month, value.day)
+        return value if isinstance(value, datetime) else datetime.combine(value, time.min)
     match = _DATE.fullmatch(as_text(value, "its 'date'").strip())
     if not match:
         raise ValueError("not a date")
     year, month, day, clock = match.groups()
-    midnight = datetime(int(year), int(month or 1), int(day or 1))
-    return datetime.fromisoformat(f"{midnight.date()}T{clock.strip()}") if clock else midnight
+    return datetime.fromisoformat(f"{date(int(year), int(month or 1), int(day or 1))}T{(clock or '00:00').strip()}")

@@ -21,9 +21,7 @@ RecordSource = Callable[[Path, Sequence[str]], Iterator[NumberedRecord]]
 def record_source(path: Path, *, kinds: Sequence[str]) -> RecordSource:
     """Return the function that reads a file's records from its path and the columns to read (none means all).
 
-    Args:
-        path: a file; it is not read yet.
-        kinds: the accepted suffixes, out of ".json", ".jsonl", ".csv" and ".parquet".
+    `kinds` are the accepted suffixes, out of ".json", ".jsonl", ".csv" and ".parquet".
     """
     name = path.name.lower()
     kind = Path(name.removesuffix(".gz")).suffix
@@ -34,12 +32,12 @@ def record_source(path: Path, *, kinds: Sequence[str]) -> RecordSource:
     return _SOURCES[kind]
 
 
-def _list_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
+def _list_records(path: Path, _: Sequence[str]) -> Iterator[NumberedRecord]:
     for number, value in stream_values(path, "item", opening=b"[", unit="record"):
         yield f"record {number}", number, value
 
 
-def _line_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
+def _line_records(path: Path, _: Sequence[str]) -> Iterator[NumberedRecord]:
     for number, value in json_lines(path):
         yield f"line {number}", number, value
 
@@ -53,19 +51,19 @@ def _csv_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]
     while True:
         position = f"line {rows.line_num + 1}"
         try:
-            values = next(rows, None)
+            record = _csv_record(header, next(rows))
         except csv.Error:
-            number += 1
-            yield position, number, Flaw("it is not valid CSV")
-            continue
-        if values is None:
+            record = Flaw("it is not valid CSV")
+        except StopIteration:
             return
-        if values:
+        if record:
             number += 1
-            yield position, number, _csv_record(header, values)
+            yield position, number, record
 
 
-def _csv_record(header: Sequence[str], values: Sequence[str]) -> dict[str, str] | Flaw:
+def _csv_record(header: Sequence[str], values: Sequence[str]) -> dict[str, str] | Flaw | None:
+    if not values:
+        return None  # a blank line
     if len(values) != len(header):
         return Flaw(f"it has {len(values)} values, the header {len(header)}")
     return dict(zip(header, values, strict=True))

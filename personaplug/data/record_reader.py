@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
-from personaplug.data.parsing import Flaw, as_record, short_id
+from personaplug.data.parsing import Flaw, as_record, item_of, options_of, query_of, short_id, value_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task
 from personaplug.errors import ConfigError, RecordError
@@ -21,22 +21,22 @@ PositionedRecord = tuple[Path, str, object]
 TimedItem = tuple[datetime | None, HistoryItem]
 
 
-class RecordReader(ABC):
-    """A reader of records. A subclass yields the samples and reports defects through `_skip`.
+class Limits(TypedDict, total=False):
+    """Limits of every reader.
 
     Attributes:
-        task: the task of the samples.
-        report: the report of the latest pass.
+        skip_bad: the number of broken records that may be skipped; 0 by default.
+        max_history: the number of latest items that a history keeps; 512 by default.
     """
 
-    def __init__(self, task: Task, *, skip_bad: int, max_history: int) -> None:
-        """Check the settings.
+    skip_bad: int
+    max_history: int
 
-        Args:
-            task: the task of the samples.
-            skip_bad: the number of broken records that may be skipped.
-            max_history: the number of latest items that a history keeps.
-        """
+
+class RecordReader(ABC):
+    """A reader of records. A subclass yields the samples and reports defects through `_skip`."""
+
+    def __init__(self, task: Task, *, skip_bad: int = 0, max_history: int = 512) -> None:
         for name, value in (("skip_bad", skip_bad), ("max_history", max_history)):
             if value < 0:
                 raise ConfigError(f"{name} should be 0 or more, found {value}.")
@@ -44,21 +44,32 @@ class RecordReader(ABC):
         self._skip_bad, self._max_history = skip_bad, max_history
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples in file order.
-
-        Raises:
-            RecordError: for the first broken record beyond `skip_bad`, and whenever a file breaks off.
-        """
+        """Yield the samples; raise RecordError for a broken record beyond `skip_bad`, or if a file breaks off."""
         self.report = ReadReport()
         for sample in self._samples():
-            yield self.report.add(sample)
+            self.report.samples += 1
+            self.report.items += len(sample.history)
+            yield sample
 
     @abstractmethod
     def _samples(self) -> Iterator[Sample]:
         """Yield the samples of one pass."""
 
     def _skip(self, file: Path, position: str, flaw: Flaw) -> None:
-        self.report.skip(RecordError(file, position, reason=str(flaw)), allowed=self._skip_bad)
+        error = RecordError(file, position, reason=str(flaw))
+        if self.report.skipped >= self._skip_bad:
+            raise error
+        self.report.skipped += 1
+        self.report.problems.append(str(error))
+
+    def _sample_of(
+        self, name: str, user: str | None, prompt: str, *, target: str | None, items: Sequence[TimedItem]
+    ) -> Sample:
+        """Find the query and the options in the prompt, and keep the latest items as the history."""
+        query, options = query_of(self.task, prompt), options_of(self.task, prompt)
+        excess = max(len(items) - self._max_history, 0)
+        self.report.cut_items += excess
+        return Sample(name, user, prompt, query, target, in_time_order(items)[excess:], options=options)
 
     def _parsed(
         self,
@@ -68,13 +79,9 @@ class RecordReader(ABC):
         parse: Callable[[Mapping[str, Any], str], Parsed],
         seen: set[str] | None = None,
     ) -> Iterator[Parsed]:
-        """Yield the parsed records and skip those that have a flaw.
+        """Yield the parsed records, skip those that have a flaw, and fill `seen` with their ids.
 
-        Args:
-            records: the records of one split.
-            parse_id: returns a record's id; it gets the record and its number, from 1.
-            parse: converts a record; it gets the record and its id.
-            seen: filled with the ids of the records.
+        `parse_id` gets a record and its number, from 1; `parse` gets the record and its id.
         """
         seen = set() if seen is None else seen
         for number, (file, position, record) in enumerate(records, 1):
@@ -91,28 +98,23 @@ class RecordReader(ABC):
             else:
                 yield parsed
 
-    def _history(self, profile: object, parse: Callable[[object, int], TimedItem]) -> tuple[HistoryItem, ...]:
-        """Parse a list of items; `parse` gets an item and its number, from 1."""
+    def _items(self, record: Mapping[str, Any], *, id_key: str = "id", date_key: str = "date") -> list[TimedItem]:
+        """Parse a record's "profile", a list of items; without `id_key`, their numbers from 1 are the ids."""
+        profile = value_of(record, "profile")
         if not isinstance(profile, list):
             raise Flaw("its 'profile' is not a list")
         items = []
         for number, item in enumerate(profile, 1):
+            default_id = None if id_key else str(number)
             try:
-                items.append(parse(item, number))
+                items.append(item_of(self.task, item, default_id=default_id, id_key=id_key, date_key=date_key))
             except Flaw as flaw:
                 raise Flaw(f"item {number} of its profile: {flaw}") from None
-        return self._latest(items)
-
-    def _latest(self, items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
-        """Sort items by time, keep the latest `max_history`, and count the others."""
-        excess = max(len(items) - self._max_history, 0)
-        self.report.cut_items += excess
-        return in_time_order(items)[excess:]
+        return items
 
 
 def in_time_order(items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
     """Sort items by date and time. Keep their order if any of them has no date."""
-    moments = [moment for moment, _ in items if moment is not None]
-    if len(moments) < len(items):
-        return tuple(item for _, item in items)
-    return tuple(items[index][1] for index in sorted(range(len(items)), key=moments.__getitem__))
+    if all(moment is not None for moment, _ in items):
+        items = sorted(items, key=lambda pair: pair[0] or datetime.min)
+    return tuple(item for _, item in items)

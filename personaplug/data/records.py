@@ -15,10 +15,9 @@ class HistoryItem:
     """One thing that a user wrote or chose.
 
     Attributes:
-        id: the id in the file; not unique across users in LaMP's official files.
+        id: not unique across users in LaMP's official files.
         fields: (name, value) pairs in the order of PPlug's Table 7, including the answer.
-        answer_name: the name of the field that is the user's answer (a score, a tag, a headline).
-        date: the day of the item, if known.
+        answer_name: the field that is the user's answer (a score, a tag, a headline).
     """
 
     id: str
@@ -34,8 +33,7 @@ class HistoryItem:
     @property
     def content(self) -> str:
         """The item without its answer; equal to `text` if the answer is the only field."""
-        rest = tuple(field for field in self.fields if field[0] != self.answer_name)
-        return _joined(rest or self.fields)
+        return _joined([field for field in self.fields if field[0] != self.answer_name] or self.fields)
 
     def encoded(self, *, with_answer: bool) -> str:
         """Return the text for an encoder: `text` or `content`."""
@@ -44,7 +42,7 @@ class HistoryItem:
     @property
     def answer(self) -> str | None:
         """The value of the answer field, or None if the task has no such field."""
-        return dict(self.fields).get(self.answer_name) if self.answer_name else None
+        return dict(self.fields).get(self.answer_name or "")
 
     def __repr__(self) -> str:
         names = ", ".join(name for name, _ in self.fields)
@@ -53,12 +51,7 @@ class HistoryItem:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Options:
-    """The options that a prompt offers.
-
-    Attributes:
-        question: the text before the first option.
-        texts: the options, in the order of the labels that stand for them.
-    """
+    """The options that a prompt offers, in the order of their labels, and the question before the first one."""
 
     question: str
     texts: tuple[str, ...]
@@ -69,14 +62,13 @@ class Sample:
     """One query of one user, with the user's earlier history.
 
     Attributes:
-        id: unique within its file.
         user_id: None if the file does not name users (LaMP's official files do not).
         prompt: the text for the language model (LaMP's `input`).
         query: the part of the prompt that the encoder and the retrievers read.
         target: the correct answer, or None if it is hidden.
         history: oldest first if all items are dated, else in the file's order.
         soft_at: the number of prompt characters before the soft tokens; above 0 only if retrieved texts precede them.
-        options: the options in the prompt, if labels stand for options.
+        options: None unless labels stand for options in the prompt.
     """
 
     id: str

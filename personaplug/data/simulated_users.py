@@ -76,9 +76,6 @@ def _pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-# ---- raters
-
-
 @dataclass(frozen=True, repr=False)
 class Rater:
     """A user who rates films: general generosity, a taste for each genre, and noise, in points."""
@@ -91,7 +88,7 @@ class Rater:
     def drawn(cls, rng: np.random.Generator, *, generosity_sd: float, taste_sd: float, noise_sd: float) -> Rater:
         """Draw a user."""
         generosity = float(rng.normal(0, generosity_sd))
-        return cls(generosity, tuple(float(value) for value in rng.normal(0, taste_sd, len(_GENRES))), noise_sd)
+        return cls(generosity, tuple(rng.normal(0, taste_sd, len(_GENRES)).tolist()), noise_sd)
 
     def score(self, genre: int, rng: np.random.Generator) -> int:
         """Draw a score from 1 to 5."""
@@ -106,26 +103,24 @@ class Rater:
 
     def queries(self, name: str, rng: np.random.Generator, *, items: int, queries: int) -> list[SimulatedQuery]:
         """Draw a history of `items` films, and queries about other films."""
-        films = _films(rng, items + queries)
+        films = [(film, genre, str(self.score(genre, rng))) for film, genre in _films(rng, items + queries)]
         history = tuple(
-            HistoryItem(f"{name}-i{index}", (("text", film), ("score", str(self.score(genre, rng)))), "score")
-            for index, (film, genre) in enumerate(films[:items])
+            HistoryItem(f"{name}-i{index}", (("text", film), ("score", score)), "score")
+            for index, (film, _, score) in enumerate(films[:items])
         )
         return [
-            self._query(
-                Sample(f"{name}-q{index}", name, RATING_INPUT + film, film, str(self.score(genre, rng)), history), genre
-            )
-            for index, (film, genre) in enumerate(films[items:])
+            self._query(Sample(f"{name}-q{index}", name, RATING_INPUT + film, film, score, history), genre)
+            for index, (film, genre, score) in enumerate(films[items:])
         ]
 
     def _query(self, sample: Sample, genre: int) -> SimulatedQuery:
         probabilities = self.probabilities(genre)
-        totals = [math.fsum(probabilities[:count]) for count in range(1, 6)]
-        guesses = {
-            "mode": 1 + probabilities.index(max(probabilities)),
-            "median": 1 + next(index for index, total in enumerate(totals) if total >= 0.5),
-        }
-        expected = {way: _rating_scores(probabilities, guess) for way, guess in guesses.items()}
+        median = next(score for score in range(1, 6) if math.fsum(probabilities[:score]) >= 0.5)
+        guesses = {"mode": 1 + probabilities.index(max(probabilities)), "median": median}
+        expected = {}
+        for way, guess in guesses.items():
+            error = math.fsum(probability * abs(score - guess) for score, probability in enumerate(probabilities, 1))
+            expected[way] = {"accuracy": probabilities[guess - 1], "mae": error}
         return SimulatedQuery(sample, {way: str(guess) for way, guess in guesses.items()}, expected, probabilities)
 
 
@@ -136,14 +131,6 @@ def _films(rng: np.random.Generator, count: int) -> list[tuple[str, int]]:
         hero, plot, setting = _pick(rng, _HEROES), _pick(rng, _PLOTS), _pick(rng, _SETTINGS)
         films[f"A {_pick(rng, _MOODS)} {_GENRES[genre]} about {hero} {plot} {setting}."] = genre
     return list(films.items())
-
-
-def _rating_scores(probabilities: tuple[float, ...], guess: int) -> dict[str, float]:
-    error = math.fsum(probability * abs(score - guess) for score, probability in enumerate(probabilities, 1))
-    return {"accuracy": probabilities[guess - 1], "mae": error}
-
-
-# ---- writers
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,34 +152,30 @@ class Writer:
     def queries(self, name: str, rng: np.random.Generator, *, items: int, queries: int) -> list[SimulatedQuery]:
         """Draw a history of `items` messages, and queries about other messages."""
         messages = _messages(rng, items + queries)
-        texts = [self._write_with_habits(message, rng) for message in messages]
+        texts = []
+        for message in messages:
+            with_phrase, with_emoji = (rng.random(2) < self.habit_chance).tolist()
+            texts.append(self._write(*message, with_phrase=with_phrase, with_emoji=with_emoji))
         history = tuple(
             HistoryItem(f"{name}-i{index}", (("text", text),), "text") for index, text in enumerate(texts[:items])
         )
-        samples = []
+        simulated = []
         for index, (message, text) in enumerate(zip(messages[items:], texts[items:], strict=True)):
             neutral = _cased(" ".join(message), "sentence") + "."
             sample = Sample(f"{name}-q{index}", name, STYLE_INPUT + neutral, neutral, text, history)
-            samples.append(
-                SimulatedQuery(sample, {"mode": self._write(*message)}, {"mode": self._expected_scores(message)})
-            )
-        return samples
+            expected = self._expected_scores(message)
+            simulated.append(SimulatedQuery(sample, {"mode": self._write(*message)}, {"mode": expected}))
+        return simulated
 
     def _write(self, core: str, detail: str, *, with_phrase: bool = True, with_emoji: bool = True) -> str:
-        words = [self.phrase + ","] if with_phrase else []
-        words += [core, detail] if self.is_long else [core]
-        text = _cased(" ".join(words), self.casing)
+        phrase, end = f"{self.phrase}, " if with_phrase else "", f" {detail}" if self.is_long else ""
+        text = _cased(f"{phrase}{core}{end}", self.casing)
         return f"{text} {self.emoji}" if self.emoji and with_emoji else text
 
-    def _write_with_habits(self, message: tuple[str, str], rng: np.random.Generator) -> str:
-        with_phrase, with_emoji = (bool(draw < self.habit_chance) for draw in rng.random(2))
-        return self._write(*message, with_phrase=with_phrase, with_emoji=with_emoji)
-
     def _expected_scores(self, message: tuple[str, str]) -> dict[str, float]:
-        """Return the expected scores of the likeliest message: exact match, and ROUGE, which ignores case and emoji.
+        """Return the likeliest message's expected scores: exact match, and ROUGE, which ignores case and emoji.
 
-        Without the phrase, the true text is the end of the predicted one: recall is 1, and precision is the ratio of
-        their lengths.
+        Without the phrase, the true text ends the predicted one: recall is 1, precision is the ratio of their lengths.
         """
         predicted = _word_count(self._write(*message))
         true = _word_count(self._write(*message, with_phrase=False))

@@ -12,8 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -26,12 +25,12 @@ from personaplug.infra.atomic_io import write_json
 
 SimulatedTask = Literal["rating", "style"]
 
-SIMULATED_TASKS: Mapping[str, Task] = MappingProxyType({
+SIMULATED_TASKS: Mapping[SimulatedTask, Task] = {
     "rating": Task("Simulated_rating", "rating", ("text",), "score", ("mae", "rmse", "accuracy"),
                    labels=("1", "2", "3", "4", "5"), query_after="film: ", max_new_tokens=4),
     "style": Task("Simulated_style", "text", ("text",), "text", ("rouge_1", "rouge_l"),
                   query_after="message: ", max_new_tokens=48),
-})  # fmt: skip
+}  # fmt: skip
 
 _SPLITS = ("train", "dev")
 
@@ -41,23 +40,13 @@ class SimulationConfig:
     """The settings of a simulation.
 
     Attributes:
-        task: "rating" or "style".
         users: the number of users in train; a user does not depend on it.
-        queries_per_user: the number of queries of each of them.
-        dev_users: the number of users in dev.
-        dev_queries_per_user: the number of queries of each of them.
         min_items: the shortest history; 0 adds cold users, see `cold_share`.
-        max_items: the longest history.
         cold_share: if `min_items` is 0, the share of users with 0, 1 or 2 items; the others have more.
-        generosity_sd: rating: the standard deviation of generosity between users, in points.
-        taste_sd: rating: the standard deviation between genres for a user, in points.
-        noise_sd: rating: the standard deviation of the noise, in points.
+        generosity_sd: rating: the standard deviation between users, in points; `taste_sd` is that between a user's
+            genres, `noise_sd` that of the noise.
         habit_chance: style: how often the phrase, and independently the emoji, appears; at least .5, so that the
             likeliest message has both.
-        seed: determines the data together with the other settings.
-
-    Raises:
-        ConfigError: if a setting is out of range.
     """
 
     task: SimulatedTask = "rating"
@@ -75,8 +64,7 @@ class SimulationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings."""
-        self._require("task", self.task in get_args(SimulatedTask), "'rating' or 'style'")
+        self._require("task", self.task in SIMULATED_TASKS, "'rating' or 'style'")
         for name in ("users", "queries_per_user", "dev_users", "dev_queries_per_user"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("min_items", 0 <= self.min_items <= self.max_items, "from 0 to max_items")
@@ -84,8 +72,8 @@ class SimulationConfig:
         per_user = self.max_items + max(self.queries_per_user, self.dev_queries_per_user)
         self._require("max_items", per_user <= 200, "at most 200 together with a user's queries")
         self._require("cold_share", 0 <= self.cold_share <= 1, "a share from 0 to 1")
-        for name in ("generosity_sd", "taste_sd"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "finite and 0 or more")
+        self._require("generosity_sd", 0 <= self.generosity_sd < math.inf, "finite and 0 or more")
+        self._require("taste_sd", 0 <= self.taste_sd < math.inf, "finite and 0 or more")
         self._require("noise_sd", 0 < self.noise_sd < math.inf, "finite and above 0")
         self._require("habit_chance", 0.5 <= self.habit_chance <= 1, "from 0.5 to 1")
         self._require("seed", self.seed >= 0, "0 or more")
@@ -100,12 +88,9 @@ class Simulation:
     """One simulated split.
 
     Attributes:
-        task: the task of the samples.
-        samples: the users' queries, user by user.
         oracle: the oracle's prediction by way of deciding and sample id. rating: "mode" (the likeliest score, best
             for accuracy) and "median" (best for MAE); style: "mode" (the likeliest message).
-        expected: the mean expected score by way of deciding and metric. rating: "accuracy", "mae"; style: "exact",
-            "rouge_1", "rouge_l" (ROUGE ignores casing and emoji).
+        expected: the mean expected score by way of deciding and metric.
         probabilities: rating: the true probability of each label by sample id.
     """
 
@@ -140,10 +125,6 @@ def write_simulation(config: SimulationConfig, folder: str | Path) -> None:
 
     The additional files are `{split}_oracle.json` (predictions as an outputs file; for ratings the likeliest scores,
     and the medians in `{split}_oracle_median.json`) and `oracle.json` (expected scores by split and way of deciding).
-
-    Raises:
-        RunConflict: if the folder holds another task.
-        StorageError: if the disk is full or not writable.
     """
     folder, task = Path(folder), SIMULATED_TASKS[config.task]
     expected = {}
@@ -162,19 +143,14 @@ def _queries(config: SimulationConfig, split: str, user: int) -> list[SimulatedQ
     rng = np.random.default_rng([config.seed, _SPLITS.index(split), user])
     simulated: Rater | Writer
     if config.task == "rating":
-        simulated = Rater.drawn(
-            rng, generosity_sd=config.generosity_sd, taste_sd=config.taste_sd, noise_sd=config.noise_sd
-        )
+        sds = {"generosity_sd": config.generosity_sd, "taste_sd": config.taste_sd, "noise_sd": config.noise_sd}
+        simulated = Rater.drawn(rng, **sds)
     else:
         simulated = Writer.drawn(rng, habit_chance=config.habit_chance)
-    items = _item_count(config, rng)
-    queries = config.queries_per_user if split == "train" else config.dev_queries_per_user
-    return simulated.queries(f"{split}-{user:04d}", rng, items=items, queries=queries)
-
-
-def _item_count(config: SimulationConfig, rng: np.random.Generator) -> int:
     is_cold = rng.random() < config.cold_share
     low, high = config.min_items, config.max_items
     if low == 0:
         low, high = (0, min(2, high)) if is_cold else (min(3, high), high)
-    return int(rng.integers(low, high + 1))
+    items = int(rng.integers(low, high + 1))
+    queries = config.queries_per_user if split == "train" else config.dev_queries_per_user
+    return simulated.queries(f"{split}-{user:04d}", rng, items=items, queries=queries)

@@ -25,18 +25,9 @@ class Split:
 
 
 def split_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int = 0) -> Split:
-    """Write a data set whose `train` and `dev` are parts of one split and share no user.
+    """Write a new data set whose `train` and `dev` are parts of one split and share no user.
 
-    Args:
-        reader: the split, with answers; it is read three times.
-        folder: the folder of the new data set, in LaMP's layout.
-        share: the share of users in `dev`, at least one user.
-        seed: determines which users are drawn.
-
-    Raises:
-        ConfigError: if the share is not between 0 and 1, or there are fewer than two users.
-        RunConflict: if the folder already holds a data set.
-        StorageError: if the disk is full or not writable.
+    The reader is read three times. `share` is the share of users in `dev`, at least one user.
     """
     if not 0 < share < 1:
         raise ConfigError(f"The share of users for dev should be between 0 and 1, found {share}.")

@@ -1,7 +1,4 @@
-"""The Task that a data set declares, and the Reader that yields its samples.
-
-A task is declared, never guessed from a path. Readers stream, so memory does not grow with the file.
-"""
+"""The Task that a data set declares, and the Reader that yields its samples."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from personaplug.data.records import Sample
-from personaplug.errors import RecordError
 
 TaskKind = Literal["label", "rating", "text"]
 
@@ -23,14 +19,12 @@ class Task:
     Without `query_after` and `query_pattern`, the whole input is the query.
 
     Attributes:
-        name: the name in results files.
         kind: "label" (one of `labels`), "rating" (labels that are rising numbers) or "text".
         item_fields: the fields that make an item's text, in order (PPlug's Table 7).
         answer_field: the field with the user's answer; appended to the item's text if not in `item_fields`.
         metrics: names from `personaplug.analysis.metrics`; the first one leads.
         labels: the closed set of answers; empty for "text".
         query_after: a marker; the query is the text after its first occurrence in the input.
-        max_new_tokens: the maximum length of a response.
         query_pattern: a regular expression, searched with DOTALL; its groups, joined by spaces, are the query.
         item_template: an item in a prompt, with a `{field}` for each value; "" means `HistoryItem.text`.
         item_joint: the text between two items in a prompt.
@@ -56,8 +50,7 @@ class Task:
     @property
     def field_names(self) -> tuple[str, ...]:
         """All fields of an item: `item_fields`, then `answer_field` if it is not among them."""
-        extra = (self.answer_field,) if self.answer_field and self.answer_field not in self.item_fields else ()
-        return self.item_fields + extra
+        return tuple(dict.fromkeys(filter(None, (*self.item_fields, self.answer_field))))
 
     @property
     def has_labelled_items(self) -> bool:
@@ -77,14 +70,9 @@ def template_parts(template: str) -> list[str]:
 
 @dataclass
 class ReadReport:
-    """Counts of one pass of a reader.
+    """Counts of one pass of a reader, and the position and defect of each skipped record.
 
-    Attributes:
-        samples: yielded samples.
-        items: history items in these samples.
-        skipped: skipped records, at most the reader's `skip_bad`.
-        cut_items: items dropped because a history was longer than `max_history`.
-        problems: the position and defect of each skipped record.
+    `cut_items` counts the items dropped because a history was longer than `max_history`.
     """
 
     samples: int = 0
@@ -93,30 +81,13 @@ class ReadReport:
     cut_items: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def add(self, sample: Sample) -> Sample:
-        """Count a sample and return it."""
-        self.samples += 1
-        self.items += len(sample.history)
-        return sample
-
-    def skip(self, error: RecordError, *, allowed: int) -> None:
-        """Count a broken record, or raise its error if `allowed` records have been skipped."""
-        if self.skipped >= allowed:
-            raise error
-        self.skipped += 1
-        self.problems.append(str(error))
-
 
 class Reader(Protocol):
-    """A split of a data set that can be read more than once."""
+    """A split of a data set that can be read more than once; each pass has its own report."""
 
     task: Task
     report: ReadReport
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples in file order. Each pass has its own report, which is complete at the end.
-
-        Raises:
-            RecordError: for the first broken record beyond the allowed number.
-        """
+        """Yield the samples in file order; raise RecordError for a broken record beyond the allowed number."""
         ...

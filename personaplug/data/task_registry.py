@@ -19,8 +19,6 @@ from personaplug.data.task import Task, TaskKind, template_parts
 from personaplug.errors import ConfigError, MissingData, RunConflict, nearest
 from personaplug.infra.validation import first_error
 
-# ---- the built-in tasks
-
 _MOVIE_TAGS = (
     "sci-fi", "based on a book", "comedy", "action", "twist ending", "dystopia", "dark comedy", "classic",
     "psychology", "fantasy", "romance", "thought-provoking", "social commentary", "violence", "true story",
@@ -50,21 +48,16 @@ _BUILT_IN = (
 )  # fmt: skip
 
 LAMP_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _BUILT_IN})
-"""LaMP's tasks by canonical name, without LaMP_6, whose data is not public."""
 
 
 def lamp_task(name: str) -> Task:
     """Return one of LaMP's tasks. `LaMP-1` is the same as `LaMP_1`."""
-    canonical_names = {task.lower(): task for task in LAMP_TASKS}
-    key = name.strip().lower().replace("-", "_")
-    if key == "lamp_6":
+    key = name.strip().lower().replace("-", "_").replace("lamp", "LaMP")
+    if key == "LaMP_6":
         raise ConfigError("LaMP_6 is made of the Avocado mails, which are not public, so it is not built in.")
-    if key not in canonical_names:
+    if key not in LAMP_TASKS:
         raise ConfigError(f"There is no built-in task {name!r}; {nearest(name, LAMP_TASKS)}")
-    return LAMP_TASKS[canonical_names[key]]
-
-
-# ---- the declaration of a task
+    return LAMP_TASKS[key]
 
 
 def _as_label(value: object) -> str:
@@ -113,10 +106,6 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("a field of an item should have another name than 'id' and 'date'")
         if (self.kind == "text") == bool(self.labels):
             raise ValueError("the kinds 'label' and 'rating' need 'labels', and 'text' has none")
-        return self
-
-    @model_validator(mode="after")
-    def _check_scale(self) -> Self:
         if self.kind == "rating":
             try:
                 numbers = [float(label) for label in self.labels]
@@ -153,7 +142,7 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 _KEYS = ("like", *_Declaration.model_fields)
-_KIND_DEFAULTS: Mapping[object, Mapping[str, Any]] = {
+_KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "label": {"metrics": ("accuracy", "f1"), "max_new_tokens": 16},
     "rating": {"metrics": ("mae", "rmse", "accuracy"), "max_new_tokens": 4},
     "text": {"metrics": ("rouge_1", "rouge_l"), "max_new_tokens": 128},
@@ -161,17 +150,12 @@ _KIND_DEFAULTS: Mapping[object, Mapping[str, Any]] = {
 
 
 def parse_task(values: Mapping[str, Any], *, source: str = "task.json") -> Task:
-    """Convert a declaration to a task: all its keys, or `like` and the keys that differ.
-
-    Raises:
-        ConfigError: for an unknown or missing key, or a wrong type or value.
-    """
+    """Convert a declaration to a task: all its keys, or `like` and the keys that differ."""
     for key in values:
         if key not in _KEYS:
             raise ConfigError(f"{source}: unknown key {key!r}; {nearest(key, _KEYS)}")
     merged = {**_inherited(values, source), **{key: value for key, value in values.items() if key != "like"}}
-    kind = merged.get("kind")
-    defaults = _KIND_DEFAULTS.get(kind, {}) if isinstance(kind, str) else {}
+    defaults = _KIND_DEFAULTS.get(str(merged.get("kind")), {})
     try:
         return Task(**dict(_Declaration.model_validate({**defaults, **merged})))
     except ValidationError as error:
@@ -185,10 +169,8 @@ def _inherited(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: 'like' should be the name of a built-in task, found {values['like']!r}.")
     inherited = asdict(lamp_task(values["like"]))
     # The two ways of finding the query exclude each other.
-    if "query_after" in values and "query_pattern" not in values:
-        inherited["query_pattern"] = ""
-    if "query_pattern" in values and "query_after" not in values:
-        inherited["query_after"] = ""
+    if "query_after" in values or "query_pattern" in values:
+        inherited.update(query_after="", query_pattern="")
     # Another kind has other labels, metrics and lengths.
     if values.get("kind", inherited["kind"]) != inherited["kind"]:
         for key in ("labels", "metrics", "max_new_tokens"):
@@ -201,30 +183,23 @@ def _inherited(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return inherited
 
 
-# ---- the task of a folder
-
-
 def load_task(folder: str | Path, *, task: str | None = None) -> Task:
     """Determine the task of a folder.
 
     The order is: the name `task` (a built-in task, or the one in the folder's task.json), the folder's task.json,
     the key "task" in its `*_outputs.json[.gz]`.
-
-    Raises:
-        MissingData: if the folder does not exist, or nothing in it names the task.
-        ConfigError: if the task is unknown or wrongly declared, or two files name different tasks.
-        RecordError: if an outputs file is not valid JSON.
     """
     folder = existing_folder(folder)
-    path = folder / "task.json"
-    declared = read_task(path) if path.is_file() else None
+    declared = _declared_task(folder)
     if task is not None:
         return declared if declared and declared.name == task else lamp_task(task)
     return declared or _task_of_outputs(folder)
 
 
-def read_task(path: Path) -> Task:
-    """Read a task.json."""
+def _declared_task(folder: Path) -> Task | None:
+    path = folder / "task.json"
+    if not path.is_file():
+        return None
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -236,17 +211,15 @@ def read_task(path: Path) -> Task:
 
 def check_declared_task(folder: Path, task: Task) -> None:
     """Refuse a folder that declares another task."""
-    path = folder / "task.json"
-    if path.is_file() and read_task(path) != task:
-        raise RunConflict(f"{path} declares another task than {task.name}. Choose a new folder.")
+    if _declared_task(folder) not in (None, task):
+        raise RunConflict(f"{folder / 'task.json'} declares another task than {task.name}. Choose a new folder.")
 
 
 def _task_of_outputs(folder: Path) -> Task:
     files: dict[str, str] = {}
     for path in sorted((*folder.glob("*_outputs.json"), *folder.glob("*_outputs.json.gz"))):
-        for _, name in stream_values(path, "task", opening=b"{", unit="key"):
-            files.setdefault(str(name).replace("-", "_"), path.name)
-            break
+        if task := next(stream_values(path, "task", opening=b"{", unit="key"), None):
+            files.setdefault(str(task[1]).replace("-", "_"), path.name)
     if len(files) > 1:
         raise ConfigError(f"{folder}: its files name different tasks: {files}. Choose one by `task`.")
     if not files:

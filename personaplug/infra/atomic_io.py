@@ -16,13 +16,10 @@ from personaplug.errors import StorageError
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` create a file under a temporary name, then rename it; create missing folders.
 
-    An error leaves no temporary file, and an earlier file of that name unchanged.
-
-    Raises:
-        StorageError: if the disk is full or not writable.
+    An error leaves no temporary file, and an earlier file of that name unchanged. Like all functions here, raise
+    StorageError if the disk is full or not writable.
     """
     with _attempt(path) as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
@@ -48,18 +45,13 @@ class JsonLines:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the values; skip lines that a killed process cut off. A missing file holds none."""
-        if not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        for line in lines:
             with suppress(ValueError):
                 yield json.loads(line)
 
     def append(self, value: Any) -> None:
-        """Add a value; NaN and infinity become null.
-
-        Raises:
-            StorageError: if the disk is full or not writable.
-        """
+        """Add a value; NaN and infinity become null."""
         line = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
         with storage_errors(self.path), self.path.open("a+b") as file:
             if file.tell():
@@ -71,16 +63,10 @@ class JsonLines:
 
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` if the block succeeds.
-
-    Args:
-        replace: replace an existing target; False = keep it and drop the new folder.
-    Raises:
-        StorageError: if the disk is full or not writable.
-    """
+    """Yield a temporary folder that becomes `target` if the block succeeds; without `replace`, an old target stays."""
     with _attempt(target) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         yield temporary
         for path in temporary.iterdir():
             _sync(path)
@@ -100,31 +86,28 @@ def storage_errors(target: Path) -> Iterator[None]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
-        raise _storage_error(target, error) from error
+    except Exception as error:
+        # safetensors reports a full disk as its own error, with the system's words in it.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise StorageError(
+            f"{target} could not be written ({error}). Free some space, or correct its permissions, and run the same "
+            f"command again; completed files are unchanged."
+        ) from error
 
 
 @contextmanager
 def _attempt(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; after an error, remove what it holds."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):
-            temporary.unlink()
-        # safetensors reports a full disk as its own error, with the system's words in it.
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise _storage_error(target, error) from error
-        raise
-
-
-def _storage_error(target: Path, error: BaseException) -> StorageError:
-    return StorageError(
-        f"{target} could not be written ({error}). Free some space, or correct its permissions, and run the same "
-        f"command again; completed files are unchanged."
-    )
+    with storage_errors(target):
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def _sync(path: Path) -> None:

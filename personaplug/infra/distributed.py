@@ -26,14 +26,14 @@ _RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_R
 _SHARED = "raised_on_all_ranks"
 
 
-def world_size() -> int:
-    """Return the number of processes."""
-    return _launch_info()[1]
-
-
 def rank() -> int:
     """Return the index of this process, from 0."""
     return _launch_info()[0]
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return _launch_info()[1]
 
 
 def local_world_size() -> int:
@@ -62,11 +62,11 @@ def connect(device: str) -> None:
     if torch.distributed.is_initialized():
         return
     kind, _, index = device.partition(":")
-    if index or (kind == "cuda" and torch.cuda.device_count() < local_world_size()):
+    local, gpus = local_world_size(), torch.cuda.device_count()
+    if index or (kind == "cuda" and gpus < local):
         raise ConfigError(
-            f"Each of several processes needs its own GPU: found {local_world_size()} processes on this machine, "
-            f"{torch.cuda.device_count()} GPUs and model.device={device}. Start no more processes than there are GPUs, "
-            f"with device=auto."
+            f"Each of several processes needs its own GPU: found {local} processes on this machine, {gpus} GPUs and "
+            f"model.device={device}. Start no more processes than there are GPUs, with device=auto."
         )
     if PartialState(cpu=kind == "cpu", timeout=_TIMEOUT).num_processes != world_size():
         raise ConfigError(
@@ -94,15 +94,13 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
         return list(values)
     import torch
 
-    sums: list[float] = _sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
-    return sums
+    return [float(total) for total in _sum_over_ranks(torch.tensor(values, dtype=torch.float64))]
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its sum over all ranks.
+    """Replace each gradient by its sum over all ranks; one missing on some ranks counts as zeros there.
 
-    A gradient that is missing on some ranks counts as zeros there. One that is missing on all ranks stays missing, so
-    that the optimizer skips its parameter as it does in one process.
+    A gradient that is missing on all ranks stays missing, so that the optimizer skips its parameter as in one process.
     """
     if world_size() == 1:
         return
@@ -120,7 +118,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def synchronized() -> Iterator[None]:
     """Run a block on all ranks and wait for all; an error on one rank is raised on all.
 
-    The block must not wait for other ranks itself: they would wait forever for one that has failed before.
+    The block must not wait for other ranks: they would wait forever for one that failed before.
     """
     if world_size() == 1:
         yield
@@ -154,16 +152,15 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def main_first(work: Callable[[], T]) -> T:
-    """Run `work` on the main process, then on all others, which find its files; an error is raised on all.
-
-    Accelerate's `main_process_first` would leave the others waiting if the main process fails.
-    """
-    results: list[T] = []
-    for main_turn in (True, False):
-        with synchronized():
-            if is_main() is main_turn:
-                results.append(work())
-    return results[0]
+    """Run `work` on the main process, then on all others, which find its files; an error is raised on all."""
+    # Accelerate's `main_process_first` would leave the others waiting if the main process fails.
+    with synchronized():
+        if is_main():
+            result = work()
+    with synchronized():
+        if not is_main():
+            result = work()
+    return result
 
 
 def mark_shared(error: Error) -> Error:
@@ -183,11 +180,11 @@ def is_reporter(error: Exception) -> bool:
 
 
 def _is_launched() -> bool:
-    return any(name in os.environ for name in _RANK_VARIABLES)
+    return not os.environ.keys().isdisjoint(_RANK_VARIABLES)
 
 
 def _launch_info() -> tuple[int, int, int]:
-    """Return rank, world size and local world size as the launcher set them, before or after the ranks connect."""
+    """Return rank, world size and local world size as the launcher set them."""
     if not _is_launched():
         return 0, 1, 1  # without loading torch, which takes seconds
     from accelerate.utils import get_cpu_distributed_information
@@ -211,9 +208,6 @@ def _lost_rank_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise mark_shared(
-            PersonaPlugError(
-                "Another process has ended, so all end; its own message says why. Run the same command again to "
-                "continue from the last checkpoint."
-            )
-        ) from error
+        reason = "Another process has ended, so all end; its own message says why."
+        hint = "Run the same command again to continue from the last checkpoint."
+        raise mark_shared(PersonaPlugError(f"{reason} {hint}")) from error

@@ -27,15 +27,15 @@ _PIECE = 2**20
 
 def converted_gguf(gguf: Path) -> Path:
     """Return the folder with the safetensors of a GGUF file; convert it on the first call."""
-    target = _cache_folder() / f"{gguf.stem}-{_file_fingerprint(gguf)}"
+    cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/personaplug").expanduser()
+    target = cache / "models" / f"{gguf.stem}-{_file_fingerprint(gguf)}"
     if target.is_dir():
         return target
     if find_spec("gguf") is None:
         raise MissingExtra("reading a GGUF file", extra="gguf")
     logger.warning("Converting %s to safetensors: about 15 s for 135M parameters, only this once.", gguf.name)
     try:
-        # Opened before the conversion, so that a read-only cache fails at once. If several processes convert the file,
-        # the first copy stays: others may be reading it.
+        # A read-only cache fails before the conversion. If several processes convert, the first copy stays in use.
         with atomic_folder(target, replace=False) as folder:
             _convert(gguf, folder)
     except StorageError as error:
@@ -49,56 +49,37 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _cache_folder() -> Path:
-    folder = os.environ.get(CACHE_VARIABLE)
-    return (Path(folder).expanduser() if folder else Path.home() / ".cache" / "personaplug") / "models"
-
-
 def _file_fingerprint(path: Path) -> str:
-    """16 hex digits from the size of a file, its first MiB and its last; reading a large one whole takes long."""
+    """Hash the size of a file, its first MiB and its last to 16 hex digits; hashing all of it takes long."""
     size = path.stat().st_size
-    digest = hashlib.blake2b(_CONVERTER_VERSION + str(size).encode(), digest_size=8)
     with path.open("rb") as file:
-        digest.update(file.read(_PIECE))
+        start = file.read(_PIECE)
         file.seek(max(0, size - _PIECE))
-        digest.update(file.read())
-    return digest.hexdigest()
+        content = _CONVERTER_VERSION + str(size).encode() + start + file.read()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Save the dequantized model in bfloat16, and its tokenizer."""
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    factory: Any = AutoModelForCausalLM
     # transformers shows a bare tqdm bar, which only a redirect keeps out of log files.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         try:
-            quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            quantized = factory.from_pretrained(gguf.parent, gguf_file=gguf.name)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except Exception as error:  # readers of a foreign format raise all kinds
             raise MissingModel(str(gguf), tried=[f"reading it as GGUF ({first_line(error)})"]) from error
     # transformers 5.17 takes the token that begins a turn for EOS: generation would never end.
-    eos_id = _eos_token_id(gguf)
-    if eos_id is not None and tokenizer.eos_token_id != eos_id:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
-    with quiet_unless_terminal():
-        _unquantized(quantized).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def _eos_token_id(gguf: Path) -> int | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.eos_token_id")
-    return None if field is None else int(field.contents())
-
-
-def _unquantized(quantized: Any) -> Any:
-    """A model of the same values that can be saved; transformers refuses to save a quantized one."""
-    from transformers import AutoModelForCausalLM
-
-    factory: Any = AutoModelForCausalLM
+    if field := GGUFReader(gguf).get_field("tokenizer.ggml.eos_token_id"):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+    # transformers refuses to save a quantized model, so a plain one gets its values.
     del quantized.config.quantization_config
     model = factory.from_config(quantized.config, dtype=torch.bfloat16)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
-    return model
+    with quiet_unless_terminal():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

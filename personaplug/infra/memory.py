@@ -25,7 +25,12 @@ def peak_memory() -> int:
     import torch
 
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return _peak_rss() + gpu
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 + gpu
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) + gpu
 
 
 def free_memory() -> int:
@@ -35,15 +40,5 @@ def free_memory() -> int:
     free = int(psutil.virtual_memory().available)
     for limit, used in _CGROUP_FILES:
         with suppress(OSError, ValueError):
-            left = int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text())
-            free = min(free, max(0, left))
-    return free
-
-
-def _peak_rss() -> int:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            free = min(free, int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))
+    return max(0, free)

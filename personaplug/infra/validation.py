@@ -8,10 +8,7 @@ _MAX_SHOWN = 60  # characters
 
 
 def first_error(error: ValidationError) -> str:
-    """Return a sentence about the first error, without a full stop: the key, the expected value and the one found.
-
-    The sentence quotes the found value. Use it for settings and declarations, never for a user's text.
-    """
+    """Describe the first error, without a full stop. It quotes the value, so never use it for a user's text."""
     details = error.errors(include_url=False)[0]
     key = ".".join(map(str, details["loc"]))
     kind, message = details["type"], details["msg"].replace("a valid tuple", "a list")
@@ -23,10 +20,8 @@ def first_error(error: ValidationError) -> str:
         reason = str(details["ctx"]["error"])
         return f"{key!r}: {reason}" if key else reason
     if message.startswith("Input should"):
-        return f"{key!r} {message.removeprefix('Input ')}, found {_shown(details['input'])}"
+        found = repr(details["input"])
+        if len(found) > _MAX_SHOWN:
+            found = f"{found[:_MAX_SHOWN]}… ({type(details['input']).__name__})"
+        return f"{key!r} {message.removeprefix('Input ')}, found {found}"
     return f"{key!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}… ({type(value).__name__})"

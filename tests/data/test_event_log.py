@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from personaplug.data import LAMP_TASKS, LampReader, write_lamp
+from personaplug.data import LAMP_TASKS, open_dataset, write_lamp
 from personaplug.data.event_log import ColumnMapping, EventLogReader
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
@@ -181,7 +181,7 @@ def test_log_converted_to_lamp_reads_back_equal(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         samples = read(path, split=split)
         write_lamp(samples, tmp_path / "lamp", split, task=TASK)
-        reader = LampReader(tmp_path / "lamp", split)
+        reader = open_dataset(tmp_path / "lamp", split)
         assert samples
         assert list(reader) == samples
         assert reader.task == TASK

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from personaplug.data import LAMP_TASKS, LampReader, load_task, open_dataset, write_lamp
+from personaplug.data import LAMP_TASKS, load_task, open_dataset, write_lamp
 from personaplug.data.parsing import Flaw, as_datetime, as_text, query_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task
@@ -53,7 +53,7 @@ def gold(number: int | str = 1, output: Any = "3") -> dict[str, Any]:
 
 
 def read(folder: Path, split: str = "dev", **settings: Any) -> list[Sample]:
-    return list(LampReader(folder, split, **settings))
+    return list(open_dataset(folder, split, **settings))
 
 
 # ---- tasks
@@ -285,7 +285,7 @@ def test_number_labels_become_text() -> None:
 
 
 def test_sample_is_read_completely(tmp_path: Path) -> None:
-    reader = LampReader(put(tmp_path, [question(7)], [gold(7, 3)]), "dev")
+    reader = open_dataset(put(tmp_path, [question(7)], [gold(7, 3)]), "dev")
     (sample,) = reader
     assert (sample.id, sample.user_id, sample.query, sample.target) == ("7", "u", SECRET, "3")
     assert sample.prompt == f"{REVIEW}{SECRET}"
@@ -331,7 +331,7 @@ def test_byte_order_mark_and_leading_blanks_are_ignored(tmp_path: Path) -> None:
 
 
 def test_reader_second_pass_has_a_new_report(tmp_path: Path) -> None:
-    reader = LampReader(put(tmp_path, [question(1), question(2)], [gold(1), gold(2)]), "dev")
+    reader = open_dataset(put(tmp_path, [question(1), question(2)], [gold(1), gold(2)]), "dev")
     assert list(reader) == list(reader)
     assert reader.report.samples == 2
 
@@ -362,7 +362,7 @@ def test_items_with_a_missing_date_keep_file_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("cap", "expected"), [(3, ["1", "2", "0"]), (2, ["2", "0"]), (0, [])])
 def test_max_history_keeps_latest_items_and_counts_others(tmp_path: Path, cap: int, expected: list[str]) -> None:
     put(tmp_path, [dated("2015-01-03", "2015-01-01", "2015-01-02")], [gold()])
-    reader = LampReader(tmp_path, "dev", max_history=cap)
+    reader = open_dataset(tmp_path, "dev", max_history=cap)
     assert [item.id for item in next(iter(reader)).history] == expected
     assert (reader.report.cut_items, reader.report.items) == (3 - cap, cap)
 
@@ -432,7 +432,7 @@ def test_broken_question_is_reported_and_can_be_skipped(tmp_path: Path, name: st
     assert SECRET not in str(caught.value)
     assert f"{SECRET} x" not in shown
     # Where the question's own id is lost, its gold is left over as a second problem.
-    reader = LampReader(tmp_path, "dev", skip_bad=2)
+    reader = open_dataset(tmp_path, "dev", skip_bad=2)
     assert [sample.id for sample in reader] == ["1", "3"]
     assert 1 <= reader.report.skipped <= 2
     assert message in reader.report.problems[0]
@@ -455,7 +455,7 @@ def test_broken_gold_is_reported_with_its_question(tmp_path: Path, bad_gold: Any
 
 def test_gold_without_id_or_question_is_reported(tmp_path: Path) -> None:
     put(tmp_path, [question(1)], [gold(1), {"output": "3"}, gold(5)])
-    reader = LampReader(tmp_path, "dev", skip_bad=2)
+    reader = open_dataset(tmp_path, "dev", skip_bad=2)
     assert len(list(reader)) == 1
     assert "gold 2: its 'id' is missing" in reader.report.problems[0]
     assert "gold (id 5): no question has this id" in reader.report.problems[1]
@@ -530,18 +530,18 @@ def test_broken_gzip_is_never_skipped(tmp_path: Path, keep: int) -> None:
 
 def test_missing_file_error_names_it(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no data folder"):
-        LampReader(tmp_path / "nowhere", "dev")
+        open_dataset(tmp_path / "nowhere", "dev")
     put(tmp_path, [question()], [gold()], split="train")
     with pytest.raises(MissingData, match=r"neither dev_questions\.json nor dev_questions\.json\.gz.*there: train"):
-        LampReader(tmp_path, "dev")
+        open_dataset(tmp_path, "dev")
 
 
 def test_setting_out_of_range_is_refused(tmp_path: Path) -> None:
     put(tmp_path, [question()], [gold()])
     with pytest.raises(ConfigError, match="skip_bad"):
-        LampReader(tmp_path, "dev", skip_bad=-1)
+        open_dataset(tmp_path, "dev", skip_bad=-1)
     with pytest.raises(ConfigError, match="max_history"):
-        LampReader(tmp_path, "dev", max_history=-1)
+        open_dataset(tmp_path, "dev", max_history=-1)
 
 
 def test_long_id_stays_out_of_messages(tmp_path: Path) -> None:
@@ -554,7 +554,7 @@ def peak_of_reading(folder: Path, count: int) -> int:
     folder.mkdir()
     items = [{"id": index, "text": f"some text of an item {index} " * 8, "score": "3"} for index in range(20)]
     put(folder, [question(number, profile=items) for number in range(count)], [gold(n) for n in range(count)])
-    reader = LampReader(folder, "dev")
+    reader = open_dataset(folder, "dev")
     tracemalloc.start()
     try:
         assert sum(1 for _ in reader) == count
@@ -595,7 +595,7 @@ def test_written_samples_read_back_equal(tmp_path: Path) -> None:
         sample("c", history=(item(1, date(2014, 1, 1)), item(2, date(2015, 2, 3)), item(3, date(2015, 2, 3)))),
     ]
     write_lamp(iter(samples), tmp_path / "new" / "folder", "dev", task=LAMP_TASKS["LaMP_3"])
-    reader = LampReader(tmp_path / "new" / "folder", "dev")
+    reader = open_dataset(tmp_path / "new" / "folder", "dev")
     assert list(reader) == samples
     assert reader.task == LAMP_TASKS["LaMP_3"]
     written = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from personaplug.data import LampReader
+from personaplug.data import open_dataset
 from personaplug.data.simulated_users import Rater
 from personaplug.data.simulation import Simulation, SimulationConfig, simulate, write_simulation
 from personaplug.errors import ConfigError, RunConflict, StorageError
@@ -171,7 +171,7 @@ def test_written_simulation_reads_back_equal(tmp_path: Path, task: Any) -> None:
     write_simulation(config, tmp_path)
     for split in ("train", "dev"):
         simulation = simulate(config, split)
-        reader = LampReader(tmp_path, split)
+        reader = open_dataset(tmp_path, split)
         assert tuple(reader) == simulation.samples
         assert reader.task == simulation.task
         oracle = json.loads((tmp_path / f"{split}_oracle.json").read_text())

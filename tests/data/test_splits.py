@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from personaplug.cli.main import main
-from personaplug.data import LampReader, open_dataset
+from personaplug.data import open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.data.splits import split_by_user
 from personaplug.errors import ConfigError, RunConflict
@@ -33,7 +33,7 @@ def test_split_keeps_every_sample_and_separates_users(whole: Path, tmp_path: Pat
 
 
 def _ids(folder: Path) -> list[str]:
-    return [sample.id for sample in LampReader(folder, "dev")]
+    return [sample.id for sample in open_dataset(folder, "dev")]
 
 
 def test_seed_determines_the_users(whole: Path, tmp_path: Path) -> None:

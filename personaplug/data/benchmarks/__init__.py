@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
+from typing import Unpack
 
 from personaplug.data.benchmarks.lamp_qa import LampQAReader
 from personaplug.data.benchmarks.longlamp import LongLampReader
 from personaplug.data.benchmarks.peft_u import PeftUReader
 from personaplug.data.benchmarks.personal_llm import PersonalLLMReader
+from personaplug.data.record_reader import Limits
 from personaplug.data.task import Reader
 from personaplug.errors import ConfigError, nearest
+from personaplug.infra.plugins import load_plugins
 
-BENCHMARKS: Mapping[str, Callable[..., Reader]] = MappingProxyType(
-    {"lamp-qa": LampQAReader, "longlamp": LongLampReader, "peft-u": PeftUReader, "personal-llm": PersonalLLMReader}
-)
+ReaderFactory = Callable[..., Reader]
+"""Opens a split; called with a path, the split's name, and the keywords of Limits."""
+
+BENCHMARKS: dict[str, ReaderFactory] = {
+    "lamp-qa": LampQAReader,
+    "longlamp": LongLampReader,
+    "peft-u": PeftUReader,
+    "personal-llm": PersonalLLMReader,
+}
 
 
-def open_benchmark(name: str, path: str | Path, split: str, *, skip_bad: int = 0, max_history: int = 512) -> Reader:
-    """Open one split of a benchmark's published files, with the reader's default settings.
+def register_reader(name: str, factory: ReaderFactory) -> None:
+    """Add a reader, so that `open_benchmark` and `personaplug convert` know its name."""
+    key = _key(name)
+    if BENCHMARKS.setdefault(key, factory) is not factory:
+        raise ConfigError(f"There is already a reader of the benchmark {key!r}. Choose another name.")
 
-    Args:
-        name: one of BENCHMARKS; case and underscores do not matter.
-        path: a file or folder as published; see the reader.
-        split: "train", "dev" or "test".
-        skip_bad: the number of broken records that may be skipped.
-        max_history: the number of latest items that a history keeps.
+
+def open_benchmark(name: str, path: str | Path, split: str, **limits: Unpack[Limits]) -> Reader:
+    """Open one split ("train", "dev" or "test") of a benchmark's published file or folder; see its reader.
+
+    The name is one of BENCHMARKS, or a plugin's; case and underscores do not matter.
     """
-    key = name.strip().lower().replace("_", "-")
+    key = _key(name)
+    if key not in BENCHMARKS:
+        load_plugins()
     if key not in BENCHMARKS:
         raise ConfigError(f"There is no benchmark {name!r}; {nearest(key, BENCHMARKS)}")
-    return BENCHMARKS[key](path, split, skip_bad=skip_bad, max_history=max_history)
+    return BENCHMARKS[key](path, split, **limits)
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", "-")

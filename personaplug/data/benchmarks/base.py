@@ -10,19 +10,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
-from personaplug.data.parsing import item_of, name_of, query_of, target_of, text_of, value_of
+from personaplug.data.parsing import name_of, target_of, text_of
 from personaplug.data.record_files import record_source
-from personaplug.data.record_reader import PositionedRecord, RecordReader, TimedItem
+from personaplug.data.record_reader import Limits, PositionedRecord, RecordReader
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
 
-SPLITS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("test",)}
-)
+SPLITS: Mapping[str, tuple[str, ...]] = {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("test",)}
 """The names of the splits here, with the publishers' names."""
 
 _KINDS = (".json", ".jsonl", ".parquet")
@@ -34,14 +31,11 @@ class Layout:
     """The columns of a benchmark's records; "" stands for a column that it lacks.
 
     Attributes:
-        task: the task of the samples.
-        input: the column of the input.
-        instruction: the text before the input in a prompt.
+        instruction: the text (no column) before the input in a prompt.
         id: the record's id; without it, the number of the record in the split makes one ("row-1").
         user: the user's id.
         output: the target.
         item_id: an item's id; without it, the number of the item in its profile.
-        item_date: an item's date.
     """
 
     task: Task
@@ -57,8 +51,8 @@ class Layout:
 class PublishedReader(RecordReader):
     """A split with one sample a record and a list of items in its "profile", streamed."""
 
-    def __init__(self, files: Sequence[Path], layout: Layout, *, skip_bad: int, max_history: int) -> None:
-        super().__init__(layout.task, skip_bad=skip_bad, max_history=max_history)
+    def __init__(self, files: Sequence[Path], layout: Layout, **limits: Unpack[Limits]) -> None:
+        super().__init__(layout.task, **limits)
         self._files, self._layout = tuple(files), layout
 
     def _samples(self) -> Iterator[Sample]:
@@ -70,43 +64,29 @@ class PublishedReader(RecordReader):
     def _sample(self, record: Mapping[str, Any], sample_id: str) -> Sample:
         layout = self._layout
         prompt = layout.instruction + name_of(record, layout.input)
-        return Sample(
-            id=sample_id,
-            user_id=name_of(record, layout.user) if layout.user else None,
-            prompt=prompt,
-            query=query_of(self.task, prompt),
-            target=target_of(self.task, text_of(record, layout.output)) if layout.output else None,
-            history=self._history(value_of(record, "profile"), self._item),
-        )
-
-    def _item(self, record: object, number: int) -> TimedItem:
-        id_key, date_key = self._layout.item_id, self._layout.item_date
-        default_id = None if id_key else str(number)
-        return item_of(self.task, record, default_id=default_id, id_key=id_key, date_key=date_key)
+        user = name_of(record, layout.user) if layout.user else None
+        target = target_of(self.task, text_of(record, layout.output)) if layout.output else None
+        items = self._items(record, id_key=layout.item_id, date_key=layout.item_date)
+        return self._sample_of(sample_id, user, prompt, target=target, items=items)
 
 
 def check_split(split: str) -> str:
-    """Return a split's name."""
+    """Return the name of a split that exists."""
     if split not in SPLITS:
         raise ConfigError(f"A benchmark's splits are {', '.join(SPLITS)}; found {split!r}.")
     return split
 
 
 def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
-    """Find the files of a split.
+    """Find the files of a split; `path` is the split's file, or a folder.
 
-    Args:
-        path: the split's file, or a folder. The folder, its `data` and a folder of the split's name are searched for
-            `{split}.json`, `{anything}_{split}.json` and the like.
-        split: one of SPLITS.
+    The folder, its `data` and a folder of the split's name are searched for `{split}.json`, `{anything}_{split}.json`
+    and the like.
     """
     path, names = Path(path), SPLITS[check_split(split)]
-    if path.is_file():
-        files: tuple[Path, ...] = (path,)
-    elif path.is_dir():
-        files = _files_in(path, names)
-    else:
+    if not path.exists():
         raise MissingData(f"There is no file or folder {path}.")
+    files = _files_in(path, names) if path.is_dir() else (path,)
     for file in files:
         record_source(file, kinds=_KINDS)
     return files
@@ -123,19 +103,16 @@ def _files_in(path: Path, names: tuple[str, ...]) -> tuple[Path, ...]:
     pattern = re.compile(rf"(?:.+_)?(?:{'|'.join(names)})(?:\.jsonl?(?:\.gz)?|(?:-\d+-of-\d+)?\.parquet)")
     for folder in (path, path / "data", *(path / name for name in names)):
         files = sorted(file for file in folder.glob("*") if file.is_file() and pattern.fullmatch(file.name))
-        if files:
-            _check_complete(files, folder)
-            return tuple(files)
+        if not files:
+            continue
+        shards = [match for file in files if (match := _SHARD.search(file.name))]
+        if len(files) > 1 and (len(shards) < len(files) or len({m.string[: m.start()] for m in shards}) > 1):
+            names_there = ", ".join(file.name for file in files)
+            raise ConfigError(f"{folder} holds several files of that split: {names_there}. Name one.")
+        if any(int(match[2]) != len(shards) for match in shards):
+            raise MissingData(f"{folder} holds {len(shards)} shards of that split, their names say {shards[0][2]}.")
+        return tuple(files)
     raise MissingData(
         f"{path} holds no file of the split {names[0]!r}: expected {' or '.join(names)} as *.json[.gz], *.jsonl[.gz] "
         f"or *.parquet there or in a folder 'data' or {' or '.join(map(repr, names))}. Name the file itself."
     )
-
-
-def _check_complete(files: Sequence[Path], folder: Path) -> None:
-    shards = [match for file in files if (match := _SHARD.search(file.name))]
-    stems = {match.string[: match.start()] for match in shards}
-    if len(files) > 1 and (len(shards) < len(files) or len(stems) > 1):
-        raise ConfigError(f"{folder} holds several files of that split: {', '.join(f.name for f in files)}. Name one.")
-    if any(int(match[2]) != len(shards) for match in shards):
-        raise MissingData(f"{folder} holds {len(shards)} shards of that split, their names say {shards[0][2]}.")

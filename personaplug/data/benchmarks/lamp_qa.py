@@ -11,12 +11,14 @@ are None, and the samples serve prediction alone. The aspects come from the narr
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
 from personaplug.data.benchmarks.base import Layout, PublishedReader, split_files
+from personaplug.data.record_reader import Limits
 from personaplug.data.task import Task
 
 _LAYOUT = Layout(
-    # The benchmark has no reference answers; the metrics apply if users bring some.
+    # The metrics apply if users bring reference answers.
     Task("LaMP_QA", "text", ("text",), None, ("rouge_1", "rouge_l"), query_after="question: ", max_new_tokens=1024),
     input="question",
     instruction="Answer the question of this user in detail.\nquestion: ",
@@ -28,6 +30,6 @@ _LAYOUT = Layout(
 class LampQAReader(PublishedReader):
     """One split of one category. Posts are in the file's order, without dates; users are not named."""
 
-    def __init__(self, path: str | Path, split: str, *, skip_bad: int = 0, max_history: int = 512) -> None:
+    def __init__(self, path: str | Path, split: str, **limits: Unpack[Limits]) -> None:
         """Find the split's file; `path` is that file, or a folder that holds one file of the split."""
-        super().__init__(split_files(path, split), _LAYOUT, skip_bad=skip_bad, max_history=max_history)
+        super().__init__(split_files(path, split), _LAYOUT, **limits)

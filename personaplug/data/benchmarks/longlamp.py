@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from personaplug.data.benchmarks.base import Layout, PublishedReader, published_records, split_files
+from personaplug.data.record_reader import Limits
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
 
@@ -31,10 +33,10 @@ _LAYOUTS = (
 class LongLampReader(PublishedReader):
     """One split of one subset; the columns of its records determine the task. Papers are sorted by year."""
 
-    def __init__(self, path: str | Path, split: str, *, skip_bad: int = 0, max_history: int = 512) -> None:
+    def __init__(self, path: str | Path, split: str, **limits: Unpack[Limits]) -> None:
         """Find the files; `path` is the split's file, or the folder of one subset."""
         files = split_files(path, split)
-        super().__init__(files, _layout_of(files), skip_bad=skip_bad, max_history=max_history)
+        super().__init__(files, _layout_of(files), **limits)
 
 
 def _layout_of(files: Sequence[Path]) -> Layout:

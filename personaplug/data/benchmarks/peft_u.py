@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Unpack
 
 from personaplug.data.benchmarks.base import check_split
 from personaplug.data.json_stream import plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_name, as_record, as_text, name_of, query_of, short_id, target_of, value_of
-from personaplug.data.record_reader import RecordReader
+from personaplug.data.parsing import Flaw, as_name, as_record, as_text, name_of, short_id, target_of, value_of
+from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData
@@ -41,26 +42,26 @@ class PeftUReader(RecordReader):
         *,
         queries_per_user: int = 4,
         instruction: str | None = None,
-        skip_bad: int = 0,
-        max_history: int = 512,
+        **limits: Unpack[Limits],
     ) -> None:
         """Find the file and read its labels.
 
         Args:
-            path: the file, or the folder of one dataset, from which the file without leak is preferred.
+            path: the file, or the folder of one dataset; its file without leak is preferred.
             queries_per_user: the maximum number of a user's last samples in train.
             instruction: the prompt before the text; None for a sentence that lists the labels.
-            skip_bad: the number of broken users and samples that may be skipped.
         """
-        self._path, self._split = _file_of(Path(path)), "val" if check_split(split) == "dev" else split
+        path, self._split = Path(path), "val" if check_split(split) == "dev" else split
+        files = [path] if path.is_file() else [file for name in _FILES if (file := plain_or_gz(path, name))]
+        if not files:
+            raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
+        self._path = files[0]
         if queries_per_user < 1:
             raise ConfigError(f"queries_per_user should be at least 1, found {queries_per_user}.")
         self._queries_per_user = queries_per_user
-        labels = _labels_in(self._path)
-        task = Task(
-            "PEFT_U", "label", ("text", "label"), "label", ("accuracy", "f1"), labels=labels, query_after=_MARKER
-        )
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
+        labels, fields = _labels_in(self._path), ("text", "label")
+        task = Task("PEFT_U", "label", fields, "label", ("accuracy", "f1"), labels=labels, query_after=_MARKER)
+        super().__init__(task, **limits)
         self._instruction = _default_instruction(labels) if instruction is None else instruction
         if _MARKER in self._instruction:
             raise ConfigError("The instruction should have no line that begins with 'text: ', which marks the query.")
@@ -75,7 +76,14 @@ class PeftUReader(RecordReader):
             except Flaw as flaw:
                 self._skip(self._path, position, flaw)
                 continue
-            for sample in self._samples_of(user, train, queries, position):
+            items = self._labelled_items(train, position)
+            if self._split == "train":
+                first = max(len(items) - self._queries_per_user, 0)
+                samples = [self._sample(user, items[index], items[:index]) for index in range(first, len(items))]
+            else:
+                others = self._labelled_items(queries, position, train=train)
+                samples = [self._sample(user, query, items) for query in others]
+            for sample in samples:
                 if sample.id not in seen:
                     seen.add(sample.id)
                     yield sample
@@ -83,49 +91,25 @@ class PeftUReader(RecordReader):
                     duplicate = f"{position}, sample id {short_id(sample.id)}"
                     self._skip(self._path, duplicate, Flaw("an earlier record has the same id"))
 
-    def _samples_of(
-        self, user: str, train: Mapping[str, Any], queries: Mapping[str, Any], position: str
-    ) -> Iterator[Sample]:
-        items = self._items(train, position)
-        if self._split == "train":
-            for index in range(max(len(items) - self._queries_per_user, 0), len(items)):
-                yield self._sample(user, items[index], items[:index])
-        else:
-            for query in self._items(queries, position, train=train):
-                yield self._sample(user, query, items)
-
-    def _items(
-        self, samples: Mapping[str, Any], position: str, *, train: Mapping[str, Any] | None = None
+    def _labelled_items(
+        self, samples: Mapping[str, Any], position: str, *, train: Mapping[str, Any] = MappingProxyType({})
     ) -> list[HistoryItem]:
         items = []
         for sample_id, values in samples.items():
             try:
-                if train is not None and sample_id in train:
+                if sample_id in train:
                     raise Flaw("the user's train holds a sample of the same id")
-                items.append(self._item(sample_id, as_record(values)))
+                # A sample may become a query, so its text must not be blank.
+                text, label = name_of(as_record(values), "text"), target_of(self.task, _label(values))
+                items.append(HistoryItem(as_name(sample_id, "its id"), (("text", text), ("label", label)), "label"))
             except Flaw as flaw:
                 self._skip(self._path, f"{position}, sample {short_id(sample_id)}", flaw)
         return items
 
-    def _item(self, sample_id: str, record: Mapping[str, Any]) -> HistoryItem:
-        # A sample may become a query, so its text must not be blank.
-        text = name_of(record, "text")
-        label = target_of(self.task, _label(record))
-        return HistoryItem(as_name(sample_id, "its id"), (("text", text), ("label", label)), "label")
-
     def _sample(self, user: str, query: HistoryItem, items: list[HistoryItem]) -> Sample:
         prompt = f"{self._instruction}{_MARKER}{dict(query.fields)['text']}"
-        history = self._latest([(None, item) for item in items])
-        return Sample(f"{user}/{query.id}", user, prompt, query_of(self.task, prompt), query.answer, history)
-
-
-def _file_of(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for name in _FILES:
-        if file := plain_or_gz(path, name):
-            return file
-    raise MissingData(f"{path} is no file, nor a folder with {' or '.join(_FILES)}, plain or .gz.")
+        timed = [(None, item) for item in items]
+        return self._sample_of(f"{user}/{query.id}", user, prompt, target=query.answer, items=timed)
 
 
 def _users(path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """PersonalLLM (arXiv 2409.20296): simulated users choose between responses to the same request.
 
-The published files are `data/train-….parquet` and `data/test-….parquet` of the hub's namkoong-lab/PersonalLLM. A row
-holds `prompt_id`, `prompt`, `response_1` to `response_8`, and the scores of ten reward models for each response
+The files are `data/train-….parquet` and `data/test-….parquet` of the hub's namkoong-lab/PersonalLLM. A row holds
+`prompt_id`, `prompt`, `response_1` to `response_8`, and the scores of ten reward models for each response
 (`response_1_gemma_2b` …). The simulation and the constants are those of `gen_pref_interaction_database.py` and
 `constants.py` of the repository namkoong-lab/PersonalLLM.
 
@@ -17,14 +17,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.data.benchmarks.base import SPLITS, check_split, published_records, split_files
-from personaplug.data.parsing import Flaw, as_name, name_of, query_of, text_of, value_of
-from personaplug.data.record_reader import RecordReader
+from personaplug.data.parsing import Flaw, as_name, name_of, text_of, value_of
+from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
@@ -57,10 +57,7 @@ class SimulatedUsers:
     Attributes:
         count: the number of users; a user does not depend on it.
         alpha: the Dirichlet parameter; the smaller, the more a user follows one reward model.
-        seed: determines the users, their requests and the order of responses.
-        shortest: the minimum number of choices before the first query.
-        longest: the maximum number.
-        queries_per_user: the number of a user's samples in train.
+        shortest: the minimum number of choices before the first query; `longest` is the maximum.
         choices: the number of responses on offer, of eight, in random order.
     """
 
@@ -73,7 +70,6 @@ class SimulatedUsers:
     choices: int = _RESPONSES
 
     def __post_init__(self) -> None:
-        """Check the values."""
         if min(self.count, self.queries_per_user) < 1 or self.seed < 0 or not 0 < self.alpha < math.inf:
             raise ConfigError("count and queries_per_user should be at least 1, alpha over 0, seed 0 or more.")
         if not 0 <= self.shortest <= self.longest:
@@ -86,32 +82,24 @@ class PersonalLLMReader(RecordReader):
     """One split of simulated choices. All rows are held in memory.
 
     `train` and `dev` come from the train file: every tenth row is a request of dev alone, the others make the
-    histories and train's queries. `test` asks for rows of the test file. The users are the same in all splits; a user
-    has one query in dev and in test, after all choices in train. A history holds requests with the preferred
-    response, in the order of the choices. The target is the letter of the preferred response.
+    histories and train's queries. `test` asks for rows of the test file. A user has one query in dev and in test, after
+    all choices in train. A history holds requests with the preferred response, in the order of the choices.
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        split: str,
-        *,
-        users: SimulatedUsers | None = None,
-        skip_bad: int = 0,
-        max_history: int = 512,
+        self, path: str | Path, split: str, *, users: SimulatedUsers | None = None, **limits: Unpack[Limits]
     ) -> None:
         """Find the files in a folder; for train and dev, the path may also be the train file itself."""
         if check_split(split) == "test" and Path(path).is_file():
             raise ConfigError(f"{path} is one file; the split 'test' needs the folder with the train and test files.")
         self._split, self._users = split, users or SimulatedUsers()
-        self._train = split_files(path, "train")
-        self._test = split_files(path, "test") if split == "test" else ()
+        self._train, self._test = split_files(path, "train"), split_files(path, "test") if split == "test" else ()
         # The preferred response is not the answer_field: it is no label, and the encoder reads it with the request.
         task = Task(
             "PersonalLLM", "label", ("request", "response"), None, ("accuracy",),
             labels=tuple(_LETTERS[: self._users.choices]), query_after=_MARKER, max_new_tokens=4,
         )  # fmt: skip
-        super().__init__(task, skip_bad=skip_bad, max_history=max_history)
+        super().__init__(task, **limits)
 
     def _samples(self) -> Iterator[Sample]:
         rows = self._rows(self._train)
@@ -146,16 +134,8 @@ class PersonalLLMReader(RecordReader):
             yield self._sample(user, _choose(query, weights, choices=settings.choices, rng=rng), past)
 
     def _sample(self, user: int, query: _Choice, past: Sequence[_Choice]) -> Sample:
-        options = "\n\n".join(f"{letter}: {text}" for letter, text in zip(_LETTERS, query.offered, strict=False))
-        prompt = f"{_INSTRUCTION}{_MARKER}{query.row.prompt}\n\n{options}"
-        return Sample(
-            id=f"user-{user}/{query.row.id}",
-            user_id=f"user-{user}",
-            prompt=prompt,
-            query=query_of(self.task, prompt),
-            target=_LETTERS[query.preferred],
-            history=self._latest([(None, choice.item) for choice in past]),
-        )
+        name, items = f"user-{user}", [(None, choice.item) for choice in past]
+        return self._sample_of(f"{name}/{query.item.id}", name, query.prompt, target=query.letter, items=items)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -170,23 +150,20 @@ class _Row:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Choice:
-    """The responses that a user is offered, in the order shown, and the index of the preferred one."""
+    """A user's choice as a history item, and the prompt that offers the responses with the preferred one's letter."""
 
-    row: _Row
-    offered: tuple[str, ...]
-    preferred: int
-
-    @property
-    def item(self) -> HistoryItem:
-        """The choice as a history item."""
-        return HistoryItem(self.row.id, (("request", self.row.prompt), ("response", self.offered[self.preferred])))
+    item: HistoryItem
+    prompt: str
+    letter: str
 
 
 def _choose(row: _Row, weights: NDArray[np.float64], *, choices: int, rng: np.random.Generator) -> _Choice:
     """Offer responses in random order and let a user choose."""
     shown = rng.permutation(_RESPONSES)[:choices]
     preferred = int(np.argmax(row.scores[shown] @ weights))
-    return _Choice(row, tuple(row.responses[index] for index in shown), preferred)
+    item = HistoryItem(row.id, (("request", row.prompt), ("response", row.responses[shown[preferred]])))
+    options = (f"{letter}: {row.responses[index]}" for letter, index in zip(_LETTERS, shown, strict=False))
+    return _Choice(item, "\n\n".join((f"{_INSTRUCTION}{_MARKER}{row.prompt}", *options)), _LETTERS[preferred])
 
 
 def _row_id(record: Mapping[str, Any], number: int) -> str:

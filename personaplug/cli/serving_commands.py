@@ -98,8 +98,9 @@ def serve(
     from personaplug.run import Run
     from personaplug.serving.api_keys import ApiKeys
     from personaplug.serving.app import serve as serve_service
+    from personaplug.serving.config import ServingConfig
     from personaplug.serving.middleware import RequestLimits
-    from personaplug.serving.setup import ServingConfig, open_service
+    from personaplug.serving.setup import open_service
     from personaplug.store.history_store import Retention
 
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
@@ -169,8 +170,9 @@ def explain(
     import asyncio
 
     from personaplug.run import Run
+    from personaplug.serving.config import ServingConfig
     from personaplug.serving.explanations import Explainer
-    from personaplug.serving.setup import ServingConfig, open_service
+    from personaplug.serving.setup import open_service
 
     if (since is None) != (until is None):
         raise ConfigError("--since and --until go together: a persona moves between two days.")
@@ -202,20 +204,15 @@ def refill_store(source: str, target: str, run_folder: Path, seed: int | None, s
     _check_installed()
     from contextlib import closing
 
-    from personaplug.encoders import open_encoder
     from personaplug.infra.progress import Progress
-    from personaplug.llm.loading import choose_device
-    from personaplug.plug.model import PersonaPlug
     from personaplug.run import Run
     from personaplug.serving.persona_cache import store_settings
+    from personaplug.serving.setup import open_parts
     from personaplug.store.history_store import HistoryStore
     from personaplug.store.refill import open_target, refill
 
-    run = Run.open(run_folder)
-    model, seed = run.config.model, run.config.training.seeds[0] if seed is None else seed
-    encoder = open_encoder(model.encoder, device=choose_device(model.device), engine=model.encoder_engine)
-    plug = PersonaPlug.from_pretrained(run.check_trained("plug", seed=seed), encoder=encoder, llm=None)
-    settings = store_settings(plug, keep_text=True)
+    encoder, load_plug = open_parts(Run.open(run_folder), seed=seed)
+    settings = store_settings(load_plug(None), keep_text=True)
     with (
         closing(HistoryStore.open(source, secret=secret)) as old,
         closing(open_target(old, target, encoder, settings=settings, save_secret=secret is None)) as new,

@@ -18,8 +18,6 @@ from personaplug.infra.atomic_io import write_json
 OPEN_TENANT = "default"
 """The tenant of all users on a server without keys."""
 
-_PREFIX = "pp-"
-
 
 class ApiKeys:
     """The keys of a server.
@@ -33,7 +31,7 @@ class ApiKeys:
 
     @classmethod
     def load(cls, path: Path) -> ApiKeys:
-        """Load the keys of a file that `create_key` writes."""
+        """Load the keys that `create_key` stored."""
         return cls(_load_tenants(path))
 
     @property
@@ -63,7 +61,7 @@ def create_key(path: Path, tenant: str) -> str:
     if not tenant.strip():
         raise ConfigError("A tenant has a name; found none.")
     tenants = _load_tenants(path) if path.exists() else {}
-    key = _PREFIX + secrets.token_urlsafe(32)
+    key = "pp-" + secrets.token_urlsafe(32)
     write_json(path, tenants | {_digest(key): tenant})
     path.chmod(0o600)
     return key
@@ -73,9 +71,8 @@ def _load_tenants(path: Path) -> dict[str, str]:
     try:
         tenants = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingData(
-            f"There is no file of keys at {path}; `personaplug create-key TENANT --keys {path}` makes one."
-        ) from None
+        hint = f"`personaplug create-key TENANT --keys {path}` makes one."
+        raise MissingData(f"There is no file of keys at {path}; {hint}") from None
     except (OSError, ValueError) as error:
         raise MissingData(f"The file of keys at {path} cannot be read: {type(error).__name__}.") from None
     if not isinstance(tenants, dict) or not all(
@@ -91,9 +88,7 @@ def _digest(key: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether an address or a name is this machine's own, and no other machine's."""
-    if host.lower() == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False

@@ -17,7 +17,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from personaplug.serving.api_keys import ApiKeys
-from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.error_responses import add_error_handlers
 from personaplug.serving.middleware import RequestLimits, guards
 from personaplug.serving.openai_protocol import ErrorReply
@@ -52,8 +51,8 @@ def create_app(service: Service, *, api_keys: ApiKeys | None = None, limits: Req
         responses=_ERRORS,
     )
     app.state.parts = parts
-    for subject in (chat, history, admin):
-        app.include_router(subject.router)
+    for router in (chat.router, history.router, admin.router):
+        app.include_router(router)
     add_error_handlers(app)
     return app
 
@@ -78,7 +77,7 @@ def serve(
         callers = "this machine alone" if api_keys.is_open else "whoever has a key"
         url = f"http://{host}:{port}"
         logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], url, callers, url)
-        if not isinstance(service.engine, InProcessEngine):
+        if service.engine.is_remote:
             # A persona is too little work to share: a second thread makes it no faster, and vLLM needs the core.
             torch.set_num_threads(1)
         gc.freeze()  # a collection that visits the models' half a million objects would halt replies for 0.2 s

@@ -34,18 +34,12 @@ _SERVER_MESSAGES = {
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What requests may take.
-
-    Attributes:
-        body_seconds: time until the body has arrived.
-        requests: requests to /v1/ that run at once; the next gets a 429.
-        items: items that one request may add to a history.
-    """
+    """What requests may take."""
 
     body_bytes: int = 4 * 2**20
-    body_seconds: float = 30
-    requests: int = 256
-    items: int = 1000
+    body_seconds: float = 30  # until the body has arrived
+    requests: int = 256  # to /v1/ at once
+    items: int = 1000  # that one request may add to a history
 
 
 def guards(api_keys: ApiKeys, limits: RequestLimits, *, telemetry: Telemetry) -> list[Middleware]:
@@ -143,8 +137,9 @@ class LoopbackHostMiddleware(_HttpMiddleware):
         host = Headers(scope=scope).get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host  # without the port
         if not is_loopback(name):
-            message = "Without keys this server answers to names of its own machine."
-            raise RequestError(message, http_status=403, code="host")
+            raise RequestError(
+                "Without keys this server answers to names of its own machine.", http_status=403, code="host"
+            )
         await self.app(scope, receive, send)
 
 
@@ -203,8 +198,8 @@ class BodyLimitMiddleware(_HttpMiddleware):
             body += message.get("body", b"")
             is_complete = not message.get("more_body", False)
             if len(body) > self.max_bytes:
-                reason = f"A body has at most {self.max_bytes} bytes."
-                raise RequestError(reason, http_status=413, code="body_too_long")
+                limit = f"A body has at most {self.max_bytes} bytes."
+                raise RequestError(limit, http_status=413, code="body_too_long")
         return bytes(body)
 
 

@@ -48,12 +48,9 @@ def json_leaves(value: object) -> Iterator[object]:
 def check_json(value: T) -> T:
     """Return a value that came as JSON; RequestError if it cannot be written as JSON again."""
     for leaf in json_leaves(value):
-        is_half_pair = isinstance(leaf, str) and _SURROGATE.search(leaf)
-        if is_half_pair or (isinstance(leaf, float) and not math.isfinite(leaf)):
-            raise RequestError(
-                "The request holds NaN, Infinity or half of a surrogate pair, which JSON cannot represent.",
-                code="invalid_value",
-            )
+        if _SURROGATE.search(leaf) if isinstance(leaf, str) else isinstance(leaf, float) and not math.isfinite(leaf):
+            message = "The request holds NaN, Infinity or half of a surrogate pair, which JSON cannot represent."
+            raise RequestError(message, code="invalid_value")
     return value
 
 
@@ -129,9 +126,9 @@ class _GenerationRequest(_OpenModel):
     kind: ClassVar[Kind]
 
     model: Annotated[Text, Field(min_length=1, max_length=255)] | None = Field(
-        default=None, description="One of /v1/models; the only one may be left out."
+        None, description="One of /v1/models; the only one may be left out."
     )
-    user: Name | None = Field(default=None, description="Whose persona to use.")
+    user: Name | None = Field(None, description="Whose persona to use.")
     stream: bool | None = False
     personaplug: PersonaOptions = Field(default_factory=PersonaOptions)
 
@@ -207,19 +204,14 @@ class ReplyFormatter:
         self._base = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": model}
 
     def whole(self, text: str, *, reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        """The reply in one piece."""
         content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
-        name = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._base, "object": name, "choices": [choice], "usage": usage}
+        return self._body(content, "chat.completion", reason) | {"usage": usage}
 
     def chunk(self, delta: dict[str, str], *, reason: str | None = None) -> dict[str, Any]:
-        """A piece of the reply.
-
-        Args:
-            delta: what is new: `content` and, in the first chunk of a chat, `role`; empty in the last chunk.
-        """
+        """A piece with what is new: `content` and, in a chat's first chunk, `role`; nothing in the last chunk."""
         content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
+        return self._body(content, "chat.completion.chunk", reason)
+
+    def _body(self, content: dict[str, Any], chat_object: str, reason: str | None) -> dict[str, Any]:
         choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
-        name = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return {**self._base, "object": name, "choices": [choice]}
+        return {**self._base, "object": chat_object if self.is_chat else "text_completion", "choices": [choice]}

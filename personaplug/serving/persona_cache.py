@@ -36,20 +36,13 @@ _ENTRY_BYTES = 1024  # of an entry, beside its arrays
 
 @dataclass(frozen=True)
 class Persona:
-    """Soft tokens for one request, and what the reply says of them.
+    """Soft tokens for one request, and what the reply says of them."""
 
-    Attributes:
-        soft: (1, S, D); None = the plain model answers.
-        applied: `user` = made from the user's own items; `population` = common to all, also for users with few items.
-        items: length of the history.
-        cached: whether the history was in the cache, unchanged.
-    """
-
-    soft: SoftPrompt | None
-    applied: Literal["user", "population", "plain"]
-    items: int
+    soft: SoftPrompt | None  # (1, S, D); None = the plain model answers
+    applied: Literal["user", "population", "plain"]  # `population` also for users with few items
+    items: int  # length of the history
     persona_scale: float
-    cached: bool = False
+    cached: bool = False  # whether the history was in the cache, unchanged
     phrases: UserNgramCache | None = None
 
 
@@ -65,8 +58,8 @@ class _Entry:
 
     @property
     def bytes(self) -> int:
-        arrays = (self.soft.vectors.nbytes if self.soft else 0) + (self.history.nbytes if self.history else 0)
-        return _ENTRY_BYTES + arrays + (self.phrases.nbytes if self.phrases else 0)
+        arrays = (self.soft.vectors if self.soft else None, self.history, self.phrases)
+        return _ENTRY_BYTES + sum(array.nbytes for array in arrays if array is not None)
 
 
 class PersonaCache:
@@ -78,11 +71,6 @@ class PersonaCache:
     Args:
         fallback: what requests get without a user, or whose user has no history.
         build_phrases: builds phrases of a user's own answers, for an engine that mixes them in.
-    Raises:
-        StoreConflict, EncoderMismatch: if the store does not fit the plug.
-
-    Attributes:
-        plug_lock: to be held while the plug makes soft tokens, because its cache of queries is for one thread.
     """
 
     def __init__(
@@ -103,7 +91,7 @@ class PersonaCache:
         _check_fits(personalizer.plug, store)
         self.personalizer, self.plug, self.store = personalizer, personalizer.plug, store
         self.fallback, self._build_phrases = fallback, build_phrases
-        self.plug_lock = threading.Lock()
+        self.plug_lock = threading.Lock()  # to be held while the plug makes soft tokens: it caches queries
         self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(cache_bytes, getsizeof=lambda entry: entry.bytes)
         self._entries_lock = threading.Lock()
         self._erasures = 0
@@ -118,12 +106,7 @@ class PersonaCache:
         options: Options | None = None,
         persona_scale: float | None = None,
     ) -> Persona:
-        """The soft tokens for a user's query.
-
-        Args:
-            user: None = nobody in particular.
-            persona_scale: as `PersonaPlug.forward` takes it; None = the personalizer's.
-        """
+        """Make the soft tokens for a query of a user, or of nobody in particular. `persona_scale` 0 = plain model."""
         default_scale = self.personalizer.persona_scale
         scale = default_scale if persona_scale is None else persona_scale
         if scale == 0:
@@ -136,9 +119,8 @@ class PersonaCache:
             history = entry.history or self.personalizer.precompute(self._read(tenant, user))
             with self.plug_lock:
                 soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
-        applied: Literal["user", "population"] = (
-            "user" if entry.items > self.plug.cold_start.max_items else "population"
-        )
+        is_warm = entry.items > self.plug.cold_start.max_items
+        applied: Literal["user", "population"] = "user" if is_warm else "population"
         return Persona(soft, applied, entry.items, scale, cached=cached, phrases=entry.phrases)
 
     def forget(self, tenant: str, user: str) -> None:

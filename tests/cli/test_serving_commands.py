@@ -178,7 +178,7 @@ def test_serve_without_its_vllm_server_fails_with_a_sentence(
 ) -> None:
     table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
     monkeypatch.setattr(EmbeddingTable, "of_folder", lambda _: table)  # the toy model has no folder
-    monkeypatch.setattr("personaplug.serving.setup.find_model", Path)
+    monkeypatch.setattr("personaplug.serving.engines.vllm.find_model", Path)
     with closing(logging.FileHandler(tmp_path / "log")) as handler:  # as a host application may have
         result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
         assert handler.stream is not None, "a server closes nobody's log"

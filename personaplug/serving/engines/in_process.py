@@ -9,13 +9,25 @@ from functools import partial
 
 import torch
 
+from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, EngineFailure, PersonaPlugError, RequestError
-from personaplug.llm.base import GenerationConfig, PromptBatch
+from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Slot
+from personaplug.llm.loading import open_llm
+from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import MAX_CHARACTERS_PER_TOKEN, EngineReply, EngineRequest, EventStream
+from personaplug.plug.model import PersonaPlug
+from personaplug.serving.config import ServingConfig
+from personaplug.serving.engines.base import (
+    MAX_CHARACTERS_PER_TOKEN,
+    Engine,
+    EngineReply,
+    EngineRequest,
+    EventStream,
+    LoadPlug,
+)
 from personaplug.serving.engines.sampling import Sampling
 from personaplug.serving.engines.scheduler import Job, ModelScheduler
 from personaplug.serving.engines.text_stream import TextStream, text_events
@@ -31,11 +43,10 @@ _MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-class InProcessEngine:
+class InProcessEngine(Engine):
     """A decoder-only model in this process.
 
     Args:
-        name: the name by which requests call the model.
         max_rows: answers that are generated at once.
         max_new_tokens: longest answer.
         max_tokens: longest prompt, soft tokens and answer together; None = the model's own limit.
@@ -44,7 +55,7 @@ class InProcessEngine:
 
     def __init__(
         self,
-        llm: CausalLM,
+        llm: LanguageModel,
         *,
         name: str,
         max_rows: int = 16,
@@ -57,10 +68,17 @@ class InProcessEngine:
                 f"{llm.identity.name} cannot answer several requests side by side: that needs a model that reads "
                 f"prompt and answer in one stream, with a cache of keys and values per token."
             )
-        self.models: tuple[str, ...] = (name,)
+        self.models = (name,)
         self.llm, self.max_new_tokens = llm, max_new_tokens
         self.max_tokens = max_tokens or int(getattr(llm.model.config, "max_position_embeddings", 2048))
         self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(max_held, self.max_tokens))
+
+    @classmethod
+    def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
+        """Open the engine as `EngineOpener` says."""
+        llm = open_llm(model)
+        name, sizes = config.model or model.llm, {"max_rows": config.max_rows, "max_new_tokens": config.max_new_tokens}
+        return cls(llm, name=name, **sizes), load_plug(llm.identity).compute_items_in(llm.dtype).to(llm.device)
 
     async def start(self) -> None:
         self._scheduler.start()
@@ -71,8 +89,10 @@ class InProcessEngine:
     async def close(self) -> None:
         await self._scheduler.close()
 
+    def build_phrases(self, answers: Sequence[str]) -> UserNgramCache:
+        return self.llm.build_ngram_cache(answers)
+
     async def respond(self, request: EngineRequest) -> EngineReply:
-        """Answer one request; see `Engine.respond`."""
         sampling = Sampling.from_fields(request.body.model_extra)
         job = Job(await asyncio.to_thread(self._row, request, sampling))
         text = TextStream(job, decode=self.llm.prompt_tokenizer.decode_raw, stop_texts=sampling.stop_texts)
@@ -91,7 +111,7 @@ class InProcessEngine:
     async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """See `Engine.log_likelihoods`. Other requests go on between the passes."""
+        """Measure in passes, between which other requests go on."""
         self._check_characters(prompt + answer)
         log_likelihoods: list[float] = []
         try:
@@ -107,10 +127,8 @@ class InProcessEngine:
     def _rows_per_pass(self, prompt: str, answer: str, *, choices: Sequence[str]) -> int:
         """How many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
         tokenizer = self.llm.prompt_tokenizer
-        (prompt_tokens,), (answer_ids,) = (
-            tokenizer.encode_prompts([prompt]),
-            tokenizer.encode_targets([answer], labels=choices),
-        )
+        prompt_tokens = tokenizer.encode_prompt(prompt)
+        (answer_ids,) = tokenizer.encode_targets([answer], labels=choices)
         if prompt_tokens.truncated:
             raise _too_long(tokenizer.max_tokens)
         if len(answer_ids) > self.max_new_tokens:
@@ -126,15 +144,15 @@ class InProcessEngine:
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
         personas, count = [soft for soft in softs if soft is not None], len(softs)
-        soft = SoftPrompt.cat(personas) if personas else None
-        loss, _ = self.llm.loss(PromptBatch([prompt] * count, soft), [answer] * count, labels=choices)
+        batch = PromptBatch([prompt] * count, SoftPrompt.cat(personas) if personas else None)
+        loss, _ = self.llm.loss(batch, [answer] * count, labels=choices)
         return (-loss.float()).tolist()
 
     def _row(self, request: EngineRequest, sampling: Sampling) -> Slot:
         prompt, soft = self._tokenize(request), request.soft
         if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona holds values that are no numbers.")
-        prompt_tokens = len(prompt.ids) + (soft.vectors.shape[1] if soft else 0)
+        prompt_tokens = len(prompt.ids) + (soft.tokens if soft else 0)
         if not prompt_tokens:
             raise RequestError("The prompt is empty.", code="empty_prompt")
         room = self.max_tokens - prompt_tokens

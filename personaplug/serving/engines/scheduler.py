@@ -32,6 +32,16 @@ class Job:
         self._published = 0
         self._updates: asyncio.Queue[tuple[list[int], str | None]] = asyncio.Queue()
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, soft tokens included."""
+        return len(self.row.prompt.ids) + (self.row.soft.tokens if self.row.soft else 0)
+
+    @property
+    def max_size(self) -> int:
+        """Tokens that the row may come to hold."""
+        return self.prompt_tokens + self.row.config.max_new_tokens
+
     async def tokens(self) -> AsyncGenerator[int]:
         """Yield each new token; EngineFailure if the model fails on the row."""
         ended: str | None = None
@@ -89,7 +99,6 @@ class ModelScheduler:
         self._model_thread.shutdown(wait=False)
 
     def submit(self, job: Job) -> None:
-        """Queue a row."""
         self._check_alive()
         self._waiting.append(job)
         self._wake_up.set()
@@ -128,10 +137,10 @@ class ModelScheduler:
 
     def _admissible(self) -> int:
         """Count the waiting rows that may start now, in their order, without delaying the running ones for long."""
-        prompt_tokens, longest = 0, max((_max_size(job.row) for job in self._running), default=0)
+        prompt_tokens, longest = 0, max((job.max_size for job in self._running), default=0)
         for index, job in enumerate(self._waiting):
             rows = len(self._running) + index + 1
-            longest = max(longest, _max_size(job.row))
+            longest = max(longest, job.max_size)
             prompt_tokens += len(job.row.prompt.ids)
             fits = rows <= self.max_rows and (longest * rows <= self.max_held or rows == 1)
             if not fits or (prompt_tokens > _PREFILL_TOKENS and index > 0):
@@ -150,12 +159,6 @@ class ModelScheduler:
         except Exception as error:  # the callers must hear of it, and later requests be served
             _fail(self._running, error)
             self._batch = ContinuousBatch(self.llm)
-
-
-def _max_size(row: Slot) -> int:
-    """Count the tokens that a row may come to hold."""
-    soft = row.soft.vectors.shape[1] if row.soft else 0
-    return len(row.prompt.ids) + soft + row.config.max_new_tokens
 
 
 def _fail(jobs: Sequence[Job], error: Exception) -> None:

@@ -40,8 +40,7 @@ class TextStream:
     @property
     def usage(self) -> dict[str, int]:
         """Tokens read and written, as OpenAI counts them; soft tokens are part of the prompt."""
-        row, written = self.job.row, self._completion_tokens
-        read = len(row.prompt.ids) + (row.soft.vectors.shape[1] if row.soft else 0)
+        read, written = self.job.prompt_tokens, self._completion_tokens
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
@@ -62,7 +61,6 @@ def _safe_length(text: str, stop_texts: tuple[str, ...]) -> int:
     """Count the characters that may be sent: none that may be half a character or begin a stop text."""
     end = len(text.rstrip(_INCOMPLETE))
     for stop in stop_texts:
-        longest = min(len(stop) - 1, len(text))
-        overlap = next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-        end = min(end, len(text) - overlap)
+        beginnings = range(min(len(stop) - 1, len(text)), 0, -1)
+        end = min(end, len(text) - next((n for n in beginnings if text.endswith(stop[:n])), 0))
     return end

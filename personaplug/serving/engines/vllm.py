@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import torch
 
-from personaplug.errors import ConfigError, EngineFailure, RequestError
+from personaplug.config import ModelConfig
+from personaplug.errors import ConfigError, EngineFailure
+from personaplug.infra.model_hub import find_model
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import EngineReply, EngineRequest, EventStream
+from personaplug.plug.model import PersonaPlug
+from personaplug.serving.config import ServingConfig
+from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest, EventStream, LoadPlug
 from personaplug.serving.engines.vllm_requests import EmbeddingTable, add_soft_tokens, build_body, encode_embeds
 from personaplug.serving.openai_protocol import Kind
 
@@ -31,20 +35,19 @@ _PROBE_TOKENS = 8
 _MAX_DIFFERENCE = 0.05  # of the first token's log-probability, between text and embeds
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """A vLLM server, started with `--enable-prompt-embeds`.
 
     Args:
         url: its address, with or without /v1.
         table: the model's embeddings.
         width: D of the plug's soft tokens.
-        model: the name by which requests call the model; empty = vLLM's own.
+        model: empty = vLLM's own name.
         timeout_s: longest silence within a stream.
         answer_s: longest time for an answer in one piece.
-
-    Attributes:
-        max_model_len: tokens of a prompt and its answer, as vLLM says at the start.
     """
+
+    is_remote = True
 
     def __init__(
         self,
@@ -59,16 +62,29 @@ class VLLMEngine:
         answer_s: float = 600,
     ) -> None:
         self.url = _checked_url(url)
-        self.models: tuple[str, ...] = (model,) if model else ()
+        self.models = (model,) if model else ()
         self.table, self.width, self.placement = table, width, placement
-        self.max_model_len: int | None = None
+        self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
         self.timeout_s, self.answer_s = timeout_s, answer_s
         self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
         self._open_session: aiohttp.ClientSession | None = None
 
+    @classmethod
+    def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
+        """Open the engine as `EngineOpener` says. At its start it checks vLLM's model, by width and by answers."""
+        plug = load_plug(None).compute_items_in("bfloat16")
+        engine = cls(
+            config.engine,
+            table=EmbeddingTable.of_folder(find_model(model.llm)),
+            width=plug.spec.llm.width,
+            placement=plug.config.placement,
+            model=config.model,
+            key=config.engine_key,
+        )
+        return engine, plug
+
     async def start(self) -> None:
-        """Find the model's name, then check its width and the meaning and place of soft tokens."""
         if self._served_name:
             return
         try:
@@ -85,7 +101,7 @@ class VLLMEngine:
 
     async def is_ready(self) -> bool:
         try:
-            return (await self._fetch("/health")).status == 200
+            return (await self._fetch("/health"))[0] == 200
         except EngineFailure:
             return False
 
@@ -94,7 +110,7 @@ class VLLMEngine:
             await self._open_session.close()
 
     async def respond(self, request: EngineRequest) -> EngineReply:
-        """Pass a request on; see `Engine.respond`. vLLM's refusals reach the caller with its own words and status."""
+        """Pass a request on; vLLM's refusals reach the caller with its own words and status."""
         streams = bool(request.body.stream)
         content = await asyncio.to_thread(  # checking and embedding a long prompt takes a while
             build_body, request, model=self._served_name, table=self.table, max_tokens=self.max_model_len
@@ -116,16 +132,6 @@ class VLLMEngine:
             return EngineReply(reply, response.status)
         raise self._failure(response.status)
 
-    async def log_likelihoods(
-        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
-    ) -> list[float]:
-        """Refuse: vLLM gives no likelihood of a text behind embeds."""
-        raise RequestError(
-            "vLLM cannot say how likely an answer is behind soft tokens: leave `answer` out, or use "
-            "`personaplug explain`, which loads the model itself.",
-            code="unsupported",
-        )
-
     @property
     def _session(self) -> aiohttp.ClientSession:
         """Connections of the event loop that first uses them."""
@@ -141,29 +147,28 @@ class VLLMEngine:
 
     def _failure(self, status: int) -> EngineFailure:
         """The error for a status that is not the caller's fault."""
-        reason = ""
-        if status in (401, 403):
-            reason = ": it asks for another key than this server was started with"
-        elif status == 404:
-            name = self._served_name
-            reason = f": it no longer knows the model {name}. If it runs another one now, restart this server too"
+        other_model = (
+            f": it no longer knows the model {self._served_name}. If it runs another one now, restart this server too"
+        )
+        other_key = ": it asks for another key than this server was started with"
+        reason = {401: other_key, 403: other_key, 404: other_model}.get(status, "")
         return EngineFailure(f"The vLLM server failed (status {status}){reason}.")
 
     async def _find_model(self) -> tuple[str, int | None]:
         """Return the name of vLLM's model, and how many tokens it reads."""
         path = "/v1/models"
-        response = await self._fetch(path)
-        if response.status in (401, 403):
-            raise ConfigError(f"The vLLM server at {self.url} asks for another key (status {response.status}).")
+        status, text = await self._fetch(path)
+        if status in (401, 403):
+            raise ConfigError(f"The vLLM server at {self.url} asks for another key (status {status}).")
         with self._parsing(path):
-            model = response.json()["data"][0]
+            model = json.loads(text)["data"][0]
             name, max_model_len = str(model["id"]), model.get("max_model_len")
         return name, max_model_len if isinstance(max_model_len, int) else None
 
     async def _check_width(self, name: str) -> None:
         # A single value as embeds is refused either way, and the message tells why.
         body = {"model": name, "prompt_embeds": encode_embeds(torch.zeros(1, 1)), "max_tokens": 1}
-        message = (await self._fetch("/v1/completions", body)).text
+        _, message = await self._fetch("/v1/completions", body)
         if "--enable-prompt-embeds" in message:
             raise ConfigError(
                 f"The vLLM server at {self.url} takes no soft tokens: start it with --enable-prompt-embeds."
@@ -176,9 +181,9 @@ class VLLMEngine:
 
     async def _check_embeddings(self, name: str) -> None:
         """Check that a text and its embeddings get the same answer."""
-        embeds = encode_embeds(self.table.embed(_PROBE))
         text, log_prob = await self._probe(name, {"prompt": _PROBE})
-        embeds_text, embeds_log_prob = await self._probe(name, {"prompt_embeds": embeds})
+        embeds = {"prompt_embeds": encode_embeds(self.table.embed(_PROBE))}
+        embeds_text, embeds_log_prob = await self._probe(name, embeds)
         if text != embeds_text or not abs(log_prob - embeds_log_prob) <= _MAX_DIFFERENCE:
             raise ConfigError(
                 f"The vLLM server at {self.url} answers a text and the same text embedded differently: {name} "
@@ -188,11 +193,11 @@ class VLLMEngine:
     async def _probe(self, name: str, prompt: dict[str, str]) -> tuple[str, float]:
         """Return vLLM's answer to a prompt, and its first token's log-probability."""
         path, options = "/v1/completions", {"max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
-        response = await self._fetch(path, {"model": name, **options, **prompt})
-        if response.status != 200:
-            raise ConfigError(f"The vLLM server at {self.url} refused a test request (status {response.status}).")
+        status, reply = await self._fetch(path, {"model": name, **options, **prompt})
+        if status != 200:
+            raise ConfigError(f"The vLLM server at {self.url} refused a test request (status {status}).")
         with self._parsing(path):
-            choice = response.json()["choices"][0]
+            choice = json.loads(reply)["choices"][0]
             return choice["text"], float(choice["logprobs"]["token_logprobs"][0])
 
     async def _check_template(self, name: str) -> None:
@@ -200,8 +205,7 @@ class VLLMEngine:
         body = {"model": name, "messages": [{"role": "user", "content": _PROBE}]}
         soft = SoftPrompt(torch.zeros(1, 1, self.width), placement="suffix")
         plain = await self._tokenize(body | {"add_generation_prompt": True})
-        with_soft = await self._tokenize(add_soft_tokens(body, soft))
-        if with_soft[:-1] != plain:
+        if (await self._tokenize(add_soft_tokens(body, soft)))[:-1] != plain:
             raise ConfigError(
                 f"The chat template of {name} writes something else before an answer that has begun than before one "
                 f"that is to begin: soft tokens would stand elsewhere than in training. Start vLLM with a "
@@ -210,11 +214,11 @@ class VLLMEngine:
 
     async def _tokenize(self, body: dict[str, Any]) -> list[int]:
         path = "/tokenize"
-        response = await self._fetch(path, body)
-        found, tokens = f"status {response.status}", None
-        if response.status == 200:
+        status, text = await self._fetch(path, body)
+        found, tokens = f"status {status}", None
+        if status == 200:
             with self._parsing(path):
-                found, tokens = "no tokens", response.json().get("tokens")
+                found, tokens = "no tokens", json.loads(text).get("tokens")
         if not tokens or not isinstance(tokens, list):
             raise ConfigError(
                 f"The vLLM server at {self.url} must say on {path} how it writes a chat, to see where soft tokens "
@@ -222,14 +226,15 @@ class VLLMEngine:
             )
         return tokens
 
-    async def _fetch(self, path: str, body: dict[str, Any] | None = None) -> _Response:
+    async def _fetch(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+        """Return status and text of a reply."""
         method = "GET" if body is None else "POST"
         try:
             async with (
                 asyncio.timeout(self.timeout_s),
                 self._session.request(method, self.url + path, json=body, allow_redirects=False) as response,
             ):
-                return _Response(response.status, await response.text("utf-8", errors="replace"))
+                return response.status, await response.text("utf-8", errors="replace")
         except (*_CONNECTION_ERRORS, ValueError) as error:  # ValueError: the key or address cannot be sent
             raise EngineFailure(f"There is no vLLM server at {self.url} ({type(error).__name__}).") from None
 
@@ -242,19 +247,15 @@ class VLLMEngine:
             raise EngineFailure(f"What {self.url} says on {path} is not what vLLM says: is it a vLLM server?") from None
 
 
-class _Response(NamedTuple):
-    status: int
-    text: str
-
-    def json(self) -> Any:
-        return json.loads(self.text)
-
-
 async def _complete_events(response: aiohttp.ClientResponse, *, timeout_s: float) -> AsyncGenerator[bytes]:
     """Hold half an event back: a client could not parse what follows it, even if that is an error."""
     held = b""
     try:
-        while chunk := await _next_chunk(response, timeout_s=timeout_s):
+        while True:
+            async with asyncio.timeout(timeout_s):
+                chunk = await response.content.readany()
+            if not chunk:  # the end
+                break
             events, end, held = (held + chunk).rpartition(b"\n\n")
             if end:
                 yield events + end
@@ -262,11 +263,6 @@ async def _complete_events(response: aiohttp.ClientResponse, *, timeout_s: float
         raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
     if held:
         raise EngineFailure("The vLLM server broke off amid an event.")
-
-
-async def _next_chunk(response: aiohttp.ClientResponse, *, timeout_s: float) -> bytes:
-    async with asyncio.timeout(timeout_s):
-        return await response.content.readany()  # empty at the end
 
 
 def _checked_url(url: str) -> str:

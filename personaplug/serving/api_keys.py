@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import json
 import secrets
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from personaplug.errors import ConfigError, MissingData
 from personaplug.infra.atomic_io import write_json
@@ -18,20 +20,17 @@ from personaplug.infra.atomic_io import write_json
 OPEN_TENANT = "default"
 """The tenant of all users on a server without keys."""
 
+_TENANTS = TypeAdapter(dict[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], Annotated[str, Field(min_length=1)]])
+
 
 class ApiKeys:
-    """The keys of a server.
-
-    Args:
-        tenants: tenant by the SHA-256 of a key, in hex; None = an open server, where everybody is `OPEN_TENANT`.
-    """
+    """The keys of a server."""
 
     def __init__(self, tenants: dict[str, str] | None = None) -> None:
-        self._tenants = tenants
+        self._tenants = tenants  # by the SHA-256 of a key, in hex; None = everybody is `OPEN_TENANT`
 
     @classmethod
     def load(cls, path: Path) -> ApiKeys:
-        """Load the keys that `create_key` stored."""
         return cls(_load_tenants(path))
 
     @property
@@ -69,17 +68,13 @@ def create_key(path: Path, tenant: str) -> str:
 
 def _load_tenants(path: Path) -> dict[str, str]:
     try:
-        tenants = json.loads(path.read_text(encoding="utf-8"))
+        return _TENANTS.validate_json(path.read_bytes())
     except FileNotFoundError:
         hint = f"`personaplug create-key TENANT --keys {path}` makes one."
         raise MissingData(f"There is no file of keys at {path}; {hint}") from None
     except (OSError, ValueError) as error:
-        raise MissingData(f"The file of keys at {path} cannot be read: {type(error).__name__}.") from None
-    if not isinstance(tenants, dict) or not all(
-        isinstance(tenant, str) and tenant and len(digest) == 64 for digest, tenant in tenants.items()
-    ):
-        raise MissingData(f"The file of keys at {path} is not one: it maps SHA-256 digests of keys to tenants.")
-    return tenants
+        expected = "it maps SHA-256 digests of keys to tenants"
+        raise MissingData(f"The file of keys at {path} cannot be read ({type(error).__name__}): {expected}.") from None
 
 
 def _digest(key: str) -> str:

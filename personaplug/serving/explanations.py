@@ -31,10 +31,8 @@ class Explainer:
         """
         query = self.service.parse(prompt)
         if not self.service.is_personal(query):
-            raise RequestError(
-                f"A prompt without the wording of {self.service.task.name} is answered without a persona.",
-                code="not_the_task",
-            )
+            message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
+            raise RequestError(message, code="not_the_task")
         items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         weights = await self.service.run_slow(self._weights, query, history)
         explanation: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}

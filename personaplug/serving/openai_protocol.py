@@ -1,4 +1,4 @@
-"""OpenAI's wire format: validated requests, replies and stream events. It knows no model and no user.
+"""OpenAI's wire format: validated requests, replies and stream events.
 
 Fields that are not declared here stay in `model_extra` and reach the engine unchanged.
 """
@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -31,17 +32,15 @@ def json_leaves(value: object) -> Iterator[object]:
     """Iterate over the keys and scalars of a JSON value; RequestError if it is nested too deep."""
     level = [value]
     for _ in range(_MAX_DEPTH):
-        nested: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                nested += [*item, *item.values()]
-            elif isinstance(item, list):
-                nested += item
-            else:
-                yield item
-        if not nested:
+        yield from (item for item in level if not isinstance(item, dict | list))
+        lists = [
+            [*item, *item.values()] if isinstance(item, dict) else item
+            for item in level
+            if isinstance(item, dict | list)
+        ]
+        level = list(chain.from_iterable(lists))
+        if not level:
             return
-        level = nested
     raise RequestError(f"The request is nested more than {_MAX_DEPTH} levels deep.", code="invalid_value")
 
 
@@ -55,10 +54,7 @@ def check_json(value: T) -> T:
 
 
 def check_name(text: str) -> str:
-    """Return a name; ValueError if it does not fit databases, headers and paths.
-
-    Clients resolve the dots of a path: to delete an item `..` would erase its user.
-    """
+    """Return a name that fits databases, headers and paths. To delete an item `..` would erase its user."""
     if any(character < " " for character in text):
         raise ValueError("an id may hold no control characters")
     if "/" in text or text in (".", ".."):
@@ -99,8 +95,6 @@ class PersonaOptions(BaseModel):
 
 
 class _OpenModel(BaseModel):
-    """Keeps undeclared fields."""
-
     model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="after")
@@ -116,10 +110,10 @@ class Message(_OpenModel):
     @property
     def text(self) -> str:
         """The content's text; text parts are joined by line breaks."""
-        if isinstance(self.content, list):
-            texts = [part.get("text") for part in self.content if part.get("type") == "text"]
-            return "\n".join(text for text in texts if isinstance(text, str))
-        return self.content or ""
+        if not isinstance(self.content, list):
+            return self.content or ""
+        texts = [part.get("text") for part in self.content if part.get("type") == "text"]
+        return "\n".join(text for text in texts if isinstance(text, str))
 
 
 class _GenerationRequest(_OpenModel):
@@ -138,8 +132,6 @@ class _GenerationRequest(_OpenModel):
 
 
 class ChatRequest(_GenerationRequest):
-    """`/v1/chat/completions`."""
-
     kind = "chat"
 
     messages: list[Message] = Field(min_length=1)
@@ -152,8 +144,6 @@ class ChatRequest(_GenerationRequest):
 
 
 class CompletionRequest(_GenerationRequest):
-    """`/v1/completions`, one prompt at a time."""
-
     kind = "completion"
 
     prompt: Annotated[Text, BeforeValidator(_only_prompt, json_schema_input_type=_OnePrompt)]
@@ -178,13 +168,12 @@ class ErrorReply(BaseModel):
 
 def error_reply(message: str, *, code: str, status: int) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return ErrorReply(error=ErrorBody(message=message, type=kind, code=code)).model_dump()
+    return {"error": {"message": message, "type": kind, "code": code, "param": None}}
 
 
 def first_error(errors: Sequence[Any]) -> str:
     """Pydantic's first error: field and reason, without the value."""
-    field = ".".join(str(part) for part in errors[0]["loc"])
-    return f"{field}: {errors[0]['msg']}"
+    return f"{'.'.join(map(str, errors[0]['loc']))}: {errors[0]['msg']}"
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from cachetools import LRUCache
@@ -26,8 +26,10 @@ from personaplug.plug.personalizer import Personalizer
 from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings
 
 Fallback = Literal["population", "plain"]
-FALLBACKS: tuple[Fallback, ...] = ("population", "plain")
 """What users without a history get: what is common to all users, or the plain model."""
+
+Applied = Literal["user", "population", "plain"]
+"""Whose persona a request gets; users with few items get that of the population."""
 
 BuildPhrases = Callable[[Sequence[str]], UserNgramCache]
 
@@ -39,7 +41,7 @@ class Persona:
     """Soft tokens for one request, and what the reply says of them."""
 
     soft: SoftPrompt | None  # (1, S, D); None = the plain model answers
-    applied: Literal["user", "population", "plain"]  # `population` also for users with few items
+    applied: Applied
     items: int  # length of the history
     persona_scale: float
     cached: bool = False  # whether the history was in the cache, unchanged
@@ -82,8 +84,8 @@ class PersonaCache:
         build_phrases: BuildPhrases | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
-        if fallback not in FALLBACKS:
-            raise ConfigError(f"fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
+        if fallback not in get_args(Fallback):
+            raise ConfigError(f"fallback is one of {', '.join(get_args(Fallback))}; found {fallback!r}.")
         if not 0 <= personalizer.persona_scale <= MAX_PERSONA_SCALE:
             raise ConfigError(f"persona_scale goes from 0 to {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}.")
         if build_phrases is not None and not store.settings.keep_text:
@@ -91,7 +93,7 @@ class PersonaCache:
         _check_fits(personalizer.plug, store)
         self.personalizer, self.plug, self.store = personalizer, personalizer.plug, store
         self.fallback, self._build_phrases = fallback, build_phrases
-        self.plug_lock = threading.Lock()  # to be held while the plug makes soft tokens: it caches queries
+        self.plug_lock = threading.Lock()  # to be held while the plug makes soft tokens: its cache is for one thread
         self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(cache_bytes, getsizeof=lambda entry: entry.bytes)
         self._entries_lock = threading.Lock()
         self._erasures = 0
@@ -119,9 +121,8 @@ class PersonaCache:
             history = entry.history or self.personalizer.precompute(self._read(tenant, user))
             with self.plug_lock:
                 soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
-        is_warm = entry.items > self.plug.cold_start.max_items
-        applied: Literal["user", "population"] = "user" if is_warm else "population"
-        return Persona(soft, applied, entry.items, scale, cached=cached, phrases=entry.phrases)
+        applied: Applied = "user" if entry.items > self.plug.cold_start.max_items else "population"
+        return Persona(soft, applied, entry.items, scale, cached, entry.phrases)
 
     def forget(self, tenant: str, user: str) -> None:
         """Drop an erased user's entry at once."""
@@ -187,10 +188,10 @@ def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
     if not store.identity.same_items_as(plug.spec.encoder):
         raise EncoderMismatch("The plug", expected=plug.spec.encoder.describe(), found=store.identity.describe())
     if settings.encodes_answers != config.encodes_answers:
-        vectors = {True: "of whole items", False: "of items without the user's answer"}
+        kinds = ["of items without the user's answer", "of whole items"]
         raise StoreConflict(
-            f"The plug reads vectors {vectors[config.encodes_answers]} (answer_channel={config.answer_channel}); the "
-            f"store keeps vectors {vectors[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
+            f"The plug reads vectors {kinds[config.encodes_answers]} (answer_channel={config.answer_channel}); the "
+            f"store keeps vectors {kinds[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
         )
     if config.reads_labels and settings.labels != plug.spec.labels:
         raise StoreConflict(

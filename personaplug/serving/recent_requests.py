@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
-from typing import NamedTuple
 
 from cachetools import TTLCache
 
@@ -19,23 +18,19 @@ _MAX_CLOCK_SKEW_S = 60  # between this server and another one that erases users
 _ENTRY_BYTES = 256  # of an entry, beside its query
 
 
-class _Entry(NamedTuple):
-    query: str
-    asked_at: float  # as `time.time` gives it
-
-
 class RecentRequests:
-    """The queries of recent requests, by tenant, user and request id; for one event loop. The oldest go first."""
+    """The queries of recent requests, for one event loop. The oldest go first."""
 
     def __init__(self) -> None:
-        self._entries: TTLCache[tuple[str, str, str], _Entry] = TTLCache(
-            _MAX_BYTES, _TTL_S, getsizeof=lambda entry: _ENTRY_BYTES + 4 * len(entry.query)
+        # The query and its time, as `time.time` gives it, by tenant, user and request id.
+        self._entries: TTLCache[tuple[str, str, str], tuple[str, float]] = TTLCache(
+            _MAX_BYTES, _TTL_S, getsizeof=lambda entry: _ENTRY_BYTES + 4 * len(entry[0])
         )
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
 
     def add(self, tenant: str, user: str, *, request_id: str, query: str, since: float) -> None:
         """Keep a query, unless it is too large or its user was forgotten `since` it arrived, by `time.monotonic`."""
-        entry = _Entry(query, time.time() - (time.monotonic() - since))
+        entry = query, time.time() - (time.monotonic() - since)
         is_erased = self._erased.get((tenant, user), -1.0) >= since
         if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:
             self._entries[tenant, user, request_id] = entry
@@ -45,15 +40,15 @@ class RecentRequests:
 
         `erased_at` is when any process last erased a user of this id; earlier requests are gone.
         """
-        entry = self._entries.get((tenant, user, request_id))
-        if entry is None or (erased_at is not None and erased_at.timestamp() + _MAX_CLOCK_SKEW_S >= entry.asked_at):
+        query, asked_at = self._entries.get((tenant, user, request_id), ("", -1.0))
+        if asked_at < 0 or (erased_at is not None and erased_at.timestamp() + _MAX_CLOCK_SKEW_S >= asked_at):
             raise RequestError(
                 "No request of this id is known for this user: requests are kept for a while, until the server "
                 "restarts. Add an item with its text instead.",
                 http_status=404,
                 code="unknown_request",
             )
-        return entry.query
+        return query
 
     def forget(self, tenant: str, user: str) -> None:
         self._erased[tenant, user] = time.monotonic()

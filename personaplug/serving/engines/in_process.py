@@ -28,9 +28,9 @@ from personaplug.serving.engines.base import (
     EventStream,
     LoadPlug,
 )
+from personaplug.serving.engines.job import Job
 from personaplug.serving.engines.sampling import Sampling
-from personaplug.serving.engines.scheduler import Job, ModelScheduler
-from personaplug.serving.engines.text_stream import TextStream, text_events
+from personaplug.serving.engines.scheduler import ModelScheduler
 from personaplug.serving.openai_protocol import CompletionRequest, Message, ReplyFormatter, to_json
 
 # Bounds of one pass that measures an answer under several soft prompts: rows, tokens of all answers (each takes a row
@@ -39,6 +39,7 @@ _SCORE_ROWS = 32
 _SCORE_ANSWER_TOKENS = 512
 _SCORE_TOKENS = 8192
 
+_MAX_HELD = 32_768  # tokens, padding included, that all running answers may come to hold; bounds the memory
 _MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -49,20 +50,9 @@ class InProcessEngine(Engine):
     Args:
         max_rows: answers that are generated at once.
         max_new_tokens: longest answer.
-        max_tokens: longest prompt, soft tokens and answer together; None = the model's own limit.
-        max_held: tokens, padding included, that all running answers may come to hold; bounds the memory.
     """
 
-    def __init__(
-        self,
-        llm: LanguageModel,
-        *,
-        name: str,
-        max_rows: int = 16,
-        max_new_tokens: int = 512,
-        max_tokens: int | None = None,
-        max_held: int = 32_768,
-    ) -> None:
+    def __init__(self, llm: LanguageModel, *, name: str, max_rows: int = 16, max_new_tokens: int = 512) -> None:
         if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache:
             raise ConfigError(
                 f"{llm.identity.name} cannot answer several requests side by side: that needs a model that reads "
@@ -70,15 +60,17 @@ class InProcessEngine(Engine):
             )
         self.models = (name,)
         self.llm, self.max_new_tokens = llm, max_new_tokens
-        self.max_tokens = max_tokens or int(getattr(llm.model.config, "max_position_embeddings", 2048))
-        self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(max_held, self.max_tokens))
+        # Tokens of a prompt, its soft tokens and its answer.
+        self.max_tokens = int(getattr(llm.model.config, "max_position_embeddings", 2048))
+        self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(_MAX_HELD, self.max_tokens))
 
     @classmethod
     def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
         """Open the engine as `EngineOpener` says."""
         llm = open_llm(model)
-        name, sizes = config.model or model.llm, {"max_rows": config.max_rows, "max_new_tokens": config.max_new_tokens}
-        return cls(llm, name=name, **sizes), load_plug(llm.identity).compute_items_in(llm.dtype).to(llm.device)
+        name = config.model or model.llm
+        engine = cls(llm, name=name, max_rows=config.max_rows, max_new_tokens=config.max_new_tokens)
+        return engine, load_plug(llm.identity).compute_items_in(llm.dtype).to(llm.device)
 
     async def start(self) -> None:
         self._scheduler.start()
@@ -94,19 +86,18 @@ class InProcessEngine(Engine):
 
     async def respond(self, request: EngineRequest) -> EngineReply:
         sampling = Sampling.from_fields(request.body.model_extra)
-        job = Job(await asyncio.to_thread(self._row, request, sampling))
-        text = TextStream(job, decode=self.llm.prompt_tokenizer.decode_raw, stop_texts=sampling.stop_texts)
+        row = await asyncio.to_thread(self._row, request, sampling)
+        job = Job(row, decode=self.llm.prompt_tokenizer.decode_raw, stop_texts=sampling.stop_texts)
         formatter = ReplyFormatter(request.body.kind, model=self.models[0], request_id=request.id)
         self._scheduler.submit(job)
         if request.body.stream:
             include_usage = bool((sampling.stream_options or {}).get("include_usage"))
-            events = text_events(text, formatter, include_usage=include_usage)
-            return EngineReply(EventStream(events, on_close=job.cancel))
+            return EngineReply(EventStream(job.events(formatter, include_usage=include_usage), on_close=job.cancel))
         try:
-            pieces = [piece async for piece in text.pieces()]
+            text = "".join([piece async for piece in job.text()])
         finally:
             job.cancel()  # has no effect on a job that has ended
-        return EngineReply(to_json(formatter.whole("".join(pieces), reason=text.reason, usage=text.usage)))
+        return EngineReply(to_json(formatter.whole(text, reason=job.finish_reason, usage=job.usage)))
 
     async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
@@ -117,8 +108,8 @@ class InProcessEngine(Engine):
         try:
             rows = await self._scheduler.run(partial(self._rows_per_pass, prompt, answer, choices=choices))
             for start in range(0, len(softs), rows):
-                batch = softs[start : start + rows]
-                score = partial(self._score, prompt, answer, softs=batch, choices=choices)
+                part = softs[start : start + rows]
+                score = partial(self._score, prompt, answer, softs=part, choices=choices)
                 log_likelihoods += await self._scheduler.run(score)
         finally:
             self.llm.prompt_tokenizer.clear_cache()  # its cache holds the user's words, which must not outlast the user
@@ -132,10 +123,8 @@ class InProcessEngine(Engine):
         if prompt_tokens.truncated:
             raise _too_long(tokenizer.max_tokens)
         if len(answer_ids) > self.max_new_tokens:
-            raise RequestError(
-                f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(answer_ids)}.",
-                code="max_tokens",
-            )
+            message = f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(answer_ids)}."
+            raise RequestError(message, code="max_tokens")
         total = len(prompt_tokens.ids) + len(answer_ids)
         return max(1, min(_SCORE_ROWS, _SCORE_ANSWER_TOKENS // len(answer_ids), _SCORE_TOKENS // total))
 
@@ -143,9 +132,9 @@ class InProcessEngine(Engine):
     def _score(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
-        personas, count = [soft for soft in softs if soft is not None], len(softs)
-        batch = PromptBatch([prompt] * count, SoftPrompt.cat(personas) if personas else None)
-        loss, _ = self.llm.loss(batch, [answer] * count, labels=choices)
+        personas = [soft for soft in softs if soft is not None]
+        batch = PromptBatch([prompt] * len(softs), SoftPrompt.cat(personas) if personas else None)
+        loss, _ = self.llm.loss(batch, [answer] * len(softs), labels=choices)
         return (-loss.float()).tolist()
 
     def _row(self, request: EngineRequest, sampling: Sampling) -> Slot:
@@ -191,9 +180,8 @@ class InProcessEngine(Engine):
         except PersonaPlugError:
             raise
         except Exception:  # a template may raise anything for roles that it does not know
-            raise RequestError(
-                "The model's chat template does not take these roles in this order.", code="messages"
-            ) from None
+            message = "The model's chat template does not take these roles in this order."
+            raise RequestError(message, code="messages") from None
 
     def _check_characters(self, text: str) -> None:
         if len(text) > MAX_CHARACTERS_PER_TOKEN * self.max_tokens:

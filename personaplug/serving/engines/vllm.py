@@ -39,8 +39,6 @@ class VLLMEngine(Engine):
     """A vLLM server, started with `--enable-prompt-embeds`.
 
     Args:
-        url: its address, with or without /v1.
-        table: the model's embeddings.
         width: D of the plug's soft tokens.
         model: empty = vLLM's own name.
         timeout_s: longest silence within a stream.
@@ -64,8 +62,8 @@ class VLLMEngine(Engine):
         self.url = _checked_url(url)
         self.models = (model,) if model else ()
         self.table, self.width, self.placement = table, width, placement
-        self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
         self.timeout_s, self.answer_s = timeout_s, answer_s
+        self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
         self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
         self._open_session: aiohttp.ClientSession | None = None
@@ -111,16 +109,14 @@ class VLLMEngine(Engine):
 
     async def respond(self, request: EngineRequest) -> EngineReply:
         """Pass a request on; vLLM's refusals reach the caller with its own words and status."""
-        streams = bool(request.body.stream)
+        streams, url = bool(request.body.stream), self.url + _ROUTES[request.body.kind]
         content = await asyncio.to_thread(  # checking and embedding a long prompt takes a while
             build_body, request, model=self._served_name, table=self.table, max_tokens=self.max_model_len
         )
         headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
         try:
             async with asyncio.timeout(self.timeout_s if streams else self.answer_s):
-                response = await self._session.post(
-                    self.url + _ROUTES[request.body.kind], data=content, headers=headers, allow_redirects=False
-                )
+                response = await self._session.post(url, data=content, headers=headers, allow_redirects=False)
                 if streams and response.status == 200:
                     events = _complete_events(response, timeout_s=self.timeout_s)
                     return EngineReply(EventStream(events, on_close=response.close))
@@ -146,21 +142,22 @@ class VLLMEngine(Engine):
         return self._open_session
 
     def _failure(self, status: int) -> EngineFailure:
-        """The error for a status that is not the caller's fault."""
-        other_model = (
-            f": it no longer knows the model {self._served_name}. If it runs another one now, restart this server too"
-        )
-        other_key = ": it asks for another key than this server was started with"
-        reason = {401: other_key, 403: other_key, 404: other_model}.get(status, "")
+        name, reason = self._served_name, ""
+        if status in (401, 403):
+            reason = ": it asks for another key than this server was started with"
+        elif status == 404:
+            reason = f": it no longer knows the model {name}. If it runs another one now, restart this server too"
         return EngineFailure(f"The vLLM server failed (status {status}){reason}.")
+
+    def _unfit(self, reason: str) -> ConfigError:
+        return ConfigError(f"The vLLM server at {self.url} {reason}")
 
     async def _find_model(self) -> tuple[str, int | None]:
         """Return the name of vLLM's model, and how many tokens it reads."""
-        path = "/v1/models"
-        status, text = await self._fetch(path)
+        status, text = await self._fetch("/v1/models")
         if status in (401, 403):
-            raise ConfigError(f"The vLLM server at {self.url} asks for another key (status {status}).")
-        with self._parsing(path):
+            raise self._unfit(f"asks for another key (status {status}).")
+        with self._parsing("/v1/models"):
             model = json.loads(text)["data"][0]
             name, max_model_len = str(model["id"]), model.get("max_model_len")
         return name, max_model_len if isinstance(max_model_len, int) else None
@@ -170,13 +167,11 @@ class VLLMEngine(Engine):
         body = {"model": name, "prompt_embeds": encode_embeds(torch.zeros(1, 1)), "max_tokens": 1}
         _, message = await self._fetch("/v1/completions", body)
         if "--enable-prompt-embeds" in message:
-            raise ConfigError(
-                f"The vLLM server at {self.url} takes no soft tokens: start it with --enable-prompt-embeds."
-            )
+            raise self._unfit("takes no soft tokens: start it with --enable-prompt-embeds.")
         if "hidden_size" in message and f"hidden_size {self.width}." not in message:
-            raise ConfigError(
-                f"The vLLM server at {self.url} runs {name}, whose embeddings have another width than the "
-                f"plug's {self.width}: serve the model that the plug was trained for."
+            raise self._unfit(
+                f"runs {name}, whose embeddings have another width than the plug's {self.width}: serve the model that "
+                f"the plug was trained for."
             )
 
     async def _check_embeddings(self, name: str) -> None:
@@ -185,18 +180,18 @@ class VLLMEngine(Engine):
         embeds = {"prompt_embeds": encode_embeds(self.table.embed(_PROBE))}
         embeds_text, embeds_log_prob = await self._probe(name, embeds)
         if text != embeds_text or not abs(log_prob - embeds_log_prob) <= _MAX_DIFFERENCE:
-            raise ConfigError(
-                f"The vLLM server at {self.url} answers a text and the same text embedded differently: {name} "
-                f"is another model than the plug's, or its prompt_embeds are broken. Serve the plug's model."
+            raise self._unfit(
+                f"answers a text and the same text embedded differently: {name} is another model than the plug's, or "
+                f"its prompt_embeds are broken. Serve the plug's model."
             )
 
     async def _probe(self, name: str, prompt: dict[str, str]) -> tuple[str, float]:
         """Return vLLM's answer to a prompt, and its first token's log-probability."""
-        path, options = "/v1/completions", {"max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
-        status, reply = await self._fetch(path, {"model": name, **options, **prompt})
+        body = {"model": name, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1, **prompt}
+        status, reply = await self._fetch("/v1/completions", body)
         if status != 200:
-            raise ConfigError(f"The vLLM server at {self.url} refused a test request (status {status}).")
-        with self._parsing(path):
+            raise self._unfit(f"refused a test request (status {status}).")
+        with self._parsing("/v1/completions"):
             choice = json.loads(reply)["choices"][0]
             return choice["text"], float(choice["logprobs"]["token_logprobs"][0])
 
@@ -213,21 +208,19 @@ class VLLMEngine(Engine):
             )
 
     async def _tokenize(self, body: dict[str, Any]) -> list[int]:
-        path = "/tokenize"
-        status, text = await self._fetch(path, body)
+        status, text = await self._fetch("/tokenize", body)
         found, tokens = f"status {status}", None
         if status == 200:
-            with self._parsing(path):
+            with self._parsing("/tokenize"):
                 found, tokens = "no tokens", json.loads(text).get("tokens")
         if not tokens or not isinstance(tokens, list):
-            raise ConfigError(
-                f"The vLLM server at {self.url} must say on {path} how it writes a chat, to see where soft tokens "
-                f"stand; found {found}. Let this server reach that route."
+            raise self._unfit(
+                f"must say on /tokenize how it writes a chat, to see where soft tokens stand; found {found}. Let this "
+                f"server reach that route."
             )
         return tokens
 
     async def _fetch(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
-        """Return status and text of a reply."""
         method = "GET" if body is None else "POST"
         try:
             async with (
@@ -240,7 +233,6 @@ class VLLMEngine(Engine):
 
     @contextmanager
     def _parsing(self, path: str) -> Iterator[None]:
-        """Turn errors of parsing a reply into EngineFailure."""
         try:
             yield
         except (ValueError, LookupError, TypeError, AttributeError):

@@ -118,9 +118,8 @@ def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
     messages = list(body["messages"])
     if soft.placement == "suffix":
         if body.get("continue_final_message"):
-            raise RequestError(
-                "continue_final_message leaves no place for a persona behind the prompt.", code="messages"
-            )
+            message = "continue_final_message leaves no place for a persona behind the prompt."
+            raise RequestError(message, code="messages")
         messages.append({"role": "assistant", "content": [part]})
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]

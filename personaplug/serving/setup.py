@@ -26,7 +26,7 @@ def open_service(run: Run, config: ServingConfig) -> Service:
         check_ngrams(run.task)
         if not registered.supports_phrases:
             raise ConfigError(
-                "Phrases are mixed in by the local engine; vLLM chooses its tokens itself. Leave --phrases out."
+                "Phrases are mixed in by the local engine; this one chooses its tokens itself. Leave --phrases out."
             )
     encoder, load_plug = open_parts(run, seed=config.seed)
     engine, plug = registered.open(run.config.model, config, load_plug)

@@ -57,10 +57,8 @@ def create_app(service: Service, *, api_keys: ApiKeys | None = None, limits: Req
     return app
 
 
-def serve(
-    service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: str, port: int, patience_s: int = 30
-) -> None:
-    """Serve until SIGTERM, then give the running requests `patience_s` seconds to end."""
+def serve(service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: str, port: int) -> None:
+    """Serve until SIGTERM, then give the running requests 30 seconds to end."""
     api_keys.check_address(host)
     config = uvicorn.Config(
         create_app(service, api_keys=api_keys, limits=limits),
@@ -69,7 +67,7 @@ def serve(
         access_log=False,  # it would hold users' ids, which are part of paths
         log_config=None,  # uvicorn's own closes every handler of the process
         log_level="warning",
-        timeout_graceful_shutdown=patience_s,
+        timeout_graceful_shutdown=30,
     )
 
     async def run() -> None:

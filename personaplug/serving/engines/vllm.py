@@ -41,28 +41,18 @@ class VLLMEngine(Engine):
     Args:
         width: D of the plug's soft tokens.
         model: empty = vLLM's own name.
-        timeout_s: longest silence within a stream.
-        answer_s: longest time for an answer in one piece.
     """
 
     is_remote = True
+    timeout_s: float = 120  # longest silence within a stream
+    answer_s: float = 600  # longest time for an answer in one piece
 
     def __init__(
-        self,
-        url: str,
-        *,
-        table: EmbeddingTable,
-        width: int,
-        placement: str,
-        model: str = "",
-        key: str | None = None,
-        timeout_s: float = 120,
-        answer_s: float = 600,
+        self, url: str, *, table: EmbeddingTable, width: int, placement: str, model: str = "", key: str | None = None
     ) -> None:
         self.url = _checked_url(url)
         self.models = (model,) if model else ()
         self.table, self.width, self.placement = table, width, placement
-        self.timeout_s, self.answer_s = timeout_s, answer_s
         self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
         self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}

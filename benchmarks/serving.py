@@ -40,8 +40,9 @@ from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.run import Run, open_models
+from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines.vllm_requests import add_soft_tokens
-from personaplug.serving.setup import ServingConfig, open_service
+from personaplug.serving.setup import open_service
 
 ITEMS = 4
 ROWS = 4

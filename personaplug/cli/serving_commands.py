@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,40 +14,38 @@ import click
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import ConfigError, MissingExtra, UserError
 
-_RUN = click.option(
-    "--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`."
-)
-_SEED = click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
+_PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(1)
-_SECRET = click.option(
-    "--secret", type=click.Path(path_type=Path), help="File of the store's secret.  [default: beside SQLite's file]"
-)
+_RUN = click.option("--run", "run_folder", required=True, type=_PATH, help="A run made by `train`.")
+_SEED = click.option("--seed", type=int, help="Which of the run's training seeds.  [default: the first]")
+_SECRET = click.option("--secret", type=_PATH, help="File of the store's secret.  [default: beside SQLite's file]")
+_STORE = click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL.")
+_TENANT = click.option("--tenant", default="default", show_default=True)
+_USER = click.option("--user", required=True)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @_RUN
-@click.option("--store", default="histories.db", show_default=True, help="Histories: a file, or a postgresql:// URL.")
+@click.option("--store", default="histories.db", help="Histories: a file, or a postgresql:// URL.")
 @_SECRET
-@click.option("--engine", default="local", show_default=True, help="local, or the address of a vLLM server: http://…")
+@click.option("--engine", default="local", help="local, or the address of a vLLM server: http://…")
 @click.option("--engine-key", envvar="PERSONAPLUG_ENGINE_KEY", help="Key of the vLLM server, if it asks for one.")
-@click.option("--model", default="", help="Name by which requests call the model.  [default: the model's own]")
-@_SEED
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option(
-    "--keys", type=click.Path(path_type=Path), help="File of keys (`personaplug create-key`). None: this machine only."
+    "--model", default="", show_default=False, help="Name by which requests call the model.  [default: the model's own]"
 )
+@_SEED
+@click.option("--host", default="127.0.0.1")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535))
+@click.option("--keys", type=_PATH, help="File of keys (`personaplug create-key`). None: this machine only.")
 @click.option(
     "--fallback",
     type=click.Choice(["population", "plain"]),
     default="population",
-    show_default=True,
     help="What users without a history get: what is common to all, or the plain model.",
 )
 @click.option(
     "--persona-scale",
     default=1.0,
-    show_default=True,
     type=click.FloatRange(0, MAX_PERSONA_SCALE),
     help="Of personas, if a request does not say.",
 )
@@ -56,32 +56,14 @@ _SECRET = click.option(
 )
 @click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a new store.")
 @click.option(
-    "--phrases",
-    is_flag=True,
-    help="Mix users' own phrases into the local engine's answers; a new store then keeps texts.",
+    "--phrases", is_flag=True, help="Mix users' own phrases into the local engine's answers; a new store keeps texts."
 )
 @click.option("--max-items", type=int, help="Keep this many items of a user, the latest.")
 @click.option("--max-days", type=int, help="Keep items no older than this.")
-@click.option(
-    "--max-rows", default=16, show_default=True, type=_COUNT, help="Answers that the local engine generates at once."
-)
-@click.option(
-    "--max-new-tokens", default=512, show_default=True, type=_COUNT, help="Longest answer of the local engine."
-)
-@click.option(
-    "--max-requests",
-    default=256,
-    show_default=True,
-    type=_COUNT,
-    help="Requests that run at once; the next gets a 429.",
-)
-@click.option(
-    "--max-body-mb",
-    default=4.0,
-    show_default=True,
-    type=click.FloatRange(0, 1024, min_open=True),
-    help="Longest request.",
-)
+@click.option("--max-rows", default=16, type=_COUNT, help="Answers that the local engine generates at once.")
+@click.option("--max-new-tokens", default=512, type=_COUNT, help="Longest answer of the local engine.")
+@click.option("--max-requests", default=256, type=_COUNT, help="Requests at once; the next gets a 429.")
+@click.option("--max-body-mb", default=4.0, type=click.FloatRange(0, 1024, min_open=True), help="Longest request.")
 def serve(
     run_folder: Path,
     host: str,
@@ -98,8 +80,9 @@ def serve(
     from personaplug.run import Run
     from personaplug.serving.api_keys import ApiKeys
     from personaplug.serving.app import serve as serve_service
+    from personaplug.serving.config import ServingConfig
     from personaplug.serving.middleware import RequestLimits
-    from personaplug.serving.setup import ServingConfig, open_service
+    from personaplug.serving.setup import open_service
     from personaplug.store.history_store import Retention
 
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
@@ -112,7 +95,7 @@ def serve(
 
 @click.command("create-key")
 @click.argument("tenant")
-@click.option("--keys", required=True, type=click.Path(path_type=Path), help="File of keys; made if it does not exist.")
+@click.option("--keys", required=True, type=_PATH, help="File of keys; made if it does not exist.")
 def create_key(tenant: str, keys: Path) -> None:
     """Create an API key for a TENANT and print it, once: the file holds its hash alone."""
     from personaplug.serving import api_keys
@@ -121,20 +104,17 @@ def create_key(tenant: str, keys: Path) -> None:
 
 
 @click.command("erase-user")
-@click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL.")
+@_STORE
 @_SECRET
-@click.option("--tenant", default="default", show_default=True)
-@click.option("--user", required=True)
+@_TENANT
+@_USER
 def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
     """Erase a user from a store, files included, and print the receipt."""
     _check_installed()
     from personaplug.store.history_store import HistoryStore
 
-    opened = HistoryStore.open(store, secret=secret)
-    try:
+    with closing(HistoryStore.open(store, secret=secret)) as opened:
         click.echo(json.dumps(opened.erase_user(tenant, user).to_dict(), indent=2))
-    finally:
-        opened.close()
 
 
 @click.command()
@@ -142,10 +122,10 @@ def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
 @_SEED
 @click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
 @click.option("--answer", help="Whose likelihood is compared, with and without each item.")
-@click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL.")
+@_STORE
 @_SECRET
-@click.option("--tenant", default="default", show_default=True)
-@click.option("--user", required=True)
+@_TENANT
+@_USER
 @click.option("--most", default=10, show_default=True, help="Number of items to list.")
 @click.option(
     "--since", type=click.DateTime(["%Y-%m-%d"]), help="With --until: how far the persona moved between the two days."
@@ -169,16 +149,16 @@ def explain(
     import asyncio
 
     from personaplug.run import Run
+    from personaplug.serving.config import ServingConfig
     from personaplug.serving.explanations import Explainer
-    from personaplug.serving.setup import ServingConfig, open_service
+    from personaplug.serving.setup import open_service
 
     if (since is None) != (until is None):
         raise ConfigError("--since and --until go together: a persona moves between two days.")
     service = open_service(Run.open(run_folder), ServingConfig(store=store, secret=secret, seed=seed, create=False))
 
-    explainer = Explainer(service)
-
     async def run() -> dict[str, Any]:
+        explainer = Explainer(service)
         await service.engine.start()
         try:
             explanation = await explainer.explain(tenant, user, prompt=prompt, answer=answer, most=most)
@@ -200,22 +180,15 @@ def explain(
 def refill_store(source: str, target: str, run_folder: Path, seed: int | None, secret: Path | None) -> None:
     """Copy a store of histories into a new one for the encoder of another run. Run it again to continue."""
     _check_installed()
-    from contextlib import closing
-
-    from personaplug.encoders import open_encoder
     from personaplug.infra.progress import Progress
-    from personaplug.llm.loading import choose_device
-    from personaplug.plug.model import PersonaPlug
     from personaplug.run import Run
     from personaplug.serving.persona_cache import store_settings
+    from personaplug.serving.setup import open_parts
     from personaplug.store.history_store import HistoryStore
     from personaplug.store.refill import open_target, refill
 
-    run = Run.open(run_folder)
-    model, seed = run.config.model, run.config.training.seeds[0] if seed is None else seed
-    encoder = open_encoder(model.encoder, device=choose_device(model.device), engine=model.encoder_engine)
-    plug = PersonaPlug.from_pretrained(run.check_trained("plug", seed=seed), encoder=encoder, llm=None)
-    settings = store_settings(plug, keep_text=True)
+    encoder, load_plug = open_parts(Run.open(run_folder), seed=seed)
+    settings = store_settings(load_plug(None), keep_text=True)
     with (
         closing(HistoryStore.open(source, secret=secret)) as old,
         closing(open_target(old, target, encoder, settings=settings, save_secret=secret is None)) as new,
@@ -234,8 +207,6 @@ def refill_store(source: str, target: str, run_folder: Path, seed: int | None, s
 def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str | None, user: str | None) -> None:
     """Check a RECEIPT of an erasure (a JSON file, or - for standard input). The exit code is 1 if it is not valid."""
     _check_installed()
-    from contextlib import closing
-
     from personaplug.store.history_store import HistoryStore, Receipt
 
     try:
@@ -250,10 +221,5 @@ def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str
 
 
 def _check_installed() -> None:
-    from importlib.util import find_spec
-
-    if any(
-        find_spec(name) is None
-        for name in ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client")
-    ):
+    if not all(map(find_spec, ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client"))):
         raise MissingExtra("A live service", extra="serve")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import json
 import secrets
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from personaplug.errors import ConfigError, MissingData
 from personaplug.infra.atomic_io import write_json
@@ -18,22 +20,17 @@ from personaplug.infra.atomic_io import write_json
 OPEN_TENANT = "default"
 """The tenant of all users on a server without keys."""
 
-_PREFIX = "pp-"
+_TENANTS = TypeAdapter(dict[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], Annotated[str, Field(min_length=1)]])
 
 
 class ApiKeys:
-    """The keys of a server.
-
-    Args:
-        tenants: tenant by the SHA-256 of a key, in hex; None = an open server, where everybody is `OPEN_TENANT`.
-    """
+    """The keys of a server."""
 
     def __init__(self, tenants: dict[str, str] | None = None) -> None:
-        self._tenants = tenants
+        self._tenants = tenants  # by the SHA-256 of a key, in hex; None = everybody is `OPEN_TENANT`
 
     @classmethod
     def load(cls, path: Path) -> ApiKeys:
-        """Load the keys of a file that `create_key` writes."""
         return cls(_load_tenants(path))
 
     @property
@@ -63,7 +60,7 @@ def create_key(path: Path, tenant: str) -> str:
     if not tenant.strip():
         raise ConfigError("A tenant has a name; found none.")
     tenants = _load_tenants(path) if path.exists() else {}
-    key = _PREFIX + secrets.token_urlsafe(32)
+    key = "pp-" + secrets.token_urlsafe(32)
     write_json(path, tenants | {_digest(key): tenant})
     path.chmod(0o600)
     return key
@@ -71,18 +68,13 @@ def create_key(path: Path, tenant: str) -> str:
 
 def _load_tenants(path: Path) -> dict[str, str]:
     try:
-        tenants = json.loads(path.read_text(encoding="utf-8"))
+        return _TENANTS.validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise MissingData(
-            f"There is no file of keys at {path}; `personaplug create-key TENANT --keys {path}` makes one."
-        ) from None
+        hint = f"`personaplug create-key TENANT --keys {path}` makes one."
+        raise MissingData(f"There is no file of keys at {path}; {hint}") from None
     except (OSError, ValueError) as error:
-        raise MissingData(f"The file of keys at {path} cannot be read: {type(error).__name__}.") from None
-    if not isinstance(tenants, dict) or not all(
-        isinstance(tenant, str) and tenant and len(digest) == 64 for digest, tenant in tenants.items()
-    ):
-        raise MissingData(f"The file of keys at {path} is not one: it maps SHA-256 digests of keys to tenants.")
-    return tenants
+        expected = "it maps SHA-256 digests of keys to tenants"
+        raise MissingData(f"The file of keys at {path} cannot be read ({type(error).__name__}): {expected}.") from None
 
 
 def _digest(key: str) -> str:
@@ -91,9 +83,7 @@ def _digest(key: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether an address or a name is this machine's own, and no other machine's."""
-    if host.lower() == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False

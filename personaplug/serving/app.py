@@ -17,7 +17,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from personaplug.serving.api_keys import ApiKeys
-from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.error_responses import add_error_handlers
 from personaplug.serving.middleware import RequestLimits, guards
 from personaplug.serving.openai_protocol import ErrorReply
@@ -52,16 +51,14 @@ def create_app(service: Service, *, api_keys: ApiKeys | None = None, limits: Req
         responses=_ERRORS,
     )
     app.state.parts = parts
-    for subject in (chat, history, admin):
-        app.include_router(subject.router)
+    for router in (chat.router, history.router, admin.router):
+        app.include_router(router)
     add_error_handlers(app)
     return app
 
 
-def serve(
-    service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: str, port: int, patience_s: int = 30
-) -> None:
-    """Serve until SIGTERM, then give the running requests `patience_s` seconds to end."""
+def serve(service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: str, port: int) -> None:
+    """Serve until SIGTERM, then give the running requests 30 seconds to end."""
     api_keys.check_address(host)
     config = uvicorn.Config(
         create_app(service, api_keys=api_keys, limits=limits),
@@ -70,7 +67,7 @@ def serve(
         access_log=False,  # it would hold users' ids, which are part of paths
         log_config=None,  # uvicorn's own closes every handler of the process
         log_level="warning",
-        timeout_graceful_shutdown=patience_s,
+        timeout_graceful_shutdown=30,
     )
 
     async def run() -> None:
@@ -78,7 +75,7 @@ def serve(
         callers = "this machine alone" if api_keys.is_open else "whoever has a key"
         url = f"http://{host}:{port}"
         logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], url, callers, url)
-        if not isinstance(service.engine, InProcessEngine):
+        if service.engine.is_remote:
             # A persona is too little work to share: a second thread makes it no faster, and vLLM needs the core.
             torch.set_num_threads(1)
         gc.freeze()  # a collection that visits the models' half a million objects would halt replies for 0.2 s

@@ -12,7 +12,6 @@ from personaplug.serving.openai_protocol import error_reply, first_error
 
 
 def error_response(status: int, message: str, *, code: str) -> Response:
-    """A response that refuses a request."""
     headers = retry_after(status)
     headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     headers |= {"Connection": "close"} if status in (401, 403, 408, 413) else {}  # the body may not have been read
@@ -25,7 +24,6 @@ def retry_after(status: int) -> dict[str, str]:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer FastAPI's own errors in OpenAI's form."""
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
 

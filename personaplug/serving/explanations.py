@@ -20,8 +20,6 @@ from personaplug.store.reads import StoredItem
 
 
 class Explainer:
-    """Explains the personas of a service's users."""
-
     def __init__(self, service: Service) -> None:
         self.service, self.personas, self.store = service, service.personas, service.store
         self.personalizer, self.plug = service.personas.personalizer, service.personas.plug
@@ -29,17 +27,13 @@ class Explainer:
     async def explain(self, tenant: str, user: str, *, prompt: str, answer: str | None, most: int) -> dict[str, Any]:
         """Say which items made a user's persona for a prompt and, given an answer, how much likelier each makes it.
 
-        Args:
-            most: number of items to list, those with the largest effect or weight.
+        List `most` items, those with the largest effect or weight.
         """
         query = self.service.parse(prompt)
         if not self.service.is_personal(query):
-            raise RequestError(
-                f"A prompt without the wording of {self.service.task.name} is answered without a persona.",
-                code="not_the_task",
-            )
-        latest = self.plug.config.max_history
-        items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=latest)
+            message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
+            raise RequestError(message, code="not_the_task")
+        items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         weights = await self.service.run_slow(self._weights, query, history)
         explanation: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
         columns, ranking = {"weight": weights.astype(np.float64)}, -weights
@@ -78,7 +72,6 @@ class Explainer:
         raise RequestError("The user's history is being changed; try again.", http_status=409, code="busy")
 
     def _weights(self, query: TaskQuery, history: EncodedHistory) -> npt.NDArray[np.float32]:
-        """Weights of the items for a query."""
         with self.personas.plug_lock:
             return item_weights(self.personalizer, query.text, history)
 
@@ -101,11 +94,6 @@ class Explainer:
             return self.personalizer.persona(query.text, history, options=query.options)
 
     def _drift(self, before: EncodedHistory, after: EncodedHistory) -> Drift:
-        make = partial(self._soft, TaskQuery("", None, is_on_task=False))
-        return drift(
-            make,
-            before,
-            after,
-            population=self.plug.population_prompt(),
-            max_cold_items=self.plug.cold_start.max_items,
-        )
+        make_persona = partial(self._soft, TaskQuery("", None, is_on_task=False))
+        population, max_cold_items = self.plug.population_prompt(), self.plug.cold_start.max_items
+        return drift(make_persona, before, after, population=population, max_cold_items=max_cold_items)

@@ -1,7 +1,4 @@
-"""ASGI middlewares between the network and the routes; each has one job. `guards` puts them in order.
-
-They refuse a request by raising RequestError, which ErrorMiddleware turns into the response.
-"""
+"""ASGI middlewares between the network and the routes. To refuse a request, they raise RequestError."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import asyncio
 import logging
 import time
 import traceback
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from prometheus_client import Gauge
@@ -34,18 +32,12 @@ _SERVER_MESSAGES = {
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What requests may take.
-
-    Attributes:
-        body_seconds: time until the body has arrived.
-        requests: requests to /v1/ that run at once; the next gets a 429.
-        items: items that one request may add to a history.
-    """
+    """What requests may take."""
 
     body_bytes: int = 4 * 2**20
-    body_seconds: float = 30
-    requests: int = 256
-    items: int = 1000
+    body_seconds: float = 30  # until the body has arrived
+    requests: int = 256  # to /v1/ at once
+    items: int = 1000  # that one request may add to a history
 
 
 def guards(api_keys: ApiKeys, limits: RequestLimits, *, telemetry: Telemetry) -> list[Middleware]:
@@ -63,16 +55,14 @@ def guards(api_keys: ApiKeys, limits: RequestLimits, *, telemetry: Telemetry) ->
 
 
 @dataclass(eq=False)
-class _HttpMiddleware:
-    """Handles HTTP requests and passes every other scope on."""
-
+class _HttpMiddleware(ABC):
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self.handle if scope["type"] == "http" else self.app)(scope, receive, send)
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 
 class _StartTracker:
@@ -124,10 +114,10 @@ class ErrorMiddleware(_HttpMiddleware):
                 raise
             response = error_response(503, "The server is stopping.", code="stopping")
         except PersonaPlugError as error:
-            status = error.http_status
-            if status >= 500:
+            if error.http_status >= 500:
                 logger.error("%s: %s", type(error).__name__, error.code)
-            response = error_response(status, _SERVER_MESSAGES.get(status, str(error)), code=error.code)
+            message = _SERVER_MESSAGES.get(error.http_status, str(error))
+            response = error_response(error.http_status, message, code=error.code)
         except Exception as error:
             origin = traceback.extract_tb(error.__traceback__)[-1]
             logger.error("%s at %s:%s", type(error).__name__, origin.filename, origin.lineno)
@@ -195,17 +185,15 @@ class BodyLimitMiddleware(_HttpMiddleware):
 
     async def _read_body(self, receive: Receive) -> bytes | None:
         """Return the body, or None if the caller leaves before it is complete."""
-        body, is_complete = bytearray(), False
-        while not is_complete:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
+        body = bytearray()
+        while (message := await receive())["type"] != "http.disconnect":
             body += message.get("body", b"")
-            is_complete = not message.get("more_body", False)
             if len(body) > self.max_bytes:
-                reason = f"A body has at most {self.max_bytes} bytes."
-                raise RequestError(reason, http_status=413, code="body_too_long")
-        return bytes(body)
+                limit = f"A body has at most {self.max_bytes} bytes."
+                raise RequestError(limit, http_status=413, code="body_too_long")
+            if not message.get("more_body", False):
+                return bytes(body)
+        return None
 
 
 @dataclass(eq=False)
@@ -238,11 +226,9 @@ class DisconnectMiddleware(_HttpMiddleware):
         messages: asyncio.Queue[Message] = asyncio.Queue()
 
         async def watch() -> None:
-            while True:
-                message = await receive()
+            while (message := await receive())["type"] != "http.disconnect":
                 messages.put_nowait(message)
-                if message["type"] == "http.disconnect":
-                    return
+            messages.put_nowait(message)
 
         async def next_message() -> Message:
             message = await messages.get()
@@ -259,7 +245,7 @@ class DisconnectMiddleware(_HttpMiddleware):
                 work.cancel()
             await asyncio.wait({work})
             if not work.cancelled():
-                work.result()
+                work.result()  # raises its error
         finally:
             disconnect.cancel()
             work.cancel()

@@ -1,4 +1,4 @@
-"""OpenAI's wire format: validated requests, replies and stream events. It knows no model and no user.
+"""OpenAI's wire format: validated requests, replies and stream events.
 
 Fields that are not declared here stay in `model_extra` and reach the engine unchanged.
 """
@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -31,37 +32,29 @@ def json_leaves(value: object) -> Iterator[object]:
     """Iterate over the keys and scalars of a JSON value; RequestError if it is nested too deep."""
     level = [value]
     for _ in range(_MAX_DEPTH):
-        nested: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                nested += [*item, *item.values()]
-            elif isinstance(item, list):
-                nested += item
-            else:
-                yield item
-        if not nested:
+        yield from (item for item in level if not isinstance(item, dict | list))
+        lists = [
+            [*item, *item.values()] if isinstance(item, dict) else item
+            for item in level
+            if isinstance(item, dict | list)
+        ]
+        level = list(chain.from_iterable(lists))
+        if not level:
             return
-        level = nested
     raise RequestError(f"The request is nested more than {_MAX_DEPTH} levels deep.", code="invalid_value")
 
 
 def check_json(value: T) -> T:
     """Return a value that came as JSON; RequestError if it cannot be written as JSON again."""
     for leaf in json_leaves(value):
-        is_half_pair = isinstance(leaf, str) and _SURROGATE.search(leaf)
-        if is_half_pair or (isinstance(leaf, float) and not math.isfinite(leaf)):
-            raise RequestError(
-                "The request holds NaN, Infinity or half of a surrogate pair, which JSON cannot represent.",
-                code="invalid_value",
-            )
+        if _SURROGATE.search(leaf) if isinstance(leaf, str) else isinstance(leaf, float) and not math.isfinite(leaf):
+            message = "The request holds NaN, Infinity or half of a surrogate pair, which JSON cannot represent."
+            raise RequestError(message, code="invalid_value")
     return value
 
 
 def check_name(text: str) -> str:
-    """Return a name; ValueError if it does not fit databases, headers and paths.
-
-    Clients resolve the dots of a path: to delete an item `..` would erase its user.
-    """
+    """Return a name that fits databases, headers and paths. To delete an item `..` would erase its user."""
     if any(character < " " for character in text):
         raise ValueError("an id may hold no control characters")
     if "/" in text or text in (".", ".."):
@@ -102,8 +95,6 @@ class PersonaOptions(BaseModel):
 
 
 class _OpenModel(BaseModel):
-    """Keeps undeclared fields."""
-
     model_config = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="after")
@@ -119,19 +110,19 @@ class Message(_OpenModel):
     @property
     def text(self) -> str:
         """The content's text; text parts are joined by line breaks."""
-        if isinstance(self.content, list):
-            texts = [part.get("text") for part in self.content if part.get("type") == "text"]
-            return "\n".join(text for text in texts if isinstance(text, str))
-        return self.content or ""
+        if not isinstance(self.content, list):
+            return self.content or ""
+        texts = [part.get("text") for part in self.content if part.get("type") == "text"]
+        return "\n".join(text for text in texts if isinstance(text, str))
 
 
 class _GenerationRequest(_OpenModel):
     kind: ClassVar[Kind]
 
     model: Annotated[Text, Field(min_length=1, max_length=255)] | None = Field(
-        default=None, description="One of /v1/models; the only one may be left out."
+        None, description="One of /v1/models; the only one may be left out."
     )
-    user: Name | None = Field(default=None, description="Whose persona to use.")
+    user: Name | None = Field(None, description="Whose persona to use.")
     stream: bool | None = False
     personaplug: PersonaOptions = Field(default_factory=PersonaOptions)
 
@@ -141,8 +132,6 @@ class _GenerationRequest(_OpenModel):
 
 
 class ChatRequest(_GenerationRequest):
-    """`/v1/chat/completions`."""
-
     kind = "chat"
 
     messages: list[Message] = Field(min_length=1)
@@ -155,8 +144,6 @@ class ChatRequest(_GenerationRequest):
 
 
 class CompletionRequest(_GenerationRequest):
-    """`/v1/completions`, one prompt at a time."""
-
     kind = "completion"
 
     prompt: Annotated[Text, BeforeValidator(_only_prompt, json_schema_input_type=_OnePrompt)]
@@ -181,13 +168,12 @@ class ErrorReply(BaseModel):
 
 def error_reply(message: str, *, code: str, status: int) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return ErrorReply(error=ErrorBody(message=message, type=kind, code=code)).model_dump()
+    return {"error": {"message": message, "type": kind, "code": code, "param": None}}
 
 
 def first_error(errors: Sequence[Any]) -> str:
     """Pydantic's first error: field and reason, without the value."""
-    field = ".".join(str(part) for part in errors[0]["loc"])
-    return f"{field}: {errors[0]['msg']}"
+    return f"{'.'.join(map(str, errors[0]['loc']))}: {errors[0]['msg']}"
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:
@@ -207,19 +193,14 @@ class ReplyFormatter:
         self._base = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": model}
 
     def whole(self, text: str, *, reason: str, usage: dict[str, int]) -> dict[str, Any]:
-        """The reply in one piece."""
         content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
-        name = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._base, "object": name, "choices": [choice], "usage": usage}
+        return self._body(content, "chat.completion", reason) | {"usage": usage}
 
     def chunk(self, delta: dict[str, str], *, reason: str | None = None) -> dict[str, Any]:
-        """A piece of the reply.
-
-        Args:
-            delta: what is new: `content` and, in the first chunk of a chat, `role`; empty in the last chunk.
-        """
+        """A piece with what is new: `content` and, in a chat's first chunk, `role`; nothing in the last chunk."""
         content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
+        return self._body(content, "chat.completion.chunk", reason)
+
+    def _body(self, content: dict[str, Any], chat_object: str, reason: str | None) -> dict[str, Any]:
         choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
-        name = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return {**self._base, "object": name, "choices": [choice]}
+        return {**self._base, "object": chat_object if self.is_chat else "text_completion", "choices": [choice]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from cachetools import LRUCache
@@ -26,8 +26,10 @@ from personaplug.plug.personalizer import Personalizer
 from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings
 
 Fallback = Literal["population", "plain"]
-FALLBACKS: tuple[Fallback, ...] = ("population", "plain")
 """What users without a history get: what is common to all users, or the plain model."""
+
+Applied = Literal["user", "population", "plain"]
+"""Whose persona a request gets; users with few items get that of the population."""
 
 BuildPhrases = Callable[[Sequence[str]], UserNgramCache]
 
@@ -36,20 +38,13 @@ _ENTRY_BYTES = 1024  # of an entry, beside its arrays
 
 @dataclass(frozen=True)
 class Persona:
-    """Soft tokens for one request, and what the reply says of them.
+    """Soft tokens for one request, and what the reply says of them."""
 
-    Attributes:
-        soft: (1, S, D); None = the plain model answers.
-        applied: `user` = made from the user's own items; `population` = common to all, also for users with few items.
-        items: length of the history.
-        cached: whether the history was in the cache, unchanged.
-    """
-
-    soft: SoftPrompt | None
-    applied: Literal["user", "population", "plain"]
-    items: int
+    soft: SoftPrompt | None  # (1, S, D); None = the plain model answers
+    applied: Applied
+    items: int  # length of the history
     persona_scale: float
-    cached: bool = False
+    cached: bool = False  # whether the history was in the cache, unchanged
     phrases: UserNgramCache | None = None
 
 
@@ -65,8 +60,8 @@ class _Entry:
 
     @property
     def bytes(self) -> int:
-        arrays = (self.soft.vectors.nbytes if self.soft else 0) + (self.history.nbytes if self.history else 0)
-        return _ENTRY_BYTES + arrays + (self.phrases.nbytes if self.phrases else 0)
+        arrays = (self.soft.vectors if self.soft else None, self.history, self.phrases)
+        return _ENTRY_BYTES + sum(array.nbytes for array in arrays if array is not None)
 
 
 class PersonaCache:
@@ -78,11 +73,6 @@ class PersonaCache:
     Args:
         fallback: what requests get without a user, or whose user has no history.
         build_phrases: builds phrases of a user's own answers, for an engine that mixes them in.
-    Raises:
-        StoreConflict, EncoderMismatch: if the store does not fit the plug.
-
-    Attributes:
-        plug_lock: to be held while the plug makes soft tokens, because its cache of queries is for one thread.
     """
 
     def __init__(
@@ -94,8 +84,8 @@ class PersonaCache:
         build_phrases: BuildPhrases | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
-        if fallback not in FALLBACKS:
-            raise ConfigError(f"fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
+        if fallback not in get_args(Fallback):
+            raise ConfigError(f"fallback is one of {', '.join(get_args(Fallback))}; found {fallback!r}.")
         if not 0 <= personalizer.persona_scale <= MAX_PERSONA_SCALE:
             raise ConfigError(f"persona_scale goes from 0 to {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}.")
         if build_phrases is not None and not store.settings.keep_text:
@@ -103,7 +93,7 @@ class PersonaCache:
         _check_fits(personalizer.plug, store)
         self.personalizer, self.plug, self.store = personalizer, personalizer.plug, store
         self.fallback, self._build_phrases = fallback, build_phrases
-        self.plug_lock = threading.Lock()
+        self.plug_lock = threading.Lock()  # to be held while the plug makes soft tokens: its cache is for one thread
         self._entries: LRUCache[tuple[str, str], _Entry] = LRUCache(cache_bytes, getsizeof=lambda entry: entry.bytes)
         self._entries_lock = threading.Lock()
         self._erasures = 0
@@ -118,12 +108,7 @@ class PersonaCache:
         options: Options | None = None,
         persona_scale: float | None = None,
     ) -> Persona:
-        """The soft tokens for a user's query.
-
-        Args:
-            user: None = nobody in particular.
-            persona_scale: as `PersonaPlug.forward` takes it; None = the personalizer's.
-        """
+        """Make the soft tokens for a query of a user, or of nobody in particular. `persona_scale` 0 = plain model."""
         default_scale = self.personalizer.persona_scale
         scale = default_scale if persona_scale is None else persona_scale
         if scale == 0:
@@ -136,10 +121,8 @@ class PersonaCache:
             history = entry.history or self.personalizer.precompute(self._read(tenant, user))
             with self.plug_lock:
                 soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
-        applied: Literal["user", "population"] = (
-            "user" if entry.items > self.plug.cold_start.max_items else "population"
-        )
-        return Persona(soft, applied, entry.items, scale, cached=cached, phrases=entry.phrases)
+        applied: Applied = "user" if entry.items > self.plug.cold_start.max_items else "population"
+        return Persona(soft, applied, entry.items, scale, cached, entry.phrases)
 
     def forget(self, tenant: str, user: str) -> None:
         """Drop an erased user's entry at once."""
@@ -205,10 +188,10 @@ def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
     if not store.identity.same_items_as(plug.spec.encoder):
         raise EncoderMismatch("The plug", expected=plug.spec.encoder.describe(), found=store.identity.describe())
     if settings.encodes_answers != config.encodes_answers:
-        vectors = {True: "of whole items", False: "of items without the user's answer"}
+        kinds = ["of items without the user's answer", "of whole items"]
         raise StoreConflict(
-            f"The plug reads vectors {vectors[config.encodes_answers]} (answer_channel={config.answer_channel}); the "
-            f"store keeps vectors {vectors[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
+            f"The plug reads vectors {kinds[config.encodes_answers]} (answer_channel={config.answer_channel}); the "
+            f"store keeps vectors {kinds[settings.encodes_answers]}. Make a store with `store_settings(plug)`."
         )
     if config.reads_labels and settings.labels != plug.spec.labels:
         raise StoreConflict(

@@ -7,66 +7,50 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
-from typing import NamedTuple
 
 from cachetools import TTLCache
 
 from personaplug.errors import RequestError
 
+_MAX_BYTES = 64 * 2**20
+_TTL_S = 24 * 3600
 _MAX_CLOCK_SKEW_S = 60  # between this server and another one that erases users
 _ENTRY_BYTES = 256  # of an entry, beside its query
 
 
-class _Entry(NamedTuple):
-    query: str
-    asked_at: float  # as `time.time` gives it
-
-
 class RecentRequests:
-    """The queries of recent requests, by tenant, user and request id; for one event loop.
+    """The queries of recent requests, for one event loop. The oldest go first."""
 
-    Args:
-        max_bytes: most that the queries take; the oldest go first.
-        ttl_s: seconds that a request is kept.
-    """
-
-    def __init__(self, *, max_bytes: int = 64 * 2**20, ttl_s: float = 24 * 3600) -> None:
-        self._entries: TTLCache[tuple[str, str, str], _Entry] = TTLCache(
-            max_bytes, ttl_s, getsizeof=lambda entry: _ENTRY_BYTES + 4 * len(entry.query)
+    def __init__(self) -> None:
+        # The query and its time, as `time.time` gives it, by tenant, user and request id.
+        self._entries: TTLCache[tuple[str, str, str], tuple[str, float]] = TTLCache(
+            _MAX_BYTES, _TTL_S, getsizeof=lambda entry: _ENTRY_BYTES + 4 * len(entry[0])
         )
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
 
     def add(self, tenant: str, user: str, *, request_id: str, query: str, since: float) -> None:
-        """Keep a query, unless it is larger than the bound or the user was forgotten since the request arrived.
-
-        Args:
-            since: when the request arrived, by `time.monotonic`.
-        """
-        entry = _Entry(query, time.time() - (time.monotonic() - since))
+        """Keep a query, unless it is too large or its user was forgotten `since` it arrived, by `time.monotonic`."""
+        entry = query, time.time() - (time.monotonic() - since)
         is_erased = self._erased.get((tenant, user), -1.0) >= since
         if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:
             self._entries[tenant, user, request_id] = entry
 
-    def query(self, tenant: str, user: str, *, request_id: str, erased_at: datetime | None = None) -> str:
-        """The query of a user's request.
+    def query(self, tenant: str, user: str, *, request_id: str, erased_at: datetime | None) -> str:
+        """Return the query of a user's request; RequestError if it is not kept.
 
-        Args:
-            erased_at: when a user of this id was last erased, by any process; earlier requests are gone.
-        Raises:
-            RequestError: if no such request is kept.
+        `erased_at` is when any process last erased a user of this id; earlier requests are gone.
         """
-        entry = self._entries.get((tenant, user, request_id))
-        if entry is None or (erased_at is not None and erased_at.timestamp() + _MAX_CLOCK_SKEW_S >= entry.asked_at):
+        query, asked_at = self._entries.get((tenant, user, request_id), ("", -1.0))
+        if asked_at < 0 or (erased_at is not None and erased_at.timestamp() + _MAX_CLOCK_SKEW_S >= asked_at):
             raise RequestError(
                 "No request of this id is known for this user: requests are kept for a while, until the server "
                 "restarts. Add an item with its text instead.",
                 http_status=404,
                 code="unknown_request",
             )
-        return entry.query
+        return query
 
     def forget(self, tenant: str, user: str) -> None:
-        """Drop all requests of a user."""
         self._erased[tenant, user] = time.monotonic()
         for key in [key for key in self._entries if key[:2] == (tenant, user)]:
             self._entries.pop(key, None)

@@ -47,23 +47,13 @@ class TaskQuery:
 class Service:
     """Answers users of tenants and keeps their histories.
 
-    Args:
-        task: what the plug was trained on.
-        apply_off_task: use personas also for prompts without the task's wording, for which the plug was not trained.
+    `apply_off_task` uses personas also for prompts without the wording of the plug's task, as in no training.
     """
 
-    def __init__(
-        self,
-        personas: PersonaCache,
-        engine: Engine,
-        *,
-        task: Task,
-        apply_off_task: bool = False,
-        recent_requests: RecentRequests | None = None,
-    ) -> None:
+    def __init__(self, personas: PersonaCache, engine: Engine, *, task: Task, apply_off_task: bool = False) -> None:
         self.personas, self.store, self.engine = personas, personas.store, engine
         self.task, self.apply_off_task = task, apply_off_task
-        self.recent_requests = recent_requests or RecentRequests()
+        self.recent_requests = RecentRequests()
         # Encoding, erasing and explaining take long: replies must not wait for them.
         self._slow_pool = ThreadPoolExecutor(2, thread_name_prefix="personaplug-slow")
 
@@ -118,10 +108,9 @@ class Service:
 
     def item_fields(self, item: StoredItem) -> dict[str, Any]:
         """A stored item in the form in which it can be added again, with the time of its arrival."""
-        answer = self.store.settings.labels[item.label_id] if item.label_id >= 0 else None
         fields = dict(item.fields)
-        if not fields and self.task.answer_field and answer:
-            fields = {self.task.answer_field: answer}
+        if not fields and self.task.answer_field and item.label_id >= 0:
+            fields = {self.task.answer_field: self.store.settings.labels[item.label_id]}
         day = item.date.isoformat() if item.date else None
         return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), **fields}
 
@@ -139,11 +128,8 @@ class Service:
         """Check that the engine has a model of this name; None stands for the only one."""
         models = self.engine.models
         if name not in models and (name is not None or len(models) != 1):
-            raise RequestError(
-                f"There is no model of this name here; there is: {', '.join(models)}.",
-                http_status=404,
-                code="model_not_found",
-            )
+            message = f"There is no model of this name here; there is: {', '.join(models)}."
+            raise RequestError(message, http_status=404, code="model_not_found")
 
     async def run_slow(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that takes long in a thread that no reply waits for."""
@@ -157,11 +143,10 @@ class Service:
 
     def _item(self, record: dict[str, Any], number: int) -> HistoryItem:
         try:
-            item = item_of(self.task, record)[1]
+            _, item = item_of(self.task, record)
             check_name(item.id)
-        except (Flaw, ValueError) as flaw:
+        except ValueError as flaw:
             names = ", ".join(self.task.field_names)
-            raise RequestError(
-                f"item {number}: {flaw}. An item has an id, {names} and, if it is known, a date.", code="item"
-            ) from None
+            expected = f"An item has an id, {names} and, if it is known, a date."
+            raise RequestError(f"item {number}: {flaw}. {expected}", code="item") from None
         return item

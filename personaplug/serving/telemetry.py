@@ -33,5 +33,4 @@ class Telemetry:
         self.cached_bytes = Gauge("personaplug_kept_bytes", "Bytes in the persona cache.", registry=registry)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)

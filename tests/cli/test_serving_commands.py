@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner, Result
+from live_server import served
 
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
@@ -27,7 +28,12 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders import HashEncoder
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.run import Run
+from personaplug.serving.config import ServingConfig
+from personaplug.serving.engines import register_engine
+from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
+from personaplug.serving.openai_protocol import ReplyFormatter, to_json
+from personaplug.serving.setup import open_service
 from personaplug.store.history_store import HistoryStore, StoreSettings
 from personaplug.store.receipts import Receipt
 
@@ -156,6 +162,7 @@ def test_serve_without_keys_on_a_public_address_is_refused(folder: Path, tmp_pat
         (["--run", "RUN", "--persona-scale", "-1"], "--persona-scale"),
         (["--run", "RUN", "--persona-scale", "nan"], "persona_scale goes from 0 to 10"),
         (["--run", "RUN", "--phrases"], "closed set of labels"),
+        (["--run", "RUN", "--engine", "remote"], "An engine is one of local, http, https"),
     ],
 )
 def test_serve_with_a_wrong_option_is_refused(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:
@@ -178,11 +185,36 @@ def test_serve_without_its_vllm_server_fails_with_a_sentence(
 ) -> None:
     table = EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
     monkeypatch.setattr(EmbeddingTable, "of_folder", lambda _: table)  # the toy model has no folder
-    monkeypatch.setattr("personaplug.serving.setup.find_model", Path)
+    monkeypatch.setattr("personaplug.serving.engines.vllm.find_model", Path)
     with closing(logging.FileHandler(tmp_path / "log")) as handler:  # as a host application may have
         result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--engine", "http://127.0.0.1:9")
         assert handler.stream is not None, "a server closes nobody's log"
     assert (result.exit_code, "no vLLM server at http://127.0.0.1:9" in result.output) == (1, True)
+
+
+class _CountingEngine(Engine):
+    """An engine from outside the package, which answers with the number of its soft tokens."""
+
+    models = ("counting",)
+
+    async def respond(self, request: EngineRequest) -> EngineReply:
+        formatter = ReplyFormatter(request.body.kind, model="counting", request_id=request.id)
+        text = str(request.soft.tokens if request.soft else 0)
+        return EngineReply(to_json(formatter.whole(text, reason="stop", usage={})))
+
+
+@pytest.mark.parametrize("name", ["counting", "counting://somewhere:7"])
+def test_registered_engine_answers_requests(folder: Path, question: dict[str, Any], tmp_path: Path, name: str) -> None:
+    register_engine("counting", lambda model, config, load_plug: (_CountingEngine(), load_plug(None)))
+    service = open_service(Run.open(folder / "run"), ServingConfig(str(tmp_path / "h.db"), engine=name))
+    with served(service) as url:
+        assert httpx.get(f"{url}/ready").status_code == 200
+        answer = _chat(url, question)
+        assert httpx.post(f"{url}/v1/users/ann/history", json={"items": question["profile"]}).status_code == 200
+        explained = httpx.post(f"{url}/v1/users/ann/explain", json={"prompt": question["input"], "answer": "5"})
+    assert (answer.headers["x-personaplug-persona"], answer.json()["model"]) == ("population", "counting")
+    assert int(answer.json()["choices"][0]["message"]["content"]) == service.personas.plug.config.soft_tokens
+    assert (explained.status_code, explained.json()["error"]["code"]) == (400, "unsupported")
 
 
 def test_serve_with_a_store_of_another_plug_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.errors import MissingData
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import EngineReply, EngineRequest
+from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.openai_protocol import ChatRequest
 from personaplug.serving.service import Service
 
@@ -27,28 +26,14 @@ Who = tuple[str, str]
 TENANTS = ("shop", "bank", "school", "press")
 
 
-class _Telling:
+class _DigestEngine(Engine):
     """An engine that answers with a digest of its soft tokens, after other requests had their turn."""
 
-    models: tuple[str, ...] = ("telling",)
-
-    async def start(self) -> None:
-        pass
-
-    async def is_ready(self) -> bool:
-        return True
+    models = ("digest",)
 
     async def respond(self, request: EngineRequest) -> EngineReply:
         await asyncio.sleep(0)
         return EngineReply(_digest(request.soft))
-
-    async def log_likelihoods(
-        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
-    ) -> list[float]:
-        raise NotImplementedError
-
-    async def close(self) -> None:
-        pass
 
 
 def _digest(soft: SoftPrompt | None) -> bytes:
@@ -138,6 +123,6 @@ def test_mixed_requests_never_show_another_users_history(
     toy: CausalLM, tmp_path: Path, users: int, requests: int
 ) -> None:
     # A cache that holds a tenth of the users, so that they come and go in it too.
-    service = open_service(toy, tmp_path, engine=_Telling(), cache_bytes=users * 400)
+    service = open_service(toy, tmp_path, engine=_DigestEngine(), cache_bytes=users * 400)
     asyncio.run(_mixed(service, users=users, requests=requests, at_once=32))
     assert service.personas.cached_users < users

@@ -49,8 +49,18 @@ def table(toy: CausalLM) -> EmbeddingTable:
     return EmbeddingTable(toy.embed.weight.detach(), toy.prompt_tokenizer.tokenizer)
 
 
-def _engine(address: str, table: EmbeddingTable, *, placement: str = "suffix", **settings: Any) -> VLLMEngine:
-    return VLLMEngine(address, table=table, width=WIDTH, placement=placement, **settings)
+def _engine(
+    address: str,
+    table: EmbeddingTable,
+    *,
+    placement: str = "suffix",
+    timeout_s: float = 120,
+    answer_s: float = 600,
+    **settings: Any,
+) -> VLLMEngine:
+    engine = VLLMEngine(address, table=table, width=WIDTH, placement=placement, **settings)
+    engine.timeout_s, engine.answer_s = timeout_s, answer_s
+    return engine
 
 
 def _ask(engine: VLLMEngine, *requests: EngineRequest) -> list[Any]:

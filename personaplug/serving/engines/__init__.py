@@ -1,1 +1,45 @@
-"""What answers a request once its persona is known."""
+"""Engines, which answer a request once its persona is known, and their registry.
+
+A new engine is a class with the methods of `Engine` and a call of `register_engine`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from personaplug.errors import ConfigError
+from personaplug.serving.engines.base import EngineOpener
+from personaplug.serving.engines.in_process import InProcessEngine
+from personaplug.serving.engines.vllm import VLLMEngine
+
+
+class RegisteredEngine(NamedTuple):
+    open: EngineOpener
+    supports_phrases: bool
+
+
+_ENGINES: dict[str, RegisteredEngine] = {}
+
+
+def register_engine(name_or_scheme: str, opener: EngineOpener, *, supports_phrases: bool = False) -> None:
+    """Make an engine available as `--engine NAME` or `--engine SCHEME://ADDRESS`.
+
+    Args:
+        supports_phrases: whether the engine implements `build_phrases`.
+    """
+    _ENGINES[name_or_scheme] = RegisteredEngine(opener, supports_phrases)
+
+
+def find_engine(name_or_url: str) -> RegisteredEngine:
+    """Return the engine of a name or, by its scheme, of a URL."""
+    name = name_or_url if name_or_url in _ENGINES else urlsplit(name_or_url).scheme
+    if name not in _ENGINES:
+        # The name itself is not shown: it may be an address that holds a password.
+        raise ConfigError(f"An engine is one of {', '.join(_ENGINES)}, or an address such as http://127.0.0.1:8123.")
+    return _ENGINES[name]
+
+
+register_engine("local", InProcessEngine.open, supports_phrases=True)
+register_engine("http", VLLMEngine.open)
+register_engine("https", VLLMEngine.open)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from personaplug.config import ModelConfig
+from personaplug.errors import RequestError
+from personaplug.infra.model_hub import LLMIdentity
 from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.plug.model import PersonaPlug
+from personaplug.serving.config import ServingConfig
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest
 
 MAX_CHARACTERS_PER_TOKEN = 16
@@ -50,31 +55,47 @@ class EngineReply:
     status: int = 200
 
 
-class Engine(Protocol):
-    """A language model that takes requests from many users at once."""
+class Engine(ABC):
+    """A language model that takes requests from many users at once.
 
-    models: tuple[str, ...]  # the names by which requests may call it
+    Attributes:
+        models: the names by which requests may call it.
+        is_remote: whether the model runs in another process.
+    """
 
-    async def start(self) -> None:
+    models: tuple[str, ...]
+    is_remote = False
+
+    async def start(self) -> None:  # noqa: B027  # optional
         """Start, and check that soft tokens work as in training; further calls do nothing."""
-        ...
 
-    async def is_ready(self) -> bool: ...
+    async def is_ready(self) -> bool:
+        return True
 
+    @abstractmethod
     async def respond(self, request: EngineRequest) -> EngineReply:
         """Answer one request; RequestError if the engine does not support it, EngineFailure if the model fails."""
-        ...
 
     async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """Return log p of an answer to a prompt under each soft prompt, all of one shape.
+        """Return log p of an answer under each soft prompt, all of one shape; RequestError if it cannot be measured."""
+        raise RequestError(
+            "This engine cannot say how likely an answer is behind soft tokens: leave `answer` out, or use "
+            "`personaplug explain`, which loads the model itself.",
+            code="unsupported",
+        )
 
-        Raises:
-            RequestError: if the engine cannot measure likelihoods.
-        """
-        ...
+    def build_phrases(self, answers: Sequence[str]) -> UserNgramCache:
+        """Build the phrases of a user's past answers, for an engine that mixes them in."""
+        raise NotImplementedError
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027  # optional
         """Finish the running requests, then free the model."""
-        ...
+
+
+LoadPlug = Callable[[LLMIdentity | None], PersonaPlug]
+"""Loads the plug and checks that it fits a language model; None = the model runs elsewhere, and the engine checks."""
+
+EngineOpener = Callable[[ModelConfig, ServingConfig, LoadPlug], tuple[Engine, PersonaPlug]]
+"""Opens an engine, and loads the plug with the device and the number format that the engine needs."""

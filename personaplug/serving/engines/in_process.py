@@ -9,16 +9,28 @@ from functools import partial
 
 import torch
 
+from personaplug.config import ModelConfig
 from personaplug.errors import ConfigError, EngineFailure, PersonaPlugError, RequestError
-from personaplug.llm.base import GenerationConfig, PromptBatch
+from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Slot
+from personaplug.llm.loading import open_llm
+from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.prompt_tokenizer import TokenizedPrompt
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import MAX_CHARACTERS_PER_TOKEN, EngineReply, EngineRequest, EventStream
+from personaplug.plug.model import PersonaPlug
+from personaplug.serving.config import ServingConfig
+from personaplug.serving.engines.base import (
+    MAX_CHARACTERS_PER_TOKEN,
+    Engine,
+    EngineReply,
+    EngineRequest,
+    EventStream,
+    LoadPlug,
+)
+from personaplug.serving.engines.job import Job
 from personaplug.serving.engines.sampling import Sampling
-from personaplug.serving.engines.scheduler import Job, ModelScheduler
-from personaplug.serving.engines.text_stream import TextStream, text_events
+from personaplug.serving.engines.scheduler import ModelScheduler
 from personaplug.serving.openai_protocol import CompletionRequest, Message, ReplyFormatter, to_json
 
 # Bounds of one pass that measures an answer under several soft prompts: rows, tokens of all answers (each takes a row
@@ -27,40 +39,38 @@ _SCORE_ROWS = 32
 _SCORE_ANSWER_TOKENS = 512
 _SCORE_TOKENS = 8192
 
+_MAX_HELD = 32_768  # tokens, padding included, that all running answers may come to hold; bounds the memory
 _MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
-class InProcessEngine:
+class InProcessEngine(Engine):
     """A decoder-only model in this process.
 
     Args:
-        name: the name by which requests call the model.
         max_rows: answers that are generated at once.
         max_new_tokens: longest answer.
-        max_tokens: longest prompt, soft tokens and answer together; None = the model's own limit.
-        max_held: tokens, padding included, that all running answers may come to hold; bounds the memory.
     """
 
-    def __init__(
-        self,
-        llm: CausalLM,
-        *,
-        name: str,
-        max_rows: int = 16,
-        max_new_tokens: int = 512,
-        max_tokens: int | None = None,
-        max_held: int = 32_768,
-    ) -> None:
+    def __init__(self, llm: LanguageModel, *, name: str, max_rows: int = 16, max_new_tokens: int = 512) -> None:
         if not isinstance(llm, CausalLM) or not llm.supports_prompt_cache:
             raise ConfigError(
                 f"{llm.identity.name} cannot answer several requests side by side: that needs a model that reads "
                 f"prompt and answer in one stream, with a cache of keys and values per token."
             )
-        self.models: tuple[str, ...] = (name,)
+        self.models = (name,)
         self.llm, self.max_new_tokens = llm, max_new_tokens
-        self.max_tokens = max_tokens or int(getattr(llm.model.config, "max_position_embeddings", 2048))
-        self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(max_held, self.max_tokens))
+        # Tokens of a prompt, its soft tokens and its answer.
+        self.max_tokens = int(getattr(llm.model.config, "max_position_embeddings", 2048))
+        self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(_MAX_HELD, self.max_tokens))
+
+    @classmethod
+    def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
+        """Open the engine as `EngineOpener` says."""
+        llm = open_llm(model)
+        name = config.model or model.llm
+        engine = cls(llm, name=name, max_rows=config.max_rows, max_new_tokens=config.max_new_tokens)
+        return engine, load_plug(llm.identity).compute_items_in(llm.dtype).to(llm.device)
 
     async def start(self) -> None:
         self._scheduler.start()
@@ -71,34 +81,35 @@ class InProcessEngine:
     async def close(self) -> None:
         await self._scheduler.close()
 
+    def build_phrases(self, answers: Sequence[str]) -> UserNgramCache:
+        return self.llm.build_ngram_cache(answers)
+
     async def respond(self, request: EngineRequest) -> EngineReply:
-        """Answer one request; see `Engine.respond`."""
         sampling = Sampling.from_fields(request.body.model_extra)
-        job = Job(await asyncio.to_thread(self._row, request, sampling))
-        text = TextStream(job, decode=self.llm.prompt_tokenizer.decode_raw, stop_texts=sampling.stop_texts)
+        row = await asyncio.to_thread(self._row, request, sampling)
+        job = Job(row, decode=self.llm.prompt_tokenizer.decode_raw, stop_texts=sampling.stop_texts)
         formatter = ReplyFormatter(request.body.kind, model=self.models[0], request_id=request.id)
         self._scheduler.submit(job)
         if request.body.stream:
             include_usage = bool((sampling.stream_options or {}).get("include_usage"))
-            events = text_events(text, formatter, include_usage=include_usage)
-            return EngineReply(EventStream(events, on_close=job.cancel))
+            return EngineReply(EventStream(job.events(formatter, include_usage=include_usage), on_close=job.cancel))
         try:
-            pieces = [piece async for piece in text.pieces()]
+            text = "".join([piece async for piece in job.text()])
         finally:
             job.cancel()  # has no effect on a job that has ended
-        return EngineReply(to_json(formatter.whole("".join(pieces), reason=text.reason, usage=text.usage)))
+        return EngineReply(to_json(formatter.whole(text, reason=job.finish_reason, usage=job.usage)))
 
     async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
-        """See `Engine.log_likelihoods`. Other requests go on between the passes."""
+        """Measure in passes, between which other requests go on."""
         self._check_characters(prompt + answer)
         log_likelihoods: list[float] = []
         try:
             rows = await self._scheduler.run(partial(self._rows_per_pass, prompt, answer, choices=choices))
             for start in range(0, len(softs), rows):
-                batch = softs[start : start + rows]
-                score = partial(self._score, prompt, answer, softs=batch, choices=choices)
+                part = softs[start : start + rows]
+                score = partial(self._score, prompt, answer, softs=part, choices=choices)
                 log_likelihoods += await self._scheduler.run(score)
         finally:
             self.llm.prompt_tokenizer.clear_cache()  # its cache holds the user's words, which must not outlast the user
@@ -107,17 +118,13 @@ class InProcessEngine:
     def _rows_per_pass(self, prompt: str, answer: str, *, choices: Sequence[str]) -> int:
         """How many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
         tokenizer = self.llm.prompt_tokenizer
-        (prompt_tokens,), (answer_ids,) = (
-            tokenizer.encode_prompts([prompt]),
-            tokenizer.encode_targets([answer], labels=choices),
-        )
+        prompt_tokens = tokenizer.encode_prompt(prompt)
+        (answer_ids,) = tokenizer.encode_targets([answer], labels=choices)
         if prompt_tokens.truncated:
             raise _too_long(tokenizer.max_tokens)
         if len(answer_ids) > self.max_new_tokens:
-            raise RequestError(
-                f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(answer_ids)}.",
-                code="max_tokens",
-            )
+            message = f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(answer_ids)}."
+            raise RequestError(message, code="max_tokens")
         total = len(prompt_tokens.ids) + len(answer_ids)
         return max(1, min(_SCORE_ROWS, _SCORE_ANSWER_TOKENS // len(answer_ids), _SCORE_TOKENS // total))
 
@@ -125,16 +132,16 @@ class InProcessEngine:
     def _score(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
-        personas, count = [soft for soft in softs if soft is not None], len(softs)
-        soft = SoftPrompt.cat(personas) if personas else None
-        loss, _ = self.llm.loss(PromptBatch([prompt] * count, soft), [answer] * count, labels=choices)
+        personas = [soft for soft in softs if soft is not None]
+        batch = PromptBatch([prompt] * len(softs), SoftPrompt.cat(personas) if personas else None)
+        loss, _ = self.llm.loss(batch, [answer] * len(softs), labels=choices)
         return (-loss.float()).tolist()
 
     def _row(self, request: EngineRequest, sampling: Sampling) -> Slot:
         prompt, soft = self._tokenize(request), request.soft
         if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona holds values that are no numbers.")
-        prompt_tokens = len(prompt.ids) + (soft.vectors.shape[1] if soft else 0)
+        prompt_tokens = len(prompt.ids) + (soft.tokens if soft else 0)
         if not prompt_tokens:
             raise RequestError("The prompt is empty.", code="empty_prompt")
         room = self.max_tokens - prompt_tokens
@@ -173,9 +180,8 @@ class InProcessEngine:
         except PersonaPlugError:
             raise
         except Exception:  # a template may raise anything for roles that it does not know
-            raise RequestError(
-                "The model's chat template does not take these roles in this order.", code="messages"
-            ) from None
+            message = "The model's chat template does not take these roles in this order."
+            raise RequestError(message, code="messages") from None
 
     def _check_characters(self, text: str) -> None:
         if len(text) > MAX_CHARACTERS_PER_TOKEN * self.max_tokens:

@@ -57,5 +57,4 @@ class Sampling(BaseModel):
     @property
     def stop_texts(self) -> tuple[str, ...]:
         """Texts that end an answer and are not part of it."""
-        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(text for text in texts if text)
+        return tuple(text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text)

@@ -8,50 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from personaplug.errors import EngineFailure
 from personaplug.llm.causal_lm import CausalLM
-from personaplug.llm.continuous_batching import ContinuousBatch, Slot
+from personaplug.llm.continuous_batching import ContinuousBatch
+from personaplug.serving.engines.job import Job
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PREFILL_TOKENS = 2048  # prompt tokens that are read between two tokens of the running rows
-
-
-class Job:
-    """A row, and the queue of its new tokens."""
-
-    def __init__(self, row: Slot) -> None:
-        self.row = row
-        self.is_cancelled = False  # whether nobody waits for it any more
-        self.finish_reason = "stop"  # valid once all tokens are read
-        self._published = 0
-        self._updates: asyncio.Queue[tuple[list[int], str | None]] = asyncio.Queue()
-
-    async def tokens(self) -> AsyncGenerator[int]:
-        """Yield each new token; EngineFailure if the model fails on the row."""
-        ended: str | None = None
-        while ended is None:
-            ids, ended = await self._updates.get()
-            for token in ids:
-                yield token
-        if ended == "failed":
-            raise EngineFailure("The model failed on this request.")
-        self.finish_reason = ended
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-    def publish(self) -> None:
-        """Pass new tokens on."""
-        ids = self.row.ids[self._published :]
-        self._published += len(ids)
-        if ids or self.row.ended:
-            self._updates.put_nowait((ids, self.row.ended))
 
 
 class ModelScheduler:
@@ -89,7 +58,6 @@ class ModelScheduler:
         self._model_thread.shutdown(wait=False)
 
     def submit(self, job: Job) -> None:
-        """Queue a row."""
         self._check_alive()
         self._waiting.append(job)
         self._wake_up.set()
@@ -107,7 +75,10 @@ class ModelScheduler:
         loop = asyncio.get_running_loop()
         while self._running or self._waiting or not self._is_closed:
             self._wake_up.clear()
-            self._drop_cancelled()
+            self._waiting = [job for job in self._waiting if not job.is_cancelled]
+            for job in self._running:
+                if job.is_cancelled:
+                    job.row.ended = "stop"
             count = self._admissible()
             admitted, self._waiting = self._waiting[:count], self._waiting[count:]
             self._running += admitted
@@ -120,18 +91,12 @@ class ModelScheduler:
                 job.publish()
             self._running = [job for job in self._running if job.row.ended is None]
 
-    def _drop_cancelled(self) -> None:
-        self._waiting = [job for job in self._waiting if not job.is_cancelled]
-        for job in self._running:
-            if job.is_cancelled:
-                job.row.ended = "stop"
-
     def _admissible(self) -> int:
         """Count the waiting rows that may start now, in their order, without delaying the running ones for long."""
-        prompt_tokens, longest = 0, max((_max_size(job.row) for job in self._running), default=0)
+        prompt_tokens, longest = 0, max((job.max_size for job in self._running), default=0)
         for index, job in enumerate(self._waiting):
             rows = len(self._running) + index + 1
-            longest = max(longest, _max_size(job.row))
+            longest = max(longest, job.max_size)
             prompt_tokens += len(job.row.prompt.ids)
             fits = rows <= self.max_rows and (longest * rows <= self.max_held or rows == 1)
             if not fits or (prompt_tokens > _PREFILL_TOKENS and index > 0):
@@ -150,12 +115,6 @@ class ModelScheduler:
         except Exception as error:  # the callers must hear of it, and later requests be served
             _fail(self._running, error)
             self._batch = ContinuousBatch(self.llm)
-
-
-def _max_size(row: Slot) -> int:
-    """Count the tokens that a row may come to hold."""
-    soft = row.soft.vectors.shape[1] if row.soft else 0
-    return len(row.prompt.ids) + soft + row.config.max_new_tokens
 
 
 def _fail(jobs: Sequence[Job], error: Exception) -> None:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import torch
 
-from personaplug.errors import ConfigError, EngineFailure, RequestError
+from personaplug.config import ModelConfig
+from personaplug.errors import ConfigError, EngineFailure
+from personaplug.infra.model_hub import find_model
 from personaplug.llm.soft_prompt import SoftPrompt
-from personaplug.serving.engines.base import EngineReply, EngineRequest, EventStream
+from personaplug.plug.model import PersonaPlug
+from personaplug.serving.config import ServingConfig
+from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest, EventStream, LoadPlug
 from personaplug.serving.engines.vllm_requests import EmbeddingTable, add_soft_tokens, build_body, encode_embeds
 from personaplug.serving.openai_protocol import Kind
 
@@ -31,44 +35,44 @@ _PROBE_TOKENS = 8
 _MAX_DIFFERENCE = 0.05  # of the first token's log-probability, between text and embeds
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """A vLLM server, started with `--enable-prompt-embeds`.
 
     Args:
-        url: its address, with or without /v1.
-        table: the model's embeddings.
         width: D of the plug's soft tokens.
-        model: the name by which requests call the model; empty = vLLM's own.
-        timeout_s: longest silence within a stream.
-        answer_s: longest time for an answer in one piece.
-
-    Attributes:
-        max_model_len: tokens of a prompt and its answer, as vLLM says at the start.
+        model: empty = vLLM's own name.
     """
 
+    is_remote = True
+    timeout_s: float = 120  # longest silence within a stream
+    answer_s: float = 600  # longest time for an answer in one piece
+
     def __init__(
-        self,
-        url: str,
-        *,
-        table: EmbeddingTable,
-        width: int,
-        placement: str,
-        model: str = "",
-        key: str | None = None,
-        timeout_s: float = 120,
-        answer_s: float = 600,
+        self, url: str, *, table: EmbeddingTable, width: int, placement: str, model: str = "", key: str | None = None
     ) -> None:
         self.url = _checked_url(url)
-        self.models: tuple[str, ...] = (model,) if model else ()
+        self.models = (model,) if model else ()
         self.table, self.width, self.placement = table, width, placement
-        self.max_model_len: int | None = None
-        self.timeout_s, self.answer_s = timeout_s, answer_s
+        self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
         self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
         self._open_session: aiohttp.ClientSession | None = None
 
+    @classmethod
+    def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
+        """Open the engine as `EngineOpener` says. At its start it checks vLLM's model, by width and by answers."""
+        plug = load_plug(None).compute_items_in("bfloat16")
+        engine = cls(
+            config.engine,
+            table=EmbeddingTable.of_folder(find_model(model.llm)),
+            width=plug.spec.llm.width,
+            placement=plug.config.placement,
+            model=config.model,
+            key=config.engine_key,
+        )
+        return engine, plug
+
     async def start(self) -> None:
-        """Find the model's name, then check its width and the meaning and place of soft tokens."""
         if self._served_name:
             return
         try:
@@ -85,7 +89,7 @@ class VLLMEngine:
 
     async def is_ready(self) -> bool:
         try:
-            return (await self._fetch("/health")).status == 200
+            return (await self._fetch("/health"))[0] == 200
         except EngineFailure:
             return False
 
@@ -94,17 +98,15 @@ class VLLMEngine:
             await self._open_session.close()
 
     async def respond(self, request: EngineRequest) -> EngineReply:
-        """Pass a request on; see `Engine.respond`. vLLM's refusals reach the caller with its own words and status."""
-        streams = bool(request.body.stream)
+        """Pass a request on; vLLM's refusals reach the caller with its own words and status."""
+        streams, url = bool(request.body.stream), self.url + _ROUTES[request.body.kind]
         content = await asyncio.to_thread(  # checking and embedding a long prompt takes a while
             build_body, request, model=self._served_name, table=self.table, max_tokens=self.max_model_len
         )
         headers = {"X-Request-Id": request.id, "Content-Type": "application/json"}
         try:
             async with asyncio.timeout(self.timeout_s if streams else self.answer_s):
-                response = await self._session.post(
-                    self.url + _ROUTES[request.body.kind], data=content, headers=headers, allow_redirects=False
-                )
+                response = await self._session.post(url, data=content, headers=headers, allow_redirects=False)
                 if streams and response.status == 200:
                     events = _complete_events(response, timeout_s=self.timeout_s)
                     return EngineReply(EventStream(events, on_close=response.close))
@@ -115,16 +117,6 @@ class VLLMEngine:
         if response.status == 200 or response.status in _CALLER_STATUSES:
             return EngineReply(reply, response.status)
         raise self._failure(response.status)
-
-    async def log_likelihoods(
-        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
-    ) -> list[float]:
-        """Refuse: vLLM gives no likelihood of a text behind embeds."""
-        raise RequestError(
-            "vLLM cannot say how likely an answer is behind soft tokens: leave `answer` out, or use "
-            "`personaplug explain`, which loads the model itself.",
-            code="unsupported",
-        )
 
     @property
     def _session(self) -> aiohttp.ClientSession:
@@ -140,59 +132,57 @@ class VLLMEngine:
         return self._open_session
 
     def _failure(self, status: int) -> EngineFailure:
-        """The error for a status that is not the caller's fault."""
-        reason = ""
+        name, reason = self._served_name, ""
         if status in (401, 403):
             reason = ": it asks for another key than this server was started with"
         elif status == 404:
-            name = self._served_name
             reason = f": it no longer knows the model {name}. If it runs another one now, restart this server too"
         return EngineFailure(f"The vLLM server failed (status {status}){reason}.")
 
+    def _unfit(self, reason: str) -> ConfigError:
+        return ConfigError(f"The vLLM server at {self.url} {reason}")
+
     async def _find_model(self) -> tuple[str, int | None]:
         """Return the name of vLLM's model, and how many tokens it reads."""
-        path = "/v1/models"
-        response = await self._fetch(path)
-        if response.status in (401, 403):
-            raise ConfigError(f"The vLLM server at {self.url} asks for another key (status {response.status}).")
-        with self._parsing(path):
-            model = response.json()["data"][0]
+        status, text = await self._fetch("/v1/models")
+        if status in (401, 403):
+            raise self._unfit(f"asks for another key (status {status}).")
+        with self._parsing("/v1/models"):
+            model = json.loads(text)["data"][0]
             name, max_model_len = str(model["id"]), model.get("max_model_len")
         return name, max_model_len if isinstance(max_model_len, int) else None
 
     async def _check_width(self, name: str) -> None:
         # A single value as embeds is refused either way, and the message tells why.
         body = {"model": name, "prompt_embeds": encode_embeds(torch.zeros(1, 1)), "max_tokens": 1}
-        message = (await self._fetch("/v1/completions", body)).text
+        _, message = await self._fetch("/v1/completions", body)
         if "--enable-prompt-embeds" in message:
-            raise ConfigError(
-                f"The vLLM server at {self.url} takes no soft tokens: start it with --enable-prompt-embeds."
-            )
+            raise self._unfit("takes no soft tokens: start it with --enable-prompt-embeds.")
         if "hidden_size" in message and f"hidden_size {self.width}." not in message:
-            raise ConfigError(
-                f"The vLLM server at {self.url} runs {name}, whose embeddings have another width than the "
-                f"plug's {self.width}: serve the model that the plug was trained for."
+            raise self._unfit(
+                f"runs {name}, whose embeddings have another width than the plug's {self.width}: serve the model that "
+                f"the plug was trained for."
             )
 
     async def _check_embeddings(self, name: str) -> None:
         """Check that a text and its embeddings get the same answer."""
-        embeds = encode_embeds(self.table.embed(_PROBE))
         text, log_prob = await self._probe(name, {"prompt": _PROBE})
-        embeds_text, embeds_log_prob = await self._probe(name, {"prompt_embeds": embeds})
+        embeds = {"prompt_embeds": encode_embeds(self.table.embed(_PROBE))}
+        embeds_text, embeds_log_prob = await self._probe(name, embeds)
         if text != embeds_text or not abs(log_prob - embeds_log_prob) <= _MAX_DIFFERENCE:
-            raise ConfigError(
-                f"The vLLM server at {self.url} answers a text and the same text embedded differently: {name} "
-                f"is another model than the plug's, or its prompt_embeds are broken. Serve the plug's model."
+            raise self._unfit(
+                f"answers a text and the same text embedded differently: {name} is another model than the plug's, or "
+                f"its prompt_embeds are broken. Serve the plug's model."
             )
 
     async def _probe(self, name: str, prompt: dict[str, str]) -> tuple[str, float]:
         """Return vLLM's answer to a prompt, and its first token's log-probability."""
-        path, options = "/v1/completions", {"max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1}
-        response = await self._fetch(path, {"model": name, **options, **prompt})
-        if response.status != 200:
-            raise ConfigError(f"The vLLM server at {self.url} refused a test request (status {response.status}).")
-        with self._parsing(path):
-            choice = response.json()["choices"][0]
+        body = {"model": name, "max_tokens": _PROBE_TOKENS, "temperature": 0, "logprobs": 1, **prompt}
+        status, reply = await self._fetch("/v1/completions", body)
+        if status != 200:
+            raise self._unfit(f"refused a test request (status {status}).")
+        with self._parsing("/v1/completions"):
+            choice = json.loads(reply)["choices"][0]
             return choice["text"], float(choice["logprobs"]["token_logprobs"][0])
 
     async def _check_template(self, name: str) -> None:
@@ -200,8 +190,7 @@ class VLLMEngine:
         body = {"model": name, "messages": [{"role": "user", "content": _PROBE}]}
         soft = SoftPrompt(torch.zeros(1, 1, self.width), placement="suffix")
         plain = await self._tokenize(body | {"add_generation_prompt": True})
-        with_soft = await self._tokenize(add_soft_tokens(body, soft))
-        if with_soft[:-1] != plain:
+        if (await self._tokenize(add_soft_tokens(body, soft)))[:-1] != plain:
             raise ConfigError(
                 f"The chat template of {name} writes something else before an answer that has begun than before one "
                 f"that is to begin: soft tokens would stand elsewhere than in training. Start vLLM with a "
@@ -209,52 +198,46 @@ class VLLMEngine:
             )
 
     async def _tokenize(self, body: dict[str, Any]) -> list[int]:
-        path = "/tokenize"
-        response = await self._fetch(path, body)
-        found, tokens = f"status {response.status}", None
-        if response.status == 200:
-            with self._parsing(path):
-                found, tokens = "no tokens", response.json().get("tokens")
+        status, text = await self._fetch("/tokenize", body)
+        found, tokens = f"status {status}", None
+        if status == 200:
+            with self._parsing("/tokenize"):
+                found, tokens = "no tokens", json.loads(text).get("tokens")
         if not tokens or not isinstance(tokens, list):
-            raise ConfigError(
-                f"The vLLM server at {self.url} must say on {path} how it writes a chat, to see where soft tokens "
-                f"stand; found {found}. Let this server reach that route."
+            raise self._unfit(
+                f"must say on /tokenize how it writes a chat, to see where soft tokens stand; found {found}. Let this "
+                f"server reach that route."
             )
         return tokens
 
-    async def _fetch(self, path: str, body: dict[str, Any] | None = None) -> _Response:
+    async def _fetch(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
         method = "GET" if body is None else "POST"
         try:
             async with (
                 asyncio.timeout(self.timeout_s),
                 self._session.request(method, self.url + path, json=body, allow_redirects=False) as response,
             ):
-                return _Response(response.status, await response.text("utf-8", errors="replace"))
+                return response.status, await response.text("utf-8", errors="replace")
         except (*_CONNECTION_ERRORS, ValueError) as error:  # ValueError: the key or address cannot be sent
             raise EngineFailure(f"There is no vLLM server at {self.url} ({type(error).__name__}).") from None
 
     @contextmanager
     def _parsing(self, path: str) -> Iterator[None]:
-        """Turn errors of parsing a reply into EngineFailure."""
         try:
             yield
         except (ValueError, LookupError, TypeError, AttributeError):
             raise EngineFailure(f"What {self.url} says on {path} is not what vLLM says: is it a vLLM server?") from None
 
 
-class _Response(NamedTuple):
-    status: int
-    text: str
-
-    def json(self) -> Any:
-        return json.loads(self.text)
-
-
 async def _complete_events(response: aiohttp.ClientResponse, *, timeout_s: float) -> AsyncGenerator[bytes]:
     """Hold half an event back: a client could not parse what follows it, even if that is an error."""
     held = b""
     try:
-        while chunk := await _next_chunk(response, timeout_s=timeout_s):
+        while True:
+            async with asyncio.timeout(timeout_s):
+                chunk = await response.content.readany()
+            if not chunk:  # the end
+                break
             events, end, held = (held + chunk).rpartition(b"\n\n")
             if end:
                 yield events + end
@@ -262,11 +245,6 @@ async def _complete_events(response: aiohttp.ClientResponse, *, timeout_s: float
         raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
     if held:
         raise EngineFailure("The vLLM server broke off amid an event.")
-
-
-async def _next_chunk(response: aiohttp.ClientResponse, *, timeout_s: float) -> bytes:
-    async with asyncio.timeout(timeout_s):
-        return await response.content.readany()  # empty at the end
 
 
 def _checked_url(url: str) -> str:

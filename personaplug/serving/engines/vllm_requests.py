@@ -16,6 +16,7 @@ import io
 import re
 import threading
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from personaplug.errors import EngineFailure, RequestError
+from personaplug.infra.model_hub import read_embeddings
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.prompt_tokenizer import frame_of
 from personaplug.llm.soft_prompt import SoftPrompt
@@ -48,19 +50,16 @@ class EmbeddingTable:
         """Load the embeddings and the tokenizer from a model's folder, and no other weights."""
         from transformers import AutoTokenizer
 
-        from personaplug.infra.model_hub import read_embeddings
-
         return cls(read_embeddings(folder), AutoTokenizer.from_pretrained(folder))
 
     def embed(self, text: str) -> Tensor:
         """(n, D) of a text with the tokenizer's special tokens."""
         return self._rows_of(self._ids(text))
 
-    def embed_with(self, text: str, soft: SoftPrompt, *, max_tokens: int | None = None) -> Tensor:
+    def embed_with(self, text: str, soft: SoftPrompt, *, max_tokens: int | None) -> Tensor:
         """(n, D) of a text with soft tokens: behind it, or between the tokenizer's BOS and the text.
 
-        Args:
-            max_tokens: longest prompt of the model, if known; a longer one is refused before it takes memory.
+        A prompt of more than `max_tokens`, if known, is refused before it takes memory.
         """
         vectors = soft.vectors[0].to(self.rows)
         if max_tokens is not None and len(text) > max_tokens * MAX_CHARACTERS_PER_TOKEN:
@@ -77,7 +76,7 @@ class EmbeddingTable:
             ids = self.tokenizer(list(choices), add_special_tokens=False)["input_ids"]
         tokens, bias = LabelBias(ids, label_bias).first_branch_bias()
         values = bias[0].clamp(-_MAX_BIAS, _MAX_BIAS).tolist()
-        return {str(token): value for token, value in zip(tokens, values, strict=True) if value != 0}
+        return {str(token): value for token, value in zip(tokens, values, strict=True) if value}
 
     def _rows_of(self, ids: Sequence[int]) -> Tensor:
         return self.rows[torch.tensor(ids, dtype=torch.int64)]
@@ -88,12 +87,7 @@ class EmbeddingTable:
 
 
 def build_body(request: EngineRequest, *, model: str, table: EmbeddingTable, max_tokens: int | None) -> bytes:
-    """Build vLLM's request; RequestError if it holds what vLLM must not be sent, or is too long.
-
-    Args:
-        model: vLLM's name of the model.
-        max_tokens: longest prompt of the model, if known.
-    """
+    """Build vLLM's request; RequestError if it holds what vLLM must not be sent, or more than `max_tokens`."""
     body = request.body.to_openai() | {"model": model}
     _check_fields(body)
     _check_placeholder(body)
@@ -124,9 +118,8 @@ def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
     messages = list(body["messages"])
     if soft.placement == "suffix":
         if body.get("continue_final_message"):
-            raise RequestError(
-                "continue_final_message leaves no place for a persona behind the prompt.", code="messages"
-            )
+            message = "continue_final_message leaves no place for a persona behind the prompt."
+            raise RequestError(message, code="messages")
         messages.append({"role": "assistant", "content": [part]})
         return {**body, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}
     users = [index for index, message in enumerate(messages) if message["role"] == "user"]
@@ -160,10 +153,9 @@ def _check_placeholder(body: dict[str, Any]) -> None:
 def _parts(body: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of messages whose content is a list; a completion's own `messages` may be anything."""
     messages = body.get("messages")
-    contents = (
-        [turn.get("content") for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
-    )
-    return [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    return [part for part in chain.from_iterable(contents) if isinstance(part, dict)]
 
 
 def _too_long(max_tokens: int, found: str) -> RequestError:

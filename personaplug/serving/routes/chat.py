@@ -14,7 +14,6 @@ from personaplug.serving.engines.base import EventStream
 from personaplug.serving.error_responses import retry_after
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, error_reply, event
 from personaplug.serving.routes.dependencies import Parts, Tenant
-from personaplug.serving.service import ServiceReply
 
 router = APIRouter()
 
@@ -38,12 +37,8 @@ async def complete(request: CompletionRequest, tenant: Tenant, parts: Parts) -> 
 
 async def _respond(request: ChatRequest | CompletionRequest, tenant: str, *, parts: Parts) -> Response:
     reply = await parts.service.respond(request, tenant=tenant)
-    parts.telemetry.personas.labels(reply.persona.applied, str(reply.persona.cached).lower()).inc()
-    return _response(reply)
-
-
-def _response(reply: ServiceReply) -> Response:
     persona, body, status = reply.persona, reply.reply.body, reply.reply.status
+    parts.telemetry.personas.labels(persona.applied, str(persona.cached).lower()).inc()
     headers = {
         "X-Request-Id": reply.id,
         "X-Personaplug-Persona": persona.applied,

@@ -22,11 +22,9 @@ class HistoryPost(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    items: list[dict[str, Any]] | None = Field(
-        default=None, description="Items of the task: an id, its fields, a date."
-    )
-    request_id: Name | None = Field(default=None, description="X-Request-Id of an earlier answer to this user.")
-    answer: Text | None = Field(default=None, description="The text that the user kept for that request.")
+    items: list[dict[str, Any]] | None = Field(None, description="Items of the task: an id, its fields, a date.")
+    request_id: Name | None = Field(None, description="X-Request-Id of an earlier answer to this user.")
+    answer: Text | None = Field(None, description="The text that the user kept for that request.")
 
     @model_validator(mode="after")
     def _check_form(self) -> HistoryPost:
@@ -49,20 +47,20 @@ class ExplainPost(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: Text = Field(min_length=1)
-    answer: Text | None = Field(default=None, min_length=1, description="Whose likelihood to compare.")
-    most: int = Field(default=20, ge=1, le=512, description="Number of items to list.")
+    answer: Text | None = Field(None, min_length=1, description="Whose likelihood to compare.")
+    most: int = Field(20, ge=1, le=512, description="Number of items to list.")
 
 
 @router.post("/history", summary="Add to a history")
 async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> dict[str, int]:
     service, limit = parts.service, parts.limits.items
     if post.request_id is not None:
-        stored = await service.add_feedback(tenant, user, request_id=post.request_id, answer=post.answer or "")
+        result = await service.add_feedback(tenant, user, request_id=post.request_id, answer=post.answer or "")
     elif len(post.records) > limit:
         raise RequestError(f"At most {limit} items a request; found {len(post.records)}.", code="too_many")
     else:
-        stored = await service.add_records(tenant, user, records=post.records)
-    return stored._asdict()
+        result = await service.add_records(tenant, user, records=post.records)
+    return result._asdict()
 
 
 @router.get("/history", summary="A user's items, oldest first")

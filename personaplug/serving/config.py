@@ -1,0 +1,36 @@
+"""Settings of a service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from personaplug.serving.persona_cache import Fallback
+from personaplug.store.history_store import Retention
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """How a run is served; the options of `personaplug serve` explain the rest.
+
+    Attributes:
+        store: file or URL of the histories.
+        create: make the store if it does not exist.
+        seed: of the training; None = the run's first.
+    """
+
+    store: str
+    create: bool = True
+    secret: Path | None = None
+    engine: str = "local"
+    engine_key: str | None = None
+    model: str = ""
+    seed: int | None = None
+    fallback: Fallback = "population"
+    persona_scale: float = 1.0
+    apply_off_task: bool = False
+    keep_text: bool = False
+    phrases: bool = False
+    retention: Retention = field(default_factory=Retention)
+    max_rows: int = 16
+    max_new_tokens: int = 512

@@ -1,12 +1,11 @@
-"""Metrics of our own, because none elsewhere has both: LaMP's exact rules, and per-sample statistics for the bootstrap.
+"""Metrics by LaMP's exact rules, as functions of *means of per-sample statistics*.
 
-Every metric is a function of *means of per-sample statistics*: an accuracy the mean of hits, an RMSE the root of a mean
-of squares, a macro-F1 a formula over mean one-hots. So averages over seeds and bootstraps need only the statistics,
-never the texts, and are exact for metrics that are no plain means. Predictions and golds are stripped first, as in
+An accuracy is the mean of hits, an RMSE the root of a mean of squares. So averages over seeds and bootstraps need only
+the statistics, never the texts, and are exact for every metric. Predictions and golds are stripped first, as in
 `eval/evaluation.py` of the LaMP repository.
 
-A name such as `mae@median` is the metric of predictions made by another point estimate than the likeliest label. `nll`
-scores no prediction but the probability that a model gave to the right answer.
+`mae@median` scores the predictions of another point estimate than the likeliest label; `nll` scores the probability
+that a model gave to the right answer.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from personaplug.errors import ConfigError, ShapeMismatch, nearest
 
 Array = NDArray[np.float64]
 
-FALLBACKS = ("lamp", "pplug")
 _AT = "@"  # between a metric and the point estimate whose predictions it scores
 ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")
 """Each error of ratings with the point estimate that minimizes it."""
@@ -35,11 +33,10 @@ class Metric(ABC):
     """A score of predictions against golds.
 
     Attributes:
-        name: as tasks and results files write it, with the point estimate if that is not the argmax.
-        takes_estimates: whether other point estimates than the argmax make sense to it.
+        name: with the point estimate if that is not the argmax.
         of_answers: whether it scores predictions; if not, rows without a language model lack it.
         averages_over_users: whether it means something of one user's few samples.
-        estimate: how predictions are chosen from the labels' probabilities, if there are any.
+        estimate: how predictions are chosen from the labels' probabilities.
     """
 
     name: str
@@ -48,12 +45,9 @@ class Metric(ABC):
     of_answers: ClassVar[bool] = True
     averages_over_users: ClassVar[bool] = True
 
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", estimate: str = ARGMAX) -> None:
-        if fallback not in FALLBACKS:
-            raise ConfigError(f"The rating fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
+    def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
         check_estimate(estimate)
-        self.labels = tuple(label.strip() for label in labels)
-        self.fallback, self.estimate = fallback, estimate
+        self.labels, self.estimate = tuple(label.strip() for label in labels), estimate
         if estimate != ARGMAX:
             if not self.takes_estimates:
                 raise ConfigError(f"{self.name} knows no scale; leave out {_AT}{estimate}, which is for ratings.")
@@ -68,7 +62,7 @@ class Metric(ABC):
         return scale
 
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Return what the metric averages, sample by sample: (n, d)."""
+        """Compute what the metric averages, sample by sample: (n, d)."""
         if len(predictions) != len(golds):
             raise ShapeMismatch(f"Expected {len(golds)} predictions, one per gold; found {len(predictions)}.")
         return self._statistics(predictions, golds)
@@ -78,8 +72,7 @@ class Metric(ABC):
 
     def value(self, means: Array) -> Array:
         """Return the metric of means of statistics: (..., d) to (...)."""
-        first: Array = means[..., 0]
-        return first
+        return np.asarray(means[..., 0])
 
     def score(self, predictions: Sequence[str], golds: Sequence[str]) -> float:
         """Return the metric of these samples; NaN without samples."""
@@ -98,8 +91,8 @@ def value_of(stats: Array, metric: Metric) -> float:
 class _LabelMetric(Metric):
     """A metric on a closed set of labels: exact, case-sensitive match; anything else is wrong, and class -1."""
 
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", estimate: str = ARGMAX) -> None:
-        super().__init__(labels, fallback=fallback, estimate=estimate)
+    def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
+        super().__init__(labels, estimate=estimate)
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise ConfigError(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
         self._index = {label: index for index, label in enumerate(self.labels)}
@@ -148,18 +141,14 @@ class MacroF1(_LabelMetric):
 class _RatingMetric(Metric):
     """An error of ratings, read as float() of the stripped text, not clipped: "nan" makes the whole score NaN.
 
-    A text that is no number is read by the rule that `fallback` names:
-
-    - "lamp": the farthest end of the scale; of two equally far ends the highest (gold 3 on 1..5 gives 5).
-    - "pplug": the first ASCII digit in the text, else 1.0, as in PPlug's released code. Only ASCII digits
-      count, because "²".isnumeric() is true while int("²") raises.
+    A text that is no number counts as the farthest end of the scale, of two equally far ends the highest.
     """
 
     greater_is_better = False
     takes_estimates = True
 
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", estimate: str = ARGMAX) -> None:
-        super().__init__(labels, fallback=fallback, estimate=estimate)
+    def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
+        super().__init__(labels, estimate=estimate)
         scale = self._scale()
         self.low, self.high = float(scale.min()), float(scale.max())
 
@@ -173,9 +162,6 @@ class _RatingMetric(Metric):
         number = _number(text)
         if number is not None:
             return number
-        if self.fallback == "pplug":
-            digit = re.search("[0-9]", text)
-            return float(digit.group()) if digit else 1.0
         return self.low if abs(self.low - gold) > abs(self.high - gold) else self.high
 
     def _gold(self, text: str, sample: int) -> float:
@@ -229,8 +215,7 @@ class _Rouge(Metric):
         return 2 * self._common(predicted, gold) / total if total else 0.0
 
     @abstractmethod
-    def _common(self, predicted: list[str], gold: list[str]) -> int:
-        """Count the words that both texts share."""
+    def _common(self, predicted: list[str], gold: list[str]) -> int: ...
 
 
 class Rouge1(_Rouge):
@@ -254,9 +239,8 @@ class RougeL(_Rouge):
 class NegativeLogLikelihood(Metric):
     """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
 
-    A proper score: its expectation is best for the true probabilities, so it shows what a model knows of a user long
-    before its likeliest text changes. Texts do not say how likely they were, so only models give its statistics:
-    (n, 2), −log p and tokens.
+    A proper score: it shows what a model knows of a user long before its likeliest text changes. Only models give its
+    statistics: (n, 2), −log p and tokens.
 
     Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007.
     """
@@ -275,34 +259,24 @@ class NegativeLogLikelihood(Metric):
         return np.asarray(means[..., 0] / means[..., 1])
 
 
-METRICS: dict[str, type[Metric]] = {
-    "accuracy": Accuracy,
-    "f1": MacroF1,
-    "mae": MeanAbsoluteError,
-    "rmse": RootMeanSquaredError,
-    "rouge_1": Rouge1,
-    "rouge_l": RougeL,
-    "nll": NegativeLogLikelihood,
-}
+_CLASSES = (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL, NegativeLogLikelihood)
+METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _CLASSES}
 
 
-def get_metric(name: str, *, labels: Sequence[str] = (), fallback: str = "lamp") -> Metric:
-    """Return a metric by name.
+def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
+    """Return a metric by name: one of `METRICS`, of ratings and the accuracy also with an estimate (`mae@median`).
 
     Args:
-        name: one of `METRICS`; of an error of ratings or the accuracy also with an estimate, as in `mae@median`.
         labels: the task's labels, in order; needed by all but ROUGE and NLL.
-        fallback: one of `FALLBACKS`: how a rating that is no number is scored.
     Raises:
-        ConfigError: for an unknown name, estimate or fallback, or labels or an estimate that do not fit the metric.
+        ConfigError: for an unknown name or estimate, or labels or an estimate that do not fit the metric.
     """
     kind, (stem, at, estimate) = metric_class(name), name.partition(_AT)
     if kind is None:
         raise ConfigError(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
-    if at and estimate == ARGMAX:
-        # Under two names one number would stand in a table twice.
+    if at and estimate == ARGMAX:  # under two names one number would stand in a table twice
         raise ConfigError(f"The metric {name!r} is called {stem!r}.")
-    return kind(labels, fallback=fallback, estimate=estimate if at else ARGMAX)
+    return kind(labels, estimate=estimate if at else ARGMAX)
 
 
 def metric_class(name: str) -> type[Metric] | None:
@@ -324,16 +298,14 @@ def is_invalid(prediction: str, *, kind: str, labels: Sequence[str]) -> bool:
 def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
     """Return the length of the longest common subsequence.
 
-    Each row of the usual table is one integer with a zero bit where the row steps up by one, so a row costs a few
-    operations on whole integers, not one per entry.
+    Each row of the usual table is one integer with a zero bit where the row steps up by one.
 
     Source: Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004.
     """
     positions: dict[str, int] = {}
     for index, word in enumerate(left):
         positions[word] = positions.get(word, 0) | 1 << index
-    all_ones = (1 << len(left)) - 1
-    row = all_ones
+    row = all_ones = (1 << len(left)) - 1
     for word in right:
         matches = row & positions.get(word, 0)
         row = ((row + matches) | (row - matches)) & all_ones

@@ -16,7 +16,7 @@ from personaplug.errors import ConfigError, ShapeMismatch, nearest
 ARGMAX, MEDIAN, MEAN = "argmax", "median", "mean"
 POINT_ESTIMATES = (ARGMAX, MEDIAN, MEAN)
 
-_TIE = 1e-9  # by how much a sum of floats may miss a tie; stored probabilities have far fewer digits
+_TIE = 1e-9  # by how much a sum of floats may miss a tie
 
 
 def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str], *, estimate: str) -> list[str]:
@@ -40,7 +40,12 @@ def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str],
         raise ConfigError(f"The {estimate} needs finite numbers as labels; found {list(labels)}.")
     order = np.argsort(numbers, kind="stable")
     shares = probabilities[:, order] / probabilities.sum(axis=1, keepdims=True)
-    indices = _medians(shares) if estimate == MEDIAN else _nearest_to_means(shares, numbers[order])
+    if estimate == MEDIAN:
+        indices = (np.cumsum(shares, axis=1) >= 0.5 - _TIE).argmax(axis=1)
+    else:
+        rising = numbers[order]
+        midpoints = rising[:-1] + np.diff(rising) * (0.5 - _TIE)
+        indices = np.searchsorted(midpoints, shares @ rising, side="right")
     return [labels[order[index]] for index in indices]
 
 
@@ -57,13 +62,3 @@ def scale_of(labels: Sequence[str]) -> NDArray[np.float64] | None:
     except ValueError:
         return None
     return numbers if len(numbers) and np.isfinite(numbers).all() else None
-
-
-def _medians(shares: NDArray[np.float64]) -> NDArray[np.intp]:
-    return np.asarray((np.cumsum(shares, axis=1) >= 0.5 - _TIE).argmax(axis=1))
-
-
-def _nearest_to_means(shares: NDArray[np.float64], rising: NDArray[np.float64]) -> NDArray[np.intp]:
-    # The number after the last midpoint that a mean exceeds.
-    ends = rising[:-1] + np.diff(rising) * (0.5 - _TIE)
-    return np.searchsorted(ends, shares @ rising, side="right")

@@ -208,7 +208,7 @@ class _Scorer:
             )
             # Seed by seed, since hits averaged over seeds are no hits.
             by_seed = zip(a, b, strict=True) if isinstance(metric, Accuracy) else ()
-            p_values = [mcnemar(hits_a, hits_b).p for hits_a, hits_b in by_seed]
+            p_values = [mcnemar(hits_a, hits_b) for hits_a, hits_b in by_seed]
             names = of_a[0].method.name, of_b[0].method.name
             comparisons.append(Comparison(*names, metric.name, **asdict(paired), mcnemar_p=p_values))
         return comparisons

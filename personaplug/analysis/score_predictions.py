@@ -29,7 +29,7 @@ _MAX_NAMED_IDS = 3
 
 @dataclass(frozen=True)
 class _Outputs:
-    """A file of answers or predictions: the task that it names, and its texts by id."""
+    """A file of answers or predictions; its texts by id."""
 
     path: Path
     task_name: str
@@ -41,7 +41,6 @@ def score_lamp(
     prediction_file: str | Path,
     *,
     task: Task | None = None,
-    fallback: str = "lamp",
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Results:
@@ -50,7 +49,6 @@ def score_lamp(
     Args:
         gold_file: the right answers, such as `dev_outputs.json`.
         task: by default what a task.json beside the golds declares, else the LaMP task that they name.
-        fallback, resamples, seed: see `get_metric` and `bootstrap_interval`.
     Raises:
         MissingData: if a file is not there, or golds have no prediction.
         RecordError: if a file is broken, its ids are not the golds' or not unique, or an answer is no text or number.
@@ -64,7 +62,7 @@ def score_lamp(
     texts = [predictions.texts[name] for name in golds.texts]
     # LaMP's files name no users: each sample stands for itself.
     groups = [str(number) for number in range(len(texts))]
-    metrics = [get_metric(name, labels=task.labels, fallback=fallback) for name in task.metrics]
+    metrics = [get_metric(name, labels=task.labels) for name in task.metrics]
     intervals = {
         metric.name: bootstrap_interval(
             metric.statistics(texts, targets), groups, metric, resamples=resamples, seed=seed
@@ -78,7 +76,7 @@ def score_lamp(
         intervals={name: [interval.low, interval.high] for name, interval in intervals.items()},
         invalid_rate=float(np.mean([is_invalid(text, kind=task.kind, labels=task.labels) for text in texts])),
     )
-    return Results([row], [], Provenance(task=task.name, notes=_notes(golds, task, fallback=fallback)))
+    return Results([row], [], Provenance(task=task.name, notes=_notes(golds, task)))
 
 
 def _read(path: Path) -> _Outputs:
@@ -157,7 +155,7 @@ def _target(golds: _Outputs, task: Task, name: str) -> str:
         raise RecordError(golds.path, f"the gold with id {short_id(name)}", reason=str(flaw)) from None
 
 
-def _notes(golds: _Outputs, task: Task, *, fallback: str) -> list[str]:
+def _notes(golds: _Outputs, task: Task) -> list[str]:
     size = len(golds.texts)
     notes = [
         f"Scored against {golds.path.name}: {size} samples, joined by id.",
@@ -165,5 +163,5 @@ def _notes(golds: _Outputs, task: Task, *, fallback: str) -> list[str]:
         f"other, so intervals may be too narrow.",
     ]
     if task.kind == "rating":
-        notes.append(f"A rating that is no number is scored by the rule {fallback!r}; other numbers are not clipped.")
+        notes.append("A rating that is no number counts as the farthest end of the scale; numbers are not clipped.")
     return notes

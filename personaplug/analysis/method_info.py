@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 WRONG_USER: Final = "wrong-user"
 SHUFFLED: Final = "shuffled"
@@ -22,7 +23,7 @@ class MethodInfo:
             of the user's own words or labels; `no-lm` for a row without a language model; `oracle` for the best score
             that simulated users allow.
         history: whose history the row sees.
-        control_of: the row whose claim this row tests; None for a row that is no control.
+        control_of: the row whose claim this row tests.
         parents: the rows that this row adds something to.
         is_seeded: whether the row is trained or drawn once for each seed.
     """
@@ -33,6 +34,11 @@ class MethodInfo:
     control_of: str | None = None
     parents: tuple[str, ...] = ()
     is_seeded: bool = False
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> MethodInfo:
+        """Reverse `asdict`; raise TypeError if a field is unknown or the name missing."""
+        return cls(**{**record, "parents": tuple(record.get("parents", ()))})
 
     @property
     def is_control(self) -> bool:

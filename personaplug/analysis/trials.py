@@ -1,7 +1,7 @@
 """Trials: one method with one seed, scored sample by sample. Intervals and tests are computed from them.
 
-A trial file is JSON lines: first the samples (`EvalSamples`), then a trial a line, appended as they finish. It holds
-numbers and no texts, so it can be published beside its results.
+A trial file is JSON lines: first the samples (`EvalSamples`), then a trial a line. It holds numbers and no texts, so it
+can be published beside its results.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Provenance:
     """What was evaluated, on which data and with which models: the head of a results file.
 
     `set` is the data folder's name, `users` how many the samples belong to. `seeds` and `made_with` are of the trials,
-    filled when they become results. `extra` holds further facts of a file.
+    filled when they become results.
     """
 
     experiment: str = ""
@@ -54,27 +54,22 @@ class Provenance:
     made_with: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    extra: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """Return the facts that are known."""
-        return to_record(self, optional=[column.name for column in fields(self)])
+        return {name: value for name, value in asdict(self).items() if not is_empty(value)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, object]) -> Provenance:
         """Reverse `to_json`."""
-        known, extra = split_fields(cls, record)
-        return cls(**known, extra=extra)
+        return cls(**known_fields(cls, record))
 
 
 @dataclass(frozen=True)
 class EvalSamples:
-    """The samples that a file's trials score.
+    """The samples that a file's trials score: (n,) their users by number, and the sizes of their own histories.
 
-    Attributes:
-        groups: (n,) the samples' users, see `number_users`.
-        history_items: (n,) sizes of the samples' own histories.
-        key: hash of the data and of what was drawn from it.
+    `key` is a hash of the data and of what was drawn from it.
     """
 
     groups: list[int]
@@ -92,7 +87,7 @@ class Diagnostics:
         unfinished_rate: predictions that were cut.
         lost_history_rate: samples with a history of which the row should show something and shows nothing.
         cut_items_rate: share of the items meant for the prompt that were shortened or left out.
-        prompt_tokens_mean: soft tokens counted.
+        prompt_tokens_mean: with soft tokens.
         seconds, peak_memory_bytes: of predicting.
         fit_seconds: of what is fitted while the table is filled.
         extra_prompt_tokens: prompt tokens beyond those of the bare question.
@@ -115,10 +110,10 @@ class Diagnostics:
     def mean_of(cls, several: Sequence[Diagnostics]) -> Diagnostics:
         """Average each value over those that know it; of peak memory the maximum."""
         means: dict[str, Any] = {}
-        for name in (column.name for column in fields(cls)):
-            values = [value for each in several if (value := getattr(each, name)) is not None]
+        for column in fields(cls):
+            values = [value for each in several if (value := getattr(each, column.name)) is not None]
             if values:
-                means[name] = max(values) if name == "peak_memory_bytes" else float(np.mean(values))
+                means[column.name] = max(values) if column.name == "peak_memory_bytes" else float(np.mean(values))
         return cls(**means)
 
 
@@ -150,10 +145,12 @@ class Trial:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Trial:
         """Reverse `to_json`; raise KeyError or TypeError if the record is no trial."""
-        method = MethodInfo(**record["method"] | {"parents": tuple(record["method"]["parents"])})
-        statistics = {name: _unpacked(packed) for name, packed in record["statistics"].items()}
-        diagnostics = Diagnostics(**record["diagnostics"])
-        return cls(**{**record, "method": method, "statistics": statistics, "diagnostics": diagnostics})
+        parsed = {
+            "method": MethodInfo.from_json(record["method"]),
+            "statistics": {name: _unpacked(packed) for name, packed in record["statistics"].items()},
+            "diagnostics": Diagnostics(**record["diagnostics"]),
+        }
+        return cls(**{**record, **parsed})
 
 
 class TrialFile:
@@ -182,7 +179,7 @@ class TrialFile:
         return samples, list(trials.values())
 
     def switch_to(self, key: str) -> None:
-        """Set a file of other samples aside under a name of its own, and bring back one of the samples of the key."""
+        """Rename a file of other samples, and bring back an earlier file of the samples of the key."""
         samples, _ = self.load()
         path = self.lines.path
         if samples is not None and samples.key != key:
@@ -208,19 +205,14 @@ def number_users(owners: Sequence[str]) -> list[int]:
     return [numbers.setdefault(owner, len(numbers)) for owner in owners]
 
 
-def to_record(item: DataclassInstance, *, optional: Sequence[str]) -> dict[str, object]:
-    """Return a dataclass as a JSON object, without the optional fields that are empty, with its `extra` fields."""
-    values = asdict(item)
-    extra: dict[str, object] = values.pop("extra")
-    empty: list[object] = [None, "", [], {}]
-    return {name: value for name, value in values.items() if name not in optional or value not in empty} | extra
+def is_empty(value: object) -> bool:
+    """Return whether a field says nothing."""
+    return value is None or value in ("", [], {})
 
 
-def split_fields(cls: type[DataclassInstance], record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part a JSON object into the fields of a dataclass, without those that are null, and the rest."""
-    names = {column.name for column in fields(cls)} - {"extra"}
-    known = {name: value for name, value in record.items() if name in names and value is not None}
-    return known, {name: value for name, value in record.items() if name not in names}
+def known_fields(cls: type[DataclassInstance], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a JSON object that are fields of a dataclass and not null."""
+    return {column.name: value for column in fields(cls) if (value := record.get(column.name)) is not None}
 
 
 def _packed(stats: Array) -> object:
@@ -238,7 +230,7 @@ def _unpacked(packed: Any) -> Array:
 
 
 def _shortened(value: float) -> float | int | str:
-    """Keep nine digits; JSON has no infinity or NaN, so those become words."""
+    """Keep nine digits; write infinity and NaN, which JSON lacks, as words."""
     if not np.isfinite(value):
         return str(value)
     return int(value) if value == int(value) and abs(value) < 2**53 else float(f"{value:.9g}")

@@ -10,6 +10,7 @@ that a model gave to the right answer.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -30,20 +31,13 @@ ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")
 
 
 class Metric(ABC):
-    """A score of predictions against golds.
-
-    Attributes:
-        name: with the point estimate if that is not the argmax.
-        of_answers: whether it scores predictions; if not, rows without a language model lack it.
-        averages_over_users: whether it means something of one user's few samples.
-        estimate: how predictions are chosen from the labels' probabilities.
-    """
+    """A score of predictions against golds; its name tells the point estimate if that is not the argmax."""
 
     name: str
     greater_is_better: ClassVar[bool] = True
     takes_estimates: ClassVar[bool] = False
-    of_answers: ClassVar[bool] = True
-    averages_over_users: ClassVar[bool] = True
+    of_answers: ClassVar[bool] = True  # else it scores probabilities, which rows without a language model lack
+    averages_over_users: ClassVar[bool] = True  # whether it means something of one user's few samples
 
     def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
         check_estimate(estimate)
@@ -55,7 +49,6 @@ class Metric(ABC):
             self._scale()
 
     def _scale(self) -> Array:
-        """The labels as numbers: (C,)."""
         scale = scale_of(self.labels)
         if scale is None:
             raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
@@ -83,8 +76,7 @@ def value_of(stats: Array, metric: Metric) -> float:
     """Return the metric of per-sample statistics (n, d); NaN without samples."""
     if not len(stats):
         return float("nan")
-    # A rating of "1e200" squares to infinity: that is its score, not an accident worth a warning.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # a rating of "1e200" squares to infinity: that is its score
         return float(metric.value(stats.mean(axis=0)))
 
 
@@ -113,11 +105,10 @@ class Accuracy(_LabelMetric):
 
 
 class MacroF1(_LabelMetric):
-    """The mean over all labels of F1 = 2·TP / (predicted + gold).
+    """The mean over all labels of F1 = 2·TP / (predicted + gold), 0 for a label neither predicted nor gold.
 
-    Equals scikit-learn's f1_score(labels=range(C), average="macro", zero_division=0): an invalid prediction lowers its
-    gold label's recall and no label's precision; a label neither predicted nor gold counts 0. The statistics are
-    one-hots of true positive, predicted and gold label, side by side: (n, 3·C).
+    Equals scikit-learn's f1_score(labels=range(C), average="macro", zero_division=0). The statistics are one-hots of
+    true positive, predicted and gold label, side by side: (n, 3·C).
     """
 
     name = "f1"
@@ -154,24 +145,17 @@ class _RatingMetric(Metric):
 
     def _errors(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Predicted minus gold rating: (n,)."""
-        gold = [self._gold(text, number) for number, text in enumerate(golds, start=1)]
-        predicted = [self._rating(text, number) for text, number in zip(predictions, gold, strict=True)]
-        return np.array(predicted, dtype=np.float64) - np.array(gold, dtype=np.float64)
-
-    def _rating(self, text: str, gold: float) -> float:
-        number = _number(text)
-        if number is not None:
-            return number
-        return self.low if abs(self.low - gold) > abs(self.high - gold) else self.high
-
-    def _gold(self, text: str, sample: int) -> float:
-        number = _number(text)
-        if number is None or not np.isfinite(number):
+        gold = np.array([_number(text, math.nan) for text in golds], dtype=np.float64)
+        is_valid = np.isfinite(gold)
+        if not is_valid.all():
             raise ConfigError(
-                f"{self.name} compares numbers, and the gold answer of sample {sample} is none. "
+                f"{self.name} compares numbers, and the gold answer of sample {is_valid.argmin() + 1} is none. "
                 f"Choose other metrics for this task, or mend its answers."
             )
-        return number
+        return np.array([*map(self._rating, predictions, gold)], dtype=np.float64) - gold
+
+    def _rating(self, text: str, gold: float) -> float:
+        return _number(text, self.low if abs(self.low - gold) > abs(self.high - gold) else self.high)
 
 
 class MeanAbsoluteError(_RatingMetric):
@@ -199,20 +183,16 @@ class RootMeanSquaredError(_RatingMetric):
 class _Rouge(Metric):
     """ROUGE's F-measure on lower-cased words (runs of a-z and 0-9), without stemmer, averaged over samples.
 
-    Equals Google's `rouge_score` sample by sample. LaMP reports the middle of a bootstrap over samples, which differs
-    from this mean by resampling noise only.
+    Equals Google's `rouge_score` sample by sample.
 
     Source: Lin, "ROUGE: a Package for Automatic Evaluation of Summaries", 2004.
     """
 
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         pairs = zip(map(_words, predictions), map(_words, golds), strict=True)
-        return np.array([self._f_measure(*pair) for pair in pairs], dtype=np.float64).reshape(-1, 1)
-
-    def _f_measure(self, predicted: list[str], gold: list[str]) -> float:
         # 2·P·R / (P + R) with P = common / predicted, R = common / gold.
-        total = len(predicted) + len(gold)
-        return 2 * self._common(predicted, gold) / total if total else 0.0
+        scores = [2 * self._common(p, gold) / (len(p) + len(gold) or 1) for p, gold in pairs]
+        return np.array(scores, dtype=np.float64).reshape(-1, 1)
 
     @abstractmethod
     def _common(self, predicted: list[str], gold: list[str]) -> int: ...
@@ -285,7 +265,7 @@ def metric_class(name: str) -> type[Metric] | None:
 
 
 def has_estimate(name: str) -> bool:
-    """Return whether a metric's name says which point estimate it scores."""
+    """Return whether a metric's name tells a point estimate."""
     return _AT in name
 
 
@@ -316,8 +296,8 @@ def _words(text: str) -> list[str]:
     return re.findall("[a-z0-9]+", text.lower())
 
 
-def _number(text: str) -> float | None:
+def _number(text: str, default: float) -> float:
     try:
         return float(text.strip())
     except ValueError:
-        return None
+        return default

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from personaplug.analysis.method_info import MethodInfo
-from personaplug.analysis.trials import Diagnostics, Provenance, is_empty, known_fields
+from personaplug.analysis.trials import Diagnostics, Provenance, known_fields, without_empty
 from personaplug.errors import MissingData, RecordError
 
 COSTS = ("extra_prompt_tokens", "bytes_per_user", "seconds_per_user")
@@ -62,8 +62,8 @@ class ResultRow:
 
     def to_json(self) -> dict[str, object]:
         """Return the row as an object of a results file."""
-        values = _without_empty(asdict(self), ["per_seed", "seed_spread"])
-        method, diagnostics = values.pop("method"), _without_empty(values.pop("diagnostics"), ["fit_seconds"])
+        values = without_empty(asdict(self), ["per_seed", "seed_spread"])
+        method, diagnostics = values.pop("method"), without_empty(values.pop("diagnostics"), ["fit_seconds"])
         costs = {name: diagnostics.pop(name) for name in COSTS}
         return {"condition": method.pop("name")} | method | values | diagnostics | {"costs": costs}
 
@@ -74,10 +74,7 @@ class ResultRow:
         known = known_fields(cls, record)
         known["method"] = MethodInfo.from_json(known_fields(MethodInfo, record))
         known["diagnostics"] = Diagnostics(**known_fields(Diagnostics, record))
-        known |= {name: _numbers(known.get(name, {})) for name in ("metrics", "per_user", "seed_spread")}
-        known["intervals"] = {name: [*map(_number, ends)] for name, ends in known.get("intervals", {}).items()}
-        known["per_seed"] = [_numbers(scores) for scores in known.get("per_seed", [])]
-        return cls(**known)
+        return cls(**_null_as_nan(known))
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,14 @@ class Comparison:
 
     def to_json(self) -> dict[str, object]:
         """Return the comparison as an object of a results file."""
-        return _without_empty(asdict(self), ["p_holm", "mcnemar_p"])
+        return without_empty(asdict(self), ["p_holm", "mcnemar_p"])
 
     @classmethod
     def from_json(cls, record: Record) -> Comparison:
         """Reverse `to_json`; raise KeyError if a required field is missing."""
-        known = known_fields(cls, record) | {name: record[name] for name in ("a", "b", "metric")}
-        known |= {name: _number(record[name]) for name in ("low", "high", "p") if name in record}
-        known["mcnemar_p"] = [*map(_number, known.get("mcnemar_p", []))]
-        return cls(**known | {"difference": _number(record["difference"])})
+        known = known_fields(cls, record) | {name: record[name] for name in ("a", "b", "metric", "difference")}
+        known |= {name: record[name] for name in ("low", "high", "p") if name in record}
+        return cls(**_null_as_nan(known))
 
 
 @dataclass(frozen=True)
@@ -216,12 +212,7 @@ def load_results(path: Path) -> Results:
         raise RecordError(path, f"line {error.lineno}", reason=f"this is no JSON ({error.msg}).") from None
 
 
-def _without_empty(values: dict[str, Any], optional: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in optional or not is_empty(value)}
-
-
 def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str | Path) -> list[T]:
-    """Parse a list of objects; none if it is absent or null."""
     items = record.get(key) or []
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RecordError(file, f"the field {key!r}", reason="expected a list of objects, found something else")
@@ -234,9 +225,9 @@ def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str
     return parsed
 
 
-def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: _number(value) for name, value in values.items()}
-
-
-def _number(value: float | None) -> float:
+def _null_as_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _null_as_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_null_as_nan(part) for part in value]
     return math.nan if value is None else value

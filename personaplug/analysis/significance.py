@@ -1,8 +1,7 @@
 """How sure a number is: bootstrap intervals and paired comparisons, with users as the unit.
 
 Samples of one user resemble each other, so whole users are drawn with replacement, and a metric is computed anew from
-the mean statistics of each draw. If a method was trained several times, each draw takes as many of its trainings with
-replacement too. No library's bootstrap has users, trainings and metrics of means at once.
+the mean statistics of each draw. If a method was trained several times, its trainings are drawn too.
 
 Limits: with fewer than about twenty users, intervals are too narrow and p too small. Three trainings vary by two thirds
 of the variance of fresh ones; one says nothing of others.
@@ -22,6 +21,8 @@ from scipy.stats import binomtest
 
 from personaplug.analysis.metrics import Array, Metric, value_of
 from personaplug.errors import ConfigError, ShapeMismatch
+
+Groups = Sequence[str] | Sequence[int]
 
 _BLOCK_SIZE = 1 << 20  # users × resamples held at once: bounds memory (8 MB), and fits the processor's cache
 _ROUNDING = 1e-12  # differences below this share of the values compared are rounding, not differences
@@ -48,7 +49,7 @@ class Paired:
 
 
 def bootstrap_interval(
-    stats: Array, groups: Sequence[str], metric: Metric, *, resamples: int = 10_000, seed: int = 0
+    stats: Array, groups: Groups, metric: Metric, *, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Return a metric with its 95 % percentile bootstrap interval over groups.
 
@@ -68,7 +69,7 @@ def bootstrap_interval(
 
 
 def paired_bootstrap(
-    stats_a: Array, stats_b: Array, groups: Sequence[str], metric: Metric, *, resamples: int = 10_000, seed: int = 0
+    stats_a: Array, stats_b: Array, groups: Groups, metric: Metric, *, resamples: int = 10_000, seed: int = 0
 ) -> Paired:
     """Compare two methods on the same samples; both see the same resampled groups and trainings.
 
@@ -84,7 +85,11 @@ def paired_bootstrap(
     joint = np.concatenate([_checked(stats_a, groups), _checked(stats_b, groups)], axis=2)
 
     def advantage(means: Array) -> Array:
-        return _advantage(*np.split(means, 2, axis=-1), metric=metric)
+        a, b = (metric.value(half) for half in np.split(means, 2, axis=-1))
+        gap = a - b if metric.greater_is_better else b - a
+        # Sums in another order differ in the last digit; without this, such a tie would count as a win.
+        # "<" and not "<=", so that an infinite gap stays one.
+        return np.where(np.abs(gap) < _ROUNDING * (np.abs(a) + np.abs(b)), 0.0, gap)
 
     with np.errstate(invalid="ignore", over="ignore"):
         difference = float(advantage(joint.mean(axis=(0, 1)))) if len(groups) else np.nan
@@ -118,7 +123,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in p]
 
 
-def per_group_mean(stats: Array, groups: Sequence[str], metric: Metric) -> float:
+def per_group_mean(stats: Array, groups: Groups, metric: Metric) -> float:
     """Average the metric of each group's own samples over groups; NaN without samples and for the macro-F1."""
     stats = _checked(stats, groups)
     if not len(groups) or not metric.averages_over_users:
@@ -134,17 +139,7 @@ def seed_spread(values: Sequence[float]) -> float:
         return float(np.std(values, ddof=1))
 
 
-def _advantage(means_a: Array, means_b: Array, *, metric: Metric) -> Array:
-    a, b = metric.value(means_a), metric.value(means_b)
-    gap = a - b if metric.greater_is_better else b - a
-    # Sums in another order differ in the last digit; without this, such a tie would count as a win.
-    # "<" and not "<=", so that an infinite gap stays one.
-    return np.where(np.abs(gap) < _ROUNDING * (np.abs(a) + np.abs(b)), 0.0, gap)
-
-
-def _bootstrap(
-    stats: Array, groups: Sequence[str], value: Callable[[Array], Array], *, resamples: int, seed: int
-) -> Array:
+def _bootstrap(stats: Array, groups: Groups, value: Callable[[Array], Array], *, resamples: int, seed: int) -> Array:
     """The value of each resample of (S, n, d) statistics: (resamples,)."""
     if resamples < 1:
         raise ConfigError(f"A bootstrap needs at least 1 resample; found {resamples}.")
@@ -168,23 +163,21 @@ def _drawn_counts(groups: int, *, resamples: int, seed: int) -> Iterator[Array]:
         yield np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
 
 
-def _group_sums(stats: Array, groups: Sequence[str]) -> tuple[Array, Array]:
+def _group_sums(stats: Array, groups: Groups) -> tuple[Array, Array]:
     """Sums of statistics (G, d) and numbers of samples (G,), in the order of the groups' names."""
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     columns = [np.bincount(codes, weights=column, minlength=len(names)) for column in stats.T]
     return np.stack(columns, axis=1), np.bincount(codes, minlength=len(names)).astype(np.float64)
 
 
-def _has_spread(stats: Array, groups: Sequence[str]) -> bool:
+def _has_spread(stats: Array, groups: Groups) -> bool:
     return len(set(groups)) > 1 and bool(np.isfinite(stats).all())
 
 
-def _checked(stats: Array, groups: Sequence[str]) -> Array:
+def _checked(stats: Array, groups: Groups) -> Array:
     """The statistics as those of several trainings, (S, n, d)."""
     trainings = stats[None] if stats.ndim == 2 else stats
     if trainings.ndim != 3 or trainings.shape[1] != len(groups) or not len(trainings):
-        raise ShapeMismatch(
-            f"Expected statistics of shape ({len(groups)}, d), or (S, {len(groups)}, d) of S trainings; "
-            f"found {stats.shape}."
-        )
+        shapes = f"({len(groups)}, d), or (S, {len(groups)}, d) of S trainings"
+        raise ShapeMismatch(f"Expected statistics of shape {shapes}; found {stats.shape}.")
     return trainings

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from personaplug.analysis.metrics import has_estimate, metric_class
@@ -49,16 +50,15 @@ def headline(results: Results) -> tuple[str, list[str]]:
         "seeds": ", ".join(map(str, about.seeds)),
     }
     first = " · ".join(f"{name} {one_line(value)}" for name, value in facts.items() if value not in (None, ""))
-    # The models' descriptions are long: a line each.
     models = {"model": about.model, "encoder": about.encoder}
     return first, [f"{name}: {one_line(value)}" for name, value in models.items() if value]
 
 
 def tables(results: Results) -> list[tuple[str, Table]]:
     """Return the tables of results with their titles; the first, of the scores, has none."""
-    of_rows = [("", _scores(results)), ("Rates and costs", _rates_and_costs(results))] if results.rows else []
-    others = [*of_rows[1:], ("Comparisons", _comparisons(results)), *_subgroups(results)]
-    return of_rows[:1] + [(title, table) for title, table in others if table.lines and len(table.titles) > 1]
+    named = [("Rates and costs", _rates_and_costs(results)), ("Comparisons", _comparisons(results))]
+    scores = [("", _scores(results))] if results.rows else []
+    return scores + [pair for pair in [*named, *_subgroups(results)] if pair[1].lines and len(pair[1].titles) > 1]
 
 
 def notes(results: Results) -> list[str]:
@@ -123,11 +123,9 @@ def gain_cell(pair: Comparison | None) -> str | None:
     """Return a difference with its interval and p; the p says so if it is corrected by Holm."""
     if pair is None:
         return None
-    p = _p_cell(pair.p if pair.p_holm is None else pair.p_holm)
-    if p is None:
-        return _difference(pair)
-    name = "p" if pair.p_holm is None else "Holm p"
-    return f"{_difference(pair)}, {name} {p if p.startswith('<') else f'= {p}'}"
+    name, value = ("p", pair.p) if pair.p_holm is None else ("Holm p", pair.p_holm)
+    p = _p_cell(value)
+    return _difference(pair) + (f", {name} {p if p.startswith('<') else f'= {p}'}" if p else "")
 
 
 def cost_columns(diagnostics: Sequence[Diagnostics]) -> list[Column]:
@@ -176,7 +174,6 @@ def _rates_and_costs(results: Results) -> Table:
 
 
 def _comparisons(results: Results) -> Table:
-    """Show one line per pair of rows, the personal gains first."""
     lines: dict[tuple[str, str], dict[str, Comparison]] = {}
     for pair in results.comparisons:
         lines.setdefault((pair.a, pair.b), {})[pair.metric] = pair
@@ -205,11 +202,9 @@ def _subgroups(results: Results) -> list[tuple[str, Table]]:
     gains = [[gain_cell(subgroup.personal_gains(metric).get(name)) for name in names] for subgroup in subgroups]
     # Every subgroup keeps its column of gains, so that a curve without a gain at one point shows the gap.
     lines = tuple(zip(names, *gains, strict=True))
+    score_table = Table.from_columns([("condition", names), *zip(titles, scores, strict=True)])
     return [
-        (
-            f"{metric_title(metric)} by subgroup",
-            Table.from_columns([("condition", names), *zip(titles, scores, strict=True)]),
-        ),
+        (f"{metric_title(metric)} by subgroup", score_table),
         (f"Personal gain in {metric} by subgroup", Table(("method", *titles), lines).without_empty_lines()),
     ]
 
@@ -239,7 +234,6 @@ def _p_cell(p: float | None) -> str | None:
 
 
 def _mcnemar_cell(pair: Comparison) -> str | None:
-    """The p-values of the seeds, from the lowest to the highest."""
     p_values = sorted(p for p in pair.mcnemar_p if math.isfinite(p))
     ends = [_p_cell(p) or "" for p in p_values[:1] + p_values[-1:]]
     return " to ".join(dict.fromkeys(ends)) or None
@@ -256,12 +250,7 @@ def _number(value: float, form: str = ".3f") -> str:
     return format(value, form if abs(value) < 1e6 else ".3g")
 
 
-def _amount(value: float) -> str:
-    return _number(value, ",.1f")
-
-
-def _share(value: float) -> str:
-    return _number(value, ".1%")
+_amount, _share = partial(_number, form=",.1f"), partial(_number, form=".1%")
 
 
 def _bytes(value: float) -> str:

@@ -57,7 +57,8 @@ class Provenance:
 
     def to_json(self) -> dict[str, object]:
         """Return the facts that are known."""
-        return {name: value for name, value in asdict(self).items() if not is_empty(value)}
+        values = asdict(self)
+        return without_empty(values, list(values))
 
     @classmethod
     def from_json(cls, record: Mapping[str, object]) -> Provenance:
@@ -205,9 +206,9 @@ def number_users(owners: Sequence[str]) -> list[int]:
     return [numbers.setdefault(owner, len(numbers)) for owner in owners]
 
 
-def is_empty(value: object) -> bool:
-    """Return whether a field says nothing."""
-    return value is None or value in ("", [], {})
+def without_empty(values: Mapping[str, Any], optional: Sequence[str]) -> dict[str, Any]:
+    """Leave out the optional fields that say nothing."""
+    return {name: value for name, value in values.items() if name not in optional or value not in (None, "", [], {})}
 
 
 def known_fields(cls: type[DataclassInstance], record: Mapping[str, Any]) -> dict[str, Any]:

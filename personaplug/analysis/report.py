@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,7 @@ def write_report(
 ) -> list[Path]:
     """Write a folder with `report.md`, `report.html` and, under `figures/`, PNGs; return the files written.
 
-    Several files, one per set, begin with an overview: scores, personal gains and costs, sets side by side.
+    The report of several files, one per set, begins with an overview of the sets side by side.
 
     Raises:
         MissingExtra: if figures are wanted and matplotlib is not installed; nothing is written then.
@@ -44,18 +46,17 @@ def write_report(
         raise MissingData("A report needs at least one results file; `personaplug evaluate --json FILE` writes them.")
     results_list = [load_results(path) for path in results_files]
     figures = _figures(results_list) if with_figures else {}
-    for picture, figure in (pair for pairs in figures.values() for pair in pairs):
-        _save(figure, out / picture.path)
+    for picture, figure in chain(*figures.values()):
+        atomic_write(out / picture.path, partial(figure.savefig, format="png", dpi=150))
     pictures = {name: tuple(picture for picture, _ in pairs) for name, pairs in figures.items()}
     sections = [Section(title, level=1), *_page(results_list, pictures)]
     write_text(out / "report.md", to_markdown(sections) + "\n")
     write_text(out / "report.html", to_html(sections, title=title))
-    paths = [out / picture.path for of_set in pictures.values() for picture in of_set]
-    return [out / "report.md", out / "report.html", *paths]
+    return [out / "report.md", out / "report.html", *(out / picture.path for picture in chain(*pictures.values()))]
 
 
 def overview_markdown(results_list: Sequence[Results]) -> str:
-    """Return several sets side by side as Markdown: scores, personal gains, costs. Ends without a line break."""
+    """Return several sets side by side as Markdown: scores, personal gains, costs."""
     return to_markdown(list(_overview(results_list)))
 
 
@@ -64,7 +65,7 @@ def insert_between(path: Path, name: str, text: str) -> None:
 
     Raises:
         RecordError: if it does not hold each marker once, in this order.
-        ConfigError: if the text holds a marker itself, so that the next time could not find its end.
+        ConfigError: if the text holds a marker itself, so that the next call could not find its end.
     """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     if not path.is_file():
@@ -80,8 +81,7 @@ def insert_between(path: Path, name: str, text: str) -> None:
         )
     if begin in text or end in text:
         raise ConfigError(f"The text for {name!r} holds one of its own markers, {begin} or {end}; leave them out.")
-    before, rest = page.split(begin)
-    after = rest.split(end)[1]
+    before, after = page.split(begin)[0], page.split(end)[1]
     write_text(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
 
 
@@ -144,7 +144,6 @@ def _score_overview(results_list: Sequence[Results], names: Sequence[str]) -> Ta
 
 
 def _gain_overview(results_list: Sequence[Results], names: Sequence[str], metrics: Sequence[str]) -> Table:
-    """Personal gains of each set in a metric of its own; without the sets that have none."""
     columns: list[Column] = [("method", names)]
     for name, results, metric in zip(set_names(results_list), results_list, metrics, strict=True):
         gains = results.personal_gains(metric)
@@ -179,18 +178,13 @@ def _clear_best(results: Results) -> str | None:
 def _competitors(results: Results, metric: str) -> list[ResultRow]:
     """Rows with a finite score, the best first; neither controls nor the best score that there can be."""
     kind = metric_class(metric)
-    rows = [
-        row
-        for row in results.rows
-        if not row.method.is_control
-        and row.method.family != "oracle"
-        and math.isfinite(row.metrics.get(metric, math.nan))
-    ]
+    rivals = [row for row in results.rows if not row.method.is_control and row.method.family != "oracle"]
+    rows = [row for row in rivals if math.isfinite(row.metrics.get(metric, math.nan))]
     return sorted(rows, key=lambda row: row.metrics[metric], reverse=kind is None or kind.greater_is_better)
 
 
 def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, Figure]]]:
-    """Draw every figure of a report, by the set that it is of; those of all sets are under ""."""
+    """Draw every figure, by its set; those of all sets are under ""."""
     figures: dict[str, list[tuple[Picture, Figure]]] = {}
     for number, (name, results) in enumerate(zip(set_names(results_list), results_list, strict=True), start=1):
         metric = results.leading_metric
@@ -206,7 +200,3 @@ def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, F
         gains = Picture("figures/gains.png", "Personal gain of each method in each set")
         figures[""] = [(gains, gains_figure(results_list))]
     return figures
-
-
-def _save(figure: Figure, path: Path) -> None:
-    atomic_write(path, lambda attempt: figure.savefig(attempt, format="png", dpi=150))

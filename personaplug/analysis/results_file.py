@@ -65,11 +65,11 @@ class ResultRow:
         values = without_empty(asdict(self), ["per_seed", "seed_spread"])
         method, diagnostics = values.pop("method"), without_empty(values.pop("diagnostics"), ["fit_seconds"])
         costs = {name: diagnostics.pop(name) for name in COSTS}
-        return {"condition": method.pop("name")} | method | values | diagnostics | {"costs": costs}
+        return {"condition": method.pop("name"), **method, **values, **diagnostics, "costs": costs}
 
     @classmethod
     def from_json(cls, record: Record) -> ResultRow:
-        """Reverse `to_json`; raise KeyError if a required field is missing."""
+        """Reverse `to_json`; raise KeyError if the `condition` is missing."""
         record = {**record, **(record.get("costs") or {}), "name": record["condition"]}
         known = known_fields(cls, record)
         known["method"] = MethodInfo.from_json(known_fields(MethodInfo, record))

@@ -1,7 +1,6 @@
-"""Scores anyone's predictions in LaMP's output format against golds in the same format.
+"""Scores of anyone's predictions in LaMP's output format against golds in the same format, joined by id.
 
-Both files hold `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped. They are joined by id: a
-missing, unknown or repeated id is an error.
+Both files hold `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped.
 """
 
 from __future__ import annotations
@@ -60,15 +59,11 @@ def score_lamp(
     _check_ids(golds, predictions)
     targets = [_target(golds, task, name) for name in golds.texts]
     texts = [predictions.texts[name] for name in golds.texts]
-    # LaMP's files name no users: each sample stands for itself.
-    groups = [str(number) for number in range(len(texts))]
-    metrics = [get_metric(name, labels=task.labels) for name in task.metrics]
-    intervals = {
-        metric.name: bootstrap_interval(
-            metric.statistics(texts, targets), groups, metric, resamples=resamples, seed=seed
-        )
-        for metric in metrics
-    }
+    groups = [str(number) for number in range(len(texts))]  # LaMP's files name no users: each sample stands for itself
+    intervals = {}
+    for metric in (get_metric(name, labels=task.labels) for name in task.metrics):
+        stats = metric.statistics(texts, targets)
+        intervals[metric.name] = bootstrap_interval(stats, groups, metric, resamples=resamples, seed=seed)
     row = ResultRow(
         MethodInfo(Path(prediction_file).name),
         n=len(texts),
@@ -144,8 +139,7 @@ def _named(names: Sequence[str]) -> str:
     """Count ids and name the first, with the verb: `2 ids ("a", "b") are`."""
     first = ", ".join(f'"{short_id(name)}"' for name in names[:_MAX_NAMED_IDS])
     more = ", …" if len(names) > _MAX_NAMED_IDS else ""
-    noun, verb = ("id", "is") if len(names) == 1 else ("ids", "are")
-    return f"{len(names)} {noun} ({first}{more}) {verb}"
+    return f"{len(names)} id ({first}) is" if len(names) == 1 else f"{len(names)} ids ({first}{more}) are"
 
 
 def _target(golds: _Outputs, task: Task, name: str) -> str:
@@ -157,11 +151,10 @@ def _target(golds: _Outputs, task: Task, name: str) -> str:
 
 def _notes(golds: _Outputs, task: Task) -> list[str]:
     size = len(golds.texts)
-    notes = [
+    ratings = ["A rating that is no number counts as the farthest end of the scale; numbers are not clipped."]
+    return [
         f"Scored against {golds.path.name}: {size} samples, joined by id.",
         f"Intervals: bootstrap over {size} samples. The files name no users, and samples of one user resemble each "
         f"other, so intervals may be too narrow.",
+        *(ratings if task.kind == "rating" else ()),
     ]
-    if task.kind == "rating":
-        notes.append("A rating that is no number counts as the farthest end of the scale; numbers are not clipped.")
-    return notes

@@ -29,15 +29,11 @@ _MAX_DENSE_COLUMNS = 3  # statistics with more columns are one-hots and written 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What was evaluated, on which data and with which models: the head of a results file.
-
-    `set` is the data folder's name, `users` how many the samples belong to. `seeds` and `made_with` are of the trials,
-    filled when they become results.
-    """
+    """What was evaluated, on which data and with which models: the head of a results file."""
 
     experiment: str = ""
     title: str = ""
-    set: str = ""
+    set: str = ""  # the data folder's name
     variant: str = ""
     task: str = ""
     split: str = ""
@@ -48,10 +44,10 @@ class Provenance:
     machine: dict[str, object] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     training: list[dict[str, object]] = field(default_factory=list)
-    users: int | None = None
+    users: int | None = None  # how many the samples belong to
     data: dict[str, object] = field(default_factory=dict)
     dtype: str = ""
-    made_with: list[str] = field(default_factory=list)
+    made_with: list[str] = field(default_factory=list)  # of the trials, as the seeds; filled when they become results
     seeds: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -68,44 +64,29 @@ class Provenance:
 
 @dataclass(frozen=True)
 class EvalSamples:
-    """The samples that a file's trials score: (n,) their users by number, and the sizes of their own histories.
+    """The samples that a file's trials score."""
 
-    `key` is a hash of the data and of what was drawn from it.
-    """
-
-    groups: list[int]
-    history_items: list[int]
+    groups: list[int]  # (n,) their users by number
+    history_items: list[int]  # (n,) sizes of their own histories
     about: Provenance
-    key: str = ""
+    key: str = ""  # hash of the data and of what was drawn from it
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What is measured beside the scores; None if unknown.
+    """What is measured beside the scores; None if unknown."""
 
-    Attributes:
-        truncated_rate: prompts whose end was cut.
-        unfinished_rate: predictions that were cut.
-        lost_history_rate: samples with a history of which the row should show something and shows nothing.
-        cut_items_rate: share of the items meant for the prompt that were shortened or left out.
-        prompt_tokens_mean: with soft tokens.
-        seconds, peak_memory_bytes: of predicting.
-        fit_seconds: of what is fitted while the table is filled.
-        extra_prompt_tokens: prompt tokens beyond those of the bare question.
-        bytes_per_user, seconds_per_user: mean cost of keeping and of adding a user.
-    """
-
-    truncated_rate: float | None = None
-    unfinished_rate: float | None = None
-    lost_history_rate: float | None = None
-    cut_items_rate: float | None = None
-    prompt_tokens_mean: float | None = None
-    seconds: float | None = None
+    truncated_rate: float | None = None  # share of the prompts whose end was cut
+    unfinished_rate: float | None = None  # share of the predictions that were cut
+    lost_history_rate: float | None = None  # share of the samples with a history that the row should show and does not
+    cut_items_rate: float | None = None  # share of the items meant for the prompt that were shortened or left out
+    prompt_tokens_mean: float | None = None  # with soft tokens
+    seconds: float | None = None  # of predicting, as the peak memory
     peak_memory_bytes: int | None = None
-    fit_seconds: float | None = None
-    extra_prompt_tokens: float | None = None
-    bytes_per_user: float | None = None
-    seconds_per_user: float | None = None
+    fit_seconds: float | None = None  # of what is fitted while the table is filled
+    extra_prompt_tokens: float | None = None  # beyond those of the bare question
+    bytes_per_user: float | None = None  # mean cost of keeping a user
+    seconds_per_user: float | None = None  # mean cost of adding a user
 
     @classmethod
     def mean_of(cls, several: Sequence[Diagnostics]) -> Diagnostics:
@@ -120,24 +101,16 @@ class Diagnostics:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One method with one seed.
-
-    Attributes:
-        statistics: per metric, (n, d); a metric is a function of their means.
-        invalid_rate: share of the predictions that are none of the task's answers.
-        decoding: "scored" over the labels, "generated", or "computed" without a language model.
-        key: hash of everything that affects the scores.
-        made_with: versions and machine, in words.
-    """
+    """One method with one seed."""
 
     method: MethodInfo
     seed: int
-    statistics: dict[str, Array]
-    invalid_rate: float
-    decoding: str = ""
+    statistics: dict[str, Array]  # per metric, (n, d); a metric is a function of their means
+    invalid_rate: float  # share of the predictions that are none of the task's answers
+    decoding: str = ""  # "scored" over the labels, "generated", or "computed" without a language model
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
-    key: str = ""
-    made_with: str = ""
+    key: str = ""  # hash of everything that affects the scores
+    made_with: str = ""  # versions and machine, in words
 
     def to_json(self) -> dict[str, object]:
         """Return the trial as a line of its file."""
@@ -161,11 +134,7 @@ class TrialFile:
         self.lines = JsonLines(path)
 
     def load(self) -> tuple[EvalSamples | None, list[Trial]]:
-        """Return the samples and the latest trial of each method and seed; (None, []) without a file.
-
-        Raises:
-            RecordError: if a line is no trial, or the first line no samples.
-        """
+        """Return the samples and the latest trial of each method and seed; (None, []) without a file."""
         samples, trials = None, {}
         for number, record in enumerate(self.lines, start=1):
             try:
@@ -181,8 +150,7 @@ class TrialFile:
 
     def switch_to(self, key: str) -> None:
         """Rename a file of other samples, and bring back an earlier file of the samples of the key."""
-        samples, _ = self.load()
-        path = self.lines.path
+        path, (samples, _) = self.lines.path, self.load()
         if samples is not None and samples.key != key:
             aside = path.with_suffix(f".{samples.key[:8]}.jsonl")
             logger.warning("%s: trials of other samples are set aside as %s", path, aside.name)

@@ -41,7 +41,7 @@ def test_published_file_survives_a_round_trip(path: Path, tmp_path: Path) -> Non
 
 
 def test_unknown_fields_are_ignored_everywhere() -> None:
-    def record(**mine: int) -> dict[str, Any]:
+    def record(**mine: Any) -> dict[str, Any]:
         part = {"rows": [row(**mine)], "pairs": [pair(**mine)], **mine}
         return part | {"task": "T", "slices": [{"name": "short", "samples": 2} | part]}
 

@@ -1,7 +1,7 @@
 """Results as figures: scores as bars, personal gains as points about zero, subgroups as lines.
 
-The colors are those that Okabe and Ito chose for color-blind readers. matplotlib is an optional dependency, imported only
-when something is drawn; nothing needs a display.
+The colors are those that Okabe and Ito chose for color-blind readers. matplotlib is an optional dependency and imported
+late; nothing needs a display.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from personaplug.analysis.figures import gains_figure, scores_figure, subgroups_figure
 from personaplug.analysis.metrics import NegativeLogLikelihood, metric_class
 from personaplug.analysis.rendering import ABSENT, Column, Picture, Section, Table, to_html, to_markdown
-from personaplug.analysis.results_file import ResultRow, Results, load_results
+from personaplug.analysis.results_file import Results, load_results
 from personaplug.analysis.tables import (
     cost_columns,
     gain_cell,
-    headline,
+    head,
     metric_title,
     notes,
     score_cell,
@@ -30,6 +30,20 @@ from personaplug.infra.atomic_io import atomic_write, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_SCORES_TEXT = (
+    "The first metric of each set, with its interval. A best score is bold only where it is significantly better than "
+    "the second best; controls do not compete."
+)
+_GAINS_TEXT = (
+    "What a user's own history gains over a stranger's; positive is better, whatever the metric's direction. Holm p, "
+    "where it stands, is corrected for the number of personal gains in its set; p is not. A personal row is missing "
+    "here where its control, ROW@wrong-user, was not run."
+)
+_LIKELIHOOD_TEXT = (
+    "The same in the log-likelihood of the right answer, in nats per token (per answer of a closed set): how much "
+    "likelier it is with the user's own history than with a stranger's."
+)
 
 
 def write_report(
@@ -91,7 +105,7 @@ def _page(results_list: Sequence[Results], pictures: dict[str, tuple[Picture, ..
         yield from _overview(results_list)
     yield Section(pictures=pictures.get("", ()))
     for name, results in zip(set_names(results_list), results_list, strict=True):
-        facts, models = headline(results)
+        facts, models = head(results)
         yield Section(name, level=2, text=facts, bullets=tuple(models), pictures=pictures.get(name, ()))
         for title, table in tables(results):
             yield Section(title or "Scores", table=table)
@@ -101,37 +115,24 @@ def _page(results_list: Sequence[Results], pictures: dict[str, tuple[Picture, ..
 def _overview(results_list: Sequence[Results]) -> Iterator[Section]:
     methods = {row.name: row.method for results in results_list for row in results.rows}
     names = list(methods)
-    yield Section(
-        "Scores",
-        text="The first metric of each set, with its interval. A best score is bold only where it is significantly "
-        "better than the second best; controls do not compete.",
-        table=_score_overview(results_list, names),
-    )
-    gains = _gain_overview(results_list, names, [results.leading_metric for results in results_list])
-    if gains.lines:
-        yield Section(
-            "Personal gains",
-            text="What a user's own history gains over a stranger's; positive is better, whatever the metric's "
-            "direction. Holm p, where it stands, is corrected for the number of personal gains in its set; p is not. "
-            "A personal row is missing here where its control, ROW@wrong-user, was not run.",
-            table=gains,
-        )
-    likelihood_gains = _gain_overview(results_list, names, [NegativeLogLikelihood.name] * len(results_list))
-    if likelihood_gains.lines:
-        yield Section(
-            "Personal gains in likelihood",
-            text="The same in the log-likelihood of the right answer, in nats per token (per answer of a closed set): "
-            "how much likelier it is with the user's own history than with a stranger's.",
-            table=likelihood_gains,
-        )
-    # A control costs what its method does.
-    costs = _cost_overview(results_list, [name for name, method in methods.items() if not method.is_control])
-    if len(costs.titles) > 1:
+    yield Section("Scores", text=_SCORES_TEXT, table=_score_table(results_list, names))
+    leading = [results.leading_metric for results in results_list]
+    for title, text, metrics in (
+        ("Personal gains", _GAINS_TEXT, leading),
+        ("Personal gains in likelihood", _LIKELIHOOD_TEXT, [NegativeLogLikelihood.name] * len(leading)),
+    ):
+        gains = _gain_table(results_list, names, metrics)
+        if gains.lines:
+            yield Section(title, text=text, table=gains)
+    names = [name for name, method in methods.items() if not method.is_control]  # a control costs what its method does
+    costs = [Diagnostics.mean_of([r.by_name[n].diagnostics for r in results_list if n in r.by_name]) for n in names]
+    table = Table.from_columns([("condition", names), *cost_columns(costs)])
+    if len(table.titles) > 1:
         scope = ", mean over the sets" if len(results_list) > 1 else ""
-        yield Section("Costs", text=f"Beyond the plain model{scope}.", table=costs)
+        yield Section("Costs", text=f"Beyond the plain model{scope}.", table=table)
 
 
-def _score_overview(results_list: Sequence[Results], names: Sequence[str]) -> Table:
+def _score_table(results_list: Sequence[Results], names: Sequence[str]) -> Table:
     metrics = [results.leading_metric for results in results_list]
     titles = [f"{n}: {metric_title(m or ABSENT)}" for n, m in zip(set_names(results_list), metrics, strict=True)]
     lines = [
@@ -143,7 +144,7 @@ def _score_overview(results_list: Sequence[Results], names: Sequence[str]) -> Ta
     return Table(("condition", *titles), tuple(lines), strong)
 
 
-def _gain_overview(results_list: Sequence[Results], names: Sequence[str], metrics: Sequence[str]) -> Table:
+def _gain_table(results_list: Sequence[Results], names: Sequence[str], metrics: Sequence[str]) -> Table:
     columns: list[Column] = [("method", names)]
     for name, results, metric in zip(set_names(results_list), results_list, metrics, strict=True):
         gains = results.personal_gains(metric)
@@ -151,36 +152,23 @@ def _gain_overview(results_list: Sequence[Results], names: Sequence[str], metric
     return Table.from_columns(columns).without_empty_lines()
 
 
-def _cost_overview(results_list: Sequence[Results], names: Sequence[str]) -> Table:
-    means = [
-        Diagnostics.mean_of([r.by_name[name].diagnostics for r in results_list if name in r.by_name]) for name in names
-    ]
-    return Table.from_columns([("condition", names), *cost_columns(means)])
-
-
 def _clear_best(results: Results) -> str | None:
     """The row that is significantly better than the second best; None if no row is shown to be.
 
     Rows that the file does not compare must have intervals that do not overlap.
     """
-    metric = results.leading_metric
-    ranked = _competitors(results, metric)
-    if len(ranked) < 2:
+    metric, kind = results.leading_metric, metric_class(results.leading_metric)
+    rivals = [row for row in results.rows if not row.method.is_control and row.method.family != "oracle"]
+    rows = [row for row in rivals if math.isfinite(row.metrics.get(metric, math.nan))]
+    if len(rows) < 2:
         return None
-    best, second = ranked[:2]
+    rows.sort(key=lambda row: row.metrics[metric], reverse=kind is None or kind.greater_is_better)
+    best, second = rows[:2]
     for pair in results.pairs:
         if pair.metric == metric and {pair.a, pair.b} == {best.name, second.name}:
             return best.name if pair.is_significant else None
     ends, others = best.interval(metric), second.interval(metric)
     return best.name if ends and others and (ends[0] > others[1] or others[0] > ends[1]) else None
-
-
-def _competitors(results: Results, metric: str) -> list[ResultRow]:
-    """Rows with a finite score, the best first; neither controls nor the best score that there can be."""
-    kind = metric_class(metric)
-    rivals = [row for row in results.rows if not row.method.is_control and row.method.family != "oracle"]
-    rows = [row for row in rivals if math.isfinite(row.metrics.get(metric, math.nan))]
-    return sorted(rows, key=lambda row: row.metrics[metric], reverse=kind is None or kind.greater_is_better)
 
 
 def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, Figure]]]:

@@ -14,14 +14,7 @@ from numpy.typing import NDArray
 from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.metrics import Accuracy, Array, Metric, value_of
 from personaplug.analysis.results_file import Comparison, ResultRow, Results, Subgroup
-from personaplug.analysis.significance import (
-    bootstrap_interval,
-    holm,
-    mcnemar,
-    paired_bootstrap,
-    per_group_mean,
-    seed_spread,
-)
+from personaplug.analysis.significance import bootstrap_interval, holm, mcnemar, paired_bootstrap, per_group_mean
 from personaplug.analysis.trials import Diagnostics, EvalSamples, Trial
 
 Indices = NDArray[np.int64]
@@ -155,6 +148,8 @@ class _Scorer:
             {metric.name: value_of(stats[metric.name][index], metric) for metric in metrics}
             for index in range(len(trials) if len(trials) > 1 else 0)
         ]
+        with np.errstate(invalid="ignore"):  # an infinite score
+            spread = {m.name: float(np.std([s[m.name] for s in per_seed], ddof=1)) for m in metrics if per_seed}
         return ResultRow(
             trials[0].method,
             n=len(self.groups),
@@ -166,7 +161,7 @@ class _Scorer:
             decoding=trials[0].decoding,
             diagnostics=Diagnostics.mean_of([trial.diagnostics for trial in trials]),
             per_seed=per_seed,
-            seed_spread={m.name: seed_spread([scores[m.name] for scores in per_seed]) for m in metrics if per_seed},
+            seed_spread=spread,
         )
 
     def comparisons(self, pairs: Sequence[tuple[Trial, Trial]]) -> list[Comparison]:

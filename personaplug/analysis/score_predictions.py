@@ -36,25 +36,17 @@ class _Outputs:
 
 
 def score_lamp(
-    gold_file: str | Path,
-    prediction_file: str | Path,
-    *,
-    task: Task | None = None,
-    resamples: int = 10_000,
-    seed: int = 0,
+    gold_file: str | Path, prediction_file: str | Path, *, resamples: int = 10_000, seed: int = 0
 ) -> Results:
-    """Score a file of predictions.
+    """Score a file of predictions against a file of right answers, such as `dev_outputs.json`.
 
-    Args:
-        gold_file: the right answers, such as `dev_outputs.json`.
-        task: by default what a task.json beside the golds declares, else the LaMP task that they name.
     Raises:
         MissingData: if a file is not there, or golds have no prediction.
         RecordError: if a file is broken, its ids are not the golds' or not unique, or an answer is no text or number.
         ConfigError: if the files are of different tasks, or the task or a setting is unknown.
     """
     golds, predictions = _read(Path(gold_file)), _read(Path(prediction_file))
-    task = task or _task_of(golds)
+    task = _task_of(golds)
     _check_same_task(golds, predictions, task)
     _check_ids(golds, predictions)
     targets = [_target(golds, task, name) for name in golds.texts]
@@ -103,6 +95,7 @@ def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
 
 
 def _task_of(golds: _Outputs) -> Task:
+    """Return what a task.json beside the golds declares, else the LaMP task that they name."""
     if (golds.path.parent / "task.json").is_file():
         return load_task(golds.path.parent)
     try:

@@ -31,7 +31,7 @@ _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric with both ends of its percentile interval; NaN ends if none can be given."""
+    """A metric with its percentile interval; the ends are NaN with fewer than two groups or infinite statistics."""
 
     value: float
     low: float
@@ -40,7 +40,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """How much better a is than b (whatever the metric's direction), with interval and two-sided p, NaN if unknown."""
+    """How much better a is than b (whatever the metric's direction), with interval and two-sided p, NaN as above."""
 
     difference: float
     low: float
@@ -52,8 +52,6 @@ def bootstrap_interval(
     stats: Array, groups: Groups, metric: Metric, *, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Return a metric with its 95 % percentile bootstrap interval over groups.
-
-    The ends are NaN with fewer than two groups, or if a statistic is not finite.
 
     Args:
         stats: (n, d) statistics of the samples, or (S, n, d) of S trainings.
@@ -74,7 +72,6 @@ def paired_bootstrap(
     """Compare two methods on the same samples; both see the same resampled groups and trainings.
 
     p = 2 · (min(#{difference <= 0}, #{difference >= 0}) + 1) / (resamples + 1), at most 1.
-    Interval and p are NaN with fewer than two groups, or if a statistic is not finite.
 
     Args:
         stats_a, stats_b: (n, d) statistics of each method, or (S, n, d) of S trainings, paired by their seeds.
@@ -131,12 +128,6 @@ def per_group_mean(stats: Array, groups: Groups, metric: Metric) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         sums, sizes = _group_sums(stats.mean(axis=0), groups)
         return float(metric.value(sums / sizes[:, None]).mean())
-
-
-def seed_spread(values: Sequence[float]) -> float:
-    """Return the sample standard deviation of one metric over two or more seeds."""
-    with np.errstate(invalid="ignore"):
-        return float(np.std(values, ddof=1))
 
 
 def _bootstrap(stats: Array, groups: Groups, value: Callable[[Array], Array], *, resamples: int, seed: int) -> Array:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from personaplug.analysis.metrics import has_estimate, metric_class
 from personaplug.analysis.rendering import ABSENT, Column, Table, one_line, to_bullets
-from personaplug.analysis.results_file import Comparison, ResultPart, ResultRow, Results
+from personaplug.analysis.results_file import Comparison, ResultRow, Results
 from personaplug.analysis.trials import Diagnostics
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 def results_table(results: Results) -> str:
     """Return results as text: what was run, a line per row, the comparisons, the notes."""
-    facts, models = headline(results)
+    facts, models = head(results)
     blocks = [facts, to_bullets(models)]
     for title, table in tables(results):
         blocks += [title and f"{title}:", table.to_markdown()]
@@ -31,7 +31,7 @@ def results_table(results: Results) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def headline(results: Results) -> tuple[str, list[str]]:
+def head(results: Results) -> tuple[str, list[str]]:
     """Return what was run: the facts as one line, and a line for each model."""
     about, sizes = results.about, {row.n for row in results.rows}
     evaluation = about.config.get("evaluation", {})
@@ -192,12 +192,13 @@ def _comparisons(results: Results) -> Table:
 
 
 def _subgroups(results: Results) -> list[tuple[str, Table]]:
-    """Show the leading metric and the personal gains, a column per subgroup of the samples."""
+    """The leading metric and the personal gains, a column per subgroup."""
     subgroups, metric = results.subgroups, results.leading_metric
     if not subgroups or not metric:
         return []
     names = list(dict.fromkeys(row.name for subgroup in subgroups for row in subgroup.rows))
-    titles = [subgroup.name + _size(subgroup) for subgroup in subgroups]
+    sizes = [{row.n for row in subgroup.rows} - {None} for subgroup in subgroups]
+    titles = [f"{s.name} (n = {n.pop()})" if len(n) == 1 else s.name for s, n in zip(subgroups, sizes, strict=True)]
     scores = [[score_cell(subgroup.by_name.get(name), metric) for name in names] for subgroup in subgroups]
     gains = [[gain_cell(subgroup.personal_gains(metric).get(name)) for name in names] for subgroup in subgroups]
     # Every subgroup keeps its column of gains, so that a curve without a gain at one point shows the gap.
@@ -207,11 +208,6 @@ def _subgroups(results: Results) -> list[tuple[str, Table]]:
         (f"{metric_title(metric)} by subgroup", score_table),
         (f"Personal gain in {metric} by subgroup", Table(("method", *titles), lines).without_empty_lines()),
     ]
-
-
-def _size(part: ResultPart) -> str:
-    sizes = {row.n for row in part.rows} - {None}
-    return f" (n = {sizes.pop()})" if len(sizes) == 1 else ""
 
 
 def _per_user(row: ResultRow, *, users: int | None) -> dict[str, float]:

@@ -18,7 +18,6 @@ from personaplug.analysis.significance import (
     mcnemar,
     paired_bootstrap,
     per_group_mean,
-    seed_spread,
 )
 from personaplug.errors import ConfigError, ShapeMismatch
 
@@ -394,9 +393,3 @@ def test_no_macro_f1_of_single_users() -> None:
     assert per_group_mean(np.array([[1.0], [math.inf]]), ["u", "v"], RMSE) == math.inf
     with pytest.raises(ShapeMismatch):
         per_group_mean(np.zeros((3, 1)), ["u"], MAE)
-
-
-def test_spread_of_seeds_divides_by_one_less() -> None:
-    assert seed_spread([1.0, 2.0, 6.0]) == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
-    assert seed_spread([0.5, 0.5]) == 0
-    assert math.isnan(seed_spread([0.5, math.inf]))

@@ -87,9 +87,9 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle("Personal gain: own history against a stranger's", x=0.01, ha="left", color=_INK, fontsize=11)
-    points = [("p < .05 (Holm's where given)", _BLUE, _BLUE), ("p ≥ .05", _GRAY, "white")]
-    styles = [{"label": label, "color": color, "markerfacecolor": fill, "marker": "o"} for label, color, fill in points]
-    return _finished(figure, styles)
+    sure = {"label": "p < .05 (Holm's where given)", "color": _BLUE, "marker": "o"}
+    unsure = {"label": "p ≥ .05", "color": _GRAY, "marker": "o", "markerfacecolor": "white"}
+    return _finished(figure, [sure, unsure])
 
 
 def subgroups_figure(results: Results, metric: str) -> Figure:
@@ -153,10 +153,9 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
 def _point(axes: Axes, pair: Comparison, *, position: int) -> None:
     if not math.isfinite(pair.difference):
         return
-    color = _BLUE if pair.is_significant else _GRAY
+    color, fill = (_BLUE, _BLUE) if pair.is_significant else (_GRAY, "white")
     if pair.low is not None and pair.high is not None:
         axes.hlines(position, pair.low, pair.high, color=color, linewidth=1.6, zorder=2)
-    fill = color if pair.is_significant else "white"
     axes.plot(pair.difference, position, "o", color=color, markerfacecolor=fill, zorder=3)
 
 

@@ -26,8 +26,7 @@ from personaplug.errors import ConfigError, ShapeMismatch, nearest
 Array = NDArray[np.float64]
 
 _AT = "@"  # between a metric and the point estimate whose predictions it scores
-ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")
-"""Each error of ratings with the point estimate that minimizes it."""
+ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")  # with the estimates that minimize them
 
 
 class Metric(ABC):
@@ -36,6 +35,7 @@ class Metric(ABC):
     name: str
     greater_is_better: ClassVar[bool] = True
     takes_estimates: ClassVar[bool] = False
+    needs_scale: ClassVar[bool] = False  # whether its labels are numbers whatever the estimate
     of_answers: ClassVar[bool] = True  # else it scores probabilities, which rows without a language model lack
     averages_over_users: ClassVar[bool] = True  # whether it means something of one user's few samples
 
@@ -46,13 +46,11 @@ class Metric(ABC):
             if not self.takes_estimates:
                 raise ConfigError(f"{self.name} knows no scale; leave out {_AT}{estimate}, which is for ratings.")
             self.name = f"{self.name}{_AT}{estimate}"
-            self._scale()
-
-    def _scale(self) -> Array:
-        scale = scale_of(self.labels)
-        if scale is None:
-            raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
-        return scale
+        if self.needs_scale or estimate != ARGMAX:
+            scale = scale_of(self.labels)
+            if scale is None:
+                raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
+            self.low, self.high = float(scale.min()), float(scale.max())
 
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Compute what the metric averages, sample by sample: (n, d)."""
@@ -136,12 +134,7 @@ class _RatingMetric(Metric):
     """
 
     greater_is_better = False
-    takes_estimates = True
-
-    def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
-        super().__init__(labels, estimate=estimate)
-        scale = self._scale()
-        self.low, self.high = float(scale.min()), float(scale.max())
+    takes_estimates = needs_scale = True
 
     def _errors(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Predicted minus gold rating: (n,)."""
@@ -239,8 +232,8 @@ class NegativeLogLikelihood(Metric):
         return np.asarray(means[..., 0] / means[..., 1])
 
 
-_CLASSES = (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL, NegativeLogLikelihood)
-METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _CLASSES}
+_KINDS = (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL, NegativeLogLikelihood)
+METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
 
 
 def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
@@ -248,8 +241,6 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
 
     Args:
         labels: the task's labels, in order; needed by all but ROUGE and NLL.
-    Raises:
-        ConfigError: for an unknown name or estimate, or labels or an estimate that do not fit the metric.
     """
     kind, (stem, at, estimate) = metric_class(name), name.partition(_AT)
     if kind is None:

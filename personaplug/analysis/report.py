@@ -51,10 +51,8 @@ def write_report(
 ) -> list[Path]:
     """Write a folder with `report.md`, `report.html` and, under `figures/`, PNGs; return the files written.
 
-    The report of several files, one per set, begins with an overview of the sets side by side.
-
-    Raises:
-        MissingExtra: if figures are wanted and matplotlib is not installed; nothing is written then.
+    The report of several files, one per set, begins with an overview of the sets side by side. Nothing is written if
+    figures are wanted and matplotlib is not installed.
     """
     if not results_files:
         raise MissingData("A report needs at least one results file; `personaplug evaluate --json FILE` writes them.")
@@ -75,12 +73,7 @@ def overview_markdown(results_list: Sequence[Results]) -> str:
 
 
 def insert_between(path: Path, name: str, text: str) -> None:
-    """Replace the text between `<!-- begin NAME -->` and `<!-- end NAME -->` in a Markdown file.
-
-    Raises:
-        RecordError: if it does not hold each marker once, in this order.
-        ConfigError: if the text holds a marker itself, so that the next call could not find its end.
-    """
+    """Replace the text between `<!-- begin NAME -->` and `<!-- end NAME -->` in a Markdown file."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     if not path.is_file():
         raise MissingData(f"There is no file {path} to insert {name!r} into.")
@@ -93,7 +86,7 @@ def insert_between(path: Path, name: str, text: str) -> None:
             reason=f"expected {begin} once and {end} once below it; found {counts[0]} and {counts[1]}"
             f"{', in the wrong order' if counts == (1, 1) else ''}. Put both around the place for the text.",
         )
-    if begin in text or end in text:
+    if begin in text or end in text:  # the next call could not find the end
         raise ConfigError(f"The text for {name!r} holds one of its own markers, {begin} or {end}; leave them out.")
     before, after = page.split(begin)[0], page.split(end)[1]
     write_text(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")

@@ -90,14 +90,12 @@ def _bases(methods: Sequence[MethodInfo]) -> list[str]:
 
 def _notes_on_seeds(trials: Sequence[Trial]) -> list[str]:
     trainings = Counter(trial.method.name for trial in trials if trial.method.is_seeded)
-    with_one, with_two = ([name for name, number in trainings.items() if number == seeds] for seeds in (1, 2))
-    if len(with_one) == len(trainings):
-        return ["One training seed: what trainings differ by is not covered."] if with_one else []
-    return [
-        "Of rows with several training seeds, the bootstrap draws the trainings too.",
-        *([f"Two training seeds, which are few: {', '.join(with_two)}."] if with_two else []),
-        *([f"One training seed, whose chance is not covered: {', '.join(with_one)}."] if with_one else []),
-    ]
+    with_one, with_two = (", ".join(name for name, count in trainings.items() if count == seeds) for seeds in (1, 2))
+    if all(count == 1 for count in trainings.values()):
+        return ["One training seed: what trainings differ by is not covered."] if trainings else []
+    notes = ["Of rows with several training seeds, the bootstrap draws the trainings too."]
+    notes += [f"Two training seeds, which are few: {with_two}."] if with_two else []
+    return notes + ([f"One training seed, whose chance is not covered: {with_one}."] if with_one else [])
 
 
 def _notes_on_set_ups(trials: Sequence[Trial], set_ups: Sequence[str]) -> list[str]:

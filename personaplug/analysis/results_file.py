@@ -27,8 +27,7 @@ from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.trials import Diagnostics, Provenance, known_fields, without_empty
 from personaplug.errors import MissingData, RecordError
 
-COSTS = ("extra_prompt_tokens", "bytes_per_user", "seconds_per_user")
-_SIGNIFICANCE_LEVEL = 0.05
+_COSTS = ("extra_prompt_tokens", "bytes_per_user", "seconds_per_user")
 
 T = TypeVar("T")
 Record = Mapping[str, Any]
@@ -64,7 +63,7 @@ class ResultRow:
         """Return the row as an object of a results file."""
         values = without_empty(asdict(self), ["per_seed", "seed_spread"])
         method, diagnostics = values.pop("method"), without_empty(values.pop("diagnostics"), ["fit_seconds"])
-        costs = {name: diagnostics.pop(name) for name in COSTS}
+        costs = {name: diagnostics.pop(name) for name in _COSTS}
         return {"condition": method.pop("name"), **method, **values, **diagnostics, "costs": costs}
 
     @classmethod
@@ -95,7 +94,7 @@ class Comparison:
     def is_significant(self) -> bool:
         """Whether p is below .05, corrected by Holm if that is given."""
         p = self.p if self.p_holm is None else self.p_holm
-        return p is not None and p < _SIGNIFICANCE_LEVEL
+        return p is not None and p < 0.05
 
     def reversed(self) -> Comparison:
         """Return b's advantage over a."""
@@ -142,7 +141,7 @@ class ResultPart:
         return [pair.reversed() if self.is_personal_gain(pair.b, pair.a) else pair for pair in self.pairs]
 
     def to_json(self) -> dict[str, object]:
-        """Return the rows and pairs as lists of objects."""
+        """Return the part as an object of a results file."""
         return {"rows": [row.to_json() for row in self.rows], "pairs": [pair.to_json() for pair in self.pairs]}
 
     def is_personal_gain(self, a: str, b: str) -> bool:
@@ -162,7 +161,6 @@ class Subgroup(ResultPart):
     samples: int | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Return the subgroup as an object of a results file."""
         size = {} if self.samples is None else {"samples": self.samples}
         return {"name": self.name} | size | super().to_json()
 
@@ -175,7 +173,6 @@ class Results(ResultPart):
     subgroups: list[Subgroup] = field(default_factory=list)
 
     def to_json(self) -> dict[str, object]:
-        """Return the object that a results file holds."""
         subgroups = [subgroup.to_json() for subgroup in self.subgroups]
         return self.about.to_json() | super().to_json() | ({"slices": subgroups} if subgroups else {})
 
@@ -183,11 +180,8 @@ class Results(ResultPart):
     def from_json(cls, record: object, *, file: str | Path = "the results") -> Results:
         """Read the object of a results file; raise RecordError, which names the file, if it lacks a required field."""
         if not isinstance(record, dict) or "rows" not in record:
-            raise RecordError(
-                file,
-                "the whole file",
-                reason="expected an object with a list of `rows`, as `personaplug evaluate --json FILE` writes it",
-            )
+            reason = "expected an object with a list of `rows`, as `personaplug evaluate --json FILE` writes it"
+            raise RecordError(file, "the whole file", reason=reason)
 
         def part_of(part: Record) -> tuple[list[ResultRow], list[Comparison]]:
             rows = _parsed(part, "rows", ResultRow.from_json, file=file)

@@ -38,16 +38,9 @@ class _Outputs:
 def score_lamp(
     gold_file: str | Path, prediction_file: str | Path, *, resamples: int = 10_000, seed: int = 0
 ) -> Results:
-    """Score a file of predictions against a file of right answers, such as `dev_outputs.json`.
-
-    Raises:
-        MissingData: if a file is not there, or golds have no prediction.
-        RecordError: if a file is broken, its ids are not the golds' or not unique, or an answer is no text or number.
-        ConfigError: if the files are of different tasks, or the task or a setting is unknown.
-    """
+    """Score a file of predictions against a file of right answers, such as `dev_outputs.json`."""
     golds, predictions = _read(Path(gold_file)), _read(Path(prediction_file))
-    task = _task_of(golds)
-    _check_same_task(golds, predictions, task)
+    task = _task_of(golds, predictions)
     _check_ids(golds, predictions)
     targets = [_target(golds, task, name) for name in golds.texts]
     texts = [predictions.texts[name] for name in golds.texts]
@@ -94,17 +87,15 @@ def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
         raise RecordError(path, position, reason=str(flaw)) from None
 
 
-def _task_of(golds: _Outputs) -> Task:
+def _task_of(golds: _Outputs, predictions: _Outputs) -> Task:
     """Return what a task.json beside the golds declares, else the LaMP task that they name."""
-    if (golds.path.parent / "task.json").is_file():
-        return load_task(golds.path.parent)
+    is_declared = (golds.path.parent / "task.json").is_file()
     try:
-        return lamp_task(golds.task_name)
+        task = load_task(golds.path.parent) if is_declared else lamp_task(golds.task_name)
     except ConfigError as error:
+        if is_declared:
+            raise
         raise ConfigError(f"{golds.path}: {error} A task of one's own needs a task.json beside the golds.") from None
-
-
-def _check_same_task(golds: _Outputs, predictions: _Outputs, task: Task) -> None:
     names = (predictions.task_name, golds.task_name, task.name)
     predicted, *expected = (name.strip().lower().replace("-", "_") for name in names)
     # Golds may say LaMP_2 while a run on them writes the name that the folder's task.json gives the task.
@@ -113,6 +104,7 @@ def _check_same_task(golds: _Outputs, predictions: _Outputs, task: Task) -> None
             f"{golds.path} is of the task {short_id(golds.task_name)} and {predictions.path} of "
             f"{short_id(predictions.task_name)}. Give predictions for the same task."
         )
+    return task
 
 
 def _check_ids(golds: _Outputs, predictions: _Outputs) -> None:

@@ -73,10 +73,10 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
     down = math.ceil(len(panels) / across)
     figure = _new_figure(1.6 + 3.1 * max(across, 1.6), 0.7 + down * (1.15 + 0.31 * len(methods)))
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
-    positions = {name: index for index, name in enumerate(methods)}
     for axes, (name, results, gains) in zip(grid.flat, panels, strict=False):
-        for method, pair in gains.items():
-            _point(axes, pair, position=positions[method])
+        for position, pair in enumerate(map(gains.get, methods)):
+            if pair:
+                _point(axes, pair, position=position)
         axes.axvline(0, color=_INK, linewidth=1, zorder=1)
         axes.locator_params(axis="x", nbins=5)
         axes.set_title(_literal(name), loc="left", color=_INK, fontsize=10)

@@ -6,7 +6,7 @@ The file is one JSON object: the facts of `Provenance`, and
             (metrics averaged over users), decoding, the values of `Diagnostics` (costs in an object of their own); over
             several seeds per_seed and seed_spread
     pairs   a, b, metric, difference (a's advantage, whatever the metric's direction), low, high, p; p_holm, corrected
-            within a family of comparisons; for accuracies mcnemar_p, one per seed
+            within a family of comparisons; for accuracies mcnemar_p, one per seed; a personal gain has the control as b
     slices  subgroups of the samples: name, samples, rows, pairs
 
 Required are `rows`, a row's `condition`, a pair's `a`, `b`, `metric` and `difference`, and a subgroup's `name`. Other
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,11 +96,6 @@ class Comparison:
         p = self.p if self.p_holm is None else self.p_holm
         return p is not None and p < 0.05
 
-    def reversed(self) -> Comparison:
-        """Return b's advantage over a."""
-        low, high = (None if end is None else -end for end in (self.high, self.low))
-        return replace(self, a=self.b, b=self.a, difference=-self.difference, low=low, high=high)
-
     def to_json(self) -> dict[str, object]:
         """Return the comparison as an object of a results file."""
         return without_empty(asdict(self), ["p_holm", "mcnemar_p"])
@@ -135,11 +130,6 @@ class ResultPart:
         """The metric that stands first in the rows; "" without any."""
         return next(iter(self.metric_names), "")
 
-    @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """The pairs, each personal gain as the method's advantage over its control."""
-        return [pair.reversed() if self.is_personal_gain(pair.b, pair.a) else pair for pair in self.pairs]
-
     def to_json(self) -> dict[str, object]:
         """Return the part as an object of a results file."""
         return {"rows": [row.to_json() for row in self.rows], "pairs": [pair.to_json() for pair in self.pairs]}
@@ -150,7 +140,7 @@ class ResultPart:
 
     def personal_gains(self, metric: str) -> dict[str, Comparison]:
         """Return each method's comparison with its wrong-user control in one metric, by the method's name."""
-        return {p.a: p for p in self.comparisons if p.metric == metric and self.is_personal_gain(p.a, p.b)}
+        return {p.a: p for p in self.pairs if p.metric == metric and self.is_personal_gain(p.a, p.b)}
 
 
 @dataclass(frozen=True)

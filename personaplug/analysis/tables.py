@@ -63,7 +63,7 @@ def tables(results: Results) -> list[tuple[str, Table]]:
 
 def notes(results: Results) -> list[str]:
     """Return what must be known to read the tables, a line each."""
-    pairs = results.comparisons
+    pairs = results.pairs
     explanations = {
         "± seeds: standard deviation between trainings with different seeds.": any(
             row.seed_spread for row in results.rows
@@ -175,12 +175,12 @@ def _rates_and_costs(results: Results) -> Table:
 
 def _comparisons(results: Results) -> Table:
     lines: dict[tuple[str, str], dict[str, Comparison]] = {}
-    for pair in results.comparisons:
+    for pair in results.pairs:
         lines.setdefault((pair.a, pair.b), {})[pair.metric] = pair
     ordered = sorted(lines, key=lambda names: not results.is_personal_gain(*names))
     titles = [f"{a} against {b}{' (personal gain)' if results.is_personal_gain(a, b) else ''}" for a, b in ordered]
     columns: list[Column] = [("comparison", titles)]
-    for metric in dict.fromkeys(pair.metric for pair in results.comparisons):
+    for metric in dict.fromkeys(pair.metric for pair in results.pairs):
         pairs = [lines[names].get(metric) for names in ordered]
         columns += [
             (f"{metric_title(metric)} advantage", [_cell(pair, _difference) for pair in pairs]),

@@ -49,7 +49,7 @@ skip_bad_option = click.option(
     default=0,
     show_default=True,
     metavar="N",
-    help="Pass over at most N broken records; the number is printed.",
+    help="Pass over at most N broken records; prints the number.",
 )
 vectors_option = click.option(
     "--vectors", type=FILE, help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]"

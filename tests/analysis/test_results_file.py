@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from personaplug.analysis.results_file import Comparison, Results, Subgroup, load_results
+from personaplug.analysis.results_file import Results, Subgroup, load_results
 from personaplug.analysis.trials import Diagnostics
 from personaplug.errors import MissingData, RecordError
 from personaplug.infra.atomic_io import write_json
@@ -81,12 +81,6 @@ def test_null_is_read_as_nan_and_nan_written_as_null(tmp_path: Path) -> None:
     again = json.loads((tmp_path / "a.json").read_text())
     assert again["rows"][0]["intervals"] == {"mae": [None, None]}
     assert again["pairs"][0]["p"] is None
-
-
-def test_reversed_comparison_is_the_other_methods_advantage() -> None:
-    comparison = Comparison("a", "b", "mae", 0.5, low=-0.1, high=0.75, p=0.2)
-    assert comparison.reversed() == Comparison("b", "a", "mae", -0.5, low=-0.75, high=0.1, p=0.2)
-    assert comparison.reversed().reversed() == comparison
 
 
 def test_subgroup_without_rows_is_read() -> None:

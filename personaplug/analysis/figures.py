@@ -171,12 +171,9 @@ def _line(axes: Axes, rows: dict[int, ResultRow], *, metric: str, style: dict[st
 
 
 def _with_controls_below(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    positions = {row.name: index for index, row in enumerate(rows)}
-
-    def rank(row: ResultRow) -> tuple[int, bool]:
-        return positions.get(row.method.control_of or "", positions[row.name]), row.method.is_control
-
-    return sorted(rows, key=rank)
+    own = {row.name: index for index, row in enumerate(rows)}
+    position = {row.name: own.get(row.method.control_of or "", own[row.name]) for row in rows}
+    return sorted(rows, key=lambda row: (position[row.name], row.method.is_control))
 
 
 def _name_lines(axes: Axes, methods: Sequence[MethodInfo]) -> None:

@@ -35,6 +35,7 @@ class Metric(ABC):
     name: str
     greater_is_better: ClassVar[bool] = True
     takes_estimates: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
     needs_scale: ClassVar[bool] = False  # whether its labels are numbers whatever the estimate
     of_answers: ClassVar[bool] = True  # else it scores probabilities, which rows without a language model lack
     averages_over_users: ClassVar[bool] = True  # whether it means something of one user's few samples
@@ -51,6 +52,8 @@ class Metric(ABC):
             if scale is None:
                 raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
             self.low, self.high = float(scale.min()), float(scale.max())
+        if self.needs_labels and (not self.labels or len(set(self.labels)) < len(self.labels)):
+            raise ConfigError(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
 
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Compute what the metric averages, sample by sample: (n, d)."""
@@ -81,14 +84,11 @@ def value_of(stats: Array, metric: Metric) -> float:
 class _LabelMetric(Metric):
     """A metric on a closed set of labels: exact, case-sensitive match; anything else is wrong, and class -1."""
 
-    def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
-        super().__init__(labels, estimate=estimate)
-        if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise ConfigError(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
-        self._index = {label: index for index, label in enumerate(self.labels)}
+    needs_labels = True
 
     def _classes(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        return np.array([self._index.get(text.strip(), -1) for text in texts], dtype=np.int64)
+        indices = {label: index for index, label in enumerate(self.labels)}
+        return np.array([indices.get(text.strip(), -1) for text in texts], dtype=np.int64)
 
 
 class Accuracy(_LabelMetric):

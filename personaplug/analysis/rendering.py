@@ -61,13 +61,13 @@ class Section:
     title: str = ""
     level: int = 3  # 1 for the page, 2 for a set, 3 for a table
     text: str = ""
-    bullets: tuple[str, ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    bullets: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
     table: Table | None = None
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
-    """Render sections as Markdown; the text ends without a line break."""
+    """Render sections as Markdown without a line break at the end."""
     return "\n\n".join(block for section in sections for block in _markdown_blocks(section) if block)
 
 
@@ -84,11 +84,6 @@ def to_html(sections: Sequence[Section], *, title: str) -> str:
     return environment.get_template("report.html").render(sections=sections, title=title)
 
 
-def to_bullets(lines: Sequence[str]) -> str:
-    """Render lines as a Markdown list."""
-    return "\n".join(f"- {one_line(line)}" for line in lines)
-
-
 def one_line(value: object) -> str:
     """Return a value as text without line breaks."""
     return " ".join(str(value).split())
@@ -97,7 +92,7 @@ def one_line(value: object) -> str:
 def _markdown_blocks(section: Section) -> Iterator[str]:
     yield f"{'#' * section.level} {one_line(section.title)}" if section.title else ""
     yield one_line(section.text)
-    yield to_bullets(section.bullets)
+    yield "\n".join(f"- {one_line(bullet)}" for bullet in section.bullets)
     for picture in section.pictures:
         yield f"![{re.sub(r'[][]', '', picture.caption)}]({picture.path})"
     yield section.table.to_markdown() if section.table else ""

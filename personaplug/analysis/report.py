@@ -60,7 +60,7 @@ def write_report(
     figures = _figures(results_list) if with_figures else {}
     for picture, figure in chain(*figures.values()):
         atomic_write(out / picture.path, partial(figure.savefig, format="png", dpi=150))
-    pictures = {name: tuple(picture for picture, _ in pairs) for name, pairs in figures.items()}
+    pictures = {name: [picture for picture, _ in pairs] for name, pairs in figures.items()}
     sections = [Section(title, level=1), *_page(results_list, pictures)]
     write_text(out / "report.md", to_markdown(sections) + "\n")
     write_text(out / "report.html", to_html(sections, title=title))
@@ -92,17 +92,17 @@ def insert_between(path: Path, name: str, text: str) -> None:
     write_text(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
 
 
-def _page(results_list: Sequence[Results], pictures: dict[str, tuple[Picture, ...]]) -> Iterator[Section]:
+def _page(results_list: Sequence[Results], pictures: dict[str, list[Picture]]) -> Iterator[Section]:
     if len(results_list) > 1:
         yield Section("Overview", level=2)
         yield from _overview(results_list)
     yield Section(pictures=pictures.get("", ()))
     for name, results in zip(set_names(results_list), results_list, strict=True):
         facts, models = head(results)
-        yield Section(name, level=2, text=facts, bullets=tuple(models), pictures=pictures.get(name, ()))
+        yield Section(name, level=2, text=facts, bullets=models, pictures=pictures.get(name, ()))
         for title, table in tables(results):
             yield Section(title or "Scores", table=table)
-        yield Section(bullets=tuple(notes(results)))
+        yield Section(bullets=notes(results))
 
 
 def _overview(results_list: Sequence[Results]) -> Iterator[Section]:

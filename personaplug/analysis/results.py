@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -120,9 +120,9 @@ def _notes_on_metrics(trials: Sequence[Trial], settings: Settings) -> list[str]:
 def _rows_and_pairs(
     samples: EvalSamples, trials: Sequence[Trial], *, indices: Indices, settings: Settings
 ) -> tuple[list[ResultRow], list[Comparison]]:
-    by_name: dict[str, list[Trial]] = {}
+    by_name = defaultdict(list)
     for trial in trials:
-        by_name.setdefault(trial.method.name, []).append(trial)
+        by_name[trial.method.name].append(trial)
     scorer = _Scorer([samples.groups[index] for index in indices], indices, settings)
     methods = [of_method[0].method for of_method in by_name.values()]
     matched = [_matched_by_seed(by_name[a], by_name[b]) for a, b in compared_pairs(methods)]
@@ -174,7 +174,7 @@ class _Scorer:
             # Seed by seed, since hits averaged over seeds are no hits.
             p_values = [*map(mcnemar, a, b)] if isinstance(metric, Accuracy) else []
             names = of_a[0].method.name, of_b[0].method.name
-            comparisons.append(Comparison(*names, metric.name, **asdict(paired), mcnemar_p=p_values))
+            comparisons.append(Comparison(*names, metric.name, **paired._asdict(), mcnemar_p=p_values))
         return comparisons
 
     def _metrics_of(self, trials: Sequence[Trial]) -> list[Metric]:
@@ -197,14 +197,13 @@ def _matched_by_seed(of_a: Sequence[Trial], of_b: Sequence[Trial]) -> list[tuple
 
 def _holm_corrected(pairs: Sequence[Comparison], methods: Sequence[MethodInfo]) -> list[Comparison]:
     """Add Holm's correction within each family of comparisons, metric by metric."""
-    families: dict[tuple[str, str], list[int]] = {}
+    families = defaultdict(list)
     for index, pair in enumerate(pairs):
-        families.setdefault((_family(pair, methods), pair.metric), []).append(index)
-    corrected, p_values = list(pairs), [math.nan if pair.p is None else pair.p for pair in pairs]
+        families[_family(pair, methods), pair.metric].append(index)
+    p_values: dict[int, float] = {}
     for indices in families.values():
-        for index, p in zip(indices, holm([p_values[index] for index in indices]), strict=True):
-            corrected[index] = replace(pairs[index], p_holm=p)
-    return corrected
+        p_values |= zip(indices, holm([pairs[index].p or math.nan for index in indices]), strict=True)
+    return [replace(pair, p_holm=p_values[index]) for index, pair in enumerate(pairs)]
 
 
 def _family(pair: Comparison, methods: Sequence[MethodInfo]) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ from personaplug.errors import ConfigError, MissingData, RecordError
 _MAX_NAMED_IDS = 3
 
 
-@dataclass(frozen=True)
-class _Outputs:
+class _Outputs(NamedTuple):
     """A file of answers or predictions; its texts by id."""
 
     path: Path
@@ -81,7 +80,7 @@ def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
     try:
         values = as_record(record)
         name = as_name(value_of(values, "id"), "its 'id'")
-        position = f"gold {number} (id {short_id(name)})"
+        position += f" (id {short_id(name)})"
         return name, as_text(value_of(values, "output"), "its 'output'")
     except Flaw as flaw:
         raise RecordError(path, position, reason=str(flaw)) from None

@@ -14,7 +14,7 @@ rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -29,8 +29,7 @@ _ROUNDING = 1e-12  # differences below this share of the values compared are rou
 _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A metric with its percentile interval; the ends are NaN with fewer than two groups or infinite statistics."""
 
     value: float
@@ -38,8 +37,7 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True)
-class Paired:
+class Paired(NamedTuple):
     """How much better a is than b (whatever the metric's direction), with interval and two-sided p, NaN as above."""
 
     difference: float
@@ -62,8 +60,8 @@ def bootstrap_interval(
     value = value_of(stats.mean(axis=0), metric)
     if not _has_spread(stats, groups):
         return Interval(value, np.nan, np.nan)
-    low, high = np.quantile(_bootstrap(stats, groups, metric.value, resamples=resamples, seed=seed), _TAILS)
-    return Interval(value, float(low), float(high))
+    drawn = _bootstrap(stats, groups, metric.value, resamples=resamples, seed=seed)
+    return Interval(value, *map(float, np.quantile(drawn, _TAILS)))
 
 
 def paired_bootstrap(
@@ -93,9 +91,9 @@ def paired_bootstrap(
     if not _has_spread(joint, groups):
         return Paired(difference, np.nan, np.nan, np.nan)
     drawn = _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
-    low, high = np.quantile(drawn, _TAILS)
+    low, high = map(float, np.quantile(drawn, _TAILS))
     rarer_side = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-    return Paired(difference, float(low), float(high), min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
+    return Paired(difference, low, high, min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
 
 
 def mcnemar(hits_a: Array, hits_b: Array) -> float:

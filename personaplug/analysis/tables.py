@@ -12,7 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from personaplug.analysis.metrics import has_estimate, metric_class
-from personaplug.analysis.rendering import ABSENT, Column, Table, one_line, to_bullets
+from personaplug.analysis.rendering import ABSENT, Column, Section, Table, one_line, to_markdown
 from personaplug.analysis.results_file import Comparison, ResultRow, Results
 from personaplug.analysis.trials import Diagnostics
 
@@ -22,13 +22,9 @@ T = TypeVar("T")
 def results_table(results: Results) -> str:
     """Return results as text: what was run, a line per row, the comparisons, the notes."""
     facts, models = head(results)
-    blocks = [facts, to_bullets(models)]
-    for title, table in tables(results):
-        blocks += [title and f"{title}:", table.to_markdown()]
-    if not results.rows:
-        blocks.append("No rows.")
-    blocks.append(to_bullets(notes(results)))
-    return "\n\n".join(block for block in blocks if block)
+    sections = [Section(text=facts, bullets=models)]
+    sections += [Section(text=title and f"{title}:", table=table) for title, table in tables(results)]
+    return to_markdown([*sections, Section(text="" if results.rows else "No rows.", bullets=notes(results))])
 
 
 def head(results: Results) -> tuple[str, list[str]]:

@@ -36,8 +36,7 @@ def bench(
 ) -> None:
     """Run an experiment, NAME or a YAML file: sets × rows × seeds. Finished trials are never run again.
 
-    Trials are saved as they come and results written set by set, under --results; `personaplug report` makes tables and
-    figures of them.
+    Results are written set by set, under --results; `personaplug report` makes tables and figures of them.
     """
     from personaplug.evaluation.benchmark import Folders, run_benchmark
     from personaplug.evaluation.experiment import find_experiment, load_experiment
@@ -52,8 +51,7 @@ def bench(
         seeds=[int(number) for number in numbers],
         methods=_words(methods),
     )
-    for path in outcome.written:
-        click.echo(str(path))
+    click.echo("".join(f"{path}\n" for path in outcome.written), nl=False)
     for fate, reasons in (("not run", outcome.absent), ("left out", outcome.left_out), ("failed", outcome.failed)):
         for reason in reasons:
             click.echo(f"{fate}: {reason}", err=True)
@@ -73,9 +71,7 @@ def _words(text: str) -> list[str]:
 @click.option("--title", default="Results", show_default=True)
 @click.option("--figures/--no-figures", default=True, show_default=True, help="Figures need matplotlib.")
 @click.option("--into", type=FILE, help="Put the overview into this Markdown file too …")
-@click.option(
-    "--mark", default="results", show_default=True, help="… between <!-- begin MARK --> and <!-- end MARK -->."
-)
+@click.option("--mark", default="results", show_default=True, help="… from <!-- begin MARK --> to <!-- end MARK -->.")
 def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: Path | None, mark: str) -> None:
     """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
     from personaplug.analysis.report import insert_between, overview_markdown, write_report

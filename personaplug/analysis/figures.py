@@ -111,8 +111,9 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
     for axes, method in zip(grid.flat, methods, strict=False):
         names = (method, controls.get(method, ""), *reference)
         for name, style, shift in zip(names, _LINE_STYLES, _SHIFTS, strict=False):
-            drawn = {i: part.by_name[name] for i, part in enumerate(results.subgroups) if name in part.by_name}
-            _line(axes, drawn, metric=metric, style=style, shift=shift)
+            rows_at = {index + shift: part.by_name.get(name) for index, part in enumerate(results.subgroups)}
+            drawn = {position: row for position, row in rows_at.items() if row and _is_drawn(row, metric)}
+            _line(axes, drawn, metric=metric, style=style)
         axes.set_title(_literal(method), loc="left", color=_INK, fontsize=10)
         axes.grid(axis="y", color=_GRID)
     _name_subgroups(grid, [one_line(part.name) for part in results.subgroups], panels=len(methods))
@@ -138,8 +139,7 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
         axes.text(0, position, f" {value}", va="center", color=_GRAY, fontsize=8)
         return 0.0
     axes.barh(position, value, height=0.68, color=_style(row.method)[1], zorder=2)
-    ends = row.interval(metric)
-    if ends:
+    if ends := row.interval(metric):
         # The white rim keeps the whisker apart from a dark bar.
         axes.hlines(position, *ends, color="white", linewidth=3, alpha=0.7, zorder=3)
         axes.hlines(position, *ends, color=_INK, linewidth=1.2, zorder=4)
@@ -159,14 +159,11 @@ def _point(axes: Axes, pair: Comparison, *, position: int) -> None:
     axes.plot(pair.difference, position, "o", color=color, markerfacecolor=fill, zorder=3)
 
 
-def _line(axes: Axes, rows: dict[int, ResultRow], *, metric: str, style: dict[str, Any], shift: float) -> None:
-    shown = {index + shift: row for index, row in rows.items() if _is_drawn(row, metric)}
-    if not shown:
-        return
-    axes.plot(list(shown), [row.metrics[metric] for row in shown.values()], zorder=3, **style)
-    for position, row in shown.items():
-        ends = row.interval(metric)
-        if ends:
+def _line(axes: Axes, rows: dict[float, ResultRow], *, metric: str, style: dict[str, Any]) -> None:
+    if rows:
+        axes.plot(list(rows), [row.metrics[metric] for row in rows.values()], zorder=3, **style)
+    for position, row in rows.items():
+        if ends := row.interval(metric):
             axes.vlines(position, *ends, color=style["color"], linewidth=1, zorder=2)
 
 

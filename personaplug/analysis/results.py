@@ -107,7 +107,7 @@ def _notes_on_set_ups(trials: Sequence[Trial], set_ups: Sequence[str]) -> list[s
 
 
 def _notes_on_metrics(trials: Sequence[Trial], settings: Settings) -> list[str]:
-    """Say which rows lack a metric that others have, although it applies to them."""
+    """Name the rows that lack a metric that others have, although it applies to them."""
     notes = []
     for metric in settings.metrics:
         scored = [trial for trial in trials if metric.of_answers or trial.method.has_language_model]
@@ -142,10 +142,8 @@ class _Scorer:
         metrics = self._metrics_of(trials)
         stats = {metric.name: self._statistics(trials, metric) for metric in metrics}
         intervals = {m.name: bootstrap_interval(stats[m.name], self.groups, m, **self.draws) for m in metrics}
-        per_seed = [
-            {metric.name: value_of(stats[metric.name][index], metric) for metric in metrics}
-            for index in range(len(trials) if len(trials) > 1 else 0)
-        ]
+        seeds = range(len(trials)) if len(trials) > 1 else ()
+        per_seed = [{m.name: value_of(stats[m.name][index], m) for m in metrics} for index in seeds]
         with np.errstate(invalid="ignore"):  # an infinite score
             spread = {m.name: float(np.std([s[m.name] for s in per_seed], ddof=1)) for m in metrics if per_seed}
         return ResultRow(

@@ -30,8 +30,8 @@ def results_table(results: Results) -> str:
 def head(results: Results) -> tuple[str, list[str]]:
     """Return what was run: the facts as one line, and a line for each model."""
     about, sizes = results.about, {row.n for row in results.rows}
-    evaluation = about.config.get("evaluation", {})
-    persona_scale, max_history = evaluation.get("persona_scale", 1), evaluation.get("max_eval_history", -1)
+    evaluation = {"persona_scale": 1, "max_eval_history": -1} | about.config.get("evaluation", {})
+    persona_scale, max_history = evaluation["persona_scale"], evaluation["max_eval_history"]
     facts = {
         "experiment": about.experiment,
         "variant": about.variant,
@@ -60,26 +60,22 @@ def tables(results: Results) -> list[tuple[str, Table]]:
 def notes(results: Results) -> list[str]:
     """Return what must be known to read the tables, a line each."""
     pairs = results.pairs
+    has_spread = any(row.seed_spread for row in results.rows)
+    has_user_averages = any(_per_user(row, users=results.about.users) for row in results.rows)
+    has_gains = any(results.is_personal_gain(pair.a, pair.b) for pair in pairs)
+    has_holm = any(pair.p_holm is not None for pair in pairs)
     explanations = {
-        "± seeds: standard deviation between trainings with different seeds.": any(
-            row.seed_spread for row in results.rows
-        ),
+        "± seeds: standard deviation between trainings with different seeds.": has_spread,
         "@median, @mean: the answer is the median of the labels' probabilities, or the label nearest to their mean; "
         "elsewhere it is the likeliest label. A row without probabilities is scored with its answers as they "
         "stand.": any(map(has_estimate, results.metric_names)),
-        "per user: the score of each user, averaged, so that each counts once; others count each sample.": any(
-            _per_user(row, users=results.about.users) for row in results.rows
-        ),
+        "per user: the score of each user, averaged, so that each counts once; others count each "
+        "sample.": has_user_averages,
         "A positive advantage: the first condition is better, whatever the metric's direction.": bool(pairs),
-        "Personal gain: what a user's own history gains over a stranger's.": any(
-            results.is_personal_gain(pair.a, pair.b) for pair in pairs
-        ),
+        "Personal gain: what a user's own history gains over a stranger's.": has_gains,
         "Holm p: corrected by Holm's rule, metric by metric, over a family of comparisons (personal gains; against "
-        "plain; against instruction-only; gains of rows without the language model; the rest); p is not.": any(
-            pair.p_holm is not None for pair in pairs
-        ),
-        f"p is not corrected for the {len(pairs)} comparisons shown.": len(pairs) > 1
-        and all(pair.p_holm is None for pair in pairs),
+        "plain; against instruction-only; gains of rows without the language model; the rest); p is not.": has_holm,
+        f"p is not corrected for the {len(pairs)} comparisons shown.": len(pairs) > 1 and not has_holm,
         "McNemar p: of several seeds the lowest and the highest; it takes samples for independent, so where users "
         "have several, p is the one to trust.": any(_mcnemar_cell(pair) for pair in pairs),
     }
@@ -96,10 +92,8 @@ def set_names(results_list: Sequence[Results]) -> list[str]:
         # A label that all namesakes share does not tell them apart.
         labels_of = Counter(name for name, _ in set(zip(names, labels, strict=True)))
         names = [f"{n} ({label})" if labels_of[n] > 1 and label else n for n, label in zip(names, labels, strict=True)]
-    return [
-        f"{name} #{names[: index + 1].count(name)}" if names.count(name) > 1 else name
-        for index, name in enumerate(names)
-    ]
+    counts = [(names.count(name), names[: index + 1].count(name)) for index, name in enumerate(names)]
+    return [f"{name} #{nth}" if count > 1 else name for name, (count, nth) in zip(names, counts, strict=True)]
 
 
 def metric_title(metric: str) -> str:
@@ -153,20 +147,19 @@ def _scores(results: Results) -> Table:
 def _rates_and_costs(results: Results) -> Table:
     rows = results.rows
     diagnostics = [row.diagnostics for row in rows]
-    return Table.from_columns(
-        [
-            ("condition", [row.name for row in rows]),
-            ("answers", [row.decoding or None for row in rows]),
-            ("invalid", [_cell(row.invalid_rate, _share) for row in rows]),
-            ("truncated", [_cell(d.truncated_rate, _share) for d in diagnostics]),
-            ("unfinished", [_cell(d.unfinished_rate, _share) for d in diagnostics]),
-            ("no history", [_cell(d.lost_history_rate, _share) for d in diagnostics]),
-            ("cut items", [_cell(d.cut_items_rate, _share) for d in diagnostics]),
-            ("prompt tokens", [_cell(d.prompt_tokens_mean, _amount) for d in diagnostics]),
-            *cost_columns(diagnostics),
-            ("seconds", [_cell(d.seconds, _amount) for d in diagnostics]),
-        ]
-    )
+    columns: list[Column] = [
+        ("condition", [row.name for row in rows]),
+        ("answers", [row.decoding or None for row in rows]),
+        ("invalid", [_cell(row.invalid_rate, _share) for row in rows]),
+        ("truncated", [_cell(d.truncated_rate, _share) for d in diagnostics]),
+        ("unfinished", [_cell(d.unfinished_rate, _share) for d in diagnostics]),
+        ("no history", [_cell(d.lost_history_rate, _share) for d in diagnostics]),
+        ("cut items", [_cell(d.cut_items_rate, _share) for d in diagnostics]),
+        ("prompt tokens", [_cell(d.prompt_tokens_mean, _amount) for d in diagnostics]),
+        *cost_columns(diagnostics),
+        ("seconds", [_cell(d.seconds, _amount) for d in diagnostics]),
+    ]
+    return Table.from_columns(columns)
 
 
 def _comparisons(results: Results) -> Table:

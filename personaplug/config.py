@@ -265,10 +265,6 @@ class EvaluationConfig:
         le=10,
     )
     max_new_tokens: int = Field(default=0, description="longest answer in tokens; 0 = the task's own", ge=0)
-    unparsable_rating: Literal["lamp", "pplug"] = Field(
-        default="lamp",
-        description="score of an answer that is no number: lamp = the farthest end; pplug = first digit, else 1",
-    )
     max_eval_history: int = Field(
         default=-1, description="show only this many latest items of each history (a cold-start curve); -1 = all", ge=-1
     )

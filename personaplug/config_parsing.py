@@ -63,11 +63,12 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return replace(config, **{section: _replaced(config, section, new) for section, new in changes.items()})
 
 
-def to_yaml(config: Config) -> str:
-    """Return the whole config as YAML that `load_config` reads back to an equal one."""
+def to_yaml(config: Config, *sections: str) -> str:
+    """Return a config, or some sections of it, as YAML that `load_config` reads back to an equal one."""
     plain = {
         section: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         for section, values in asdict(config).items()
+        if not sections or section in sections
     }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 

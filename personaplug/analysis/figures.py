@@ -1,7 +1,7 @@
 """Results as figures: scores as bars, personal gains as points about zero, subgroups as lines.
 
-The colors are those that Okabe and Ito chose for color-blind readers; a control is drawn pale. Nothing needs a display.
-matplotlib is an optional dependency, imported only when something is drawn.
+The colors are those that Okabe and Ito chose for color-blind readers. matplotlib is an optional dependency and imported
+late; nothing needs a display.
 """
 
 from __future__ import annotations
@@ -33,21 +33,16 @@ _FAMILIES = {
     "oracle": ("best possible", "#cc79a7"),
 }
 _OTHER = ("other", "#56b4e9")
-_LINE_STYLES: list[dict[str, Any]] = [
+_LINE_STYLES: list[dict[str, Any]] = [  # of a method, of its wrong-user control and of a row without history
     {"color": _BLUE, "marker": "o", "markersize": 5, "linewidth": 1.8},
     {"color": "#d55e00", "marker": "s", "markersize": 3.5, "linewidth": 1.2, "linestyle": "--"},
     {"color": "#9a9a9a", "linewidth": 1.2, "linestyle": ":"},
 ]
-"""Of a method, of its wrong-user control and of a row without history."""
 _SHIFTS = (0.0, 0.08, -0.08)  # along the axis, so that the whiskers of these lines do not cover one another
 
 
 def scores_figure(results: Results, metric: str) -> Figure:
-    """Draw horizontal bars of one metric, a bar per row with its interval, each control below its method.
-
-    Raises:
-        MissingData: if no row has the metric.
-    """
+    """Draw horizontal bars of one metric, a bar per row with its interval, each control below its method."""
     rows = _with_controls_below([row for row in results.rows if metric in row.metrics])
     if not rows:
         raise MissingData(f"No row of these results has the metric {metric!r}; there is nothing to draw.")
@@ -59,23 +54,18 @@ def scores_figure(results: Results, metric: str) -> Figure:
     axes.set_xlabel(_directed(metric), color=_GRAY)
     axes.set_title(_figure_title(results), loc="left", color=_INK, fontsize=11, pad=10)
     drawn = {_style(row.method) for row in rows}
-    bars = [
-        {"label": label, "color": color} for label, color in [*_FAMILIES.values(), _OTHER] if (label, color) in drawn
-    ]
-    return _finished(figure, [bar | {"linewidth": 7, "solid_capstyle": "butt"} for bar in bars])
+    shown = [style for style in [*_FAMILIES.values(), _OTHER] if style in drawn]
+    bar = {"linewidth": 7, "solid_capstyle": "butt"}
+    return _finished(figure, [{"label": label, "color": color, **bar} for label, color in shown])
 
 
 def gains_figure(results_list: Sequence[Results]) -> Figure:
     """Draw the personal gain of each method with its interval in each set's leading metric, a panel per set.
 
     A point is filled if its p, corrected by Holm if that is given, is below .05.
-
-    Raises:
-        MissingData: if no results have a personal gain.
     """
     named = zip(set_names(results_list), results_list, strict=True)
-    panels = [(name, results, results.personal_gains(results.leading_metric)) for name, results in named]
-    panels = [panel for panel in panels if panel[2]]
+    panels = [(name, r, gains) for name, r in named if (gains := r.personal_gains(r.leading_metric))]
     methods = {name: results.by_name[name].method for _, results, gains in panels for name in gains}
     if not methods:
         raise MissingData("None of these results compares a method with its wrong-user control; nothing to draw.")
@@ -84,9 +74,9 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
     figure = _new_figure(1.6 + 3.1 * max(across, 1.6), 0.7 + down * (1.15 + 0.31 * len(methods)))
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
     for axes, (name, results, gains) in zip(grid.flat, panels, strict=False):
-        for position, method in enumerate(methods):
-            if method in gains:
-                _point(axes, gains[method], position=position)
+        for position, pair in enumerate(map(gains.get, methods)):
+            if pair:
+                _point(axes, pair, position=position)
         axes.axvline(0, color=_INK, linewidth=1, zorder=1)
         axes.locator_params(axis="x", nbins=5)
         axes.set_title(_literal(name), loc="left", color=_INK, fontsize=10)
@@ -97,18 +87,15 @@ def gains_figure(results_list: Sequence[Results]) -> Figure:
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle("Personal gain: own history against a stranger's", x=0.01, ha="left", color=_INK, fontsize=11)
-    points = {"p < .05 (Holm's where given)": (_BLUE, _BLUE), "p ≥ .05": (_GRAY, "white")}
-    styles = [{"label": label, "color": color, "markerfacecolor": fill} for label, (color, fill) in points.items()]
-    return _finished(figure, [style | {"marker": "o"} for style in styles])
+    sure = {"label": "p < .05 (Holm's where given)", "color": _BLUE, "marker": "o"}
+    unsure = {"label": "p ≥ .05", "color": _GRAY, "marker": "o", "markerfacecolor": "white"}
+    return _finished(figure, [sure, unsure])
 
 
 def subgroups_figure(results: Results, metric: str) -> Figure:
     """Draw one metric over the subgroups: a panel per method, with its wrong-user control and a row without history.
 
-    That row personalizes nothing, and is trained if there is such a one. Without any method, each row has a panel.
-
-    Raises:
-        MissingData: if there are no subgroups with the metric.
+    That row personalizes nothing, and is trained if any such row is. Without any method, each row has a panel.
     """
     infos = {row.name: row.method for part in results.subgroups for row in part.rows if _is_drawn(row, metric)}
     if not infos:
@@ -124,8 +111,9 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
     for axes, method in zip(grid.flat, methods, strict=False):
         names = (method, controls.get(method, ""), *reference)
         for name, style, shift in zip(names, _LINE_STYLES, _SHIFTS, strict=False):
-            drawn = {i: part.by_name[name] for i, part in enumerate(results.subgroups) if name in part.by_name}
-            _line(axes, drawn, metric=metric, style=style, shift=shift)
+            rows_at = {index + shift: part.by_name.get(name) for index, part in enumerate(results.subgroups)}
+            drawn = {position: row for position, row in rows_at.items() if row and _is_drawn(row, metric)}
+            _line(axes, drawn, metric=metric, style=style)
         axes.set_title(_literal(method), loc="left", color=_INK, fontsize=10)
         axes.grid(axis="y", color=_GRID)
     _name_subgroups(grid, [one_line(part.name) for part in results.subgroups], panels=len(methods))
@@ -136,7 +124,7 @@ def subgroups_figure(results: Results, metric: str) -> Figure:
 
 
 def _style(method: MethodInfo) -> tuple[str, str]:
-    """A method's label in the legend, and its color."""
+    """The label in the legend, and the color."""
     return _FAMILIES.get("control" if method.is_control else method.family, _OTHER)
 
 
@@ -151,8 +139,7 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
         axes.text(0, position, f" {value}", va="center", color=_GRAY, fontsize=8)
         return 0.0
     axes.barh(position, value, height=0.68, color=_style(row.method)[1], zorder=2)
-    ends = row.interval(metric)
-    if ends:
+    if ends := row.interval(metric):
         # The white rim keeps the whisker apart from a dark bar.
         axes.hlines(position, *ends, color="white", linewidth=3, alpha=0.7, zorder=3)
         axes.hlines(position, *ends, color=_INK, linewidth=1.2, zorder=4)
@@ -166,34 +153,24 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
 def _point(axes: Axes, pair: Comparison, *, position: int) -> None:
     if not math.isfinite(pair.difference):
         return
-    color = _BLUE if pair.is_significant else _GRAY
+    color, fill = (_BLUE, _BLUE) if pair.is_significant else (_GRAY, "white")
     if pair.low is not None and pair.high is not None:
         axes.hlines(position, pair.low, pair.high, color=color, linewidth=1.6, zorder=2)
-    fill = color if pair.is_significant else "white"
     axes.plot(pair.difference, position, "o", color=color, markerfacecolor=fill, zorder=3)
 
 
-def _line(axes: Axes, rows: dict[int, ResultRow], *, metric: str, style: dict[str, Any], shift: float) -> None:
-    """Draw a row's scores with their whiskers over the positions of its subgroups."""
-    shown = {index + shift: row for index, row in rows.items() if _is_drawn(row, metric)}
-    if not shown:
-        return
-    axes.plot(list(shown), [row.metrics[metric] for row in shown.values()], zorder=3, **style)
-    for position, row in shown.items():
-        ends = row.interval(metric)
-        if ends:
+def _line(axes: Axes, rows: dict[float, ResultRow], *, metric: str, style: dict[str, Any]) -> None:
+    if rows:
+        axes.plot(list(rows), [row.metrics[metric] for row in rows.values()], zorder=3, **style)
+    for position, row in rows.items():
+        if ends := row.interval(metric):
             axes.vlines(position, *ends, color=style["color"], linewidth=1, zorder=2)
 
 
 def _with_controls_below(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """The rows in their order, but each control below the method it tests, if that is there."""
-    positions = {row.name: index for index, row in enumerate(rows)}
-
-    def rank(row: ResultRow) -> tuple[int, bool]:
-        own = positions[row.name]
-        return positions.get(row.method.control_of or row.name, own), row.method.is_control
-
-    return sorted(rows, key=rank)
+    own = {row.name: index for index, row in enumerate(rows)}
+    position = {row.name: own.get(row.method.control_of or "", own[row.name]) for row in rows}
+    return sorted(rows, key=lambda row: (position[row.name], row.method.is_control))
 
 
 def _name_lines(axes: Axes, methods: Sequence[MethodInfo]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 WRONG_USER: Final = "wrong-user"
 SHUFFLED: Final = "shuffled"
@@ -16,23 +17,22 @@ Family = Literal["none", "plug", "prompt", "weights", "counts", "no-lm", "oracle
 class MethodInfo:
     """One row of a results table.
 
-    Attributes:
-        name: as written on the command line and in results.
-        family: what personalizes: nothing (`none`), a `plug`, texts in the `prompt`, `weights` of the model, `counts`
-            of the user's own words or labels; `no-lm` for a row without a language model; `oracle` for the best score
-            that simulated users allow.
-        history: whose history the row sees.
-        control_of: the row whose claim this row tests; None for a row that is no control.
-        parents: the rows that this row adds something to.
-        is_seeded: whether the row is trained or drawn once for each seed.
+    The family is what personalizes: nothing (`none`), a `plug`, texts in the `prompt`, `weights` of the model, `counts`
+    of the user's own words or labels; `no-lm` is a row without a language model; `oracle` the best score that simulated
+    users allow.
     """
 
-    name: str
+    name: str  # as written on the command line and in results
     family: Family = "none"
-    history: HistorySource = "none"
-    control_of: str | None = None
-    parents: tuple[str, ...] = ()
-    is_seeded: bool = False
+    history: HistorySource = "none"  # whose history the row sees
+    control_of: str | None = None  # the row whose claim this row tests
+    parents: tuple[str, ...] = ()  # the rows that this row adds something to
+    is_seeded: bool = False  # whether the row is trained or drawn once for each seed
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> MethodInfo:
+        """Reverse `asdict`; raise TypeError if a field is unknown or the name missing."""
+        return cls(**{**record, "parents": tuple(record.get("parents", ()))})
 
     @property
     def is_control(self) -> bool:

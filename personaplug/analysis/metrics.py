@@ -1,16 +1,16 @@
-"""Metrics of our own, because none elsewhere has both: LaMP's exact rules, and per-sample statistics for the bootstrap.
+"""Metrics by LaMP's exact rules, as functions of *means of per-sample statistics*.
 
-Every metric is a function of *means of per-sample statistics*: an accuracy the mean of hits, an RMSE the root of a mean
-of squares, a macro-F1 a formula over mean one-hots. So averages over seeds and bootstraps need only the statistics,
-never the texts, and are exact for metrics that are no plain means. Predictions and golds are stripped first, as in
+An accuracy is the mean of hits, an RMSE the root of a mean of squares. So averages over seeds and bootstraps need only
+the statistics, never the texts, and are exact for every metric. Predictions and golds are stripped first, as in
 `eval/evaluation.py` of the LaMP repository.
 
-A name such as `mae@median` is the metric of predictions made by another point estimate than the likeliest label. `nll`
-scores no prediction but the probability that a model gave to the right answer.
+`mae@median` scores the predictions of another point estimate than the likeliest label; `nll` scores the probability
+that a model gave to the right answer.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -25,50 +25,38 @@ from personaplug.errors import ConfigError, ShapeMismatch, nearest
 
 Array = NDArray[np.float64]
 
-FALLBACKS = ("lamp", "pplug")
 _AT = "@"  # between a metric and the point estimate whose predictions it scores
-ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")
-"""Each error of ratings with the point estimate that minimizes it."""
+ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")  # with the estimates that minimize them
 
 
 class Metric(ABC):
-    """A score of predictions against golds.
-
-    Attributes:
-        name: as tasks and results files write it, with the point estimate if that is not the argmax.
-        takes_estimates: whether other point estimates than the argmax make sense to it.
-        of_answers: whether it scores predictions; if not, rows without a language model lack it.
-        averages_over_users: whether it means something of one user's few samples.
-        estimate: how predictions are chosen from the labels' probabilities, if there are any.
-    """
+    """A score of predictions against golds; its name tells the point estimate if that is not the argmax."""
 
     name: str
     greater_is_better: ClassVar[bool] = True
     takes_estimates: ClassVar[bool] = False
-    of_answers: ClassVar[bool] = True
-    averages_over_users: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    needs_scale: ClassVar[bool] = False  # whether its labels are numbers whatever the estimate
+    of_answers: ClassVar[bool] = True  # else it scores probabilities, which rows without a language model lack
+    averages_over_users: ClassVar[bool] = True  # whether it means something of one user's few samples
 
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", estimate: str = ARGMAX) -> None:
-        if fallback not in FALLBACKS:
-            raise ConfigError(f"The rating fallback is one of {', '.join(FALLBACKS)}; found {fallback!r}.")
+    def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
         check_estimate(estimate)
-        self.labels = tuple(label.strip() for label in labels)
-        self.fallback, self.estimate = fallback, estimate
+        self.labels, self.estimate = tuple(label.strip() for label in labels), estimate
         if estimate != ARGMAX:
             if not self.takes_estimates:
                 raise ConfigError(f"{self.name} knows no scale; leave out {_AT}{estimate}, which is for ratings.")
             self.name = f"{self.name}{_AT}{estimate}"
-            self._scale()
-
-    def _scale(self) -> Array:
-        """The labels as numbers: (C,)."""
-        scale = scale_of(self.labels)
-        if scale is None:
-            raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
-        return scale
+        if self.needs_scale or estimate != ARGMAX:
+            scale = scale_of(self.labels)
+            if scale is None:
+                raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
+            self.low, self.high = float(scale.min()), float(scale.max())
+        if self.needs_labels and (not self.labels or len(set(self.labels)) < len(self.labels)):
+            raise ConfigError(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
 
     def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Return what the metric averages, sample by sample: (n, d)."""
+        """Compute what the metric averages, sample by sample: (n, d)."""
         if len(predictions) != len(golds):
             raise ShapeMismatch(f"Expected {len(golds)} predictions, one per gold; found {len(predictions)}.")
         return self._statistics(predictions, golds)
@@ -78,8 +66,7 @@ class Metric(ABC):
 
     def value(self, means: Array) -> Array:
         """Return the metric of means of statistics: (..., d) to (...)."""
-        first: Array = means[..., 0]
-        return first
+        return np.asarray(means[..., 0])
 
     def score(self, predictions: Sequence[str], golds: Sequence[str]) -> float:
         """Return the metric of these samples; NaN without samples."""
@@ -90,22 +77,18 @@ def value_of(stats: Array, metric: Metric) -> float:
     """Return the metric of per-sample statistics (n, d); NaN without samples."""
     if not len(stats):
         return float("nan")
-    # A rating of "1e200" squares to infinity: that is its score, not an accident worth a warning.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # a rating of "1e200" squares to infinity: that is its score
         return float(metric.value(stats.mean(axis=0)))
 
 
 class _LabelMetric(Metric):
     """A metric on a closed set of labels: exact, case-sensitive match; anything else is wrong, and class -1."""
 
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", estimate: str = ARGMAX) -> None:
-        super().__init__(labels, fallback=fallback, estimate=estimate)
-        if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise ConfigError(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
-        self._index = {label: index for index, label in enumerate(self.labels)}
+    needs_labels = True
 
     def _classes(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        return np.array([self._index.get(text.strip(), -1) for text in texts], dtype=np.int64)
+        indices = {label: index for index, label in enumerate(self.labels)}
+        return np.array([indices.get(text.strip(), -1) for text in texts], dtype=np.int64)
 
 
 class Accuracy(_LabelMetric):
@@ -120,11 +103,10 @@ class Accuracy(_LabelMetric):
 
 
 class MacroF1(_LabelMetric):
-    """The mean over all labels of F1 = 2·TP / (predicted + gold).
+    """The mean over all labels of F1 = 2·TP / (predicted + gold), 0 for a label neither predicted nor gold.
 
-    Equals scikit-learn's f1_score(labels=range(C), average="macro", zero_division=0): an invalid prediction lowers its
-    gold label's recall and no label's precision; a label neither predicted nor gold counts 0. The statistics are
-    one-hots of true positive, predicted and gold label, side by side: (n, 3·C).
+    Equals scikit-learn's f1_score(labels=range(C), average="macro", zero_division=0). The statistics are one-hots of
+    true positive, predicted and gold label, side by side: (n, 3·C).
     """
 
     name = "f1"
@@ -148,44 +130,25 @@ class MacroF1(_LabelMetric):
 class _RatingMetric(Metric):
     """An error of ratings, read as float() of the stripped text, not clipped: "nan" makes the whole score NaN.
 
-    A text that is no number is read by the rule that `fallback` names:
-
-    - "lamp": the farthest end of the scale; of two equally far ends the highest (gold 3 on 1..5 gives 5).
-    - "pplug": the first ASCII digit in the text, else 1.0, as in PPlug's released code. Only ASCII digits
-      count, because "²".isnumeric() is true while int("²") raises.
+    A text that is no number counts as the farthest end of the scale, of two equally far ends the highest.
     """
 
     greater_is_better = False
-    takes_estimates = True
-
-    def __init__(self, labels: Sequence[str] = (), *, fallback: str = "lamp", estimate: str = ARGMAX) -> None:
-        super().__init__(labels, fallback=fallback, estimate=estimate)
-        scale = self._scale()
-        self.low, self.high = float(scale.min()), float(scale.max())
+    takes_estimates = needs_scale = True
 
     def _errors(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         """Predicted minus gold rating: (n,)."""
-        gold = [self._gold(text, number) for number, text in enumerate(golds, start=1)]
-        predicted = [self._rating(text, number) for text, number in zip(predictions, gold, strict=True)]
-        return np.array(predicted, dtype=np.float64) - np.array(gold, dtype=np.float64)
-
-    def _rating(self, text: str, gold: float) -> float:
-        number = _number(text)
-        if number is not None:
-            return number
-        if self.fallback == "pplug":
-            digit = re.search("[0-9]", text)
-            return float(digit.group()) if digit else 1.0
-        return self.low if abs(self.low - gold) > abs(self.high - gold) else self.high
-
-    def _gold(self, text: str, sample: int) -> float:
-        number = _number(text)
-        if number is None or not np.isfinite(number):
+        gold = np.array([_number(text, math.nan) for text in golds], dtype=np.float64)
+        is_valid = np.isfinite(gold)
+        if not is_valid.all():
             raise ConfigError(
-                f"{self.name} compares numbers, and the gold answer of sample {sample} is none. "
+                f"{self.name} compares numbers, and the gold answer of sample {is_valid.argmin() + 1} is none. "
                 f"Choose other metrics for this task, or mend its answers."
             )
-        return number
+        return np.array([*map(self._rating, predictions, gold)], dtype=np.float64) - gold
+
+    def _rating(self, text: str, gold: float) -> float:
+        return _number(text, self.low if abs(self.low - gold) > abs(self.high - gold) else self.high)
 
 
 class MeanAbsoluteError(_RatingMetric):
@@ -213,24 +176,19 @@ class RootMeanSquaredError(_RatingMetric):
 class _Rouge(Metric):
     """ROUGE's F-measure on lower-cased words (runs of a-z and 0-9), without stemmer, averaged over samples.
 
-    Equals Google's `rouge_score` sample by sample. LaMP reports the middle of a bootstrap over samples, which differs
-    from this mean by resampling noise only.
+    Equals Google's `rouge_score` sample by sample.
 
     Source: Lin, "ROUGE: a Package for Automatic Evaluation of Summaries", 2004.
     """
 
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         pairs = zip(map(_words, predictions), map(_words, golds), strict=True)
-        return np.array([self._f_measure(*pair) for pair in pairs], dtype=np.float64).reshape(-1, 1)
-
-    def _f_measure(self, predicted: list[str], gold: list[str]) -> float:
         # 2·P·R / (P + R) with P = common / predicted, R = common / gold.
-        total = len(predicted) + len(gold)
-        return 2 * self._common(predicted, gold) / total if total else 0.0
+        scores = [2 * self._common(p, gold) / (len(p) + len(gold) or 1) for p, gold in pairs]
+        return np.array(scores, dtype=np.float64).reshape(-1, 1)
 
     @abstractmethod
-    def _common(self, predicted: list[str], gold: list[str]) -> int:
-        """Count the words that both texts share."""
+    def _common(self, predicted: list[str], gold: list[str]) -> int: ...
 
 
 class Rouge1(_Rouge):
@@ -254,9 +212,8 @@ class RougeL(_Rouge):
 class NegativeLogLikelihood(Metric):
     """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
 
-    A proper score: its expectation is best for the true probabilities, so it shows what a model knows of a user long
-    before its likeliest text changes. Texts do not say how likely they were, so only models give its statistics:
-    (n, 2), −log p and tokens.
+    A proper score: it shows what a model knows of a user long before its likeliest text changes. Only models give its
+    statistics: (n, 2), −log p and tokens.
 
     Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007.
     """
@@ -275,34 +232,22 @@ class NegativeLogLikelihood(Metric):
         return np.asarray(means[..., 0] / means[..., 1])
 
 
-METRICS: dict[str, type[Metric]] = {
-    "accuracy": Accuracy,
-    "f1": MacroF1,
-    "mae": MeanAbsoluteError,
-    "rmse": RootMeanSquaredError,
-    "rouge_1": Rouge1,
-    "rouge_l": RougeL,
-    "nll": NegativeLogLikelihood,
-}
+_KINDS = (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL, NegativeLogLikelihood)
+METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
 
 
-def get_metric(name: str, *, labels: Sequence[str] = (), fallback: str = "lamp") -> Metric:
-    """Return a metric by name.
+def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
+    """Return a metric by name: one of `METRICS`, of ratings and the accuracy also with an estimate (`mae@median`).
 
     Args:
-        name: one of `METRICS`; of an error of ratings or the accuracy also with an estimate, as in `mae@median`.
         labels: the task's labels, in order; needed by all but ROUGE and NLL.
-        fallback: one of `FALLBACKS`: how a rating that is no number is scored.
-    Raises:
-        ConfigError: for an unknown name, estimate or fallback, or labels or an estimate that do not fit the metric.
     """
     kind, (stem, at, estimate) = metric_class(name), name.partition(_AT)
     if kind is None:
         raise ConfigError(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
-    if at and estimate == ARGMAX:
-        # Under two names one number would stand in a table twice.
+    if at and estimate == ARGMAX:  # under two names one number would stand in a table twice
         raise ConfigError(f"The metric {name!r} is called {stem!r}.")
-    return kind(labels, fallback=fallback, estimate=estimate if at else ARGMAX)
+    return kind(labels, estimate=estimate if at else ARGMAX)
 
 
 def metric_class(name: str) -> type[Metric] | None:
@@ -311,7 +256,7 @@ def metric_class(name: str) -> type[Metric] | None:
 
 
 def has_estimate(name: str) -> bool:
-    """Return whether a metric's name says which point estimate it scores."""
+    """Return whether a metric's name tells a point estimate."""
     return _AT in name
 
 
@@ -324,16 +269,14 @@ def is_invalid(prediction: str, *, kind: str, labels: Sequence[str]) -> bool:
 def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
     """Return the length of the longest common subsequence.
 
-    Each row of the usual table is one integer with a zero bit where the row steps up by one, so a row costs a few
-    operations on whole integers, not one per entry.
+    Each row of the usual table is one integer with a zero bit where the row steps up by one.
 
     Source: Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004.
     """
     positions: dict[str, int] = {}
     for index, word in enumerate(left):
         positions[word] = positions.get(word, 0) | 1 << index
-    all_ones = (1 << len(left)) - 1
-    row = all_ones
+    row = all_ones = (1 << len(left)) - 1
     for word in right:
         matches = row & positions.get(word, 0)
         row = ((row + matches) | (row - matches)) & all_ones
@@ -344,8 +287,8 @@ def _words(text: str) -> list[str]:
     return re.findall("[a-z0-9]+", text.lower())
 
 
-def _number(text: str) -> float | None:
+def _number(text: str, default: float) -> float:
     try:
         return float(text.strip())
     except ValueError:
-        return None
+        return default

@@ -1,7 +1,7 @@
 """Point estimates: how probabilities over a scale of labels become one label.
 
-The likeliest label (argmax) is right most often. The median has the least expected distance from the truth, the label
-nearest to the mean the least expected squared distance; so MAE and RMSE each favor an estimate of their own.
+The likeliest label (argmax) is right most often. The median has the least expected distance from the truth (MAE), the
+label nearest to the mean the least expected squared distance (RMSE).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplug.errors import ConfigError, ShapeMismatch, nearest
+from personaplug.data.label_set import ratings
+from personaplug.errors import ConfigError, nearest
 
 ARGMAX, MEDIAN, MEAN = "argmax", "median", "mean"
 POINT_ESTIMATES = (ARGMAX, MEDIAN, MEAN)
 
-_TIE = 1e-9  # by how much a sum of floats may miss a tie; stored probabilities have far fewer digits
+_TIE = 1e-9  # by how much a sum of floats may miss a tie
 
 
 def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str], *, estimate: str) -> list[str]:
@@ -31,8 +32,6 @@ def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str],
         labels: (C,) in any order; numbers, unless the estimate is argmax.
     """
     check_estimate(estimate)
-    if probabilities.ndim != 2 or probabilities.shape[1] != len(labels):
-        raise ShapeMismatch(f"Expected probabilities of {len(labels)} labels; found the shape {probabilities.shape}.")
     if estimate == ARGMAX:
         return [labels[index] for index in probabilities.argmax(axis=1)]
     numbers = scale_of(labels)
@@ -40,7 +39,12 @@ def point_predictions(probabilities: NDArray[np.float64], labels: Sequence[str],
         raise ConfigError(f"The {estimate} needs finite numbers as labels; found {list(labels)}.")
     order = np.argsort(numbers, kind="stable")
     shares = probabilities[:, order] / probabilities.sum(axis=1, keepdims=True)
-    indices = _medians(shares) if estimate == MEDIAN else _nearest_to_means(shares, numbers[order])
+    if estimate == MEDIAN:
+        indices = (np.cumsum(shares, axis=1) >= 0.5 - _TIE).argmax(axis=1)
+    else:
+        rising = numbers[order]
+        midpoints = rising[:-1] + np.diff(rising) * (0.5 - _TIE)
+        indices = np.searchsorted(midpoints, shares @ rising, side="right")
     return [labels[order[index]] for index in indices]
 
 
@@ -52,18 +56,5 @@ def check_estimate(estimate: str) -> None:
 
 def scale_of(labels: Sequence[str]) -> NDArray[np.float64] | None:
     """Return labels as numbers (C,), in their order; None if there are none, or one is no finite number."""
-    try:
-        numbers = np.array([float(label.strip()) for label in labels], dtype=np.float64)
-    except ValueError:
-        return None
-    return numbers if len(numbers) and np.isfinite(numbers).all() else None
-
-
-def _medians(shares: NDArray[np.float64]) -> NDArray[np.intp]:
-    return np.asarray((np.cumsum(shares, axis=1) >= 0.5 - _TIE).argmax(axis=1))
-
-
-def _nearest_to_means(shares: NDArray[np.float64], rising: NDArray[np.float64]) -> NDArray[np.intp]:
-    # The number after the last midpoint that a mean exceeds.
-    ends = rising[:-1] + np.diff(rising) * (0.5 - _TIE)
-    return np.searchsorted(ends, shares @ rising, side="right")
+    numbers = ratings(labels)
+    return numbers if len(numbers) == len(labels) > 0 else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import jinja2
 
@@ -16,17 +15,11 @@ Column = tuple[str, Sequence[str | None]]  # a title and a cell for each line; N
 
 @dataclass(frozen=True)
 class Table:
-    """Text in lines and columns.
-
-    Attributes:
-        titles: of the columns; the first column names the lines.
-        lines: a cell per column; None if nothing is known.
-        strong: (line, column) of the cells in bold.
-    """
+    """Text in lines and columns; the first column names the lines."""
 
     titles: tuple[str, ...]
-    lines: tuple[tuple[str | None, ...], ...]
-    strong: frozenset[tuple[int, int]] = frozenset()
+    lines: tuple[tuple[str | None, ...], ...]  # a cell per column; None if nothing is known
+    strong: frozenset[tuple[int, int]] = frozenset()  # (line, column) of the cells in bold
 
     @classmethod
     def from_columns(cls, columns: Sequence[Column]) -> Table:
@@ -45,9 +38,8 @@ class Table:
 
     def to_markdown(self) -> str:
         """Return aligned Markdown: the first column to the left, the others to the right."""
-        cells = [
-            [cell.replace("|", "\\|") for cell in line] for line in [map(one_line, self.titles), *self.text_lines()]
-        ]
+        lines = [map(one_line, self.titles), *self.text_lines()]
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         for line, column in self.strong:
             cells[line + 1][column] = f"**{cells[line + 1][column]}**"
         columns = [_padded(column, left=index == 0) for index, column in enumerate(zip(*cells, strict=True))]
@@ -64,29 +56,32 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page, shown in the order of its attributes; the heading's level is 2 for a set, 3 for a table."""
+    """A part of a page, shown in the order of its attributes."""
 
     title: str = ""
-    level: int = 3
+    level: int = 3  # 1 for the page, 2 for a set, 3 for a table
     text: str = ""
-    bullets: tuple[str, ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    bullets: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
     table: Table | None = None
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
-    """Render sections as Markdown; the text ends without a line break."""
+    """Render sections as Markdown without a line break at the end."""
     return "\n\n".join(block for section in sections for block in _markdown_blocks(section) if block)
 
 
 def to_html(sections: Sequence[Section], *, title: str) -> str:
     """Render sections as an HTML page; all text is escaped."""
-    return _template().render(sections=sections, title=title)
-
-
-def to_bullets(lines: Sequence[str]) -> str:
-    """Render lines as a Markdown list."""
-    return "\n".join(f"- {one_line(line)}" for line in lines)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("personaplug.analysis", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["one_line"] = one_line
+    return environment.get_template("report.html").render(sections=sections, title=title)
 
 
 def one_line(value: object) -> str:
@@ -97,23 +92,10 @@ def one_line(value: object) -> str:
 def _markdown_blocks(section: Section) -> Iterator[str]:
     yield f"{'#' * section.level} {one_line(section.title)}" if section.title else ""
     yield one_line(section.text)
-    yield to_bullets(section.bullets)
+    yield "\n".join(f"- {one_line(bullet)}" for bullet in section.bullets)
     for picture in section.pictures:
         yield f"![{re.sub(r'[][]', '', picture.caption)}]({picture.path})"
     yield section.table.to_markdown() if section.table else ""
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("personaplug.analysis", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["one_line"] = one_line
-    return environment.get_template("report.html")
 
 
 def _padded(cells: Sequence[str], *, left: bool) -> list[str]:

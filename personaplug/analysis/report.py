@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personaplug.analysis.figures import gains_figure, scores_figure, subgroups_figure
 from personaplug.analysis.metrics import NegativeLogLikelihood, metric_class
 from personaplug.analysis.rendering import ABSENT, Column, Picture, Section, Table, to_html, to_markdown
-from personaplug.analysis.results_file import ResultRow, Results, load_results
+from personaplug.analysis.results_file import Results, load_results
 from personaplug.analysis.tables import (
     cost_columns,
     gain_cell,
-    headline,
+    head,
     metric_title,
     notes,
     score_cell,
@@ -29,43 +31,49 @@ from personaplug.infra.atomic_io import atomic_write, write_text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_SCORES_TEXT = (
+    "The first metric of each set, with its interval. A best score is bold only where it is significantly better than "
+    "the second best; controls do not compete."
+)
+_GAINS_TEXT = (
+    "What a user's own history gains over a stranger's; positive is better, whatever the metric's direction. Holm p, "
+    "where it stands, is corrected for the number of personal gains in its set; p is not. A personal row is missing "
+    "here where its control, ROW@wrong-user, was not run."
+)
+_LIKELIHOOD_TEXT = (
+    "The same in the log-likelihood of the right answer, in nats per token (per answer of a closed set): how much "
+    "likelier it is with the user's own history than with a stranger's."
+)
+
 
 def write_report(
     results_files: Sequence[Path], out: Path, *, title: str = "Results", with_figures: bool = True
 ) -> list[Path]:
     """Write a folder with `report.md`, `report.html` and, under `figures/`, PNGs; return the files written.
 
-    Several files, one per set, begin with an overview: scores, personal gains and costs, sets side by side.
-
-    Raises:
-        MissingExtra: if figures are wanted and matplotlib is not installed; nothing is written then.
+    The report of several files, one per set, begins with an overview of the sets side by side. Nothing is written if
+    figures are wanted and matplotlib is not installed.
     """
     if not results_files:
         raise MissingData("A report needs at least one results file; `personaplug evaluate --json FILE` writes them.")
     results_list = [load_results(path) for path in results_files]
     figures = _figures(results_list) if with_figures else {}
-    for picture, figure in (pair for pairs in figures.values() for pair in pairs):
-        _save(figure, out / picture.path)
-    pictures = {name: tuple(picture for picture, _ in pairs) for name, pairs in figures.items()}
+    for picture, figure in chain(*figures.values()):
+        atomic_write(out / picture.path, partial(figure.savefig, format="png", dpi=150))
+    pictures = {name: [picture for picture, _ in pairs] for name, pairs in figures.items()}
     sections = [Section(title, level=1), *_page(results_list, pictures)]
     write_text(out / "report.md", to_markdown(sections) + "\n")
     write_text(out / "report.html", to_html(sections, title=title))
-    paths = [out / picture.path for of_set in pictures.values() for picture in of_set]
-    return [out / "report.md", out / "report.html", *paths]
+    return [out / "report.md", out / "report.html", *(out / picture.path for picture in chain(*pictures.values()))]
 
 
 def overview_markdown(results_list: Sequence[Results]) -> str:
-    """Return several sets side by side as Markdown: scores, personal gains, costs. Ends without a line break."""
+    """Return several sets side by side as Markdown: scores, personal gains, costs."""
     return to_markdown(list(_overview(results_list)))
 
 
 def insert_between(path: Path, name: str, text: str) -> None:
-    """Replace the text between `<!-- begin NAME -->` and `<!-- end NAME -->` in a Markdown file.
-
-    Raises:
-        RecordError: if it does not hold each marker once, in this order.
-        ConfigError: if the text holds a marker itself, so that the next time could not find its end.
-    """
+    """Replace the text between `<!-- begin NAME -->` and `<!-- end NAME -->` in a Markdown file."""
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
     if not path.is_file():
         raise MissingData(f"There is no file {path} to insert {name!r} into.")
@@ -78,60 +86,46 @@ def insert_between(path: Path, name: str, text: str) -> None:
             reason=f"expected {begin} once and {end} once below it; found {counts[0]} and {counts[1]}"
             f"{', in the wrong order' if counts == (1, 1) else ''}. Put both around the place for the text.",
         )
-    if begin in text or end in text:
+    if begin in text or end in text:  # the next call could not find the end
         raise ConfigError(f"The text for {name!r} holds one of its own markers, {begin} or {end}; leave them out.")
-    before, rest = page.split(begin)
-    after = rest.split(end)[1]
+    before, after = page.split(begin)[0], page.split(end)[1]
     write_text(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
 
 
-def _page(results_list: Sequence[Results], pictures: dict[str, tuple[Picture, ...]]) -> Iterator[Section]:
+def _page(results_list: Sequence[Results], pictures: dict[str, list[Picture]]) -> Iterator[Section]:
     if len(results_list) > 1:
         yield Section("Overview", level=2)
         yield from _overview(results_list)
     yield Section(pictures=pictures.get("", ()))
     for name, results in zip(set_names(results_list), results_list, strict=True):
-        facts, models = headline(results)
-        yield Section(name, level=2, text=facts, bullets=tuple(models), pictures=pictures.get(name, ()))
+        facts, models = head(results)
+        yield Section(name, level=2, text=facts, bullets=models, pictures=pictures.get(name, ()))
         for title, table in tables(results):
             yield Section(title or "Scores", table=table)
-        yield Section(bullets=tuple(notes(results)))
+        yield Section(bullets=notes(results))
 
 
 def _overview(results_list: Sequence[Results]) -> Iterator[Section]:
     methods = {row.name: row.method for results in results_list for row in results.rows}
     names = list(methods)
-    yield Section(
-        "Scores",
-        text="The first metric of each set, with its interval. A best score is bold only where it is significantly "
-        "better than the second best; controls do not compete.",
-        table=_score_overview(results_list, names),
-    )
-    gains = _gain_overview(results_list, names, [results.leading_metric for results in results_list])
-    if gains.lines:
-        yield Section(
-            "Personal gains",
-            text="What a user's own history gains over a stranger's; positive is better, whatever the metric's "
-            "direction. Holm p, where it stands, is corrected for the number of personal gains in its set; p is not. "
-            "A personal row is missing here where its control, ROW@wrong-user, was not run.",
-            table=gains,
-        )
-    likelihood_gains = _gain_overview(results_list, names, [NegativeLogLikelihood.name] * len(results_list))
-    if likelihood_gains.lines:
-        yield Section(
-            "Personal gains in likelihood",
-            text="The same in the log-likelihood of the right answer, in nats per token (per answer of a closed set): "
-            "how much likelier it is with the user's own history than with a stranger's.",
-            table=likelihood_gains,
-        )
-    # A control costs what its method does.
-    costs = _cost_overview(results_list, [name for name, method in methods.items() if not method.is_control])
-    if len(costs.titles) > 1:
+    yield Section("Scores", text=_SCORES_TEXT, table=_score_table(results_list, names))
+    leading = [results.leading_metric for results in results_list]
+    for title, text, metrics in (
+        ("Personal gains", _GAINS_TEXT, leading),
+        ("Personal gains in likelihood", _LIKELIHOOD_TEXT, [NegativeLogLikelihood.name] * len(leading)),
+    ):
+        gains = _gain_table(results_list, names, metrics)
+        if gains.lines:
+            yield Section(title, text=text, table=gains)
+    names = [name for name, method in methods.items() if not method.is_control]  # a control costs what its method does
+    costs = [Diagnostics.mean_of([r.by_name[n].diagnostics for r in results_list if n in r.by_name]) for n in names]
+    table = Table.from_columns([("condition", names), *cost_columns(costs)])
+    if len(table.titles) > 1:
         scope = ", mean over the sets" if len(results_list) > 1 else ""
-        yield Section("Costs", text=f"Beyond the plain model{scope}.", table=costs)
+        yield Section("Costs", text=f"Beyond the plain model{scope}.", table=table)
 
 
-def _score_overview(results_list: Sequence[Results], names: Sequence[str]) -> Table:
+def _score_table(results_list: Sequence[Results], names: Sequence[str]) -> Table:
     metrics = [results.leading_metric for results in results_list]
     titles = [f"{n}: {metric_title(m or ABSENT)}" for n, m in zip(set_names(results_list), metrics, strict=True)]
     lines = [
@@ -143,8 +137,7 @@ def _score_overview(results_list: Sequence[Results], names: Sequence[str]) -> Ta
     return Table(("condition", *titles), tuple(lines), strong)
 
 
-def _gain_overview(results_list: Sequence[Results], names: Sequence[str], metrics: Sequence[str]) -> Table:
-    """Personal gains of each set in a metric of its own; without the sets that have none."""
+def _gain_table(results_list: Sequence[Results], names: Sequence[str], metrics: Sequence[str]) -> Table:
     columns: list[Column] = [("method", names)]
     for name, results, metric in zip(set_names(results_list), results_list, metrics, strict=True):
         gains = results.personal_gains(metric)
@@ -152,23 +145,18 @@ def _gain_overview(results_list: Sequence[Results], names: Sequence[str], metric
     return Table.from_columns(columns).without_empty_lines()
 
 
-def _cost_overview(results_list: Sequence[Results], names: Sequence[str]) -> Table:
-    means = [
-        Diagnostics.mean_of([r.by_name[name].diagnostics for r in results_list if name in r.by_name]) for name in names
-    ]
-    return Table.from_columns([("condition", names), *cost_columns(means)])
-
-
 def _clear_best(results: Results) -> str | None:
     """The row that is significantly better than the second best; None if no row is shown to be.
 
     Rows that the file does not compare must have intervals that do not overlap.
     """
-    metric = results.leading_metric
-    ranked = _competitors(results, metric)
-    if len(ranked) < 2:
+    metric, kind = results.leading_metric, metric_class(results.leading_metric)
+    rivals = [row for row in results.rows if not row.method.is_control and row.method.family != "oracle"]
+    rows = [row for row in rivals if math.isfinite(row.metrics.get(metric, math.nan))]
+    if len(rows) < 2:
         return None
-    best, second = ranked[:2]
+    rows.sort(key=lambda row: row.metrics[metric], reverse=kind is None or kind.greater_is_better)
+    best, second = rows[:2]
     for pair in results.pairs:
         if pair.metric == metric and {pair.a, pair.b} == {best.name, second.name}:
             return best.name if pair.is_significant else None
@@ -176,21 +164,8 @@ def _clear_best(results: Results) -> str | None:
     return best.name if ends and others and (ends[0] > others[1] or others[0] > ends[1]) else None
 
 
-def _competitors(results: Results, metric: str) -> list[ResultRow]:
-    """Rows with a finite score, the best first; neither controls nor the best score that there can be."""
-    kind = metric_class(metric)
-    rows = [
-        row
-        for row in results.rows
-        if not row.method.is_control
-        and row.method.family != "oracle"
-        and math.isfinite(row.metrics.get(metric, math.nan))
-    ]
-    return sorted(rows, key=lambda row: row.metrics[metric], reverse=kind is None or kind.greater_is_better)
-
-
 def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, Figure]]]:
-    """Draw every figure of a report, by the set that it is of; those of all sets are under ""."""
+    """Draw every figure, by its set; those of all sets are under ""."""
     figures: dict[str, list[tuple[Picture, Figure]]] = {}
     for number, (name, results) in enumerate(zip(set_names(results_list), results_list, strict=True), start=1):
         metric = results.leading_metric
@@ -206,7 +181,3 @@ def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, F
         gains = Picture("figures/gains.png", "Personal gain of each method in each set")
         figures[""] = [(gains, gains_figure(results_list))]
     return figures
-
-
-def _save(figure: Figure, path: Path) -> None:
-    atomic_write(path, lambda attempt: figure.savefig(attempt, format="png", dpi=150))

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.analysis.method_info import MethodInfo
-from personaplug.analysis.metrics import Accuracy, Array, Metric
-from personaplug.analysis.results_file import Comparison, ResultPart, ResultRow, Results, Subgroup
-from personaplug.analysis.significance import (
-    bootstrap_interval,
-    holm,
-    mcnemar,
-    paired_bootstrap,
-    per_group_mean,
-    seed_spread,
-)
+from personaplug.analysis.metrics import Accuracy, Array, Metric, value_of
+from personaplug.analysis.results_file import Comparison, ResultRow, Results, Subgroup
+from personaplug.analysis.significance import bootstrap_interval, holm, mcnemar, paired_bootstrap, per_group_mean
 from personaplug.analysis.trials import Diagnostics, EvalSamples, Trial
 
 Indices = NDArray[np.int64]
@@ -31,13 +24,7 @@ _MAX_ROWS_FOR_ALL_PAIRS = 6
 
 @dataclass(frozen=True)
 class Settings:
-    """How trials become results.
-
-    Attributes:
-        metrics: the columns, in order.
-        resamples: draws of the bootstrap.
-        seed: of these draws.
-    """
+    """How trials become results: the columns in order, and the bootstrap's number of draws and their seed."""
 
     metrics: Sequence[Metric]
     resamples: int
@@ -45,29 +32,19 @@ class Settings:
 
 
 def build_results(
-    samples: EvalSamples,
-    trials: Sequence[Trial],
-    *,
-    settings: Settings,
-    subgroups: Sequence[tuple[str, Indices]] = (),
+    samples: EvalSamples, trials: Sequence[Trial], *, settings: Settings, subgroups: Sequence[tuple[str, Indices]] = ()
 ) -> Results:
-    """Return the results of trials, rows in the trials' order, on all samples and on subgroups of them.
-
-    Args:
-        subgroups: pairs of a name and the indices of its samples.
-    """
+    """Return the results of trials, rows in the trials' order, on all samples and on subgroups (names and indices)."""
     made_with = sorted({trial.made_with for trial in trials if trial.made_with})
-    notes = [*_notes_on_seeds(trials), *_notes_on_set_ups(trials, made_with), *_notes_on_metrics(trials, settings)]
-    about = replace(
-        samples.about,
-        seeds=sorted({trial.seed for trial in trials}),
-        made_with=made_with,
-        notes=[*samples.about.notes, *notes],
-    )
-    whole = _part(samples, trials, indices=np.arange(len(samples.groups)), settings=settings)
-    parts = [(name, indices, _part(samples, trials, indices=indices, settings=settings)) for name, indices in subgroups]
-    named = [Subgroup(part.rows, part.pairs, name, samples=len(indices)) for name, indices, part in parts]
-    return Results(whole.rows, whole.pairs, about, named)
+    notes = [*samples.about.notes, *_notes_on_seeds(trials), *_notes_on_set_ups(trials, made_with)]
+    notes += _notes_on_metrics(trials, settings)
+    about = replace(samples.about, seeds=sorted({trial.seed for trial in trials}), made_with=made_with, notes=notes)
+
+    def part(indices: Indices) -> tuple[list[ResultRow], list[Comparison]]:
+        return _rows_and_pairs(samples, trials, indices=indices, settings=settings)
+
+    named = [Subgroup(*part(indices), name, samples=len(indices)) for name, indices in subgroups]
+    return Results(*part(np.arange(len(samples.groups))), about, named)
 
 
 def history_thirds(history_items: Sequence[int]) -> list[tuple[str, Indices]]:
@@ -112,31 +89,25 @@ def _bases(methods: Sequence[MethodInfo]) -> list[str]:
 
 
 def _notes_on_seeds(trials: Sequence[Trial]) -> list[str]:
-    """Say how much of the difference between trainings the intervals and p-values cover."""
     trainings = Counter(trial.method.name for trial in trials if trial.method.is_seeded)
-    with_one, with_two = ([name for name, number in trainings.items() if number == seeds] for seeds in (1, 2))
-    if len(with_one) == len(trainings):
-        return ["One training seed: what trainings differ by is not covered."] if with_one else []
-    return [
-        "Of rows with several training seeds, the bootstrap draws the trainings too.",
-        *([f"Two training seeds, which are few: {', '.join(with_two)}."] if with_two else []),
-        *([f"One training seed, whose chance is not covered: {', '.join(with_one)}."] if with_one else []),
-    ]
+    with_one, with_two = (", ".join(name for name, count in trainings.items() if count == seeds) for seeds in (1, 2))
+    if all(count == 1 for count in trainings.values()):
+        return ["One training seed: what trainings differ by is not covered."] if trainings else []
+    notes = ["Of rows with several training seeds, the bootstrap draws the trainings too."]
+    notes += [f"Two training seeds, which are few: {with_two}."] if with_two else []
+    return notes + ([f"One training seed, whose chance is not covered: {with_one}."] if with_one else [])
 
 
 def _notes_on_set_ups(trials: Sequence[Trial], set_ups: Sequence[str]) -> list[str]:
-    """Say which rows come from where, if a table is of several machines or versions."""
     if len(set_ups) < 2:
         return []
-    rows = {
-        set_up: dict.fromkeys(trial.method.name for trial in trials if trial.made_with == set_up) for set_up in set_ups
-    }
-    origins = "; ".join(f"{set_up}: {', '.join(names)}" for set_up, names in rows.items())
+    names = [dict.fromkeys(trial.method.name for trial in trials if trial.made_with == set_up) for set_up in set_ups]
+    origins = "; ".join(f"{set_up}: {', '.join(rows)}" for set_up, rows in zip(set_ups, names, strict=True))
     return [f"Made with {len(set_ups)} set-ups, between which trainings differ as two seeds do. {origins}."]
 
 
 def _notes_on_metrics(trials: Sequence[Trial], settings: Settings) -> list[str]:
-    """Say which rows lack a metric that others have, although it applies to them."""
+    """Name the rows that lack a metric that others have, although it applies to them."""
     notes = []
     for metric in settings.metrics:
         scored = [trial for trial in trials if metric.of_answers or trial.method.has_language_model]
@@ -146,53 +117,47 @@ def _notes_on_metrics(trials: Sequence[Trial], settings: Settings) -> list[str]:
     return notes
 
 
-def _part(samples: EvalSamples, trials: Sequence[Trial], *, indices: Indices, settings: Settings) -> ResultPart:
-    by_name: dict[str, list[Trial]] = {}
+def _rows_and_pairs(
+    samples: EvalSamples, trials: Sequence[Trial], *, indices: Indices, settings: Settings
+) -> tuple[list[ResultRow], list[Comparison]]:
+    by_name = defaultdict(list)
     for trial in trials:
-        by_name.setdefault(trial.method.name, []).append(trial)
-    # Zero-padded, so that the bootstrap's order of names is the order of numbers.
-    scorer = _Scorer([f"{samples.groups[index]:09d}" for index in indices], indices, settings)
+        by_name[trial.method.name].append(trial)
+    scorer = _Scorer([samples.groups[index] for index in indices], indices, settings)
     methods = [of_method[0].method for of_method in by_name.values()]
-    pairs = [
-        pair
-        for a, b in compared_pairs(methods)
-        for pair in scorer.comparisons(_matched_by_seed(by_name[a], by_name[b]))
-    ]
-    return ResultPart([scorer.row(of_method) for of_method in by_name.values()], _holm_corrected(pairs, methods))
+    matched = [_matched_by_seed(by_name[a], by_name[b]) for a, b in compared_pairs(methods)]
+    pairs = [pair for trial_pairs in matched for pair in scorer.comparisons(trial_pairs)]
+    return [scorer.row(of_method) for of_method in by_name.values()], _holm_corrected(pairs, methods)
 
 
 class _Scorer:
     """Scores and compares trials on some of the samples."""
 
-    def __init__(self, groups: Sequence[str], indices: Indices, settings: Settings) -> None:
-        self.groups, self.indices, self.settings = groups, indices, settings
+    def __init__(self, groups: Sequence[int], indices: Indices, settings: Settings) -> None:
+        self.groups, self.indices, self.metrics = groups, indices, settings.metrics
+        self.draws = {"resamples": settings.resamples, "seed": settings.seed}
 
     def row(self, trials: Sequence[Trial]) -> ResultRow:
         """Return the row of one method's trials."""
         metrics = self._metrics_of(trials)
-        intervals = {
-            metric.name: bootstrap_interval(
-                self._statistics(trials, metric),
-                self.groups,
-                metric,
-                resamples=self.settings.resamples,
-                seed=self.settings.seed,
-            )
-            for metric in metrics
-        }
-        per_seed = [self._scores(trial, metrics) for trial in trials] if len(trials) > 1 else []
+        stats = {metric.name: self._statistics(trials, metric) for metric in metrics}
+        intervals = {m.name: bootstrap_interval(stats[m.name], self.groups, m, **self.draws) for m in metrics}
+        seeds = range(len(trials)) if len(trials) > 1 else ()
+        per_seed = [{m.name: value_of(stats[m.name][index], m) for m in metrics} for index in seeds]
+        with np.errstate(invalid="ignore"):  # an infinite score
+            spread = {m.name: float(np.std([s[m.name] for s in per_seed], ddof=1)) for m in metrics if per_seed}
         return ResultRow(
             trials[0].method,
             n=len(self.groups),
             seeds=[trial.seed for trial in trials],
             metrics={name: interval.value for name, interval in intervals.items()},
             intervals={name: [interval.low, interval.high] for name, interval in intervals.items()},
-            per_user={m.name: per_group_mean(self._statistics(trials, m), self.groups, m) for m in metrics},
+            per_user={m.name: per_group_mean(stats[m.name], self.groups, m) for m in metrics},
             invalid_rate=float(np.mean([trial.invalid_rate for trial in trials])),
             decoding=trials[0].decoding,
             diagnostics=Diagnostics.mean_of([trial.diagnostics for trial in trials]),
             per_seed=per_seed,
-            seed_spread={m.name: seed_spread([scores[m.name] for scores in per_seed]) for m in metrics if per_seed},
+            seed_spread=spread,
         )
 
     def comparisons(self, pairs: Sequence[tuple[Trial, Trial]]) -> list[Comparison]:
@@ -203,26 +168,19 @@ class _Scorer:
         comparisons = []
         for metric in self._metrics_of([*of_a, *of_b]):
             a, b = self._statistics(of_a, metric), self._statistics(of_b, metric)
-            paired = paired_bootstrap(
-                a, b, self.groups, metric, resamples=self.settings.resamples, seed=self.settings.seed
-            )
+            paired = paired_bootstrap(a, b, self.groups, metric, **self.draws)
             # Seed by seed, since hits averaged over seeds are no hits.
-            by_seed = zip(a, b, strict=True) if isinstance(metric, Accuracy) else ()
-            p_values = [mcnemar(hits_a, hits_b).p for hits_a, hits_b in by_seed]
+            p_values = [*map(mcnemar, a, b)] if isinstance(metric, Accuracy) else []
             names = of_a[0].method.name, of_b[0].method.name
-            comparisons.append(Comparison(*names, metric.name, **asdict(paired), mcnemar_p=p_values))
+            comparisons.append(Comparison(*names, metric.name, **paired._asdict(), mcnemar_p=p_values))
         return comparisons
 
     def _metrics_of(self, trials: Sequence[Trial]) -> list[Metric]:
-        return [metric for metric in self.settings.metrics if all(metric.name in t.statistics for t in trials)]
+        return [metric for metric in self.metrics if all(metric.name in t.statistics for t in trials)]
 
     def _statistics(self, trials: Sequence[Trial], metric: Metric) -> Array:
         """The statistics of each trial: (S, n, d)."""
         return np.stack([trial.statistics[metric.name][self.indices] for trial in trials])
-
-    def _scores(self, trial: Trial, metrics: Sequence[Metric]) -> dict[str, float]:
-        means = {metric.name: trial.statistics[metric.name][self.indices].mean(axis=0) for metric in metrics}
-        return {metric.name: float(metric.value(means[metric.name])) for metric in metrics}
 
 
 def _matched_by_seed(of_a: Sequence[Trial], of_b: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
@@ -237,14 +195,13 @@ def _matched_by_seed(of_a: Sequence[Trial], of_b: Sequence[Trial]) -> list[tuple
 
 def _holm_corrected(pairs: Sequence[Comparison], methods: Sequence[MethodInfo]) -> list[Comparison]:
     """Add Holm's correction within each family of comparisons, metric by metric."""
-    families: dict[tuple[str, str], list[int]] = {}
+    families = defaultdict(list)
     for index, pair in enumerate(pairs):
-        families.setdefault((_family(pair, methods), pair.metric), []).append(index)
-    corrected, p_values = list(pairs), [math.nan if pair.p is None else pair.p for pair in pairs]
+        families[_family(pair, methods), pair.metric].append(index)
+    p_values: dict[int, float] = {}
     for indices in families.values():
-        for index, p in zip(indices, holm([p_values[index] for index in indices]), strict=True):
-            corrected[index] = replace(pairs[index], p_holm=p)
-    return corrected
+        p_values |= zip(indices, holm([pairs[index].p or math.nan for index in indices]), strict=True)
+    return [replace(pair, p_holm=p_values[index]) for index, pair in enumerate(pairs)]
 
 
 def _family(pair: Comparison, methods: Sequence[MethodInfo]) -> str:

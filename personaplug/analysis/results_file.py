@@ -6,11 +6,11 @@ The file is one JSON object: the facts of `Provenance`, and
             (metrics averaged over users), decoding, the values of `Diagnostics` (costs in an object of their own); over
             several seeds per_seed and seed_spread
     pairs   a, b, metric, difference (a's advantage, whatever the metric's direction), low, high, p; p_holm, corrected
-            within a family of comparisons; for accuracies mcnemar_p, one per seed
+            within a family of comparisons; for accuracies mcnemar_p, one per seed; a personal gain has the control as b
     slices  subgroups of the samples: name, samples, rows, pairs
 
-Required are `rows`, a row's `condition`, a pair's `a`, `b`, `metric` and `difference`, and a subgroup's `name`. Fields
-that are unknown here survive a round trip. A null metric, interval end or p stands for NaN, which JSON lacks.
+Required are `rows`, a row's `condition`, a pair's `a`, `b`, `metric` and `difference`, and a subgroup's `name`. Other
+fields are ignored. A null metric, interval end or p stands for NaN, which JSON lacks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from personaplug.analysis.method_info import MethodInfo
-from personaplug.analysis.trials import Diagnostics, Provenance, split_fields, to_record
+from personaplug.analysis.trials import Diagnostics, Provenance, known_fields, without_empty
 from personaplug.errors import MissingData, RecordError
 
-COSTS = ("extra_prompt_tokens", "bytes_per_user", "seconds_per_user")
-_SIGNIFICANCE_LEVEL = 0.05
+_COSTS = ("extra_prompt_tokens", "bytes_per_user", "seconds_per_user")
 
 T = TypeVar("T")
 Record = Mapping[str, Any]
@@ -36,7 +35,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One method's scores on n samples; `extra` holds further fields of a file."""
+    """One method's scores on n samples."""
 
     method: MethodInfo
     n: int | None = None
@@ -49,7 +48,6 @@ class ResultRow:
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
     per_seed: list[dict[str, float]] = field(default_factory=list)
     seed_spread: dict[str, float] = field(default_factory=dict)
-    extra: dict[str, object] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -63,34 +61,24 @@ class ResultRow:
 
     def to_json(self) -> dict[str, object]:
         """Return the row as an object of a results file."""
-        values = to_record(self, optional=["per_seed", "seed_spread"])
-        method, diagnostics = asdict(self.method), asdict(self.diagnostics)
-        costs = {name: diagnostics.pop(name) for name in COSTS}
-        if self.diagnostics.fit_seconds is None:
-            del diagnostics["fit_seconds"]
-        del values["method"], values["diagnostics"], method["name"]
-        return {"condition": self.name} | method | values | diagnostics | {"costs": costs}
+        values = without_empty(asdict(self), ["per_seed", "seed_spread"])
+        method, diagnostics = values.pop("method"), without_empty(values.pop("diagnostics"), ["fit_seconds"])
+        costs = {name: diagnostics.pop(name) for name in _COSTS}
+        return {"condition": method.pop("name"), **method, **values, **diagnostics, "costs": costs}
 
     @classmethod
     def from_json(cls, record: Record) -> ResultRow:
-        """Reverse `to_json`; raise KeyError if a required field is missing."""
-        facts, rest = split_fields(MethodInfo, {**record, "name": record["condition"]})
-        diagnostics, rest = split_fields(Diagnostics, {**rest, **(record.get("costs") or {})})
-        known, extra = split_fields(cls, {name: v for name, v in rest.items() if name not in ("condition", "costs")})
-        return cls(
-            MethodInfo(**facts | {"parents": tuple(facts.get("parents", ()))}),
-            **known
-            | {name: _numbers(known.get(name, {})) for name in ("metrics", "per_user", "seed_spread")}
-            | {"intervals": {name: [*map(_number, ends)] for name, ends in known.get("intervals", {}).items()}}
-            | {"per_seed": [_numbers(scores) for scores in known.get("per_seed", [])]},
-            diagnostics=Diagnostics(**diagnostics),
-            extra=extra,
-        )
+        """Reverse `to_json`; raise KeyError if the `condition` is missing."""
+        record = {**record, **(record.get("costs") or {}), "name": record["condition"]}
+        known = known_fields(cls, record)
+        known["method"] = MethodInfo.from_json(known_fields(MethodInfo, record))
+        known["diagnostics"] = Diagnostics(**known_fields(Diagnostics, record))
+        return cls(**_null_as_nan(known))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better a is than b on the same samples; `extra` holds further fields of a file."""
+    """How much better a is than b on the same samples."""
 
     a: str
     b: str
@@ -101,31 +89,23 @@ class Comparison:
     p: float | None = None
     p_holm: float | None = None
     mcnemar_p: list[float] = field(default_factory=list)
-    extra: dict[str, object] = field(default_factory=dict)
 
     @property
     def is_significant(self) -> bool:
         """Whether p is below .05, corrected by Holm if that is given."""
         p = self.p if self.p_holm is None else self.p_holm
-        return p is not None and p < _SIGNIFICANCE_LEVEL
-
-    def reversed(self) -> Comparison:
-        """Return b's advantage over a."""
-        low, high = (None if end is None else -end for end in (self.high, self.low))
-        return replace(self, a=self.b, b=self.a, difference=-self.difference, low=low, high=high)
+        return p is not None and p < 0.05
 
     def to_json(self) -> dict[str, object]:
         """Return the comparison as an object of a results file."""
-        return to_record(self, optional=["p_holm", "mcnemar_p"])
+        return without_empty(asdict(self), ["p_holm", "mcnemar_p"])
 
     @classmethod
     def from_json(cls, record: Record) -> Comparison:
         """Reverse `to_json`; raise KeyError if a required field is missing."""
-        known, extra = split_fields(cls, record)
-        known |= {name: _number(record[name]) for name in ("low", "high", "p") if name in record}
-        known |= {name: record[name] for name in ("a", "b", "metric")} | {"difference": _number(record["difference"])}
-        known["mcnemar_p"] = [*map(_number, known.get("mcnemar_p", []))]
-        return cls(**known, extra=extra)
+        known = known_fields(cls, record) | {name: record[name] for name in ("a", "b", "metric", "difference")}
+        known |= {name: record[name] for name in ("low", "high", "p") if name in record}
+        return cls(**_null_as_nan(known))
 
 
 @dataclass(frozen=True)
@@ -150,10 +130,9 @@ class ResultPart:
         """The metric that stands first in the rows; "" without any."""
         return next(iter(self.metric_names), "")
 
-    @cached_property
-    def comparisons(self) -> list[Comparison]:
-        """The pairs, each personal gain as the method's advantage over its control."""
-        return [pair.reversed() if self.is_personal_gain(pair.b, pair.a) else pair for pair in self.pairs]
+    def to_json(self) -> dict[str, object]:
+        """Return the part as an object of a results file."""
+        return {"rows": [row.to_json() for row in self.rows], "pairs": [pair.to_json() for pair in self.pairs]}
 
     def is_personal_gain(self, a: str, b: str) -> bool:
         """Whether b is the control that is shown another user's history in place of a's."""
@@ -161,21 +140,19 @@ class ResultPart:
 
     def personal_gains(self, metric: str) -> dict[str, Comparison]:
         """Return each method's comparison with its wrong-user control in one metric, by the method's name."""
-        return {p.a: p for p in self.comparisons if p.metric == metric and self.is_personal_gain(p.a, p.b)}
+        return {p.a: p for p in self.pairs if p.metric == metric and self.is_personal_gain(p.a, p.b)}
 
 
 @dataclass(frozen=True)
 class Subgroup(ResultPart):
-    """The rows on some of the samples, or under another setting; `extra` holds further fields of a file."""
+    """The rows on some of the samples, or under another setting."""
 
     name: str
     samples: int | None = None
-    extra: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
-        """Return the subgroup as an object of a results file."""
         size = {} if self.samples is None else {"samples": self.samples}
-        return {"name": self.name, **size, **_part_to_json(self), **self.extra}
+        return {"name": self.name} | size | super().to_json()
 
 
 @dataclass(frozen=True)
@@ -186,42 +163,29 @@ class Results(ResultPart):
     subgroups: list[Subgroup] = field(default_factory=list)
 
     def to_json(self) -> dict[str, object]:
-        """Return the object that a results file holds."""
         subgroups = [subgroup.to_json() for subgroup in self.subgroups]
-        return self.about.to_json() | _part_to_json(self) | ({"slices": subgroups} if subgroups else {})
+        return self.about.to_json() | super().to_json() | ({"slices": subgroups} if subgroups else {})
 
     @classmethod
     def from_json(cls, record: object, *, file: str | Path = "the results") -> Results:
-        """Read the object of a results file.
-
-        Raises:
-            RecordError: if it is no such object or lacks a required field; names the file and the field.
-        """
+        """Read the object of a results file; raise RecordError, which names the file, if it lacks a required field."""
         if not isinstance(record, dict) or "rows" not in record:
-            raise RecordError(
-                file,
-                "the whole file",
-                reason="expected an object with a list of `rows`, as `personaplug evaluate --json FILE` writes it",
-            )
-        rows, pairs = _part_from_json(record, file)
+            reason = "expected an object with a list of `rows`, as `personaplug evaluate --json FILE` writes it"
+            raise RecordError(file, "the whole file", reason=reason)
 
-        def subgroup(part: Record) -> Subgroup:
-            known, extra = split_fields(Subgroup, part)
-            rows, pairs = _part_from_json(part, file)
-            return Subgroup(rows, pairs, part["name"], samples=known.get("samples"), extra=extra)
+        def part_of(part: Record) -> tuple[list[ResultRow], list[Comparison]]:
+            rows = _parsed(part, "rows", ResultRow.from_json, file=file)
+            return rows, _parsed(part, "pairs", Comparison.from_json, file=file)
 
-        subgroups = _parsed(record, "slices", subgroup, file=file)
-        head = {name: value for name, value in record.items() if name not in ("rows", "pairs", "slices")}
-        return cls(rows, pairs, Provenance.from_json(head), subgroups)
+        def subgroup_of(part: Record) -> Subgroup:
+            return Subgroup(*part_of(part), part["name"], samples=part.get("samples"))
+
+        subgroups = _parsed(record, "slices", subgroup_of, file=file)
+        return cls(*part_of(record), Provenance.from_json(record), subgroups)
 
 
 def load_results(path: Path) -> Results:
-    """Read a results file.
-
-    Raises:
-        MissingData: if the file is not there.
-        RecordError: if it is no results file.
-    """
+    """Read a results file; raise MissingData if there is none, RecordError if it is no results file."""
     if not path.is_file():
         raise MissingData(f"There is no results file {path}; `personaplug evaluate --json FILE` writes one.")
     try:
@@ -232,17 +196,7 @@ def load_results(path: Path) -> Results:
         raise RecordError(path, f"line {error.lineno}", reason=f"this is no JSON ({error.msg}).") from None
 
 
-def _part_to_json(part: ResultPart) -> dict[str, object]:
-    return {"rows": [row.to_json() for row in part.rows], "pairs": [pair.to_json() for pair in part.pairs]}
-
-
-def _part_from_json(record: Record, file: str | Path) -> tuple[list[ResultRow], list[Comparison]]:
-    rows = _parsed(record, "rows", ResultRow.from_json, file=file)
-    return rows, _parsed(record, "pairs", Comparison.from_json, file=file)
-
-
 def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str | Path) -> list[T]:
-    """Parse a list of objects; none if it is absent or null."""
     items = record.get(key) or []
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise RecordError(file, f"the field {key!r}", reason="expected a list of objects, found something else")
@@ -255,9 +209,9 @@ def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str
     return parsed
 
 
-def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: _number(value) for name, value in values.items()}
-
-
-def _number(value: float | None) -> float:
+def _null_as_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _null_as_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_null_as_nan(part) for part in value]
     return math.nan if value is None else value

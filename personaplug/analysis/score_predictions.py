@@ -1,15 +1,14 @@
-"""Scores anyone's predictions in LaMP's output format against golds in the same format.
+"""Scores of anyone's predictions in LaMP's output format against golds in the same format, joined by id.
 
-Both files hold `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped. They are joined by id: a
-missing, unknown or repeated id is an error.
+Both files hold `{"task": "LaMP_2", "golds": [{"id", "output"}]}`, plain or gzipped.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,9 +26,8 @@ from personaplug.errors import ConfigError, MissingData, RecordError
 _MAX_NAMED_IDS = 3
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """A file of answers or predictions: the task that it names, and its texts by id."""
+class _Outputs(NamedTuple):
+    """A file of answers or predictions; its texts by id."""
 
     path: Path
     task_name: str
@@ -37,40 +35,19 @@ class _Outputs:
 
 
 def score_lamp(
-    gold_file: str | Path,
-    prediction_file: str | Path,
-    *,
-    task: Task | None = None,
-    fallback: str = "lamp",
-    resamples: int = 10_000,
-    seed: int = 0,
+    gold_file: str | Path, prediction_file: str | Path, *, resamples: int = 10_000, seed: int = 0
 ) -> Results:
-    """Score a file of predictions.
-
-    Args:
-        gold_file: the right answers, such as `dev_outputs.json`.
-        task: by default what a task.json beside the golds declares, else the LaMP task that they name.
-        fallback, resamples, seed: see `get_metric` and `bootstrap_interval`.
-    Raises:
-        MissingData: if a file is not there, or golds have no prediction.
-        RecordError: if a file is broken, its ids are not the golds' or not unique, or an answer is no text or number.
-        ConfigError: if the files are of different tasks, or the task or a setting is unknown.
-    """
+    """Score a file of predictions against a file of right answers, such as `dev_outputs.json`."""
     golds, predictions = _read(Path(gold_file)), _read(Path(prediction_file))
-    task = task or _task_of(golds)
-    _check_same_task(golds, predictions, task)
+    task = _task_of(golds, predictions)
     _check_ids(golds, predictions)
     targets = [_target(golds, task, name) for name in golds.texts]
     texts = [predictions.texts[name] for name in golds.texts]
-    # LaMP's files name no users: each sample stands for itself.
-    groups = [str(number) for number in range(len(texts))]
-    metrics = [get_metric(name, labels=task.labels, fallback=fallback) for name in task.metrics]
-    intervals = {
-        metric.name: bootstrap_interval(
-            metric.statistics(texts, targets), groups, metric, resamples=resamples, seed=seed
-        )
-        for metric in metrics
-    }
+    groups = [str(number) for number in range(len(texts))]  # LaMP's files name no users: each sample stands for itself
+    intervals = {}
+    for metric in (get_metric(name, labels=task.labels) for name in task.metrics):
+        stats = metric.statistics(texts, targets)
+        intervals[metric.name] = bootstrap_interval(stats, groups, metric, resamples=resamples, seed=seed)
     row = ResultRow(
         MethodInfo(Path(prediction_file).name),
         n=len(texts),
@@ -78,7 +55,7 @@ def score_lamp(
         intervals={name: [interval.low, interval.high] for name, interval in intervals.items()},
         invalid_rate=float(np.mean([is_invalid(text, kind=task.kind, labels=task.labels) for text in texts])),
     )
-    return Results([row], [], Provenance(task=task.name, notes=_notes(golds, task, fallback=fallback)))
+    return Results([row], [], Provenance(task=task.name, notes=_notes(golds, task)))
 
 
 def _read(path: Path) -> _Outputs:
@@ -103,22 +80,21 @@ def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
     try:
         values = as_record(record)
         name = as_name(value_of(values, "id"), "its 'id'")
-        position = f"gold {number} (id {short_id(name)})"
+        position += f" (id {short_id(name)})"
         return name, as_text(value_of(values, "output"), "its 'output'")
     except Flaw as flaw:
         raise RecordError(path, position, reason=str(flaw)) from None
 
 
-def _task_of(golds: _Outputs) -> Task:
-    if (golds.path.parent / "task.json").is_file():
-        return load_task(golds.path.parent)
+def _task_of(golds: _Outputs, predictions: _Outputs) -> Task:
+    """Return what a task.json beside the golds declares, else the LaMP task that they name."""
+    is_declared = (golds.path.parent / "task.json").is_file()
     try:
-        return lamp_task(golds.task_name)
+        task = load_task(golds.path.parent) if is_declared else lamp_task(golds.task_name)
     except ConfigError as error:
+        if is_declared:
+            raise
         raise ConfigError(f"{golds.path}: {error} A task of one's own needs a task.json beside the golds.") from None
-
-
-def _check_same_task(golds: _Outputs, predictions: _Outputs, task: Task) -> None:
     names = (predictions.task_name, golds.task_name, task.name)
     predicted, *expected = (name.strip().lower().replace("-", "_") for name in names)
     # Golds may say LaMP_2 while a run on them writes the name that the folder's task.json gives the task.
@@ -127,6 +103,7 @@ def _check_same_task(golds: _Outputs, predictions: _Outputs, task: Task) -> None
             f"{golds.path} is of the task {short_id(golds.task_name)} and {predictions.path} of "
             f"{short_id(predictions.task_name)}. Give predictions for the same task."
         )
+    return task
 
 
 def _check_ids(golds: _Outputs, predictions: _Outputs) -> None:
@@ -146,8 +123,7 @@ def _named(names: Sequence[str]) -> str:
     """Count ids and name the first, with the verb: `2 ids ("a", "b") are`."""
     first = ", ".join(f'"{short_id(name)}"' for name in names[:_MAX_NAMED_IDS])
     more = ", …" if len(names) > _MAX_NAMED_IDS else ""
-    noun, verb = ("id", "is") if len(names) == 1 else ("ids", "are")
-    return f"{len(names)} {noun} ({first}{more}) {verb}"
+    return f"{len(names)} id ({first}) is" if len(names) == 1 else f"{len(names)} ids ({first}{more}) are"
 
 
 def _target(golds: _Outputs, task: Task, name: str) -> str:
@@ -157,13 +133,12 @@ def _target(golds: _Outputs, task: Task, name: str) -> str:
         raise RecordError(golds.path, f"the gold with id {short_id(name)}", reason=str(flaw)) from None
 
 
-def _notes(golds: _Outputs, task: Task, *, fallback: str) -> list[str]:
+def _notes(golds: _Outputs, task: Task) -> list[str]:
     size = len(golds.texts)
-    notes = [
+    ratings = ["A rating that is no number counts as the farthest end of the scale; numbers are not clipped."]
+    return [
         f"Scored against {golds.path.name}: {size} samples, joined by id.",
         f"Intervals: bootstrap over {size} samples. The files name no users, and samples of one user resemble each "
         f"other, so intervals may be too narrow.",
+        *(ratings if task.kind == "rating" else ()),
     ]
-    if task.kind == "rating":
-        notes.append(f"A rating that is no number is scored by the rule {fallback!r}; other numbers are not clipped.")
-    return notes

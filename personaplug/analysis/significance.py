@@ -1,8 +1,7 @@
 """How sure a number is: bootstrap intervals and paired comparisons, with users as the unit.
 
 Samples of one user resemble each other, so whole users are drawn with replacement, and a metric is computed anew from
-the mean statistics of each draw. If a method was trained several times, each draw takes as many of its trainings with
-replacement too. No library's bootstrap has users, trainings and metrics of means at once.
+the mean statistics of each draw. If a method was trained several times, its trainings are drawn too.
 
 Limits: with fewer than about twenty users, intervals are too narrow and p too small. Three trainings vary by two thirds
 of the variance of fresh ones; one says nothing of others.
@@ -15,31 +14,31 @@ rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from personaplug.analysis.metrics import Array, Metric, value_of
 from personaplug.errors import ConfigError, ShapeMismatch
 
+Groups = Sequence[str] | Sequence[int]
+
 _BLOCK_SIZE = 1 << 20  # users × resamples held at once: bounds memory (8 MB), and fits the processor's cache
 _ROUNDING = 1e-12  # differences below this share of the values compared are rounding, not differences
+_TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A metric with both ends of its percentile interval; NaN ends if none can be given."""
+class Interval(NamedTuple):
+    """A metric with its percentile interval; the ends are NaN with fewer than two groups or infinite statistics."""
 
     value: float
     low: float
     high: float
 
 
-@dataclass(frozen=True)
-class Paired:
-    """How much better a is than b (whatever the metric's direction), with interval and two-sided p, NaN if unknown."""
+class Paired(NamedTuple):
+    """How much better a is than b (whatever the metric's direction), with interval and two-sided p, NaN as above."""
 
     difference: float
     low: float
@@ -47,122 +46,80 @@ class Paired:
     p: float
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """How many samples only a, or only b, predicts rightly, and the two-sided exact p of that split."""
-
-    a_only: int
-    b_only: int
-    p: float
-
-
 def bootstrap_interval(
-    stats: Array,
-    groups: Sequence[str],
-    metric: Metric,
-    *,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    stats: Array, groups: Groups, metric: Metric, *, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Return a metric with its percentile bootstrap interval over groups.
-
-    The ends are NaN with fewer than two groups, or if a statistic is not finite.
+    """Return a metric with its 95 % percentile bootstrap interval over groups.
 
     Args:
         stats: (n, d) statistics of the samples, or (S, n, d) of S trainings.
         groups: (n,) whose sample each is, the unit that is resampled.
         seed: equal group names, seed and numbers of resamples and trainings give equal draws.
     """
-    tails = _tails(confidence, resamples=resamples)
     stats = _checked(stats, groups)
     value = value_of(stats.mean(axis=0), metric)
     if not _has_spread(stats, groups):
         return Interval(value, np.nan, np.nan)
     drawn = _bootstrap(stats, groups, metric.value, resamples=resamples, seed=seed)
-    low, high = np.quantile(drawn, tails)
-    return Interval(value, float(low), float(high))
+    return Interval(value, *map(float, np.quantile(drawn, _TAILS)))
 
 
 def paired_bootstrap(
-    stats_a: Array,
-    stats_b: Array,
-    groups: Sequence[str],
-    metric: Metric,
-    *,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    stats_a: Array, stats_b: Array, groups: Groups, metric: Metric, *, resamples: int = 10_000, seed: int = 0
 ) -> Paired:
     """Compare two methods on the same samples; both see the same resampled groups and trainings.
 
     p = 2 · (min(#{difference <= 0}, #{difference >= 0}) + 1) / (resamples + 1), at most 1.
-    Interval and p are NaN with fewer than two groups, or if a statistic is not finite.
 
     Args:
         stats_a, stats_b: (n, d) statistics of each method, or (S, n, d) of S trainings, paired by their seeds.
         groups, seed: as in `bootstrap_interval`.
     """
-    tails = _tails(confidence, resamples=resamples)
     if stats_a.shape != stats_b.shape:
         raise ShapeMismatch(f"Paired statistics are of one shape; found {stats_a.shape} and {stats_b.shape}.")
     joint = np.concatenate([_checked(stats_a, groups), _checked(stats_b, groups)], axis=2)
 
     def advantage(means: Array) -> Array:
-        return _advantage(*np.split(means, 2, axis=-1), metric=metric)
+        a, b = (metric.value(half) for half in np.split(means, 2, axis=-1))
+        gap = a - b if metric.greater_is_better else b - a
+        # Sums in another order differ in the last digit; without this, such a tie would count as a win.
+        # "<" and not "<=", so that an infinite gap stays one.
+        return np.where(np.abs(gap) < _ROUNDING * (np.abs(a) + np.abs(b)), 0.0, gap)
 
     with np.errstate(invalid="ignore", over="ignore"):
         difference = float(advantage(joint.mean(axis=(0, 1)))) if len(groups) else np.nan
     if not _has_spread(joint, groups):
         return Paired(difference, np.nan, np.nan, np.nan)
     drawn = _bootstrap(joint, groups, advantage, resamples=resamples, seed=seed)
-    low, high = np.quantile(drawn, tails)
+    low, high = map(float, np.quantile(drawn, _TAILS))
     rarer_side = min(np.count_nonzero(drawn <= 0), np.count_nonzero(drawn >= 0))
-    return Paired(difference, float(low), float(high), min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
+    return Paired(difference, low, high, min(1.0, 2 * (rarer_side + 1) / (resamples + 1)))
 
 
-def mcnemar(hits_a: ArrayLike, hits_b: ArrayLike) -> McNemar:
-    """Compare two methods' right and wrong answers to the same samples by McNemar's exact test.
+def mcnemar(hits_a: Array, hits_b: Array) -> float:
+    """Return the two-sided p of McNemar's exact test on two methods' hits of the same samples: 1 or 0, (n, 1) each.
 
     The test treats samples as independent. If users have several, p is too small; trust the bootstrap over users.
-
-    Args:
-        hits_a, hits_b: 1 or 0 per sample, right or wrong; (n,) or an accuracy's statistics (n, 1).
     """
-    a, b = np.ravel(np.asarray(hits_a)), np.ravel(np.asarray(hits_b))
-    if a.shape != b.shape:
-        raise ShapeMismatch(f"McNemar's test compares the same samples; found {len(a)} and {len(b)} hits.")
-    if not np.isin(np.concatenate([a, b]), (0, 1)).all():
-        raise ConfigError(
-            "McNemar's test takes hits of 0 or 1; found values between or beside them. Test one seed's answers, or "
-            "use the paired bootstrap, which takes averages too."
-        )
-    a_only, b_only = int(np.count_nonzero(a > b)), int(np.count_nonzero(b > a))
-    disagreements = a_only + b_only
-    return McNemar(a_only, b_only, float(binomtest(a_only, disagreements).pvalue) if disagreements else 1.0)
+    a_only, b_only = int((hits_a > hits_b).sum()), int((hits_b > hits_a).sum())
+    return float(binomtest(a_only, a_only + b_only).pvalue) if a_only + b_only else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number by Holm's step-down rule, in the order given.
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on; none comes out below a smaller one's, none
-    above 1. NaN, a comparison that could not be made, stays NaN and does not count.
+    NaN, a comparison that could not be made, stays NaN and does not count.
     """
     p = np.asarray(p_values, dtype=np.float64)
     valid = np.flatnonzero(~np.isnan(p))
-    if ((p[valid] < 0) | (p[valid] > 1)).any():
-        raise ConfigError(f"p-values lie between 0 and 1; found {p[valid].min():g} to {p[valid].max():g}.")
     order = valid[np.argsort(p[valid], kind="stable")]
     steps = p[order] * np.arange(len(order), 0, -1)
     p[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return [float(value) for value in p]
 
 
-def per_group_mean(stats: Array, groups: Sequence[str], metric: Metric) -> float:
-    """Return the metric of each group's own mean statistics, averaged over groups: each user counts once.
-
-    An RMSE becomes the mean of users' RMSEs. NaN without samples and for the macro-F1, which says nothing of one user.
-    """
+def per_group_mean(stats: Array, groups: Groups, metric: Metric) -> float:
+    """Average the metric of each group's own samples over groups; NaN without samples and for the macro-F1."""
     stats = _checked(stats, groups)
     if not len(groups) or not metric.averages_over_users:
         return float("nan")
@@ -171,26 +128,10 @@ def per_group_mean(stats: Array, groups: Sequence[str], metric: Metric) -> float
         return float(metric.value(sums / sizes[:, None]).mean())
 
 
-def seed_spread(values: Sequence[float]) -> float:
-    """Return the sample standard deviation of one metric over seeds; NaN for fewer than two."""
-    if len(values) < 2:
-        return float("nan")
-    with np.errstate(invalid="ignore"):
-        return float(np.std(values, ddof=1))
-
-
-def _advantage(means_a: Array, means_b: Array, *, metric: Metric) -> Array:
-    a, b = metric.value(means_a), metric.value(means_b)
-    gap = a - b if metric.greater_is_better else b - a
-    # Sums in another order differ in the last digit; without this, such a tie would count as a win.
-    # "<" and not "<=", so that an infinite gap stays one.
-    return np.where(np.abs(gap) < _ROUNDING * (np.abs(a) + np.abs(b)), 0.0, gap)
-
-
-def _bootstrap(
-    stats: Array, groups: Sequence[str], value: Callable[[Array], Array], *, resamples: int, seed: int
-) -> Array:
+def _bootstrap(stats: Array, groups: Groups, value: Callable[[Array], Array], *, resamples: int, seed: int) -> Array:
     """The value of each resample of (S, n, d) statistics: (resamples,)."""
+    if resamples < 1:
+        raise ConfigError(f"A bootstrap needs at least 1 resample; found {resamples}.")
     trainings, _, width = stats.shape
     sums, sizes = _group_sums(np.concatenate(list(stats), axis=1), groups)
     rng, parts = np.random.default_rng([seed, 1]), []
@@ -211,32 +152,21 @@ def _drawn_counts(groups: int, *, resamples: int, seed: int) -> Iterator[Array]:
         yield np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups).astype(np.float64)
 
 
-def _group_sums(stats: Array, groups: Sequence[str]) -> tuple[Array, Array]:
+def _group_sums(stats: Array, groups: Groups) -> tuple[Array, Array]:
     """Sums of statistics (G, d) and numbers of samples (G,), in the order of the groups' names."""
     names, codes = np.unique(np.asarray(groups), return_inverse=True)
     columns = [np.bincount(codes, weights=column, minlength=len(names)) for column in stats.T]
     return np.stack(columns, axis=1), np.bincount(codes, minlength=len(names)).astype(np.float64)
 
 
-def _has_spread(stats: Array, groups: Sequence[str]) -> bool:
+def _has_spread(stats: Array, groups: Groups) -> bool:
     return len(set(groups)) > 1 and bool(np.isfinite(stats).all())
 
 
-def _checked(stats: Array, groups: Sequence[str]) -> Array:
+def _checked(stats: Array, groups: Groups) -> Array:
     """The statistics as those of several trainings, (S, n, d)."""
     trainings = stats[None] if stats.ndim == 2 else stats
     if trainings.ndim != 3 or trainings.shape[1] != len(groups) or not len(trainings):
-        raise ShapeMismatch(
-            f"Expected statistics of shape ({len(groups)}, d), or (S, {len(groups)}, d) of S trainings; "
-            f"found {stats.shape}."
-        )
+        shapes = f"({len(groups)}, d), or (S, {len(groups)}, d) of S trainings"
+        raise ShapeMismatch(f"Expected statistics of shape {shapes}; found {stats.shape}.")
     return trainings
-
-
-def _tails(confidence: float, *, resamples: int) -> tuple[float, float]:
-    if not 0 < confidence < 1 or resamples < 1:
-        raise ConfigError(
-            f"A bootstrap needs a confidence between 0 and 1 and at least 1 resample; "
-            f"found {confidence} and {resamples}."
-        )
-    return (1 - confidence) / 2, (1 + confidence) / 2

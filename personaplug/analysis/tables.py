@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from personaplug.analysis.metrics import has_estimate, metric_class
-from personaplug.analysis.rendering import ABSENT, Column, Table, one_line, to_bullets
-from personaplug.analysis.results_file import Comparison, ResultPart, ResultRow, Results
+from personaplug.analysis.rendering import ABSENT, Column, Section, Table, one_line, to_markdown
+from personaplug.analysis.results_file import Comparison, ResultRow, Results
 from personaplug.analysis.trials import Diagnostics
 
 T = TypeVar("T")
@@ -20,21 +21,17 @@ T = TypeVar("T")
 
 def results_table(results: Results) -> str:
     """Return results as text: what was run, a line per row, the comparisons, the notes."""
-    facts, models = headline(results)
-    blocks = [facts, to_bullets(models)]
-    for title, table in tables(results):
-        blocks += [title and f"{title}:", table.to_markdown()]
-    if not results.rows:
-        blocks.append("No rows.")
-    blocks.append(to_bullets(notes(results)))
-    return "\n\n".join(block for block in blocks if block)
+    facts, models = head(results)
+    sections = [Section(text=facts, bullets=models)]
+    sections += [Section(text=title and f"{title}:", table=table) for title, table in tables(results)]
+    return to_markdown([*sections, Section(text="" if results.rows else "No rows.", bullets=notes(results))])
 
 
-def headline(results: Results) -> tuple[str, list[str]]:
+def head(results: Results) -> tuple[str, list[str]]:
     """Return what was run: the facts as one line, and a line for each model."""
     about, sizes = results.about, {row.n for row in results.rows}
-    evaluation = about.config.get("evaluation", {})
-    persona_scale, max_history = evaluation.get("persona_scale", 1), evaluation.get("max_eval_history", -1)
+    evaluation = {"persona_scale": 1, "max_eval_history": -1} | about.config.get("evaluation", {})
+    persona_scale, max_history = evaluation["persona_scale"], evaluation["max_eval_history"]
     facts = {
         "experiment": about.experiment,
         "variant": about.variant,
@@ -49,41 +46,36 @@ def headline(results: Results) -> tuple[str, list[str]]:
         "seeds": ", ".join(map(str, about.seeds)),
     }
     first = " · ".join(f"{name} {one_line(value)}" for name, value in facts.items() if value not in (None, ""))
-    # The models' descriptions are long: a line each.
     models = {"model": about.model, "encoder": about.encoder}
     return first, [f"{name}: {one_line(value)}" for name, value in models.items() if value]
 
 
 def tables(results: Results) -> list[tuple[str, Table]]:
     """Return the tables of results with their titles; the first, of the scores, has none."""
-    of_rows = [("", _scores(results)), ("Rates and costs", _rates_and_costs(results))] if results.rows else []
-    others = [*of_rows[1:], ("Comparisons", _comparisons(results)), *_subgroups(results)]
-    return of_rows[:1] + [(title, table) for title, table in others if table.lines and len(table.titles) > 1]
+    named = [("Rates and costs", _rates_and_costs(results)), ("Comparisons", _comparisons(results))]
+    scores = [("", _scores(results))] if results.rows else []
+    return scores + [pair for pair in [*named, *_subgroups(results)] if pair[1].lines and len(pair[1].titles) > 1]
 
 
 def notes(results: Results) -> list[str]:
     """Return what must be known to read the tables, a line each."""
-    pairs = results.comparisons
+    pairs = results.pairs
+    has_spread = any(row.seed_spread for row in results.rows)
+    has_user_averages = any(_per_user(row, users=results.about.users) for row in results.rows)
+    has_gains = any(results.is_personal_gain(pair.a, pair.b) for pair in pairs)
+    has_holm = any(pair.p_holm is not None for pair in pairs)
     explanations = {
-        "± seeds: standard deviation between trainings with different seeds.": any(
-            row.seed_spread for row in results.rows
-        ),
+        "± seeds: standard deviation between trainings with different seeds.": has_spread,
         "@median, @mean: the answer is the median of the labels' probabilities, or the label nearest to their mean; "
         "elsewhere it is the likeliest label. A row without probabilities is scored with its answers as they "
         "stand.": any(map(has_estimate, results.metric_names)),
-        "per user: the score of each user, averaged, so that each counts once; others count each sample.": any(
-            _per_user(row, users=results.about.users) for row in results.rows
-        ),
+        "per user: the score of each user, averaged, so that each counts once; others count each "
+        "sample.": has_user_averages,
         "A positive advantage: the first condition is better, whatever the metric's direction.": bool(pairs),
-        "Personal gain: what a user's own history gains over a stranger's.": any(
-            results.is_personal_gain(pair.a, pair.b) for pair in pairs
-        ),
+        "Personal gain: what a user's own history gains over a stranger's.": has_gains,
         "Holm p: corrected by Holm's rule, metric by metric, over a family of comparisons (personal gains; against "
-        "plain; against instruction-only; gains of rows without the language model; the rest); p is not.": any(
-            pair.p_holm is not None for pair in pairs
-        ),
-        f"p is not corrected for the {len(pairs)} comparisons shown.": len(pairs) > 1
-        and all(pair.p_holm is None for pair in pairs),
+        "plain; against instruction-only; gains of rows without the language model; the rest); p is not.": has_holm,
+        f"p is not corrected for the {len(pairs)} comparisons shown.": len(pairs) > 1 and not has_holm,
         "McNemar p: of several seeds the lowest and the highest; it takes samples for independent, so where users "
         "have several, p is the one to trust.": any(_mcnemar_cell(pair) for pair in pairs),
     }
@@ -100,10 +92,8 @@ def set_names(results_list: Sequence[Results]) -> list[str]:
         # A label that all namesakes share does not tell them apart.
         labels_of = Counter(name for name, _ in set(zip(names, labels, strict=True)))
         names = [f"{n} ({label})" if labels_of[n] > 1 and label else n for n, label in zip(names, labels, strict=True)]
-    return [
-        f"{name} #{names[: index + 1].count(name)}" if names.count(name) > 1 else name
-        for index, name in enumerate(names)
-    ]
+    counts = [(names.count(name), names[: index + 1].count(name)) for index, name in enumerate(names)]
+    return [f"{name} #{nth}" if count > 1 else name for name, (count, nth) in zip(names, counts, strict=True)]
 
 
 def metric_title(metric: str) -> str:
@@ -123,11 +113,9 @@ def gain_cell(pair: Comparison | None) -> str | None:
     """Return a difference with its interval and p; the p says so if it is corrected by Holm."""
     if pair is None:
         return None
-    p = _p_cell(pair.p if pair.p_holm is None else pair.p_holm)
-    if p is None:
-        return _difference(pair)
-    name = "p" if pair.p_holm is None else "Holm p"
-    return f"{_difference(pair)}, {name} {p if p.startswith('<') else f'= {p}'}"
+    name, value = ("p", pair.p) if pair.p_holm is None else ("Holm p", pair.p_holm)
+    p = _p_cell(value)
+    return _difference(pair) + (f", {name} {p if p.startswith('<') else f'= {p}'}" if p else "")
 
 
 def cost_columns(diagnostics: Sequence[Diagnostics]) -> list[Column]:
@@ -159,31 +147,29 @@ def _scores(results: Results) -> Table:
 def _rates_and_costs(results: Results) -> Table:
     rows = results.rows
     diagnostics = [row.diagnostics for row in rows]
-    return Table.from_columns(
-        [
-            ("condition", [row.name for row in rows]),
-            ("answers", [row.decoding or None for row in rows]),
-            ("invalid", [_cell(row.invalid_rate, _share) for row in rows]),
-            ("truncated", [_cell(d.truncated_rate, _share) for d in diagnostics]),
-            ("unfinished", [_cell(d.unfinished_rate, _share) for d in diagnostics]),
-            ("no history", [_cell(d.lost_history_rate, _share) for d in diagnostics]),
-            ("cut items", [_cell(d.cut_items_rate, _share) for d in diagnostics]),
-            ("prompt tokens", [_cell(d.prompt_tokens_mean, _amount) for d in diagnostics]),
-            *cost_columns(diagnostics),
-            ("seconds", [_cell(d.seconds, _amount) for d in diagnostics]),
-        ]
-    )
+    columns: list[Column] = [
+        ("condition", [row.name for row in rows]),
+        ("answers", [row.decoding or None for row in rows]),
+        ("invalid", [_cell(row.invalid_rate, _share) for row in rows]),
+        ("truncated", [_cell(d.truncated_rate, _share) for d in diagnostics]),
+        ("unfinished", [_cell(d.unfinished_rate, _share) for d in diagnostics]),
+        ("no history", [_cell(d.lost_history_rate, _share) for d in diagnostics]),
+        ("cut items", [_cell(d.cut_items_rate, _share) for d in diagnostics]),
+        ("prompt tokens", [_cell(d.prompt_tokens_mean, _amount) for d in diagnostics]),
+        *cost_columns(diagnostics),
+        ("seconds", [_cell(d.seconds, _amount) for d in diagnostics]),
+    ]
+    return Table.from_columns(columns)
 
 
 def _comparisons(results: Results) -> Table:
-    """Show one line per pair of rows, the personal gains first."""
     lines: dict[tuple[str, str], dict[str, Comparison]] = {}
-    for pair in results.comparisons:
+    for pair in results.pairs:
         lines.setdefault((pair.a, pair.b), {})[pair.metric] = pair
     ordered = sorted(lines, key=lambda names: not results.is_personal_gain(*names))
     titles = [f"{a} against {b}{' (personal gain)' if results.is_personal_gain(a, b) else ''}" for a, b in ordered]
     columns: list[Column] = [("comparison", titles)]
-    for metric in dict.fromkeys(pair.metric for pair in results.comparisons):
+    for metric in dict.fromkeys(pair.metric for pair in results.pairs):
         pairs = [lines[names].get(metric) for names in ordered]
         columns += [
             (f"{metric_title(metric)} advantage", [_cell(pair, _difference) for pair in pairs]),
@@ -195,28 +181,22 @@ def _comparisons(results: Results) -> Table:
 
 
 def _subgroups(results: Results) -> list[tuple[str, Table]]:
-    """Show the leading metric and the personal gains, a column per subgroup of the samples."""
+    """The leading metric and the personal gains, a column per subgroup."""
     subgroups, metric = results.subgroups, results.leading_metric
     if not subgroups or not metric:
         return []
     names = list(dict.fromkeys(row.name for subgroup in subgroups for row in subgroup.rows))
-    titles = [subgroup.name + _size(subgroup) for subgroup in subgroups]
+    sizes = [{row.n for row in subgroup.rows} - {None} for subgroup in subgroups]
+    titles = [f"{s.name} (n = {n.pop()})" if len(n) == 1 else s.name for s, n in zip(subgroups, sizes, strict=True)]
     scores = [[score_cell(subgroup.by_name.get(name), metric) for name in names] for subgroup in subgroups]
     gains = [[gain_cell(subgroup.personal_gains(metric).get(name)) for name in names] for subgroup in subgroups]
     # Every subgroup keeps its column of gains, so that a curve without a gain at one point shows the gap.
     lines = tuple(zip(names, *gains, strict=True))
+    score_table = Table.from_columns([("condition", names), *zip(titles, scores, strict=True)])
     return [
-        (
-            f"{metric_title(metric)} by subgroup",
-            Table.from_columns([("condition", names), *zip(titles, scores, strict=True)]),
-        ),
+        (f"{metric_title(metric)} by subgroup", score_table),
         (f"Personal gain in {metric} by subgroup", Table(("method", *titles), lines).without_empty_lines()),
     ]
-
-
-def _size(part: ResultPart) -> str:
-    sizes = {row.n for row in part.rows} - {None}
-    return f" (n = {sizes.pop()})" if len(sizes) == 1 else ""
 
 
 def _per_user(row: ResultRow, *, users: int | None) -> dict[str, float]:
@@ -239,7 +219,6 @@ def _p_cell(p: float | None) -> str | None:
 
 
 def _mcnemar_cell(pair: Comparison) -> str | None:
-    """The p-values of the seeds, from the lowest to the highest."""
     p_values = sorted(p for p in pair.mcnemar_p if math.isfinite(p))
     ends = [_p_cell(p) or "" for p in p_values[:1] + p_values[-1:]]
     return " to ".join(dict.fromkeys(ends)) or None
@@ -256,12 +235,7 @@ def _number(value: float, form: str = ".3f") -> str:
     return format(value, form if abs(value) < 1e6 else ".3g")
 
 
-def _amount(value: float) -> str:
-    return _number(value, ",.1f")
-
-
-def _share(value: float) -> str:
-    return _number(value, ".1%")
+_amount, _share = partial(_number, form=",.1f"), partial(_number, form=".1%")
 
 
 def _bytes(value: float) -> str:

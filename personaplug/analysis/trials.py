@@ -1,7 +1,7 @@
 """Trials: one method with one seed, scored sample by sample. Intervals and tests are computed from them.
 
-A trial file is JSON lines: first the samples (`EvalSamples`), then a trial a line, appended as they finish. It holds
-numbers and no texts, so it can be published beside its results.
+A trial file is JSON lines: first the samples (`EvalSamples`), then a trial a line. It holds numbers and no texts, so it
+can be published beside its results.
 """
 
 from __future__ import annotations
@@ -29,15 +29,11 @@ _MAX_DENSE_COLUMNS = 3  # statistics with more columns are one-hots and written 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What was evaluated, on which data and with which models: the head of a results file.
-
-    `set` is the data folder's name, `users` how many the samples belong to. `seeds` and `made_with` are of the trials,
-    filled when they become results. `extra` holds further facts of a file.
-    """
+    """What was evaluated, on which data and with which models: the head of a results file."""
 
     experiment: str = ""
     title: str = ""
-    set: str = ""
+    set: str = ""  # the data folder's name
     variant: str = ""
     task: str = ""
     split: str = ""
@@ -48,100 +44,73 @@ class Provenance:
     machine: dict[str, object] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     training: list[dict[str, object]] = field(default_factory=list)
-    users: int | None = None
+    users: int | None = None  # how many the samples belong to
     data: dict[str, object] = field(default_factory=dict)
     dtype: str = ""
-    made_with: list[str] = field(default_factory=list)
+    made_with: list[str] = field(default_factory=list)  # of the trials, as the seeds; filled when they become results
     seeds: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    extra: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """Return the facts that are known."""
-        return to_record(self, optional=[column.name for column in fields(self)])
+        values = asdict(self)
+        return without_empty(values, list(values))
 
     @classmethod
     def from_json(cls, record: Mapping[str, object]) -> Provenance:
         """Reverse `to_json`."""
-        known, extra = split_fields(cls, record)
-        return cls(**known, extra=extra)
+        return cls(**known_fields(cls, record))
 
 
 @dataclass(frozen=True)
 class EvalSamples:
-    """The samples that a file's trials score.
+    """The samples that a file's trials score."""
 
-    Attributes:
-        groups: (n,) the samples' users, see `number_users`.
-        history_items: (n,) sizes of the samples' own histories.
-        key: hash of the data and of what was drawn from it.
-    """
-
-    groups: list[int]
-    history_items: list[int]
+    groups: list[int]  # (n,) their users by number
+    history_items: list[int]  # (n,) sizes of their own histories
     about: Provenance
-    key: str = ""
+    key: str = ""  # hash of the data and of what was drawn from it
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What is measured beside the scores; None if unknown.
+    """What is measured beside the scores; None if unknown."""
 
-    Attributes:
-        truncated_rate: prompts whose end was cut.
-        unfinished_rate: predictions that were cut.
-        lost_history_rate: samples with a history of which the row should show something and shows nothing.
-        cut_items_rate: share of the items meant for the prompt that were shortened or left out.
-        prompt_tokens_mean: soft tokens counted.
-        seconds, peak_memory_bytes: of predicting.
-        fit_seconds: of what is fitted while the table is filled.
-        extra_prompt_tokens: prompt tokens beyond those of the bare question.
-        bytes_per_user, seconds_per_user: mean cost of keeping and of adding a user.
-    """
-
-    truncated_rate: float | None = None
-    unfinished_rate: float | None = None
-    lost_history_rate: float | None = None
-    cut_items_rate: float | None = None
-    prompt_tokens_mean: float | None = None
-    seconds: float | None = None
+    truncated_rate: float | None = None  # share of the prompts whose end was cut
+    unfinished_rate: float | None = None  # share of the predictions that were cut
+    lost_history_rate: float | None = None  # share of the samples with a history that the row should show and does not
+    cut_items_rate: float | None = None  # share of the items meant for the prompt that were shortened or left out
+    prompt_tokens_mean: float | None = None  # with soft tokens
+    seconds: float | None = None  # of predicting, as the peak memory
     peak_memory_bytes: int | None = None
-    fit_seconds: float | None = None
-    extra_prompt_tokens: float | None = None
-    bytes_per_user: float | None = None
-    seconds_per_user: float | None = None
+    fit_seconds: float | None = None  # of what is fitted while the table is filled
+    extra_prompt_tokens: float | None = None  # beyond those of the bare question
+    bytes_per_user: float | None = None  # mean cost of keeping a user
+    seconds_per_user: float | None = None  # mean cost of adding a user
 
     @classmethod
     def mean_of(cls, several: Sequence[Diagnostics]) -> Diagnostics:
         """Average each value over those that know it; of peak memory the maximum."""
         means: dict[str, Any] = {}
-        for name in (column.name for column in fields(cls)):
-            values = [value for each in several if (value := getattr(each, name)) is not None]
+        for column in fields(cls):
+            values = [value for each in several if (value := getattr(each, column.name)) is not None]
             if values:
-                means[name] = max(values) if name == "peak_memory_bytes" else float(np.mean(values))
+                means[column.name] = max(values) if column.name == "peak_memory_bytes" else float(np.mean(values))
         return cls(**means)
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One method with one seed.
-
-    Attributes:
-        statistics: per metric, (n, d); a metric is a function of their means.
-        invalid_rate: share of the predictions that are none of the task's answers.
-        decoding: "scored" over the labels, "generated", or "computed" without a language model.
-        key: hash of everything that affects the scores.
-        made_with: versions and machine, in words.
-    """
+    """One method with one seed."""
 
     method: MethodInfo
     seed: int
-    statistics: dict[str, Array]
-    invalid_rate: float
-    decoding: str = ""
+    statistics: dict[str, Array]  # per metric, (n, d); a metric is a function of their means
+    invalid_rate: float  # share of the predictions that are none of the task's answers
+    decoding: str = ""  # "scored" over the labels, "generated", or "computed" without a language model
     diagnostics: Diagnostics = field(default_factory=Diagnostics)
-    key: str = ""
-    made_with: str = ""
+    key: str = ""  # hash of everything that affects the scores
+    made_with: str = ""  # versions and machine, in words
 
     def to_json(self) -> dict[str, object]:
         """Return the trial as a line of its file."""
@@ -150,10 +119,12 @@ class Trial:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Trial:
         """Reverse `to_json`; raise KeyError or TypeError if the record is no trial."""
-        method = MethodInfo(**record["method"] | {"parents": tuple(record["method"]["parents"])})
-        statistics = {name: _unpacked(packed) for name, packed in record["statistics"].items()}
-        diagnostics = Diagnostics(**record["diagnostics"])
-        return cls(**{**record, "method": method, "statistics": statistics, "diagnostics": diagnostics})
+        parsed = {
+            "method": MethodInfo.from_json(record["method"]),
+            "statistics": {name: _unpacked(packed) for name, packed in record["statistics"].items()},
+            "diagnostics": Diagnostics(**record["diagnostics"]),
+        }
+        return cls(**{**record, **parsed})
 
 
 class TrialFile:
@@ -163,11 +134,7 @@ class TrialFile:
         self.lines = JsonLines(path)
 
     def load(self) -> tuple[EvalSamples | None, list[Trial]]:
-        """Return the samples and the latest trial of each method and seed; (None, []) without a file.
-
-        Raises:
-            RecordError: if a line is no trial, or the first line no samples.
-        """
+        """Return the samples and the latest trial of each method and seed; (None, []) without a file."""
         samples, trials = None, {}
         for number, record in enumerate(self.lines, start=1):
             try:
@@ -182,9 +149,8 @@ class TrialFile:
         return samples, list(trials.values())
 
     def switch_to(self, key: str) -> None:
-        """Set a file of other samples aside under a name of its own, and bring back one of the samples of the key."""
-        samples, _ = self.load()
-        path = self.lines.path
+        """Rename a file of other samples, and bring back an earlier file of the samples of the key."""
+        path, (samples, _) = self.lines.path, self.load()
         if samples is not None and samples.key != key:
             aside = path.with_suffix(f".{samples.key[:8]}.jsonl")
             logger.warning("%s: trials of other samples are set aside as %s", path, aside.name)
@@ -208,19 +174,14 @@ def number_users(owners: Sequence[str]) -> list[int]:
     return [numbers.setdefault(owner, len(numbers)) for owner in owners]
 
 
-def to_record(item: DataclassInstance, *, optional: Sequence[str]) -> dict[str, object]:
-    """Return a dataclass as a JSON object, without the optional fields that are empty, with its `extra` fields."""
-    values = asdict(item)
-    extra: dict[str, object] = values.pop("extra")
-    empty: list[object] = [None, "", [], {}]
-    return {name: value for name, value in values.items() if name not in optional or value not in empty} | extra
+def without_empty(values: Mapping[str, Any], optional: Sequence[str]) -> dict[str, Any]:
+    """Leave out the optional fields that say nothing."""
+    return {name: value for name, value in values.items() if name not in optional or value not in (None, "", [], {})}
 
 
-def split_fields(cls: type[DataclassInstance], record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part a JSON object into the fields of a dataclass, without those that are null, and the rest."""
-    names = {column.name for column in fields(cls)} - {"extra"}
-    known = {name: value for name, value in record.items() if name in names and value is not None}
-    return known, {name: value for name, value in record.items() if name not in names}
+def known_fields(cls: type[DataclassInstance], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a JSON object that are fields of a dataclass and not null."""
+    return {column.name: value for column in fields(cls) if (value := record.get(column.name)) is not None}
 
 
 def _packed(stats: Array) -> object:
@@ -238,7 +199,7 @@ def _unpacked(packed: Any) -> Array:
 
 
 def _shortened(value: float) -> float | int | str:
-    """Keep nine digits; JSON has no infinity or NaN, so those become words."""
+    """Keep nine digits; write infinity and NaN, which JSON lacks, as words."""
     if not np.isfinite(value):
         return str(value)
     return int(value) if value == int(value) and abs(value) < 2**53 else float(f"{value:.9g}")

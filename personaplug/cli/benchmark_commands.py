@@ -6,23 +6,21 @@ from pathlib import Path
 
 import click
 
-from personaplug.cli.options import FOLDER, methods_option, skip_bad_option, tell_read, with_settings
+from personaplug.cli.options import FILE, FOLDER, methods_option, skip_bad_option, tell_read, with_settings
 from personaplug.config_parsing import load_config
 from personaplug.errors import ConfigError, MissingData
 
 
 @click.command()
 @click.argument("name")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder that holds the sets' folders.")
+@click.option("--data", required=True, type=FILE, help="Folder that holds the sets' folders.")
 @click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Gets the runs.")
 @click.option("--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True)
 @click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
 @click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
 @click.option("--seeds", default="", help="Only these seeds, comma-separated.")
 @methods_option("", "Only these rows, comma-separated.")
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), help="YAML of settings for every table of it."
-)
+@click.option("--config", "config_file", type=FILE, help="YAML of settings for every table of it.")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 def bench(
     name: str,
@@ -38,28 +36,25 @@ def bench(
 ) -> None:
     """Run an experiment, NAME or a YAML file: sets × rows × seeds. Finished trials are never run again.
 
-    Trials are saved as they come and results written set by set, under --results; `personaplug report` makes tables and
-    figures of them.
+    Results are written set by set, under --results; `personaplug report` makes tables and figures of them.
     """
     from personaplug.evaluation.benchmark import Folders, run_benchmark
     from personaplug.evaluation.experiment import find_experiment, load_experiment
 
-    experiment = load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings)
+    numbers = _words(seeds)
+    if not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise ConfigError(f"--seeds takes whole numbers, comma-separated; found {seeds!r}.")
     outcome = run_benchmark(
-        experiment,
+        load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings),
         Folders(data, out, results),
         sets=_words(sets),
-        seeds=_whole_numbers(seeds, "--seeds"),
+        seeds=[int(number) for number in numbers],
         methods=_words(methods),
     )
-    for path in outcome.written:
-        click.echo(str(path))
-    for reason in outcome.absent:
-        click.echo(f"not run: {reason}", err=True)
-    for reason in outcome.left_out:
-        click.echo(f"left out: {reason}", err=True)
-    for reason in outcome.failed:
-        click.echo(f"failed: {reason}", err=True)
+    click.echo("".join(f"{path}\n" for path in outcome.written), nl=False)
+    for fate, reasons in (("not run", outcome.absent), ("left out", outcome.left_out), ("failed", outcome.failed)):
+        for reason in reasons:
+            click.echo(f"{fate}: {reason}", err=True)
     if outcome.absent and not outcome.written:
         raise MissingData("Nothing of this experiment could be run here.")
     if outcome.failed:
@@ -70,22 +65,13 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _whole_numbers(text: str, option: str) -> list[int]:
-    words = _words(text)
-    if not all(word.isascii() and word.isdecimal() for word in words):
-        raise ConfigError(f"{option} takes whole numbers, comma-separated; found {text!r}.")
-    return [int(word) for word in words]
-
-
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--out", required=True, type=FOLDER, help="Gets report.md, report.html and figures.")
 @click.option("--title", default="Results", show_default=True)
 @click.option("--figures/--no-figures", default=True, show_default=True, help="Figures need matplotlib.")
-@click.option("--into", type=click.Path(path_type=Path), help="Put the overview into this Markdown file too …")
-@click.option(
-    "--mark", default="results", show_default=True, help="… between <!-- begin MARK --> and <!-- end MARK -->."
-)
+@click.option("--into", type=FILE, help="Put the overview into this Markdown file too …")
+@click.option("--mark", default="results", show_default=True, help="… from <!-- begin MARK --> to <!-- end MARK -->.")
 def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: Path | None, mark: str) -> None:
     """Turn results FILES (JSON) into Markdown, HTML and PNG figures."""
     from personaplug.analysis.report import insert_between, overview_markdown, write_report
@@ -99,11 +85,9 @@ def report(files: tuple[Path, ...], out: Path, title: str, figures: bool, into: 
 
 
 @click.command()
-@click.option("--gold", required=True, type=click.Path(path_type=Path), help="The right answers, in LaMP's format.")
-@click.option(
-    "--predictions", required=True, type=click.Path(path_type=Path), help="What to score, in the same format."
-)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results object here too.")
+@click.option("--gold", required=True, type=FILE, help="The right answers, in LaMP's format.")
+@click.option("--predictions", required=True, type=FILE, help="What to score, in the same format.")
+@click.option("--json", "json_file", type=FILE, help="Write the results object here too.")
 @with_settings("evaluation")
 def score(
     gold: Path, predictions: Path, json_file: Path | None, config_file: Path | None, settings: tuple[str, ...]
@@ -114,16 +98,14 @@ def score(
     from personaplug.infra.atomic_io import write_json
 
     config = load_config(config_file, overrides=settings).evaluation
-    results = score_lamp(
-        gold, predictions, fallback=config.unparsable_rating, resamples=config.resamples, seed=config.draw_seed
-    )
+    results = score_lamp(gold, predictions, resamples=config.resamples, seed=config.draw_seed)
     if json_file is not None:
         write_json(json_file, results.to_json())
     click.echo(results_table(results))
 
 
 @click.command("split")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of a data set.")
+@click.option("--data", required=True, type=FILE, help="Folder of a data set.")
 @click.option("--out", required=True, type=FOLDER, help="Folder for a data set made of its training split.")
 @click.option("--share", default=0.2, show_default=True, help="Share of the users for dev.")
 @click.option("--seed", default=0, show_default=True, help="Determines which users are drawn.")
@@ -146,24 +128,21 @@ def lamp() -> None:
 
 @lamp.command()
 @click.argument("name")
-@click.option(
-    "--out", required=True, type=FOLDER, help="Folder for the files; existing files are checked, not downloaded again."
-)
+@click.option("--out", required=True, type=FOLDER, help="Folder for the files; existing ones are only checked.")
 @click.option("--source", help="Another address, or a local folder.  [default: the benchmark's own site]")
 @click.option("--split", "splits", multiple=True, default=("train", "dev", "test"), show_default=True)
 def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) -> None:
     """Download a task's official files: lamp-1 … lamp-7 (not 6), lamp-2-news; with :time for the time split."""
     from personaplug.data.lamp_download import BASE_URL, download_lamp
 
-    local = Path(source) if source is not None and "://" not in source else None
-    address = source if source is not None and local is None else BASE_URL
-    for path in download_lamp(name, out, splits=splits, base_url=address, source=local):
+    address, folder = (source, None) if source is None or "://" in source else (None, Path(source))
+    for path in download_lamp(name, out, splits=splits, base_url=address or BASE_URL, source=folder):
         click.echo(str(path))
 
 
 @click.command()
 @click.argument("benchmark")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=FILE)
 @click.option("--split", default="dev", show_default=True)
 @click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
 @skip_bad_option

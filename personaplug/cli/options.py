@@ -22,6 +22,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 logger = logging.getLogger(__name__)
 
+FILE, FOLDER = click.Path(path_type=Path), click.Path(file_okay=False, path_type=Path)
 _SETTINGS_HELP = "Settings are given as key=value words (learning_rate=3e-4) or in a YAML file; the words win."
 
 
@@ -30,20 +31,16 @@ def with_settings(*sections: str) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         command.__doc__ = "\n\n".join([(command.__doc__ or "").strip(), _SETTINGS_HELP, "\b\n" + describe(sections)])
-        command = click.option(
-            "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings."
-        )(command)
+        command = click.option("--config", "config_file", type=FILE, help="YAML file of settings.")(command)
         return click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
 
     return decorate
 
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
-
 data_option = click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Folder with {train,dev,test}_{questions,outputs}.json[.gz], and a task.json for other tasks than LaMP's.",
 )
 task_option = click.option("--task", help="Task, where the folder does not say it: LaMP_1 … LaMP_7.")
@@ -52,20 +49,16 @@ skip_bad_option = click.option(
     default=0,
     show_default=True,
     metavar="N",
-    help="Pass over at most N broken records; the number is printed.",
+    help="Pass over at most N broken records; prints the number.",
+)
+vectors_option = click.option(
+    "--vectors", type=FILE, help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]"
 )
 
 
 def methods_option(default: str | None, help: str) -> Callable[[Command], Command]:
     """Give a command the option that names rows of a table."""
     return click.option("--methods", "--conditions", "methods", default=default, show_default=bool(default), help=help)
-
-
-vectors_option = click.option(
-    "--vectors",
-    type=click.Path(path_type=Path),
-    help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]",
-)
 
 
 def device_of(config: Config) -> str:
@@ -75,27 +68,18 @@ def device_of(config: Config) -> str:
 
 
 def show(config: Config, *sections: str) -> None:
-    """Say with which settings, as resolved, a command runs."""
-    shown, section = [], ""
-    for line in to_yaml(config).splitlines():
-        section = line.rstrip(":") if not line.startswith((" ", "-")) else section
-        if section in sections:
-            shown.append(line)
-    logger.info("%s\n", "\n".join(shown))
+    """Log some sections of a command's settings, as resolved."""
+    logger.info("%s", to_yaml(config, *sections))
 
 
 def check_same_task(data: Path, task: Task) -> None:
-    """Refuse a folder whose answers are of another kind than a task's; say so where only the name is another.
-
-    Raises:
-        ConfigError: if the folder declares another kind of task, or other labels.
-    """
+    """Refuse a folder whose answers are of another kind than a task's; warn if only the name is another."""
     from personaplug.data import load_task
 
     try:
         declared = load_task(data)
     except UserError:
-        return  # it says nothing of its task
+        return  # the folder declares no task
     if (declared.kind, declared.labels) != (task.kind, task.labels):
         raise ConfigError(
             f"{data} holds {declared.name}, whose answers are of another kind than those of {task.name}, which the run "

@@ -108,7 +108,7 @@ def settings_of(task: Task, config: EvaluationConfig) -> Settings:
     is_scored_rating = task.kind == "rating" and bool(task.labels) and config.decoding != "generate"
     estimates = ERROR_MATCHED_ESTIMATES if is_scored_rating else ()
     names = dict.fromkeys([*task.metrics, *estimates, NegativeLogLikelihood.name])
-    metrics = [get_metric(name, labels=task.labels, fallback=config.unparsable_rating) for name in names]
+    metrics = [get_metric(name, labels=task.labels) for name in names]
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
 

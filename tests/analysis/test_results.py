@@ -62,6 +62,19 @@ def test_rows_average_over_seeds_and_keep_their_spread() -> None:
     assert rows["plug"].per_user["accuracy"] == pytest.approx((1 + 1 + (1 / 3 + 2 / 3) / 2 + 1 + 1) / 5)
 
 
+def test_spread_of_seeds_divides_by_one_less_and_is_nan_of_an_infinite_score() -> None:
+    mae = get_metric("mae", labels=("1", "2"))
+
+    def spread(*errors: float) -> float:
+        trials = [trial("plug", seed, {"mae": np.full((8, 1), error)}) for seed, error in enumerate(errors)]
+        rows = build_results(SAMPLES, trials, settings=replace(SETTINGS, metrics=[mae])).rows
+        return rows[0].seed_spread["mae"]
+
+    assert spread(1.0, 2.0, 6.0) == pytest.approx(np.sqrt((4 + 1 + 9) / 2))
+    assert spread(0.5, 0.5) == 0
+    assert np.isnan(spread(0.5, np.inf))
+
+
 def test_notes_name_the_rows_whose_trainings_are_few() -> None:
     def notes(*trials: Trial) -> list[str]:
         return build_results(SAMPLES, trials, settings=SETTINGS).about.notes

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from personaplug.analysis.results_file import Comparison, Results, Subgroup, load_results
+from personaplug.analysis.results_file import Results, Subgroup, load_results
 from personaplug.analysis.trials import Diagnostics
 from personaplug.errors import MissingData, RecordError
 from personaplug.infra.atomic_io import write_json
@@ -40,14 +40,12 @@ def test_published_file_survives_a_round_trip(path: Path, tmp_path: Path) -> Non
     assert {key: again[key] for key in known} == known
 
 
-def test_unknown_fields_survive_a_round_trip_everywhere() -> None:
-    subgroup = {"name": "short", "samples": 2, "rows": [row(mine=1)], "pairs": [pair(mine=2)], "mine": 3}
-    record = {"task": "T", "rows": [row(mine=[4])], "pairs": [pair(mine={"a": 5})], "slices": [subgroup], "mine": "6"}
-    again: Any = Results.from_json(record).to_json()
-    assert again["mine"] == "6"
-    assert (again["rows"][0]["mine"], again["pairs"][0]["mine"]) == ([4], {"a": 5})
-    part = again["slices"][0]
-    assert (part["mine"], part["rows"][0]["mine"], part["pairs"][0]["mine"]) == (3, 1, 2)
+def test_unknown_fields_are_ignored_everywhere() -> None:
+    def record(**mine: Any) -> dict[str, Any]:
+        part = {"rows": [row(**mine)], "pairs": [pair(**mine)], **mine}
+        return part | {"task": "T", "slices": [{"name": "short", "samples": 2} | part]}
+
+    assert Results.from_json(record(mine=1)) == Results.from_json(record())
 
 
 def test_row_holds_its_methods_facts_and_its_diagnostics() -> None:
@@ -83,12 +81,6 @@ def test_null_is_read_as_nan_and_nan_written_as_null(tmp_path: Path) -> None:
     again = json.loads((tmp_path / "a.json").read_text())
     assert again["rows"][0]["intervals"] == {"mae": [None, None]}
     assert again["pairs"][0]["p"] is None
-
-
-def test_reversed_comparison_is_the_other_methods_advantage() -> None:
-    comparison = Comparison("a", "b", "mae", 0.5, low=-0.1, high=0.75, p=0.2)
-    assert comparison.reversed() == Comparison("b", "a", "mae", -0.5, low=-0.75, high=0.1, p=0.2)
-    assert comparison.reversed().reversed() == comparison
 
 
 def test_subgroup_without_rows_is_read() -> None:

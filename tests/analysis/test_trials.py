@@ -13,7 +13,7 @@ from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.trials import Diagnostics, EvalSamples, Provenance, Trial, TrialFile, number_users
 from personaplug.errors import RecordError
 
-ABOUT = Provenance(task="T", notes=["a"], extra={"mine": [1]})
+ABOUT = Provenance(task="T", notes=["a"])
 SAMPLES = EvalSamples(groups=[0, 0, 1], history_items=[3, 4, 5], about=ABOUT, key="first")
 
 

@@ -198,9 +198,6 @@ class TrainingConfig:
     )
     validation_limit: int = Field(default=256, description="most samples of the held-out users that are scored", ge=1)
     eval_steps: int = Field(default=0, description="steps between validations; 0 = four times an epoch", ge=0)
-    early_stopping_patience: int = Field(
-        default=0, description="stop after this many validations without a better loss; 0 = never", ge=0
-    )
     save_steps: int = Field(default=25, description="steps between checkpoints that a stopped run resumes from", ge=1)
     tensorboard: bool = Field(
         default=False, description="write TensorBoard events beside the JSON lines (needs the extra `tensorboard`)"
@@ -221,11 +218,6 @@ class RetrievalConfig:
         default=8, description="items for each query whose use to the model trains the retriever (ROPG-KD)", ge=2
     )
     retriever_samples: int = Field(default=0, description="training samples of the trained retriever; 0 = all", ge=0)
-    retriever_temperature: float = Field(
-        default=0.1,
-        description="divides the trained retriever's cosines before they are compared with likelihoods",
-        gt=0,
-    )
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -35,6 +35,7 @@ from personaplug.llm.base import LanguageModel, PromptBatch
 
 _WEIGHTS = "retriever.safetensors"
 _BATCH_SIZE = 8  # prompts that the model scores at once
+_TEMPERATURE = 0.1  # of the ranking that is compared with the likelihoods
 _CANDIDATES = 8  # sets the draws of candidates apart from others with the same seed
 
 
@@ -136,7 +137,7 @@ class RopgTeacher:
 class RopgObjective:
     """KL divergence of the retriever's ranking from the model's, over each sample's candidates.
 
-    Σ_i t_i · (log t_i − log r_i), t = softmax of the log-likelihoods, r = softmax(cos(query, item) / temperature)
+    Σ_i t_i · (log t_i − log r_i), t = softmax of the log-likelihoods, r = softmax(cos(query, item) / 0.1)
 
     The samples are those of the targets, with all their items; augmentation drops items later.
     """
@@ -152,11 +153,10 @@ class RopgObjective:
         samples: Sequence[EncodedSample],
         encoder: Encoder,
         table: EmbeddingStore,
-        temperature: float,
     ) -> None:
         self.module: nn.Module = retriever
         self.device = torch.device("cpu")
-        self.targets, self.table, self.temperature = targets, table, temperature
+        self.targets, self.table = targets, table
         self.rows = {sample.id: sample.rows[targets[sample.id].candidates] for sample in samples}
         vectors = encoder.query_encoder().encode([sample.query for sample in samples])
         self.queries = {sample.id: vector for sample, vector in zip(samples, vectors, strict=True)}
@@ -181,5 +181,5 @@ class RopgObjective:
     def _divergence(self, query: Tensor, sample_id: str) -> Tensor:
         items = torch.from_numpy(self.table.gather(self.rows[sample_id]).astype(np.float32))
         log_targets = torch.tensor(self.targets[sample_id].log_likelihoods).log_softmax(dim=0)
-        log_ranking = (items @ query / self.temperature).log_softmax(dim=0)
+        log_ranking = (items @ query / _TEMPERATURE).log_softmax(dim=0)
         return (log_targets.exp() * (log_targets - log_ranking)).sum()

@@ -28,7 +28,6 @@ class TrainingState:
     step: int = 0  # optimizer steps done
     best_step: int = 0  # of the lowest validation loss; 0 before the first validation
     best_loss: float = float("inf")  # that loss, per token
-    evals_since_best: int = 0
     seconds: float = 0.0  # over all resumptions
     samples: int = 0  # augmented samples trained on
 

@@ -333,7 +333,6 @@ class RopgPart(TrainedPart):
             samples=samples,
             encoder=models.encoder,
             table=trainings.embeddings,
-            temperature=settings.retriever_temperature,
         )
         facts = trainings.fit(self, objective, samples, seed=seed)
         on_main(lambda: retriever.save(folder))

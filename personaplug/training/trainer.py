@@ -128,7 +128,7 @@ class _Trainer:
         with self._timed(), synchronized():
             self.objective.prepare(self.samples)
         with log, Progress(self.title, total=self.total_steps, start=self.state.step, unit="steps") as progress:
-            while self.state.step < self.total_steps and not self._is_out_of_patience():
+            while self.state.step < self.total_steps:
                 self._train_step(log, progress)
                 on_step()
                 self._validate_and_save(log)
@@ -205,10 +205,8 @@ class _Trainer:
 
     def _update_best(self, loss: float) -> None:
         if loss < self.state.best_loss:
-            self.state.best_step, self.state.best_loss, self.state.evals_since_best = self.state.step, loss, 0
+            self.state.best_step, self.state.best_loss = self.state.step, loss
             on_main(lambda: save_best(self.folder, self.state.step, module=self.module))
-        else:
-            self.state.evals_since_best += 1
         if not self.state.best_step:
             error = TrainingDiverged(f"{self.title}: the validation loss is {loss} in step {self.state.step}.")
             raise mark_shared(error)
@@ -245,9 +243,6 @@ class _Trainer:
         if self.state.step < warmup_steps:
             return (self.state.step + 1) / warmup_steps
         return (self.total_steps - self.state.step) / max(1, self.total_steps - warmup_steps)
-
-    def _is_out_of_patience(self) -> bool:
-        return 0 < self.config.early_stopping_patience <= self.state.evals_since_best
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -90,7 +90,7 @@ def _objective(
     encoded = encode_samples(samples, table)
     retriever = RopgRetriever(encoder.width)
     return (
-        RopgObjective(retriever, targets, samples=encoded, encoder=encoder, table=table, temperature=0.1),
+        RopgObjective(retriever, targets, samples=encoded, encoder=encoder, table=table),
         encoded,
     )
 

@@ -142,14 +142,6 @@ def test_instruction_tokens_start_as_tokens_of_answers(tmp_path: Path, data: Pat
     assert not torch.equal(plug.instruction, other.instruction)
 
 
-def test_early_stopping_waits_for_its_patience(tmp_path: Path, data: Path) -> None:
-    run = _train(
-        tmp_path / "run", data, "controls=false", "learning_rate=1.0", "epochs=50", "early_stopping_patience=2"
-    )
-    facts = json.loads((run.plug_folder("plug", seed=0) / "fit.json").read_text())
-    assert facts["steps"] == facts["best_step"] + 2 * 5
-
-
 @pytest.mark.parametrize("plug", [PAPERS, ()], ids=["paper", "default"])
 def test_train_changes_nothing_but_the_plug(tmp_path: Path, data: Path, plug: tuple[str, ...]) -> None:
     run, models = _run(tmp_path / "run", data, *plug, "controls=false", "epochs=1")

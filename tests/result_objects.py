@@ -24,12 +24,12 @@ def with_methods(part: Mapping[str, Any]) -> dict[str, Any]:
     """Add to each row what the evaluator writes of its method."""
 
     def described(row: Mapping[str, Any]) -> dict[str, Any]:
-        facts = asdict(method_of(row["condition"])) if "condition" in row else {}
+        facts = asdict(method_of(row["method"])) if "method" in row else {}
         return {name: fact for name, fact in facts.items() if name != "name"} | dict(row)
 
     added: dict[str, Any] = {"rows": [described(row) for row in part["rows"]]} if "rows" in part else {}
-    if isinstance(part.get("slices"), list):
-        added["slices"] = [with_methods(subgroup) for subgroup in part["slices"]]
+    if isinstance(part.get("subgroups"), list):
+        added["subgroups"] = [with_methods(subgroup) for subgroup in part["subgroups"]]
     return {**part, **added}
 
 

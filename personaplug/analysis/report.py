@@ -119,7 +119,7 @@ def _overview(results_list: Sequence[Results]) -> Iterator[Section]:
             yield Section(title, text=text, table=gains)
     names = [name for name, method in methods.items() if not method.is_control]  # a control costs what its method does
     costs = [Diagnostics.mean_of([r.by_name[n].diagnostics for r in results_list if n in r.by_name]) for n in names]
-    table = Table.from_columns([("condition", names), *cost_columns(costs)])
+    table = Table.from_columns([("method", names), *cost_columns(costs)])
     if len(table.titles) > 1:
         scope = ", mean over the sets" if len(results_list) > 1 else ""
         yield Section("Costs", text=f"Beyond the plain model{scope}.", table=table)
@@ -134,7 +134,7 @@ def _score_table(results_list: Sequence[Results], names: Sequence[str]) -> Table
     ]
     best = [(_clear_best(results), column) for column, results in enumerate(results_list, start=1)]
     strong = frozenset((names.index(name), column) for name, column in best if name is not None)
-    return Table(("condition", *titles), tuple(lines), strong)
+    return Table(("method", *titles), tuple(lines), strong)
 
 
 def _gain_table(results_list: Sequence[Results], names: Sequence[str], metrics: Sequence[str]) -> Table:
@@ -172,7 +172,7 @@ def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, F
         if not metric:
             continue
         stem = f"figures/{number}-{re.sub('[^A-Za-z0-9_]+', '-', name).strip('-')}"
-        scores = Picture(f"{stem}-scores.png", f"{metric} of each condition of {name}")
+        scores = Picture(f"{stem}-scores.png", f"{metric} of each method of {name}")
         figures[name] = [(scores, scores_figure(results, metric))]
         if any(metric in subgroup.metric_names for subgroup in results.subgroups):
             subgroups = Picture(f"{stem}-subgroups.png", f"{metric} of {name} by subgroup")

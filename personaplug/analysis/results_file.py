@@ -2,14 +2,15 @@
 
 The file is one JSON object: the facts of `Provenance`, and
 
-    rows    per row: condition (its name) and the other facts of `MethodInfo`; n, seeds, metrics, intervals, per_user
-            (metrics averaged over users), decoding, the values of `Diagnostics` (costs in an object of their own); over
-            several seeds per_seed and seed_spread
-    pairs   a, b, metric, difference (a's advantage, whatever the metric's direction), low, high, p; p_holm, corrected
-            within a family of comparisons; for accuracies mcnemar_p, one per seed; a personal gain has the control as b
-    slices  subgroups of the samples: name, samples, rows, pairs
+    rows       per row: method (its name) and the other facts of `MethodInfo`; n, seeds, metrics, intervals, per_user
+               (metrics averaged over users), decoding, the values of `Diagnostics` (costs in an object of their own);
+               over several seeds per_seed and seed_spread
+    pairs      a, b, metric, difference (a's advantage, whatever the metric's direction), low, high, p; p_holm,
+               corrected within a family of comparisons; for accuracies mcnemar_p, one per seed; a personal gain has
+               the control as b
+    subgroups  parts of the samples: name, samples, rows, pairs
 
-Required are `rows`, a row's `condition`, a pair's `a`, `b`, `metric` and `difference`, and a subgroup's `name`. Other
+Required are `rows`, a row's `method`, a pair's `a`, `b`, `metric` and `difference`, and a subgroup's `name`. Other
 fields are ignored. A null metric, interval end or p stands for NaN, which JSON lacks.
 """
 
@@ -64,12 +65,12 @@ class ResultRow:
         values = without_empty(asdict(self), ["per_seed", "seed_spread"])
         method, diagnostics = values.pop("method"), without_empty(values.pop("diagnostics"), ["fit_seconds"])
         costs = {name: diagnostics.pop(name) for name in _COSTS}
-        return {"condition": method.pop("name"), **method, **values, **diagnostics, "costs": costs}
+        return {"method": method.pop("name"), **method, **values, **diagnostics, "costs": costs}
 
     @classmethod
     def from_json(cls, record: Record) -> ResultRow:
-        """Reverse `to_json`; raise KeyError if the `condition` is missing."""
-        record = {**record, **(record.get("costs") or {}), "name": record["condition"]}
+        """Reverse `to_json`; raise KeyError if the `method` is missing."""
+        record = {**record, **(record.get("costs") or {}), "name": record["method"]}
         known = known_fields(cls, record)
         known["method"] = MethodInfo.from_json(known_fields(MethodInfo, record))
         known["diagnostics"] = Diagnostics(**known_fields(Diagnostics, record))
@@ -164,7 +165,7 @@ class Results(ResultPart):
 
     def to_json(self) -> dict[str, object]:
         subgroups = [subgroup.to_json() for subgroup in self.subgroups]
-        return self.about.to_json() | super().to_json() | ({"slices": subgroups} if subgroups else {})
+        return self.about.to_json() | super().to_json() | ({"subgroups": subgroups} if subgroups else {})
 
     @classmethod
     def from_json(cls, record: object, *, file: str | Path = "the results") -> Results:
@@ -180,7 +181,7 @@ class Results(ResultPart):
         def subgroup_of(part: Record) -> Subgroup:
             return Subgroup(*part_of(part), part["name"], samples=part.get("samples"))
 
-        subgroups = _parsed(record, "slices", subgroup_of, file=file)
+        subgroups = _parsed(record, "subgroups", subgroup_of, file=file)
         return cls(*part_of(record), Provenance.from_json(record), subgroups)
 
 

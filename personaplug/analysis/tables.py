@@ -71,7 +71,7 @@ def notes(results: Results) -> list[str]:
         "stand.": any(map(has_estimate, results.metric_names)),
         "per user: the score of each user, averaged, so that each counts once; others count each "
         "sample.": has_user_averages,
-        "A positive advantage: the first condition is better, whatever the metric's direction.": bool(pairs),
+        "A positive advantage: the first method is better, whatever the metric's direction.": bool(pairs),
         "Personal gain: what a user's own history gains over a stranger's.": has_gains,
         "Holm p: corrected by Holm's rule, metric by metric, over a family of comparisons (personal gains; against "
         "plain; against instruction-only; gains of rows without the language model; the rest); p is not.": has_holm,
@@ -129,7 +129,7 @@ def cost_columns(diagnostics: Sequence[Diagnostics]) -> list[Column]:
 
 def _scores(results: Results) -> Table:
     rows = results.rows
-    columns: list[Column] = [("condition", [row.name for row in rows])]
+    columns: list[Column] = [("method", [row.name for row in rows])]
     if len({row.n for row in rows}) > 1:
         columns.append(("n", [_cell(row.n, str) for row in rows]))
     for metric in results.metric_names:
@@ -148,7 +148,7 @@ def _rates_and_costs(results: Results) -> Table:
     rows = results.rows
     diagnostics = [row.diagnostics for row in rows]
     columns: list[Column] = [
-        ("condition", [row.name for row in rows]),
+        ("method", [row.name for row in rows]),
         ("answers", [row.decoding or None for row in rows]),
         ("invalid", [_cell(row.invalid_rate, _share) for row in rows]),
         ("truncated", [_cell(d.truncated_rate, _share) for d in diagnostics]),
@@ -192,7 +192,7 @@ def _subgroups(results: Results) -> list[tuple[str, Table]]:
     gains = [[gain_cell(subgroup.personal_gains(metric).get(name)) for name in names] for subgroup in subgroups]
     # Every subgroup keeps its column of gains, so that a curve without a gain at one point shows the gap.
     lines = tuple(zip(names, *gains, strict=True))
-    score_table = Table.from_columns([("condition", names), *zip(titles, scores, strict=True)])
+    score_table = Table.from_columns([("method", names), *zip(titles, scores, strict=True)])
     return [
         (f"{metric_title(metric)} by subgroup", score_table),
         (f"Personal gain in {metric} by subgroup", Table(("method", *titles), lines).without_empty_lines()),

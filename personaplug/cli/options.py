@@ -58,7 +58,7 @@ vectors_option = click.option(
 
 def methods_option(default: str | None, help: str) -> Callable[[Command], Command]:
     """Give a command the option that names rows of a table."""
-    return click.option("--methods", "--conditions", "methods", default=default, show_default=bool(default), help=help)
+    return click.option("--methods", default=default, show_default=bool(default), help=help)
 
 
 def device_of(config: Config) -> str:

@@ -29,7 +29,7 @@ def control(name: str) -> str:
 
 def row(name: str, value: float | None, *, reach: float = 0.03) -> dict[str, Any]:
     ends = [None, None] if value is None else [value - reach, value + reach]
-    return {"condition": name, "n": 90, "metrics": {"accuracy": value}, "intervals": {"accuracy": ends}}
+    return {"method": name, "n": 90, "metrics": {"accuracy": value}, "intervals": {"accuracy": ends}}
 
 
 def gain(name: str, difference: float, *, p: float, p_holm: float | None = None) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def sliced(*names: str) -> dict[str, Any]:
         {"name": name, "rows": [row("instruction-only", 0.5), row("plug", 0.5 + place / 10), row("wrong-user", 0.45)]}
         for place, name in enumerate(names)
     ]
-    return some(("plug",), slices=parts)
+    return some(("plug",), subgroups=parts)
 
 
 def scores_of(results: dict[str, Any], metric: str = "accuracy") -> Figure:
@@ -156,14 +156,14 @@ def test_subgroups_are_lines_over_their_names() -> None:
 
 def test_subgroups_of_other_names_keep_them_and_holes_stay_holes() -> None:
     results = sliced("short", "long=very")
-    results["slices"].insert(1, {"name": "middle"})
+    results["subgroups"].insert(1, {"name": "middle"})
     [axes] = subgroups_of(results, "accuracy").axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["short", "middle", "long=very"]
     assert list(axes.lines[0].get_xdata()) == [0, 2]  # type: ignore[arg-type]
 
 
 def test_figures_can_be_saved_as_png(tmp_path: Path) -> None:
-    results = some(slices=sliced("short", "long")["slices"])
+    results = some(subgroups=sliced("short", "long")["subgroups"])
     for figure in (scores_of(results), gains_of([results]), subgroups_of(results)):
         figure.savefig(tmp_path / "a.png")
         content = (tmp_path / "a.png").read_bytes()

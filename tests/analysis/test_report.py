@@ -21,7 +21,7 @@ drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, rea
 
 def row(name: str, value: float, *, metric: str = "accuracy", costs: dict[str, Any] | None = None) -> dict[str, Any]:
     interval = {metric: [value - 0.03, value + 0.03]}
-    return {"condition": name, "n": 9, "metrics": {metric: value}, "intervals": interval, "costs": costs or {}}
+    return {"method": name, "n": 9, "metrics": {metric: value}, "intervals": interval, "costs": costs or {}}
 
 
 def pair(a: str, b: str, difference: float, *, p: float, metric: str = "accuracy", **more: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def test_overview_puts_sets_side_by_side(tmp_path: Path) -> None:
     other = results("Other", [row("plain", 2.0, metric="mae"), row("bm25:4", 1.5, metric="mae")])
     [scores] = markdown_tables(overview(one, other))
     assert scores == [
-        ["condition", "One: accuracy ↑", "Other: mae ↓"],
+        ["method", "One: accuracy ↑", "Other: mae ↓"],
         ["plain", "0.400 [0.370, 0.430]", "2.000 [1.970, 2.030]"],
         ["plug", "0.500 [0.470, 0.530]", "–"],
         ["bm25:4", "–", "1.500 [1.470, 1.530]"],
@@ -147,7 +147,7 @@ def test_personal_gains_and_costs_have_tables_of_their_own() -> None:
         ["plug", "+0.100 [+0.000, +0.200], Holm p = 0.004", "-0.200 [-0.300, -0.100], p = 0.300"],
     ]
     assert spent == [
-        ["condition", "extra prompt tokens", "bytes per user"],
+        ["method", "extra prompt tokens", "bytes per user"],
         ["plain", "–", "–"],
         ["plug", "3.5", "3.0 KB"],
     ]
@@ -171,7 +171,7 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
         pair(attack, "plain", 0.1, p=0.5),
         notes=[attack],
         model=attack,
-        slices=[{"name": attack, "rows": [row(attack, 0.5)]}],
+        subgroups=[{"name": attack, "rows": [row(attack, 0.5)]}],
     )
     page = write_report(written(tmp_path, bad, bad), tmp_path / "out", title=attack, with_figures=False)[1]
     text = page.read_text(encoding="utf-8")
@@ -187,7 +187,7 @@ def test_text_from_files_is_escaped(tmp_path: Path) -> None:
 def test_figures_lie_beside_the_pages(tmp_path: Path) -> None:
     parts = [{"name": name, "rows": [row("plug", 0.5), row("wrong-user", 0.4)]} for name in ("short", "long")]
     rows = [row("plain", 0.4), row("plug", 0.5), row("wrong-user", 0.4)]
-    one = results("A set/../with <odd> name", rows, pair("plug", "wrong-user", 0.1, p=0.01), slices=parts)
+    one = results("A set/../with <odd> name", rows, pair("plug", "wrong-user", 0.1, p=0.01), subgroups=parts)
     paths = write_report(written(tmp_path, one, results("B", rows)), tmp_path / "out")
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(paths)
     shown = Page(paths[1].read_text(encoding="utf-8")).pictures
@@ -204,16 +204,14 @@ def test_nothing_is_written_where_figures_cannot_be(tmp_path: Path, monkeypatch:
 
 
 def test_report_of_hardly_anything(tmp_path: Path) -> None:
-    paths = write_report(
-        written(tmp_path, {"rows": []}, {"rows": [{"condition": "x"}], "pairs": None}), tmp_path / "out"
-    )
+    paths = write_report(written(tmp_path, {"rows": []}, {"rows": [{"method": "x"}], "pairs": None}), tmp_path / "out")
     assert len(paths) == 2
     Page(paths[1].read_text(encoding="utf-8"))
 
 
 def test_report_of_a_broken_file_or_of_none_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"rows": [{}]}')
-    with pytest.raises(RecordError, match=r"a\.json, entry 1 of 'rows': the field 'condition' is missing"):
+    with pytest.raises(RecordError, match=r"a\.json, entry 1 of 'rows': the field 'method' is missing"):
         write_report([tmp_path / "a.json"], tmp_path / "out", with_figures=False)
     with pytest.raises(MissingData, match="at least one"):
         write_report([], tmp_path / "out")

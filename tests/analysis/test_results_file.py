@@ -19,7 +19,7 @@ TABLES = [path for path in PUBLISHED if "rows" in json.loads(path.read_text(enco
 
 
 def row(name: str = "plug", **more: Any) -> dict[str, Any]:
-    return {"condition": name, "n": 3, "seeds": [0], "metrics": {"mae": 1.0}, "intervals": {"mae": [0.5, 2.0]}} | more
+    return {"method": name, "n": 3, "seeds": [0], "metrics": {"mae": 1.0}, "intervals": {"mae": [0.5, 2.0]}} | more
 
 
 def pair(**more: Any) -> dict[str, Any]:
@@ -30,20 +30,20 @@ def pair(**more: Any) -> dict[str, Any]:
 def test_published_file_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "again.json", load_results(path).to_json())
     record, again = (json.loads(file.read_text(encoding="utf-8")) for file in (path, tmp_path / "again.json"))
-    parts = zip([record, *record.get("slices", [])], [again, *again.get("slices", [])], strict=True)
+    parts = zip([record, *record.get("subgroups", [])], [again, *again.get("subgroups", [])], strict=True)
     for part, part_again in parts:
         assert part_again["pairs"] == part["pairs"]
         assert [row_again | row for row, row_again in zip(part["rows"], part_again["rows"], strict=True)] == (
             part_again["rows"]
         )
-    known = {key: value for key, value in record.items() if key not in ("rows", "pairs", "slices")}
+    known = {key: value for key, value in record.items() if key not in ("rows", "pairs", "subgroups")}
     assert {key: again[key] for key in known} == known
 
 
 def test_unknown_fields_are_ignored_everywhere() -> None:
     def record(**mine: Any) -> dict[str, Any]:
         part = {"rows": [row(**mine)], "pairs": [pair(**mine)], **mine}
-        return part | {"task": "T", "slices": [{"name": "short", "samples": 2} | part]}
+        return part | {"task": "T", "subgroups": [{"name": "short", "samples": 2} | part]}
 
     assert Results.from_json(record(mine=1)) == Results.from_json(record())
 
@@ -84,7 +84,7 @@ def test_null_is_read_as_nan_and_nan_written_as_null(tmp_path: Path) -> None:
 
 
 def test_subgroup_without_rows_is_read() -> None:
-    assert Results.from_json({"rows": [], "slices": [{"name": "none"}]}).subgroups == [Subgroup([], [], "none")]
+    assert Results.from_json({"rows": [], "subgroups": [{"name": "none"}]}).subgroups == [Subgroup([], [], "none")]
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_subgroup_without_rows_is_read() -> None:
         ('{"rows": [3]}', "the field 'rows'"),
         ('{"rows": {"a": 1}}', "the field 'rows'"),
         ('{"rows": [], "pairs": [[1]]}', "the field 'pairs'"),
-        ('{"rows": [], "slices": [{"name": "a", "rows": 1}]}', "the field 'rows'"),
-        ('{"rows": [], "slices": 7}', "the field 'slices'"),
-        ('{"rows": [{"condition": "a"}, {"n": 3}]}', "entry 2 of 'rows': the field 'condition'"),
+        ('{"rows": [], "subgroups": [{"name": "a", "rows": 1}]}', "the field 'rows'"),
+        ('{"rows": [], "subgroups": 7}', "the field 'subgroups'"),
+        ('{"rows": [{"method": "a"}, {"n": 3}]}', "entry 2 of 'rows': the field 'method'"),
         (
             '{"rows": [], "pairs": [{"a": "x", "b": "y", "metric": "mae"}]}',
             "entry 1 of 'pairs': the field 'difference'",
         ),
-        ('{"rows": [], "slices": [{"rows": []}]}', "entry 1 of 'slices': the field 'name'"),
+        ('{"rows": [], "subgroups": [{"rows": []}]}', "entry 1 of 'subgroups': the field 'name'"),
     ],
 )
 def test_broken_file_is_refused_by_file_and_field(tmp_path: Path, content: str, position: str) -> None:

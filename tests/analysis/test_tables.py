@@ -17,7 +17,7 @@ from personaplug.analysis.tables import gain_cell, results_table, set_names
 
 def row(condition: str, *, mae: float, **more: Any) -> dict[str, Any]:
     return {
-        "condition": condition,
+        "method": condition,
         "n": 250,
         "metrics": {"mae": mae, "accuracy": 0.5},
         "intervals": {"mae": [mae - 0.1, mae + 0.1], "accuracy": [0.45, 0.55]},
@@ -76,19 +76,19 @@ def tables(text: str) -> list[list[dict[str, str]]]:
 def test_row_shows_its_scores_intervals_and_rates() -> None:
     (plain, plug), (_, rates) = tables(text_of(results([row("plain", mae=1.0), row("plug", mae=0.7512)])))
     assert plug == {
-        "condition": "plug",
+        "method": "plug",
         "mae ↓": "0.751 [0.651, 0.851]",
         "accuracy ↑": "0.500 [0.450, 0.550]",
     }
     assert rates == {
-        "condition": "plug",
+        "method": "plug",
         "invalid": "1.2%",
         "truncated": "0.0%",
         "no history": "25.0%",
         "prompt tokens": "161.2",
         "seconds": "12.5",
     }
-    assert plain["condition"] == "plain"
+    assert plain["method"] == "plain"
     assert plain["mae ↓"].startswith("1.000 ")
 
 
@@ -114,13 +114,13 @@ def test_columns_line_up_and_are_valid_markdown() -> None:
     [("accuracy", "↑"), ("f1", "↑"), ("rouge_1", "↑"), ("rouge_l", "↑"), ("mae", "↓"), ("rmse", "↓")],
 )
 def test_every_metric_shows_its_direction(metric: str, arrow: str) -> None:
-    [[line]] = tables(text_of({"rows": [{"condition": "plug", "metrics": {metric: 0.5}}]}))
-    assert line == {"condition": "plug", f"{metric} {arrow}": "0.500"}
+    [[line]] = tables(text_of({"rows": [{"method": "plug", "metrics": {metric: 0.5}}]}))
+    assert line == {"method": "plug", f"{metric} {arrow}": "0.500"}
 
 
 def test_metric_of_others_has_no_arrow() -> None:
-    rows = [{"condition": "x", "metrics": {"bleu": 0.5}}]
-    assert tables(text_of({"rows": rows})) == [[{"condition": "x", "bleu": "0.500"}]]
+    rows = [{"method": "x", "metrics": {"bleu": 0.5}}]
+    assert tables(text_of({"rows": rows})) == [[{"method": "x", "bleu": "0.500"}]]
 
 
 def test_seeds_spread_and_decoding_show_only_where_they_are() -> None:
@@ -141,7 +141,7 @@ def test_rows_of_different_size_show_their_n() -> None:
     assert "samples" not in text
 
 
-@pytest.mark.parametrize("dropped", [key for key in row("plug", mae=1) if key != "condition"])
+@pytest.mark.parametrize("dropped", [key for key in row("plug", mae=1) if key != "method"])
 def test_row_without_an_optional_field_is_shown(dropped: str) -> None:
     short = {key: value for key, value in row("plug", mae=1).items() if key != dropped}
     both = tables(text_of(results([row("plain", mae=1), short])))[0]
@@ -151,7 +151,7 @@ def test_row_without_an_optional_field_is_shown(dropped: str) -> None:
 
 def test_results_without_optional_fields_are_shown() -> None:
     assert text_of({"rows": []}) == "No rows."
-    assert text_of({"rows": [{"condition": "x"}], "pairs": None, "notes": None, "seeds": None})
+    assert text_of({"rows": [{"method": "x"}], "pairs": None, "notes": None, "seeds": None})
     whole = results([row("plug", mae=1), row("wrong-user", mae=1)], pair("plug", "wrong-user"))
     for key in whole.keys() - {"rows"}:
         assert text_of({name: value for name, value in whole.items() if name != key})
@@ -229,7 +229,7 @@ def test_notes_stand_beneath_and_stay_lines() -> None:
 
 
 def test_bar_in_a_name_does_not_break_the_table() -> None:
-    text = text_of({"rows": [{"condition": "plug|x\ny"}]})
+    text = text_of({"rows": [{"method": "plug|x\ny"}]})
     assert r"plug\|x y" in text
 
 
@@ -260,7 +260,7 @@ def test_costs_are_shown_in_units_for_people() -> None:
     [(0, "0 B"), (999, "999 B"), (999.7, "1.0 KB"), (999_960, "1.0 MB"), (10**9, "1.0 GB"), (2.5e12, "2,500.0 GB")],
 )
 def test_sizes_change_their_unit_where_they_round_up(size: float, shown: str) -> None:
-    [[line]] = tables(text_of({"rows": [{"condition": "x", "costs": {"bytes_per_user": size}}]}))[1:]
+    [[line]] = tables(text_of({"rows": [{"method": "x", "costs": {"bytes_per_user": size}}]}))[1:]
     assert line["bytes per user"] == shown
 
 
@@ -283,7 +283,7 @@ def test_personal_gain_stands_beside_its_method() -> None:
         pair("bm25:4", "bm25:4@wrong-user", p=0.0001),
         pair("plug", "bm25:4@wrong-user", difference=0.5),
     ]
-    lines = {line["condition"]: line for line in tables(text_of(results(rows, *pairs)))[0]}
+    lines = {line["method"]: line for line in tables(text_of(results(rows, *pairs)))[0]}
     assert lines["plug"]["personal gain (mae)"] == "+0.200 [+0.100, +0.350], Holm p = 0.012"
     assert lines["bm25:4"]["personal gain (mae)"] == "+0.200 [+0.100, +0.350], p < 0.001"
     assert [lines[name]["personal gain (mae)"] for name in ("plain", "wrong-user", "bm25:4@wrong-user")] == ["–"] * 3
@@ -318,10 +318,10 @@ def test_subgroups_stand_side_by_side() -> None:
         for name, mae in (("short", 0.9), ("long", 0.6))
     ]
     parts.append({"name": "none"})
-    text = text_of(results([row("plug", mae=1)], slices=parts))
+    text = text_of(results([row("plug", mae=1)], subgroups=parts))
     scores, gains = tables(text)[2:]
     assert "mae ↓ by subgroup:" in text
-    assert scores[0]["condition"] == "plug"
+    assert scores[0]["method"] == "plug"
     assert scores[0]["short (n = 80)"] == "0.900 [0.800, 1.000]"
     assert scores[0]["long (n = 80)"] == "0.600 [0.500, 0.700]"
     assert [line["method"] for line in gains] == ["plug"]
@@ -350,14 +350,14 @@ def test_gain_without_p_shows_the_difference_alone() -> None:
 def test_controls_are_told_from_methods() -> None:
     controls = ["wrong-user", "shuffled", "random-vectors", "mean-persona", "population-persona", "bm25:4@wrong-user"]
     methods = ["plain", "instruction-only", "plug", "random:4", "profile", "lora-per-user", "all-knowing"]
-    whole = typed({"rows": [{"condition": name} for name in controls + methods]})
+    whole = typed({"rows": [{"method": name} for name in controls + methods]})
     assert [row.name for row in whole.rows if row.method.is_control] == controls
 
 
 def test_sets_get_names_that_differ() -> None:
     facts = [{"set": "A", "task": "T"}, {"task": "T"}, {"task": "T", "variant": "head"}, {"task": "T"}, {}]
     assert set_names([typed({"rows": [], **named}) for named in facts]) == ["A", "T #1", "T (head)", "T #2", "–"]
-    rows = [{"condition": "a"}, {"condition": "b", "metrics": {"f1": 1, "mae": 2}}]
+    rows = [{"method": "a"}, {"method": "b", "metrics": {"f1": 1, "mae": 2}}]
     assert typed({"rows": rows}).leading_metric == "f1"
     assert typed({"rows": []}).leading_metric == ""
 

@@ -97,7 +97,7 @@ def test_file_of_something_else_is_refused(tmp_path: Path) -> None:
         TrialFile(path).load()
     TrialFile(path).lines.path.unlink()
     TrialFile(path).start(SAMPLES)
-    TrialFile(path).lines.append({"condition": "plug", "seed": 0})
+    TrialFile(path).lines.append({"method": "plug", "seed": 0})
     with pytest.raises(RecordError, match="line 2: expected a trial"):
         TrialFile(path).load()
 

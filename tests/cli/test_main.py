@@ -60,14 +60,14 @@ def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Pa
         data,
         "--split",
         "dev",
-        "--conditions",
+        "--methods",
         "plain,instruction-only,wrong-user,shuffled,plug",
         "--json",
         target,
         "resamples=200",
     )
     assert done.exit_code == 0, done.output
-    rows = [row["condition"] for row in json.loads(target.read_text())["rows"]]
+    rows = [row["method"] for row in json.loads(target.read_text())["rows"]]
     assert rows == ["plain", "instruction-only", "wrong-user", "shuffled", "plug", "all-knowing"]
     assert "personal gain" in done.output
     assert "mae@median ↓ |" in done.output

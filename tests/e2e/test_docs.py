@@ -42,7 +42,7 @@ def test_a_shipped_result_has_the_promised_fields(path: Path) -> None:
         "config",
     } <= told.keys()
     for row in told["rows"]:
-        assert {"condition", "n", "metrics", "intervals"} <= row.keys()
+        assert {"method", "n", "metrics", "intervals"} <= row.keys()
 
 
 def test_the_log_of_an_app_becomes_a_data_set_as_the_page_shows(

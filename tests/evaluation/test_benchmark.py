@@ -98,7 +98,7 @@ def test_every_row_fills_its_cell(tmp_path: Path, data: Path) -> None:
     assert (outcome.absent, outcome.failed) == ([], [])
     assert written == [tmp_path / "results" / "mine" / "One.json"]
     results = _read(written[0])
-    rows = {row["condition"]: row for row in results["rows"]}
+    rows = {row["method"]: row for row in results["rows"]}
     assert list(rows) == EVERY_ROW
     assert all(math.isfinite(row["metrics"]["mae"]) and row["n"] == 8 for row in rows.values())
     assert (results["experiment"], results["set"]) == ("mine", "One")
@@ -141,7 +141,7 @@ def test_finished_cells_are_never_made_again(tmp_path: Path, data: Path, monkeyp
     assert asked[2:] == ["instruction-only 1", "wrong-user 1"]
     for path, before in first.items():
         assert path.read_bytes().startswith(before)
-    assert [row["condition"] for row in _read(written[0])["rows"]] == rows
+    assert [row["method"] for row in _read(written[0])["rows"]] == rows
 
 
 def test_a_stopped_bench_on_a_new_machine_goes_on_from_the_published_cells(tmp_path: Path, data: Path) -> None:
@@ -247,9 +247,9 @@ def test_a_cold_start_curve_shows_so_many_items(tmp_path: Path, data: Path) -> N
         _experiment(tmp_path, ["plug", "bm25:2"], more, sets="[One]"), _folders(tmp_path, data)
     ).written
     results = _read(written[0])
-    assert [part["name"] for part in results["slices"]] == ["items=0", "items=2", "items=all"]
-    assert results["slices"][-1]["rows"] == results["rows"]
-    nothing = {row["condition"]: row for row in results["slices"][0]["rows"]}
+    assert [part["name"] for part in results["subgroups"]] == ["items=0", "items=2", "items=all"]
+    assert results["subgroups"][-1]["rows"] == results["rows"]
+    nothing = {row["method"]: row for row in results["subgroups"][0]["rows"]}
     assert nothing["bm25:2"]["costs"]["extra_prompt_tokens"] == 0
     assert nothing["bm25:2"]["lost_history_rate"] == 1
     assert results["rows"][1]["costs"]["extra_prompt_tokens"] > 0
@@ -261,10 +261,10 @@ def test_a_curve_of_strengths_ends_at_the_plain_model(tmp_path: Path, data: Path
         _experiment(tmp_path, rows, "persona_scales: [0, 2]", sets="[One]"), _folders(tmp_path, data)
     ).written
     results = _read(written[0])
-    assert [part["name"] for part in results["slices"]] == ["persona_scale=0", "persona_scale=1", "persona_scale=2"]
-    none, whole, double = ({row["condition"]: row["metrics"] for row in part["rows"]} for part in results["slices"])
+    assert [part["name"] for part in results["subgroups"]] == ["persona_scale=0", "persona_scale=1", "persona_scale=2"]
+    none, whole, double = ({row["method"]: row["metrics"] for row in part["rows"]} for part in results["subgroups"])
     assert none["plug"] == none["plain"] == whole["plain"] == double["plain"]
-    assert whole == {row["condition"]: row["metrics"] for row in results["rows"]}
+    assert whole == {row["method"]: row["metrics"] for row in results["rows"]}
 
 
 def test_trained_parts_of_another_experiment_serve(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,14 +274,14 @@ def test_trained_parts_of_another_experiment_serve(tmp_path: Path, data: Path, m
     told = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
     (tmp_path / "curve.yaml").write_text(f"{told}\nruns: mine\nmax_eval_history: [1]\n", encoding="utf-8")
     written = run_benchmark(load_experiment(tmp_path / "curve.yaml"), folders).written
-    assert [part["name"] for part in _read(written[0])["slices"]] == ["items=1", "items=all"]
+    assert [part["name"] for part in _read(written[0])["subgroups"]] == ["items=1", "items=all"]
 
 
 def test_slices_by_length_of_history(tmp_path: Path, data: Path) -> None:
     written = run_benchmark(
         _experiment(tmp_path, ["plain"], "subgroups: history-thirds", sets="[One]"), _folders(tmp_path, data)
     ).written
-    parts = _read(written[0])["slices"]
+    parts = _read(written[0])["subgroups"]
     assert sum(part["samples"] for part in parts) == 8
     assert parts[0]["name"].startswith("short")
 
@@ -297,8 +297,8 @@ def test_a_shipped_experiment_runs_to_its_end(tmp_path: Path, data: Path) -> Non
     assert (len(outcome.written), outcome.failed) == (1, [])
     assert len(outcome.absent) == len(experiment.sets) - 1  # the sets that are not here
     results = _read(outcome.written[0])
-    assert [row["condition"] for row in results["rows"]] == [method.name for method in experiment.methods]
-    assert len(results["slices"]) == 5 + 1 + 4
+    assert [row["method"] for row in results["rows"]] == [method.name for method in experiment.methods]
+    assert len(results["subgroups"]) == 5 + 1 + 4
 
 
 def test_published_trials_are_those_of_the_shipped_experiment(
@@ -328,8 +328,8 @@ def test_a_rule_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, d
         "mine Texts, user-median",
     ]
     ratings, texts = (_read(path) for path in outcome.written)
-    assert [row["condition"] for row in ratings["rows"]] == ["plain", "user-median"]
-    assert [row["condition"] for row in texts["rows"]] == ["plain", "user-words:4"]
+    assert [row["method"] for row in ratings["rows"]] == ["plain", "user-median"]
+    assert [row["method"] for row in texts["rows"]] == ["plain", "user-words:4"]
 
 
 def test_a_variant_that_has_no_meaning_on_a_set_is_left_out_there(tmp_path: Path, data: Path) -> None:

@@ -99,10 +99,10 @@ def style(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 def test_the_results_object_has_the_promised_fields(rating: Stage) -> None:
     results = rating.evaluate(oracle=True)
     assert {"task", "split", "model", "encoder", "placement", "seeds", "versions", "rows", "pairs"} <= results.keys()
-    assert [row["condition"] for row in results["rows"]] == [*DEFAULT, ORACLE.name]
+    assert [row["method"] for row in results["rows"]] == [*DEFAULT, ORACLE.name]
     for row in results["rows"][:-1]:
         assert {
-            "condition",
+            "method",
             "n",
             "metrics",
             "intervals",
@@ -138,7 +138,7 @@ def test_rows_of_a_suffix_plug_share_the_reading_of_their_prompts(
     results = stage.evaluate(",".join([*DEFAULT, "mean-persona", "random-vectors"]))
     assert results["placement"] == "suffix"
     assert len(read) == len(set(read)) == 10
-    assert {row["condition"] for row in results["rows"]} >= {"plug", "wrong-user", "mean-persona"}
+    assert {row["method"] for row in results["rows"]} >= {"plug", "wrong-user", "mean-persona"}
 
 
 def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_labels_that_are_written_are_not_counted(tmp_path: Path) -> None:
 
 def test_differences_are_as_advantages_and_agree_with_the_rows(rating: Stage) -> None:
     results = rating.evaluate(oracle=True)
-    metrics = {row["condition"]: row["metrics"] for row in results["rows"]}
+    metrics = {row["method"]: row["metrics"] for row in results["rows"]}
     for pair in results["pairs"]:
         gap = metrics[pair["a"]][pair["metric"]] - metrics[pair["b"]][pair["metric"]]
         sign = 1 if pair["metric"] == "accuracy" else -1
@@ -193,14 +193,14 @@ def test_ratings_are_scored_by_the_decisions_that_suit_their_errors_too(rating: 
     changed = 0
     for row in results["rows"]:
         for key in ("metrics", "intervals", "per_user"):
-            assert list(row[key]) == columns + ["nll"] * (row["condition"] != ORACLE.name)
-        if row["condition"] == ORACLE.name:  # it has no probabilities: its answers stand
+            assert list(row[key]) == columns + ["nll"] * (row["method"] != ORACLE.name)
+        if row["method"] == ORACLE.name:  # it has no probabilities: its answers stand
             assert row["metrics"]["mae@median"] == row["metrics"]["mae"]
             assert row["metrics"]["rmse@mean"] == row["metrics"]["rmse"]
             continue
         absolute, squared = [], []
         for seed in row["seeds"]:
-            told = json.loads((folder / f"{row['condition']}.seed-{seed}.predictions.json").read_text())
+            told = json.loads((folder / f"{row['method']}.seed-{seed}.predictions.json").read_text())
             for line, text, gold in zip(told["probabilities"], told["texts"], golds, strict=True):
                 median, mean = (
                     min(rating.run.task.labels, key=lambda label: _loss(label, line, power=power)) for power in (1, 2)
@@ -244,7 +244,7 @@ def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(r
 def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Stage, style: Stage) -> None:
     """Of a closed set among its labels, of texts token by token; no other decision is hidden in it."""
     golds = [gold["output"] for gold in json.loads((rating.data / "dev_outputs.json").read_text())["golds"]]
-    rows = {row["condition"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
+    rows = {row["method"]: row for row in rating.evaluate("plug,wrong-user,plain", oracle=True)["rows"]}
     assert "nll" not in rows[ORACLE.name]["metrics"]
     told = json.loads((rating.run.folder / "evaluations" / "dev" / "plain.seed-0.predictions.json").read_text())
     places = [rating.run.task.labels.index(gold) for gold in golds]
@@ -253,7 +253,7 @@ def test_every_row_of_a_model_says_how_likely_the_right_answers_were(rating: Sta
     assert rows["plain"]["metrics"]["nll"] != rows["plug"]["metrics"]["nll"]
 
     results = style.evaluate("plain,wrong-user,plug", oracle=True)
-    rows = {row["condition"]: row for row in results["rows"]}
+    rows = {row["method"]: row for row in results["rows"]}
     assert "nll" not in rows[ORACLE.name]["metrics"]
     samples = list(open_dataset(style.data, "dev", task=style.run.task))
     losses, tokens = style.models.llm.loss(
@@ -282,12 +282,12 @@ def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] 
 
 
 def test_rows_that_share_a_model_count_their_soft_tokens(rating: Stage) -> None:
-    tokens = {row["condition"]: row["prompt_tokens_mean"] for row in rating.evaluate()["rows"]}
+    tokens = {row["method"]: row["prompt_tokens_mean"] for row in rating.evaluate()["rows"]}
     assert tokens["plug"] == tokens["instruction-only"] == tokens["plain"] + 8
 
 
 def test_the_seeds_are_averaged_and_their_spread_is_told(rating: Stage) -> None:
-    row = next(r for r in rating.evaluate()["rows"] if r["condition"] == "plug")
+    row = next(r for r in rating.evaluate()["rows"] if r["method"] == "plug")
     alone = [one["accuracy"] for one in row["per_seed"]]
     assert row["metrics"]["accuracy"] == pytest.approx(np.mean(alone))
     assert row["seed_spread"]["accuracy"] == pytest.approx(np.std(alone, ddof=1))
@@ -331,7 +331,7 @@ def test_batching_does_not_change_answers(rating: Stage, tmp_path: Path) -> None
 
 
 def test_shuffling_changes_nothing_for_a_plug_without_order(rating: Stage) -> None:
-    rows = {row["condition"]: row["metrics"] for row in rating.evaluate()["rows"]}
+    rows = {row["method"]: row["metrics"] for row in rating.evaluate()["rows"]}
     assert rows["shuffled"] == pytest.approx(rows["plug"], abs=1e-5)
 
 
@@ -344,7 +344,7 @@ def test_labels_may_be_generated_too_and_the_row_says_so(rating: Stage) -> None:
 
 def test_text_tasks_are_generated(style: Stage) -> None:
     results = style.evaluate("plain,wrong-user,plug", oracle=True)
-    rows = {row["condition"]: row for row in results["rows"]}
+    rows = {row["method"]: row for row in results["rows"]}
     assert rows["plug"]["decoding"] == "generated"
     assert rows[ORACLE.name]["metrics"]["rouge_1"] > 0.6 > rows["plug"]["metrics"]["rouge_1"]
     assert rows["plug"]["unfinished_rate"] > 0
@@ -529,7 +529,7 @@ def test_the_papers_plug_is_a_row_beside_another_plug(tmp_path: Path) -> None:
     plug = stage.run.load_plug("paper-plug", seed=0, models=stage.models)
     assert plug.config == replace(PAPER, placement="suffix")
     results = stage.evaluate(rows)
-    tokens = {row["condition"]: row["prompt_tokens_mean"] for row in results["rows"]}
+    tokens = {row["method"]: row["prompt_tokens_mean"] for row in results["rows"]}
     assert tokens["plug"] - tokens["paper-plug"] == 7 - 2
     assert ("paper-plug", "paper-plug@wrong-user") in {(pair["a"], pair["b"]) for pair in results["pairs"]}
     # It reads items with their answers, the run's own plug without: each sees vectors of its own.
@@ -648,7 +648,7 @@ def test_users_count_alike_in_likelihood_too(style: Stage) -> None:
 
 def test_phrases_of_the_history_that_a_row_sees_are_mixed_in(style: Stage) -> None:
     names = "plug,plug+phrases,plug+phrases@wrong-user,instruction-only,instruction+phrases"
-    rows = {row["condition"]: row for row in style.evaluate(names)["rows"]}
+    rows = {row["method"]: row for row in style.evaluate(names)["rows"]}
     likely = {name: row["metrics"]["nll"] for name, row in rows.items()}
     assert likely["plug+phrases"] < likely["plug+phrases@wrong-user"]
     assert likely["plug+phrases"] < likely["plug"]

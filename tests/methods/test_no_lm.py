@@ -68,7 +68,7 @@ def rating(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 def test_rows_without_a_language_model_ask_none(rating: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rating.models.llm, "score", lambda *_, **__: pytest.fail("the model was asked"))
     results = rating.evaluate("classical,classical@wrong-user,classical:text,user-median,user-mean,user-majority")
-    rows = {row["condition"]: row for row in results["rows"]}
+    rows = {row["method"]: row for row in results["rows"]}
     for row in rows.values():
         assert (row["decoding"], row["seeds"], row["invalid_rate"]) == ("computed", [0], 0)
         assert (row["prompt_tokens_mean"], row["costs"]["bytes_per_user"]) == (None, None)
@@ -155,7 +155,7 @@ def test_free_text_is_copied_and_predicted_without_a_training_split(tmp_path: Pa
 
 
 def test_the_command_line_fits_them_on_the_datas_train_split(rating: Stage) -> None:
-    words = ["--run", str(rating.run.folder), "--data", str(rating.data), "--conditions", "classical,user-median"]
+    words = ["--run", str(rating.run.folder), "--data", str(rating.data), "--methods", "classical,user-median"]
     done = CliRunner().invoke(main, ["evaluate", *words])
     assert done.exit_code == 0, done.output
     assert "user-median" in done.output

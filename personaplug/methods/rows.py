@@ -116,10 +116,10 @@ def _with_phrases(name: str, base: str, argument: str) -> Method:
 
 
 def _parents_with_phrases(method: Method) -> tuple[str, ...]:
-    """Return the row without phrases, the same parts with them, and the plug."""
-    parts = [f"{parent}+phrases" for parent in method.info.parents if parent != "plug"]
-    of_plug = (f"{_INSTRUCTION}+phrases", "plug") if method.info.family == "plug" else ()
-    return tuple(dict.fromkeys([method.name, *parts, *of_plug]))
+    """Return the row without phrases, and its parents with them; the plug stays as it is."""
+    parents = [parent if parent == "plug" else f"{parent}+phrases" for parent in method.info.parents]
+    is_plug_alone = method.info.family == "plug" and not parents
+    return (method.name, *parents, *((f"{_INSTRUCTION}+phrases",) if is_plug_alone else ()))
 
 
 def _no_lm(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN, check_estimate, scale_of
 from personaplug.errors import ConfigError, ShapeMismatch, nearest
+from personaplug.infra.plugins import load_plugins, register
 
 Array = NDArray[np.float64]
 
@@ -236,6 +237,11 @@ _KINDS = (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, Ro
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
 
 
+def register_metric(kind: type[Metric]) -> None:
+    """Make a metric known by its name, for the `metrics` of a task."""
+    register(METRICS, kind.name, kind, kind="metric")
+
+
 def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
     """Return a metric by name: one of `METRICS`, of ratings and the accuracy also with an estimate (`mae@median`).
 
@@ -252,7 +258,10 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
 
 def metric_class(name: str) -> type[Metric] | None:
     """Return the class of a metric's name, with an estimate or without; None for an unknown one."""
-    return METRICS.get(name.partition(_AT)[0])
+    stem = name.partition(_AT)[0]
+    if stem not in METRICS:
+        load_plugins()
+    return METRICS.get(stem)
 
 
 def has_estimate(name: str) -> bool:

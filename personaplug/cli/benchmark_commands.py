@@ -147,7 +147,7 @@ def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) 
 @click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
 @skip_bad_option
 def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
-    """Convert a file or folder of a BENCHMARK (lamp-qa, longlamp, personal-llm, peft-u) to LaMP's layout."""
+    """Convert a BENCHMARK's file or folder to LaMP's layout: lamp-qa, longlamp, personal-llm, peft-u or a plugin's."""
     from personaplug.data import write_lamp
     from personaplug.data.benchmarks import open_benchmark
 

@@ -9,6 +9,7 @@ from personaplug.encoders.base import Encoder, EncoderIdentity, QueryEncoder
 from personaplug.encoders.hashing import HashEncoder
 from personaplug.encoders.sentence_transformer import SentenceEncoder
 from personaplug.errors import ConfigError
+from personaplug.infra.plugins import load_plugins, register
 
 __all__ = [
     "Encoder",
@@ -24,7 +25,7 @@ _factories: dict[str, Callable[[str, str], Encoder]] = {}
 
 
 def register_encoder(name: str, factory: Callable[[str, str], Encoder]) -> None:
-    """Make `encoder=NAME` and `encoder=NAME:ARGUMENT` open an encoder; an earlier factory of that name is replaced.
+    """Make `encoder=NAME` and `encoder=NAME:ARGUMENT` open an encoder.
 
     Args:
         name: letters, digits, `_` and `-`, but not `package`.
@@ -32,7 +33,7 @@ def register_encoder(name: str, factory: Callable[[str, str], Encoder]) -> None:
     """
     if not re.fullmatch(r"[\w-]+", name) or name == "package":
         raise ConfigError(f"An encoder's name has letters, digits, _ and -, and is not `package`; found {name!r}.")
-    _factories[name] = factory
+    register(_factories, name, factory, kind="encoder")
 
 
 def open_encoder(spec: str, *, device: str = "cpu", engine: str = "torch") -> Encoder:
@@ -48,6 +49,8 @@ def open_encoder(spec: str, *, device: str = "cpu", engine: str = "torch") -> En
         MissingModel: if there is no such model.
     """
     name, _, argument = spec.partition(":")
+    if name not in _factories:
+        load_plugins()
     if name in _factories:
         return _factories[name](argument, device)
     return SentenceEncoder(spec, device=device, engine=engine)

@@ -1,14 +1,27 @@
-"""Load installed packages that extend this one: entry points of the group "personaplug", each a module or function.
+"""Registries of parts, and installed packages that add to them: entry points of the group "personaplug".
 
-A module registers its parts (rows, readers, encoders, engines) when it is imported, a function when it is called.
+Such a package names a module, which registers its parts when it is imported, or a function, which is called.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.metadata import entry_points
+from typing import TypeVar
 
 from personaplug.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def register(registry: dict[str, T], name: str, part: T, *, kind: str) -> None:
+    """Add a part to a registry.
+
+    Raises:
+        ConfigError: if the name is taken: a part that replaced another would change numbers silently.
+    """
+    if registry.setdefault(name, part) is not part:
+        raise ConfigError(f"The {kind} {name!r} exists already. Choose another name.")
 
 
 @cache

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from personaplug.analysis.method_info import SHUFFLED, WRONG_USER
 from personaplug.errors import ConfigError, nearest
+from personaplug.infra.plugins import load_plugins, register
 from personaplug.methods.base import Method
 from personaplug.training.parts import TrainedPart
 
@@ -32,7 +33,7 @@ _ORDER = "whether the order of the items matters to {}"
 
 def register_method(name: str, factory: MethodFactory) -> None:
     """Make a row known by its name."""
-    _METHODS[name] = factory
+    register(_METHODS, name, factory, kind="row")
     _EXAMPLES.append(name)
 
 
@@ -42,7 +43,7 @@ def register_extension(name: str, extension: Extension, *, examples: Sequence[st
     Args:
         examples: names with it, for error messages.
     """
-    _EXTENSIONS[name] = extension
+    register(_EXTENSIONS, name, extension, kind="extension of rows")
     _EXAMPLES.extend(examples)
 
 
@@ -77,10 +78,12 @@ def find_method(name: str) -> Method:
     body, at, control = _ALIASES.get(name, name).partition("@")
     if at:
         return _control(name, find_method(body), control)
-    if body in _METHODS:
-        return _METHODS[body]("")
     before, plus, last = body.rpartition("+")
     part, _, argument = last.partition(":")
+    if not {body, part} & {*_METHODS, *_EXTENSIONS}:
+        load_plugins()
+    if body in _METHODS:
+        return _METHODS[body]("")
     if part in _EXTENSIONS and (before or not plus):
         return _EXTENSIONS[part](name, before, argument)
     if part in _METHODS and argument and not plus:

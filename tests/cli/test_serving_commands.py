@@ -28,6 +28,7 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders import HashEncoder
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.run import Run
+from personaplug.serving import engines
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines import register_engine
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
@@ -204,7 +205,10 @@ class _CountingEngine(Engine):
 
 
 @pytest.mark.parametrize("name", ["counting", "counting://somewhere:7"])
-def test_registered_engine_answers_requests(folder: Path, question: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_registered_engine_answers_requests(
+    folder: Path, question: dict[str, Any], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "_ENGINES", dict(engines._ENGINES))
     register_engine("counting", lambda model, config, load_plug: (_CountingEngine(), load_plug(None)))
     service = open_service(Run.open(folder / "run"), ServingConfig(str(tmp_path / "h.db"), engine=name))
     with served(service) as url:

@@ -13,7 +13,7 @@ from personaplug.data.benchmarks.personal_llm import PersonalLLMReader
 from personaplug.data.record_reader import Limits
 from personaplug.data.task import Reader
 from personaplug.errors import ConfigError, nearest
-from personaplug.infra.plugins import load_plugins
+from personaplug.infra.plugins import load_plugins, register
 
 ReaderFactory = Callable[..., Reader]
 """Opens a split; called with a path, the split's name, and the keywords of Limits."""
@@ -28,9 +28,7 @@ BENCHMARKS: dict[str, ReaderFactory] = {
 
 def register_reader(name: str, factory: ReaderFactory) -> None:
     """Add a reader, so that `open_benchmark` and `personaplug convert` know its name."""
-    key = _key(name)
-    if BENCHMARKS.setdefault(key, factory) is not factory:
-        raise ConfigError(f"There is already a reader of the benchmark {key!r}. Choose another name.")
+    register(BENCHMARKS, _key(name), factory, kind="reader")
 
 
 def open_benchmark(name: str, path: str | Path, split: str, **limits: Unpack[Limits]) -> Reader:

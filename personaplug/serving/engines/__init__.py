@@ -9,6 +9,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from personaplug.errors import ConfigError
+from personaplug.infra.plugins import load_plugins, register
 from personaplug.serving.engines.base import EngineOpener
 from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.engines.vllm import VLLMEngine
@@ -28,12 +29,15 @@ def register_engine(name_or_scheme: str, opener: EngineOpener, *, supports_phras
     Args:
         supports_phrases: whether the engine implements `build_phrases`.
     """
-    _ENGINES[name_or_scheme] = RegisteredEngine(opener, supports_phrases)
+    register(_ENGINES, name_or_scheme, RegisteredEngine(opener, supports_phrases), kind="engine")
 
 
 def find_engine(name_or_url: str) -> RegisteredEngine:
     """Return the engine of a name or, by its scheme, of a URL."""
-    name = name_or_url if name_or_url in _ENGINES else urlsplit(name_or_url).scheme
+    scheme = urlsplit(name_or_url).scheme
+    if not _ENGINES.keys() & {name_or_url, scheme}:
+        load_plugins()
+    name = name_or_url if name_or_url in _ENGINES else scheme
     if name not in _ENGINES:
         # The name itself is not shown: it may be an address that holds a password.
         raise ConfigError(f"An engine is one of {', '.join(_ENGINES)}, or an address such as http://127.0.0.1:8123.")

@@ -160,11 +160,14 @@ def test_train_changes_nothing_but_the_plug(tmp_path: Path, data: Path, plug: tu
 @pytest.mark.parametrize(
     "settings",
     [
-        PAPERS,
-        (*PAPERS, "views=2", "query_encoder=head", "answer_channel=label", "persona_tokens=2"),
-        ("views=1",),
+        pytest.param(PAPERS, marks=pytest.mark.slow, id="paper"),
+        pytest.param(
+            (*PAPERS, "views=2", "query_encoder=head", "answer_channel=label", "persona_tokens=2"),
+            marks=pytest.mark.slow,
+            id="head",
+        ),
+        pytest.param(("views=1",), id="default"),
     ],
-    ids=["paper", "head", "default"],
 )
 def test_training_killed_repeatedly_ends_with_the_same_plug(
     tmp_path: Path, data: Path, settings: tuple[str, ...]

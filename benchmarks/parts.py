@@ -87,7 +87,7 @@ class Variant:
 
 
 def _joined(histories: Sequence[EncodedHistory]) -> EncodedHistory:
-    parts = zip(*((one.vectors, one.answers, one.forms) for one in histories), strict=True)
+    parts = zip(*((one.vectors, one.label_ids, one.style) for one in histories), strict=True)
     return EncodedHistory(*(np.concatenate(part) for part in parts))
 
 

@@ -273,8 +273,8 @@ def _histories(
             replace(
                 one,
                 rows=rng.integers(len(table), size=items),
-                answers=np.full(items, -1, np.int16),
-                forms=no_style(items),
+                label_ids=np.full(items, -1, np.int16),
+                style=no_style(items),
             )
             for one in batch
         ]

@@ -137,7 +137,7 @@ class PlugConfig:
         return self.label_prior == "own" or (self.persona_tokens > 0 and self.answer_channel == "label")
 
     @property
-    def reads_forms(self) -> bool:
+    def reads_style(self) -> bool:
         """Whether the plug uses the style of an item's answer."""
         return self.answer_channel == "style"
 

@@ -307,7 +307,7 @@ def encoded(
             table,
             labels=labels,
             with_answer=plug.encodes_answers,
-            with_forms=plug.reads_forms,
+            with_style=plug.reads_style,
             progress=told,
         )
 

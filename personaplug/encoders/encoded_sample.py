@@ -28,20 +28,20 @@ class EncodedHistory:
 
     Attributes:
         vectors: (N, E) float16.
-        answers: (N,) int16 index of each item's answer among the task's labels; -1 if it is none of them.
-        forms: (N, F) float16 style of each item's answer; F = 0 if the plug does not use it.
+        label_ids: (N,) int16 index of each item's answer among the task's labels; -1 if it is none of them.
+        style: (N, F) float16 style of each item's answer; F = 0 if the plug does not use it.
     """
 
     vectors: Float16Array
-    answers: Int16Array
-    forms: StyleArray
+    label_ids: Int16Array
+    style: StyleArray
 
     def __len__(self) -> int:
-        return len(self.answers)
+        return len(self.label_ids)
 
     def select(self, items: RowIds | slice) -> Self:
         """Return the history with these items only, in the order of their indices."""
-        return replace(self, vectors=self.vectors[items], answers=self.answers[items], forms=self.forms[items])
+        return replace(self, vectors=self.vectors[items], label_ids=self.label_ids[items], style=self.style[items])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} items)"
@@ -54,7 +54,7 @@ class EncodedSample:
     Attributes:
         id, owner, user_id, prompt, query, target, soft_at, options: as in `Sample`.
         rows: (N,) row ids of the history's items, in the history's order.
-        answers, forms: as in `EncodedHistory`.
+        label_ids, style: as in `EncodedHistory`.
         own_answers: the user's past answers, if the language model's output is mixed with their phrases.
     """
 
@@ -65,15 +65,15 @@ class EncodedSample:
     query: str
     target: str | None
     rows: RowIds
-    answers: Int16Array
-    forms: StyleArray
+    label_ids: Int16Array
+    style: StyleArray
     soft_at: int = 0
     options: Options | None = None
     own_answers: tuple[str, ...] = ()
 
     def with_items_of(self, other: EncodedSample, indices: npt.NDArray[np.intp]) -> EncodedSample:
         """Return the same query with these items of another sample's history."""
-        return replace(self, rows=other.rows[indices], answers=other.answers[indices], forms=other.forms[indices])
+        return replace(self, rows=other.rows[indices], label_ids=other.label_ids[indices], style=other.style[indices])
 
     def without_items(self) -> EncodedSample:
         return self.latest(0)
@@ -92,7 +92,7 @@ def encode_samples(
     *,
     labels: Sequence[str] = (),
     with_answer: bool = True,
-    with_forms: bool = False,
+    with_style: bool = False,
     progress: Callable[[int], None] | None = None,
     chunk: int = 4096,
 ) -> list[EncodedSample]:
@@ -102,7 +102,7 @@ def encode_samples(
         samples: may be a generator; one chunk of the histories' texts is in memory at a time.
         labels: of the task; empty for free text.
         with_answer: encode items with the user's answer (PPlug's Table 7), else without.
-        with_forms: compute the style of each answer.
+        with_style: compute the style of each answer.
         progress: called after each chunk with the number of items so far.
         chunk: number of items that are encoded and committed together; a sample is never split.
     Raises:
@@ -118,8 +118,8 @@ def encode_samples(
             EncodedSample(
                 *(sample.id, sample.owner, sample.user_id, sample.prompt, sample.query, sample.target),
                 rows=rows.copy(),  # a slice would keep the whole group's rows in memory
-                answers=label_ids(sample.history, labels),
-                forms=style_of_answers(sample.history) if with_forms else no_style(len(rows)),
+                label_ids=label_ids(sample.history, labels),
+                style=style_of_answers(sample.history) if with_style else no_style(len(rows)),
                 soft_at=sample.soft_at,
                 options=sample.options,
             )
@@ -163,7 +163,7 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: EmbeddingStore)
         digest.update(texts.encode("ascii"))
         if sample.own_answers:
             digest.update(json.dumps(sample.own_answers).encode("ascii"))
-        for array in (sample.answers, sample.forms, table.gather(sample.rows)):
+        for array in (sample.label_ids, sample.style, table.gather(sample.rows)):
             digest.update(array.tobytes())
     return digest.hexdigest()
 

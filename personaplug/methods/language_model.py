@@ -170,7 +170,7 @@ class RandomVectorsMethod(LanguageModelMethod):
     def build_inputs(self, context: EvalContext, assignments: Sequence[Assignment], *, seed: int) -> ModelInputs:
         inputs = super().build_inputs(context, assignments, seed=seed)
         samples = [
-            replace(sample, answers=np.full_like(sample.answers, -1), forms=np.zeros_like(sample.forms))
+            replace(sample, label_ids=np.full_like(sample.label_ids, -1), style=np.zeros_like(sample.style))
             for sample in inputs.samples
         ]
         return replace(inputs, samples=samples)

@@ -45,7 +45,7 @@ class PersonaHead(nn.Module):
             tokens=self.tokens,
             out=width,
             labels=labels if config.answer_channel == "label" else 0,
-            style=len(FEATURES) if config.reads_forms else 0,
+            style=len(FEATURES) if config.reads_style else 0,
         )
         # Fills the weight that a user's items leave: all of it if there are none. It starts as no signal and learns
         # from samples whose history training hides (`training.drop_history_prob`).

@@ -54,7 +54,7 @@ class Personalizer:
         items = items[-self.plug.config.max_history :]
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
-        style = style_of_answers(items) if self.plug.config.reads_forms else no_style(len(items))
+        style = style_of_answers(items) if self.plug.config.reads_style else no_style(len(items))
         return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), style)
 
     @torch.no_grad()
@@ -81,13 +81,13 @@ class Personalizer:
     def collate(self, history: EncodedHistory, *, lengths: tuple[int, ...] | None = None) -> HistoryBatch:
         """Turn the history of one user, or of several with these `lengths`, into tensors on the plug's device."""
         device = self.plug.instruction.device
-        style = history.forms if self.plug.config.reads_forms else no_style(len(history))
+        style = history.style if self.plug.config.reads_style else no_style(len(history))
         # torch takes writable arrays; the read-only arrays of a store are copied.
         vectors, style = (np.require(array, requirements=["C", "W"]) for array in (history.vectors, style))
         return HistoryBatch(
             torch.from_numpy(vectors).to(device),
             (len(history),) if lengths is None else lengths,
-            torch.from_numpy(history.answers.astype(np.int64)).to(device),
+            torch.from_numpy(history.label_ids.astype(np.int64)).to(device),
             torch.from_numpy(style).to(device),
         )
 
@@ -96,7 +96,7 @@ class Personalizer:
         assert self.table is not None, "samples refer to a vector table"
         limit = self.plug.config.max_history
         vectors = self.table.gather(np.concatenate([sample.rows[-limit:] for sample in samples]))
-        label_ids = np.concatenate([sample.answers[-limit:] for sample in samples])
-        style = np.concatenate([sample.forms[-limit:] for sample in samples])
+        label_ids = np.concatenate([sample.label_ids[-limit:] for sample in samples])
+        style = np.concatenate([sample.style[-limit:] for sample in samples])
         lengths = tuple(min(limit, len(sample.rows)) for sample in samples)
         return self.collate(EncodedHistory(vectors, label_ids, style), lengths=lengths)

@@ -177,8 +177,8 @@ class PersonaCache:
 def _empty_history(plug: PersonaPlug) -> StoredHistory:
     return StoredHistory(
         vectors=np.empty((0, plug.spec.encoder.width), dtype=np.float16),
-        answers=np.empty(0, dtype=np.int16),
-        forms=style_features_of([]),
+        label_ids=np.empty(0, dtype=np.int16),
+        style=style_features_of([]),
         version=0,
     )
 

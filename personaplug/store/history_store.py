@@ -143,7 +143,7 @@ class HistoryStore:
         with self._user(tenant, user) as (connection, shard, row):
             items = reads.list_items(connection, shard, _existing(row).no)
             history = reads.load_history(connection, shard, row, width=self.identity.width, latest=None)
-        columns = zip(items, history.vectors.tolist(), history.forms.tolist(), strict=True)
+        columns = zip(items, history.vectors.tolist(), history.style.tolist(), strict=True)
         return {
             "tenant": tenant,
             "user": user,

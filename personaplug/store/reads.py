@@ -61,8 +61,8 @@ def load_history(
     style_values = np.frombuffer(b"".join(style), dtype=LITTLE_ENDIAN_HALF).astype(np.float16)
     return StoredHistory(
         vectors=decode_vectors(vectors, width=width),
-        answers=np.array(labels, dtype=np.int16),
-        forms=style_values.reshape(len(rows), len(FEATURES)),
+        label_ids=np.array(labels, dtype=np.int16),
+        style=style_values.reshape(len(rows), len(FEATURES)),
         version=user.version if user else 0,
     )
 

@@ -424,14 +424,14 @@ def make_sample(name: str, *answers: str | None) -> Sample:
 def test_encode_samples_keeps_order_and_fields(table: EmbeddingStore) -> None:
     samples = [make_sample("1", "b", "a ", None, "other"), make_sample("2"), make_sample("3", "a")]
     encoded = encode_samples(iter(samples), table, labels=["a", "b"])
-    assert [item.answers.tolist() for item in encoded] == [[1, 0, -1, -1], [], [0]]
+    assert [item.label_ids.tolist() for item in encoded] == [[1, 0, -1, -1], [], [0]]
     for sample, found in zip(samples, encoded, strict=True):
         texts = [item.text for item in sample.history]
         np.testing.assert_array_equal(found.rows, table.add(texts))
         assert (found.id, found.owner, found.user_id) == (sample.id, sample.owner, sample.user_id)
         assert (found.prompt, found.query, found.target) == (sample.prompt, sample.query, sample.target)
     assert encoded[0].rows.dtype == np.int64
-    assert encoded[0].answers.dtype == np.int16
+    assert encoded[0].label_ids.dtype == np.int16
     assert encoded[0].rows.base is None, "no sample keeps its neighbours' rows"
 
 
@@ -442,7 +442,7 @@ def test_encode_samples_without_answer_ignores_answers(table: EmbeddingStore) ->
     (text_a,) = encode_samples([make_sample("1", "a")], table)
     (text_b,) = encode_samples([make_sample("1", "b")], table)
     assert text_a.rows.tolist() != text_b.rows.tolist()
-    assert (with_a.answers.tolist(), text_b.answers.tolist()) == ([-1], [-1])
+    assert (with_a.label_ids.tolist(), text_b.label_ids.tolist()) == ([-1], [-1])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])

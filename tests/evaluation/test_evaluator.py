@@ -153,7 +153,7 @@ def test_labels_may_be_counted_beside_tokens_that_know_of_nobody(tmp_path: Path)
         soft = Personalizer(plug, table=table).soft_prompt(samples)
     assert soft.label_bias is not None
     assert (soft.vectors == soft.vectors[:1]).all()
-    known = torch.tensor([bool((sample.answers >= 0).any()) for sample in samples])
+    known = torch.tensor([bool((sample.label_ids >= 0).any()) for sample in samples])
     assert torch.equal(soft.label_bias.abs().sum(dim=1) > 0, known)
     folder = stage.run.folder / "evaluations" / "dev"
     scored = np.array(json.loads((folder / "instruction+labels.seed-0.predictions.json").read_text())["probabilities"])
@@ -606,8 +606,10 @@ def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:
     context = EvalContext(stage.run, reader, models=stage.models, config=stage.config.evaluation)
     own = context.assign("own", seed=0)
     shown = find_method("random-vectors").build_inputs(context, own, seed=0)
-    assert all((sample.answers == -1).all() for sample in shown.samples)
-    assert any((sample.answers >= 0).any() for sample in find_method("plug").build_inputs(context, own, seed=0).samples)
+    assert all((sample.label_ids == -1).all() for sample in shown.samples)
+    assert any(
+        (sample.label_ids >= 0).any() for sample in find_method("plug").build_inputs(context, own, seed=0).samples
+    )
 
 
 def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(

@@ -25,8 +25,8 @@ def _samples(users: list[str]) -> list[EncodedSample]:
             query="q",
             target="1",
             rows=np.arange(10 * k, 10 * k + 5),
-            answers=np.arange(5, dtype=np.int16),
-            forms=np.arange(10 * k, 10 * k + 5, dtype=np.float16)[:, None],
+            label_ids=np.arange(5, dtype=np.int16),
+            style=np.arange(10 * k, 10 * k + 5, dtype=np.float16)[:, None],
         )
         for k, user in enumerate(users)
     ]
@@ -54,7 +54,7 @@ def test_a_wrong_user_is_always_another_user() -> None:
             owner_of_rows = USERS[int(lent.rows[0]) // 10]
             assert owner_of_rows != sample.user_id
             assert (lent.id, lent.query, lent.target) == (sample.id, sample.query, sample.target)
-            assert lent.answers.tolist() == [0, 1, 2, 3, 4]
+            assert lent.label_ids.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_wrong_users_are_drawn_by_seed_and_from_all_others() -> None:
@@ -79,7 +79,7 @@ def test_shuffled_keeps_the_items_and_their_answers_together() -> None:
     assert any(after.rows.tolist() != before.rows.tolist() for before, after in zip(samples, shown, strict=True))
     for before, after in zip(samples, shown, strict=True):
         assert sorted(after.rows.tolist()) == before.rows.tolist()
-        assert (after.rows % 10).tolist() == after.answers.tolist()
+        assert (after.rows % 10).tolist() == after.label_ids.tolist()
 
 
 def test_own_and_none() -> None:
@@ -97,7 +97,7 @@ def test_only_the_latest_items_are_shown(source: HistorySource, latest: int) -> 
     for all_of_them, few in zip(whole, with_history(source, samples, seed=3, latest=latest), strict=True):
         kept = sorted(all_of_them.rows.tolist())[max(0, 5 - latest) :] if latest else []
         assert sorted(few.rows.tolist()) == kept
-        assert (few.rows % 10).tolist() == few.answers.tolist()
+        assert (few.rows % 10).tolist() == few.label_ids.tolist()
 
 
 @pytest.mark.parametrize("source", ["none", "own", "wrong-user", "shuffled"])

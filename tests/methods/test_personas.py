@@ -69,7 +69,7 @@ def test_what_labels_say_is_averaged_too(tmp_path: Path, hashing: HashEncoder) -
     spec = replace(plain.plug.spec, labels=("1", "2", "3"))
     plug = PersonaPlug(replace(PAPER, label_prior="own"), spec=spec, encoder=hashing).eval()
     personalizer = Personalizer(plug, table=plain.table)
-    samples = [replace(sample, answers=np.full(3, k % 3, np.int16)) for k, sample in enumerate(_samples(5))]
+    samples = [replace(sample, label_ids=np.full(3, k % 3, np.int16)) for k, sample in enumerate(_samples(5))]
     with torch.no_grad():
         each = personalizer.soft_prompt(samples).label_bias
     given = MeanPersona(personalizer, samples, batch_size=2).soft_prompt(samples[:2]).label_bias

@@ -31,12 +31,12 @@ def test_load_history_after_add_returns_arrays(store: HistoryStore) -> None:
     assert store.add("t", "u", [*items, item("d", answer=None)]) == (4, 0, 0)
     history = store.load_history("t", "u")
     expected = ENCODER.encode([each.text for each in [*items, item("d", answer=None)]])
-    assert history.vectors.dtype == history.forms.dtype == np.float16
+    assert history.vectors.dtype == history.style.dtype == np.float16
     assert history.vectors.shape == (4, 32)
     np.testing.assert_array_equal(history.vectors, expected.astype(np.float16))
-    assert history.answers.dtype == np.int16
-    assert history.answers.tolist() == [0, 2, -1, -1]
-    np.testing.assert_array_equal(history.forms[0], text_style("1"))
+    assert history.label_ids.dtype == np.int16
+    assert history.label_ids.tolist() == [0, 2, -1, -1]
+    np.testing.assert_array_equal(history.style[0], text_style("1"))
     assert len(history) == 4
 
 
@@ -57,7 +57,7 @@ def test_list_items_latest_returns_newest_oldest_first(store: HistoryStore) -> N
 
 def test_load_history_unknown_user_is_empty(store: HistoryStore) -> None:
     history = store.load_history("t", "nobody")
-    assert (history.vectors.shape, history.answers.shape, history.forms.shape) == ((0, 32), (0,), (0, 20))
+    assert (history.vectors.shape, history.label_ids.shape, history.style.shape) == ((0, 32), (0,), (0, 20))
     assert history.version == 0 == store.version("t", "nobody")
     assert store.list_items("t", "nobody") == []
 
@@ -84,7 +84,7 @@ def test_load_history_latest_returns_newest(store: HistoryStore, latest: int) ->
     full, history = store.load_history("t", "u"), store.load_history("t", "u", latest=latest)
     assert len(history) == min(latest, 6)
     np.testing.assert_array_equal(history.vectors, full.vectors[max(6 - latest, 0) :])
-    np.testing.assert_array_equal(history.answers, full.answers[max(6 - latest, 0) :])
+    np.testing.assert_array_equal(history.label_ids, full.label_ids[max(6 - latest, 0) :])
 
 
 def test_add_same_item_is_neither_stored_nor_encoded(place: Place) -> None:
@@ -137,7 +137,7 @@ def test_add_encoded_many_users_stores_all(place: Place) -> None:
         own = names[i::50]
         history = store.load_history("t", f"u{i}")
         np.testing.assert_array_equal(history.vectors, np.stack([vector_of(name) for name in own]).astype(np.float16))
-        assert history.answers.tolist() == [len(name) % 3 for name in own]
+        assert history.label_ids.tolist() == [len(name) % 3 for name in own]
         assert item_ids(store, user=f"u{i}") == own
 
 
@@ -232,7 +232,7 @@ def test_tenants_share_no_data(place: Place) -> None:
     store.add("one", "u", [item("a", "planted by one", answer="1"), item("b", "of one")])
     store.add("two", "u", [item("a", "planted by two", answer="3")])
     assert [stored.fields[0][1] for stored in store.list_items("two", "u")] == ["planted by two"]
-    assert store.load_history("two", "u").answers.tolist() == [2]
+    assert store.load_history("two", "u").label_ids.tolist() == [2]
     assert "of one" not in json.dumps(store.export("two", "u"))
     assert store.list_items("three", "u") == []
     with pytest.raises(MissingData):

@@ -54,8 +54,8 @@ def assert_same(source: HistoryStore, target: HistoryStore, user: str, encoder: 
     history, original = target.load_history("t", user), source.load_history("t", user)
     assert history.version == original.version
     np.testing.assert_array_equal(history.vectors, encoder.encode([each.text for each in items]).astype(np.float16))
-    np.testing.assert_array_equal(history.answers, original.answers)
-    np.testing.assert_array_equal(history.forms, original.forms)
+    np.testing.assert_array_equal(history.label_ids, original.label_ids)
+    np.testing.assert_array_equal(history.style, original.style)
 
 
 def test_refill_copies_everything_but_vectors(source: HistoryStore, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_refill_encodes_answers_false_encodes_content(place: Place, tmp_path: Pa
     refill(source, target)
     history = target.load_history("t", "u")
     np.testing.assert_array_equal(history.vectors, OTHER.encode([item("a").content]).astype(np.float16))
-    assert history.answers.tolist() == [-1], "the new store has no labels"
+    assert history.label_ids.tolist() == [-1], "the new store has no labels"
 
 
 def test_refill_target_in_either_database_gets_items_and_erasures(place: Place, tmp_path: Path) -> None:

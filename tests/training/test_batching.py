@@ -21,8 +21,8 @@ def _sample(name: int, user: str, *, items: int = 10) -> EncodedSample:
         query="q",
         target="1",
         rows=np.arange(items),
-        answers=np.arange(items, dtype=np.int16),
-        forms=np.arange(items, dtype=np.float16)[:, None],
+        label_ids=np.arange(items, dtype=np.int16),
+        style=np.arange(items, dtype=np.float16)[:, None],
     )
 
 
@@ -82,7 +82,7 @@ def test_variant_drops_between_one_item_and_half_and_keeps_the_order() -> None:
 def test_variant_keeps_answers_with_their_items_and_repeats_by_seed() -> None:
     sample = _sample(0, "u")
     view = augment_history(sample, Augmentation(0, 3), seed=0, epoch=1)
-    assert view.rows.tolist() == view.answers.tolist()
+    assert view.rows.tolist() == view.label_ids.tolist()
     assert view.rows.tolist() == augment_history(sample, Augmentation(0, 3), seed=0, epoch=1).rows.tolist()
 
 
@@ -121,7 +121,7 @@ def test_subsampling_shows_any_number_of_items_in_order_and_repeats_by_seed() ->
 
     def shown(epoch: int, *, seed: int = 0) -> list[int]:
         seen = augment_history(sample, Augmentation(0, 0), seed=seed, epoch=epoch, subsample_history_prob=1.0)
-        assert seen.rows.tolist() == seen.answers.tolist() == seen.forms[:, 0].tolist()
+        assert seen.rows.tolist() == seen.label_ids.tolist() == seen.style[:, 0].tolist()
         rows: list[int] = seen.rows.tolist()
         return rows
 
@@ -158,7 +158,7 @@ def test_drop_history_prob_hides_whole_histories_by_seed() -> None:
             augment_history(SAMPLES[i], Augmentation(i, 0), seed=0, epoch=epoch, drop_history_prob=0.2)
             for i in range(100)
         ]
-        assert all(len(s.rows) in (0, 10) and len(s.answers) == len(s.rows) for s in shown)
+        assert all(len(s.rows) in (0, 10) and len(s.label_ids) == len(s.rows) for s in shown)
         return [i for i, s in enumerate(shown) if len(s.rows) == 0]
 
     assert 8 <= len(empty(0)) <= 35

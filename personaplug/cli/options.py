@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,7 @@ def with_settings(*sections: str) -> Callable[[Command], Command]:
     """Give a command --config and key=value words, and teach their meaning in its help."""
 
     def decorate(command: Command) -> Command:
-        command.__doc__ = "\n\n".join([(command.__doc__ or "").strip(), _SETTINGS_HELP, "\b\n" + describe(sections)])
+        command.__doc__ = "\n\n".join([cleandoc(command.__doc__ or ""), _SETTINGS_HELP, "\b\n" + describe(sections)])
         command = click.option("--config", "config_file", type=FILE, help="YAML file of settings.")(command)
         return click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")(command)
 

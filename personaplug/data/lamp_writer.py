@@ -1,4 +1,4 @@
-"""Write samples in LaMP's layout, so that `LampReader` reads equal samples back."""
+"""Write samples in LaMP's layout, so that `open_dataset` reads equal samples back."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """An experiment: sets × rows × seeds × variants of a config, as a YAML file.
 
 title: Retrieval beside the plug
-paper: Table 3                        the table or figure of PPlug that it repeats
 sets: [Movie_stars, LaMP_7]           folders under the data folder
 split: dev
 methods: [plain, plug, wrong-user, plug+bm25:1]
@@ -57,7 +56,6 @@ class _ExperimentFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str = ""
-    paper: str = ""
     sets: list[str] = Field(min_length=1)
     split: str = "dev"
     methods: list[str] = Field(min_length=1)
@@ -78,7 +76,6 @@ class Experiment:
     Attributes:
         name: the file's, without its ending; results are written under it.
         title: for people.
-        paper: which table or figure of the paper it repeats; empty if none.
         sets: names of data folders.
         split: which split is scored.
         methods: the rows.
@@ -91,7 +88,6 @@ class Experiment:
 
     name: str
     title: str
-    paper: str
     sets: tuple[str, ...]
     split: str
     methods: tuple[Method, ...]
@@ -139,7 +135,7 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
     """Read an experiment.
 
     Args:
-        config_file: settings on top of its base, such as the paper's own sizes; those for a set or a variant win.
+        config_file: settings on top of its base, such as larger models; those for a set or a variant win.
         settings: key=value words on top of every config in it; only variants win.
     Raises:
         MissingData: if the file is not there.
@@ -149,7 +145,6 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
     return Experiment(
         name=path.stem,
         title=file.title or path.stem,
-        paper=file.paper,
         sets=tuple(file.sets),
         split=file.split,
         methods=tuple(parse_methods(",".join(file.methods))),

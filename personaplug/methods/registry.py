@@ -52,11 +52,6 @@ def known_methods() -> list[str]:
     return [*_METHODS, *_ALIASES]
 
 
-def known_extensions() -> list[str]:
-    """Return the registered extensions."""
-    return list(_EXTENSIONS)
-
-
 def parse_methods(text: str) -> list[Method]:
     """Return the rows of a comma-separated list.
 

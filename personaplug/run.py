@@ -299,7 +299,7 @@ def encoded(
     """Encode samples' items as a plug reads them, into the table where they are missing, saying how far it is."""
     with Progress("encode", total=None) as progress:
 
-        def told(done: int) -> None:
+        def show_progress(done: int) -> None:
             progress.advance(done - progress.done)
 
         return encode_samples(
@@ -308,7 +308,7 @@ def encoded(
             labels=labels,
             with_answer=plug.encodes_answers,
             with_style=plug.reads_style,
-            progress=told,
+            progress=show_progress,
         )
 
 

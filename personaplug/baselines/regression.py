@@ -166,11 +166,11 @@ class OptionModel:
         The shape is (n, labels, 1 to 3), depending on `part`; values are zeros if a prompt has no options.
         """
         no_options = Options("", ("",) * len(self.label_set.labels))
-        found = [self.finder.find(sample.prompt) or no_options for sample in samples]
-        option_rows = self._words([text for options in found for text in options.texts])
+        options_of_samples = [self.finder.find(sample.prompt) or no_options for sample in samples]
+        option_rows = self._words([text for options in options_of_samples for text in options.texts])
         parts = []
         if self.part != "history":
-            questions = self._words([options.question for options in found for _ in options.texts])
+            questions = self._words([options.question for options in options_of_samples for _ in options.texts])
             cosines = np.asarray(option_rows.multiply(questions).sum(axis=1))
             parts.append(cosines.reshape(-1, len(self.label_set.labels), 1))
         if self.part != "text":
@@ -239,9 +239,13 @@ class OptionFinder:
     def __init__(self, prompts: Sequence[str], labels: Sequence[str]) -> None:
         self._markers = [re.compile(rf"(?<!\w){re.escape(label)}[:.)]") for label in labels]
         self._shared_start = self._shared_end = 0
-        found = [self.find(prompt) for prompt in prompts]
-        self.everywhere = len(labels) > 1 and bool(found) and all(options and all(options.texts) for options in found)
-        questions = [options.question.split() for options in found if options]
+        options_of_prompts = [self.find(prompt) for prompt in prompts]
+        self.everywhere = (
+            len(labels) > 1
+            and bool(options_of_prompts)
+            and all(options and all(options.texts) for options in options_of_prompts)
+        )
+        questions = [options.question.split() for options in options_of_prompts if options]
         self._shared_start = _count_shared(questions)
         self._shared_end = _count_shared([words[self._shared_start :][::-1] for words in questions])
 

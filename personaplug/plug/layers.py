@@ -201,16 +201,16 @@ class LabelPrior(nn.Module):
         self.usual: Tensor
         self.register_buffer("usual", torch.full((labels,), 1 / labels))
 
-    def start_from(self, answers: Tensor) -> None:
+    def start_from(self, label_ids: Tensor) -> None:
         """Set π from training answers: (n,) label indices, -1 for an answer that is no label."""
-        counts = torch.bincount(answers[answers >= 0], minlength=len(self.usual)) + 1  # no label is impossible
+        counts = torch.bincount(label_ids[label_ids >= 0], minlength=len(self.usual)) + 1  # no label is impossible
         self.usual.copy_(counts / counts.sum())
 
-    def forward(self, answers: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    def forward(self, label_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Return b of each user, (B, C), from the (M,) label indices of all items' answers, -1 for no label."""
         labels, users = len(self.usual), len(lengths)
-        owners = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=answers.device))
-        cells = (owners * labels + answers)[answers >= 0]
+        owners = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=label_ids.device))
+        cells = (owners * labels + label_ids)[label_ids >= 0]
         counts = torch.bincount(cells, minlength=users * labels).view(users, labels).to(self.usual)
         doubt = self.log_doubt.exp()
         own = (counts + doubt * self.usual) / (counts.sum(dim=1, keepdim=True) + doubt)

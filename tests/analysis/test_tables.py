@@ -15,9 +15,9 @@ from personaplug.analysis.results_file import Comparison, Results
 from personaplug.analysis.tables import gain_cell, results_table, set_names
 
 
-def row(condition: str, *, mae: float, **more: Any) -> dict[str, Any]:
+def row(method: str, *, mae: float, **more: Any) -> dict[str, Any]:
     return {
-        "method": condition,
+        "method": method,
         "n": 250,
         "metrics": {"mae": mae, "accuracy": 0.5},
         "intervals": {"mae": [mae - 0.1, mae + 0.1], "accuracy": [0.45, 0.55]},

@@ -50,11 +50,11 @@ def with_history(
 def test_a_wrong_user_is_always_another_user() -> None:
     samples = _samples(USERS)
     for seed in range(20):
-        for sample, lent in zip(samples, with_history("wrong-user", samples, seed=seed), strict=True):
-            owner_of_rows = USERS[int(lent.rows[0]) // 10]
+        for sample, assigned in zip(samples, with_history("wrong-user", samples, seed=seed), strict=True):
+            owner_of_rows = USERS[int(assigned.rows[0]) // 10]
             assert owner_of_rows != sample.user_id
-            assert (lent.id, lent.query, lent.target) == (sample.id, sample.query, sample.target)
-            assert lent.label_ids.tolist() == [0, 1, 2, 3, 4]
+            assert (assigned.id, assigned.query, assigned.target) == (sample.id, sample.query, sample.target)
+            assert assigned.label_ids.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_wrong_users_are_drawn_by_seed_and_from_all_others() -> None:

@@ -231,19 +231,19 @@ class VLLMEngine(Engine):
 
 async def _complete_events(response: aiohttp.ClientResponse, *, timeout_s: float) -> AsyncGenerator[bytes]:
     """Hold half an event back: a client could not parse what follows it, even if that is an error."""
-    held = b""
+    unfinished = b""
     try:
         while True:
             async with asyncio.timeout(timeout_s):
                 chunk = await response.content.readany()
             if not chunk:  # the end
                 break
-            events, end, held = (held + chunk).rpartition(b"\n\n")
+            events, end, unfinished = (unfinished + chunk).rpartition(b"\n\n")
             if end:
                 yield events + end
     except _CONNECTION_ERRORS as error:
         raise EngineFailure(f"The vLLM server broke off ({type(error).__name__}).") from None
-    if held:
+    if unfinished:
         raise EngineFailure("The vLLM server broke off amid an event.")
 
 

@@ -22,7 +22,7 @@ from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.errors import ConfigError, nearest
 from personaplug.run import Models, Run
 
-_RETRIEVERS = ("bm25", "recency", "random", "dense", "ropg")
+RETRIEVERS = ("bm25", "recency", "dense", "random", "ropg")
 
 
 class PromptBuilder:
@@ -88,7 +88,7 @@ class PromptBuilder:
             case "ropg":
                 learned = RopgRetriever.load(self.run.plug_folder("ropg", seed=seed), width=encoder.width)
                 return DenseRetriever(encoder, self.table, with_answer=with_answer, head=learned.map_queries)
-        raise ConfigError(f"There is no retriever {method!r}; {nearest(method, _RETRIEVERS)}")
+        raise ConfigError(f"There is no retriever {method!r}; {nearest(method, RETRIEVERS)}")
 
     def _best_items(
         self,

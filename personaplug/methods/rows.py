@@ -25,6 +25,7 @@ from dataclasses import replace
 from personaplug.analysis.method_info import HistorySource, MethodInfo
 from personaplug.baselines.heuristics import CopyQuery, UserMajority, UserRating, UserWords, user_mean, user_median
 from personaplug.baselines.no_lm import Baseline
+from personaplug.baselines.prompt_builder import RETRIEVERS
 from personaplug.baselines.regression import Regression
 from personaplug.baselines.retrievers import Retrieval
 from personaplug.errors import ConfigError
@@ -43,7 +44,6 @@ from personaplug.methods.registry import (
 )
 from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, PAPER_PLUG, PLUG
 
-RETRIEVERS = ("bm25", "recency", "dense", "random", "ropg")
 _USER_WORDS = 8
 _INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; alone it is written instruction-only
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from personaplug.baselines.prompt_builder import RETRIEVERS
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.methods import find_method
 from personaplug.methods.registry import known_methods
-from personaplug.methods.rows import RETRIEVERS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "benchmarks" / "configs").glob("*.yaml"))

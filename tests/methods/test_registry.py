@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from personaplug.baselines.heuristics import CopyQuery, UserWords
+from personaplug.baselines.prompt_builder import RETRIEVERS
 from personaplug.baselines.regression import Regression
 from personaplug.baselines.retrievers import Retrieval
 from personaplug.errors import ConfigError
@@ -15,7 +16,6 @@ from personaplug.methods.language_model import LanguageModelMethod
 from personaplug.methods.no_lm import BaselineMethod
 from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.methods.registry import DEFAULT, known_methods
-from personaplug.methods.rows import RETRIEVERS
 from personaplug.training.parts import INSTRUCTION, LORA, PLUG, ROPG
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from personaplug.config import PRESETS, SECTIONS, Config
@@ -82,6 +82,13 @@ def describe(sections: Sequence[str]) -> str:
             lines.append(f"  {name}={_as_word(getattr(SECTIONS[section](), name))}")
             lines.append(f"      {field.description}{_range_text(field)}")
     return "\n".join(lines)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a config file that is written in sections: keys, types, ranges and descriptions."""
+    schema = TypeAdapter(Config).json_schema()
+    schema["properties"] = {_PRESET: {"enum": list(PRESETS)}, **schema["properties"]}
+    return schema
 
 
 def settings_of(section: str) -> dict[str, FieldInfo]:

@@ -6,10 +6,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from pydantic import TypeAdapter
+import yaml
 
 from personaplug.config import PAPER, SECTIONS, Config
-from personaplug.config_parsing import describe, load_config, to_yaml, with_values
+from personaplug.config_parsing import describe, json_schema, load_config, to_yaml, with_values
 from personaplug.errors import ConfigError, MissingData
 from personaplug.run import FIXED, _differing
 
@@ -118,5 +118,8 @@ def test_preset_replaces_plug_and_training_and_other_values_win(tmp_path: Path) 
 
 
 def test_settings_have_a_json_schema() -> None:
-    schema = TypeAdapter(Config).json_schema()
+    schema = json_schema()
     assert schema["$defs"]["PlugConfig"]["properties"]["placement"]["enum"] == ["prefix", "suffix"]
+    for file in sorted((Path(__file__).parents[1] / "benchmarks" / "configs").glob("*.yaml")):
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert config.keys() <= schema["properties"].keys(), file

@@ -13,7 +13,17 @@ from typing import Any
 import click
 
 from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
-from personaplug.cli.run_commands import encode, estimate, evaluate, generate, predict, quickstart, simulate, train
+from personaplug.cli.run_commands import (
+    encode,
+    estimate,
+    evaluate,
+    generate,
+    predict,
+    quickstart,
+    schema,
+    simulate,
+    train,
+)
 from personaplug.cli.serving_commands import create_key, erase_user, explain, refill_store, serve, verify_receipt
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import (
@@ -90,7 +100,7 @@ def _settle_among_processes(command: str | None) -> None:
 
 
 for _command in (
-    *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate),
+    *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate, schema),
     *(bench, report, score, lamp, convert, split_command),
     *(serve, create_key, erase_user, explain, refill_store, verify_receipt),
 ):

@@ -1,4 +1,4 @@
-"""The commands from data to a table: quickstart, simulate, encode, train, evaluate, predict, generate, estimate.
+"""The commands from data to a table, from `quickstart` to `estimate`; and the settings as a JSON schema.
 
 A command parses, calls one function and prints. It imports what it needs when it runs, so that `--help` is fast.
 """
@@ -28,7 +28,7 @@ from personaplug.cli.options import (
     with_settings,
 )
 from personaplug.config import Config
-from personaplug.config_parsing import load_config
+from personaplug.config_parsing import json_schema, load_config
 from personaplug.infra.distributed import connect, disconnect, is_main, synchronized
 
 if TYPE_CHECKING:
@@ -312,6 +312,12 @@ def generate(
         run, prompt, history=history or (), seed=seed, plain=plain, phrases=phrases, config=config.evaluation
     )
     click.echo(response)
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of a config file (`--config`), for editors that complete and check YAML."""
+    click.echo(json.dumps(json_schema(), indent=2))
 
 
 @click.command()

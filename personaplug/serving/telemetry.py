@@ -25,12 +25,12 @@ class Telemetry:
         self.personas = Counter(
             "personaplug_personas",
             "Replies, by what was applied (user, population, plain) and whether it came from the cache.",
-            ("applied", "kept"),
+            ("applied", "cached"),
             registry=registry,
         )
         self.running = Gauge("personaplug_running_requests", "Requests that are running.", registry=registry)
-        self.cached_users = Gauge("personaplug_kept_users", "Users in the persona cache.", registry=registry)
-        self.cached_bytes = Gauge("personaplug_kept_bytes", "Bytes in the persona cache.", registry=registry)
+        self.cached_users = Gauge("personaplug_cached_users", "Users in the persona cache.", registry=registry)
+        self.cached_bytes = Gauge("personaplug_cached_bytes", "Bytes in the persona cache.", registry=registry)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -465,8 +465,8 @@ def test_metrics_count_requests_and_personas(url: str) -> None:
     _chat(url, "ann")
     text = httpx.get(f"{url}/metrics").text
     assert 'personaplug_requests_total{route="/v1/chat/completions",status="200"} 2.0' in text
-    assert 'personaplug_personas_total{applied="user",kept="true"} 1.0' in text
-    assert "personaplug_kept_users 1.0" in text
+    assert 'personaplug_personas_total{applied="user",cached="true"} 1.0' in text
+    assert "personaplug_cached_users 1.0" in text
 
 
 def test_stream_is_finished_when_the_server_stops(toy: CausalLM, service: Service) -> None:

@@ -205,5 +205,5 @@ def test_rows_from_outside_the_package_have_the_color_of_their_family() -> None:
 
 
 def test_bar_without_an_interval_is_drawn_without_a_whisker() -> None:
-    [axes] = scores_of({"rows": [{"method": "new", "metrics": {"mae": 1}}]}).axes
+    [axes] = scores_of({"rows": [{"method": "new", "metrics": {"accuracy": 1}}]}).axes
     assert len(axes.patches) == 1

@@ -98,9 +98,9 @@ def settings_of(section: str) -> dict[str, FieldInfo]:
 
 
 def _preset(name: object) -> Config:
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; found {name!r}.")
-    return PRESETS[str(name)]
+    return PRESETS[name]
 
 
 def _locate(key: str) -> tuple[str, str]:
@@ -120,7 +120,7 @@ def _converted(value: Any, *, key: str) -> Any:
         if not items:
             raise ConfigError(f"{key} needs at least one value, found none.")
         numbers = tuple(_parse_yaml(str(item), source=key) for item in items)
-        if len(set(numbers)) < len(numbers):
+        if any(number in numbers[:index] for index, number in enumerate(numbers)):
             raise ConfigError(f"{key} names a value twice: {_as_word(numbers)}. Name each once.")
         return numbers
     wanted = _type_of(key)
@@ -194,8 +194,10 @@ def read_yaml(path: Path) -> Any:
 def _parse_yaml(text: str, *, source: str) -> Any:
     try:
         return yaml.safe_load(text) if text else text
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date of no calendar, a number of too many digits
         raise ConfigError(f"{source} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deep. Write it in fewer levels.") from None
 
 
 def flatten(tree: Any) -> dict[str, Any]:

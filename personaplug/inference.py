@@ -7,7 +7,7 @@ from pathlib import Path
 
 from personaplug.config import EvaluationConfig
 from personaplug.data import read_items
-from personaplug.data.parsing import Flaw, options_of, query_of
+from personaplug.data.parsing import Flaw, as_text, options_of, query_of
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import past_answers
@@ -22,7 +22,7 @@ def generate(
     run: Run,
     prompt: str,
     *,
-    history: Path | Sequence[HistoryItem] = (),
+    history: str | Path | Sequence[HistoryItem] = (),
     models: Models | None = None,
     seed: int | None = None,
     plain: bool = False,
@@ -37,10 +37,17 @@ def generate(
         seed: which training; None = the first.
         plain: leave the plug out.
         config: how to answer; None = as in the run's own config.
+    Raises:
+        ConfigError: if the prompt lacks the wording that marks the query, or an item is none of the run's task.
     """
     if phrases:
         check_ngrams(run.task)
-    items = read_items(history, task=run.task) if isinstance(history, Path) else history
+    try:
+        as_text(prompt, "it")
+    except Flaw:
+        raise ConfigError("A prompt is a text of valid Unicode; the prompt given is not.") from None
+    items = read_items(history, task=run.task) if isinstance(history, str | Path) else tuple(history)
+    _check_items(items, run.task)
     models, config = models or open_models(run.config), config or run.config.evaluation
     personalizer = None
     if not plain:
@@ -77,6 +84,21 @@ def respond(
         answers = past_answers(items, latest=personalizer.plug.config.max_history)
         ngrams = [models.llm.build_ngram_cache(answers)]
     return models.llm.generate(PromptBatch([prompt], soft, ngrams=ngrams), _generation_config(task, config))[0].text
+
+
+def _check_items(items: Sequence[HistoryItem], task: Task) -> None:
+    """Raise ConfigError if an item has other fields than the task's: it would be read as another persona."""
+    for number, item in enumerate(items, start=1):
+        if (
+            not isinstance(item, HistoryItem)
+            or [name for name, _ in item.fields] != list(task.field_names)
+            or not all(isinstance(text, str) for _, text in item.fields)
+            or item.answer_name != task.answer_field
+        ):
+            raise ConfigError(
+                f"Item {number} of the history is no HistoryItem of task {task.name}, with texts for the fields "
+                f"{', '.join(task.field_names)} in this order. `read_items` makes such items of a file."
+            )
 
 
 def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig:

@@ -126,8 +126,15 @@ class Run:
             raise MissingData(
                 f"{folder} holds no run: run.json is missing or broken. `personaplug train --out {folder}` makes one."
             ) from error
+        if not isinstance(about, dict) or not isinstance(about.get("task"), dict):
+            raise ConfigError(
+                f"{folder / 'run.json'} should hold an object with the run's `task`; found something else."
+            )
         task = parse_task(about["task"], source=str(folder / "run.json"))
-        vectors = Path(about["vectors"]) if about.get("vectors") else folder / "vectors"
+        place = about.get("vectors")
+        if place is not None and not isinstance(place, str):
+            raise ConfigError(f"{folder / 'run.json'}: `vectors` should be a folder or null; found something else.")
+        vectors = Path(place) if place else folder / "vectors"
         config = load_config(folder / "config.yaml")
         return cls(folder, config, task, vectors)
 

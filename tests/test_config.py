@@ -11,7 +11,7 @@ import yaml
 from personaplug.config import PAPER, SECTIONS, Config
 from personaplug.config_parsing import describe, json_schema, load_config, to_yaml, with_values
 from personaplug.errors import ConfigError, MissingData
-from personaplug.run import FIXED, _differing
+from personaplug.run import FIXED, Run, _differing
 
 
 def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
@@ -54,6 +54,12 @@ def test_a_config_survives_yaml(tmp_path: Path) -> None:
         ("plug.epochs=3", "no setting 'plug.epochs'"),
         ("epochs", "key=value"),
         ("epochs=[", "not valid YAML"),
+        ("llm=2024-13-45", "value of llm is not valid YAML: month"),
+        (f"epochs={'9' * 5000}", "not valid YAML"),
+        (f"llm={'[' * 2000}", "nested too deep"),
+        ("seeds=[[0]]", "a whole number"),
+        ("seeds={a: 1}", "a whole number"),
+        ("preset=[paper]", "preset must be one of"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(word: str, said: str) -> None:
@@ -123,3 +129,10 @@ def test_settings_have_a_json_schema() -> None:
     for file in sorted((Path(__file__).parents[1] / "benchmarks" / "configs").glob("*.yaml")):
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert config.keys() <= schema["properties"].keys(), file
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"task": null}', '{"task": {}, "vectors": 5}'])
+def test_a_run_json_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"run\.json"):
+        Run.open(tmp_path)

@@ -14,7 +14,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError
-from personaplug.inference import respond
+from personaplug.inference import generate, respond
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
@@ -86,3 +86,23 @@ def test_phrases_are_mixed_in_beside_a_persona_alone(toy: CausalLM, hashing: Has
     for changes in ({"plain": True}, {"settings": ("max_new_tokens=2", "persona_scale=0")}):
         given: dict[str, Any] = changes
         assert answer(prompt, task, toy, hashing, phrases=True, **given) == answer(prompt, task, toy, hashing, **given)
+
+
+@pytest.mark.parametrize(
+    ("history", "prompt"),
+    [
+        ([{"text": SECRET, "score": "4"}], "review: x"),
+        ([HistoryItem("1", (("texts", SECRET), ("score", "4")), "score")], "review: x"),
+        ([HistoryItem("1", (("text", SECRET), ("score", 4)), "score")], "review: x"),  # type: ignore[arg-type]
+        ([], f"{SECRET} review: \ud83d"),
+        ([], None),
+    ],
+)
+def test_generate_refuses_what_is_no_item_of_the_task_and_no_text(
+    history: Any, prompt: Any, toy: CausalLM, hashing: HashEncoder
+) -> None:
+    task = LAMP_TASKS["LaMP_3"]
+    run = Run(Path("unused"), resolved(load_config(), task), task, Path("unused"))
+    with pytest.raises(ConfigError, match=r"history is no HistoryItem|valid Unicode") as error:
+        generate(run, prompt, history=history, models=Models(hashing, toy))
+    assert SECRET not in str(error.value)

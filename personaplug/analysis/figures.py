@@ -143,7 +143,7 @@ def _bar(axes: Axes, row: ResultRow, *, metric: str, position: int) -> float:
         # The white rim keeps the whisker apart from a dark bar.
         axes.hlines(position, *ends, color="white", linewidth=3, alpha=0.7, zorder=3)
         axes.hlines(position, *ends, color=_INK, linewidth=1.2, zorder=4)
-    reach = max(value, *(ends or ()))
+    reach = max([value, *(ends or ())])
     text = f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
     offset: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(text, (reach, position), color=_INK, fontsize=8, **offset)

@@ -20,9 +20,11 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.trials import Diagnostics, Provenance, known_fields, without_empty
@@ -69,12 +71,20 @@ class ResultRow:
 
     @classmethod
     def from_json(cls, record: Record) -> ResultRow:
-        """Reverse `to_json`; raise KeyError if the `method` is missing."""
-        record = {**record, **(record.get("costs") or {}), "name": record["method"]}
+        """Reverse `to_json`; raise KeyError if the `method` is missing, TypeError for a value of another type."""
+        costs = record.get("costs") or {}
+        for name, value, kinds, expected in (
+            ("costs", costs, dict, "an object"),
+            ("method", record["method"], str, "a text"),
+            ("parents", record.get("parents") or [], (list, tuple), "a list"),
+        ):
+            if not isinstance(value, kinds):
+                raise TypeError(f"the field {name!r} has a value of another type: expected {expected}")
+        record = {**record, **costs, "name": record["method"]}
         known = known_fields(cls, record)
         known["method"] = MethodInfo.from_json(known_fields(MethodInfo, record))
         known["diagnostics"] = Diagnostics(**known_fields(Diagnostics, record))
-        return cls(**_null_as_nan(known))
+        return _checked(cls(**_null_as_nan(known)))
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ class Comparison:
         """Reverse `to_json`; raise KeyError if a required field is missing."""
         known = known_fields(cls, record) | {name: record[name] for name in ("a", "b", "metric", "difference")}
         known |= {name: record[name] for name in ("low", "high", "p") if name in record}
-        return cls(**_null_as_nan(known))
+        return _checked(cls(**_null_as_nan(known)))
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ class Results(ResultPart):
             return rows, _parsed(part, "pairs", Comparison.from_json, file=file)
 
         def subgroup_of(part: Record) -> Subgroup:
-            return Subgroup(*part_of(part), part["name"], samples=part.get("samples"))
+            return _checked(Subgroup(*part_of(part), part["name"], samples=part.get("samples")))
 
         subgroups = _parsed(record, "subgroups", subgroup_of, file=file)
         return cls(*part_of(record), Provenance.from_json(record), subgroups)
@@ -195,6 +205,8 @@ def load_results(path: Path) -> Results:
         raise RecordError(path, f"byte {error.start}", reason="this is no UTF-8 text.") from None
     except json.JSONDecodeError as error:
         raise RecordError(path, f"line {error.lineno}", reason=f"this is no JSON ({error.msg}).") from None
+    except (ValueError, RecursionError):  # a number of too many digits, lists in lists
+        raise RecordError(path, "the whole file", reason="it is JSON of a form that no results file has.") from None
 
 
 def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str | Path) -> list[T]:
@@ -207,7 +219,30 @@ def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str
             parsed.append(parse(item))
         except KeyError as error:
             raise RecordError(file, f"entry {number} of {key!r}", reason=f"the field {error} is missing") from None
+        except TypeError as error:
+            raise RecordError(file, f"entry {number} of {key!r}", reason=str(error)) from None
     return parsed
+
+
+@cache
+def _field_types(kind: Any) -> dict[str, TypeAdapter[Any]]:
+    # A file of a later version may have a family that is not known here: of a Literal, the kind alone is checked.
+    hints = {name: str if get_origin(hint) is Literal else hint for name, hint in get_type_hints(kind).items()}
+    return {name: TypeAdapter(hint) for name, hint in hints.items()}
+
+
+def _checked(part: T) -> T:
+    """Return a row or a comparison; raise TypeError if a field of it, or of its parts, has a value of another type."""
+    values: list[Any] = [part, getattr(part, "method", None), getattr(part, "diagnostics", None)]
+    for value in values:
+        kind: Any = type(value)
+        for name, adapter in _field_types(kind).items() if value is not None else ():
+            try:
+                adapter.validate_python(getattr(value, name), strict=True)
+            except ValidationError as error:
+                reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+                raise TypeError(f"the field {name!r} has a value of another type: {reason}") from None
+    return part
 
 
 def _null_as_nan(value: Any) -> Any:

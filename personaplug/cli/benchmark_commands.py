@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -42,7 +43,7 @@ def bench(
     from personaplug.evaluation.experiment import find_experiment, load_experiment
 
     numbers = _words(seeds)
-    if not all(number.isascii() and number.isdecimal() for number in numbers):
+    if not all(re.fullmatch("[0-9]{1,10}", number) for number in numbers):
         raise ConfigError(f"--seeds takes whole numbers, comma-separated; found {seeds!r}.")
     outcome = run_benchmark(
         load_experiment(find_experiment(name, experiments), config_file=config_file, settings=settings),

@@ -195,7 +195,9 @@ def train(
 @data_option
 @click.option("--split", default="dev", show_default=True)
 @methods_option("plain,instruction-only,wrong-user,shuffled,plug", "Rows of the table.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results object here too.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results object here too."
+)
 @skip_bad_option
 @with_settings("evaluation")
 def evaluate(
@@ -324,7 +326,9 @@ def schema() -> None:
 @data_option
 @task_option
 @skip_bad_option
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the estimate here too.")
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the estimate here too."
+)
 @with_settings("model", "plug", "training")
 def estimate(
     data: Path,

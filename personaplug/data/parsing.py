@@ -49,7 +49,11 @@ def as_text(value: object, what: str) -> str:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise Flaw(f"{what} is {_TYPE_NAMES.get(type(value), 'something else')}, expected a text or a number")
-    if not math.isfinite(value):
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        is_finite = False
+    if not is_finite:
         raise Flaw(f"{what} is not a finite number")
     return str(int(value)) if value == int(value) else str(value)
 

@@ -31,6 +31,8 @@ def split_by_user(reader: Reader, folder: str | Path, *, share: float, seed: int
     """
     if not 0 < share < 1:
         raise ConfigError(f"The share of users for dev should be between 0 and 1, found {share}.")
+    if seed < 0:
+        raise ConfigError(f"The seed of a split should be 0 or more, found {seed}.")
     sizes = Counter(sample.owner for sample in reader)
     if existing := [path.name for path in Path(folder).glob("*_questions.json*")]:
         raise RunConflict(f"{folder} already holds a data set ({existing[0]}). Choose another folder, or remove it.")

@@ -57,7 +57,7 @@ def open_encoder(spec: str, *, device: str = "cpu", engine: str = "torch") -> En
 
 
 def _open_hash_encoder(width: str, device: str) -> HashEncoder:
-    if width and not width.isdecimal():
+    if not re.fullmatch("[0-9]{1,5}", width or "0"):
         raise ConfigError(f"'hash:{width}': write `hash` or `hash:WIDTH`, for instance `hash:128`.")
     return HashEncoder(int(width or 256))
 

@@ -176,6 +176,14 @@ def _configs(
 ) -> dict[tuple[str, str], Config]:
     base = load_config(path.parent / file.base) if file.base else Config()
     base = with_values(base, flatten(file.config))
+    for kind, names in (("set", file.sets), ("variant", [*file.variants]), ("experiment of runs", [file.runs])):
+        for name in names:
+            if name in (".", "..") or "/" in name or "\\" in name or (kind == "set" and not name):
+                raise ConfigError(f"{path}: the {kind} {name!r} names a folder, so it may hold no slash; rename it.")
+    scales = [f"{scale:g}" for scale in file.persona_scales]  # as in the names of results
+    for key, values in (("sets", file.sets), ("max_eval_history", file.max_eval_history), ("persona_scales", scales)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{path}: {key} names a value twice: {', '.join(map(str, values))}. Name each once.")
     unknown = [name for name in file.per_set if name not in file.sets]
     if unknown:
         raise ConfigError(f"{path}: per_set names {', '.join(unknown)}, which is not among its sets.")

@@ -55,7 +55,7 @@ def find_model(name: str) -> Path:
     """
     if name.startswith(PACKAGE_PREFIX):
         return _from_package(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # it leaves the name of an unknown user as it is
     if _is_model(path):
         return path
     if len(files := _gguf_files(path)) == 1:

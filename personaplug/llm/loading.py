@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def open_llm(config: ModelConfig) -> LanguageModel:
     kind, _, seed = config.llm.partition(":")
     if kind != "toy":
         return load_hf(config.llm, dtype=config.dtype, device=choose_device(config.device), **settings)
-    if not (seed or "0").isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", seed or "0"):
         raise ConfigError(f"The toy model is written toy or toy:SEED with a whole number; found {config.llm!r}.")
     return load_tiny_llm(seed=int(seed or "0"), **settings)
 

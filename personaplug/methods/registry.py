@@ -6,6 +6,7 @@ a colon goes to the part before it. `rows.py` registers the rows of this package
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -100,9 +101,9 @@ def number_after(name: str, argument: str) -> int:
     """Return the number behind a colon in a row's name.
 
     Raises:
-        ConfigError: if it is no whole number from 1.
+        ConfigError: if it is no whole number from 1 to 999999999, written without leading zeros: a row has one name.
     """
-    if not (argument.isascii() and argument.isdecimal() and int(argument) >= 1):
+    if not re.fullmatch("[1-9][0-9]{0,8}", argument):
         raise unknown_method(name)
     return int(argument)
 

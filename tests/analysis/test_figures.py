@@ -202,3 +202,8 @@ def test_rows_from_outside_the_package_have_the_color_of_their_family() -> None:
     assert (plug, wrong) == (own, control)
     [axes] = scores_of({"rows": [row("new", 0.5) | {"family": "a new family"}]}).axes
     assert len(axes.patches) == 1
+
+
+def test_bar_without_an_interval_is_drawn_without_a_whisker() -> None:
+    [axes] = scores_of({"rows": [{"method": "new", "metrics": {"accuracy": 1}}]}).axes
+    assert len(axes.patches) == 1

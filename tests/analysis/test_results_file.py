@@ -104,6 +104,18 @@ def test_subgroup_without_rows_is_read() -> None:
             "entry 1 of 'pairs': the field 'difference'",
         ),
         ('{"rows": [], "subgroups": [{"rows": []}]}', "entry 1 of 'subgroups': the field 'name'"),
+        ('{"rows": [{"method": null}]}', "entry 1 of 'rows': the field 'method'"),
+        ('{"rows": [{"method": "a", "metrics": {"mae": "x"}}]}', "entry 1 of 'rows': the field 'metrics'"),
+        ('{"rows": [{"method": "a", "costs": 3}]}', "entry 1 of 'rows': the field 'costs'"),
+        ('{"rows": [{"method": "a", "bytes_per_user": "x"}]}', "entry 1 of 'rows': the field 'bytes_per_user'"),
+        ('{"rows": [{"method": "a", "parents": 3}]}', "entry 1 of 'rows': the field 'parents'"),
+        (
+            '{"rows": [], "pairs": [{"a": "x", "b": "y", "metric": "mae", "difference": "1"}]}',
+            "entry 1 of 'pairs': the field 'difference'",
+        ),
+        ('{"rows": [], "subgroups": [{"name": 5}]}', "entry 1 of 'subgroups': the field 'name'"),
+        (f'{{"rows": {"9" * 5000}}}', "the whole file"),
+        ("[" * 100_000, "the whole file"),
     ],
 )
 def test_broken_file_is_refused_by_file_and_field(tmp_path: Path, content: str, position: str) -> None:

@@ -50,6 +50,13 @@ def test_train_saves_the_resolved_config_and_says_what_came_out(trained: Path, d
     assert "validation loss" in again.output
 
 
+def test_evaluate_never_takes_a_folder_for_its_results_file(trained: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    done = _call("evaluate", "--run", trained, "--data", data, "--json", tmp_path / "results")
+    assert (done.exit_code, "is a directory" in done.output) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
 def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Path, tmp_path: Path) -> None:
     target = tmp_path / "results.json"
     done = _call(

@@ -57,6 +57,11 @@ def test_folder_with_a_data_set_is_not_changed(whole: Path, tmp_path: Path) -> N
     assert _ids(tmp_path) == before
 
 
+def test_negative_seed_is_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="0 or more, found -1"):
+        split_by_user(open_dataset(whole, "train"), tmp_path, share=0.3, seed=-1)
+
+
 def test_single_user_is_refused(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(users=1, queries_per_user=3, dev_users=1), tmp_path / "one")
     with pytest.raises(ConfigError, match="2 or more users, found 1"):

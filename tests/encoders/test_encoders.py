@@ -136,7 +136,7 @@ def test_open_encoder_accepts_hash_and_model_names(minilm: SentenceEncoder) -> N
     assert open_encoder(MINILM).identity == minilm.identity
 
 
-@pytest.mark.parametrize("spec", ["hash:", "hash:7", "hash:many", "hash:-8"])
+@pytest.mark.parametrize("spec", ["hash:", "hash:7", "hash:many", "hash:-8", "hash:999999999999"])
 def test_open_encoder_wrong_width_raises(spec: str) -> None:
     if spec == "hash:":
         assert open_encoder(spec).width == 256

@@ -60,6 +60,12 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
         ("sets: [A]\nmethods: [plain]\nsubgroups: quarters", "history-thirds"),
         ("sets: [A]\nmethods: [plain]\nmax_eval_history: [-1]", "max_eval_history.0: .*greater than or equal to 0"),
         ("sets: [A]\nmethods: [plain]\npersona_scales: [11]", "persona_scales.0: .*less than or equal to 10"),
+        ("sets: [../A]\nmethods: [plain]", "set '../A' names a folder"),
+        ("sets: [A]\nmethods: [plain]\nvariants: {../a: {}}", "variant '../a' names a folder"),
+        ("sets: [A]\nmethods: [plain]\nruns: ..", "'..' names a folder"),
+        ("sets: [A, A]\nmethods: [plain]", "sets names a value twice"),
+        ("sets: [A]\nmethods: [plain]\nmax_eval_history: [2, 2]", "max_eval_history names a value twice"),
+        ("sets: [A]\nmethods: [plain]\npersona_scales: [0.3333333, 0.3333334]", "persona_scales names a value twice"),
         ("sets: [A]\nmethods: [plain]\nbase: nowhere.yaml", "does not exist"),
     ],
 )

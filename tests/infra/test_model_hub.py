@@ -62,7 +62,7 @@ def test_local_folder_is_returned_as_it_is(tmp_path: Path) -> None:
     assert revision_of(str(folder), folder) is None
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/no-such-model", "a/b/c"])
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/no-such-model", "~no-such-user/x", "a/b/c"])
 def test_missing_path_never_reaches_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_hub, "_from_hub", lambda *_: pytest.fail("asked the hub"))
     with pytest.raises(MissingModel, match="does not exist"):

@@ -358,6 +358,8 @@ def test_tiny_tokenizer_round_trip_restores_text(text: str) -> None:
 def test_open_llm_bad_seed_or_device_raises() -> None:
     with pytest.raises(ConfigError, match="toy:SEED"):
         open_llm(ModelConfig(llm="toy:x"))
+    with pytest.raises(ConfigError, match="toy:SEED"):
+        open_llm(ModelConfig(llm=f"toy:{'9' * 30}"))
     with pytest.raises(ConfigError, match="device of this machine"):
         choose_device("warp")
 

@@ -34,6 +34,8 @@ def test_bad_list_is_refused(text: str) -> None:
         "bm25:-1",
         "bm25:four",
         "bm25:²",
+        "bm25:04",
+        f"bm25:{'9' * 5000}",
         "bm26:4",
         "lora+bm25:4",
         "plug+",

@@ -158,11 +158,11 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
 
 def _validated(values: Any, path: Path) -> _ExperimentFile:
     known = tuple(_ExperimentFile.model_fields)
-    if not isinstance(values, dict) or not {"sets", "methods"} <= values.keys():
-        raise ConfigError(f"{path} should name 'sets' and 'methods'; see `personaplug bench --help`.")
-    for key in values:
+    for key in values if isinstance(values, dict) else ():
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}; {nearest(str(key), known)}")
+    if not isinstance(values, dict) or not {"sets", "methods"} <= values.keys():
+        raise ConfigError(f"{path} should name 'sets' and 'methods'; see `personaplug bench --help`.")
     try:
         return _ExperimentFile.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:

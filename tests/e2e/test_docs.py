@@ -83,7 +83,17 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     write_simulation(SimulationConfig(users=6, queries_per_user=2, dev_users=2), tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    words = ["train", "--data", "data", "--out", "RUN", "llm=toy", "encoder=hash:32", "epochs=1", "dtype=float32"]
+    words = [
+        "train",
+        "--data",
+        "data",
+        "--out",
+        "runs/quickstart/run",
+        "llm=toy",
+        "encoder=hash:32",
+        "epochs=1",
+        "dtype=float32",
+    ]
     assert CliRunner().invoke(main, words).exit_code == 0
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert code is not None

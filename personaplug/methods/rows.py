@@ -25,7 +25,7 @@ from dataclasses import replace
 from personaplug.analysis.method_info import HistorySource, MethodInfo
 from personaplug.baselines.heuristics import CopyQuery, UserMajority, UserRating, UserWords, user_mean, user_median
 from personaplug.baselines.no_lm import Baseline
-from personaplug.baselines.prompt_builder import RETRIEVERS
+from personaplug.baselines.prompt_builder import RETRIEVERS, SEEDED_RETRIEVERS
 from personaplug.baselines.regression import Regression
 from personaplug.baselines.retrievers import Retrieval
 from personaplug.errors import ConfigError
@@ -86,7 +86,7 @@ def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
         )
     if base not in ("", "profile"):
         raise ConfigError(f"Retrieval goes with instruction, plug or profile (plug+bm25:1); found {name!r}.")
-    is_profile, is_drawn = base == "profile", retrieval.method in ("random", "ropg")
+    is_profile, is_drawn = base == "profile", retrieval.method in SEEDED_RETRIEVERS
     dense = (f"dense:{retrieval.items}",) if retrieval.method == "ropg" else ()
     return LanguageModelMethod(
         texts=PromptTexts(retrieval, profile=is_profile),

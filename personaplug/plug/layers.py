@@ -5,7 +5,6 @@ Shapes: B users, M items of all users together, E encoder width, D language mode
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.encoders import Encoder, QueryEncoder
+from personaplug.encoders.embedding_store import content_key
 from personaplug.errors import ShapeMismatch
 from personaplug.plug.history_batch import HistoryBatch, split_by_user
 
@@ -30,11 +30,11 @@ class FrozenQueryEncoder:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return (n, E) unit vectors on the CPU."""
         self.cache(texts)
-        return torch.stack([self._cache[_digest(text)] for text in texts])
+        return torch.stack([self._cache[content_key(text)] for text in texts])
 
     def cache(self, texts: Sequence[str]) -> None:
         """Encode the texts that are not cached. A full cache keeps only the vectors of these texts."""
-        wanted = {_digest(text): text for text in texts}
+        wanted = {content_key(text): text for text in texts}
         missing = {digest: text for digest, text in wanted.items() if digest not in self._cache}
         if missing and len(self._cache) + len(missing) > _MAX_CACHED_TEXTS:
             self._cache = {digest: self._cache[digest] for digest in wanted if digest in self._cache}
@@ -45,10 +45,6 @@ class FrozenQueryEncoder:
     @cached_property
     def _encoder(self) -> QueryEncoder:
         return self._source.query_encoder().eval().requires_grad_(False)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class QueryHead(QueryEncoder):

@@ -24,7 +24,8 @@ from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
 from personaplug.serving.api_keys import ApiKeys
-from personaplug.serving.app import create_app
+from personaplug.serving.app import create_app, server_config
+from personaplug.serving.connections import ConnectionLimits
 from personaplug.serving.engines.base import Engine, EngineRequest
 from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.middleware import RequestLimits
@@ -71,24 +72,31 @@ def engine_request(
 
 
 @contextmanager
-def served(service: Service, *, api_keys: ApiKeys | None = None, limits: RequestLimits | None = None) -> Iterator[str]:
-    """Serve a service; yields the base URL, without /v1."""
-    app = create_app(service, api_keys=api_keys, limits=limits)
-    with running(app) as url:
+def served(
+    service: Service,
+    *,
+    api_keys: ApiKeys | None = None,
+    limits: RequestLimits | None = None,
+    allow_origins: Sequence[str] = (),
+    connections: ConnectionLimits | None = None,
+) -> Iterator[str]:
+    """Serve a service as `personaplug serve` does; yields the base URL, without /v1."""
+    app = create_app(service, api_keys=api_keys, limits=limits, allow_origins=allow_origins)
+    with running(server_config(app, connections=connections, timeout_graceful_shutdown=10)) as url:
         yield url
 
 
 @contextmanager
 def running(app: Any, *, port: int = 0, patience_s: int = 10) -> Iterator[str]:
-    """Run an application on a port, or a free one, until the block ends."""
+    """Run an application, or what a configuration says, on a port, or a free one, until the block ends."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, access_log=False, log_config=None, log_level="warning", timeout_graceful_shutdown=patience_s
-        )
-    )
+    config = app
+    if not isinstance(app, uvicorn.Config):
+        settings: dict[str, Any] = {"access_log": False, "log_config": None, "log_level": "warning"}
+        config = uvicorn.Config(app, timeout_graceful_shutdown=patience_s, **settings)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,58 +17,106 @@ import uvicorn
 from fastapi import FastAPI
 
 from personaplug.serving.api_keys import ApiKeys
+from personaplug.serving.connections import ConnectionGuard, ConnectionLimits, guarded_protocol
 from personaplug.serving.error_responses import add_error_handlers
-from personaplug.serving.middleware import RequestLimits, guards
+from personaplug.serving.fair_executor import FairExecutor
+from personaplug.serving.middleware import Guards, RequestLimits
+from personaplug.serving.middleware.admission import Budget
+from personaplug.serving.middleware.origins import check_origin
 from personaplug.serving.openai_protocol import ErrorReply
-from personaplug.serving.routes import admin, chat, history
+from personaplug.serving.readiness import Readiness
+from personaplug.serving.routes import admin, chat, history, pages
 from personaplug.serving.routes.dependencies import ServerParts
 from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
+_ROUTERS = (chat.router, history.router, admin.router, pages.router)
+
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 409, 413, 422, 429, 502, 503)
+    status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 502, 503)
 }
 
 
-def create_app(service: Service, *, api_keys: ApiKeys | None = None, limits: RequestLimits | None = None) -> FastAPI:
-    """The server as an ASGI application; without keys, it answers to this machine only."""
-    parts = ServerParts(service, limits or RequestLimits(), Telemetry())
+def create_app(
+    service: Service,
+    *,
+    api_keys: ApiKeys | None = None,
+    limits: RequestLimits | None = None,
+    allow_origins: Sequence[str] = (),
+) -> FastAPI:
+    """The server as an ASGI application; without keys, it answers to this machine only.
+
+    `allow_origins` are those of web pages that may call it from a browser.
+    """
+    api_keys, limits, telemetry = api_keys or ApiKeys(), limits or RequestLimits(), Telemetry()
+    places = Budget(limits.requests, is_shared=not api_keys.is_open)
+    parsers = FairExecutor(2, name="personaplug-json")
+    parts = ServerParts(service, limits, telemetry, places, Readiness(service), parsers)
+    guards = Guards(
+        api_keys=api_keys,
+        limits=limits,
+        telemetry=telemetry,
+        places=places,
+        origins=[check_origin(origin) for origin in allow_origins],
+        routes=[route for router in _ROUTERS for route in router.routes],
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.engine.start()
         yield
         await service.close()
+        parts.close()
 
     app = FastAPI(
         title="personaplug",
         description="A frozen language model that knows its users. OpenAI's routes, and the users' histories.",
         lifespan=lifespan,
-        middleware=guards(api_keys or ApiKeys(), parts.limits, telemetry=parts.telemetry),
+        middleware=guards.middlewares(),
         redirect_slashes=False,  # to delete `history/` without an item must not reach the user
         responses=_ERRORS,
+        openapi_url=None,  # `routes/pages.py` has it, and a page of documentation that needs no other site
     )
     app.state.parts = parts
-    for router in (chat.router, history.router, admin.router):
+    for router in _ROUTERS:
         app.include_router(router)
     add_error_handlers(app)
     return app
 
 
-def serve(service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: str, port: int) -> None:
-    """Serve until SIGTERM, then give the running requests 30 seconds to end."""
-    api_keys.check_address(host)
-    config = uvicorn.Config(
-        create_app(service, api_keys=api_keys, limits=limits),
-        host=host,
-        port=port,
+def server_config(app: FastAPI, *, connections: ConnectionLimits | None = None, **settings: Any) -> uvicorn.Config:
+    """uvicorn's settings for an application, with bounds on its connections that fit the process."""
+    parts: ServerParts = app.state.parts
+    connections = connections or ConnectionLimits.of_process(body_bytes=parts.limits.body_bytes)
+    parts.places.total = min(parts.places.total, connections.requests)
+    guard = ConnectionGuard(connections, on_drop=lambda reason: parts.telemetry.closed_connections.labels(reason).inc())
+    return uvicorn.Config(
+        app,
+        http=guarded_protocol(guard),
+        ws="none",
+        backlog=connections.backlog,
         access_log=False,  # it would hold users' ids, which are part of paths
         log_config=None,  # uvicorn's own closes every handler of the process
         log_level="warning",
-        timeout_graceful_shutdown=30,
+        **settings,
     )
+
+
+def serve(
+    service: Service,
+    *,
+    api_keys: ApiKeys,
+    limits: RequestLimits,
+    host: str,
+    port: int,
+    allow_origins: Sequence[str] = (),
+) -> None:
+    """Serve until SIGTERM, then give the running requests 30 seconds to end."""
+    api_keys.check_address(host)
+    app = create_app(service, api_keys=api_keys, limits=limits, allow_origins=allow_origins)
+    config = server_config(app, host=host, port=port, timeout_graceful_shutdown=30)
 
     async def run() -> None:
         await service.engine.start()  # not in the server, so that its errors reach the caller

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from personaplug.serving.openai_protocol import error_reply, first_error
 
+_MAX_MESSAGE = 1000  # characters; a message may name a field that the caller chose
 
-def error_response(status: int, message: str, *, code: str) -> Response:
+
+def error_response(status: int, message: str, *, code: str, closes: bool = False) -> Response:
+    """An error as a response. `closes` says that the connection ends with it, because the body was not read."""
     headers = retry_after(status)
     headers |= {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    headers |= {"Connection": "close"} if status in (401, 403, 408, 413) else {}  # the body may not have been read
-    return JSONResponse(error_reply(message, code=code, status=status), status, headers)
+    headers |= {"Connection": "close"} if closes else {}
+    body = json.dumps(error_reply(message[:_MAX_MESSAGE], code=code, status=status))  # with half characters escaped
+    return Response(body, status, headers, media_type="application/json")
 
 
 def retry_after(status: int) -> dict[str, str]:
@@ -35,5 +41,4 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body = error_reply(str(error.detail), code="http", status=error.status_code)
-    return JSONResponse(body, error.status_code, error.headers)
+    return error_response(error.status_code, str(error.detail), code="http")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import date
 from functools import partial
@@ -33,12 +33,16 @@ class Explainer:
         if not self.service.is_personal(query):
             message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
             raise RequestError(message, code="not_the_task")
-        items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=self.plug.config.max_history)
-        weights = await self.service.run_slow(self._weights, query, history)
+        items, history = await self.service.fast.run(
+            tenant, user, self._snapshot, tenant, user, latest=self.plug.config.max_history
+        )
+        weights = await self.service.slow.run(tenant, user, self._weights, query, history)
         explanation: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
         columns, ranking = {"weight": weights.astype(np.float64)}, -weights
         if answer is not None:
-            likelihoods, effects = await self._effects(query, history, prompt=prompt, answer=answer)
+            work = partial(self._leave_one_out_softs, query, history)
+            make_softs = partial(self.service.slow.run_weighted, tenant, user, work, cost=len(history))
+            likelihoods, effects = await self._effects(make_softs, prompt=prompt, answer=answer)
             explanation["log_likelihood"] = likelihoods
             columns["effect"], ranking = effects, -np.abs(effects)
         order = np.argsort(ranking, kind="stable")[:most]
@@ -52,11 +56,7 @@ class Explainer:
         """Say how far a user's persona moved between the evenings of two days."""
         if since > until:
             raise RequestError("`since` is a day before `until`.", code="invalid_value")
-        items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=None)
-        days = np.array([(item.date or item.arrived.date()).toordinal() for item in items])
-        latest = self.plug.config.max_history
-        before, after = (history.select(np.flatnonzero(days <= day.toordinal())[-latest:]) for day in (since, until))
-        moved = await self.service.run_slow(self._drift, before, after)
+        moved = await self.service.slow.run(tenant, user, self._drift, tenant, user, since=since, until=until)
         return {name: None if value != value else value for name, value in asdict(moved).items()}  # JSON has no NaN
 
     def _snapshot(self, tenant: str, user: str, *, latest: int | None) -> tuple[list[StoredItem], EncodedHistory]:
@@ -76,24 +76,31 @@ class Explainer:
             return item_weights(self.personalizer, query.text, history)
 
     async def _effects(
-        self, query: TaskQuery, history: EncodedHistory, *, prompt: str, answer: str
+        self, make_softs: Callable[[], Awaitable[list[SoftPrompt]]], *, prompt: str, answer: str
     ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
         """log p of an answer with the persona, the population's and none, and what it loses without each item."""
         labels, engine = self.service.task.labels, self.service.engine
         answer = answer.strip() if answer.strip() in labels else answer
         measure = partial(engine.log_likelihoods, prompt, answer, choices=labels if answer in labels else ())
         (plain,) = await measure(softs=[None])  # first, because an engine may refuse
-        histories = [history, history.select(slice(0)), *leave_one_out(history)]
-        softs = await self.service.run_slow(lambda: [self._soft(query, part) for part in histories])
-        persona, population, *without = await measure(softs=softs)
+        persona, population, *without = await measure(softs=await make_softs())
         likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
         return likelihoods, persona - np.array(without)
+
+    def _leave_one_out_softs(self, query: TaskQuery, history: EncodedHistory) -> list[SoftPrompt]:
+        """The persona of the whole history, of none, and without each item."""
+        histories = [history, history.select(slice(0)), *leave_one_out(history)]
+        return [self._soft(query, part) for part in histories]
 
     def _soft(self, query: TaskQuery, history: EncodedHistory) -> SoftPrompt:
         with self.personas.plug_lock:
             return self.personalizer.persona(query.text, history, options=query.options)
 
-    def _drift(self, before: EncodedHistory, after: EncodedHistory) -> Drift:
+    def _drift(self, tenant: str, user: str, *, since: date, until: date) -> Drift:
+        items, history = self._snapshot(tenant, user, latest=None)
+        days = np.array([(item.date or item.arrived.date()).toordinal() for item in items])
+        latest = self.plug.config.max_history
+        before, after = (history.select(np.flatnonzero(days <= day.toordinal())[-latest:]) for day in (since, until))
         make_persona = partial(self._soft, TaskQuery("", None, is_on_task=False))
         population, max_cold_items = self.plug.population_prompt(), self.plug.cold_start.max_items
         return drift(make_persona, before, after, population=population, max_cold_items=max_cold_items)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from personaplug.data.parsing import Flaw, item_of, options_of, query_of
 from personaplug.data.records import HistoryItem, Options
 from personaplug.data.task import Task
 from personaplug.errors import RequestError
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
+from personaplug.serving.fair_executor import FairExecutor
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, check_name
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests
 from personaplug.store.history_store import AddResult, StoredItem
 from personaplug.store.receipts import Receipt
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,13 +51,16 @@ class Service:
         self.task, self.apply_off_task = task, apply_off_task
         self.recent_requests = RecentRequests()
         # Encoding, erasing and explaining take long: replies must not wait for them.
-        self._slow_pool = ThreadPoolExecutor(2, thread_name_prefix="personaplug-slow")
+        self.slow = FairExecutor(3, name="personaplug-slow")
+        self.fast = FairExecutor(4, name="personaplug-fast")
 
     async def respond(self, request: ChatRequest | CompletionRequest, *, tenant: str) -> ServiceReply:
         """Answer a request with its user's persona."""
         self.check_model(request.model)
         arrived, query, options = time.monotonic(), self.parse(request.prompt_text), request.personaplug
-        persona = await asyncio.to_thread(
+        persona = await self.fast.run(
+            tenant,
+            request.user or "",
             self.personas.persona,
             tenant,
             request.user,
@@ -78,12 +77,13 @@ class Service:
 
     async def add_records(self, tenant: str, user: str, *, records: Sequence[dict[str, Any]]) -> AddResult:
         """Add records with the task's fields to a user's history, all of them or none."""
-        items = [self._item(record, number) for number, record in enumerate(records, 1)]
-        return await self.run_slow(self.store.add, tenant, user, items)
+        return await self.slow.run_weighted(
+            tenant, user, partial(self._add_records, tenant, user, records), cost=len(records)
+        )
 
     async def add_feedback(self, tenant: str, user: str, *, request_id: str, answer: str) -> AddResult:
         """Add an earlier request, with the answer that its user kept, to the user's history."""
-        erased_at = await asyncio.to_thread(self.store.erased_at, tenant, user)
+        erased_at = await self.fast.run(tenant, user, self.store.erased_at, tenant, user)
         query = self.recent_requests.query(tenant, user, request_id=request_id, erased_at=erased_at)
         task = self.task
         if task.labels and (answer := answer.strip()) not in task.labels:
@@ -95,13 +95,13 @@ class Service:
             fields = dict.fromkeys(query_fields[:1], query) | {task.answer_field: answer}
         ordered = tuple((name, fields.get(name, "")) for name in task.field_names)
         item = HistoryItem(request_id, ordered, task.answer_field)
-        return await self.run_slow(self.store.add, tenant, user, [item])
+        return await self.slow.run(tenant, user, self.store.add, tenant, user, [item])
 
     async def erase_user(self, tenant: str, user: str) -> Receipt:
         """Remove everything of a user, from memory and files."""
         self.recent_requests.forget(tenant, user)
         try:
-            return await self.run_slow(self.store.erase_user, tenant, user)
+            return await self.slow.run(tenant, user, self.store.erase_user, tenant, user)
         finally:
             self.personas.forget(tenant, user)
             self.recent_requests.forget(tenant, user)  # what was asked while the files were cleared
@@ -131,15 +131,16 @@ class Service:
             message = f"There is no model of this name here; there is: {', '.join(models)}."
             raise RequestError(message, http_status=404, code="model_not_found")
 
-    async def run_slow(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function that takes long in a thread that no reply waits for."""
-        return await asyncio.get_running_loop().run_in_executor(self._slow_pool, partial(work, *args, **kwargs))
-
     async def close(self) -> None:
         """Finish the running replies, then close the engine and the store."""
         await self.engine.close()
-        self._slow_pool.shutdown(wait=False, cancel_futures=True)
+        self.slow.shutdown()
+        self.fast.shutdown()
         self.store.close()
+
+    def _add_records(self, tenant: str, user: str, records: Sequence[dict[str, Any]]) -> AddResult:
+        items = [self._item(record, number) for number, record in enumerate(records, 1)]
+        return self.store.add(tenant, user, items)
 
     def _item(self, record: dict[str, Any], number: int) -> HistoryItem:
         try:

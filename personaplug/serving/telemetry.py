@@ -28,7 +28,13 @@ class Telemetry:
             ("applied", "cached"),
             registry=registry,
         )
-        self.running = Gauge("personaplug_running_requests", "Requests that are running.", registry=registry)
+        self.running = Gauge("personaplug_running_requests", "Requests to /v1/ that are running.", registry=registry)
+        self.closed_connections = Counter(
+            "personaplug_closed_connections",
+            "Connections that were closed because they took too much, by reason.",
+            ("reason",),
+            registry=registry,
+        )
         self.cached_users = Gauge("personaplug_cached_users", "Users in the persona cache.", registry=registry)
         self.cached_bytes = Gauge("personaplug_cached_bytes", "Bytes in the persona cache.", registry=registry)
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from personaplug.errors import EngineFailure
+from personaplug.serving.middleware.paths import decode_segment
 from personaplug.serving.routes.dependencies import Parts, Tenant
 
 router = APIRouter()
@@ -20,8 +20,9 @@ async def models(tenant: Tenant, parts: Parts) -> dict[str, Any]:
 
 @router.get("/v1/models/{model:path}", summary="One model")
 async def model(model: str, tenant: Tenant, parts: Parts) -> dict[str, Any]:
-    parts.service.check_model(model)
-    return _model(model)
+    name = decode_segment(model)
+    parts.service.check_model(name)
+    return _model(name)
 
 
 @router.get("/health", summary="Whether the server is there")
@@ -31,8 +32,7 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready", summary="Whether it would answer now")
 async def ready(parts: Parts) -> dict[str, str]:
-    if not await parts.service.engine.is_ready():
-        raise EngineFailure("The language model is not ready.")
+    await parts.readiness.check()
     return {"status": "ready"}
 
 

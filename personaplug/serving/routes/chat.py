@@ -12,10 +12,11 @@ from starlette.types import Receive, Scope, Send
 from personaplug.errors import EngineFailure
 from personaplug.serving.engines.base import EventStream
 from personaplug.serving.error_responses import retry_after
+from personaplug.serving.json_bodies import JsonRoute
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, error_reply, event
 from personaplug.serving.routes.dependencies import Parts, Tenant
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {

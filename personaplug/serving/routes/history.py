@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncGenerator, Iterator
 from datetime import date
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from personaplug.errors import RequestError
 from personaplug.serving.explanations import Explainer
+from personaplug.serving.json_bodies import JsonRoute
 from personaplug.serving.openai_protocol import Name, Text
-from personaplug.serving.routes.dependencies import ItemId, Parts, Tenant, UserId
+from personaplug.serving.routes.dependencies import ItemId, Parts, Reply, Tenant, UserId
+from personaplug.serving.service import Service
 
-router = APIRouter(prefix="/v1/users/{user}")
+router = APIRouter(prefix="/v1/users/{user}", route_class=JsonRoute)
+
+MAX_TEXT = 100_000
+"""Characters of one field of an item. Encoders read a few thousand."""
+
+_MAX_LISTED = 10_000  # items in one reply
 
 
 class HistoryPost(BaseModel):
@@ -24,13 +33,16 @@ class HistoryPost(BaseModel):
 
     items: list[dict[str, Any]] | None = Field(None, description="Items of the task: an id, its fields, a date.")
     request_id: Name | None = Field(None, description="X-Request-Id of an earlier answer to this user.")
-    answer: Text | None = Field(None, description="The text that the user kept for that request.")
+    answer: Text | None = Field(None, max_length=MAX_TEXT, description="The text that the user kept for that request.")
 
     @model_validator(mode="after")
     def _check_form(self) -> HistoryPost:
         forms = [self.items is not None, self.request_id is not None, bool(self.model_extra)]
         if sum(forms) != 1 or ((self.request_id is None) != (self.answer is None) and not self.model_extra):
             raise ValueError("give `items`, or `request_id` with `answer`, or the fields of one item")
+        texts = (text for record in self.records for text in record.values() if isinstance(text, str))
+        if max(map(len, texts), default=0) > MAX_TEXT:
+            raise ValueError(f"a field of an item has at most {MAX_TEXT:,} characters")
         return self
 
     @property
@@ -65,22 +77,22 @@ async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> 
 
 @router.get("/history", summary="A user's items, oldest first")
 async def list_history(
-    user: UserId, tenant: Tenant, parts: Parts, latest: Annotated[int, Query(ge=1, le=100_000)] = 1000
-) -> dict[str, Any]:
-    items = await asyncio.to_thread(parts.service.store.list_items, tenant, user)
-    shown = [parts.service.item_fields(item) for item in items[-latest:]]
-    return {"user": user, "count": len(items), "items": shown}
+    user: UserId, tenant: Tenant, parts: Parts, reply: Reply, latest: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = 1000
+) -> Response:
+    work = partial(_list_items, parts.service, tenant, user, latest=latest)
+    return await reply(await parts.service.slow.run_weighted(tenant, user, work, cost=1 + latest / 1000))
 
 
 @router.delete("/history/{item}", summary="Remove an item")
 async def delete_item(user: UserId, item: ItemId, tenant: Tenant, parts: Parts) -> dict[str, bool]:
-    await asyncio.to_thread(parts.service.store.delete_item, tenant, user, item)
+    await parts.service.fast.run(tenant, user, parts.service.store.delete_item, tenant, user, item)
     return {"deleted": True}
 
 
 @router.get("/export", summary="Everything that is known of a user")
-async def export(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
-    return await parts.service.run_slow(parts.service.store.export, tenant, user)
+async def export(user: UserId, tenant: Tenant, parts: Parts) -> Response:
+    pages = await parts.service.slow.run(tenant, user, parts.service.store.export, tenant, user)
+    return StreamingResponse(_stream(parts.service, tenant, user, pages=pages), media_type="application/json")
 
 
 @router.delete("", summary="Erase a user; the answer is a receipt")
@@ -89,11 +101,22 @@ async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
 
 
 @router.post("/explain", summary="Which items made the persona, and what an answer owes to them")
-async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> dict[str, Any]:
+async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts, reply: Reply) -> Response:
     explainer = Explainer(parts.service)
-    return await explainer.explain(tenant, user, prompt=post.prompt, answer=post.answer, most=post.most)
+    return await reply(await explainer.explain(tenant, user, prompt=post.prompt, answer=post.answer, most=post.most))
 
 
 @router.get("/drift", summary="How far a persona moved between two days")
 async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: Parts) -> dict[str, Any]:
     return await Explainer(parts.service).drift(tenant, user, since=since, until=until)
+
+
+def _list_items(service: Service, tenant: str, user: str, *, latest: int) -> dict[str, Any]:
+    items = [service.item_fields(item) for item in service.store.list_items(tenant, user, latest=latest)]
+    return {"user": user, "count": service.store.count(tenant, user), "items": items}
+
+
+async def _stream(service: Service, tenant: str, user: str, *, pages: Iterator[str]) -> AsyncGenerator[str]:
+    """Yield the pages of an export, each read in the tenant's turn when the caller has taken the one before."""
+    while (page := await service.slow.run(tenant, user, next, pages, None)) is not None:
+        yield page

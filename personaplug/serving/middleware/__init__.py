@@ -1,0 +1,76 @@
+"""ASGI middlewares between the network and the routes. To refuse a request, they raise RequestError."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute
+
+from personaplug.serving.api_keys import ApiKeys
+from personaplug.serving.middleware.admission import ApiKeyMiddleware, BodyMiddleware, Budget, PlacesMiddleware
+from personaplug.serving.middleware.origins import (
+    CORS_HEADERS,
+    CORS_METHODS,
+    EXPOSED_HEADERS,
+    JsonOnlyMiddleware,
+    LoopbackHostMiddleware,
+    OriginMiddleware,
+)
+from personaplug.serving.middleware.paths import PathMiddleware, RouteMiddleware
+from personaplug.serving.middleware.replies import DisconnectMiddleware, ErrorMiddleware, MetricsMiddleware
+from personaplug.serving.telemetry import Telemetry
+
+_BODIES_IN_MEMORY = 32  # of the largest size, and replies counted with them
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What requests may take."""
+
+    body_bytes: int = 4 * 2**20
+    body_seconds: float = 30  # until the body has arrived
+    requests: int = 256  # to /v1/ at once
+    items: int = 1000  # that one request may add to a history
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What the middlewares of a server are made of."""
+
+    api_keys: ApiKeys
+    limits: RequestLimits
+    telemetry: Telemetry
+    places: Budget
+    origins: Sequence[str]
+    routes: Sequence[BaseRoute]
+
+    def middlewares(self) -> list[Middleware]:
+        """The middlewares, outermost first: a request is refused before it costs anything."""
+        limits, is_open = self.limits, self.api_keys.is_open
+        memory = Budget(_BODIES_IN_MEMORY * limits.body_bytes, is_shared=not is_open)
+        return [
+            Middleware(MetricsMiddleware, telemetry=self.telemetry),
+            *([self._cors()] if self.origins else []),
+            Middleware(ErrorMiddleware),
+            *([Middleware(LoopbackHostMiddleware)] if is_open else []),
+            Middleware(PathMiddleware),
+            Middleware(OriginMiddleware, allowed=self.origins),
+            Middleware(ApiKeyMiddleware, api_keys=self.api_keys),
+            Middleware(RouteMiddleware, routes=self.routes),
+            Middleware(JsonOnlyMiddleware),
+            Middleware(PlacesMiddleware, places=self.places, memory=memory, running=self.telemetry.running),
+            Middleware(BodyMiddleware, max_bytes=limits.body_bytes, timeout_s=limits.body_seconds),
+            Middleware(DisconnectMiddleware),
+        ]
+
+    def _cors(self) -> Middleware:
+        return Middleware(
+            CORSMiddleware,
+            allow_origins=self.origins,
+            allow_methods=CORS_METHODS,
+            allow_headers=CORS_HEADERS,
+            expose_headers=EXPOSED_HEADERS,
+        )

@@ -1,0 +1,97 @@
+"""Middlewares of paths: decoded strictly, matched before a body is read, answered to HEAD and OPTIONS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import quote, unquote_to_bytes
+
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import Message, Receive, Scope, Send
+
+from personaplug.errors import RequestError
+from personaplug.serving.error_responses import error_response
+from personaplug.serving.middleware.base import HttpMiddleware
+
+_BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+class PathMiddleware(HttpMiddleware):
+    """Gives each path one spelling, in which an encoded slash stays part of an id; refuses what is not UTF-8.
+
+    The router then sees ids as percent-encoded text. `decode_segment` turns one back.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
+        _decode(scope.get("query_string", b""))
+        scope["path"] = "/".join(quote(_decode(segment), safe="") for segment in raw_path.split(b"/"))
+        await self.app(scope, receive, send)
+
+
+def decode_segment(segment: str) -> str:
+    """Return the text of a part of a path that PathMiddleware spelled."""
+    return unquote_to_bytes(segment).decode()
+
+
+@dataclass(eq=False)
+class RouteMiddleware(HttpMiddleware):
+    """Answers unknown paths, wrong methods and OPTIONS without a look at the body, and HEAD as GET without a body."""
+
+    routes: Sequence[BaseRoute]
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        methods = self._methods(scope)
+        if not methods:
+            raise RequestError("There is no such path; GET /docs lists the routes.", http_status=404, code="not_found")
+        allow = ", ".join(sorted(methods | {"OPTIONS"}))
+        if scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers={"Allow": allow})(scope, receive, send)
+        elif scope["method"] not in methods:
+            message = f"This path takes {allow}."
+            response = error_response(405, message, code="method", closes=True)
+            response.headers["Allow"] = allow
+            await response(scope, receive, send)
+        elif scope["method"] == "HEAD":
+            await self.app(scope | {"method": "GET"}, receive, _HeadOnly(send))
+        else:
+            await self.app(scope, receive, send)
+
+    def _methods(self, scope: Scope) -> set[str]:
+        """The methods of a path; notes its route for the metrics."""
+        methods: set[str] = set()
+        for route in self.routes:
+            if route.matches(scope)[0] is not Match.NONE:
+                scope["route"] = route
+                methods |= getattr(route, "methods", None) or set()
+        return methods | ({"HEAD"} if "GET" in methods else set())
+
+
+class _HeadOnly:
+    """Passes on the header of a response, and ends it at the first piece of its body."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self._has_ended = send, False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            if self._has_ended:
+                return
+            self._has_ended, message = True, {"type": "http.response.body", "body": b""}
+        await self._send(message)
+
+
+def _decode(escaped: bytes) -> str:
+    if _BROKEN_ESCAPE.search(escaped):
+        raise _invalid_path()
+    try:
+        return unquote_to_bytes(escaped).decode()
+    except UnicodeDecodeError:
+        raise _invalid_path() from None
+
+
+def _invalid_path() -> RequestError:
+    message = "Paths and queries are percent-encoded UTF-8; this one is not."
+    return RequestError(message, http_status=422, code="invalid_path")

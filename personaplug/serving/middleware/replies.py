@@ -1,0 +1,117 @@
+"""Middlewares around the reply: metrics, errors, callers who leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from personaplug.errors import PersonaPlugError
+from personaplug.serving.error_responses import error_response
+from personaplug.serving.middleware.base import HttpMiddleware, StartTracker, state_of
+from personaplug.serving.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
+
+# Replace the messages of errors with these statuses, which may name paths or settings.
+_SERVER_MESSAGES = {
+    500: "The server is not set up for this request.",
+    503: "The store of histories cannot be used now; try again.",
+}
+
+
+@dataclass(eq=False)
+class MetricsMiddleware(HttpMiddleware):
+    """Counts responses by route and status, and measures the time to the first byte of their bodies."""
+
+    telemetry: Telemetry
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived, is_timed = time.perf_counter(), False
+
+        async def count_and_send(message: Message) -> None:
+            nonlocal is_timed
+            route = getattr(scope.get("route"), "path", "other")  # set by the router
+            if message["type"] == "http.response.start":
+                self.telemetry.requests.labels(route, str(message["status"])).inc()
+            elif not is_timed and (message.get("body") or not message.get("more_body")):
+                is_timed = True
+                self.telemetry.seconds.labels(route).observe(time.perf_counter() - arrived)
+            await send(message)
+
+        await self.app(scope, receive, count_and_send)
+
+
+class ErrorMiddleware(HttpMiddleware):
+    """Answers the package's errors with their status, other errors with 500, and requests cut off by a stop with 503.
+
+    The message of an unexpected error may quote the request, so it is neither logged nor passed to the server above.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tracker = StartTracker(send)
+        try:
+            await self.app(scope, receive, tracker)
+            return
+        except asyncio.CancelledError:
+            if tracker.started:
+                raise
+            status, message, code = 503, "The server is stopping.", "stopping"
+        except PersonaPlugError as error:
+            if error.http_status >= 500:
+                logger.error("%s: %s", type(error).__name__, error.code)
+            status, code = error.http_status, error.code
+            message = _SERVER_MESSAGES.get(status, str(error))
+        except Exception as error:
+            origin = traceback.extract_tb(error.__traceback__)[-1]
+            logger.error("%s at %s:%s", type(error).__name__, origin.filename, origin.lineno)
+            status, message, code = 500, "The server failed on this request.", "internal"
+        if not tracker.started:
+            response = error_response(status, message, code=code, closes=_has_unread_body(scope))
+            await response(scope, receive, send)
+
+
+class DisconnectMiddleware(HttpMiddleware):
+    """Cancels the work on a request when its caller leaves before the response starts.
+
+    A response that has started receives `http.disconnect` instead and ends itself.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+
+        async def watch() -> None:
+            while (message := await receive())["type"] != "http.disconnect":
+                messages.put_nowait(message)
+            messages.put_nowait(message)
+
+        async def next_message() -> Message:
+            message = await messages.get()
+            if message["type"] == "http.disconnect":
+                messages.put_nowait(message)  # whoever asks again gets it again
+            return message
+
+        tracker = StartTracker(send)
+        work = asyncio.ensure_future(self.app(scope, next_message, tracker))
+        disconnect = asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not tracker.started:
+                work.cancel()
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.result()  # raises its error
+        finally:
+            disconnect.cancel()
+            work.cancel()
+
+
+def _has_unread_body(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    return has_body and not state_of(scope).get("body_read", False)

@@ -1,0 +1,77 @@
+"""The routes in OpenAPI: as JSON, and as a page that runs no script and loads nothing."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import jinja2
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import HTMLResponse, Response
+
+router = APIRouter(include_in_schema=False)
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> Response:
+    return Response(_openapi(request.app), media_type="application/json")
+
+
+@router.get("/docs", response_class=HTMLResponse)
+async def docs(request: Request) -> HTMLResponse:
+    return HTMLResponse(_page(request.app), headers=_HEADERS)
+
+
+@cache
+def _openapi(app: FastAPI) -> bytes:
+    return json.dumps(app.openapi()).encode()
+
+
+@cache
+def _page(app: FastAPI) -> str:
+    document = app.openapi()
+    loader = jinja2.PackageLoader("personaplug.serving.routes", "")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    schemas = {name: _properties(schema) for name, schema in document["components"]["schemas"].items()}
+    operations = [
+        {"method": method.upper(), "path": path, "body": _body_schema(operation), **operation}
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    ]
+    return environment.get_template("docs.html").render(info=document["info"], operations=operations, schemas=schemas)
+
+
+def _body_schema(operation: dict[str, Any]) -> str:
+    """The name of the schema of an operation's body; empty if it takes none."""
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    return _type_name(content["schema"]) if content else ""
+
+
+def _properties(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    required = schema.get("required", ())
+    return [
+        {
+            "name": name,
+            "type": _type_name(value),
+            "is_required": name in required,
+            "description": value.get("description", ""),
+        }
+        for name, value in schema.get("properties", {}).items()
+    ]
+
+
+def _type_name(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(map(_type_name, schema["anyOf"])))
+    kind = str(schema.get("type", "any"))
+    return f"list of {_type_name(schema.get('items', {}))}" if kind == "array" else kind

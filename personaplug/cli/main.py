@@ -24,7 +24,15 @@ from personaplug.cli.run_commands import (
     simulate,
     train,
 )
-from personaplug.cli.serving_commands import create_key, erase_user, explain, refill_store, serve, verify_receipt
+from personaplug.cli.serving_commands import (
+    create_key,
+    erase_user,
+    explain,
+    refill_store,
+    revoke_key,
+    serve,
+    verify_receipt,
+)
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import (
     is_main,
@@ -102,6 +110,6 @@ def _settle_among_processes(command: str | None) -> None:
 for _command in (
     *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate, schema),
     *(bench, report, score, lamp, convert, split_command),
-    *(serve, create_key, erase_user, explain, refill_store, verify_receipt),
+    *(serve, create_key, revoke_key, erase_user, explain, refill_store, verify_receipt),
 ):
     main.add_command(_command)

@@ -1,4 +1,4 @@
-"""The commands of a live service: serve, create-key, erase-user, explain, refill-store, verify-receipt."""
+"""The commands of a live service: serve, create-key, revoke-key, erase-user, explain, refill-store, verify-receipt."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ _USER = click.option("--user", required=True)
 @click.option("--port", default=8000, type=click.IntRange(0, 65535))
 @click.option("--keys", type=_PATH, help="File of keys (`personaplug create-key`). None: this machine only.")
 @click.option(
+    "--allow-origin",
+    "allow_origins",
+    multiple=True,
+    show_default=False,
+    help="Origin of a web page that may call the server from a browser, as https://app.example.org; may be repeated.",
+)
+@click.option(
     "--fallback",
     type=click.Choice(["population", "plain"]),
     default="population",
@@ -69,6 +76,7 @@ def serve(
     host: str,
     port: int,
     keys: Path | None,
+    allow_origins: tuple[str, ...],
     max_requests: int,
     max_body_mb: float,
     max_items: int | None,
@@ -82,15 +90,17 @@ def serve(
     from personaplug.serving.app import serve as serve_service
     from personaplug.serving.config import ServingConfig
     from personaplug.serving.middleware import RequestLimits
+    from personaplug.serving.middleware.origins import check_origin
     from personaplug.serving.setup import open_service
     from personaplug.store.history_store import Retention
 
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
     api_keys.check_address(host)  # before the models are loaded
+    origins = [check_origin(origin) for origin in allow_origins]
     config = ServingConfig(retention=Retention(max_items, max_days), **settings)
     service = open_service(Run.open(run_folder), config)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
-    serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port)
+    serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port, allow_origins=origins)
 
 
 @click.command("create-key")
@@ -101,6 +111,16 @@ def create_key(tenant: str, keys: Path) -> None:
     from personaplug.serving import api_keys
 
     click.echo(api_keys.create_key(keys, tenant))
+
+
+@click.command("revoke-key")
+@click.argument("name", metavar="TENANT_OR_KEY")
+@click.option("--keys", required=True, type=_PATH, help="File of keys.")
+def revoke_key(name: str, keys: Path) -> None:
+    """Revoke a key, or all keys of a tenant. A server that runs refuses them within a second."""
+    from personaplug.serving import api_keys
+
+    click.echo(f"{api_keys.revoke_keys(keys, name)} keys revoked", err=True)
 
 
 @click.command("erase-user")

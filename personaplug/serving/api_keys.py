@@ -6,45 +6,63 @@ A plain SHA-256 is enough: a key is 256 random bits, which nobody can guess.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import ipaddress
+import json
+import logging
+import os
 import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
 from personaplug.errors import ConfigError, MissingData
-from personaplug.infra.atomic_io import write_json
+from personaplug.infra.atomic_io import atomic_write, storage_errors
+from personaplug.serving.openai_protocol import check_name
+
+logger = logging.getLogger(__name__)
 
 OPEN_TENANT = "default"
 """The tenant of all users on a server without keys."""
 
-_TENANTS = TypeAdapter(dict[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], Annotated[str, Field(min_length=1)]])
+_KEY_PREFIX = "pp-"
+_RELOAD_INTERVAL_S = 0.5
+
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_TenantName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(check_name)]
+_TENANTS = TypeAdapter(dict[_Digest, _TenantName])
+_TENANT_NAME = TypeAdapter(_TenantName)
 
 
+@dataclass(eq=False)
 class ApiKeys:
-    """The keys of a server."""
+    """The keys of a server; use `load`. A changed file counts within a second, also while the server runs."""
 
-    def __init__(self, tenants: dict[str, str] | None = None) -> None:
-        self._tenants = tenants  # by the SHA-256 of a key, in hex; None = everybody is `OPEN_TENANT`
+    tenants: dict[str, str] | None = None  # by the SHA-256 of a key, in hex; None = everybody is `OPEN_TENANT`
+    path: Path | None = None
+    _version: tuple[int, ...] = ()
+    _checked_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def load(cls, path: Path) -> ApiKeys:
-        return cls(_load_tenants(path))
+        version = _file_version(path)  # first, so that a later change is seen
+        return cls(_load_tenants(path), path, version)
 
     @property
     def is_open(self) -> bool:
-        return self._tenants is None
+        return self.tenants is None
 
     def tenant_of(self, authorization: str | None) -> str | None:
         """The tenant of an Authorization header, `Bearer KEY`; None if the key is missing or unknown."""
-        if self._tenants is None:
+        self._reload()
+        if self.tenants is None:
             return OPEN_TENANT
         scheme, _, key = (authorization or "").partition(" ")
-        digest = _digest(key.strip())
-        matches = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, digest)]
-        return matches[0] if matches and scheme.lower() == "bearer" else None
+        return self.tenants.get(_digest(key.strip())) if scheme.lower() == "bearer" else None
 
     def check_address(self, host: str) -> None:
         """Check that a server without keys listens to this machine only."""
@@ -54,16 +72,82 @@ class ApiKeys:
                 f"with `personaplug create-key TENANT --keys FILE` and give --keys FILE."
             )
 
+    def _reload(self) -> None:
+        """Read the file again if it has changed; keep the last good keys if it cannot be read."""
+        now = time.monotonic()
+        if self.path is None or now - self._checked_at < _RELOAD_INTERVAL_S:
+            return
+        self._checked_at = now
+        version = _file_version(self.path)
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self.tenants = _load_tenants(self.path)
+            logger.info("read the file of keys again: %d keys", len(self.tenants))
+        except MissingData as error:
+            logger.error("the keys of before stay valid: %s", error)
+
 
 def create_key(path: Path, tenant: str) -> str:
     """Create a key for a tenant, store its hash in a file, and return the key, which is stored nowhere."""
-    if not tenant.strip():
-        raise ConfigError("A tenant has a name; found none.")
-    tenants = _load_tenants(path) if path.exists() else {}
-    key = "pp-" + secrets.token_urlsafe(32)
-    write_json(path, tenants | {_digest(key): tenant})
-    path.chmod(0o600)
+    try:
+        _TENANT_NAME.validate_python(tenant)
+    except ValueError:
+        raise ConfigError(
+            "A tenant has a name of 1 to 255 characters, without control characters and slashes; found another one."
+        ) from None
+    key = _KEY_PREFIX + secrets.token_urlsafe(32)
+    with _locked(path):
+        tenants = _load_tenants(path) if path.exists() else {}
+        _write_tenants(path, tenants | {_digest(key): tenant})
     return key
+
+
+def revoke_keys(path: Path, name: str) -> int:
+    """Take a key, or all keys of a tenant, out of a file; return how many. MissingData if there are none."""
+    with _locked(path):
+        tenants = _load_tenants(path)
+        is_key = name.startswith(_KEY_PREFIX) and _digest(name) in tenants
+        revoked = {_digest(name)} if is_key else {digest for digest, tenant in tenants.items() if tenant == name}
+        if not revoked:
+            raise MissingData(f"The file of keys at {path} holds neither this key nor a key of a tenant of this name.")
+        _write_tenants(path, {digest: tenant for digest, tenant in tenants.items() if digest not in revoked})
+    return len(revoked)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from changing the file meanwhile; its folder holds the lock, since the file is replaced."""
+    import fcntl  # not on Windows, where a server can still use a file that was made elsewhere
+
+    with storage_errors(path):
+        folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _write_tenants(path: Path, tenants: dict[str, str]) -> None:
+    content = json.dumps(tenants, indent=2, ensure_ascii=False).encode() + b"\n"
+
+    def write(temporary: Path) -> None:
+        temporary.touch(0o600)  # from the start, only its owner may read it
+        temporary.chmod(0o600)
+        temporary.write_bytes(content)
+
+    atomic_write(path, write)
+
+
+def _file_version(path: Path) -> tuple[int, ...]:
+    """What changes with every change of a file; empty for a file that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _load_tenants(path: Path) -> dict[str, str]:
@@ -78,7 +162,7 @@ def _load_tenants(path: Path) -> dict[str, str]:
 
 
 def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
 
 
 def is_loopback(host: str) -> bool:

@@ -52,7 +52,7 @@ def create_app(
     """
     api_keys, limits, telemetry = api_keys or ApiKeys(), limits or RequestLimits(), Telemetry()
     places = Budget(limits.requests, is_shared=not api_keys.is_open)
-    parsers = FairExecutor(2, name="personaplug-json")
+    parsers = FairExecutor(1, name="personaplug-json")
     parts = ServerParts(service, limits, telemetry, places, Readiness(service), parsers)
     guards = Guards(
         api_keys=api_keys,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from personaplug.errors import ConfigError
 from personaplug.serving.openai_protocol import error_reply, to_json
@@ -110,6 +110,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.logger = logger  # uvicorn's own would get a line for each malformed request
         self.holds_place = False
         self._is_refused = self._has_header = self._has_begun = False
+        self._running: RequestResponseCycle | None = None  # others may wait behind it
         self._body_bytes = 0
         self._bare_bytes = 0  # of the current request, without its body and the piece that it began in
         self._header_timer: asyncio.TimerHandle | None = None
@@ -124,6 +125,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.guard.discard(self)
         self._stop_header_timer()
         self._stop_stall_timer()
+        self._end_reply()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -184,7 +186,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop_stall_timer()
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_idle:
             self._watch_reader()
 
     def send_400_response(self, msg: str) -> None:
@@ -196,6 +198,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def abort(self, reason: str) -> None:
         """Close the connection at once, whatever is unread."""
         self.guard.note_drop(reason)
+        self._end_reply()
         self.transport.abort()
 
     def _refuse(self, reason: str, *, status: int = 431) -> None:
@@ -203,12 +206,28 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._is_refused = True
         self.guard.note_drop(reason)
-        if self.cycle is None or self.cycle.response_complete:
+        if self._is_idle:
             body = to_json(error_reply(f"The connection was closed: {reason}.", code="connection", status=status))
             head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write(b"HTTP/1.1 %d \r\n%s%s" % (status, head.encode(), body))
+        self._end_reply()
         self.transport.close()
         self._watch_reader()
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._running is None or self._running.response_complete
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _end_reply(self) -> None:
+        """Let a reply that is being sent know that nobody gets the rest of it."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.flow.resume_writing()
 
     def _await_header(self) -> None:
         self._stop_header_timer()
@@ -226,8 +245,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _check_reader(self) -> None:
         self._stall_timer = None
-        is_waiting = self.flow.write_paused or self.cycle is None or self.cycle.response_complete
-        if is_waiting and self.transport.get_write_buffer_size():
+        if (self.flow.write_paused or self._is_idle) and self.transport.get_write_buffer_size():
             self.abort("a reply that was not read")
 
     def _stop_header_timer(self) -> None:

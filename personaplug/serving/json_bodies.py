@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -23,21 +23,36 @@ MAX_DEPTH = 100
 """Levels of nested lists and objects."""
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_BLOCK_BYTES = 64 * 2**10
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def check_size(body: bytes) -> None:
     """Check how many values JSON holds and how deep they are nested, in a time that grows with its length alone."""
-    bare = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # without escapes, quotes only stand around strings
-    if bare.count(b'"') > 2 * MAX_VALUES:
-        raise _too_many_values()
-    structure = b"".join(bare.split(b'"')[::2])
-    brackets = structure.translate(None, _NO_BRACKETS)
-    if structure.count(b",") + structure.count(b":") + len(brackets) > MAX_VALUES:
-        raise _too_many_values()
-    steps = map(_STEPS.__getitem__, brackets)
-    if max(accumulate(steps), default=0) > MAX_DEPTH:
-        raise RequestError(f"The body is nested more than {MAX_DEPTH} levels deep.", code="invalid_value")
+    strings = values = depth = 0
+    for quotes, structure in _blocks(body):
+        brackets = structure.translate(None, _NO_BRACKETS)
+        strings += quotes // 2
+        values += structure.count(b",") + structure.count(b":") + len(brackets)
+        if max(strings, values) > MAX_VALUES:
+            message = f"A body holds at most {MAX_VALUES:,} values."
+            raise RequestError(message, http_status=413, code="too_many_values")
+        depths = list(accumulate(map(_STEPS.__getitem__, brackets), initial=depth))
+        depth = depths[-1]
+        if max(depths) > MAX_DEPTH:
+            raise RequestError(f"The body is nested more than {MAX_DEPTH} levels deep.", code="invalid_value")
+
+
+def _blocks(body: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of quotes and what is outside of strings, in blocks: other threads run between them."""
+    is_in_string, escape = False, b""
+    for start in range(0, len(body), _BLOCK_BYTES):
+        block = escape + body[start : start + _BLOCK_BYTES]
+        escape = b"\\" if (len(block) - len(block.rstrip(b"\\"))) % 2 else b""  # its second half is in the next block
+        # Without escapes, quotes only stand around strings.
+        parts = block.removesuffix(escape).replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        yield len(parts) - 1, b"".join(parts[is_in_string::2])
+        is_in_string ^= len(parts) % 2 == 0
 
 
 def parse_body(body: bytes, model: TypeAdapter[Any]) -> Any:
@@ -62,7 +77,7 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
-        model: TypeAdapter[Any] = TypeAdapter(self.body_field.field_info.annotation)
+        model: TypeAdapter[Any] = TypeAdapter(self.body_field.field_info.annotation or dict)
 
         async def parse_and_handle(request: Request) -> Response:
             parsed = _ParsedRequest(request.scope, request.receive)
@@ -81,7 +96,3 @@ class _ParsedRequest(Request):
 
     async def json(self) -> Any:
         return self.value
-
-
-def _too_many_values() -> RequestError:
-    return RequestError(f"A body holds at most {MAX_VALUES:,} values.", http_status=413, code="too_many_values")

@@ -12,15 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from personaplug.errors import EngineFailure, MissingData, RequestError, RunConflict, StorageError
 from personaplug.serving.api_keys import OPEN_TENANT, ApiKeys, create_key
-from personaplug.serving.middleware import (
-    ApiKeyMiddleware,
-    BodyLimitMiddleware,
-    ConcurrencyLimitMiddleware,
-    DisconnectMiddleware,
-    ErrorMiddleware,
-    LoopbackHostMiddleware,
-    MetricsMiddleware,
-)
+from personaplug.serving.middleware.admission import ApiKeyMiddleware, BodyMiddleware, Budget, Place, PlacesMiddleware
+from personaplug.serving.middleware.origins import JsonOnlyMiddleware, LoopbackHostMiddleware, OriginMiddleware
+from personaplug.serving.middleware.paths import PathMiddleware, RouteMiddleware
+from personaplug.serving.middleware.replies import DisconnectMiddleware, ErrorMiddleware, MetricsMiddleware
 from personaplug.serving.telemetry import Telemetry
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
@@ -88,8 +83,12 @@ def _raising(error: BaseException, *, start: bool = False) -> ASGIApp:
         ErrorMiddleware,
         LoopbackHostMiddleware,
         lambda app: ApiKeyMiddleware(app, api_keys=ApiKeys({})),
-        lambda app: BodyLimitMiddleware(app, max_bytes=0, timeout_s=0, max_bodies=0),
-        lambda app: ConcurrencyLimitMiddleware(app, max_requests=0, running=Telemetry().running),
+        PathMiddleware,
+        lambda app: OriginMiddleware(app, allowed=()),
+        lambda app: RouteMiddleware(app, routes=[]),
+        JsonOnlyMiddleware,
+        lambda app: BodyMiddleware(app, max_bytes=0, timeout_s=0),
+        lambda app: _places(app, 0),
         DisconnectMiddleware,
     ],
 )
@@ -179,44 +178,47 @@ def test_api_key_sets_the_tenant(tmp_path: Any) -> None:
     assert scope["state"] == {"tenant": OPEN_TENANT}
 
 
-def _body_limit(*, timeout_s: float = 5, max_bodies: int = 1) -> BodyLimitMiddleware:
-    return BodyLimitMiddleware(_echo, max_bytes=6, timeout_s=timeout_s, max_bodies=max_bodies)
+def _places(app: ASGIApp, total: int, *, is_shared: bool = False) -> PlacesMiddleware:
+    memory = Budget(1000, is_shared=is_shared)
+    return PlacesMiddleware(app, places=Budget(total, is_shared=is_shared), memory=memory, running=Telemetry().running)
+
+
+def _placed(memory: int = 100) -> Scope:
+    """A request that holds a place."""
+    return _scope() | {"state": {"place": Place("shop", Budget(memory, is_shared=False))}}
+
+
+def _body_limit(*, timeout_s: float = 5) -> BodyMiddleware:
+    return BodyMiddleware(_echo, max_bytes=6, timeout_s=timeout_s)
 
 
 def test_body_within_the_limit_arrives_in_one_piece() -> None:
-    assert _run(_body_limit(), _scope(), *_body(b"abc", b"", b"def"))[1]["body"] == b"abcdef"
+    scope = _placed()
+    assert _run(_body_limit(), scope, *_body(b"abc", b"", b"def"))[1]["body"] == b"abcdef"
+    assert scope["state"]["place"].bytes == 6
 
 
-def test_body_beyond_the_limit_is_refused_before_its_end() -> None:
-    parts = [{"type": "http.request", "body": b"abcd", "more_body": True}] * 2
+def test_body_without_a_place_is_not_read() -> None:
+    assert _run(_body_limit(), _scope("/health"), *_body(b"abcdef"))[1]["body"] == b""
+
+
+@pytest.mark.parametrize(("memory", "status", "code"), [(100, 413, "body_too_long"), (5, 429, "overloaded")])
+def test_body_beyond_the_limit_is_refused_before_its_end(memory: int, status: int, code: str) -> None:
+    parts = [{"type": "http.request", "body": b"abc"[: 1 + memory], "more_body": True}] * 3
     with pytest.raises(RequestError) as refused:
-        _run(_body_limit(), _scope(), *parts)
-    assert (refused.value.http_status, refused.value.code) == (413, "body_too_long")
+        _run(_body_limit(), _placed(memory), *parts)
+    assert (refused.value.http_status, refused.value.code) == (status, code)
 
 
 def test_body_that_does_not_come_is_refused() -> None:
     app = _body_limit(timeout_s=0.01)
-    for _ in range(2):  # the first one's place is free again
-        with pytest.raises(RequestError) as refused:
-            _run(app, _scope(), {"type": "http.request", "body": b"a", "more_body": True})
-        assert (refused.value.http_status, refused.value.code) == (408, "timeout")
+    with pytest.raises(RequestError) as refused:
+        _run(app, _placed(), {"type": "http.request", "body": b"a", "more_body": True})
+    assert (refused.value.http_status, refused.value.code) == (408, "timeout")
 
 
 def test_body_of_a_caller_who_leaves_starts_nothing() -> None:
-    assert _run(_body_limit(), _scope(), {"type": "http.request", "body": b"a", "more_body": True}, DISCONNECT) == []
-
-
-def test_bodies_beyond_the_limit_at_once_are_refused() -> None:
-    async def two() -> None:
-        app = _body_limit()
-        first = asyncio.create_task(_call(app, _scope(), {"type": "http.request", "body": b"a", "more_body": True}))
-        await asyncio.sleep(0)
-        with pytest.raises(RequestError) as refused:
-            await _call(app, _scope(), *_body(b"b"))
-        assert (refused.value.http_status, refused.value.code) == (429, "overloaded")
-        first.cancel()
-
-    asyncio.run(two())
+    assert _run(_body_limit(), _placed(), {"type": "http.request", "body": b"a", "more_body": True}, DISCONNECT) == []
 
 
 def test_requests_beyond_the_limit_at_once_are_refused() -> None:
@@ -227,19 +229,37 @@ def test_requests_beyond_the_limit_at_once_are_refused() -> None:
         await _hello(scope, receive, send)
 
     async def three() -> None:
-        telemetry = Telemetry()
-        app = ConcurrencyLimitMiddleware(slow, max_requests=1, running=telemetry.running)
-        health, first = (asyncio.create_task(_call(app, _scope(path))) for path in ("/health", "/v1/models"))
+        app = _places(slow, 1)
+        scope = _scope() | {"state": {"tenant": "shop"}}
+        health, first = (asyncio.create_task(_call(app, request)) for request in (_scope("/health"), scope))
         await asyncio.sleep(0)
-        assert b"personaplug_running_requests 2.0" in telemetry.text()
         with pytest.raises(RequestError) as refused:
-            await _call(app, _scope())
+            await _call(app, _scope() | {"state": {"tenant": "shop"}})
         assert (refused.value.http_status, refused.value.code) == (429, "overloaded")
         go_on.set()
-        assert await first == await health == await _call(app, _scope()) == [START, END]
-        assert b"personaplug_running_requests 0.0" in telemetry.text()
+        assert await first == await health == await _call(app, scope) == [START, END]
 
     asyncio.run(three())
+
+
+def test_tenants_leave_places_to_others() -> None:
+    budget = Budget(100, is_shared=True)
+
+    def fill(tenant: str) -> int:
+        count = 0
+        while True:
+            try:
+                budget.take(tenant, 1)
+            except RequestError:
+                return count
+            count += 1
+
+    assert fill("shop") == 80
+    assert fill("bank") >= 10
+    assert fill("club") >= 1
+    budget.give_back("shop", 80)
+    assert fill("club") >= 50
+    assert Budget(100, is_shared=False).take("default", 100) is None
 
 
 def _interrupted(app: Callable[[list[str]], ASGIApp]) -> tuple[list[Message], list[str]]:

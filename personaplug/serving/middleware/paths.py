@@ -55,7 +55,7 @@ class RouteMiddleware(HttpMiddleware):
             response.headers["Allow"] = allow
             await response(scope, receive, send)
         elif scope["method"] == "HEAD":
-            await self.app(scope | {"method": "GET"}, receive, _HeadOnly(send))
+            await self.app({**scope, "method": "GET"}, receive, _HeadOnly(send))
         else:
             await self.app(scope, receive, send)
 

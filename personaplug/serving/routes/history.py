@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from datetime import date
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from personaplug.errors import RequestError
 from personaplug.serving.explanations import Explainer
 from personaplug.serving.json_bodies import JsonRoute
+from personaplug.serving.json_stream import json_pages, pages_of, stream_json
 from personaplug.serving.openai_protocol import Name, Text
-from personaplug.serving.routes.dependencies import ItemId, Parts, Reply, Tenant, UserId
+from personaplug.serving.routes.dependencies import ItemId, Parts, Tenant, UserId
 from personaplug.serving.service import Service
 
 router = APIRouter(prefix="/v1/users/{user}", route_class=JsonRoute)
@@ -77,10 +77,10 @@ async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> 
 
 @router.get("/history", summary="A user's items, oldest first")
 async def list_history(
-    user: UserId, tenant: Tenant, parts: Parts, reply: Reply, latest: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = 1000
+    user: UserId, tenant: Tenant, parts: Parts, latest: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = 1000
 ) -> Response:
-    work = partial(_list_items, parts.service, tenant, user, latest=latest)
-    return await reply(await parts.service.slow.run_weighted(tenant, user, work, cost=1 + latest / 1000))
+    pages = _history_pages(parts.service, tenant, user, latest=latest)
+    return await stream_json(parts.service, tenant, user, pages=pages)
 
 
 @router.delete("/history/{item}", summary="Remove an item")
@@ -92,7 +92,7 @@ async def delete_item(user: UserId, item: ItemId, tenant: Tenant, parts: Parts) 
 @router.get("/export", summary="Everything that is known of a user")
 async def export(user: UserId, tenant: Tenant, parts: Parts) -> Response:
     pages = await parts.service.slow.run(tenant, user, parts.service.store.export, tenant, user)
-    return StreamingResponse(_stream(parts.service, tenant, user, pages=pages), media_type="application/json")
+    return await stream_json(parts.service, tenant, user, pages=pages)
 
 
 @router.delete("", summary="Erase a user; the answer is a receipt")
@@ -101,9 +101,11 @@ async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
 
 
 @router.post("/explain", summary="Which items made the persona, and what an answer owes to them")
-async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts, reply: Reply) -> Response:
+async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> Response:
     explainer = Explainer(parts.service)
-    return await reply(await explainer.explain(tenant, user, prompt=post.prompt, answer=post.answer, most=post.most))
+    explanation = await explainer.explain(tenant, user, prompt=post.prompt, answer=post.answer, most=post.most)
+    pages = json_pages(explanation, pages_of(explanation.pop("items")))
+    return await stream_json(parts.service, tenant, user, pages=pages)
 
 
 @router.get("/drift", summary="How far a persona moved between two days")
@@ -111,12 +113,7 @@ async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: P
     return await Explainer(parts.service).drift(tenant, user, since=since, until=until)
 
 
-def _list_items(service: Service, tenant: str, user: str, *, latest: int) -> dict[str, Any]:
-    items = [service.item_fields(item) for item in service.store.list_items(tenant, user, latest=latest)]
-    return {"user": user, "count": service.store.count(tenant, user), "items": items}
-
-
-async def _stream(service: Service, tenant: str, user: str, *, pages: Iterator[str]) -> AsyncGenerator[str]:
-    """Yield the pages of an export, each read in the tenant's turn when the caller has taken the one before."""
-    while (page := await service.slow.run(tenant, user, next, pages, None)) is not None:
-        yield page
+def _history_pages(service: Service, tenant: str, user: str, *, latest: int) -> Iterator[bytes]:
+    head = {"user": user, "count": service.store.count(tenant, user)}
+    items = service.store.list_items(tenant, user, latest=latest)
+    yield from json_pages(head, pages_of([service.item_fields(item) for item in items]))

@@ -61,8 +61,14 @@ def refill(source: HistoryStore, target: HistoryStore, *, progress: Callable[[in
     return count
 
 
-def copy_erasures(source: HistoryStore, target: HistoryStore) -> bool:
-    """Repeat in the target the erasures that it lacks, and return whether there were any."""
+def copy_erasures(source: HistoryStore, target: HistoryStore) -> int:
+    """Repeat in the target the erasures that it lacks, and return their number.
+
+    Raises:
+        StoreConflict: if the stores have different secrets or numbers of shards, so that neither knows the other's.
+    """
+    if source.secret.key != target.secret.key or source.settings.shards != target.settings.shards:
+        raise StoreConflict("The stores have different secrets or shards: neither is a copy of the other.")
     select = "SELECT * FROM history_erasures WHERE wiped IS NULL OR wiped <> '' ORDER BY number"
     present = {(row.hashed_user, row.erased_at) for row in _rows(target, select)}
     missing: dict[Shard, list[sa.Row[Any]]] = defaultdict(list)
@@ -73,7 +79,7 @@ def copy_erasures(source: HistoryStore, target: HistoryStore) -> bool:
         with target.database.write_transaction() as connection:
             _erase_in_shard(connection, target, shard, erasures)
     target.finish_erasures()
-    return bool(missing)
+    return sum(map(len, missing.values()))
 
 
 def _erase_in_shard(
@@ -94,7 +100,7 @@ def _erase_in_shard(
 def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[int], object]) -> int:
     assert target.encoder is not None
     with_answer, count = target.settings.encodes_answers, 0
-    for shard, users in _pages(source):
+    for shard, users in user_pages(source):
         # Items are read after the version: if they change in between, the next run copies them again.
         stale = [user for user in users if target.version(user.tenant, user.user_id) < user.version]
         with source.database.read_transaction() as connection:
@@ -110,7 +116,8 @@ def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[
     return count
 
 
-def _pages(store: HistoryStore) -> Iterator[tuple[Shard, Sequence[sa.Row[Any]]]]:
+def user_pages(store: HistoryStore) -> Iterator[tuple[Shard, Sequence[sa.Row[Any]]]]:
+    """Yield the rows of all users, page by page."""
     for shard in map(Shard, range(store.settings.shards)):
         sql, last = f"SELECT * FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
         while users := _rows(store, sql, last=last):

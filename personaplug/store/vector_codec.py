@@ -71,7 +71,7 @@ def decode_bodies(rows: Sequence[bytes], *, width: int, user_no: int, items_per_
 
 
 def _checksums(bodies: Bodies) -> npt.NDArray[np.uint64]:
-    words = bodies.view("<u8").reshape(len(bodies), -1)
+    words = bodies.view("<u8").reshape(len(bodies), bodies.dtype.itemsize // 8)
     return checksums_of_rows(words[:, :-1])
 
 

@@ -234,9 +234,9 @@ def test_erase_user_waits_for_running_addition(place: Place) -> None:
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
     add(store, "t", "u", [item("a", planted("a"))])
     late = EncodedItems(["u"], [item("b")], np.stack([vector_of("b")]), ENCODER.identity)
-    shard = store.shard_of("t", "u")
+    shard, ticket = store.shard_of("t", "u"), store.admit("t", "u")
     with store.database.write_transaction() as connection:
-        write_items(connection, shard, store.pack(late), tenant="t", retention=store.retention)
+        write_items(connection, shard, store.pack(late), ticket=ticket, retention=store.retention)
         eraser = threading.Thread(target=store.erase_user, args=("t", "u"))
         eraser.start()
         time.sleep(0.5)

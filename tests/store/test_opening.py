@@ -115,7 +115,7 @@ def test_load_history_damaged_vector_raises(tmp_path: Path) -> None:
     store = place.open(settings=StoreSettings(shards=1))
     add(store, "t", "u", [item("a"), item("b")])
     with sqlite3.connect(place.where) as connection:
-        connection.execute("UPDATE items_0000 SET vector = x'00' WHERE key = (SELECT min(key) FROM items_0000)")
+        connection.execute("UPDATE items_0000 SET body = x'00' WHERE key = (SELECT min(key) FROM items_0000)")
     with pytest.raises(StorageError, match="damaged"):
         store.load_history("t", "u")
 
@@ -124,8 +124,8 @@ def test_open_later_format_raises(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "store.db"))
     place.open().close()
     with sqlite3.connect(place.where) as connection:
-        connection.execute("UPDATE history_store SET format = 2")
-    with pytest.raises(UserError, match="format 2; this version reads format 1"):
+        connection.execute("UPDATE history_store SET format = 3")
+    with pytest.raises(UserError, match="format 3; this version reads format 2"):
         place.open()
 
 

@@ -84,7 +84,7 @@ def serve(
     **settings: Any,
 ) -> None:
     """Serve a run's plug behind OpenAI's API: chat and completions as a user, and the users' histories."""
-    _check_installed()
+    check_installed()
     from personaplug.run import Run
     from personaplug.serving.api_keys import ApiKeys
     from personaplug.serving.app import serve as serve_service
@@ -130,7 +130,7 @@ def revoke_key(name: str, keys: Path) -> None:
 @_USER
 def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
     """Erase a user from a store, files included, and print the receipt."""
-    _check_installed()
+    check_installed()
     from personaplug.store.history_store import HistoryStore
 
     with closing(HistoryStore.open(store, secret=secret)) as opened:
@@ -165,7 +165,7 @@ def explain(
     until: datetime | None,
 ) -> None:
     """Say which items made a user's persona for a prompt, and what an answer owes to each of them."""
-    _check_installed()
+    check_installed()
     import asyncio
 
     from personaplug.run import Run
@@ -199,7 +199,7 @@ def explain(
 @_SECRET
 def refill_store(source: str, target: str, run_folder: Path, seed: int | None, secret: Path | None) -> None:
     """Copy a store of histories into a new one for the encoder of another run. Run it again to continue."""
-    _check_installed()
+    check_installed()
     from personaplug.infra.progress import Progress
     from personaplug.run import Run
     from personaplug.serving.persona_cache import store_settings
@@ -226,7 +226,7 @@ def refill_store(source: str, target: str, run_folder: Path, seed: int | None, s
 @click.option("--user", help="Check also that the receipt is about this user.")
 def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str | None, user: str | None) -> None:
     """Check a RECEIPT of an erasure (a JSON file, or - for standard input). The exit code is 1 if it is not valid."""
-    _check_installed()
+    check_installed()
     from personaplug.store.history_store import HistoryStore, Receipt
 
     try:
@@ -240,6 +240,6 @@ def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str
         raise SystemExit(1)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
     if not all(map(find_spec, ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client"))):
         raise MissingExtra("A live service", extra="serve")

@@ -33,9 +33,8 @@ class Explainer:
         if not self.service.is_personal(query):
             message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
             raise RequestError(message, code="not_the_task")
-        items, history = await self.service.fast.run(
-            tenant, user, self._snapshot, tenant, user, latest=self.plug.config.max_history
-        )
+        snapshot = partial(self._snapshot, tenant, user, latest=self.plug.config.max_history)
+        items, history = await self.service.store_threads.run(tenant, user, snapshot)
         weights = await self.service.slow.run(tenant, user, self._weights, query, history)
         explanation: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
         columns, ranking = {"weight": weights.astype(np.float64)}, -weights

@@ -85,13 +85,13 @@ async def list_history(
 
 @router.delete("/history/{item}", summary="Remove an item")
 async def delete_item(user: UserId, item: ItemId, tenant: Tenant, parts: Parts) -> dict[str, bool]:
-    await parts.service.fast.run(tenant, user, parts.service.store.delete_item, tenant, user, item)
+    await parts.service.store_threads.run(tenant, user, parts.service.store.delete_item, tenant, user, item)
     return {"deleted": True}
 
 
 @router.get("/export", summary="Everything that is known of a user")
 async def export(user: UserId, tenant: Tenant, parts: Parts) -> Response:
-    pages = await parts.service.slow.run(tenant, user, parts.service.store.export, tenant, user)
+    pages = await parts.service.store_threads.run(tenant, user, parts.service.store.export, tenant, user)
     return await stream_json(parts.service, tenant, user, pages=pages)
 
 

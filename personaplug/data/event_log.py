@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Unpack
 
-from personaplug.data.parsing import Flaw, as_datetime, as_record, name_of, query_of, target_of, text_of, value_of
+from personaplug.data.parsing import Flaw, as_datetime, as_record, field_of, id_of, query_of, target_of, value_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
@@ -110,11 +110,11 @@ class EventLogReader(RecordReader):
 
     def _row(self, values: Mapping[str, object], position: str, number: int) -> tuple[str, _Row]:
         mapping, task = self._mapping, self.task
-        user = name_of(values, mapping.user)
-        row_id = name_of(values, mapping.id) if mapping.id else f"row-{number}"
-        moment = as_datetime(value_of(values, mapping.date)) if mapping.date else None
-        texts = {name: text_of(values, column) for name, column in mapping.fields.items()}
-        target = target_of(task, text_of(values, mapping.answer))
+        user = id_of(values, mapping.user)
+        row_id = id_of(values, mapping.id) if mapping.id else f"row-{number}"
+        moment = as_datetime(value_of(values, mapping.date), f"its {mapping.date!r}") if mapping.date else None
+        texts = {name: field_of(task, values, name, key=column) for name, column in mapping.fields.items()}
+        target = target_of(task, field_of(task, values, task.answer_field or "", key=mapping.answer))
         if task.answer_field:
             texts[task.answer_field] = target
         fields = tuple((name, texts.pop(name)) for name in task.field_names)

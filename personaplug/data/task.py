@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from personaplug.data.patterns import group_count
 from personaplug.data.records import Sample
 
 TaskKind = Literal["label", "rating", "text"]
@@ -25,7 +26,8 @@ class Task:
         metrics: names from `personaplug.analysis.metrics`; the first one leads.
         labels: the closed set of answers; empty for "text".
         query_after: a marker; the query is the text after its first occurrence in the input.
-        query_pattern: a regular expression, searched with DOTALL; its groups, joined by spaces, are the query.
+        query_pattern: a regular expression of RE2, in which `.` matches line breaks; its groups,
+            joined by spaces, are the query.
         item_template: an item in a prompt, with a `{field}` for each value; "" means `HistoryItem.text`.
         item_joint: the text between two items in a prompt.
         history_template: a prompt with items: `{history}` and `{input}`, each once.
@@ -60,7 +62,7 @@ class Task:
     @property
     def has_options(self) -> bool:
         """True if labels stand for options in the input: `query_pattern` has a group for each label."""
-        return len(self.labels) > 1 and re.compile(self.query_pattern).groups == len(self.labels)
+        return len(self.labels) > 1 and group_count(self.query_pattern) == len(self.labels)
 
 
 def template_parts(template: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
@@ -15,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from personaplug.data.json_stream import existing_folder, stream_values
 from personaplug.data.parsing import as_name
+from personaplug.data.patterns import group_count
 from personaplug.data.task import Task, TaskKind, template_parts
 from personaplug.errors import ConfigError, MissingData, RunConflict, nearest
 from personaplug.infra.validation import first_error
@@ -120,9 +120,9 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
         if self.query_after and self.query_pattern:
             raise ValueError("give 'query_after' or 'query_pattern', not both")
         try:
-            groups = re.compile(self.query_pattern).groups
-        except re.error as error:
-            raise ValueError(f"'query_pattern' is not a regular expression: {error}") from None
+            groups = group_count(self.query_pattern)
+        except ValueError as error:
+            raise ValueError(f"'query_pattern' is not a regular expression of RE2: {error}") from None
         if self.query_pattern and not groups:
             raise ValueError("'query_pattern' needs a group (…) around the query")
         return self

@@ -194,7 +194,7 @@ BROKEN_ROWS: dict[str, tuple[Any, str]] = {
     "null answer": (row(2, stars=None), "line 2: its 'stars' is null"),
     "no label": (row(2, stars=SECRET), "line 2: its answer is none of the 5 labels"),
     "nan": (row(2, stars=float("nan")), "line 2: its 'stars' is not a finite number"),
-    "no date": (row(2, when=SECRET), "line 2: its 'date' is not one of"),
+    "no date": (row(2, when=SECRET), "line 2: its 'when' has the form aaaaaaaa,"),
     "list for text": (row(2, title=[SECRET]), "line 2: its 'title' is a list"),
     "half a surrogate": (row(2, title="\ud83d"), "line 2: its 'title' is not valid Unicode"),
     "id twice": (row(1), "line 2: an earlier record has the same id"),

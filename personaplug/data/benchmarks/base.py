@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from personaplug.data.parsing import name_of, target_of, text_of
+from personaplug.data.parsing import id_of, name_of, target_of, text_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import Limits, PositionedRecord, RecordReader
 from personaplug.data.records import Sample
@@ -59,12 +59,12 @@ class PublishedReader(RecordReader):
         return self._parsed(published_records(self._files), parse_id=self._id, parse=self._sample)
 
     def _id(self, record: Mapping[str, Any], number: int) -> str:
-        return name_of(record, self._layout.id) if self._layout.id else f"row-{number}"
+        return id_of(record, self._layout.id) if self._layout.id else f"row-{number}"
 
     def _sample(self, record: Mapping[str, Any], sample_id: str) -> Sample:
         layout = self._layout
         prompt = layout.instruction + name_of(record, layout.input)
-        user = name_of(record, layout.user) if layout.user else None
+        user = id_of(record, layout.user) if layout.user else None
         target = target_of(self.task, text_of(record, layout.output)) if layout.output else None
         items = self._items(record, id_key=layout.item_id, date_key=layout.item_date)
         return self._sample_of(sample_id, user, prompt, target=target, items=items)

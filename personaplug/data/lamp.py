@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from personaplug.data.json_stream import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
+from personaplug.data.json_stream import existing_folder, holds_list, json_lines, plain_or_gz, stream_values
 from personaplug.data.parsing import Flaw, as_record, id_of, item_of, name_of, short_id, target_of, text_of
 from personaplug.data.record_reader import Limits, RecordReader, in_time_order
 from personaplug.data.records import HistoryItem, Sample
@@ -44,8 +44,7 @@ def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
     path = Path(path)
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
-    first_line = next((line for _, line in numbered_lines(path) if line.strip()), b"")
-    is_list = first_line.lstrip().startswith(b"[")
+    is_list = holds_list(path)
     items = []
     for number, record in stream_values(path, "item", opening=b"[", unit="item") if is_list else json_lines(path):
         try:
@@ -63,7 +62,7 @@ class _LampReader(RecordReader):
     """
 
     def __init__(self, questions: Path, outputs: Path | None, task: Task, **limits: Unpack[Limits]) -> None:
-        super().__init__(task, **limits)
+        super().__init__(task, origin=questions, **limits)
         self._questions, self._outputs = questions, outputs
         self._golds: _Golds = {}
 

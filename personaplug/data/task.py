@@ -72,16 +72,46 @@ def template_parts(template: str) -> list[str]:
 
 @dataclass
 class ReadReport:
-    """Counts of one pass of a reader, and the position and defect of each skipped record.
+    """Counts of one pass of a reader.
 
-    `cut_items` counts the items dropped because a history was longer than `max_history`.
+    Attributes:
+        rows: records, broken ones too.
+        users: users that the samples name.
+        items: items in the histories of the samples.
+        skipped: broken records; `problems` holds the position and the defect of each.
+        copies: rows left out because an earlier row is the same event.
+        unclear: rows that are no questions, since copies of their fields had several answers.
+        too_early: rows that are no questions, since too few earlier rows make their history.
+        cut_items: items left out because a history was longer than `max_history`.
+        own_answers: samples with an item in their history that has the text and the answer of the question.
     """
 
+    rows: int = 0
+    users: int = 0
     samples: int = 0
     items: int = 0
     skipped: int = 0
+    copies: int = 0
+    unclear: int = 0
+    too_early: int = 0
     cut_items: int = 0
+    own_answers: int = 0
     problems: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Describe the counts in one line."""
+        users = f" of {self.users:,} users" if self.users else ""
+        losses = (
+            (self.copies, "copies of earlier events left out"),
+            (self.too_early, "rows with too short a history not asked"),
+            (self.unclear, "rows not asked whose copies have several answers"),
+            (self.cut_items, "items beyond the longest history left out"),
+        )
+        return "; ".join((
+            f"{self.rows:,} rows{users}: {self.samples:,} samples, {self.items:,} items of history",
+            f"{self.skipped:,} broken records skipped",
+            *(f"{count:,} {what}" for count, what in losses if count),
+        ))  # fmt: skip
 
 
 class Reader(Protocol):

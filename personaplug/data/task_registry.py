@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
@@ -17,6 +16,7 @@ from personaplug.data.parsing import as_name
 from personaplug.data.patterns import group_count
 from personaplug.data.task import Task, TaskKind, template_parts
 from personaplug.errors import ConfigError, MissingData, RunConflict, nearest
+from personaplug.infra.json_parsing import parse_json
 from personaplug.infra.validation import first_error
 
 _MOVIE_TAGS = (
@@ -201,9 +201,9 @@ def _declared_task(folder: Path) -> Task | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should hold one JSON object that declares a task, found {type(values).__name__}.")
     return parse_task(values, source=str(path))

@@ -52,7 +52,7 @@ class PublishedReader(RecordReader):
     """A split with one sample a record and a list of items in its "profile", streamed."""
 
     def __init__(self, files: Sequence[Path], layout: Layout, **limits: Unpack[Limits]) -> None:
-        super().__init__(layout.task, **limits)
+        super().__init__(layout.task, origin=files[0], **limits)
         self._files, self._layout = tuple(files), layout
 
     def _samples(self) -> Iterator[Sample]:
@@ -95,7 +95,7 @@ def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
 def published_records(files: Sequence[Path]) -> Iterator[PositionedRecord]:
     """Yield the records of a split's files."""
     for file in files:
-        for position, _, record in record_source(file, kinds=_KINDS)(file, ()):
+        for position, _, record in record_source(file, kinds=_KINDS).read(()):
             yield file, position, record
 
 

@@ -61,7 +61,7 @@ class PeftUReader(RecordReader):
         self._queries_per_user = queries_per_user
         labels, fields = _labels_in(self._path), ("text", "label")
         task = Task("PEFT_U", "label", fields, "label", ("accuracy", "f1"), labels=labels, query_after=_MARKER)
-        super().__init__(task, **limits)
+        super().__init__(task, origin=self._path, **limits)
         self._instruction = _default_instruction(labels) if instruction is None else instruction
         if _MARKER in self._instruction:
             raise ConfigError("The instruction should have no line that begins with 'text: ', which marks the query.")
@@ -76,6 +76,7 @@ class PeftUReader(RecordReader):
             except Flaw as flaw:
                 self._skip(self._path, position, flaw)
                 continue
+            self.report.rows += len(train) + len(queries) * (self._split != "train")
             items = self._labelled_items(train, position)
             if self._split == "train":
                 first = max(len(items) - self._queries_per_user, 0)

@@ -99,7 +99,7 @@ class PersonalLLMReader(RecordReader):
             "PersonalLLM", "label", ("request", "response"), None, ("accuracy",),
             labels=tuple(_LETTERS[: self._users.choices]), query_after=_MARKER, max_new_tokens=4,
         )  # fmt: skip
-        super().__init__(task, **limits)
+        super().__init__(task, origin=self._train[0], **limits)
 
     def _samples(self) -> Iterator[Sample]:
         rows = self._rows(self._train)

@@ -30,8 +30,8 @@ def delimited_records(path: Path, columns: Sequence[str], *, delimiter: str | No
     A quote that is never closed would swallow the rows after it, so it is an error that cannot be skipped.
 
     Args:
-        columns: the columns to read. If all are numbers and no header has them, the file has no header, and they
-            count its columns from "1".
+        columns: the columns to read. If all are numbers, they count the columns of a file without header from "1",
+            unless its first line is the numbers that pandas writes in the place of names.
         delimiter: None for the one of `DELIMITERS` that finds these columns in the first line.
     """
     lines = _Lines(path)
@@ -41,7 +41,7 @@ def delimited_records(path: Path, columns: Sequence[str], *, delimiter: str | No
     delimiter = _checked(delimiter) if delimiter else _delimiter_of(first, columns)
     rows = csv.reader(lines.separated_by(delimiter), **_dialect(delimiter))
     names = _split(first, delimiter)
-    if set(columns).isdisjoint(names) and all(column.isdecimal() for column in columns):
+    if _is_numbered(names, columns):
         header = [str(number) for number in range(1, len(names) + 1)]
     else:
         row = _next_row(rows, lines)
@@ -126,6 +126,11 @@ def _record(header: Sequence[str], values: list[str] | Flaw, lines: _Lines) -> d
     if lines.has_many:
         raise lines.quote_error(f"{defect}, up to line {lines.number}; a quote may be missing or too many")
     return Flaw(defect)
+
+
+def _is_numbered(names: Sequence[str], columns: Sequence[str]) -> bool:
+    counts = [[str(number + start) for number in range(len(names))] for start in (0, 1)]
+    return all(column.isdecimal() for column in columns) and list(names) not in counts
 
 
 def _checked(delimiter: str) -> str:

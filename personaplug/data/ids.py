@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from personaplug.data.values import MAX_EXACT_FLOAT, Flaw, as_text, plain_value
@@ -19,7 +20,7 @@ def as_id(value: object, what: str) -> str:
     Blanks at the ends belong to the id. The message of the Flaw never holds the id, which may be personal.
     """
     value = plain_value(value)
-    if isinstance(value, float) and abs(value) >= MAX_EXACT_FLOAT:
+    if isinstance(value, float) and MAX_EXACT_FLOAT <= abs(value) < math.inf:
         raise Flaw(f"{what} is a floating-point number that is not exact above 2^53; give it as text or whole number")
     text = as_text(value, what)
     if not text.strip():

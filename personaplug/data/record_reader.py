@@ -59,7 +59,7 @@ class RecordReader(ABC):
         for sample in self._samples():
             report.samples += 1
             report.items += len(sample.history)
-            report.own_answers += _holds_own_answer(sample)
+            report.own_answers += self._holds_own_answer(sample)
             if sample.user_id is not None:
                 users.add(sample.user_id)
                 report.users = len(users)
@@ -80,6 +80,18 @@ class RecordReader(ABC):
             return "It holds no records."
         first = f" The first defect: {report.problems[0]}." if report.problems else ""
         return f"Found {report.summary()}.{first}"
+
+    def _holds_own_answer(self, sample: Sample) -> bool:
+        """Return whether an item of the history has the text and the answer of the question."""
+        target, query = (sample.target or "").strip(), sample.query.strip()
+        for item in sample.history:
+            if target and (item.answer or "").strip() == target:
+                contents = [text for name, text in item.fields if name != item.answer_name]
+                if query in (*map(str.strip, contents), " ".join(contents).strip()):
+                    return True
+                if not contents and not self.task.labels:  # an item that is nothing but the written text
+                    return True
+        return False
 
     @abstractmethod
     def _samples(self) -> Iterator[Sample]:
@@ -142,19 +154,6 @@ class RecordReader(ABC):
             except Flaw as flaw:
                 raise Flaw(f"item {number} of its profile: {flaw}") from None
         return items
-
-
-def _holds_own_answer(sample: Sample) -> bool:
-    if not sample.target or not sample.target.strip():
-        return False
-    target, query = sample.target.strip(), sample.query.strip()
-    return any(_is_question(item, query) for item in sample.history if (item.answer or "").strip() == target)
-
-
-def _is_question(item: HistoryItem, query: str) -> bool:
-    contents = [text for name, text in item.fields if name != item.answer_name]
-    # An item that is nothing but the answer gives it away by itself.
-    return not contents or query in (*map(str.strip, contents), " ".join(contents).strip())
 
 
 def in_time_order(items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:

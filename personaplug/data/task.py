@@ -108,7 +108,7 @@ class ReadReport:
             (self.cut_items, "items beyond the longest history left out"),
         )
         return "; ".join((
-            f"{self.rows:,} rows{users}: {self.samples:,} samples, {self.items:,} items of history",
+            f"{self.samples:,} samples, {self.items:,} items of history, from {self.rows:,} rows{users}",
             f"{self.skipped:,} broken records skipped",
             *(f"{count:,} {what}" for count, what in losses if count),
         ))  # fmt: skip

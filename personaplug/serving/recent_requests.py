@@ -29,7 +29,10 @@ class RecentRequests:
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
 
     def add(self, tenant: str, user: str, *, request_id: str, query: str, since: float) -> None:
-        """Keep a query, unless it is too large or its user was forgotten `since` it arrived, by `time.monotonic`."""
+        """Keep a query, unless it is too large or its user was forgotten `since` it arrived, by `time.monotonic`.
+
+        An empty query stands for a request outside the task, of which no item can be made.
+        """
         entry = query, time.time() - (time.monotonic() - since)
         is_erased = self._erased.get((tenant, user), -1.0) >= since
         if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:

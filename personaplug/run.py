@@ -26,6 +26,7 @@ from personaplug.config_parsing import load_config, to_yaml, with_values
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import parse_task
+from personaplug.data.wording import Wording, learn_wordings
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples, samples_fingerprint
@@ -216,6 +217,7 @@ class Run:
         path = self.folder / "data.json"
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
+        about["wordings"] = [asdict(wording) for wording in learn_wordings(samples)]
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
         if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(
@@ -224,6 +226,13 @@ class Run:
             )
         if is_main():
             write_json(path, about)
+
+    @property
+    def wordings(self) -> tuple[Wording, ...]:
+        """The wordings of the training prompts; none if nothing has been trained."""
+        path = self.folder / "data.json"
+        about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return tuple(Wording(**wording) for wording in about.get("wordings", ()))
 
     @property
     def knows_its_data(self) -> bool:

@@ -94,9 +94,8 @@ def create_key(path: Path, tenant: str) -> str:
     try:
         _TENANT_NAME.validate_python(tenant)
     except ValueError:
-        raise ConfigError(
-            "A tenant has a name of 1 to 255 characters, without control characters and slashes; found another one."
-        ) from None
+        expected = "1 to 255 characters, none of them a control character"
+        raise ConfigError(f"The name of a tenant is an id: {expected}; found another one.") from None
     key = _KEY_PREFIX + secrets.token_urlsafe(32)
     with _locked(path):
         tenants = _load_tenants(path) if path.exists() else {}

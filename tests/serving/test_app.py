@@ -204,11 +204,10 @@ def test_only_an_erasure_drops_a_cached_persona_at_once(service: Service, url: s
     assert service.personas.cached_users == 0
 
 
-@pytest.mark.parametrize("name", [".", "..", "a/b", "a\nb"])
-def test_id_that_means_another_path_is_refused(url: str, name: str) -> None:
+@pytest.mark.parametrize("name", [".", "..", "a\nb", "a\u202eb", "a\ufffdb", "a\u0085b"])
+def test_id_that_looks_like_another_is_refused(url: str, name: str) -> None:
     _post(url, "ann", _item(1))
-    refused = _post(url, "ann", {**_item(2), "id": name})
-    assert (refused.status_code, "slash" in refused.text or "control" in refused.text) == (400, True)
+    assert _post(url, "ann", {**_item(2), "id": name}).status_code == 400
     assert httpx.delete(f"{url}/v1/users/ann/history/").status_code == 404  # and nobody is sent on to the user
     body = {"messages": [{"role": "user", "content": PROMPT}], "user": name}
     assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 422
@@ -351,7 +350,7 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("POST", "/v1/users/ann/history", {"items": [], "request_id": "x", "answer": "y"}, 422),
     ("POST", "/v1/users/ann/history", {"request_id": "x"}, 422),
     ("POST", "/v1/users/ann/history", {"items": [{"id": "1", "text": "x"}]}, 400),
-    ("POST", "/v1/users/ann/history", {"items": [{"text": "x", "score": "1"}]}, 400),
+    ("POST", "/v1/users/ann/history", {"items": [{"id": "1", "score": "1"}]}, 400),
     ("POST", "/v1/users/ann/history", {"items": [{"id": "1", "text": {}, "score": "1"}]}, 400),
     ("POST", "/v1/users/ann/history", {"items": [{"id": "1", "text": "x", "score": "1", "date": "soon"}]}, 400),
     ("POST", "/v1/users/ann/history", {"items": [{"id": "x" * 300, "text": "x", "score": "1"}]}, 400),

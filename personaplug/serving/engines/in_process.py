@@ -125,7 +125,7 @@ class InProcessEngine(Engine):
         if closed_set is None and (sampling.max_new_tokens or 0) > row.config.max_new_tokens:
             headers["X-Personaplug-Max-Tokens"] = str(row.config.max_new_tokens)
         decode, stop_texts = self.llm.prompt_tokenizer.decode_raw, sampling.stop_texts
-        job = Job(row, decode=decode, stop_texts=stop_texts, closed_set=closed_set)
+        job = Job(row, decode=decode, stop_texts=stop_texts, closed_set=closed_set, tenant=request.tenant)
         formatter = ReplyFormatter(body.kind, model=self.models[0], request_id=request.id)
         self._scheduler.submit(job)
         if body.stream:

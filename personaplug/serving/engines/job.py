@@ -54,8 +54,9 @@ class Job:
         decode: Callable[[Sequence[int]], str],
         stop_texts: tuple[str, ...] = (),
         closed_set: ClosedSet | None = None,
+        tenant: str = "",
     ) -> None:
-        self.row, self.closed_set = row, closed_set
+        self.row, self.closed_set, self.tenant = row, closed_set, tenant
         self.is_cancelled = False  # whether nobody waits for it any more
         self.finish_reason = "stop"  # valid once the text has ended
         self._decode, self._stop_texts = decode, stop_texts

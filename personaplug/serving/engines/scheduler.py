@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -35,6 +36,7 @@ class ModelScheduler:
         self.llm, self.max_rows, self.max_held = llm, max_rows, max_held
         self._waiting: list[Job] = []
         self._running: list[Job] = []
+        self._tenants: set[str] = set()  # of all jobs so far
         self._batch = ContinuousBatch(llm)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="personaplug-model")
         self._wake_up = asyncio.Event()
@@ -59,6 +61,7 @@ class ModelScheduler:
 
     def submit(self, job: Job) -> None:
         self._check_alive()
+        self._tenants.add(job.tenant)
         self._waiting.append(job)
         self._wake_up.set()
 
@@ -79,8 +82,8 @@ class ModelScheduler:
             for job in self._running:
                 if job.is_cancelled:
                     job.row.ended = "stop"
-            count = self._admissible()
-            admitted, self._waiting = self._waiting[:count], self._waiting[count:]
+            admitted = self._next_jobs()
+            self._waiting = [job for job in self._waiting if job not in admitted]
             self._running += admitted
             if not self._running:
                 self._batch = ContinuousBatch(self.llm)  # frees the states of the last rows
@@ -91,17 +94,27 @@ class ModelScheduler:
                 job.publish()
             self._running = [job for job in self._running if job.row.ended is None]
 
-    def _admissible(self) -> int:
-        """Count the waiting rows that may start now, in their order, without delaying the running ones for long."""
-        prompt_tokens, longest = 0, max((job.max_size for job in self._running), default=0)
-        for index, job in enumerate(self._waiting):
-            rows = len(self._running) + index + 1
-            longest = max(longest, job.max_size)
+    def _next_jobs(self) -> list[Job]:
+        """Choose the waiting rows that may start now, without delaying the running ones for long.
+
+        The tenant with the fewest rows goes next, with the oldest of its requests. As soon as there are several
+        tenants, each leaves a row to the others.
+        """
+        rows_of = Counter(job.tenant for job in self._running)
+        max_rows_of_one = max(1, self.max_rows - (len(self._tenants) > 1))
+        waiting, chosen, prompt_tokens = list(self._waiting), list[Job](), 0
+        longest = max((job.max_size for job in self._running), default=0)
+        while allowed := [job for job in waiting if rows_of[job.tenant] < max_rows_of_one]:
+            job = min(allowed, key=lambda job: rows_of[job.tenant])
+            rows, longest = len(self._running) + len(chosen) + 1, max(longest, job.max_size)
             prompt_tokens += len(job.row.prompt.ids)
             fits = rows <= self.max_rows and (longest * rows <= self.max_held or rows == 1)
-            if not fits or (prompt_tokens > _PREFILL_TOKENS and index > 0):
-                return index
-        return len(self._waiting)
+            if not fits or (prompt_tokens > _PREFILL_TOKENS and chosen):
+                break
+            waiting.remove(job)
+            chosen.append(job)
+            rows_of[job.tenant] += 1
+        return chosen
 
     def _advance(self, admitted: Sequence[Job]) -> None:
         """Read the prompts of new rows, then choose every row's next token; runs in the model's thread."""

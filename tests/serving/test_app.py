@@ -577,3 +577,44 @@ def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -
         assert phrases is not None
         assert phrases.nbytes < 2**20
         assert _chat(base_url, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200
+
+
+def test_ready_asks_the_store(url: str, tmp_path: Path) -> None:
+    def wait_for(status: int) -> httpx.Response:
+        deadline = time.monotonic() + 20
+        while (reply := httpx.get(f"{url}/ready")).status_code != status:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return reply
+
+    assert wait_for(200).json() == {"status": "ready"}
+    database = tmp_path / "histories.db"
+    database.rename(tmp_path / "elsewhere.db")
+    assert wait_for(503).json()["error"]["code"] == "store"
+    assert httpx.get(f"{url}/health").status_code == 200
+    (tmp_path / "elsewhere.db").rename(database)
+    wait_for(200)
+
+
+def test_tenant_with_little_to_do_does_not_wait_for_one_with_much(service: Service, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    shop, bank = ({"Authorization": f"Bearer {create_key(keys, tenant)}"} for tenant in ("shop", "bank"))
+    items = [_item(number, text="a long text " * 300) for number in range(300)]
+    finished: list[str] = []
+
+    def add(user: str, headers: dict[str, str], *records: dict[str, Any]) -> None:
+        body = {"items": records}
+        reply = httpx.post(f"{url}/v1/users/{user}/history", json=body, headers=headers, timeout=120)
+        assert reply.status_code == 200
+        finished.append(user)
+
+    with served(service, api_keys=ApiKeys.load(keys)) as url, ThreadPoolExecutor(12) as pool:
+        large = [pool.submit(add, f"large-{number}", shop, *items) for number in range(8)]
+        while not finished:
+            time.sleep(0.01)
+        add("small", bank, _item(1))
+        add("smaller", shop, _item(1))
+        for future in large:
+            future.result()
+    assert finished.index("small") < 5
+    assert finished.index("smaller") < 8

@@ -12,13 +12,15 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_MAX_TAGS = 1000  # users whose tags a tenant keeps; those with waiting jobs are fewer
+
 
 @dataclass(eq=False)
 class _Job:
     tenant: str
     user: str
     cost: float
-    tag: float  # the tenant's clock when the job should end; small tags go first
+    tag: float  # the tenant's clock when the job would end if all users were served at once; small tags go first
     work: Callable[[], Any]
     result: asyncio.Future[Any]
 
@@ -28,10 +30,15 @@ class _Tenant:
     """What a tenant with waiting or running jobs has used, in units of cost."""
 
     used: float
-    clock: float = 0.0  # tag of the job that started last
+    clock: float = 0.0  # what a user has used who takes part since the tenant's first job
     last_tags: dict[str, float] = field(default_factory=dict)  # by user
     running: list[str] = field(default_factory=list)  # the users of running jobs
     waiting: list[_Job] = field(default_factory=list)
+
+    def note_tag(self, user: str, tag: float) -> None:
+        if len(self.last_tags) > _MAX_TAGS:  # those of the past have no effect
+            self.last_tags = {name: last for name, last in self.last_tags.items() if last > self.clock}
+        self.last_tags[user] = tag
 
 
 class FairExecutor:
@@ -56,7 +63,7 @@ class FairExecutor:
         """Run a function whose cost says how long it takes, compared with others."""
         share = self._tenants.setdefault(tenant, _Tenant(self._clock))
         tag = max(share.clock, share.last_tags.get(user, 0.0)) + cost
-        share.last_tags[user] = tag
+        share.note_tag(user, tag)
         job = _Job(tenant, user, cost, tag, work, asyncio.get_running_loop().create_future())
         share.waiting.append(job)
         self._start_jobs()
@@ -77,8 +84,9 @@ class FairExecutor:
             share = self._tenants[job.tenant]
             share.waiting.remove(job)
             share.running.append(job.user)
-            self._clock, share.clock = share.used, job.tag
+            self._clock = share.used
             share.used += job.cost
+            share.clock += job.cost / len({*share.running, *(other.user for other in share.waiting)})
             self._idle_threads -= 1
             loop.run_in_executor(self._pool, job.work).add_done_callback(partial(self._finish, job))
 

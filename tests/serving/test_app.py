@@ -599,7 +599,7 @@ def test_ready_asks_the_store(url: str, tmp_path: Path) -> None:
 def test_tenant_with_little_to_do_does_not_wait_for_one_with_much(service: Service, tmp_path: Path) -> None:
     keys = tmp_path / "keys.json"
     shop, bank = ({"Authorization": f"Bearer {create_key(keys, tenant)}"} for tenant in ("shop", "bank"))
-    items = [_item(number, text="a long text " * 300) for number in range(300)]
+    items = [_item(number, text="a long text " * 100) for number in range(150)]
     finished: list[str] = []
 
     def add(user: str, headers: dict[str, str], *records: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -34,7 +34,7 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-def _order(jobs: list[tuple[str, str, float]], *, threads: int = 1) -> list[str]:
+def _order(jobs: Sequence[tuple[str, str, float]], *, threads: int = 1) -> list[str]:
     """The order in which jobs of tenants and users start that come at once."""
 
     async def run() -> list[str]:

@@ -76,7 +76,7 @@ def check_json(value: T) -> T:
 
 
 def check_name(text: str) -> str:
-    """Return an id by the rule of all ids that is no dot segment either: to delete an item `..` would erase its user."""
+    """Return an id by the rule of all ids; no dot segment, since to delete an item `..` would erase its user."""
     if text in (".", ".."):
         raise ValueError("an id is part of paths: it is neither . nor ..")
     return as_id(text, "an id")

@@ -22,9 +22,10 @@ def create_private(path: Path) -> int:
 
 def make_private_folder(folder: Path) -> None:
     """Create a folder and its missing parents, which only their owner may enter."""
-    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    for parent in reversed(missing):
-        parent.mkdir(mode=0o700, exist_ok=True)
+    with storage_errors(folder):
+        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir(mode=0o700, exist_ok=True)
 
 
 def ensure_private(path: Path) -> None:

@@ -28,6 +28,7 @@ from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, encode_bodies, en
 
 LabelIds = npt.NDArray[np.int16]
 
+USER_COLUMNS = "no, tenant, user_id, version, items_received, items, checksum"
 _MAX_ID_LENGTH = 255
 _CATEGORIES = ("Cc", "Cs", "Zl", "Zp")  # control characters, lone surrogates, ends of lines
 _UNUSABLE = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff\ufffd"  # bidi, lost bytes
@@ -267,7 +268,7 @@ def lock_users(connection: Connection, shard: Shard, *, tenant: str, names: set[
         "VALUES (:tenant, :name, 0, 0, 0, 0) ON CONFLICT DO NOTHING"
     )
     # All writers lock in the order of numbers, so that no two wait for each other.
-    select = f"SELECT * FROM {shard.users} WHERE tenant = :tenant AND user_id IN :names ORDER BY no"
+    select = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE tenant = :tenant AND user_id IN :names ORDER BY no"
     # A row may be deleted between the two statements; the next turn creates it again.
     while missing := sorted(names - rows.keys()):
         execute(connection, insert, [{"tenant": tenant, "name": name} for name in missing])

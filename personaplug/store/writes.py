@@ -122,9 +122,7 @@ def check_id(value: str, *, owner: str) -> None:
         found = f"{len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
         raise ItemError(f"The id of {owner} must be text of 1 to {_MAX_ID_LENGTH} characters; found {found}.")
     if match := _FORBIDDEN.search(value):
-        raise ItemError(
-            f"The id of {owner} holds the character U+{ord(match[0]):04X}, which no id may hold; remove it."
-        )
+        raise ItemError(f"The id of {owner} holds the character U+{ord(match[0]):04X}, which no id may hold.")
     if not value.strip():
         raise ItemError(f"The id of {owner} is blank; give it a visible character.")
 

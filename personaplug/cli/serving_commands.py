@@ -65,8 +65,8 @@ _USER = click.option("--user", required=True)
 @click.option(
     "--phrases", is_flag=True, help="Mix users' own phrases into the local engine's answers; a new store keeps texts."
 )
-@click.option("--max-items", type=int, help="Keep this many items of a user, the latest.")
-@click.option("--max-days", type=int, help="Keep items no older than this.")
+@click.option("--max-items", type=int, help="Keep this many items of a user, the latest. The store remembers it.")
+@click.option("--max-days", type=int, help="Keep items no older than this. The store remembers it.")
 @click.option("--max-rows", default=16, type=_COUNT, help="Answers that the local engine generates at once.")
 @click.option("--max-new-tokens", default=512, type=_COUNT, help="Longest answer of the local engine.")
 @click.option("--max-requests", default=256, type=_COUNT, help="Requests at once; the next gets a 429.")
@@ -97,7 +97,8 @@ def serve(
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
     api_keys.check_address(host)  # before the models are loaded
     origins = [check_origin(origin) for origin in allow_origins]
-    config = ServingConfig(retention=Retention(max_items, max_days), **settings)
+    retention = None if max_items is max_days is None else Retention(max_items, max_days)
+    config = ServingConfig(retention=retention, **settings)
     service = open_service(Run.open(run_folder), config)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
     serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port, allow_origins=origins)

@@ -102,7 +102,7 @@ def _copy_database(source: Path, copy: Path) -> None:
 def _read_header(content: BinaryIO, backup: Path) -> dict[str, Any]:
     try:
         header = json.loads(content.readline(_LONGEST_HEADER))
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get("kind") != _KIND or header.keys() < {"bytes", "sha256"}:
         raise StorageError(f"{backup} is not a backup that `personaplug backup-store` has made, or it is damaged.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from personaplug.store.database import Connection, Database, execute, for_update, lock_table
 from personaplug.store.schema import Shard, now_in_microseconds
 from personaplug.store.secure_delete import rewrite_shard
-from personaplug.store.writes import UserRow, delete_items, delete_user, update_users
+from personaplug.store.writes import USER_COLUMNS, UserRow, delete_items, delete_user, update_users
 
 _USERS_PER_TRANSACTION = 200
 
@@ -23,7 +23,7 @@ def remove_expired(database: Database, shard: Shard, *, first_day: int) -> bool:
         return False
     with database.write_transaction() as connection:
         lock_table(connection, shard.users)
-        select = f"SELECT * FROM {shard.users} WHERE no IN :numbers ORDER BY no{for_update(connection)}"
+        select = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE no IN :numbers ORDER BY no{for_update(connection)}"
         for row in execute(connection, select, {"numbers": numbers}, expand="numbers").all():
             _remove_from(connection, shard, UserRow.of(row, tenant=row.tenant, user=row.user_id), first_day=first_day)
         mark = {"shard": shard.number, "now": now_in_microseconds()}

@@ -25,7 +25,7 @@ from personaplug.store.reads import StoredHistory, StoredItem, Window
 from personaplug.store.receipts import Receipt, Secret
 from personaplug.store.schema import Retention, Shard, StoreSettings, check_settings, load_or_create
 from personaplug.store.tickets import TICKET_LIFE_S, Ticket, last_erasures
-from personaplug.store.writes import AddResult, EncodedItems, PackedItem, UserRow, check_id
+from personaplug.store.writes import USER_COLUMNS, AddResult, EncodedItems, PackedItem, UserRow, check_id
 
 __all__ = ["AddResult", "EncodedItems", "HistoryStore", "Receipt", "Retention", "StoreSettings"]
 __all__ += ["StoredHistory", "StoredItem", "Ticket"]
@@ -318,7 +318,7 @@ class HistoryStore:
         check_id(tenant, owner="a tenant")
         check_id(user, owner="a user")
         shard, database = self.shard_of(tenant, user), self.database
-        sql = f"SELECT * FROM {shard.users} WHERE tenant = :tenant AND user_id = :user"
+        sql = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE tenant = :tenant AND user_id = :user"
         with database.write_transaction() if lock else database.read_transaction() as connection:
             if lock:
                 lock_table(connection, shard.users, alone=alone)

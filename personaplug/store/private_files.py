@@ -23,8 +23,10 @@ def create_private(path: Path) -> int:
 def make_private_folder(folder: Path) -> None:
     """Create a folder and its missing parents, which only their owner may enter."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    # `storage_errors` makes the folder of a file: here that of a file in the folder above, which is there by then.
     for parent in reversed(missing):
-        parent.mkdir(mode=0o700, exist_ok=True)
+        with storage_errors(parent):
+            parent.mkdir(mode=0o700, exist_ok=True)
 
 
 def ensure_private(path: Path) -> None:

@@ -19,7 +19,15 @@ from personaplug.store.history_store import EncodedItems, HistoryStore, StoredIt
 from personaplug.store.reads import list_items
 from personaplug.store.schema import Shard
 from personaplug.store.secure_delete import last_erasure, record_erasure
-from personaplug.store.writes import UserRow, delete_all_items, delete_user, insert_items, lock_users, update_users
+from personaplug.store.writes import (
+    USER_COLUMNS,
+    UserRow,
+    delete_all_items,
+    delete_user,
+    insert_items,
+    lock_users,
+    update_users,
+)
 
 _USERS_PER_PAGE = 64
 
@@ -119,7 +127,7 @@ def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[
 def user_pages(store: HistoryStore) -> Iterator[tuple[Shard, Sequence[sa.Row[Any]]]]:
     """Yield the rows of all users, page by page."""
     for shard in map(Shard, range(store.settings.shards)):
-        sql, last = f"SELECT * FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
+        sql, last = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
         while users := _rows(store, sql, last=last):
             yield shard, users
             last = users[-1].no

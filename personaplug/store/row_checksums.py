@@ -17,8 +17,10 @@ Words = npt.NDArray[np.uint64]
 
 
 def checksum(*values: str | int, text: bytes | None = None) -> int:
-    """Return a checksum of values of a row."""
-    return zlib.crc32(text or b"", zlib.crc32(repr(values).encode()))
+    """Return a checksum of values of a row; -1 if one has a type that is never written."""
+    if not isinstance(text, bytes | None):
+        return -1
+    return zlib.crc32(text or b"", zlib.crc32(repr(values).encode("utf-8", "surrogatepass")))
 
 
 def checksums_of_rows(words: Words) -> Words:

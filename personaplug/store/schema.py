@@ -152,11 +152,12 @@ def load_or_create(
         info = StoreInfo(settings or StoreSettings(), secret_hash, encoder, retention or Retention())
         _create(connection, info)
         return info
-    row = execute(connection, "SELECT * FROM history_store").one()
-    if row.format != FORMAT:
+    found = execute(connection, "SELECT format FROM history_store").scalar_one()
+    if found != FORMAT:
         raise UserError(
-            f"The store has format {row.format}; this version reads format {FORMAT}. Use the version that created it."
+            f"The store has format {found}; this version reads format {FORMAT}. Use the version that created it."
         )
+    row = execute(connection, "SELECT settings, secret_hash, encoder, retention, checksum FROM history_store").one()
     if row.checksum != checksum(row.settings, row.secret_hash, row.encoder, row.retention):
         raise damaged("the row that describes it")
     values = json.loads(row.settings)

@@ -57,7 +57,11 @@ def encode_bodies(
 
 def decode_bodies(rows: Sequence[bytes], *, width: int, user_no: int, items_per_user: int) -> Bodies:
     """Return a user's items, given oldest first; raise StorageError if they are not as they were written."""
-    buffer, layout = b"".join(rows), _layout(width)
+    layout = _layout(width)
+    try:
+        buffer = b"".join(rows)
+    except TypeError:
+        raise damaged("the type of a vector") from None
     if len(buffer) != len(rows) * layout.itemsize:
         raise damaged("the size of a vector")
     bodies = np.frombuffer(buffer, dtype=layout)

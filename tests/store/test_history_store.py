@@ -13,7 +13,7 @@ from stores import ENCODER, LABELS, Place, add, add_encoded, encoded, item, item
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders.style_features import text_style
-from personaplug.errors import ConfigError, MissingData
+from personaplug.errors import ConfigError, MissingData, UserErased
 from personaplug.store import writes
 from personaplug.store.history_store import HistoryStore, Retention
 from personaplug.store.schema import StoreSettings
@@ -80,7 +80,7 @@ def test_load_history_order_equals_list_items(store: HistoryStore) -> None:
     np.testing.assert_array_equal(store.load_history("t", "u").vectors, ENCODER.encode(texts).astype(np.float16))
 
 
-@pytest.mark.parametrize("latest", [0, 1, 3, 100])
+@pytest.mark.parametrize("latest", [0, 1, 3, 100, 2**63, 2**70])
 def test_load_history_latest_returns_newest(store: HistoryStore, latest: int) -> None:
     add(store, "t", "u", [item(str(i), f"text {i}", answer=LABELS[i % 3]) for i in range(6)])
     full, history = store.load_history("t", "u"), store.load_history("t", "u", latest=latest)
@@ -217,6 +217,41 @@ def test_export_contains_everything(store: HistoryStore) -> None:
     assert abs(datetime.fromisoformat(second["arrived"]) - datetime.now(UTC)) < timedelta(minutes=5)
     np.testing.assert_array_equal(np.array(first["vector"], np.float16), store.load_history("t", "u").vectors[0])
     np.testing.assert_array_equal(np.array(first["style"], np.float16), text_style("1"))
+
+
+def test_export_in_pages_equals_export_at_once(store: HistoryStore) -> None:
+    add(store, "t", "u", [item(str(i), day=date(2020, 1, 1 + i % 3)) for i in range(7)])
+    whole = json.loads("".join(store.export("t", "u")))
+    assert [each["id"] for each in whole["items"]] == item_ids(store)
+    for size in (1, 2, 7, 8):
+        pages = list(store.export("t", "u", items_per_page=size))
+        assert json.loads("".join(pages)) == whole
+        assert len(pages) == 2 + -(-7 // size)
+
+
+def test_export_of_user_who_changes_or_is_erased_meanwhile(store: HistoryStore) -> None:
+    add(store, "t", "u", [item(str(i)) for i in range(4)])
+    pages = store.export("t", "u", items_per_page=2)
+    begun = [next(pages), next(pages)]
+    store.delete_item("t", "u", "0")
+    add(store, "t", "u", [item("later")])
+    whole = json.loads("".join([*begun, *pages]))
+    assert [each["id"] for each in whole["items"]] == ["0", "1", "2", "3", "later"]
+    pages = store.export("t", "u", items_per_page=2)
+    next(pages), next(pages)
+    store.erase_user("t", "u")
+    add(store, "t", "u", [item(str(i)) for i in range(4)])
+    with pytest.raises(UserErased):
+        list(pages)
+
+
+def test_count_is_that_of_the_items(store: HistoryStore) -> None:
+    assert store.count("t", "u") == 0
+    add(store, "t", "u", [item("a"), item("b"), item("a", "other")])
+    assert store.count("t", "u") == 2
+    add(store, "t", "u", [item("b", "replaced"), item("c")])
+    store.delete_item("t", "u", "a")
+    assert store.count("t", "u") == 2
 
 
 def test_delete_item_removes_item_and_vector(store: HistoryStore) -> None:

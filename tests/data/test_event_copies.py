@@ -87,7 +87,8 @@ def test_long_text_is_a_copy_whatever_the_time() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [row(9, "yes", hours=26), row(9, "yes", hours=24.5, stars=4), row(9, "yes", hours=24.5, who="bob"), row(9, "no", hours=24)],
+    [row(9, "yes", hours=26), row(9, "yes", hours=24.5, stars=4), row(9, "yes", hours=24.5, who="bob"),
+     row(9, "no", hours=24)],
     ids=["later", "other answer", "other user", "other text"],
 )  # fmt: skip
 def test_repeated_event_stays(other: dict[str, Any]) -> None:

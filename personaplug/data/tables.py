@@ -18,7 +18,9 @@ class Table:
         self.name = f"the {type(source).__name__}"
         if isinstance(source, Mapping):
             keys = ", ".join(sorted(map(str, source))[:10])
-            raise ConfigError(f"Rows should be an iterable of mappings, or a DataFrame; found a mapping of {keys}.")
+            raise ConfigError(
+                f"Rows should be an iterable of mappings, or a DataFrame; found a mapping of {keys}. Give one of them."
+            )
         if isinstance(source, (str, bytes)) or not (isinstance(source, Iterable) or hasattr(source, "to_batches")):
             raise ConfigError(f"Rows should be a file, a DataFrame or an iterable of mappings; found {self.name}.")
         # An iterator gives its rows once, and a reader may be read again.

@@ -201,11 +201,11 @@ def test_report_counts_everything_and_is_told_once(caplog: pytest.LogCaptureFixt
         samples = list(reader)
         assert list(reader) == samples
     assert [record.getMessage() for record in caplog.records] == [
-        "the list, split dev: 3 samples, 3 items of history, from 7 rows of 1 users; 1 broken records skipped; "
+        "the list, split dev: 3 samples, 3 items of history, from 7 rows of 2 users; 1 broken records skipped; "
         "1 copies of earlier events left out; 2 rows with too short a history not asked; 3 items beyond the longest "
         "history left out"
     ]
-    assert (reader.report.rows, reader.report.users, reader.report.copies) == (7, 1, 1)
+    assert (reader.report.rows, reader.report.users, reader.report.copies) == (7, 2, 1)
 
 
 # ---- formats of dates

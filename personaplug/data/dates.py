@@ -16,7 +16,7 @@ _EXPECTED = "YYYY[-MM[-DD[ hh:mm:ss]]], YYYY/MM/DD, YYYYMMDD, or an epoch time o
 # whose 12 digits might be YYYYMMDDhhmm.
 _UNITS_PER_SECOND = {9: 1, 10: 1, 13: 10**3, 15: 10**6, 16: 10**6, 18: 10**9, 19: 10**9}
 _NUMBER = re.compile(r"(\d+)(?:\.(\d*))?", re.ASCII)
-_CLOCK, _ZONE = r"(\d\d[\d:.,]*)", r"(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)"
+_CLOCK, _ZONE = r"(\d{1,2}[\d:.,]*)", r"(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)"
 _CALENDAR = re.compile(
     rf"(\d{{4}})(?:([-/.])(\d{{1,2}})(?:\2(\d{{1,2}})(?:(?: *T *| +){_CLOCK} *{_ZONE}?)?)?)?", re.ASCII | re.IGNORECASE
 )
@@ -98,8 +98,9 @@ def _parse(text: str) -> datetime:
             raise ValueError("2024.1 is a number, not a month")
     else:
         raise ValueError("no date")
+    clock = f"0{clock}" if clock and clock[1:2] == ":" else clock or "00:00"
     offset = zone if zone and zone[0] in "+-" else "+00:00" if zone else ""
-    return datetime.fromisoformat(f"{date(int(year), int(month or 1), int(day or 1))}T{clock or '00:00'}{offset}")
+    return datetime.fromisoformat(f"{date(int(year), int(month or 1), int(day or 1))}T{clock}{offset}")
 
 
 def _from_epoch(units: str, fraction: str) -> datetime:

@@ -132,6 +132,7 @@ class EventLogReader(RecordReader):
                     raise Flaw("an earlier record has the same id")
             except Flaw as flaw:
                 self._skip(self._source.name, position, flaw)
+        report.users = len(users)
         return {user: self._without_copies(rows) for user, rows in users.items()}
 
     def _without_copies(self, rows: list[_Row]) -> list[_Row]:

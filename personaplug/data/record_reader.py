@@ -62,7 +62,7 @@ class RecordReader(ABC):
             report.own_answers += self._holds_own_answer(sample)
             if sample.user_id is not None:
                 users.add(sample.user_id)
-                report.users = len(users)
+                report.users = max(report.users, len(users))
             yield sample
         if not report.samples:
             raise MissingData(f"{self._origin} gives no sample. {self._reason_for_nothing()}")

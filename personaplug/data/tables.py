@@ -18,11 +18,15 @@ class Table:
         self.name = f"the {type(source).__name__}"
         if isinstance(source, Mapping):
             keys = ", ".join(sorted(map(str, source))[:10])
-            raise ConfigError(f"Rows should be an iterable of mappings, or a DataFrame; found a mapping of {keys}.")
+            raise ConfigError(
+                f"Rows should be an iterable of mappings, or a DataFrame; found a mapping of {keys}. Give one of them."
+            )
         if isinstance(source, (str, bytes)) or not (isinstance(source, Iterable) or hasattr(source, "to_batches")):
             raise ConfigError(f"Rows should be a file, a DataFrame or an iterable of mappings; found {self.name}.")
         # An iterator gives its rows once, and a reader may be read again.
         self._source: Any = list(source) if isinstance(source, Iterator) else source
+        if hasattr(source, "to_table"):  # a pyarrow.dataset.Dataset
+            self._source = source.to_table()
 
     def records(self, columns: Sequence[str]) -> Iterator[NumberedRecord]:
         """Yield the rows with these columns (all, if none are named)."""
@@ -44,9 +48,10 @@ class Table:
         return source  # type: ignore[no-any-return]
 
     def _pandas_rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, object]]:
-        frame = self._source
-        check_columns(self.name, [*map(str, frame.columns)], columns)
-        names = list(columns or frame.columns)
+        frame, header = self._source, [*map(str, self._source.columns)]
+        check_columns(self.name, header, columns)
+        names = list(columns or header)
+        series = [frame.iloc[:, header.index(name)] for name in names]
         # NaN, NaT and NA all stand for a missing value.
-        values = [frame[name].astype(object).where(frame[name].notna(), None) for name in names]
+        values = [each.astype(object).where(each.notna(), None) for each in series]
         return (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))

@@ -76,7 +76,7 @@ class ReadReport:
 
     Attributes:
         rows: records, broken ones too.
-        users: users that the samples name.
+        users: users that the records name; of LaMP's files, those with a sample.
         items: items in the histories of the samples.
         skipped: broken records; `problems` holds the position and the defect of each.
         copies: rows left out because an earlier row is the same event.

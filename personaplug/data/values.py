@@ -24,13 +24,15 @@ class Flaw(ValueError):
 
 def plain_value(value: object) -> object:
     """Return a NumPy value as a Python value of the same digits; other values as they are."""
+    if not isinstance(value, (np.generic, np.ndarray)):
+        return value
     if isinstance(value, np.datetime64):
         return value.astype("datetime64[us]").item()
     if isinstance(value, np.floating):
         return float(str(value))  # 4.1 in single precision is 4.1, not 4.0999999
     if isinstance(value, np.ndarray):
         return value.tolist()
-    return value.item() if isinstance(value, np.generic) else value
+    return value.item()
 
 
 def type_name(value: object) -> str:
@@ -43,22 +45,26 @@ def as_text(value: object, what: str) -> str:
 
     A whole number has no decimals: 4.0 becomes "4".
     """
-    value = plain_value(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        value = _decoded(bytes(value), what)
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # a lone surrogate would stop the tokenizer in the middle of a run
-            raise Flaw(f"{what} is not valid Unicode; it should be UTF-8") from None
-        return str(value)
+        return _encodable(value, what)
+    value = plain_value(value)
     if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return _number_text(value, what)
     if isinstance(value, UUID):
         return str(value)
     if isinstance(value, (dt.date, dt.time)) and value == value:  # pandas' NaT is a datetime and no time
         return value.isoformat()
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _decoded(bytes(value), what)
     raise Flaw(f"{what} is {type_name(value)}, expected a text or a number")
+
+
+def _encodable(value: str, what: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate would stop the tokenizer in the middle of a run
+        raise Flaw(f"{what} is not valid Unicode; it should be UTF-8") from None
+    return str(value)
 
 
 def _decoded(value: bytes, what: str) -> str:

@@ -122,6 +122,8 @@ def test_dataframe_of_pandas_gives_equal_samples(expected: list[Sample]) -> None
     assert read(frame) == expected
     frame["when"] = frame["when"].dt.tz_localize("UTC")
     assert read(frame.set_index("who", drop=False)) == expected
+    by_number = ColumnMapping("0", {"text": "1", "more": "2"}, "3", "Stars? title: {text}", date="4")
+    assert read(frame[list(COLUMNS)].set_axis(range(5), axis=1), by_number) == expected
     with pytest.raises(ConfigError, match="the DataFrame has 0 columns 'star'; did you mean 'stars'"):
         read(frame, replace(MAPPING, answer="star"))
 
@@ -157,6 +159,7 @@ def parquet_file(folder: Path, table: Any, name: str = "log.parquet") -> Path:
 
 
 def test_parquet_of_every_type_gives_equal_samples(tmp_path: Path, expected: list[Sample]) -> None:
+    dataset = pytest.importorskip("pyarrow.dataset")
     pa = pytest.importorskip("pyarrow")
     users, titles = [str(row["who"]) for row in ROWS], [row["title"] for row in ROWS]
     stars, floats = [Decimal(str(row["stars"])) for row in ROWS], [float(row["stars"]) for row in ROWS]
@@ -179,6 +182,7 @@ def test_parquet_of_every_type_gives_equal_samples(tmp_path: Path, expected: lis
         path = parquet_file(tmp_path, table)
         assert read(path) == expected
         assert read(table) == expected
+        assert read(dataset.dataset(path)) == expected
         (tmp_path / "log.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
         assert read(tmp_path / "log.parquet.gz") == expected
 

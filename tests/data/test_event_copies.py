@@ -87,7 +87,8 @@ def test_long_text_is_a_copy_whatever_the_time() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [row(9, "yes", hours=26), row(9, "yes", hours=24.5, stars=4), row(9, "yes", hours=24.5, who="bob"), row(9, "no", hours=24)],
+    [row(9, "yes", hours=26), row(9, "yes", hours=24.5, stars=4), row(9, "yes", hours=24.5, who="bob"),
+     row(9, "no", hours=24)],
     ids=["later", "other answer", "other user", "other text"],
 )  # fmt: skip
 def test_repeated_event_stays(other: dict[str, Any]) -> None:
@@ -200,11 +201,11 @@ def test_report_counts_everything_and_is_told_once(caplog: pytest.LogCaptureFixt
         samples = list(reader)
         assert list(reader) == samples
     assert [record.getMessage() for record in caplog.records] == [
-        "the list, split dev: 3 samples, 3 items of history, from 7 rows of 1 users; 1 broken records skipped; "
+        "the list, split dev: 3 samples, 3 items of history, from 7 rows of 2 users; 1 broken records skipped; "
         "1 copies of earlier events left out; 2 rows with too short a history not asked; 3 items beyond the longest "
         "history left out"
     ]
-    assert (reader.report.rows, reader.report.users, reader.report.copies) == (7, 1, 1)
+    assert (reader.report.rows, reader.report.users, reader.report.copies) == (7, 2, 1)
 
 
 # ---- formats of dates

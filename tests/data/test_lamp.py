@@ -517,6 +517,40 @@ def test_brackets_in_strings_do_not_count_as_nesting(tmp_path: Path) -> None:
         read(tmp_path, task="LaMP_3", skip_bad=9)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"name": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"name": ' + "[" * 900 + "]" * 900 + "}",
+     '{"max_new_tokens": ' + "1" * 5000 + "}", "\ud800", '{"name": NaN}'],
+    ids=["open", "closed", "900 deep", "5000 digits", "surrogate", "nan"],
+)  # fmt: skip
+def test_task_json_of_any_kind_is_read_or_a_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "task.json").write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(ConfigError, match=r"task\.json"):
+        load_task(tmp_path)
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**64), int("7" * 200)], ids=["2^63", "-2^64", "200 digits"])
+def test_large_numbers_are_ids(tmp_path: Path, number: int) -> None:
+    large = question(number, user_id=number, profile=[{"id": number, "text": "x", "score": 1, "other": number}])
+    put(tmp_path, [question(1), large, question(3)], [gold(1), gold(number), gold(3)])
+    samples = read(tmp_path)
+    assert [each.id for each in samples] == ["1", str(number), "3"]
+    assert (samples[1].user_id, samples[1].history[0].id) == (str(number), str(number))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("1" * 5000, "question 1: .*digits"), ("1e400", "question 1: .*1e308"),
+     ("1" * 400, r"\(id 2\).*has 400 characters")],
+)  # fmt: skip
+def test_number_beyond_all_bounds_is_a_clear_error(tmp_path: Path, value: str, message: str) -> None:
+    put(tmp_path, [question(1), question(2, user_id=0)], [gold(1), gold(2)])
+    path = tmp_path / "dev_questions.json"
+    path.write_text(path.read_text().replace('"user_id": 0', f'"user_id": {value}'))
+    with pytest.raises(RecordError, match=message):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 400, -4])
 def test_broken_gzip_is_never_skipped(tmp_path: Path, keep: int) -> None:
     packed = gzip.compress(json.dumps([question(number) for number in range(200)]).encode())
@@ -660,6 +694,8 @@ def test_text_that_is_itself_an_item_is_counted(tmp_path: Path) -> None:
         ([sample("a"), sample("a")], "same id"),
         ([sample("a"), sample("b", target=None)], "1 of 2 samples have a target"),
         ([sample("a", query="else")], "its query"),
+        ([sample("a\nb")], "holds the character U\\+000A"),
+        ([sample("a", user_id="u" * 256)], "its id has 256 characters"),
         ([sample("a", target="9")], "none of the 5 labels"),
         ([sample("a", history=(HistoryItem("i", (("title", "x"),)),))], "other fields"),
     ],

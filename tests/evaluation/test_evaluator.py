@@ -599,7 +599,9 @@ def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
     assert all(len(user) == 16 and set(user) <= set("0123456789abcdef") for user in about["users"])  # no ids
     (wording,) = rating.run.wordings
     assert wording.is_fixed
-    assert all(sample.prompt.startswith(wording.opening) for sample in open_dataset(tmp_path, "dev", task=rating.run.task))
+    assert all(
+        sample.prompt.startswith(wording.opening) for sample in open_dataset(tmp_path, "dev", task=rating.run.task)
+    )
 
 
 def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:

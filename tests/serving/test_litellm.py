@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("PERSONAPLUG_LITELLM_PYTHON", HERE / ".venv-litellm" / "bin" / "python"))
 OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-TURNS = [{"role": "user", "content": "review: a film about tea"}]
+TURNS: Any = [{"role": "user", "content": "review: a film about tea"}]
 WAYS: dict[str, tuple[dict[str, Any], str]] = {
     "user": ({"user": "ann"}, "population"),  # dropped: LiteLLM does not know the model
     "allowed": ({"user": "ann", "allowed_openai_params": ["user"]}, "user"),
@@ -72,8 +72,9 @@ def test_user_arrives_from_the_sdk(url: str, way: str) -> None:
 def _proxy(url: str, folder: Path) -> Iterator[openai.OpenAI]:
     toy = f"litellm_params: {{model: openai/toy, api_base: {url}/v1, api_key: none"
     (folder / "litellm.yaml").write_text(
-        f'model_list:\n  - {{model_name: toy, {toy}}}}}\n  - {{model_name: toy-user, {toy}, allowed_openai_params: ["user"]'
-        "}}\ngeneral_settings: {forward_client_headers_to_llm_api: true}\n"
+        f"model_list:\n  - {{model_name: toy, {toy}}}}}\n"
+        f'  - {{model_name: toy-user, {toy}, allowed_openai_params: ["user"]}}}}\n'
+        "general_settings: {forward_client_headers_to_llm_api: true}\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,5 +116,5 @@ def test_user_arrives_through_the_proxy(url: str, tmp_path: Path) -> None:
         ):
             before = _personas(url)
             given: dict[str, Any] = fields
-            client.chat.completions.create(model=model, messages=TURNS, **given)  # type: ignore[call-overload]
+            client.chat.completions.create(model=model, messages=TURNS, **given)
             assert _personas(url) == before | {applied: before[applied] + 1}

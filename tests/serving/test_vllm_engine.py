@@ -30,7 +30,7 @@ from personaplug.serving.engines.vllm_requests import EmbeddingTable, encode_emb
 from personaplug.serving.openai_protocol import Kind
 
 SOFT = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
-START_REQUESTS = 11  # with a body: for the width, of a text and its embeddings, of two users in two rounds on two routes
+START_REQUESTS = 11  # with a body: the width's, a text's and its embeddings', eight of two users
 ASKED = {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}], "top_k": 7}
 
 
@@ -315,9 +315,7 @@ def test_harmless_values_of_risky_fields_are_sent(stand_in: StandIn, address: st
 
 
 @pytest.mark.parametrize("odd", [5, None, "a", [5], [{"content": 5}], [{"content": [5]}]])
-def test_value_of_a_field_is_sent_unchanged(
-    stand_in: StandIn, address: str, table: EmbeddingTable, odd: Any
-) -> None:
+def test_value_of_a_field_is_sent_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable, odd: Any) -> None:
     _ask(_engine(address, table), engine_request("completion", {"prompt": "a", "documents": odd}, _soft()))
     assert stand_in.bodies[-1]["documents"] == odd
 

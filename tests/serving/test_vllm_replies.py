@@ -1,4 +1,4 @@
-"""A vLLM server that talks nonsense, or mixes its users up: reported in time, within bounds, as a failure of the engine."""
+"""A vLLM server that talks nonsense or mixes its users up: noticed in time, and a failure of the engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-BODIES = {CHAT: {"messages": [{"role": "user", "content": "review: x"}]}, COMPLETION: {"prompt": "review: x"}}
+BODIES: dict[str, dict[str, Any]] = {CHAT: {"messages": [{"role": "user", "content": "review: x"}]}, COMPLETION: {"prompt": "review: x"}}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,7 @@ def _engine(address: str, table: EmbeddingTable, *, timeout_s: float = 120, stre
 
 
 @pytest.fixture(scope="module")
-def url(
-    toy: CausalLM, address: str, table: EmbeddingTable, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def url(toy: CausalLM, address: str, table: EmbeddingTable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     engine = _engine(address, table, timeout_s=5)
     with served(open_service(toy, tmp_path_factory.mktemp("nonsense"), engine=engine)) as base_url:
         yield base_url

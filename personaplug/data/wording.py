@@ -53,7 +53,7 @@ class Wording:
     @property
     def template(self) -> str:
         """The wording for readers: `{query}` stands for the query, `{…}` for a text that varies."""
-        before = self.opening if self.is_fixed else f"{self.opening}{{…}}{self.lead}"
+        before = self.opening if self.is_fixed or not self.lead else f"{self.opening}{{…}}{self.lead}"
         return f"{before}{{query}}{self.closing}"
 
 

@@ -30,6 +30,8 @@ MIN_BULK_TEXTS = 128  # compiling a model for OpenVINO takes as long as torch ta
 # Tokens per text of a batch: a CPU's caches hold about a thousand tokens, a GPU wants many.
 _CPU_TOKENS_PER_TEXT, _GPU_TOKENS_PER_TEXT = 16, 256
 
+_MAX_CHARACTERS_PER_TOKEN = 64  # on average over a text
+
 _TOKENIZED_AT_ONCE = 256  # a tokenizer's output takes a hundred times the memory of the lengths
 
 _FINGERPRINT_TEXT = "The Café's 3 RED dogs; naïve, ПРИВЕТ 你好 🙂"
@@ -151,7 +153,7 @@ class SentenceEncoder:
         """Return the tokens of each uncut text, prompt and special ones included."""
         from transformers import PreTrainedTokenizerBase
 
-        prompted = [self.identity.prompt + _encodable(text) for text in texts]
+        prompted = [self.identity.prompt + _encodable(_readable(self._model, text)) for text in texts]
         if not isinstance(self._uncut_tokenizer, PreTrainedTokenizerBase):
             return [len(text) for text in prompted]  # models of words, which cut nothing
         lengths: list[int] = []
@@ -204,7 +206,8 @@ def _load(folder: Path, *, name: str, device: str, dtype: torch.dtype) -> Senten
 
 def _features(model: SentenceTransformer, texts: Sequence[str], *, prompt: str, task: str) -> dict[str, Tensor]:
     """Tokenize B texts; the result has only tensors, also for the prompt's length, which some models do not pool."""
-    features: dict[str, Any] = model.preprocess([_encodable(text) for text in texts], prompt=prompt or None, task=task)
+    encodable = [_encodable(_readable(model, text)) for text in texts]
+    features: dict[str, Any] = model.preprocess(encodable, prompt=prompt or None, task=task)
     if isinstance(features.get("prompt_length"), int):
         features["prompt_length"] = torch.full((len(texts),), features["prompt_length"])
     return {name: value for name, value in features.items() if isinstance(value, Tensor)}
@@ -214,6 +217,15 @@ def _embed(model: SentenceTransformer, features: dict[str, Tensor], *, task: str
     on_device = {name: value.to(model.device) for name, value in features.items()}
     embeddings = model(on_device, task=task)["sentence_embedding"]
     return nn.functional.normalize(embeddings.float(), dim=-1)
+
+
+def _readable(model: SentenceTransformer, text: str) -> str:
+    """Return the beginning of a text that the model's tokens can come from: a long text costs as much as a short one.
+
+    A text is cut where its tokens would have to be longer than those of any writing.
+    """
+    limit = _max_length(model)
+    return text if limit is None else text[: limit * _MAX_CHARACTERS_PER_TOKEN]
 
 
 def _encodable(text: str) -> str:

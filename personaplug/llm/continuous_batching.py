@@ -127,9 +127,10 @@ class ContinuousBatch:
 
     def _scores(self, slot: Slot, states: Tensor, first: Tensor) -> list[float]:
         """Return the log-probability of each choice behind a slot's prompt and its (V,) last logits, with its bias."""
-        lengths = torch.tensor([states.shape[2]], device=self.llm.device)
-        rest = self.llm.cached_prefix.scores_after_first(states[:, None], lengths, slot.choices)[0]
-        scores = torch.log_softmax(first, dim=-1)[[choice[0] for choice in slot.choices]] + rest
+        scores = torch.log_softmax(first, dim=-1)[[choice[0] for choice in slot.choices]]
+        if any(len(choice) > 1 for choice in slot.choices):
+            lengths = torch.tensor([states.shape[2]], device=self.llm.device)
+            scores = scores + self.llm.cached_prefix.scores_after_first(states[:, None], lengths, slot.choices)[0]
         if slot.label_bias is not None:
             scores = scores + slot.label_bias[0].to(scores)
         return scores.float().tolist()

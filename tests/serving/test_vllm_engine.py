@@ -30,9 +30,7 @@ from personaplug.serving.engines.vllm_requests import EmbeddingTable, encode_emb
 from personaplug.serving.openai_protocol import Kind
 
 SOFT = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
-START_REQUESTS = (
-    11  # with a body: for the width, of a text and its embeddings, of two users in two rounds on two routes
-)
+START_REQUESTS = 11  # with a body: the width's, a text's and its embeddings', eight of two users
 ASKED = {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}], "top_k": 7}
 
 

@@ -26,10 +26,10 @@ _PROBE_TOKENS = 8
 _MAX_DIFFERENCE = 0.05  # of a token's log-probability between two computations of the same
 
 # Two users whose persona is the embedding of a text, with the same text behind it. The text fills whole blocks of the
-# cache: 640 tokens are more than a block of any usual size.
+# cache: 384 tokens are more than a block, which has 16 to 256.
 _SECRETS = ("The password is tiger. " * 8, "The password is seven. " * 8)
 _FILLER, _QUESTION = "The weather was fine, and the children played in the garden all day. ", "The password is"
-_FILLER_TOKENS = 640
+_FILLER_TOKENS = 384
 _TEMPLATE_TOKENS = 96  # at most, and those of the question and the answer
 _SAME = 2e-3  # log-probabilities that differ by less are those of one user
 _CHANGED = 0.25  # by more, those of another user: a warm cache rounds otherwise than a cold one
@@ -216,7 +216,13 @@ class StartChecks:
 
 
 def _probe_body(name: str, salt: str) -> dict[str, Any]:
-    return {"model": name, "max_tokens": _PROBE_TOKENS, "temperature": 0, "cache_salt": salt}
+    return {
+        "model": name,
+        "max_tokens": _PROBE_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,  # so that there are tokens to compare
+        "cache_salt": salt,
+    }
 
 
 def _is_mixed(rounds: Sequence[Sequence[Signature]]) -> bool:

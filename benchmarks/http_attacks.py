@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -78,7 +79,7 @@ def status_of(connection: socket.socket) -> str:
 
 @dataclass
 class HealthProbe:
-    """Asks for `/health` over and over, each time on a new connection, until the block ends."""
+    """Asks for `/health` over and over, each time on a new connection, from a process of its own."""
 
     target: Target
     pause_s: float = 0.05
@@ -86,26 +87,32 @@ class HealthProbe:
     failures: Counter[str] = field(default_factory=Counter)
 
     def __enter__(self) -> HealthProbe:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-        self._thread.start()
+        context = multiprocessing.get_context("fork")
+        self._stop = context.Event()
+        self._results, sender = context.Pipe(duplex=False)
+        self._process = context.Process(target=self._ask, args=(sender,), daemon=True)
+        self._process.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
-        self._thread.join(120)
+        self.seconds, self.failures = self._results.recv()
+        self._process.join()
 
     @property
     def slowest_s(self) -> float:
-        return max(self.seconds, default=float("inf"))
+        return max(self.seconds)
 
-    def _ask(self) -> None:
-        while not self._stop.wait(self.pause_s):
+    def _ask(self, sender: Connection) -> None:
+        seconds, failures, is_stopped = [], Counter[str](), False
+        while not is_stopped:
+            is_stopped = self._stop.wait(self.pause_s)
             start = time.perf_counter()
             status = self.target.send("GET", "/health")
-            self.seconds.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
             if status != "200":
-                self.failures[status] += 1
+                failures[status] += 1
+        sender.send((seconds, failures))
 
 
 def half_headers(target: Target, *, count: int = 300) -> Counter[str]:

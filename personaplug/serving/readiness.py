@@ -13,7 +13,7 @@ from personaplug.serving.service import Service
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 3
-_MAX_AGE_S = 1.0  # of an outcome that is given again
+_MAX_AGE_S = 1.0  # of a good outcome that is given again
 
 
 class Readiness:
@@ -26,20 +26,20 @@ class Readiness:
         self._service = service
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="personaplug-ready")
         self._question: asyncio.Task[PersonaPlugError | None] | None = None
-        self._failure: PersonaPlugError | None = None
-        self._asked_at = float("-inf")
+        self._was_ready_at = float("-inf")
 
     async def check(self) -> None:
         """Return if the server would answer; EngineFailure or StorageError if not."""
-        if time.monotonic() - self._asked_at > _MAX_AGE_S:
-            question = self._question = self._question or asyncio.create_task(self._ask())
-            await asyncio.wait({question}, timeout=_TIMEOUT_S)
-            self._failure = question.result() if question.done() else StorageError("The store does not answer.")
-            self._asked_at = time.monotonic()
-            if question.done():
-                self._question = None
-        if self._failure is not None:
-            raise self._failure
+        if time.monotonic() - self._was_ready_at <= _MAX_AGE_S:
+            return
+        question = self._question = self._question or asyncio.create_task(self._ask())
+        await asyncio.wait({question}, timeout=_TIMEOUT_S)
+        if not question.done():
+            raise StorageError("The store does not answer.")
+        self._question = None
+        if failure := question.result():
+            raise failure
+        self._was_ready_at = time.monotonic()
 
     async def _ask(self) -> PersonaPlugError | None:
         try:

@@ -123,7 +123,7 @@ class Service:
         """Remove everything of a user, from memory and files."""
         self.recent_requests.forget(tenant, user)
         try:
-            return await self.slow.run(tenant, user, self.store.erase_user, tenant, user)
+            return await self.store_threads.run(tenant, user, self.store.erase_user, tenant, user)
         finally:
             self.personas.forget(tenant, user)
             self.recent_requests.forget(tenant, user)  # what was asked while the files were cleared

@@ -141,7 +141,7 @@ def test_create_key_makes_a_key_that_serve_accepts(folder: Path, question: dict[
 
 def test_create_key_without_a_tenant_name_is_refused(tmp_path: Path) -> None:
     result = _call("create-key", "", "--keys", tmp_path / "keys.json")
-    assert (result.exit_code, "has a name" in result.output) == (2, True)
+    assert (result.exit_code, "name of a tenant" in result.output) == (2, True)
     assert not (tmp_path / "keys.json").exists()
 
 

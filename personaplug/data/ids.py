@@ -13,6 +13,8 @@ MAX_ID_LENGTH = 255
 # U+FFFD stands for bytes that were no UTF-8: different names end as the same one. Half a surrogate pair is no text.
 _FORBIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufffd\ud800-\udfff]")
 
+_KINDS = {"\ufffd": "replacement character", "\u2028": "line separator", "\u2029": "paragraph separator"}
+
 
 def as_id(value: object, what: str) -> str:
     """Return an id as text of 1 to 255 characters that is not blank; a number in its shortest form: 7.0 is "7".
@@ -28,7 +30,8 @@ def as_id(value: object, what: str) -> str:
     if len(text) > MAX_ID_LENGTH:
         raise Flaw(f"{what} has {len(text):,} characters, and an id at most {MAX_ID_LENGTH}")
     if match := _FORBIDDEN.search(text):
-        raise Flaw(f"{what} holds the character U+{ord(match[0]):04X}, which no id may hold")
+        kind = _KINDS.get(match[0], "control character")
+        raise Flaw(f"{what} holds the {kind} U+{ord(match[0]):04X}, which no id may hold")
     return text
 
 

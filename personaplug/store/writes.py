@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -13,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.data.ids import as_id
 from personaplug.data.records import HistoryItem
+from personaplug.data.values import Flaw
 from personaplug.encoders import EncoderIdentity
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import Float16Array
@@ -29,10 +30,6 @@ from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, encode_bodies, en
 LabelIds = npt.NDArray[np.int16]
 
 USER_COLUMNS = "no, tenant, user_id, version, items_received, items, checksum"
-_MAX_ID_LENGTH = 255
-# Control characters and line separators break logs. Bidirectional controls make different ids look equal. U+FFFD stands
-# for bytes that were no UTF-8: different names end as the same one. Half a surrogate pair is no text.
-_FORBIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufffd\ud800-\udfff]")
 _ITEMS_PER_QUERY = 500
 _USERS_PER_QUERY = 30_000  # SQLite limits the parameters of a statement
 
@@ -118,13 +115,12 @@ class UserRow:
 
 def check_id(value: str, *, owner: str) -> None:
     """Raise ItemError for values that cannot be an id. The message hides the value: an id may be personal."""
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_ID_LENGTH:
-        found = f"{len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise ItemError(f"The id of {owner} must be text of 1 to {_MAX_ID_LENGTH} characters; found {found}.")
-    if match := _FORBIDDEN.search(value):
-        raise ItemError(f"The id of {owner} holds the character U+{ord(match[0]):04X}, which no id may hold.")
-    if not value.strip():
-        raise ItemError(f"The id of {owner} is blank; give it a visible character.")
+    if not isinstance(value, str):  # a number may have been another id before it was one
+        raise ItemError(f"The id of {owner} must be text; found a {type(value).__name__}.")
+    try:
+        as_id(value, f"The id of {owner}")
+    except Flaw as flaw:
+        raise ItemError(f"{flaw}; nothing was stored.") from None
 
 
 def digest_of(item: HistoryItem, *, key: bytes) -> bytes:

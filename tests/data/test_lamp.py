@@ -694,7 +694,7 @@ def test_text_that_is_itself_an_item_is_counted(tmp_path: Path) -> None:
         ([sample("a"), sample("a")], "same id"),
         ([sample("a"), sample("b", target=None)], "1 of 2 samples have a target"),
         ([sample("a", query="else")], "its query"),
-        ([sample("a\nb")], "holds the character U\\+000A"),
+        ([sample("a\nb")], "holds the control character U\\+000A"),
         ([sample("a", user_id="u" * 256)], "its id has 256 characters"),
         ([sample("a", target="9")], "none of the 5 labels"),
         ([sample("a", history=(HistoryItem("i", (("title", "x"),)),))], "other fields"),

@@ -27,7 +27,7 @@ def store(place: Place) -> Iterator[HistoryStore]:
 
 
 @pytest.mark.parametrize(
-    "bad", ["", " ", "x" * 256, "a\0b", "\ud800", "J\ufffdrgen", "a\nb", "a\u202eb", "a\x85", 5, 2**64, None]
+    "bad", ["", " \u3000 ", "x" * 256, "a\0b", "\ud800", "J\ufffdrgen", "a\nb", "a\u202eb", "a\x85", 5, 2**64, None]
 )
 def test_invalid_id_raises_without_showing_it(store: HistoryStore, bad: str) -> None:
     good = item("a")

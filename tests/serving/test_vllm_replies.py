@@ -26,9 +26,6 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "review: x"}]},
     COMPLETION: {"prompt": "review: x"},
 }
-    CHAT: {"messages": [{"role": "user", "content": "review: x"}]},
-    COMPLETION: {"prompt": "review: x"},
-}
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from personaplug.config import MAX_PERSONA_SCALE
+from personaplug.data.ids import as_id
 from personaplug.errors import RequestError
 
 T = TypeVar("T")
@@ -76,8 +77,7 @@ def check_json(value: T) -> T:
 
 def check_name(text: str) -> str:
     """Return a name that fits databases, headers and paths. To delete an item `..` would erase its user."""
-    if any(character < " " for character in text):
-        raise ValueError("an id may hold no control characters")
+    as_id(text, "an id")
     if "/" in text or text in (".", ".."):
         raise ValueError("an id is part of paths: it may hold no slash and be neither . nor ..")
     return text

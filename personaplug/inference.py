@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.ngram_cache import check_ngrams
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
+
+logger = logging.getLogger(__name__)
 
 
 class Answer(str):
@@ -129,13 +132,14 @@ def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig
 
 
 def _query(run: Run, prompt: str) -> TaskQuery:
-    task, prompts = run.task, TaskPrompts(run.task, run.wordings)
-    if (query := prompts.parse(prompt)).is_on_task:
-        return query
-    wording = f"hold {task.query_after!r} and the query after it" if task.query_after else "not be blank"
-    if task.query_pattern:
-        wording = f"match the regular expression {task.query_pattern!r}, whose groups are the query"
-    if prompts.wordings:
-        templates = " or ".join(repr(template) for template in prompts.describe()["wordings"])
-        wording = f"have the wording of the training prompts, {templates}"
-    raise ConfigError(f"A prompt of task {task.name} must {wording}; the prompt given does not.")
+    task, query = run.task, TaskPrompts(run.task).parse(prompt)
+    if not query.is_on_task:
+        wording = f"hold {task.query_after!r} and the query after it" if task.query_after else "not be blank"
+        if task.query_pattern:
+            wording = f"match the regular expression {task.query_pattern!r}, whose groups are the query"
+        raise ConfigError(f"A prompt of task {task.name} must {wording}; the prompt given does not.")
+    trained = TaskPrompts(task, run.wordings)
+    if not trained.parse(prompt).is_on_task:
+        wordings = " or ".join(map(repr, trained.describe()["wordings"]))
+        logger.warning("The prompt has another wording than the training prompts, which had: %s", wordings)
+    return query

@@ -48,8 +48,8 @@ def _log_task(service: Service) -> None:
     about = service.prompts.describe()
     wordings = " or ".join(map(repr, about["wordings"]))
     logger.info("task %s: prompts are personal in the wording %s", about["name"], wordings)
-    if not service.prompts.wordings:
-        logger.warning("the run does not know the wording of its training prompts: the marker alone decides")
+    if not any(wording.opening or wording.lead for wording in service.prompts.wordings):
+        logger.warning("the training prompts have no wording in common: the task's marker or pattern alone decides")
 
 
 def open_parts(run: Run, *, seed: int | None) -> tuple[Encoder, LoadPlug]:

@@ -173,14 +173,14 @@ def test_header_is_read_as_utf8_and_percent_encoding(header: str, user: str) -> 
     assert _chat().named_user(header) == user
 
 
-@pytest.mark.parametrize("header", ["", "J\xfcrgen", "J%FCrgen", "a%2Fb", "..", "a%00b", "x" * 300])
+@pytest.mark.parametrize("header", ["", "J\xfcrgen", "J%FCrgen", "..", "a%00b", "x" * 300])
 def test_header_that_is_no_id_is_refused(header: str) -> None:
     with pytest.raises(RequestError, match="X-Personaplug-User") as refused:
         _chat().named_user(header)
     assert refused.value.http_status == 422
 
 
-@pytest.mark.parametrize("user", ["", [], True, {"a": 1}, 1.5, "a/b"])
+@pytest.mark.parametrize("user", ["", [], True, {"a": 1}, 1.5, "a\x00b"])
 def test_user_of_metadata_that_is_no_id_is_refused(user: Any) -> None:
     with pytest.raises(RequestError, match=r"metadata\.user_id"):
         _chat(metadata={"user_id": user}).named_user(None)

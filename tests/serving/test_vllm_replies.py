@@ -22,7 +22,10 @@ from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-BODIES: dict[str, dict[str, Any]] = {CHAT: {"messages": [{"role": "user", "content": "review: x"}]}, COMPLETION: {"prompt": "review: x"}}
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "review: x"}]},
+    COMPLETION: {"prompt": "review: x"},
+}
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,8 @@ class VLLMEngine(Engine):
         self.models = (model,) if model else ()
         self.table, self.width, self.placement = table, width, placement
         self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
-        self._served_name, self._salts_personas = "", False
+        self.salts_personas = False  # whether each persona gets a cache salt of its own; as the start finds out
+        self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
         self._open_session: aiohttp.ClientSession | None = None
 
@@ -85,7 +86,7 @@ class VLLMEngine(Engine):
             await self.close()
             raise
         # Set last, so that a second start after a refusal checks again.
-        self.max_model_len, self._salts_personas = facts.max_model_len, facts.salts_personas
+        self.max_model_len, self.salts_personas = facts.max_model_len, facts.salts_personas
         self.models, self._served_name = self.models or (facts.name,), facts.name
 
     async def is_ready(self) -> bool:
@@ -131,7 +132,7 @@ class VLLMEngine(Engine):
         return EngineReply(reply, response.status)
 
     def _body(self, request: EngineRequest) -> bytes:
-        salt = cache_salt(request, of_persona=self._salts_personas)
+        salt = cache_salt(request, of_persona=self.salts_personas)
         table, max_tokens = self.table, self.max_model_len
         return build_body(request, model=self._served_name, table=table, max_tokens=max_tokens, salt=salt)
 

@@ -121,7 +121,8 @@ def build_body(
     request: EngineRequest, *, model: str, table: EmbeddingTable, max_tokens: int | None, salt: str
 ) -> bytes:
     """Build vLLM's request of one that has been checked; RequestError if it has more than `max_tokens`."""
-    given = {name: value for name, value in request.body.to_openai().items() if name in _PASSED}
+    fields = request.body.to_openai().items()
+    given = {name: value for name, value in fields if name in _PASSED and value is not None}
     body, soft = given | {"model": model, "cache_salt": salt}, request.soft
     if request.choices and not _has_own_form(body):
         body = {name: value for name, value in body.items() if name not in _OF_FREE_TEXT}

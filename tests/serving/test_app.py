@@ -8,7 +8,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -596,25 +596,35 @@ def test_ready_asks_the_store(url: str, tmp_path: Path) -> None:
     wait_for(200)
 
 
-def test_tenant_with_little_to_do_does_not_wait_for_one_with_much(service: Service, tmp_path: Path) -> None:
+def test_tenant_and_user_with_little_to_do_do_not_wait_for_one_with_much(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = tmp_path / "keys.json"
     shop, bank = ({"Authorization": f"Bearer {create_key(keys, tenant)}"} for tenant in ("shop", "bank"))
-    items = [_item(number, text="a long text " * 100) for number in range(150)]
-    finished: list[str] = []
+    started, go_on, store_add = list[str](), threading.Semaphore(0), service.store.add
 
-    def add(user: str, headers: dict[str, str], *records: dict[str, Any]) -> None:
-        body = {"items": records}
-        reply = httpx.post(f"{url}/v1/users/{user}/history", json=body, headers=headers, timeout=120)
-        assert reply.status_code == 200
-        finished.append(user)
+    def add(ticket: Any, items: Any) -> Any:
+        started.append(ticket.user)
+        assert go_on.acquire(timeout=30)
+        return store_add(ticket, items)
 
-    with served(service, api_keys=ApiKeys.load(keys)) as url, ThreadPoolExecutor(12) as pool:
-        large = [pool.submit(add, f"large-{number}", shop, *items) for number in range(8)]
-        while not finished:
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
             time.sleep(0.01)
-        add("small", bank, _item(1))
-        add("smaller", shop, _item(1))
-        for future in large:
-            future.result()
-    assert finished.index("small") < 5
-    assert finished.index("smaller") < 8
+
+    monkeypatch.setattr(service.store, "add", add)
+    items = [_item(number) for number in range(50)]
+    with served(service, api_keys=ApiKeys.load(keys)) as url, ThreadPoolExecutor(12) as pool:
+        replies = [pool.submit(_post, url, f"large-{number}", *items, **shop) for number in range(6)]
+        wait_for(lambda: len(started) == 2 and len(service.slow._tenants["shop"].waiting) == 4)
+        replies.append(pool.submit(_post, url, "other-tenant", _item(1), **bank))
+        wait_for(lambda: started[2:] == ["other-tenant"])
+        replies.append(pool.submit(_post, url, "other-user", _item(1), **shop))
+        wait_for(lambda: len(service.slow._tenants["shop"].waiting) == 5)
+        go_on.release(3)
+        wait_for(lambda: len(started) > 3)
+        assert started[3] == "other-user"
+        go_on.release(20)
+        assert [reply.result().status_code for reply in replies] == [200] * 8

@@ -71,7 +71,7 @@ def test_saving_that_fails_leaves_no_plug_that_looks_complete(tmp_path: Path, mo
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("personaplug.plug.model.save_file", fail)
+    monkeypatch.setattr("personaplug.infra.tensor_files.save_file", fail)
     with pytest.raises(StorageError, match="No space left"):
         build_plug(ENCODER, placement="suffix").save_pretrained(tmp_path / "plug")
     assert sorted(path.name for path in (tmp_path / "plug").iterdir()) == ["README.md", "plug.safetensors"]

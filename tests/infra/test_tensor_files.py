@@ -31,20 +31,14 @@ def test_tensors_survive_the_file(path: Path) -> None:
     assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
 
 
-def test_a_flipped_bit_is_refused_or_changes_nothing(path: Path) -> None:
-    whole, harmless = path.read_bytes(), 0
+def test_a_flipped_bit_is_refused(path: Path) -> None:
+    whole = path.read_bytes()
     for position in range(len(whole)):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
-        try:
-            loaded = load_tensors(path, remedy="Restore it.")
-        except DamagedFile as error:
-            assert "Restore it." in str(error)
-        else:
-            harmless += 1
-            assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
-    assert harmless == 0
+        with pytest.raises(DamagedFile, match="Restore it"):
+            load_tensors(path, remedy="Restore it.")
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -1])

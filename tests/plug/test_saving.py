@@ -68,7 +68,7 @@ def test_saved_plug_replaces_an_earlier_one_with_its_card(tmp_path: Path) -> Non
 def test_saving_that_fails_leaves_no_plug_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_plug(ENCODER).save_pretrained(tmp_path / "plug")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("personaplug.infra.tensor_files.save_file", fail)

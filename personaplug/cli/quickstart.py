@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from personaplug.analysis.results_file import Results
+from personaplug.analysis.results_file import Results, write_results
 from personaplug.analysis.tables import results_table
 from personaplug.config_parsing import load_config, to_yaml
 from personaplug.data import load_task, open_dataset
@@ -19,7 +19,6 @@ from personaplug.data.records import Sample
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import generate
-from personaplug.infra.atomic_io import write_json
 from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.methods import find_method
 from personaplug.methods.registry import DEFAULT
@@ -52,9 +51,9 @@ def run_quickstart(
     config = load_config(config_file, overrides=settings, base=load_config(overrides=SETTINGS))
     logger.info("%s", to_yaml(config))
     data = out / "data"
+    models = open_models(config)  # before anything is written
     click.echo(f"1. {users.users} simulated users to learn from and {users.dev_users} others to test on, in {data}")
     write_simulation(users, data)
-    models = open_models(config)
     run = Run.create(out / "run", config=config, task=load_task(data))
     click.echo(f"2. training a plug for {config.model.llm}, and its control without history")
     train(run, open_dataset(data, "train", task=run.task), models=models)
@@ -69,7 +68,7 @@ def run_quickstart(
         models=models,
         oracle=data / "dev_oracle.json",
     )
-    write_json(out / "results.json", results.to_json())
+    write_results(out / "results.json", results)
     click.echo("\n" + results_table(results))
     click.echo("4. the same films for two users, as the model with their personas rates them\n")
     click.echo(_side_by_side(run, models, samples=list(reader)))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from personaplug.analysis.results import Settings, build_results, history_thirds
-from personaplug.analysis.results_file import ResultPart, Results, Subgroup
+from personaplug.analysis.results_file import ResultPart, Results, Subgroup, write_results
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
 from personaplug.config import Config, ModelConfig
 from personaplug.data import load_task, open_dataset
@@ -30,7 +30,6 @@ from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
 from personaplug.evaluation.evaluator import Evaluator, settings_of, with_remarks
 from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
-from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Method, needed_parts
 from personaplug.run import SPEED_ONLY, Models, Run, open_models, resolved
@@ -194,7 +193,7 @@ class _Table:
         results = with_remarks(results, methods, self.task)
         for curve in self.experiment.curves:
             results = replace(results, subgroups=[*results.subgroups, *self._curve(curve, results, settings)])
-        write_json(self.target, results.to_json())
+        write_results(self.target, results)
 
     @cached_property
     def task(self) -> Task:

@@ -88,7 +88,7 @@ class JsonLines:
             raise ValueError("The line has no checksum.")
         values = json.loads(line if content is None else content)
         if not isinstance(values, dict):
-            raise ValueError("The line holds no object.")  # noqa: TRY004  # the caller expects this kind
+            raise ValueError("The line holds no object.")  # the caller expects this kind
         return values
 
 

@@ -40,8 +40,7 @@ def load_tensors(
         shapes: of the tensors that are expected. They are compared with the file's header before memory is taken.
         optional: shapes of tensors that may be there too.
     Raises:
-        DamagedFile: if the file is cut off, changed or holds NaN, or its tensors have other shapes.
-        FileNotFoundError: if there is none.
+        DamagedFile: if the file is missing, cut off, changed or holds NaN, or its tensors have other shapes.
     """
     with _opened(path, remedy=remedy) as file:
         if shapes is not None:
@@ -61,7 +60,6 @@ def check_header(path: Path, shapes: Shapes, *, remedy: str) -> None:
 
     Raises:
         DamagedFile: if it has not.
-        FileNotFoundError: if there is no file.
     """
     with _opened(path, remedy=remedy) as file:
         header = _header(file)
@@ -79,7 +77,7 @@ def _opened(path: Path, *, remedy: str) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
-        raise
+        raise DamagedFile(path, reason="it is missing", remedy=remedy) from None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DamagedFile(path, reason=reason, remedy=remedy) from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from personaplug.config import PlugConfig
 from personaplug.data.records import Options
 from personaplug.encoders import Encoder
-from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch, MissingData
+from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch
 from personaplug.infra.atomic_io import storage_errors, write_text
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.infra.tensor_files import load_tensors, save_tensors, shapes_of
@@ -156,8 +156,6 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         config, spec, training = saving.read_description(folder)
         if llm is not None and (spec.llm.fingerprint, spec.llm.width) != (llm.fingerprint, llm.width):
             raise LLMMismatch(trained_for=spec.llm.describe(), given=llm.describe())
-        if not (folder / saving.WEIGHTS).is_file():
-            raise MissingData(f"{folder} holds no plug: {saving.WEIGHTS} is missing. {saving.REMEDY}")
         saving.check_sizes(folder, config, spec)
         plug = cls(config, spec=spec, encoder=encoder)
         plug.training_facts = training

@@ -244,9 +244,8 @@ def test_flipped_bit_never_gives_a_text_another_vector(table: EmbeddingStore, tm
                     table.folder, tmp_path / f"{number}", name=name, position=position, bit=number % 8
                 )
                 vectors = damaged.gather(damaged.add(texts + more))
-        except DamagedFile as error:
+        except DamagedFile:
             detected += 1
-            assert "encode again" in str(error)
         except EncoderMismatch:
             assert name == "table.json"  # the bit is in the encoder's fingerprint
         else:
@@ -281,7 +280,7 @@ def test_index_that_gives_a_text_the_row_of_another_is_detected(table: Embedding
     table.add(["x", "y"])
     with contextlib.closing(sqlite3.connect(table.folder / "index.sqlite")) as index, index:
         index.execute("UPDATE items SET row = 1 WHERE row = 0")
-    with pytest.raises(DamagedFile, match="index.sqlite is damaged"):
+    with pytest.raises(DamagedFile, match=r"index\.sqlite is damaged: .* encode again"):
         table.add(["x", "y"])
 
 

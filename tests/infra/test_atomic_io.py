@@ -148,7 +148,8 @@ def test_json_lines_without_checksums_are_read_only_if_allowed(tmp_path: Path) -
 
 
 def test_checked_json_reveals_a_flipped_bit(tmp_path: Path) -> None:
-    path, values = tmp_path / "x.json", {"n": 12, "share": 0.5, "text": "é 🙂", "none": float("nan"), "list": [1, [True]]}
+    path = tmp_path / "x.json"
+    values = {"n": 12, "share": 0.5, "text": "é 🙂", "none": float("nan"), "list": [1, [True]]}
     write_checked_json(path, values)
     whole = path.read_bytes()
     assert read_json(path, remedy="Restore it.") == values | {"none": None}
@@ -163,5 +164,5 @@ def test_checked_json_reveals_a_flipped_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[]", "7", '{"a": 1}', "[" * 100_000])
 def test_a_file_that_is_no_checked_json_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(DamagedFile, match="x.json is damaged"):
+    with pytest.raises(DamagedFile, match=r"x\.json is damaged"):
         read_json(tmp_path / "x.json", remedy="Restore it.")

@@ -28,7 +28,9 @@ def path(tmp_path: Path) -> Path:
 def test_tensors_survive_the_file(path: Path) -> None:
     loaded = load_tensors(path, remedy="Restore it.", shapes=SHAPES)
     assert loaded.keys() == TENSORS.keys()
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
 
 
 def test_a_flipped_bit_is_refused(path: Path) -> None:

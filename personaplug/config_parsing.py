@@ -6,6 +6,7 @@ Keys are written in full (`training.learning_rate`) or, because no two sections 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -79,6 +80,21 @@ def to_yaml(config: Config, *sections: str) -> str:
         if not sections or section in sections
     }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def changed_settings(config: Config, *sections: str) -> str:
+    """Return the settings of some sections, or all, that differ from the nearest preset, as words of a command line."""
+    lines = []
+    for name, preset in PRESETS.items():
+        base = asdict(preset)
+        words = [
+            f"{key}={shlex.quote(_as_word(value))}"
+            for section, values in asdict(config).items()
+            for key, value in values.items()
+            if (not sections or section in sections) and value != base[section][key]
+        ]
+        lines.append(words if name == "default" else [f"{_PRESET}={name}", *words])
+    return " ".join(min(lines, key=len)) or "the defaults"
 
 
 def describe(sections: Sequence[str]) -> str:
@@ -203,7 +219,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
             raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)

@@ -190,6 +190,9 @@ class Results(ResultPart):
 
         def part_of(part: Record) -> tuple[list[ResultRow], list[Comparison]]:
             rows = _parsed(part, "rows", ResultRow.from_json, file=file)
+            names = [row.name for row in rows]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise RecordError(file, "'rows'", reason=f"the row {twice[0]!r} is there twice; expected each once")
             return rows, _parsed(part, "pairs", Comparison.from_json, file=file)
 
         def subgroup_of(part: Record) -> Subgroup:

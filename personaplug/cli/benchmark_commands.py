@@ -96,13 +96,13 @@ def score(
     """Score anyone's predictions, in LaMP's output format, against the right answers."""
     from personaplug.analysis.results_file import write_results
     from personaplug.analysis.score_predictions import score_lamp
-    from personaplug.analysis.tables import results_table
+    from personaplug.analysis.terminal import terminal_text
 
     config = load_config(config_file, overrides=settings).evaluation
     results = score_lamp(gold, predictions, resamples=config.resamples, seed=config.draw_seed)
     if json_file is not None:
         write_results(json_file, results)
-    click.echo(results_table(results))
+    click.echo(terminal_text(results))
 
 
 @click.command("split")

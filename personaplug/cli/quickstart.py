@@ -12,8 +12,8 @@ from pathlib import Path
 import click
 
 from personaplug.analysis.results_file import Results, write_results
-from personaplug.analysis.tables import results_table
-from personaplug.config_parsing import load_config, to_yaml
+from personaplug.analysis.terminal import terminal_text
+from personaplug.config_parsing import changed_settings, load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import Sample
 from personaplug.data.simulation import SimulationConfig, write_simulation
@@ -49,7 +49,7 @@ def run_quickstart(
         settings: key=value words on top of the quickstart's own.
     """
     config = load_config(config_file, overrides=settings, base=load_config(overrides=SETTINGS))
-    logger.info("%s", to_yaml(config))
+    logger.info("settings: %s", changed_settings(config))
     data = out / "data"
     models = open_models(config)  # before anything is written
     click.echo(f"1. {users.users} simulated users to learn from and {users.dev_users} others to test on, in {data}")
@@ -69,7 +69,7 @@ def run_quickstart(
         oracle=data / "dev_oracle.json",
     )
     write_results(out / "results.json", results)
-    click.echo("\n" + results_table(results))
+    click.echo("\n" + terminal_text(results))
     click.echo("4. the same films for two users, as the model with their personas rates them\n")
     click.echo(_side_by_side(run, models, samples=list(reader)))
     click.echo(f"\nwritten to {out / 'results.json'}; the run is in {run.folder}")

@@ -226,7 +226,7 @@ def evaluate(
     user-words:8, copy, copy:10; they are fitted on the train split here.
     """
     from personaplug.analysis.results_file import write_results
-    from personaplug.analysis.tables import results_table
+    from personaplug.analysis.terminal import terminal_text
     from personaplug.evaluation.evaluator import evaluate as evaluate_run
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
@@ -252,8 +252,8 @@ def evaluate(
         target.replace(target.with_suffix(".previous.json"))
         click.echo(f"what was in {target} is now {target.with_suffix('.previous.json')}", err=True)
     write_results(target, results)
-    click.echo(results_table(results))
-    click.echo(f"\nwritten to {target}")
+    click.echo(terminal_text(results))
+    click.echo(f"\nwritten to {target}; `personaplug report {target} --out DIR` makes the wide tables")
 
 
 @click.command()

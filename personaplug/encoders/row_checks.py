@@ -26,7 +26,7 @@ class RowHash:
     def __call__(self, vectors: npt.NDArray[np.float16], row_ids: npt.NDArray[np.int64]) -> Checks:
         """Return the checksums of (n, E) vectors with (n,) row ids."""
         words = np.ascontiguousarray(vectors, dtype="<f2").view(self._word)
-        checks = row_ids.astype(np.uint64) * self._multipliers[-1]
+        checks: Checks = row_ids.astype(np.uint64) * self._multipliers[-1]
         for start in range(0, len(words), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             checks[part] += words[part].astype(np.uint64) @ self._multipliers[:-1]

@@ -217,7 +217,7 @@ def test_quiet_keeps_the_settings_to_itself_and_in_the_run(
     assert "batch_size" not in caplog.text + quiet.output
     assert "batch_size: 4" in (tmp_path / "a" / "config.yaml").read_text()
     _call("encode", "--data", data, "--vectors", tmp_path / "v", *TOY[1:3])
-    assert "max_history: 512" in caplog.text
+    assert "settings: encoder=hash:32 dtype=float32" in caplog.text
 
 
 @pytest.mark.parametrize("command", ["evaluate", "estimate"])

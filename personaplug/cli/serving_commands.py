@@ -90,8 +90,9 @@ def serve(
     api_keys.check_address(host)
     config = ServingConfig(retention=Retention(max_items, max_days), **settings)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
+    run = Run.open(run_folder)
     with bind(host, port) as listener:  # before the models are loaded
-        service = open_service(Run.open(run_folder), config)
+        service = open_service(run, config)
         serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port, listener=listener)
 
 

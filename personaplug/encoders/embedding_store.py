@@ -135,28 +135,30 @@ class EmbeddingStore:
                 f"rows 0 to {len(self._vectors) - 1}. Use the row ids of the same store."
             )
         vectors: Float16Array = np.asarray(self._vectors)[row_ids]
-        self._check(row_ids, vectors)
+        self._check(row_ids.ravel(), vectors.reshape(-1, self.width))
         return vectors
 
     def _map(self, rows: int) -> None:
         self._vectors = np.memmap(self.folder / "vectors.f16", dtype="<f2", mode="r", shape=(rows, self.width))
-        self._checks = np.memmap(self.folder / "checks.u64", dtype="<u8", mode="r", shape=(rows,))
+        checks = np.memmap(self.folder / "checks.u64", dtype="<u8", mode="r", shape=(rows,))
+        self._checks = np.asarray(checks)  # a memmap itself is slower to index
         self._is_checked = np.pad(self._is_checked, (0, rows - len(self._is_checked)))
 
     def _check(self, row_ids: RowIds, vectors: Float16Array) -> None:
         """Compare rows that were not read before with their checksums."""
-        is_new = ~self._is_checked[row_ids]
-        if not is_new.any():
+        is_checked = self._is_checked[row_ids]
+        if is_checked.all():
             return
-        new_ids = row_ids[is_new]
-        wrong = self._hash(vectors[is_new], new_ids) != np.asarray(self._checks)[new_ids]
+        if is_checked.any():
+            row_ids, vectors = row_ids[~is_checked], vectors[~is_checked]
+        wrong = self._hash(vectors, row_ids) != self._checks[row_ids]
         if wrong.any():
             raise DamagedFile(
                 self.folder / "vectors.f16",
-                reason=f"row {new_ids[wrong][0]} does not match its checksum",
+                reason=f"row {row_ids[wrong][0]} does not match its checksum",
                 remedy=_REMEDY,
             )
-        self._is_checked[new_ids] = True
+        self._is_checked[row_ids] = True
 
     @property
     def _row_bytes(self) -> dict[str, int]:

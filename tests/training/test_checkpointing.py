@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import shutil
+import time
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from personaplug.config import Config
 from personaplug.errors import DamagedFile
+from personaplug.infra.atomic_io import JsonLines, write_checked_json
+from personaplug.infra.checksums import read_json
+from personaplug.infra.config_file import read_config, write_config
+from personaplug.infra.tensor_files import load_tensors, save_tensors
 from personaplug.training.checkpointing import TrainingState, load_best, load_state, save_best, save_state
 
 
@@ -105,6 +113,38 @@ def test_counters_of_another_step_are_refused(folder: Path) -> None:
 def test_a_state_of_other_weights_is_refused(folder: Path) -> None:
     with pytest.raises(DamagedFile, match=r"weight should have shape \[2, 4\]; found \[2, 3\]"):
         Training(width=4).resume(folder)
+
+
+def _write_for_ever(folder: Path) -> None:
+    torch.set_num_threads(1)
+    training, config = Training(), Config()
+    for step in count(1):
+        training.step(folder / "states", step, best_step=step)
+        write_config(folder / "config.yaml", config, unchecked=())
+        write_checked_json(folder / "fit.json", {"steps": step, "note": "x" * step})
+        save_tensors(folder / "w.safetensors", {"w": torch.full((step,), float(step))})
+        JsonLines(folder / "lines.jsonl").append({"step": step})
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("milliseconds", [0, 7, 20, 45, 90])
+def test_files_are_whole_after_a_kill_at_any_time(tmp_path: Path, milliseconds: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "lines.jsonl").exists():
+        time.sleep(0.001)
+    time.sleep(milliseconds / 1000)
+    process.kill()
+    process.join()
+    steps = read_json(tmp_path / "fit.json", remedy="")["steps"]
+    weights = load_tensors(tmp_path / "w.safetensors", remedy="")["w"]
+    assert len(weights) == weights[0]
+    assert abs(len(weights) - steps) <= 1
+    assert read_config(tmp_path / "config.yaml", unchecked=()) == Config()
+    lines = [line["step"] for line in JsonLines(tmp_path / "lines.jsonl")]
+    assert lines == list(range(1, len(lines) + 1))
+    assert abs(len(lines) - steps) <= 1
+    assert abs(Training().resume(tmp_path / "states").step - steps) <= 1
 
 
 def test_a_state_file_holds_every_counter(folder: Path) -> None:

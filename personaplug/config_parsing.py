@@ -94,7 +94,8 @@ def changed_settings(config: Config, *sections: str) -> str:
             if (not sections or section in sections) and value != base[section][key]
         ]
         lines.append(words if name == "default" else [f"{_PRESET}={name}", *words])
-    return " ".join(min(lines, key=len)) or "the defaults"
+    shortest = min(lines, key=len)
+    return " ".join(shortest) or "the defaults"
 
 
 def describe(sections: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(_reason(host, port, error)) from error
     try:
         if os.name != "nt":  # there, the option would share a port that is in use
@@ -31,8 +31,9 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _reason(host: str, port: int, error: OSError) -> str:
+def _reason(host: str, port: int, error: Exception) -> str:
+    cause = getattr(error, "strerror", None) or error
     return (
-        f"The address {host}:{port} cannot be served ({error.strerror or error}). Give another --port (0 = a free one) "
-        f"or --host, or stop the program that uses it."
+        f"The address {host}:{port} cannot be served ({cause}). Give another --port (0 = a free one) or --host, or stop "
+        f"the program that uses it."
     )

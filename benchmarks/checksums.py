@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders import HashEncoder
 from personaplug.encoders.base import Vectors
-from personaplug.encoders.embedding_store import EmbeddingStore
+from personaplug.encoders.embedding_store import EmbeddingStore, RowIds
 from personaplug.encoders.encoded_sample import encode_samples
 from personaplug.infra import tensor_files
 from personaplug.infra.atomic_io import write_json
@@ -75,16 +76,21 @@ def measure(place: Path, users: int) -> dict[str, Any]:
         for name, context in (("without", unchecked()), ("with", contextlib.nullcontext())):
             with context:
                 store = _store(place, encoder)
-                samples = spent(lambda store=store: encode_samples(open_dataset(place, "train", task=task), store))
-                first = spent(lambda store=store: [store.gather(ids) for ids in rows])
-                again = spent(lambda store=store: [store.gather(ids) for ids in rows])
-                plug = spent(lambda: _read(place / "x.safetensors"))
+                samples = spent(partial(encode_samples, open_dataset(place, "train", task=task), store))
+                first = spent(partial(_gather, store, rows))
+                again = spent(partial(_gather, store, rows))
+                plug = spent(partial(_read, place / "x.safetensors"))
             seconds = {"read": samples + first, "gather": first, "gather again": again, "plug": plug}
             for part, value in seconds.items():
                 parts.setdefault(part, {}).setdefault(name, []).append(value)
     table = {part: {name: round(min(values), 5) for name, values in each.items()} for part, each in parts.items()}
     facts = {"items": sum(map(len, rows)), "vectors": len(_store(place, encoder)), "width": WIDTH, "rounds": ROUNDS}
     return facts | {"seconds": table, "plug_bytes": sum(tensor.nbytes for tensor in tensors.values())}
+
+
+def _gather(store: EmbeddingStore, rows: Sequence[RowIds]) -> None:
+    for row_ids in rows:
+        store.gather(row_ids)
 
 
 def _read(path: Path) -> None:

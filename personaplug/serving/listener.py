@@ -34,6 +34,6 @@ def bind(host: str, port: int) -> socket.socket:
 def _reason(host: str, port: int, error: Exception) -> str:
     cause = getattr(error, "strerror", None) or error
     return (
-        f"The address {host}:{port} cannot be served ({cause}). Give another --port (0 = a free one) or --host, or stop "
-        f"the program that uses it."
+        f"The address {host}:{port} cannot be served ({cause}). Give another --port (0 = a free one) or --host, or "
+        f"stop the program that uses it."
     )

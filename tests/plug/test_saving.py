@@ -147,7 +147,8 @@ def _describe_as(folder: Path, **spec: Any) -> None:
 
 @pytest.mark.parametrize("width", [2_000_000, 2**62, 10**30, -1, "x", None])
 def test_sizes_are_compared_with_the_weights_before_memory_is_taken(tmp_path: Path, width: Any) -> None:
-    for number, settings in enumerate(({}, {"instruction_tokens": 0}, {"persona_tokens": 0})):
+    cases: list[dict[str, Any]] = [{}, {"instruction_tokens": 0}, {"persona_tokens": 0}]
+    for number, settings in enumerate(cases):
         folder = tmp_path / f"{number}"
         build_plug(ENCODER, **settings).save_pretrained(folder)
         _describe_as(folder, llm=asdict(replace(LLM, width=width)))

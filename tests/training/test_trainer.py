@@ -281,7 +281,7 @@ def test_full_disk_raises_storage_error_and_keeps_the_last_state(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, models = _run(tmp_path / "run", data, "controls=false")
-    plain = tensor_files.save_file
+    plain = vars(tensor_files)["save_file"]
 
     def save(tensors: Any, path: Path, **metadata: Any) -> None:
         if "state-00000006" in str(path):
@@ -462,7 +462,7 @@ def test_full_disk_at_the_end_raises_storage_error(tmp_path: Path, data: Path, m
             raise OSError(28, "No space left on device")
         plain(tensors, path, **metadata)
 
-    plain = tensor_files.save_file
+    plain = vars(tensor_files)["save_file"]
     monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(StorageError, match="No space left"):
         train(run, open_dataset(data, "train", task=run.task), models=models)

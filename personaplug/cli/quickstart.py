@@ -23,7 +23,7 @@ from personaplug.infra.atomic_io import write_json
 from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.methods import find_method
 from personaplug.methods.registry import DEFAULT
-from personaplug.run import Models, Run, open_models
+from personaplug.run import Models, Run, dated, open_models
 from personaplug.training.parts import train
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def run_quickstart(
         settings: key=value words on top of the quickstart's own.
     """
     config = load_config(config_file, overrides=settings, base=load_config(overrides=SETTINGS))
+    config = dated(config, out / "run")
     logger.info("%s", to_yaml(config))
     data = out / "data"
     click.echo(f"1. {users.users} simulated users to learn from and {users.dev_users} others to test on, in {data}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -21,7 +22,18 @@ _FORMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstr
 _DATE_CALL = "strftime_now"  # the function by which templates ask for today's date
 _DIRECTIVES = "aAbBcdDefFGHIjmMpSTuUVwWxXyYzZ"  # of strftime
 
-Frame = list[list[int]]
+
+@dataclass(frozen=True)
+class Frame:
+    """Tokens around M texts.
+
+    Attributes:
+        parts: tokens before the first text and after each (M + 1).
+        leads: what is tokenized together with the beginning of each text (M): the space that a template puts before it.
+    """
+
+    parts: list[list[int]]
+    leads: list[str]
 
 
 class ChatTemplate(ABC):
@@ -44,7 +56,7 @@ class ChatTemplate(ABC):
         """
         if is_mistral_common(tokenizer):
             return _MistralTemplate(tokenizer, texts)
-        return _JinjaTemplate(tokenizer, day=day) if getattr(tokenizer, "chat_template", None) else None
+        return _JinjaTemplate(tokenizer, texts, day=day) if getattr(tokenizer, "chat_template", None) else None
 
     @abstractmethod
     def frame(self, roles: Sequence[str]) -> Frame:
@@ -56,15 +68,19 @@ class ChatTemplate(ABC):
 
 
 class _JinjaTemplate(ChatTemplate):
-    def __init__(self, tokenizer: Any, *, day: str) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, texts: TextTokenizer, *, day: str) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
         source = tokenizer.get_chat_template()
         self.writes_date = _DATE_CALL in source
         self._source = dated_template(source, day) if self.writes_date else source
         self.form = self._form()
 
     def frame(self, roles: Sequence[str]) -> Frame:
-        return [list(self._tokenizer(part, add_special_tokens=False)["input_ids"]) for part in self._parts(roles)]
+        parts = self._parts(roles)
+        leads = [" " if part.endswith(" ") else "" for part in parts[:-1]]
+        bare = [part.removesuffix(lead) for part, lead in zip(parts, [*leads, ""], strict=True)]
+        encode = self._texts.encode_template
+        return Frame([encode(part, inside=index > 0) for index, part in enumerate(bare)], leads)
 
     def _parts(self, roles: Sequence[str]) -> list[str]:
         texts = [f"{_PLACEHOLDER}{index:05d}" for index in range(len(roles))]
@@ -95,7 +111,7 @@ class _MistralTemplate(ChatTemplate):
 
     def __init__(self, tokenizer: Any, texts: TextTokenizer) -> None:
         self._tokenizer, self._texts = tokenizer, texts
-        head, tail = self.frame(["user"])
+        head, tail = self.frame(["user"]).parts
         ids = self._ids(["user"], [_PROBE])
         for form in _FORMS:
             if ids == [*head, *texts.encode(form(_PROBE)), *tail]:
@@ -105,14 +121,14 @@ class _MistralTemplate(ChatTemplate):
 
     def frame(self, roles: Sequence[str]) -> Frame:
         texts = [f"{_PLACEHOLDER}{index:05d}" for index in range(len(roles))]
-        rest, frame = self._ids(roles, texts), []
+        rest, parts = self._ids(roles, texts), []
         for ids in self._texts.encode_many(texts):
             start = find_sequence(rest, ids)
             if start is None:
                 raise _not_in_order()
-            frame.append(rest[:start])
+            parts.append(rest[:start])
             rest = rest[start + len(ids) :]
-        return [*frame, rest]
+        return Frame([*parts, rest], [""] * len(roles))
 
     def _ids(self, roles: Sequence[str], texts: Sequence[str]) -> list[int]:
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]

@@ -61,11 +61,11 @@ class PromptTokenizer:
         self._template = None if is_encoder_decoder else ChatTemplate.of(tokenizer, self.texts, day=day)
         self.has_chat_template = self._template is not None
         self.chat_date = day if self._template and self._template.writes_date else None
-        head, tail = self._template.frame(["user"]) if self._template else frame_of(tokenizer)
-        if not self.has_chat_template and not is_encoder_decoder:
-            tail += self.texts.encode("\n")  # only the end of the line tells the model that the prompt is over
-        self.head, self.tail = tuple(head), tuple(tail)
-        frame_tokens = len(head) + len(tail)
+        self._line_end = [] if is_encoder_decoder else self.texts.encode("\n", inside=True)
+        frame = self._frame(["user"])
+        self.head, self.tail = map(tuple, frame.parts)
+        (self._lead,) = frame.leads
+        frame_tokens = len(self.head) + len(self.tail) + bool(self._lead)
         if max_tokens <= frame_tokens:
             raise ConfigError(
                 f"max_prompt_tokens must exceed the {frame_tokens} tokens of the model's template; found {max_tokens}."
@@ -84,9 +84,11 @@ class PromptTokenizer:
     def _encode_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
         shown = self._as_shown(text)
         soft_at = min(max(0, soft_at - text.find(shown)), len(shown))
-        before = self.texts.encode(shown[:soft_at]) if soft_at else []
-        ids = before + self.texts.encode(shown[soft_at:])
-        room = self.max_text_tokens
+        is_inside = self.has_chat_template
+        before = self.texts.encode(self._lead + shown[:soft_at], inside=is_inside) if soft_at else []
+        rest = shown[soft_at:] if soft_at else self._lead + shown
+        ids = before + self.texts.encode(rest, inside=is_inside or soft_at > 0)
+        room = self.max_tokens - len(self.head) - len(self.tail)
         framed = (*self.head, *ids[:room], *self.tail)
         return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
 
@@ -102,12 +104,13 @@ class PromptTokenizer:
         Raises:
             ConfigError: if the chat template does not show the messages one by one in order.
         """
-        frame = self._chat_frame([role for role, _ in turns])
+        frame = self._frame([role for role, _ in turns])
         last_user = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
-        ids, soft_position = list(frame[0]), 0
-        for index, ((_, text), tail) in enumerate(zip(turns, frame[1:], strict=True)):
+        ids, soft_position = list(frame.parts[0]), 0
+        for index, ((_, text), lead, tail) in enumerate(zip(turns, frame.leads, frame.parts[1:], strict=True)):
             soft_position = len(ids) if index == last_user else soft_position
-            ids += [*self.texts.encode(self._as_shown(text)), *tail]
+            is_inside = self.has_chat_template or index > 0
+            ids += [*self.texts.encode(lead + self._as_shown(text), inside=is_inside), *tail]
         return TokenizedPrompt(tuple(ids), soft_position, truncated=False)
 
     def encode_plain(self, text: str) -> TokenizedPrompt:
@@ -179,11 +182,14 @@ class PromptTokenizer:
         # Without offsets: a longer beginning can have fewer tokens, so this may cut too much.
         return bisect_right(range(len(text)), tokens, key=lambda size: self.count_tokens([text[:size]])[0]) - 1
 
-    def _chat_frame(self, roles: Sequence[str]) -> Frame:
-        """Return the tokens before the first message and after each; without a template, messages are lines."""
-        if self._template is None:
-            return [list(self.head), *[self.texts.encode("\n")] * (len(roles) - 1), list(self.tail)]
-        return self._template.frame(roles)
+    def _frame(self, roles: Sequence[str]) -> Frame:
+        """Return the tokens around messages; without a template, messages are lines."""
+        if self._template is not None:
+            return self._template.frame(roles)
+        head, tail = frame_of(self.tokenizer)
+        # Only the end of the last line tells the model that the prompt is over.
+        between = [self._line_end] * (len(roles) - 1)
+        return Frame([head, *between, tail + self._line_end], [""] * len(roles))
 
 
 def today() -> str:

@@ -10,7 +10,7 @@ import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 MAX_PERSONA_SCALE = 10
@@ -25,7 +25,11 @@ def _check_day(text: str) -> str:
     return text if text == "auto" else date.fromisoformat(text).isoformat()
 
 
-Day = Annotated[str, AfterValidator(_check_day)]
+def _as_text(value: object) -> object:
+    return value.isoformat() if isinstance(value, date) else value  # YAML reads a day as a date
+
+
+Day = Annotated[str, BeforeValidator(_as_text), AfterValidator(_check_day)]
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 

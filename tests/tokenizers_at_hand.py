@@ -37,7 +37,11 @@ def pieces_tokenizer() -> Any:
     kind: Any = PreTrainedTokenizerFast
     named = [AddedToken(text, special=True) for text in SPELLED[:2]]
     tokenizer = kind(
-        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", additional_special_tokens=named
+        tokenizer_object=backend,
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=named,
     )
     tokenizer.add_tokens(list(SPELLED[2:6]))
     return tokenizer

@@ -241,7 +241,8 @@ def tekken_folder(folder: Path) -> Path:
         "version": "v7",
     }
     vocabulary = [
-        {"rank": rank, "token_bytes": base64.b64encode(bytes([rank])).decode(), "token_str": None} for rank in range(256)
+        {"rank": rank, "token_bytes": base64.b64encode(bytes([rank])).decode(), "token_str": None}
+        for rank in range(256)
     ]
     named = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(special)]
     (folder / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocabulary, "special_tokens": named}))

@@ -49,7 +49,12 @@ def save_model(folder: Path, family: str, **options: Any) -> str:
     kind: Any = PreTrainedTokenizerFast
     kind(tokenizer_object=backend, **names).save_pretrained(folder / "parts")
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    shape: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     model = FAMILIES[family][0](
         vocab_size=len(alphabet), max_position_embeddings=ROWS, pad_token_id=1, bos_token_id=0, eos_token_id=2, **shape
     )

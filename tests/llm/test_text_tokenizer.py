@@ -30,7 +30,12 @@ def prompts_of(tokenizer: Any, **options: Any) -> PromptTokenizer:
 
 def llm_of(tokenizer: Any, *, eos_token_id: int | None = None) -> CausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=eos_token_id, **shape))
     return CausalLM(model, tokenizer, name="small")
 
@@ -246,7 +251,12 @@ def tekken_folder(folder: Path) -> Path:
     ]
     named = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(special)]
     (folder / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocabulary, "special_tokens": named}))
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     from transformers import MistralConfig, MistralForCausalLM
 
     config_of_model = MistralConfig(vocab_size=276, num_key_value_heads=2, eos_token_id=2, bos_token_id=1, **shape)

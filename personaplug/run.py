@@ -39,6 +39,7 @@ from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.progress import Progress
 from personaplug.llm.base import LanguageModel
 from personaplug.llm.loading import choose_device, open_llm
+from personaplug.llm.prompt_tokenizer import today
 from personaplug.plug.model import PersonaPlug
 
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
@@ -107,7 +108,7 @@ class Run:
             ConfigError: if several processes cannot work together here.
         """
         connect(choose_device(config.model.device))
-        return main_first(lambda: cls._planned(Path(folder), resolved(config, task), task, vectors))
+        return main_first(lambda: cls._planned(Path(folder), resolved(dated(config, folder), task), task, vectors))
 
     @classmethod
     def _planned(cls, folder: Path, config: Config, task: Task, vectors: str | Path | None) -> Run:
@@ -260,6 +261,19 @@ class Run:
                 f"values. Leave them out, or train another run."
             )
 
+    def check_models(self, models: Models) -> None:
+        """Check that prompts hold the run's day, if they hold one.
+
+        Raises:
+            RunConflict: if the models were opened with another `chat_date`.
+        """
+        day, of_run = models.llm.identity.chat_date, self.config.model.chat_date
+        if day not in (None, of_run):
+            raise RunConflict(
+                f"The chat template writes the day {of_run} in the prompts of {self.folder}; the models given write "
+                f"{day}. Open them with open_models(run.config)."
+            )
+
     def check_data(self, samples: Sequence[EncodedSample], table: EmbeddingStore) -> None:
         """Note what the run is trained on, or check that it is what an earlier start noted.
 
@@ -328,6 +342,15 @@ def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
     count = sum(1 for _ in reader)
     chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
     yield from (sample for index, sample in enumerate(reader) if index in chosen)
+
+
+def dated(config: Config, folder: str | Path) -> Config:
+    """Settle `chat_date=auto`: the day of the run in a folder, or today if there is none yet."""
+    if config.model.chat_date != "auto":
+        return config
+    is_run = (Path(folder) / "run.json").exists()
+    day = read_config(Path(folder) / "config.yaml", unchecked=_MOVABLE).model.chat_date if is_run else today()
+    return with_values(config, {"model.chat_date": day})
 
 
 def resolved(config: Config, task: Task) -> Config:

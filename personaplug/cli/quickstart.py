@@ -22,7 +22,7 @@ from personaplug.inference import generate
 from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.methods import find_method
 from personaplug.methods.registry import DEFAULT
-from personaplug.run import Models, Run, open_models
+from personaplug.run import Models, Run, dated, open_models
 from personaplug.training.parts import train
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def run_quickstart(
         settings: key=value words on top of the quickstart's own.
     """
     config = load_config(config_file, overrides=settings, base=load_config(overrides=SETTINGS))
+    config = dated(config, out / "run")
     logger.info("settings: %s", changed_settings(config))
     data = out / "data"
     models = open_models(config)  # before anything is written

@@ -163,10 +163,10 @@ def train(
     from personaplug.data import load_task, open_dataset
     from personaplug.infra.checksums import read_json
     from personaplug.methods import needed_parts, parse_methods
-    from personaplug.run import Run, open_models
+    from personaplug.run import Run, dated, open_models
     from personaplug.training.parts import train as train_run
 
-    config = load_config(config_file, overrides=settings)
+    config = dated(load_config(config_file, overrides=settings), out)
     show(config, "model", "plug", "training", *(("retrieval", "adapter") if methods else ()))
     parts = None if methods is None else needed_parts(parse_methods(methods))
     connect(device_of(config))

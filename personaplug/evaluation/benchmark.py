@@ -32,7 +32,7 @@ from personaplug.evaluation.evaluator import Evaluator, settings_of, with_remark
 from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Method, needed_parts
-from personaplug.run import SPEED_ONLY, Models, Run, open_models, resolved
+from personaplug.run import SPEED_ONLY, Models, Run, dated, open_models, resolved
 from personaplug.training.parts import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,8 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
     for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
         section, _, key = name.partition(".")
         del settings[section][key]
+    if settings["model"]["chat_date"] == "auto":  # settled by each run, for templates that write a date
+        del settings["model"]["chat_date"]
     return _hash([settings, data_hash, method, seed])
 
 
@@ -272,8 +274,9 @@ class _Table:
         return untrained
 
     def _opened(self, point: SweepPoint) -> tuple[Trainings, Evaluator]:
-        models = self.models.get(self.config)
-        run = Run.create(self.folder, config=self.config, task=self.task)
+        with_date = dated(self.config, self.folder)
+        models = self.models.get(with_date)
+        run = Run.create(self.folder, config=with_date, task=self.task)
         train, split = (
             open_dataset(self.data, name, task=self.task, max_history=self.config.plug.max_history)
             for name in ("train", self.experiment.split)
@@ -345,10 +348,15 @@ class _ModelCache:
         self.models: Models | None = None
 
     def get(self, config: Config) -> Models:
-        if self.models is None or self.config != config.model:
+        if self.models is None or not self._fits(self.models, config.model):
             self.models = None  # free the memory before the next models take it
             self.config, self.models = config.model, open_models(config)
         return self.models
+
+    def _fits(self, models: Models, config: ModelConfig) -> bool:
+        if models.llm.identity.chat_date is None and self.config is not None:  # no prompt holds a date
+            config = replace(config, chat_date=self.config.chat_date)
+        return self.config == config
 
 
 def _logged(title: str, error: PersonaPlugError) -> str:

@@ -156,6 +156,11 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         config, spec, training = saving.read_description(folder)
         if llm is not None and (spec.llm.fingerprint, spec.llm.width) != (llm.fingerprint, llm.width):
             raise LLMMismatch(trained_for=spec.llm.describe(), given=llm.describe())
+        if llm is not None and spec.llm.chat_date != llm.chat_date:
+            raise ConfigError(
+                f"This plug was trained with prompts of the day {spec.llm.chat_date}; the language model given writes "
+                f"{llm.chat_date}. Open it with chat_date={spec.llm.chat_date}."
+            )
         saving.check_sizes(folder, config, spec)
         plug = cls(config, spec=spec, encoder=encoder)
         plug.training_facts = training

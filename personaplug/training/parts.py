@@ -61,6 +61,7 @@ class Trainings:
     """
 
     def __init__(self, run: Run, reader: Reader, *, models: Models) -> None:
+        run.check_models(models)
         self.run, self.reader, self.models = run, reader, models
         self._trained_now: set[Path] = set()
         self.embeddings, self.samples = main_first(self._read)

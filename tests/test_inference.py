@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError
 from personaplug.inference import generate, respond
+from personaplug.infra.atomic_io import write_checked_json
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
@@ -116,7 +116,7 @@ def test_another_wording_than_that_of_training_is_warned_about(
     config = resolved(load_config(overrides=["num_beams=1"]), task)
     run = Run(tmp_path, config, task, tmp_path / "vectors")
     wording = {"opening": "Rate it. review: ", "lead": "Rate it. review: ", "closing": "", "is_fixed": True}
-    (tmp_path / "data.json").write_text(json.dumps({"wordings": [wording]}))
+    write_checked_json(tmp_path / "data.json", {"wordings": [wording]})
     plug = PersonaPlug(config.plug, spec=PlugSpec(toy.identity, 0.25, hashing.identity, task.labels), encoder=hashing)
     given: dict[str, Any] = {
         "run": run,

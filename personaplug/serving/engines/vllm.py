@@ -43,6 +43,7 @@ class VLLMEngine(Engine):
     Args:
         width: D of the plug's soft tokens.
         model: empty = vLLM's own name.
+        chat_date: the day of the plug's prompts, if the chat template writes one.
     """
 
     is_remote = True
@@ -51,11 +52,19 @@ class VLLMEngine(Engine):
     stream_s: float = 3600  # and for a stream
 
     def __init__(
-        self, url: str, *, table: EmbeddingTable, width: int, placement: str, model: str = "", key: str | None = None
+        self,
+        url: str,
+        *,
+        table: EmbeddingTable,
+        width: int,
+        placement: str,
+        model: str = "",
+        key: str | None = None,
+        chat_date: str | None = None,
     ) -> None:
         self.url = _checked_url(url)
         self.models = (model,) if model else ()
-        self.table, self.width, self.placement = table, width, placement
+        self.table, self.width, self.placement, self.chat_date = table, width, placement, chat_date
         self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
         self.salts_personas = False  # whether each persona gets a cache salt of its own; as the start finds out
         self._served_name = ""
@@ -73,13 +82,21 @@ class VLLMEngine(Engine):
             placement=plug.config.placement,
             model=config.model,
             key=config.engine_key,
+            chat_date=plug.spec.llm.chat_date,
         )
         return engine, plug
 
     async def start(self) -> None:
         if self._served_name:
             return
-        checks = StartChecks(self._fetch, self.url, table=self.table, width=self.width, placement=self.placement)
+        checks = StartChecks(
+            self._fetch,
+            self.url,
+            table=self.table,
+            width=self.width,
+            placement=self.placement,
+            chat_date=self.chat_date,
+        )
         try:
             facts = await checks.run()
         except BaseException:
@@ -105,7 +122,8 @@ class VLLMEngine(Engine):
 
     async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> None:
         self.check_length(body.characters)
-        await asyncio.to_thread(check_body, body, choices=choices)
+        table, max_tokens = self.table, self.max_model_len
+        await asyncio.to_thread(check_body, body, choices=choices, table=table, max_tokens=max_tokens)
 
     async def respond(self, request: EngineRequest) -> EngineReply:
         """Pass a request on; vLLM's refusals reach the caller with its own words and status."""

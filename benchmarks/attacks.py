@@ -24,6 +24,7 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Of the ridge penalty, tried on the slice."""
 RESAMPLES = 1000
 _WORD = re.compile(r"[^\W\d_]{3,}(?:['’-][^\W\d_]+)*")
+_POSSESSIVE = re.compile(r"['’]s$", re.IGNORECASE)
 
 
 class Estimate(NamedTuple):
@@ -161,8 +162,9 @@ def best_linker(first: npt.ArrayLike, second: npt.ArrayLike, *, slice_: npt.NDAr
 
 
 def words_of(text: str) -> list[str]:
-    """Return the content words of a text as they are written, in order: three letters or more, no stop words."""
-    return [word for word in _WORD.findall(text) if word.lower() not in ENGLISH_STOP_WORDS]
+    """Return the content words of a text in its own case, in order: three letters or more, no stop words, no 's."""
+    words = (_POSSESSIVE.sub("", word) for word in _WORD.findall(text))
+    return [word for word in words if word.lower() not in ENGLISH_STOP_WORDS]
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def proper_names(texts: Sequence[str]) -> set[str]:
         for match in _WORD.finditer(text):
             begins = not text[: match.start()].rstrip(" \"'“‘(—–-") or text[: match.start()].rstrip()[-1:] in '.!?:;…"”'
             if match.group()[0].isupper() and not begins:
-                inside.add(match.group().lower())
+                inside.add(_POSSESSIVE.sub("", match.group()).lower())
     return inside - small - set(ENGLISH_STOP_WORDS)
 
 

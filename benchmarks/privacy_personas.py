@@ -42,6 +42,7 @@ TRIALS = 2  # items of each user whose presence is guessed
 NEIGHBORS = 3  # further prompts: the strangers' items nearest to the one in question
 QUESTIONS = 3  # of each target, for the use of personas
 BATCH = 64
+OTHER_WORLDS = {"removed": "", "swapped": ", item swapped", "another removed": ", another item removed (control)"}
 
 Figures = dict[str, dict[str, Estimate]]
 
@@ -60,10 +61,10 @@ class Personas:
         shown = [self.option.history(sample) for sample in samples]
         first = self.subjects.plug.config.instruction_tokens
         parts = [
-            self.personalizer.soft_prompt(shown[start : start + BATCH]).vectors[:, first:].flatten(1).float().numpy()
+            self.personalizer.soft_prompt(shown[start : start + BATCH]).vectors[:, first:].flatten(1)
             for start in range(0, len(shown), BATCH)
         ]
-        return np.concatenate(parts).astype(np.float64)
+        return torch.cat(parts).to(torch.bfloat16).double().numpy()  # vLLM gets them in bfloat16
 
     def probabilities(self, samples: Sequence[EncodedSample]) -> Array:
         """Return the probabilities of the labels, (n, C), to six digits."""
@@ -243,30 +244,24 @@ class MembershipAudit:
 
     def measure(self, personas: Personas, *, prompts: int = NEIGHBORS + 1) -> Figures:
         """Return AUC with one prompt and, if asked, more, the controls, and how far probabilities move."""
-        worlds = ["in", "removed"] if prompts == 1 else ["in", "removed", "swapped", "another removed"]
-        signals = self._signals(personas, self.trials["targets"], worlds, prompts)
         users = np.array([trial.user for trial in self.trials["targets"]])
-        one = {name: signal[:, 0] for name, signal in signals.items()}
-        figures: Figures = {"1 prompt": _distinguished(one["in"], one["removed"], users)}
         if prompts == 1:
-            return figures
-        figures["1 prompt, item swapped"] = _distinguished(one["in"], one["swapped"], users)
-        figures["1 prompt, another item removed (control)"] = _distinguished(one["in"], one["another removed"], users)
-        figures |= self._several_prompts(personas, signals, users, prompts)
+            signals = self._signals(personas, self.trials["targets"], ["in", "removed"], prompts)
+            return {"1 prompt": _distinguished(signals["in"][:, 0], signals["removed"][:, 0], users)}
+        guess = self._fit(personas, prompts)
+        signals = self._signals(personas, self.trials["targets"], ["in", *OTHER_WORLDS], prompts)
+        several = {world: guess.decision_function(signal) for world, signal in signals.items()}
+        figures: Figures = {}
+        for world, name in OTHER_WORLDS.items():
+            figures[f"1 prompt{name}"] = _distinguished(signals["in"][:, 0], signals[world][:, 0], users)
+            figures[f"{prompts} prompts{name}"] = _distinguished(several["in"], several[world], users)
         return figures | _changes(signals, users)
 
-    def _several_prompts(self, personas: Personas, signals: dict[str, Array], users: Indices, prompts: int) -> Figures:
+    def _fit(self, personas: Personas, prompts: int) -> LogisticRegression:
         """Fit on strangers how to weigh the prompts."""
         known = self._signals(personas, self.trials["strangers"], ["in", "removed"], prompts)
         labels = np.repeat([1, 0], [len(known["in"]), len(known["removed"])])
-        guess = LogisticRegression(C=1.0).fit(np.concatenate([known["in"], known["removed"]]), labels)
-        scores = {name: guess.decision_function(signal) for name, signal in signals.items()}
-        return {
-            f"{prompts} prompts": _distinguished(scores["in"], scores["removed"], users),
-            f"{prompts} prompts, another item removed (control)": _distinguished(
-                scores["in"], scores["another removed"], users
-            ),
-        }
+        return LogisticRegression(C=1.0).fit(np.concatenate([known["in"], known["removed"]]), labels)
 
     def _signals(
         self, personas: Personas, trials: Sequence[_Trial], worlds: Sequence[str], prompts: int
@@ -331,7 +326,7 @@ def _distinguished(inside: Array, outside: Array, users: Indices) -> dict[str, E
 def _changes(signals: dict[str, Array], users: Indices) -> Figures:
     """How far log p of the item's label moves with the item, at the prompt about it and at its neighbors'."""
     figures: Figures = {}
-    for world in ("removed", "swapped", "another removed"):
+    for world in OTHER_WORLDS:
         moved = np.abs(signals["in"] - signals[world])
         for name, values in (("its prompt", moved[:, :1]), ("other prompts", moved[:, 1:])):
             flat, owners = values.ravel(), np.repeat(users, values.shape[1])

@@ -44,13 +44,8 @@ class Option:
 
     name: str
     noise: float = 0.0  # expected length of the noise; an item's vector has length 1
-    bits: int = 16
     items: int = 0  # latest items of a history; 0 = all
     persona_scale: float = 1.0
-
-    @property
-    def changes_vectors(self) -> bool:
-        return self.noise > 0 or self.bits != 16
 
     def vectors(self, stored: Float16Array, *, seed: int) -> Float16Array:
         """Return the vectors as they would be stored: noise once per item, then length 1 again."""
@@ -59,9 +54,6 @@ class Option:
             scale = self.noise / values.shape[1] ** 0.5
             values += np.random.default_rng([seed, 1]).normal(0, scale, values.shape).astype(np.float32)
             values /= np.linalg.norm(values, axis=1, keepdims=True)
-        if self.bits == 8:
-            steps = np.abs(values).max(axis=1, keepdims=True) / 127
-            values = np.round(values / steps) * steps
         return values.astype(np.float16)
 
     def history(self, sample: EncodedSample) -> EncodedSample:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 from attacks import (
+    STRENGTHS,
     Array,
     Estimate,
     Indices,
@@ -15,6 +17,7 @@ from attacks import (
     best_linker,
     best_ridge,
     f1,
+    fit_ridge,
     frequent_words,
     hits_at,
     mean_over_users,
@@ -29,10 +32,11 @@ from attacks import (
 from privacy_subjects import Person, Subjects
 
 from personaplug.encoders import HashEncoder
-from personaplug.encoders.embedding_store import Float16Array
+from personaplug.encoders.embedding_store import Float16Array, RowIds
 
 ITEMS = 10  # of each target
 LEAST_TEXTS = 5  # of strangers that hold a word of the decoder's vocabulary
+WEIGHTS = (0.0, 0.01, 0.03, 0.1)  # of a word's likeness, tried on the slice
 MOST_GUESSES = 3000  # names or rare words that a dictionary attack tries
 
 Figures = dict[str, dict[str, Estimate]]
@@ -74,10 +78,9 @@ class VectorAudit:
         """Name the words of a text by a decoder trained on strangers."""
         train = self._train_words.holds
         count = max(1, round(float(train[self.slice_].sum(axis=1).mean())))
-        decoder, _ = best_ridge(
-            vectors[self.train], train, slice_=self.slice_, score=lambda y: f1(hits_at(y, train[self.slice_], count))
-        )
-        named = decoder(vectors[self.probes])
+        strength, weight = self._choose_decoder(vectors, count)
+        decoder = fit_ridge(vectors[self.train], train, strength)
+        named = decoder(vectors[self.probes]) + weight * self._likeness(self._word_vectors, vectors)(self.probes)
         scores = {
             "words": named,
             "words, most frequent": np.tile(train.mean(axis=0), (len(named), 1)),
@@ -87,14 +90,31 @@ class VectorAudit:
             name: word_scores(hits_at(each, self._target_words, count), self.users) for name, each in scores.items()
         }
 
+    def _choose_decoder(self, vectors: Float16Array, count: int) -> tuple[float, float]:
+        """Choose, on the slice, the strength of the ridge and the weight of each word's own likeness to the vector."""
+        inside, holds = self.slice_, self._train_words.holds
+        likeness = self._likeness(self._word_vectors, vectors)(self.train[inside])
+        scores = {}
+        for strength in STRENGTHS:
+            decoder = fit_ridge(vectors[self.train[~inside]], holds[~inside], strength)
+            named = decoder(vectors[self.train[inside]])
+            for weight in WEIGHTS:
+                scores[strength, weight] = f1(hits_at(named + weight * likeness, holds[inside], count))
+        return max(scores, key=lambda choice: scores[choice])
+
+    def _likeness(self, words: Array, vectors: Float16Array) -> Callable[[RowIds], Array]:
+        """Return a function from rows to their cosines with words, as deviations from those of strangers' vectors."""
+        strangers = unit(vectors[self.train]) @ words.T
+        mean, spread = strangers.mean(axis=0), strangers.std(axis=0)
+        return lambda rows: (unit(vectors[rows]) @ words.T - mean) / spread
+
     def guesses(self, vectors: Float16Array) -> Figures:
         """Rank the names and the rare words of a text among all that the attacker can think of."""
         figures: Figures = {}
         for kind, (words, encodings) in self._guesses.items():
             if not len(words):
                 continue
-            train = unit(vectors[self.train]) @ encodings.T
-            scores = (unit(vectors[self.probes]) @ encodings.T - train.mean(axis=0)) / train.std(axis=0)
+            scores = self._likeness(encodings, vectors)(self.probes)
             texts, columns = np.nonzero(vocabulary(self.subjects.contents_of(self.probes), words).holds)
             for name, rows in ((kind, texts), (f"{kind}, shuffled vectors", self.shuffle[texts])):
                 figures[name] = ranking(scores[rows], columns, self.users[texts])
@@ -176,6 +196,10 @@ class VectorAudit:
     def _train_words(self) -> Vocabulary:
         texts = self.subjects.contents_of(self.train)
         return vocabulary(texts, frequent_words(texts, least=LEAST_TEXTS))
+
+    @cached_property
+    def _word_vectors(self) -> Array:
+        return self._encode(list(self._train_words.words))
 
     @cached_property
     def _target_words(self) -> npt.NDArray[np.bool_]:

@@ -107,7 +107,7 @@ def test_explained_variance_is_nothing_for_the_mean_and_one_for_the_truth(benchm
     assert attacks.explained(true, true, users).value == 1
 
 
-def test_an_option_adds_noise_of_its_length_and_rounds_to_its_bits(benchmark: Any) -> None:
+def test_an_option_adds_noise_of_its_length(benchmark: Any) -> None:
     option = benchmark("privacy_subjects").Option
     vectors = np.random.default_rng(3).normal(size=(50, 400))
     stored = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
@@ -116,8 +116,6 @@ def test_an_option_adds_noise_of_its_length_and_rounds_to_its_bits(benchmark: An
     np.testing.assert_allclose(np.linalg.norm(noisy, axis=1), 1, atol=1e-2)
     cosines = (noisy * stored).sum(axis=1)
     assert cosines.mean() == pytest.approx(1 / 2**0.5, abs=0.02)  # noise as long as the vector
-    rounded = option("8 bits", bits=8).vectors(stored, seed=0)
-    assert 0 < np.abs(rounded.astype(np.float32) - stored).max() < np.abs(stored).max() / 100
 
 
 def test_the_audit_finds_what_is_there_and_nothing_in_shuffled_vectors(

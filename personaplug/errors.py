@@ -2,8 +2,8 @@
 
 PersonaPlugError
 ├── UserError: the caller can correct it; the CLI prints it without a traceback
-│   ├── ConfigError, RecordError, MissingData, MissingModel, MissingExtra, ShapeMismatch, EncoderMismatch
-│   └── LLMMismatch, RunConflict, ItemError, StoreConflict, RequestError
+│   ├── ConfigError, RecordError, MissingData, MissingModel, UnsupportedModel, MissingExtra, ShapeMismatch
+│   └── EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, RequestError
 └── EngineFailure, TrainingDiverged, StorageError
 """
 
@@ -59,6 +59,15 @@ class MissingModel(UserError):
     def __init__(self, name: str, *, tried: Iterable[str], hint: str = "") -> None:
         hint = hint or "Give a local folder that holds it, or run where the hub can be reached."
         super().__init__(f"The model {name!r} was not found. Tried: {'; '.join(tried)}. {hint}")
+
+
+class UnsupportedModel(UserError):
+    """A language model would give wrong numbers."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"The language model {name!r} cannot be used: {reason}. Choose another model, or another version of transformers."
+        )
 
 
 class MissingExtra(UserError):

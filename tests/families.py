@@ -73,13 +73,13 @@ DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 FAMILIES = {**DECODERS, "t5": _t5}
 
 
-def small_llm(family: str, *, chat: bool = False) -> Any:
-    """Return a model of that family with weights drawn by seed 0, in float32."""
+def small_llm(family: str, *, chat: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model of that family with weights drawn by seed 0."""
     tokenizer = tiny_tokenizer()
     if chat:
         tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
     torch.manual_seed(0)
-    model = FAMILIES[family](_ends(tokenizer))
+    model = FAMILIES[family](_ends(tokenizer)).to(dtype)
     llm_class = Seq2SeqLM if family == "t5" else CausalLM
     return llm_class(model, tokenizer, name=f"small-{family}")
 

@@ -62,11 +62,17 @@ class MissingModel(UserError):
 
 
 class UnsupportedModel(UserError):
-    """A language model would give wrong numbers."""
+    """A language model would give wrong numbers.
+
+    Attributes:
+        reason: what differs.
+    """
 
     def __init__(self, name: str, reason: str) -> None:
+        self.reason = reason
         super().__init__(
-            f"The language model {name!r} cannot be used: {reason}. Choose another model, or another version of transformers."
+            f"The language model {name!r} cannot be used: {reason}. Choose another model, or another version of "
+            f"transformers."
         )
 
 

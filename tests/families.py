@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,3 +93,15 @@ def small_mamba() -> CausalLM:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4)
     return CausalLM(MambaForCausalLM(config), tokenizer, name="mamba")
+
+
+def families_script() -> Any:
+    """Return `benchmarks/families.py` as a module: tiny models of any family, and what the bare model computes."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "families.py"
+    spec = importlib.util.spec_from_file_location("benchmark_families", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -8,7 +8,7 @@ answer, so the states of the prompt depend on neither plug nor user.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from personaplug.llm.soft_prompt import SoftPrompt, Spliced, splice
 from personaplug.llm.token_embedding import TokenEmbedding, find_factor
 
 if TYPE_CHECKING:
-    from personaplug.llm.model_check import ModelCheck
+    from personaplug.llm.check_results import ModelCheck
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,14 @@ class PromptBatch:
         ]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """Rows that go on token by token."""
+
+    first: Tensor  # (R, V) logits of the first tokens
+    step: Callable[[Tensor], Tensor]  # returns the (R, V) logits behind (R,) further tokens
+
+
 class Runner(ABC):
     """Forward passes for one placement of soft tokens. Token ids in, without label bias."""
 
@@ -103,13 +111,17 @@ class Runner(ABC):
         """Return logits (B, L, V) and the target tokens that they predict (B, L), IGNORED elsewhere."""
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of each label, (B, C): here by a pass per label, or one for labels of one token."""
+        """Return the log-probability of each label, (B, C), by a pass per label, or one for labels of one token."""
         rows = len(batch.prompts)
         if all(len(ids) == 1 for ids in label_ids):
             logits, _ = self.target_logits(batch, [label_ids[0]] * rows)
             return log_softmax(logits[:, 0])[:, [ids[0] for ids in label_ids]]
         losses = [token_loss(*self.target_logits(batch, [ids] * rows))[0] for ids in label_ids]
         return -torch.stack(losses, dim=1)
+
+    def start_decoding(self, batch: PromptBatch) -> Decoding | None:
+        """Read prompts and return how to go on token by token, if this runner does that itself."""
+        return None
 
     @abstractmethod
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
@@ -131,7 +143,7 @@ class LanguageModel(ABC):
         check: what the check of the model found.
         ways: runners for soft tokens at any position or none, by name, fastest first.
         whole: the runner among `ways` that the check of the model chose.
-        cached_prefix: runner for `suffix` soft tokens behind cached prompts, if `whole` has no part of its own for them.
+        cached_prefix: runner for `suffix` soft tokens behind cached prompts, if `whole` does not cache them itself.
         prompt_layout: shape of cached prompt states; None if prompts before `suffix` soft tokens cannot run separately.
     """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from personaplug.llm.base import GenerationConfig, PromptBatch, Runner
+from personaplug.llm.base import Decoding, GenerationConfig, PromptBatch, Runner
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
 from personaplug.llm.generation import decode_tokens
 from personaplug.llm.padding import pad, pad_states
@@ -55,21 +55,19 @@ class CachedPrefixRunner(Runner):
             scores[:, indices] += self.scores_after_first(states, lengths, [label_ids[index] for index in indices])
         return scores
 
-    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+    def start_decoding(self, batch: PromptBatch) -> Decoding:
         assert batch.soft is not None
         prefix = self.load_prefix(batch.prompts, share=True)
 
         def last_logits(embeds: Tensor) -> Tensor:
             return self.logits(embeds, prefix, columns=torch.tensor([embeds.shape[1] - 1]))[:, 0]
 
-        first = last_logits(self._cast(batch.soft))
-        return decode_tokens(
-            self.llm,
-            config,
-            batch.ngrams,
-            first=first,
-            step=lambda tokens: last_logits(self.llm.embed(tokens)[:, None]),
+        return Decoding(
+            last_logits(self._cast(batch.soft)), lambda tokens: last_logits(self.llm.embed(tokens)[:, None])
         )
+
+    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        return decode_tokens(self.llm, config, batch.ngrams, decoding=self.start_decoding(batch))
 
     def logits(self, embeds: Tensor, prefix: CachedPrefix, *, columns: Tensor) -> Tensor:
         """Run further live tokens (R, L, D), add them to the cache and return the logits at C columns, (R, C, V)."""

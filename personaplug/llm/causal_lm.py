@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch, Runner
+from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel, PromptBatch, Runner
 from personaplug.llm.cached_prefix import CachedPrefixRunner
 from personaplug.llm.chunked_cross_entropy import log_softmax
 from personaplug.llm.generation import decode_tokens, generate_with_transformers
@@ -39,7 +39,8 @@ class CausalLM(LanguageModel):
         self.row_by_row = RowByRowRunner(UncachedRunner(self))
         self.ways = {
             "batched": SplicedRunner(self),
-            "batched, labels in full": SplicedRunner(self, reuses_cache=False),
+            "batched, each label in full": SplicedRunner(self, repeats_cache=False),
+            "batched by transformers": SplicedRunner(self, repeats_cache=False, decodes=False),
             "row by row": self.row_by_row,
         }
         check_model(self)
@@ -51,6 +52,12 @@ class CausalLM(LanguageModel):
         if batch.has_soft("suffix") and num_beams == 1 and self.supports_prompt_cache:
             return self.cached_prefix
         return self.whole
+
+    @property
+    def max_cached_tokens(self) -> int | None:
+        """Longest sequence whose cached states stay right, or None if the config names no limit."""
+        limits = [length for length in (self.max_positions, self.rope_switch) if length is not None]
+        return min(limits, default=None)
 
     def _reaches_rope_switch(self, batch: PromptBatch, *, new_tokens: int) -> bool:
         """Return True if a row may become so long that the model computes all of its positions otherwise."""
@@ -112,10 +119,15 @@ class CausalLM(LanguageModel):
 
 
 class SplicedRunner(Runner):
-    """Prompt, soft tokens and answer in one sequence; for soft tokens at any position, or none."""
+    """Prompt, soft tokens and answer in one sequence; for soft tokens at any position, or none.
 
-    def __init__(self, llm: CausalLM, *, reuses_cache: bool = True) -> None:
-        self.llm, self.reuses_cache = llm, reuses_cache
+    Args:
+        repeats_cache: score labels behind copies of the prompt's cache; else each label in a pass of its own.
+        decodes: generate token by token here; else, and with beams, by transformers.
+    """
+
+    def __init__(self, llm: CausalLM, *, repeats_cache: bool = True, decodes: bool = True) -> None:
+        self.llm, self.repeats_cache, self.decodes = llm, repeats_cache, decodes
 
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         spliced = self.llm.splice_prompts(batch, target_ids)
@@ -126,7 +138,7 @@ class SplicedRunner(Runner):
         return self._forward(spliced, columns=columns, use_cache=False)[0], targets
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
-        if not self.reuses_cache:
+        if not self.repeats_cache:
             return super().label_scores(batch, label_ids)
         spliced = self.llm.splice_prompts(batch)
         longest, last = max(map(len, label_ids)), torch.tensor([spliced.embeds.shape[1] - 1])
@@ -136,15 +148,21 @@ class SplicedRunner(Runner):
         chunks = [label_ids[start : start + step] for start in range(0, len(label_ids), step)]
         return torch.cat([self._scores_after(output, first, spliced=spliced, label_ids=ids) for ids in chunks], dim=1)
 
-    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+    def start_decoding(self, batch: PromptBatch) -> Decoding | None:
+        if not self.decodes:
+            return None
         spliced = self.llm.splice_prompts(batch)
-        if config.num_beams > 1:
-            inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.mask}
-            return generate_with_transformers(self.llm, config, batch.ngrams, **inputs)
         last = torch.tensor([spliced.embeds.shape[1] - 1])
         logits, output = self._forward(spliced, columns=last, use_cache=True)
-        sequence = _Sequence(self.llm, spliced.mask, cache_of(output))
-        return decode_tokens(self.llm, config, batch.ngrams, first=logits[:, -1], step=sequence.step)
+        return Decoding(logits[:, -1], _Sequence(self.llm, spliced.mask, cache_of(output)).step)
+
+    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        decoding = self.start_decoding(batch) if config.num_beams == 1 else None
+        if decoding is not None:
+            return decode_tokens(self.llm, config, batch.ngrams, decoding=decoding)
+        spliced = self.llm.splice_prompts(batch)
+        inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.mask}
+        return generate_with_transformers(self.llm, config, batch.ngrams, **inputs)
 
     def _forward(self, spliced: Spliced, *, columns: Tensor, use_cache: bool) -> tuple[Tensor, Any]:
         return self.llm.forward(
@@ -210,5 +228,5 @@ def find_rope_switch(model: Any) -> int | None:
 def _rope_limit(config: Any) -> int:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    original = [value["original_max_position_embeddings"] for value in nested if value.get("original_max_position_embeddings")]
-    return int(min([*original, config.max_position_embeddings]))
+    lengths = [config.max_position_embeddings, *(value.get("original_max_position_embeddings") for value in nested)]
+    return int(min(length for length in lengths if length))

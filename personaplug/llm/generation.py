@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig as TransformersConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel
 from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
 
 
@@ -30,19 +30,10 @@ def sample_tokens(logits: Tensor, config: GenerationConfig, *, generator: torch.
 
 
 def decode_tokens(
-    llm: LanguageModel,
-    config: GenerationConfig,
-    ngrams: Sequence[UserNgramCache] | None,
-    *,
-    first: Tensor,
-    step: Callable[[Tensor], Tensor],
+    llm: LanguageModel, config: GenerationConfig, ngrams: Sequence[UserNgramCache] | None, *, decoding: Decoding
 ) -> list[list[int]]:
-    """Return the token ids of R responses; rows that have ended go on until all have.
-
-    Args:
-        first: (R, V) logits of the first tokens.
-        step: returns the (R, V) logits behind (R,) further tokens.
-    """
+    """Return the token ids of R responses; rows that have ended go on until all have."""
+    first = decoding.first
     end = torch.tensor(llm.end_ids, device=first.device)
     generator = torch.Generator(first.device).manual_seed(config.seed)
     has_ended = torch.zeros(len(first), dtype=torch.bool, device=first.device)
@@ -56,7 +47,7 @@ def decode_tokens(
         has_ended |= torch.isin(tokens[-1], end)
         if len(tokens) == config.max_new_tokens or bool(has_ended.all()):
             return torch.stack(tokens, dim=1).tolist()
-        logits = step(tokens[-1])
+        logits = decoding.step(tokens[-1])
 
 
 def generate_with_transformers(

@@ -11,7 +11,7 @@ from torch.nn.functional import pad as pad_tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from personaplug.errors import ConfigError
-from personaplug.llm.base import GenerationConfig, PromptBatch, Runner
+from personaplug.llm.base import Decoding, GenerationConfig, PromptBatch, Runner
 from personaplug.llm.generation import decode_tokens
 from personaplug.llm.prompt_tokenizer import Ids
 from personaplug.llm.soft_prompt import IGNORED
@@ -51,16 +51,19 @@ class UncachedRunner(Runner):
         logits = self._logits(embeds)[:, -len(target_ids[0]) - 1 : -1]
         return logits, torch.tensor([target_ids[0]], device=logits.device)
 
-    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
-        if config.num_beams > 1:
-            raise ConfigError(f"{self.llm.identity.name} runs without a cache, so num_beams must be 1.")
+    def start_decoding(self, batch: PromptBatch) -> Decoding:
         rows = [self.llm.splice_prompts(batch).embeds]
 
         def step(tokens: Tensor) -> Tensor:
             rows.append(self.llm.embed(tokens)[:, None])
             return self._logits(torch.cat(rows, dim=1))[:, -1]
 
-        return decode_tokens(self.llm, config, batch.ngrams, first=self._logits(rows[0])[:, -1], step=step)
+        return Decoding(self._logits(rows[0])[:, -1], step)
+
+    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        if config.num_beams > 1:
+            raise ConfigError(f"{self.llm.identity.name} runs without a cache, so num_beams must be 1.")
+        return decode_tokens(self.llm, config, batch.ngrams, decoding=self.start_decoding(batch))
 
     def _logits(self, embeds: Tensor) -> Tensor:
         options = {"use_cache": False} if "use_cache" in self.llm.accepted else {}

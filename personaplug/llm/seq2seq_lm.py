@@ -1,7 +1,8 @@
 """Frozen encoder-decoder models: the encoder reads the prompt, the decoder writes the answer (T5, the paper's FlanT5).
 
 With the placement `suffix` the encoder reads the plain prompt, which is constant, and the soft tokens come first in the
-decoder: [I; P; start; y]. The inputs of the decoder are made here: some families would shift an answer's tokens in ways of their own.
+decoder: [I; P; start; y]. The inputs of the decoder are made here, because families shift the tokens of labels in
+different ways.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
-from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch, Runner
 from personaplug.errors import UnsupportedModel
+from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch, Runner
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
 from personaplug.llm.generation import generate_with_transformers
 from personaplug.llm.model_cache import cache_argument
@@ -35,6 +35,9 @@ class Seq2SeqLM(LanguageModel, Runner):
     def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
         self.start_ids = find_start_ids(model, name=settings["name"])
         self.cache_name = cache_argument(model)
+        with torch.no_grad():
+            ids = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+            self._encoder_output = type(model.get_encoder()(input_ids=ids))  # families have classes of their own
         super().__init__(model, tokenizer, **settings)
         decoder = model.get_decoder()
         self.decoder_embed = TokenEmbedding(decoder.get_input_embeddings())
@@ -68,7 +71,7 @@ class Seq2SeqLM(LanguageModel, Runner):
 
     def _read_decoder(self, **inputs: Tensor) -> Tensor:
         states = self.embed.weight.new_ones(1, 1, self.identity.width)
-        encoded = BaseModelOutput(last_hidden_state=states)
+        encoded = self._encoder_output(last_hidden_state=states)
         logits: Tensor = self.model(encoder_outputs=encoded, **inputs).logits
         return logits
 
@@ -100,7 +103,7 @@ class Seq2SeqLM(LanguageModel, Runner):
         if soft is not None:
             embeds = torch.cat([self.soft_inputs(soft), self.decoder_embed(ids)], dim=1)
             inputs = {"decoder_inputs_embeds": embeds}
-        encoded = BaseModelOutput(last_hidden_state=states)
+        encoded = self._encoder_output(last_hidden_state=states)
         logits: Tensor = self.model(encoder_outputs=encoded, attention_mask=mask, use_cache=False, **inputs).logits
         return logits[:, -max(map(len, target_ids)) :]
 
@@ -123,7 +126,7 @@ class Seq2SeqLM(LanguageModel, Runner):
 
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
         states, mask, soft = self._encode_batch(batch)
-        inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+        inputs = {"encoder_outputs": self._encoder_output(last_hidden_state=states), "attention_mask": mask}
         start_ids = self.start_ids
         if soft is not None:
             # The cache holds soft tokens and all start tokens but the last: the mask counts them, the ids do not.

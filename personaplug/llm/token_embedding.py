@@ -54,6 +54,11 @@ def find_factor(model: Any, layer: Any, *, read_ids: Reader, read_embeds: Reader
 
 def _candidate_factors(model: Any, layer: Any) -> list[float]:
     """Return 1 and the numbers that the modules around an embedding layer hold."""
-    owners = [module for module in model.modules() if any(child is layer for child in module.children())]
+    # Copies of the layer may share nothing but its table.
+    owners = [
+        module
+        for module in model.modules()
+        if any(getattr(child, "weight", None) is layer.weight for child in module.children())
+    ]
     numbers = [value for owner in owners for value in vars(owner).values() if isinstance(value, float) and value > 0]
     return list(dict.fromkeys([1.0, *numbers]))

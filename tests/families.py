@@ -96,9 +96,9 @@ def small_mamba() -> CausalLM:
 
 
 def families_script() -> Any:
-    """Return `benchmarks/families.py` as a module: tiny models of any family, and what the bare model computes."""
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "families.py"
-    spec = importlib.util.spec_from_file_location("benchmark_families", path)
+    """Return `benchmarks/model_families.py` as a module: tiny models of any family, and the bare model's numbers."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "model_families.py"
+    spec = importlib.util.spec_from_file_location("benchmark_model_families", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -33,7 +33,8 @@ class CausalLM(LanguageModel):
     def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
         self.accepted = frozenset(inspect.signature(model.forward).parameters)
         self.cache_name = cache_argument(model)
-        self.rope_switch = find_rope_switch(model)
+        self._ropes = [module for module in model.modules() if is_switching_rope(module)]
+        self.rope_switch = min((_rope_limit(rope.config) for rope in self._ropes), default=None)
         super().__init__(model, tokenizer, **settings)
         self.cached_prefix = CachedPrefixRunner(self)
         self.row_by_row = RowByRowRunner(UncachedRunner(self))
@@ -66,6 +67,13 @@ class CausalLM(LanguageModel):
         prompts = [len(row.ids) for row in self.prompt_tokenizer.encode_prompts(batch.prompts, batch.soft_at)]
         soft_tokens = 0 if batch.soft is None else batch.soft.tokens
         return max(prompts, default=0) + soft_tokens + new_tokens > self.rope_switch
+
+    def reset_ropes(self) -> None:
+        """Forget the length of earlier texts, which dynamic rotary positions would go on with."""
+        for rope in self._ropes:
+            if "dynamic" in str(rope.rope_type) and hasattr(rope, "original_inv_freq"):
+                rope.inv_freq = rope.original_inv_freq.to(self.device)
+                rope.max_seq_len_cached = rope.original_max_seq_len
 
     def model_logits(self, prompt: Ids, target: Ids, *, before: Ids = ()) -> Tensor:
         ids = torch.tensor([[*prompt, *before, *target]], device=self.device)
@@ -214,15 +222,11 @@ class _Sequence:
         return logits[:, 0]
 
 
-def find_rope_switch(model: Any) -> int | None:
-    """Return the length beyond which rotary positions of all tokens change (longrope, dynamic), or None."""
-    limits = []
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        names = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
-        if any(name == "longrope" or "dynamic" in str(name) for name in names):
-            limits.append(_rope_limit(module.config))
-    return min(limits, default=None)
+def is_switching_rope(module: Any) -> bool:
+    """Return True for rotary positions that all change beyond some length (longrope, dynamic)."""
+    kinds = getattr(module, "rope_type", None)
+    names = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+    return any(name == "longrope" or "dynamic" in str(name) for name in names)
 
 
 def _rope_limit(config: Any) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import GenerationConfig as TransformersConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from personaplug.errors import ConfigError
+from personaplug.infra.gguf import first_line
 from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel
 from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
 
@@ -59,9 +61,17 @@ def generate_with_transformers(
     processors = [_NgramProcessor(ngrams, config.num_beams, first=first)] if ngrams is not None else []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        rows: list[list[int]] = llm.model.generate(
-            **inputs, generation_config=_as_transformers(config, llm), logits_processor=LogitsProcessorList(processors)
-        ).tolist()
+        try:
+            rows: list[list[int]] = llm.model.generate(
+                **inputs,
+                generation_config=_as_transformers(config, llm),
+                logits_processor=LogitsProcessorList(processors),
+            ).tolist()
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"transformers cannot generate from embeddings with {llm.identity.name} and num_beams="
+                f"{config.num_beams} ({first_line(error)}). Set num_beams=1."
+            ) from error
     return [row[first:] for row in rows]
 
 

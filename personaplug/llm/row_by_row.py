@@ -66,6 +66,7 @@ class UncachedRunner(Runner):
         return decode_tokens(self.llm, config, batch.ngrams, decoding=self.start_decoding(batch))
 
     def _logits(self, embeds: Tensor) -> Tensor:
+        self.llm.reset_ropes()
         options = {"use_cache": False} if "use_cache" in self.llm.accepted else {}
         logits: Tensor = self.llm.model(inputs_embeds=embeds, **options).logits
         return logits

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from personaplug.errors import UnsupportedModel
-from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch, Runner
+from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel, PromptBatch, Runner
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
-from personaplug.llm.generation import generate_with_transformers
+from personaplug.llm.generation import decode_tokens, generate_with_transformers
 from personaplug.llm.model_cache import cache_argument
 from personaplug.llm.model_check import check_model
 from personaplug.llm.padding import left_padding_mask, pad, pad_states, pad_with_mask
@@ -47,7 +47,11 @@ class Seq2SeqLM(LanguageModel, Runner):
             read_ids=lambda ids: self._read_decoder(decoder_input_ids=ids),
             read_embeds=lambda embeds: self._read_decoder(decoder_inputs_embeds=embeds),
         )
-        self.ways = {"batched": self, "row by row": RowByRowRunner(self)}
+        self.ways = {
+            "batched": self,
+            "batched by transformers": _ByTransformers(self),
+            "row by row": RowByRowRunner(_ByTransformers(self)),
+        }
         check_model(self)
 
     def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:
@@ -124,7 +128,31 @@ class Seq2SeqLM(LanguageModel, Runner):
             columns.append(-token_loss(logits, torch.tensor([ids] * size, device=self.device))[0])
         return torch.stack(columns, dim=1)
 
+    def start_decoding(self, batch: PromptBatch) -> Decoding:
+        states, mask, soft = self._encode_batch(batch)
+        encoded = self._encoder_output(last_hidden_state=states)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+        def last_logits(**inputs: Tensor) -> Tensor:
+            options = {"use_cache": True, self.cache_name: cache}
+            logits: Tensor = self.model(encoder_outputs=encoded, attention_mask=mask, **options, **inputs).logits
+            return logits[:, -1]
+
+        start = torch.tensor([self.start_ids], device=self.device).expand(len(states), -1)
+        if soft is None:
+            first = last_logits(decoder_input_ids=start)
+        else:
+            embeds = torch.cat([self.soft_inputs(soft), self.decoder_embed(start)], dim=1)
+            first = last_logits(decoder_inputs_embeds=embeds)
+        return Decoding(first, step=lambda tokens: last_logits(decoder_input_ids=tokens[:, None]))
+
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        if config.num_beams > 1:
+            return self.generate_by_transformers(batch, config)
+        return decode_tokens(self, config, batch.ngrams, decoding=self.start_decoding(batch))
+
+    def generate_by_transformers(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        """Return the token ids of B responses, also with beams."""
         states, mask, soft = self._encode_batch(batch)
         inputs = {"encoder_outputs": self._encoder_output(last_hidden_state=states), "attention_mask": mask}
         start_ids = self.start_ids
@@ -159,6 +187,22 @@ class Seq2SeqLM(LanguageModel, Runner):
         if beams > 1:
             cache.batch_repeat_interleave(beams)
         return cache
+
+
+class _ByTransformers(Runner):
+    """A model as its own runner, but generation is that of transformers."""
+
+    def __init__(self, llm: Seq2SeqLM) -> None:
+        self.llm = llm
+
+    def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+        return self.llm.target_logits(batch, target_ids)
+
+    def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
+        return self.llm.label_scores(batch, label_ids)
+
+    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        return self.llm.generate_by_transformers(batch, config)
 
 
 def find_start_ids(model: Any, *, name: str) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,10 @@ LONGROPE = {
         "original_max_position_embeddings": 48,
     },
 }
+DYNAMIC = {
+    "max_position_embeddings": 48,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}
 # Family, whether it is an encoder-decoder, changes of its config, the way that the check chooses, cached prompts.
 REPRESENTATIVES: list[tuple[str, bool, dict[str, Any], str, bool]] = [
     ("llama", False, {}, "batched", True),
@@ -61,6 +64,8 @@ REPRESENTATIVES: list[tuple[str, bool, dict[str, Any], str, bool]] = [
 def test_family_gives_the_numbers_of_single_rows_of_ids(
     family: str, is_encoder_decoder: bool, changes: dict[str, Any], way: str, caches: bool
 ) -> None:
+    if family not in SCRIPT.CAUSAL | SCRIPT.SEQ2SEQ:
+        pytest.skip(f"this version of transformers has no {family}")
     llm = SCRIPT.load(family, is_encoder_decoder=is_encoder_decoder, **changes)
     assert SCRIPT.largest_error(llm) < 1e-5
     assert (llm.check.way, llm.supports_prompt_cache) == (way, caches)
@@ -83,10 +88,11 @@ def _one_row_losses(llm: Any, prompts: list[str], vectors: torch.Tensor, targets
     return torch.stack(losses)
 
 
-def test_longrope_equals_one_pass_on_either_side_of_its_switch_and_across_it() -> None:
-    llm = SCRIPT.load("phi3", is_encoder_decoder=False, **LONGROPE)
+@pytest.mark.parametrize(("family", "changes"), [("phi3", LONGROPE), ("llama", DYNAMIC)])
+def test_positions_that_switch_equal_one_pass_on_either_side_and_across(family: str, changes: dict[str, Any]) -> None:
+    llm = SCRIPT.load(family, is_encoder_decoder=False, **changes)
     assert llm.rope_switch == llm.max_cached_tokens == 48
-    prompts, targets = ["short", "x" * 44, "y" * 60], ["yes", "no way", "ok"]
+    prompts, targets = ["short", "x" * 42, "y" * 60], ["yes", "no way", "ok"]
     vectors = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1)) * llm.embedding_scale
     expected = _one_row_losses(llm, prompts, vectors, targets)
     soft = SoftPrompt(vectors, placement="suffix")
@@ -113,6 +119,8 @@ def test_longrope_equals_one_pass_on_either_side_of_its_switch_and_across_it() -
 def test_family_that_cannot_be_right_is_refused_with_the_reason(
     family: str, changes: dict[str, Any], message: str
 ) -> None:
+    if family not in SCRIPT.CAUSAL:
+        pytest.skip(f"this version of transformers has no {family}")
     with pytest.raises(UnsupportedModel, match=f"'{family}' cannot be used: .*{message}"):
         SCRIPT.load(family, is_encoder_decoder=False, **changes)
 
@@ -270,11 +278,8 @@ def test_no_warning_reaches_a_user(family: str, is_encoder_decoder: bool, tmp_pa
 def test_read_embeddings_are_what_the_model_reads(family: str, tmp_path: Path) -> None:
     model = SCRIPT.build(family, is_encoder_decoder=False)
     model.save_pretrained(tmp_path)
-    layer = model.get_input_embeddings()
-    expected = layer(torch.arange(257)).detach()
+    expected = model.get_input_embeddings()(torch.arange(257)).detach()
     assert torch.equal(read_embeddings(tmp_path), expected)
-    scale = math.sqrt(32) if family.startswith("gemma") else 1.0
-    torch.testing.assert_close(expected, layer.weight.detach() * scale)
 
 
 def test_composite_config_gives_the_length_of_its_text_model() -> None:

@@ -1,7 +1,7 @@
 """Build a tiny random model of each family of transformers that writes text, and see which of them can be used.
 
-    python benchmarks/families.py --out docs/families.md      # all families
-    python benchmarks/families.py llama mamba t5              # some, printed
+    python benchmarks/model_families.py --out docs/families.md      # all families
+    python benchmarks/model_families.py llama mamba t5              # some, printed
 
 Each model is loaded, checked, trained for a step, scored and asked to write. Its losses, scores and texts are compared
 with token-by-token passes of the bare transformers model over single rows of ids.
@@ -58,7 +58,7 @@ _SIZES: dict[int, str] = {
     "shared_expert_intermediate_size dense_intermediate_size expert_ffn_hidden_size",
     512: "max_position_embeddings n_positions n_ctx",
     0: "pad_token_id eos_token_id bos_token_id",
-    1: "decoder_start_token_id",
+    1: "decoder_start_token_id n_group topk_group num_expert_group",
 }
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
 _ALWAYS = ("head_dim", "pad_token_id", "eos_token_id", "decoder_start_token_id")  # even if the default is None
@@ -73,6 +73,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "mamba2": {"num_heads": 8, "n_groups": 2},
+    "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64},
     "nemotron_h": {"n_groups": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"]},

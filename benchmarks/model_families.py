@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the page whose list is replaced")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable(logging.WARNING)
     outcomes = []
     for outcome in examine_all(options.families):

@@ -3,7 +3,7 @@
 PersonaPlugError
 ├── UserError: the caller can correct it; the CLI prints it without a traceback
 │   ├── ConfigError, RecordError, MissingData, MissingModel, UnsupportedModel, MissingExtra, ShapeMismatch
-│   └── EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, RequestError
+│   └── EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
 └── EngineFailure, TrainingDiverged, StorageError
 """
 
@@ -121,6 +121,15 @@ class ItemError(UserError):
 
 class StoreConflict(UserError):
     """A history store has other settings, or cannot do what they exclude."""
+
+
+class UserErased(UserError):
+    """A request came before its user was erased, so what it brings is not stored and its answer is withheld."""
+
+    http_status, code = 409, "erased"
+
+    def __init__(self) -> None:
+        super().__init__("The user was erased after this request came; nothing was stored. Send it again if it is new.")
 
 
 class RequestError(UserError):

@@ -25,6 +25,7 @@ from personaplug.cli.run_commands import (
     train,
 )
 from personaplug.cli.serving_commands import create_key, erase_user, explain, refill_store, serve, verify_receipt
+from personaplug.cli.store_commands import backup_store, replay_erasures, restore_store
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import (
     is_main,
@@ -103,5 +104,6 @@ for _command in (
     *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate, schema),
     *(bench, report, score, lamp, convert, split_command),
     *(serve, create_key, erase_user, explain, refill_store, verify_receipt),
+    *(backup_store, restore_store, replay_erasures),
 ):
     main.add_command(_command)

@@ -101,10 +101,6 @@ def train_of(data: Path, rows: Sequence[Method], *, run: Run, skip_bad: int) -> 
 
 def tell_read(reader: Any, split: str) -> None:
     report = reader.report
-    click.echo(
-        f"{split}: {report.samples:,} samples, {report.items:,} items of history; {report.skipped} broken records "
-        f"skipped, {report.cut_items:,} items beyond the longest history left out",
-        err=True,
-    )
+    click.echo(f"{split}: {report.summary()}", err=True)
     for problem in report.problems[:10]:
         click.echo(f"  skipped: {problem}", err=True)

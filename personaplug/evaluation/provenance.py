@@ -72,6 +72,11 @@ def _notes(run: Run, samples: Sequence[EncodedSample], *, users: int, report: Re
         )
     if report.skipped:
         notes.append(f"{report.skipped} broken records were passed over.")
+    if report.own_answers:
+        notes.append(
+            f"{report.own_answers} samples have an item with the question's own text and answer in their history: "
+            f"every score that reads histories is too good."
+        )
     return notes
 
 

@@ -143,7 +143,6 @@ class LanguageModel(ABC):
         check: what the check of the model found.
         ways: runners for soft tokens at any position or none, by name, fastest first.
         whole: the runner among `ways` that the check of the model chose.
-        cached_prefix: runner for `suffix` soft tokens behind cached prompts, if `whole` does not cache them itself.
         prompt_layout: shape of cached prompt states; None if prompts before `suffix` soft tokens cannot run separately.
     """
 
@@ -151,7 +150,6 @@ class LanguageModel(ABC):
     check: ModelCheck
     ways: dict[str, Runner]
     whole: Runner
-    cached_prefix: Runner | None = None
     prompt_layout: Layout | None
 
     def __init__(
@@ -195,6 +193,11 @@ class LanguageModel(ABC):
         return torch.device(self.embed.weight.device)
 
     @property
+    def prefix_runner(self) -> Runner | None:
+        """The runner for `suffix` soft tokens behind cached prompts, if `whole` does not cache them itself."""
+        return None
+
+    @property
     def supports_prompt_cache(self) -> bool:
         """True if prompts before `suffix` soft tokens can run separately and without gradients."""
         return self.prompt_layout is not None
@@ -233,7 +236,7 @@ class LanguageModel(ABC):
         """Return the embeddings of the tokens of all texts, concatenated: (n, D)."""
         ids = [token for row in self.prompt_tokenizer.encode_targets(texts) for token in row]
         content_ids = [token for token in ids if token not in self.end_ids]
-        return self.embed(torch.tensor(content_ids, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
+        return self.embed(torch.tensor(content_ids, dtype=torch.int64, device=self.device))
 
     def build_ngram_cache(self, answers: Sequence[str]) -> UserNgramCache:
         """Build an n-gram cache from a user's past answers; long answers are truncated."""
@@ -324,4 +327,5 @@ def plain_generation_config(config: Any) -> Any:
     from transformers import GenerationConfig as TransformersConfig
 
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    return TransformersConfig(**{name: getattr(config, name, None) for name in names})
+    config_class: Any = TransformersConfig  # its constructor has no annotations
+    return config_class(**{name: getattr(config, name, None) for name in names})

@@ -46,6 +46,10 @@ class CausalLM(LanguageModel):
         }
         check_model(self)
 
+    @property
+    def prefix_runner(self) -> Runner:
+        return self.cached_prefix
+
     def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:
         """Return the cached-prefix runner for `suffix` soft tokens, unless the model or beam search rules it out."""
         if self._reaches_rope_switch(batch, new_tokens=new_tokens):
@@ -94,6 +98,7 @@ class CausalLM(LanguageModel):
 
         `mask` is (B, T or more), `positions` (B, T), `columns` (C,) the indices in T whose logits are needed.
         """
+        self.reset_ropes()
         if "position_ids" in self.accepted:
             options["position_ids"] = positions
         options |= self.only_columns(columns)

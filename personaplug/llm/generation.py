@@ -75,10 +75,11 @@ def generate_with_transformers(
     return [row[first:] for row in rows]
 
 
-def _as_transformers(config: GenerationConfig, llm: LanguageModel) -> TransformersConfig:
+def _as_transformers(config: GenerationConfig, llm: LanguageModel) -> Any:
     # top_k=0 is no limit; None would become transformers' default.
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
-    return TransformersConfig(
+    config_class: Any = TransformersConfig  # its constructor has no annotations
+    return config_class(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
         do_sample=config.do_sample,

@@ -184,7 +184,7 @@ class Probe:
 
     def check_prompt_cache(self, whole: Runner) -> tuple[Layout | None, str]:
         """Return the shape of cached prompt states, or None and what speaks against a cache; `whole` is right."""
-        if (runner := self.llm.cached_prefix) is not None:
+        if (runner := self.llm.prefix_runner) is not None:
             reason = _reason(lambda: self._check_cached_prefix(runner, whole))
             if reason:
                 return None, reason

@@ -231,7 +231,7 @@ def test_serve_with_a_store_of_another_plug_is_refused(folder: Path, tmp_path: P
 def test_refill_store_copies_histories_for_another_run(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
     old, new = tmp_path / "old.db", tmp_path / "new.db"
     store = HistoryStore.open(old, HashEncoder(64), settings=StoreSettings(keep_text=True, shards=2))
-    store.add("default", "ann", [HistoryItem("1", (("text", "a film"),))])
+    store.add(store.admit("default", "ann"), [HistoryItem("1", (("text", "a film"),))])
     words = ("refill-store", "--from", old, "--to", new, "--run", folder / "run")
     for output in ("1 users copied", "0 users copied"):
         done = _call(*words)
@@ -251,7 +251,7 @@ def test_refill_store_without_texts_fails_with_a_sentence(folder: Path, tmp_path
 
 def test_verify_receipt_accepts_only_the_stores_own_receipts(tmp_path: Path) -> None:
     store = HistoryStore.open(tmp_path / "h.db", HashEncoder(64), settings=StoreSettings(shards=2))
-    store.add("default", "ann", [HistoryItem("1", (("text", "a film"),))])
+    store.add(store.admit("default", "ann"), [HistoryItem("1", (("text", "a film"),))])
     receipt = store.erase_user("default", "ann").to_dict()
     for name, values in {"own": receipt, "changed": receipt | {"items": 7}, "other": {"tenant": "default"}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(values))

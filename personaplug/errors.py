@@ -2,8 +2,8 @@
 
 PersonaPlugError
 ├── UserError: the caller can correct it; the CLI prints it without a traceback
-│   ├── ConfigError, RecordError, MissingData, MissingModel, UnsupportedModel, MissingExtra, ShapeMismatch
-│   └── EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
+│   ├── ConfigError, RecordError, MissingData (DamagedFile), MissingModel, UnsupportedModel, MissingExtra
+│   └── ShapeMismatch, EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
 └── EngineFailure, TrainingDiverged, StorageError
 """
 
@@ -51,6 +51,15 @@ class MissingData(UserError):
     """A file, folder, split or stored user does not exist."""
 
     http_status, code = 404, "not_found"
+
+
+class DamagedFile(MissingData):
+    """A file that this package has written is cut off or changed, so that what it should hold is lost."""
+
+    http_status, code = 503, "damaged"
+
+    def __init__(self, path: str | Path, *, reason: str, remedy: str) -> None:
+        super().__init__(f"{path} is damaged: {reason}. {remedy}")
 
 
 class MissingModel(UserError):

@@ -94,15 +94,15 @@ def score(
     gold: Path, predictions: Path, json_file: Path | None, config_file: Path | None, settings: tuple[str, ...]
 ) -> None:
     """Score anyone's predictions, in LaMP's output format, against the right answers."""
+    from personaplug.analysis.results_file import write_results
     from personaplug.analysis.score_predictions import score_lamp
-    from personaplug.analysis.tables import results_table
-    from personaplug.infra.atomic_io import write_json
+    from personaplug.analysis.terminal import terminal_text
 
     config = load_config(config_file, overrides=settings).evaluation
     results = score_lamp(gold, predictions, resamples=config.resamples, seed=config.draw_seed)
     if json_file is not None:
-        write_json(json_file, results.to_json())
-    click.echo(results_table(results))
+        write_results(json_file, results)
+    click.echo(terminal_text(results))
 
 
 @click.command("split")

@@ -34,6 +34,17 @@ from personaplug.infra.distributed import (
     world_size,
 )
 
+_AFTER_STOP = {
+    "train": "; the same command goes on from the last checkpoint",
+    "quickstart": "; the same command goes on where it stopped",
+    "bench": "; the same command goes on with the trials that are missing",
+    "encode": "; the same command goes on with the texts that are missing",
+    "evaluate": "; the same command goes on with the rows that are missing",
+    "predict": "; the same command goes on with the rows that are missing",
+    "refill-store": "; the same command goes on with the users that are missing",
+}
+"""What the same command does after Ctrl-C, for commands that keep what they have done."""
+
 
 class _Group(click.Group):
     """Prints the errors of this package without a traceback; a caller's mistake exits with 2, the rest with 1."""
@@ -51,7 +62,7 @@ class _Group(click.Group):
             sys.exit(1)
         except KeyboardInterrupt:
             if is_main():
-                click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+                click.echo(f"\nstopped{_AFTER_STOP.get(ctx.invoked_subcommand or '', '')}", err=True)
             sys.exit(130)
 
 
@@ -64,6 +75,7 @@ def _tell(error: Exception, sentence: str) -> None:
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="personaplug", message="personaplug %(version)s")
 @click.option("--quiet", is_flag=True, help="Say nothing but results and errors.")
 def main(quiet: bool) -> None:
     """Personalize a frozen language model: train a plug that turns a user's history into a few soft tokens."""

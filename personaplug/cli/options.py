@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from personaplug.config import Config
-from personaplug.config_parsing import describe, to_yaml
+from personaplug.config_parsing import changed_settings, describe
 from personaplug.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def device_of(config: Config) -> str:
 
 
 def show(config: Config, *sections: str) -> None:
-    """Log some sections of a command's settings, as resolved."""
-    logger.info("%s", to_yaml(config, *sections))
+    """Log the settings of some sections that differ from the defaults, in a line."""
+    logger.info("settings: %s", changed_settings(config, *sections))
 
 
 def check_same_task(data: Path, task: Task) -> None:

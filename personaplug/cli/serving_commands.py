@@ -81,17 +81,20 @@ def serve(
     from personaplug.serving.api_keys import ApiKeys
     from personaplug.serving.app import serve as serve_service
     from personaplug.serving.config import ServingConfig
+    from personaplug.serving.listener import bind
     from personaplug.serving.middleware import RequestLimits
     from personaplug.serving.setup import open_service
     from personaplug.store.history_store import Retention
 
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
-    api_keys.check_address(host)  # before the models are loaded
+    api_keys.check_address(host)
     retention = None if max_items is max_days is None else Retention(max_items, max_days)
     config = ServingConfig(retention=retention, **settings)
-    service = open_service(Run.open(run_folder), config)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
-    serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port)
+    run = Run.open(run_folder)
+    with bind(host, port) as listener:  # before the models are loaded
+        service = open_service(run, config)
+        serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port, listener=listener)
 
 
 @click.command("create-key")

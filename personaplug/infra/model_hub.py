@@ -35,16 +35,21 @@ _SAMPLED_VALUES = 64
 
 @dataclass(frozen=True)
 class LLMIdentity:
-    """The language model that a plug belongs to. Its name and revision (see `revision_of`) are never compared."""
+    """The language model that a plug belongs to, and the day that its prompts hold, if its chat template writes one.
+
+    Its name and revision (see `revision_of`) are never compared.
+    """
 
     name: str
     revision: str | None
     fingerprint: str
     width: int  # D, of its embeddings
+    chat_date: str | None = None  # ISO; None = the template writes no date
 
     def describe(self) -> str:
         """Return one line for messages."""
-        return f"{self.name} (weights {self.fingerprint}, width {self.width})"
+        day = "" if self.chat_date is None else f", prompts of {self.chat_date}"
+        return f"{self.name} (weights {self.fingerprint}, width {self.width}{day})"
 
 
 def find_model(name: str) -> Path:

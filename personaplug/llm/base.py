@@ -133,6 +133,7 @@ class LanguageModel(ABC):
 
     Args:
         model: with a language-modeling head; frozen here.
+        chat_date: the day (ISO) that a chat template writes instead of today; None = today.
         prompt_cache, prompt_cache_bytes: location and limit of the cache; see `plan_cache`.
 
     Attributes:
@@ -160,18 +161,27 @@ class LanguageModel(ABC):
         name: str,
         revision: str | None = None,
         max_prompt_tokens: int = 512,
+        chat_date: str | None = None,
         prompt_cache: str = "auto",
         prompt_cache_bytes: int = 0,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         use_fp32_logits(self.model)
+        from_model = getattr(model.generation_config, "eos_token_id", None)
+        ends = from_model if isinstance(from_model, list) else [from_model]
         self.prompt_tokenizer = PromptTokenizer(
-            tokenizer, max_tokens=max_prompt_tokens, is_encoder_decoder=self.is_encoder_decoder
+            tokenizer,
+            max_tokens=max_prompt_tokens,
+            is_encoder_decoder=self.is_encoder_decoder,
+            end_id=ends[0] if ends else None,
+            chat_date=chat_date,
         )
+        self.end_ids = list(dict.fromkeys(end for end in [self.prompt_tokenizer.end_id, *ends] if end is not None))
         self.max_text_tokens = self.prompt_tokenizer.max_text_tokens
         self.embed = TokenEmbedding(model.get_input_embeddings())
         self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.identity = LLMIdentity(name, revision, fingerprint(model), int(self.embed.weight.shape[1]))
+        width, day = int(self.embed.weight.shape[1]), self.prompt_tokenizer.chat_date
+        self.identity = LLMIdentity(name, revision, fingerprint(model), width, day)
         self.embed.factor = find_factor(
             model,
             self.embed.layer,
@@ -180,7 +190,6 @@ class LanguageModel(ABC):
         )
         self.embedding_scale = self._measure_scale()
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.end_ids = self._find_end_ids()
         # A checkpoint's own penalties, minimal lengths and forced tokens would act on one way of generating only.
         model.generation_config = plain_generation_config(model.generation_config)
         self.prompt_states = PromptStates(
@@ -314,12 +323,6 @@ class LanguageModel(ABC):
         # The output of the layer, not its table, because some families scale it.
         ids = torch.linspace(0, self.embed.num_embeddings - 1, steps=min(4096, self.embed.num_embeddings))
         return float(self.embed(ids.long().to(self.device)).float().pow(2).mean().sqrt())
-
-    def _find_end_ids(self) -> list[int]:
-        from_model = getattr(self.model.generation_config, "eos_token_id", None)
-        listed = from_model if isinstance(from_model, list) else [from_model]
-        ids = [self.prompt_tokenizer.tokenizer.eos_token_id, *listed]
-        return list(dict.fromkeys(token for token in ids if token is not None))
 
 
 def plain_generation_config(config: Any) -> Any:

@@ -38,10 +38,10 @@ class ModelCheck:
     why_no_prompt_cache: str = ""
 
 
-def result_key(llm: LanguageModel, probe_ids: list[Any]) -> str:
-    """Return a hash of all that decides what a check finds: weights, config, number format, code, versions, device."""
+def result_key(llm: LanguageModel, texts: list[Any]) -> str:
+    """Return a hash of all that decides what a check finds: weights, config, number format, code, versions, device, texts."""
     parts = [
-        *(llm.identity.fingerprint, type(llm.model).__name__, llm.dtype, llm.device.type, _code_digest(), probe_ids),
+        *(llm.identity.fingerprint, type(llm.model).__name__, llm.dtype, llm.device.type, _code_digest(), texts),
         *(version("torch"), version("transformers"), llm.model.config._attn_implementation),
         json.dumps(llm.model.config.to_dict(), sort_keys=True, default=str),
     ]

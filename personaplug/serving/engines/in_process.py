@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from personaplug.config import ModelConfig
-from personaplug.errors import ConfigError, EngineFailure, PersonaPlugError, RequestError
+from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Slot
@@ -177,11 +177,8 @@ class InProcessEngine(Engine):
         self._check_characters("".join(text for _, text in turns))
         try:
             return tokenizer.encode_chat(turns)
-        except PersonaPlugError:
-            raise
-        except Exception:  # a template may raise anything for roles that it does not know
-            message = "The model's chat template does not take these roles in this order."
-            raise RequestError(message, code="messages") from None
+        except ConfigError as error:  # the template refuses these roles
+            raise RequestError(str(error), code="messages") from None
 
     def _check_characters(self, text: str) -> None:
         if len(text) > MAX_CHARACTERS_PER_TOKEN * self.max_tokens:

@@ -39,7 +39,7 @@ class ModelCheck:
 
 
 def result_key(llm: LanguageModel, texts: list[Any]) -> str:
-    """Return a hash of all that decides what a check finds: weights, config, number format, code, versions, device, texts."""
+    """Return a hash of all that decides what a check finds: weights, config, dtype, code, versions, device, texts."""
     parts = [
         *(llm.identity.fingerprint, type(llm.model).__name__, llm.dtype, llm.device.type, _code_digest(), texts),
         *(version("torch"), version("transformers"), llm.model.config._attn_implementation),

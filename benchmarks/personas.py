@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from store import LONG, LONG_USERS, SECRET, TENANT, batch, milliseconds, spent_on
+from store import LONG, LONG_USERS, SECRET, TENANT, add, batch, milliseconds, spent_on
 
 from personaplug.config import PlugConfig
 from personaplug.encoders import Encoder, HashEncoder
@@ -48,12 +48,16 @@ def plug_of(config: PlugConfig, *, encoder: Encoder | None = None, labels: tuple
     return PersonaPlug(config, spec=spec, encoder=encoder).eval().compute_items_in("bfloat16")
 
 
+def ask(live: PersonaCache, user: str) -> None:
+    live.persona(live.store.admit(TENANT, user), query=QUERY)
+
+
 def times(live: PersonaCache) -> dict[str, float]:
     """How long a persona takes, each of another user than the one before."""
     names = [f"long {name}" for name in np.random.default_rng(0).integers(0, LONG_USERS, REQUESTS)]
     for name in set(names):  # what is kept is kept from here on; the query is encoded
-        live.persona(TENANT, name, query=QUERY)
-    return milliseconds([spent_on(live.persona, TENANT, name, query=QUERY) for name in names])
+        ask(live, name)
+    return milliseconds([spent_on(ask, live, name) for name in names])
 
 
 def measured(store: HistoryStore) -> dict[str, Any]:
@@ -71,11 +75,11 @@ def measure(where: str, users: int) -> list[dict[str, Any]]:
     """Add users and measure at every power of ten, printed as it comes."""
     plug = plug_of(DEFAULT)
     store = HistoryStore.open(where, HashEncoder(WIDTH), settings=store_settings(plug), secret=SECRET)
-    store.add_encoded(TENANT, batch([f"long {i}" for i in range(LONG_USERS)], LONG, seed=0))
+    add(store, batch([f"long {i}" for i in range(LONG_USERS)], LONG, seed=0))
     found, made = list[dict[str, Any]](), 0
     while made < users:
         until = min(made + USERS_AT_ONCE, users, next(10**power for power in range(3, 10) if 10**power > made))
-        store.add_encoded(TENANT, batch([f"user {i}" for i in range(made, until)], ITEMS, seed=made))
+        add(store, batch([f"user {i}" for i in range(made, until)], ITEMS, seed=made))
         made = until
         if made == users or made in (1_000, 10_000, 100_000, 1_000_000):
             found.append({"users": made, **measured(store)})

@@ -127,7 +127,7 @@ def fill(run: Run, store: Path, samples: Sequence[Sample]) -> None:
     """Put the users' histories into the store."""
     service = open_service(run, ServingConfig(store=str(store)))
     for sample in samples:
-        service.store.add("default", sample.owner, sample.history)
+        service.store.add(service.store.admit("default", sample.owner), sample.history)
     service.store.close()
 
 

@@ -6,15 +6,30 @@ The YAML file, the command line's `key=value`, the help text and the JSON schema
 
 from __future__ import annotations
 
+import re
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 MAX_PERSONA_SCALE = 10
 """The farthest that a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+def _check_day(text: str) -> str:
+    if text != "auto" and not re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+        raise ValueError("expected auto or a day such as 2026-11-29")
+    return text if text == "auto" else date.fromisoformat(text).isoformat()
+
+
+def _as_text(value: object) -> object:
+    return value.isoformat() if isinstance(value, date) else value  # YAML reads a day as a date
+
+
+Day = Annotated[str, BeforeValidator(_as_text), AfterValidator(_check_day)]
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -43,6 +58,11 @@ class ModelConfig:
     )
     max_prompt_tokens: int = Field(
         default=512, description="longest prompt in tokens; the end of a longer text is cut and counted", ge=8
+    )
+    chat_date: Day = Field(
+        default="auto",
+        description="day that a chat template writes if it would write today's date, such as 2026-11-29; auto = the "
+        "day on which the run is made; other templates hold no date",
     )
     prompt_cache: Literal["auto", "memory", "disk", "nowhere"] = Field(
         default="auto",

@@ -6,6 +6,7 @@ Keys are written in full (`training.learning_rate`) or, because no two sections 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,12 +39,20 @@ def load_config(path: str | Path | None = None, *, overrides: Iterable[str] = ()
     values: dict[str, Any] = {}
     if path is not None:
         values.update(flatten(read_yaml(Path(path))))
+        _check_given_once(values, path)
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"Settings are written key=value; found {word!r}.")
         values[key.strip()] = _parse_yaml(text, source=f"the value of {key.strip()}")
     return with_values(base or Config(), values)
+
+
+def _check_given_once(values: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a setting that is given both in its section and bare."""
+    keys = [".".join(_locate(key)) for key in values if key != _PRESET]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ConfigError(f"{path} gives {twice[0]} twice. Give it once.")
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -71,6 +80,22 @@ def to_yaml(config: Config, *sections: str) -> str:
         if not sections or section in sections
     }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def changed_settings(config: Config, *sections: str) -> str:
+    """Return the settings of some sections, or all, that differ from the nearest preset, as words of a command line."""
+    lines: list[list[str]] = []
+    for name, preset in PRESETS.items():
+        base = asdict(preset)
+        words = [
+            f"{key}={shlex.quote(_as_word(value))}"
+            for section, values in asdict(config).items()
+            for key, value in values.items()
+            if (not sections or section in sections) and value != base[section][key]
+        ]
+        lines.append(words if name == "default" else [f"{_PRESET}={name}", *words])
+    shortest = min(lines, key=len)
+    return " ".join(shortest) or "the defaults"
 
 
 def describe(sections: Sequence[str]) -> str:
@@ -191,9 +216,20 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice")
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
 def _parse_yaml(text: str, *, source: str) -> Any:
     try:
-        return yaml.safe_load(text) if text else text
+        return yaml.load(text, _UniqueKeyLoader) if text else text  # a safe loader
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date of no calendar, a number of too many digits
         raise ConfigError(f"{source} is not valid YAML: {str(error).splitlines()[0]}.") from None
     except RecursionError:

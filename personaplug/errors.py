@@ -2,8 +2,8 @@
 
 PersonaPlugError
 ├── UserError: the caller can correct it; the CLI prints it without a traceback
-│   ├── ConfigError, RecordError, MissingData, MissingModel, MissingExtra, ShapeMismatch, EncoderMismatch
-│   └── LLMMismatch, RunConflict, ItemError, StoreConflict, RequestError
+│   ├── ConfigError, RecordError, MissingData (DamagedFile), MissingModel, UnsupportedModel, MissingExtra
+│   └── ShapeMismatch, EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
 └── EngineFailure, TrainingDiverged, StorageError
 """
 
@@ -53,12 +53,36 @@ class MissingData(UserError):
     http_status, code = 404, "not_found"
 
 
+class DamagedFile(MissingData):
+    """A file that this package has written is cut off or changed, so that what it should hold is lost."""
+
+    http_status, code = 503, "damaged"
+
+    def __init__(self, path: str | Path, *, reason: str, remedy: str) -> None:
+        super().__init__(f"{path} is damaged: {reason}. {remedy}")
+
+
 class MissingModel(UserError):
     """A model is in none of the places that it may come from."""
 
     def __init__(self, name: str, *, tried: Iterable[str], hint: str = "") -> None:
         hint = hint or "Give a local folder that holds it, or run where the hub can be reached."
         super().__init__(f"The model {name!r} was not found. Tried: {'; '.join(tried)}. {hint}")
+
+
+class UnsupportedModel(UserError):
+    """A language model would give wrong numbers.
+
+    Attributes:
+        reason: what differs.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"The language model {name!r} cannot be used: {reason}. Choose another model, or another version of "
+            f"transformers."
+        )
 
 
 class MissingExtra(UserError):
@@ -106,6 +130,15 @@ class ItemError(UserError):
 
 class StoreConflict(UserError):
     """A history store has other settings, or cannot do what they exclude."""
+
+
+class UserErased(UserError):
+    """A request came before its user was erased, so what it brings is not stored and its answer is withheld."""
+
+    http_status, code = 409, "erased"
+
+    def __init__(self) -> None:
+        super().__init__("The user was erased after this request came; nothing was stored. Send it again if it is new.")
 
 
 class RequestError(UserError):

@@ -1,6 +1,6 @@
 """A run: a folder that holds a resolved config, the task, the vectors, the trained plugs and the evaluations.
 
-RUN/config.yaml               every setting, as resolved
+RUN/config.yaml               every setting, as resolved, and a checksum of them
 RUN/run.json                  task, versions
 RUN/data.json                 fingerprint of what it is trained on
 RUN/vectors/                  item vectors (unless they are kept elsewhere)
@@ -18,11 +18,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from personaplug.config import Config, PlugConfig
-from personaplug.config_parsing import load_config, to_yaml, with_values
+from personaplug.config_parsing import with_values
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import parse_task
@@ -30,12 +31,15 @@ from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples, samples_fingerprint
 from personaplug.errors import ConfigError, MissingData, RunConflict
-from personaplug.infra.atomic_io import write_json, write_text
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import check_json, read_json
+from personaplug.infra.config_file import read_config, write_config
 from personaplug.infra.distributed import connect, is_main, main_first
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.progress import Progress
 from personaplug.llm.base import LanguageModel
 from personaplug.llm.loading import choose_device, open_llm
+from personaplug.llm.prompt_tokenizer import today
 from personaplug.plug.model import PersonaPlug
 
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
@@ -43,6 +47,9 @@ FIXED = ("model", "plug", "training", "retrieval", "adapter")
 
 SPEED_ONLY = ("model.device", "model.encoder_engine", "model.prompt_cache", "model.prompt_cache_gigabytes")
 """Settings in them that decide how fast the same is done, and where."""
+
+_REMEDY = "Restore it, or train again in a new folder."
+_MOVABLE = ("model.llm", "model.encoder", *SPEED_ONLY)  # settings that may be edited when a run is moved
 
 
 @dataclass(frozen=True)
@@ -74,69 +81,96 @@ class Run:
         config: resolved.
         task: what is asked.
         vectors: folder of the item vectors.
+        creates_vectors: whether that folder is created if it does not exist. A run that is opened creates none outside
+            its own folder.
     """
 
     folder: Path
     config: Config
     task: Task
     vectors: Path
+    creates_vectors: bool = True
 
     @classmethod
     def create(cls, folder: str | Path, *, config: Config, task: Task, vectors: str | Path | None = None) -> Run:
-        """Start a run, or go on with the same one; its seeds may change, since each is a training of its own.
+        """Start a run, or go on with the same one; see `plan`."""
+        run = cls.plan(folder, config=config, task=task, vectors=vectors)
+        run.start()
+        return run
+
+    @classmethod
+    def plan(cls, folder: str | Path, *, config: Config, task: Task, vectors: str | Path | None = None) -> Run:
+        """Return a run to `start`, without writing anything. The seeds of a run that exists may change.
 
         Raises:
-            RunConflict: if the folder holds a run of another task or other settings of models, plug or training.
+            RunConflict: if the folder holds something else, or a run in which something was trained or evaluated with
+                another task or other settings of models, plug or training.
             ConfigError: if several processes cannot work together here.
         """
         connect(choose_device(config.model.device))
-        return main_first(lambda: cls._created(Path(folder), resolved(config, task), task, vectors))
+        return main_first(lambda: cls._planned(Path(folder), resolved(dated(config, folder), task), task, vectors))
 
     @classmethod
-    def _created(cls, folder: Path, config: Config, task: Task, vectors: str | Path | None) -> Run:
+    def _planned(cls, folder: Path, config: Config, task: Task, vectors: str | Path | None) -> Run:
         if folder.exists() and not folder.is_dir():
             raise RunConflict(f"{folder} is a file; a run needs a folder. Choose another --out.")
         run = cls(folder, config, task, Path(vectors).absolute() if vectors else folder / "vectors")
-        if not is_main() and not (folder / "run.json").exists():
-            raise RunConflict(
-                f"Not every process sees {folder}. On several machines --out must be a folder that all of them share."
-            )
         if (folder / "run.json").exists():
             there = cls.open(folder)
-            run = run if vectors else replace(run, vectors=there.vectors)
-            run._check_same(there)
+            run = run if vectors else replace(run, vectors=there.vectors, creates_vectors=there.creates_vectors)
+            if there._is_begun:
+                run._check_same(there)
         elif folder.exists() and {path.name for path in folder.iterdir()} - {"vectors", "config.yaml"}:
             raise RunConflict(f"{folder} is neither empty nor a run of personaplug. Choose another --out.")
-        if is_main():
-            run._write()
         return run
+
+    def start(self) -> None:
+        """Write the run's description.
+
+        Raises:
+            RunConflict: if a process does not see the folder.
+        """
+        main_first(self._start)
+
+    def _start(self) -> None:
+        if is_main():
+            self._write()
+        elif not (self.folder / "run.json").exists():
+            raise RunConflict(
+                f"Not every process sees {self.folder}. On several machines --out must be a folder that all of them "
+                f"share."
+            )
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
         """Open a run that exists.
 
         Raises:
-            MissingData: if the folder holds none.
+            MissingData: if the folder holds none (DamagedFile: one that was changed).
             ConfigError: if it was made with a setting that there is no more.
+            RunConflict: if a link leads out of the folder.
         """
         folder = Path(folder)
+        path = folder / "run.json"
         try:
-            about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise MissingData(
                 f"{folder} holds no run: run.json is missing or broken. `personaplug train --out {folder}` makes one."
             ) from error
         if not isinstance(about, dict) or not isinstance(about.get("task"), dict):
-            raise ConfigError(
-                f"{folder / 'run.json'} should hold an object with the run's `task`; found something else."
-            )
-        task = parse_task(about["task"], source=str(folder / "run.json"))
+            raise ConfigError(f"{path} should hold an object with the run's `task`; found something else.")
+        task = parse_task(about["task"], source=str(path))
         place = about.get("vectors")
         if place is not None and not isinstance(place, str):
-            raise ConfigError(f"{folder / 'run.json'}: `vectors` should be a folder or null; found something else.")
+            raise ConfigError(f"{path}: `vectors` should be a folder or null; found something else.")
+        check_json(about, path, remedy=_REMEDY)
+        _check_links(folder)
         vectors = Path(place) if place else folder / "vectors"
-        config = load_config(folder / "config.yaml")
-        return cls(folder, config, task, vectors)
+        is_inside = vectors.resolve().is_relative_to(folder.resolve())
+        return cls(
+            folder, read_config(folder / "config.yaml", unchecked=_MOVABLE), task, vectors, creates_vectors=is_inside
+        )
 
     def plug_folder(self, name: str, *, seed: int) -> Path:
         """Where what was trained under a name (a plug, its control, matrices, a retriever) is, for one seed."""
@@ -144,7 +178,18 @@ class Run:
 
     def trained(self, name: str, *, seed: int) -> bool:
         """Whether the training of that name has ended."""
-        return (self.plug_folder(name, seed=seed) / "fit.json").exists()
+        return self.training_facts(name, seed=seed) is not None
+
+    def training_facts(self, name: str, *, seed: int) -> dict[str, Any] | None:
+        """What the training of that name was; None if it has not ended.
+
+        Raises:
+            DamagedFile: if the file that says so is damaged.
+        """
+        folder = self.plug_folder(name, seed=seed)
+        if not (folder / "fit.json").exists():
+            return None
+        return read_json(folder / "fit.json", remedy=f"Restore it, or delete {folder} and train again.")
 
     def check_trained(self, name: str, *, seed: int) -> Path:
         """The folder of a training that has ended.
@@ -171,7 +216,16 @@ class Run:
         return plug.compute_items_in(models.llm.dtype).to(models.llm.device)
 
     def open_vectors(self, encoder: Encoder) -> EmbeddingStore:
-        """The run's table of item vectors."""
+        """The run's table of item vectors.
+
+        Raises:
+            MissingData: if an opened run names a folder outside its own that holds none.
+        """
+        if not self.creates_vectors and not (self.vectors / "table.json").is_file():
+            raise MissingData(
+                f"{self.folder / 'run.json'} names {self.vectors} for the item vectors, outside the run; it "
+                f"holds none. Restore that folder, or give `personaplug train` another one by --vectors."
+            )
         return EmbeddingStore.open(self.vectors, encoder)
 
     def read_samples(
@@ -207,6 +261,19 @@ class Run:
                 f"values. Leave them out, or train another run."
             )
 
+    def check_models(self, models: Models) -> None:
+        """Check that prompts hold the run's day, if they hold one.
+
+        Raises:
+            RunConflict: if the models were opened with another `chat_date`.
+        """
+        day, of_run = models.llm.identity.chat_date, self.config.model.chat_date
+        if day not in (None, of_run):
+            raise RunConflict(
+                f"The chat template writes the day {of_run} in the prompts of {self.folder}; the models given write "
+                f"{day}. Open them with open_models(run.config)."
+            )
+
     def check_data(self, samples: Sequence[EncodedSample], table: EmbeddingStore) -> None:
         """Note what the run is trained on, or check that it is what an earlier start noted.
 
@@ -216,14 +283,14 @@ class Run:
         path = self.folder / "data.json"
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else about
+        before = read_json(path, remedy=_REMEDY) if path.exists() else about
         if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(
                 f"{self.folder} was started on other training data than what is given now. Give the same data to go "
                 f"on, or choose another --out."
             )
         if is_main():
-            write_json(path, about)
+            write_checked_json(path, about)
 
     @property
     def knows_its_data(self) -> bool:
@@ -233,8 +300,15 @@ class Run:
     def users_trained_on(self, users: Iterable[str | None]) -> int:
         """How many of some users have samples among those that the run is trained on."""
         path = self.folder / "data.json"
-        known = set(json.loads(path.read_text(encoding="utf-8")).get("users", [])) if path.exists() else set()
+        known = set(read_json(path, remedy=_REMEDY)["users"]) if path.exists() else set()
         return sum(_anonymous(user) in known for user in set(users) if user is not None)
+
+    @property
+    def _is_begun(self) -> bool:
+        """Whether something in the folder depends on the settings: a training, an evaluation."""
+        if any((self.folder / name).exists() for name in ("evaluations", "users", "profiles.jsonl")):
+            return True
+        return any(path.name not in ("log.jsonl", "tensorboard") for path in self.folder.glob("*/seed-*/[!.]*"))
 
     def _check_same(self, there: Run) -> None:
         names = [name for name in _differing(self.config, there.config, sections=FIXED) if name != "training.seeds"]
@@ -254,8 +328,10 @@ class Run:
             "versions": package_versions(),
             "machine": machine_info(),
         }
-        write_text(self.folder / "config.yaml", to_yaml(self.config))
-        write_json(self.folder / "run.json", about)
+        if not self._is_begun:
+            (self.folder / "data.json").unlink(missing_ok=True)  # of a start that failed before any training
+        write_config(self.folder / "config.yaml", self.config, unchecked=_MOVABLE)
+        write_checked_json(self.folder / "run.json", about)
 
 
 def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
@@ -266,6 +342,15 @@ def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
     count = sum(1 for _ in reader)
     chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
     yield from (sample for index, sample in enumerate(reader) if index in chosen)
+
+
+def dated(config: Config, folder: str | Path) -> Config:
+    """Settle `chat_date=auto`: the day of the run in a folder, or today if there is none yet."""
+    if config.model.chat_date != "auto":
+        return config
+    is_run = (Path(folder) / "run.json").exists()
+    day = read_config(Path(folder) / "config.yaml", unchecked=_MOVABLE).model.chat_date if is_run else today()
+    return with_values(config, {"model.chat_date": day})
 
 
 def resolved(config: Config, task: Task) -> Config:
@@ -317,6 +402,14 @@ def encoded(
             with_style=plug.reads_style,
             progress=show_progress,
         )
+
+
+def _check_links(folder: Path) -> None:
+    """Refuse links that lead out of a run: files would be written, or appended to, elsewhere."""
+    root = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise RunConflict(f"{path} is a link that leads out of the run. Put the files in its place.")
 
 
 def _anonymous(user: str) -> str:

@@ -14,7 +14,7 @@ from postgres_server import PostgresServer
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import Encoder, HashEncoder
 from personaplug.encoders.style_features import FEATURES
-from personaplug.store.history_store import EncodedItems, HistoryStore, Retention
+from personaplug.store.history_store import AddResult, EncodedItems, HistoryStore, Retention
 from personaplug.store.schema import StoreSettings
 
 LABELS = ("1", "2", "3")
@@ -38,7 +38,7 @@ class Place:
         keep_text: bool = True,
         secret: bytes | Path | None = SECRET,
         connections: int = 4,
-        wait_s: float = 30,
+        wait_s: float = 10,
     ) -> HistoryStore:
         """Open the store, or create it with two shards."""
         settings = settings or StoreSettings(labels=LABELS, keep_text=keep_text, shards=2)
@@ -84,6 +84,16 @@ def encoded(users: Sequence[str], names: Sequence[str], *, encoder: Encoder = EN
         label_ids=np.array([len(name) % 3 for name in names], dtype=np.int16),
         style=np.zeros((len(names), len(FEATURES)), dtype=np.float16),
     )
+
+
+def add(store: HistoryStore, tenant: str, user: str, items: Sequence[HistoryItem]) -> AddResult:
+    """Add items for a request that has just come."""
+    return store.add(store.admit(tenant, user), items)
+
+
+def add_encoded(store: HistoryStore, tenant: str, encoded: EncodedItems) -> AddResult:
+    """Add encoded items for a request that has just come."""
+    return store.add_encoded(store.admit(tenant, *set(encoded.users)), encoded)
 
 
 def item_ids(store: HistoryStore, tenant: str = "t", user: str = "u") -> list[str]:

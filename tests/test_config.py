@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from personaplug.config import PAPER, SECTIONS, Config
-from personaplug.config_parsing import describe, json_schema, load_config, to_yaml, with_values
+from personaplug.config_parsing import changed_settings, describe, json_schema, load_config, to_yaml, with_values
 from personaplug.errors import ConfigError, MissingData
 from personaplug.run import FIXED, Run, _differing
 
@@ -121,6 +122,36 @@ def test_preset_replaces_plug_and_training_and_other_values_win(tmp_path: Path) 
     assert load_config(overrides=["preset=default"], base=config).plug == Config().plug
     with pytest.raises(ConfigError, match="preset must be one of default, paper; found 'pplug'"):
         load_config(overrides=["preset=pplug"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epochs: 3\nepochs: 4\n", "the key 'epochs' is given twice"),
+        ("training: {epochs: 3, epochs: 4}\n", "the key 'epochs' is given twice"),
+        ("training: {epochs: 3}\nmodel: {llm: toy}\ntraining: {batch_size: 4}\n", "the key 'training' is given twice"),
+        ("epochs: 3\ntraining: {epochs: 4}\n", r"gives training\.epochs twice"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_config(tmp_path / "c.yaml")
+    assert load_config(overrides=["epochs=3", "training.epochs=4"]).training.epochs == 4  # words: the later one wins
+
+
+def test_changed_settings_are_words_that_give_the_config_again() -> None:
+    for words, said in (
+        ([], "the defaults"),
+        (["preset=paper"], "preset=paper"),
+        (["preset=paper", "llm=toy", "epochs=2"], "preset=paper llm=toy epochs=2"),
+        (["llm=a folder/x", "seeds=1,2", "controls=false"], "llm='a folder/x' seeds=1,2 controls=false"),
+    ):
+        config = load_config(overrides=words)
+        assert changed_settings(config) == said
+        if words:
+            assert load_config(overrides=shlex.split(said)) == config
+    assert changed_settings(load_config(overrides=["llm=toy", "epochs=2"]), "training") == "epochs=2"
 
 
 def test_settings_have_a_json_schema() -> None:

@@ -31,6 +31,7 @@ class StandIn:
         flag: whether it was started with --enable-prompt-embeds.
         width: of its model's embeddings.
         embeds_say: what it answers to embeds.
+        tokenizer: renders chats with its template; None = any chat is three tokens.
         template_adds: tokens that its template writes before an answer that has begun.
         status: that it answers requests with, if not 200.
         breaks: whether it breaks a stream off, amid an event.
@@ -45,6 +46,7 @@ class StandIn:
     flag: bool = True
     width: int = WIDTH
     embeds_say: str = "tea"
+    tokenizer: Any = None
     template_adds: int = 0
     status: int = 200
     breaks: bool = False
@@ -86,7 +88,19 @@ class StandIn:
     async def _tokenize(self, request: Request) -> Response:
         body = await request.json()
         began = body.get("continue_final_message", False)
+        if self.tokenizer is not None:
+            return self._rendered(body, began)
         return JSONResponse({"tokens": [1, 2, 3, *([9] * self.template_adds * began), *([0] * began)]})
+
+    def _rendered(self, body: dict[str, Any], began: bool) -> Response:
+        """Tokenize a chat with the template of `tokenizer`, as vLLM does; soft tokens are one token each."""
+        turns = [turn for turn in body["messages"] if isinstance(turn["content"], str)]
+        options = body.get("chat_template_kwargs", {})
+        try:
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **options)
+        except Exception as error:  # a template may raise anything
+            return _refused(str(error))
+        return JSONResponse({"tokens": [*ids, *([0] * began)]})
 
     async def _complete(self, request: Request) -> Response:
         body = await self._noted(request)

@@ -10,22 +10,27 @@ that a model gave to the right answer.
 
 from __future__ import annotations
 
+import logging
 import math
-import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN, check_estimate, scale_of
+from personaplug.analysis.words import ascii_words, is_read_by_ascii_words, unicode_words
 from personaplug.errors import ConfigError, ShapeMismatch, nearest
 from personaplug.infra.plugins import load_plugins, register
 
 Array = NDArray[np.float64]
 
+logger = logging.getLogger(__name__)
+
+_MANY = 0.1  # share of references in other scripts from which a score without them says little
 _AT = "@"  # between a metric and the point estimate whose predictions it scores
 ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")  # with the estimates that minimize them
 
@@ -177,13 +182,19 @@ class RootMeanSquaredError(_RatingMetric):
 class _Rouge(Metric):
     """ROUGE's F-measure on lower-cased words (runs of a-z and 0-9), without stemmer, averaged over samples.
 
-    Equals Google's `rouge_score` sample by sample.
+    Equals Google's `rouge_score` sample by sample. So texts of other scripts have no words and score 0.
 
     Source: Lin, "ROUGE: a Package for Automatic Evaluation of Summaries", 2004.
     """
 
+    reads_any_script: ClassVar[bool] = False
+
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        pairs = zip(map(_words, predictions), map(_words, golds), strict=True)
+        words = unicode_words if self.reads_any_script else ascii_words
+        others = sum(not is_read_by_ascii_words(gold) for gold in golds)
+        if not self.reads_any_script and others >= max(1, _MANY * len(golds)):
+            _warn_of_other_scripts()
+        pairs = zip(map(words, predictions), map(words, golds), strict=True)
         # 2·P·R / (P + R) with P = common / predicted, R = common / gold.
         scores = [2 * self._common(p, gold) / (len(p) + len(gold) or 1) for p, gold in pairs]
         return np.array(scores, dtype=np.float64).reshape(-1, 1)
@@ -210,6 +221,20 @@ class RougeL(_Rouge):
         return longest_common_subsequence(predicted, gold)
 
 
+class UnicodeRouge1(Rouge1):
+    """ROUGE-1 for texts in any script: words as `unicode_words` finds them."""
+
+    name = "rouge_1_unicode"
+    reads_any_script = True
+
+
+class UnicodeRougeL(RougeL):
+    """ROUGE-L for texts in any script: words as `unicode_words` finds them."""
+
+    name = "rouge_l_unicode"
+    reads_any_script = True
+
+
 class NegativeLogLikelihood(Metric):
     """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
 
@@ -233,7 +258,10 @@ class NegativeLogLikelihood(Metric):
         return np.asarray(means[..., 0] / means[..., 1])
 
 
-_KINDS = (Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError, Rouge1, RougeL, NegativeLogLikelihood)
+_KINDS = (
+    *(Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError),
+    *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, NegativeLogLikelihood),
+)
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
 
 
@@ -292,8 +320,12 @@ def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int
     return len(left) - row.bit_count()
 
 
-def _words(text: str) -> list[str]:
-    return re.findall("[a-z0-9]+", text.lower())
+@cache  # once a process
+def _warn_of_other_scripts() -> None:
+    logger.warning(
+        "ROUGE by LaMP's rule knows the letters a to z alone, and many references here are of other scripts: equal "
+        "texts may score 0. Add 'rouge_1_unicode' and 'rouge_l_unicode' to the task's metrics."
+    )
 
 
 def _number(text: str, default: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personaplug.analysis.figures import gains_figure, scores_figure, subgroups_figure
-from personaplug.analysis.metrics import NegativeLogLikelihood, metric_class
+from personaplug.analysis.metrics import NegativeLogLikelihood
 from personaplug.analysis.rendering import ABSENT, Column, Picture, Section, Table, to_html, to_markdown
 from personaplug.analysis.results_file import Results, load_results
 from personaplug.analysis.tables import (
@@ -25,6 +24,7 @@ from personaplug.analysis.tables import (
     tables,
 )
 from personaplug.analysis.trials import Diagnostics
+from personaplug.analysis.verdict import clear_best
 from personaplug.errors import ConfigError, MissingData, RecordError
 from personaplug.infra.atomic_io import atomic_write, write_text
 
@@ -132,7 +132,7 @@ def _score_table(results_list: Sequence[Results], names: Sequence[str]) -> Table
         (name, *(score_cell(r.by_name.get(name), metric) for r, metric in zip(results_list, metrics, strict=True)))
         for name in names
     ]
-    best = [(_clear_best(results), column) for column, results in enumerate(results_list, start=1)]
+    best = [(clear_best(results), column) for column, results in enumerate(results_list, start=1)]
     strong = frozenset((names.index(name), column) for name, column in best if name is not None)
     return Table(("method", *titles), tuple(lines), strong)
 
@@ -143,25 +143,6 @@ def _gain_table(results_list: Sequence[Results], names: Sequence[str], metrics: 
         gains = results.personal_gains(metric)
         columns.append((f"{name}: {metric_title(metric or ABSENT)}", [gain_cell(gains.get(row)) for row in names]))
     return Table.from_columns(columns).without_empty_lines()
-
-
-def _clear_best(results: Results) -> str | None:
-    """The row that is significantly better than the second best; None if no row is shown to be.
-
-    Rows that the file does not compare must have intervals that do not overlap.
-    """
-    metric, kind = results.leading_metric, metric_class(results.leading_metric)
-    rivals = [row for row in results.rows if not row.method.is_control and row.method.family != "oracle"]
-    rows = [row for row in rivals if math.isfinite(row.metrics.get(metric, math.nan))]
-    if len(rows) < 2:
-        return None
-    rows.sort(key=lambda row: row.metrics[metric], reverse=kind is None or kind.greater_is_better)
-    best, second = rows[:2]
-    for pair in results.pairs:
-        if pair.metric == metric and {pair.a, pair.b} == {best.name, second.name}:
-            return best.name if pair.is_significant else None
-    ends, others = best.interval(metric), second.interval(metric)
-    return best.name if ends and others and (ends[0] > others[1] or others[0] > ends[1]) else None
 
 
 def _figures(results_list: Sequence[Results]) -> dict[str, list[tuple[Picture, Figure]]]:

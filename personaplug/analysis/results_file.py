@@ -10,6 +10,8 @@ The file is one JSON object: the facts of `Provenance`, and
                the control as b
     subgroups  parts of the samples: name, samples, rows, pairs
 
+    checksum   of all other fields, last in the file; optional, and checked if it is there
+
 Required are `rows`, a row's `method`, a pair's `a`, `b`, `metric` and `difference`, and a subgroup's `name`. Other
 fields are ignored. A null metric, interval end or p stands for NaN, which JSON lacks.
 """
@@ -29,6 +31,8 @@ from pydantic import TypeAdapter, ValidationError
 from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.trials import Diagnostics, Provenance, known_fields, without_empty
 from personaplug.errors import MissingData, RecordError
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import KEY, check_json
 
 _COSTS = ("extra_prompt_tokens", "bytes_per_user", "seconds_per_user")
 
@@ -186,6 +190,9 @@ class Results(ResultPart):
 
         def part_of(part: Record) -> tuple[list[ResultRow], list[Comparison]]:
             rows = _parsed(part, "rows", ResultRow.from_json, file=file)
+            names = [row.name for row in rows]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise RecordError(file, "'rows'", reason=f"the row {twice[0]!r} is there twice; expected each once")
             return rows, _parsed(part, "pairs", Comparison.from_json, file=file)
 
         def subgroup_of(part: Record) -> Subgroup:
@@ -196,17 +203,31 @@ class Results(ResultPart):
 
 
 def load_results(path: Path) -> Results:
-    """Read a results file; raise MissingData if there is none, RecordError if it is no results file."""
+    """Read a results file.
+
+    Raises:
+        MissingData: if there is none (DamagedFile: if it is not as it was written).
+        RecordError: if it is no results file.
+    """
     if not path.is_file():
         raise MissingData(f"There is no results file {path}; `personaplug evaluate --json FILE` writes one.")
     try:
-        return Results.from_json(json.loads(path.read_text(encoding="utf-8")), file=path)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        results = Results.from_json(record, file=path)
     except UnicodeDecodeError as error:
         raise RecordError(path, f"byte {error.start}", reason="this is no UTF-8 text.") from None
     except json.JSONDecodeError as error:
         raise RecordError(path, f"line {error.lineno}", reason=f"this is no JSON ({error.msg}).") from None
     except (ValueError, RecursionError):  # a number of too many digits, lists in lists
         raise RecordError(path, "the whole file", reason="it is JSON of a form that no results file has.") from None
+    if KEY in record:
+        check_json(record, path, remedy="Restore it, or evaluate again.")
+    return results
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write a results file with its checksum."""
+    write_checked_json(path, results.to_json())
 
 
 def _parsed(record: Record, key: str, parse: Callable[[Record], T], *, file: str | Path) -> list[T]:

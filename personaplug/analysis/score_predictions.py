@@ -18,7 +18,7 @@ from personaplug.analysis.results_file import ResultRow, Results
 from personaplug.analysis.significance import bootstrap_interval
 from personaplug.analysis.trials import Provenance
 from personaplug.data.json_stream import plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_name, as_record, as_text, short_id, target_of, value_of
+from personaplug.data.parsing import Flaw, as_id, as_record, as_text, short_id, target_of, value_of
 from personaplug.data.task import Task
 from personaplug.data.task_registry import lamp_task, load_task
 from personaplug.errors import ConfigError, MissingData, RecordError
@@ -79,7 +79,7 @@ def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
     position = f"gold {number}"
     try:
         values = as_record(record)
-        name = as_name(value_of(values, "id"), "its 'id'")
+        name = as_id(value_of(values, "id"), "its 'id'")
         position += f" (id {short_id(name)})"
         return name, as_text(value_of(values, "output"), "its 'output'")
     except Flaw as flaw:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from personaplug.baselines.history_prompt import HistoryPromptFormatter
@@ -29,8 +28,9 @@ from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import MissingData
-from personaplug.infra.atomic_io import JsonLines, atomic_write
+from personaplug.infra.atomic_io import JsonLines
 from personaplug.infra.progress import Progress
+from personaplug.infra.tensor_files import load_tensors, save_tensors, shapes_of
 from personaplug.llm.base import LanguageModel, PromptBatch
 
 _WEIGHTS = "retriever.safetensors"
@@ -57,16 +57,17 @@ class RopgRetriever(nn.Module):
         return mapped
 
     def save(self, folder: Path) -> None:
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        atomic_write(folder / _WEIGHTS, lambda path: save_file(state, path))
+        save_tensors(folder / _WEIGHTS, self.state_dict())
 
     @classmethod
     def load(cls, folder: Path, *, width: int) -> RopgRetriever:
-        """Load trained weights, or raise `MissingData`."""
+        """Load trained weights, or raise `MissingData` (`DamagedFile` if the file is damaged)."""
         if not (folder / _WEIGHTS).exists():
             raise MissingData(f"{folder} holds no trained retriever. `personaplug train --methods ropg:4` makes one.")
         retriever = cls(width)
-        retriever.load_state_dict(load_file(folder / _WEIGHTS))
+        remedy = f"Restore it, or delete {folder} and train the retriever again."
+        weights = load_tensors(folder / _WEIGHTS, remedy=remedy, shapes=shapes_of(retriever))
+        retriever.load_state_dict(weights)
         return retriever.eval()
 
 

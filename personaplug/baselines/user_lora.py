@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from personaplug.baselines.lora import TASK, USER, LoraAdapters
 from personaplug.config import AdapterConfig
 from personaplug.data.parsing import Flaw, target_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.errors import ConfigError, TrainingDiverged
-from personaplug.infra.atomic_io import atomic_write, write_json
+from personaplug.errors import ConfigError, DamagedFile, TrainingDiverged
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import read_json
+from personaplug.infra.tensor_files import load_tensors, save_tensors
 from personaplug.llm.base import LanguageModel, PromptBatch
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ Pair = tuple[str, str]
 FREE_PROMPT = "Write as this person would write."
 
 _MAX_GRAD_NORM = 1.0
+_REMEDY = "It is trained again."
 
 
 def history_pairs(task: Task, prompt: str, query: str, items: Iterable[HistoryItem]) -> list[Pair]:
@@ -229,12 +230,13 @@ class UserLoraStore:
     def get(self, key: Sequence[Any]) -> dict[str, torch.Tensor] | None:
         """Return a user's adapter in float32, or None if it is missing or its files are damaged."""
         name = _hash(key)
+        weights = self.folder / f"{name}.safetensors"
+        if not (weights.exists() and weights.with_suffix(".json").exists()):
+            return None
         try:
             record = self._read_record(name)
-            state = load_file(self.folder / f"{name}.safetensors")
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError, SafetensorError):
+            state = load_tensors(weights, remedy=_REMEDY)
+        except (DamagedFile, TypeError):
             logger.warning("%s: a user's adapter cannot be read and is trained again", self.folder / name)
             return None
         self._records[name] = record
@@ -244,16 +246,16 @@ class UserLoraStore:
         """Include a user in `costs`, if the store holds one, without loading the weights."""
         name = _hash(key)
         if (self.folder / f"{name}.safetensors").exists():
-            with suppress(OSError, ValueError, TypeError):
+            with suppress(OSError, DamagedFile, TypeError):
                 self._records[name] = self._read_record(name)
 
     def put(self, key: Sequence[Any], state: dict[str, torch.Tensor], *, seconds: float, items: int) -> None:
         """Store a user's adapter, and the duration and number of items of its training."""
         name, weights = _hash(key), {path: value.half().contiguous() for path, value in state.items()}
         record = _TrainingRecord(seconds, items, bytes=sum(value.nbytes for value in weights.values()))
-        atomic_write(self.folder / f"{name}.safetensors", lambda path: save_file(weights, path))
+        save_tensors(self.folder / f"{name}.safetensors", weights)
         # The record comes last: `get` takes a user without one for missing.
-        write_json(self.folder / f"{name}.json", asdict(record))
+        write_checked_json(self.folder / f"{name}.json", asdict(record))
         self._records[name] = record
 
     def costs(self) -> UserCosts | None:
@@ -264,7 +266,7 @@ class UserLoraStore:
         return UserCosts(len(records), fmean(r.seconds for r in records), fmean(r.bytes for r in records))
 
     def _read_record(self, name: str) -> _TrainingRecord:
-        return _TrainingRecord(**json.loads((self.folder / f"{name}.json").read_bytes()))
+        return _TrainingRecord(**read_json(self.folder / f"{name}.json", remedy=_REMEDY))
 
 
 def _hash(key: Sequence[Any]) -> str:

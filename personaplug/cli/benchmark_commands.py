@@ -94,15 +94,15 @@ def score(
     gold: Path, predictions: Path, json_file: Path | None, config_file: Path | None, settings: tuple[str, ...]
 ) -> None:
     """Score anyone's predictions, in LaMP's output format, against the right answers."""
+    from personaplug.analysis.results_file import write_results
     from personaplug.analysis.score_predictions import score_lamp
-    from personaplug.analysis.tables import results_table
-    from personaplug.infra.atomic_io import write_json
+    from personaplug.analysis.terminal import terminal_text
 
     config = load_config(config_file, overrides=settings).evaluation
     results = score_lamp(gold, predictions, resamples=config.resamples, seed=config.draw_seed)
     if json_file is not None:
-        write_json(json_file, results.to_json())
-    click.echo(results_table(results))
+        write_results(json_file, results)
+    click.echo(terminal_text(results))
 
 
 @click.command("split")
@@ -155,5 +155,3 @@ def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) 
     reader = open_benchmark(benchmark, source, split, skip_bad=skip_bad)
     write_lamp(reader, out, split, task=reader.task)
     tell_read(reader, split)
-    if not reader.report.samples:
-        raise MissingData(f"{source} holds no samples of the split {split}; the data set in {out} is empty.")

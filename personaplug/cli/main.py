@@ -25,6 +25,7 @@ from personaplug.cli.run_commands import (
     train,
 )
 from personaplug.cli.serving_commands import create_key, erase_user, explain, refill_store, serve, verify_receipt
+from personaplug.cli.store_commands import backup_store, replay_erasures, restore_store
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import (
     is_main,
@@ -32,6 +33,17 @@ from personaplug.infra.distributed import (
     is_single_cpu_launch,
     world_size,
 )
+
+_AFTER_STOP = {
+    "train": "; the same command goes on from the last checkpoint",
+    "quickstart": "; the same command goes on where it stopped",
+    "bench": "; the same command goes on with the trials that are missing",
+    "encode": "; the same command goes on with the texts that are missing",
+    "evaluate": "; the same command goes on with the rows that are missing",
+    "predict": "; the same command goes on with the rows that are missing",
+    "refill-store": "; the same command goes on with the users that are missing",
+}
+"""What the same command does after Ctrl-C, for commands that keep what they have done."""
 
 
 class _Group(click.Group):
@@ -50,7 +62,7 @@ class _Group(click.Group):
             sys.exit(1)
         except KeyboardInterrupt:
             if is_main():
-                click.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+                click.echo(f"\nstopped{_AFTER_STOP.get(ctx.invoked_subcommand or '', '')}", err=True)
             sys.exit(130)
 
 
@@ -63,6 +75,7 @@ def _tell(error: Exception, sentence: str) -> None:
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="personaplug", message="personaplug %(version)s")
 @click.option("--quiet", is_flag=True, help="Say nothing but results and errors.")
 def main(quiet: bool) -> None:
     """Personalize a frozen language model: train a plug that turns a user's history into a few soft tokens."""
@@ -103,5 +116,6 @@ for _command in (
     *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate, schema),
     *(bench, report, score, lamp, convert, split_command),
     *(serve, create_key, erase_user, explain, refill_store, verify_receipt),
+    *(backup_store, restore_store, replay_erasures),
 ):
     main.add_command(_command)

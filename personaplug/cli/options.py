@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from personaplug.config import Config
-from personaplug.config_parsing import describe, to_yaml
+from personaplug.config_parsing import changed_settings, describe
 from personaplug.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def device_of(config: Config) -> str:
 
 
 def show(config: Config, *sections: str) -> None:
-    """Log some sections of a command's settings, as resolved."""
-    logger.info("%s", to_yaml(config, *sections))
+    """Log the settings of some sections that differ from the defaults, in a line."""
+    logger.info("settings: %s", changed_settings(config, *sections))
 
 
 def check_same_task(data: Path, task: Task) -> None:
@@ -101,10 +101,6 @@ def train_of(data: Path, rows: Sequence[Method], *, run: Run, skip_bad: int) -> 
 
 def tell_read(reader: Any, split: str) -> None:
     report = reader.report
-    click.echo(
-        f"{split}: {report.samples:,} samples, {report.items:,} items of history; {report.skipped} broken records "
-        f"skipped, {report.cut_items:,} items beyond the longest history left out",
-        err=True,
-    )
+    click.echo(f"{split}: {report.summary()}", err=True)
     for problem in report.problems[:10]:
         click.echo(f"  skipped: {problem}", err=True)

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import click
 
-from personaplug.analysis.results_file import Results
-from personaplug.analysis.tables import results_table
-from personaplug.config_parsing import load_config, to_yaml
+from personaplug.analysis.results_file import Results, write_results
+from personaplug.analysis.terminal import terminal_text
+from personaplug.config_parsing import changed_settings, load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import Sample
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import generate
-from personaplug.infra.atomic_io import write_json
 from personaplug.infra.model_hub import PACKAGED_MODELS
 from personaplug.methods import find_method
 from personaplug.methods.registry import DEFAULT
-from personaplug.run import Models, Run, open_models
+from personaplug.run import Models, Run, dated, open_models
 from personaplug.training.parts import train
 
 logger = logging.getLogger(__name__)
@@ -50,11 +49,12 @@ def run_quickstart(
         settings: key=value words on top of the quickstart's own.
     """
     config = load_config(config_file, overrides=settings, base=load_config(overrides=SETTINGS))
-    logger.info("%s", to_yaml(config))
+    config = dated(config, out / "run")
+    logger.info("settings: %s", changed_settings(config))
     data = out / "data"
+    models = open_models(config)  # before anything is written
     click.echo(f"1. {users.users} simulated users to learn from and {users.dev_users} others to test on, in {data}")
     write_simulation(users, data)
-    models = open_models(config)
     run = Run.create(out / "run", config=config, task=load_task(data))
     click.echo(f"2. training a plug for {config.model.llm}, and its control without history")
     train(run, open_dataset(data, "train", task=run.task), models=models)
@@ -69,8 +69,8 @@ def run_quickstart(
         models=models,
         oracle=data / "dev_oracle.json",
     )
-    write_json(out / "results.json", results.to_json())
-    click.echo("\n" + results_table(results))
+    write_results(out / "results.json", results)
+    click.echo("\n" + terminal_text(results))
     click.echo("4. the same films for two users, as the model with their personas rates them\n")
     click.echo(_side_by_side(run, models, samples=list(reader)))
     click.echo(f"\nwritten to {out / 'results.json'}; the run is in {run.folder}")

@@ -123,10 +123,13 @@ def encode(
     config = load_config(config_file, overrides=settings)
     show(config, "model", "plug")
     declared = load_task(data, task=task)
+    readers = {
+        split: open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
+        for split in splits
+    }
     encoder = open_encoder(config.model.encoder, device=device_of(config), engine=config.model.encoder_engine)
     table = EmbeddingStore.open(vectors, encoder)
-    for split in splits:
-        reader = open_dataset(data, split, task=declared, skip_bad=skip_bad, max_history=config.plug.max_history)
+    for split, reader in readers.items():
         before = len(table)
         encoded(reader, table, plug=resolved(config, declared).plug)
         tell_read(reader, split)
@@ -158,26 +161,28 @@ def train(
     Under `accelerate launch --multi_gpu --num_processes N -m personaplug train …` N processes share each batch out.
     """
     from personaplug.data import load_task, open_dataset
+    from personaplug.infra.checksums import read_json
     from personaplug.methods import needed_parts, parse_methods
-    from personaplug.run import Run, open_models
+    from personaplug.run import Run, dated, open_models
     from personaplug.training.parts import train as train_run
 
-    config = load_config(config_file, overrides=settings)
+    config = dated(load_config(config_file, overrides=settings), out)
     show(config, "model", "plug", "training", *(("retrieval", "adapter") if methods else ()))
     parts = None if methods is None else needed_parts(parse_methods(methods))
     connect(device_of(config))
     with synchronized():
         declared = load_task(data, task=task)
-    run = Run.create(out, config=config, task=declared, vectors=vectors)
+    run = Run.plan(out, config=config, task=declared, vectors=vectors)
     with synchronized():
         reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
         models = open_models(config)
+    run.start()  # only now that data and models are found: a failed start leaves nothing
     folders = train_run(run, reader, models=models, parts=parts)
     disconnect()
     if not is_main():
         return
     for folder in folders:
-        fitted = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
+        fitted = read_json(folder / "fit.json", remedy=f"Delete {folder} and train again.")
         click.echo(
             f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "
             f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} "
@@ -220,9 +225,9 @@ def evaluate(
     Without the language model: classical, classical:text, classical:history, user-median, user-mean, user-majority,
     user-words:8, copy, copy:10; they are fitted on the train split here.
     """
-    from personaplug.analysis.tables import results_table
+    from personaplug.analysis.results_file import write_results
+    from personaplug.analysis.terminal import terminal_text
     from personaplug.evaluation.evaluator import evaluate as evaluate_run
-    from personaplug.infra.atomic_io import write_json
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
 
@@ -246,9 +251,9 @@ def evaluate(
     if target.exists():
         target.replace(target.with_suffix(".previous.json"))
         click.echo(f"what was in {target} is now {target.with_suffix('.previous.json')}", err=True)
-    write_json(target, results.to_json())
-    click.echo(results_table(results))
-    click.echo(f"\nwritten to {target}")
+    write_results(target, results)
+    click.echo(terminal_text(results))
+    click.echo(f"\nwritten to {target}; `personaplug report {target} --out DIR` makes the wide tables")
 
 
 @click.command()

@@ -58,8 +58,8 @@ _USER = click.option("--user", required=True)
 @click.option(
     "--phrases", is_flag=True, help="Mix users' own phrases into the local engine's answers; a new store keeps texts."
 )
-@click.option("--max-items", type=int, help="Keep this many items of a user, the latest.")
-@click.option("--max-days", type=int, help="Keep items no older than this.")
+@click.option("--max-items", type=int, help="Keep this many items of a user, the latest. The store remembers it.")
+@click.option("--max-days", type=int, help="Keep items no older than this. The store remembers it.")
 @click.option("--max-rows", default=16, type=_COUNT, help="Answers that the local engine generates at once.")
 @click.option("--max-new-tokens", default=512, type=_COUNT, help="Longest answer of the local engine.")
 @click.option("--max-requests", default=256, type=_COUNT, help="Requests at once; the next gets a 429.")
@@ -76,21 +76,25 @@ def serve(
     **settings: Any,
 ) -> None:
     """Serve a run's plug behind OpenAI's API: chat and completions as a user, and the users' histories."""
-    _check_installed()
+    check_installed()
     from personaplug.run import Run
     from personaplug.serving.api_keys import ApiKeys
     from personaplug.serving.app import serve as serve_service
     from personaplug.serving.config import ServingConfig
+    from personaplug.serving.listener import bind
     from personaplug.serving.middleware import RequestLimits
     from personaplug.serving.setup import open_service
     from personaplug.store.history_store import Retention
 
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
-    api_keys.check_address(host)  # before the models are loaded
-    config = ServingConfig(retention=Retention(max_items, max_days), **settings)
-    service = open_service(Run.open(run_folder), config)
+    api_keys.check_address(host)
+    retention = None if max_items is max_days is None else Retention(max_items, max_days)
+    config = ServingConfig(retention=retention, **settings)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
-    serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port)
+    run = Run.open(run_folder)
+    with bind(host, port) as listener:  # before the models are loaded
+        service = open_service(run, config)
+        serve_service(service, api_keys=api_keys, limits=limits, host=host, port=port, listener=listener)
 
 
 @click.command("create-key")
@@ -110,7 +114,7 @@ def create_key(tenant: str, keys: Path) -> None:
 @_USER
 def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
     """Erase a user from a store, files included, and print the receipt."""
-    _check_installed()
+    check_installed()
     from personaplug.store.history_store import HistoryStore
 
     with closing(HistoryStore.open(store, secret=secret)) as opened:
@@ -145,7 +149,7 @@ def explain(
     until: datetime | None,
 ) -> None:
     """Say which items made a user's persona for a prompt, and what an answer owes to each of them."""
-    _check_installed()
+    check_installed()
     import asyncio
 
     from personaplug.run import Run
@@ -179,7 +183,7 @@ def explain(
 @_SECRET
 def refill_store(source: str, target: str, run_folder: Path, seed: int | None, secret: Path | None) -> None:
     """Copy a store of histories into a new one for the encoder of another run. Run it again to continue."""
-    _check_installed()
+    check_installed()
     from personaplug.infra.progress import Progress
     from personaplug.run import Run
     from personaplug.serving.persona_cache import store_settings
@@ -206,7 +210,7 @@ def refill_store(source: str, target: str, run_folder: Path, seed: int | None, s
 @click.option("--user", help="Check also that the receipt is about this user.")
 def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str | None, user: str | None) -> None:
     """Check a RECEIPT of an erasure (a JSON file, or - for standard input). The exit code is 1 if it is not valid."""
-    _check_installed()
+    check_installed()
     from personaplug.store.history_store import HistoryStore, Receipt
 
     try:
@@ -220,6 +224,6 @@ def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str
         raise SystemExit(1)
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
     if not all(map(find_spec, ("sqlalchemy", "cachetools", "fastapi", "uvicorn", "aiohttp", "prometheus_client"))):
         raise MissingExtra("A live service", extra="serve")

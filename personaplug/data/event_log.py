@@ -1,4 +1,4 @@
-"""Read an app's log as a data set: one row per event in JSONL, CSV or Parquet, with a mapping of columns.
+"""Read an app's log as a data set: one row per event, in a file or in memory, with a mapping of columns.
 
 The rows of a user may be anywhere in the file, so all rows are held in memory. Convert a larger log once, piece by
 piece, with `personaplug.data.write_lamp`; the result is streamed.
@@ -6,19 +6,25 @@ piece, with `personaplug.data.write_lamp`; the result is streamed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from string import Formatter
 from typing import Unpack
 
-from personaplug.data.parsing import Flaw, as_datetime, as_record, name_of, query_of, target_of, text_of, value_of
+from personaplug.data.dates import check_date_format
+from personaplug.data.event_copies import Event, event_of, find_copies
+from personaplug.data.parsing import Flaw, as_datetime, as_record, field_of, id_of, query_of, target_of, value_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
-from personaplug.errors import ConfigError, MissingData, nearest
+from personaplug.errors import ConfigError, nearest
+
+logger = logging.getLogger(__name__)
+
+_ASKED = {"dev": "each user's last rows", "train": "each user's rows before those of 'dev'"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class ColumnMapping:
         prompt: the text for the language model, with names of `fields` in braces ("… review: {text}"); a literal
             brace is doubled.
         id: the column of the event's id, unique in the file; without it, the row's number is the id.
-        date: the column of an ISO date or time; without it, the rows are in time order.
+        date: the column of the date or time; without it, the rows are in time order.
+        date_format: the format of the dates for `datetime.strptime`, such as `%d.%m.%Y`; None for ISO and forms like
+            it, and for epoch times (`personaplug.data.dates.as_datetime`).
     """
 
     user: str
@@ -41,20 +49,27 @@ class ColumnMapping:
     prompt: str
     id: str | None = None
     date: str | None = None
+    date_format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.date_format is not None:
+            check_date_format(self.date_format)
 
 
 class EventLogReader(RecordReader):
-    """Samples from a file *.jsonl, *.csv (both also *.gz) or *.parquet, split by time within each user.
+    """Samples from a log, split by time within each user.
 
-    A user's rows are sorted by time. `dev` holds the last `dev_queries` rows as queries, `train` the last
-    `queries_per_user` rows before them, and both only rows with at least `min_history` earlier rows. A history holds
-    the strictly earlier rows: of dated rows, those at the same time are left out. So no target of dev is in train,
-    and no history holds its own query. Users come in the order of their first row, their queries oldest first.
+    The log is a file (*.jsonl, *.json, *.csv, *.tsv, *.dat, *.parquet, all also *.gz), a DataFrame, or any iterable of
+    mappings. A user's rows are sorted by time, and copies of an event are left out (`personaplug.data.event_copies`).
+    `dev` holds the last `dev_queries` rows as queries, `train` the last `queries_per_user` rows before them, and both
+    only rows with at least `min_history` earlier rows. A history holds the strictly earlier rows: of dated rows, those
+    at the same time are left out. So no target of dev is in train, and no history holds its own query. Users come in
+    the order of their first row, their queries oldest first.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        source: object,
         mapping: ColumnMapping,
         task: Task,
         *,
@@ -62,8 +77,10 @@ class EventLogReader(RecordReader):
         queries_per_user: int = 4,
         dev_queries: int = 1,
         min_history: int = 1,
+        delimiter: str | None = None,
         **limits: Unpack[Limits],
     ) -> None:
+        """Check the settings; `delimiter` is that of a file like CSV, None for finding it."""
         if split not in ("train", "dev"):
             raise ConfigError(f"A log has the splits 'train' and 'dev'; found {split!r}.")
         counts = {"queries_per_user": queries_per_user, "dev_queries": dev_queries, "min_history": min_history}
@@ -71,14 +88,12 @@ class EventLogReader(RecordReader):
             least = 0 if name == "min_history" else 1
             if value < least:
                 raise ConfigError(f"{name} should be at least {least}, found {value}.")
-        super().__init__(task, **limits)
-        self._path = Path(path)
-        self._source = record_source(self._path, kinds=(".jsonl", ".csv", ".parquet"))
-        if not self._path.is_file():
-            raise MissingData(f"There is no file {path}.")
+        self._source = record_source(source, delimiter=delimiter)
+        super().__init__(task, origin=self._source.name, **limits)
         self._mapping, self._template = mapping, _parse_template(mapping, task)
         self._split, self._queries_per_user, self._dev_queries = split, queries_per_user, dev_queries
         self._min_history = min_history
+        self._has_reported = False
 
     def _samples(self) -> Iterator[Sample]:
         for user, rows in self._rows_by_user().items():
@@ -86,35 +101,60 @@ class EventLogReader(RecordReader):
             start = max(end - self._queries_per_user, 0)
             if self._split == "dev":
                 start, end = end, len(rows)
-            for index in range(max(start, self._min_history), end):
+            for index in range(start, end):
                 if sample := self._sample(user, rows, index):
                     yield sample
+        if not self._has_reported:
+            self._has_reported = True
+            logger.info("%s, split %s: %s", self._origin, self._split, self.report.summary())
+
+    def _reason_for_nothing(self) -> str:
+        return (
+            f"{super()._reason_for_nothing()} The split {self._split!r} asks for {_ASKED[self._split]}, and a question "
+            f"needs min_history={self._min_history} rows of its user at earlier times."
+        )
 
     def _rows_by_user(self) -> dict[str, list[_Row]]:
         users: dict[str, list[_Row]] = {}
-        seen: set[str] = set()
-        mapping = self._mapping
+        events: dict[str, tuple[str, _Row]] = {}
+        mapping, report = self._mapping, self.report
         columns = [mapping.user, *mapping.fields.values(), mapping.answer, *filter(None, (mapping.id, mapping.date))]
-        for position, number, values in self._source(self._path, list(dict.fromkeys(columns))):
+        for position, number, values in self._source.read(list(dict.fromkeys(columns))):
+            report.rows += 1
             try:
                 user, row = self._row(as_record(values), position, number)
-                if row.item.id in seen:
+                earlier_user, earlier = events.setdefault(row.item.id, (user, row))
+                if earlier is row:
+                    users.setdefault(user, []).append(row)
+                elif earlier_user == user and earlier.is_same_event(row):
+                    report.copies += 1
+                else:
                     raise Flaw("an earlier record has the same id")
-                seen.add(row.item.id)
-                users.setdefault(user, []).append(row)
             except Flaw as flaw:
-                self._skip(self._path, position, flaw)
-        for rows in users.values():
-            rows.sort(key=lambda row: row.moment or datetime.min)
-        return users
+                self._skip(self._source.name, position, flaw)
+        report.users = len(users)
+        return {user: self._without_copies(rows) for user, rows in users.items()}
+
+    def _without_copies(self, rows: list[_Row]) -> list[_Row]:
+        rows.sort(key=lambda row: row.moment or datetime.min)
+        found = find_copies([row.event for row in rows])
+        self.report.copies += len(found.copies)
+        return [
+            replace(row, is_unclear=index in found.unclear)
+            for index, row in enumerate(rows)
+            if index not in found.copies
+        ]
 
     def _row(self, values: Mapping[str, object], position: str, number: int) -> tuple[str, _Row]:
         mapping, task = self._mapping, self.task
-        user = name_of(values, mapping.user)
-        row_id = name_of(values, mapping.id) if mapping.id else f"row-{number}"
-        moment = as_datetime(value_of(values, mapping.date)) if mapping.date else None
-        texts = {name: text_of(values, column) for name, column in mapping.fields.items()}
-        target = target_of(task, text_of(values, mapping.answer))
+        user = id_of(values, mapping.user)
+        row_id = id_of(values, mapping.id) if mapping.id else f"row-{number}"
+        moment = None
+        if mapping.date:
+            stamp = value_of(values, mapping.date)
+            moment = as_datetime(stamp, f"its {mapping.date!r}", date_format=mapping.date_format)
+        texts = {name: field_of(task, values, name, key=column) for name, column in mapping.fields.items()}
+        target = target_of(task, field_of(task, values, task.answer_field or "", key=mapping.answer))
         if task.answer_field:
             texts[task.answer_field] = target
         fields = tuple((name, texts.pop(name)) for name in task.field_names)
@@ -125,12 +165,16 @@ class EventLogReader(RecordReader):
         row = rows[index]
         earlier = [(old.moment, old.item) for old in rows[:index] if row.moment is None or old.moment != row.moment]
         if len(earlier) < self._min_history:
+            self.report.too_early += 1
+            return None
+        if row.is_unclear:
+            self.report.unclear += 1
             return None
         prompt = _fill(self._template, dict(row.item.fields + row.prompt_fields))
         try:
             return self._sample_of(row.item.id, user, prompt, target=row.target, items=earlier)
         except Flaw as flaw:
-            self._skip(self._path, row.position, flaw)
+            self._skip(self._source.name, row.position, flaw)
             return None
 
 
@@ -141,6 +185,17 @@ class _Row:
     moment: datetime | None
     position: str
     prompt_fields: tuple[tuple[str, str], ...]
+    is_unclear: bool = False
+
+    @property
+    def event(self) -> Event:
+        fields = [*self.item.fields, *self.prompt_fields]
+        content = [text for name, text in fields if name != self.item.answer_name]
+        return event_of(content, self.target, self.moment)
+
+    def is_same_event(self, other: _Row) -> bool:
+        """True if two rows with one id differ in the time alone."""
+        return replace(self.event, moment=None) == replace(other.event, moment=None)
 
 
 _Template = tuple[tuple[str, str | None], ...]

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, RawIOBase, TextIOWrapper
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ijson
+from ijson.backends import python
 
-from personaplug.data.parsing import Flaw
+from personaplug.data.values import Flaw
 from personaplug.errors import MissingData, RecordError
+from personaplug.infra.json_parsing import MAX_DEPTH, parse_json
 
 _GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 _BROKEN_GZIP = "the gzip data is broken or cut short"
-_MAX_DEPTH = 64
+_NOT_JSON = "the file is not valid JSON from here on"
+_BIG_NUMBER = "the file is not valid JSON from here on, or holds a number of more than 4,300 digits or above 1e308"
 _DEPTH_CHANGE = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 _SHAPES = {b"[": ("start_array", "a list"), b"{": ("start_map", "an object")}
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins with the mark of UTF-16
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 _Event = tuple[str, Any]
 
@@ -50,11 +60,30 @@ def copy_plain(path: str | Path, target: Path) -> None:
 
 @contextmanager
 def _open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
-    """Open a file for reading bytes: unpacked if its name ends in .gz, and without a byte order mark."""
+    """Open a file for reading UTF-8: unpacked if its name ends in .gz, without a byte order mark, which is obeyed."""
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-        if stream.peek(3).startswith(codecs.BOM_UTF8):
+        head = stream.peek(4)[:4]
+        encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
+        if head.startswith(codecs.BOM_UTF8):
             stream.read(3)
-        yield stream
+        yield BufferedReader(_Transcoder(stream, encoding)) if encoding else stream
+
+
+class _Transcoder(RawIOBase):
+    """The bytes of a UTF-16 or UTF-32 file as UTF-8."""
+
+    def __init__(self, stream: gzip.GzipFile | BufferedReader, encoding: str) -> None:
+        self._text = TextIOWrapper(stream, encoding, newline="")
+        self._bytes = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._bytes = self._bytes or self._text.read(8192).encode("utf-8", "surrogatepass")
+        size = min(len(buffer), len(self._bytes))
+        buffer[:size], self._bytes = self._bytes[:size], self._bytes[size:]
+        return size
 
 
 def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iterator[tuple[int, Any]]:
@@ -68,38 +97,68 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
         opening: the bracket that starts the file's outermost value.
         unit: the name of a value in error messages.
     """
-    count = 0
+    count, reason = 0, _NOT_JSON
     try:
-        with _open_plain(path) as stream:
-            events = ijson.basic_parse(stream, use_float=True)
-            first = next(events)
-            event, shape = _SHAPES[opening]
-            if first[0] != event:
-                raise Flaw(f"the file should hold {shape} and begin with {opening.decode()!r}")
-            for count, value in enumerate(_values_at(prefix.split(".") if prefix else [], first, events), 1):
+        try:
+            for count, value in enumerate(_parsed(ijson, path, prefix, opening=opening), 1):
                 yield count, value
-            next(events, None)  # fails if anything follows the outermost value
+        except ijson.JSONError as error:
+            if "overflow" not in str(error):
+                raise
+            # The fast parser has 64 bits for a whole number. Begin anew with the slow one.
+            reason = _BIG_NUMBER
+            values = enumerate(_parsed(python, path, prefix, opening=opening), 1)
+            for number, value in islice(values, count, None):
+                yield number, value
+                count = number
+        return
     except Flaw as flaw:
         reason = str(flaw)
     except (ijson.JSONError, UnicodeDecodeError):
-        # The parser's own message quotes the file's text, so it is not passed on.
-        reason = "the file is not valid JSON from here on"
+        pass  # The parser's own message quotes the file's text, so it is not passed on.
     except _GZIP_ERRORS:
         reason = _BROKEN_GZIP
-    else:
-        return
     raise RecordError(path, f"after {unit} {count}" if count else "at the start", reason=reason)
+
+
+def _parsed(parser: Any, path: Path, prefix: str, *, opening: bytes) -> Iterator[Any]:
+    with _open_plain(path) as stream:
+        events = parser.basic_parse(stream, use_float=True)
+        first = next(events)
+        event, shape = _SHAPES[opening]
+        if first[0] != event:
+            raise Flaw(f"the file should hold {shape} and begin with {opening.decode()!r}")
+        yield from _values_at(prefix.split(".") if prefix else [], first, events)
+        next(events, None)  # fails if anything follows the outermost value
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file, numbered from 1."""
-    number = 0
+    with _broken_after_line(path) as numbers, _open_plain(path) as stream:
+        for numbers[0], line in enumerate(stream, 1):
+            yield numbers[0], line
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file as text with their ends: \\n, \\r\\n or \\r.
+
+    A byte that is not UTF-8 becomes a lone surrogate, which `as_text` refuses for its record alone.
+    """
+    with _broken_after_line(path) as numbers, _open_plain(path) as stream:
+        for numbers[0], line in enumerate(TextIOWrapper(stream, "utf-8", "surrogateescape", newline=""), 1):
+            yield line
+
+
+@contextmanager
+def _broken_after_line(path: Path) -> Iterator[list[int]]:
+    """Turn the errors of a broken file into a RecordError with the last number that the list was given."""
+    numbers = [0]
     try:
-        with _open_plain(path) as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, line
+        yield numbers
     except _GZIP_ERRORS:
-        raise RecordError(path, f"after line {number}", reason=_BROKEN_GZIP) from None
+        raise RecordError(path, f"after line {numbers[0]}", reason=_BROKEN_GZIP) from None
+    except UnicodeDecodeError:
+        raise RecordError(path, f"after line {numbers[0]}", reason="the text is not the UTF-16 of its mark") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
@@ -108,11 +167,19 @@ def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            yield number, Flaw("it is not valid JSON")
+            values = parse_json(line)
+        except ValueError as error:
+            yield number, Flaw(str(error))
         else:
             yield number, values if isinstance(values, dict) else Flaw("it is not a JSON object")
+
+
+def holds_list(path: Path) -> bool:
+    """Return whether a file's first character that is not blank opens a JSON list."""
+    with _broken_after_line(path), _open_plain(path) as stream:
+        while (chunk := stream.read(1024)) and not chunk.strip():
+            pass
+        return chunk.lstrip().startswith(b"[")
 
 
 def _values_at(path: list[str], first: _Event, events: Iterator[_Event]) -> Iterator[Any]:
@@ -142,8 +209,8 @@ def _consume(
     depth = 0
     while True:
         depth += _DEPTH_CHANGE.get(name, 0)
-        if depth > _MAX_DEPTH:
-            raise Flaw(f"values are nested more than {_MAX_DEPTH} deep from here on")
+        if depth > MAX_DEPTH:
+            raise Flaw(f"values are nested more than {MAX_DEPTH} deep from here on")
         receive(name, value)
         if depth == 0:
             return

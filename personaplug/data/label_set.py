@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.data.numbers import number_or_none
 from personaplug.data.records import HistoryItem
 
 Array = npt.NDArray[np.float64]
@@ -31,7 +31,7 @@ class LabelSet:
     def index(self, answer: str | None) -> int:
         """Return the index of an answer's label, or of the nearest label of a scale; -1 for neither."""
         index = self._indices.get((answer or "").strip(), -1)
-        number = _number(answer) if index < 0 and self._scale is not None else None
+        number = number_or_none(answer) if index < 0 and self._scale is not None else None
         return index if number is None else self._nearest_index(number)
 
     def indices(self, items: Sequence[HistoryItem]) -> LabelIds:
@@ -65,11 +65,4 @@ class LabelSet:
 
 def ratings(answers: Iterable[str | None]) -> Array:
     """Return the answers that are finite numbers, in order."""
-    return np.array([number for answer in answers if (number := _number(answer)) is not None])
-
-
-def _number(answer: str | None) -> float | None:
-    with suppress(ValueError):
-        number = float((answer or "").strip())
-        return number if np.isfinite(number) else None
-    return None
+    return np.array([number for answer in answers if (number := number_or_none(answer)) is not None])

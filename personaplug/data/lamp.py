@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from personaplug.data.json_stream import existing_folder, json_lines, numbered_lines, plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_record, item_of, name_of, short_id, target_of, text_of
+from personaplug.data.json_stream import existing_folder, holds_list, json_lines, plain_or_gz, stream_values
+from personaplug.data.parsing import Flaw, as_record, id_of, item_of, name_of, short_id, target_of, text_of
 from personaplug.data.record_reader import Limits, RecordReader, in_time_order
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
@@ -44,8 +44,7 @@ def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
     path = Path(path)
     if not path.is_file():
         raise MissingData(f"There is no file {path}.")
-    first_line = next((line for _, line in numbered_lines(path) if line.strip()), b"")
-    is_list = first_line.lstrip().startswith(b"[")
+    is_list = holds_list(path)
     items = []
     for number, record in stream_values(path, "item", opening=b"[", unit="item") if is_list else json_lines(path):
         try:
@@ -63,7 +62,7 @@ class _LampReader(RecordReader):
     """
 
     def __init__(self, questions: Path, outputs: Path | None, task: Task, **limits: Unpack[Limits]) -> None:
-        super().__init__(task, **limits)
+        super().__init__(task, origin=questions, **limits)
         self._questions, self._outputs = questions, outputs
         self._golds: _Golds = {}
 
@@ -72,14 +71,14 @@ class _LampReader(RecordReader):
         questions = stream_values(self._questions, "item", opening=b"[", unit="question")
         records = ((self._questions, f"question {number}", record) for number, record in questions)
         seen: set[str] = set()
-        yield from self._parsed(records, parse_id=lambda entry, _: name_of(entry, "id"), parse=self._sample, seen=seen)
+        yield from self._parsed(records, parse_id=lambda entry, _: id_of(entry, "id"), parse=self._sample, seen=seen)
         if self._outputs:
             for orphan in [gold_id for gold_id in self._golds if gold_id not in seen]:
                 self._skip(self._outputs, f"gold (id {short_id(orphan)})", Flaw("no question has this id"))
 
     def _sample(self, question: Mapping[str, Any], sample_id: str) -> Sample:
         prompt = name_of(question, "input")
-        user = None if question.get("user_id") is None else name_of(question, "user_id")
+        user = None if question.get("user_id") is None else id_of(question, "user_id")
         target = None
         if self._outputs:
             gold = self._golds.get(sample_id, Flaw(f"none of the {len(self._golds)} golds has its id"))
@@ -93,7 +92,7 @@ class _LampReader(RecordReader):
         for number, record in stream_values(path, "golds.item", opening=b"{", unit="gold"):
             try:
                 gold = as_record(record)
-                gold_id = name_of(gold, "id")
+                gold_id = id_of(gold, "id")
             except Flaw as flaw:
                 self._skip(path, f"gold {number}", flaw)
                 continue

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from personaplug.data.parsing import Flaw, query_of, short_id, target_of
+from personaplug.data.parsing import Flaw, as_id, query_of, short_id, target_of
 from personaplug.data.records import Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
@@ -68,6 +68,8 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
 
 def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
     try:
+        for name in (sample.id, *(() if sample.user_id is None else (sample.user_id,))):
+            as_id(name, "its id")
         if sample.id in seen:
             raise Flaw("an earlier sample has the same id")
         if query_of(task, sample.prompt) != sample.query:

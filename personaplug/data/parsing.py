@@ -1,65 +1,51 @@
-"""Convert raw values of data files: records, texts, ids, dates, queries and targets.
+"""Convert raw values of records: texts, numbers, ids, dates, queries and targets.
 
-These functions raise `Flaw`, which says what is wrong. Readers add the position and raise `RecordError`.
+These functions raise `Flaw`, which says what is wrong. Readers add the position and raise `RecordError`. Files, HTTP
+and the store share them, so a value means the same everywhere.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from datetime import UTC, date, datetime, time
+from datetime import datetime
 from typing import Any
 
+from personaplug.data import patterns
+from personaplug.data.dates import as_datetime
+from personaplug.data.ids import as_id, short_id
+from personaplug.data.numbers import as_number, number_or_none
 from personaplug.data.records import HistoryItem, Options
 from personaplug.data.task import Task
+from personaplug.data.values import Flaw, as_text
 
-
-class Flaw(ValueError):
-    """A defect of a record, without its position and without the user's text."""
-
-
-_TYPE_NAMES: dict[type, str] = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
-_DATE = re.compile(r"(\d{4})(?:-(\d{1,2})(?:-(\d{1,2})(?:[T ](.+))?)?)?", re.ASCII)
+__all__ = [
+    "Flaw", "as_datetime", "as_id", "as_name", "as_number", "as_record", "as_text", "field_of", "id_of", "item_of",
+    "name_of", "options_of", "query_of", "short_id", "target_of", "text_of", "value_of",
+]  # fmt: skip
 
 
 def as_record(value: object) -> Mapping[str, Any]:
-    """Return a value that should be a JSON object; raise a Flaw that stands for a broken record."""
+    """Return a value that should be an object; raise a Flaw that stands for a broken record."""
     if isinstance(value, Flaw):
         raise value
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise Flaw("it is not a JSON object")
     return value
 
 
 def value_of(record: Mapping[str, object], key: str) -> object:
-    """Return the value of a required key."""
+    """Return the value of a required key; raise a Flaw that stands for a value that cannot be read."""
     if key not in record:
         raise Flaw(f"its {key!r} is missing")
-    return record[key]
-
-
-def as_text(value: object, what: str) -> str:
-    """Convert a string or a finite number to text. Whole numbers lose their decimals: 4.0 becomes "4"."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # a lone surrogate would stop the tokenizer in the middle of a run
-            raise Flaw(f"{what} is not valid Unicode") from None
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Flaw(f"{what} is {_TYPE_NAMES.get(type(value), 'something else')}, expected a text or a number")
-    try:
-        is_finite = math.isfinite(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        is_finite = False
-    if not is_finite:
-        raise Flaw(f"{what} is not a finite number")
-    return str(int(value)) if value == int(value) else str(value)
+    value = record[key]
+    if isinstance(value, Flaw):
+        raise Flaw(f"its {key!r} {value}")
+    return value
 
 
 def as_name(value: object, what: str) -> str:
-    """Convert an id or another value that must not be blank to text."""
+    """Convert a value that must not be blank to text."""
     text = as_text(value, what)
     if not text.strip():
         raise Flaw(f"{what} is empty")
@@ -71,30 +57,35 @@ def text_of(record: Mapping[str, object], key: str) -> str:
     return as_text(value_of(record, key), f"its {key!r}")
 
 
+def field_of(task: Task, record: Mapping[str, object], name: str, *, key: str = "") -> str:
+    """Return the text of an item's field; null is an empty text, as in CSV, but no label.
+
+    An answer that equals a label as a number ("4.0") becomes this label.
+
+    Args:
+        key: the record's key, if it is not the field's name.
+    """
+    key = key or name
+    if name == task.answer_field and task.labels:
+        answer = text_of(record, key)
+        return _label(task, answer) or answer
+    return "" if value_of(record, key) is None else text_of(record, key)
+
+
 def name_of(record: Mapping[str, object], key: str) -> str:
     """Return the value of a required key as text that is not blank."""
     return as_name(value_of(record, key), f"its {key!r}")
 
 
-def short_id(name: str) -> str:
-    """Shorten an id for a message, so that a text in the place of an id does not reach logs."""
-    line = " ".join(name.split())
-    return line if len(line) <= 40 else f"{line[:12]}… of {len(name)} characters"
-
-
-def as_datetime(value: object) -> datetime:
-    """Convert `YYYY[-MM[-DD[ time]]]` or a date object to UTC without a time zone; missing parts mean the first."""
-    try:
-        parsed = _parse_date(value)
-        return parsed.astimezone(UTC).replace(tzinfo=None) if parsed.tzinfo else parsed
-    except (ValueError, OverflowError):
-        raise Flaw("its 'date' is not one of YYYY, YYYY-MM, YYYY-MM-DD, YYYY-MM-DD hh:mm:ss") from None
+def id_of(record: Mapping[str, object], key: str) -> str:
+    """Return the value of a required key as an id."""
+    return as_id(value_of(record, key), f"its {key!r}")
 
 
 def query_of(task: Task, prompt: str) -> str:
     """Return the part of a prompt that the encoder and the retrievers read."""
     if task.query_pattern:
-        match = re.search(task.query_pattern, prompt, re.DOTALL)
+        match = patterns.search(task.query_pattern, prompt)
         if not match:
             raise Flaw("its input does not match the task's 'query_pattern', so the query cannot be found")
         query = " ".join(group or "" for group in match.groups())
@@ -109,19 +100,20 @@ def query_of(task: Task, prompt: str) -> str:
 
 def options_of(task: Task, prompt: str) -> Options | None:
     """Return the options in a prompt, if the task's pattern has a group for the option of each label."""
-    match = re.search(task.query_pattern, prompt, re.DOTALL) if task.has_options else None
+    match = patterns.search(task.query_pattern, prompt) if task.has_options else None
     if match is None or not all(match.groups()):
         return None
     return Options(prompt[: match.start(1)], match.groups())
 
 
 def target_of(task: Task, answer: str) -> str:
-    """Return an answer as it is scored: a label without outer blanks, or an unchanged text."""
+    """Return an answer as it is scored: the label that it is or equals as a number, or an unchanged text."""
     if task.kind == "text":
         return answer
-    label = answer.strip()
-    if label not in task.labels:
-        raise Flaw(f"its answer is none of the {len(task.labels)} labels of task {task.name}")
+    label = _label(task, answer)
+    if label is None:
+        defect = "is empty" if not answer.strip() else f"is none of the {len(task.labels)} labels of task {task.name}"
+        raise Flaw(f"its answer {defect}")
     return label
 
 
@@ -130,18 +122,23 @@ def item_of(
 ) -> tuple[datetime | None, HistoryItem]:
     """Convert a JSON object to a history item and its date, if any. Without `default_id`, it needs an id."""
     values = as_record(record)
-    stamp = values.get(date_key)
-    moment = None if stamp is None else as_datetime(stamp)
-    fields = tuple((name, text_of(values, name)) for name in task.field_names)
-    item_id = default_id if default_id and values.get(id_key) is None else name_of(values, id_key)
+    stamp = value_of(values, date_key) if date_key in values else None
+    moment = None if stamp is None else as_datetime(stamp, f"its {date_key!r}")
+    fields = tuple((name, field_of(task, values, name)) for name in task.field_names)
+    item_id = default_id if default_id and values.get(id_key) is None else id_of(values, id_key)
     return moment, HistoryItem(item_id, fields, task.answer_field, moment.date() if moment else None)
 
 
-def _parse_date(value: object) -> datetime:
-    if isinstance(value, date):
-        return value if isinstance(value, datetime) else datetime.combine(value, time.min)
-    match = _DATE.fullmatch(as_text(value, "its 'date'").strip())
-    if not match:
-        raise ValueError("not a date")
-    year, month, day, clock = match.groups()
-    return datetime.fromisoformat(f"{date(int(year), int(month or 1), int(day or 1))}T{(clock or '00:00').strip()}")
+def _label(task: Task, answer: str) -> str | None:
+    """Return the label that an answer is, or equals as a number."""
+    answer = answer.strip()
+    if answer in task.labels:
+        return answer
+    number = number_or_none(answer)
+    if number is None:
+        return None
+    return next((label for label in task.labels if _is_equal(number_or_none(label), number)), None)
+
+
+def _is_equal(label: float | None, number: float) -> bool:
+    return label is not None and math.isclose(label, number, rel_tol=1e-6)  # single precision has seven digits

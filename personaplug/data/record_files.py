@@ -1,38 +1,66 @@
-"""Stream the records of a file: JSON lists, JSON lines and CSV, all also gzipped, and Parquet."""
+"""The records of a file or of rows in memory, whatever their form."""
 
 from __future__ import annotations
 
-import csv
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from personaplug.data.json_stream import json_lines, numbered_lines, stream_values
-from personaplug.data.parsing import Flaw
-from personaplug.errors import ConfigError, MissingExtra, RecordError, nearest
+from personaplug.data.delimited_files import NumberedRecord, delimited_records
+from personaplug.data.json_stream import holds_list, json_lines, stream_values
+from personaplug.data.parquet_files import import_pyarrow, parquet_records
+from personaplug.data.tables import Table
+from personaplug.data.values import Flaw
+from personaplug.errors import ConfigError, MissingData
 
-NumberedRecord = tuple[str, int, object]
-"""A position in words, the number of the record from 1 (in JSON lines: of its line), and its value or a Flaw."""
-
-RecordSource = Callable[[Path, Sequence[str]], Iterator[NumberedRecord]]
+JSON_KINDS = (".json", ".jsonl", ".ndjson")
+DELIMITED_KINDS = (".csv", ".tsv", ".dat", ".txt")
 
 
-def record_source(path: Path, *, kinds: Sequence[str]) -> RecordSource:
-    """Return the function that reads a file's records from its path and the columns to read (none means all).
+@dataclass(frozen=True)
+class RecordSource:
+    """Where records come from.
 
-    `kinds` are the accepted suffixes, out of ".json", ".jsonl", ".csv" and ".parquet".
+    Attributes:
+        name: a path, or the kind of rows in memory; for messages.
+        read: yields the records of the columns that it is given (none means all).
     """
-    name = path.name.lower()
-    kind = Path(name.removesuffix(".gz")).suffix
-    if kind not in kinds or name.endswith(".parquet.gz"):
-        raise ConfigError(f"{path} should be one of *{', *'.join(kinds)}; all but *.parquet also *.gz.")
+
+    name: str
+    read: Callable[[Sequence[str]], Iterator[NumberedRecord]]
+
+
+def record_source(
+    source: object, *, kinds: Sequence[str] = (*JSON_KINDS, *DELIMITED_KINDS, ".parquet"), delimiter: str | None = None
+) -> RecordSource:
+    """Open a file by its suffix, all also with .gz, or rows in memory (see `Table`).
+
+    A file *.json holds a list of objects, or one object a line.
+    """
+    if not isinstance(source, (str, Path)):
+        table = Table(source)
+        return RecordSource(table.name, table.records)
+    path = Path(source)
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    if kind not in kinds:
+        raise ConfigError(f"{path} should be one of *{', *'.join(kinds)}; all also *.gz.")
+    if not path.is_file():
+        raise MissingData(f"There is no file {path}.")
     if kind == ".parquet":
-        _pyarrow()
-    return _SOURCES[kind]
+        import_pyarrow()
+        return RecordSource(str(path), partial(parquet_records, path))
+    if kind in DELIMITED_KINDS:
+        return RecordSource(str(path), partial(delimited_records, path, delimiter=delimiter))
+    return RecordSource(str(path), partial(_list_records if kind == ".json" else _line_records, path))
 
 
-def _list_records(path: Path, _: Sequence[str]) -> Iterator[NumberedRecord]:
+def _list_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
+    """Yield the records of a *.json file: a list, or one object a line, as many programs name such files too."""
+    first = None if holds_list(path) else next(_line_records(path, columns), None)
+    if first and not isinstance(first[2], Flaw):
+        yield from _line_records(path, columns)
+        return
     for number, value in stream_values(path, "item", opening=b"[", unit="record"):
         yield f"record {number}", number, value
 
@@ -40,77 +68,3 @@ def _list_records(path: Path, _: Sequence[str]) -> Iterator[NumberedRecord]:
 def _line_records(path: Path, _: Sequence[str]) -> Iterator[NumberedRecord]:
     for number, value in json_lines(path):
         yield f"line {number}", number, value
-
-
-def _csv_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
-    # A byte that is not UTF-8 becomes a lone surrogate, which `as_text` refuses for its row alone.
-    rows = csv.reader((line.decode(errors="surrogateescape") for _, line in numbered_lines(path)), strict=True)
-    header = next(rows, [])
-    _check_columns(path, header, columns)
-    number = 0
-    while True:
-        position = f"line {rows.line_num + 1}"
-        try:
-            record = _csv_record(header, next(rows))
-        except csv.Error:
-            record = Flaw("it is not valid CSV")
-        except StopIteration:
-            return
-        if record:
-            number += 1
-            yield position, number, record
-
-
-def _csv_record(header: Sequence[str], values: Sequence[str]) -> dict[str, str] | Flaw | None:
-    if not values:
-        return None  # a blank line
-    if len(values) != len(header):
-        return Flaw(f"it has {len(values)} values, the header {len(header)}")
-    return dict(zip(header, values, strict=True))
-
-
-def _parquet_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
-    pyarrow, parquet = _pyarrow()
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow.names, columns)
-            # A row with all its columns may hold a whole history, so few of them are in memory at once.
-            batches = file.iter_batches(1 << 16, columns=list(columns)) if columns else file.iter_batches(64)
-            for batch in batches:
-                for values in _in_microseconds(pyarrow, batch).to_pylist():
-                    number += 1
-                    yield f"row {number}", number, values
-    except (pyarrow.ArrowException, OSError):
-        raise RecordError(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
-
-
-def _in_microseconds(pyarrow: Any, batch: Any) -> Any:
-    # Python's datetime has microseconds, and pyarrow refuses to round finer timestamps by itself.
-    types = [
-        pyarrow.timestamp("us", tz=field.type.tz) if pyarrow.types.is_timestamp(field.type) else field.type
-        for field in batch.schema
-    ]
-    arrays = [column.cast(kind, safe=False) for column, kind in zip(batch.columns, types, strict=True)]
-    return pyarrow.RecordBatch.from_arrays(arrays, names=batch.schema.names)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ModuleNotFoundError:
-        raise MissingExtra("Reading Parquet", extra="parquet") from None
-
-
-def _check_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
-    for column in columns:
-        if header.count(column) != 1:
-            raise ConfigError(f"{path} has {header.count(column)} columns {column!r}; {nearest(column, header)}")
-
-
-_SOURCES: Mapping[str, RecordSource] = {
-    ".json": _list_records,
-    ".jsonl": _line_records,
-    ".csv": _csv_records,
-    ".parquet": _parquet_records,
-}

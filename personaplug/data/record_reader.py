@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -11,7 +12,9 @@ from typing import Any, TypedDict, TypeVar
 from personaplug.data.parsing import Flaw, as_record, item_of, options_of, query_of, short_id, value_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import ReadReport, Task
-from personaplug.errors import ConfigError, RecordError
+from personaplug.errors import ConfigError, MissingData, RecordError
+
+logger = logging.getLogger(__name__)
 
 Parsed = TypeVar("Parsed")
 
@@ -36,26 +39,65 @@ class Limits(TypedDict, total=False):
 class RecordReader(ABC):
     """A reader of records. A subclass yields the samples and reports defects through `_skip`."""
 
-    def __init__(self, task: Task, *, skip_bad: int = 0, max_history: int = 512) -> None:
+    def __init__(self, task: Task, *, origin: object = "the data", skip_bad: int = 0, max_history: int = 512) -> None:
+        """Check the limits; `origin` is the name of the data in messages."""
         for name, value in (("skip_bad", skip_bad), ("max_history", max_history)):
             if value < 0:
                 raise ConfigError(f"{name} should be 0 or more, found {value}.")
         self.task, self.report = task, ReadReport()
-        self._skip_bad, self._max_history = skip_bad, max_history
+        self._origin, self._skip_bad, self._max_history = origin, skip_bad, max_history
+        self._has_warned = False
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield the samples; raise RecordError for a broken record beyond `skip_bad`, or if a file breaks off."""
-        self.report = ReadReport()
+        """Yield the samples.
+
+        Raise RecordError for a broken record beyond `skip_bad`, or if a file breaks off; MissingData if there is no
+        sample at all.
+        """
+        self.report = report = ReadReport()
+        users: set[str] = set()
         for sample in self._samples():
-            self.report.samples += 1
-            self.report.items += len(sample.history)
+            report.samples += 1
+            report.items += len(sample.history)
+            report.own_answers += self._holds_own_answer(sample)
+            if sample.user_id is not None:
+                users.add(sample.user_id)
+                report.users = max(report.users, len(users))
             yield sample
+        if not report.samples:
+            raise MissingData(f"{self._origin} gives no sample. {self._reason_for_nothing()}")
+        if report.own_answers and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "WARNING: %s: in %s of %s samples, an item of the history has the text and the answer of the question. "
+                "Copying answers them, so every score is too good. Remove these items from the data.",
+                self._origin, f"{report.own_answers:,}", f"{report.samples:,}",
+            )  # fmt: skip
+
+    def _reason_for_nothing(self) -> str:
+        report = self.report
+        if not report.rows:
+            return "It holds no records."
+        first = f" The first defect: {report.problems[0]}." if report.problems else ""
+        return f"Found {report.summary()}.{first}"
+
+    def _holds_own_answer(self, sample: Sample) -> bool:
+        """Return whether an item of the history has the text and the answer of the question."""
+        target, query = (sample.target or "").strip(), sample.query.strip()
+        for item in sample.history:
+            if target and (item.answer or "").strip() == target:
+                contents = [text for name, text in item.fields if name != item.answer_name]
+                if query in (*map(str.strip, contents), " ".join(contents).strip()):
+                    return True
+                if not contents and not self.task.labels:  # an item that is nothing but the written text
+                    return True
+        return False
 
     @abstractmethod
     def _samples(self) -> Iterator[Sample]:
         """Yield the samples of one pass."""
 
-    def _skip(self, file: Path, position: str, flaw: Flaw) -> None:
+    def _skip(self, file: str | Path, position: str, flaw: Flaw) -> None:
         error = RecordError(file, position, reason=str(flaw))
         if self.report.skipped >= self._skip_bad:
             raise error
@@ -85,6 +127,7 @@ class RecordReader(ABC):
         """
         seen = set() if seen is None else seen
         for number, (file, position, record) in enumerate(records, 1):
+            self.report.rows += 1
             try:
                 values = as_record(record)
                 record_id = parse_id(values, number)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from personaplug.data.patterns import group_count
 from personaplug.data.records import Sample
 
 TaskKind = Literal["label", "rating", "text"]
@@ -25,7 +26,8 @@ class Task:
         metrics: names from `personaplug.analysis.metrics`; the first one leads.
         labels: the closed set of answers; empty for "text".
         query_after: a marker; the query is the text after its first occurrence in the input.
-        query_pattern: a regular expression, searched with DOTALL; its groups, joined by spaces, are the query.
+        query_pattern: a regular expression of RE2, in which `.` matches line breaks; its groups,
+            joined by spaces, are the query.
         item_template: an item in a prompt, with a `{field}` for each value; "" means `HistoryItem.text`.
         item_joint: the text between two items in a prompt.
         history_template: a prompt with items: `{history}` and `{input}`, each once.
@@ -60,7 +62,7 @@ class Task:
     @property
     def has_options(self) -> bool:
         """True if labels stand for options in the input: `query_pattern` has a group for each label."""
-        return len(self.labels) > 1 and re.compile(self.query_pattern).groups == len(self.labels)
+        return len(self.labels) > 1 and group_count(self.query_pattern) == len(self.labels)
 
 
 def template_parts(template: str) -> list[str]:
@@ -70,16 +72,46 @@ def template_parts(template: str) -> list[str]:
 
 @dataclass
 class ReadReport:
-    """Counts of one pass of a reader, and the position and defect of each skipped record.
+    """Counts of one pass of a reader.
 
-    `cut_items` counts the items dropped because a history was longer than `max_history`.
+    Attributes:
+        rows: records, broken ones too.
+        users: users that the records name; of LaMP's files, those with a sample.
+        items: items in the histories of the samples.
+        skipped: broken records; `problems` holds the position and the defect of each.
+        copies: rows left out because an earlier row is the same event.
+        unclear: rows that are no questions, since copies of their fields had several answers.
+        too_early: rows that are no questions, since too few earlier rows make their history.
+        cut_items: items left out because a history was longer than `max_history`.
+        own_answers: samples with an item in their history that has the text and the answer of the question.
     """
 
+    rows: int = 0
+    users: int = 0
     samples: int = 0
     items: int = 0
     skipped: int = 0
+    copies: int = 0
+    unclear: int = 0
+    too_early: int = 0
     cut_items: int = 0
+    own_answers: int = 0
     problems: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Describe the counts in one line."""
+        users = f" of {self.users:,} users" if self.users else ""
+        losses = (
+            (self.copies, "copies of earlier events left out"),
+            (self.too_early, "rows with too short a history not asked"),
+            (self.unclear, "rows not asked whose copies have several answers"),
+            (self.cut_items, "items beyond the longest history left out"),
+        )
+        return "; ".join((
+            f"{self.samples:,} samples, {self.items:,} items of history, from {self.rows:,} rows{users}",
+            f"{self.skipped:,} broken records skipped",
+            *(f"{count:,} {what}" for count, what in losses if count),
+        ))  # fmt: skip
 
 
 class Reader(Protocol):

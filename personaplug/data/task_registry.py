@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
@@ -15,8 +13,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from personaplug.data.json_stream import existing_folder, stream_values
 from personaplug.data.parsing import as_name
+from personaplug.data.patterns import group_count
 from personaplug.data.task import Task, TaskKind, template_parts
 from personaplug.errors import ConfigError, MissingData, RunConflict, nearest
+from personaplug.infra.json_parsing import parse_json
 from personaplug.infra.validation import first_error
 
 _MOVIE_TAGS = (
@@ -120,9 +120,9 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
         if self.query_after and self.query_pattern:
             raise ValueError("give 'query_after' or 'query_pattern', not both")
         try:
-            groups = re.compile(self.query_pattern).groups
-        except re.error as error:
-            raise ValueError(f"'query_pattern' is not a regular expression: {error}") from None
+            groups = group_count(self.query_pattern)
+        except ValueError as error:
+            raise ValueError(f"'query_pattern' is not a regular expression of RE2: {error}") from None
         if self.query_pattern and not groups:
             raise ValueError("'query_pattern' needs a group (…) around the query")
         return self
@@ -201,9 +201,9 @@ def _declared_task(folder: Path) -> Task | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should hold one JSON object that declares a task, found {type(values).__name__}.")
     return parse_task(values, source=str(path))

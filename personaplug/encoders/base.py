@@ -15,7 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from personaplug.errors import ConfigError
+from personaplug.errors import ConfigError, EngineFailure
+
+_SMALLEST_NORM = 1e-12  # a shorter vector has no direction
 
 Vectors = npt.NDArray[np.float32]
 
@@ -103,7 +105,7 @@ class QueryEncoder(nn.Module, ABC):
 
     @abstractmethod
     def features(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Turn B texts into CPU tensors whose first dimension is B, padded to the longest text."""
+        """Turn B texts into the CPU tensors that `forward` takes."""
 
     @abstractmethod
     def forward(self, features: dict[str, Tensor]) -> Tensor:
@@ -123,7 +125,24 @@ class QueryEncoder(nn.Module, ABC):
                     vectors[indices] = to_numpy(self(self.features([texts[index] for index in indices])))
         finally:
             self.train(training)
+        check_finite(vectors)
         return vectors
+
+
+def to_unit(vectors: Tensor) -> Tensor:
+    """Scale (B, E) vectors to length 1; a text without any feature, such as an empty one, gets a fixed vector."""
+    fixed = nn.functional.pad(torch.ones_like(vectors[:, :1]), (0, vectors.shape[1] - 1))
+    is_zero = vectors.norm(dim=-1, keepdim=True) < _SMALLEST_NORM
+    return torch.where(is_zero, fixed, nn.functional.normalize(vectors, dim=-1))
+
+
+def check_finite(vectors: Vectors) -> None:
+    """Raise EngineFailure if an encoder's vectors hold NaN or infinity."""
+    if not np.isfinite(vectors).all():
+        raise EngineFailure(
+            "The encoder gives vectors that are not finite, so nothing can be compared with them. Use another encoder, "
+            "or float32 if its weights are in half precision."
+        )
 
 
 def to_numpy(vectors: Tensor) -> Vectors:

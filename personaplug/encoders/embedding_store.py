@@ -1,7 +1,8 @@
 """EmbeddingStore: item embeddings on disk, deduplicated by the content of the text.
 
-A store is a folder: `table.json` (format and encoder), `vectors.f16` (raw float16 rows, memory-mapped) and
-`index.sqlite` (hash of a text -> row id). A text in many histories is encoded and stored once. No text is on disk.
+A store is a folder: `table.json` (format and encoder), `vectors.f16` (raw float16 rows, memory-mapped), `checks.u64` (a
+checksum of each row) and `index.sqlite` (hash of a text -> row id, with a checksum of the two). A text in many
+histories is encoded and stored once. No text is on disk. A damaged row is detected when it is first read.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.encoders import Encoder, EncoderIdentity
-from personaplug.errors import EncoderMismatch, ShapeMismatch, StorageError, UserError
-from personaplug.infra.atomic_io import write_json
+from personaplug.encoders.row_checks import Checks, RowHash, key_checks
+from personaplug.errors import DamagedFile, EncoderMismatch, ShapeMismatch, StorageError, UserError
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import check_json
 
-FORMAT = 1
+FORMAT = 2
 
 T = TypeVar("T")
 RowIds = npt.NDArray[np.int64]
@@ -32,10 +35,12 @@ Float16Array = npt.NDArray[np.float16]
 
 _KEYS_PER_QUERY = 500
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS items (key BLOB PRIMARY KEY, row INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS extent (only INTEGER PRIMARY KEY CHECK (only = 0), rows INTEGER NOT NULL);
-INSERT OR IGNORE INTO extent VALUES (0, 0);
+CREATE TABLE IF NOT EXISTS items (key BLOB PRIMARY KEY, row INTEGER NOT NULL, seal INTEGER NOT NULL) WITHOUT ROWID;
 """
+_INSERT = "INSERT OR REPLACE INTO items VALUES (?, ?, ?)"
+_EXTENT = b"number of rows.."  # the key of the store's length, which no text has
+_STORAGE_TROUBLE = ("SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_PERM", "SQLITE_READONLY")
+_REMEDY = "Delete the folder and encode again."
 
 
 class EmbeddingStore:
@@ -48,6 +53,9 @@ class EmbeddingStore:
     def __init__(self, folder: Path, encoder: Encoder) -> None:
         self.folder, self.encoder, self.width = folder, encoder, encoder.width
         self._vectors: Float16Array = np.zeros((0, self.width), dtype=np.float16)
+        self._checks: Checks = np.zeros(0, dtype=np.uint64)
+        self._is_checked = np.zeros(0, dtype=np.bool_)
+        self._hash = RowHash(self.width)
         self._connection = _Connection(folder)
 
     @classmethod
@@ -58,7 +66,7 @@ class EmbeddingStore:
             encoder: the one that the store was created with; its name and its prompt for queries may differ.
         Raises:
             EncoderMismatch: if the store was created with another encoder.
-            UserError: if its files are damaged.
+            DamagedFile: if its files are damaged.
         """
         folder = Path(folder)
         if not (folder / "table.json").is_file():
@@ -70,16 +78,15 @@ class EmbeddingStore:
 
     def __len__(self) -> int:
         """Return the number of committed rows, after a check that their vectors exist."""
-        with self._index() as index:
-            (rows,) = index.execute("SELECT rows FROM extent").fetchone()
-            vectors = self.folder / "vectors.f16"
-            stored = vectors.stat().st_size // (2 * self.width) if vectors.exists() else 0
+        with self._index():
+            rows = self._look_up([_EXTENT]).get(_EXTENT)
+            stored = min(_size(self.folder / name) // width for name, width in self._row_bytes.items())
+        if rows is None:
+            raise DamagedFile(self.folder / "index.sqlite", reason="its number of rows is missing", remedy=_REMEDY)
         if stored < rows:
-            raise UserError(
-                f"The embedding store {self.folder} is damaged: its index has {rows} rows and vectors.f16 has "
-                f"{stored}. Delete the folder and encode again."
-            )
-        return int(rows)
+            reason = f"index.sqlite has {rows} rows, vectors.f16 or checks.u64 has {stored}"
+            raise DamagedFile(self.folder, reason=reason, remedy=_REMEDY)
+        return rows
 
     def __repr__(self) -> str:
         return f"EmbeddingStore({str(self.folder)!r}, encoder={self.encoder.identity.name!r}, rows={len(self)})"
@@ -112,18 +119,51 @@ class EmbeddingStore:
         return np.concatenate(row_ids)
 
     def gather(self, row_ids: RowIds) -> Float16Array:
-        """Return the vectors of rows, (n, E) float16; only these are read from disk."""
+        """Return the vectors of rows, (n, E) float16; only these are read from disk.
+
+        Raises:
+            DamagedFile: if one of them is damaged; each row is checked when it is first read.
+        """
         row_ids = np.asarray(row_ids, dtype=np.int64)
         if row_ids.size == 0:
             return np.zeros((*row_ids.shape, self.width), dtype=np.float16)
         if int(row_ids.max()) >= len(self._vectors) and (rows := len(self)):
-            self._vectors = np.memmap(self.folder / "vectors.f16", dtype="<f2", mode="r", shape=(rows, self.width))
+            self._map(rows)
         if int(row_ids.min()) < 0 or int(row_ids.max()) >= len(self._vectors):
             raise UserError(
                 f"Rows {row_ids.min()} to {row_ids.max()} were requested; the embedding store {self.folder} has "
                 f"rows 0 to {len(self._vectors) - 1}. Use the row ids of the same store."
             )
-        return np.asarray(self._vectors)[row_ids]
+        vectors: Float16Array = np.asarray(self._vectors)[row_ids]
+        self._check(row_ids.ravel(), vectors.reshape(-1, self.width))
+        return vectors
+
+    def _map(self, rows: int) -> None:
+        self._vectors = np.memmap(self.folder / "vectors.f16", dtype="<f2", mode="r", shape=(rows, self.width))
+        checks = np.memmap(self.folder / "checks.u64", dtype="<u8", mode="r", shape=(rows,))
+        self._checks = np.asarray(checks)  # a memmap itself is slower to index
+        self._is_checked = np.pad(self._is_checked, (0, rows - len(self._is_checked)))
+
+    def _check(self, row_ids: RowIds, vectors: Float16Array) -> None:
+        """Compare rows that were not read before with their checksums."""
+        is_checked = self._is_checked[row_ids]
+        if is_checked.all():
+            return
+        if is_checked.any():
+            row_ids, vectors = row_ids[~is_checked], vectors[~is_checked]
+        wrong = self._hash(vectors, row_ids) != self._checks[row_ids]
+        if wrong.any():
+            raise DamagedFile(
+                self.folder / "vectors.f16",
+                reason=f"row {row_ids[wrong][0]} does not match its checksum",
+                remedy=_REMEDY,
+            )
+        self._is_checked[row_ids] = True
+
+    @property
+    def _row_bytes(self) -> dict[str, int]:
+        """Bytes of a row in each file of rows."""
+        return {"vectors.f16": 2 * self.width, "checks.u64": 8}
 
     @contextlib.contextmanager
     def _index(self) -> Iterator[sqlite3.Connection]:
@@ -136,7 +176,8 @@ class EmbeddingStore:
             # In key order, neighbors in the index are read together.
             for part in _chunks(sorted(keys), _KEYS_PER_QUERY):
                 marks = ",".join("?" * len(part))
-                rows.update(index.execute(f"SELECT key, row FROM items WHERE key IN ({marks})", part))
+                found = index.execute(f"SELECT key, row, seal FROM items WHERE key IN ({marks})", part).fetchall()
+                rows.update(_checked_rows(found, self.folder))
         return rows
 
     def _append(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
@@ -144,17 +185,23 @@ class EmbeddingStore:
         if not texts:
             return {}
         vectors, start = self._encode(list(texts.values())), len(self)
-        with _storage_errors(self.folder), (self.folder / "vectors.f16").open("r+b") as stream:
-            stream.truncate(start * self.width * 2)  # an interrupted writer may have left rows
+        row_ids = np.arange(start, start + len(texts), dtype=np.int64)
+        self._write("vectors.f16", vectors.tobytes(), start=start)
+        self._write("checks.u64", self._hash(vectors, row_ids).astype("<u8").tobytes(), start=start)
+        keys, rows = [*texts, _EXTENT], [*row_ids.tolist(), start + len(texts)]
+        seals = key_checks(keys, np.array(rows, dtype=np.int64)).tolist()
+        with self._index() as index, index:
+            index.executemany(_INSERT, zip(keys, rows, seals, strict=True))
+        return dict(zip(texts, rows[:-1], strict=True))
+
+    def _write(self, name: str, content: bytes, *, start: int) -> None:
+        """Write rows from `start` on, in place of those that an interrupted writer may have left."""
+        with _storage_errors(self.folder), (self.folder / name).open("r+b") as stream:
+            stream.truncate(start * self._row_bytes[name])
             stream.seek(0, os.SEEK_END)
-            stream.write(vectors.tobytes())
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        rows = {key: start + offset for offset, key in enumerate(texts)}
-        with self._index() as index, index:
-            index.executemany("INSERT INTO items VALUES (?, ?)", rows.items())
-            index.execute("UPDATE extent SET rows = ?", (start + len(texts),))
-        return rows
 
     def _encode(self, texts: Sequence[str]) -> Float16Array:
         vectors = self.encoder.encode(texts)
@@ -194,6 +241,24 @@ def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
+def _checked_rows(found: Sequence[tuple[bytes, int, int]], folder: Path) -> Iterator[tuple[bytes, int]]:
+    """Return keys with their rows, after a check that these keys were stored with these rows."""
+    if not found:
+        return iter(())
+    keys, rows, seals = zip(*found, strict=True)
+    try:
+        is_right = (key_checks(keys, np.array(rows, dtype=np.int64)) == np.array(seals, dtype=np.int64)).all()
+    except (TypeError, ValueError, OverflowError):  # a flipped bit may have made a value one of another type
+        is_right = False
+    if not is_right:
+        raise DamagedFile(folder / "index.sqlite", reason="a row does not match its checksum", remedy=_REMEDY)
+    return zip(keys, rows, strict=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def content_key(text: str) -> bytes:
     """Return 16 bytes that stand for a text; among 10 million texts a collision has a chance below 1e-24."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -209,23 +274,28 @@ def _create(folder: Path, identity: EncoderIdentity) -> None:
         if (folder / "vectors.f16").is_file() and (folder / "vectors.f16").stat().st_size:
             raise UserError(f"{folder} has vectors but no table.json that names their encoder. Delete the folder.")
         (folder / "vectors.f16").touch()
+        (folder / "checks.u64").touch()
         with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as index:
             index.executescript(_SCHEMA)
+            with index:
+                index.execute(_INSERT, (_EXTENT, 0, int(key_checks([_EXTENT], np.zeros(1, dtype=np.int64))[0])))
         description = {"format": FORMAT, "encoder": identity.to_dict(), "width": identity.width}
-        write_json(folder / "table.json", description)
+        write_checked_json(folder / "table.json", description)
 
 
 def _check_encoder(folder: Path, identity: EncoderIdentity) -> None:
+    path = folder / "table.json"
     try:
-        description = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        description = json.loads(path.read_text(encoding="utf-8"))
         stored_identity, stored_format = EncoderIdentity.from_dict(description["encoder"]), description["format"]
-    except (ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(f"{folder / 'table.json'} describes no embedding store. Delete the folder.") from error
+    except (ValueError, KeyError, TypeError, UserError, RecursionError) as error:
+        raise DamagedFile(path, reason="it describes no embedding store", remedy=_REMEDY) from error
     if stored_format != FORMAT:
         raise UserError(
             f"The embedding store {folder} has format {stored_format}; this version reads format {FORMAT}. "
             f"Use the version that created it, or encode again in a new folder."
         )
+    check_json(description, path, remedy=_REMEDY)
     if not stored_identity.same_items_as(identity):
         raise EncoderMismatch(
             f"The embedding store {folder}", expected=stored_identity.describe(), found=identity.describe()
@@ -256,8 +326,8 @@ def _described(error: sqlite3.Error | OSError, folder: Path) -> UserError | Stor
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return UserError(f"Another process is writing to the embedding store {folder}. Try again after it.")
     is_index_missing = isinstance(error, sqlite3.Error) and not (folder / "index.sqlite").exists()
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or is_index_missing:
-        return UserError(f"The index of the embedding store {folder} is damaged. Delete the folder and encode again.")
+    if is_index_missing or (isinstance(error, sqlite3.Error) and not name.startswith(_STORAGE_TROUBLE)):
+        return DamagedFile(folder / "index.sqlite", reason=f"SQLite says {str(error)!r}", remedy=_REMEDY)
     return StorageError(
         f"The embedding store {folder} cannot be read or written ({getattr(error, 'strerror', None) or error}). "
         f"Earlier chunks are complete. Make room or allow writing, then run the same command again."

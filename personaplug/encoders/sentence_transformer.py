@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.encoders import openvino
-from personaplug.encoders.base import EncoderIdentity, QueryEncoder, Vectors, to_numpy
+from personaplug.encoders.base import EncoderIdentity, QueryEncoder, Vectors, check_finite, to_numpy, to_unit
+from personaplug.encoders.text_length import TokenCounter, limit_length, max_length_of
 from personaplug.errors import ConfigError, MissingExtra, MissingModel
 from personaplug.infra.model_hub import find_model, fingerprint, revision_of
 from personaplug.infra.progress import quiet_unless_terminal
@@ -30,7 +31,7 @@ MIN_BULK_TEXTS = 128  # compiling a model for OpenVINO takes as long as torch ta
 # Tokens per text of a batch: a CPU's caches hold about a thousand tokens, a GPU wants many.
 _CPU_TOKENS_PER_TEXT, _GPU_TOKENS_PER_TEXT = 16, 256
 
-_TOKENIZED_AT_ONCE = 256  # a tokenizer's output takes a hundred times the memory of the lengths
+_QUERY_PROMPTS, _DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")  # names, in order of preference
 
 _FINGERPRINT_TEXT = "The Café's 3 RED dogs; naïve, ПРИВЕТ 你好 🙂"
 
@@ -70,10 +71,9 @@ class SentenceEncoder:
         self._engine = _available_engine(engine, device=device)
         folder = find_model(name)
         self._model = _load(folder, name=name, device=device, dtype=dtype)
-        _limit_length(self._model, max_length)
-        # A separate tokenizer: switching truncation off and on is not safe between threads.
-        self._uncut_tokenizer: Any = copy.deepcopy(self._model.tokenizer)
-        prompts, width = self._model.prompts, self._model.get_embedding_dimension()
+        limit_length(self._model, max_length)
+        self._counter = TokenCounter(self._model.tokenizer)
+        width = self._model.get_embedding_dimension()
         if width is None:
             raise MissingModel(name, tried=["its files, which do not say how wide its vectors are"])
         self.identity = EncoderIdentity(
@@ -81,9 +81,9 @@ class SentenceEncoder:
             revision=revision_of(name, folder),
             pooling=_pooling(self._model),
             normalized=True,
-            prompt=(prompts.get("document") or "") if document_prompt is None else document_prompt,
-            query_prompt=(prompts.get("query") or "") if query_prompt is None else query_prompt,
-            max_length=_max_length(self._model),
+            prompt=_prompt(self._model, _DOCUMENT_PROMPTS) if document_prompt is None else document_prompt,
+            query_prompt=_prompt(self._model, _QUERY_PROMPTS) if query_prompt is None else query_prompt,
+            max_length=max_length_of(self._model),
             width=width,
             fingerprint=_encoder_fingerprint(self._model),
         )
@@ -96,7 +96,7 @@ class SentenceEncoder:
         """
         counts = Counter(texts)
         distinct = list(counts)
-        lengths = self._lengths(distinct)
+        lengths = self._counter.count([self.identity.prompt + _encodable(text) for text in distinct])
         limit = self.identity.max_length
         if limit is not None:
             self.truncated += sum(counts[t] for t, length in zip(distinct, lengths, strict=True) if length > limit)
@@ -111,6 +111,7 @@ class SentenceEncoder:
             else:
                 for indices, features in batches:
                     vectors[indices] = to_numpy(_embed(self._model, features, task="document"))
+        check_finite(vectors)
         index_of = {text: index for index, text in enumerate(distinct)}
         return vectors[[index_of[text] for text in texts]]
 
@@ -146,19 +147,6 @@ class SentenceEncoder:
             size = max(1, max_tokens // max(1, lengths[order[0]]))
             indices, order = order[:size], order[size:]
             yield indices, self._features([texts[index] for index in indices])
-
-    def _lengths(self, texts: Sequence[str]) -> list[int]:
-        """Return the tokens of each uncut text, prompt and special ones included."""
-        from transformers import PreTrainedTokenizerBase
-
-        prompted = [self.identity.prompt + _encodable(text) for text in texts]
-        if not isinstance(self._uncut_tokenizer, PreTrainedTokenizerBase):
-            return [len(text) for text in prompted]  # models of words, which cut nothing
-        lengths: list[int] = []
-        for start in range(0, len(prompted), _TOKENIZED_AT_ONCE):
-            part = prompted[start : start + _TOKENIZED_AT_ONCE]
-            lengths += map(len, self._uncut_tokenizer(part, truncation=False, verbose=False)["input_ids"])
-        return lengths
 
 
 class _TextQueryEncoder(QueryEncoder):
@@ -212,13 +200,18 @@ def _features(model: SentenceTransformer, texts: Sequence[str], *, prompt: str, 
 
 def _embed(model: SentenceTransformer, features: dict[str, Tensor], *, task: str) -> Tensor:
     on_device = {name: value.to(model.device) for name, value in features.items()}
-    embeddings = model(on_device, task=task)["sentence_embedding"]
-    return nn.functional.normalize(embeddings.float(), dim=-1)
+    return to_unit(model(on_device, task=task)["sentence_embedding"].float())
 
 
 def _encodable(text: str) -> str:
     """Return the text without lone surrogates, which JSON may contain and tokenizers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _prompt(model: SentenceTransformer, names: Sequence[str]) -> str:
+    """Return the model's prompt of that name, or its default prompt; files may name empty ones beside it."""
+    candidates = [*names, model.default_prompt_name]
+    return next((prompt for name in candidates if name and (prompt := model.prompts.get(name))), "")
 
 
 def _pooling(model: SentenceTransformer) -> str:
@@ -229,22 +222,6 @@ def _pooling(model: SentenceTransformer) -> str:
             name = mode if isinstance(mode, str) else "+".join(mode)
             return name if getattr(module, "include_prompt", True) else f"{name} without prompt"
     return "none"
-
-
-def _max_length(model: SentenceTransformer) -> int | None:
-    """Return the longest text in tokens; tokenizers without a limit report an astronomic number."""
-    length = model.max_seq_length
-    return length if length is not None and length < 10**6 else None
-
-
-def _limit_length(model: SentenceTransformer, max_length: int | None) -> None:
-    if max_length is None:
-        return
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = int(positions or _max_length(model) or 10**6)
-    if not 3 <= max_length <= longest:
-        raise ConfigError(f"max_length={max_length}: this encoder reads 3 to {longest} tokens.")
-    model.max_seq_length = max_length
 
 
 def _encoder_fingerprint(model: SentenceTransformer) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from personaplug.analysis.results import Settings, build_results, history_thirds
-from personaplug.analysis.results_file import ResultPart, Results, Subgroup
+from personaplug.analysis.results_file import ResultPart, Results, Subgroup, write_results
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
 from personaplug.config import Config, ModelConfig
 from personaplug.data import load_task, open_dataset
@@ -30,10 +30,9 @@ from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
 from personaplug.evaluation.evaluator import Evaluator, settings_of, with_remarks
 from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
-from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Method, needed_parts
-from personaplug.run import SPEED_ONLY, Models, Run, open_models, resolved
+from personaplug.run import SPEED_ONLY, Models, Run, dated, open_models, resolved
 from personaplug.training.parts import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
@@ -129,6 +128,8 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
     for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
         section, _, key = name.partition(".")
         del settings[section][key]
+    if settings["model"]["chat_date"] == "auto":  # settled by each run, for templates that write a date
+        del settings["model"]["chat_date"]
     return _hash([settings, data_hash, method, seed])
 
 
@@ -194,7 +195,7 @@ class _Table:
         results = with_remarks(results, methods, self.task)
         for curve in self.experiment.curves:
             results = replace(results, subgroups=[*results.subgroups, *self._curve(curve, results, settings)])
-        write_json(self.target, results.to_json())
+        write_results(self.target, results)
 
     @cached_property
     def task(self) -> Task:
@@ -273,8 +274,9 @@ class _Table:
         return untrained
 
     def _opened(self, point: SweepPoint) -> tuple[Trainings, Evaluator]:
-        models = self.models.get(self.config)
-        run = Run.create(self.folder, config=self.config, task=self.task)
+        with_date = dated(self.config, self.folder)
+        models = self.models.get(with_date)
+        run = Run.create(self.folder, config=with_date, task=self.task)
         train, split = (
             open_dataset(self.data, name, task=self.task, max_history=self.config.plug.max_history)
             for name in ("train", self.experiment.split)
@@ -346,10 +348,15 @@ class _ModelCache:
         self.models: Models | None = None
 
     def get(self, config: Config) -> Models:
-        if self.models is None or self.config != config.model:
+        if self.models is None or not self._fits(self.models, config.model):
             self.models = None  # free the memory before the next models take it
             self.config, self.models = config.model, open_models(config)
         return self.models
+
+    def _fits(self, models: Models, config: ModelConfig) -> bool:
+        if models.llm.identity.chat_date is None and self.config is not None:  # no prompt holds a date
+            config = replace(config, chat_date=self.config.chat_date)
+        return self.config == config
 
 
 def _logged(title: str, error: PersonaPlugError) -> str:

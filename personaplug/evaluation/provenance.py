@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +11,7 @@ from personaplug.config import EvaluationConfig
 from personaplug.data.task import ReadReport
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, samples_fingerprint
+from personaplug.infra.checksums import read_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.run import Models, Run
 
@@ -72,6 +72,11 @@ def _notes(run: Run, samples: Sequence[EncodedSample], *, users: int, report: Re
         )
     if report.skipped:
         notes.append(f"{report.skipped} broken records were passed over.")
+    if report.own_answers:
+        notes.append(
+            f"{report.own_answers} samples have an item with the question's own text and answer in their history: "
+            f"every score that reads histories is too good."
+        )
     return notes
 
 
@@ -81,7 +86,7 @@ def _trainings(run: Run) -> list[dict[str, Any]]:
         {
             "plug": path.parent.parent.name,
             "seed": path.parent.name.removeprefix("seed-"),
-            **json.loads(path.read_text(encoding="utf-8")),
+            **read_json(path, remedy=f"Restore it, or delete {path.parent} and train again."),
         }
         for path in sorted(run.folder.glob("*/seed-*/fit.json"))
     ]

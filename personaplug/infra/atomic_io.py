@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from personaplug.errors import StorageError
+from personaplug.infra.checksums import checked_line, line_with_checksum, with_checksum
+
+logger = logging.getLogger(__name__)
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
@@ -37,28 +41,55 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_checked_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write an object as `write_json` does, with a checksum as its last entry; see `checksums.read_json`."""
+    write_json(path, with_checksum(_finite(values)))
+
+
 class JsonLines:
-    """A growing file of JSON values, one per line; a killed process loses at most the line it was writing."""
+    """A growing file of JSON objects, one per line, each with a checksum.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A killed process loses at most the line that it was writing. Lines that are cut off or damaged are left out, and a
+    warning says how many.
 
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the values; skip lines that a killed process cut off. A missing file holds none."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in lines:
-            with suppress(ValueError):
-                yield json.loads(line)
+    Args:
+        is_strict: leave out lines without a checksum, too.
+    """
 
-    def append(self, value: Any) -> None:
-        """Add a value; NaN and infinity become null."""
-        line = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    def __init__(self, path: Path, *, is_strict: bool = True) -> None:
+        self.path, self.is_strict = path, is_strict
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the objects. A missing file holds none."""
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        damaged = 0
+        for line in filter(bytes.strip, lines):
+            try:
+                yield self._parsed(line)
+            except (ValueError, RecursionError):
+                damaged += 1
+        if damaged:
+            logger.warning("%s: lines left out because they are cut off or damaged: %d", self.path, damaged)
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Add an object; NaN and infinity become null."""
+        text = json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        line = line_with_checksum(text.encode("utf-8", "backslashreplace"))
         with storage_errors(self.path), self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 # End a line that was cut off; else the new value would become part of it.
                 file.write(b"" if file.read(1) == b"\n" else b"\n")
-            file.write(line.encode("utf-8", "backslashreplace"))
+            file.write(line + b"\n")
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        content = checked_line(line)
+        if content is None and self.is_strict:
+            raise ValueError("The line has no checksum.")
+        values = json.loads(line if content is None else content)
+        if not isinstance(values, dict):
+            raise ValueError("The line holds no object.")  # the caller expects this kind
+        return values
 
 
 @contextmanager

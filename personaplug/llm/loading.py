@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from personaplug.config import ModelConfig
-from personaplug.errors import ConfigError, MissingModel
+from personaplug.errors import ConfigError, MissingModel, PersonaPlugError, UnsupportedModel
+from personaplug.infra.gguf import first_line
 from personaplug.infra.model_hub import find_model, revision_of
 from personaplug.infra.progress import quiet_unless_terminal
 from personaplug.llm.base import LanguageModel
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.seq2seq_lm import Seq2SeqLM
+from personaplug.llm.text_tokenizer import load_tokenizer
 from personaplug.llm.tiny import load_tiny_llm
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ def open_llm(config: ModelConfig) -> LanguageModel:
     """Load the language model of a config, or raise MissingModel; `toy` and `toy:SEED` name a tiny random one."""
     settings = {
         "max_prompt_tokens": config.max_prompt_tokens,
+        "chat_date": None if config.chat_date == "auto" else config.chat_date,
         "prompt_cache": config.prompt_cache,
         "prompt_cache_bytes": int(config.prompt_cache_gigabytes * 1e9),
     }
@@ -50,9 +53,10 @@ def choose_device(name: str) -> str:
 
 def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: Any) -> LanguageModel:
     """Load a frozen language model by a name that `find_model` knows; `settings` are those of `LanguageModel`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     folder = find_model(name)
+    tokenizer = load_tokenizer(folder, name=name)
     torch_dtype, reason = choose_dtype(dtype, device=device)
     logger.info("language model %s in %s (%s)", name, str(torch_dtype).removeprefix("torch."), reason)
     try:
@@ -62,11 +66,20 @@ def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: 
         options = {"attn_implementation": "eager"} if (device, torch_dtype) == ("cpu", torch.bfloat16) else {}
         with quiet_unless_terminal():
             model = auto_class.from_pretrained(folder, dtype=torch_dtype, **options).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise MissingModel(name, tried=[f"{folder}, where transformers says: {str(error).splitlines()[0]}"]) from error
-    llm_class = Seq2SeqLM if is_encoder_decoder else CausalLM
-    return llm_class(model, tokenizer, name=name, revision=revision_of(name, folder), **settings)
+    return wrap_model(model, tokenizer, name=name, revision=revision_of(name, folder), **settings)
+
+
+def wrap_model(model: Any, tokenizer: Any, *, name: str, **settings: Any) -> LanguageModel:
+    """Check a model of transformers and return it as a frozen language model, or raise UnsupportedModel."""
+    llm_class = Seq2SeqLM if model.config.is_encoder_decoder else CausalLM
+    try:
+        return llm_class(model, tokenizer, name=name, **settings)
+    except (PersonaPlugError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a family may lack anything that this package asks a model for
+        raise UnsupportedModel(name, f"its family lacks something ({first_line(error)})") from error
 
 
 def choose_dtype(name: str, *, device: str) -> tuple[torch.dtype, str]:

@@ -1,21 +1,23 @@
 """Tokenization of prompts and answers for one model, with the position of the soft tokens.
 
-The parts of the chat template before and after the text are tokenized once. The text is tokenized alone, with special
-tokens switched off, so a text that spells `<|im_end|>` stays text.
+The parts of the chat template before and after the text are tokenized once. The text is tokenized alone by
+`TextTokenizer`, so a text that spells `<|im_end|>` stays text.
 """
 
 from __future__ import annotations
 
-import copy
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from personaplug.errors import ConfigError, ShapeMismatch
+from personaplug.llm.chat_template import ChatTemplate, Frame, find_sequence
+from personaplug.llm.text_tokenizer import TextTokenizer
+from personaplug.llm.tokenizer_check import check_round_trip
 
 Ids = tuple[int, ...]
 
@@ -31,20 +33,39 @@ class TokenizedPrompt:
 
 
 class PromptTokenizer:
-    """Tokenizes prompts of at most `max_tokens`, template included, and answers with a tokenizer of transformers."""
+    """Tokenizes prompts of at most `max_tokens`, template included, and answers with a tokenizer of transformers.
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int, is_encoder_decoder: bool) -> None:
-        self.tokenizer = tokenizer
-        # User texts need special tokens switched off. That is a state of a tokenizer and threads would race for it, so
-        # texts have a tokenizer to themselves.
-        self._text_tokenizer = copy.deepcopy(tokenizer)
-        self.max_tokens = max_tokens
-        self.has_chat_template = not is_encoder_decoder and bool(getattr(tokenizer, "chat_template", None))
-        head, tail = self._chat_frame(["user"]) if self.has_chat_template else frame_of(tokenizer)
-        if not self.has_chat_template and not is_encoder_decoder:
-            tail += self._frame_ids("\n")  # only the end of the line tells the model that the prompt is over
-        self.head, self.tail = tuple(head), tuple(tail)
-        frame_tokens = len(head) + len(tail)
+    Args:
+        end_id: the token that ends an answer, for a tokenizer that names none.
+        chat_date: the day (ISO) that a chat template writes instead of today; None = today.
+    Attributes:
+        chat_date: that day, or None if the template writes no date.
+    Raises:
+        ConfigError: if the tokenizer or its template would not keep users' texts as they are.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        is_encoder_decoder: bool,
+        end_id: int | None = None,
+        chat_date: str | None = None,
+    ) -> None:
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.texts = TextTokenizer.of(tokenizer)
+        self.end_id: int = _end_id(tokenizer, end_id)
+        check_round_trip(self.texts, self.decode)
+        day = chat_date or today()
+        self._template = None if is_encoder_decoder else ChatTemplate.of(tokenizer, self.texts, day=day)
+        self.has_chat_template = self._template is not None
+        self.chat_date = day if self._template and self._template.writes_date else None
+        self._line_end = [] if is_encoder_decoder else self.texts.encode("\n", inside=True)
+        frame = self._frame(["user"])
+        self.head, self.tail = map(tuple, frame.parts)
+        (self._lead,) = frame.leads
+        frame_tokens = len(self.head) + len(self.tail) + bool(self._lead)
         if max_tokens <= frame_tokens:
             raise ConfigError(
                 f"max_prompt_tokens must exceed the {frame_tokens} tokens of the model's template; found {max_tokens}."
@@ -61,9 +82,13 @@ class PromptTokenizer:
         return self._cached_prompt(text, soft_at)
 
     def _encode_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
-        before = self._text_ids(text[:soft_at]) if soft_at else []
-        ids = before + self._text_ids(text[soft_at:])
-        room = self.max_text_tokens
+        shown = self._as_shown(text)
+        soft_at = min(max(0, soft_at - text.find(shown)), len(shown))
+        is_inside = self.has_chat_template
+        before = self.texts.encode(self._lead + shown[:soft_at], inside=is_inside) if soft_at else []
+        rest = shown[soft_at:] if soft_at else self._lead + shown
+        ids = before + self.texts.encode(rest, inside=is_inside or soft_at > 0)
+        room = self.max_tokens - len(self.head) - len(self.tail)
         framed = (*self.head, *ids[:room], *self.tail)
         return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
 
@@ -79,18 +104,19 @@ class PromptTokenizer:
         Raises:
             ConfigError: if the chat template does not show the messages one by one in order.
         """
-        frame = self._chat_frame([role for role, _ in turns])
+        frame = self._frame([role for role, _ in turns])
         last_user = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
-        ids, soft_position = list(frame[0]), 0
-        for index, ((_, text), tail) in enumerate(zip(turns, frame[1:], strict=True)):
+        ids, soft_position = list(frame.parts[0]), 0
+        for index, ((_, text), lead, tail) in enumerate(zip(turns, frame.leads, frame.parts[1:], strict=True)):
             soft_position = len(ids) if index == last_user else soft_position
-            ids += [*self._text_ids(text), *tail]
+            is_inside = self.has_chat_template or index > 0
+            ids += [*self.texts.encode(lead + self._as_shown(text), inside=is_inside), *tail]
         return TokenizedPrompt(tuple(ids), soft_position, truncated=False)
 
     def encode_plain(self, text: str) -> TokenizedPrompt:
         """Tokenize a text without chat template and without cutting; `prefix` soft tokens come before it."""
         head, tail = frame_of(self.tokenizer)
-        return TokenizedPrompt((*head, *self._text_ids(text), *tail), len(head), truncated=False)
+        return TokenizedPrompt((*head, *self.texts.encode(text), *tail), len(head), truncated=False)
 
     def encode_target(self, text: str, *, end: bool = True) -> Ids:
         """Tokenize an answer; `end` appends the end-of-text token."""
@@ -98,7 +124,7 @@ class PromptTokenizer:
 
     def encode_target_uncached(self, text: str, end: bool = True) -> Ids:
         """Tokenize an answer and keep neither text nor tokens."""
-        return (*self._text_ids(text), *([self.tokenizer.eos_token_id] if end else []))
+        return (*self.texts.encode(text), *([self.end_id] if end else []))
 
     def encode_labels(self, labels: Sequence[str]) -> list[Ids]:
         """Tokenize a closed set of answers.
@@ -117,7 +143,7 @@ class PromptTokenizer:
         return [label_ids[text] if text in label_ids else self.encode_target(text) for text in texts]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self._encode(list(texts))["input_ids"]] if texts else []
+        return [len(ids) for ids in self.texts.encode_many(texts)]
 
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of at most `tokens` whole tokens and characters, without trailing blanks."""
@@ -132,51 +158,60 @@ class PromptTokenizer:
         return self.decode_raw(ids).strip()
 
     def decode_raw(self, ids: Sequence[int]) -> str:
-        """Return generated tokens as text, without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        """Return generated tokens as text, without special tokens.
+
+        Some tokenizers ask for a "clean-up" that joins what a user writes apart, and turns "don't" into "do n't".
+        """
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(list(ids), **options))
 
     def clear_cache(self) -> None:
         self._cached_prompt.cache_clear()
         self._cached_target.cache_clear()
 
+    def _as_shown(self, text: str) -> str:
+        return self._template.form(text) if self._template else text
+
     def _end_of(self, text: str, tokens: int) -> int:
-        if self.tokenizer.is_fast:
-            offsets = self._encode(text, return_offsets_mapping=True)["offset_mapping"]
+        if self.texts.has_offsets:
+            offsets = self.texts.offsets(text)
             # The start of the next token: all tokens that are parts of one character start with it.
             return min(int(offsets[tokens][0]), len(text) - 1) if tokens < len(offsets) else len(text)
         if self.count_tokens([text])[0] <= tokens:
             return len(text)
-        # Slow tokenizers have no offsets. A longer beginning can have fewer tokens, so this may cut too much.
+        # Without offsets: a longer beginning can have fewer tokens, so this may cut too much.
         return bisect_right(range(len(text)), tokens, key=lambda size: self.count_tokens([text[:size]])[0]) - 1
 
-    def _text_ids(self, text: str) -> list[int]:
-        return list(self._encode(text)["input_ids"])
+    def _frame(self, roles: Sequence[str]) -> Frame:
+        """Return the tokens around messages; without a template, messages are lines."""
+        if self._template is not None:
+            return self._template.frame(roles)
+        head, tail = frame_of(self.tokenizer)
+        # Only the end of the last line tells the model that the prompt is over.
+        between = [self._line_end] * (len(roles) - 1)
+        return Frame([head, *between, tail + self._line_end], [""] * len(roles))
 
-    def _encode(self, text: str | list[str], **options: Any) -> Any:
-        return self._text_tokenizer(text, add_special_tokens=False, split_special_tokens=True, **options)
 
-    def _frame_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _chat_frame(self, roles: Sequence[str]) -> list[list[int]]:
-        """Return the tokens before the first message and after each; without a template, messages are lines."""
-        if not self.has_chat_template:
-            return [list(self.head), *[self._frame_ids("\n")] * (len(roles) - 1), list(self.tail)]
-        messages = [{"role": role, "content": f"{_PLACEHOLDER}{index:05d}"} for index, role in enumerate(roles)]
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        parts = re.split(f"{_PLACEHOLDER}(\\d{{5}})", text)
-        if [int(index) for index in parts[1::2]] != list(range(len(roles))):
-            raise ConfigError("The model's chat template does not show these messages one by one in order.")
-        return [self._frame_ids(part) for part in parts[::2]]
+def today() -> str:
+    """Return the day, in UTC, that prompts hold if their run names none."""
+    return datetime.now(UTC).date().isoformat()
 
 
 def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer puts before and after a text."""
-    bare = tokenizer(_PLACEHOLDER, add_special_tokens=False)["input_ids"]
-    framed = tokenizer(_PLACEHOLDER)["input_ids"]
-    for start in range(len(framed)):
-        if framed[start : start + len(bare)] == bare:
-            return list(framed[:start]), list(framed[start + len(bare) :])
-    raise ConfigError("The model's tokenizer does not leave a text in one piece between its special tokens.")
+    bare = list(tokenizer(_PLACEHOLDER, add_special_tokens=False)["input_ids"])
+    framed = list(tokenizer(_PLACEHOLDER)["input_ids"])
+    start = find_sequence(framed, bare)
+    if start is None:
+        raise ConfigError("The model's tokenizer does not leave a text in one piece between its special tokens.")
+    return framed[:start], framed[start + len(bare) :]
+
+
+def _end_id(tokenizer: Any, of_model: int | None) -> int:
+    end_id = of_model if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if end_id is None:
+        raise ConfigError(
+            "Neither the model's tokenizer nor its generation_config.json names a token that ends a text, so answers "
+            "would never end. Name one as eos_token in tokenizer_config.json."
+        )
+    return int(end_id)

@@ -62,6 +62,7 @@ class EvalContext:
             MissingData: if the split holds no samples.
             ConfigError: if labels are to be scored in a task without labels.
         """
+        run.check_models(models)
         self.run, self.reader, self.models, self.config, self.train = run, reader, models, config, train
         self.decoding = _decoding(run.task, config)
         self.generation = GenerationConfig(

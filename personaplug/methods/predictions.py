@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -21,12 +22,16 @@ from numpy.typing import NDArray
 from personaplug.analysis.point_estimates import ARGMAX, point_predictions
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.infra.atomic_io import write_json
+from personaplug.errors import DamagedFile
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import read_json
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.progress import Progress
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.plug.personalizer import SoftPrompter
 from personaplug.training.batching import micro_batches
+
+logger = logging.getLogger(__name__)
 
 _DIGITS = 6  # of a probability: enough for any point estimate, and equal in memory and in a file
 _MAX_NLL_TOKENS = 1024  # answer tokens in one pass, padding included; each has a logit for every word of the vocabulary
@@ -202,18 +207,19 @@ def save_predictions(predictions: Predictions, path: Path, *, key: Sequence[Any]
     Raises:
         StorageError: if the disk is full.
     """
-    write_json(path, {"key": _hash(key), **asdict(predictions)})
+    write_checked_json(path, {"key": _hash(key), **asdict(predictions)})
 
 
 def load_predictions(path: Path, *, key: Sequence[Any]) -> Predictions | None:
     """Return the predictions of a file if everything that they depend on is the same; None otherwise."""
+    if not path.exists():
+        return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("key") == _hash(key):
-            return Predictions(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
+        values = read_json(path, remedy="The predictions are made again.")
+        return Predictions(**values) if values.pop("key", None) == _hash(key) else None
+    except (DamagedFile, TypeError) as error:
+        logger.warning("%s", error)
+        return None
 
 
 def _predict_batch(

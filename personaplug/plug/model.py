@@ -8,16 +8,15 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelHubMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from personaplug.config import PlugConfig
 from personaplug.data.records import Options
 from personaplug.encoders import Encoder
-from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch, MissingData
-from personaplug.infra.atomic_io import atomic_write, storage_errors, write_text
+from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch
+from personaplug.infra.atomic_io import storage_errors, write_text
 from personaplug.infra.model_hub import LLMIdentity
+from personaplug.infra.tensor_files import load_tensors, save_tensors, shapes_of
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug import saving
 from personaplug.plug.history_batch import HistoryBatch
@@ -28,6 +27,7 @@ from personaplug.plug.saving import PlugSpec
 _KINDS = dict.fromkeys(("instruction", "population", "option_vectors"), "tokens") | dict.fromkeys(
     ("population_score", "log_sharpness", "log_doubt", "trust"), "numbers"
 )
+_COLD_TOKENS = "cold_start.tokens"
 _MAX_COLD_ITEMS = "cold_start.max_items"  # beside the weights, so that one file holds all that a prompt depends on
 
 
@@ -129,10 +129,10 @@ class PersonaPlug(nn.Module, ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         (save_directory / saving.ABOUT).unlink(missing_ok=True)  # or an earlier config would describe new weights
-        tensors = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
+        tensors = dict(self.state_dict())
         if self.cold_start.max_items:
             tensors[_MAX_COLD_ITEMS] = torch.tensor(self.cold_start.max_items)
-        atomic_write(save_directory / saving.WEIGHTS, lambda path: save_file(tensors, path))
+        save_tensors(save_directory / saving.WEIGHTS, tensors)
         parameters = sum(parameter.numel() for parameter in self.parameters())
         card = saving.model_card(self.config, spec=self.spec, training=self.training_facts, parameters=parameters)
         write_text(save_directory / saving.CARD, str(card))
@@ -149,31 +149,30 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             llm: the language model; None = it runs elsewhere, and the caller checks that it is the plug's.
             hub_options: as for `huggingface_hub.snapshot_download` (revision, token, cache_dir, local_files_only, …).
         Raises:
-            MissingData: if there is no plug, or a broken or newer one.
+            MissingData: if there is no plug, or a newer one (DamagedFile: a damaged one).
             EncoderMismatch, LLMMismatch: if it was trained for another model.
         """
         folder = saving.find_plug(pretrained_model_name_or_path, **hub_options)
         config, spec, training = saving.read_description(folder)
         if llm is not None and (spec.llm.fingerprint, spec.llm.width) != (llm.fingerprint, llm.width):
             raise LLMMismatch(trained_for=spec.llm.describe(), given=llm.describe())
+        if llm is not None and spec.llm.chat_date != llm.chat_date:
+            raise ConfigError(
+                f"This plug was trained with prompts of the day {spec.llm.chat_date}; the language model given writes "
+                f"{llm.chat_date}. Open it with chat_date={spec.llm.chat_date}."
+            )
+        saving.check_sizes(folder, config, spec)
         plug = cls(config, spec=spec, encoder=encoder)
         plug.training_facts = training
         plug._load_weights(folder / saving.WEIGHTS)
         return plug.eval()
 
     def _load_weights(self, path: Path) -> None:
-        try:
-            tensors = load_file(path)
-            max_items = int(tensors.pop(_MAX_COLD_ITEMS, torch.tensor(0)))
-            cold_tokens = tensors.get("cold_start.tokens")
-            expected = (self.config.soft_tokens, self.spec.llm.width)
-            if cold_tokens is not None and cold_tokens.shape != expected:
-                raise ValueError(f"cold_start.tokens should have shape {expected}; found {tuple(cold_tokens.shape)}")
-            self.cold_start = ColdStart(cold_tokens, max_items=max_items)
-            self.load_state_dict(tensors)
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise MissingData(f"{path} does not hold this plug's weights: {reason}") from error
+        cold_start = {_COLD_TOKENS: (self.config.soft_tokens, self.spec.llm.width), _MAX_COLD_ITEMS: ()}
+        tensors = load_tensors(path, remedy=saving.REMEDY, shapes=shapes_of(self), optional=cold_start)
+        max_items = int(tensors.pop(_MAX_COLD_ITEMS, torch.tensor(0)))
+        self.cold_start = ColdStart(tensors.get(_COLD_TOKENS), max_items=max_items)
+        self.load_state_dict(tensors)
 
 
 def _check_config(config: PlugConfig, *, labels: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,11 +16,14 @@ from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.encoders import EncoderIdentity
 from personaplug.errors import MissingData
-from personaplug.infra.atomic_io import write_json
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import check_json
 from personaplug.infra.model_hub import LLMIdentity
+from personaplug.infra.tensor_files import Shapes, check_header
 
 FORMAT_VERSION = 1
 ABOUT, WEIGHTS, CARD = "plug.json", "plug.safetensors", "README.md"
+REMEDY = "Restore the folder, or train the plug again."
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,16 @@ class PlugSpec:
 def write_description(folder: Path, config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any]) -> None:
     """Write plug.json. Its presence means that the plug is complete."""
     sections = {"config": asdict(config), "spec": asdict(spec), "training": training}
-    write_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **sections})
+    write_checked_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **sections})
 
 
 def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]]:
-    """Read config, spec and training facts from plug.json."""
+    """Read config, spec and training facts from plug.json.
+
+    Raises:
+        MissingData: if there is none, or one of another version or form (DamagedFile: a changed one).
+        ConfigError: if a setting is unknown or out of range.
+    """
     path = folder / ABOUT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -51,13 +60,41 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
         saved, training = values["spec"], dict(values["training"])
         llm, encoder = LLMIdentity(**saved["llm"]), EncoderIdentity.from_dict(saved["encoder"])
         spec = PlugSpec(llm, float(saved["embedding_scale"]), encoder, tuple(saved["labels"]))
+        if not (isinstance(llm.width, int) and llm.width > 0 and math.isfinite(spec.embedding_scale)):
+            raise ValueError("a width or scale is out of range")
         # A missing setting is an error: its default could be another plug's.
         settings = {setting.name: values["config"][setting.name] for setting in fields(PlugConfig)} | values["config"]
     except OSError as error:
         raise MissingData(f"{folder} holds no plug: {ABOUT} is missing. A finished training writes one.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise MissingData(f"{path} does not describe a plug ({type(error).__name__}). Train it again.") from error
-    return with_values(Config(), {f"plug.{name}": value for name, value in settings.items()}).plug, spec, training
+    config = with_values(Config(), {f"plug.{name}": value for name, value in settings.items()}).plug
+    check_json(values, path, remedy=REMEDY)
+    return config, spec, training
+
+
+def check_sizes(folder: Path, config: PlugConfig, spec: PlugSpec) -> None:
+    """Compare the sizes that a description asks for with the header of the weights, before memory is taken.
+
+    Raises:
+        DamagedFile: if they differ.
+    """
+    check_header(folder / WEIGHTS, _described_shapes(config, spec), remedy=REMEDY)
+
+
+def _described_shapes(config: PlugConfig, spec: PlugSpec) -> Shapes:
+    """Return the shapes of the tensors that grow with the description; all others follow from the encoder."""
+    width, tokens, labels = spec.llm.width, config.persona_tokens, len(spec.labels)
+    shapes: dict[str, tuple[int, ...]] = {"instruction": (config.instruction_tokens, width)}
+    if tokens:
+        shapes["persona.population"] = (tokens, width)
+        shapes["persona.projector.inner.weight"] = (width, spec.encoder.width)
+        shapes["persona.projector.outer.weight"] = (tokens * width, width)
+    if tokens and config.answer_channel == "label":
+        shapes["persona.projector.label.weight"] = (labels + 1, width)
+    if tokens and config.options == "compare":
+        shapes["persona.hint.option_vectors"] = (labels, width)
+    return shapes
 
 
 def find_plug(name: str | Path, **hub_options: Any) -> Path:

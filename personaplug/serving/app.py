@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -57,8 +58,14 @@ def create_app(service: Service, *, api_keys: ApiKeys | None = None, limits: Req
     return app
 
 
-def serve(service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: str, port: int) -> None:
-    """Serve until SIGTERM, then give the running requests 30 seconds to end."""
+def serve(
+    service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: str, port: int, listener: socket.socket
+) -> None:
+    """Serve until SIGTERM, then give the running requests 30 seconds to end.
+
+    Args:
+        listener: bound to that host and port before the models were loaded.
+    """
     api_keys.check_address(host)
     config = uvicorn.Config(
         create_app(service, api_keys=api_keys, limits=limits),
@@ -73,13 +80,13 @@ def serve(service: Service, *, api_keys: ApiKeys, limits: RequestLimits, host: s
     async def run() -> None:
         await service.engine.start()  # not in the server, so that its errors reach the caller
         callers = "this machine alone" if api_keys.is_open else "whoever has a key"
-        url = f"http://{host}:{port}"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         logger.info("%s with personas at %s/v1 for %s; routes: %s/docs", service.engine.models[0], url, callers, url)
         if service.engine.is_remote:
             # A persona is too little work to share: a second thread makes it no faster, and vLLM needs the core.
             torch.set_num_threads(1)
         gc.freeze()  # a collection that visits the models' half a million objects would halt replies for 0.2 s
-        await uvicorn.Server(config).serve()
+        await uvicorn.Server(config).serve(sockets=[listener])
 
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(run())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from personaplug.serving.persona_cache import Fallback
@@ -16,6 +16,7 @@ class ServingConfig:
     Attributes:
         store: file or URL of the histories.
         create: make the store if it does not exist.
+        retention: what the store keeps; None = as it was last opened with.
         seed: of the training; None = the run's first.
     """
 
@@ -31,6 +32,6 @@ class ServingConfig:
     apply_off_task: bool = False
     keep_text: bool = False
     phrases: bool = False
-    retention: Retention = field(default_factory=Retention)
+    retention: Retention | None = None
     max_rows: int = 16
     max_new_tokens: int = 512

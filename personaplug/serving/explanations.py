@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict
 from datetime import date
 from functools import partial
@@ -33,7 +32,7 @@ class Explainer:
         if not self.service.is_personal(query):
             message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
             raise RequestError(message, code="not_the_task")
-        items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=self.plug.config.max_history)
+        items, history = await self.service.run_store(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         weights = await self.service.run_slow(self._weights, query, history)
         explanation: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
         columns, ranking = {"weight": weights.astype(np.float64)}, -weights
@@ -52,7 +51,7 @@ class Explainer:
         """Say how far a user's persona moved between the evenings of two days."""
         if since > until:
             raise RequestError("`since` is a day before `until`.", code="invalid_value")
-        items, history = await asyncio.to_thread(self._snapshot, tenant, user, latest=None)
+        items, history = await self.service.run_store(self._snapshot, tenant, user, latest=None)
         days = np.array([(item.date or item.arrived.date()).toordinal() for item in items])
         latest = self.plug.config.max_history
         before, after = (history.select(np.flatnonzero(days <= day.toordinal())[-latest:]) for day in (since, until))

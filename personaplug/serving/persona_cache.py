@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -23,7 +23,7 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings
+from personaplug.store.history_store import HistoryStore, StoredHistory, StoreSettings, Ticket
 
 Fallback = Literal["population", "plain"]
 """What users without a history get: what is common to all users, or the plain model."""
@@ -57,6 +57,7 @@ class _Entry:
     phrases: UserNgramCache | None = None
     soft: SoftPrompt | None = None
     history: HistoryBatch | None = None
+    first_day: int = 0  # that the history goes back to
 
     @property
     def bytes(self) -> int:
@@ -101,24 +102,27 @@ class PersonaCache:
 
     def persona(
         self,
-        tenant: str,
-        user: str | None,
+        ticket: Ticket | None,
         *,
         query: str,
         options: Options | None = None,
         persona_scale: float | None = None,
     ) -> Persona:
-        """Make the soft tokens for a query of a user, or of nobody in particular. `persona_scale` 0 = plain model."""
+        """Make the soft tokens for a query of the ticket's user, or of nobody in particular.
+
+        `persona_scale` 0 = plain model. A user who is erased meanwhile raises UserErased: no persona of an erased
+        history leaves here. Without a ticket, the store is not asked.
+        """
         default_scale = self.personalizer.persona_scale
         scale = default_scale if persona_scale is None else persona_scale
         if scale == 0:
             return Persona(None, "plain", 0, scale)
-        entry, cached = (self._population, True) if user is None else self._lookup(tenant, user)
+        entry, cached = (self._population, True) if ticket is None else self._lookup(ticket)
         if not entry.items and self.fallback == "plain":
             return Persona(None, "plain", 0, scale)
         soft = entry.soft
         if soft is None or scale != default_scale:
-            history = entry.history or self.personalizer.precompute(self._read(tenant, user))
+            history = entry.history or self.personalizer.precompute(self._read(ticket))
             with self.plug_lock:
                 soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
         applied: Applied = "user" if entry.items > self.plug.cold_start.max_items else "population"
@@ -138,27 +142,30 @@ class PersonaCache:
     def cached_bytes(self) -> int:
         return int(self._entries.currsize)
 
-    def _lookup(self, tenant: str, user: str) -> tuple[_Entry, bool]:
+    def _lookup(self, ticket: Ticket) -> tuple[_Entry, bool]:
         """Return a user's entry, and whether it came from the cache."""
+        tenant, user, first_day = ticket.tenant, ticket.user, self.store.retention.first_day()
         version = self.store.version(tenant, user)
         with self._entries_lock:
             entry, erasures = self._entries.get((tenant, user)), self._erasures
-        if entry is not None and entry.version == version:
+        if entry is not None and (entry.version, entry.first_day) == (version, first_day):
             return entry, True
         if not version:  # unknown, or erased by another process
             self.forget(tenant, user)
             return self._population, False
-        entry = self._entry(self._read(tenant, user), phrases=self._phrases_of(tenant, user))
+        history, phrases = self._read(ticket), self._phrases_of(tenant, user)
+        entry = replace(self._entry(history, phrases=phrases), first_day=first_day)
+        self.store.check(ticket)
         with self._entries_lock:
             # A history that was read before an erasure may be the erased one.
             if self._erasures == erasures and entry.bytes <= self._entries.maxsize:
                 self._entries[tenant, user] = entry
         return entry, False
 
-    def _read(self, tenant: str, user: str | None) -> StoredHistory:
-        if user is None:
+    def _read(self, ticket: Ticket | None) -> StoredHistory:
+        if ticket is None:
             return _empty_history(self.plug)
-        return self.store.load_history(tenant, user, latest=self.plug.config.max_history)
+        return self.store.load_history(ticket.tenant, ticket.user, latest=self.plug.config.max_history)
 
     def _phrases_of(self, tenant: str, user: str) -> UserNgramCache | None:
         if self._build_phrases is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from personaplug.errors import ConfigError, MissingExtra, StorageError
 from personaplug.infra.atomic_io import storage_errors
+from personaplug.store.private_files import ensure_private, make_private_folder, restrict
 
 try:
     import sqlalchemy as sa
@@ -22,14 +23,20 @@ try:
 except ImportError as error:
     raise MissingExtra("the store of histories", extra="serve") from error
 
-__all__ = ["Connection", "Database", "SQLAlchemyError", "execute", "for_update", "insert_rows", "sa"]
+__all__ = ["Connection", "Database", "SQLAlchemyError", "WAIT_S", "execute", "for_update", "insert_rows"]
+__all__ += ["lock_table", "sa"]
 
 _Parameters = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 _RETRY_PAUSE_S = 0.01
+WAIT_S = 10.0
+_LOCK_MARGIN_S = 2.0  # the server itself ends a wait for a lock after `wait_s`
+_REST_S = 2.0  # after a server did not answer, how long others are refused without asking it
 _PRAGMAS = (
     "page_size=8192",
+    "cell_size_check=ON",  # notice damaged pages
     "journal_mode=WAL",
+    "wal_autocheckpoint=1",  # after each commit, so that a copy of the main file alone lacks as little as possible
     "synchronous=FULL",  # in WAL mode, a lower level may lose acknowledged commits
     "secure_delete=ON",  # overwrite removed rows and freed pages
     "temp_store=MEMORY",  # no user data in files beside the database
@@ -42,17 +49,18 @@ class Database:
     Args:
         location: a path or `sqlite:///…` URL of a file, or a `postgresql://…` URL.
         connections: largest number of open connections. They are opened on demand and never used after a fork.
-        wait_s: seconds to wait for a connection or a lock.
+        wait_s: seconds to wait for a connection or a lock. A PostgreSQL that sends nothing for longer is given up.
     Attributes:
         file: SQLite's file, or None.
     """
 
-    def __init__(self, location: str | Path, *, connections: int = 8, wait_s: float = 30) -> None:
+    def __init__(self, location: str | Path, *, connections: int = 8, wait_s: float = WAIT_S) -> None:
         self.url = _parse_url(location)
         self.file = Path(self.url.database or "") if self.url.get_backend_name() == "sqlite" else None
         self.wait_s, self._connections = wait_s, connections
         self._pid, self._engine = os.getpid(), self._create_engine()
         self._inherited: list[Engine] = []
+        self._is_private, self._silent_until = False, 0.0
 
     @property
     def secret_file(self) -> Path | None:
@@ -74,7 +82,18 @@ class Database:
 
     def autocommit(self) -> contextlib.AbstractContextManager[Connection]:
         """Open a connection for statements that cannot run in a transaction."""
-        return self._connect({"isolation_level": "AUTOCOMMIT"})
+        return self._connect({"isolation_level": "AUTOCOMMIT"}, is_patient=True)
+
+    def ping(self, *, timeout_s: float = 3) -> None:
+        """Ask the database for an answer over a connection of its own; raise StorageError if there is none in time."""
+        try:
+            if self.file:
+                with contextlib.closing(sqlite3.connect(f"{self.file.as_uri()}?mode=rw", timeout_s, uri=True)) as file:
+                    file.execute("SELECT format FROM history_store").fetchone()
+            else:
+                _ping_postgres(self.url, timeout_s=timeout_s)
+        except Exception as error:
+            raise StorageError(f"The store {self} does not answer ({type(error).__name__}).") from None
 
     def close(self) -> None:
         """Close idle connections."""
@@ -84,16 +103,54 @@ class Database:
         return self.url.render_as_string(hide_password=True)
 
     @contextlib.contextmanager
-    def _connect(self, options: dict[str, Any]) -> Iterator[Connection]:
+    def _connect(self, options: dict[str, Any], *, is_patient: bool = False) -> Iterator[Connection]:
+        if time.monotonic() < self._silent_until:
+            raise StorageError(f"The store {self} did not answer a moment ago. Try again in some seconds.")
         try:
-            storage = storage_errors(self.file) if self.file else contextlib.nullcontext()
-            with storage, self._current_engine().connect() as connection:
+            with (
+                self._file_errors(),
+                self._current_engine().connect() as connection,
+                self._limited_waits(connection, is_patient=is_patient),
+            ):
                 yield connection.execution_options(**options)
         except SQLAlchemyError as error:
             raise self._storage_error(error) from None  # the driver's message quotes rows
 
+    @contextlib.contextmanager
+    def _file_errors(self) -> Iterator[None]:
+        """Turn errors of SQLite's file into StorageError; before it is opened first, make it private."""
+        if self.file is None:
+            yield
+            return
+        if not self._is_private:
+            make_private_folder(self.file.parent)
+            ensure_private(self.file)
+            for beside in ("-wal", "-shm"):  # SQLite gives them the rights of the file
+                with contextlib.suppress(FileNotFoundError):
+                    restrict(self.file.with_name(self.file.name + beside))
+            self._is_private = True
+        with storage_errors(self.file):
+            yield
+
+    @contextlib.contextmanager
+    def _limited_waits(self, connection: Connection, *, is_patient: bool) -> Iterator[None]:
+        """Let a connection to PostgreSQL wait for locks, and for long statements, but not for a silent server."""
+        if self.file:
+            yield
+            return
+        driver: Any = connection.connection.dbapi_connection
+        usual = driver.silence_s
+        driver.silence_s, driver.is_patient = (usual if is_patient else self.wait_s + _LOCK_MARGIN_S), is_patient
+        try:
+            yield
+        finally:
+            driver.silence_s, driver.is_patient = usual, False
+
     def _storage_error(self, error: SQLAlchemyError) -> StorageError:
         cause = getattr(error, "orig", None)
+        if type(cause).__name__ in ("ServerSilent", "ConnectionTimeout"):
+            self._silent_until = time.monotonic() + _REST_S
+            return StorageError(f"The store {self} does not answer. Start its server, or try again.")
         name = getattr(cause, "sqlite_errorname", None) or getattr(cause, "sqlstate", None) or type(error).__name__
         if name in ("SQLITE_BUSY", "SQLITE_LOCKED", "55P03", "TimeoutError"):
             advice = f"It was in use for more than {self.wait_s:g} s: try again"
@@ -120,6 +177,8 @@ class Database:
         event.listen(engine, "connect", self._prepare_sqlite if self.file else self._prepare_postgres)
         if self.file:
             event.listen(engine, "begin", _begin_sqlite)
+        else:
+            event.listen(engine, "do_connect", _connect_postgres)
         return engine
 
     def _prepare_sqlite(self, connection: Any, _: object) -> None:
@@ -133,6 +192,18 @@ class Database:
         connection.commit()
 
 
+def _connect_postgres(dialect: object, record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
+    from personaplug.store.postgres import ANSWER_S, BoundedConnection
+
+    return BoundedConnection.connect(*arguments, **{"connect_timeout": round(ANSWER_S), **options})
+
+
+def _ping_postgres(url: URL, *, timeout_s: float) -> None:
+    from personaplug.store.postgres import ping
+
+    ping(url.set(drivername="postgresql").render_as_string(hide_password=False), timeout_s=timeout_s)
+
+
 def execute(
     connection: Connection, sql: str, parameters: _Parameters = (), *, expand: str = ""
 ) -> sa.CursorResult[Any]:
@@ -144,6 +215,15 @@ def execute(
 def _statement(sql: str, expand: str) -> sa.TextClause:
     statement = sa.text(sql)
     return statement.bindparams(sa.bindparam(expand, expanding=True)) if expand else statement
+
+
+def lock_table(connection: Connection, table: str, *, alone: bool = False) -> None:
+    """Keep others from writing to a table until the transaction ends if `alone`, else those that would be alone.
+
+    SQLite has one writer at a time.
+    """
+    if connection.dialect.name == "postgresql":
+        execute(connection, f"LOCK TABLE {table} IN {'SHARE ROW EXCLUSIVE' if alone else 'ROW EXCLUSIVE'} MODE")
 
 
 def for_update(connection: Connection) -> str:

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import Encoder, EncoderIdentity
 from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
-from personaplug.store import reads, secure_delete, writes
-from personaplug.store.database import Connection, Database, execute, for_update
-from personaplug.store.reads import StoredHistory, StoredItem
+from personaplug.store import expiry, reads, secure_delete, writes
+from personaplug.store.database import WAIT_S, Connection, Database, execute, for_update, lock_table
+from personaplug.store.reads import StoredHistory, StoredItem, Window
 from personaplug.store.receipts import Receipt, Secret
-from personaplug.store.schema import Shard, StoreSettings, check_settings, load_or_create
-from personaplug.store.writes import AddResult, EncodedItems, PackedItem, Retention, UserRow, check_id
+from personaplug.store.schema import Retention, Shard, StoreSettings, check_settings, load_or_create
+from personaplug.store.tickets import TICKET_LIFE_S, Ticket, last_erasures
+from personaplug.store.writes import USER_COLUMNS, AddResult, EncodedItems, PackedItem, UserRow, check_id
 
 __all__ = ["AddResult", "EncodedItems", "HistoryStore", "Receipt", "Retention", "StoreSettings"]
-__all__ += ["StoredHistory", "StoredItem"]
+__all__ += ["StoredHistory", "StoredItem", "Ticket"]
+
+_OPENING_S = 2.0  # that `open` may spend on removing old items
 
 _UserInTransaction = tuple[Connection, Shard, UserRow | None]
 
@@ -45,7 +49,8 @@ class HistoryStore:
     settings: StoreSettings
     identity: EncoderIdentity  # of the encoder of the stored vectors
     encoder: Encoder | None  # None = only encoded items can be added
-    retention: Retention  # applied to a user whenever items are added
+    retention: Retention
+    _swept_day: int = field(default=-1, init=False)  # the first day that was kept when all old items were removed
 
     @classmethod
     def open(
@@ -57,7 +62,7 @@ class HistoryStore:
         retention: Retention | None = None,
         secret: bytes | Path | None = None,
         connections: int = 8,
-        wait_s: float = 30,
+        wait_s: float = WAIT_S,
     ) -> HistoryStore:
         """Open a store, or create it, and finish erasures that were interrupted.
 
@@ -65,6 +70,7 @@ class HistoryStore:
             location: a path or `sqlite:///…` URL of a file, or a `postgresql://…` URL.
             encoder: the encoder of the store's vectors; creating a store needs one.
             settings: for a new store; an existing store must have the same. None = its own, or the defaults.
+            retention: what is kept from now on. None = as the store was last opened with, at first everything.
             secret: 16 bytes or more, or a file of hex digits, created if missing. None = a file beside SQLite's.
             connections, wait_s: see `Database`.
         Raises:
@@ -78,47 +84,69 @@ class HistoryStore:
         key = _open_secret(secret, database, create=is_new_file or database.file is None)
         identity, secret_hash = encoder.identity if encoder else None, key.hash("store")
         with database.write_transaction() as connection:
-            info = load_or_create(connection, settings, encoder=identity, secret_hash=secret_hash)
+            info = load_or_create(connection, settings, encoder=identity, secret_hash=secret_hash, retention=retention)
         if info.secret_hash != secret_hash:
             raise StoreConflict("The secret belongs to another store; earlier receipts could not be verified with it.")
         check_settings(info.settings, settings or info.settings)
         _check_encoder(info.encoder, identity)
-        store = cls(database, key, info.settings, info.encoder, encoder, retention or Retention())
+        store = cls(database, key, info.settings, info.encoder, encoder, info.retention)
         with suppress(StorageError):  # a reader may block it; the store opens anyway, and the next `open` tries again
             store.finish_erasures()
+            store.remove_expired(seconds=_OPENING_S)
         return store
 
-    def add(self, tenant: str, user: str, items: Sequence[HistoryItem]) -> AddResult:
-        """Encode a user's items, in order of arrival, and store them; skip items that are stored already.
+    def admit(self, tenant: str, *users: str) -> Ticket:
+        """Return what is needed to store something for users; call it when the request to do so arrives.
+
+        Whatever comes before an erasure of a user is refused after it, because the ticket is from before.
+        """
+        check_id(tenant, owner="a tenant")
+        for user in users:
+            check_id(user, owner="a user")
+        with self.database.read_transaction() as connection:
+            return self._ticket(connection, tenant, users)
+
+    def check(self, ticket: Ticket) -> None:
+        """Raise UserErased if a user was erased after the ticket was taken."""
+        with self.database.read_transaction() as connection:
+            ticket.check(connection, ticket.hashed_users)
+
+    def add(self, ticket: Ticket, items: Sequence[HistoryItem]) -> AddResult:
+        """Encode items of the ticket's user, in order of arrival, and store them; skip items that are stored already.
 
         An item with a known id replaces the stored item and keeps its position. An invalid item or vector raises
-        ItemError or ShapeMismatch, and then nothing is stored.
+        ItemError or ShapeMismatch, and an erasure since the ticket was taken UserErased; then nothing is stored.
         """
         if self.encoder is None:
             raise UserError("The store was opened without an encoder: open it with one, or add encoded items.")
         for item in items:
             check_id(item.id, owner="an item")
         distinct = {item.id: item for item in items}
-        with self._user(tenant, user) as (connection, shard, row):
+        with self._user(ticket.tenant, ticket.user) as (connection, shard, row):
             ids = [(row.no, item_id) for item_id in distinct] if row else []
             digests = {item_id: old.digest for (_, item_id), old in writes.find_items(connection, shard, ids).items()}
+            ticket.check(connection, [ticket.user])
         fresh = [i for i in distinct.values() if digests.get(i.id) != writes.digest_of(i, key=self.secret.item_key)]
         if not fresh:
             return AddResult(0, 0, len(items))
         vectors = self.encoder.encode([item.encoded(with_answer=self.settings.encodes_answers) for item in fresh])
-        result = self.add_encoded(tenant, EncodedItems([user] * len(fresh), fresh, vectors, self.encoder.identity))
+        result = self.add_encoded(
+            ticket, EncodedItems([ticket.user] * len(fresh), fresh, vectors, self.encoder.identity)
+        )
         return result._replace(same=len(items) - result.new - result.replaced)
 
-    def add_encoded(self, tenant: str, encoded: EncodedItems) -> AddResult:
-        """Store items of users with their vectors, all or none; another encoder's vectors raise EncoderMismatch."""
-        check_id(tenant, owner="a tenant")
+    def add_encoded(self, ticket: Ticket, encoded: EncodedItems) -> AddResult:
+        """Store items of the ticket's users with their vectors, all or none.
+
+        Another encoder's vectors raise EncoderMismatch, an erasure of one of the users since the ticket UserErased.
+        """
         items_by_shard: dict[Shard, list[PackedItem]] = defaultdict(list)
-        shards = {user: self.shard_of(tenant, user) for user in set(encoded.users)}
+        shards = {user: self.shard_of(ticket.tenant, user) for user in set(encoded.users)}
         for item in self.pack(encoded):
             items_by_shard[shards[item.user]].append(item)
         with self.database.write_transaction() as connection:
             results = [
-                writes.write_items(connection, shard, items, tenant=tenant, retention=self.retention)
+                writes.write_items(connection, shard, items, ticket=ticket, retention=self.retention)
                 for shard, items in sorted(items_by_shard.items())
             ]
         return AddResult(*(sum(counts) for counts in zip((0, 0, 0), *results, strict=True)))
@@ -126,7 +154,7 @@ class HistoryStore:
     def load_history(self, tenant: str, user: str, *, latest: int | None = None) -> StoredHistory:
         """Load a user's items as arrays, oldest first: by date (or else day of arrival), then by arrival."""
         with self._user(tenant, user) as (connection, shard, row):
-            return reads.load_history(connection, shard, row, width=self.identity.width, latest=latest)
+            return reads.load_history(connection, shard, row, width=self.identity.width, window=self.window(latest))
 
     def version(self, tenant: str, user: str) -> int:
         """Return a number that grows with every change, even after an erasure; 0 for an unknown user."""
@@ -136,22 +164,50 @@ class HistoryStore:
     def list_items(self, tenant: str, user: str, *, latest: int | None = None) -> list[StoredItem]:
         """Return a user's items without their vectors, oldest first."""
         with self._user(tenant, user) as (connection, shard, row):
-            return reads.list_items(connection, shard, row.no, latest=latest) if row else []
+            return reads.list_items(connection, shard, row, window=self.window(latest)) if row else []
 
-    def export(self, tenant: str, user: str) -> dict[str, Any]:
-        """Return everything that is stored of a user as JSON values; raise MissingData for an unknown user."""
+    def count(self, tenant: str, user: str) -> int:
+        """Return the number of a user's items."""
         with self._user(tenant, user) as (connection, shard, row):
-            items = reads.list_items(connection, shard, _existing(row).no)
-            history = reads.load_history(connection, shard, row, width=self.identity.width, latest=None)
-        columns = zip(items, history.vectors.tolist(), history.style.tolist(), strict=True)
-        return {
-            "tenant": tenant,
-            "user": user,
-            "version": history.version,
-            "encoder": self.identity.to_dict(),
-            "labels": [*self.settings.labels],
-            "items": [item.to_dict() | {"vector": vector, "style": style} for item, vector, style in columns],
-        }
+            return reads.count_items(connection, shard, row, first_day=self.retention.first_day()) if row else 0
+
+    def export(self, tenant: str, user: str, *, items_per_page: int = 100) -> Iterator[str]:
+        """Return the pages of a JSON object with everything that is stored of a user.
+
+        Each page is read in a transaction of its own when it is asked for, so that a slow reader holds up nobody and a
+        page is all that is in memory. Items that are added meanwhile are part of the export if their page is to come.
+
+        Raises:
+            MissingData: for an unknown user, at once.
+            UserErased: from a later page, if the user is erased meanwhile.
+        """
+        with self._user(tenant, user) as (connection, _, row):
+            version, ticket = existing(row).version, self._ticket(connection, tenant, [user])
+        head = {"tenant": tenant, "user": user, "version": version, "encoder": self.identity.to_dict()}
+        start = json.dumps(head | {"labels": self.settings.labels}).removesuffix("}")
+        pages = self._export_items(ticket, version, items_per_page=items_per_page)
+        return chain([f'{start}, "items": ['], pages, ["]}"])
+
+    def _export_items(self, ticket: Ticket, version: int, *, items_per_page: int) -> Iterator[str]:
+        window, count = Window(self.retention.first_day(), items_per_page), 0
+        place: tuple[int, int] | None = reads.FIRST_PLACE
+        while place:
+            with self._user(ticket.tenant, ticket.user) as (connection, shard, row):
+                ticket.check(connection, [ticket.user])
+                if row is None:  # all items have become too old
+                    return
+                items, place = reads.read_page(
+                    connection, shard, row, width=self.identity.width, window=window, place=place
+                )
+            if items:
+                yield (", " if count else "") + json.dumps(items).removeprefix("[").removesuffix("]")
+            count += len(items)
+            if not place and row.version == version:
+                Window(window.first_day).check_count(row, count)
+
+    def window(self, latest: int | None) -> Window:
+        """Return which items are read: the latest, and none that is too old even if it was not removed yet."""
+        return Window(self.retention.first_day(), latest)
 
     def delete_item(self, tenant: str, user: str, item_id: str) -> None:
         """Delete an item; raise MissingData for an unknown user or item.
@@ -160,30 +216,34 @@ class HistoryStore:
         """
         check_id(item_id, owner="an item")
         with self._user(tenant, user, lock=True) as (connection, shard, row):
-            user_row = _existing(row)
+            user_row = existing(row)
             stored = writes.find_items(connection, shard, [(user_row.no, item_id)])
             if not stored:
                 raise MissingData("The user has no item of this id.")
             writes.delete_items(connection, shard, [item.key for item in stored.values()])
+            user_row.items -= len(stored)
             user_row.increase_version()
             writes.update_users(connection, shard, [user_row])
 
     def erase_user(self, tenant: str, user: str) -> Receipt:
         """Delete everything of a user, the id included, and clear the files of the bytes.
 
-        This takes several transactions, and locks the user's shard while it rewrites the shard.
+        What was admitted before is refused from now on, in all processes. This takes several transactions, and locks
+        the user's shard while it rewrites the shard.
 
         Raises:
-            MissingData: if the tenant has no such user.
+            MissingData: if the tenant has no such user; what is on its way for the user is refused all the same.
             StorageError: if the files cannot be cleared. The rows are deleted then; repeat the call for the receipt.
         """
         hashed_user = self.hash_user(tenant, user)
-        with self._user(tenant, user, lock=True) as (connection, shard, row):
+        with self._user(tenant, user, lock=True, alone=True) as (connection, shard, row):
+            erasure = {"tenant": tenant, "hashed_user": hashed_user, "shard": shard.number, "wiped": None}
+            erasure["erased_at"] = datetime.now(UTC).isoformat(timespec="microseconds")
             if row:
-                erasure = {"tenant": tenant, "hashed_user": hashed_user, "shard": shard.number, "wiped": None}
-                erasure["erased_at"] = datetime.now(UTC).isoformat(timespec="seconds")
                 erasure["items"] = writes.delete_user(connection, shard, row.no)
                 secure_delete.record_erasure(connection, erasure)
+            else:
+                secure_delete.record_erasure_of_nobody(connection, erasure)
             unfinished = secure_delete.unfinished_erasures(connection)
         numbers = [number for number, hashed in unfinished.items() if hashed == hashed_user]
         if not numbers:
@@ -196,6 +256,27 @@ class HistoryStore:
             unfinished = secure_delete.unfinished_erasures(connection)
         for number in unfinished:
             secure_delete.finish_erasure(self.database, number)
+
+    def remove_expired(self, *, seconds: float) -> None:
+        """Remove what is too old, for about so many seconds at most; the next call goes on."""
+        deadline, first_day = time.monotonic() + seconds, self.retention.first_day()
+        for shard in map(Shard, range(self.settings.shards)) if self._swept_day != first_day else ():
+            while expiry.remove_expired(self.database, shard, first_day=first_day):
+                if time.monotonic() > deadline:
+                    return
+            expiry.finish_rewrites(self.database)
+        self._swept_day = first_day
+
+    def maintain(self) -> None:
+        """Do what is due: finish erasures, remove what is too old. A server calls it now and then."""
+        self.finish_erasures()
+        self.remove_expired(seconds=60)
+        known_until = datetime.now(UTC) - 2 * timedelta(seconds=TICKET_LIFE_S)
+        secure_delete.forget_erasures_of_nobody(self.database, before=known_until.isoformat())
+
+    def ping(self, *, timeout_s: float = 3) -> None:
+        """Raise StorageError unless the database answers in time."""
+        self.database.ping(timeout_s=timeout_s)
 
     def erased_at(self, tenant: str, user: str) -> datetime | None:
         """Return when a user of this id was last erased; None = never."""
@@ -224,20 +305,29 @@ class HistoryStore:
         digest = hashlib.blake2b(json.dumps([tenant, user]).encode(), digest_size=8).digest()
         return Shard(int.from_bytes(digest, "little") % self.settings.shards)
 
+    def _ticket(self, connection: Connection, tenant: str, users: Sequence[str]) -> Ticket:
+        hashed_users = {user: self.hash_user(tenant, user) for user in users}
+        return Ticket(tenant, hashed_users, last_erasures(connection, list(hashed_users.values())))
+
     @contextmanager
-    def _user(self, tenant: str, user: str, *, lock: bool = False) -> Iterator[_UserInTransaction]:
-        """Open a transaction and find the user's shard and row; `lock` keeps others from changing the user."""
+    def _user(self, tenant: str, user: str, *, lock: bool = False, alone: bool = False) -> Iterator[_UserInTransaction]:
+        """Open a transaction and find the user's shard and row.
+
+        `lock` keeps others from changing the user, `alone` from writing to the shard at all.
+        """
         check_id(tenant, owner="a tenant")
         check_id(user, owner="a user")
         shard, database = self.shard_of(tenant, user), self.database
-        sql = f"SELECT no, version, items_received FROM {shard.users} WHERE tenant = :tenant AND user_id = :user"
+        sql = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE tenant = :tenant AND user_id = :user"
         with database.write_transaction() if lock else database.read_transaction() as connection:
-            sql += for_update(connection) if lock else ""
+            if lock:
+                lock_table(connection, shard.users, alone=alone)
+                sql += for_update(connection)
             row = execute(connection, sql, {"tenant": tenant, "user": user}).one_or_none()
-            yield connection, shard, UserRow(**row._mapping) if row else None
+            yield connection, shard, UserRow.of(row, tenant=tenant, user=user) if row else None
 
 
-def _existing(row: UserRow | None) -> UserRow:
+def existing(row: UserRow | None) -> UserRow:
     if row is None:
         raise MissingData("The tenant has no such user.")
     return row

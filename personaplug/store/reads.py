@@ -11,13 +11,16 @@ import numpy as np
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders.encoded_sample import EncodedHistory
-from personaplug.encoders.style_features import FEATURES
 from personaplug.store.database import Connection, execute, sa
+from personaplug.store.row_checksums import damaged
 from personaplug.store.schema import MAX_ITEMS_PER_USER, Shard
-from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, decode_vectors
-from personaplug.store.writes import UserRow, unpack_text
+from personaplug.store.vector_codec import Bodies, decode_bodies
+from personaplug.store.writes import UserRow, checksum_of_item, unpack_text
 
-_BY_DATE = "day DESC, i.key DESC"
+FIRST_PLACE = (-1, -1)
+"""The place before all items."""
+
+_BY_DATE = "i.day DESC, i.key DESC"
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -51,48 +54,104 @@ class StoredItem(HistoryItem):
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which of a user's items are read: the latest, of those that are not too old; `latest` None = all."""
+
+    first_day: int
+    latest: int | None = None
+
+    @property
+    def limit(self) -> int:
+        return MAX_ITEMS_PER_USER if self.latest is None else max(0, min(self.latest, MAX_ITEMS_PER_USER))
+
+    def check_count(self, user: UserRow, count: int) -> None:
+        """Raise StorageError if items are missing, because a damaged index does not find them."""
+        expected = min(user.items, self.limit)
+        if count > expected or (count < expected and not self.first_day):
+            raise damaged("the number of a user's items")
+
+
 def load_history(
-    connection: Connection, shard: Shard, user: UserRow | None, *, width: int, latest: int | None
+    connection: Connection, shard: Shard, user: UserRow | None, *, width: int, window: Window
 ) -> StoredHistory:
     """Return a user's latest items as arrays, oldest first."""
-    select = f"SELECT label_id, style, vector FROM {shard.items} i"
-    rows = _latest_rows(connection, select, user.no, latest=latest) if user else []
-    labels, style, vectors = zip(*rows, strict=True) if rows else ((), (), ())
-    style_values = np.frombuffer(b"".join(style), dtype=LITTLE_ENDIAN_HALF).astype(np.float16)
+    rows = _latest_rows(connection, f"SELECT i.body FROM {shard.items} i", user, window=window) if user else []
+    bodies = _decode([body for (body,) in rows], user, width=width)
     return StoredHistory(
-        vectors=decode_vectors(vectors, width=width),
-        label_ids=np.array(labels, dtype=np.int16),
-        style=style_values.reshape(len(rows), len(FEATURES)),
+        vectors=bodies["vector"].astype(np.float16),
+        label_ids=bodies["label_id"].astype(np.int16),
+        style=bodies["style"].astype(np.float16),
         version=user.version if user else 0,
     )
 
 
 def list_items(
-    connection: Connection, shard: Shard, user_no: int, *, latest: int | None = None, by_arrival: bool = False
+    connection: Connection, shard: Shard, user: UserRow, *, window: Window, by_arrival: bool = False
 ) -> list[StoredItem]:
     """Return a user's latest items without their vectors, oldest first: by date, or else by arrival."""
-    columns = "item_id, dated, day, arrived, label_id, body"
-    select = f"SELECT {columns} FROM {shard.items} i LEFT JOIN {shard.texts} t ON t.key = i.key"
     order = "i.key DESC" if by_arrival else _BY_DATE
-    return [_stored_item(row) for row in _latest_rows(connection, select, user_no, latest=latest, order=order)]
+    rows = _latest_rows(connection, _select_items(shard), user, window=window, order=order)
+    return [_stored_item(row) for row in rows]
+
+
+def read_page(
+    connection: Connection, shard: Shard, user: UserRow, *, width: int, window: Window, place: tuple[int, int]
+) -> tuple[list[dict[str, Any]], tuple[int, int] | None]:
+    """Return everything that is stored of the next items, oldest first, as JSON values, and the place after them.
+
+    A place is the day and the key of the last item that was read; None if there are no more.
+    """
+    sql = (
+        f"{_select_items(shard, 'i.body AS item_body')} WHERE i.user_no = :no AND i.day >= :first_day "
+        "AND (i.day, i.key) > (:day, :key) ORDER BY i.day, i.key LIMIT :limit"
+    )
+    parameters = {"no": user.no, "first_day": window.first_day, "limit": window.limit}
+    rows = execute(connection, sql, parameters | {"day": place[0], "key": place[1]}).all()
+    bodies = _decode([row.item_body for row in rows], user, width=width)
+    columns = zip(map(_stored_item, rows), bodies["vector"].tolist(), bodies["style"].tolist(), strict=True)
+    items = [item.to_dict() | {"vector": vector, "style": style} for item, vector, style in columns]
+    return items, (rows[-1].day, rows[-1].key) if len(rows) == window.limit else None
+
+
+def count_items(connection: Connection, shard: Shard, user: UserRow, *, first_day: int) -> int:
+    if not first_day:
+        return user.items
+    sql = f"SELECT count(*) FROM {shard.items} WHERE user_no = :no AND day >= :first_day"
+    return int(execute(connection, sql, {"no": user.no, "first_day": first_day}).scalar_one())
+
+
+def _decode(rows: Sequence[bytes], user: UserRow | None, *, width: int) -> Bodies:
+    return decode_bodies(rows, width=width, user_no=user.no if user else 0, items_per_user=MAX_ITEMS_PER_USER)
+
+
+def _select_items(shard: Shard, *more: str) -> str:
+    columns = ", ".join(["i.key, i.day, i.dated, i.arrived, i.label_id, i.item_id, i.checksum, t.body", *more])
+    return f"SELECT {columns} FROM {shard.items} i LEFT JOIN {shard.texts} t ON t.key = i.key"
 
 
 def _stored_item(row: sa.Row[Any]) -> StoredItem:
-    fields, answer_name = unpack_text(row.body) if row.body is not None else ((), None)
+    key, day, dated, arrived, label_id, item_id, checksum, body = tuple(row)[:8]
+    found = checksum_of_item(key, day, dated=dated, arrived=arrived, label_id=label_id, item_id=item_id, text=body)
+    if found != checksum:
+        raise damaged("an item")
+    fields, answer_name = unpack_text(body) if body is not None else ((), None)
     return StoredItem(
-        id=row.item_id,
+        id=item_id,
         fields=fields,
         answer_name=answer_name,
-        date=date.fromordinal(row.day) if row.dated else None,
-        arrived=datetime.fromtimestamp(row.arrived / 1e6, UTC),
-        label_id=row.label_id,
+        date=date.fromordinal(day) if dated else None,
+        arrived=datetime.fromtimestamp(arrived / 1e6, UTC),
+        label_id=label_id,
     )
 
 
 def _latest_rows(
-    connection: Connection, select: str, user_no: int, *, latest: int | None, order: str = _BY_DATE
+    connection: Connection, select: str, user: UserRow, *, window: Window, order: str = _BY_DATE
 ) -> Sequence[sa.Row[Any]]:
     """Return rows of items, latest last."""
-    sql = f"{select} WHERE user_no = :no ORDER BY {order} LIMIT :latest"
-    limit = MAX_ITEMS_PER_USER if latest is None else latest
-    return execute(connection, sql, {"no": user_no, "latest": limit}).all()[::-1]
+    sql = f"{select} WHERE i.user_no = :no AND i.day >= :first_day ORDER BY {order} LIMIT :limit"
+    parameters = {"no": user.no, "first_day": window.first_day, "limit": window.limit}
+    rows = execute(connection, sql, parameters).all()[::-1]
+    window.check_count(user, len(rows))
+    return rows

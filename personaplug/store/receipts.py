@@ -15,6 +15,7 @@ from typing import Any
 
 from personaplug.errors import ConfigError, MissingData, UserError
 from personaplug.infra.atomic_io import storage_errors
+from personaplug.store.private_files import create_private, make_private_folder, restrict
 
 _MIN_SECRET_BYTES = 16
 
@@ -66,6 +67,7 @@ class Secret:
         elif not path.exists():
             raise MissingData(f"The store's secret {path} is missing: put it back. Receipts are verified with it.")
         with storage_errors(path):
+            restrict(path)
             text = path.read_text(encoding="ascii", errors="replace")
         try:
             return cls(bytes.fromhex(text))
@@ -77,8 +79,9 @@ class Secret:
         if path.exists():
             return
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        make_private_folder(path.parent)
         with storage_errors(path):
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            with os.fdopen(create_private(temporary), "w") as file:
                 file.write(self.key.hex())
                 file.flush()
                 os.fsync(file.fileno())

@@ -5,6 +5,7 @@ A copy has the version of the original, so a later run copies only the users tha
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,20 @@ from typing import Any
 from personaplug.encoders import Encoder
 from personaplug.encoders.base import Vectors
 from personaplug.errors import ConfigError, StoreConflict
-from personaplug.store.database import Database, execute, sa
+from personaplug.store.database import Connection, Database, execute, lock_table, sa
 from personaplug.store.history_store import EncodedItems, HistoryStore, StoredItem, StoreSettings
 from personaplug.store.reads import list_items
 from personaplug.store.schema import Shard
 from personaplug.store.secure_delete import last_erasure, record_erasure
-from personaplug.store.writes import delete_all_items, delete_user, insert_items, lock_users, update_users
+from personaplug.store.writes import (
+    USER_COLUMNS,
+    UserRow,
+    delete_all_items,
+    delete_user,
+    insert_items,
+    lock_users,
+    update_users,
+)
 
 _USERS_PER_PAGE = 64
 
@@ -53,38 +62,59 @@ def refill(source: HistoryStore, target: HistoryStore, *, progress: Callable[[in
         target: from `open_target`.
         progress: called with the number of users examined since its last call.
     """
-    _copy_erasures(source, target)
+    copy_erasures(source, target)
     count = _copy_users(source, target, progress)
-    while _copy_erasures(source, target):  # users were erased while they were copied
+    while copy_erasures(source, target):  # users were erased while they were copied
         count += _copy_users(source, target, progress)
     return count
 
 
-def _copy_erasures(source: HistoryStore, target: HistoryStore) -> bool:
-    """Repeat in the target the erasures that it lacks, and return whether there were any."""
-    present = {(row.hashed_user, row.erased_at) for row in _rows(target, "SELECT * FROM history_erasures")}
-    erasures = _rows(source, "SELECT * FROM history_erasures ORDER BY number")
-    missing = [row for row in erasures if (row.hashed_user, row.erased_at) not in present]
-    for erasure in missing:
-        values, shard = erasure._asdict(), Shard(erasure.shard)
+def copy_erasures(source: HistoryStore, target: HistoryStore) -> int:
+    """Repeat in the target the erasures that it lacks, and return their number.
+
+    Raises:
+        StoreConflict: if the stores have different secrets or numbers of shards, so that neither knows the other's.
+    """
+    if source.secret.key != target.secret.key or source.settings.shards != target.settings.shards:
+        raise StoreConflict("The stores have different secrets or shards: neither is a copy of the other.")
+    select = "SELECT * FROM history_erasures WHERE wiped IS NULL OR wiped <> '' ORDER BY number"
+    present = {(row.hashed_user, row.erased_at) for row in _rows(target, select)}
+    missing: dict[Shard, list[sa.Row[Any]]] = defaultdict(list)
+    for row in _rows(source, select):
+        if (row.hashed_user, row.erased_at) not in present:
+            missing[Shard(row.shard)].append(row)
+    for shard, erasures in missing.items():
         with target.database.write_transaction() as connection:
-            for user in execute(connection, f"SELECT * FROM {shard.users}").all():
-                if target.hash_user(user.tenant, user.user_id) == erasure.hashed_user:
-                    delete_user(connection, shard, user.no)
-                    values["wiped"] = None
-            record_erasure(connection, values)
+            _erase_in_shard(connection, target, shard, erasures)
     target.finish_erasures()
-    return bool(missing)
+    return sum(map(len, missing.values()))
+
+
+def _erase_in_shard(
+    connection: Connection, target: HistoryStore, shard: Shard, erasures: Sequence[sa.Row[Any]]
+) -> None:
+    """Record erasures of users of a shard, and delete the users."""
+    lock_table(connection, shard.users, alone=True)
+    hashed_users, deleted = {row.hashed_user for row in erasures}, set[str]()
+    for user in execute(connection, f"SELECT no, tenant, user_id FROM {shard.users}").all():
+        hashed_user = target.hash_user(user.tenant, user.user_id)
+        if hashed_user in hashed_users:
+            delete_user(connection, shard, user.no)
+            deleted.add(hashed_user)
+    for row in erasures:
+        record_erasure(connection, row._asdict() | ({"wiped": None} if row.hashed_user in deleted else {}))
 
 
 def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[int], object]) -> int:
     assert target.encoder is not None
     with_answer, count = target.settings.encodes_answers, 0
-    for shard, users in _pages(source):
+    for shard, users in user_pages(source):
         # Items are read after the version: if they change in between, the next run copies them again.
         stale = [user for user in users if target.version(user.tenant, user.user_id) < user.version]
         with source.database.read_transaction() as connection:
-            histories = [list_items(connection, shard, user.no, by_arrival=True) for user in stale]
+            window = source.window(None)
+            rows = [UserRow.of(user, tenant=user.tenant, user=user.user_id) for user in stale]
+            histories = [list_items(connection, shard, row, window=window, by_arrival=True) for row in rows]
         texts = [item.encoded(with_answer=with_answer) for items in histories for item in items]
         vectors = target.encoder.encode(texts)
         for user, items in zip(stale, histories, strict=True):
@@ -94,9 +124,10 @@ def _copy_users(source: HistoryStore, target: HistoryStore, progress: Callable[[
     return count
 
 
-def _pages(store: HistoryStore) -> Iterator[tuple[Shard, Sequence[sa.Row[Any]]]]:
+def user_pages(store: HistoryStore) -> Iterator[tuple[Shard, Sequence[sa.Row[Any]]]]:
+    """Yield the rows of all users, page by page."""
     for shard in map(Shard, range(store.settings.shards)):
-        sql, last = f"SELECT * FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
+        sql, last = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE no > :last ORDER BY no LIMIT {_USERS_PER_PAGE}", 0
         while users := _rows(store, sql, last=last):
             yield shard, users
             last = users[-1].no
@@ -116,6 +147,7 @@ def _copy_user(
     with source.database.read_transaction() as connection:
         erased_at = last_erasure(connection, hashed_user)
     with target.database.write_transaction() as connection:
+        lock_table(connection, shard.users)
         copy = lock_users(connection, shard, tenant=user.tenant, names={user.user_id})[user.user_id]
         if copy.version >= user.version:
             return False
@@ -124,7 +156,7 @@ def _copy_user(
                 delete_user(connection, shard, copy.no)
             return False
         delete_all_items(connection, shard, copy.no)
-        copy.version, copy.items_received = user.version, 0
+        copy.version, copy.items_received, copy.items = user.version, 0, 0
         arrivals = [round(item.arrived.timestamp() * 1e6) for item in items]
         insert_items(connection, shard, [(copy.next_key(), *pair) for pair in zip(arrivals, packed, strict=True)])
         update_users(connection, shard, [copy])

@@ -28,6 +28,18 @@ def record_erasure(connection: Connection, erasure: dict[str, Any]) -> None:
     execute(connection, sql, erasure)
 
 
+def record_erasure_of_nobody(connection: Connection, erasure: dict[str, Any]) -> None:
+    """Store that a user without rows was erased, in place of earlier such erasures of the user."""
+    execute(connection, "DELETE FROM history_erasures WHERE hashed_user = :hashed_user AND wiped = ''", erasure)
+    record_erasure(connection, erasure | {"items": 0, "wiped": ""})
+
+
+def forget_erasures_of_nobody(database: Database, *, before: str) -> None:
+    """Delete erasures of users without rows that no request can have come before; `before` is ISO 8601 in UTC."""
+    with database.write_transaction() as connection:
+        execute(connection, "DELETE FROM history_erasures WHERE wiped = '' AND erased_at < :before", {"before": before})
+
+
 def unfinished_erasures(connection: Connection) -> dict[int, str]:
     """Return the hashed user of each erasure whose files are not cleared yet, by the erasure's number."""
     sql = "SELECT number, hashed_user FROM history_erasures WHERE wiped IS NULL ORDER BY number"

@@ -1,17 +1,21 @@
-"""Item vectors to bytes and back, in half precision."""
+"""What the plug reads of an item, to bytes and back: vector and style in half precision, with a checksum."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.encoders.embedding_store import Float16Array
-from personaplug.errors import ItemError, ShapeMismatch, StorageError
+from personaplug.encoders.style_features import FEATURES
+from personaplug.errors import ItemError, ShapeMismatch
+from personaplug.store.row_checksums import checksums_of_rows, damaged
 
 LITTLE_ENDIAN_HALF = "<f2"
+Bodies = npt.NDArray[Any]
+"""(n) records with the fields `key`, `day`, `label_id`, `style` (F) and `vector` (E)."""
 
 
 def encode_vectors(vectors: npt.NDArray[Any], *, width: int) -> list[bytes]:
@@ -33,12 +37,52 @@ def split_rows(rows: npt.NDArray[Any]) -> list[bytes]:
     return [buffer[start : start + size] for start in range(0, len(buffer), size)] if size else []
 
 
-def decode_vectors(bodies: Sequence[bytes], *, width: int) -> Float16Array:
-    """Return the vectors of such bytes, (n, E) float16."""
-    values = np.frombuffer(b"".join(bodies), dtype=np.uint8)
-    if values.size != 2 * width * len(bodies):
-        raise StorageError(
-            f"The store is damaged: {len(bodies)} vectors need {2 * width} bytes each; found {values.size} bytes in "
-            f"total. Restore the store from a backup."
-        )
-    return values.view(LITTLE_ENDIAN_HALF).reshape(len(bodies), width).astype(np.float16)
+def encode_bodies(
+    keys: Sequence[int],
+    days: Sequence[int],
+    *,
+    label_ids: Sequence[int],
+    styles: Sequence[bytes],
+    vectors: Sequence[bytes],
+) -> list[bytes]:
+    """Return the bytes of each item."""
+    width = len(vectors[0]) // 2 if vectors else 0
+    bodies = np.zeros(len(keys), dtype=_layout(width))
+    bodies["key"], bodies["day"], bodies["label_id"] = keys, days, label_ids
+    for name, rows in (("style", styles), ("vector", vectors)):
+        bodies[name] = np.frombuffer(b"".join(rows), dtype=LITTLE_ENDIAN_HALF).reshape(bodies[name].shape)
+    bodies["checksum"] = _checksums(bodies)
+    return split_rows(bodies)
+
+
+def decode_bodies(rows: Sequence[bytes], *, width: int, user_no: int, items_per_user: int) -> Bodies:
+    """Return a user's items, given oldest first; raise StorageError if they are not as they were written."""
+    layout = _layout(width)
+    try:
+        buffer = b"".join(rows)
+    except TypeError:
+        raise damaged("the type of a vector") from None
+    if len(buffer) != len(rows) * layout.itemsize:
+        raise damaged("the size of a vector")
+    bodies = np.frombuffer(buffer, dtype=layout)
+    if not (bodies["checksum"] == _checksums(bodies)).all():
+        raise damaged("a vector")
+    keys, days = bodies["key"], bodies["day"].astype(np.int64)
+    later = np.diff(days)
+    if not (keys // items_per_user == user_no).all() or not ((later > 0) | ((later == 0) & (np.diff(keys) > 0))).all():
+        raise damaged("the order of a user's items")
+    return bodies
+
+
+def _checksums(bodies: Bodies) -> npt.NDArray[np.uint64]:
+    words = bodies.view("<u8").reshape(len(bodies), bodies.dtype.itemsize // 8)
+    return checksums_of_rows(words[:, :-1])
+
+
+@lru_cache
+def _layout(width: int) -> np.dtype[Any]:
+    halves = len(FEATURES) + width
+    fields: list[Any] = [("key", "<i8"), ("day", "<i4"), ("label_id", "<i2"), ("spare", "<u2")]
+    fields += [("style", LITTLE_ENDIAN_HALF, (len(FEATURES),)), ("vector", LITTLE_ENDIAN_HALF, (width,))]
+    fields += [("fill", "u1", (-2 * halves % 8,)), ("checksum", "<u8")]  # whole words of 8 bytes
+    return np.dtype(fields)

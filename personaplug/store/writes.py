@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.data.ids import as_id
 from personaplug.data.records import HistoryItem
+from personaplug.data.values import Flaw
 from personaplug.encoders import EncoderIdentity
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import Float16Array
 from personaplug.encoders.encoded_sample import label_ids, style_of_answers
 from personaplug.encoders.style_features import FEATURES, StyleArray
-from personaplug.errors import ConfigError, ItemError, ShapeMismatch
-from personaplug.store.database import Connection, execute, for_update, insert_rows, sa
-from personaplug.store.schema import MAX_ITEMS_PER_USER, Shard, StoreSettings, day_of, now_in_microseconds
-from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, encode_vectors, split_rows
+from personaplug.errors import ItemError, ShapeMismatch
+from personaplug.store.database import Connection, execute, for_update, insert_rows, lock_table, sa
+from personaplug.store.row_checksums import checksum, damaged
+from personaplug.store.schema import MAX_ITEMS_PER_USER, Retention, Shard, StoreSettings, day_of, now_in_microseconds
+from personaplug.store.tickets import Ticket, chunks
+from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, encode_bodies, encode_vectors, split_rows
 
-T = TypeVar("T")
 LabelIds = npt.NDArray[np.int16]
 
-_MAX_ID_LENGTH = 255
+USER_COLUMNS = "no, tenant, user_id, version, items_received, items, checksum"
 _ITEMS_PER_QUERY = 500
 _USERS_PER_QUERY = 30_000  # SQLite limits the parameters of a statement
 
@@ -59,22 +62,6 @@ class EncodedItems:
     style: StyleArray | None = None
 
 
-@dataclass(frozen=True)
-class Retention:
-    """How many of a user's latest items are kept, and of what age; None = all.
-
-    The age of an item without a date counts from the day of its arrival.
-    """
-
-    max_items: int | None = None
-    max_days: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be 1 or more, or None to keep everything; found {value}.")
-
-
 class PackedItem(NamedTuple):
     """An item, checked and packed for the tables."""
 
@@ -93,14 +80,32 @@ class UserRow:
     """A user's row; `items_received` counts deleted items too."""
 
     no: int
-    version: int
-    items_received: int
+    tenant: str
+    user_id: str
+    version: int = 0
+    items_received: int = 0
+    items: int = 0
+
+    @classmethod
+    def of(cls, row: sa.Row[Any], *, tenant: str, user: str) -> UserRow:
+        """Return the row of a user; raise StorageError if it is another's, or not as it was written."""
+        stored = cls(row.no, tenant, user, row.version, row.items_received, row.items)
+        if row.checksum != stored.checksum:
+            raise damaged("the row of a user")
+        return stored
+
+    @property
+    def checksum(self) -> int:
+        if not self.version:
+            return 0  # a new row, whose number the database gives
+        return checksum(self.no, self.tenant, self.user_id, self.version, self.items_received, self.items)
 
     def next_key(self) -> int:
         """Return the key of a new item."""
         if self.items_received == MAX_ITEMS_PER_USER:
             raise ItemError(f"A user can receive at most {MAX_ITEMS_PER_USER} items; nothing was stored.")
         self.items_received += 1
+        self.items += 1
         return self.no * MAX_ITEMS_PER_USER + self.items_received - 1
 
     def increase_version(self) -> None:
@@ -110,11 +115,12 @@ class UserRow:
 
 def check_id(value: str, *, owner: str) -> None:
     """Raise ItemError for values that cannot be an id. The message hides the value: an id may be personal."""
-    if not isinstance(value, str) or not 0 < len(value) <= _MAX_ID_LENGTH:
-        found = f"{len(value)} characters" if isinstance(value, str) else f"a {type(value).__name__}"
-        raise ItemError(f"The id of {owner} must be text of 1 to {_MAX_ID_LENGTH} characters; found {found}.")
-    if not value.isprintable() and ("\0" in value or any("\ud800" <= char <= "\udfff" for char in value)):
-        raise ItemError(f"The id of {owner} contains a null character or a lone surrogate; remove it.")
+    if not isinstance(value, str):  # a number may have been another id before it was one
+        raise ItemError(f"The id of {owner} must be text; found a {type(value).__name__}.")
+    try:
+        as_id(value, f"The id of {owner}")
+    except Flaw as flaw:
+        raise ItemError(f"{flaw}; nothing was stored.") from None
 
 
 def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
@@ -149,14 +155,18 @@ def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, di
 
 
 def write_items(
-    connection: Connection, shard: Shard, items: Sequence[PackedItem], *, tenant: str, retention: Retention
+    connection: Connection, shard: Shard, items: Sequence[PackedItem], *, ticket: Ticket, retention: Retention
 ) -> AddResult:
     """Write items of users of one shard within the caller's transaction.
 
     A replaced item keeps its position in the order of arrival. If two items have the same id, the later one wins.
+    Raise UserErased if a user was erased after the ticket was taken.
     """
     latest = {(item.user, item.id): item for item in items}
-    users = lock_users(connection, shard, tenant=tenant, names={item.user for item in items})
+    names = {item.user for item in items}
+    lock_table(connection, shard.users)  # erasures wait, so that the ticket stays valid until the transaction ends
+    ticket.check(connection, names)  # before anything of the user is written
+    users = lock_users(connection, shard, tenant=ticket.tenant, names=names)
     ids = [(users[name].no, item_id) for name, item_id in latest if users[name].items_received]
     stored = find_items(connection, shard, ids)
     changed: dict[str, UserRow] = {}
@@ -176,24 +186,42 @@ def write_items(
             inserts.append((old.key, old.arrived, item))
     delete_items(connection, shard, replaced)
     insert_items(connection, shard, inserts)
+    for user in changed.values():
+        user.items -= _apply_retention(connection, shard, user.no, retention=retention)
     if changed:
         update_users(connection, shard, list(changed.values()))
-    for user in changed.values():
-        _apply_retention(connection, shard, user.no, retention=retention)
     return AddResult(len(inserts) - len(replaced), len(replaced), len(items) - len(inserts))
 
 
-def insert_items(connection: Connection, shard: Shard, entries: Iterable[tuple[int, int, PackedItem]]) -> None:
+def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[int, int, PackedItem]]) -> None:
     """Insert items, each with its key and its time of arrival; an item without a date gets the day of its arrival."""
+    keys, arrivals, items = zip(*sorted(entries, key=itemgetter(0)), strict=True) if entries else ((), (), ())
+    days = [day_of(arrived) if item.day is None else item.day for arrived, item in zip(arrivals, items, strict=True)]
+    bodies = encode_bodies(
+        keys,
+        days,
+        label_ids=[item.label_id for item in items],
+        styles=[item.style for item in items],
+        vectors=[item.vector for item in items],
+    )
     rows, texts = [], []
-    for key, arrived, item in sorted(entries, key=itemgetter(0)):
-        user_no, day = key // MAX_ITEMS_PER_USER, day_of(arrived) if item.day is None else item.day
-        values = (item.label_id, item.id, item.digest, item.style, item.vector)
-        rows.append((key, user_no, day, item.day is not None, arrived, *values))
+    for key, day, arrived, item, body in zip(keys, days, arrivals, items, bodies, strict=True):
+        dated, meta = item.day is not None, (arrived, item.label_id, item.id)
+        check = checksum_of_item(
+            key, day, dated=dated, arrived=arrived, label_id=item.label_id, item_id=item.id, text=item.text
+        )
+        rows.append((key, key // MAX_ITEMS_PER_USER, day, dated, *meta, item.digest, check, body))
         if item.text is not None:
             texts.append((key, item.text))
     insert_rows(connection, shard.items, rows)
     insert_rows(connection, shard.texts, texts)
+
+
+def checksum_of_item(
+    key: int, day: int, *, dated: bool, arrived: int, label_id: int, item_id: str, text: bytes | None
+) -> int:
+    """Return a checksum of what the tables hold of an item beside its body."""
+    return checksum(key, day, bool(dated), arrived, label_id, item_id, text=text)
 
 
 def delete_items(connection: Connection, shard: Shard, keys: Sequence[int]) -> None:
@@ -214,38 +242,44 @@ def delete_user(connection: Connection, shard: Shard, user_no: int) -> int:
     return delete_all_items(connection, shard, user_no)
 
 
-def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, retention: Retention) -> None:
+def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, retention: Retention) -> int:
+    """Delete the items of a user that are not kept, and return their number."""
     select, expired = f"SELECT key FROM {shard.items} WHERE user_no = :no", set[int]()
     if retention.max_days is not None:
-        first_day = day_of(now_in_microseconds()) - retention.max_days
         sql = f"{select} AND day < :first_day"
-        expired.update(execute(connection, sql, {"no": user_no, "first_day": first_day}).scalars())
+        expired.update(execute(connection, sql, {"no": user_no, "first_day": retention.first_day()}).scalars())
     if retention.max_items is not None:
         sql = f"{select} ORDER BY day DESC, key DESC LIMIT {MAX_ITEMS_PER_USER} OFFSET :max_items"
         expired.update(execute(connection, sql, {"no": user_no, "max_items": retention.max_items}).scalars())
     delete_items(connection, shard, sorted(expired))
+    return len(expired)
 
 
 def lock_users(connection: Connection, shard: Shard, *, tenant: str, names: set[str]) -> dict[str, UserRow]:
     """Return users' rows, created if missing, and lock them until the transaction ends."""
     rows: dict[str, UserRow] = {}
-    insert = f"INSERT INTO {shard.users} (tenant, user_id, version, items_received) VALUES (:tenant, :name, 0, 0)"
+    insert = (
+        f"INSERT INTO {shard.users} (tenant, user_id, version, items_received, items, checksum) "
+        "VALUES (:tenant, :name, 0, 0, 0, 0) ON CONFLICT DO NOTHING"
+    )
     # All writers lock in the order of numbers, so that no two wait for each other.
-    select = f"SELECT * FROM {shard.users} WHERE tenant = :tenant AND user_id IN :names ORDER BY no"
-    # An erasure may delete a row between the two statements; the next turn creates it again.
+    select = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE tenant = :tenant AND user_id IN :names ORDER BY no"
+    # A row may be deleted between the two statements; the next turn creates it again.
     while missing := sorted(names - rows.keys()):
-        execute(connection, f"{insert} ON CONFLICT DO NOTHING", [{"tenant": tenant, "name": name} for name in missing])
-        for chunk in _chunks(missing, _USERS_PER_QUERY):
+        execute(connection, insert, [{"tenant": tenant, "name": name} for name in missing])
+        for chunk in chunks(missing, _USERS_PER_QUERY):
             parameters = {"tenant": tenant, "names": chunk}
             for row in execute(connection, select + for_update(connection), parameters, expand="names"):
-                rows[row.user_id] = UserRow(row.no, row.version, row.items_received)
+                rows[row.user_id] = UserRow.of(row, tenant=tenant, user=row.user_id)
     return rows
 
 
 def update_users(connection: Connection, shard: Shard, rows: Sequence[UserRow]) -> None:
     """Write versions and counts of users."""
-    sql = f"UPDATE {shard.users} SET version = :version, items_received = :items_received WHERE no = :no"
-    execute(connection, sql, [asdict(row) for row in rows])
+    names = ("version", "items_received", "items", "checksum")
+    changes = ", ".join(f"{name} = :{name}" for name in names)
+    values = [{"no": row.no} | {name: getattr(row, name) for name in names} for row in rows]
+    execute(connection, f"UPDATE {shard.users} SET {changes} WHERE no = :no", values)
 
 
 def find_items(
@@ -255,7 +289,7 @@ def find_items(
     sql = f"SELECT user_no, item_id, key, arrived, digest FROM {shard.items} WHERE (user_no, item_id) IN :ids"
     return {
         (row.user_no, row.item_id): row
-        for chunk in _chunks(ids, _ITEMS_PER_QUERY)
+        for chunk in chunks(ids, _ITEMS_PER_QUERY)
         for row in execute(connection, sql, {"ids": chunk}, expand="ids")
     }
 
@@ -268,10 +302,6 @@ def unpack_text(text: bytes) -> tuple[tuple[tuple[str, str], ...], str | None]:
     """Return the fields and the answer name."""
     fields, answer_name = json.loads(text.decode("utf-8", "surrogatepass"))
     return tuple((name, value) for name, value in fields), answer_name
-
-
-def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (values[start : start + size] for start in range(0, len(values), size))
 
 
 def _digest(content: bytes, key: bytes) -> bytes:

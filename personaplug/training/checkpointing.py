@@ -1,24 +1,30 @@
 """Checkpoints, each written completely or not at all.
 
-A folder holds `state-<step>` (the weights, the optimizer's moments, the counters; the newest counts) and `best-<step>`
-(the weights with the best validation loss so far, which the newest state names).
+A folder holds `state-<step>` (the weights, the optimizer's moments, the counters) and `best-<step>` (the weights with
+the best validation loss so far, which a state names). A training resumes from the newest state that is whole; the one
+before is kept for the case that the newest is damaged.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from personaplug.infra.atomic_io import atomic_folder
+from personaplug.errors import DamagedFile
+from personaplug.infra.atomic_io import atomic_folder, write_checked_json
+from personaplug.infra.checksums import read_json
+from personaplug.infra.tensor_files import Shapes, load_tensors, save_tensors, shapes_of
 
-_WEIGHTS = "weights.safetensors"
+logger = logging.getLogger(__name__)
+
+_WEIGHTS, _MOMENTS, _COUNTERS = "weights.safetensors", "optimizer.safetensors", "state.json"
+_KEPT = 2
 
 
 @dataclass
@@ -33,42 +39,86 @@ class TrainingState:
 
 
 def save_state(folder: Path, state: TrainingState, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write a state, then remove earlier states and all but the best weights."""
+    """Write a state, then remove all but the latest two states and best weights, which these states name."""
     with atomic_folder(folder / f"state-{state.step:08d}") as target:
-        save_file(_on_cpu(module), target / _WEIGHTS)
-        save_file(_optimizer_tensors(optimizer), target / "optimizer.safetensors")
-        (target / "state.json").write_text(json.dumps(asdict(state)), encoding="utf-8")
-    best = _best_folder(folder, state.best_step)
-    for old in _folders(folder, "state-")[:-1] + [path for path in _folders(folder, "best-") if path != best]:
+        save_tensors(target / _WEIGHTS, module.state_dict())
+        save_tensors(target / _MOMENTS, _optimizer_tensors(optimizer))
+        write_checked_json(target / _COUNTERS, asdict(state))
+    for old in _folders(folder, "state-")[:-_KEPT] + _folders(folder, "best-")[:-_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def load_state(folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Restore the newest state, if there is one, into `module` and `optimizer`, and return its counters."""
+    """Restore the newest whole state, if there are any, into `module` and `optimizer`, and return its counters.
+
+    Raises:
+        DamagedFile: if there are states and none of them is whole.
+    """
     for unfinished in folder.glob(".*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    states = _folders(folder, "state-")
-    if not states:
-        return TrainingState()
-    newest = states[-1]
-    module.load_state_dict(load_file(newest / _WEIGHTS))
-    _load_optimizer(optimizer, load_file(newest / "optimizer.safetensors"))
-    return TrainingState(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
+    damage: DamagedFile | None = None
+    for path in reversed(_folders(folder, "state-")):
+        try:
+            state, weights, moments = _read_state(path, module=module, optimizer=optimizer)
+        except DamagedFile as error:
+            logger.warning("%s Going on with the checkpoint before, if there is one.", error)
+            damage = error
+        else:
+            module.load_state_dict(weights)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+            return state
+    if damage is not None:
+        raise damage
+    return TrainingState()
 
 
 def save_best(folder: Path, step: int, *, module: nn.Module) -> None:
     with atomic_folder(_best_folder(folder, step)) as target:
-        save_file(_on_cpu(module), target / _WEIGHTS)
+        save_tensors(target / _WEIGHTS, module.state_dict())
 
 
 def load_best(folder: Path, step: int, *, module: nn.Module) -> None:
-    module.load_state_dict(load_file(_best_folder(folder, step) / _WEIGHTS))
+    module.load_state_dict(_load(_best_folder(folder, step), _WEIGHTS, shapes_of(module)))
 
 
 def drop_states(folder: Path) -> None:
     """Remove the checkpoints of a finished training."""
     for checkpoint in _folders(folder, "state-") + _folders(folder, "best-"):
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _read_state(
+    path: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[TrainingState, dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Return counters, weights and moments of a state, if they and its best weights are whole."""
+    state = _read_counters(path)
+    weights = _load(path, _WEIGHTS, shapes_of(module))
+    tensors = _load(path, _MOMENTS)
+    moments = _moments(tensors, optimizer)
+    if moments is None:
+        raise DamagedFile(path / _MOMENTS, reason="it belongs to other weights", remedy=_remedy(path.parent))
+    if state.best_step:
+        _load(_best_folder(path.parent, state.best_step), _WEIGHTS, shapes_of(module))
+    return state, weights, moments
+
+
+def _read_counters(path: Path) -> TrainingState:
+    try:
+        values = read_json(path / _COUNTERS, remedy=_remedy(path.parent))
+    except FileNotFoundError:
+        raise DamagedFile(path, reason=f"{_COUNTERS} is missing", remedy=_remedy(path.parent)) from None
+    best_loss = math.inf if values.get("best_loss") is None else values["best_loss"]  # JSON has no infinity
+    if values.keys() != {field.name for field in fields(TrainingState)} or path.name != f"state-{values['step']:08d}":
+        raise DamagedFile(path / _COUNTERS, reason="it is of another checkpoint", remedy=_remedy(path.parent))
+    return TrainingState(**values | {"best_loss": best_loss})
+
+
+def _load(path: Path, name: str, shapes: Shapes | None = None) -> dict[str, Tensor]:
+    return load_tensors(path / name, remedy=_remedy(path.parent), shapes=shapes)
+
+
+def _remedy(folder: Path) -> str:
+    return f"Restore it, or delete {folder} and run the same command again to train anew."
 
 
 def _best_folder(folder: Path, step: int) -> Path:
@@ -79,21 +129,23 @@ def _folders(folder: Path, prefix: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{prefix}*") if path.is_dir())
 
 
-def _on_cpu(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous().cpu() for name, value in module.state_dict().items()}
-
-
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
+        f"{index}.{name}": torch.as_tensor(value)
         for index, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    moments: dict[int, dict[str, Any]] = {}
+def _moments(tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]] | None:
+    """Return an optimizer's state by parameter; None if the tensors do not fit its parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".")
+        index, _, name = key.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            return None
+        if value.dim() and value.shape != parameters[int(index)].shape:
+            return None
         moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return moments

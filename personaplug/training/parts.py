@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from personaplug.baselines.lora import TASK, LoraAdapters
@@ -30,9 +29,10 @@ from personaplug.data.task import Reader, Task
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, TrainingDiverged
-from personaplug.infra.atomic_io import atomic_write, write_json
+from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.distributed import main_first, on_main, synchronized
 from personaplug.infra.memory import peak_memory, reset_peak_memory
+from personaplug.infra.tensor_files import load_tensors, save_tensors
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run, drawn
@@ -61,7 +61,9 @@ class Trainings:
     """
 
     def __init__(self, run: Run, reader: Reader, *, models: Models) -> None:
+        run.check_models(models)
         self.run, self.reader, self.models = run, reader, models
+        self._trained_now: set[Path] = set()
         self.embeddings, self.samples = main_first(self._read)
         self.prompts = PromptBuilder(run, models, table=self.embeddings)
 
@@ -73,12 +75,14 @@ class Trainings:
         """
         folder = self.run.plug_folder(part.name, seed=seed)
         if on_main(lambda: self.run.trained(part.name, seed=seed)):
-            logger.info("%s (seed %d) is trained already", part.name, seed)
+            if folder not in self._trained_now:
+                logger.info("%s (seed %d) is trained already", part.name, seed)
             return folder
         part.prepare(self, seed=seed)
         reset_peak_memory()
         part.fit(self, seed=seed)
         on_main(lambda: drop_states(folder))
+        self._trained_now.add(folder)
         return folder
 
     def fit(
@@ -190,7 +194,7 @@ class SoftPromptPart(TrainedPart):
         card_facts = {key: value for key, value in facts.items() if key != "parameters"}
         plug.training_facts = card_facts
         on_main(lambda: plug.save_pretrained(folder))
-        on_main(lambda: write_json(folder / "fit.json", facts))
+        on_main(lambda: write_checked_json(folder / "fit.json", facts))
 
     def _initialize(
         self, plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int
@@ -302,8 +306,8 @@ class LoraPart(TrainedPart):
                 facts = trainings.fit(self, objective, trainings.samples, seed=seed)
             state = adapters.state(TASK)
         folder = run.plug_folder(self.name, seed=seed)
-        on_main(lambda: atomic_write(folder / ADAPTER, lambda path: save_file(state, path)))
-        on_main(lambda: write_json(folder / "fit.json", facts))
+        on_main(lambda: save_tensors(folder / ADAPTER, state))
+        on_main(lambda: write_checked_json(folder / "fit.json", facts))
 
 
 @dataclass(frozen=True)
@@ -336,7 +340,7 @@ class RopgPart(TrainedPart):
         )
         facts = trainings.fit(self, objective, samples, seed=seed)
         on_main(lambda: retriever.save(folder))
-        on_main(lambda: write_json(folder / "fit.json", facts))
+        on_main(lambda: write_checked_json(folder / "fit.json", facts))
 
 
 PLUG = PlugPart("plug")
@@ -379,9 +383,10 @@ def task_lora(run: Run, models: Models, *, seed: int) -> Iterator[LoraAdapters]:
     Raises:
         MissingData: if its training has not ended.
     """
-    weights = run.check_trained(LORA.name, seed=seed) / ADAPTER
+    folder = run.check_trained(LORA.name, seed=seed)
+    remedy = f"Restore it, or delete {folder} and train the LoRA again."
     with LoraAdapters.attach(models.llm, config=run.config.adapter) as adapters:
-        adapters.load(TASK, load_file(weights))
+        adapters.load(TASK, load_tensors(folder / ADAPTER, remedy=remedy))
         with adapters.active(TASK):
             yield adapters
 

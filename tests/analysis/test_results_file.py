@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from personaplug.analysis.results_file import Results, Subgroup, load_results
+from personaplug.analysis.method_info import MethodInfo
+from personaplug.analysis.results_file import ResultRow, Results, Subgroup, load_results, write_results
 from personaplug.analysis.trials import Diagnostics
-from personaplug.errors import MissingData, RecordError
+from personaplug.errors import DamagedFile, MissingData, RecordError
 from personaplug.infra.atomic_io import write_json
 
 PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("**/*.json"))
@@ -130,3 +131,23 @@ def test_absent_file_or_one_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_bytes(b"\xff\xfe")
     with pytest.raises(RecordError, match="UTF-8"):
         load_results(tmp_path / "b.json")
+
+
+def test_a_row_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"rows": [{"method": "plain"}, {"method": "plug"}, {"method": "plain"}]}))
+    with pytest.raises(RecordError, match="'plain' is there twice"):
+        load_results(path)
+
+
+def test_a_changed_results_file_is_detected_and_one_without_a_checksum_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    write_results(path, Results([ResultRow(MethodInfo("plain"), metrics={"mae": 1.25, "nll": math.nan})], []))
+    written = json.loads(path.read_text())
+    assert load_results(path).rows[0].metrics["mae"] == 1.25
+    path.write_text(path.read_text().replace("1.25", "1.35"))
+    with pytest.raises(DamagedFile, match="evaluate again"):
+        load_results(path)
+    del written["checksum"]
+    path.write_text(json.dumps(written))
+    assert load_results(path).rows[0].metrics["mae"] == 1.25

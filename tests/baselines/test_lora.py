@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import sys
@@ -34,6 +33,7 @@ from personaplug.data import LAMP_TASKS
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingExtra, PersonaPlugError, ShapeMismatch, TrainingDiverged, UserError
+from personaplug.infra.checksums import read_json
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.llm.tiny import load_tiny_llm
@@ -590,7 +590,8 @@ def test_user_store_files_name_no_user(adapters: LoraAdapters, tmp_path: Path) -
     UserLoraStore(tmp_path).put([SECRET, 1], adapters.state("user"), seconds=1.5, items=6)
     described, weights = sorted(tmp_path.iterdir())
     assert (described.suffix, weights.suffix, described.stem) == (".json", ".safetensors", weights.stem)
-    assert json.loads(described.read_text()) == {"seconds": 1.5, "items": 6, "bytes": 2 * count_parameters(adapters)}
+    record = {"seconds": 1.5, "items": 6, "bytes": 2 * count_parameters(adapters)}
+    assert read_json(described, remedy="") == record
     assert not [path for path in tmp_path.iterdir() if SECRET.encode() in path.name.encode() + path.read_bytes()]
 
 

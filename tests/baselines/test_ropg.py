@@ -19,7 +19,7 @@ from personaplug.data.task_registry import lamp_task
 from personaplug.encoders import HashEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples
-from personaplug.errors import MissingData
+from personaplug.errors import DamagedFile, MissingData
 from personaplug.llm.base import PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.training.trainer import fit
@@ -150,6 +150,18 @@ def test_ropg_retriever_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     torch.testing.assert_close(RopgRetriever.load(tmp_path, width=4)(queries), retriever(queries))
     with pytest.raises(MissingData, match="no trained retriever"):
         RopgRetriever.load(tmp_path / "elsewhere", width=4)
+
+
+def test_ropg_retriever_damaged_or_of_another_width_is_refused(tmp_path: Path) -> None:
+    RopgRetriever(4).save(tmp_path)
+    with pytest.raises(DamagedFile, match=r"should have shape \[8, 8\]; found \[4, 4\].*train the retriever again"):
+        RopgRetriever.load(tmp_path, width=8)
+    path = tmp_path / "retriever.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 64
+    path.write_bytes(damaged)
+    with pytest.raises(DamagedFile, match="checksum"):
+        RopgRetriever.load(tmp_path, width=4)
 
 
 def test_ropg_retriever_untrained_is_the_identity() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -217,7 +218,7 @@ def test_quiet_keeps_the_settings_to_itself_and_in_the_run(
     assert "batch_size" not in caplog.text + quiet.output
     assert "batch_size: 4" in (tmp_path / "a" / "config.yaml").read_text()
     _call("encode", "--data", data, "--vectors", tmp_path / "v", *TOY[1:3])
-    assert "max_history: 512" in caplog.text
+    assert "settings: encoder=hash:32 dtype=float32" in caplog.text
 
 
 @pytest.mark.parametrize("command", ["evaluate", "estimate"])
@@ -243,6 +244,112 @@ def test_broken_records_are_bounded_and_counted(data: Path, tmp_path: Path) -> N
     passed = _call("train", "--data", tmp_path, "--out", tmp_path / "run", "--skip-bad", "1", *TOY)
     assert passed.exit_code == 0, passed.output
     assert "1 broken records skipped" in passed.output
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("llm=typo/name", "llm=toy"),
+        ("encoder=typo/name", "encoder=hash:32"),
+        ("tensorboard=maybe", "tensorboard=false"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "quickstart", "encode"])
+def test_a_start_with_a_typing_mistake_leaves_nothing(
+    command: str, wrong: str, right: str, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = {
+        "train": ["train", "--data", data, "--out", out, *TOY],
+        "quickstart": ["quickstart", "--out", out],
+        "encode": ["encode", "--data", data, "--vectors", out, "encoder=hash:32"],
+    }[command]
+    key = wrong.partition("=")[0]
+    if command == "encode" and key != "encoder":
+        pytest.skip("encode loads no language model and trains nothing")
+    mistaken = [word for word in words if not str(word).startswith(f"{key}=")]
+    done = _call(*mistaken, wrong)
+    assert done.exit_code == 2, done.output
+    assert not out.exists()
+    if command == "train" and key != "encoder":
+        assert _call(*words, right, "controls=false").exit_code == 0
+
+
+def test_a_start_that_fails_before_the_first_step_does_not_bind_the_settings(data: Path, tmp_path: Path) -> None:
+    for file in data.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    outputs = tmp_path / "train_outputs.json"
+    outputs.rename(tmp_path / "kept.json")
+    refused = _call("train", "--data", tmp_path, "--out", tmp_path / "run", *TOY, "learning_rate=0.5")
+    assert refused.exit_code == 2, refused.output
+    (tmp_path / "kept.json").rename(outputs)
+    done = _call("train", "--data", tmp_path, "--out", tmp_path / "run", *TOY, "controls=false")
+    assert done.exit_code == 0, done.output
+
+
+def test_the_control_that_this_command_trained_is_not_called_trained_already(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _call("train", "--data", data, "--out", tmp_path / "run", *TOY).exit_code == 0
+    assert "trained already" not in caplog.text
+    assert _call("train", "--data", data, "--out", tmp_path / "run", *TOY).exit_code == 0
+    assert caplog.text.count("is trained already") == 2
+
+
+def test_output_is_one_line_of_settings_a_verdict_and_narrow_tables(
+    trained: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = _call("evaluate", "--run", trained, "--data", data, "--json", tmp_path / "r.json",
+                 "--methods", "plain,wrong-user,plug,user-median", "resamples=200")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    settings = [record.message for record in caplog.records if record.message.startswith("settings: ")]
+    assert settings == ["settings: resamples=200"]
+    lines = done.output.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("Best row: "))
+    assert [line.partition(":")[0] for line in lines[start : start + 3]] == [
+        "Best row",
+        "Personal gain",
+        "Best free rival",
+    ]
+    assert "user-median (mae ↓" in lines[start + 2]
+    assert max(map(len, lines[: lines.index("")])) <= 120
+    assert max(len(line) for line in lines if line.startswith("|")) <= 120
+
+
+def test_a_damaged_cache_of_predictions_is_named_and_made_again(
+    trained: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["evaluate", "--run", trained, "--data", data, "--methods", "plain", "resamples=200", "--json"]
+    assert _call(*words, tmp_path / "one.json").exit_code == 0
+    path = next(trained.glob("evaluations/dev/plain*.predictions.json"))
+    path.write_text(path.read_text().replace('"1"', '"5"').replace("0.1", "0.2").replace("0.2", "0.3"))
+    assert _call(*words, tmp_path / "two.json").exit_code == 0
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["rows"][0]["metrics"] == two["rows"][0]["metrics"]
+    assert "does not match its checksum. The predictions are made again." in caplog.text
+
+
+def test_version_is_told() -> None:
+    done = _call("--version")
+    assert done.exit_code == 0
+    assert done.output == f"personaplug {version('personaplug')}\n"
+
+
+def test_ctrl_c_says_what_the_same_command_does(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("personaplug.data.open_dataset", stop)
+    monkeypatch.setattr("personaplug.data.splits.split_by_user", stop)
+    for words, said in (
+        (["encode", "--data", data, "--vectors", "unused", "encoder=hash"], "goes on with the texts that are missing"),
+        (["split", "--data", data, "--out", "unused"], "\nstopped\n"),
+        (["estimate", "--data", data, *TOY], "\nstopped\n"),
+    ):
+        done = _call(*words)
+        assert done.exit_code == 130
+        assert said in done.output
+        assert "checkpoint" not in done.output
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(data: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from personaplug.data import LAMP_TASKS
 from personaplug.data.records import HistoryItem
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders import HashEncoder
+from personaplug.errors import ConfigError
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.run import Run
 from personaplug.serving import engines
@@ -33,6 +34,7 @@ from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines import register_engine
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
+from personaplug.serving.listener import bind
 from personaplug.serving.openai_protocol import ReplyFormatter, to_json
 from personaplug.serving.setup import open_service
 from personaplug.store.history_store import HistoryStore, StoreSettings
@@ -71,7 +73,14 @@ def _serving(folder: Path, *arguments: object) -> Iterator[tuple[str, subprocess
         port = free.getsockname()[1]
     words = ["serve", "--run", folder / "run", "--port", port, *arguments]
     command = [sys.executable, "-m", "personaplug", *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        # A suite that runs in the background of a shell ignores the signal, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -168,9 +177,49 @@ def test_serve_without_keys_on_a_public_address_is_refused(folder: Path, tmp_pat
 )
 def test_serve_with_a_wrong_option_is_refused(folder: Path, tmp_path: Path, words: list[str], message: str) -> None:
     given = [str(folder / "run") if word == "RUN" else word for word in words]
-    result = _call("serve", *given, "--store", tmp_path / "h.db")
+    result = _call("serve", *given, "--store", tmp_path / "h.db", "--port", "0")
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_serve_on_a_taken_port_is_refused_before_models_are_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("personaplug.serving.setup.open_service", lambda *_: pytest.fail("models were loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--port", port)
+    assert result.exit_code == 2, result.output
+    assert f"The address 127.0.0.1:{port} cannot be served" in result.output
+    assert not (tmp_path / "h.db").exists()
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.1", "127.0.0.1.5", "x" * 300])
+def test_bind_refuses_an_address_of_another_machine(host: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be served"):
+        bind(host, 0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_bind_takes_a_free_port_and_does_not_listen_yet(host: str) -> None:
+    try:
+        listener = bind(host, 0)
+    except ConfigError:
+        pytest.skip("this machine has no such address")
+    with listener, socket.socket(listener.family) as caller, pytest.raises(ConnectionRefusedError):
+        caller.connect(listener.getsockname())
+
+
+def test_ctrl_c_on_serve_says_that_it_stopped_and_nothing_of_checkpoints(folder: Path, tmp_path: Path) -> None:
+    with _serving(folder, "--store", tmp_path / "histories.db") as (_, process):
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip().endswith("stopped")
+    assert "checkpoint" not in errors
+    assert "Traceback" not in errors
 
 
 def test_serve_phrases_with_vllm_is_refused(tmp_path: Path) -> None:
@@ -231,7 +280,7 @@ def test_serve_with_a_store_of_another_plug_is_refused(folder: Path, tmp_path: P
 def test_refill_store_copies_histories_for_another_run(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
     old, new = tmp_path / "old.db", tmp_path / "new.db"
     store = HistoryStore.open(old, HashEncoder(64), settings=StoreSettings(keep_text=True, shards=2))
-    store.add("default", "ann", [HistoryItem("1", (("text", "a film"),))])
+    store.add(store.admit("default", "ann"), [HistoryItem("1", (("text", "a film"),))])
     words = ("refill-store", "--from", old, "--to", new, "--run", folder / "run")
     for output in ("1 users copied", "0 users copied"):
         done = _call(*words)
@@ -251,7 +300,7 @@ def test_refill_store_without_texts_fails_with_a_sentence(folder: Path, tmp_path
 
 def test_verify_receipt_accepts_only_the_stores_own_receipts(tmp_path: Path) -> None:
     store = HistoryStore.open(tmp_path / "h.db", HashEncoder(64), settings=StoreSettings(shards=2))
-    store.add("default", "ann", [HistoryItem("1", (("text", "a film"),))])
+    store.add(store.admit("default", "ann"), [HistoryItem("1", (("text", "a film"),))])
     receipt = store.erase_user("default", "ann").to_dict()
     for name, values in {"own": receipt, "changed": receipt | {"items": 7}, "other": {"tenant": "default"}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(values))

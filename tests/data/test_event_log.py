@@ -194,10 +194,10 @@ BROKEN_ROWS: dict[str, tuple[Any, str]] = {
     "null answer": (row(2, stars=None), "line 2: its 'stars' is null"),
     "no label": (row(2, stars=SECRET), "line 2: its answer is none of the 5 labels"),
     "nan": (row(2, stars=float("nan")), "line 2: its 'stars' is not a finite number"),
-    "no date": (row(2, when=SECRET), "line 2: its 'date' is not one of"),
+    "no date": (row(2, when=SECRET), "line 2: its 'when' has the form aaaaaaaa,"),
     "list for text": (row(2, title=[SECRET]), "line 2: its 'title' is a list"),
     "half a surrogate": (row(2, title="\ud83d"), "line 2: its 'title' is not valid Unicode"),
-    "id twice": (row(1), "line 2: an earlier record has the same id"),
+    "id twice": (row(1, stars=5), "line 2: an earlier record has the same id"),
 }
 
 
@@ -285,6 +285,6 @@ def test_setting_out_of_range_is_refused(tmp_path: Path, settings: dict[str, Any
 def test_missing_or_unknown_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match="no file"):
         EventLogReader(tmp_path / "log.csv", MAPPING, TASK)
-    for name in ("log.xlsx", "log.json", "log.parquet.gz"):
+    for name in ("log.xlsx", "log", "log.csv.zip"):
         with pytest.raises(ConfigError, match=r"\*\.jsonl"):
             EventLogReader(tmp_path / name, MAPPING, TASK)

@@ -91,7 +91,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "field null": (record(3, score=None), "its 'score' is null"),
     "blank id": (record(3, id=" "), "its 'id' is empty"),
     "id of a wrong type": (record(3, id=[SECRET]), "its 'id' is a list"),
-    "bad date": (record(3, date=SECRET), "its 'date' is not one of YYYY"),
+    "bad date": (record(3, date=SECRET), "its 'date' has the form aaaaaaaa,"),
 }
 
 

@@ -291,7 +291,7 @@ def test_sample_is_read_completely(tmp_path: Path) -> None:
     assert sample.prompt == f"{REVIEW}{SECRET}"
     assert sample.history[1] == HistoryItem("i2", (("text", f"{SECRET} two"), ("score", "5")), "score")
     assert sample.history[1].answer == "5"
-    assert reader.report == ReadReport(samples=1, items=2)
+    assert reader.report == ReadReport(rows=1, users=1, samples=1, items=2)
     assert SECRET not in repr(sample) + repr(reader.report)
 
 
@@ -369,8 +369,8 @@ def test_max_history_keeps_latest_items_and_counts_others(tmp_path: Path, cap: i
 
 @pytest.mark.parametrize(
     "value",
-    ["", "soon", "2015-13-01", "2015-02-30", "2015/01/01", "0000", "2015-01-01 25:00", "15", 15, True, ["2015"],
-     "1433116800"],
+    ["", "soon", "2015-13-01", "2015-02-30", "2015/13/01", "0000", "2015-01-01 25:00", "15", 15, True, ["2015"],
+     "143311680012"],
 )  # fmt: skip
 def test_malformed_date_is_refused(value: object) -> None:
     with pytest.raises(Flaw):
@@ -379,7 +379,7 @@ def test_malformed_date_is_refused(value: object) -> None:
 
 def test_as_text_converts_numbers_and_refuses_other_values() -> None:
     assert [as_text(value, "it") for value in ("a", 3, 3.0, 2.5)] == ["a", "3", "3", "2.5"]
-    refused: list[object] = [None, True, [], {}, float("nan"), float("inf"), 10**400, "\ud83d"]
+    refused: list[object] = [None, True, [], {}, float("nan"), float("inf"), 10**5000, "\ud83d"]
     for value in refused:
         with pytest.raises(Flaw, match="it is"):
             as_text(value, "it")
@@ -410,7 +410,7 @@ BROKEN_QUESTIONS: dict[str, tuple[Any, str]] = {
     ),
     "item without field": (question(2, profile=[without(ITEM, "score")]), "its 'score' is missing"),
     "item with a wrong type": (question(2, profile=[{**ITEM, "text": [SECRET]}]), "its 'text' is a list"),
-    "item with a bad date": (question(2, profile=[{**ITEM, "date": SECRET}]), "its 'date' is not one of"),
+    "item with a bad date": (question(2, profile=[{**ITEM, "date": SECRET}]), "its 'date' has the form aaaaaaaa,"),
     "no marker": (question(2, input=SECRET), "does not hold the marker 'review: '"),
     "id twice": (question(1), "question 2 (id 1): an earlier record has the same id"),
     "no gold": (question(99), "question 2 (id 99): none of the 3 golds has its id"),
@@ -517,6 +517,40 @@ def test_brackets_in_strings_do_not_count_as_nesting(tmp_path: Path) -> None:
         read(tmp_path, task="LaMP_3", skip_bad=9)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"name": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"name": ' + "[" * 900 + "]" * 900 + "}",
+     '{"max_new_tokens": ' + "1" * 5000 + "}", "\ud800", '{"name": NaN}'],
+    ids=["open", "closed", "900 deep", "5000 digits", "surrogate", "nan"],
+)  # fmt: skip
+def test_task_json_of_any_kind_is_read_or_a_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "task.json").write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(ConfigError, match=r"task\.json"):
+        load_task(tmp_path)
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**64), int("7" * 200)], ids=["2^63", "-2^64", "200 digits"])
+def test_large_numbers_are_ids(tmp_path: Path, number: int) -> None:
+    large = question(number, user_id=number, profile=[{"id": number, "text": "x", "score": 1, "other": number}])
+    put(tmp_path, [question(1), large, question(3)], [gold(1), gold(number), gold(3)])
+    samples = read(tmp_path)
+    assert [each.id for each in samples] == ["1", str(number), "3"]
+    assert (samples[1].user_id, samples[1].history[0].id) == (str(number), str(number))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("1" * 5000, "question 1: .*digits"), ("1e400", "question 1: .*1e308"),
+     ("1" * 400, r"\(id 2\).*has 400 characters")],
+)  # fmt: skip
+def test_number_beyond_all_bounds_is_a_clear_error(tmp_path: Path, value: str, message: str) -> None:
+    put(tmp_path, [question(1), question(2, user_id=0)], [gold(1), gold(2)])
+    path = tmp_path / "dev_questions.json"
+    path.write_text(path.read_text().replace('"user_id": 0', f'"user_id": {value}'))
+    with pytest.raises(RecordError, match=message):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [0, 5, 400, -4])
 def test_broken_gzip_is_never_skipped(tmp_path: Path, keep: int) -> None:
     packed = gzip.compress(json.dumps([question(number) for number in range(200)]).encode())
@@ -610,9 +644,48 @@ def test_samples_without_targets_leave_no_outputs_file(tmp_path: Path) -> None:
     assert [each.target for each in read(tmp_path, "test")] == [None]
 
 
-def test_empty_split_is_written_and_read(tmp_path: Path) -> None:
+def test_empty_split_is_written_and_refused_when_read(tmp_path: Path) -> None:
     write_lamp([], tmp_path, "dev", task=LAMP_TASKS["LaMP_3"])
-    assert read(tmp_path) == []
+    with pytest.raises(MissingData, match=r"dev_questions\.json gives no sample\. It holds no records"):
+        read(tmp_path)
+
+
+def test_split_whose_records_are_all_skipped_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, [{"id": 1}], [])
+    with pytest.raises(
+        MissingData, match=r"0 samples.*from 1 rows; 1 broken records skipped.*question 1 \(id 1\): its 'in"
+    ):
+        read(tmp_path, skip_bad=9)
+
+
+# ---- answers that stand in the history
+
+
+def leaking(number: int, *, text: str = SECRET, score: Any = "3", query: str = SECRET) -> dict[str, Any]:
+    return question(number, input=f"{REVIEW}{query}", profile=[{"id": "i", "text": text, "score": score}])
+
+
+def test_question_in_its_own_history_is_counted_and_warned_of_but_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = [leaking(1), leaking(2, text=f" {SECRET}\n", score=3.0), leaking(3, score="4"), leaking(4, text="else")]
+    put(tmp_path, questions, [gold(number) for number in range(1, 5)])
+    reader = open_dataset(tmp_path, "dev")
+    assert [len(sample.history) for sample in reader] == [1, 1, 1, 1]
+    assert reader.report.own_answers == 2
+    assert list(reader)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1  # however often the data is read
+    assert "in 2 of 4 samples" in warnings[0]
+    assert SECRET not in warnings[0]
+
+
+def test_text_that_is_itself_an_item_is_counted(tmp_path: Path) -> None:
+    tweets = [question(n, input=f"Paraphrase: say {n}", profile=[{"id": "i", "text": f"tweet {n}"}]) for n in (1, 2)]
+    put(tmp_path, tweets, [gold(1, "tweet 1"), gold(2, "tweet 1")], task="LaMP_7")
+    reader = open_dataset(tmp_path, "dev")
+    assert len(list(reader)) == 2
+    assert reader.report.own_answers == 1
 
 
 @pytest.mark.parametrize(
@@ -621,6 +694,8 @@ def test_empty_split_is_written_and_read(tmp_path: Path) -> None:
         ([sample("a"), sample("a")], "same id"),
         ([sample("a"), sample("b", target=None)], "1 of 2 samples have a target"),
         ([sample("a", query="else")], "its query"),
+        ([sample("a\nb")], "holds the control character U\\+000A"),
+        ([sample("a", user_id="u" * 256)], "its id has 256 characters"),
         ([sample("a", target="9")], "none of the 5 labels"),
         ([sample("a", history=(HistoryItem("i", (("title", "x"),)),))], "other fields"),
     ],

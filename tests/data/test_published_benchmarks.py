@@ -190,7 +190,7 @@ BROKEN_PAPERS: dict[str, tuple[Any, str]] = {
     "no user": ({"input": SECRET}, "line 2 (id row-2): its 'name' is missing"),
     "no output": (paper(2, output=None), "line 2 (id row-2): its 'output' is null"),
     "blank input": (paper(2, input=""), "line 2 (id row-2): its 'input' is empty"),
-    "no year": (paper(2, profile=[{"id": "a", "title": "", "abstract": "", "year": SECRET}]), "profile: its 'date' is"),
+    "no year": (paper(2, profile=[{"id": "a", "title": "", "abstract": "", "year": SECRET}]), "profile: its 'year' "),
     "no abstract": (
         paper(2, profile=[{"id": "a", "title": SECRET}]),
         "item 1 of its profile: its 'abstract' is missing",

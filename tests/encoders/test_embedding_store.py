@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 import tracemalloc
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,7 +30,8 @@ from personaplug.data.records import HistoryItem, Sample
 from personaplug.encoders import EncoderIdentity, HashEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore, content_key
 from personaplug.encoders.encoded_sample import encode_samples
-from personaplug.errors import EncoderMismatch, ShapeMismatch, StorageError, UserError
+from personaplug.encoders.row_checks import RowHash
+from personaplug.errors import DamagedFile, EncoderMismatch, ShapeMismatch, StorageError, UserError
 
 TEXTS = ["a film", "a book", "", "A film", "broken \ud83d", "a film 🙂"]
 SECRET = "the text of a user"
@@ -105,7 +109,7 @@ def test_store_files_hold_no_text(table: EmbeddingStore) -> None:
     table.add([SECRET])
     assert (table.folder / "vectors.f16").stat().st_size == 2 * 32
     described = json.loads((table.folder / "table.json").read_text())
-    assert (described["format"], described["width"]) == (1, 32)
+    assert (described["format"], described["width"]) == (2, 32)
     assert EncoderIdentity.from_dict(described["encoder"]) == HashEncoder(32).identity
     assert not any(SECRET.encode() in file.read_bytes() for file in table.folder.iterdir())
 
@@ -191,7 +195,7 @@ def test_open_uncommitted_vectors_are_dropped(table: EmbeddingStore) -> None:
 def test_open_lost_vectors_raises(table: EmbeddingStore) -> None:
     table.add(["x", "y"])
     os.truncate(table.folder / "vectors.f16", 3 * 32)
-    with pytest.raises(UserError, match=r"index has 2 rows and vectors.f16 has 1. Delete the folder"):
+    with pytest.raises(UserError, match=r"has 2 rows, vectors.f16 or checks.u64 has 1. Delete the folder"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
@@ -213,9 +217,90 @@ def test_open_damaged_description_raises(table: EmbeddingStore, content: str) ->
 
 def test_open_later_format_raises(table: EmbeddingStore) -> None:
     described = json.loads((table.folder / "table.json").read_text())
-    (table.folder / "table.json").write_text(json.dumps(described | {"format": 2}))
-    with pytest.raises(UserError, match="format 2; this version reads format 1"):
+    (table.folder / "table.json").write_text(json.dumps(described | {"format": 3}))
+    with pytest.raises(UserError, match="format 3; this version reads format 2"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
+
+
+def _copy_with_flipped_bit(source: Path, target: Path, *, name: str, position: int, bit: int) -> EmbeddingStore:
+    shutil.copytree(source, target)
+    content = bytearray((target / name).read_bytes())
+    content[position] ^= 1 << bit
+    (target / name).write_bytes(content)
+    return EmbeddingStore.open(target, HashEncoder(32))
+
+
+@pytest.mark.parametrize("name", ["vectors.f16", "checks.u64", "table.json", "index.sqlite"])
+def test_flipped_bit_never_gives_a_text_another_vector(table: EmbeddingStore, tmp_path: Path, name: str) -> None:
+    texts, more = [f"text {i}" for i in range(40)], ["new", "newer"]
+    table.add(texts)
+    expected = HashEncoder(32).encode(texts + more).astype(np.float16)
+    size = (table.folder / name).stat().st_size
+    detected = 0
+    for number, position in enumerate(range(0, size - 1, max(1, size // 25))):
+        try:
+            with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+                damaged = _copy_with_flipped_bit(
+                    table.folder, tmp_path / f"{number}", name=name, position=position, bit=number % 8
+                )
+                vectors = damaged.gather(damaged.add(texts + more))
+        except DamagedFile:
+            detected += 1
+        except EncoderMismatch:
+            assert name == "table.json"  # the bit is in the encoder's fingerprint
+        else:
+            np.testing.assert_array_equal(vectors, expected)
+    assert detected > 20 or name in ("index.sqlite", "table.json")
+
+
+def test_each_flipped_bit_of_a_vector_is_detected_when_its_row_is_read(table: EmbeddingStore) -> None:
+    row_ids = table.add(["x", "y"])
+    path = table.folder / "vectors.f16"
+    whole = path.read_bytes()
+    for position in range(64):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        again = EmbeddingStore.open(table.folder, HashEncoder(32))
+        again.gather(row_ids[1:])  # the other row is whole
+        with pytest.raises(DamagedFile, match="row 0 does not match its checksum"):
+            again.gather(row_ids)
+
+
+def test_swapped_rows_and_noise_are_detected(table: EmbeddingStore) -> None:
+    row_ids, path = table.add(["x", "y"]), table.folder / "vectors.f16"
+    whole = path.read_bytes()
+    for content in (whole[64:] + whole[:64], b"\xff" * 128, bytes(128)):
+        path.write_bytes(content)
+        with pytest.raises(DamagedFile, match="checksum"):
+            EmbeddingStore.open(table.folder, HashEncoder(32)).gather(row_ids)
+
+
+def test_index_that_gives_a_text_the_row_of_another_is_detected(table: EmbeddingStore) -> None:
+    table.add(["x", "y"])
+    with contextlib.closing(sqlite3.connect(table.folder / "index.sqlite")) as index, index:
+        index.execute("UPDATE items SET row = 1 WHERE row = 0")
+    with pytest.raises(DamagedFile, match=r"index\.sqlite is damaged: .* encode again"):
+        table.add(["x", "y"])
+
+
+def test_index_that_forgot_its_length_never_overwrites_vectors(table: EmbeddingStore) -> None:
+    table.add(["x", "y"])
+    with contextlib.closing(sqlite3.connect(table.folder / "index.sqlite")) as index, index:
+        index.execute("DELETE FROM items WHERE row = 2")
+    with pytest.raises(DamagedFile, match="number of rows is missing"):
+        table.add(["z"])
+    assert (table.folder / "vectors.f16").stat().st_size == 2 * 2 * 32
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 384])
+def test_row_hash_tells_rows_widths_and_changes_apart(width: int) -> None:
+    vectors = np.random.default_rng(0).normal(size=(200, width)).astype(np.float16)
+    row_ids, row_hash = np.arange(200), RowHash(width)
+    checks = row_hash(vectors, row_ids)
+    np.testing.assert_array_equal(row_hash(vectors[150:], row_ids[150:]), checks[150:])
+    assert not (row_hash(vectors, row_ids[::-1]) == checks).any()
+    assert not (row_hash(-vectors, row_ids) == checks).any(), "all signs flipped"
 
 
 def test_open_vectors_without_description_raises(table: EmbeddingStore) -> None:

@@ -9,8 +9,16 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from personaplug.errors import StorageError
-from personaplug.infra.atomic_io import JsonLines, atomic_folder, atomic_write, write_json, write_text
+from personaplug.errors import DamagedFile, StorageError
+from personaplug.infra.atomic_io import (
+    JsonLines,
+    atomic_folder,
+    atomic_write,
+    write_checked_json,
+    write_json,
+    write_text,
+)
+from personaplug.infra.checksums import read_json
 
 
 def test_write_json_turns_nan_and_infinity_into_null(tmp_path: Path) -> None:
@@ -104,14 +112,57 @@ def test_atomic_write_syncs_before_it_renames(tmp_path: Path, monkeypatch: pytes
 def test_json_lines_survive_a_kill_and_hold_no_nan(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "deep" / "x.jsonl")
     assert list(lines) == []
-    lines.append({"a": float("nan"), "b": "é"})
-    lines.append([1, 2])
+    lines.append({"a": float("nan"), "b": "é\u2028"})
+    lines.append({"c": 2})
     whole = lines.path.read_bytes()
-    assert list(lines) == [{"a": None, "b": "é"}, [1, 2]]
-    for cut in range(1, len(b"[1,2]\n") + 1):
+    assert list(lines) == [{"a": None, "b": "é\u2028"}, {"c": 2}]
+    for cut in range(1, len(whole.splitlines()[-1]) + 2):
         lines.path.write_bytes(whole[:-cut])
-        lines.append("more")
-        values = [[1, 2]] if cut == 1 else []  # without its line end alone, the line is whole
-        assert list(lines) == [{"a": None, "b": "é"}, *values, "more"]
+        lines.append({"more": True})
+        values = [{"c": 2}] if cut == 1 else []  # without its line end alone, the line is whole
+        assert list(lines) == [{"a": None, "b": "é\u2028"}, *values, {"more": True}]
     with pytest.raises(StorageError):
-        JsonLines(tmp_path).append(1)
+        JsonLines(tmp_path).append({})
+
+
+def test_json_lines_leave_out_a_line_with_a_flipped_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = JsonLines(tmp_path / "x.jsonl")
+    lines.append({"text": "é", "value": 0.25})
+    lines.append({"text": "b", "value": 3})
+    whole, first = lines.path.read_bytes(), {"text": "é", "value": 0.25}
+    start = whole.index(b"\n") + 1
+    for position in range(start, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        lines.path.write_bytes(damaged)
+        caplog.clear()
+        assert list(lines) == [first]
+        assert "cut off or damaged" in caplog.text
+
+
+def test_json_lines_without_checksums_are_read_only_if_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a":1}\n[2]\n')
+    assert list(JsonLines(path)) == []
+    assert list(JsonLines(path, is_strict=False)) == [{"a": 1}]
+
+
+def test_checked_json_reveals_a_flipped_bit(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    values = {"n": 12, "share": 0.5, "text": "é 🙂", "none": float("nan"), "list": [1, [True]]}
+    write_checked_json(path, values)
+    whole = path.read_bytes()
+    assert read_json(path, remedy="Restore it.") == values | {"none": None}
+    for position in range(len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFile, match="Restore it"):
+            read_json(path, remedy="Restore it.")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "7", '{"a": 1}', "[" * 100_000])
+def test_a_file_that_is_no_checked_json_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(DamagedFile, match=r"x\.json is damaged"):
+        read_json(tmp_path / "x.json", remedy="Restore it.")

@@ -21,6 +21,7 @@ from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import PersonaPlugError, StorageError
+from personaplug.infra import tensor_files
 from personaplug.infra.distributed import (
     all_reduce_sum,
     connect,
@@ -39,7 +40,6 @@ from personaplug.infra.distributed import (
 )
 from personaplug.methods import needed_parts, parse_methods
 from personaplug.run import Run, open_models
-from personaplug.training import checkpointing as checkpoint
 from personaplug.training.parts import train
 
 TINY = ["llm=toy", "encoder=hash:32", "learning_rate=0.01", "dtype=float32", "controls=false"]
@@ -158,7 +158,7 @@ def _in_one_of_two(data: Path, out: Path) -> dict[str, Any]:
     results["lessons"] = sum(1 for _ in (out / "two/ropg/seed-0/ranking_targets.jsonl").open())
     # In the second process alone, from the second step on.
     results["diverged"] = _error(lambda: _train(out / "diverged", data, *ODD, change=_break_loss))
-    vars(checkpoint)["save_file"] = _full
+    vars(tensor_files)["save_file"] = _full
     results["full"] = _error(lambda: _train(out / "full", data, *ODD))
     disconnect()
     return results
@@ -199,7 +199,7 @@ def _break_loss(llm: Any) -> None:
     llm.loss = loss
 
 
-def _full(_: Any, path: Path) -> None:
+def _full(_: Any, path: Path, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 

@@ -126,13 +126,13 @@ def test_score_without_soft_tokens_tokenizes_text_in_one_piece(
 ) -> None:
     llm = small_llm("llama")
     seen: list[str] = []
-    encode = llm.prompt_tokenizer._text_ids
+    encode = llm.prompt_tokenizer.texts.encode
 
-    def watched(text: str) -> list[int]:
+    def watched(text: str, *, inside: bool = False) -> list[int]:
         seen.append(text)
-        return list(encode(text))
+        return list(encode(text, inside=inside))
 
-    monkeypatch.setattr(llm.prompt_tokenizer, "_text_ids", watched)
+    monkeypatch.setattr(llm.prompt_tokenizer.texts, "encode", watched)
     llm.score(PromptBatch(PROMPTS, soft, POSITIONS), ["1", "2"])
     assert seen == ["1", "2", *PROMPTS]
 

@@ -13,13 +13,13 @@ from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.simulation import SimulationConfig, write_simulation
-from personaplug.errors import MissingData
+from personaplug.errors import DamagedFile, MissingData
 from personaplug.evaluation.evaluator import Evaluator
 from personaplug.methods import ModelInputs, find_method
 from personaplug.methods.context import Assignment
 from personaplug.methods.lora import UserLoras
 from personaplug.run import Models, Run, open_models
-from personaplug.training.parts import LORA, train
+from personaplug.training.parts import ADAPTER, LORA, task_lora, train
 
 pytest.importorskip("peft")
 
@@ -58,6 +58,22 @@ def test_what_is_asked_is_left_out_of_what_is_learned(stage: tuple[Run, Models, 
     leaking = replace(asked, history=(_item(1), _item(2, text=asked.query.upper() + "!"), _item(3)))
     users = UserLoras(run, models, [leaking], latest=-1, seed=0)
     assert [item.id for item in users._items(asked.owner)] == ["1", "3"]
+
+
+def test_a_damaged_lora_of_the_task_is_refused(stage: tuple[Run, Models, list[Sample]]) -> None:
+    run, models, _ = stage
+    path = run.plug_folder("lora", seed=0) / ADAPTER
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-7] ^= 1
+    path.write_bytes(damaged)
+    try:
+        with pytest.raises(DamagedFile, match="train the LoRA again"), task_lora(run, models, seed=0):
+            pass
+    finally:
+        path.write_bytes(whole)
+    with task_lora(run, models, seed=0):
+        pass
 
 
 def test_each_sample_is_predicted_with_the_lora_of_its_source(stage: tuple[Run, Models, list[Sample]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,17 @@ from huggingface_hub import HfApi, ModelCard
 from plugs import LLM, OUT, QUERIES, WIDTH, build_history, build_plug
 
 from personaplug.encoders import HashEncoder
-from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch, MissingData, StorageError
+from personaplug.errors import (
+    ConfigError,
+    DamagedFile,
+    EncoderMismatch,
+    LLMMismatch,
+    MissingData,
+    StorageError,
+    UserError,
+)
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import read_json
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import model_card
@@ -68,10 +78,10 @@ def test_saved_plug_replaces_an_earlier_one_with_its_card(tmp_path: Path) -> Non
 def test_saving_that_fails_leaves_no_plug_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_plug(ENCODER).save_pretrained(tmp_path / "plug")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("personaplug.plug.model.save_file", fail)
+    monkeypatch.setattr("personaplug.infra.tensor_files.save_file", fail)
     with pytest.raises(StorageError, match="No space left"):
         build_plug(ENCODER, placement="suffix").save_pretrained(tmp_path / "plug")
     assert sorted(path.name for path in (tmp_path / "plug").iterdir()) == ["README.md", "plug.safetensors"]
@@ -125,6 +135,44 @@ def test_loading_settings_that_are_unknown_or_out_of_range_is_refused(tmp_path: 
     for wrong in ({"heads": 4}, {"placement": "middle"}, {"persona_tokens": -1}):
         _change_description(tmp_path, config=config | wrong)
         with pytest.raises(ConfigError, match=next(iter(wrong))):
+            PersonaPlug.from_pretrained(tmp_path, encoder=ENCODER, llm=LLM)
+
+
+def _describe_as(folder: Path, **spec: Any) -> None:
+    """Change the description as somebody would who can compute its checksum."""
+    values = read_json(folder / "plug.json", remedy="")
+    values["spec"] |= spec
+    write_checked_json(folder / "plug.json", values)
+
+
+@pytest.mark.parametrize("width", [2_000_000, 2**62, 10**30, -1, "x", None])
+def test_sizes_are_compared_with_the_weights_before_memory_is_taken(tmp_path: Path, width: Any) -> None:
+    cases: list[dict[str, Any]] = [{}, {"instruction_tokens": 0}, {"persona_tokens": 0}]
+    for number, settings in enumerate(cases):
+        folder = tmp_path / f"{number}"
+        build_plug(ENCODER, **settings).save_pretrained(folder)
+        _describe_as(folder, llm=asdict(replace(LLM, width=width)))
+        with pytest.raises(MissingData, match=r"should have shape|does not describe a plug"):
+            PersonaPlug.from_pretrained(folder, encoder=ENCODER, llm=None)
+
+
+def test_a_long_list_of_labels_is_compared_with_the_weights_first(tmp_path: Path) -> None:
+    build_plug(ENCODER, labels=("a", "b"), answer_channel="label").save_pretrained(tmp_path)
+    _describe_as(tmp_path, labels=[str(number) for number in range(100_000)])
+    with pytest.raises(DamagedFile, match=r"label\.weight should have shape \[100001, 8\]; found \[3, 8\]"):
+        PersonaPlug.from_pretrained(tmp_path, encoder=ENCODER, llm=LLM)
+
+
+@pytest.mark.parametrize("name", ["plug.json", "plug.safetensors"])
+def test_a_flipped_bit_of_a_plug_is_detected(tmp_path: Path, name: str) -> None:
+    build_plug(ENCODER, labels=("a", "b"), answer_channel="label").save_pretrained(tmp_path)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    for position in range(0, len(whole) - 1, max(1, len(whole) // 60)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UserError):
             PersonaPlug.from_pretrained(tmp_path, encoder=ENCODER, llm=LLM)
 
 

@@ -572,7 +572,7 @@ def test_phrases_of_a_very_long_item_stay_small(toy: CausalLM, tmp_path: Path) -
         assert (
             _post(base_url, "ann", {"id": "i", "text": "t", "title": "a very long title " * 100_000}).status_code == 200
         )
-        phrases = service.personas.persona("default", "ann", query="on tea").phrases
+        phrases = service.personas.persona(service.store.admit("default", "ann"), query="on tea").phrases
         assert phrases is not None
         assert phrases.nbytes < 2**20
         assert _chat(base_url, "ann", prompt="write. article: on tea", max_tokens=4).status_code == 200

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from stores import ENCODER, LABELS, item
+from stores import ENCODER, LABELS, add, item
 
 from personaplug.config import PlugConfig
 from personaplug.data.records import HistoryItem, Options
 from personaplug.encoders import HashEncoder
-from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
+from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict, UserErased
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import item_weights
@@ -24,7 +24,7 @@ from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
-from personaplug.serving.persona_cache import PersonaCache, store_settings
+from personaplug.serving.persona_cache import Persona, PersonaCache, store_settings
 from personaplug.store.history_store import HistoryStore, StoreSettings
 
 LLM = LLMIdentity("small", None, "0123456789abcdef", 8)
@@ -56,8 +56,13 @@ def _persona(plug: PersonaPlug, items: Sequence[HistoryItem]) -> SoftPrompt:
     return personalizer.persona("a film", personalizer.encode(items, encoder=ENCODER))
 
 
+def _ask(live: PersonaCache, tenant: str, user: str | None, *, query: str, **settings: Any) -> Persona:
+    ticket = live.store.admit(tenant, user) if user is not None else None
+    return live.persona(ticket, query=query, **settings)
+
+
 def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **settings: Any) -> torch.Tensor:
-    soft = live.persona("shop", user, query=query, **settings).soft
+    soft = _ask(live, "shop", user, query=query, **settings).soft
     assert soft is not None
     return soft.vectors
 
@@ -73,11 +78,11 @@ def _tokens(live: PersonaCache, user: str | None, query: str = "a film", **setti
 )
 def test_persona_equals_that_of_an_evaluation(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
-    live.store.add("shop", "ann", ITEMS)
+    add(live.store, "shop", "ann", ITEMS)
     expected = _persona(live.plug, ITEMS)
     for _ in range(2):  # made, and then kept
         torch.testing.assert_close(_tokens(live, "ann"), expected.vectors)
-    persona = live.persona("shop", "ann", query="a film")
+    persona = _ask(live, "shop", "ann", query="a film")
     assert persona.soft is not None
     assert expected.label_bias is not None
     assert expected.label_bias.any()
@@ -87,19 +92,19 @@ def test_persona_equals_that_of_an_evaluation(tmp_path: Path, config: PlugConfig
 
 def test_cached_history_still_depends_on_the_query(tmp_path: Path) -> None:
     live = _live(tmp_path, BY_QUERY)
-    live.store.add("shop", "ann", ITEMS)
+    add(live.store, "shop", "ann", ITEMS)
     assert not torch.equal(_tokens(live, "ann", "film 1"), _tokens(live, "ann", "film 2"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"options": "compare"}])
 def test_cached_history_gives_the_same_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
     live = _live(tmp_path, replace(BY_QUERY, **changes))
-    live.store.add("shop", "ann", ITEMS)
+    add(live.store, "shop", "ann", ITEMS)
     options = Options("which", ("film 1", "film 2", "film 3"))
     history = live.store.load_history("shop", "ann", latest=10)
     for query in ("film 1", "film 2"):
-        live.persona("shop", "ann", query="another")
-        persona = live.persona("shop", "ann", query=query, options=options)
+        _ask(live, "shop", "ann", query="another")
+        persona = _ask(live, "shop", "ann", query=query, options=options)
         assert persona.soft is not None
         assert persona.cached
         assert torch.equal(persona.soft.vectors, live.personalizer.persona(query, history, options=options).vectors)
@@ -107,7 +112,7 @@ def test_cached_history_gives_the_same_tokens(tmp_path: Path, changes: dict[str,
 
 def test_options_reach_a_plug_that_compares_options(tmp_path: Path) -> None:
     live = _live(tmp_path, replace(ALIKE, options="compare"))
-    live.store.add("shop", "ann", ITEMS)
+    add(live.store, "shop", "ann", ITEMS)
     options = [Options("which", texts) for texts in (("film 1", "film 2", "film 3"), ("film 2", "film 1", "film 3"))]
     first, second = (_tokens(live, "ann", "which", options=each) for each in options)
     assert not torch.equal(first, second)
@@ -120,16 +125,16 @@ def test_user_without_history_gets_the_fallback(tmp_path: Path, config: PlugConf
     population = _persona(live.plug, [])
     for persona_scale in (1.0, 0.5):
         torch.testing.assert_close(_tokens(live, user, persona_scale=persona_scale), population.vectors)
-    assert live.persona("shop", user, query="a film").applied == "population"
-    plain = PersonaCache(Personalizer(live.plug), live.store, fallback="plain").persona("shop", user, query="a film")
+    assert _ask(live, "shop", user, query="a film").applied == "population"
+    plain = _ask(PersonaCache(Personalizer(live.plug), live.store, fallback="plain"), "shop", user, query="a film")
     assert (plain.soft, plain.applied) == (None, "plain")
 
 
 @pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
 def test_persona_scale_interpolates_and_extrapolates(tmp_path: Path, config: PlugConfig) -> None:
     live = _live(tmp_path, config)
-    live.store.add("shop", "ann", ITEMS)
-    assert live.persona("shop", "ann", query="a film", persona_scale=0).soft is None
+    add(live.store, "shop", "ann", ITEMS)
+    assert _ask(live, "shop", "ann", query="a film", persona_scale=0).soft is None
     common, half, full, beyond = (
         _tokens(live, user, persona_scale=persona_scale)
         for user, persona_scale in ((None, 1.0), ("ann", 0.5), ("ann", 1.0), ("ann", 2.0))
@@ -141,32 +146,32 @@ def test_persona_scale_interpolates_and_extrapolates(tmp_path: Path, config: Plu
 @pytest.mark.parametrize("config", [ALIKE, BY_QUERY])
 def test_change_by_another_process_is_seen_by_the_next_request(tmp_path: Path, config: PlugConfig) -> None:
     live, elsewhere = _live(tmp_path, config), HistoryStore.open(tmp_path / "histories.db", ENCODER)
-    elsewhere.add("shop", "ann", ITEMS[:2])
+    add(elsewhere, "shop", "ann", ITEMS[:2])
     before = _tokens(live, "ann")
-    elsewhere.add("shop", "ann", ITEMS[2:])  # as another process would: nobody tells `live`
-    persona = live.persona("shop", "ann", query="a film")
+    add(elsewhere, "shop", "ann", ITEMS[2:])  # as another process would: nobody tells `live`
+    persona = _ask(live, "shop", "ann", query="a film")
     assert (persona.items, persona.cached) == (5, False)
     assert not torch.equal(before, _tokens(live, "ann"))
     elsewhere.erase_user("shop", "ann")
-    assert live.persona("shop", "ann", query="a film").applied == "population"
+    assert _ask(live, "shop", "ann", query="a film").applied == "population"
     assert live.cached_users == 0
-    elsewhere.add("shop", "ann", ITEMS[:2])
-    assert live.persona("shop", "ann", query="a film").items == 2
+    add(elsewhere, "shop", "ann", ITEMS[:2])
+    assert _ask(live, "shop", "ann", query="a film").items == 2
 
 
 def test_cache_size_is_bounded(tmp_path: Path) -> None:
     live = _live(tmp_path, cache_bytes=5_000)
     for user in map(str, range(20)):
-        live.store.add("shop", user, ITEMS[:1])
-        live.persona("shop", user, query="a film")
+        add(live.store, "shop", user, ITEMS[:1])
+        _ask(live, "shop", user, query="a film")
     assert 1 <= live.cached_users < 5
     assert live.cached_bytes <= 5_000
-    assert _live(tmp_path, cache_bytes=100).persona("shop", "3", query="a film").applied == "user"
+    assert _ask(_live(tmp_path, cache_bytes=100), "shop", "3", query="a film").applied == "user"
 
 
 def test_erasure_during_a_lookup_leaves_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     live = _live(tmp_path)
-    live.store.add("shop", "ann", ITEMS)
+    add(live.store, "shop", "ann", ITEMS)
     load_history = live.store.load_history
 
     def read_then_erased(*given: Any, **named: Any) -> Any:
@@ -176,7 +181,8 @@ def test_erasure_during_a_lookup_leaves_no_entry(tmp_path: Path, monkeypatch: py
         return history
 
     monkeypatch.setattr(live.store, "load_history", read_then_erased)
-    live.persona("shop", "ann", query="a film")
+    with pytest.raises(UserErased):
+        _ask(live, "shop", "ann", query="a film")
     assert live.cached_users == 0
 
 
@@ -187,7 +193,7 @@ def test_concurrent_threads_get_their_own_users_personas(tmp_path: Path) -> None
     for number in range(60):
         tenant, user = f"tenant {number % 3}", f"user {number // 3}"  # the same names in every tenant
         own = item("only", f"likes number {number}", answer=LABELS[number % 3])
-        live.store.add(tenant, user, [own])
+        add(live.store, tenant, user, [own])
         expected[tenant, user] = _persona(live.plug, [own]).vectors
     crossed: list[tuple[str, str]] = []
 
@@ -195,7 +201,7 @@ def test_concurrent_threads_get_their_own_users_personas(tmp_path: Path) -> None
         draw = random.Random(seed)
         for _ in range(400):
             tenant, user = draw.choice(list(expected))
-            soft = live.persona(tenant, user, query="a film").soft
+            soft = _ask(live, tenant, user, query="a film").soft
             if soft is None or not torch.allclose(soft.vectors, expected[tenant, user], atol=1e-5):
                 crossed.append((tenant, user))
             if draw.random() < 0.05:
@@ -227,8 +233,8 @@ def test_user_with_few_items_gets_the_population_persona(tmp_path: Path) -> None
     live.plug.cold_start = ColdStart(torch.ones_like(live.plug.population_prompt().vectors[0]), max_items=2)
     applied = []
     for new_item in ITEMS[:3]:
-        live.store.add("shop", "ann", [new_item])
-        applied.append(live.persona("shop", "ann", query="a film").applied)
+        add(live.store, "shop", "ann", [new_item])
+        applied.append(_ask(live, "shop", "ann", query="a film").applied)
         weights = item_weights(
             live.personalizer, "a film", live.personalizer.encode(ITEMS[: len(applied)], encoder=ENCODER)
         )

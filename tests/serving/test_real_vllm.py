@@ -31,7 +31,7 @@ from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
 from personaplug.serving.persona_cache import Persona, PersonaCache, store_settings
 from personaplug.serving.service import Service
-from personaplug.store.history_store import HistoryStore
+from personaplug.store.history_store import HistoryStore, Ticket
 
 pytestmark = pytest.mark.slow
 
@@ -111,10 +111,10 @@ def _say(service: Service, folder: Path, words: dict[str, str]) -> None:
     """Let each user's persona be the embedded tokens of a text."""
     table = EmbeddingTable.of_folder(folder)
 
-    def persona(tenant: str, user: str | None, *, query: str, **given: Any) -> Persona:
-        if user not in words:
+    def persona(ticket: Ticket | None, *, query: str, **given: Any) -> Persona:
+        if ticket is None or ticket.user not in words:
             return Persona(None, "plain", 0, 1.0)
-        vectors = table.rows[table.tokenizer(words[user], add_special_tokens=False)["input_ids"]].float()
+        vectors = table.rows[table.tokenizer(words[ticket.user], add_special_tokens=False)["input_ids"]].float()
         return Persona(SoftPrompt(vectors[None], placement=service.personas.personalizer.placement), "user", 1, 1.0)
 
     service.personas.persona = persona  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from vllm_stand_in import MAX_MODEL_LEN, WIDTH, StandIn, read_embeds
 from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.infra.model_hub import read_embeddings
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.prompt_tokenizer import frame_of
 from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.llm.tiny import tiny_tokenizer
 from personaplug.serving.app import create_app
 from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.engines.vllm import VLLMEngine
@@ -126,8 +128,7 @@ def test_completion_is_sent_embedded(stand_in: StandIn, address: str, table: Emb
 def test_completion_puts_soft_tokens_behind_the_bos(
     stand_in: StandIn, address: str, toy: CausalLM, placement: str
 ) -> None:
-    framing = _Framing(toy.prompt_tokenizer.tokenizer)
-    table = EmbeddingTable(toy.embed.weight.detach(), framing)
+    table = EmbeddingTable(toy.embed.weight.detach(), _framing_tokenizer())
     request = engine_request("completion", {"prompt": "abc", "max_tokens": 3}, _soft(placement))
     _ask(_engine(address, table, placement=placement), request)
     bos, a, b, c, eos = table.embed("abc").unsqueeze(1)
@@ -135,69 +136,76 @@ def test_completion_puts_soft_tokens_behind_the_bos(
     torch.testing.assert_close(read_embeds(stand_in.bodies[-1]["prompt_embeds"]), torch.cat(whole))
 
 
-class _Framing:
+def _framing_tokenizer() -> Any:
     """A tokenizer that adds one token before a text and one behind it."""
+    from tokenizers.processors import TemplateProcessing
 
-    def __init__(self, bare: Any) -> None:
-        self.bare = bare
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end} $A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    return tokenizer
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = list(self.bare(text)["input_ids"])
-        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
 
-
-def test_tokenizer_that_splits_a_text_is_refused(toy: CausalLM) -> None:
+def test_tokenizer_that_splits_a_text_is_refused() -> None:
     def odd(text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [1, 2] if add_special_tokens else [3]}
 
     with pytest.raises(ConfigError, match="one piece"):
-        EmbeddingTable(toy.embed.weight.detach(), odd)
+        frame_of(odd)
 
 
-class _Counting(_Framing):
-    """Counts what it reads, and notes in which thread."""
+@dataclass
+class _Watch:
+    """The texts that a table tokenizes, and the threads that do."""
 
-    def __init__(self, bare: Any) -> None:
-        super().__init__(bare)
-        self.texts: list[str] = []
-        self.threads: set[int] = set()
+    texts: list[str] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        self.texts.append(text)
-        self.threads.add(threading.get_ident())
-        return super().__call__(text, add_special_tokens=add_special_tokens)
+
+def _watched(table: EmbeddingTable) -> _Watch:
+    watch, encode = _Watch(), table.texts.encode
+
+    def watched(text: str, *, inside: bool = False) -> list[int]:
+        watch.texts.append(text)
+        watch.threads.add(threading.get_ident())
+        return encode(text, inside=inside)
+
+    table.texts.encode = watched  # type: ignore[method-assign]
+    return watch
 
 
 def test_prompt_that_is_too_long_is_refused_before_it_is_embedded(
     stand_in: StandIn, address: str, toy: CausalLM
 ) -> None:
-    tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
-    table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
+    table = EmbeddingTable(toy.embed.weight.detach(), _framing_tokenizer())
+    watch = _watched(table)
     many, more = "a" * (MAX_MODEL_LEN * 16 + 1), "b" * MAX_MODEL_LEN
     for prompt in (many, more):
         request = engine_request("completion", {"prompt": prompt}, _soft())
         assert _not_sent(stand_in, _engine(address, table), request).code == "context_length_exceeded"
-    assert many not in tokenizer.texts  # this one is not even tokenized
-    assert more in tokenizer.texts
+    assert many not in watch.texts  # this one is not even tokenized
+    assert more in watch.texts
     fits = "b" * (MAX_MODEL_LEN - SOFT.shape[1] - 2)
     _ask(_engine(address, table), engine_request("completion", {"prompt": fits}, _soft()))
     assert len(read_embeds(stand_in.bodies[-1]["prompt_embeds"])) == MAX_MODEL_LEN
 
 
 def test_prompt_is_embedded_outside_the_event_loop(address: str, toy: CausalLM) -> None:
-    tokenizer = _Counting(toy.prompt_tokenizer.tokenizer)
-    table = EmbeddingTable(toy.embed.weight.detach(), tokenizer)
+    table = EmbeddingTable(toy.embed.weight.detach(), _framing_tokenizer())
+    watch = _watched(table)
 
     async def scenario() -> None:
         engine = _engine(address, table)
         await engine.start()
-        tokenizer.threads.clear()
+        watch.threads.clear()
         await engine.respond(engine_request("completion", {"prompt": "abc"}, _soft()))
         await engine.close()
 
     asyncio.run(scenario())
-    assert tokenizer.threads
-    assert threading.get_ident() not in tokenizer.threads
+    assert watch.threads
+    assert threading.get_ident() not in watch.threads
 
 
 def test_choices_constrain_the_answer_unless_the_request_does(

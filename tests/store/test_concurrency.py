@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from stores import Place, encoded, item, item_ids, vector_of
+from stores import Place, add, add_encoded, encoded, item, item_ids, vector_of
 
 from personaplug.errors import StorageError
 from personaplug.store.database import Database
@@ -28,7 +28,7 @@ def test_threads_adding_to_shared_user_lose_nothing(place: Place) -> None:
 
     def work(number: int) -> None:
         for i in range(8):
-            store.add_encoded("t", encoded(["shared", f"own {number}"], [f"{number}-{i}", f"{i}"]))
+            add_encoded(store, "t", encoded(["shared", f"own {number}"], [f"{number}-{i}", f"{i}"]))
             assert len(store.load_history("t", f"own {number}")) == i + 1
 
     with ThreadPoolExecutor(6) as pool:
@@ -45,7 +45,7 @@ def test_overlapping_batches_do_not_deadlock(place: Place) -> None:
     def work(number: int) -> None:
         mine = users if number % 2 else users[::-1]
         for i in range(5):
-            store.add_encoded("t", encoded(mine, [f"{number}-{i}"] * len(mine)))
+            add_encoded(store, "t", encoded(mine, [f"{number}-{i}"] * len(mine)))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
@@ -57,7 +57,7 @@ def test_same_item_added_by_threads_is_new_once(place: Place) -> None:
 
     def work(_: int) -> tuple[int, int, int]:
         barrier.wait()
-        return store.add_encoded("t", encoded(["u"], ["a"]))
+        return add_encoded(store, "t", encoded(["u"], ["a"]))
 
     with ThreadPoolExecutor(4) as pool:
         done = sorted(pool.map(work, range(4)))
@@ -66,12 +66,12 @@ def test_same_item_added_by_threads_is_new_once(place: Place) -> None:
 
 def test_store_survives_fork(place: Place) -> None:
     store = place.open(keep_text=False)
-    store.add_encoded("t", encoded(["u"], ["before"]))
+    add_encoded(store, "t", encoded(["u"], ["before"]))
     STORES[:] = [store]
     with multiprocessing.get_context("fork").Pool(3) as pool:
         waiting = pool.map_async(add_in_child, range(3))
         for i in range(10):
-            store.add_encoded("t", encoded(["u"], [f"parent-{i}"]))
+            add_encoded(store, "t", encoded(["u"], [f"parent-{i}"]))
         assert max(waiting.get(timeout=120)) >= 6
     assert len(store.load_history("t", "u")) == 1 + 15 + 10
 
@@ -89,10 +89,10 @@ def test_locked_database_raises_and_writes_nothing(tmp_path: Path) -> None:
     with sqlite3.connect(place.where, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StorageError, match="try again"):
-            store.add("t", "u", [item("a")])
+            add(store, "t", "u", [item("a")])
         assert store.load_history("t", "u").version == 0, "a writer does not block readers"
         other.execute("ROLLBACK")
-    assert store.add("t", "u", [item("a")]) == (1, 0, 0)
+    assert add(store, "t", "u", [item("a")]) == (1, 0, 0)
 
 
 def test_connections_are_limited(place: Place) -> None:
@@ -109,7 +109,7 @@ def test_connections_are_limited(place: Place) -> None:
 def test_load_history_uses_indexes(tmp_path: Path) -> None:
     place, statements = Place(str(tmp_path / "store.db")), list[tuple[str, Any]]()
     store = place.open(settings=StoreSettings(shards=1))
-    store.add("t", "u", [item("a")])
+    add(store, "t", "u", [item("a")])
 
     def record(_: object, __: object, sql: str, parameters: Any, *___: object) -> None:
         statements.append((sql, parameters))
@@ -128,7 +128,7 @@ def test_load_history_uses_indexes(tmp_path: Path) -> None:
 def add_in_child(number: int) -> int:
     (store,) = STORES  # the parent's object with its connections, as a fork inherits it
     for i in range(5):
-        store.add_encoded("t", encoded(["u"], [f"{number}-{i}"]))
+        add_encoded(store, "t", encoded(["u"], [f"{number}-{i}"]))
     return len(store.load_history("t", "u"))
 
 

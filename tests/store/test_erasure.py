@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from postgres_server import PostgresServer
-from stores import ENCODER, LABELS, Place, encoded, item, vector_of
+from stores import ENCODER, LABELS, Place, add, add_encoded, encoded, item, vector_of
 
 from personaplug.errors import MissingData, StorageError
 from personaplug.store.database import execute
@@ -51,7 +51,7 @@ def test_erased_at_returns_last_erasure(place: Place) -> None:
     store, before = place.open(), datetime.now(UTC).replace(microsecond=0)
     assert store.erased_at("t", "ann") is None
     for _ in range(2):
-        store.add("t", "ann", [item("1", "a film")])
+        add(store, "t", "ann", [item("1", "a film")])
         receipt = store.erase_user("t", "ann")
     erased_at = store.erased_at("t", "ann")
     assert erased_at is not None
@@ -63,7 +63,7 @@ def test_erased_at_returns_last_erasure(place: Place) -> None:
 def test_erase_user_leaves_nothing_in_files(place: Place) -> None:
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=2))
     for user in ("kept", "erased-user-id", "also kept"):
-        store.add("t", user, [item(f"{user}-{i}", planted(f"{user}-{i}")) for i in range(8)])
+        add(store, "t", user, [item(f"{user}-{i}", planted(f"{user}-{i}")) for i in range(8)])
     if place.server:
         place.server.execute("ANALYZE")  # statistics are samples of what columns hold
     own, others = [f"erased-user-id-{i}" for i in range(8)], [f"kept-{i}" for i in range(8)]
@@ -82,9 +82,9 @@ def test_erase_user_leaves_nothing_in_files(place: Place) -> None:
 
 def test_erase_user_clears_earlier_replaced_and_deleted_items(place: Place) -> None:
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
-    store.add("t", "kept", [item("k", planted("k"))])
-    store.add("t", "u", [item("a", planted("first")), item("b", planted("deleted"))])
-    store.add("t", "u", [item("a", planted("second"))])
+    add(store, "t", "kept", [item("k", planted("k"))])
+    add(store, "t", "u", [item("a", planted("first")), item("b", planted("deleted"))])
+    add(store, "t", "u", [item("a", planted("second"))])
     store.delete_item("t", "u", "b")
     store.erase_user("t", "u")
     assert not any(search(place, ["first", "second", "deleted"]))
@@ -93,8 +93,8 @@ def test_erase_user_clears_earlier_replaced_and_deleted_items(place: Place) -> N
 
 def test_erase_user_clears_deleted_items_of_others_in_shard(place: Place) -> None:
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
-    store.add("t", "other", [item("a", planted("a")), item("b", planted("b"))])
-    store.add("t", "u", [item("c", planted("c"))])
+    add(store, "t", "other", [item("a", planted("a")), item("b", planted("b"))])
+    add(store, "t", "u", [item("c", planted("c"))])
     store.delete_item("t", "other", "a")
     store.erase_user("t", "u")
     assert not any(search(place, ["a", "c"]))
@@ -111,7 +111,7 @@ def test_erase_user_clears_copies_in_split_pages(place: Place, seed: int) -> Non
         users = [f"u{rng.randrange(40)}" for _ in range(30)]
         items = [item(f"{turn}-{i}", noise(f"t{seed}-{turn}-{i}", rng.randrange(60, 1900))) for i in range(30)]
         vectors = np.stack([vector_of(each.id) for each in items])
-        store.add_encoded("t", EncodedItems(users, items, vectors, encoder=ENCODER.identity))
+        add_encoded(store, "t", EncodedItems(users, items, vectors, encoder=ENCODER.identity))
         for user, added in zip(users, items, strict=True):
             own.setdefault(user, []).append(added.fields[0][1].encode())
     store.close()
@@ -132,8 +132,8 @@ def test_erase_user_clears_copies_in_split_pages(place: Place, seed: int) -> Non
 def test_erase_user_restores_same_schema(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "store.db"))
     store = place.open()
-    store.add("t", "kept", [item("k")])
-    store.add("t", "u", [item("a")])
+    add(store, "t", "kept", [item("k")])
+    add(store, "t", "u", [item("a")])
 
     def schema() -> list[tuple[str, ...]]:
         with sqlite3.connect(place.where) as connection:
@@ -143,12 +143,12 @@ def test_erase_user_restores_same_schema(tmp_path: Path) -> None:
     before = schema()
     store.erase_user("t", "u")
     assert schema() == before
-    assert store.add("t", "u", [item("a")]) == (1, 0, 0)
+    assert add(store, "t", "u", [item("a")]) == (1, 0, 0)
 
 
 def test_open_finishes_interrupted_erasure(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     store = place.open()
-    store.add("t", "u", [item("a", planted("a"))])
+    add(store, "t", "u", [item("a", planted("a"))])
 
     def killed(*_: object) -> tuple[str, ...]:
         raise KeyboardInterrupt
@@ -166,7 +166,7 @@ def test_open_finishes_interrupted_erasure(place: Place, monkeypatch: pytest.Mon
 
 def test_erase_user_with_old_reader_raises_until_it_ends(place: Place) -> None:
     store = place.open(wait_s=0.5)
-    store.add("t", "u", [item("a", planted("a"))])
+    add(store, "t", "u", [item("a", planted("a"))])
     with store.database.read_transaction() as connection:
         connection.exec_driver_sql("SELECT count(*) FROM users_0000")  # pins the state before the erasure
         with pytest.raises(StorageError, match="erase the same user again"):
@@ -179,7 +179,7 @@ def test_erase_user_with_old_reader_raises_until_it_ends(place: Place) -> None:
 
 def test_erase_user_while_others_write_loses_nothing(place: Place) -> None:
     store = place.open(keep_text=False)
-    store.add_encoded("t", encoded([f"u{i}" for i in range(8)], ["a"] * 8))
+    add_encoded(store, "t", encoded([f"u{i}" for i in range(8)], ["a"] * 8))
     stop, failures = threading.Event(), list[Exception]()
 
     def work() -> None:
@@ -187,7 +187,7 @@ def test_erase_user_while_others_write_loses_nothing(place: Place) -> None:
             if stop.is_set():
                 return
             try:
-                store.add_encoded("t", encoded(["busy", f"new {i}"], [f"{i}", f"{i}"]))
+                add_encoded(store, "t", encoded(["busy", f"new {i}"], [f"{i}", f"{i}"]))
                 assert len(store.load_history("t", "busy")) == i + 1
             except Exception as error:
                 failures.append(error)
@@ -204,10 +204,10 @@ def test_erase_user_while_others_write_loses_nothing(place: Place) -> None:
 
 def test_erase_user_who_returns_meanwhile_is_kept(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     store = place.open()
-    store.add("t", "u", [item("a", planted("a"))])
+    add(store, "t", "u", [item("a", planted("a"))])
 
     def meanwhile(*given: object) -> tuple[str, ...]:
-        store.add("t", "u", [item("b", planted("b"))])
+        add(store, "t", "u", [item("b", planted("b"))])
         return rewrite_shard(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr("personaplug.store.secure_delete.rewrite_shard", meanwhile)
@@ -223,7 +223,7 @@ def test_erase_user_without_log_privilege_says_so(postgres: PostgresServer) -> N
     postgres.execute(f"ALTER DATABASE {name} OWNER TO plain_{name}")
     place = Place(url.replace("postgres@", f"plain_{name}@"), postgres)
     store = place.open()
-    store.add("t", "u", [item("a", planted("a"))])
+    add(store, "t", "u", [item("a", planted("a"))])
     receipt = store.erase_user("t", "u")
     assert receipt.wiped == ("tables",)
     assert not any(search(place, ["a"], log=False))
@@ -232,11 +232,11 @@ def test_erase_user_without_log_privilege_says_so(postgres: PostgresServer) -> N
 
 def test_erase_user_waits_for_running_addition(place: Place) -> None:
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
-    store.add("t", "u", [item("a", planted("a"))])
+    add(store, "t", "u", [item("a", planted("a"))])
     late = EncodedItems(["u"], [item("b")], np.stack([vector_of("b")]), ENCODER.identity)
-    shard = store.shard_of("t", "u")
+    shard, ticket = store.shard_of("t", "u"), store.admit("t", "u")
     with store.database.write_transaction() as connection:
-        write_items(connection, shard, store.pack(late), tenant="t", retention=store.retention)
+        write_items(connection, shard, store.pack(late), ticket=ticket, retention=store.retention)
         eraser = threading.Thread(target=store.erase_user, args=("t", "u"))
         eraser.start()
         time.sleep(0.5)

@@ -9,11 +9,11 @@ from datetime import UTC, date, datetime, timedelta
 import numpy as np
 import pytest
 from cheap_encoder import CheapEncoder
-from stores import ENCODER, LABELS, Place, encoded, item, item_ids, vector_of
+from stores import ENCODER, LABELS, Place, add, add_encoded, encoded, item, item_ids, vector_of
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders.style_features import text_style
-from personaplug.errors import ConfigError, MissingData
+from personaplug.errors import ConfigError, MissingData, UserErased
 from personaplug.store import writes
 from personaplug.store.history_store import HistoryStore, Retention
 from personaplug.store.schema import StoreSettings
@@ -28,7 +28,7 @@ def store(place: Place) -> Iterator[HistoryStore]:
 
 def test_load_history_after_add_returns_arrays(store: HistoryStore) -> None:
     items = [item("a", "A film!", answer="1"), item("b", "a book", answer=" 3 "), item("c", answer="other")]
-    assert store.add("t", "u", [*items, item("d", answer=None)]) == (4, 0, 0)
+    assert add(store, "t", "u", [*items, item("d", answer=None)]) == (4, 0, 0)
     history = store.load_history("t", "u")
     expected = ENCODER.encode([each.text for each in [*items, item("d", answer=None)]])
     assert history.vectors.dtype == history.style.dtype == np.float16
@@ -42,14 +42,14 @@ def test_load_history_after_add_returns_arrays(store: HistoryStore) -> None:
 
 def test_add_encodes_answers_false_ignores_answers(place: Place) -> None:
     store = place.open(settings=StoreSettings(encodes_answers=False, shards=1))
-    store.add("t", "u", [item("a", answer="1"), item("b", answer="2")])
+    add(store, "t", "u", [item("a", answer="1"), item("b", answer="2")])
     first, second = store.load_history("t", "u").vectors
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(first, ENCODER.encode([item("a").content])[0].astype(np.float16))
 
 
 def test_list_items_latest_returns_newest_oldest_first(store: HistoryStore) -> None:
-    store.add("t", "u", [item(name) for name in "abcde"])
+    add(store, "t", "u", [item(name) for name in "abcde"])
     assert [each.id for each in store.list_items("t", "u", latest=2)] == ["d", "e"]
     assert [each.id for each in store.list_items("t", "u")] == list("abcde")
     assert store.list_items("t", "nobody", latest=2) == []
@@ -64,23 +64,25 @@ def test_load_history_unknown_user_is_empty(store: HistoryStore) -> None:
 
 def test_list_items_order_is_by_date_then_arrival(store: HistoryStore) -> None:
     today = datetime.now(UTC).date()
-    store.add("t", "u", [item("undated 1"), item("late", day=date(2020, 3, 1)), item("early", day=date(2019, 1, 1))])
-    store.add("t", "u", [item("undated 2"), item("to come", day=today + timedelta(days=2))])
-    store.add("t", "u", [item("early too", day=date(2019, 1, 1)), item("long ago", day=date(1, 1, 1))])
+    add(store, "t", "u", [item("undated 1"), item("late", day=date(2020, 3, 1)), item("early", day=date(2019, 1, 1))])
+    add(store, "t", "u", [item("undated 2"), item("to come", day=today + timedelta(days=2))])
+    add(store, "t", "u", [item("early too", day=date(2019, 1, 1)), item("long ago", day=date(1, 1, 1))])
     expected = ["long ago", "early", "early too", "late", "undated 1", "undated 2", "to come"]
     assert item_ids(store) == expected
 
 
 def test_load_history_order_equals_list_items(store: HistoryStore) -> None:
     names = [f"{i}" for i in range(20)]
-    store.add("t", "u", [item(name, f"text {name}", day=date(2020, 1, 1 + i * 7 % 20)) for i, name in enumerate(names)])
+    add(
+        store, "t", "u", [item(name, f"text {name}", day=date(2020, 1, 1 + i * 7 % 20)) for i, name in enumerate(names)]
+    )
     texts = [f"text: text {name} score: 2" for name in item_ids(store)]
     np.testing.assert_array_equal(store.load_history("t", "u").vectors, ENCODER.encode(texts).astype(np.float16))
 
 
-@pytest.mark.parametrize("latest", [0, 1, 3, 100])
+@pytest.mark.parametrize("latest", [0, 1, 3, 100, 2**63, 2**70])
 def test_load_history_latest_returns_newest(store: HistoryStore, latest: int) -> None:
-    store.add("t", "u", [item(str(i), f"text {i}", answer=LABELS[i % 3]) for i in range(6)])
+    add(store, "t", "u", [item(str(i), f"text {i}", answer=LABELS[i % 3]) for i in range(6)])
     full, history = store.load_history("t", "u"), store.load_history("t", "u", latest=latest)
     assert len(history) == min(latest, 6)
     np.testing.assert_array_equal(history.vectors, full.vectors[max(6 - latest, 0) :])
@@ -91,11 +93,11 @@ def test_add_same_item_is_neither_stored_nor_encoded(place: Place) -> None:
     encoder = CheapEncoder(32)
     store = place.open(encoder)
     items = [item(str(i), f"text {i}") for i in range(3)]
-    store.add("t", "u", items)
+    add(store, "t", "u", items)
     version = store.version("t", "u")
-    assert store.add("t", "u", items[1:]) == (0, 0, 2)
+    assert add(store, "t", "u", items[1:]) == (0, 0, 2)
     assert (encoder.calls, store.version("t", "u")) == ([3], version)
-    assert store.add("t", "u", [*items, item("3", "new")]) == (1, 0, 3)
+    assert add(store, "t", "u", [*items, item("3", "new")]) == (1, 0, 3)
     assert encoder.calls == [3, 1]
 
 
@@ -103,18 +105,18 @@ def test_add_same_item_is_neither_stored_nor_encoded(place: Place) -> None:
     "other", [item("1", "other"), item("1", answer="3"), item("1", answer=None), item("1", day=date(1999, 1, 1))]
 )
 def test_add_known_id_with_other_content_replaces(store: HistoryStore, other: HistoryItem) -> None:
-    store.add("t", "u", [item("0"), item("1"), item("2")])
+    add(store, "t", "u", [item("0"), item("1"), item("2")])
     version = store.version("t", "u")
-    assert store.add("t", "u", [other]) == (0, 1, 0)
+    assert add(store, "t", "u", [other]) == (0, 1, 0)
     assert sorted(item_ids(store)) == ["0", "1", "2"]
     assert store.version("t", "u") > version
     assert len(store.load_history("t", "u")) == 3
 
 
 def test_add_replaced_item_keeps_position(store: HistoryStore) -> None:
-    store.add("t", "u", [item("0"), item("1"), item("2")])
+    add(store, "t", "u", [item("0"), item("1"), item("2")])
     before = store.list_items("t", "u")[1].arrived
-    store.add("t", "u", [item("1", "other")])
+    add(store, "t", "u", [item("1", "other")])
     assert item_ids(store) == ["0", "1", "2"]
     again = store.list_items("t", "u")[1]
     assert (again.arrived, again.fields[0]) == (before, ("text", "other"))
@@ -123,7 +125,7 @@ def test_add_replaced_item_keeps_position(store: HistoryStore) -> None:
 
 
 def test_add_duplicate_id_keeps_later_item(store: HistoryStore) -> None:
-    assert store.add("t", "u", [item("0", "first"), item("1"), item("0", "second")]) == (2, 0, 1)
+    assert add(store, "t", "u", [item("0", "first"), item("1"), item("0", "second")]) == (2, 0, 1)
     assert store.list_items("t", "u")[0].fields[0] == ("text", "second")
 
 
@@ -131,8 +133,8 @@ def test_add_encoded_many_users_stores_all(place: Place) -> None:
     store = place.open(keep_text=False)
     users = [f"u{i % 50}" for i in range(1000)]
     names = [f"i{i}" for i in range(1000)]
-    assert store.add_encoded("t", encoded(users, names)) == (1000, 0, 0)
-    assert store.add_encoded("t", encoded(users, names)) == (0, 0, 1000)
+    assert add_encoded(store, "t", encoded(users, names)) == (1000, 0, 0)
+    assert add_encoded(store, "t", encoded(users, names)) == (0, 0, 1000)
     for i in (0, 7, 49):
         own = names[i::50]
         history = store.load_history("t", f"u{i}")
@@ -143,23 +145,23 @@ def test_add_encoded_many_users_stores_all(place: Place) -> None:
 
 def test_add_encoded_other_values_replace(place: Place) -> None:
     store = place.open(keep_text=False)
-    store.add_encoded("t", encoded(["u"], ["a"]))
+    add_encoded(store, "t", encoded(["u"], ["a"]))
     for change in ("vectors", "label_ids", "style"):
         other = encoded(["u"], ["a"])
         getattr(other, change)[0] += 1
-        assert store.add_encoded("t", other) == (0, 1, 0), change
-        assert store.add_encoded("t", other) == (0, 0, 1), change
-        store.add_encoded("t", encoded(["u"], ["a"]))
+        assert add_encoded(store, "t", other) == (0, 1, 0), change
+        assert add_encoded(store, "t", other) == (0, 0, 1), change
+        add_encoded(store, "t", encoded(["u"], ["a"]))
 
 
 def test_add_no_items_changes_nothing(store: HistoryStore) -> None:
-    assert store.add("t", "u", []) == (0, 0, 0)
+    assert add(store, "t", "u", []) == (0, 0, 0)
     assert store.version("t", "u") == 0
 
 
 def test_list_items_any_text_round_trips(store: HistoryStore) -> None:
     texts = ["", "\0", "broken \ud83d", "a film 🙂", "'; DROP TABLE items_0000; --", "x" * 100_000]
-    store.add("t", "u", [item(str(i), text, answer=text) for i, text in enumerate(texts)])
+    add(store, "t", "u", [item(str(i), text, answer=text) for i, text in enumerate(texts)])
     assert [stored.fields for stored in store.list_items("t", "u")] == [(("text", t), ("score", t)) for t in texts]
 
 
@@ -170,42 +172,42 @@ def test_version_grows_only_with_changes(store: HistoryStore) -> None:
         versions.append(store.version("t", "u"))
         return versions[-1] > versions[-2]
 
-    store.add("t", "u", [item("a"), item("b")])
+    add(store, "t", "u", [item("a"), item("b")])
     assert has_grown()
-    store.add("t", "u", [item("c")])
+    add(store, "t", "u", [item("c")])
     assert has_grown()
-    store.add("t", "u", [item("c", "other")])
+    add(store, "t", "u", [item("c", "other")])
     assert has_grown()
     store.delete_item("t", "u", "a")
     assert has_grown()
-    store.add("t", "u", [item("b")])
-    store.add("t", "other", [item("b")])
-    store.add("other", "u", [item("b")])
+    add(store, "t", "u", [item("b")])
+    add(store, "t", "other", [item("b")])
+    add(store, "other", "u", [item("b")])
     assert not has_grown()
     assert store.load_history("t", "u").version == versions[-1]
 
 
 def test_version_after_erasure_is_never_reused(store: HistoryStore) -> None:
-    store.add("t", "u", [item("a")])
+    add(store, "t", "u", [item("a")])
     before = store.version("t", "u")
     store.erase_user("t", "u")
     assert store.version("t", "u") == 0
-    store.add("t", "u", [item("a")])
+    add(store, "t", "u", [item("a")])
     assert store.version("t", "u") > before
 
 
 def test_version_clock_set_back_still_grows(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.add("t", "u", [item("a")])
+    add(store, "t", "u", [item("a")])
     before = store.version("t", "u")
     monkeypatch.setattr(writes, "now_in_microseconds", lambda: 10**15)
-    store.add("t", "u", [item("b")])
+    add(store, "t", "u", [item("b")])
     assert store.version("t", "u") > before
     assert item_ids(store) == ["a", "b"]
 
 
 def test_export_contains_everything(store: HistoryStore) -> None:
-    store.add("t", "u", [item("a", "A film!", answer="1", day=date(2020, 5, 17)), item("b", answer=None)])
-    exported = json.loads(json.dumps(store.export("t", "u")))
+    add(store, "t", "u", [item("a", "A film!", answer="1", day=date(2020, 5, 17)), item("b", answer=None)])
+    exported = json.loads("".join(store.export("t", "u")))
     assert (exported["tenant"], exported["user"], exported["version"]) == ("t", "u", store.version("t", "u"))
     assert (exported["encoder"], exported["labels"]) == (ENCODER.identity.to_dict(), list(LABELS))
     first, second = exported["items"]
@@ -217,31 +219,66 @@ def test_export_contains_everything(store: HistoryStore) -> None:
     np.testing.assert_array_equal(np.array(first["style"], np.float16), text_style("1"))
 
 
+def test_export_in_pages_equals_export_at_once(store: HistoryStore) -> None:
+    add(store, "t", "u", [item(str(i), day=date(2020, 1, 1 + i % 3)) for i in range(7)])
+    whole = json.loads("".join(store.export("t", "u")))
+    assert [each["id"] for each in whole["items"]] == item_ids(store)
+    for size in (1, 2, 7, 8):
+        pages = list(store.export("t", "u", items_per_page=size))
+        assert json.loads("".join(pages)) == whole
+        assert len(pages) == 2 + -(-7 // size)
+
+
+def test_export_of_user_who_changes_or_is_erased_meanwhile(store: HistoryStore) -> None:
+    add(store, "t", "u", [item(str(i)) for i in range(4)])
+    pages = store.export("t", "u", items_per_page=2)
+    begun = [next(pages), next(pages)]
+    store.delete_item("t", "u", "0")
+    add(store, "t", "u", [item("later")])
+    whole = json.loads("".join([*begun, *pages]))
+    assert [each["id"] for each in whole["items"]] == ["0", "1", "2", "3", "later"]
+    pages = store.export("t", "u", items_per_page=2)
+    next(pages), next(pages)
+    store.erase_user("t", "u")
+    add(store, "t", "u", [item(str(i)) for i in range(4)])
+    with pytest.raises(UserErased):
+        list(pages)
+
+
+def test_count_is_that_of_the_items(store: HistoryStore) -> None:
+    assert store.count("t", "u") == 0
+    add(store, "t", "u", [item("a"), item("b"), item("a", "other")])
+    assert store.count("t", "u") == 2
+    add(store, "t", "u", [item("b", "replaced"), item("c")])
+    store.delete_item("t", "u", "a")
+    assert store.count("t", "u") == 2
+
+
 def test_delete_item_removes_item_and_vector(store: HistoryStore) -> None:
-    store.add("t", "u", [item("a", "one"), item("b", "two"), item("c", "three")])
+    add(store, "t", "u", [item("a", "one"), item("b", "two"), item("c", "three")])
     store.delete_item("t", "u", "b")
     assert item_ids(store) == ["a", "c"]
     assert len(store.load_history("t", "u")) == 2
-    assert store.add("t", "u", [item("b", "two")]) == (1, 0, 0)
+    assert add(store, "t", "u", [item("b", "two")]) == (1, 0, 0)
     assert item_ids(store) == ["a", "c", "b"], "it counts as new"
 
 
 def test_tenants_share_no_data(place: Place) -> None:
     # One shard, so that nothing but the queries keeps them apart.
     store = place.open(settings=StoreSettings(labels=LABELS, keep_text=True, shards=1))
-    store.add("one", "u", [item("a", "planted by one", answer="1"), item("b", "of one")])
-    store.add("two", "u", [item("a", "planted by two", answer="3")])
+    add(store, "one", "u", [item("a", "planted by one", answer="1"), item("b", "of one")])
+    add(store, "two", "u", [item("a", "planted by two", answer="3")])
     assert [stored.fields[0][1] for stored in store.list_items("two", "u")] == ["planted by two"]
     assert store.load_history("two", "u").label_ids.tolist() == [2]
-    assert "of one" not in json.dumps(store.export("two", "u"))
+    assert "of one" not in "".join(store.export("two", "u"))
     assert store.list_items("three", "u") == []
     with pytest.raises(MissingData):
         store.export("three", "u")
     with pytest.raises(MissingData):
         store.delete_item("two", "u", "b")
-    store.add("one", "u", [item("c", "of one too")])
+    add(store, "one", "u", [item("c", "of one too")])
     versions = store.version("one", "u")
-    store.add("two", "u", [item("b", "of two")])
+    add(store, "two", "u", [item("b", "of two")])
     store.delete_item("two", "u", "a")
     store.erase_user("two", "u")
     assert store.version("one", "u") == versions
@@ -254,20 +291,20 @@ def test_tenants_share_no_data(place: Place) -> None:
 
 def test_retention_max_items_keeps_newest(place: Place) -> None:
     store = place.open(retention=Retention(max_items=3))
-    store.add("t", "u", [item(str(i), f"text {i}") for i in range(5)])
+    add(store, "t", "u", [item(str(i), f"text {i}") for i in range(5)])
     assert item_ids(store) == ["2", "3", "4"]
-    store.add("t", "u", [item("old", day=date(2000, 1, 1)), item("5")])
+    add(store, "t", "u", [item("old", day=date(2000, 1, 1)), item("5")])
     assert item_ids(store) == ["3", "4", "5"]
     assert len(store.load_history("t", "u")) == 3
-    assert store.add("t", "v", [item("a")]) == (1, 0, 0)
+    assert add(store, "t", "v", [item("a")]) == (1, 0, 0)
 
 
 def test_retention_max_days_deletes_older(place: Place) -> None:
     today = datetime.now(UTC).date()
     store = place.open(retention=Retention(max_days=10))
     days = {"edge": 10, "too old": 11, "new": 0}
-    store.add("t", "u", [item(name, day=today - timedelta(days=age)) for name, age in days.items()])
-    store.add("t", "u", [item("undated")])
+    add(store, "t", "u", [item(name, day=today - timedelta(days=age)) for name, age in days.items()])
+    add(store, "t", "u", [item("undated")])
     assert item_ids(store) == ["edge", "new", "undated"]
 
 

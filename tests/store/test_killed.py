@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
-from stores import ENCODER, Place, encoded, vector_of
+from stores import ENCODER, Place, add_encoded, encoded, vector_of
 
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.vector_codec import encode_vectors
@@ -29,13 +29,13 @@ def write_until_killed(place: Place, sender: Connection, number: int) -> None:
         for i in range(1_000_000):
             users = [f"u{(i + j) % USERS}" for j in range(1 + i % 4)]
             names = [f"{number}-{thread}-{i}-{j}" for j in range(len(users))]
-            store.add_encoded("t", encoded(users, names))
+            add_encoded(store, "t", encoded(users, names))
             with lock:
                 sender.send(list(zip(users, names, strict=True)))
 
     def erase() -> None:
         for i in range(1_000_000):
-            store.add_encoded("t", encoded(["passing"] * 3, [f"{i}-{j}" for j in range(3)]))
+            add_encoded(store, "t", encoded(["passing"] * 3, [f"{i}-{j}" for j in range(3)]))
             store.erase_user("t", "passing")
 
     threads = [threading.Thread(target=add, args=(i,)) for i in range(2)] + [threading.Thread(target=erase)]
@@ -107,13 +107,13 @@ def test_two_hundred_kills_lose_no_acknowledged_item(place: Place) -> None:
 
 def test_check_detects_loss_and_damage(place: Place) -> None:
     store = place.open(keep_text=False)
-    store.add_encoded("t", encoded(["u0", "u0"], ["a", "b"]))
+    add_encoded(store, "t", encoded(["u0", "u0"], ["a", "b"]))
     check(store, [("u0", "a")])
     with pytest.raises(AssertionError):
         check(store, [("u0", "c")])
     wrong = encoded(["u0"], ["c"])
     wrong.vectors[0, 5] += 0.5
-    store.add_encoded("t", wrong)
+    add_encoded(store, "t", wrong)
     with pytest.raises(AssertionError):
         check(store, [])
     assert encode_vectors(wrong.vectors, width=ENCODER.width)

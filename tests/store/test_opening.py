@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from stores import ENCODER, LABELS, Place, encoded, item, item_ids
+from stores import ENCODER, LABELS, Place, add, add_encoded, encoded, item, item_ids
 
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
@@ -22,7 +22,7 @@ PLACES: list[Place] = []
 
 
 def test_open_existing_store_keeps_items_and_settings(place: Place) -> None:
-    place.open().add("t", "u", [item("a", day=date(2020, 5, 17))])
+    add(place.open(), "t", "u", [item("a", day=date(2020, 5, 17))])
     again = place.open(encoder=None, settings=StoreSettings(labels=LABELS, keep_text=True, shards=2))
     (stored,) = again.list_items("t", "u")
     assert (stored.id, stored.date, stored.label_id, stored.answer_name) == ("a", date(2020, 5, 17), 1, "score")
@@ -37,7 +37,7 @@ def test_open_other_encoder_raises(place: Place) -> None:
     with pytest.raises(EncoderMismatch):
         place.open(HashEncoder(32, seed=1))
     with pytest.raises(EncoderMismatch):
-        store.add_encoded("t", encoded(["u"], ["a"], encoder=HashEncoder(32, seed=1)))
+        add_encoded(store, "t", encoded(["u"], ["a"], encoder=HashEncoder(32, seed=1)))
     assert store.list_items("t", "u") == []
 
 
@@ -61,11 +61,11 @@ def test_open_other_secret_raises(place: Place) -> None:
 
 def test_open_without_secret_creates_file_beside_database(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "new" / "store.db"))
-    place.open(secret=None).add("t", "u", [item("a")])
+    add(place.open(secret=None), "t", "u", [item("a")])
     beside = tmp_path / "new" / "store.db.secret"
     assert beside.stat().st_mode & 0o777 == 0o600
     assert len(bytes.fromhex(beside.read_text())) == 32
-    assert place.open(secret=None).add("t", "u", [item("a")]) == (0, 0, 1)
+    assert add(place.open(secret=None), "t", "u", [item("a")]) == (0, 0, 1)
     beside.rename(tmp_path / "moved")
     with pytest.raises(MissingData, match="put it back"):
         place.open(secret=None)
@@ -84,7 +84,7 @@ def test_open_unsupported_location_raises(where: str) -> None:
 
 
 def test_open_sqlite_url_equals_path(tmp_path: Path) -> None:
-    HistoryStore.open(f"sqlite:///{tmp_path}/s.db", ENCODER).add("t", "u", [item("a")])
+    add(HistoryStore.open(f"sqlite:///{tmp_path}/s.db", ENCODER), "t", "u", [item("a")])
     assert HistoryStore.open(tmp_path / "s.db").version("t", "u") > 0
 
 
@@ -94,7 +94,7 @@ def test_open_without_encoder_creates_no_store(place: Place, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
     place.open()
     with pytest.raises(UserError, match="without an encoder"):
-        place.open(encoder=None).add("t", "u", [item("a")])
+        add(place.open(encoder=None), "t", "u", [item("a")])
 
 
 def test_open_unreachable_server_raises_without_password() -> None:
@@ -113,9 +113,9 @@ def test_open_damaged_database_raises(tmp_path: Path) -> None:
 def test_load_history_damaged_vector_raises(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "store.db"))
     store = place.open(settings=StoreSettings(shards=1))
-    store.add("t", "u", [item("a"), item("b")])
+    add(store, "t", "u", [item("a"), item("b")])
     with sqlite3.connect(place.where) as connection:
-        connection.execute("UPDATE items_0000 SET vector = x'00' WHERE key = (SELECT min(key) FROM items_0000)")
+        connection.execute("UPDATE items_0000 SET body = x'00' WHERE key = (SELECT min(key) FROM items_0000)")
     with pytest.raises(StorageError, match="damaged"):
         store.load_history("t", "u")
 
@@ -124,8 +124,8 @@ def test_open_later_format_raises(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "store.db"))
     place.open().close()
     with sqlite3.connect(place.where) as connection:
-        connection.execute("UPDATE history_store SET format = 2")
-    with pytest.raises(UserError, match="format 2; this version reads format 1"):
+        connection.execute("UPDATE history_store SET format = 3")
+    with pytest.raises(UserError, match="format 3; this version reads format 2"):
         place.open()
 
 
@@ -173,4 +173,4 @@ def test_sqlite_pragmas_are_durable_and_secure(tmp_path: Path) -> None:
 
 
 def open_and_add(number: int) -> tuple[int, int, int]:
-    return PLACES[0].open().add("t", "u", [item(str(number))])
+    return add(PLACES[0].open(), "t", "u", [item(str(number))])

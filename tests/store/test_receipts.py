@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stores import ENCODER, SECRET, Place, item
+from stores import ENCODER, SECRET, Place, add, item
 
 from personaplug.errors import ConfigError, UserError
 from personaplug.store.history_store import HistoryStore
@@ -18,7 +18,7 @@ from personaplug.store.receipts import Receipt, Secret
 @pytest.fixture
 def receipt(tmp_path: Path) -> Receipt:
     store = Place(str(tmp_path / "store.db")).open()
-    store.add("t", "u", [item("a")])
+    add(store, "t", "u", [item("a")])
     return store.erase_user("t", "u")
 
 
@@ -81,5 +81,5 @@ def test_secret_file_is_created_once_and_not_shown(tmp_path: Path) -> None:
 
 def test_erase_user_with_default_settings_gives_receipt(tmp_path: Path) -> None:
     store = HistoryStore.open(tmp_path / "s.db", ENCODER)
-    store.add("t", "u", [item("a")])
+    add(store, "t", "u", [item("a")])
     assert store.has_issued(store.erase_user("t", "u"))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from cheap_encoder import CheapEncoder
-from stores import ENCODER, LABELS, SECRET, Place, encoded, item, item_ids
+from stores import ENCODER, LABELS, SECRET, Place, add, add_encoded, encoded, item, item_ids
 
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StoreConflict
@@ -38,7 +38,7 @@ class HookedEncoder(CheapEncoder):
 def source(place: Place) -> HistoryStore:
     store = place.open()
     for i, user in enumerate(USERS):
-        store.add("t", user, [item(str(j), f"text {i} {j}") for j in range(i + 1)])
+        add(store, "t", user, [item(str(j), f"text {i} {j}") for j in range(i + 1)])
     return store
 
 
@@ -59,29 +59,29 @@ def assert_same(source: HistoryStore, target: HistoryStore, user: str, encoder: 
 
 
 def test_refill_copies_everything_but_vectors(source: HistoryStore, tmp_path: Path) -> None:
-    source.add("t", "u0", [item("late", "dated", day=date(2020, 5, 1)), item("early", "x", day=date(2019, 1, 1))])
-    source.add("other", "u0", [item("a", "of another tenant")])
+    add(source, "t", "u0", [item("late", "dated", day=date(2020, 5, 1)), item("early", "x", day=date(2019, 1, 1))])
+    add(source, "other", "u0", [item("a", "of another tenant")])
     target, examined = target_of(source, tmp_path), list[int]()
     assert refill(source, target, progress=examined.append) == 8 == sum(examined)
     for user in USERS:
         assert_same(source, target, user, OTHER)
     assert item_ids(target, user="u0") == ["early", "late", "0"]
     assert item_ids(target, "other", "u0") == ["a"]
-    assert target.add("t", "u0", [item("early", "x", day=date(2019, 1, 1)), item("new")]) == (1, 0, 1)
+    assert add(target, "t", "u0", [item("early", "x", day=date(2019, 1, 1)), item("new")]) == (1, 0, 1)
 
 
 def test_refill_replaced_item_keeps_position_after_copy(source: HistoryStore, tmp_path: Path) -> None:
-    source.add("t", "u", [item("first", day=date(2020, 1, 2)), item("second", day=date(2020, 1, 1))])
+    add(source, "t", "u", [item("first", day=date(2020, 1, 2)), item("second", day=date(2020, 1, 1))])
     target = target_of(source, tmp_path)
     refill(source, target)
     for store in (source, target):
-        store.add("t", "u", [item("first", day=date(2020, 1, 1))])
+        add(store, "t", "u", [item("first", day=date(2020, 1, 1))])
     assert item_ids(target, user="u") == item_ids(source, user="u") == ["first", "second"]
 
 
 def test_refill_encodes_answers_false_encodes_content(place: Place, tmp_path: Path) -> None:
     source = place.open()
-    source.add("t", "u", [item("a")])
+    add(source, "t", "u", [item("a")])
     settings = StoreSettings(encodes_answers=False)
     target = open_target(source, tmp_path / "new.db", OTHER, settings=settings, save_secret=False)
     refill(source, target)
@@ -93,7 +93,7 @@ def test_refill_encodes_answers_false_encodes_content(place: Place, tmp_path: Pa
 def test_refill_target_in_either_database_gets_items_and_erasures(place: Place, tmp_path: Path) -> None:
     source = Place(str(tmp_path / "old.db")).open()
     for user in ("u1", "u2", "u3"):
-        source.add("t", user, [item("a", f"text of {user}"), item("b")])
+        add(source, "t", user, [item("a", f"text of {user}"), item("b")])
     source.erase_user("t", "u1")
     target = open_target(source, place.where, OTHER, settings=SETTINGS, save_secret=False)
     assert refill(source, target) == 2
@@ -109,9 +109,9 @@ def test_refill_again_copies_only_changed_users(source: HistoryStore, tmp_path: 
     target = target_of(source, tmp_path, encoder)
     assert refill(source, target) == 7
     assert refill(source, target) == 0
-    source.add("t", "u1", [item("new"), item("0", "replaced")])
+    add(source, "t", "u1", [item("new"), item("0", "replaced")])
     source.delete_item("t", "u2", "1")
-    source.add("t", "newcomer", [item("a")])
+    add(source, "t", "newcomer", [item("a")])
     source.delete_item("t", "u0", "0")
     encoder.calls.clear()
     assert refill(source, target) == 4
@@ -143,7 +143,7 @@ def test_refill_after_interruption_continues(source: HistoryStore, tmp_path: Pat
 def test_refill_leaves_newer_history_in_target(source: HistoryStore, tmp_path: Path) -> None:
     target = target_of(source, tmp_path)
     refill(source, target)
-    target.add("t", "u1", [item("only in the target")])
+    add(target, "t", "u1", [item("only in the target")])
     assert refill(source, target) == 0
     assert "only in the target" in item_ids(target, user="u1")
 
@@ -179,7 +179,7 @@ def test_refill_user_erased_from_target_does_not_return(source: HistoryStore, tm
     refill(source, target)
     target.erase_user("t", "u3")
     assert refill(source, target) == 0
-    source.add("t", "u3", [item("new")])
+    add(source, "t", "u3", [item("new")])
     assert refill(source, target) == 0
     assert target.version("t", "u3") == 0
     assert refill(source, target) == 0
@@ -187,14 +187,14 @@ def test_refill_user_erased_from_target_does_not_return(source: HistoryStore, tm
 
 def test_refill_user_erased_during_copy_does_not_return(place: Place, tmp_path: Path) -> None:
     source = place.open()
-    source.add("t", "u", [item("a")])
-    source.add("t", "returning", [item("a")])
+    add(source, "t", "u", [item("a")])
+    add(source, "t", "returning", [item("a")])
 
     def erase_once() -> None:
         if source.version("t", "u"):
             source.erase_user("t", "u")
             source.erase_user("t", "returning")
-            source.add("t", "returning", [item("b")])
+            add(source, "t", "returning", [item("b")])
 
     encoder = HookedEncoder(erase_once)
     target = target_of(source, tmp_path, encoder)
@@ -206,7 +206,7 @@ def test_refill_user_erased_during_copy_does_not_return(place: Place, tmp_path: 
 
 def test_open_target_of_store_without_texts_raises(place: Place, tmp_path: Path) -> None:
     source = place.open(keep_text=False)
-    source.add_encoded("t", encoded(["u"], ["a"]))
+    add_encoded(source, "t", encoded(["u"], ["a"]))
     with pytest.raises(StoreConflict, match="keeps no texts"):
         target_of(source, tmp_path)
     assert not (tmp_path / "new.db").exists()

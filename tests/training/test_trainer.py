@@ -23,6 +23,7 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, RunConflict, StorageError, TrainingDiverged
+from personaplug.infra import tensor_files
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
 from personaplug.run import Models, Run, open_models
@@ -279,23 +280,21 @@ def test_nan_loss_raises_training_diverged_and_keeps_the_last_state(
 def test_full_disk_raises_storage_error_and_keeps_the_last_state(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from personaplug.training import checkpointing as checkpoint
-
     run, models = _run(tmp_path / "run", data, "controls=false")
-    plain = vars(checkpoint)["save_file"]
+    plain = vars(tensor_files)["save_file"]
 
-    def save(tensors: Any, path: Path) -> None:
+    def save(tensors: Any, path: Path, **metadata: Any) -> None:
         if "state-00000006" in str(path):
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        plain(tensors, path)
+        plain(tensors, path, **metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(tensor_files, "save_file", save)
     with pytest.raises(StorageError, match="No space left"):
         train(run, open_dataset(data, "train", task=run.task), models=models)
     folder = run.plug_folder("plug", seed=0)
     left = sorted(path.name for path in folder.iterdir())
-    assert [name for name in left if name.startswith("state-")] == ["state-00000005"]
+    assert [name for name in left if name.startswith("state-")] == ["state-00000003", "state-00000005"]
     assert not [name for name in left if name.endswith(".tmp")]
 
 
@@ -456,14 +455,15 @@ def test_run_accepts_vectors_encoded_beforehand(tmp_path: Path, data: Path) -> N
 
 
 def test_full_disk_at_the_end_raises_storage_error(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from personaplug.plug import model as plug_module
-
     run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def full(tensors: Any, path: Path, **metadata: Any) -> None:
+        if "plug.safetensors" in path.name:
+            raise OSError(28, "No space left on device")
+        plain(tensors, path, **metadata)
 
-    monkeypatch.setattr(plug_module, "save_file", full)
+    plain = vars(tensor_files)["save_file"]
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(StorageError, match="No space left"):
         train(run, open_dataset(data, "train", task=run.task), models=models)
     assert not run.trained("plug", seed=0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from personaplug.data.parsing import name_of, target_of, text_of
+from personaplug.data.parsing import id_of, name_of, target_of, text_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import Limits, PositionedRecord, RecordReader
 from personaplug.data.records import Sample
@@ -52,19 +52,19 @@ class PublishedReader(RecordReader):
     """A split with one sample a record and a list of items in its "profile", streamed."""
 
     def __init__(self, files: Sequence[Path], layout: Layout, **limits: Unpack[Limits]) -> None:
-        super().__init__(layout.task, **limits)
+        super().__init__(layout.task, origin=files[0], **limits)
         self._files, self._layout = tuple(files), layout
 
     def _samples(self) -> Iterator[Sample]:
         return self._parsed(published_records(self._files), parse_id=self._id, parse=self._sample)
 
     def _id(self, record: Mapping[str, Any], number: int) -> str:
-        return name_of(record, self._layout.id) if self._layout.id else f"row-{number}"
+        return id_of(record, self._layout.id) if self._layout.id else f"row-{number}"
 
     def _sample(self, record: Mapping[str, Any], sample_id: str) -> Sample:
         layout = self._layout
         prompt = layout.instruction + name_of(record, layout.input)
-        user = name_of(record, layout.user) if layout.user else None
+        user = id_of(record, layout.user) if layout.user else None
         target = target_of(self.task, text_of(record, layout.output)) if layout.output else None
         items = self._items(record, id_key=layout.item_id, date_key=layout.item_date)
         return self._sample_of(sample_id, user, prompt, target=target, items=items)
@@ -95,7 +95,7 @@ def split_files(path: str | Path, split: str) -> tuple[Path, ...]:
 def published_records(files: Sequence[Path]) -> Iterator[PositionedRecord]:
     """Yield the records of a split's files."""
     for file in files:
-        for position, _, record in record_source(file, kinds=_KINDS)(file, ()):
+        for position, _, record in record_source(file, kinds=_KINDS).read(()):
             yield file, position, record
 
 

@@ -16,7 +16,7 @@ from typing import Any, Unpack
 
 from personaplug.data.benchmarks.base import check_split
 from personaplug.data.json_stream import plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_name, as_record, as_text, name_of, short_id, target_of, value_of
+from personaplug.data.parsing import Flaw, as_id, as_name, as_record, as_text, name_of, short_id, target_of, value_of
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
@@ -61,7 +61,7 @@ class PeftUReader(RecordReader):
         self._queries_per_user = queries_per_user
         labels, fields = _labels_in(self._path), ("text", "label")
         task = Task("PEFT_U", "label", fields, "label", ("accuracy", "f1"), labels=labels, query_after=_MARKER)
-        super().__init__(task, **limits)
+        super().__init__(task, origin=self._path, **limits)
         self._instruction = _default_instruction(labels) if instruction is None else instruction
         if _MARKER in self._instruction:
             raise ConfigError("The instruction should have no line that begins with 'text: ', which marks the query.")
@@ -71,11 +71,12 @@ class PeftUReader(RecordReader):
         for user, splits in _users(self._path):
             position = f"user {short_id(user)}"
             try:
-                as_name(user, "its id")
+                as_id(user, "its id")
                 train, queries = (as_record(value_of(as_record(splits), name)) for name in ("train", self._split))
             except Flaw as flaw:
                 self._skip(self._path, position, flaw)
                 continue
+            self.report.rows += len(train) + len(queries) * (self._split != "train")
             items = self._labelled_items(train, position)
             if self._split == "train":
                 first = max(len(items) - self._queries_per_user, 0)
@@ -101,7 +102,7 @@ class PeftUReader(RecordReader):
                     raise Flaw("the user's train holds a sample of the same id")
                 # A sample may become a query, so its text must not be blank.
                 text, label = name_of(as_record(values), "text"), target_of(self.task, _label(values))
-                items.append(HistoryItem(as_name(sample_id, "its id"), (("text", text), ("label", label)), "label"))
+                items.append(HistoryItem(as_id(sample_id, "its id"), (("text", text), ("label", label)), "label"))
             except Flaw as flaw:
                 self._skip(self._path, f"{position}, sample {short_id(sample_id)}", flaw)
         return items

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.data.benchmarks.base import SPLITS, check_split, published_records, split_files
-from personaplug.data.parsing import Flaw, as_name, name_of, text_of, value_of
+from personaplug.data.parsing import as_id, as_number, name_of, text_of, value_of
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
@@ -99,7 +99,7 @@ class PersonalLLMReader(RecordReader):
             "PersonalLLM", "label", ("request", "response"), None, ("accuracy",),
             labels=tuple(_LETTERS[: self._users.choices]), query_after=_MARKER, max_new_tokens=4,
         )  # fmt: skip
-        super().__init__(task, **limits)
+        super().__init__(task, origin=self._train[0], **limits)
 
     def _samples(self) -> Iterator[Sample]:
         rows = self._rows(self._train)
@@ -167,7 +167,7 @@ def _choose(row: _Row, weights: NDArray[np.float64], *, choices: int, rng: np.ra
 
 
 def _row_id(record: Mapping[str, Any], number: int) -> str:
-    return as_name(record["prompt_id"], "its 'prompt_id'") if "prompt_id" in record else f"row-{number}"
+    return as_id(record["prompt_id"], "its 'prompt_id'") if "prompt_id" in record else f"row-{number}"
 
 
 def _row(record: Mapping[str, Any], row_id: str) -> _Row:
@@ -180,7 +180,4 @@ def _row(record: Mapping[str, Any], row_id: str) -> _Row:
 
 
 def _score(record: Mapping[str, Any], key: str) -> float:
-    value = value_of(record, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Flaw(f"its {key!r} is not a finite number")
-    return float(value)
+    return as_number(value_of(record, key), f"its {key!r}")

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from personaplug.config import ModelConfig
-from personaplug.errors import ConfigError, EngineFailure, PersonaPlugError, RequestError
+from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.continuous_batching import Slot
@@ -61,7 +61,7 @@ class InProcessEngine(Engine):
         self.models = (name,)
         self.llm, self.max_new_tokens = llm, max_new_tokens
         # Tokens of a prompt, its soft tokens and its answer.
-        self.max_tokens = int(getattr(llm.model.config, "max_position_embeddings", 2048))
+        self.max_tokens = llm.max_cached_tokens or 2048
         self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(_MAX_HELD, self.max_tokens))
 
     @classmethod
@@ -177,11 +177,8 @@ class InProcessEngine(Engine):
         self._check_characters("".join(text for _, text in turns))
         try:
             return tokenizer.encode_chat(turns)
-        except PersonaPlugError:
-            raise
-        except Exception:  # a template may raise anything for roles that it does not know
-            message = "The model's chat template does not take these roles in this order."
-            raise RequestError(message, code="messages") from None
+        except ConfigError as error:  # the template refuses these roles
+            raise RequestError(str(error), code="messages") from None
 
     def _check_characters(self, text: str) -> None:
         if len(text) > MAX_CHARACTERS_PER_TOKEN * self.max_tokens:

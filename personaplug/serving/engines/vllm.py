@@ -41,6 +41,7 @@ class VLLMEngine(Engine):
     Args:
         width: D of the plug's soft tokens.
         model: empty = vLLM's own name.
+        chat_date: the day of the plug's prompts, if the chat template writes one.
     """
 
     is_remote = True
@@ -48,11 +49,19 @@ class VLLMEngine(Engine):
     answer_s: float = 600  # longest time for an answer in one piece
 
     def __init__(
-        self, url: str, *, table: EmbeddingTable, width: int, placement: str, model: str = "", key: str | None = None
+        self,
+        url: str,
+        *,
+        table: EmbeddingTable,
+        width: int,
+        placement: str,
+        model: str = "",
+        key: str | None = None,
+        chat_date: str | None = None,
     ) -> None:
         self.url = _checked_url(url)
         self.models = (model,) if model else ()
-        self.table, self.width, self.placement = table, width, placement
+        self.table, self.width, self.placement, self.chat_date = table, width, placement, chat_date
         self.max_model_len: int | None = None  # tokens of a prompt and its answer, as vLLM says at the start
         self._served_name = ""
         self._headers = {"Authorization": f"Bearer {key.strip()}"} if key else {}
@@ -69,6 +78,7 @@ class VLLMEngine(Engine):
             placement=plug.config.placement,
             model=config.model,
             key=config.engine_key,
+            chat_date=plug.spec.llm.chat_date,
         )
         return engine, plug
 
@@ -79,8 +89,9 @@ class VLLMEngine(Engine):
             name, max_model_len = await self._find_model()
             await self._check_width(name)
             await self._check_embeddings(name)
-            if self.placement == "suffix":
-                await self._check_template(name)
+            if self.chat_date is not None:
+                await self._check_date(name)
+            await self._check_template(name)
         except BaseException:
             await self.close()
             raise
@@ -186,15 +197,30 @@ class VLLMEngine(Engine):
             return choice["text"], float(choice["logprobs"]["token_logprobs"][0])
 
     async def _check_template(self, name: str) -> None:
-        """Check that soft tokens stand where the answer would begin, as they do in training."""
+        """Check that vLLM writes a chat as training did, and that soft tokens stand where the answer would begin."""
         body = {"model": name, "messages": [{"role": "user", "content": _PROBE}]}
-        soft = SoftPrompt(torch.zeros(1, 1, self.width), placement="suffix")
-        plain = await self._tokenize(body | {"add_generation_prompt": True})
-        if (await self._tokenize(add_soft_tokens(body, soft)))[:-1] != plain:
+        unanswered = body | {"add_generation_prompt": True, "chat_template_kwargs": {"enable_thinking": False}}
+        expected = self.table.chat_ids(_PROBE, day=self.chat_date) or await self._tokenize(unanswered)
+        if self.placement == "suffix":
+            soft = SoftPrompt(torch.zeros(1, 1, self.width), placement="suffix")
+            found = (await self._tokenize(add_soft_tokens(body, soft)))[:-1]
+        else:
+            found = await self._tokenize(unanswered)
+        if found != expected:
             raise ConfigError(
-                f"The chat template of {name} writes something else before an answer that has begun than before one "
-                f"that is to begin: soft tokens would stand elsewhere than in training. Start vLLM with a "
-                f"--chat-template that writes the same before both."
+                f"vLLM writes a chat for {name} otherwise than training did: soft tokens would stand behind other "
+                f"tokens. Start it with a --chat-template that writes the model's own, and the same before an answer "
+                f"that has begun as before one that is to begin."
+            )
+
+    async def _check_date(self, name: str) -> None:
+        """Check that no template asks for today's date: it then fails if the date's function is none."""
+        options = {"enable_thinking": False, "strftime_now": ""}
+        body = {"model": name, "messages": [{"role": "user", "content": _PROBE}], "chat_template_kwargs": options}
+        if (await self._fetch("/tokenize", body))[0] != 200:
+            raise self._unfit(
+                f"writes today's date into the chats of {name}; those of training hold {self.chat_date}. Start it with "
+                f"--chat-template and a copy of the model's template in which each strftime_now(…) is that day."
             )
 
     async def _tokenize(self, body: dict[str, Any]) -> list[int]:

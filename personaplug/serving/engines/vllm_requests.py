@@ -25,15 +25,18 @@ from torch import Tensor
 
 from personaplug.errors import EngineFailure, RequestError
 from personaplug.infra.model_hub import read_embeddings
+from personaplug.llm.chat_template import ChatTemplate
 from personaplug.llm.label_bias import LabelBias
-from personaplug.llm.prompt_tokenizer import frame_of
+from personaplug.llm.prompt_tokenizer import frame_of, today
 from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.llm.text_tokenizer import TextTokenizer, load_tokenizer, special_ids
 from personaplug.serving.engines.base import MAX_CHARACTERS_PER_TOKEN, EngineRequest
 from personaplug.serving.openai_protocol import json_leaves, to_json
 
 PLACEHOLDER = "<prompt_embeds>"
 _EMBEDS = "prompt_embeds"  # a field of a completion, and a type of content in a chat
 _MAX_BIAS = 100.0
+_ESCAPED_ANY = re.compile(r"\\u([0-9a-fA-F]{4})")
 _ESCAPED = re.compile(r"\\u00([2-7][0-9a-fA-F])")
 
 
@@ -41,20 +44,19 @@ class EmbeddingTable:
     """The served model's own embeddings, (V, D), and tokenizer, for prompts that are sent embedded."""
 
     def __init__(self, rows: Tensor, tokenizer: Any) -> None:
-        self.rows, self.tokenizer = rows, tokenizer
+        self.rows, self.tokenizer, self.texts = rows, tokenizer, TextTokenizer.of(tokenizer)
         self._lock = threading.Lock()  # a tokenizer of transformers may change itself when it is called
-        self._bos_count = len(frame_of(tokenizer)[0])
+        self._head, self._tail = frame_of(tokenizer)
+        self._special = special_ids(tokenizer)
 
     @classmethod
     def of_folder(cls, folder: Path) -> EmbeddingTable:
         """Load the embeddings and the tokenizer from a model's folder, and no other weights."""
-        from transformers import AutoTokenizer
-
-        return cls(read_embeddings(folder), AutoTokenizer.from_pretrained(folder))
+        return cls(read_embeddings(folder), load_tokenizer(folder, name=str(folder)))
 
     def embed(self, text: str) -> Tensor:
         """(n, D) of a text with the tokenizer's special tokens."""
-        return self._rows_of(self._ids(text))
+        return self._rows_of(self.ids(text))
 
     def embed_with(self, text: str, soft: SoftPrompt, *, max_tokens: int | None) -> Tensor:
         """(n, D) of a text with soft tokens: behind it, or between the tokenizer's BOS and the text.
@@ -62,28 +64,41 @@ class EmbeddingTable:
         A prompt of more than `max_tokens`, if known, is refused before it takes memory.
         """
         vectors = soft.vectors[0].to(self.rows)
-        if max_tokens is not None and len(text) > max_tokens * MAX_CHARACTERS_PER_TOKEN:
-            raise _too_long(max_tokens, f"{len(text)} characters")
-        ids = self._ids(text)
+        ids = self.ids(text)
         if max_tokens is not None and len(ids) + len(vectors) > max_tokens:
             raise _too_long(max_tokens, f"{len(ids)} tokens and the persona's {len(vectors)}")
-        position = len(ids) if soft.placement == "suffix" else self._bos_count
+        position = len(ids) if soft.placement == "suffix" else len(self._head)
         return torch.cat([self._rows_of(ids[:position]), vectors, self._rows_of(ids[position:])])
 
     def logit_bias(self, choices: Sequence[str], label_bias: Tensor) -> dict[str, float]:
         """A persona's (1, C) bias of the choices as a bias of the first tokens that tell the choices apart."""
-        with self._lock:
-            ids = self.tokenizer(list(choices), add_special_tokens=False)["input_ids"]
-        tokens, bias = LabelBias(ids, label_bias).first_branch_bias()
+        tokens, bias = LabelBias(self.texts.encode_many(choices), label_bias).first_branch_bias()
         values = bias[0].clamp(-_MAX_BIAS, _MAX_BIAS).tolist()
         return {str(token): value for token, value in zip(tokens, values, strict=True) if value}
 
     def _rows_of(self, ids: Sequence[int]) -> Tensor:
         return self.rows[torch.tensor(ids, dtype=torch.int64)]
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text with the tokenizer's special tokens around it."""
+        return [*self._head, *self.texts.encode(text), *self._tail]
+
+    def chat_ids(self, text: str, *, day: str | None) -> list[int] | None:
+        """The tokens of a chat of one message as in training, on that day; None for a model without a template."""
+        template = ChatTemplate.of(self.tokenizer, self.texts, day=day or today())
+        if template is None:
+            return None
+        frame = template.frame(["user"])
+        head, tail = frame.parts
+        return [*head, *self.texts.encode(frame.leads[0] + template.form(text), inside=True), *tail]
+
+    def find_control(self, text: str, *, special_only: bool = False) -> str | None:
+        """Return a control token that vLLM would read in a text, if there is one."""
         with self._lock:
-            return list(self.tokenizer(text)["input_ids"])
+            ids = set(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        found = (ids & self.texts.control.keys()) - self.texts.harmless_ids
+        found = found & self._special if special_only else found
+        return self.texts.control[min(found)] if found else None
 
 
 def build_body(request: EngineRequest, *, model: str, table: EmbeddingTable, max_tokens: int | None) -> bytes:
@@ -91,7 +106,12 @@ def build_body(request: EngineRequest, *, model: str, table: EmbeddingTable, max
     body = request.body.to_openai() | {"model": model}
     _check_fields(body)
     _check_placeholder(body)
+    _check_length(body, max_tokens)
     soft = request.soft
+    if request.body.kind == "chat":
+        _check_control_tokens(body, table)
+    elif soft is None and table.find_control(body["prompt"]):
+        body["prompt"] = table.ids(body["prompt"])  # vLLM would read control tokens in the text
     if request.choices and not any(body.get(name) for name in ("structured_outputs", "response_format", "tools")):
         body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(request.choices)}}
         if soft is not None and soft.label_bias is not None and not body.get("logit_bias"):
@@ -116,6 +136,8 @@ def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
     """Add soft tokens to a chat: as the beginning of the answer, or right before the last user's text."""
     part = {"type": _EMBEDS, "data": encode_embeds(soft.vectors[0].to(torch.bfloat16))}
     messages = list(body["messages"])
+    options = {"enable_thinking": False} | (body.get("chat_template_kwargs") or {})  # as in training
+    body = {**body, "chat_template_kwargs": options}
     if soft.placement == "suffix":
         if body.get("continue_final_message"):
             message = "continue_final_message leaves no place for a persona behind the prompt."
@@ -150,11 +172,50 @@ def _check_placeholder(body: dict[str, Any]) -> None:
         raise RequestError(f"A request may not hold {PLACEHOLDER}, which is reserved.", code="reserved_text")
 
 
+def _check_length(body: dict[str, Any], max_tokens: int | None) -> None:
+    """Refuse what is too long for sure, before it is tokenized."""
+    count = sum(len(text) for message in _messages(body) for text in _rendered_texts(message))
+    count += len(body["prompt"]) if isinstance(body.get("prompt"), str) else 0
+    if max_tokens is not None and count > max_tokens * MAX_CHARACTERS_PER_TOKEN:
+        raise _too_long(max_tokens, f"{count} characters")
+
+
+def _check_control_tokens(body: dict[str, Any], table: EmbeddingTable) -> None:
+    """Refuse control tokens in texts that vLLM's template writes into the prompt.
+
+    vLLM reads them there as what they are: with `<|im_end|>` a user could end the turn and write the next one. An
+    answer that comes back as a message may hold what answers show, such as `</think>`.
+    """
+    shared = {name: body.get(name) for name in ("tools", "documents", "chat_template_kwargs")}
+    for message in (*_messages(body), shared):
+        is_answer = message.get("role") == "assistant"
+        for text in _rendered_texts(message):
+            plain = _ESCAPED_ANY.sub(lambda match: chr(int(match[1], 16)), text).replace("\\/", "/")
+            control = table.find_control(plain, special_only=is_answer)
+            if control is not None:
+                raise RequestError(
+                    f"A message may not hold {control}, which the model reads as a control token.", code="reserved_text"
+                )
+
+
+def _rendered_texts(message: dict[str, Any]) -> list[str]:
+    """The texts of a message that a template may write: no images, but the parts of its text in one piece."""
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts]
+    others = {name: value for name, value in message.items() if name != "role" and not (name == "content" and parts)}
+    leaves = [leaf for leaf in json_leaves(others) if isinstance(leaf, str)]
+    return [*leaves, "".join(text for text in texts if isinstance(text, str))]
+
+
+def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
+    messages = body.get("messages")
+    return [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
+
+
 def _parts(body: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of messages whose content is a list; a completion's own `messages` may be anything."""
-    messages = body.get("messages")
-    turns = [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
-    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    contents = [turn["content"] for turn in _messages(body) if isinstance(turn.get("content"), list)]
     return [part for part in chain.from_iterable(contents) if isinstance(part, dict)]
 
 

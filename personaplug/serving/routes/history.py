@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import date
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from personaplug.errors import RequestError
@@ -67,20 +67,22 @@ async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> 
 async def list_history(
     user: UserId, tenant: Tenant, parts: Parts, latest: Annotated[int, Query(ge=1, le=100_000)] = 1000
 ) -> dict[str, Any]:
-    items = await asyncio.to_thread(parts.service.store.list_items, tenant, user)
-    shown = [parts.service.item_fields(item) for item in items[-latest:]]
-    return {"user": user, "count": len(items), "items": shown}
+    service = parts.service
+    items = await service.run_store(service.store.list_items, tenant, user, latest=latest)
+    count = await service.run_store(service.store.count, tenant, user)
+    return {"user": user, "count": count, "items": [service.item_fields(item) for item in items]}
 
 
 @router.delete("/history/{item}", summary="Remove an item")
 async def delete_item(user: UserId, item: ItemId, tenant: Tenant, parts: Parts) -> dict[str, bool]:
-    await asyncio.to_thread(parts.service.store.delete_item, tenant, user, item)
+    await parts.service.run_store(parts.service.store.delete_item, tenant, user, item)
     return {"deleted": True}
 
 
 @router.get("/export", summary="Everything that is known of a user")
-async def export(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
-    return await parts.service.run_slow(parts.service.store.export, tenant, user)
+async def export(user: UserId, tenant: Tenant, parts: Parts) -> StreamingResponse:
+    pages = await parts.service.run_store(parts.service.store.export, tenant, user)
+    return StreamingResponse(pages, media_type="application/json")
 
 
 @router.delete("", summary="Erase a user; the answer is a receipt")

@@ -1,0 +1,59 @@
+"""Words of a text: those of English, as ROUGE's usual code finds them, and those of any script."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Scripts that put no blanks between words, or not between all: each letter with its marks is a word.
+_UNSPACED = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x3040, 0x30FF),  # Hiragana, Katakana
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),  # Han
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
+)
+_JOINERS = "\u200c\u200d"  # inside words of Persian and of Indian scripts
+
+
+def ascii_words(text: str) -> list[str]:
+    """Return the lower-cased runs of a-z and 0-9, as Google's `rouge_score` does without stemmer."""
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def unicode_words(text: str) -> list[str]:
+    """Return the runs of letters, marks and digits, case-folded; letters of Chinese, Japanese, Thai, … one by one.
+
+    Equal forms of a character (NFKC) are equal. Of an ASCII text, the words are those of `ascii_words`.
+    """
+    words: list[str] = []
+    is_inside = can_grow = False  # whether the last character was of a word; whether the word takes in letters
+    for char in unicodedata.normalize("NFKC", text).casefold():
+        kind = unicodedata.category(char)[0]
+        if kind not in "LMN":
+            is_inside = can_grow = (is_inside and can_grow) if char in _JOINERS else False
+            continue
+        if is_inside and (kind == "M" or (can_grow and not _is_unspaced(char))):
+            words[-1] += char
+        else:
+            words.append(char)
+            can_grow = not _is_unspaced(char)
+        is_inside = True
+    return words
+
+
+def is_read_by_ascii_words(text: str) -> bool:
+    """Return whether at least half of a text's letters are from a to z; True for a text without letters."""
+    if text.isascii():
+        return True
+    letters = [char.isascii() for char in text if char.isalpha()]
+    return 2 * sum(letters) >= len(letters)
+
+
+def _is_unspaced(char: str) -> bool:
+    code = ord(char)
+    return code >= _UNSPACED[0][0] and any(first <= code <= last for first, last in _UNSPACED)

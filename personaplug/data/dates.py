@@ -1,0 +1,120 @@
+"""Dates and times: ISO and forms like it, epoch times, and any other form whose `strptime` format is given."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, date, datetime, time, timedelta
+
+from personaplug.data.values import Flaw, as_text, plain_value
+from personaplug.errors import ConfigError
+
+_EPOCH = datetime(1970, 1, 1)
+_MAX_LENGTH = 64  # characters of a date; checked before any pattern is tried
+_EXPECTED = "YYYY[-MM[-DD[ hh:mm:ss]]], YYYY/MM/DD, YYYYMMDD, or an epoch time of 9 or more digits"
+
+# By the number of digits before the point: each unit for the years 1973 to 2286, or 2001 to 2286 in milliseconds,
+# whose 12 digits might be YYYYMMDDhhmm.
+_UNITS_PER_SECOND = {9: 1, 10: 1, 13: 10**3, 15: 10**6, 16: 10**6, 18: 10**9, 19: 10**9}
+_NUMBER = re.compile(r"(\d+)(?:\.(\d*))?", re.ASCII)
+_CLOCK, _ZONE = r"(\d{1,2}[\d:.,]*)", r"(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)"
+_CALENDAR = re.compile(
+    rf"(\d{{4}})(?:([-/.])(\d{{1,2}})(?:\2(\d{{1,2}})(?:(?: *T *| +){_CLOCK} *{_ZONE}?)?)?)?", re.ASCII | re.IGNORECASE
+)
+_COMPACT = re.compile(rf"(\d{{4}})(\d\d)(\d\d)(?:(?:T| +)?{_CLOCK} *{_ZONE}?)?", re.ASCII | re.IGNORECASE)
+_YEAR_DIRECTIVES = re.compile(r"%[YyGcx]")
+
+
+def as_datetime(value: object, what: str = "its 'date'", *, date_format: str | None = None) -> datetime:
+    """Convert a date object, a text or a number to UTC without a time zone; missing parts mean the first.
+
+    Without `date_format`, a text is ISO or like it, with the year first: `2024-01-05T12:00Z`, `2024/01/05`,
+    `20240105`, `2024`. Eight digits are a day. Nine or more are an epoch time, whose unit their number tells.
+
+    Args:
+        date_format: the format of a text, for `datetime.strptime`. The forms above are not tried.
+    """
+    value = plain_value(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, date) and value == value:  # pandas' NaT is a datetime and equals nothing
+        return _in_utc(value if isinstance(value, datetime) else datetime.combine(value, time.min), what)
+    text = as_text(value, what).strip()
+    if not text:
+        raise Flaw(f"{what} is empty")
+    try:
+        moment = datetime.strptime(_short(text), date_format) if date_format else _parse(_short(text))
+    except (ValueError, OverflowError):
+        raise Flaw(_defect(what, text, date_format)) from None
+    return _in_utc(moment, what)
+
+
+def check_date_format(date_format: str) -> str:
+    """Return a format that `strptime` knows and that names the year; else raise ConfigError."""
+    try:
+        sample = datetime(2024, 1, 31, 13, 59, 58, tzinfo=UTC)
+        parsed = datetime.strptime(sample.strftime(date_format), date_format)
+    except (ValueError, re.error):
+        parsed = None
+    if parsed is None or not _YEAR_DIRECTIVES.search(date_format):
+        raise ConfigError(
+            f"date_format should be a format of Python's strptime with the year, such as '%d.%m.%Y'; "
+            f"found {date_format[:40]!r}."
+        )
+    return date_format
+
+
+def shape_of(text: str) -> str:
+    """Return the form of a text without the text: `05.01.2024` becomes `99.99.9999`, `Jan 5` becomes `Aaa 9`."""
+    kinds = (("9", str.isdecimal), ("A", str.isupper), ("a", str.isalpha))
+    shape = "".join(
+        next((kind for kind, has_kind in kinds if has_kind(char)), char if char in " -/.:,+" else "?")
+        for char in text[:24]
+    )
+    return shape + ("…" if len(text) > 24 else "")
+
+
+def _short(text: str) -> str:
+    if len(text) > _MAX_LENGTH:
+        raise ValueError("too long for a date")
+    return text
+
+
+def _in_utc(moment: datetime, what: str) -> datetime:
+    try:
+        return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
+    except OverflowError:
+        raise Flaw(f"{what} is outside the years 1 to 9999") from None
+
+
+def _parse(text: str) -> datetime:
+    number = _NUMBER.fullmatch(text)
+    if number and len(number[1]) >= 9 and len(number[1]) != 14:
+        return _from_epoch(number[1], number[2] or "0")
+    if match := _COMPACT.fullmatch(text):
+        year, month, day, clock, zone = match.groups()
+    elif match := _CALENDAR.fullmatch(text):
+        year, separator, month, day, clock, zone = match.groups()
+        if separator == "." and day is None:
+            raise ValueError("2024.1 is a number, not a month")
+    else:
+        raise ValueError("no date")
+    clock = f"0{clock}" if clock and clock[1:2] == ":" else clock or "00:00"
+    offset = zone if zone and zone[0] in "+-" else "+00:00" if zone else ""
+    return datetime.fromisoformat(f"{date(int(year), int(month or 1), int(day or 1))}T{clock}{offset}")
+
+
+def _from_epoch(units: str, fraction: str) -> datetime:
+    per_second = _UNITS_PER_SECOND.get(len(units))
+    if per_second is None:
+        raise ValueError("no unit has this number of digits")
+    microseconds = (int(units) * 10**6 + int(float(f"0.{fraction}") * 10**6)) // per_second
+    return _EPOCH + timedelta(microseconds=microseconds)
+
+
+def _defect(what: str, text: str, date_format: str | None) -> str:
+    if date_format:
+        return f"{what} has the form {shape_of(text)}, which is not that of date_format {date_format!r}"
+    return (
+        f"{what} has the form {shape_of(text)}, which is not one of {_EXPECTED}. "
+        f"For another form of a log's dates, set date_format, such as '%d.%m.%Y'"
+    )

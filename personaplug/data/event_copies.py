@@ -1,0 +1,76 @@
+"""Find events that arrived twice, so that no question's own answer stands in its history.
+
+An event is sent again after a time-out, or a log is imported twice. A row is a copy of an earlier row of its user if
+fields and answer are equal (but for blanks), and one of these holds:
+
+- one of the rows has no date;
+- they are at most an hour apart, as is a chain of such rows;
+- together, fields and answer have 40 characters or more: nobody writes that much twice.
+
+So a short event at another time ("check-in", "good") is an event of its own. If the user also gave other answers to the
+same fields, and copies were found without looking at the time, the rows left would tell the answer to each other: it is
+none of the answers in the history. Such rows stay in histories and are never asked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+MAX_DISTANCE = timedelta(hours=1)
+MIN_LENGTH = 40
+
+Texts = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What of a row tells whether it is a copy."""
+
+    content: Texts
+    answer: str
+    moment: datetime | None
+
+    @property
+    def length(self) -> int:
+        return sum(map(len, self.content)) + len(self.answer)
+
+
+def event_of(content: Sequence[str], answer: str, moment: datetime | None) -> Event:
+    """Return the event of a row's fields without the answer, the answer and the time."""
+    return Event(tuple(map(_spaced, content)), _spaced(answer), moment)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Indices of one user's rows: copies of earlier ones, and rows that cannot be asked for what they would tell."""
+
+    copies: frozenset[int]
+    unclear: frozenset[int]
+
+
+def find_copies(events: Sequence[Event]) -> Copies:
+    """Find the copies among one user's events in time order."""
+    latest: dict[tuple[Texts, str], datetime | None] = {}
+    answers: defaultdict[Texts, set[str]] = defaultdict(set)
+    copies, timeless = set[int](), set[Texts]()
+    for index, event in enumerate(events):
+        key = (event.content, event.answer)
+        answers[event.content].add(event.answer)
+        if key in latest:
+            earlier = latest[key]
+            is_near = event.moment and earlier and event.moment - earlier <= MAX_DISTANCE
+            if is_near or not (event.moment and earlier) or event.length >= MIN_LENGTH:
+                copies.add(index)
+                if not is_near:
+                    timeless.add(event.content)
+        latest[key] = event.moment
+    is_unclear = {content for content in timeless if len(answers[content]) > 1}
+    unclear = {index for index, event in enumerate(events) if event.content in is_unclear and index not in copies}
+    return Copies(frozenset(copies), frozenset(unclear))
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())

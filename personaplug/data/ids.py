@@ -1,0 +1,41 @@
+"""Ids of users, items and samples: one rule for files, HTTP and the store."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from personaplug.data.values import MAX_EXACT_FLOAT, Flaw, as_text, plain_value
+
+MAX_ID_LENGTH = 255
+
+# Control characters and line separators break logs and headers. Bidirectional controls make different ids look equal.
+# U+FFFD stands for bytes that were no UTF-8: different names end as the same one. Half a surrogate pair is no text.
+_FORBIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufffd\ud800-\udfff]")
+
+_KINDS = {"\ufffd": "replacement character", "\u2028": "line separator", "\u2029": "paragraph separator"}
+
+
+def as_id(value: object, what: str) -> str:
+    """Return an id as text of 1 to 255 characters that is not blank; a number in its shortest form: 7.0 is "7".
+
+    Blanks at the ends belong to the id. The message of the Flaw never holds the id, which may be personal.
+    """
+    value = plain_value(value)
+    if isinstance(value, float) and MAX_EXACT_FLOAT <= abs(value) < math.inf:
+        raise Flaw(f"{what} is a floating-point number that is not exact above 2^53; give it as text or whole number")
+    text = as_text(value, what)
+    if not text.strip():
+        raise Flaw(f"{what} is empty")
+    if len(text) > MAX_ID_LENGTH:
+        raise Flaw(f"{what} has {len(text):,} characters, and an id at most {MAX_ID_LENGTH}")
+    if match := _FORBIDDEN.search(text):
+        kind = _KINDS.get(match[0], "control character")
+        raise Flaw(f"{what} holds the {kind} U+{ord(match[0]):04X}, which no id may hold")
+    return text
+
+
+def short_id(name: str) -> str:
+    """Shorten an id for a message, so that a text in the place of an id does not reach logs."""
+    line = _FORBIDDEN.sub("?", " ".join(name.split()))
+    return line if len(line) <= 40 else f"{line[:12]}… of {len(name)} characters"

@@ -1,0 +1,69 @@
+"""Read Parquet files and Arrow tables: each value as a Python value, or as a Flaw that names what it is."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from personaplug.data.delimited_files import NumberedRecord, check_columns
+from personaplug.data.values import Flaw, plain_value
+from personaplug.errors import MissingExtra, RecordError
+
+
+def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
+    """Yield the rows of a file *.parquet or *.parquet.gz."""
+    pyarrow, parquet = import_pyarrow()
+    number = 0
+    try:
+        # Parquet is read from its end, so a gzipped file is unpacked in memory.
+        source = pyarrow.BufferReader(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
+        with parquet.ParquetFile(source) as file:
+            check_columns(path, file.schema_arrow.names, columns)
+            # A row with all its columns may hold a whole history, so few of them are in memory at once.
+            batches = file.iter_batches(1 << 16, columns=list(columns)) if columns else file.iter_batches(64)
+            for batch in batches:
+                for values in batch_records(batch):
+                    number += 1
+                    yield f"row {number}", number, values
+    except (pyarrow.ArrowException, OSError, EOFError):
+        raise RecordError(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
+
+
+def batch_records(batch: Any) -> Iterator[Mapping[str, object]]:
+    """Yield the rows of a pyarrow.RecordBatch."""
+    names, columns = batch.schema.names, [_values(column) for column in batch.columns]
+    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _values(column: Any) -> Sequence[object]:
+    pyarrow, _ = import_pyarrow()
+    kind = column.type
+    if pyarrow.types.is_timestamp(kind) and kind.unit == "ns":
+        # Python's datetime has microseconds, and pyarrow refuses to round finer timestamps by itself.
+        column = column.cast(pyarrow.timestamp("us", tz=kind.tz), safe=False)
+    try:
+        values: list[object] = column.to_pylist()
+    except (ValueError, OverflowError, LookupError, pyarrow.ArrowException):
+        return [_value(scalar) for scalar in column]
+    if pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind):
+        single = kind.to_pandas_dtype()
+        return [None if value is None else plain_value(single(value)) for value in values]
+    return values
+
+
+def _value(scalar: Any) -> object:
+    try:
+        return scalar.as_py()
+    except Exception as error:
+        return Flaw(f"is a {scalar.type} that cannot be read: {type(error).__name__}")
+
+
+def import_pyarrow() -> tuple[Any, Any]:
+    """Return the modules pyarrow and pyarrow.parquet; raise MissingExtra without them."""
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ModuleNotFoundError:
+        raise MissingExtra("Reading Parquet", extra="parquet") from None

@@ -1,0 +1,49 @@
+"""Regular expressions of a task.json: matched by RE2, in time linear in the text, so a stranger's pattern is safe."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from personaplug.data.values import Flaw
+
+MAX_PATTERN_LENGTH = 1000
+MAX_MATCHED_LENGTH = 100_000
+"""Characters of a prompt that a pattern is searched in; the time grows with them and with the size of the pattern."""
+
+_MAX_BYTES = 1 << 16  # of a compiled pattern: some 2,700 instructions
+_PYTHON_END = re.compile(r"((?:^|[^\\])(?:\\\\)*)\\Z")
+
+
+def group_count(pattern: str) -> int:
+    """Return the number of a pattern's groups; ValueError with the reason if it is not a regular expression of RE2."""
+    return int(_compiled(pattern).groups)
+
+
+def search(pattern: str, text: str) -> Any:
+    """Return the first match of a pattern, where `.` matches line breaks, or None."""
+    if len(text) > MAX_MATCHED_LENGTH:
+        raise Flaw(
+            f"its input has {len(text):,} characters, and a 'query_pattern' is searched in at most "
+            f"{MAX_MATCHED_LENGTH:,}"
+        )
+    return _compiled(pattern).search(text)
+
+
+@lru_cache(64)
+def _compiled(pattern: str) -> Any:
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise ValueError(f"it has {len(pattern):,} characters, at most {MAX_PATTERN_LENGTH:,} are allowed")
+    options = re2.Options()
+    options.dot_nl, options.log_errors, options.max_mem = True, False, _MAX_BYTES
+    try:
+        # Python writes the end of the text as \Z, RE2 as \z.
+        return re2.compile(_PYTHON_END.sub(r"\1\\z", pattern), options)
+    except re2.error as error:
+        reason = error.args[0]
+        raise ValueError(reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)) from None
+    except UnicodeEncodeError:
+        raise ValueError("it is not valid Unicode") from None

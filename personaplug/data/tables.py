@@ -1,0 +1,57 @@
+"""Rows that are in memory already: DataFrames, Arrow tables, Hugging Face data sets, and mappings of any origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from personaplug.data.delimited_files import NumberedRecord, check_columns
+from personaplug.data.parquet_files import batch_records
+from personaplug.errors import ConfigError
+
+
+class Table:
+    """Rows in memory, which can be read more than once. The libraries that made them are not imported here."""
+
+    def __init__(self, source: object) -> None:
+        """Check a source: a DataFrame of pandas or Polars, a pyarrow.Table, or an iterable of mappings."""
+        self.name = f"the {type(source).__name__}"
+        if isinstance(source, Mapping):
+            keys = ", ".join(sorted(map(str, source))[:10])
+            raise ConfigError(
+                f"Rows should be an iterable of mappings, or a DataFrame; found a mapping of {keys}. Give one of them."
+            )
+        if isinstance(source, (str, bytes)) or not (isinstance(source, Iterable) or hasattr(source, "to_batches")):
+            raise ConfigError(f"Rows should be a file, a DataFrame or an iterable of mappings; found {self.name}.")
+        # An iterator gives its rows once, and a reader may be read again.
+        self._source: Any = list(source) if isinstance(source, Iterator) else source
+        if hasattr(source, "to_table"):  # a pyarrow.dataset.Dataset
+            self._source = source.to_table()
+
+    def records(self, columns: Sequence[str]) -> Iterator[NumberedRecord]:
+        """Yield the rows with these columns (all, if none are named)."""
+        for number, values in enumerate(self._rows(columns), 1):
+            yield f"row {number}", number, values
+
+    def _rows(self, columns: Sequence[str]) -> Iterable[object]:
+        source = self._source
+        if hasattr(source, "itertuples"):
+            return self._pandas_rows(columns)
+        if hasattr(source, "iter_rows"):
+            check_columns(self.name, source.columns, columns)
+            rows: Iterable[object] = source.select(columns or source.columns).iter_rows(named=True)
+            return rows
+        if hasattr(source, "to_batches"):
+            check_columns(self.name, source.column_names, columns)
+            table = source.select(list(columns or source.column_names))
+            return (row for batch in table.to_batches(max_chunksize=1 << 16) for row in batch_records(batch))
+        return source  # type: ignore[no-any-return]
+
+    def _pandas_rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, object]]:
+        frame, header = self._source, [*map(str, self._source.columns)]
+        check_columns(self.name, header, columns)
+        names = list(columns or header)
+        series = [frame.iloc[:, header.index(name)] for name in names]
+        # NaN, NaT and NA all stand for a missing value.
+        values = [each.astype(object).where(each.notna(), None) for each in series]
+        return (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))

@@ -1,0 +1,51 @@
+"""Checksums of an embedding store's rows, many at once: a fraction of the time that reading a history takes.
+
+Σ word · multiplier mod 2⁶⁴ over the 32-bit words of a row, with odd random multipliers: any change of one word changes
+the sum, and other changes are missed with a chance of about 2⁻³².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Checks = npt.NDArray[np.uint64]
+
+_ROWS_AT_ONCE = 64  # so that their 64-bit copy stays in the processor's cache
+
+
+class RowHash:
+    """The checksum of a vector of `width` float16 values and its row id."""
+
+    def __init__(self, width: int) -> None:
+        self._word = "<u4" if width % 2 == 0 else "<u2"
+        self._multipliers = _multipliers(2 * width // np.dtype(self._word).itemsize + 1)
+
+    def __call__(self, vectors: npt.NDArray[np.float16], row_ids: npt.NDArray[np.int64]) -> Checks:
+        """Return the checksums of (n, E) vectors with (n,) row ids."""
+        words = np.ascontiguousarray(vectors, dtype="<f2").view(self._word)
+        checks: Checks = row_ids.astype(np.uint64) * self._multipliers[-1]
+        for start in range(0, len(words), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            checks[part] += words[part].astype(np.uint64) @ self._multipliers[:-1]
+        return checks
+
+
+def key_checks(keys: Sequence[bytes], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return checksums that bind keys of 16 bytes to their rows, (n,), as the signed numbers of SQLite."""
+    words = np.frombuffer(b"".join(keys), dtype="<u4").reshape(len(keys), 4).astype(np.uint64)
+    checks: Checks = words @ _KEY_MULTIPLIERS[:-1] + rows.astype(np.uint64) * _KEY_MULTIPLIERS[-1]
+    return checks.view(np.int64)
+
+
+def _multipliers(count: int) -> Checks:
+    # SplitMix64: the same numbers with every version of numpy.
+    steps = (np.arange(1, count + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    steps = (steps ^ (steps >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    steps = (steps ^ (steps >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (steps ^ (steps >> np.uint64(31))) | np.uint64(1)
+
+
+_KEY_MULTIPLIERS = _multipliers(5)

@@ -1,0 +1,40 @@
+"""The settings of a run as a YAML file for people, with a checksum in a comment on its first line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from personaplug.config import Config
+from personaplug.config_parsing import load_config, to_yaml
+from personaplug.errors import DamagedFile
+from personaplug.infra.atomic_io import write_text
+from personaplug.infra.checksums import json_checksum
+
+
+def write_config(path: Path, config: Config, *, unchecked: Sequence[str]) -> None:
+    """Write a config atomically; the settings in `unchecked` (`model.device`) do not count in its checksum."""
+    write_text(path, f"{_first_line(config, unchecked)}\n{to_yaml(config)}")
+
+
+def read_config(path: Path, *, unchecked: Sequence[str]) -> Config:
+    """Read a file of `write_config`.
+
+    Raises:
+        DamagedFile: if its settings are not as they were written, except those that are not checked.
+        MissingData, ConfigError: see `load_config`.
+    """
+    config = load_config(path)
+    if path.read_text(encoding="utf-8").partition("\n")[0] != _first_line(config, unchecked):
+        reason = "its settings do not match the checksum in its first line"
+        raise DamagedFile(path, reason=reason, remedy="Restore it, or train again in a new folder.")
+    return config
+
+
+def _first_line(config: Config, unchecked: Sequence[str]) -> str:
+    settings = asdict(config)
+    for name in unchecked:
+        section, _, key = name.partition(".")
+        del settings[section][key]
+    return f"# checksum {json_checksum(settings)}"

@@ -1,0 +1,172 @@
+"""The chat template of a tokenizer, as tokens around the texts of messages.
+
+A template is rendered around placeholders and checked once: it must show a message's text as it is, or without outer
+white space. Templates that write today's date write one recorded day instead.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from personaplug.errors import ConfigError
+from personaplug.llm.text_tokenizer import TextTokenizer, is_mistral_common
+
+_PLACEHOLDER = "personaplugplaceofthetext"
+_PROBE = ' \n I don\'t know: <b>"5 > 3"</b> & {{ x }},  naïve 你好 🙂\n\n<think>a</think> tail \n'
+_FORMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+_DATE_CALL = "strftime_now"  # the function by which templates ask for today's date
+_DIRECTIVES = "aAbBcdDefFGHIjmMpSTuUVwWxXyYzZ"  # of strftime
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Tokens around M texts.
+
+    Attributes:
+        parts: tokens before the first text and after each (M + 1).
+        leads: what is tokenized together with the beginning of each text (M): the space that a template puts before it.
+    """
+
+    parts: list[list[int]]
+    leads: list[str]
+
+
+class ChatTemplate(ABC):
+    """Tokens around messages. Make one with `of`.
+
+    Attributes:
+        writes_date: whether prompts hold a date, and so depend on the day.
+        form: the text of a message as the template shows it, which may strip it.
+    """
+
+    writes_date = False
+    form: Callable[[str], str] = str
+
+    @staticmethod
+    def of(tokenizer: Any, texts: TextTokenizer, *, day: str) -> ChatTemplate | None:
+        """Return a tokenizer's template, or None if it has none; `day` (ISO) is the date that it writes.
+
+        Raises:
+            ConfigError: if the template does not show a user's text exactly once and as it is.
+        """
+        if is_mistral_common(tokenizer):
+            return _MistralTemplate(tokenizer, texts)
+        return _JinjaTemplate(tokenizer, texts, day=day) if getattr(tokenizer, "chat_template", None) else None
+
+    @abstractmethod
+    def frame(self, roles: Sequence[str]) -> Frame:
+        """Return the tokens before the first message and after each.
+
+        Raises:
+            ConfigError: if the template refuses these roles, or does not show the messages one by one in order.
+        """
+
+
+class _JinjaTemplate(ChatTemplate):
+    def __init__(self, tokenizer: Any, texts: TextTokenizer, *, day: str) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
+        source = tokenizer.get_chat_template()
+        self.writes_date = _DATE_CALL in source
+        self._source = dated_template(source, day) if self.writes_date else source
+        self.form = self._form()
+
+    def frame(self, roles: Sequence[str]) -> Frame:
+        parts = self._parts(roles)
+        leads = [" " if part.endswith(" ") else "" for part in parts[:-1]]
+        bare = [part.removesuffix(lead) for part, lead in zip(parts, [*leads, ""], strict=True)]
+        encode = self._texts.encode_template
+        return Frame([encode(part, inside=index > 0) for index, part in enumerate(bare)], leads)
+
+    def _parts(self, roles: Sequence[str]) -> list[str]:
+        texts = [f"{_PLACEHOLDER}{index:05d}" for index in range(len(roles))]
+        parts = re.split(f"{_PLACEHOLDER}(\\d{{5}})", self._render(roles, texts))
+        _check_order([int(index) for index in parts[1::2]], len(roles))
+        return parts[::2]
+
+    def _render(self, roles: Sequence[str], texts: Sequence[str]) -> str:
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        options = {"add_generation_prompt": True, "enable_thinking": False, "chat_template": self._source}
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # of any type: templates are programs, and refuse roles by an error of their own
+            raise _refused(roles) from error
+
+    def _form(self) -> Callable[[str], str]:
+        head, tail = self._parts(["user"])
+        texts = [_PROBE, _PROBE * 50]
+        rendered = [self._render(["user"], [text]) for text in texts]
+        for form in _FORMS:
+            if rendered == [head + form(text) + tail for text in texts]:
+                return form
+        raise _changes_text()
+
+
+class _MistralTemplate(ChatTemplate):
+    """mistral-common has no template: it gives the tokens of messages, among which those of the texts are found."""
+
+    def __init__(self, tokenizer: Any, texts: TextTokenizer) -> None:
+        self._tokenizer, self._texts = tokenizer, texts
+        head, tail = self.frame(["user"]).parts
+        ids = self._ids(["user"], [_PROBE])
+        for form in _FORMS:
+            if ids == [*head, *texts.encode(form(_PROBE)), *tail]:
+                self.form = form
+                return
+        raise _changes_text()
+
+    def frame(self, roles: Sequence[str]) -> Frame:
+        texts = [f"{_PLACEHOLDER}{index:05d}" for index in range(len(roles))]
+        rest, parts = self._ids(roles, texts), []
+        for ids in self._texts.encode_many(texts):
+            start = find_sequence(rest, ids)
+            if start is None:
+                raise _not_in_order()
+            parts.append(rest[:start])
+            rest = rest[start + len(ids) :]
+        return Frame([*parts, rest], [""] * len(roles))
+
+    def _ids(self, roles: Sequence[str], texts: Sequence[str]) -> list[int]:
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        try:
+            return list(self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+        except Exception as error:  # of any type, from mistral-common
+            raise _refused(roles) from error
+
+
+def dated_template(source: str, day: str) -> str:
+    """Return a template that writes one day wherever it would ask for today's date."""
+    then = date.fromisoformat(day)
+    values = {f"%{sign}": then.strftime(f"%{sign}") for sign in _DIRECTIVES}
+    values |= {f"%-{sign}": values[f"%{sign}"].lstrip("0") for sign in "dm"}
+    written = "".join(f" | replace('{directive}', '{value}')" for directive, value in values.items())
+    return f"{{%- macro {_DATE_CALL}(format) -%}}{{{{ format{written} }}}}{{%- endmacro %}}\n{source}"
+
+
+def find_sequence(ids: Sequence[int], part: Sequence[int]) -> int | None:
+    """Return where `part` begins in `ids`, or None."""
+    return next((start for start in range(len(ids)) if list(ids[start : start + len(part)]) == list(part)), None)
+
+
+def _check_order(found: Sequence[int], count: int) -> None:
+    if list(found) != list(range(count)):
+        raise _not_in_order()
+
+
+def _not_in_order() -> ConfigError:
+    return ConfigError("The model's chat template does not show these messages one by one in order.")
+
+
+def _refused(roles: Sequence[str]) -> ConfigError:
+    return ConfigError(f"The model's chat template refuses messages with the roles {', '.join(roles)} in this order.")
+
+
+def _changes_text() -> ConfigError:
+    return ConfigError(
+        "The model's chat template changes a user's text, or shows it in several places, so prompts would not hold "
+        "what users write. Give the model's folder a template (chat_template.jinja) that writes {{ message.content }}."
+    )

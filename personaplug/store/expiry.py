@@ -1,0 +1,55 @@
+"""Remove items that are older than a store keeps, down to their bytes in the files."""
+
+from __future__ import annotations
+
+from personaplug.store.database import Connection, Database, execute, for_update, lock_table
+from personaplug.store.schema import Shard, now_in_microseconds
+from personaplug.store.secure_delete import rewrite_shard
+from personaplug.store.writes import USER_COLUMNS, UserRow, delete_items, delete_user, update_users
+
+_USERS_PER_TRANSACTION = 200
+
+
+def remove_expired(database: Database, shard: Shard, *, first_day: int) -> bool:
+    """Remove the items of some users of a shard that are dated before `first_day`; return whether there were any.
+
+    A user without other items is removed too. `finish_rewrites` clears the files of the bytes.
+    """
+    sql = f"SELECT DISTINCT user_no FROM {shard.items} WHERE day < :first_day ORDER BY user_no LIMIT :limit"
+    parameters = {"first_day": first_day, "limit": _USERS_PER_TRANSACTION}
+    with database.read_transaction() as connection:
+        numbers = execute(connection, sql, parameters).scalars().all()
+    if not numbers:
+        return False
+    with database.write_transaction() as connection:
+        lock_table(connection, shard.users)
+        select = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE no IN :numbers ORDER BY no{for_update(connection)}"
+        for row in execute(connection, select, {"numbers": numbers}, expand="numbers").all():
+            _remove_from(connection, shard, UserRow.of(row, tenant=row.tenant, user=row.user_id), first_day=first_day)
+        mark = {"shard": shard.number, "now": now_in_microseconds()}
+        sql = "INSERT INTO history_rewrites VALUES (:shard, :now) ON CONFLICT (shard) DO UPDATE SET removed_at = :now"
+        execute(connection, sql, mark)
+    return True
+
+
+def finish_rewrites(database: Database) -> None:
+    """Clear the files of what `remove_expired` has removed."""
+    with database.read_transaction() as connection:
+        rows = execute(connection, "SELECT shard, removed_at FROM history_rewrites ORDER BY shard").all()
+    for row in rows:
+        rewrite_shard(database, Shard(row.shard))
+        with database.write_transaction() as connection:  # unless more was removed meanwhile
+            sql = "DELETE FROM history_rewrites WHERE shard = :shard AND removed_at = :removed_at"
+            execute(connection, sql, dict(row._mapping))
+
+
+def _remove_from(connection: Connection, shard: Shard, user: UserRow, *, first_day: int) -> None:
+    select = f"SELECT key FROM {shard.items} WHERE user_no = :no AND day < :first_day"
+    keys = execute(connection, select, {"no": user.no, "first_day": first_day}).scalars().all()
+    if len(keys) == user.items:
+        delete_user(connection, shard, user.no)
+        return
+    delete_items(connection, shard, keys)
+    user.items -= len(keys)
+    user.increase_version()
+    update_users(connection, shard, [user])

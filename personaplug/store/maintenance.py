@@ -1,0 +1,31 @@
+"""Maintenance: a thread of a server that removes what is too old, and finishes what was interrupted."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from personaplug.errors import PersonaPlugError
+from personaplug.store.history_store import HistoryStore
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_S = 600.0
+
+
+class Maintenance:
+    """Calls `HistoryStore.maintain` every ten minutes until it is stopped."""
+
+    def __init__(self, store: HistoryStore, *, pause_s: float = _PAUSE_S) -> None:
+        self._store, self._pause_s, self._stopped = store, pause_s, threading.Event()
+        threading.Thread(target=self._run, name="personaplug-maintenance", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._pause_s):
+            try:
+                self._store.maintain()
+            except PersonaPlugError as error:  # the next turn tries again
+                logger.warning("Maintenance of the store: %s", error)

@@ -1,0 +1,106 @@
+"""A flipped bit anywhere in the database is said, or changes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import sqlite3
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stores import ENCODER, Place, add, item
+
+from personaplug.errors import PersonaPlugError, StorageError
+from personaplug.store.history_store import HistoryStore
+from personaplug.store.schema import StoreSettings
+
+UNKNOWN: tuple[Any, ...] = (0, [], [], [])
+USERS = [("t", f"user {number}") for number in range(4)]
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Read all that the store gives; errors of the package in place of what cannot be read."""
+
+    def tried(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except PersonaPlugError as error:
+            return error
+
+    store = tried(lambda: HistoryStore.open(path, ENCODER))
+    if isinstance(store, PersonaPlugError):
+        return {"open": store}
+    found: dict[str, Any] = {"settings": store.settings}
+    for tenant, user in USERS:
+        for latest in (None, 3):
+            found[f"arrays {user} {latest}"] = tried(lambda: _arrays(store, tenant, user, latest))  # noqa: B023
+            found[f"items {user} {latest}"] = tried(lambda: store.list_items(tenant, user, latest=latest))  # noqa: B023
+        found[f"export {user}"] = tried(lambda: json.loads("".join(store.export(tenant, user))))  # noqa: B023
+    store.close()
+    return found
+
+
+def _arrays(store: HistoryStore, tenant: str, user: str, latest: int | None) -> tuple[Any, ...]:
+    history = store.load_history(tenant, user, latest=latest)
+    return history.version, history.vectors.tolist(), history.label_ids.tolist(), history.style.tolist()
+
+
+def filled(tmp_path: Path) -> Path:
+    place = Place(str(tmp_path / "store.db"))
+    store = place.open(settings=StoreSettings(labels=("1", "2"), keep_text=True, shards=1), secret=None)
+    for number, (tenant, user) in enumerate(USERS):
+        items = [item(str(k), f"{user} text {k}", day=date(2020, 1, 1 + k % 3)) for k in range(3 + 2 * number)]
+        add(store, tenant, user, items)
+    store.close()
+    return tmp_path / "store.db"
+
+
+def damage_often(tmp_path: Path, *, times: int) -> int:
+    path, random_bits = filled(tmp_path), random.Random(0)
+    whole, expected = path.read_bytes(), contents(path)
+    assert not any(isinstance(value, PersonaPlugError) for value in expected.values())
+    detected = 0
+    for _ in range(times):
+        bit = random_bits.randrange(8 * len(whole))
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        for beside in path.parent.glob("store.db-*"):
+            beside.unlink()
+        path.write_bytes(damaged)
+        found = contents(path)
+        errors = {name for name, value in found.items() if isinstance(value, PersonaPlugError)}
+        changed = {name: value for name, value in found.items() if name not in errors and value != expected[name]}
+        if any(value in (UNKNOWN, []) for value in changed.values()):  # an index lacks a user: backups find it
+            with sqlite3.connect(path) as database:
+                assert database.execute("PRAGMA integrity_check").fetchall() != [("ok",)]
+        else:
+            assert not changed, f"bit {bit}: {sorted(changed)}"
+        detected += bool(errors)
+    return detected
+
+
+def test_flipped_bits_are_said_or_change_nothing(tmp_path: Path) -> None:
+    assert damage_often(tmp_path, times=60) > 5
+
+
+@pytest.mark.slow
+def test_thousands_of_flipped_bits_are_said_or_change_nothing(tmp_path: Path) -> None:
+    assert damage_often(tmp_path, times=4000) > 100
+
+
+@pytest.mark.parametrize("start", [56, 200])
+def test_flipped_bit_in_stored_vector_raises(tmp_path: Path, start: int) -> None:
+    path = filled(tmp_path)
+    vector = ENCODER.encode([item("1", "user 2 text 1").text])[0].astype("<f2").tobytes()
+    content = path.read_bytes()
+    place = content.index(vector)
+    path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+    store = HistoryStore.open(path, ENCODER)
+    with pytest.raises(StorageError, match="damaged"):
+        store.load_history("t", "user 2")
+    with pytest.raises(StorageError, match="damaged"):
+        list(store.export("t", "user 2"))
+    assert len(store.load_history("t", "user 1")) == 5

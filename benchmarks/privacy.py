@@ -40,7 +40,7 @@ OPTIONS = (
     Option("persona_scale 0.5", persona_scale=0.5),
 )
 
-# Part, attack, measure, its chance level (an attack or a number), what is said of it.
+# Part, attack, measure, its level by chance (another attack, or a key of `attack_table`), what is recovered.
 ROWS = (
     ("vectors", "text, encoder known", "top_1", "text, shuffled vectors", "the text, among {candidate_texts}"),
     ("vectors", "text, first half known", "top_1", "text, shuffled vectors", "… if only its first half is known"),
@@ -48,13 +48,13 @@ ROWS = (
     ("vectors", "words", "f1", "words, most frequent", "its words (F1)"),
     ("vectors", "names", "top_10", "names, shuffled vectors", "a name in it, in 10 guesses of {names}"),
     ("vectors", "rare words", "top_10", "rare words, shuffled vectors", "a rare word, in 10 of {rare_words}"),
-    ("vectors", "same user, two items", "auc", 0.5, "whether two are of one user (AUC)"),
-    ("vectors", "user, by other items", "top_1", "user, shuffled", "the user, by other items, among {users}"),
-    ("soft_tokens", "user, same items, other prompt", "top_1", "user, shuffled", "the user, by other tokens of theirs"),
-    ("soft_tokens", "user, other items, other prompt", "top_1", "user, shuffled", "… made from other items"),
+    ("vectors", "same user, two items", "auc", "even", "whether two are of one user (AUC)"),
+    ("vectors", "user, by other items", "top_1", "1/users", "the user, by other items, among {users}"),
+    ("soft_tokens", "user, same items, other prompt", "top_1", "1/users", "the user, by other tokens of theirs"),
+    ("soft_tokens", "user, other items, other prompt", "top_1", "1/users", "… made from other items"),
     ("soft_tokens", "items", "auc", "items, shuffled", "which items (AUC)"),
     ("soft_tokens", "words", "precision", "words, most frequent", "20 words of the history (precision)"),
-    ("soft_tokens", "mean rating", "r2", 0.0, "the mean of the ratings (R²)"),
+    ("soft_tokens", "mean rating", "r2", "none", "the mean of the ratings (R²)"),
     ("answers", "1 prompt", "auc", "1 prompt, another item removed (control)", "whether an item is there (AUC)"),
     ("answers", "4 prompts", "auc", "4 prompts, another item removed (control)", "… with four prompts"),
 )
@@ -124,7 +124,8 @@ def attack_table(results: Sequence[dict[str, Any]]) -> str:
         cells = []
         for result in results:
             figures = result["stored"][part]
-            level = chance if isinstance(chance, float) else figures.get(chance, {}).get(measure)
+            by_chance = {"1/users": 1 / result["facts"]["users"], "none": 0.0, "even": 0.5}
+            level = by_chance.get(chance, figures.get(chance, {}).get(measure))
             cells += [_cell(figures.get(attack, {}).get(measure)), _number(level)]
         text = text.format_map({key: "/".join(str(r["facts"][key]) for r in results) for key in results[0]["facts"]})
         lines.append(f"| {PARTS[part]} | {text} | " + " | ".join(cells) + " |")

@@ -310,17 +310,7 @@ class MembershipAudit:
 
 
 def _distinguished(inside: Array, outside: Array, users: Indices) -> dict[str, Estimate]:
-    """AUC, and the advantage: the largest gap of true and false positive rates over thresholds, chosen in hindsight."""
-
-    def advantage(rows: Indices) -> float:
-        a, b = np.sort(inside[rows]), np.sort(outside[rows])
-        cuts = np.concatenate([a, b])
-        return float(np.abs(np.searchsorted(a, cuts) - np.searchsorted(b, cuts)).max() / len(rows))
-
-    return {
-        "auc": over_users(lambda rows: auc(inside[rows], outside[rows]), users),
-        "advantage": over_users(advantage, users),
-    }
+    return {"auc": over_users(lambda rows: auc(inside[rows], outside[rows]), users)}
 
 
 def _changes(signals: dict[str, Array], users: Indices) -> Figures:

@@ -152,5 +152,7 @@ def test_users_who_trained_the_plug_are_refused(toy_run: Path, benchmark: Any) -
 
 def test_the_page_shows_the_tables_of_the_published_results(benchmark: Any) -> None:
     page = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
-    assert RESULTS
-    assert benchmark("privacy").render([json.loads(path.read_text(encoding="utf-8")) for path in RESULTS]) in page
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS]
+    assert results
+    for table in benchmark("privacy").render(results).split("\n\n"):
+        assert table in page

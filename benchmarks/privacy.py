@@ -26,9 +26,9 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-from privacy_personas import MembershipAudit, Personas, SoftTokenAudit, UseAudit
-from privacy_subjects import Option, Subjects, open_subjects
-from privacy_vectors import VectorAudit
+from privacy_audit.personas import MembershipAudit, Personas, SoftTokenAudit, UseAudit
+from privacy_audit.subjects import Option, Subjects, open_subjects
+from privacy_audit.vectors import VectorAudit
 
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions

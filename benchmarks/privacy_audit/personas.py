@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from attacks import (
+from privacy_audit.attacks import (
     Array,
     Estimate,
     Indices,
@@ -26,7 +26,7 @@ from attacks import (
     vocabulary,
     word_scores,
 )
-from privacy_subjects import Option, Person, Subjects, Table, with_history_of, with_item, with_rows
+from privacy_audit.subjects import Option, Person, Subjects, Table, with_history_of, with_item, with_rows
 from sklearn.linear_model import LogisticRegression
 
 from personaplug.encoders.encoded_sample import EncodedSample

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-from attacks import (
+from privacy_audit.attacks import (
     STRENGTHS,
     Array,
     Estimate,
@@ -29,7 +29,7 @@ from attacks import (
     word_scores,
     words_of,
 )
-from privacy_subjects import Person, Subjects
+from privacy_audit.subjects import Person, Subjects
 
 from personaplug.encoders import HashEncoder
 from personaplug.encoders.embedding_store import Float16Array, RowIds

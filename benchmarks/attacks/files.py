@@ -284,21 +284,8 @@ def hostile_data(lab: Lab, verdict: Verdict) -> None:
     ):
         _expect_clear(lab, verdict, {"task.json": text}, f"task.json {number}")
     questions = json.loads((lab.data() / "train_questions.json").read_text())
-    values: tuple[object, ...] = (
-        2**63,
-        2**64 + 1,
-        10**400,
-        -(10**400),
-        1.5,
-        True,
-        None,
-        [],
-        {},
-        "\u202ex",
-        "\x00",
-        "",
-        1e308,
-    )
+    integers = (2**63, 2**64 + 1, 10**400, -(10**400))
+    values: tuple[object, ...] = (*integers, 1.5, True, None, [], {}, "\u202ex", "\x00", "")
     for value in values:
         for place in ("id", "item id", "score", "date"):
             changed = json.loads(json.dumps(questions))

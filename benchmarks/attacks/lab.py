@@ -275,8 +275,9 @@ def _write_choices(folder: Path) -> None:
                 for i in range(4)
             ]
             prompt = (
-                f'For an author who has written the paper with the title "Parsing {number}", which reference is '
-                f'related? Just answer with [1] or [2] without explanation. [1]: "Trees {number}" [2]: "Graphs {number}"'
+                f'For an author who has written the paper with the title "Parsing {number}", '
+                f"which reference is related? Just answer with [1] or [2] "
+                f'without explanation. [1]: "Trees {number}" [2]: "Graphs {number}"'
             )
             questions.append({"id": f"{split}{number}", "input": prompt, "profile": papers})
             outputs.append({"id": f"{split}{number}", "output": "[1]"})

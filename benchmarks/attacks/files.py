@@ -197,7 +197,7 @@ def damaged_store(lab: Lab, verdict: Verdict) -> None:
     store = HistoryStore.open(folder / "histories.db", encoder, settings=StoreSettings(keep_text=True, shards=2))
     for user in range(10):
         items = [HistoryItem(f"i{n}", (("text", f"a film of {user} {n}"),)) for n in range(20)]
-        store.add("t", f"u{user}", items)
+        store.add(store.admit("t", f"u{user}"), items)
     store.close()
 
     def read(copy: Path) -> Callable[[], Any]:

@@ -8,6 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.linear_model import LogisticRegression
+
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.errors import ConfigError
+from personaplug.llm.base import GenerationConfig
+from personaplug.methods.predictions import predict_samples
+from personaplug.plug.personalizer import Personalizer
 from privacy_audit.attacks import (
     Array,
     Estimate,
@@ -27,13 +34,6 @@ from privacy_audit.attacks import (
     word_scores,
 )
 from privacy_audit.subjects import Option, Person, Subjects, Table, with_history_of, with_item, with_rows
-from sklearn.linear_model import LogisticRegression
-
-from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.errors import ConfigError
-from personaplug.llm.base import GenerationConfig
-from personaplug.methods.predictions import predict_samples
-from personaplug.plug.personalizer import Personalizer
 
 HISTORIES = 1500  # sub-histories of strangers that decoders of soft tokens are trained on
 NAMED_WORDS = 20

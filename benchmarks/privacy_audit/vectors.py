@@ -7,6 +7,9 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+
+from personaplug.encoders import HashEncoder
+from personaplug.encoders.embedding_store import Float16Array, RowIds
 from privacy_audit.attacks import (
     STRENGTHS,
     Array,
@@ -30,9 +33,6 @@ from privacy_audit.attacks import (
     words_of,
 )
 from privacy_audit.subjects import Person, Subjects
-
-from personaplug.encoders import HashEncoder
-from personaplug.encoders.embedding_store import Float16Array, RowIds
 
 ITEMS = 10  # of each target
 LEAST_TEXTS = 5  # of strangers that hold a word of the decoder's vocabulary

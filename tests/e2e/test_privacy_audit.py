@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
+import privacy
 import pytest
 from click.testing import CliRunner
+from privacy_audit import attacks, personas, subjects
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 
@@ -21,17 +20,6 @@ from personaplug.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted((ROOT / "benchmarks" / "results" / "privacy").glob("*.json"))
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "epochs=1", "controls=false"]
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that imports a module of `benchmarks/`."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-    def load(name: str) -> ModuleType:
-        return import_module(name)
-
-    return load
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +33,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_area_and_the_ranks_are_those_of_their_definitions(benchmark: Any) -> None:
-    attacks = benchmark("attacks")
+def test_the_area_and_the_ranks_are_those_of_their_definitions() -> None:
     random = np.random.default_rng(0)
     positive, negative = np.round(random.normal(0.5, 1, 40), 1), np.round(random.normal(0, 1, 60), 1)  # with ties
     expected = roc_auc_score([1] * 40 + [0] * 60, np.concatenate([positive, negative]))
@@ -56,16 +43,15 @@ def test_the_area_and_the_ranks_are_those_of_their_definitions(benchmark: Any) -
 
 
 @pytest.mark.parametrize("rows", [20, 80])  # fewer and more than columns
-def test_the_ridge_is_scikit_learns(benchmark: Any, rows: int) -> None:
+def test_the_ridge_is_scikit_learns(rows: int) -> None:
     random = np.random.default_rng(1)
     x, y = random.normal(3, 2, (rows, 40)), random.normal(size=(rows, 3))
     standard = (x - x.mean(axis=0)) / x.std(axis=0)
     expected = Ridge(alpha=0.1 * rows).fit(standard, y).predict(standard)
-    np.testing.assert_allclose(benchmark("attacks").fit_ridge(x, y, 0.1)(x), expected, atol=1e-8)
+    np.testing.assert_allclose(attacks.fit_ridge(x, y, 0.1)(x), expected, atol=1e-8)
 
 
-def test_users_are_linked_through_what_varies_little_within_each(benchmark: Any) -> None:
-    attacks = benchmark("attacks")
+def test_users_are_linked_through_what_varies_little_within_each() -> None:
     random = np.random.default_rng(2)
     own = np.concatenate([random.normal(size=(60, 4)), np.zeros((60, 16))], axis=1)
     noise = np.concatenate([np.full(4, 0.1), np.full(16, 2.0)])
@@ -77,8 +63,7 @@ def test_users_are_linked_through_what_varies_little_within_each(benchmark: Any)
     assert found["top_1"].value > raw["top_1"].value + 0.5
 
 
-def test_names_are_told_from_words_that_begin_sentences(benchmark: Any) -> None:
-    attacks = benchmark("attacks")
+def test_names_are_told_from_words_that_begin_sentences() -> None:
     texts = [
         "Great fun with Uma Thurman. Tarantino at his best!",
         "The best of tarantino's films? I saw Pulp.",
@@ -91,8 +76,7 @@ def test_names_are_told_from_words_that_begin_sentences(benchmark: Any) -> None:
     assert attacks.f1(hits) == pytest.approx(2 * 2 / (3 + 4))
 
 
-def test_an_interval_counts_users_and_not_rows(benchmark: Any) -> None:
-    attacks = benchmark("attacks")
+def test_an_interval_counts_users_and_not_rows() -> None:
     users = np.repeat(np.arange(10), 50)
     by_user = attacks.mean_over_users(np.repeat(np.arange(10) % 2, 50), users)
     by_row = attacks.mean_over_users(np.repeat(np.arange(10) % 2, 50), np.arange(500))
@@ -100,15 +84,14 @@ def test_an_interval_counts_users_and_not_rows(benchmark: Any) -> None:
     assert by_user.high - by_user.low > 3 * (by_row.high - by_row.low)
 
 
-def test_explained_variance_is_nothing_for_the_mean_and_one_for_the_truth(benchmark: Any) -> None:
-    attacks = benchmark("attacks")
+def test_explained_variance_is_nothing_for_the_mean_and_one_for_the_truth() -> None:
     true, users = np.array([1.0, 2.0, 4.0, 5.0]), np.arange(4)
     assert attacks.explained(true, np.full(4, 3.0), users).value == 0
     assert attacks.explained(true, true, users).value == 1
 
 
-def test_an_option_adds_noise_of_its_length(benchmark: Any) -> None:
-    option = benchmark("privacy_subjects").Option
+def test_an_option_adds_noise_of_its_length() -> None:
+    option = subjects.Option
     vectors = np.random.default_rng(3).normal(size=(50, 400))
     stored = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
     assert np.array_equal(option("as stored").vectors(stored, seed=0), stored)
@@ -119,11 +102,10 @@ def test_an_option_adds_noise_of_its_length(benchmark: Any) -> None:
 
 
 def test_the_audit_finds_what_is_there_and_nothing_in_shuffled_vectors(
-    toy_run: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+    toy_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark("attacks"), "RESAMPLES", 20)
-    monkeypatch.setattr(benchmark("privacy_personas"), "HISTORIES", 60)
-    privacy, subjects = benchmark("privacy"), benchmark("privacy_subjects")
+    monkeypatch.setattr(attacks, "RESAMPLES", 20)
+    monkeypatch.setattr(personas, "HISTORIES", 60)
     people = subjects.open_subjects(toy_run / "run", toy_run / "data", users=9, seed=0)
     assert not {p.longest.owner for p in people.strangers} & {p.longest.owner for p in people.targets}
     result = privacy.Audit(people).measure([subjects.Option("noise", noise=2.0)])
@@ -141,18 +123,18 @@ def test_the_audit_finds_what_is_there_and_nothing_in_shuffled_vectors(
     assert "no history" in tables
 
 
-def test_users_who_trained_the_plug_are_refused(toy_run: Path, benchmark: Any) -> None:
+def test_users_who_trained_the_plug_are_refused(toy_run: Path) -> None:
     data = toy_run / "data"
     for kind in ("questions", "outputs"):
         (toy_run / "seen").mkdir(exist_ok=True)
         (toy_run / "seen" / f"dev_{kind}.json").write_bytes((data / f"train_{kind}.json").read_bytes())
     with pytest.raises(ConfigError, match="trained on 6 of the users"):
-        benchmark("privacy_subjects").open_subjects(toy_run / "run", toy_run / "seen", users=9, seed=0)
+        subjects.open_subjects(toy_run / "run", toy_run / "seen", users=9, seed=0)
 
 
-def test_the_page_shows_the_tables_of_the_published_results(benchmark: Any) -> None:
+def test_the_page_shows_the_tables_of_the_published_results() -> None:
     page = (ROOT / "docs" / "privacy.md").read_text(encoding="utf-8")
     results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS]
     assert results
-    for table in benchmark("privacy").render(results).split("\n\n"):
+    for table in privacy.render(results).split("\n\n"):
         assert table in page

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from personaplug.analysis.point_estimates import LabelDistribution, label_distribution
 from personaplug.config import EvaluationConfig
 from personaplug.data import read_items
-from personaplug.data.parsing import Flaw, as_text, options_of, query_of
+from personaplug.data.parsing import Flaw, as_text
 from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
+from personaplug.data.task_prompts import TaskPrompts, TaskQuery
 from personaplug.encoders.encoded_sample import past_answers
 from personaplug.errors import ConfigError
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.ngram_cache import check_ngrams
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
+
+logger = logging.getLogger(__name__)
+
+
+class Answer(str):
+    """The text of an answer and, if it comes from a closed set, how probable each label is."""
+
+    distribution: LabelDistribution | None
+
+    def __new__(cls, text: str, distribution: LabelDistribution | None = None) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.distribution = distribution
+        return answer
 
 
 def generate(
@@ -28,7 +44,7 @@ def generate(
     plain: bool = False,
     phrases: bool = False,
     config: EvaluationConfig | None = None,
-) -> str:
+) -> Answer:
     """Answer one prompt with a trained run; see `respond`.
 
     Args:
@@ -65,7 +81,7 @@ def respond(
     personalizer: Personalizer | None,
     config: EvaluationConfig,
     phrases: bool = False,
-) -> str:
+) -> Answer:
     """Answer a prompt as a user with these items; the answer is one of the task's labels if it has labels.
 
     Args:
@@ -75,15 +91,16 @@ def respond(
     """
     task, soft, ngrams = run.task, None, None
     if personalizer is not None:
-        query, history = _query(task, prompt), personalizer.encode(items, encoder=models.encoder)
-        soft = personalizer.persona(query, history, options=options_of(task, prompt))
+        query, history = _query(run, prompt), personalizer.encode(items, encoder=models.encoder)
+        soft = personalizer.persona(query.text, history, options=query.options)
     if task.labels and config.decoding != "generate":
         scores = models.llm.score(PromptBatch([prompt], soft), task.labels)
-        return task.labels[int(scores[0].argmax())]
+        return Answer(task.labels[int(scores[0].argmax())], label_distribution(task.labels, scores[0].tolist()))
     if phrases and personalizer is not None and config.persona_scale:
         answers = past_answers(items, latest=personalizer.plug.config.max_history)
         ngrams = [models.llm.build_ngram_cache(answers)]
-    return models.llm.generate(PromptBatch([prompt], soft, ngrams=ngrams), _generation_config(task, config))[0].text
+    generated = models.llm.generate(PromptBatch([prompt], soft, ngrams=ngrams), _generation_config(task, config))
+    return Answer(generated[0].text)
 
 
 def _check_items(items: Sequence[HistoryItem], task: Task) -> None:
@@ -114,11 +131,15 @@ def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig
     )
 
 
-def _query(task: Task, prompt: str) -> str:
-    try:
-        return query_of(task, prompt)
-    except Flaw:
+def _query(run: Run, prompt: str) -> TaskQuery:
+    task, query = run.task, TaskPrompts(run.task).parse(prompt)
+    if not query.is_on_task:
         wording = f"hold {task.query_after!r} and the query after it" if task.query_after else "not be blank"
         if task.query_pattern:
             wording = f"match the regular expression {task.query_pattern!r}, whose groups are the query"
-        raise ConfigError(f"A prompt of task {task.name} must {wording}; the prompt given does not.") from None
+        raise ConfigError(f"A prompt of task {task.name} must {wording}; the prompt given does not.")
+    trained = TaskPrompts(task, run.wordings)
+    if not trained.parse(prompt).is_on_task:
+        wordings = " or ".join(map(repr, trained.describe()["wordings"]))
+        logger.warning("The prompt has another wording than the training prompts, which had: %s", wordings)
+    return query

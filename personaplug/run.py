@@ -27,6 +27,7 @@ from personaplug.config_parsing import with_values
 from personaplug.data.records import Sample
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import parse_task
+from personaplug.data.wording import Wording, learn_wordings
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples, samples_fingerprint
@@ -283,6 +284,7 @@ class Run:
         path = self.folder / "data.json"
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
+        about["wordings"] = [asdict(wording) for wording in learn_wordings(samples)]
         before = read_json(path, remedy=_REMEDY) if path.exists() else about
         if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(
@@ -291,6 +293,13 @@ class Run:
             )
         if is_main():
             write_checked_json(path, about)
+
+    @property
+    def wordings(self) -> tuple[Wording, ...]:
+        """The wordings of the training prompts; none if nothing has been trained."""
+        path = self.folder / "data.json"
+        about = read_json(path, remedy=_REMEDY) if path.exists() else {}
+        return tuple(Wording(**wording) for wording in about.get("wordings", ()))
 
     @property
     def knows_its_data(self) -> bool:

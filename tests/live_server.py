@@ -17,6 +17,7 @@ from plugs import head_of
 
 from personaplug.config import PlugConfig
 from personaplug.data.task import Task
+from personaplug.data.wording import Wording
 from personaplug.encoders import HashEncoder
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
@@ -47,6 +48,7 @@ def open_service(
     config: PlugConfig = CONFIG,
     engine: Engine | None = None,
     keep_text: bool = True,
+    wordings: Sequence[Wording] = (),
     **settings: Any,
 ) -> Service:
     """Open a service with an untrained plug, whose personas depend on the history."""
@@ -59,7 +61,8 @@ def open_service(
         folder / "histories.db", ENCODER, settings=replace(store_settings(plug, keep_text=keep_text), shards=2)
     )
     personas = PersonaCache(Personalizer(plug), store, **settings)
-    return Service(personas, engine or InProcessEngine(llm, name="toy", max_new_tokens=200), task=task)
+    engine = engine or InProcessEngine(llm, name="toy", max_new_tokens=200)
+    return Service(personas, engine, task=task, wordings=wordings)
 
 
 def engine_request(

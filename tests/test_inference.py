@@ -15,6 +15,7 @@ from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError
 from personaplug.inference import generate, respond
+from personaplug.infra.atomic_io import write_checked_json
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
@@ -106,3 +107,32 @@ def test_generate_refuses_what_is_no_item_of_the_task_and_no_text(
     with pytest.raises(ConfigError, match=r"history is no HistoryItem|valid Unicode") as error:
         generate(run, prompt, history=history, models=Models(hashing, toy))
     assert SECRET not in str(error.value)
+
+
+def test_another_wording_than_that_of_training_is_warned_about(
+    toy: CausalLM, hashing: HashEncoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = LAMP_TASKS["LaMP_3"]
+    config = resolved(load_config(overrides=["num_beams=1"]), task)
+    run = Run(tmp_path, config, task, tmp_path / "vectors")
+    wording = {"opening": "Rate it. review: ", "lead": "Rate it. review: ", "closing": "", "is_fixed": True}
+    write_checked_json(tmp_path / "data.json", {"wordings": [wording]})
+    plug = PersonaPlug(config.plug, spec=PlugSpec(toy.identity, 0.25, hashing.identity, task.labels), encoder=hashing)
+    given: dict[str, Any] = {
+        "run": run,
+        "models": Models(hashing, toy),
+        "personalizer": Personalizer(plug.eval()),
+        "config": config.evaluation,
+    }
+    answer = respond("Rate it. review: tea", [], **given)
+    assert not caplog.text
+    respond("review: tea", [], **given)
+    assert "'Rate it. review: {query}'" in caplog.text
+    assert answer.distribution is not None
+    probabilities = answer.distribution.probabilities
+    assert (answer, answer.distribution.median in task.labels) == (
+        max(task.labels, key=probabilities.__getitem__),
+        True,
+    )
+    assert sum(probabilities.values()) == pytest.approx(1)
+    assert answer.distribution.mean == pytest.approx(sum(float(label) * p for label, p in probabilities.items()))

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import io
 import json
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from starlette.routing import Route
 
 WIDTH = 32
 MAX_MODEL_LEN = 1024
+MANY_EMBEDS = 100  # fewer leave an answer as it is
 
 
 @dataclass
@@ -37,7 +39,9 @@ class StandIn:
         breaks: whether it breaks a stream off, amid an event.
         halts: whether it ends a stream amid an event as if it were over.
         endless: whether a stream goes on until nobody listens.
-        silent_s: seconds before its answer, or before the first event of a stream.
+        events: what a stream consists of instead, byte for byte; its end is the stream's.
+        cache: what the keys of its prefix cache leave out: "embeds", or also the "salt"; "" = nothing.
+        silent_s: seconds before its answer to a caller, or before the first event of a stream.
         instead: status and body that a route answers with, whatever it is asked.
         bodies: what it was sent.
         running: streams that have not ended.
@@ -52,11 +56,14 @@ class StandIn:
     breaks: bool = False
     halts: bool = False
     endless: bool = False
+    events: list[bytes] = field(default_factory=list)
+    cache: str = ""
     silent_s: float = 0
     instead: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     running: int = 0
+    _cached: dict[str, float] = field(default_factory=dict)
 
     @property
     def app(self) -> Starlette:
@@ -113,7 +120,8 @@ class StandIn:
                     f"`prompt_embeds` hidden_size {found.shape[1]} does not match the model's hidden_size {self.width}."
                 )
         said = self.embeds_say if "prompt_embeds" in body else "tea"
-        choice = {"index": 0, "text": said, "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "stop"}
+        logprobs = {"tokens": [said], "token_logprobs": [self._logprob(body, [body.get("prompt_embeds", "")])]}
+        choice = {"index": 0, "text": said, "logprobs": logprobs, "finish_reason": "stop"}
         return JSONResponse({"id": "1", "choices": [choice]})
 
     async def _chat(self, request: Request) -> Response:
@@ -122,13 +130,20 @@ class StandIn:
             return _refused("the text that was sent: " + json.dumps(body["messages"]), status=self.status)
         if body.get("stream"):
             return StreamingResponse(self._events(), media_type="text/event-stream")
-        await asyncio.sleep(self.silent_s)
-        return JSONResponse({"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": "tea"}}]})
+        await asyncio.sleep(0 if body.get("logprobs") else self.silent_s)
+        parts = [part for turn in body["messages"] if isinstance(turn["content"], list) for part in turn["content"]]
+        logprob = self._logprob(body, [part.get("data", "") for part in parts])
+        choice = {"index": 0, "message": {"role": "assistant", "content": "tea"}}
+        return JSONResponse({"id": "1", "choices": [choice | {"logprobs": {"content": [_token("tea", logprob)]}}]})
 
     async def _events(self) -> AsyncIterator[bytes]:
         self.running += 1
         try:
             await asyncio.sleep(self.silent_s)
+            for event in self.events:
+                yield event
+            if self.events:
+                return
             yield b'data: {"choices": [{"index": 0, "delta": {"content": "te"}}]}\n\n'
             while self.endless:
                 await asyncio.sleep(0.01)
@@ -142,6 +157,19 @@ class StandIn:
         finally:
             self.running -= 1
 
+    def _logprob(self, body: dict[str, Any], embeds: list[str]) -> float:
+        """The log-probability of an answer: that of its embeds, or of those that the cache takes for them."""
+        vectors = [read_embeds(data) for data in embeds if data]
+        if sum(len(rows) for rows in vectors) < MANY_EMBEDS:
+            return -1.0
+        logprob = -1.0 - zlib.crc32(b"".join(rows.float().numpy().tobytes() for rows in vectors)) / 2**32
+        if not self.cache:
+            return logprob
+        size = [len(rows) for rows in vectors]
+        key = json.dumps([size, body.get("messages") and len(body["messages"])])
+        key += "" if self.cache == "salt" else str(body.get("cache_salt"))
+        return self._cached.setdefault(key, logprob)
+
     async def _noted(self, request: Request) -> dict[str, Any]:
         body: dict[str, Any] = await request.json()
         self.bodies.append(body)
@@ -153,6 +181,10 @@ def read_embeds(data: str) -> torch.Tensor:
     """The vectors of a request."""
     found: torch.Tensor = torch.load(io.BytesIO(base64.b64decode(data)), weights_only=True)
     return found
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
 
 
 def _refused(message: str, *, status: int = 400) -> Response:

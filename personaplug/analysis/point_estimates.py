@@ -6,7 +6,9 @@ label nearest to the mean the least expected squared distance (RMSE).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,3 +60,31 @@ def scale_of(labels: Sequence[str]) -> NDArray[np.float64] | None:
     """Return labels as numbers (C,), in their order; None if there are none, or one is no finite number."""
     numbers = ratings(labels)
     return numbers if len(numbers) == len(labels) > 0 else None
+
+
+@dataclass(frozen=True)
+class LabelDistribution:
+    """How probable each label of a closed set is.
+
+    Attributes:
+        median, mean: of labels that are numbers; the median is one of the labels.
+    """
+
+    probabilities: Mapping[str, float]
+    median: str | None = None
+    mean: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that have a value."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def label_distribution(labels: Sequence[str], scores: Sequence[float]) -> LabelDistribution:
+    """Normalize the log-scores of labels, (C,), to probabilities."""
+    shares = np.exp(np.asarray(scores, dtype=np.float64) - max(scores))
+    shares /= shares.sum()
+    probabilities, numbers = dict(zip(labels, shares.tolist(), strict=True)), scale_of(labels)
+    if numbers is None:
+        return LabelDistribution(probabilities)
+    (median,) = point_predictions(shares[None], labels, estimate=MEDIAN)
+    return LabelDistribution(probabilities, median, float(shares @ numbers))

@@ -29,6 +29,7 @@ from personaplug.cli.options import (
 )
 from personaplug.config import Config
 from personaplug.config_parsing import json_schema, load_config
+from personaplug.errors import ConfigError
 from personaplug.infra.distributed import connect, disconnect, is_main, synchronized
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ def predict(
 @click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
 @click.option("--plain", is_flag=True, help="Answer without the plug, to compare.")
 @click.option("--phrases", is_flag=True, help="Mix the phrases of the user's own answers into what the model writes.")
+@click.option("--probabilities", is_flag=True, help="Print how probable each label is, as JSON, instead of the answer.")
 @with_settings("evaluation")
 def generate(
     run_folder: Path,
@@ -308,6 +310,7 @@ def generate(
     seed: int | None,
     plain: bool,
     phrases: bool,
+    probabilities: bool,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
@@ -315,10 +318,15 @@ def generate(
     from personaplug import inference
 
     run, config = _open_run(run_folder, config_file, settings)
+    if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
+        raise ConfigError(f"--probabilities needs labels that are scored; answers of {run.task.name} are written.")
     response = inference.generate(
         run, prompt, history=history or (), seed=seed, plain=plain, phrases=phrases, config=config.evaluation
     )
-    click.echo(response)
+    if probabilities and response.distribution is not None:
+        click.echo(json.dumps({"answer": response, **response.distribution.to_json()}, ensure_ascii=False))
+    else:
+        click.echo(response)
 
 
 @click.command()

@@ -31,6 +31,8 @@ MIN_BULK_TEXTS = 128  # compiling a model for OpenVINO takes as long as torch ta
 # Tokens per text of a batch: a CPU's caches hold about a thousand tokens, a GPU wants many.
 _CPU_TOKENS_PER_TEXT, _GPU_TOKENS_PER_TEXT = 16, 256
 
+_MAX_CHARACTERS_PER_TOKEN = 64  # on average over a text
+
 _QUERY_PROMPTS, _DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")  # names, in order of preference
 
 _FINGERPRINT_TEXT = "The Café's 3 RED dogs; naïve, ПРИВЕТ 你好 🙂"
@@ -96,7 +98,9 @@ class SentenceEncoder:
         """
         counts = Counter(texts)
         distinct = list(counts)
-        lengths = self._counter.count([self.identity.prompt + _encodable(text) for text in distinct])
+        lengths = self._counter.count(
+            [self.identity.prompt + _encodable(_readable(self._model, text)) for text in distinct]
+        )
         limit = self.identity.max_length
         if limit is not None:
             self.truncated += sum(counts[t] for t, length in zip(distinct, lengths, strict=True) if length > limit)
@@ -192,7 +196,8 @@ def _load(folder: Path, *, name: str, device: str, dtype: torch.dtype) -> Senten
 
 def _features(model: SentenceTransformer, texts: Sequence[str], *, prompt: str, task: str) -> dict[str, Tensor]:
     """Tokenize B texts; the result has only tensors, also for the prompt's length, which some models do not pool."""
-    features: dict[str, Any] = model.preprocess([_encodable(text) for text in texts], prompt=prompt or None, task=task)
+    encodable = [_encodable(_readable(model, text)) for text in texts]
+    features: dict[str, Any] = model.preprocess(encodable, prompt=prompt or None, task=task)
     if isinstance(features.get("prompt_length"), int):
         features["prompt_length"] = torch.full((len(texts),), features["prompt_length"])
     return {name: value for name, value in features.items() if isinstance(value, Tensor)}
@@ -201,6 +206,15 @@ def _features(model: SentenceTransformer, texts: Sequence[str], *, prompt: str, 
 def _embed(model: SentenceTransformer, features: dict[str, Tensor], *, task: str) -> Tensor:
     on_device = {name: value.to(model.device) for name, value in features.items()}
     return to_unit(model(on_device, task=task)["sentence_embedding"].float())
+
+
+def _readable(model: SentenceTransformer, text: str) -> str:
+    """Return the beginning of a text that the model's tokens can come from: a long text costs as much as a short one.
+
+    A text is cut where its tokens would have to be longer than those of any writing.
+    """
+    limit = max_length_of(model)
+    return text if limit is None else text[: limit * _MAX_CHARACTERS_PER_TOKEN]
 
 
 def _encodable(text: str) -> str:

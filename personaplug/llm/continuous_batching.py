@@ -29,12 +29,19 @@ class Slot:
     config: GenerationConfig  # without beams
     choices: Sequence[Ids] = ()  # the only responses allowed, if given; none is a prefix of another
     ngrams: UserNgramCache | None = None  # interpolated with the model if there are no choices
+    needs_scores: bool = False  # of the choices
+    scores: list[float] = field(default_factory=list)  # log-probability of each choice with its bias, if needed
     ids: list[int] = field(default_factory=list)  # the tokens so far, without an end-of-text token
     ended: str | None = None  # None = active, stop = complete, length = at max_new_tokens, failed = no token possible
 
     def __post_init__(self) -> None:
         self._generator = torch.Generator().manual_seed(self.config.seed)
         self.label_bias = None if self.soft is None else self.soft.label_bias  # (1, C), of each choice
+
+    def choose(self, index: int) -> None:
+        """End with a choice; an error if its score is no number, which ends this slot alone."""
+        is_finite = all(score == score for score in self.scores) and self.scores[index] > -torch.inf
+        self.ids, self.ended = (list(self.choices[index]), "stop") if is_finite else ([], "failed")
 
     def append_next(self, logits: Tensor, *, end_ids: Sequence[int]) -> None:
         """Choose the next token from (V,) logits on the CPU; an error ends this slot alone."""
@@ -89,10 +96,12 @@ class ContinuousBatch:
         for group in _group_similar(slots):
             group_states, logits = self._prefill(group)
             for slot, own_states, own_logits in zip(group, group_states, logits.float(), strict=True):
+                is_greedy = bool(slot.choices) and not slot.config.do_sample
+                if slot.needs_scores or (is_greedy and any(len(choice) > 1 for choice in slot.choices)):
+                    slot.scores = self._scores(slot, own_states, own_logits)
                 # Token-by-token decoding could miss the most likely choice.
-                if not slot.config.do_sample and any(len(choice) > 1 for choice in slot.choices):
-                    slot.ids = list(slot.choices[self._most_likely(slot, own_states, own_logits)])
-                    slot.ended = "stop"
+                if is_greedy and slot.scores:
+                    slot.choose(max(range(len(slot.scores)), key=slot.scores.__getitem__))
                 else:
                     slot.append_next(own_logits.cpu(), end_ids=self.llm.end_ids)
                 if slot.ended is None:
@@ -116,14 +125,15 @@ class ContinuousBatch:
             if slot.ended is None:
                 slot.append_next(own_logits, end_ids=self.llm.end_ids)
 
-    def _most_likely(self, slot: Slot, states: Tensor, first: Tensor) -> int:
-        """Return the index of the most likely choice behind a slot's prompt and its (V,) last logits."""
-        lengths = torch.tensor([states.shape[2]], device=self.llm.device)
-        rest = self.llm.cached_prefix.scores_after_first(states[:, None], lengths, slot.choices)[0]
-        scores = torch.log_softmax(first, dim=-1)[[choice[0] for choice in slot.choices]] + rest
+    def _scores(self, slot: Slot, states: Tensor, first: Tensor) -> list[float]:
+        """Return the log-probability of each choice behind a slot's prompt and its (V,) last logits, with its bias."""
+        scores = torch.log_softmax(first, dim=-1)[[choice[0] for choice in slot.choices]]
+        if any(len(choice) > 1 for choice in slot.choices):
+            lengths = torch.tensor([states.shape[2]], device=self.llm.device)
+            scores = scores + self.llm.cached_prefix.scores_after_first(states[:, None], lengths, slot.choices)[0]
         if slot.label_bias is not None:
             scores = scores + slot.label_bias[0].to(scores)
-        return int(scores.argmax())
+        return scores.float().tolist()
 
     def _active(self) -> tuple[list[Slot], list[Tensor]]:
         """Return the active slots, and the keys and values of each, (2 · layers, heads, n, head width)."""

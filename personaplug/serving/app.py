@@ -21,7 +21,7 @@ from personaplug.serving.api_keys import ApiKeys
 from personaplug.serving.error_responses import add_error_handlers
 from personaplug.serving.middleware import RequestLimits, guards
 from personaplug.serving.openai_protocol import ErrorReply
-from personaplug.serving.routes import admin, chat, history
+from personaplug.serving.routes import admin, chat, history, task
 from personaplug.serving.routes.dependencies import ServerParts
 from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
@@ -52,7 +52,7 @@ def create_app(service: Service, *, api_keys: ApiKeys | None = None, limits: Req
         responses=_ERRORS,
     )
     app.state.parts = parts
-    for router in (chat.router, history.router, admin.router):
+    for router in (chat.router, history.router, task.router, admin.router):
         app.include_router(router)
     add_error_handlers(app)
     return app

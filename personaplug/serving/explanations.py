@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.data.task_prompts import TaskQuery
 from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.errors import MissingData, RequestError
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import Drift, drift, item_weights, leave_one_out
-from personaplug.serving.service import Service, TaskQuery
+from personaplug.serving.service import Service
 from personaplug.store.reads import StoredItem
 
 
@@ -28,10 +29,14 @@ class Explainer:
 
         List `most` items, those with the largest effect or weight.
         """
-        query = self.service.parse(prompt)
+        labels = self.service.task.labels
+        answer = answer.strip() if answer is not None and answer.strip() in labels else answer
+        self.service.engine.check_length(len(prompt) + len(answer or ""))
+        query = await self.service.parse(prompt)
         if not self.service.is_personal(query):
             message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
             raise RequestError(message, code="not_the_task")
+        await self.service.engine.check_texts(prompt, answer or "", choices=labels if answer in labels else ())
         items, history = await self.service.run_store(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         weights = await self.service.run_slow(self._weights, query, history)
         explanation: dict[str, Any] = {"items_used": len(history), "own_share": float(weights.sum())}
@@ -79,7 +84,6 @@ class Explainer:
     ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
         """log p of an answer with the persona, the population's and none, and what it loses without each item."""
         labels, engine = self.service.task.labels, self.service.engine
-        answer = answer.strip() if answer.strip() in labels else answer
         measure = partial(engine.log_likelihoods, prompt, answer, choices=labels if answer in labels else ())
         (plain,) = await measure(softs=[None])  # first, because an engine may refuse
         histories = [history, history.select(slice(0)), *leave_one_out(history)]

@@ -1,6 +1,6 @@
 """OpenAI's wire format: validated requests, replies and stream events.
 
-Fields that are not declared here stay in `model_extra` and reach the engine unchanged.
+Fields that are not declared here stay in `model_extra`; each engine has a list of those that it acts on.
 """
 
 from __future__ import annotations
@@ -9,22 +9,44 @@ import json
 import math
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from urllib.parse import unquote
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from personaplug.config import MAX_PERSONA_SCALE
+from personaplug.data.ids import as_id
 from personaplug.errors import RequestError
 
 T = TypeVar("T")
 Kind = Literal["chat", "completion"]
 
+USER_HEADER = "X-Personaplug-User"
+
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
 
+HARMLESS = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+)
+"""Fields that change no answer: they are accepted, and no engine gets them."""
+
 _MAX_DEPTH = 100  # levels of nested lists and objects
+_MAX_MESSAGES = 2048
+_MAX_FIELDS = 128  # that are not declared here
 _SURROGATE = re.compile("[\ud800-\udfff]")  # Python joins whole pairs, so these are halves
 
 
@@ -55,8 +77,7 @@ def check_json(value: T) -> T:
 
 def check_name(text: str) -> str:
     """Return a name that fits databases, headers and paths. To delete an item `..` would erase its user."""
-    if any(character < " " for character in text):
-        raise ValueError("an id may hold no control characters")
+    as_id(text, "an id")
     if "/" in text or text in (".", ".."):
         raise ValueError("an id is part of paths: it may hold no slash and be neither . nor ..")
     return text
@@ -76,6 +97,7 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 Name = Annotated[Text, AfterValidator(check_name), Field(min_length=1, max_length=255)]
 """An id of a user, an item or a request."""
 
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 _JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]
 _OnePrompt = str | Annotated[list[str], Field(min_length=1, max_length=1)]
 
@@ -92,6 +114,11 @@ class PersonaOptions(BaseModel):
         description="How far to go from what is common to all users to the user's own; 0 = plain model.",
     )
     free: bool = Field(default=False, description="Write freely even if the task has a closed set of answers.")
+    user: Name | None = Field(default=None, description="Whose persona to use, as `user`.")
+    probabilities: bool = Field(
+        default=False,
+        description="Say how probable each label of a closed set is; of ratings also the median and the mean.",
+    )
 
 
 class _OpenModel(BaseModel):
@@ -99,6 +126,8 @@ class _OpenModel(BaseModel):
 
     @model_validator(mode="after")
     def _check_extra(self) -> Self:
+        if len(self.model_extra or {}) > _MAX_FIELDS:
+            raise RequestError(f"An object has at most {_MAX_FIELDS} fields.", code="invalid_value")
         check_json(self.model_extra)
         return self
 
@@ -116,31 +145,71 @@ class Message(_OpenModel):
         return "\n".join(text for text in texts if isinstance(text, str))
 
 
-class _GenerationRequest(_OpenModel):
+class _GenerationRequest(_OpenModel, ABC):
     kind: ClassVar[Kind]
 
     model: Annotated[Text, Field(min_length=1, max_length=255)] | None = Field(
         None, description="One of /v1/models; the only one may be left out."
     )
     user: Name | None = Field(None, description="Whose persona to use.")
+    safety_identifier: Name | None = Field(None, description="Whose persona to use, as `user`.")
+    metadata: _JsonObject | None = Field(None, description="Its `user_id` names the user, as `user`.")
     stream: bool | None = False
     personaplug: PersonaOptions = Field(default_factory=PersonaOptions)
 
+    @property
+    @abstractmethod
+    def prompt_text(self) -> str:
+        """The text that the task's wording is looked for in."""
+
+    @property
+    @abstractmethod
+    def characters(self) -> int:
+        """Length of all texts that the model reads."""
+
+    @property
+    def can_be_task(self) -> bool:
+        """True if the request ends with `prompt_text`, so that the answer is one to it."""
+        return True
+
     def to_openai(self) -> dict[str, Any]:
-        """The fields that the caller gave, without `personaplug`."""
-        return self.model_dump(exclude_unset=True, exclude={"personaplug"})
+        """The fields that the caller gave, without those that change no answer and without `personaplug`."""
+        return self.model_dump(exclude_unset=True, exclude={"personaplug", *HARMLESS})
+
+    def named_user(self, header: str | None) -> str | None:
+        """Whose persona to use: the one user that the header and the body name; RequestError if they name two."""
+        names = {
+            USER_HEADER: None if header is None else _check_user(_decode_header(header), USER_HEADER),
+            "personaplug.user": self.personaplug.user,
+            "user": self.user,
+            "safety_identifier": self.safety_identifier,
+            "metadata.user_id": _user_of_metadata(self.metadata),
+        }
+        given = {source: name for source, name in names.items() if name is not None}
+        if len(set(given.values())) > 1:
+            sources = " and ".join(given)
+            raise RequestError(f"The request names different users in {sources}; name one.", code="user")
+        return next(iter(given.values()), None)
 
 
 class ChatRequest(_GenerationRequest):
     kind = "chat"
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=_MAX_MESSAGES)
 
     @property
     def prompt_text(self) -> str:
         """The text of the user's last turn."""
         turns = [message for message in self.messages if message.role == "user"]
         return (turns or self.messages)[-1].text
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message.text) for message in self.messages)
+
+    @property
+    def can_be_task(self) -> bool:
+        return self.messages[-1].role == "user"
 
 
 class CompletionRequest(_GenerationRequest):
@@ -151,6 +220,32 @@ class CompletionRequest(_GenerationRequest):
     @property
     def prompt_text(self) -> str:
         return self.prompt
+
+    @property
+    def characters(self) -> int:
+        return len(self.prompt)
+
+
+def _decode_header(value: str) -> str:
+    """Return a header's text: UTF-8, percent-encoded as in paths or not."""
+    try:
+        return unquote(value.encode("latin-1").decode("utf-8"), errors="strict")
+    except UnicodeError:
+        raise RequestError(f"{USER_HEADER} is not UTF-8.", http_status=422, code="invalid_value") from None
+
+
+def _user_of_metadata(metadata: Mapping[str, Any] | None) -> str | None:
+    user = (metadata or {}).get("user_id")
+    is_number = isinstance(user, int) and not isinstance(user, bool)
+    return None if user is None else _check_user(str(user) if is_number else user, "metadata.user_id")
+
+
+def _check_user(value: object, source: str) -> str:
+    try:
+        return _NAME.validate_python(value)
+    except ValidationError as error:
+        message = f"{source}: {error.errors()[0]['msg']}"
+        raise RequestError(message, http_status=422, code="invalid_value") from None
 
 
 class ErrorBody(BaseModel):
@@ -184,6 +279,40 @@ def event(body: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(body) + b"\n\n"
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """The log-probability of an answer from a closed set, as one token, and those of the `top` likeliest labels."""
+
+    answer: str
+    labels: Mapping[str, float]
+    top: int
+
+    def to_chat(self) -> dict[str, Any]:
+        top = [_token_logprob(label, value) for label, value in self._likeliest()]
+        token = _token_logprob(self.answer, self.labels[self.answer]) | {"top_logprobs": top}
+        return {"content": [token], "refusal": None}
+
+    def to_completion(self) -> dict[str, Any]:
+        return {
+            "tokens": [self.answer],
+            "token_logprobs": [_finite(self.labels[self.answer])],
+            "top_logprobs": [{label: _finite(value) for label, value in self._likeliest()}],
+            "text_offset": [0],
+        }
+
+    def _likeliest(self) -> list[tuple[str, float]]:
+        return sorted(self.labels.items(), key=lambda entry: -entry[1])[: self.top]
+
+
+def _token_logprob(label: str, value: float) -> dict[str, Any]:
+    return {"token": label, "logprob": _finite(value), "bytes": list(label.encode())}
+
+
+def _finite(logprob: float) -> float:
+    """OpenAI's number for what is all but impossible, in place of −inf, which JSON does not have."""
+    return max(logprob, -9999.0)
+
+
 class ReplyFormatter:
     """Formats the reply to one request, whole or as chunks of a stream."""
 
@@ -192,15 +321,22 @@ class ReplyFormatter:
         prefix = "chatcmpl" if self.is_chat else "cmpl"
         self._base = {"id": f"{prefix}-{request_id}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, *, reason: str, usage: dict[str, int]) -> dict[str, Any]:
+    def whole(
+        self, text: str, *, reason: str, usage: dict[str, int], logprobs: Logprobs | None = None
+    ) -> dict[str, Any]:
         content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
-        return self._body(content, "chat.completion", reason) | {"usage": usage}
+        return self._body(content, "chat.completion", reason, logprobs) | {"usage": usage}
 
-    def chunk(self, delta: dict[str, str], *, reason: str | None = None) -> dict[str, Any]:
+    def chunk(
+        self, delta: dict[str, str], *, reason: str | None = None, logprobs: Logprobs | None = None
+    ) -> dict[str, Any]:
         """A piece with what is new: `content` and, in a chat's first chunk, `role`; nothing in the last chunk."""
         content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
-        return self._body(content, "chat.completion.chunk", reason)
+        return self._body(content, "chat.completion.chunk", reason, logprobs)
 
-    def _body(self, content: dict[str, Any], chat_object: str, reason: str | None) -> dict[str, Any]:
-        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
+    def _body(
+        self, content: dict[str, Any], chat_object: str, reason: str | None, logprobs: Logprobs | None
+    ) -> dict[str, Any]:
+        given = None if logprobs is None else logprobs.to_chat() if self.is_chat else logprobs.to_completion()
+        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": given}
         return {**self._base, "object": chat_object if self.is_chat else "text_completion", "choices": [choice]}

@@ -37,7 +37,10 @@ class RecentRequests:
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
 
     def add(self, ticket: Ticket, *, request_id: str, query: str) -> None:
-        """Keep a query, unless it is too large or its user was forgotten after the request came."""
+        """Keep a query, unless it is too large or its user was forgotten after the request came.
+
+        An empty query stands for a request outside the task, of which no item can be made.
+        """
         tenant, user, entry = ticket.tenant, ticket.user, (query, ticket)
         is_erased = self._erased.get((tenant, user), -1.0) >= ticket.taken_at
         if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from personaplug.data.parsing import Flaw, item_of, options_of, query_of
-from personaplug.data.records import HistoryItem, Options
 from personaplug.data.task import Task
+from personaplug.data.task_prompts import TaskPrompts, TaskQuery
+from personaplug.data.wording import Wording
 from personaplug.errors import RequestError, UserErased
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
-from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, check_name
+from personaplug.serving.feedback import feedback_item, items_of_records
+from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, CompletionRequest
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests, unknown_request
 from personaplug.store.history_store import AddResult, StoredItem, Ticket
 from personaplug.store.maintenance import Maintenance
 from personaplug.store.receipts import Receipt
 
+logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -33,37 +36,48 @@ class ServiceReply:
     reply: EngineReply
     persona: Persona
     id: str
-
-
-@dataclass(frozen=True, repr=False)
-class TaskQuery:
-    """A prompt as the plug's task parses it."""
-
-    text: str  # what the encoder reads
-    options: Options | None  # what the prompt offers to choose from
-    is_on_task: bool  # whether the prompt has the task's wording
+    reason: str = ""  # why the persona is not the user's own
 
 
 class Service:
     """Answers users of tenants and keeps their histories.
 
-    `apply_off_task` uses personas also for prompts without the wording of the plug's task, as in no training.
+    Args:
+        wordings: of the task's prompts; without any, a prompt that holds the task's marker has its wording.
+        apply_off_task: use personas also for prompts without the wording of the plug's task, as in no training.
     """
 
-    def __init__(self, personas: PersonaCache, engine: Engine, *, task: Task, apply_off_task: bool = False) -> None:
+    def __init__(
+        self,
+        personas: PersonaCache,
+        engine: Engine,
+        *,
+        task: Task,
+        wordings: Sequence[Wording] = (),
+        apply_off_task: bool = False,
+    ) -> None:
         self.personas, self.store, self.engine = personas, personas.store, engine
-        self.task, self.apply_off_task = task, apply_off_task
+        self.task, self.prompts, self.apply_off_task = task, TaskPrompts(task, wordings), apply_off_task
+        self._has_named_nobody = False
         self.recent_requests = RecentRequests()
         # Encoding, erasing and explaining take long: replies must not wait for them.
         self._slow_pool = ThreadPoolExecutor(2, thread_name_prefix="personaplug-slow")
         self._store_pool = ThreadPoolExecutor(16, thread_name_prefix="personaplug-store")
         self._maintenance = Maintenance(self.store)
 
-    async def respond(self, request: ChatRequest | CompletionRequest, *, tenant: str) -> ServiceReply:
-        """Answer a request with its user's persona."""
+    async def respond(
+        self, request: ChatRequest | CompletionRequest, *, tenant: str, user_header: str | None = None
+    ) -> ServiceReply:
+        """Answer a request with its user's persona. `user_header` names the user as the request's fields do."""
         self.check_model(request.model)
-        ticket = await self.admit(tenant, request.user) if request.user is not None else None
-        query, options = self.parse(request.prompt_text), request.personaplug
+        user, options = request.named_user(user_header), request.personaplug
+        if user is None:
+            self._log_nobody()
+        self.engine.check_length(request.characters)  # before a pattern, a tokenizer or an encoder reads it
+        ticket = await self.admit(tenant, user) if user is not None else None
+        query = await self.parse(request.prompt_text, can_be_task=request.can_be_task)
+        choices = self.task.labels if query.is_on_task and not options.free else ()
+        prepared = await self.engine.prepare(request, choices=choices)
         make_persona = partial(
             self.personas.persona,
             ticket,
@@ -73,13 +87,14 @@ class Service:
         )
         # Without a user, the store is not asked: threads that wait for it must not keep such requests waiting.
         persona = await (self.run_store(make_persona) if ticket else asyncio.to_thread(make_persona))
-        choices = self.task.labels if query.is_on_task and not options.free else ()
         request_id = secrets.token_hex(12)
-        reply = await self.engine.respond(EngineRequest(request, persona.soft, choices, request_id, persona.phrases))
+        reply = await self.engine.respond(
+            EngineRequest(request, persona.soft, choices, request_id, persona.phrases, tenant, prepared)
+        )
         if ticket:
             await self._check_not_erased(ticket, reply)
-            self.recent_requests.add(ticket, request_id=request_id, query=query.text)
-        return ServiceReply(reply, persona, request_id)
+            self.recent_requests.add(ticket, request_id=request_id, query=query.item_text)
+        return ServiceReply(reply, persona, request_id, self._reason(persona, query, user=user))
 
     async def _check_not_erased(self, ticket: Ticket, reply: EngineReply) -> None:
         """Withhold a reply that was made with the persona of a user who has been erased meanwhile."""
@@ -93,22 +108,13 @@ class Service:
     async def add_records(self, tenant: str, user: str, *, records: Sequence[dict[str, Any]]) -> AddResult:
         """Add records with the task's fields to a user's history, all of them or none."""
         ticket = await self.admit(tenant, user)
-        items = [self._item(record, number) for number, record in enumerate(records, 1)]
+        items = items_of_records(self.task, records)
         return await self.run_slow(self.store.add, ticket, items)
 
-    async def add_feedback(self, tenant: str, user: str, *, request_id: str, answer: str) -> AddResult:
+    async def add_feedback(self, tenant: str, user: str, *, request_id: str, answer: object) -> AddResult:
         """Add an earlier request, with the answer that its user kept, to the user's history."""
         query, ticket = self.recent_requests.find(tenant, user, request_id=request_id)
-        task = self.task
-        if task.labels and (answer := answer.strip()) not in task.labels:
-            raise RequestError(f"The answer is none of the {len(task.labels)} that {task.name} has.", code="answer")
-        if task.answer_field is None:
-            fields = dict.fromkeys(task.field_names[:1], answer)  # an item is what the user wrote
-        else:
-            query_fields = [name for name in task.item_fields if name != task.answer_field]
-            fields = dict.fromkeys(query_fields[:1], query) | {task.answer_field: answer}
-        ordered = tuple((name, fields.get(name, "")) for name in task.field_names)
-        item = HistoryItem(request_id, ordered, task.answer_field)
+        item = feedback_item(self.task, request_id, query=query, answer=answer)
         try:
             return await self.run_slow(self.store.add, ticket, [item])
         except UserErased:  # by another process, which has no access to what is kept here
@@ -135,12 +141,11 @@ class Service:
         day = item.date.isoformat() if item.date else None
         return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), **fields}
 
-    def parse(self, prompt: str) -> TaskQuery:
-        """Parse a prompt as the task does; a prompt without the task's wording is the query as a whole."""
-        try:
-            return TaskQuery(query_of(self.task, prompt), options_of(self.task, prompt), is_on_task=True)
-        except Flaw:
+    async def parse(self, prompt: str, *, can_be_task: bool = True) -> TaskQuery:
+        """Parse a prompt as the task does; a task's pattern may take long, so not in the event loop."""
+        if not can_be_task:
             return TaskQuery(prompt, None, is_on_task=False)
+        return await asyncio.to_thread(self.prompts.parse, prompt)
 
     def is_personal(self, query: TaskQuery) -> bool:
         return query.is_on_task or self.apply_off_task
@@ -168,12 +173,23 @@ class Service:
         self._maintenance.stop()
         self.store.close()
 
-    def _item(self, record: dict[str, Any], number: int) -> HistoryItem:
-        try:
-            _, item = item_of(self.task, record)
-            check_name(item.id)
-        except ValueError as flaw:
-            names = ", ".join(self.task.field_names)
-            expected = f"An item has an id, {names} and, if it is known, a date."
-            raise RequestError(f"item {number}: {flaw}. {expected}", code="item") from None
-        return item
+    def _log_nobody(self) -> None:
+        if not self._has_named_nobody:
+            self._has_named_nobody = True
+            logger.warning(
+                "A request names no user, so it gets what is common to all users (this is said once). A user is named "
+                "by `user` or, if a proxy drops that field, by the header %s.",
+                USER_HEADER,
+            )
+
+    def _reason(self, persona: Persona, query: TaskQuery, *, user: str | None) -> str:
+        """Say in a word why a reply has not its user's own persona; empty = it has."""
+        if persona.applied == "user":
+            return ""
+        if not self.is_personal(query):
+            return "off-task"
+        if persona.persona_scale == 0:
+            return "persona-scale"
+        if user is None:
+            return "no-user"
+        return "few-items" if persona.items else "no-history"

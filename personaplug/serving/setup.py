@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from personaplug.encoders import Encoder, open_encoder
@@ -17,6 +18,8 @@ from personaplug.serving.engines.base import LoadPlug
 from personaplug.serving.persona_cache import PersonaCache, store_settings
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore
+
+logger = logging.getLogger(__name__)
 
 
 def open_service(run: Run, config: ServingConfig) -> Service:
@@ -36,7 +39,17 @@ def open_service(run: Run, config: ServingConfig) -> Service:
         fallback=config.fallback,
         build_phrases=engine.build_phrases if config.phrases else None,
     )
-    return Service(personas, engine, task=run.task, apply_off_task=config.apply_off_task)
+    service = Service(personas, engine, task=run.task, wordings=run.wordings, apply_off_task=config.apply_off_task)
+    _log_task(service)
+    return service
+
+
+def _log_task(service: Service) -> None:
+    about = service.prompts.describe()
+    wordings = " or ".join(map(repr, about["wordings"]))
+    logger.info("task %s: prompts are personal in the wording %s", about["name"], wordings)
+    if not any(wording.opening or wording.lead for wording in service.prompts.wordings):
+        logger.warning("the training prompts have no wording in common: the task's marker or pattern alone decides")
 
 
 def open_parts(run: Run, *, seed: int | None) -> tuple[Encoder, LoadPlug]:

@@ -445,3 +445,20 @@ def test_hash_query_encoder_state_is_one_matrix() -> None:
 def test_hash_encoder_pickled_is_equal() -> None:
     encoder = pickle.loads(pickle.dumps(HashEncoder(16)))
     np.testing.assert_array_equal(encoder.encode(["a"]), HashEncoder(16).encode(["a"]))
+
+
+def test_long_text_is_cut_before_it_is_tokenized(minilm: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    query_encoder: Any = minilm.query_encoder()
+    preprocess, read = query_encoder.model.preprocess, list[int]()
+
+    def counted(texts: Any, **options: Any) -> Any:
+        read.extend(map(len, texts))
+        return preprocess(texts, **options)
+
+    monkeypatch.setattr(query_encoder.model, "preprocess", counted)
+    long = "a slow film about whales " * 150_000
+    np.testing.assert_allclose(query_encoder.encode([long]), query_encoder.encode([long[:9000]]), atol=1e-6)
+    assert max(read) < 20_000
+    before = minilm.truncated
+    np.testing.assert_allclose(minilm.encode([long]), minilm.encode([long[:9000]]), atol=1e-6)
+    assert minilm.truncated == before + 2

@@ -595,7 +595,13 @@ def test_known_users_are_counted(rating: Stage, tmp_path: Path) -> None:
         models=rating.models,
     )
     assert any(note.startswith("8 of the 8 users have samples in the training split too") for note in results["notes"])
-    assert "user" not in (rating.run.folder / "data.json").read_text().replace('"users"', "")
+    about = json.loads((rating.run.folder / "data.json").read_text())
+    assert all(len(user) == 16 and set(user) <= set("0123456789abcdef") for user in about["users"])  # no ids
+    (wording,) = rating.run.wordings
+    assert wording.is_fixed
+    assert all(
+        sample.prompt.startswith(wording.opening) for sample in open_dataset(tmp_path, "dev", task=rating.run.task)
+    )
 
 
 def test_random_vectors_carry_no_answers_either(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ ROUTES = [
     ("POST", "/v1/completions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
+    ("GET", "/v1/task"),
     ("POST", "/v1/users/{user}/history"),
     ("GET", "/v1/users/{user}/history"),
     ("DELETE", "/v1/users/{user}/history/{item}"),
@@ -92,6 +93,7 @@ turns = st.lists(
     max_size=4,
 )
 NAMES = ["messages", "prompt", "user", "stream", "model", "max_tokens", "temperature", "top_p", "seed", "stop", "n"]
+NAMES += ["metadata", "safety_identifier", "logprobs", "top_logprobs", "tool_choice", "max_completion_tokens", "tools"]
 NAMES += ["personaplug", "stream_options", "response_format", "items", "request_id", "answer", "id", "text", "score"]
 fields = st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, anything))
 

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from personaplug.errors import RequestError
-from personaplug.serving.engines.sampling import UNSUPPORTED, Sampling
-from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, check_json
+from personaplug.serving.engines.sampling import NEUTRAL, Sampling
+from personaplug.serving.openai_protocol import HARMLESS, ChatRequest, CompletionRequest, Kind, check_json
 
 TURN = {"role": "user", "content": "hello"}
 
@@ -26,8 +26,9 @@ def _nested(depth: int) -> Any:
 
 
 def test_to_openai_gives_the_fields_of_the_caller_without_those_of_personaplug() -> None:
-    fields = {"messages": [TURN | {"name": "ann"}], "top_k": 7, "user": "ann", "stream": None}
-    assert ChatRequest.model_validate(fields | {"personaplug": {"free": True}}).to_openai() == fields
+    fields = {"messages": [TURN | {"name": "ann"}], "top_k": 7, "stream": None}
+    left_out = {"personaplug": {"free": True}, "user": "ann", "metadata": {"x": 1}, "store": True}
+    assert ChatRequest.model_validate(fields | left_out).to_openai() == fields
 
 
 @pytest.mark.parametrize("prompt", ["a", ["a"]])
@@ -72,15 +73,116 @@ def test_nesting_is_bounded() -> None:
 
 
 def test_sampling_is_a_view_on_undeclared_fields() -> None:
-    sampling = Sampling.from_fields(_chat(max_tokens=3, temperature=0.5, stop=["", "x"], other=1).model_extra)
+    sampling = Sampling.from_fields(_chat(max_tokens=3, temperature=0.5, stop=["", "x"], store=True).model_extra)
     assert (sampling.max_tokens, sampling.temperature, sampling.stop_texts) == (3, 0.5, ("x",))
     assert Sampling.from_fields(None).max_tokens is None
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_field_is_refused_unless_it_changes_nothing(name: str) -> None:
-    for value in UNSUPPORTED[name]:
+@pytest.mark.parametrize("name", [*NEUTRAL, "guided_choice", "chat_template", "max_new_tokens", "prompt_embeds", "x"])
+def test_field_that_changes_an_answer_is_refused_by_name(name: str) -> None:
+    for value in (None, *NEUTRAL.get(name, ())):
         Sampling.from_fields({name: value})
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(RequestError, match=repr(name)) as refused:
         Sampling.from_fields({name: "something"})
-    assert refused.value.code == "unsupported"
+    assert (refused.value.http_status, refused.value.code) == (400, "unsupported")
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS))
+def test_field_that_changes_no_answer_is_accepted(name: str) -> None:
+    Sampling.from_fields({name: "something"})
+
+
+def test_name_of_a_refused_field_is_shown_only_if_short() -> None:
+    with pytest.raises(RequestError) as refused:
+        Sampling.from_fields({"a secret text " * 10: 1})
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "count"),
+    [
+        ("chat", {}, None),
+        ("chat", {"logprobs": False, "top_logprobs": 0}, None),
+        ("chat", {"logprobs": True}, 0),
+        ("chat", {"logprobs": True, "top_logprobs": 3}, 3),
+        ("completion", {"logprobs": False}, None),
+        ("completion", {"logprobs": 0}, 0),
+        ("completion", {"logprobs": 5}, 5),
+    ],
+)
+def test_logprobs_are_asked_for_in_each_routes_form(kind: Kind, fields: dict[str, Any], count: int | None) -> None:
+    assert Sampling.from_fields(fields, kind=kind).logprob_count(kind) == count
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("chat", {"logprobs": 3}),
+        ("chat", {"top_logprobs": 3}),
+        ("chat", {"logprobs": True, "top_logprobs": 21}),
+        ("completion", {"logprobs": True}),
+        ("completion", {"logprobs": -1}),
+        ("completion", {"logprobs": 21}),
+        ("completion", {"logprobs": 1, "top_logprobs": 3}),
+    ],
+)
+def test_logprobs_in_another_form_are_refused(kind: Kind, fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as refused:
+        Sampling.from_fields(fields, kind=kind)
+    assert refused.value.code == "invalid_value"
+
+
+NAMED: dict[str, dict[str, Any]] = {
+    "personaplug.user": {"personaplug": {"user": "ann"}},
+    "user": {"user": "ann"},
+    "safety_identifier": {"safety_identifier": "ann"},
+    "metadata.user_id": {"metadata": {"user_id": "ann", "trace": 3}},
+}
+
+
+@pytest.mark.parametrize("source", NAMED)
+def test_user_is_named_in_any_documented_place(source: str) -> None:
+    request = _chat(**NAMED[source])
+    assert request.named_user(None) == "ann"
+    assert request.named_user("ann") == "ann"
+    with pytest.raises(RequestError, match=f"X-Personaplug-User and {source}") as refused:
+        request.named_user("bob")
+    assert (refused.value.http_status, refused.value.code) == (400, "user")
+    assert "ann" not in str(refused.value)
+
+
+def test_two_places_that_name_different_users_are_refused() -> None:
+    both = NAMED["user"] | {"metadata": {"user_id": "bob"}}
+    with pytest.raises(RequestError, match=r"user and metadata\.user_id"):
+        _chat(**both).named_user(None)
+    assert _chat(**NAMED["user"] | NAMED["metadata.user_id"]).named_user(None) == "ann"
+
+
+@pytest.mark.parametrize(
+    ("header", "user"),
+    [
+        ("ann", "ann"),
+        ("ann@example.org", "ann@example.org"),
+        ("J%C3%BCrgen", "J\N{LATIN SMALL LETTER U WITH DIAERESIS}rgen"),
+        ("J\N{LATIN SMALL LETTER U WITH DIAERESIS}rgen".encode().decode("latin-1"), "J\xfcrgen"),
+        ("user 1", "user 1"),
+        ("100%25", "100%"),
+    ],
+)
+def test_header_is_read_as_utf8_and_percent_encoding(header: str, user: str) -> None:
+    assert _chat().named_user(header) == user
+
+
+@pytest.mark.parametrize("header", ["", "J\xfcrgen", "J%FCrgen", "a%2Fb", "..", "a%00b", "x" * 300])
+def test_header_that_is_no_id_is_refused(header: str) -> None:
+    with pytest.raises(RequestError, match="X-Personaplug-User") as refused:
+        _chat().named_user(header)
+    assert refused.value.http_status == 422
+
+
+@pytest.mark.parametrize("user", ["", [], True, {"a": 1}, 1.5, "a/b"])
+def test_user_of_metadata_that_is_no_id_is_refused(user: Any) -> None:
+    with pytest.raises(RequestError, match=r"metadata\.user_id"):
+        _chat(metadata={"user_id": user}).named_user(None)
+    assert _chat(metadata={"user_id": 17}).named_user(None) == "17"
+    assert _chat(metadata={"user_id": None}).named_user(None) is None

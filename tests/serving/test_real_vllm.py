@@ -211,6 +211,47 @@ def _hits(address: str) -> tuple[float, float]:
     return queried, hit
 
 
+BLIND_CACHE = """
+import importlib.abc, importlib.util, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "vllm.v1.core.kv_cache_utils":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def patched(module):
+            execute(module)
+            module._gen_prompt_embeds_extra_hash_keys = lambda *given, **named: []
+
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_users_get_their_own_answers_from_a_warm_cache(folder: Path, address: str, tmp_path: Path) -> None:
+    engine = _service(folder, address, tmp_path).engine
+    assert isinstance(engine, VLLMEngine)
+    asyncio.run(engine.start())
+    assert not engine.salts_personas
+
+
+def test_cache_that_leaves_embeds_out_of_its_keys_gets_a_salt_for_each_persona(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLIND_CACHE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with vllm(folder, "--enable-prompt-embeds") as (address, _):
+        engine = _service(folder, address, tmp_path).engine
+        assert isinstance(engine, VLLMEngine)
+        asyncio.run(engine.start())
+    assert engine.salts_personas
+
+
 def test_start_refuses_vllm_without_the_flag(folder: Path, tmp_path: Path) -> None:
     with vllm(folder) as (url, _):
         service = _service(folder, url, tmp_path)

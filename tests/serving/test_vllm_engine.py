@@ -32,6 +32,7 @@ from personaplug.serving.engines.vllm_requests import EmbeddingTable, encode_emb
 from personaplug.serving.openai_protocol import Kind
 
 SOFT = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
+START_REQUESTS = 11  # with a body: the width's, a text's and its embeddings', eight of two users
 ASKED = {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}], "top_k": 7}
 
 
@@ -109,9 +110,14 @@ def test_chat_with_prefix_sends_soft_tokens_before_the_last_users_text(
     assert "continue_final_message" not in stand_in.bodies[-1]
 
 
-def test_request_without_a_persona_is_sent_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
-    _ask(_engine(address, table), engine_request("chat", ASKED, None))
-    assert stand_in.bodies[-1] == {**ASKED, "model": "small"}
+def test_request_without_a_persona_is_sent_with_its_fields_alone(
+    stand_in: StandIn, address: str, table: EmbeddingTable
+) -> None:
+    harmless = {"user": "ann", "metadata": {"user_id": "ann"}, "store": True, "n": None}
+    _ask(_engine(address, table), engine_request("chat", ASKED | harmless, None))
+    sent = stand_in.bodies[-1]
+    assert sent.pop("cache_salt")
+    assert sent == {**ASKED, "model": "small"}
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])
@@ -181,7 +187,7 @@ def test_prompt_that_is_too_long_is_refused_before_it_is_embedded(
 ) -> None:
     table = EmbeddingTable(toy.embed.weight.detach(), _framing_tokenizer())
     watch = _watched(table)
-    many, more = "a" * (MAX_MODEL_LEN * 16 + 1), "b" * MAX_MODEL_LEN
+    many, more = "a" * (MAX_MODEL_LEN * table.longest_token + 1), "b" * MAX_MODEL_LEN
     for prompt in (many, more):
         request = engine_request("completion", {"prompt": prompt}, _soft())
         assert _not_sent(stand_in, _engine(address, table), request).code == "context_length_exceeded"
@@ -248,7 +254,7 @@ def _not_sent(stand_in: StandIn, engine: VLLMEngine, request: EngineRequest) -> 
     before = len(stand_in.bodies)
     with pytest.raises(RequestError) as refused:
         _ask(engine, request)
-    assert len(stand_in.bodies) == before + 3  # those of the start
+    assert len(stand_in.bodies) == before + START_REQUESTS
     return refused.value
 
 
@@ -297,7 +303,7 @@ def test_persona_with_nan_is_not_sent(stand_in: StandIn, address: str, table: Em
     spoiled[0, 1, 2] = float("nan")
     with pytest.raises(EngineFailure, match="no numbers"):
         _ask(_engine(address, table), engine_request("chat", ASKED, SoftPrompt(spoiled, placement="suffix")))
-    assert len(stand_in.bodies) == 3
+    assert len(stand_in.bodies) == START_REQUESTS
 
 
 def test_continued_answer_with_a_persona_is_refused(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
@@ -306,18 +312,17 @@ def test_continued_answer_with_a_persona_is_refused(stand_in: StandIn, address: 
 
 
 def test_harmless_values_of_risky_fields_are_sent(stand_in: StandIn, address: str, table: EmbeddingTable) -> None:
-    harmless = {"echo": False, "prompt_logprobs": None, "note": "prompt_embeds, and a \\ and a \u2028"}
+    harmless = {"echo": False, "prompt_logprobs": None, "best_of": 1, "stop": "prompt_embeds, and a \\ and a \u2028"}
     _ask(_engine(address, table), *[engine_request("chat", {**ASKED, **harmless}, soft) for soft in (None, _soft())])
-    assert [body["note"] for body in stand_in.bodies[-2:]] == [harmless["note"]] * 2
+    assert [body["stop"] for body in stand_in.bodies[-2:]] == [harmless["stop"]] * 2
+    assert "echo" not in stand_in.bodies[-1]
     assert stand_in.headers[-1]["content-type"] == "application/json"
 
 
-@pytest.mark.parametrize("odd", [5, None, "a", [5], [{"content": 5}], [{"content": [5]}]])
-def test_messages_of_a_completion_are_sent_unchanged(
-    stand_in: StandIn, address: str, table: EmbeddingTable, odd: Any
-) -> None:
-    _ask(_engine(address, table), engine_request("completion", {"prompt": "a", "messages": odd}, _soft()))
-    assert stand_in.bodies[-1]["messages"] == odd
+@pytest.mark.parametrize("odd", [5, "a", [5], [{"content": 5}], [{"content": [5]}]])
+def test_value_of_a_field_is_sent_unchanged(stand_in: StandIn, address: str, table: EmbeddingTable, odd: Any) -> None:
+    _ask(_engine(address, table), engine_request("completion", {"prompt": "a", "documents": odd}, _soft()))
+    assert stand_in.bodies[-1]["documents"] == odd
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", {"deep": ["\udfff"]}])
@@ -623,7 +628,7 @@ def test_request_cut_off_by_a_stop_gets_503(
     with ThreadPoolExecutor(1) as pool:
         with running(create_app(service), patience_s=1) as url:
             pending = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=20)
-            while not stand_in.bodies or "messages" not in stand_in.bodies[-1]:
+            while not any("structured_outputs" in body for body in stand_in.bodies):
                 time.sleep(0.01)
         reply = pending.result()
     assert (reply.status_code, reply.json()["error"]["code"], reply.headers["retry-after"]) == (503, "stopping", "1")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from personaplug.config import ModelConfig
 from personaplug.errors import RequestError
@@ -14,9 +15,6 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest
-
-MAX_CHARACTERS_PER_TOKEN = 16
-"""On average. A prompt with more characters is too long, which is seen before it is tokenized."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,6 +26,8 @@ class EngineRequest:
     choices: Sequence[str] = ()  # the closed set of answers; empty = free text
     id: str = ""
     phrases: UserNgramCache | None = None  # the user's own phrases, mixed into free text
+    tenant: str = ""
+    prepared: object = None  # what `Engine.prepare` returned
 
 
 class EventStream(AsyncIterator[bytes]):
@@ -53,6 +53,7 @@ class EngineReply:
 
     body: bytes | EventStream
     status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine(ABC):
@@ -71,6 +72,20 @@ class Engine(ABC):
 
     async def is_ready(self) -> bool:
         return True
+
+    def check_length(self, characters: int) -> None:  # noqa: B027  # optional
+        """Refuse a text of so many characters if it has too many tokens whatever they are."""
+
+    async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> object:
+        """Check a request before its persona is made, and return what is known of it then.
+
+        RequestError if the engine does not support it or its prompt is too long.
+        """
+        return None
+
+    async def check_texts(self, prompt: str, answer: str = "", *, choices: Sequence[str] = ()) -> None:
+        """Check the texts of an explanation, before a persona is made; RequestError if they are too long."""
+        self.check_length(len(prompt) + len(answer))
 
     @abstractmethod
     async def respond(self, request: EngineRequest) -> EngineReply:
@@ -99,3 +114,16 @@ LoadPlug = Callable[[LLMIdentity | None], PersonaPlug]
 
 EngineOpener = Callable[[ModelConfig, ServingConfig, LoadPlug], tuple[Engine, PersonaPlug]]
 """Opens an engine, and loads the plug with the device and the number format that the engine needs."""
+
+
+def longest_token(tokenizer: Any) -> int:
+    """Characters of a tokenizer's longest token, so a text has at least its length divided by this many tokens."""
+    return max(map(len, tokenizer.get_vocab()), default=1)
+
+
+def too_long(max_tokens: int) -> RequestError:
+    return RequestError(
+        f"Prompt, persona and answer may have {max_tokens} tokens together in this model; these have more. Shorten "
+        f"the prompt.",
+        code="context_length_exceeded",
+    )

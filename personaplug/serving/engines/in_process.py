@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,17 +22,18 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines.base import (
-    MAX_CHARACTERS_PER_TOKEN,
     Engine,
     EngineReply,
     EngineRequest,
     EventStream,
     LoadPlug,
+    longest_token,
+    too_long,
 )
-from personaplug.serving.engines.job import Job
+from personaplug.serving.engines.job import ClosedSet, Job
 from personaplug.serving.engines.sampling import Sampling
 from personaplug.serving.engines.scheduler import ModelScheduler
-from personaplug.serving.openai_protocol import CompletionRequest, Message, ReplyFormatter, to_json
+from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, Message, ReplyFormatter, to_json
 
 # Bounds of one pass that measures an answer under several soft prompts: rows, tokens of all answers (each takes a row
 # of logits), tokens of all prompts and answers.
@@ -41,7 +43,16 @@ _SCORE_TOKENS = 8192
 
 _MAX_HELD = 32_768  # tokens, padding included, that all running answers may come to hold; bounds the memory
 _MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
+_MESSAGE_FIELDS = ("name", "annotations", "reasoning_content")  # which no template shows, or which replies hold
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+@dataclass(frozen=True, repr=False)
+class Prepared:
+    """A request that has been checked."""
+
+    sampling: Sampling
+    prompt: TokenizedPrompt
 
 
 class InProcessEngine(Engine):
@@ -62,6 +73,7 @@ class InProcessEngine(Engine):
         self.llm, self.max_new_tokens = llm, max_new_tokens
         # Tokens of a prompt, its soft tokens and its answer.
         self.max_tokens = llm.max_cached_tokens or 2048
+        self._longest_token = longest_token(llm.prompt_tokenizer.tokenizer)
         self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(_MAX_HELD, self.max_tokens))
 
     @classmethod
@@ -84,29 +96,62 @@ class InProcessEngine(Engine):
     def build_phrases(self, answers: Sequence[str]) -> UserNgramCache:
         return self.llm.build_ngram_cache(answers)
 
+    def check_length(self, characters: int) -> None:
+        if characters > self.max_tokens * self._longest_token:
+            raise too_long(self.max_tokens)
+
+    async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> Prepared:
+        sampling = Sampling.from_fields(body.model_extra, kind=body.kind)
+        if not choices and (sampling.logprob_count(body.kind) is not None or body.personaplug.probabilities):
+            message = "Probabilities are those of labels; this prompt is answered in free text. GET /v1/task says which"
+            raise RequestError(f"{message} prompts have labels.", code="unsupported")
+        turns = None if isinstance(body, CompletionRequest) else [_turn(message) for message in body.messages]
+        self.check_length(body.characters)
+        prompt = await asyncio.to_thread(self._tokenize, body, turns)
+        if len(prompt.ids) >= self.max_tokens:
+            raise too_long(self.max_tokens)
+        return Prepared(sampling, prompt)
+
     async def respond(self, request: EngineRequest) -> EngineReply:
-        sampling = Sampling.from_fields(request.body.model_extra)
-        row = await asyncio.to_thread(self._row, request, sampling)
-        job = Job(row, decode=self.llm.prompt_tokenizer.decode_raw, stop_texts=sampling.stop_texts)
-        formatter = ReplyFormatter(request.body.kind, model=self.models[0], request_id=request.id)
+        prepared = request.prepared
+        if not isinstance(prepared, Prepared):
+            prepared = await self.prepare(request.body, choices=request.choices)
+        sampling, body = prepared.sampling, request.body
+        closed_set, headers = None, {}
+        if request.choices:
+            top, with_distribution = sampling.logprob_count(body.kind), body.personaplug.probabilities
+            closed_set = ClosedSet(request.choices, top, with_distribution)
+        row = await asyncio.to_thread(self._row, request, prepared, closed_set)
+        if closed_set is None and (sampling.max_new_tokens or 0) > row.config.max_new_tokens:
+            headers["X-Personaplug-Max-Tokens"] = str(row.config.max_new_tokens)
+        decode, stop_texts = self.llm.prompt_tokenizer.decode_raw, sampling.stop_texts
+        job = Job(row, decode=decode, stop_texts=stop_texts, closed_set=closed_set)
+        formatter = ReplyFormatter(body.kind, model=self.models[0], request_id=request.id)
         self._scheduler.submit(job)
-        if request.body.stream:
-            include_usage = bool((sampling.stream_options or {}).get("include_usage"))
-            return EngineReply(EventStream(job.events(formatter, include_usage=include_usage), on_close=job.cancel))
+        if body.stream:
+            include_usage = bool(sampling.stream_options and sampling.stream_options.include_usage)
+            events = EventStream(job.events(formatter, include_usage=include_usage), on_close=job.cancel)
+            return EngineReply(events, headers=headers)
         try:
-            text = "".join([piece async for piece in job.text()])
+            return EngineReply(to_json(await job.whole(formatter)), headers=headers)
         finally:
             job.cancel()  # has no effect on a job that has ended
-        return EngineReply(to_json(formatter.whole(text, reason=job.finish_reason, usage=job.usage)))
+
+    async def check_texts(self, prompt: str, answer: str = "", *, choices: Sequence[str] = ()) -> None:
+        self.check_length(len(prompt) + len(answer))
+        try:
+            await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)
+        finally:
+            self.llm.prompt_tokenizer.clear_cache()
 
     async def log_likelihoods(
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
         """Measure in passes, between which other requests go on."""
-        self._check_characters(prompt + answer)
+        self.check_length(len(prompt) + len(answer))
         log_likelihoods: list[float] = []
         try:
-            rows = await self._scheduler.run(partial(self._rows_per_pass, prompt, answer, choices=choices))
+            rows = await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)
             for start in range(0, len(softs), rows):
                 part = softs[start : start + rows]
                 score = partial(self._score, prompt, answer, softs=part, choices=choices)
@@ -121,12 +166,12 @@ class InProcessEngine(Engine):
         prompt_tokens = tokenizer.encode_prompt(prompt)
         (answer_ids,) = tokenizer.encode_targets([answer], labels=choices)
         if prompt_tokens.truncated:
-            raise _too_long(tokenizer.max_tokens)
+            raise too_long(tokenizer.max_tokens)
         if len(answer_ids) > self.max_new_tokens:
             message = f"Answers of at most {self.max_new_tokens} tokens are explained; this one has {len(answer_ids)}."
             raise RequestError(message, code="max_tokens")
         total = len(prompt_tokens.ids) + len(answer_ids)
-        return max(1, min(_SCORE_ROWS, _SCORE_ANSWER_TOKENS // len(answer_ids), _SCORE_TOKENS // total))
+        return max(1, min(_SCORE_ROWS, _SCORE_ANSWER_TOKENS // max(1, len(answer_ids)), _SCORE_TOKENS // total))
 
     @torch.no_grad()
     def _score(
@@ -137,8 +182,8 @@ class InProcessEngine(Engine):
         loss, _ = self.llm.loss(batch, [answer] * len(softs), labels=choices)
         return (-loss.float()).tolist()
 
-    def _row(self, request: EngineRequest, sampling: Sampling) -> Slot:
-        prompt, soft = self._tokenize(request), request.soft
+    def _row(self, request: EngineRequest, prepared: Prepared, closed_set: ClosedSet | None) -> Slot:
+        prompt, sampling, soft = prepared.prompt, prepared.sampling, request.soft
         if soft is not None and not soft.is_finite():
             raise EngineFailure("The persona holds values that are no numbers.")
         prompt_tokens = len(prompt.ids) + (soft.tokens if soft else 0)
@@ -146,50 +191,33 @@ class InProcessEngine(Engine):
             raise RequestError("The prompt is empty.", code="empty_prompt")
         room = self.max_tokens - prompt_tokens
         choices = self.llm.prompt_tokenizer.encode_labels(request.choices) if request.choices else []
-        max_new_tokens = max(map(len, choices)) if choices else self._max_new_tokens(sampling, room)
-        if max_new_tokens > room:
-            raise _too_long(self.max_tokens)
+        # A label is never cut, whatever max_tokens says.
+        needed = max(map(len, choices)) if choices else 1
+        if needed > room:
+            raise too_long(self.max_tokens)
+        wanted = needed if choices else min(sampling.max_new_tokens or room, self.max_new_tokens, room)
         default = 0.0 if request.choices else 1.0
         temperature = default if sampling.temperature is None else sampling.temperature
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=wanted,
             do_sample=temperature >= _MIN_TEMPERATURE,
             temperature=max(temperature, _MIN_TEMPERATURE),
             top_p=1.0 if sampling.top_p is None else max(sampling.top_p, _MIN_TEMPERATURE),
             seed=secrets.randbits(62) if sampling.seed is None else sampling.seed,
         )
-        return Slot(prompt, soft, config, choices, request.phrases)
+        needs_scores = closed_set is not None and closed_set.needs_scores
+        return Slot(prompt, soft, config, choices, request.phrases, needs_scores=needs_scores)
 
-    def _max_new_tokens(self, sampling: Sampling, room: int) -> int:
-        limit = sampling.max_completion_tokens or sampling.max_tokens
-        if limit is not None and limit > self.max_new_tokens:
-            raise RequestError(f"This server writes at most {self.max_new_tokens} tokens.", code="max_tokens")
-        if room < 1:
-            raise _too_long(self.max_tokens)
-        return limit or min(self.max_new_tokens, room)
-
-    def _tokenize(self, request: EngineRequest) -> TokenizedPrompt:
-        body, tokenizer = request.body, self.llm.prompt_tokenizer
-        if isinstance(body, CompletionRequest):
-            self._check_characters(body.prompt)
-            return tokenizer.encode_plain(body.prompt)
-        turns = [_turn(message) for message in body.messages]
-        self._check_characters("".join(text for _, text in turns))
+    def _tokenize(
+        self, body: ChatRequest | CompletionRequest, turns: Sequence[tuple[str, str]] | None
+    ) -> TokenizedPrompt:
+        tokenizer = self.llm.prompt_tokenizer
+        if turns is None:
+            return tokenizer.encode_plain(body.prompt_text)
         try:
             return tokenizer.encode_chat(turns)
         except ConfigError as error:  # the template refuses these roles
             raise RequestError(str(error), code="messages") from None
-
-    def _check_characters(self, text: str) -> None:
-        if len(text) > MAX_CHARACTERS_PER_TOKEN * self.max_tokens:
-            raise _too_long(self.max_tokens)
-
-
-def _too_long(max_tokens: int) -> RequestError:
-    return RequestError(
-        f"Prompt and answer may have {max_tokens} tokens together in this model; these have more.",
-        code="context_length_exceeded",
-    )
 
 
 def _turn(message: Message) -> tuple[str, str]:
@@ -198,6 +226,7 @@ def _turn(message: Message) -> tuple[str, str]:
     if role is None:
         raise RequestError(f"The embedded engine knows the roles {', '.join(_ROLES)}.", code="messages")
     parts = message.content if isinstance(message.content, list) else []
-    if any(part.get("type") != "text" for part in parts) or (message.model_extra or {}).get("tool_calls"):
+    unknown = {name for name, value in (message.model_extra or {}).items() if value and name not in _MESSAGE_FIELDS}
+    if unknown or any(part.get("type") != "text" or part.keys() - {"type", "text"} for part in parts):
         raise RequestError("The embedded engine reads text alone: no images, files or calls.", code="messages")
     return role, message.text

@@ -5,19 +5,57 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from personaplug.analysis.point_estimates import label_distribution
 from personaplug.errors import EngineFailure
 from personaplug.llm.continuous_batching import Slot
-from personaplug.serving.openai_protocol import DONE, ReplyFormatter, event
+from personaplug.serving.openai_protocol import DONE, Logprobs, ReplyFormatter, event
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-class Job:
-    """A row of the batch and the text of its tokens, up to a stop text."""
+@dataclass(frozen=True)
+class ClosedSet:
+    """The labels that an answer is one of, and what the reply says of their probabilities."""
 
-    def __init__(self, row: Slot, *, decode: Callable[[Sequence[int]], str], stop_texts: tuple[str, ...]) -> None:
-        self.row = row
+    labels: Sequence[str]
+    top_logprobs: int | None = None  # None = no log-probabilities
+    with_distribution: bool = False
+
+    @property
+    def needs_scores(self) -> bool:
+        return self.top_logprobs is not None or self.with_distribution
+
+    def logprobs(self, answer: str, scores: Sequence[float]) -> Logprobs | None:
+        if self.top_logprobs is None:
+            return None
+        values = np.asarray(scores, dtype=np.float64)
+        normalized = values - values.max() - np.log(np.exp(values - values.max()).sum())
+        return Logprobs(answer, dict(zip(self.labels, normalized.tolist(), strict=True)), self.top_logprobs)
+
+    def extra(self, scores: Sequence[float]) -> dict[str, Any]:
+        """What a reply says beside OpenAI's fields."""
+        if not self.with_distribution:
+            return {}
+        return {"personaplug": label_distribution(self.labels, scores).to_json()}
+
+
+class Job:
+    """A row of the batch and the text of its tokens: a label of the closed set, or free text up to a stop text."""
+
+    def __init__(
+        self,
+        row: Slot,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        stop_texts: tuple[str, ...] = (),
+        closed_set: ClosedSet | None = None,
+    ) -> None:
+        self.row, self.closed_set = row, closed_set
         self.is_cancelled = False  # whether nobody waits for it any more
         self.finish_reason = "stop"  # valid once the text has ended
         self._decode, self._stop_texts = decode, stop_texts
@@ -51,7 +89,10 @@ class Job:
             self._updates.put_nowait(update)
 
     async def text(self) -> AsyncGenerator[str]:
-        """Yield the text as it comes; EngineFailure if the model fails on it."""
+        """Yield the text as it comes, a label in one piece; EngineFailure if the model fails on it."""
+        if self.closed_set is not None:
+            yield await self._label(self.closed_set)
+            return
         ids: list[int] = []
         text, sent, stop = "", 0, None
         while stop is None and isinstance(update := await self._updates.get(), int):
@@ -68,17 +109,38 @@ class Job:
         if rest := text[sent:stop]:
             yield rest
 
+    async def whole(self, formatter: ReplyFormatter) -> dict[str, Any]:
+        """Return the reply in one piece."""
+        text = "".join([piece async for piece in self.text()])
+        logprobs = self._logprobs(text)
+        return formatter.whole(text, reason=self.finish_reason, usage=self.usage, logprobs=logprobs) | self._extra()
+
     async def events(self, formatter: ReplyFormatter, *, include_usage: bool) -> AsyncGenerator[bytes]:
         """Yield the text as OpenAI's events."""
         if formatter.is_chat:
             yield event(formatter.chunk({"role": "assistant", "content": ""}))
         async with aclosing(self.text()) as pieces:
             async for piece in pieces:
-                yield event(formatter.chunk({"content": piece}))
+                yield event(formatter.chunk({"content": piece}, logprobs=self._logprobs(piece)) | self._extra())
         yield event(formatter.chunk({}, reason=self.finish_reason))
         if include_usage:
             yield event(formatter.chunk({}) | {"choices": [], "usage": self.usage})
         yield DONE
+
+    async def _label(self, closed_set: ClosedSet) -> str:
+        ids: list[int] = []
+        while isinstance(update := await self._updates.get(), int):
+            ids.append(update)
+        self._completion_tokens = len(ids)
+        if tuple(ids) not in self.row.choices:
+            raise EngineFailure("The model failed on this request.")
+        return closed_set.labels[list(self.row.choices).index(tuple(ids))]
+
+    def _logprobs(self, text: str) -> Logprobs | None:
+        return self.closed_set.logprobs(text, self.row.scores) if self.closed_set else None
+
+    def _extra(self) -> dict[str, Any]:
+        return self.closed_set.extra(self.row.scores) if self.closed_set else {}
 
 
 def _safe_length(text: str, stop_texts: tuple[str, ...]) -> int:

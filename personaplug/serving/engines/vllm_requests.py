@@ -5,6 +5,8 @@ beginning of the answer, with `prefix` before the user's last text. What stands 
 users, so vLLM's prefix cache serves them all. A completion has no place for soft tokens: the whole prompt is sent
 embedded.
 
+Fields that are not in `_PASSED` are refused: vLLM ignores names that it does not know, without a word.
+
 vLLM 0.30 does not check what these checks refuse. Soft tokens that are not finite spoil other requests' answers, so
 callers cannot send their own. The name of vLLM's placeholder in a prompt, or `echo` beside embeds, ends its process.
 """
@@ -12,6 +14,7 @@ callers cannot send their own. The name of vLLM's placeholder in a prompt, or `e
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 import threading
@@ -30,14 +33,33 @@ from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.prompt_tokenizer import frame_of, today
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.llm.text_tokenizer import TextTokenizer, load_tokenizer, special_ids
-from personaplug.serving.engines.base import MAX_CHARACTERS_PER_TOKEN, EngineRequest
-from personaplug.serving.openai_protocol import json_leaves, to_json
+from personaplug.serving.engines.base import EngineRequest, longest_token, too_long
+from personaplug.serving.engines.sampling import NEUTRAL, shown_field
+from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, json_leaves, to_json
 
 PLACEHOLDER = "<prompt_embeds>"
-_EMBEDS = "prompt_embeds"  # a field of a completion, and a type of content in a chat
+EMBEDS = "prompt_embeds"  # a field of a completion, and a type of content in a chat
 _MAX_BIAS = 100.0
 _ESCAPED_ANY = re.compile(r"\\u([0-9a-fA-F]{4})")
 _ESCAPED = re.compile(r"\\u00([2-7][0-9a-fA-F])")
+_OF_FREE_TEXT = frozenset((
+    "max_tokens", "max_completion_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "bad_words",
+    "include_stop_str_in_output", "allowed_token_ids", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "length_penalty", "thinking_token_budget",
+))  # fmt: skip
+"""Fields that would cut a label or change what it is; an answer from a closed set knows none of them."""
+
+_PASSED = _OF_FREE_TEXT | {
+    "model", "messages", "prompt", "stream", "stream_options", "n", "seed", "temperature", "top_p", "top_k", "min_p",
+    "logit_bias", "logprobs", "top_logprobs", "logprob_token_ids", "return_tokens_as_token_ids", "skip_special_tokens",
+    "spaces_between_special_tokens", "response_format", "structured_outputs", "tools", "tool_choice",
+    "parallel_tool_calls", "reasoning_effort", "include_reasoning", "documents", "chat_template_kwargs",
+    "add_generation_prompt", "add_special_tokens", "continue_final_message",
+}  # fmt: skip
+_MESSAGE_FIELDS = frozenset((
+    "role", "content", "name", "tool_calls", "tool_call_id", "function_call", "refusal", "annotations", "reasoning",
+    "reasoning_content",
+))  # fmt: skip
 
 
 class EmbeddingTable:
@@ -48,6 +70,7 @@ class EmbeddingTable:
         self._lock = threading.Lock()  # a tokenizer of transformers may change itself when it is called
         self._head, self._tail = frame_of(tokenizer)
         self._special = special_ids(tokenizer)
+        self.longest_token = longest_token(tokenizer)
 
     @classmethod
     def of_folder(cls, folder: Path) -> EmbeddingTable:
@@ -66,7 +89,7 @@ class EmbeddingTable:
         vectors = soft.vectors[0].to(self.rows)
         ids = self.ids(text)
         if max_tokens is not None and len(ids) + len(vectors) > max_tokens:
-            raise _too_long(max_tokens, f"{len(ids)} tokens and the persona's {len(vectors)}")
+            raise too_long(max_tokens)
         position = len(ids) if soft.placement == "suffix" else len(self._head)
         return torch.cat([self._rows_of(ids[:position]), vectors, self._rows_of(ids[position:])])
 
@@ -101,26 +124,48 @@ class EmbeddingTable:
         return self.texts.control[min(found)] if found else None
 
 
-def build_body(request: EngineRequest, *, model: str, table: EmbeddingTable, max_tokens: int | None) -> bytes:
-    """Build vLLM's request; RequestError if it holds what vLLM must not be sent, or more than `max_tokens`."""
-    body = request.body.to_openai() | {"model": model}
-    _check_fields(body)
+def check_body(
+    request: ChatRequest | CompletionRequest, *, choices: Sequence[str], table: EmbeddingTable, max_tokens: int | None
+) -> None:
+    """Refuse what must not be sent to vLLM, what it would ignore, and what is too long, before it is tokenized."""
+    body = request.to_openai()
+    _check_fields(body, choices=choices)
+    if request.personaplug.probabilities:
+        message = "vLLM does not say how probable each label is; the embedded engine does."
+        raise RequestError(message, code="unsupported")
     _check_placeholder(body)
-    _check_length(body, max_tokens)
-    soft = request.soft
-    if request.body.kind == "chat":
+    _check_length(body, table.longest_token, max_tokens=max_tokens)
+    if request.kind == "chat":
         _check_control_tokens(body, table)
-    elif soft is None and table.find_control(body["prompt"]):
+
+
+def build_body(
+    request: EngineRequest, *, model: str, table: EmbeddingTable, max_tokens: int | None, salt: str
+) -> bytes:
+    """Build vLLM's request of one that has been checked; RequestError if it has more than `max_tokens`."""
+    fields = request.body.to_openai().items()
+    given = {name: value for name, value in fields if name in _PASSED and value is not None}
+    body, soft = given | {"model": model, "cache_salt": salt}, request.soft
+    if request.body.kind == "completion" and soft is None and table.find_control(body["prompt"]):
         body["prompt"] = table.ids(body["prompt"])  # vLLM would read control tokens in the text
-    if request.choices and not any(body.get(name) for name in ("structured_outputs", "response_format", "tools")):
+    if request.choices and not _has_own_form(body):
+        body = {name: value for name, value in body.items() if name not in _OF_FREE_TEXT}
         body = {"temperature": 0} | body | {"structured_outputs": {"choice": list(request.choices)}}
         if soft is not None and soft.label_bias is not None and not body.get("logit_bias"):
             body["logit_bias"] = table.logit_bias(request.choices, soft.label_bias)
     if soft is not None and request.body.kind == "chat":
         body = add_soft_tokens(body, soft)
     elif soft is not None:
-        body[_EMBEDS] = encode_embeds(table.embed_with(body.pop("prompt"), soft, max_tokens=max_tokens))
+        body[EMBEDS] = encode_embeds(table.embed_with(body.pop("prompt"), soft, max_tokens=max_tokens))
     return to_json(body)
+
+
+def cache_salt(request: EngineRequest, *, of_persona: bool) -> str:
+    """What vLLM's caches keep apart: tenants and, `of_persona`, the personas of a tenant's users."""
+    digest = hashlib.blake2b(request.tenant.encode(), digest_size=16)
+    if of_persona and request.soft is not None:
+        digest.update(request.soft.vectors.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def encode_embeds(vectors: Tensor) -> str:
@@ -134,7 +179,7 @@ def encode_embeds(vectors: Tensor) -> str:
 
 def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
     """Add soft tokens to a chat: as the beginning of the answer, or right before the last user's text."""
-    part = {"type": _EMBEDS, "data": encode_embeds(soft.vectors[0].to(torch.bfloat16))}
+    part = {"type": EMBEDS, "data": encode_embeds(soft.vectors[0].to(torch.bfloat16))}
     messages = list(body["messages"])
     options = {"enable_thinking": False} | (body.get("chat_template_kwargs") or {})  # as in training
     body = {**body, "chat_template_kwargs": options}
@@ -152,13 +197,29 @@ def add_soft_tokens(body: dict[str, Any], soft: SoftPrompt) -> dict[str, Any]:
     return {**body, "messages": messages}
 
 
-def _check_fields(body: dict[str, Any]) -> None:
-    """Refuse the fields that spoil vLLM's answers or end its process."""
+def _has_own_form(body: dict[str, Any]) -> bool:
+    """Whether a request asks for a form of its own, in place of the task's closed set."""
+    return any(body.get(name) for name in ("structured_outputs", "response_format", "tools"))
+
+
+def _check_fields(body: dict[str, Any], *, choices: Sequence[str]) -> None:
+    """Refuse the fields that spoil vLLM's answers, end its process or are ignored by it."""
     # vLLM takes a part for embeds because of its type or, beside a `uuid`, because of a field's name.
-    if _EMBEDS in body or any(part.get("type") == _EMBEDS or _EMBEDS in part for part in _parts(body)):
-        raise RequestError(f"{_EMBEDS} is reserved: only this server puts embeds into a prompt.", code="reserved")
+    if EMBEDS in body or any(part.get("type") == EMBEDS or EMBEDS in part for part in _parts(body)):
+        raise RequestError(f"{EMBEDS} is reserved: only this server puts embeds into a prompt.", code="reserved")
     if body.get("echo") or body.get("prompt_logprobs") is not None:
         raise RequestError("echo and prompt_logprobs cannot be had here.", code="unsupported")
+    for name, value in body.items():
+        if name not in _PASSED and value is not None and value not in NEUTRAL.get(name, ()):
+            raise RequestError(f"vLLM is not sent the field {shown_field(name)}; leave it out.", code="unsupported")
+    for turn in body.get("messages", ()):
+        unknown = [name for name, value in turn.items() if value and name not in _MESSAGE_FIELDS]
+        if unknown:
+            message = f"A message has no field {shown_field(unknown[0])}; leave it out."
+            raise RequestError(message, code="unsupported")
+    if choices and not _has_own_form(body) and (body.get("logprobs") or body.get("logprob_token_ids")):
+        message = "vLLM gives log-probabilities of tokens, not of labels; the embedded engine gives those of labels."
+        raise RequestError(message, code="unsupported")
 
 
 def _check_placeholder(body: dict[str, Any]) -> None:
@@ -172,12 +233,11 @@ def _check_placeholder(body: dict[str, Any]) -> None:
         raise RequestError(f"A request may not hold {PLACEHOLDER}, which is reserved.", code="reserved_text")
 
 
-def _check_length(body: dict[str, Any], max_tokens: int | None) -> None:
+def _check_length(body: dict[str, Any], longest_token: int, *, max_tokens: int | None) -> None:
     """Refuse what is too long for sure, before it is tokenized."""
-    count = sum(len(text) for message in _messages(body) for text in _rendered_texts(message))
-    count += len(body["prompt"]) if isinstance(body.get("prompt"), str) else 0
-    if max_tokens is not None and count > max_tokens * MAX_CHARACTERS_PER_TOKEN:
-        raise _too_long(max_tokens, f"{count} characters")
+    count = sum(len(text) for message in _rendered(body) for text in _rendered_texts(message))
+    if max_tokens is not None and count > max_tokens * longest_token:
+        raise too_long(max_tokens)
 
 
 def _check_control_tokens(body: dict[str, Any], table: EmbeddingTable) -> None:
@@ -186,8 +246,7 @@ def _check_control_tokens(body: dict[str, Any], table: EmbeddingTable) -> None:
     vLLM reads them there as what they are: with `<|im_end|>` a user could end the turn and write the next one. An
     answer that comes back as a message may hold what answers show, such as `</think>`.
     """
-    shared = {name: body.get(name) for name in ("tools", "documents", "chat_template_kwargs")}
-    for message in (*_messages(body), shared):
+    for message in _rendered(body):
         is_answer = message.get("role") == "assistant"
         for text in _rendered_texts(message):
             plain = _ESCAPED_ANY.sub(lambda match: chr(int(match[1], 16)), text).replace("\\/", "/")
@@ -208,6 +267,11 @@ def _rendered_texts(message: dict[str, Any]) -> list[str]:
     return [*leaves, "".join(text for text in texts if isinstance(text, str))]
 
 
+def _rendered(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a template may write into a chat's prompt."""
+    return [*_messages(body), {name: body.get(name) for name in ("tools", "documents", "chat_template_kwargs")}]
+
+
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
     messages = body.get("messages")
     return [turn for turn in messages if isinstance(turn, dict)] if isinstance(messages, list) else []
@@ -217,10 +281,3 @@ def _parts(body: dict[str, Any]) -> list[dict[str, Any]]:
     """The parts of messages whose content is a list; a completion's own `messages` may be anything."""
     contents = [turn["content"] for turn in _messages(body) if isinstance(turn.get("content"), list)]
     return [part for part in chain.from_iterable(contents) if isinstance(part, dict)]
-
-
-def _too_long(max_tokens: int, found: str) -> RequestError:
-    return RequestError(
-        f"The model reads {max_tokens} tokens at most; the prompt has {found}. Shorten it.",
-        code="context_length_exceeded",
-    )

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from personaplug.errors import EngineFailure
 from personaplug.serving.engines.base import EventStream
 from personaplug.serving.error_responses import retry_after
-from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, error_reply, event
+from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, CompletionRequest, error_reply, event
 from personaplug.serving.routes.dependencies import Parts, Tenant
 
 router = APIRouter()
+
+UserHeader = Annotated[str | None, Header(alias=USER_HEADER, description="Whose persona to use, as `user`.")]
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -26,17 +28,19 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/v1/chat/completions", summary="Chat as a user", response_model=None, responses=_RESPONSES)
-async def chat(request: ChatRequest, tenant: Tenant, parts: Parts) -> Response:
-    return await _respond(request, tenant, parts=parts)
+async def chat(request: ChatRequest, tenant: Tenant, parts: Parts, user: UserHeader = None) -> Response:
+    return await _respond(request, tenant, parts=parts, user=user)
 
 
 @router.post("/v1/completions", summary="Complete a text as a user", response_model=None, responses=_RESPONSES)
-async def complete(request: CompletionRequest, tenant: Tenant, parts: Parts) -> Response:
-    return await _respond(request, tenant, parts=parts)
+async def complete(request: CompletionRequest, tenant: Tenant, parts: Parts, user: UserHeader = None) -> Response:
+    return await _respond(request, tenant, parts=parts, user=user)
 
 
-async def _respond(request: ChatRequest | CompletionRequest, tenant: str, *, parts: Parts) -> Response:
-    reply = await parts.service.respond(request, tenant=tenant)
+async def _respond(
+    request: ChatRequest | CompletionRequest, tenant: str, *, parts: Parts, user: str | None
+) -> Response:
+    reply = await parts.service.respond(request, tenant=tenant, user_header=user)
     persona, body, status = reply.persona, reply.reply.body, reply.reply.status
     parts.telemetry.personas.labels(persona.applied, str(persona.cached).lower()).inc()
     headers = {
@@ -44,6 +48,8 @@ async def _respond(request: ChatRequest | CompletionRequest, tenant: str, *, par
         "X-Personaplug-Persona": persona.applied,
         "X-Personaplug-Items": str(persona.items),
         "X-Personaplug-Persona-Scale": f"{persona.persona_scale:g}",
+        **({"X-Personaplug-Reason": reply.reason} if reply.reason else {}),
+        **reply.reply.headers,
         **retry_after(status),  # vLLM may refuse a request because it is busy, and does not send this header
     }
     if isinstance(body, bytes):

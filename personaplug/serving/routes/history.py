@@ -24,7 +24,7 @@ class HistoryPost(BaseModel):
 
     items: list[dict[str, Any]] | None = Field(None, description="Items of the task: an id, its fields, a date.")
     request_id: Name | None = Field(None, description="X-Request-Id of an earlier answer to this user.")
-    answer: Text | None = Field(None, description="The text that the user kept for that request.")
+    answer: Text | int | float | None = Field(None, description="The text that the user kept for that request.")
 
     @model_validator(mode="after")
     def _check_form(self) -> HistoryPost:
@@ -55,7 +55,7 @@ class ExplainPost(BaseModel):
 async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> dict[str, int]:
     service, limit = parts.service, parts.limits.items
     if post.request_id is not None:
-        result = await service.add_feedback(tenant, user, request_id=post.request_id, answer=post.answer or "")
+        result = await service.add_feedback(tenant, user, request_id=post.request_id, answer=post.answer)
     elif len(post.records) > limit:
         raise RequestError(f"At most {limit} items a request; found {len(post.records)}.", code="too_many")
     else:

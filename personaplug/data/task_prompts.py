@@ -1,0 +1,70 @@
+"""Parsing of live prompts: the query, the options, and whether a prompt asks what the task asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from personaplug.data.parsing import Flaw, options_of, query_of
+from personaplug.data.records import Options
+from personaplug.data.task import Task
+from personaplug.data.wording import Wording, text_before
+
+
+@dataclass(frozen=True, repr=False)
+class TaskQuery:
+    """A prompt as a task parses it."""
+
+    text: str  # what the encoder reads
+    options: Options | None  # what the prompt offers to choose from
+    is_on_task: bool  # whether the prompt has the task's wording
+    item_text: str = ""  # the query as a field of an item: without the wording that follows it
+
+
+class TaskPrompts:
+    """Recognizes the prompts of a task; without wordings, by its marker or pattern alone."""
+
+    def __init__(self, task: Task, wordings: Sequence[Wording] = ()) -> None:
+        self.task, self.wordings = task, tuple(wordings)
+
+    def parse(self, prompt: str) -> TaskQuery:
+        """Parse a prompt; one without the task's wording is the query as a whole.
+
+        A pattern of a task is searched here, so call it outside an event loop.
+        """
+        try:
+            return self._parse(prompt)
+        except Flaw:
+            return TaskQuery(prompt, None, is_on_task=False)
+
+    def describe(self) -> dict[str, Any]:
+        """The task and its wordings as JSON."""
+        task = self.task
+        return {
+            "name": task.name,
+            "kind": task.kind,
+            "labels": list(task.labels),
+            "wordings": [wording.template for wording in self.wordings or (_marker_of(task),)],
+            "query_pattern": task.query_pattern or None,
+            "item_fields": list(task.field_names),
+            "answer_field": task.answer_field,
+        }
+
+    def _parse(self, prompt: str) -> TaskQuery:
+        wordings = [wording for wording in self.wordings if wording.opens(prompt)]
+        if self.wordings and not wordings:  # seen before a pattern is searched
+            raise Flaw("its beginning is not that of the task's prompts")
+        query, options = query_of(self.task, prompt), options_of(self.task, prompt)
+        before = text_before(prompt, query=query, options=options)
+        matching = next((wording for wording in wordings if wording.matches(prompt, before=before)), None)
+        if self.wordings and matching is None:
+            raise Flaw("it has not the wording of the task's prompts")
+        item_text = query if matching is None else matching.without_closing(query)
+        if not item_text.strip():
+            raise Flaw("it holds no query")
+        return TaskQuery(query, options, is_on_task=True, item_text=item_text)
+
+
+def _marker_of(task: Task) -> Wording:
+    return Wording("", task.query_after)

@@ -1,0 +1,28 @@
+"""The route that says what the plug was trained for, and OpenAI's routes that this server has not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from personaplug.errors import RequestError
+from personaplug.serving.routes.dependencies import Parts, Tenant
+
+router = APIRouter()
+
+
+@router.get("/v1/task", summary="The plug's task, and the wording of its prompts")
+async def task(tenant: Tenant, parts: Parts) -> dict[str, Any]:
+    return parts.service.prompts.describe()
+
+
+@router.post("/v1/responses", include_in_schema=False)
+@router.post("/v1/messages", include_in_schema=False)
+async def other_protocol() -> None:
+    raise RequestError(
+        "This server has no such route: send the messages to POST /v1/chat/completions, or a text to "
+        "POST /v1/completions.",
+        http_status=404,
+        code="unknown_route",
+    )

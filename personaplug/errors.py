@@ -2,8 +2,8 @@
 
 PersonaPlugError
 ├── UserError: the caller can correct it; the CLI prints it without a traceback
-│   ├── ConfigError, RecordError, MissingData (DamagedFile), MissingModel, MissingExtra, ShapeMismatch
-│   └── EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
+│   ├── ConfigError, RecordError, MissingData (DamagedFile), MissingModel, UnsupportedModel, MissingExtra
+│   └── ShapeMismatch, EncoderMismatch, LLMMismatch, RunConflict, ItemError, StoreConflict, UserErased, RequestError
 └── EngineFailure, TrainingDiverged, StorageError
 """
 
@@ -68,6 +68,21 @@ class MissingModel(UserError):
     def __init__(self, name: str, *, tried: Iterable[str], hint: str = "") -> None:
         hint = hint or "Give a local folder that holds it, or run where the hub can be reached."
         super().__init__(f"The model {name!r} was not found. Tried: {'; '.join(tried)}. {hint}")
+
+
+class UnsupportedModel(UserError):
+    """A language model would give wrong numbers.
+
+    Attributes:
+        reason: what differs.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"The language model {name!r} cannot be used: {reason}. Choose another model, or another version of "
+            f"transformers."
+        )
 
 
 class MissingExtra(UserError):

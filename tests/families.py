@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,13 +76,13 @@ DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 FAMILIES = {**DECODERS, "t5": _t5}
 
 
-def small_llm(family: str, *, chat: bool = False) -> Any:
-    """Return a model of that family with weights drawn by seed 0, in float32."""
+def small_llm(family: str, *, chat: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model of that family with weights drawn by seed 0."""
     tokenizer = tiny_tokenizer()
     if chat:
         tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
     torch.manual_seed(0)
-    model = FAMILIES[family](_ends(tokenizer))
+    model = FAMILIES[family](_ends(tokenizer)).to(dtype)
     llm_class = Seq2SeqLM if family == "t5" else CausalLM
     return llm_class(model, tokenizer, name=f"small-{family}")
 
@@ -90,3 +93,15 @@ def small_mamba() -> CausalLM:
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4)
     return CausalLM(MambaForCausalLM(config), tokenizer, name="mamba")
+
+
+def families_script() -> Any:
+    """Return `benchmarks/model_families.py` as a module: tiny models of any family, and the bare model's numbers."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "model_families.py"
+    spec = importlib.util.spec_from_file_location("benchmark_model_families", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -27,8 +27,7 @@ _PIECE = 2**20
 
 def converted_gguf(gguf: Path) -> Path:
     """Return the folder with the safetensors of a GGUF file; convert it on the first call."""
-    cache = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/personaplug").expanduser()
-    target = cache / "models" / f"{gguf.stem}-{_file_fingerprint(gguf)}"
+    target = cache_folder() / "models" / f"{gguf.stem}-{_file_fingerprint(gguf)}"
     if target.is_dir():
         return target
     if find_spec("gguf") is None:
@@ -41,6 +40,11 @@ def converted_gguf(gguf: Path) -> Path:
     except StorageError as error:
         raise StorageError(f"{error} Or set {CACHE_VARIABLE} to another folder.") from error
     return target
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/personaplug").expanduser()
 
 
 def first_line(error: Exception) -> str:

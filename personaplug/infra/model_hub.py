@@ -95,20 +95,44 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def read_embeddings(folder: Path) -> torch.Tensor:
-    """Read a model's input embeddings, (V, D), from its safetensors files, and no other weight."""
-    from safetensors import safe_open
+    """Read what a model reads for each token, (V, D), from its safetensors files, and no other weight.
+
+    The family's own embedding layer makes them of its table, because some families scale it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM  # its methods have no annotations
     with torch.device("meta"):
         model = factory.from_config(AutoConfig.from_pretrained(folder))
-    table = model.get_input_embeddings().weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is table)
+    layer = model.get_input_embeddings()
+    name = next(name for name, parameter in model.named_parameters() if parameter is layer.weight)
+    table = _read_table(folder, name, shape=tuple(layer.weight.shape))
+    layer.to_empty(device="cpu")
+    layer.weight = torch.nn.Parameter(table, requires_grad=False)
+    layer.weight._is_hf_initialized = True  # so that the next line fills the layer's other tensors only
+    model._init_weights(layer)
+    with torch.no_grad():
+        embeds: torch.Tensor = layer(torch.arange(len(table)))
+    return embeds
+
+
+def _read_table(folder: Path, name: str, *, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the tensor of that name, or the only one of that shape with its last two parts, as in old checkpoints."""
+    from safetensors import safe_open
+
+    similar: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             if name in file.keys():  # noqa: SIM118
                 return file.get_tensor(name)  # type: ignore[no-any-return]
-    raise MissingModel(str(folder), tried=[f"{folder}/*.safetensors (none of them holds {name})"])
+            ending = "." + ".".join(name.split(".")[-2:])
+            names = [key for key in file.keys() if f".{key}".endswith(ending)]  # noqa: SIM118
+            similar |= {key: path for key in names if tuple(file.get_slice(key).get_shape()) == shape}
+    if len(similar) != 1:
+        raise MissingModel(str(folder), tried=[f"{folder}/*.safetensors (none of them holds {name})"])
+    ((key, path),) = similar.items()
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key)  # type: ignore[no-any-return]
 
 
 def _is_model(path: Path) -> bool:

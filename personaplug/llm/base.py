@@ -8,16 +8,16 @@ answer, so the states of the prompt depend on neither plug nor user.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from personaplug.errors import ConfigError
 from personaplug.infra.model_hub import LLMIdentity, fingerprint
-from personaplug.llm.chunked_cross_entropy import token_loss
+from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
 from personaplug.llm.fp32_logits import use_fp32_logits
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.ngram_cache import MAX_CHARACTERS, UserNgramCache
@@ -25,6 +25,10 @@ from personaplug.llm.padding import pad_with_mask
 from personaplug.llm.prompt_cache import CachePlan, Layout, PromptStates
 from personaplug.llm.prompt_tokenizer import Ids, PromptTokenizer
 from personaplug.llm.soft_prompt import SoftPrompt, Spliced, splice
+from personaplug.llm.token_embedding import TokenEmbedding, find_factor
+
+if TYPE_CHECKING:
+    from personaplug.llm.check_results import ModelCheck
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,26 @@ class PromptBatch:
         """Return True if there are soft tokens of this placement."""
         return self.soft is not None and self.soft.placement == placement and self.soft.tokens > 0
 
+    def rows(self) -> list[PromptBatch]:
+        """Return each row as a batch of its own."""
+        return [
+            PromptBatch(
+                [prompt],
+                None if self.soft is None else self.soft.row(index),
+                None if self.soft_at is None else [self.soft_at[index]],
+                None if self.ngrams is None else [self.ngrams[index]],
+            )
+            for index, prompt in enumerate(self.prompts)
+        ]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Rows that go on token by token."""
+
+    first: Tensor  # (R, V) logits of the first tokens
+    step: Callable[[Tensor], Tensor]  # returns the (R, V) logits behind (R,) further tokens
+
 
 class Runner(ABC):
     """Forward passes for one placement of soft tokens. Token ids in, without label bias."""
@@ -86,9 +110,18 @@ class Runner(ABC):
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         """Return logits (B, L, V) and the target tokens that they predict (B, L), IGNORED elsewhere."""
 
-    @abstractmethod
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
-        """Return the log-probability of each label, (B, C)."""
+        """Return the log-probability of each label, (B, C), by a pass per label, or one for labels of one token."""
+        rows = len(batch.prompts)
+        if all(len(ids) == 1 for ids in label_ids):
+            logits, _ = self.target_logits(batch, [label_ids[0]] * rows)
+            return log_softmax(logits[:, 0])[:, [ids[0] for ids in label_ids]]
+        losses = [token_loss(*self.target_logits(batch, [ids] * rows))[0] for ids in label_ids]
+        return -torch.stack(losses, dim=1)
+
+    def start_decoding(self, batch: PromptBatch) -> Decoding | None:
+        """Read prompts and return how to go on token by token, if this runner does that itself."""
+        return None
 
     @abstractmethod
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
@@ -106,10 +139,19 @@ class LanguageModel(ABC):
     Attributes:
         embedding_scale: root mean square of embedding values, the scale that soft tokens should have.
         max_text_tokens: longest text of a prompt, template excluded.
+        max_positions: longest sequence that the model's config allows, or None if it names no limit.
         end_ids: tokens that end a response.
+        check: what the check of the model found.
+        ways: runners for soft tokens at any position or none, by name, fastest first.
+        whole: the runner among `ways` that the check of the model chose.
+        prompt_layout: shape of cached prompt states; None if prompts before `suffix` soft tokens cannot run separately.
     """
 
     is_encoder_decoder: bool
+    check: ModelCheck
+    ways: dict[str, Runner]
+    whole: Runner
+    prompt_layout: Layout | None
 
     def __init__(
         self,
@@ -125,7 +167,7 @@ class LanguageModel(ABC):
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         use_fp32_logits(self.model)
-        from_model = model.generation_config.eos_token_id
+        from_model = getattr(model.generation_config, "eos_token_id", None)
         ends = from_model if isinstance(from_model, list) else [from_model]
         self.prompt_tokenizer = PromptTokenizer(
             tokenizer,
@@ -136,11 +178,20 @@ class LanguageModel(ABC):
         )
         self.end_ids = list(dict.fromkeys(end for end in [self.prompt_tokenizer.end_id, *ends] if end is not None))
         self.max_text_tokens = self.prompt_tokenizer.max_text_tokens
-        self.embed = model.get_input_embeddings()
+        self.embed = TokenEmbedding(model.get_input_embeddings())
+        self.max_positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         width, day = int(self.embed.weight.shape[1]), self.prompt_tokenizer.chat_date
         self.identity = LLMIdentity(name, revision, fingerprint(model), width, day)
+        self.embed.factor = find_factor(
+            model,
+            self.embed.layer,
+            read_ids=lambda ids: self.read(input_ids=ids),
+            read_embeds=lambda embeds: self.read(inputs_embeds=embeds),
+        )
         self.embedding_scale = self._measure_scale()
         self.dtype = str(model.dtype).removeprefix("torch.")
+        # A checkpoint's own penalties, minimal lengths and forced tokens would act on one way of generating only.
+        model.generation_config = plain_generation_config(model.generation_config)
         self.prompt_states = PromptStates(
             self.compute_prompt_states, device=self.device, location=prompt_cache, limit=prompt_cache_bytes
         )
@@ -151,9 +202,9 @@ class LanguageModel(ABC):
         return torch.device(self.embed.weight.device)
 
     @property
-    @abstractmethod
-    def prompt_layout(self) -> Layout | None:
-        """Shape of cached prompt states; None if this model cannot run prompts separately."""
+    def prefix_runner(self) -> Runner | None:
+        """The runner for `suffix` soft tokens behind cached prompts, if `whole` does not cache them itself."""
+        return None
 
     @property
     def supports_prompt_cache(self) -> bool:
@@ -165,8 +216,15 @@ class LanguageModel(ABC):
         """Return the states of at least one prompt without gradients, each (parts, heads, n, width)."""
 
     @abstractmethod
-    def choose_runner(self, batch: PromptBatch, *, num_beams: int = 1) -> Runner:
-        """Return the runner for the placement of a batch's soft tokens."""
+    def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:
+        """Return the runner for a batch that is followed by at most `new_tokens` tokens of answers."""
+
+    @abstractmethod
+    def model_logits(self, prompt: Ids, target: Ids, *, before: Ids = ()) -> Tensor:
+        """Return the model's own logits (L, V) of a target from ids alone: one row, one pass, no padding, no cache.
+
+        `before` stands where `suffix` soft tokens stand.
+        """
 
     def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
         """Return the length of each prompt, with its target's tokens if given."""
@@ -187,7 +245,7 @@ class LanguageModel(ABC):
         """Return the embeddings of the tokens of all texts, concatenated: (n, D)."""
         ids = [token for row in self.prompt_tokenizer.encode_targets(texts) for token in row]
         content_ids = [token for token in ids if token not in self.end_ids]
-        return self.embed(torch.tensor(content_ids, dtype=torch.int64, device=self.device))  # type: ignore[no-any-return]
+        return self.embed(torch.tensor(content_ids, dtype=torch.int64, device=self.device))
 
     def build_ngram_cache(self, answers: Sequence[str]) -> UserNgramCache:
         """Build an n-gram cache from a user's past answers; long answers are truncated."""
@@ -208,7 +266,8 @@ class LanguageModel(ABC):
     def loss(self, batch: PromptBatch, targets: Sequence[str], *, labels: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
         """Return −log p of each target and its number of tokens, both (B,); `labels` is the closed set of targets."""
         target_ids = self.prompt_tokenizer.encode_targets(targets, labels=labels)
-        logits, target_tokens = self.choose_runner(batch).target_logits(batch, target_ids)
+        runner = self.choose_runner(batch, new_tokens=max(map(len, target_ids), default=0))
+        logits, target_tokens = runner.target_logits(batch, target_ids)
         if labels and batch.soft is not None and batch.soft.label_bias is not None:
             bias = LabelBias(self.prompt_tokenizer.encode_labels(labels), batch.soft.label_bias)
             logits = bias.add_to(logits, target_tokens)
@@ -219,7 +278,8 @@ class LanguageModel(ABC):
         """Return (B, C) log-probabilities of a closed set of labels, plus the label bias, not renormalized."""
         if not batch.prompts:
             return torch.empty(0, len(labels), device=self.device)
-        scores = self.choose_runner(batch).label_scores(batch, self.prompt_tokenizer.encode_labels(labels))
+        label_ids = self.prompt_tokenizer.encode_labels(labels)
+        scores = self.choose_runner(batch, new_tokens=max(map(len, label_ids))).label_scores(batch, label_ids)
         bias = None if batch.soft is None else batch.soft.label_bias
         return scores if bias is None else scores + bias.to(scores)
 
@@ -227,7 +287,8 @@ class LanguageModel(ABC):
     def generate(self, batch: PromptBatch, config: GenerationConfig) -> list[Generation]:
         if not batch.prompts:
             return []
-        rows = self.choose_runner(batch, num_beams=config.num_beams).generate_ids(batch, config)
+        runner = self.choose_runner(batch, new_tokens=config.max_new_tokens, num_beams=config.num_beams)
+        rows = runner.generate_ids(batch, config)
         ends = [next((index for index, token in enumerate(row) if token in self.end_ids), None) for row in rows]
         return [
             Generation(self.prompt_tokenizer.decode(row[:end]), finished=end is not None)
@@ -235,18 +296,39 @@ class LanguageModel(ABC):
         ]
 
     def splice_prompts(self, batch: PromptBatch, target_ids: Sequence[Ids] | None = None) -> Spliced:
-        """Tokenize, pad left, embed and splice prompts, followed by their targets if given."""
+        """Tokenize, pad, embed and splice prompts, followed by their targets if given.
+
+        An encoder may count positions from the first column, so its rows are padded on the right.
+        """
         soft_at = batch.soft_at if batch.has_soft("prefix") else None
         prompts, is_suffix = self.prompt_tokenizer.encode_prompts(batch.prompts, soft_at), batch.has_soft("suffix")
         rows = [prompt.ids for prompt in prompts]
         at = torch.tensor([len(row.ids) if is_suffix else row.soft_position for row in prompts])
         if target_ids is not None:
             rows = [row + ids for row, ids in zip(rows, target_ids, strict=True)]
-        ids, mask = pad_with_mask(rows, side="left", device=self.device)
+        side = "right" if self.is_encoder_decoder else "left"
+        ids, mask = pad_with_mask(rows, side=side, device=self.device)
         return splice(self.embed(ids), mask, soft=batch.soft, at=at)
+
+    @abstractmethod
+    def spell(self, ids: Ids) -> Tensor:
+        """Return `suffix` soft tokens (1, n, D) that the model reads as it reads these ids in their place."""
+
+    @abstractmethod
+    def read(self, **inputs: Tensor) -> Tensor:
+        """Return what the part of the model that reads prompts makes of `input_ids` or `inputs_embeds`."""
 
     @torch.no_grad()
     def _measure_scale(self) -> float:
         # The output of the layer, not its table, because some families scale it.
         ids = torch.linspace(0, self.embed.num_embeddings - 1, steps=min(4096, self.embed.num_embeddings))
         return float(self.embed(ids.long().to(self.device)).float().pow(2).mean().sqrt())
+
+
+def plain_generation_config(config: Any) -> Any:
+    """Return a generation config of transformers with a model's special tokens and nothing else of its own."""
+    from transformers import GenerationConfig as TransformersConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    config_class: Any = TransformersConfig  # its constructor has no annotations
+    return config_class(**{name: getattr(config, name, None) for name in names})

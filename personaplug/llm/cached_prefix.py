@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from personaplug.llm.base import GenerationConfig, PromptBatch, Runner
+from personaplug.llm.base import Decoding, GenerationConfig, PromptBatch, Runner
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
-from personaplug.llm.generation import sample_tokens
-from personaplug.llm.ngram_cache import interpolate_logits
+from personaplug.llm.generation import decode_tokens
 from personaplug.llm.padding import pad, pad_states
 from personaplug.llm.prefix_attention import CachedPrefix, prefix_attention
 from personaplug.llm.prompt_tokenizer import Ids
@@ -56,23 +55,19 @@ class CachedPrefixRunner(Runner):
             scores[:, indices] += self.scores_after_first(states, lengths, [label_ids[index] for index in indices])
         return scores
 
-    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+    def start_decoding(self, batch: PromptBatch) -> Decoding:
         assert batch.soft is not None
-        prefix, size = self.load_prefix(batch.prompts, share=True), len(batch.prompts)
-        end = torch.tensor(self.llm.end_ids, device=self.llm.device)
-        generator = torch.Generator(self.llm.device).manual_seed(config.seed)
-        has_ended = torch.zeros(size, dtype=torch.bool, device=self.llm.device)
-        embeds = self._cast(batch.soft)
-        tokens: list[Tensor] = []
-        while len(tokens) < config.max_new_tokens and not has_ended.all():
-            logits = self.logits(embeds, prefix, columns=torch.tensor([embeds.shape[1] - 1]))[:, 0].float()
-            if batch.ngrams is not None:
-                prefixes = torch.stack(tokens, dim=1).tolist() if tokens else [[]] * size
-                logits = interpolate_logits(logits, batch.ngrams, prefixes)
-            tokens.append(sample_tokens(logits, config, generator=generator))
-            has_ended |= torch.isin(tokens[-1], end)
-            embeds = self.llm.embed(tokens[-1])[:, None]
-        return torch.stack(tokens, dim=1).tolist()
+        prefix = self.load_prefix(batch.prompts, share=True)
+
+        def last_logits(embeds: Tensor) -> Tensor:
+            return self.logits(embeds, prefix, columns=torch.tensor([embeds.shape[1] - 1]))[:, 0]
+
+        return Decoding(
+            last_logits(self._cast(batch.soft)), lambda tokens: last_logits(self.llm.embed(tokens)[:, None])
+        )
+
+    def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        return decode_tokens(self.llm, config, batch.ngrams, decoding=self.start_decoding(batch))
 
     def logits(self, embeds: Tensor, prefix: CachedPrefix, *, columns: Tensor) -> Tensor:
         """Run further live tokens (R, L, D), add them to the cache and return the logits at C columns, (R, C, V)."""

@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch, Runner
+from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel, PromptBatch, Runner
 from personaplug.llm.cached_prefix import CachedPrefixRunner
 from personaplug.llm.chunked_cross_entropy import log_softmax
-from personaplug.llm.generation import generate_with_transformers
+from personaplug.llm.generation import decode_tokens, generate_with_transformers
+from personaplug.llm.model_cache import cache_argument, cache_of
+from personaplug.llm.model_check import check_model
 from personaplug.llm.padding import pad, pad_with_mask
-from personaplug.llm.prefix_probe import check_prefix_cache
-from personaplug.llm.prompt_cache import Layout
 from personaplug.llm.prompt_tokenizer import Ids
+from personaplug.llm.row_by_row import RowByRowRunner, UncachedRunner
 from personaplug.llm.soft_prompt import IGNORED, Spliced
 
 _LABEL_ROWS = 64  # (sample, label) rows per pass; bounds the copies of the prompt's cache
@@ -31,22 +31,65 @@ class CausalLM(LanguageModel):
     is_encoder_decoder = False
 
     def __init__(self, model: Any, tokenizer: Any, **settings: Any) -> None:
+        self.accepted = frozenset(inspect.signature(model.forward).parameters)
+        self.cache_name = cache_argument(model)
+        self._ropes = [module for module in model.modules() if is_switching_rope(module)]
+        self.rope_switch = min((_rope_limit(rope.config) for rope in self._ropes), default=None)
         super().__init__(model, tokenizer, **settings)
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._takes_columns = "logits_to_keep" in accepted
-        self.spliced, self.cached_prefix = SplicedRunner(self), CachedPrefixRunner(self)
+        self.cached_prefix = CachedPrefixRunner(self)
+        self.row_by_row = RowByRowRunner(UncachedRunner(self))
+        self.ways = {
+            "batched": SplicedRunner(self),
+            "batched, each label in full": SplicedRunner(self, repeats_cache=False),
+            "batched by transformers": SplicedRunner(self, repeats_cache=False, decodes=False),
+            "row by row": self.row_by_row,
+        }
+        check_model(self)
 
-    @cached_property
-    def prompt_layout(self) -> Layout | None:
-        """Shape of cached keys and values; the first access runs `check_prefix_cache`."""
-        return check_prefix_cache(self)
+    @property
+    def prefix_runner(self) -> Runner:
+        return self.cached_prefix
 
-    def choose_runner(self, batch: PromptBatch, *, num_beams: int = 1) -> Runner:
+    def choose_runner(self, batch: PromptBatch, *, new_tokens: int, num_beams: int = 1) -> Runner:
         """Return the cached-prefix runner for `suffix` soft tokens, unless the model or beam search rules it out."""
+        if self._reaches_rope_switch(batch, new_tokens=new_tokens):
+            return self.row_by_row
         if batch.has_soft("suffix") and num_beams == 1 and self.supports_prompt_cache:
             return self.cached_prefix
-        return self.spliced
+        return self.whole
+
+    @property
+    def max_cached_tokens(self) -> int | None:
+        """Longest sequence whose cached states stay right, or None if the config names no limit."""
+        limits = [length for length in (self.max_positions, self.rope_switch) if length is not None]
+        return min(limits, default=None)
+
+    def _reaches_rope_switch(self, batch: PromptBatch, *, new_tokens: int) -> bool:
+        """Return True if a row may become so long that the model computes all of its positions otherwise."""
+        if self.rope_switch is None:
+            return False
+        prompts = [len(row.ids) for row in self.prompt_tokenizer.encode_prompts(batch.prompts, batch.soft_at)]
+        soft_tokens = 0 if batch.soft is None else batch.soft.tokens
+        return max(prompts, default=0) + soft_tokens + new_tokens > self.rope_switch
+
+    def reset_ropes(self) -> None:
+        """Forget the length of earlier texts, which dynamic rotary positions would go on with."""
+        for rope in self._ropes:
+            if "dynamic" in str(rope.rope_type) and hasattr(rope, "original_inv_freq"):
+                rope.inv_freq = rope.original_inv_freq.to(self.device)
+                rope.max_seq_len_cached = rope.original_max_seq_len
+
+    def model_logits(self, prompt: Ids, target: Ids, *, before: Ids = ()) -> Tensor:
+        ids = torch.tensor([[*prompt, *before, *target]], device=self.device)
+        logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return logits[0, -len(target) - 1 : -1]
+
+    def spell(self, ids: Ids) -> Tensor:
+        return self.embed(torch.tensor([ids], device=self.device))
+
+    def read(self, **inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(**inputs).logits
+        return logits
 
     def forward(
         self, embeds: Tensor, *, mask: Tensor, positions: Tensor, columns: Tensor, **options: Any
@@ -55,19 +98,19 @@ class CausalLM(LanguageModel):
 
         `mask` is (B, T or more), `positions` (B, T), `columns` (C,) the indices in T whose logits are needed.
         """
-        if self._takes_positions:
+        self.reset_ropes()
+        if "position_ids" in self.accepted:
             options["position_ids"] = positions
-        if self._takes_columns:
-            options |= self.only_columns(columns)
+        options |= self.only_columns(columns)
         output = self.model(inputs_embeds=embeds, attention_mask=mask, **options)
         logits: Tensor = output.logits
-        return logits if self._takes_columns else logits[:, columns.to(logits.device)], output
+        return logits if "logits_to_keep" in self.accepted else logits[:, columns.to(logits.device)], output
 
     def only_columns(self, columns: Tensor) -> dict[str, Tensor]:
         """Return the argument that limits the logits to some columns, if the model has it."""
         # A tensor of indices, not a number: a number makes a strided slice, which torch multiplies row by row with a
         # copy of the whole output layer (measured: 1.1 s instead of 0.01 s per batch).
-        return {"logits_to_keep": columns.to(self.device)} if self._takes_columns else {}
+        return {"logits_to_keep": columns.to(self.device)} if "logits_to_keep" in self.accepted else {}
 
     @torch.no_grad()
     def prefill(self, embeds: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -75,7 +118,7 @@ class CausalLM(LanguageModel):
         cache = DynamicCache()  # without a config it keeps all tokens, also those beyond a sliding window
         positions, last = (mask.cumsum(dim=1) - 1).clamp(min=0), torch.tensor([mask.shape[1] - 1])
         logits, _ = self.forward(
-            embeds, mask=mask, positions=positions, columns=last, past_key_values=cache, use_cache=True
+            embeds, mask=mask, positions=positions, columns=last, use_cache=True, **{self.cache_name: cache}
         )
         layers: list[Any] = cache.layers
         states = torch.stack([part for layer in layers for part in (layer.keys, layer.values)])
@@ -89,10 +132,15 @@ class CausalLM(LanguageModel):
 
 
 class SplicedRunner(Runner):
-    """Prompt, soft tokens and answer in one sequence; for soft tokens at any position, or none."""
+    """Prompt, soft tokens and answer in one sequence; for soft tokens at any position, or none.
 
-    def __init__(self, llm: CausalLM) -> None:
-        self.llm = llm
+    Args:
+        repeats_cache: score labels behind copies of the prompt's cache; else each label in a pass of its own.
+        decodes: generate token by token here; else, and with beams, by transformers.
+    """
+
+    def __init__(self, llm: CausalLM, *, repeats_cache: bool = True, decodes: bool = True) -> None:
+        self.llm, self.repeats_cache, self.decodes = llm, repeats_cache, decodes
 
     def target_logits(self, batch: PromptBatch, target_ids: Sequence[Ids]) -> tuple[Tensor, Tensor]:
         spliced = self.llm.splice_prompts(batch, target_ids)
@@ -103,6 +151,8 @@ class SplicedRunner(Runner):
         return self._forward(spliced, columns=columns, use_cache=False)[0], targets
 
     def label_scores(self, batch: PromptBatch, label_ids: Sequence[Ids]) -> Tensor:
+        if not self.repeats_cache:
+            return super().label_scores(batch, label_ids)
         spliced = self.llm.splice_prompts(batch)
         longest, last = max(map(len, label_ids)), torch.tensor([spliced.embeds.shape[1] - 1])
         logits, output = self._forward(spliced, columns=last, use_cache=longest > 1)
@@ -111,11 +161,21 @@ class SplicedRunner(Runner):
         chunks = [label_ids[start : start + step] for start in range(0, len(label_ids), step)]
         return torch.cat([self._scores_after(output, first, spliced=spliced, label_ids=ids) for ids in chunks], dim=1)
 
+    def start_decoding(self, batch: PromptBatch) -> Decoding | None:
+        if not self.decodes:
+            return None
+        spliced = self.llm.splice_prompts(batch)
+        last = torch.tensor([spliced.embeds.shape[1] - 1])
+        logits, output = self._forward(spliced, columns=last, use_cache=True)
+        return Decoding(logits[:, -1], _Sequence(self.llm, spliced.mask, cache_of(output)).step)
+
     def generate_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[list[int]]:
+        decoding = self.start_decoding(batch) if config.num_beams == 1 else None
+        if decoding is not None:
+            return decode_tokens(self.llm, config, batch.ngrams, decoding=decoding)
         spliced = self.llm.splice_prompts(batch)
         inputs = {"inputs_embeds": spliced.embeds, "attention_mask": spliced.mask}
-        last = self.llm.only_columns(torch.tensor([-1]))
-        return generate_with_transformers(self.llm, config, batch.ngrams, **inputs, **last)
+        return generate_with_transformers(self.llm, config, batch.ngrams, **inputs)
 
     def _forward(self, spliced: Spliced, *, columns: Tensor, use_cache: bool) -> tuple[Tensor, Any]:
         return self.llm.forward(
@@ -129,7 +189,7 @@ class SplicedRunner(Runner):
         total = first[:, ids[:, 0]]
         if ids.shape[1] == 1:
             return total
-        repeated = copy.deepcopy(output.past_key_values)
+        repeated = copy.deepcopy(cache_of(output))
         repeated.batch_repeat_interleave(count)
         inputs, columns = ids[:, :-1].repeat(size, 1), torch.arange(ids.shape[1] - 1, device=self.llm.device)
         prompt_mask = spliced.mask.repeat_interleave(count, dim=0)
@@ -138,9 +198,44 @@ class SplicedRunner(Runner):
             mask=torch.cat([prompt_mask, mask[:, :-1].repeat(size, 1)], dim=1),
             positions=prompt_mask.sum(dim=1, keepdim=True) + columns,
             columns=columns,
-            past_key_values=repeated,
             use_cache=True,
+            **{self.llm.cache_name: repeated},
         )
         targets = ids[:, 1:].repeat(size, 1).unsqueeze(-1)
         per_token = log_softmax(logits).gather(-1, targets).squeeze(-1) * mask[:, 1:].repeat(size, 1)
         return total + per_token.sum(dim=1).view(size, count)
+
+
+class _Sequence:
+    """Rows whose tokens so far are in the model's own cache; `mask` (B, T) is 1 at real ones."""
+
+    def __init__(self, llm: CausalLM, mask: Tensor, cache: Any) -> None:
+        self.llm, self.mask, self.cache = llm, mask, cache
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add one token (B,) to each row and return the logits behind it, (B, V)."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        logits, output = self.llm.forward(
+            self.llm.embed(tokens)[:, None],
+            mask=self.mask,
+            positions=self.mask.sum(dim=1, keepdim=True) - 1,
+            columns=torch.tensor([0]),
+            use_cache=True,
+            **{self.llm.cache_name: self.cache},
+        )
+        self.cache = cache_of(output)
+        return logits[:, 0]
+
+
+def is_switching_rope(module: Any) -> bool:
+    """Return True for rotary positions that all change beyond some length (longrope, dynamic)."""
+    kinds = getattr(module, "rope_type", None)
+    names = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+    return any(name == "longrope" or "dynamic" in str(name) for name in names)
+
+
+def _rope_limit(config: Any) -> int:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    lengths = [config.max_position_embeddings, *(value.get("original_max_position_embeddings") for value in nested)]
+    return int(min(length for length in lengths if length))

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig as TransformersConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.errors import ConfigError
+from personaplug.infra.gguf import first_line
+from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel
 from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
 
 
@@ -28,27 +31,62 @@ def sample_tokens(logits: Tensor, config: GenerationConfig, *, generator: torch.
     return order.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
+def decode_tokens(
+    llm: LanguageModel, config: GenerationConfig, ngrams: Sequence[UserNgramCache] | None, *, decoding: Decoding
+) -> list[list[int]]:
+    """Return the token ids of R responses; rows that have ended go on until all have."""
+    first = decoding.first
+    end = torch.tensor(llm.end_ids, device=first.device)
+    generator = torch.Generator(first.device).manual_seed(config.seed)
+    has_ended = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+    logits, tokens = first, list[Tensor]()
+    while True:
+        logits = logits.float()
+        if ngrams is not None:
+            prefixes = torch.stack(tokens, dim=1).tolist() if tokens else [[]] * len(first)
+            logits = interpolate_logits(logits, ngrams, prefixes)
+        tokens.append(sample_tokens(logits, config, generator=generator))
+        has_ended |= torch.isin(tokens[-1], end)
+        if len(tokens) == config.max_new_tokens or bool(has_ended.all()):
+            return torch.stack(tokens, dim=1).tolist()
+        logits = decoding.step(tokens[-1])
+
+
 def generate_with_transformers(
     llm: LanguageModel, config: GenerationConfig, ngrams: Sequence[UserNgramCache] | None, **inputs: Any
 ) -> list[list[int]]:
     """Return the token ids that transformers generates from `inputs`; torch's global random state stays unchanged."""
-    first = int(llm.is_encoder_decoder)  # its response begins with the start token
+    start = inputs.get("decoder_input_ids")  # they come back in front of the response
+    first = 0 if start is None else int(start.shape[1])
     processors = [_NgramProcessor(ngrams, config.num_beams, first=first)] if ngrams is not None else []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        rows: list[list[int]] = llm.model.generate(
-            **inputs,
-            max_new_tokens=config.max_new_tokens,
-            num_beams=config.num_beams,
-            do_sample=config.do_sample,
-            temperature=config.temperature if config.do_sample else None,
-            top_p=config.top_p if config.do_sample else None,
-            top_k=None,
-            eos_token_id=llm.end_ids,
-            pad_token_id=llm.end_ids[0],
-            logits_processor=LogitsProcessorList(processors),
-        ).tolist()
+        try:
+            rows: list[list[int]] = llm.model.generate(
+                **inputs,
+                generation_config=_as_transformers(config, llm),
+                logits_processor=LogitsProcessorList(processors),
+            ).tolist()
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"transformers cannot generate from embeddings with {llm.identity.name} and num_beams="
+                f"{config.num_beams} ({first_line(error)}). Set num_beams=1."
+            ) from error
     return [row[first:] for row in rows]
+
+
+def _as_transformers(config: GenerationConfig, llm: LanguageModel) -> Any:
+    # top_k=0 is no limit; None would become transformers' default.
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0} if config.do_sample else {}
+    config_class: Any = TransformersConfig  # its constructor has no annotations
+    return config_class(
+        max_new_tokens=config.max_new_tokens,
+        num_beams=config.num_beams,
+        do_sample=config.do_sample,
+        eos_token_id=llm.end_ids,
+        pad_token_id=llm.end_ids[0],
+        **sampling,
+    )
 
 
 class _NgramProcessor(LogitsProcessor):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from personaplug.config import ModelConfig
-from personaplug.errors import ConfigError, MissingModel
+from personaplug.errors import ConfigError, MissingModel, PersonaPlugError, UnsupportedModel
+from personaplug.infra.gguf import first_line
 from personaplug.infra.model_hub import find_model, revision_of
 from personaplug.infra.progress import quiet_unless_terminal
 from personaplug.llm.base import LanguageModel
@@ -67,8 +68,18 @@ def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: 
             model = auto_class.from_pretrained(folder, dtype=torch_dtype, **options).to(device)
     except (OSError, ValueError) as error:
         raise MissingModel(name, tried=[f"{folder}, where transformers says: {str(error).splitlines()[0]}"]) from error
-    llm_class = Seq2SeqLM if is_encoder_decoder else CausalLM
-    return llm_class(model, tokenizer, name=name, revision=revision_of(name, folder), **settings)
+    return wrap_model(model, tokenizer, name=name, revision=revision_of(name, folder), **settings)
+
+
+def wrap_model(model: Any, tokenizer: Any, *, name: str, **settings: Any) -> LanguageModel:
+    """Check a model of transformers and return it as a frozen language model, or raise UnsupportedModel."""
+    llm_class = Seq2SeqLM if model.config.is_encoder_decoder else CausalLM
+    try:
+        return llm_class(model, tokenizer, name=name, **settings)
+    except (PersonaPlugError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a family may lack anything that this package asks a model for
+        raise UnsupportedModel(name, f"its family lacks something ({first_line(error)})") from error
 
 
 def choose_dtype(name: str, *, device: str) -> tuple[torch.dtype, str]:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import eager_mask
 
+from personaplug.llm.model_cache import cache_argument
 from personaplug.llm.padding import left_padding_mask
 
 _ATTENTION_NAME = "personaplug_prefix"
@@ -74,12 +75,14 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 @contextmanager
 def prefix_attention(model: Any, prefix: CachedPrefix) -> Iterator[dict[str, Any]]:
     """Switch a model to `attend`; yields the keyword arguments that its forward pass needs."""
-    previous = model.config._attn_implementation
-    model.config._attn_implementation = _ATTENTION_NAME
+    # Layers of a composite model read a config of their own.
+    config = model.config.get_text_config()
+    previous = config._attn_implementation
+    config._attn_implementation = _ATTENTION_NAME
     try:
-        yield {"past_key_values": prefix, "use_cache": True, _PREFIX: prefix}
+        yield {cache_argument(model): prefix, "use_cache": True, _PREFIX: prefix}
     finally:
-        model.config._attn_implementation = previous
+        config._attn_implementation = previous
 
 
 def attend(

@@ -36,6 +36,11 @@ class SoftPrompt:
         """Soft tokens per row (S)."""
         return self.vectors.shape[1]
 
+    def row(self, index: int) -> SoftPrompt:
+        """Return one row as a batch of its own."""
+        bias = None if self.label_bias is None else self.label_bias[index : index + 1]
+        return SoftPrompt(self.vectors[index : index + 1], self.placement, label_bias=bias)
+
     def is_finite(self) -> bool:
         parts = [self.vectors] if self.label_bias is None else [self.vectors, self.label_bias]
         return all(bool(torch.isfinite(part).all()) for part in parts)

@@ -95,7 +95,7 @@ def test_in_bfloat16_reading_prompts_apart_is_as_exact_as_reading_everything(smo
 
     def found(llm: CausalLM, vectors: torch.Tensor, *, apart: bool) -> tuple[torch.Tensor, torch.Tensor]:
         soft = SoftPrompt(vectors.clone().requires_grad_(), placement="suffix")
-        runner = llm.cached_prefix if apart else llm.spliced
+        runner = llm.cached_prefix if apart else llm.whole
         target_ids = llm.prompt_tokenizer.encode_targets(targets)
         losses, _ = token_loss(*runner.target_logits(PromptBatch(PROMPTS, soft), target_ids))
         return losses.detach(), torch.autograd.grad(losses.sum(), soft.vectors)[0]

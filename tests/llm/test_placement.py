@@ -72,8 +72,7 @@ def test_suffix_loss_and_gradient_equal_one_sequence(family: str, chat: bool) ->
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
 def test_suffix_loss_in_bfloat16_equals_one_sequence_within_rounding(family: str) -> None:
-    llm = small_llm(family)
-    llm.model.to(torch.bfloat16)
+    llm = small_llm(family, dtype=torch.bfloat16)
     vectors = _vectors(llm)
     llm.cache_prompts(PROMPTS)
     apart = _cached(llm, vectors)

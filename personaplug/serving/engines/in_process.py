@@ -72,7 +72,7 @@ class InProcessEngine(Engine):
         self.models = (name,)
         self.llm, self.max_new_tokens = llm, max_new_tokens
         # Tokens of a prompt, its soft tokens and its answer.
-        self.max_tokens = int(getattr(llm.model.config, "max_position_embeddings", 2048))
+        self.max_tokens = llm.max_cached_tokens or 2048
         self._longest_token = longest_token(llm.prompt_tokenizer.tokenizer)
         self._scheduler = ModelScheduler(llm, max_rows=max_rows, max_held=max(_MAX_HELD, self.max_tokens))
 

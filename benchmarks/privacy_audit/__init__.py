@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/privacy.py`: attacks, their subjects, and what each audit attacks."""

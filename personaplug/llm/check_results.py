@@ -1,0 +1,90 @@
+"""Results of checks of models, in memory and in a file of the user's cache folder, so that each check runs once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from personaplug.errors import StorageError
+from personaplug.infra.atomic_io import write_json
+from personaplug.infra.gguf import cache_folder
+from personaplug.llm.prompt_cache import Layout
+
+if TYPE_CHECKING:
+    from personaplug.llm.base import LanguageModel
+
+_FILE = "model-checks.json"
+_MAX_RESULTS = 256  # in the file; the oldest go first
+_MIN_SECONDS = 1.0  # a faster check is not worth a file
+
+_in_memory: dict[str, ModelCheck] = {}
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What a check found. Reasons are sentences without the model's name."""
+
+    way: str  # of `LanguageModel.ways`; empty = the model is refused
+    why_not_faster: str = ""  # if it is not the first way; of a refused model, what is wrong
+    layout: Layout | None = None  # of cached prompts
+    why_no_prompt_cache: str = ""
+
+
+def result_key(llm: LanguageModel, texts: list[Any]) -> str:
+    """Return a hash of all that decides what a check finds: weights, config, dtype, code, versions, device, texts."""
+    parts = [
+        *(llm.identity.fingerprint, type(llm.model).__name__, llm.dtype, llm.device.type, _code_digest(), texts),
+        *(version("torch"), version("transformers"), llm.model.config._attn_implementation),
+        json.dumps(llm.model.config.to_dict(), sort_keys=True, default=str),
+    ]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def find_result(key: str) -> ModelCheck | None:
+    """Return an earlier result; a damaged file or entry counts as none."""
+    if key not in _in_memory:
+        with suppress(AttributeError, KeyError, TypeError):
+            entry = dict(_read()[key])
+            layout = entry.pop("layout")
+            if layout is not None:
+                layout = Layout(**{**layout, "dtype": getattr(torch, layout["dtype"])})
+            _in_memory[key] = ModelCheck(**entry, layout=layout)
+    return _in_memory.get(key)
+
+
+def keep_result(key: str, result: ModelCheck, *, seconds: float) -> None:
+    """Keep a result in memory, and in the file if the check took long and the folder can be written."""
+    _in_memory[key] = result
+    if seconds < _MIN_SECONDS:
+        return
+    layout = None if result.layout is None else asdict(result.layout)
+    if layout is not None:
+        layout["dtype"] = str(layout["dtype"]).removeprefix("torch.")
+    results = {**_read(), key: {**asdict(result), "layout": layout}}
+    with suppress(StorageError):
+        write_json(cache_folder() / _FILE, dict(list(results.items())[-_MAX_RESULTS:]))
+
+
+def _read() -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        results = json.loads((cache_folder() / _FILE).read_text(encoding="utf-8"))
+        if isinstance(results, dict):
+            return results
+    return {}
+
+
+@cache
+def _code_digest() -> str:
+    """Hash this folder's code, so that a result never outlives the code that it is about."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

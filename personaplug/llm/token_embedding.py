@@ -1,0 +1,64 @@
+"""The embeddings that a model reads for token ids, with the factor that some families apply outside of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Reader = Callable[[Tensor], Tensor]
+
+
+class TokenEmbedding:
+    """Maps token ids (…) to what the model must be given in their place, (…, D).
+
+    Args:
+        layer: the model's input embeddings.
+        factor: what the model multiplies the layer's output with if, and only if, it is given ids.
+    """
+
+    def __init__(self, layer: Any, factor: float = 1.0) -> None:
+        self.layer, self.factor = layer, factor
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        embeds: Tensor = self.layer(ids)
+        return embeds if self.factor == 1 else embeds * self.factor
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's table, (V, D), without any factor."""
+        table: Tensor = self.layer.weight
+        return table
+
+    @property
+    def num_embeddings(self) -> int:
+        return int(self.weight.shape[0])
+
+
+@torch.no_grad()
+def find_factor(model: Any, layer: Any, *, read_ids: Reader, read_embeds: Reader) -> float:
+    """Return the factor of an embedding layer with which a model makes of embeddings what it makes of ids."""
+    factors = _candidate_factors(model, layer)
+    if len(factors) == 1:
+        return factors[0]
+    ids = torch.arange(1, min(5, len(layer.weight)), device=layer.weight.device)[None]
+    try:
+        expected, embeds = read_ids(ids).float(), layer(ids)
+        errors = [float((read_embeds(embeds * factor).float() - expected).norm()) for factor in factors]
+    except Exception:  # a family that does not run at all fails in the check, which says why
+        return 1.0
+    return factors[errors.index(min(errors))]
+
+
+def _candidate_factors(model: Any, layer: Any) -> list[float]:
+    """Return 1 and the numbers that the modules around an embedding layer hold."""
+    # Copies of the layer may share nothing but its table.
+    owners = [
+        module
+        for module in model.modules()
+        if any(getattr(child, "weight", None) is layer.weight for child in module.children())
+    ]
+    numbers = [value for owner in owners for value in vars(owner).values() if isinstance(value, float) and value > 0]
+    return list(dict.fromkeys([1.0, *numbers]))

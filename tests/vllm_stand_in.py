@@ -131,7 +131,7 @@ class StandIn:
         if body.get("stream"):
             return StreamingResponse(self._events(), media_type="text/event-stream")
         await asyncio.sleep(0 if body.get("logprobs") else self.silent_s)
-        parts = [part for turn in body["messages"] if isinstance(turn["content"], list) for part in turn["content"]]
+        parts = [part for turn in body["messages"] if isinstance(turn.get("content"), list) for part in turn["content"]]
         logprob = self._logprob(body, [part.get("data", "") for part in parts])
         choice = {"index": 0, "message": {"role": "assistant", "content": "tea"}}
         return JSONResponse({"id": "1", "choices": [choice | {"logprobs": {"content": [_token("tea", logprob)]}}]})

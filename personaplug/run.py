@@ -255,6 +255,8 @@ class Run:
         Raises:
             RunConflict: naming the settings that differ.
         """
+        if config.model.chat_date == "auto":
+            config = with_values(config, {"model.chat_date": self.config.model.chat_date})
         names = _differing(resolved(config, self.task), self.config, sections=sections)
         if names:
             raise RunConflict(

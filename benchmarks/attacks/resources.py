@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import httpx
@@ -114,6 +115,45 @@ def endless_header(lab: Lab, verdict: Verdict) -> None:
         verdict.note(f"cut after {sent / 1e6:.1f} MB")
 
 
+@case("headers that come a byte at a time")
+def dripped_headers(lab: Lab, verdict: Verdict) -> None:
+    with lab.serve() as server, contextlib.ExitStack() as stack:
+        slow, blank = (stack.enter_context(server.open_socket()) for _ in range(2))
+        slow.sendall(b"GET /health HTTP/1.1\r\nX-A: ")
+        is_open = True
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                blank.sendall(b"\r\n")
+            try:
+                slow.sendall(b"a")
+            except OSError:
+                is_open = False
+            time.sleep(0.1)
+        verdict.expect(not is_open, "a header of 30 seconds is taken")
+
+
+@case("20,000 requests in advance on one connection")
+def pipelined(lab: Lab, verdict: Verdict) -> None:
+    with lab.serve() as server, server.open_socket(timeout=15) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(_get("/metrics", server.keys["a"]) * 20_000)
+        _expect_service(server, verdict, question=lab.question()["input"])
+
+
+@case("60 MB of chunk extensions")
+def chunk_extensions(lab: Lab, verdict: Verdict) -> None:
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    with lab.serve() as server, server.open_socket() as connection:
+        sent = 0
+        with contextlib.suppress(OSError):
+            connection.sendall(f"{head}Authorization: Bearer {server.keys['a']}\r\n".encode())
+            connection.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+            for _ in range(60):
+                connection.sendall(b"1;" + b"a" * 2**20 + b"\r\nx\r\n")
+                sent += 1
+        verdict.expect(sent < 20, f"{sent} MB were taken")
+
+
 def _expect_service(server: Server, verdict: Verdict, *, question: str) -> None:
     """Expect that those with a key and the health check are served."""
     for path in ("/health", "/ready", "/metrics"):
@@ -139,8 +179,15 @@ def many_parts(lab: Lab, verdict: Verdict) -> None:
             verdict.expect(status in (400, 413, 422), f"body {number}: {status}")
         items = [{"id": str(number), "text": "x", "score": "4"} for number in range(60_000)]
         verdict.expect(server.add(items).status_code in (400, 413, 422), "60,000 items")
-        deep = server.call("POST", "/v1/chat/completions", content=b"[" * 1_000_000, headers=_JSON)
-        verdict.expect(deep.status_code in (400, 413, 422), f"deep nesting: {deep.status_code}")
+        raw = [b"[" + b"[]," * 1_300_000 + b"[]]", b"[" * 4_000_000, b"]" * 4_000_000, b'"' * 4_000_000]
+        raw += [b'{"a": "' + b"\\" * 4_000_000 + b'"}', b'{"a":' * 700_000, b'{"messages":' + b"9" * 4_000_000 + b"}"]
+        paths = ("/v1/chat/completions", "/v1/users/ann/history")
+        calls = [
+            partial(server.call, "POST", paths[number % 2], content=raw[number % len(raw)], headers=_JSON)
+            for number in range(64)
+        ]
+        for status in at_once(calls):
+            verdict.expect(status in (400, 413, 422, 429, 0), f"a hostile body: {status}")
 
 
 _JSON = {"Content-Type": "application/json"}

@@ -131,11 +131,7 @@ class HistoryPromptFormatter:
 
     def _count_tokens(self, draft: _Draft) -> int:
         """Return the tokens of a prompt, in one piece or split at the soft tokens, whichever is more."""
-        prompt, soft_at = draft
-        if not soft_at:
-            return self.llm.count_tokens([prompt])[0]
-        whole, before, after = self.llm.count_tokens([prompt, prompt[:soft_at], prompt[soft_at:]])
-        return max(whole, before + after)
+        return max(self.llm.count_prompt_tokens(draft[0], soft_at) for soft_at in {0, draft[1]})
 
     def _fit(self, items: Sequence[HistoryItem], budget: int) -> tuple[list[str], int]:
         """Return the texts of the items that fit, joints included, and how many of them are shortened."""

@@ -236,6 +236,10 @@ class LanguageModel(ABC):
         """Return the number of tokens of each text, template excluded."""
         return self.prompt_tokenizer.count_tokens(texts)
 
+    def count_prompt_tokens(self, text: str, soft_at: int = 0) -> int:
+        """Return the tokens of a prompt's text, split at its soft tokens; up to `max_text_tokens` fit."""
+        return self.prompt_tokenizer.count_prompt_tokens(text, soft_at)
+
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text with at most `tokens` tokens."""
         return self.prompt_tokenizer.cut_text(text, tokens)

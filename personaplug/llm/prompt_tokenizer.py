@@ -82,15 +82,19 @@ class PromptTokenizer:
         return self._cached_prompt(text, soft_at)
 
     def _encode_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
+        before, rest = self._encode_parts(text, soft_at)
+        ids, room = before + rest, self.max_tokens - len(self.head) - len(self.tail)
+        framed = (*self.head, *ids[:room], *self.tail)
+        return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
+
+    def _encode_parts(self, text: str, soft_at: int) -> tuple[list[int], list[int]]:
+        """Return the tokens of a prompt's text before and after its soft tokens, without the template."""
         shown = self._as_shown(text)
         soft_at = min(max(0, soft_at - text.find(shown)), len(shown))
         is_inside = self.has_chat_template
         before = self.texts.encode(self._lead + shown[:soft_at], inside=is_inside) if soft_at else []
         rest = shown[soft_at:] if soft_at else self._lead + shown
-        ids = before + self.texts.encode(rest, inside=is_inside or soft_at > 0)
-        room = self.max_tokens - len(self.head) - len(self.tail)
-        framed = (*self.head, *ids[:room], *self.tail)
-        return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
+        return before, self.texts.encode(rest, inside=is_inside or soft_at > 0)
 
     def encode_prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
         positions = [0] * len(texts) if soft_at is None else soft_at
@@ -144,6 +148,10 @@ class PromptTokenizer:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self.texts.encode_many(texts)]
+
+    def count_prompt_tokens(self, text: str, soft_at: int = 0) -> int:
+        """Return the tokens of a prompt's text as `encode_prompt` reads it; up to `max_text_tokens` fit."""
+        return sum(map(len, self._encode_parts(text, soft_at))) - bool(self._lead)
 
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of at most `tokens` whole tokens and characters, without trailing blanks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -198,6 +199,9 @@ class _Clumsy:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(text) // 4 + 2 * text.count(", and ") for text in texts]
 
+    def count_prompt_tokens(self, text: str, soft_at: int = 0) -> int:
+        return sum(self.count_tokens([text[:soft_at], text[soft_at:]]))
+
     def cut_text(self, text: str, tokens: int) -> str:
         return text[: 4 * tokens].rstrip()
 
@@ -259,16 +263,19 @@ class _Words:
         trained.pre_tokenizer = pre_tokenizers.Metaspace()
         trained.decoder = decoders.Metaspace()
         texts = [f"{task.item_template} {task.history_template} the title of this film" for task in LAMP_TASKS.values()]
-        special: Any = {"special_tokens": ["</s>", "<unk>"], "unk_token": "<unk>", "show_progress": False}
-        trained.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=120, **special))
+        special: Any = {
+            "special_tokens": ["</s>", "<unk>"],
+            "unk_token": "<unk>",
+            "show_progress": False,
+            "initial_alphabet": list(string.printable.strip()),
+        }
+        trained.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=180, **special))
         kind: Any = PreTrainedTokenizerFast
         tokenizer = kind(tokenizer_object=trained, eos_token="</s>", unk_token="<unk>")
         self.prompt_tokenizer = PromptTokenizer(tokenizer, max_tokens=room, is_encoder_decoder=True)
-        self.max_text_tokens, self.count_tokens, self.cut_text = (
-            self.prompt_tokenizer.max_text_tokens,
-            self.prompt_tokenizer.count_tokens,
-            self.prompt_tokenizer.cut_text,
-        )
+        self.max_text_tokens = self.prompt_tokenizer.max_text_tokens
+        self.count_tokens, self.cut_text = self.prompt_tokenizer.count_tokens, self.prompt_tokenizer.cut_text
+        self.count_prompt_tokens = self.prompt_tokenizer.count_prompt_tokens
 
 
 @pytest.mark.parametrize("room", [60, 150, 300])

@@ -507,9 +507,9 @@ def test_the_task_settles_where_answers_go(tmp_path: Path) -> None:
     settings = ("answer_channel=auto", "controls=false", "seeds=0", "max_steps=1", "shrinkage=true")
     for kind, channel in (("rating", "label"), ("style", "style")):
         stage = Stage(tmp_path / kind, kind=kind, settings=settings)
-        assert stage.run.config.plug.answer_channel == Run.open(stage.run.folder).config.plug.answer_channel == channel
         stage.run.check_unchanged(stage.config)  # which still says auto
         assert stage.evaluate("plug,wrong-user,random-vectors")["rows"][0]["n"] == 10
+        assert stage.run.config.plug.answer_channel == Run.open(stage.run.folder).config.plug.answer_channel == channel
         _check_personas(stage.run, stage.models, open_dataset(stage.data, "dev", task=stage.run.task))
 
 

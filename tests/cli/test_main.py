@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from personaplug.analysis import results_file
 from personaplug.cli.main import main
 from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.errors import StorageError
 
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"]
 
@@ -56,6 +58,25 @@ def test_evaluate_never_takes_a_folder_for_its_results_file(trained: Path, data:
     done = _call("evaluate", "--run", trained, "--data", data, "--json", tmp_path / "results")
     assert (done.exit_code, "is a directory" in done.output) == (2, True)
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_evaluate_keeps_earlier_results_if_new_ones_cannot_be_written(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, results: object) -> None:
+        raise StorageError("The disk is full.")
+
+    target = tmp_path / "results.json"
+    words = ("evaluate", "--run", trained, "--data", data, "--split", "dev", "--methods", "plug", "--json", target)
+    target.write_text("earlier")
+    with monkeypatch.context() as patch:
+        patch.setattr(results_file, "write_results", fail)
+        done = _call(*words)
+    assert done.exit_code != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert target.read_text() == "earlier"
+    assert _call(*words).exit_code == 0
+    assert (tmp_path / "results.previous.json").read_text() == "earlier"
 
 
 def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Path, tmp_path: Path) -> None:

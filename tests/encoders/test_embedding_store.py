@@ -109,7 +109,7 @@ def test_store_files_hold_no_text(table: EmbeddingStore) -> None:
     table.add([SECRET])
     assert (table.folder / "vectors.f16").stat().st_size == 2 * 32
     described = json.loads((table.folder / "table.json").read_text())
-    assert (described["format"], described["width"]) == (2, 32)
+    assert (described["format"], described["width"]) == (3, 32)
     assert EncoderIdentity.from_dict(described["encoder"]) == HashEncoder(32).identity
     assert not any(SECRET.encode() in file.read_bytes() for file in table.folder.iterdir())
 
@@ -217,8 +217,8 @@ def test_open_damaged_description_raises(table: EmbeddingStore, content: str) ->
 
 def test_open_later_format_raises(table: EmbeddingStore) -> None:
     described = json.loads((table.folder / "table.json").read_text())
-    (table.folder / "table.json").write_text(json.dumps(described | {"format": 3}))
-    with pytest.raises(UserError, match="format 3; this version reads format 2"):
+    (table.folder / "table.json").write_text(json.dumps(described | {"format": 4}))
+    with pytest.raises(UserError, match="format 4; this version reads format 3"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
 
 

@@ -38,6 +38,7 @@ from personaplug.infra.checksums import check_json, read_json
 from personaplug.infra.config_file import read_config, write_config
 from personaplug.infra.distributed import connect, is_main, main_first
 from personaplug.infra.environment import machine_info, package_versions
+from personaplug.infra.links import check_links
 from personaplug.infra.progress import Progress
 from personaplug.infra.training_facts import read_facts
 from personaplug.llm.base import LanguageModel
@@ -168,7 +169,7 @@ class Run:
         if place is not None and not isinstance(place, str):
             raise ConfigError(f"{path}: `vectors` should be a folder or null; found something else.")
         check_json(about, path, remedy=_REMEDY)
-        _check_links(folder)
+        check_links(folder)
         vectors = Path(place) if place else folder / "vectors"
         is_inside = vectors.resolve().is_relative_to(folder.resolve())
         config = read_config(folder / "config.yaml", unchecked=_MOVABLE, run=str(about.get("id", "")))
@@ -428,14 +429,6 @@ def encoded(
             with_style=plug.reads_style,
             progress=show_progress,
         )
-
-
-def _check_links(folder: Path) -> None:
-    """Refuse links that lead out of a run: files would be written, or appended to, elsewhere."""
-    root = folder.resolve()
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise RunConflict(f"{path} is a link that leads out of the run. Put the files in its place.")
 
 
 def _anonymous(user: str) -> str:

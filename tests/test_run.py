@@ -104,6 +104,18 @@ def test_a_link_out_of_a_run_is_refused(run: Run, tmp_path: Path, name: str) -> 
         Run.open(run.folder)
 
 
+def test_a_link_to_itself_is_refused(run: Run) -> None:
+    (run.folder / "loop").symlink_to(run.folder / "loop")
+    with pytest.raises(RunConflict, match="is a link that leads out of the run"):
+        Run.open(run.folder)
+
+
+def test_a_config_that_an_editor_saved_with_a_byte_order_mark_is_read(run: Run) -> None:
+    path = run.folder / "config.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"device: auto", b"device: cpu"))
+    assert Run.open(run.folder).config.model.device == "cpu"
+
+
 def test_a_link_to_a_run_is_followed(run: Run, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(run.folder)
     opened = Run.open(tmp_path / "link")

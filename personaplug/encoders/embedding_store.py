@@ -43,6 +43,7 @@ CREATE TABLE IF NOT EXISTS items (key BLOB PRIMARY KEY, row INTEGER NOT NULL, se
 _INSERT = "INSERT OR REPLACE INTO items VALUES (?, ?, ?)"
 _EXTENT = b"number of rows.."  # the key of the store's length, which no text has
 _STORAGE_TROUBLE = ("SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_PERM", "SQLITE_READONLY")
+_LENGTH_TOLERANCE = 0.02  # of unit vectors, rounded; bfloat16 is off by 0.004
 _REMEDY = "Delete the folder and encode again."
 
 
@@ -208,10 +209,11 @@ class EmbeddingStore:
 
     def _encode(self, texts: Sequence[str]) -> Float16Array:
         vectors = self.encoder.encode(texts)
-        if vectors.shape != (len(texts), self.width):
+        shape = getattr(vectors, "shape", type(vectors).__name__)
+        if not isinstance(vectors, np.ndarray) or shape != (len(texts), self.width):
             raise ShapeMismatch(
-                f"The encoder {self.encoder.identity.name} returned shape {vectors.shape} for {len(texts)} texts; "
-                f"expected ({len(texts)}, {self.width})."
+                f"The encoder {self.encoder.identity.name} returned shape {shape} for {len(texts)} texts; "
+                f"expected a numpy array of ({len(texts)}, {self.width})."
             )
         with np.errstate(over="ignore"):
             rounded: Float16Array = vectors.astype("<f2")
@@ -219,6 +221,13 @@ class EmbeddingStore:
             raise UserError(
                 f"The encoder {self.encoder.identity.name} returned NaN or infinite values for {invalid} of "
                 f"{len(texts)} texts; none of them was stored. Run it in float32, or use another encoder."
+            )
+        lengths = np.linalg.norm(rounded.astype(np.float32), axis=1)
+        if wrong := int((np.abs(lengths - 1) > _LENGTH_TOLERANCE).sum()):
+            raise UserError(
+                f"The encoder {self.encoder.identity.name} returned vectors that have not length 1 for {wrong} of "
+                f"{len(texts)} texts, such as {lengths.min():.3g} to {lengths.max():.3g}; none of them was stored. "
+                f"Normalize them; a text without any feature gets a fixed vector."
             )
         return rounded
 

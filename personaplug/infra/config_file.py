@@ -26,7 +26,7 @@ def read_config(path: Path, *, unchecked: Sequence[str], run: str = "") -> Confi
         MissingData, ConfigError: see `load_config`.
     """
     config = load_config(path)
-    found, expected = path.read_text(encoding="utf-8").partition("\n")[0], _first_line(config, unchecked, run)
+    found, expected = path.read_text(encoding="utf-8-sig").partition("\n")[0], _first_line(config, unchecked, run)
     if found != expected:
         is_of_other = found.split()[:3] == expected.split()[:3]
         reason = "it is of another run" if is_of_other else "its settings do not match the checksum in its first line"

@@ -329,6 +329,7 @@ class RopgPart(TrainedPart):
             retriever=trainings.prompts.retriever("dense", seed=seed),
             candidates=settings.retriever_candidates,
             seed=seed,
+            owner=on_main(lambda: run.owner(self.name, seed=seed)),
         )
         targets = main_first(lambda: teacher.targets(trainings.texts(settings.retriever_samples)))
         samples = [sample for sample in trainings.samples if sample.id in targets]

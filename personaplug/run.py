@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from personaplug.analysis.metrics import get_metric
 from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.data.records import Sample
@@ -386,6 +387,8 @@ def resolved(config: Config, task: Task) -> Config:
     Raises:
         ConfigError: if it asks for something that the task does not have.
     """
+    for metric in task.metrics:  # before hours of training, not after
+        get_metric(metric, labels=task.labels)
     answered = task.has_labelled_items
     if config.plug.answer_channel == "label" and task.labels and not answered:
         raise ConfigError(

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from personaplug.data.json_stream import existing_folder, stream_values
 from personaplug.data.parsing import Flaw, as_name, as_number
 from personaplug.data.patterns import group_count
-from personaplug.data.task import Task, TaskKind, template_parts
+from personaplug.data.task import MAX_NEW_TOKENS, Task, TaskKind, template_parts
 from personaplug.errors import ConfigError, MissingData, RunConflict, nearest
 from personaplug.infra.json_parsing import parse_json
 from personaplug.infra.validation import first_error
@@ -89,7 +89,7 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
     metrics: Annotated[_Texts, Field(min_length=1)]
     labels: _Labels = ()
     query_after: str = ""
-    max_new_tokens: Annotated[int, Field(ge=1)]
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
     query_pattern: str = ""
     item_template: str = ""
     item_joint: str = Task.item_joint

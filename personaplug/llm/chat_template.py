@@ -18,7 +18,7 @@ from personaplug.errors import ConfigError
 from personaplug.llm.text_tokenizer import TextTokenizer, is_mistral_common
 
 _PLACEHOLDER = "personaplugplaceofthetext"
-_PROBE = ' \n I don\'t know: <b>"5 > 3"</b> & {{ x }},  naïve 你好 🙂\n\n<think>a</think> tail \n'
+_PROBE = ' \n\tI\tdon\'t know: <b>"5 > 3"</b> & {{ x }},  naïve 你好 🙂\n\n<think>a</think> tail \n'
 _FORMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
 _DATE_CALL = "strftime_now"  # the function by which templates ask for today's date
 

@@ -227,6 +227,7 @@ def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> 
         ({"labels": ["2", "1"]}, "should be finite and rise"),
         ({"labels": ["1", "nan"]}, "should be numbers"),
         ({"labels": ["1", "1_0"]}, "should be numbers"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens"),
         ({"labels": ["1"]}, "a rating needs two labels or more"),
         ({"labels": "12"}, "'labels' should be a list"),
         ({"labels": [True, "2"]}, "a label is true or false"),

@@ -161,6 +161,7 @@ def test_template_that_strips_texts_is_followed(soft_at: int, before: str) -> No
         "{{ m.content }}{{ m.content }}",
         "{{ m.content.split('</think>')[-1] }}",
         "{{ m.content.replace('\\n', ' ') }}",
+        "{{ m.content.replace('\\t', ' ') }}",
         "nothing",
         "{{ raise_exception('no') }}",
     ],

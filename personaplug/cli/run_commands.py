@@ -29,7 +29,7 @@ from personaplug.cli.options import (
 )
 from personaplug.config import Config
 from personaplug.config_parsing import json_schema, load_config
-from personaplug.errors import ConfigError
+from personaplug.errors import ConfigError, StorageError
 from personaplug.infra.distributed import connect, disconnect, is_main, synchronized
 
 if TYPE_CHECKING:
@@ -249,10 +249,17 @@ def evaluate(
     )
     tell_read(reader, split)
     target = json_file or run_folder / "evaluations" / f"{split}.json"
-    if target.exists():
-        target.replace(target.with_suffix(".previous.json"))
-        click.echo(f"what was in {target} is now {target.with_suffix('.previous.json')}", err=True)
-    write_results(target, results)
+    had_results, previous = target.exists(), target.with_suffix(".previous.json")
+    if had_results:
+        target.replace(previous)
+    try:
+        write_results(target, results)
+    except StorageError:
+        if had_results:
+            previous.replace(target)
+        raise
+    if had_results:
+        click.echo(f"what was in {target} is now {previous}", err=True)
     click.echo(terminal_text(results))
     click.echo(f"\nwritten to {target}; `personaplug report {target} --out DIR` makes the wide tables")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from personaplug.errors import ConfigError, MissingExtra, StorageError
 from personaplug.infra.atomic_io import storage_errors
+from personaplug.store.row_checksums import damaged
 from personaplug.store.private_files import ensure_private, make_private_folder, restrict
 
 try:
@@ -80,6 +81,13 @@ class Database:
         with self._connect({"personaplug_writes": True}) as connection, connection.begin():
             yield connection
 
+    def indexes_fit(self, table: str) -> bool:
+        """Return False if an index of a SQLite table does not find its rows; 3 µs a row. PostgreSQL is not asked."""
+        if self.file is None:
+            return True
+        with self.read_transaction() as connection:
+            return bool(connection.exec_driver_sql(f"PRAGMA integrity_check('{table}')").scalar_one() == "ok")
+
     def autocommit(self) -> contextlib.AbstractContextManager[Connection]:
         """Open a connection for statements that cannot run in a transaction."""
         return self._connect({"isolation_level": "AUTOCOMMIT"}, is_patient=True)
@@ -115,6 +123,8 @@ class Database:
                 yield connection.execution_options(**options)
         except SQLAlchemyError as error:
             raise self._storage_error(error) from None  # the driver's message quotes rows
+        except UnicodeDecodeError:  # SQLite's message about a damaged schema quotes its bytes
+            raise damaged("its schema") from None
 
     @contextlib.contextmanager
     def _file_errors(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from personaplug.store import expiry, reads, secure_delete, writes
 from personaplug.store.database import WAIT_S, Connection, Database, execute, for_update, lock_table
 from personaplug.store.reads import StoredHistory, StoredItem, Window
 from personaplug.store.receipts import Receipt, Secret
+from personaplug.store.row_checksums import damaged
 from personaplug.store.schema import Retention, Shard, StoreSettings, check_settings, load_or_create
 from personaplug.store.tickets import TICKET_LIFE_S, Ticket, last_erasures
 from personaplug.store.writes import USER_COLUMNS, AddResult, EncodedItems, PackedItem, UserRow, check_id
@@ -89,6 +90,9 @@ class HistoryStore:
             raise StoreConflict("The secret belongs to another store; earlier receipts could not be verified with it.")
         check_settings(info.settings, settings or info.settings)
         _check_encoder(info.encoder, identity)
+        for number in range(info.settings.shards):
+            if not database.indexes_fit(Shard(number).users):  # a user that is not found would silently be a new one
+                raise damaged("the index of users")
         store = cls(database, key, info.settings, info.encoder, encoder, info.retention)
         with suppress(StorageError):  # a reader may block it; the store opens anyway, and the next `open` tries again
             store.finish_erasures()

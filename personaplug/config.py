@@ -276,7 +276,7 @@ class EvaluationConfig:
         ge=0,
         le=10,
     )
-    max_new_tokens: int = Field(default=0, description="longest answer in tokens; 0 = the task's own", ge=0)
+    max_new_tokens: int = Field(default=0, description="longest answer in tokens; 0 = the task's own", ge=0, le=65_536)
     max_eval_history: int = Field(
         default=-1, description="show only this many latest items of each history (a cold-start curve); -1 = all", ge=-1
     )

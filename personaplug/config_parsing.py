@@ -211,7 +211,7 @@ def read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise MissingData(f"The config file {path} does not exist.")
     try:
-        return _parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+        return _parse_yaml(path.read_text(encoding="utf-8-sig"), source=str(path))
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from personaplug.analysis.metrics import get_metric
 from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.data.records import Sample
@@ -31,13 +33,15 @@ from personaplug.data.wording import Wording, learn_wordings
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, encode_samples, samples_fingerprint
-from personaplug.errors import ConfigError, MissingData, RunConflict
+from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.checksums import check_json, read_json
 from personaplug.infra.config_file import read_config, write_config
 from personaplug.infra.distributed import connect, is_main, main_first
 from personaplug.infra.environment import machine_info, package_versions
+from personaplug.infra.links import check_links
 from personaplug.infra.progress import Progress
+from personaplug.infra.training_facts import read_facts
 from personaplug.llm.base import LanguageModel
 from personaplug.llm.loading import choose_device, open_llm
 from personaplug.llm.prompt_tokenizer import today
@@ -166,12 +170,17 @@ class Run:
         if place is not None and not isinstance(place, str):
             raise ConfigError(f"{path}: `vectors` should be a folder or null; found something else.")
         check_json(about, path, remedy=_REMEDY)
-        _check_links(folder)
+        check_links(folder)
         vectors = Path(place) if place else folder / "vectors"
         is_inside = vectors.resolve().is_relative_to(folder.resolve())
-        return cls(
-            folder, read_config(folder / "config.yaml", unchecked=_MOVABLE), task, vectors, creates_vectors=is_inside
-        )
+        config = read_config(folder / "config.yaml", unchecked=_MOVABLE, run=str(about.get("id", "")))
+        return cls(folder, config, task, vectors, creates_vectors=is_inside)
+
+    @property
+    def id(self) -> str:
+        """The name that its files share, so that a file of another run is detected; empty before the start."""
+        path = self.folder / "run.json"
+        return str(read_json(path, remedy=_REMEDY).get("id", "")) if path.exists() else ""
 
     def plug_folder(self, name: str, *, seed: int) -> Path:
         """Where what was trained under a name (a plug, its control, matrices, a retriever) is, for one seed."""
@@ -185,12 +194,13 @@ class Run:
         """What the training of that name was; None if it has not ended.
 
         Raises:
-            DamagedFile: if the file that says so is damaged.
+            DamagedFile: if the file that says so is damaged, or it or its weights are of another training.
         """
-        folder = self.plug_folder(name, seed=seed)
-        if not (folder / "fit.json").exists():
-            return None
-        return read_json(folder / "fit.json", remedy=f"Restore it, or delete {folder} and train again.")
+        return read_facts(self.plug_folder(name, seed=seed), owner=self.owner(name, seed=seed))
+
+    def owner(self, name: str, *, seed: int) -> str:
+        """A name of one training of this run, for its files."""
+        return f"{self.id} {self.plug_folder(name, seed=seed).parent.name} {seed}"
 
     def check_trained(self, name: str, *, seed: int) -> Path:
         """The folder of a training that has ended.
@@ -283,25 +293,32 @@ class Run:
         Raises:
             RunConflict: if the run was started on other data.
         """
-        path = self.folder / "data.json"
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
         about["wordings"] = [asdict(wording) for wording in learn_wordings(samples)]
-        before = read_json(path, remedy=_REMEDY) if path.exists() else about
+        before = self._data() or about
         if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(
                 f"{self.folder} was started on other training data than what is given now. Give the same data to go "
                 f"on, or choose another --out."
             )
         if is_main():
-            write_checked_json(path, about)
+            write_checked_json(self.folder / "data.json", {**about, "run": self.id})
+
+    def _data(self) -> dict[str, Any]:
+        """What is noted of the training data; nothing if nothing has been trained."""
+        path = self.folder / "data.json"
+        if not path.exists():
+            return {}
+        about = read_json(path, remedy=_REMEDY)
+        if about.get("run", "") != self.id:
+            raise DamagedFile(path, reason="it is of another run", remedy=_REMEDY)
+        return about
 
     @property
     def wordings(self) -> tuple[Wording, ...]:
         """The wordings of the training prompts; none if nothing has been trained."""
-        path = self.folder / "data.json"
-        about = read_json(path, remedy=_REMEDY) if path.exists() else {}
-        return tuple(Wording(**wording) for wording in about.get("wordings", ()))
+        return tuple(Wording(**wording) for wording in self._data().get("wordings", ()))
 
     @property
     def knows_its_data(self) -> bool:
@@ -310,8 +327,7 @@ class Run:
 
     def users_trained_on(self, users: Iterable[str | None]) -> int:
         """How many of some users have samples among those that the run is trained on."""
-        path = self.folder / "data.json"
-        known = set(read_json(path, remedy=_REMEDY)["users"]) if path.exists() else set()
+        known = set(self._data().get("users", ()))
         return sum(_anonymous(user) in known for user in set(users) if user is not None)
 
     @property
@@ -333,6 +349,7 @@ class Run:
 
     def _write(self) -> None:
         about = {
+            "id": self.id or secrets.token_hex(8),
             "task": asdict(self.task),
             # Inside the run: nothing, so that the run may be moved.
             "vectors": None if self.vectors == self.folder / "vectors" else str(self.vectors),
@@ -341,7 +358,7 @@ class Run:
         }
         if not self._is_begun:
             (self.folder / "data.json").unlink(missing_ok=True)  # of a start that failed before any training
-        write_config(self.folder / "config.yaml", self.config, unchecked=_MOVABLE)
+        write_config(self.folder / "config.yaml", self.config, unchecked=_MOVABLE, run=str(about["id"]))
         write_checked_json(self.folder / "run.json", about)
 
 
@@ -360,7 +377,7 @@ def dated(config: Config, folder: str | Path) -> Config:
     if config.model.chat_date != "auto":
         return config
     is_run = (Path(folder) / "run.json").exists()
-    day = read_config(Path(folder) / "config.yaml", unchecked=_MOVABLE).model.chat_date if is_run else today()
+    day = Run.open(folder).config.model.chat_date if is_run else today()
     return with_values(config, {"model.chat_date": day})
 
 
@@ -370,6 +387,8 @@ def resolved(config: Config, task: Task) -> Config:
     Raises:
         ConfigError: if it asks for something that the task does not have.
     """
+    for metric in task.metrics:  # before hours of training, not after
+        get_metric(metric, labels=task.labels)
     answered = task.has_labelled_items
     if config.plug.answer_channel == "label" and task.labels and not answered:
         raise ConfigError(
@@ -413,14 +432,6 @@ def encoded(
             with_style=plug.reads_style,
             progress=show_progress,
         )
-
-
-def _check_links(folder: Path) -> None:
-    """Refuse links that lead out of a run: files would be written, or appended to, elsewhere."""
-    root = folder.resolve()
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            raise RunConflict(f"{path} is a link that leads out of the run. Put the files in its place.")
 
 
 def _anonymous(user: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from personaplug.config_parsing import load_config
 from personaplug.data.task_registry import LAMP_TASKS
 from personaplug.encoders import HashEncoder
-from personaplug.errors import DamagedFile, MissingData, RunConflict
+from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.checksums import read_json
 from personaplug.run import Run
@@ -104,6 +105,18 @@ def test_a_link_out_of_a_run_is_refused(run: Run, tmp_path: Path, name: str) -> 
         Run.open(run.folder)
 
 
+def test_a_link_to_itself_is_refused(run: Run) -> None:
+    (run.folder / "loop").symlink_to(run.folder / "loop")
+    with pytest.raises(RunConflict, match="is a link that leads out of the run"):
+        Run.open(run.folder)
+
+
+def test_a_config_that_an_editor_saved_with_a_byte_order_mark_is_read(run: Run) -> None:
+    path = run.folder / "config.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"device: auto", b"device: cpu"))
+    assert Run.open(run.folder).config.model.device == "cpu"
+
+
 def test_a_link_to_a_run_is_followed(run: Run, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(run.folder)
     opened = Run.open(tmp_path / "link")
@@ -146,3 +159,13 @@ def test_settings_of_a_run_may_change_until_something_depends_on_them(
 def _touch(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
+
+
+@pytest.mark.parametrize(("metric", "message"), [("rouge", "no metric 'rouge'"), ("mae", "needs finite numbers")])
+def test_a_metric_that_the_task_cannot_have_is_refused_before_training(
+    tmp_path: Path, metric: str, message: str
+) -> None:
+    task = replace(LAMP_TASKS["LaMP_4"], metrics=(metric,))
+    with pytest.raises(ConfigError, match=message):
+        Run.create(tmp_path / "run", config=load_config(overrides=["llm=toy"]), task=task)
+    assert not (tmp_path / "run").exists()

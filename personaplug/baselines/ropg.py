@@ -94,6 +94,7 @@ class RopgTeacher:
         path: JSON lines of ranking targets; a stopped command continues after the last whole line.
         retriever: its best items are half of the candidates; the others are drawn.
         candidates: number of scored items per sample.
+        owner: a name of the training; cached scores of another one are left out.
     """
 
     path: Path
@@ -103,17 +104,19 @@ class RopgTeacher:
     retriever: Retriever
     candidates: int
     seed: int
+    owner: str = ""
 
     def targets(self, samples: Sequence[Sample]) -> dict[str, RankingTarget]:
         """Return targets by sample id, for samples with an answer and at least two items that fit into a prompt."""
         lines = JsonLines(self.path)
-        targets = {values["id"]: RankingTarget(**values) for values in lines}
+        cached = (values for values in lines if values.pop("owner", "") == self.owner)
+        targets = {values["id"]: RankingTarget(**values) for values in cached}
         eligible = [sample for sample in samples if len(sample.history) > 1 and sample.target is not None]
         missing = [sample for sample in eligible if sample.id not in targets]
         with Progress("ropg: scoring items", total=len(missing), unit="samples") as bar:
             for sample, ranking in zip(missing, self.retriever.rank(missing), strict=True):
                 targets[sample.id] = self._score(sample, self._candidates(sample, ranking))
-                lines.append(asdict(targets[sample.id]))
+                lines.append({**asdict(targets[sample.id]), "owner": self.owner})
                 bar.advance()
         return {sample.id: targets[sample.id] for sample in eligible if len(targets[sample.id].candidates) > 1}
 

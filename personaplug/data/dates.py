@@ -16,11 +16,14 @@ _EXPECTED = "YYYY[-MM[-DD[ hh:mm:ss]]], YYYY/MM/DD, YYYYMMDD, or an epoch time o
 # whose 12 digits might be YYYYMMDDhhmm.
 _UNITS_PER_SECOND = {9: 1, 10: 1, 13: 10**3, 15: 10**6, 16: 10**6, 18: 10**9, 19: 10**9}
 _NUMBER = re.compile(r"(\d+)(?:\.(\d*))?", re.ASCII)
+_WHOLE = re.compile(r"^(\d{4,19})\.0+$", re.ASCII)  # as pandas writes whole numbers of a column with gaps
 _CLOCK, _ZONE = r"(\d{1,2}[\d:.,]*)", r"(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)"
 _CALENDAR = re.compile(
     rf"(\d{{4}})(?:([-/.])(\d{{1,2}})(?:\2(\d{{1,2}})(?:(?: *T *| +){_CLOCK} *{_ZONE}?)?)?)?", re.ASCII | re.IGNORECASE
 )
 _COMPACT = re.compile(rf"(\d{{4}})(\d\d)(\d\d)(?:(?:T| +)?{_CLOCK} *{_ZONE}?)?", re.ASCII | re.IGNORECASE)
+# What strptime reads and then ignores, unless something else stands beside it.
+_NEEDED = {"%I": ("%p",), "%U": ("%a", "%A", "%w"), "%W": ("%a", "%A", "%w"), "%d": ("%m", "%b", "%B", "%x", "%c")}
 _YEAR_DIRECTIVES = re.compile(r"%[YyGcx]")
 
 
@@ -38,11 +41,14 @@ def as_datetime(value: object, what: str = "its 'date'", *, date_format: str | N
         value = int(value)
     if isinstance(value, date) and value == value:  # pandas' NaT is a datetime and equals nothing
         return _in_utc(value if isinstance(value, datetime) else datetime.combine(value, time.min), what)
-    text = as_text(value, what).strip()
+    text = _WHOLE.sub(r"\1", as_text(value, what).strip())
     if not text:
         raise Flaw(f"{what} is empty")
     try:
         moment = datetime.strptime(_short(text), date_format) if date_format else _parse(_short(text))
+    except _NoSuchDay:
+        reason = "but year, month and day in this order are no day of the calendar. For another order, set date_format"
+        raise Flaw(f"{what} has the form {shape_of(text)}, {reason}") from None
     except (ValueError, OverflowError):
         raise Flaw(_defect(what, text, date_format)) from None
     return _in_utc(moment, what)
@@ -55,6 +61,11 @@ def check_date_format(date_format: str) -> str:
         parsed = datetime.strptime(sample.strftime(date_format), date_format)
     except (ValueError, re.error):
         parsed = None
+    for directive, needed in _NEEDED.items():
+        if parsed and directive in date_format and not any(one in date_format for one in needed):
+            raise ConfigError(
+                f"date_format {date_format[:40]!r}: {directive} says nothing without {' or '.join(needed)}. Add it."
+            )
     if parsed is None or not _YEAR_DIRECTIVES.search(date_format):
         raise ConfigError(
             f"date_format should be a format of Python's strptime with the year, such as '%d.%m.%Y'; "
@@ -81,8 +92,10 @@ def _short(text: str) -> str:
 
 def _in_utc(moment: datetime, what: str) -> datetime:
     try:
-        return moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
-    except OverflowError:
+        moment = moment.astimezone(UTC).replace(tzinfo=None) if moment.tzinfo else moment
+        moment.date()
+        return moment
+    except (OverflowError, NotImplementedError, ValueError):  # pandas has years that Python does not have
         raise Flaw(f"{what} is outside the years 1 to 9999") from None
 
 
@@ -100,7 +113,15 @@ def _parse(text: str) -> datetime:
         raise ValueError("no date")
     clock = f"0{clock}" if clock and clock[1:2] == ":" else clock or "00:00"
     offset = zone if zone and zone[0] in "+-" else "+00:00" if zone else ""
-    return datetime.fromisoformat(f"{date(int(year), int(month or 1), int(day or 1))}T{clock}{offset}")
+    try:
+        then = date(int(year), int(month or 1), int(day or 1))
+    except ValueError:
+        raise _NoSuchDay from None
+    return datetime.fromisoformat(f"{then}T{clock}{offset}")
+
+
+class _NoSuchDay(ValueError):
+    """2024-02-30."""
 
 
 def _from_epoch(units: str, fraction: str) -> datetime:

@@ -53,6 +53,8 @@ def delimited_records(path: Path, columns: Sequence[str], *, delimiter: str | No
     while (values := _next_row(rows, lines)) is not None:
         if values:  # a blank line holds none
             number += 1
+            if isinstance(values, list) and [name.strip("\ufeff ") for name in values] == header:
+                values = Flaw("it is the header again; files may have been joined")
             yield f"line {lines.record_start}", number, _record(header, values, lines)
 
 
@@ -178,5 +180,5 @@ def check_columns(name: object, header: Sequence[str], columns: Sequence[str], *
         if (count := header.count(column)) != 1:
             shown = ", ".join(map(short_id, header[:_MAX_SHOWN_COLUMNS])) + (", …" * (len(header) > _MAX_SHOWN_COLUMNS))
             close = difflib.get_close_matches(column, header, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
+            hint = f"; did you mean {close[0]!r}?" if close and not count else "."
             raise ConfigError(f"{name} has {count} columns {column!r}{hint} Its columns{found} are: {shown}.")

@@ -1,7 +1,8 @@
 """Find events that arrived twice, so that no question's own answer stands in its history.
 
 An event is sent again after a time-out, or a log is imported twice. A row is a copy of an earlier row of its user if
-fields and answer are equal (but for blanks), and one of these holds:
+fields and answer are equal but for blanks, invisible characters, capitals and Unicode's forms of a letter, and one of
+these holds:
 
 - one of the rows has no date;
 - they are at most an hour apart, as is a chain of such rows;
@@ -14,6 +15,8 @@ none of the answers in the history. Such rows stay in histories and are never as
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ MAX_DISTANCE = timedelta(hours=1)
 MIN_LENGTH = 40
 
 Texts = tuple[str, ...]
+
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class Event:
 
 def event_of(content: Sequence[str], answer: str, moment: datetime | None) -> Event:
     """Return the event of a row's fields without the answer, the answer and the time."""
-    return Event(tuple(map(_spaced, content)), _spaced(answer), moment)
+    return Event(tuple(map(comparable, content)), comparable(answer), moment)
 
 
 @dataclass(frozen=True)
@@ -72,5 +77,8 @@ def find_copies(events: Sequence[Event]) -> Copies:
     return Copies(frozenset(copies), frozenset(unclear))
 
 
-def _spaced(text: str) -> str:
-    return " ".join(text.split())
+def comparable(text: str) -> str:
+    """Return a text without what differs between exports of the same event, or what a reader does not see."""
+    if not text.isascii():
+        text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    return " ".join(text.casefold().split())

@@ -9,11 +9,15 @@ from personaplug.data.values import MAX_EXACT_FLOAT, Flaw, as_text, plain_value
 
 MAX_ID_LENGTH = 255
 
-# Control characters and line separators break logs and headers. Bidirectional controls make different ids look equal.
+# Control characters and line separators break logs and headers. Bidirectional controls and characters without width
+# (a byte order mark where files were joined) make different ids look equal.
 # U+FFFD stands for bytes that were no UTF-8: different names end as the same one. Half a surrogate pair is no text.
-_FORBIDDEN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufffd\ud800-\udfff]")
+_FORBIDDEN = re.compile(
+    "[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff\ufffd\ud800-\udfff]"
+)
 
-_KINDS = {"\ufffd": "replacement character", "\u2028": "line separator", "\u2029": "paragraph separator"}
+_KINDS = {"\ufeff": "byte order mark", "\u200b": "invisible character", "\u2060": "invisible character"}
+_KINDS |= {"\ufffd": "replacement character", "\u2028": "line separator", "\u2029": "paragraph separator"}
 
 
 def as_id(value: object, what: str) -> str:

@@ -21,6 +21,7 @@ from personaplug.errors import MissingData, RecordError
 from personaplug.infra.json_parsing import MAX_DEPTH, parse_json
 
 _GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+_GZIP_MARK = b"\x1f\x8b"
 _BROKEN_GZIP = "the gzip data is broken or cut short"
 _NOT_JSON = "the file is not valid JSON from here on"
 _BIG_NUMBER = "the file is not valid JSON from here on, or holds a number of more than 4,300 digits or above 1e308"
@@ -63,6 +64,9 @@ def _open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
     """Open a file for reading UTF-8: unpacked if its name ends in .gz, without a byte order mark, which is obeyed."""
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         head = stream.peek(4)[:4]
+        if head.startswith(_GZIP_MARK):
+            packed = "packed twice" if path.suffix.lower() == ".gz" else "gzip data, so its name should end in .gz"
+            raise RecordError(path, "at the start", reason=f"the file is {packed}")
         encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
         if head.startswith(codecs.BOM_UTF8):
             stream.read(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedReco
                 for values in batch_records(batch):
                     number += 1
                     yield f"row {number}", number, values
-    except (pyarrow.ArrowException, OSError, EOFError):
+    except (pyarrow.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError):
         raise RecordError(path, f"after row {number}", reason="the file is not valid Parquet from here on") from None
 
 

@@ -15,6 +15,7 @@ MAX_MATCHED_LENGTH = 100_000
 """Characters of a prompt that a pattern is searched in; the time grows with them and with the size of the pattern."""
 
 _MAX_BYTES = 1 << 16  # of a compiled pattern: some 2,700 instructions
+_MAX_GROUPS = 32  # the time grows with them, too: 200 groups take 2 s
 _PYTHON_END = re.compile(r"((?:^|[^\\])(?:\\\\)*)\\Z")
 
 
@@ -30,7 +31,10 @@ def search(pattern: str, text: str) -> Any:
             f"its input has {len(text):,} characters, and a 'query_pattern' is searched in at most "
             f"{MAX_MATCHED_LENGTH:,}"
         )
-    return _compiled(pattern).search(text)
+    try:
+        return _compiled(pattern).search(text)
+    except UnicodeError:
+        raise Flaw("its input is not valid Unicode, or its 'query_pattern' finds a part of a character") from None
 
 
 @lru_cache(64)
@@ -41,9 +45,12 @@ def _compiled(pattern: str) -> Any:
     options.dot_nl, options.log_errors, options.max_mem = True, False, _MAX_BYTES
     try:
         # Python writes the end of the text as \Z, RE2 as \z.
-        return re2.compile(_PYTHON_END.sub(r"\1\\z", pattern), options)
+        compiled = re2.compile(_PYTHON_END.sub(r"\1\\z", pattern), options)
     except re2.error as error:
         reason = error.args[0]
         raise ValueError(reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)) from None
     except UnicodeEncodeError:
         raise ValueError("it is not valid Unicode") from None
+    if compiled.groups > _MAX_GROUPS:
+        raise ValueError(f"it has {compiled.groups} groups, at most {_MAX_GROUPS} are allowed")
+    return compiled

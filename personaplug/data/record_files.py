@@ -57,7 +57,10 @@ def record_source(
 
 def _list_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:
     """Yield the records of a *.json file: a list, or one object a line, as many programs name such files too."""
-    first = None if holds_list(path) else next(_line_records(path, columns), None)
+    is_list = holds_list(path)
+    first = None if is_list else next(_line_records(path, columns), None)
+    if first is None and not is_list:
+        return  # an empty file
     if first and not isinstance(first[2], Flaw):
         yield from _line_records(path, columns)
         return

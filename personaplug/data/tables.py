@@ -24,7 +24,9 @@ class Table:
         if isinstance(source, (str, bytes)) or not (isinstance(source, Iterable) or hasattr(source, "to_batches")):
             raise ConfigError(f"Rows should be a file, a DataFrame or an iterable of mappings; found {self.name}.")
         # An iterator gives its rows once, and a reader may be read again.
-        self._source: Any = list(source) if isinstance(source, Iterator) else source
+        rows: Any = source
+        is_spent = isinstance(rows, Iterator) or (_has_only_iter(rows) and iter(rows) is iter(rows))
+        self._source: Any = list(rows) if is_spent else rows
         if hasattr(source, "to_table"):  # a pyarrow.dataset.Dataset
             self._source = source.to_table()
 
@@ -48,10 +50,18 @@ class Table:
         return source  # type: ignore[no-any-return]
 
     def _pandas_rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, object]]:
-        frame, header = self._source, [*map(str, self._source.columns)]
+        frame = self._source
+        levels = [level for level in frame.index.names if level in columns and level not in frame.columns]
+        frame = frame.reset_index(levels) if levels else frame
+        header = [*map(str, frame.columns)]
         check_columns(self.name, header, columns)
         names = list(columns or header)
         series = [frame.iloc[:, header.index(name)] for name in names]
         # NaN, NaT and NA all stand for a missing value.
         values = [each.astype(object).where(each.notna(), None) for each in series]
         return (dict(zip(names, row, strict=True)) for row in zip(*values, strict=True))
+
+
+def _has_only_iter(source: object) -> bool:
+    """True for an object that is neither a sequence nor a table: each of its iterators may be the same one."""
+    return not any(hasattr(source, name) for name in ("__len__", "to_batches", "itertuples", "iter_rows", "to_table"))

@@ -12,6 +12,9 @@ from personaplug.data.records import Sample
 
 TaskKind = Literal["label", "rating", "text"]
 
+MAX_NEW_TOKENS = 65_536
+"""Of an answer. Memory is taken for all of them before the first one is written."""
+
 
 @dataclass(frozen=True)
 class Task:

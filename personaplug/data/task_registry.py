@@ -12,9 +12,9 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from personaplug.data.json_stream import existing_folder, stream_values
-from personaplug.data.parsing import as_name
+from personaplug.data.parsing import Flaw, as_name, as_number
 from personaplug.data.patterns import group_count
-from personaplug.data.task import Task, TaskKind, template_parts
+from personaplug.data.task import MAX_NEW_TOKENS, Task, TaskKind, template_parts
 from personaplug.errors import ConfigError, MissingData, RunConflict, nearest
 from personaplug.infra.json_parsing import parse_json
 from personaplug.infra.validation import first_error
@@ -89,7 +89,7 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
     metrics: Annotated[_Texts, Field(min_length=1)]
     labels: _Labels = ()
     query_after: str = ""
-    max_new_tokens: Annotated[int, Field(ge=1)]
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
     query_pattern: str = ""
     item_template: str = ""
     item_joint: str = Task.item_joint
@@ -108,9 +108,11 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("the kinds 'label' and 'rating' need 'labels', and 'text' has none")
         if self.kind == "rating":
             try:
-                numbers = [float(label) for label in self.labels]
-            except ValueError:
+                numbers = [as_number(label, "a label") for label in self.labels]
+            except Flaw:
                 raise ValueError(f"the labels of a rating should be numbers, found {list(self.labels)}") from None
+            if len(numbers) < 2:
+                raise ValueError(f"a rating needs two labels or more, found {list(self.labels)}")
             if not all(low < high for low, high in pairwise(numbers)) or not all(abs(n) < 1e9 for n in numbers):
                 raise ValueError(f"the labels of a rating should be finite and rise, found {list(self.labels)}")
         return self

@@ -27,7 +27,8 @@ def plain_value(value: object) -> object:
     if not isinstance(value, (np.generic, np.ndarray)):
         return value
     if isinstance(value, np.datetime64):
-        return value.astype("datetime64[us]").item()
+        plain = value.astype("datetime64[us]").item()
+        return str(value) if isinstance(plain, int) else plain  # a year that Python's dates do not have
     if isinstance(value, np.floating):
         return float(str(value))  # 4.1 in single precision is 4.1, not 4.0999999
     if isinstance(value, np.ndarray):

@@ -1,8 +1,9 @@
 """EmbeddingStore: item embeddings on disk, deduplicated by the content of the text.
 
-A store is a folder: `table.json` (format and encoder), `vectors.f16` (raw float16 rows, memory-mapped), `checks.u64` (a
-checksum of each row) and `index.sqlite` (hash of a text -> row id, with a checksum of the two). A text in many
-histories is encoded and stored once. No text is on disk. A damaged row is detected when it is first read.
+A store is a folder: `table.json` (format, encoder and salt), `vectors.f16` (raw float16 rows, memory-mapped),
+`checks.u64` (a checksum of each row) and `index.sqlite` (hash of a text -> row id, with a checksum of the two). A text
+in many histories is encoded and stored once. No text is on disk. A row that is damaged, or of another store, is
+detected when it is first read: the salt is in every checksum.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import sqlite3
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +30,7 @@ from personaplug.errors import DamagedFile, EncoderMismatch, ShapeMismatch, Stor
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.checksums import check_json
 
-FORMAT = 2
+FORMAT = 3
 
 T = TypeVar("T")
 RowIds = npt.NDArray[np.int64]
@@ -40,6 +43,7 @@ CREATE TABLE IF NOT EXISTS items (key BLOB PRIMARY KEY, row INTEGER NOT NULL, se
 _INSERT = "INSERT OR REPLACE INTO items VALUES (?, ?, ?)"
 _EXTENT = b"number of rows.."  # the key of the store's length, which no text has
 _STORAGE_TROUBLE = ("SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_PERM", "SQLITE_READONLY")
+_LENGTH_TOLERANCE = 0.02  # of unit vectors, rounded; bfloat16 is off by 0.004
 _REMEDY = "Delete the folder and encode again."
 
 
@@ -50,12 +54,12 @@ class EmbeddingStore:
     thread of each process has its own connection to the index; a store may be forked and pickled.
     """
 
-    def __init__(self, folder: Path, encoder: Encoder) -> None:
+    def __init__(self, folder: Path, encoder: Encoder, *, salt: int) -> None:
         self.folder, self.encoder, self.width = folder, encoder, encoder.width
         self._vectors: Float16Array = np.zeros((0, self.width), dtype=np.float16)
         self._checks: Checks = np.zeros(0, dtype=np.uint64)
         self._is_checked = np.zeros(0, dtype=np.bool_)
-        self._hash = RowHash(self.width)
+        self._salt, self._hash = salt, RowHash(self.width, salt=salt)
         self._connection = _Connection(folder)
 
     @classmethod
@@ -71,8 +75,7 @@ class EmbeddingStore:
         folder = Path(folder)
         if not (folder / "table.json").is_file():
             _create(folder, encoder.identity)
-        _check_encoder(folder, encoder.identity)
-        store = cls(folder, encoder)
+        store = cls(folder, encoder, salt=_check_description(folder, encoder.identity))
         len(store)  # checks the files
         return store
 
@@ -91,8 +94,9 @@ class EmbeddingStore:
     def __repr__(self) -> str:
         return f"EmbeddingStore({str(self.folder)!r}, encoder={self.encoder.identity.name!r}, rows={len(self)})"
 
-    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path, Encoder]]:
-        return type(self), (self.folder, self.encoder)  # without the mapped vectors and the connection
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the mapped vectors and the connection.
+        return partial(type(self), salt=self._salt), (self.folder, self.encoder)
 
     def add(self, texts: Iterable[str], *, chunk: int = 4096) -> RowIds:
         """Encode the missing texts and return the row ids of all texts, (n,).
@@ -155,7 +159,7 @@ class EmbeddingStore:
         if wrong.any():
             raise DamagedFile(
                 self.folder / "vectors.f16",
-                reason=f"row {row_ids[wrong][0]} does not match its checksum",
+                reason=f"row {row_ids[wrong][0]} does not match its checksum in this store",
                 remedy=_REMEDY,
             )
         self._is_checked[row_ids] = True
@@ -177,7 +181,7 @@ class EmbeddingStore:
             for part in _chunks(sorted(keys), _KEYS_PER_QUERY):
                 marks = ",".join("?" * len(part))
                 found = index.execute(f"SELECT key, row, seal FROM items WHERE key IN ({marks})", part).fetchall()
-                rows.update(_checked_rows(found, self.folder))
+                rows.update(_checked_rows(found, self.folder, salt=self._salt))
         return rows
 
     def _append(self, texts: Mapping[bytes, str]) -> dict[bytes, int]:
@@ -189,7 +193,7 @@ class EmbeddingStore:
         self._write("vectors.f16", vectors.tobytes(), start=start)
         self._write("checks.u64", self._hash(vectors, row_ids).astype("<u8").tobytes(), start=start)
         keys, rows = [*texts, _EXTENT], [*row_ids.tolist(), start + len(texts)]
-        seals = key_checks(keys, np.array(rows, dtype=np.int64)).tolist()
+        seals = key_checks(keys, np.array(rows, dtype=np.int64), salt=self._salt).tolist()
         with self._index() as index, index:
             index.executemany(_INSERT, zip(keys, rows, seals, strict=True))
         return dict(zip(texts, rows[:-1], strict=True))
@@ -205,10 +209,11 @@ class EmbeddingStore:
 
     def _encode(self, texts: Sequence[str]) -> Float16Array:
         vectors = self.encoder.encode(texts)
-        if vectors.shape != (len(texts), self.width):
+        shape = getattr(vectors, "shape", type(vectors).__name__)
+        if not isinstance(vectors, np.ndarray) or shape != (len(texts), self.width):
             raise ShapeMismatch(
-                f"The encoder {self.encoder.identity.name} returned shape {vectors.shape} for {len(texts)} texts; "
-                f"expected ({len(texts)}, {self.width})."
+                f"The encoder {self.encoder.identity.name} returned shape {shape} for {len(texts)} texts; "
+                f"expected a numpy array of ({len(texts)}, {self.width})."
             )
         with np.errstate(over="ignore"):
             rounded: Float16Array = vectors.astype("<f2")
@@ -216,6 +221,13 @@ class EmbeddingStore:
             raise UserError(
                 f"The encoder {self.encoder.identity.name} returned NaN or infinite values for {invalid} of "
                 f"{len(texts)} texts; none of them was stored. Run it in float32, or use another encoder."
+            )
+        lengths = np.linalg.norm(rounded.astype(np.float32), axis=1)
+        if wrong := int((np.abs(lengths - 1) > _LENGTH_TOLERANCE).sum()):
+            raise UserError(
+                f"The encoder {self.encoder.identity.name} returned vectors that have not length 1 for {wrong} of "
+                f"{len(texts)} texts, such as {lengths.min():.3g} to {lengths.max():.3g}; none of them was stored. "
+                f"Normalize them; a text without any feature gets a fixed vector."
             )
         return rounded
 
@@ -241,17 +253,19 @@ def _chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-def _checked_rows(found: Sequence[tuple[bytes, int, int]], folder: Path) -> Iterator[tuple[bytes, int]]:
+def _checked_rows(found: Sequence[tuple[bytes, int, int]], folder: Path, *, salt: int) -> Iterator[tuple[bytes, int]]:
     """Return keys with their rows, after a check that these keys were stored with these rows."""
     if not found:
         return iter(())
     keys, rows, seals = zip(*found, strict=True)
     try:
-        is_right = (key_checks(keys, np.array(rows, dtype=np.int64)) == np.array(seals, dtype=np.int64)).all()
+        checks = key_checks(keys, np.array(rows, dtype=np.int64), salt=salt)
+        is_right = (checks == np.array(seals, dtype=np.int64)).all()
     except (TypeError, ValueError, OverflowError):  # a flipped bit may have made a value one of another type
         is_right = False
     if not is_right:
-        raise DamagedFile(folder / "index.sqlite", reason="a row does not match its checksum", remedy=_REMEDY)
+        reason = "a row does not match its checksum in this store"
+        raise DamagedFile(folder / "index.sqlite", reason=reason, remedy=_REMEDY)
     return zip(keys, rows, strict=True)
 
 
@@ -275,15 +289,18 @@ def _create(folder: Path, identity: EncoderIdentity) -> None:
             raise UserError(f"{folder} has vectors but no table.json that names their encoder. Delete the folder.")
         (folder / "vectors.f16").touch()
         (folder / "checks.u64").touch()
+        salt = secrets.randbits(62)
+        seal = int(key_checks([_EXTENT], np.zeros(1, dtype=np.int64), salt=salt)[0])
         with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as index:
             index.executescript(_SCHEMA)
             with index:
-                index.execute(_INSERT, (_EXTENT, 0, int(key_checks([_EXTENT], np.zeros(1, dtype=np.int64))[0])))
-        description = {"format": FORMAT, "encoder": identity.to_dict(), "width": identity.width}
+                index.execute(_INSERT, (_EXTENT, 0, seal))
+        description = {"format": FORMAT, "encoder": identity.to_dict(), "width": identity.width, "salt": salt}
         write_checked_json(folder / "table.json", description)
 
 
-def _check_encoder(folder: Path, identity: EncoderIdentity) -> None:
+def _check_description(folder: Path, identity: EncoderIdentity) -> int:
+    """Check a store's format and encoder, and return its salt."""
     path = folder / "table.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -300,6 +317,7 @@ def _check_encoder(folder: Path, identity: EncoderIdentity) -> None:
         raise EncoderMismatch(
             f"The embedding store {folder}", expected=stored_identity.describe(), found=identity.describe()
         )
+    return int(description["salt"])
 
 
 @contextlib.contextmanager

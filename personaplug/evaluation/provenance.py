@@ -11,7 +11,6 @@ from personaplug.config import EvaluationConfig
 from personaplug.data.task import ReadReport
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample, samples_fingerprint
-from personaplug.infra.checksums import read_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.run import Models, Run
 
@@ -82,11 +81,8 @@ def _notes(run: Run, samples: Sequence[EncodedSample], *, users: int, report: Re
 
 def _trainings(run: Run) -> list[dict[str, Any]]:
     """What each training of the run was, for those that have ended."""
+    paths = sorted(run.folder.glob("*/seed-*/fit.json"))
+    trainings = [(path.parent.parent.name, path.parent.name.removeprefix("seed-")) for path in paths]
     return [
-        {
-            "plug": path.parent.parent.name,
-            "seed": path.parent.name.removeprefix("seed-"),
-            **read_json(path, remedy=f"Restore it, or delete {path.parent} and train again."),
-        }
-        for path in sorted(run.folder.glob("*/seed-*/fit.json"))
+        {"plug": name, "seed": seed, **(run.training_facts(name, seed=int(seed)) or {})} for name, seed in trainings
     ]

@@ -13,28 +13,30 @@ from personaplug.infra.atomic_io import write_text
 from personaplug.infra.checksums import json_checksum
 
 
-def write_config(path: Path, config: Config, *, unchecked: Sequence[str]) -> None:
-    """Write a config atomically; the settings in `unchecked` (`model.device`) do not count in its checksum."""
-    write_text(path, f"{_first_line(config, unchecked)}\n{to_yaml(config)}")
+def write_config(path: Path, config: Config, *, unchecked: Sequence[str], run: str = "") -> None:
+    """Write the config of a run atomically; the settings in `unchecked` do not count in its checksum."""
+    write_text(path, f"{_first_line(config, unchecked, run)}\n{to_yaml(config)}")
 
 
-def read_config(path: Path, *, unchecked: Sequence[str]) -> Config:
+def read_config(path: Path, *, unchecked: Sequence[str], run: str = "") -> Config:
     """Read a file of `write_config`.
 
     Raises:
-        DamagedFile: if its settings are not as they were written, except those that are not checked.
+        DamagedFile: if its settings are not as they were written for this run, except those that are not checked.
         MissingData, ConfigError: see `load_config`.
     """
     config = load_config(path)
-    if path.read_text(encoding="utf-8").partition("\n")[0] != _first_line(config, unchecked):
-        reason = "its settings do not match the checksum in its first line"
+    found, expected = path.read_text(encoding="utf-8-sig").partition("\n")[0], _first_line(config, unchecked, run)
+    if found != expected:
+        is_of_other = found.split()[:3] == expected.split()[:3]
+        reason = "it is of another run" if is_of_other else "its settings do not match the checksum in its first line"
         raise DamagedFile(path, reason=reason, remedy="Restore it, or train again in a new folder.")
     return config
 
 
-def _first_line(config: Config, unchecked: Sequence[str]) -> str:
+def _first_line(config: Config, unchecked: Sequence[str], run: str) -> str:
     settings = asdict(config)
     for name in unchecked:
         section, _, key = name.partition(".")
         del settings[section][key]
-    return f"# checksum {json_checksum(settings)}"
+    return f"# checksum {json_checksum(settings)} of run {run}".removesuffix(" of run ")

@@ -66,6 +66,16 @@ def check_header(path: Path, shapes: Shapes, *, remedy: str) -> None:
         _compare(header, expected=shapes, known={**header, **shapes})
 
 
+def stored_checksum(path: Path, *, remedy: str) -> str:
+    """Return the checksum in a file's header, which `load_tensors` compares with the values.
+
+    Raises:
+        DamagedFile: if there is none.
+    """
+    with _opened(path, remedy=remedy) as file:
+        return str((file.metadata() or {})[KEY])
+
+
 def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a module's state, to compare a file with."""
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
@@ -76,6 +86,8 @@ def _opened(path: Path, *, remedy: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
+    except KeyError:
+        raise DamagedFile(path, reason="it has no checksum", remedy=remedy) from None
     except FileNotFoundError:
         raise DamagedFile(path, reason="it is missing", remedy=remedy) from None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:

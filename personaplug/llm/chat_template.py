@@ -7,6 +7,7 @@ white space. Templates that write today's date write one recorded day instead.
 from __future__ import annotations
 
 import re
+import string
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,9 @@ from personaplug.errors import ConfigError
 from personaplug.llm.text_tokenizer import TextTokenizer, is_mistral_common
 
 _PLACEHOLDER = "personaplugplaceofthetext"
-_PROBE = ' \n I don\'t know: <b>"5 > 3"</b> & {{ x }},  naïve 你好 🙂\n\n<think>a</think> tail \n'
+_PROBE = ' \n\tI\tdon\'t know: <b>"5 > 3"</b> & {{ x }},  naïve 你好 🙂\n\n<think>a</think> tail \n'
 _FORMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
 _DATE_CALL = "strftime_now"  # the function by which templates ask for today's date
-_DIRECTIVES = "aAbBcdDefFGHIjmMpSTuUVwWxXyYzZ"  # of strftime
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ class _MistralTemplate(ChatTemplate):
 def dated_template(source: str, day: str) -> str:
     """Return a template that writes one day wherever it would ask for today's date."""
     then = date.fromisoformat(day)
-    values = {f"%{sign}": then.strftime(f"%{sign}") for sign in _DIRECTIVES}
-    values |= {f"%-{sign}": values[f"%{sign}"].lstrip("0") for sign in "dm"}
-    written = "".join(f" | replace('{directive}', '{value}')" for directive, value in values.items())
+    values = {f"%{flag}{sign}": then.strftime(f"%{flag}{sign}") for flag in ("", "-") for sign in string.ascii_letters}
+    quoted = {directive: value.replace("'", "\\'") for directive, value in values.items() if value != directive}
+    written = "".join(f" | replace('{directive}', '{value}')" for directive, value in quoted.items())
     return f"{{%- macro {_DATE_CALL}(format) -%}}{{{{ format{written} }}}}{{%- endmacro %}}\n{source}"
 
 

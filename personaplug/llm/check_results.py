@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from personaplug.errors import StorageError
-from personaplug.infra.atomic_io import write_json
+from personaplug.errors import DamagedFile, StorageError
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import read_json
 from personaplug.infra.gguf import cache_folder
 from personaplug.llm.prompt_cache import Layout
 
@@ -51,7 +52,7 @@ def result_key(llm: LanguageModel, texts: list[Any]) -> str:
 def find_result(key: str) -> ModelCheck | None:
     """Return an earlier result; a damaged file or entry counts as none."""
     if key not in _in_memory:
-        with suppress(AttributeError, KeyError, TypeError):
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
             entry = dict(_read()[key])
             layout = entry.pop("layout")
             if layout is not None:
@@ -70,14 +71,12 @@ def keep_result(key: str, result: ModelCheck, *, seconds: float) -> None:
         layout["dtype"] = str(layout["dtype"]).removeprefix("torch.")
     results = {**_read(), key: {**asdict(result), "layout": layout}}
     with suppress(StorageError):
-        write_json(cache_folder() / _FILE, dict(list(results.items())[-_MAX_RESULTS:]))
+        write_checked_json(cache_folder() / _FILE, dict(list(results.items())[-_MAX_RESULTS:]))
 
 
 def _read() -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        results = json.loads((cache_folder() / _FILE).read_text(encoding="utf-8"))
-        if isinstance(results, dict):
-            return results
+    with suppress(OSError, DamagedFile):
+        return read_json(cache_folder() / _FILE, remedy="")
     return {}
 
 

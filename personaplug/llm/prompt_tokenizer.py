@@ -137,6 +137,13 @@ class PromptTokenizer:
         adds nothing, and a one-token label needs no further pass without it.
         """
         bare = [self.encode_target(label, end=False) for label in labels]
+        first_with: dict[Ids, str] = {}
+        for label, ids in zip(labels, bare, strict=True):
+            if (other := first_with.setdefault(ids, label)) != label:
+                raise ConfigError(
+                    f"The labels {other!r} and {label!r} are the same tokens for the model, so it cannot tell them "
+                    f"apart. Rename one of them, or use a model whose tokenizer writes both."
+                )
         # In sorted order, labels that begin with another's tokens follow it directly.
         clash = any(first == second[: len(first)] for first, second in pairwise(sorted(bare)))
         return [self.encode_target(label) for label in labels] if clash else bare

@@ -149,7 +149,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             llm: the language model; None = it runs elsewhere, and the caller checks that it is the plug's.
             hub_options: as for `huggingface_hub.snapshot_download` (revision, token, cache_dir, local_files_only, …).
         Raises:
-            MissingData: if there is no plug, or a newer one (DamagedFile: a damaged one).
+            MissingData: if there is no plug, or a newer one (DamagedFile: one that is damaged or of mixed files).
             EncoderMismatch, LLMMismatch: if it was trained for another model.
         """
         folder = saving.find_plug(pretrained_model_name_or_path, **hub_options)
@@ -165,6 +165,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         plug = cls(config, spec=spec, encoder=encoder)
         plug.training_facts = training
         plug._load_weights(folder / saving.WEIGHTS)
+        saving.check_weights(folder)
         return plug.eval()
 
     def _load_weights(self, path: Path) -> None:

@@ -15,11 +15,11 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.encoders import EncoderIdentity
-from personaplug.errors import MissingData
+from personaplug.errors import DamagedFile, MissingData
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.checksums import check_json
 from personaplug.infra.model_hub import LLMIdentity
-from personaplug.infra.tensor_files import Shapes, check_header
+from personaplug.infra.tensor_files import Shapes, check_header, stored_checksum
 
 FORMAT_VERSION = 1
 ABOUT, WEIGHTS, CARD = "plug.json", "plug.safetensors", "README.md"
@@ -37,9 +37,10 @@ class PlugSpec:
 
 
 def write_description(folder: Path, config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any]) -> None:
-    """Write plug.json. Its presence means that the plug is complete."""
+    """Write plug.json, which names the checksum of the weights. Its presence means that the plug is complete."""
     sections = {"config": asdict(config), "spec": asdict(spec), "training": training}
-    write_checked_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **sections})
+    weights = stored_checksum(folder / WEIGHTS, remedy=REMEDY)
+    write_checked_json(folder / ABOUT, {"format_version": FORMAT_VERSION, **sections, "weights": weights})
 
 
 def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]]:
@@ -71,6 +72,17 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
     config = with_values(Config(), {f"plug.{name}": value for name, value in settings.items()}).plug
     check_json(values, path, remedy=REMEDY)
     return config, spec, training
+
+
+def check_weights(folder: Path) -> None:
+    """Check that the weights are those that plug.json was written for.
+
+    Raises:
+        DamagedFile: if they are another plug's.
+    """
+    described = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("weights")
+    if stored_checksum(folder / WEIGHTS, remedy=REMEDY) != described:
+        raise DamagedFile(folder / WEIGHTS, reason=f"{ABOUT} beside it describes other weights", remedy=REMEDY)
 
 
 def check_sizes(folder: Path, config: PlugConfig, spec: PlugSpec) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from personaplug.errors import DamagedFile
 from personaplug.infra.atomic_io import atomic_folder, write_checked_json
 from personaplug.infra.checksums import read_json
-from personaplug.infra.tensor_files import Shapes, load_tensors, save_tensors, shapes_of
+from personaplug.infra.tensor_files import Shapes, load_tensors, save_tensors, shapes_of, stored_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -38,28 +38,35 @@ class TrainingState:
     samples: int = 0  # augmented samples trained on
 
 
-def save_state(folder: Path, state: TrainingState, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write a state, then remove all but the latest two states and best weights, which these states name."""
+def save_state(
+    folder: Path, state: TrainingState, *, module: nn.Module, optimizer: torch.optim.Optimizer, owner: str = ""
+) -> None:
+    """Write a state, then remove all but the latest two states and best weights, which these states name.
+
+    Args:
+        owner: a name of the training; `load_state` refuses the states of another one.
+    """
     with atomic_folder(folder / f"state-{state.step:08d}") as target:
         save_tensors(target / _WEIGHTS, module.state_dict())
         save_tensors(target / _MOMENTS, _optimizer_tensors(optimizer))
-        write_checked_json(target / _COUNTERS, asdict(state))
+        parts = {name: stored_checksum(path, remedy="") for name, path in _tensor_files(target, state).items()}
+        write_checked_json(target / _COUNTERS, {**asdict(state), "owner": owner, "parts": parts})
     for old in _folders(folder, "state-")[:-_KEPT] + _folders(folder, "best-")[:-_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingState:
+def load_state(folder: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, owner: str = "") -> TrainingState:
     """Restore the newest whole state, if there are any, into `module` and `optimizer`, and return its counters.
 
     Raises:
-        DamagedFile: if there are states and none of them is whole.
+        DamagedFile: if there are states and none of them is whole and of this training.
     """
     for unfinished in folder.glob(".*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
     damage: DamagedFile | None = None
     for path in reversed(_folders(folder, "state-")):
         try:
-            state, weights, moments = _read_state(path, module=module, optimizer=optimizer)
+            state, weights, moments = _read_state(path, module=module, optimizer=optimizer, owner=owner)
         except DamagedFile as error:
             logger.warning("%s Going on with the checkpoint before, if there is one.", error)
             damage = error
@@ -88,10 +95,10 @@ def drop_states(folder: Path) -> None:
 
 
 def _read_state(
-    path: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, *, module: nn.Module, optimizer: torch.optim.Optimizer, owner: str
 ) -> tuple[TrainingState, dict[str, Tensor], dict[int, dict[str, Tensor]]]:
     """Return counters, weights and moments of a state, if they and its best weights are whole."""
-    state = _read_counters(path)
+    state, parts = _read_counters(path, owner=owner)
     weights = _load(path, _WEIGHTS, shapes_of(module))
     tensors = _load(path, _MOMENTS)
     moments = _moments(tensors, optimizer)
@@ -99,18 +106,31 @@ def _read_state(
         raise DamagedFile(path / _MOMENTS, reason="it belongs to other weights", remedy=_remedy(path.parent))
     if state.best_step:
         _load(_best_folder(path.parent, state.best_step), _WEIGHTS, shapes_of(module))
+    for name, file in _tensor_files(path, state).items():
+        if stored_checksum(file, remedy=_remedy(path.parent)) != parts.get(name):
+            raise DamagedFile(file, reason="it is of another checkpoint", remedy=_remedy(path.parent))
     return state, weights, moments
 
 
-def _read_counters(path: Path) -> TrainingState:
+def _tensor_files(path: Path, state: TrainingState) -> dict[str, Path]:
+    """Return the files that belong to a state: its own and the best weights that it names."""
+    files = {"weights": path / _WEIGHTS, "moments": path / _MOMENTS}
+    return files | ({"best": _best_folder(path.parent, state.best_step) / _WEIGHTS} if state.best_step else {})
+
+
+def _read_counters(path: Path, *, owner: str) -> tuple[TrainingState, dict[str, str]]:
+    """Return the counters of a state, and the checksums of its files."""
     try:
         values = read_json(path / _COUNTERS, remedy=_remedy(path.parent))
     except FileNotFoundError:
         raise DamagedFile(path, reason=f"{_COUNTERS} is missing", remedy=_remedy(path.parent)) from None
+    parts, found = values.pop("parts", {}), values.pop("owner", "")
     best_loss = math.inf if values.get("best_loss") is None else values["best_loss"]  # JSON has no infinity
     if values.keys() != {field.name for field in fields(TrainingState)} or path.name != f"state-{values['step']:08d}":
         raise DamagedFile(path / _COUNTERS, reason="it is of another checkpoint", remedy=_remedy(path.parent))
-    return TrainingState(**values | {"best_loss": best_loss})
+    if found != owner:
+        raise DamagedFile(path / _COUNTERS, reason="it is of another training", remedy=_remedy(path.parent))
+    return TrainingState(**values | {"best_loss": best_loss}), parts
 
 
 def _load(path: Path, name: str, shapes: Shapes | None = None) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -29,10 +29,11 @@ from personaplug.data.task import Reader, Task
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError, TrainingDiverged
-from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.distributed import main_first, on_main, synchronized
+from personaplug.infra.locks import sole_trainer
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.tensor_files import load_tensors, save_tensors
+from personaplug.infra.training_facts import write_facts
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run, drawn
@@ -96,6 +97,7 @@ class Trainings:
             seed=seed,
             folder=self.run.plug_folder(part.name, seed=seed),
             title=f"{part.name} (seed {seed})",
+            owner=on_main(lambda: self.run.owner(part.name, seed=seed)),
         )
         facts = {"task": self.run.task.name, "seed": seed, "peak_memory_bytes": peak_memory()}
         return asdict(report) | facts | {"unit": objective.unit, "parameters": _parameter_count(objective.module)}
@@ -194,7 +196,7 @@ class SoftPromptPart(TrainedPart):
         card_facts = {key: value for key, value in facts.items() if key != "parameters"}
         plug.training_facts = card_facts
         on_main(lambda: plug.save_pretrained(folder))
-        on_main(lambda: write_checked_json(folder / "fit.json", facts))
+        on_main(lambda: write_facts(folder, facts, owner=run.owner(self.name, seed=seed)))
 
     def _initialize(
         self, plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int
@@ -307,7 +309,7 @@ class LoraPart(TrainedPart):
             state = adapters.state(TASK)
         folder = run.plug_folder(self.name, seed=seed)
         on_main(lambda: save_tensors(folder / ADAPTER, state))
-        on_main(lambda: write_checked_json(folder / "fit.json", facts))
+        on_main(lambda: write_facts(folder, facts, owner=run.owner(self.name, seed=seed)))
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,7 @@ class RopgPart(TrainedPart):
             retriever=trainings.prompts.retriever("dense", seed=seed),
             candidates=settings.retriever_candidates,
             seed=seed,
+            owner=on_main(lambda: run.owner(self.name, seed=seed)),
         )
         targets = main_first(lambda: teacher.targets(trainings.texts(settings.retriever_samples)))
         samples = [sample for sample in trainings.samples if sample.id in targets]
@@ -340,7 +343,7 @@ class RopgPart(TrainedPart):
         )
         facts = trainings.fit(self, objective, samples, seed=seed)
         on_main(lambda: retriever.save(folder))
-        on_main(lambda: write_checked_json(folder / "fit.json", facts))
+        on_main(lambda: write_facts(folder, facts, owner=run.owner(self.name, seed=seed)))
 
 
 PLUG = PlugPart("plug")
@@ -359,11 +362,14 @@ def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPa
         parts: what to train; None = the plug, and its control unless the config does without.
     Raises:
         ConfigError, TrainingDiverged, StorageError: see `fit`.
+        RunConflict: if another process trains in the run's folder.
     """
     if parts is None:
         parts = (INSTRUCTION, PLUG) if run.config.training.controls else (PLUG,)
-    trainings = Trainings(run, reader, models=models)
-    return [trainings.train(part, seed=seed) for seed in run.config.training.seeds for part in parts]
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(sole_trainer(run.folder)))
+        trainings = Trainings(run, reader, models=models)
+        return [trainings.train(part, seed=seed) for seed in run.config.training.seeds for part in parts]
 
 
 def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: int) -> PersonaPlug:

@@ -58,6 +58,7 @@ def fit(
     seed: int,
     folder: Path,
     title: str = "train",
+    owner: str = "",
     on_step: Callable[[], None] | None = None,
 ) -> FitReport:
     """Train the objective's module in place and load the weights of the best checkpoint into it.
@@ -65,6 +66,7 @@ def fit(
     Args:
         samples: the training split, validation users included.
         folder: for states, best weights and `log.jsonl`; resume from a state in it.
+        owner: a name of this training, so that states of another one are refused.
         on_step: called after each optimizer step.
     Raises:
         ConfigError: if a sample has no target, users are too few, or several processes cannot work together.
@@ -72,7 +74,9 @@ def fit(
     """
     connect(objective.device.type)
     with synchronized():
-        trainer = _Trainer(objective, samples=samples, config=config, seed=seed, folder=folder, title=title)
+        trainer = _Trainer(
+            objective, samples=samples, config=config, seed=seed, folder=folder, title=title, owner=owner
+        )
     # Steps seed torch's generator; restore it for the caller's own draws.
     with torch.random.fork_rng(devices=[]):
         return trainer.run(on_step or (lambda: None))
@@ -93,6 +97,7 @@ class _Trainer:
     seed: int
     folder: Path
     title: str
+    owner: str
 
     def __post_init__(self) -> None:
         objective, samples, config, seed = self.objective, self.samples, self.config, self.seed
@@ -110,7 +115,7 @@ class _Trainer:
             # One pass over the 22 million weights and moments of a trained encoder instead of ten.
             fused=objective.device.type in ("cpu", "cuda"),
         )
-        self.state = load_state(self.folder, module=self.module, optimizer=self.optimizer)
+        self.state = load_state(self.folder, module=self.module, optimizer=self.optimizer, owner=self.owner)
         batches_of = partial(
             epoch_batches, objective.lengths(self.train), batch_size=config.batch_size, views=config.views, seed=seed
         )
@@ -201,7 +206,11 @@ class _Trainer:
                 log.write(step=self.state.step, validation_loss=loss)
             self._update_best(loss)
         if is_eval_step or self.state.step % self.config.save_steps == 0:
-            on_main(lambda: save_state(self.folder, self.state, module=self.module, optimizer=self.optimizer))
+            on_main(
+                lambda: save_state(
+                    self.folder, self.state, module=self.module, optimizer=self.optimizer, owner=self.owner
+                )
+            )
 
     def _update_best(self, loss: float) -> None:
         if loss < self.state.best_loss:

@@ -87,3 +87,13 @@ def test_pattern_that_is_too_large_or_not_linear_is_refused(pattern: str) -> Non
 def test_pattern_of_python_means_the_same(pattern: str, text: str, groups: tuple[str | None, ...]) -> None:
     assert search(pattern, text).groups() == groups == re.search(pattern, text, re.DOTALL).groups()  # type: ignore[union-attr]
     assert group_count(pattern) == len(groups)
+
+
+def test_half_a_surrogate_pair_is_a_flaw() -> None:
+    with pytest.raises(Flaw, match="not valid Unicode"):
+        search("(a)", "a\ud800")
+
+
+def test_many_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="200 groups, at most 32"):
+        group_count("(.*)" * 200)

@@ -20,10 +20,12 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from cheap_encoder import CheapEncoder
 
 from personaplug.data.records import HistoryItem, Sample
@@ -109,7 +111,7 @@ def test_store_files_hold_no_text(table: EmbeddingStore) -> None:
     table.add([SECRET])
     assert (table.folder / "vectors.f16").stat().st_size == 2 * 32
     described = json.loads((table.folder / "table.json").read_text())
-    assert (described["format"], described["width"]) == (2, 32)
+    assert (described["format"], described["width"]) == (3, 32)
     assert EncoderIdentity.from_dict(described["encoder"]) == HashEncoder(32).identity
     assert not any(SECRET.encode() in file.read_bytes() for file in table.folder.iterdir())
 
@@ -217,8 +219,8 @@ def test_open_damaged_description_raises(table: EmbeddingStore, content: str) ->
 
 def test_open_later_format_raises(table: EmbeddingStore) -> None:
     described = json.loads((table.folder / "table.json").read_text())
-    (table.folder / "table.json").write_text(json.dumps(described | {"format": 3}))
-    with pytest.raises(UserError, match="format 3; this version reads format 2"):
+    (table.folder / "table.json").write_text(json.dumps(described | {"format": 4}))
+    with pytest.raises(UserError, match="format 4; this version reads format 3"):
         EmbeddingStore.open(table.folder, HashEncoder(32))
 
 
@@ -573,3 +575,49 @@ def test_add_releases_the_writer_lock(table: EmbeddingStore) -> None:
     connection = sqlite3.connect(table.folder / "writer.lock", timeout=0)
     connection.execute("BEGIN EXCLUSIVE")
     connection.close()
+
+
+class _OddEncoder(HashEncoder):
+    """Returns what an encoder made elsewhere may return."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__(32)
+        self._change = change
+
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Any:
+        return self._change(super().encode(texts, batch_size=batch_size))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda vectors: vectors * 0, "not length 1 for 2 of 2 texts, such as 0 to 0"),
+        (lambda vectors: vectors * 3, "not length 1 for 2 of 2 texts, such as 3 to 3"),
+        (lambda vectors: vectors.tolist(), "returned shape list for 2 texts"),
+        (torch.from_numpy, r"returned shape torch.Size\(\[2, 32\]\)"),
+        (lambda vectors: None, "returned shape NoneType"),
+    ],
+)
+def test_vectors_that_are_no_unit_vectors_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    store = EmbeddingStore.open(tmp_path, _OddEncoder(change))
+    with pytest.raises(UserError, match=message):
+        store.add(["a", "b"])
+    assert len(store) == 0
+
+
+def _vectors(folder: Path, texts: Sequence[str]) -> npt.NDArray[np.float16]:
+    store = EmbeddingStore.open(folder, HashEncoder(32))
+    return store.gather(store.add(texts))
+
+
+def test_files_of_another_store_are_refused(tmp_path: Path) -> None:
+    texts = ["a", "b", "c"]
+    for name in ("one", "two"):
+        EmbeddingStore.open(tmp_path / name, HashEncoder(32)).add(texts if name == "one" else texts[::-1])
+    for names in (["index.sqlite"], ["vectors.f16", "checks.u64"], ["table.json"]):
+        mixed = tmp_path / names[0].partition(".")[0]
+        shutil.copytree(tmp_path / "one", mixed)
+        for name in names:
+            shutil.copy(tmp_path / "two" / name, mixed / name)
+        with pytest.raises(DamagedFile, match="does not match its checksum"):
+            _vectors(mixed, texts)

@@ -21,6 +21,7 @@ from personaplug.data.task import Reader
 from personaplug.data.task_registry import LAMP_TASKS
 from personaplug.errors import ConfigError, MissingData
 from personaplug.evaluation.evaluator import ORACLE, evaluate, predict, settings_of
+from personaplug.infra.training_facts import write_facts
 from personaplug.llm.base import PromptBatch
 from personaplug.methods import find_method, needed_parts, parse_methods
 from personaplug.methods.context import EvalContext
@@ -270,7 +271,8 @@ def _moved(stage: Stage, folder: Path, names: str, *, settings: tuple[str, ...] 
     """The rows once more, in a folder that has nothing but the trained plug."""
     moved = replace(stage.run, folder=folder)
     if not (folder / "plug").exists():
-        (folder / "plug").symlink_to(stage.run.folder / "plug")
+        for name in ("plug", "run.json"):
+            (folder / name).symlink_to(stage.run.folder / name)
     return _evaluate(
         moved,
         open_dataset(stage.data, "dev", task=moved.task),
@@ -641,7 +643,8 @@ def test_a_likelihood_that_cannot_be_had_costs_the_column_and_no_answer(
 
 def test_predictions_look_at_no_right_answer(style: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = replace(style.run, folder=tmp_path)
-    (tmp_path / "plug").symlink_to(style.run.folder / "plug")
+    for name in ("plug", "run.json"):
+        (tmp_path / name).symlink_to(style.run.folder / name)
     monkeypatch.setattr(style.models.llm, "loss", None)
     reader = open_dataset(style.data, "dev", task=moved.task)
     config = style.config.evaluation
@@ -678,7 +681,9 @@ def test_a_history_that_is_too_short_to_be_used_counts_as_lost(tmp_path: Path) -
     plug = stage.run.load_plug("plug", seed=0, models=stage.models)
     plug.cold_start = ColdStart(torch.zeros_like(plug.population_prompt().vectors[0]), max_items=few)
     assert stage.evaluate("plug")["rows"][0]["lost_history_rate"] == 0
-    plug.save_pretrained(stage.run.plug_folder("plug", seed=0))
+    folder, facts = stage.run.plug_folder("plug", seed=0), stage.run.training_facts("plug", seed=0)
+    plug.save_pretrained(folder)
+    write_facts(folder, facts or {}, owner=stage.run.owner("plug", seed=0))
     lost = stage.evaluate("plug")["rows"][0]["lost_history_rate"]
     assert lost == pytest.approx(np.mean([length <= few for length in lengths]))
     assert 0 < lost < 1

@@ -130,3 +130,16 @@ def test_new_run_takes_today(tmp_path: Path) -> None:
 def test_day_that_is_none_is_refused(day: str) -> None:
     with pytest.raises(ConfigError, match="chat_date"):
         load_config(overrides=[f"chat_date={day}"])
+
+
+def test_every_directive_writes_the_recorded_day() -> None:
+    directives = [f"%{flag}{sign}" for flag in ("", "-") for sign in "aAbBCdDegGhHIjklmMnpPrRStTuUVwWyY"]
+    tokenizer = tokenizer_with(
+        "".join(f"{{{{ strftime_now('{one}') }}}}|" for one in directives) + "{{ messages[0].content }}"
+    )
+    prompts = PromptTokenizer(tokenizer, max_tokens=2048, is_encoder_decoder=False, chat_date=DAY)
+    then = datetime.date.fromisoformat(DAY)
+    assert (
+        tokenizer.decode(prompts.encode_prompt("a").ids)
+        == "".join(f"{then.strftime(one)}|" for one in directives) + "a"
+    )

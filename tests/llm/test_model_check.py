@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from families import families_script, small_llm, small_mamba
 
 from personaplug.errors import UnsupportedModel
+from personaplug.infra.checksums import read_json
 from personaplug.infra.model_hub import read_embeddings
 from personaplug.llm import check_results, model_check
 from personaplug.llm.base import GenerationConfig, PromptBatch
@@ -208,12 +208,16 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "model-checks.json"
 
 
+def _keys(results: Path) -> list[str]:
+    return list(read_json(results, remedy=""))
+
+
 @pytest.mark.parametrize("load", [lambda: small_llm("llama"), small_mamba])
 def test_result_is_read_from_the_file_by_another_process(
     load: Any, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load()
-    assert len(json.loads(results.read_text())) == 1
+    assert len(_keys(results)) == 1
     monkeypatch.setattr(check_results, "_in_memory", {})
     monkeypatch.setattr(model_check, "run_check", lambda _: pytest.fail("checked again"))
     second = load()
@@ -228,11 +232,22 @@ def test_result_does_not_hold_for_other_settings_or_weights(results: Path) -> No
     wrap_model(model, tiny_tokenizer(), name="one")
     model.config.sliding_window = 8
     wrap_model(model, tiny_tokenizer(), name="two")
-    assert len(json.loads(results.read_text())) == 5
+    assert len(_keys(results)) == 5
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{", "null", '{"KEY": 3}', '{"KEY": {"way": "batched"}}', '{"KEY": null}']
+    "content",
+    [
+        "",
+        "[]",
+        "{",
+        "null",
+        '{"KEY": 3}',
+        '{"KEY": {"way": "batched"}}',
+        '{"KEY": null}',
+        '{"KEY": "x"}',
+        '{"KEY": [1]}',
+    ],
 )
 def test_damaged_file_of_results_counts_as_none(content: str, results: Path) -> None:
     key = "0123"

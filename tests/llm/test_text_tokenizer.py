@@ -18,6 +18,7 @@ from personaplug.errors import ConfigError, MissingModel
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.loading import load_hf
 from personaplug.llm.prompt_tokenizer import PromptTokenizer
+from personaplug.llm.text_tokenizer import TextTokenizer
 from personaplug.llm.tiny import tiny_tokenizer
 
 KINDS = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
@@ -160,6 +161,7 @@ def test_template_that_strips_texts_is_followed(soft_at: int, before: str) -> No
         "{{ m.content }}{{ m.content }}",
         "{{ m.content.split('</think>')[-1] }}",
         "{{ m.content.replace('\\n', ' ') }}",
+        "{{ m.content.replace('\\t', ' ') }}",
         "nothing",
         "{{ raise_exception('no') }}",
     ],
@@ -286,3 +288,15 @@ def test_tekken_with_mistral_common_has_its_template(tmp_path: Path) -> None:
     assert prompts.cut_text(text, 4).startswith(" I d")
     with pytest.raises(ConfigError, match="refuses messages with the roles assistant"):
         prompts.encode_chat([("assistant", "a")])
+
+
+def test_labels_that_are_the_same_tokens_are_refused() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<u>": 0, "<e>": 1, "yes": 2, "no": 3}, unk_token="<u>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<u>", eos_token="<e>")
+    prompts = object.__new__(PromptTokenizer)  # this vocabulary cannot write the texts of the check at load
+    prompts.texts, prompts.end_id = TextTokenizer.of(fast), 1
+    prompts._cached_target = prompts.encode_target_uncached
+    assert prompts.encode_labels(["yes", "no"]) == [(2,), (3,)]
+    with pytest.raises(ConfigError, match="'да' and 'нет' are the same tokens"):
+        prompts.encode_labels(["да", "нет"])

@@ -64,6 +64,30 @@ def test_the_two_newest_states_and_their_best_weights_are_kept(folder: Path) -> 
     load_best(folder, 3, module=training.module)
 
 
+def test_states_of_another_training_are_refused(tmp_path: Path) -> None:
+    training = Training()
+    options = {"module": training.module, "optimizer": training.optimizer}
+    save_state(tmp_path, TrainingState(step=1), owner="run a, plug", **options)
+    assert load_state(tmp_path, owner="run a, plug", **options).step == 1
+    with pytest.raises(DamagedFile, match="another training"):
+        load_state(tmp_path, owner="run b, plug", **options)
+
+
+@pytest.mark.parametrize("name", ["state-00000004/weights", "state-00000004/optimizer", "best-00000003/weights"])
+def test_tensors_of_another_training_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    other = Training()
+    other.module.weight.data += 1
+    other.module(torch.ones(1, 3)).sum().backward()  # so that the moments differ, too
+    for step in range(1, 5):
+        other.step(tmp_path / "other", step, best_step=3 if step > 2 else 1)
+    shutil.copy(tmp_path / "other" / f"{name}.safetensors", folder / f"{name}.safetensors")
+    if name.startswith("state"):
+        assert Training().resume(folder).step == 3
+    else:
+        with pytest.raises(DamagedFile, match="another checkpoint"):
+            Training().resume(folder)
+
+
 def test_a_state_before_the_first_validation_has_no_best_loss(tmp_path: Path) -> None:
     training = Training()
     save_state(tmp_path, TrainingState(step=1), module=training.module, optimizer=training.optimizer)
@@ -149,4 +173,4 @@ def test_files_are_whole_after_a_kill_at_any_time(tmp_path: Path, milliseconds: 
 
 def test_a_state_file_holds_every_counter(folder: Path) -> None:
     values = json.loads((folder / "state-00000004" / "state.json").read_text())
-    assert set(values) == {"step", "best_step", "best_loss", "seconds", "samples", "checksum"}
+    assert set(values) == {"step", "best_step", "best_loss", "seconds", "samples", "owner", "parts", "checksum"}

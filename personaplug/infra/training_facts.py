@@ -1,0 +1,43 @@
+"""fit.json: that a training has ended, what it was, and which training and weights it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from personaplug.errors import DamagedFile
+from personaplug.infra.atomic_io import write_checked_json
+from personaplug.infra.checksums import read_json
+from personaplug.infra.tensor_files import stored_checksum
+
+FIT = "fit.json"
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any], *, owner: str) -> None:
+    """Write what a training was, with its owner's name and the checksums of the weights beside it."""
+    weights = {
+        path.name: stored_checksum(path, remedy=_remedy(folder)) for path in sorted(folder.glob("*.safetensors"))
+    }
+    write_checked_json(folder / FIT, {**facts, "owner": owner, "weights": weights})
+
+
+def read_facts(folder: Path, *, owner: str) -> dict[str, Any] | None:
+    """Return what `write_facts` has written; None if the training has not ended.
+
+    Raises:
+        DamagedFile: if the file is damaged, or it or the weights are of another training.
+    """
+    if not (folder / FIT).exists():
+        return None
+    facts = read_json(folder / FIT, remedy=_remedy(folder))
+    if facts.pop("owner", None) != owner:
+        raise DamagedFile(folder / FIT, reason="it is of another training", remedy=_remedy(folder))
+    for name, stored in facts.pop("weights", {}).items():
+        if stored_checksum(folder / name, remedy=_remedy(folder)) != stored:
+            raise DamagedFile(folder / name, reason="it is of another training", remedy=_remedy(folder))
+    return facts
+
+
+def _remedy(folder: Path) -> str:
+    return f"Restore it, or delete {folder} and train again."

@@ -13,8 +13,8 @@ from typing import Any
 
 from personaplug.errors import ConfigError, MissingExtra, StorageError
 from personaplug.infra.atomic_io import storage_errors
-from personaplug.store.row_checksums import damaged
 from personaplug.store.private_files import ensure_private, make_private_folder, restrict
+from personaplug.store.row_checksums import damaged
 
 try:
     import sqlalchemy as sa

@@ -243,7 +243,7 @@ def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str
 
     try:
         values = json.load(receipt)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError("The receipt is not JSON: give the file as the erasure printed it.") from error
     with closing(HistoryStore.open(store, secret=secret)) as opened:
         is_valid = opened.has_issued(Receipt.from_dict(values), tenant=tenant, user=user)

@@ -305,6 +305,7 @@ def test_verify_receipt_accepts_only_the_stores_own_receipts(tmp_path: Path) -> 
     for name, values in {"own": receipt, "changed": receipt | {"items": 7}, "other": {"tenant": "default"}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(values))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
 
     def verify(name: str, *words: str) -> tuple[int, str]:
         done = _call("verify-receipt", tmp_path / f"{name}.json", "--store", tmp_path / "h.db", *words)
@@ -314,4 +315,4 @@ def test_verify_receipt_accepts_only_the_stores_own_receipts(tmp_path: Path) -> 
     assert verify("own", "--tenant", "default", "--user", "ann") == (0, "valid\n")
     assert verify("own", "--user", "bob")[0] == 1
     assert verify("changed")[0] == 1
-    assert verify("other")[0] == verify("broken")[0] == 2
+    assert verify("other")[0] == verify("broken")[0] == verify("deep")[0] == 2

@@ -76,7 +76,7 @@ def main() -> None:
                 rows.append(run_case(lab, each))
                 print_row(rows[-1])
     if arguments.json:
-        write_json(arguments.json, {"rows": rows, "machine": machine_info(), "versions": package_versions()})
+        write_json(arguments.json, {"cases": rows, "machine": machine_info(), "versions": package_versions()})
     raise SystemExit(1 if any(row["wrong"] for row in rows) else 0)
 
 

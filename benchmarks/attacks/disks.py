@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks import Verdict, case
-from attacks.files import command, hash_lab
+from attacks.files import command
 from attacks.lab import Lab
 
 _TRAIN = ("llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=4", "save_steps=2", "controls=false")
@@ -40,7 +40,7 @@ def enlarge(place: Path, kib: int) -> None:
 
 @case("a full disk under vectors, training and results")
 def full_disk(lab: Lab, verdict: Verdict) -> None:
-    lab = hash_lab(lab)
+    lab = lab.hashed()
     reference = lab.scratch("whole") / "run"
     words = ("train", "--data", lab.data(), *_TRAIN, "--out")
     command(*words, reference)

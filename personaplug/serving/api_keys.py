@@ -150,11 +150,11 @@ def _file_version(path: Path) -> tuple[int, ...]:
 
 
 def _load_tenants(path: Path) -> dict[str, str]:
+    if not path.is_file():  # to read a pipe would hold up the server
+        hint = f"`personaplug create-key TENANT --keys {path}` makes one."
+        raise MissingData(f"There is no file of keys at {path}; {hint}")
     try:
         return _TENANTS.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        hint = f"`personaplug create-key TENANT --keys {path}` makes one."
-        raise MissingData(f"There is no file of keys at {path}; {hint}") from None
     except (OSError, ValueError) as error:
         expected = "it maps SHA-256 digests of keys to tenants"
         raise MissingData(f"The file of keys at {path} cannot be read ({type(error).__name__}): {expected}.") from None

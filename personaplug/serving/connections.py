@@ -21,6 +21,8 @@ from personaplug.errors import ConfigError
 from personaplug.serving.openai_protocol import error_reply, to_json
 
 logger = logging.getLogger(__name__)
+_errors = logging.getLogger(f"{__name__}.uvicorn")
+_errors.setLevel(logging.ERROR)  # uvicorn would write a line for each malformed request of a stranger
 
 _LOG_INTERVAL_S = 10
 _MAX_PIPELINED = 16  # requests that wait on one connection for the reply to an earlier one
@@ -107,7 +109,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.logger = logger  # uvicorn's own would get a line for each malformed request
+        self.logger = _errors
         self.holds_place = False
         self._is_refused = self._has_header = self._has_begun = False
         self._running: RequestResponseCycle | None = None  # others may wait behind it

@@ -16,6 +16,7 @@ from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.errors import MissingData, RequestError
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import Drift, drift, item_weights, leave_one_out
+from personaplug.serving.openai_protocol import check_json
 from personaplug.serving.service import Service
 from personaplug.store.reads import StoredItem
 
@@ -30,6 +31,7 @@ class Explainer:
 
         List `most` items, those with the largest effect or weight.
         """
+        check_json([prompt, answer])
         labels = self.service.task.labels
         answer = answer.strip() if answer is not None and answer.strip() in labels else answer
         self.service.engine.check_length(len(prompt) + len(answer or ""))

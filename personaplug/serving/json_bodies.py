@@ -59,7 +59,7 @@ def parse_body(body: bytes, model: TypeAdapter[Any]) -> Any:
     """Parse and validate a body; RequestError or RequestValidationError if it is not as the model says."""
     check_size(body)
     try:
-        value = json.loads(body.decode("utf-8-sig"))
+        value = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "it holds what JSON or UTF-8 does not allow"
         raise RequestError(f"The body is not valid JSON: {reason}.", http_status=422, code="invalid_json") from None
@@ -68,6 +68,14 @@ def parse_body(body: bytes, model: TypeAdapter[Any]) -> Any:
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([{**detail, "loc": ("body", *detail["loc"])} for detail in details]) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; a key that stands twice has two values, of which a proxy may have read the other one."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise RequestError("An object of the body has the same key twice.", http_status=422, code="invalid_json")
+    return values
 
 
 class JsonRoute(APIRoute):

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from personaplug.errors import ConfigError, StorageError
+from personaplug.errors import ConfigError, MissingData, StorageError
 from personaplug.infra.atomic_io import storage_errors
 from personaplug.store.history_store import HistoryStore
 from personaplug.store.private_files import create_private, make_private_folder
@@ -24,6 +24,7 @@ from personaplug.store.refill import copy_erasures, user_pages
 _KIND = "personaplug backup 1"
 _LONGEST_HEADER = 1000
 _CHUNK_BYTES = 2**20
+_LOGS = ("-wal", "-journal", "-shm")  # of an earlier file of that name; SQLite would write their rows into the new one
 
 
 def back_up(store: HistoryStore, target: Path) -> None:
@@ -59,7 +60,11 @@ def restore(backup: Path, target: Path, *, secret: Path | None, current: History
     Raises:
         StorageError: if the backup is not as it was written.
     """
+    if not backup.exists() or backup.is_dir():
+        raise MissingData(f"There is no backup at {backup}: name a file that `personaplug backup-store` has made.")
     _check_is_new(target)
+    for ending in _LOGS:
+        _check_is_new(target.with_name(target.name + ending))
     secret = secret or target.with_name(f"{target.name}.secret")
     with _temporary(target) as copy:
         with storage_errors(backup), backup.open("rb") as content, copy.open("wb") as file:
@@ -120,7 +125,7 @@ def _copy(content: BinaryIO, target: BinaryIO | None) -> str:
 
 
 def _check_is_new(path: Path) -> None:
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise ConfigError(f"{path} exists, and is not replaced: name another file, or move it away.")
 
 

@@ -61,7 +61,8 @@ class Database:
         self.wait_s, self._connections = wait_s, connections
         self._pid, self._engine = os.getpid(), self._create_engine()
         self._inherited: list[Engine] = []
-        self._is_private, self._silent_until = False, 0.0
+        self._file_id: tuple[int, int] | None = None  # of SQLite's file since it was opened first
+        self._silent_until = 0.0
 
     @property
     def secret_file(self) -> Path | None:
@@ -96,10 +97,13 @@ class Database:
         """Ask the database for an answer over a connection of its own; raise StorageError if there is none in time."""
         try:
             if self.file:
+                self._check_file(self.file)
                 with contextlib.closing(sqlite3.connect(f"{self.file.as_uri()}?mode=rw", timeout_s, uri=True)) as file:
                     file.execute("SELECT format FROM history_store").fetchone()
             else:
                 _ping_postgres(self.url, timeout_s=timeout_s)
+        except StorageError:
+            raise
         except Exception as error:
             raise StorageError(f"The store {self} does not answer ({type(error).__name__}).") from None
 
@@ -132,15 +136,33 @@ class Database:
         if self.file is None:
             yield
             return
-        if not self._is_private:
+        if self._file_id is None:
             make_private_folder(self.file.parent)
             ensure_private(self.file)
             for beside in ("-wal", "-shm"):  # SQLite gives them the rights of the file
                 with contextlib.suppress(FileNotFoundError):
                     restrict(self.file.with_name(self.file.name + beside))
-            self._is_private = True
+        self._check_file(self.file)
         with storage_errors(self.file):
             yield
+
+    def _check_file(self, file: Path) -> None:
+        """Check that the file is still the one that was opened first.
+
+        SQLite would go on with a file that was removed or replaced: what it writes there is lost, and whom it erases
+        there stays in the file that took its place.
+        """
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise StorageError(f"The store {self} cannot be opened ({type(error).__name__}).") from None
+        file_id = status.st_dev, status.st_ino
+        self._file_id = self._file_id or file_id
+        if file_id != self._file_id:
+            raise StorageError(
+                f"The file of the store {self} was replaced while it was in use. Restart the server, or open the store "
+                f"again."
+            )
 
     @contextlib.contextmanager
     def _limited_waits(self, connection: Connection, *, is_patient: bool) -> Iterator[None]:

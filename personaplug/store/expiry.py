@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from personaplug.store.database import Connection, Database, execute, for_update, lock_table
-from personaplug.store.schema import Shard, now_in_microseconds
+from personaplug.store.schema import Shard
 from personaplug.store.secure_delete import rewrite_shard
-from personaplug.store.writes import USER_COLUMNS, UserRow, delete_items, delete_user, update_users
+from personaplug.store.writes import USER_COLUMNS, UserRow, delete_items, delete_user, mark_for_rewrite, update_users
 
 _USERS_PER_TRANSACTION = 200
 
@@ -26,14 +26,12 @@ def remove_expired(database: Database, shard: Shard, *, first_day: int) -> bool:
         select = f"SELECT {USER_COLUMNS} FROM {shard.users} WHERE no IN :numbers ORDER BY no{for_update(connection)}"
         for row in execute(connection, select, {"numbers": numbers}, expand="numbers").all():
             _remove_from(connection, shard, UserRow.of(row, tenant=row.tenant, user=row.user_id), first_day=first_day)
-        mark = {"shard": shard.number, "now": now_in_microseconds()}
-        sql = "INSERT INTO history_rewrites VALUES (:shard, :now) ON CONFLICT (shard) DO UPDATE SET removed_at = :now"
-        execute(connection, sql, mark)
+        mark_for_rewrite(connection, shard)
     return True
 
 
 def finish_rewrites(database: Database) -> None:
-    """Clear the files of what `remove_expired` has removed."""
+    """Clear the files of what was removed because it was too old."""
     with database.read_transaction() as connection:
         rows = execute(connection, "SELECT shard, removed_at FROM history_rewrites ORDER BY shard").all()
     for row in rows:

@@ -269,6 +269,7 @@ class HistoryStore:
                 if time.monotonic() > deadline:
                     return
             expiry.finish_rewrites(self.database)
+        expiry.finish_rewrites(self.database)  # of what was too old when it was added
         self._swept_day = first_day
 
     def maintain(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from pathlib import Path
 
 from personaplug.infra.atomic_io import storage_errors
@@ -41,7 +42,7 @@ def ensure_private(path: Path) -> None:
 def restrict(path: Path) -> None:
     """Take the rights of others away from a file, and say so in the log; without the right to, only say so."""
     mode = path.stat().st_mode
-    if not mode & _OTHERS:
+    if not mode & _OTHERS or not stat.S_ISREG(mode):  # all need a device such as /dev/null
         return
     try:
         path.chmod(mode & ~_OTHERS & 0o777)

@@ -98,7 +98,8 @@ class Secret:
 
     def has_signed(self, receipt: Receipt) -> bool:
         """Return whether this secret signed the receipt exactly as it is."""
-        return hmac.compare_digest(self._signature(receipt).encode(), str(receipt.signature).encode())
+        given = str(receipt.signature).encode("ascii", "replace")
+        return hmac.compare_digest(self._signature(receipt).encode(), given)
 
     def _signature(self, receipt: Receipt) -> str:
         fields = {name: value for name, value in receipt.to_dict().items() if name != "signature"}

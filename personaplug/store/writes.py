@@ -188,6 +188,8 @@ def write_items(
     insert_items(connection, shard, inserts)
     for user in changed.values():
         user.items -= _apply_retention(connection, shard, user.no, retention=retention)
+        if not user.items:  # all were too old
+            delete_user(connection, shard, user.no)
     if changed:
         update_users(connection, shard, list(changed.values()))
     return AddResult(len(inserts) - len(replaced), len(replaced), len(items) - len(inserts))
@@ -242,12 +244,20 @@ def delete_user(connection: Connection, shard: Shard, user_no: int) -> int:
     return delete_all_items(connection, shard, user_no)
 
 
+def mark_for_rewrite(connection: Connection, shard: Shard) -> None:
+    """Note that a shard's files are to be cleared of what was too old; `finish_rewrites` of `expiry.py` does it."""
+    sql = "INSERT INTO history_rewrites VALUES (:shard, :now) ON CONFLICT (shard) DO UPDATE SET removed_at = :now"
+    execute(connection, sql, {"shard": shard.number, "now": now_in_microseconds()})
+
+
 def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, retention: Retention) -> int:
     """Delete the items of a user that are not kept, and return their number."""
     select, expired = f"SELECT key FROM {shard.items} WHERE user_no = :no", set[int]()
     if retention.max_days is not None:
         sql = f"{select} AND day < :first_day"
         expired.update(execute(connection, sql, {"no": user_no, "first_day": retention.first_day()}).scalars())
+    if expired:
+        mark_for_rewrite(connection, shard)
     if retention.max_items is not None:
         sql = f"{select} ORDER BY day DESC, key DESC LIMIT {MAX_ITEMS_PER_USER} OFFSET :max_items"
         expired.update(execute(connection, sql, {"no": user_no, "max_items": retention.max_items}).scalars())

@@ -127,6 +127,9 @@ def test_serve_answers_live_users_until_sigterm(folder: Path, question: dict[str
                  "--answer", "5", "--most", 2, "--since", "2000-01-01", "--until", "2100-01-01")  # fmt: skip
     assert result.exit_code == 0, result.output
     explanation = json.loads(result.stdout)
+    for words in (("--prompt", question["input"] + "\udcff"), ("--prompt", question["input"], "--answer", "\udcff")):
+        refused = _call("explain", "--run", folder / "run", "--store", store, "--user", "ann", *words)
+        assert (refused.exit_code, "surrogate" in refused.output) == (2, True)
     assert len(explanation["items"]) == 2
     assert explanation["items"][0]["text"]
     assert "effect" in explanation["items"][0]
@@ -170,7 +173,7 @@ def test_serve_without_keys_on_a_public_address_is_refused(folder: Path, tmp_pat
         (["--run", "RUN", "--max-requests", "0"], "--max-requests"),
         (["--run", "RUN", "--max-body-mb", "-1"], "--max-body-mb"),
         (["--run", "RUN", "--persona-scale", "-1"], "--persona-scale"),
-        (["--run", "RUN", "--persona-scale", "nan"], "persona_scale goes from 0 to 10"),
+        (["--run", "RUN", "--persona-scale", "nan"], "not a number"),
         (["--run", "RUN", "--phrases"], "closed set of labels"),
         (["--run", "RUN", "--engine", "remote"], "An engine is one of local, http, https"),
     ],
@@ -180,6 +183,21 @@ def test_serve_with_a_wrong_option_is_refused(folder: Path, tmp_path: Path, word
     result = _call("serve", *given, "--store", tmp_path / "h.db", "--port", "0")
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--max-body-mb", "nan"),
+        ("--persona-scale", "nan"),
+        *(("--engine", address) for address in ("http://[::1", "http://a b", "http://a:99999", "http://", "http:a")),
+    ],
+)
+def test_number_or_address_that_is_none_is_refused(folder: Path, tmp_path: Path, words: tuple[str, str]) -> None:
+    result = _call("serve", "--run", folder / "run", "--store", tmp_path / "h.db", "--port", "0", *words)
+    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True)
+    assert "not a number" in result.output or "such as http://127.0.0.1:8123" in result.output
+    assert not (tmp_path / "h.db").exists()
 
 
 def test_serve_on_a_taken_port_is_refused_before_models_are_loaded(
@@ -305,6 +323,7 @@ def test_verify_receipt_accepts_only_the_stores_own_receipts(tmp_path: Path) -> 
     for name, values in {"own": receipt, "changed": receipt | {"items": 7}, "other": {"tenant": "default"}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(values))
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
 
     def verify(name: str, *words: str) -> tuple[int, str]:
         done = _call("verify-receipt", tmp_path / f"{name}.json", "--store", tmp_path / "h.db", *words)
@@ -314,4 +333,4 @@ def test_verify_receipt_accepts_only_the_stores_own_receipts(tmp_path: Path) -> 
     assert verify("own", "--tenant", "default", "--user", "ann") == (0, "valid\n")
     assert verify("own", "--user", "bob")[0] == 1
     assert verify("changed")[0] == 1
-    assert verify("other")[0] == verify("broken")[0] == 2
+    assert verify("other")[0] == verify("broken")[0] == verify("deep")[0] == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 import subprocess
 import sys
@@ -106,3 +107,14 @@ def test_command_revokes_a_key(tmp_path: Path) -> None:
     assert (result.exit_code, "1 keys revoked" in result.stderr) == (0, True)
     assert ApiKeys.load(Path(path)).tenant_of(f"Bearer {key}") is None
     assert CliRunner().invoke(main, ["revoke-key", "shop", "--keys", path]).exit_code != 0
+
+
+def test_pipe_in_the_place_of_the_file_holds_up_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    key = create_key(path, "shop")
+    keys = ApiKeys.load(path)
+    path.unlink()
+    os.mkfifo(path)
+    assert keys.tenant_of(f"Bearer {key}") == "shop"  # without a wait for somebody who writes
+    with pytest.raises(MissingData):
+        ApiKeys.load(path)

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import open_service, served
+from pydantic import TypeAdapter
 
 from personaplug.errors import RequestError
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving import json_bodies
-from personaplug.serving.json_bodies import MAX_DEPTH, MAX_VALUES, check_size
+from personaplug.serving.json_bodies import MAX_DEPTH, MAX_VALUES, check_size, parse_body
 
 LARGE = [
     b"[" + b"[]," * 1_000_000 + b"[]]",
@@ -45,6 +46,14 @@ def test_depth_is_bounded() -> None:
     check_size(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH)
     with pytest.raises(RequestError, match="nested"):
         check_size(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
+
+
+@pytest.mark.parametrize("body", [b'{"user":"ann","user":"bob"}', b'[{"a":{"b":1,"\\u0062":1}}]'])
+def test_key_that_stands_twice_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestError, match="same key twice") as refusal:
+        parse_body(body, TypeAdapter(Any))
+    assert (refusal.value.http_status, refusal.value.code) == (422, "invalid_json")
+    assert parse_body(b'{"a":1,"b":{"a":1}}', TypeAdapter(Any)) == {"a": 1, "b": {"a": 1}}
 
 
 def _size(value: Any) -> int:

@@ -128,7 +128,13 @@ def test_error_becomes_a_response_with_its_status(error: Exception, status: int,
     assert code in body["body"]
 
 
-@pytest.mark.parametrize("error", [ValueError(SECRET), StorageError(SECRET), RunConflict(SECRET)])
+def test_reason_of_a_store_that_fails_is_for_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    _, body = _run(ErrorMiddleware(_raising(StorageError("The disk is full."))), _scope())
+    assert "The disk is full." in caplog.text
+    assert b"disk" not in body["body"]
+
+
+@pytest.mark.parametrize("error", [ValueError(SECRET), RunConflict(SECRET)])
 def test_error_of_the_server_is_not_quoted(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     _, body = _run(ErrorMiddleware(_raising(error)), _scope())

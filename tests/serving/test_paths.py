@@ -189,3 +189,15 @@ def test_documentation_loads_nothing(url: str) -> None:
     assert not re.findall(r"<script|<link|<img|<iframe|@import|url\(|https?://", reply.text)
     for text in ("/v1/chat/completions", "/v1/users/{user}/history", "ChatRequest", "messages", "/openapi.json"):
         assert text in reply.text
+
+
+@pytest.mark.parametrize("header", ["X-Personaplug-User", "Authorization", "Content-Type", "Origin"])
+def test_header_that_stands_twice_is_refused(url: str, header: str) -> None:
+    value = {"Content-Type": "application/json", "Origin": PAGE}.get(header, "ann")
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
+    for values, status in ([value], 200), ([value, "other"], 400):
+        headers = [(header, text) for text in values]
+        headers += [] if header == "Content-Type" else [("Content-Type", "application/json")]
+        reply = httpx.post(f"{url}/v1/chat/completions", content=json.dumps(body), headers=headers)
+        assert reply.status_code == status
+    assert header.lower() in reply.json()["error"]["message"]

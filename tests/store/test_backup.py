@@ -76,8 +76,21 @@ def test_restore_of_cut_off_or_missing_backup_raises(tmp_path: Path, backup: Pat
     backup.write_bytes(backup.read_bytes()[:-100])
     with pytest.raises(StorageError, match="damaged"):
         restore(backup, tmp_path / "copy.db", secret=secret, current=None)
-    with pytest.raises(StorageError, match="nowhere"):
-        restore(tmp_path / "nowhere", tmp_path / "copy.db", secret=secret, current=None)
+    for name in ("nowhere/file", "."):
+        with pytest.raises(MissingData, match="no backup"):
+            restore(tmp_path / name, tmp_path / "copy.db", secret=secret, current=None)
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("ending", ["-wal", "-journal", "-shm"])
+def test_restore_beside_the_log_of_an_earlier_store_raises(tmp_path: Path, backup: Path, ending: str) -> None:
+    # SQLite would write its rows over the restored ones, and bring back who was erased.
+    log = tmp_path / f"copy.db{ending}"
+    log.write_bytes(b"frames of another file")
+    with pytest.raises(ConfigError, match="exists"):
+        restore(backup, tmp_path / "copy.db", secret=tmp_path / "store.db.secret", current=None)
+    assert not (tmp_path / "copy.db").exists()
+    assert log.read_bytes() == b"frames of another file"
 
 
 def test_users_erased_since_the_backup_do_not_return(tmp_path: Path, store: HistoryStore, backup: Path) -> None:

@@ -104,3 +104,15 @@ def test_retention_stays_with_the_store(place: Place) -> None:
     assert place.open(encoder=None).retention == LIMIT
     place.open(retention=Retention()).close()
     assert place.open().retention == Retention()
+
+
+def test_old_items_that_are_added_leave_no_trace(place: Place) -> None:
+    store = place.open(retention=LIMIT)
+    store.maintain()  # done for this day
+    add(store, "t", "gone-user-id", [item("old", TEXT, day=OLD)])
+    add(store, "t", "u", [item("old", TEXT, day=OLD), item("new", day=TODAY)])
+    assert (rows(store, "items"), rows(store, "texts"), rows(store, "users")) == (1, 1, 1)
+    assert (store.version("t", "gone-user-id"), item_ids(store)) == (0, ["new"])
+    store.maintain()
+    assert TEXT.encode() not in place.files()
+    assert b"gone-user-id" not in place.files()

@@ -174,3 +174,27 @@ def test_sqlite_pragmas_are_durable_and_secure(tmp_path: Path) -> None:
 
 def open_and_add(number: int) -> tuple[int, int, int]:
     return add(PLACES[0].open(), "t", "u", [item(str(number))])
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_store_whose_file_was_removed_or_replaced_is_not_used(tmp_path: Path, is_replaced: bool) -> None:
+    # SQLite goes on with the old file: items would be lost, and an erased user would stay in the new file.
+    store = Place(str(tmp_path / "store.db")).open()
+    add(store, "t", "u", [item("a")])
+    content = (tmp_path / "store.db").read_bytes()
+    (tmp_path / "store.db").rename(tmp_path / "old.db")
+    if is_replaced:
+        (tmp_path / "store.db").write_bytes(content)
+    calls = (
+        lambda: add(store, "t", "u", [item("b")]),
+        lambda: store.erase_user("t", "u"),
+        lambda: store.count("t", "u"),
+        store.ping,
+    )
+    for call in calls:
+        with pytest.raises(StorageError, match="was replaced" if is_replaced else "FileNotFoundError"):
+            call()
+    assert (tmp_path / "store.db").exists() == is_replaced
+    (tmp_path / "old.db").replace(tmp_path / "store.db")
+    assert add(store, "t", "u", [item("b")]) == (1, 0, 0)
+    store.ping()

@@ -11,6 +11,7 @@ from stores import ENCODER, add, item
 
 from personaplug.store.backup import back_up
 from personaplug.store.history_store import HistoryStore
+from personaplug.store.private_files import ensure_private
 
 
 @pytest.fixture(params=[0, 0o022, 0o777])
@@ -48,3 +49,11 @@ def test_files_that_others_may_read_are_closed_to_them(tmp_path: Path, caplog: p
     assert caplog.text.count("could be opened by other users") == 4
     HistoryStore.open(tmp_path / "s.db", ENCODER)
     assert caplog.text.count("could be opened by other users") == 4
+
+
+def test_pipes_and_devices_keep_their_rights(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    pipe.chmod(0o666)
+    ensure_private(pipe)
+    assert pipe.stat().st_mode & 0o777 == 0o666

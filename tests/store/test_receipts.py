@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stores import ENCODER, SECRET, Place, add, item
@@ -66,6 +67,13 @@ def test_receipt_from_other_fields_raises() -> None:
         Receipt.from_dict({"tenant": "t"})
     with pytest.raises(UserError):
         Receipt.from_dict({"wiped": [], "more": 1})
+
+
+@pytest.mark.parametrize("signature", ["\ud800", "é", "", 1, ["a"], None])
+def test_signature_that_is_none_is_false(tmp_path: Path, receipt: Receipt, signature: Any) -> None:
+    store = Place(str(tmp_path / "store.db")).open()
+    assert store.has_issued(receipt)
+    assert not store.has_issued(replace(receipt, signature=signature))
 
 
 def test_secret_file_is_created_once_and_not_shown(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ A new engine is a class with the methods of `Engine` and a call of `register_eng
 from __future__ import annotations
 
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from personaplug.errors import ConfigError
 from personaplug.infra.plugins import load_plugins, register
@@ -34,7 +33,7 @@ def register_engine(name_or_scheme: str, opener: EngineOpener, *, supports_phras
 
 def find_engine(name_or_url: str) -> RegisteredEngine:
     """Return the engine of a name or, by its scheme, of a URL."""
-    scheme = urlsplit(name_or_url).scheme
+    scheme = name_or_url.partition("://")[0].lower()
     if not _ENGINES.keys() & {name_or_url, scheme}:
         load_plugins()
     name = name_or_url if name_or_url in _ENGINES else scheme

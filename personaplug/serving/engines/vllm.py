@@ -74,9 +74,10 @@ class VLLMEngine(Engine):
     @classmethod
     def open(cls, model: ModelConfig, config: ServingConfig, load_plug: LoadPlug) -> tuple[Engine, PersonaPlug]:
         """Open the engine as `EngineOpener` says. At its start it checks vLLM's model, by width and by answers."""
+        url = _checked_url(config.engine)  # before anything is loaded
         plug = load_plug(None).compute_items_in("bfloat16")
         engine = cls(
-            config.engine,
+            url,
             table=EmbeddingTable.of_folder(find_model(model.llm)),
             width=plug.spec.llm.width,
             placement=plug.config.placement,
@@ -199,9 +200,13 @@ class VLLMEngine(Engine):
 
 def _checked_url(url: str) -> str:
     """Return the address without /v1; ConfigError if it is invalid, or holds a password, which errors would show."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"The address of a vLLM server is such as http://127.0.0.1:8123; found {url!r}.")
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or " " in url:
+        raise ConfigError("The address of a vLLM server is such as http://127.0.0.1:8123; found another form.")
     if parts.username is not None or parts.password is not None:
         raise ConfigError("The address of a vLLM server holds no name or password; its key is --engine-key.")
     return url.rstrip("/").removesuffix("/v1")

@@ -19,7 +19,7 @@ from personaplug.serving.middleware.origins import (
     LoopbackHostMiddleware,
     OriginMiddleware,
 )
-from personaplug.serving.middleware.paths import PathMiddleware, RouteMiddleware
+from personaplug.serving.middleware.paths import PathMiddleware, RouteMiddleware, SingleHeadersMiddleware
 from personaplug.serving.middleware.replies import DisconnectMiddleware, ErrorMiddleware, MetricsMiddleware
 from personaplug.serving.telemetry import Telemetry
 
@@ -55,6 +55,7 @@ class Guards:
             Middleware(MetricsMiddleware, telemetry=self.telemetry),
             *([self._cors()] if self.origins else []),
             Middleware(ErrorMiddleware),
+            Middleware(SingleHeadersMiddleware),
             *([Middleware(LoopbackHostMiddleware)] if is_open else []),
             Middleware(PathMiddleware),
             Middleware(OriginMiddleware, allowed=self.origins),

@@ -1,4 +1,4 @@
-"""Middlewares of paths: decoded strictly, matched before a body is read, answered to HEAD and OPTIONS."""
+"""Middlewares of headers and paths: decoded strictly, matched before a body is read, answered to HEAD and OPTIONS."""
 
 from __future__ import annotations
 
@@ -14,8 +14,26 @@ from starlette.types import Message, Receive, Scope, Send
 from personaplug.errors import RequestError
 from personaplug.serving.error_responses import error_response
 from personaplug.serving.middleware.base import HttpMiddleware
+from personaplug.serving.openai_protocol import USER_HEADER
 
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+_SINGLE_HEADERS = frozenset(
+    (b"authorization", b"content-type", b"host", b"origin", b"sec-fetch-site", USER_HEADER.lower().encode())
+)
+
+
+class SingleHeadersMiddleware(HttpMiddleware):
+    """Refuses a header twice that says who calls, for whom, or what: a proxy may have read the other one."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        names = [name for name, _ in scope["headers"] if name in _SINGLE_HEADERS]
+        if len(names) != len(set(names)):
+            names = sorted(name.decode() for name in set(names) if names.count(name) > 1)
+            message = f"The request has several headers {', '.join(names)}; send one."
+            raise RequestError(message, code="headers")
+        await self.app(scope, receive, send)
 
 
 class PathMiddleware(HttpMiddleware):

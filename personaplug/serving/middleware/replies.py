@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from personaplug.errors import PersonaPlugError
+from personaplug.errors import PersonaPlugError, StorageError
 from personaplug.serving.error_responses import error_response
 from personaplug.serving.middleware.base import HttpMiddleware, StartTracker, state_of
 from personaplug.serving.telemetry import Telemetry
@@ -64,7 +64,9 @@ class ErrorMiddleware(HttpMiddleware):
             status, message, code = 503, "The server is stopping.", "stopping"
         except PersonaPlugError as error:
             if error.http_status >= 500:
-                logger.error("%s: %s", type(error).__name__, error.code)
+                # The caller does not see the reason, which names files and no user.
+                reason = error if isinstance(error, StorageError) else error.code
+                logger.error("%s: %s", type(error).__name__, reason)
             status, code = error.http_status, error.code
             message = _SERVER_MESSAGES.get(status, str(error))
         except Exception as error:

@@ -293,8 +293,9 @@ def test_tekken_with_mistral_common_has_its_template(tmp_path: Path) -> None:
 def test_labels_that_are_the_same_tokens_are_refused() -> None:
     tokenizer = Tokenizer(models.WordLevel({"<u>": 0, "<e>": 1, "yes": 2, "no": 3}, unk_token="<u>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<u>", eos_token="<e>")
-    prompts = object.__new__(PromptTokenizer)  # this vocabulary cannot write the texts of the check at load
+    fast_class: Any = PreTrainedTokenizerFast
+    fast = fast_class(tokenizer_object=tokenizer, unk_token="<u>", eos_token="<e>")
+    prompts: Any = object.__new__(PromptTokenizer)  # this vocabulary cannot write the texts of the check at load
     prompts.texts, prompts.end_id = TextTokenizer.of(fast), 1
     prompts._cached_target = prompts.encode_target_uncached
     assert prompts.encode_labels(["yes", "no"]) == [(2,), (3,)]

@@ -9,6 +9,7 @@ import shutil
 import time
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_the_two_newest_states_and_their_best_weights_are_kept(folder: Path) -> 
 
 def test_states_of_another_training_are_refused(tmp_path: Path) -> None:
     training = Training()
-    options = {"module": training.module, "optimizer": training.optimizer}
+    options: dict[str, Any] = {"module": training.module, "optimizer": training.optimizer}
     save_state(tmp_path, TrainingState(step=1), owner="run a, plug", **options)
     assert load_state(tmp_path, owner="run a, plug", **options).step == 1
     with pytest.raises(DamagedFile, match="another training"):

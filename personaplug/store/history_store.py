@@ -82,6 +82,7 @@ class HistoryStore:
         is_new_file = database.file is not None and not database.file.exists()
         if is_new_file and encoder is None:
             raise MissingData(f"There is no history store at {database.file}; creating one needs an encoder.")
+        _check_not_emptied(database)
         key = _open_secret(secret, database, create=is_new_file or database.file is None)
         identity, secret_hash = encoder.identity if encoder else None, key.hash("store")
         with database.write_transaction() as connection:
@@ -336,6 +337,18 @@ def existing(row: UserRow | None) -> UserRow:
     if row is None:
         raise MissingData("The tenant has no such user.")
     return row
+
+
+def _check_not_emptied(database: Database) -> None:
+    """Raise StorageError for an empty file beside a secret: all users of a store that was cut off would be new ones."""
+    file, secret = database.file, database.secret_file
+    if file is None or secret is None or not (file.exists() and secret.exists()):
+        return
+    if not file.stat().st_size and not file.with_name(f"{file.name}-wal").exists():
+        raise StorageError(
+            f"The store {database} is an empty file, and its secret is beside it. Restore the store from a backup; "
+            f"if it never held anything, remove both files."
+        )
 
 
 def _open_secret(secret: bytes | Path | None, database: Database, *, create: bool) -> Secret:

@@ -99,3 +99,11 @@ def test_flipped_bit_in_stored_vector_raises(tmp_path: Path, start: int) -> None
     with pytest.raises(StorageError, match="damaged"):
         list(store.export("t", "user 2"))
     assert len(store.load_history("t", "user 1")) == 5
+
+
+def test_store_that_was_emptied_is_not_taken_for_a_new_one(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    path.write_bytes(b"")
+    with pytest.raises(StorageError, match="is an empty file"):
+        HistoryStore.open(path, ENCODER)
+    assert path.read_bytes() == b""

@@ -104,13 +104,13 @@ def _fill_with_results(lab: Lab, stack: contextlib.ExitStack, verdict: Verdict, 
 def full_disk_under_store(lab: Lab, verdict: Verdict) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            disk = stack.enter_context(small_disk(lab.folder / "disk-store", 12_000))
+            disk = stack.enter_context(small_disk(lab.folder / "disk-store", 6_000))
         except NoSmallDisk as error:
             verdict.note(f"not tried: {error}")
             return
         server = stack.enter_context(lab.serve("--keep-text", store=disk / "histories.db"))
         stored, statuses = 0, []
-        for number in range(60):
+        for number in range(200):
             reply = server.add(lab.items(20, words=200, prefix=f"n{number}-"))
             statuses.append(reply.status_code)
             stored += reply.json()["new"] if reply.status_code == 200 else 0

@@ -108,7 +108,7 @@ def full_disk_under_store(lab: Lab, verdict: Verdict) -> None:
         except NoSmallDisk as error:
             verdict.note(f"not tried: {error}")
             return
-        server = stack.enter_context(lab.serve("--keep-text", store=disk / "histories.db"))
+        server = stack.enter_context(lab.hashed().serve("--keep-text", store=disk / "histories.db"))
         stored, statuses = 0, []
         for number in range(200):
             reply = server.add(lab.items(20, words=200, prefix=f"n{number}-"))

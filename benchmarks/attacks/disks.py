@@ -104,7 +104,7 @@ def _fill_with_results(lab: Lab, stack: contextlib.ExitStack, verdict: Verdict, 
 def full_disk_under_store(lab: Lab, verdict: Verdict) -> None:
     with contextlib.ExitStack() as stack:
         try:
-            disk = stack.enter_context(small_disk(lab.folder / "disk-store", 6_000))
+            disk = stack.enter_context(small_disk(lab.folder / "disk-store", 9_000))
         except NoSmallDisk as error:
             verdict.note(f"not tried: {error}")
             return

@@ -42,15 +42,17 @@ class NoiseEncoder(HashEncoder):
     """Random vectors: what they are costs nothing here and counts for nothing."""
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Vectors:
-        return np.random.default_rng(0).normal(size=(len(texts), self.width)).astype(np.float32)
+        vectors = np.random.default_rng(0).normal(size=(len(texts), self.width)).astype(np.float32)
+        unit_vectors: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit_vectors
 
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
     """Read without checksums within a block."""
     with (
-        patch.object(EmbeddingStore, "_check", lambda *_: None),
-        patch("personaplug.encoders.embedding_store._checked_rows", lambda found, _: [row[:2] for row in found]),
+        patch.object(EmbeddingStore, "_check", lambda *_, **__: None),
+        patch("personaplug.encoders.embedding_store._checked_rows", lambda found, _, salt: [row[:2] for row in found]),
         patch.object(tensor_files, "_checksum", lambda _: None),
         patch.object(tensor_files, "_is_finite", lambda _: True),
         patch.object(tensor_files, "KEY", "none"),

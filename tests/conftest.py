@@ -22,6 +22,7 @@ from personaplug.llm.tiny import load_tiny_llm
 if TYPE_CHECKING:
     from postgres_server import PostgresServer
     from stores import Place
+    from vllm_stand_in import StandIn
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -63,3 +64,20 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
         return Place(str(tmp_path / "store.db"))
     server: PostgresServer = request.getfixturevalue("postgres")
     return Place(server.cleaned_database(), server)
+
+
+@pytest.fixture
+def stand_in() -> StandIn:
+    """The stand-in for vLLM."""
+    from vllm_stand_in import StandIn
+
+    return StandIn()
+
+
+@pytest.fixture
+def address(stand_in: StandIn) -> Iterator[str]:
+    """The address at which the stand-in for vLLM is served."""
+    from live_server import running
+
+    with running(stand_in.app) as url:
+        yield url

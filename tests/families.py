@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,13 +92,13 @@ def small_mamba() -> CausalLM:
     return CausalLM(MambaForCausalLM(config), tokenizer, name="mamba")
 
 
-def families_script() -> Any:
-    """Return `benchmarks/model_families.py` as a module: tiny models of any family, and the bare model's numbers."""
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "model_families.py"
-    spec = importlib.util.spec_from_file_location("benchmark_model_families", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def tiny_llama(tokenizer: Any, **settings: Any) -> Any:
+    """Return a Llama of one layer for a tokenizer of any size, with weights drawn by seed 0."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **settings))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks import Verdict, case
-from attacks.files import command
+from attacks.files import command, evaluate
 from attacks.lab import Lab
 
 _TRAIN = ("llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=4", "save_steps=2", "controls=false")
@@ -78,21 +78,8 @@ def _fill_with_results(lab: Lab, stack: contextlib.ExitStack, verdict: Verdict, 
     disk = stack.enter_context(small_disk(lab.folder / "disk-results", 8))
     target = disk / "results.json"
     target.write_text('{"earlier": true}')
-    words = (
-        "evaluate",
-        "--run",
-        run,
-        "--data",
-        lab.data(),
-        "--split",
-        "dev",
-        "--methods",
-        "plain,plug",
-        "--json",
-        target,
-    )
     (disk / "ballast").write_bytes(b"x" * 3_000)
-    state, output = command(*words)
+    state, output = evaluate(run, lab.data(), target)
     verdict.expect(state != "raw", f"results: {output[-200:]}")
     is_whole = (
         "earlier" in json.loads(target.read_text()) if state == "refused" else "rows" in json.loads(target.read_text())

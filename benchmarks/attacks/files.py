@@ -53,26 +53,19 @@ def outcome(work: Callable[[], Any], expected: Any) -> str:
         return f"raw ({type(error).__name__})"
 
 
+def evaluate(run: Path, data: Path, target: Path) -> tuple[str, str]:
+    """Write the results of a run into a file; return what `command` returns."""
+    methods = ("--split", "dev", "--methods", "plain,plug")
+    return command("evaluate", "--run", run, "--data", data, *methods, "--json", target)
+
+
 def evaluation(run: Path, data: Path) -> Callable[[], Any]:
     """Return a function that gives the scores of a run."""
 
     def scores() -> Any:
         target = run.parent / f"{run.name}.json"
         target.unlink(missing_ok=True)
-        words = (
-            "evaluate",
-            "--run",
-            run,
-            "--data",
-            data,
-            "--split",
-            "dev",
-            "--methods",
-            "plain,plug",
-            "--json",
-            target,
-        )
-        state, output = command(*words)
+        state, output = evaluate(run, data, target)
         if state != "done":
             raise _of(state, output)
         return [{name: row.get(name) for name in _SCORES} for row in json.loads(target.read_text())["rows"]]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import memory
 import pytest
+import speed
 import torch
 from plugs import head_of
 
@@ -22,31 +21,20 @@ from personaplug.run import Models, Run, open_models
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import build_plug
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "persona_tokens=3", "answer_channel=label"]
 
 
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def _speed_stage(folder: Path, *settings: str) -> tuple[Any, Run, Models, list[EncodedSample]]:
+def _speed_stage(folder: Path, *settings: str) -> tuple[Run, Models, list[EncodedSample]]:
     write_simulation(SimulationConfig(users=4, queries_per_user=2, dev_users=2, min_items=3, max_items=3), folder)
     config = load_config(overrides=[*TOY, *settings], base=Config(plug=PAPER))  # as the benchmarks have it
     models = open_models(config)
     run = Run(folder / "run", config, load_task(folder), folder / "vectors")
     samples = run.read_samples(open_dataset(folder, "train", task=run.task), run.open_vectors(models.encoder))
-    return _module("speed"), run, models, samples
+    return run, models, samples
 
 
 def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speed, run, models, samples = _speed_stage(tmp_path)
+    run, models, samples = _speed_stage(tmp_path)
     plug = build_plug(run, models, seed=0)
     model = models.llm.model.config
 
@@ -74,12 +62,13 @@ def test_the_floor_of_speed_counts_what_is_used(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_reference_like_step_has_the_loss_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speed, run, models, samples = _speed_stage(tmp_path, "answer_channel=text")
+    run, models, samples = _speed_stage(tmp_path, "answer_channel=text")
     monkeypatch.setattr(speed, "PROMPT", 700)  # no prompt is cut
     table = run.open_vectors(models.encoder)
     found = []
     for kind in (speed.ReferenceObjective, PlugObjective):
         plug = build_plug(run, models, seed=0)
+        loss: Any
         loss, tokens = kind(plug, models.llm, table=table, labels=run.task.labels).loss(samples)
         loss.backward()
         assert head_of(plug).projector.inner.weight.grad is not None
@@ -89,7 +78,6 @@ def test_the_reference_like_step_has_the_loss_of_ours(tmp_path: Path, monkeypatc
 
 
 def test_the_memory_benchmark_has_short_and_long_prompts() -> None:
-    memory = _module("memory")
     lengths = [len(sample.query.split()) for sample in memory.samples(50_000)]
     assert min(lengths) < 40
     assert 360 < max(lengths) <= memory.LONGEST_QUERY

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from families import tiny_llama
 
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
@@ -73,14 +72,7 @@ def test_recorded_day_writes_what_the_template_writes_on_that_day(template: str)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder, tokenizer = tmp_path_factory.mktemp("model"), tokenizer_with(LLAMA_3)
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tiny_llama(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -7,9 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import model_families
 import pytest
 import torch
-from families import families_script, small_llm, small_mamba
+from families import small_llm, small_mamba
 
 from personaplug.errors import UnsupportedModel
 from personaplug.infra.checksums import read_json
@@ -22,7 +23,6 @@ from personaplug.llm.model_check import run_check
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.llm.tiny import tiny_tokenizer
 
-SCRIPT = families_script()
 LONGROPE = {
     "max_position_embeddings": 256,
     "original_max_position_embeddings": 48,
@@ -64,16 +64,16 @@ REPRESENTATIVES: list[tuple[str, bool, dict[str, Any], str, bool]] = [
 def test_family_gives_the_numbers_of_single_rows_of_ids(
     family: str, is_encoder_decoder: bool, changes: dict[str, Any], way: str, caches: bool
 ) -> None:
-    if family not in SCRIPT.CAUSAL | SCRIPT.SEQ2SEQ:
+    if family not in model_families.CAUSAL | model_families.SEQ2SEQ:
         pytest.skip(f"this version of transformers has no {family}")
-    llm = SCRIPT.load(family, is_encoder_decoder=is_encoder_decoder, **changes)
-    assert SCRIPT.largest_error(llm) < 1e-5
+    llm = model_families.load(family, is_encoder_decoder=is_encoder_decoder, **changes)
+    assert model_families.largest_error(llm) < 1e-5
     assert (llm.check.way, llm.supports_prompt_cache) == (way, caches)
 
 
 @pytest.mark.slow
 def test_no_family_of_transformers_is_silently_wrong() -> None:
-    outcomes = list(SCRIPT.examine_all())
+    outcomes = list(model_families.examine_all())
     assert [one for one in outcomes if one.kind == "wrong"] == []
     assert sum(one.kind == "fast" for one in outcomes) > 80
 
@@ -90,7 +90,7 @@ def _one_row_losses(llm: Any, prompts: list[str], vectors: torch.Tensor, targets
 
 @pytest.mark.parametrize(("family", "changes"), [("phi3", LONGROPE), ("llama", DYNAMIC)])
 def test_positions_that_switch_equal_one_pass_on_either_side_and_across(family: str, changes: dict[str, Any]) -> None:
-    llm = SCRIPT.load(family, is_encoder_decoder=False, **changes)
+    llm: Any = model_families.load(family, is_encoder_decoder=False, **changes)
     assert llm.rope_switch == llm.max_cached_tokens == 48
     prompts, targets = ["short", "x" * 42, "y" * 60], ["yes", "no way", "ok"]
     vectors = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(1)) * llm.embedding_scale
@@ -119,21 +119,21 @@ def test_positions_that_switch_equal_one_pass_on_either_side_and_across(family: 
 def test_family_that_cannot_be_right_is_refused_with_the_reason(
     family: str, changes: dict[str, Any], message: str
 ) -> None:
-    if family not in SCRIPT.CAUSAL:
+    if family not in model_families.CAUSAL:
         pytest.skip(f"this version of transformers has no {family}")
     with pytest.raises(UnsupportedModel, match=f"'{family}' cannot be used: .*{message}"):
-        SCRIPT.load(family, is_encoder_decoder=False, **changes)
+        model_families.load(family, is_encoder_decoder=False, **changes)
 
 
 def test_model_that_lacks_what_is_asked_of_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = SCRIPT.build("llama", is_encoder_decoder=False)
+    model = model_families.build("llama", is_encoder_decoder=False)
     monkeypatch.setattr(model, "get_input_embeddings", lambda: None)
     with pytest.raises(UnsupportedModel, match="lacks something"):
         wrap_model(model, tiny_tokenizer(), name="odd")
 
 
 def test_encoder_decoder_without_start_token_is_refused() -> None:
-    model = SCRIPT.build("t5", is_encoder_decoder=True)
+    model = model_families.build("t5", is_encoder_decoder=True)
     for config in (model.config, model.generation_config):
         config.decoder_start_token_id = config.bos_token_id = None
     with pytest.raises(UnsupportedModel, match="decoder_start_token_id"):
@@ -228,7 +228,7 @@ def test_result_does_not_hold_for_other_settings_or_weights(results: Path) -> No
     small_llm("llama")
     small_llm("llama", dtype=torch.bfloat16)
     small_llm("llama", chat=True)
-    model = SCRIPT.build("llama", is_encoder_decoder=False)
+    model = model_families.build("llama", is_encoder_decoder=False)
     wrap_model(model, tiny_tokenizer(), name="one")
     model.config.sliding_window = 8
     wrap_model(model, tiny_tokenizer(), name="two")
@@ -269,13 +269,13 @@ def test_folder_that_cannot_be_written_is_tolerated(results: Path) -> None:
 def test_refusal_is_found_anew_each_time(results: Path) -> None:
     for _ in range(2):
         with pytest.raises(UnsupportedModel):
-            SCRIPT.load("bert", is_encoder_decoder=False, is_decoder=False)
+            model_families.load("bert", is_encoder_decoder=False, is_decoder=False)
     assert not results.exists()
 
 
 @pytest.mark.parametrize(("family", "is_encoder_decoder"), [("llama", False), ("mamba", False), ("t5", True)])
 def test_no_warning_reaches_a_user(family: str, is_encoder_decoder: bool, tmp_path: Path, results: Path) -> None:
-    SCRIPT.build(family, is_encoder_decoder=is_encoder_decoder).save_pretrained(tmp_path / "model")
+    model_families.build(family, is_encoder_decoder=is_encoder_decoder).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -291,14 +291,14 @@ def test_no_warning_reaches_a_user(family: str, is_encoder_decoder: bool, tmp_pa
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma3", "opt"])
 def test_read_embeddings_are_what_the_model_reads(family: str, tmp_path: Path) -> None:
-    model = SCRIPT.build(family, is_encoder_decoder=False)
+    model = model_families.build(family, is_encoder_decoder=False)
     model.save_pretrained(tmp_path)
     expected = model.get_input_embeddings()(torch.arange(257)).detach()
     assert torch.equal(read_embeddings(tmp_path), expected)
 
 
 def test_composite_config_gives_the_length_of_its_text_model() -> None:
-    llm = SCRIPT.load("gemma3", is_encoder_decoder=False)
+    llm: Any = model_families.load("gemma3", is_encoder_decoder=False)
     assert llm.max_positions == llm.max_cached_tokens == 512
 
 
@@ -306,7 +306,7 @@ def test_composite_config_gives_the_length_of_its_text_model() -> None:
 def test_generation_settings_of_a_checkpoint_do_not_change_answers(placement: str) -> None:
     texts = []
     for settings in ({}, {"repetition_penalty": 9.0, "min_length": 300, "do_sample": True, "temperature": 3.0}):
-        model = SCRIPT.build("llama", is_encoder_decoder=False)
+        model = model_families.build("llama", is_encoder_decoder=False)
         model.generation_config.update(**settings)
         llm = wrap_model(model, tiny_tokenizer(), name="llama")
         soft = SoftPrompt(torch.zeros(2, 1, 32), placement)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers_at_hand import CHATML, SPELLED, TOKENIZERS, bytes_tokenizer, pieces_tokenizer, space_first_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from personaplug.errors import ConfigError, MissingModel
 from personaplug.llm.causal_lm import CausalLM
@@ -30,15 +31,7 @@ def prompts_of(tokenizer: Any, **options: Any) -> PromptTokenizer:
 
 
 def llm_of(tokenizer: Any, *, eos_token_id: int | None = None) -> CausalLM:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=eos_token_id, **shape))
-    return CausalLM(model, tokenizer, name="small")
+    return CausalLM(tiny_llama(tokenizer, eos_token_id=eos_token_id), tokenizer, name="small")
 
 
 # Control tokens

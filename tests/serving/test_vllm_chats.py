@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from live_server import engine_request, running
+from live_server import engine_request
 from tokenizers_at_hand import CHATML, bytes_tokenizer
 from vllm_stand_in import MAX_MODEL_LEN, WIDTH, StandIn, read_embeds
 
@@ -21,17 +20,6 @@ from personaplug.serving.engines.vllm_requests import EmbeddingTable
 
 DATED = "Today: {{ strftime_now('%d %b %Y') }}\n" + CHATML
 SOFT = SoftPrompt(torch.ones(1, 2, WIDTH), placement="suffix")
-
-
-@pytest.fixture
-def stand_in() -> StandIn:
-    return StandIn()
-
-
-@pytest.fixture
-def address(stand_in: StandIn) -> Iterator[str]:
-    with running(stand_in.app) as url:
-        yield url
 
 
 def table_of(template: str | None = None) -> EmbeddingTable:

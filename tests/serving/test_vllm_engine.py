@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,17 +34,6 @@ from personaplug.serving.openai_protocol import Kind
 SOFT = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
 START_REQUESTS = 11  # with a body: the width's, a text's and its embeddings', eight of two users
 ASKED = {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}], "top_k": 7}
-
-
-@pytest.fixture
-def stand_in() -> StandIn:
-    return StandIn()
-
-
-@pytest.fixture
-def address(stand_in: StandIn) -> Iterator[str]:
-    with running(stand_in.app) as url:
-        yield url
 
 
 @pytest.fixture

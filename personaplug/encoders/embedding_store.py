@@ -29,6 +29,7 @@ from personaplug.encoders.row_checks import Checks, RowHash, key_checks
 from personaplug.errors import DamagedFile, EncoderMismatch, ShapeMismatch, StorageError, UserError
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.checksums import check_json
+from personaplug.infra.locks import acquire_lock
 
 FORMAT = 3
 
@@ -324,10 +325,8 @@ def _check_description(folder: Path, identity: EncoderIdentity) -> int:
 def _writer_lock(folder: Path, *, wait_s: float = 1) -> Iterator[None]:
     """Hold the right to write: an SQLite lock, which the system releases however the process ends."""
     with _storage_errors(folder):
-        lock = sqlite3.connect(folder / "writer.lock", timeout=wait_s, isolation_level=None)
+        lock = acquire_lock(folder / "writer.lock", wait_s=wait_s)
     with contextlib.closing(lock):
-        with _storage_errors(folder):
-            lock.execute("BEGIN EXCLUSIVE")
         yield
 
 

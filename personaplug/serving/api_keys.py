@@ -23,6 +23,7 @@ from pydantic import AfterValidator, Field, TypeAdapter
 from personaplug.errors import ConfigError, MissingData
 from personaplug.infra.atomic_io import atomic_write, storage_errors
 from personaplug.serving.openai_protocol import check_name
+from personaplug.store.private_files import ensure_private
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +134,7 @@ def _write_tenants(path: Path, tenants: dict[str, str]) -> None:
     content = json.dumps(tenants, indent=2, ensure_ascii=False).encode() + b"\n"
 
     def write(temporary: Path) -> None:
-        temporary.touch(0o600)  # from the start, only its owner may read it
-        temporary.chmod(0o600)
+        ensure_private(temporary)
         temporary.write_bytes(content)
 
     atomic_write(path, write)

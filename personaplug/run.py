@@ -265,9 +265,7 @@ class Run:
         Raises:
             RunConflict: naming the settings that differ.
         """
-        if config.model.chat_date == "auto":
-            config = with_values(config, {"model.chat_date": self.config.model.chat_date})
-        names = _differing(resolved(config, self.task), self.config, sections=sections)
+        names = _differing(resolved(dated(config, self.folder), self.task), self.config, sections=sections)
         if names:
             raise RunConflict(
                 f"{', '.join(names)} cannot be changed after training; {self.folder} was made with other "

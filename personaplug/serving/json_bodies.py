@@ -15,12 +15,10 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 
 from personaplug.errors import RequestError
+from personaplug.serving.openai_protocol import MAX_DEPTH
 
 MAX_VALUES = 50_000
 """Values, keys and containers of one body. 1,000 items with ten fields have 21,000."""
-
-MAX_DEPTH = 100
-"""Levels of nested lists and objects."""
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _BLOCK_BYTES = 64 * 2**10

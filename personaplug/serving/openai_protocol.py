@@ -44,7 +44,9 @@ HARMLESS = frozenset(
 )
 """Fields that change no answer: they are accepted, and no engine gets them."""
 
-_MAX_DEPTH = 100  # levels of nested lists and objects
+MAX_DEPTH = 100
+"""Levels of nested lists and objects in a body."""
+
 _MAX_MESSAGES = 2048
 _MAX_FIELDS = 128  # that are not declared here
 _SURROGATE = re.compile("[\ud800-\udfff]")  # Python joins whole pairs, so these are halves
@@ -53,7 +55,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # Python joins whole pairs, so these
 def json_leaves(value: object) -> Iterator[object]:
     """Iterate over the keys and scalars of a JSON value; RequestError if it is nested too deep."""
     level = [value]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         yield from (item for item in level if not isinstance(item, dict | list))
         lists = [
             [*item, *item.values()] if isinstance(item, dict) else item
@@ -63,7 +65,7 @@ def json_leaves(value: object) -> Iterator[object]:
         level = list(chain.from_iterable(lists))
         if not level:
             return
-    raise RequestError(f"The request is nested more than {_MAX_DEPTH} levels deep.", code="invalid_value")
+    raise RequestError(f"The request is nested more than {MAX_DEPTH} levels deep.", code="invalid_value")
 
 
 def check_json(value: T) -> T:

@@ -61,9 +61,9 @@ def open_parts(run: Run, *, seed: int | None) -> tuple[Encoder, LoadPlug]:
 
 
 def _open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:
-    open_store = partial(HistoryStore.open, config.store, retention=config.retention, secret=config.secret)
-    if not config.create:
-        open_store().close()  # without an encoder, no store is made
+    open_store = partial(
+        HistoryStore.open, config.store, retention=config.retention, secret=config.secret, create=config.create
+    )
     try:
         return open_store(encoder, settings=store_settings(plug, keep_text=config.keep_text or config.phrases))
     except StoreConflict:

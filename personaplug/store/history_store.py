@@ -62,6 +62,7 @@ class HistoryStore:
         settings: StoreSettings | None = None,
         retention: Retention | None = None,
         secret: bytes | Path | None = None,
+        create: bool = True,
         connections: int = 8,
         wait_s: float = WAIT_S,
     ) -> HistoryStore:
@@ -73,6 +74,7 @@ class HistoryStore:
             settings: for a new store; an existing store must have the same. None = its own, or the defaults.
             retention: what is kept from now on. None = as the store was last opened with, at first everything.
             secret: 16 bytes or more, or a file of hex digits, created if missing. None = a file beside SQLite's.
+            create: create a store that does not exist, if an encoder is given.
             connections, wait_s: see `Database`.
         Raises:
             EncoderMismatch, StoreConflict: if the store has another encoder, other settings or another secret.
@@ -80,13 +82,17 @@ class HistoryStore:
         """
         database = Database(location, connections=connections, wait_s=wait_s)
         is_new_file = database.file is not None and not database.file.exists()
-        if is_new_file and encoder is None:
+        identity = encoder.identity if encoder else None
+        identity_of_new = identity if create else None
+        if is_new_file and identity_of_new is None:
             raise MissingData(f"There is no history store at {database.file}; creating one needs an encoder.")
         _check_not_emptied(database)
         key = _open_secret(secret, database, create=is_new_file or database.file is None)
-        identity, secret_hash = encoder.identity if encoder else None, key.hash("store")
+        secret_hash = key.hash("store")
         with database.write_transaction() as connection:
-            info = load_or_create(connection, settings, encoder=identity, secret_hash=secret_hash, retention=retention)
+            info = load_or_create(
+                connection, settings, encoder=identity_of_new, secret_hash=secret_hash, retention=retention
+            )
         if info.secret_hash != secret_hash:
             raise StoreConflict("The secret belongs to another store; earlier receipts could not be verified with it.")
         check_settings(info.settings, settings or info.settings)

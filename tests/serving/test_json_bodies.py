@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from personaplug.errors import RequestError
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving import json_bodies
-from personaplug.serving.json_bodies import MAX_DEPTH, MAX_VALUES, check_size, parse_body
+from personaplug.serving.json_bodies import MAX_VALUES, check_size, parse_body
+from personaplug.serving.openai_protocol import MAX_DEPTH
 
 LARGE = [
     b"[" + b"[]," * 1_000_000 + b"[]]",

@@ -17,6 +17,7 @@ import base64
 import hashlib
 import io
 import re
+import sys
 import threading
 from collections.abc import Sequence
 from itertools import chain
@@ -28,9 +29,8 @@ from torch import Tensor
 
 from personaplug.errors import EngineFailure, RequestError
 from personaplug.infra.model_hub import read_embeddings
-from personaplug.llm.chat_template import ChatTemplate
 from personaplug.llm.label_bias import LabelBias
-from personaplug.llm.prompt_tokenizer import frame_of, today
+from personaplug.llm.prompt_tokenizer import PromptTokenizer, frame_of
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.llm.text_tokenizer import TextTokenizer, load_tokenizer, special_ids
 from personaplug.serving.engines.base import EngineRequest, longest_token, too_long
@@ -108,12 +108,11 @@ class EmbeddingTable:
 
     def chat_ids(self, text: str, *, day: str | None) -> list[int] | None:
         """The tokens of a chat of one message as in training, on that day; None for a model without a template."""
-        template = ChatTemplate.of(self.tokenizer, self.texts, day=day or today())
-        if template is None:
-            return None
-        frame = template.frame(["user"])
-        head, tail = frame.parts
-        return [*head, *self.texts.encode(frame.leads[0] + template.form(text), inside=True), *tail]
+        # No answer is tokenized here, so any `end_id` does for a tokenizer that names none.
+        prompts = PromptTokenizer(
+            self.tokenizer, max_tokens=sys.maxsize, is_encoder_decoder=False, end_id=0, chat_date=day
+        )
+        return list(prompts.encode_prompt(text).ids) if prompts.has_chat_template else None
 
     def find_control(self, text: str, *, special_only: bool = False) -> str | None:
         """Return a control token that vLLM would read in a text, if there is one."""

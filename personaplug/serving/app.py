@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,6 +33,9 @@ from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+
+# The event loop gives up the interpreter lock at each read and write. A busy thread then keeps it for this long.
+_SWITCH_INTERVAL_S = 0.0005
 
 _ROUTERS = (chat.router, history.router, task.router, admin.router, pages.router)
 
@@ -132,6 +136,7 @@ def serve(
         if service.engine.is_remote:
             # A persona is too little work to share: a second thread makes it no faster, and vLLM needs the core.
             torch.set_num_threads(1)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         gc.freeze()  # a collection that visits the models' half a million objects would halt replies for 0.2 s
         await uvicorn.Server(config).serve(sockets=[listener])
 

@@ -38,7 +38,7 @@ class ConnectionLimits:
     """What connections may take."""
 
     connections: int = 1024
-    backlog: int = 128  # connections that are accepted at once
+    backlog: int = 1024  # connections that may come at once; a caller of one more tries again after a second
     header_bytes: int = 64 * 2**10
     header_seconds: float = 10  # until a header has arrived
     stall_seconds: float = 20  # that a caller may leave a full buffer of a reply unread
@@ -53,7 +53,7 @@ class ConnectionLimits:
     def of_process(cls, **limits: Any) -> ConnectionLimits:
         """Limits that leave the process enough files; ConfigError if it may open too few."""
         allowed, used = _file_limits()
-        backlog = max(8, min(128, allowed // 8))
+        backlog = max(8, min(cls.backlog, allowed // 8))
         connections = min(cls.connections, allowed - used - backlog - _RESERVED_FILES)
         if connections < _MIN_CONNECTIONS:
             raise ConfigError(

@@ -120,6 +120,11 @@ class PlugConfig:
         description="mix the population persona into a user's, by a trained share that falls with more items; false = "
         "the paper: only users without items get it",
     )
+    kinds: bool = Field(
+        default=True,
+        description="tell rejected answers and stated preferences from answers, and keep a trained share of the weight "
+        "for preferences; false = the paper: an item is an item",
+    )
     options: Literal["ignore", "compare", "auto"] = Field(
         default="auto",
         description="options in the prompt that stand for the labels ([1]: … [2]: …): compare = one more token with "
@@ -325,6 +330,7 @@ PAPER = PlugConfig(
     query_encoder="trained",
     answer_channel="text",
     shrinkage=False,
+    kinds=False,
     options="ignore",
 )
 """The plug of the paper (PPlug, arXiv 2409.11901, eq. 1 to 5 and Table 7)."""

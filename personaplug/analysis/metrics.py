@@ -297,10 +297,10 @@ def has_estimate(name: str) -> bool:
     return _AT in name
 
 
-def is_invalid(prediction: str, *, kind: str, labels: Sequence[str]) -> bool:
-    """Return whether a prediction is none of the task's answers: outside the labels, or, for kind "text", empty."""
+def is_invalid(prediction: str, labels: Sequence[str]) -> bool:
+    """Return whether a prediction is none of the task's answers: outside the labels or, if there are none, empty."""
     text = prediction.strip()
-    return not text if kind == "text" else text not in {label.strip() for label in labels}
+    return text not in {label.strip() for label in labels} if labels else not text
 
 
 def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:

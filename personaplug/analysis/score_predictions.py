@@ -53,7 +53,7 @@ def score_lamp(
         n=len(texts),
         metrics={name: interval.value for name, interval in intervals.items()},
         intervals={name: [interval.low, interval.high] for name, interval in intervals.items()},
-        invalid_rate=float(np.mean([is_invalid(text, kind=task.kind, labels=task.labels) for text in texts])),
+        invalid_rate=float(np.mean([is_invalid(text, task.labels) for text in texts])),
     )
     return Results([row], [], Provenance(task=task.name, notes=_notes(golds, task)))
 

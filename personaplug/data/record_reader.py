@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from personaplug.data.parsing import Flaw, as_record, item_of, options_of, query_of, short_id, value_of
-from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.records import HistoryItem, Sample, Turn
 from personaplug.data.task import ReadReport, Task
 from personaplug.errors import ConfigError, MissingData, RecordError
 
@@ -105,13 +105,32 @@ class RecordReader(ABC):
         self.report.problems.append(str(error))
 
     def _sample_of(
-        self, name: str, user: str | None, prompt: str, *, target: str | None, items: Sequence[TimedItem]
+        self,
+        name: str,
+        user: str | None,
+        prompt: str,
+        *,
+        target: str | None,
+        items: Sequence[TimedItem],
+        context: Sequence[Turn] = (),
+        rejected: Sequence[str] = (),
     ) -> Sample:
         """Find the query and the options in the prompt, and keep the latest items as the history."""
         query, options = query_of(self.task, prompt), options_of(self.task, prompt)
         excess = max(len(items) - self._max_history, 0)
         self.report.cut_items += excess
-        return Sample(name, user, prompt, query, target, in_time_order(items)[excess:], options=options)
+        history = in_time_order(items)[excess:]
+        return Sample(
+            name,
+            user,
+            prompt,
+            query,
+            target,
+            history,
+            options=options,
+            context=tuple(context),
+            rejected=tuple(rejected),
+        )
 
     def _parsed(
         self,

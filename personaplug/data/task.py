@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from personaplug.data.patterns import group_count
 from personaplug.data.records import Sample
 
-TaskKind = Literal["label", "rating", "text"]
+TaskKind = Literal["label", "rating", "text", "chat"]
 
 MAX_NEW_TOKENS = 65_536
 """Of an answer. Memory is taken for all of them before the first one is written."""
@@ -23,11 +23,12 @@ class Task:
     Without `query_after` and `query_pattern`, the whole input is the query.
 
     Attributes:
-        kind: "label" (one of `labels`), "rating" (labels that are rising numbers) or "text".
+        kind: "label" (one of `labels`), "rating" (labels that are rising numbers), "text", or "chat" (text that
+            answers any prompt, the last message of a conversation).
         item_fields: the fields that make an item's text, in order (PPlug's Table 7).
         answer_field: the field with the user's answer; appended to the item's text if not in `item_fields`.
         metrics: names from `personaplug.analysis.metrics`; the first one leads.
-        labels: the closed set of answers; empty for "text".
+        labels: the closed set of answers; empty for "text" and "chat".
         query_after: a marker; the query is the text after its first occurrence in the input.
         query_pattern: a regular expression of RE2, in which `.` matches line breaks; its groups,
             joined by spaces, are the query.

@@ -306,7 +306,7 @@ class Evaluator:
 
     def _invalid_rate(self, texts: Sequence[str]) -> float:
         task = self.run.task
-        return float(np.mean([is_invalid(text, kind=task.kind, labels=task.labels) for text in texts]))
+        return float(np.mean([is_invalid(text, task.labels) for text in texts]))
 
     # ---- files
 

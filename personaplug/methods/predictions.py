@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from personaplug.analysis.point_estimates import ARGMAX, point_predictions
+from personaplug.data.records import characters
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import DamagedFile
@@ -116,7 +117,7 @@ def predict_samples(
     reset_peak_memory()
     started = time.monotonic()
     predictions: dict[int, _Prediction] = {}
-    order = np.argsort([-len(sample.prompt) for sample in samples], kind="stable")
+    order = np.argsort([-characters(sample.prompt) for sample in samples], kind="stable")
     with Progress(title, total=len(samples), unit="answers") as progress:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size].tolist()

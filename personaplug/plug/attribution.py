@@ -31,7 +31,7 @@ class Drift:
 def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
     """Return the weight of each item in the persona for a query, (N,); all 0 for a cold-start user."""
     plug = personalizer.plug
-    if plug.persona is None or len(history) <= plug.cold_start.max_items:
+    if plug.persona is None or plug.cold_start.covers(history.kind_ids):
         return np.zeros(len(history), dtype=np.float32)
     weights: npt.NDArray[np.float32] = plug.persona.item_weights([query], personalizer.collate(history)).cpu().numpy()
     return weights

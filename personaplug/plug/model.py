@@ -78,14 +78,15 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             if self.config.reads_history:
                 raise ConfigError("This plug reads histories; it needs one for every query (it may be empty).")
             return self._soft_prompt(tokens)
-        visible, bias = self.cold_start.hide_items(history), None
+        is_cold, bias = self.cold_start.is_cold(history), None
+        visible = self.cold_start.hide_items(history, is_cold)
         if self.persona is not None:
             persona = self.persona(queries, visible, options=options, persona_scale=persona_scale)
             tokens = torch.cat([tokens, persona], dim=1)
         if self.label_prior is not None:
-            bias = self.cold_start.mask_bias(self.label_prior(visible.label_ids, visible.lengths), history.lengths)
+            bias = self.cold_start.mask_bias(self.label_prior(visible.label_ids, visible.lengths), is_cold)
             bias = persona_scale * bias
-        return self._soft_prompt(self.cold_start.replace_tokens(tokens, history.lengths), label_bias=bias)
+        return self._soft_prompt(self.cold_start.replace_tokens(tokens, is_cold), label_bias=bias)
 
     @torch.no_grad()
     def population_prompt(self) -> SoftPrompt:

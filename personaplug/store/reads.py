@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from personaplug.data.records import HistoryItem
-from personaplug.encoders.encoded_sample import EncodedHistory
+from personaplug.data.records import ITEM_KINDS, HistoryItem
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND, EncodedHistory, latest_items
 from personaplug.store.database import Connection, execute, sa
 from personaplug.store.row_checksums import damaged
 from personaplug.store.schema import MAX_ITEMS_PER_USER, Shard
@@ -20,6 +21,7 @@ from personaplug.store.writes import UserRow, checksum_of_item, unpack_text
 FIRST_PLACE = (-1, -1)
 """The place before all items."""
 
+_COLUMNS = "i.key, i.day, i.dated, i.arrived, i.label_id, i.kind_id, i.item_id, i.checksum, t.body"
 _BY_DATE = "i.day DESC, i.key DESC"
 
 
@@ -48,6 +50,7 @@ class StoredItem(HistoryItem):
             "id": self.id,
             "date": self.date.isoformat() if self.date else None,
             "arrived": self.arrived.isoformat(),
+            "kind": self.kind,
             "label_id": self.label_id,
             "answer_name": self.answer_name,
             "fields": [list(field) for field in self.fields],
@@ -75,13 +78,20 @@ class Window:
 def load_history(
     connection: Connection, shard: Shard, user: UserRow | None, *, width: int, window: Window
 ) -> StoredHistory:
-    """Return a user's latest items as arrays, oldest first."""
-    rows = _latest_rows(connection, f"SELECT i.body FROM {shard.items} i", user, window=window) if user else []
-    bodies = _decode([body for (body,) in rows], user, width=width)
+    """Return the items of a user that are used, as arrays, oldest first; see `latest_items`."""
+    select = f"SELECT i.day, i.key, i.body FROM {shard.items} i"
+    rows = _latest_rows(connection, select, user, window=window) if user else []
+    if user and user.items > len(rows):
+        is_preference = f" AND i.kind_id = {PREFERENCE_KIND}"
+        preferences = _rows(connection, select, user, window=window, condition=is_preference)
+        rows = sorted({row.key: row for row in (*rows, *preferences)}.values(), key=itemgetter(0, 1))
+    bodies = _decode([row.body for row in rows], user, width=width)
+    bodies = bodies[latest_items(bodies["kind_id"].astype(np.int8), window.limit)]
     return StoredHistory(
         vectors=bodies["vector"].astype(np.float16),
         label_ids=bodies["label_id"].astype(np.int16),
         style=bodies["style"].astype(np.float16),
+        kind_ids=bodies["kind_id"].astype(np.int8),
         version=user.version if user else 0,
     )
 
@@ -126,14 +136,13 @@ def _decode(rows: Sequence[bytes], user: UserRow | None, *, width: int) -> Bodie
 
 
 def _select_items(shard: Shard, *more: str) -> str:
-    columns = ", ".join(["i.key, i.day, i.dated, i.arrived, i.label_id, i.item_id, i.checksum, t.body", *more])
+    columns = ", ".join([_COLUMNS, *more])
     return f"SELECT {columns} FROM {shard.items} i LEFT JOIN {shard.texts} t ON t.key = i.key"
 
 
 def _stored_item(row: sa.Row[Any]) -> StoredItem:
-    key, day, dated, arrived, label_id, item_id, checksum, body = tuple(row)[:8]
-    found = checksum_of_item(key, day, dated=dated, arrived=arrived, label_id=label_id, item_id=item_id, text=body)
-    if found != checksum:
+    key, day, dated, arrived, label_id, kind_id, item_id, checksum, body = tuple(row)[:9]
+    if checksum_of_item(key, day, dated, arrived, label_id, kind_id, item_id, text=body) != checksum:
         raise damaged("an item")
     fields, answer_name = unpack_text(body) if body is not None else ((), None)
     return StoredItem(
@@ -143,6 +152,7 @@ def _stored_item(row: sa.Row[Any]) -> StoredItem:
         date=date.fromordinal(day) if dated else None,
         arrived=datetime.fromtimestamp(arrived / 1e6, UTC),
         label_id=label_id,
+        kind=ITEM_KINDS[kind_id],
     )
 
 
@@ -150,8 +160,13 @@ def _latest_rows(
     connection: Connection, select: str, user: UserRow, *, window: Window, order: str = _BY_DATE
 ) -> Sequence[sa.Row[Any]]:
     """Return rows of items, latest last."""
-    sql = f"{select} WHERE i.user_no = :no AND i.day >= :first_day ORDER BY {order} LIMIT :limit"
-    parameters = {"no": user.no, "first_day": window.first_day, "limit": window.limit}
-    rows = execute(connection, sql, parameters).all()[::-1]
+    rows = _rows(connection, select, user, window=window, order=order)[::-1]
     window.check_count(user, len(rows))
     return rows
+
+
+def _rows(
+    connection: Connection, select: str, user: UserRow, *, window: Window, condition: str = "", order: str = _BY_DATE
+) -> Sequence[sa.Row[Any]]:
+    sql = f"{select} WHERE i.user_no = :no AND i.day >= :first_day{condition} ORDER BY {order} LIMIT :limit"
+    return execute(connection, sql, {"no": user.no, "first_day": window.first_day, "limit": window.limit}).all()

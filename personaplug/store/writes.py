@@ -18,7 +18,7 @@ from personaplug.data.values import Flaw
 from personaplug.encoders import EncoderIdentity
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import Float16Array
-from personaplug.encoders.encoded_sample import label_ids, style_of_answers
+from personaplug.encoders.encoded_sample import kind_ids, label_ids, style_of_answers
 from personaplug.encoders.style_features import FEATURES, StyleArray
 from personaplug.errors import ItemError, ShapeMismatch
 from personaplug.store.database import Connection, execute, for_update, insert_rows, lock_table, sa
@@ -69,6 +69,7 @@ class PackedItem(NamedTuple):
     id: str
     day: int | None
     label_id: int
+    kind_id: int
     digest: bytes
     style: bytes
     vector: bytes
@@ -125,7 +126,8 @@ def check_id(value: str, *, owner: str) -> None:
 
 def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
     """Return 16 bytes that identify an item's content; without the key nobody can test texts against them."""
-    return _digest(json.dumps([item.fields, item.answer_name, item.date and item.date.toordinal()]).encode(), key)
+    day = item.date and item.date.toordinal()
+    return _digest(json.dumps([item.kind, item.fields, item.answer_name, day]).encode(), key)
 
 
 def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, digest_key: bytes) -> list[PackedItem]:
@@ -144,13 +146,13 @@ def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, di
         raise ItemError("The store keeps texts, but found items without fields; nothing was stored.")
     vectors, style_rows = encode_vectors(encoded.vectors, width=width), split_rows(style.astype(LITTLE_ENDIAN_HALF))
     packed = []
-    columns = zip(encoded.users, items, labels.tolist(), style_rows, vectors, strict=True)
-    for user, item, label_id, style_row, vector in columns:
+    columns = zip(encoded.users, items, labels.tolist(), kind_ids(items).tolist(), style_rows, vectors, strict=True)
+    for user, item, label_id, kind_id, style_row, vector in columns:
         day = item.date.toordinal() if item.date else None
-        content = f"{day} {label_id} ".encode() + style_row + vector
+        content = f"{day} {label_id} {kind_id} ".encode() + style_row + vector
         digest = digest_of(item, key=digest_key) if item.fields else _digest(content, digest_key)
         text = pack_text(item) if settings.keep_text else None
-        packed.append(PackedItem(user, item.id, day, label_id, digest, style_row, vector, text))
+        packed.append(PackedItem(user, item.id, day, label_id, kind_id, digest, style_row, vector, text))
     return packed
 
 
@@ -203,16 +205,15 @@ def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[i
         keys,
         days,
         label_ids=[item.label_id for item in items],
+        kind_ids=[item.kind_id for item in items],
         styles=[item.style for item in items],
         vectors=[item.vector for item in items],
     )
     rows, texts = [], []
     for key, day, arrived, item, body in zip(keys, days, arrivals, items, bodies, strict=True):
-        dated, meta = item.day is not None, (arrived, item.label_id, item.id)
-        check = checksum_of_item(
-            key, day, dated=dated, arrived=arrived, label_id=item.label_id, item_id=item.id, text=item.text
-        )
-        rows.append((key, key // MAX_ITEMS_PER_USER, day, dated, *meta, item.digest, check, body))
+        meta = (item.day is not None, arrived, item.label_id, item.kind_id, item.id)
+        check = checksum_of_item(key, day, *meta, text=item.text)
+        rows.append((key, key // MAX_ITEMS_PER_USER, day, *meta, item.digest, check, body))
         if item.text is not None:
             texts.append((key, item.text))
     insert_rows(connection, shard.items, rows)
@@ -220,10 +221,10 @@ def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[i
 
 
 def checksum_of_item(
-    key: int, day: int, *, dated: bool, arrived: int, label_id: int, item_id: str, text: bytes | None
+    key: int, day: int, dated: bool, arrived: int, label_id: int, kind_id: int, item_id: str, *, text: bytes | None
 ) -> int:
     """Return a checksum of what the tables hold of an item beside its body."""
-    return checksum(key, day, bool(dated), arrived, label_id, item_id, text=text)
+    return checksum(key, day, bool(dated), arrived, label_id, kind_id, item_id, text=text)
 
 
 def delete_items(connection: Connection, shard: Shard, keys: Sequence[int]) -> None:

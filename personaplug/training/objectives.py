@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.config import AdapterConfig, TrainingConfig
+from personaplug.data.records import Prompt
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.llm.base import LanguageModel, PromptBatch
@@ -149,7 +150,7 @@ class LoraObjective:
         return [{"params": list(self.module.parameters()), "peak": self._learning_rate}]
 
 
-def _texts(samples: Sequence[EncodedSample]) -> tuple[list[str], list[str]]:
+def _texts(samples: Sequence[EncodedSample]) -> tuple[list[Prompt], list[str]]:
     return [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
 
 

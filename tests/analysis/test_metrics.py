@@ -361,19 +361,19 @@ def test_no_class_of_an_unknown_metric() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "kind", "labels", "invalid"),
+    ("prediction", "labels", "invalid"),
     [
-        (" [1] ", "label", CHOICES, False),
-        ("1", "label", CHOICES, True),
-        ("Comedy", "label", TAGS, True),
-        ("", "label", TAGS, True),
-        ("3", "rating", STARS, False),
-        ("3.", "rating", STARS, True),
-        ("nan", "rating", STARS, True),
-        ("²", "rating", STARS, True),
-        (" \n", "text", (), True),
-        ("x", "text", (), False),
+        (" [1] ", CHOICES, False),
+        ("1", CHOICES, True),
+        ("Comedy", TAGS, True),
+        ("", TAGS, True),
+        ("3", STARS, False),
+        ("3.", STARS, True),
+        ("nan", STARS, True),
+        ("²", STARS, True),
+        (" \n", (), True),
+        ("x", (), False),
     ],
 )
-def test_what_counts_as_invalid(prediction: str, kind: str, labels: tuple[str, ...], invalid: bool) -> None:
-    assert is_invalid(prediction, kind=kind, labels=labels) is invalid
+def test_what_counts_as_invalid(prediction: str, labels: tuple[str, ...], invalid: bool) -> None:
+    assert is_invalid(prediction, labels) is invalid

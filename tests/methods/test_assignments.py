@@ -7,7 +7,7 @@ import pytest
 
 from personaplug.analysis.method_info import HistorySource
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers
 from personaplug.errors import ConfigError
 from personaplug.methods.context import assign_histories, with_assigned_items
 
@@ -27,6 +27,7 @@ def _samples(users: list[str]) -> list[EncodedSample]:
             rows=np.arange(10 * k, 10 * k + 5),
             label_ids=np.arange(5, dtype=np.int16),
             style=np.arange(10 * k, 10 * k + 5, dtype=np.float16)[:, None],
+            kind_ids=all_answers(5),
         )
         for k, user in enumerate(users)
     ]

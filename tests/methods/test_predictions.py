@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from personaplug.data.task_registry import LAMP_TASKS
-from personaplug.encoders.encoded_sample import EncodedSample, no_style
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods.predictions import Predictions, load_predictions, predict_samples, save_predictions
@@ -18,7 +18,9 @@ from personaplug.methods.predictions import Predictions, load_predictions, predi
 TASK = LAMP_TASKS["LaMP_3"]
 NOTHING = np.empty(0, dtype=np.int64)
 PROMPTS = ["short", "the longest of these prompts by far", "in between them"]
-SAMPLES = [EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16), no_style()) for p in PROMPTS]
+SAMPLES = [
+    EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16), no_style(), all_answers()) for p in PROMPTS
+]
 
 
 def _answers(llm: CausalLM, *, decoding: str = "score", batch_size: int = 2) -> Predictions:

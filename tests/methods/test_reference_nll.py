@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import personaplug.methods.predictions
-from personaplug.encoders.encoded_sample import EncodedSample, no_style
+from personaplug.data.records import characters
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.llm.base import PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
@@ -23,7 +24,9 @@ PAIRS = [
     ("in between", "a much longer answer"),
     ("x", "y"),
 ]
-SAMPLES = [EncodedSample(p, p, None, p, p, a, NOTHING, NOTHING.astype(np.int16), no_style()) for p, a in PAIRS]
+SAMPLES = [
+    EncodedSample(p, p, None, p, p, a, NOTHING, NOTHING.astype(np.int16), no_style(), all_answers()) for p, a in PAIRS
+]
 
 
 class Given:
@@ -33,7 +36,9 @@ class Given:
         self.width, self.placement = width, placement
 
     def soft_prompt(self, samples: Sequence[EncodedSample]) -> SoftPrompt:
-        drawn = [torch.randn(3, self.width, generator=torch.Generator().manual_seed(len(s.prompt))) for s in samples]
+        drawn = [
+            torch.randn(3, self.width, generator=torch.Generator().manual_seed(characters(s.prompt))) for s in samples
+        ]
         return SoftPrompt(torch.stack(drawn), placement=self.placement)
 
 

@@ -18,7 +18,7 @@ def bodies_of(rows: Sequence[bytes]) -> list[bytes]:
     numbers = range(len(rows))
     styles = [np.full(len(FEATURES), number, dtype="<f2").tobytes() for number in numbers]
     keys, days = [5000 + number for number in numbers], [700_000] * len(rows)
-    return encode_bodies(keys, days, label_ids=[1] * len(rows), styles=styles, vectors=rows)
+    return encode_bodies(keys, days, label_ids=[1] * len(rows), kind_ids=[0] * len(rows), styles=styles, vectors=rows)
 
 
 def decode(rows: Sequence[bytes], *, width: int) -> Bodies:

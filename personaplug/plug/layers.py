@@ -148,11 +148,11 @@ class Projector(nn.Module):
         self.outer = nn.Linear(hidden, tokens * out)
         self.label = nn.Embedding(labels + 1, hidden) if labels else None
         self.style = nn.Linear(style, hidden, bias=False) if style else None
-        self.kind = nn.Embedding(kinds, hidden, padding_idx=0) if kinds else None  # answers add nothing
+        # Answers add nothing, and the draws of the other weights stay as they are without kinds.
+        zeros = torch.zeros(kinds, hidden)
+        self.kind = nn.Embedding.from_pretrained(zeros, freeze=False, padding_idx=0) if kinds else None
         if self.label is not None:
             nn.init.zeros_(self.label.weight[0])  # an item without a label adds nothing, even if training has none
-        if self.kind is not None:
-            nn.init.zeros_(self.kind.weight)
         nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
         nn.init.zeros_(self.inner.bias)
         # E[gelu(z)²] = 0.425 for a standard normal z.

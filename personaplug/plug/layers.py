@@ -148,9 +148,7 @@ class Projector(nn.Module):
         self.outer = nn.Linear(hidden, tokens * out)
         self.label = nn.Embedding(labels + 1, hidden) if labels else None
         self.style = nn.Linear(style, hidden, bias=False) if style else None
-        # Answers add nothing, and the draws of the other weights stay as they are without kinds.
-        zeros = torch.zeros(kinds, hidden)
-        self.kind = nn.Embedding.from_pretrained(zeros, freeze=False, padding_idx=0) if kinds else None
+        self.kind = nn.Parameter(torch.zeros(kinds - 1, hidden)) if kinds else None  # of all kinds but the answer
         if self.label is not None:
             nn.init.zeros_(self.label.weight[0])  # an item without a label adds nothing, even if training has none
         nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
@@ -174,7 +172,7 @@ class Projector(nn.Module):
         if self.style is not None:
             inner = inner + nn.functional.linear(style.to(items.dtype), self.style.weight.to(items.dtype))
         if self.kind is not None and kind_ids.any():
-            inner = inner + self.kind(kind_ids).to(items.dtype)
+            inner = inner + nn.functional.pad(self.kind, (0, 0, 1, 0))[kind_ids].to(items.dtype)
         return nn.functional.gelu(inner)
 
     def out(self, hidden: Tensor, *, weight_sums: Tensor, tokens: slice) -> Tensor:

@@ -27,7 +27,7 @@ def build_trained() -> PersonaPlug:
     kind = head_of(plug).projector.kind
     assert kind is not None
     with torch.no_grad():
-        kind.weight[1:] = torch.randn(len(ITEM_KINDS) - 1, OUT)
+        kind.copy_(torch.randn_like(kind))
     return plug
 
 

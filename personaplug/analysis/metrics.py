@@ -235,6 +235,25 @@ class UnicodeRougeL(RougeL):
     reads_any_script = True
 
 
+class Answered(Metric):
+    """Share of the texts that give the right answer: its words stand in them, one after the other.
+
+    Where the answer is yes or no, the first of these two words in the text counts.
+    """
+
+    name = "answered"
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        pairs = zip(map(unicode_words, predictions), map(unicode_words, golds), strict=True)
+        return np.array([_gives(text, answer) for text, answer in pairs], dtype=np.float64).reshape(-1, 1)
+
+
+def _gives(text: Sequence[str], answer: Sequence[str]) -> bool:
+    if list(answer) in (["yes"], ["no"]):
+        return next((word for word in text if word in ("yes", "no")), None) == answer[0]
+    return any(list(text[start : start + len(answer)]) == list(answer) for start in range(len(text)))
+
+
 class NegativeLogLikelihood(Metric):
     """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
 
@@ -260,7 +279,7 @@ class NegativeLogLikelihood(Metric):
 
 _KINDS = (
     *(Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError),
-    *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, NegativeLogLikelihood),
+    *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, Answered, NegativeLogLikelihood),
 )
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
 

@@ -17,36 +17,8 @@ CLOSED_QUESTIONS = Task("Closed_questions", "chat", ("question", "answer"), "ans
 
 _WRONG = 3  # answers beside the right one, if there are more than two
 
-_NAMES = (
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Iris",
-    "Jack",
-    "Kate",
-    "Leo",
-    "Mia",
-    "Noah",
-)
-_CITIES = (
-    "Athens",
-    "Berlin",
-    "Cairo",
-    "Dublin",
-    "Geneva",
-    "Lima",
-    "Madrid",
-    "Oslo",
-    "Paris",
-    "Rome",
-    "Tokyo",
-    "Vienna",
-)
+_NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Mia")
+_CITIES = ("Athens", "Berlin", "Cairo", "Dublin", "Geneva", "Lima", "Madrid", "Oslo", "Paris", "Rome", "Tokyo")
 _JOBS = ("baker", "doctor", "farmer", "lawyer", "nurse", "painter", "pilot", "sailor", "singer", "teacher", "writer")
 _COLORS = ("black", "blue", "brown", "green", "grey", "orange", "purple", "red", "white", "yellow")
 _THINGS = ("bag", "bike", "boat", "book", "chair", "coat", "cup", "door", "hat", "lamp", "shoe", "table")

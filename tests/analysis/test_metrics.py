@@ -305,7 +305,7 @@ def test_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> N
 
 
 def test_far_off_name_lists_all_metrics() -> None:
-    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, f1, mae"):
+    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, answered, f1, mae"):
         get_metric("xyz")
 
 
@@ -377,3 +377,21 @@ def test_no_class_of_an_unknown_metric() -> None:
 )
 def test_what_counts_as_invalid(prediction: str, labels: tuple[str, ...], invalid: bool) -> None:
     assert is_invalid(prediction, labels) is invalid
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "is_right"),
+    [
+        ("The answer is 12.", "12", True),
+        ("112", "12", False),
+        ("she comes from OSLO 😀", "Oslo", True),
+        ("Anna, Ben, Mia", "anna, ben, mia", True),
+        ("Anna, Mia, Ben", "Anna, Ben, Mia", False),
+        ("yes, it is not no", "Yes", True),
+        ("No. yes is wrong", "Yes", False),
+        ("I do not know", "No", False),
+        ("", "12", False),
+    ],
+)
+def test_answered_looks_for_the_words_of_the_answer(text: str, answer: str, is_right: bool) -> None:
+    assert get_metric("answered").score([text], [answer]) == float(is_right)

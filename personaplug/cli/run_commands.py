@@ -56,14 +56,17 @@ def _open_run(
 
 def _open_splits(
     run: Run, data: Path, split: str, *, rows: Sequence[Method], skip_bad: int
-) -> tuple[Reader, Reader | None]:
-    """Return the reader of a split, and of the training split if a row is fitted on it."""
-    from personaplug.data import open_dataset
+) -> tuple[Run, Reader, Reader | None]:
+    """Return the run as it is asked, the reader of a split, and of the training split if a row is fitted on it."""
+    from personaplug.data import load_task, open_dataset
 
-    check_same_task(data, run.task)
+    if run.task.kind == "chat":
+        run = run.asked(load_task(data))
+    else:
+        check_same_task(data, run.task)
     max_history = run.config.plug.max_history
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=max_history)
-    return reader, train_of(data, rows, run=run, skip_bad=skip_bad)
+    return run, reader, train_of(data, rows, run=run, skip_bad=skip_bad)
 
 
 @click.command()
@@ -235,12 +238,14 @@ def evaluate(
     rows = parse_methods(methods)
     run, config = _open_run(run_folder, config_file, settings)
     show(config, "evaluation")
-    reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    trained_on = run.task.name
+    run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    name = split if run.task.name == trained_on else f"{run.task.name}-{split}"
     oracle = data / f"{split}_oracle.json"
     results = evaluate_run(
         run,
         reader,
-        split=split,
+        split=name,
         methods=rows,
         config=config.evaluation,
         models=open_models(config),
@@ -248,7 +253,7 @@ def evaluate(
         train=train,
     )
     tell_read(reader, split)
-    target = json_file or run_folder / "evaluations" / f"{split}.json"
+    target = json_file or run_folder / "evaluations" / f"{name}.json"
     had_results, previous = target.exists(), target.with_suffix(".previous.json")
     if had_results:
         target.replace(previous)
@@ -288,7 +293,7 @@ def predict(
     rows = parse_methods(methods)
     # All samples, unless the command itself asks for fewer: whoever scores the file wants them all.
     run, config = _open_run(run_folder, config_file, settings, base=("limit=0",))
-    reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
     models = open_models(config)
     if config.evaluation.limit:
         click.echo(f"only {config.evaluation.limit} samples are answered (limit={config.evaluation.limit})", err=True)

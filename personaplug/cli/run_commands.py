@@ -90,11 +90,15 @@ def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -
 
 @click.command()
 @click.option("--out", required=True, type=FOLDER, help="Folder for the data set.")
-@click.option("--kind", type=click.Choice(["rating", "style"]), default="rating", show_default=True)
+@click.option("--kind", type=click.Choice(["rating", "style", "manners"]), default="rating", show_default=True)
 @click.option("--users", default=400, show_default=True, help="Training users; a quarter as many more for dev.")
 @click.option("--seed", default=0, show_default=True)
 def simulate(out: Path, kind: str, users: int, seed: int) -> None:
-    """Write a data set of simulated users with known tastes, and the best score that knowing them allows."""
+    """Write a data set of simulated users with known tastes, and the best score that knowing them allows.
+
+    rating: scores of films. style: messages in a user's style. manners: chats about everyday topics, answered in a
+    user's manners, and the splits instructed-length, -layout, -emoji and -casing, whose prompts overrule a manner.
+    """
     from personaplug.data.simulation import SimulationConfig, write_simulation
 
     config = SimulationConfig(task=kind, users=users, dev_users=max(1, users // 4), seed=seed)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,13 +41,22 @@ _SPLITS = ("train", "dev")
 _INSTRUCTED = "instructed-"
 
 
-def splits_of(task: SimulatedTask) -> tuple[str, ...]:
+def splits_of(kind: SimulatedTask) -> tuple[str, ...]:
     """Return the splits of a simulation.
 
     "manners" has more than train and dev: `instructed-{dimension}` asks the dev users again, with an instruction that
     contradicts their manners in this dimension.
     """
-    return (*_SPLITS, *(f"{_INSTRUCTED}{dimension}" for dimension in INSTRUCTIONS)) if task == "manners" else _SPLITS
+    return (*_SPLITS, *(f"{_INSTRUCTED}{dimension}" for dimension in INSTRUCTIONS)) if kind == "manners" else _SPLITS
+
+
+def _task_of(kind: SimulatedTask, split: str) -> Task:
+    """Return the task of a split; whether an instruction is obeyed leads in a task of its own."""
+    task = SIMULATED_TASKS[kind]
+    if not split.startswith(_INSTRUCTED):
+        return task
+    dimension = split.removeprefix(_INSTRUCTED)
+    return replace(task, name=f"{task.name}_instructed_{dimension}", metrics=(f"manners_{dimension}", "manners"))
 
 
 @dataclass(frozen=True)
@@ -123,9 +132,9 @@ def simulate(config: SimulationConfig, split: str) -> Simulation:
         raise ConfigError(f"A simulation has the splits {', '.join(splits_of(config.task))}; found {split!r}.")
     users = config.users if split == "train" else config.dev_users
     queries = [query for user in range(users) for query in _queries(config, split, user)]
-    ways = queries[0].expected if queries else {}  # of few users, none may be instructed
+    ways = queries[0].expected if queries else {}
     return Simulation(
-        task=SIMULATED_TASKS[config.task],
+        task=_task_of(config.task, split),
         samples=tuple(query.sample for query in queries),
         oracle={way: {query.sample.id: query.oracle[way] for query in queries} for way in ways},
         expected={
@@ -137,24 +146,36 @@ def simulate(config: SimulationConfig, split: str) -> Simulation:
 
 
 def write_simulation(config: SimulationConfig, folder: str | Path) -> None:
-    """Write all splits in LaMP's layout, with the oracle's predictions and its expected scores.
+    """Write train and dev in LaMP's layout, with the oracle's predictions and its expected scores.
 
     The additional files are `{split}_oracle.json` (predictions as an outputs file; for ratings the likeliest scores,
     and the medians in `{split}_oracle_median.json`) and `oracle.json` (expected scores by split and way of deciding).
+    A split `instructed-…` becomes the dev split of a folder beside this one: `{folder}-instructed-…`.
     """
-    folder, task = Path(folder), SIMULATED_TASKS[config.task]
+    folder = Path(folder)
+    _write_splits(config, folder, {split: split for split in _SPLITS})
+    for split in splits_of(config.task)[len(_SPLITS) :]:
+        _write_splits(config, folder.with_name(f"{folder.name}-{split}"), {"dev": split})
+
+
+def _write_splits(config: SimulationConfig, folder: Path, splits: Mapping[str, str]) -> None:
+    """Write the simulated splits that the values name, as the splits that the keys name."""
     expected = {}
-    for split in splits_of(config.task):
+    for name, split in splits.items():
         simulation = simulate(config, split)
-        if not simulation.samples:
-            continue
-        write_lamp(simulation.samples, folder, split, task=task)
-        for way, predictions in simulation.oracle.items():
-            ending = "" if way == "mode" else f"_{way}"
-            golds = [{"id": sample_id, "output": output} for sample_id, output in predictions.items()]
-            write_json(folder / f"{split}_oracle{ending}.json", {"task": task.name, "golds": golds})
-        expected[split] = {way: dict(scores) for way, scores in simulation.expected.items()}
-    write_json(folder / "oracle.json", {"task": task.name, **expected})
+        if not simulation.samples:  # of few users, none may be instructed
+            return
+        write_lamp(simulation.samples, folder, name, task=simulation.task)
+        _write_oracle(simulation, folder, name)
+        expected[name] = {way: dict(scores) for way, scores in simulation.expected.items()}
+    write_json(folder / "oracle.json", {"task": simulation.task.name, **expected})
+
+
+def _write_oracle(simulation: Simulation, folder: Path, split: str) -> None:
+    for way, predictions in simulation.oracle.items():
+        ending = "" if way == "mode" else f"_{way}"
+        golds = [{"id": sample_id, "output": output} for sample_id, output in predictions.items()]
+        write_json(folder / f"{split}_oracle{ending}.json", {"task": simulation.task.name, "golds": golds})
 
 
 def _queries(config: SimulationConfig, split: str, user: int) -> list[SimulatedQuery]:

@@ -250,7 +250,8 @@ class PromptTokenizer:
         head, tail = frame_of(self.tokenizer)
         # Only the end of the last line tells the model that the prompt is over.
         between = [self._line_end] * (len(roles) - 1)
-        return Frame([head, *between, tail + self._line_end], [""] * len(roles))
+        lead = "" if self._line_end else " "  # encoder-decoders read all messages as one line
+        return Frame([head, *between, tail + self._line_end], ["", *[lead] * (len(roles) - 1)])
 
 
 def without_oldest(turns: Sequence[Turn]) -> Sequence[Turn]:

@@ -53,7 +53,8 @@ def _history(user: str) -> tuple[HistoryItem, ...]:
 
 
 def _sample(user: str, word: str) -> Sample:
-    prompt, context = f"And what of {word}?", (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi"))
+    prompt = f"And what of {word}?"
+    context: tuple[Turn, ...] = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi"))
     rejected = {"tea": ("no", "never ever"), "rain": ("nothing",), "cats": ()}[word]
     context = context if word != "rain" else ()
     return Sample(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from operator import itemgetter
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ FIRST_PLACE = (-1, -1)
 
 _COLUMNS = "i.key, i.day, i.dated, i.arrived, i.label_id, i.kind_id, i.item_id, i.checksum, t.body"
 _BY_DATE = "i.day DESC, i.key DESC"
+_IS_PREFERENCE = f" AND i.kind_id = {PREFERENCE_KIND}"
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -79,14 +80,11 @@ def load_history(
     connection: Connection, shard: Shard, user: UserRow | None, *, width: int, window: Window
 ) -> StoredHistory:
     """Return the items of a user that are used, as arrays, oldest first; see `latest_items`."""
-    select = f"SELECT i.day, i.key, i.body FROM {shard.items} i"
-    rows = _latest_rows(connection, select, user, window=window) if user else []
-    if user and user.items > len(rows):
-        is_preference = f" AND i.kind_id = {PREFERENCE_KIND}"
-        preferences = _rows(connection, select, user, window=window, condition=is_preference)
-        rows = sorted({row.key: row for row in (*rows, *preferences)}.values(), key=itemgetter(0, 1))
+    select = f"SELECT i.day, i.key, i.kind_id, i.body FROM {shard.items} i"
+    rows = _used_rows(connection, select, user, window=window) if user else []
     bodies = _decode([row.body for row in rows], user, width=width)
-    bodies = bodies[latest_items(bodies["kind_id"].astype(np.int8), window.limit)]
+    if bodies["kind_id"].tolist() != [row.kind_id for row in rows]:
+        raise damaged("an item")
     return StoredHistory(
         vectors=bodies["vector"].astype(np.float16),
         label_ids=bodies["label_id"].astype(np.int16),
@@ -99,10 +97,19 @@ def load_history(
 def list_items(
     connection: Connection, shard: Shard, user: UserRow, *, window: Window, by_arrival: bool = False
 ) -> list[StoredItem]:
-    """Return a user's latest items without their vectors, oldest first: by date, or else by arrival."""
-    order = "i.key DESC" if by_arrival else _BY_DATE
-    rows = _latest_rows(connection, _select_items(shard), user, window=window, order=order)
+    """Return the items of a user that are used without their vectors, oldest first: by date, or else by arrival."""
+    select = _select_items(shard)
+    if by_arrival:
+        rows = _latest_rows(connection, select, user, window=window, order="i.key DESC")
+    else:
+        rows = _used_rows(connection, select, user, window=window)
     return [_stored_item(row) for row in rows]
+
+
+def list_preferences(connection: Connection, shard: Shard, user: UserRow, *, window: Window) -> list[StoredItem]:
+    """Return a user's stated preferences, oldest first."""
+    rows = _rows(connection, _select_items(shard), user, window=window, condition=_IS_PREFERENCE)
+    return [_stored_item(row) for row in rows[::-1]]
 
 
 def read_page(
@@ -154,6 +161,17 @@ def _stored_item(row: sa.Row[Any]) -> StoredItem:
         label_id=label_id,
         kind=ITEM_KINDS[kind_id],
     )
+
+
+def _used_rows(connection: Connection, select: str, user: UserRow, *, window: Window) -> Sequence[sa.Row[Any]]:
+    """Return rows of the items that are used, latest last; see `latest_items`."""
+    rows = _latest_rows(connection, select, user, window=window)
+    if user.items == len(rows):
+        return rows
+    preferences = _rows(connection, select, user, window=window, condition=_IS_PREFERENCE)
+    rows = sorted({row.key: row for row in (*rows, *preferences)}.values(), key=attrgetter("day", "key"))
+    used = latest_items(np.array([row.kind_id for row in rows], dtype=np.int8), window.limit)
+    return [rows[index] for index in used]
 
 
 def _latest_rows(

@@ -308,7 +308,8 @@ class Run:
         """
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
-        about["wordings"] = [asdict(wording) for wording in learn_wordings(samples)]
+        wordings = () if self.task.kind == "chat" else learn_wordings(samples)  # any prompt is on task in a chat
+        about["wordings"] = [asdict(wording) for wording in wordings]
         before = self._data() or about
         if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(

@@ -20,7 +20,7 @@ from personaplug.encoders.style_features import StyleArray, style_features_of
 Int16Array = npt.NDArray[np.int16]
 Int8Array = npt.NDArray[np.int8]
 
-PREFERENCE_KIND = ITEM_KINDS.index("preference")
+REJECTION_KIND, PREFERENCE_KIND = map(ITEM_KINDS.index, ("rejection", "preference"))
 
 _label_set = lru_cache(maxsize=8)(LabelSet)
 

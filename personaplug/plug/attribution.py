@@ -48,14 +48,14 @@ def drift(
     after: EncodedHistory,
     *,
     population: SoftPrompt,
-    max_cold_items: int = 0,
+    is_cold: Callable[[EncodedHistory], bool] = lambda history: len(history) == 0,
 ) -> Drift:
-    """Measure how far a persona moved; histories of at most `max_cold_items` items count as the `population` prompt."""
-    personas = (make_persona(history) if len(history) > max_cold_items else population for history in (before, after))
+    """Measure how far a persona moved; histories that are cold count as the `population` prompt."""
+    personas = (population if is_cold(history) else make_persona(history) for history in (before, after))
     old, new = ((persona.vectors - population.vectors).double().flatten() for persona in personas)
     return Drift(
         len(before),
         len(after),
         cosine=float(torch.cosine_similarity(old, new, dim=0)),
-        moved=float((new - old).norm() / old.norm()) if len(before) > max_cold_items else float("nan"),
+        moved=float((new - old).norm() / old.norm()) if not is_cold(before) else float("nan"),
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from personaplug.config import PlugConfig
 from personaplug.data.records import Options
 from personaplug.encoders import Encoder
+from personaplug.encoders.encoded_sample import REJECTION_KIND
 from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch
 from personaplug.infra.atomic_io import storage_errors, write_text
 from personaplug.infra.model_hub import LLMIdentity
@@ -54,6 +55,12 @@ class PersonaPlug(nn.Module, ModelHubMixin):
     def ignores_query(self) -> bool:
         head = self.persona
         return head is None or (head.query_encoder is None and head.hint is None)
+
+    @property
+    def knows_rejections(self) -> bool:
+        """True if training has seen rejected answers; if not, a rejection would count as an answer that a user kept."""
+        kinds = None if self.persona is None else self.persona.projector.kind
+        return kinds is not None and bool(kinds[REJECTION_KIND - 1].any())
 
     def forward(
         self,

@@ -27,7 +27,7 @@ from personaplug.serving.middleware.admission import Budget
 from personaplug.serving.middleware.origins import check_origin
 from personaplug.serving.openai_protocol import ErrorReply
 from personaplug.serving.readiness import Readiness
-from personaplug.serving.routes import admin, chat, history, pages, task
+from personaplug.serving.routes import admin, chat, history, pages, preferences, task
 from personaplug.serving.routes.dependencies import ServerParts
 from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # The event loop gives up the interpreter lock at each read and write. A busy thread then keeps it for this long.
 _SWITCH_INTERVAL_S = 0.0005
 
-_ROUTERS = (chat.router, history.router, task.router, admin.router, pages.router)
+_ROUTERS = (chat.router, history.router, preferences.router, task.router, admin.router, pages.router)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 502, 503)

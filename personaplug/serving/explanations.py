@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.data.task_prompts import TaskQuery
-from personaplug.encoders.encoded_sample import EncodedHistory
+from personaplug.encoders.encoded_sample import EncodedHistory, latest_items
 from personaplug.errors import MissingData, RequestError
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import Drift, drift, item_weights, leave_one_out
+from personaplug.plug.layers import ColdStart
 from personaplug.serving.openai_protocol import check_json
 from personaplug.serving.service import Service
 from personaplug.store.reads import StoredItem
@@ -37,7 +38,7 @@ class Explainer:
         self.service.engine.check_length(len(prompt) + len(answer or ""))
         query = await self.service.parse(tenant, prompt)
         if not self.service.is_personal(query):
-            message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
+            message = f"A prompt that is none of {self.service.task.name} (GET /v1/task) is answered without a persona."
             raise RequestError(message, code="not_the_task")
         await self.service.engine.check_texts(prompt, answer or "", choices=labels if answer in labels else ())
         snapshot = partial(self._snapshot, tenant, user, latest=self.plug.config.max_history)
@@ -66,7 +67,7 @@ class Explainer:
         return {name: None if value != value else value for name, value in asdict(moved).items()}  # JSON has no NaN
 
     def _snapshot(self, tenant: str, user: str, *, latest: int | None) -> tuple[list[StoredItem], EncodedHistory]:
-        """A user's latest items and their vectors, of one version of the history."""
+        """A user's items that are used and their vectors, of one version of the history."""
         for _ in range(3):
             version = self.store.version(tenant, user)
             items = self.store.list_items(tenant, user, latest=latest)
@@ -74,7 +75,8 @@ class Explainer:
             if not version or not items:
                 raise MissingData("The tenant has no such user, or the user no items.")
             if history.version == version == self.store.version(tenant, user):
-                return items, history
+                known = self.personas.known_items(history.kind_ids)
+                return [items[index] for index in known], history.select(known)
         raise RequestError("The user's history is being changed; try again.", http_status=409, code="busy")
 
     def _weights(self, query: TaskQuery, history: EncodedHistory) -> npt.NDArray[np.float32]:
@@ -104,8 +106,14 @@ class Explainer:
     def _drift(self, tenant: str, user: str, *, since: date, until: date) -> Drift:
         items, history = self._snapshot(tenant, user, latest=None)
         days = np.array([(item.date or item.arrived.date()).toordinal() for item in items])
-        latest = self.plug.config.max_history
-        before, after = (history.select(np.flatnonzero(days <= day.toordinal())[-latest:]) for day in (since, until))
+        before, after = (self._used(history.select(np.flatnonzero(days <= day.toordinal()))) for day in (since, until))
         make_persona = partial(self._soft, TaskQuery("", None, is_on_task=False))
-        population, max_cold_items = self.plug.population_prompt(), self.plug.cold_start.max_items
-        return drift(make_persona, before, after, population=population, max_cold_items=max_cold_items)
+        is_cold = partial(_is_cold, self.plug.cold_start)
+        return drift(make_persona, before, after, population=self.plug.population_prompt(), is_cold=is_cold)
+
+    def _used(self, history: EncodedHistory) -> EncodedHistory:
+        return history.select(latest_items(history.kind_ids, self.plug.config.max_history))
+
+
+def _is_cold(cold_start: ColdStart, history: EncodedHistory) -> bool:
+    return cold_start.covers(history.kind_ids)

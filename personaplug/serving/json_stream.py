@@ -14,9 +14,11 @@ _ITEMS_PER_PAGE = 100
 _PIECE_BYTES = 64 * 2**10  # what a connection may hold that was not read
 
 
-def json_pages(head: Mapping[str, Any], items: Iterable[Sequence[Mapping[str, Any]]]) -> Iterator[bytes]:
-    """Yield the pages of a JSON object whose last value is the list `items`."""
-    yield to_json(head).removesuffix(b"}") + b',"items":['
+def json_pages(
+    head: Mapping[str, Any], items: Iterable[Sequence[Mapping[str, Any]]], *, name: str = "items"
+) -> Iterator[bytes]:
+    """Yield the pages of a JSON object whose last value is the list of items, under this name."""
+    yield to_json(head).removesuffix(b"}") + f',"{name}":['.encode()
     separator = b""
     for page in items:
         yield separator + b",".join(map(to_json, page))

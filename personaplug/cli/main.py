@@ -33,7 +33,13 @@ from personaplug.cli.serving_commands import (
     serve,
     verify_receipt,
 )
-from personaplug.cli.store_commands import backup_store, replay_erasures, restore_store
+from personaplug.cli.store_commands import (
+    backup_store,
+    list_preferences,
+    replay_erasures,
+    restore_store,
+    set_preferences,
+)
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import (
     is_main,
@@ -124,6 +130,6 @@ for _command in (
     *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate, schema),
     *(bench, report, score, lamp, convert, split_command),
     *(serve, create_key, revoke_key, erase_user, explain, refill_store, verify_receipt),
-    *(backup_store, restore_store, replay_erasures),
+    *(backup_store, restore_store, replay_erasures, list_preferences, set_preferences),
 ):
     main.add_command(_command)

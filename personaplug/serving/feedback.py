@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from personaplug.data.parsing import Flaw, as_text, item_of, target_of
-from personaplug.data.records import HistoryItem
+from personaplug.data.records import PREFERENCE, HistoryItem
 from personaplug.data.task import Task
+from personaplug.data.task_registry import CHAT
 from personaplug.errors import RequestError
 from personaplug.serving.openai_protocol import check_name
 from personaplug.serving.recent_requests import RecentRequest
@@ -38,6 +39,18 @@ def items_of_records(
         if same_id != item:
             message = f"item {number} has the id of item {earlier} and other contents. Give each item an id of its own."
             raise RequestError(message, code="item")
+    return items
+
+
+def preference_items(sentences: Sequence[str], *, content_id: Callable[[HistoryItem], str]) -> list[HistoryItem]:
+    """Convert stated preferences to items; the same sentence always gets the same id."""
+    items = []
+    for number, sentence in enumerate(sentences, 1):
+        try:
+            _, item = item_of(CHAT, {PREFERENCE: sentence}, default_id=_NO_ID)
+        except Flaw as flaw:
+            raise RequestError(f"preference {number}: {flaw}.", code="item") from None
+        items.append(replace(item, id=content_id(item)))
     return items
 
 

@@ -10,14 +10,19 @@ from functools import partial
 from typing import Any
 
 from personaplug.data.parsing import record_of
-from personaplug.data.records import PREFERENCE
 from personaplug.data.task import Task
 from personaplug.data.task_prompts import TaskPrompts, TaskQuery
 from personaplug.data.wording import Wording
 from personaplug.errors import RequestError, UserErased
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.fair_executor import FairExecutor
-from personaplug.serving.feedback import Feedback, feedback_ids, feedback_items, items_of_records
+from personaplug.serving.feedback import (
+    Feedback,
+    feedback_ids,
+    feedback_items,
+    items_of_records,
+    preference_items,
+)
 from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, CompletionRequest
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests, unknown_request
@@ -188,8 +193,7 @@ class Service:
         return self.store.add(ticket, items_of_records(self.task, records, content_id=self.store.content_id))
 
     def _state_preferences(self, ticket: Ticket, preferences: Sequence[str]) -> ReplaceResult:
-        records = [{PREFERENCE: sentence} for sentence in preferences]
-        items = items_of_records(self.task, records, content_id=self.store.content_id)
+        items = preference_items(preferences, content_id=self.store.content_id)
         return self.store.replace_preferences(ticket, items)
 
     def _log_nobody(self) -> None:

@@ -180,8 +180,8 @@ def test_text_of_a_whole_reply_is_read(kind: Any) -> None:
     body = _formatter(kind).whole(" a < b ", reason="stop", usage={})
     assert text_of_reply(to_json(body)) == "a < b"
     two = body | {"choices": [*body["choices"], body["choices"][0] | {"index": 1}]}
-    for other in (two, body | {"choices": []}, {"error": {}}, body | {"x": "y" * 2**20}):
-        assert text_of_reply(to_json(other)) is None
+    others: list[dict[str, Any]] = [two, body | {"choices": []}, {"error": {}}, body | {"x": "y" * 2**20}]
+    assert [text_of_reply(to_json(other)) for other in others] == [None] * 4
     empty = _formatter(kind).whole("  ", reason="stop", usage={})
     long = _formatter(kind).whole("x" * 100_001, reason="stop", usage={})
     assert [text_of_reply(body) for body in (to_json(empty), to_json(long), b"[]", b"", b"{")] == [None] * 5

@@ -69,7 +69,7 @@ class _NumberRange(click.FloatRange):
 @click.option(
     "--apply-off-task",
     is_flag=True,
-    help="Use personas also for prompts without the wording of the run's task, which the plug was not trained for.",
+    help="Use personas also for requests that do not ask what the run was trained for.",
 )
 @click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a new store.")
 @click.option(

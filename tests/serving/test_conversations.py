@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,18 +13,23 @@ import httpx
 import openai
 import pytest
 import torch
+from click.testing import CliRunner
 from live_server import CONFIG, open_service, running, served
 from plugs import head_of
 from vllm_stand_in import WIDTH, StandIn, read_embeds
 
+from personaplug.cli.main import main
 from personaplug.data.task_registry import CHAT
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.layers import ColdStart
+from personaplug.run import Run
+from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.engines.vllm import VLLMEngine
 from personaplug.serving.engines.vllm_requests import EmbeddingTable
 from personaplug.serving.service import Service
+from personaplug.serving.setup import open_service as open_run
 
 STYLE = replace(CONFIG, answer_channel="style", label_prior="none")
 QUESTIONS = ["What is tea?", "And coffee?", "In one sentence, please.", "Thank you!"]
@@ -76,6 +82,49 @@ class Chats:
     def items(self, user: str) -> list[dict[str, Any]]:
         items: list[dict[str, Any]] = httpx.get(f"{self.url}/v1/users/{user}/history").json()["items"]
         return items
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained on conversations which all begin with the same words."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data").mkdir()
+    (folder / "data" / "task.json").write_text(json.dumps({"name": "Chats", "kind": "chat"}))
+    for split in ("train", "dev"):
+        questions, golds = [], []
+        for number in range(24):
+            kept = {"id": "1", "question": "Hi?", "answer": "Hello" + "!" * (number % 3)}
+            profile = [kept, {"id": "2", "question": "Hi?", "rejected": "Yo"}, {"id": "3", "preference": "Be brief."}]
+            context = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+            asked = {"id": f"{split}{number}", "user_id": f"{split} {number % 6}", "input": f"Tell me of {number}"}
+            questions.append(asked | {"profile": profile} | ({"context": context} if number % 2 else {}))
+            golds.append({"id": f"{split}{number}", "output": f"well{'!' * (number % 3)}"})
+        (folder / "data" / f"{split}_questions.json").write_text(json.dumps(questions))
+        outputs = {"task": "Chats", "golds": golds}
+        (folder / "data" / f"{split}_outputs.json").write_text(json.dumps(outputs))
+    toy = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1", "controls=false"]
+    words = ["train", "--data", str(folder / "data"), "--out", str(folder / "run"), *toy]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    return folder / "run"
+
+
+def test_trained_run_of_conversations_serves_any_message(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="personaplug")
+    run = Run.open(trained)
+    assert run.wordings == ()
+    service = open_run(run, ServingConfig(str(tmp_path / "h.db"), keep_text=True))
+    assert "every message of a user in a chat" in caplog.text
+    assert "wording" not in caplog.text
+    assert service.personas.plug.knows_rejections
+    with served(service) as url:
+        chats = Chats(url, service)
+        for user, answer in USERS.items():
+            chats.post(user, question="Hi?", answer=answer)
+        for prompt in ("Tell me of 5", "Rate this film from 1 to 5."):
+            assert chats.ask("ann", "Hi.", prompt).headers["x-personaplug-persona"] == "user"
 
 
 def _record(chats: Chats, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from personaplug.analysis.point_estimates import LabelDistribution, label_distri
 from personaplug.config import EvaluationConfig
 from personaplug.data import read_items
 from personaplug.data.parsing import Flaw, as_text
-from personaplug.data.records import HistoryItem
+from personaplug.data.records import PREFERENCE, HistoryItem
 from personaplug.data.task import Task
 from personaplug.data.task_prompts import TaskPrompts, TaskQuery
 from personaplug.encoders.encoded_sample import past_answers
@@ -91,6 +91,7 @@ def respond(
     """
     task, soft, ngrams = run.task, None, None
     if personalizer is not None:
+        items = [item for item in items if item.kind != "rejection" or personalizer.plug.knows_rejections]
         query, history = _query(run, prompt), personalizer.encode(items, encoder=models.encoder)
         soft = personalizer.persona(query.text, history, options=query.options)
     if task.labels and config.decoding != "generate":
@@ -106,16 +107,18 @@ def respond(
 def _check_items(items: Sequence[HistoryItem], task: Task) -> None:
     """Raise ConfigError if an item has other fields than the task's: it would be read as another persona."""
     for number, item in enumerate(items, start=1):
-        if (
-            not isinstance(item, HistoryItem)
-            or [name for name, _ in item.fields] != list(task.field_names)
-            or not all(isinstance(text, str) for _, text in item.fields)
-            or item.answer_name != task.answer_field
-        ):
+        if not isinstance(item, HistoryItem) or not _is_item_of(task, item):
             raise ConfigError(
                 f"Item {number} of the history is no HistoryItem of task {task.name}, with texts for the fields "
                 f"{', '.join(task.field_names)} in this order. `read_items` makes such items of a file."
             )
+
+
+def _is_item_of(task: Task, item: HistoryItem) -> bool:
+    is_preference = item.kind == "preference"
+    fields, answer_name = ((PREFERENCE,), None) if is_preference else (task.field_names, task.answer_field)
+    has_fields = tuple(name for name, _ in item.fields) == fields and item.answer_name == answer_name
+    return has_fields and all(isinstance(text, str) for _, text in item.fields)
 
 
 def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig:

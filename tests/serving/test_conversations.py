@@ -19,10 +19,14 @@ from plugs import head_of
 from vllm_stand_in import WIDTH, StandIn, read_embeds
 
 from personaplug.cli.main import main
+from personaplug.data.records import HistoryItem
 from personaplug.data.task_registry import CHAT
+from personaplug.inference import respond
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.layers import ColdStart
-from personaplug.run import Run
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.personalizer import Personalizer
+from personaplug.run import Run, open_models
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.engines.in_process import InProcessEngine
@@ -39,10 +43,14 @@ USERS = {"ann": "tea!!! yay", "bob": "A drink, Sir.", "carl": "it is leaves in w
 def open_chats(toy: CausalLM, folder: Path, *, engine: Engine | None = None, **settings: Any) -> Service:
     """Open a service of a plug for conversations that can tell kinds of items apart."""
     service = open_service(toy, folder, task=CHAT, config=STYLE, engine=engine, **settings)
-    kinds = head_of(service.personas.plug).projector.kind
-    assert kinds is not None
-    torch.nn.init.normal_(kinds, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(_kinds_of(service.personas.plug), generator=torch.Generator().manual_seed(0))
     return service
+
+
+def _kinds_of(plug: PersonaPlug) -> torch.nn.Parameter:
+    kinds = head_of(plug).projector.kind
+    assert kinds is not None
+    return kinds
 
 
 @dataclass
@@ -125,6 +133,29 @@ def test_trained_run_of_conversations_serves_any_message(
             chats.post(user, question="Hi?", answer=answer)
         for prompt in ("Tell me of 5", "Rate this film from 1 to 5."):
             assert chats.ask("ann", "Hi.", prompt).headers["x-personaplug-persona"] == "user"
+
+
+def test_rejections_are_left_out_of_one_answer_unless_training_had_some(trained: Path) -> None:
+    run = Run.open(trained)
+    models = open_models(run.config)
+    plug = run.load_plug("plug", seed=run.config.training.seeds[0], models=models)
+    kept = HistoryItem("1", (("question", "Hi?"), ("answer", "Hello!!")), "answer")
+    items = [
+        kept,
+        replace(kept, id="2", kind="rejection"),
+        HistoryItem("3", (("preference", "No."),), kind="preference"),
+    ]
+    counts = []
+
+    class Counting(Personalizer):
+        def encode(self, items: Any, *, encoder: Any) -> Any:
+            counts.append(len(items))
+            return super().encode(items, encoder=encoder)
+
+    for _ in range(2):
+        respond("Tell me", items, run=run, models=models, personalizer=Counting(plug), config=run.config.evaluation)
+        torch.nn.init.zeros_(_kinds_of(plug))
+    assert counts == [3, 2]
 
 
 def _record(chats: Chats, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,9 +386,7 @@ def test_rejections_count_only_for_a_plug_that_was_trained_with_some(embedded: C
     before = embedded.persona("ann")
     embedded.post("ann", question="Hi?", rejected="Yo.")
     assert not torch.equal(embedded.persona("ann"), before)
-    kinds = head_of(embedded.service.personas.plug).projector.kind
-    assert kinds is not None
-    torch.nn.init.zeros_(kinds)
+    torch.nn.init.zeros_(_kinds_of(embedded.service.personas.plug))
     embedded.service.personas.forget("default", "ann")
     raw = embedded.ask("ann", QUESTIONS[0])
     assert raw.headers["x-personaplug-items"] == "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import date
@@ -122,6 +123,24 @@ def test_replacement_after_an_erasure_is_refused(store: HistoryStore) -> None:
     with pytest.raises(UserErased):
         store.replace_items(ticket, [item("a")], ids=["a"])
     assert store.count("t", "u") == 0
+
+
+def test_concurrent_replacements_never_mix(store: HistoryStore) -> None:
+    sets = [{f"{name} {number}" for number in range(5)} for name in "abc"]
+    put(store, *sets[0])
+    mixed: list[set[str]] = []
+
+    def work(number: int) -> None:
+        for turn in range(15):
+            put(store, *sets[(number + turn) % 3])
+            if (found := set(stated(store))) not in sets:
+                mixed.append(found)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert mixed == []
+    assert store.count("t", "u") == 5
+    verify(store)
 
 
 def test_failed_replacement_keeps_the_preferences(store: HistoryStore) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.data.records import Prompt, characters, last_message
 from personaplug.data.task_prompts import TaskQuery
 from personaplug.encoders.encoded_sample import EncodedHistory, latest_items
 from personaplug.errors import MissingData, RequestError
@@ -27,16 +28,16 @@ class Explainer:
         self.service, self.personas, self.store = service, service.personas, service.store
         self.personalizer, self.plug = service.personas.personalizer, service.personas.plug
 
-    async def explain(self, tenant: str, user: str, *, prompt: str, answer: str | None, most: int) -> dict[str, Any]:
+    async def explain(self, tenant: str, user: str, *, prompt: Prompt, answer: str | None, most: int) -> dict[str, Any]:
         """Say which items made a user's persona for a prompt and, given an answer, how much likelier each makes it.
 
         List `most` items, those with the largest effect or weight.
         """
-        check_json([prompt, answer])
+        check_json([last_message(prompt), answer])
         labels = self.service.task.labels
         answer = answer.strip() if answer is not None and answer.strip() in labels else answer
-        self.service.engine.check_length(len(prompt) + len(answer or ""))
-        query = await self.service.parse(tenant, prompt)
+        self.service.engine.check_length(characters(prompt) + len(answer or ""))
+        query = await self.service.parse(tenant, last_message(prompt), can_be_task=_ends_with_user(prompt))
         if not self.service.is_personal(query):
             message = f"A prompt that is none of {self.service.task.name} (GET /v1/task) is answered without a persona."
             raise RequestError(message, code="not_the_task")
@@ -84,7 +85,7 @@ class Explainer:
             return item_weights(self.personalizer, query.text, history)
 
     async def _effects(
-        self, make_softs: Callable[[], Awaitable[list[SoftPrompt]]], *, prompt: str, answer: str
+        self, make_softs: Callable[[], Awaitable[list[SoftPrompt]]], *, prompt: Prompt, answer: str
     ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
         """log p of an answer with the persona, the population's and none, and what it loses without each item."""
         labels, engine = self.service.task.labels, self.service.engine
@@ -113,6 +114,10 @@ class Explainer:
 
     def _used(self, history: EncodedHistory) -> EncodedHistory:
         return history.select(latest_items(history.kind_ids, self.plug.config.max_history))
+
+
+def _ends_with_user(prompt: Prompt) -> bool:
+    return isinstance(prompt, str) or prompt.turns[-1][0] == "user"
 
 
 def _is_cold(cold_start: ColdStart, history: EncodedHistory) -> bool:

@@ -147,6 +147,9 @@ class Message(_OpenModel):
         return "\n".join(text for text in texts if isinstance(text, str))
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
+
+
 class _GenerationRequest(_OpenModel, ABC):
     kind: ClassVar[Kind]
 
@@ -196,7 +199,7 @@ class _GenerationRequest(_OpenModel, ABC):
 class ChatRequest(_GenerationRequest):
     kind = "chat"
 
-    messages: list[Message] = Field(min_length=1, max_length=_MAX_MESSAGES)
+    messages: Messages
 
     @property
     def prompt_text(self) -> str:

@@ -19,10 +19,12 @@ from plugs import head_of
 from vllm_stand_in import WIDTH, StandIn, read_embeds
 
 from personaplug.cli.main import main
-from personaplug.data.records import HistoryItem
+from personaplug.data.records import Chat, HistoryItem
 from personaplug.data.task_registry import CHAT
 from personaplug.inference import respond
+from personaplug.llm.base import PromptBatch
 from personaplug.llm.causal_lm import CausalLM
+from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.layers import ColdStart
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
@@ -379,6 +381,27 @@ def test_explanation_covers_preferences_that_are_older_than_the_latest_items(emb
     assert len(history) == limit
     expected = service.personas.personalizer.persona(QUESTIONS[0], history).vectors
     torch.testing.assert_close(embedded.persona("ann"), expected)
+
+
+def test_conversation_is_explained_with_its_turns(embedded: Chats, toy: CausalLM) -> None:
+    embedded.post("ann", items=[{"question": f"q {number}", "answer": "tea!" * number} for number in range(3)])
+    turns = [("system", "Be kind."), ("user", "Hi."), ("assistant", "Hello."), ("user", "What is tea?")]
+    messages = [{"role": role.replace("system", "developer"), "content": text} for role, text in turns]
+    endpoint, answer = f"{embedded.url}/v1/users/ann/explain", "A drink."
+    explanation = httpx.post(endpoint, json={"messages": messages, "answer": answer}, timeout=30).json()
+    loss = toy.loss(PromptBatch([Chat(tuple(turns))], SoftPrompt(embedded.persona("ann"), "suffix")), [answer])[0]
+    assert explanation["log_likelihood"]["with_persona"] == pytest.approx(-float(loss), abs=1e-3)
+    alone = httpx.post(endpoint, json={"prompt": "What is tea?", "answer": answer}, timeout=30).json()
+    assert [item["weight"] for item in alone["items"]] != []
+    assert alone["log_likelihood"] != explanation["log_likelihood"]
+    for body, code in (
+        ({"messages": messages[:3]}, "not_the_task"),
+        ({"messages": [*messages[:-1], {"role": "user", "content": "x" * 100_000}]}, "context_length_exceeded"),
+        ({"messages": messages, "prompt": "What is tea?"}, "invalid_value"),
+        ({"messages": []}, "invalid_value"),
+        ({}, "invalid_value"),
+    ):
+        assert httpx.post(endpoint, json=body).json()["error"]["code"] == code
 
 
 def test_rejections_count_only_for_a_plug_that_was_trained_with_some(embedded: Chats) -> None:

@@ -10,12 +10,13 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from personaplug.data.records import Chat, Prompt
 from personaplug.errors import RequestError
 from personaplug.serving.explanations import Explainer
 from personaplug.serving.feedback import Feedback, feedback_ids
 from personaplug.serving.json_bodies import JsonRoute
 from personaplug.serving.json_stream import json_pages, pages_of, stream_json
-from personaplug.serving.openai_protocol import Name, Text
+from personaplug.serving.openai_protocol import Messages, Name, Text
 from personaplug.serving.routes.dependencies import MAX_TEXT, ItemId, Parts, RequestId, Tenant, UserId
 from personaplug.serving.service import Service
 
@@ -24,6 +25,7 @@ router = APIRouter(prefix="/v1/users/{user}", route_class=JsonRoute)
 _MAX_LISTED = 10_000  # items in one reply
 
 _Answer = Text | int | float | None
+_SYSTEM_ROLES = {"developer": "system"}
 
 
 class HistoryPost(BaseModel):
@@ -80,9 +82,22 @@ class ExplainPost(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Text = Field(min_length=1)
+    prompt: Text | None = Field(None, min_length=1, description="What is asked, if it is the only message.")
+    messages: Messages | None = Field(None, description="A conversation up to the user's last message.")
     answer: Text | None = Field(None, min_length=1, description="Whose likelihood to compare.")
     most: int = Field(20, ge=1, le=512, description="Number of items to list.")
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> ExplainPost:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give `prompt` or `messages`")
+        return self
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt, or the conversation with the roles of training."""
+        turns = [(_SYSTEM_ROLES.get(turn.role, turn.role), turn.text) for turn in self.messages or ()]
+        return self.prompt if self.prompt is not None else Chat(tuple(turns))
 
 
 @router.post("/history", summary="Add to a history")
@@ -131,7 +146,7 @@ async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
 @router.post("/explain", summary="Which items made the persona, and what an answer owes to them")
 async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> Response:
     explainer = Explainer(parts.service)
-    explanation = await explainer.explain(tenant, user, prompt=post.prompt, answer=post.answer, most=post.most)
+    explanation = await explainer.explain(tenant, user, prompt=post.asked, answer=post.answer, most=post.most)
     pages = json_pages(explanation, pages_of(explanation.pop("items")))
     return await stream_json(parts.service, tenant, user, pages=pages)
 

@@ -308,8 +308,8 @@ class Run:
         """
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
-        wordings = () if self.task.kind == "chat" else learn_wordings(samples)  # any prompt is on task in a chat
-        about["wordings"] = [asdict(wording) for wording in wordings]
+        worded = () if self.task.kind == "chat" else samples  # a chat takes any prompt
+        about["wordings"] = list(map(asdict, learn_wordings(worded)))
         before = self._data() or about
         if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(

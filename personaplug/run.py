@@ -308,8 +308,7 @@ class Run:
         """
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
-        worded = () if self.task.kind == "chat" else samples  # a chat takes any prompt
-        about["wordings"] = list(map(asdict, learn_wordings(worded)))
+        about["wordings"] = list(map(asdict, () if self.task.kind == "chat" else learn_wordings(samples)))
         before = self._data() or about
         if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(

@@ -97,7 +97,8 @@ def simulate(out: Path, kind: str, users: int, seed: int) -> None:
     """Write a data set of simulated users with known tastes, and the best score that knowing them allows.
 
     rating: scores of films. style: messages in a user's style. manners: chats about everyday topics, answered in a
-    user's manners; folders OUT-instructed-length, -layout, -emoji and -casing ask dev users to break with a manner.
+    user's manners; folders OUT-instructed-length, -layout, -emoji and -casing ask dev users to break with a manner, and
+    OUT-closed asks them questions with known answers.
     """
     from personaplug.data.simulation import SimulationConfig, write_simulation
 

@@ -12,13 +12,14 @@ project's: a fifth of the preferences is dev, the same in all three forms.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from personaplug.data.event_copies import comparable
 from personaplug.data.json_stream import existing_folder
-from personaplug.data.parsing import Flaw, as_record, name_of, value_of
+from personaplug.data.parsing import Flaw, as_name, as_record, name_of, value_of
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import PREFERENCE, HistoryItem, Sample
@@ -58,46 +59,60 @@ class PrefEvalReader(RecordReader):
     def _samples(self) -> Iterator[Sample]:
         for topic in self._topics:
             shown = self._folder / _FOLDERS[self._form] / topic.name
-            dialogues = _values(shown)
-            if len(questions := _values(topic)) != len(dialogues):
-                raise RecordError(
-                    shown, "in the file", reason=f"it has {len(dialogues)} records, and {topic} has {len(questions)}"
-                )
+            questions, dialogues = _values(topic), _values(shown)
+            if len(questions) != len(dialogues):
+                reason = f"it has {len(dialogues)} records, and {topic} has {len(questions)}"
+                raise RecordError(shown, "in the file", reason=reason)
             for number, (question, dialogue) in enumerate(zip(questions, dialogues, strict=True), 1):
                 self.report.rows += 1
+                file = topic
                 try:
-                    sample = self._sample(f"{topic.stem}/{number}", as_record(question), as_record(dialogue))
+                    asked = _question(as_record(question))
+                    file = shown
+                    items = self._history(f"{topic.stem}/{number}", asked, as_record(dialogue))
                 except Flaw as flaw:
-                    self._skip(shown, f"record {number}", flaw)
-                else:
-                    yield from [sample] if sample else []
+                    self._skip(file, f"record {number}", flaw)
+                    continue
+                if _is_dev(asked.preference) == (self._split == "dev"):
+                    yield self._sample(f"{topic.stem}/{number}", asked, items)
 
-    def _sample(self, name: str, question: Mapping[str, Any], dialogue: Mapping[str, Any]) -> Sample | None:
-        asked, preference = name_of(question, "question"), name_of(question, "preference")
-        if name_of(dialogue, "question") != asked:
-            raise Flaw("its question is not that of the same place in mcq_options")
-        if _is_dev(preference) != (self._split == "dev"):
-            return None
-        options = value_of(question, "classification_task_options")
-        if not isinstance(options, list) or len(options) != _OPTIONS:
-            raise Flaw(f"its 'classification_task_options' is not a list of {_OPTIONS}")
-        fitting, *others = (_text(option) for option in options)
-        items = [(None, item) for item in self._history(name, preference, dialogue)]
-        return self._sample_of(name, name, asked, target=fitting, items=items, rejected=others)
+    def _sample(self, name: str, asked: _Question, items: Sequence[HistoryItem]) -> Sample:
+        fitting, *others = asked.options
+        timeless = [(None, item) for item in items]
+        return self._sample_of(name, name, asked.text, target=fitting, items=timeless, rejected=others)
 
-    def _history(self, name: str, preference: str, record: Mapping[str, Any]) -> list[HistoryItem]:
+    def _history(self, name: str, asked: _Question, record: Mapping[str, Any]) -> list[HistoryItem]:
         if self._form == "explicit":
-            return [HistoryItem(f"{name}/preference", ((PREFERENCE, preference),), kind="preference")]
+            return [HistoryItem(f"{name}/preference", ((PREFERENCE, asked.preference),), kind="preference")]
+        if name_of(record, "question") != asked.text:
+            raise Flaw("its question is not that of the same place in mcq_options")
         dialogue = as_record(value_of(record, "conversation"))
         if self._form == "choice":
-            turns = [(name_of(dialogue, asked), name_of(dialogue, answered)) for asked, answered in _DIALOGUE]
+            turns = [(name_of(dialogue, one), name_of(dialogue, two)) for one, two in _DIALOGUE]
         else:
             records = [as_record(value_of(dialogue, key)) for key in sorted(dialogue, key=_place)]
             turns = [(name_of(turn, "user"), name_of(turn, "assistant")) for turn in records]
         return [
-            HistoryItem(f"{name}/{number}", (("question", asked), ("answer", answered)), "answer")
-            for number, (asked, answered) in enumerate(turns, 1)
+            HistoryItem(f"{name}/{number}", (("question", one), ("answer", two)), "answer")
+            for number, (one, two) in enumerate(turns, 1)
         ]
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Question:
+    """A record of mcq_options; the first option fits the preference."""
+
+    text: str
+    preference: str
+    options: tuple[str, ...]
+
+
+def _question(record: Mapping[str, Any]) -> _Question:
+    options = value_of(record, "classification_task_options")
+    if not isinstance(options, list) or len(options) != _OPTIONS:
+        raise Flaw(f"its 'classification_task_options' is not a list of {_OPTIONS}")
+    texts = tuple(as_name(option, "an option") for option in options)
+    return _Question(name_of(record, "question"), name_of(record, "preference"), texts)
 
 
 def _is_dev(preference: str) -> bool:
@@ -108,12 +123,6 @@ def _is_dev(preference: str) -> bool:
 
 def _values(path: Path) -> list[object]:
     return [value for _, _, value in record_source(path, kinds=(".json",)).read(())]
-
-
-def _text(option: object) -> str:
-    if not isinstance(option, str) or not option.strip():
-        raise Flaw("one of its options is no text")
-    return option
 
 
 def _place(key: str) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import islice
 
 from personaplug.data.conversations.turns import Exchange
 from personaplug.data.event_copies import MAX_DISTANCE, Event, event_of, find_copies
@@ -40,20 +41,19 @@ class Entry:
     def event(self) -> Event:
         return self.exchange.event if self.exchange else event_of([], self.preference, self.moment)
 
-    @property
+    @cached_property
     def items(self) -> list[TimedItem]:
         """The items of a history: a preference, or the answers that the user saw, the kept one last."""
         day = self.moment.date() if self.moment else None
         if self.exchange is None:
             item = HistoryItem(self.id, ((PREFERENCE, self.preference),), None, day, "preference")
             return [(self.moment, item)]
-        answers = list(_answers(self.exchange))
         return [
             (self.moment, HistoryItem(
                 self.id if kind == "answer" else f"{self.id}/rejected-{number}",
                 (("question", self.exchange.question), ("answer", text)), "answer", day, kind,
             ))
-            for number, (kind, text) in enumerate(answers, 1)
+            for number, (kind, text) in enumerate(_answers(self.exchange), 1)
         ]  # fmt: skip
 
 
@@ -94,9 +94,22 @@ class Timeline:
             yield from self.entries[:index]
             return
         entry = self.entries[index]
+        if not self._may_have_history(entry):
+            return
         for other in self.entries[:index]:
             if _is_earlier(other, entry) and other.conversation != entry.conversation and not _is_retry(other, entry):
                 yield other
+
+    def _may_have_history(self, entry: Entry) -> bool:
+        """Look at the first entry of another conversation alone: one conversation may have thousands of turns."""
+        others = (other for other in self._firsts if other.conversation != entry.conversation)
+        return any(_is_earlier(other, entry) for other in others)
+
+    @cached_property
+    def _firsts(self) -> tuple[Entry, ...]:
+        """The first entry, and the first one of another conversation."""
+        others = (other for other in self.entries if other.conversation != self.entries[0].conversation)
+        return (*self.entries[:1], *islice(others, 1))
 
 
 def timeline_of(lines: Sequence[Line]) -> Timeline:
@@ -142,7 +155,7 @@ def _once_each(entries: Sequence[Entry]) -> list[Entry]:
     """Leave out turns that later lines of their conversation repeat; a first turn may be another conversation's."""
     firsts: dict[Hashable, Entry] = {}
     for entry in entries:
-        has_context = entry.exchange is not None and bool(entry.exchange.context)
+        has_context = entry.exchange is not None and entry.exchange.place > 0
         key = (entry.conversation, entry.exchange.path) if entry.exchange and has_context else (entry.id,)
         firsts.setdefault(key, entry)
     return list(firsts.values())

@@ -26,14 +26,16 @@ class Exchange:
     """A turn with a reply that the user kept.
 
     Attributes:
-        context: the messages before the question.
+        messages: the texts of the conversation, which all its exchanges share; the first `place` of them stood before
+            the question.
         shown: the reply that stands in the conversation.
         is_all_shown: whether the user saw the kept reply and the rejected ones, not only `shown`.
         asked_at: the time of the question; `kept_at` is that of the reply.
         path: a hash of all messages up to the reply; equal for the same turn of the same conversation.
     """
 
-    context: tuple[Turn, ...]
+    messages: Sequence[Turn]
+    place: int
     question: str
     kept: str
     rejected: tuple[str, ...]
@@ -42,6 +44,11 @@ class Exchange:
     asked_at: datetime | None
     kept_at: datetime | None
     path: int
+
+    @property
+    def context(self) -> tuple[Turn, ...]:
+        """The messages before the question."""
+        return tuple(self.messages[: self.place])
 
     @property
     def event(self) -> Event:
@@ -87,15 +94,17 @@ class _Turn:
     def _kept(self) -> str:
         return _joined(message.verdict.kept for message in self.replies if message.verdict)
 
-    def messages(self) -> list[Turn]:
+    def texts(self) -> list[Turn]:
         """Return what later turns see: nothing of a turn that lacks one of its two texts."""
         texts = [("user", self.question), ("assistant", self.reply)]
         return texts if self.question and self.reply else texts[1:] if self.reply and not self.asked else []
 
-    def exchange(self, context: Sequence[Turn], path: int, left_out: Counter[str]) -> Exchange:
+    def exchange(self, messages: Sequence[Turn], path: int, left_out: Counter[str]) -> Exchange:
+        """Return the exchange; `messages` holds what stood before the turn, and grows afterwards."""
         kept, verdicts = self._kept, [message.verdict for message in self.replies if message.verdict]
         return Exchange(
-            context=tuple(context),
+            messages=messages,
+            place=len(messages),
             question=self.question,
             kept=kept,
             rejected=_differing([text for verdict in verdicts for text in verdict.rejected], kept, left_out),
@@ -124,21 +133,21 @@ class Conversation:
 def conversation_of(messages: Sequence[Message], *, moment: datetime | None) -> Conversation:
     """Split messages into turns; a message without a time has that of the one before it, or that of the record."""
     exchanges: list[Exchange] = []
-    context: list[Turn] = []
+    texts: list[Turn] = []
     left_out: Counter[str] = Counter()
     start, path = None, 0
     for part in _parts(messages, moment):
         if isinstance(part, Message):
-            context += [("system", part.text)] if part.text else []
+            texts += [("system", part.text)] if part.text else []
             continue
-        for role, text in part.messages():
+        for role, text in part.texts():
             path = hash((path, role, comparable(text)))
-        start = path if start is None and part.messages() and part.asked else start
+        start = path if start is None and part.texts() and part.asked else start
         if defect := "" if part.is_context else part.defect():
             left_out[defect] += 1
         elif not part.is_context:
-            exchanges.append(part.exchange(context, path, left_out))
-        context += part.messages()
+            exchanges.append(part.exchange(texts, path, left_out))
+        texts += part.texts()
     return Conversation(tuple(exchanges), start, +left_out)
 
 

@@ -201,6 +201,12 @@ class TrainingConfig:
         description="train answers with the end-of-text token: always (the paper; needed for decoding=generate on "
         "labels); auto = not for labels of a closed set, which are scored",
     )
+    preference_loss: Literal["none", "dpo", "simpo"] = Field(
+        default="none",
+        description="added for samples with rejected answers, whose likelihood it lowers beside that of the kept "
+        "answer: dpo compares with the plain model, simpo with nothing",
+    )
+    preference_weight: float = Field(default=1.0, description="of that loss beside that of the answers", ge=0, le=100)
     max_tokens_per_microbatch: int = Field(
         default=1024,
         description="most tokens, padding included, in one forward and backward pass; larger batches are split and "

@@ -182,6 +182,21 @@ class Run:
         path = self.folder / "run.json"
         return str(read_json(path, remedy=_REMEDY).get("id", "")) if path.exists() else ""
 
+    def asked(self, task: Task) -> Run:
+        """Return the run for questions of another task, which its plugs can be asked if both are conversations.
+
+        Raises:
+            ConfigError: if the answers are of another kind.
+        """
+        if task == self.task:
+            return self
+        if (self.task.kind, task.kind) != ("chat", "chat") or task.field_names != self.task.field_names:
+            raise ConfigError(
+                f"{task.name} asks for answers of another kind than {self.task.name}, which the run was trained on. "
+                f"Give data of {self.task.name}, or train a run on {task.name}."
+            )
+        return replace(self, task=task)
+
     def plug_folder(self, name: str, *, seed: int) -> Path:
         """Where what was trained under a name (a plug, its control, matrices, a retriever) is, for one seed."""
         return self.folder / name.replace(":", "-") / f"seed-{seed}"

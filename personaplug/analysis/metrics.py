@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN, check_estimate, scale_of
 from personaplug.analysis.words import ascii_words, is_read_by_ascii_words, unicode_words
+from personaplug.data.manners import DIMENSIONS, manners_met, share_met
 from personaplug.errors import ConfigError, ShapeMismatch, nearest
 from personaplug.infra.plugins import load_plugins, register
 
@@ -235,6 +236,59 @@ class UnicodeRougeL(RougeL):
     reads_any_script = True
 
 
+class Answered(Metric):
+    """Share of the texts that give the right answer: its words stand in them, one after the other.
+
+    Where the answer is yes or no, the first of these two words in the text counts.
+    """
+
+    name = "answered"
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        pairs = zip(map(unicode_words, predictions), map(unicode_words, golds), strict=True)
+        return np.array([_gives(text, answer) for text, answer in pairs], dtype=np.float64).reshape(-1, 1)
+
+
+def _gives(text: Sequence[str], answer: Sequence[str]) -> bool:
+    if list(answer) in (["yes"], ["no"]):
+        return next((word for word in text if word in ("yes", "no")), None) == answer[0]
+    return any(list(text[start : start + len(answer)]) == list(answer) for start in range(len(text)))
+
+
+class Manners(Metric):
+    """The share of the reference's manners that the prediction shows too, read by rule; averaged over samples."""
+
+    name = "manners"
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        return np.array([share_met(*pair) for pair in zip(predictions, golds, strict=True)]).reshape(-1, 1)
+
+
+class _MannerOf(Metric):
+    """The share of predictions with the reference's value of one manner, of the samples whose reference shows it.
+
+    The statistics are (n, 2): whether it is met, and whether it is shown.
+    """
+
+    dimension: ClassVar[str]
+    averages_over_users = False  # the references of a user may not show it
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        met = (manners_met(*pair).get(self.dimension) for pair in zip(predictions, golds, strict=True))
+        return np.array([[bool(each), each is not None] for each in met], dtype=np.float64).reshape(-1, 2)
+
+    def value(self, means: Array) -> Array:
+        met, shown = means[..., 0], means[..., 1]
+        return np.divide(met, shown, out=np.full_like(shown, math.nan), where=shown > 0)
+
+
+MANNER_METRICS: tuple[type[Metric], ...] = tuple(
+    type(f"_{dimension}", (_MannerOf,), {"name": f"manners_{dimension}", "dimension": dimension, "__doc__": ""})
+    for dimension in DIMENSIONS
+)
+"""One metric for each manner: `manners_length`, `manners_emoji`, …"""
+
+
 class NegativeLogLikelihood(Metric):
     """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
 
@@ -258,9 +312,10 @@ class NegativeLogLikelihood(Metric):
         return np.asarray(means[..., 0] / means[..., 1])
 
 
-_KINDS = (
+_KINDS: tuple[type[Metric], ...] = (
     *(Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError),
-    *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, NegativeLogLikelihood),
+    *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, Answered, Manners, NegativeLogLikelihood),
+    *MANNER_METRICS,
 )
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
 

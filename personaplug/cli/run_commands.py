@@ -56,14 +56,17 @@ def _open_run(
 
 def _open_splits(
     run: Run, data: Path, split: str, *, rows: Sequence[Method], skip_bad: int
-) -> tuple[Reader, Reader | None]:
-    """Return the reader of a split, and of the training split if a row is fitted on it."""
-    from personaplug.data import open_dataset
+) -> tuple[Run, Reader, Reader | None]:
+    """Return the run as it is asked, the reader of a split, and of the training split if a row is fitted on it."""
+    from personaplug.data import load_task, open_dataset
 
-    check_same_task(data, run.task)
+    if run.task.kind == "chat":
+        run = run.asked(load_task(data))
+    else:
+        check_same_task(data, run.task)
     max_history = run.config.plug.max_history
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=max_history)
-    return reader, train_of(data, rows, run=run, skip_bad=skip_bad)
+    return run, reader, train_of(data, rows, run=run, skip_bad=skip_bad)
 
 
 @click.command()
@@ -87,11 +90,15 @@ def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -
 
 @click.command()
 @click.option("--out", required=True, type=FOLDER, help="Folder for the data set.")
-@click.option("--kind", type=click.Choice(["rating", "style"]), default="rating", show_default=True)
+@click.option("--kind", type=click.Choice(["rating", "style", "manners"]), default="rating", show_default=True)
 @click.option("--users", default=400, show_default=True, help="Training users; a quarter as many more for dev.")
 @click.option("--seed", default=0, show_default=True)
 def simulate(out: Path, kind: str, users: int, seed: int) -> None:
-    """Write a data set of simulated users with known tastes, and the best score that knowing them allows."""
+    """Write a data set of simulated users with known tastes, and the best score that knowing them allows.
+
+    rating: scores of films. style: messages in a user's style. manners: chats about everyday topics, answered in a
+    user's manners; folders OUT-instructed-length, -layout, -emoji and -casing ask dev users to break with a manner.
+    """
     from personaplug.data.simulation import SimulationConfig, write_simulation
 
     config = SimulationConfig(task=kind, users=users, dev_users=max(1, users // 4), seed=seed)  # type: ignore[arg-type]
@@ -235,12 +242,14 @@ def evaluate(
     rows = parse_methods(methods)
     run, config = _open_run(run_folder, config_file, settings)
     show(config, "evaluation")
-    reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    trained_on = run.task.name
+    run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    name = split if run.task.name == trained_on else f"{run.task.name}-{split}"
     oracle = data / f"{split}_oracle.json"
     results = evaluate_run(
         run,
         reader,
-        split=split,
+        split=name,
         methods=rows,
         config=config.evaluation,
         models=open_models(config),
@@ -248,7 +257,7 @@ def evaluate(
         train=train,
     )
     tell_read(reader, split)
-    target = json_file or run_folder / "evaluations" / f"{split}.json"
+    target = json_file or run_folder / "evaluations" / f"{name}.json"
     had_results, previous = target.exists(), target.with_suffix(".previous.json")
     if had_results:
         target.replace(previous)
@@ -288,7 +297,7 @@ def predict(
     rows = parse_methods(methods)
     # All samples, unless the command itself asks for fewer: whoever scores the file wants them all.
     run, config = _open_run(run_folder, config_file, settings, base=("limit=0",))
-    reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
     models = open_models(config)
     if config.evaluation.limit:
         click.echo(f"only {config.evaluation.limit} samples are answered (limit={config.evaluation.limit})", err=True)

@@ -12,6 +12,7 @@ subgroups: history-thirds             the same rows for users with short, medium
 max_eval_history: [0, 1, 2, 5, 10]    the same rows with this many latest items only (a cold-start curve)
 persona_scales: [0, 0.5, 1.5]         the same rows at these scales
 runs: main-table                      the experiment whose trained parts are used; its own by default
+trained_on: {Closed: Manners}         a set that is asked what was trained on another one (kind chat)
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class _ExperimentFile(BaseModel):
     max_eval_history: list[Annotated[int, Field(ge=0, strict=True)]] = Field(default_factory=list)
     persona_scales: list[Annotated[float, Field(ge=0, le=MAX_PERSONA_SCALE)]] = Field(default_factory=list)
     runs: str = ""
+    trained_on: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Experiment:
         max_eval_history: numbers of latest items, for a cold-start curve.
         persona_scales: of personas, for a curve.
         runs: the experiment whose folder holds the trained parts; "" = its own.
+        trained_on: the set whose training a set uses, if it is not its own.
     """
 
     name: str
@@ -96,6 +99,7 @@ class Experiment:
     max_eval_history: tuple[int, ...] = ()
     persona_scales: tuple[float, ...] = ()
     runs: str = ""
+    trained_on: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def curves(self) -> list[list[SweepPoint]]:
@@ -153,6 +157,7 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
         max_eval_history=tuple(file.max_eval_history),
         persona_scales=tuple(file.persona_scales),
         runs=file.runs,
+        trained_on=file.trained_on,
     )
 
 
@@ -176,7 +181,8 @@ def _configs(
 ) -> dict[tuple[str, str], Config]:
     base = load_config(path.parent / file.base) if file.base else Config()
     base = with_values(base, flatten(file.config))
-    for kind, names in (("set", file.sets), ("variant", [*file.variants]), ("experiment of runs", [file.runs])):
+    sets = [*file.sets, *file.trained_on.values()]
+    for kind, names in (("set", sets), ("variant", [*file.variants]), ("experiment of runs", [file.runs])):
         for name in names:
             if name in (".", "..") or "/" in name or "\\" in name or (kind == "set" and not name):
                 raise ConfigError(f"{path}: the {kind} {name!r} names a folder, so it may hold no slash; rename it.")
@@ -184,9 +190,10 @@ def _configs(
     for key, values in (("sets", file.sets), ("max_eval_history", file.max_eval_history), ("persona_scales", scales)):
         if len(set(values)) < len(values):
             raise ConfigError(f"{path}: {key} names a value twice: {', '.join(map(str, values))}. Name each once.")
-    unknown = [name for name in file.per_set if name not in file.sets]
-    if unknown:
-        raise ConfigError(f"{path}: per_set names {', '.join(unknown)}, which is not among its sets.")
+    for key, named in (("per_set", file.per_set), ("trained_on", file.trained_on)):
+        unknown = [name for name in named if name not in file.sets]
+        if unknown:
+            raise ConfigError(f"{path}: {key} names {', '.join(unknown)}, which is not among its sets.")
     configs = {}
     for variant, changes in (file.variants or {"": {}}).items():
         for name in file.sets:

@@ -148,11 +148,9 @@ class Projector(nn.Module):
         self.outer = nn.Linear(hidden, tokens * out)
         self.label = nn.Embedding(labels + 1, hidden) if labels else None
         self.style = nn.Linear(style, hidden, bias=False) if style else None
-        self.kind = nn.Embedding(kinds, hidden, padding_idx=0) if kinds else None  # answers add nothing
+        self.kind = nn.Parameter(torch.zeros(kinds - 1, hidden)) if kinds else None  # of all kinds but the answer
         if self.label is not None:
             nn.init.zeros_(self.label.weight[0])  # an item without a label adds nothing, even if training has none
-        if self.kind is not None:
-            nn.init.zeros_(self.kind.weight)
         nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
         nn.init.zeros_(self.inner.bias)
         # E[gelu(z)²] = 0.425 for a standard normal z.
@@ -174,7 +172,7 @@ class Projector(nn.Module):
         if self.style is not None:
             inner = inner + nn.functional.linear(style.to(items.dtype), self.style.weight.to(items.dtype))
         if self.kind is not None and kind_ids.any():
-            inner = inner + self.kind(kind_ids).to(items.dtype)
+            inner = inner + nn.functional.pad(self.kind, (0, 0, 1, 0))[kind_ids].to(items.dtype)
         return nn.functional.gelu(inner)
 
     def out(self, hidden: Tensor, *, weight_sums: Tensor, tokens: slice) -> Tensor:

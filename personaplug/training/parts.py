@@ -34,6 +34,7 @@ from personaplug.infra.locks import sole_trainer
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.tensor_files import load_tensors, save_tensors
 from personaplug.infra.training_facts import write_facts
+from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 from personaplug.run import Models, Run, drawn
@@ -41,6 +42,7 @@ from personaplug.training.batching import user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.cold_start import set_best_cold_start
 from personaplug.training.objectives import LoraObjective, Objective, PlugObjective
+from personaplug.training.preference_loss import PreferenceLoss
 from personaplug.training.trainer import FitReport, fit, mean_loss
 
 logger = logging.getLogger(__name__)
@@ -189,7 +191,13 @@ class SoftPromptPart(TrainedPart):
         with synchronized():
             plug = build_plug(run, models, part=self, seed=seed)
             self._initialize(plug, samples, trainings, seed=seed)
-        objective = PlugObjective(plug, models.llm, table=trainings.embeddings, labels=closed_labels(run))
+        objective = PlugObjective(
+            plug,
+            models.llm,
+            table=trainings.embeddings,
+            labels=closed_labels(run),
+            preference=_preference_loss(run, models.llm),
+        )
         facts = trainings.fit(self, objective, samples, seed=seed)
         facts |= self._finish(plug, objective, samples, trainings, seed=seed)
         folder = run.plug_folder(self.name, seed=seed)
@@ -409,6 +417,13 @@ def _start_from_words(plug: PersonaPlug, samples: Sequence[EncodedSample], model
     tokens = models.llm.embed_texts(answers)
     if len(tokens):
         plug.init_instruction(tokens[rng.choice(len(tokens), size=count, replace=len(tokens) < count)])
+
+
+def _preference_loss(run: Run, llm: LanguageModel) -> PreferenceLoss | None:
+    config = run.config.training
+    if config.preference_loss == "none":
+        return None
+    return PreferenceLoss(config.preference_loss, llm, config.preference_weight)
 
 
 def _label_ids(samples: Sequence[EncodedSample], run: Run) -> torch.Tensor:

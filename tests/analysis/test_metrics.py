@@ -15,6 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
 
 from personaplug.analysis.metrics import (
+    MANNER_METRICS,
     METRICS,
     get_metric,
     has_estimate,
@@ -258,6 +259,7 @@ def test_rouge_is_quick_and_long_texts_do_not_stall_it() -> None:
 # What all share
 
 OF_ANSWERS = [name for name, metric in METRICS.items() if metric.of_answers]
+OF_MANNERS = ("manners", *(metric.name for metric in MANNER_METRICS))
 
 
 @pytest.mark.parametrize("name", OF_ANSWERS)
@@ -267,11 +269,11 @@ def test_score_is_the_value_of_mean_statistics(name: str) -> None:
     stats = metric.statistics(predictions, golds)
     assert stats.dtype == np.float64
     assert len(stats) == 4
-    assert metric.score(predictions, golds) == metric.value(stats.mean(axis=0))
+    assert np.array_equal(metric.score(predictions, golds), metric.value(stats.mean(axis=0)), equal_nan=True)
     assert metric.greater_is_better is (name not in ("mae", "rmse"))
 
 
-@pytest.mark.parametrize("name", OF_ANSWERS)
+@pytest.mark.parametrize("name", [name for name in OF_ANSWERS if name not in OF_MANNERS])
 def test_perfect_prediction_beats_a_wrong_one_in_the_metrics_direction(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     gain = metric.score(["1", "5"], ["1", "5"]) - metric.score(["5", "1"], ["1", "5"])
@@ -305,7 +307,7 @@ def test_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> N
 
 
 def test_far_off_name_lists_all_metrics() -> None:
-    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, f1, mae"):
+    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, answered, f1, mae"):
         get_metric("xyz")
 
 
@@ -377,3 +379,47 @@ def test_no_class_of_an_unknown_metric() -> None:
 )
 def test_what_counts_as_invalid(prediction: str, labels: tuple[str, ...], invalid: bool) -> None:
     assert is_invalid(prediction, labels) is invalid
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "is_right"),
+    [
+        ("The answer is 12.", "12", True),
+        ("112", "12", False),
+        ("she comes from OSLO 😀", "Oslo", True),
+        ("Anna, Ben, Mia", "anna, ben, mia", True),
+        ("Anna, Mia, Ben", "Anna, Ben, Mia", False),
+        ("yes, it is not no", "Yes", True),
+        ("No. yes is wrong", "Yes", False),
+        ("I do not know", "No", False),
+        ("", "12", False),
+    ],
+)
+def test_answered_looks_for_the_words_of_the_answer(text: str, answer: str, is_right: bool) -> None:
+    assert get_metric("answered").score([text], [answer]) == float(is_right)
+
+
+# Manners
+
+KIND = "Hola!\n- It's late.\n- Don't wait. 👍\nShall I go on?\nCheers!"
+CURT = "it is late."
+
+
+@pytest.mark.parametrize("name", [name for name in OF_MANNERS if name != "manners_layout"])
+def test_same_manners_score_1_and_opposite_ones_0(name: str) -> None:
+    metric = get_metric(name)
+    assert metric.score([KIND, CURT], [KIND, CURT]) == 1
+    assert metric.score([CURT, KIND], [KIND, CURT]) == 0
+    assert metric.score([KIND, KIND], [KIND, CURT]) == 0.5
+
+
+def test_manner_counts_only_where_the_reference_shows_it() -> None:
+    metric = get_metric("manners_layout")
+    assert metric.score([CURT, KIND], [KIND, CURT]) == 0
+    assert metric.score([KIND, KIND], [KIND, CURT]) == 1
+    assert math.isnan(metric.score([KIND], [CURT]))
+
+
+def test_manners_of_other_words_count_in_full() -> None:
+    other = "Hola!\n- Tea won't help.\n- Sleep. 👍\nShall I go on?\nCheers!"
+    assert get_metric("manners").score([other, ""], [KIND, KIND]) == 0.5

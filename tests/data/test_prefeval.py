@@ -125,7 +125,7 @@ def test_broken_record_is_reported_without_its_text_and_can_be_skipped(tmp_path:
 
 def test_unusable_folder_or_split_is_refused(tmp_path: Path) -> None:
     folder = published(tmp_path)
-    with pytest.raises(ConfigError, match="'train' and 'dev'; found 'test'"):
+    with pytest.raises(ConfigError, match="'train' and 'dev', and no 'test'"):
         PrefEvalReader(folder, "test", form="choice")
     with pytest.raises(MissingData, match=r"holds no mcq_options/\*\.json"):
         PrefEvalReader(folder / "implicit_preference", "dev", form="choice")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from personaplug.data.benchmarks.base import check_split
 from personaplug.data.event_copies import comparable
 from personaplug.data.json_stream import existing_folder
 from personaplug.data.parsing import Flaw, as_name, as_record, name_of, value_of
@@ -47,8 +48,8 @@ class PrefEvalReader(RecordReader):
 
     def __init__(self, path: str | Path, split: str, *, form: Form, **limits: Unpack[Limits]) -> None:
         """Find the topics; `path` is the folder that holds `mcq_options`."""
-        if split not in ("train", "dev"):
-            raise ConfigError(f"PrefEval has the splits 'train' and 'dev'; found {split!r}.")
+        if check_split(split) == "test":
+            raise ConfigError("PrefEval has the splits 'train' and 'dev', and no 'test'. Choose one of them.")
         task = Task(f"PrefEval_{form}", "chat", ("question", "answer"), "answer", ("rouge_1", "rouge_l"))
         super().__init__(task, origin=path, **limits)
         self._folder, self._split, self._form = existing_folder(path), split, form

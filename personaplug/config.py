@@ -291,6 +291,11 @@ class EvaluationConfig:
     max_eval_history: int = Field(
         default=-1, description="show only this many latest items of each history (a cold-start curve); -1 = all", ge=-1
     )
+    item_kinds: Literal["all", "answers", "preferences"] = Field(
+        default="all",
+        description="items of each history that rows are shown: answers (with the rejected ones), stated preferences, "
+        "or all",
+    )
     persona_scale: float = Field(
         default=1.0,
         description="how far a persona goes from what is common to all users: 1 = as trained, above = farther; 0 = no "

@@ -6,7 +6,7 @@ This module knows no file format and no tensor. The texts belong to users, so no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Literal
 
@@ -20,6 +20,9 @@ PREFERENCE, REJECTED = "preference", "rejected"
 
 Turn = tuple[str, str]
 """The role and the text of a message."""
+
+SYSTEM_ROLES = ("system", "developer")
+"""Roles of messages that instruct the model and belong to no exchange."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -39,6 +42,16 @@ Prompt = str | Chat
 def in_context(text: str, context: Sequence[Turn]) -> Prompt:
     """Return a user's message behind earlier messages, if there are any."""
     return Chat((*context, ("user", text))) if context else text
+
+
+def turns_of(prompt: Prompt) -> tuple[Turn, ...]:
+    """Return the messages of a prompt."""
+    return (("user", prompt),) if isinstance(prompt, str) else prompt.turns
+
+
+def with_last_message(prompt: Prompt, text: str) -> Prompt:
+    """Return a prompt with another text in place of the message that is to be answered."""
+    return in_context(text, turns_of(prompt)[:-1])
 
 
 def characters(prompt: Prompt) -> int:
@@ -135,6 +148,10 @@ class Sample:
     def full_prompt(self) -> Prompt:
         """The prompt with the messages before it."""
         return in_context(self.prompt, self.context)
+
+    def with_prompt(self, prompt: Prompt, *, soft_at: int = 0) -> Sample:
+        """Return the sample with another full prompt; `soft_at` counts characters of its last message."""
+        return replace(self, prompt=last_message(prompt), context=turns_of(prompt)[:-1], soft_at=soft_at)
 
     @property
     def owner(self) -> str:

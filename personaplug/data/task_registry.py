@@ -104,8 +104,8 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
     def _check_fields(self) -> Self:
         if not self.name.strip():
             raise ValueError("'name' is empty")
-        if "nll" in self.metrics:
-            raise ValueError("leave 'nll' out of 'metrics'; every language model gets this column")
+        if of_models := {"nll", "choice", "margin"}.intersection(self.metrics):
+            raise ValueError(f"leave {min(of_models)!r} out of 'metrics'; every language model gets this column")
         if reserved := {"id", "date", PREFERENCE, REJECTED} & {*self.item_fields, self.answer_field}:
             raise ValueError(f"{min(reserved)!r} has a meaning of its own in items; give the field another name")
         if (self.kind in ("text", "chat")) == bool(self.labels):

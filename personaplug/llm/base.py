@@ -237,9 +237,18 @@ class LanguageModel(ABC):
         """Return the number of tokens of each text, template excluded."""
         return self.prompt_tokenizer.count_tokens(texts)
 
-    def count_prompt_tokens(self, text: str, soft_at: int = 0) -> int:
-        """Return the tokens of a prompt's text, split at its soft tokens; up to `max_text_tokens` fit."""
-        return self.prompt_tokenizer.count_prompt_tokens(text, soft_at)
+    def count_prompt_tokens(self, prompt: Prompt, soft_at: int = 0) -> int:
+        """Return the tokens of a prompt beyond the template of a single message; up to `max_text_tokens` fit.
+
+        Args:
+            soft_at: characters of the last message before the soft tokens, at which it is split.
+        """
+        return self.prompt_tokenizer.count_prompt_tokens(prompt, soft_at)
+
+    @property
+    def takes_system_messages(self) -> bool:
+        """Whether a conversation may begin with a system message."""
+        return self.prompt_tokenizer.takes_system_messages
 
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text with at most `tokens` tokens."""

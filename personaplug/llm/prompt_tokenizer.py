@@ -10,11 +10,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
-from personaplug.data.records import Prompt, Turn, last_message
+from personaplug.data.records import SYSTEM_ROLES, Prompt, Turn, last_message, turns_of
 from personaplug.errors import ConfigError, ShapeMismatch
 from personaplug.llm.chat_template import ChatTemplate, Frame, find_sequence
 from personaplug.llm.text_tokenizer import TextTokenizer
@@ -23,7 +23,6 @@ from personaplug.llm.tokenizer_check import check_round_trip
 Ids = tuple[int, ...]
 
 _CACHED_TEXTS = 4_096  # prompts, and as many answers; a prompt of 80 tokens takes 3 KB
-_SYSTEM_ROLES = ("system", "developer")
 _CACHED_FRAMES = 256  # sequences of roles
 _PLACEHOLDER = "personaplugplaceofthetext"
 
@@ -77,8 +76,7 @@ class PromptTokenizer:
         self._line_end = [] if is_encoder_decoder else self.texts.encode("\n", inside=True)
         frame = self._frame(("user",))
         self.head, self.tail = map(tuple, frame.parts)
-        (self._lead,) = frame.leads
-        frame_tokens = len(self.head) + len(self.tail) + bool(self._lead)
+        frame_tokens = len(self.head) + len(self.tail) + bool(frame.leads[0])
         if max_tokens <= frame_tokens:
             raise ConfigError(
                 f"max_prompt_tokens must exceed the {frame_tokens} tokens of the model's template; found {max_tokens}."
@@ -103,7 +101,7 @@ class PromptTokenizer:
         return self._cached_prompt(prompt, soft_at)
 
     def _encode_prompt(self, prompt: Prompt, soft_at: int) -> TokenizedPrompt:
-        turns: Sequence[Turn] = [("user", prompt)] if isinstance(prompt, str) else prompt.turns
+        turns: Sequence[Turn] = turns_of(prompt)
         whole = self._encode_turns(turns, soft_at=soft_at)
         fitting = whole
         while len(fitting.ids) > self.max_tokens and (shorter := without_oldest(turns)) != turns:
@@ -194,10 +192,19 @@ class PromptTokenizer:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self.texts.encode_many(texts)]
 
-    def count_prompt_tokens(self, text: str, soft_at: int = 0) -> int:
-        """Return the tokens of a prompt's text as `encode_prompt` reads it; up to `max_text_tokens` fit."""
-        parts = self._encode_parts(text, soft_at, lead=self._lead, is_inside=self.has_chat_template)
-        return sum(map(len, parts)) - bool(self._lead)
+    def count_prompt_tokens(self, prompt: Prompt, soft_at: int = 0) -> int:
+        """Return the tokens of a prompt beyond the template of a single message; up to `max_text_tokens` fit."""
+        whole = self._encode_turns(turns_of(prompt), soft_at=soft_at)
+        return len(whole.ids) - (self.max_tokens - self.max_text_tokens)
+
+    @cached_property
+    def takes_system_messages(self) -> bool:
+        """Whether the chat template shows a system message; without a template, any message is a line."""
+        try:
+            self._cached_frame(("system", "user"))
+        except ConfigError:
+            return False
+        return True
 
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of at most `tokens` whole tokens and characters, without trailing blanks."""
@@ -243,12 +250,13 @@ class PromptTokenizer:
         head, tail = frame_of(self.tokenizer)
         # Only the end of the last line tells the model that the prompt is over.
         between = [self._line_end] * (len(roles) - 1)
-        return Frame([head, *between, tail + self._line_end], [""] * len(roles))
+        lead = "" if self._line_end else " "  # encoder-decoders read all messages as one line
+        return Frame([head, *between, tail + self._line_end], ["", *[lead] * (len(roles) - 1)])
 
 
 def without_oldest(turns: Sequence[Turn]) -> Sequence[Turn]:
     """Return messages without the oldest exchange; system messages and the last message stay."""
-    first = next((index for index, (role, _) in enumerate(turns) if role not in _SYSTEM_ROLES), len(turns))
+    first = next((index for index, (role, _) in enumerate(turns) if role not in SYSTEM_ROLES), len(turns))
     users = (index for index in range(first + 1, len(turns)) if turns[index][0] == "user")
     following = next(users, len(turns) - 1)
     return turns if following <= first else (*turns[:first], *turns[following:])

@@ -115,7 +115,7 @@ class Trainings:
             if retrieval is None:
                 return sample
             prompted = self.prompts.with_retrieved(sample, retrieval, seed=seed)
-            without_text += bool(sample.history) and prompted.prompt == sample.prompt
+            without_text += bool(sample.history) and prompted.full_prompt == sample.full_prompt
             return prompted
 
         samples = self.run.read_samples(self.reader, self.embeddings, limit=limit, plug=plug, rewrite=with_texts)

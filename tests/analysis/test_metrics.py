@@ -7,6 +7,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_
 from personaplug.analysis.metrics import (
     MANNER_METRICS,
     METRICS,
+    Array,
+    LikelihoodMetric,
     get_metric,
     has_estimate,
     is_invalid,
@@ -24,6 +27,7 @@ from personaplug.analysis.metrics import (
     metric_class,
     value_of,
 )
+from personaplug.analysis.significance import bootstrap_interval
 from personaplug.errors import ConfigError, ShapeMismatch
 
 STARS = ("1", "2", "3", "4", "5")
@@ -295,9 +299,49 @@ def test_likelihood_is_per_token_whoever_has_how_many() -> None:
     assert not metric.greater_is_better
 
 
-def test_likelihood_is_not_to_be_had_from_texts() -> None:
-    with pytest.raises(ConfigError, match=r"nll is of a model's probabilities"):
-        get_metric("nll").score(["1"], ["1"])
+@pytest.mark.parametrize("name", ["nll", "choice", "margin"])
+def test_likelihood_is_not_to_be_had_from_texts(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is of a model's probabilities"):
+        get_metric(name).score(["1"], ["1"])
+
+
+LIKELIHOODS = [
+    [2.0, 2, 9.0, 3, 4.0, 1],  # 1 nat a token against 3 and 4
+    [6.0, 2, 2.0, 2],  # 3 against 1
+    [5.0, 5],  # nothing was rejected
+    [2.0, 2, 3.0, 3],  # a tie is no choice
+    [1.0, 2, 3.0, 1, 1.0, 1],  # 0.5 against 3 and 1: the nearest one counts
+]
+
+
+def likelihood_statistics(name: str, likelihoods: Sequence[Sequence[float]] = LIKELIHOODS) -> Array | None:
+    metric = get_metric(name)
+    assert isinstance(metric, LikelihoodMetric)
+    return metric.of_likelihoods(likelihoods)
+
+
+@pytest.mark.parametrize(
+    ("name", "each", "together"),
+    [("choice", [1, 0, math.nan, 0, 1], 2 / 4), ("margin", [2, -2, math.nan, 0, 0.5], 0.5 / 4)],
+)
+def test_right_answer_is_compared_with_the_best_rejected_one_per_token(
+    name: str, each: list[float], together: float
+) -> None:
+    stats, metric = likelihood_statistics(name), get_metric(name)
+    assert stats is not None
+    np.testing.assert_array_equal(metric.value(stats), each)
+    assert value_of(stats, metric) == pytest.approx(together)
+    assert metric.greater_is_better
+    assert bootstrap_interval(stats, ["a", "b", "a", "b", "b"], metric, resamples=200).value == pytest.approx(together)
+
+
+@pytest.mark.parametrize("name", ["choice", "margin"])
+def test_without_rejected_answers_there_is_nothing_to_compare(name: str) -> None:
+    assert likelihood_statistics(name, [[1.0, 2], [3.0, 4]]) is None
+
+
+def test_likelihood_of_the_right_answer_leaves_the_rejected_ones_out() -> None:
+    np.testing.assert_array_equal(likelihood_statistics("nll"), [[2.0, 2], [6.0, 2], [5.0, 5], [2.0, 2], [1.0, 2]])
 
 
 @pytest.mark.parametrize(("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])
@@ -307,7 +351,7 @@ def test_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> N
 
 
 def test_far_off_name_lists_all_metrics() -> None:
-    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, answered, f1, mae"):
+    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, answered, choice, f1, mae"):
         get_metric("xyz")
 
 

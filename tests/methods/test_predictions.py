@@ -57,7 +57,7 @@ def test_scored_labels_come_with_how_likely_the_right_one_was(toy: CausalLM, mon
     _scores(toy, [[-40.0, 0, 0, 0, 0], [low] * 5, [-1.0, low, low, low, low]], monkeypatch)
     made = _answers(toy)
     expected = [[40 + np.log(4), 1], [np.inf, 1], [0, 1]]  # not cut short, and no reward for what overflowed
-    found = made.nll_statistics()
+    found = made.likelihoods()
     assert found is not None
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_surprises_survive_the_file(toy: CausalLM, monkeypatch: pytest.MonkeyPat
     save_predictions(made, tmp_path / "a.json", key=[1])
     again = load_predictions(tmp_path / "a.json", key=[1])
     assert again is not None
-    np.testing.assert_array_equal(again.nll_statistics(), made.nll_statistics())
+    np.testing.assert_array_equal(again.likelihoods(), made.likelihoods())
 
 
 def test_each_decision_has_its_answer(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

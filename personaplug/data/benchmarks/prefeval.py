@@ -60,22 +60,18 @@ class PrefEvalReader(RecordReader):
     def _samples(self) -> Iterator[Sample]:
         for topic in self._topics:
             shown = self._folder / _FOLDERS[self._form] / topic.name
-            questions, dialogues = _values(topic), _values(shown)
-            if len(questions) != len(dialogues):
-                reason = f"it has {len(dialogues)} records, and {topic} has {len(questions)}"
-                raise RecordError(shown, "in the file", reason=reason)
-            for number, (question, dialogue) in enumerate(zip(questions, dialogues, strict=True), 1):
+            for number, (question, dialogue) in enumerate(_pairs(topic, shown), 1):
                 self.report.rows += 1
-                file = topic
+                name, file = f"{topic.stem}/{number}", topic
                 try:
                     asked = _question(as_record(question))
                     file = shown
-                    items = self._history(f"{topic.stem}/{number}", asked, as_record(dialogue))
+                    items = self._history(name, asked, as_record(dialogue))
                 except Flaw as flaw:
                     self._skip(file, f"record {number}", flaw)
                     continue
                 if _is_dev(asked.preference) == (self._split == "dev"):
-                    yield self._sample(f"{topic.stem}/{number}", asked, items)
+                    yield self._sample(name, asked, items)
 
     def _sample(self, name: str, asked: _Question, items: Sequence[HistoryItem]) -> Sample:
         fitting, *others = asked.options
@@ -120,6 +116,15 @@ def _is_dev(preference: str) -> bool:
     """Draw a fifth of the preferences by their text, so that one that occurs twice is in one split."""
     digest = hashlib.sha256(comparable(preference).encode()).digest()
     return int.from_bytes(digest[:8]) % _DEV_STEP == 0
+
+
+def _pairs(topic: Path, shown: Path) -> Iterator[tuple[object, object]]:
+    """Return the records of two files that stand at the same place."""
+    questions, dialogues = _values(topic), _values(shown)
+    if len(questions) != len(dialogues):
+        reason = f"it has {len(dialogues)} records, and {topic} has {len(questions)}"
+        raise RecordError(shown, "in the file", reason=reason)
+    return zip(questions, dialogues, strict=True)
 
 
 def _values(path: Path) -> list[object]:

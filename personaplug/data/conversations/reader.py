@@ -80,22 +80,21 @@ class ConversationReader(RecordReader):
                     self._skip(source.name, position, flaw)
 
     def _line(self, source: RecordSource, position: str, values: Mapping[str, Any], names: _Names) -> Line:
-        format_ = self._format_of(values)
-        moment = moment_of(values)
+        format_, moment = self._format_of(values), moment_of(values)
         name = id_of(values, "id") if "id" in values else f"row-{self.report.rows}"
-        key = next((key for key in _USER_KEYS if key in values), None)
-        if key is None and (format_ is None or format_.has_users):
-            raise Flaw(f"its {_USER_KEYS[0]!r} or {_USER_KEYS[1]!r} is missing; a history needs to know whose it is")
-        user = id_of(values, key) if key else name
+        named = _user_of(values)
+        if named is None and (format_ is None or format_.has_users):
+            raise Flaw(f"its {' or '.join(map(repr, _USER_KEYS))} is missing; a history needs to know whose it is")
+        user = name if named is None else named
         if format_ is None:
-            entries = [Entry(names.new(name, user), moment, preference=name_of(values, PREFERENCE).strip())]
-            return Line(source.name, position, user, _keys(values, name), tuple(entries))
+            stated = name_of(values, PREFERENCE).strip()
+            entry = Entry(names.new(name, user), moment, preference=stated)
+            return Line(source.name, position, user, _keys(values, name), (entry,))
         conversation = conversation_of(format_.messages(values), moment=moment)
-        exchanges = conversation.exchanges
-        entries = [Entry(names.new(name, user), one.kept_at, one) for one in exchanges]
         self.report.left_out.update(conversation.left_out)
+        entries = tuple(Entry(names.new(name, user), one.kept_at, one) for one in conversation.exchanges)
         keys = _keys(values, name, conversation.start)
-        return Line(source.name, position, user, keys, tuple(entries), is_alone=key is None)
+        return Line(source.name, position, user, keys, entries, is_alone=named is None)
 
     def _format_of(self, values: Mapping[str, Any]) -> ConversationFormat | None:
         """Return the format of a record; None stands for a stated preference."""
@@ -153,6 +152,10 @@ class _Names:
             raise Flaw(f"a record of another user has its id {short_id(name)}")
         self._counts[name] += 1
         return as_id(f"{name}/{self._counts[name]}", "its id with the number of the turn")
+
+
+def _user_of(values: Mapping[str, Any]) -> str | None:
+    return next((id_of(values, key) for key in _USER_KEYS if key in values), None)
 
 
 def _keys(values: Mapping[str, Any], name: str, start: int | None = None) -> tuple[tuple[str, Any], ...]:

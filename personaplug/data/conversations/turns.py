@@ -143,7 +143,7 @@ def conversation_of(messages: Sequence[Message], *, moment: datetime | None) -> 
         for role, text in part.texts():
             path = hash((path, role, comparable(text)))
         start = path if start is None and part.texts() and part.asked else start
-        if defect := "" if part.is_context else part.defect():
+        if not part.is_context and (defect := part.defect()):
             left_out[defect] += 1
         elif not part.is_context:
             exchanges.append(part.exchange(texts, path, left_out))

@@ -76,8 +76,6 @@ class TextTokenizer(ABC):
         harmless_ids: control tokens that a text may become after all: the one for what has no other.
     """
 
-    has_offsets = True
-
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self.control = tokenizer, control_tokens(tokenizer)
         # Unless it also ends an answer, as in GPT-2.
@@ -98,9 +96,9 @@ class TextTokenizer(ABC):
     @abstractmethod
     def encode_many(self, texts: Sequence[str], *, inside: bool = False) -> list[list[int]]: ...
 
-    @abstractmethod
-    def offsets(self, text: str) -> Offsets:
-        """Return the first character of each token and the one after its last; only with `has_offsets`."""
+    def offsets(self, text: str) -> Offsets | None:
+        """Return the first character of each token and the one after its last; None if that is not known."""
+        return None
 
     def encode(self, text: str, *, inside: bool = False) -> list[int]:
         return self.encode_many([text], inside=inside)[0] if text else []
@@ -151,8 +149,6 @@ class _RustTokenizer(TextTokenizer):
 class _PythonTokenizer(TextTokenizer):
     """A tokenizer in Python, of which the check at load shows whether it keeps control tokens out."""
 
-    has_offsets = False
-
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
         # Those of mistral-common read no control tokens in texts, and know no such option.
@@ -161,9 +157,6 @@ class _PythonTokenizer(TextTokenizer):
     def encode_many(self, texts: Sequence[str], *, inside: bool = False) -> list[list[int]]:
         options = {"add_special_tokens": False, "verbose": False, **self._options}
         return [list(self._tokenizer.encode(text, **options)) for text in texts]
-
-    def offsets(self, text: str) -> Offsets:
-        raise NotImplementedError
 
 
 def _without_first_space(part: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from personaplug.errors import ConfigError, MissingModel
+from personaplug.errors import ConfigError, MissingModel, first_line
 
 Offsets = list[tuple[int, int]]
 
@@ -28,8 +28,7 @@ def load_tokenizer(folder: Path, *, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of any type: each family of tokenizers has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        tried = [f"the tokenizer in {folder}, where transformers says: {reason}"]
+        tried = [f"the tokenizer in {folder}, where transformers says: {first_line(error)}"]
         raise MissingModel(name, tried=tried, hint=hint) from error
     if is_tekken and not is_mistral_common(tokenizer) and not tokenizer.chat_template:
         raise MissingModel(name, tried=[f"the tokenizer in {folder}, which has no chat template"], hint=hint)

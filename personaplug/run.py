@@ -274,13 +274,13 @@ class Run:
         samples = (rewrite(sample) for sample in drawn(reader, limit=limit, seed=seed))
         return encoded(samples, table, plug=plug or self.config.plug, labels=self.task.labels)
 
-    def check_unchanged(self, config: Config, *, sections: Sequence[str] = FIXED) -> None:
+    def check_unchanged(self, config: Config) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
 
         Raises:
             RunConflict: naming the settings that differ.
         """
-        names = _differing(resolved(dated(config, self.folder), self.task), self.config, sections=sections)
+        names = _differing(resolved(dated(config, self.folder), self.task), self.config)
         if names:
             raise RunConflict(
                 f"{', '.join(names)} cannot be changed after training; {self.folder} was made with other "
@@ -351,7 +351,7 @@ class Run:
         return any(path.name not in ("log.jsonl", "tensorboard") for path in self.folder.glob("*/seed-*/[!.]*"))
 
     def _check_same(self, there: Run) -> None:
-        names = [name for name in _differing(self.config, there.config, sections=FIXED) if name != "training.seeds"]
+        names = [name for name in _differing(self.config, there.config) if name != "training.seeds"]
         if self.task != there.task:
             names.insert(0, "task")
         if names:
@@ -451,7 +451,7 @@ def _anonymous(user: str) -> str:
     return hashlib.blake2b(user.encode(), digest_size=8).hexdigest()
 
 
-def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[str]:
+def _differing(one: Config, other: Config) -> list[str]:
     left, right = asdict(one), asdict(other)
-    differing = [f"{s}.{key}" for s in sections for key in left[s] if left[s][key] != right[s][key]]
+    differing = [f"{s}.{key}" for s in FIXED for key in left[s] if left[s][key] != right[s][key]]
     return [name for name in differing if name not in SPEED_ONLY]

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import click
 
+from personaplug.cli.options import FILE, secret_option
 from personaplug.cli.serving_commands import check_installed
-
-_PATH = click.Path(path_type=Path)
-_SECRET = click.option("--secret", type=_PATH, help="File of the store's secret.  [default: beside SQLite's file]")
 
 
 @click.command("backup-store")
 @click.option("--store", required=True, help="Histories in a SQLite file; it may be in use.")
-@click.option("--to", "target", required=True, type=_PATH, help="File to make.")
-@_SECRET
+@click.option("--to", "target", required=True, type=FILE, help="File to make.")
+@secret_option
 def backup_store(store: str, target: Path, secret: Path | None) -> None:
     """Write a store of histories into one file with a checksum. Keep the store's secret too, in another place."""
     check_installed()
@@ -28,10 +26,10 @@ def backup_store(store: str, target: Path, secret: Path | None) -> None:
 
 
 @click.command("restore-store")
-@click.option("--from", "backup", required=True, type=_PATH, help="File made by `backup-store`.")
-@click.option("--to", "target", required=True, type=_PATH, help="SQLite file to make.")
+@click.option("--from", "backup", required=True, type=FILE, help="File made by `backup-store`.")
+@click.option("--to", "target", required=True, type=FILE, help="SQLite file to make.")
 @click.option("--current", help="Store in use until now: its erasures since the backup are repeated.")
-@_SECRET
+@secret_option
 def restore_store(backup: Path, target: Path, current: str | None, secret: Path | None) -> None:
     """Make a store of histories from a backup, if the backup is as it was written."""
     check_installed()
@@ -52,7 +50,7 @@ def restore_store(backup: Path, target: Path, current: str | None, secret: Path 
 @click.command("replay-erasures")
 @click.option("--from", "source", required=True, help="Store in use until now: a file, or a postgresql:// URL.")
 @click.option("--to", "target", required=True, help="Store restored from a backup.")
-@_SECRET
+@secret_option
 def replay_erasures(source: str, target: str, secret: Path | None) -> None:
     """Erase from a restored store the users that were erased from another one since the backup."""
     check_installed()

@@ -34,12 +34,12 @@ class Explainer:
         check_json([prompt, answer])
         labels = self.service.task.labels
         answer = answer.strip() if answer is not None and answer.strip() in labels else answer
-        self.service.engine.check_length(len(prompt) + len(answer or ""))
+        choices = labels if answer in labels else ()
+        await self.service.engine.check_texts(prompt, answer or "", choices=choices)
         query = await self.service.parse(tenant, prompt)
         if not self.service.is_personal(query):
             message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
             raise RequestError(message, code="not_the_task")
-        await self.service.engine.check_texts(prompt, answer or "", choices=labels if answer in labels else ())
         snapshot = partial(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         items, history = await self.service.store_threads.run(tenant, user, snapshot)
         weights = await self.service.slow.run(tenant, user, self._weights, query, history)
@@ -48,7 +48,8 @@ class Explainer:
         if answer is not None:
             work = partial(self._leave_one_out_softs, query, history)
             make_softs = partial(self.service.slow.run_weighted, tenant, user, work, cost=len(history))
-            likelihoods, effects = await self._effects(make_softs, prompt=prompt, answer=answer)
+            measure = partial(self.service.engine.log_likelihoods, prompt, answer, choices=choices)
+            likelihoods, effects = await _effects(measure, make_softs)
             explanation["log_likelihood"] = likelihoods
             columns["effect"], ranking = effects, -np.abs(effects)
         order = np.argsort(ranking, kind="stable")[:most]
@@ -81,17 +82,6 @@ class Explainer:
         with self.personas.plug_lock:
             return item_weights(self.personalizer, query.text, history)
 
-    async def _effects(
-        self, make_softs: Callable[[], Awaitable[list[SoftPrompt]]], *, prompt: str, answer: str
-    ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
-        """log p of an answer with the persona, the population's and none, and what it loses without each item."""
-        labels, engine = self.service.task.labels, self.service.engine
-        measure = partial(engine.log_likelihoods, prompt, answer, choices=labels if answer in labels else ())
-        (plain,) = await measure(softs=[None])  # first, because an engine may refuse
-        persona, population, *without = await measure(softs=await make_softs())
-        likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
-        return likelihoods, persona - np.array(without)
-
     def _leave_one_out_softs(self, query: TaskQuery, history: EncodedHistory) -> list[SoftPrompt]:
         """The persona of the whole history, of none, and without each item."""
         histories = [history, history.select(slice(0)), *leave_one_out(history)]
@@ -109,3 +99,13 @@ class Explainer:
         make_persona = partial(self._soft, TaskQuery("", None, is_on_task=False))
         population, max_cold_items = self.plug.population_prompt(), self.plug.cold_start.max_items
         return drift(make_persona, before, after, population=population, max_cold_items=max_cold_items)
+
+
+async def _effects(
+    measure: Callable[..., Awaitable[list[float]]], make_softs: Callable[[], Awaitable[list[SoftPrompt]]]
+) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
+    """log p of an answer with the persona, the population's and none, and what it loses without each item."""
+    (plain,) = await measure(softs=[None])  # first, because an engine may refuse
+    persona, population, *without = await measure(softs=await make_softs())
+    likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
+    return likelihoods, persona - np.array(without)

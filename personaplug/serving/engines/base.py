@@ -83,8 +83,8 @@ class Engine(ABC):
         """
         return None
 
-    async def check_texts(self, prompt: str, answer: str = "", *, choices: Sequence[str] = ()) -> None:
-        """Check the texts of an explanation, before a persona is made; RequestError if they are too long."""
+    async def check_texts(self, prompt: str, answer: str, *, choices: Sequence[str]) -> None:
+        """Check the texts of an explanation before anything else reads them; RequestError if they are too long."""
         self.check_length(len(prompt) + len(answer))
 
     @abstractmethod

@@ -137,7 +137,7 @@ class InProcessEngine(Engine):
         finally:
             job.cancel()  # has no effect on a job that has ended
 
-    async def check_texts(self, prompt: str, answer: str = "", *, choices: Sequence[str] = ()) -> None:
+    async def check_texts(self, prompt: str, answer: str, *, choices: Sequence[str]) -> None:
         self.check_length(len(prompt) + len(answer))
         try:
             await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)
@@ -148,7 +148,6 @@ class InProcessEngine(Engine):
         self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
         """Measure in passes, between which other requests go on."""
-        self.check_length(len(prompt) + len(answer))
         log_likelihoods: list[float] = []
         try:
             rows = await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from personaplug.errors import RequestError
 from personaplug.serving.explanations import Explainer
 from personaplug.serving.json_bodies import JsonRoute
-from personaplug.serving.json_stream import json_pages, pages_of, stream_json
+from personaplug.serving.json_stream import json_pages, stream_json
 from personaplug.serving.openai_protocol import Name, Text
 from personaplug.serving.routes.dependencies import ItemId, Parts, Tenant, UserId
 from personaplug.serving.service import Service
@@ -104,7 +104,7 @@ async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
 async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> Response:
     explainer = Explainer(parts.service)
     explanation = await explainer.explain(tenant, user, prompt=post.prompt, answer=post.answer, most=post.most)
-    pages = json_pages(explanation, pages_of(explanation.pop("items")))
+    pages = json_pages(explanation, explanation.pop("items"))
     return await stream_json(parts.service, tenant, user, pages=pages)
 
 
@@ -116,4 +116,4 @@ async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: P
 def _history_pages(service: Service, tenant: str, user: str, *, latest: int) -> Iterator[bytes]:
     head = {"user": user, "count": service.store.count(tenant, user)}
     items = service.store.list_items(tenant, user, latest=latest)
-    yield from json_pages(head, pages_of([service.item_fields(item) for item in items]))
+    yield from json_pages(head, [service.item_fields(item) for item in items])

@@ -16,17 +16,16 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from personaplug.analysis.metrics import get_metric
 from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.data.records import Sample
+from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import parse_task
 from personaplug.data.wording import Wording, learn_wordings
@@ -373,16 +372,6 @@ class Run:
             (self.folder / "data.json").unlink(missing_ok=True)  # of a start that failed before any training
         write_config(self.folder / "config.yaml", self.config, unchecked=_MOVABLE, run=str(about["id"]))
         write_checked_json(self.folder / "run.json", about)
-
-
-def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
-    """So many samples of a split, drawn by `seed`, in file order; 0 = all."""
-    if not limit:
-        yield from reader
-        return
-    count = sum(1 for _ in reader)
-    chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
-    yield from (sample for index, sample in enumerate(reader) if index in chosen)
 
 
 def dated(config: Config, folder: str | Path) -> Config:

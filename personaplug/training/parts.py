@@ -25,6 +25,7 @@ from personaplug.baselines.ropg import RopgObjective, RopgRetriever, RopgTeacher
 from personaplug.config import PAPER, PlugConfig
 from personaplug.data.label_set import LabelSet
 from personaplug.data.records import Sample
+from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
@@ -37,7 +38,7 @@ from personaplug.infra.training_facts import write_facts
 from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
-from personaplug.run import Models, Run, drawn
+from personaplug.run import Models, Run
 from personaplug.training.batching import user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.cold_start import set_best_cold_start

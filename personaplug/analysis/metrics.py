@@ -22,7 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN, check_estimate, scale_of
-from personaplug.analysis.words import ascii_words, is_read_by_ascii_words, unicode_words
+from personaplug.analysis.words import (
+    ascii_words,
+    is_read_by_ascii_words,
+    longest_common_subsequence,
+    unicode_words,
+)
 from personaplug.data.manners import DIMENSIONS, manners_met, share_met
 from personaplug.errors import ConfigError, ShapeMismatch, nearest
 from personaplug.infra.plugins import load_plugins, register
@@ -425,23 +430,6 @@ def is_invalid(prediction: str, labels: Sequence[str]) -> bool:
     """Return whether a prediction is none of the task's answers: outside the labels or, if there are none, empty."""
     text = prediction.strip()
     return text not in {label.strip() for label in labels} if labels else not text
-
-
-def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence.
-
-    Each row of the usual table is one integer with a zero bit where the row steps up by one.
-
-    Source: Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004.
-    """
-    positions: dict[str, int] = {}
-    for index, word in enumerate(left):
-        positions[word] = positions.get(word, 0) | 1 << index
-    row = all_ones = (1 << len(left)) - 1
-    for word in right:
-        matches = row & positions.get(word, 0)
-        row = ((row + matches) | (row - matches)) & all_ones
-    return len(left) - row.bit_count()
 
 
 @cache  # once a process

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 import click
 
 from personaplug.cli.options import (
+    FILE,
     FOLDER,
     check_same_task,
     data_option,
     device_of,
     methods_option,
+    run_option,
+    seed_option,
     show,
     skip_bad_option,
     task_option,
@@ -36,10 +39,6 @@ if TYPE_CHECKING:
     from personaplug.data.task import Reader
     from personaplug.methods import Method
     from personaplug.run import Run
-
-_run_option = click.option(
-    "--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`."
-)
 
 
 def _open_run(
@@ -97,7 +96,8 @@ def simulate(out: Path, kind: str, users: int, seed: int) -> None:
     """Write a data set of simulated users with known tastes, and the best score that knowing them allows.
 
     rating: scores of films. style: messages in a user's style. manners: chats about everyday topics, answered in a
-    user's manners; folders OUT-instructed-length, -layout, -emoji and -casing ask dev users to break with a manner.
+    user's manners; folders OUT-instructed-length, -layout, -emoji and -casing ask dev users to break with a manner, and
+    OUT-closed asks them questions with known answers.
     """
     from personaplug.data.simulation import SimulationConfig, write_simulation
 
@@ -108,7 +108,7 @@ def simulate(out: Path, kind: str, users: int, seed: int) -> None:
 
 @click.command()
 @data_option
-@click.option("--vectors", required=True, type=click.Path(path_type=Path), help="Folder of the item vectors.")
+@click.option("--vectors", required=True, type=FILE, help="Folder of the item vectors.")
 @click.option("--split", "splits", multiple=True, default=("train", "dev"), show_default=True, help="May be repeated.")
 @task_option
 @skip_bad_option
@@ -204,7 +204,7 @@ def train(
 
 
 @click.command()
-@_run_option
+@run_option
 @data_option
 @click.option("--split", default="dev", show_default=True)
 @methods_option("plain,instruction-only,wrong-user,shuffled,plug", "Rows of the table.")
@@ -274,7 +274,7 @@ def evaluate(
 
 
 @click.command()
-@_run_option
+@run_option
 @data_option
 @click.option("--split", default="test", show_default=True)
 @methods_option("plug", "Rows of a table; see `evaluate`.")
@@ -307,14 +307,14 @@ def predict(
 
 
 @click.command()
-@_run_option
+@run_option
 @click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
 @click.option(
     "--history",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="The user's items: one JSON object a line, with the fields of the run's task. None: a new user.",
 )
-@click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
+@seed_option
 @click.option("--plain", is_flag=True, help="Answer without the plug, to compare.")
 @click.option("--phrases", is_flag=True, help="Mix the phrases of the user's own answers into what the model writes.")
 @click.option("--probabilities", is_flag=True, help="Print how probable each label is, as JSON, instead of the answer.")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import click
 
+from personaplug.cli.options import FILE, secret_option
 from personaplug.cli.serving_commands import check_installed
 from personaplug.errors import ConfigError
 
-_PATH = click.Path(path_type=Path)
-_SECRET = click.option("--secret", type=_PATH, help="File of the store's secret.  [default: beside SQLite's file]")
 _STORE = click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL. It may be in use.")
 _TENANT = click.option("--tenant", default="default", show_default=True)
 _USER = click.option("--user", required=True)
@@ -20,8 +19,8 @@ _USER = click.option("--user", required=True)
 
 @click.command("backup-store")
 @click.option("--store", required=True, help="Histories in a SQLite file; it may be in use.")
-@click.option("--to", "target", required=True, type=_PATH, help="File to make.")
-@_SECRET
+@click.option("--to", "target", required=True, type=FILE, help="File to make.")
+@secret_option
 def backup_store(store: str, target: Path, secret: Path | None) -> None:
     """Write a store of histories into one file with a checksum. Keep the store's secret too, in another place."""
     check_installed()
@@ -33,10 +32,10 @@ def backup_store(store: str, target: Path, secret: Path | None) -> None:
 
 
 @click.command("restore-store")
-@click.option("--from", "backup", required=True, type=_PATH, help="File made by `backup-store`.")
-@click.option("--to", "target", required=True, type=_PATH, help="SQLite file to make.")
+@click.option("--from", "backup", required=True, type=FILE, help="File made by `backup-store`.")
+@click.option("--to", "target", required=True, type=FILE, help="SQLite file to make.")
 @click.option("--current", help="Store in use until now: its erasures since the backup are repeated.")
-@_SECRET
+@secret_option
 def restore_store(backup: Path, target: Path, current: str | None, secret: Path | None) -> None:
     """Make a store of histories from a backup, if the backup is as it was written."""
     check_installed()
@@ -57,7 +56,7 @@ def restore_store(backup: Path, target: Path, current: str | None, secret: Path 
 @click.command("replay-erasures")
 @click.option("--from", "source", required=True, help="Store in use until now: a file, or a postgresql:// URL.")
 @click.option("--to", "target", required=True, help="Store restored from a backup.")
-@_SECRET
+@secret_option
 def replay_erasures(source: str, target: str, secret: Path | None) -> None:
     """Erase from a restored store the users that were erased from another one since the backup."""
     check_installed()
@@ -74,7 +73,7 @@ def replay_erasures(source: str, target: str, secret: Path | None) -> None:
 
 @click.command("list-preferences")
 @_STORE
-@_SECRET
+@secret_option
 @_TENANT
 @_USER
 def list_preferences(store: str, secret: Path | None, tenant: str, user: str) -> None:
@@ -90,9 +89,9 @@ def list_preferences(store: str, secret: Path | None, tenant: str, user: str) ->
 
 @click.command("set-preferences")
 @click.argument("sentences", nargs=-1)
-@click.option("--run", "run_folder", type=_PATH, help="The run that is served; its encoder reads the sentences.")
+@click.option("--run", "run_folder", type=FILE, help="The run that is served; its encoder reads the sentences.")
 @_STORE
-@_SECRET
+@secret_option
 @_TENANT
 @_USER
 def set_preferences(

@@ -117,9 +117,8 @@ class RecordReader(ABC):
     ) -> Sample:
         """Find the query and the options in the prompt, and keep the latest items as the history."""
         query, options = query_of(self.task, prompt), options_of(self.task, prompt)
-        excess = max(len(items) - self._max_history, 0)
-        self.report.cut_items += excess
-        history = in_time_order(items)[excess:]
+        history = latest(in_time_order(items), self._max_history)
+        self.report.cut_items += len(items) - len(history)
         return Sample(
             name,
             user,
@@ -180,3 +179,11 @@ def in_time_order(items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
     if all(moment is not None for moment, _ in items):
         items = sorted(items, key=lambda pair: pair[0] or datetime.min)
     return tuple(item for _, item in items)
+
+
+def latest(items: Sequence[HistoryItem], limit: int) -> tuple[HistoryItem, ...]:
+    """Return at most `limit` items in their order: stated preferences first of all, then the latest others."""
+    if len(items) <= limit:
+        return tuple(items)
+    places = sorted(range(len(items)), key=lambda place: (items[place].kind == "preference", place), reverse=True)
+    return tuple(items[place] for place in sorted(places[:limit]))

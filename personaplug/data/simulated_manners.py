@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from personaplug.data.closed_questions import closed_questions
 from personaplug.data.manner_wording import INSTRUCTIONS, stated
 from personaplug.data.manners import DIMENSIONS, NONE, ONE, PROSE, SEVERAL_SENTENCES, VALUES, Manners
 from personaplug.data.records import PREFERENCE, HistoryItem, Sample, Turn
@@ -137,6 +138,16 @@ class MannerlyUser:
             return []
         asked = _Question(exchanges[0], instruction.obeyed_by(self.manners), wording=instruction.wordings[-1])
         return [asked.query(f"{name}-q0-{dimension}", name, history)]
+
+    def closed(self, name: str, rng: np.random.Generator, *, items: int, questions: int) -> list[SimulatedQuery]:
+        """Draw closed questions for the same user; whoever answers them loses nothing by the user's manners."""
+        history, _ = self._drawn(name, rng, items)
+        asked = closed_questions(questions, seed=int(rng.integers(2**31)))
+        samples = (
+            Sample(f"{name}-{each.kind}", name, each.prompt, each.prompt, each.answer, history, rejected=each.wrong)
+            for each in asked
+        )
+        return [SimulatedQuery(s, {"mode": s.target or ""}, {"mode": {"answered": 1.0}}) for s in samples]
 
     def _drawn(self, name: str, rng: np.random.Generator, items: int) -> tuple[tuple[HistoryItem, ...], list[Exchange]]:
         """Draw the history, and exchanges about the topics that are left."""

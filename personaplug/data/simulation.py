@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 
+from personaplug.data.closed_questions import CLOSED_QUESTIONS
 from personaplug.data.lamp_writer import write_lamp
 from personaplug.data.manner_wording import INSTRUCTIONS
 from personaplug.data.manners import DIMENSIONS
@@ -38,21 +39,25 @@ SIMULATED_TASKS: Mapping[SimulatedTask, Task] = {
 }  # fmt: skip
 
 _SPLITS = ("train", "dev")
-_INSTRUCTED = "instructed-"
+_INSTRUCTED, _CLOSED = "instructed-", "closed"
+_CLOSED_QUESTIONS = 5  # of a user, one of each kind
 
 
 def splits_of(kind: SimulatedTask) -> tuple[str, ...]:
     """Return the splits of a simulation.
 
     "manners" has more than train and dev: `instructed-{dimension}` asks the dev users again, with an instruction that
-    contradicts their manners in this dimension.
+    contradicts their manners in this dimension; `closed` asks them questions with known answers.
     """
-    return (*_SPLITS, *(f"{_INSTRUCTED}{dimension}" for dimension in INSTRUCTIONS)) if kind == "manners" else _SPLITS
+    further = (*(f"{_INSTRUCTED}{dimension}" for dimension in INSTRUCTIONS), _CLOSED)
+    return (*_SPLITS, *further) if kind == "manners" else _SPLITS
 
 
 def _task_of(kind: SimulatedTask, split: str) -> Task:
     """Return the task of a split; whether an instruction is obeyed leads in a task of its own."""
     task = SIMULATED_TASKS[kind]
+    if split == _CLOSED:
+        return CLOSED_QUESTIONS
     if not split.startswith(_INSTRUCTED):
         return task
     dimension = split.removeprefix(_INSTRUCTED)
@@ -150,7 +155,7 @@ def write_simulation(config: SimulationConfig, folder: str | Path) -> None:
 
     The additional files are `{split}_oracle.json` (predictions as an outputs file; for ratings the likeliest scores,
     and the medians in `{split}_oracle_median.json`) and `oracle.json` (expected scores by split and way of deciding).
-    A split `instructed-…` becomes the dev split of a folder beside this one: `{folder}-instructed-…`.
+    A further split becomes the dev split of a folder beside this one, such as `{folder}-closed`.
     """
     folder = Path(folder)
     _write_splits(config, folder, {split: split for split in _SPLITS})
@@ -185,6 +190,8 @@ def _queries(config: SimulationConfig, split: str, user: int) -> list[SimulatedQ
     name, items = f"{part}-{user:04d}", _drawn_items(config, rng)
     if isinstance(simulated, MannerlyUser) and split.startswith(_INSTRUCTED):
         return simulated.instructed(name, rng, items=items, dimension=split.removeprefix(_INSTRUCTED))
+    if isinstance(simulated, MannerlyUser) and split == _CLOSED:
+        return simulated.closed(name, rng, items=items, questions=_CLOSED_QUESTIONS)
     queries = config.queries_per_user if part == "train" else config.dev_queries_per_user
     return simulated.queries(name, rng, items=items, queries=queries)
 

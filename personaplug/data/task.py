@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -88,6 +89,7 @@ class ReadReport:
         too_early: rows that are no questions, since too few earlier rows make their history.
         cut_items: items left out because a history was longer than `max_history`.
         own_answers: samples with an item in their history that has the text and the answer of the question.
+        left_out: how much else was left out, by the reason in words ("turns with tool calls").
     """
 
     rows: int = 0
@@ -100,6 +102,7 @@ class ReadReport:
     too_early: int = 0
     cut_items: int = 0
     own_answers: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -110,6 +113,7 @@ class ReadReport:
             (self.too_early, "rows with too short a history not asked"),
             (self.unclear, "rows not asked whose copies have several answers"),
             (self.cut_items, "items beyond the longest history left out"),
+            *((count, f"{reason} left out") for reason, count in self.left_out.items()),
         )
         return "; ".join((
             f"{self.samples:,} samples, {self.items:,} items of history, from {self.rows:,} rows{users}",

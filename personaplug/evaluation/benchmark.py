@@ -121,7 +121,7 @@ def _check_selection(
             )
 
 
-def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: SweepPoint = WHOLE) -> str:
+def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: SweepPoint) -> str:
     """Return a hash of everything that a trial's scores depend on; settings of speed and place are left out."""
     settings = asdict(config)
     settings["evaluation"] |= point.changes

@@ -16,7 +16,7 @@ from typing import Any
 
 from personaplug.data.records import SYSTEM_ROLES, Prompt, Turn, last_message, turns_of
 from personaplug.errors import ConfigError, ShapeMismatch
-from personaplug.llm.chat_template import ChatTemplate, Frame, find_sequence
+from personaplug.llm.chat_template import PLACEHOLDER, ChatTemplate, Frame, find_sequence
 from personaplug.llm.text_tokenizer import TextTokenizer
 from personaplug.llm.tokenizer_check import check_round_trip
 
@@ -24,7 +24,6 @@ Ids = tuple[int, ...]
 
 _CACHED_TEXTS = 4_096  # prompts, and as many answers; a prompt of 80 tokens takes 3 KB
 _CACHED_FRAMES = 256  # sequences of roles
-_PLACEHOLDER = "personaplugplaceofthetext"
 
 
 @dataclass(frozen=True, repr=False)
@@ -234,8 +233,8 @@ class PromptTokenizer:
         return self._template.form(text) if self._template else text
 
     def _end_of(self, text: str, tokens: int) -> int:
-        if self.texts.has_offsets:
-            offsets = self.texts.offsets(text)
+        offsets = self.texts.offsets(text)
+        if offsets is not None:
             # The start of the next token: all tokens that are parts of one character start with it.
             return min(int(offsets[tokens][0]), len(text) - 1) if tokens < len(offsets) else len(text)
         if self.count_tokens([text])[0] <= tokens:
@@ -269,8 +268,8 @@ def today() -> str:
 
 def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer puts before and after a text."""
-    bare = list(tokenizer(_PLACEHOLDER, add_special_tokens=False)["input_ids"])
-    framed = list(tokenizer(_PLACEHOLDER)["input_ids"])
+    bare = list(tokenizer(PLACEHOLDER, add_special_tokens=False)["input_ids"])
+    framed = list(tokenizer(PLACEHOLDER)["input_ids"])
     start = find_sequence(framed, bare)
     if start is None:
         raise ConfigError("The model's tokenizer does not leave a text in one piece between its special tokens.")

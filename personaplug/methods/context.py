@@ -15,13 +15,14 @@ from personaplug.analysis.method_info import SHUFFLED, WRONG_USER, HistorySource
 from personaplug.baselines.prompt_builder import PromptBuilder
 from personaplug.config import EvaluationConfig, PlugConfig
 from personaplug.data.records import ITEM_KINDS, HistoryItem, Sample
+from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.encoded_sample import EncodedSample, Int8Array, latest_items
 from personaplug.errors import ConfigError, MissingData
 from personaplug.llm.base import GenerationConfig
 from personaplug.methods.costs import CostMeter
 from personaplug.plug.model import PersonaPlug
-from personaplug.run import Models, Run, drawn, encoded
+from personaplug.run import Models, Run, encoded
 
 T = TypeVar("T")
 

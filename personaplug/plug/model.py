@@ -173,7 +173,6 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         plug = cls(config, spec=spec, encoder=encoder)
         plug.training_facts = training
         plug._load_weights(folder / saving.WEIGHTS)
-        saving.check_weights(folder)
         return plug.eval()
 
     def _load_weights(self, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.data.records import Prompt, characters, last_message
+from personaplug.data.records import Prompt, last_message
 from personaplug.data.task_prompts import TaskQuery
 from personaplug.encoders.encoded_sample import EncodedHistory, latest_items
 from personaplug.errors import MissingData, RequestError
@@ -36,12 +36,12 @@ class Explainer:
         check_json([last_message(prompt), answer])
         labels = self.service.task.labels
         answer = answer.strip() if answer is not None and answer.strip() in labels else answer
-        self.service.engine.check_length(characters(prompt) + len(answer or ""))
+        choices = labels if answer in labels else ()
+        await self.service.engine.check_texts(prompt, answer or "", choices=choices)
         query = await self.service.parse(tenant, last_message(prompt), can_be_task=_ends_with_user(prompt))
         if not self.service.is_personal(query):
             message = f"A prompt that is none of {self.service.task.name} (GET /v1/task) is answered without a persona."
             raise RequestError(message, code="not_the_task")
-        await self.service.engine.check_texts(prompt, answer or "", choices=labels if answer in labels else ())
         snapshot = partial(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         items, history = await self.service.store_threads.run(tenant, user, snapshot)
         weights = await self.service.slow.run(tenant, user, self._weights, query, history)
@@ -50,7 +50,8 @@ class Explainer:
         if answer is not None:
             work = partial(self._leave_one_out_softs, query, history)
             make_softs = partial(self.service.slow.run_weighted, tenant, user, work, cost=len(history))
-            likelihoods, effects = await self._effects(make_softs, prompt=prompt, answer=answer)
+            measure = partial(self.service.engine.log_likelihoods, prompt, answer, choices=choices)
+            likelihoods, effects = await _effects(measure, make_softs)
             explanation["log_likelihood"] = likelihoods
             columns["effect"], ranking = effects, -np.abs(effects)
         order = np.argsort(ranking, kind="stable")[:most]
@@ -84,17 +85,6 @@ class Explainer:
         with self.personas.plug_lock:
             return item_weights(self.personalizer, query.text, history)
 
-    async def _effects(
-        self, make_softs: Callable[[], Awaitable[list[SoftPrompt]]], *, prompt: Prompt, answer: str
-    ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
-        """log p of an answer with the persona, the population's and none, and what it loses without each item."""
-        labels, engine = self.service.task.labels, self.service.engine
-        measure = partial(engine.log_likelihoods, prompt, answer, choices=labels if answer in labels else ())
-        (plain,) = await measure(softs=[None])  # first, because an engine may refuse
-        persona, population, *without = await measure(softs=await make_softs())
-        likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
-        return likelihoods, persona - np.array(without)
-
     def _leave_one_out_softs(self, query: TaskQuery, history: EncodedHistory) -> list[SoftPrompt]:
         """The persona of the whole history, of none, and without each item."""
         histories = [history, history.select(slice(0)), *leave_one_out(history)]
@@ -114,6 +104,16 @@ class Explainer:
 
     def _used(self, history: EncodedHistory) -> EncodedHistory:
         return history.select(latest_items(history.kind_ids, self.plug.config.max_history))
+
+
+async def _effects(
+    measure: Callable[..., Awaitable[list[float]]], make_softs: Callable[[], Awaitable[list[SoftPrompt]]]
+) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
+    """log p of an answer with the persona, the population's and none, and what it loses without each item."""
+    (plain,) = await measure(softs=[None])  # first, because an engine may refuse
+    persona, population, *without = await measure(softs=await make_softs())
+    likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
+    return likelihoods, persona - np.array(without)
 
 
 def _ends_with_user(prompt: Prompt) -> bool:

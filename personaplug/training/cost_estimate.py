@@ -13,12 +13,13 @@ from pathlib import Path
 
 from personaplug.config import Config
 from personaplug.data.records import Sample, characters
+from personaplug.data.splits import drawn
 from personaplug.data.task import Reader
 from personaplug.encoders.embedding_store import EmbeddingStore, content_key
 from personaplug.errors import MissingData
 from personaplug.infra.memory import peak_memory
 from personaplug.llm.prompt_cache import CachePlan
-from personaplug.run import Models, Run, drawn, encoded, resolved
+from personaplug.run import Models, Run, encoded, resolved
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import build_plug, closed_labels
 from personaplug.training.trainer import fit

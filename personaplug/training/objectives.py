@@ -163,7 +163,7 @@ class LoraObjective:
     reads_histories = False
 
     def __init__(
-        self, adapters: LoraAdapters, llm: LanguageModel, *, config: AdapterConfig, labels: Sequence[str] = ()
+        self, adapters: LoraAdapters, llm: LanguageModel, *, config: AdapterConfig, labels: Sequence[str]
     ) -> None:
         self.module = adapters.module(TASK)
         self.device = next(self.module.parameters()).device

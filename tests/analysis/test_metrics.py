@@ -23,11 +23,11 @@ from personaplug.analysis.metrics import (
     get_metric,
     has_estimate,
     is_invalid,
-    longest_common_subsequence,
     metric_class,
     value_of,
 )
 from personaplug.analysis.significance import bootstrap_interval
+from personaplug.analysis.words import longest_common_subsequence
 from personaplug.errors import ConfigError, ShapeMismatch
 
 STARS = ("1", "2", "3", "4", "5")

@@ -177,7 +177,7 @@ def test_cold_users_may_still_state_preferences() -> None:
 def test_written_splits_read_back_equal(tmp_path: Path) -> None:
     config = SimulationConfig(task="manners", users=12, dev_users=12)
     write_simulation(config, tmp_path / "d")
-    folders = {name: (tmp_path / f"d-{name}", "dev") for name in INSTRUCTED}
+    folders = {name: (tmp_path / f"d-{name}", "dev") for name in (*INSTRUCTED, "closed")}
     for split in splits_of("manners"):
         folder, name = folders.get(split, (tmp_path / "d", split))
         simulation, reader = simulate(config, split), open_dataset(folder, name)
@@ -189,7 +189,16 @@ def test_written_splits_read_back_equal(tmp_path: Path) -> None:
 
 def test_split_in_which_nobody_is_instructed_is_not_written(tmp_path: Path) -> None:
     write_simulation(SimulationConfig(task="manners", users=1, dev_users=1), tmp_path / "d")
-    assert {"d"} < {path.name for path in tmp_path.iterdir()} < {"d", *(f"d-{name}" for name in INSTRUCTED)}
+    always = {"d", "d-closed"}
+    assert always < {path.name for path in tmp_path.iterdir()} < always | {f"d-{name}" for name in INSTRUCTED}
+
+
+def test_closed_questions_are_asked_of_the_dev_users_with_their_histories(dev: Simulation) -> None:
+    closed = simulate(CONFIG, "closed").samples
+    histories = {sample.user_id: sample.history for sample in dev.samples}
+    assert {sample.user_id: sample.history for sample in closed} == histories
+    assert len({sample.id.rpartition("-")[2] for sample in closed if sample.user_id == closed[0].user_id}) == 5
+    assert all(sample.rejected and sample.target not in sample.rejected for sample in closed)
 
 
 def test_history_longer_than_the_topics_is_refused() -> None:

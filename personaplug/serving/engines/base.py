@@ -84,8 +84,8 @@ class Engine(ABC):
         """
         return None
 
-    async def check_texts(self, prompt: Prompt, answer: str = "", *, choices: Sequence[str] = ()) -> None:
-        """Check the texts of an explanation, before a persona is made; RequestError if they are too long."""
+    async def check_texts(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> None:
+        """Check the texts of an explanation before anything else reads them; RequestError if they are too long."""
         self.check_length(characters(prompt) + len(answer))
 
     @abstractmethod

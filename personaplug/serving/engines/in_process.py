@@ -138,7 +138,7 @@ class InProcessEngine(Engine):
         finally:
             job.cancel()  # has no effect on a job that has ended
 
-    async def check_texts(self, prompt: Prompt, answer: str = "", *, choices: Sequence[str] = ()) -> None:
+    async def check_texts(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> None:
         self.check_length(characters(prompt) + len(answer))
         try:
             await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)
@@ -149,7 +149,6 @@ class InProcessEngine(Engine):
         self, prompt: Prompt, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
         """Measure in passes, between which other requests go on."""
-        self.check_length(characters(prompt) + len(answer))
         log_likelihoods: list[float] = []
         try:
             rows = await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)

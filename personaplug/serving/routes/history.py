@@ -15,7 +15,7 @@ from personaplug.errors import RequestError
 from personaplug.serving.explanations import Explainer
 from personaplug.serving.feedback import Feedback, feedback_ids
 from personaplug.serving.json_bodies import JsonRoute
-from personaplug.serving.json_stream import json_pages, pages_of, stream_json
+from personaplug.serving.json_stream import json_pages, stream_json
 from personaplug.serving.openai_protocol import Messages, Name, Text
 from personaplug.serving.routes.dependencies import MAX_TEXT, ItemId, Parts, RequestId, Tenant, UserId
 from personaplug.serving.service import Service
@@ -147,7 +147,7 @@ async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
 async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> Response:
     explainer = Explainer(parts.service)
     explanation = await explainer.explain(tenant, user, prompt=post.asked, answer=post.answer, most=post.most)
-    pages = json_pages(explanation, pages_of(explanation.pop("items")))
+    pages = json_pages(explanation, explanation.pop("items"))
     return await stream_json(parts.service, tenant, user, pages=pages)
 
 
@@ -159,4 +159,4 @@ async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: P
 def _history_pages(service: Service, tenant: str, user: str, *, latest: int) -> Iterator[bytes]:
     head = {"user": user, "count": service.store.count(tenant, user)}
     items = service.store.list_items(tenant, user, latest=latest)
-    yield from json_pages(head, pages_of([service.item_fields(item) for item in items]))
+    yield from json_pages(head, [service.item_fields(item) for item in items])

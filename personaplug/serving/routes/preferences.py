@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from personaplug.serving.json_bodies import JsonRoute
-from personaplug.serving.json_stream import json_pages, pages_of, stream_json
+from personaplug.serving.json_stream import json_pages, stream_json
 from personaplug.serving.openai_protocol import Text
 from personaplug.serving.routes.dependencies import MAX_TEXT, Parts, Tenant, UserId
 from personaplug.serving.service import Service
@@ -49,4 +49,4 @@ async def delete(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, int]:
 def _pages(service: Service, tenant: str, user: str) -> Iterator[bytes]:
     items = service.store.list_preferences(tenant, user)
     head = {"user": user, "count": len(items)}
-    yield from json_pages(head, pages_of([service.item_fields(item) for item in items]), name="preferences")
+    yield from json_pages(head, [service.item_fields(item) for item in items], name="preferences")

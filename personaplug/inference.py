@@ -91,7 +91,6 @@ def respond(
     """
     task, soft, ngrams = run.task, None, None
     if personalizer is not None:
-        items = [item for item in items if item.kind != "rejection" or personalizer.plug.knows_rejections]
         query, history = _query(run, prompt), personalizer.encode(items, encoder=models.encoder)
         soft = personalizer.persona(query.text, history, options=query.options)
     if task.labels and config.decoding != "generate":

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from personaplug.config import PlugConfig
-from personaplug.data.records import Options
+from personaplug.data.records import ITEM_KINDS, ItemKind, Options
 from personaplug.encoders import Encoder
-from personaplug.encoders.encoded_sample import REJECTION_KIND
+from personaplug.encoders.encoded_sample import Int8Array
 from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch
 from personaplug.infra.atomic_io import storage_errors, write_text
 from personaplug.infra.model_hub import LLMIdentity
@@ -57,10 +59,18 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         return head is None or (head.query_encoder is None and head.hint is None)
 
     @property
-    def knows_rejections(self) -> bool:
-        """True if training has seen rejected answers; if not, a rejection would count as an answer that a user kept."""
+    def known_kinds(self) -> tuple[ItemKind, ...]:
+        """The kinds of items that the plug can read: answers, and what else its training has seen.
+
+        An item of another kind would count as an answer.
+        """
         kinds = None if self.persona is None else self.persona.projector.kind
-        return kinds is not None and bool(kinds[REJECTION_KIND - 1].any())
+        is_trained = [False] * (len(ITEM_KINDS) - 1) if kinds is None else kinds.any(dim=1).tolist()
+        return tuple(kind for kind, known in zip(ITEM_KINDS, [True, *is_trained], strict=True) if known)
+
+    def known_items(self, kind_ids: Int8Array) -> npt.NDArray[np.intp]:
+        """Return the indices of the items that are of a known kind."""
+        return np.flatnonzero(np.isin(kind_ids, [ITEM_KINDS.index(kind) for kind in self.known_kinds]))
 
     def forward(
         self,

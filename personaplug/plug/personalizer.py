@@ -58,9 +58,10 @@ class Personalizer:
         return soft
 
     def encode(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
-        """Encode the items of a user that are used, at most `max_history`."""
+        """Encode the items of a user that are used: the plug knows their kinds, and they are at most `max_history`."""
         kinds = kind_ids(items)
-        used = latest_items(kinds, self.plug.config.max_history)
+        known = self.plug.known_items(kinds)
+        used = known[latest_items(kinds[known], self.plug.config.max_history)]
         items = [items[index] for index in used]
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
@@ -106,6 +107,8 @@ class Personalizer:
         """Collect the vectors of the samples' items that are used, at most `max_history` of each."""
         assert self.table is not None, "samples refer to a vector table"
         limit = self.plug.config.max_history
+        if not self.plug.training:  # which learns the kinds that there are
+            samples = [sample.with_items_of(sample, self.plug.known_items(sample.kind_ids)) for sample in samples]
         samples = [sample if len(sample.rows) <= limit else sample.latest(limit) for sample in samples]
         history = EncodedHistory(
             self.table.gather(np.concatenate([sample.rows for sample in samples])),

@@ -77,7 +77,7 @@ class Explainer:
             if not version or not items:
                 raise MissingData("The tenant has no such user, or the user no items.")
             if history.version == version == self.store.version(tenant, user):
-                known = self.personas.known_items(history.kind_ids)
+                known = self.personas.plug.known_items(history.kind_ids)
                 return [items[index] for index in known], history.select(known)
         raise RequestError("The user's history is being changed; try again.", http_status=409, code="busy")
 

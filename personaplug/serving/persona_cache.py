@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 from cachetools import LRUCache
 
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.data.records import Options
-from personaplug.encoders.encoded_sample import REJECTION_KIND, Int8Array, all_answers, past_answers
+from personaplug.encoders.encoded_sample import all_answers, past_answers
 from personaplug.encoders.style_features import style_features_of
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
 from personaplug.llm.ngram_cache import UserNgramCache
@@ -164,15 +163,11 @@ class PersonaCache:
                 self._entries[tenant, user] = entry
         return entry, False
 
-    def known_items(self, kind_ids: Int8Array) -> npt.NDArray[np.intp]:
-        """Return the indices of the items that the plug can read: rejections only if its training had some."""
-        return np.flatnonzero((kind_ids != REJECTION_KIND) | self.plug.knows_rejections)
-
     def _read(self, ticket: Ticket | None) -> StoredHistory:
         if ticket is None:
             return _empty_history(self.plug)
         history = self.store.load_history(ticket.tenant, ticket.user, latest=self.plug.config.max_history)
-        return history.select(self.known_items(history.kind_ids))
+        return history.select(self.plug.known_items(history.kind_ids))
 
     def _phrases_of(self, tenant: str, user: str) -> UserNgramCache | None:
         if self._build_phrases is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ from personaplug.plug.personalizer import Personalizer
 REJECTION_KIND = ITEM_KINDS.index("rejection")
 
 
-def build_trained() -> PersonaPlug:
+def build_trained(**settings: Any) -> PersonaPlug:
     """Return a plug that tells kinds apart, as a trained one does."""
-    plug = build_plug(kinds=True)
+    plug = build_plug(kinds=True, **settings)
     kind = head_of(plug).projector.kind
     assert kind is not None
     with torch.no_grad():
@@ -80,12 +81,22 @@ def test_latest_items_keep_stated_preferences(kinds: list[int], limit: int, expe
     assert latest_items(np.array(kinds, dtype=np.int8), limit).tolist() == expected
 
 
+@pytest.mark.parametrize("kinds", [True, False])
+def test_kinds_that_training_has_not_seen_are_not_read(kinds: bool) -> None:
+    plug, kind_ids = build_plug(kinds=kinds), np.array([0, 2, 1, 0], dtype=np.int8)
+    assert plug.known_items(kind_ids).tolist() == [0, 3]
+    assert build_trained().known_items(kind_ids).tolist() == [0, 1, 2, 3]
+    record = {"id": "p", "preference": "short answers"}
+    encoder = HashEncoder(WIDTH)
+    assert len(Personalizer(build_plug(encoder, kinds=kinds)).encode([item_of(CHAT, record)[1]], encoder=encoder)) == 0
+
+
 def test_old_preference_is_among_the_items_that_are_encoded() -> None:
     records = [{"id": "p", "preference": "short answers"}]
     records += [{"id": str(n), "question": f"q{n}", "answer": "a"} for n in range(9)]
     items = [item_of(CHAT, record)[1] for record in records]
     encoder = HashEncoder(WIDTH)
-    personalizer = Personalizer(build_plug(encoder, kinds=True, max_history=3))
+    personalizer = Personalizer(build_trained(encoder=encoder, max_history=3))
     history = personalizer.encode(items, encoder=encoder)
     assert history.kind_ids.tolist() == [PREFERENCE_KIND, 0, 0]
     np.testing.assert_array_equal(history.vectors[0], encoder.encode(["preference: short answers"])[0].astype("f2"))

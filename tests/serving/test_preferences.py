@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from live_server import open_service, served
+from plugs import head_of
 
 from personaplug.errors import UserErased
 from personaplug.llm.causal_lm import CausalLM
@@ -104,14 +106,24 @@ def test_history_takes_no_more_preferences_than_a_user_may_state(url: str) -> No
     assert _post(url, "emil", many[0]).status_code == 400
 
 
-def test_preference_makes_a_new_user_personal_at_once(url: str) -> None:
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_preference_makes_a_new_user_personal_at_once_if_the_plug_knows_any(
+    is_trained: bool, toy: CausalLM, tmp_path: Path
+) -> None:
+    service = open_service(toy, tmp_path)
+    kinds = head_of(service.personas.plug).projector.kind
+    assert kinds is not None
+    if is_trained:
+        torch.nn.init.normal_(kinds)
     body = {"messages": [{"role": "user", "content": "review: a film about tea"}], "user": "fred"}
     personas = []
-    for sentences in ([], ["No horror."], []):
-        _put(url, "fred", *sentences)
-        reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
-        personas.append((reply.headers["x-personaplug-persona"], reply.headers["x-personaplug-items"]))
-    assert personas == [("population", "0"), ("user", "1"), ("population", "0")]
+    with served(service) as url:
+        for sentences in ([], ["No horror."], []):
+            _put(url, "fred", *sentences)
+            reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+            personas.append((reply.headers["x-personaplug-persona"], reply.headers["x-personaplug-items"]))
+    stated = ("user", "1") if is_trained else ("population", "0")
+    assert personas == [("population", "0"), stated, ("population", "0")]
 
 
 def test_store_without_texts_lists_ids_and_dates_alone(toy: CausalLM, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_trained_run_of_conversations_serves_any_message(
     service = open_run(run, ServingConfig(str(tmp_path / "h.db"), keep_text=True))
     assert "every message of a user in a chat" in caplog.text
     assert "wording" not in caplog.text
-    assert service.personas.plug.knows_rejections
+    assert service.personas.plug.known_items(np.array([0, 1, 2], dtype=np.int8)).tolist() == [0, 1, 2]
     with served(service) as url:
         chats = Chats(url, service)
         for user, answer in USERS.items():
@@ -137,7 +138,7 @@ def test_trained_run_of_conversations_serves_any_message(
             assert chats.ask("ann", "Hi.", prompt).headers["x-personaplug-persona"] == "user"
 
 
-def test_rejections_are_left_out_of_one_answer_unless_training_had_some(trained: Path) -> None:
+def test_kinds_are_left_out_of_one_answer_unless_training_had_them(trained: Path) -> None:
     run = Run.open(trained)
     models = open_models(run.config)
     plug = run.load_plug("plug", seed=run.config.training.seeds[0], models=models)
@@ -151,13 +152,14 @@ def test_rejections_are_left_out_of_one_answer_unless_training_had_some(trained:
 
     class Counting(Personalizer):
         def encode(self, items: Any, *, encoder: Any) -> Any:
-            counts.append(len(items))
-            return super().encode(items, encoder=encoder)
+            history = super().encode(items, encoder=encoder)
+            counts.append(len(history))
+            return history
 
     for _ in range(2):
         respond("Tell me", items, run=run, models=models, personalizer=Counting(plug), config=run.config.evaluation)
         torch.nn.init.zeros_(_kinds_of(plug))
-    assert counts == [3, 2]
+    assert counts == [3, 1]
 
 
 def _record(chats: Chats, toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +364,7 @@ def test_task_of_conversations_is_published(embedded: Chats) -> None:
     about = httpx.get(f"{embedded.url}/v1/task").json()
     assert (about["kind"], about["wordings"], about["labels"]) == ("chat", ["{query}"], [])
     assert (about["item_fields"], about["answer_field"]) == (["question", "answer"], "answer")
+    assert about["item_kinds"] == ["answer", "rejection", "preference"]
 
 
 def test_explanation_covers_preferences_that_are_older_than_the_latest_items(embedded: Chats) -> None:

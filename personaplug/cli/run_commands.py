@@ -76,15 +76,16 @@ def _open_splits(
     show_default=True,
     help="Where data, run and results go.",
 )
+@click.option("--chat", is_flag=True, help="Conversations in users' manners instead of ratings of films.")
 @with_settings("model", "plug", "training", "evaluation")
-def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -> None:
-    """Simulated users, real models: train, compare with the controls, show two users side by side. About 10 minutes.
+def quickstart(out: Path, chat: bool, config_file: Path | None, settings: tuple[str, ...]) -> None:
+    """Simulated users, real models: train, compare with the controls, show users side by side. About 10 minutes.
 
     It starts from a few values of its own, to be done in that time; the settings it uses are printed first.
     """
-    from personaplug.cli.quickstart import run_quickstart
+    from personaplug.cli.quickstart import CHATS, RATINGS, run_quickstart
 
-    run_quickstart(out, config_file=config_file, settings=settings)
+    run_quickstart(out, demo=CHATS if chat else RATINGS, config_file=config_file, settings=settings)
 
 
 @click.command()

@@ -53,7 +53,7 @@ def unchecked() -> Iterator[None]:
     with (
         patch.object(EmbeddingStore, "_check", lambda *_, **__: None),
         patch("personaplug.encoders.embedding_store._checked_rows", lambda found, _, salt: [row[:2] for row in found]),
-        patch.object(tensor_files, "_checksum", lambda _: None),
+        patch.object(tensor_files, "checksum", lambda _: None),
         patch.object(tensor_files, "_is_finite", lambda _: True),
         patch.object(tensor_files, "KEY", "none"),
     ):

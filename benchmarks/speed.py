@@ -37,8 +37,9 @@ from torch import Tensor
 from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
+from personaplug.data.records import last_message
 from personaplug.encoders.embedding_store import EmbeddingStore
-from personaplug.encoders.encoded_sample import EncodedSample, no_style
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.memory import peak_memory, reset_peak_memory
@@ -112,7 +113,9 @@ class ReferenceObjective(PlugObjective):
         weights = torch.einsum("be,bne->bn", query, items).masked_fill(~real, -1e9).softmax(dim=1)
         count = items.shape[0] * HISTORY
         label_ids, style = torch.full((count,), -1), torch.empty(count, 0)
-        hidden = plug.persona.projector.hidden(items.flatten(0, 1), label_ids=label_ids, style=style)
+        hidden = plug.persona.projector.hidden(
+            items.flatten(0, 1), label_ids=label_ids, style=style, kind_ids=torch.zeros_like(label_ids)
+        )
         projected = plug.persona.projector.out(hidden, weight_sums=torch.ones(count), tokens=slice(None))
         persona = torch.einsum("bn,bnkd->bkd", weights, projected.view(*weights.shape, *projected.shape[1:]))
         instruction = plug.instruction.expand(len(samples), -1, -1)
@@ -215,7 +218,7 @@ def _answering(samples: Sequence[EncodedSample], models: Models, *, tokens: int)
     if tokens == 1:
         return list(samples)
     # The end of text is one of the tokens.
-    return [replace(one, target=models.llm.cut_text(one.prompt, tokens - 1)) for one in samples]
+    return [replace(one, target=models.llm.cut_text(last_message(one.prompt), tokens - 1)) for one in samples]
 
 
 def _ways(
@@ -275,6 +278,7 @@ def _histories(
                 rows=rng.integers(len(table), size=items),
                 label_ids=np.full(items, -1, np.int16),
                 style=no_style(items),
+                kind_ids=all_answers(items),
             )
             for one in batch
         ]

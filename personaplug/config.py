@@ -120,6 +120,11 @@ class PlugConfig:
         description="mix the population persona into a user's, by a trained share that falls with more items; false = "
         "the paper: only users without items get it",
     )
+    kinds: bool = Field(
+        default=True,
+        description="tell rejected answers and stated preferences from answers, and keep a trained share of the weight "
+        "for preferences; false = the paper: an item is an item",
+    )
     options: Literal["ignore", "compare", "auto"] = Field(
         default="auto",
         description="options in the prompt that stand for the labels ([1]: … [2]: …): compare = one more token with "
@@ -196,6 +201,12 @@ class TrainingConfig:
         description="train answers with the end-of-text token: always (the paper; needed for decoding=generate on "
         "labels); auto = not for labels of a closed set, which are scored",
     )
+    preference_loss: Literal["none", "dpo", "simpo"] = Field(
+        default="none",
+        description="added for samples with rejected answers, whose likelihood it lowers beside that of the kept "
+        "answer: dpo compares with the plain model, simpo with nothing",
+    )
+    preference_weight: float = Field(default=1.0, description="of that loss beside that of the answers", ge=0, le=100)
     max_tokens_per_microbatch: int = Field(
         default=1024,
         description="most tokens, padding included, in one forward and backward pass; larger batches are split and "
@@ -280,6 +291,11 @@ class EvaluationConfig:
     max_eval_history: int = Field(
         default=-1, description="show only this many latest items of each history (a cold-start curve); -1 = all", ge=-1
     )
+    item_kinds: Literal["all", "answers", "preferences"] = Field(
+        default="all",
+        description="items of each history that rows are shown: answers (with the rejected ones), stated preferences, "
+        "or all",
+    )
     persona_scale: float = Field(
         default=1.0,
         description="how far a persona goes from what is common to all users: 1 = as trained, above = farther; 0 = no "
@@ -325,6 +341,7 @@ PAPER = PlugConfig(
     query_encoder="trained",
     answer_channel="text",
     shrinkage=False,
+    kinds=False,
     options="ignore",
 )
 """The plug of the paper (PPlug, arXiv 2409.11901, eq. 1 to 5 and Table 7)."""

@@ -165,6 +165,12 @@ class StorageError(PersonaPlugError):
     http_status, code = 503, "store"
 
 
+def first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return the end of an error's sentence about an unknown word: the known word that is meant, or all of them."""
     names = sorted(known)

@@ -1,4 +1,4 @@
-"""One answer for one user: a prompt and the user's items in, text out."""
+"""One answer for one user: a prompt or a conversation and the user's items in, text out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from personaplug.analysis.point_estimates import LabelDistribution, label_distri
 from personaplug.config import EvaluationConfig
 from personaplug.data import read_items
 from personaplug.data.parsing import Flaw, as_text
-from personaplug.data.records import HistoryItem
+from personaplug.data.records import PREFERENCE, Chat, HistoryItem, Prompt, last_message
 from personaplug.data.task import Task
 from personaplug.data.task_prompts import TaskPrompts, TaskQuery
 from personaplug.encoders.encoded_sample import past_answers
@@ -36,7 +36,7 @@ class Answer(str):
 
 def generate(
     run: Run,
-    prompt: str,
+    prompt: Prompt,
     *,
     history: str | Path | Sequence[HistoryItem] = (),
     models: Models | None = None,
@@ -45,7 +45,7 @@ def generate(
     phrases: bool = False,
     config: EvaluationConfig | None = None,
 ) -> Answer:
-    """Answer one prompt with a trained run; see `respond`.
+    """Answer one prompt, or the last message of a conversation, with a trained run; see `respond`.
 
     Args:
         history: the user's items, or a file for `read_items`; without items the user is new.
@@ -58,10 +58,7 @@ def generate(
     """
     if phrases:
         check_ngrams(run.task)
-    try:
-        as_text(prompt, "it")
-    except Flaw:
-        raise ConfigError("A prompt is a text of valid Unicode; the prompt given is not.") from None
+    _check_texts(prompt)
     items = read_items(history, task=run.task) if isinstance(history, str | Path) else tuple(history)
     _check_items(items, run.task)
     models, config = models or open_models(run.config), config or run.config.evaluation
@@ -73,7 +70,7 @@ def generate(
 
 
 def respond(
-    prompt: str,
+    prompt: Prompt,
     items: Sequence[HistoryItem],
     *,
     run: Run,
@@ -91,7 +88,7 @@ def respond(
     """
     task, soft, ngrams = run.task, None, None
     if personalizer is not None:
-        query, history = _query(run, prompt), personalizer.encode(items, encoder=models.encoder)
+        query, history = _query(run, last_message(prompt)), personalizer.encode(items, encoder=models.encoder)
         soft = personalizer.persona(query.text, history, options=query.options)
     if task.labels and config.decoding != "generate":
         scores = models.llm.score(PromptBatch([prompt], soft), task.labels)
@@ -103,19 +100,30 @@ def respond(
     return Answer(generated[0].text)
 
 
+def _check_texts(prompt: Prompt) -> None:
+    texts = [text for _, text in prompt.turns] if isinstance(prompt, Chat) else [prompt]
+    try:
+        for text in texts:
+            as_text(text, "it")
+    except Flaw:
+        raise ConfigError("A prompt is a text of valid Unicode, or a Chat of such texts; it is neither.") from None
+
+
 def _check_items(items: Sequence[HistoryItem], task: Task) -> None:
     """Raise ConfigError if an item has other fields than the task's: it would be read as another persona."""
     for number, item in enumerate(items, start=1):
-        if (
-            not isinstance(item, HistoryItem)
-            or [name for name, _ in item.fields] != list(task.field_names)
-            or not all(isinstance(text, str) for _, text in item.fields)
-            or item.answer_name != task.answer_field
-        ):
+        if not isinstance(item, HistoryItem) or not _is_item_of(task, item):
             raise ConfigError(
                 f"Item {number} of the history is no HistoryItem of task {task.name}, with texts for the fields "
                 f"{', '.join(task.field_names)} in this order. `read_items` makes such items of a file."
             )
+
+
+def _is_item_of(task: Task, item: HistoryItem) -> bool:
+    is_preference = item.kind == "preference"
+    fields, answer_name = ((PREFERENCE,), None) if is_preference else (task.field_names, task.answer_field)
+    has_fields = tuple(name for name, _ in item.fields) == fields and item.answer_name == answer_name
+    return has_fields and all(isinstance(text, str) for _, text in item.fields)
 
 
 def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig:

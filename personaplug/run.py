@@ -16,17 +16,16 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from personaplug.analysis.metrics import get_metric
 from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
 from personaplug.data.records import Sample
+from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import parse_task
 from personaplug.data.wording import Wording, learn_wordings
@@ -182,6 +181,21 @@ class Run:
         path = self.folder / "run.json"
         return str(read_json(path, remedy=_REMEDY).get("id", "")) if path.exists() else ""
 
+    def asked(self, task: Task) -> Run:
+        """Return the run for questions of another task, which its plugs can be asked if both are conversations.
+
+        Raises:
+            ConfigError: if the answers are of another kind.
+        """
+        if task == self.task:
+            return self
+        if (self.task.kind, task.kind) != ("chat", "chat") or task.field_names != self.task.field_names:
+            raise ConfigError(
+                f"{task.name} asks for answers of another kind than {self.task.name}, which the run was trained on. "
+                f"Give data of {self.task.name}, or train a run on {task.name}."
+            )
+        return replace(self, task=task)
+
     def plug_folder(self, name: str, *, seed: int) -> Path:
         """Where what was trained under a name (a plug, its control, matrices, a retriever) is, for one seed."""
         return self.folder / name.replace(":", "-") / f"seed-{seed}"
@@ -259,13 +273,13 @@ class Run:
         samples = (rewrite(sample) for sample in drawn(reader, limit=limit, seed=seed))
         return encoded(samples, table, plug=plug or self.config.plug, labels=self.task.labels)
 
-    def check_unchanged(self, config: Config, *, sections: Sequence[str] = FIXED) -> None:
+    def check_unchanged(self, config: Config) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
 
         Raises:
             RunConflict: naming the settings that differ.
         """
-        names = _differing(resolved(dated(config, self.folder), self.task), self.config, sections=sections)
+        names = _differing(resolved(dated(config, self.folder), self.task), self.config)
         if names:
             raise RunConflict(
                 f"{', '.join(names)} cannot be changed after training; {self.folder} was made with other "
@@ -293,7 +307,7 @@ class Run:
         """
         users = sorted({_anonymous(sample.user_id) for sample in samples if sample.user_id is not None})
         about = {"samples": len(samples), "fingerprint": samples_fingerprint(samples, table), "users": users}
-        about["wordings"] = [asdict(wording) for wording in learn_wordings(samples)]
+        about["wordings"] = list(map(asdict, () if self.task.kind == "chat" else learn_wordings(samples)))
         before = self._data() or about
         if before["fingerprint"] != about["fingerprint"]:
             raise RunConflict(
@@ -336,7 +350,7 @@ class Run:
         return any(path.name not in ("log.jsonl", "tensorboard") for path in self.folder.glob("*/seed-*/[!.]*"))
 
     def _check_same(self, there: Run) -> None:
-        names = [name for name in _differing(self.config, there.config, sections=FIXED) if name != "training.seeds"]
+        names = [name for name in _differing(self.config, there.config) if name != "training.seeds"]
         if self.task != there.task:
             names.insert(0, "task")
         if names:
@@ -358,16 +372,6 @@ class Run:
             (self.folder / "data.json").unlink(missing_ok=True)  # of a start that failed before any training
         write_config(self.folder / "config.yaml", self.config, unchecked=_MOVABLE, run=str(about["id"]))
         write_checked_json(self.folder / "run.json", about)
-
-
-def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
-    """So many samples of a split, drawn by `seed`, in file order; 0 = all."""
-    if not limit:
-        yield from reader
-        return
-    count = sum(1 for _ in reader)
-    chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
-    yield from (sample for index, sample in enumerate(reader) if index in chosen)
 
 
 def dated(config: Config, folder: str | Path) -> Config:
@@ -436,7 +440,7 @@ def _anonymous(user: str) -> str:
     return hashlib.blake2b(user.encode(), digest_size=8).hexdigest()
 
 
-def _differing(one: Config, other: Config, *, sections: Sequence[str]) -> list[str]:
+def _differing(one: Config, other: Config) -> list[str]:
     left, right = asdict(one), asdict(other)
-    differing = [f"{s}.{key}" for s in sections for key in left[s] if left[s][key] != right[s][key]]
+    differing = [f"{s}.{key}" for s in FIXED for key in left[s] if left[s][key] != right[s][key]]
     return [name for name in differing if name not in SPEED_ONLY]

@@ -66,6 +66,13 @@ def open_service(
     return Service(personas, engine, task=task, wordings=wordings)
 
 
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def engine_request(
     kind: Kind, fields: dict[str, Any], soft: SoftPrompt | None, choices: Sequence[str] = (), *, id: str = ""
 ) -> EngineRequest:

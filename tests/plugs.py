@@ -39,7 +39,9 @@ def build_history(*, lengths: tuple[int, ...] = (4, 2, 0)) -> HistoryBatch:
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     label_ids = rng.integers(0, 3, size=sum(lengths))
     style = style_features_of("word " * n for n in rng.integers(1, 9, size=sum(lengths)))
-    return HistoryBatch(torch.from_numpy(vectors), lengths, torch.from_numpy(label_ids), torch.from_numpy(style))
+    kind_ids = torch.zeros(sum(lengths), dtype=torch.int64)
+    columns = (torch.from_numpy(label_ids), torch.from_numpy(style), kind_ids)
+    return HistoryBatch(torch.from_numpy(vectors), lengths, *columns)
 
 
 def head_of(plug: PersonaPlug) -> PersonaHead:

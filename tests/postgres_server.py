@@ -86,12 +86,14 @@ class PostgresServer:
     def pause(self) -> None:
         """Stop all its processes: connections stay open, and nothing is answered."""
         for process in self._processes():
-            process.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that was about to end
+                process.suspend()
 
     def resume(self) -> None:
         """Let them go on."""
         for process in self._processes():
-            process.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def _processes(self) -> list[psutil.Process]:
         main = psutil.Process(self._process.pid)

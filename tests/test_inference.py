@@ -14,7 +14,7 @@ from personaplug.data.records import HistoryItem
 from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError
-from personaplug.inference import generate, respond
+from personaplug.inference import _check_items, generate, respond
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
@@ -107,6 +107,21 @@ def test_generate_refuses_what_is_no_item_of_the_task_and_no_text(
     with pytest.raises(ConfigError, match=r"history is no HistoryItem|valid Unicode") as error:
         generate(run, prompt, history=history, models=Models(hashing, toy))
     assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["LaMP_3", "LaMP_4"])
+def test_items_of_every_kind_belong_to_a_task(name: str) -> None:
+    task = LAMP_TASKS[name]
+    fields = tuple((name, "4") for name in task.field_names)
+    rejection = HistoryItem("1", fields, task.answer_field, kind="rejection")
+    preference = HistoryItem("2", (("preference", "No horror."),), None, kind="preference")
+    _check_items([rejection, preference], task)
+    for item in (
+        HistoryItem("3", preference.fields, None),
+        HistoryItem("3", fields, task.answer_field, kind="preference"),
+    ):
+        with pytest.raises(ConfigError, match="Item 2 of the history is no HistoryItem"):
+            _check_items([preference, item], task)
 
 
 def test_another_wording_than_that_of_training_is_warned_about(

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from personaplug.data.records import last_message
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import ConfigError
 from personaplug.llm.base import GenerationConfig
@@ -286,9 +287,10 @@ class MembershipAudit:
     def _ask(self, trial: _Trial, row: int) -> EncodedSample:
         """The task's question about the text of an item."""
         sample, text = trial.worlds["in"], self.subjects.contents[row]
-        if not sample.prompt.endswith(sample.query):
+        prompt = last_message(sample.prompt)
+        if not prompt.endswith(sample.query):
             raise ConfigError("The audit asks about items in the task's wording; its prompts must end with the query.")
-        return replace(sample, prompt=sample.prompt.removesuffix(sample.query) + text, query=text)
+        return replace(sample, prompt=prompt.removesuffix(sample.query) + text, query=text)
 
     def _trials(self, user: int, person: Person) -> list[_Trial]:
         sample = person.longest

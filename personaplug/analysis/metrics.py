@@ -5,7 +5,7 @@ the statistics, never the texts, and are exact for every metric. Predictions and
 `eval/evaluation.py` of the LaMP repository.
 
 `mae@median` scores the predictions of another point estimate than the likeliest label; `nll` scores the probability
-that a model gave to the right answer.
+that a model gave to the right answer; `choice` and `margin` compare it with those of rejected answers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN, check_estimate, scale_of
-from personaplug.analysis.words import ascii_words, is_read_by_ascii_words, unicode_words
+from personaplug.analysis.words import (
+    ascii_words,
+    is_read_by_ascii_words,
+    longest_common_subsequence,
+    unicode_words,
+)
+from personaplug.data.manners import DIMENSIONS, manners_met, share_met
 from personaplug.errors import ConfigError, ShapeMismatch, nearest
 from personaplug.infra.plugins import load_plugins, register
 
 Array = NDArray[np.float64]
+
+Likelihoods = Sequence[Sequence[float]]
+"""Of each sample −log p and the number of tokens of the right answer, then of each rejected one."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +94,12 @@ def value_of(stats: Array, metric: Metric) -> float:
         return float("nan")
     with np.errstate(over="ignore", invalid="ignore"):  # a rating of "1e200" squares to infinity: that is its score
         return float(metric.value(stats.mean(axis=0)))
+
+
+def _per_counted(means: Array) -> Array:
+    """Return the mean of a score over the samples that count, of means (..., 2); NaN without such a sample."""
+    scores, counted = means[..., 0], means[..., 1]
+    return np.divide(scores, counted, out=np.full_like(scores, math.nan), where=counted > 0)
 
 
 class _LabelMetric(Metric):
@@ -235,18 +250,66 @@ class UnicodeRougeL(RougeL):
     reads_any_script = True
 
 
-class NegativeLogLikelihood(Metric):
-    """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
+class Answered(Metric):
+    """Share of the texts that give the right answer: its words stand in them, one after the other.
 
-    A proper score: it shows what a model knows of a user long before its likeliest text changes. Only models give its
-    statistics: (n, 2), −log p and tokens.
-
-    Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007.
+    Where the answer is yes or no, the first of these two words in the text counts.
     """
 
-    name = "nll"
-    greater_is_better = False
+    name = "answered"
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        pairs = zip(map(unicode_words, predictions), map(unicode_words, golds), strict=True)
+        return np.array([_gives(text, answer) for text, answer in pairs], dtype=np.float64).reshape(-1, 1)
+
+
+def _gives(text: Sequence[str], answer: Sequence[str]) -> bool:
+    if list(answer) in (["yes"], ["no"]):
+        return next((word for word in text if word in ("yes", "no")), None) == answer[0]
+    return any(list(text[start : start + len(answer)]) == list(answer) for start in range(len(text)))
+
+
+class Manners(Metric):
+    """The share of the reference's manners that the prediction shows too, read by rule; averaged over samples."""
+
+    name = "manners"
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        return np.array([share_met(*pair) for pair in zip(predictions, golds, strict=True)]).reshape(-1, 1)
+
+
+class _MannerOf(Metric):
+    """The share of predictions with the reference's value of one manner, of the samples whose reference shows it.
+
+    The statistics are (n, 2): whether it is met, and whether it is shown.
+    """
+
+    dimension: ClassVar[str]
+    averages_over_users = False  # the references of a user may not show it
+
+    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
+        met = (manners_met(*pair).get(self.dimension) for pair in zip(predictions, golds, strict=True))
+        return np.array([[bool(each), each is not None] for each in met], dtype=np.float64).reshape(-1, 2)
+
+    def value(self, means: Array) -> Array:
+        return _per_counted(means)
+
+
+MANNER_METRICS: tuple[type[Metric], ...] = tuple(
+    type(f"_{dimension}", (_MannerOf,), {"name": f"manners_{dimension}", "dimension": dimension, "__doc__": ""})
+    for dimension in DIMENSIONS
+)
+"""One metric for each manner: `manners_length`, `manners_emoji`, …"""
+
+
+class LikelihoodMetric(Metric):
+    """A score of the probabilities that a model gave to answers; rows without a language model lack it."""
+
     of_answers = False
+
+    @abstractmethod
+    def of_likelihoods(self, likelihoods: Likelihoods) -> Array | None:
+        """Compute what the metric averages, sample by sample, (n, d); None if there is nothing to average."""
 
     def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
         raise ConfigError(
@@ -254,15 +317,81 @@ class NegativeLogLikelihood(Metric):
             f"the task's metrics: if a language model answers, it is a column of its own."
         )
 
+
+class NegativeLogLikelihood(LikelihoodMetric):
+    """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
+
+    A proper score: it shows what a model knows of a user long before its likeliest text changes. The statistics are
+    −log p and tokens, (n, 2).
+
+    Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007.
+    """
+
+    name = "nll"
+    greater_is_better = False
+
+    def of_likelihoods(self, likelihoods: Likelihoods) -> Array:
+        return np.array([row[:2] for row in likelihoods], dtype=np.float64).reshape(-1, 2)
+
     def value(self, means: Array) -> Array:
         return np.asarray(means[..., 0] / means[..., 1])
 
 
-_KINDS = (
+class _AgainstRejected(LikelihoodMetric):
+    """A score of the right answer against the best rejected one, by log p per token.
+
+    The statistics are the score and 1; 0 and 0 of a sample without rejected answers, which does not count.
+    """
+
+    def of_likelihoods(self, likelihoods: Likelihoods) -> Array | None:
+        leads = [_lead_per_token(row) for row in likelihoods]
+        statistics = [(0.0, 0.0) if lead is None else (self._score(lead), 1.0) for lead in leads]
+        return np.array(statistics) if any(lead is not None for lead in leads) else None
+
+    def value(self, means: Array) -> Array:
+        return _per_counted(means)
+
+    @abstractmethod
+    def _score(self, lead: float) -> float:
+        """Return the score of a sample; `lead` is the right answer's log p per token above the best rejected one's."""
+
+
+class Choice(_AgainstRejected):
+    """The share of samples whose right answer is likelier per token than each rejected one.
+
+    Chance is 1 / (1 + rejected answers).
+    """
+
+    name = "choice"
+
+    def _score(self, lead: float) -> float:
+        return float(lead > 0)
+
+
+class Margin(_AgainstRejected):
+    """The mean distance of the right answer's log p per token to the best rejected one's, in nats."""
+
+    name = "margin"
+
+    def _score(self, lead: float) -> float:
+        return lead
+
+
+def _lead_per_token(row: Sequence[float]) -> float | None:
+    """Return the log p per token of a row's first answer above the best other one's; None without others."""
+    right, *rejected = (loss / tokens for loss, tokens in zip(row[::2], row[1::2], strict=True))
+    return min(rejected) - right if rejected else None
+
+
+_KINDS: tuple[type[Metric], ...] = (
     *(Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError),
-    *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, NegativeLogLikelihood),
+    *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, Answered, Manners),
+    *(NegativeLogLikelihood, Choice, Margin),
+    *MANNER_METRICS,
 )
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
+LIKELIHOOD_METRICS = (NegativeLogLikelihood.name, Choice.name, Margin.name)
+"""Metrics that stand in a table beside the task's, as far as a row has them."""
 
 
 def register_metric(kind: type[Metric]) -> None:
@@ -297,27 +426,10 @@ def has_estimate(name: str) -> bool:
     return _AT in name
 
 
-def is_invalid(prediction: str, *, kind: str, labels: Sequence[str]) -> bool:
-    """Return whether a prediction is none of the task's answers: outside the labels, or, for kind "text", empty."""
+def is_invalid(prediction: str, labels: Sequence[str]) -> bool:
+    """Return whether a prediction is none of the task's answers: outside the labels or, if there are none, empty."""
     text = prediction.strip()
-    return not text if kind == "text" else text not in {label.strip() for label in labels}
-
-
-def longest_common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence.
-
-    Each row of the usual table is one integer with a zero bit where the row steps up by one.
-
-    Source: Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004.
-    """
-    positions: dict[str, int] = {}
-    for index, word in enumerate(left):
-        positions[word] = positions.get(word, 0) | 1 << index
-    row = all_ones = (1 << len(left)) - 1
-    for word in right:
-        matches = row & positions.get(word, 0)
-        row = ((row + matches) | (row - matches)) & all_ones
-    return len(left) - row.bit_count()
+    return text not in {label.strip() for label in labels} if labels else not text
 
 
 @cache  # once a process

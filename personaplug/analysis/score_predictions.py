@@ -18,7 +18,7 @@ from personaplug.analysis.results_file import ResultRow, Results
 from personaplug.analysis.significance import bootstrap_interval
 from personaplug.analysis.trials import Provenance
 from personaplug.data.json_stream import plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_id, as_record, as_text, short_id, target_of, value_of
+from personaplug.data.parsing import Flaw, as_record, id_of, short_id, target_of, text_of
 from personaplug.data.task import Task
 from personaplug.data.task_registry import lamp_task, load_task
 from personaplug.errors import ConfigError, MissingData, RecordError
@@ -53,7 +53,7 @@ def score_lamp(
         n=len(texts),
         metrics={name: interval.value for name, interval in intervals.items()},
         intervals={name: [interval.low, interval.high] for name, interval in intervals.items()},
-        invalid_rate=float(np.mean([is_invalid(text, kind=task.kind, labels=task.labels) for text in texts])),
+        invalid_rate=float(np.mean([is_invalid(text, task.labels) for text in texts])),
     )
     return Results([row], [], Provenance(task=task.name, notes=_notes(golds, task)))
 
@@ -79,9 +79,9 @@ def _pair(path: Path, number: int, record: object) -> tuple[str, str]:
     position = f"gold {number}"
     try:
         values = as_record(record)
-        name = as_id(value_of(values, "id"), "its 'id'")
+        name = id_of(values, "id")
         position += f" (id {short_id(name)})"
-        return name, as_text(value_of(values, "output"), "its 'output'")
+        return name, text_of(values, "output")
     except Flaw as flaw:
         raise RecordError(path, position, reason=str(flaw)) from None
 

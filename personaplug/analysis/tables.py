@@ -30,8 +30,9 @@ def results_table(results: Results) -> str:
 def head(results: Results) -> tuple[str, list[str]]:
     """Return what was run: the facts as one line, and a line for each model."""
     about, sizes = results.about, {row.n for row in results.rows}
-    evaluation = {"persona_scale": 1, "max_eval_history": -1} | about.config.get("evaluation", {})
+    evaluation = {"persona_scale": 1, "max_eval_history": -1, "item_kinds": "all"} | about.config.get("evaluation", {})
     persona_scale, max_history = evaluation["persona_scale"], evaluation["max_eval_history"]
+    item_kinds = evaluation["item_kinds"]
     facts = {
         "experiment": about.experiment,
         "variant": about.variant,
@@ -42,6 +43,7 @@ def head(results: Results) -> tuple[str, list[str]]:
         "users": about.users,
         "placement": about.placement,
         "persona_scale": None if persona_scale == 1 else persona_scale,
+        "items shown": None if item_kinds == "all" else item_kinds,
         "items shown at most": None if max_history < 0 else max_history,
         "seeds": ", ".join(map(str, about.seeds)),
     }
@@ -69,6 +71,8 @@ def notes(results: Results) -> list[str]:
         "@median, @mean: the answer is the median of the labels' probabilities, or the label nearest to their mean; "
         "elsewhere it is the likeliest label. A row without probabilities is scored with its answers as they "
         "stand.": any(map(has_estimate, results.metric_names)),
+        "choice: how often the right answer is likelier per token than each rejected one; margin: by how many nats, on "
+        "average, than the best of them.": "choice" in results.metric_names,
         "per user: the score of each user, averaged, so that each counts once; others count each "
         "sample.": has_user_averages,
         "A positive advantage: the first method is better, whatever the metric's direction.": bool(pairs),

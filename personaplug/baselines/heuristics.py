@@ -68,7 +68,7 @@ class UserRating(_UserLabel):
     statistic: Callable[[Array], float]
 
     def check(self, task: Task) -> None:
-        if task.kind not in ("rating", "text"):
+        if task.kind == "label":
             raise ConfigError(
                 f"{self.name} needs labels that are numbers (kind rating); those of {task.name} are none. "
                 f"user-majority takes any labels."
@@ -101,7 +101,7 @@ class _WordsOfSample(Baseline):
     is_fitted_on_train: ClassVar[bool] = False
 
     def check(self, task: Task) -> None:
-        if task.kind != "text":
+        if task.labels:
             raise ConfigError(f"{self.name} predicts words, which are no label of {task.name}; it is for free text.")
 
     def fit(self, task: Task, train: Sequence[Sample]) -> Self:

@@ -1,43 +1,66 @@
-"""Prompts with history texts in them: retrieved items or a profile, within a budget of tokens.
+"""Prompts with texts of a history in them: retrieved items, stated preferences, a profile, within a budget of tokens.
 
-The wordings are the task's (LaMP's for its own tasks). Users' texts are inserted piece by piece and never parsed as
-templates. The input is never cut: if no item fits beside it, the prompt stays bare.
+A way of writing is a class: the wording of a task (LaMP's for its own tasks), or the turns of a conversation
+(`conversation_prompt.py`). Users' texts are inserted piece by piece and never parsed as templates. The prompt's own
+messages are never cut: if no text fits beside them, the prompt stays bare.
 """
 
 from __future__ import annotations
 
+import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from personaplug.data.records import HistoryItem
+from personaplug.data.records import (
+    SYSTEM_ROLES,
+    Chat,
+    HistoryItem,
+    Prompt,
+    Turn,
+    last_message,
+    turns_of,
+    with_last_message,
+)
 from personaplug.data.task import Task, template_parts
 from personaplug.llm.base import LanguageModel
 
 _MIN_CONTENT_TOKENS = 8  # an item with less content says nothing
 _CACHED_ITEMS = 1 << 13
 _NOTE_TEMPLATE = template_parts("About this user: {history}. {input}")
+_STATED = "The user has said: "
+_BREAK = "\n\n"
 
 _Part = tuple[str, str | None]
 """A text and the name of the field after it; None after the last text."""
 
-_Draft = tuple[str, int]
+Draft = tuple[Prompt, int]
 """A prompt and its `soft_at`."""
 
 
 @dataclass(frozen=True, repr=False)
 class HistoryPrompt:
-    """A prompt with history texts in it; soft tokens go after its first `soft_at` characters.
+    """A prompt with history texts in it; soft tokens go after the first `soft_at` characters of its last message.
 
     Attributes:
         offered, included, shortened: numbers of texts that were given, that are in the prompt, and that are cut.
     """
 
-    prompt: str
+    prompt: Prompt
     soft_at: int
     offered: int
     included: int
     shortened: int
+
+    def counting(self, earlier: HistoryPrompt) -> HistoryPrompt:
+        """Return the prompt with the numbers of an earlier one added to its own."""
+        return replace(
+            self,
+            offered=self.offered + earlier.offered,
+            included=self.included + earlier.included,
+            shortened=self.shortened + earlier.shortened,
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,85 +76,131 @@ class _MeasuredItem:
         return self.frame_tokens + min(self.tokens - self.frame_tokens, _MIN_CONTENT_TOKENS)
 
 
-class HistoryPromptFormatter:
-    """Inserts history texts into prompts so that the language model's limit never cuts the input.
+class HistoryFormatter(ABC):
+    """A way of writing history texts into prompts so that the language model's limit never cuts the prompts' own texts.
 
     Args:
-        history_tokens: most tokens of history in a prompt; 0 = all that the input leaves.
+        history_tokens: most tokens of history in a prompt; 0 = all that the prompt leaves.
     """
 
     def __init__(self, task: Task, llm: LanguageModel, *, history_tokens: int = 0) -> None:
         self.task, self.llm, self.history_tokens = task, llm, history_tokens
-        self._template = template_parts(task.history_template)
-        self._measured = lru_cache(maxsize=_CACHED_ITEMS)(self._measure)
-        self._joint_tokens = llm.count_tokens([task.item_joint])[0]
 
-    def format(self, prompt: str, items: Sequence[HistoryItem]) -> HistoryPrompt:
-        """Insert items into a prompt.
-
-        Items share the room equally, and long ones use what short ones leave. Contents are cut at their end; answers
-        and the words around them stay whole. If shares become too small, the last items are dropped. An item that fits
-        no prompt is skipped.
+    @abstractmethod
+    def format(self, prompt: Prompt, items: Sequence[HistoryItem], *, soft_at: int = 0) -> HistoryPrompt:
+        """Insert a user's answers into a prompt.
 
         Args:
             items: best first.
+            soft_at: number of characters of the last message before its soft tokens.
         """
-        position = self._position_in(prompt)
-        budget = self._budget(self._insert(prompt, "", position=position)) if items else 0
-        while budget > 0:
-            texts, shortened = self._fit(items, budget)
-            if not texts:
-                break
-            history = self.task.item_joint.join(texts)
-            draft = self._insert(prompt, history, position=position)
-            excess = self._excess(draft, history)
-            if excess <= 0:
-                return HistoryPrompt(*draft, offered=len(items), included=len(texts), shortened=shortened)
-            budget -= excess  # separate texts may have fewer tokens than the joined prompt
-        return HistoryPrompt(prompt, 0, offered=len(items), included=0, shortened=0)
 
-    def add_note(self, prompt: str, note: str, *, soft_at: int = 0) -> HistoryPrompt:
-        """Put a note about the user, cut if it is too long, in front of a whole prompt; a blank one changes nothing.
+    @abstractmethod
+    def with_note(self, prompt: Prompt, note: str, *, soft_at: int) -> Draft:
+        """Return a prompt with a note about the user."""
+
+    def add_note(self, prompt: Prompt, note: str, *, soft_at: int = 0) -> HistoryPrompt:
+        """Put a note about the user, cut if it is too long, into a prompt; a blank one changes nothing.
 
         Args:
-            soft_at: number of characters of the prompt before its soft tokens.
+            soft_at: number of characters of the last message before its soft tokens.
         """
         note = _without_period(note)
         note_tokens = self.llm.count_tokens([note])[0]
-        budget = min(note_tokens, self._budget(_with_note(prompt, "", soft_at=soft_at)))
+        budget = min(note_tokens, self._budget(self.with_note(prompt, "", soft_at=soft_at)))
         while note and budget >= min(note_tokens, _MIN_CONTENT_TOKENS):
             text = note if budget >= note_tokens else _without_period(self.llm.cut_text(note, budget))
-            draft = _with_note(prompt, text, soft_at=soft_at)
+            draft = self.with_note(prompt, text, soft_at=soft_at)
             excess = self._excess(draft, text)
             if excess <= 0:
                 return HistoryPrompt(*draft, offered=1, included=1, shortened=int(text != note))
             budget -= excess
         return HistoryPrompt(prompt, soft_at, offered=int(note != ""), included=0, shortened=0)
 
-    def _position_in(self, prompt: str) -> int:
-        """Return the character of the input after which the items go, or 0 if they go around the input."""
-        word = self.task.history_after
-        return prompt.find(word) + len(word) if word and word in prompt else 0
+    def add_preferences(self, prompt: Prompt, preferences: Sequence[HistoryItem]) -> HistoryPrompt:
+        """Put stated preferences into the system message; if room is short, those that were stated first are dropped.
 
-    def _insert(self, prompt: str, history: str, *, position: int) -> _Draft:
-        if not position:
-            return _fill(self._template, history=history, input=prompt)
-        return prompt[:position] + self.task.item_joint + history + prompt[position:], 0
+        Args:
+            preferences: in the order in which they were stated.
+        """
+        draft, kept = (prompt, 0), list[HistoryItem]()
+        for item in reversed(preferences):
+            text = _STATED + " ".join(map(_sentence, (item, *kept)))
+            longer = self.with_system_text(prompt, text, soft_at=0)
+            if self._excess(longer, text) <= 0:
+                draft, kept = longer, [item, *kept]
+        return HistoryPrompt(*draft, offered=len(preferences), included=len(kept), shortened=0)
 
-    def _budget(self, bare: _Draft) -> int:
+    def with_system_text(self, prompt: Prompt, text: str, *, soft_at: int) -> Draft:
+        """Return a prompt with a text at the end of its system message.
+
+        The text is a message of its own if there is no other, and stands before the first user message if the chat
+        template refuses system messages.
+        """
+        turns = turns_of(prompt)
+        if systems := count_system_turns(turns):
+            content = turns[systems - 1][1] + _BREAK + text
+            return Chat((*turns[: systems - 1], (turns[systems - 1][0], content), *turns[systems:])), soft_at
+        if self.llm.takes_system_messages:
+            return Chat((("system", text), *turns)), soft_at
+        return _before_first_user(prompt, text + _BREAK, soft_at=soft_at)
+
+    def _budget(self, bare: Draft) -> int:
         room = self.llm.max_text_tokens - self._count_tokens(bare)
         return min(room, self.history_tokens) if self.history_tokens else room
 
-    def _excess(self, draft: _Draft, history: str) -> int:
+    def _excess(self, draft: Draft, history: str) -> int:
         """Return by how many tokens the prompt or its history is too long."""
         excess = self._count_tokens(draft) - self.llm.max_text_tokens
         if not self.history_tokens:
             return excess
         return max(excess, self.llm.count_tokens([history])[0] - self.history_tokens)
 
-    def _count_tokens(self, draft: _Draft) -> int:
+    def _count_tokens(self, draft: Draft) -> int:
         """Return the tokens of a prompt, in one piece or split at the soft tokens, whichever is more."""
         return max(self.llm.count_prompt_tokens(draft[0], soft_at) for soft_at in {0, draft[1]})
+
+
+class HistoryPromptFormatter(HistoryFormatter):
+    """Writes items in the wording of a task around or into the last message, and notes before it."""
+
+    def __init__(self, task: Task, llm: LanguageModel, *, history_tokens: int = 0) -> None:
+        super().__init__(task, llm, history_tokens=history_tokens)
+        self._template = template_parts(task.history_template)
+        self._measured = lru_cache(maxsize=_CACHED_ITEMS)(self._measure)
+        self._joint_tokens = llm.count_tokens([task.item_joint])[0]
+
+    def format(self, prompt: Prompt, items: Sequence[HistoryItem], *, soft_at: int = 0) -> HistoryPrompt:
+        """Insert items into the last message.
+
+        Items share the room equally, and long ones use what short ones leave. Contents are cut at their end; answers
+        and the words around them stay whole. If shares become too small, the last items are dropped. An item that fits
+        no prompt is skipped.
+        """
+        budget = self._budget(self._insert(prompt, "", soft_at=soft_at)) if items else 0
+        while budget > 0:
+            texts, shortened = self._fit(items, budget)
+            if not texts:
+                break
+            history = self.task.item_joint.join(texts)
+            draft = self._insert(prompt, history, soft_at=soft_at)
+            excess = self._excess(draft, history)
+            if excess <= 0:
+                return HistoryPrompt(*draft, offered=len(items), included=len(texts), shortened=shortened)
+            budget -= excess  # separate texts may have fewer tokens than the joined prompt
+        return HistoryPrompt(prompt, soft_at, offered=len(items), included=0, shortened=0)
+
+    def with_note(self, prompt: Prompt, note: str, *, soft_at: int) -> Draft:
+        return _fill(_NOTE_TEMPLATE, history=note, prompt=prompt, soft_at=soft_at)
+
+    def _insert(self, prompt: Prompt, history: str, *, soft_at: int) -> Draft:
+        """Return a prompt with items: after a word of the input, if the task names one that is in it, or around it."""
+        text, word = last_message(prompt), self.task.history_after
+        start = text.find(word, soft_at) if word else -1
+        if start < 0:
+            return _fill(self._template, history=history, prompt=prompt, soft_at=soft_at)
+        position = start + len(word)
+        return with_last_message(prompt, text[:position] + self.task.item_joint + history + text[position:]), soft_at
 
     def _fit(self, items: Sequence[HistoryItem], budget: int) -> tuple[list[str], int]:
         """Return the texts of the items that fit, joints included, and how many of them are shortened."""
@@ -167,7 +236,8 @@ class HistoryPromptFormatter:
 
     def _measure(self, item: HistoryItem) -> _MeasuredItem:
         fields = dict(item.fields)
-        parts = _parse(self.task.item_template) if self.task.item_template else _parts_of_text(item)
+        is_worded = self.task.item_template and item.kind == "answer"
+        parts = _parse(self.task.item_template) if is_worded else _parts_of_text(item)
         names = list(dict.fromkeys(name for _, name in parts if name is not None))
         values = {name: fields.get(name, "") for name in names}
         contents = [name for name in names if name != self.task.answer_field] or names
@@ -210,17 +280,32 @@ def _join(parts: Sequence[_Part], values: dict[str, str]) -> str:
     return "".join(before + (values[name] if name is not None else "") for before, name in parts)
 
 
-def _fill(template: Sequence[str], *, history: str, input: str) -> _Draft:
-    """Fill a template of `{history}` and `{input}`."""
-    values = {"history": history, "input": input}
+def _fill(template: Sequence[str], *, history: str, prompt: Prompt, soft_at: int) -> Draft:
+    """Fill a template of `{history}` and `{input}` with a history and the last message."""
+    values = {"history": history, "input": last_message(prompt)}
     pieces = [values[piece] if index % 2 else piece for index, piece in enumerate(template)]
     input_index = 1 + 2 * template[1::2].index("input")
-    return "".join(pieces), len("".join(pieces[:input_index]))
+    return with_last_message(prompt, "".join(pieces)), len("".join(pieces[:input_index])) + soft_at
 
 
-def _with_note(prompt: str, note: str, *, soft_at: int) -> _Draft:
-    text, offset = _fill(_NOTE_TEMPLATE, history=note, input=prompt)
-    return text, offset + soft_at
+def count_system_turns(turns: Sequence[Turn]) -> int:
+    """Return the number of system messages that a conversation begins with."""
+    return next((index for index, (role, _) in enumerate(turns) if role not in SYSTEM_ROLES), len(turns))
+
+
+def _before_first_user(prompt: Prompt, text: str, *, soft_at: int) -> Draft:
+    turns = turns_of(prompt)
+    index = next(index for index, (role, _) in enumerate(turns) if role == "user")
+    extended = ("user", text + turns[index][1])
+    if index == len(turns) - 1:
+        return with_last_message(prompt, extended[1]), soft_at + len(text)
+    return Chat((*turns[:index], extended, *turns[index + 1 :])), soft_at
+
+
+def _sentence(preference: HistoryItem) -> str:
+    """Return a stated preference with a mark at its end, so that it does not run into the next one."""
+    text = preference.fields[0][1].strip()
+    return text if unicodedata.category(text[-1]).startswith("P") else f"{text}."
 
 
 def _without_period(note: str) -> str:

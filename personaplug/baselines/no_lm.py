@@ -27,7 +27,7 @@ class Baseline(ABC):
 
     def check(self, task: Task) -> None:
         """Raise `ConfigError` if a task lacks what the baseline needs: by default, labels."""
-        if task.kind == "text":
+        if not task.labels:
             raise ConfigError(
                 f"{self.name} predicts one of a task's labels, and {task.name} has none: it writes free text. For that "
                 f"there are copy, copy:10 and user-words."

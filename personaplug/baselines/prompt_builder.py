@@ -1,4 +1,4 @@
-"""Prompts of a run with retrieved items, a profile, or both, for training and evaluation."""
+"""Prompts of a run with retrieved items, stated preferences, a profile, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 
-from personaplug.baselines.history_prompt import HistoryPrompt, HistoryPromptFormatter
+from personaplug.baselines.conversation_prompt import open_formatter
+from personaplug.baselines.history_prompt import HistoryFormatter, HistoryPrompt
 from personaplug.baselines.retrievers import (
     BM25Retriever,
     DenseRetriever,
@@ -14,6 +15,7 @@ from personaplug.baselines.retrievers import (
     RecencyRetriever,
     Retrieval,
     Retriever,
+    rank_answers,
 )
 from personaplug.baselines.ropg import RopgRetriever
 from personaplug.baselines.user_profiles import ProfileGenerator, UserProfile
@@ -32,9 +34,9 @@ class PromptBuilder:
     def __init__(self, run: Run, models: Models, *, table: EmbeddingStore) -> None:
         self.run, self.models, self.table = run, models, table
         history_tokens = run.config.retrieval.history_tokens
-        self.formatter = HistoryPromptFormatter(run.task, models.llm, history_tokens=history_tokens)
+        self.formatter = open_formatter(run.task, models.llm, history_tokens=history_tokens)
         half = history_tokens // 2 or models.llm.max_text_tokens // 3
-        self._half_formatter = HistoryPromptFormatter(run.task, models.llm, history_tokens=half)
+        self._half_formatter = open_formatter(run.task, models.llm, history_tokens=half)
         self._retriever = cache(self._open_retriever)
 
     @cached_property
@@ -45,7 +47,7 @@ class PromptBuilder:
     def with_retrieved(self, sample: Sample, retrieval: Retrieval, *, seed: int) -> Sample:
         """Return a training sample with the best items of its own history in its prompt."""
         (built,) = self.build([sample], [sample.history], retrieval=retrieval, seed=seed)
-        return replace(sample, prompt=built.prompt, soft_at=built.soft_at)
+        return sample.with_prompt(built.prompt, soft_at=built.soft_at)
 
     def build(
         self,
@@ -54,19 +56,24 @@ class PromptBuilder:
         *,
         retrieval: Retrieval | None,
         profiles: Sequence[UserProfile] | None = None,
+        states: bool = False,
         seed: int,
     ) -> list[HistoryPrompt]:
-        """Return each sample's prompt with the best items of a history, after a profile if one is given.
+        """Return each sample's prompt with the best answers of a history, and what else is known of the user.
 
         Args:
             histories: one per sample, the user's own or another user's.
             retrieval: None = no items.
             profiles: one per history.
+            states: whether the stated preferences of the history are in the prompt.
             seed: of random items, and of the training of a learned retriever.
         """
-        formatter = self.formatter if profiles is None else self._half_formatter
+        shares_limit = states and retrieval is not None and self.formatter.history_tokens > 0
+        formatter = self.formatter if profiles is None and not shares_limit else self._half_formatter
         shown = self._best_items(samples, histories, retrieval, seed=seed)
-        prompts = [formatter.format(s.prompt, items) for s, items in zip(samples, shown, strict=True)]
+        stated = [_preferences(items) if states else [] for items in histories]
+        parts = zip(samples, stated, shown, strict=True)
+        prompts = [_build(formatter, s, preferences=said, items=items) for s, said, items in parts]
         if profiles is None:
             return prompts
         return [_with_profile(p, profile, formatter) for p, profile in zip(prompts, profiles, strict=True)]
@@ -102,18 +109,25 @@ class PromptBuilder:
         if retrieval is None or not any(histories):
             return [[] for _ in samples]
         with_history = [replace(s, history=tuple(items)) for s, items in zip(samples, histories, strict=True)]
-        rankings = self.retriever(retrieval.method, seed=seed).rank(with_history)
+        rankings = rank_answers(self.retriever(retrieval.method, seed=seed), with_history)
         best = [ranking[: retrieval.items] for ranking in rankings]
         return [[items[index] for index in indices] for items, indices in zip(histories, best, strict=True)]
 
 
-def _with_profile(prompt: HistoryPrompt, profile: UserProfile, formatter: HistoryPromptFormatter) -> HistoryPrompt:
+def _preferences(items: Sequence[HistoryItem]) -> list[HistoryItem]:
+    return [item for item in items if item.kind == "preference"]
+
+
+def _build(
+    formatter: HistoryFormatter, sample: Sample, *, preferences: Sequence[HistoryItem], items: Sequence[HistoryItem]
+) -> HistoryPrompt:
+    stated = formatter.add_preferences(sample.full_prompt, preferences)
+    return formatter.format(stated.prompt, items, soft_at=stated.soft_at).counting(stated)
+
+
+def _with_profile(prompt: HistoryPrompt, profile: UserProfile, formatter: HistoryFormatter) -> HistoryPrompt:
     noted = formatter.add_note(prompt.prompt, profile.text, soft_at=prompt.soft_at)
     # The profile stands for the items it was generated from: without the profile, they are not in the prompt either.
     included, shortened = (profile.included, profile.shortened) if noted.included else (0, 0)
-    return replace(
-        noted,
-        offered=prompt.offered + profile.offered,
-        included=prompt.included + included,
-        shortened=prompt.shortened + shortened,
-    )
+    of_profile = replace(noted, offered=profile.offered, included=included, shortened=shortened)
+    return of_profile.counting(prompt)

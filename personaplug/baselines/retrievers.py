@@ -63,6 +63,15 @@ class Retriever(Protocol):
         ...
 
 
+def rank_answers(retriever: Retriever, samples: Sequence[Sample]) -> list[list[int]]:
+    """Return the indices of the user's own answers in each history, best first.
+
+    A rejected answer is no example, and a stated preference is shown in words.
+    """
+    rankings = zip(samples, retriever.rank(samples), strict=True)
+    return [[index for index in ranking if sample.history[index].kind == "answer"] for sample, ranking in rankings]
+
+
 class BM25Retriever:
     """BM25 as in LaMP: k1 = 1.5, b = 0.75, words split at white space, case-sensitive; the corpus is the history.
 

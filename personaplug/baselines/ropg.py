@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personaplug.baselines.history_prompt import HistoryPromptFormatter
-from personaplug.baselines.retrievers import Retriever
+from personaplug.baselines.history_prompt import HistoryFormatter
+from personaplug.baselines.retrievers import Retriever, rank_answers
 from personaplug.config import TrainingConfig
 from personaplug.data.records import Sample
 from personaplug.encoders import Encoder
@@ -100,7 +100,7 @@ class RopgTeacher:
     path: Path
     _: KW_ONLY
     llm: LanguageModel
-    formatter: HistoryPromptFormatter
+    formatter: HistoryFormatter
     retriever: Retriever
     candidates: int
     seed: int
@@ -114,14 +114,14 @@ class RopgTeacher:
         eligible = [sample for sample in samples if len(sample.history) > 1 and sample.target is not None]
         missing = [sample for sample in eligible if sample.id not in targets]
         with Progress("ropg: scoring items", total=len(missing), unit="samples") as bar:
-            for sample, ranking in zip(missing, self.retriever.rank(missing), strict=True):
+            for sample, ranking in zip(missing, rank_answers(self.retriever, missing), strict=True):
                 targets[sample.id] = self._score(sample, self._candidates(sample, ranking))
                 lines.append({**asdict(targets[sample.id]), "owner": self.owner})
                 bar.advance()
         return {sample.id: targets[sample.id] for sample in eligible if len(targets[sample.id].candidates) > 1}
 
     def _score(self, sample: Sample, candidates: Sequence[int]) -> RankingTarget:
-        prompts = ((index, self.formatter.format(sample.prompt, [sample.history[index]])) for index in candidates)
+        prompts = ((index, self.formatter.format(sample.full_prompt, [sample.history[index]])) for index in candidates)
         # Without its item, a prompt would give the item the score of no item.
         texts = {index: prompt.prompt for index, prompt in prompts if prompt.included}
         log_likelihoods: list[float] = []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from personaplug.baselines.history_prompt import HistoryPromptFormatter
 from personaplug.config import RetrievalConfig
-from personaplug.data.records import HistoryItem
+from personaplug.data.records import HistoryItem, characters
 from personaplug.data.task import Task
 from personaplug.infra.atomic_io import JsonLines
 from personaplug.infra.progress import Progress
@@ -56,11 +56,14 @@ class ProfileGenerator:
         self.lines, self.llm, self.config = JsonLines(path), llm, config
         # The request follows the items, wherever the task's own prompts have them.
         task = replace(task, history_after="", history_template="{history}. {input}")
+        if task.kind == "chat":
+            task = replace(task, answer_field=None)  # the answers of conversations are long: they may be cut
         self.formatter = HistoryPromptFormatter(task, llm)
         self.profiles = {values["key"]: UserProfile(**values) for values in self.lines}
 
     def generate(self, histories: Sequence[Sequence[HistoryItem]]) -> list[UserProfile]:
-        """Return one profile per history; an empty history has an empty text."""
+        """Return one profile per history, without its rejected answers; an empty history has an empty text."""
+        histories = [[item for item in items if item.kind != "rejection"] for items in histories]
         keys = [self._key(items) for items in histories]
         by_key = zip(keys, histories, strict=True)
         self._generate_missing({key: items for key, items in by_key if items and key not in self.profiles})
@@ -71,7 +74,7 @@ class ProfileGenerator:
         config = GenerationConfig(max_new_tokens=self.config.profile_tokens)
         # Latest items first: the last ones are dropped if room is short.
         requests = {key: self.formatter.format(_REQUEST, items[::-1]) for key, items in histories.items()}
-        longest_first = sorted(requests, key=lambda key: -len(requests[key].prompt))
+        longest_first = sorted(requests, key=lambda key: -characters(requests[key].prompt))
         with Progress("profiles", total=len(requests), unit="profiles") as progress:
             for start in range(0, len(requests), _BATCH_SIZE):
                 keys = longest_first[start : start + _BATCH_SIZE]

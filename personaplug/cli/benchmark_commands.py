@@ -148,7 +148,11 @@ def download(name: str, out: Path, source: str | None, splits: tuple[str, ...]) 
 @click.option("--out", required=True, type=FOLDER, help="Folder for the data set, in LaMP's layout.")
 @skip_bad_option
 def convert(benchmark: str, source: Path, split: str, out: Path, skip_bad: int) -> None:
-    """Convert a BENCHMARK's file or folder to LaMP's layout: lamp-qa, longlamp, personal-llm, peft-u or a plugin's."""
+    """Convert a BENCHMARK's file or folder to LaMP's layout.
+
+    BENCHMARK is lamp-qa, longlamp, personal-llm, peft-u, prefeval-explicit, prefeval-choice, prefeval-persona or a
+    plugin's.
+    """
     from personaplug.data import write_lamp
     from personaplug.data.benchmarks import open_benchmark
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
+from personaplug.cli.data_commands import import_command
 from personaplug.cli.run_commands import (
     encode,
     estimate,
@@ -33,7 +34,13 @@ from personaplug.cli.serving_commands import (
     serve,
     verify_receipt,
 )
-from personaplug.cli.store_commands import backup_store, replay_erasures, restore_store
+from personaplug.cli.store_commands import (
+    backup_store,
+    list_preferences,
+    replay_erasures,
+    restore_store,
+    set_preferences,
+)
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import (
     is_main,
@@ -122,8 +129,8 @@ def _settle_among_processes(command: str | None) -> None:
 
 for _command in (
     *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate, schema),
-    *(bench, report, score, lamp, convert, split_command),
+    *(bench, report, score, lamp, convert, import_command, split_command),
     *(serve, create_key, revoke_key, erase_user, explain, refill_store, verify_receipt),
-    *(backup_store, restore_store, replay_erasures),
+    *(backup_store, restore_store, replay_erasures, list_preferences, set_preferences),
 ):
     main.add_command(_command)

@@ -52,6 +52,9 @@ skip_bad_option = click.option(
     metavar="N",
     help="Pass over at most N broken records; prints the number.",
 )
+run_option = click.option("--run", "run_folder", required=True, type=FILE, help="A run made by `train`.")
+seed_option = click.option("--seed", type=int, help="Which of the run's training seeds.  [default: the first]")
+secret_option = click.option("--secret", type=FILE, help="File of the store's secret.  [default: beside SQLite's file]")
 vectors_option = click.option(
     "--vectors", type=FILE, help="Folder of the item vectors, to share between runs.  [default: RUN/vectors]"
 )

@@ -1,12 +1,13 @@
-"""The quickstart: simulated users with known tastes, real models, the whole way from data to a table of controls.
+"""The quickstart: simulated users, real models, the whole way from data to a table of controls.
 
-Since the simulation knows every user's taste, the table can show the best score that anyone could reach.
+Since the simulation knows every user's taste or manners, the table can show the best score that anyone could reach.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from personaplug.analysis.results_file import Results, write_results
 from personaplug.analysis.terminal import terminal_text
 from personaplug.config_parsing import changed_settings, load_config
 from personaplug.data import load_task, open_dataset
+from personaplug.data.manners import share_met
 from personaplug.data.records import Sample
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
@@ -27,38 +29,52 @@ from personaplug.training.parts import train
 
 logger = logging.getLogger(__name__)
 
-USERS = SimulationConfig(users=320, dev_users=100, dev_queries_per_user=2)
-# Some minutes on two cores: small models from packages, which need no network, and fewer passes than by default.
-SETTINGS = (*PACKAGED_MODELS, "epochs=2", "validation_limit=64")
 _SIDE_BY_SIDE = 6
 _TELLING = 8  # items of history from which a user's mean score says something
+_CHAT_USERS, _CHAT_PROMPTS = 3, 2
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a quickstart shows.
+
+    Attributes:
+        users: who is simulated.
+        settings: key=value words, so that it takes some minutes on two cores.
+        known: what the oracle of the simulation knows.
+        shown: the title of what `show` prints.
+        show: compares users, given the run, its models and the test samples.
+    """
+
+    users: SimulationConfig
+    settings: tuple[str, ...]
+    known: str
+    shown: str
+    show: Callable[[Run, Models, Sequence[Sample]], str]
 
 
 def run_quickstart(
-    out: Path,
-    *,
-    users: SimulationConfig = USERS,
-    config_file: Path | None = None,
-    settings: Sequence[str] = (),
+    out: Path, *, demo: Demo | None = None, config_file: Path | None = None, settings: Sequence[str] = ()
 ) -> Results:
     """Simulate, train, evaluate, print; returns the results. Repeated, it goes on where it stopped.
 
     Args:
         out: gets `data/`, `run/` and `results.json`.
-        users: who is simulated.
-        settings: key=value words on top of the quickstart's own.
+        demo: RATINGS by default, or CHATS.
+        settings: key=value words on top of the demo's own.
     """
-    config = load_config(config_file, overrides=settings, base=load_config(overrides=SETTINGS))
-    config = dated(config, out / "run")
+    demo = demo or RATINGS
+    base = load_config(overrides=(*PACKAGED_MODELS, *demo.settings))
+    config = dated(load_config(config_file, overrides=settings, base=base), out / "run")
     logger.info("settings: %s", changed_settings(config))
-    data = out / "data"
+    data, users = out / "data", demo.users
     models = open_models(config)  # before anything is written
     click.echo(f"1. {users.users} simulated users to learn from and {users.dev_users} others to test on, in {data}")
     write_simulation(users, data)
     run = Run.create(out / "run", config=config, task=load_task(data))
     click.echo(f"2. training a plug for {config.model.llm}, and its control without history")
     train(run, open_dataset(data, "train", task=run.task), models=models)
-    click.echo("3. the plug, its controls, and what someone who knew every taste would score")
+    click.echo(f"3. the plug, its controls, and what someone who knew {demo.known} would score")
     reader = open_dataset(data, "dev", task=run.task)
     results = evaluate(
         run,
@@ -71,13 +87,13 @@ def run_quickstart(
     )
     write_results(out / "results.json", results)
     click.echo("\n" + terminal_text(results))
-    click.echo("4. the same films for two users, as the model with their personas rates them\n")
-    click.echo(_side_by_side(run, models, samples=list(reader)))
+    click.echo(f"4. {demo.shown}\n")
+    click.echo(demo.show(run, models, list(reader)))
     click.echo(f"\nwritten to {out / 'results.json'}; the run is in {run.folder}")
     return results
 
 
-def _side_by_side(run: Run, models: Models, *, samples: Sequence[Sample]) -> str:
+def _films_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> str:
     """Films as rows, the kindest and the strictest test user as columns."""
     strict, kind = _extremes(samples)
     head = [
@@ -106,3 +122,53 @@ def _extremes(samples: Sequence[Sample]) -> tuple[Sample, Sample]:
 def _mean_given(sample: Sample) -> float:
     given = [int(item.answer) for item in sample.history if item.answer]
     return sum(given) / len(given) if given else float("nan")
+
+
+def _chats_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> str:
+    """Two prompts, each answered for three users with different manners, and by the plain model."""
+    users = _unlike(samples)
+    lines = [f"{sample.user_id} has kept answers such as:\n    {_indented(_last_kept(sample))}" for sample in users]
+    asked = [sample for sample in samples if sample.user_id not in {user.user_id for user in users}]
+    for sample in (asked or list(samples))[:_CHAT_PROMPTS]:
+        lines.append(f"\n> {sample.prompt}")
+        lines.append(f"plain\n    {_indented(generate(run, sample.prompt, models=models, plain=True))}")
+        for user in users:
+            answer = generate(run, sample.prompt, history=user.history, models=models)
+            lines.append(f"{user.user_id}\n    {_indented(answer)}")
+    return "\n".join(lines)
+
+
+def _unlike(samples: Sequence[Sample]) -> list[Sample]:
+    """Return samples of three users whose manners differ most from each other, one after the other."""
+    chosen = [samples[0]]
+    while len(chosen) < min(_CHAT_USERS, len({sample.user_id for sample in samples})):
+        chosen.append(min(samples, key=lambda sample: _likeness(sample, chosen)))
+    return chosen
+
+
+def _likeness(sample: Sample, others: Sequence[Sample]) -> float:
+    return max(share_met(_last_kept(sample), _last_kept(other)) for other in others)
+
+
+def _last_kept(sample: Sample) -> str:
+    return next((item.answer for item in reversed(sample.history) if item.answer), "")
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n    ")
+
+
+RATINGS = Demo(
+    SimulationConfig(users=320, dev_users=100, dev_queries_per_user=2),
+    ("epochs=2", "validation_limit=64"),
+    known="every taste",
+    shown="the same films for two users, as the model with their personas rates them",
+    show=_films_side_by_side,
+)
+CHATS = Demo(
+    SimulationConfig(task="manners", users=100, dev_users=24, dev_queries_per_user=1, max_items=16),
+    ("epochs=4", "batch_size=8", "validation_limit=32", "num_beams=1", "evaluation_batch_size=12"),
+    known="everybody's manners",
+    shown="the same questions from three users, answered by the plain model and with their personas",
+    show=_chats_side_by_side,
+)

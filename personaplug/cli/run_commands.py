@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 import click
 
 from personaplug.cli.options import (
+    FILE,
     FOLDER,
     check_same_task,
     data_option,
     device_of,
     methods_option,
+    run_option,
+    seed_option,
     show,
     skip_bad_option,
     task_option,
@@ -37,10 +40,6 @@ if TYPE_CHECKING:
     from personaplug.methods import Method
     from personaplug.run import Run
 
-_run_option = click.option(
-    "--run", "run_folder", required=True, type=click.Path(path_type=Path), help="A run made by `train`."
-)
-
 
 def _open_run(
     folder: Path, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()
@@ -56,14 +55,17 @@ def _open_run(
 
 def _open_splits(
     run: Run, data: Path, split: str, *, rows: Sequence[Method], skip_bad: int
-) -> tuple[Reader, Reader | None]:
-    """Return the reader of a split, and of the training split if a row is fitted on it."""
-    from personaplug.data import open_dataset
+) -> tuple[Run, Reader, Reader | None]:
+    """Return the run as it is asked, the reader of a split, and of the training split if a row is fitted on it."""
+    from personaplug.data import load_task, open_dataset
 
-    check_same_task(data, run.task)
+    if run.task.kind == "chat":
+        run = run.asked(load_task(data))
+    else:
+        check_same_task(data, run.task)
     max_history = run.config.plug.max_history
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=max_history)
-    return reader, train_of(data, rows, run=run, skip_bad=skip_bad)
+    return run, reader, train_of(data, rows, run=run, skip_bad=skip_bad)
 
 
 @click.command()
@@ -74,24 +76,30 @@ def _open_splits(
     show_default=True,
     help="Where data, run and results go.",
 )
+@click.option("--chat", is_flag=True, help="Conversations in users' manners instead of ratings of films.")
 @with_settings("model", "plug", "training", "evaluation")
-def quickstart(out: Path, config_file: Path | None, settings: tuple[str, ...]) -> None:
-    """Simulated users, real models: train, compare with the controls, show two users side by side. About 10 minutes.
+def quickstart(out: Path, chat: bool, config_file: Path | None, settings: tuple[str, ...]) -> None:
+    """Simulated users, real models: train, compare with the controls, show users side by side. About 10 minutes.
 
     It starts from a few values of its own, to be done in that time; the settings it uses are printed first.
     """
-    from personaplug.cli.quickstart import run_quickstart
+    from personaplug.cli.quickstart import CHATS, RATINGS, run_quickstart
 
-    run_quickstart(out, config_file=config_file, settings=settings)
+    run_quickstart(out, demo=CHATS if chat else RATINGS, config_file=config_file, settings=settings)
 
 
 @click.command()
 @click.option("--out", required=True, type=FOLDER, help="Folder for the data set.")
-@click.option("--kind", type=click.Choice(["rating", "style"]), default="rating", show_default=True)
+@click.option("--kind", type=click.Choice(["rating", "style", "manners"]), default="rating", show_default=True)
 @click.option("--users", default=400, show_default=True, help="Training users; a quarter as many more for dev.")
 @click.option("--seed", default=0, show_default=True)
 def simulate(out: Path, kind: str, users: int, seed: int) -> None:
-    """Write a data set of simulated users with known tastes, and the best score that knowing them allows."""
+    """Write a data set of simulated users with known tastes, and the best score that knowing them allows.
+
+    rating: scores of films. style: messages in a user's style. manners: chats about everyday topics, answered in a
+    user's manners; folders OUT-instructed-length, -layout, -emoji and -casing ask dev users to break with a manner, and
+    OUT-closed asks them questions with known answers.
+    """
     from personaplug.data.simulation import SimulationConfig, write_simulation
 
     config = SimulationConfig(task=kind, users=users, dev_users=max(1, users // 4), seed=seed)  # type: ignore[arg-type]
@@ -101,7 +109,7 @@ def simulate(out: Path, kind: str, users: int, seed: int) -> None:
 
 @click.command()
 @data_option
-@click.option("--vectors", required=True, type=click.Path(path_type=Path), help="Folder of the item vectors.")
+@click.option("--vectors", required=True, type=FILE, help="Folder of the item vectors.")
 @click.option("--split", "splits", multiple=True, default=("train", "dev"), show_default=True, help="May be repeated.")
 @task_option
 @skip_bad_option
@@ -197,7 +205,7 @@ def train(
 
 
 @click.command()
-@_run_option
+@run_option
 @data_option
 @click.option("--split", default="dev", show_default=True)
 @methods_option("plain,instruction-only,wrong-user,shuffled,plug", "Rows of the table.")
@@ -235,12 +243,14 @@ def evaluate(
     rows = parse_methods(methods)
     run, config = _open_run(run_folder, config_file, settings)
     show(config, "evaluation")
-    reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    trained_on = run.task.name
+    run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    name = split if run.task.name == trained_on else f"{run.task.name}-{split}"
     oracle = data / f"{split}_oracle.json"
     results = evaluate_run(
         run,
         reader,
-        split=split,
+        split=name,
         methods=rows,
         config=config.evaluation,
         models=open_models(config),
@@ -248,7 +258,7 @@ def evaluate(
         train=train,
     )
     tell_read(reader, split)
-    target = json_file or run_folder / "evaluations" / f"{split}.json"
+    target = json_file or run_folder / "evaluations" / f"{name}.json"
     had_results, previous = target.exists(), target.with_suffix(".previous.json")
     if had_results:
         target.replace(previous)
@@ -265,7 +275,7 @@ def evaluate(
 
 
 @click.command()
-@_run_option
+@run_option
 @data_option
 @click.option("--split", default="test", show_default=True)
 @methods_option("plug", "Rows of a table; see `evaluate`.")
@@ -288,7 +298,7 @@ def predict(
     rows = parse_methods(methods)
     # All samples, unless the command itself asks for fewer: whoever scores the file wants them all.
     run, config = _open_run(run_folder, config_file, settings, base=("limit=0",))
-    reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
     models = open_models(config)
     if config.evaluation.limit:
         click.echo(f"only {config.evaluation.limit} samples are answered (limit={config.evaluation.limit})", err=True)
@@ -298,14 +308,14 @@ def predict(
 
 
 @click.command()
-@_run_option
+@run_option
 @click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
 @click.option(
     "--history",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="The user's items: one JSON object a line, with the fields of the run's task. None: a new user.",
 )
-@click.option("--seed", default=None, type=int, help="Which of the run's training seeds.  [default: the first]")
+@seed_option
 @click.option("--plain", is_flag=True, help="Answer without the plug, to compare.")
 @click.option("--phrases", is_flag=True, help="Mix the phrases of the user's own answers into what the model writes.")
 @click.option("--probabilities", is_flag=True, help="Print how probable each label is, as JSON, instead of the answer.")

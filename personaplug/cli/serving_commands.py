@@ -11,14 +11,11 @@ from typing import Any, TextIO
 
 import click
 
+from personaplug.cli.options import FILE, run_option, secret_option, seed_option
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.errors import ConfigError, MissingExtra, UserError
 
-_PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(1)
-_RUN = click.option("--run", "run_folder", required=True, type=_PATH, help="A run made by `train`.")
-_SEED = click.option("--seed", type=int, help="Which of the run's training seeds.  [default: the first]")
-_SECRET = click.option("--secret", type=_PATH, help="File of the store's secret.  [default: beside SQLite's file]")
 _STORE = click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL.")
 _TENANT = click.option("--tenant", default="default", show_default=True)
 _USER = click.option("--user", required=True)
@@ -35,18 +32,18 @@ class _NumberRange(click.FloatRange):
 
 
 @click.command(context_settings={"show_default": True})
-@_RUN
+@run_option
 @click.option("--store", default="histories.db", help="Histories: a file, or a postgresql:// URL.")
-@_SECRET
+@secret_option
 @click.option("--engine", default="local", help="local, or the address of a vLLM server: http://…")
 @click.option("--engine-key", envvar="PERSONAPLUG_ENGINE_KEY", help="Key of the vLLM server, if it asks for one.")
 @click.option(
     "--model", default="", show_default=False, help="Name by which requests call the model.  [default: the model's own]"
 )
-@_SEED
+@seed_option
 @click.option("--host", default="127.0.0.1")
 @click.option("--port", default=8000, type=click.IntRange(0, 65535))
-@click.option("--keys", type=_PATH, help="File of keys (`personaplug create-key`). None: this machine only.")
+@click.option("--keys", type=FILE, help="File of keys (`personaplug create-key`). None: this machine only.")
 @click.option(
     "--allow-origin",
     "allow_origins",
@@ -69,7 +66,7 @@ class _NumberRange(click.FloatRange):
 @click.option(
     "--apply-off-task",
     is_flag=True,
-    help="Use personas also for prompts without the wording of the run's task, which the plug was not trained for.",
+    help="Use personas also for requests that do not ask what the run was trained for.",
 )
 @click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a new store.")
 @click.option(
@@ -127,7 +124,7 @@ def serve(
 
 @click.command("create-key")
 @click.argument("tenant")
-@click.option("--keys", required=True, type=_PATH, help="File of keys; made if it does not exist.")
+@click.option("--keys", required=True, type=FILE, help="File of keys; made if it does not exist.")
 def create_key(tenant: str, keys: Path) -> None:
     """Create an API key for a TENANT and print it, once: the file holds its hash alone."""
     from personaplug.serving import api_keys
@@ -137,7 +134,7 @@ def create_key(tenant: str, keys: Path) -> None:
 
 @click.command("revoke-key")
 @click.argument("name", metavar="TENANT_OR_KEY")
-@click.option("--keys", required=True, type=_PATH, help="File of keys.")
+@click.option("--keys", required=True, type=FILE, help="File of keys.")
 def revoke_key(name: str, keys: Path) -> None:
     """Revoke a key, or all keys of a tenant. A server that runs refuses them within a second."""
     from personaplug.serving import api_keys
@@ -147,7 +144,7 @@ def revoke_key(name: str, keys: Path) -> None:
 
 @click.command("erase-user")
 @_STORE
-@_SECRET
+@secret_option
 @_TENANT
 @_USER
 def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
@@ -160,12 +157,12 @@ def erase_user(store: str, secret: Path | None, tenant: str, user: str) -> None:
 
 
 @click.command()
-@_RUN
-@_SEED
+@run_option
+@seed_option
 @click.option("--prompt", required=True, help="What is asked, in the wording of the run's task.")
 @click.option("--answer", help="Whose likelihood is compared, with and without each item.")
 @_STORE
-@_SECRET
+@secret_option
 @_TENANT
 @_USER
 @click.option("--most", default=10, show_default=True, help="Number of items to list.")
@@ -216,9 +213,9 @@ def explain(
 @click.command("refill-store")
 @click.option("--from", "source", required=True, help="Store to copy; it must keep texts.")
 @click.option("--to", "target", required=True, help="Store to create or to continue.")
-@_RUN
-@_SEED
-@_SECRET
+@run_option
+@seed_option
+@secret_option
 def refill_store(source: str, target: str, run_folder: Path, seed: int | None, secret: Path | None) -> None:
     """Copy a store of histories into a new one for the encoder of another run. Run it again to continue."""
     check_installed()
@@ -243,7 +240,7 @@ def refill_store(source: str, target: str, run_folder: Path, seed: int | None, s
 @click.command("verify-receipt")
 @click.argument("receipt", type=click.File(encoding="utf-8"))
 @click.option("--store", required=True, help="Store that issued it: a file, or a postgresql:// URL.")
-@_SECRET
+@secret_option
 @click.option("--tenant", help="Check also that the user was of this tenant.")
 @click.option("--user", help="Check also that the receipt is about this user.")
 def verify_receipt(receipt: TextIO, store: str, secret: Path | None, tenant: str | None, user: str | None) -> None:

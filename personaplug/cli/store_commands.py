@@ -1,22 +1,26 @@
-"""The commands that keep a store of histories safe: backup-store, restore-store, replay-erasures."""
+"""The commands about a store of histories: back it up and restore it; read and replace stated preferences."""
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import click
 
+from personaplug.cli.options import FILE, secret_option
 from personaplug.cli.serving_commands import check_installed
+from personaplug.errors import ConfigError
 
-_PATH = click.Path(path_type=Path)
-_SECRET = click.option("--secret", type=_PATH, help="File of the store's secret.  [default: beside SQLite's file]")
+_STORE = click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL. It may be in use.")
+_TENANT = click.option("--tenant", default="default", show_default=True)
+_USER = click.option("--user", required=True)
 
 
 @click.command("backup-store")
 @click.option("--store", required=True, help="Histories in a SQLite file; it may be in use.")
-@click.option("--to", "target", required=True, type=_PATH, help="File to make.")
-@_SECRET
+@click.option("--to", "target", required=True, type=FILE, help="File to make.")
+@secret_option
 def backup_store(store: str, target: Path, secret: Path | None) -> None:
     """Write a store of histories into one file with a checksum. Keep the store's secret too, in another place."""
     check_installed()
@@ -28,10 +32,10 @@ def backup_store(store: str, target: Path, secret: Path | None) -> None:
 
 
 @click.command("restore-store")
-@click.option("--from", "backup", required=True, type=_PATH, help="File made by `backup-store`.")
-@click.option("--to", "target", required=True, type=_PATH, help="SQLite file to make.")
+@click.option("--from", "backup", required=True, type=FILE, help="File made by `backup-store`.")
+@click.option("--to", "target", required=True, type=FILE, help="SQLite file to make.")
 @click.option("--current", help="Store in use until now: its erasures since the backup are repeated.")
-@_SECRET
+@secret_option
 def restore_store(backup: Path, target: Path, current: str | None, secret: Path | None) -> None:
     """Make a store of histories from a backup, if the backup is as it was written."""
     check_installed()
@@ -52,7 +56,7 @@ def restore_store(backup: Path, target: Path, current: str | None, secret: Path 
 @click.command("replay-erasures")
 @click.option("--from", "source", required=True, help="Store in use until now: a file, or a postgresql:// URL.")
 @click.option("--to", "target", required=True, help="Store restored from a backup.")
-@_SECRET
+@secret_option
 def replay_erasures(source: str, target: str, secret: Path | None) -> None:
     """Erase from a restored store the users that were erased from another one since the backup."""
     check_installed()
@@ -65,3 +69,45 @@ def replay_erasures(source: str, target: str, secret: Path | None) -> None:
     ):
         count = copy_erasures(current, restored)
     click.echo(f"{count} erasures repeated", err=True)
+
+
+@click.command("list-preferences")
+@_STORE
+@secret_option
+@_TENANT
+@_USER
+def list_preferences(store: str, secret: Path | None, tenant: str, user: str) -> None:
+    """Print the preferences that a user states, oldest first; their texts only if the store keeps texts."""
+    check_installed()
+    from personaplug.store.history_store import HistoryStore
+
+    with closing(HistoryStore.open(store, secret=secret)) as opened:
+        items = opened.list_preferences(tenant, user)
+    stated = [{"id": item.id, "arrived": item.arrived.isoformat(), **dict(item.fields)} for item in items]
+    click.echo(json.dumps(stated, indent=2, ensure_ascii=False))
+
+
+@click.command("set-preferences")
+@click.argument("sentences", nargs=-1)
+@click.option("--run", "run_folder", type=FILE, help="The run that is served; its encoder reads the sentences.")
+@_STORE
+@secret_option
+@_TENANT
+@_USER
+def set_preferences(
+    sentences: tuple[str, ...], run_folder: Path | None, store: str, secret: Path | None, tenant: str, user: str
+) -> None:
+    """Make SENTENCES the only preferences that a user states; without any, remove all. A server sees it at once."""
+    check_installed()
+    from personaplug.run import Run
+    from personaplug.serving.feedback import preference_items
+    from personaplug.serving.setup import open_parts
+    from personaplug.store.history_store import HistoryStore
+
+    if sentences and run_folder is None:
+        raise ConfigError("Sentences are encoded before they are stored: give --run, the run that is served.")
+    encoder = open_parts(Run.open(run_folder), seed=None)[0] if sentences and run_folder else None
+    with closing(HistoryStore.open(store, encoder, secret=secret, create=False)) as opened:
+        items = preference_items(sentences, content_id=opened.content_id)
+        result = opened.replace_preferences(opened.admit(tenant, user), items)
+    click.echo(f"{result.new} new, {result.same} as before, {result.removed} removed", err=True)

@@ -24,7 +24,7 @@ NumberedRecord = tuple[str, int, object]
 """A position in words, the number of the record from 1 (in JSON lines: of its line), and its value or a Flaw."""
 
 
-def delimited_records(path: Path, columns: Sequence[str], *, delimiter: str | None = None) -> Iterator[NumberedRecord]:
+def delimited_records(path: Path, columns: Sequence[str], *, delimiter: str | None) -> Iterator[NumberedRecord]:
     """Yield the rows of a file as mappings of column to text.
 
     A quote that is never closed would swallow the rows after it, so it is an error that cannot be skipped.

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from personaplug.data.json_stream import existing_folder, holds_list, json_lines, plain_or_gz, stream_values
-from personaplug.data.parsing import Flaw, as_record, id_of, item_of, name_of, short_id, target_of, text_of
+from personaplug.data.parsing import (
+    Flaw,
+    as_record,
+    as_text,
+    context_of,
+    id_of,
+    item_of,
+    name_of,
+    short_id,
+    target_of,
+    text_of,
+)
 from personaplug.data.record_reader import Limits, RecordReader, in_time_order
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Reader, Task
 from personaplug.data.task_registry import load_task
 from personaplug.errors import MissingData, RecordError
 
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Gold:
+    answer: str
+    rejected: tuple[str, ...]
+
+
 # A broken gold stays here as its Flaw and is reported with its question, so that one defect counts once.
-_Golds = Mapping[str, str | Flaw]
+_Golds = Mapping[str, _Gold | Flaw]
 
 
 def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = None, **limits: Unpack[Limits]) -> Reader:
@@ -79,16 +98,19 @@ class _LampReader(RecordReader):
     def _sample(self, question: Mapping[str, Any], sample_id: str) -> Sample:
         prompt = name_of(question, "input")
         user = None if question.get("user_id") is None else id_of(question, "user_id")
-        target = None
+        context = context_of(question["context"]) if "context" in question else ()
+        target: str | None = None
+        rejected: tuple[str, ...] = ()
         if self._outputs:
             gold = self._golds.get(sample_id, Flaw(f"none of the {len(self._golds)} golds has its id"))
             if isinstance(gold, Flaw):
                 raise gold
-            target = target_of(self.task, gold)
-        return self._sample_of(sample_id, user, prompt, target=target, items=self._items(question))
+            target, rejected = target_of(self.task, gold.answer), gold.rejected
+        items = self._items(question)
+        return self._sample_of(sample_id, user, prompt, target=target, items=items, context=context, rejected=rejected)
 
     def _read_golds(self, path: Path) -> _Golds:
-        golds: dict[str, str | Flaw] = {}
+        golds: dict[str, _Gold | Flaw] = {}
         for number, record in stream_values(path, "golds.item", opening=b"{", unit="gold"):
             try:
                 gold = as_record(record)
@@ -97,7 +119,13 @@ class _LampReader(RecordReader):
                 self._skip(path, f"gold {number}", flaw)
                 continue
             try:
-                golds[gold_id] = Flaw("two golds have its id") if gold_id in golds else text_of(gold, "output")
+                golds[gold_id] = Flaw("two golds have its id") if gold_id in golds else _gold_of(gold)
             except Flaw as flaw:
                 golds[gold_id] = Flaw(f"its gold: {flaw}")
         return golds
+
+
+def _gold_of(record: Mapping[str, Any]) -> _Gold:
+    rejected = record.get("rejected", [])
+    answers = rejected if isinstance(rejected, list) else [rejected]
+    return _Gold(text_of(record, "output"), tuple(as_text(answer, "a rejected answer") for answer in answers))

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from personaplug.data.parsing import Flaw, as_id, query_of, short_id, target_of
-from personaplug.data.records import Sample
+from personaplug.data.parsing import Flaw, as_id, item_of, query_of, record_of, short_id, target_of
+from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
 from personaplug.errors import ConfigError, StorageError
@@ -55,7 +55,8 @@ def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Pat
             _check_writable(sample, task, seen)
             questions.write((",\n" if seen else "\n") + json.dumps(_question(sample), ensure_ascii=False))
             if sample.target is not None:
-                gold = {"id": sample.id, "output": sample.target}
+                gold: dict[str, Any] = {"id": sample.id, "output": sample.target}
+                gold |= {"rejected": list(sample.rejected)} if sample.rejected else {}
                 outputs.write((",\n" if targets else "\n") + json.dumps(gold, ensure_ascii=False))
                 targets += 1
             seen.add(sample.id)
@@ -76,8 +77,7 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
             raise Flaw("its query is not the one that the task finds in its prompt")
         if sample.target is not None and target_of(task, sample.target) != sample.target:
             raise Flaw("its target has blanks at its ends")
-        expected = (task.field_names, task.answer_field)
-        if any((tuple(dict(item.fields)), item.answer_name) != expected for item in sample.history):
+        if any(item_of(task, _item(item))[1] != item for item in sample.history):
             raise Flaw("an item has other fields than the task's")
     except Flaw as flaw:
         raise ConfigError(f"Sample {short_id(sample.id)} cannot be written for task {task.name}: {flaw}.") from None
@@ -85,8 +85,12 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
 
 def _question(sample: Sample) -> dict[str, Any]:
     user = {} if sample.user_id is None else {"user_id": sample.user_id}
-    profile = [
-        {"id": item.id, **dict(item.fields), **({"date": item.date.isoformat()} if item.date else {})}
-        for item in sample.history
-    ]
-    return {"id": sample.id, **user, "input": sample.prompt, "profile": profile}
+    messages = [{"role": role, "content": text} for role, text in sample.context]
+    context: dict[str, Any] = {"context": messages} if messages else {}
+    profile = [_item(item) for item in sample.history]
+    return {"id": sample.id, **user, "input": sample.prompt, **context, "profile": profile}
+
+
+def _item(item: HistoryItem) -> dict[str, str]:
+    date = {"date": item.date.isoformat()} if item.date else {}
+    return {"id": item.id, **record_of(item), **date}

@@ -15,13 +15,13 @@ from personaplug.data import patterns
 from personaplug.data.dates import as_datetime
 from personaplug.data.ids import as_id, short_id
 from personaplug.data.numbers import as_number, number_or_none
-from personaplug.data.records import HistoryItem, Options
+from personaplug.data.records import PREFERENCE, REJECTED, HistoryItem, ItemKind, Options, Turn
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw, as_text
 
 __all__ = [
-    "Flaw", "as_datetime", "as_id", "as_name", "as_number", "as_record", "as_text", "field_of", "id_of", "item_of",
-    "name_of", "options_of", "query_of", "short_id", "target_of", "text_of", "value_of",
+    "Flaw", "as_datetime", "as_id", "as_name", "as_number", "as_record", "as_text", "context_of", "field_of", "id_of",
+    "item_of", "name_of", "options_of", "query_of", "record_of", "short_id", "target_of", "text_of", "value_of",
 ]  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def options_of(task: Task, prompt: str) -> Options | None:
 
 def target_of(task: Task, answer: str) -> str:
     """Return an answer as it is scored: the label that it is or equals as a number, or an unchanged text."""
-    if task.kind == "text":
+    if not task.labels:
         return answer
     label = _label(task, answer)
     if label is None:
@@ -120,13 +120,55 @@ def target_of(task: Task, answer: str) -> str:
 def item_of(
     task: Task, record: object, *, default_id: str | None = None, id_key: str = "id", date_key: str = "date"
 ) -> tuple[datetime | None, HistoryItem]:
-    """Convert a JSON object to a history item and its date, if any. Without `default_id`, it needs an id."""
+    """Convert a JSON object to a history item and its date, if any. Without `default_id`, it needs an id.
+
+    An item with a `preference` is a stated preference, one with `rejected` a rejection; other items hold the task's
+    fields.
+    """
     values = as_record(record)
     stamp = value_of(values, date_key) if date_key in values else None
     moment = None if stamp is None else as_datetime(stamp, f"its {date_key!r}")
-    fields = tuple((name, field_of(task, values, name)) for name in task.field_names)
+    kind, fields = _fields_of(task, values)
     item_id = default_id if default_id and values.get(id_key) is None else id_of(values, id_key)
-    return moment, HistoryItem(item_id, fields, task.answer_field, moment.date() if moment else None)
+    answer_name = None if kind == "preference" else task.answer_field
+    return moment, HistoryItem(item_id, fields, answer_name, moment.date() if moment else None, kind)
+
+
+def record_of(item: HistoryItem) -> dict[str, str]:
+    """Return the fields of an item as the record that `item_of` reads."""
+    answer = REJECTED if item.kind == "rejection" else item.answer_name
+    return {answer if name == item.answer_name and answer else name: value for name, value in item.fields}
+
+
+def context_of(value: object) -> tuple[Turn, ...]:
+    """Convert the messages before a prompt: a list of objects with `role` and `content`."""
+    if not isinstance(value, list):
+        raise Flaw("its 'context' is not a list of messages")
+    turns: list[Turn] = []
+    for number, message in enumerate(value, 1):
+        try:
+            record = as_record(message)
+            turns.append((name_of(record, "role"), text_of(record, "content")))
+        except Flaw as flaw:
+            raise Flaw(f"message {number} of its context: {flaw}") from None
+    return tuple(turns)
+
+
+def _fields_of(task: Task, values: Mapping[str, Any]) -> tuple[ItemKind, tuple[tuple[str, str], ...]]:
+    """Return the kind of a record's item, and the item's fields."""
+    if PREFERENCE in values:
+        if REJECTED in values or any(name in values for name in task.field_names):
+            raise Flaw(f"it holds a {PREFERENCE!r} beside fields of an answer; make it two items")
+        return "preference", ((PREFERENCE, name_of(values, PREFERENCE)),)
+    if REJECTED not in values:
+        return "answer", tuple((name, field_of(task, values, name)) for name in task.field_names)
+    if task.answer_field is None:
+        raise Flaw(f"it holds a {REJECTED!r} answer, and items of task {task.name} have no answers")
+    if task.answer_field in values:
+        raise Flaw(f"it holds a {task.answer_field!r} and a {REJECTED!r}; make it two items")
+    keys = {task.answer_field: REJECTED}
+    fields = ((name, field_of(task, values, name, key=keys.get(name, name))) for name in task.field_names)
+    return "rejection", tuple(fields)
 
 
 def _label(task: Task, answer: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from personaplug.data.parsing import Flaw, as_record, item_of, options_of, query_of, short_id, value_of
-from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.records import HistoryItem, Sample, Turn
 from personaplug.data.task import ReadReport, Task
 from personaplug.errors import ConfigError, MissingData, RecordError
 
@@ -105,13 +105,31 @@ class RecordReader(ABC):
         self.report.problems.append(str(error))
 
     def _sample_of(
-        self, name: str, user: str | None, prompt: str, *, target: str | None, items: Sequence[TimedItem]
+        self,
+        name: str,
+        user: str | None,
+        prompt: str,
+        *,
+        target: str | None,
+        items: Sequence[TimedItem],
+        context: Sequence[Turn] = (),
+        rejected: Sequence[str] = (),
     ) -> Sample:
         """Find the query and the options in the prompt, and keep the latest items as the history."""
         query, options = query_of(self.task, prompt), options_of(self.task, prompt)
-        excess = max(len(items) - self._max_history, 0)
-        self.report.cut_items += excess
-        return Sample(name, user, prompt, query, target, in_time_order(items)[excess:], options=options)
+        history = latest(in_time_order(items), self._max_history)
+        self.report.cut_items += len(items) - len(history)
+        return Sample(
+            name,
+            user,
+            prompt,
+            query,
+            target,
+            history,
+            options=options,
+            context=tuple(context),
+            rejected=tuple(rejected),
+        )
 
     def _parsed(
         self,
@@ -161,3 +179,11 @@ def in_time_order(items: Sequence[TimedItem]) -> tuple[HistoryItem, ...]:
     if all(moment is not None for moment, _ in items):
         items = sorted(items, key=lambda pair: pair[0] or datetime.min)
     return tuple(item for _, item in items)
+
+
+def latest(items: Sequence[HistoryItem], limit: int) -> tuple[HistoryItem, ...]:
+    """Return at most `limit` items in their order: stated preferences first of all, then the latest others."""
+    if len(items) <= limit:
+        return tuple(items)
+    places = sorted(range(len(items)), key=lambda place: (items[place].kind == "preference", place), reverse=True)
+    return tuple(items[place] for place in sorted(places[:limit]))

@@ -1,38 +1,67 @@
 """Data sets of simulated users whose best possible score is known. A seed determines everything.
 
 "rating": a user is more or less generous and prefers some film genres; a score is that plus noise. "style": a user has
-a casing, a length, a phrase and an emoji, and sometimes omits the latter two. The oracle knows the user but not the
-noise, so its score is the limit of any method. No query of a user is in the user's history, and train and dev share no
-user.
+a casing, a length, a phrase and an emoji, and sometimes omits the latter two. "manners": a user asks about everyday
+topics and has manners that a rule can check. The oracle knows the user but not the noise, so its score is the limit of
+any method. No query of a user is in the user's history, and train and dev share no user.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from personaplug.data.closed_questions import CLOSED_QUESTIONS
 from personaplug.data.lamp_writer import write_lamp
+from personaplug.data.manner_wording import INSTRUCTIONS
+from personaplug.data.manners import DIMENSIONS
 from personaplug.data.records import Sample
+from personaplug.data.simulated_manners import MAX_TOPICS, MannerlyUser
 from personaplug.data.simulated_users import Rater, SimulatedQuery, Writer
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
 from personaplug.infra.atomic_io import write_json
 
-SimulatedTask = Literal["rating", "style"]
+SimulatedTask = Literal["rating", "style", "manners"]
 
 SIMULATED_TASKS: Mapping[SimulatedTask, Task] = {
     "rating": Task("Simulated_rating", "rating", ("text",), "score", ("mae", "rmse", "accuracy"),
                    labels=("1", "2", "3", "4", "5"), query_after="film: ", max_new_tokens=4),
     "style": Task("Simulated_style", "text", ("text",), "text", ("rouge_1", "rouge_l"),
                   query_after="message: ", max_new_tokens=48),
+    "manners": Task("Manners", "chat", ("question", "answer"), "answer",
+                    ("manners", "rouge_1", *(f"manners_{dimension}" for dimension in DIMENSIONS)), max_new_tokens=96),
 }  # fmt: skip
 
 _SPLITS = ("train", "dev")
+_INSTRUCTED, _CLOSED = "instructed-", "closed"
+_CLOSED_QUESTIONS = 5  # of a user, one of each kind
+
+
+def splits_of(kind: SimulatedTask) -> tuple[str, ...]:
+    """Return the splits of a simulation.
+
+    "manners" has more than train and dev: `instructed-{dimension}` asks the dev users again, with an instruction that
+    contradicts their manners in this dimension; `closed` asks them questions with known answers.
+    """
+    further = (*(f"{_INSTRUCTED}{dimension}" for dimension in INSTRUCTIONS), _CLOSED)
+    return (*_SPLITS, *further) if kind == "manners" else _SPLITS
+
+
+def _task_of(kind: SimulatedTask, split: str) -> Task:
+    """Return the task of a split; whether an instruction is obeyed leads in a task of its own."""
+    task = SIMULATED_TASKS[kind]
+    if split == _CLOSED:
+        return CLOSED_QUESTIONS
+    if not split.startswith(_INSTRUCTED):
+        return task
+    dimension = split.removeprefix(_INSTRUCTED)
+    return replace(task, name=f"{task.name}_instructed_{dimension}", metrics=(f"manners_{dimension}", "manners"))
 
 
 @dataclass(frozen=True)
@@ -64,13 +93,14 @@ class SimulationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require("task", self.task in SIMULATED_TASKS, "'rating' or 'style'")
+        self._require("task", self.task in SIMULATED_TASKS, "'rating', 'style' or 'manners'")
         for name in ("users", "queries_per_user", "dev_users", "dev_queries_per_user"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("min_items", 0 <= self.min_items <= self.max_items, "from 0 to max_items")
         # Different films and messages are drawn by rejection, so a user may have only a fraction of all.
         per_user = self.max_items + max(self.queries_per_user, self.dev_queries_per_user)
-        self._require("max_items", per_user <= 200, "at most 200 together with a user's queries")
+        most = MAX_TOPICS if self.task == "manners" else 200
+        self._require("max_items", per_user <= most, f"at most {most} together with a user's queries")
         self._require("cold_share", 0 <= self.cold_share <= 1, "a share from 0 to 1")
         self._require("generosity_sd", 0 <= self.generosity_sd < math.inf, "finite and 0 or more")
         self._require("taste_sd", 0 <= self.taste_sd < math.inf, "finite and 0 or more")
@@ -102,14 +132,14 @@ class Simulation:
 
 
 def simulate(config: SimulationConfig, split: str) -> Simulation:
-    """Simulate the users of "train" or "dev"."""
-    if split not in _SPLITS:
-        raise ConfigError(f"A simulation has the splits 'train' and 'dev'; found {split!r}.")
+    """Simulate the users of a split, of `splits_of` the task."""
+    if split not in splits_of(config.task):
+        raise ConfigError(f"A simulation has the splits {', '.join(splits_of(config.task))}; found {split!r}.")
     users = config.users if split == "train" else config.dev_users
     queries = [query for user in range(users) for query in _queries(config, split, user)]
-    ways = queries[0].expected
+    ways = queries[0].expected if queries else {}
     return Simulation(
-        task=SIMULATED_TASKS[config.task],
+        task=_task_of(config.task, split),
         samples=tuple(query.sample for query in queries),
         oracle={way: {query.sample.id: query.oracle[way] for query in queries} for way in ways},
         expected={
@@ -125,32 +155,59 @@ def write_simulation(config: SimulationConfig, folder: str | Path) -> None:
 
     The additional files are `{split}_oracle.json` (predictions as an outputs file; for ratings the likeliest scores,
     and the medians in `{split}_oracle_median.json`) and `oracle.json` (expected scores by split and way of deciding).
+    A further split becomes the dev split of a folder beside this one, such as `{folder}-closed`.
     """
-    folder, task = Path(folder), SIMULATED_TASKS[config.task]
+    folder = Path(folder)
+    _write_splits(config, folder, {split: split for split in _SPLITS})
+    for split in splits_of(config.task)[len(_SPLITS) :]:
+        _write_splits(config, folder.with_name(f"{folder.name}-{split}"), {"dev": split})
+
+
+def _write_splits(config: SimulationConfig, folder: Path, splits: Mapping[str, str]) -> None:
+    """Write the simulated splits that the values name, as the splits that the keys name."""
     expected = {}
-    for split in _SPLITS:
+    for name, split in splits.items():
         simulation = simulate(config, split)
-        write_lamp(simulation.samples, folder, split, task=task)
-        for way, predictions in simulation.oracle.items():
-            ending = "" if way == "mode" else f"_{way}"
-            golds = [{"id": sample_id, "output": output} for sample_id, output in predictions.items()]
-            write_json(folder / f"{split}_oracle{ending}.json", {"task": task.name, "golds": golds})
-        expected[split] = {way: dict(scores) for way, scores in simulation.expected.items()}
-    write_json(folder / "oracle.json", {"task": task.name, **expected})
+        if not simulation.samples:  # of few users, none may be instructed
+            return
+        write_lamp(simulation.samples, folder, name, task=simulation.task)
+        _write_oracle(simulation, folder, name)
+        expected[name] = {way: dict(scores) for way, scores in simulation.expected.items()}
+    write_json(folder / "oracle.json", {"task": simulation.task.name, **expected})
+
+
+def _write_oracle(simulation: Simulation, folder: Path, split: str) -> None:
+    for way, predictions in simulation.oracle.items():
+        ending = "" if way == "mode" else f"_{way}"
+        golds = [{"id": sample_id, "output": output} for sample_id, output in predictions.items()]
+        write_json(folder / f"{split}_oracle{ending}.json", {"task": simulation.task.name, "golds": golds})
 
 
 def _queries(config: SimulationConfig, split: str, user: int) -> list[SimulatedQuery]:
-    rng = np.random.default_rng([config.seed, _SPLITS.index(split), user])
-    simulated: Rater | Writer
+    part = "train" if split == "train" else "dev"
+    rng = np.random.default_rng([config.seed, _SPLITS.index(part), user])
+    simulated = _drawn_user(config, rng, part)
+    name, items = f"{part}-{user:04d}", _drawn_items(config, rng)
+    if isinstance(simulated, MannerlyUser) and split.startswith(_INSTRUCTED):
+        return simulated.instructed(name, rng, items=items, dimension=split.removeprefix(_INSTRUCTED))
+    if isinstance(simulated, MannerlyUser) and split == _CLOSED:
+        return simulated.closed(name, rng, items=items, questions=_CLOSED_QUESTIONS)
+    queries = config.queries_per_user if part == "train" else config.dev_queries_per_user
+    return simulated.queries(name, rng, items=items, queries=queries)
+
+
+def _drawn_user(config: SimulationConfig, rng: np.random.Generator, part: str) -> Rater | Writer | MannerlyUser:
     if config.task == "rating":
         sds = {"generosity_sd": config.generosity_sd, "taste_sd": config.taste_sd, "noise_sd": config.noise_sd}
-        simulated = Rater.drawn(rng, **sds)
-    else:
-        simulated = Writer.drawn(rng, habit_chance=config.habit_chance)
+        return Rater.drawn(rng, **sds)
+    if config.task == "style":
+        return Writer.drawn(rng, habit_chance=config.habit_chance)
+    return MannerlyUser.drawn(rng, seed=config.seed, is_dev=part == "dev")
+
+
+def _drawn_items(config: SimulationConfig, rng: np.random.Generator) -> int:
     is_cold = rng.random() < config.cold_share
     low, high = config.min_items, config.max_items
     if low == 0:
         low, high = (0, min(2, high)) if is_cold else (min(3, high), high)
-    items = int(rng.integers(low, high + 1))
-    queries = config.queries_per_user if split == "train" else config.dev_queries_per_user
-    return simulated.queries(f"{split}-{user:04d}", rng, items=items, queries=queries)
+    return int(rng.integers(low, high + 1))

@@ -1,15 +1,16 @@
-"""Split a training set by user, to choose settings without the official dev set."""
+"""Split a training set by user, to choose settings without the official dev set; draw samples of a split."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from personaplug.data.lamp_writer import write_lamp
+from personaplug.data.records import Sample
 from personaplug.data.task import Reader
 from personaplug.errors import ConfigError, RunConflict
 
@@ -50,3 +51,13 @@ def held_users(owners: Sequence[str], *, share: float, rng: np.random.Generator)
     """Draw a share of two or more different users: at least one, and never all."""
     count = min(len(owners) - 1, max(1, round(share * len(owners))))
     return {owners[i] for i in rng.choice(len(owners), size=count, replace=False)}
+
+
+def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
+    """Yield so many samples of a split, drawn by `seed`, in file order; 0 = all."""
+    if not limit:
+        yield from reader
+        return
+    count = sum(1 for _ in reader)
+    chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
+    yield from (sample for index, sample in enumerate(reader) if index in chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -10,7 +11,7 @@ from typing import Literal, Protocol
 from personaplug.data.patterns import group_count
 from personaplug.data.records import Sample
 
-TaskKind = Literal["label", "rating", "text"]
+TaskKind = Literal["label", "rating", "text", "chat"]
 
 MAX_NEW_TOKENS = 65_536
 """Of an answer. Memory is taken for all of them before the first one is written."""
@@ -23,11 +24,12 @@ class Task:
     Without `query_after` and `query_pattern`, the whole input is the query.
 
     Attributes:
-        kind: "label" (one of `labels`), "rating" (labels that are rising numbers) or "text".
+        kind: "label" (one of `labels`), "rating" (labels that are rising numbers), "text", or "chat" (text that
+            answers any prompt, the last message of a conversation).
         item_fields: the fields that make an item's text, in order (PPlug's Table 7).
         answer_field: the field with the user's answer; appended to the item's text if not in `item_fields`.
         metrics: names from `personaplug.analysis.metrics`; the first one leads.
-        labels: the closed set of answers; empty for "text".
+        labels: the closed set of answers; empty for "text" and "chat".
         query_after: a marker; the query is the text after its first occurrence in the input.
         query_pattern: a regular expression of RE2, in which `.` matches line breaks; its groups,
             joined by spaces, are the query.
@@ -87,6 +89,7 @@ class ReadReport:
         too_early: rows that are no questions, since too few earlier rows make their history.
         cut_items: items left out because a history was longer than `max_history`.
         own_answers: samples with an item in their history that has the text and the answer of the question.
+        left_out: how much else was left out, by the reason in words ("turns with tool calls").
     """
 
     rows: int = 0
@@ -99,6 +102,7 @@ class ReadReport:
     too_early: int = 0
     cut_items: int = 0
     own_answers: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
@@ -109,6 +113,7 @@ class ReadReport:
             (self.too_early, "rows with too short a history not asked"),
             (self.unclear, "rows not asked whose copies have several answers"),
             (self.cut_items, "items beyond the longest history left out"),
+            *((count, f"{reason} left out") for reason, count in self.left_out.items()),
         )
         return "; ".join((
             f"{self.samples:,} samples, {self.items:,} items of history, from {self.rows:,} rows{users}",

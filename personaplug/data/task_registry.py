@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from personaplug.data.json_stream import existing_folder, stream_values
 from personaplug.data.parsing import Flaw, as_name, as_number
 from personaplug.data.patterns import group_count
+from personaplug.data.records import PREFERENCE, REJECTED
 from personaplug.data.task import MAX_NEW_TOKENS, Task, TaskKind, template_parts
 from personaplug.errors import ConfigError, MissingData, RunConflict, nearest
 from personaplug.infra.json_parsing import parse_json
@@ -46,6 +47,9 @@ _BUILT_IN = (
          item_template='"{text}"',
          history_template="{history} are written by a person. Following the given patterns {input}"),
 )  # fmt: skip
+
+CHAT = Task("Chat", "chat", ("question", "answer"), "answer", ("rouge_1", "rouge_l"), max_new_tokens=256)
+"""Conversations without a task.json of their own."""
 
 LAMP_TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _BUILT_IN})
 
@@ -100,12 +104,16 @@ class _Declaration(BaseModel, frozen=True, extra="forbid", strict=True):
     def _check_fields(self) -> Self:
         if not self.name.strip():
             raise ValueError("'name' is empty")
-        if "nll" in self.metrics:
-            raise ValueError("leave 'nll' out of 'metrics'; every language model gets this column")
-        if {"id", "date"} & {*self.item_fields, self.answer_field}:
-            raise ValueError("a field of an item should have another name than 'id' and 'date'")
-        if (self.kind == "text") == bool(self.labels):
-            raise ValueError("the kinds 'label' and 'rating' need 'labels', and 'text' has none")
+        if of_models := {"nll", "choice", "margin"}.intersection(self.metrics):
+            raise ValueError(f"leave {min(of_models)!r} out of 'metrics'; every language model gets this column")
+        if reserved := {"id", "date", PREFERENCE, REJECTED} & {*self.item_fields, self.answer_field}:
+            raise ValueError(f"{min(reserved)!r} has a meaning of its own in items; give the field another name")
+        if (self.kind in ("text", "chat")) == bool(self.labels):
+            raise ValueError("the kinds 'label' and 'rating' need 'labels'; 'text' and 'chat' have none")
+        if self.kind == "chat" and (self.query_after or self.query_pattern):
+            raise ValueError("'chat' takes any prompt, so it has neither 'query_after' nor 'query_pattern'")
+        if self.kind == "chat" and (len(self.item_fields) != 2 or self.answer_field != self.item_fields[1]):
+            raise ValueError("an item of 'chat' has two fields: what was asked, then the answer")
         if self.kind == "rating":
             try:
                 numbers = [as_number(label, "a label") for label in self.labels]
@@ -148,6 +156,12 @@ _KIND_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "label": {"metrics": ("accuracy", "f1"), "max_new_tokens": 16},
     "rating": {"metrics": ("mae", "rmse", "accuracy"), "max_new_tokens": 4},
     "text": {"metrics": ("rouge_1", "rouge_l"), "max_new_tokens": 128},
+    "chat": {
+        "item_fields": CHAT.item_fields,
+        "answer_field": CHAT.answer_field,
+        "metrics": CHAT.metrics,
+        "max_new_tokens": CHAT.max_new_tokens,
+    },
 }
 
 

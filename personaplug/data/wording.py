@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from personaplug.data.records import Options
+from personaplug.data.records import Options, last_message
 
 _MAX_WORDINGS = 16  # texts before the query that a data set may use side by side
 _MIN_PROMPTS = 5  # that must share a text before it counts as wording, not as something that a user wrote
@@ -72,8 +72,9 @@ def learn_wordings(samples: Iterable[Any]) -> tuple[Wording, ...]:
     """
     prompts, counts = set[str](), Counter[str]()
     for sample in samples:
-        prompts.add(sample.prompt)
-        counts[text_before(sample.prompt, query=sample.query, options=sample.options)] += 1
+        prompt = last_message(sample.prompt)
+        prompts.add(prompt)
+        counts[text_before(prompt, query=sample.query, options=sample.options)] += 1
     if not counts:
         return ()
     is_common = min(counts.values()) >= _MIN_PROMPTS and len(counts) <= _MAX_WORDINGS

@@ -286,7 +286,7 @@ def _create(folder: Path, identity: EncoderIdentity) -> None:
     with _writer_lock(folder, wait_s=30), _storage_errors(folder):
         if (folder / "table.json").is_file():  # another process was faster
             return
-        if (folder / "vectors.f16").is_file() and (folder / "vectors.f16").stat().st_size:
+        if _size(folder / "vectors.f16"):
             raise UserError(f"{folder} has vectors but no table.json that names their encoder. Delete the folder.")
         (folder / "vectors.f16").touch()
         (folder / "checks.u64").touch()

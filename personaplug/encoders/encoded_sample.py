@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplug.data.label_set import LabelSet
-from personaplug.data.records import HistoryItem, Options, Sample
+from personaplug.data.records import ITEM_KINDS, HistoryItem, Options, Prompt, Sample
 from personaplug.encoders.embedding_store import EmbeddingStore, Float16Array, RowIds
 from personaplug.encoders.style_features import StyleArray, style_features_of
 
 Int16Array = npt.NDArray[np.int16]
+Int8Array = npt.NDArray[np.int8]
+
+REJECTION_KIND, PREFERENCE_KIND = map(ITEM_KINDS.index, ("rejection", "preference"))
 
 _label_set = lru_cache(maxsize=8)(LabelSet)
 
@@ -30,18 +33,26 @@ class EncodedHistory:
         vectors: (N, E) float16.
         label_ids: (N,) int16 index of each item's answer among the task's labels; -1 if it is none of them.
         style: (N, F) float16 style of each item's answer; F = 0 if the plug does not use it.
+        kind_ids: (N,) int8 index of each item's kind in ITEM_KINDS.
     """
 
     vectors: Float16Array
     label_ids: Int16Array
     style: StyleArray
+    kind_ids: Int8Array
 
     def __len__(self) -> int:
         return len(self.label_ids)
 
     def select(self, items: RowIds | slice) -> Self:
         """Return the history with these items only, in the order of their indices."""
-        return replace(self, vectors=self.vectors[items], label_ids=self.label_ids[items], style=self.style[items])
+        return replace(
+            self,
+            vectors=self.vectors[items],
+            label_ids=self.label_ids[items],
+            style=self.style[items],
+            kind_ids=self.kind_ids[items],
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} items)"
@@ -52,35 +63,48 @@ class EncodedSample:
     """A sample whose history is rows of an embedding store.
 
     Attributes:
-        id, owner, user_id, prompt, query, target, soft_at, options: as in `Sample`.
+        id, owner, user_id, query, target, soft_at, options, rejected: as in `Sample`.
+        prompt: with the messages before it.
         rows: (N,) row ids of the history's items, in the history's order.
-        label_ids, style: as in `EncodedHistory`.
+        label_ids, style, kind_ids: as in `EncodedHistory`.
         own_answers: the user's past answers, if the language model's output is mixed with their phrases.
     """
 
     id: str
     owner: str
     user_id: str | None
-    prompt: str
+    prompt: Prompt
     query: str
     target: str | None
     rows: RowIds
     label_ids: Int16Array
     style: StyleArray
+    kind_ids: Int8Array
     soft_at: int = 0
     options: Options | None = None
     own_answers: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
 
     def with_items_of(self, other: EncodedSample, indices: npt.NDArray[np.intp]) -> EncodedSample:
         """Return the same query with these items of another sample's history."""
-        return replace(self, rows=other.rows[indices], label_ids=other.label_ids[indices], style=other.style[indices])
+        return replace(
+            self,
+            rows=other.rows[indices],
+            label_ids=other.label_ids[indices],
+            style=other.style[indices],
+            kind_ids=other.kind_ids[indices],
+        )
 
     def without_items(self) -> EncodedSample:
         return self.latest(0)
 
+    def without_preferences(self) -> EncodedSample:
+        """Return the same query without the stated preferences."""
+        return self.with_items_of(self, np.flatnonzero(self.kind_ids != PREFERENCE_KIND))
+
     def latest(self, items: int) -> EncodedSample:
-        """Return the same query with at most this many of the latest items."""
-        return self.with_items_of(self, np.arange(max(0, len(self.rows) - items), len(self.rows)))
+        """Return the same query with at most this many items; see `latest_items`."""
+        return self.with_items_of(self, latest_items(self.kind_ids, items))
 
     def __repr__(self) -> str:
         return f"EncodedSample(id={self.id!r}, user_id={self.user_id!r}, items={len(self.rows)})"
@@ -116,12 +140,14 @@ def encode_samples(
         ends = np.cumsum([len(sample.history) for sample in group])[:-1]
         encoded += [
             EncodedSample(
-                *(sample.id, sample.owner, sample.user_id, sample.prompt, sample.query, sample.target),
+                *(sample.id, sample.owner, sample.user_id, sample.full_prompt, sample.query, sample.target),
                 rows=rows.copy(),  # a slice would keep the whole group's rows in memory
                 label_ids=label_ids(sample.history, labels),
                 style=style_of_answers(sample.history) if with_style else no_style(len(rows)),
+                kind_ids=kind_ids(sample.history),
                 soft_at=sample.soft_at,
                 options=sample.options,
+                rejected=sample.rejected,
             )
             for sample, rows in zip(group, np.split(row_ids, ends), strict=True)
         ]
@@ -137,9 +163,32 @@ def label_ids(items: Sequence[HistoryItem], labels: Sequence[str]) -> Int16Array
     return np.array([label_set.index(item.answer) for item in items], dtype=np.int16)
 
 
+def kind_ids(items: Sequence[HistoryItem]) -> Int8Array:
+    """Return the index of each item's kind in ITEM_KINDS, (N,)."""
+    return np.array([ITEM_KINDS.index(item.kind) for item in items], dtype=np.int8)
+
+
+def latest_items(kinds: Int8Array, limit: int) -> npt.NDArray[np.intp]:
+    """Return the indices of the items that are used of a history, at most `limit`, in order.
+
+    Stated preferences come first, because people state a preference once and mean it for long; then the latest others.
+    """
+    is_preference = kinds == PREFERENCE_KIND
+    preferences = np.flatnonzero(is_preference)
+    preferences = preferences[max(0, len(preferences) - limit) :]
+    others = np.flatnonzero(~is_preference)
+    others = others[max(0, len(others) - (limit - len(preferences))) :]
+    return np.sort(np.concatenate([preferences, others]))
+
+
+def all_answers(items: int = 0) -> Int8Array:
+    """Return the kinds of items that are all answers, (N,)."""
+    return np.zeros(items, dtype=np.int8)
+
+
 def style_of_answers(items: Sequence[HistoryItem]) -> StyleArray:
     """Return the style of each item's answer, (N, F); of the whole item if it has none."""
-    return style_features_of(item.text if item.answer is None else item.answer for item in items)
+    return style_features_of(item.text if item.answer_text is None else item.answer_text for item in items)
 
 
 def past_answers(items: Sequence[HistoryItem], *, latest: int) -> tuple[str, ...]:
@@ -159,10 +208,13 @@ def samples_fingerprint(samples: Sequence[EncodedSample], table: EmbeddingStore)
     """
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
-        texts = json.dumps([sample.id, sample.owner, sample.prompt, sample.query, sample.target, sample.soft_at])
+        prompt = sample.prompt if isinstance(sample.prompt, str) else sample.prompt.turns
+        texts = json.dumps([sample.id, sample.owner, prompt, sample.query, sample.target, sample.soft_at])
         digest.update(texts.encode("ascii"))
-        if sample.own_answers:
-            digest.update(json.dumps(sample.own_answers).encode("ascii"))
+        for answers in filter(None, (sample.own_answers, sample.rejected)):
+            digest.update(json.dumps(answers).encode("ascii"))
+        if sample.kind_ids.any():
+            digest.update(sample.kind_ids.tobytes())
         for array in (sample.label_ids, sample.style, table.gather(sample.rows)):
             digest.update(array.tobytes())
     return digest.hexdigest()

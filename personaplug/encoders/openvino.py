@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.encoders.base import Vectors, to_numpy
-from personaplug.errors import UserError
+from personaplug.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ def compile_encoder(
     try:
         return _compile_checked(model, embed, probes=probes, allow_float32=required)
     except Exception as error:  # exporters fail on unknown models with errors of any type
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        reason = first_line if isinstance(error, _UnsuitableError) else f"{type(error).__name__}: {first_line[:200]}"
+        reason = str(error) if isinstance(error, _UnsuitableError) else first_line(error)
         if required:
             raise UserError(f"OpenVINO cannot encode here: {reason}. Use encoder_engine=torch.") from error
         logger.warning("Texts are encoded by torch, not by OpenVINO: %s.", reason)

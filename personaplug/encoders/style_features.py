@@ -1,12 +1,16 @@
 """Style features: how a text is written, whatever it says; an encoder of meaning leaves this out.
 
 The length, capitals and punctuation of somebody's headlines are habits: alike within a user, different between users.
+So are their symbols. An encoder with a vocabulary of words reads all emoji as the same unknown word, so the features
+tell them apart: each symbol sets two of some bits, chosen by its hash (Bloom, 1970).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,6 +33,8 @@ _MARKS = {
     "hashtags": "#",
     "mentions": "@",
 }
+_ALL_MARKS = frozenset("".join(_MARKS.values()))
+_SYMBOL_BITS = tuple(f"symbol_{number}" for number in range(32))
 _SPREADS = {
     "words": (2.3, 0.5),
     "letters": (1.7, 0.25),
@@ -39,7 +45,8 @@ _SPREADS = {
     "digits": (0.0, 0.04),
     "links": (0.0, 0.1),
     "symbols": (0.0, 0.05),
-} | dict.fromkeys(_MARKS, (0.0, 0.1))
+}
+_SPREADS |= dict.fromkeys(_MARKS, (0.0, 0.1)) | dict.fromkeys(_SYMBOL_BITS, (0.0, 0.5))
 """Middle and spread of each feature over short texts; fixed, so that vectors mean the same everywhere."""
 
 FEATURES = tuple(_SPREADS)
@@ -71,15 +78,31 @@ def style_features_of(texts: Iterable[str]) -> StyleArray:
 def _measure(text: str, words: list[str]) -> dict[str, float]:
     letters = sum(map(len, words))
     marks = {name: sum(text.count(mark) for mark in signs) / len(words) for name, signs in _MARKS.items()}
-    all_marks = "".join(_MARKS.values())
-    return marks | {
-        "words": math.log(len(words)),
-        "letters": math.log(letters / len(words)),
-        "capitals": sum(letter.isupper() for letter in text) / letters,
-        "capitalized": sum(word[0].isupper() for word in words) / len(words),
-        "begins_small": float(text.lstrip()[0].islower()),
-        "ends_marked": float(not text.rstrip()[-1].isalnum()),
-        "digits": sum(letter.isdigit() for letter in text) / letters,
-        "links": len(_LINK.findall(text)) / len(words),
-        "symbols": sum(not (c.isalnum() or c.isspace() or c in all_marks) for c in text) / letters,
-    }
+    symbols = [character for character in text if _is_symbol(character)]
+    bits = dict.fromkeys(_SYMBOL_BITS, 0.0) | {bit: 1.0 for symbol in symbols for bit in _bits_of(symbol)}
+    return (
+        marks
+        | bits
+        | {
+            "words": math.log(len(words)),
+            "letters": math.log(letters / len(words)),
+            "capitals": sum(letter.isupper() for letter in text) / letters,
+            "capitalized": sum(word[0].isupper() for word in words) / len(words),
+            "begins_small": float(text.lstrip()[0].islower()),
+            "ends_marked": float(not text.rstrip()[-1].isalnum()),
+            "digits": sum(letter.isdigit() for letter in text) / letters,
+            "links": len(_LINK.findall(text)) / len(words),
+            "symbols": len(symbols) / letters,
+        }
+    )
+
+
+def _is_symbol(character: str) -> bool:
+    return not (character.isalnum() or character.isspace() or character in _ALL_MARKS)
+
+
+def _bits_of(symbol: str) -> tuple[str, ...]:
+    if unicodedata.category(symbol)[0] not in "SP":  # a part of a letter, or of another symbol
+        return ()
+    first, second = hashlib.blake2b(symbol.encode("utf-8", "surrogatepass"), digest_size=2).digest()
+    return _SYMBOL_BITS[first % len(_SYMBOL_BITS)], _SYMBOL_BITS[second % len(_SYMBOL_BITS)]

@@ -121,7 +121,7 @@ def _check_selection(
             )
 
 
-def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: SweepPoint = WHOLE) -> str:
+def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: SweepPoint) -> str:
     """Return a hash of everything that a trial's scores depend on; settings of speed and place are left out."""
     settings = asdict(config)
     settings["evaluation"] |= point.changes
@@ -160,7 +160,9 @@ class _Table:
         self.experiment, self.variant, self.name, self.models = experiment, variant, name, models
         self.config = experiment.configs[variant, name]
         self.data = folders.data / name
-        self.folder = folders.out / (experiment.runs or experiment.name) / variant / name
+        trained_on = experiment.trained_on.get(name, name)
+        self.training_data = folders.data / trained_on
+        self.folder = folders.out / (experiment.runs or experiment.name) / variant / trained_on
         self.target = folders.results / experiment.name / variant / f"{name}.json"
         self.title = " ".join(part for part in (experiment.name, variant, name) if part)
         self.failed: list[str] = []
@@ -276,15 +278,16 @@ class _Table:
     def _opened(self, point: SweepPoint) -> tuple[Trainings, Evaluator]:
         with_date = dated(self.config, self.folder)
         models = self.models.get(with_date)
-        run = Run.create(self.folder, config=with_date, task=self.task)
-        train, split = (
-            open_dataset(self.data, name, task=self.task, max_history=self.config.plug.max_history)
-            for name in ("train", self.experiment.split)
-        )
+        task, max_history = load_task(self.training_data), self.config.plug.max_history
+        run = Run.create(self.folder, config=with_date, task=task)
+        train = open_dataset(self.training_data, "train", task=task, max_history=max_history)
+        split = open_dataset(self.data, self.experiment.split, task=self.task, max_history=max_history)
         # The trainings first: they note the training data, which the evaluator reports.
         trainings = Trainings(run, train, models=models)
+        run = run.asked(self.task)
         config = replace(self.config.evaluation, **point.changes)
-        name = f"{self.experiment.split}-{point.file_name}" if point.changes else self.experiment.split
+        folder = self.experiment.split if self.data == self.training_data else f"{self.name}-{self.experiment.split}"
+        name = f"{folder}-{point.file_name}" if point.changes else folder
         return trainings, Evaluator(run, split, split=name, config=config, models=models, train=train)
 
     # ---- finished trials
@@ -317,7 +320,8 @@ class _Table:
 
     @cached_property
     def _data_hash(self) -> str:
-        return data_hash(self.data, self.experiment.split)
+        own = data_hash(self.data, self.experiment.split)
+        return own if self.data == self.training_data else _hash([own, data_hash(self.training_data, "train")])
 
     @cached_property
     def _samples_key(self) -> str:

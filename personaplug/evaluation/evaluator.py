@@ -17,8 +17,10 @@ import numpy as np
 from personaplug.analysis.method_info import MethodInfo
 from personaplug.analysis.metrics import (
     ERROR_MATCHED_ESTIMATES,
+    LIKELIHOOD_METRICS,
     Array,
-    NegativeLogLikelihood,
+    LikelihoodMetric,
+    Metric,
     get_metric,
     is_invalid,
 )
@@ -102,12 +104,12 @@ def predict(
 
 
 def settings_of(task: Task, config: EvaluationConfig) -> Settings:
-    """Return how trials of a task become results: the task's metrics, the likelihood of the reference answers, and for
-    scored ratings the point estimates that match their errors.
+    """Return how trials of a task become results: the task's metrics, those of likelihoods, and for scored ratings the
+    point estimates that match their errors.
     """
     is_scored_rating = task.kind == "rating" and bool(task.labels) and config.decoding != "generate"
     estimates = ERROR_MATCHED_ESTIMATES if is_scored_rating else ()
-    names = dict.fromkeys([*task.metrics, *estimates, NegativeLogLikelihood.name])
+    names = dict.fromkeys([*task.metrics, *estimates, *LIKELIHOOD_METRICS])
     metrics = [get_metric(name, labels=task.labels) for name in names]
     return Settings(metrics, resamples=config.resamples, seed=config.draw_seed)
 
@@ -222,7 +224,7 @@ class Evaluator:
         return predictions
 
     def _with_nll(self, method: Method, inputs: ModelInputs, predictions: Predictions, *, seed: int) -> Predictions:
-        """Return written predictions with the likelihood of the references: another pass, once predictions are saved.
+        """Return written predictions with the likelihoods of the answers: another pass, once predictions are saved.
 
         If this fails, the row simply has no such column.
         """
@@ -247,8 +249,8 @@ class Evaluator:
             if metric.of_answers:
                 texts = predictions.estimates(metric.estimate, labels=self.run.task.labels)
                 statistics[metric.name] = metric.statistics(texts, references)
-            elif (nll := predictions.nll_statistics()) is not None:
-                statistics[metric.name] = nll
+            elif (of_likelihoods := _of_likelihoods(metric, predictions)) is not None:
+                statistics[metric.name] = of_likelihoods
         return statistics
 
     def _trial(
@@ -306,7 +308,7 @@ class Evaluator:
 
     def _invalid_rate(self, texts: Sequence[str]) -> float:
         task = self.run.task
-        return float(np.mean([is_invalid(text, kind=task.kind, labels=task.labels) for text in texts]))
+        return float(np.mean([is_invalid(text, task.labels) for text in texts]))
 
     # ---- files
 
@@ -326,6 +328,13 @@ class Evaluator:
             for index, sample in enumerate(self.context.samples)
         ]
         write_json(self._path(method, seed, "scores.json"), lines)
+
+
+def _of_likelihoods(metric: Metric, predictions: Predictions) -> Array | None:
+    likelihoods = predictions.likelihoods()
+    if likelihoods is None or not isinstance(metric, LikelihoodMetric):
+        return None
+    return metric.of_likelihoods(likelihoods)
 
 
 def _mean_tokens(lengths: Sequence[Measure]) -> float:

@@ -10,8 +10,10 @@ per_set: {LaMP_7: {max_new_tokens: 40}}
 variants: {bge: {encoder: BAAI/bge-base-en-v1.5}}    one table for each; without any, one table
 subgroups: history-thirds             the same rows for users with short, medium and long histories
 max_eval_history: [0, 1, 2, 5, 10]    the same rows with this many latest items only (a cold-start curve)
+item_kinds: [answers, preferences]    the same rows with these items of each history only
 persona_scales: [0, 0.5, 1.5]         the same rows at these scales
 runs: main-table                      the experiment whose trained parts are used; its own by default
+trained_on: {Closed: Manners}         a set that is asked what was trained on another one (kind chat)
 """
 
 from __future__ import annotations
@@ -65,8 +67,10 @@ class _ExperimentFile(BaseModel):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     subgroups: Literal["", "history-thirds"] = ""
     max_eval_history: list[Annotated[int, Field(ge=0, strict=True)]] = Field(default_factory=list)
+    item_kinds: list[Literal["answers", "preferences"]] = Field(default_factory=list)
     persona_scales: list[Annotated[float, Field(ge=0, le=MAX_PERSONA_SCALE)]] = Field(default_factory=list)
     runs: str = ""
+    trained_on: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,10 @@ class Experiment:
         configs: the config by (variant, set); the only variant of a plain experiment is "".
         subgroups: "history-thirds" or "".
         max_eval_history: numbers of latest items, for a cold-start curve.
+        item_kinds: kinds of items that are shown, beside all.
         persona_scales: of personas, for a curve.
         runs: the experiment whose folder holds the trained parts; "" = its own.
+        trained_on: the set whose training a set uses, if it is not its own.
     """
 
     name: str
@@ -94,18 +100,22 @@ class Experiment:
     configs: Mapping[tuple[str, str], Config]
     subgroups: str = ""
     max_eval_history: tuple[int, ...] = ()
+    item_kinds: tuple[str, ...] = ()
     persona_scales: tuple[float, ...] = ()
     runs: str = ""
+    trained_on: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def curves(self) -> list[list[SweepPoint]]:
         """The points of each curve in order; the table itself is one of them, under its name there."""
         items = [SweepPoint(f"items={count}", {"max_eval_history": count}) for count in self.max_eval_history]
+        kinds = [SweepPoint(f"item_kinds={kind}", {"item_kinds": kind}) for kind in self.item_kinds]
         scales = sorted({1.0, *self.persona_scales}) if self.persona_scales else []
         scaled = [
             SweepPoint(f"persona_scale={scale:g}", {} if scale == 1 else {"persona_scale": scale}) for scale in scales
         ]
-        return [curve for curve in ([*items, SweepPoint("items=all")], scaled) if len(curve) > 1]
+        curves = ([*items, SweepPoint("items=all")], [*kinds, SweepPoint("item_kinds=all")], scaled)
+        return [curve for curve in curves if len(curve) > 1]
 
     @property
     def variants(self) -> list[str]:
@@ -151,8 +161,10 @@ def load_experiment(path: Path, *, config_file: Path | None = None, settings: tu
         configs=_configs(file, path, config_file=config_file, settings=settings),
         subgroups=file.subgroups,
         max_eval_history=tuple(file.max_eval_history),
+        item_kinds=tuple(file.item_kinds),
         persona_scales=tuple(file.persona_scales),
         runs=file.runs,
+        trained_on=file.trained_on,
     )
 
 
@@ -176,17 +188,20 @@ def _configs(
 ) -> dict[tuple[str, str], Config]:
     base = load_config(path.parent / file.base) if file.base else Config()
     base = with_values(base, flatten(file.config))
-    for kind, names in (("set", file.sets), ("variant", [*file.variants]), ("experiment of runs", [file.runs])):
+    sets = [*file.sets, *file.trained_on.values()]
+    for kind, names in (("set", sets), ("variant", [*file.variants]), ("experiment of runs", [file.runs])):
         for name in names:
             if name in (".", "..") or "/" in name or "\\" in name or (kind == "set" and not name):
                 raise ConfigError(f"{path}: the {kind} {name!r} names a folder, so it may hold no slash; rename it.")
     scales = [f"{scale:g}" for scale in file.persona_scales]  # as in the names of results
-    for key, values in (("sets", file.sets), ("max_eval_history", file.max_eval_history), ("persona_scales", scales)):
+    listed = (("max_eval_history", file.max_eval_history), ("item_kinds", file.item_kinds), ("persona_scales", scales))
+    for key, values in (("sets", file.sets), *listed):
         if len(set(values)) < len(values):
             raise ConfigError(f"{path}: {key} names a value twice: {', '.join(map(str, values))}. Name each once.")
-    unknown = [name for name in file.per_set if name not in file.sets]
-    if unknown:
-        raise ConfigError(f"{path}: per_set names {', '.join(unknown)}, which is not among its sets.")
+    for key, named in (("per_set", file.per_set), ("trained_on", file.trained_on)):
+        unknown = [name for name in named if name not in file.sets]
+        if unknown:
+            raise ConfigError(f"{path}: {key} names {', '.join(unknown)}, which is not among its sets.")
     configs = {}
     for variant, changes in (file.variants or {"": {}}).items():
         for name in file.sets:

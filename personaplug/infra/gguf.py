@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from personaplug.errors import MissingExtra, MissingModel, StorageError
+from personaplug.errors import MissingExtra, MissingModel, StorageError, first_line
 from personaplug.infra.atomic_io import atomic_folder
 from personaplug.infra.progress import quiet_unless_terminal
 
@@ -45,12 +45,6 @@ def converted_gguf(gguf: Path) -> Path:
 def cache_folder() -> Path:
     """Return the folder for what can be computed again."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/personaplug").expanduser()
-
-
-def first_line(error: Exception) -> str:
-    """Return the type of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _file_fingerprint(path: Path) -> str:

@@ -10,7 +10,7 @@ MAX_DEPTH = 64
 """Levels of lists and objects. Code that walks a value may be recursive."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: bytes) -> Any:
     """Return the value of a JSON text; raise ValueError with a reason that holds nothing of the text."""
     try:
         value = json.loads(text, parse_int=_whole_number)
@@ -18,7 +18,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is not valid JSON") from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if _brackets(text) > MAX_DEPTH:
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH:
         _check_depth(value)
     return value
 
@@ -31,12 +31,6 @@ def _whole_number(digits: str) -> int:
         return int(digits)
     except ValueError:  # Python reads 4,300 digits at most
         raise ValueError(f"it holds a whole number of {len(digits):,} digits") from None
-
-
-def _brackets(text: str | bytes) -> int:
-    if isinstance(text, str):
-        return text.count("[") + text.count("{")
-    return text.count(b"[") + text.count(b"{")
 
 
 def _check_depth(value: Any) -> None:

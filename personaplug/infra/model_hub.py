@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from personaplug.errors import MissingModel
-from personaplug.infra.gguf import converted_gguf, first_line
+from personaplug.errors import MissingModel, first_line
+from personaplug.infra.gguf import converted_gguf
 from personaplug.infra.progress import quiet_unless_terminal
 
 PACKAGE_PREFIX = "package:"

@@ -26,7 +26,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         StorageError: if the disk is full.
     """
     on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    metadata = {KEY: _checksum(on_cpu)}
+    metadata = {KEY: checksum(_buffers(on_cpu))}
     atomic_write(path, lambda temporary: save_file(on_cpu, temporary, metadata=metadata))
 
 
@@ -47,7 +47,7 @@ def load_tensors(
             _compare(_header(file), expected=shapes, known={**shapes, **(optional or {})})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = (file.metadata() or {}).get(KEY)
-    if found != _checksum(tensors):
+    if found != checksum(_buffers(tensors)):
         reason = "its values do not match its checksum" if found else "it has no checksum"
         raise DamagedFile(path, reason=reason, remedy=remedy)
     if invalid := [name for name, tensor in tensors.items() if not _is_finite(tensor)]:
@@ -110,11 +110,8 @@ def _compare(found: Shapes, *, expected: Shapes, known: Shapes) -> None:
             raise ValueError(f"{name} should have shape {list(known[name])}; found {list(shape)}")
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    return checksum(_buffers(tensors))
-
-
 def _buffers(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Yield what the checksum of tensors is made of."""
     for name in sorted(tensors):
         tensor = tensors[name]
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from personaplug.data.records import Prompt
 from personaplug.errors import ConfigError
 from personaplug.infra.model_hub import LLMIdentity, fingerprint
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
@@ -71,9 +72,9 @@ class Generation:
 
 @dataclass(frozen=True, repr=False)
 class PromptBatch:
-    """B prompts, without chat template, and what personalizes them."""
+    """B prompts or conversations, without chat template, and what personalizes them."""
 
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     soft: SoftPrompt | None = None  # B rows; None = the bare model
     soft_at: Sequence[int] | None = None  # characters before soft tokens of `prefix`; None = 0
     ngrams: Sequence[UserNgramCache] | None = None  # interpolated with the model
@@ -226,7 +227,7 @@ class LanguageModel(ABC):
         `before` stands where `suffix` soft tokens stand.
         """
 
-    def measure(self, prompts: Sequence[str], *, targets: Sequence[str] | None = None) -> list[Measure]:
+    def measure(self, prompts: Sequence[Prompt], *, targets: Sequence[str] | None = None) -> list[Measure]:
         """Return the length of each prompt, with its target's tokens if given."""
         rows = self.prompt_tokenizer.encode_prompts(prompts)
         target_ids = [()] * len(rows) if targets is None else self.prompt_tokenizer.encode_targets(targets)
@@ -236,9 +237,18 @@ class LanguageModel(ABC):
         """Return the number of tokens of each text, template excluded."""
         return self.prompt_tokenizer.count_tokens(texts)
 
-    def count_prompt_tokens(self, text: str, soft_at: int = 0) -> int:
-        """Return the tokens of a prompt's text, split at its soft tokens; up to `max_text_tokens` fit."""
-        return self.prompt_tokenizer.count_prompt_tokens(text, soft_at)
+    def count_prompt_tokens(self, prompt: Prompt, soft_at: int = 0) -> int:
+        """Return the tokens of a prompt beyond the template of a single message; up to `max_text_tokens` fit.
+
+        Args:
+            soft_at: characters of the last message before the soft tokens, at which it is split.
+        """
+        return self.prompt_tokenizer.count_prompt_tokens(prompt, soft_at)
+
+    @property
+    def takes_system_messages(self) -> bool:
+        """Whether a conversation may begin with a system message."""
+        return self.prompt_tokenizer.takes_system_messages
 
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of a text with at most `tokens` tokens."""
@@ -256,7 +266,7 @@ class LanguageModel(ABC):
         encode = self.prompt_tokenizer.encode_target_uncached
         return UserNgramCache(encode(text[:MAX_CHARACTERS], end=len(text) <= MAX_CHARACTERS) for text in answers)
 
-    def cache_prompts(self, prompts: Sequence[str]) -> None:
+    def cache_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Cache the states of prompts before `suffix` soft tokens, in place of earlier ones; only the speed changes."""
         self.prompt_states.fill([row.ids for row in self.prompt_tokenizer.encode_prompts(prompts)], self.prompt_layout)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from personaplug.data.records import Prompt
 from personaplug.llm.base import Decoding, GenerationConfig, PromptBatch, Runner
 from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
 from personaplug.llm.generation import decode_tokens
@@ -92,7 +93,7 @@ class CachedPrefixRunner(Runner):
         targets = pad([row[1:] for row in rows], fill=IGNORED, side="right").to(self.llm.device)
         return -token_loss(logits, targets)[0].view(-1, len(label_ids))
 
-    def load_prefix(self, prompts: Sequence[str], *, share: bool = False) -> CachedPrefix:
+    def load_prefix(self, prompts: Sequence[Prompt], *, share: bool = False) -> CachedPrefix:
         """Return the states of prompts; with `share`, equal adjacent prompts share theirs if all repeat equally."""
         rows = [row.ids for row in self.llm.prompt_tokenizer.encode_prompts(prompts)]
         groups = [(ids, len(list(group))) for ids, group in itertools.groupby(rows)]

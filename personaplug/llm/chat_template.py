@@ -17,7 +17,7 @@ from typing import Any
 from personaplug.errors import ConfigError
 from personaplug.llm.text_tokenizer import TextTokenizer, is_mistral_common
 
-_PLACEHOLDER = "personaplugplaceofthetext"
+PLACEHOLDER = "personaplugplaceofthetext"
 _PROBE = ' \n\tI\tdon\'t know: <b>"5 > 3"</b> & {{ x }},  naïve 你好 🙂\n\n<think>a</think> tail \n'
 _FORMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
 _DATE_CALL = "strftime_now"  # the function by which templates ask for today's date
@@ -83,8 +83,8 @@ class _JinjaTemplate(ChatTemplate):
         return Frame([encode(part, inside=index > 0) for index, part in enumerate(bare)], leads)
 
     def _parts(self, roles: Sequence[str]) -> list[str]:
-        texts = [f"{_PLACEHOLDER}{index:05d}" for index in range(len(roles))]
-        parts = re.split(f"{_PLACEHOLDER}(\\d{{5}})", self._render(roles, texts))
+        texts = [f"{PLACEHOLDER}{index:05d}" for index in range(len(roles))]
+        parts = re.split(f"{PLACEHOLDER}(\\d{{5}})", self._render(roles, texts))
         _check_order([int(index) for index in parts[1::2]], len(roles))
         return parts[::2]
 
@@ -120,7 +120,7 @@ class _MistralTemplate(ChatTemplate):
         raise _changes_text()
 
     def frame(self, roles: Sequence[str]) -> Frame:
-        texts = [f"{_PLACEHOLDER}{index:05d}" for index in range(len(roles))]
+        texts = [f"{PLACEHOLDER}{index:05d}" for index in range(len(roles))]
         rest, parts = self._ids(roles, texts), []
         for ids in self._texts.encode_many(texts):
             start = find_sequence(rest, ids)

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig as TransformersConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from personaplug.errors import ConfigError
-from personaplug.infra.gguf import first_line
+from personaplug.errors import ConfigError, first_line
 from personaplug.llm.base import Decoding, GenerationConfig, LanguageModel
 from personaplug.llm.ngram_cache import UserNgramCache, interpolate_logits
 

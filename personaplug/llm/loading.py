@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from personaplug.config import ModelConfig
-from personaplug.errors import ConfigError, MissingModel, PersonaPlugError, UnsupportedModel
-from personaplug.infra.gguf import first_line
+from personaplug.errors import ConfigError, MissingModel, PersonaPlugError, UnsupportedModel, first_line
 from personaplug.infra.model_hub import find_model, revision_of
 from personaplug.infra.progress import quiet_unless_terminal
 from personaplug.llm.base import LanguageModel
@@ -67,7 +66,7 @@ def load_hf(name: str, *, dtype: str = "auto", device: str = "cpu", **settings: 
         with quiet_unless_terminal():
             model = auto_class.from_pretrained(folder, dtype=torch_dtype, **options).to(device)
     except (OSError, ValueError) as error:
-        raise MissingModel(name, tried=[f"{folder}, where transformers says: {str(error).splitlines()[0]}"]) from error
+        raise MissingModel(name, tried=[f"{folder}, where transformers says: {first_line(error)}"]) from error
     return wrap_model(model, tokenizer, name=name, revision=revision_of(name, folder), **settings)
 
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from personaplug.errors import UnsupportedModel
-from personaplug.infra.gguf import first_line
+from personaplug.errors import UnsupportedModel, first_line
 from personaplug.llm.base import Decoding, GenerationConfig, PromptBatch, Runner
 from personaplug.llm.check_results import ModelCheck, find_result, keep_result, result_key
 from personaplug.llm.chunked_cross_entropy import token_loss

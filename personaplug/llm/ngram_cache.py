@@ -100,7 +100,7 @@ def interpolate_losses(losses: Tensor, labels: Tensor, ngrams: Sequence[UserNgra
 
 def check_ngrams(task: Task) -> None:
     """Raise ConfigError unless users of a task write answers, so that n-grams can be counted."""
-    if task.kind != "text":
+    if task.labels:
         raise ConfigError(
             f"Phrases need written answers, but {task.name} has a closed set of labels. A plug already sees the "
             f"user's own labels; leave phrases out."

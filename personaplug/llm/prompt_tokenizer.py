@@ -10,26 +10,37 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
+from personaplug.data.records import SYSTEM_ROLES, Prompt, Turn, last_message, turns_of
 from personaplug.errors import ConfigError, ShapeMismatch
-from personaplug.llm.chat_template import ChatTemplate, Frame, find_sequence
+from personaplug.llm.chat_template import PLACEHOLDER, ChatTemplate, Frame, find_sequence
 from personaplug.llm.text_tokenizer import TextTokenizer
 from personaplug.llm.tokenizer_check import check_round_trip
 
 Ids = tuple[int, ...]
 
 _CACHED_TEXTS = 4_096  # prompts, and as many answers; a prompt of 80 tokens takes 3 KB
-_PLACEHOLDER = "personaplugplaceofthetext"
+_CACHED_FRAMES = 256  # sequences of roles
 
 
 @dataclass(frozen=True, repr=False)
 class TokenizedPrompt:
     ids: Ids  # template head + text + template tail
     soft_position: int  # tokens before soft tokens of the placement `prefix`
-    truncated: bool  # the end of the text was cut
+    truncated: bool  # the oldest messages are left out, or the end of the text was cut
+
+
+@dataclass(frozen=True, repr=False)
+class _FramedPrompt:
+    """Messages as tokens, before anything is cut."""
+
+    ids: Ids
+    soft_position: int
+    text_start: int  # of the last message
+    text_end: int
 
 
 class PromptTokenizer:
@@ -62,60 +73,84 @@ class PromptTokenizer:
         self.has_chat_template = self._template is not None
         self.chat_date = day if self._template and self._template.writes_date else None
         self._line_end = [] if is_encoder_decoder else self.texts.encode("\n", inside=True)
-        frame = self._frame(["user"])
+        frame = self._frame(("user",))
         self.head, self.tail = map(tuple, frame.parts)
-        (self._lead,) = frame.leads
-        frame_tokens = len(self.head) + len(self.tail) + bool(self._lead)
+        frame_tokens = len(self.head) + len(self.tail) + bool(frame.leads[0])
         if max_tokens <= frame_tokens:
             raise ConfigError(
                 f"max_prompt_tokens must exceed the {frame_tokens} tokens of the model's template; found {max_tokens}."
             )
         self.max_text_tokens = max_tokens - frame_tokens
         # With cached prompt states, tokenizing the same prompts in every epoch would be a good part of a step.
+        self._cached_frame = lru_cache(_CACHED_FRAMES)(self._frame)
         self._cached_prompt = lru_cache(_CACHED_TEXTS)(self._encode_prompt)
         self._cached_target = lru_cache(_CACHED_TEXTS)(self.encode_target_uncached)
 
-    def encode_prompt(self, text: str, soft_at: int = 0) -> TokenizedPrompt:
-        """Tokenize one prompt, its first `soft_at` characters separately; cut the end of a text that is too long."""
-        if not 0 <= soft_at <= len(text):
-            raise ShapeMismatch(f"soft_at must be 0 to {len(text)}, the characters of its prompt; found {soft_at}.")
-        return self._cached_prompt(text, soft_at)
+    def encode_prompt(self, prompt: Prompt, soft_at: int = 0) -> TokenizedPrompt:
+        """Tokenize one prompt, the first `soft_at` characters of its last message separately.
 
-    def _encode_prompt(self, text: str, soft_at: int) -> TokenizedPrompt:
-        before, rest = self._encode_parts(text, soft_at)
-        ids, room = before + rest, self.max_tokens - len(self.head) - len(self.tail)
-        framed = (*self.head, *ids[:room], *self.tail)
-        return TokenizedPrompt(framed, len(self.head) + min(len(before), room), truncated=len(ids) > room)
-
-    def _encode_parts(self, text: str, soft_at: int) -> tuple[list[int], list[int]]:
-        """Return the tokens of a prompt's text before and after its soft tokens, without the template."""
-        shown = self._as_shown(text)
-        soft_at = min(max(0, soft_at - text.find(shown)), len(shown))
-        is_inside = self.has_chat_template
-        before = self.texts.encode(self._lead + shown[:soft_at], inside=is_inside) if soft_at else []
-        rest = shown[soft_at:] if soft_at else self._lead + shown
-        return before, self.texts.encode(rest, inside=is_inside or soft_at > 0)
-
-    def encode_prompts(self, texts: Sequence[str], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
-        positions = [0] * len(texts) if soft_at is None else soft_at
-        if len(positions) != len(texts):
-            raise ShapeMismatch(f"soft_at needs one position per prompt ({len(texts)}); found {len(positions)}.")
-        return [self.encode_prompt(text, position) for text, position in zip(texts, positions, strict=True)]
-
-    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> TokenizedPrompt:
-        """Tokenize (role, text) messages without cutting; `prefix` soft tokens come before the last user message.
+        If it is too long, the oldest messages that are no system messages go, and then the end of the last message.
 
         Raises:
             ConfigError: if the chat template does not show the messages one by one in order.
         """
-        frame = self._frame([role for role, _ in turns])
+        text = last_message(prompt)
+        if not 0 <= soft_at <= len(text):
+            raise ShapeMismatch(f"soft_at must be 0 to {len(text)}, the characters of its prompt; found {soft_at}.")
+        return self._cached_prompt(prompt, soft_at)
+
+    def _encode_prompt(self, prompt: Prompt, soft_at: int) -> TokenizedPrompt:
+        turns: Sequence[Turn] = turns_of(prompt)
+        whole = self._encode_turns(turns, soft_at=soft_at)
+        fitting = whole
+        while len(fitting.ids) > self.max_tokens and (shorter := without_oldest(turns)) != turns:
+            turns, fitting = shorter, self._encode_turns(shorter, soft_at=soft_at)
+        return self._cut(fitting, is_short=fitting is whole)
+
+    def _cut(self, prompt: _FramedPrompt, *, is_short: bool) -> TokenizedPrompt:
+        """Cut the end of the last message if the prompt is too long."""
+        tail = len(prompt.ids) - prompt.text_end
+        room = max(self.max_tokens - tail, prompt.text_start)
+        is_whole = prompt.text_end <= room
+        ids = prompt.ids if is_whole else (*prompt.ids[:room], *prompt.ids[prompt.text_end :])
+        return TokenizedPrompt(ids, min(prompt.soft_position, room), truncated=not (is_whole and is_short))
+
+    def _encode_parts(self, text: str, soft_at: int, *, lead: str, is_inside: bool) -> tuple[list[int], list[int]]:
+        """Return the tokens of a message before and after its soft tokens, without the template."""
+        shown = self._as_shown(text)
+        soft_at = min(max(0, soft_at - text.find(shown)), len(shown))
+        before = self.texts.encode(lead + shown[:soft_at], inside=is_inside) if soft_at else []
+        rest = shown[soft_at:] if soft_at else lead + shown
+        return before, self.texts.encode(rest, inside=is_inside or soft_at > 0)
+
+    def encode_prompts(self, prompts: Sequence[Prompt], soft_at: Sequence[int] | None = None) -> list[TokenizedPrompt]:
+        positions = [0] * len(prompts) if soft_at is None else soft_at
+        if len(positions) != len(prompts):
+            raise ShapeMismatch(f"soft_at needs one position per prompt ({len(prompts)}); found {len(positions)}.")
+        return [self.encode_prompt(prompt, position) for prompt, position in zip(prompts, positions, strict=True)]
+
+    def encode_chat(self, turns: Sequence[Turn]) -> TokenizedPrompt:
+        """Tokenize messages without cutting; `prefix` soft tokens come before the last user message.
+
+        Raises:
+            ConfigError: if the chat template does not show the messages one by one in order.
+        """
+        prompt = self._encode_turns(turns)
+        return TokenizedPrompt(prompt.ids, prompt.soft_position, truncated=False)
+
+    def _encode_turns(self, turns: Sequence[Turn], *, soft_at: int = 0) -> _FramedPrompt:
+        """Tokenize messages; `soft_at` counts characters of the last user message."""
+        frame = self._cached_frame(tuple(role for role, _ in turns))
         last_user = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
-        ids, soft_position = list(frame.parts[0]), 0
+        ids, soft_position, start, end = list(frame.parts[0]), 0, 0, 0
         for index, ((_, text), lead, tail) in enumerate(zip(turns, frame.leads, frame.parts[1:], strict=True)):
-            soft_position = len(ids) if index == last_user else soft_position
+            position = soft_at if index == last_user else 0
             is_inside = self.has_chat_template or index > 0
-            ids += [*self.texts.encode(lead + self._as_shown(text), inside=is_inside), *tail]
-        return TokenizedPrompt(tuple(ids), soft_position, truncated=False)
+            before, rest = self._encode_parts(text, position, lead=lead, is_inside=is_inside)
+            start, end = len(ids), len(ids) + len(before) + len(rest)
+            soft_position = start + len(before) if index == last_user else soft_position
+            ids += [*before, *rest, *tail]
+        return _FramedPrompt(tuple(ids), soft_position, text_start=start, text_end=end)
 
     def encode_plain(self, text: str) -> TokenizedPrompt:
         """Tokenize a text without chat template and without cutting; `prefix` soft tokens come before it."""
@@ -156,9 +191,19 @@ class PromptTokenizer:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self.texts.encode_many(texts)]
 
-    def count_prompt_tokens(self, text: str, soft_at: int = 0) -> int:
-        """Return the tokens of a prompt's text as `encode_prompt` reads it; up to `max_text_tokens` fit."""
-        return sum(map(len, self._encode_parts(text, soft_at))) - bool(self._lead)
+    def count_prompt_tokens(self, prompt: Prompt, soft_at: int = 0) -> int:
+        """Return the tokens of a prompt beyond the template of a single message; up to `max_text_tokens` fit."""
+        whole = self._encode_turns(turns_of(prompt), soft_at=soft_at)
+        return len(whole.ids) - (self.max_tokens - self.max_text_tokens)
+
+    @cached_property
+    def takes_system_messages(self) -> bool:
+        """Whether the chat template shows a system message; without a template, any message is a line."""
+        try:
+            self._cached_frame(("system", "user"))
+        except ConfigError:
+            return False
+        return True
 
     def cut_text(self, text: str, tokens: int) -> str:
         """Return the longest beginning of at most `tokens` whole tokens and characters, without trailing blanks."""
@@ -188,8 +233,8 @@ class PromptTokenizer:
         return self._template.form(text) if self._template else text
 
     def _end_of(self, text: str, tokens: int) -> int:
-        if self.texts.has_offsets:
-            offsets = self.texts.offsets(text)
+        offsets = self.texts.offsets(text)
+        if offsets is not None:
             # The start of the next token: all tokens that are parts of one character start with it.
             return min(int(offsets[tokens][0]), len(text) - 1) if tokens < len(offsets) else len(text)
         if self.count_tokens([text])[0] <= tokens:
@@ -204,7 +249,16 @@ class PromptTokenizer:
         head, tail = frame_of(self.tokenizer)
         # Only the end of the last line tells the model that the prompt is over.
         between = [self._line_end] * (len(roles) - 1)
-        return Frame([head, *between, tail + self._line_end], [""] * len(roles))
+        lead = "" if self._line_end else " "  # encoder-decoders read all messages as one line
+        return Frame([head, *between, tail + self._line_end], ["", *[lead] * (len(roles) - 1)])
+
+
+def without_oldest(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Return messages without the oldest exchange; system messages and the last message stay."""
+    first = next((index for index, (role, _) in enumerate(turns) if role not in SYSTEM_ROLES), len(turns))
+    users = (index for index in range(first + 1, len(turns)) if turns[index][0] == "user")
+    following = next(users, len(turns) - 1)
+    return turns if following <= first else (*turns[:first], *turns[following:])
 
 
 def today() -> str:
@@ -214,8 +268,8 @@ def today() -> str:
 
 def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer puts before and after a text."""
-    bare = list(tokenizer(_PLACEHOLDER, add_special_tokens=False)["input_ids"])
-    framed = list(tokenizer(_PLACEHOLDER)["input_ids"])
+    bare = list(tokenizer(PLACEHOLDER, add_special_tokens=False)["input_ids"])
+    framed = list(tokenizer(PLACEHOLDER)["input_ids"])
     start = find_sequence(framed, bare)
     if start is None:
         raise ConfigError("The model's tokenizer does not leave a text in one piece between its special tokens.")

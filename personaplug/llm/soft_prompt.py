@@ -38,8 +38,13 @@ class SoftPrompt:
 
     def row(self, index: int) -> SoftPrompt:
         """Return one row as a batch of its own."""
-        bias = None if self.label_bias is None else self.label_bias[index : index + 1]
-        return SoftPrompt(self.vectors[index : index + 1], self.placement, label_bias=bias)
+        return self.rows([index])
+
+    def rows(self, indices: Sequence[int]) -> SoftPrompt:
+        """Return these rows as a batch."""
+        chosen = list(indices)
+        bias = None if self.label_bias is None else self.label_bias[chosen]
+        return SoftPrompt(self.vectors[chosen], self.placement, label_bias=bias)
 
     def is_finite(self) -> bool:
         parts = [self.vectors] if self.label_bias is None else [self.vectors, self.label_bias]

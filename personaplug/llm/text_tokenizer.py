@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from personaplug.errors import ConfigError, MissingModel
+from personaplug.errors import ConfigError, MissingModel, first_line
 
 Offsets = list[tuple[int, int]]
 
@@ -28,8 +28,7 @@ def load_tokenizer(folder: Path, *, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of any type: each family of tokenizers has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        tried = [f"the tokenizer in {folder}, where transformers says: {reason}"]
+        tried = [f"the tokenizer in {folder}, where transformers says: {first_line(error)}"]
         raise MissingModel(name, tried=tried, hint=hint) from error
     if is_tekken and not is_mistral_common(tokenizer) and not tokenizer.chat_template:
         raise MissingModel(name, tried=[f"the tokenizer in {folder}, which has no chat template"], hint=hint)
@@ -76,8 +75,6 @@ class TextTokenizer(ABC):
         harmless_ids: control tokens that a text may become after all: the one for what has no other.
     """
 
-    has_offsets = True
-
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self.control = tokenizer, control_tokens(tokenizer)
         # Unless it also ends an answer, as in GPT-2.
@@ -98,9 +95,9 @@ class TextTokenizer(ABC):
     @abstractmethod
     def encode_many(self, texts: Sequence[str], *, inside: bool = False) -> list[list[int]]: ...
 
-    @abstractmethod
-    def offsets(self, text: str) -> Offsets:
-        """Return the first character of each token and the one after its last; only with `has_offsets`."""
+    def offsets(self, text: str) -> Offsets | None:
+        """Return the first character of each token and the one after its last; None if that is not known."""
+        return None
 
     def encode(self, text: str, *, inside: bool = False) -> list[int]:
         return self.encode_many([text], inside=inside)[0] if text else []
@@ -151,8 +148,6 @@ class _RustTokenizer(TextTokenizer):
 class _PythonTokenizer(TextTokenizer):
     """A tokenizer in Python, of which the check at load shows whether it keeps control tokens out."""
 
-    has_offsets = False
-
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer)
         # Those of mistral-common read no control tokens in texts, and know no such option.
@@ -161,9 +156,6 @@ class _PythonTokenizer(TextTokenizer):
     def encode_many(self, texts: Sequence[str], *, inside: bool = False) -> list[list[int]]:
         options = {"add_special_tokens": False, "verbose": False, **self._options}
         return [list(self._tokenizer.encode(text, **options)) for text in texts]
-
-    def offsets(self, text: str) -> Offsets:
-        raise NotImplementedError
 
 
 def _without_first_space(part: Any) -> Any:

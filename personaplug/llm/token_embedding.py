@@ -14,13 +14,13 @@ Reader = Callable[[Tensor], Tensor]
 class TokenEmbedding:
     """Maps token ids (…) to what the model must be given in their place, (…, D).
 
-    Args:
+    Attributes:
         layer: the model's input embeddings.
-        factor: what the model multiplies the layer's output with if, and only if, it is given ids.
+        factor: what the model multiplies the layer's output with if, and only if, it is given ids; see `find_factor`.
     """
 
-    def __init__(self, layer: Any, factor: float = 1.0) -> None:
-        self.layer, self.factor = layer, factor
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.factor = layer, 1.0
 
     def __call__(self, ids: Tensor) -> Tensor:
         embeds: Tensor = self.layer(ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
@@ -14,18 +14,22 @@ import numpy.typing as npt
 from personaplug.analysis.method_info import SHUFFLED, WRONG_USER, HistorySource
 from personaplug.baselines.prompt_builder import PromptBuilder
 from personaplug.config import EvaluationConfig, PlugConfig
-from personaplug.data.records import HistoryItem, Sample
+from personaplug.data.records import ITEM_KINDS, HistoryItem, Sample
+from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
-from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.encoded_sample import EncodedSample, Int8Array, latest_items
 from personaplug.errors import ConfigError, MissingData
 from personaplug.llm.base import GenerationConfig
 from personaplug.methods.costs import CostMeter
 from personaplug.plug.model import PersonaPlug
-from personaplug.run import Models, Run, drawn, encoded
+from personaplug.run import Models, Run, encoded
 
 T = TypeVar("T")
 
+Indices = npt.NDArray[np.int64]
+
 _TIMED_SAMPLES = 8
+_KINDS_SHOWN = {"all": ITEM_KINDS, "answers": ("answer", "rejection"), "preferences": ("preference",)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Assignment:
     """
 
     source: int | None
-    items: npt.NDArray[np.int64]
+    items: Indices
 
 
 class EvalContext:
@@ -95,6 +99,12 @@ class EvalContext:
         return list(drawn(self.reader, limit=self.config.limit, seed=self.config.draw_seed))
 
     @cached_property
+    def shown_items(self) -> list[Indices]:
+        """The indices of the items of each sample's history that rows may show."""
+        kinds, latest = self.config.item_kinds, self.config.max_eval_history
+        return [shown_items(sample.kind_ids, kinds, latest=latest) for sample in self.samples]
+
+    @cached_property
     def training_texts(self) -> list[Sample]:
         """The training samples of the run with their texts.
 
@@ -121,13 +131,13 @@ class EvalContext:
 
     def assign(self, history: HistorySource, *, seed: int) -> list[Assignment]:
         """Assign a history to each sample; equal arguments give equal draws."""
-        return assign_histories(
-            history,
-            self.owners,
-            self.history_sizes,
-            seed=self.config.draw_seed + seed,
-            latest=self.config.max_eval_history,
-        )
+        return assign_histories(history, self.owners, self.shown_items, seed=self.config.draw_seed + seed)
+
+    @cached_property
+    def shown_texts(self) -> list[Sample]:
+        """The samples with the texts of the items that rows may show."""
+        pairs = zip(self.texts, self.shown_items, strict=True)
+        return [replace(text, history=tuple(text.history[index] for index in shown)) for text, shown in pairs]
 
     def assigned_items(self, assignments: Sequence[Assignment]) -> list[tuple[HistoryItem, ...]]:
         """Return the items of the histories that the samples are shown, with their texts."""
@@ -151,26 +161,35 @@ class EvalContext:
         return value
 
 
+def shown_items(kinds: Int8Array, shown: str, *, latest: int) -> Indices:
+    """Return the indices of the items that rows may show of a history, in order.
+
+    Args:
+        kinds: (N,) of all items.
+        shown: `item_kinds` of the config.
+        latest: most items, as `latest_items` chooses them; -1 = all.
+    """
+    indices = np.flatnonzero(np.isin(kinds, [ITEM_KINDS.index(kind) for kind in _KINDS_SHOWN[shown]]))
+    return indices if latest < 0 else indices[latest_items(kinds[indices], latest)]
+
+
 def assign_histories(
-    history: HistorySource, owners: Sequence[str], sizes: Sequence[int], *, seed: int, latest: int = -1
+    history: HistorySource, owners: Sequence[str], shown: Sequence[Indices], *, seed: int
 ) -> list[Assignment]:
     """Assign a history to each of n samples. One assignment serves vectors, texts and weights alike.
 
     Args:
         history: whose history is shown.
         owners: (n,) the samples' users.
-        sizes: (n,) number of items in the samples' own histories.
+        shown: (n,) indices of the items that may be shown of the samples' own histories.
         seed: draws strangers and orders.
-        latest: show only this many latest items; -1 = all.
     Raises:
         ConfigError: if a wrong user is asked for and there is only one user.
     """
     if history == "none":
         return [Assignment(None, np.empty(0, np.int64)) for _ in owners]
     sources = list(_strangers(owners, seed=seed)) if history == WRONG_USER else range(len(owners))
-    items = [np.arange(sizes[source]) for source in sources]
-    if latest >= 0:
-        items = [indices[max(0, len(indices) - latest) :] for indices in items]
+    items = [shown[source] for source in sources]
     if history == SHUFFLED:
         items = [np.random.default_rng([seed, 5, k]).permutation(indices) for k, indices in enumerate(items)]
     return [Assignment(source, indices) for source, indices in zip(sources, items, strict=True)]

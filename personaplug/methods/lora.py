@@ -104,9 +104,7 @@ class UserLoraMethod(LoraMethod):
     def _users(self, context: EvalContext, *, seed: int) -> UserLoras:
         return context.once(
             ("user-loras", seed),
-            lambda: UserLoras(
-                context.run, context.models, context.texts, latest=context.config.max_eval_history, seed=seed
-            ),
+            lambda: UserLoras(context.run, context.models, context.shown_texts, seed=seed),
         )
 
     def _by_user(
@@ -133,13 +131,12 @@ class UserLoras:
 
     Args:
         run: with the task's LoRA trained.
-        texts: the evaluated samples with their histories' texts.
-        latest: train on this many latest items only; -1 = all (`user_items` holds in any case).
+        texts: the evaluated samples with the texts of the items that may be shown; of them, `user_items` are used.
         seed: of the task's LoRA and of the users' trainings.
     """
 
-    def __init__(self, run: Run, models: Models, texts: Sequence[Sample], *, latest: int, seed: int) -> None:
-        self.run, self.models, self.latest, self.seed = run, models, latest, seed
+    def __init__(self, run: Run, models: Models, texts: Sequence[Sample], *, seed: int) -> None:
+        self.run, self.models, self.seed = run, models, seed
         self.owners = [text.owner for text in texts]
         self.by_owner: dict[str, list[Sample]] = {}
         for text in texts:
@@ -195,10 +192,8 @@ class UserLoras:
         samples = self.by_owner[owner]
         with_history = [sample for sample in samples if sample.history] or samples
         earliest = min(with_history, key=lambda sample: (_last_date(sample), len(sample.history)))
-        items = without_evaluated_items(earliest.history, samples)
-        limit = self.run.config.adapter.user_items
-        limit = limit if self.latest < 0 else min(limit, self.latest)
-        return items[-limit:] if limit else []
+        answers = [item for item in earliest.history if item.kind == "answer"]
+        return without_evaluated_items(answers, samples)[-self.run.config.adapter.user_items :]
 
     @cached_property
     def _task_weights(self) -> str:

@@ -12,14 +12,16 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from personaplug.analysis.metrics import Likelihoods
 from personaplug.analysis.point_estimates import ARGMAX, point_predictions
+from personaplug.data.records import characters
 from personaplug.data.task import Task
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.errors import DamagedFile
@@ -47,7 +49,8 @@ class Predictions:
         seconds: the time that the predictions took.
         peak_memory_bytes: the most memory that was held meanwhile.
         probabilities: (n, C) of the task's labels; None if no labels were scored.
-        nll: (n, 2) −log p of each reference answer and its number of tokens (a label counts as one); None if unknown.
+        nll: (n,) −log p of each reference answer and its number of tokens (a label counts as one), then, if texts were
+            written, of each rejected answer; None if unknown.
         fit_seconds: the time of fitting, for a row that is fitted when the table is filled.
     """
 
@@ -59,13 +62,12 @@ class Predictions:
     nll: list[list[float]] | None = None
     fit_seconds: float | None = None
 
-    def nll_statistics(self) -> NDArray[np.float64] | None:
-        """Return −log p of the references and their tokens, (n, 2); None if unknown."""
+    def likelihoods(self) -> Likelihoods | None:
+        """Return `nll` as metrics take it; None if unknown."""
         if self.nll is None:
             return None
         # JSON has no infinity: a file has null in its place.
-        rows = [[math.inf if value is None else value for value in row] for row in self.nll]
-        return np.array(rows, dtype=np.float64).reshape(-1, 2)
+        return [[math.inf if value is None else value for value in row] for row in self.nll]
 
     def estimates(self, estimate: str, *, labels: Sequence[str]) -> list[str]:
         """Return the labels that a point estimate chooses; texts that were not scored stay as they are.
@@ -116,7 +118,7 @@ def predict_samples(
     reset_peak_memory()
     started = time.monotonic()
     predictions: dict[int, _Prediction] = {}
-    order = np.argsort([-len(sample.prompt) for sample in samples], kind="stable")
+    order = np.argsort([-characters(sample.prompt) for sample in samples], kind="stable")
     with Progress(title, total=len(samples), unit="answers") as progress:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size].tolist()
@@ -145,29 +147,39 @@ def reference_nll(
     batch_size: int,
     title: str = "likelihood",
 ) -> list[list[float]]:
-    """Return −log p of each reference answer and its tokens, end of text included, in the samples' order.
+    """Return −log p and tokens of each reference answer, end of text included, then of each rejected one.
 
     Args:
         samples: with targets.
         prompter: makes the soft tokens; None = the bare model.
-        batch_size: most samples in a pass; long answers make it fewer.
+        batch_size: most answers in a pass; long ones make it fewer.
     """
-    prompts, targets = [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
-    measures = zip(llm.measure(prompts, targets=targets), llm.measure(prompts), strict=True)
-    lengths = [whole.tokens - prompt.tokens for whole, prompt in measures]
+    pairs = [(sample, answer) for sample in samples for answer in (sample.target or "", *sample.rejected)]
+    measured = iter(_answer_nll(llm, pairs, prompter=prompter, batch_size=batch_size, title=title))
+    return [[value for pair in islice(measured, 1 + len(sample.rejected)) for value in pair] for sample in samples]
+
+
+def _answer_nll(
+    llm: LanguageModel,
+    pairs: Sequence[tuple[EncodedSample, str]],
+    *,
+    prompter: SoftPrompter | None,
+    batch_size: int,
+    title: str,
+) -> list[list[float]]:
+    """Return −log p and tokens of answers to samples, in their order."""
     nll: dict[int, list[float]] = {}
-    with Progress(title, total=len(samples), unit="answers") as progress:
-        for part in micro_batches(range(len(samples)), lengths=lengths, max_tokens=_MAX_NLL_TOKENS):
+    lengths = llm.prompt_tokenizer.encode_targets([answer for _, answer in pairs])
+    with Progress(title, total=len(pairs), unit="answers") as progress:
+        for part in micro_batches(range(len(pairs)), lengths=[*map(len, lengths)], max_tokens=_MAX_NLL_TOKENS):
             for start in range(0, len(part), batch_size):
                 indices = part[start : start + batch_size]
-                batch = [samples[index] for index in indices]
-                losses, tokens = llm.loss(
-                    _prompt_batch(llm, batch, prompter), [sample.target or "" for sample in batch]
-                )
-                pairs = zip(losses.tolist(), tokens.tolist(), strict=True)
-                nll.update(zip(indices, ([round(loss, 6), count] for loss, count in pairs), strict=True))
-                progress.advance(len(batch))
-    return [nll[index] for index in range(len(samples))]
+                samples, answers = zip(*(pairs[index] for index in indices), strict=True)
+                losses, tokens = llm.loss(_prompt_batch(llm, samples, prompter), answers)
+                values = zip(losses.tolist(), tokens.tolist(), strict=True)
+                nll.update(zip(indices, ([round(loss, 6), count] for loss, count in values), strict=True))
+                progress.advance(len(indices))
+    return [nll[index] for index in range(len(pairs))]
 
 
 def all_or_none(rows: Sequence[list[float] | None]) -> list[list[float]] | None:

@@ -1,7 +1,8 @@
-"""Texts of a history in the prompt: retrieved items, a profile that the model wrote, or both."""
+"""Texts of a history in the prompt: retrieved items, stated preferences, a profile that the model wrote."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from personaplug.baselines.history_prompt import HistoryPrompt
 from personaplug.baselines.retrievers import Retrieval
 from personaplug.baselines.user_profiles import UserProfile
+from personaplug.data.records import HistoryItem
 from personaplug.methods.base import ModelInputs
 from personaplug.methods.context import EvalContext
 from personaplug.methods.costs import UserCost
@@ -24,10 +26,12 @@ class PromptTexts:
     Attributes:
         retrieval: which items; None = none.
         profile: whether a profile of the user.
+        stated: whether the preferences that the user has stated.
     """
 
     retrieval: Retrieval | None = None
     profile: bool = False
+    stated: bool = False
 
     @property
     def requires(self) -> tuple[TrainedPart, ...]:
@@ -48,7 +52,9 @@ class PromptTexts:
         """Return the inputs with the texts in their prompts."""
         items = context.assigned_items(inputs.assignments)
         profiles = context.prompts.profiles.generate(items) if self.profile else None
-        prompts = context.prompts.build(context.texts, items, retrieval=self.retrieval, profiles=profiles, seed=seed)
+        prompts = context.prompts.build(
+            context.texts, items, retrieval=self.retrieval, profiles=profiles, states=self.stated, seed=seed
+        )
         samples = [
             replace(sample, prompt=prompt.prompt, soft_at=prompt.soft_at)
             for sample, prompt in zip(inputs.samples, prompts, strict=True)
@@ -59,8 +65,15 @@ class PromptTexts:
             prompt_lengths=context.models.llm.measure([sample.prompt for sample in samples]),
             items_used=[prompt.included for prompt in prompts],
             cut_items_rate=_cut_rate(prompts),
-            user_cost=_profile_cost(profiles or []),
+            user_cost=_profile_cost(profiles) if profiles else self._cost_of_preferences(items),
         )
+
+    def _cost_of_preferences(self, histories: Sequence[Sequence[HistoryItem]]) -> UserCost | None:
+        """Return the mean size of the stated preferences, if no other texts of the history are kept."""
+        if not self.stated or self.keeps_texts:
+            return None
+        sizes = [sum(len(item.text.encode()) for item in items if item.kind == "preference") for items in histories]
+        return UserCost(float(np.mean(sizes)))
 
 
 def _cut_rate(prompts: list[HistoryPrompt]) -> float:
@@ -70,8 +83,6 @@ def _cut_rate(prompts: list[HistoryPrompt]) -> float:
     return cut / offered if offered else 0.0
 
 
-def _profile_cost(profiles: list[UserProfile]) -> UserCost | None:
-    if not profiles:
-        return None
+def _profile_cost(profiles: list[UserProfile]) -> UserCost:
     sizes = [len(profile.text.encode()) for profile in profiles]
     return UserCost(float(np.mean(sizes)), float(np.mean([profile.seconds for profile in profiles])))

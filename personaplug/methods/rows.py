@@ -6,6 +6,7 @@
     plug+phrases  instruction+phrases  plug+bm25:1+phrases   with the n-grams of the user's past answers mixed in
     instruction+labels                                       soft tokens, and counts of the user's own labels
     profile                                                  what the model itself wrote of the user
+    stated  stated+bm25:4                                    the user's stated preferences in the system message
     lora  lora-per-user                                      weights in the model: the task's, and each user's
     classical  classical:text  classical:history             a regression on words and history, on one of them
     user-median  user-mean  user-majority                    a statistic of the user's own answers
@@ -46,6 +47,7 @@ from personaplug.training.parts import INSTRUCTION, LABEL_COUNTS, PAPER_PLUG, PL
 
 _USER_WORDS = 8
 _INSTRUCTION = "instruction"  # the base of `instruction+bm25:4`; alone it is written instruction-only
+_TEXTS = {"": PromptTexts(), "profile": PromptTexts(profile=True), "stated": PromptTexts(stated=True)}
 
 
 def _fixed(method: Method) -> MethodFactory:
@@ -84,13 +86,13 @@ def _retrieval_row(name: str, base: str, retrieval: Retrieval) -> Method:
             info=replace(info, family="plug", parents=parents),
             rationale="whether persona and texts complete each other, trained together",
         )
-    if base not in ("", "profile"):
-        raise ConfigError(f"Retrieval goes with instruction, plug or profile (plug+bm25:1); found {name!r}.")
-    is_profile, is_drawn = base == "profile", retrieval.method in SEEDED_RETRIEVERS
+    if base not in _TEXTS:
+        raise ConfigError(f"Retrieval goes with instruction, plug, profile or stated (plug+bm25:1); found {name!r}.")
     dense = (f"dense:{retrieval.items}",) if retrieval.method == "ropg" else ()
+    of_base = {"": dense, "profile": (retrieval.name,), "stated": (retrieval.name, "stated")}
     return LanguageModelMethod(
-        texts=PromptTexts(retrieval, profile=is_profile),
-        info=replace(info, parents=(retrieval.name,) if is_profile else dense, is_seeded=is_drawn),
+        texts=replace(_TEXTS[base], retrieval=retrieval),
+        info=replace(info, parents=of_base[base], is_seeded=retrieval.method in SEEDED_RETRIEVERS),
         rationale="what the texts themselves do in the prompt",
     )
 
@@ -186,9 +188,14 @@ _FIXED: tuple[Method, ...] = (
         rationale="what the plug does for a user without any history",
     ),
     LanguageModelMethod(
-        texts=PromptTexts(profile=True),
+        texts=_TEXTS["profile"],
         info=MethodInfo("profile", "prompt", "own"),
         rationale="whether a profile in words does as well",
+    ),
+    LanguageModelMethod(
+        texts=_TEXTS["stated"],
+        info=MethodInfo("stated", "prompt", "own"),
+        rationale="what the preferences that the user has stated do in words, in the system message",
     ),
     LoraMethod(
         info=MethodInfo("lora", "weights", is_seeded=True),

@@ -31,7 +31,7 @@ class Drift:
 def item_weights(personalizer: Personalizer, query: str, history: EncodedHistory) -> npt.NDArray[np.float32]:
     """Return the weight of each item in the persona for a query, (N,); all 0 for a cold-start user."""
     plug = personalizer.plug
-    if plug.persona is None or len(history) <= plug.cold_start.max_items:
+    if plug.persona is None or plug.cold_start.covers(history.kind_ids):
         return np.zeros(len(history), dtype=np.float32)
     weights: npt.NDArray[np.float32] = plug.persona.item_weights([query], personalizer.collate(history)).cpu().numpy()
     return weights
@@ -48,14 +48,14 @@ def drift(
     after: EncodedHistory,
     *,
     population: SoftPrompt,
-    max_cold_items: int = 0,
+    is_cold: Callable[[EncodedHistory], bool] = lambda history: len(history) == 0,
 ) -> Drift:
-    """Measure how far a persona moved; histories of at most `max_cold_items` items count as the `population` prompt."""
-    personas = (make_persona(history) if len(history) > max_cold_items else population for history in (before, after))
+    """Measure how far a persona moved; histories that are cold count as the `population` prompt."""
+    personas = (population if is_cold(history) else make_persona(history) for history in (before, after))
     old, new = ((persona.vectors - population.vectors).double().flatten() for persona in personas)
     return Drift(
         len(before),
         len(after),
         cosine=float(torch.cosine_similarity(old, new, dim=0)),
-        moved=float((new - old).norm() / old.norm()) if len(before) > max_cold_items else float("nan"),
+        moved=float((new - old).norm() / old.norm()) if not is_cold(before) else float("nan"),
     )

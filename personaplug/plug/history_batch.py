@@ -17,17 +17,19 @@ class HistoryBatch:
     lengths: tuple[int, ...]  # items of each user
     label_ids: Tensor  # (M,) int64 index of each item's answer among the task's labels, -1 if it is none of them
     style: Tensor  # (M, F) style features of each item's answer; F = 0 if the plug does not use them
+    kind_ids: Tensor  # (M,) int64 index of each item's kind in ITEM_KINDS
     hidden: Tensor | None = None  # (M, hidden) of the projector, if precomputed; see `PersonaHead.precompute`
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.vectors, self.label_ids, self.style, self.hidden)
+        tensors = (self.vectors, self.label_ids, self.style, self.kind_ids, self.hidden)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def select(self, items: Tensor, *, lengths: tuple[int, ...]) -> HistoryBatch:
         """Keep the items with these indices, user after user; `lengths` says how many of them each user has."""
         hidden = None if self.hidden is None else self.hidden[items]
-        return HistoryBatch(self.vectors[items], lengths, self.label_ids[items], self.style[items], hidden=hidden)
+        columns = (self.label_ids[items], self.style[items], self.kind_ids[items])
+        return HistoryBatch(self.vectors[items], lengths, *columns, hidden=hidden)
 
 
 def split_by_user(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from personaplug.encoders import Encoder, QueryEncoder
 from personaplug.encoders.embedding_store import content_key
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND, Int8Array
 from personaplug.errors import ShapeMismatch
 from personaplug.plug.history_batch import HistoryBatch, split_by_user
 
@@ -67,13 +68,18 @@ class QueryHead(QueryEncoder):
 
 
 class Aggregator(nn.Module):
-    """Weigh the items of each user with a softmax over scores; with `shrinkage`, the population persona has one too."""
+    """Weigh the items of each user with a softmax over scores; with `shrinkage`, the population persona has one too.
 
-    def __init__(self, *, shrinkage: bool = False) -> None:
+    With `kinds`, stated preferences share a trained part of the weight among themselves, half at first, so that no
+    number of answers drowns them.
+    """
+
+    def __init__(self, *, shrinkage: bool = False, kinds: bool = False) -> None:
         super().__init__()
         self.population_score = nn.Parameter(torch.ones(1)) if shrinkage else None
+        self.preference_share = nn.Parameter(torch.zeros(1)) if kinds else None  # before a sigmoid
 
-    def forward(self, query: Tensor, items: Tensor, *, lengths: Sequence[int]) -> Tensor:
+    def forward(self, query: Tensor, items: Tensor, *, lengths: Sequence[int], kind_ids: Tensor) -> Tensor:
         """Weigh (M, E) items, user after user, for (B, E) queries; returns (M,). The vectors are unit vectors."""
         if query.shape[-1] != items.shape[-1]:
             widths = f"The query has {query.shape[-1]} values and the items have {items.shape[-1]}"
@@ -83,8 +89,18 @@ class Aggregator(nn.Module):
                 f"{len(query)} queries need as many lengths, {len(items)} items together; found {len(lengths)} with "
                 f"{sum(lengths)}."
             )
-        users = zip(query, split_by_user(items, lengths), strict=True)
-        return torch.cat([self._softmax(self.scores(x, own.to(query.dtype))) for x, own in users])
+        users = zip(query, split_by_user(items, lengths), split_by_user(kind_ids, lengths), strict=True)
+        return torch.cat([self._weigh(self.scores(x, own.to(query.dtype)), kinds) for x, own, kinds in users])
+
+    def _weigh(self, scores: Tensor, kind_ids: Tensor) -> Tensor:
+        is_preference = kind_ids == PREFERENCE_KIND
+        if self.preference_share is None or not is_preference.any() or is_preference.all():
+            return self._softmax(scores)
+        share = torch.sigmoid(self.preference_share).to(scores.dtype)
+        weights = torch.empty_like(scores)
+        weights[is_preference] = share * torch.softmax(scores[is_preference], dim=0)
+        weights[~is_preference] = (1 - share) * self._softmax(scores[~is_preference])
+        return weights
 
     def _softmax(self, scores: Tensor) -> Tensor:
         if self.population_score is None:
@@ -102,8 +118,8 @@ class DotAttention(Aggregator):
     With the paper's temperature of 1 and unit vectors, no item outweighs another by more than e² ≈ 7.4 times.
     """
 
-    def __init__(self, temperature: float = 1.0, *, shrinkage: bool = False) -> None:
-        super().__init__(shrinkage=shrinkage)
+    def __init__(self, temperature: float = 1.0, *, shrinkage: bool = False, kinds: bool = False) -> None:
+        super().__init__(shrinkage=shrinkage, kinds=kinds)
         self.temperature = temperature
 
     def scores(self, query: Tensor, items: Tensor) -> Tensor:
@@ -121,16 +137,18 @@ class Projector(nn.Module):
     """Proj of eq. 4: a two-layer MLP from an item's vector (E,) to K soft tokens of width D.
 
     Its outputs start with unit variance: unit vectors are multiplied by √E, and both layers keep that size. Label and
-    style (F features) of an item's answer are added to the hidden layer, unless `labels` or `style` are 0.
+    style (F features) of an item's answer are added to the hidden layer, unless `labels` or `style` are 0; so is what
+    an item is, if it is no answer and there are `kinds` of items.
     """
 
-    def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, style: int) -> None:
+    def __init__(self, width: int, *, hidden: int, tokens: int, out: int, labels: int, style: int, kinds: int) -> None:
         super().__init__()
         self.tokens, self.input_scale = tokens, math.sqrt(width)
         self.inner = nn.Linear(width, hidden)
         self.outer = nn.Linear(hidden, tokens * out)
         self.label = nn.Embedding(labels + 1, hidden) if labels else None
         self.style = nn.Linear(style, hidden, bias=False) if style else None
+        self.kind = nn.Parameter(torch.zeros(kinds - 1, hidden)) if kinds else None  # of all kinds but the answer
         if self.label is not None:
             nn.init.zeros_(self.label.weight[0])  # an item without a label adds nothing, even if training has none
         nn.init.normal_(self.inner.weight, std=1 / math.sqrt(width))
@@ -141,8 +159,11 @@ class Projector(nn.Module):
         if self.style is not None:
             nn.init.normal_(self.style.weight, std=1 / math.sqrt(style))
 
-    def hidden(self, items: Tensor, *, label_ids: Tensor, style: Tensor) -> Tensor:
-        """Return the (M, hidden) layer of (M, E) unit vectors. Label ids are (M,), -1 for none; style is (M, F)."""
+    def hidden(self, items: Tensor, *, label_ids: Tensor, style: Tensor, kind_ids: Tensor) -> Tensor:
+        """Return the (M, hidden) layer of (M, E) unit vectors.
+
+        Label ids are (M,), -1 for none; kind ids (M,), 0 for an answer; style is (M, F).
+        """
         # Scaling the weights costs less than scaling the items, which are more.
         weight, bias = (self.inner.weight * self.input_scale).to(items.dtype), self.inner.bias.to(items.dtype)
         inner = nn.functional.linear(items, weight, bias)
@@ -150,6 +171,8 @@ class Projector(nn.Module):
             inner = inner + self.label(label_ids + 1).to(items.dtype)
         if self.style is not None:
             inner = inner + nn.functional.linear(style.to(items.dtype), self.style.weight.to(items.dtype))
+        if self.kind is not None and kind_ids.any():
+            inner = inner + nn.functional.pad(self.kind, (0, 0, 1, 0))[kind_ids].to(items.dtype)
         return nn.functional.gelu(inner)
 
     def out(self, hidden: Tensor, *, weight_sums: Tensor, tokens: slice) -> Tensor:
@@ -214,7 +237,10 @@ class LabelPrior(nn.Module):
 
 
 class ColdStart(nn.Module):
-    """Give users with at most `max_items` items the unscaled `tokens` (S, D), or the prompt of users without items."""
+    """Give users with at most `max_items` items the unscaled `tokens` (S, D), or the prompt of users without items.
+
+    A user who has stated a preference is not cold.
+    """
 
     tokens: Tensor | None
 
@@ -223,25 +249,26 @@ class ColdStart(nn.Module):
         self.max_items = max_items
         self.register_buffer("tokens", tokens)
 
-    def hide_items(self, history: HistoryBatch) -> HistoryBatch:
+    def is_cold(self, history: HistoryBatch) -> Tensor:
+        """Return which users get nothing of their own, (B,), on the CPU."""
+        return torch.tensor([self.covers(kinds) for kinds in split_by_user(history.kind_ids.cpu(), history.lengths)])
+
+    def covers(self, kind_ids: Tensor | Int8Array) -> bool:
+        """Return whether a user with items of these kinds, (N,), gets nothing of their own."""
+        return len(kind_ids) <= self.max_items and not bool((kind_ids == PREFERENCE_KIND).any())
+
+    def hide_items(self, history: HistoryBatch, is_cold: Tensor) -> HistoryBatch:
         """Drop the items of cold users, unless their soft tokens are replaced anyway."""
-        if self.tokens is not None or not self.max_items or min(history.lengths, default=0) > self.max_items:
-            return history
         lengths = torch.tensor(history.lengths)
-        is_warm = lengths > self.max_items
-        items = is_warm.repeat_interleave(lengths).nonzero().squeeze(1)
-        return history.select(items.to(history.vectors.device), lengths=tuple((lengths * is_warm).tolist()))
+        if self.tokens is not None or not (is_cold & (lengths > 0)).any():
+            return history
+        items = (~is_cold).repeat_interleave(lengths).nonzero().squeeze(1)
+        return history.select(items.to(history.vectors.device), lengths=tuple((lengths * ~is_cold).tolist()))
 
-    def replace_tokens(self, soft: Tensor, lengths: Sequence[int]) -> Tensor:
+    def replace_tokens(self, soft: Tensor, is_cold: Tensor) -> Tensor:
         """Put `tokens` in place of the (B, S, D) soft tokens of cold users."""
-        if self.tokens is None:
-            return soft
-        is_cold = torch.tensor(lengths) <= self.max_items
-        return torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
+        return soft if self.tokens is None else torch.where(is_cold[:, None, None].to(soft.device), self.tokens, soft)
 
-    def mask_bias(self, bias: Tensor, lengths: Sequence[int]) -> Tensor:
+    def mask_bias(self, bias: Tensor, is_cold: Tensor) -> Tensor:
         """Zero the (B, C) label bias of cold users."""
-        if self.tokens is None and not self.max_items:
-            return bias
-        is_cold = torch.tensor(lengths) <= self.max_items
-        return bias.masked_fill(is_cold[:, None].to(bias.device), 0)
+        return bias.masked_fill(is_cold[:, None].to(bias.device), 0) if is_cold.any() else bias

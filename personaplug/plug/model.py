@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from personaplug.config import PlugConfig
-from personaplug.data.records import Options
+from personaplug.data.records import ITEM_KINDS, ItemKind, Options
 from personaplug.encoders import Encoder
+from personaplug.encoders.encoded_sample import Int8Array
 from personaplug.errors import ConfigError, EncoderMismatch, LLMMismatch
 from personaplug.infra.atomic_io import storage_errors, write_text
 from personaplug.infra.model_hub import LLMIdentity
@@ -55,6 +58,20 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         head = self.persona
         return head is None or (head.query_encoder is None and head.hint is None)
 
+    @property
+    def known_kinds(self) -> tuple[ItemKind, ...]:
+        """The kinds of items that the plug can read: answers, and what else its training has seen.
+
+        An item of another kind would count as an answer.
+        """
+        kinds = None if self.persona is None else self.persona.projector.kind
+        is_trained = [False] * (len(ITEM_KINDS) - 1) if kinds is None else kinds.any(dim=1).tolist()
+        return tuple(kind for kind, known in zip(ITEM_KINDS, [True, *is_trained], strict=True) if known)
+
+    def known_items(self, kind_ids: Int8Array) -> npt.NDArray[np.intp]:
+        """Return the indices of the items that are of a known kind."""
+        return np.flatnonzero(np.isin(kind_ids, [ITEM_KINDS.index(kind) for kind in self.known_kinds]))
+
     def forward(
         self,
         queries: Sequence[str],
@@ -78,14 +95,15 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             if self.config.reads_history:
                 raise ConfigError("This plug reads histories; it needs one for every query (it may be empty).")
             return self._soft_prompt(tokens)
-        visible, bias = self.cold_start.hide_items(history), None
+        is_cold, bias = self.cold_start.is_cold(history), None
+        visible = self.cold_start.hide_items(history, is_cold)
         if self.persona is not None:
             persona = self.persona(queries, visible, options=options, persona_scale=persona_scale)
             tokens = torch.cat([tokens, persona], dim=1)
         if self.label_prior is not None:
-            bias = self.cold_start.mask_bias(self.label_prior(visible.label_ids, visible.lengths), history.lengths)
+            bias = self.cold_start.mask_bias(self.label_prior(visible.label_ids, visible.lengths), is_cold)
             bias = persona_scale * bias
-        return self._soft_prompt(self.cold_start.replace_tokens(tokens, history.lengths), label_bias=bias)
+        return self._soft_prompt(self.cold_start.replace_tokens(tokens, is_cold), label_bias=bias)
 
     @torch.no_grad()
     def population_prompt(self) -> SoftPrompt:
@@ -165,7 +183,6 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         plug = cls(config, spec=spec, encoder=encoder)
         plug.training_facts = training
         plug._load_weights(folder / saving.WEIGHTS)
-        saving.check_weights(folder)
         return plug.eval()
 
     def _load_weights(self, path: Path) -> None:

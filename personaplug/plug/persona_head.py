@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from personaplug.config import PlugConfig
-from personaplug.data.records import Options
+from personaplug.data.records import ITEM_KINDS, Options
 from personaplug.encoders import Encoder, QueryEncoder
 from personaplug.encoders.style_features import FEATURES
 from personaplug.plug.history_batch import HistoryBatch, split_by_user
@@ -32,8 +32,9 @@ class PersonaHead(nn.Module):
         self.state_tokens, self.item_dtype = config.state_tokens, torch.float32
         self.frozen_encoder = FrozenQueryEncoder(encoder)
         has_attention = self.state_tokens < self.tokens
-        self.item_attention = DotAttention(config.temperature, shrinkage=config.shrinkage) if has_attention else None
-        self.state_pooling = MeanPooling(shrinkage=config.shrinkage) if self.state_tokens else None
+        mixing = {"shrinkage": config.shrinkage, "kinds": config.kinds}
+        self.item_attention = DotAttention(config.temperature, **mixing) if has_attention else None
+        self.state_pooling = MeanPooling(**mixing) if self.state_tokens else None
         self.query_encoder: QueryEncoder | None = None
         if has_attention and config.query_encoder == "trained":
             self.query_encoder = encoder.query_encoder()
@@ -46,6 +47,7 @@ class PersonaHead(nn.Module):
             out=width,
             labels=labels if config.answer_channel == "label" else 0,
             style=len(FEATURES) if config.reads_style else 0,
+            kinds=len(ITEM_KINDS) if config.kinds else 0,
         )
         # Fills the weight that a user's items leave: all of it if there are none. It starts as no signal and learns
         # from samples whose history training hides (`training.drop_history_prob`).
@@ -109,11 +111,11 @@ class PersonaHead(nn.Module):
 
     def _token_weights(self, queries: Sequence[str], history: HistoryBatch) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of the persona tokens with their (M,) item weights, in float32: a low temperature magnifies."""
-        x = self._encode_queries(queries)
+        x, shape = self._encode_queries(queries), {"lengths": history.lengths, "kind_ids": history.kind_ids}
         if self.state_pooling is not None:
-            yield slice(0, self.state_tokens), self.state_pooling(x, history.vectors, lengths=history.lengths)
+            yield slice(0, self.state_tokens), self.state_pooling(x, history.vectors, **shape)
         if self.item_attention is not None:
-            yield slice(self.state_tokens, None), self.item_attention(x, history.vectors, lengths=history.lengths)
+            yield slice(self.state_tokens, None), self.item_attention(x, history.vectors, **shape)
 
     def _encode_queries(self, queries: Sequence[str]) -> Tensor:
         """Return x of eq. 2, (B, E); equal queries are encoded once. Zeros if no token depends on the query."""
@@ -126,7 +128,8 @@ class PersonaHead(nn.Module):
 
     def _hidden(self, history: HistoryBatch) -> Tensor:
         items = _convert(history.vectors, self.item_dtype)
-        return self.projector.hidden(items, label_ids=history.label_ids, style=history.style)
+        answers = {"label_ids": history.label_ids, "style": history.style, "kind_ids": history.kind_ids}
+        return self.projector.hidden(items, **answers)
 
     def _hints(
         self, hint: OptionHint, options: Sequence[Options | None], *, history: HistoryBatch, persona_scale: float

@@ -11,7 +11,15 @@ import torch
 from personaplug.data.records import HistoryItem, Options
 from personaplug.encoders import Encoder
 from personaplug.encoders.embedding_store import Float16Array, RowIds
-from personaplug.encoders.encoded_sample import EncodedHistory, EncodedSample, label_ids, no_style, style_of_answers
+from personaplug.encoders.encoded_sample import (
+    EncodedHistory,
+    EncodedSample,
+    kind_ids,
+    label_ids,
+    latest_items,
+    no_style,
+    style_of_answers,
+)
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.history_batch import HistoryBatch
 from personaplug.plug.model import PersonaPlug
@@ -50,12 +58,15 @@ class Personalizer:
         return soft
 
     def encode(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
-        """Encode the latest `max_history` items of a user."""
-        items = items[-self.plug.config.max_history :]
+        """Encode the items of a user that are used: the plug knows their kinds, and they are at most `max_history`."""
+        kinds = kind_ids(items)
+        known = self.plug.known_items(kinds)
+        used = known[latest_items(kinds[known], self.plug.config.max_history)]
+        items = [items[index] for index in used]
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
         style = style_of_answers(items) if self.plug.config.reads_style else no_style(len(items))
-        return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), style)
+        return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), style, kinds[used])
 
     @torch.no_grad()
     def precompute(self, history: EncodedHistory) -> HistoryBatch:
@@ -89,14 +100,20 @@ class Personalizer:
             (len(history),) if lengths is None else lengths,
             torch.from_numpy(history.label_ids.astype(np.int64)).to(device),
             torch.from_numpy(style).to(device),
+            torch.from_numpy(history.kind_ids.astype(np.int64)).to(device),
         )
 
     def _gather(self, samples: Sequence[EncodedSample]) -> HistoryBatch:
-        """Collect the vectors of the samples' items, the latest `max_history` of each."""
+        """Collect the vectors of the samples' items that are used, at most `max_history` of each."""
         assert self.table is not None, "samples refer to a vector table"
         limit = self.plug.config.max_history
-        vectors = self.table.gather(np.concatenate([sample.rows[-limit:] for sample in samples]))
-        label_ids = np.concatenate([sample.label_ids[-limit:] for sample in samples])
-        style = np.concatenate([sample.style[-limit:] for sample in samples])
-        lengths = tuple(min(limit, len(sample.rows)) for sample in samples)
-        return self.collate(EncodedHistory(vectors, label_ids, style), lengths=lengths)
+        if not self.plug.training:  # which learns the kinds that there are
+            samples = [sample.with_items_of(sample, self.plug.known_items(sample.kind_ids)) for sample in samples]
+        samples = [sample if len(sample.rows) <= limit else sample.latest(limit) for sample in samples]
+        history = EncodedHistory(
+            self.table.gather(np.concatenate([sample.rows for sample in samples])),
+            np.concatenate([sample.label_ids for sample in samples]),
+            np.concatenate([sample.style for sample in samples]),
+            np.concatenate([sample.kind_ids for sample in samples]),
+        )
+        return self.collate(history, lengths=tuple(len(sample.rows) for sample in samples))

@@ -47,7 +47,8 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
     """Read config, spec and training facts from plug.json.
 
     Raises:
-        MissingData: if there is none, or one of another version or form (DamagedFile: a changed one).
+        MissingData: if there is none, or one of another version or form (DamagedFile: a changed one, or one that was
+            written for other weights than those beside it).
         ConfigError: if a setting is unknown or out of range.
     """
     path = folder / ABOUT
@@ -71,18 +72,9 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
         raise MissingData(f"{path} does not describe a plug ({type(error).__name__}). Train it again.") from error
     config = with_values(Config(), {f"plug.{name}": value for name, value in settings.items()}).plug
     check_json(values, path, remedy=REMEDY)
-    return config, spec, training
-
-
-def check_weights(folder: Path) -> None:
-    """Check that the weights are those that plug.json was written for.
-
-    Raises:
-        DamagedFile: if they are another plug's.
-    """
-    described = json.loads((folder / ABOUT).read_text(encoding="utf-8")).get("weights")
-    if stored_checksum(folder / WEIGHTS, remedy=REMEDY) != described:
+    if stored_checksum(folder / WEIGHTS, remedy=REMEDY) != values.get("weights"):
         raise DamagedFile(folder / WEIGHTS, reason=f"{ABOUT} beside it describes other weights", remedy=REMEDY)
+    return config, spec, training
 
 
 def check_sizes(folder: Path, config: PlugConfig, spec: PlugSpec) -> None:

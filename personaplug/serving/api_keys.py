@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from personaplug.errors import ConfigError, MissingData
 from personaplug.infra.atomic_io import atomic_write, storage_errors
-from personaplug.serving.openai_protocol import check_name
+from personaplug.serving.openai_protocol import Name
 from personaplug.store.private_files import ensure_private
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,8 @@ _KEY_PREFIX = "pp-"
 _RELOAD_INTERVAL_S = 0.5
 
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-_TenantName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(check_name)]
-_TENANTS = TypeAdapter(dict[_Digest, _TenantName])
-_TENANT_NAME = TypeAdapter(_TenantName)
+_TENANTS = TypeAdapter(dict[_Digest, Name])
+_TENANT_NAME = TypeAdapter(Name)
 
 
 @dataclass(eq=False)

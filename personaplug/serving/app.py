@@ -22,12 +22,12 @@ from personaplug.serving.api_keys import ApiKeys
 from personaplug.serving.connections import ConnectionGuard, ConnectionLimits, guarded_protocol
 from personaplug.serving.error_responses import add_error_handlers
 from personaplug.serving.fair_executor import FairExecutor
-from personaplug.serving.middleware import Guards, RequestLimits
+from personaplug.serving.middleware import RequestLimits, middlewares
 from personaplug.serving.middleware.admission import Budget
 from personaplug.serving.middleware.origins import check_origin
 from personaplug.serving.openai_protocol import ErrorReply
 from personaplug.serving.readiness import Readiness
-from personaplug.serving.routes import admin, chat, history, pages, task
+from personaplug.serving.routes import admin, chat, history, pages, preferences, task
 from personaplug.serving.routes.dependencies import ServerParts
 from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # The event loop gives up the interpreter lock at each read and write. A busy thread then keeps it for this long.
 _SWITCH_INTERVAL_S = 0.0005
 
-_ROUTERS = (chat.router, history.router, task.router, admin.router, pages.router)
+_ROUTERS = (chat.router, history.router, preferences.router, task.router, admin.router, pages.router)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 502, 503)
@@ -59,7 +59,7 @@ def create_app(
     places = Budget(limits.requests, is_shared=not api_keys.is_open)
     parsers = FairExecutor(1, name="personaplug-json")
     parts = ServerParts(service, limits, telemetry, places, Readiness(service), parsers)
-    guards = Guards(
+    guards = middlewares(
         api_keys=api_keys,
         limits=limits,
         telemetry=telemetry,
@@ -79,7 +79,7 @@ def create_app(
         title="personaplug",
         description="A frozen language model that knows its users. OpenAI's routes, and the users' histories.",
         lifespan=lifespan,
-        middleware=guards.middlewares(),
+        middleware=guards,
         redirect_slashes=False,  # to delete `history/` without an item must not reach the user
         responses=_ERRORS,
         openapi_url=None,  # `routes/pages.py` has it, and a page of documentation that needs no other site

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.data.records import Prompt, last_message
 from personaplug.data.task_prompts import TaskQuery
-from personaplug.encoders.encoded_sample import EncodedHistory
+from personaplug.encoders.encoded_sample import EncodedHistory, latest_items
 from personaplug.errors import MissingData, RequestError
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import Drift, drift, item_weights, leave_one_out
+from personaplug.plug.layers import ColdStart
 from personaplug.serving.openai_protocol import check_json
 from personaplug.serving.service import Service
 from personaplug.store.reads import StoredItem
@@ -26,20 +28,20 @@ class Explainer:
         self.service, self.personas, self.store = service, service.personas, service.store
         self.personalizer, self.plug = service.personas.personalizer, service.personas.plug
 
-    async def explain(self, tenant: str, user: str, *, prompt: str, answer: str | None, most: int) -> dict[str, Any]:
+    async def explain(self, tenant: str, user: str, *, prompt: Prompt, answer: str | None, most: int) -> dict[str, Any]:
         """Say which items made a user's persona for a prompt and, given an answer, how much likelier each makes it.
 
         List `most` items, those with the largest effect or weight.
         """
-        check_json([prompt, answer])
+        check_json([last_message(prompt), answer])
         labels = self.service.task.labels
         answer = answer.strip() if answer is not None and answer.strip() in labels else answer
-        self.service.engine.check_length(len(prompt) + len(answer or ""))
-        query = await self.service.parse(tenant, prompt)
+        choices = labels if answer in labels else ()
+        await self.service.engine.check_texts(prompt, answer or "", choices=choices)
+        query = await self.service.parse(tenant, last_message(prompt), can_be_task=_ends_with_user(prompt))
         if not self.service.is_personal(query):
-            message = f"A prompt without the wording of {self.service.task.name} is answered without a persona."
+            message = f"A prompt that is none of {self.service.task.name} (GET /v1/task) is answered without a persona."
             raise RequestError(message, code="not_the_task")
-        await self.service.engine.check_texts(prompt, answer or "", choices=labels if answer in labels else ())
         snapshot = partial(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         items, history = await self.service.store_threads.run(tenant, user, snapshot)
         weights = await self.service.slow.run(tenant, user, self._weights, query, history)
@@ -48,7 +50,8 @@ class Explainer:
         if answer is not None:
             work = partial(self._leave_one_out_softs, query, history)
             make_softs = partial(self.service.slow.run_weighted, tenant, user, work, cost=len(history))
-            likelihoods, effects = await self._effects(make_softs, prompt=prompt, answer=answer)
+            measure = partial(self.service.engine.log_likelihoods, prompt, answer, choices=choices)
+            likelihoods, effects = await _effects(measure, make_softs)
             explanation["log_likelihood"] = likelihoods
             columns["effect"], ranking = effects, -np.abs(effects)
         order = np.argsort(ranking, kind="stable")[:most]
@@ -66,7 +69,7 @@ class Explainer:
         return {name: None if value != value else value for name, value in asdict(moved).items()}  # JSON has no NaN
 
     def _snapshot(self, tenant: str, user: str, *, latest: int | None) -> tuple[list[StoredItem], EncodedHistory]:
-        """A user's latest items and their vectors, of one version of the history."""
+        """A user's items that are used and their vectors, of one version of the history."""
         for _ in range(3):
             version = self.store.version(tenant, user)
             items = self.store.list_items(tenant, user, latest=latest)
@@ -74,23 +77,13 @@ class Explainer:
             if not version or not items:
                 raise MissingData("The tenant has no such user, or the user no items.")
             if history.version == version == self.store.version(tenant, user):
-                return items, history
+                known = self.personas.plug.known_items(history.kind_ids)
+                return [items[index] for index in known], history.select(known)
         raise RequestError("The user's history is being changed; try again.", http_status=409, code="busy")
 
     def _weights(self, query: TaskQuery, history: EncodedHistory) -> npt.NDArray[np.float32]:
         with self.personas.plug_lock:
             return item_weights(self.personalizer, query.text, history)
-
-    async def _effects(
-        self, make_softs: Callable[[], Awaitable[list[SoftPrompt]]], *, prompt: str, answer: str
-    ) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
-        """log p of an answer with the persona, the population's and none, and what it loses without each item."""
-        labels, engine = self.service.task.labels, self.service.engine
-        measure = partial(engine.log_likelihoods, prompt, answer, choices=labels if answer in labels else ())
-        (plain,) = await measure(softs=[None])  # first, because an engine may refuse
-        persona, population, *without = await measure(softs=await make_softs())
-        likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
-        return likelihoods, persona - np.array(without)
 
     def _leave_one_out_softs(self, query: TaskQuery, history: EncodedHistory) -> list[SoftPrompt]:
         """The persona of the whole history, of none, and without each item."""
@@ -104,8 +97,28 @@ class Explainer:
     def _drift(self, tenant: str, user: str, *, since: date, until: date) -> Drift:
         items, history = self._snapshot(tenant, user, latest=None)
         days = np.array([(item.date or item.arrived.date()).toordinal() for item in items])
-        latest = self.plug.config.max_history
-        before, after = (history.select(np.flatnonzero(days <= day.toordinal())[-latest:]) for day in (since, until))
+        before, after = (self._used(history.select(np.flatnonzero(days <= day.toordinal()))) for day in (since, until))
         make_persona = partial(self._soft, TaskQuery("", None, is_on_task=False))
-        population, max_cold_items = self.plug.population_prompt(), self.plug.cold_start.max_items
-        return drift(make_persona, before, after, population=population, max_cold_items=max_cold_items)
+        is_cold = partial(_is_cold, self.plug.cold_start)
+        return drift(make_persona, before, after, population=self.plug.population_prompt(), is_cold=is_cold)
+
+    def _used(self, history: EncodedHistory) -> EncodedHistory:
+        return history.select(latest_items(history.kind_ids, self.plug.config.max_history))
+
+
+async def _effects(
+    measure: Callable[..., Awaitable[list[float]]], make_softs: Callable[[], Awaitable[list[SoftPrompt]]]
+) -> tuple[dict[str, float], npt.NDArray[np.float64]]:
+    """log p of an answer with the persona, the population's and none, and what it loses without each item."""
+    (plain,) = await measure(softs=[None])  # first, because an engine may refuse
+    persona, population, *without = await measure(softs=await make_softs())
+    likelihoods = {"with_persona": persona, "with_population": population, "plain": plain}
+    return likelihoods, persona - np.array(without)
+
+
+def _ends_with_user(prompt: Prompt) -> bool:
+    return isinstance(prompt, str) or prompt.turns[-1][0] == "user"
+
+
+def _is_cold(cold_start: ColdStart, history: EncodedHistory) -> bool:
+    return cold_start.covers(history.kind_ids)

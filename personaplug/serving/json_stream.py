@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -14,18 +14,13 @@ _ITEMS_PER_PAGE = 100
 _PIECE_BYTES = 64 * 2**10  # what a connection may hold that was not read
 
 
-def json_pages(head: Mapping[str, Any], items: Iterable[Sequence[Mapping[str, Any]]]) -> Iterator[bytes]:
-    """Yield the pages of a JSON object whose last value is the list `items`."""
-    yield to_json(head).removesuffix(b"}") + b',"items":['
-    separator = b""
-    for page in items:
-        yield separator + b",".join(map(to_json, page))
-        separator = b"," if page else separator
+def json_pages(head: Mapping[str, Any], items: Sequence[Mapping[str, Any]], *, name: str = "items") -> Iterator[bytes]:
+    """Yield the pages of a JSON object whose last value is the list of items, under this name."""
+    yield to_json(head).removesuffix(b"}") + f',"{name}":['.encode()
+    for start in range(0, len(items), _ITEMS_PER_PAGE):
+        page = b",".join(map(to_json, items[start : start + _ITEMS_PER_PAGE]))
+        yield b"," + page if start else page
     yield b"]}"
-
-
-def pages_of(items: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[Mapping[str, Any]]]:
-    return (items[start : start + _ITEMS_PER_PAGE] for start in range(0, len(items), _ITEMS_PER_PAGE))
 
 
 async def stream_json(service: Service, tenant: str, user: str, *, pages: Iterator[bytes | str]) -> StreamingResponse:

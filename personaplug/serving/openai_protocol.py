@@ -29,6 +29,7 @@ from pydantic import (
 
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.data.ids import as_id
+from personaplug.data.task import TaskKind
 from personaplug.errors import RequestError
 
 T = TypeVar("T")
@@ -146,6 +147,9 @@ class Message(_OpenModel):
         return "\n".join(text for text in texts if isinstance(text, str))
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
+
+
 class _GenerationRequest(_OpenModel, ABC):
     kind: ClassVar[Kind]
 
@@ -168,10 +172,9 @@ class _GenerationRequest(_OpenModel, ABC):
     def characters(self) -> int:
         """Length of all texts that the model reads."""
 
-    @property
-    def can_be_task(self) -> bool:
-        """True if the request ends with `prompt_text`, so that the answer is one to it."""
-        return True
+    @abstractmethod
+    def can_ask(self, kind: TaskKind) -> bool:
+        """True if the request may ask what a task of this kind asks, with `prompt_text`."""
 
     def to_openai(self) -> dict[str, Any]:
         """The fields that the caller gave, without those that change no answer and without `personaplug`."""
@@ -196,7 +199,7 @@ class _GenerationRequest(_OpenModel, ABC):
 class ChatRequest(_GenerationRequest):
     kind = "chat"
 
-    messages: list[Message] = Field(min_length=1, max_length=_MAX_MESSAGES)
+    messages: Messages
 
     @property
     def prompt_text(self) -> str:
@@ -208,9 +211,14 @@ class ChatRequest(_GenerationRequest):
     def characters(self) -> int:
         return sum(len(message.text) for message in self.messages)
 
+    def can_ask(self, kind: TaskKind) -> bool:
+        """True if a user has the last word; in a task of conversations also only if the model is offered no tools."""
+        return self.messages[-1].role == "user" and not (kind == "chat" and self._offers_tools)
+
     @property
-    def can_be_task(self) -> bool:
-        return self.messages[-1].role == "user"
+    def _offers_tools(self) -> bool:
+        fields = self.model_extra or {}
+        return bool(fields.get("tools") or fields.get("functions")) and fields.get("tool_choice") != "none"
 
 
 class CompletionRequest(_GenerationRequest):
@@ -221,6 +229,10 @@ class CompletionRequest(_GenerationRequest):
     @property
     def prompt_text(self) -> str:
         return self.prompt
+
+    def can_ask(self, kind: TaskKind) -> bool:
+        """True outside conversations: a text that goes on is no message that is answered."""
+        return kind != "chat"
 
     @property
     def characters(self) -> int:

@@ -15,7 +15,7 @@ from cachetools import LRUCache
 
 from personaplug.config import MAX_PERSONA_SCALE
 from personaplug.data.records import Options
-from personaplug.encoders.encoded_sample import past_answers
+from personaplug.encoders.encoded_sample import all_answers, past_answers
 from personaplug.encoders.style_features import style_features_of
 from personaplug.errors import ConfigError, EncoderMismatch, StoreConflict
 from personaplug.llm.ngram_cache import UserNgramCache
@@ -54,6 +54,7 @@ class _Entry:
 
     version: int
     items: int
+    is_cold: bool  # too few items for a persona
     phrases: UserNgramCache | None = None
     soft: SoftPrompt | None = None
     history: HistoryBatch | None = None
@@ -125,7 +126,7 @@ class PersonaCache:
             history = entry.history or self.personalizer.precompute(self._read(ticket))
             with self.plug_lock:
                 soft = self.personalizer.persona(query, history, options=options, persona_scale=scale)
-        applied: Applied = "user" if entry.items > self.plug.cold_start.max_items else "population"
+        applied: Applied = "population" if entry.is_cold else "user"
         return Persona(soft, applied, entry.items, scale, cached, entry.phrases)
 
     def forget(self, tenant: str, user: str) -> None:
@@ -165,7 +166,8 @@ class PersonaCache:
     def _read(self, ticket: Ticket | None) -> StoredHistory:
         if ticket is None:
             return _empty_history(self.plug)
-        return self.store.load_history(ticket.tenant, ticket.user, latest=self.plug.config.max_history)
+        history = self.store.load_history(ticket.tenant, ticket.user, latest=self.plug.config.max_history)
+        return history.select(self.plug.known_items(history.kind_ids))
 
     def _phrases_of(self, tenant: str, user: str) -> UserNgramCache | None:
         if self._build_phrases is None:
@@ -174,11 +176,11 @@ class PersonaCache:
         return self._build_phrases(past_answers(self.store.list_items(tenant, user, latest=latest), latest=latest))
 
     def _entry(self, history: StoredHistory, *, phrases: UserNgramCache | None = None) -> _Entry:
-        version, items = history.version, len(history)
+        facts = (history.version, len(history), self.plug.cold_start.covers(history.kind_ids))
         if not self.plug.ignores_query:
-            return _Entry(version, items, phrases, history=self.personalizer.precompute(history))
+            return _Entry(*facts, phrases, history=self.personalizer.precompute(history))
         with self.plug_lock:
-            return _Entry(version, items, phrases, soft=self.personalizer.persona("", history))
+            return _Entry(*facts, phrases, soft=self.personalizer.persona("", history))
 
 
 def _empty_history(plug: PersonaPlug) -> StoredHistory:
@@ -186,6 +188,7 @@ def _empty_history(plug: PersonaPlug) -> StoredHistory:
         vectors=np.empty((0, plug.spec.encoder.width), dtype=np.float16),
         label_ids=np.empty(0, dtype=np.int16),
         style=style_features_of([]),
+        kind_ids=all_answers(),
         version=0,
     )
 

@@ -1,11 +1,13 @@
-"""Recent requests: what users asked, so that their feedback on the replies can become history.
+"""Recent requests: what users asked and were answered, so that their feedback can become history.
 
 Requests stay in memory, within bounds of time and size, and are written nowhere.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from dataclasses import dataclass, replace
 
 from cachetools import TTLCache
 
@@ -14,7 +16,7 @@ from personaplug.store.tickets import Ticket
 
 _MAX_BYTES = 64 * 2**20
 _TTL_S = 24 * 3600
-_ENTRY_BYTES = 256  # of an entry, beside its query
+_ENTRY_BYTES = 512  # of an entry, beside its texts
 
 
 def unknown_request() -> RequestError:
@@ -26,35 +28,51 @@ def unknown_request() -> RequestError:
     )
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class RecentRequest:
+    """A request that feedback may refer to.
+
+    Attributes:
+        query: empty for a request outside the task, of which no item can be made.
+        ticket: of the request; the store refuses it if any process has erased the user since.
+        answer: the model's own text; None while it streams, and if it was cut off, too long, or one of several.
+    """
+
+    query: str
+    ticket: Ticket
+    answer: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return _ENTRY_BYTES + sys.getsizeof(self.query) + sys.getsizeof(self.answer)
+
+
 class RecentRequests:
-    """The queries of recent requests, for one event loop. The oldest go first."""
+    """Recent requests with the text of their answers, for one event loop. The oldest go first."""
 
     def __init__(self) -> None:
-        # The query and the ticket of its request, by tenant, user and request id.
-        self._entries: TTLCache[tuple[str, str, str], tuple[str, Ticket]] = TTLCache(
-            _MAX_BYTES, _TTL_S, getsizeof=lambda entry: _ENTRY_BYTES + 4 * len(entry[0])
-        )
+        self._entries: TTLCache[tuple[str, str, str], RecentRequest] = TTLCache(
+            _MAX_BYTES, _TTL_S, getsizeof=lambda request: request.bytes
+        )  # by tenant, user and request id
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
 
-    def add(self, ticket: Ticket, *, request_id: str, query: str) -> None:
-        """Keep a query, unless it is too large or its user was forgotten after the request came.
+    def add(self, ticket: Ticket, *, request_id: str, query: str, answer: str | None = None) -> None:
+        """Keep a request, unless it is too large or its user was forgotten after the request came."""
+        if self._erased.get((ticket.tenant, ticket.user), -1.0) < ticket.taken_at:
+            self._set((ticket.tenant, ticket.user, request_id), RecentRequest(query, ticket, answer))
 
-        An empty query stands for a request outside the task, of which no item can be made.
-        """
-        tenant, user, entry = ticket.tenant, ticket.user, (query, ticket)
-        is_erased = self._erased.get((tenant, user), -1.0) >= ticket.taken_at
-        if not is_erased and self._entries.getsizeof(entry) <= self._entries.maxsize:
-            self._entries[tenant, user, request_id] = entry
+    def set_answer(self, ticket: Ticket, *, request_id: str, answer: str) -> None:
+        """Keep the answer to a request, if the request is still kept."""
+        key = (ticket.tenant, ticket.user, request_id)
+        if request := self._entries.get(key):
+            self._set(key, replace(request, answer=answer))
 
-    def find(self, tenant: str, user: str, *, request_id: str) -> tuple[str, Ticket]:
-        """Return the query of a user's request and the request's ticket; RequestError if it is not kept.
-
-        The store refuses the ticket if any process has erased the user since.
-        """
-        entry = self._entries.get((tenant, user, request_id))
-        if entry is None:
+    def find(self, tenant: str, user: str, *, request_id: str) -> RecentRequest:
+        """Return a user's request; RequestError if it is not kept."""
+        request = self._entries.get((tenant, user, request_id))
+        if request is None:
             raise unknown_request()
-        return entry
+        return request
 
     def forget(self, tenant: str, user: str) -> None:
         self._erased[tenant, user] = time.monotonic()
@@ -63,3 +81,7 @@ class RecentRequests:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def _set(self, key: tuple[str, str, str], request: RecentRequest) -> None:
+        if request.bytes <= self._entries.maxsize:
+            self._entries[key] = request

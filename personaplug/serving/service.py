@@ -5,21 +5,29 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from personaplug.data.parsing import record_of
 from personaplug.data.task import Task
 from personaplug.data.task_prompts import TaskPrompts, TaskQuery
 from personaplug.data.wording import Wording
 from personaplug.errors import RequestError, UserErased
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
 from personaplug.serving.fair_executor import FairExecutor
-from personaplug.serving.feedback import feedback_item, items_of_records
+from personaplug.serving.feedback import (
+    Feedback,
+    feedback_ids,
+    feedback_items,
+    items_of_records,
+    preference_items,
+)
 from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, CompletionRequest
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests, unknown_request
-from personaplug.store.history_store import AddResult, StoredItem, Ticket
+from personaplug.serving.reply_texts import WatchedStream, text_of_reply
+from personaplug.store.history_store import AddResult, ReplaceResult, StoredItem, Ticket
 from personaplug.store.maintenance import Maintenance
 from personaplug.store.receipts import Receipt
 
@@ -41,7 +49,7 @@ class Service:
 
     Args:
         wordings: of the task's prompts; without any, a prompt that holds the task's marker has its wording.
-        apply_off_task: use personas also for prompts without the wording of the plug's task, as in no training.
+        apply_off_task: use personas also for prompts that do not ask what the plug's task asks, as in no training.
     """
 
     def __init__(
@@ -74,7 +82,7 @@ class Service:
             self._log_nobody()
         self.engine.check_length(request.characters)  # before a pattern, a tokenizer or an encoder reads it
         ticket = await self.admit(tenant, user) if user is not None else None
-        query = await self.parse(tenant, request.prompt_text, can_be_task=request.can_be_task)
+        query = await self.parse(tenant, request.prompt_text, can_be_task=request.can_ask(self.task.kind))
         choices = self.task.labels if query.is_on_task and not options.free else ()
         prepared = await self.engine.prepare(request, choices=choices)
         make_persona = partial(
@@ -92,7 +100,7 @@ class Service:
         )
         if ticket:
             await self._check_not_erased(ticket, reply)
-            self.recent_requests.add(ticket, request_id=request_id, query=query.item_text)
+            reply = self._remember(ticket, reply, request_id=request_id, query=query)
         return ServiceReply(reply, persona, request_id, self._reason(persona, query, user=user))
 
     async def _check_not_erased(self, ticket: Ticket, reply: EngineReply) -> None:
@@ -104,20 +112,37 @@ class Service:
                 await reply.body.aclose()
             raise
 
+    def _remember(self, ticket: Ticket, reply: EngineReply, *, request_id: str, query: TaskQuery) -> EngineReply:
+        """Keep a request for feedback, and its answer once it is there; return the reply."""
+        body, keep = reply.body, partial(self.recent_requests.add, ticket, request_id=request_id, query=query.item_text)
+        if isinstance(body, bytes):
+            keep(answer=text_of_reply(body))
+            return reply
+        keep()
+        on_text = partial(self.recent_requests.set_answer, ticket, request_id=request_id)
+        return replace(reply, body=WatchedStream(body, on_text=lambda text: on_text(answer=text)))
+
     async def add_records(self, tenant: str, user: str, *, records: Sequence[dict[str, Any]]) -> AddResult:
         """Add records with the task's fields to a user's history, all of them or none."""
         ticket = await self.admit(tenant, user)
         add = partial(self._add_records, ticket, records)
         return await self.slow.run_weighted(tenant, user, add, cost=len(records))
 
-    async def add_feedback(self, tenant: str, user: str, *, request_id: str, answer: object) -> AddResult:
-        """Add an earlier request, with the answer that its user kept, to the user's history."""
-        query, ticket = self.recent_requests.find(tenant, user, request_id=request_id)
-        item = feedback_item(self.task, request_id, query=query, answer=answer)
+    async def add_feedback(self, tenant: str, user: str, *, request_id: str, feedback: Feedback) -> ReplaceResult:
+        """Add what a user made of the answer to an earlier request to the history, in place of earlier feedback."""
+        request = self.recent_requests.find(tenant, user, request_id=request_id)
+        items = feedback_items(self.task, request_id, request=request, feedback=feedback)
+        replace_items = partial(self.store.replace_items, request.ticket, items, ids=feedback_ids(request_id))
         try:
-            return await self.slow.run(tenant, user, self.store.add, ticket, [item])
+            return await self.slow.run(tenant, user, replace_items)
         except UserErased:  # by another process, which has no access to what is kept here
             raise unknown_request() from None
+
+    async def state_preferences(self, tenant: str, user: str, *, preferences: Sequence[str]) -> ReplaceResult:
+        """Make these sentences the only preferences that a user states."""
+        ticket = await self.admit(tenant, user)
+        work = partial(self._state_preferences, ticket, preferences)
+        return await self.slow.run_weighted(tenant, user, work, cost=1 + len(preferences))
 
     async def erase_user(self, tenant: str, user: str) -> Receipt:
         """Remove everything of a user, from memory and files."""
@@ -133,12 +158,12 @@ class Service:
         return await self.store_threads.run(tenant, user, self.store.admit, tenant, user)
 
     def item_fields(self, item: StoredItem) -> dict[str, Any]:
-        """A stored item in the form in which it can be added again, with the time of its arrival."""
-        fields = dict(item.fields)
+        """A stored item in the form in which it can be added again, with its kind and the time of its arrival."""
+        fields = record_of(item)
         if not fields and self.task.answer_field and item.label_id >= 0:
             fields = {self.task.answer_field: self.store.settings.labels[item.label_id]}
         day = item.date.isoformat() if item.date else None
-        return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), **fields}
+        return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), "kind": item.kind, **fields}
 
     async def parse(self, tenant: str, prompt: str, *, can_be_task: bool = True) -> TaskQuery:
         """Parse a prompt as the task does; a task's pattern may take long, so not in the event loop."""
@@ -165,7 +190,11 @@ class Service:
         self.store.close()
 
     def _add_records(self, ticket: Ticket, records: Sequence[dict[str, Any]]) -> AddResult:
-        return self.store.add(ticket, items_of_records(self.task, records))
+        return self.store.add(ticket, items_of_records(self.task, records, content_id=self.store.content_id))
+
+    def _state_preferences(self, ticket: Ticket, preferences: Sequence[str]) -> ReplaceResult:
+        items = preference_items(preferences, content_id=self.store.content_id)
+        return self.store.replace_preferences(ticket, items)
 
     def _log_nobody(self) -> None:
         if not self._has_named_nobody:

@@ -46,6 +46,9 @@ def open_service(run: Run, config: ServingConfig) -> Service:
 
 def _log_task(service: Service) -> None:
     about = service.prompts.describe()
+    if service.task.kind == "chat":
+        logger.info("task %s: every message of a user in a chat is answered with a persona", about["name"])
+        return
     wordings = " or ".join(map(repr, about["wordings"]))
     logger.info("task %s: prompts are personal in the wording %s", about["name"], wordings)
     if not any(wording.opening or wording.lead for wording in service.prompts.wordings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from personaplug.store.database import Connection, Database, execute, for_update, lock_table
 from personaplug.store.schema import Shard
 from personaplug.store.secure_delete import rewrite_shard
-from personaplug.store.writes import USER_COLUMNS, UserRow, delete_items, delete_user, mark_for_rewrite, update_users
+from personaplug.store.writes import USER_COLUMNS, UserRow, delete_user, mark_for_rewrite, remove_items
 
 _USERS_PER_TRANSACTION = 200
 
@@ -47,7 +47,4 @@ def _remove_from(connection: Connection, shard: Shard, user: UserRow, *, first_d
     if len(keys) == user.items:
         delete_user(connection, shard, user.no)
         return
-    delete_items(connection, shard, keys)
-    user.items -= len(keys)
-    user.increase_version()
-    update_users(connection, shard, [user])
+    remove_items(connection, shard, user, keys)

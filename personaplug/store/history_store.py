@@ -11,24 +11,33 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from personaplug.data.records import HistoryItem
 from personaplug.encoders import Encoder, EncoderIdentity
 from personaplug.errors import ConfigError, EncoderMismatch, MissingData, StorageError, StoreConflict, UserError
 from personaplug.store import expiry, reads, secure_delete, writes
-from personaplug.store.database import WAIT_S, Connection, Database, execute, for_update, lock_table
+from personaplug.store.database import WAIT_S, Connection, Database, execute, for_update, lock_table, sa
 from personaplug.store.reads import StoredHistory, StoredItem, Window
 from personaplug.store.receipts import Receipt, Secret
 from personaplug.store.row_checksums import damaged
 from personaplug.store.schema import Retention, Shard, StoreSettings, check_settings, load_or_create
 from personaplug.store.tickets import TICKET_LIFE_S, Ticket, last_erasures
-from personaplug.store.writes import USER_COLUMNS, AddResult, EncodedItems, PackedItem, UserRow, check_id
+from personaplug.store.writes import (
+    USER_COLUMNS,
+    AddResult,
+    EncodedItems,
+    PackedItem,
+    ReplaceResult,
+    UserRow,
+    check_id,
+)
 
-__all__ = ["AddResult", "EncodedItems", "HistoryStore", "Receipt", "Retention", "StoreSettings"]
+__all__ = ["AddResult", "EncodedItems", "HistoryStore", "Receipt", "ReplaceResult", "Retention", "StoreSettings"]
 __all__ += ["StoredHistory", "StoredItem", "Ticket"]
 
 _OPENING_S = 2.0  # that `open` may spend on removing old items
@@ -42,7 +51,7 @@ class HistoryStore:
 
     Each call is one transaction unless it says otherwise: its result is on disk when it returns, and an error leaves no
     trace. All calls raise StorageError if the database cannot be used, and ItemError if an id is invalid. `latest`
-    limits a result to the latest items; None = all.
+    limits a result to the stated preferences and the latest other items, so many together; None = all.
     """
 
     database: Database
@@ -128,8 +137,6 @@ class HistoryStore:
         An item with a known id replaces the stored item and keeps its position. An invalid item or vector raises
         ItemError or ShapeMismatch, and an erasure since the ticket was taken UserErased; then nothing is stored.
         """
-        if self.encoder is None:
-            raise UserError("The store was opened without an encoder: open it with one, or add encoded items.")
         for item in items:
             check_id(item.id, owner="an item")
         distinct = {item.id: item for item in items}
@@ -140,11 +147,36 @@ class HistoryStore:
         fresh = [i for i in distinct.values() if digests.get(i.id) != writes.digest_of(i, key=self.secret.item_key)]
         if not fresh:
             return AddResult(0, 0, len(items))
-        vectors = self.encoder.encode([item.encoded(with_answer=self.settings.encodes_answers) for item in fresh])
-        result = self.add_encoded(
-            ticket, EncodedItems([ticket.user] * len(fresh), fresh, vectors, self.encoder.identity)
-        )
+        result = self.add_encoded(ticket, self._encode(ticket.user, fresh))
         return result._replace(same=len(items) - result.new - result.replaced)
+
+    def replace_items(self, ticket: Ticket, items: Sequence[HistoryItem], *, ids: Sequence[str]) -> ReplaceResult:
+        """Store items of the ticket's user, and remove the user's other items of these ids; errors are those of `add`.
+
+        All items are encoded, because another call may remove one that is stored already.
+        """
+        return self._replace(ticket, items, ids=ids)
+
+    def replace_preferences(self, ticket: Ticket, items: Sequence[HistoryItem]) -> ReplaceResult:
+        """Store the items, and remove all other preferences that the ticket's user has stated; see `replace_items`."""
+        return self._replace(ticket, items, ids=None)
+
+    def _replace(self, ticket: Ticket, items: Sequence[HistoryItem], *, ids: Sequence[str] | None) -> ReplaceResult:
+        packed, new_ids = self.pack(self._encode(ticket.user, items)) if items else [], {item.id for item in items}
+        with self._user(ticket.tenant, ticket.user, lock=True) as (connection, shard, row):
+            ticket.check(connection, [ticket.user])
+            old = _old_items(connection, shard, row.no, ids=ids) if row else {}
+            keys = [stored.key for (_, item_id), stored in old.items() if item_id not in new_ids]
+            if row and keys:
+                writes.remove_items(connection, shard, row, keys)
+            result = writes.write_items(connection, shard, packed, ticket=ticket, retention=self.retention)
+        return ReplaceResult(*result, removed=len(keys))
+
+    def _encode(self, user: str, items: Sequence[HistoryItem]) -> EncodedItems:
+        if self.encoder is None:
+            raise UserError("The store was opened without an encoder: open it with one, or add encoded items.")
+        vectors = self.encoder.encode([item.encoded(with_answer=self.settings.encodes_answers) for item in items])
+        return EncodedItems([user] * len(items), items, vectors, self.encoder.identity)
 
     def add_encoded(self, ticket: Ticket, encoded: EncodedItems) -> AddResult:
         """Store items of the ticket's users with their vectors, all or none.
@@ -176,6 +208,11 @@ class HistoryStore:
         """Return a user's items without their vectors, oldest first."""
         with self._user(tenant, user) as (connection, shard, row):
             return reads.list_items(connection, shard, row, window=self.window(latest)) if row else []
+
+    def list_preferences(self, tenant: str, user: str) -> list[StoredItem]:
+        """Return the preferences that a user has stated, without their vectors, oldest first."""
+        with self._user(tenant, user) as (connection, shard, row):
+            return reads.list_preferences(connection, shard, row, window=self.window(None)) if row else []
 
     def count(self, tenant: str, user: str) -> int:
         """Return the number of a user's items."""
@@ -220,21 +257,28 @@ class HistoryStore:
         """Return which items are read: the latest, and none that is too old even if it was not removed yet."""
         return Window(self.retention.first_day(), latest)
 
-    def delete_item(self, tenant: str, user: str, item_id: str) -> None:
-        """Delete an item; raise MissingData for an unknown user or item.
+    def delete_item(self, tenant: str, user: str, *item_ids: str) -> None:
+        """Delete the items of these ids; raise MissingData for an unknown user, or if there is no such item.
 
-        The item's bytes leave the files when the next erasure rewrites its shard.
+        The items' bytes leave the files when the next erasure rewrites their shard.
         """
-        check_id(item_id, owner="an item")
+        for item_id in item_ids:
+            check_id(item_id, owner="an item")
         with self._user(tenant, user, lock=True) as (connection, shard, row):
             user_row = existing(row)
-            stored = writes.find_items(connection, shard, [(user_row.no, item_id)])
+            stored = writes.find_items(connection, shard, [(user_row.no, item_id) for item_id in item_ids])
             if not stored:
                 raise MissingData("The user has no item of this id.")
-            writes.delete_items(connection, shard, [item.key for item in stored.values()])
-            user_row.items -= len(stored)
-            user_row.increase_version()
-            writes.update_users(connection, shard, [user_row])
+            writes.remove_items(connection, shard, user_row, [item.key for item in stored.values()])
+
+    def content_id(self, item: HistoryItem) -> str:
+        """Return an id for an item without one: the same item, added again, gets the same id and is stored once.
+
+        A preference has one id whatever its date. Without the store's secret nobody can test texts against ids.
+        """
+        is_preference = item.kind == "preference"
+        digest = writes.digest_of(replace(item, date=None) if is_preference else item, key=self.secret.item_key)
+        return f"{'preference' if is_preference else 'item'}-{digest.hex()}"
 
     def erase_user(self, tenant: str, user: str) -> Receipt:
         """Delete everything of a user, the id included, and clear the files of the bytes.
@@ -343,6 +387,15 @@ def existing(row: UserRow | None) -> UserRow:
     if row is None:
         raise MissingData("The tenant has no such user.")
     return row
+
+
+def _old_items(
+    connection: Connection, shard: Shard, user_no: int, *, ids: Sequence[str] | None
+) -> dict[tuple[int, str], sa.Row[Any]]:
+    """Return a user's stored items of some ids, or the user's stated preferences."""
+    if ids is None:
+        return writes.find_preferences(connection, shard, user_no)
+    return writes.find_items(connection, shard, [(user_no, item_id) for item_id in ids])
 
 
 def _check_not_emptied(database: Database) -> None:

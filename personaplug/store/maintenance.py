@@ -16,15 +16,15 @@ _PAUSE_S = 600.0
 class Maintenance:
     """Calls `HistoryStore.maintain` every ten minutes until it is stopped."""
 
-    def __init__(self, store: HistoryStore, *, pause_s: float = _PAUSE_S) -> None:
-        self._store, self._pause_s, self._stopped = store, pause_s, threading.Event()
+    def __init__(self, store: HistoryStore) -> None:
+        self._store, self._stopped = store, threading.Event()
         threading.Thread(target=self._run, name="personaplug-maintenance", daemon=True).start()
 
     def stop(self) -> None:
         self._stopped.set()
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._pause_s):
+        while not self._stopped.wait(_PAUSE_S):
             try:
                 self._store.maintain()
             except PersonaPlugError as error:  # the next turn tries again

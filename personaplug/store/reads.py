@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from personaplug.data.records import HistoryItem
-from personaplug.encoders.encoded_sample import EncodedHistory
+from personaplug.data.records import ITEM_KINDS, HistoryItem
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND, EncodedHistory, latest_items
 from personaplug.store.database import Connection, execute, sa
 from personaplug.store.row_checksums import damaged
 from personaplug.store.schema import MAX_ITEMS_PER_USER, Shard
@@ -20,7 +21,9 @@ from personaplug.store.writes import UserRow, checksum_of_item, unpack_text
 FIRST_PLACE = (-1, -1)
 """The place before all items."""
 
+_COLUMNS = "i.key, i.day, i.dated, i.arrived, i.label_id, i.kind_id, i.item_id, i.checksum, t.body"
 _BY_DATE = "i.day DESC, i.key DESC"
+_IS_PREFERENCE = f" AND i.kind_id = {PREFERENCE_KIND}"
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -48,6 +51,7 @@ class StoredItem(HistoryItem):
             "id": self.id,
             "date": self.date.isoformat() if self.date else None,
             "arrived": self.arrived.isoformat(),
+            "kind": self.kind,
             "label_id": self.label_id,
             "answer_name": self.answer_name,
             "fields": [list(field) for field in self.fields],
@@ -75,13 +79,17 @@ class Window:
 def load_history(
     connection: Connection, shard: Shard, user: UserRow | None, *, width: int, window: Window
 ) -> StoredHistory:
-    """Return a user's latest items as arrays, oldest first."""
-    rows = _latest_rows(connection, f"SELECT i.body FROM {shard.items} i", user, window=window) if user else []
-    bodies = _decode([body for (body,) in rows], user, width=width)
+    """Return the items of a user that are used, as arrays, oldest first; see `latest_items`."""
+    select = f"SELECT i.day, i.key, i.kind_id, i.body FROM {shard.items} i"
+    rows = _used_rows(connection, select, user, window=window) if user else []
+    bodies = _decode([row.body for row in rows], user, width=width)
+    if bodies["kind_id"].tolist() != [row.kind_id for row in rows]:
+        raise damaged("an item")
     return StoredHistory(
         vectors=bodies["vector"].astype(np.float16),
         label_ids=bodies["label_id"].astype(np.int16),
         style=bodies["style"].astype(np.float16),
+        kind_ids=bodies["kind_id"].astype(np.int8),
         version=user.version if user else 0,
     )
 
@@ -89,10 +97,19 @@ def load_history(
 def list_items(
     connection: Connection, shard: Shard, user: UserRow, *, window: Window, by_arrival: bool = False
 ) -> list[StoredItem]:
-    """Return a user's latest items without their vectors, oldest first: by date, or else by arrival."""
-    order = "i.key DESC" if by_arrival else _BY_DATE
-    rows = _latest_rows(connection, _select_items(shard), user, window=window, order=order)
+    """Return the items of a user that are used without their vectors, oldest first: by date, or else by arrival."""
+    select = _select_items(shard)
+    if by_arrival:
+        rows = _latest_rows(connection, select, user, window=window, order="i.key DESC")
+    else:
+        rows = _used_rows(connection, select, user, window=window)
     return [_stored_item(row) for row in rows]
+
+
+def list_preferences(connection: Connection, shard: Shard, user: UserRow, *, window: Window) -> list[StoredItem]:
+    """Return a user's stated preferences, oldest first."""
+    rows = _rows(connection, _select_items(shard), user, window=window, condition=_IS_PREFERENCE)
+    return [_stored_item(row) for row in rows[::-1]]
 
 
 def read_page(
@@ -126,14 +143,13 @@ def _decode(rows: Sequence[bytes], user: UserRow | None, *, width: int) -> Bodie
 
 
 def _select_items(shard: Shard, *more: str) -> str:
-    columns = ", ".join(["i.key, i.day, i.dated, i.arrived, i.label_id, i.item_id, i.checksum, t.body", *more])
+    columns = ", ".join([_COLUMNS, *more])
     return f"SELECT {columns} FROM {shard.items} i LEFT JOIN {shard.texts} t ON t.key = i.key"
 
 
 def _stored_item(row: sa.Row[Any]) -> StoredItem:
-    key, day, dated, arrived, label_id, item_id, checksum, body = tuple(row)[:8]
-    found = checksum_of_item(key, day, dated=dated, arrived=arrived, label_id=label_id, item_id=item_id, text=body)
-    if found != checksum:
+    key, day, dated, arrived, label_id, kind_id, item_id, checksum, body = tuple(row)[:9]
+    if checksum_of_item(key, day, dated, arrived, label_id, kind_id, item_id, text=body) != checksum:
         raise damaged("an item")
     fields, answer_name = unpack_text(body) if body is not None else ((), None)
     return StoredItem(
@@ -143,15 +159,32 @@ def _stored_item(row: sa.Row[Any]) -> StoredItem:
         date=date.fromordinal(day) if dated else None,
         arrived=datetime.fromtimestamp(arrived / 1e6, UTC),
         label_id=label_id,
+        kind=ITEM_KINDS[kind_id],
     )
+
+
+def _used_rows(connection: Connection, select: str, user: UserRow, *, window: Window) -> Sequence[sa.Row[Any]]:
+    """Return rows of the items that are used, latest last; see `latest_items`."""
+    rows = _latest_rows(connection, select, user, window=window)
+    if user.items == len(rows):
+        return rows
+    preferences = _rows(connection, select, user, window=window, condition=_IS_PREFERENCE)
+    rows = sorted({row.key: row for row in (*rows, *preferences)}.values(), key=attrgetter("day", "key"))
+    used = latest_items(np.array([row.kind_id for row in rows], dtype=np.int8), window.limit)
+    return [rows[index] for index in used]
 
 
 def _latest_rows(
     connection: Connection, select: str, user: UserRow, *, window: Window, order: str = _BY_DATE
 ) -> Sequence[sa.Row[Any]]:
     """Return rows of items, latest last."""
-    sql = f"{select} WHERE i.user_no = :no AND i.day >= :first_day ORDER BY {order} LIMIT :limit"
-    parameters = {"no": user.no, "first_day": window.first_day, "limit": window.limit}
-    rows = execute(connection, sql, parameters).all()[::-1]
+    rows = _rows(connection, select, user, window=window, order=order)[::-1]
     window.check_count(user, len(rows))
     return rows
+
+
+def _rows(
+    connection: Connection, select: str, user: UserRow, *, window: Window, condition: str = "", order: str = _BY_DATE
+) -> Sequence[sa.Row[Any]]:
+    sql = f"{select} WHERE i.user_no = :no AND i.day >= :first_day{condition} ORDER BY {order} LIMIT :limit"
+    return execute(connection, sql, {"no": user.no, "first_day": window.first_day, "limit": window.limit}).all()

@@ -13,11 +13,12 @@ from datetime import date
 from typing import NamedTuple
 
 from personaplug.encoders import EncoderIdentity
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND
 from personaplug.errors import ConfigError, MissingData, StoreConflict, UserError
 from personaplug.store.database import Connection, execute, insert_rows, sa
 from personaplug.store.row_checksums import checksum, damaged
 
-FORMAT = 2
+FORMAT = 3
 
 MAX_ITEMS_PER_USER = 2**24
 """Largest number of items that a user may ever receive. An item's key is user number × this + item number."""
@@ -55,8 +56,8 @@ _SHARD = (
     "items_received INTEGER NOT NULL, items INTEGER NOT NULL, checksum BIGINT NOT NULL, UNIQUE (tenant, user_id))",
     # The keys keep a user's rows together on disk. `body` holds what the plug reads, with a checksum of its own.
     "CREATE TABLE items_{shard} (key {key}, user_no BIGINT NOT NULL, day INTEGER NOT NULL, dated BOOLEAN NOT NULL, "
-    "arrived BIGINT NOT NULL, label_id SMALLINT NOT NULL, item_id TEXT NOT NULL, digest {bytes} NOT NULL, "
-    "checksum BIGINT NOT NULL, body {bytes} NOT NULL, UNIQUE (user_no, item_id))",
+    "arrived BIGINT NOT NULL, label_id SMALLINT NOT NULL, kind_id SMALLINT NOT NULL, item_id TEXT NOT NULL, "
+    "digest {bytes} NOT NULL, checksum BIGINT NOT NULL, body {bytes} NOT NULL, UNIQUE (user_no, item_id))",
     # Texts have their own table, so that they do not slow down the reading of vectors.
     "CREATE TABLE texts_{shard} (key {key}, body {bytes} NOT NULL)",
 )
@@ -197,8 +198,13 @@ def create_tables(connection: Connection, shard: Shard) -> None:
 
 
 def create_index(connection: Connection, shard: Shard) -> None:
-    """Create the index that finds a user's latest items."""
+    """Create the indexes that find a user's latest items, and the user's stated preferences."""
     execute(connection, f"CREATE INDEX items_by_day_{shard.number:04d} ON {shard.items} (user_no, day, key)")
+    execute(
+        connection,
+        f"CREATE INDEX preferences_{shard.number:04d} ON {shard.items} (user_no, day, key) "
+        f"WHERE kind_id = {PREFERENCE_KIND}",
+    )
 
 
 def check_settings(stored: StoreSettings, given: StoreSettings) -> None:

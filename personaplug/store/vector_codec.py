@@ -15,7 +15,7 @@ from personaplug.store.row_checksums import checksums_of_rows, damaged
 
 LITTLE_ENDIAN_HALF = "<f2"
 Bodies = npt.NDArray[Any]
-"""(n) records with the fields `key`, `day`, `label_id`, `style` (F) and `vector` (E)."""
+"""(n) records with the fields `key`, `day`, `label_id`, `kind_id`, `style` (F) and `vector` (E)."""
 
 
 def encode_vectors(vectors: npt.NDArray[Any], *, width: int) -> list[bytes]:
@@ -42,13 +42,14 @@ def encode_bodies(
     days: Sequence[int],
     *,
     label_ids: Sequence[int],
+    kind_ids: Sequence[int],
     styles: Sequence[bytes],
     vectors: Sequence[bytes],
 ) -> list[bytes]:
     """Return the bytes of each item."""
     width = len(vectors[0]) // 2 if vectors else 0
     bodies = np.zeros(len(keys), dtype=_layout(width))
-    bodies["key"], bodies["day"], bodies["label_id"] = keys, days, label_ids
+    bodies["key"], bodies["day"], bodies["label_id"], bodies["kind_id"] = keys, days, label_ids, kind_ids
     for name, rows in (("style", styles), ("vector", vectors)):
         bodies[name] = np.frombuffer(b"".join(rows), dtype=LITTLE_ENDIAN_HALF).reshape(bodies[name].shape)
     bodies["checksum"] = _checksums(bodies)
@@ -82,7 +83,7 @@ def _checksums(bodies: Bodies) -> npt.NDArray[np.uint64]:
 @lru_cache
 def _layout(width: int) -> np.dtype[Any]:
     halves = len(FEATURES) + width
-    fields: list[Any] = [("key", "<i8"), ("day", "<i4"), ("label_id", "<i2"), ("spare", "<u2")]
+    fields: list[Any] = [("key", "<i8"), ("day", "<i4"), ("label_id", "<i2"), ("kind_id", "<i2")]
     fields += [("style", LITTLE_ENDIAN_HALF, (len(FEATURES),)), ("vector", LITTLE_ENDIAN_HALF, (width,))]
     fields += [("fill", "u1", (-2 * halves % 8,)), ("checksum", "<u8")]  # whole words of 8 bytes
     return np.dtype(fields)

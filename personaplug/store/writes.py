@@ -18,7 +18,7 @@ from personaplug.data.values import Flaw
 from personaplug.encoders import EncoderIdentity
 from personaplug.encoders.base import Vectors
 from personaplug.encoders.embedding_store import Float16Array
-from personaplug.encoders.encoded_sample import label_ids, style_of_answers
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND, kind_ids, label_ids, style_of_answers
 from personaplug.encoders.style_features import FEATURES, StyleArray
 from personaplug.errors import ItemError, ShapeMismatch
 from personaplug.store.database import Connection, execute, for_update, insert_rows, lock_table, sa
@@ -30,8 +30,13 @@ from personaplug.store.vector_codec import LITTLE_ENDIAN_HALF, encode_bodies, en
 LabelIds = npt.NDArray[np.int16]
 
 USER_COLUMNS = "no, tenant, user_id, version, items_received, items, checksum"
+_FOUND = "SELECT user_no, item_id, key, arrived, digest FROM"
 _ITEMS_PER_QUERY = 500
 _USERS_PER_QUERY = 30_000  # SQLite limits the parameters of a statement
+
+
+MAX_PREFERENCES = 100
+"""Largest number of stated preferences of a user. They go before all other items of a long history."""
 
 
 class AddResult(NamedTuple):
@@ -40,6 +45,15 @@ class AddResult(NamedTuple):
     new: int
     replaced: int
     same: int
+
+
+class ReplaceResult(NamedTuple):
+    """The numbers of an AddResult, and that of the items that were removed."""
+
+    new: int
+    replaced: int
+    same: int
+    removed: int
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -69,6 +83,7 @@ class PackedItem(NamedTuple):
     id: str
     day: int | None
     label_id: int
+    kind_id: int
     digest: bytes
     style: bytes
     vector: bytes
@@ -125,7 +140,8 @@ def check_id(value: str, *, owner: str) -> None:
 
 def digest_of(item: HistoryItem, *, key: bytes) -> bytes:
     """Return 16 bytes that identify an item's content; without the key nobody can test texts against them."""
-    return _digest(json.dumps([item.fields, item.answer_name, item.date and item.date.toordinal()]).encode(), key)
+    day = item.date and item.date.toordinal()
+    return _digest(json.dumps([item.kind, item.fields, item.answer_name, day]).encode(), key)
 
 
 def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, digest_key: bytes) -> list[PackedItem]:
@@ -144,13 +160,13 @@ def pack_items(encoded: EncodedItems, settings: StoreSettings, *, width: int, di
         raise ItemError("The store keeps texts, but found items without fields; nothing was stored.")
     vectors, style_rows = encode_vectors(encoded.vectors, width=width), split_rows(style.astype(LITTLE_ENDIAN_HALF))
     packed = []
-    columns = zip(encoded.users, items, labels.tolist(), style_rows, vectors, strict=True)
-    for user, item, label_id, style_row, vector in columns:
+    columns = zip(encoded.users, items, labels.tolist(), kind_ids(items).tolist(), style_rows, vectors, strict=True)
+    for user, item, label_id, kind_id, style_row, vector in columns:
         day = item.date.toordinal() if item.date else None
-        content = f"{day} {label_id} ".encode() + style_row + vector
+        content = f"{day} {label_id} {kind_id} ".encode() + style_row + vector
         digest = digest_of(item, key=digest_key) if item.fields else _digest(content, digest_key)
         text = pack_text(item) if settings.keep_text else None
-        packed.append(PackedItem(user, item.id, day, label_id, digest, style_row, vector, text))
+        packed.append(PackedItem(user, item.id, day, label_id, kind_id, digest, style_row, vector, text))
     return packed
 
 
@@ -186,7 +202,10 @@ def write_items(
             inserts.append((old.key, old.arrived, item))
     delete_items(connection, shard, replaced)
     insert_items(connection, shard, inserts)
-    for user in changed.values():
+    stating = {item.user for _, _, item in inserts if item.kind_id == PREFERENCE_KIND}
+    for name, user in changed.items():
+        if name in stating:
+            _check_preferences(connection, shard, user.no)
         user.items -= _apply_retention(connection, shard, user.no, retention=retention)
         if not user.items:  # all were too old
             delete_user(connection, shard, user.no)
@@ -203,16 +222,15 @@ def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[i
         keys,
         days,
         label_ids=[item.label_id for item in items],
+        kind_ids=[item.kind_id for item in items],
         styles=[item.style for item in items],
         vectors=[item.vector for item in items],
     )
     rows, texts = [], []
     for key, day, arrived, item, body in zip(keys, days, arrivals, items, bodies, strict=True):
-        dated, meta = item.day is not None, (arrived, item.label_id, item.id)
-        check = checksum_of_item(
-            key, day, dated=dated, arrived=arrived, label_id=item.label_id, item_id=item.id, text=item.text
-        )
-        rows.append((key, key // MAX_ITEMS_PER_USER, day, dated, *meta, item.digest, check, body))
+        meta = (item.day is not None, arrived, item.label_id, item.kind_id, item.id)
+        check = checksum_of_item(key, day, *meta, text=item.text)
+        rows.append((key, key // MAX_ITEMS_PER_USER, day, *meta, item.digest, check, body))
         if item.text is not None:
             texts.append((key, item.text))
     insert_rows(connection, shard.items, rows)
@@ -220,10 +238,18 @@ def insert_items(connection: Connection, shard: Shard, entries: Sequence[tuple[i
 
 
 def checksum_of_item(
-    key: int, day: int, *, dated: bool, arrived: int, label_id: int, item_id: str, text: bytes | None
+    key: int, day: int, dated: bool, arrived: int, label_id: int, kind_id: int, item_id: str, *, text: bytes | None
 ) -> int:
     """Return a checksum of what the tables hold of an item beside its body."""
-    return checksum(key, day, bool(dated), arrived, label_id, item_id, text=text)
+    return checksum(key, day, bool(dated), arrived, label_id, kind_id, item_id, text=text)
+
+
+def remove_items(connection: Connection, shard: Shard, user: UserRow, keys: Sequence[int]) -> None:
+    """Delete items of a locked user, and write the user's new version and count."""
+    delete_items(connection, shard, keys)
+    user.items -= len(keys)
+    user.increase_version()
+    update_users(connection, shard, [user])
 
 
 def delete_items(connection: Connection, shard: Shard, keys: Sequence[int]) -> None:
@@ -259,7 +285,9 @@ def _apply_retention(connection: Connection, shard: Shard, user_no: int, *, rete
     if expired:
         mark_for_rewrite(connection, shard)
     if retention.max_items is not None:
-        sql = f"{select} ORDER BY day DESC, key DESC LIMIT {MAX_ITEMS_PER_USER} OFFSET :max_items"
+        # Stated preferences are kept before others, as `latest_items` uses them. Without any, the index has the order.
+        others_last = f"kind_id <> {PREFERENCE_KIND}, " if count_preferences(connection, shard, user_no) else ""
+        sql = f"{select} ORDER BY {others_last}day DESC, key DESC LIMIT {MAX_ITEMS_PER_USER} OFFSET :max_items"
         expired.update(execute(connection, sql, {"no": user_no, "max_items": retention.max_items}).scalars())
     delete_items(connection, shard, sorted(expired))
     return len(expired)
@@ -296,12 +324,32 @@ def find_items(
     connection: Connection, shard: Shard, ids: Sequence[tuple[int, str]]
 ) -> dict[tuple[int, str], sa.Row[Any]]:
     """Return key, arrival and digest of stored items, by (user number, item id)."""
-    sql = f"SELECT user_no, item_id, key, arrived, digest FROM {shard.items} WHERE (user_no, item_id) IN :ids"
+    sql = f"{_FOUND} {shard.items} WHERE (user_no, item_id) IN :ids"
     return {
         (row.user_no, row.item_id): row
         for chunk in chunks(ids, _ITEMS_PER_QUERY)
         for row in execute(connection, sql, {"ids": chunk}, expand="ids")
     }
+
+
+def find_preferences(connection: Connection, shard: Shard, user_no: int) -> dict[tuple[int, str], sa.Row[Any]]:
+    """Return the stated preferences of a user as `find_items` does."""
+    sql = f"{_FOUND} {shard.items} WHERE user_no = :no AND kind_id = {PREFERENCE_KIND}"
+    return {(row.user_no, row.item_id): row for row in execute(connection, sql, {"no": user_no})}
+
+
+def count_preferences(connection: Connection, shard: Shard, user_no: int) -> int:
+    sql = f"SELECT count(*) FROM {shard.items} WHERE user_no = :no AND kind_id = {PREFERENCE_KIND}"
+    return int(execute(connection, sql, {"no": user_no}).scalar_one())
+
+
+def _check_preferences(connection: Connection, shard: Shard, user_no: int) -> None:
+    count = count_preferences(connection, shard, user_no)
+    if count > MAX_PREFERENCES:
+        raise ItemError(
+            f"A user can state at most {MAX_PREFERENCES} preferences; found {count}. Remove some first; nothing was "
+            f"stored."
+        )
 
 
 def pack_text(item: HistoryItem) -> bytes:

@@ -75,9 +75,10 @@ def set_best_cold_start(
         Mean losses by the number of items shown, then by what serves.
     """
     tokens = {CONTROL: control, NO_ITEMS: None}
+    without_preferences = [sample.without_preferences() for sample in held_out]
 
     def loss(items: int, source: str) -> float | None:
-        shown = [sample.latest(items) for sample in held_out if len(sample.rows) >= items]
+        shown = [sample.latest(items) for sample in without_preferences if len(sample.rows) >= items]
         if not shown:
             return None
         if source == PERSONA:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from personaplug.config import Config
-from personaplug.data.records import Sample
+from personaplug.data.records import Sample, characters
+from personaplug.data.splits import drawn
 from personaplug.data.task import Reader
 from personaplug.encoders.embedding_store import EmbeddingStore, content_key
 from personaplug.errors import MissingData
 from personaplug.infra.memory import peak_memory
 from personaplug.llm.prompt_cache import CachePlan
-from personaplug.run import Models, Run, drawn, encoded, resolved
+from personaplug.run import Models, Run, encoded, resolved
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import build_plug, closed_labels
 from personaplug.training.trainer import fit
@@ -121,7 +122,7 @@ def _count(reader: Reader, config: Config) -> _TrainData:
             reservoir.append(sample)
         elif index < len(reservoir):
             reservoir[index] = sample
-        longest = heapq.nlargest(batch_size, [*longest, sample], key=lambda sample: len(sample.prompt))
+        longest = heapq.nlargest(batch_size, [*longest, sample], key=lambda sample: characters(sample.full_prompt))
     return _TrainData(number, items, len(keys), len(owners), reservoir, longest)
 
 
@@ -129,7 +130,7 @@ def _time_prompts(run: Run, data: _TrainData, models: Models) -> tuple[CachePlan
     """Return where prompts are cached, and the seconds for one; 0 if the timed steps include them."""
     if run.config.plug.placement != "suffix":
         return CachePlan("nowhere", 0, ""), 0.0
-    prompts = list(dict.fromkeys(sample.prompt for sample in data.drawn))
+    prompts = list(dict.fromkeys(sample.full_prompt for sample in data.drawn))
     tokens = sum(measure.tokens for measure in models.llm.measure(prompts)) / len(prompts)
     plan = models.llm.plan_prompt_cache(int(tokens * data.samples))
     started = time.monotonic()

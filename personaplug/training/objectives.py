@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.config import AdapterConfig, TrainingConfig
+from personaplug.data.records import Prompt
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
 from personaplug.llm.base import LanguageModel, PromptBatch
+from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
+from personaplug.training.preference_loss import PreferenceLoss
 
 _CACHED_PER_LIVE_TOKEN = 16  # cached tokens that take about the memory of one with a backward pass
 
@@ -58,16 +61,23 @@ class PlugObjective:
     Args:
         table: holds the samples' item vectors.
         labels: the closed set of answers, if they are trained without the end of text; see `LanguageModel.loss`.
+        preference: added for samples with rejected answers.
     """
 
     unit = "token"
 
     def __init__(
-        self, plug: PersonaPlug, llm: LanguageModel, *, table: EmbeddingStore, labels: Sequence[str] = ()
+        self,
+        plug: PersonaPlug,
+        llm: LanguageModel,
+        *,
+        table: EmbeddingStore,
+        labels: Sequence[str] = (),
+        preference: PreferenceLoss | None = None,
     ) -> None:
         self.module: nn.Module = plug
         self.device = plug.instruction.device
-        self.llm, self.labels = llm, tuple(labels)
+        self.llm, self.labels, self.preference = llm, tuple(labels), preference
         self.personalizer = Personalizer(plug, table=table)
         self.reads_histories = plug.config.reads_history
         self._is_suffix = plug.config.placement == "suffix"
@@ -78,12 +88,42 @@ class PlugObjective:
         self.personalizer.plug.cache_queries(queries, options=options)
         if self._is_suffix:
             self.llm.cache_prompts([sample.prompt for sample in samples])
+        if self.preference is not None:
+            self.preference.prepare(samples)
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
-        prompts, targets = _texts(samples)
-        batch = PromptBatch(prompts, self.personalizer.soft_prompt(samples), [sample.soft_at for sample in samples])
-        losses, tokens = self.llm.loss(batch, targets, labels=self.labels)
-        return losses.sum(), tokens.sum()
+        soft = self.personalizer.soft_prompt(samples)
+        losses, tokens = self._losses(samples, [sample.target or "" for sample in samples], soft=soft)
+        loss = losses.sum()
+        if self.preference is not None and torch.is_grad_enabled():  # checkpoints are chosen by the kept answers alone
+            loss = loss + self._preference_loss(self.preference, samples, soft=soft, losses=losses, tokens=tokens)
+        return loss, tokens.sum()
+
+    def _losses(
+        self, samples: Sequence[EncodedSample], answers: Sequence[str], *, soft: SoftPrompt
+    ) -> tuple[Tensor, Tensor]:
+        """Return −log p of an answer to each sample and its number of tokens, both (B,)."""
+        batch = PromptBatch([sample.prompt for sample in samples], soft, [sample.soft_at for sample in samples])
+        return self.llm.loss(batch, answers, labels=self.labels)
+
+    def _preference_loss(
+        self,
+        preference: PreferenceLoss,
+        samples: Sequence[EncodedSample],
+        *,
+        soft: SoftPrompt,
+        losses: Tensor,
+        tokens: Tensor,
+    ) -> Tensor:
+        rows = [row for row, sample in enumerate(samples) if sample.rejected]
+        if not rows:
+            return losses.new_zeros(())
+        paired = [samples[row] for row in rows]
+        rejected = [preference.draw(sample) for sample in paired]
+        rejected_losses, rejected_tokens = self._losses(paired, rejected, soft=soft.rows(rows))
+        return preference(
+            paired, rejected, losses=(losses[rows], rejected_losses), tokens=(tokens[rows], rejected_tokens)
+        )
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return _token_counts(samples, self.llm)
@@ -123,7 +163,7 @@ class LoraObjective:
     reads_histories = False
 
     def __init__(
-        self, adapters: LoraAdapters, llm: LanguageModel, *, config: AdapterConfig, labels: Sequence[str] = ()
+        self, adapters: LoraAdapters, llm: LanguageModel, *, config: AdapterConfig, labels: Sequence[str]
     ) -> None:
         self.module = adapters.module(TASK)
         self.device = next(self.module.parameters()).device
@@ -149,7 +189,7 @@ class LoraObjective:
         return [{"params": list(self.module.parameters()), "peak": self._learning_rate}]
 
 
-def _texts(samples: Sequence[EncodedSample]) -> tuple[list[str], list[str]]:
+def _texts(samples: Sequence[EncodedSample]) -> tuple[list[Prompt], list[str]]:
     return [sample.prompt for sample in samples], [sample.target or "" for sample in samples]
 
 

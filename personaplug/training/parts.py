@@ -25,6 +25,7 @@ from personaplug.baselines.ropg import RopgObjective, RopgRetriever, RopgTeacher
 from personaplug.config import PAPER, PlugConfig
 from personaplug.data.label_set import LabelSet
 from personaplug.data.records import Sample
+from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
 from personaplug.encoders.embedding_store import EmbeddingStore
 from personaplug.encoders.encoded_sample import EncodedSample
@@ -34,13 +35,15 @@ from personaplug.infra.locks import sole_trainer
 from personaplug.infra.memory import peak_memory, reset_peak_memory
 from personaplug.infra.tensor_files import load_tensors, save_tensors
 from personaplug.infra.training_facts import write_facts
+from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
-from personaplug.run import Models, Run, drawn
+from personaplug.run import Models, Run
 from personaplug.training.batching import user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.cold_start import set_best_cold_start
 from personaplug.training.objectives import LoraObjective, Objective, PlugObjective
+from personaplug.training.preference_loss import PreferenceLoss
 from personaplug.training.trainer import FitReport, fit, mean_loss
 
 logger = logging.getLogger(__name__)
@@ -81,7 +84,8 @@ class Trainings:
             return folder
         part.prepare(self, seed=seed)
         reset_peak_memory()
-        part.fit(self, seed=seed)
+        facts = part.fit(self, seed=seed)
+        on_main(lambda: write_facts(folder, facts, owner=self.run.owner(part.name, seed=seed)))
         on_main(lambda: drop_states(folder))
         self._trained_now.add(folder)
         return folder
@@ -113,7 +117,7 @@ class Trainings:
             if retrieval is None:
                 return sample
             prompted = self.prompts.with_retrieved(sample, retrieval, seed=seed)
-            without_text += bool(sample.history) and prompted.prompt == sample.prompt
+            without_text += bool(sample.history) and prompted.full_prompt == sample.full_prompt
             return prompted
 
         samples = self.run.read_samples(self.reader, self.embeddings, limit=limit, plug=plug, rewrite=with_texts)
@@ -157,8 +161,8 @@ class TrainedPart(ABC):
         """Train what must be trained before, and free what is not needed."""
 
     @abstractmethod
-    def fit(self, trainings: Trainings, *, seed: int) -> None:
-        """Train with one seed and save; `fit.json` is written last and says that the training has ended."""
+    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
+        """Train with one seed, save, and return the facts for `fit.json`, which says that the training has ended."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class SoftPromptPart(TrainedPart):
         """Return how its plug is built in a run whose own plug is built as `own`."""
         return own
 
-    def fit(self, trainings: Trainings, *, seed: int) -> None:
+    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         run, models = trainings.run, trainings.models
         config = self.plug_config(run.config.plug)
         # The main process first: it may have items to encode.
@@ -189,14 +193,18 @@ class SoftPromptPart(TrainedPart):
         with synchronized():
             plug = build_plug(run, models, part=self, seed=seed)
             self._initialize(plug, samples, trainings, seed=seed)
-        objective = PlugObjective(plug, models.llm, table=trainings.embeddings, labels=closed_labels(run))
+        objective = PlugObjective(
+            plug,
+            models.llm,
+            table=trainings.embeddings,
+            labels=closed_labels(run),
+            preference=_preference_loss(run, models.llm),
+        )
         facts = trainings.fit(self, objective, samples, seed=seed)
         facts |= self._finish(plug, objective, samples, trainings, seed=seed)
-        folder = run.plug_folder(self.name, seed=seed)
-        card_facts = {key: value for key, value in facts.items() if key != "parameters"}
-        plug.training_facts = card_facts
-        on_main(lambda: plug.save_pretrained(folder))
-        on_main(lambda: write_facts(folder, facts, owner=run.owner(self.name, seed=seed)))
+        plug.training_facts = {key: value for key, value in facts.items() if key != "parameters"}
+        on_main(lambda: plug.save_pretrained(run.plug_folder(self.name, seed=seed)))
+        return facts
 
     def _initialize(
         self, plug: PersonaPlug, samples: Sequence[EncodedSample], trainings: Trainings, *, seed: int
@@ -299,7 +307,7 @@ class PaperPlugPart(SoftPromptPart):
 class LoraPart(TrainedPart):
     """A LoRA in the language model, for the task."""
 
-    def fit(self, trainings: Trainings, *, seed: int) -> None:
+    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         run, settings = trainings.run, trainings.run.config.adapter
         with LoraAdapters.attach(trainings.models.llm, config=settings) as adapters:
             adapters.reset(TASK, seed=seed)
@@ -309,7 +317,7 @@ class LoraPart(TrainedPart):
             state = adapters.state(TASK)
         folder = run.plug_folder(self.name, seed=seed)
         on_main(lambda: save_tensors(folder / ADAPTER, state))
-        on_main(lambda: write_facts(folder, facts, owner=run.owner(self.name, seed=seed)))
+        return facts
 
 
 @dataclass(frozen=True)
@@ -319,7 +327,7 @@ class RopgPart(TrainedPart):
     def prepare(self, trainings: Trainings, *, seed: int) -> None:
         trainings.models.llm.clear_cache()
 
-    def fit(self, trainings: Trainings, *, seed: int) -> None:
+    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
         run, models, settings = trainings.run, trainings.models, trainings.run.config.retrieval
         folder = run.plug_folder(self.name, seed=seed)
         teacher = RopgTeacher(
@@ -343,7 +351,7 @@ class RopgPart(TrainedPart):
         )
         facts = trainings.fit(self, objective, samples, seed=seed)
         on_main(lambda: retriever.save(folder))
-        on_main(lambda: write_facts(folder, facts, owner=run.owner(self.name, seed=seed)))
+        return facts
 
 
 PLUG = PlugPart("plug")
@@ -409,6 +417,13 @@ def _start_from_words(plug: PersonaPlug, samples: Sequence[EncodedSample], model
     tokens = models.llm.embed_texts(answers)
     if len(tokens):
         plug.init_instruction(tokens[rng.choice(len(tokens), size=count, replace=len(tokens) < count)])
+
+
+def _preference_loss(run: Run, llm: LanguageModel) -> PreferenceLoss | None:
+    config = run.config.training
+    if config.preference_loss == "none":
+        return None
+    return PreferenceLoss(config.preference_loss, llm, config.preference_weight)
 
 
 def _label_ids(samples: Sequence[EncodedSample], run: Run) -> torch.Tensor:

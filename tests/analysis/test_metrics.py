@@ -7,6 +7,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,18 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, mean_squared_error
 
 from personaplug.analysis.metrics import (
+    MANNER_METRICS,
     METRICS,
+    Array,
+    LikelihoodMetric,
     get_metric,
     has_estimate,
     is_invalid,
-    longest_common_subsequence,
     metric_class,
     value_of,
 )
+from personaplug.analysis.significance import bootstrap_interval
+from personaplug.analysis.words import longest_common_subsequence
 from personaplug.errors import ConfigError, ShapeMismatch
 
 STARS = ("1", "2", "3", "4", "5")
@@ -258,6 +263,7 @@ def test_rouge_is_quick_and_long_texts_do_not_stall_it() -> None:
 # What all share
 
 OF_ANSWERS = [name for name, metric in METRICS.items() if metric.of_answers]
+OF_MANNERS = ("manners", *(metric.name for metric in MANNER_METRICS))
 
 
 @pytest.mark.parametrize("name", OF_ANSWERS)
@@ -267,11 +273,11 @@ def test_score_is_the_value_of_mean_statistics(name: str) -> None:
     stats = metric.statistics(predictions, golds)
     assert stats.dtype == np.float64
     assert len(stats) == 4
-    assert metric.score(predictions, golds) == metric.value(stats.mean(axis=0))
+    assert np.array_equal(metric.score(predictions, golds), metric.value(stats.mean(axis=0)), equal_nan=True)
     assert metric.greater_is_better is (name not in ("mae", "rmse"))
 
 
-@pytest.mark.parametrize("name", OF_ANSWERS)
+@pytest.mark.parametrize("name", [name for name in OF_ANSWERS if name not in OF_MANNERS])
 def test_perfect_prediction_beats_a_wrong_one_in_the_metrics_direction(name: str) -> None:
     metric = get_metric(name, labels=STARS)
     gain = metric.score(["1", "5"], ["1", "5"]) - metric.score(["5", "1"], ["1", "5"])
@@ -293,9 +299,49 @@ def test_likelihood_is_per_token_whoever_has_how_many() -> None:
     assert not metric.greater_is_better
 
 
-def test_likelihood_is_not_to_be_had_from_texts() -> None:
-    with pytest.raises(ConfigError, match=r"nll is of a model's probabilities"):
-        get_metric("nll").score(["1"], ["1"])
+@pytest.mark.parametrize("name", ["nll", "choice", "margin"])
+def test_likelihood_is_not_to_be_had_from_texts(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is of a model's probabilities"):
+        get_metric(name).score(["1"], ["1"])
+
+
+LIKELIHOODS = [
+    [2.0, 2, 9.0, 3, 4.0, 1],  # 1 nat a token against 3 and 4
+    [6.0, 2, 2.0, 2],  # 3 against 1
+    [5.0, 5],  # nothing was rejected
+    [2.0, 2, 3.0, 3],  # a tie is no choice
+    [1.0, 2, 3.0, 1, 1.0, 1],  # 0.5 against 3 and 1: the nearest one counts
+]
+
+
+def likelihood_statistics(name: str, likelihoods: Sequence[Sequence[float]] = LIKELIHOODS) -> Array | None:
+    metric = get_metric(name)
+    assert isinstance(metric, LikelihoodMetric)
+    return metric.of_likelihoods(likelihoods)
+
+
+@pytest.mark.parametrize(
+    ("name", "each", "together"),
+    [("choice", [1, 0, math.nan, 0, 1], 2 / 4), ("margin", [2, -2, math.nan, 0, 0.5], 0.5 / 4)],
+)
+def test_right_answer_is_compared_with_the_best_rejected_one_per_token(
+    name: str, each: list[float], together: float
+) -> None:
+    stats, metric = likelihood_statistics(name), get_metric(name)
+    assert stats is not None
+    np.testing.assert_array_equal(metric.value(stats), each)
+    assert value_of(stats, metric) == pytest.approx(together)
+    assert metric.greater_is_better
+    assert bootstrap_interval(stats, ["a", "b", "a", "b", "b"], metric, resamples=200).value == pytest.approx(together)
+
+
+@pytest.mark.parametrize("name", ["choice", "margin"])
+def test_without_rejected_answers_there_is_nothing_to_compare(name: str) -> None:
+    assert likelihood_statistics(name, [[1.0, 2], [3.0, 4]]) is None
+
+
+def test_likelihood_of_the_right_answer_leaves_the_rejected_ones_out() -> None:
+    np.testing.assert_array_equal(likelihood_statistics("nll"), [[2.0, 2], [6.0, 2], [5.0, 5], [2.0, 2], [1.0, 2]])
 
 
 @pytest.mark.parametrize(("name", "meant"), [("acuracy", "accuracy"), ("rouge1", "rouge_1"), ("rougeL", "rouge_")])
@@ -305,7 +351,7 @@ def test_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> N
 
 
 def test_far_off_name_lists_all_metrics() -> None:
-    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, f1, mae"):
+    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, answered, choice, f1, mae"):
         get_metric("xyz")
 
 
@@ -361,19 +407,63 @@ def test_no_class_of_an_unknown_metric() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "kind", "labels", "invalid"),
+    ("prediction", "labels", "invalid"),
     [
-        (" [1] ", "label", CHOICES, False),
-        ("1", "label", CHOICES, True),
-        ("Comedy", "label", TAGS, True),
-        ("", "label", TAGS, True),
-        ("3", "rating", STARS, False),
-        ("3.", "rating", STARS, True),
-        ("nan", "rating", STARS, True),
-        ("²", "rating", STARS, True),
-        (" \n", "text", (), True),
-        ("x", "text", (), False),
+        (" [1] ", CHOICES, False),
+        ("1", CHOICES, True),
+        ("Comedy", TAGS, True),
+        ("", TAGS, True),
+        ("3", STARS, False),
+        ("3.", STARS, True),
+        ("nan", STARS, True),
+        ("²", STARS, True),
+        (" \n", (), True),
+        ("x", (), False),
     ],
 )
-def test_what_counts_as_invalid(prediction: str, kind: str, labels: tuple[str, ...], invalid: bool) -> None:
-    assert is_invalid(prediction, kind=kind, labels=labels) is invalid
+def test_what_counts_as_invalid(prediction: str, labels: tuple[str, ...], invalid: bool) -> None:
+    assert is_invalid(prediction, labels) is invalid
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "is_right"),
+    [
+        ("The answer is 12.", "12", True),
+        ("112", "12", False),
+        ("she comes from OSLO 😀", "Oslo", True),
+        ("Anna, Ben, Mia", "anna, ben, mia", True),
+        ("Anna, Mia, Ben", "Anna, Ben, Mia", False),
+        ("yes, it is not no", "Yes", True),
+        ("No. yes is wrong", "Yes", False),
+        ("I do not know", "No", False),
+        ("", "12", False),
+    ],
+)
+def test_answered_looks_for_the_words_of_the_answer(text: str, answer: str, is_right: bool) -> None:
+    assert get_metric("answered").score([text], [answer]) == float(is_right)
+
+
+# Manners
+
+KIND = "Hola!\n- It's late.\n- Don't wait. 👍\nShall I go on?\nCheers!"
+CURT = "it is late."
+
+
+@pytest.mark.parametrize("name", [name for name in OF_MANNERS if name != "manners_layout"])
+def test_same_manners_score_1_and_opposite_ones_0(name: str) -> None:
+    metric = get_metric(name)
+    assert metric.score([KIND, CURT], [KIND, CURT]) == 1
+    assert metric.score([CURT, KIND], [KIND, CURT]) == 0
+    assert metric.score([KIND, KIND], [KIND, CURT]) == 0.5
+
+
+def test_manner_counts_only_where_the_reference_shows_it() -> None:
+    metric = get_metric("manners_layout")
+    assert metric.score([CURT, KIND], [KIND, CURT]) == 0
+    assert metric.score([KIND, KIND], [KIND, CURT]) == 1
+    assert math.isnan(metric.score([KIND], [CURT]))
+
+
+def test_manners_of_other_words_count_in_full() -> None:
+    other = "Hola!\n- Tea won't help.\n- Sleep. 👍\nShall I go on?\nCheers!"
+    assert get_metric("manners").score([other, ""], [KIND, KIND]) == 0.5

@@ -37,6 +37,11 @@ def item(task: Task, *values: str) -> HistoryItem:
     return HistoryItem("i", tuple(zip(task.field_names, values, strict=True)), task.answer_field)
 
 
+def text(prompt: HistoryPrompt) -> str:
+    assert isinstance(prompt.prompt, str)
+    return prompt.prompt
+
+
 def small(room: int) -> LanguageModel:
     """A backend whose tokens are bytes and whose prompts have room for so many of them."""
     found: Any = load_tiny_llm(max_prompt_tokens=room + 1)
@@ -88,7 +93,7 @@ def test_format_uses_lamps_wording(
     if name == "LaMP_1":
         assert written.soft_at == 0
     else:
-        assert written.prompt[written.soft_at :] == prompt
+        assert text(written)[written.soft_at :] == prompt
 
 
 def test_format_item_without_template_is_its_text(llm: LanguageModel) -> None:
@@ -117,7 +122,7 @@ def test_format_users_text_is_never_a_template(llm: LanguageModel) -> None:
     task = LAMP_TASKS["LaMP_4"]
     written = HistoryPromptFormatter(task, llm).format(nasty, [item(task, nasty, nasty)])
     assert written.prompt == f'"{nasty}" is the title for "{nasty}". {nasty}'
-    assert written.prompt[written.soft_at :] == nasty
+    assert text(written)[written.soft_at :] == nasty
     noted = HistoryPromptFormatter(task, llm).add_note(nasty, nasty)
     assert noted.prompt == f"About this user: {nasty}. {nasty}"
 
@@ -154,9 +159,9 @@ def test_format_never_cuts_answers() -> None:
     items = [item(task, "The whole title", "some article " * 20)]
     written = HistoryPromptFormatter(task, small(70)).format("Q", items)
     start, end = '"The whole title" is the title for "', '". Q'
-    assert written.prompt.startswith(start + "some article")
-    assert written.prompt.endswith(end)
-    assert len(written.prompt) in (69, 70)  # a blank may go at the end of what is cut
+    assert text(written).startswith(start + "some article")
+    assert text(written).endswith(end)
+    assert len(text(written)) in (69, 70)  # a blank may go at the end of what is cut
     assert HistoryPromptFormatter(task, small(40)).format("Q", items) == HistoryPrompt("Q", 0, 1, 0, 0)
 
 
@@ -171,8 +176,8 @@ def test_format_item_that_never_fits_is_skipped() -> None:
 def test_format_answer_only_item_is_shortened() -> None:
     task = LAMP_TASKS["LaMP_7"]
     written = HistoryPromptFormatter(task, small(80)).format("Q", [item(task, "z" * 99)])
-    assert written.prompt.startswith('"zzzzzzzz')
-    assert (len(written.prompt), written.shortened) == (80, 1)
+    assert text(written).startswith('"zzzzzzzz')
+    assert (len(text(written)), written.shortened) == (80, 1)
 
 
 def test_format_two_contents_are_shortened_equally() -> None:
@@ -236,17 +241,17 @@ def test_format_random_prompts_fit_with_the_whole_input(name: str, seed: int) ->
         if not written.included:
             assert (written.prompt, written.soft_at) == (prompt, 0)
             continue
-        assert llm.count_tokens([written.prompt])[0] <= room
+        assert llm.count_tokens([text(written)])[0] <= room
         assert not llm.measure([written.prompt])[0].truncated
         inserted = task.history_after and task.history_after in prompt
         if not inserted:
-            assert written.prompt[written.soft_at :] == prompt
+            assert text(written)[written.soft_at :] == prompt
         else:
             head, tail = prompt[: prompt.index("title") + 5], prompt[prompt.index("title") + 5 :]
             assert written.soft_at == 0
-            assert written.prompt.startswith(head + ", and ")
-            assert written.prompt.endswith(tail)
-        added = llm.count_tokens([written.prompt])[0] - llm.count_tokens([prompt])[0]
+            assert text(written).startswith(head + ", and ")
+            assert text(written).endswith(tail)
+        added = llm.count_tokens([text(written)])[0] - llm.count_tokens([prompt])[0]
         frame = len(", and ") if inserted else len(task.history_template) - len("{history}{input}")
         assert not limit or added - frame <= limit
     assert seen > 0 or room < 80
@@ -299,7 +304,7 @@ def test_format_fits_with_a_word_tokenizer(name: str, room: int) -> None:
                 assert not llm.prompt_tokenizer.encode_prompt(written.prompt).truncated
                 noted = formatter.add_note(written.prompt, texts[0][0], soft_at=written.soft_at)
                 assert not llm.prompt_tokenizer.encode_prompt(noted.prompt, noted.soft_at).truncated
-                assert noted.prompt.endswith(written.prompt)
+                assert text(noted).endswith(text(written))
     assert written_at_all > 0
 
 
@@ -327,7 +332,7 @@ def test_add_note_puts_it_in_front(llm: LanguageModel) -> None:
     written = HistoryPromptFormatter(PLAIN, llm).add_note("Q?", " Likes short films. ")
     assert written == HistoryPrompt("About this user: Likes short films. Q?", 36, 1, 1, 0)
     again = HistoryPromptFormatter(PLAIN, llm).add_note("<a>. Q", "Likes films", soft_at=5)
-    assert again.prompt[again.soft_at :] == "Q"
+    assert text(again)[again.soft_at :] == "Q"
 
 
 @pytest.mark.parametrize("blank", ["", "  ", " . "])

@@ -55,27 +55,32 @@ def build(
     return prompt
 
 
+def text(prompt: HistoryPrompt) -> str:
+    assert isinstance(prompt.prompt, str)
+    return prompt.prompt
+
+
 def test_build_puts_the_best_items_before_the_input(builder: PromptBuilder) -> None:
     written = build(builder, SAMPLE.history, Retrieval("bm25", 2))
     assert written.prompt == '3 is the score for "mine bee", and 3 is the score for "mine eel". ' + SAMPLE.prompt
-    assert written.prompt[written.soft_at :] == SAMPLE.prompt
+    assert text(written)[written.soft_at :] == SAMPLE.prompt
     assert (written.offered, written.included, written.shortened) == (2, 2, 0)
 
 
 def test_build_recency_takes_the_latest_item(builder: PromptBuilder) -> None:
-    prompt = build(builder, SAMPLE.history, Retrieval("recency", 1)).prompt
+    prompt = text(build(builder, SAMPLE.history, Retrieval("recency", 1)))
     assert prompt.startswith('3 is the score for "mine eel". ')
 
 
 def test_build_other_users_items_are_ranked_for_the_samples_query(builder: PromptBuilder) -> None:
-    prompt = build(builder, _items("theirs"), Retrieval("bm25", 1)).prompt
+    prompt = text(build(builder, _items("theirs"), Retrieval("bm25", 1)))
     assert prompt.startswith('3 is the score for "theirs bee". ')
     assert "mine" not in prompt
 
 
 def test_build_random_items_depend_on_the_seed(builder: PromptBuilder) -> None:
     def drawn(seed: int) -> str:
-        return build(builder, SAMPLE.history, Retrieval("random", 3), seed=seed).prompt
+        return text(build(builder, SAMPLE.history, Retrieval("random", 3), seed=seed))
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed) for seed in range(8)}) > 2
@@ -84,11 +89,11 @@ def test_build_random_items_depend_on_the_seed(builder: PromptBuilder) -> None:
 def test_build_profile_comes_first_and_soft_tokens_before_the_input(builder: PromptBuilder) -> None:
     retrieval = Retrieval("bm25", 1)
     written = build(builder, SAMPLE.history, retrieval, profile=PROFILE)
-    assert written.prompt.index("small animals") < written.prompt.index("mine bee")
-    assert written.prompt[written.soft_at :] == SAMPLE.prompt
+    assert text(written).index("small animals") < text(written).index("mine bee")
+    assert text(written)[written.soft_at :] == SAMPLE.prompt
     assert (written.offered, written.included, written.shortened) == (1 + 9, 1 + 7, 3)
     alone = build(builder, (), None, profile=PROFILE)
-    assert alone.prompt[alone.soft_at :] == SAMPLE.prompt
+    assert text(alone)[alone.soft_at :] == SAMPLE.prompt
 
 
 def test_build_without_items_returns_the_input(builder: PromptBuilder) -> None:

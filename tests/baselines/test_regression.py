@@ -214,8 +214,8 @@ def test_regression_meets_reference_scores(shared_data: Path, name: str, part: P
         )
         assert found == pytest.approx(score, abs=0.015), metric
     if part == "history":
-        owners, sizes = [sample.owner for sample in dev], [len(sample.history) for sample in dev]
-        sources = [assignment.source for assignment in assign_histories("wrong-user", owners, sizes, seed=0)]
+        owners, items = [sample.owner for sample in dev], [np.arange(len(sample.history)) for sample in dev]
+        sources = [assignment.source for assignment in assign_histories("wrong-user", owners, items, seed=0)]
         strange = [
             replace(sample, history=dev[source].history)
             for sample, source in zip(dev, sources, strict=True)

@@ -10,7 +10,7 @@ import pytest
 from personaplug.baselines.user_profiles import ProfileGenerator
 from personaplug.config import RetrievalConfig
 from personaplug.data.records import HistoryItem
-from personaplug.data.task_registry import lamp_task
+from personaplug.data.task_registry import CHAT, lamp_task
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 
@@ -58,3 +58,36 @@ def test_profile_of_another_length_has_another_key(tmp_path: Path, toy: CausalLM
     short = _profiles(path, toy, RetrievalConfig(profile_tokens=4)).generate([_items("warm")])[0]
     assert short.key != long.key
     assert len(short.text) < len(long.text)
+
+
+def test_profile_of_a_conversation_is_written_from_kept_exchanges_and_preferences(
+    tmp_path: Path, toy: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = toy.generate
+
+    def told(batch: PromptBatch, config: GenerationConfig) -> Any:
+        asked.extend(str(prompt) for prompt in batch.prompts)
+        return real(batch, config)
+
+    monkeypatch.setattr(toy, "generate", told)
+    fields = (("question", "How are you?"), ("answer", "fine, thanks " * 40))
+    items = (
+        HistoryItem("1", fields, "answer"),
+        HistoryItem("2", (("question", "So?"), ("answer", "NO")), "answer", kind="rejection"),
+        HistoryItem("3", (("preference", "Lower case, please"),), kind="preference"),
+    )
+    generator = ProfileGenerator(tmp_path / "p.jsonl", task=CHAT, llm=toy, config=LONG)
+    (profile,) = generator.generate([items])
+    (request,) = asked
+    assert request.startswith("preference: Lower case, please, and question: How are you? answer: fine, thanks")
+    assert "NO" not in request
+    assert (profile.offered, profile.included, profile.shortened) == (2, 2, 1), "a long answer is cut, not left out"
+    assert not toy.measure([request])[0].truncated
+
+
+def test_profile_shows_a_preference_in_its_own_words_whatever_the_wording(tmp_path: Path, toy: CausalLM) -> None:
+    generator = _profiles(tmp_path / "p.jsonl", toy)
+    preference = HistoryItem("p", (("preference", "No spoilers"),), kind="preference")
+    request = generator.formatter.format("Who?", [preference, *_items("warm")]).prompt
+    assert request == 'preference: No spoilers, and 4 is the score for "warm". Who?'

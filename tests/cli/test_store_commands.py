@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 from stores import ENCODER, add, item
 
 from personaplug.cli.main import main
-from personaplug.store.history_store import HistoryStore
+from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.store.history_store import HistoryStore, StoreSettings
 
 
 def call(*words: object) -> Result:
@@ -36,6 +39,54 @@ def test_backup_restore_and_replay(tmp_path: Path) -> None:
     assert (done.exit_code, done.output) == (0, "1 erasures repeated\n")
     restored = HistoryStore.open(tmp_path / "late.db")
     assert [restored.count("default", user) for user in ("ann", "bob")] == [0, 1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run whose encoder is that of the stores here."""
+    folder = tmp_path_factory.mktemp("run")
+    config = SimulationConfig(users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5)
+    write_simulation(config, folder / "data")
+    toy = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1", "controls=false"]
+    done = call("train", "--data", folder / "data", "--out", folder / "run", *toy)
+    assert done.exit_code == 0, done.output
+    return folder / "run"
+
+
+def test_preferences_are_set_listed_and_removed(tmp_path: Path, run: Path) -> None:
+    store = HistoryStore.open(tmp_path / "h.db", ENCODER, settings=StoreSettings(keep_text=True, shards=2))
+    place = ("--store", tmp_path / "h.db", "--user", "ann")
+    for sentences, told in (
+        (["No horror.", "Old films"], "2 new, 0 as before, 0 removed\n"),
+        (["Old films", "Old films", "No spoilers"], "1 new, 2 as before, 1 removed\n"),
+    ):
+        done = call("set-preferences", *sentences, *place, "--run", run)
+        assert (done.exit_code, done.output) == (0, told)
+    listed = json.loads(call("list-preferences", *place).stdout)
+    assert [each["preference"] for each in listed] == ["Old films", "No spoilers"]
+    assert store.load_history("default", "ann").kind_ids.tolist() == [2, 2]
+    done = call("set-preferences", *place)
+    assert (done.exit_code, done.output) == (0, "0 new, 0 as before, 2 removed\n")
+    assert json.loads(call("list-preferences", *place).stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["No horror."], "give --run"),
+        ([" ", "--run", "RUN"], "'preference' is empty"),
+        (["a\udcff", "--run", "RUN"], "not valid Unicode"),
+        (["No horror.", "--run", "RUN", "--store", "nowhere.db"], "There is no history store"),
+    ],
+)
+def test_preferences_that_cannot_be_set_fail_with_a_sentence(
+    tmp_path: Path, run: Path, words: list[str], message: str
+) -> None:
+    HistoryStore.open(tmp_path / "h.db", ENCODER).close()
+    given = [{"RUN": str(run), "nowhere.db": str(tmp_path / "nowhere.db")}.get(word, word) for word in words]
+    done = call("set-preferences", "--store", tmp_path / "h.db", "--user", "ann", *given)
+    assert (done.exit_code, message in done.output) == (2, True), done.output
+    assert not (tmp_path / "nowhere.db").exists()
 
 
 def test_backup_that_cannot_be_used_fails_with_a_sentence(tmp_path: Path) -> None:

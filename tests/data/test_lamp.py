@@ -220,8 +220,8 @@ def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> 
     ("change", "message"),
     [
         ({"item_feilds": ["x"]}, "unknown key 'item_feilds'; did you mean 'item_fields'?"),
-        ({"kind": "score"}, "'kind' should be 'label', 'rating' or 'text', found 'score'"),
-        ({"kind": ["text"]}, "'kind' should be 'label', 'rating' or 'text', found ['text']"),
+        ({"kind": "score"}, "'kind' should be 'label', 'rating', 'text' or 'chat', found 'score'"),
+        ({"kind": ["text"]}, "'kind' should be 'label', 'rating', 'text' or 'chat', found ['text']"),
         ({"labels": []}, "need 'labels'"),
         ({"labels": ["good", "bad"]}, "should be numbers"),
         ({"labels": ["2", "1"]}, "should be finite and rise"),
@@ -233,11 +233,11 @@ def test_outputs_with_different_or_unknown_tasks_are_refused(tmp_path: Path) -> 
         ({"labels": [True, "2"]}, "a label is true or false"),
         ({"kind": "label", "labels": ["a", "a"]}, "'labels': the list holds an entry twice"),
         ({"kind": "label", "labels": ["a "]}, "blanks"),
-        ({"kind": "text"}, "'text' has none"),
+        ({"kind": "text"}, "'text' and 'chat' have none"),
         ({"item_fields": "text"}, "'item_fields' should be a list"),
         ({"item_fields": []}, "'item_fields': value should have at least 1 item"),
         ({"metrics": ["rouge_1", "nll"]}, "leave 'nll' out"),
-        ({"item_fields": ["id"]}, "another name than 'id' and 'date'"),
+        ({"item_fields": ["id"]}, "'id' has a meaning of its own"),
         ({"answer_field": 3}, "'answer_field' should be a valid string, found 3"),
         ({"name": " "}, "'name' is empty"),
         ({"max_new_tokens": "4"}, "'max_new_tokens' should be a valid integer, found '4'"),
@@ -700,7 +700,7 @@ def test_text_that_is_itself_an_item_is_counted(tmp_path: Path) -> None:
         ([sample("a\nb")], "holds the control character U\\+000A"),
         ([sample("a", user_id="u" * 256)], "its id has 256 characters"),
         ([sample("a", target="9")], "none of the 5 labels"),
-        ([sample("a", history=(HistoryItem("i", (("title", "x"),)),))], "other fields"),
+        ([sample("a", history=(HistoryItem("i", (("title", "x"),)),))], "its 'text' is missing"),
     ],
 )
 def test_unreadable_samples_are_not_written(tmp_path: Path, bad: list[Sample], message: str) -> None:

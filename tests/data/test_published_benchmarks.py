@@ -98,11 +98,12 @@ def test_benchmark_is_opened_by_name(tmp_path: Path) -> None:
     for name in BENCHMARKS:
         with pytest.raises(ConfigError, match="splits are train, dev, test; found 'val'"):
             open_benchmark(name, path, "val")
-        for setting in ("skip_bad", "max_history"):
-            with pytest.raises(ConfigError, match=setting):
-                READERS[name](tmp_path, **{setting: -1})
         with pytest.raises(MissingData, match="nowhere"):
             open_benchmark(name, tmp_path / "nowhere", "dev")
+    for reader_of in READERS.values():
+        for setting in ("skip_bad", "max_history"):
+            with pytest.raises(ConfigError, match=setting):
+                reader_of(tmp_path, **{setting: -1})
 
 
 def test_split_files_in_folder_are_found_and_never_guessed(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_a_paper_faithful_plug_of_real_models_gets_gradients_in_every_part(smoll
     spec = PlugSpec(smollm.identity, smollm.embedding_scale, minilm.identity)
     plug = PersonaPlug(PAPER, spec=spec, encoder=minilm)
     vectors = minilm.encode(["text: Alien score: 5", "text: Aliens score: 5"])
-    history = HistoryBatch(torch.from_numpy(vectors), (2,), torch.tensor([-1, -1]), torch.from_numpy(no_style(2)))
+    columns = (torch.tensor([-1, -1]), torch.from_numpy(no_style(2)), torch.tensor([0, 0]))
+    history = HistoryBatch(torch.from_numpy(vectors), (2,), *columns)
     losses, _ = smollm.loss(PromptBatch(PROMPTS[2:], plug(["Alien"], history)), ["5"])
     torch.autograd.backward(losses.sum())
     silent = [n for n, p in plug.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]

@@ -43,7 +43,20 @@ def test_each_value_rises_with_what_it_is_named_after(name: str, less: str, more
 
 def test_every_value_has_a_case_above() -> None:
     marks = test_each_value_rises_with_what_it_is_named_after.pytestmark  # type: ignore[attr-defined]
-    assert {case[0] for case in marks[0].args[1]} == set(FEATURES)
+    assert {case[0] for case in marks[0].args[1]} == {name for name in FEATURES if not name.startswith("symbol_")}
+
+
+def test_every_symbol_has_its_own_bits() -> None:
+    emoji = "😀🎉🙏🚀😅🌻👍🔥💡🥳😂❤✨🤔💪🍕"
+    bits = [text_style(f"good news {symbol}")[-32:] for symbol in emoji]
+    assert all(1 <= np.count_nonzero(each) <= 2 for each in bits)
+    assert len({each.tobytes() for each in bits}) == len(emoji)
+    assert np.array_equal(text_style("good news 😀")[-32:], text_style("Quite another, longer text! 😀 😀")[-32:])
+
+
+@pytest.mark.parametrize("text", ["plain words, with marks: (yes) – no!", "नमस्ते", "e\u0301te\u0301 2024", "a\u200db"])
+def test_letters_and_usual_marks_set_no_bits_of_symbols(text: str) -> None:
+    assert not text_style(text)[-32:].any()
 
 
 def test_what_is_said_does_not_matter() -> None:

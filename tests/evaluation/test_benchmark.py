@@ -350,3 +350,24 @@ def test_a_setting_that_an_experiment_without_variants_cannot_have_is_refused(tm
     configs = {key: with_values(config, {"label_prior": "own"}) for key, config in experiment.configs.items()}
     with pytest.raises(ConfigError, match="label_prior=own"):
         run_benchmark(replace(experiment, configs=configs), _folders(tmp_path, data))
+
+
+def test_set_may_be_asked_of_the_run_of_another_set(tmp_path: Path) -> None:
+    shape = SimulationConfig(task="manners", users=4, queries_per_user=1, dev_users=3, min_items=2, max_items=4)
+    write_simulation(shape, tmp_path / "data" / "Manners")
+    short = "{num_beams: 1, max_new_tokens: 4}"
+    more = f"per_set: {{Manners: {short}, Manners-closed: {short}}}\ntrained_on: {{Manners-closed: Manners}}"
+    experiment = _experiment(tmp_path, ["plain", "plug", "wrong-user"], more, sets="[Manners, Manners-closed]")
+    outcome = run_benchmark(experiment, _folders(tmp_path, tmp_path / "data"), seeds=[0])
+    assert outcome.failed == []
+    assert [path.name for path in outcome.written] == ["Manners.json", "Manners-closed.json"]
+    assert [path.name for path in (tmp_path / "out" / "mine").iterdir()] == ["Manners"]
+    closed = _read(outcome.written[1])
+    assert closed["task"] == "Closed_questions"
+    assert set(closed["rows"][0]["metrics"]) == {"answered", "nll", "choice", "margin"}
+
+
+def test_run_of_labels_is_not_asked_another_set(tmp_path: Path, data: Path) -> None:
+    experiment = _experiment(tmp_path, ["plug"], "trained_on: {Texts: One}", sets="[Texts]")
+    with pytest.raises(ConfigError, match="answers of another kind than Simulated_rating"):
+        run_benchmark(experiment, _folders(tmp_path, data))

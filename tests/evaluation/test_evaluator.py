@@ -239,6 +239,8 @@ def test_ratings_that_are_written_and_other_tasks_have_no_columns_of_decisions(r
         *task.metrics,
         "rmse@mean",
         "nll",
+        "choice",
+        "margin",
     ]
 
 

@@ -59,6 +59,8 @@ def test_variants_and_sets_change_the_config_in_that_order(tmp_path: Path) -> No
         ("sets: [A]\nmethods: [plain]\nconfig: {epoch: 1}", "did you mean 'epochs'"),
         ("sets: [A]\nmethods: [plain]\nsubgroups: quarters", "history-thirds"),
         ("sets: [A]\nmethods: [plain]\nmax_eval_history: [-1]", "max_eval_history.0: .*greater than or equal to 0"),
+        ("sets: [A]\nmethods: [plain]\nitem_kinds: [all]", "item_kinds.0: .*'answers' or 'preferences'"),
+        ("sets: [A]\nmethods: [plain]\nitem_kinds: [answers, answers]", "item_kinds names a value twice"),
         ("sets: [A]\nmethods: [plain]\npersona_scales: [11]", "persona_scales.0: .*less than or equal to 10"),
         ("sets: [../A]\nmethods: [plain]", "set '../A' names a folder"),
         ("sets: [A]\nmethods: [plain]\nvariants: {../a: {}}", "variant '../a' names a folder"),
@@ -91,6 +93,16 @@ def test_curves_hold_the_table_proper_at_its_place(tmp_path: Path) -> None:
         {"persona_scale": 1.5},
     ]
     assert load_experiment(_written(tmp_path, "sets: [A]\nmethods: [plain]")).curves == []
+
+
+def test_kinds_of_items_are_points_beside_all_of_them(tmp_path: Path) -> None:
+    told = "sets: [A]\nmethods: [plain]\nitem_kinds: [answers, preferences]\n"
+    (kinds,) = load_experiment(_written(tmp_path, told)).curves
+    assert [(point.name, point.changes) for point in kinds] == [
+        ("item_kinds=answers", {"item_kinds": "answers"}),
+        ("item_kinds=preferences", {"item_kinds": "preferences"}),
+        ("item_kinds=all", {}),
+    ]
 
 
 def test_an_experiment_is_found_by_name_or_path(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from personaplug.config import PAPER
 from personaplug.encoders import HashEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
-from personaplug.encoders.encoded_sample import EncodedSample, no_style
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.model import PersonaPlug
@@ -198,7 +198,16 @@ def test_live_lengths_without_prompt_cache_count_whole_prompt(tmp_path: Path) ->
     slow = small_mamba()
     encoder = HashEncoder(16)
     sample = EncodedSample(
-        "1", "u", "u", "a prompt " * 20, "query", "yes", np.zeros(0, np.int64), np.zeros(0, np.int16), no_style()
+        "1",
+        "u",
+        "u",
+        "a prompt " * 20,
+        "query",
+        "yes",
+        np.zeros(0, np.int64),
+        np.zeros(0, np.int16),
+        no_style(),
+        all_answers(),
     )
     for llm in (small_llm("llama"), slow):
         spec = PlugSpec(llm.identity, llm.embedding_scale, encoder.identity)

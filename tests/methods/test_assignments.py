@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from personaplug.analysis.method_info import HistorySource
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers
 from personaplug.errors import ConfigError
-from personaplug.methods.context import assign_histories, with_assigned_items
+from personaplug.methods.context import assign_histories, shown_items, with_assigned_items
 
 USERS = ["a", "a", "b", "c", "c", "c", "d"]
 
@@ -27,6 +29,7 @@ def _samples(users: list[str]) -> list[EncodedSample]:
             rows=np.arange(10 * k, 10 * k + 5),
             label_ids=np.arange(5, dtype=np.int16),
             style=np.arange(10 * k, 10 * k + 5, dtype=np.float16)[:, None],
+            kind_ids=all_answers(5),
         )
         for k, user in enumerate(users)
     ]
@@ -41,10 +44,11 @@ def _texts(users: list[str]) -> list[Sample]:
 
 
 def with_history(
-    source: HistorySource, samples: list[EncodedSample], *, seed: int, latest: int = -1
+    source: HistorySource, samples: list[EncodedSample], *, seed: int, latest: int = -1, kinds: str = "all"
 ) -> list[EncodedSample]:
-    owners, sizes = [sample.owner for sample in samples], [len(sample.rows) for sample in samples]
-    return with_assigned_items(samples, assign_histories(source, owners, sizes, seed=seed, latest=latest))
+    shown = [shown_items(sample.kind_ids, kinds, latest=latest) for sample in samples]
+    assignments = assign_histories(source, [sample.owner for sample in samples], shown, seed=seed)
+    return with_assigned_items(samples, assignments)
 
 
 def test_a_wrong_user_is_always_another_user() -> None:
@@ -100,9 +104,30 @@ def test_only_the_latest_items_are_shown(source: HistorySource, latest: int) -> 
         assert (few.rows % 10).tolist() == few.label_ids.tolist()
 
 
+@pytest.mark.parametrize(
+    ("kinds", "latest", "shown"),
+    [
+        ("all", -1, [0, 1, 2, 3, 4]),
+        ("answers", -1, [0, 2, 4]),
+        ("preferences", -1, [1, 3]),
+        ("answers", 2, [2, 4]),
+        ("preferences", 1, [3]),
+        ("all", 3, [1, 3, 4]),  # as a plug chooses them: stated preferences stay
+        ("preferences", 0, []),
+    ],
+)
+@pytest.mark.parametrize("source", ["own", "wrong-user"])
+def test_only_items_of_some_kinds_are_shown(source: HistorySource, kinds: str, latest: int, shown: list[int]) -> None:
+    kind_ids = np.array([0, 2, 1, 2, 0], dtype=np.int8)  # answer, preference, rejection, preference, answer
+    samples = [replace(sample, kind_ids=kind_ids) for sample in _samples(USERS)]
+    for sample in with_history(source, samples, seed=3, latest=latest, kinds=kinds):
+        assert (sample.rows % 10).tolist() == shown
+        assert sample.kind_ids.tolist() == kind_ids[shown].tolist()
+
+
 @pytest.mark.parametrize("source", ["none", "own", "wrong-user", "shuffled"])
 def test_texts_and_vectors_come_from_the_same_source_in_the_same_order(source: HistorySource) -> None:
-    assignments = assign_histories(source, USERS, [5] * len(USERS), seed=4, latest=3)
+    assignments = assign_histories(source, USERS, [np.arange(2, 5)] * len(USERS), seed=4)
     rows = [sample.rows.tolist() for sample in with_history(source, _samples(USERS), seed=4, latest=3)]
     texts = _texts(USERS)
     items = [[] if a.source is None else [texts[a.source].history[index] for index in a.items] for a in assignments]

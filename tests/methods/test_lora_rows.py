@@ -45,18 +45,20 @@ def test_a_user_is_trained_on_the_history_that_ends_earliest(stage: tuple[Run, M
     asked = texts[0]
     early = replace(asked, id="early", history=(_item(1, when=date(2020, 1, 1)), _item(2, when=date(2020, 1, 2))))
     late = replace(asked, id="late", history=(_item(2, when=date(2020, 1, 2)), _item(3, when=date(2021, 1, 1))))
-    users = UserLoras(run, models, [late, early], latest=-1, seed=0)
+    users = UserLoras(run, models, [late, early], seed=0)
     assert [item.id for item in users._items(asked.owner)] == ["1", "2"]
-    one = UserLoras(run, models, [late, early], latest=1, seed=0)
-    assert [item.id for item in one._items(asked.owner)] == ["2"]
-    assert UserLoras(run, models, [early], latest=0, seed=0)._items(asked.owner) == []
+    assert UserLoras(run, models, [replace(early, history=())], seed=0)._items(asked.owner) == []
+    rejected = replace(_item(3, when=date(2020, 1, 3)), kind="rejection")
+    stated = HistoryItem("4", (("preference", "Short, please."),), kind="preference")
+    mixed = UserLoras(run, models, [replace(early, history=(*early.history, rejected, stated))], seed=0)
+    assert [item.id for item in mixed._items(asked.owner)] == ["1", "2"]
 
 
 def test_what_is_asked_is_left_out_of_what_is_learned(stage: tuple[Run, Models, list[Sample]]) -> None:
     run, models, texts = stage
     asked = texts[0]
     leaking = replace(asked, history=(_item(1), _item(2, text=asked.query.upper() + "!"), _item(3)))
-    users = UserLoras(run, models, [leaking], latest=-1, seed=0)
+    users = UserLoras(run, models, [leaking], seed=0)
     assert [item.id for item in users._items(asked.owner)] == ["1", "3"]
 
 
@@ -104,7 +106,7 @@ def test_each_sample_is_predicted_with_the_lora_of_its_source(stage: tuple[Run, 
     assert probabilities("plain", range(count)) == bare  # nothing stays in the model
     stored = len(list((run.folder / "users").glob("*.safetensors")))
     assert stored == len({text.owner for text in texts})
-    cost = UserLoras(run, models, texts, latest=-1, seed=0).cost()
+    cost = UserLoras(run, models, texts, seed=0).cost()
     assert cost is not None
     assert cost.bytes > 0
     assert cost.seconds > 0

@@ -16,12 +16,13 @@ from personaplug.cli.main import main
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.data.splits import drawn
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, RunConflict
 from personaplug.evaluation.evaluator import evaluate, predict
 from personaplug.methods import find_method, parse_methods
 from personaplug.methods.context import EvalContext
-from personaplug.run import Models, Run, drawn, open_models
+from personaplug.run import Models, Run, open_models
 from personaplug.training.parts import Trainings
 
 TINY = ["llm=toy", "encoder=hash:32", "dtype=float32", "resamples=100", "seeds=0,1", "train_limit=10"]

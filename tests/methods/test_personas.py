@@ -11,7 +11,7 @@ import torch
 from personaplug.config import PAPER
 from personaplug.encoders import HashEncoder
 from personaplug.encoders.embedding_store import EmbeddingStore
-from personaplug.encoders.encoded_sample import EncodedSample, no_style
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.methods.personas import MeanPersona, RandomVectors
 from personaplug.plug.layers import ColdStart
@@ -23,7 +23,16 @@ from personaplug.plug.saving import PlugSpec
 def _samples(count: int) -> list[EncodedSample]:
     return [
         EncodedSample(
-            str(k), str(k), None, "p", f"query {k}", None, np.arange(k, k + 3), np.zeros(3, np.int16), no_style(3)
+            str(k),
+            str(k),
+            None,
+            "p",
+            f"query {k}",
+            None,
+            np.arange(k, k + 3),
+            np.zeros(3, np.int16),
+            no_style(3),
+            all_answers(3),
         )
         for k in range(count)
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from personaplug.data.task_registry import LAMP_TASKS
-from personaplug.encoders.encoded_sample import EncodedSample, no_style
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.methods.predictions import Predictions, load_predictions, predict_samples, save_predictions
@@ -18,7 +18,9 @@ from personaplug.methods.predictions import Predictions, load_predictions, predi
 TASK = LAMP_TASKS["LaMP_3"]
 NOTHING = np.empty(0, dtype=np.int64)
 PROMPTS = ["short", "the longest of these prompts by far", "in between them"]
-SAMPLES = [EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16), no_style()) for p in PROMPTS]
+SAMPLES = [
+    EncodedSample(p, p, None, p, p, "1", NOTHING, NOTHING.astype(np.int16), no_style(), all_answers()) for p in PROMPTS
+]
 
 
 def _answers(llm: CausalLM, *, decoding: str = "score", batch_size: int = 2) -> Predictions:
@@ -55,7 +57,7 @@ def test_scored_labels_come_with_how_likely_the_right_one_was(toy: CausalLM, mon
     _scores(toy, [[-40.0, 0, 0, 0, 0], [low] * 5, [-1.0, low, low, low, low]], monkeypatch)
     made = _answers(toy)
     expected = [[40 + np.log(4), 1], [np.inf, 1], [0, 1]]  # not cut short, and no reward for what overflowed
-    found = made.nll_statistics()
+    found = made.likelihoods()
     assert found is not None
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -67,7 +69,7 @@ def test_surprises_survive_the_file(toy: CausalLM, monkeypatch: pytest.MonkeyPat
     save_predictions(made, tmp_path / "a.json", key=[1])
     again = load_predictions(tmp_path / "a.json", key=[1])
     assert again is not None
-    np.testing.assert_array_equal(again.nll_statistics(), made.nll_statistics())
+    np.testing.assert_array_equal(again.likelihoods(), made.likelihoods())
 
 
 def test_each_decision_has_its_answer(toy: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

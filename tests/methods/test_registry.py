@@ -41,6 +41,9 @@ def test_bad_list_is_refused(text: str) -> None:
         "plug+",
         "+bm25:1",
         "plug+profile",
+        "stated:2",
+        "stated+",
+        "bm25:4+stated",
         "plain@wrong-user",
         "wrong-user@wrong-user",
         "lora@wrong-user",
@@ -116,6 +119,10 @@ def test_profile_and_lora_rows() -> None:
     assert isinstance(both, LanguageModelMethod)
     assert both.texts == PromptTexts(Retrieval("bm25", 4), profile=True)
     assert both.info.parents == ("bm25:4",)
+    stated = find_method("stated+bm25:4")
+    assert isinstance(stated, LanguageModelMethod)
+    assert stated.texts == PromptTexts(Retrieval("bm25", 4), stated=True)
+    assert (stated.soft, stated.info.parents) == (None, ("bm25:4", "stated"))
     assert find_method("lora").info.history == "none"
     assert find_method("lora-per-user").requires == (LORA,)
     assert find_method("lora-per-user").info.parents == ("lora",)
@@ -129,6 +136,8 @@ def test_profile_and_lora_rows() -> None:
         "instruction+dense:2",
         "profile",
         "profile+bm25:4",
+        "stated",
+        "stated+bm25:4",
         "lora-per-user",
         "ropg:4",
         "classical",

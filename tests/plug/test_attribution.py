@@ -9,7 +9,7 @@ import pytest
 import torch
 from plugs import WIDTH, build_plug
 
-from personaplug.encoders.encoded_sample import EncodedHistory, no_style
+from personaplug.encoders.encoded_sample import EncodedHistory, all_answers, no_style
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import drift, item_weights, leave_one_out
 from personaplug.plug.layers import ColdStart
@@ -18,7 +18,7 @@ from personaplug.plug.personalizer import Personalizer
 
 def _history(rng: np.random.Generator, *, items: int = 3) -> EncodedHistory:
     vectors = rng.normal(size=(items, WIDTH)).astype(np.float16)
-    return EncodedHistory(vectors, np.full(items, -1, dtype=np.int16), no_style(items))
+    return EncodedHistory(vectors, np.full(items, -1, dtype=np.int16), no_style(items), all_answers(items))
 
 
 def test_drift_does_not_depend_on_the_tokens_of_a_cold_start() -> None:

@@ -9,41 +9,44 @@ import numpy as np
 import pytest
 import torch
 
+from personaplug.data.records import ITEM_KINDS
 from personaplug.encoders import HashEncoder
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND
 from personaplug.errors import ShapeMismatch
 from personaplug.plug.layers import Aggregator, DotAttention, FrozenQueryEncoder, MeanPooling, OptionHint
 
 QUERY = torch.tensor([[1.0, 0.0]])
 ITEMS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
-KINDS = (DotAttention, MeanPooling)
+AGGREGATORS = (DotAttention, MeanPooling)
+ANSWERS = torch.zeros(3, dtype=torch.int64)
 
 
 def test_dot_attention_weights_are_a_softmax_of_dot_products() -> None:
     raw = [math.exp(1.0), math.exp(0.0), math.exp(0.6)]
     expected = torch.tensor([value / sum(raw) for value in raw])
-    torch.testing.assert_close(DotAttention()(QUERY, ITEMS, lengths=[3]), expected)
+    torch.testing.assert_close(DotAttention()(QUERY, ITEMS, lengths=[3], kind_ids=ANSWERS), expected)
 
 
 def test_dot_attention_temperature_divides_the_scores() -> None:
     raw = [math.exp(10.0), math.exp(0.0), math.exp(6.0)]
     expected = torch.tensor([value / sum(raw) for value in raw])
-    torch.testing.assert_close(DotAttention(0.1)(QUERY, ITEMS, lengths=[3]), expected)
+    torch.testing.assert_close(DotAttention(0.1)(QUERY, ITEMS, lengths=[3], kind_ids=ANSWERS), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AGGREGATORS)
 def test_aggregator_weighs_each_user_apart(kind: type[Aggregator]) -> None:
     aggregator = kind()
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    together = aggregator(queries, ITEMS, lengths=[1, 2])
-    torch.testing.assert_close(together[:1], aggregator(queries[:1], ITEMS[:1], lengths=[1]))
-    torch.testing.assert_close(together[1:], aggregator(queries[1:], ITEMS[1:], lengths=[2]))
+    together = aggregator(queries, ITEMS, lengths=[1, 2], kind_ids=ANSWERS)
+    torch.testing.assert_close(together[:1], aggregator(queries[:1], ITEMS[:1], lengths=[1], kind_ids=ANSWERS[:1]))
+    torch.testing.assert_close(together[1:], aggregator(queries[1:], ITEMS[1:], lengths=[2], kind_ids=ANSWERS[1:]))
     assert together[1:].sum(dim=0).tolist() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AGGREGATORS)
 def test_aggregator_user_without_items_has_no_weights_and_finite_gradients(kind: type[Aggregator]) -> None:
     query = QUERY.repeat(2, 1).requires_grad_()
-    weights = kind()(query, ITEMS, lengths=[0, 3])
+    weights = kind()(query, ITEMS, lengths=[0, 3], kind_ids=ANSWERS)
     assert weights.shape == (3,)
     if kind is not MeanPooling:
         weights[0].backward()
@@ -54,24 +57,55 @@ def test_aggregator_user_without_items_has_no_weights_and_finite_gradients(kind:
 
 
 def test_mean_pooling_weighs_all_items_alike() -> None:
-    assert MeanPooling()(QUERY, ITEMS[:2], lengths=[2]).tolist() == [0.5, 0.5]
+    assert MeanPooling()(QUERY, ITEMS[:2], lengths=[2], kind_ids=ANSWERS[:2]).tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AGGREGATORS)
 def test_aggregator_weights_with_shrinkage_sum_to_less_than_one(kind: type[Aggregator]) -> None:
-    weights = kind(shrinkage=True)(QUERY, ITEMS, lengths=[3])
+    weights = kind(shrinkage=True)(QUERY, ITEMS, lengths=[3], kind_ids=ANSWERS)
     assert 0 < weights.sum() < 1
+
+
+@pytest.mark.parametrize("kind", AGGREGATORS)
+def test_preferences_have_half_of_the_weight_among_any_number_of_answers(kind: type[Aggregator]) -> None:
+    items = torch.nn.functional.normalize(torch.randn(402, 2), dim=-1)
+    kind_ids = torch.zeros(402, dtype=torch.int64)
+    kind_ids[[7, 300]] = PREFERENCE_KIND
+    weights = kind(kinds=True)(QUERY, items, lengths=[402], kind_ids=kind_ids)
+    assert weights[kind_ids == PREFERENCE_KIND].sum().item() == pytest.approx(0.5)
+    assert weights.sum().item() == pytest.approx(1)
+    blind = kind(kinds=False)(QUERY, items, lengths=[402], kind_ids=kind_ids)
+    assert blind[kind_ids == PREFERENCE_KIND].sum() < 0.1
+
+
+@pytest.mark.parametrize("kind", AGGREGATORS)
+@pytest.mark.parametrize("kind_id", range(len(ITEM_KINDS)))
+def test_history_of_one_kind_is_weighed_as_without_kinds(kind: type[Aggregator], kind_id: int) -> None:
+    kind_ids = torch.full((3,), kind_id)
+    weights = [
+        kind(shrinkage=True, kinds=kinds)(QUERY, ITEMS, lengths=[3], kind_ids=kind_ids) for kinds in (True, False)
+    ]
+    torch.testing.assert_close(*weights)
+
+
+def test_share_of_preferences_gets_a_gradient() -> None:
+    attention = DotAttention(kinds=True)
+    weights = attention(QUERY, ITEMS, lengths=[3], kind_ids=torch.tensor([0, PREFERENCE_KIND, 0]))
+    weights[1].backward()
+    assert attention.preference_share is not None
+    assert attention.preference_share.grad is not None
+    assert attention.preference_share.grad.item() == pytest.approx(0.25)  # of a sigmoid at 0
 
 
 def test_aggregator_vectors_of_two_widths_are_refused() -> None:
     with pytest.raises(ShapeMismatch, match="2 values and the items have 3"):
-        DotAttention()(QUERY, torch.zeros(1, 3), lengths=[1])
+        DotAttention()(QUERY, torch.zeros(1, 3), lengths=[1], kind_ids=ANSWERS)
 
 
 @pytest.mark.parametrize("lengths", [[2], [1, 2], [4]])
 def test_aggregator_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
     with pytest.raises(ShapeMismatch, match="3 items together"):
-        DotAttention()(QUERY, ITEMS, lengths=lengths)
+        DotAttention()(QUERY, ITEMS, lengths=lengths, kind_ids=ANSWERS)
 
 
 def test_option_hint_equals_its_formula_and_is_zero_for_equal_options() -> None:

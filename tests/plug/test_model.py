@@ -49,7 +49,7 @@ def test_plug_before_training_makes_tokens_of_the_models_embedding_scale() -> No
     torch.manual_seed(0)
     plug = PersonaPlug(PAPER, spec=PlugSpec(wide, 0.13, encoder.identity), encoder=encoder)
     vectors = torch.from_numpy(encoder.encode(["an item"]))
-    history = HistoryBatch(vectors, (1,), torch.tensor([-1]), torch.from_numpy(no_style(1)))
+    history = HistoryBatch(vectors, (1,), torch.tensor([-1]), torch.from_numpy(no_style(1)), torch.tensor([0]))
     size = plug(["x"], history).vectors.pow(2).mean(dim=-1).sqrt()
     assert size[0, 0].item() == pytest.approx(0.13, rel=0.2)
     assert size[0, 1].item() == pytest.approx(0.13, rel=0.2)
@@ -58,10 +58,8 @@ def test_plug_before_training_makes_tokens_of_the_models_embedding_scale() -> No
 def test_plug_rows_of_a_batch_do_not_depend_on_each_other() -> None:
     plug, history = build_plug(), build_history()
     together = plug(QUERIES, history).vectors
-    parts = (history.vectors, history.label_ids, history.style)
-    rows = zip(*(split_by_user(part, (4, 2, 0)) for part in parts), strict=True)
-    for row, (vectors, label_ids, style) in enumerate(rows):
-        alone = plug(QUERIES[row : row + 1], HistoryBatch(vectors, (len(vectors),), label_ids, style)).vectors
+    for row, items in enumerate(split_by_user(torch.arange(6), (4, 2, 0))):
+        alone = plug(QUERIES[row : row + 1], history.select(items, lengths=(len(items),))).vectors
         torch.testing.assert_close(together[row : row + 1], alone)
 
 
@@ -85,11 +83,8 @@ def test_plug_with_users_without_items_only_has_finite_gradients() -> None:
 
 def test_plug_persona_does_not_depend_on_the_order_of_items() -> None:
     plug, history = build_plug(), build_history(lengths=(4, 4, 4))
-    parts = (history.vectors, history.label_ids, history.style)
-    vectors, label_ids, style = (
-        torch.cat([own.flip(0) for own in split_by_user(part, history.lengths)]) for part in parts
-    )
-    turned = HistoryBatch(vectors, history.lengths, label_ids, style)
+    reversed_items = torch.cat([own.flip(0) for own in split_by_user(torch.arange(12), history.lengths)])
+    turned = history.select(reversed_items, lengths=history.lengths)
     torch.testing.assert_close(plug(QUERIES, history).vectors, plug(QUERIES, turned).vectors)
 
 
@@ -126,8 +121,7 @@ def test_plug_comparing_options_has_one_more_token_and_so_has_its_control() -> N
     assert soft.shape == (3, 3, OUT)
     assert plug.config.soft_tokens == INSTRUCTION.plug_config(plug.config).soft_tokens == 3
     assert not soft[1, 2].any()
-    vectors, label_ids, style = (part[:4] for part in (history.vectors, history.label_ids, history.style))
-    alone = HistoryBatch(vectors, (4,), label_ids, style)
+    alone = history.select(torch.arange(4), lengths=(4,))
     torch.testing.assert_close(plug(QUERIES[:1], alone, options=options[:1]).vectors, soft[:1])
     stranger = replace(history, vectors=-history.vectors)
     assert not torch.allclose(plug(QUERIES, stranger, options=options).vectors[0, 2], soft[0, 2])

@@ -13,7 +13,6 @@ import torch
 from plugs import QUERIES, WIDTH, build_history, build_plug, head_of
 
 from personaplug.encoders import HashEncoder, QueryEncoder
-from personaplug.plug.history_batch import HistoryBatch
 
 
 def test_head_items_in_bfloat16_give_nearly_the_same_persona() -> None:
@@ -89,7 +88,8 @@ def test_head_item_without_label_adds_nothing_to_the_hidden_layer() -> None:
     projector = head_of(build_plug(answer_channel="label", labels=("a", "b", "c"))).projector
     vectors = build_history().vectors
     none = torch.full((len(vectors),), -1)
-    hidden = projector.hidden(vectors, label_ids=none, style=vectors.new_empty(len(vectors), 0))
+    answers = torch.zeros_like(none)
+    hidden = projector.hidden(vectors, label_ids=none, style=vectors.new_empty(len(vectors), 0), kind_ids=answers)
     expected = torch.nn.functional.linear(vectors, projector.inner.weight * projector.input_scale, projector.inner.bias)
     torch.testing.assert_close(hidden, torch.nn.functional.gelu(expected))
 
@@ -100,7 +100,7 @@ def test_head_with_shrinkage_leaves_less_to_the_population_with_every_item(state
     own = build_history(lengths=(12,))
     left = []
     for items in range(13):
-        part = HistoryBatch(own.vectors[:items], (items,), own.label_ids[:items], own.style[:items])
+        part = own.select(torch.arange(items), lengths=(items,))
         left.append(1 - head.item_weights(QUERIES[:1], part).sum().item())
     assert left[0] == 1
     assert all(more > less > 0 for more, less in pairwise(left))
@@ -113,7 +113,7 @@ def test_head_with_shrinkage_mixes_the_population_persona_into_that_of_the_items
     torch.nn.init.normal_(head.population)
     with torch.no_grad():
         weights = head.item_weights(QUERIES, history)
-        hidden = head.projector.hidden(history.vectors, label_ids=history.label_ids, style=history.style)
+        hidden = head._hidden(history)
         each = torch.nn.functional.linear(hidden, head.projector.outer.weight, head.projector.outer.bias)
         persona = head(QUERIES, history)[:, 0]
     for row, items in enumerate((slice(0, 4), slice(4, 6), slice(6, 6))):

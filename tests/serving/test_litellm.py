@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live_server import open_service, served
+from live_server import free_port, open_service, served
 
 from personaplug.llm.causal_lm import CausalLM
 
@@ -76,9 +75,7 @@ def _proxy(url: str, folder: Path) -> Iterator[openai.OpenAI]:
         f'  - {{model_name: toy-user, {toy}, allowed_openai_params: ["user"]}}}}\n'
         "general_settings: {forward_client_headers_to_llm_api: true}\n"
     )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     key = f"sk-{secrets.token_hex(24)}"
     command = [PYTHON.parent / "litellm", "--config", folder / "litellm.yaml", "--host", "127.0.0.1", "--port", port]
     process = subprocess.Popen(

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import httpx
 import openai
 import pytest
 import torch
-from live_server import CONFIG, ENCODER, TASK, served
+from live_server import CONFIG, ENCODER, TASK, free_port, served
 
 from personaplug.errors import ConfigError, MissingModel
 from personaplug.infra.model_hub import LLMIdentity, find_model
@@ -55,10 +54,7 @@ def folder() -> Path:
 @contextmanager
 def vllm(folder: Path, *arguments: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A vLLM server of the model; its address."""
-    if not port:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    port = port or free_port()
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "small"]
     command += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
     command += ["--max-num-seqs", "16", "--enforce-eager", *arguments]

@@ -124,6 +124,7 @@ def test_task_is_published(url: str) -> None:
     assert about["wordings"] == ["How would the user rate this? review: {query} Answer with one number."]
     assert (about["name"], about["kind"], about["labels"]) == ("Films", "rating", list(LABELS))
     assert (about["item_fields"], about["answer_field"]) == (["text", "score"], "score")
+    assert about["item_kinds"] == ["answer"]
 
 
 def _expected(service: Service, toy: CausalLM) -> list[float]:

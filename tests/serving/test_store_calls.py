@@ -19,6 +19,7 @@ from stores import SECRET
 from personaplug.errors import MissingData, StorageError, UserErased
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
+from personaplug.serving.feedback import Feedback
 from personaplug.serving.openai_protocol import ChatRequest
 from personaplug.serving.persona_cache import PersonaCache
 from personaplug.serving.service import Service
@@ -144,9 +145,9 @@ def test_question_before_an_erasure_elsewhere_does_not_become_history(service: S
             elsewhere.erase_user("shop", "ann")
         after = await service.respond(chat("ann"), tenant="shop")
         with pytest.raises(Exception, match="No request of this id"):
-            await service.add_feedback("shop", "ann", request_id=before.id, answer="1")
+            await service.add_feedback("shop", "ann", request_id=before.id, feedback=Feedback("1"))
         assert service.store.count("shop", "ann") == 0
-        assert (await service.add_feedback("shop", "ann", request_id=after.id, answer="1")).new == 1
+        assert (await service.add_feedback("shop", "ann", request_id=after.id, feedback=Feedback("1"))).new == 1
 
     run(service, work)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -73,6 +74,20 @@ def test_answers_that_come_back_may_hold_what_answers_show(stand_in: StandIn, ad
     messages = [{"role": role, "content": text} for role, text in turns]
     ask(address, table_of(), engine_request("chat", {"messages": messages}, None))
     assert stand_in.bodies[-1]["messages"] == messages
+
+
+def test_arguments_of_tools_may_hold_an_escaped_emoji(stand_in: StandIn, address: str) -> None:
+    function = {"name": "f", "arguments": json.dumps({"a": "\N{GRINNING FACE}"})}
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    body = {"messages": [{"role": "user", "content": "a"}, turn, {"role": "tool", "content": "b"}]}
+    ask(address, table_of(), engine_request("chat", body, None))
+    assert stand_in.bodies[-1]["messages"] == body["messages"]
+
+
+@pytest.mark.parametrize("messages", ["x", None, [1], {"role": "user"}])
+def test_a_completion_with_messages_is_no_failure(stand_in: StandIn, address: str, messages: object) -> None:
+    ask(address, table_of(), engine_request("completion", {"prompt": "a", "messages": messages}, None))
+    assert stand_in.bodies[-1]["prompt"] == "a"
 
 
 def test_control_tokens_in_a_prompt_are_sent_as_text(stand_in: StandIn, address: str) -> None:

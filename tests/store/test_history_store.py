@@ -12,7 +12,7 @@ from cheap_encoder import CheapEncoder
 from stores import ENCODER, LABELS, Place, add, add_encoded, encoded, item, item_ids, vector_of
 
 from personaplug.data.records import HistoryItem
-from personaplug.encoders.style_features import text_style
+from personaplug.encoders.style_features import FEATURES, text_style
 from personaplug.errors import ConfigError, MissingData, UserErased
 from personaplug.store import writes
 from personaplug.store.history_store import HistoryStore, Retention
@@ -57,7 +57,7 @@ def test_list_items_latest_returns_newest_oldest_first(store: HistoryStore) -> N
 
 def test_load_history_unknown_user_is_empty(store: HistoryStore) -> None:
     history = store.load_history("t", "nobody")
-    assert (history.vectors.shape, history.label_ids.shape, history.style.shape) == ((0, 32), (0,), (0, 20))
+    assert (history.vectors.shape, history.label_ids.shape, history.style.shape) == ((0, 32), (0,), (0, len(FEATURES)))
     assert history.version == 0 == store.version("t", "nobody")
     assert store.list_items("t", "nobody") == []
 

@@ -12,6 +12,7 @@ import pytest
 from cheap_encoder import CheapEncoder
 from stores import ENCODER, Place, add, add_encoded, encoded, item, item_ids
 
+from personaplug.encoders.style_features import FEATURES
 from personaplug.errors import ItemError, MissingData, PersonaPlugError, ShapeMismatch, StorageError, UserError
 from personaplug.store import writes
 from personaplug.store.history_store import HistoryStore
@@ -65,8 +66,8 @@ def test_longest_id_is_accepted(store: HistoryStore) -> None:
         ("label_ids", np.array([0, 3], dtype=np.int16), ItemError),
         ("label_ids", np.array([-2, 0], dtype=np.int16), ItemError),
         ("label_ids", np.zeros(1, dtype=np.int16), ShapeMismatch),
-        ("style", np.zeros((2, 19), dtype=np.float16), ShapeMismatch),
-        ("style", np.full((2, 20), np.nan, dtype=np.float16), ItemError),
+        ("style", np.zeros((2, len(FEATURES) - 1), dtype=np.float16), ShapeMismatch),
+        ("style", np.full((2, len(FEATURES)), np.nan, dtype=np.float16), ItemError),
         ("users", ["u"], ShapeMismatch),
     ],
 )

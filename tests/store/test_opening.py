@@ -124,8 +124,8 @@ def test_open_later_format_raises(tmp_path: Path) -> None:
     place = Place(str(tmp_path / "store.db"))
     place.open().close()
     with sqlite3.connect(place.where) as connection:
-        connection.execute("UPDATE history_store SET format = 3")
-    with pytest.raises(UserError, match="format 3; this version reads format 2"):
+        connection.execute("UPDATE history_store SET format = 4")
+    with pytest.raises(UserError, match="format 4; this version reads format 3"):
         place.open()
 
 

@@ -18,7 +18,7 @@ def bodies_of(rows: Sequence[bytes]) -> list[bytes]:
     numbers = range(len(rows))
     styles = [np.full(len(FEATURES), number, dtype="<f2").tobytes() for number in numbers]
     keys, days = [5000 + number for number in numbers], [700_000] * len(rows)
-    return encode_bodies(keys, days, label_ids=[1] * len(rows), styles=styles, vectors=rows)
+    return encode_bodies(keys, days, label_ids=[1] * len(rows), kind_ids=[0] * len(rows), styles=styles, vectors=rows)
 
 
 def decode(rows: Sequence[bytes], *, width: int) -> Bodies:
@@ -67,7 +67,7 @@ def test_decode_bodies_other_order_raises(order: list[int]) -> None:
 
 def test_decode_bodies_of_zeros_swapped_words_or_other_user_raises() -> None:
     rows = bodies_of(encode_vectors(np.arange(16).reshape(2, 8), width=8))
-    swapped = rows[0][:56] + rows[0][64:72] + rows[0][56:64] + rows[0][72:]
+    swapped = rows[0][:120] + rows[0][128:136] + rows[0][120:128] + rows[0][136:]
     for damage in ([bytes(len(rows[0]))], [swapped]):
         with pytest.raises(StorageError, match="damaged"):
             decode(damage, width=8)

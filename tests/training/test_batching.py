@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers
 from personaplug.errors import ConfigError
 from personaplug.training.batching import Augmentation, augment_history, epoch_batches, micro_batches, user_split
 
@@ -23,6 +23,7 @@ def _sample(name: int, user: str, *, items: int = 10) -> EncodedSample:
         rows=np.arange(items),
         label_ids=np.arange(items, dtype=np.int16),
         style=np.arange(items, dtype=np.float16)[:, None],
+        kind_ids=all_answers(items),
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
+from personaplug.data.records import Prompt, characters
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError, MissingData
 from personaplug.llm.base import PromptBatch
@@ -105,7 +106,7 @@ def test_timed_batches_are_full_with_the_longest_prompts_last(tmp_path: Path, mo
     config = load_config(overrides=SETTINGS)
     models = open_models(config)
     reader = open_dataset(tmp_path, "train", task=load_task(tmp_path))
-    batches: list[list[str]] = []
+    batches: list[list[Prompt]] = []
     real = models.llm.loss
 
     def noted(batch: PromptBatch, targets: list[str], **rest: Any) -> Any:
@@ -117,7 +118,7 @@ def test_timed_batches_are_full_with_the_longest_prompts_last(tmp_path: Path, mo
     *timed, _, _, last, _, _ = batches  # each part ends with its validation, with histories and without
     assert [len(batch) for batch in timed] == [4, 4, 4, 4]
     by_length = sorted((len(sample.prompt) for sample in reader), reverse=True)
-    assert sum(map(len, last)) >= 0.9 * sum(by_length[:4])
+    assert sum(map(characters, last)) >= 0.9 * sum(by_length[:4])
     assert len({prompt for batch in timed for prompt in batch}) > 9
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
@@ -10,6 +11,7 @@ from personaplug.data.benchmarks.lamp_qa import LampQAReader
 from personaplug.data.benchmarks.longlamp import LongLampReader
 from personaplug.data.benchmarks.peft_u import PeftUReader
 from personaplug.data.benchmarks.personal_llm import PersonalLLMReader
+from personaplug.data.benchmarks.prefeval import PrefEvalReader
 from personaplug.data.record_reader import Limits
 from personaplug.data.task import Reader
 from personaplug.errors import ConfigError, nearest
@@ -23,6 +25,9 @@ BENCHMARKS: dict[str, ReaderFactory] = {
     "longlamp": LongLampReader,
     "peft-u": PeftUReader,
     "personal-llm": PersonalLLMReader,
+    "prefeval-explicit": partial(PrefEvalReader, form="explicit"),
+    "prefeval-choice": partial(PrefEvalReader, form="choice"),
+    "prefeval-persona": partial(PrefEvalReader, form="persona"),
 }
 
 

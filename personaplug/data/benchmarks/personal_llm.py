@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from personaplug.data.benchmarks.base import SPLITS, check_split, published_records, split_files
-from personaplug.data.parsing import as_id, as_number, name_of, text_of, value_of
+from personaplug.data.parsing import as_number, id_of, name_of, text_of, value_of
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
@@ -167,7 +167,7 @@ def _choose(row: _Row, weights: NDArray[np.float64], *, choices: int, rng: np.ra
 
 
 def _row_id(record: Mapping[str, Any], number: int) -> str:
-    return as_id(record["prompt_id"], "its 'prompt_id'") if "prompt_id" in record else f"row-{number}"
+    return id_of(record, "prompt_id") if "prompt_id" in record else f"row-{number}"
 
 
 def _row(record: Mapping[str, Any], row_id: str) -> _Row:

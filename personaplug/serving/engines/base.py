@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from personaplug.config import ModelConfig
+from personaplug.data.records import Prompt, characters
 from personaplug.errors import RequestError
 from personaplug.infra.model_hub import LLMIdentity
 from personaplug.llm.ngram_cache import UserNgramCache
@@ -83,16 +84,16 @@ class Engine(ABC):
         """
         return None
 
-    async def check_texts(self, prompt: str, answer: str = "", *, choices: Sequence[str] = ()) -> None:
-        """Check the texts of an explanation, before a persona is made; RequestError if they are too long."""
-        self.check_length(len(prompt) + len(answer))
+    async def check_texts(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> None:
+        """Check the texts of an explanation before anything else reads them; RequestError if they are too long."""
+        self.check_length(characters(prompt) + len(answer))
 
     @abstractmethod
     async def respond(self, request: EngineRequest) -> EngineReply:
         """Answer one request; RequestError if the engine does not support it, EngineFailure if the model fails."""
 
     async def log_likelihoods(
-        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
+        self, prompt: Prompt, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
         """Return log p of an answer under each soft prompt, all of one shape; RequestError if it cannot be measured."""
         raise RequestError(

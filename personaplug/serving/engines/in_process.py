@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from personaplug.config import ModelConfig
+from personaplug.data.records import Prompt, characters
 from personaplug.errors import ConfigError, EngineFailure, RequestError
 from personaplug.llm.base import GenerationConfig, LanguageModel, PromptBatch
 from personaplug.llm.causal_lm import CausalLM
@@ -137,18 +138,17 @@ class InProcessEngine(Engine):
         finally:
             job.cancel()  # has no effect on a job that has ended
 
-    async def check_texts(self, prompt: str, answer: str = "", *, choices: Sequence[str] = ()) -> None:
-        self.check_length(len(prompt) + len(answer))
+    async def check_texts(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> None:
+        self.check_length(characters(prompt) + len(answer))
         try:
             await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)
         finally:
             self.llm.prompt_tokenizer.clear_cache()
 
     async def log_likelihoods(
-        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
+        self, prompt: Prompt, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str] = ()
     ) -> list[float]:
         """Measure in passes, between which other requests go on."""
-        self.check_length(len(prompt) + len(answer))
         log_likelihoods: list[float] = []
         try:
             rows = await asyncio.to_thread(self._rows_per_pass, prompt, answer, choices=choices)
@@ -160,10 +160,13 @@ class InProcessEngine(Engine):
             self.llm.prompt_tokenizer.clear_cache()  # its cache holds the user's words, which must not outlast the user
         return log_likelihoods
 
-    def _rows_per_pass(self, prompt: str, answer: str, *, choices: Sequence[str]) -> int:
+    def _rows_per_pass(self, prompt: Prompt, answer: str, *, choices: Sequence[str]) -> int:
         """How many soft prompts fit in one pass; RequestError if the prompt or the answer is too long."""
         tokenizer = self.llm.prompt_tokenizer
-        prompt_tokens = tokenizer.encode_prompt(prompt)
+        try:
+            prompt_tokens = tokenizer.encode_prompt(prompt)
+        except ConfigError as error:  # the template refuses these roles
+            raise RequestError(str(error), code="messages") from None
         (answer_ids,) = tokenizer.encode_targets([answer], labels=choices)
         if prompt_tokens.truncated:
             raise too_long(tokenizer.max_tokens)
@@ -175,7 +178,7 @@ class InProcessEngine(Engine):
 
     @torch.no_grad()
     def _score(
-        self, prompt: str, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
+        self, prompt: Prompt, answer: str, *, softs: Sequence[SoftPrompt | None], choices: Sequence[str]
     ) -> list[float]:
         personas = [soft for soft in softs if soft is not None]
         batch = PromptBatch([prompt] * len(softs), SoftPrompt.cat(personas) if personas else None)

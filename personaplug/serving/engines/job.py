@@ -52,9 +52,9 @@ class Job:
         row: Slot,
         *,
         decode: Callable[[Sequence[int]], str],
-        stop_texts: tuple[str, ...] = (),
-        closed_set: ClosedSet | None = None,
-        tenant: str = "",
+        stop_texts: tuple[str, ...],
+        closed_set: ClosedSet | None,
+        tenant: str,
     ) -> None:
         self.row, self.closed_set, self.tenant = row, closed_set, tenant
         self.is_cancelled = False  # whether nobody waits for it any more

@@ -121,14 +121,16 @@ class VLLMEngine(Engine):
         if self.max_model_len is not None and characters > self.max_model_len * self.table.longest_token:
             raise too_long(self.max_model_len)
 
-    async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> None:
+    async def prepare(self, body: ChatRequest | CompletionRequest, *, choices: Sequence[str] = ()) -> bool:
         self.check_length(body.characters)
         table, max_tokens = self.table, self.max_model_len
         await asyncio.to_thread(check_body, body, choices=choices, table=table, max_tokens=max_tokens)
+        return True  # `respond` checks what no `prepare` has checked
 
     async def respond(self, request: EngineRequest) -> EngineReply:
         """Pass a request on; vLLM's refusals reach the caller with its own words and status."""
-        await self.prepare(request.body, choices=request.choices)
+        if not request.prepared:
+            await self.prepare(request.body, choices=request.choices)
         content = await asyncio.to_thread(self._body, request)  # embedding a long prompt takes a while
         streams, is_chat = bool(request.body.stream), request.body.kind == "chat"
         url = self.url + _ROUTES[request.body.kind]

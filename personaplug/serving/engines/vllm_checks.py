@@ -63,7 +63,7 @@ class ServerFacts:
 
     name: str
     max_model_len: int | None
-    salts_personas: bool = False
+    salts_personas: bool
 
 
 class StartChecks:
@@ -75,7 +75,7 @@ class StartChecks:
         table: EmbeddingTable,
         width: int,
         placement: str,
-        chat_date: str | None = None,
+        chat_date: str | None,
     ) -> None:
         self._fetch, self.url, self.table = fetch, url, table
         self.width, self.placement, self.chat_date = width, placement, chat_date

@@ -40,8 +40,7 @@ from personaplug.serving.openai_protocol import ChatRequest, CompletionRequest, 
 PLACEHOLDER = "<prompt_embeds>"
 EMBEDS = "prompt_embeds"  # a field of a completion, and a type of content in a chat
 _MAX_BIAS = 100.0
-_ESCAPED_ANY = re.compile(r"\\u([0-9a-fA-F]{4})")
-_ESCAPED = re.compile(r"\\u00([2-7][0-9a-fA-F])")
+_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 _OF_FREE_TEXT = frozenset((
     "max_tokens", "max_completion_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "bad_words",
     "include_stop_str_in_output", "allowed_token_ids", "frequency_penalty", "presence_penalty", "repetition_penalty",
@@ -211,7 +210,7 @@ def _check_fields(body: dict[str, Any], *, choices: Sequence[str]) -> None:
     for name, value in body.items():
         if name not in _PASSED and value is not None and value not in NEUTRAL.get(name, ()):
             raise RequestError(f"vLLM is not sent the field {shown_field(name)}; leave it out.", code="unsupported")
-    for turn in body.get("messages", ()):
+    for turn in _messages(body):
         unknown = [name for name, value in turn.items() if value and name not in _MESSAGE_FIELDS]
         if unknown:
             message = f"A message has no field {shown_field(unknown[0])}; leave it out."
@@ -224,8 +223,7 @@ def _check_fields(body: dict[str, Any], *, choices: Sequence[str]) -> None:
 def _check_placeholder(body: dict[str, Any]) -> None:
     """Refuse the placeholder wherever a template might write it into a prompt."""
     text = "\0".join(leaf for leaf in json_leaves(body) if isinstance(leaf, str))
-    # Arguments of tools are JSON within a string, which vLLM parses again before its template writes them.
-    plain = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text).replace("\\", "")
+    plain = _unescaped(text).replace("\\", "")
     # Some templates join the parts of a message with nothing between them.
     texts = [text for part in _parts(body) for name, text in part.items() if name != "type" and isinstance(text, str)]
     if PLACEHOLDER in plain or PLACEHOLDER in "".join("".join(texts).split()):
@@ -248,12 +246,17 @@ def _check_control_tokens(body: dict[str, Any], table: EmbeddingTable) -> None:
     for message in _rendered(body):
         is_answer = message.get("role") == "assistant"
         for text in _rendered_texts(message):
-            plain = _ESCAPED_ANY.sub(lambda match: chr(int(match[1], 16)), text).replace("\\/", "/")
-            control = table.find_control(plain, special_only=is_answer)
+            control = table.find_control(_unescaped(text).replace("\\/", "/"), special_only=is_answer)
             if control is not None:
                 raise RequestError(
                     f"A message may not hold {control}, which the model reads as a control token.", code="reserved_text"
                 )
+
+
+def _unescaped(text: str) -> str:
+    """Arguments of tools are JSON within a string, which vLLM parses again before its template writes them."""
+    plain = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
+    return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # joins the halves of emoji
 
 
 def _rendered_texts(message: dict[str, Any]) -> list[str]:

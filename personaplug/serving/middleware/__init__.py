@@ -36,42 +36,40 @@ class RequestLimits:
     items: int = 1000  # that one request may add to a history
 
 
-@dataclass(frozen=True)
-class Guards:
-    """What the middlewares of a server are made of."""
+def middlewares(
+    *,
+    api_keys: ApiKeys,
+    limits: RequestLimits,
+    telemetry: Telemetry,
+    places: Budget,
+    origins: Sequence[str],
+    routes: Sequence[BaseRoute],
+) -> list[Middleware]:
+    """The middlewares of a server, outermost first: a request is refused before it costs anything."""
+    is_open = api_keys.is_open
+    memory = Budget(_BODIES_IN_MEMORY * limits.body_bytes, is_shared=not is_open)
+    return [
+        Middleware(MetricsMiddleware, telemetry=telemetry),
+        *([_cors(origins)] if origins else []),
+        Middleware(ErrorMiddleware),
+        Middleware(SingleHeadersMiddleware),
+        *([Middleware(LoopbackHostMiddleware)] if is_open else []),
+        Middleware(PathMiddleware),
+        Middleware(OriginMiddleware, allowed=origins),
+        Middleware(ApiKeyMiddleware, api_keys=api_keys),
+        Middleware(RouteMiddleware, routes=routes),
+        Middleware(JsonOnlyMiddleware),
+        Middleware(PlacesMiddleware, places=places, memory=memory, running=telemetry.running),
+        Middleware(BodyMiddleware, max_bytes=limits.body_bytes, timeout_s=limits.body_seconds),
+        Middleware(DisconnectMiddleware),
+    ]
 
-    api_keys: ApiKeys
-    limits: RequestLimits
-    telemetry: Telemetry
-    places: Budget
-    origins: Sequence[str]
-    routes: Sequence[BaseRoute]
 
-    def middlewares(self) -> list[Middleware]:
-        """The middlewares, outermost first: a request is refused before it costs anything."""
-        limits, is_open = self.limits, self.api_keys.is_open
-        memory = Budget(_BODIES_IN_MEMORY * limits.body_bytes, is_shared=not is_open)
-        return [
-            Middleware(MetricsMiddleware, telemetry=self.telemetry),
-            *([self._cors()] if self.origins else []),
-            Middleware(ErrorMiddleware),
-            Middleware(SingleHeadersMiddleware),
-            *([Middleware(LoopbackHostMiddleware)] if is_open else []),
-            Middleware(PathMiddleware),
-            Middleware(OriginMiddleware, allowed=self.origins),
-            Middleware(ApiKeyMiddleware, api_keys=self.api_keys),
-            Middleware(RouteMiddleware, routes=self.routes),
-            Middleware(JsonOnlyMiddleware),
-            Middleware(PlacesMiddleware, places=self.places, memory=memory, running=self.telemetry.running),
-            Middleware(BodyMiddleware, max_bytes=limits.body_bytes, timeout_s=limits.body_seconds),
-            Middleware(DisconnectMiddleware),
-        ]
-
-    def _cors(self) -> Middleware:
-        return Middleware(
-            CORSMiddleware,
-            allow_origins=self.origins,
-            allow_methods=CORS_METHODS,
-            allow_headers=CORS_HEADERS,
-            expose_headers=EXPOSED_HEADERS,
-        )
+def _cors(origins: Sequence[str]) -> Middleware:
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=CORS_METHODS,
+        allow_headers=CORS_HEADERS,
+        expose_headers=EXPOSED_HEADERS,
+    )

@@ -12,10 +12,11 @@ from personaplug.errors import ConfigError, RequestError
 from personaplug.serving.api_keys import is_loopback
 from personaplug.serving.middleware.base import HttpMiddleware, is_api_path
 
-CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
+CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 CORS_HEADERS = ("Authorization", "Content-Type", "X-Personaplug-User")
 EXPOSED_HEADERS = (
     *("Retry-After", "X-Request-Id", "X-Personaplug-Persona", "X-Personaplug-Items", "X-Personaplug-Persona-Scale"),
+    "X-Personaplug-Reason",
 )
 
 
@@ -56,7 +57,7 @@ class JsonOnlyMiddleware(HttpMiddleware):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != "application/json":
+        if scope["method"] in ("POST", "PUT") and kind != "application/json":
             message = "A body is JSON: send the header `Content-Type: application/json`."
             raise RequestError(message, http_status=415, code="content_type")
         await self.app(scope, receive, send)

@@ -17,6 +17,9 @@ from personaplug.serving.readiness import Readiness
 from personaplug.serving.service import Service
 from personaplug.serving.telemetry import Telemetry
 
+MAX_TEXT = 100_000
+"""Characters of one field of an item. Encoders read a few thousand."""
+
 
 @dataclass(frozen=True)
 class ServerParts:
@@ -48,3 +51,4 @@ Tenant = Annotated[str, Depends(_tenant)]
 PathId = Annotated[Name, BeforeValidator(decode_segment)]
 UserId = Annotated[PathId, Path(description="The user's id, percent-encoded.")]
 ItemId = Annotated[PathId, Path(description="The item's id, percent-encoded.")]
+RequestId = Annotated[PathId, Path(description="The request's id, percent-encoded.")]

@@ -10,20 +10,22 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from personaplug.data.records import Chat, Prompt
 from personaplug.errors import RequestError
 from personaplug.serving.explanations import Explainer
+from personaplug.serving.feedback import Feedback, feedback_ids
 from personaplug.serving.json_bodies import JsonRoute
-from personaplug.serving.json_stream import json_pages, pages_of, stream_json
-from personaplug.serving.openai_protocol import Name, Text
-from personaplug.serving.routes.dependencies import ItemId, Parts, Tenant, UserId
+from personaplug.serving.json_stream import json_pages, stream_json
+from personaplug.serving.openai_protocol import Messages, Name, Text
+from personaplug.serving.routes.dependencies import MAX_TEXT, ItemId, Parts, RequestId, Tenant, UserId
 from personaplug.serving.service import Service
 
 router = APIRouter(prefix="/v1/users/{user}", route_class=JsonRoute)
 
-MAX_TEXT = 100_000
-"""Characters of one field of an item. Encoders read a few thousand."""
-
 _MAX_LISTED = 10_000  # items in one reply
+
+_Answer = Text | int | float | None
+_SYSTEM_ROLES = {"developer": "system"}
 
 
 class HistoryPost(BaseModel):
@@ -31,26 +33,48 @@ class HistoryPost(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    items: list[dict[str, Any]] | None = Field(None, description="Items of the task: an id, its fields, a date.")
+    items: list[dict[str, Any]] | None = Field(
+        None,
+        description="Items: an id, a date and the task's fields; in place of the answer perhaps `rejected`; or a "
+        "`preference` alone.",
+    )
     request_id: Name | None = Field(None, description="X-Request-Id of an earlier answer to this user.")
-    answer: Text | int | float | None = Field(None, description="The text that the user kept for that request.")
+    answer: _Answer = Field(None, description="The text that the user kept for that request.")
+    rejected: _Answer = Field(None, description="The text that the user did not want, alone or beside `answer`.")
+    rating: _Answer = Field(None, description="`up` if the user kept that answer as it was, `down` if not.")
 
     @model_validator(mode="after")
     def _check_form(self) -> HistoryPost:
         forms = [self.items is not None, self.request_id is not None, bool(self.model_extra)]
-        if sum(forms) != 1 or ((self.request_id is None) != (self.answer is None) and not self.model_extra):
-            raise ValueError("give `items`, or `request_id` with `answer`, or the fields of one item")
+        if sum(forms) != 1 or ((self.request_id is None) == bool(self._declared) and not self.model_extra):
+            raise ValueError(
+                "give `items`, or `request_id` with `answer`, `rejected` or `rating`, or the fields of one item"
+            )
         texts = (text for record in self.records for text in record.values() if isinstance(text, str))
         if max(map(len, texts), default=0) > MAX_TEXT:
             raise ValueError(f"a field of an item has at most {MAX_TEXT:,} characters")
         return self
 
+    @model_validator(mode="after")
+    def _check_rating(self) -> HistoryPost:
+        is_given = self.request_id is not None and self.rating is not None
+        if is_given and (self.rating not in ("up", "down") or len(self._declared) > 1):
+            raise ValueError("a `rating` is `up` or `down`, and stands alone beside `request_id`")
+        return self
+
     @property
     def records(self) -> list[dict[str, Any]]:
-        """The items; the fields of a single one are the undeclared fields and perhaps `answer`."""
-        if self.items is not None:
-            return self.items
-        return [(self.model_extra or {}) | ({"answer": self.answer} if self.answer is not None else {})]
+        """The items; the fields of a single one are those that are not declared here, and those of feedback."""
+        return self.items if self.items is not None else [(self.model_extra or {}) | self._declared]
+
+    @property
+    def feedback(self) -> Feedback:
+        return Feedback(**self._declared)
+
+    @property
+    def _declared(self) -> dict[str, Any]:
+        fields = {"answer": self.answer, "rejected": self.rejected, "rating": self.rating}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class ExplainPost(BaseModel):
@@ -58,21 +82,33 @@ class ExplainPost(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Text = Field(min_length=1)
+    prompt: Text | None = Field(None, min_length=1, description="What is asked, if it is the only message.")
+    messages: Messages | None = Field(None, description="A conversation up to the user's last message.")
     answer: Text | None = Field(None, min_length=1, description="Whose likelihood to compare.")
     most: int = Field(20, ge=1, le=512, description="Number of items to list.")
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> ExplainPost:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give `prompt` or `messages`")
+        return self
+
+    @property
+    def asked(self) -> Prompt:
+        """The prompt, or the conversation with the roles of training."""
+        turns = [(_SYSTEM_ROLES.get(turn.role, turn.role), turn.text) for turn in self.messages or ()]
+        return self.prompt if self.prompt is not None else Chat(tuple(turns))
 
 
 @router.post("/history", summary="Add to a history")
 async def add(user: UserId, post: HistoryPost, tenant: Tenant, parts: Parts) -> dict[str, int]:
     service, limit = parts.service, parts.limits.items
     if post.request_id is not None:
-        result = await service.add_feedback(tenant, user, request_id=post.request_id, answer=post.answer)
-    elif len(post.records) > limit:
+        feedback = post.feedback
+        return (await service.add_feedback(tenant, user, request_id=post.request_id, feedback=feedback))._asdict()
+    if len(post.records) > limit:
         raise RequestError(f"At most {limit} items a request; found {len(post.records)}.", code="too_many")
-    else:
-        result = await service.add_records(tenant, user, records=post.records)
-    return result._asdict()
+    return (await service.add_records(tenant, user, records=post.records))._asdict()
 
 
 @router.get("/history", summary="A user's items, oldest first")
@@ -86,6 +122,13 @@ async def list_history(
 @router.delete("/history/{item}", summary="Remove an item")
 async def delete_item(user: UserId, item: ItemId, tenant: Tenant, parts: Parts) -> dict[str, bool]:
     await parts.service.store_threads.run(tenant, user, parts.service.store.delete_item, tenant, user, item)
+    return {"deleted": True}
+
+
+@router.delete("/feedback/{request}", summary="Remove what was learned from a request")
+async def delete_feedback(user: UserId, request: RequestId, tenant: Tenant, parts: Parts) -> dict[str, bool]:
+    store = parts.service.store
+    await parts.service.store_threads.run(tenant, user, store.delete_item, tenant, user, *feedback_ids(request))
     return {"deleted": True}
 
 
@@ -103,8 +146,8 @@ async def erase(user: UserId, tenant: Tenant, parts: Parts) -> dict[str, Any]:
 @router.post("/explain", summary="Which items made the persona, and what an answer owes to them")
 async def explain(user: UserId, post: ExplainPost, tenant: Tenant, parts: Parts) -> Response:
     explainer = Explainer(parts.service)
-    explanation = await explainer.explain(tenant, user, prompt=post.prompt, answer=post.answer, most=post.most)
-    pages = json_pages(explanation, pages_of(explanation.pop("items")))
+    explanation = await explainer.explain(tenant, user, prompt=post.asked, answer=post.answer, most=post.most)
+    pages = json_pages(explanation, explanation.pop("items"))
     return await stream_json(parts.service, tenant, user, pages=pages)
 
 
@@ -116,4 +159,4 @@ async def drift(user: UserId, since: date, until: date, tenant: Tenant, parts: P
 def _history_pages(service: Service, tenant: str, user: str, *, latest: int) -> Iterator[bytes]:
     head = {"user": user, "count": service.store.count(tenant, user)}
     items = service.store.list_items(tenant, user, latest=latest)
-    yield from json_pages(head, pages_of([service.item_fields(item) for item in items]))
+    yield from json_pages(head, [service.item_fields(item) for item in items])

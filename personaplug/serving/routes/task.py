@@ -14,7 +14,7 @@ router = APIRouter()
 
 @router.get("/v1/task", summary="The plug's task, and the wording of its prompts")
 async def task(tenant: Tenant, parts: Parts) -> dict[str, Any]:
-    return parts.service.prompts.describe()
+    return parts.service.prompts.describe() | {"item_kinds": parts.service.personas.plug.known_kinds}
 
 
 @router.post("/v1/responses", include_in_schema=False)

@@ -1,0 +1,63 @@
+"""ALOE (arXiv 2410.03642): conversations with a preferred answer and others at every turn.
+
+The repository ShujinWu-0814/ALOE draws at random which answer the user sees, and the conversation goes on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from personaplug.data.conversations.base import ConversationFormat
+from personaplug.data.conversations.messages import Message, Verdict, moment_of, present
+from personaplug.data.parsing import Flaw, as_record, as_text, text_of, value_of
+
+_ANSWERS = ("preferred", "rejected")
+
+
+class Aloe(ConversationFormat):
+    """`{"conversations": [{"user", "assistant": {"preferred", "rejected"}, "chosen": "preferred"}, …]}`.
+
+    `rejected` is a text or a list of texts. `chosen` names the answer that the user saw; of several rejected ones, it
+    is the first. The target of a turn is the preferred answer. An item of the history is the answer that the user saw:
+    an exchange if it was the preferred one, else a rejection.
+
+    The published conversations have no users. The history of a turn is the earlier turns of its own conversation, so
+    the first turn has none.
+    """
+
+    form = '"conversations" of "user" and "assistant"'
+    has_users = False
+
+    def fits(self, record: Mapping[str, Any]) -> bool:
+        return is_aloe(record)
+
+    def messages(self, record: Mapping[str, Any]) -> list[Message]:
+        messages = []
+        for number, turn in enumerate(record["conversations"], 1):
+            try:
+                messages += _turn(present(as_record(turn)))
+            except Flaw as flaw:
+                raise Flaw(f"turn {number} of its 'conversations': {flaw}") from None
+        return messages
+
+
+def is_aloe(record: Mapping[str, Any]) -> bool:
+    """Return whether a record's conversation consists of turns with several answers."""
+    turns = record.get("conversations")
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "assistant" in turns[0]
+
+
+def _turn(turn: Mapping[str, Any]) -> list[Message]:
+    moment, answers = moment_of(turn), present(as_record(value_of(turn, "assistant")))
+    preferred = text_of(answers, "preferred").strip()
+    others = value_of(answers, "rejected")
+    texts = [as_text(text, "a rejected answer").strip() for text in (others if isinstance(others, list) else [others])]
+    if (chosen := value_of(turn, "chosen")) not in _ANSWERS:
+        raise Flaw("its 'chosen' is neither 'preferred' nor 'rejected'")
+    if chosen == "rejected" and not texts:
+        raise Flaw("its 'chosen' is 'rejected', and there is no rejected answer")
+    shown = preferred if chosen == "preferred" else texts[0]
+    verdict = Verdict(preferred, tuple(texts), is_all_shown=False)
+    asked = Message("user", text_of(turn, "user").strip(), moment)
+    return [asked, Message("assistant", shown, moment, verdict=verdict)]

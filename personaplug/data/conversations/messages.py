@@ -1,0 +1,139 @@
+"""Messages as all formats of conversations give them: a role, a text, a time, and what the user made of a reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any, Literal
+
+from personaplug.data.parsing import Flaw, as_datetime, as_record, as_text, name_of, value_of
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+TOOL_CALLS = "turns with tool calls"
+NO_TEXT = "turns with images or other parts that are no text"
+WEIGHT_ZERO = "replies of weight 0"
+TIME_KEYS = ("time", "timestamp", "created_at", "date")
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Verdict:
+    """What the user made of a reply.
+
+    Attributes:
+        rejected: answers that the user did not want; one without text is "".
+        is_all_shown: False if the user saw only the reply that stands in the conversation.
+    """
+
+    kept: str
+    rejected: tuple[str, ...] = ()
+    is_all_shown: bool = True
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        text: without blanks at its ends; "" if there is no text.
+        defect: why the message's turn is no sample; "" if it may be one.
+        verdict: None for a reply that nobody judged, such as those in the prompt of a pair.
+    """
+
+    role: Role
+    text: str
+    moment: datetime | None = None
+    defect: str = ""
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class MessageKeys:
+    """The keys of a message, and the roles by their names in a format."""
+
+    role: str
+    text: str
+    roles: Mapping[str, Role]
+
+
+CHAT_KEYS = MessageKeys(
+    "role",
+    "content",
+    MappingProxyType({
+        "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+        "function": "tool",
+    }),
+)  # fmt: skip
+"""OpenAI's messages, which TRL takes too."""
+
+
+def present(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values that are not null; in Parquet, every record has all keys."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def moment_of(values: Mapping[str, Any]) -> datetime | None:
+    """Return the time of a record or message, if it has one."""
+    for key in TIME_KEYS:
+        if key in values:
+            return as_datetime(value_of(values, key), f"its {key!r}")
+    return None
+
+
+def messages_of(record: Mapping[str, Any], key: str, *, keys: MessageKeys = CHAT_KEYS) -> list[Message]:
+    """Convert a record's list of messages."""
+    value = value_of(record, key)
+    if not isinstance(value, list):
+        raise Flaw(f"its {key!r} is not a list of messages")
+    messages = []
+    for number, raw in enumerate(value, 1):
+        try:
+            messages.append(_message_of(present(as_record(raw)), keys))
+        except Flaw as flaw:
+            raise Flaw(f"message {number} of its {key!r}: {flaw}") from None
+    return messages
+
+
+def kept(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose replies the user kept."""
+    return [replace(one, verdict=Verdict(one.text)) if one.role == "assistant" else one for one in messages]
+
+
+def paired(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]) -> list[Message]:
+    """Return a conversation that ends with a chosen answer, whose verdict holds the rejected one.
+
+    Nobody judged the replies in the prompt, so they are only its context.
+    """
+    answer = next((number for number, message in enumerate(chosen) if message.role == "assistant"), None)
+    if answer is None or not any(message.role == "assistant" for message in rejected):
+        raise Flaw("its pair of answers lacks a message of the assistant")
+    other = next(message.text for message in rejected if message.role == "assistant")
+    answers = kept(chosen)
+    answers[answer] = replace(answers[answer], verdict=Verdict(chosen[answer].text, (other,)))
+    return [*prompt, *answers]
+
+
+def _message_of(values: Mapping[str, Any], keys: MessageKeys) -> Message:
+    role = keys.roles.get(name_of(values, keys.role).strip().lower())
+    if role is None:
+        raise Flaw(f"its {keys.role!r} is none of {', '.join(keys.roles)}")
+    text, defect = _text_of(values, keys.text)
+    if role == "tool" or values.get("tool_calls") or values.get("function_call"):
+        defect = TOOL_CALLS
+    elif role == "assistant" and values.get("weight") == 0:
+        defect = defect or WEIGHT_ZERO
+    return Message(role, text.strip(), moment_of(values), defect)
+
+
+def _text_of(values: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """Return the text of a message, and the reason why it is no sample, if there are parts that are no text."""
+    content = values.get(key, "")
+    if not isinstance(content, list):
+        return as_text(content, f"its {key!r}"), ""
+    parts = [present(as_record(part)) for part in content]
+    texts = [as_text(part.get("text", ""), "a part") for part in parts if part.get("type") in _TEXT_PARTS]
+    return "\n".join(texts), NO_TEXT if len(texts) < len(parts) else ""

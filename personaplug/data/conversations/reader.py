@@ -1,0 +1,176 @@
+"""Read conversations as a data set: a sample is a reply that the user kept, with the user's earlier conversations.
+
+All records are held in memory, because those of a user may be anywhere in the files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Unpack
+
+from personaplug.data.conversations.base import ConversationFormat
+from personaplug.data.conversations.messages import TIME_KEYS, moment_of, present
+from personaplug.data.conversations.timeline import Entry, Line, Timeline, timeline_of
+from personaplug.data.conversations.turns import conversation_of
+from personaplug.data.parsing import Flaw, as_id, as_record, id_of, name_of, short_id
+from personaplug.data.record_files import JSON_KINDS, RecordSource, record_source
+from personaplug.data.record_reader import Limits, RecordReader
+from personaplug.data.records import PREFERENCE, Sample
+from personaplug.data.task_registry import CHAT
+from personaplug.errors import ConfigError
+
+MAX_SAMPLES_PER_USER = 32
+
+_USER_KEYS = ("user", "user_id")
+_CONVERSATION = "conversation_id"
+
+
+class ConversationReader(RecordReader):
+    """Samples from files of conversations, or from mappings in memory.
+
+    A sample is a reply that the user kept: the prompt is the user's message, the context what stood before it. The
+    history holds the user's exchanges, rejections and stated preferences of other conversations at strictly earlier
+    times; without any times, those of earlier lines. A reply without history is no sample. A conversation of a format
+    that has no users is a user of its own; see `ConversationFormat`.
+
+    Users come in the order of their first record, their samples in the order of time.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[object],
+        formats: Sequence[ConversationFormat],
+        *,
+        max_samples_per_user: int = MAX_SAMPLES_PER_USER,
+        **limits: Unpack[Limits],
+    ) -> None:
+        """Open the sources; of a user with more samples than the maximum, as many are spread over the time."""
+        if max_samples_per_user < 1:
+            raise ConfigError(f"max_samples_per_user should be at least 1, found {max_samples_per_user}.")
+        self._sources = [record_source(source, kinds=(*JSON_KINDS, ".parquet")) for source in sources]
+        super().__init__(CHAT, origin=", ".join(source.name for source in self._sources), **limits)
+        self._formats, self._max_samples = tuple(formats), max_samples_per_user
+
+    def _samples(self) -> Iterator[Sample]:
+        users: dict[str, list[Line]] = {}
+        for line in self._without_missing_times(list(self._lines())):
+            users.setdefault(line.user, []).append(line)
+        self.report.users = len(users)
+        for user, lines in users.items():
+            timeline = timeline_of(lines)
+            self.report.copies += timeline.copies
+            for index in self._asked(timeline):
+                yield self._sample(user, timeline, index)
+
+    def _reason_for_nothing(self) -> str:
+        return (
+            f"{super()._reason_for_nothing()} A reply is a sample if its user has an earlier item from another "
+            f"conversation."
+        )
+
+    def _lines(self) -> Iterator[Line]:
+        names = _Names()
+        for source in self._sources:
+            for position, _, record in source.read(()):
+                self.report.rows += 1
+                try:
+                    yield self._line(source, position, present(as_record(record)), names)
+                except Flaw as flaw:
+                    self._skip(source.name, position, flaw)
+
+    def _line(self, source: RecordSource, position: str, values: Mapping[str, Any], names: _Names) -> Line:
+        format_, moment = self._format_of(values), moment_of(values)
+        name = id_of(values, "id") if "id" in values else f"row-{self.report.rows}"
+        named = _user_of(values)
+        if named is None and (format_ is None or format_.has_users):
+            raise Flaw(f"its {' or '.join(map(repr, _USER_KEYS))} is missing; a history needs to know whose it is")
+        user = name if named is None else named
+        if format_ is None:
+            stated = name_of(values, PREFERENCE).strip()
+            entry = Entry(names.new(name, user), moment, preference=stated)
+            return Line(source.name, position, user, _keys(values, name), (entry,))
+        conversation = conversation_of(format_.messages(values), moment=moment)
+        self.report.left_out.update(conversation.left_out)
+        entries = tuple(Entry(names.new(name, user), one.kept_at, one) for one in conversation.exchanges)
+        keys = _keys(values, name, conversation.start)
+        return Line(source.name, position, user, keys, entries, is_alone=named is None)
+
+    def _format_of(self, values: Mapping[str, Any]) -> ConversationFormat | None:
+        """Return the format of a record; None stands for a stated preference."""
+        format_ = next((one for one in self._formats if one.fits(values)), None)
+        if format_ is None and PREFERENCE not in values:
+            forms = "; ".join(one.form for one in self._formats)
+            raise Flaw(f"it has an unknown form; expected the keys {forms}; or {PREFERENCE!r}")
+        return format_
+
+    def _without_missing_times(self, lines: Sequence[Line]) -> Iterator[Line]:
+        """Yield the lines; if any of them has a time, skip those without."""
+        is_timed = any(entry.moment for line in lines for entry in line.entries)
+        for line in lines:
+            if is_timed and not all(_has_times(entry) for entry in line.entries):
+                flaw = Flaw(f"it has no time, but other records have one; give each a {' or '.join(TIME_KEYS)}")
+                self._skip(line.file, line.position, flaw)
+            else:
+                yield line
+
+    def _asked(self, timeline: Timeline) -> list[int]:
+        """Return the indices of a user's samples."""
+        exchanges = [index for index, entry in enumerate(timeline.entries) if entry.exchange]
+        clear = [index for index in exchanges if index not in timeline.unclear]
+        asked = [index for index in clear if timeline.is_alone or any(timeline.history(index))]
+        self.report.unclear += len(exchanges) - len(clear)
+        self.report.too_early += len(clear) - len(asked)
+        excess = max(len(asked) - self._max_samples, 0)
+        self.report.left_out += Counter({f"replies beyond {self._max_samples} samples of their user": excess})
+        return _spread(asked, self._max_samples)
+
+    def _sample(self, user: str, timeline: Timeline, index: int) -> Sample:
+        entry = timeline.entries[index]
+        assert entry.exchange is not None
+        exchange = entry.exchange
+        return self._sample_of(
+            entry.id,
+            user,
+            exchange.question,
+            target=exchange.kept,
+            items=[item for other in timeline.history(index) for item in other.items],
+            context=exchange.context,
+            rejected=exchange.rejected,
+        )
+
+
+class _Names:
+    """Ids of entries: the record's, and the number of the entry among all of that id."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._users: dict[str, str] = {}
+
+    def new(self, name: str, user: str) -> str:
+        if self._users.setdefault(name, user) != user:
+            raise Flaw(f"a record of another user has its id {short_id(name)}")
+        self._counts[name] += 1
+        return as_id(f"{name}/{self._counts[name]}", "its id with the number of the turn")
+
+
+def _user_of(values: Mapping[str, Any]) -> str | None:
+    return next((id_of(values, key) for key in _USER_KEYS if key in values), None)
+
+
+def _keys(values: Mapping[str, Any], name: str, start: int | None = None) -> tuple[tuple[str, Any], ...]:
+    """Return what the lines of a conversation share."""
+    if _CONVERSATION in values:
+        return (("id", name), (_CONVERSATION, id_of(values, _CONVERSATION)))
+    return (("id", name), *((("start", start),) if start is not None else ()))
+
+
+def _has_times(entry: Entry) -> bool:
+    return entry.moment is not None and (entry.exchange is None or entry.exchange.asked_at is not None)
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    """Return at most `count` of the indices at equal distances, the last one included."""
+    if len(indices) <= count:
+        return list(indices)
+    return sorted(indices[len(indices) - 1 - number * len(indices) // count] for number in range(count))

@@ -1,0 +1,242 @@
+"""Simulated users who ask about everyday topics and want answers in their own manners.
+
+An answer is three neutral sentences on the topic, rewritten by rule. Train and dev have other topics and other
+combinations of manners; no topic of a question is in its user's history.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from personaplug.data.closed_questions import closed_questions
+from personaplug.data.manner_wording import INSTRUCTIONS, stated
+from personaplug.data.manners import DIMENSIONS, NONE, ONE, PROSE, SEVERAL_SENTENCES, VALUES, Manners
+from personaplug.data.records import PREFERENCE, HistoryItem, Sample, Turn
+from personaplug.data.simulated_users import SimulatedQuery
+
+SYSTEM_MESSAGE = "You are a helpful assistant."
+
+_DEV_TOPICS = 40
+_DEV_COMBINATIONS = 0.25  # share of all combinations of manners
+_NONE_CHANCE = 0.4  # of no emoji, no greeting, no sign-off, no question
+_SILENT_CHANCE = 1 / 3  # of a user who states no preference
+_INSTRUCTED_CHANCE = _CONTEXT_CHANCE = 0.1  # of a train prompt
+_TOPICS_STREAM, _COMBINATIONS_STREAM = 101, 102  # of the random numbers
+
+MAX_TOPICS = _DEV_TOPICS
+"""Topics that a user can have at most, in history and questions."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """An everyday topic: ways to ask about it, and neutral sentences, of which the first one answers alone."""
+
+    name: str
+    asks: tuple[str, ...]
+    sentences: tuple[str, ...]
+
+
+@cache
+def all_topics() -> tuple[Topic, ...]:
+    """Return the topics of the package."""
+    records = json.loads(Path(__file__).with_name("simulated_topics.json").read_text(encoding="utf-8"))
+    return tuple(Topic(r["topic"], tuple(r["asks"]), tuple(r["sentences"])) for r in records)
+
+
+@dataclass(frozen=True)
+class World:
+    """What a seed leaves to train and to dev: topics, and combinations of manners."""
+
+    seed: int
+
+    @cached_property
+    def _topics(self) -> list[Topic]:
+        topics = all_topics()
+        return [topics[index] for index in _shuffled(len(topics), self.seed, _TOPICS_STREAM)]
+
+    @cached_property
+    def _dev_combinations(self) -> frozenset[Manners]:
+        combinations = list(dict.fromkeys(_settled(Manners(*values)) for values in product(*VALUES.values())))
+        order = _shuffled(len(combinations), self.seed, _COMBINATIONS_STREAM)
+        return frozenset(combinations[index] for index in order[: int(_DEV_COMBINATIONS * len(combinations))])
+
+    def topics(self, *, is_dev: bool) -> Sequence[Topic]:
+        """Return the topics of a split."""
+        return self._topics[:_DEV_TOPICS] if is_dev else self._topics[_DEV_TOPICS:]
+
+    def draw_manners(self, rng: np.random.Generator, *, is_dev: bool) -> Manners:
+        """Draw manners that only this split has."""
+        while True:
+            manners = _settled(Manners(*(_draw_value(rng, VALUES[name]) for name in DIMENSIONS)))
+            if (manners in self._dev_combinations) == is_dev:
+                return manners
+
+
+@cache
+def world(seed: int) -> World:
+    """Return the world of a seed."""
+    return World(seed)
+
+
+@dataclass(frozen=True, repr=False)
+class Exchange:
+    """A question and the neutral sentences of its answer."""
+
+    question: str
+    sentences: tuple[str, ...]
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, topic: Topic) -> Exchange:
+        """Draw a way to ask, and which sentences follow the first one."""
+        others = rng.choice(len(topic.sentences) - 1, SEVERAL_SENTENCES - 1, replace=False) + 1
+        sentences = (topic.sentences[0], *(topic.sentences[index] for index in sorted(others)))
+        return cls(topic.asks[int(rng.integers(len(topic.asks)))], sentences)
+
+
+@dataclass(frozen=True, repr=False)
+class MannerlyUser:
+    """A user with manners, of train or of dev."""
+
+    world: World
+    manners: Manners
+    is_dev: bool
+
+    @classmethod
+    def drawn(cls, rng: np.random.Generator, *, seed: int, is_dev: bool) -> MannerlyUser:
+        """Draw a user."""
+        return cls(world(seed), world(seed).draw_manners(rng, is_dev=is_dev), is_dev)
+
+    def queries(self, name: str, rng: np.random.Generator, *, items: int, queries: int) -> list[SimulatedQuery]:
+        """Draw a history of `items` exchanges and some stated preferences, and questions about other topics.
+
+        In train, some questions have messages before them, and some an instruction; each has a rejected answer.
+        """
+        history, exchanges = self._drawn(name, rng, items)
+        if self.is_dev:
+            asked = [_Question(exchange, self.manners) for exchange in exchanges[:queries]]
+        else:
+            pairs = zip(exchanges[:queries], exchanges[queries:], strict=False)
+            asked = [self._train_question(rng, *pair) for pair in pairs]
+        return [question.query(f"{name}-q{index}", name, history) for index, question in enumerate(asked)]
+
+    def instructed(self, name: str, rng: np.random.Generator, *, items: int, dimension: str) -> list[SimulatedQuery]:
+        """Draw the same user's first question, with an instruction that contradicts the manners; none if it does not.
+
+        Args:
+            dimension: what is instructed, of `INSTRUCTIONS`.
+        """
+        history, exchanges = self._drawn(name, rng, items)
+        instruction = INSTRUCTIONS[dimension]
+        if not instruction.contradicts(self.manners):
+            return []
+        asked = _Question(exchanges[0], instruction.obeyed_by(self.manners), wording=instruction.wordings[-1])
+        return [asked.query(f"{name}-q0-{dimension}", name, history)]
+
+    def closed(self, name: str, rng: np.random.Generator, *, items: int, questions: int) -> list[SimulatedQuery]:
+        """Draw closed questions for the same user; whoever answers them loses nothing by the user's manners."""
+        history, _ = self._drawn(name, rng, items)
+        asked = closed_questions(questions, seed=int(rng.integers(2**31)))
+        samples = (
+            Sample(f"{name}-{each.kind}", name, each.prompt, each.prompt, each.answer, history, rejected=each.wrong)
+            for each in asked
+        )
+        return [SimulatedQuery(s, {"mode": s.target or ""}, {"mode": {"answered": 1.0}}) for s in samples]
+
+    def _drawn(self, name: str, rng: np.random.Generator, items: int) -> tuple[tuple[HistoryItem, ...], list[Exchange]]:
+        """Draw the history, and exchanges about the topics that are left."""
+        topics = self.world.topics(is_dev=self.is_dev)
+        exchanges = [Exchange.drawn(rng, topics[index]) for index in rng.permutation(len(topics))]
+        history = self._history(name, rng, exchanges[:items])
+        return history, exchanges[items:]
+
+    def _history(self, name: str, rng: np.random.Generator, exchanges: Sequence[Exchange]) -> tuple[HistoryItem, ...]:
+        texts: list[tuple[str, ...]] = [(each.question, self.manners.apply(each.sentences)) for each in exchanges]
+        for sentence in self._stated(rng):
+            texts.insert(int(rng.integers(len(texts) + 1)), (sentence,))
+        return tuple(_item(f"{name}-i{index}", text) for index, text in enumerate(texts))
+
+    def _stated(self, rng: np.random.Generator) -> list[str]:
+        """Draw stated preferences: for a third of users none, for others one to all of their manners, in any order."""
+        if rng.random() < _SILENT_CHANCE:
+            return []
+        names = [name for name in DIMENSIONS if not (name == "layout" and self.manners.length == ONE)]
+        chosen = rng.permutation(len(names))[: int(rng.integers(1, len(names) + 1))]
+        return [_pick(rng, stated(names[index], getattr(self.manners, names[index]))) for index in chosen]
+
+    def _train_question(self, rng: np.random.Generator, exchange: Exchange, earlier: Exchange) -> _Question:
+        manners, wording = self.manners, ""
+        if rng.random() < _INSTRUCTED_CHANCE:
+            choices = [each for each in INSTRUCTIONS.values() if each.contradicts(manners)]
+            instruction = choices[int(rng.integers(len(choices)))]
+            manners, wording = instruction.obeyed_by(manners), _pick(rng, instruction.wordings[:-1])
+        context = self._context(rng, earlier) if rng.random() < _CONTEXT_CHANCE else ()
+        question = _Question(exchange, manners, wording=wording, context=context)
+        return replace(question, rejected=(self._rejected(rng, question),))
+
+    def _context(self, rng: np.random.Generator, earlier: Exchange) -> tuple[Turn, ...]:
+        if rng.random() < 0.5:
+            return (("system", SYSTEM_MESSAGE),)
+        return ("user", earlier.question), ("assistant", self.manners.apply(earlier.sentences))
+
+    def _rejected(self, rng: np.random.Generator, question: _Question) -> str:
+        """Write the answer in the manners of a stranger."""
+        while True:
+            stranger = self.world.draw_manners(rng, is_dev=self.is_dev)
+            answer = stranger.apply(question.exchange.sentences)
+            if answer != question.answer:
+                return answer
+
+
+@dataclass(frozen=True, repr=False)
+class _Question:
+    exchange: Exchange
+    manners: Manners
+    wording: str = ""
+    context: tuple[Turn, ...] = ()
+    rejected: tuple[str, ...] = ()
+
+    @property
+    def answer(self) -> str:
+        return self.manners.apply(self.exchange.sentences)
+
+    def query(self, sample_id: str, user: str, history: tuple[HistoryItem, ...]) -> SimulatedQuery:
+        """Return the sample; the oracle knows the user's rules, so it is always right."""
+        prompt = f"{self.exchange.question} {self.wording}".rstrip()
+        sample = Sample(
+            sample_id, user, prompt, prompt, self.answer, history, context=self.context, rejected=self.rejected
+        )
+        return SimulatedQuery(sample, {"mode": self.answer}, {"mode": {"manners": 1.0, "rouge_1": 1.0}})
+
+
+def _item(item_id: str, texts: tuple[str, ...]) -> HistoryItem:
+    """Return the item of an exchange, or of a stated preference if there is one text."""
+    if len(texts) == 1:
+        return HistoryItem(item_id, ((PREFERENCE, texts[0]),), kind="preference")
+    return HistoryItem(item_id, tuple(zip(("question", "answer"), texts, strict=True)), "answer")
+
+
+def _settled(manners: Manners) -> Manners:
+    """Return manners in which one sentence is prose, so that equal writing is equal manners."""
+    return replace(manners, layout=PROSE) if manners.length == ONE else manners
+
+
+def _draw_value(rng: np.random.Generator, values: tuple[str, ...]) -> str:
+    if values[0] != NONE:
+        return _pick(rng, values)
+    return NONE if rng.random() < _NONE_CHANCE else _pick(rng, values[1:])
+
+
+def _pick(rng: np.random.Generator, texts: tuple[str, ...]) -> str:
+    return texts[int(rng.integers(len(texts)))]
+
+
+def _shuffled(count: int, seed: int, stream: int) -> list[int]:
+    order: list[int] = np.random.default_rng([seed, stream]).permutation(count).tolist()
+    return order

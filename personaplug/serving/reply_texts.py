@@ -1,0 +1,75 @@
+"""The text of a reply, from its JSON or from its events as they pass, so that feedback can refer to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from personaplug.serving.engines.base import EventStream
+from personaplug.serving.openai_protocol import DONE
+
+_MAX_BODY_BYTES = 2**20  # longer ones are mostly log-probabilities, and parsing them would hold up the event loop
+_MAX_CHARACTERS = 100_000
+
+
+def text_of_reply(body: bytes) -> str | None:
+    """Return the text of a reply in one piece; None if it has none, has several choices, or is too long."""
+    reply = _json_object(body) if len(body) <= _MAX_BODY_BYTES else None
+    texts = _texts(reply, "message") if reply else None
+    return _bounded(texts[0]) if texts and len(texts) == 1 else None
+
+
+class WatchedStream(EventStream):
+    """Passes events on, and calls `on_text` with their text when they end as a whole answer of one choice."""
+
+    def __init__(self, stream: EventStream, *, on_text: Callable[[str], None]) -> None:
+        self._stream, self._on_text = stream, on_text
+        self._text: str | None = ""  # None = it is not kept
+
+    async def __anext__(self) -> bytes:
+        event = await anext(self._stream)
+        if event != DONE:
+            self._text = self._text_with(event)
+        elif self._text and self._text.strip():
+            self._on_text(self._text.strip())
+        return event
+
+    async def aclose(self) -> None:
+        self._text = None
+        await self._stream.aclose()
+
+    def _text_with(self, event: bytes) -> str | None:
+        chunk = _json_object(event.removeprefix(b"data: ")) if self._text is not None else None
+        texts = _texts(chunk, "delta") if chunk else None
+        if self._text is None or texts is None or len(texts) > 1:
+            return None
+        text = self._text + "".join(texts)
+        return text if len(text) <= _MAX_CHARACTERS else None
+
+
+def _texts(body: Mapping[str, Any], field: str) -> list[str] | None:
+    """Return the text of each choice; None if there is another choice than the first, or no choices at all."""
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        return None
+    if any(choice.get("index", 0) != 0 for choice in choices):
+        return None
+    messages = [choice.get(field) for choice in choices]
+    texts = [
+        message.get("content") if isinstance(message, dict) else choice.get("text")
+        for message, choice in zip(messages, choices, strict=True)
+    ]
+    return [text if isinstance(text, str) else "" for text in texts]
+
+
+def _bounded(text: str) -> str | None:
+    return text.strip() or None if len(text) <= _MAX_CHARACTERS else None
+
+
+def _json_object(content: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,260 @@
+"""Rows on conversations, end to end on toy parts: what each shows the model, and how often right answers win."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from personaplug.analysis.tables import results_table
+from personaplug.config_parsing import load_config
+from personaplug.data import open_dataset
+from personaplug.data.lamp_writer import write_lamp
+from personaplug.data.records import Chat, HistoryItem, Prompt, Sample, Turn, turns_of
+from personaplug.data.task_registry import CHAT
+from personaplug.evaluation.evaluator import evaluate
+from personaplug.llm.base import PromptBatch
+from personaplug.methods import find_method, needed_parts, parse_methods
+from personaplug.methods.base import ModelInputs
+from personaplug.methods.context import EvalContext
+from personaplug.run import Run, open_models
+from personaplug.training.parts import train
+
+WORDS = ("tea", "rain", "cats", "bread")
+USERS = ("ann", "bob", "cid")
+SETTINGS = [
+    *("llm=toy", "encoder=hash:32", "dtype=float32", "max_prompt_tokens=400", "batch_size=4", "epochs=1"),
+    *("resamples=200", "evaluation_batch_size=4", "num_beams=1", "max_new_tokens=3", "profile_tokens=8"),
+]
+ROWS = "plain,stated,stated@wrong-user,bm25:2,bm25:2@wrong-user,stated+bm25:1,profile,plug,wrong-user,plug+bm25:1"
+
+
+def _item(user: str, kind: Any, word: str, *, answer: str) -> HistoryItem:
+    fields = (("question", f"What of {word}?"), ("answer", answer))
+    return HistoryItem(f"{user}-{kind}-{word}", fields, "answer", kind=kind)
+
+
+def _said(user: str, text: str) -> HistoryItem:
+    return HistoryItem(f"{user}-{text}", (("preference", text),), kind="preference")
+
+
+def _history(user: str) -> tuple[HistoryItem, ...]:
+    return (
+        *(_item(user, "answer", word, answer=f"{user} likes {word}") for word in WORDS[:3]),
+        _item(user, "rejection", "tea", answer=f"{user} hates tea"),
+        _said(user, f"I am {user}"),
+        _item(user, "answer", "bread", answer=f"{user} likes bread"),
+        _said(user, f"{user} is brief"),
+    )
+
+
+def _sample(user: str, word: str) -> Sample:
+    prompt = f"And what of {word}?"
+    context: tuple[Turn, ...] = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi"))
+    rejected = {"tea": ("no", "never ever"), "rain": ("nothing",), "cats": ()}[word]
+    context = context if word != "rain" else ()
+    return Sample(
+        *(f"{user}-{word}", user, prompt, prompt, f"{user} likes {word}"),
+        history=_history(user),
+        context=context,
+        rejected=rejected,
+    )
+
+
+class Stage:
+    """A run that is trained on conversations, and its evaluations."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "data"
+        for split in ("train", "dev"):
+            samples = [_sample(user, word) for user in USERS for word in WORDS[:3]]
+            write_lamp(samples, self.data, split, task=CHAT)
+        self.config = load_config(overrides=SETTINGS)
+        self.run = Run.create(folder / "run", config=self.config, task=CHAT)
+        self.models = open_models(self.config)
+        parts = needed_parts(parse_methods(ROWS))
+        train(self.run, open_dataset(self.data, "train"), models=self.models, parts=parts)
+
+    def evaluate(self, rows: str, *settings: str) -> Any:
+        return evaluate(
+            self.run,
+            open_dataset(self.data, "dev"),
+            split="dev",
+            methods=parse_methods(rows),
+            config=load_config(overrides=settings, base=self.config).evaluation,
+            models=self.models,
+        )
+
+    def context(self, *settings: str) -> EvalContext:
+        config = load_config(overrides=settings, base=self.config).evaluation
+        return EvalContext(self.run, open_dataset(self.data, "dev"), models=self.models, config=config)
+
+    def inputs(self, row: str, *settings: str) -> ModelInputs:
+        context, method = self.context(*settings), find_method(row)
+        return method.build_inputs(context, context.assign(method.info.history, seed=0), seed=0)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("chats"))
+
+
+def _system(prompt: Prompt) -> str:
+    return "".join(text for role, text in turns_of(prompt) if role == "system")
+
+
+def _exchange(user: str, word: str) -> tuple[Turn, Turn]:
+    return ("user", f"What of {word}?"), ("assistant", f"{user} likes {word}")
+
+
+def _source(inputs: ModelInputs, index: int) -> str:
+    """Return the user whose history a sample is shown."""
+    source = inputs.assignments[index].source
+    assert source is not None
+    return str(inputs.samples[source].user_id)
+
+
+@pytest.mark.parametrize("row", ["stated", "stated@wrong-user"])
+def test_stated_shows_preferences_and_nothing_else(stage: Stage, row: str) -> None:
+    inputs, plain = stage.inputs(row), stage.inputs("plain")
+    for index, (sample, bare) in enumerate(zip(inputs.samples, plain.samples, strict=True)):
+        user = _source(inputs, index)
+        assert (user == sample.user_id) == (row == "stated")
+        said = f"The user has said: I am {user}. {user} is brief."
+        own = turns_of(bare.prompt)
+        system = ("system", f"Be kind.\n\n{said}") if own[0][0] == "system" else ("system", said)
+        assert sample.prompt == Chat((system, *(turn for turn in own if turn[0] != "system")))
+    assert inputs.items_used == [2] * len(inputs.samples)
+    assert inputs.cut_items_rate == 0
+
+
+@pytest.mark.parametrize("row", ["bm25:2", "bm25:2@wrong-user"])
+def test_retrieved_exchanges_are_kept_answers_and_stand_before_the_context(stage: Stage, row: str) -> None:
+    inputs, plain = stage.inputs(row), stage.inputs("plain")
+    for index, (sample, bare) in enumerate(zip(inputs.samples, plain.samples, strict=True)):
+        user, asked = _source(inputs, index), sample.id.split("-")[1]
+        own = turns_of(bare.prompt)
+        start = int(own[0][0] == "system")
+        turns = turns_of(sample.prompt)
+        shown = turns[start : len(turns) - len(own) + start]
+        assert (*turns[:start], *turns[start + len(shown) :]) == own
+        assert len(shown) == 4
+        # Of equal scores the later item is better; the best one stands last.
+        assert shown[2:] == (_exchange(user, f"{asked}") if asked in WORDS else ())
+        assert all(text.startswith(("What of", f"{user} likes")) for _, text in shown)
+        assert _system(sample.prompt) == _system(bare.prompt)
+
+
+def test_stated_and_retrieved_texts_stand_together(stage: Stage) -> None:
+    inputs = stage.inputs("stated+bm25:1")
+    sample = inputs.samples[0]
+    assert sample.id == "ann-tea"
+    assert sample.prompt == Chat(
+        (
+            ("system", "Be kind.\n\nThe user has said: I am ann. ann is brief."),
+            *_exchange("ann", "tea"),
+            ("user", "Hello"),
+            ("assistant", "Hi"),
+            ("user", "And what of tea?"),
+        )
+    )
+    assert inputs.items_used == [3] * len(inputs.samples)
+
+
+def test_profile_is_written_into_the_system_message(stage: Stage) -> None:
+    for sample in stage.inputs("profile").samples:
+        assert "About this user: " in _system(sample.prompt) or not _system(sample.prompt).removeprefix("Be kind.")
+
+
+def test_training_prompts_with_exchanges_keep_their_context(stage: Stage) -> None:
+    from personaplug.training.parts import Trainings
+
+    trainings = Trainings(stage.run, open_dataset(stage.data, "train"), models=stage.models)
+    retrieval = find_method("plug+bm25:1").requires[0].retrieval  # type: ignore[attr-defined]
+    samples = trainings.samples_for(stage.run.config.plug, retrieval=retrieval, seed=0)
+    assert samples[0].prompt == stage.inputs("plug+bm25:1").samples[0].prompt
+    turns = turns_of(samples[0].prompt)
+    assert turns[0] == ("system", "Be kind.")
+    assert turns[1:3] == _exchange("ann", "tea")
+    assert turns[3:] == (("user", "Hello"), ("assistant", "Hi"), ("user", "And what of tea?"))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "items", "stated", "retrieved"), [("answers", 5, 0, 2), ("preferences", 2, 2, 0), ("all", 7, 2, 2)]
+)
+def test_item_kinds_hold_for_every_row(stage: Stage, kinds: str, items: int, stated: int, retrieved: int) -> None:
+    setting = f"item_kinds={kinds}"
+    count = len(stage.context().samples)
+    assert stage.inputs("plug", setting).items_used == [items] * count
+    assert stage.inputs("wrong-user", setting).items_used == [items] * count
+    assert stage.inputs("stated", setting).items_used == [stated] * count
+    assert stage.inputs("bm25:2", setting).items_used == [retrieved] * count
+    assert stage.inputs("user-words", setting).items_used == [items] * count
+
+
+def test_choice_and_margin_are_those_of_the_models_own_losses(stage: Stage) -> None:
+    results = stage.evaluate(ROWS)
+    llm = stage.models.llm
+    for name in ("plain", "stated", "bm25:2@wrong-user"):
+        hits, leads = [], []
+        for sample in stage.inputs(name).samples:
+            answers = [sample.target or "", *sample.rejected]
+            losses, tokens = llm.loss(PromptBatch([sample.prompt] * len(answers)), answers)
+            right, *rejected = (-losses / tokens).tolist()
+            if rejected:
+                hits.append(right > max(rejected))
+                leads.append(right - max(rejected))
+        row = results.by_name[name]
+        assert len(hits) == 6, "samples without rejected answers do not count"
+        assert row.metrics["choice"] == pytest.approx(np.mean(hits))
+        assert row.metrics["margin"] == pytest.approx(np.mean(leads), abs=1e-4)
+    for row in results.rows:
+        assert list(row.metrics) == [*CHAT.metrics, "nll", "choice", "margin"]
+    gains = {pair.metric for pair in results.pairs if (pair.a, pair.b) == ("stated", "stated@wrong-user")}
+    assert gains >= {"nll", "choice", "margin"}
+    assert all(0 < (pair.p or 0) <= 1 for pair in results.pairs if pair.metric == "margin")
+    table = results_table(results)
+    assert "choice ↑" in table
+    assert "margin ↑" in table
+    assert "likelier per token than each rejected one" in table
+
+
+def test_likelihoods_are_kept_for_each_sample_and_not_measured_again(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stage.evaluate("stated")
+    path = stage.run.folder / "evaluations" / "dev" / "stated.seed-0"
+    scores = json.loads(Path(f"{path}.scores.json").read_text())
+    assert {"nll", "choice", "margin"} <= scores[0].keys()
+    assert [line["choice"] is None for line in scores] == [line["id"].endswith("cats") for line in scores]
+    kept = json.loads(Path(f"{path}.predictions.json").read_text())["nll"]
+    assert [len(row) for row in kept[:3]] == [6, 4, 2]
+    monkeypatch.setattr(stage.models.llm, "loss", None)
+    again = stage.evaluate("stated")
+    assert again.by_name["stated"].metrics == first.by_name["stated"].metrics
+
+
+def test_results_name_the_kinds_of_items_that_are_shown(stage: Stage) -> None:
+    assert "items shown preferences" in results_table(stage.evaluate("plain,stated", "item_kinds=preferences"))
+    assert "items shown" not in results_table(stage.evaluate("plain,stated"))
+
+
+def test_rows_behind_soft_tokens_read_each_conversation_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, read = stage.models.llm.prompt_states, list[tuple[int, ...]]()
+    states.clear()
+    real = states.compute
+
+    def noted(rows: Sequence[tuple[int, ...]]) -> Any:
+        read.extend(rows)
+        return real(rows)
+
+    monkeypatch.setattr(states, "compute", noted)
+    for path in (stage.run.folder / "evaluations" / "dev").glob("*.predictions.json"):
+        path.unlink()
+    stage.evaluate("plug,wrong-user,shuffled")
+    prompts = {stage.models.llm.prompt_tokenizer.encode_prompt(s.prompt).ids for s in stage.context().samples}
+    assert sorted(read) == sorted(prompts)

@@ -1,0 +1,93 @@
+"""Prompts of several turns: their tokens, what is cut first, and the position of soft tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from personaplug.data.records import Chat, Turn
+from personaplug.errors import ShapeMismatch
+from personaplug.llm.prompt_tokenizer import PromptTokenizer, without_oldest
+from personaplug.llm.tiny import tiny_tokenizer
+
+SYSTEM: Turn = ("system", "be kind")
+TURNS: tuple[Turn, ...] = (
+    SYSTEM,
+    ("user", "first question"),
+    ("assistant", "first answer"),
+    ("user", "second question"),
+    ("assistant", "second answer"),
+    ("user", "last question"),
+)
+
+
+def tokenizer(max_tokens: int = 512) -> PromptTokenizer:
+    """Return a tokenizer whose template writes each message in one line."""
+    own = tiny_tokenizer()
+    own.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<bot>"
+    return PromptTokenizer(own, max_tokens=max_tokens, is_encoder_decoder=False)
+
+
+def shown(prompts: PromptTokenizer, chat: Chat) -> str:
+    return str(prompts.tokenizer.decode(list(prompts.encode_prompt(chat).ids)))
+
+
+def test_conversation_of_one_message_is_the_message() -> None:
+    prompts = tokenizer()
+    assert prompts.encode_prompt(Chat((("user", "hello"),))) == prompts.encode_prompt("hello")
+
+
+def test_conversation_that_fits_is_whole() -> None:
+    prompts = tokenizer()
+    prompt = prompts.encode_prompt(Chat(TURNS))
+    assert prompt.ids == prompts.encode_chat(TURNS).ids
+    assert not prompt.truncated
+
+
+def test_oldest_exchange_goes_first_and_the_system_message_stays() -> None:
+    whole = tokenizer()
+    size = len(whole.encode_prompt(Chat(TURNS)).ids)
+    without_one = whole.encode_prompt(Chat((SYSTEM, *TURNS[3:]))).ids
+    prompt = tokenizer(size - 1).encode_prompt(Chat(TURNS))
+    assert prompt.ids == without_one
+    assert prompt.truncated
+    without_two = whole.encode_prompt(Chat((SYSTEM, TURNS[-1]))).ids
+    assert tokenizer(len(without_one) - 1).encode_prompt(Chat(TURNS)).ids == without_two
+
+
+def test_end_of_the_last_message_is_cut_when_nothing_else_is_left() -> None:
+    whole = tokenizer()
+    least = whole.encode_prompt(Chat((SYSTEM, TURNS[-1]))).ids
+    prompt = tokenizer(len(least) - 2).encode_prompt(Chat(TURNS))
+    assert len(prompt.ids) == len(least) - 2
+    assert prompt.truncated
+    assert shown(whole, Chat((SYSTEM, ("user", "last")))).split("last")[0] in whole.tokenizer.decode(list(prompt.ids))
+    assert prompt.ids[-1] == least[-1], "the template's end stays"
+
+
+def test_soft_tokens_of_prefix_come_before_the_last_message() -> None:
+    prompts = tokenizer()
+    before = prompts.encode_prompt(Chat(TURNS))
+    head = str(prompts.tokenizer.decode(list(before.ids[: before.soft_position])))
+    assert head.endswith("<user>")
+    assert "second answer" in head
+    later = prompts.encode_prompt(Chat(TURNS), 5)
+    assert str(prompts.tokenizer.decode(list(later.ids[: later.soft_position]))).endswith("last ")
+    with pytest.raises(ShapeMismatch, match="0 to 13"):
+        prompts.encode_prompt(Chat(TURNS), 14)
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (TURNS, (SYSTEM, *TURNS[3:])),
+        (TURNS[1:], TURNS[3:]),
+        ((SYSTEM, TURNS[-1]), (SYSTEM, TURNS[-1])),
+        (TURNS[-1:], TURNS[-1:]),
+        ((SYSTEM, ("assistant", "hi"), TURNS[-1]), (SYSTEM, TURNS[-1])),
+        ((("user", "a"), ("user", "b"), TURNS[-1]), (("user", "b"), TURNS[-1])),
+    ],
+)
+def test_without_oldest_keeps_system_messages_and_the_last_one(
+    turns: tuple[Turn, ...], expected: tuple[Turn, ...]
+) -> None:
+    assert tuple(without_oldest(turns)) == expected

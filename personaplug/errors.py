@@ -89,7 +89,7 @@ class MissingExtra(UserError):
     """An optional dependency is needed and not installed."""
 
     def __init__(self, feature: str, *, extra: str) -> None:
-        super().__init__(f"{feature} needs: pip install 'personaplug[{extra}]'")
+        super().__init__(f"{feature} needs an extra. Install it in the checkout: pip install -e '.[{extra}]'")
 
 
 class ShapeMismatch(UserError):

@@ -225,8 +225,8 @@ class Run:
         folder = self.plug_folder(name, seed=seed)
         if not self.trained(name, seed=seed):
             raise MissingData(
-                f"{folder} holds no finished training. Run the `personaplug train` of this run again with "
-                f"--methods {name}."
+                f"{folder} holds no finished training. Leave {name} out of --methods, or repeat this run's "
+                f"`personaplug train`, with all its settings, and add --methods {name}."
             )
         return folder
 

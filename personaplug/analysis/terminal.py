@@ -15,6 +15,7 @@ from personaplug.analysis.tables import head, notes, tables
 from personaplug.analysis.verdict import verdict
 
 _WIDTH = 120  # if the output is no terminal
+_MIN_USERS = 20  # whose resamples give intervals
 _LEFT_OUT = ("± seeds", "per user", "McNemar p")
 
 
@@ -22,7 +23,8 @@ def terminal_text(results: Results, *, width: int | None = None) -> str:
     """Return results as lines of at most this width, from 80 on; None = the terminal's."""
     width = width or _terminal_width()
     facts, models = head(results)
-    blocks = ["\n".join(_wrapped(line, width) for line in lines) for lines in (verdict(results), [facts, *models])]
+    summary = [*verdict(results), *_caution(results)]
+    blocks = ["\n".join(_wrapped(line, width) for line in lines) for lines in (summary, [facts, *models])]
     blocks += [
         f"{title}:\n{table}" if title else table
         for title, whole in tables(results)
@@ -31,6 +33,13 @@ def terminal_text(results: Results, *, width: int | None = None) -> str:
     shown = [note for note in notes(results) if not note.startswith(_LEFT_OUT)]
     blocks.append("\n".join(_wrapped(f"- {note}", width) for note in shown) if results.rows else "No rows.")
     return "\n\n".join(filter(None, blocks))
+
+
+def _caution(results: Results) -> list[str]:
+    users = results.about.users
+    if users is None or users >= _MIN_USERS:
+        return []
+    return [f"Of {users} users, intervals and p-values say next to nothing; test on {_MIN_USERS} or more."]
 
 
 def _terminal_width() -> int:

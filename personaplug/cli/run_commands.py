@@ -72,19 +72,18 @@ def _open_splits(
 @click.option(
     "--out",
     type=FOLDER,
-    default=Path("runs/quickstart"),
-    show_default=True,
-    help="Where data, run and results go.",
+    help="Where data, run and results go.  [default: runs/quickstart, with --chat runs/quickstart-chat]",
 )
 @click.option("--chat", is_flag=True, help="Conversations in users' manners instead of ratings of films.")
 @with_settings("model", "plug", "training", "evaluation")
-def quickstart(out: Path, chat: bool, config_file: Path | None, settings: tuple[str, ...]) -> None:
+def quickstart(out: Path | None, chat: bool, config_file: Path | None, settings: tuple[str, ...]) -> None:
     """Simulated users, real models: train, compare with the controls, show users side by side. About 10 minutes.
 
     It starts from a few values of its own, to be done in that time; the settings it uses are printed first.
     """
     from personaplug.cli.quickstart import CHATS, RATINGS, run_quickstart
 
+    out = out or Path("runs", "quickstart-chat" if chat else "quickstart")
     run_quickstart(out, demo=CHATS if chat else RATINGS, config_file=config_file, settings=settings)
 
 

@@ -34,7 +34,7 @@ from personaplug.errors import MissingData
 from personaplug.evaluation.provenance import provenance
 from personaplug.infra.atomic_io import write_json
 from personaplug.llm.base import Measure
-from personaplug.methods import Method, ModelInputs
+from personaplug.methods import Method, ModelInputs, needed_parts
 from personaplug.methods.context import EvalContext
 from personaplug.methods.predictions import Predictions, load_predictions, save_predictions
 from personaplug.run import Models, Run
@@ -68,8 +68,7 @@ def evaluate(
         MissingData: if something that a row needs is not trained, or a sample has no answer to compare with.
         ConfigError: if labels are to be scored in a task without labels, or a row does not fit the task.
     """
-    for method in methods:
-        method.check(run.task)  # before any hour is spent on the other rows
+    _check_rows(methods, run)
     evaluator = Evaluator(run, reader, split=split, config=config, models=models, train=train)
     trials = [evaluator.trial(method, seed=seed) for method in methods for seed in evaluator.seeds_of(method)]
     if oracle is not None:
@@ -97,10 +96,18 @@ def predict(
         MissingData: if something that a row needs is not trained.
         ConfigError: if a row does not fit the task.
     """
-    for method in methods:
-        method.check(run.task)
+    _check_rows(methods, run)
     evaluator = Evaluator(run, reader, split=split, config=config, models=models, train=train)
     return [evaluator.predict(method, seed=seed) for method in methods for seed in evaluator.seeds_of(method)]
+
+
+def _check_rows(methods: Sequence[Method], run: Run) -> None:
+    """Check that the rows fit the task and that their parts are trained, before any hour is spent on other rows."""
+    for method in methods:
+        method.check(run.task)
+    for part in needed_parts(methods):
+        for seed in run.config.training.seeds:
+            run.check_trained(part.name, seed=seed)
 
 
 def settings_of(task: Task, config: EvaluationConfig) -> Settings:

@@ -34,6 +34,13 @@ def _put(url: str, user: str, *sentences: object, **fields: Any) -> httpx.Respon
     return httpx.put(f"{url}/v1/users/{user}/preferences", json=body)
 
 
+def _counts(reply: httpx.Response) -> dict[str, int]:
+    """Return what a replacement changed; the plug of these tests reads no preferences."""
+    counts: dict[str, int] = reply.json()
+    assert counts.pop("used") is False
+    return counts
+
+
 def _get(url: str, user: str) -> list[dict[str, Any]]:
     reply = httpx.get(f"{url}/v1/users/{user}/preferences").json()
     assert reply["count"] == len(reply["preferences"])
@@ -47,8 +54,20 @@ def _post(url: str, user: str, *items: dict[str, Any]) -> httpx.Response:
 
 
 def test_preferences_are_replaced_listed_and_removed(url: str) -> None:
-    assert _put(url, "ann", "No horror.", "Old films").json() == {"new": 2, "replaced": 0, "same": 0, "removed": 0}
-    assert _put(url, "ann", "Old films", "No spoilers").json() == {"new": 1, "replaced": 0, "same": 1, "removed": 1}
+    assert _put(url, "ann", "No horror.", "Old films").json() == {
+        "new": 2,
+        "replaced": 0,
+        "same": 0,
+        "removed": 0,
+        "used": False,
+    }
+    assert _put(url, "ann", "Old films", "No spoilers").json() == {
+        "new": 1,
+        "replaced": 0,
+        "same": 1,
+        "removed": 1,
+        "used": False,
+    }
     first, second = _get(url, "ann")
     assert (first["preference"], second["preference"]) == ("Old films", "No spoilers")
     assert first.keys() == {"id", "date", "arrived", "kind", "preference"}
@@ -67,13 +86,19 @@ def test_preferences_are_replaced_listed_and_removed(url: str) -> None:
 def test_same_sentence_is_one_preference_however_it_comes(url: str) -> None:
     assert _post(url, "bob", {"preference": "No horror.", "date": "2024-01-01"}, ITEM).json()["new"] == 2
     assert httpx.post(f"{url}/v1/users/bob/history", json={"preference": "No horror."}).json()["replaced"] == 1
-    assert _put(url, "bob", "No horror.", "No horror.").json() == {"new": 0, "replaced": 0, "same": 2, "removed": 0}
+    assert _put(url, "bob", "No horror.", "No horror.").json() == {
+        "new": 0,
+        "replaced": 0,
+        "same": 2,
+        "removed": 0,
+        "used": False,
+    }
     assert len(_get(url, "bob")) == 1
     assert _put(url, "bob").json()["removed"] == 1
 
 
 def test_preferences_of_nobody_are_none(url: str) -> None:
-    assert _put(url, "nobody").json() == {"new": 0, "replaced": 0, "same": 0, "removed": 0}
+    assert _counts(_put(url, "nobody")) == {"new": 0, "replaced": 0, "same": 0, "removed": 0}
     assert _get(url, "nobody") == []
     assert httpx.delete(f"{url}/v1/users/nobody").status_code == 404
 

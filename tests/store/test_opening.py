@@ -144,7 +144,10 @@ def test_package_import_needs_no_sqlalchemy() -> None:
         "except MissingExtra as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "the store of histories needs: pip install 'personaplug[serve]'"
+    assert (
+        done.stdout.strip()
+        == "the store of histories needs an extra. Install it in the checkout: pip install -e '.[serve]'"
+    )
 
 
 def test_docs_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,10 @@ class PreferencesPut(BaseModel):
 
 
 @router.put("", summary="Replace the preferences that a user states")
-async def put(user: UserId, body: PreferencesPut, tenant: Tenant, parts: Parts) -> dict[str, int]:
-    return (await parts.service.state_preferences(tenant, user, preferences=body.preferences))._asdict()
+async def put(user: UserId, body: PreferencesPut, tenant: Tenant, parts: Parts) -> dict[str, int | bool]:
+    """`used` tells whether the plug reads preferences; it does if its training data had some."""
+    result = await parts.service.state_preferences(tenant, user, preferences=body.preferences)
+    return {**result._asdict(), "used": "preference" in parts.service.personas.plug.known_kinds}
 
 
 @router.get("", summary="The preferences that a user states, oldest first")

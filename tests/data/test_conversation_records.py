@@ -69,6 +69,7 @@ def test_items_of_every_task_may_be_preferences_and_rejections() -> None:
         (EXCHANGE | {"rejected": "x"}, "make it two items"),
         ({"id": "1", "preference": " "}, "its 'preference' is empty"),
         ({"id": "1", "rejected": "x"}, "its 'question' is missing"),
+        (EXCHANGE | {"kind": "rejection"}, "its 'kind' is 'rejection', and its fields are those of the kind 'answer'"),
     ],
 )
 def test_item_with_fields_of_two_kinds_is_refused(record: dict[str, Any], defect: str) -> None:

@@ -15,7 +15,16 @@ from personaplug.data import patterns
 from personaplug.data.dates import as_datetime
 from personaplug.data.ids import as_id, short_id
 from personaplug.data.numbers import as_number, number_or_none
-from personaplug.data.records import ITEM_KINDS, PREFERENCE, REJECTED, HistoryItem, ItemKind, Options, Turn
+from personaplug.data.records import (
+    ITEM_KINDS,
+    PREFERENCE,
+    REJECTED,
+    SYSTEM_ROLES,
+    HistoryItem,
+    ItemKind,
+    Options,
+    Turn,
+)
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw, as_text
 
@@ -23,6 +32,8 @@ __all__ = [
     "Flaw", "as_datetime", "as_id", "as_name", "as_number", "as_record", "as_text", "context_of", "field_of", "id_of",
     "item_of", "name_of", "options_of", "query_of", "record_of", "short_id", "target_of", "text_of", "value_of",
 ]  # fmt: skip
+
+_ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 
 
 def as_record(value: object) -> Mapping[str, Any]:
@@ -151,7 +162,9 @@ def context_of(value: object) -> tuple[Turn, ...]:
     for number, message in enumerate(value, 1):
         try:
             record = as_record(message)
-            turns.append((name_of(record, "role"), text_of(record, "content")))
+            if (role := name_of(record, "role")) not in _ROLES:
+                raise Flaw(f"its 'role' is none of {', '.join(_ROLES)}")
+            turns.append((role, text_of(record, "content")))
         except Flaw as flaw:
             raise Flaw(f"message {number} of its context: {flaw}") from None
     return tuple(turns)

@@ -94,11 +94,18 @@ def test_conversation_survives_the_lamp_layout(tmp_path: Path) -> None:
         ([{"role": "user"}], "message 1 of its context: its 'content' is missing"),
         ([{"role": "user", "content": "a"}, {"role": " ", "content": "a"}], "message 2 of its context: its 'role'"),
         (["hello"], "message 1 of its context: it is not a JSON object"),
+        ([{"role": "User", "content": "a"}], "its 'role' is none of system, developer, user, assistant, tool"),
     ],
 )
 def test_broken_context_is_a_flaw(context: object, defect: str) -> None:
     with pytest.raises(Flaw, match=defect):
         context_of(context)
+
+
+def test_context_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be written .* its 'role' is none of"):
+        write_lamp([replace(conversation(), context=(("Ann", "Hi"),))], tmp_path, "train", task=CHAT)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_broken_context_names_its_question(tmp_path: Path) -> None:

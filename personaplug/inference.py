@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from personaplug.analysis.point_estimates import LabelDistribution, label_distribution
 from personaplug.config import EvaluationConfig
 from personaplug.data import read_items
 from personaplug.data.parsing import Flaw, as_text
-from personaplug.data.records import PREFERENCE, Chat, HistoryItem, Prompt, last_message
+from personaplug.data.records import ITEM_KINDS, PREFERENCE, Chat, HistoryItem, Prompt, last_message
 from personaplug.data.task import Task
 from personaplug.data.task_prompts import TaskPrompts, TaskQuery
 from personaplug.encoders.encoded_sample import past_answers
@@ -101,12 +102,21 @@ def respond(
 
 
 def _check_texts(prompt: Prompt) -> None:
-    texts = [text for _, text in prompt.turns] if isinstance(prompt, Chat) else [prompt]
+    """Raise ConfigError if a prompt is no text and no conversation that ends with a message of the user."""
+    turns = prompt.turns if isinstance(prompt, Chat) else (("user", prompt),)
+    is_valid = isinstance(turns, tuple) and all(isinstance(turn, tuple) and len(turn) == 2 for turn in turns)
+    if not is_valid or not turns or turns[-1][0] != "user" or not all(map(_is_text, chain.from_iterable(turns))):
+        raise ConfigError(
+            "A prompt is a text of valid Unicode, or a Chat of (role, text) pairs that ends with the user's message; "
+            "it is neither."
+        )
+
+
+def _is_text(value: object) -> bool:
     try:
-        for text in texts:
-            as_text(text, "it")
+        return as_text(value, "it") == value
     except Flaw:
-        raise ConfigError("A prompt is a text of valid Unicode, or a Chat of such texts; it is neither.") from None
+        return False
 
 
 def _check_items(items: Sequence[HistoryItem], task: Task) -> None:
@@ -123,7 +133,7 @@ def _is_item_of(task: Task, item: HistoryItem) -> bool:
     is_preference = item.kind == "preference"
     fields, answer_name = ((PREFERENCE,), None) if is_preference else (task.field_names, task.answer_field)
     has_fields = tuple(name for name, _ in item.fields) == fields and item.answer_name == answer_name
-    return has_fields and all(isinstance(text, str) for _, text in item.fields)
+    return has_fields and item.kind in ITEM_KINDS and all(isinstance(text, str) for _, text in item.fields)
 
 
 def _generation_config(task: Task, config: EvaluationConfig) -> GenerationConfig:

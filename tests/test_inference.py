@@ -10,7 +10,7 @@ import pytest
 
 from personaplug.config_parsing import load_config
 from personaplug.data import LAMP_TASKS
-from personaplug.data.records import HistoryItem
+from personaplug.data.records import Chat, HistoryItem
 from personaplug.data.task import Task
 from personaplug.encoders import HashEncoder
 from personaplug.errors import ConfigError
@@ -97,6 +97,13 @@ def test_phrases_are_mixed_in_beside_a_persona_alone(toy: CausalLM, hashing: Has
         ([HistoryItem("1", (("text", SECRET), ("score", 4)), "score")], "review: x"),  # type: ignore[arg-type]
         ([], f"{SECRET} review: \ud83d"),
         ([], None),
+        ([], 3),
+        ([], [{"role": "user", "content": SECRET}]),
+        ([], Chat(())),
+        ([], Chat(SECRET)),  # type: ignore[arg-type]
+        ([], Chat((("user", 3),))),  # type: ignore[arg-type]
+        ([], Chat((["user", SECRET],))),  # type: ignore[arg-type]
+        ([], Chat((("user", SECRET), ("assistant", SECRET)))),
     ],
 )
 def test_generate_refuses_what_is_no_item_of_the_task_and_no_text(
@@ -119,6 +126,7 @@ def test_items_of_every_kind_belong_to_a_task(name: str) -> None:
     for item in (
         HistoryItem("3", preference.fields, None),
         HistoryItem("3", fields, task.answer_field, kind="preference"),
+        HistoryItem("3", fields, task.answer_field, kind="kept"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ConfigError, match="Item 2 of the history is no HistoryItem"):
             _check_items([preference, item], task)

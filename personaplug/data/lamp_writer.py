@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from personaplug.data.parsing import Flaw, as_id, item_of, query_of, record_of, short_id, target_of
+from personaplug.data.parsing import Flaw, as_id, context_of, item_of, query_of, record_of, short_id, target_of
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
@@ -77,6 +77,7 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
             raise Flaw("its query is not the one that the task finds in its prompt")
         if sample.target is not None and target_of(task, sample.target) != sample.target:
             raise Flaw("its target has blanks at its ends")
+        context_of(_messages(sample))
         if any(item_of(task, _item(item))[1] != item for item in sample.history):
             raise Flaw("an item has other fields than the task's")
     except Flaw as flaw:
@@ -85,10 +86,13 @@ def _check_writable(sample: Sample, task: Task, seen: set[str]) -> None:
 
 def _question(sample: Sample) -> dict[str, Any]:
     user = {} if sample.user_id is None else {"user_id": sample.user_id}
-    messages = [{"role": role, "content": text} for role, text in sample.context]
-    context: dict[str, Any] = {"context": messages} if messages else {}
+    context: dict[str, Any] = {"context": _messages(sample)} if sample.context else {}
     profile = [_item(item) for item in sample.history]
     return {"id": sample.id, **user, "input": sample.prompt, **context, "profile": profile}
+
+
+def _messages(sample: Sample) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in sample.context]
 
 
 def _item(item: HistoryItem) -> dict[str, str]:

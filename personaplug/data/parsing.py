@@ -15,7 +15,16 @@ from personaplug.data import patterns
 from personaplug.data.dates import as_datetime
 from personaplug.data.ids import as_id, short_id
 from personaplug.data.numbers import as_number, number_or_none
-from personaplug.data.records import PREFERENCE, REJECTED, HistoryItem, ItemKind, Options, Turn
+from personaplug.data.records import (
+    ITEM_KINDS,
+    PREFERENCE,
+    REJECTED,
+    SYSTEM_ROLES,
+    HistoryItem,
+    ItemKind,
+    Options,
+    Turn,
+)
 from personaplug.data.task import Task
 from personaplug.data.values import Flaw, as_text
 
@@ -23,6 +32,8 @@ __all__ = [
     "Flaw", "as_datetime", "as_id", "as_name", "as_number", "as_record", "as_text", "context_of", "field_of", "id_of",
     "item_of", "name_of", "options_of", "query_of", "record_of", "short_id", "target_of", "text_of", "value_of",
 ]  # fmt: skip
+
+_ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 
 
 def as_record(value: object) -> Mapping[str, Any]:
@@ -129,6 +140,9 @@ def item_of(
     stamp = value_of(values, date_key) if date_key in values else None
     moment = None if stamp is None else as_datetime(stamp, f"its {date_key!r}")
     kind, fields = _fields_of(task, values)
+    stated = None if "kind" in task.field_names else values.get("kind")
+    if stated in ITEM_KINDS and stated != kind:
+        raise Flaw(f"its 'kind' is {stated!r}, and its fields are those of the kind {kind!r}")
     item_id = default_id if default_id and values.get(id_key) is None else id_of(values, id_key)
     answer_name = None if kind == "preference" else task.answer_field
     return moment, HistoryItem(item_id, fields, answer_name, moment.date() if moment else None, kind)
@@ -148,7 +162,9 @@ def context_of(value: object) -> tuple[Turn, ...]:
     for number, message in enumerate(value, 1):
         try:
             record = as_record(message)
-            turns.append((name_of(record, "role"), text_of(record, "content")))
+            if (role := name_of(record, "role")) not in _ROLES:
+                raise Flaw(f"its 'role' is none of {', '.join(_ROLES)}")
+            turns.append((role, text_of(record, "content")))
         except Flaw as flaw:
             raise Flaw(f"message {number} of its context: {flaw}") from None
     return tuple(turns)
@@ -159,7 +175,7 @@ def _fields_of(task: Task, values: Mapping[str, Any]) -> tuple[ItemKind, tuple[t
     if PREFERENCE in values:
         if REJECTED in values or any(name in values for name in task.field_names):
             raise Flaw(f"it holds a {PREFERENCE!r} beside fields of an answer; make it two items")
-        return "preference", ((PREFERENCE, name_of(values, PREFERENCE)),)
+        return "preference", ((PREFERENCE, name_of(values, PREFERENCE).strip()),)
     if REJECTED not in values:
         return "answer", tuple((name, field_of(task, values, name)) for name in task.field_names)
     if task.answer_field is None:

@@ -20,6 +20,7 @@ from personaplug.llm.text_tokenizer import TextTokenizer, is_mistral_common
 PLACEHOLDER = "personaplugplaceofthetext"
 _PROBE = ' \n\tI\tdon\'t know: <b>"5 > 3"</b> & {{ x }},  naïve 你好 🙂\n\n<think>a</think> tail \n'
 _FORMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+_MAX_SHOWN_ROLES = 10  # in messages
 _DATE_CALL = "strftime_now"  # the function by which templates ask for today's date
 
 
@@ -162,7 +163,8 @@ def _not_in_order() -> ConfigError:
 
 
 def _refused(roles: Sequence[str]) -> ConfigError:
-    return ConfigError(f"The model's chat template refuses messages with the roles {', '.join(roles)} in this order.")
+    shown = ", ".join([*roles[:_MAX_SHOWN_ROLES], *(["…"] if len(roles) > _MAX_SHOWN_ROLES else [])])
+    return ConfigError(f"The model's chat template refuses messages with the roles {shown} in this order.")
 
 
 def _changes_text() -> ConfigError:

@@ -6,11 +6,11 @@ The parts of the chat template before and after the text are tokenized once. The
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -39,8 +39,7 @@ class _FramedPrompt:
 
     ids: Ids
     soft_position: int
-    text_start: int  # of the last message
-    text_end: int
+    spans: Sequence[tuple[int, int]]  # of the messages' texts
 
 
 class PromptTokenizer:
@@ -89,7 +88,8 @@ class PromptTokenizer:
     def encode_prompt(self, prompt: Prompt, soft_at: int = 0) -> TokenizedPrompt:
         """Tokenize one prompt, the first `soft_at` characters of its last message separately.
 
-        If it is too long, the oldest messages that are no system messages go, and then the end of the last message.
+        If it is too long, the oldest messages that are no system messages go, then the end of the last message down to
+        a quarter of what a message may have, then the ends of the system messages.
 
         Raises:
             ConfigError: if the chat template does not show the messages one by one in order.
@@ -100,20 +100,26 @@ class PromptTokenizer:
         return self._cached_prompt(prompt, soft_at)
 
     def _encode_prompt(self, prompt: Prompt, soft_at: int) -> TokenizedPrompt:
-        turns: Sequence[Turn] = turns_of(prompt)
+        turns = turns_of(prompt)
         whole = self._encode_turns(turns, soft_at=soft_at)
-        fitting = whole
-        while len(fitting.ids) > self.max_tokens and (shorter := without_oldest(turns)) != turns:
-            turns, fitting = shorter, self._encode_turns(shorter, soft_at=soft_at)
-        return self._cut(fitting, is_short=fitting is whole)
+        starts = starts_of_exchanges(turns) if len(whole.ids) > self.max_tokens else []
+        if not starts:
+            return self._cut(whole, is_short=True)
+        encode = partial(self._encode_turns, soft_at=soft_at)
+        # A conversation may have thousands of messages, so it is not read anew without each of them.
+        place = bisect_left(starts, True, key=lambda start: len(encode(from_turn(turns, start)).ids) <= self.max_tokens)
+        return self._cut(encode(from_turn(turns, starts[min(place, len(starts) - 1)])), is_short=False)
 
     def _cut(self, prompt: _FramedPrompt, *, is_short: bool) -> TokenizedPrompt:
-        """Cut the end of the last message if the prompt is too long."""
-        tail = len(prompt.ids) - prompt.text_end
-        room = max(self.max_tokens - tail, prompt.text_start)
-        is_whole = prompt.text_end <= room
-        ids = prompt.ids if is_whole else (*prompt.ids[:room], *prompt.ids[prompt.text_end :])
-        return TokenizedPrompt(ids, min(prompt.soft_position, room), truncated=not (is_whole and is_short))
+        """Cut the ends of messages, the last one's first, if the prompt is too long."""
+        ids, position, excess = list(prompt.ids), prompt.soft_position, len(prompt.ids) - self.max_tokens
+        is_whole, least = is_short and excess <= 0, self.max_text_tokens // 4
+        for start, end in reversed(prompt.spans):
+            count = min(max(excess, 0), max(end - start - least, 0))
+            del ids[end - count : end]
+            position = max(position - count, min(position, end - count))
+            excess, least = excess - count, 0
+        return TokenizedPrompt(tuple(ids), position, truncated=not is_whole)
 
     def _encode_parts(self, text: str, soft_at: int, *, lead: str, is_inside: bool) -> tuple[list[int], list[int]]:
         """Return the tokens of a message before and after its soft tokens, without the template."""
@@ -142,15 +148,15 @@ class PromptTokenizer:
         """Tokenize messages; `soft_at` counts characters of the last user message."""
         frame = self._cached_frame(tuple(role for role, _ in turns))
         last_user = max((index for index, (role, _) in enumerate(turns) if role == "user"), default=len(turns) - 1)
-        ids, soft_position, start, end = list(frame.parts[0]), 0, 0, 0
+        ids, soft_position, spans = list(frame.parts[0]), 0, []
         for index, ((_, text), lead, tail) in enumerate(zip(turns, frame.leads, frame.parts[1:], strict=True)):
             position = soft_at if index == last_user else 0
             is_inside = self.has_chat_template or index > 0
             before, rest = self._encode_parts(text, position, lead=lead, is_inside=is_inside)
-            start, end = len(ids), len(ids) + len(before) + len(rest)
-            soft_position = start + len(before) if index == last_user else soft_position
+            spans.append((len(ids), len(ids) + len(before) + len(rest)))
+            soft_position = len(ids) + len(before) if index == last_user else soft_position
             ids += [*before, *rest, *tail]
-        return _FramedPrompt(tuple(ids), soft_position, text_start=start, text_end=end)
+        return _FramedPrompt(tuple(ids), soft_position, spans)
 
     def encode_plain(self, text: str) -> TokenizedPrompt:
         """Tokenize a text without chat template and without cutting; `prefix` soft tokens come before it."""
@@ -253,12 +259,17 @@ class PromptTokenizer:
         return Frame([head, *between, tail + self._line_end], ["", *[lead] * (len(roles) - 1)])
 
 
-def without_oldest(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """Return messages without the oldest exchange; system messages and the last message stay."""
+def starts_of_exchanges(turns: Sequence[Turn]) -> list[int]:
+    """Return the messages with which a conversation may begin when its oldest exchanges go, oldest first."""
     first = next((index for index, (role, _) in enumerate(turns) if role not in SYSTEM_ROLES), len(turns))
-    users = (index for index in range(first + 1, len(turns)) if turns[index][0] == "user")
-    following = next(users, len(turns) - 1)
-    return turns if following <= first else (*turns[:first], *turns[following:])
+    last = len(turns) - 1
+    users = [index for index in range(first + 1, last) if turns[index][0] == "user"]
+    return [*users, last] if first < last else []
+
+
+def from_turn(turns: Sequence[Turn], start: int) -> Sequence[Turn]:
+    """Return the messages from one on; the system messages before it stay."""
+    return (*(turn for turn in turns[:start] if turn[0] in SYSTEM_ROLES), *turns[start:])
 
 
 def today() -> str:

@@ -71,7 +71,7 @@ def feedback_items(task: Task, request_id: str, *, request: RecentRequest, feedb
         items.append(_feedback_item(task, answer_id, request.query, feedback.answer))
     if feedback.rejected is not None:
         items.append(_rejection(_feedback_item(task, rejected_id, request.query, feedback.rejected), task))
-    if len({item.fields for item in items}) < len(items):
+    if len({(item.answer_text or "").strip() for item in items}) < len(items):
         raise RequestError("`answer` and `rejected` are the same; send one of them.", code="feedback")
     return items
 
@@ -101,6 +101,8 @@ def _feedback_item(task: Task, item_id: str, query: str, answer: object) -> Hist
         text = target_of(task, as_text(answer, "the answer"))
     except Flaw as flaw:
         raise RequestError(f"{flaw}. {_expected(task)}", code="answer") from None
+    if not text.strip():
+        raise RequestError("An answer without text tells nothing; send the text.", code="answer")
     fields = dict.fromkeys(query_fields, text if is_answer_alone else query)
     if task.answer_field is not None:
         fields[task.answer_field] = text

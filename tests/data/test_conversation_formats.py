@@ -333,3 +333,13 @@ def test_broken_record_is_reported_without_its_text_and_can_be_skipped(name: str
     reader = reader_of(good[0], broken, good[1], skip_bad=1)
     assert histories(list(reader)) == {"Hello!": ["Drink water."]}
     assert (reader.report.rows, reader.report.skipped, reader.report.users) == (3, 1, 1)
+
+
+def test_answers_to_different_messages_are_no_pair() -> None:
+    pair = {
+        "user": "ann",
+        "chosen": [user("A pun?"), assistant("Lettuce.")],
+        "rejected": [user("Tea?"), assistant("No.")],
+    }
+    with pytest.raises(RecordError, match="its pair of answers replies to different messages"):
+        read(EARLIER, pair | {"time": LATER})

@@ -295,3 +295,30 @@ def test_split_by_user_is_the_same_each_time(tmp_path: Path) -> None:
     users = [{sample.user_id for sample in open_dataset(tmp_path / "a", split)} for split in ("train", "dev")]
     assert users[0].isdisjoint(users[1])
     assert list(open_dataset(tmp_path / "a", "dev")) == list(open_dataset(tmp_path / "b", "dev"))
+
+
+def aloe(name: str, question: str) -> dict[str, Any]:
+    answers = {"preferred": "Yes.", "rejected": ["No."]}
+    turns = [{"user": text, "assistant": answers, "chosen": "preferred"} for text in (question, "Sure?")]
+    return {"id": name, "conversations": turns}
+
+
+@pytest.mark.parametrize(
+    "other", [chat("Hi", "Hello", who="7"), aloe("7", "Coffee?"), {"user": "7", "preference": "Be brief."}]
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_id_of_a_conversation_without_a_user_is_nobody_elses(other: dict[str, Any], is_first: bool) -> None:
+    records = [aloe("7", "Tea?"), other]
+    with pytest.raises(RecordError, match="the id 7 stands for a record without a user and for other data"):
+        read(*(records if is_first else reversed(records)))
+
+
+def test_conversation_without_a_user_may_come_twice() -> None:
+    assert len(read(aloe("7", "Tea?"), aloe("8", "Coffee?"), aloe("7", "Tea?"))) == 4
+
+
+def test_lines_that_begin_alike_are_one_conversation_however_many() -> None:
+    lines = [chat("Hi", "Hello!", "And?", f"Answer {number}") for number in range(6_000)]
+    (sample,) = read(*lines, chat("Tea?", "A drink."), max_history=3)
+    assert sample.target == "A drink."
+    assert [item.fields[-1][1] for item in sample.history] == ["Answer 5997", "Answer 5998", "Answer 5999"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 
 from personaplug.data.records import Chat, Turn
 from personaplug.errors import ShapeMismatch
-from personaplug.llm.prompt_tokenizer import PromptTokenizer, without_oldest
+from personaplug.llm.prompt_tokenizer import PromptTokenizer, from_turn, starts_of_exchanges
 from personaplug.llm.tiny import tiny_tokenizer
 
 SYSTEM: Turn = ("system", "be kind")
@@ -79,15 +81,38 @@ def test_soft_tokens_of_prefix_come_before_the_last_message() -> None:
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
-        (TURNS, (SYSTEM, *TURNS[3:])),
-        (TURNS[1:], TURNS[3:]),
-        ((SYSTEM, TURNS[-1]), (SYSTEM, TURNS[-1])),
-        (TURNS[-1:], TURNS[-1:]),
-        ((SYSTEM, ("assistant", "hi"), TURNS[-1]), (SYSTEM, TURNS[-1])),
-        ((("user", "a"), ("user", "b"), TURNS[-1]), (("user", "b"), TURNS[-1])),
+        (TURNS, [(SYSTEM, *TURNS[3:]), (SYSTEM, TURNS[-1])]),
+        (TURNS[1:], [TURNS[3:], TURNS[-1:]]),
+        ((SYSTEM, TURNS[-1]), []),
+        (TURNS[-1:], []),
+        ((SYSTEM, ("assistant", "hi"), TURNS[-1]), [(SYSTEM, TURNS[-1])]),
+        ((("user", "a"), ("user", "b"), TURNS[-1]), [(("user", "b"), TURNS[-1]), TURNS[-1:]]),
+        ((*TURNS[1:3], SYSTEM, TURNS[-1]), [(SYSTEM, TURNS[-1])]),
     ],
 )
-def test_without_oldest_keeps_system_messages_and_the_last_one(
-    turns: tuple[Turn, ...], expected: tuple[Turn, ...]
+def test_shorter_conversations_keep_all_system_messages_and_the_last_one(
+    turns: tuple[Turn, ...], expected: list[tuple[Turn, ...]]
 ) -> None:
-    assert tuple(without_oldest(turns)) == expected
+    assert [from_turn(turns, start) for start in starts_of_exchanges(turns)] == expected
+
+
+@pytest.mark.parametrize("soft_at", [0, 3])
+def test_long_system_messages_leave_a_quarter_to_the_last_message(soft_at: int) -> None:
+    prompts = tokenizer(64)
+    turns = (("system", "kind " * 90), ("developer", "brief " * 90), *TURNS[1:5], ("user", "tea " * 90))
+    prompt = prompts.encode_prompt(Chat(turns), soft_at)
+    text, head = (str(prompts.tokenizer.decode(list(ids))) for ids in (prompt.ids, prompt.ids[: prompt.soft_position]))
+    assert (len(prompt.ids), prompt.truncated) == (64, True)
+    assert text.startswith("<system>kind kind")
+    assert text.endswith("<user>tea tea tea </><bot>")
+    assert head.endswith("<user>" + "tea"[:soft_at])
+
+
+def test_thousands_of_messages_are_read_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [(role, f"{role} {number}") for number in range(2_000) for role in ("user", "assistant")]
+    prompts = tokenizer(200)
+    reads = Mock(wraps=prompts._encode_turns)
+    monkeypatch.setattr(prompts, "_encode_turns", reads)
+    prompt = prompts.encode_prompt(Chat((SYSTEM, *turns, TURNS[-1])))
+    assert 150 < len(prompt.ids) <= 200
+    assert reads.call_count < 20

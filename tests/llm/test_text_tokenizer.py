@@ -177,6 +177,8 @@ def test_template_that_refuses_a_system_message_refuses_it_clearly(before: str) 
     assert tokenizer.decode(prompts.encode_chat([("user", "b")]).ids) == "b"
     with pytest.raises(ConfigError, match="refuses messages with the roles system, user"):
         prompts.encode_chat([("system", "a"), ("user", "b")])
+    with pytest.raises(ConfigError, match=r"roles system(, user){9}, … in this order"):
+        prompts.encode_chat([("system", "a"), *[("user", "b")] * 2_000])
 
 
 # Decoding, and the end of an answer

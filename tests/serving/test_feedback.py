@@ -123,6 +123,14 @@ def test_feedback_of_others_and_contradictions_are_refused(url: str) -> None:
     assert _items(url, "dora") == []
 
 
+@pytest.mark.parametrize("feedback", [{"answer": " "}, {"rejected": ""}, {"answer": "Tea.", "rejected": "\n"}])
+def test_feedback_without_text_is_refused_and_nothing_is_stored(url: str, feedback: dict[str, str]) -> None:
+    request, _ = _ask(url, "fay")
+    assert _code(_say(url, "fay", request, **feedback)) == (400, "answer")
+    assert _code(_say(url, "fay", request, answer="Tea.", rejected=" Tea.\n")) == (400, "feedback")
+    assert _items(url, "fay") == []
+
+
 def test_rejected_item_of_a_history_needs_no_request(url: str) -> None:
     item = {"question": "What is tea?", "rejected": "Tea??"}
     assert httpx.post(f"{url}/v1/users/fred/history", json=item).json()["new"] == 1

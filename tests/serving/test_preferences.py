@@ -123,6 +123,11 @@ def test_blank_preference_and_one_beside_an_answer_are_refused(url: str) -> None
     assert plain.status_code == 415
 
 
+def test_blanks_around_a_sentence_make_no_other_preference(url: str) -> None:
+    assert _put(url, "gil", "No horror.", " No horror.\n").json()["new"] == 1
+    assert [each["preference"] for each in _get(url, "gil")] == ["No horror."]
+
+
 def test_history_takes_no_more_preferences_than_a_user_may_state(url: str) -> None:
     many = [{"preference": f"number {number}"} for number in range(MAX_PREFERENCES + 1)]
     refused = _post(url, "emil", *many)

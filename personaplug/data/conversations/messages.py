@@ -108,13 +108,19 @@ def paired(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Seque
 
     Nobody judged the replies in the prompt, so they are only its context.
     """
-    answer = next((number for number, message in enumerate(chosen) if message.role == "assistant"), None)
-    if answer is None or not any(message.role == "assistant" for message in rejected):
-        raise Flaw("its pair of answers lacks a message of the assistant")
-    other = next(message.text for message in rejected if message.role == "assistant")
+    answer, other = _first_answer(chosen), _first_answer(rejected)
+    if [(one.role, one.text) for one in chosen[:answer]] != [(one.role, one.text) for one in rejected[:other]]:
+        raise Flaw("its pair of answers replies to different messages")
     answers = kept(chosen)
-    answers[answer] = replace(answers[answer], verdict=Verdict(chosen[answer].text, (other,)))
+    answers[answer] = replace(answers[answer], verdict=Verdict(chosen[answer].text, (rejected[other].text,)))
     return [*prompt, *answers]
+
+
+def _first_answer(messages: Sequence[Message]) -> int:
+    answer = next((number for number, message in enumerate(messages) if message.role == "assistant"), None)
+    if answer is None:
+        raise Flaw("its pair of answers lacks a message of the assistant")
+    return answer
 
 
 def _message_of(values: Mapping[str, Any], keys: MessageKeys) -> Message:

@@ -6,7 +6,7 @@ All records are held in memory, because those of a user may be anywhere in the f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 from personaplug.data.conversations.base import ConversationFormat
@@ -24,6 +24,7 @@ MAX_SAMPLES_PER_USER = 32
 
 _USER_KEYS = ("user", "user_id")
 _CONVERSATION = "conversation_id"
+_NAMED = "named"
 
 
 class ConversationReader(RecordReader):
@@ -87,10 +88,12 @@ class ConversationReader(RecordReader):
             raise Flaw(f"its {' or '.join(map(repr, _USER_KEYS))} is missing; a history needs to know whose it is")
         user = name if named is None else named
         if format_ is None:
+            names.check_user(user, start=_NAMED)
             stated = name_of(values, PREFERENCE).strip()
             entry = Entry(names.new(name, user), moment, preference=stated)
             return Line(source.name, position, user, _keys(values, name), (entry,))
         conversation = conversation_of(format_.messages(values), moment=moment)
+        names.check_user(user, start=conversation.start if named is None else _NAMED)
         self.report.left_out.update(conversation.left_out)
         entries = tuple(Entry(names.new(name, user), one.kept_at, one) for one in conversation.exchanges)
         keys = _keys(values, name, conversation.start)
@@ -146,6 +149,16 @@ class _Names:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._users: dict[str, str] = {}
+        self._starts: dict[str, Hashable] = {}
+
+    def check_user(self, user: str, *, start: Hashable) -> None:
+        """Raise a Flaw if the id of a conversation without a user is also that of a user, or of another conversation.
+
+        Args:
+            start: tells conversations without a user from each other; `_NAMED` for a user that a record names.
+        """
+        if self._starts.setdefault(user, start) != start:
+            raise Flaw(f"the id {short_id(user)} stands for a record without a user and for other data; rename one")
 
     def new(self, name: str, user: str) -> str:
         if self._users.setdefault(name, user) != user:

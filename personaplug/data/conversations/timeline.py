@@ -94,22 +94,24 @@ class Timeline:
             yield from self.entries[:index]
             return
         entry = self.entries[index]
-        if not self._may_have_history(entry):
+        if not self._may_have_history(index):
             return
         for other in self.entries[:index]:
             if _is_earlier(other, entry) and other.conversation != entry.conversation and not _is_retry(other, entry):
                 yield other
 
-    def _may_have_history(self, entry: Entry) -> bool:
+    def _may_have_history(self, index: int) -> bool:
         """Look at the first entry of another conversation alone: one conversation may have thousands of turns."""
-        others = (other for other in self._firsts if other.conversation != entry.conversation)
-        return any(_is_earlier(other, entry) for other in others)
+        entry = self.entries[index]
+        others = (self.entries[first] for first in self._firsts if first < index)
+        return any(other.conversation != entry.conversation and _is_earlier(other, entry) for other in others)
 
     @cached_property
-    def _firsts(self) -> tuple[Entry, ...]:
-        """The first entry, and the first one of another conversation."""
-        others = (other for other in self.entries if other.conversation != self.entries[0].conversation)
-        return (*self.entries[:1], *islice(others, 1))
+    def _firsts(self) -> tuple[int, ...]:
+        """The indices of the first entry, and of the first one of another conversation."""
+        first = self.entries[0].conversation
+        others = (index for index, other in enumerate(self.entries) if other.conversation != first)
+        return (0, *islice(others, 1))
 
 
 def timeline_of(lines: Sequence[Line]) -> Timeline:
@@ -141,6 +143,7 @@ def _joined(lines: Sequence[Line]) -> list[Entry]:
 
     def root(key: Hashable) -> Hashable:
         while (parent := parents.setdefault(key, key)) != key:
+            parents[key] = parents[parent]  # halves the path: thousands of lines may begin with the same words
             key = parent
         return key
 

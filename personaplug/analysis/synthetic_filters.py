@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import softmax
 
 from personaplug.analysis.words import unicode_words
 
@@ -26,6 +27,7 @@ MAX_EXTRA_SHARE = 0.1
 
 _WIDTH = 2.0  # standard deviations around a mean that hold the usual values
 _ROUNDING = 1e-9
+_SCALINGS, _TINY = 200, 1e-300
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,21 @@ def balanced(labels: Sequence[str], shares: Mapping[str, float]) -> list[int]:
             kept.append(index)
             room[label] -= 1
     return kept
+
+
+def with_shares(scores: npt.NDArray[np.float64], shares: Sequence[float]) -> npt.NDArray[np.float64]:
+    """Return probabilities (n, C) from log-likelihoods, each label with a bias that gives it this mean probability.
+
+    A model's preference for a label, whatever it is asked, cancels out. Source of the idea: Zhao et al., "Calibrate
+    Before Use", arXiv 2102.09690; the biases are found by iterative scaling.
+    """
+    present = np.flatnonzero(np.asarray(shares) > 0)
+    wanted, logits = np.log(np.asarray(shares)[present]), scores[:, present]
+    for _ in range(_SCALINGS if len(scores) else 0):
+        logits = logits + wanted - np.log(np.maximum(softmax(logits, axis=1).mean(axis=0), _TINY))
+    probabilities = np.zeros_like(scores)
+    probabilities[:, present] = softmax(logits, axis=1)
+    return probabilities
 
 
 def _capped(counts: Counter[str], shares: Mapping[str, float]) -> Counter[str]:

@@ -96,6 +96,8 @@ def synthesize(
         synthesizer = Synthesizer(train, task=reader.task, models=open_models(config), config=chosen)
         written = synthesizer.write()
         click.echo("\n".join(synthesizer.report.lines()))
+        if reader.task.labels:
+            click.echo(synthesizer.check_labels())
         if not written:
             raise MissingData(
                 f"The filters leave none of the {samples} samples, so nothing is written. Take a larger model, more "

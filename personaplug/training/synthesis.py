@@ -14,6 +14,7 @@ from itertools import count
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from personaplug.analysis.synthetic_filters import (
     FilterReport,
@@ -22,9 +23,9 @@ from personaplug.analysis.synthetic_filters import (
     balanced,
     lowest_usual_cosine,
     nearest_cosines,
+    with_shares,
     words_key,
 )
-from personaplug.data.parsing import Flaw, target_of
 from personaplug.data.records import Sample, characters
 from personaplug.data.synthetic_prompts import (
     Example,
@@ -47,9 +48,11 @@ from personaplug.run import Models
 MIN_EXAMPLES, MAX_EXAMPLES = 3, 8
 
 _BATCH_SIZE = 8
+_CHECKED = 100  # real inputs at most that show what the model's labels are worth
 _EXTRA_TOKENS = 16  # for a number, a name and an end beyond the longest usual text
 _INPUT_TEMPERATURE, _ANSWER_TEMPERATURE, _TOP_P = 0.8, 0.5, 0.95
 
+Probabilities = npt.NDArray[np.float64]
 Shown = TypeVar("Shown")
 
 
@@ -97,6 +100,8 @@ class Synthesizer:
         self._input_sampling = self._sampling(queries, _INPUT_TEMPERATURE)
         self._answer_sampling = self._sampling(self._targets, _ANSWER_TEMPERATURE)
 
+        self._shares = {label: n / len(real) for label, n in Counter(self._targets).items()}
+
     @property
     def _targets(self) -> list[str]:
         return [pair.answer for pair in self._pairs]
@@ -111,6 +116,16 @@ class Synthesizer:
             Sample(next(names), draft.donor.user_id, draft.prompt, draft.text, draft.answer, draft.donor.history)
             for draft in drafts
         ]
+
+    def check_labels(self) -> str:
+        """Let the model answer real inputs by the same requests, and say in a line what its labels are worth."""
+        chosen = [self.real[index] for index in self._rng.permutation(len(self.real))[:_CHECKED]]
+        drafts = [replace(draft, request=self._answer_request(draft)) for draft in map(_draft_of, chosen)]
+        drafts = [draft for draft in drafts if draft.request is not None]
+        right = [self.task.labels.index(draft.donor.target or "") for draft in drafts]
+        found = self._label_probabilities(drafts)[range(len(drafts)), right].mean() if drafts else 0.0
+        chance = sum(share**2 for share in self._shares.values())
+        return f"the model's labels of {len(drafts):,} real inputs: {found:.0%} right, by chance {chance:.0%}"
 
     def _check(self) -> None:
         if len(self._pairs) < len(self.real):
@@ -151,25 +166,38 @@ class Synthesizer:
         return written
 
     def _answered(self, drafts: list[_Draft]) -> list[_Draft]:
-        """Return the drafts with the answers that the model writes."""
+        """Return the drafts with their answers: a label by its likelihood, or a text that the model writes."""
         drafts = [replace(draft, request=self._answer_request(draft)) for draft in drafts]
         drafts = self._keep(drafts, "input and answers too long for a prompt", lambda draft: draft.request is not None)
-        replies = self._replies(drafts, self._answer_sampling, title="answers", read=self._read_answer)
+        if self.task.labels:
+            labels = self._drawn_labels(drafts)
+            return [replace(draft, answer=label) for draft, label in zip(drafts, labels, strict=True)]
+        replies = self._replies(drafts, self._answer_sampling, title="answers", read=_read_answer)
         return [
             replace(draft, answer=reply.text, is_whole=reply.is_whole)
             for draft, reply in zip(drafts, replies, strict=True)
         ]
 
+    def _drawn_labels(self, drafts: Sequence[_Draft]) -> list[str]:
+        """Draw a label for each draft."""
+        labels = self.task.labels
+        return [labels[self._rng.choice(len(labels), p=row)] for row in self._label_probabilities(drafts)]
+
+    def _label_probabilities(self, drafts: Sequence[_Draft]) -> Probabilities:
+        """Return the model's probabilities of labels (n, C), corrected so that all labels get their real share.
+
+        A small model prefers one label whatever it is asked, so most answers that it writes are out of balance.
+        """
+        requests, labels = _requests_of(drafts), self.task.labels
+        scores = np.zeros((len(requests), len(labels)))
+        for indices in _batches(requests, title="answers"):
+            batch = PromptBatch([requests[index].prompt for index in indices])
+            scores[indices] = self.models.llm.score(batch, labels).double().cpu().numpy()
+        return with_shares(scores / _ANSWER_TEMPERATURE, [self._shares.get(label, 0.0) for label in labels])
+
     def _read_input(self, request: Request, generation: Generation) -> Reply:
         reply = read_input(generation.text, finished=generation.finished)
         return reply if self._has_lines else replace(reply, text=" ".join(reply.text.split()))
-
-    def _read_answer(self, request: Request, generation: Generation) -> Reply:
-        reply = read_answer(generation.text, number=request.number, finished=generation.finished)
-        if not self.task.labels:
-            return reply
-        line, *further = reply.text.splitlines() or [""]
-        return Reply(line.strip().removesuffix("."), reply.is_whole or bool(further))
 
     def _input_examples(self, donor: Sample) -> list[str]:
         """Return examples of inputs: the user's own where texts are written, else those of all users."""
@@ -179,11 +207,14 @@ class Synthesizer:
     def _own_pairs(self, donor: Sample) -> list[Example]:
         return [pair for item in donor.history if (pair := example_of(item))]
 
-    def _drawn(self, own: Sequence[Example]) -> list[Example]:
-        """Draw the examples of one request: the user's own ones last, behind as many of others as are missing."""
+    def _drawn(self, own: Sequence[Example], *, but: str = "") -> list[Example]:
+        """Draw the examples of one request: the user's own ones last, behind as many of others as are missing.
+
+        None of the others has the input `but`.
+        """
         most = self.config.examples
         chosen = [own[index] for index in self._rng.permutation(len(own))[:most]]
-        known = {words_key(pair.input) for pair in chosen}
+        known = {words_key(but), *(words_key(pair.input) for pair in chosen)}
         for index in self._rng.permutation(len(self._pairs)):
             if len(chosen) == most:
                 break
@@ -197,7 +228,7 @@ class Synthesizer:
         opening = donor.prompt.rpartition(donor.query)[0]
         preferences = [input_of(item) for item in donor.history if item.kind == "preference"]
         return self._fitting(
-            self._drawn(self._own_pairs(donor)),
+            self._drawn(self._own_pairs(donor), but=draft.text),
             lambda pairs: answer_request(draft.text, pairs, opening=opening, preferences=preferences),
         )
 
@@ -216,17 +247,13 @@ class Synthesizer:
         read: Callable[[Request, Generation], Reply],
     ) -> list[Reply]:
         """Return what is read from the reply to each draft's request; the longest requests come first."""
-        requests = [draft.request for draft in drafts if draft.request is not None]
-        order = sorted(range(len(requests)), key=lambda index: (-characters(requests[index].prompt), index))
+        requests = _requests_of(drafts)
         replies: dict[int, Reply] = {}
-        with Progress(title, total=len(order), unit=title) as progress:
-            for start in range(0, len(order), _BATCH_SIZE):
-                indices = order[start : start + _BATCH_SIZE]
-                batch = PromptBatch([requests[index].prompt for index in indices])
-                seeded = replace(sampling, seed=int(self._rng.integers(2**31)))
-                for index, generation in zip(indices, self.models.llm.generate(batch, seeded), strict=True):
-                    replies[index] = read(requests[index], generation)
-                progress.advance(len(indices))
+        for indices in _batches(requests, title=title):
+            batch = PromptBatch([requests[index].prompt for index in indices])
+            seeded = replace(sampling, seed=int(self._rng.integers(2**31)))
+            for index, generation in zip(indices, self.models.llm.generate(batch, seeded), strict=True):
+                replies[index] = read(requests[index], generation)
         return [replies[index] for index in range(len(requests))]
 
     # The filters.
@@ -242,22 +269,12 @@ class Synthesizer:
         return self._keep_listed(drafts, "inputs unlike all real ones", self._like_real_ones(drafts))
 
     def _filter_answers(self, drafts: list[_Draft]) -> list[_Draft]:
-        keep = self._keep
+        if self.task.labels:
+            indices = balanced([draft.answer for draft in drafts], self._shares)
+            return self._keep_listed(drafts, "answers beyond their label's share", indices)
+        lengths, keep = UsualRange.of(list(map(len, self._targets))), self._keep
         drafts = keep(drafts, "answers that are empty or cut", lambda draft: bool(draft.answer) and draft.is_whole)
-        if not self.task.labels:
-            lengths = UsualRange.of(list(map(len, self._targets)))
-            return keep(drafts, "answers of an unusual length", lambda draft: lengths.holds(len(draft.answer)))
-        drafts = [replace(draft, answer=self._label(draft.answer)) for draft in drafts]
-        drafts = keep(drafts, "answers that are no label", lambda draft: bool(draft.answer))
-        shares = {label: number / len(self.real) for label, number in Counter(self._targets).items()}
-        indices = balanced([draft.answer for draft in drafts], shares)
-        return self._keep_listed(drafts, "answers beyond their label's share", indices)
-
-    def _label(self, answer: str) -> str:
-        try:
-            return target_of(self.task, answer)
-        except Flaw:
-            return ""
+        return keep(drafts, "answers of an unusual length", lambda draft: lengths.holds(len(draft.answer)))
 
     def _like_real_ones(self, drafts: Sequence[_Draft]) -> Iterator[int]:
         if drafts:
@@ -276,6 +293,10 @@ class Synthesizer:
         return kept
 
 
+def _draft_of(sample: Sample) -> _Draft:
+    return _Draft(sample, None, text=sample.query)
+
+
 def _is_first() -> Callable[[_Draft], bool]:
     """Return a test that is True for the first draft with the same words."""
     seen: set[str] = set()
@@ -286,3 +307,20 @@ def _is_first() -> Callable[[_Draft], bool]:
         return len(seen) > before
 
     return passes
+
+
+def _read_answer(request: Request, generation: Generation) -> Reply:
+    return read_answer(generation.text, number=request.number, finished=generation.finished)
+
+
+def _requests_of(drafts: Sequence[_Draft]) -> list[Request]:
+    return [draft.request for draft in drafts if draft.request is not None]
+
+
+def _batches(requests: Sequence[Request], *, title: str) -> Iterator[list[int]]:
+    """Yield the indices of requests in batches, longest first, and report the progress."""
+    order = sorted(range(len(requests)), key=lambda index: (-characters(requests[index].prompt), index))
+    with Progress(title, total=len(order), unit=title) as progress:
+        for start in range(0, len(order), _BATCH_SIZE):
+            yield order[start : start + _BATCH_SIZE]
+            progress.advance(len(order[start : start + _BATCH_SIZE]))

@@ -14,6 +14,7 @@ from personaplug.analysis.synthetic_filters import (
     balanced,
     lowest_usual_cosine,
     nearest_cosines,
+    with_shares,
     words_key,
 )
 
@@ -97,3 +98,19 @@ def test_the_report_says_how_many_reached_each_filter() -> None:
         "no label: 3 of 6 left out (50%)",
         "kept: 3 of 10",
     ]
+
+
+def test_a_preferred_label_gets_its_real_share_and_the_order_of_samples_stays() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(200, 3)) + np.array([0, 6, -4])
+    probabilities = with_shares(scores, [0.5, 0.3, 0.2])
+    assert probabilities.sum(axis=1) == pytest.approx(np.ones(200))
+    assert probabilities.mean(axis=0) == pytest.approx([0.5, 0.3, 0.2], abs=1e-6)
+    odds = scores[:, 0] - scores[:, 1]
+    assert (np.argsort(odds) == np.argsort(np.log(probabilities[:, 0] / probabilities[:, 1]))).all()
+
+
+def test_a_label_without_a_real_answer_gets_no_probability() -> None:
+    probabilities = with_shares(np.array([[9.0, 0.0, -900.0]] * 4), [0.0, 0.75, 0.25])
+    assert probabilities == pytest.approx(np.array([[0.0, 0.75, 0.25]] * 4))
+    assert with_shares(np.zeros((0, 2)), [0.5, 0.5]).shape == (0, 2)

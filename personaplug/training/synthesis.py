@@ -99,7 +99,6 @@ class Synthesizer:
         self._has_lines = any("\n" in query for query in queries)
         self._input_sampling = self._sampling(queries, _INPUT_TEMPERATURE)
         self._answer_sampling = self._sampling(self._targets, _ANSWER_TEMPERATURE)
-
         self._shares = {label: n / len(real) for label, n in Counter(self._targets).items()}
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from personaplug.cli.benchmark_commands import bench, convert, lamp, report, score, split_command
-from personaplug.cli.data_commands import import_command
+from personaplug.cli.data_commands import import_command, synthesize
 from personaplug.cli.run_commands import (
     encode,
     estimate,
@@ -129,7 +129,7 @@ def _settle_among_processes(command: str | None) -> None:
 
 for _command in (
     *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate, schema),
-    *(bench, report, score, lamp, convert, import_command, split_command),
+    *(bench, report, score, lamp, convert, import_command, split_command, synthesize),
     *(serve, create_key, revoke_key, erase_user, explain, refill_store, verify_receipt),
     *(backup_store, restore_store, replay_erasures, list_preferences, set_preferences),
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +15,8 @@ from personaplug.data.parsing import Flaw, as_id, context_of, item_of, query_of,
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.task import Task
 from personaplug.data.task_registry import check_declared_task
-from personaplug.errors import ConfigError, StorageError
-from personaplug.infra.atomic_io import write_json
+from personaplug.errors import ConfigError, RunConflict, StorageError
+from personaplug.infra.atomic_io import atomic_folder, write_json
 
 
 def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, task: Task) -> None:
@@ -42,6 +43,25 @@ def write_lamp(samples: Iterable[Sample], folder: str | Path, split: str, *, tas
         write_json(folder / "task.json", asdict(task))
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {error.strerror}. Complete files there remain.") from error
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that is there already."""
+    if folder.exists():
+        raise RunConflict(f"{folder} exists already. Choose another folder, or remove it.")
+
+
+def copy_with_train(source: Path, target: Path, samples: Iterable[Sample], *, task: Task) -> None:
+    """Write a new data set with these samples as its train split and all other splits of another data set.
+
+    It appears complete or not at all.
+    """
+    check_new(target)
+    with atomic_folder(target) as draft:
+        write_lamp(samples, draft, "train", task=task)
+        for path in sorted(source.glob("*_*.json*")):
+            if not path.name.startswith("train_"):
+                shutil.copyfile(path, draft / path.name)
 
 
 def _write_drafts(samples: Iterable[Sample], to_questions: Path, to_outputs: Path, task: Task) -> bool:

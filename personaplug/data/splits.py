@@ -61,3 +61,18 @@ def drawn(reader: Reader, *, limit: int, seed: int) -> Iterator[Sample]:
     count = sum(1 for _ in reader)
     chosen = set(np.random.default_rng([seed, 6]).permutation(count)[:limit].tolist())
     yield from (sample for index, sample in enumerate(reader) if index in chosen)
+
+
+def users_first(samples: Sequence[Sample], limit: int, *, seed: int) -> list[Sample]:
+    """Return so many samples in their order: those of whole users, drawn by `seed`, and a part of the last user's.
+
+    A smaller limit gives a part of what a larger one gives.
+    """
+    if not 0 < limit <= len(samples):
+        raise ConfigError(f"The number of real samples should be from 1 to {len(samples):,}, found {limit}.")
+    owners = sorted({sample.owner for sample in samples})
+    ranks = {
+        owners[owner]: rank for rank, owner in enumerate(np.random.default_rng([seed, 9]).permutation(len(owners)))
+    }
+    by_user = sorted(range(len(samples)), key=lambda index: (ranks[samples[index].owner], index))
+    return [samples[index] for index in sorted(by_user[:limit])]

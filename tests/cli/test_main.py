@@ -207,7 +207,9 @@ def test_mistakes_end_with_2_and_a_sentence(
     assert "Traceback" not in done.output
 
 
-@pytest.mark.parametrize("command", ["quickstart", "simulate", "encode", "train", "evaluate", "generate", "estimate"])
+@pytest.mark.parametrize(
+    "command", ["quickstart", "simulate", "encode", "train", "evaluate", "generate", "estimate", "synthesize"]
+)
 def test_help_teaches(command: str) -> None:
     done = _call(command, "--help")
     assert done.exit_code == 0

@@ -121,6 +121,14 @@ def _check_selection(
             )
 
 
+_LATER_SETTINGS = {
+    "training.preference_loss": "none",
+    "training.preference_weight": 1.0,
+    "evaluation.item_kinds": "all",
+}
+"""Settings that published trials did not have, at the values that change none of their scores."""
+
+
 def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: SweepPoint) -> str:
     """Return a hash of everything that a trial's scores depend on; settings of speed and place are left out."""
     settings = asdict(config)
@@ -128,6 +136,11 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
     for name in ("training.seeds", "evaluation.resamples", *SPEED_ONLY):
         section, _, key = name.partition(".")
         del settings[section][key]
+    # Both presets have the same value of `kinds` and `shrinkage`, so what is left still tells all configs apart.
+    for name, value in {**_LATER_SETTINGS, "plug.kinds": config.plug.shrinkage}.items():
+        section, _, key = name.partition(".")
+        if settings[section][key] == value:
+            del settings[section][key]
     if settings["model"]["chat_date"] == "auto":  # settled by each run, for templates that write a date
         del settings["model"]["chat_date"]
     return _hash([settings, data_hash, method, seed])

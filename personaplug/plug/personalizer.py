@@ -108,7 +108,7 @@ class Personalizer:
         assert self.table is not None, "samples refer to a vector table"
         limit = self.plug.config.max_history
         if not self.plug.training:  # which learns the kinds that there are
-            samples = [sample.with_items_of(sample, self.plug.known_items(sample.kind_ids)) for sample in samples]
+            samples = [self._with_known_items(sample) for sample in samples]
         samples = [sample if len(sample.rows) <= limit else sample.latest(limit) for sample in samples]
         history = EncodedHistory(
             self.table.gather(np.concatenate([sample.rows for sample in samples])),
@@ -117,3 +117,8 @@ class Personalizer:
             np.concatenate([sample.kind_ids for sample in samples]),
         )
         return self.collate(history, lengths=tuple(len(sample.rows) for sample in samples))
+
+    def _with_known_items(self, sample: EncodedSample) -> EncodedSample:
+        if not sample.kind_ids.any():  # answers alone, which every plug reads
+            return sample
+        return sample.with_items_of(sample, self.plug.known_items(sample.kind_ids))

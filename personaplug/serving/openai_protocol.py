@@ -288,6 +288,15 @@ def to_json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
+def json_object(body: bytes) -> dict[str, Any] | None:
+    """Return the object that a reply holds; None if it is anything else."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def event(body: Mapping[str, Any]) -> bytes:
     return b"data: " + to_json(body) + b"\n\n"
 

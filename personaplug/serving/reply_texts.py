@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from personaplug.serving.engines.base import EventStream
-from personaplug.serving.openai_protocol import DONE
+from personaplug.serving.openai_protocol import DONE, json_object
 
 _MAX_BODY_BYTES = 2**20  # longer ones are mostly log-probabilities, and parsing them would hold up the event loop
 _MAX_CHARACTERS = 100_000
@@ -15,7 +14,7 @@ _MAX_CHARACTERS = 100_000
 
 def text_of_reply(body: bytes) -> str | None:
     """Return the text of a reply in one piece; None if it has none, has several choices, or is too long."""
-    reply = _json_object(body) if len(body) <= _MAX_BODY_BYTES else None
+    reply = json_object(body) if len(body) <= _MAX_BODY_BYTES else None
     texts = _texts(reply, "message") if reply else None
     return _bounded(texts[0]) if texts and len(texts) == 1 else None
 
@@ -40,7 +39,7 @@ class WatchedStream(EventStream):
         await self._stream.aclose()
 
     def _text_with(self, event: bytes) -> str | None:
-        chunk = _json_object(event.removeprefix(b"data: ")) if self._text is not None else None
+        chunk = json_object(event.removeprefix(b"data: ")) if self._text is not None else None
         texts = _texts(chunk, "delta") if chunk else None
         if self._text is None or texts is None or len(texts) > 1:
             return None
@@ -65,11 +64,3 @@ def _texts(body: Mapping[str, Any], field: str) -> list[str] | None:
 
 def _bounded(text: str) -> str | None:
     return text.strip() or None if len(text) <= _MAX_CHARACTERS else None
-
-
-def _json_object(content: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -6,7 +6,6 @@ Status 200 alone proves nothing: a proxy answers with a page, a failing server w
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 import aiohttp
 
 from personaplug.errors import EngineFailure, RequestError
+from personaplug.serving.openai_protocol import json_object
 
 CONNECTION_ERRORS = (aiohttp.ClientError, TimeoutError)
 
@@ -36,14 +36,14 @@ async def read_bounded(response: aiohttp.ClientResponse, *, max_bytes: int = _MA
 
 def check_reply(body: bytes, *, is_chat: bool) -> None:
     """Check the reply to a request that was accepted; EngineFailure if it is no answer."""
-    reply = _json_object(body)
+    reply = json_object(body)
     if reply is None or not _has_answers(reply, is_chat=is_chat):
         raise EngineFailure(f"The vLLM server answered with status 200 and {_found(body)}. Is it a vLLM server?")
 
 
 def check_refusal(body: bytes, status: int) -> None:
     """Check that a refusal is JSON; RequestError in our words if it is, say, a proxy's page."""
-    if _json_object(body) is None:
+    if json_object(body) is None:
         message = f"The vLLM server refused the request (status {status}) and does not say why."
         raise RequestError(message, http_status=status, code="refused")
 
@@ -105,14 +105,6 @@ async def _read_to_end(response: aiohttp.ClientResponse) -> None:
             await response.content.readany()
 
 
-def _json_object(body: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _has_answers(reply: dict[str, Any], *, is_chat: bool) -> bool:
     choices = reply.get("choices")
     return isinstance(choices, list) and bool(choices) and all(_is_answer(choice, is_chat) for choice in choices)
@@ -128,7 +120,7 @@ def _is_answer(choice: object, is_chat: bool) -> bool:
 
 
 def _check_event(data: bytes, *, is_chat: bool) -> None:
-    value = _json_object(data)
+    value = json_object(data)
     if value is not None and isinstance(value.get("error"), dict):
         return  # in vLLM's words, for the caller
     field, kind = ("delta", dict) if is_chat else ("text", str)
@@ -143,7 +135,7 @@ def _found(body: bytes) -> str:
     """What a reply is instead of an answer, without its text."""
     if not body.strip():
         return "nothing"
-    reply = _json_object(body)
+    reply = json_object(body)
     if reply is None:
         return f"{len(body):,} bytes that are no JSON object"
     is_error = reply.get("object") == "error" or "error" in reply

@@ -1,8 +1,9 @@
 """Style features: how a text is written, whatever it says; an encoder of meaning leaves this out.
 
 The length, capitals and punctuation of somebody's headlines are habits: alike within a user, different between users.
-So are their symbols. An encoder with a vocabulary of words reads all emoji as the same unknown word, so the features
-tell them apart: each symbol sets two of some bits, chosen by its hash (Bloom, 1970).
+So are their symbols, and the words that they open and close with, such as a greeting and a sign-off. An encoder with a
+vocabulary of words reads all emoji as the same unknown word, and a vector of a whole text shows little of its last
+words. So the features tell these apart: each symbol or word sets two of some bits, chosen by its hash (Bloom, 1970).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import numpy.typing as npt
 StyleArray = npt.NDArray[np.float16]
 
 _WORD = re.compile(r"\S+")
+_LETTERS = re.compile(r"\w+")
 _LINK = re.compile(r"https?://|www\.", re.IGNORECASE)
 _MARKS = {
     "stops": ".…",
@@ -34,7 +36,16 @@ _MARKS = {
     "mentions": "@",
 }
 _ALL_MARKS = frozenset("".join(_MARKS.values()))
-_SYMBOL_BITS = tuple(f"symbol_{number}" for number in range(32))
+_EDGE_WORDS = 3  # at the beginning and at the end of a text
+_BITS = 32
+
+
+def _bit_names(part: str) -> tuple[str, ...]:
+    return tuple(f"{part}_{number}" for number in range(_BITS))
+
+
+_SYMBOL_BITS, _OPENING_BITS, _CLOSING_BITS = map(_bit_names, ("symbol", "opening", "closing"))
+_ALL_BITS = _SYMBOL_BITS + _OPENING_BITS + _CLOSING_BITS
 _SPREADS = {
     "words": (2.3, 0.5),
     "letters": (1.7, 0.25),
@@ -46,7 +57,7 @@ _SPREADS = {
     "links": (0.0, 0.1),
     "symbols": (0.0, 0.05),
 }
-_SPREADS |= dict.fromkeys(_MARKS, (0.0, 0.1)) | dict.fromkeys(_SYMBOL_BITS, (0.0, 0.5))
+_SPREADS |= dict.fromkeys(_MARKS, (0.0, 0.1)) | dict.fromkeys(_ALL_BITS, (0.0, 0.5))
 """Middle and spread of each feature over short texts; fixed, so that vectors mean the same everywhere."""
 
 FEATURES = tuple(_SPREADS)
@@ -79,10 +90,11 @@ def _measure(text: str, words: list[str]) -> dict[str, float]:
     letters = sum(map(len, words))
     marks = {name: sum(text.count(mark) for mark in signs) / len(words) for name, signs in _MARKS.items()}
     symbols = [character for character in text if _is_symbol(character)]
-    bits = dict.fromkeys(_SYMBOL_BITS, 0.0) | {bit: 1.0 for symbol in symbols for bit in _bits_of(symbol)}
+    bits = [bit for symbol in symbols if _is_whole(symbol) for bit in _bits_of(symbol, _SYMBOL_BITS)]
     return (
         marks
-        | bits
+        | dict.fromkeys(_ALL_BITS, 0.0)
+        | dict.fromkeys(bits + _edge_bits(text), 1.0)
         | {
             "words": math.log(len(words)),
             "letters": math.log(letters / len(words)),
@@ -101,8 +113,19 @@ def _is_symbol(character: str) -> bool:
     return not (character.isalnum() or character.isspace() or character in _ALL_MARKS)
 
 
-def _bits_of(symbol: str) -> tuple[str, ...]:
-    if unicodedata.category(symbol)[0] not in "SP":  # a part of a letter, or of another symbol
-        return ()
-    first, second = hashlib.blake2b(symbol.encode("utf-8", "surrogatepass"), digest_size=2).digest()
-    return _SYMBOL_BITS[first % len(_SYMBOL_BITS)], _SYMBOL_BITS[second % len(_SYMBOL_BITS)]
+def _is_whole(symbol: str) -> bool:
+    """Whether a symbol stands for itself: it is no part of a letter or of another symbol."""
+    return unicodedata.category(symbol)[0] in "SP"
+
+
+def _edge_bits(text: str) -> list[str]:
+    """Return the bits of the first and the last words of a text, in lower case."""
+    words = _LETTERS.findall(text.lower())
+    edges = (_OPENING_BITS, words[:_EDGE_WORDS]), (_CLOSING_BITS, words[-_EDGE_WORDS:])
+    return [bit for names, edge in edges for word in edge for bit in _bits_of(word, names)]
+
+
+def _bits_of(text: str, names: Sequence[str]) -> tuple[str, str]:
+    """Return two of the names, chosen by the hash of a symbol or word."""
+    first, second = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=2).digest()
+    return names[first % len(names)], names[second % len(names)]

@@ -18,7 +18,7 @@ from personaplug.errors import ConfigError, MissingData, StoreConflict, UserErro
 from personaplug.store.database import Connection, execute, insert_rows, sa
 from personaplug.store.row_checksums import checksum, damaged
 
-FORMAT = 3
+FORMAT = 4
 
 MAX_ITEMS_PER_USER = 2**24
 """Largest number of items that a user may ever receive. An item's key is user number × this + item number."""

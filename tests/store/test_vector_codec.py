@@ -67,7 +67,7 @@ def test_decode_bodies_other_order_raises(order: list[int]) -> None:
 
 def test_decode_bodies_of_zeros_swapped_words_or_other_user_raises() -> None:
     rows = bodies_of(encode_vectors(np.arange(16).reshape(2, 8), width=8))
-    swapped = rows[0][:120] + rows[0][128:136] + rows[0][120:128] + rows[0][136:]
+    swapped = rows[0][:-24] + rows[0][-16:-8] + rows[0][-24:-16] + rows[0][-8:]
     for damage in ([bytes(len(rows[0]))], [swapped]):
         with pytest.raises(StorageError, match="damaged"):
             decode(damage, width=8)

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -237,13 +238,13 @@ class Evaluator:
 
         If one fails, the row simply has no such column.
         """
-        known, wants_divergence = predictions, any(map(_is_of_plain_answers, self.settings.metrics))
+        known, name = predictions, method.name
         if known.nll is None and self.context.decoding != "score":
-            nll = _or_none(lambda: method.reference_nll(self.context, inputs, seed=seed), f"{method.name}: nll")
-            known = replace(known, nll=nll)
-        if known.divergence is None and wants_divergence:
-            found = _or_none(lambda: method.divergence(self.context, inputs, seed=seed), f"{method.name}: divergence")
-            known = replace(known, divergence=found)
+            measure = partial(method.reference_nll, self.context, inputs, seed=seed)
+            known = replace(known, nll=_or_none(measure, f"{name}: no likelihood of the right answers"))
+        if known.divergence is None and any(map(_is_of_plain_answers, self.settings.metrics)):
+            measure = partial(method.divergence, self.context, inputs, seed=seed)
+            known = replace(known, divergence=_or_none(measure, f"{name}: no divergence from the plain model"))
         if known != predictions and (key := method.cache_key(self.context, inputs, seed=seed)) is not None:
             save_predictions(known, self._path(method, seed, "predictions.json"), key=key)
         return known
@@ -338,12 +339,12 @@ class Evaluator:
         write_json(self._path(method, seed, "scores.json"), lines)
 
 
-def _or_none(measure: Callable[[], list[list[float]] | None], title: str) -> list[list[float]] | None:
+def _or_none(measure: Callable[[], list[list[float]] | None], warning: str) -> list[list[float]] | None:
     """Return what is measured; None if a text is beyond the model's longest, or there is too little memory."""
     try:
         return measure()
     except (IndexError, RuntimeError) as error:
-        logger.warning("%s is not known (%s)", title, type(error).__name__)
+        logger.warning("%s (%s)", warning, type(error).__name__)
         return None
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, small_llm
 from scipy.special import log_softmax, rel_entr
 
 import personaplug.methods.divergence
 from personaplug.data.records import characters
 from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
+from personaplug.llm.base import LanguageModel
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.llm.tiny import load_tiny_llm
@@ -42,13 +44,13 @@ class Given:
         return SoftPrompt(torch.stack(drawn) * self.scale, placement=self.placement)
 
 
-def _answers(llm: CausalLM) -> list[Any]:
+def _answers(llm: LanguageModel) -> list[Any]:
     """Return the plain answers, cut to different lengths."""
     answers = plain_answers(llm, SAMPLES, batch_size=3)
     return [ids[:length] for ids, length in zip(answers, LENGTHS, strict=True)]
 
 
-def _measured(llm: CausalLM, *, samples: Sequence[EncodedSample] = SAMPLES, **settings: Any) -> list[list[float]]:
+def _measured(llm: LanguageModel, *, samples: Sequence[EncodedSample] = SAMPLES, **settings: Any) -> list[list[float]]:
     settings = {"answers": _answers(llm), "prompter": None, "batch_size": 3} | settings
     return divergence(llm, samples, plain=SAMPLES, **settings)
 
@@ -105,13 +107,17 @@ def test_divergence_is_that_of_whole_sequences(
         assert total == pytest.approx(expected, rel=1e-4)
 
 
-def test_another_prompt_is_compared_at_the_same_answer(toy: CausalLM) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_prompt_is_compared_at_the_same_answer(family: str) -> None:
+    llm = small_llm(family)
     others = [replace(sample, prompt=f"Be brief. {sample.prompt}") for sample in SAMPLES]
-    found = _measured(toy, samples=others)
-    for plain, other, answer, (total, _) in zip(SAMPLES, others, _answers(toy), found, strict=True):
-        expected = _by_hand(_logits(toy, plain, answer), _logits(toy, other, answer))
-        assert total == pytest.approx(expected, rel=1e-4)
-        assert total > 0
+    found = _measured(llm, samples=others)
+    for plain, other, answer, (total, tokens) in zip(SAMPLES, others, _answers(llm), found, strict=True):
+        rows = llm.prompt_tokenizer.encode_prompts([plain.prompt, other.prompt])
+        with torch.no_grad():
+            p, q = (llm.model_logits(row.ids, answer).double().numpy() for row in rows)
+        assert total == pytest.approx(_by_hand(p, q), rel=1e-3)
+        assert (total > 0, tokens) == (True, len(answer))
 
 
 @pytest.mark.parametrize("placement", ["prefix", "suffix"])

@@ -5,14 +5,15 @@ the statistics, never the texts, and are exact for every metric. Predictions and
 `eval/evaluation.py` of the LaMP repository.
 
 `mae@median` scores the predictions of another point estimate than the likeliest label; `nll` scores the probability
-that a model gave to the right answer; `choice` and `margin` compare it with those of rejected answers.
+that a model gave to the right answer; `choice` and `margin` compare it with those of rejected answers; `divergence`
+is the distance from the plain model. These four are in `likelihood_metrics.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -21,7 +22,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN, check_estimate, scale_of
+from personaplug.analysis.likelihood_metrics import Choice, Divergence, Margin, NegativeLogLikelihood
+from personaplug.analysis.metric_base import AT, Array, LikelihoodMetric, Metric, per_counted, value_of
+from personaplug.analysis.point_estimates import ARGMAX, MEAN, MEDIAN
 from personaplug.analysis.words import (
     ascii_words,
     is_read_by_ascii_words,
@@ -29,77 +32,17 @@ from personaplug.analysis.words import (
     unicode_words,
 )
 from personaplug.data.manners import DIMENSIONS, manners_met, share_met
-from personaplug.errors import ConfigError, ShapeMismatch, nearest
+from personaplug.errors import ConfigError, nearest
 from personaplug.infra.plugins import load_plugins, register
 
-Array = NDArray[np.float64]
-
-Likelihoods = Sequence[Sequence[float]]
-"""Of each sample −log p and the number of tokens of the right answer, then of each rejected one."""
+__all__ = ["ERROR_MATCHED_ESTIMATES", "LIKELIHOOD_METRICS", "MANNER_METRICS", "METRICS", "Accuracy", "Array"]
+__all__ += ["LikelihoodMetric", "Metric", "get_metric", "has_estimate", "is_invalid", "metric_class"]
+__all__ += ["register_metric", "value_of"]
 
 logger = logging.getLogger(__name__)
 
 _MANY = 0.1  # share of references in other scripts from which a score without them says little
-_AT = "@"  # between a metric and the point estimate whose predictions it scores
-ERROR_MATCHED_ESTIMATES = (f"mae{_AT}{MEDIAN}", f"rmse{_AT}{MEAN}")  # with the estimates that minimize them
-
-
-class Metric(ABC):
-    """A score of predictions against golds; its name tells the point estimate if that is not the argmax."""
-
-    name: str
-    greater_is_better: ClassVar[bool] = True
-    takes_estimates: ClassVar[bool] = False
-    needs_labels: ClassVar[bool] = False
-    needs_scale: ClassVar[bool] = False  # whether its labels are numbers whatever the estimate
-    of_answers: ClassVar[bool] = True  # else it scores probabilities, which rows without a language model lack
-    averages_over_users: ClassVar[bool] = True  # whether it means something of one user's few samples
-
-    def __init__(self, labels: Sequence[str] = (), *, estimate: str = ARGMAX) -> None:
-        check_estimate(estimate)
-        self.labels, self.estimate = tuple(label.strip() for label in labels), estimate
-        if estimate != ARGMAX:
-            if not self.takes_estimates:
-                raise ConfigError(f"{self.name} knows no scale; leave out {_AT}{estimate}, which is for ratings.")
-            self.name = f"{self.name}{_AT}{estimate}"
-        if self.needs_scale or estimate != ARGMAX:
-            scale = scale_of(self.labels)
-            if scale is None:
-                raise ConfigError(f"{self.name} needs finite numbers as labels, the scale; found {list(self.labels)}.")
-            self.low, self.high = float(scale.min()), float(scale.max())
-        if self.needs_labels and (not self.labels or len(set(self.labels)) < len(self.labels)):
-            raise ConfigError(f"{self.name} needs the task's labels, each once; found {list(labels)}.")
-
-    def statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        """Compute what the metric averages, sample by sample: (n, d)."""
-        if len(predictions) != len(golds):
-            raise ShapeMismatch(f"Expected {len(golds)} predictions, one per gold; found {len(predictions)}.")
-        return self._statistics(predictions, golds)
-
-    @abstractmethod
-    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array: ...
-
-    def value(self, means: Array) -> Array:
-        """Return the metric of means of statistics: (..., d) to (...)."""
-        return np.asarray(means[..., 0])
-
-    def score(self, predictions: Sequence[str], golds: Sequence[str]) -> float:
-        """Return the metric of these samples; NaN without samples."""
-        return value_of(self.statistics(predictions, golds), self)
-
-
-def value_of(stats: Array, metric: Metric) -> float:
-    """Return the metric of per-sample statistics (n, d); NaN without samples."""
-    if not len(stats):
-        return float("nan")
-    with np.errstate(over="ignore", invalid="ignore"):  # a rating of "1e200" squares to infinity: that is its score
-        return float(metric.value(stats.mean(axis=0)))
-
-
-def _per_counted(means: Array) -> Array:
-    """Return the mean of a score over the samples that count, of means (..., 2); NaN without such a sample."""
-    scores, counted = means[..., 0], means[..., 1]
-    return np.divide(scores, counted, out=np.full_like(scores, math.nan), where=counted > 0)
+ERROR_MATCHED_ESTIMATES = (f"mae{AT}{MEDIAN}", f"rmse{AT}{MEAN}")  # with the estimates that minimize them
 
 
 class _LabelMetric(Metric):
@@ -292,7 +235,7 @@ class _MannerOf(Metric):
         return np.array([[bool(each), each is not None] for each in met], dtype=np.float64).reshape(-1, 2)
 
     def value(self, means: Array) -> Array:
-        return _per_counted(means)
+        return per_counted(means)
 
 
 MANNER_METRICS: tuple[type[Metric], ...] = tuple(
@@ -302,91 +245,10 @@ MANNER_METRICS: tuple[type[Metric], ...] = tuple(
 """One metric for each manner: `manners_length`, `manners_emoji`, …"""
 
 
-class LikelihoodMetric(Metric):
-    """A score of the probabilities that a model gave to answers; rows without a language model lack it."""
-
-    of_answers = False
-
-    @abstractmethod
-    def of_likelihoods(self, likelihoods: Likelihoods) -> Array | None:
-        """Compute what the metric averages, sample by sample, (n, d); None if there is nothing to average."""
-
-    def _statistics(self, predictions: Sequence[str], golds: Sequence[str]) -> Array:
-        raise ConfigError(
-            f"{self.name} is of a model's probabilities, and of these answers only texts are known. Leave it out of "
-            f"the task's metrics: if a language model answers, it is a column of its own."
-        )
-
-
-class NegativeLogLikelihood(LikelihoodMetric):
-    """NLL of the right answers, in nats per token; per answer of a closed set that is scored.
-
-    A proper score: it shows what a model knows of a user long before its likeliest text changes. The statistics are
-    −log p and tokens, (n, 2).
-
-    Source: Gneiting and Raftery, "Strictly Proper Scoring Rules, Prediction, and Estimation", 2007.
-    """
-
-    name = "nll"
-    greater_is_better = False
-
-    def of_likelihoods(self, likelihoods: Likelihoods) -> Array:
-        return np.array([row[:2] for row in likelihoods], dtype=np.float64).reshape(-1, 2)
-
-    def value(self, means: Array) -> Array:
-        return np.asarray(means[..., 0] / means[..., 1])
-
-
-class _AgainstRejected(LikelihoodMetric):
-    """A score of the right answer against the best rejected one, by log p per token.
-
-    The statistics are the score and 1; 0 and 0 of a sample without rejected answers, which does not count.
-    """
-
-    def of_likelihoods(self, likelihoods: Likelihoods) -> Array | None:
-        leads = [_lead_per_token(row) for row in likelihoods]
-        statistics = [(0.0, 0.0) if lead is None else (self._score(lead), 1.0) for lead in leads]
-        return np.array(statistics) if any(lead is not None for lead in leads) else None
-
-    def value(self, means: Array) -> Array:
-        return _per_counted(means)
-
-    @abstractmethod
-    def _score(self, lead: float) -> float:
-        """Return the score of a sample; `lead` is the right answer's log p per token above the best rejected one's."""
-
-
-class Choice(_AgainstRejected):
-    """The share of samples whose right answer is likelier per token than each rejected one.
-
-    Chance is 1 / (1 + rejected answers).
-    """
-
-    name = "choice"
-
-    def _score(self, lead: float) -> float:
-        return float(lead > 0)
-
-
-class Margin(_AgainstRejected):
-    """The mean distance of the right answer's log p per token to the best rejected one's, in nats."""
-
-    name = "margin"
-
-    def _score(self, lead: float) -> float:
-        return lead
-
-
-def _lead_per_token(row: Sequence[float]) -> float | None:
-    """Return the log p per token of a row's first answer above the best other one's; None without others."""
-    right, *rejected = (loss / tokens for loss, tokens in zip(row[::2], row[1::2], strict=True))
-    return min(rejected) - right if rejected else None
-
-
 _KINDS: tuple[type[Metric], ...] = (
     *(Accuracy, MacroF1, MeanAbsoluteError, RootMeanSquaredError),
     *(Rouge1, RougeL, UnicodeRouge1, UnicodeRougeL, Answered, Manners),
-    *(NegativeLogLikelihood, Choice, Margin),
+    *(NegativeLogLikelihood, Choice, Margin, Divergence),
     *MANNER_METRICS,
 )
 METRICS: dict[str, type[Metric]] = {kind.name: kind for kind in _KINDS}
@@ -405,7 +267,7 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
     Args:
         labels: the task's labels, in order; needed by all but ROUGE and NLL.
     """
-    kind, (stem, at, estimate) = metric_class(name), name.partition(_AT)
+    kind, (stem, at, estimate) = metric_class(name), name.partition(AT)
     if kind is None:
         raise ConfigError(f"There is no metric {stem!r}; {nearest(stem, METRICS)}")
     if at and estimate == ARGMAX:  # under two names one number would stand in a table twice
@@ -415,7 +277,7 @@ def get_metric(name: str, *, labels: Sequence[str] = ()) -> Metric:
 
 def metric_class(name: str) -> type[Metric] | None:
     """Return the class of a metric's name, with an estimate or without; None for an unknown one."""
-    stem = name.partition(_AT)[0]
+    stem = name.partition(AT)[0]
     if stem not in METRICS:
         load_plugins()
     return METRICS.get(stem)
@@ -423,7 +285,7 @@ def metric_class(name: str) -> type[Metric] | None:
 
 def has_estimate(name: str) -> bool:
     """Return whether a metric's name tells a point estimate."""
-    return _AT in name
+    return AT in name
 
 
 def is_invalid(prediction: str, labels: Sequence[str]) -> bool:

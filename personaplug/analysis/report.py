@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personaplug.analysis.figures import gains_figure, scores_figure, subgroups_figure
-from personaplug.analysis.metrics import NegativeLogLikelihood
+from personaplug.analysis.likelihood_metrics import NegativeLogLikelihood
 from personaplug.analysis.rendering import ABSENT, Column, Picture, Section, Table, to_html, to_markdown
 from personaplug.analysis.results_file import Results, load_results
 from personaplug.analysis.tables import (

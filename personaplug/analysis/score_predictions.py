@@ -45,7 +45,8 @@ def score_lamp(
     texts = [predictions.texts[name] for name in golds.texts]
     groups = [str(number) for number in range(len(texts))]  # LaMP's files name no users: each sample stands for itself
     intervals = {}
-    for metric in (get_metric(name, labels=task.labels) for name in task.metrics):
+    metrics = [get_metric(name, labels=task.labels) for name in task.metrics]
+    for metric in [metric for metric in metrics if metric.of_answers] or metrics:
         stats = metric.statistics(texts, targets)
         intervals[metric.name] = bootstrap_interval(stats, groups, metric, resamples=resamples, seed=seed)
     row = ResultRow(

@@ -73,6 +73,8 @@ def notes(results: Results) -> list[str]:
         "stand.": any(map(has_estimate, results.metric_names)),
         "choice: how often the right answer is likelier per token than each rejected one; margin: by how many nats, on "
         "average, than the best of them.": "choice" in results.metric_names,
+        "divergence: how far next tokens are from the plain model's along its own answers, as KL(plain ‖ row), in nats "
+        "per token.": "divergence" in results.metric_names,
         "per user: the score of each user, averaged, so that each counts once; others count each "
         "sample.": has_user_averages,
         "A positive advantage: the first method is better, whatever the metric's direction.": bool(pairs),

@@ -13,7 +13,9 @@ import numpy as np
 
 from personaplug.data.task import Task
 
-CLOSED_QUESTIONS = Task("Closed_questions", "chat", ("question", "answer"), "answer", ("answered",), max_new_tokens=48)
+CLOSED_QUESTIONS = Task(
+    "Closed_questions", "chat", ("question", "answer"), "answer", ("answered", "divergence"), max_new_tokens=48
+)
 
 _WRONG = 3  # answers beside the right one, if there are more than two
 

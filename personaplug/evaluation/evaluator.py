@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,7 @@ class Evaluator:
         references = _references(self.context.samples)
         inputs = self._inputs(method, seed=seed)
         predictions = self._predictions(method, inputs, seed=seed)
-        predictions = self._with_nll(method, inputs, predictions, seed=seed)
+        predictions = self._with_likelihoods(method, inputs, predictions, seed=seed)
         statistics = self._statistics(predictions, references)
         self._write_scores(method, statistics, seed=seed)
         return self._trial(method, inputs, predictions, statistics=statistics, seed=seed)
@@ -230,22 +231,23 @@ class Evaluator:
         write_json(self._path(method, seed, "json"), {"task": self.run.task.name, "golds": golds})
         return predictions
 
-    def _with_nll(self, method: Method, inputs: ModelInputs, predictions: Predictions, *, seed: int) -> Predictions:
-        """Return written predictions with the likelihoods of the answers: another pass, once predictions are saved.
+    def _with_likelihoods(
+        self, method: Method, inputs: ModelInputs, predictions: Predictions, *, seed: int
+    ) -> Predictions:
+        """Return predictions with what metrics of probabilities need: further passes, once predictions are saved.
 
-        If this fails, the row simply has no such column.
+        If one fails, the row simply has no such column.
         """
-        if predictions.nll is not None or self.context.decoding == "score":
-            return predictions
-        try:
-            nll = method.reference_nll(self.context, inputs, seed=seed)
-        except (IndexError, RuntimeError) as error:  # a reference beyond the model's longest, or too little memory
-            logger.warning("%s: no likelihood of the right answers (%s)", method.name, type(error).__name__)
-            return predictions
-        predictions = replace(predictions, nll=nll)
-        if (key := method.cache_key(self.context, inputs, seed=seed)) is not None:
-            save_predictions(predictions, self._path(method, seed, "predictions.json"), key=key)
-        return predictions
+        known, name = predictions, method.name
+        if known.nll is None and self.context.decoding != "score":
+            measure = partial(method.reference_nll, self.context, inputs, seed=seed)
+            known = replace(known, nll=_or_none(measure, f"{name}: no likelihood of the right answers"))
+        if known.divergence is None and any(map(_is_of_plain_answers, self.settings.metrics)):
+            measure = partial(method.divergence, self.context, inputs, seed=seed)
+            known = replace(known, divergence=_or_none(measure, f"{name}: no divergence from the plain model"))
+        if known != predictions and (key := method.cache_key(self.context, inputs, seed=seed)) is not None:
+            save_predictions(known, self._path(method, seed, "predictions.json"), key=key)
+        return known
 
     # ---- scores → trial
 
@@ -337,11 +339,24 @@ class Evaluator:
         write_json(self._path(method, seed, "scores.json"), lines)
 
 
-def _of_likelihoods(metric: Metric, predictions: Predictions) -> Array | None:
-    likelihoods = predictions.likelihoods()
-    if likelihoods is None or not isinstance(metric, LikelihoodMetric):
+def _or_none(measure: Callable[[], list[list[float]] | None], warning: str) -> list[list[float]] | None:
+    """Return what is measured; None if a text is beyond the model's longest, or there is too little memory."""
+    try:
+        return measure()
+    except (IndexError, RuntimeError) as error:
+        logger.warning("%s (%s)", warning, type(error).__name__)
         return None
-    return metric.of_likelihoods(likelihoods)
+
+
+def _is_of_plain_answers(metric: Metric) -> bool:
+    return isinstance(metric, LikelihoodMetric) and metric.of_plain_answers
+
+
+def _of_likelihoods(metric: Metric, predictions: Predictions) -> Array | None:
+    if not isinstance(metric, LikelihoodMetric):
+        return None
+    likelihoods = predictions.divergences() if metric.of_plain_answers else predictions.likelihoods()
+    return None if likelihoods is None else metric.of_likelihoods(likelihoods)
 
 
 def _mean_tokens(lengths: Sequence[Measure]) -> float:

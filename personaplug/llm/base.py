@@ -18,7 +18,7 @@ from torch import Tensor
 from personaplug.data.records import Prompt
 from personaplug.errors import ConfigError
 from personaplug.infra.model_hub import LLMIdentity, fingerprint
-from personaplug.llm.chunked_cross_entropy import log_softmax, token_loss
+from personaplug.llm.chunked_cross_entropy import log_softmax, token_divergence, token_loss
 from personaplug.llm.fp32_logits import use_fp32_logits
 from personaplug.llm.label_bias import LabelBias
 from personaplug.llm.ngram_cache import MAX_CHARACTERS, UserNgramCache
@@ -299,15 +299,26 @@ class LanguageModel(ABC):
 
     @torch.no_grad()
     def generate(self, batch: PromptBatch, config: GenerationConfig) -> list[Generation]:
+        rows = [(ids, bool(ids) and ids[-1] in self.end_ids) for ids in self.answer_ids(batch, config)]
+        decode = self.prompt_tokenizer.decode
+        return [Generation(decode(ids[:-1] if finished else ids), finished=finished) for ids, finished in rows]
+
+    @torch.no_grad()
+    def answer_ids(self, batch: PromptBatch, config: GenerationConfig) -> list[Ids]:
+        """Return the token ids of responses, each with the token that ends it unless `max_new_tokens` cut it."""
         if not batch.prompts:
             return []
         runner = self.choose_runner(batch, new_tokens=config.max_new_tokens, num_beams=config.num_beams)
         rows = runner.generate_ids(batch, config)
-        ends = [next((index for index, token in enumerate(row) if token in self.end_ids), None) for row in rows]
-        return [
-            Generation(self.prompt_tokenizer.decode(row[:end]), finished=end is not None)
-            for row, end in zip(rows, ends, strict=True)
-        ]
+        ends = [next((index for index, token in enumerate(row, 1) if token in self.end_ids), None) for row in rows]
+        return [tuple(row[:end]) for row, end in zip(rows, ends, strict=True)]
+
+    @torch.no_grad()
+    def divergence(self, plain: PromptBatch, other: PromptBatch, answers: Sequence[Ids]) -> Tensor:
+        """Return the sum of KL(plain ‖ other) over the next tokens of each answer, in nats, (B,)."""
+        longest = max(map(len, answers), default=0)
+        runners = [self.choose_runner(batch, new_tokens=longest) for batch in (plain, other)]
+        return token_divergence(runners[0].target_logits(plain, answers), runners[1].target_logits(other, answers))
 
     def splice_prompts(self, batch: PromptBatch, target_ids: Sequence[Ids] | None = None) -> Spliced:
         """Tokenize, pad, embed and splice prompts, followed by their targets if given.

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary (PPlug, eq. 6) with little memory traffic.
+"""Cross-entropy (PPlug, eq. 6) and KL divergence over a large vocabulary with little memory traffic.
 
 The logits are the largest tensor of a step. They are converted to float32 a few rows at a time, so that these fit into
 the CPU cache. The backward pass needs only the original logits.
@@ -30,6 +30,28 @@ def token_loss(logits: Tensor, labels: Tensor, ngrams: Sequence[UserNgramCache] 
         losses = interpolate_losses(losses, labels, ngrams)
     per_position = losses.new_zeros(labels.shape).masked_scatter(is_label, losses)
     return per_position.sum(dim=1), is_label.sum(dim=1)
+
+
+def token_divergence(plain: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the sum of KL(plain ‖ other) over each row's labels, in nats, (B,), computed in float32.
+
+    Both are logits (B, L, V) and labels (B, L) as in `token_loss`. The labels of a row are the same tokens in both, but
+    may be padded on different sides.
+    """
+    (plain_logits, plain_positions), (logits, positions) = _labeled(*plain), _labeled(*other)
+    divergences = plain_logits.new_empty(len(positions), dtype=torch.float32)
+    for chunk in _chunks(logits, len(positions)):
+        log_p, log_q = log_softmax(plain_logits[plain_positions[chunk]]), log_softmax(logits[positions[chunk]])
+        p = log_p.exp()
+        # Where p is 0 so is the term, whatever q is. Rounding could make the divergence of equals slightly negative.
+        divergences[chunk] = (p * (log_p - log_q)).masked_fill(p == 0, 0).sum(dim=1).clamp(min=0)
+    is_label = plain[1] != IGNORED
+    return divergences.new_zeros(is_label.shape).masked_scatter(is_label, divergences).sum(dim=1)
+
+
+def _labeled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits as (B · L, V), and at which of them there is a label."""
+    return logits.flatten(0, 1), (labels != IGNORED).flatten().nonzero()[:, 0]
 
 
 def log_softmax(logits: Tensor) -> Tensor:

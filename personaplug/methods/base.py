@@ -97,6 +97,10 @@ class Method(ABC):
         """Return −log p of the reference answers and their tokens, (n, 2); None if the row has no likelihoods."""
         return None
 
+    def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        """Return the sum of KL(plain ‖ row) along each of the plain model's answers and its tokens, (n, 2), or None."""
+        return None
+
     def user_cost(self, context: EvalContext, inputs: ModelInputs) -> UserCost | None:
         """Return what a user costs a service with this row; None if unknown."""
         return None

@@ -16,6 +16,7 @@ from personaplug.llm.ngram_cache import check_ngrams
 from personaplug.methods.base import Method, ModelInputs
 from personaplug.methods.context import Assignment, EvalContext, with_assigned_items
 from personaplug.methods.costs import UserCost
+from personaplug.methods.divergence import divergence, plain_answers
 from personaplug.methods.personas import MeanPersona, RandomVectors
 from personaplug.methods.predictions import Predictions, predict_samples, reference_nll
 from personaplug.methods.prompt_texts import PromptTexts
@@ -77,6 +78,21 @@ class LanguageModelMethod(Method):
     def reference_nll(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
         prompter = self.prompter(context, inputs, seed=seed)
         return self._reference_nll(context, inputs.samples, prompter=prompter, seed=seed)
+
+    def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        """Return what metrics take; None for a row with n-grams, which are no part of the model's logits."""
+        if self.ngrams:
+            return None
+        llm, size = context.models.llm, context.config.evaluation_batch_size
+        return divergence(
+            llm,
+            inputs.samples,
+            plain=context.samples,
+            answers=context.once("plain-answers", lambda: plain_answers(llm, context.samples, batch_size=size)),
+            prompter=self.prompter(context, inputs, seed=seed),
+            batch_size=size,
+            title=f"{self._title(seed)}, divergence",
+        )
 
     def prompter(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> SoftPrompter | None:
         """Return what makes the row's soft tokens; None if it has none."""

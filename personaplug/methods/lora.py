@@ -53,6 +53,10 @@ class LoraMethod(LanguageModelMethod):
         with task_lora(context.run, context.models, seed=seed):
             return super().reference_nll(context, inputs, seed=seed)
 
+    def divergence(self, context: EvalContext, inputs: ModelInputs, *, seed: int) -> list[list[float]] | None:
+        """Return None: with a LoRA in it, the model is not the plain one."""
+        return None
+
 
 @dataclass(frozen=True)
 class UserLoraMethod(LoraMethod):

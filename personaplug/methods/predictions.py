@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from personaplug.analysis.metrics import Likelihoods
+from personaplug.analysis.metric_base import Likelihoods
 from personaplug.analysis.point_estimates import ARGMAX, point_predictions
 from personaplug.data.records import characters
 from personaplug.data.task import Task
@@ -36,7 +36,7 @@ from personaplug.training.batching import micro_batches
 logger = logging.getLogger(__name__)
 
 _DIGITS = 6  # of a probability: enough for any point estimate, and equal in memory and in a file
-_MAX_NLL_TOKENS = 1024  # answer tokens in one pass, padding included; each has a logit for every word of the vocabulary
+MAX_PASS_TOKENS = 1024  # answer tokens in one pass, padding included; each has a logit for every word of the vocabulary
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,6 +51,8 @@ class Predictions:
         probabilities: (n, C) of the task's labels; None if no labels were scored.
         nll: (n,) −log p of each reference answer and its number of tokens (a label counts as one), then, if texts were
             written, of each rejected answer; None if unknown.
+        divergence: (n,) the sum of KL(plain ‖ row) over the tokens of the plain model's answer, and their number; None
+            if unknown.
         fit_seconds: the time of fitting, for a row that is fitted when the table is filled.
     """
 
@@ -60,14 +62,16 @@ class Predictions:
     peak_memory_bytes: int
     probabilities: list[list[float]] | None = None
     nll: list[list[float]] | None = None
+    divergence: list[list[float]] | None = None
     fit_seconds: float | None = None
 
     def likelihoods(self) -> Likelihoods | None:
         """Return `nll` as metrics take it; None if unknown."""
-        if self.nll is None:
-            return None
-        # JSON has no infinity: a file has null in its place.
-        return [[math.inf if value is None else value for value in row] for row in self.nll]
+        return _with_infinities(self.nll)
+
+    def divergences(self) -> Likelihoods | None:
+        """Return `divergence` as metrics take it; None if unknown."""
+        return _with_infinities(self.divergence)
 
     def estimates(self, estimate: str, *, labels: Sequence[str]) -> list[str]:
         """Return the labels that a point estimate chooses; texts that were not scored stay as they are.
@@ -171,15 +175,20 @@ def _answer_nll(
     nll: dict[int, list[float]] = {}
     lengths = llm.prompt_tokenizer.encode_targets([answer for _, answer in pairs])
     with Progress(title, total=len(pairs), unit="answers") as progress:
-        for part in micro_batches(range(len(pairs)), lengths=[*map(len, lengths)], max_tokens=_MAX_NLL_TOKENS):
+        for part in micro_batches(range(len(pairs)), lengths=[*map(len, lengths)], max_tokens=MAX_PASS_TOKENS):
             for start in range(0, len(part), batch_size):
                 indices = part[start : start + batch_size]
                 samples, answers = zip(*(pairs[index] for index in indices), strict=True)
-                losses, tokens = llm.loss(_prompt_batch(llm, samples, prompter), answers)
+                losses, tokens = llm.loss(prompt_batch(llm, samples, prompter), answers)
                 values = zip(losses.tolist(), tokens.tolist(), strict=True)
                 nll.update(zip(indices, ([round(loss, 6), count] for loss, count in values), strict=True))
                 progress.advance(len(indices))
     return [nll[index] for index in range(len(pairs))]
+
+
+def _with_infinities(rows: list[list[float]] | None) -> Likelihoods | None:
+    """Return rows with infinity in place of null, which a file has, because JSON has no infinity."""
+    return None if rows is None else [[math.inf if value is None else value for value in row] for row in rows]
 
 
 def all_or_none(rows: Sequence[list[float] | None]) -> list[list[float]] | None:
@@ -245,15 +254,15 @@ def _predict_batch(
 ) -> list[_Prediction]:
     with torch.no_grad():
         if decoding == "score":
-            scores = llm.score(_prompt_batch(llm, batch, prompter), task.labels)
+            scores = llm.score(prompt_batch(llm, batch, prompter), task.labels)
             best_ids = scores.argmax(dim=1).tolist()
             rows = zip(best_ids, _probabilities(scores), _label_nll(scores, batch, task), strict=True)
             return [_Prediction(task.labels[best], probabilities=probs, nll=nll) for best, probs, nll in rows]
-        outputs = llm.generate(_prompt_batch(llm, batch, prompter), generation)
+        outputs = llm.generate(prompt_batch(llm, batch, prompter), generation)
         return [_Prediction(output.text, unfinished=not output.finished) for output in outputs]
 
 
-def _prompt_batch(llm: LanguageModel, samples: Sequence[EncodedSample], prompter: SoftPrompter | None) -> PromptBatch:
+def prompt_batch(llm: LanguageModel, samples: Sequence[EncodedSample], prompter: SoftPrompter | None) -> PromptBatch:
     """Return the samples' prompts with their soft tokens and, if any sample has past answers, n-gram caches."""
     has_ngrams = any(sample.own_answers for sample in samples)
     return PromptBatch(

@@ -292,14 +292,15 @@ def test_no_samples_score_nan_and_lengths_must_agree(name: str) -> None:
         metric.statistics(["1"], ["1", "2"])
 
 
-def test_likelihood_is_per_token_whoever_has_how_many() -> None:
-    metric = get_metric("nll")
+@pytest.mark.parametrize("name", ["nll", "divergence"])
+def test_likelihood_is_per_token_whoever_has_how_many(name: str) -> None:
+    metric = get_metric(name)
     stats = np.array([[6.0, 3.0], [1.0, 1.0]])
     assert value_of(stats, metric) == pytest.approx(7 / 4)
     assert not metric.greater_is_better
 
 
-@pytest.mark.parametrize("name", ["nll", "choice", "margin"])
+@pytest.mark.parametrize("name", ["nll", "choice", "margin", "divergence"])
 def test_likelihood_is_not_to_be_had_from_texts(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name} is of a model's probabilities"):
         get_metric(name).score(["1"], ["1"])
@@ -351,7 +352,7 @@ def test_unknown_metric_is_answered_with_the_nearest(name: str, meant: str) -> N
 
 
 def test_far_off_name_lists_all_metrics() -> None:
-    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, answered, choice, f1, mae"):
+    with pytest.raises(ConfigError, match=r"no metric 'xyz'; known are: accuracy, answered, choice, divergence, f1"):
         get_metric("xyz")
 
 

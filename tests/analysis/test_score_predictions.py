@@ -192,6 +192,15 @@ def test_task_is_declared_beside_the_golds_or_named_in_them(tmp_path: Path) -> N
     assert score_lamp(gold, put(tmp_path / "said.json", ["a"], task="News"), resamples=5).about.task == "News"
 
 
+def test_metrics_of_a_models_probabilities_are_left_out_beside_others(tmp_path: Path) -> None:
+    declared = {"name": "Closed", "kind": "chat", "metrics": ["answered", "divergence"]}
+    (tmp_path / "task.json").write_text(json.dumps(declared))
+    assert metrics(score(tmp_path, ["It is 4."], ["4"], task="Closed")) == {"answered": 1.0}
+    (tmp_path / "task.json").write_text(json.dumps(declared | {"metrics": ["divergence"]}))
+    with pytest.raises(ConfigError, match="divergence is of a model's probabilities"):
+        score(tmp_path, ["It is 4."], ["4"], task="Closed")
+
+
 def test_files_of_different_tasks_are_an_error(tmp_path: Path) -> None:
     gold, predicted = put(tmp_path / "gold.json", ["1"]), put(tmp_path / "said.json", ["1"], task="LaMP_4")
     with pytest.raises(ConfigError, match=r"gold\.json is of the task LaMP_3 and .*said\.json of LaMP_4"):

@@ -9,14 +9,23 @@ from typing import Any
 import memory
 import pytest
 import speed
+import synthetic
 import torch
+from click.testing import CliRunner
 from plugs import head_of
 
+from personaplug.analysis.method_info import MethodInfo
+from personaplug.analysis.results_file import load_results
+from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
+from personaplug.cli.main import main
 from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.errors import MissingData, RunConflict
+from personaplug.evaluation.benchmark import Folders, run_benchmark
+from personaplug.evaluation.experiment import load_experiment
 from personaplug.run import Models, Run, open_models
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import build_plug
@@ -82,3 +91,44 @@ def test_the_memory_benchmark_has_short_and_long_prompts() -> None:
     assert min(lengths) < 40
     assert 360 < max(lengths) <= memory.LONGEST_QUERY
     assert max(lengths[:16]) > 250
+
+
+def _few(folder: Path) -> None:
+    """Write a set of few samples under the shipped experiment's name, and one with more in place of synthetic ones."""
+    whole = folder / "whole"
+    write_simulation(SimulationConfig(users=12, queries_per_user=2, dev_users=5, min_items=2, max_items=4), whole)
+    for name, samples in (("Critic_rating-50", 8), ("Critic_rating-50+synthetic", 16)):
+        words = ["synthesize", "--data", str(whole), "--out", str(folder / name), "--real", str(samples)]
+        result = CliRunner().invoke(main, [*words, "--samples", "0"])
+        assert result.exit_code == 0, result.output
+
+
+def test_rows_with_synthetic_samples_stand_beside_those_without(tmp_path: Path) -> None:
+    _few(tmp_path)
+    words = ("llm=toy", "encoder=hash:32", "dtype=float32", "epochs=1", "seeds=0,1", "resamples=100")
+    experiment = load_experiment(synthetic.EXPERIMENT, settings=words)
+    folders = Folders(tmp_path, tmp_path / "runs", tmp_path / "results")
+    outcome = run_benchmark(experiment, folders, sets=["Critic_rating-50", "Critic_rating-50+synthetic"])
+    assert (outcome.failed, len(outcome.written)) == ([], 2)
+    alone = [load_results(file).by_name["plug"].metrics["mae"] for file in outcome.written]
+
+    both = synthetic.joined(experiment, "Critic_rating-50", data=tmp_path, results=folders.results)
+    assert [row.name for row in both.rows][:3] == ["instruction-only", "plug", "wrong-user"]
+    assert [both.by_name[name].metrics["mae"] for name in ("plug", "plug+synthetic")] == pytest.approx(alone)
+    pair = next(p for p in both.pairs if {p.a, p.b} == {"plug", "plug+synthetic"} and p.metric == "mae")
+    better = alone[0] - alone[1] if pair.a == "plug+synthetic" else alone[1] - alone[0]
+    assert pair.difference == pytest.approx(better, abs=1e-6)
+    assert both.is_personal_gain("plug+synthetic", "wrong-user+synthetic")
+
+
+def test_tables_of_different_dev_samples_are_not_joined(tmp_path: Path) -> None:
+    for name, groups in (("A", [0, 1]), (f"A{synthetic.ENDING}", [0, 0])):
+        file = TrialFile(tmp_path / "mine" / f"{name}.trials.jsonl")
+        file.start(EvalSamples(groups, [1, 1], Provenance()))
+        file.append(Trial(MethodInfo("plug"), 0, {}, invalid_rate=0.0))
+    path = tmp_path / "mine.yaml"
+    path.write_text("sets: [A]\nmethods: [plug]\n", encoding="utf-8")
+    with pytest.raises(RunConflict, match="different dev samples"):
+        synthetic.joined(load_experiment(path), "A", data=tmp_path, results=tmp_path)
+    with pytest.raises(MissingData, match="no trials in"):
+        synthetic.joined(load_experiment(path), "B", data=tmp_path, results=tmp_path)

@@ -364,7 +364,8 @@ def test_set_may_be_asked_of_the_run_of_another_set(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out" / "mine").iterdir()] == ["Manners"]
     closed = _read(outcome.written[1])
     assert closed["task"] == "Closed_questions"
-    assert set(closed["rows"][0]["metrics"]) == {"answered", "nll", "choice", "margin"}
+    assert set(closed["rows"][0]["metrics"]) == {"answered", "divergence", "nll", "choice", "margin"}
+    assert [row["metrics"]["divergence"] > 0 for row in closed["rows"]] == [False, True, True]
 
 
 def test_run_of_labels_is_not_asked_another_set(tmp_path: Path, data: Path) -> None:

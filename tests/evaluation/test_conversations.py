@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,45 @@ def test_choice_and_margin_are_those_of_the_models_own_losses(stage: Stage) -> N
     assert "choice ↑" in table
     assert "margin ↑" in table
     assert "likelier per token than each rejected one" in table
+
+
+@pytest.fixture
+def neutral(stage: Stage) -> Iterator[Stage]:
+    """The stage, asked for the divergence from the plain model too."""
+    run = stage.run
+    stage.run = run.asked(replace(CHAT, metrics=("rouge_1", "divergence")))
+    yield stage
+    stage.run = run
+
+
+def _divergences(stage: Stage, rows: str, *settings: str) -> dict[str, float]:
+    results = stage.evaluate(rows, *settings)
+    return {row.method.name: row.metrics["divergence"] for row in results.rows}
+
+
+def test_plain_model_and_scale_0_have_no_divergence_and_all_other_rows_have(neutral: Stage) -> None:
+    rows = "plain,stated,bm25:2,plug,wrong-user,plug+bm25:1"
+    found = _divergences(neutral, rows)
+    assert list(found) == rows.split(",")
+    assert found.pop("plain") == 0
+    assert min(found.values()) > 0
+    scaled = [_divergences(neutral, "plug", f"persona_scale={scale}")["plug"] for scale in (0, 0.5)]
+    assert scaled[0] == 0
+    assert 0 < scaled[1] != found["plug"]
+
+
+def test_divergence_is_kept_and_rows_that_have_none_are_named(neutral: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = neutral.evaluate("plain,plug,plug+phrases")
+    assert "divergence" not in results.by_name["plug+phrases"].metrics
+    assert "divergence: not known of plug+phrases." in results.about.notes
+    assert "divergence ↓" in results_table(results)
+    path = neutral.run.folder / "evaluations" / "dev" / "plug.seed-0"
+    scores = json.loads(Path(f"{path}.scores.json").read_text())
+    kept = json.loads(Path(f"{path}.predictions.json").read_text())["divergence"]
+    assert [line["divergence"] for line in scores] == pytest.approx([total / tokens for total, tokens in kept])
+    monkeypatch.setattr(neutral.models.llm, "divergence", None)
+    again = neutral.evaluate("plain,plug")
+    assert again.by_name["plug"].metrics == results.by_name["plug"].metrics
 
 
 def test_likelihoods_are_kept_for_each_sample_and_not_measured_again(

@@ -1,13 +1,16 @@
-"""The loss of targets equals torch's cross-entropy, with a gradient in the model's precision."""
+"""The loss of targets equals torch's cross-entropy, with a gradient in the model's precision; KL equals scipy's."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import log_softmax, rel_entr
 
+from personaplug.analysis.metric_base import Array
 from personaplug.llm import chunked_cross_entropy
-from personaplug.llm.chunked_cross_entropy import token_loss
+from personaplug.llm.chunked_cross_entropy import token_divergence, token_loss
 from personaplug.llm.ngram_cache import UserNgramCache
 from personaplug.llm.soft_prompt import IGNORED
 
@@ -68,3 +71,32 @@ def test_token_loss_with_ngrams_passes_gradients() -> None:
     with torch.no_grad():
         ahead, behind = (token_loss(logits + way * towards, labels, ngrams)[0].sum() for way in (step, -step))
     assert float((ahead - behind) / (2 * step)) == pytest.approx(float(found.norm()), rel=1e-2)
+
+
+@pytest.mark.parametrize("limit", [1, 150, 2**18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_divergence_equals_scipy(limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_cross_entropy, "_CPU_LOGITS", limit)
+    lengths = [7, 2, 1]
+    draw = torch.Generator().manual_seed(5)
+    rows = [[(4 * torch.randn(n, 50, generator=draw)).to(dtype) for n in lengths] for _ in range(2)]
+    for row in (*rows[0], *rows[1]):
+        row[:, 3] = -torch.inf  # a token that neither model can write
+    rows[0][0][:, 4] = -torch.inf  # and one that only the other can
+    p, q = (_padded(part, left=left) for part, left in zip(rows, (True, False), strict=True))
+    expected = [float(rel_entr(_shares(a), _shares(b)).sum()) for a, b in zip(*rows, strict=True)]
+    np.testing.assert_allclose(token_divergence(p, q).numpy(), expected, rtol=1e-5)
+    np.testing.assert_array_equal(token_divergence(p, p).numpy(), [0, 0, 0])
+
+
+def _padded(rows: list[torch.Tensor], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits of three rows with padding on a side, which may hold anything, and their labels."""
+    logits, labels = torch.full((len(rows), 8, 50), torch.nan, dtype=rows[0].dtype), torch.full((len(rows), 8), IGNORED)
+    for index, row in enumerate(rows):
+        place = slice(8 - len(row), 8) if left else slice(len(row))
+        logits[index, place], labels[index, place] = row, 1
+    return logits, labels
+
+
+def _shares(logits: torch.Tensor) -> Array:
+    return np.asarray(np.exp(log_softmax(logits.double().numpy(), axis=-1)))

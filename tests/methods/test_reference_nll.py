@@ -46,7 +46,7 @@ class Given:
 @pytest.mark.parametrize("most", [1, 8, 1024])
 @pytest.mark.parametrize("placement", ["none", "prefix", "suffix"])
 def test_each_is_what_it_is_alone(toy: CausalLM, placement: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(personaplug.methods.predictions, "_MAX_NLL_TOKENS", most)
+    monkeypatch.setattr(personaplug.methods.predictions, "MAX_PASS_TOKENS", most)
     prompter = None if placement == "none" else Given(toy.identity.width, placement)
     found = reference_nll(toy, SAMPLES, prompter=prompter, batch_size=3)
     for sample, (loss, tokens) in zip(SAMPLES, found, strict=True):
@@ -62,7 +62,7 @@ def test_each_is_what_it_is_alone(toy: CausalLM, placement: str, most: int, monk
 def test_rejected_answers_follow_the_right_one(
     toy: CausalLM, placement: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(personaplug.methods.predictions, "_MAX_NLL_TOKENS", most)
+    monkeypatch.setattr(personaplug.methods.predictions, "MAX_PASS_TOKENS", most)
     rejected: list[tuple[str, ...]] = [("no", "a long one that nobody wanted"), (), ("z",), ()]
     chat = Chat((("user", "before"), ("assistant", "so"), ("user", "in between")))
     samples = [replace(sample, rejected=texts) for sample, texts in zip(SAMPLES, rejected, strict=True)]

@@ -1,0 +1,70 @@
+"""How far a row is from the plain model: KL of next tokens along the plain model's own greedy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from personaplug.data.records import characters
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.infra.progress import Progress
+from personaplug.llm.base import GenerationConfig, LanguageModel
+from personaplug.llm.prompt_tokenizer import Ids
+from personaplug.methods.predictions import MAX_PASS_TOKENS, prompt_batch
+from personaplug.plug.personalizer import SoftPrompter
+from personaplug.training.batching import micro_batches
+
+ANSWER_TOKENS = 32  # of the plain model, at most
+
+_GREEDY = GenerationConfig(max_new_tokens=ANSWER_TOKENS)
+
+
+def plain_answers(llm: LanguageModel, samples: Sequence[EncodedSample], *, batch_size: int) -> list[Ids]:
+    """Return the tokens of the bare model's greedy answer to each sample's prompt, end of text included."""
+    answers: dict[int, Ids] = {}
+    order = np.argsort([-characters(sample.prompt) for sample in samples], kind="stable")
+    with Progress("plain answers", total=len(samples), unit="answers") as progress:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size].tolist()
+            batch = prompt_batch(llm, [samples[index] for index in indices], None)
+            answers.update(zip(indices, llm.answer_ids(batch, _GREEDY), strict=True))
+            progress.advance(len(indices))
+    return [answers[index] for index in range(len(samples))]
+
+
+@torch.no_grad()
+def divergence(
+    llm: LanguageModel,
+    samples: Sequence[EncodedSample],
+    *,
+    plain: Sequence[EncodedSample],
+    answers: Sequence[Ids],
+    prompter: SoftPrompter | None,
+    batch_size: int,
+    title: str = "divergence",
+) -> list[list[float]]:
+    """Return the sum of KL(plain ‖ row) over the tokens of each answer, in nats, and the number of tokens.
+
+    Args:
+        samples: (n,) as the row shows them to the model.
+        plain: (n,) the same with their bare prompts.
+        answers: (n,) to the bare prompts, of `plain_answers`.
+        prompter: makes the row's soft tokens; None = there are none.
+        batch_size: most answers in a pass.
+    """
+    found: dict[int, list[float]] = {}
+    lengths = [*map(len, answers)]
+    with Progress(title, total=len(answers), unit="answers") as progress:
+        for part in micro_batches(range(len(answers)), lengths=lengths, max_tokens=MAX_PASS_TOKENS):
+            for start in range(0, len(part), batch_size):
+                indices = part[start : start + batch_size]
+                bare = prompt_batch(llm, [plain[index] for index in indices], None)
+                shown = prompt_batch(llm, [samples[index] for index in indices], prompter)
+                sums = llm.divergence(bare, shown, [answers[index] for index in indices]).tolist()
+                found.update(
+                    (index, [round(value, 6), lengths[index]]) for index, value in zip(indices, sums, strict=True)
+                )
+                progress.advance(len(indices))
+    return [found[index] for index in range(len(answers))]

@@ -126,7 +126,8 @@ def encode(
     from personaplug.data import load_task, open_dataset
     from personaplug.encoders import open_encoder
     from personaplug.encoders.embedding_store import EmbeddingStore
-    from personaplug.run import encoded, resolved
+    from personaplug.encoders.encoded_sample import encoded
+    from personaplug.run import resolved
 
     config = load_config(config_file, overrides=settings)
     show(config, "model", "plug")

@@ -116,7 +116,10 @@ class SharedRun:
         for run in self.runs:
             if run.task.name == name:
                 return run
-        raise ConfigError(f"{self.folder} was trained on {', '.join(self.names)}; found data of {name}.")
+        raise ConfigError(
+            f"{self.folder} was trained on {', '.join(self.names)}; found data of {name}. Give data of one of them, or "
+            f"the run of a task in that folder."
+        )
 
     def _write(self) -> None:
         with storage_errors(self.folder):

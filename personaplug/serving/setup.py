@@ -83,8 +83,8 @@ def _load_beside(plug: PersonaPlug, run: Run, *, encoder: Encoder, seed: int | N
 def _log_task(prompts: TaskPrompts, *, is_alone: bool) -> None:
     about = prompts.describe()
     if prompts.task.kind == "chat":
-        which = "every" if is_alone else "every other"
-        logger.info("task %s: %s message of a user in a chat is answered with a persona", about["name"], which)
+        where = "in a chat" if is_alone else "in a chat, but in no other task's wording,"
+        logger.info("task %s: every message of a user %s is answered with a persona", about["name"], where)
         return
     wordings = " or ".join(map(repr, about["wordings"]))
     logger.info("task %s: prompts are personal in the wording %s", about["name"], wordings)

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data and a run of ratings and conversations, and a run of ratings and messages."""
     folder = tmp_path_factory.mktemp("shared")
     for kind in ("rating", "manners", "style"):
-        simulation = SimulationConfig(task=kind, users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5)  # type: ignore[arg-type]
+        simulation = SimulationConfig(task=kind, users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5)
         write_simulation(simulation, folder / kind)
     for name, kinds in (("chatty", ("manners", "rating")), ("written", ("rating", "style"))):
         words = [word for kind in kinds for word in ("--data", str(folder / kind))]

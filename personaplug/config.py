@@ -109,11 +109,12 @@ class PlugConfig:
         description="eq. 2: trained = a trained copy of the encoder (the paper); head = frozen encoder and a trained "
         "linear map",
     )
-    answer_channel: Literal["text", "label", "style", "auto"] = Field(
+    answer_channel: Literal["text", "label", "style", "all", "auto"] = Field(
         default="auto",
         description="where an item's answer goes: text = into the encoded text (the paper's Table 7); label = one-hot "
         "beside the vector (closed sets only); style = into the text, with its length, case and marks beside the "
-        "vector; auto = label for closed sets with answers in the items, text for other closed sets, else style",
+        "vector; all = into the text, with its label, if it is one, and its style beside the vector; auto = label for "
+        "closed sets with answers in the items, text for other closed sets, else style; all if tasks share a plug",
     )
     shrinkage: bool = Field(
         default=True,
@@ -157,14 +158,19 @@ class PlugConfig:
         return self.persona_tokens > 0 or self.label_prior == "own"
 
     @property
+    def projects_labels(self) -> bool:
+        """Whether the label of an item's answer goes beside its vector."""
+        return self.persona_tokens > 0 and self.answer_channel in ("label", "all")
+
+    @property
     def reads_labels(self) -> bool:
         """Whether the plug uses the label of an item's answer."""
-        return self.label_prior == "own" or (self.persona_tokens > 0 and self.answer_channel == "label")
+        return self.label_prior == "own" or self.projects_labels
 
     @property
     def reads_style(self) -> bool:
         """Whether the plug uses the style of an item's answer."""
-        return self.answer_channel == "style"
+        return self.answer_channel in ("style", "all")
 
 
 @dataclass(frozen=True, config=STRICT)

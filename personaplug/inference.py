@@ -13,7 +13,7 @@ from personaplug.data import read_items
 from personaplug.data.parsing import Flaw, as_text
 from personaplug.data.records import ITEM_KINDS, PREFERENCE, Chat, HistoryItem, Prompt, last_message
 from personaplug.data.task import Task
-from personaplug.data.task_prompts import TaskPrompts, TaskQuery
+from personaplug.data.task_prompts import TaskPrompts, TaskQuery, find_task
 from personaplug.encoders.encoded_sample import past_answers
 from personaplug.errors import ConfigError
 from personaplug.llm.base import GenerationConfig, PromptBatch
@@ -68,6 +68,22 @@ def generate(
         plug = run.load_plug("plug", seed=run.config.training.seeds[0] if seed is None else seed, models=models)
         personalizer = Personalizer(plug, persona_scale=config.persona_scale)
     return respond(prompt, items, run=run, models=models, personalizer=personalizer, config=config, phrases=phrases)
+
+
+def run_for(prompt: Prompt, runs: Sequence[Run]) -> Run:
+    """Return the run of the task that a prompt is of, by its wording; the only run, whatever the prompt.
+
+    Raises:
+        ConfigError: if the prompt has the wording of no task, and no task is conversations.
+    """
+    if len(runs) == 1:
+        return runs[0]
+    prompts = [TaskPrompts(run.task, run.wordings) for run in runs]
+    index, query = find_task(prompts, last_message(prompt))
+    if not query.is_on_task:
+        wordings = "; ".join(f"{p.task.name}: {' or '.join(map(repr, p.describe()['wordings']))}" for p in prompts)
+        raise ConfigError(f"The prompt has the wording of no task. The wordings are: {wordings}.")
+    return runs[index]
 
 
 def respond(

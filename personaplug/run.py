@@ -31,7 +31,7 @@ from personaplug.data.task_registry import parse_task
 from personaplug.data.wording import Wording, learn_wordings
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.embedding_store import EmbeddingStore
-from personaplug.encoders.encoded_sample import EncodedSample, encode_samples, samples_fingerprint
+from personaplug.encoders.encoded_sample import EncodedSample, encoded, samples_fingerprint
 from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.infra.atomic_io import write_checked_json
 from personaplug.infra.checksums import check_json, read_json
@@ -39,7 +39,6 @@ from personaplug.infra.config_file import read_config, write_config
 from personaplug.infra.distributed import connect, is_main, main_first
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.infra.links import check_links
-from personaplug.infra.progress import Progress
 from personaplug.infra.training_facts import read_facts
 from personaplug.llm.base import LanguageModel
 from personaplug.llm.loading import choose_device, open_llm
@@ -87,6 +86,7 @@ class Run:
         vectors: folder of the item vectors.
         creates_vectors: whether that folder is created if it does not exist. A run that is opened creates none outside
             its own folder.
+        shared_labels: the labels of all tasks that share a plug; none if the run's task is alone.
     """
 
     folder: Path
@@ -94,6 +94,7 @@ class Run:
     task: Task
     vectors: Path
     creates_vectors: bool = True
+    shared_labels: tuple[str, ...] | None = None
 
     @classmethod
     def create(cls, folder: str | Path, *, config: Config, task: Task, vectors: str | Path | None = None) -> Run:
@@ -103,7 +104,15 @@ class Run:
         return run
 
     @classmethod
-    def plan(cls, folder: str | Path, *, config: Config, task: Task, vectors: str | Path | None = None) -> Run:
+    def plan(
+        cls,
+        folder: str | Path,
+        *,
+        config: Config,
+        task: Task,
+        vectors: str | Path | None = None,
+        shared_labels: tuple[str, ...] | None = None,
+    ) -> Run:
         """Return a run to `start`, without writing anything. The seeds of a run that exists may change.
 
         Raises:
@@ -112,16 +121,22 @@ class Run:
             ConfigError: if several processes cannot work together here.
         """
         connect(choose_device(config.model.device))
-        return main_first(lambda: cls._planned(Path(folder), resolved(dated(config, folder), task), task, vectors))
+        place = Path(vectors).absolute() if vectors else Path(folder, "vectors")
+        return main_first(
+            lambda: cls(
+                Path(folder), resolved(dated(config, folder), task), task, place, shared_labels=shared_labels
+            )._planned(has_place=bool(vectors))
+        )
 
-    @classmethod
-    def _planned(cls, folder: Path, config: Config, task: Task, vectors: str | Path | None) -> Run:
+    def _planned(self, *, has_place: bool) -> Run:
+        run, folder = self, self.folder
         if folder.exists() and not folder.is_dir():
             raise RunConflict(f"{folder} is a file; a run needs a folder. Choose another --out.")
-        run = cls(folder, config, task, Path(vectors).absolute() if vectors else folder / "vectors")
         if (folder / "run.json").exists():
-            there = cls.open(folder)
-            run = run if vectors else replace(run, vectors=there.vectors, creates_vectors=there.creates_vectors)
+            there = Run.open(folder)
+            if run.shared_labels is None:
+                run = replace(run, shared_labels=there.shared_labels)
+            run = run if has_place else replace(run, vectors=there.vectors, creates_vectors=there.creates_vectors)
             if there._is_begun:
                 run._check_same(there)
         elif folder.exists() and {path.name for path in folder.iterdir()} - {"vectors", "config.yaml"}:
@@ -165,15 +180,20 @@ class Run:
         if not isinstance(about, dict) or not isinstance(about.get("task"), dict):
             raise ConfigError(f"{path} should hold an object with the run's `task`; found something else.")
         task = parse_task(about["task"], source=str(path))
-        place = about.get("vectors")
-        if place is not None and not isinstance(place, str):
+        place, labels = about.get("vectors"), about.get("shared_labels")
+        if not isinstance(place, str | None) or not isinstance(labels, list | None):
             raise ConfigError(f"{path}: `vectors` should be a folder or null; found something else.")
         check_json(about, path, remedy=_REMEDY)
         check_links(folder)
         vectors = Path(place) if place else folder / "vectors"
         is_inside = vectors.resolve().is_relative_to(folder.resolve())
         config = read_config(folder / "config.yaml", unchecked=_MOVABLE, run=str(about.get("id", "")))
-        return cls(folder, config, task, vectors, creates_vectors=is_inside)
+        return cls(folder, config, task, vectors, is_inside, None if labels is None else tuple(labels))
+
+    @property
+    def item_labels(self) -> tuple[str, ...]:
+        """The labels that answers of items may be: the task's, or those of all tasks that share a plug."""
+        return self.task.labels if self.shared_labels is None else self.shared_labels
 
     @property
     def id(self) -> str:
@@ -271,7 +291,7 @@ class Run:
             rewrite: gives a sample another prompt while its texts are at hand.
         """
         samples = (rewrite(sample) for sample in drawn(reader, limit=limit, seed=seed))
-        return encoded(samples, table, plug=plug or self.config.plug, labels=self.task.labels)
+        return encoded(samples, table, plug=plug or self.config.plug, labels=self.item_labels)
 
     def check_unchanged(self, config: Config) -> None:
         """Check that a config differs from the run's own in nothing that its plugs depend on.
@@ -353,6 +373,8 @@ class Run:
         names = [name for name in _differing(self.config, there.config) if name != "training.seeds"]
         if self.task != there.task:
             names.insert(0, "task")
+        if self.shared_labels != there.shared_labels:
+            names.append("set of tasks that share its plug")
         if names:
             raise RunConflict(
                 f"{self.folder} holds a run with another {', '.join(names)}. Repeat that run's settings "
@@ -363,6 +385,7 @@ class Run:
         about = {
             "id": self.id or secrets.token_hex(8),
             "task": asdict(self.task),
+            **({} if self.shared_labels is None else {"shared_labels": list(self.shared_labels)}),
             # Inside the run: nothing, so that the run may be moved.
             "vectors": None if self.vectors == self.folder / "vectors" else str(self.vectors),
             "versions": package_versions(),
@@ -415,25 +438,6 @@ def resolved(config: Config, task: Task) -> Config:
     if config.plug.options == "auto":
         settled["plug.options"] = "compare" if task.has_options else "ignore"
     return with_values(config, settled)
-
-
-def encoded(
-    samples: Iterable[Sample], table: EmbeddingStore, *, plug: PlugConfig, labels: Sequence[str] = ()
-) -> list[EncodedSample]:
-    """Encode samples' items as a plug reads them, into the table where they are missing, saying how far it is."""
-    with Progress("encode", total=None) as progress:
-
-        def show_progress(done: int) -> None:
-            progress.advance(done - progress.done)
-
-        return encode_samples(
-            samples,
-            table,
-            labels=labels,
-            with_answer=plug.encodes_answers,
-            with_style=plug.reads_style,
-            progress=show_progress,
-        )
 
 
 def _anonymous(user: str) -> str:

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from personaplug.data import open_dataset
 from personaplug.data.records import Sample
 from personaplug.encoders.embedding_store import Float16Array, RowIds
-from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.encoders.encoded_sample import EncodedSample, encoded
 from personaplug.errors import ConfigError
 from personaplug.plug.model import PersonaPlug
-from personaplug.run import Models, Run, encoded, open_models
+from personaplug.run import Models, Run, open_models
 
 MIN_ITEMS = 6
 

@@ -30,6 +30,7 @@ from personaplug.cli.options import (
     vectors_option,
     with_settings,
 )
+from personaplug.cli.shared_training import tell_trained, train_together
 from personaplug.config import Config
 from personaplug.config_parsing import json_schema, load_config
 from personaplug.errors import ConfigError, StorageError
@@ -42,15 +43,25 @@ if TYPE_CHECKING:
 
 
 def _open_run(
-    folder: Path, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()
+    folder: Path, data: Path, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()
 ) -> tuple[Run, Config]:
-    """Return a run, and its config with the command's settings; what its plug depends on must be unchanged."""
-    from personaplug.run import Run
+    """Return a run, and its config with the command's settings; what its plug depends on must be unchanged.
 
-    run = Run.open(folder)
+    Of several tasks that share a plug, it is the run of the data's task.
+    """
+    from personaplug.data import load_task
+    from personaplug.run import Run
+    from personaplug.shared_run import SharedRun, holds_shared_run
+
+    run = SharedRun.open(folder).find(load_task(data).name) if holds_shared_run(folder) else Run.open(folder)
+    return run, _config_of(run, config_file, settings, base=base)
+
+
+def _config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, base: Sequence[str] = ()) -> Config:
+    """Return a run's config with a command's settings."""
     config = load_config(config_file, overrides=settings, base=load_config(overrides=base, base=run.config))
     run.check_unchanged(config)
-    return run, config
+    return config
 
 
 def _open_splits(
@@ -126,7 +137,8 @@ def encode(
     from personaplug.data import load_task, open_dataset
     from personaplug.encoders import open_encoder
     from personaplug.encoders.embedding_store import EmbeddingStore
-    from personaplug.run import encoded, resolved
+    from personaplug.encoders.encoded_sample import encoded
+    from personaplug.run import resolved
 
     config = load_config(config_file, overrides=settings)
     show(config, "model", "plug")
@@ -145,7 +157,22 @@ def encode(
 
 
 @click.command()
-@data_option
+@click.option(
+    "--data",
+    "folders",
+    required=True,
+    multiple=True,
+    type=FILE,
+    help="Folder with train_{questions,outputs}.json[.gz], and a task.json for other tasks than LaMP's. Several, of "
+    "different tasks, share a plug.",
+)
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    type=float,
+    help="One for each --data: how often an epoch shows its samples, on average.  [default: 1]",
+)
 @click.option("--out", required=True, type=FOLDER, help="The run's folder; an unfinished run goes on.")
 @vectors_option
 @task_option
@@ -155,7 +182,8 @@ def encode(
 )
 @with_settings("model", "plug", "training", "retrieval", "adapter")
 def train(
-    data: Path,
+    folders: tuple[Path, ...],
+    weights: tuple[float, ...],
     out: Path,
     vectors: Path | None,
     task: str | None,
@@ -166,15 +194,34 @@ def train(
 ) -> None:
     """Train a plug, and the control that has no history, on DATA's train split; or whatever rows of a table need.
 
+    Several --data, each of a task of its own, train one encoder of users and an instruction for each task. OUT then
+    holds a run for each task.
+
     Under `accelerate launch --multi_gpu --num_processes N -m personaplug train …` N processes share each batch out.
     """
     from personaplug.data import load_task, open_dataset
-    from personaplug.infra.checksums import read_json
     from personaplug.methods import needed_parts, parse_methods
     from personaplug.run import Run, dated, open_models
     from personaplug.training.parts import train as train_run
 
-    config = dated(load_config(config_file, overrides=settings), out)
+    if len(folders) > 1:
+        if task or methods is not None:
+            raise ConfigError(
+                "--task and --methods are for one --data. Name each task in the task.json of its folder, and train "
+                "what rows need afterwards, in the run of a task."
+            )
+        train_together(
+            folders,
+            out,
+            load_config(config_file, overrides=settings),
+            weights=weights,
+            vectors=vectors,
+            skip_bad=skip_bad,
+        )
+        return
+    if weights:
+        raise ConfigError("--weight tells how often each of several tasks is shown; there is one --data.")
+    data, config = folders[0], dated(load_config(config_file, overrides=settings), out)
     show(config, "model", "plug", "training", *(("retrieval", "adapter") if methods else ()))
     parts = None if methods is None else needed_parts(parse_methods(methods))
     connect(device_of(config))
@@ -185,17 +232,11 @@ def train(
         reader = open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=config.plug.max_history)
         models = open_models(config)
     run.start()  # only now that data and models are found: a failed start leaves nothing
-    folders = train_run(run, reader, models=models, parts=parts)
+    trained = train_run(run, reader, models=models, parts=parts)
     disconnect()
     if not is_main():
         return
-    for folder in folders:
-        fitted = read_json(folder / "fit.json", remedy=f"Delete {folder} and train again.")
-        click.echo(
-            f"{folder}: {fitted['steps']} steps, {fitted['samples']:,} samples in {fitted['seconds']:.0f} s; "
-            f"kept step {fitted['best_step']} with validation loss {fitted['best_loss']:.4f} "
-            f"a {fitted.get('unit', 'token')}"
-        )
+    tell_trained(trained)
     tell_read(reader, "train")
     if config.training.train_limit:
         click.echo(f"of these samples {config.training.train_limit} were drawn (train_limit)", err=True)
@@ -240,7 +281,7 @@ def evaluate(
     from personaplug.run import open_models
 
     rows = parse_methods(methods)
-    run, config = _open_run(run_folder, config_file, settings)
+    run, config = _open_run(run_folder, data, config_file, settings)
     show(config, "evaluation")
     trained_on = run.task.name
     run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
@@ -257,7 +298,7 @@ def evaluate(
         train=train,
     )
     tell_read(reader, split)
-    target = json_file or run_folder / "evaluations" / f"{name}.json"
+    target = json_file or run.folder / "evaluations" / f"{name}.json"
     had_results, previous = target.exists(), target.with_suffix(".previous.json")
     if had_results:
         target.replace(previous)
@@ -296,7 +337,7 @@ def predict(
 
     rows = parse_methods(methods)
     # All samples, unless the command itself asks for fewer: whoever scores the file wants them all.
-    run, config = _open_run(run_folder, config_file, settings, base=("limit=0",))
+    run, config = _open_run(run_folder, data, config_file, settings, base=("limit=0",))
     run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
     models = open_models(config)
     if config.evaluation.limit:
@@ -332,8 +373,10 @@ def generate(
 ) -> None:
     """Answer one prompt as a user with that history would like it answered."""
     from personaplug import inference
+    from personaplug.shared_run import open_runs
 
-    run, config = _open_run(run_folder, config_file, settings)
+    run = inference.run_for(prompt, open_runs(run_folder))
+    config = _config_of(run, config_file, settings)
     if probabilities and not (run.task.labels and config.evaluation.decoding != "generate"):
         raise ConfigError(f"--probabilities needs labels that are scored; answers of {run.task.name} are written.")
     response = inference.generate(

@@ -92,7 +92,6 @@ def serve(
 ) -> None:
     """Serve a run's plug behind OpenAI's API: chat and completions as a user, and the users' histories."""
     check_installed()
-    from personaplug.run import Run
     from personaplug.serving.api_keys import ApiKeys
     from personaplug.serving.app import serve as serve_service
     from personaplug.serving.config import ServingConfig
@@ -100,6 +99,7 @@ def serve(
     from personaplug.serving.middleware import RequestLimits
     from personaplug.serving.middleware.origins import check_origin
     from personaplug.serving.setup import open_service
+    from personaplug.shared_run import open_runs
     from personaplug.store.history_store import Retention
 
     api_keys = ApiKeys.load(keys) if keys else ApiKeys()
@@ -108,9 +108,9 @@ def serve(
     retention = None if max_items is max_days is None else Retention(max_items, max_days)
     config = ServingConfig(retention=retention, **settings)
     limits = RequestLimits(body_bytes=int(max_body_mb * 2**20), requests=max_requests)
-    run = Run.open(run_folder)
+    run, *others = open_runs(run_folder)
     with bind(host, port) as listener:  # before the models are loaded
-        service = open_service(run, config)
+        service = open_service(run, config, others=others)
         serve_service(
             service,
             api_keys=api_keys,
@@ -187,16 +187,18 @@ def explain(
     check_installed()
     import asyncio
 
-    from personaplug.run import Run
     from personaplug.serving.config import ServingConfig
     from personaplug.serving.explanations import Explainer
     from personaplug.serving.setup import open_service
+    from personaplug.shared_run import open_runs
 
     if (since is None) != (until is None):
         raise ConfigError("--since and --until go together: a persona moves between two days.")
-    service = open_service(Run.open(run_folder), ServingConfig(store=store, secret=secret, seed=seed, create=False))
+    run, *others = open_runs(run_folder)
+    config = ServingConfig(store=store, secret=secret, seed=seed, create=False)
+    service = open_service(run, config, others=others)
 
-    async def run() -> dict[str, Any]:
+    async def explained() -> dict[str, Any]:
         explainer = Explainer(service)
         await service.engine.start()
         try:
@@ -207,7 +209,7 @@ def explain(
         finally:
             await service.close()
 
-    click.echo(json.dumps(asyncio.run(run()), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(asyncio.run(explained()), indent=2, ensure_ascii=False))
 
 
 @click.command("refill-store")
@@ -220,13 +222,13 @@ def refill_store(source: str, target: str, run_folder: Path, seed: int | None, s
     """Copy a store of histories into a new one for the encoder of another run. Run it again to continue."""
     check_installed()
     from personaplug.infra.progress import Progress
-    from personaplug.run import Run
     from personaplug.serving.persona_cache import store_settings
     from personaplug.serving.setup import open_parts
+    from personaplug.shared_run import open_runs
     from personaplug.store.history_store import HistoryStore
     from personaplug.store.refill import open_target, refill
 
-    encoder, load_plug = open_parts(Run.open(run_folder), seed=seed)
+    encoder, load_plug = open_parts(open_runs(run_folder)[0], seed=seed)
     settings = store_settings(load_plug(None), keep_text=True)
     with (
         closing(HistoryStore.open(source, secret=secret)) as old,

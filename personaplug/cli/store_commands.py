@@ -99,14 +99,14 @@ def set_preferences(
 ) -> None:
     """Make SENTENCES the only preferences that a user states; without any, remove all. A server sees it at once."""
     check_installed()
-    from personaplug.run import Run
     from personaplug.serving.feedback import preference_items
     from personaplug.serving.setup import open_parts
+    from personaplug.shared_run import open_runs
     from personaplug.store.history_store import HistoryStore
 
     if sentences and run_folder is None:
         raise ConfigError("Sentences are encoded before they are stored: give --run, the run that is served.")
-    encoder = open_parts(Run.open(run_folder), seed=None)[0] if sentences and run_folder else None
+    encoder = open_parts(open_runs(run_folder)[0], seed=None)[0] if sentences and run_folder else None
     with closing(HistoryStore.open(store, encoder, secret=secret, create=False)) as opened:
         items = preference_items(sentences, content_id=opened.content_id)
         result = opened.replace_preferences(opened.admit(tenant, user), items)

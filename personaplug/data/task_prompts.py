@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from personaplug.data.parsing import Flaw, options_of, query_of
 from personaplug.data.records import Options
-from personaplug.data.task import Task
+from personaplug.data.task import Task, TaskKind
 from personaplug.data.wording import Wording, text_before
 
 
@@ -38,6 +38,12 @@ class TaskPrompts:
         except Flaw:
             return TaskQuery(prompt, None, is_on_task=False)
 
+    @property
+    def is_distinct(self) -> bool:
+        """Whether something tells a prompt of the task from any other text: a wording, a marker, a pattern."""
+        own = [wording.opening + wording.lead + wording.closing for wording in self.wordings]
+        return bool(self.task.query_after or self.task.query_pattern) or (bool(own) and all(map(str.strip, own)))
+
     def describe(self) -> dict[str, Any]:
         """The task and its wordings as JSON."""
         task = self.task
@@ -64,6 +70,27 @@ class TaskPrompts:
         if not item_text.strip():
             raise Flaw("it holds no query")
         return TaskQuery(query, options, is_on_task=True, item_text=item_text)
+
+
+def find_task(
+    tasks: Sequence[TaskPrompts], prompt: str, *, can_ask: Callable[[TaskKind], bool] = lambda kind: True
+) -> tuple[int, TaskQuery]:
+    """Return the index of the task that a prompt is of, and the prompt as this task parses it.
+
+    It is the first task whose whole wording the prompt has, else the first one of conversations. If there is none, the
+    query is off the first task. With several tasks, one whose prompts nothing tells from other texts gets none.
+
+    Args:
+        can_ask: whether the prompt can be of a task of some kind.
+    """
+    by_wording = [index for index, own in enumerate(tasks) if own.task.kind != "chat"]
+    chats = [index for index, own in enumerate(tasks) if own.task.kind == "chat"]
+    if len(tasks) > 1:
+        by_wording = [index for index in by_wording if tasks[index].is_distinct]
+    for index in [*by_wording, *chats]:
+        if can_ask(tasks[index].task.kind) and (query := tasks[index].parse(prompt)).is_on_task:
+            return index, query
+    return (chats or [0])[0], TaskQuery(prompt, None, is_on_task=False)
 
 
 def _marker_of(task: Task) -> Wording:

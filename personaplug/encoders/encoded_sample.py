@@ -12,10 +12,12 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from personaplug.config import PlugConfig
 from personaplug.data.label_set import LabelSet
 from personaplug.data.records import ITEM_KINDS, HistoryItem, Options, Prompt, Sample
 from personaplug.encoders.embedding_store import EmbeddingStore, Float16Array, RowIds
 from personaplug.encoders.style_features import StyleArray, style_features_of
+from personaplug.infra.progress import Progress
 
 Int16Array = npt.NDArray[np.int16]
 Int8Array = npt.NDArray[np.int8]
@@ -155,6 +157,25 @@ def encode_samples(
         if progress:
             progress(done)
     return encoded
+
+
+def encoded(
+    samples: Iterable[Sample], table: EmbeddingStore, *, plug: PlugConfig, labels: Sequence[str] = ()
+) -> list[EncodedSample]:
+    """Encode samples' items as a plug reads them, into the table where they are missing, saying how far it is."""
+    with Progress("encode", total=None) as progress:
+
+        def show_progress(done: int) -> None:
+            progress.advance(done - progress.done)
+
+        return encode_samples(
+            samples,
+            table,
+            labels=labels,
+            with_answer=plug.encodes_answers,
+            with_style=plug.reads_style,
+            progress=show_progress,
+        )
 
 
 def label_ids(items: Sequence[HistoryItem], labels: Sequence[str]) -> Int16Array:

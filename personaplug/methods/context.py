@@ -17,12 +17,12 @@ from personaplug.config import EvaluationConfig, PlugConfig
 from personaplug.data.records import ITEM_KINDS, HistoryItem, Sample
 from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
-from personaplug.encoders.encoded_sample import EncodedSample, Int8Array, latest_items
+from personaplug.encoders.encoded_sample import EncodedSample, Int8Array, encoded, latest_items
 from personaplug.errors import ConfigError, MissingData
 from personaplug.llm.base import GenerationConfig
 from personaplug.methods.costs import CostMeter
 from personaplug.plug.model import PersonaPlug
-from personaplug.run import Models, Run, encoded
+from personaplug.run import Models, Run
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class EvalContext:
             raise MissingData("Rows without a language model are fitted on the training split, which was not given.")
         samples = list(drawn(self.train, limit=self.run.config.training.train_limit, seed=0))
         if self.run.knows_its_data:
-            rows = encoded(samples, self.embeddings, plug=self.run.config.plug, labels=self.task.labels)
+            rows = encoded(samples, self.embeddings, plug=self.run.config.plug, labels=self.run.item_labels)
             self.run.check_data(rows, self.embeddings)
         return samples
 

@@ -34,7 +34,8 @@ from personaplug.methods.costs import UserCost
 from personaplug.methods.language_model import LanguageModelMethod
 from personaplug.methods.predictions import Predictions, joined
 from personaplug.run import Models, Run
-from personaplug.training.parts import ADAPTER, LORA, TrainedPart, task_lora
+from personaplug.training.baseline_parts import ADAPTER, LORA, task_lora
+from personaplug.training.parts import TrainedPart
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from personaplug.data.records import HistoryItem
 from personaplug.methods.base import ModelInputs
 from personaplug.methods.context import EvalContext
 from personaplug.methods.costs import UserCost
-from personaplug.training.parts import ROPG, TrainedPart
+from personaplug.training.baseline_parts import ROPG
+from personaplug.training.parts import TrainedPart
 
 _DENSE = ("dense", "ropg")
 

@@ -39,7 +39,7 @@ class PersonaPlug(nn.Module, ModelHubMixin):
 
     def __init__(self, config: PlugConfig, *, spec: PlugSpec, encoder: Encoder) -> None:
         super().__init__()
-        _check_config(config, labels=len(spec.labels))
+        _check_config(config, labels=len(spec.labels), options=spec.option_count)
         if not encoder.identity.same_as(spec.encoder):
             raise EncoderMismatch("This plug", expected=spec.encoder.describe(), found=encoder.identity.describe())
         self._hub_mixin_config = None  # plug.json holds the config, so the mixin writes no config.json
@@ -49,7 +49,9 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         self.instruction = nn.Parameter(torch.randn(config.instruction_tokens, width))
         self.label_prior = LabelPrior(labels) if config.label_prior == "own" else None
         self.persona = (
-            PersonaHead(config, encoder=encoder, width=width, labels=labels) if config.persona_tokens else None
+            PersonaHead(config, encoder=encoder, width=width, labels=labels, options=spec.option_count)
+            if config.persona_tokens
+            else None
         )
         self.cold_start = ColdStart()
 
@@ -125,6 +127,11 @@ class PersonaPlug(nn.Module, ModelHubMixin):
             self.persona.item_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         return self
 
+    def share_persona(self, other: PersonaPlug) -> None:
+        """Make personas with another plug's parameters; the instruction and the hint of options stay the own ones."""
+        if self.persona is not None and other.persona is not None:
+            self.persona.share(other.persona)
+
     def cache_queries(self, queries: Sequence[str], options: Sequence[Options | None] = ()) -> None:
         """Encode queries and options before they are used, if the encoder is frozen for them."""
         if self.persona is not None:
@@ -193,12 +200,12 @@ class PersonaPlug(nn.Module, ModelHubMixin):
         self.load_state_dict(tensors)
 
 
-def _check_config(config: PlugConfig, *, labels: int) -> None:
+def _check_config(config: PlugConfig, *, labels: int, options: int) -> None:
     if config.instruction_tokens + config.persona_tokens == 0:
         raise ConfigError("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
     if "auto" in (config.answer_channel, config.options):
         raise ConfigError("answer_channel=auto and options=auto are settled by a task; see `run.resolved`.")
-    if config.reads_labels and not labels:
+    if config.reads_labels and config.answer_channel != "all" and not labels:
         raise ConfigError(
             "answer_channel=label and label_prior=own need a task with a closed set of labels; this one has none. Use "
             "answer_channel=text and label_prior=none."
@@ -207,5 +214,5 @@ def _check_config(config: PlugConfig, *, labels: int) -> None:
         raise ConfigError(
             f"state_tokens={config.state_tokens} must be at most persona_tokens={config.persona_tokens}. Give fewer."
         )
-    if config.options == "compare" and config.persona_tokens and labels < 2:
+    if config.options == "compare" and config.persona_tokens and options < 2:
         raise ConfigError("options=compare needs a task whose labels stand for two or more options in the prompt.")

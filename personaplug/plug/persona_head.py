@@ -23,10 +23,11 @@ class PersonaHead(nn.Module):
     """Make K persona tokens, and one more if options are compared.
 
     The first `state_tokens` of the K weigh all items alike: the user's state. The others attend to the query.
-    `width` is the language model's (D), `labels` the size of the task's label set.
+    `width` is the language model's (D), `labels` the number of labels that items may have, `options` of those that a
+    prompt offers.
     """
 
-    def __init__(self, config: PlugConfig, *, encoder: Encoder, width: int, labels: int) -> None:
+    def __init__(self, config: PlugConfig, *, encoder: Encoder, width: int, labels: int, options: int) -> None:
         super().__init__()
         self.tokens, self.shrinkage, self.encoder_width = config.persona_tokens, config.shrinkage, encoder.width
         self.state_tokens, self.item_dtype = config.state_tokens, torch.float32
@@ -45,14 +46,14 @@ class PersonaHead(nn.Module):
             hidden=width,
             tokens=self.tokens,
             out=width,
-            labels=labels if config.answer_channel == "label" else 0,
+            labels=labels if config.projects_labels else 0,
             style=len(FEATURES) if config.reads_style else 0,
             kinds=len(ITEM_KINDS) if config.kinds else 0,
         )
         # Fills the weight that a user's items leave: all of it if there are none. It starts as no signal and learns
         # from samples whose history training hides (`training.drop_history_prob`).
         self.population = nn.Parameter(torch.zeros(self.tokens, width))
-        self.hint = OptionHint(labels, width=width) if config.options == "compare" else None
+        self.hint = OptionHint(options, width=width) if config.options == "compare" else None
 
     def forward(
         self,
@@ -70,6 +71,12 @@ class PersonaHead(nn.Module):
             return persona
         hints = self._hints(self.hint, options, history=history, persona_scale=persona_scale)
         return torch.cat([persona, hints], dim=1)
+
+    def share(self, other: PersonaHead) -> None:
+        """Use another head's parameters in place of the own ones, but for the hint, whose options are a task's own."""
+        self.query_encoder, self.projector, self.population = other.query_encoder, other.projector, other.population
+        self.item_attention, self.state_pooling = other.item_attention, other.state_pooling
+        self.frozen_encoder = other.frozen_encoder
 
     def population_tokens(self) -> Tensor:
         """Return the tokens without anything of a user's own, (K, D) or (K + 1, D)."""

@@ -33,7 +33,13 @@ class PlugSpec:
     llm: LLMIdentity
     embedding_scale: float  # root mean square of that model's token embeddings
     encoder: EncoderIdentity  # of items and queries
-    labels: tuple[str, ...] = ()  # the task's closed set of answers
+    labels: tuple[str, ...] = ()  # that items' answers may be: of the task, or of all tasks that share a plug
+    options: int | None = None  # number of the task's own labels, if it is another
+
+    @property
+    def option_count(self) -> int:
+        """Number of options that a prompt may offer, one for each label of the task."""
+        return len(self.labels) if self.options is None else self.options
 
 
 def write_description(folder: Path, config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any]) -> None:
@@ -61,9 +67,12 @@ def read_description(folder: Path) -> tuple[PlugConfig, PlugSpec, dict[str, Any]
             )
         saved, training = values["spec"], dict(values["training"])
         llm, encoder = LLMIdentity(**saved["llm"]), EncoderIdentity.from_dict(saved["encoder"])
-        spec = PlugSpec(llm, float(saved["embedding_scale"]), encoder, tuple(saved["labels"]))
+        options = saved.get("options")  # missing in plugs of one task
+        spec = PlugSpec(llm, float(saved["embedding_scale"]), encoder, tuple(saved["labels"]), options)
         if not (isinstance(llm.width, int) and llm.width > 0 and math.isfinite(spec.embedding_scale)):
             raise ValueError("a width or scale is out of range")
+        if not isinstance(options, int | None):
+            raise ValueError("`options` is no number")
         # A missing setting is an error: its default could be another plug's.
         settings = {setting.name: values["config"][setting.name] for setting in fields(PlugConfig)} | values["config"]
     except OSError as error:
@@ -94,10 +103,10 @@ def _described_shapes(config: PlugConfig, spec: PlugSpec) -> Shapes:
         shapes["persona.population"] = (tokens, width)
         shapes["persona.projector.inner.weight"] = (width, spec.encoder.width)
         shapes["persona.projector.outer.weight"] = (tokens * width, width)
-    if tokens and config.answer_channel == "label":
+    if labels and config.projects_labels:
         shapes["persona.projector.label.weight"] = (labels + 1, width)
     if tokens and config.options == "compare":
-        shapes["persona.hint.option_vectors"] = (labels, width)
+        shapes["persona.hint.option_vectors"] = (spec.option_count, width)
     return shapes
 
 

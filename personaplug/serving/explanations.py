@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from personaplug.data.records import Prompt, last_message
+from personaplug.data.records import Prompt, characters, last_message
+from personaplug.data.task import TaskKind
 from personaplug.data.task_prompts import TaskQuery
 from personaplug.encoders.encoded_sample import EncodedHistory, latest_items
 from personaplug.errors import MissingData, RequestError
@@ -19,14 +20,18 @@ from personaplug.llm.soft_prompt import SoftPrompt
 from personaplug.plug.attribution import Drift, drift, item_weights, leave_one_out
 from personaplug.plug.layers import ColdStart
 from personaplug.serving.openai_protocol import check_json
+from personaplug.serving.served_task import ServedTask
 from personaplug.serving.service import Service
 from personaplug.store.reads import StoredItem
 
 
 class Explainer:
-    def __init__(self, service: Service) -> None:
-        self.service, self.personas, self.store = service, service.personas, service.store
-        self.personalizer, self.plug = service.personas.personalizer, service.personas.plug
+    """Explains with the plug of one task; None = the service's first."""
+
+    def __init__(self, service: Service, served: ServedTask | None = None) -> None:
+        self.service, self.store, self.served = service, service.store, served or service.tasks[0]
+        self.personas = self.served.personas
+        self.personalizer, self.plug = self.personas.personalizer, self.personas.plug
 
     async def explain(self, tenant: str, user: str, *, prompt: Prompt, answer: str | None, most: int) -> dict[str, Any]:
         """Say which items made a user's persona for a prompt and, given an answer, how much likelier each makes it.
@@ -34,13 +39,21 @@ class Explainer:
         List `most` items, those with the largest effect or weight.
         """
         check_json([last_message(prompt), answer])
-        labels = self.service.task.labels
+        self.service.engine.check_length(characters(prompt))  # before a pattern reads it
+        served, query = await self.service.find_task(tenant, last_message(prompt), can_ask=_can_ask(prompt))
+        explainer = Explainer(self.service, served)
+        return await explainer._explain(tenant, user, prompt=prompt, query=query, answer=answer, most=most)
+
+    async def _explain(
+        self, tenant: str, user: str, *, prompt: Prompt, query: TaskQuery, answer: str | None, most: int
+    ) -> dict[str, Any]:
+        labels = self.served.task.labels
         answer = answer.strip() if answer is not None and answer.strip() in labels else answer
         choices = labels if answer in labels else ()
         await self.service.engine.check_texts(prompt, answer or "", choices=choices)
-        query = await self.service.parse(tenant, last_message(prompt), can_be_task=_ends_with_user(prompt))
         if not self.service.is_personal(query):
-            message = f"A prompt that is none of {self.service.task.name} (GET /v1/task) is answered without a persona."
+            names = " or ".join(other.task.name for other in self.service.tasks)
+            message = f"A prompt that is none of {names} (GET /v1/task) is answered without a persona."
             raise RequestError(message, code="not_the_task")
         snapshot = partial(self._snapshot, tenant, user, latest=self.plug.config.max_history)
         items, history = await self.service.store_threads.run(tenant, user, snapshot)
@@ -116,8 +129,9 @@ async def _effects(
     return likelihoods, persona - np.array(without)
 
 
-def _ends_with_user(prompt: Prompt) -> bool:
-    return isinstance(prompt, str) or prompt.turns[-1][0] == "user"
+def _can_ask(prompt: Prompt) -> Callable[[TaskKind], bool]:
+    ends_with_user = isinstance(prompt, str) or prompt.turns[-1][0] == "user"
+    return lambda kind: ends_with_user
 
 
 def _is_cold(cold_start: ColdStart, history: EncodedHistory) -> bool:

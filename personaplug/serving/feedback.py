@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from personaplug.data.parsing import Flaw, as_text, item_of, target_of
-from personaplug.data.records import PREFERENCE, HistoryItem
+from personaplug.data.records import PREFERENCE, REJECTED, HistoryItem
 from personaplug.data.task import Task
 from personaplug.data.task_registry import CHAT
 from personaplug.errors import RequestError
@@ -29,10 +29,19 @@ class Feedback:
 
 
 def items_of_records(
-    task: Task, records: Sequence[Mapping[str, Any]], *, content_id: Callable[[HistoryItem], str]
+    tasks: Sequence[Task], records: Sequence[Mapping[str, Any]], *, content_id: Callable[[HistoryItem], str]
 ) -> list[HistoryItem]:
-    """Convert records with the task's fields to items; RequestError if one is invalid, or two share an id."""
-    items = [_item_of_record(task, record, number, content_id) for number, record in enumerate(records, 1)]
+    """Convert records with the fields of one of the tasks to items.
+
+    Of several tasks, a record's fields tell its own; if they are those of more than one, the record names it as `task`.
+
+    Raises:
+        RequestError: if a record is invalid or of no task, or two share an id.
+    """
+    items = [
+        _item_of_record(_task_of_record(tasks, record, number), record, number, content_id)
+        for number, record in enumerate(records, 1)
+    ]
     first: dict[str, tuple[int, HistoryItem]] = {}
     for number, item in enumerate(items, 1):
         earlier, same_id = first.setdefault(item.id, (number, item))
@@ -114,6 +123,32 @@ def _rejection(item: HistoryItem, task: Task) -> HistoryItem:
         message = f"Items of {task.name} hold no answer beside the text, so none can be rejected."
         raise RequestError(message, code="feedback")
     return replace(item, kind="rejection")
+
+
+def _task_of_record(tasks: Sequence[Task], record: Mapping[str, Any], number: int) -> Task:
+    """Return the task whose item a record is."""
+    if len(tasks) == 1 or PREFERENCE in record:
+        return tasks[0]
+    fitting = [task for task in tasks if _fields_of(task, record) <= record.keys()]
+    # Of tasks whose items begin alike, the one that reads most of the record.
+    largest = [
+        task for task in fitting if not any(_fields_of(task, record) < _fields_of(other, record) for other in fitting)
+    ]
+    named = record.get("task")
+    if isinstance(named, str) and not any("task" in task.field_names for task in tasks):
+        largest = [task for task in fitting if task.name == named]
+    forms = {(task.field_names, task.answer_field, task.labels) for task in largest}
+    if len(forms) == 1:
+        return largest[0]
+    listed = "; ".join(f"{task.name}: {', '.join(task.field_names)}" for task in tasks)
+    flaw = "it has the fields of several tasks; name one as `task`" if largest else "it has the fields of no task"
+    raise RequestError(f"item {number}: {flaw}. The tasks and the fields of their items are {listed}.", code="item")
+
+
+def _fields_of(task: Task, record: Mapping[str, Any]) -> set[str]:
+    """Return the fields that a record has if it is an item of a task."""
+    names = set(task.field_names)
+    return names - {task.answer_field or ""} | {REJECTED} if REJECTED in record and task.answer_field else names
 
 
 def _item_of_record(

@@ -36,11 +36,13 @@ class RecentRequest:
         query: empty for a request outside the task, of which no item can be made.
         ticket: of the request; the store refuses it if any process has erased the user since.
         answer: the model's own text; None while it streams, and if it was cut off, too long, or one of several.
+        task: the name of the task that it was answered by.
     """
 
     query: str
     ticket: Ticket
     answer: str | None = None
+    task: str = ""
 
     @property
     def bytes(self) -> int:
@@ -56,10 +58,10 @@ class RecentRequests:
         )  # by tenant, user and request id
         self._erased: TTLCache[tuple[str, str], float] = TTLCache(100_000, 3600)  # as `time.monotonic` gives it
 
-    def add(self, ticket: Ticket, *, request_id: str, query: str, answer: str | None = None) -> None:
+    def add(self, ticket: Ticket, *, request_id: str, query: str, answer: str | None = None, task: str = "") -> None:
         """Keep a request, unless it is too large or its user was forgotten after the request came."""
         if self._erased.get((ticket.tenant, ticket.user), -1.0) < ticket.taken_at:
-            self._set((ticket.tenant, ticket.user, request_id), RecentRequest(query, ticket, answer))
+            self._set((ticket.tenant, ticket.user, request_id), RecentRequest(query, ticket, answer, task))
 
     def set_answer(self, ticket: Ticket, *, request_id: str, answer: str) -> None:
         """Keep the answer to a request, if the request is still kept."""

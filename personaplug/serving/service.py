@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from personaplug.data.parsing import record_of
-from personaplug.data.task import Task
-from personaplug.data.task_prompts import TaskPrompts, TaskQuery
+from personaplug.data.task import Task, TaskKind
+from personaplug.data.task_prompts import TaskQuery, find_task
 from personaplug.data.wording import Wording
 from personaplug.errors import RequestError, UserErased
 from personaplug.serving.engines.base import Engine, EngineReply, EngineRequest
@@ -27,6 +27,7 @@ from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, Comple
 from personaplug.serving.persona_cache import Persona, PersonaCache
 from personaplug.serving.recent_requests import RecentRequests, unknown_request
 from personaplug.serving.reply_texts import WatchedStream, text_of_reply
+from personaplug.serving.served_task import ServedTask
 from personaplug.store.history_store import AddResult, ReplaceResult, StoredItem, Ticket
 from personaplug.store.maintenance import Maintenance
 from personaplug.store.receipts import Receipt
@@ -50,6 +51,7 @@ class Service:
     Args:
         wordings: of the task's prompts; without any, a prompt that holds the task's marker has its wording.
         apply_off_task: use personas also for prompts that do not ask what the plug's task asks, as in no training.
+        others: further tasks, whose plugs share a persona head with the first one, and whose personas its store.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Service:
         task: Task,
         wordings: Sequence[Wording] = (),
         apply_off_task: bool = False,
+        others: Sequence[ServedTask] = (),
     ) -> None:
+        self.tasks = (ServedTask.of(task, personas, wordings=wordings), *others)
         self.personas, self.store, self.engine = personas, personas.store, engine
-        self.task, self.prompts, self.apply_off_task = task, TaskPrompts(task, wordings), apply_off_task
+        self.apply_off_task = apply_off_task
         self._has_named_nobody = False
         self.recent_requests = RecentRequests()
         # Encoding, erasing and explaining take long: replies must not wait for them.
@@ -82,11 +86,11 @@ class Service:
             self._log_nobody()
         self.engine.check_length(request.characters)  # before a pattern, a tokenizer or an encoder reads it
         ticket = await self.admit(tenant, user) if user is not None else None
-        query = await self.parse(tenant, request.prompt_text, can_be_task=request.can_ask(self.task.kind))
-        choices = self.task.labels if query.is_on_task and not options.free else ()
+        served, query = await self.find_task(tenant, request.prompt_text, can_ask=request.can_ask)
+        choices = served.task.labels if query.is_on_task and not options.free else ()
         prepared = await self.engine.prepare(request, choices=choices)
         make_persona = partial(
-            self.personas.persona,
+            served.personas.persona,
             ticket,
             query=query.text,
             options=query.options,
@@ -100,7 +104,7 @@ class Service:
         )
         if ticket:
             await self._check_not_erased(ticket, reply)
-            reply = self._remember(ticket, reply, request_id=request_id, query=query)
+            reply = self._remember(ticket, reply, request_id=request_id, query=query, task=served.task)
         return ServiceReply(reply, persona, request_id, self._reason(persona, query, user=user))
 
     async def _check_not_erased(self, ticket: Ticket, reply: EngineReply) -> None:
@@ -112,9 +116,12 @@ class Service:
                 await reply.body.aclose()
             raise
 
-    def _remember(self, ticket: Ticket, reply: EngineReply, *, request_id: str, query: TaskQuery) -> EngineReply:
+    def _remember(
+        self, ticket: Ticket, reply: EngineReply, *, request_id: str, query: TaskQuery, task: Task
+    ) -> EngineReply:
         """Keep a request for feedback, and its answer once it is there; return the reply."""
-        body, keep = reply.body, partial(self.recent_requests.add, ticket, request_id=request_id, query=query.item_text)
+        about = {"request_id": request_id, "query": query.item_text, "task": task.name}
+        body, keep = reply.body, partial(self.recent_requests.add, ticket, **about)
         if isinstance(body, bytes):
             keep(answer=text_of_reply(body))
             return reply
@@ -131,7 +138,8 @@ class Service:
     async def add_feedback(self, tenant: str, user: str, *, request_id: str, feedback: Feedback) -> ReplaceResult:
         """Add what a user made of the answer to an earlier request to the history, in place of earlier feedback."""
         request = self.recent_requests.find(tenant, user, request_id=request_id)
-        items = feedback_items(self.task, request_id, request=request, feedback=feedback)
+        task = next(served.task for served in self.tasks if served.task.name == request.task)
+        items = feedback_items(task, request_id, request=request, feedback=feedback)
         replace_items = partial(self.store.replace_items, request.ticket, items, ids=feedback_ids(request_id))
         try:
             return await self.slow.run(tenant, user, replace_items)
@@ -150,7 +158,8 @@ class Service:
         try:
             return await self.store_threads.run(tenant, user, self.store.erase_user, tenant, user)
         finally:
-            self.personas.forget(tenant, user)
+            for served in self.tasks:
+                served.personas.forget(tenant, user)
             self.recent_requests.forget(tenant, user)  # what was asked while the files were cleared
 
     async def admit(self, tenant: str, user: str) -> Ticket:
@@ -160,16 +169,24 @@ class Service:
     def item_fields(self, item: StoredItem) -> dict[str, Any]:
         """A stored item in the form in which it can be added again, with its kind and the time of its arrival."""
         fields = record_of(item)
-        if not fields and self.task.answer_field and item.label_id >= 0:
-            fields = {self.task.answer_field: self.store.settings.labels[item.label_id]}
+        if not fields and item.label_id >= 0:
+            label = self.store.settings.labels[item.label_id]
+            tasks = [served.task for served in self.tasks]
+            names = [task.answer_field for task in tasks if len(tasks) == 1 or label in task.labels]
+            fields = {name: label for name in names[:1] if name}
         day = item.date.isoformat() if item.date else None
         return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), "kind": item.kind, **fields}
 
-    async def parse(self, tenant: str, prompt: str, *, can_be_task: bool = True) -> TaskQuery:
-        """Parse a prompt as the task does; a task's pattern may take long, so not in the event loop."""
-        if not can_be_task:
-            return TaskQuery(prompt, None, is_on_task=False)
-        return await self.persona_threads.run(tenant, "", self.prompts.parse, prompt)
+    async def find_task(
+        self, tenant: str, prompt: str, *, can_ask: Callable[[TaskKind], bool]
+    ) -> tuple[ServedTask, TaskQuery]:
+        """Return the task of a prompt, and the prompt as this task parses it; see `data.task_prompts.find_task`.
+
+        A task's pattern may take long, so it is searched outside the event loop.
+        """
+        work = partial(find_task, [served.prompts for served in self.tasks], prompt, can_ask=can_ask)
+        index, query = await self.persona_threads.run(tenant, "", work)
+        return self.tasks[index], query
 
     def is_personal(self, query: TaskQuery) -> bool:
         return query.is_on_task or self.apply_off_task
@@ -190,7 +207,9 @@ class Service:
         self.store.close()
 
     def _add_records(self, ticket: Ticket, records: Sequence[dict[str, Any]]) -> AddResult:
-        return self.store.add(ticket, items_of_records(self.task, records, content_id=self.store.content_id))
+        tasks = [served.task for served in self.tasks]
+        items = items_of_records(tasks, records, content_id=self.store.content_id)
+        return self.store.add(ticket, items)
 
     def _state_preferences(self, ticket: Ticket, preferences: Sequence[str]) -> ReplaceResult:
         items = preference_items(preferences, content_id=self.store.content_id)

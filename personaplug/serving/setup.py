@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
+from personaplug.data.task_prompts import TaskPrompts
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.errors import ConfigError, StoreConflict
 from personaplug.llm.loading import choose_device
@@ -16,51 +19,91 @@ from personaplug.serving.config import ServingConfig
 from personaplug.serving.engines import find_engine
 from personaplug.serving.engines.base import LoadPlug
 from personaplug.serving.persona_cache import PersonaCache, store_settings
+from personaplug.serving.served_task import ServedTask
 from personaplug.serving.service import Service
 from personaplug.store.history_store import HistoryStore
 
 logger = logging.getLogger(__name__)
 
+_CACHE_BYTES = 256 * 2**20  # of the personas of all tasks
 
-def open_service(run: Run, config: ServingConfig) -> Service:
-    """Load the models and open the store. The engine is not started yet."""
+
+def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ()) -> Service:
+    """Load the models and open the store. The engine is not started yet.
+
+    Args:
+        others: the runs of further tasks, which share a plug with the first one.
+    """
     registered = find_engine(config.engine)
     if config.phrases:  # before the models are loaded
-        check_ngrams(run.task)
+        for own in (run, *others):
+            check_ngrams(own.task)
         if not registered.supports_phrases:
             raise ConfigError(
                 "Phrases are mixed in by the local engine; this one chooses its tokens itself. Leave --phrases out."
             )
     encoder, load_plug = open_parts(run, seed=config.seed)
     engine, plug = registered.open(run.config.model, config, load_plug)
-    personas = PersonaCache(
-        Personalizer(plug, persona_scale=config.persona_scale),
-        _open_store(plug, encoder, config=config),
-        fallback=config.fallback,
-        build_phrases=engine.build_phrases if config.phrases else None,
+    store = _open_store(plug, encoder, config=config)
+    plugs = [plug, *(_load_beside(plug, other, encoder=encoder, seed=config.seed) for other in others)]
+    first, *further = [
+        PersonaCache(
+            Personalizer(own, persona_scale=config.persona_scale),
+            store,
+            fallback=config.fallback,
+            build_phrases=engine.build_phrases if config.phrases else None,
+            cache_bytes=_CACHE_BYTES // len(plugs),
+        )
+        for own in plugs
+    ]
+    service = Service(
+        first,
+        engine,
+        task=run.task,
+        wordings=run.wordings,
+        apply_off_task=config.apply_off_task,
+        others=[
+            ServedTask.of(other.task, personas, wordings=other.wordings)
+            for other, personas in zip(others, further, strict=True)
+        ],
     )
-    service = Service(personas, engine, task=run.task, wordings=run.wordings, apply_off_task=config.apply_off_task)
-    _log_task(service)
+    for served in service.tasks:
+        _log_task(served.prompts, is_alone=not others)
     return service
 
 
-def _log_task(service: Service) -> None:
-    about = service.prompts.describe()
-    if service.task.kind == "chat":
-        logger.info("task %s: every message of a user in a chat is answered with a persona", about["name"])
+def _load_beside(plug: PersonaPlug, run: Run, *, encoder: Encoder, seed: int | None) -> PersonaPlug:
+    """Load the plug of another task for the same models, on the same device."""
+    other = PersonaPlug.from_pretrained(_plug_folder(run, seed=seed), encoder=encoder, llm=plug.spec.llm)
+    if plug.persona is not None and other.persona is not None:
+        other.persona.item_dtype = plug.persona.item_dtype
+    return other.to(plug.instruction.device)
+
+
+def _log_task(prompts: TaskPrompts, *, is_alone: bool) -> None:
+    about = prompts.describe()
+    if prompts.task.kind == "chat":
+        where = "in a chat" if is_alone else "in a chat, but in no other task's wording,"
+        logger.info("task %s: every message of a user %s is answered with a persona", about["name"], where)
         return
     wordings = " or ".join(map(repr, about["wordings"]))
     logger.info("task %s: prompts are personal in the wording %s", about["name"], wordings)
-    if not any(wording.opening or wording.lead for wording in service.prompts.wordings):
+    if not is_alone and not prompts.is_distinct:
+        logger.warning("task %s: nothing tells its prompts from others, so none is taken for one", about["name"])
+    elif not any(wording.opening or wording.lead for wording in prompts.wordings):
         logger.warning("the training prompts have no wording in common: the task's marker or pattern alone decides")
 
 
 def open_parts(run: Run, *, seed: int | None) -> tuple[Encoder, LoadPlug]:
     """Open a run's encoder, and a loader of its plug. A seed of None is the run's first."""
-    folder = run.check_trained("plug", seed=run.config.training.seeds[0] if seed is None else seed)
+    folder = _plug_folder(run, seed=seed)
     models = run.config.model
     encoder = open_encoder(models.encoder, device=choose_device(models.device), engine=models.encoder_engine)
     return encoder, lambda llm: PersonaPlug.from_pretrained(folder, encoder=encoder, llm=llm)
+
+
+def _plug_folder(run: Run, *, seed: int | None) -> Path:
+    return run.check_trained("plug", seed=run.config.training.seeds[0] if seed is None else seed)
 
 
 def _open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:

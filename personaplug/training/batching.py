@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from personaplug.data.splits import held_users
 from personaplug.encoders.encoded_sample import EncodedSample
@@ -51,16 +52,26 @@ def user_split(
 
 
 def epoch_batches(
-    lengths: Sequence[int], *, batch_size: int, views: int, seed: int, epoch: int
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    views: int,
+    seed: int,
+    epoch: int,
+    shares: Sequence[float] | None = None,
 ) -> list[list[Augmentation]]:
     """Return an epoch's batches in random order; each holds samples of similar length, and sizes differ by at most one.
 
     Args:
         lengths: tokens of each sample.
         views: sub-histories per sample, beside its whole history.
+        shares: of the appearances of each sample, those that an epoch has; samples of equal shares are drawn together,
+            so that all epochs have the same size. None = all.
     """
     rng = np.random.default_rng([seed, 2, epoch])
     order = rng.permutation(len(lengths) * (1 + views))
+    if shares is not None:
+        order = _thinned(order, np.asarray(shares)[order % len(lengths)])
     count = max(1, math.ceil(len(order) / batch_size))
     batches: list[list[Augmentation]] = []
     for bucket in np.array_split(order, max(1, round(count / _BATCHES_PER_BUCKET))):
@@ -68,6 +79,15 @@ def epoch_batches(
         for batch in np.array_split(by_length, math.ceil(len(bucket) / batch_size)):
             batches.append([Augmentation(int(i % len(lengths)), int(i // len(lengths))) for i in batch])
     return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _thinned(order: npt.NDArray[np.intp], shares: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+    """Keep a share of the entries of a random order: of each group with the same share, the first ones."""
+    is_kept = np.zeros(len(order), dtype=bool)
+    for share in np.unique(shares):
+        members = np.flatnonzero(shares == share)
+        is_kept[members[: max(1, round(share * len(members)))]] = True
+    return order[is_kept]
 
 
 def micro_batches(batch: Sequence[T], *, lengths: Sequence[int], max_tokens: int) -> list[list[T]]:

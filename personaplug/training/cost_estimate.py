@@ -16,10 +16,11 @@ from personaplug.data.records import Sample, characters
 from personaplug.data.splits import drawn
 from personaplug.data.task import Reader
 from personaplug.encoders.embedding_store import EmbeddingStore, content_key
+from personaplug.encoders.encoded_sample import encoded
 from personaplug.errors import MissingData
 from personaplug.infra.memory import peak_memory
 from personaplug.llm.prompt_cache import CachePlan
-from personaplug.run import Models, Run, encoded, resolved
+from personaplug.run import Models, Run, resolved
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import build_plug, closed_labels
 from personaplug.training.trainer import fit
@@ -170,7 +171,7 @@ def _time_steps(run: Run, data: _TrainData, objective: PlugObjective, table: Emb
         stamps.append(time.monotonic())
 
     for samples, steps in ((data.drawn, _TIMED_STEPS), (data.longest, 1)):
-        embedded = encoded(samples, table, plug=run.config.plug, labels=run.task.labels)
+        embedded = encoded(samples, table, plug=run.config.plug, labels=run.item_labels)
         # Each sample as another user's: validation then holds out just one.
         count, folder = steps * settings.batch_size + 1, run.folder / f"fit-{steps}"
         repeated = [replace(embedded[i % len(embedded)], id=str(i), owner=str(i)) for i in range(count)]

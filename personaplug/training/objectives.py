@@ -84,20 +84,32 @@ class PlugObjective:
 
     def prepare(self, samples: Sequence[EncodedSample]) -> None:
         """Cache prompts and frozen queries; in a fixed order, so that rounding does not depend on resumptions."""
-        queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
-        self.personalizer.plug.cache_queries(queries, options=options)
+        self.cache_prompts(samples)
+        self.prepare_task(samples)
+
+    def cache_prompts(self, samples: Sequence[EncodedSample]) -> None:
+        """Cache the states of all prompts of a training, in place of others."""
         if self._is_suffix:
             self.llm.cache_prompts([sample.prompt for sample in samples])
+
+    def prepare_task(self, samples: Sequence[EncodedSample]) -> None:
+        """Cache what only the samples of this plug's task need."""
+        queries, options = [sample.query for sample in samples], [sample.options for sample in samples]
+        self.personalizer.plug.cache_queries(queries, options=options)
         if self.preference is not None:
             self.preference.prepare(samples)
 
     def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        losses, tokens = self.sample_losses(samples)
+        return losses.sum(), tokens.sum()
+
+    def sample_losses(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        """Return the loss of each sample and the number of its terms, both (B,)."""
         soft = self.personalizer.soft_prompt(samples)
         losses, tokens = self._losses(samples, [sample.target or "" for sample in samples], soft=soft)
-        loss = losses.sum()
         if self.preference is not None and torch.is_grad_enabled():  # checkpoints are chosen by the kept answers alone
-            loss = loss + self._preference_loss(self.preference, samples, soft=soft, losses=losses, tokens=tokens)
-        return loss, tokens.sum()
+            losses = losses + self._preference_loss(self.preference, samples, soft=soft, losses=losses, tokens=tokens)
+        return losses, tokens
 
     def _losses(
         self, samples: Sequence[EncodedSample], answers: Sequence[str], *, soft: SoftPrompt
@@ -115,15 +127,17 @@ class PlugObjective:
         losses: Tensor,
         tokens: Tensor,
     ) -> Tensor:
+        """Return the preference term of each sample, (B,); 0 without rejected answers."""
         rows = [row for row, sample in enumerate(samples) if sample.rejected]
         if not rows:
-            return losses.new_zeros(())
+            return torch.zeros_like(losses)
         paired = [samples[row] for row in rows]
         rejected = [preference.draw(sample) for sample in paired]
         rejected_losses, rejected_tokens = self._losses(paired, rejected, soft=soft.rows(rows))
-        return preference(
+        terms = preference(
             paired, rejected, losses=(losses[rows], rejected_losses), tokens=(tokens[rows], rejected_tokens)
         )
+        return torch.zeros_like(losses).index_add(0, torch.tensor(rows, device=losses.device), terms)
 
     def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
         return _token_counts(samples, self.llm)
@@ -141,19 +155,7 @@ class PlugObjective:
         ]
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
-        """Group tokens, single numbers, the trained copy of the encoder, and the rest, each with its own rate.
-
-        A token moves by about its rate in a step, so it needs a far higher one than the projector's layers; with one
-        rate for all, the control without history would hardly be trained.
-        """
-        rates = {
-            "tokens": config.token_learning_rate,
-            "numbers": math.sqrt(config.token_learning_rate * config.learning_rate),
-            "encoder": config.encoder_learning_rate,
-            "layers": config.learning_rate,
-        }
-        kinds = self.personalizer.plug.parameter_kinds()
-        return [{"params": kinds[kind], "peak": rate} for kind, rate in rates.items() if kinds[kind]]
+        return plug_parameter_groups([self.personalizer.plug], config)
 
 
 class LoraObjective:
@@ -187,6 +189,23 @@ class LoraObjective:
 
     def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "peak": self._learning_rate}]
+
+
+def plug_parameter_groups(plugs: Sequence[PersonaPlug], config: TrainingConfig) -> list[dict[str, Any]]:
+    """Group tokens, single numbers, the trained copy of the encoder, and the rest, each with its own rate.
+
+    A token moves by about its rate in a step, so it needs a far higher one than the projector's layers; with one rate
+    for all, the control without history would hardly be trained. A parameter that plugs share is in one group once.
+    """
+    rates = {
+        "tokens": config.token_learning_rate,
+        "numbers": math.sqrt(config.token_learning_rate * config.learning_rate),
+        "encoder": config.encoder_learning_rate,
+        "layers": config.learning_rate,
+    }
+    kinds = [plug.parameter_kinds() for plug in plugs]
+    groups = {kind: list(dict.fromkeys(p for own in kinds for p in own[kind])) for kind in rates}
+    return [{"params": groups[kind], "peak": rate} for kind, rate in rates.items() if groups[kind]]
 
 
 def _texts(samples: Sequence[EncodedSample]) -> tuple[list[Prompt], list[str]]:

@@ -1,4 +1,4 @@
-"""What is trained once for each seed, for all users: soft tokens, the task's LoRA, a retriever. A class each.
+"""What is trained once for each seed, for all users: soft tokens here, a LoRA and a retriever in `baseline_parts.py`.
 
 `Trainings` trains the parts of one run, which share models, item vectors and samples. A part that is trained is left
 as it is; a stopped training resumes.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -18,10 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from personaplug.baselines.lora import TASK, LoraAdapters
 from personaplug.baselines.prompt_builder import PromptBuilder
 from personaplug.baselines.retrievers import Retrieval
-from personaplug.baselines.ropg import RopgObjective, RopgRetriever, RopgTeacher
 from personaplug.config import PAPER, PlugConfig
 from personaplug.data.label_set import LabelSet
 from personaplug.data.records import Sample
@@ -33,7 +31,6 @@ from personaplug.errors import ConfigError, TrainingDiverged
 from personaplug.infra.distributed import main_first, on_main, synchronized
 from personaplug.infra.locks import sole_trainer
 from personaplug.infra.memory import peak_memory, reset_peak_memory
-from personaplug.infra.tensor_files import load_tensors, save_tensors
 from personaplug.infra.training_facts import write_facts
 from personaplug.llm.base import LanguageModel
 from personaplug.plug.model import PersonaPlug
@@ -42,13 +39,12 @@ from personaplug.run import Models, Run
 from personaplug.training.batching import user_split
 from personaplug.training.checkpointing import drop_states
 from personaplug.training.cold_start import set_best_cold_start
-from personaplug.training.objectives import LoraObjective, Objective, PlugObjective
+from personaplug.training.objectives import Objective, PlugObjective
 from personaplug.training.preference_loss import PreferenceLoss
 from personaplug.training.trainer import FitReport, fit, mean_loss
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "adapter.safetensors"
 MAX_START_ANSWERS = 1024
 """Training answers whose tokens the initial instruction tokens are drawn from, at most."""
 
@@ -186,8 +182,18 @@ class SoftPromptPart(TrainedPart):
         return own
 
     def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
+        objective, samples = self.start(trainings, seed=seed)
+        facts = trainings.fit(self, objective, samples, seed=seed)
+        return self.save(objective, samples, trainings, facts=facts, seed=seed)
+
+    def start(self, trainings: Trainings, *, seed: int) -> tuple[PlugObjective, list[EncodedSample]]:
+        """Return the objective of an untrained plug, and the samples that it is trained on."""
         run, models = trainings.run, trainings.models
         config = self.plug_config(run.config.plug)
+        if config.label_prior == "own" and run.shared_labels is not None:
+            raise ConfigError(
+                f"{self.name} counts the labels of one task; {run.folder} shares a plug with other tasks."
+            )
         # The main process first: it may have items to encode.
         samples = main_first(lambda: trainings.samples_for(config, retrieval=self.retrieval, seed=seed))
         with synchronized():
@@ -200,8 +206,20 @@ class SoftPromptPart(TrainedPart):
             labels=closed_labels(run),
             preference=_preference_loss(run, models.llm),
         )
-        facts = trainings.fit(self, objective, samples, seed=seed)
-        facts |= self._finish(plug, objective, samples, trainings, seed=seed)
+        return objective, samples
+
+    def save(
+        self,
+        objective: PlugObjective,
+        samples: Sequence[EncodedSample],
+        trainings: Trainings,
+        *,
+        facts: dict[str, object],
+        seed: int,
+    ) -> dict[str, object]:
+        """Finish and save the plug of a training that has ended, and return all facts about it."""
+        run, plug = trainings.run, objective.personalizer.plug
+        facts = facts | self._finish(plug, objective, samples, trainings, seed=seed)
         plug.training_facts = {key: value for key, value in facts.items() if key != "parameters"}
         on_main(lambda: plug.save_pretrained(run.plug_folder(self.name, seed=seed)))
         return facts
@@ -231,6 +249,13 @@ class SoftPromptPart(TrainedPart):
 @dataclass(frozen=True)
 class PlugPart(SoftPromptPart):
     """The run's own plug."""
+
+    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
+        if self.retrieval is None and trainings.run.shared_labels is not None:
+            raise ConfigError(
+                f"The plug of {trainings.run.folder} is shared with other tasks: train it with the data of all of them."
+            )
+        return super().fit(trainings, seed=seed)
 
     def prepare(self, trainings: Trainings, *, seed: int) -> None:
         """Train the control, which may serve users with few items; the plug can do without."""
@@ -303,63 +328,10 @@ class PaperPlugPart(SoftPromptPart):
         return replace(PAPER, placement=own.placement, max_history=own.max_history)
 
 
-@dataclass(frozen=True)
-class LoraPart(TrainedPart):
-    """A LoRA in the language model, for the task."""
-
-    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
-        run, settings = trainings.run, trainings.run.config.adapter
-        with LoraAdapters.attach(trainings.models.llm, config=settings) as adapters:
-            adapters.reset(TASK, seed=seed)
-            objective = LoraObjective(adapters, trainings.models.llm, config=settings, labels=closed_labels(run))
-            with adapters.trainable(TASK):
-                facts = trainings.fit(self, objective, trainings.samples, seed=seed)
-            state = adapters.state(TASK)
-        folder = run.plug_folder(self.name, seed=seed)
-        on_main(lambda: save_tensors(folder / ADAPTER, state))
-        return facts
-
-
-@dataclass(frozen=True)
-class RopgPart(TrainedPart):
-    """A ranking of items, taught by the language model (ROPG-KD)."""
-
-    def prepare(self, trainings: Trainings, *, seed: int) -> None:
-        trainings.models.llm.clear_cache()
-
-    def fit(self, trainings: Trainings, *, seed: int) -> dict[str, object]:
-        run, models, settings = trainings.run, trainings.models, trainings.run.config.retrieval
-        folder = run.plug_folder(self.name, seed=seed)
-        teacher = RopgTeacher(
-            folder / "ranking_targets.jsonl",
-            llm=models.llm,
-            formatter=trainings.prompts.formatter,
-            retriever=trainings.prompts.retriever("dense", seed=seed),
-            candidates=settings.retriever_candidates,
-            seed=seed,
-            owner=on_main(lambda: run.owner(self.name, seed=seed)),
-        )
-        targets = main_first(lambda: teacher.targets(trainings.texts(settings.retriever_samples)))
-        samples = [sample for sample in trainings.samples if sample.id in targets]
-        retriever = RopgRetriever(models.encoder.width)
-        objective = RopgObjective(
-            retriever,
-            targets,
-            samples=samples,
-            encoder=models.encoder,
-            table=trainings.embeddings,
-        )
-        facts = trainings.fit(self, objective, samples, seed=seed)
-        on_main(lambda: retriever.save(folder))
-        return facts
-
-
 PLUG = PlugPart("plug")
 INSTRUCTION = InstructionPart("instruction-only")
 LABEL_COUNTS = LabelCountsPart("instruction+labels")
 PAPER_PLUG = PaperPlugPart("paper-plug")
-LORA = LoraPart("lora")
-ROPG = RopgPart("ropg")
 
 
 def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPart] | None = None) -> list[Path]:
@@ -383,26 +355,12 @@ def train(run: Run, reader: Reader, *, models: Models, parts: Sequence[TrainedPa
 def build_plug(run: Run, models: Models, *, part: SoftPromptPart = PLUG, seed: int) -> PersonaPlug:
     """Return an untrained plug for the run's models, its initial weights drawn by `seed`."""
     identity = models.llm.identity
-    spec = PlugSpec(identity, models.llm.embedding_scale, models.encoder.identity, run.task.labels)
+    options = None if run.shared_labels is None else len(run.task.labels)
+    spec = PlugSpec(identity, models.llm.embedding_scale, models.encoder.identity, run.item_labels, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plug = PersonaPlug(part.plug_config(run.config.plug), spec=spec, encoder=models.encoder)
     return plug.compute_items_in(models.llm.dtype).to(models.llm.device)
-
-
-@contextmanager
-def task_lora(run: Run, models: Models, *, seed: int) -> Iterator[LoraAdapters]:
-    """Load the task's LoRA into the language model, and apply it within a block.
-
-    Raises:
-        MissingData: if its training has not ended.
-    """
-    folder = run.check_trained(LORA.name, seed=seed)
-    remedy = f"Restore it, or delete {folder} and train the LoRA again."
-    with LoraAdapters.attach(models.llm, config=run.config.adapter) as adapters:
-        adapters.load(TASK, load_tensors(folder / ADAPTER, remedy=remedy))
-        with adapters.active(TASK):
-            yield adapters
 
 
 def closed_labels(run: Run) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class PreferenceLoss:
         losses: tuple[Tensor, Tensor],
         tokens: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Return the summed term of B samples; a pair counts as often as its kept answer has tokens.
+        """Return the term of each of B samples, (B,); a pair counts as often as its kept answer has tokens.
 
         Args:
             rejected: (B,) the answers drawn.
@@ -73,7 +73,7 @@ class PreferenceLoss:
             logits = _DPO_BETA * (rejected_nll - kept_nll - kept_nll.new_tensor(plain))
         else:
             logits = _SIMPO_BETA * (rejected_nll / tokens[1] - kept_nll / tokens[0]) - _SIMPO_MARGIN
-        return self.weight * (tokens[0] * -torch.nn.functional.logsigmoid(logits)).sum()
+        return self.weight * tokens[0] * -torch.nn.functional.logsigmoid(logits)
 
     def _plain_margin(self, sample: EncodedSample, rejected: str) -> float:
         return self._plain[sample.id, sample.target or ""] - self._plain[sample.id, rejected]

@@ -35,6 +35,7 @@ from personaplug.training.batching import augment_history, epoch_batches, micro_
 from personaplug.training.checkpointing import load_best, load_state, save_best, save_state
 from personaplug.training.objectives import Objective
 from personaplug.training.step_log import StepLog
+from personaplug.training.task_mixture import TaskMixture
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class FitReport:
     steps: int
     samples: int  # augmented samples trained on, each epoch counted
     best_step: int  # of the checkpoint loaded at the end
-    best_loss: float  # its validation loss per token
+    best_loss: float  # its validation loss per unit of the objective, mostly a token
     seconds: float  # over all resumptions
     train_samples: int
     validation_samples: int
@@ -60,6 +61,7 @@ def fit(
     title: str = "train",
     owner: str = "",
     on_step: Callable[[], None] | None = None,
+    mixture: TaskMixture | None = None,
 ) -> FitReport:
     """Train the objective's module in place and load the weights of the best checkpoint into it.
 
@@ -68,6 +70,7 @@ def fit(
         folder: for states, best weights and `log.jsonl`; resume from a state in it.
         owner: a name of this training, so that states of another one are refused.
         on_step: called after each optimizer step.
+        mixture: how often samples of several tasks are shown; None = one task.
     Raises:
         ConfigError: if a sample has no target, users are too few, or several processes cannot work together.
         TrainingDiverged, StorageError: if a loss is not finite or the disk is full; the last good state stays.
@@ -75,7 +78,14 @@ def fit(
     connect(objective.device.type)
     with synchronized():
         trainer = _Trainer(
-            objective, samples=samples, config=config, seed=seed, folder=folder, title=title, owner=owner
+            objective,
+            samples=samples,
+            config=config,
+            seed=seed,
+            folder=folder,
+            title=title,
+            owner=owner,
+            mixture=mixture,
         )
     # Steps seed torch's generator; restore it for the caller's own draws.
     with torch.random.fork_rng(devices=[]):
@@ -84,7 +94,7 @@ def fit(
 
 @torch.no_grad()
 def mean_loss(objective: Objective, samples: Sequence[EncodedSample], *, max_tokens: int) -> float:
-    """Return the loss per token of samples, which all processes share; `max_tokens` bounds a micro-batch."""
+    """Return the loss per unit of samples, which all processes share; `max_tokens` bounds a micro-batch."""
     loss, tokens = _summed_loss(objective, samples, objective.live_lengths, max_tokens=max_tokens)
     return loss / tokens
 
@@ -98,15 +108,20 @@ class _Trainer:
     folder: Path
     title: str
     owner: str
+    mixture: TaskMixture | None
 
     def __post_init__(self) -> None:
         objective, samples, config, seed = self.objective, self.samples, self.config, self.seed
         if missing := sum(sample.target is None for sample in samples):
             raise ConfigError(f"Training needs an answer for every sample; {missing} of {len(samples)} have none.")
         self.module = objective.module
-        self.train, self.validation = user_split(
+        split = user_split if self.mixture is None else self.mixture.split
+        self.train, self.validation = split(
             samples, share=config.validation_share, limit=config.validation_limit, seed=seed
         )
+        shares = None
+        if self.mixture is not None:
+            self.train, shares = self.mixture.repeated(self.train)
         ids = [sample.id for sample in self.train]
         self.live_lengths = dict(zip(ids, objective.live_lengths(self.train), strict=True))
         self.optimizer = torch.optim.AdamW(
@@ -117,7 +132,12 @@ class _Trainer:
         )
         self.state = load_state(self.folder, module=self.module, optimizer=self.optimizer, owner=self.owner)
         batches_of = partial(
-            epoch_batches, objective.lengths(self.train), batch_size=config.batch_size, views=config.views, seed=seed
+            epoch_batches,
+            objective.lengths(self.train),
+            batch_size=config.batch_size,
+            views=config.views,
+            seed=seed,
+            shares=shares,
         )
         self._batches_of = lru_cache(maxsize=1)(batches_of)
         self.steps_per_epoch = len(self._batches_of(epoch=0))
@@ -267,15 +287,18 @@ def _summed_loss(
     *,
     max_tokens: int,
     backward: bool = False,
-) -> tuple[float, int]:
-    """Return loss and tokens over all micro-batches and ranks; with `backward`, accumulate this rank's gradients."""
-    loss_sum, tokens = 0.0, 0
+) -> tuple[float, float]:
+    """Return loss and tokens (or other units) over all micro-batches and ranks.
+
+    With `backward`, accumulate this rank's gradients.
+    """
+    loss_sum, tokens = 0.0, 0.0
     with synchronized():
         own = shard(samples)
         for batch in micro_batches(own, lengths=lengths_of(own), max_tokens=max_tokens):
             loss, count = objective.loss(batch)
             if backward:
                 torch.autograd.backward(loss)
-            loss_sum, tokens = loss_sum + float(loss.detach()), tokens + int(count)
-    loss_sum, total = all_reduce_sum([loss_sum, tokens])
-    return loss_sum, int(total)
+            loss_sum, tokens = loss_sum + float(loss.detach()), tokens + float(count)
+    loss_sum, tokens = all_reduce_sum([loss_sum, tokens])
+    return loss_sum, tokens

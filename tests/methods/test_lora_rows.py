@@ -19,7 +19,8 @@ from personaplug.methods import ModelInputs, find_method
 from personaplug.methods.context import Assignment
 from personaplug.methods.lora import UserLoras
 from personaplug.run import Models, Run, open_models
-from personaplug.training.parts import ADAPTER, LORA, task_lora, train
+from personaplug.training.baseline_parts import ADAPTER, LORA, task_lora
+from personaplug.training.parts import train
 
 pytest.importorskip("peft")
 

@@ -16,7 +16,8 @@ from personaplug.methods.language_model import LanguageModelMethod
 from personaplug.methods.no_lm import BaselineMethod
 from personaplug.methods.prompt_texts import PromptTexts
 from personaplug.methods.registry import DEFAULT, known_methods
-from personaplug.training.parts import INSTRUCTION, LORA, PLUG, ROPG
+from personaplug.training.baseline_parts import LORA, ROPG
+from personaplug.training.parts import INSTRUCTION, PLUG
 
 
 @pytest.mark.parametrize("text", ["", "plug,plug", "plug,nonsense", ",", "wrong-user,plug@wrong-user"])

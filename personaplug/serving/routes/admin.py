@@ -38,9 +38,9 @@ async def ready(parts: Parts) -> dict[str, str]:
 
 @router.get("/metrics", summary="Counters, for Prometheus", response_class=Response)
 async def metrics(parts: Parts) -> Response:
-    telemetry, personas = parts.telemetry, parts.service.personas
-    telemetry.cached_users.set(personas.cached_users)
-    telemetry.cached_bytes.set(personas.cached_bytes)
+    telemetry, caches = parts.telemetry, [served.personas for served in parts.service.tasks]
+    telemetry.cached_users.set(sum(personas.cached_users for personas in caches))
+    telemetry.cached_bytes.set(sum(personas.cached_bytes for personas in caches))
     return Response(telemetry.text(), media_type="text/plain; version=0.0.4")
 
 

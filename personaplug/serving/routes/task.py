@@ -14,7 +14,9 @@ router = APIRouter()
 
 @router.get("/v1/task", summary="The plug's task, and the wording of its prompts")
 async def task(tenant: Tenant, parts: Parts) -> dict[str, Any]:
-    return parts.service.prompts.describe() | {"item_kinds": parts.service.personas.plug.known_kinds}
+    """Of a plug of several tasks: a list of them as `tasks`, in the order in which a prompt's wording is sought."""
+    described = [served.describe() for served in parts.service.tasks]
+    return described[0] if len(described) == 1 else {"tasks": described}
 
 
 @router.post("/v1/responses", include_in_schema=False)

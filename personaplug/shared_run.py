@@ -1,0 +1,205 @@
+"""A shared run: an ordinary run for each of several tasks, whose plugs share all but what belongs to a task.
+
+OUT/tasks.json    names and sampling weights of the tasks, in order
+OUT/TASK/         the run of a task
+OUT/shared/       the training that they share: log.jsonl and, while it is unfinished, the states to go on from
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from personaplug.config import Config
+from personaplug.config_parsing import with_values
+from personaplug.data.task import Task
+from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
+from personaplug.infra.atomic_io import storage_errors, write_checked_json
+from personaplug.infra.checksums import read_json
+from personaplug.infra.distributed import main_first, on_main
+from personaplug.infra.links import check_links
+from personaplug.run import Run, dated
+
+_TASKS, _TRAINING = "tasks.json", "shared"
+_REMEDY = "Restore it, or train again in a new folder."
+_MAX_WEIGHT = 1000.0
+
+
+@dataclass(frozen=True)
+class SharedRun:
+    """The runs of several tasks, in order.
+
+    Attributes:
+        weights: how often an epoch shows each sample of a task, on average; in the order of the runs.
+    """
+
+    folder: Path
+    runs: tuple[Run, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def plan(
+        cls,
+        folder: str | Path,
+        *,
+        config: Config,
+        tasks: Sequence[Task],
+        weights: Sequence[float] = (),
+        vectors: str | Path | None = None,
+    ) -> SharedRun:
+        """Return a shared run to `start`, without writing anything.
+
+        Args:
+            tasks: two or more.
+            weights: one for each task; none = 1 each.
+        Raises:
+            ConfigError: if tasks have the same name, or a setting has no meaning for several tasks.
+            RunConflict: if the folder holds something else, or a training of other tasks or weights.
+        """
+        folder, names = Path(folder), [task.name for task in tasks]
+        chosen = _checked_weights(weights, names)
+        _check_names(names)
+        config = dated(_shared_config(config), folder / _folder_name(names[0]))
+        main_first(lambda: _check_folder(folder, names=names, weights=chosen))
+        labels = tuple(dict.fromkeys(label for task in tasks for label in task.labels))
+        runs = [
+            Run.plan(folder / _folder_name(task.name), config=config, task=task, vectors=vectors, shared_labels=labels)
+            for task in tasks
+        ]
+        return cls(folder, tuple(runs), chosen)
+
+    def start(self) -> None:
+        """Write what the folder holds, and the description of each run."""
+        on_main(self._write)
+        for run in self.runs:
+            run.start()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> SharedRun:
+        """Open a shared run that exists.
+
+        Raises:
+            MissingData, DamagedFile: if the folder or one of its runs is none, or a changed one.
+            RunConflict: if a link leads out of the folder.
+        """
+        folder = Path(folder)
+        check_links(folder)
+        about = _read(folder)
+        runs = tuple(Run.open(folder / _folder_name(name)) for name in about["tasks"])
+        return cls(folder, runs, tuple(map(float, about["weights"])))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+        return tuple(run.task.name for run in self.runs)
+
+    @property
+    def owner(self) -> str:
+        """A name of the training, for its files."""
+        return f"{_read(self.folder)['id']} {_TRAINING}"
+
+    def training_folder(self, *, seed: int) -> Path:
+        """Where the states and the log of the shared training are, for one seed."""
+        return self.folder / _TRAINING / f"seed-{seed}"
+
+    def find(self, name: str) -> Run:
+        """Return the run of a task.
+
+        Raises:
+            ConfigError: if there is none; it lists the tasks.
+        """
+        for run in self.runs:
+            if run.task.name == name:
+                return run
+        raise ConfigError(
+            f"{self.folder} was trained on {', '.join(self.names)}; found data of {name}. Give data of one of them, or "
+            f"the run of a task in that folder."
+        )
+
+    def _write(self) -> None:
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        name = _read(self.folder)["id"] if holds_shared_run(self.folder) else secrets.token_hex(8)
+        about = {"id": name, "tasks": list(self.names), "weights": list(self.weights)}
+        write_checked_json(self.folder / _TASKS, about)
+
+
+def holds_shared_run(folder: str | Path) -> bool:
+    """Return whether a folder is a shared run."""
+    return Path(folder, _TASKS).is_file()
+
+
+def open_runs(folder: str | Path) -> tuple[Run, ...]:
+    """Open the runs of a folder: one for each task of a shared run, else the run that the folder is."""
+    return SharedRun.open(folder).runs if holds_shared_run(folder) else (Run.open(folder),)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / _TASKS
+    if not path.is_file():
+        raise MissingData(f"{folder} holds no run of several tasks: {_TASKS} is missing.")
+    about = read_json(path, remedy=_REMEDY)
+    names, weights = about.get("tasks"), about.get("weights")
+    if not isinstance(names, list) or not isinstance(weights, list) or len(names) != len(weights):
+        raise DamagedFile(path, reason="it does not list tasks and weights", remedy=_REMEDY)
+    return about
+
+
+def _folder_name(task: str) -> str:
+    """Return the name of a task's folder: the task's name, with a hyphen for what no folder should be called."""
+    return re.sub(r"[^\w-]+", "-", task).strip("-")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len(names) < 2:
+        raise ConfigError(f"Tasks share a plug if there are two or more; found {len(names)}.")
+    folders = [_folder_name(name) for name in names]
+    if twice := [name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1]:
+        raise ConfigError(
+            f"Tasks that share a plug need different names; found {' and '.join(twice)}. Name a task in the task.json "
+            f"of its folder."
+        )
+    if reserved := [name for name, folder in zip(names, folders, strict=True) if folder in ("", _TRAINING)]:
+        raise ConfigError(f"No folder can be named after the task {reserved[0]!r}. Give it another name.")
+
+
+def _checked_weights(weights: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:
+    if weights and len(weights) != len(names):
+        raise ConfigError(f"Give a weight for each of the {len(names)} tasks, in their order; found {len(weights)}.")
+    if wrong := [weight for weight in weights if not (math.isfinite(weight) and 0 < weight <= _MAX_WEIGHT)]:
+        raise ConfigError(f"A weight is a number above 0, at most {_MAX_WEIGHT:g}; found {wrong[0]:g}.")
+    return tuple(map(float, weights)) or (1.0,) * len(names)
+
+
+def _shared_config(config: Config) -> Config:
+    """Return the config of each run: all encode items in one form, so that one store can serve all."""
+    if config.plug.answer_channel not in ("auto", "all"):
+        raise ConfigError(
+            f"Tasks that share a plug encode items in one form, answer_channel=all; found "
+            f"{config.plug.answer_channel}. Leave it out."
+        )
+    if config.plug.label_prior != "none":
+        raise ConfigError("label_prior=own counts the labels of one task; tasks that share a plug need none.")
+    return with_values(config, {"plug.answer_channel": "all"})
+
+
+def _check_folder(folder: Path, *, names: Sequence[str], weights: Sequence[float]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise RunConflict(f"{folder} is a file; a run needs a folder. Choose another --out.")
+    if not holds_shared_run(folder):
+        if folder.exists() and any(folder.iterdir()):
+            raise RunConflict(f"{folder} is neither empty nor a run of several tasks. Choose another --out.")
+        return
+    about = _read(folder)
+    is_begun = any(folder.glob(f"{_TRAINING}/seed-*/*"))
+    if about["tasks"] != list(names) or (is_begun and about["weights"] != list(weights)):
+        pairs = zip(about["tasks"], about["weights"], strict=True)
+        listed = ", ".join(f"{name} (weight {weight:g})" for name, weight in pairs)
+        raise RunConflict(
+            f"{folder} was started on the tasks {listed}. Give the same ones in this order, or choose another --out."
+        )

@@ -1,0 +1,191 @@
+"""Train the plugs of several tasks together: one persona head, and an instruction for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from personaplug.config import TrainingConfig
+from personaplug.data.task import Reader
+from personaplug.encoders.encoded_sample import EncodedSample
+from personaplug.infra.distributed import on_main
+from personaplug.infra.locks import sole_trainer
+from personaplug.infra.memory import peak_memory, reset_peak_memory
+from personaplug.infra.training_facts import write_facts
+from personaplug.plug.model import PersonaPlug
+from personaplug.run import Models
+from personaplug.shared_run import SharedRun
+from personaplug.training.batching import user_split
+from personaplug.training.checkpointing import drop_states
+from personaplug.training.objectives import PlugObjective, plug_parameter_groups
+from personaplug.training.parts import PLUG, Trainings
+from personaplug.training.task_mixture import TaskMixture, of_task, task_of
+from personaplug.training.trainer import FitReport, fit, mean_loss
+
+
+class SharedPlugs(nn.Module):
+    """Plugs with one persona head: the first plug as a whole, and what of the others is their own.
+
+    So its state holds each parameter once.
+    """
+
+    def __init__(self, plugs: Sequence[PersonaPlug]) -> None:
+        super().__init__()
+        self.first, others = plugs[0], plugs[1:]
+        for plug in others:
+            plug.share_persona(self.first)
+        self.instructions = nn.ParameterList([plug.instruction for plug in others])
+        self.hints = nn.ModuleList([hint for plug in others if plug.persona and (hint := plug.persona.hint)])
+        self._plugs = tuple(plugs)  # no modules of its own: their parameters are above
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all plugs."""
+        for plug in self._plugs:
+            plug.train(mode)
+        return super().train(mode)
+
+
+class SharedObjective:
+    """The losses of several tasks, each of its own plug, whose persona heads become one.
+
+    A sample counts by the mean loss of its answer's tokens. Its sum would let tasks of long answers drown those of one
+    token; so a task counts by its samples and its weight.
+
+    Args:
+        objectives: of the tasks, in the order that `task_of` knows.
+        weights: of the tasks' samples in validation. In training, a task is shown as often as its weight says.
+    """
+
+    unit = "sample"
+
+    def __init__(self, objectives: Sequence[PlugObjective], *, mixture: TaskMixture) -> None:
+        self.objectives, self.mixture = tuple(objectives), mixture
+        self.plugs = [objective.personalizer.plug for objective in objectives]
+        self.module: nn.Module = SharedPlugs(self.plugs)
+        self.device = objectives[0].device
+        self.reads_histories = objectives[0].reads_histories
+
+    def prepare(self, samples: Sequence[EncodedSample]) -> None:
+        self.objectives[0].cache_prompts(samples)
+        for objective, own in self._by_task(samples):
+            objective.prepare_task(own)
+
+    def loss(self, samples: Sequence[EncodedSample]) -> tuple[Tensor, Tensor]:
+        loss, terms = torch.zeros((), device=self.device), 0.0
+        for objective, own in self._by_task(samples):
+            losses, tokens = objective.sample_losses(own)
+            weight = 1.0 if torch.is_grad_enabled() else self.mixture.weights[task_of(own[0])]
+            loss, terms = loss + weight * (losses / tokens).sum(), terms + weight * len(own)
+        return loss, torch.tensor(terms, dtype=torch.float64)
+
+    def lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        return self.objectives[0].lengths(samples)  # of prompts and answers, whatever the task
+
+    def live_lengths(self, samples: Sequence[EncodedSample]) -> list[int]:
+        lengths = {
+            sample.id: length
+            for objective, own in self._by_task(samples)
+            for sample, length in zip(own, objective.live_lengths(own), strict=True)
+        }
+        return [lengths[sample.id] for sample in samples]
+
+    def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
+        return plug_parameter_groups(self.plugs, config)
+
+    def _by_task(self, samples: Sequence[EncodedSample]) -> Iterator[tuple[PlugObjective, list[EncodedSample]]]:
+        """Yield the objective and the samples of each task that has some."""
+        for objective, own in zip(self.objectives, self.mixture.by_task(samples), strict=True):
+            if own:
+                yield objective, own
+
+
+def train_shared(shared: SharedRun, readers: Sequence[Reader], *, models: Models) -> list[Path]:
+    """Train the plugs of a shared run, and their controls unless the config does without; return the plugs' folders.
+
+    What is trained is left as it is; a stopped training resumes.
+
+    Args:
+        readers: the training split of each task, in the order of the runs.
+    Raises:
+        ConfigError, TrainingDiverged, StorageError: see `fit`.
+        RunConflict: if another process trains in the folder, or a run was started on other data.
+    """
+    with ExitStack() as stack:
+        for folder in (shared.folder, *(run.folder for run in shared.runs)):
+            on_main(lambda folder=folder: stack.enter_context(sole_trainer(folder)))  # type: ignore[misc]
+        pairs = zip(shared.runs, readers, strict=True)
+        trainings = [Trainings(run, reader, models=models) for run, reader in pairs]
+        return [
+            folder for seed in shared.runs[0].config.training.seeds for folder in _train(shared, trainings, seed=seed)
+        ]
+
+
+def _train(shared: SharedRun, trainings: Sequence[Trainings], *, seed: int) -> list[Path]:
+    """Train all plugs with one seed, unless that is done, and return their folders."""
+    for training in trainings:
+        PLUG.prepare(training, seed=seed)
+    unfinished = [t for t in trainings if not on_main(lambda run=t.run: run.trained(PLUG.name, seed=seed))]  # type: ignore[misc]
+    if unfinished:
+        reset_peak_memory()
+        started = [PLUG.start(training, seed=seed) for training in trainings]
+        objectives, own_samples = [objective for objective, _ in started], [samples for _, samples in started]
+        report = _fit(shared, objectives, own_samples, seed=seed)
+        for training, objective, samples in zip(trainings, objectives, own_samples, strict=True):
+            if training in unfinished:
+                _save(training, objective, samples, shared=shared, report=report, seed=seed)
+    on_main(lambda: drop_states(shared.training_folder(seed=seed)))
+    return [training.run.plug_folder(PLUG.name, seed=seed) for training in trainings]
+
+
+def _fit(
+    shared: SharedRun, objectives: Sequence[PlugObjective], samples: Sequence[Sequence[EncodedSample]], *, seed: int
+) -> FitReport:
+    mixture = TaskMixture(shared.weights)
+    return fit(
+        SharedObjective(objectives, mixture=mixture),
+        samples=[of_task(sample, task) for task, own in enumerate(samples) for sample in own],
+        config=shared.runs[0].config.training,
+        seed=seed,
+        folder=shared.training_folder(seed=seed),
+        title=f"{PLUG.name} of {len(samples)} tasks (seed {seed})",
+        owner=on_main(lambda: f"{shared.owner} {seed}"),
+        mixture=mixture,
+    )
+
+
+def _save(
+    training: Trainings,
+    objective: PlugObjective,
+    samples: Sequence[EncodedSample],
+    *,
+    shared: SharedRun,
+    report: FitReport,
+    seed: int,
+) -> None:
+    """Save the plug of one task, with the facts of the shared training and its own loss."""
+    run, config = training.run, training.run.config.training
+    train, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+    own_loss = mean_loss(objective, held_out, max_tokens=config.max_tokens_per_microbatch)
+    plug = objective.personalizer.plug
+    facts: dict[str, object] = asdict(report) | {
+        "task": run.task.name,
+        "seed": seed,
+        "best_loss": own_loss,
+        "unit": objective.unit,
+        "train_samples": len(train),
+        "validation_samples": len(held_out),
+        "shared_by": list(shared.names),
+        "shared_loss": report.best_loss,
+        "weight": shared.weights[shared.names.index(run.task.name)],
+        "peak_memory_bytes": peak_memory(),
+        "parameters": sum(parameter.numel() for parameter in plug.parameters()),
+    }
+    facts = PLUG.save(objective, samples, training, facts=facts, seed=seed)
+    folder = run.plug_folder(PLUG.name, seed=seed)
+    on_main(lambda: write_facts(folder, facts, owner=run.owner(PLUG.name, seed=seed)))

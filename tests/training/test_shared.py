@@ -1,0 +1,378 @@
+"""A plug of several tasks: one persona head, an instruction for each task, and ordinary runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from personaplug.config import Config
+from personaplug.config_parsing import load_config
+from personaplug.data import load_task, open_dataset
+from personaplug.data.simulation import SimulationConfig, write_simulation
+from personaplug.data.task import Reader
+from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
+from personaplug.errors import ConfigError, RunConflict
+from personaplug.plug.layers import OptionHint
+from personaplug.plug.personalizer import Personalizer
+from personaplug.run import Models, Run, open_models
+from personaplug.shared_run import SharedRun, open_runs
+from personaplug.training import shared as shared_training
+from personaplug.training.batching import epoch_batches, user_split
+from personaplug.training.objectives import PlugObjective
+from personaplug.training.parts import LABEL_COUNTS, PLUG, Trainings, train
+from personaplug.training.shared import SharedObjective, train_shared
+from personaplug.training.task_mixture import TaskMixture, of_task, task_of
+from personaplug.training.trainer import fit
+
+TINY = (
+    "llm=toy",
+    "encoder=hash:32",
+    "batch_size=4",
+    "epochs=2",
+    "save_steps=3",
+    "eval_steps=5",
+    "learning_rate=0.01",
+    "dtype=float32",
+)
+KINDS = ("rating", "manners")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of three tasks: ratings from 1 to 5, conversations, and a choice of two options."""
+    folder = tmp_path_factory.mktemp("data")
+    for kind in KINDS:
+        simulation = SimulationConfig(task=kind, users=8, queries_per_user=2, dev_users=4, min_items=2, max_items=5)  # type: ignore[arg-type]
+        write_simulation(simulation, folder / kind)
+    _write_choices(folder / "choice")
+    return folder
+
+
+def _write_choices(folder: Path) -> None:
+    folder.mkdir()
+    pattern = 'Which one\\? \\[1\\]: "(.*?)" \\[2\\]: "(.*)"\\s*\\Z'
+    declared = {
+        "name": "Choice",
+        "kind": "label",
+        "labels": ["[1]", "[2]"],
+        "item_fields": ["title"],
+        "query_pattern": pattern,
+    }
+    (folder / "task.json").write_text(json.dumps(declared))
+    questions = [
+        {
+            "id": str(number),
+            "user_id": f"chooser {number % 8}",
+            "input": f'Which one? [1]: "tea {number}" [2]: "coffee {number}"',
+            "profile": [{"id": str(item), "title": f"tea of day {number + item}"} for item in range(3)],
+        }
+        for number in range(16)
+    ]
+    golds = [{"id": question["id"], "output": f"[{1 + number % 2}]"} for number, question in enumerate(questions)]
+    (folder / "train_questions.json").write_text(json.dumps(questions))
+    (folder / "train_outputs.json").write_text(json.dumps({"task": "Choice", "golds": golds}))
+
+
+def _config(*settings: str) -> Config:
+    return load_config(overrides=[*TINY, *settings])
+
+
+def _plan(
+    folder: Path, data: Path, *settings: str, kinds: Sequence[str] = KINDS, weights: Sequence[float] = ()
+) -> tuple[SharedRun, list[Reader], Models]:
+    tasks = [load_task(data / kind) for kind in kinds]
+    shared = SharedRun.plan(folder, config=_config(*settings), tasks=tasks, weights=weights)
+    readers = [open_dataset(data / kind, "train", task=task) for kind, task in zip(kinds, tasks, strict=True)]
+    return shared, readers, open_models(shared.runs[0].config)
+
+
+def _train(
+    folder: Path, data: Path, *settings: str, kinds: Sequence[str] = KINDS, weights: Sequence[float] = ()
+) -> SharedRun:
+    shared, readers, models = _plan(folder, data, *settings, kinds=kinds, weights=weights)
+    shared.start()
+    train_shared(shared, readers, models=models)
+    return shared
+
+
+def _start(folder: Path, data: Path, *settings: str) -> list[tuple[PlugObjective, list[EncodedSample]]]:
+    """Return what the training of each task starts from."""
+    shared, readers, models = _plan(folder, data, *settings)
+    shared.start()
+    pairs = zip(shared.runs, readers, strict=True)
+    return [PLUG.start(Trainings(run, reader, models=models), seed=0) for run, reader in pairs]
+
+
+def _weights(run: Run, name: str = "plug") -> dict[str, Tensor]:
+    return load_file(run.plug_folder(name, seed=0) / "plug.safetensors")
+
+
+def _facts(run: Run) -> dict[str, object]:
+    facts = run.training_facts("plug", seed=0)
+    assert facts is not None
+    return facts
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> SharedRun:
+    return _train(tmp_path_factory.mktemp("trained") / "run", data)
+
+
+def test_plugs_of_a_shared_run_have_one_persona_head_and_an_instruction_each(trained: SharedRun) -> None:
+    ratings, chats = (_weights(run) for run in trained.runs)
+    head = [name for name in ratings if name.startswith("persona.")]
+    assert head
+    assert all(torch.equal(ratings[name], chats[name]) for name in head)
+    assert not torch.equal(ratings["instruction"], chats["instruction"])
+    assert "persona.projector.label.weight" in head
+    assert "persona.projector.style.weight" in head
+
+
+def test_each_run_is_an_ordinary_one(trained: SharedRun, data: Path) -> None:
+    opened = open_runs(trained.folder)
+    assert opened == trained.runs
+    assert [run.task.name for run in opened] == ["Simulated_rating", "Manners"]
+    assert [run.item_labels for run in opened] == [("1", "2", "3", "4", "5")] * 2
+    for run in opened:
+        assert Run.open(run.folder) == run
+        assert run.trained("plug", seed=0)
+        assert run.trained("instruction-only", seed=0)
+        facts = _facts(run)
+        assert facts["task"] == run.task.name
+        assert facts["shared_by"] == ["Simulated_rating", "Manners"]
+        assert "loss_of_few_items" in facts
+    assert not list(trained.training_folder(seed=0).glob("state-*"))
+    assert (trained.training_folder(seed=0) / "log.jsonl").exists()
+    assert _facts(opened[0])["best_loss"] != _facts(opened[1])["best_loss"]
+
+
+def test_a_saved_plug_makes_the_personas_of_the_shared_training(data: Path, tmp_path: Path) -> None:
+    started = _start(tmp_path / "run", data, "controls=false")
+    SharedObjective([objective for objective, _ in started], mixture=TaskMixture((1.0, 1.0)))
+    for objective, samples in started:
+        plug = objective.personalizer.plug.eval()
+        plug.save_pretrained(tmp_path / "saved")
+        encoder, llm = open_models(_config()).encoder, plug.spec.llm
+        loaded = Personalizer(
+            type(plug).from_pretrained(tmp_path / "saved", encoder=encoder, llm=llm), table=objective.personalizer.table
+        )
+        found, expected = (made.soft_prompt(samples[:4]).vectors for made in (loaded, objective.personalizer))
+        torch.testing.assert_close(found, expected)
+
+
+def test_every_task_trains_the_persona_head_and_its_own_instruction_alone(data: Path, tmp_path: Path) -> None:
+    started = _start(tmp_path / "run", data)
+    objective = SharedObjective([own for own, _ in started], mixture=TaskMixture((1.0, 1.0)))
+    plugs = objective.plugs
+    assert plugs[0].persona is not None
+    assert plugs[1].persona is not None
+    assert plugs[0].persona.projector.inner.weight is plugs[1].persona.projector.inner.weight
+    for task, (_, samples) in enumerate(started):
+        objective.module.zero_grad()
+        loss, _ = objective.loss([of_task(sample, task) for sample in samples[:4]])
+        torch.autograd.backward(loss)
+        gradient = plugs[0].persona.projector.inner.weight.grad
+        assert gradient is not None
+        assert float(gradient.abs().sum()) > 0
+        gradients = [plug.instruction.grad for plug in plugs]
+        assert gradients[1 - task] is None
+        assert gradients[task] is not None
+
+
+def test_state_and_optimizer_hold_each_parameter_once(data: Path, tmp_path: Path) -> None:
+    started = _start(tmp_path / "run", data)
+    objective = SharedObjective([own for own, _ in started], mixture=TaskMixture((1.0, 1.0)))
+    distinct = {id(parameter) for plug in objective.plugs for parameter in plug.parameters()}
+    pointers = [tensor.data_ptr() for tensor in objective.module.state_dict().values()]
+    groups = objective.parameter_groups(_config().training)
+    optimized = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(pointers) == len(set(pointers)) == len(distinct)
+    assert sorted(optimized) == sorted(distinct)
+    assert {id(parameter) for parameter in objective.module.parameters()} == distinct
+
+
+def test_mode_of_the_shared_module_is_that_of_all_plugs(data: Path, tmp_path: Path) -> None:
+    objective = SharedObjective([own for own, _ in _start(tmp_path / "run", data)], mixture=TaskMixture((1.0, 1.0)))
+    for is_training in (True, False):
+        objective.module.train(is_training)
+        assert [plug.training for plug in objective.plugs] == [is_training] * 2
+
+
+def test_a_sample_counts_by_the_mean_loss_of_its_tokens(data: Path, tmp_path: Path) -> None:
+    started = _start(tmp_path / "run", data)
+    objective = SharedObjective([own for own, _ in started], mixture=TaskMixture((3.0, 1.0)))
+    objective.module.eval()
+    samples = [of_task(sample, task) for task, (_, own) in enumerate(started) for sample in own[:3]]
+    means, tokens = [], []
+    with torch.no_grad():
+        for own, own_samples in started:
+            for sample in own_samples[:3]:
+                loss, count = own.loss([sample])
+                means.append(float(loss / count))
+                tokens.append(int(count))
+        validation = objective.loss(samples)
+    trained = objective.loss(samples)
+    assert max(tokens) > 5 * min(tokens)  # or lengths would not matter
+    assert float(trained[0].detach()) == pytest.approx(sum(means), rel=1e-4)
+    assert float(trained[1]) == 6
+    assert float(validation[1]) == 3 * 3 + 3
+    assert float(validation[0]) == pytest.approx(3 * sum(means[:3]) + sum(means[3:]), rel=1e-4)
+
+
+def test_stopped_training_ends_with_the_plugs_of_an_unbroken_one(
+    data: Path, tmp_path: Path, trained: SharedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stopping(*args: object, **options: object) -> object:
+        steps = iter(range(7))
+
+        def on_step() -> None:
+            if next(steps, None) is None:
+                raise Stop
+
+        return fit(*args, on_step=on_step, **options)  # type: ignore[arg-type]
+
+    shared, readers, models = _plan(tmp_path / "run", data)
+    shared.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_training, "fit", stopping)
+        with pytest.raises(Stop):
+            train_shared(shared, readers, models=models)
+    assert list(shared.training_folder(seed=0).glob("state-*"))
+    resumed = _train(tmp_path / "run", data)
+    for run, unbroken in zip(resumed.runs, trained.runs, strict=True):
+        found, expected = _weights(run), _weights(unbroken)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_finished_training_is_left_as_it_is(data: Path, tmp_path: Path) -> None:
+    shared = _train(tmp_path / "run", data, "controls=false", "max_steps=2")
+    files = [run.plug_folder("plug", seed=0) / "plug.safetensors" for run in shared.runs]
+    before = [file.stat().st_mtime_ns for file in files]
+    _train(tmp_path / "run", data, "controls=false", "max_steps=2")
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_hint_of_options_belongs_to_its_task(data: Path, tmp_path: Path) -> None:
+    shared = _train(tmp_path / "run", data, "controls=false", "max_steps=2", kinds=("choice", "rating"))
+    assert shared.runs[0].item_labels == ("[1]", "[2]", "1", "2", "3", "4", "5")
+    models = open_models(shared.runs[0].config)
+    choice, rating = (run.load_plug("plug", seed=0, models=models) for run in shared.runs)
+    assert choice.persona is not None
+    assert rating.persona is not None
+    assert isinstance(choice.persona.hint, OptionHint)
+    assert len(choice.persona.hint.option_vectors) == 2
+    assert rating.persona.hint is None
+    assert choice.config.soft_tokens == rating.config.soft_tokens + 1
+
+
+def _sample(name: str, user: str) -> EncodedSample:
+    empty = torch.empty(0, dtype=torch.int16).numpy()
+    return EncodedSample(name, user, user, "p", "q", "1", empty.astype("int64"), empty, no_style(), all_answers())
+
+
+def test_weights_say_how_often_an_epoch_shows_a_sample() -> None:
+    mixture = TaskMixture((2.0, 0.5, 1.5))
+    samples = [of_task(_sample(str(number), f"u{number}"), task) for task in range(3) for number in range(20)]
+    shown, shares = mixture.repeated(samples)
+    epochs = []
+    for epoch in range(2):
+        batches = epoch_batches([1] * len(shown), batch_size=8, views=0, seed=0, epoch=epoch, shares=shares)
+        epochs.append([shown[view.index].id for batch in batches for view in batch])
+    counts = Counter(name.partition(":")[0] for name in epochs[0])
+    assert counts == {"0": 40, "1": 10, "2": 30}
+    assert len(epochs[0]) == len(epochs[1])
+    assert {c for name, c in Counter(epochs[0]).items() if name.startswith("0:")} == {2}
+    halves = [{name for name in epoch if name.startswith("1:")} for epoch in epochs]
+    assert halves[0] != halves[1]
+
+
+def test_shares_of_one_change_no_batch() -> None:
+    plain, shared = (
+        epoch_batches([1, 5, 3], batch_size=4, views=1, seed=3, epoch=2, shares=shares) for shares in (None, [1.0] * 3)
+    )
+    assert plain == shared
+
+
+def test_held_out_users_are_those_of_each_task_alone_and_in_no_train_part() -> None:
+    samples = [of_task(_sample(f"{task} {n}", f"u{n % (20 + task)}"), task) for task in range(2) for n in range(60)]
+    mixture = TaskMixture((1.0, 1.0))
+    train, validation = mixture.split(samples, share=0.2, limit=1000, seed=0)
+    assert {s.owner for s in train}.isdisjoint({s.owner for s in validation})
+    for task, own in enumerate(mixture.by_task(samples)):
+        alone = user_split(own, share=0.2, limit=1000, seed=0)[1]
+        assert [s.id for s in validation if task_of(s) == task] == [s.id for s in alone]
+
+
+def test_a_task_without_train_users_is_named() -> None:
+    users = (("a", "b"), ("b", "c"))
+    tasks = [[of_task(_sample(user, user), task) for user in own] for task, own in enumerate(users)]
+
+    def held_out(seed: int) -> list[str]:
+        return [user_split(own, share=0.5, limit=9, seed=seed)[1][0].owner for own in tasks]
+
+    seed = next(seed for seed in range(100) if held_out(seed) == ["a", "b"])
+    with pytest.raises(ConfigError, match="All users of task 1 are held out"):
+        TaskMixture((1.0, 1.0)).split([*tasks[0], *tasks[1]], share=0.5, limit=9, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "message"),
+    [
+        (("answer_channel=label",), (), "in one form, answer_channel=all"),
+        (("label_prior=own",), (), "label_prior=own counts the labels of one task"),
+        ((), (1.0,), "a weight for each of the 2 tasks"),
+        ((), (1.0, 0.0), "above 0, at most 1000; found 0"),
+        ((), (1.0, math.nan), "above 0"),
+    ],
+)
+def test_settings_without_a_meaning_for_several_tasks_are_refused(
+    data: Path, tmp_path: Path, settings: tuple[str, ...], weights: tuple[float, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _plan(tmp_path / "run", data, *settings, weights=weights)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"different names; found Manners and Manners.*task\.json"):
+        _plan(tmp_path / "run", data, kinds=("manners", "manners"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds", "weights"),
+    [((), KINDS[::-1], ()), ((), KINDS, (1.0, 2.0)), (("epochs=3",), KINDS, ())],
+    ids=["order", "weights", "settings"],
+)
+def test_a_started_run_keeps_its_tasks_weights_and_settings(
+    data: Path, trained: SharedRun, settings: tuple[str, ...], kinds: tuple[str, ...], weights: tuple[float, ...]
+) -> None:
+    with pytest.raises(RunConflict):
+        _plan(trained.folder, data, *settings, kinds=kinds, weights=weights)
+
+
+def test_a_run_of_one_task_and_one_of_several_never_mix(data: Path, trained: SharedRun, tmp_path: Path) -> None:
+    with pytest.raises(RunConflict, match="nor a run of personaplug"):
+        Run.plan(trained.folder, config=_config(), task=load_task(data / "rating"))
+    Run.create(tmp_path / "run", config=_config(), task=load_task(data / "rating"))
+    with pytest.raises(RunConflict, match="nor a run of several tasks"):
+        _plan(tmp_path / "run", data)
+
+
+def test_the_run_of_a_task_refuses_to_train_its_plug_or_labels_alone(data: Path, tmp_path: Path) -> None:
+    shared, readers, models = _plan(tmp_path / "run", data)
+    shared.start()
+    for part, message in ((PLUG, "shared with other tasks"), (LABEL_COUNTS, "counts the labels of one task")):
+        with pytest.raises(ConfigError, match=message):
+            train(shared.runs[0], readers[0], models=models, parts=[part])

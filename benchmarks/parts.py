@@ -29,6 +29,7 @@ from personas import plug_of
 from store import spent_on
 
 from personaplug.config import PlugConfig
+from personaplug.config_resolution import resolved
 from personaplug.data import load_task, open_dataset
 from personaplug.data.records import Sample
 from personaplug.encoders import Encoder, open_encoder
@@ -39,7 +40,6 @@ from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
-from personaplug.run import resolved
 
 EXPERIMENT = Path(__file__).parent / "experiments" / "ablations.yaml"
 SAMPLES = 16

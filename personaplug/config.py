@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+LEARNING_RATE, CHAT_LEARNING_RATE = 0.001, 0.03
+"""Of the projector, unless it is given; chosen on held-out users of labels and texts, and of conversations."""
+
 MAX_PERSONA_SCALE = 10
 """The farthest that a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
 
@@ -219,7 +222,12 @@ class TrainingConfig:
         "their gradients summed; 0 = no bound",
         ge=0,
     )
-    learning_rate: float = Field(default=1e-3, description="of the projector and the query head (AdamW)", gt=0, le=1)
+    learning_rate: float = Field(
+        default=0,
+        description="of the projector and the query head (AdamW); 0 = 0.03 for conversations, 0.001 for other tasks",
+        ge=0,
+        le=1,
+    )
     token_learning_rate: float = Field(
         default=0.1, description="of the tokens that are parameters: instruction and population", gt=0, le=1
     )

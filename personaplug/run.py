@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from personaplug.analysis.metrics import get_metric
 from personaplug.config import Config, PlugConfig
 from personaplug.config_parsing import with_values
+from personaplug.config_resolution import resolved
 from personaplug.data.records import Sample
 from personaplug.data.splits import drawn
 from personaplug.data.task import Reader, Task
@@ -404,40 +404,6 @@ def dated(config: Config, folder: str | Path) -> Config:
     is_run = (Path(folder) / "run.json").exists()
     day = Run.open(folder).config.model.chat_date if is_run else today()
     return with_values(config, {"model.chat_date": day})
-
-
-def resolved(config: Config, task: Task) -> Config:
-    """The config with what it leaves to the task (`auto`) settled.
-
-    Raises:
-        ConfigError: if it asks for something that the task does not have.
-    """
-    for metric in task.metrics:  # before hours of training, not after
-        get_metric(metric, labels=task.labels)
-    answered = task.has_labelled_items
-    if config.plug.answer_channel == "label" and task.labels and not answered:
-        raise ConfigError(
-            f"answer_channel=label reads the answers in a history, and the items of {task.name} hold none."
-        )
-    if config.plug.options == "compare" and not task.has_options:
-        raise ConfigError(
-            f"options=compare needs prompts with an option for each label, found by a group of the task's "
-            f"query_pattern each; {task.name} declares none. Leave it out, or give options=auto."
-        )
-    if config.plug.label_prior == "own" and not (answered and config.training.train_eos == "auto"):
-        raise ConfigError(
-            f"label_prior=own counts the answers in a history and adds to labels' scores: it needs items that hold "
-            f"answers from a closed set, and train_eos=auto; {task.name} has {'' if answered else 'no '}such items, "
-            f"and train_eos={config.training.train_eos}. Leave it out."
-        )
-    settled = {}
-    if config.plug.answer_channel == "auto":
-        settled["plug.answer_channel"] = "label" if answered else "text" if task.labels else "style"
-    if config.plug.instruction_start == "auto":
-        settled["plug.instruction_start"] = "random" if task.labels else "words"
-    if config.plug.options == "auto":
-        settled["plug.options"] = "compare" if task.has_options else "ignore"
-    return with_values(config, settled)
 
 
 def _anonymous(user: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from personaplug.config import Config
 from personaplug.config_parsing import with_values
+from personaplug.config_resolution import learning_rate
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.infra.atomic_io import storage_errors, write_checked_json
@@ -64,7 +65,7 @@ class SharedRun:
         folder, names = Path(folder), [task.name for task in tasks]
         chosen = _checked_weights(weights, names)
         _check_names(names)
-        config = dated(_shared_config(config), folder / _folder_name(names[0]))
+        config = dated(_shared_config(config, tasks), folder / _folder_name(names[0]))
         main_first(lambda: _check_folder(folder, names=names, weights=chosen))
         labels = tuple(dict.fromkeys(label for task in tasks for label in task.labels))
         runs = [
@@ -176,7 +177,7 @@ def _checked_weights(weights: Sequence[float], names: Sequence[str]) -> tuple[fl
     return tuple(map(float, weights)) or (1.0,) * len(names)
 
 
-def _shared_config(config: Config) -> Config:
+def _shared_config(config: Config, tasks: Sequence[Task]) -> Config:
     """Return the config of each run: all encode items in one form, so that one store can serve all."""
     if config.plug.answer_channel not in ("auto", "all"):
         raise ConfigError(
@@ -185,7 +186,7 @@ def _shared_config(config: Config) -> Config:
         )
     if config.plug.label_prior != "none":
         raise ConfigError("label_prior=own counts the labels of one task; tasks that share a plug need none.")
-    return with_values(config, {"plug.answer_channel": "all"})
+    return with_values(config, {"plug.answer_channel": "all", "training.learning_rate": learning_rate(config, tasks)})
 
 
 def _check_folder(folder: Path, *, names: Sequence[str], weights: Sequence[float]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from personaplug.config_parsing import load_config
+from personaplug.config_resolution import resolved
 from personaplug.data import LAMP_TASKS
 from personaplug.data.records import Chat, HistoryItem
 from personaplug.data.task import Task
@@ -20,7 +21,7 @@ from personaplug.llm.causal_lm import CausalLM
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.plug.saving import PlugSpec
-from personaplug.run import Models, Run, resolved
+from personaplug.run import Models, Run
 
 SECRET = "zanzibar"
 BLANK = Task("Own", "text", ("text",), "text", ("rouge_1",))

@@ -12,7 +12,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "personaplug"
 ROOMS = [
-    *("infra", "data", "analysis", "encoders", "llm", "plug", "store", "run", "shared_run", "baselines"),
+    *(
+        "infra",
+        "data",
+        "analysis",
+        "encoders",
+        "llm",
+        "plug",
+        "store",
+        "config_resolution",
+        "run",
+        "shared_run",
+        "baselines",
+    ),
     *("inference", "serving", "training", "methods", "evaluation", "cli"),
 ]
 GROUND = ("errors", "config", "config_parsing")

@@ -134,11 +134,11 @@ def encode(
     settings: tuple[str, ...],
 ) -> None:
     """Encode the items of all histories once. `train` and `evaluate` do it themselves; this does it beforehand."""
+    from personaplug.config_resolution import resolved
     from personaplug.data import load_task, open_dataset
     from personaplug.encoders import open_encoder
     from personaplug.encoders.embedding_store import EmbeddingStore
     from personaplug.encoders.encoded_sample import encoded
-    from personaplug.run import resolved
 
     config = load_config(config_file, overrides=settings)
     show(config, "model", "plug")

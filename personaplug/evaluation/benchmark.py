@@ -24,7 +24,8 @@ import torch
 from personaplug.analysis.results import Settings, build_results, history_thirds
 from personaplug.analysis.results_file import ResultPart, Results, Subgroup, write_results
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
-from personaplug.config import Config, ModelConfig
+from personaplug.config import LEARNING_RATE, Config, ModelConfig
+from personaplug.config_resolution import resolved
 from personaplug.data import load_task, open_dataset
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
@@ -32,7 +33,7 @@ from personaplug.evaluation.evaluator import Evaluator, settings_of, with_remark
 from personaplug.evaluation.experiment import WHOLE, Experiment, SweepPoint
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.methods import Method, needed_parts
-from personaplug.run import SPEED_ONLY, Models, Run, dated, open_models, resolved
+from personaplug.run import SPEED_ONLY, Models, Run, dated, open_models
 from personaplug.training.parts import TrainedPart, Trainings
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
         section, _, key = name.partition(".")
         if settings[section][key] == value:
             del settings[section][key]
+    settings["training"]["learning_rate"] = settings["training"]["learning_rate"] or LEARNING_RATE  # was its default
     if settings["model"]["chat_date"] == "auto":  # settled by each run, for templates that write a date
         del settings["model"]["chat_date"]
     return _hash([settings, data_hash, method, seed])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from personaplug.config import Config
+from personaplug.config_resolution import resolved
 from personaplug.data.records import Sample, characters
 from personaplug.data.splits import drawn
 from personaplug.data.task import Reader
@@ -20,7 +21,7 @@ from personaplug.encoders.encoded_sample import encoded
 from personaplug.errors import MissingData
 from personaplug.infra.memory import peak_memory
 from personaplug.llm.prompt_cache import CachePlan
-from personaplug.run import Models, Run, resolved
+from personaplug.run import Models, Run
 from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import build_plug, closed_labels
 from personaplug.training.trainer import fit

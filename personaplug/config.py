@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-LEARNING_RATE, CHAT_LEARNING_RATE = 0.001, 0.03
+LEARNING_RATE, CHAT_LEARNING_RATE = 0.001, 0.1
 """Of the projector, unless it is given; chosen on held-out users of labels and texts, and of conversations."""
 
 MAX_PERSONA_SCALE = 10
@@ -224,7 +224,7 @@ class TrainingConfig:
     )
     learning_rate: float = Field(
         default=0,
-        description="of the projector and the query head (AdamW); 0 = 0.03 for conversations, 0.001 for other tasks",
+        description="of the projector and the query head (AdamW); 0 = 0.1 for conversations, 0.001 for other tasks",
         ge=0,
         le=1,
     )

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-LEARNING_RATE, CHAT_LEARNING_RATE = 0.001, 0.1
-"""Of the projector, unless it is given; chosen on held-out users of labels and texts, and of conversations."""
+LEARNING_RATES = {"learning_rate": 0.001, "token_learning_rate": 0.1}
+CHAT_LEARNING_RATES = {"learning_rate": 0.1, "token_learning_rate": 1.0}
+"""Unless they are given; chosen on held-out users of labels and texts, and of conversations."""
 
 MAX_PERSONA_SCALE = 10
 """The farthest that a persona may go beyond what is common to all users; see `PersonaPlug.forward`."""
@@ -229,7 +230,11 @@ class TrainingConfig:
         le=1,
     )
     token_learning_rate: float = Field(
-        default=0.1, description="of the tokens that are parameters: instruction and population", gt=0, le=1
+        default=0,
+        description="of the tokens that are parameters: instruction and population; 0 = 1 for conversations, 0.1 for "
+        "other tasks",
+        ge=0,
+        le=1,
     )
     encoder_learning_rate: float = Field(default=5e-5, description="of the trained copy of the encoder", ge=0, le=1)
     weight_decay: float = Field(default=1e-4, description="of AdamW", ge=0, le=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from personaplug.analysis.metrics import get_metric
-from personaplug.config import CHAT_LEARNING_RATE, LEARNING_RATE, Config
+from personaplug.config import CHAT_LEARNING_RATES, LEARNING_RATES, Config
 from personaplug.config_parsing import with_values
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError
@@ -35,18 +35,18 @@ def resolved(config: Config, task: Task) -> Config:
             f"answers from a closed set, and train_eos=auto; {task.name} has {'' if answered else 'no '}such items, "
             f"and train_eos={config.training.train_eos}. Leave it out."
         )
-    settled: dict[str, str | float] = {}
+    settled = {}
     if config.plug.answer_channel == "auto":
         settled["plug.answer_channel"] = "label" if answered else "text" if task.labels else "style"
     if config.plug.instruction_start == "auto":
         settled["plug.instruction_start"] = "random" if task.labels else "words"
     if config.plug.options == "auto":
         settled["plug.options"] = "compare" if task.has_options else "ignore"
-    settled["training.learning_rate"] = learning_rate(config, [task])
-    return with_values(config, settled)
+    return with_learning_rates(with_values(config, settled), [task])
 
 
-def learning_rate(config: Config, tasks: Sequence[Task]) -> float:
-    """Return the rate of the projector of a task, or of several that share it: a conversation decides."""
-    is_chat = any(task.kind == "chat" for task in tasks)
-    return config.training.learning_rate or (CHAT_LEARNING_RATE if is_chat else LEARNING_RATE)
+def with_learning_rates(config: Config, tasks: Sequence[Task]) -> Config:
+    """Return the config with the rates of a task, or of several that share a plug: a conversation decides."""
+    rates = CHAT_LEARNING_RATES if any(task.kind == "chat" for task in tasks) else LEARNING_RATES
+    missing = {f"training.{name}": rate for name, rate in rates.items() if not getattr(config.training, name)}
+    return with_values(config, missing)

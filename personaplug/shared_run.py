@@ -17,7 +17,7 @@ from typing import Any
 
 from personaplug.config import Config
 from personaplug.config_parsing import with_values
-from personaplug.config_resolution import learning_rate
+from personaplug.config_resolution import with_learning_rates
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, DamagedFile, MissingData, RunConflict
 from personaplug.infra.atomic_io import storage_errors, write_checked_json
@@ -186,7 +186,7 @@ def _shared_config(config: Config, tasks: Sequence[Task]) -> Config:
         )
     if config.plug.label_prior != "none":
         raise ConfigError("label_prior=own counts the labels of one task; tasks that share a plug need none.")
-    return with_values(config, {"plug.answer_channel": "all", "training.learning_rate": learning_rate(config, tasks)})
+    return with_learning_rates(with_values(config, {"plug.answer_channel": "all"}), tasks)
 
 
 def _check_folder(folder: Path, *, names: Sequence[str], weights: Sequence[float]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from personaplug.config import Config
 from personaplug.config_parsing import load_config
-from personaplug.config_resolution import learning_rate, resolved
+from personaplug.config_resolution import resolved, with_learning_rates
 from personaplug.data.task import Task
 from personaplug.data.task_registry import CHAT
 
@@ -13,21 +14,27 @@ RATING = Task("Stars", "rating", ("title", "stars"), "stars", ("mae",), labels=(
 TITLES = Task("Titles", "text", ("abstract", "title"), "title", ("rouge_1",))
 
 
-@pytest.mark.parametrize(
-    ("task", "rate"), [(CHAT, 0.1), (RATING, 0.001), (TITLES, 0.001)], ids=lambda value: str(value)
-)
-def test_resolved_gives_conversations_a_higher_learning_rate(task: Task, rate: float) -> None:
-    assert resolved(load_config(), task).training.learning_rate == rate
+CHAT_RATES, OTHER_RATES = (0.1, 1), (0.001, 0.1)
+
+
+def _rates(config: Config) -> tuple[float, float]:
+    return config.training.learning_rate, config.training.token_learning_rate
+
+
+@pytest.mark.parametrize(("task", "rates"), [(CHAT, CHAT_RATES), (RATING, OTHER_RATES), (TITLES, OTHER_RATES)])
+def test_resolved_gives_conversations_higher_learning_rates(task: Task, rates: tuple[float, float]) -> None:
+    assert _rates(resolved(load_config(), task)) == rates
 
 
 def test_resolved_keeps_a_learning_rate_that_is_given() -> None:
     config = load_config(overrides=["learning_rate=0.02"])
-    assert resolved(config, CHAT).training.learning_rate == 0.02
+    assert _rates(resolved(config, CHAT)) == (0.02, 1)
 
 
-def test_learning_rate_of_shared_tasks_is_that_of_the_conversation() -> None:
-    assert learning_rate(load_config(), [RATING, CHAT]) == learning_rate(load_config(), [CHAT, RATING]) == 0.1
-    assert learning_rate(load_config(), [RATING, TITLES]) == 0.001
+def test_shared_tasks_have_the_learning_rates_of_the_conversation() -> None:
+    for tasks in ([RATING, CHAT], [CHAT, RATING]):
+        assert _rates(with_learning_rates(load_config(), tasks)) == CHAT_RATES
+    assert _rates(with_learning_rates(load_config(), [RATING, TITLES])) == OTHER_RATES
 
 
 @pytest.mark.parametrize(("task", "channel"), [(CHAT, "style"), (RATING, "label"), (TITLES, "style")])

@@ -24,7 +24,7 @@ import torch
 from personaplug.analysis.results import Settings, build_results, history_thirds
 from personaplug.analysis.results_file import ResultPart, Results, Subgroup, write_results
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
-from personaplug.config import LEARNING_RATE, Config, ModelConfig
+from personaplug.config import LEARNING_RATES, Config, ModelConfig
 from personaplug.config_resolution import resolved
 from personaplug.data import load_task, open_dataset
 from personaplug.data.task import Task
@@ -142,7 +142,8 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
         section, _, key = name.partition(".")
         if settings[section][key] == value:
             del settings[section][key]
-    settings["training"]["learning_rate"] = settings["training"]["learning_rate"] or LEARNING_RATE  # was its default
+    for name, rate in LEARNING_RATES.items():  # the defaults before conversations had others
+        settings["training"][name] = settings["training"][name] or rate
     if settings["model"]["chat_date"] == "auto":  # settled by each run, for templates that write a date
         del settings["model"]["chat_date"]
     return _hash([settings, data_hash, method, seed])

@@ -24,8 +24,9 @@ import torch
 from personaplug.analysis.results import Settings, build_results, history_thirds
 from personaplug.analysis.results_file import ResultPart, Results, Subgroup, write_results
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
-from personaplug.config import LEARNING_RATE, Config, ModelConfig
-from personaplug.config_resolution import resolved
+from personaplug.config import Config, ModelConfig
+from personaplug.config_parsing import with_values
+from personaplug.config_resolution import learning_rate, resolved
 from personaplug.data import load_task, open_dataset
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
@@ -142,7 +143,6 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
         section, _, key = name.partition(".")
         if settings[section][key] == value:
             del settings[section][key]
-    settings["training"]["learning_rate"] = settings["training"]["learning_rate"] or LEARNING_RATE  # was its default
     if settings["model"]["chat_date"] == "auto":  # settled by each run, for templates that write a date
         del settings["model"]["chat_date"]
     return _hash([settings, data_hash, method, seed])
@@ -345,7 +345,9 @@ class _Table:
         return _hash([self._data_hash, *drawn])
 
     def _key(self, method: Method, seed: int, point: SweepPoint) -> str:
-        return trial_key(self.config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)
+        rate = learning_rate(self.config, [self.task])  # as trials of an earlier default had it
+        config = with_values(self.config, {"training.learning_rate": rate})
+        return trial_key(config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)
 
     def _about(self, evaluator: Evaluator) -> Provenance:
         """Return what the results say of themselves; trainings come and go, so the run describes them."""

@@ -115,7 +115,8 @@ def _feedback_item(task: Task, item_id: str, query: str, answer: object) -> Hist
     fields = dict.fromkeys(query_fields, text if is_answer_alone else query)
     if task.answer_field is not None:
         fields[task.answer_field] = text
-    return HistoryItem(item_id, tuple((name, fields[name]) for name in task.field_names), task.answer_field)
+    named = tuple((name, fields[name]) for name in task.field_names)
+    return HistoryItem(item_id, named, task.answer_field, answer_labels=task.labels)
 
 
 def _rejection(item: HistoryItem, task: Task) -> HistoryItem:

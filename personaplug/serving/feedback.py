@@ -128,8 +128,10 @@ def _rejection(item: HistoryItem, task: Task) -> HistoryItem:
 
 def _task_of_record(tasks: Sequence[Task], record: Mapping[str, Any], number: int) -> Task:
     """Return the task whose item a record is."""
-    if len(tasks) == 1 or PREFERENCE in record:
+    if len(tasks) == 1:
         return tasks[0]
+    if PREFERENCE in record:  # which has no task; with the fields of one, it is refused as an item of this task
+        return next((task for task in tasks if not record.keys().isdisjoint(task.field_names)), tasks[0])
     fitting = [task for task in tasks if _fields_of(task, record) <= record.keys()]
     # Of tasks whose items begin alike, the one that reads most of the record.
     largest = [

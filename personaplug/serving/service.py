@@ -172,8 +172,8 @@ class Service:
         if not fields and item.label_id >= 0:
             label = self.store.settings.labels[item.label_id]
             tasks = [served.task for served in self.tasks]
-            names = {task.answer_field for task in tasks if len(tasks) == 1 or label in task.labels} - {None}
-            fields = {name if len(names) == 1 else "label": label for name in names if name}
+            names = [task.answer_field for task in tasks if len(tasks) == 1 or label in task.labels]
+            fields = {name: label for name in names[:1] if name}
         day = item.date.isoformat() if item.date else None
         return {"id": item.id, "date": day, "arrived": item.arrived.isoformat(), "kind": item.kind, **fields}
 

@@ -67,11 +67,12 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
             for other, personas in zip(others, further, strict=True)
         ],
     )
-    _log_tasks([served.prompts for served in service.tasks])
+    log_tasks([served.prompts for served in service.tasks])
     return service
 
 
-def _log_tasks(tasks: Sequence[TaskPrompts]) -> None:
+def log_tasks(tasks: Sequence[TaskPrompts]) -> None:
+    """Say which prompts each task gets, and warn of a task that gets none."""
     chats = [prompts.task.name for prompts in tasks if prompts.task.kind == "chat"]
     for prompts in tasks:
         if prompts.task.name in chats[1:]:

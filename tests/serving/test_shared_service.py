@@ -24,7 +24,7 @@ from personaplug.errors import RequestError
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.feedback import items_of_records
 from personaplug.serving.service import Service
-from personaplug.serving.setup import open_service
+from personaplug.serving.setup import log_tasks, open_service
 from personaplug.shared_run import open_runs
 
 FILM = (
@@ -226,6 +226,16 @@ def test_a_marker_or_pattern_of_any_text_forces_no_prompt_into_labels(how: dict[
     chat = TaskPrompts(Task("Chats", "chat", ("question", "answer"), "answer", ("rouge_1",)))
     assert greedy.parse("What is tea?").is_on_task
     assert find_task([greedy, chat], "What is tea?")[0] == 1
+
+
+def test_a_second_task_of_conversations_gets_no_prompt_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    tasks = [TaskPrompts(Task(name, "chat", ("question", "answer"), "answer", ("rouge_1",))) for name in ("One", "Two")]
+    assert find_task(tasks, "What is tea?")[0] == 0
+    with caplog.at_level("INFO"):
+        log_tasks(tasks)
+    assert "task One: every message" in caplog.text
+    assert "task Two: it gets no prompt, because One answers conversations" in caplog.text
+    assert "task Two: every message" not in caplog.text
 
 
 def test_a_preference_beside_fields_of_any_task_is_refused() -> None:

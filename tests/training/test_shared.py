@@ -242,9 +242,7 @@ def test_a_sample_counts_by_the_mean_loss_of_its_tokens(data: Path, tmp_path: Pa
     assert float(validation[0]) == pytest.approx(3 * sum(means[:3]) + sum(means[3:]), rel=1e-4)
 
 
-def _stop(
-    folder: Path, data: Path, *settings: str, monkeypatch: pytest.MonkeyPatch, steps: int = 7
-) -> SharedRun:
+def _stop(folder: Path, data: Path, *settings: str, monkeypatch: pytest.MonkeyPatch, steps: int = 7) -> SharedRun:
     """Train so many steps, and stop without a word."""
 
     class Stop(Exception):

@@ -156,17 +156,22 @@ def test_each_run_is_an_ordinary_one(trained: SharedRun, data: Path) -> None:
     assert _facts(opened[0])["best_loss"] != _facts(opened[1])["best_loss"]
 
 
-def test_facts_count_the_samples_that_a_task_was_trained_on(data: Path, trained: SharedRun) -> None:
-    tasks = [load_task(data / kind) for kind in KINDS]
-    samples = [
-        of_task(_sample(sample.id, sample.owner), number)
-        for number, (kind, task) in enumerate(zip(KINDS, tasks, strict=True))
-        for sample in open_dataset(data / kind, "train", task=task)
-    ]
-    mixture, config = TaskMixture((1.0, 1.0)), _config().training
-    train, _ = mixture.split(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
-    counts = [_facts(run)["train_samples"] for run in trained.runs]
-    assert counts == [len(own) for own in mixture.by_task(train)]
+def test_facts_count_the_samples_that_a_task_was_trained_on(data: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    for ending in ("questions", "outputs"):  # other users are held out in conversations than in ratings
+        file = folder / "manners" / f"train_{ending}.json"
+        held = json.loads(file.read_text())
+        held, rest = (held[6:], {}) if ending == "questions" else (held["golds"][6:], held)
+        file.write_text(json.dumps({**rest, "golds": held} if rest else held))
+    shared, readers, models = _plan(tmp_path / "run", folder, "controls=false", "max_steps=1")
+    shared.start()
+    train_shared(shared, readers, models=models)
+    own = [[of_task(_sample(s.id, s.owner), task) for s in reader] for task, reader in enumerate(readers)]
+    split = {"share": _config().training.validation_share, "limit": 100, "seed": 0}
+    train, _ = TaskMixture((1.0, 1.0)).split([*own[0], *own[1]], **split)  # type: ignore[arg-type]
+    counts = [_facts(run)["train_samples"] for run in shared.runs]
+    assert counts == [len(each) for each in TaskMixture((1.0, 1.0)).by_task(train)]
+    assert counts != [len(user_split(each, **split)[0]) for each in own]  # type: ignore[arg-type]
 
 
 def test_a_saved_plug_makes_the_personas_of_the_shared_training(data: Path, tmp_path: Path) -> None:

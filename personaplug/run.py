@@ -18,7 +18,6 @@ import json
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -373,9 +372,9 @@ class Run:
         """Whether something in the folder depends on the settings: a training, an evaluation."""
         if any((self.folder / name).exists() for name in ("evaluations", "users", "profiles.jsonl")):
             return True
-        files = self.folder.glob("*/seed-*/[!.]*")
+        files = list(self.folder.glob("*/seed-*/[!.]*"))
         if self.shared_labels is not None:  # states of the training that it shares lie beside it
-            files = chain(files, self.folder.parent.glob("shared/seed-*/[!.]*"))
+            files += self.folder.parent.glob("shared/seed-*/[!.]*")
         return any(path.name not in ("log.jsonl", "tensorboard") for path in files)
 
     def _check_same(self, there: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def generate(
     _check_texts(prompt)
     items = read_items(history, task=run.task) if isinstance(history, str | Path) else tuple(history)
     _check_items(items, run.task)
+    items = tuple(replace(item, answer_labels=run.task.labels) for item in items)
     models, config = models or open_models(run.config), config or run.config.evaluation
     personalizer = None
     if not plain:

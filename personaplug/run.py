@@ -174,6 +174,11 @@ class Run:
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
+            if (folder / "tasks.json").is_file():
+                raise MissingData(
+                    f"{folder} holds the runs of several tasks, each in a folder of its task's name. Give one of these "
+                    f"folders."
+                ) from error
             raise MissingData(
                 f"{folder} holds no run: run.json is missing or broken. `personaplug train --out {folder}` makes one."
             ) from error
@@ -367,7 +372,10 @@ class Run:
         """Whether something in the folder depends on the settings: a training, an evaluation."""
         if any((self.folder / name).exists() for name in ("evaluations", "users", "profiles.jsonl")):
             return True
-        return any(path.name not in ("log.jsonl", "tensorboard") for path in self.folder.glob("*/seed-*/[!.]*"))
+        files = list(self.folder.glob("*/seed-*/[!.]*"))
+        if self.shared_labels is not None:  # states of the training that it shares lie beside it
+            files += self.folder.parent.glob("shared/seed-*/[!.]*")
+        return any(path.name not in ("log.jsonl", "tensorboard") for path in files)
 
     def _check_same(self, there: Run) -> None:
         names = [name for name in _differing(self.config, there.config) if name != "training.seeds"]

@@ -29,6 +29,7 @@ from personaplug.run import Run, dated
 _TASKS, _TRAINING = "tasks.json", "shared"
 _REMEDY = "Restore it, or train again in a new folder."
 _MAX_WEIGHT = 1000.0
+_MAX_NAME_BYTES = 200  # file systems take 255
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,18 @@ def _folder_name(task: str) -> str:
 def _check_names(names: Sequence[str]) -> None:
     if len(names) < 2:
         raise ConfigError(f"Tasks share a plug if there are two or more; found {len(names)}.")
-    folders = [_folder_name(name) for name in names]
+    folders = [_folder_name(name).casefold() for name in names]  # some file systems do not tell case apart
     if twice := [name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1]:
         raise ConfigError(
             f"Tasks that share a plug need different names; found {' and '.join(twice)}. Name a task in the task.json "
             f"of its folder."
         )
-    if reserved := [name for name, folder in zip(names, folders, strict=True) if folder in ("", _TRAINING)]:
-        raise ConfigError(f"No folder can be named after the task {reserved[0]!r}. Give it another name.")
+    for name, folder in zip(names, folders, strict=True):
+        if folder in ("", _TRAINING) or len(folder.encode()) > _MAX_NAME_BYTES:
+            raise ConfigError(
+                f"No folder can be named after the task {name[:40]!r}. Give it another name of at most "
+                f"{_MAX_NAME_BYTES} bytes in the task.json of its folder."
+            )
 
 
 def _checked_weights(weights: Sequence[float], names: Sequence[str]) -> tuple[float, ...]:

@@ -158,7 +158,8 @@ class EventLogReader(RecordReader):
         if task.answer_field:
             texts[task.answer_field] = target
         fields = tuple((name, texts.pop(name)) for name in task.field_names)
-        item = HistoryItem(row_id, fields, task.answer_field, moment.date() if moment else None)
+        day = moment.date() if moment else None
+        item = HistoryItem(row_id, fields, task.answer_field, day, answer_labels=task.labels)
         return user, _Row(item, target, moment, position, tuple(texts.items()))
 
     def _sample(self, user: str, rows: Sequence[_Row], index: int) -> Sample | None:

@@ -145,7 +145,8 @@ def item_of(
         raise Flaw(f"its 'kind' is {stated!r}, and its fields are those of the kind {kind!r}")
     item_id = default_id if default_id and values.get(id_key) is None else id_of(values, id_key)
     answer_name = None if kind == "preference" else task.answer_field
-    return moment, HistoryItem(item_id, fields, answer_name, moment.date() if moment else None, kind)
+    day = moment.date() if moment else None
+    return moment, HistoryItem(item_id, fields, answer_name, day, kind, answer_labels=task.labels)
 
 
 def record_of(item: HistoryItem) -> dict[str, str]:

@@ -6,7 +6,7 @@ This module knows no file format and no tensor. The texts belong to users, so no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Literal
 
@@ -72,6 +72,8 @@ class HistoryItem:
         id: not unique across users in LaMP's official files.
         fields: (name, value) pairs in the order of PPlug's Table 7, including the answer.
         answer_name: the field that is the user's answer (a score, a tag, a headline), or the answer that was rejected.
+        answer_labels: the closed set that the answer is from; empty for a text, None if unknown. So a text such as
+            "1984" is no rating, even where ratings are labels too.
     """
 
     id: str
@@ -79,6 +81,7 @@ class HistoryItem:
     answer_name: str | None = None
     date: date | None = None
     kind: ItemKind = "answer"
+    answer_labels: tuple[str, ...] | None = field(default=None, compare=False)
 
     @property
     def text(self) -> str:

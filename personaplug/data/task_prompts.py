@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from personaplug.data import patterns
 from personaplug.data.parsing import Flaw, options_of, query_of
 from personaplug.data.records import Options
 from personaplug.data.task import Task, TaskKind
 from personaplug.data.wording import Wording, text_before
+
+_ANY_TEXT = "Hello, how are you today? I am fine."  # a pattern that matches it tells no prompt from others
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,8 +44,9 @@ class TaskPrompts:
     @property
     def is_distinct(self) -> bool:
         """Whether something tells a prompt of the task from any other text: a wording, a marker, a pattern."""
-        own = [wording.opening + wording.lead + wording.closing for wording in self.wordings]
-        return bool(self.task.query_after or self.task.query_pattern) or (bool(own) and all(map(str.strip, own)))
+        pattern, own = self.task.query_pattern, [w.opening + w.lead + w.closing for w in self.wordings]
+        is_marked = self.task.query_after.strip() or (pattern and not patterns.search(pattern, _ANY_TEXT))
+        return bool(is_marked) or (bool(own) and all(map(str.strip, own)))
 
     def describe(self) -> dict[str, Any]:
         """The task and its wordings as JSON."""

@@ -24,7 +24,7 @@ Int8Array = npt.NDArray[np.int8]
 
 REJECTION_KIND, PREFERENCE_KIND = map(ITEM_KINDS.index, ("rejection", "preference"))
 
-_label_set = lru_cache(maxsize=8)(LabelSet)
+_label_set = lru_cache(maxsize=32)(LabelSet)
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -179,9 +179,20 @@ def encoded(
 
 
 def label_ids(items: Sequence[HistoryItem], labels: Sequence[str]) -> Int16Array:
-    """Return the index of each item's answer among the labels, (N,) int16; see `LabelSet.index`."""
-    label_set = _label_set(tuple(labels))
-    return np.array([label_set.index(item.answer) for item in items], dtype=np.int16)
+    """Return the index of each item's answer among the labels, (N,) int16; see `LabelSet.index`.
+
+    An item that knows the closed set of its answer has the label that the answer is in this set, or none.
+    """
+    known = tuple(labels)
+    return np.array([_label_id(item, known) for item in items], dtype=np.int16)
+
+
+def _label_id(item: HistoryItem, labels: tuple[str, ...]) -> int:
+    own = item.answer_labels
+    if own is None or own == labels:
+        return _label_set(labels).index(item.answer)
+    index = _label_set(own).index(item.answer)
+    return index if index < 0 else _label_set(labels).index(own[index])
 
 
 def kind_ids(items: Sequence[HistoryItem]) -> Int8Array:

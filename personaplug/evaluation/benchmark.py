@@ -24,8 +24,8 @@ import torch
 from personaplug.analysis.results import Settings, build_results, history_thirds
 from personaplug.analysis.results_file import ResultPart, Results, Subgroup, write_results
 from personaplug.analysis.trials import EvalSamples, Provenance, Trial, TrialFile
-from personaplug.config import LEARNING_RATES, Config, ModelConfig
-from personaplug.config_resolution import resolved
+from personaplug.config import Config, ModelConfig
+from personaplug.config_resolution import resolved, with_learning_rates
 from personaplug.data import load_task, open_dataset
 from personaplug.data.task import Task
 from personaplug.errors import ConfigError, MissingData, MissingModel, PersonaPlugError, TrainingDiverged, UserError
@@ -142,8 +142,6 @@ def trial_key(config: Config, *, data_hash: str, method: str, seed: int, point: 
         section, _, key = name.partition(".")
         if settings[section][key] == value:
             del settings[section][key]
-    for name, rate in LEARNING_RATES.items():  # the defaults before conversations had others
-        settings["training"][name] = settings["training"][name] or rate
     if settings["model"]["chat_date"] == "auto":  # settled by each run, for templates that write a date
         del settings["model"]["chat_date"]
     return _hash([settings, data_hash, method, seed])
@@ -346,7 +344,8 @@ class _Table:
         return _hash([self._data_hash, *drawn])
 
     def _key(self, method: Method, seed: int, point: SweepPoint) -> str:
-        return trial_key(self.config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)
+        config = with_learning_rates(self.config, [self.task])  # as trials of an earlier default had them
+        return trial_key(config, data_hash=self._data_hash, method=method.name, seed=seed, point=point)
 
     def _about(self, evaluator: Evaluator) -> Provenance:
         """Return what the results say of themselves; trainings come and go, so the run describes them."""

@@ -115,7 +115,8 @@ def _feedback_item(task: Task, item_id: str, query: str, answer: object) -> Hist
     fields = dict.fromkeys(query_fields, text if is_answer_alone else query)
     if task.answer_field is not None:
         fields[task.answer_field] = text
-    return HistoryItem(item_id, tuple((name, fields[name]) for name in task.field_names), task.answer_field)
+    named = tuple((name, fields[name]) for name in task.field_names)
+    return HistoryItem(item_id, named, task.answer_field, answer_labels=task.labels)
 
 
 def _rejection(item: HistoryItem, task: Task) -> HistoryItem:
@@ -127,8 +128,10 @@ def _rejection(item: HistoryItem, task: Task) -> HistoryItem:
 
 def _task_of_record(tasks: Sequence[Task], record: Mapping[str, Any], number: int) -> Task:
     """Return the task whose item a record is."""
-    if len(tasks) == 1 or PREFERENCE in record:
+    if len(tasks) == 1:
         return tasks[0]
+    if PREFERENCE in record:  # which has no task; with the fields of one, it is refused as an item of this task
+        return next((task for task in tasks if not record.keys().isdisjoint(task.field_names)), tasks[0])
     fitting = [task for task in tasks if _fields_of(task, record) <= record.keys()]
     # Of tasks whose items begin alike, the one that reads most of the record.
     largest = [

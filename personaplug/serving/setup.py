@@ -67,9 +67,18 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
             for other, personas in zip(others, further, strict=True)
         ],
     )
-    for served in service.tasks:
-        _log_task(served.prompts, is_alone=not others)
+    log_tasks([served.prompts for served in service.tasks])
     return service
+
+
+def log_tasks(tasks: Sequence[TaskPrompts]) -> None:
+    """Say which prompts each task gets, and warn of a task that gets none."""
+    chats = [prompts.task.name for prompts in tasks if prompts.task.kind == "chat"]
+    for prompts in tasks:
+        if prompts.task.name in chats[1:]:
+            logger.warning("task %s: it gets no prompt, because %s answers conversations", prompts.task.name, chats[0])
+        else:
+            _log_task(prompts, is_alone=len(tasks) == 1)
 
 
 def _load_beside(plug: PersonaPlug, run: Run, *, encoder: Encoder, seed: int | None) -> PersonaPlug:

@@ -151,7 +151,7 @@ def _stored_item(row: sa.Row[Any]) -> StoredItem:
     key, day, dated, arrived, label_id, kind_id, item_id, checksum, body = tuple(row)[:9]
     if checksum_of_item(key, day, dated, arrived, label_id, kind_id, item_id, text=body) != checksum:
         raise damaged("an item")
-    fields, answer_name = unpack_text(body) if body is not None else ((), None)
+    fields, answer_name, labels = unpack_text(body) if body is not None else ((), None, None)
     return StoredItem(
         id=item_id,
         fields=fields,
@@ -160,6 +160,7 @@ def _stored_item(row: sa.Row[Any]) -> StoredItem:
         arrived=datetime.fromtimestamp(arrived / 1e6, UTC),
         label_id=label_id,
         kind=ITEM_KINDS[kind_id],
+        answer_labels=labels,
     )
 
 

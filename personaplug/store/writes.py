@@ -353,13 +353,15 @@ def _check_preferences(connection: Connection, shard: Shard, user_no: int) -> No
 
 
 def pack_text(item: HistoryItem) -> bytes:
-    return json.dumps([item.fields, item.answer_name], ensure_ascii=False).encode("utf-8", "surrogatepass")
+    is_text = item.answer_labels == ()
+    content = [item.fields, item.answer_name, *([False] if is_text else [])]
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def unpack_text(text: bytes) -> tuple[tuple[tuple[str, str], ...], str | None]:
-    """Return the fields and the answer name."""
-    fields, answer_name = json.loads(text.decode("utf-8", "surrogatepass"))
-    return tuple((name, value) for name, value in fields), answer_name
+def unpack_text(text: bytes) -> tuple[tuple[tuple[str, str], ...], str | None, tuple[str, ...] | None]:
+    """Return the fields, the answer name, and the labels of the answer: empty for a text, None if unknown."""
+    fields, answer_name, *is_text = json.loads(text.decode("utf-8", "surrogatepass"))
+    return tuple((name, value) for name, value in fields), answer_name, () if is_text else None
 
 
 def _digest(content: bytes, key: bytes) -> bytes:

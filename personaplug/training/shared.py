@@ -135,25 +135,33 @@ def _train(shared: SharedRun, trainings: Sequence[Trainings], *, seed: int) -> l
         reset_peak_memory()
         started = [PLUG.start(training, seed=seed) for training in trainings]
         objectives, own_samples = [objective for objective, _ in started], [samples for _, samples in started]
-        report = _fit(shared, objectives, own_samples, seed=seed)
-        for training, objective, samples in zip(trainings, objectives, own_samples, strict=True):
+        mixture, config = TaskMixture(shared.weights), shared.runs[0].config.training
+        mixed = [of_task(sample, task) for task, own in enumerate(own_samples) for sample in own]
+        report = _fit(shared, objectives, mixed, mixture=mixture, seed=seed)
+        train, _ = mixture.split(mixed, share=config.validation_share, limit=config.validation_limit, seed=seed)
+        counts = map(len, mixture.by_task(train))
+        for training, objective, samples, count in zip(trainings, objectives, own_samples, counts, strict=True):
             if training in unfinished:
-                _save(training, objective, samples, shared=shared, report=report, seed=seed)
+                _save(training, objective, samples, shared=shared, report=report, trained=count, seed=seed)
     on_main(lambda: drop_states(shared.training_folder(seed=seed)))
     return [training.run.plug_folder(PLUG.name, seed=seed) for training in trainings]
 
 
 def _fit(
-    shared: SharedRun, objectives: Sequence[PlugObjective], samples: Sequence[Sequence[EncodedSample]], *, seed: int
+    shared: SharedRun,
+    objectives: Sequence[PlugObjective],
+    samples: Sequence[EncodedSample],
+    *,
+    mixture: TaskMixture,
+    seed: int,
 ) -> FitReport:
-    mixture = TaskMixture(shared.weights)
     return fit(
         SharedObjective(objectives, mixture=mixture),
-        samples=[of_task(sample, task) for task, own in enumerate(samples) for sample in own],
+        samples=samples,
         config=shared.runs[0].config.training,
         seed=seed,
         folder=shared.training_folder(seed=seed),
-        title=f"{PLUG.name} of {len(samples)} tasks (seed {seed})",
+        title=f"{PLUG.name} of {len(objectives)} tasks (seed {seed})",
         owner=on_main(lambda: f"{shared.owner} {seed}"),
         mixture=mixture,
     )
@@ -166,11 +174,12 @@ def _save(
     *,
     shared: SharedRun,
     report: FitReport,
+    trained: int,
     seed: int,
 ) -> None:
-    """Save the plug of one task, with the facts of the shared training and its own loss."""
+    """Save the plug of one task, with the facts of the shared training, its own loss, and its samples trained on."""
     run, config = training.run, training.run.config.training
-    train, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
+    _, held_out = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=seed)
     own_loss = mean_loss(objective, held_out, max_tokens=config.max_tokens_per_microbatch)
     plug = objective.personalizer.plug
     facts: dict[str, object] = asdict(report) | {
@@ -178,7 +187,7 @@ def _save(
         "seed": seed,
         "best_loss": own_loss,
         "unit": objective.unit,
-        "train_samples": len(train),
+        "train_samples": trained,
         "validation_samples": len(held_out),
         "shared_by": list(shared.names),
         "shared_loss": report.best_loss,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -107,3 +109,9 @@ def test_forms_are_those_of_the_texts_in_order() -> None:
     texts = ["One", "two words", "and THREE words!"]
     assert np.array_equal(style_features_of(texts), np.stack([text_style(text) for text in texts]))
     assert style_features_of([]).shape == (0, len(FEATURES))
+
+
+@pytest.mark.parametrize("page", ["privacy.md", "store.md"])
+def test_docs_tell_how_many_numbers_a_store_keeps_of_a_style(page: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8")
+    assert f"{len(FEATURES)} numbers" in text

@@ -368,6 +368,20 @@ def test_set_may_be_asked_of_the_run_of_another_set(tmp_path: Path) -> None:
     assert [row["metrics"]["divergence"] > 0 for row in closed["rows"]] == [False, True, True]
 
 
+def test_trials_of_conversations_know_the_rate_that_their_task_settles(tmp_path: Path) -> None:
+    shape = SimulationConfig(task="manners", users=4, queries_per_user=1, dev_users=3, min_items=2, max_items=4)
+    write_simulation(shape, tmp_path / "data" / "Manners")
+    trials = []
+    for rate in ("", ", learning_rate: 0.1", ", learning_rate: 0.001"):
+        config = TINY.replace(", learning_rate: 0.01", rate).replace("limit: 8", "limit: 1, max_new_tokens: 2")
+        text = f"sets: [Manners]\nmethods: [plain]\nconfig:{config}\n"
+        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+        folders = Folders(tmp_path / "data", tmp_path / f"out{len(trials)}", tmp_path / "results")
+        run_benchmark(load_experiment(tmp_path / "mine.yaml"), folders, seeds=[0])
+        trials.append((tmp_path / "results" / "mine" / "Manners.trials.jsonl").read_text().count("\n"))
+    assert trials[0] == trials[1] < trials[2]
+
+
 def test_run_of_labels_is_not_asked_another_set(tmp_path: Path, data: Path) -> None:
     experiment = _experiment(tmp_path, ["plug"], "trained_on: {Texts: One}", sets="[Texts]")
     with pytest.raises(ConfigError, match="answers of another kind than Simulated_rating"):

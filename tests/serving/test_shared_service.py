@@ -24,7 +24,7 @@ from personaplug.errors import RequestError
 from personaplug.serving.config import ServingConfig
 from personaplug.serving.feedback import items_of_records
 from personaplug.serving.service import Service
-from personaplug.serving.setup import open_service
+from personaplug.serving.setup import log_tasks, open_service
 from personaplug.shared_run import open_runs
 
 FILM = (
@@ -135,6 +135,15 @@ def test_feedback_is_an_item_of_the_task_that_answered(url: str) -> None:
     ]
 
 
+def test_text_that_is_a_number_is_stored_without_a_label(url: str, service: Service) -> None:
+    _add(url, RATING, CHAT | {"answer": "5"})
+    request = _ask(url, "What is coffee?").headers["x-request-id"]
+    assert httpx.post(f"{url}/v1/users/ann/history", json={"request_id": request, "answer": "1984"}).is_success
+    items = service.store.list_items("default", "ann")
+    assert [(item.answer, item.label_id) for item in items] == [("5", 4), ("5", -1), ("1984", -1)]
+    assert [item.answer_labels for item in items] == [None, (), ()]  # so a copy of the store has no label either
+
+
 def test_erasure_forgets_a_user_in_the_personas_of_all_tasks(url: str, service: Service) -> None:
     _add(url, RATING, CHAT)
     for prompt in (FILM, "What is coffee?"):
@@ -209,6 +218,32 @@ def test_a_task_whose_prompts_nothing_tells_apart_takes_none_from_others() -> No
     index, query = find_task([greedy, films], "Hi")
     assert (index, query.is_on_task) == (0, False)
     assert not find_task(tasks, "Hi", can_ask=lambda kind: kind != "chat")[1].is_on_task
+
+
+@pytest.mark.parametrize("how", [{"query_after": " "}, {"query_pattern": "(.*)"}, {"query_pattern": r"(\w+)(.*)"}])
+def test_a_marker_or_pattern_of_any_text_forces_no_prompt_into_labels(how: dict[str, str]) -> None:
+    greedy = TaskPrompts(Task("Any", "label", ("text",), "tag", ("accuracy",), labels=("a", "b"), **how), [Wording()])
+    chat = TaskPrompts(Task("Chats", "chat", ("question", "answer"), "answer", ("rouge_1",)))
+    assert greedy.parse("What is tea?").is_on_task
+    assert find_task([greedy, chat], "What is tea?")[0] == 1
+
+
+def test_a_second_task_of_conversations_gets_no_prompt_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    tasks = [TaskPrompts(Task(name, "chat", ("question", "answer"), "answer", ("rouge_1",))) for name in ("One", "Two")]
+    assert find_task(tasks, "What is tea?")[0] == 0
+    with caplog.at_level("INFO"):
+        log_tasks(tasks)
+    assert "task One: every message" in caplog.text
+    assert "task Two: it gets no prompt, because One answers conversations" in caplog.text
+    assert "task Two: every message" not in caplog.text
+
+
+def test_a_preference_beside_fields_of_any_task_is_refused() -> None:
+    with pytest.raises(RequestError, match="beside fields of an answer"):
+        _read({"preference": "Be brief.", "text": "a", "title": "b"}, FILMS, POST)
+    with pytest.raises(RequestError, match="beside fields of an answer"):
+        _read({"preference": "Be brief.", "title": "b"}, FILMS, POST)
+    assert _read({"preference": "Be brief."}, FILMS, POST).kind == "preference"
 
 
 def test_commands_find_the_run_by_the_data_and_by_the_prompt(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def test_refill_copies_everything_but_vectors(source: HistoryStore, tmp_path: Pa
     assert item_ids(target, user="u0") == ["early", "late", "0"]
     assert item_ids(target, "other", "u0") == ["a"]
     assert add(target, "t", "u0", [item("early", "x", day=date(2019, 1, 1)), item("new")]) == (1, 0, 1)
+
+
+def test_text_that_is_equal_to_a_label_has_none_in_a_copy(source: HistoryStore, tmp_path: Path) -> None:
+    label, text = item("a"), replace(item("b"), answer_labels=())
+    assert label.answer == text.answer
+    add(source, "t", "u", [label, text])
+    target = target_of(source, tmp_path)
+    refill(source, target)
+    for store in (source, target):
+        assert [each.label_id >= 0 for each in store.list_items("t", "u")] == [True, False]
 
 
 def test_refill_replaced_item_keeps_position_after_copy(source: HistoryStore, tmp_path: Path) -> None:

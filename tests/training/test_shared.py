@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from personaplug.data import load_task, open_dataset
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.data.task import Reader
 from personaplug.encoders.encoded_sample import EncodedSample, all_answers, no_style
-from personaplug.errors import ConfigError, RunConflict
+from personaplug.errors import ConfigError, MissingData, RunConflict
 from personaplug.plug.layers import OptionHint
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
@@ -154,6 +156,24 @@ def test_each_run_is_an_ordinary_one(trained: SharedRun, data: Path) -> None:
     assert _facts(opened[0])["best_loss"] != _facts(opened[1])["best_loss"]
 
 
+def test_facts_count_the_samples_that_a_task_was_trained_on(data: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    for ending in ("questions", "outputs"):  # other users are held out in conversations than in ratings
+        file = folder / "manners" / f"train_{ending}.json"
+        held = json.loads(file.read_text())
+        held, rest = (held[6:], {}) if ending == "questions" else (held["golds"][6:], held)
+        file.write_text(json.dumps({**rest, "golds": held} if rest else held))
+    shared, readers, models = _plan(tmp_path / "run", folder, "controls=false", "max_steps=1")
+    shared.start()
+    train_shared(shared, readers, models=models)
+    own = [[of_task(_sample(s.id, s.owner), task) for s in reader] for task, reader in enumerate(readers)]
+    split = {"share": _config().training.validation_share, "limit": 100, "seed": 0}
+    train, _ = TaskMixture((1.0, 1.0)).split([*own[0], *own[1]], **split)  # type: ignore[arg-type]
+    counts = [_facts(run)["train_samples"] for run in shared.runs]
+    assert counts == [len(each) for each in TaskMixture((1.0, 1.0)).by_task(train)]
+    assert counts != [len(user_split(each, **split)[0]) for each in own]  # type: ignore[arg-type]
+
+
 def test_a_saved_plug_makes_the_personas_of_the_shared_training(data: Path, tmp_path: Path) -> None:
     started = _start(tmp_path / "run", data, "controls=false")
     SharedObjective([objective for objective, _ in started], mixture=TaskMixture((1.0, 1.0)))
@@ -227,33 +247,54 @@ def test_a_sample_counts_by_the_mean_loss_of_its_tokens(data: Path, tmp_path: Pa
     assert float(validation[0]) == pytest.approx(3 * sum(means[:3]) + sum(means[3:]), rel=1e-4)
 
 
-def test_stopped_training_ends_with_the_plugs_of_an_unbroken_one(
-    data: Path, tmp_path: Path, trained: SharedRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _stop(folder: Path, data: Path, *settings: str, monkeypatch: pytest.MonkeyPatch, steps: int = 7) -> SharedRun:
+    """Train so many steps, and stop without a word."""
+
     class Stop(Exception):
         pass
 
     def stopping(*args: object, **options: object) -> object:
-        steps = iter(range(7))
+        left = iter(range(steps))
 
         def on_step() -> None:
-            if next(steps, None) is None:
+            if next(left, None) is None:
                 raise Stop
 
         return fit(*args, on_step=on_step, **options)  # type: ignore[arg-type]
 
-    shared, readers, models = _plan(tmp_path / "run", data)
+    shared, readers, models = _plan(folder, data, *settings)
     shared.start()
     with monkeypatch.context() as patch:
         patch.setattr(shared_training, "fit", stopping)
         with pytest.raises(Stop):
             train_shared(shared, readers, models=models)
     assert list(shared.training_folder(seed=0).glob("state-*"))
+    return shared
+
+
+def test_stopped_training_ends_with_the_plugs_of_an_unbroken_one(
+    data: Path, tmp_path: Path, trained: SharedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stop(tmp_path / "run", data, monkeypatch=monkeypatch)
     resumed = _train(tmp_path / "run", data)
     for run, unbroken in zip(resumed.runs, trained.runs, strict=True):
         found, expected = _weights(run), _weights(unbroken)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_stopped_training_without_controls_goes_on_with_its_settings_and_data_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stop(tmp_path / "run", data, "controls=false", monkeypatch=monkeypatch)
+    with pytest.raises(RunConflict, match=r"training\.epochs"):
+        _plan(tmp_path / "run", data, "controls=false", "epochs=3")
+    others = shutil.copytree(data, tmp_path / "data")
+    questions = json.loads((others / "manners" / "train_questions.json").read_text())
+    questions[0]["input"] += " Please."
+    (others / "manners" / "train_questions.json").write_text(json.dumps(questions))
+    with pytest.raises(RunConflict, match="other training data"):
+        _train(tmp_path / "run", others, "controls=false")
 
 
 def test_finished_training_is_left_as_it_is(data: Path, tmp_path: Path) -> None:
@@ -350,6 +391,19 @@ def test_tasks_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
         _plan(tmp_path / "run", data, kinds=("manners", "manners"))
 
 
+@pytest.mark.parametrize("name", ["shared", "Shared", "..", "n" * 300])
+def test_a_name_that_no_folder_can_have_is_refused(data: Path, tmp_path: Path, name: str) -> None:
+    tasks = [load_task(data / "rating"), replace(load_task(data / "manners"), name=name)]
+    with pytest.raises(ConfigError, match="No folder can be named after the task"):
+        SharedRun.plan(tmp_path / "run", config=_config(), tasks=tasks)
+
+
+def test_names_that_differ_in_case_alone_are_refused(data: Path, tmp_path: Path) -> None:
+    tasks = [replace(load_task(data / kind), name=name) for kind, name in zip(KINDS, ("Chats", "chats"), strict=True)]
+    with pytest.raises(ConfigError, match="need different names; found Chats and chats"):
+        SharedRun.plan(tmp_path / "run", config=_config(), tasks=tasks)
+
+
 @pytest.mark.parametrize(
     ("settings", "kinds", "weights"),
     [((), KINDS[::-1], ()), ((), KINDS, (1.0, 2.0)), (("epochs=3",), KINDS, ())],
@@ -363,11 +417,28 @@ def test_a_started_run_keeps_its_tasks_weights_and_settings(
 
 
 def test_a_run_of_one_task_and_one_of_several_never_mix(data: Path, trained: SharedRun, tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match="runs of several tasks, each in a folder"):
+        Run.open(trained.folder)
     with pytest.raises(RunConflict, match="nor a run of personaplug"):
         Run.plan(trained.folder, config=_config(), task=load_task(data / "rating"))
     Run.create(tmp_path / "run", config=_config(), task=load_task(data / "rating"))
     with pytest.raises(RunConflict, match="nor a run of several tasks"):
         _plan(tmp_path / "run", data)
+
+
+def test_answers_of_conversations_are_no_labels_of_other_tasks(data: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(data / "manners", tmp_path / "numbers")
+    questions = json.loads((folder / "train_questions.json").read_text())
+    for item in (item for question in questions for item in question["profile"]):
+        if "answer" in item:
+            item["answer"] = "5"
+    (folder / "train_questions.json").write_text(json.dumps(questions))
+    task, config = load_task(folder), _config("answer_channel=all")
+    run = Run.plan(tmp_path / "run", config=config, task=task, shared_labels=("1", "2", "3", "4", "5"))
+    table = run.open_vectors(open_models(config).encoder)
+    samples = run.read_samples(open_dataset(folder, "train", task=task), table)
+    labels = {int(label) for sample in samples for label in sample.label_ids}
+    assert labels == {-1}
 
 
 def test_the_run_of_a_task_refuses_to_train_its_plug_or_labels_alone(data: Path, tmp_path: Path) -> None:

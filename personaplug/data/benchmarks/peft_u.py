@@ -102,7 +102,8 @@ class PeftUReader(RecordReader):
                     raise Flaw("the user's train holds a sample of the same id")
                 # A sample may become a query, so its text must not be blank.
                 text, label = name_of(as_record(values), "text"), target_of(self.task, _label(values))
-                items.append(HistoryItem(as_id(sample_id, "its id"), (("text", text), ("label", label)), "label"))
+                fields, labels = (("text", text), ("label", label)), self.task.labels
+                items.append(HistoryItem(as_id(sample_id, "its id"), fields, "label", answer_labels=labels))
             except Flaw as flaw:
                 self._skip(self._path, f"{position}, sample {short_id(sample_id)}", flaw)
         return items

@@ -90,7 +90,7 @@ class PrefEvalReader(RecordReader):
             records = [as_record(value_of(dialogue, key)) for key in sorted(dialogue, key=_place)]
             turns = [(name_of(turn, "user"), name_of(turn, "assistant")) for turn in records]
         return [
-            HistoryItem(f"{name}/{number}", (("question", one), ("answer", two)), "answer")
+            HistoryItem(f"{name}/{number}", (("question", one), ("answer", two)), "answer", answer_labels=())
             for number, (one, two) in enumerate(turns, 1)
         ]
 

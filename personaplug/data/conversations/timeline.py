@@ -51,7 +51,7 @@ class Entry:
         return [
             (self.moment, HistoryItem(
                 self.id if kind == "answer" else f"{self.id}/rejected-{number}",
-                (("question", self.exchange.question), ("answer", text)), "answer", day, kind,
+                (("question", self.exchange.question), ("answer", text)), "answer", day, kind, (),
             ))
             for number, (kind, text) in enumerate(_answers(self.exchange), 1)
         ]  # fmt: skip

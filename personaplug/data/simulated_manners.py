@@ -18,7 +18,7 @@ import numpy as np
 from personaplug.data.closed_questions import closed_questions
 from personaplug.data.manner_wording import INSTRUCTIONS, stated
 from personaplug.data.manners import DIMENSIONS, NONE, ONE, PROSE, SEVERAL_SENTENCES, VALUES, Manners
-from personaplug.data.records import PREFERENCE, HistoryItem, Sample, Turn
+from personaplug.data.records import PREFERENCE, HistoryItem, ItemKind, Sample, Turn
 from personaplug.data.simulated_users import SimulatedQuery
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
@@ -26,6 +26,7 @@ SYSTEM_MESSAGE = "You are a helpful assistant."
 _DEV_TOPICS = 40
 _DEV_COMBINATIONS = 0.25  # share of all combinations of manners
 _NONE_CHANCE = 0.4  # of no emoji, no greeting, no sign-off, no question
+_REJECTED_CHANCE = 0.1  # that a user rejects the first answer to a question of the history
 _SILENT_CHANCE = 1 / 3  # of a user who states no preference
 _INSTRUCTED_CHANCE = _CONTEXT_CHANCE = 0.1  # of a train prompt
 _TOPICS_STREAM, _COMBINATIONS_STREAM = 101, 102  # of the random numbers
@@ -114,7 +115,7 @@ class MannerlyUser:
         return cls(world(seed), world(seed).draw_manners(rng, is_dev=is_dev), is_dev)
 
     def queries(self, name: str, rng: np.random.Generator, *, items: int, queries: int) -> list[SimulatedQuery]:
-        """Draw a history of `items` exchanges and some stated preferences, and questions about other topics.
+        """Draw a history of `items` exchanges, some rejections and preferences, and questions about other topics.
 
         In train, some questions have messages before them, and some an instruction; each has a rejected answer.
         """
@@ -157,10 +158,14 @@ class MannerlyUser:
         return history, exchanges[items:]
 
     def _history(self, name: str, rng: np.random.Generator, exchanges: Sequence[Exchange]) -> tuple[HistoryItem, ...]:
-        texts: list[tuple[str, ...]] = [(each.question, self.manners.apply(each.sentences)) for each in exchanges]
+        entries: list[tuple[ItemKind, tuple[str, ...]]] = []
+        for each in exchanges:
+            if rng.random() < _REJECTED_CHANCE:
+                entries.append(("rejection", (each.question, self._rejected(rng, each))))
+            entries.append(("answer", (each.question, self.manners.apply(each.sentences))))
         for sentence in self._stated(rng):
-            texts.insert(int(rng.integers(len(texts) + 1)), (sentence,))
-        return tuple(_item(f"{name}-i{index}", text) for index, text in enumerate(texts))
+            entries.insert(int(rng.integers(len(entries) + 1)), ("preference", (sentence,)))
+        return tuple(_item(f"{name}-i{index}", kind, texts) for index, (kind, texts) in enumerate(entries))
 
     def _stated(self, rng: np.random.Generator) -> list[str]:
         """Draw stated preferences: for a third of users none, for others one to all of their manners, in any order."""
@@ -178,19 +183,19 @@ class MannerlyUser:
             manners, wording = instruction.obeyed_by(manners), _pick(rng, instruction.wordings[:-1])
         context = self._context(rng, earlier) if rng.random() < _CONTEXT_CHANCE else ()
         question = _Question(exchange, manners, wording=wording, context=context)
-        return replace(question, rejected=(self._rejected(rng, question),))
+        return replace(question, rejected=(self._rejected(rng, exchange, kept=question.answer),))
 
     def _context(self, rng: np.random.Generator, earlier: Exchange) -> tuple[Turn, ...]:
         if rng.random() < 0.5:
             return (("system", SYSTEM_MESSAGE),)
         return ("user", earlier.question), ("assistant", self.manners.apply(earlier.sentences))
 
-    def _rejected(self, rng: np.random.Generator, question: _Question) -> str:
-        """Write the answer in the manners of a stranger."""
+    def _rejected(self, rng: np.random.Generator, exchange: Exchange, *, kept: str = "") -> str:
+        """Write the answer in the manners of a stranger, unlike the answer that is kept."""
+        kept = kept or self.manners.apply(exchange.sentences)
         while True:
-            stranger = self.world.draw_manners(rng, is_dev=self.is_dev)
-            answer = stranger.apply(question.exchange.sentences)
-            if answer != question.answer:
+            answer = self.world.draw_manners(rng, is_dev=self.is_dev).apply(exchange.sentences)
+            if answer != kept:
                 return answer
 
 
@@ -215,11 +220,11 @@ class _Question:
         return SimulatedQuery(sample, {"mode": self.answer}, {"mode": {"manners": 1.0, "rouge_1": 1.0}})
 
 
-def _item(item_id: str, texts: tuple[str, ...]) -> HistoryItem:
-    """Return the item of an exchange, or of a stated preference if there is one text."""
-    if len(texts) == 1:
-        return HistoryItem(item_id, ((PREFERENCE, texts[0]),), kind="preference")
-    return HistoryItem(item_id, tuple(zip(("question", "answer"), texts, strict=True)), "answer")
+def _item(item_id: str, kind: ItemKind, texts: tuple[str, ...]) -> HistoryItem:
+    """Return the item of a question and its answer, or of the sentence that states a preference."""
+    if kind == "preference":
+        return HistoryItem(item_id, ((PREFERENCE, texts[0]),), kind=kind)
+    return HistoryItem(item_id, tuple(zip(("question", "answer"), texts, strict=True)), "answer", kind=kind)
 
 
 def _settled(manners: Manners) -> Manners:

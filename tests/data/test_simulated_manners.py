@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +124,21 @@ def test_a_third_states_no_preference_and_the_others_one_to_all(train: Simulatio
     places = [sample.history.index(item) / len(sample.history) for sample in users for item in preferences(sample)]
     assert min(places) < 0.2
     assert max(places) > 0.8
+
+
+def test_a_tenth_of_the_questions_of_a_history_got_an_answer_that_was_rejected_first(
+    train: Simulation, dev: Simulation
+) -> None:
+    for samples in (train.samples, dev.samples):
+        histories = [sample.history for sample in first_of_users(samples)]
+        pairs = [(item, later) for history in histories for item, later in itertools.pairwise(history)]
+        rejected = [(item, later) for item, later in pairs if item.kind == "rejection"]
+        kept = sum(item.kind == "answer" for history in histories for item in history)
+        assert 0.05 < len(rejected) / kept < 0.15
+        for item, later in rejected:
+            if later.kind == "answer":  # and no preference between them
+                assert item.fields[0] == later.fields[0]
+                assert share_met(item.answer_text or "", later.answer_text or "") < 1
 
 
 def test_some_train_prompts_have_an_instruction_some_a_context_and_all_a_rejected_answer(train: Simulation) -> None:

@@ -224,13 +224,13 @@ class TrainingConfig:
         ge=0,
     )
     learning_rate: float = Field(
-        default=0,
+        default=0.0,
         description="of the projector and the query head (AdamW); 0 = 0.1 for conversations, 0.001 for other tasks",
         ge=0,
         le=1,
     )
     token_learning_rate: float = Field(
-        default=0,
+        default=0.0,
         description="of the tokens that are parameters: instruction and population; 0 = 1 for conversations, 0.1 for "
         "other tasks",
         ge=0,

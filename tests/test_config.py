@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
@@ -167,3 +168,10 @@ def test_a_run_json_of_another_form_is_refused(tmp_path: Path, content: str) -> 
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match=r"run\.json"):
         Run.open(tmp_path)
+
+
+def test_a_default_has_the_type_of_its_setting_so_that_a_file_gives_it_back() -> None:
+    for section, settings in asdict(Config()).items():
+        hints = get_type_hints(SECTIONS[section])
+        floats = [name for name in settings if hints[name] is float]
+        assert {name: type(settings[name]) for name in floats} == dict.fromkeys(floats, float)

@@ -215,7 +215,7 @@ def test_help_teaches(command: str) -> None:
     assert done.exit_code == 0
     assert "Usage" in done.output
     if command in ("train", "estimate", "quickstart"):
-        assert "learning_rate=0.001" in done.output
+        assert "learning_rate=0.0" in done.output
         assert "eq. 3" in done.output
     if command in ("evaluate", "quickstart"):
         assert "num_beams=4" in done.output

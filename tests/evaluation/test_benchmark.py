@@ -371,7 +371,7 @@ def test_set_may_be_asked_of_the_run_of_another_set(tmp_path: Path) -> None:
 def test_trials_of_conversations_know_the_rate_that_their_task_settles(tmp_path: Path) -> None:
     shape = SimulationConfig(task="manners", users=4, queries_per_user=1, dev_users=3, min_items=2, max_items=4)
     write_simulation(shape, tmp_path / "data" / "Manners")
-    trials = []
+    trials: list[int] = []
     for rate in ("", ", learning_rate: 0.1", ", learning_rate: 0.001"):
         config = TINY.replace(", learning_rate: 0.01", rate).replace("limit: 8", "limit: 1, max_new_tokens: 2")
         text = f"sets: [Manners]\nmethods: [plain]\nconfig:{config}\n"

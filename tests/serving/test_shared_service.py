@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ def test_a_task_whose_prompts_nothing_tells_apart_takes_none_from_others() -> No
 
 @pytest.mark.parametrize("how", [{"query_after": " "}, {"query_pattern": "(.*)"}, {"query_pattern": r"(\w+)(.*)"}])
 def test_a_marker_or_pattern_of_any_text_forces_no_prompt_into_labels(how: dict[str, str]) -> None:
-    greedy = TaskPrompts(Task("Any", "label", ("text",), "tag", ("accuracy",), labels=("a", "b"), **how), [Wording()])
+    any_text = Task("Any", "label", ("text",), "tag", ("accuracy",), labels=("a", "b"))
+    greedy = TaskPrompts(replace(any_text, **how), [Wording()])  # type: ignore[arg-type]
     chat = TaskPrompts(Task("Chats", "chat", ("question", "answer"), "answer", ("rouge_1",)))
     assert greedy.parse("What is tea?").is_on_task
     assert find_task([greedy, chat], "What is tea?")[0] == 1

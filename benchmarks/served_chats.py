@@ -11,19 +11,15 @@ preference. Answers are greedy.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+from serving import our_server
 
 from personaplug.data import open_dataset
 from personaplug.data.manner_wording import INSTRUCTIONS, Instruction
@@ -49,7 +45,10 @@ def main() -> None:
     by_user = {sample.user_id or "": sample for sample in samples}
     chosen = list(by_user.values())[: arguments.users]
     questions = list(dict.fromkeys(last_message(s.prompt) for s in samples if s.user_id not in _ids(chosen)))
-    with tempfile.TemporaryDirectory() as folder, _serving(arguments.run, Path(folder), arguments.vllm) as url:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        our_server(Path(arguments.run), Path(folder, "chats.db"), arguments.vllm or "local") as url,
+    ):
         users = [_converse(url, sample, questions[:TURNS]) for sample in chosen]
     results = {"engine": "vllm" if arguments.vllm else "embedded", "users": users, "totals": _totals(users)}
     print(json.dumps(results["totals"], indent=1))
@@ -59,33 +58,6 @@ def main() -> None:
 
 def _ids(samples: Sequence[Sample]) -> set[str | None]:
     return {sample.user_id for sample in samples}
-
-
-@contextlib.contextmanager
-def _serving(run: str, folder: Path, vllm: str) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["--run", run, "--store", str(folder / "chats.db"), "--keep-text", "--port", str(port)]
-    words += ["--engine", vllm] if vllm else []
-    url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen([sys.executable, "-m", "personaplug", "serve", *words]) as server:
-        try:
-            _wait_until_ready(url, server)
-            yield url
-        finally:
-            server.terminate()
-
-
-def _wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        if server.poll() is not None:
-            break
-        time.sleep(0.5)
-    raise SystemExit("The server did not start; its messages are above.")
 
 
 def _converse(url: str, sample: Sample, questions: Sequence[str]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ from personaplug.llm.loading import choose_device, open_llm
 from personaplug.llm.prompt_tokenizer import today
 from personaplug.plug.model import PersonaPlug
 
+TASKS_FILE, SHARED_TRAINING = "tasks.json", "shared"
+"""In the folder of a shared run, beside the runs of its tasks; see `shared_run`."""
+
 FIXED = ("model", "plug", "training", "retrieval", "adapter")
 """The sections of a config that trained parts depend on."""
 
@@ -174,7 +177,7 @@ class Run:
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            if (folder / "tasks.json").is_file():
+            if (folder / TASKS_FILE).is_file():
                 raise MissingData(
                     f"{folder} holds the runs of several tasks, each in a folder of its task's name. Give one of these "
                     f"folders."
@@ -186,8 +189,10 @@ class Run:
             raise ConfigError(f"{path} should hold an object with the run's `task`; found something else.")
         task = parse_task(about["task"], source=str(path))
         place, labels = about.get("vectors"), about.get("shared_labels")
-        if not isinstance(place, str | None) or not isinstance(labels, list | None):
+        if not isinstance(place, str | None):
             raise ConfigError(f"{path}: `vectors` should be a folder or null; found something else.")
+        if not isinstance(labels, list | None):
+            raise ConfigError(f"{path}: `shared_labels` should be a list or null; found something else.")
         check_json(about, path, remedy=_REMEDY)
         check_links(folder)
         vectors = Path(place) if place else folder / "vectors"
@@ -374,7 +379,7 @@ class Run:
             return True
         files = list(self.folder.glob("*/seed-*/[!.]*"))
         if self.shared_labels is not None:  # states of the training that it shares lie beside it
-            files += self.folder.parent.glob("shared/seed-*/[!.]*")
+            files += self.folder.parent.glob(f"{SHARED_TRAINING}/seed-*/[!.]*")
         return any(path.name not in ("log.jsonl", "tensorboard") for path in files)
 
     def _check_same(self, there: Run) -> None:

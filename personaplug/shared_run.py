@@ -24,9 +24,8 @@ from personaplug.infra.atomic_io import storage_errors, write_checked_json
 from personaplug.infra.checksums import read_json
 from personaplug.infra.distributed import main_first, on_main
 from personaplug.infra.links import check_links
-from personaplug.run import Run, dated
+from personaplug.run import SHARED_TRAINING, TASKS_FILE, Run, dated
 
-_TASKS, _TRAINING = "tasks.json", "shared"
 _REMEDY = "Restore it, or train again in a new folder."
 _MAX_WEIGHT = 1000.0
 _MAX_NAME_BYTES = 200  # file systems take 255
@@ -103,11 +102,11 @@ class SharedRun:
     @property
     def owner(self) -> str:
         """A name of the training, for its files."""
-        return f"{_read(self.folder)['id']} {_TRAINING}"
+        return f"{_read(self.folder)['id']} {SHARED_TRAINING}"
 
     def training_folder(self, *, seed: int) -> Path:
         """Where the states and the log of the shared training are, for one seed."""
-        return self.folder / _TRAINING / f"seed-{seed}"
+        return self.folder / SHARED_TRAINING / f"seed-{seed}"
 
     def find(self, name: str) -> Run:
         """Return the run of a task.
@@ -128,12 +127,12 @@ class SharedRun:
             self.folder.mkdir(parents=True, exist_ok=True)
         name = _read(self.folder)["id"] if holds_shared_run(self.folder) else secrets.token_hex(8)
         about = {"id": name, "tasks": list(self.names), "weights": list(self.weights)}
-        write_checked_json(self.folder / _TASKS, about)
+        write_checked_json(self.folder / TASKS_FILE, about)
 
 
 def holds_shared_run(folder: str | Path) -> bool:
     """Return whether a folder is a shared run."""
-    return Path(folder, _TASKS).is_file()
+    return Path(folder, TASKS_FILE).is_file()
 
 
 def open_runs(folder: str | Path) -> tuple[Run, ...]:
@@ -142,9 +141,9 @@ def open_runs(folder: str | Path) -> tuple[Run, ...]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / _TASKS
+    path = folder / TASKS_FILE
     if not path.is_file():
-        raise MissingData(f"{folder} holds no run of several tasks: {_TASKS} is missing.")
+        raise MissingData(f"{folder} holds no run of several tasks: {TASKS_FILE} is missing.")
     about = read_json(path, remedy=_REMEDY)
     names, weights = about.get("tasks"), about.get("weights")
     if not isinstance(names, list) or not isinstance(weights, list) or len(names) != len(weights):
@@ -167,7 +166,7 @@ def _check_names(names: Sequence[str]) -> None:
             f"of its folder."
         )
     for name, folder in zip(names, folders, strict=True):
-        if folder in ("", _TRAINING) or len(folder.encode()) > _MAX_NAME_BYTES:
+        if folder in ("", SHARED_TRAINING) or len(folder.encode()) > _MAX_NAME_BYTES:
             raise ConfigError(
                 f"No folder can be named after the task {name[:40]!r}. Give it another name of at most "
                 f"{_MAX_NAME_BYTES} bytes in the task.json of its folder."
@@ -202,7 +201,7 @@ def _check_folder(folder: Path, *, names: Sequence[str], weights: Sequence[float
             raise RunConflict(f"{folder} is neither empty nor a run of several tasks. Choose another --out.")
         return
     about = _read(folder)
-    is_begun = any(folder.glob(f"{_TRAINING}/seed-*/*"))
+    is_begun = any(folder.glob(f"{SHARED_TRAINING}/seed-*/*"))
     if about["tasks"] != list(names) or (is_begun and about["weights"] != list(weights)):
         pairs = zip(about["tasks"], about["weights"], strict=True)
         listed = ", ".join(f"{name} (weight {weight:g})" for name, weight in pairs)

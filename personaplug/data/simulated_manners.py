@@ -160,9 +160,10 @@ class MannerlyUser:
     def _history(self, name: str, rng: np.random.Generator, exchanges: Sequence[Exchange]) -> tuple[HistoryItem, ...]:
         entries: list[tuple[ItemKind, tuple[str, ...]]] = []
         for each in exchanges:
+            kept = self.manners.apply(each.sentences)
             if rng.random() < _REJECTED_CHANCE:
-                entries.append(("rejection", (each.question, self._rejected(rng, each))))
-            entries.append(("answer", (each.question, self.manners.apply(each.sentences))))
+                entries.append(("rejection", (each.question, self._rejected(rng, each, kept=kept))))
+            entries.append(("answer", (each.question, kept)))
         for sentence in self._stated(rng):
             entries.insert(int(rng.integers(len(entries) + 1)), ("preference", (sentence,)))
         return tuple(_item(f"{name}-i{index}", kind, texts) for index, (kind, texts) in enumerate(entries))
@@ -190,9 +191,8 @@ class MannerlyUser:
             return (("system", SYSTEM_MESSAGE),)
         return ("user", earlier.question), ("assistant", self.manners.apply(earlier.sentences))
 
-    def _rejected(self, rng: np.random.Generator, exchange: Exchange, *, kept: str = "") -> str:
+    def _rejected(self, rng: np.random.Generator, exchange: Exchange, *, kept: str) -> str:
         """Write the answer in the manners of a stranger, unlike the answer that is kept."""
-        kept = kept or self.manners.apply(exchange.sentences)
         while True:
             answer = self.world.draw_manners(rng, is_dev=self.is_dev).apply(exchange.sentences)
             if answer != kept:

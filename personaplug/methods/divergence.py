@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from personaplug.data.records import characters
 from personaplug.encoders.encoded_sample import EncodedSample
-from personaplug.infra.progress import Progress
 from personaplug.llm.base import GenerationConfig, LanguageModel
 from personaplug.llm.prompt_tokenizer import Ids
-from personaplug.methods.predictions import MAX_PASS_TOKENS, prompt_batch
+from personaplug.methods.predictions import answer_batches, prompt_batch, prompt_batches
 from personaplug.plug.personalizer import SoftPrompter
-from personaplug.training.batching import micro_batches
 
 ANSWER_TOKENS = 32  # of the plain model, at most
 
@@ -24,13 +20,9 @@ _GREEDY = GenerationConfig(max_new_tokens=ANSWER_TOKENS)
 def plain_answers(llm: LanguageModel, samples: Sequence[EncodedSample], *, batch_size: int) -> list[Ids]:
     """Return the tokens of the bare model's greedy answer to each sample's prompt, end of text included."""
     answers: dict[int, Ids] = {}
-    order = np.argsort([-characters(sample.prompt) for sample in samples], kind="stable")
-    with Progress("plain answers", total=len(samples), unit="answers") as progress:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size].tolist()
-            batch = prompt_batch(llm, [samples[index] for index in indices], None)
-            answers.update(zip(indices, llm.answer_ids(batch, _GREEDY), strict=True))
-            progress.advance(len(indices))
+    for indices in prompt_batches(samples, batch_size=batch_size, title="plain answers"):
+        batch = prompt_batch(llm, [samples[index] for index in indices], None)
+        answers.update(zip(indices, llm.answer_ids(batch, _GREEDY), strict=True))
     return [answers[index] for index in range(len(samples))]
 
 
@@ -56,15 +48,9 @@ def divergence(
     """
     found: dict[int, list[float]] = {}
     lengths = [*map(len, answers)]
-    with Progress(title, total=len(answers), unit="answers") as progress:
-        for part in micro_batches(range(len(answers)), lengths=lengths, max_tokens=MAX_PASS_TOKENS):
-            for start in range(0, len(part), batch_size):
-                indices = part[start : start + batch_size]
-                bare = prompt_batch(llm, [plain[index] for index in indices], None)
-                shown = prompt_batch(llm, [samples[index] for index in indices], prompter)
-                sums = llm.divergence(bare, shown, [answers[index] for index in indices]).tolist()
-                found.update(
-                    (index, [round(value, 6), lengths[index]]) for index, value in zip(indices, sums, strict=True)
-                )
-                progress.advance(len(indices))
+    for indices in answer_batches(lengths, batch_size=batch_size, title=title):
+        bare = prompt_batch(llm, [plain[index] for index in indices], None)
+        shown = prompt_batch(llm, [samples[index] for index in indices], prompter)
+        sums = llm.divergence(bare, shown, [answers[index] for index in indices]).tolist()
+        found.update((index, [round(value, 6), lengths[index]]) for index, value in zip(indices, sums, strict=True))
     return [found[index] for index in range(len(answers))]

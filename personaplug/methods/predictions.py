@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -122,14 +122,10 @@ def predict_samples(
     reset_peak_memory()
     started = time.monotonic()
     predictions: dict[int, _Prediction] = {}
-    order = np.argsort([-characters(sample.prompt) for sample in samples], kind="stable")
-    with Progress(title, total=len(samples), unit="answers") as progress:
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size].tolist()
-            batch = [samples[index] for index in indices]
-            outputs = _predict_batch(llm, batch, prompter, task=task, decoding=decoding, generation=generation)
-            predictions.update(zip(indices, outputs, strict=True))
-            progress.advance(len(batch))
+    for indices in prompt_batches(samples, batch_size=batch_size, title=title):
+        batch = [samples[index] for index in indices]
+        outputs = _predict_batch(llm, batch, prompter, task=task, decoding=decoding, generation=generation)
+        predictions.update(zip(indices, outputs, strict=True))
     seconds = time.monotonic() - started
     in_order = [predictions[index] for index in range(len(samples))]
     return Predictions(
@@ -173,17 +169,33 @@ def _answer_nll(
 ) -> list[list[float]]:
     """Return −log p and tokens of answers to samples, in their order."""
     nll: dict[int, list[float]] = {}
-    lengths = llm.prompt_tokenizer.encode_targets([answer for _, answer in pairs])
-    with Progress(title, total=len(pairs), unit="answers") as progress:
-        for part in micro_batches(range(len(pairs)), lengths=[*map(len, lengths)], max_tokens=MAX_PASS_TOKENS):
+    lengths = [*map(len, llm.prompt_tokenizer.encode_targets([answer for _, answer in pairs]))]
+    for indices in answer_batches(lengths, batch_size=batch_size, title=title):
+        samples, answers = zip(*(pairs[index] for index in indices), strict=True)
+        losses, tokens = llm.loss(prompt_batch(llm, samples, prompter), answers)
+        values = zip(losses.tolist(), tokens.tolist(), strict=True)
+        nll.update(zip(indices, ([round(loss, 6), count] for loss, count in values), strict=True))
+    return [nll[index] for index in range(len(pairs))]
+
+
+def prompt_batches(samples: Sequence[EncodedSample], *, batch_size: int, title: str) -> Iterator[list[int]]:
+    """Yield the indices of samples that are answered together, the longest prompts first, saying how far it is."""
+    order = np.argsort([-characters(sample.prompt) for sample in samples], kind="stable")
+    with Progress(title, total=len(samples), unit="answers") as progress:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size].tolist()
+            yield indices
+            progress.advance(len(indices))
+
+
+def answer_batches(lengths: Sequence[int], *, batch_size: int, title: str) -> Iterator[list[int]]:
+    """Yield the indices of answers of these lengths that are measured in one pass, saying how far it is."""
+    with Progress(title, total=len(lengths), unit="answers") as progress:
+        for part in micro_batches(range(len(lengths)), lengths=lengths, max_tokens=MAX_PASS_TOKENS):
             for start in range(0, len(part), batch_size):
                 indices = part[start : start + batch_size]
-                samples, answers = zip(*(pairs[index] for index in indices), strict=True)
-                losses, tokens = llm.loss(prompt_batch(llm, samples, prompter), answers)
-                values = zip(losses.tolist(), tokens.tolist(), strict=True)
-                nll.update(zip(indices, ([round(loss, 6), count] for loss, count in values), strict=True))
+                yield indices
                 progress.advance(len(indices))
-    return [nll[index] for index in range(len(pairs))]
 
 
 def _with_infinities(rows: list[list[float]] | None) -> Likelihoods | None:

@@ -204,7 +204,9 @@ def _check_config(config: PlugConfig, *, labels: int, options: int) -> None:
     if config.instruction_tokens + config.persona_tokens == 0:
         raise ConfigError("A plug needs instruction_tokens or persona_tokens above 0; both are 0.")
     if "auto" in (config.answer_channel, config.options):
-        raise ConfigError("answer_channel=auto and options=auto are settled by a task; see `run.resolved`.")
+        raise ConfigError(
+            "answer_channel=auto and options=auto are settled by a task; see `config_resolution.resolved`."
+        )
     if config.reads_labels and config.answer_channel != "all" and not labels:
         raise ConfigError(
             "answer_channel=label and label_prior=own need a task with a closed set of labels; this one has none. Use "

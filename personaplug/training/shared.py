@@ -59,7 +59,7 @@ class SharedObjective:
 
     Args:
         objectives: of the tasks, in the order that `task_of` knows.
-        weights: of the tasks' samples in validation. In training, a task is shown as often as its weight says.
+        mixture: its weights count in validation. In training, a task is shown as often as its weight says.
     """
 
     unit = "sample"

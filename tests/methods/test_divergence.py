@@ -96,7 +96,7 @@ def test_plain_answer_ends_with_the_end_of_text() -> None:
 def test_divergence_is_that_of_whole_sequences(
     toy: CausalLM, placement: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(personaplug.methods.divergence, "MAX_PASS_TOKENS", most)
+    monkeypatch.setattr(personaplug.methods.predictions, "MAX_PASS_TOKENS", most)
     prompter = Given(toy, placement)
     found = _measured(toy, prompter=prompter)
     assert [tokens for _, tokens in found] == LENGTHS

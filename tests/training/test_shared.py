@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from training_settings import TINY
 
 from personaplug.config import Config
 from personaplug.config_parsing import load_config
@@ -34,16 +35,6 @@ from personaplug.training.shared import SharedObjective, train_shared
 from personaplug.training.task_mixture import TaskMixture, of_task, task_of
 from personaplug.training.trainer import fit
 
-TINY = (
-    "llm=toy",
-    "encoder=hash:32",
-    "batch_size=4",
-    "epochs=2",
-    "save_steps=3",
-    "eval_steps=5",
-    "learning_rate=0.01",
-    "dtype=float32",
-)
 KINDS = ("rating", "manners")
 
 

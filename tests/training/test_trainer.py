@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_settings import TINY
 
 from personaplug.config import PAPER, Config
 from personaplug.config_parsing import load_config
@@ -32,16 +33,6 @@ from personaplug.training.objectives import PlugObjective
 from personaplug.training.parts import INSTRUCTION, PLUG, Trainings, _start_from_words, build_plug, train
 from personaplug.training.trainer import FitReport, fit
 
-TINY = [
-    "llm=toy",
-    "encoder=hash:32",
-    "batch_size=4",
-    "epochs=2",
-    "save_steps=3",
-    "eval_steps=5",
-    "learning_rate=0.01",
-    "dtype=float32",
-]
 PAPERS = tuple(f"{name}={value}" for name, value in asdict(PAPER).items())
 
 

@@ -166,7 +166,14 @@ RATINGS = Demo(
     show=_films_side_by_side,
 )
 CHATS = Demo(
-    SimulationConfig(task="manners", users=120, dev_users=24, dev_queries_per_user=1, max_items=16),
+    SimulationConfig(
+        task="manners",
+        differing=("length", "layout", "emoji", "greeting"),
+        users=120,
+        dev_users=24,
+        dev_queries_per_user=1,
+        max_items=16,
+    ),
     ("epochs=2", "batch_size=8", "validation_limit=24", "num_beams=1", "evaluation_batch_size=12"),
     known="everybody's manners",
     shown="the same questions from three users, answered by the plain model and with their personas",

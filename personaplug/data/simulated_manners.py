@@ -53,9 +53,14 @@ def all_topics() -> tuple[Topic, ...]:
 
 @dataclass(frozen=True)
 class World:
-    """What a seed leaves to train and to dev: topics, and combinations of manners."""
+    """What a seed leaves to train and to dev: topics, and combinations of manners.
+
+    Attributes:
+        differing: the manners in which users differ; the others are the defaults of `Manners`.
+    """
 
     seed: int
+    differing: tuple[str, ...] = DIMENSIONS
 
     @cached_property
     def _topics(self) -> list[Topic]:
@@ -64,7 +69,10 @@ class World:
 
     @cached_property
     def _dev_combinations(self) -> frozenset[Manners]:
-        combinations = list(dict.fromkeys(_settled(Manners(*values)) for values in product(*VALUES.values())))
+        values = product(*(VALUES[name] for name in self.differing))
+        combinations = list(
+            dict.fromkeys(_settled(Manners(**dict(zip(self.differing, each, strict=True)))) for each in values)
+        )
         order = _shuffled(len(combinations), self.seed, _COMBINATIONS_STREAM)
         return frozenset(combinations[index] for index in order[: int(_DEV_COMBINATIONS * len(combinations))])
 
@@ -75,15 +83,15 @@ class World:
     def draw_manners(self, rng: np.random.Generator, *, is_dev: bool) -> Manners:
         """Draw manners that only this split has."""
         while True:
-            manners = _settled(Manners(*(_draw_value(rng, VALUES[name]) for name in DIMENSIONS)))
+            manners = _settled(Manners(**{name: _draw_value(rng, VALUES[name]) for name in self.differing}))
             if (manners in self._dev_combinations) == is_dev:
                 return manners
 
 
 @cache
-def world(seed: int) -> World:
-    """Return the world of a seed."""
-    return World(seed)
+def world(seed: int, differing: tuple[str, ...]) -> World:
+    """Return the world of a seed, in which users differ in these manners."""
+    return World(seed, differing)
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,9 +118,12 @@ class MannerlyUser:
     is_dev: bool
 
     @classmethod
-    def drawn(cls, rng: np.random.Generator, *, seed: int, is_dev: bool) -> MannerlyUser:
-        """Draw a user."""
-        return cls(world(seed), world(seed).draw_manners(rng, is_dev=is_dev), is_dev)
+    def drawn(
+        cls, rng: np.random.Generator, *, seed: int, is_dev: bool, differing: tuple[str, ...] = DIMENSIONS
+    ) -> MannerlyUser:
+        """Draw a user, who differs from others in the manners `differing`."""
+        drawn_from = world(seed, differing)
+        return cls(drawn_from, drawn_from.draw_manners(rng, is_dev=is_dev), is_dev)
 
     def queries(self, name: str, rng: np.random.Generator, *, items: int, queries: int) -> list[SimulatedQuery]:
         """Draw a history of `items` exchanges, some rejections and preferences, and questions about other topics.
@@ -172,7 +183,7 @@ class MannerlyUser:
         """Draw stated preferences: for a third of users none, for others one to all of their manners, in any order."""
         if rng.random() < _SILENT_CHANCE:
             return []
-        names = [name for name in DIMENSIONS if not (name == "layout" and self.manners.length == ONE)]
+        names = [name for name in self.world.differing if not (name == "layout" and self.manners.length == ONE)]
         chosen = rng.permutation(len(names))[: int(rng.integers(1, len(names) + 1))]
         return [_pick(rng, stated(names[index], getattr(self.manners, names[index]))) for index in chosen]
 

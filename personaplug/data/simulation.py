@@ -41,6 +41,7 @@ SIMULATED_TASKS: Mapping[SimulatedTask, Task] = {
 _SPLITS = ("train", "dev")
 _INSTRUCTED, _CLOSED = "instructed-", "closed"
 _CLOSED_QUESTIONS = 5  # of a user, one of each kind
+_FEWEST_MANNERS = 4
 
 
 def splits_of(kind: SimulatedTask) -> tuple[str, ...]:
@@ -76,6 +77,7 @@ class SimulationConfig:
             genres, `noise_sd` that of the noise.
         habit_chance: style: how often the phrase, and independently the emoji, appears; at least .5, so that the
             likeliest message has both.
+        differing: manners: those in which users differ; the others are the defaults of `Manners`.
     """
 
     task: SimulatedTask = "rating"
@@ -90,6 +92,7 @@ class SimulationConfig:
     taste_sd: float = 0.7
     noise_sd: float = 0.5
     habit_chance: float = 0.9
+    differing: tuple[str, ...] = DIMENSIONS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -106,6 +109,10 @@ class SimulationConfig:
         self._require("taste_sd", 0 <= self.taste_sd < math.inf, "finite and 0 or more")
         self._require("noise_sd", 0 < self.noise_sd < math.inf, "finite and above 0")
         self._require("habit_chance", 0.5 <= self.habit_chance <= 1, "from 0.5 to 1")
+        # Fewer manners leave too few combinations to draw a dev user and an answer that the user rejects.
+        in_order = self.differing == tuple(name for name in DIMENSIONS if name in self.differing)
+        expected = f"{_FEWEST_MANNERS} or more of {', '.join(DIMENSIONS)}, in this order"
+        self._require("differing", in_order and len(self.differing) >= _FEWEST_MANNERS, expected)
         self._require("seed", self.seed >= 0, "0 or more")
 
     def _require(self, name: str, is_valid: bool, expected: str) -> None:
@@ -202,7 +209,7 @@ def _drawn_user(config: SimulationConfig, rng: np.random.Generator, part: str) -
         return Rater.drawn(rng, **sds)
     if config.task == "style":
         return Writer.drawn(rng, habit_chance=config.habit_chance)
-    return MannerlyUser.drawn(rng, seed=config.seed, is_dev=part == "dev")
+    return MannerlyUser.drawn(rng, seed=config.seed, is_dev=part == "dev", differing=config.differing)
 
 
 def _drawn_items(config: SimulationConfig, rng: np.random.Generator) -> int:

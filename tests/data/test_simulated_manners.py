@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from personaplug.analysis.metrics import MANNER_METRICS, get_metric
 from personaplug.data import open_dataset
 from personaplug.data.contractions import read_contractions
 from personaplug.data.manner_wording import INSTRUCTIONS
-from personaplug.data.manners import Manners, read_manners, share_met
+from personaplug.data.manners import DIMENSIONS, Manners, read_manners, share_met
 from personaplug.data.records import HistoryItem, Sample
 from personaplug.data.simulated_manners import all_topics
 from personaplug.data.simulation import Simulation, SimulationConfig, simulate, splits_of, write_simulation
@@ -220,6 +221,20 @@ def test_closed_questions_are_asked_of_the_dev_users_with_their_histories(dev: S
 def test_history_longer_than_the_topics_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^max_items should be at most 40 together"):
         SimulationConfig(task="manners", max_items=37)
+
+
+def test_users_differ_only_in_the_manners_that_are_named() -> None:
+    differing = ("length", "layout", "emoji", "greeting")
+    few = simulate(replace(CONFIG, differing=differing), "train")
+    shown = [read_manners(str(item.answer)) for sample in few.samples for item in exchanges(sample)]
+    values = {name: {each[name] for each in shown if each[name]} for name in DIMENSIONS}
+    assert {name for name in DIMENSIONS if len(values[name]) > 1} == set(differing)
+
+
+@pytest.mark.parametrize("differing", [("length", "casing"), ("emoji", "length", "layout", "casing"), ("tone",) * 4])
+def test_too_few_unordered_or_unknown_manners_are_refused(differing: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"^differing should be 4 or more of length, layout, .*, in this order, found"):
+        SimulationConfig(task="manners", differing=differing)
 
 
 def test_each_manner_has_a_column_of_its_own_and_obedience_leads(dev: Simulation) -> None:

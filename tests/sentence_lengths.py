@@ -56,7 +56,7 @@ def pages() -> dict[str, int]:
     """Return the Markdown pages of the project by name, each with its limit."""
     docs = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     benchmarks = sorted((ROOT / "benchmarks").glob("*.md"))
-    limits = {path: LIMIT for path in docs} | {path: LIMIT_OF_BENCHMARKS for path in benchmarks}
+    limits = dict.fromkeys(docs, LIMIT) | dict.fromkeys(benchmarks, LIMIT_OF_BENCHMARKS)
     return {str(path.relative_to(ROOT)): limit for path, limit in limits.items()}
 
 

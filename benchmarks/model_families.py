@@ -260,11 +260,11 @@ def examine_all(families: Iterable[str] = ()) -> Iterator[Outcome]:
 
 
 _TITLES = {
-    "wrong": "Families that are used and wrong: faults",
-    "fast": "Families that use everything, cached prompts included",
-    "slow": "Families that take a slower way, and why",
-    "refused": "Families that are refused when they are loaded, and why",
-    "not built": "Families of which no tiny model could be built here, so nothing is known",
+    "wrong": "Accepted with wrong numbers: faults",
+    "fast": "All features, cached prompts included",
+    "slow": "Slower, or without cached prompts",
+    "refused": "Refused when loaded",
+    "not built": "Unknown, because no tiny model could be built",
 }
 
 
@@ -277,11 +277,18 @@ def as_markdown(outcomes: list[Outcome]) -> str:
             continue
         parts.append(f"### {title} ({len(chosen)})\n")
         if kind == "fast":
-            parts.append(", ".join(f"`{outcome.family}`" for outcome in chosen) + "\n")
-        else:
-            lines = [f"| `{one.family}` | {one.reason.replace('|', '/').replace('<', '&lt;')} |" for one in chosen]
-            parts.append("\n".join(["| family | reason |", "|---|---|", *lines]) + "\n")
+            parts.append(_names(chosen) + "\n")
+            continue
+        by_reason: dict[str, list[Outcome]] = {}
+        for outcome in chosen:
+            by_reason.setdefault(outcome.reason.replace("|", "/").replace("<", "&lt;"), []).append(outcome)
+        lines = [f"| {_names(alike)} | {reason} |" for reason, alike in by_reason.items()]
+        parts.append("\n".join(["| families | reason |", "|---|---|", *lines]) + "\n")
     return "\n".join(parts)
+
+
+def _names(outcomes: list[Outcome]) -> str:
+    return ", ".join(f"`{outcome.family}`" for outcome in outcomes)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-_SECONDS = 300  # for programs that import slowly beside other work
+_SECONDS = 600  # for programs that import slowly beside other work
 _OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONIOENCODING": "utf-8"}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import torch
@@ -17,6 +18,8 @@ from personaplug.serving.api_keys import ApiKeys
 from personaplug.serving.engines.base import EngineReply, EngineRequest
 from personaplug.serving.engines.in_process import InProcessEngine
 from personaplug.serving.service import Service
+
+T = TypeVar("T")
 
 MODEL = "mine"
 USERS = {"ann": "tea!!! yay", "bob": "A drink, Sir."}
@@ -61,11 +64,10 @@ class RecordingServer:
         history = self.service.store.load_history(tenant, user or "nobody")
         return self.service.personas.personalizer.persona(question, history).vectors
 
-    def asked(self, work: Callable[[], object]) -> list[EngineRequest]:
-        """The requests that the engine gets while a piece of work is done."""
+    def asked(self, work: Callable[[], T]) -> tuple[T, list[EngineRequest]]:
+        """Do a piece of work; return its result and the requests that the engine got meanwhile."""
         start = len(self.engine.requests)
-        work()
-        return self.engine.requests[start:]
+        return work(), self.engine.requests[start:]
 
 
 def assert_persona(request: EngineRequest, persona: torch.Tensor) -> None:

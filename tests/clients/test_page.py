@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def _check_recipe(
     printed, personas = {}, {}
     for user in USERS:
         own_code = code.replace('"ann"', f'"{user}"').replace(SERVER, server.url)
-        requests = server.asked(lambda own_code=own_code, user=user: printed.update({user: run(own_code)}))
+        printed[user], requests = server.asked(partial(run, own_code))
         assert [request.body.prompt_text for request in requests] == list(QUESTIONS)
         personas[user] = server.persona(user, QUESTIONS[1])
         assert_persona(requests[0], server.persona(user, QUESTIONS[0]))
@@ -130,7 +131,7 @@ def test_key_of_a_user(toy: CausalLM, tmp_path: Path) -> None:
         softs = {}
         for user, key in keys.items():
             own_code = code.replace(SERVER, server.url).replace('"none"', f'"{key}"')
-            requests = server.asked(lambda own_code=own_code: _run_here(own_code))
+            _, requests = server.asked(partial(_run_here, own_code))
             assert_persona(requests[0], server.persona(user, QUESTIONS[0], tenant="shop"))
             softs[user] = requests[0].soft
         assert softs["ann"] is not None
@@ -165,7 +166,7 @@ def test_litellm_proxy(server: RecordingServer, client_python: Callable[[str], P
     (tmp_path / "litellm.yaml").write_text(_block("LiteLLM (proxy)", "yaml").replace(SERVER, server.url))
     command = _block("LiteLLM (proxy)", "sh").replace("4000", address.rpartition(":")[2])
     command = command.replace("litellm.yaml", str(tmp_path / "litellm.yaml"))
-    words, ready = [programs / "litellm", *command.split()[1:]], f"{address}/health/liveliness"
+    words, ready = [str(programs / "litellm"), *command.split()[1:]], f"{address}/health/liveliness"
     with running_program(words, output=tmp_path / "output.txt", ready_url=ready):
         code = _block("LiteLLM (proxy)", "python").replace(PROXY, address)
         _check_recipe(server, code, _run_here)

@@ -49,9 +49,11 @@ LITELLM = [
 ]
 LANGCHAIN = [
     Way({"call": {"user": "ann"}}),
+    Way({"call": {"safety_identifier": "ann"}}),
     Way({"model": {"default_headers": HEADER}}),
     Way({"model": {"extra_body": {"user": "ann"}}}),
     Way({"model": {"model_kwargs": {"user": "ann"}}}),
+    Way({"model": {"metadata": {"user_id": "ann"}}}, arrives=False),
 ]
 LLAMA_INDEX = [
     Way({"model": {"additional_kwargs": {"user": "ann"}}}),
@@ -95,7 +97,7 @@ def ask(*, call={}, **given):
 
 
 def _check(server: RecordingServer, ways: list[Way], ask_all: Callable[[list[dict[str, Any]]], object]) -> None:
-    requests = server.asked(lambda: ask_all([way.fields for way in ways]))
+    _, requests = server.asked(lambda: ask_all([way.fields for way in ways]))
     for way, request in zip(ways, requests, strict=True):
         assert_persona(request, server.persona("ann" if way.arrives else None, QUESTIONS[0]))
 
@@ -146,7 +148,7 @@ def proxy(server: RecordingServer, client_python: Callable[[str], Path], tmp_pat
         "general_settings: {forward_client_headers_to_llm_api: true}\n"
     )
     port = str(free_port())
-    command = [litellm, "--config", tmp_path / "litellm.yaml", "--host", "127.0.0.1", "--port", port]
+    command = [str(litellm), "--config", str(tmp_path / "litellm.yaml"), "--host", "127.0.0.1", "--port", port]
     url = f"http://127.0.0.1:{port}"
     with running_program(command, output=tmp_path / "output.txt", ready_url=f"{url}/health/liveliness"):
         yield url

@@ -126,7 +126,7 @@ def test_key_of_a_user_names_the_user_and_opens_no_other_users_paths(toy: Causal
     own, turns = made.stdout.strip(), [{"role": "user", "content": "review: tea"}]
     with (
         served(open_service(toy, tmp_path), api_keys=ApiKeys.load(path)) as url,
-        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {own}"}) as client,
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {own}"}, timeout=60) as client,
     ):
         at = "/v1/users/J%C3%BCrgen%2F1"
         assert client.post(f"{at}/history", json={"text": "a film", "score": "5"}).status_code == 200

@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 VLLM   ?= .venv-vllm
+CLIENTS ?= .venv-clients
 TORCH  ?= torch==2.13.0
 OUT    ?= runs/quickstart
 
-.PHONY: install install-dev quickstart test test-slow check vllm clean
+.PHONY: install install-dev quickstart test test-slow test-clients check vllm clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -34,6 +35,20 @@ test: install-dev
 test-slow: install-dev
 	$(BIN)/python -m pytest -m slow
 
+# The clients of docs/clients.md, in an environment of their own and a folder that is removed again: LiteLLM brings its
+# own versions of what the server needs.
+test-clients: install-dev $(CLIENTS)/.installed
+	folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && npm install --silent --prefix $$folder openai@6 && \
+	PERSONAPLUG_CLIENTS_PYTHON=$(abspath $(CLIENTS))/bin/python PERSONAPLUG_CLIENTS_NODE_MODULES=$$folder/node_modules \
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/clients
+
+$(CLIENTS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --upgrade pip
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["clients"], sep="\n")' > $(CLIENTS)/needs.txt
+	$(CLIENTS)/bin/pip install --quiet -r $(CLIENTS)/needs.txt
+	touch $@
+
 check: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +68,4 @@ $(VLLM)/.installed: benchmarks/vllm_needs.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(CLIENTS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -125,11 +125,12 @@ def serve(
 @click.command("create-key")
 @click.argument("tenant")
 @click.option("--keys", required=True, type=FILE, help="File of keys; made if it does not exist.")
-def create_key(tenant: str, keys: Path) -> None:
+@click.option("--user", help="Make it the key of this user alone, for programs that can name no user.")
+def create_key(tenant: str, keys: Path, user: str | None) -> None:
     """Create an API key for a TENANT and print it, once: the file holds its hash alone."""
     from personaplug.serving import api_keys
 
-    click.echo(api_keys.create_key(keys, tenant))
+    click.echo(api_keys.create_key(keys, tenant, user=user))
 
 
 @click.command("revoke-key")

@@ -1,4 +1,6 @@
-"""API keys: each belongs to a tenant, whose users no other tenant sees. Only hashes of keys are stored.
+"""API keys: each belongs to a tenant, whose users no other tenant sees, or to one user of a tenant.
+
+Only hashes of keys are stored.
 
 A plain SHA-256 is enough: a key is 256 random bits, which nobody can guess.
 """
@@ -7,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import json
 import logging
 import os
 import secrets
@@ -18,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+import pydantic.dataclasses
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from personaplug.errors import ConfigError, MissingData
 from personaplug.infra.atomic_io import atomic_write, storage_errors
@@ -33,16 +35,25 @@ OPEN_TENANT = "default"
 _KEY_PREFIX = "pp-"
 _RELOAD_INTERVAL_S = 0.5
 
+
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class KeyOwner:
+    """Whom a key belongs to: a tenant or, with `user`, one user of it, so that requests need not name the user."""
+
+    tenant: Name
+    user: Name | None = None
+
+
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-_TENANTS = TypeAdapter(dict[_Digest, Name])
-_TENANT_NAME = TypeAdapter(Name)
+_OWNERS = TypeAdapter(dict[_Digest, KeyOwner])
+_NAME = TypeAdapter(Name)
 
 
 @dataclass(eq=False)
 class ApiKeys:
     """The keys of a server; use `load`. A changed file counts within a second, also while the server runs."""
 
-    tenants: dict[str, str] | None = None  # by the SHA-256 of a key, in hex; None = everybody is `OPEN_TENANT`
+    owners: dict[str, KeyOwner] | None = None  # by the SHA-256 of a key, in hex; None = everybody is `OPEN_TENANT`
     path: Path | None = None
     _version: tuple[int, ...] = ()
     _checked_at: float = field(default_factory=time.monotonic)
@@ -50,19 +61,19 @@ class ApiKeys:
     @classmethod
     def load(cls, path: Path) -> ApiKeys:
         version = _file_version(path)  # first, so that a later change is seen
-        return cls(_load_tenants(path), path, version)
+        return cls(_load_owners(path), path, version)
 
     @property
     def is_open(self) -> bool:
-        return self.tenants is None
+        return self.owners is None
 
-    def tenant_of(self, authorization: str | None) -> str | None:
-        """The tenant of an Authorization header, `Bearer KEY`; None if the key is missing or unknown."""
+    def owner_of(self, authorization: str | None) -> KeyOwner | None:
+        """The owner of the key in an Authorization header, `Bearer KEY`; None if the key is missing or unknown."""
         self._reload()
-        if self.tenants is None:
-            return OPEN_TENANT
+        if self.owners is None:
+            return KeyOwner(OPEN_TENANT)
         scheme, _, key = (authorization or "").partition(" ")
-        return self.tenants.get(_digest(key.strip())) if scheme.lower() == "bearer" else None
+        return self.owners.get(_digest(key.strip())) if scheme.lower() == "bearer" else None
 
     def check_address(self, host: str) -> None:
         """Check that a server without keys listens to this machine only."""
@@ -83,35 +94,40 @@ class ApiKeys:
             return
         self._version = version
         try:
-            self.tenants = _load_tenants(self.path)
-            logger.info("read the file of keys again: %d keys", len(self.tenants))
+            self.owners = _load_owners(self.path)
+            logger.info("read the file of keys again: %d keys", len(self.owners))
         except MissingData as error:
             logger.error("the keys of before stay valid: %s", error)
 
 
-def create_key(path: Path, tenant: str) -> str:
-    """Create a key for a tenant, store its hash in a file, and return the key, which is stored nowhere."""
-    try:
-        _TENANT_NAME.validate_python(tenant)
-    except ValueError:
-        expected = "1 to 255 characters, none of them a control character"
-        raise ConfigError(f"The name of a tenant is an id: {expected}; found another one.") from None
+def create_key(path: Path, tenant: str, *, user: str | None = None) -> str:
+    """Create a key for a tenant or one user of it, store its hash in a file, and return the key, stored nowhere."""
+    for kind, name in {"tenant": tenant, **({} if user is None else {"user": user})}.items():
+        _check_name(kind, name)
     key = _KEY_PREFIX + secrets.token_urlsafe(32)
     with _locked(path):
-        tenants = _load_tenants(path) if path.exists() else {}
-        _write_tenants(path, tenants | {_digest(key): tenant})
+        owners = _load_owners(path) if path.exists() else {}
+        _write_owners(path, owners | {_digest(key): KeyOwner(tenant, user)})
     return key
+
+
+def _check_name(kind: str, name: str) -> None:
+    try:
+        _NAME.validate_python(name)
+    except ValueError:
+        expected = "1 to 255 characters, none of them a control character"
+        raise ConfigError(f"The name of a {kind} is an id: {expected}; found another one.") from None
 
 
 def revoke_keys(path: Path, name: str) -> int:
     """Take a key, or all keys of a tenant, out of a file; return how many. MissingData if there are none."""
     with _locked(path):
-        tenants = _load_tenants(path)
-        is_key = name.startswith(_KEY_PREFIX) and _digest(name) in tenants
-        revoked = {_digest(name)} if is_key else {digest for digest, tenant in tenants.items() if tenant == name}
+        owners = _load_owners(path)
+        is_key = name.startswith(_KEY_PREFIX) and _digest(name) in owners
+        revoked = {_digest(name)} if is_key else {digest for digest, owner in owners.items() if owner.tenant == name}
         if not revoked:
             raise MissingData(f"The file of keys at {path} holds neither this key nor a key of a tenant of this name.")
-        _write_tenants(path, {digest: tenant for digest, tenant in tenants.items() if digest not in revoked})
+        _write_owners(path, {digest: owner for digest, owner in owners.items() if digest not in revoked})
     return len(revoked)
 
 
@@ -129,8 +145,8 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _write_tenants(path: Path, tenants: dict[str, str]) -> None:
-    content = json.dumps(tenants, indent=2, ensure_ascii=False).encode() + b"\n"
+def _write_owners(path: Path, owners: dict[str, KeyOwner]) -> None:
+    content = _OWNERS.dump_json(owners, indent=2, exclude_none=True) + b"\n"
 
     def write(temporary: Path) -> None:
         ensure_private(temporary)
@@ -148,14 +164,14 @@ def _file_version(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _load_tenants(path: Path) -> dict[str, str]:
+def _load_owners(path: Path) -> dict[str, KeyOwner]:
     if not path.is_file():  # to read a pipe would hold up the server
         hint = f"`personaplug create-key TENANT --keys {path}` makes one."
         raise MissingData(f"There is no file of keys at {path}; {hint}")
     try:
-        return _TENANTS.validate_json(path.read_bytes())
+        return _OWNERS.validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        expected = "it maps SHA-256 digests of keys to tenants"
+        expected = 'it maps SHA-256 digests of keys to their owners, as {"tenant": …, "user": …}'
         raise MissingData(f"The file of keys at {path} cannot be read ({type(error).__name__}): {expected}.") from None
 
 

@@ -40,9 +40,10 @@ USER_HEADER = "X-Personaplug-User"
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
 
-HARMLESS = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-)
+HARMLESS = frozenset((
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "prediction",
+))  # fmt: skip
 """Fields that change no answer: they are accepted, and no engine gets them."""
 
 MAX_DEPTH = 100
@@ -180,9 +181,10 @@ class _GenerationRequest(_OpenModel, ABC):
         """The fields that the caller gave, without those that change no answer and without `personaplug`."""
         return self.model_dump(exclude_unset=True, exclude={"personaplug", *HARMLESS})
 
-    def named_user(self, header: str | None) -> str | None:
-        """Whose persona to use: the one user that the header and the body name; RequestError if they name two."""
+    def named_user(self, header: str | None, *, key_user: str | None = None) -> str | None:
+        """Whose persona to use: the one user that key, header and body name; RequestError if they name two."""
         names = {
+            "the API key": key_user,
             USER_HEADER: None if header is None else _check_user(_decode_header(header), USER_HEADER),
             "personaplug.user": self.personaplug.user,
             "user": self.user,

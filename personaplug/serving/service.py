@@ -77,11 +77,16 @@ class Service:
         self._maintenance = Maintenance(self.store)
 
     async def respond(
-        self, request: ChatRequest | CompletionRequest, *, tenant: str, user_header: str | None = None
+        self,
+        request: ChatRequest | CompletionRequest,
+        *,
+        tenant: str,
+        user_header: str | None = None,
+        key_user: str | None = None,
     ) -> ServiceReply:
-        """Answer a request with its user's persona. `user_header` names the user as the request's fields do."""
+        """Answer a request with its user's persona. `user_header` and `key_user` name the user as its fields do."""
         self.check_model(request.model)
-        user, options = request.named_user(user_header), request.personaplug
+        user, options = request.named_user(user_header, key_user=key_user), request.personaplug
         if user is None:
             self._log_nobody()
         self.engine.check_length(request.characters)  # before a pattern, a tokenizer or an encoder reads it
@@ -220,7 +225,7 @@ class Service:
             self._has_named_nobody = True
             logger.warning(
                 "A request names no user, so it gets what is common to all users (this is said once). A user is named "
-                "by `user` or, if a proxy drops that field, by the header %s.",
+                "by `user`, by a key of the user's own or, if a proxy drops that field, by the header %s.",
                 USER_HEADER,
             )
 

@@ -10,13 +10,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import CliRunner
+from live_server import open_service, served
 
 from personaplug.cli.main import main
 from personaplug.errors import ConfigError, MissingData
+from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving import api_keys as api_keys_module
-from personaplug.serving.api_keys import ApiKeys, create_key, revoke_keys
+from personaplug.serving.api_keys import ApiKeys, KeyOwner, create_key, revoke_keys
 
 
 def _create_twenty(path: Path) -> list[str]:
@@ -37,7 +40,7 @@ def test_keys_that_are_made_at_once_are_all_in_the_file(tmp_path: Path) -> None:
             keys += others
     assert len(set(keys)) == 13 + 2 * 20
     loaded = ApiKeys.load(path)
-    assert all(loaded.tenant_of(f"Bearer {key}") for key in keys)
+    assert all(loaded.owner_of(f"Bearer {key}") for key in keys)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [file.name for file in tmp_path.iterdir()] == ["keys.json"]
 
@@ -47,16 +50,16 @@ def test_server_sees_keys_that_are_made_and_revoked(tmp_path: Path) -> None:
     shop, bank = create_key(path, "shop"), create_key(path, "bank")
     server = ApiKeys.load(path)
     second = create_key(path, "shop")
-    assert server.tenant_of(f"Bearer {second}") == "shop"
+    assert server.owner_of(f"Bearer {second}") == KeyOwner("shop")
     assert revoke_keys(path, second) == 1
-    assert (server.tenant_of(f"Bearer {second}"), server.tenant_of(f"Bearer {shop}")) == (None, "shop")
+    assert (server.owner_of(f"Bearer {second}"), server.owner_of(f"Bearer {shop}")) == (None, KeyOwner("shop"))
     create_key(path, "shop")
     assert revoke_keys(path, "shop") == 2
-    assert (server.tenant_of(f"Bearer {shop}"), server.tenant_of(f"Bearer {bank}")) == (None, "bank")
+    assert (server.owner_of(f"Bearer {shop}"), server.owner_of(f"Bearer {bank}")) == (None, KeyOwner("bank"))
     with pytest.raises(MissingData, match="neither"):
         revoke_keys(path, "shop")
     assert revoke_keys(path, "bank") == 1
-    assert server.tenant_of(f"Bearer {bank}") is None  # nobody, and not everybody
+    assert server.owner_of(f"Bearer {bank}") is None  # nobody, and not everybody
 
 
 def test_change_is_seen_within_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +69,14 @@ def test_change_is_seen_within_a_second(tmp_path: Path, monkeypatch: pytest.Monk
     server = ApiKeys.load(path)
     revoke_keys(path, "shop")
     deadline = time.monotonic() + 5
-    while server.tenant_of(f"Bearer {key}"):
+    while server.owner_of(f"Bearer {key}"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert api_keys_module._RELOAD_INTERVAL_S <= 1
+
+
+def _file_of(owner: str) -> bytes:
+    return f'{{"{"0" * 64}": {owner}}}'.encode()
 
 
 def test_damaged_file_keeps_the_last_good_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -78,33 +85,60 @@ def test_damaged_file_keeps_the_last_good_keys(tmp_path: Path, caplog: pytest.Lo
     key = create_key(path, "shop")
     server = ApiKeys.load(path)
     good = path.read_bytes()
-    for broken in (good[:20], b"[]", b'{"%s": "a\\nb"}' % (b"0" * 64)):
+    owners = ('"shop"', '{"tenant": "a\\nb"}', '{"tenant": "a", "usr": "b"}', '{"user": "b"}')
+    for broken in (good[:20], b"[]", *map(_file_of, owners)):
         path.write_bytes(broken)
         caplog.clear()
         for _ in range(3):
-            assert server.tenant_of(f"Bearer {key}") == "shop"
+            assert server.owner_of(f"Bearer {key}") == KeyOwner("shop")
         assert len([record for record in caplog.records if "stay valid" in record.getMessage()]) == 1
     path.unlink()
-    assert server.tenant_of(f"Bearer {key}") == "shop"
+    assert server.owner_of(f"Bearer {key}") == KeyOwner("shop")
     with pytest.raises(MissingData):
         ApiKeys.load(path)
 
 
-@pytest.mark.parametrize("tenant", ["", " ", "a\nb", "a\u202eb", "a\ufffdb", "..", "x" * 256, "\ud800"])
-def test_name_that_can_never_work_is_refused(tmp_path: Path, tenant: str) -> None:
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "a\u202eb", "a\ufffdb", "..", "x" * 256, "\ud800"])
+def test_name_that_can_never_work_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="name of a tenant"):
-        create_key(tmp_path / "keys.json", tenant)
+        create_key(tmp_path / "keys.json", name)
+    with pytest.raises(ConfigError, match="name of a user"):
+        create_key(tmp_path / "keys.json", "shop", user=name)
     assert not (tmp_path / "keys.json").exists()
 
 
 def test_command_revokes_a_key(tmp_path: Path) -> None:
     path = str(tmp_path / "keys.json")
     key = CliRunner().invoke(main, ["create-key", "shop", "--keys", path]).stdout.strip()
-    assert ApiKeys.load(Path(path)).tenant_of(f"Bearer {key}") == "shop"
+    assert ApiKeys.load(Path(path)).owner_of(f"Bearer {key}") == KeyOwner("shop")
     result = CliRunner().invoke(main, ["revoke-key", key, "--keys", path])
     assert (result.exit_code, "1 keys revoked" in result.stderr) == (0, True)
-    assert ApiKeys.load(Path(path)).tenant_of(f"Bearer {key}") is None
+    assert ApiKeys.load(Path(path)).owner_of(f"Bearer {key}") is None
     assert CliRunner().invoke(main, ["revoke-key", "shop", "--keys", path]).exit_code != 0
+
+
+def test_key_of_a_user_names_the_user_and_opens_no_other_users_paths(toy: CausalLM, tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    shop, name = create_key(path, "shop"), "J\xfcrgen/1"
+    made = CliRunner().invoke(main, ["create-key", "shop", "--user", name, "--keys", str(path)])
+    own, turns = made.stdout.strip(), [{"role": "user", "content": "review: tea"}]
+    with (
+        served(open_service(toy, tmp_path), api_keys=ApiKeys.load(path)) as url,
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {own}"}, timeout=60) as client,
+    ):
+        at = "/v1/users/J%C3%BCrgen%2F1"
+        assert client.post(f"{at}/history", json={"text": "a film", "score": "5"}).status_code == 200
+        assert client.get(f"{at}/preferences").status_code == 200
+        for user in (None, name):
+            reply = client.post("/v1/chat/completions", json={"messages": turns, "user": user})
+            assert reply.headers["x-personaplug-persona"] == "user"
+        refused = client.post("/v1/chat/completions", json={"messages": turns, "user": "bob"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "user")
+        for other in ("/v1/users/bob", "/v1/users/J%C3%BCrgen", "/v1/users/J%C3%BCrgen/1", "/v1/users/bob/history"):
+            assert client.delete(other).status_code == 403
+            assert client.get(f"{other}/export").status_code == 403
+        reply = httpx.get(f"{url}{at}/export", headers={"Authorization": f"Bearer {shop}"})
+        assert len(reply.json()["items"]) == 1
 
 
 def test_pipe_in_the_place_of_the_file_holds_up_nobody(tmp_path: Path) -> None:
@@ -113,6 +147,6 @@ def test_pipe_in_the_place_of_the_file_holds_up_nobody(tmp_path: Path) -> None:
     keys = ApiKeys.load(path)
     path.unlink()
     os.mkfifo(path)
-    assert keys.tenant_of(f"Bearer {key}") == "shop"  # without a wait for somebody who writes
+    assert keys.owner_of(f"Bearer {key}") == KeyOwner("shop")  # without a wait for somebody who writes
     with pytest.raises(MissingData):
         ApiKeys.load(path)

@@ -173,7 +173,7 @@ def test_api_key_sets_the_tenant(tmp_path: Any) -> None:
     scope = _scope(authorization=f"Bearer {key}")
     app = ApiKeyMiddleware(_hello, api_keys=ApiKeys.load(tmp_path / "keys.json"))
     assert _run(app, scope) == [START, END]
-    assert scope["state"] == {"tenant": "shop"}
+    assert scope["state"] == {"tenant": "shop", "user": None}
     for headers in ({}, {"authorization": "Bearer pp-other"}, {"authorization": f"Basic {key}"}):
         with pytest.raises(RequestError) as refused:
             _run(app, _scope(**headers))
@@ -181,7 +181,7 @@ def test_api_key_sets_the_tenant(tmp_path: Any) -> None:
     assert _run(app, _scope("/health")) == [START, END]
     scope = _scope()
     assert _run(ApiKeyMiddleware(_hello, api_keys=ApiKeys()), scope) == [START, END]
-    assert scope["state"] == {"tenant": OPEN_TENANT}
+    assert scope["state"] == {"tenant": OPEN_TENANT, "user": None}
 
 
 def _places(app: ASGIApp, total: int, *, is_shared: bool = False) -> PlacesMiddleware:

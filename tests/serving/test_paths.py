@@ -150,9 +150,10 @@ def test_page_that_may_call_and_the_servers_own_are_answered(url: str) -> None:
     for headers in ({"Origin": PAGE, "Sec-Fetch-Site": "cross-site"}, {"Origin": url}, {"Sec-Fetch-Site": "none"}):
         assert _send(url, "POST", "/v1/users/a/history", body, **headers)[0] == 200
     preflight = {"Origin": PAGE, "Access-Control-Request-Method": "DELETE"}
-    preflight["Access-Control-Request-Headers"] = "authorization, content-type"
+    preflight["Access-Control-Request-Headers"] = "authorization, content-type, x-stainless-lang"
     reply = httpx.options(f"{url}/v1/users/a", headers=preflight)
     assert reply.status_code == 200
+    assert "x-stainless-lang" in reply.headers["access-control-allow-headers"]
     assert reply.headers["access-control-allow-origin"] == PAGE
     assert "DELETE" in reply.headers["access-control-allow-methods"]
     reply = httpx.get(f"{url}/v1/users/a/drift", headers={"Origin": PAGE})

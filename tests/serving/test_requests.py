@@ -321,7 +321,7 @@ def test_long_prompt_is_refused_before_tokenizer_and_encoder(
         {"reasoning_effort": "high"},
         {"stream_options": {"x": 1}},
         {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"a": 1}}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "detail": "low"}]}]},
     ],
 )
 def test_field_that_would_be_ignored_is_refused(url: str, fields: dict[str, Any]) -> None:
@@ -332,9 +332,15 @@ def test_fields_that_change_nothing_are_accepted(url: str) -> None:
     fields: dict[str, Any] = {
         "n": 1, "tool_choice": "none", "logprobs": False, "presence_penalty": 0, "store": True, "service_tier": "auto",
         "prompt_cache_key": "x", "metadata": {"a": "b"}, "guided_choice": None, "response_format": {"type": "text"},
+        "prompt_cache_options": {"mode": "explicit"}, "prediction": {"type": "content", "content": "x"},
+        "reasoning_effort": "none", "verbosity": "medium",
         "messages": [{"role": "user", "content": "hello", "name": "ann", "tool_calls": [], "refusal": None}],
     }  # fmt: skip
     assert _chat(url, max_tokens=2, **fields).status_code == 200
+    part = {"type": "text", "text": "hello", "cache_control": {"type": "ephemeral"}}
+    marked = [{"role": "user", "content": [part | {"prompt_cache_breakpoint": {"mode": "explicit"}}]}]
+    plain = _chat(url, "hello", max_tokens=8, temperature=0).json()["choices"]
+    assert _chat(url, messages=marked, max_tokens=8, temperature=0).json()["choices"] == plain
 
 
 def test_too_many_messages_or_fields_are_refused(url: str) -> None:

@@ -45,6 +45,7 @@ _SCORE_TOKENS = 8192
 _MAX_HELD = 32_768  # tokens, padding included, that all running answers may come to hold; bounds the memory
 _MIN_TEMPERATURE = 1e-4  # below it the likeliest token is taken
 _MESSAGE_FIELDS = ("name", "annotations", "reasoning_content")  # which no template shows, or which replies hold
+_PART_FIELDS = {"type", "text", "cache_control", "prompt_cache_breakpoint"}  # the last two change no answer
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -230,6 +231,6 @@ def _turn(message: Message) -> tuple[str, str]:
         raise RequestError(f"The embedded engine knows the roles {', '.join(_ROLES)}.", code="messages")
     parts = message.content if isinstance(message.content, list) else []
     unknown = {name for name, value in (message.model_extra or {}).items() if value and name not in _MESSAGE_FIELDS}
-    if unknown or any(part.get("type") != "text" or part.keys() - {"type", "text"} for part in parts):
+    if unknown or any(part.get("type") != "text" or part.keys() - _PART_FIELDS for part in parts):
         raise RequestError("The embedded engine reads text alone: no images, files or calls.", code="messages")
     return role, message.text

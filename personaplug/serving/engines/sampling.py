@@ -22,6 +22,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("logit_bias", "structured_outputs", "chat_template_kwargs"), ({},)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),  # there are no tools, so none is called
     "parallel_tool_calls": (True, False),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "suffix": ("",),
     "top_k": (0, -1),
     "response_format": ({"type": "text"},),

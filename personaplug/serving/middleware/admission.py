@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 from prometheus_client import Gauge
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from personaplug.errors import RequestError
-from personaplug.serving.api_keys import ApiKeys
+from personaplug.serving.api_keys import ApiKeys, KeyOwner
 from personaplug.serving.middleware.base import HttpMiddleware, is_api_path, overloaded, state_of
 
 _TENANT_TIMES_FREE = 4  # so many times what is free a tenant may hold
@@ -19,18 +20,27 @@ _TENANT_TIMES_FREE = 4  # so many times what is free a tenant may hold
 
 @dataclass(eq=False)
 class ApiKeyMiddleware(HttpMiddleware):
-    """Requires an API key for /v1/ and sets `request.state.tenant`."""
+    """Requires an API key for /v1/ and sets `request.state.tenant` and, of a user's own key, `request.state.user`."""
 
     api_keys: ApiKeys
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if is_api_path(scope):
-            tenant = self.api_keys.tenant_of(Headers(scope=scope).get("authorization"))
-            if tenant is None:
+            owner = self.api_keys.owner_of(Headers(scope=scope).get("authorization"))
+            if owner is None:
                 message = "Give a key of this server: `Authorization: Bearer KEY`."
                 raise RequestError(message, http_status=401, code="invalid_key")
-            state_of(scope)["tenant"] = tenant
+            _check_user(scope["path"], owner)
+            state_of(scope).update(tenant=owner.tenant, user=owner.user)
         await self.app(scope, receive, send)
+
+
+def _check_user(path: str, owner: KeyOwner) -> None:
+    """Refuse the path of another user to a user's own key."""
+    _, _, room, *rest = path.split("/")  # of /v1/…
+    if owner.user is not None and room == "users" and rest[:1] != [quote(owner.user, safe="")]:
+        message = "This key belongs to another user; give that user's key, or the tenant's."
+        raise RequestError(message, http_status=403, code="user")
 
 
 @dataclass(eq=False)

@@ -13,10 +13,10 @@ from personaplug.serving.api_keys import is_loopback
 from personaplug.serving.middleware.base import HttpMiddleware, is_api_path
 
 CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
-CORS_HEADERS = ("Authorization", "Content-Type", "X-Personaplug-User")
+CORS_HEADERS = ("*",)  # clients add many of their own, as `x-stainless-lang`, and only chosen origins may send them
 EXPOSED_HEADERS = (
     *("Retry-After", "X-Request-Id", "X-Personaplug-Persona", "X-Personaplug-Items", "X-Personaplug-Persona-Scale"),
-    "X-Personaplug-Reason",
+    *("X-Personaplug-Reason", "X-Personaplug-Max-Tokens"),
 )
 
 

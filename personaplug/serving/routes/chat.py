@@ -14,7 +14,7 @@ from personaplug.serving.engines.base import EventStream
 from personaplug.serving.error_responses import retry_after
 from personaplug.serving.json_bodies import JsonRoute
 from personaplug.serving.openai_protocol import USER_HEADER, ChatRequest, CompletionRequest, error_reply, event
-from personaplug.serving.routes.dependencies import Parts, Tenant
+from personaplug.serving.routes.dependencies import KeyUser, Parts, Tenant
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -29,19 +29,28 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/v1/chat/completions", summary="Chat as a user", response_model=None, responses=_RESPONSES)
-async def chat(request: ChatRequest, tenant: Tenant, parts: Parts, user: UserHeader = None) -> Response:
-    return await _respond(request, tenant, parts=parts, user=user)
+async def chat(
+    request: ChatRequest, tenant: Tenant, key_user: KeyUser, parts: Parts, user: UserHeader = None
+) -> Response:
+    return await _respond(request, tenant, parts=parts, user_header=user, key_user=key_user)
 
 
 @router.post("/v1/completions", summary="Complete a text as a user", response_model=None, responses=_RESPONSES)
-async def complete(request: CompletionRequest, tenant: Tenant, parts: Parts, user: UserHeader = None) -> Response:
-    return await _respond(request, tenant, parts=parts, user=user)
+async def complete(
+    request: CompletionRequest, tenant: Tenant, key_user: KeyUser, parts: Parts, user: UserHeader = None
+) -> Response:
+    return await _respond(request, tenant, parts=parts, user_header=user, key_user=key_user)
 
 
 async def _respond(
-    request: ChatRequest | CompletionRequest, tenant: str, *, parts: Parts, user: str | None
+    request: ChatRequest | CompletionRequest,
+    tenant: str,
+    *,
+    parts: Parts,
+    user_header: str | None,
+    key_user: str | None,
 ) -> Response:
-    reply = await parts.service.respond(request, tenant=tenant, user_header=user)
+    reply = await parts.service.respond(request, tenant=tenant, user_header=user_header, key_user=key_user)
     persona, body, status = reply.persona, reply.reply.body, reply.reply.status
     parts.telemetry.personas.labels(persona.applied, str(persona.cached).lower()).inc()
     headers = {

@@ -42,12 +42,19 @@ async def _parts(request: Request) -> ServerParts:
     return parts
 
 
+async def _key_user(request: Request) -> str | None:
+    user: str | None = request.state.user
+    return user
+
+
 async def _tenant(request: Request, authorization: Annotated[str | None, Header()] = None) -> str:
     return str(request.state.tenant)  # ApiKeyMiddleware reads the header; the parameter documents it
 
 
 Parts = Annotated[ServerParts, Depends(_parts)]
 Tenant = Annotated[str, Depends(_tenant)]
+KeyUser = Annotated[str | None, Depends(_key_user)]
+"""Whom the caller's key belongs to, if it is one user's own."""
 PathId = Annotated[Name, BeforeValidator(decode_segment)]
 UserId = Annotated[PathId, Path(description="The user's id, percent-encoded.")]
 ItemId = Annotated[PathId, Path(description="The item's id, percent-encoded.")]

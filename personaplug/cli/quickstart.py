@@ -74,7 +74,9 @@ def run_quickstart(
     click.echo(f"2. training a plug for {config.model.llm}, and its control without history")
     train_split = open_dataset(data, "train", task=run.task)
     train(run, train_split, models=models)
-    click.echo(f"3. the plug, its controls, rivals that cost nothing, and what someone who knew {demo.known} would score")
+    click.echo(
+        f"3. the plug, its controls, rivals that cost nothing, and what someone who knew {demo.known} would score"
+    )
     reader = open_dataset(data, "dev", task=run.task)
     results = evaluate(
         run,

@@ -77,9 +77,9 @@ def _columns(results: Results) -> list[Column]:
     pairs = [gains.get(row.name) for row in rows]
     columns: list[Column] = [
         (metric_title(metric), [score_cell(row, metric) for row in rows]),
-        ("personal gain", [pair and difference_cell(pair) for pair in pairs]),
+        ("personal gain", [None if pair is None else difference_cell(pair) for pair in pairs]),
         (max((p_title(pair) for pair in pairs if pair), key=len, default="p"),
-         [pair and p_cell(pair.deciding_p) for pair in pairs]),
+         [None if pair is None else p_cell(pair.deciding_p) for pair in pairs]),
         *((title, cells) for title, cells in rate_columns(rows) if {*cells} - {_ZERO, None}),
         *((metric_title(name), [score_cell(row, name) for row in rows]) for name in others),
         *work_columns(rows),

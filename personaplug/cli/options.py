@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -111,11 +112,9 @@ def default_methods(data: Path, *, run: Run, skip_bad: int) -> list[Method]:
     from personaplug.methods import default_rows
 
     rows = default_rows(run.task)
-    try:
+    users: set[str | None] | None = None
+    with suppress(MissingData):
         train = train_of(data, rows, run=run, skip_bad=skip_bad)
-    except MissingData:
-        train, users = None, None
-    else:
         if train is None:
             return rows
         users = {sample.user_id for sample in drawn(train, limit=run.config.training.train_limit, seed=0)} - {None}

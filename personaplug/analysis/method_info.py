@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -45,6 +45,21 @@ class MethodInfo:
         return self.family not in ("no-lm", "oracle")
 
     @property
+    def is_free_rival(self) -> bool:
+        """Whether the row counts, copies or fits a regression, which costs next to nothing beside a trained persona."""
+        return self.family in ("no-lm", "counts") and not self.is_control
+
+    @property
     def gain_of(self) -> str | None:
         """The row whose personal gain is its distance from this row."""
         return self.control_of if self.history == WRONG_USER else None
+
+
+def main_row(methods: Sequence[MethodInfo]) -> MethodInfo | None:
+    """Return the row that a table is about: the first plug that adds to no other row, else the first with own history.
+
+    Plugs come before other rows. Controls and rows that only count or copy are never the main row.
+    """
+    personal = [method for method in methods if method.history == "own" and not method.is_control]
+    candidates = [method for method in personal if method.has_language_model and not method.is_free_rival]
+    return min(candidates, key=lambda method: (method.family != "plug", bool(method.parents)), default=None)

@@ -36,6 +36,16 @@ class Table:
         """Return each line's cells, each as one line of text."""
         return [[ABSENT if cell is None else one_line(cell) for cell in line] for line in self.lines]
 
+    def to_text(self) -> str:
+        """Return aligned text, two blanks between columns: the first column to the left, the others to the right."""
+        lines = [list(map(one_line, self.titles)), *self.text_lines()]
+        columns = []
+        for index, column in enumerate(zip(*lines, strict=True)):
+            width = max(map(len, column))
+            title, *cells = [cell.rjust(width) if index else cell.ljust(width) for cell in column]
+            columns.append([title, "-" * width, *cells])
+        return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
     def to_markdown(self) -> str:
         """Return aligned Markdown: the first column to the left, the others to the right."""
         lines = [map(one_line, self.titles), *self.text_lines()]

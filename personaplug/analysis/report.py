@@ -24,7 +24,7 @@ from personaplug.analysis.tables import (
     tables,
 )
 from personaplug.analysis.trials import Diagnostics
-from personaplug.analysis.verdict import clear_best
+from personaplug.analysis.verdict import clear_best, verdict
 from personaplug.errors import ConfigError, MissingData, RecordError
 from personaplug.infra.atomic_io import atomic_write, write_text
 
@@ -100,6 +100,8 @@ def _page(results_list: Sequence[Results], pictures: dict[str, list[Picture]]) -
     for name, results in zip(set_names(results_list), results_list, strict=True):
         facts, models = head(results)
         yield Section(name, level=2, text=facts, bullets=models, pictures=pictures.get(name, ()))
+        if sentences := verdict(results):
+            yield Section("Verdict", bullets=sentences)
         for title, table in tables(results):
             yield Section(title or "Scores", table=table)
         yield Section(bullets=notes(results))

@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplug.analysis.method_info import MethodInfo
+from personaplug.analysis.method_info import MethodInfo, main_row
 from personaplug.analysis.metrics import Accuracy, Array, Metric, value_of
 from personaplug.analysis.results_file import Comparison, ResultRow, Results, Subgroup
 from personaplug.analysis.significance import bootstrap_interval, holm, mcnemar, paired_bootstrap, per_group_mean
@@ -63,8 +63,8 @@ def compared_pairs(methods: Sequence[MethodInfo]) -> list[tuple[str, str]]:
     """Return which rows are compared, as names (a, b): all of a few rows, else those that answer a question.
 
     Personal gains come first. Of many rows, each method is compared with the bases (rows that personalize nothing) and
-    with its parents, and the main plug (the first that builds on no other row) with every other method and its own
-    controls. Rows without a language model are compared with, but not with the bases: they claim nothing there.
+    with its parents, and the main row (`main_row`) with every other method and its own controls. Rows without a
+    language model are compared with, but not with the bases: they claim nothing there.
     """
     names = [method.name for method in methods]
     gains = [(a.name, b.name) for a in methods for b in methods if b.gain_of == a.name]
@@ -73,10 +73,10 @@ def compared_pairs(methods: Sequence[MethodInfo]) -> list[tuple[str, str]]:
     bases = _bases(methods)
     claimants = [method for method in methods if not method.is_control and method.name not in bases]
     against = [(m.name, base) for base in bases for m in claimants if m.family != "no-lm"]
-    plug = next((m.name for m in claimants if m.family == "plug" and not m.parents), None)
+    main = main_row(methods)
     gain_controls = {control for _, control in gains}
-    others = [name for name in names if name not in gain_controls and name not in (plug, *bases)]
-    rest = [(plug, name) for name in others] if plug else []
+    others = [name for name in names if name not in gain_controls and name not in bases]
+    rest = [(main.name, name) for name in others if name != main.name] if main else []
     rest += [(m.name, parent) for m in claimants for parent in m.parents if parent in names]
     between_bases = [(b, a) for a, b in combinations(bases, 2)]
     return list(dict.fromkeys([*gains, *between_bases, *against, *rest]))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_origin, get_type_hints
@@ -106,10 +106,19 @@ class Comparison:
     mcnemar_p: list[float] = field(default_factory=list)
 
     @property
+    def deciding_p(self) -> float | None:
+        """The p corrected by Holm if it is given, else p."""
+        return self.p if self.p_holm is None else self.p_holm
+
+    @property
     def is_significant(self) -> bool:
-        """Whether p is below .05, corrected by Holm if that is given."""
-        p = self.p if self.p_holm is None else self.p_holm
-        return p is not None and p < 0.05
+        """Whether the deciding p is below .05."""
+        return self.deciding_p is not None and self.deciding_p < 0.05
+
+    def reversed(self) -> Comparison:
+        """Return the same comparison as b's advantage over a."""
+        low, high = (None if end is None else -end for end in (self.high, self.low))
+        return replace(self, a=self.b, b=self.a, difference=-self.difference, low=low, high=high)
 
     def to_json(self) -> dict[str, object]:
         """Return the comparison as an object of a results file."""
@@ -152,6 +161,13 @@ class ResultPart:
     def is_personal_gain(self, a: str, b: str) -> bool:
         """Whether b is the control that is shown another user's history in place of a's."""
         return b in self.by_name and self.by_name[b].method.gain_of == a
+
+    def comparison(self, a: str, b: str, metric: str) -> Comparison | None:
+        """Return a's advantage over b in one metric, in whichever order the two are compared; None if they are not."""
+        for pair in self.pairs:
+            if pair.metric == metric and {pair.a, pair.b} == {a, b}:
+                return pair if pair.a == a else pair.reversed()
+        return None
 
     def personal_gains(self, metric: str) -> dict[str, Comparison]:
         """Return each method's comparison with its wrong-user control in one metric, by the method's name."""

@@ -112,16 +112,55 @@ def score_cell(row: ResultRow | None, metric: str) -> str | None:
     """Return a row's score with its interval."""
     if row is None or metric not in row.metrics:
         return None
-    return _number(row.metrics[metric]) + _range(row.intervals.get(metric))
+    return number_cell(row.metrics[metric]) + _range(row.intervals.get(metric))
 
 
 def gain_cell(pair: Comparison | None) -> str | None:
     """Return a difference with its interval and p; the p says so if it is corrected by Holm."""
     if pair is None:
         return None
-    name, value = ("p", pair.p) if pair.p_holm is None else ("Holm p", pair.p_holm)
-    p = _p_cell(value)
-    return _difference(pair) + (f", {name} {p if p.startswith('<') else f'= {p}'}" if p else "")
+    p = p_cell(pair.deciding_p)
+    if p is None:
+        return difference_cell(pair)
+    return f"{difference_cell(pair)}, {p_title(pair)} {p if p.startswith('<') else f'= {p}'}"
+
+
+def difference_cell(pair: Comparison) -> str:
+    """Return a difference with its interval."""
+    ends = None if pair.low is None or pair.high is None else (pair.low, pair.high)
+    return number_cell(pair.difference, "+z.3f") + _range(ends, "+z.3f")
+
+
+def p_title(pair: Comparison) -> str:
+    """Return the name of the p that decides: "Holm p" if it is corrected."""
+    return "p" if pair.p_holm is None else "Holm p"
+
+
+def p_cell(p: float | None) -> str | None:
+    """Return a p with three digits."""
+    return _cell(p, lambda known: "< 0.001" if known < 0.001 else number_cell(known))
+
+
+def rate_columns(rows: Sequence[ResultRow]) -> list[Column]:
+    """Return the columns of what went wrong in which share of the predictions, prompts and histories."""
+    diagnostics = [row.diagnostics for row in rows]
+    return [
+        ("invalid", [_cell(row.invalid_rate, _share) for row in rows]),
+        ("truncated", [_cell(d.truncated_rate, _share) for d in diagnostics]),
+        ("unfinished", [_cell(d.unfinished_rate, _share) for d in diagnostics]),
+        ("no history", [_cell(d.lost_history_rate, _share) for d in diagnostics]),
+        ("cut items", [_cell(d.cut_items_rate, _share) for d in diagnostics]),
+    ]
+
+
+def work_columns(rows: Sequence[ResultRow]) -> list[Column]:
+    """Return the columns of what the predictions took, and of what a method costs beyond the plain model."""
+    diagnostics = [row.diagnostics for row in rows]
+    return [
+        ("prompt tokens", [_cell(d.prompt_tokens_mean, _amount) for d in diagnostics]),
+        *cost_columns(diagnostics),
+        ("seconds", [_cell(d.seconds, _amount) for d in diagnostics]),
+    ]
 
 
 def cost_columns(diagnostics: Sequence[Diagnostics]) -> list[Column]:
@@ -142,8 +181,8 @@ def _scores(results: Results) -> Table:
         averages = [_per_user(row, users=results.about.users).get(metric) for row in rows]
         columns += [
             (metric_title(metric), [score_cell(row, metric) for row in rows]),
-            ("± seeds", [_cell(row.seed_spread.get(metric), lambda spread: f"±{_number(spread)}") for row in rows]),
-            ("per user", [_cell(average, _number) for average in averages]),
+            ("± seeds", [_cell(row.seed_spread.get(metric), lambda spread: f"±{number_cell(spread)}") for row in rows]),
+            ("per user", [_cell(average, number_cell) for average in averages]),
         ]
     gains = results.personal_gains(results.leading_metric)
     columns.append((f"personal gain ({results.leading_metric})", [gain_cell(gains.get(row.name)) for row in rows]))
@@ -152,18 +191,11 @@ def _scores(results: Results) -> Table:
 
 def _rates_and_costs(results: Results) -> Table:
     rows = results.rows
-    diagnostics = [row.diagnostics for row in rows]
     columns: list[Column] = [
         ("method", [row.name for row in rows]),
         ("answers", [row.decoding or None for row in rows]),
-        ("invalid", [_cell(row.invalid_rate, _share) for row in rows]),
-        ("truncated", [_cell(d.truncated_rate, _share) for d in diagnostics]),
-        ("unfinished", [_cell(d.unfinished_rate, _share) for d in diagnostics]),
-        ("no history", [_cell(d.lost_history_rate, _share) for d in diagnostics]),
-        ("cut items", [_cell(d.cut_items_rate, _share) for d in diagnostics]),
-        ("prompt tokens", [_cell(d.prompt_tokens_mean, _amount) for d in diagnostics]),
-        *cost_columns(diagnostics),
-        ("seconds", [_cell(d.seconds, _amount) for d in diagnostics]),
+        *rate_columns(rows),
+        *work_columns(rows),
     ]
     return Table.from_columns(columns)
 
@@ -178,9 +210,9 @@ def _comparisons(results: Results) -> Table:
     for metric in dict.fromkeys(pair.metric for pair in results.pairs):
         pairs = [lines[names].get(metric) for names in ordered]
         columns += [
-            (f"{metric_title(metric)} advantage", [_cell(pair, _difference) for pair in pairs]),
-            ("p", [_cell(pair, lambda known: _p_cell(known.p)) for pair in pairs]),
-            ("Holm p", [_cell(pair, lambda known: _p_cell(known.p_holm)) for pair in pairs]),
+            (f"{metric_title(metric)} advantage", [_cell(pair, difference_cell) for pair in pairs]),
+            ("p", [_cell(pair, lambda known: p_cell(known.p)) for pair in pairs]),
+            ("Holm p", [_cell(pair, lambda known: p_cell(known.p_holm)) for pair in pairs]),
             ("McNemar p", [_cell(pair, _mcnemar_cell) for pair in pairs]),
         ]
     return Table.from_columns(columns)
@@ -215,43 +247,35 @@ def _cell(value: T | None, form: Callable[[T], str | None]) -> str | None:
     return None if value is None else form(value)
 
 
-def _difference(pair: Comparison) -> str:
-    ends = None if pair.low is None or pair.high is None else (pair.low, pair.high)
-    return _number(pair.difference, "+z.3f") + _range(ends, "+z.3f")
-
-
-def _p_cell(p: float | None) -> str | None:
-    return _cell(p, lambda known: "< 0.001" if known < 0.001 else _number(known))
-
-
 def _mcnemar_cell(pair: Comparison) -> str | None:
     p_values = sorted(p for p in pair.mcnemar_p if math.isfinite(p))
-    ends = [_p_cell(p) or "" for p in p_values[:1] + p_values[-1:]]
+    ends = [p_cell(p) or "" for p in p_values[:1] + p_values[-1:]]
     return " to ".join(dict.fromkeys(ends)) or None
 
 
 def _range(ends: Sequence[float] | None, form: str = ".3f") -> str:
-    return f" [{', '.join(_number(end, form) for end in ends)}]" if ends else ""
+    return f" [{', '.join(number_cell(end, form) for end in ends)}]" if ends else ""
 
 
-def _number(value: float, form: str = ".3f") -> str:
+def number_cell(value: float, form: str = ".3f") -> str:
+    """Return a number in a format; very large ones with three digits, infinite ones and NaN as words."""
     if not math.isfinite(value):
         return str(value)
     # The error of an unclipped rating can be 1e30; thirty digits would wreck the table.
     return format(value, form if abs(value) < 1e6 else ".3g")
 
 
-_amount, _share = partial(_number, form=",.1f"), partial(_number, form=".1%")
+_amount, _share = partial(number_cell, form=",.1f"), partial(number_cell, form=".1%")
 
 
 def _bytes(value: float) -> str:
     """A size in the largest unit that leaves at least 1 before the point: "1.2 KB"."""
     if not math.isfinite(value) or value < 999.5:
-        return f"{_number(value, '.0f')} B"
+        return f"{number_cell(value, '.0f')} B"
     power = next((power for power in (1, 2) if value / 1000**power < 999.95), 3)
     return f"{value / 1000**power:,.1f} {('KB', 'MB', 'GB')[power - 1]}"
 
 
 def _seconds(value: float) -> str:
     """Three digits at most, since adding a user takes from a millisecond to an hour."""
-    return _number(value, ",.0f" if math.isfinite(value) and value >= 99.95 else ".3g")
+    return number_cell(value, ",.0f" if math.isfinite(value) and value >= 99.95 else ".3g")

@@ -1,21 +1,32 @@
-"""What a table says, in three sentences: the best row, the personal gain, the best rival without a language model."""
+"""The verdict on a table: is its main row personal, better than no history, better than rivals that cost nothing?
+
+Each sentence begins with *Yes*, *No* or *Not shown*, from the paired bootstrap over users that the results hold: p is
+below .05 and the main row is better, or below .05 and worse, or not below .05. *Not measured* names the missing row.
+"""
 
 from __future__ import annotations
 
 import math
 
+from personaplug.analysis.method_info import WRONG_USER, MethodInfo, main_row
 from personaplug.analysis.metrics import metric_class
-from personaplug.analysis.results_file import ResultPart, ResultRow
-from personaplug.analysis.tables import gain_cell, metric_title, score_cell
+from personaplug.analysis.results_file import Comparison, ResultPart, ResultRow
+from personaplug.analysis.tables import gain_cell, metric_title, number_cell
+
+_NO_HISTORY = "instruction-only"
+_LABEL_COUNTS, _MAJORITY = "instruction+labels", "user-majority"
 
 
 def verdict(results: ResultPart) -> list[str]:
-    """Return the sentences about the leading metric; none if the rows have no metric."""
-    metric = results.leading_metric
-    ranked = ranked_rows(results, metric)
-    if not ranked:
+    """Return the sentences about the leading metric; none of a single row that uses no history, or without metrics."""
+    if not results.leading_metric:
         return []
-    return [_best(results, ranked, metric), _gain(results, ranked, metric), _free_rival(ranked, metric)]
+    main = main_row([row.method for row in results.rows])
+    if main is None:
+        no_row = "Is it personal? Not measured: no row uses the user's own history. Add the row plug to --methods."
+        return [no_row] if len(results.rows) > 1 else []
+    judge = _Judge(results, main)
+    return [judge.is_personal(), judge.beats_no_history(), judge.beats_free_rivals()]
 
 
 def ranked_rows(results: ResultPart, metric: str) -> list[ResultRow]:
@@ -36,35 +47,75 @@ def clear_best(results: ResultPart) -> str | None:
     if len(rows) < 2:
         return None
     best, second = rows[:2]
-    for pair in results.pairs:
-        if pair.metric == metric and {pair.a, pair.b} == {best.name, second.name}:
-            return best.name if pair.is_significant else None
+    if pair := results.comparison(best.name, second.name, metric):
+        return best.name if pair.is_significant else None
     ends, others = best.interval(metric), second.interval(metric)
     return best.name if ends and others and (ends[0] > others[1] or others[0] > ends[1]) else None
 
 
-def _best(results: ResultPart, ranked: list[ResultRow], metric: str) -> str:
-    sentence = f"Best row: {_score(ranked[0], metric)}"
-    if len(ranked) == 1:
-        return sentence
-    relation = "better than" if clear_best(results) else "not clearly better than"
-    return f"{sentence}; {relation} {_score(ranked[1], metric)}"
+class _Judge:
+    """Answers questions about the main row of a table."""
+
+    def __init__(self, results: ResultPart, main: MethodInfo) -> None:
+        self.results, self.main, self.metric = results, main, results.leading_metric
+
+    def is_personal(self) -> str:
+        question = f"Is {self.main.name} personal?"
+        control = next((row for row in self.results.rows if row.method.gain_of == self.main.name), None)
+        return self._answer(question, control, add=f"{self.main.name}@{WRONG_USER}")
+
+    def beats_no_history(self) -> str:
+        question = f"Is {self.main.name} better than no history?"
+        return self._answer(question, self.results.by_name.get(_NO_HISTORY), add=_NO_HISTORY)
+
+    def beats_free_rivals(self) -> str:
+        question = f"Is {self.main.name} better than rivals that cost nothing?"
+        rivals = [row for row in self.results.rows if row.method.is_free_rival]
+        ranked = [row for row in ranked_rows(self.results, self.metric) if row.method.is_free_rival]
+        best = next(iter(ranked), next(iter(rivals), None))
+        remark = f", the best of {len(ranked)} such rows" if len(ranked) > 1 else ""
+        return self._answer(question, best, add=self._free_rows(), remark=remark) + self._counts_hint()
+
+    def _answer(self, question: str, rival: ResultRow | None, *, add: str, remark: str = "") -> str:
+        """Answer a question by the comparison with a rival; without a rival, name the rows to add."""
+        if rival is None:
+            rows = "rows" if "," in add else "row"
+            return f"{question} Not measured: add the {rows} {add} to --methods."
+        missing = [n for n in (self.main.name, rival.name) if self.metric not in self.results.by_name[n].metrics]
+        if missing:
+            return f"{question} Not measured: {missing[0]} has no {self.metric}."
+        pair = self.results.comparison(self.main.name, rival.name, self.metric)
+        if pair is None:
+            names = f"{self.main.name} with {rival.name}"
+            return f"{question} Not measured: the results do not compare {names}. Evaluate both in one table."
+        scores = f"{self._score(self.main.name)} against {self._score(rival.name)} of {rival.name}{remark}"
+        return f"{question} {_word(pair)}: {metric_title(self.metric)} {scores}; {_advantage(pair)}."
+
+    def _score(self, name: str) -> str:
+        return number_cell(self.results.by_name[name].metrics[self.metric])
+
+    def _free_rows(self) -> str:
+        """The rows to add to a table without free rivals."""
+        kind = metric_class(self.metric)
+        if kind is not None and kind.needs_scale:
+            return "user-mean,user-median,user-majority"
+        return "user-majority,classical" if kind is not None and kind.needs_labels else "copy,user-words"
+
+    def _counts_hint(self) -> str:
+        """How to add the row that counts labels beside trained tokens, if the user's items hold labels."""
+        if _MAJORITY not in self.results.by_name or _LABEL_COUNTS in self.results.by_name:
+            return ""
+        return f" To add {_LABEL_COUNTS}, train it first: personaplug train --methods {_LABEL_COUNTS}."
 
 
-def _gain(results: ResultPart, ranked: list[ResultRow], metric: str) -> str:
-    gains = results.personal_gains(metric)
-    name = next((row.name for row in ranked if row.name in gains), None)
-    if name is None:
-        return "Personal gain: not measured, because no row stands beside its wrong-user control"
-    return f"Personal gain: {name} {gain_cell(gains[name])} over its own wrong-user control"
+def _word(pair: Comparison) -> str:
+    if not pair.is_significant or pair.difference == 0:
+        return "Not shown"
+    return "Yes" if pair.difference > 0 else "No"
 
 
-def _free_rival(ranked: list[ResultRow], metric: str) -> str:
-    rival = next((row for row in ranked if not row.method.has_language_model), None)
-    if rival is None:
-        return "Best free rival: none in this table; --methods user-median,user-majority,… adds rows without a model"
-    return f"Best free rival: {_score(rival, metric)}"
-
-
-def _score(row: ResultRow, metric: str) -> str:
-    return f"{row.name} ({metric_title(metric)} {score_cell(row, metric)})"
+def _advantage(pair: Comparison) -> str:
+    if pair.deciding_p is None or math.isnan(pair.deciding_p):
+        difference = number_cell(pair.difference, "+z.3f")
+        return f"advantage {difference} without a p, which needs finite scores of two users or more"
+    return f"advantage {gain_cell(pair)}"

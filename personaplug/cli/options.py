@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ import click
 
 from personaplug.config import Config
 from personaplug.config_parsing import changed_settings, describe
-from personaplug.errors import ConfigError, UserError
+from personaplug.errors import ConfigError, MissingData, UserError
 
 if TYPE_CHECKING:
     from personaplug.data.task import Reader, Task
@@ -100,6 +101,28 @@ def train_of(data: Path, rows: Sequence[Method], *, run: Run, skip_bad: int) -> 
     if not any(row.needs_train_split for row in rows):
         return None
     return open_dataset(data, "train", task=run.task, skip_bad=skip_bad, max_history=run.config.plug.max_history)
+
+
+def default_methods(data: Path, *, run: Run, skip_bad: int) -> list[Method]:
+    """Return the rows of a table if none are named.
+
+    Rows that are fitted on the training split are among them only if the folder holds that of the run.
+    """
+    from personaplug.data.splits import drawn
+    from personaplug.methods import default_rows
+
+    rows = default_rows(run.task)
+    users: set[str | None] | None = None
+    with suppress(MissingData):
+        train = train_of(data, rows, run=run, skip_bad=skip_bad)
+        if train is None:
+            return rows
+        users = {sample.user_id for sample in drawn(train, limit=run.config.training.train_limit, seed=0)} - {None}
+    if users is not None and run.users_trained_on(users) == len(users):
+        return rows
+    reason = "has no train split" if users is None else "has another train split than the run was trained on"
+    click.echo(f"{data} {reason}, so the rows that are fitted on it are left out", err=True)
+    return default_rows(run.task, has_train_split=False)
 
 
 def tell_read(reader: Any, split: str) -> None:

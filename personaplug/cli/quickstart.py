@@ -22,8 +22,7 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.evaluation.evaluator import evaluate
 from personaplug.inference import generate
 from personaplug.infra.model_hub import PACKAGED_MODELS
-from personaplug.methods import find_method
-from personaplug.methods.registry import DEFAULT
+from personaplug.methods import default_rows
 from personaplug.run import Models, Run, dated, open_models
 from personaplug.training.parts import train
 
@@ -73,17 +72,21 @@ def run_quickstart(
     write_simulation(users, data)
     run = Run.create(out / "run", config=config, task=load_task(data))
     click.echo(f"2. training a plug for {config.model.llm}, and its control without history")
-    train(run, open_dataset(data, "train", task=run.task), models=models)
-    click.echo(f"3. the plug, its controls, and what someone who knew {demo.known} would score")
+    train_split = open_dataset(data, "train", task=run.task)
+    train(run, train_split, models=models)
+    click.echo(
+        f"3. the plug, its controls, rivals that cost nothing, and what someone who knew {demo.known} would score"
+    )
     reader = open_dataset(data, "dev", task=run.task)
     results = evaluate(
         run,
         reader,
         split="dev",
-        methods=[find_method(name) for name in DEFAULT],
+        methods=default_rows(run.task),
         config=config.evaluation,
         models=models,
         oracle=data / "dev_oracle.json",
+        train=train_split,
     )
     write_results(out / "results.json", results)
     click.echo("\n" + terminal_text(results))

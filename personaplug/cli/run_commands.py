@@ -18,6 +18,7 @@ from personaplug.cli.options import (
     FOLDER,
     check_same_task,
     data_option,
+    default_methods,
     device_of,
     methods_option,
     run_option,
@@ -65,9 +66,13 @@ def _config_of(run: Run, config_file: Path | None, settings: Sequence[str], *, b
 
 
 def _open_splits(
-    run: Run, data: Path, split: str, *, rows: Sequence[Method], skip_bad: int
-) -> tuple[Run, Reader, Reader | None]:
-    """Return the run as it is asked, the reader of a split, and of the training split if a row is fitted on it."""
+    run: Run, data: Path, split: str, *, rows: Sequence[Method] | None, skip_bad: int
+) -> tuple[Run, Reader, Sequence[Method], Reader | None]:
+    """Return the run as it is asked, the reader of a split, the rows, and the training split if a row is fitted on it.
+
+    Args:
+        rows: None = the default of the task.
+    """
     from personaplug.data import load_task, open_dataset
 
     if run.task.kind == "chat":
@@ -76,7 +81,8 @@ def _open_splits(
         check_same_task(data, run.task)
     max_history = run.config.plug.max_history
     reader = open_dataset(data, split, task=run.task, skip_bad=skip_bad, max_history=max_history)
-    return run, reader, train_of(data, rows, run=run, skip_bad=skip_bad)
+    rows = default_methods(data, run=run, skip_bad=skip_bad) if rows is None else rows
+    return run, reader, rows, train_of(data, rows, run=run, skip_bad=skip_bad)
 
 
 @click.command()
@@ -248,7 +254,9 @@ def train(
 @run_option
 @data_option
 @click.option("--split", default="dev", show_default=True)
-@methods_option("plain,instruction-only,wrong-user,shuffled,plug", "Rows of the table.")
+@methods_option(
+    None, "Rows of the table.  [default: the plug, its controls and the rivals without a model that fit the task]"
+)
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the results object here too."
 )
@@ -258,13 +266,13 @@ def evaluate(
     run_folder: Path,
     data: Path,
     split: str,
-    methods: str,
+    methods: str | None,
     json_file: Path | None,
     skip_bad: int,
     config_file: Path | None,
     settings: tuple[str, ...],
 ) -> None:
-    """Score the rows of a results table on one split, compare them, print the table.
+    """Score the rows of a results table on one split, compare them, print a verdict and the table.
 
     Rows: plain, instruction-only, paper-plug, plug and its controls wrong-user, shuffled, random-vectors, mean-persona,
     population-persona; bm25:4, recency:4, dense:4, random:4, ropg:4, each also as instruction+bm25:4 and plug+bm25:1;
@@ -280,11 +288,11 @@ def evaluate(
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
 
-    rows = parse_methods(methods)
+    asked = None if methods is None else parse_methods(methods)
     run, config = _open_run(run_folder, data, config_file, settings)
     show(config, "evaluation")
     trained_on = run.task.name
-    run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    run, reader, rows, train = _open_splits(run, data, split, rows=asked, skip_bad=skip_bad)
     name = split if run.task.name == trained_on else f"{run.task.name}-{split}"
     oracle = data / f"{split}_oracle.json"
     results = evaluate_run(
@@ -335,10 +343,10 @@ def predict(
     from personaplug.methods import parse_methods
     from personaplug.run import open_models
 
-    rows = parse_methods(methods)
+    asked = parse_methods(methods)
     # All samples, unless the command itself asks for fewer: whoever scores the file wants them all.
     run, config = _open_run(run_folder, data, config_file, settings, base=("limit=0",))
-    run, reader, train = _open_splits(run, data, split, rows=rows, skip_bad=skip_bad)
+    run, reader, rows, train = _open_splits(run, data, split, rows=asked, skip_bad=skip_bad)
     models = open_models(config)
     if config.evaluation.limit:
         click.echo(f"only {config.evaluation.limit} samples are answered (limit={config.evaluation.limit})", err=True)

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from personaplug.analysis.method_info import SHUFFLED, WRONG_USER
+from personaplug.data.task import Task
 from personaplug.errors import ConfigError, nearest
 from personaplug.infra.plugins import load_plugins, register
 from personaplug.methods.base import Method
 from personaplug.training.parts import TrainedPart
 
-DEFAULT = ("plain", "instruction-only", WRONG_USER, SHUFFLED, "plug")
+_EXAMPLE_LIST = f"plain,instruction-only,{WRONG_USER},plug"
+_FREE_RIVALS = ("user-mean", "user-median", "user-majority", "classical", "copy", "user-words")
 
 MethodFactory = Callable[[str], Method]
 """Makes a row from what stands behind the colon of its name ("" if there is no colon)."""
@@ -53,6 +55,21 @@ def known_methods() -> list[str]:
     return [*_METHODS, *_ALIASES]
 
 
+def default_rows(task: Task, *, has_train_split: bool = True) -> list[Method]:
+    """Return the rows of a table on a task if none are named: the plug, its controls, and rivals that cost nothing.
+
+    `shuffled` is not among them, because the plug ignores the order of the items. `instruction+labels` is not, because
+    it needs a training of its own.
+
+    Args:
+        has_train_split: whether rows can be fitted on the training split.
+    """
+    rivals = [find_method(name) for name in _FREE_RIVALS]
+    fitting = [row for row in rivals if _fits(row, task) and (has_train_split or not row.needs_train_split)]
+    first, last = ("plain", "instruction-only"), (WRONG_USER, "plug")
+    return [*map(find_method, first), *fitting, *map(find_method, last)]
+
+
 def parse_methods(text: str) -> list[Method]:
     """Return the rows of a comma-separated list.
 
@@ -61,7 +78,7 @@ def parse_methods(text: str) -> list[Method]:
     """
     methods = [find_method(name.strip()) for name in text.split(",") if name.strip()]
     if not methods or len({method.name for method in methods}) < len(methods):
-        raise ConfigError(f"Rows are different names, comma-separated, such as {','.join(DEFAULT)}; found {text!r}.")
+        raise ConfigError(f"Rows are different names, comma-separated, such as {_EXAMPLE_LIST}; found {text!r}.")
     return methods
 
 
@@ -106,6 +123,17 @@ def number_after(name: str, argument: str) -> int:
     if not re.fullmatch("[1-9][0-9]{0,8}", argument):
         raise unknown_method(name)
     return int(argument)
+
+
+def _fits(row: Method, task: Task) -> bool:
+    """Return whether a rival that costs nothing can be filled on a task."""
+    if task.labels and not (task.has_labelled_items or task.has_options):
+        return False  # neither answers to count nor options to compare
+    try:
+        row.check(task)
+    except ConfigError:
+        return False
+    return True
 
 
 def _control(name: str, method: Method, history: str) -> Method:

@@ -1,80 +1,82 @@
-"""Results on a terminal: a verdict in three lines, and tables that fit."""
+"""Results on a terminal: the verdict first, then one table that fits."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from result_objects import typed
 
-from personaplug.analysis.results_file import load_results
+from personaplug.analysis.results_file import Results, load_results
 from personaplug.analysis.terminal import terminal_text
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-ROWS = {"plain": 2.0, "instruction-only": 1.0, "wrong-user": 1.5, "plug": 0.5, "user-median": 0.75}
+PUBLISHED = [load_results(RESULTS / name) for name in ("quickstart.json", "personal-labels/Movie_stars.json")]
 
 
-def _results(names: list[str], **more: Any) -> Any:
-    rows = [
-        {
-            "method": name,
-            "n": 9,
-            "metrics": {"mae": ROWS[name]},
-            "intervals": {"mae": [ROWS[name] - 0.1, ROWS[name] + 0.1]},
-        }
-        for name in names
-    ]
-    return typed({"task": "T", "rows": rows, "pairs": [], "notes": ["a note " * 40]} | more)
+def _titles(results: Results, width: int) -> list[str]:
+    lines = terminal_text(results, width=width).splitlines()
+    head = next(line for line in lines if line.startswith("method"))
+    return [title.strip() for title in head.split("  ") if title.strip()]
 
 
-def _gain(**more: Any) -> dict[str, Any]:
-    return {
-        "a": "plug",
-        "b": "wrong-user",
-        "metric": "mae",
-        "difference": 1.0,
-        "low": 0.5,
-        "high": 1.5,
-        "p": 0.02,
-    } | more
-
-
-def test_the_verdict_names_the_best_row_the_gain_and_the_free_rival() -> None:
-    lines = terminal_text(_results(list(ROWS), pairs=[_gain()]), width=200).splitlines()
-    assert lines[:3] == [
-        "Best row: plug (mae ↓ 0.500 [0.400, 0.600]); better than user-median (mae ↓ 0.750 [0.650, 0.850])",
-        "Personal gain: plug +1.000 [+0.500, +1.500], p = 0.020 over its own wrong-user control",
-        "Best free rival: user-median (mae ↓ 0.750 [0.650, 0.850])",
-    ]
-
-
-def test_the_verdict_says_what_is_not_shown() -> None:
-    close = {"a": "plug", "b": "user-median", "metric": "mae", "difference": 0.25, "p": 0.2}
-    lines = terminal_text(_results(["plug", "user-median"], pairs=[close]), width=200).splitlines()
-    assert "not clearly better than user-median" in lines[0]
-    assert lines[1].startswith("Personal gain: not measured")
-    lines = terminal_text(_results(["plain"]), width=200).splitlines()
-    assert lines[0] == "Best row: plain (mae ↓ 2.000 [1.900, 2.100])"
-    assert lines[2].startswith("Best free rival: none in this table")
-    assert terminal_text(_results([])).endswith("No rows.")
-
-
-@pytest.mark.parametrize("width", [80, 100, 120, 250])
-def test_published_tables_fit_and_lose_no_row_or_metric(width: int) -> None:
-    for path in [RESULTS / "quickstart.json", *sorted((RESULTS / "personal-labels").glob("*.json"))]:
-        results = load_results(path)
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 160, 250])
+def test_no_line_is_wider_than_the_terminal_and_no_row_is_lost(width: int) -> None:
+    for results in PUBLISHED:
         text = terminal_text(results, width=width)
         assert max(map(len, text.splitlines())) <= width
-        titles = [cell.strip() for line in text.splitlines() if line.startswith("| method") for cell in line.split("|")]
-        assert {metric.split()[0] for metric in results.metric_names} <= {title.split(" ")[0] for title in titles}
-        assert all(f"| {row.name} " in text for row in results.rows)
+        assert f"{results.leading_metric} " in " ".join(_titles(results, width))
+        column = [line.split()[0] for line in text.splitlines() if line.strip()]
+        assert all(any(row.name.startswith(start) for start in column) for row in results.rows)
 
 
-def test_columns_of_the_wide_form_and_their_notes_are_left_out() -> None:
-    results = load_results(RESULTS / "quickstart.json")
-    text = terminal_text(results, width=120)
-    for absent in ("per user:", "McNemar"):
-        assert absent not in text
-    assert "mae ↓ advantage" in text
-    assert "rmse ↓ advantage" not in text
+def test_names_models_and_numbers_without_end_are_broken() -> None:
+    rows = [{"method": "x" * 99, "n": 9, "metrics": {"mae": 1e30}, "intervals": {"mae": [1e30, 2e30]}}]
+    text = terminal_text(typed({"rows": rows, "model": "m" * 200, "notes": ["n" * 200]}), width=60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert text.replace("\n", "").replace(" ", "").count("n" * 200) == 1
+
+
+def test_columns_is_the_width_and_80_if_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = PUBLISHED[0]
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: (_ for _ in ()).throw(OSError))
+    for columns in ("80", "160"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert terminal_text(results) == terminal_text(results, width=int(columns))
+    monkeypatch.delenv("COLUMNS")
+    assert terminal_text(results) == terminal_text(results, width=80)
+
+
+def test_a_wider_terminal_has_more_columns_and_a_narrow_one_says_where_they_are() -> None:
+    results = PUBLISHED[0]
+    narrow, wide, whole = (_titles(results, width) for width in (80, 160, 400))
+    assert narrow == ["method", "mae ↓", "personal gain", "Holm p"]
+    assert wide[:4] == whole[:4] == narrow
+    assert len(narrow) < len(wide) < len(whole)
+    assert {metric.split("@")[0] for metric in results.metric_names} <= {t.split()[0].split("@")[0] for t in whole}
+    for width in (80, 160):
+        flat = " ".join(terminal_text(results, width=width).split())
+        left_out = [title for title in whole if title not in _titles(results, width)]
+        assert f"Left out for lack of width: {', '.join(left_out)}." in flat
+        assert "are in the results file (JSON)" in flat
+    assert "Left out" not in terminal_text(results, width=400)
+
+
+def test_the_verdict_stands_first_and_few_users_are_a_warning() -> None:
+    rows = [{"method": name, "metrics": {"mae": 1.0}} for name in ("plug", "instruction-only")]
+    lines = terminal_text(typed({"rows": rows, "users": 6}), width=200).splitlines()
+    assert [line.partition("?")[0] for line in lines[:3]] == [
+        "Is plug personal",
+        "Is plug better than no history",
+        "Is plug better than rivals that cost nothing",
+    ]
+    assert lines[3] == "With 6 users, intervals and p-values say little; test on 20 users or more."
+    assert terminal_text(typed({"rows": []})).endswith("No rows.")
+
+
+def test_rates_above_zero_stand_before_further_metrics() -> None:
+    rows = [
+        {"method": "plain", "metrics": {"mae": 1.0, "rmse": 1.0}, "invalid_rate": 0.25, "truncated_rate": 0.0},
+        {"method": "copy", "metrics": {"mae": 1.0, "rmse": 1.0}},
+    ]
+    assert _titles(typed({"rows": rows}), 200) == ["method", "mae ↓", "invalid", "rmse ↓"]

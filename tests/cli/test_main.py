@@ -101,8 +101,38 @@ def test_evaluate_prints_the_table_and_writes_the_object(trained: Path, data: Pa
     rows = [row["method"] for row in json.loads(target.read_text())["rows"]]
     assert rows == ["plain", "instruction-only", "wrong-user", "shuffled", "plug", "all-knowing"]
     assert "personal gain" in done.output
-    assert "mae@median ↓ |" in done.output
-    assert "rmse@mean ↓ |" in done.output
+    flat = " ".join(done.output.split())
+    assert "mae@median ↓, rmse@mean ↓" in flat  # left out at 80 columns
+    assert "Is plug better than rivals that cost nothing? Not measured: add the rows user-mean" in flat
+
+
+def test_default_rows_need_the_train_split_of_the_run(trained: Path, data: Path, tmp_path: Path) -> None:
+    def rows(folder: Path) -> tuple[list[str], str]:
+        done = _call("evaluate", "--run", trained, "--data", folder, "--json", tmp_path / "r.json", "resamples=100")
+        assert done.exit_code == 0, done.output
+        return [row["method"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]], done.output
+
+    rivals = ["user-mean", "user-median", "user-majority", "classical"]
+    names, said = rows(data)
+    assert names == ["plain", "instruction-only", *rivals, "wrong-user", "plug", "all-knowing"]
+    assert "left out\n" not in said
+    dev_only = tmp_path / "dev-only"
+    dev_only.mkdir()
+    for file in data.iterdir():
+        if not file.name.startswith("train"):
+            (dev_only / file.name).write_bytes(file.read_bytes())
+    names, said = rows(dev_only)
+    assert names == ["plain", "instruction-only", "wrong-user", "plug", "all-knowing"]
+    assert "has no train split, so the rows that are fitted on it are left out" in said
+    questions = json.loads((data / "train_questions.json").read_text())
+    (dev_only / "train_questions.json").write_text(
+        json.dumps([q | {"user_id": f"new {q['user_id']}"} for q in questions])
+    )
+    (dev_only / "train_outputs.json").write_bytes((data / "train_outputs.json").read_bytes())
+    names, said = rows(dev_only)
+    assert "plug" in names
+    assert "classical" not in names
+    assert "has another train split than the run was trained on" in said
 
 
 def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(trained: Path, tmp_path: Path) -> None:
@@ -324,24 +354,22 @@ def test_the_control_that_this_command_trained_is_not_called_trained_already(
     assert caplog.text.count("is trained already") == 2
 
 
-def test_output_is_one_line_of_settings_a_verdict_and_narrow_tables(
-    trained: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_output_is_one_line_of_settings_a_verdict_and_a_narrow_table(
+    trained: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     done = _call("evaluate", "--run", trained, "--data", data, "--json", tmp_path / "r.json",
                  "--methods", "plain,wrong-user,plug,user-median", "resamples=200")  # fmt: skip
     assert done.exit_code == 0, done.output
     settings = [record.message for record in caplog.records if record.message.startswith("settings: ")]
     assert settings == ["settings: resamples=200"]
     lines = done.output.splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith("Best row: "))
-    assert [line.partition(":")[0] for line in lines[start : start + 3]] == [
-        "Best row",
-        "Personal gain",
-        "Best free rival",
-    ]
-    assert "user-median (mae ↓" in lines[start + 2]
-    assert max(map(len, lines[: lines.index("")])) <= 120
-    assert max(len(line) for line in lines if line.startswith("|")) <= 120
+    start = next(index for index, line in enumerate(lines) if line.startswith("Is plug personal? "))
+    written = next(index for index, line in enumerate(lines) if line.startswith("written to "))
+    assert max(map(len, lines[start:written])) <= 100
+    flat = " ".join(" ".join(lines[start:written]).split())
+    assert "no history? Not measured: add the row instruction-only" in flat
+    assert "of user-median;" in flat
 
 
 def test_a_damaged_cache_of_predictions_is_named_and_made_again(

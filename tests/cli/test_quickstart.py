@@ -24,6 +24,8 @@ def test_it_ends_with_a_table_an_oracle_and_two_users_side_by_side(
     results = run_quickstart(tmp_path / "q", demo=demo, settings=TOY)
     said = capsys.readouterr().out
     assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
+    assert {"user-mean", "user-median", "user-majority", "classical"} <= results.by_name.keys()
+    assert "Is plug better than rivals that cost nothing?" in " ".join(said.split())
     assert "personal gain" in said
     assert "given so far" in said
     assert (tmp_path / "q" / "results.json").exists()
@@ -40,6 +42,7 @@ def test_chats_end_with_a_table_and_three_users_side_by_side(
     said = capsys.readouterr().out
     assert [row.name for row in results.rows][-2:] == ["plug", "all-knowing"]
     assert results.rows[-1].metrics["manners"] == 1
+    assert {"copy", "user-words"} <= results.by_name.keys()
     assert said.count("has kept answers such as") == 3
     answers = said.partition("has kept answers such as")[2]
     assert answers.count("\nplain\n") == answers.count("\n> ") == 2

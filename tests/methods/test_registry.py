@@ -10,12 +10,14 @@ from personaplug.baselines.heuristics import CopyQuery, UserWords
 from personaplug.baselines.prompt_builder import RETRIEVERS
 from personaplug.baselines.regression import Regression
 from personaplug.baselines.retrievers import Retrieval
+from personaplug.data.task import Task
+from personaplug.data.task_registry import CHAT, LAMP_TASKS
 from personaplug.errors import ConfigError
-from personaplug.methods import find_method, needed_parts, parse_methods
+from personaplug.methods import default_rows, find_method, needed_parts, parse_methods
 from personaplug.methods.language_model import LanguageModelMethod
 from personaplug.methods.no_lm import BaselineMethod
 from personaplug.methods.prompt_texts import PromptTexts
-from personaplug.methods.registry import DEFAULT, known_methods
+from personaplug.methods.registry import known_methods
 from personaplug.training.baseline_parts import LORA, ROPG
 from personaplug.training.parts import INSTRUCTION, PLUG
 
@@ -87,7 +89,28 @@ def test_list_is_read_in_order() -> None:
     assert [method.name for method in parse_methods(" plug, bm25:4 ,plain")] == ["plug", "bm25:4", "plain"]
 
 
-@pytest.mark.parametrize("name", [*known_methods(), *DEFAULT, "plug+bm25:1", "plug+phrases", "bm25:4@wrong-user"])
+@pytest.mark.parametrize(
+    ("task", "rivals"),
+    [
+        (LAMP_TASKS["LaMP_3"], ["user-mean", "user-median", "user-majority", "classical"]),
+        (LAMP_TASKS["LaMP_2"], ["user-majority", "classical"]),
+        (LAMP_TASKS["LaMP_1"], ["classical"]),  # the items hold no labels, the prompts hold options
+        (replace(LAMP_TASKS["LaMP_2"], answer_field=None), []),
+        (LAMP_TASKS["LaMP_4"], ["copy", "user-words"]),
+        (CHAT, ["copy", "user-words"]),
+    ],
+)
+def test_default_rows_are_the_plug_its_controls_and_the_free_rivals_that_fit(task: Task, rivals: list[str]) -> None:
+    rows = default_rows(task)
+    assert [row.name for row in rows] == ["plain", "instruction-only", *rivals, "wrong-user", "plug"]
+    assert needed_parts(rows) == [INSTRUCTION, PLUG]
+    for row in rows:
+        row.check(task)
+    unfitted = default_rows(task, has_train_split=False)
+    assert unfitted == [row for row in rows if not row.needs_train_split]
+
+
+@pytest.mark.parametrize("name", [*known_methods(), "plug+bm25:1", "plug+phrases", "bm25:4@wrong-user"])
 def test_row_says_what_it_tests_and_keeps_its_name(name: str) -> None:
     method = find_method(name)
     assert method.name == name

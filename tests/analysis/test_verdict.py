@@ -1,0 +1,132 @@
+"""The verdict on a table: yes, no, not shown or not measured, with the row that is meant."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from result_objects import method_of, typed
+
+from personaplug.analysis.method_info import main_row
+from personaplug.analysis.verdict import verdict
+
+SCORES = {"instruction-only": 0.8, "wrong-user": 1.5, "plug": 0.5, "user-mean": 0.9, "user-median": 0.75}
+RIVALS = ("wrong-user", "instruction-only", "user-median")
+
+
+def _pair(b: str, difference: float, p: float | None, **more: Any) -> dict[str, Any]:
+    return {"a": "plug", "b": b, "metric": "mae", "difference": difference, "low": -2.0, "high": 2.0, "p": p} | more
+
+
+def _verdict(
+    pairs: list[dict[str, Any]], *, metric: str = "mae", scores: dict[str, float | None] = SCORES
+) -> list[str]:
+    rows = [{"method": name, "metrics": {} if score is None else {metric: score}} for name, score in scores.items()]
+    pairs = [pair | {"metric": metric} for pair in pairs]
+    return verdict(typed(json.loads(json.dumps({"rows": rows, "pairs": pairs}))))  # NaN, as a file may hold it
+
+
+def test_each_question_is_answered_with_its_figures_and_its_rival() -> None:
+    pairs = [_pair("wrong-user", 1.0, 0.02), _pair("instruction-only", -0.3, 0.0004), _pair("user-median", 0.25, 0.05)]
+    assert _verdict(pairs) == [
+        "Is plug personal? Yes: mae ↓ 0.500 against 1.500 of wrong-user; advantage +1.000 [-2.000, +2.000], p = 0.020.",
+        "Is plug better than no history? No: mae ↓ 0.500 against 0.800 of instruction-only; "
+        "advantage -0.300 [-2.000, +2.000], p < 0.001.",
+        "Is plug better than rivals that cost nothing? Not shown: mae ↓ 0.500 against 0.750 of user-median, "
+        "the best of 2 such rows; advantage +0.250 [-2.000, +2.000], p = 0.050.",
+    ]
+
+
+@pytest.mark.parametrize("rival", range(3))
+@pytest.mark.parametrize(
+    ("difference", "p", "holm", "word"),
+    [
+        (0.2, 0.049, None, "Yes"),
+        (-0.2, 0.049, None, "No"),
+        (0.2, 0.051, None, "Not shown"),
+        (-0.2, 0.9, None, "Not shown"),
+        (0.2, 0.01, 0.06, "Not shown"),
+        (0.2, 0.01, 0.04, "Yes"),
+        (math.nan, math.nan, None, "Not shown"),
+        (0.2, None, None, "Not shown"),
+    ],
+)
+def test_the_corrected_p_and_the_sign_decide(
+    rival: int, difference: float, p: float | None, holm: float | None, word: str
+) -> None:
+    pair = _pair(RIVALS[rival], difference, p) | ({} if holm is None else {"p_holm": holm})
+    sentence = _verdict([pair])[rival]
+    assert f"? {word}: mae ↓ 0.500 against" in sentence
+    assert ("Holm p" in sentence) == (holm is not None)
+    assert ("without a p" in sentence) == (p is None or math.isnan(p))
+
+
+def test_a_pair_that_stands_the_other_way_round_is_turned() -> None:
+    turned = _pair("plug", -0.25, 0.01, low=-0.4, high=-0.1) | {"a": "user-median"}
+    assert _verdict([turned])[2].endswith("advantage +0.250 [+0.100, +0.400], p = 0.010.")
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "add"),
+    [
+        ("mae", "user-median", "user-mean,user-median,user-majority"),
+        ("accuracy", "user-mean", "user-majority,classical"),
+        ("rouge_1", "user-mean", "copy,user-words"),
+    ],
+)
+def test_the_direction_of_the_metric_tells_the_best_rival_and_the_rows_to_add(metric: str, best: str, add: str) -> None:
+    pairs = [_pair(name, 0.1, 0.01) for name in ("user-median", "user-mean")]
+    assert f" of {best}, the best of 2 such rows" in _verdict(pairs, metric=metric)[2]
+    assert _verdict([], metric=metric, scores={"plug": 0.5}) == [
+        "Is plug personal? Not measured: add the row plug@wrong-user to --methods.",
+        "Is plug better than no history? Not measured: add the row instruction-only to --methods.",
+        f"Is plug better than rivals that cost nothing? Not measured: add the rows {add} to --methods.",
+    ]
+
+
+def test_counted_labels_are_a_rival_and_are_named_where_they_are_missing() -> None:
+    scores = {"plug": 0.5, "user-majority": 0.9, "user-majority@wrong-user": 0.1, "all-knowing": 0.05}
+    sentence = _verdict([_pair("user-majority", 0.4, 0.01)], scores=scores)[2]
+    assert "0.900 of user-majority;" in sentence
+    assert sentence.endswith(
+        "To add instruction+labels, train it first: personaplug train --methods instruction+labels."
+    )
+    sentence = _verdict([_pair("instruction+labels", 0.1, 0.2)], scores=scores | {"instruction+labels": 0.6})[2]
+    assert "Not shown: mae ↓ 0.500 against 0.600 of instruction+labels, the best of 2 such rows" in sentence
+    assert "train it first" not in sentence
+
+
+def test_scores_that_are_missing_or_no_numbers_decide_nothing() -> None:
+    pairs = [_pair(name, math.nan, math.nan) for name in ("user-mean", "wrong-user")]
+    personal, no_history, free = _verdict(pairs, scores={**SCORES, "wrong-user": math.nan, "user-median": math.nan})
+    assert "Not shown: mae ↓ 0.500 against nan of wrong-user; advantage nan without a p" in personal
+    assert no_history.endswith(
+        "Not measured: the results do not compare plug with instruction-only. Evaluate both in one table."
+    )
+    assert " of user-mean;" in free
+    likelihood = _verdict([], metric="nll", scores={"plug": 1.0, "copy": None})
+    assert likelihood[2].endswith("Not measured: copy has no nll.")
+
+
+def test_a_table_without_a_personal_row_says_so_and_a_single_row_nothing() -> None:
+    assert _verdict([], scores={"plain": 1.0}) == _verdict([], scores={}) == []
+    (sentence,) = _verdict([], scores={"plain": 1.0, "user-mean": 0.5, "random-vectors": 0.4})
+    assert (
+        sentence == "Is it personal? Not measured: no row uses the user's own history. Add the row plug to --methods."
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "main"),
+    [
+        (["plain", "bm25:4", "plug+bm25:1", "wrong-user", "plug", "paper-plug"], "plug"),
+        (["bm25:4", "plug+bm25:1", "user-mean"], "plug+bm25:1"),
+        (["user-mean", "instruction+labels", "bm25:4", "profile"], "bm25:4"),
+        (["plain", "lora", "wrong-user", "population-persona", "classical"], None),
+    ],
+)
+def test_the_main_row_is_the_first_plug_or_else_the_first_with_own_history(names: list[str], main: str | None) -> None:
+    found = main_row([method_of(name) for name in names])
+    assert (found.name if found else None) == main

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from personaplug.api import Plug
     from personaplug.config import Config, PlugConfig
     from personaplug.config_parsing import load_config
     from personaplug.data import load_task, open_dataset
@@ -42,6 +43,7 @@ _HOME = {
     "PersonaPlug": "plug.model",
     "PersonaPlugError": "errors",
     "Personalizer": "plug.personalizer",
+    "Plug": "api",
     "PlugConfig": "config",
     "PromptBatch": "llm.base",
     "Run": "run",
@@ -72,6 +74,7 @@ __all__ = [
     "PersonaPlug",
     "PersonaPlugError",
     "Personalizer",
+    "Plug",
     "PlugConfig",
     "PromptBatch",
     "Run",

@@ -1,12 +1,14 @@
-"""One answer for one user: a prompt or a conversation and the user's items in, text out."""
+"""One answer for one user: a prompt or a conversation and the user's items in, text out; and its explanation."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+
+import torch
 
 from personaplug.analysis.point_estimates import LabelDistribution, label_distribution
 from personaplug.config import EvaluationConfig
@@ -19,6 +21,9 @@ from personaplug.encoders.encoded_sample import past_answers
 from personaplug.errors import ConfigError
 from personaplug.llm.base import GenerationConfig, PromptBatch
 from personaplug.llm.ngram_cache import check_ngrams
+from personaplug.llm.soft_prompt import SoftPrompt
+from personaplug.plug.attribution import item_weights, leave_one_out
+from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 from personaplug.run import Models, Run, open_models
 
@@ -36,12 +41,31 @@ class Answer(str):
         return answer
 
 
+@dataclass(frozen=True, repr=False)
+class ItemInfluence:
+    """What one item of a history did to a persona and to an answer.
+
+    Attributes:
+        weight: the item's share of the persona.
+        effect: how much the log-probability of the answer falls without the item; None if no answer was given.
+    """
+
+    item: HistoryItem
+    weight: float
+    effect: float | None = None
+
+    def __str__(self) -> str:
+        effect = "" if self.effect is None else f"  effect {self.effect:+.3f}"
+        return f"weight {self.weight:.3f}{effect}  {self.item.text}"
+
+
 def generate(
     run: Run,
     prompt: Prompt,
     *,
     history: str | Path | Sequence[HistoryItem] = (),
     models: Models | None = None,
+    plug: PersonaPlug | None = None,
     seed: int | None = None,
     plain: bool = False,
     phrases: bool = False,
@@ -52,6 +76,7 @@ def generate(
     Args:
         history: the user's items, or a file for `read_items`; without items the user is new.
         models: the run's models; None = load them.
+        plug: the run's plug; None = load it.
         seed: which training; None = the first.
         plain: leave the plug out.
         config: how to answer; None = as in the run's own config.
@@ -61,15 +86,18 @@ def generate(
     if phrases:
         check_ngrams(run.task)
     _check_texts(prompt)
-    items = read_items(history, task=run.task) if isinstance(history, str | Path) else tuple(history)
-    _check_items(items, run.task)
-    items = tuple(replace(item, answer_labels=run.task.labels) for item in items)
+    items = _checked_items(history, run.task)
     models, config = models or open_models(run.config), config or run.config.evaluation
     personalizer = None
     if not plain:
-        plug = run.load_plug("plug", seed=run.config.training.seeds[0] if seed is None else seed, models=models)
+        plug = plug or load_plug(run, models, seed=seed)
         personalizer = Personalizer(plug, persona_scale=config.persona_scale)
     return respond(prompt, items, run=run, models=models, personalizer=personalizer, config=config, phrases=phrases)
+
+
+def load_plug(run: Run, models: Models, *, seed: int | None = None) -> PersonaPlug:
+    """Load the plug of one training of a run; a seed of None is the first."""
+    return run.load_plug("plug", seed=run.config.training.seeds[0] if seed is None else seed, models=models)
 
 
 def run_for(prompt: Prompt, runs: Sequence[Run]) -> Run:
@@ -117,6 +145,64 @@ def respond(
         ngrams = [models.llm.build_ngram_cache(answers)]
     generated = models.llm.generate(PromptBatch([prompt], soft, ngrams=ngrams), _generation_config(task, config))
     return Answer(generated[0].text)
+
+
+def explain(
+    run: Run,
+    prompt: Prompt,
+    *,
+    history: str | Path | Sequence[HistoryItem],
+    answer: str | None = None,
+    models: Models | None = None,
+    plug: PersonaPlug | None = None,
+) -> list[ItemInfluence]:
+    """Say which items of a user made the persona for a prompt, the heaviest first.
+
+    Args:
+        history: the user's items, or a file for `read_items`.
+        answer: also say how much likelier each item makes this answer, and sort by that; a pass of the language model
+            for each item.
+        models, plug: the run's; None = load them.
+    Raises:
+        ConfigError: as for `generate`, or if the answer is none of the task's labels.
+    """
+    _check_texts(prompt)
+    task, items = run.task, _checked_items(history, run.task)
+    if answer is not None and task.labels and answer not in task.labels:
+        raise ConfigError(f"The answers of {task.name} are {', '.join(task.labels)}; the answer given is none of them.")
+    models = models or open_models(run.config)
+    personalizer = Personalizer(plug or load_plug(run, models), persona_scale=run.config.evaluation.persona_scale)
+    query, items = _query(run, last_message(prompt)), personalizer.used_items(items)
+    encoded = personalizer.encode(items, encoder=models.encoder)
+    weights = item_weights(personalizer, query.text, encoded).tolist()
+    effects: list[float | None] = [None] * len(items)
+    if answer is not None:
+        softs = [personalizer.persona(query.text, part, options=query.options) for part in leave_one_out(encoded)]
+        whole = personalizer.persona(query.text, encoded, options=query.options)
+        likelihood, *without = _log_likelihoods(prompt, answer, [whole, *softs], run=run, models=models)
+        effects = [likelihood - other for other in without]
+    influences = list(map(ItemInfluence, items, weights, effects))
+    return sorted(influences, key=lambda each: each.weight if each.effect is None else abs(each.effect), reverse=True)
+
+
+@torch.no_grad()
+def _log_likelihoods(
+    prompt: Prompt, answer: str, softs: Sequence[SoftPrompt], *, run: Run, models: Models
+) -> list[float]:
+    """Return log p of an answer with each soft prompt."""
+    rows, values = run.config.evaluation.evaluation_batch_size, list[float]()
+    for start in range(0, len(softs), rows):
+        part = softs[start : start + rows]
+        batch = PromptBatch([prompt] * len(part), SoftPrompt.cat(part))
+        losses, _ = models.llm.loss(batch, [answer] * len(part), labels=run.task.labels)
+        values += (-losses.float()).tolist()
+    return values
+
+
+def _checked_items(history: str | Path | Sequence[HistoryItem], task: Task) -> tuple[HistoryItem, ...]:
+    items = read_items(history, task=task) if isinstance(history, str | Path) else tuple(history)
+    _check_items(items, task)
+    return tuple(replace(item, answer_labels=task.labels) for item in items)
 
 
 def _check_texts(prompt: Prompt) -> None:

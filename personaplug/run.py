@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -346,6 +347,16 @@ class Run:
             )
         if is_main():
             write_checked_json(self.folder / "data.json", {**about, "run": self.id})
+
+    def export(self, folder: Path, names: Sequence[str]) -> None:
+        """Write a run that holds nothing of any user: settings, task, wordings, and what was trained under `names`."""
+        for place in [self.check_trained(name, seed=seed) for seed in self.config.training.seeds for name in names]:
+            unneeded = shutil.ignore_patterns("log.jsonl", "tensorboard", ".*")
+            shutil.copytree(place, folder / place.relative_to(self.folder), ignore=unneeded, dirs_exist_ok=True)
+        shutil.copyfile(self.folder / "config.yaml", folder / "config.yaml")
+        write_checked_json(folder / "data.json", {**self._data(), "users": [], "run": self.id})
+        about = read_json(self.folder / "run.json", remedy=_REMEDY)
+        write_checked_json(folder / "run.json", {**about, "vectors": None})  # last: it makes the folder a run
 
     def _data(self) -> dict[str, Any]:
         """What is noted of the training data; nothing if nothing has been trained."""

@@ -193,6 +193,11 @@ class Results(ResultPart):
     about: Provenance = field(default_factory=Provenance)
     subgroups: list[Subgroup] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        from personaplug.analysis.terminal import terminal_text  # which needs this module
+
+        return terminal_text(self)
+
     def to_json(self) -> dict[str, object]:
         subgroups = [subgroup.to_json() for subgroup in self.subgroups]
         return self.about.to_json() | super().to_json() | ({"subgroups": subgroups} if subgroups else {})

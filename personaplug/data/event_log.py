@@ -19,7 +19,7 @@ from personaplug.data.parsing import Flaw, as_datetime, as_record, field_of, id_
 from personaplug.data.record_files import record_source
 from personaplug.data.record_reader import Limits, RecordReader
 from personaplug.data.records import HistoryItem, Sample
-from personaplug.data.task import Task
+from personaplug.data.task import ReadReport, Task
 from personaplug.errors import ConfigError, nearest
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,10 @@ class ColumnMapping:
     def __post_init__(self) -> None:
         if self.date_format is not None:
             check_date_format(self.date_format)
+
+    def prompt_of(self, fields: Mapping[str, str], *, task: Task) -> str:
+        """Return the prompt with the texts of its fields."""
+        return _fill(_parse_template(self, task), fields)
 
 
 class EventLogReader(RecordReader):
@@ -94,6 +98,14 @@ class EventLogReader(RecordReader):
         self._split, self._queries_per_user, self._dev_queries = split, queries_per_user, dev_queries
         self._min_history = min_history
         self._has_reported = False
+
+    def histories(self) -> Iterator[Sample]:
+        """Yield a sample for each user whose history holds all rows of the user; it asks nothing."""
+        self.report = ReadReport()
+        prompt = _fill(self._template, dict.fromkeys(self._mapping.fields, "history"))
+        for user, rows in self._rows_by_user().items():
+            items = [(row.moment, row.item) for row in rows]
+            yield self._sample_of(user, user, prompt, target=None, items=items)
 
     def _samples(self) -> Iterator[Sample]:
         for user, rows in self._rows_by_user().items():

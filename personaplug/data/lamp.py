@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -54,23 +54,32 @@ def open_dataset(folder: str | Path, split: str, *, task: Task | str | None = No
     return _LampReader(questions, outputs, task, **limits)
 
 
-def read_items(path: str | Path, *, task: Task) -> tuple[HistoryItem, ...]:
-    """Read one user's items: one JSON object a line, or one JSON list, plain or gzipped.
+def read_items(source: str | Path | Iterable[object], *, task: Task) -> tuple[HistoryItem, ...]:
+    """Read one user's items: a file with one JSON object a line or one JSON list, plain or gzipped, or mappings.
 
     An item holds the task's fields and may hold a "date" and an "id"; by default, the id is its line number or its
     number in the list. Items are sorted by time if all are dated.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingData(f"There is no file {path}.")
-    is_list = holds_list(path)
+    name, unit, records = _item_records(source)
     items = []
-    for number, record in stream_values(path, "item", opening=b"[", unit="item") if is_list else json_lines(path):
+    for number, record in records:
         try:
             items.append(item_of(task, record, default_id=str(number)))
         except Flaw as flaw:
-            raise RecordError(path, f"{'item' if is_list else 'line'} {number}", reason=str(flaw)) from None
+            raise RecordError(name, f"{unit} {number}", reason=str(flaw)) from None
     return in_time_order(items)
+
+
+def _item_records(source: str | Path | Iterable[object]) -> tuple[str, str, Iterable[tuple[int, object]]]:
+    """Return the name of a source for messages, what it counts, and its records with their numbers."""
+    if not isinstance(source, str | Path):
+        return "the history", "item", enumerate(source, start=1)
+    path = Path(source)
+    if not path.is_file():
+        raise MissingData(f"There is no file {path}.")
+    if holds_list(path):
+        return str(path), "item", stream_values(path, "item", opening=b"[", unit="item")
+    return str(path), "line", json_lines(path)
 
 
 class _LampReader(RecordReader):

@@ -34,10 +34,12 @@ class RecordSource:
 def record_source(
     source: object, *, kinds: Sequence[str] = (*JSON_KINDS, *DELIMITED_KINDS, ".parquet"), delimiter: str | None = None
 ) -> RecordSource:
-    """Open a file by its suffix, all also with .gz, or rows in memory (see `Table`).
+    """Open a file by its suffix, all also with .gz, or rows in memory (see `Table`); an open source stays as it is.
 
     A file *.json holds a list of objects, or one object a line.
     """
+    if isinstance(source, RecordSource):
+        return source
     if not isinstance(source, (str, Path)):
         table = Table(source)
         return RecordSource(table.name, table.records)

@@ -57,16 +57,19 @@ class Personalizer:
         soft: SoftPrompt = self.plug(queries, history, options=options, persona_scale=self.persona_scale)
         return soft
 
-    def encode(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
-        """Encode the items of a user that are used: the plug knows their kinds, and they are at most `max_history`."""
+    def used_items(self, items: Sequence[HistoryItem]) -> list[HistoryItem]:
+        """Return the items of a user that are used: the plug knows their kinds, and they are at most `max_history`."""
         kinds = kind_ids(items)
         known = self.plug.known_items(kinds)
-        used = known[latest_items(kinds[known], self.plug.config.max_history)]
-        items = [items[index] for index in used]
+        return [items[index] for index in known[latest_items(kinds[known], self.plug.config.max_history)]]
+
+    def encode(self, items: Sequence[HistoryItem], *, encoder: Encoder) -> EncodedHistory:
+        """Encode the items of a user that are used."""
+        items = self.used_items(items)
         texts = [item.encoded(with_answer=self.plug.config.encodes_answers) for item in items]
         vectors = encoder.encode(texts).astype(np.float16) if texts else np.empty((0, encoder.width), np.float16)
         style = style_of_answers(items) if self.plug.config.reads_style else no_style(len(items))
-        return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), style, kinds[used])
+        return EncodedHistory(vectors, label_ids(items, self.plug.spec.labels), style, kind_ids(items))
 
     @torch.no_grad()
     def precompute(self, history: EncodedHistory) -> HistoryBatch:

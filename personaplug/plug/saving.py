@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from personaplug.infra.tensor_files import Shapes, check_header, stored_checksum
 
 FORMAT_VERSION = 1
 ABOUT, WEIGHTS, CARD = "plug.json", "plug.safetensors", "README.md"
+EXAMPLE = 'plug = PersonaPlug.from_pretrained("this folder or repository", encoder=encoder, llm=llm.identity)'
 REMEDY = "Restore the folder, or train the plug again."
 
 
@@ -110,12 +111,12 @@ def _described_shapes(config: PlugConfig, spec: PlugSpec) -> Shapes:
     return shapes
 
 
-def find_plug(name: str | Path, **hub_options: Any) -> Path:
-    """Return the local folder of a plug: `name` itself if it is a folder, else a snapshot from the hub."""
+def find_plug(name: str | Path, *, files: Sequence[str] = (ABOUT, WEIGHTS), **hub_options: Any) -> Path:
+    """Return the local folder of a plug: `name` itself if it is a folder, else a snapshot of these files on the hub."""
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[ABOUT, WEIGHTS], **hub_options))
+        return Path(snapshot_download(str(name), allow_patterns=list(files), **hub_options))
     except Exception as error:  # the hub's client also raises the errors of its HTTP library
         raise MissingData(
             f"There is no plug {str(name)!r}: it is no local folder, and the hub gave none ({type(error).__name__}). "
@@ -123,7 +124,10 @@ def find_plug(name: str | Path, **hub_options: Any) -> Path:
         ) from error
 
 
-def model_card(config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any], parameters: int) -> ModelCard:
+def model_card(
+    config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any], parameters: int, example: str = EXAMPLE
+) -> ModelCard:
+    """Return the card of a plug; `example` is the code that loads it."""
     name = spec.llm.name
     is_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     card: ModelCard = ModelCard.from_template(
@@ -139,5 +143,6 @@ def model_card(config: PlugConfig, *, spec: PlugSpec, training: Mapping[str, Any
         spec=spec,
         training=training,
         parameters=parameters,
+        example=example,
     )
     return card

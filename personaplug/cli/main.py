@@ -35,11 +35,13 @@ from personaplug.cli.serving_commands import (
     verify_receipt,
 )
 from personaplug.cli.store_commands import (
-    backup_store,
+    backup,
     list_preferences,
+    load,
     replay_erasures,
-    restore_store,
+    restore,
     set_preferences,
+    users,
 )
 from personaplug.errors import ConfigError, PersonaPlugError, UserError
 from personaplug.infra.distributed import (
@@ -56,6 +58,7 @@ _AFTER_STOP = {
     "encode": "; the same command goes on with the texts that are missing",
     "evaluate": "; the same command goes on with the rows that are missing",
     "predict": "; the same command goes on with the rows that are missing",
+    "load": "; the same command goes on with the items that are missing",
     "refill-store": "; the same command goes on with the users that are missing",
 }
 """What the same command does after Ctrl-C, for commands that keep what they have done."""
@@ -131,6 +134,6 @@ for _command in (
     *(quickstart, simulate, encode, train, evaluate, predict, generate, estimate, schema),
     *(bench, report, score, lamp, convert, import_command, split_command, synthesize),
     *(serve, create_key, revoke_key, erase_user, explain, refill_store, verify_receipt),
-    *(backup_store, restore_store, replay_erasures, list_preferences, set_preferences),
+    *(load, users, backup, restore, replay_erasures, list_preferences, set_preferences),
 ):
     main.add_command(_command)

@@ -25,6 +25,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 
 FILE, FOLDER = click.Path(path_type=Path), click.Path(file_okay=False, path_type=Path)
+FEW_USERS = 100
+"""A plug for fewer users is trained with a warning."""
+
 _SETTINGS_HELP = "Settings are given as key=value words (learning_rate=3e-4) or in a YAML file; the words win."
 
 
@@ -130,3 +133,14 @@ def tell_read(reader: Any, split: str) -> None:
     click.echo(f"{split}: {report.summary()}", err=True)
     for problem in report.problems[:10]:
         click.echo(f"  skipped: {problem}", err=True)
+
+
+def warn_of_few_users(count: int) -> None:
+    """Warn if a training has so few users that a plug can hardly learn how they differ; 0 = files name no users."""
+    if 0 < count < FEW_USERS:
+        click.echo(
+            f"warning: {count} users are few. A plug learns from the differences between users, and those of fewer "
+            f"than {FEW_USERS} may not hold for the next user. `personaplug evaluate` shows whether the row plug is "
+            f"better than wrong-user; if it is not, collect more users.",
+            err=True,
+        )

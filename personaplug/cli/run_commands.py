@@ -29,6 +29,7 @@ from personaplug.cli.options import (
     tell_read,
     train_of,
     vectors_option,
+    warn_of_few_users,
     with_settings,
 )
 from personaplug.cli.shared_training import tell_trained, train_together
@@ -244,6 +245,7 @@ def train(
         return
     tell_trained(trained)
     tell_read(reader, "train")
+    warn_of_few_users(reader.report.users)
     if config.training.train_limit:
         click.echo(f"of these samples {config.training.train_limit} were drawn (train_limit)", err=True)
     if parts == []:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from personaplug.cli.options import device_of, show, tell_read
+from personaplug.cli.options import device_of, show, tell_read, warn_of_few_users
 from personaplug.config import Config
 from personaplug.infra.distributed import connect, disconnect, is_main, synchronized
 
@@ -45,6 +45,7 @@ def train_together(
         tell_trained(trained)
         for task, reader in zip(tasks, readers, strict=True):
             tell_read(reader, f"{task.name} train")
+            warn_of_few_users(reader.report.users)
 
 
 def tell_trained(folders: Sequence[Path]) -> None:

@@ -1,27 +1,170 @@
-"""The commands about a store of histories: back it up and restore it; read and replace stated preferences."""
+"""The commands about a store of histories: load, list, back up and restore it; stated preferences."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from personaplug.cli.options import FILE, secret_option
+from personaplug.cli.log_options import are_conversations, log_options
+from personaplug.cli.options import FILE, check_same_task, secret_option, seed_option
 from personaplug.cli.serving_commands import check_installed
-from personaplug.errors import ConfigError
+from personaplug.data.logs.options import LogOptions
+from personaplug.errors import ConfigError, MissingData
+
+if TYPE_CHECKING:
+    from personaplug.data.records import HistoryItem
+    from personaplug.run import Run
 
 _STORE = click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL. It may be in use.")
 _TENANT = click.option("--tenant", default="default", show_default=True)
 _USER = click.option("--user", required=True)
 
 
-@click.command("backup-store")
+@click.command()
+@click.argument("files", nargs=-1, type=FILE, metavar="[LOG]...")
+@click.option(
+    "--run", "run_folder", required=True, type=FILE, help="The run that is served; its encoder reads the items."
+)
+@click.option("--store", required=True, help="Histories: a file, or a postgresql:// URL; made if it does not exist.")
+@click.option("--data", type=FILE, help="Data folder, in place of LOG: the histories of all its samples.")
+@secret_option
+@_TENANT
+@seed_option
+@click.option("--task", "task_name", help="Of a run of several tasks, the one of LOG.")
+@click.option("--keep-text", is_flag=True, help="Keep the items' texts, in a new store.")
+@click.option("--include-erased", is_flag=True, help="Load users too who were erased from the store.")
+@log_options(declares_task=False)
+def load(
+    files: tuple[Path, ...],
+    run_folder: Path,
+    store: str,
+    data: Path | None,
+    secret: Path | None,
+    tenant: str,
+    seed: int | None,
+    task_name: str | None,
+    keep_text: bool,
+    include_erased: bool,
+    **options: Any,
+) -> None:
+    """Load the histories of an app's LOG, or of a data folder, into a store. It may be in use by a server.
+
+    LOG is what `import` reads. All its usable rows become items, the last row of each user too. The same command again
+    goes on after an interruption and adds what is new; items that are stored already are skipped.
+    """
+    check_installed()
+    from personaplug.infra.progress import Progress
+    from personaplug.serving.config import ServingConfig
+    from personaplug.serving.persona_cache import check_fits
+    from personaplug.serving.setup import open_parts, open_store
+    from personaplug.store.loading import load_histories
+
+    if bool(files) == bool(data):
+        raise ConfigError("Give the files of a log, or a data folder by --data: one of them.")
+    run = _run_of(run_folder, data, task_name)
+    histories = _histories_of_data(data, run) if data else _histories_of_log(files, LogOptions(**options), run)
+    encoder, load_plug = open_parts(run, seed=seed)
+    plug, config = load_plug(None), ServingConfig(store=store, secret=secret, seed=seed, keep_text=keep_text)
+    with (
+        closing(open_store(plug, encoder, config=config)) as opened,
+        Progress("load", total=len(histories), unit="users") as progress,
+    ):
+        check_fits(plug, opened)
+        result = load_histories(opened, tenant, histories, include_erased=include_erased, progress=progress.advance)
+    new, replaced, same = result.items
+    click.echo(f"{store}: {result.users:,} users; {new:,} items new, {replaced:,} replaced, {same:,} as before")
+    if result.erased:
+        click.echo(
+            f"{result.erased:,} users were erased from this store and are left out; --include-erased loads them",
+            err=True,
+        )
+
+
+def _run_of(folder: Path, data: Path | None, task_name: str | None) -> Run:
+    """Return the run of a task, of the only one if there is one."""
+    from personaplug.data import load_task
+    from personaplug.shared_run import SharedRun, holds_shared_run, open_runs
+
+    if not holds_shared_run(folder):
+        run = open_runs(folder)[0]
+        if data:
+            check_same_task(data, run.task)
+        return run
+    shared = SharedRun.open(folder)
+    name = load_task(data).name if data else task_name
+    if name is None:
+        raise ConfigError(f"{folder} has several tasks: {', '.join(shared.names)}. Name the log's by --task.")
+    return shared.find(name)
+
+
+def _histories_of_data(folder: Path, run: Run) -> Mapping[str, Sequence[HistoryItem]]:
+    from itertools import chain
+
+    from personaplug.data import open_dataset
+    from personaplug.store.loading import histories_of
+
+    splits = sorted({path.name.split("_questions")[0] for path in folder.glob("*_questions.json*")})
+    if not splits:
+        raise MissingData(f"{folder} holds no {{train,dev,test}}_questions.json[.gz].")
+    order = sorted(splits, key=lambda split: (split != "train", split))  # histories of train are the earlier ones
+    readers = [open_dataset(folder, split, task=run.task, max_history=sys.maxsize) for split in order]
+    return histories_of(chain.from_iterable(readers))
+
+
+def _histories_of_log(files: Sequence[Path], options: LogOptions, run: Run) -> Mapping[str, Sequence[HistoryItem]]:
+    from personaplug.data.conversations import open_conversations
+    from personaplug.data.logs.log import read_log
+    from personaplug.data.logs.writing import describe_columns, describe_rows
+    from personaplug.data.task_registry import CHAT
+
+    if are_conversations(files, options, format=None):
+        if run.task.kind != "chat" or run.task.field_names != CHAT.field_names:
+            raise ConfigError(f"The files hold conversations, and items of {run.task.name} are of another form.")
+        return dict(open_conversations(files).histories())
+    log = read_log(files, options, task=run.task)
+    click.echo("\n".join(describe_columns(log)), err=True)
+    reader = log.reader()
+    histories = dict(reader.histories())
+    click.echo("\n".join(describe_rows(log, reader.report)), err=True)
+    return histories
+
+
+@click.command()
+@_STORE
+@secret_option
+@click.option("--tenant", help="Only the users of this tenant.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def users(store: str, secret: Path | None, tenant: str | None, as_json: bool) -> None:
+    """List the users of a store: id, number of items, date of the last item, number of stated preferences."""
+    check_installed()
+    from personaplug.store.history_store import HistoryStore
+    from personaplug.store.user_list import list_users
+
+    with closing(HistoryStore.open(store, secret=secret)) as opened:
+        stored = list_users(opened, tenant=tenant)
+    if as_json:
+        click.echo(json.dumps([user.to_dict() for user in stored], indent=2, ensure_ascii=False))
+        return
+    rows = [("tenant", "user", "items", "last", "preferences")]
+    rows += [
+        (user.tenant, user.user, f"{user.items:,}", str(user.last or "-"), str(user.preferences)) for user in stored
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@click.command()
 @click.option("--store", required=True, help="Histories in a SQLite file; it may be in use.")
 @click.option("--to", "target", required=True, type=FILE, help="File to make.")
 @secret_option
-def backup_store(store: str, target: Path, secret: Path | None) -> None:
+def backup(store: str, target: Path, secret: Path | None) -> None:
     """Write a store of histories into one file with a checksum. Keep the store's secret too, in another place."""
     check_installed()
     from personaplug.store.backup import back_up
@@ -31,20 +174,20 @@ def backup_store(store: str, target: Path, secret: Path | None) -> None:
         back_up(opened, target)
 
 
-@click.command("restore-store")
-@click.option("--from", "backup", required=True, type=FILE, help="File made by `backup-store`.")
+@click.command()
+@click.option("--from", "source", required=True, type=FILE, help="File made by `backup`.")
 @click.option("--to", "target", required=True, type=FILE, help="SQLite file to make.")
 @click.option("--current", help="Store in use until now: its erasures since the backup are repeated.")
 @secret_option
-def restore_store(backup: Path, target: Path, current: str | None, secret: Path | None) -> None:
+def restore(source: Path, target: Path, current: str | None, secret: Path | None) -> None:
     """Make a store of histories from a backup, if the backup is as it was written."""
     check_installed()
-    from personaplug.store.backup import restore
+    from personaplug.store import backup as backups
     from personaplug.store.history_store import HistoryStore
 
     with ExitStack() as stack:
         in_use = stack.enter_context(closing(HistoryStore.open(current, secret=secret))) if current else None
-        restore(backup, target, secret=secret, current=in_use)
+        backups.restore(source, target, secret=secret, current=in_use)
     if not current:
         click.echo(
             f"Users erased since the backup are back. If the store in use until now is at hand: "

@@ -24,7 +24,9 @@ NumberedRecord = tuple[str, int, object]
 """A position in words, the number of the record from 1 (in JSON lines: of its line), and its value or a Flaw."""
 
 
-def delimited_records(path: Path, columns: Sequence[str], *, delimiter: str | None) -> Iterator[NumberedRecord]:
+def delimited_records(
+    path: Path, columns: Sequence[str], *, delimiter: str | None, encoding: str | None = None
+) -> Iterator[NumberedRecord]:
     """Yield the rows of a file as mappings of column to text.
 
     A quote that is never closed would swallow the rows after it, so it is an error that cannot be skipped.
@@ -33,8 +35,9 @@ def delimited_records(path: Path, columns: Sequence[str], *, delimiter: str | No
         columns: the columns to read. If all are numbers, they count the columns of a file without header from "1",
             unless its first line is the numbers that pandas writes in the place of names.
         delimiter: None for the one of `DELIMITERS` that finds these columns in the first line.
+        encoding: of a file without a byte order mark; None = UTF-8.
     """
-    lines = _Lines(path)
+    lines = _Lines(path, encoding)
     first = lines.skip_to_header()
     if first is None:
         return
@@ -61,9 +64,9 @@ def delimited_records(path: Path, columns: Sequence[str], *, delimiter: str | No
 class _Lines:
     """The lines of a file, and where the current record began."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, encoding: str | None) -> None:
         self.path, self.number, self.record_start = path, 0, 1
-        self._lines = text_lines(path)
+        self._lines = text_lines(path, encoding=encoding)
         self._pushed: list[str] = []
         self._quotes: list[int] = []  # of each line of the record
 

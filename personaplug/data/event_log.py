@@ -82,9 +82,15 @@ class EventLogReader(RecordReader):
         dev_queries: int = 1,
         min_history: int = 1,
         delimiter: str | None = None,
+        origin: str | None = None,
         **limits: Unpack[Limits],
     ) -> None:
-        """Check the settings; `delimiter` is that of a file like CSV, None for finding it."""
+        """Check the settings.
+
+        Args:
+            delimiter: of a file like CSV; None for finding it.
+            origin: the name of the log in messages; None = that of the file, or the type of the rows.
+        """
         if split not in ("train", "dev"):
             raise ConfigError(f"A log has the splits 'train' and 'dev'; found {split!r}.")
         counts = {"queries_per_user": queries_per_user, "dev_queries": dev_queries, "min_history": min_history}
@@ -93,7 +99,7 @@ class EventLogReader(RecordReader):
             if value < least:
                 raise ConfigError(f"{name} should be at least {least}, found {value}.")
         self._source = record_source(source, delimiter=delimiter)
-        super().__init__(task, origin=self._source.name, **limits)
+        super().__init__(task, origin=origin or self._source.name, **limits)
         self._mapping, self._template = mapping, _parse_template(mapping, task)
         self._split, self._queries_per_user, self._dev_queries = split, queries_per_user, dev_queries
         self._min_history = min_history
@@ -120,6 +126,12 @@ class EventLogReader(RecordReader):
             self._has_reported = True
             logger.info("%s, split %s: %s", self._origin, self._split, self.report.summary())
 
+    def histories(self) -> Iterator[tuple[str, list[HistoryItem]]]:
+        """Yield each user with all items, oldest first, those of the last rows too."""
+        self.report = ReadReport()
+        for user, rows in self._rows_by_user().items():
+            yield user, [row.item for row in rows]
+
     def _reason_for_nothing(self) -> str:
         return (
             f"{super()._reason_for_nothing()} The split {self._split!r} asks for {_ASKED[self._split]}, and a question "
@@ -144,8 +156,9 @@ class EventLogReader(RecordReader):
                     raise Flaw("an earlier record has the same id")
             except Flaw as flaw:
                 self._skip(self._source.name, position, flaw)
-        report.users = len(users)
-        return {user: self._without_copies(rows) for user, rows in users.items()}
+        distinct = {user: self._without_copies(rows) for user, rows in users.items()}
+        report.users, report.rows_of_users = len(users), [len(rows) for rows in distinct.values()]
+        return distinct
 
     def _without_copies(self, rows: list[_Row]) -> list[_Row]:
         rows.sort(key=lambda row: row.moment or datetime.min)

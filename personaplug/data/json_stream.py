@@ -53,28 +53,33 @@ def plain_or_gz(folder: Path, name: str) -> Path | None:
 def copy_plain(path: str | Path, target: Path) -> None:
     """Copy a file; unpack it if its name ends in .gz."""
     try:
-        with _open_plain(Path(path)) as stream, target.open("wb") as copy:
+        with open_plain(Path(path)) as stream, target.open("wb") as copy:
             shutil.copyfileobj(stream, copy)
     except _GZIP_ERRORS:
         raise RecordError(path, "in the file", reason=_BROKEN_GZIP) from None
 
 
 @contextmanager
-def _open_plain(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
-    """Open a file for reading UTF-8: unpacked if its name ends in .gz, without a byte order mark, which is obeyed."""
+def open_plain(path: Path, *, encoding: str | None = None) -> Iterator[gzip.GzipFile | BufferedReader]:
+    """Open a file for reading UTF-8: unpacked if its name ends in .gz, without a byte order mark, which is obeyed.
+
+    Args:
+        encoding: of a file without a mark; None = UTF-8.
+    """
     with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
         head = stream.peek(4)[:4]
         if head.startswith(_GZIP_MARK):
             packed = "packed twice" if path.suffix.lower() == ".gz" else "gzip data, so its name should end in .gz"
             raise RecordError(path, "at the start", reason=f"the file is {packed}")
-        encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None)
         if head.startswith(codecs.BOM_UTF8):
             stream.read(3)
+            encoding = None
+        encoding = next((name for mark, name in _MARKS if head.startswith(mark)), encoding)
         yield BufferedReader(_Transcoder(stream, encoding)) if encoding else stream
 
 
 class _Transcoder(RawIOBase):
-    """The bytes of a UTF-16 or UTF-32 file as UTF-8."""
+    """The bytes of a file in another encoding as UTF-8."""
 
     def __init__(self, stream: gzip.GzipFile | BufferedReader, encoding: str) -> None:
         self._text = TextIOWrapper(stream, encoding, newline="")
@@ -126,7 +131,7 @@ def stream_values(path: Path, prefix: str, *, opening: bytes, unit: str) -> Iter
 
 
 def _parsed(parser: Any, path: Path, prefix: str, *, opening: bytes) -> Iterator[Any]:
-    with _open_plain(path) as stream:
+    with open_plain(path) as stream:
         events = parser.basic_parse(stream, use_float=True)
         first = next(events)
         event, shape = _SHAPES[opening]
@@ -138,17 +143,17 @@ def _parsed(parser: Any, path: Path, prefix: str, *, opening: bytes) -> Iterator
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file, numbered from 1."""
-    with _broken_after_line(path) as numbers, _open_plain(path) as stream:
+    with _broken_after_line(path) as numbers, open_plain(path) as stream:
         for numbers[0], line in enumerate(stream, 1):
             yield numbers[0], line
 
 
-def text_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file as text with their ends: \\n, \\r\\n or \\r.
+def text_lines(path: Path, *, encoding: str | None = None) -> Iterator[str]:
+    """Yield the lines of a file as text with their ends: \\n, \\r\\n or \\r; see `open_plain`.
 
     A byte that is not UTF-8 becomes a lone surrogate, which `as_text` refuses for its record alone.
     """
-    with _broken_after_line(path) as numbers, _open_plain(path) as stream:
+    with _broken_after_line(path) as numbers, open_plain(path, encoding=encoding) as stream:
         for numbers[0], line in enumerate(TextIOWrapper(stream, "utf-8", "surrogateescape", newline=""), 1):
             yield line
 
@@ -162,7 +167,7 @@ def _broken_after_line(path: Path) -> Iterator[list[int]]:
     except _GZIP_ERRORS:
         raise RecordError(path, f"after line {numbers[0]}", reason=_BROKEN_GZIP) from None
     except UnicodeDecodeError:
-        raise RecordError(path, f"after line {numbers[0]}", reason="the text is not the UTF-16 of its mark") from None
+        raise RecordError(path, f"after line {numbers[0]}", reason="the bytes are no text of its encoding") from None
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
@@ -180,7 +185,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | Flaw]]:
 
 def holds_list(path: Path) -> bool:
     """Return whether a file's first character that is not blank opens a JSON list."""
-    with _broken_after_line(path), _open_plain(path) as stream:
+    with _broken_after_line(path), open_plain(path) as stream:
         while (chunk := stream.read(1024)) and not chunk.strip():
             pass
         return chunk.lstrip().startswith(b"[")

@@ -32,11 +32,16 @@ class RecordSource:
 
 
 def record_source(
-    source: object, *, kinds: Sequence[str] = (*JSON_KINDS, *DELIMITED_KINDS, ".parquet"), delimiter: str | None = None
+    source: object,
+    *,
+    kinds: Sequence[str] = (*JSON_KINDS, *DELIMITED_KINDS, ".parquet"),
+    delimiter: str | None = None,
+    encoding: str | None = None,
 ) -> RecordSource:
     """Open a file by its suffix, all also with .gz, or rows in memory (see `Table`); an open source stays as it is.
 
-    A file *.json holds a list of objects, or one object a line.
+    A file *.json holds a list of objects, or one object a line. The delimiter and the encoding are those of a file like
+    CSV.
     """
     if isinstance(source, RecordSource):
         return source
@@ -44,7 +49,7 @@ def record_source(
         table = Table(source)
         return RecordSource(table.name, table.records)
     path = Path(source)
-    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    kind = kind_of(path)
     if kind not in kinds:
         raise ConfigError(f"{path} should be one of *{', *'.join(kinds)}; all also *.gz.")
     if not path.is_file():
@@ -53,8 +58,13 @@ def record_source(
         import_pyarrow()
         return RecordSource(str(path), partial(parquet_records, path))
     if kind in DELIMITED_KINDS:
-        return RecordSource(str(path), partial(delimited_records, path, delimiter=delimiter))
+        return RecordSource(str(path), partial(delimited_records, path, delimiter=delimiter, encoding=encoding))
     return RecordSource(str(path), partial(_list_records if kind == ".json" else _line_records, path))
+
+
+def kind_of(path: Path) -> str:
+    """Return the suffix that tells the kind of a file: that before .gz, in small letters."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _list_records(path: Path, columns: Sequence[str]) -> Iterator[NumberedRecord]:

@@ -82,6 +82,7 @@ class ReadReport:
     Attributes:
         rows: records, broken ones too.
         users: users that the records name; of LaMP's files, those with a sample.
+        rows_of_users: the number of rows of each user of a log, without copies.
         items: items in the histories of the samples.
         skipped: broken records; `problems` holds the position and the defect of each.
         copies: rows left out because an earlier row is the same event.
@@ -102,6 +103,7 @@ class ReadReport:
     too_early: int = 0
     cut_items: int = 0
     own_answers: int = 0
+    rows_of_users: list[int] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 

@@ -92,7 +92,7 @@ class PersonaCache:
             raise ConfigError(f"persona_scale goes from 0 to {MAX_PERSONA_SCALE}; found {personalizer.persona_scale}.")
         if build_phrases is not None and not store.settings.keep_text:
             raise StoreConflict("Phrases need the items' texts, and the store keeps none. Make one with keep_text.")
-        _check_fits(personalizer.plug, store)
+        check_fits(personalizer.plug, store)
         self.personalizer, self.plug, self.store = personalizer, personalizer.plug, store
         self.fallback, self._build_phrases = fallback, build_phrases
         self.plug_lock = threading.Lock()  # to be held while the plug makes soft tokens: its cache is for one thread
@@ -193,7 +193,8 @@ def _empty_history(plug: PersonaPlug) -> StoredHistory:
     )
 
 
-def _check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
+def check_fits(plug: PersonaPlug, store: HistoryStore) -> None:
+    """Raise EncoderMismatch or StoreConflict unless a plug can read the histories of a store."""
     settings, config = store.settings, plug.config
     if not store.identity.same_items_as(plug.spec.encoder):
         raise EncoderMismatch("The plug", expected=plug.spec.encoder.describe(), found=store.identity.describe())

@@ -44,7 +44,7 @@ def open_service(run: Run, config: ServingConfig, *, others: Sequence[Run] = ())
             )
     encoder, load_plug = open_parts(run, seed=config.seed)
     engine, plug = registered.open(run.config.model, config, load_plug)
-    store = _open_store(plug, encoder, config=config)
+    store = open_store(plug, encoder, config=config)
     plugs = [plug, *(_load_beside(plug, other, encoder=encoder, seed=config.seed) for other in others)]
     first, *further = [
         PersonaCache(
@@ -115,12 +115,13 @@ def _plug_folder(run: Run, *, seed: int | None) -> Path:
     return run.check_trained("plug", seed=run.config.training.seeds[0] if seed is None else seed)
 
 
-def _open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:
-    open_store = partial(
+def open_store(plug: PersonaPlug, encoder: Encoder, *, config: ServingConfig) -> HistoryStore:
+    """Open the store of a plug's histories, or create it."""
+    open_it = partial(
         HistoryStore.open, config.store, retention=config.retention, secret=config.secret, create=config.create
     )
     try:
-        return open_store(encoder, settings=store_settings(plug, keep_text=config.keep_text or config.phrases))
+        return open_it(encoder, settings=store_settings(plug, keep_text=config.keep_text or config.phrases))
     except StoreConflict:
         # An existing store may differ in what it keeps; PersonaCache checks what the plug needs.
-        return open_store(encoder)
+        return open_it(encoder)

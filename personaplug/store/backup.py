@@ -61,7 +61,7 @@ def restore(backup: Path, target: Path, *, secret: Path | None, current: History
         StorageError: if the backup is not as it was written.
     """
     if not backup.exists() or backup.is_dir():
-        raise MissingData(f"There is no backup at {backup}: name a file that `personaplug backup-store` has made.")
+        raise MissingData(f"There is no backup at {backup}: name a file that `personaplug backup` has made.")
     _check_is_new(target)
     for ending in _LOGS:
         _check_is_new(target.with_name(target.name + ending))
@@ -110,7 +110,7 @@ def _read_header(content: BinaryIO, backup: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get("kind") != _KIND or header.keys() < {"bytes", "sha256"}:
-        raise StorageError(f"{backup} is not a backup that `personaplug backup-store` has made, or it is damaged.")
+        raise StorageError(f"{backup} is not a backup that `personaplug backup` has made, or it is damaged.")
     return header
 
 

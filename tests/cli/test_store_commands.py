@@ -23,12 +23,12 @@ def test_backup_restore_and_replay(tmp_path: Path) -> None:
     store = HistoryStore.open(tmp_path / "h.db", ENCODER)
     for user in ("ann", "bob"):
         add(store, "default", user, [item("1")])
-    done = call("backup-store", "--store", tmp_path / "h.db", "--to", tmp_path / "backup")
+    done = call("backup", "--store", tmp_path / "h.db", "--to", tmp_path / "backup")
     assert done.exit_code == 0, done.output
     store.erase_user("default", "ann")
     for name in ("late.db", "now.db"):
         shutil.copy(tmp_path / "h.db.secret", tmp_path / f"{name}.secret")
-    words = ("restore-store", "--from", tmp_path / "backup", "--to")
+    words = ("restore", "--from", tmp_path / "backup", "--to")
     done = call(*words, tmp_path / "now.db", "--current", tmp_path / "h.db")
     assert (done.exit_code, done.output) == (0, "")
     assert HistoryStore.open(tmp_path / "now.db").count("default", "ann") == 0
@@ -92,8 +92,8 @@ def test_preferences_that_cannot_be_set_fail_with_a_sentence(
 def test_backup_that_cannot_be_used_fails_with_a_sentence(tmp_path: Path) -> None:
     HistoryStore.open(tmp_path / "h.db", ENCODER).close()
     (tmp_path / "backup").write_text("something else")
-    done = call("restore-store", "--from", tmp_path / "backup", "--to", tmp_path / "new.db")
+    done = call("restore", "--from", tmp_path / "backup", "--to", tmp_path / "new.db")
     assert done.exit_code != 0
     assert "is not a backup" in done.output
-    done = call("backup-store", "--store", tmp_path / "h.db", "--to", tmp_path / "backup")
+    done = call("backup", "--store", tmp_path / "h.db", "--to", tmp_path / "backup")
     assert (done.exit_code, "exists" in done.output) == (2, True)

@@ -16,7 +16,8 @@ from personaplug.data.conversations.turns import conversation_of
 from personaplug.data.parsing import Flaw, as_id, as_record, id_of, name_of, short_id
 from personaplug.data.record_files import JSON_KINDS, RecordSource, record_source
 from personaplug.data.record_reader import Limits, RecordReader
-from personaplug.data.records import PREFERENCE, Sample
+from personaplug.data.records import PREFERENCE, HistoryItem, Sample
+from personaplug.data.task import ReadReport
 from personaplug.data.task_registry import CHAT
 from personaplug.errors import ConfigError
 
@@ -54,6 +55,17 @@ class ConversationReader(RecordReader):
         self._formats, self._max_samples = tuple(formats), max_samples_per_user
 
     def _samples(self) -> Iterator[Sample]:
+        for user, timeline in self._timelines():
+            for index in self._asked(timeline):
+                yield self._sample(user, timeline, index)
+
+    def histories(self) -> Iterator[tuple[str, list[HistoryItem]]]:
+        """Yield each user with all items, oldest first."""
+        self.report = ReadReport()
+        for user, timeline in self._timelines():
+            yield user, [item for entry in timeline.entries for _, item in entry.items]
+
+    def _timelines(self) -> Iterator[tuple[str, Timeline]]:
         users: dict[str, list[Line]] = {}
         for line in self._without_missing_times(list(self._lines())):
             users.setdefault(line.user, []).append(line)
@@ -61,8 +73,7 @@ class ConversationReader(RecordReader):
         for user, lines in users.items():
             timeline = timeline_of(lines)
             self.report.copies += timeline.copies
-            for index in self._asked(timeline):
-                yield self._sample(user, timeline, index)
+            yield user, timeline
 
     def _reason_for_nothing(self) -> str:
         return (

@@ -1,0 +1,281 @@
+"""Find what each column of a log is: the user, the question, the answer, the date, the id of the event.
+
+A name that people use for such a column decides; the values check it. What is neither named nor the only column of its
+kind is never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from personaplug.data.ids import short_id
+from personaplug.data.logs.column_names import (
+    ANSWER_NAMES,
+    DATE_NAMES,
+    ID_NAMES,
+    OTHER_DATE_WORDS,
+    QUESTION_NAMES,
+    USER_NAMES,
+)
+from personaplug.data.logs.date_forms import DateColumn, learn_dates
+from personaplug.data.logs.options import LogOptions
+from personaplug.data.numbers import number_or_none
+from personaplug.errors import ConfigError, nearest
+
+MISSING = frozenset({"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>"})
+"""Values that programs write for a missing one, in small letters."""
+
+_MIN_DATES = 0.8  # share of a column's values that are dates
+_TEXT_LENGTH = 12  # characters on average, from which on values may be texts
+_MAX_SHOWN = 30
+_ORDER = ("user", "date", "question", "answer", "id")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column and its values as texts, without missing ones."""
+
+    name: str
+    texts: Sequence[str] = field(repr=False)
+    rows: int
+    is_nested: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name in small letters with underscores: `userId` and `User ID` are `user_id`."""
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", self.name)
+        return re.sub(r"[^\w]+|_+", "_", words.casefold()).strip("_")
+
+    @cached_property
+    def distinct(self) -> int:
+        return len(set(self.texts))
+
+    @cached_property
+    def mean_length(self) -> float:
+        return sum(map(len, self.texts)) / max(len(self.texts), 1)
+
+    @cached_property
+    def is_number(self) -> bool:
+        return all(number_or_none(text) is not None for text in self.texts[:1000])
+
+    @property
+    def is_text(self) -> bool:
+        return self.mean_length >= _TEXT_LENGTH and not self.is_number
+
+    def describe(self) -> str:
+        """Name the column and count its values, without showing one."""
+        kind = "objects" if self.is_nested else "numbers" if self.is_number and self.texts else "texts"
+        return f"{short_id(self.name)!r} ({self.distinct:,} different {kind}, {self.rows - len(self.texts):,} missing)"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a column was taken for, and why."""
+
+    role: str
+    columns: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class FoundColumns:
+    """The columns of a log by their meaning. `roles` has a line for each, `unused` the other columns."""
+
+    user: str
+    questions: tuple[str, ...]
+    answer: str
+    date: str | None
+    id: str | None
+    dates: DateColumn | None
+    roles: tuple[Role, ...]
+    unused: tuple[str, ...]
+
+
+def find_columns(
+    columns: Sequence[Column],
+    options: LogOptions,
+    *,
+    fields: Sequence[str] = (),
+    answer_field: str | None = None,
+) -> FoundColumns:
+    """Find the meaning of each column; raise ConfigError if one cannot be told.
+
+    Args:
+        fields, answer_field: of a task that is known: columns of these names are the questions and the answer.
+    """
+    finder = _Finder({column.name: column for column in columns if column.texts or column.is_nested}, options)
+    user = finder.user()
+    date, dates = finder.date()
+    event = finder.id()
+    answer = finder.answer(answer_field)
+    questions = finder.questions(fields)
+    roles = sorted(finder.roles, key=lambda role: _ORDER.index(role.role))
+    return FoundColumns(user, questions, answer, date, event, dates, tuple(roles), tuple(finder.free))
+
+
+class _Finder:
+    """Takes one column after the other; `free` holds those that are left."""
+
+    def __init__(self, columns: Mapping[str, Column], options: LogOptions) -> None:
+        self.all, self.options, self.roles = columns, options, list[Role]()
+        for name in options.named_columns:
+            if name not in columns:
+                raise ConfigError(f"The log has no column {name!r} with values; {nearest(name, columns)}")
+        self.free = {name: column for name, column in columns.items() if not column.is_nested}
+
+    def user(self) -> str:
+        name, reason = self.options.user, "--user"
+        if name is None:
+            name, reason = self._by_name(USER_NAMES, role="user")
+        column = self.all[name]
+        if column.distinct == len(column.texts):
+            raise ConfigError(
+                f"The column {name!r} was taken for the user, but no user has two rows, so no row has a history. Give "
+                f"another column by --user. {self._listed()}"
+            )
+        return self._take("user", name, f"{reason}; {len(set(map(str.strip, column.texts))):,} different ones")
+
+    def date(self) -> tuple[str | None, DateColumn | None]:
+        options = self.options
+        if options.no_date:
+            self.roles.append(Role("date", (), "--no-date: the rows count as in order of time"))
+            return None, None
+        if options.date:
+            found = learn_dates(self.all[options.date].texts, formats=options.date_formats)
+            self._check_dates(options.date, found)
+            return self._take("date", options.date, f"--date; {found.describe()}"), found
+        reserved = {*options.named_columns}
+        learned = {
+            name: learn_dates(column.texts, formats=options.date_formats)
+            for name, column in self.free.items()
+            if name not in reserved and not _has_any(column.key, OTHER_DATE_WORDS)
+        }
+        named = {name for name in learned if _rank(self.free[name].key, DATE_NAMES) is not None}
+        readable = {
+            name for name, found in learned.items()
+            if found.readable >= _MIN_DATES and (name in named or not found.is_numeric)
+        }  # fmt: skip
+        for name in sorted(named - readable) if not readable else ():
+            if not self.free[name].is_text:
+                self._check_dates(name, learned[name])
+        if not readable:
+            self.roles.append(Role("date", (), "no column holds dates: the rows count as in order of time"))
+            return None, None
+        name = self._choose(sorted(readable), DATE_NAMES, role="date")
+        return self._take("date", name, learned[name].describe()), learned[name]
+
+    def id(self) -> str | None:
+        if self.options.id:
+            return self._take("id", self.options.id, "--id")
+        reserved = {*self.options.named_columns}
+        named = [name for name in self.free if name not in reserved and self.free[name].key in ID_NAMES]
+        named.sort(key=lambda name: ID_NAMES.index(self.free[name].key))
+        for name in named:
+            column = self.free[name]
+            if column.distinct > 0.5 * column.rows:
+                return self._take("id", name, "by its name")
+        return None
+
+    def answer(self, field: str | None) -> str:
+        if self.options.answer:
+            return self._take("answer", self.options.answer, "--answer")
+        if field in self.free:
+            return self._take("answer", field, "the run's task has this field")
+        free = self._free_except(self.options.questions)
+        if any(_rank(column.key, ANSWER_NAMES) is not None for column in free.values()):
+            return self._take("answer", *self._by_name(ANSWER_NAMES, role="answer", among=free))
+        short = [name for name, column in free.items() if not column.is_text]
+        if len(short) == 1 and len(free) > 1:
+            return self._take("answer", short[0], "the only other column of short values")
+        raise self._unclear("answer")
+
+    def questions(self, fields: Sequence[str]) -> tuple[str, ...]:
+        if self.options.questions:
+            return self._take_questions(self.options.questions, "--question")
+        if fields and all(name in self.free for name in fields):
+            return self._take_questions(fields, "the run's task has these fields")
+        named = [name for name, column in self.free.items() if _rank(column.key, QUESTION_NAMES) is not None]
+        if named:
+            name, reason = self._by_name(QUESTION_NAMES, role="question")
+            others = [other for other in self.free if other != name and self.free[other].is_text]
+            more = f"; {self._quoted(others)} may be given too (--question for each)" if others else ""
+            return self._take_questions([name], reason + more)
+        texts = [name for name, column in self.free.items() if column.is_text]
+        if len(texts) == 1 or len(self.free) == 1:
+            return self._take_questions(texts or list(self.free), "the only other column of texts")
+        raise self._unclear("question")
+
+    def _take(self, role: str, name: str, reason: str) -> str:
+        self.free.pop(name, None)
+        self.roles.append(Role(role, (name,), reason))
+        return name
+
+    def _take_questions(self, names: Sequence[str], reason: str) -> tuple[str, ...]:
+        for name in names:
+            self.free.pop(name, None)
+        self.roles.append(Role("question", tuple(names), reason))
+        return tuple(names)
+
+    def _free_except(self, names: Collection[str]) -> dict[str, Column]:
+        return {name: column for name, column in self.free.items() if name not in names}
+
+    def _by_name(
+        self, known: Sequence[str], *, role: str, among: Mapping[str, Column] | None = None
+    ) -> tuple[str, str]:
+        columns = self._free_except(self.options.named_columns) if among is None else among
+        names = [name for name, column in columns.items() if _rank(column.key, known) is not None]
+        if not names:
+            raise self._unclear(role)
+        chosen = self._choose(names, known, role=role)
+        others = [name for name in names if name != chosen and role != "question"]
+        also = f", not {self._quoted(others)} (--{role} gives another)" if others else ""
+        return chosen, f"by its name{also}"
+
+    def _choose(self, names: Sequence[str], known: Sequence[str], *, role: str) -> str:
+        """Return the column with the earliest known name; refuse if two are alike."""
+        ranks = {name: _rank(self.free[name].key, known) for name in names}
+        ranked = sorted(names, key=lambda name: len(known) * 2 if ranks[name] is None else ranks[name])
+        if len(ranked) > 1 and ranks[ranked[0]] == ranks[ranked[1]]:
+            raise self._unclear(role, names)
+        return ranked[0]
+
+    def _check_dates(self, name: str, found: DateColumn) -> None:
+        if found.unclear:
+            raise ConfigError(
+                f"The column {name!r} has dates of the form {found.unclear}, and its values do not tell whether the "
+                f"day or the month comes first. Give --date-format, such as %d/%m/%Y or %m/%d/%Y."
+            )
+        if found.readable < _MIN_DATES:
+            raise ConfigError(
+                f"Of the column {name!r}, {found.readable:.0%} of the values are dates. Give their format by "
+                f"--date-format (it may be repeated), another column by --date, or --no-date if the rows are in order."
+            )
+
+    def _unclear(self, role: str, names: Sequence[str] = ()) -> ConfigError:
+        listed = f" It may be {self._quoted(names)}." if names else ""
+        return ConfigError(
+            f"Which column is the {role} cannot be told.{listed} Give it by --{role} COLUMN. {self._listed()}"
+        )
+
+    def _listed(self) -> str:
+        shown = [column.describe() for column in self.all.values()][:_MAX_SHOWN]
+        return f"The columns are {', '.join(shown)}."
+
+    def _quoted(self, names: Sequence[str]) -> str:
+        return ", ".join(repr(short_id(name)) for name in names)
+
+
+def _rank(key: str, known: Sequence[str]) -> int | None:
+    """Return the place of a name among known ones; behind all, names of which they are a part: `star_rating_2`."""
+    if key in known:
+        return known.index(key)
+    words = key.split("_")
+    places = [known.index(word) for word in words if word in known]
+    return len(known) + min(places) if places else None
+
+
+def _has_any(key: str, words: Sequence[str]) -> bool:
+    return any(word in key for word in words)

@@ -1,0 +1,113 @@
+"""Declare the task of a log, with a wording of its prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from personaplug.data.logs.answers import AnswerKind
+from personaplug.data.records import PREFERENCE, REJECTED
+from personaplug.data.task import Task
+from personaplug.data.task_registry import CHAT, parse_task
+from personaplug.errors import ConfigError
+
+_MAX_LISTED = 300  # characters of labels in a prompt
+_RESERVED = {"id", "date", PREFERENCE, REJECTED}
+_REQUESTS = {"question", "prompt", "query", "instruction", "input", "request", "message", "frage", "pregunta"}
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A task, the column of each of its item fields except the answer, and the prompt with these fields in braces."""
+
+    task: Task
+    fields: dict[str, str]
+    prompt: str
+
+
+def declare(
+    name: str, *, questions: Sequence[str], answer: str, answers: AnswerKind, prompt: str | None = None
+) -> Declaration:
+    """Declare the task of a log.
+
+    A column of requests with answers in texts is a chat: the request itself is the prompt. Any other task gets a
+    wording that ends with the fields, so that the first field's name is the marker of the query.
+
+    Args:
+        questions, answer: columns.
+        prompt: a wording instead of that of the kind.
+    """
+    if answers.kind == "chat" or (answers.kind == "text" and _is_request(questions) and not prompt):
+        field, answer_field = CHAT.item_fields
+        task = parse_task({"name": name, "kind": "chat"})
+        return Declaration(task, {field: questions[0]}, prompt or f"{{{field}}}")
+    fields = {field_name(column): column for column in questions}
+    answer_field = field_name(answer)
+    if prompt is None:
+        prompt = _wording(list(fields), answer_field, answers)
+    marker = _marker(prompt)
+    declared: dict[str, Any] = {
+        "name": name,
+        "kind": answers.kind,
+        "item_fields": list(fields),
+        "answer_field": answer_field,
+        "query_after": marker,
+    }
+    if answers.labels:
+        declared["labels"] = list(answers.labels)
+    return Declaration(parse_task(declared), fields, prompt)
+
+
+def declare_for(task: Task, *, questions: Sequence[str]) -> Declaration:
+    """Return the declaration of a task that is known, for the columns that were found.
+
+    The prompt holds the query alone: it serves to read histories, not to ask.
+    """
+    names = [name for name in task.field_names if name != task.answer_field]
+    if task.answer_field is None or task.query_pattern or len(names) != len(questions):
+        raise ConfigError(
+            f"Items of {task.name} have the fields {', '.join(task.field_names)}, and the log gives "
+            f"{len(questions)} columns for them. Name a column for each field by --question, in this order; or make "
+            f"items of another form in Python, and give their data folder by --data."
+        )
+    marker = task.query_after.replace("{", "{{").replace("}", "}}")
+    return Declaration(task, dict(zip(names, questions, strict=True)), f"{marker}{{{names[0]}}}")
+
+
+def field_name(column: str) -> str:
+    """Return the name of an item's field for a column: placeholders have no braces, colons and brackets."""
+    name = " ".join(re.sub(r"[{}\[\]:!.]", " ", column).split()) or "field"
+    return f"{name} column" if name in _RESERVED else name
+
+
+def _is_request(questions: Sequence[str]) -> bool:
+    return len(questions) == 1 and bool(_REQUESTS & set(re.findall(r"[^\W_]+", questions[0].casefold())))
+
+
+def _wording(fields: Sequence[str], answer: str, answers: AnswerKind) -> str:
+    shown = " ".join(f"{field}: {{{field}}}" for field in fields)
+    opening = _request(answer, answers)
+    if f"{fields[0]}: " in opening:  # the marker of the query, which the first occurrence in a prompt decides
+        opening = _request(answer, answers, is_listed=False)
+    return f"{opening} {shown}"
+
+
+def _request(answer: str, answers: AnswerKind, *, is_listed: bool = True) -> str:
+    labels = answers.labels
+    if answers.kind == "rating":
+        return f"Which {answer} from {labels[0]} to {labels[-1]} would this user give? Answer with the number alone."
+    if answers.kind == "text":
+        return f"Write the {answer} as this user would write it."
+    listed = ", ".join(labels).replace("{", "{{").replace("}", "}}")
+    if not is_listed or len(listed) > _MAX_LISTED:
+        return f"Which {answer} would this user choose? Answer with it alone."
+    return f"Which {answer} would this user choose? Answer with one of: {listed}."
+
+
+def _marker(prompt: str) -> str:
+    """Return the text right before the first placeholder, from its last sentence on if that stands there alone."""
+    before = re.split(r"(?<!\{)\{(?!\{)", prompt, maxsplit=1)[0].replace("{{", "{").replace("}}", "}")
+    sentence = re.split(r"[.?!\n]", before)[-1].lstrip()
+    return sentence if sentence.strip() and before.count(sentence) == 1 else before

@@ -1,0 +1,165 @@
+"""Find the encoding and the delimiter of a file like CSV, and its columns."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from personaplug.data.dates import as_datetime
+from personaplug.data.delimited_files import DELIMITERS
+from personaplug.data.json_stream import open_plain, text_lines
+from personaplug.data.numbers import number_or_none
+from personaplug.data.values import Flaw
+from personaplug.errors import ConfigError, MissingData
+
+_CHUNK = 1 << 20
+_LINES = 400  # that tell the delimiter
+_MAX_NAME = 100  # characters of a column's name
+_MAX_HIGH_SHARE = 0.25  # of the letters of a text in a Western European language that are not ASCII
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+_UNASSIGNED = re.compile("[\udc81\udc8d\udc8f\udc90\udc9d]")  # bytes that Windows-1252 gives no character
+_LETTERS = re.compile("[A-Za-z]")
+_DELIMITER_NAMES = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}
+
+
+@dataclass(frozen=True)
+class FileForm:
+    """How a file like CSV is read.
+
+    Attributes:
+        encoding: None = UTF-8, or what the byte order mark says.
+        columns: the names that stand once in the header, or numbers for a file without header.
+        reason: how encoding and delimiter were found, in words.
+    """
+
+    encoding: str | None
+    delimiter: str
+    columns: tuple[str, ...]
+    reason: str
+
+
+def find_form(
+    path: Path, *, encoding: str | None = None, delimiter: str | None = None, named: Sequence[str] = ()
+) -> FileForm:
+    """Find the form of a file; raise ConfigError if it cannot be told.
+
+    Args:
+        encoding, delimiter: instead of what the file shows.
+        named: columns that the caller names. If all are numbers, the file has no header.
+    """
+    if not path.is_file():
+        raise MissingData(f"There is no file {path}.")
+    encoding, words = (_known(encoding), f"encoding {encoding}") if encoding else _find_encoding(path)
+    lines = list(islice(_lines(path, encoding), _LINES))
+    if not lines:
+        raise MissingData(f"{path} holds no rows.")
+    chosen = _DELIMITER_NAMES.get(delimiter, delimiter) if delimiter else _find_delimiter(path, lines)
+    header = _rows(lines[:1], chosen)[0]
+    return FileForm(encoding, chosen, _columns(path, header, named), f"{words}, split at {chosen!r}")
+
+
+def _known(encoding: str) -> str:
+    try:
+        return codecs.lookup(encoding).name
+    except LookupError:
+        raise ConfigError(
+            f"There is no encoding {encoding!r}; expected a name such as utf-8, utf-16, windows-1252 or windows-1251."
+        ) from None
+
+
+def _find_encoding(path: Path) -> tuple[str | None, str]:
+    """Return an encoding and the words for it. UTF-8 and UTF-16 can be told; of other encodings, some are likely."""
+    valid = broken = letters = 0
+    has_unassigned = False
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    with open_plain(path) as stream:
+        chunk = stream.read(_CHUNK)
+        if b"\0" in chunk:
+            return _without_mark(path, chunk)
+        while chunk:
+            text = decoder.decode(chunk)
+            if not text.isascii():
+                wrong = len(_NOT_UTF8.findall(text))
+                broken += wrong
+                valid += sum(not char.isascii() for char in text) - wrong
+                has_unassigned = has_unassigned or bool(_UNASSIGNED.search(text))
+            letters += len(_LETTERS.findall(text))
+            chunk = stream.read(_CHUNK)
+    if not broken:
+        return None, "UTF-8"
+    if valid >= broken:
+        return None, f"UTF-8, with {broken:,} bytes that are none"
+    if has_unassigned or broken > _MAX_HIGH_SHARE * (letters + broken):
+        raise ConfigError(
+            f"{path} is no UTF-8, and which other encoding it has cannot be told. Give it by --encoding, such as "
+            f"windows-1251 or shift_jis."
+        )
+    return "cp1252", "Windows-1252 (it is no UTF-8; --encoding gives another)"
+
+
+def _without_mark(path: Path, chunk: bytes) -> tuple[str, str]:
+    even, odd = chunk[::2].count(0), chunk[1::2].count(0)
+    if max(even, odd) > len(chunk) // 4 and min(even, odd) < max(even, odd) // 10:
+        name = "utf-16-be" if even > odd else "utf-16-le"
+        return name, f"{name.upper()} without a mark"
+    raise ConfigError(f"{path} holds zero bytes, so it is no text. Export it as CSV, or give --encoding.")
+
+
+def _lines(path: Path, encoding: str | None) -> Iterator[str]:
+    """Yield the lines from the header on."""
+    is_inside = False
+    for line in text_lines(path, encoding=encoding):
+        if is_inside or (line.strip() and not line.lower().startswith("sep=")):
+            is_inside = True
+            yield line
+
+
+def _rows(lines: Sequence[str], delimiter: str) -> list[list[str]]:
+    if len(delimiter) > 1:
+        return [line.rstrip("\r\n").split(delimiter) for line in lines]
+    rows = csv.reader(lines, delimiter=delimiter)
+    return [row for row in rows if row]
+
+
+def _find_delimiter(path: Path, lines: Sequence[str]) -> str:
+    """Return the delimiter that splits most rows into as many values as the header, of several the one with most."""
+    best, chosen = (0.0, 1), ""
+    for delimiter in DELIMITERS:
+        header, *rows = _rows(lines, delimiter)
+        share = sum(len(row) == len(header) for row in rows) / len(rows) if rows else 1.0
+        if len(header) > 1 and (round(share, 1), len(header)) > best:
+            best, chosen = (round(share, 1), len(header)), delimiter
+    if not chosen:
+        raise ConfigError(
+            f"{path}: no delimiter of {', '.join(map(repr, DELIMITERS))} splits its first line into columns. The "
+            f"first line should hold their names. Give another delimiter by --delimiter."
+        )
+    return chosen
+
+
+def _columns(path: Path, header: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
+    names = [name.strip("\ufeff \t\r\n") for name in header]
+    if named and all(name.isdecimal() for name in named) and not set(named) <= set(names):
+        return tuple(str(number) for number in range(1, len(names) + 1))
+    if any(map(_is_value, names)):
+        raise ConfigError(
+            f"{path}: its first line has {len(names)} values, and some are numbers, dates or long texts, so they are "
+            f"no names of columns. If the file has no header, name the columns by their numbers: --user 1 --answer 3."
+        )
+    return tuple(name for name in names if name and names.count(name) == 1)
+
+
+def _is_value(name: str) -> bool:
+    """True for what stands in a row rather than in a header."""
+    if len(name) > _MAX_NAME or number_or_none(name) is not None:
+        return True
+    try:
+        as_datetime(name)
+    except Flaw:
+        return False
+    return True

@@ -1,0 +1,80 @@
+"""Write the data set of a log, and describe how the log was read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from personaplug.data.ids import short_id
+from personaplug.data.lamp_writer import check_new, write_lamp
+from personaplug.data.logs.log import Log
+from personaplug.data.task import ReadReport
+from personaplug.infra.atomic_io import atomic_folder
+
+MAX_SAMPLES_PER_USER = 4
+"""Train samples of a user: each holds the user's history until then, so many of them make large files."""
+
+_MANY_DROPPED = 0.1
+_MAX_UNUSED = 10
+
+
+@dataclass(frozen=True)
+class WrittenLog:
+    """The reports of the splits of a data set."""
+
+    train: ReadReport
+    dev: ReadReport
+
+
+def write_log(log: Log, folder: Path, *, samples_per_user: int = MAX_SAMPLES_PER_USER) -> WrittenLog:
+    """Write a new data set, split by time within each user: `dev` asks the last row, `train` those before it.
+
+    It appears complete or not at all.
+    """
+    check_new(folder)
+    readers = {split: log.reader(split, queries_per_user=samples_per_user) for split in ("train", "dev")}
+    with atomic_folder(folder) as draft:
+        for split, reader in readers.items():
+            write_lamp(reader, draft, split, task=log.task)
+    return WrittenLog(readers["train"].report, readers["dev"].report)
+
+
+def describe_columns(log: Log) -> Iterator[str]:
+    """Yield a line for each file and each column: what it was taken for, and why."""
+    yield from log.report.files
+    for role in log.found.roles:
+        names = ", ".join(repr(short_id(name)) for name in role.columns) or "none"
+        if role.role == "id" and log.mapping.id is None:
+            yield f"  {'id':<9}{names}: not used, because rows with other contents have the same id or none"
+            continue
+        more = f"; {log.answers.kind}: {log.answers.reason}" if role.role == "answer" else ""
+        yield f"  {role.role:<9}{names}: {role.reason}{more}"
+    if log.found.unused:
+        names = ", ".join(repr(short_id(name)) for name in log.found.unused[:_MAX_UNUSED])
+        more = f" and {len(log.found.unused) - _MAX_UNUSED} more" if len(log.found.unused) > _MAX_UNUSED else ""
+        yield f"  {'not used':<9}{names}{more}"
+
+
+def describe_task(log: Log) -> str:
+    """Describe the task and its wording in a line."""
+    task = log.task
+    closed = f" with {len(task.labels)} labels" if task.labels else ""
+    return f"task {task.name}: {task.kind}{closed}; the prompt is {log.declaration.prompt!r}"
+
+
+def describe_rows(log: Log, read: ReadReport) -> Iterator[str]:
+    """Yield lines about the rows that were read, kept and dropped, and about the users."""
+    report, sizes = log.report, read.rows_of_users
+    losses = [f"{count:,} {reason}" for reason, count in report.dropped.most_common()]
+    losses += [f"{read.copies:,} copies of earlier rows"] if read.copies else []
+    dropped = report.dropped.total() + read.copies
+    yield f"{report.rows:,} rows read, {sum(sizes):,} kept, {dropped:,} dropped" + (
+        f": {', '.join(losses)}" if losses else ""
+    )
+    yield from (f"  {problem}" for problem in report.problems)
+    if report.dropped.total() > _MANY_DROPPED * report.rows:
+        yield f"warning: {report.dropped.total() / report.rows:.0%} of the rows cannot be used; see the reasons above"
+    if sizes:
+        yield f"{len(sizes):,} users; rows of a user: median {median(sizes):g}, from {min(sizes):,} to {max(sizes):,}"

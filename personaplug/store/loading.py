@@ -1,0 +1,127 @@
+"""Load histories from files into a store, many users at a time; what is stored already is skipped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from personaplug.data.records import HistoryItem, Sample
+from personaplug.errors import ConfigError, UserErased, UserError
+from personaplug.store import writes
+from personaplug.store.database import Connection, execute
+from personaplug.store.history_store import AddResult, EncodedItems, HistoryStore
+from personaplug.store.tickets import Ticket, chunks
+
+_USERS_AT_ONCE = 64
+_COUNTED = re.compile(r"row-\d+(/.*)?", re.ASCII)
+
+History = tuple[str, Sequence[HistoryItem]]
+"""A user and the user's items."""
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """Numbers of users and items.
+
+    Attributes:
+        erased: users who were left out because they were erased from the store.
+    """
+
+    users: int
+    erased: int
+    items: AddResult
+
+
+def load_histories(
+    store: HistoryStore,
+    tenant: str,
+    histories: Mapping[str, Sequence[HistoryItem]],
+    *,
+    include_erased: bool = False,
+    progress: Callable[[int], object] = lambda _: None,
+) -> LoadResult:
+    """Add the items of users, some users in a transaction, so that the same call continues after an interruption.
+
+    An id that only counts rows of a file is replaced by one of the item's content: the same row has another number in
+    the next file. Users who were erased from the store are left out, because files may be older than the erasure.
+
+    Args:
+        progress: called with the number of users read since its last call.
+    """
+    users, erased, total = 0, 0, AddResult(0, 0, 0)
+    for batch in chunks([(user, _named(store, items)) for user, items in histories.items() if items], _USERS_AT_ONCE):
+        allowed, result = _load(store, tenant, batch, include_erased=include_erased)
+        users, erased = users + allowed, erased + len(batch) - allowed
+        total = AddResult(*(old + new for old, new in zip(total, result, strict=True)))
+        progress(len(batch))
+    return LoadResult(users, erased, total)
+
+
+def histories_of(samples: Iterable[Sample]) -> Mapping[str, Sequence[HistoryItem]]:
+    """Return all items in the histories of each user's samples, in the order of the histories."""
+    items: dict[str, dict[str, HistoryItem]] = {}
+    for sample in samples:
+        if sample.user_id is None:
+            raise ConfigError("The data names no users, so its histories belong to nobody who could ask a server.")
+        items.setdefault(sample.user_id, {}).update((item.id, item) for item in sample.history)
+    return {user: list(own.values()) for user, own in items.items()}
+
+
+def _named(store: HistoryStore, items: Sequence[HistoryItem]) -> Sequence[HistoryItem]:
+    """Return the items with ids that do not depend on the file, each id once."""
+    named = [replace(item, id=store.content_id(item)) if _COUNTED.fullmatch(item.id) else item for item in items]
+    return list({item.id: item for item in named}.values())
+
+
+def _load(store: HistoryStore, tenant: str, batch: Sequence[History], *, include_erased: bool) -> tuple[int, AddResult]:
+    """Add the items of some users, all or none, and return the number of users who were not erased."""
+    while True:
+        ticket = store.admit(tenant, *(user for user, _ in batch))
+        allowed = [
+            (user, items)
+            for user, items in batch
+            if include_erased or ticket.hashed_users[user] not in ticket.last_erasures
+        ]
+        fresh = _fresh(store, tenant, allowed)
+        try:
+            result = _add(store, ticket, fresh)
+        except UserErased:  # meanwhile: the next ticket knows it
+            continue
+        same = sum(len(items) for _, items in allowed) - len(fresh)
+        return len(allowed), result._replace(same=result.same + same)
+
+
+def _fresh(store: HistoryStore, tenant: str, batch: Sequence[History]) -> list[tuple[str, HistoryItem]]:
+    """Return the items that are not stored as they are, each with its user."""
+    with store.database.read_transaction() as connection:
+        stored = {user: _digests(connection, store, tenant, user, items) for user, items in batch}
+    key = store.secret.item_key
+    return [
+        (user, item)
+        for user, items in batch
+        for item in items
+        if stored[user].get(item.id) != writes.digest_of(item, key=key)
+    ]
+
+
+def _digests(
+    connection: Connection, store: HistoryStore, tenant: str, user: str, items: Sequence[HistoryItem]
+) -> dict[str, bytes]:
+    shard = store.shard_of(tenant, user)
+    sql = f"SELECT no FROM {shard.users} WHERE tenant = :tenant AND user_id = :user"
+    number = execute(connection, sql, {"tenant": tenant, "user": user}).scalar_one_or_none()
+    if number is None:
+        return {}
+    found = writes.find_items(connection, shard, [(number, item.id) for item in items])
+    return {item_id: bytes(row.digest) for (_, item_id), row in found.items()}
+
+
+def _add(store: HistoryStore, ticket: Ticket, fresh: Sequence[tuple[str, HistoryItem]]) -> AddResult:
+    if not fresh:
+        return AddResult(0, 0, 0)
+    if store.encoder is None:
+        raise UserError("The store was opened without an encoder: open it with the encoder of its vectors.")
+    users, items = [user for user, _ in fresh], [item for _, item in fresh]
+    vectors = store.encoder.encode([item.encoded(with_answer=store.settings.encodes_answers) for item in items])
+    return store.add_encoded(ticket, EncodedItems(users, items, vectors, store.encoder.identity))

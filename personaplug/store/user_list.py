@@ -1,0 +1,57 @@
+"""List the users of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Any
+
+from personaplug.encoders.encoded_sample import PREFERENCE_KIND
+from personaplug.store.database import execute
+from personaplug.store.history_store import HistoryStore
+from personaplug.store.schema import Shard
+from personaplug.store.writes import UserRow
+
+
+@dataclass(frozen=True)
+class StoredUser:
+    """A user of a store, with the items that are not too old.
+
+    Attributes:
+        items: all items, stated preferences included.
+        last: the latest date of an item; an item without a date counts from the day of its arrival.
+    """
+
+    tenant: str
+    user: str
+    items: int
+    preferences: int
+    last: date | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return asdict(self) | {"last": self.last.isoformat() if self.last else None}
+
+
+def list_users(store: HistoryStore, *, tenant: str | None = None) -> list[StoredUser]:
+    """Return the users of a tenant, or of all tenants, sorted by tenant and id."""
+    users = [user for shard in map(Shard, range(store.settings.shards)) for user in _users_of(store, shard, tenant)]
+    return sorted(users, key=lambda user: (user.tenant, user.user))
+
+
+def _users_of(store: HistoryStore, shard: Shard, tenant: str | None) -> Iterator[StoredUser]:
+    sql = (
+        "SELECT u.no, u.tenant, u.user_id, u.version, u.items_received, u.items, u.checksum, count(i.key) AS present, "
+        f"sum(CASE WHEN i.kind_id = {PREFERENCE_KIND} THEN 1 ELSE 0 END) AS preferences, max(i.day) AS last_day "
+        f"FROM {shard.users} u LEFT JOIN {shard.items} i ON i.user_no = u.no AND i.day >= :first_day "
+        f"{'' if tenant is None else 'WHERE u.tenant = :tenant '}"
+        "GROUP BY u.no, u.tenant, u.user_id, u.version, u.items_received, u.items, u.checksum"
+    )
+    parameters = {"first_day": store.retention.first_day()} | ({} if tenant is None else {"tenant": tenant})
+    with store.database.read_transaction() as connection:
+        rows = execute(connection, sql, parameters).all()
+    for row in rows:
+        UserRow.of(row, tenant=row.tenant, user=row.user_id)  # checks the row
+        last = None if row.last_day is None else date.fromordinal(row.last_day)
+        yield StoredUser(row.tenant, row.user_id, int(row.present), int(row.preferences), last)

@@ -6,7 +6,7 @@ VLLM   ?= .venv-vllm
 TORCH  ?= torch==2.13.0
 OUT    ?= runs/quickstart
 
-.PHONY: install install-dev quickstart test test-slow check vllm clean
+.PHONY: install install-dev quickstart test test-slow check docs vllm clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -39,6 +39,14 @@ check: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of the documents, in site/; a broken link, an unlisted page or a wrong docstring ends the build.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed pyproject.toml
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@
+
 # vLLM's CPU build, in an environment of its own beside the project's: 3 minutes, 3.4 GB. What torch is here decides what
 # it may bring along; its audio and vision packages have no CPU build and are of no use to a text model.
 vllm: $(VLLM)/.installed
@@ -53,4 +61,4 @@ $(VLLM)/.installed: benchmarks/vllm_needs.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -7,7 +7,7 @@ CLIENTS ?= .venv-clients
 TORCH  ?= torch==2.13.0
 OUT    ?= runs/quickstart
 
-.PHONY: install install-dev quickstart test test-slow test-clients check vllm clean
+.PHONY: install install-dev quickstart test test-slow test-clients check docs vllm clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -53,6 +53,15 @@ check: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/sentence_lengths.py
+
+# The site of the documents, in site/; a broken link, an unlisted page or a wrong docstring ends the build.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.installed-docs: $(VENV)/.installed pyproject.toml
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@
 
 # vLLM's CPU build, in an environment of its own beside the project's: 3 minutes, 3.4 GB. What torch is here decides what
 # it may bring along; its audio and vision packages have no CPU build and are of no use to a text model.
@@ -68,4 +77,4 @@ $(VLLM)/.installed: benchmarks/vllm_needs.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(CLIENTS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(CLIENTS) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -135,7 +135,8 @@ class LanguageModel(ABC):
     Args:
         model: with a language-modeling head; frozen here.
         chat_date: the day (ISO) that a chat template writes instead of today; None = today.
-        prompt_cache, prompt_cache_bytes: location and limit of the cache; see `plan_cache`.
+        prompt_cache: location of the cache; see `plan_cache`.
+        prompt_cache_bytes: limit of the cache.
 
     Attributes:
         embedding_scale: root mean square of embedding values, the scale that soft tokens should have.

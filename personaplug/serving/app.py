@@ -75,19 +75,24 @@ def create_app(
         await service.close()
         parts.close()
 
+    app = documented_app(lifespan=lifespan, middleware=guards)
+    app.state.parts = parts
+    add_error_handlers(app)
+    return app
+
+
+def documented_app(**settings: Any) -> FastAPI:
+    """Return an application with the routes and their documentation alone; without a service it answers nothing."""
     app = FastAPI(
         title="personaplug",
         description="A frozen language model that knows its users. OpenAI's routes, and the users' histories.",
-        lifespan=lifespan,
-        middleware=guards,
         redirect_slashes=False,  # to delete `history/` without an item must not reach the user
         responses=_ERRORS,
         openapi_url=None,  # `routes/pages.py` has it, and a page of documentation that needs no other site
+        **settings,
     )
-    app.state.parts = parts
     for router in _ROUTERS:
         app.include_router(router)
-    add_error_handlers(app)
     return app
 
 

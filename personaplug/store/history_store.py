@@ -84,7 +84,8 @@ class HistoryStore:
             retention: what is kept from now on. None = as the store was last opened with, at first everything.
             secret: 16 bytes or more, or a file of hex digits, created if missing. None = a file beside SQLite's.
             create: create a store that does not exist, if an encoder is given.
-            connections, wait_s: see `Database`.
+            connections: see `Database`.
+            wait_s: see `Database`.
         Raises:
             EncoderMismatch, StoreConflict: if the store has another encoder, other settings or another secret.
             MissingData: if the store or its secret does not exist and is not created.

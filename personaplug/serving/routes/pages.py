@@ -37,16 +37,21 @@ def _openapi(app: FastAPI) -> bytes:
 
 @cache
 def _page(app: FastAPI) -> str:
-    document = app.openapi()
     loader = jinja2.PackageLoader("personaplug.serving.routes", "")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    schemas = {name: _properties(schema) for name, schema in document["components"]["schemas"].items()}
+    return environment.get_template("docs.html").render(describe_routes(app))
+
+
+def describe_routes(app: FastAPI) -> dict[str, Any]:
+    """Return `info`, `operations` and `schemas` (the fields of each) of an application's routes, for a page."""
+    document = app.openapi()
     operations = [
         {"method": method.upper(), "path": path, "body": _body_schema(operation), **operation}
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     ]
-    return environment.get_template("docs.html").render(info=document["info"], operations=operations, schemas=schemas)
+    schemas = {name: _properties(schema) for name, schema in document["components"]["schemas"].items()}
+    return {"info": document["info"], "operations": operations, "schemas": schemas}
 
 
 def _body_schema(operation: dict[str, Any]) -> str:

@@ -105,7 +105,7 @@ class EventLogReader(RecordReader):
         self._min_history = min_history
         self._has_reported = False
 
-    def histories(self) -> Iterator[Sample]:
+    def history_samples(self) -> Iterator[Sample]:
         """Yield a sample for each user whose history holds all rows of the user; it asks nothing."""
         self.report = ReadReport()
         prompt = _fill(self._template, dict.fromkeys(self._mapping.fields, "history"))

@@ -89,7 +89,7 @@ class QuestionLog:
                     f"{_MIN_USERS} or more: to train on, to choose the checkpoint on, and to evaluate on."
                 )
             parts = split_by_user(reader, draft, share=dev_share)
-            write_lamp(reader.histories(), draft, HISTORIES, task=self.task)
+            write_lamp(reader.history_samples(), draft, HISTORIES, task=self.task)
             logger.info(
                 "train: %d questions of %d users; held out: %d of %d", *(parts.train, parts.train_users), parts.dev,
                 parts.dev_users,
@@ -165,7 +165,7 @@ def items_of(rows: Sequence[Mapping[str, object]], columns: Columns, *, task: Ta
         columns = replace(columns, date=None)
     owned = [(f"item {number}", number, {**row, columns.user: _ONE_USER}) for number, row in enumerate(rows, start=1)]
     log = open_known_log(RecordSource("the history", lambda _: iter(owned)), columns, task=task)
-    (sample,) = EventLogReader(log.source, log.mapping, task).histories()
+    (sample,) = EventLogReader(log.source, log.mapping, task).history_samples()
     return sample.history
 
 

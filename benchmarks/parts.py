@@ -35,13 +35,13 @@ from personaplug.data.records import Sample
 from personaplug.encoders import Encoder, open_encoder
 from personaplug.encoders.encoded_sample import EncodedHistory
 from personaplug.errors import ConfigError
-from personaplug.evaluation.experiment import Experiment, load_experiment
+from personaplug.evaluation.experiment import EXPERIMENTS, Experiment, load_experiment
 from personaplug.infra.atomic_io import write_json
 from personaplug.infra.environment import machine_info, package_versions
 from personaplug.plug.model import PersonaPlug
 from personaplug.plug.personalizer import Personalizer
 
-EXPERIMENT = Path(__file__).parent / "experiments" / "ablations.yaml"
+EXPERIMENT = EXPERIMENTS / "ablations.yaml"
 SAMPLES = 16
 ROUNDS = 9
 COLUMNS = ("trained_numbers", "soft_tokens", "persona_ms", "history_ms", "step_ms")

@@ -19,10 +19,10 @@ from personaplug.analysis.trials import EvalSamples, Trial, TrialFile
 from personaplug.data import load_task
 from personaplug.errors import MissingData, RunConflict
 from personaplug.evaluation.evaluator import settings_of
-from personaplug.evaluation.experiment import Experiment, load_experiment
+from personaplug.evaluation.experiment import EXPERIMENTS, Experiment, load_experiment
 
 ENDING = "+synthetic"
-EXPERIMENT = Path(__file__).parent / "experiments" / "synthetic.yaml"
+EXPERIMENT = EXPERIMENTS / "synthetic.yaml"
 
 
 def joined(experiment: Experiment, name: str, *, data: Path, results: Path) -> Results:

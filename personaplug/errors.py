@@ -89,7 +89,8 @@ class MissingExtra(UserError):
     """An optional dependency is needed and not installed."""
 
     def __init__(self, feature: str, *, extra: str) -> None:
-        super().__init__(f"{feature} needs an extra. Install it in the checkout: pip install -e '.[{extra}]'")
+        # pip adds an extra to the version that is installed, from a checkout or a wheel.
+        super().__init__(f"{feature} needs the extra {extra!r}. Install it: pip install 'personaplug[{extra}]'")
 
 
 class ShapeMismatch(UserError):

@@ -13,6 +13,7 @@ import yaml
 from personaplug.config import PAPER, SECTIONS, Config
 from personaplug.config_parsing import changed_settings, describe, json_schema, load_config, to_yaml, with_values
 from personaplug.errors import ConfigError, MissingData
+from personaplug.evaluation.experiment import EXPERIMENTS
 from personaplug.run import Run, _differing
 
 
@@ -158,7 +159,7 @@ def test_changed_settings_are_words_that_give_the_config_again() -> None:
 def test_settings_have_a_json_schema() -> None:
     schema = json_schema()
     assert schema["$defs"]["PlugConfig"]["properties"]["placement"]["enum"] == ["prefix", "suffix"]
-    for file in sorted((Path(__file__).parents[1] / "benchmarks" / "configs").glob("*.yaml")):
+    for file in sorted((EXPERIMENTS.parent / "configs").glob("*.yaml")):
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert config.keys() <= schema["properties"].keys(), file
 

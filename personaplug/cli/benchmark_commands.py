@@ -17,7 +17,7 @@ from personaplug.errors import ConfigError, MissingData
 @click.option("--data", required=True, type=FILE, help="Folder that holds the sets' folders.")
 @click.option("--out", type=FOLDER, default=Path("runs/bench"), show_default=True, help="Gets the runs.")
 @click.option("--results", type=FOLDER, default=Path("benchmarks/results"), show_default=True)
-@click.option("--experiments", type=FOLDER, default=Path("benchmarks/experiments"), show_default=True)
+@click.option("--experiments", type=FOLDER, help="Folder of YAML files to choose from.  [default: the package's own]")
 @click.option("--sets", default="", help="Only these sets, comma-separated; processes may share them out.")
 @click.option("--seeds", default="", help="Only these seeds, comma-separated.")
 @methods_option("", "Only these rows, comma-separated.")
@@ -28,7 +28,7 @@ def bench(
     data: Path,
     out: Path,
     results: Path,
-    experiments: Path,
+    experiments: Path | None,
     sets: str,
     seeds: str,
     methods: str,

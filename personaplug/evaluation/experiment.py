@@ -123,8 +123,15 @@ class Experiment:
         return list(dict.fromkeys(variant for variant, _ in self.configs))
 
 
-def find_experiment(name: str, folder: Path) -> Path:
+EXPERIMENTS = Path(__file__).with_name("experiments")
+"""The folder of the experiments that come with the package; their base configs are in `configs` beside it."""
+
+
+def find_experiment(name: str, folder: Path | None = None) -> Path:
     """Return the file of an experiment: a path, or the name of one in a folder.
+
+    Args:
+        folder: holds the named experiments; None = EXPERIMENTS.
 
     Raises:
         MissingData: if there is none, with the names that there are.
@@ -134,6 +141,7 @@ def find_experiment(name: str, folder: Path) -> Path:
         if not path.is_file():
             raise MissingData(f"There is no file {path}.")
         return path
+    folder = EXPERIMENTS if folder is None else folder
     files = {file.stem: file for file in folder.glob("*.yaml")}
     if name not in files:
         hint = nearest(name, files) if files else f"{folder} holds none, or is not there (see --experiments)."

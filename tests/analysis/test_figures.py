@@ -189,7 +189,7 @@ def test_nothing_to_draw_is_said() -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[report\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'personaplug\[report\]'"):
         scores_of(some(), "accuracy")
 
 

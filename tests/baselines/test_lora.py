@@ -209,7 +209,7 @@ def test_lora_attach_without_transformers_model_raises() -> None:
 
 def test_lora_without_peft_names_the_extra(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[lora\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'personaplug\[lora\]'"):
         LoraAdapters.attach(llm, config=CONFIG)
 
 

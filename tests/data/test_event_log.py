@@ -153,7 +153,7 @@ def test_parquet_in_batches_with_nanoseconds_gives_equal_samples(tmp_path: Path)
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "log.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[parquet\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'personaplug\[parquet\]'"):
         EventLogReader(tmp_path / "log.parquet", MAPPING, TASK)
 
 

@@ -232,5 +232,5 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("longlamp", "personal-llm"):
-        with pytest.raises(MissingExtra, match=r"pip install -e '\.\[parquet\]'"):
+        with pytest.raises(MissingExtra, match=r"pip install 'personaplug\[parquet\]'"):
             open_benchmark(name, tmp_path, "train")

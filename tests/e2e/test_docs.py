@@ -11,11 +11,12 @@ import pytest
 from personaplug.baselines.prompt_builder import RETRIEVERS
 from personaplug.config_parsing import load_config
 from personaplug.data import load_task, open_dataset
+from personaplug.evaluation.experiment import EXPERIMENTS
 from personaplug.methods import find_method
 from personaplug.methods.registry import known_methods
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "benchmarks" / "configs").glob("*.yaml"))
+CONFIGS = sorted((EXPERIMENTS.parent / "configs").glob("*.yaml"))
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("**/*.json"))
 
 

@@ -347,7 +347,7 @@ def test_encode_repeated_text_is_encoded_once(minilm: SentenceEncoder, monkeypat
 @pytest.mark.usefixtures("few_are_many")
 def test_openvino_missing_raises_or_falls_back(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino, "is_installed", lambda: False)
-    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[fast\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'personaplug\[fast\]'"):
         open_encoder(tiny, engine="openvino")
     assert open_encoder("hash", engine="openvino").width == 256
     np.testing.assert_array_equal(SentenceEncoder(tiny, engine="auto").encode(MANY), SentenceEncoder(tiny).encode(MANY))

@@ -18,10 +18,10 @@ from personaplug.config_parsing import with_values
 from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import ConfigError
 from personaplug.evaluation.benchmark import Folders, _made_with, run_benchmark
-from personaplug.evaluation.experiment import Experiment, load_experiment
+from personaplug.evaluation.experiment import EXPERIMENTS, Experiment, load_experiment
 from personaplug.run import Models
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "benchmarks" / "experiments"
+PUBLISHED = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 TINY = """
   model: {llm: toy, encoder: "hash:32", dtype: float32, max_prompt_tokens: 400}
   training: {seeds: [0, 1], epochs: 1, batch_size: 4, validation_limit: 4, learning_rate: 0.01}
@@ -304,7 +304,7 @@ def test_a_shipped_experiment_runs_to_its_end(tmp_path: Path, data: Path) -> Non
 def test_published_trials_are_those_of_the_shipped_experiment(
     tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published = EXPERIMENTS.parent / "results" / "main-table"
+    published = PUBLISHED / "main-table"
     (tmp_path / "main-table").mkdir()
     for name in ("Movie_stars", "Citation"):
         file = f"{name}.trials.jsonl"

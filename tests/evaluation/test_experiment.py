@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from personaplug.errors import ConfigError, MissingData
-from personaplug.evaluation.experiment import find_experiment, load_experiment
+from personaplug.evaluation.experiment import EXPERIMENTS, find_experiment, load_experiment
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "experiments"
-SHIPPED = sorted(FOLDER.glob("*.yaml"))
+SHIPPED = sorted(EXPERIMENTS.glob("*.yaml"))
 
 
 def _written(folder: Path, text: str) -> Path:

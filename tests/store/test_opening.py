@@ -146,7 +146,7 @@ def test_package_import_needs_no_sqlalchemy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (
         done.stdout.strip()
-        == "the store of histories needs an extra. Install it in the checkout: pip install -e '.[serve]'"
+        == "the store of histories needs the extra 'serve'. Install it: pip install 'personaplug[serve]'"
     )
 
 

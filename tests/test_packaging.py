@@ -1,0 +1,54 @@
+"""What an installation without the checkout gets: the files of the wheel and of the source archive."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("personaplug", "tests", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+BUILD = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of both archives, built from a copy, so that the checkout gets no build folder."""
+    source = tmp_path_factory.mktemp("source")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / part, source)
+    done = subprocess.run([sys.executable, "-c", BUILD], cwd=source, capture_output=True, text=True, check=True)
+    assert "would be ignored" not in done.stderr  # setuptools warns of a folder that is no package
+    return source / "dist"
+
+
+def _shipped() -> set[str]:
+    """Every file of the package in the checkout, code and data."""
+    paths = (ROOT / "personaplug").rglob("*")
+    return {str(path.relative_to(ROOT)) for path in paths if path.is_file() and "__pycache__" not in path.parts}
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(built: Path) -> None:
+    [wheel] = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if ".dist-info/" not in name} == _shipped()
+    assert {"personaplug/py.typed", "personaplug/evaluation/experiments/main-table.yaml"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_source_archive_holds_what_a_build_needs_and_no_tests(built: Path) -> None:
+    [archive] = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {member.name.partition("/")[2] for member in opened if member.isfile()}
+    assert _shipped() <= names
+    beside = {name.partition("/")[0] for name in names - _shipped()}
+    made = {"PKG-INFO", "setup.cfg", "personaplug.egg-info"}
+    assert beside == {*made, "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"}

@@ -192,11 +192,11 @@ def real_pairs(folder: Path) -> list[tuple[str, str]]:
 
 
 def test_rouge_equals_google_on_real_texts(shared_data: Path) -> None:
-    pairs = [pair for task in ("LaMP_7", "LaMP_4") for pair in real_pairs(shared_data / task)][:2000]
-    assert len(pairs) >= 1900
+    pairs = [pair for task in ("LaMP_7", "LaMP_4") for pair in real_pairs(shared_data / task)[:300]]
+    assert len(pairs) == 600
     assert_equals_rouge_score(pairs)
     # The next sample's text instead of the own: hardly anything in common, many zeros.
-    assert_equals_rouge_score([(gold, pairs[place - 1][1]) for place, (gold, _) in enumerate(pairs[:500])])
+    assert_equals_rouge_score([(gold, pairs[place - 1][1]) for place, (gold, _) in enumerate(pairs[:200])])
 
 
 def random_text(rng: random.Random, *, words: int) -> str:

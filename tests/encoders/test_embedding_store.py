@@ -9,16 +9,14 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 import tracemalloc
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -347,34 +345,32 @@ def test_add_failed_write_resumes(table: EmbeddingStore) -> None:
     assert count_added(table, (str(i) for i in range(4000))) == (4000, 0)
 
 
-KILLED = """
-import sys, time
-from personaplug.encoders import HashEncoder
-from personaplug.encoders.embedding_store import EmbeddingStore
-
 class Slow(HashEncoder):
-    def encode(self, texts, *, batch_size=64):
+    def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> npt.NDArray[np.float32]:
         time.sleep(0.02)
         return super().encode(texts)
 
-def texts():
-    for i in range(4000):
-        if i and i % 20 == 0:
-            print(i, flush=True)  # the chunks before this text are complete
-        yield f"text {i}"
 
-EmbeddingStore.open(sys.argv[1], Slow(32)).add(texts(), chunk=20)
-"""
+def add_slowly(folder: Path, told: Connection) -> None:
+    def texts() -> Iterator[str]:
+        for i in range(4000):
+            if i and i % 20 == 0:
+                told.send(i)  # the chunks before this text are complete
+            yield f"text {i}"
+
+    EmbeddingStore.open(folder, Slow(32)).add(texts(), chunk=20)
 
 
 @pytest.mark.parametrize("after_chunks", [1, 4])
 def test_add_killed_process_loses_one_chunk_at_most(table: EmbeddingStore, after_chunks: int) -> None:
-    command = [sys.executable, "-c", KILLED, str(table.folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        told = [int(process.stdout.readline()) for _ in range(after_chunks)]
-        time.sleep(0.013 * after_chunks)
-        process.send_signal(signal.SIGKILL)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=add_slowly, args=(table.folder, sender))
+    process.start()
+    told = [receiver.recv() for _ in range(after_chunks)]
+    time.sleep(0.013 * after_chunks)
+    process.kill()
+    process.join()
     texts = [f"text {i}" for i in range(500)]
     kept = len(EmbeddingStore.open(table.folder, HashEncoder(32)))
     assert told[-1] <= kept < 500

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import multiprocessing
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,18 +106,13 @@ def test_smollm_is_converted_once_and_loads(
     assert fingerprint(model.float()) == half
 
 
-def test_concurrent_conversions_end_with_one_folder(tmp_path: Path) -> None:
+def test_concurrent_conversions_end_with_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_gguf(tmp_path / "tiny.gguf")
     cache = tmp_path / "cache"
-    code = f"from personaplug.infra.model_hub import find_model; print(find_model({str(path)!r}))"
-    environment = os.environ | {CACHE_VARIABLE: str(cache)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    folders = {process.communicate(timeout=120)[0].strip() for process in started}
-    assert [process.returncode for process in started] == [0, 0]
-    assert folders == {str(entry) for entry in (cache / "models").iterdir()}
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache))
+    with multiprocessing.get_context("fork").Pool(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        folders = set(pool.map_async(find_model, [str(path)] * 2, chunksize=1).get(timeout=120))
+    assert folders == set((cache / "models").iterdir())
     assert len(folders) == 1
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import stat
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,9 @@ from personaplug.errors import ConfigError, MissingData
 from personaplug.serving import api_keys as api_keys_module
 from personaplug.serving.api_keys import ApiKeys, create_key, revoke_keys
 
-CODE = "import sys; from pathlib import Path; from personaplug.serving.api_keys import create_key; "
-CODE += "[print(create_key(Path(sys.argv[1]), f'tenant-{n}')) for n in range(20)]"
+
+def _create_twenty(path: Path) -> list[str]:
+    return [create_key(path, f"tenant-{number}") for number in range(20)]
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +30,11 @@ def _quick_reload(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keys_that_are_made_at_once_are_all_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", CODE, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    with ThreadPoolExecutor(13) as pool:
-        keys = list(pool.map(lambda number: create_key(path, f"shop-{number}"), range(13)))
-    for process in processes:
-        keys += process.communicate(timeout=60)[0].split()
+    with multiprocessing.get_context("fork").Pool(2) as processes, ThreadPoolExecutor(13) as threads:
+        made = processes.map_async(_create_twenty, [path] * 2, chunksize=1)
+        keys = list(threads.map(lambda number: create_key(path, f"shop-{number}"), range(13)))
+        for others in made.get(timeout=60):
+            keys += others
     assert len(set(keys)) == 13 + 2 * 20
     loaded = ApiKeys.load(path)
     assert all(loaded.tenant_of(f"Bearer {key}") for key in keys)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,7 +72,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_train_makes_plug_and_control_for_each_seed(tmp_path: Path, data: Path) -> None:
-    run = _train(tmp_path / "run", data, "seeds=0,1", "epochs=1")
+    run = _train(tmp_path / "run", data, "seeds=0,1", "max_steps=2")
     for name in ("plug", "instruction-only"):
         assert run.trained(name, seed=0)
         assert not _same(_weights(run, name, seed=0), _weights(run, name, seed=1))
@@ -150,6 +148,18 @@ def test_train_changes_nothing_but_the_plug(tmp_path: Path, data: Path, plug: tu
     assert set(moved) == set(start) - of_kinds  # the data has answers alone; all else learned, the population included
 
 
+def _forked_training(folder: Path, data: Path, *settings: str) -> ForkProcess:
+    """A training in a process that can be killed; a fork has torch loaded already."""
+
+    def work() -> None:
+        torch.set_num_threads(1)  # a fork does not inherit the threads of OpenMP, and would wait for them
+        _train(folder, data, "controls=false", *settings)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -165,37 +175,26 @@ def test_train_changes_nothing_but_the_plug(tmp_path: Path, data: Path, plug: tu
 def test_training_killed_repeatedly_ends_with_the_same_plug(
     tmp_path: Path, data: Path, settings: tuple[str, ...]
 ) -> None:
-    unbroken = _train(tmp_path / "unbroken", data, "controls=false", *settings)
+    unbroken = _forked_training(tmp_path / "unbroken", data, *settings)
+    unbroken.join()
     broken = tmp_path / "broken"
-    command = [
-        sys.executable,
-        "-m",
-        "personaplug",
-        "train",
-        "--data",
-        str(data),
-        "--out",
-        str(broken),
-        *TINY,
-        "controls=false",
-        *settings,
-    ]
     folder = broken / "plug" / "seed-0"
     kills = 0
     for _ in range(3):
         done = {path.name for path in folder.glob("state-*")}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
+        process = _forked_training(broken, data, *settings)
+        while process.is_alive():
             if {path.name for path in folder.glob("state-*")} - done:
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
                 kills += 1
                 break
             time.sleep(0.002)
-        process.wait()
+        process.join()
     assert kills >= 2, "the kills came too late to break anything"
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert _same(_weights(unbroken), load_file(folder / "plug.safetensors"))
+    finished = _forked_training(broken, data, *settings)
+    finished.join()
+    assert (unbroken.exitcode, finished.exitcode) == (0, 0)
+    assert _same(_weights(Run.open(tmp_path / "unbroken")), load_file(folder / "plug.safetensors"))
     steps = [
         json.loads(line)["step"]
         for line in (folder / "log.jsonl").read_text().splitlines()
@@ -233,12 +232,12 @@ def test_prompts_are_computed_once_for_plug_control_and_seeds(
 
 
 def test_finished_run_stays_as_it_is_and_refuses_another_config(tmp_path: Path, data: Path) -> None:
-    run = _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    run = _train(tmp_path / "run", data, "controls=false", "max_steps=1")
     stamp = (run.plug_folder("plug", seed=0) / "plug.safetensors").stat().st_mtime_ns
-    _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    _train(tmp_path / "run", data, "controls=false", "max_steps=1")
     assert (run.plug_folder("plug", seed=0) / "plug.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(RunConflict, match=r"training\.epochs"):
-        _train(tmp_path / "run", data, "controls=false", "epochs=3")
+        _train(tmp_path / "run", data, "controls=false", "max_steps=1", "epochs=3")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(RunConflict, match="neither empty nor a run"):
@@ -307,7 +306,7 @@ def test_fit_refuses_samples_without_answers(tmp_path: Path, data: Path) -> None
 
 def test_tensorboard_setting_writes_events(tmp_path: Path, data: Path) -> None:
     pytest.importorskip("tensorboard")
-    run = _train(tmp_path / "run", data, "controls=false", "epochs=1", "tensorboard=true")
+    run = _train(tmp_path / "run", data, "controls=false", "max_steps=1", "tensorboard=true")
     assert list((run.plug_folder("plug", seed=0) / "tensorboard").glob("events*"))
 
 
@@ -360,7 +359,7 @@ def test_users_of_few_items_get_what_held_out_ones_lose_less_with(
         return losses[len(asked) - 1]
 
     monkeypatch.setattr("personaplug.training.parts.mean_loss", told)
-    run = _train(tmp_path / "run", data)
+    run = _train(tmp_path / "run", data, "max_steps=1")
     control, config = _weights(run, "instruction-only")["instruction"], run.config.training
     samples = Trainings(run, open_dataset(data, "train", task=run.task), models=open_models(run.config)).samples
     _, held = user_split(samples, share=config.validation_share, limit=config.validation_limit, seed=0)
@@ -400,7 +399,7 @@ def test_plug_is_trained_without_a_control_that_diverges(
         return fit(objective, **how)
 
     monkeypatch.setattr("personaplug.training.parts.fit", diverging)
-    run, models = _run(tmp_path / "run", data, "epochs=1")
+    run, models = _run(tmp_path / "run", data, "max_steps=1")
     train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     assert run.trained("plug", seed=0)
     assert "cold_start" not in _weights(run)
@@ -408,30 +407,31 @@ def test_plug_is_trained_without_a_control_that_diverges(
 
 
 def test_plug_without_control_differs_only_in_its_cold_start(tmp_path: Path, data: Path) -> None:
-    both, alone = _train(tmp_path / "both", data), _train(tmp_path / "alone", data, "controls=false")
+    both = _train(tmp_path / "both", data, "max_steps=4")
+    alone = _train(tmp_path / "alone", data, "max_steps=4", "controls=false")
     assert "cold_start" not in _weights(alone)
     for name, value in _weights(alone).items():
         torch.testing.assert_close(_weights(both)[name], value)
 
 
 def test_plug_of_a_run_with_control_trains_the_control_first(tmp_path: Path, data: Path) -> None:
-    run, models = _run(tmp_path / "run", data, "epochs=1")
+    run, models = _run(tmp_path / "run", data, "max_steps=1")
     train(run, open_dataset(data, "train", task=run.task), models=models, parts=[PLUG])
     assert run.trained("instruction-only", seed=0)
 
 
 def test_run_refuses_other_training_data(tmp_path: Path, data: Path) -> None:
-    _train(tmp_path / "run", data, "controls=false", "epochs=1")
+    _train(tmp_path / "run", data, "controls=false", "max_steps=1")
     write_simulation(
         SimulationConfig(users=12, queries_per_user=3, dev_users=6, min_items=0, max_items=6, cold_share=0.3, seed=9),
         tmp_path / "other",
     )
     with pytest.raises(RunConflict, match="other training data"):
-        _train(tmp_path / "run", tmp_path / "other", "controls=false", "epochs=1")
+        _train(tmp_path / "run", tmp_path / "other", "controls=false", "max_steps=1")
 
 
 def test_moved_run_finds_its_vectors_and_external_ones(tmp_path: Path, data: Path) -> None:
-    run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
+    run, models = _run(tmp_path / "run", data, "controls=false", "max_steps=1")
     train(run, open_dataset(data, "train", task=run.task), models=models)
     (tmp_path / "run").rename(tmp_path / "moved")
     assert Run.open(tmp_path / "moved").vectors == tmp_path / "moved" / "vectors"
@@ -447,7 +447,7 @@ def test_run_accepts_vectors_encoded_beforehand(tmp_path: Path, data: Path) -> N
 
 
 def test_full_disk_at_the_end_raises_storage_error(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, models = _run(tmp_path / "run", data, "controls=false", "epochs=1")
+    run, models = _run(tmp_path / "run", data, "controls=false", "max_steps=1")
 
     def full(tensors: Any, path: Path, **metadata: Any) -> None:
         if "plug.safetensors" in path.name:
@@ -475,6 +475,6 @@ def test_a_plug_of_few_items_may_always_be_one_of_all_its_items(
         return float(cast(PersonaPlug, objective.module).cold_start.tokens is None)  # the control always wins
 
     monkeypatch.setattr("personaplug.training.parts.mean_loss", told)
-    run = _train(tmp_path / "run", data, setting)
+    run = _train(tmp_path / "run", data, setting, "max_steps=1")
     assert sizes == [{0}, {0}, {1}, {1}]
     assert run.load_plug("plug", seed=0, models=open_models(run.config)).cold_start.max_items == 1

@@ -20,6 +20,7 @@ from personaplug.data.simulation import SimulationConfig, write_simulation
 from personaplug.errors import StorageError
 
 TOY = ["llm=toy", "encoder=hash:32", "dtype=float32", "batch_size=4", "epochs=1"]
+SHORT = ["controls=false", "max_steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,8 @@ def test_evaluate_keeps_earlier_results_if_new_ones_cannot_be_written(
         raise StorageError("The disk is full.")
 
     target = tmp_path / "results.json"
-    words = ("evaluate", "--run", trained, "--data", data, "--split", "dev", "--methods", "plug", "--json", target)
+    words = ("evaluate", "--run", trained, "--data", data, "--split", "dev", "--methods", "plug", "--json", target,
+             "resamples=100")  # fmt: skip
     target.write_text("earlier")
     with monkeypatch.context() as patch:
         patch.setattr(results_file, "write_results", fail)
@@ -115,7 +117,7 @@ def test_data_of_another_kind_of_task_is_refused_before_anything_is_answered(tra
 
 def test_a_table_says_with_which_strength_it_was_answered(trained: Path, data: Path, tmp_path: Path) -> None:
     told = _call("evaluate", "--run", trained, "--data", data, "--methods", "plug", "--json", tmp_path / "r.json",
-                 "persona_scale=0.5", "max_eval_history=2")  # fmt: skip
+                 "persona_scale=0.5", "max_eval_history=2", "resamples=100")  # fmt: skip
     assert told.exit_code == 0, told.output
     assert "persona_scale 0.5 · items shown at most 2" in told.output
 
@@ -151,7 +153,8 @@ def test_encode_beforehand_leaves_train_nothing_to_encode(data: Path, tmp_path: 
     again = _call("encode", "--data", data, "--vectors", vectors, *TOY[1:3])
     assert (first.exit_code, again.exit_code) == (0, 0), first.output
     assert "train: 0 new vectors" in again.output
-    assert _call("train", "--data", data, "--out", tmp_path / "run", "--vectors", vectors, *TOY).exit_code == 0
+    done = _call("train", "--data", data, "--out", tmp_path / "run", "--vectors", vectors, *TOY, *SHORT)
+    assert done.exit_code == 0, done.output
     assert not (tmp_path / "run" / "vectors").exists()
 
 
@@ -237,7 +240,7 @@ def test_what_the_system_refuses_is_a_sentence_and_1(
 def test_quiet_keeps_the_settings_to_itself_and_in_the_run(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    quiet = _call("--quiet", "train", "--data", data, "--out", tmp_path / "a", *TOY, "controls=false")
+    quiet = _call("--quiet", "train", "--data", data, "--out", tmp_path / "a", *TOY, *SHORT)
     assert quiet.exit_code == 0, quiet.output
     assert "batch_size" not in caplog.text + quiet.output
     assert "batch_size: 4" in (tmp_path / "a" / "config.yaml").read_text()
@@ -265,7 +268,7 @@ def test_broken_records_are_bounded_and_counted(data: Path, tmp_path: Path) -> N
     refused = _call("train", "--data", tmp_path, "--out", tmp_path / "run", *TOY)
     assert refused.exit_code == 2
     assert "question 4" in refused.output
-    passed = _call("train", "--data", tmp_path, "--out", tmp_path / "run", "--skip-bad", "1", *TOY)
+    passed = _call("train", "--data", tmp_path, "--out", tmp_path / "run", "--skip-bad", "1", *TOY, *SHORT)
     assert passed.exit_code == 0, passed.output
     assert "1 broken records skipped" in passed.output
 
@@ -296,7 +299,7 @@ def test_a_start_with_a_typing_mistake_leaves_nothing(
     assert done.exit_code == 2, done.output
     assert not out.exists()
     if command == "train" and key != "encoder":
-        assert _call(*words, right, "controls=false").exit_code == 0
+        assert _call(*words, right, *SHORT).exit_code == 0
 
 
 def test_a_start_that_fails_before_the_first_step_does_not_bind_the_settings(data: Path, tmp_path: Path) -> None:
@@ -307,16 +310,17 @@ def test_a_start_that_fails_before_the_first_step_does_not_bind_the_settings(dat
     refused = _call("train", "--data", tmp_path, "--out", tmp_path / "run", *TOY, "learning_rate=0.5")
     assert refused.exit_code == 2, refused.output
     (tmp_path / "kept.json").rename(outputs)
-    done = _call("train", "--data", tmp_path, "--out", tmp_path / "run", *TOY, "controls=false")
+    done = _call("train", "--data", tmp_path, "--out", tmp_path / "run", *TOY, *SHORT)
     assert done.exit_code == 0, done.output
 
 
 def test_the_control_that_this_command_trained_is_not_called_trained_already(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert _call("train", "--data", data, "--out", tmp_path / "run", *TOY).exit_code == 0
+    words = ("train", "--data", data, "--out", tmp_path / "run", *TOY, "max_steps=1")
+    assert _call(*words).exit_code == 0
     assert "trained already" not in caplog.text
-    assert _call("train", "--data", data, "--out", tmp_path / "run", *TOY).exit_code == 0
+    assert _call(*words).exit_code == 0
     assert caplog.text.count("is trained already") == 2
 
 

@@ -139,14 +139,22 @@ def test_serve_answers_live_users_until_sigterm(folder: Path, question: dict[str
     assert (again.exit_code, "no such user" in again.output) == (2, True)
 
 
-def test_create_key_makes_a_key_that_serve_accepts(folder: Path, question: dict[str, Any], tmp_path: Path) -> None:
+def test_serve_accepts_the_key_that_create_key_makes_until_ctrl_c(
+    folder: Path, question: dict[str, Any], tmp_path: Path
+) -> None:
     keys = tmp_path / "keys.json"
     key = _call("create-key", "shop", "--keys", keys).stdout.strip()
     assert keys.stat().st_mode & 0o077 == 0
-    with _serving(folder, "--store", tmp_path / "h.db", "--keys", keys, "--fallback", "plain") as (url, _):
+    with _serving(folder, "--store", tmp_path / "h.db", "--keys", keys, "--fallback", "plain") as (url, process):
         assert _chat(url, question).status_code == 401
         answer = _chat(url, question, Authorization=f"Bearer {key}")
         assert (answer.status_code, answer.headers["x-personaplug-persona"]) == (200, "plain")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.strip().endswith("stopped")
+    assert "checkpoint" not in errors
+    assert "Traceback" not in errors
 
 
 def test_create_key_without_a_tenant_name_is_refused(tmp_path: Path) -> None:
@@ -226,16 +234,6 @@ def test_bind_takes_a_free_port_and_does_not_listen_yet(host: str) -> None:
         pytest.skip("this machine has no such address")
     with listener, socket.socket(listener.family) as caller, pytest.raises(ConnectionRefusedError):
         caller.connect(listener.getsockname())
-
-
-def test_ctrl_c_on_serve_says_that_it_stopped_and_nothing_of_checkpoints(folder: Path, tmp_path: Path) -> None:
-    with _serving(folder, "--store", tmp_path / "histories.db") as (_, process):
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors.strip().endswith("stopped")
-    assert "checkpoint" not in errors
-    assert "Traceback" not in errors
 
 
 def test_serve_phrases_with_vllm_is_refused(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def open_log(
         _answers(source, columns),
         column=columns.answer,
         kind=_known_kind(kind),
-        labels=[as_text(label, "a label") for label in labels],
+        labels=_known_labels(labels),
     )
     chosen = answers.kind if answers.labels or kind else CHAT.kind
     labelled = {"labels": answers.labels, "query_after": f"{_QUESTION}: "} if answers.labels else {}
@@ -212,6 +212,13 @@ def _known_kind(kind: str | None) -> str | None:
     if kind is not None and kind not in kinds:
         raise ConfigError(f"The kind of the answers is one of {', '.join(kinds)}; found {kind!r}.")
     return kind
+
+
+def _known_labels(labels: Sequence[object]) -> list[str]:
+    try:
+        return [as_text(label, "a label") for label in labels]
+    except Flaw as flaw:
+        raise ConfigError(f"The labels are wrong: {flaw}.") from None
 
 
 def _holds_same_files(one: Path, other: Path) -> bool:

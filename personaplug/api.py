@@ -112,7 +112,7 @@ class Plug(ModelHubMixin):
             task: of a folder that does not say it, such as LaMP_3.
             out: folder for the data and the run; None = `runs/` and the name of the file.
             llm: the language model: hub name, local folder or package:NAME; None = the default of `personaplug train`.
-            dev_share: share of the users for `evaluate`.
+            dev_share: share of the users for `evaluate`, at least two users.
             questions_per_user: how many last rows of each user are asked, each with the rows before it as history.
             skip_bad: pass over at most so many broken rows.
             settings: as for `personaplug train`: encoder="…", epochs=3, learning_rate=1e-3.

@@ -6,7 +6,7 @@ VLLM   ?= .venv-vllm
 TORCH  ?= torch==2.13.0
 OUT    ?= runs/quickstart
 
-.PHONY: install install-dev quickstart test test-slow check docs vllm clean
+.PHONY: install install-dev quickstart test test-slow check vllm clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -40,6 +40,7 @@ check: install-dev
 	$(BIN)/mypy
 
 # The site of the documents, in site/; a broken link, an unlisted page or a wrong docstring ends the build.
+.PHONY: docs
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -204,7 +204,7 @@ class Plug(ModelHubMixin):
         )
 
     def evaluate(self, rows: object = None, *, methods: str | None = None, **settings: Any) -> Results:
-        """Compare the plug with its controls and with rivals that cost nothing; `print` shows the verdict and the table.
+        """Compare the plug with its controls and with free rivals; `print` shows the verdict and the table.
 
         Args:
             rows: other rows with the columns of the training rows; None = the users that `train` held out.

@@ -98,7 +98,7 @@ def run_quickstart(
 
 
 def _films_side_by_side(run: Run, models: Models, samples: Sequence[Sample]) -> str:
-    """Rate musicals and westerns as the user who prefers musicals most, as the one who prefers westerns, and as nobody."""
+    """Rate films as the user who prefers musicals most, as the one who prefers westerns most, and as nobody."""
     by_taste = sorted(samples, key=_preference)
     users = (by_taste[-1], by_taste[0])
     tastes = [", ".join(f"{genre}s {_mean_given(user, genre):.1f}" for genre in _GENRES) for user in users]

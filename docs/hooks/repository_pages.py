@@ -21,6 +21,7 @@ PAGES = {
     "README.md": "project/overview.md",
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
+    "examples/README.md": "getting-started/examples.md",
     "benchmarks/README.md": "research/benchmarks.md",
     "benchmarks/LOG.md": "research/log.md",
 }

@@ -34,7 +34,7 @@ def sentences(markdown: str) -> list[str]:
         if not line.strip() or _SKIPPED_LINE.match(line):
             paragraphs.append([])
         elif _LIST_MARK.match(line):
-            paragraphs.append([_LIST_MARK.sub("", line)])
+            paragraphs.append([_LIST_MARK.sub("", line, count=1)])
         else:
             paragraphs[-1].append(line.strip())
     prose = (_INLINE_CODE.sub("Code", _LINK.sub(r"\1", " ".join(lines))) for lines in paragraphs)

@@ -22,10 +22,10 @@ from personaplug.cli.options import (
     with_settings,
 )
 from personaplug.config_parsing import load_config
-from personaplug.data.logs.options import LogOptions
 from personaplug.errors import ConfigError, MissingData
 
 if TYPE_CHECKING:
+    from personaplug.data.logs.options import LogOptions
     from personaplug.data.records import Sample
 
 
@@ -62,6 +62,8 @@ def import_command(
 
     Conversations (JSONL, JSON, Parquet) name their user and should have a time. They are split by user.
     """
+    from personaplug.data.logs.options import LogOptions
+
     chosen = LogOptions(**options)
     if are_conversations(files, chosen, format=format_):
         _import_conversations(

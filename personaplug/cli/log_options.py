@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from personaplug.data.conversations import holds_conversations
-from personaplug.data.logs.options import LogOptions
 from personaplug.errors import ConfigError
+
+if TYPE_CHECKING:
+    from personaplug.data.logs.options import LogOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -48,6 +49,9 @@ def log_options(*, declares_task: bool) -> Callable[[Command], Command]:
 
 def are_conversations(files: Sequence[Path], options: LogOptions, *, format: str | None) -> bool:
     """Tell conversations from a log; refuse a mixture, and options of a log for conversations."""
+    from personaplug.data.conversations import holds_conversations
+    from personaplug.data.logs.options import LogOptions
+
     if format == "log":
         return False
     kinds = {True} if format else {holds_conversations(path) for path in files}

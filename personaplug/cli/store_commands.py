@@ -14,10 +14,10 @@ import click
 from personaplug.cli.log_options import are_conversations, log_options
 from personaplug.cli.options import FILE, check_same_task, secret_option, seed_option
 from personaplug.cli.serving_commands import check_installed
-from personaplug.data.logs.options import LogOptions
 from personaplug.errors import ConfigError, MissingData
 
 if TYPE_CHECKING:
+    from personaplug.data.logs.options import LogOptions
     from personaplug.data.records import HistoryItem
     from personaplug.run import Run
 
@@ -59,6 +59,7 @@ def load(
     goes on after an interruption and adds what is new; items that are stored already are skipped.
     """
     check_installed()
+    from personaplug.data.logs.options import LogOptions
     from personaplug.infra.progress import Progress
     from personaplug.serving.config import ServingConfig
     from personaplug.serving.persona_cache import check_fits

@@ -26,6 +26,8 @@ from personaplug.cli.main import main
 from personaplug.llm.causal_lm import CausalLM
 from personaplug.serving.api_keys import ApiKeys
 
+pytest_plugins = ["client_fixtures"]
+
 BLOCKS = blocks()
 SERVER, PROXY = "http://127.0.0.1:8000", "http://127.0.0.1:4000"
 RUN_BY_TESTS = {

@@ -14,6 +14,8 @@ from client_programs import run_program, running_program
 from live_server import free_port
 from recording_server import MODEL, QUESTIONS, RecordingServer, assert_persona
 
+pytest_plugins = ["client_fixtures"]
+
 HEADER = {"X-Personaplug-User": "ann"}
 TURNS: Any = [{"role": "user", "content": QUESTIONS[0]}]
 

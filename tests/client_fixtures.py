@@ -13,7 +13,7 @@ from recording_server import RecordingServer, recording
 
 from personaplug.llm.causal_lm import CausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 PYTHON = Path(os.environ.get("PERSONAPLUG_CLIENTS_PYTHON", ROOT / ".venv-clients" / "bin" / "python"))
 HINT = "`make test-clients` installs it"
 
